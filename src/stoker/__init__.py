@@ -1,0 +1,29 @@
+"""stoker: PyTorch training that never loses work, from a laptop to a cluster.
+
+Importing this package loads neither torch nor mlflow: the names below are looked up when
+they are first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from stoker.errors import BadInput, StokerError
+
+if TYPE_CHECKING:
+    from stoker.attempt import Run
+    from stoker.cli.main import main
+    from stoker.duration import Duration
+    from stoker.loop import Trainer
+
+__all__ = ["BadInput", "Duration", "Run", "StokerError", "Trainer", "main"]
+__version__ = "0.1.0.dev0"
+
+_LAZY = {"Run": "attempt", "Trainer": "loop", "Duration": "duration", "main": "cli.main"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(f"stoker.{_LAZY[name]}"), name)
+    raise AttributeError(f"module 'stoker' has no attribute {name!r}")

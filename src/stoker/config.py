@@ -1,0 +1,228 @@
+"""Configuration: a frozen dataclass, filled in one order and in one place.
+
+Defaults < YAML file < `key=value` on the command line. Keys are dotted for nested
+dataclasses (`lora.rank=8`). The source of every value is kept. An unknown key is refused
+with the nearest match, a value of the wrong type with what is allowed: nothing that a user
+wrote is ever ignored. Values are checked by pydantic; the dataclass itself stays a plain one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+from stoker.errors import BadInput, nearest
+
+C = TypeVar("C")
+
+DEFAULT = "default"
+COMMAND_LINE = "command line"
+
+
+@dataclass(frozen=True)
+class Resolved(Generic[C]):
+    """A config with its record: `values` by dotted key as JSON types, and the source of each."""
+
+    config: C
+    values: dict[str, Any]
+    sources: dict[str, str]
+
+
+@dataclass(frozen=True)
+class _Leaf:
+    type: Any
+    default: Any  # dataclasses.MISSING where the key must be given
+
+
+def resolve(cls: type[C], overrides: Iterable[str] = (), file: Path | None = None) -> Resolved[C]:
+    """Fill a config dataclass from defaults, a YAML file and `key=value` overrides.
+
+    Raises BadInput for an unknown key, a value of the wrong type, a missing value, or a
+    file that cannot be read.
+    """
+    leaves = _leaves(cls)
+    given: dict[str, tuple[Any, str]] = {}
+    if file is not None:
+        for key, value in _flatten(_read_yaml(file)).items():
+            given[key] = (value, str(file))
+    for override in overrides:
+        key, value = _split(override)
+        given[key] = (value, COMMAND_LINE)
+    for key, (_, source) in given.items():
+        _known(key, leaves, source)
+    values = {key: _checked(key, leaves[key], *pair) for key, pair in given.items()}
+    sources = {key: given[key][1] if key in given else DEFAULT for key in leaves}
+    config = _build(cls, values)
+    return Resolved(config, record(config), sources)
+
+
+def restore(cls: type[C], values: Mapping[str, Any], sources: Mapping[str, str]) -> Resolved[C]:
+    """Build a config from its record, as `run.json` holds it. Keys added since keep their default."""
+    leaves = _leaves(cls)
+    for key in values:
+        _known(key, leaves, "the run's record")
+    checked = {key: _checked(key, leaves[key], value, "the run's record") for key, value in values.items()}
+    config = _build(cls, checked)
+    return Resolved(config, record(config), {key: sources.get(key, DEFAULT) for key in leaves})
+
+
+def changed(resolved: Resolved[C], overrides: Iterable[str]) -> Resolved[C]:
+    """The same config with some keys given anew on the command line."""
+    leaves = _leaves(type(resolved.config))
+    values, sources = dict(resolved.values), dict(resolved.sources)
+    for override in overrides:
+        key, text = _split(override)
+        _known(key, leaves, COMMAND_LINE)
+        values[key] = _dump(leaves[key], _checked(key, leaves[key], text, COMMAND_LINE))
+        sources[key] = COMMAND_LINE
+    return restore(type(resolved.config), values, sources)
+
+
+def record(config: Any) -> dict[str, Any]:
+    """A config as JSON types by dotted key."""
+    return {key: _dump(leaf, _get(config, key)) for key, leaf in _leaves(type(config)).items()}
+
+
+def drift(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What differs between two records: key -> (old, new)."""
+    return {key: (old.get(key), new.get(key)) for key in {**old, **new} if old.get(key) != new.get(key)}
+
+
+def describe(cls: type) -> dict[str, tuple[str, Any]]:
+    """Every key of a config with the name of its type and its default, for help texts."""
+    return {key: (_type_name(leaf.type), leaf.default) for key, leaf in _leaves(cls).items()}
+
+
+def _leaves(cls: type, prefix: str = "") -> dict[str, _Leaf]:
+    if not dataclasses.is_dataclass(cls):
+        raise BadInput(
+            f"{cls.__name__} is not a dataclass: decorate it with @dataclass(frozen=True, kw_only=True)"
+        )
+    hints = typing.get_type_hints(cls, include_extras=True)
+    leaves: dict[str, _Leaf] = {}
+    for field in dataclasses.fields(cls):
+        kind = hints[field.name]
+        if dataclasses.is_dataclass(kind) and isinstance(kind, type) and not hasattr(kind, "parse"):
+            leaves.update(_leaves(kind, f"{prefix}{field.name}."))
+            continue
+        default = field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        leaves[prefix + field.name] = _Leaf(kind, default)
+    return leaves
+
+
+def _build(cls: type[C], values: Mapping[str, Any], prefix: str = "") -> C:
+    hints = typing.get_type_hints(cls)
+    arguments: dict[str, Any] = {}
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        key = prefix + field.name
+        kind = hints[field.name]
+        if dataclasses.is_dataclass(kind) and isinstance(kind, type) and not hasattr(kind, "parse"):
+            arguments[field.name] = _build(kind, values, f"{key}.")
+        elif key in values:
+            arguments[field.name] = values[key]
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise BadInput(f"{key} needs a value: add {key}=... to the command")
+    try:
+        return cls(**arguments)
+    except ValueError as error:  # a config's own __post_init__
+        raise BadInput(str(error)) from error
+
+
+def _checked(key: str, leaf: _Leaf, value: Any, source: str) -> Any:
+    adapter = TypeAdapter[Any](leaf.type)
+    if (
+        isinstance(value, str)
+        and value.lower() in ("null", "none")
+        and type(None) in typing.get_args(leaf.type)
+    ):
+        return None
+    try:
+        return adapter.validate_python(value)
+    except ValidationError as error:
+        if isinstance(value, str) and value[:1] in ("[", "{"):
+            try:
+                return adapter.validate_python(yaml.safe_load(value))
+            except (yaml.YAMLError, ValidationError):
+                pass
+        raise BadInput(_explain(key, leaf, value, source, error)) from None
+
+
+def _explain(key: str, leaf: _Leaf, value: Any, source: str, error: ValidationError) -> str:
+    reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+    reason = reason[0].lower() + reason[1:]
+    has_example = leaf.default not in (dataclasses.MISSING, None)
+    example = f", for example {key}={_dump(leaf, leaf.default)}" if has_example else ""
+    return f"{key}={value} ({source}): {reason}; {key} is {_type_name(leaf.type)}{example}"
+
+
+def _known(key: str, leaves: Mapping[str, _Leaf], source: str) -> None:
+    if key in leaves:
+        return
+    inner = [name for name in leaves if name.startswith(f"{key}.")]
+    if inner:
+        raise BadInput(f"{key} ({source}) is a group of keys: give one of {', '.join(inner)}")
+    hint = nearest(key, leaves)
+    raise BadInput(f"unknown key {key!r} ({source}){hint or '; the keys are ' + ', '.join(leaves)}")
+
+
+def _split(override: str) -> tuple[str, str]:
+    key, separator, value = override.partition("=")
+    if not separator or not key:
+        raise BadInput(f"{override!r} is not an override: write key=value, for example lr=0.001")
+    return key.strip(), value
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BadInput(f"config file {file} does not exist") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise BadInput(f"config file {file} cannot be read: {error}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise BadInput(f"config file {file} holds a {type(content).__name__}: write key: value lines")
+    return content
+
+
+def _flatten(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat.update(_flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _get(config: Any, key: str) -> Any:
+    for name in key.split("."):
+        config = getattr(config, name)
+    return config
+
+
+def _dump(leaf: _Leaf, value: Any) -> Any:
+    return TypeAdapter[Any](leaf.type).dump_python(value, mode="json")
+
+
+def _type_name(kind: Any) -> str:
+    if typing.get_origin(kind) is typing.Annotated:
+        kind = typing.get_args(kind)[0]
+    if typing.get_origin(kind) is typing.Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(kind)))
+    arguments = typing.get_args(kind)
+    if type(None) in arguments:
+        return " or ".join(_type_name(k) for k in arguments if k is not type(None)) + " or none"
+    names = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text",
+             "Duration": "a duration such as 100, 2ep or 1000000tok", "Path": "a path"}  # fmt: skip
+    name = kind.__name__ if isinstance(kind, type) else str(kind)
+    return names.get(name, name)

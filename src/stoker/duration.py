@@ -1,0 +1,69 @@
+"""Durations with units: `100` (steps), `2ep`, `1000000tok`, `5000samples`, `10min`.
+
+A duration in steps, samples, epochs or tokens is a point of the training itself, the same
+on every machine. One in seconds is not, so only checkpoints, which leave no trace in the
+result, may be asked for by the clock.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from pydantic_core import core_schema
+
+_UNITS = {
+    "": "step", "step": "step", "steps": "step",
+    "ep": "epoch", "epoch": "epoch", "epochs": "epoch",
+    "tok": "token", "token": "token", "tokens": "token",
+    "sample": "sample", "samples": "sample",
+    "s": "second", "min": "minute", "h": "hour",
+}  # fmt: skip
+_SHORT = {
+    "step": "", "epoch": "ep", "token": "tok", "sample": "samples",
+    "second": "s", "minute": "min", "hour": "h",
+}  # fmt: skip
+_SECONDS = {"second": 1.0, "minute": 60.0, "hour": 3600.0}
+_WHOLE = ("step", "token", "sample")
+_PATTERN = re.compile(r"([0-9][0-9_]*(?:\.[0-9]+)?(?:e[0-9]+)?)\s*([a-z]*)")
+
+
+@dataclass(frozen=True)
+class Duration:
+    """An amount of training: `count` of `unit` (step, epoch, token, sample, second, minute, hour)."""
+
+    count: float
+    unit: str
+
+    ALLOWED: ClassVar[str] = "100 (steps), 2ep, 1000000tok, 5000samples, or by the clock 30s, 10min, 2h"
+
+    @classmethod
+    def parse(cls, value: object) -> Duration:
+        """Read `100`, `"2ep"`, `"1_000_000tok"`, `"10min"`. Raises ValueError on anything else."""
+        if isinstance(value, Duration):
+            return value
+        match = _PATTERN.fullmatch(str(value).strip().lower()) if not isinstance(value, bool) else None
+        if match is None or match[2] not in _UNITS:
+            raise ValueError(f"{value!r} is not a duration: give {cls.ALLOWED}")
+        count, unit = float(match[1].replace("_", "")), _UNITS[match[2]]
+        if count <= 0:
+            raise ValueError(f"{value!r} is not a duration: it must be more than 0")
+        if unit in _WHOLE and count != int(count):
+            raise ValueError(f"{value!r} is not a duration: a fraction of a {unit} cannot be counted")
+        return cls(count, unit)
+
+    @property
+    def seconds(self) -> float | None:
+        """The duration in seconds, or None for one that is counted in training."""
+        return self.count * _SECONDS[self.unit] if self.unit in _SECONDS else None
+
+    def __str__(self) -> str:
+        count = int(self.count) if self.count == int(self.count) else self.count
+        return f"{count}{_SHORT[self.unit]}"
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> core_schema.CoreSchema:
+        return core_schema.no_info_plain_validator_function(
+            cls.parse, serialization=core_schema.to_string_ser_schema()
+        )

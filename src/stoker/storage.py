@@ -1,0 +1,121 @@
+"""Files that survive a crash: atomic writes, synced directories, checksums and locks.
+
+The one place that knows how a file becomes durable. A file written here is either there
+whole or not there at all, whatever was killed when.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def sync_directory(path: Path) -> None:
+    """Make the names in a directory durable: a rename is lost in a power cut until this is done."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_file(path: Path) -> None:
+    """Flush a file's content to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file whole: beside it first, synced, then renamed into place."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+    sync_directory(path.parent)
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file's content, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def files_under(path: Path) -> list[Path]:
+    """Every file of a folder (or the file itself), sorted by name."""
+    if path.is_file():
+        return [path]
+    return sorted(p for p in path.rglob("*") if p.is_file())
+
+
+def try_lock(path: Path) -> int | None:
+    """Take the lock of a file; None where another process holds it.
+
+    The kernel lets go of it when the holder ends, however it ends, so a lock that is held
+    means a process that lives. Returns a descriptor: close it to let go.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    for _ in range(5):  # `is_locked` holds it for an instant, which is not an owner
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.01)
+        else:
+            return descriptor
+    os.close(descriptor)
+    return None
+
+
+def release_in_children(descriptor: int) -> None:
+    """Close a lock's descriptor in children made by `fork`, which would keep the lock past our death."""
+    identity = os.fstat(descriptor).st_ino
+
+    def close() -> None:
+        with contextlib.suppress(OSError):
+            if os.fstat(descriptor).st_ino == identity:  # the number may stand for another file by now
+                os.close(descriptor)
+
+    os.register_at_fork(after_in_child=close)
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a living process holds the lock of a file."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+@contextlib.contextmanager
+def locked(path: Path, timeout: float = 600.0) -> Iterator[None]:
+    """Hold the lock of a file, waiting for it up to `timeout` seconds. Raises TimeoutError."""
+    deadline = time.monotonic() + timeout
+    while (descriptor := try_lock(path)) is None:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{path} stayed locked for {timeout:.0f} s")
+        time.sleep(0.05)
+    try:
+        yield
+    finally:
+        os.close(descriptor)

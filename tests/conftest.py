@@ -1,0 +1,100 @@
+"""What the tests share: an environment apart from the user's, and the command as a process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of tokenised data for this session alone."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(autouse=True)
+def environment(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No sink unless a test asks for one, one thread a process, no hub."""
+    monkeypatch.setenv("STOKER_SINKS", "none")
+    monkeypatch.setenv("STOKER_CACHE", str(cache))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for name in ("STOKER_RUNS", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(name, raising=False)
+    yield
+
+
+@dataclass(frozen=True)
+class Done:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def answer(self) -> dict[str, Any]:
+        """The object that --json prints last."""
+        found: dict[str, Any] = json.loads(self.out.strip().splitlines()[-1])
+        return found
+
+
+Command = Callable[..., Done]
+Start = Callable[..., "subprocess.Popen[bytes]"]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Start `stoker ARGUMENTS` in a folder of its own; whatever still runs at the end is killed."""
+    processes: list[subprocess.Popen[bytes]] = []
+
+    def run(
+        *arguments: str, env: dict[str, str] | None = None, cwd: Path | None = None
+    ) -> subprocess.Popen[bytes]:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "stoker", *arguments],
+            cwd=cwd or tmp_path,
+            env={**os.environ, **(env or {})},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        processes.append(process)
+        return process
+
+    yield run
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def stoker(start: Start) -> Command:
+    """Run `stoker ARGUMENTS` to its end."""
+
+    def run(*arguments: str, **options: Any) -> Done:
+        process = start(*arguments, **options)
+        out, err = process.communicate(timeout=240)
+        return Done(process.returncode, out.decode(), err.decode())
+
+    return run
+
+
+@pytest.fixture
+def write_file(tmp_path: Path) -> Callable[[str, Sequence[str]], Path]:
+    """Write lines to a file of the test's folder."""
+
+    def write(name: str, lines: Sequence[str]) -> Path:
+        path = tmp_path / name
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return path
+
+    return write

@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from stoker import storage
+from stoker.run import journal, view
+from stoker.run.directory import RunDirectory
+
+
+def _run(path: Path) -> RunDirectory:
+    directory = RunDirectory(path / "runs" / "llm" / "a")
+    directory.create({"id": "a", "config": {"lr": 0.1, "seed": 0}, "sources": {}})
+    return directory
+
+
+def _attempt(directory: RunDirectory, events: list[dict[str, Any]], **started: Any) -> None:
+    _, writer = journal.start_attempt(directory.journal)
+    writer.append("attempt_started", pid=1, host="h", **started)
+    for event in events:
+        writer.append(event.pop("type"), **event)
+    writer.close()
+
+
+def _points(*steps: int, value: float = 0.0) -> list[dict[str, Any]]:
+    return [{"type": "metrics", "step": s, "values": {"loss": value + s}} for s in steps]
+
+
+def _resumed(step: int) -> dict[str, Any]:
+    return {"type": "resumed", "step": step, "passed_over": []}
+
+
+def test_resuming_from_a_step_voids_every_later_point(tmp_path: Path) -> None:
+    directory = _run(tmp_path)
+    _attempt(directory, _points(1, 2, 3, 4, 5))
+    _attempt(directory, [_resumed(2), *_points(3, 4, value=100)])
+    seen = view.load(directory)
+    assert seen.points["loss"] == {1: 1, 2: 2, 3: 103, 4: 104}
+    assert seen.step == 4
+    assert [a.resumed_from for a in seen.attempts] == [None, 2]
+
+
+def test_an_attempt_that_found_no_checkpoint_begins_anew(tmp_path: Path) -> None:
+    directory = _run(tmp_path)
+    _attempt(directory, _points(0, 1, 2))
+    _attempt(directory, [_resumed(0), *_points(0, 1, value=100)])
+    assert view.load(directory).points["loss"] == {0: 0, 1: 101}
+
+
+def test_a_point_logged_again_without_a_resume_keeps_its_first_value(tmp_path: Path) -> None:
+    directory = _run(tmp_path)
+    _attempt(directory, [*_points(1), *_points(1, value=100)])
+    assert view.load(directory).points["loss"] == {1: 1}
+
+
+def test_checkpoints_and_tables_past_the_resumed_step_are_void(tmp_path: Path) -> None:
+    directory = _run(tmp_path)
+    table = {"type": "table", "name": "t", "columns": ["a"], "rows": [[1]]}
+    marks = [{"type": "checkpoint", "step": s, "path": "", "bytes": 1} for s in (2, 4)]
+    _attempt(directory, [*marks, {**table, "step": 2}, {**table, "step": 4}])
+    _attempt(directory, [_resumed(2)])
+    seen = view.load(directory)
+    assert seen.checkpoints == [2]
+    assert [t.step for t in seen.tables] == [2]
+
+
+def test_rows_have_every_metric_by_step(tmp_path: Path) -> None:
+    directory = _run(tmp_path)
+    _attempt(directory, [*_points(1, 2), {"type": "metrics", "step": 2, "values": {"val": 7.0}}])
+    rows = view.load(directory).rows()
+    assert rows == [{"step": 1, "loss": 1, "val": None}, {"step": 2, "loss": 2, "val": 7}]
+
+
+def test_config_is_the_newest_attempts(tmp_path: Path) -> None:
+    directory = _run(tmp_path)
+    _attempt(directory, [])
+    _attempt(directory, [], drift={"lr": [0.1, 0.2]})
+    assert view.load(directory).config == {"lr": 0.2, "seed": 0}
+
+
+@pytest.mark.parametrize("status", ["finished", "failed", "preempted", "interrupted"])
+def test_status_is_what_the_last_attempt_said(tmp_path: Path, status: str) -> None:
+    directory = _run(tmp_path)
+    _attempt(directory, [{"type": "attempt_ended", "status": status, "error": None}])
+    assert view.load(directory).status == status
+
+
+def test_an_attempt_that_said_nothing_is_running_while_its_process_lives(tmp_path: Path) -> None:
+    directory = _run(tmp_path)
+    _attempt(directory, _points(1))
+    with storage.locked(directory.lock_file):
+        assert view.load(directory).status == "running"
+    assert view.load(directory).status == "killed"
+
+
+@given(kills=st.lists(st.tuples(st.integers(0, 12), st.integers(0, 12)), max_size=5))
+def test_the_curve_has_one_point_a_step_whatever_was_killed_when(
+    tmp_path_factory: pytest.TempPathFactory, kills: list[tuple[int, int]]
+) -> None:
+    """Each attempt goes on from some checkpoint before its start, for some steps, and is killed."""
+    directory = _run(tmp_path_factory.mktemp("run"))
+    reached = 0
+    for number, (back, steps) in enumerate([*kills, (0, 20)]):
+        begin = max(0, reached - back)
+        events = [_resumed(begin)] if number else []
+        _attempt(directory, [*events, *_points(*range(begin + 1, begin + steps + 1))])
+        reached = begin + steps
+    points = view.load(directory).points.get("loss", {})
+    assert list(points) == list(range(1, reached + 1))

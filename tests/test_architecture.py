@@ -1,0 +1,91 @@
+"""The house holds: lower never imports higher, rooms of one floor do not know each other, and
+the light parts load no torch."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import stoker
+
+PACKAGE = Path(stoker.__file__).parent
+
+# From the ground up; see docs/architecture.md.
+FLOORS = (
+    {"config", "storage", "world", "errors", "duration"},
+    {"run"},
+    {"engine", "data", "checkpoint", "tracking", "reproduce", "stopping", "progress"},
+    {"attempt"},
+    {"loop"},
+    {"recipes", "report"},
+    {"cli"},
+)
+# Modules of one floor that may import each other: the words that all others are made of.
+GROUND = FLOORS[0]
+LIGHT = ("stoker", "stoker.attempt", "stoker.cli.main", "stoker.tracking.follower", "stoker.report.html")
+HEAVY = {"torch", "transformers", "mlflow", "datasets", "peft", "plotly", "pyarrow", "sklearn"}
+
+
+def _room(module: str) -> str:
+    return module.split(".")[1]
+
+
+def _floor(room: str) -> int:
+    return next(i for i, rooms in enumerate(FLOORS) if room in rooms)
+
+
+def _imports(file: Path) -> set[str]:
+    """Every module of the package that a file imports, anywhere in it."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            found.update({node.module, *(f"{node.module}.{alias.name}" for alias in node.names)})
+    return {name for name in found if name.startswith("stoker.") and _room(name) in _rooms()}
+
+
+def _rooms() -> set[str]:
+    return {p.stem for p in PACKAGE.iterdir() if p.stem not in ("__init__", "__main__", "__pycache__", "py")}
+
+
+def _files() -> list[Path]:
+    return [p for p in sorted(PACKAGE.rglob("*.py")) if p.parent != PACKAGE or p.stem in _rooms()]
+
+
+def test_every_room_stands_on_a_floor() -> None:
+    assert _rooms() == set().union(*FLOORS)
+
+
+@pytest.mark.parametrize("file", _files(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_lower_never_imports_higher_and_rooms_of_a_floor_stay_apart(file: Path) -> None:
+    room = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    for imported in _imports(file):
+        other = _room(imported)
+        allowed = other == room or _floor(other) < _floor(room) or {room, other} <= GROUND
+        assert allowed, f"{room} may not import {imported}"
+
+
+@pytest.mark.parametrize("module", LIGHT)
+def test_light_parts_load_nothing_heavy(module: str) -> None:
+    code = f"import sys, {module}; print(sorted({HEAVY!r} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--help",), ("train", "--help"), ("runs", "list"), ("recipes", "show", "llm")]
+)
+def test_light_commands_load_nothing_heavy(arguments: tuple[str, ...], tmp_path: Path) -> None:
+    code = (
+        f"import sys, atexit; atexit.register(lambda: print(sorted({HEAVY!r} & set(sys.modules))));"
+        f"sys.argv = ['stoker', *{arguments!r}]; from stoker.cli.main import run; run()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().splitlines()[-1] == "[]"

@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import pytest
+from annotated_types import Gt
+from stoker import config as configs
+from stoker.duration import Duration
+from stoker.errors import BadInput
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora:
+    rank: int = 0
+    targets: tuple[str, ...] = ("q", "v")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    lr: float = 1e-3
+    batch_size: Annotated[int, Gt(0)] = 8
+    shape: Literal["cosine", "linear"] = "cosine"
+    every: Duration = Duration(1, "epoch")
+    limit: int | None = None
+    shuffle: bool = True
+    name: str = "x"
+    lora: Lora = field(default_factory=Lora)
+
+    def __post_init__(self) -> None:
+        if self.lr > 10:
+            raise ValueError(f"lr={self.lr} is beyond reason")
+
+
+def test_defaults_then_file_then_command_line(write_file: Callable[[str, Sequence[str]], Path]) -> None:
+    file = write_file("c.yaml", ["lr: 1e-4", "batch_size: 16", "lora:", "  rank: 4"])
+    found = configs.resolve(Config, ["batch_size=32", "lora.targets=[k]"], file)
+    assert found.config == Config(lr=1e-4, batch_size=32, lora=Lora(rank=4, targets=("k",)))
+    assert found.sources["lr"] == str(file)
+    assert found.sources["batch_size"] == "command line"
+    assert found.sources["shape"] == "default"
+    assert found.values["lora.rank"] == 4
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("lr=3e-4", {"lr": 3e-4}), ("every=100", {"every": Duration(100, "step")}), ("limit=none", {"limit": None}),
+        ("limit=5", {"limit": 5}), ("shuffle=false", {"shuffle": False}), ("name=a=b", {"name": "a=b"}),
+        ("name=", {"name": ""}), ("shape=linear", {"shape": "linear"}),
+    ],
+)  # fmt: skip
+def test_values_become_what_the_field_is(override: str, expected: dict[str, object]) -> None:
+    found = configs.resolve(Config, [override]).config
+    assert {key: getattr(found, key) for key in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("lr=abc", "lr=abc (command line): input should be a valid number"),
+        ("batch_sise=4", "unknown key 'batch_sise' (command line); did you mean 'batch_size'?"),
+        ("lora.rnak=4", "did you mean 'lora.rank'?"),
+        ("lora=4", "lora (command line) is a group of keys: give one of lora.rank, lora.targets"),
+        ("batch_size=0", "greater than 0"),
+        ("batch_size=1.5", "batch_size is a whole number"),
+        ("shape=square", "shape is one of cosine, linear"),
+        ("every=soon", "'soon' is not a duration"),
+        ("lr", "'lr' is not an override: write key=value"),
+        ("lr=11", "beyond reason"),
+    ],
+)
+def test_bad_values_say_what_is_allowed(override: str, said: str) -> None:
+    with pytest.raises(BadInput) as error:
+        configs.resolve(Config, [override])
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [(["- a"], "holds a list"), (["lr: [", "x"], "cannot be read"), (["lrr: 1"], "did you mean 'lr'?")],
+)
+def test_bad_files_are_refused(lines: list[str], said: str, write_file: Callable[..., Path]) -> None:
+    with pytest.raises(BadInput, match="c.yaml") as error:
+        configs.resolve(Config, [], write_file("c.yaml", lines))
+    assert said in str(error.value)
+
+
+def test_missing_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="does not exist"):
+        configs.resolve(Config, [], tmp_path / "none.yaml")
+
+
+def test_a_key_without_default_must_be_given() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Needs:
+        path: str
+
+    with pytest.raises(BadInput, match="path needs a value"):
+        configs.resolve(Needs)
+    assert configs.resolve(Needs, ["path=a"]).config == Needs(path="a")
+
+
+def test_a_record_gives_the_same_config_back() -> None:
+    found = configs.resolve(Config, ["lr=3e-4", "every=2ep", "lora.rank=8"])
+    assert configs.restore(Config, found.values, found.sources) == found
+
+
+def test_changed_keys_are_drift() -> None:
+    found = configs.resolve(Config, ["lr=3e-4"])
+    after = configs.changed(found, ["lr=1e-4", "lora.rank=2"])
+    assert after.config == Config(lr=1e-4, lora=Lora(rank=2))
+    assert configs.drift(found.values, after.values) == {"lr": (3e-4, 1e-4), "lora.rank": (0, 2)}

@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from stoker import storage
+
+HOLD = (
+    "import sys, time, os; from pathlib import Path; from stoker import storage\n"
+    "lock = storage.try_lock(Path(sys.argv[1])); storage.release_in_children(lock)\n"
+    "child = os.fork()\n"
+    "if child == 0: time.sleep(60); os._exit(0)\n"
+    "print(child, flush=True); time.sleep(60)\n"
+)
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "a"
+    storage.write_atomically(file, b"old")
+
+    def broken(descriptor: int) -> None:
+        raise OSError("disk")
+
+    monkeypatch.setattr(os, "fsync", broken)
+    with pytest.raises(OSError, match="disk"):
+        storage.write_atomically(file, b"new")
+    assert file.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_lock_is_held_once(tmp_path: Path) -> None:
+    file = tmp_path / "lock"
+    held = storage.try_lock(file)
+    assert held is not None
+    assert storage.try_lock(file) is None
+    assert storage.is_locked(file)
+    os.close(held)
+    assert not storage.is_locked(file)
+
+
+def test_a_lock_goes_with_its_process_though_a_forked_child_lives(tmp_path: Path) -> None:
+    file = tmp_path / "lock"
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(file)], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    child = int(process.stdout.readline())
+    assert storage.is_locked(file)
+    process.kill()
+    process.wait()
+    try:
+        assert not storage.is_locked(file)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        process.stdout.close()
+
+
+def test_no_file_no_lock(tmp_path: Path) -> None:
+    assert not storage.is_locked(tmp_path / "none")
+    assert not (tmp_path / "none").exists()
