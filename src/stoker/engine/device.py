@@ -1,0 +1,13 @@
+"""The device of a rank."""
+
+from __future__ import annotations
+
+import torch
+from stoker.world import World
+
+
+def pick(world: World) -> torch.device:
+    """The GPU of this local rank where there is one, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", world.local_rank % torch.cuda.device_count())
+    return torch.device("cpu")

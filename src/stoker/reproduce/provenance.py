@@ -1,0 +1,100 @@
+"""Provenance: what a run was made from, recorded at its start and readable with plain tools.
+
+Git's commit and diff, the installed packages with their versions, the machine. Nothing here
+may fail a run: what cannot be found out is left out.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import orjson
+import psutil
+from stoker import storage
+
+_CREDENTIALS = re.compile(r"(?<=://)[^/@]+@")
+
+
+def code_state(folder: Path) -> dict[str, Any]:
+    """The state of the git repository that holds a folder: commit, branch, remote, whether it is dirty.
+
+    Empty outside of git. Credentials in the remote's URL are removed.
+    """
+    commit = _git(folder, "rev-parse", "HEAD")
+    if commit is None:
+        return {}
+    status = _git(folder, "status", "--porcelain") or ""
+    remote = _git(folder, "config", "--get", "remote.origin.url")
+    return {
+        "commit": commit.strip(),
+        "branch": (_git(folder, "rev-parse", "--abbrev-ref", "HEAD") or "").strip(),
+        "remote": _CREDENTIALS.sub("", remote.strip()) if remote else None,
+        "dirty": bool(status.strip()),
+        "untracked": [line[3:] for line in status.splitlines() if line.startswith("??")],
+    }
+
+
+def write(target: Path, folder: Path, code: dict[str, Any]) -> None:
+    """Write `git.json`, `diff.patch`, `packages.txt` and `hardware.json` into a run's provenance folder."""
+    storage.write_atomically(target / "git.json", _json(code))
+    if code.get("dirty"):
+        diff = _git(folder, "diff", "HEAD", "--no-color", "--no-ext-diff") or ""
+        storage.write_atomically(target / "diff.patch", diff.encode())
+    storage.write_atomically(target / "packages.txt", ("\n".join(packages()) + "\n").encode())
+    storage.write_atomically(target / "hardware.json", _json(hardware()))
+
+
+def packages() -> list[str]:
+    """Every installed distribution as `name==version`, sorted."""
+    found = {(d.metadata["Name"] or "", d.version) for d in metadata.distributions()}
+    return sorted((f"{name}=={version}" for name, version in found if name), key=str.lower)
+
+
+def hardware() -> dict[str, Any]:
+    """This machine: system, processor, cores, memory in bytes, GPUs."""
+    return {
+        "host": platform.node(),
+        "system": platform.platform(),
+        "python": sys.version,
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "gpus": _gpus(),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def _gpus() -> list[str]:
+    query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    return (_output(query) or "").splitlines()
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    return _output(["git", "-C", str(folder), *arguments])
+
+
+def _output(command: list[str]) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.decode(errors="replace")
+
+
+def _json(value: dict[str, Any]) -> bytes:
+    return orjson.dumps(value, option=orjson.OPT_INDENT_2)

@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import orjson
+import pytest
+from stoker.checkpoint import manifest
+
+
+def _save(checkpoints: Path, step: int, content: bytes = b"weights") -> Path:
+    path = manifest.folder(checkpoints, step)
+    manifest.begin(path)
+    (path / "shard.safetensors").write_bytes(content)
+    manifest.commit(path, step=step, samples=step * 8, world_size=1)
+    return path
+
+
+def test_the_newest_valid_one_is_found(tmp_path: Path) -> None:
+    for step in (20, 100, 40):
+        _save(tmp_path, step)
+    found, passed_over = manifest.newest(tmp_path)
+    assert found is not None
+    assert (found.step, found.samples) == (100, 800)
+    assert passed_over == []
+
+
+def _no_manifest(path: Path) -> None:
+    (path / manifest.NAME).unlink()
+
+
+def _torn_manifest(path: Path) -> None:
+    file = path / manifest.NAME
+    file.write_bytes(file.read_bytes()[:-10])
+
+
+def _missing_shard(path: Path) -> None:
+    (path / "shard.safetensors").unlink()
+
+
+def _truncated_shard(path: Path) -> None:
+    (path / "shard.safetensors").write_bytes(b"weigh")
+
+
+def _flipped_bit(path: Path) -> None:
+    (path / "shard.safetensors").write_bytes(b"weighus")
+
+
+def _other_format(path: Path) -> None:
+    (path / manifest.NAME).write_bytes(orjson.dumps({"format": 99}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (_no_manifest, "no manifest"), (_torn_manifest, "cannot be read"), (_missing_shard, "is missing"),
+        (_truncated_shard, "has 5 bytes, not 7"), (_flipped_bit, "checksum"), (_other_format, "format"),
+    ],
+)  # fmt: skip
+def test_a_damaged_one_is_passed_over_with_the_reason(tmp_path: Path, damage, reason: str) -> None:  # type: ignore[no-untyped-def]
+    _save(tmp_path, 20)
+    damage(_save(tmp_path, 40))
+    found, passed_over = manifest.newest(tmp_path)
+    assert found is not None
+    assert found.step == 20
+    assert len(passed_over) == 1
+    assert passed_over[0].startswith("step-00000040: ")
+    assert reason in passed_over[0]
+
+
+def test_nothing_is_found_where_nothing_is(tmp_path: Path) -> None:
+    assert manifest.newest(tmp_path / "none") == (None, [])
+
+
+def test_pruning_keeps_the_newest_and_drops_unfinished_ones_before_them(tmp_path: Path) -> None:
+    for step in (10, 20, 30, 40):
+        _save(tmp_path, step)
+    _no_manifest(_save(tmp_path, 35))
+    _no_manifest(_save(tmp_path, 25))
+    manifest.prune(tmp_path, keep=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000030", "step-00000035", "step-00000040"]
+
+
+def test_a_step_saved_again_replaces_what_was_left_there(tmp_path: Path) -> None:
+    _flipped_bit(_save(tmp_path, 10))
+    _save(tmp_path, 10)
+    found, _ = manifest.newest(tmp_path)
+    assert found is not None
