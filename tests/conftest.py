@@ -21,7 +21,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def environment(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def environment(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No sink unless a test asks for one, one thread a process, no hub."""
     monkeypatch.setenv("STOKER_SINKS", "none")
     monkeypatch.setenv("STOKER_CACHE", str(cache))
@@ -29,7 +29,6 @@ def environment(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for name in ("STOKER_RUNS", "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(name, raising=False)
-    yield
 
 
 @dataclass(frozen=True)

@@ -200,7 +200,9 @@ class Run:
     _stepped_by_trainer = False
 
     def take_over_steps(self) -> None:
-        """From now on a Trainer says which step it is."""
+        """From now on a Trainer says which step it is. Raises ValueError where one does already."""
+        if self._stepped_by_trainer:
+            raise ValueError("a run has one Trainer: its checkpoints are that one's")
         self._stepped_by_trainer = True
 
     def event(self, kind: str, /, **fields: Any) -> None:

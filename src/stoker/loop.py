@@ -92,7 +92,7 @@ class Trainer:
         self._micro_batch = micro_batch
         self._checkpoint_every = Duration.parse(checkpoint_every)
         self._keep = keep_checkpoints
-        self._built = {name: _group_values(o) for name, o in self.optimizers.items()}
+        self._built = {name: state.hyperparameters(o) for name, o in self.optimizers.items()}
         self._weight: Weight = 0.0
         self._loader: Loader | None = None
         self._total = 0
@@ -330,21 +330,12 @@ class Trainer:
             > before // every.count
         )
 
-    def _capture(self) -> tuple[state.Tensors, dict[str, Any]]:
-        tensors = {f"model.{name}": t for name, t in state.model_tensors(self.model).items()}
-        optimizers: dict[str, Any] = {}
-        for name, optimizer in self.optimizers.items():
-            held, optimizers[name] = state.optimizer_state(self.model, optimizer)
-            tensors.update({f"optimizer.{name}.{key}": t for key, t in held.items()})
+    def _capture(self) -> tuple[store.Tensors, dict[str, Any]]:
+        tensors, values = state.capture(self.model, self.optimizers, self._built)
         random_tensors, random_values = random_state.capture()
         tensors.update({f"random.{key}": t for key, t in random_tensors.items()})
-        values = {
-            "position": {"step": self.steps_done, "samples": self.samples_done},
-            "optimizers": optimizers,
-            "built": self._built,
-            "random": random_values,
-        }
-        return tensors, values
+        position = {"step": self.steps_done, "samples": self.samples_done}
+        return tensors, {**values, "position": position, "random": random_values}
 
     def _restore(self) -> None:
         found, passed_over = manifest.newest(self.run.directory.checkpoints)
@@ -358,36 +349,10 @@ class Trainer:
             self.run.step = self.steps_done
 
     def _load(self, checkpoint: manifest.Checkpoint) -> None:
-        specs = store.shapes(checkpoint)
-        model_now = {f"model.{name}": t for name, t in state.model_tensors(self.model).items()}
-        state.compare(
-            {name: t.shape for name, t in model_now.items()},
-            {name: shape for name, (shape, _) in specs.items() if name.startswith("model.")},
-        )
-        others = {n: torch.empty(s, dtype=d) for n, (s, d) in specs.items() if n not in model_now}
-        store.load_tensors(checkpoint, {**model_now, **others})
-        values = store.load_values(checkpoint)
-        for name, optimizer in self.optimizers.items():
-            self._load_optimizer(name, optimizer, others, values)
+        others, values = state.load(checkpoint, self.model, self.optimizers, self._built)
         self.steps_done, self.samples_done = values["position"]["step"], values["position"]["samples"]
         self._saved_step = self.steps_done
-        self._random = (_inside(others, "random."), values["random"])
-
-    def _load_optimizer(
-        self, name: str, optimizer: torch.optim.Optimizer, tensors: state.Tensors, values: Mapping[str, Any]
-    ) -> None:
-        held = _inside(tensors, f"optimizer.{name}.")
-        parameters = dict(self.model.named_parameters())
-        moved = {
-            key: t if key.endswith(".step") else t.to(parameters[key.rpartition(".")[0]].device)
-            for key, t in held.items()
-        }
-        state.restore_optimizer(self.model, optimizer, moved, values["optimizers"][name])
-        # A value that the user has changed since (a new lr) wins over the saved one.
-        for group, now, then in zip(
-            optimizer.param_groups, self._built[name], values["built"][name], strict=True
-        ):
-            group.update({key: value for key, value in now.items() if _plain(value) != then.get(key)})
+        self._random = (state.inside(others, "random."), values["random"])
 
     def _reading(self) -> Reading:
         steps = self._rate.steps_per_second
@@ -422,20 +387,6 @@ def _trainable(model: torch.nn.Module) -> list[torch.nn.Parameter]:
             f"{type(model).__name__} has no parameter to train: every one has requires_grad=False"
         )
     return parameters
-
-
-def _group_values(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """The hyperparameters an optimizer was built with, a dict a group."""
-    return [{k: _plain(v) for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-
-
-def _plain(value: Any) -> Any:
-    """A value as it comes back from JSON."""
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _inside(tensors: state.Tensors, prefix: str) -> state.Tensors:
-    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 
 def _why_uncountable(duration: Duration) -> str:

@@ -11,9 +11,64 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
+from stoker.checkpoint import store
+from stoker.checkpoint.manifest import Checkpoint
+from stoker.checkpoint.store import Tensors
 from stoker.errors import StokerError
 
-Tensors = dict[str, torch.Tensor]
+Groups = list[dict[str, Any]]
+
+
+def capture(
+    model: torch.nn.Module, optimizers: Mapping[str, torch.optim.Optimizer], built: Mapping[str, Groups]
+) -> tuple[Tensors, dict[str, Any]]:
+    """The state of a model and its optimizers: tensors by name, and JSON values.
+
+    `built` holds the hyperparameters that the optimizers were made with, see `hyperparameters`.
+    """
+    tensors = {f"model.{name}": t for name, t in model_tensors(model).items()}
+    values: dict[str, Any] = {}
+    for name, optimizer in optimizers.items():
+        held, values[name] = optimizer_state(model, optimizer)
+        tensors.update({f"optimizer.{name}.{key}": t for key, t in held.items()})
+    return tensors, {"optimizers": values, "built": dict(built)}
+
+
+def load(
+    checkpoint: Checkpoint,
+    model: torch.nn.Module,
+    optimizers: Mapping[str, torch.optim.Optimizer],
+    built: Mapping[str, Groups],
+) -> tuple[Tensors, dict[str, Any]]:
+    """Put a checkpoint into a model and its optimizers; returns all its other tensors, and its values.
+
+    A hyperparameter that the user has changed since wins over the saved one. Raises StokerError
+    where the checkpoint is of another model or other optimizers.
+    """
+    specs = store.shapes(checkpoint)
+    model_now = {f"model.{name}": t for name, t in model_tensors(model).items()}
+    _compare(
+        {name: t.shape for name, t in model_now.items()},
+        {name: shape for name, (shape, _) in specs.items() if name.startswith("model.")},
+    )
+    others = {n: torch.empty(s, dtype=d) for n, (s, d) in specs.items() if n not in model_now}
+    store.load_tensors(checkpoint, {**model_now, **others})
+    values = store.load_values(checkpoint)
+    for name, optimizer in optimizers.items():
+        _restore_optimizer(model, optimizer, inside(others, f"optimizer.{name}."), values["optimizers"][name])
+        for group, now, then in zip(optimizer.param_groups, built[name], values["built"][name], strict=True):
+            group.update({key: value for key, value in now.items() if plain(value) != then.get(key)})
+    return others, values
+
+
+def hyperparameters(optimizer: torch.optim.Optimizer) -> Groups:
+    """An optimizer's hyperparameters, a dict a group."""
+    return [{k: plain(v) for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+
+
+def inside(tensors: Mapping[str, torch.Tensor], prefix: str) -> Tensors:
+    """The tensors whose names begin with a prefix, without it."""
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 
 def model_tensors(model: torch.nn.Module) -> Tensors:
@@ -42,10 +97,9 @@ def optimizer_state(
     return tensors, {"state": scalars, "groups": groups}
 
 
-def restore_optimizer(
+def _restore_optimizer(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer, tensors: Tensors, values: Mapping[str, Any]
 ) -> None:
-    """Put back what `optimizer_state` returned. Raises StokerError where the groups differ."""
     parameters = dict(model.named_parameters())
     names = {parameter: name for name, parameter in parameters.items()}
     now = [[names[p] for p in group["params"]] for group in optimizer.param_groups]
@@ -60,10 +114,16 @@ def restore_optimizer(
     optimizer.state.clear()
     for full_name, value in {**tensors, **values["state"]}.items():
         name, _, key = full_name.rpartition(".")
-        optimizer.state[parameters[name]][key] = value
+        parameter = parameters[name]
+        optimizer.state[parameter][key] = _beside(parameter, key, value)
 
 
-def compare(expected: Mapping[str, torch.Size], found: Mapping[str, torch.Size]) -> None:
+def _beside(parameter: torch.nn.Parameter, key: str, value: Any) -> Any:
+    """State lies on its parameter's device, but for step counters, which optimizers keep on the CPU."""
+    return value.to(parameter.device) if isinstance(value, torch.Tensor) and key != "step" else value
+
+
+def _compare(expected: Mapping[str, torch.Size], found: Mapping[str, torch.Size]) -> None:
     """Raises StokerError naming tensors that are missing, unexpected, or of another shape."""
     missing = sorted(expected.keys() - found.keys())
     unexpected = sorted(found.keys() - expected.keys())
@@ -84,3 +144,8 @@ def _some(names: list[str]) -> str:
 def _as_before(current: Any, saved: Any) -> Any:
     """JSON has no tuples: betas come back as the type that the optimizer has."""
     return tuple(saved) if isinstance(current, tuple) else saved
+
+
+def plain(value: Any) -> Any:
+    """A value as it comes back from JSON."""
+    return list(value) if isinstance(value, tuple) else value

@@ -13,12 +13,14 @@ from typing import Any, cast
 import orjson
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from stoker.checkpoint import manifest
 from stoker.checkpoint.manifest import Checkpoint
-from stoker.checkpoint.state import Tensors
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+
+Tensors = dict[str, torch.Tensor]
 
 _VALUES = "state.json"
 
@@ -76,6 +78,18 @@ def load_tensors(checkpoint: Checkpoint, into: Tensors) -> None:
 def load_values(checkpoint: Checkpoint) -> dict[str, Any]:
     """The JSON values of a checkpoint."""
     return cast("dict[str, Any]", orjson.loads((checkpoint.path / _VALUES).read_bytes()))
+
+
+def export_model(checkpoint: Checkpoint, target: Path) -> Path:
+    """Write the model's tensors of a checkpoint to one safetensors file, under the model's own names."""
+    tensors = {
+        name.removeprefix("model."): torch.empty(shape, dtype=dtype)
+        for name, (shape, dtype) in shapes(checkpoint).items()
+        if name.startswith("model.")
+    }
+    load_tensors(checkpoint, {f"model.{name}": tensor for name, tensor in tensors.items()})
+    save_file(tensors, target)
+    return target
 
 
 _DTYPES = {

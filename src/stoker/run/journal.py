@@ -80,12 +80,14 @@ def start_attempt(journal: Path) -> tuple[int, JournalWriter]:
             number += 1
 
 
-def read(journal: Path, cursor: Cursor | None = None, limit: int | None = None) -> Iterator[Event]:
+def read(
+    journal: Path, cursor: Cursor | None = None, *, limit: int | None = None, until: Cursor | None = None
+) -> Iterator[Event]:
     """The events past the cursor, in the order of attempts; each has its `attempt`.
 
     The cursor moves with every event yielded. A last line without its newline is left for
     the next call (or for ever, where its writer died); a line that is no event is skipped.
-    At most `limit` events are read.
+    At most `limit` events are read, and none past `until`.
     """
     cursor = cursor if cursor is not None else Cursor()
     for name in _names(journal):
@@ -95,7 +97,7 @@ def read(journal: Path, cursor: Cursor | None = None, limit: int | None = None) 
         with (journal / name).open("rb") as file:
             file.seek(cursor.offsets.get(name, 0))
             for line in file:
-                if not line.endswith(b"\n"):
+                if not line.endswith(b"\n") or _reached(until, cursor, name):
                     break
                 if limit is not None and limit <= 0:
                     return
@@ -127,6 +129,10 @@ def _parse(line: bytes) -> Event | None:
     except orjson.JSONDecodeError:
         return None
     return event if isinstance(event, dict) and isinstance(event.get("type"), str) else None
+
+
+def _reached(until: Cursor | None, cursor: Cursor, name: str) -> bool:
+    return until is not None and cursor.offsets.get(name, 0) >= until.offsets.get(name, 0)
 
 
 def _names(journal: Path) -> list[str]:

@@ -1,0 +1,63 @@
+"""The main job, offline: pretrain a small language model, fine-tune it with LoRA, and test both.
+
+Everything is done by `stoker` commands, which are printed as they run. Killed at any moment,
+the same `make demo` goes on where it was.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from stoker.run import directory, view
+
+RUNS = Path("runs")
+PRETRAIN = [
+    "train", "llm", "--experiment", "demo", "--name", "base", "model=tiny", "data=python-docs",
+    "max_steps=1000", "eval_every=500", "checkpoint_every=100", "seed=1",
+]  # fmt: skip
+FINETUNE = [
+    "train", "llm", "--experiment", "demo", "--name", "lora", "model=runs/demo/base/artifacts/model",
+    "data=python-docs-qa", "lora.rank=16", "lora.alpha=32", "lr=2e-3", "epochs=3", "eval_every=1ep",
+    "checkpoint_every=50", "seed=1",
+]  # fmt: skip
+
+
+def stoker(arguments: list[str]) -> dict:
+    """Run a command with its progress shown, and return its --json answer."""
+    arguments = [*arguments, "--runs", str(RUNS)]
+    print(f"\n$ stoker {' '.join(arguments)}", flush=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "stoker", *arguments, "--json"], stdout=subprocess.PIPE, text=True, check=False
+    )
+    if done.returncode:
+        sys.exit(done.returncode)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    base = stoker(PRETRAIN)
+    tuned = stoker(FINETUNE)
+    seen = view.load(directory.find(RUNS, "demo/lora"))
+    vocabulary = json.loads((RUNS / "demo/base/artifacts/model/config.json").read_text())["vocab_size"]
+    before, after = tuned["metrics"]["base_test_perplexity"], tuned["metrics"]["test_perplexity"]
+    print("\n" + "=" * 80)
+    for prompt, completion in seen.tables[-1].rows:
+        print(f"{prompt}{completion}\n{'-' * 80}")
+    print(f"""
+test perplexity on documents, base     {base["metrics"]["test_perplexity"]:10.1f}   (a uniform guess: {vocabulary})
+test perplexity on answers, base       {before:10.1f}
+test perplexity on answers, fine-tuned {after:10.1f}
+tokens/s                               {base["metrics"]["tokens_per_second"]:10.0f}   pretraining
+                                       {tuned["metrics"]["tokens_per_second"]:10.0f}   fine-tuning
+run                                    {Path(tuned["run"]).relative_to(Path.cwd())}
+report                                 {Path(tuned["report"]).relative_to(Path.cwd())}
+
+next:
+  .venv/bin/stoker runs list
+  .venv/bin/stoker runs show lora
+  .venv/bin/stoker ui""")
+
+
+if __name__ == "__main__":
+    main()

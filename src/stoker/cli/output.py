@@ -1,0 +1,34 @@
+"""What every verb shares: where runs stand, and how an answer is printed.
+
+With `--json` a verb prints one object on standard output, last; progress and warnings go to
+standard error always.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import orjson
+import typer
+from rich.console import Console
+
+RunsFolder = Annotated[
+    Path,
+    typer.Option("--runs", envvar="STOKER_RUNS", help="The folder that runs stand under.", metavar="DIR"),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, last.")]
+
+DEFAULT_RUNS = Path("runs")
+
+
+def console() -> Console:
+    """Standard output for people; without colours or a width limit where it is not a terminal."""
+    return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+
+
+def print_json(answer: dict[str, Any]) -> None:
+    """Print the one object of a `--json` answer. NaN and infinities become null."""
+    sys.stdout.write(orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY, default=str).decode() + "\n")
+    sys.stdout.flush()

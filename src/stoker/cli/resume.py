@@ -1,0 +1,56 @@
+"""`stoker resume RUN`: continue a run as it is recorded; changed keys are recorded as drift."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from stoker import config as configs
+from stoker import recipes
+from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder
+from stoker.cli.train import Overrides, start
+from stoker.errors import BadInput
+from stoker.run import directory, view
+
+log = logging.getLogger("stoker")
+
+
+def resume(
+    run: Annotated[str, typer.Argument(help="A run's id, the start of one, experiment/id, or its path.")],
+    overrides: Overrides = None,
+    runs: RunsFolder = DEFAULT_RUNS,
+    json: Json = False,
+) -> int:
+    """Continue a run from its newest valid checkpoint, as recorded.
+
+    A KEY=VALUE given here replaces the recorded one from now on, and is reported as drift.
+    """
+    found = directory.find(runs, run)
+    seen = view.load(found)
+    reference = seen.record["recipe"].get("reference")
+    if reference is None:
+        raise BadInput(
+            f"{found.id} was made by a script without a recipe: run that script again with the same name"
+        )
+    _return_to(Path(seen.record["cwd"]))
+    recipe = recipes.load(reference)
+    resolved = configs.restore(recipe.config, seen.config, seen.record["sources"])
+    if overrides:
+        resolved = configs.changed(resolved, overrides)
+        for key, (old, new) in configs.drift(seen.config, resolved.values).items():
+            log.warning("drift: %s was %s and is %s from now on", key, old, new)
+    return start(
+        recipe, resolved, runs=found.path.parent.parent, name=found.id, experiment=found.experiment,
+        json=json, accept_drift=True,
+    )  # fmt: skip
+
+
+def _return_to(folder: Path) -> None:
+    """Relative paths in the config are meant from where the run was started."""
+    if folder.is_dir():
+        os.chdir(folder)
+    else:
+        log.warning("the run was started in %s, which is gone: relative paths are taken from here", folder)

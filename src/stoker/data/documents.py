@@ -1,0 +1,113 @@
+"""Documents, and their division into train, validation and test.
+
+The split of a document is decided by a hash of its key, not by its place: it stays the same
+when documents are added, and documents with one key are never in two splits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from stoker.errors import BadInput
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text, or an answer to a prompt; `key` decides its split."""
+
+    key: str
+    prompt: str
+    """Empty for plain text."""
+    text: str
+    """The plain text, or the answer."""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents with the SHA-256 of their content and a line on where they are from."""
+
+    documents: list[Document]
+    fingerprint: str
+    description: str
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The three parts of a corpus, each in the corpus's order."""
+
+    train: list[Document]
+    validation: list[Document]
+    test: list[Document]
+
+
+def make_corpus(documents: list[Document], description: str) -> Corpus:
+    """A corpus of these documents, named by their content."""
+    digest = hashlib.sha256()
+    for document in documents:
+        for part in (document.key, document.prompt, document.text):
+            content = part.encode()
+            digest.update(len(content).to_bytes(8, "little"))
+            digest.update(content)
+    return Corpus(documents, digest.hexdigest(), description)
+
+
+def content_key(*parts: str) -> str:
+    """The key of a document that has no name of its own: a hash of its content."""
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+
+
+def split(documents: Sequence[Document], validation: float = 0.05, test: float = 0.05) -> Splits:
+    """Divide documents into three parts, none of them empty, of about these fractions.
+
+    Raises BadInput where there are fewer than three different keys, or no fraction is left
+    for training.
+    """
+    if validation < 0 or test < 0 or validation + test >= 1:
+        raise BadInput(
+            f"validation={validation} and test={test} must be 0 or more and leave some to train on"
+        )
+    places = sorted({document.key for document in documents}, key=_place)
+    if len(places) < 3:
+        raise BadInput(
+            f"there are {len(places)} different documents: train, validation and test need at least "
+            "one each, so give 3 or more"
+        )
+    tests = _count(places, 0.0, test, most=len(places) - 2)
+    validations = _count(places, test, test + validation, most=len(places) - tests - 1)
+    in_test, in_validation = set(places[:tests]), set(places[tests : tests + validations])
+    return Splits(
+        train=[d for d in documents if d.key not in in_test and d.key not in in_validation],
+        validation=[d for d in documents if d.key in in_validation],
+        test=[d for d in documents if d.key in in_test],
+    )
+
+
+def _place(key: str) -> float:
+    """A key's fixed place in [0, 1)."""
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:6], "big") / 2**48
+
+
+def _count(places: Sequence[str], low: float, high: float, most: int) -> int:
+    return min(max(1, sum(low <= _place(key) < high for key in places)), most)
+
+
+def chop(text: str, limit: int) -> list[str]:
+    """Cut a text into parts of at most `limit` characters: between paragraphs where it can be,
+    else after a sentence, a line, a word."""
+    parts: list[str] = []
+    rest = text.strip("\n")
+    while len(rest) > limit:
+        cut = _cut(rest, limit)
+        parts.append(rest[:cut].rstrip())
+        rest = rest[cut:].removeprefix(" ").lstrip("\n")
+    return [part for part in [*parts, rest.rstrip()] if part.strip()]
+
+
+def _cut(text: str, limit: int) -> int:
+    for border, kept in (("\n\n", 0), (".\n", 1), ("\n", 0), (" ", 0)):
+        at = text.rfind(border, 1, limit - kept + len(border))
+        if at > 0:
+            return at + kept
+    return limit

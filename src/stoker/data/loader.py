@@ -1,0 +1,197 @@
+"""The loader: this rank's share of each global batch, endless, from any sample position.
+
+Which samples make a batch is a pure function of (seed, position), see `order`. Randomness of
+an augmentation is a function of (seed, epoch, sample): Python's, NumPy's and torch's CPU
+generators are seeded before each sample is read and put back after the batch. So the number
+of workers, ranks and restarts changes no sample, and loading never touches the global random
+state. A dataset that keeps a generator of its own is outside of this.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.context import BaseContext
+from typing import Any, Protocol, TypeAlias, runtime_checkable
+
+import numpy as np
+import torch
+from stoker.data.order import fold, order
+from stoker.errors import BadInput
+from stoker.world import World
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+
+Collate: TypeAlias = Callable[[list[Any]], Any]
+Pair: TypeAlias = tuple[int, int]  # epoch, dataset index
+
+_COLLATE = 1  # salt: a collate function draws other numbers than the samples it joins
+
+
+class MapDataset(Protocol):
+    """What can be loaded: a number of samples, each read by its index."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+@runtime_checkable
+class TokenDataset(Protocol):
+    """A dataset that knows its mean number of tokens a sample, so that durations in tokens can be counted."""
+
+    tokens_per_sample: float
+
+
+class Loader:
+    """Global batches of a map-style dataset, this rank's share of each.
+
+    Args:
+        batch_size: samples of a global batch, over all ranks.
+        world: whose share is loaded.
+        seed: of the order and of augmentations.
+        workers: processes that read samples; 0 reads in this one.
+        collate: joins a list of samples to a batch; by default torch's `default_collate`.
+        shuffle: whether each epoch has an order of its own; else that of the dataset.
+
+    Raises:
+        BadInput: the dataset is empty, or the batch size cannot be shared among the ranks.
+    """
+
+    def __init__(
+        self,
+        dataset: MapDataset,
+        *,
+        batch_size: int,
+        world: World,
+        seed: int,
+        workers: int = 0,
+        collate: Collate | None = None,
+        shuffle: bool = True,
+    ) -> None:
+        _check(dataset, batch_size, world)
+        self.batch_size = batch_size
+        self.samples_per_epoch = len(dataset)
+        self.tokens_per_sample = dataset.tokens_per_sample if isinstance(dataset, TokenDataset) else None
+        self._world = world
+        self._workers = workers
+        self._order_seed = seed if shuffle else None
+        self._dataset = _SeededDataset(dataset, seed, collate or default_collate)
+
+    def batches(self, start_sample: int) -> Iterator[Any]:
+        """This rank's share of each global batch from a global sample position on, without end."""
+        sampler = _Shares(
+            self._order_seed, self.samples_per_epoch, start_sample, self.batch_size, self._world
+        )
+        return iter(
+            DataLoader(
+                self._dataset,
+                batch_sampler=sampler,
+                collate_fn=_as_is,
+                num_workers=self._workers,
+                multiprocessing_context=_worker_context() if self._workers else None,
+                generator=torch.Generator(),  # else the iterator draws a seed from the global state
+            )
+        )
+
+
+def evaluation_batches(
+    dataset: MapDataset, batch_size: int, world: World, collate: Collate | None = None
+) -> Iterator[Any]:
+    """This rank's share of a dataset in order, each sample exactly once over all ranks.
+
+    The last batch is smaller, and a rank for which it holds nothing goes without it.
+    `batch_size` is global. Raises BadInput as `Loader` does.
+    """
+    _check(dataset, batch_size, world)
+    seeded = _SeededDataset(dataset, 0, collate or default_collate)
+    share = batch_size // world.size
+    for start in range(world.rank * share, len(dataset), batch_size):
+        yield seeded.__getitems__([(0, i) for i in range(start, min(start + share, len(dataset)))])
+
+
+def _check(dataset: MapDataset, batch_size: int, world: World) -> None:
+    if len(dataset) == 0:
+        raise BadInput("the dataset is empty")
+    if batch_size < 1:
+        raise BadInput(f"batch_size={batch_size}: it must be at least 1")
+    if batch_size % world.size:
+        raise BadInput(
+            f"batch_size={batch_size} is for all {world.size} ranks together: "
+            f"make it a multiple of {world.size}"
+        )
+
+
+def _worker_context() -> BaseContext:
+    """Forkserver: a fork of this process, which has threads, may deadlock, and a spawn imports torch anew."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
+
+
+class _Shares(Sampler[list[Pair]]):
+    """One rank's samples of each global batch, as (epoch, index) pairs."""
+
+    def __init__(self, seed: int | None, size: int, start: int, batch_size: int, world: World) -> None:
+        self._seed, self._size = seed, size
+        self._step = batch_size
+        self._share = batch_size // world.size
+        self._start = start + world.rank * self._share
+
+    def __iter__(self) -> Iterator[list[Pair]]:
+        position = self._start
+        while True:
+            if self._seed is None:
+                yield [divmod(p, self._size) for p in range(position, position + self._share)]
+            else:
+                epochs, indices = order(self._seed, self._size, position, self._share)
+                yield list(zip(epochs.tolist(), indices.tolist(), strict=True))
+            position += self._step
+
+
+class _SeededDataset(Dataset[Any]):
+    """Reads and joins the samples of a batch, each under randomness of its own."""
+
+    def __init__(self, dataset: MapDataset, seed: int, collate: Collate) -> None:
+        self._dataset, self._seed, self._collate = dataset, seed, collate
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, pair: Pair) -> Any:
+        with _random_state_kept():
+            return self._read(pair)
+
+    def __getitems__(self, pairs: list[Pair]) -> Any:
+        """The batch of these samples. DataLoader calls this in place of one `__getitem__` a sample."""
+        with _random_state_kept():
+            samples = [self._read(pair) for pair in pairs]
+            _seed_all(int(fold(self._seed, *pairs[0], _COLLATE)[0]))
+            return self._collate(samples)
+
+    def _read(self, pair: Pair) -> Any:
+        _seed_all(int(fold(self._seed, *pair)[0]))
+        return self._dataset[pair[1]]
+
+
+@contextmanager
+def _random_state_kept() -> Iterator[None]:
+    python, legacy, default = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(legacy)
+        torch.set_rng_state(default)
+
+
+def _seed_all(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    # Not torch.manual_seed, which seeds every GPU too: those belong to the training step.
+    torch.default_generator.manual_seed(seed)

@@ -1,0 +1,198 @@
+"""Reading text data into documents: built-in corpora, local files, datasets of the hub.
+
+Every source ends in the same `Document`s. A record is read by the fields it has, in any of
+the forms that instruction data comes in. Input that cannot be read is refused with the file,
+the line and what was expected.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from stoker.data import python_docs
+from stoker.data.documents import Corpus, Document, Splits, chop, content_key, make_corpus, split
+from stoker.errors import BadInput, nearest
+
+__all__ = ["BUILT_IN", "Corpus", "Document", "Splits", "read", "split"]
+
+BUILT_IN: dict[str, Callable[[], list[Document]]] = {
+    "python-docs": python_docs.texts,
+    "python-docs-qa": python_docs.questions,
+}
+
+# (prompt, optional addition to the prompt, text). Pairs first: sets of pairs often carry a
+# rendering of the whole as "text" too.
+_FORMS: tuple[tuple[str | None, str | None, str], ...] = (
+    ("prompt", None, "completion"),
+    ("question", None, "answer"),
+    ("instruction", "input", "output"),
+    (None, None, "text"),
+)
+_FORMS_TEXT = (
+    '{"text"}, {"prompt", "completion"}, {"question", "answer"} or '
+    '{"instruction", "output"} with an optional "input"'
+)
+_TEXT_DOCUMENT = 2000  # characters
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+Record = tuple[str, Any]  # where it stands, and what stands there
+
+
+def read(source: str) -> Corpus:
+    """Read a corpus by name: built in, a .jsonl, .parquet or .txt file, or a hub dataset id.
+
+    Raises BadInput for what does not exist, cannot be read, or holds no text.
+    """
+    if source in BUILT_IN:
+        return make_corpus(BUILT_IN[source](), python_docs.describe(source))
+    path = Path(source).expanduser()
+    if path.is_dir():
+        raise BadInput(f"{source} is a folder: name a .jsonl, .parquet or .txt file in it")
+    if path.exists():
+        documents = list(_read_file(path))
+        origin = path.name
+    elif path.suffix.lower() in _FILE_ENDINGS or not _HUB_ID.fullmatch(source):
+        raise BadInput(f"data file {source} does not exist")
+    else:
+        documents = list(_documents(_hub(source)))
+        origin = f"hub dataset {source}"
+    if not documents:
+        raise BadInput(f"{source} is an empty dataset: it holds no text")
+    return make_corpus(documents, f"{origin}, {len(documents):,} documents")
+
+
+def _read_file(path: Path) -> Iterator[Document]:
+    reader = _READERS.get(path.suffix.lower())
+    if reader is None:
+        raise BadInput(f"{path} has an ending that is not known: give a .jsonl, .parquet or .txt file")
+    try:
+        yield from reader(path)
+    except OSError as error:
+        raise BadInput(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _read_txt(path: Path) -> Iterator[Document]:
+    text = _decode(path.read_bytes(), str(path)).replace("\r\n", "\n")
+    parts = re.split(r"\n(?:[ \t\f]*\n){2,}", text)
+    if len(parts) < 3:  # no borders to speak of
+        parts = chop(text, _TEXT_DOCUMENT)
+    for part in parts:
+        if part.strip():
+            yield Document(content_key(part), "", part.strip("\n"))
+
+
+def _read_jsonl(path: Path) -> Iterator[Document]:
+    yield from _documents(_lines(path))
+
+
+def _lines(path: Path) -> Iterator[Record]:
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, start=1):
+            where = f"{path}, line {number}"
+            line = _decode(raw, where).strip()
+            if not line:
+                continue
+            try:
+                yield where, json.loads(line)
+            except json.JSONDecodeError as error:
+                raise BadInput(f"{where}: not JSON: {error.msg} (column {error.colno})") from error
+            except RecursionError as error:
+                raise BadInput(f"{where}: not usable JSON: nested too deeply") from error
+
+
+def _read_parquet(path: Path) -> Iterator[Document]:
+    yield from _documents(_rows(path))
+
+
+def _rows(path: Path) -> Iterator[Record]:
+    import pyarrow
+    from pyarrow import parquet
+
+    number = itertools.count(1)
+    try:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches():
+                for row in batch.to_pylist():
+                    yield f"{path}, row {next(number)}", row
+    except pyarrow.ArrowInvalid as error:
+        raise BadInput(f"{path} is not a Parquet file: {error}") from error
+
+
+def _hub(name: str) -> Iterator[Record]:
+    """The train split of a dataset, by its id on the hub."""
+    from datasets import load_dataset
+
+    try:
+        rows = load_dataset(name, split="train")
+    except Exception as error:  # a service and a parser for any format: there is no list of what they raise
+        raise BadInput(
+            f"{name} is not a file here{nearest(name, BUILT_IN)}; as a dataset of the hub it cannot be "
+            f"loaded: {error}"
+        ) from error
+    for number, row in enumerate(rows, start=1):
+        yield f"{name}, row {number}", row
+
+
+def _documents(records: Iterable[Record]) -> Iterator[Document]:
+    """The documents of records; one whose text is blank has nothing to learn from and is left out."""
+    for where, record in records:
+        prompt, text = _parse(where, record)
+        if text.strip():
+            yield Document(content_key(prompt, text), prompt, text)
+
+
+def _parse(where: str, record: Any) -> tuple[str, str]:
+    """A record's prompt (empty for plain text) and text. Raises BadInput."""
+    if not isinstance(record, dict):
+        raise BadInput(
+            f'{where}: a record must be a JSON object such as {{"text": ...}}, not {_kind(record)}'
+        )
+    for prompt, addition, text in _FORMS:
+        if text in record and (prompt is None or prompt in record):
+            asked = _field(where, record, prompt) if prompt else ""
+            added = _field(where, record, addition) if addition and record.get(addition) else ""
+            return (f"{asked}\n\n{added}" if added.strip() else asked), _field(where, record, text)
+    has = ", ".join(repr(name) for name in record) or "none"
+    raise BadInput(f"{where}: no expected field; the record has the fields {has}; allowed are {_FORMS_TEXT}")
+
+
+def _field(where: str, record: dict[str, Any], name: str) -> str:
+    value = record[name]
+    if not isinstance(value, str):
+        raise BadInput(f"{where}: the field {name!r} must be a text, not {_kind(value)}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can spell
+        raise BadInput(f"{where}: the field {name!r} is not valid Unicode: {error.reason}") from error
+    return value
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
+    return names.get(
+        type(value), f"a number ({value})" if isinstance(value, int | float) else "something else"
+    )
+
+
+def _decode(content: bytes, where: str) -> str:
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BadInput(
+            f"{where}: not UTF-8: byte 0x{content[error.start]:02x} at offset {error.start}; "
+            "convert the file to UTF-8"
+        ) from error
+
+
+_READERS: dict[str, Callable[[Path], Iterator[Document]]] = {
+    ".jsonl": _read_jsonl,
+    ".parquet": _read_parquet,
+    ".txt": _read_txt,
+}
+_FILE_ENDINGS = {*_READERS, ".json", ".csv", ".tsv", ".md", ".gz", ".zst", ".zip"}
+"""What makes a name that does not exist a missing file, not the id of a dataset, which may hold dots too."""

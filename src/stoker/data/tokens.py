@@ -1,0 +1,287 @@
+"""Documents as rows of tokens: tokenised once, packed with their boundaries kept, memory-mapped.
+
+Documents are cut into pieces of at most a row's length, and the pieces are packed into rows
+by best fit, longest first. A row's positions restart at each piece, which is what keeps
+attention from crossing from one document to the next, and no label asks a piece's first token
+of the piece before it. The arrays stand in the cache in a folder named by a fingerprint of
+all they depend on, and appear there by a rename: whole or not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from stoker import storage
+from stoker.data.documents import Document
+from stoker.errors import BadInput
+
+FORMAT = 1
+"""Part of the fingerprint: raise it when the arrays, or what they hold for the same input, change."""
+
+NO_LOSS = -100
+"""The label of a token that nothing has to predict, as torch's cross-entropy and transformers have it."""
+
+_BATCH = 1024  # texts handed to the tokenizer at once
+_LOCK_TIMEOUT = 24 * 3600.0  # seconds to wait for another process that is tokenising the same
+
+Encode = Callable[[list[str]], Sequence[Sequence[int]]]
+
+
+def cache_folder() -> Path:
+    """Where tokenised data is kept: STOKER_CACHE, else `stoker` in XDG_CACHE_HOME or ~/.cache."""
+    if named := os.environ.get("STOKER_CACHE"):
+        return Path(named).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "stoker"
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What became of the documents."""
+
+    rows: int
+    tokens: int
+    """Real tokens, without padding."""
+    loss_tokens: int
+    """Tokens that have a label."""
+    truncated: int
+    """Pairs whose answer was cut off at the end of a row."""
+    dropped: int
+    """Pairs whose prompt alone fills a row."""
+    efficiency: float
+    """Real tokens among all tokens of all rows."""
+
+
+class PackedDataset:
+    """Rows of packed documents; opened by `tokenise`, or by `open` from a folder of the cache."""
+
+    def __init__(self, folder: Path) -> None:
+        meta = json.loads((folder / "meta.json").read_text())
+        self.folder = folder
+        self.sequence_length: int = meta["sequence_length"]
+        self.statistics = Statistics(**meta["statistics"])
+        self._pad_id: int = meta["pad_id"]
+        self._tokens = np.load(folder / "tokens.npy", mmap_mode="r")
+        self._has_loss = np.load(folder / "has_loss.npy", mmap_mode="r")
+        self._pieces = np.load(folder / "pieces.npy", mmap_mode="r")
+        self._rows = np.load(folder / "rows.npy", mmap_mode="r")
+
+    def __reduce__(self) -> tuple[type[PackedDataset], tuple[Path]]:
+        return PackedDataset, (self.folder,)  # a worker maps the files itself, and copies nothing
+
+    def __len__(self) -> int:
+        return self.statistics.rows
+
+    @property
+    def tokens_per_sample(self) -> float:
+        """The mean number of real tokens in a row."""
+        return self.statistics.tokens / self.statistics.rows
+
+    @property
+    def loss_tokens(self) -> int:
+        """The number of tokens that have a label, over all rows."""
+        return self.statistics.loss_tokens
+
+    def __getitem__(self, index: int) -> dict[str, NDArray[np.int64]]:
+        """A row: `input_ids`, `labels` and `position_ids`, each int64 (sequence_length,).
+
+        Labels stand at the place of the token itself (the loss shifts them by one), and are
+        NO_LOSS for padding, prompts, and the first token of each piece. Positions restart at
+        0 with each piece, padding being one more.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        first, last = int(self._rows[index]), int(self._rows[index + 1])
+        bounds = self._pieces[first : last + 1].astype(np.int64)
+        real = slice(0, int(bounds[-1] - bounds[0]))
+        input_ids = np.full(self.sequence_length, self._pad_id, dtype=np.int64)
+        labels = np.full(self.sequence_length, NO_LOSS, dtype=np.int64)
+        input_ids[real] = self._tokens[bounds[0] : bounds[-1]]
+        has_loss = self._has_loss[bounds[0] : bounds[-1]]
+        labels[real] = np.where(has_loss, input_ids[real], NO_LOSS)
+        starts = np.append(bounds[:-1] - bounds[0], real.stop)
+        lengths = np.diff(np.append(starts, self.sequence_length))
+        position_ids = np.arange(self.sequence_length) - np.repeat(starts, lengths)
+        return {"input_ids": input_ids, "labels": labels, "position_ids": position_ids}
+
+
+def tokenise(
+    documents: Sequence[Document],
+    *,
+    encode: Encode,
+    eos_id: int,
+    vocab_size: int,
+    sequence_length: int,
+    fingerprint: tuple[object, ...],
+    cache: Path,
+    bos_id: int | None = None,
+) -> PackedDataset:
+    """Tokenise and pack documents, or open what an earlier call with the same fingerprint made.
+
+    Args:
+        encode: token ids of each text, without special tokens.
+        eos_id: ends each document, and pads rows.
+        vocab_size: one more than the largest token id; decides the width of what is stored.
+        sequence_length: tokens in a row, at least 2.
+        fingerprint: all that decides what is packed, as values with a stable repr: of the
+            corpus, the split and its fractions, the tokenizer.
+        cache: the folder the arrays are kept in, see `cache_folder`.
+        bos_id: begins each document, where the model wants one.
+
+    Raises:
+        BadInput: the sequence is too short, no tokens are left, or the cache cannot be written.
+    """
+    if sequence_length < 2:
+        raise BadInput(
+            f"sequence_length={sequence_length}: it must be at least 2, as each token predicts the next"
+        )
+    parts = (FORMAT, sequence_length, eos_id, bos_id, vocab_size, *fingerprint)
+    folder = cache / hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+    if not folder.exists():
+        pieces = _Pieces(sequence_length, eos_id, bos_id, _smallest_type(vocab_size))
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            with storage.locked(cache / f"{folder.name}.lock", _LOCK_TIMEOUT):
+                if not folder.exists():
+                    pieces.add(documents, encode)
+                    _write(folder, pieces)
+        except OSError as error:
+            raise BadInput(
+                f"the cache {cache} cannot be written ({error.strerror}): set STOKER_CACHE to another folder"
+            ) from error
+    return PackedDataset(folder)
+
+
+def _smallest_type(vocab_size: int) -> type[np.uint16] | type[np.uint32]:
+    return np.uint16 if vocab_size <= 2**16 else np.uint32
+
+
+class _Pieces:
+    """The documents as pieces of at most a row's length, in one array of tokens."""
+
+    def __init__(
+        self, sequence_length: int, eos_id: int, bos_id: int | None, dtype: type[np.uint16] | type[np.uint32]
+    ) -> None:
+        self.sequence_length, self.eos_id, self.dtype = sequence_length, eos_id, dtype
+        self._begin = [] if bos_id is None else [bos_id]
+        self.tokens: list[NDArray[np.unsignedinteger]] = []  # a piece each
+        self.unpredicted: list[int] = []  # tokens without loss at the start of each piece
+        self.truncated = self.dropped = 0
+
+    def add(self, documents: Sequence[Document], encode: Encode) -> None:
+        for start in range(0, len(documents), _BATCH):
+            batch = documents[start : start + _BATCH]
+            prompts = encode([d.prompt for d in batch if d.prompt]) if any(d.prompt for d in batch) else []
+            prompt = iter(prompts)
+            for document, text in zip(batch, encode([d.text for d in batch]), strict=True):
+                self._add(list(next(prompt)) if document.prompt else [], list(text))
+        if not self.tokens:
+            raise BadInput(
+                f"no tokens are left of {len(documents)} documents ({self.dropped} have a prompt that alone "
+                f"fills a row of {self.sequence_length} tokens): raise sequence_length, or give other data"
+            )
+
+    def _add(self, prompt: list[int], text: list[int]) -> None:
+        if not text:
+            return
+        whole = [*self._begin, *prompt, *text, self.eos_id]
+        if not prompt:
+            for start in range(0, len(whole), self.sequence_length):
+                self._append(whole[start : start + self.sequence_length], 1)
+            return
+        masked = len(self._begin) + len(prompt)
+        if masked >= self.sequence_length:
+            self.dropped += 1
+            return
+        self.truncated += len(whole) > self.sequence_length
+        self._append(whole[: self.sequence_length], masked)
+
+    def _append(self, tokens: list[int], unpredicted: int) -> None:
+        if len(tokens) > unpredicted:  # the last token of a cut document may stand alone: nothing to learn
+            self.tokens.append(np.array(tokens, dtype=self.dtype))
+            self.unpredicted.append(unpredicted)
+
+
+def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Best-fit-decreasing bin packing.
+
+    Longest first, each piece goes to the row with the least room that still takes it.
+    Rows are found by the room they have left, so it takes n log n, not n times the rows.
+
+    Returns:
+        The indices of the pieces of each row. The same for the same lengths.
+    """
+    rows: list[list[int]] = []
+    by_room: list[list[int]] = [[] for _ in range(capacity + 1)]
+    rooms = 0  # bit r is set where some row has room r
+    for piece in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        length = lengths[piece]
+        fitting = rooms >> length
+        if fitting:
+            room = length + (fitting & -fitting).bit_length() - 1
+            row = by_room[room].pop()
+            if not by_room[room]:
+                rooms ^= 1 << room
+            rows[row].append(piece)
+        else:
+            room, row = capacity, len(rows)
+            rows.append([piece])
+        left = room - length
+        by_room[left].append(row)
+        rooms |= 1 << left
+    return rows
+
+
+def _write(folder: Path, pieces: _Pieces) -> None:
+    rows = pack([len(tokens) for tokens in pieces.tokens], pieces.sequence_length)
+    placed = [piece for row in rows for piece in row]
+    tokens = np.concatenate([pieces.tokens[piece] for piece in placed])
+    bounds = _bounds(len(pieces.tokens[piece]) for piece in placed)
+    starts = np.repeat(bounds[:-1], np.diff(bounds))
+    unpredicted = np.repeat([pieces.unpredicted[piece] for piece in placed], np.diff(bounds))
+    has_loss = np.arange(len(tokens)) - starts >= unpredicted
+    statistics = Statistics(
+        rows=len(rows),
+        tokens=len(tokens),
+        loss_tokens=int(has_loss.sum()),
+        truncated=pieces.truncated,
+        dropped=pieces.dropped,
+        efficiency=len(tokens) / (len(rows) * pieces.sequence_length),
+    )
+    meta = {
+        "format": FORMAT,
+        "sequence_length": pieces.sequence_length,
+        "pad_id": pieces.eos_id,
+        "statistics": asdict(statistics),
+    }
+    arrays = {"tokens": tokens, "has_loss": has_loss, "pieces": bounds, "rows": _bounds(map(len, rows))}
+    _publish(folder, arrays, meta)
+
+
+def _bounds(lengths: Iterable[int]) -> NDArray[np.int64]:
+    """Where each of consecutive parts begins, and where the last one ends: (n + 1,)."""
+    return np.cumsum([0, *lengths], dtype=np.int64)
+
+
+def _publish(folder: Path, arrays: dict[str, NDArray[np.generic]], meta: dict[str, object]) -> None:
+    temporary = folder.with_name(f".{folder.name}.tmp")  # under the lock: only a killed process left one
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        for name, array in arrays.items():
+            np.save(temporary / f"{name}.npy", array)
+            storage.sync_file(temporary / f"{name}.npy")
+        storage.write_atomically(temporary / "meta.json", json.dumps(meta).encode())
+        temporary.rename(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    storage.sync_directory(folder.parent)

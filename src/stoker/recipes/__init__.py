@@ -1,0 +1,101 @@
+"""Recipes: a config dataclass and one `train(run, config)` function, shipped or a user's own."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import sys
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass, make_dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from stoker.errors import BadInput, nearest
+
+SHIPPED = {"llm": "stoker.recipes.llm:train"}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What can be trained."""
+
+    name: str
+    reference: str
+    """Finds it again: a shipped name, `FILE.py:FUNCTION` with an absolute path, or `MODULE:FUNCTION`."""
+    train: Callable[..., None]
+    config: type[Any]
+    source: Path
+    """The file that defines it."""
+
+
+def load(reference: str) -> Recipe:
+    """A recipe by shipped name, by file (`my_train.py`, `my_train.py:train`) or by `module:function`.
+
+    Raises BadInput where there is none; an error within the user's file is the user's, and passes.
+    """
+    if reference in SHIPPED:
+        path, _, function = SHIPPED[reference].partition(":")
+        train = getattr(importlib.import_module(path), function)
+        return from_function(train, name=reference, reference=reference)
+    target, _, function = reference.partition(":")
+    module = _module(target, reference)
+    found = getattr(module, function or "train", None)
+    if not callable(found):
+        raise BadInput(f"{target} has no function {function or 'train'}(run, config)")
+    return from_function(found)
+
+
+def from_function(
+    train: Callable[..., None], name: str | None = None, reference: str | None = None
+) -> Recipe:
+    """The recipe of a train function; its config is the annotation of the second parameter."""
+    source = Path(inspect.getsourcefile(train) or "").absolute()
+    return Recipe(
+        name=name or source.stem,
+        reference=reference or f"{source}:{train.__name__}",
+        train=train,
+        config=_config_class(train),
+        source=source,
+    )
+
+
+def _module(target: str, reference: str) -> ModuleType:
+    if target.endswith(".py"):
+        return _import_file(Path(target).absolute())
+    if ":" in reference:
+        try:
+            return importlib.import_module(target)
+        except ModuleNotFoundError as error:
+            raise BadInput(f"module {target} cannot be imported: {error}") from error
+    hint = nearest(reference, SHIPPED) or f"; the shipped ones are {', '.join(SHIPPED)}"
+    raise BadInput(f"no recipe {reference!r}{hint}; your own is a file such as my_train.py")
+
+
+def _import_file(file: Path) -> ModuleType:
+    """Import a script as a module of its own name, its folder on the path as when it is run."""
+    if not file.is_file():
+        raise BadInput(f"{file} does not exist")
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(file.parent))
+    sys.modules[file.stem] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _config_class(train: Callable[..., None]) -> type:
+    parameters = list(inspect.signature(train).parameters)
+    if len(parameters) < 2:
+        return make_dataclass("NoConfig", [], frozen=True)
+    hints: dict[str, Any] = typing.get_type_hints(train)
+    found = hints.get(parameters[1])
+    if not isinstance(found, type):
+        raise BadInput(
+            f"{train.__name__}(run, {parameters[1]}): annotate {parameters[1]} with its config dataclass"
+        )
+    return found

@@ -1,0 +1,148 @@
+"""Train a causal language model: from scratch, or fine-tuned whole or with LoRA.
+
+Text is packed into rows of `sequence_length` tokens without attention across documents, and
+the loss is the mean over the tokens of the whole global batch. Heavy imports stand inside
+`train`, so that a mistyped key is answered at once.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+from annotated_types import Ge, Gt, Lt
+from stoker.attempt import Run
+from stoker.duration import Duration
+from stoker.engine.precision import Precision
+from stoker.engine.schedule import Shape
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora:
+    """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685), by peft."""
+
+    rank: Annotated[int, Ge(0)] = 0
+    """Rank of the adapters; 0 trains every weight."""
+    alpha: Annotated[float, Gt(0)] = 16.0
+    """The adapters are scaled by alpha / rank."""
+    dropout: Annotated[float, Ge(0), Lt(1)] = 0.05
+    """Share of an adapter's inputs dropped while training."""
+    targets: str = "all-linear"
+    """Modules that get an adapter: all-linear, or names joined by commas."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Keys of `stoker train llm`."""
+
+    model: str = "tiny"
+    """A size to start from scratch (tiny, small, base), a local directory, or a hub id."""
+    data: str = "python-docs"
+    """python-docs or python-docs-qa (built in), a .jsonl, .parquet or .txt file, or a hub dataset id."""
+    tokenizer: str | None = None
+    """A directory or hub id; by default the model's own, and for a new model one trained on the data."""
+    vocab_size: Annotated[int, Ge(300)] = 4096
+    """Entries of a tokenizer that is trained here."""
+    lora: Lora = field(default_factory=Lora)
+    lr: Annotated[float, Gt(0)] | None = None
+    """Peak learning rate; by default 3e-3 from scratch, 2e-4 with LoRA, 2e-5 for every weight."""
+    schedule: Shape = "cosine"
+    """How the learning rate goes down after the warm-up."""
+    warmup: Annotated[float, Ge(0), Lt(1)] = 0.05
+    """Share of the steps over which the learning rate goes up."""
+    weight_decay: Annotated[float, Ge(0)] = 0.01
+    clip_norm: Annotated[float, Gt(0)] = 1.0
+    """Largest global norm of the gradient."""
+    max_steps: Duration | None = None
+    """How long to train: 100 (steps), 2ep or 1000000tok."""
+    epochs: Annotated[float, Gt(0)] | None = None
+    """The same in epochs; 1 where neither is given."""
+    batch_size: Annotated[int, Ge(1)] = 8
+    """Rows of a step, over all ranks."""
+    micro_batch: Annotated[int, Ge(1)] | None = None
+    """Rows of a forward pass; by default the whole batch."""
+    sequence_length: Annotated[int, Ge(2)] = 256
+    """Tokens of a row."""
+    precision: Precision = "auto"
+    """fp32, bf16, or auto: bf16 on GPUs that have it."""
+    eval_every: Duration = Duration(1, "epoch")
+    """Perplexity on the validation documents, and generations."""
+    checkpoint_every: Duration = Duration(10, "minute")
+    keep_checkpoints: Annotated[int, Ge(1)] = 3
+    """How many of the newest checkpoints are kept."""
+    validation: Annotated[float, Gt(0), Lt(0.5)] = 0.05
+    """Share of the documents held out for evaluation while training."""
+    test: Annotated[float, Gt(0), Lt(0.5)] = 0.05
+    """Share of the documents held out for the final test."""
+    prompts: tuple[str, ...] = ()
+    """What generations begin with; by default two beginnings of validation documents."""
+    generate_tokens: Annotated[int, Ge(1)] = 64
+    """Length of a generation."""
+    seed: Annotated[int, Ge(0)] = 0
+
+    def __post_init__(self) -> None:
+        if self.max_steps is not None and self.epochs is not None:
+            raise ValueError(f"max_steps={self.max_steps} and epochs={self.epochs} are both given: give one")
+        for name in ("max_steps", "eval_every"):
+            value = getattr(self, name)
+            if value is not None and value.seconds is not None:
+                raise ValueError(
+                    f"{name}={value} is by the clock, which differs between machines: "
+                    "count in steps, ep or tok"
+                )
+
+    @property
+    def length(self) -> Duration:
+        """How long to train."""
+        return self.max_steps or Duration(self.epochs or 1.0, "epoch")
+
+
+def train(run: Run, config: Config) -> None:
+    """Read and pack the data, build the model, train, test, export."""
+    from stoker.engine import schedule
+    from stoker.engine.random_state import seed_everything
+    from stoker.loop import Trainer
+    from stoker.recipes import language_data, language_model
+    from torch.optim import AdamW
+
+    seed_everything(config.seed)
+    corpus, splits = language_data.read(config)
+    language = language_model.build(config, splits.train)
+    data = language_data.pack(config, corpus, splits, language.tokenizer)
+    prompts = config.prompts or language_data.prompts(splits.validation)
+    model = language_model.with_lora(language.model, config.lora)
+    lr = config.lr or language_model.default_lr(config)
+    run.fingerprint("data", corpus.fingerprint)
+    run.fingerprint("model", language.fingerprint)
+
+    trainer = Trainer(
+        run,
+        model,
+        optimizer=lambda params: AdamW(params, lr=lr, betas=(0.9, 0.95), weight_decay=config.weight_decay),
+        inputs=language_model.inputs,
+        loss=language_model.loss,
+        schedule=schedule.build(config.schedule, warmup=config.warmup, floor=0.1),
+        clip_norm=config.clip_norm,
+        precision=config.precision,
+        micro_batch=config.micro_batch,
+        checkpoint_every=config.checkpoint_every,
+        keep_checkpoints=config.keep_checkpoints,
+    )
+
+    def perplexity(rows: Any) -> float:
+        return math.exp(trainer.evaluate(rows, batch_size=config.micro_batch or config.batch_size))
+
+    if trainer.steps_done == 0 and language.pretrained:
+        run.log(base_test_perplexity=perplexity(data.test))
+    loader = trainer.loader(data.train, batch_size=config.batch_size)
+    for batch in trainer.steps(loader, max_steps=config.length):
+        run.log(loss=trainer.step(batch), lr=trainer.lr)
+        if trainer.every(10) and trainer.rate is not None:
+            run.log(tokens_per_second=trainer.rate)
+        if trainer.every(config.eval_every) or trainer.last:
+            val_perplexity = perplexity(data.validation)
+            run.log(val_loss=math.log(val_perplexity), val_perplexity=val_perplexity)
+            language_model.log_generations(run, model, language.tokenizer, prompts, config.generate_tokens)
+    run.log(test_perplexity=perplexity(data.test))
+    language_model.export(run, model, language.tokenizer)

@@ -1,0 +1,244 @@
+"""The language recipe from end to end: real processes, real kills, a real MLflow store."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from support import loaded, wait_for_points
+
+TRAIN = ("train", "llm", "model=tiny", "data=python-docs", "max_steps=60", "checkpoint_every=20", "seed=1")
+TUNE = (
+    "train", "llm", "data=python-docs-qa", "lora.rank=4", "lora.dropout=0.1", "lr=2e-3", "max_steps=24",
+    "checkpoint_every=8", "sequence_length=128", "batch_size=4", "seed=3",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One runs folder for this module: later tests fine-tune and read what earlier ones trained."""
+    return tmp_path_factory.mktemp("here") / "runs"
+
+
+@pytest.fixture
+def base(stoker: Callable[..., Any], runs: Path) -> Path:
+    """The run `a`: 60 steps of the smallest model, never interrupted."""
+    if not (runs / "llm" / "a" / "artifacts" / "report.html").exists():
+        done = stoker(*TRAIN, "--name", "a", "--runs", str(runs))
+        assert done.code == 0, done.err
+    return runs / "llm" / "a"
+
+
+def _killed_and_resumed(
+    start: Any, stoker: Any, command: tuple[str, ...], run: Path, moments: list[int], **env: str
+) -> None:
+    for moment in moments:
+        process = start(*command, env=env)
+        wait_for_points(process, run, moment)
+        process.kill()
+        process.wait()
+    done = stoker(*command, env=env)
+    assert done.code == 0, done.err
+
+
+def test_killed_three_times_it_ends_in_the_same_bits_and_mlflow_has_one_curve(
+    stoker: Callable[..., Any], start: Callable[..., Any], base: Path, runs: Path
+) -> None:
+    moments = [random.SystemRandom().randint(1, 30) for _ in range(3)]
+    command = (*TRAIN, "--name", "b", "--runs", str(runs))
+    _killed_and_resumed(start, stoker, command, runs / "llm" / "b", moments, STOKER_SINKS="mlflow")
+
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        same = [(run / "artifacts" / "model" / name).read_bytes() for run in (base, runs / "llm" / "b")]
+        assert same[0] == same[1], (name, moments)
+
+    tables = [
+        json.loads(stoker("runs", "export", name, "--format", "json", "--runs", str(runs)).out)
+        for name in "ab"
+    ]
+    curves = [
+        [(row["step"], row["loss"]) for row in _rows(table) if row["loss"] is not None] for table in tables
+    ]
+    assert curves[0] == curves[1], moments
+    assert [step for step, _ in curves[0]] == list(range(1, 61))
+
+    _assert_one_curve_in_mlflow(runs, loaded(runs / "llm" / "b"))
+
+
+def _rows(table: Any) -> list[dict[str, Any]]:
+    return table["rows"] if isinstance(table, dict) else table
+
+
+def _assert_one_curve_in_mlflow(runs: Path, seen: Any) -> None:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{runs}/mlflow.db")
+    experiment = client.get_experiment_by_name("llm")
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.status == "FINISHED"
+    assert run.data.params["model"] == "tiny"
+    for metric, series in seen.points.items():
+        history = client.get_metric_history(run.info.run_id, metric)
+        assert [point.step for point in history] == list(series), metric
+        if metric != "tokens_per_second":  # by the clock: of whichever attempt came first
+            assert [point.value for point in history] == list(series.values()), metric
+    artifacts = {artifact.path for artifact in client.list_artifacts(run.info.run_id)}
+    assert {"model", "report.html"} <= artifacts
+
+
+def test_lora_is_exact_over_kills_and_loads_with_peft_on_the_exported_base(
+    stoker: Callable[..., Any], start: Callable[..., Any], base: Path, runs: Path
+) -> None:
+    command = (*TUNE, f"model={base}/artifacts/model", "--runs", str(runs))
+    whole = stoker(*command, "--name", "tuned")
+    assert whole.code == 0, whole.err
+    moments = [random.SystemRandom().randint(2, 14) for _ in range(2)]
+    _killed_and_resumed(start, stoker, (*command, "--name", "cut"), runs / "llm" / "cut", moments)
+    weights = [
+        (runs / "llm" / name / "artifacts" / "adapter" / "adapter_model.safetensors").read_bytes()
+        for name in ("tuned", "cut")
+    ]
+    assert weights[0] == weights[1], moments
+    seen = loaded(runs / "llm" / "tuned")
+    assert seen.last("test_perplexity") < seen.last("base_test_perplexity")
+    assert seen.last("base_test_perplexity") < 4096
+    _assert_peft_gives_the_run_s_logits(base / "artifacts" / "model", runs / "llm" / "tuned")
+
+
+def _assert_peft_gives_the_run_s_logits(model: Path, run: Path) -> None:
+    """The adapter as a user loads it, against the weights of the run's own last checkpoint."""
+    from peft import PeftModel
+    from stoker.checkpoint import manifest, store
+    from stoker.recipes import language_model
+    from stoker.recipes.llm import Lora
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    loaded_by_peft = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), run / "artifacts" / "adapter"
+    ).eval()
+    trained = language_model.with_lora(
+        AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), Lora(rank=4)
+    ).eval()
+    checkpoint, _ = manifest.newest(run / "checkpoints")
+    assert checkpoint is not None
+    saved = {
+        name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in store.shapes(checkpoint).items()
+    }
+    store.load_tensors(checkpoint, saved)
+    adapter = {k.removeprefix("model."): v for k, v in saved.items() if k.startswith("model.")}
+    assert not trained.load_state_dict(adapter, strict=False).unexpected_keys
+    tokenizer = AutoTokenizer.from_pretrained(run / "artifacts" / "adapter")
+    ids = tokenizer("What does `object.__len__(self)` do?", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        ours, theirs = trained(ids).logits, loaded_by_peft(ids).logits
+        bare = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()(ids).logits
+    assert torch.equal(ours, theirs)
+    assert not torch.allclose(ours, bare)
+
+
+def test_the_loss_is_that_of_plain_pytorch_on_the_same_rows(cache: Path, runs: Path, base: Path) -> None:
+    """The first step of run `a`: the mean over all tokens of its eight packed rows, each document alone."""
+    from stoker.data.loader import Loader
+    from stoker.engine.random_state import seed_everything
+    from stoker.recipes import language_data, language_model
+    from stoker.recipes.llm import Config
+    from stoker.world import World
+
+    config = Config(seed=1)
+    seed_everything(config.seed)
+    corpus, splits = language_data.read(config)
+    language = language_model.build(config, splits.train)
+    rows = language_data.pack(config, corpus, splits, language.tokenizer).train
+    batch = next(Loader(rows, batch_size=8, world=World(), seed=1).batches(0))
+    total, count = 0.0, 0
+    for ids, labels, positions in zip(
+        batch["input_ids"], batch["labels"], batch["position_ids"], strict=True
+    ):
+        starts = [*(positions == 0).nonzero().flatten().tolist(), len(ids)]
+        for begin, end in itertools.pairwise(starts):
+            logits = language.model(ids[None, begin:end]).logits[0, :-1]
+            wanted = labels[begin + 1 : end]
+            total += torch.nn.functional.cross_entropy(
+                logits, wanted, ignore_index=-100, reduction="sum"
+            ).item()
+            count += int((wanted != -100).sum())
+    assert loaded(base).points["loss"][1] == pytest.approx(total / count, rel=1e-5)
+    assert total / count == pytest.approx(math.log(4096), rel=0.02)  # an untrained model guesses evenly
+
+
+FORMS: list[dict[str, str]] = [
+    {"text": "A line about the number {i}, long enough to be learnt from."},
+    {"prompt": "What is {i}?", "completion": "It is the number {i}."},
+    {"question": "What is {i}?", "answer": "It is the number {i}."},
+    {"instruction": "Say the number.", "input": "{i}", "output": "It is {i}."},
+]
+
+
+@pytest.mark.parametrize("form", FORMS, ids="-".join)
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_trains_on_files_of_every_form(
+    stoker: Callable[..., Any], tmp_path: Path, form: dict[str, str], kind: str
+) -> None:
+    records = [{key: value.format(i=i) for key, value in form.items()} for i in range(60)]
+    file = tmp_path / f"data.{kind}"
+    if kind == "jsonl":
+        file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    else:
+        pq.write_table(pa.Table.from_pylist(records), file)
+    done = stoker(
+        "train", "llm", f"data={file.name}", "model=tiny", "vocab_size=300", "sequence_length=32",
+        "max_steps=2", "batch_size=2", "generate_tokens=4", "--json",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    assert np.isfinite(done.answer["metrics"]["test_perplexity"])
+    assert Path(done.answer["report"]).is_file()
+
+
+def _lines(*records: object) -> str:
+    return "".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in records)
+
+
+@pytest.mark.parametrize(
+    ("content", "overrides", "said"),
+    [
+        (None, ["data=missing.jsonl"], "missing.jsonl does not exist"),
+        ("", ["data=d.jsonl"], "empty"),
+        (_lines({"text": "a"}, "{not json"), ["data=d.jsonl"], "d.jsonl"),
+        (_lines({"text": "a"}, "{not json"), ["data=d.jsonl"], "line 2"),
+        (_lines({"text": "a"}, {"body": "b", "title": "t"}), ["data=d.jsonl"], "body, title"),
+        (None, ["lr=abc"], "lr=abc"),
+        (None, ["batchsize=4"], "did you mean 'batch_size'?"),
+        (None, ["sequence_length=0"], "greater than or equal to 2"),
+        (None, ["max_steps=10", "epochs=2"], "give one"),
+        (None, ["max_steps=10min"], "by the clock"),
+        (None, ["model=emptydir"], "has no config.json"),
+        (None, ["model=./nowhere"], "is not a directory"),
+        (None, ["model=tiny2"], "did you mean 'tiny'"),
+        (None, ["data=someone/some-dataset"], "someone/some-dataset"),
+        (None, ["precision=fp8"], "auto, fp32, bf16"),
+        (None, ["--runs", "/dev/null/runs"], "cannot be written"),
+    ],
+)
+def test_bad_input_ends_with_2_and_leaves_no_run(
+    stoker: Callable[..., Any], tmp_path: Path, content: str | None, overrides: list[str], said: str
+) -> None:
+    (tmp_path / "emptydir").mkdir()
+    if content is not None:
+        (tmp_path / "d.jsonl").write_text(content)
+    done = stoker("train", "llm", *overrides, "--json")
+    assert done.code == 2, done.err
+    assert said in done.err
+    assert "Traceback" not in done.err
+    assert done.answer["bad_input"] is True
+    assert not (tmp_path / "runs").exists()

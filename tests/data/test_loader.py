@@ -1,0 +1,168 @@
+"""The loader: the same samples for every world, worker count and restart, and no draw from global state."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from stoker.data.loader import Loader, evaluation_batches
+from stoker.errors import BadInput
+from stoker.world import World
+
+Sample = dict[str, Any]
+
+
+class Numbers:
+    """`size` samples, each its own number."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> int:
+        return index
+
+
+class Augmented(Numbers):
+    """Each sample with a draw from every generator."""
+
+    tokens_per_sample = 12.5
+
+    def __getitem__(self, index: int) -> Sample:  # type: ignore[override]
+        drawn = [random.random(), float(np.random.rand()), float(torch.rand(()))]
+        return {"index": index, "drawn": torch.tensor(drawn, dtype=torch.float64)}
+
+
+def collate_with_noise(samples: list[int]) -> torch.Tensor:
+    return torch.tensor(samples) + torch.rand(len(samples))
+
+
+def loader(dataset: Numbers, batch_size: int = 4, world: World | None = None, **options: Any) -> Loader:
+    return Loader(dataset, batch_size=batch_size, world=world or World(), seed=5, **options)
+
+
+def take(batches: Iterator[Any], count: int) -> list[Any]:
+    return list(islice(batches, count))
+
+
+def flat(batches: list[Sample]) -> tuple[list[int], list[list[float]]]:
+    return (
+        [int(i) for batch in batches for i in batch["index"]],
+        [row for batch in batches for row in batch["drawn"].tolist()],
+    )
+
+
+def states() -> tuple[Any, ...]:
+    legacy: Any = np.random.get_state()
+    return random.getstate(), legacy[1].tobytes(), legacy[2:], torch.get_rng_state().numpy().tobytes()
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_the_global_batches_are_the_same_for_every_world(size: int) -> None:
+    alone = take(loader(Numbers(11), batch_size=8).batches(0), 6)
+    shares = [
+        take(loader(Numbers(11), batch_size=8, world=World(rank, size)).batches(0), 6) for rank in range(size)
+    ]
+    together = [torch.cat(parts) for parts in zip(*shares, strict=True)]
+    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+
+
+def test_each_epoch_holds_each_sample_once_and_a_batch_may_span_two() -> None:
+    seen = torch.cat(take(loader(Numbers(10)).batches(0), 5)).tolist()
+    assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
+    assert seen[:10] != seen[10:]
+
+
+def test_workers_and_restarts_change_no_sample_and_no_augmentation() -> None:
+    here = flat(take(loader(Augmented(10)).batches(0), 8))
+    worked = flat(take(loader(Augmented(10), workers=2).batches(0), 8))
+    resumed = flat(take(loader(Augmented(10)).batches(12), 5))
+    resumed_worked = flat(take(loader(Augmented(10), workers=1).batches(12), 5))
+    assert worked == here
+    assert resumed == resumed_worked == (here[0][12:], here[1][12:])
+    assert len({tuple(drawn) for drawn in here[1]}) == 32  # another draw in each epoch
+
+
+def test_an_augmentation_does_not_depend_on_the_world() -> None:
+    whole = flat(take(loader(Augmented(10)).batches(0), 3))
+    first = flat(take(loader(Augmented(10), world=World(0, 2)).batches(0), 3))
+    assert first[1][:2] == whole[1][:2]
+    assert first[1][2:4] == whole[1][4:6]
+
+
+@pytest.mark.parametrize("start", [0, 3, 8, 1000])
+def test_resuming_at_any_sample_gives_the_tail(start: int) -> None:
+    stream = torch.cat(take(loader(Numbers(7), batch_size=1).batches(0), start + 12))
+    tail = torch.cat(take(loader(Numbers(7)).batches(start), 3))
+    assert torch.equal(tail, stream[start:])
+
+
+def test_resuming_far_away_reads_nothing_before_it() -> None:
+    assert len(next(loader(Numbers(10**9)).batches(10**15))) == 4
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_loading_leaves_the_global_random_state_alone(workers: int) -> None:
+    before = states()
+    take(loader(Augmented(10), workers=workers).batches(0), 3)
+    list(evaluation_batches(Augmented(10), 4, World()))
+    assert states() == before
+
+
+def test_the_global_random_state_does_not_reach_the_samples() -> None:
+    first = flat(take(loader(Augmented(10)).batches(0), 3))
+    torch.manual_seed(123)
+    random.seed(4)
+    np.random.seed(4)
+    assert flat(take(loader(Augmented(10)).batches(0), 3)) == first
+
+
+def test_a_random_collate_function_repeats_too() -> None:
+    whole = take(loader(Numbers(10), collate=collate_with_noise).batches(0), 3)
+    tail = take(loader(Numbers(10), collate=collate_with_noise).batches(4), 2)
+    assert torch.equal(whole[1], tail[0])
+    assert torch.equal(whole[2], tail[1])
+
+
+def test_without_shuffling_samples_come_in_order() -> None:
+    seen = torch.cat(take(loader(Numbers(5), shuffle=False).batches(2), 3)).tolist()
+    assert seen == [2, 3, 4, 0, 1, 2, 3, 4, 0, 1, 2, 3]
+
+
+def test_a_loader_says_what_an_epoch_is() -> None:
+    counted = loader(Augmented(10))
+    assert (counted.samples_per_epoch, counted.batch_size, counted.tokens_per_sample) == (10, 4, 12.5)
+    assert loader(Numbers(3)).tokens_per_sample is None
+
+
+@pytest.mark.parametrize(
+    ("size", "batch_size", "ranks", "message"),
+    [
+        (0, 4, 1, "the dataset is empty"),
+        (4, 0, 1, "batch_size=0: it must be at least 1"),
+        (4, 3, 2, "batch_size=3 is for all 2 ranks together: make it a multiple of 2"),
+    ],
+)
+def test_what_cannot_be_loaded_is_refused(size: int, batch_size: int, ranks: int, message: str) -> None:
+    with pytest.raises(BadInput, match=message):
+        loader(Numbers(size), batch_size=batch_size, world=World(0, ranks))
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("samples", [1, 8, 13])
+def test_evaluation_takes_each_sample_once_over_all_ranks(size: int, samples: int) -> None:
+    seen = [
+        torch.cat(batches).tolist() if batches else []
+        for batches in (
+            list(evaluation_batches(Numbers(samples), 4, World(rank, size))) for rank in range(size)
+        )
+    ]
+    assert sorted(i for rank in seen for i in rank) == list(range(samples))
+    assert all(rank == sorted(rank) for rank in seen)

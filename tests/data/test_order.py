@@ -1,0 +1,83 @@
+"""The order of samples: a permutation, whatever is asked of it in whatever pieces."""
+
+from __future__ import annotations
+
+import collections
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from stoker.data.order import order, permute
+
+seeds = st.integers(-(2**63), 2**64)
+
+
+@given(size=st.integers(1, 600), key=st.integers(0, 2**64 - 1))
+def test_every_place_is_taken_exactly_once(size: int, key: int) -> None:
+    assert sorted(permute(np.arange(size), size, key).tolist()) == list(range(size))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 1023, 1024, 1025, 99_991])
+def test_awkward_sizes_are_permuted_too(size: int) -> None:
+    assert np.array_equal(np.sort(permute(np.arange(size), size, 7)), np.arange(size))
+
+
+@given(seed=seeds, size=st.integers(1, 50), start=st.integers(0, 10**12), cut=st.integers(0, 40))
+def test_a_slice_does_not_depend_on_how_it_is_cut(seed: int, size: int, start: int, cut: int) -> None:
+    whole = order(seed, size, start, 40)
+    parts = order(seed, size, start, cut), order(seed, size, start + cut, 40 - cut)
+    for row, first, second in zip(whole, *parts, strict=True):
+        assert np.array_equal(row, np.concatenate([first, second]))
+
+
+@given(seed=seeds, size=st.integers(1, 60))
+def test_each_epoch_holds_each_sample_once(seed: int, size: int) -> None:
+    epochs, indices = order(seed, size, 0, 3 * size)
+    assert epochs.tolist() == sorted([0, 1, 2] * size)
+    for epoch in range(3):
+        assert sorted(indices[epochs == epoch].tolist()) == list(range(size))
+
+
+@settings(max_examples=30)
+@given(seed=st.integers(0, 2**63))
+def test_epochs_and_seeds_have_different_orders(seed: int) -> None:
+    _, indices = order(seed, 100, 0, 300)
+    _, other = order(seed + 1, 100, 0, 100)
+    orders = [tuple(indices[:100]), tuple(indices[100:200]), tuple(indices[200:]), tuple(other)]
+    assert len(set(orders)) == 4
+
+
+def test_the_first_order_stays_what_it_was() -> None:
+    """A change here breaks the resuming of every run there is."""
+    epochs, indices = order(1, 10, 5, 10)
+    assert epochs.tolist() == [0] * 5 + [1] * 5
+    assert indices.tolist() == [3, 1, 0, 2, 8, 7, 3, 6, 1, 0]
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 5])
+def test_permutations_of_few_places_are_about_equally_likely(size: int) -> None:
+    draws = 6000
+    counts = collections.Counter(tuple(permute(np.arange(size), size, key)) for key in range(draws))
+    kinds = int(np.prod(np.arange(1, size + 1)))
+    expected = draws / kinds
+    chi_square = sum((count - expected) ** 2 / expected for count in counts.values())
+    assert len(counts) == kinds
+    assert chi_square < kinds - 1 + 4 * np.sqrt(2 * (kinds - 1))  # four standard deviations
+
+
+def test_every_place_goes_everywhere_about_equally_often() -> None:
+    size, draws = 37, 4000
+    landed = np.zeros((size, size))
+    for key in range(draws):
+        landed[np.arange(size), permute(np.arange(size), size, key)] += 1
+    expected = draws / size
+    chi_square = ((landed - expected) ** 2 / expected).sum()
+    degrees = (size - 1) ** 2
+    assert abs(chi_square - degrees) < 4 * np.sqrt(2 * degrees)
+
+
+def test_a_position_far_away_costs_no_more_than_the_first() -> None:
+    epochs, indices = order(3, 10**9, 10**15, 4)
+    assert epochs.tolist() == [10**6] * 4
+    assert ((indices >= 0) & (indices < 10**9)).all()

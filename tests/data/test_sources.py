@@ -1,0 +1,164 @@
+"""Reading files of every kind, and what is said of those that cannot be read."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+from stoker.data import sources
+from stoker.data.sources import read
+from stoker.errors import BadInput
+
+PAIRS = [
+    {"prompt": "a", "completion": "b"},
+    {"question": "a", "answer": "b"},
+    {"instruction": "a", "output": "b"},
+    {"instruction": "a", "input": "", "output": "b"},
+    {"instruction": "a", "input": None, "output": "b", "text": "a b"},
+]
+
+
+def write_jsonl(path: Path, records: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def refused(path: Path | str) -> str:
+    with pytest.raises(BadInput) as caught:
+        read(str(path))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("record", PAIRS)
+def test_pairs_are_read_in_every_form(tmp_path: Path, record: dict[str, Any]) -> None:
+    (document,) = read(str(write_jsonl(tmp_path / "a.jsonl", [record]))).documents
+    assert (document.prompt, document.text) == ("a", "b")
+
+
+def test_an_input_is_added_to_its_instruction(tmp_path: Path) -> None:
+    record = {"instruction": "Translate.", "input": "eau", "output": "water"}
+    (document,) = read(str(write_jsonl(tmp_path / "a.jsonl", [record]))).documents
+    assert document.prompt == "Translate.\n\neau"
+
+
+def test_plain_text_and_blank_lines_of_a_jsonl_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('\ufeff{"text": "één"}\n\n{"text": " "}\n{"text": "two", "id": 3}', encoding="utf-8")
+    assert [d.text for d in read(str(path)).documents] == ["één", "two"]
+
+
+def test_a_parquet_file_reads_as_the_same_jsonl(tmp_path: Path) -> None:
+    records = [{"prompt": f"p{i}", "completion": f"c{i}"} for i in range(20)]
+    parquet.write_table(pa.Table.from_pylist(records), tmp_path / "a.parquet")
+    columns, lines = read(str(tmp_path / "a.parquet")), read(str(write_jsonl(tmp_path / "a.jsonl", records)))
+    assert columns.documents == lines.documents
+    assert columns.fingerprint == lines.fingerprint
+
+
+def test_the_fingerprint_is_of_the_content_and_not_of_the_path(tmp_path: Path) -> None:
+    first = read(str(write_jsonl(tmp_path / "a.jsonl", [{"text": "x"}])))
+    assert first.fingerprint == read(str(write_jsonl(tmp_path / "b.jsonl", [{"text": "x"}]))).fingerprint
+    assert first.fingerprint != read(str(write_jsonl(tmp_path / "c.jsonl", [{"text": "y"}]))).fingerprint
+
+
+def test_a_txt_is_split_at_two_blank_lines(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("one\n\nmore\n\n\ntwo\n \n\n\nthree\r\n")
+    assert [d.text for d in read(str(path)).documents] == ["one\n\nmore", "two", "three"]
+
+
+def test_a_txt_without_such_lines_is_chopped_at_paragraphs(tmp_path: Path) -> None:
+    paragraphs = [f"paragraph {i} " + "word " * 100 for i in range(40)]
+    path = tmp_path / "a.txt"
+    path.write_text("\n\n".join(paragraphs))
+    documents = read(str(path)).documents
+    assert all(1000 < len(d.text) <= 2000 for d in documents[:-1])
+    assert " ".join(" ".join(d.text for d in documents).split()) == " ".join(" ".join(paragraphs).split())
+
+
+@pytest.mark.parametrize("name", ["none.jsonl", "folder/none.txt", "none.csv", "./none", "/none/none"])
+def test_a_missing_file_is_named(name: str) -> None:
+    assert refused(name) == f"data file {name} does not exist"
+
+
+def test_a_folder_is_refused(tmp_path: Path) -> None:
+    assert "is a folder: name a .jsonl, .parquet or .txt file" in refused(tmp_path)
+
+
+def test_an_unknown_ending_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text\nx\n")
+    assert "ending that is not known: give a .jsonl, .parquet or .txt" in refused(tmp_path / "a.csv")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("a.jsonl", ""), ("a.txt", " \n"), ("b.jsonl", '{"text": ""}\n')]
+)
+def test_an_empty_dataset_is_refused(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).write_text(content)
+    assert "is an empty dataset" in refused(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{text: 1}", "not JSON: Expecting property name enclosed in double quotes (column 2)"),
+        ('["text"]', 'a record must be a JSON object such as {"text": ...}, not a list'),
+        ("3", 'a record must be a JSON object such as {"text": ...}, not a number (3)'),
+        ('{"text": 3}', "the field 'text' must be a text, not a number (3)"),
+        ('{"prompt": "a", "completion": null}', "the field 'completion' must be a text, not null"),
+        ('{"text": "\\ud800"}', "the field 'text' is not valid Unicode: surrogates not allowed"),
+        (
+            '{"body": "a", "prompt": "b"}',
+            "no expected field; the record has the fields 'body', 'prompt'; allowed are "
+            '{"text"}, {"prompt", "completion"}, {"question", "answer"} or '
+            '{"instruction", "output"} with an optional "input"',
+        ),
+        ("{}", "no expected field; the record has the fields none; "),
+        ("[" * 100_000, "not usable JSON: nested too deeply"),
+    ],
+)
+def test_a_bad_line_is_named_with_what_is_wrong(tmp_path: Path, line: str, message: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "fine"}\n' + line + "\n")
+    assert refused(path).startswith(f"{path}, line 2: {message}")
+
+
+def test_text_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\n{"text": "\xe9"}\n')
+    assert re.search(r"line 2: not UTF-8: byte 0xe9 at offset 10", refused(tmp_path / "a.jsonl"))
+    (tmp_path / "a.txt").write_bytes(b"caf\xe9")
+    assert "not UTF-8: byte 0xe9 at offset 3" in refused(tmp_path / "a.txt")
+
+
+def test_a_parquet_file_that_is_none_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.parquet").write_text("text")
+    assert "is not a Parquet file" in refused(tmp_path / "a.parquet")
+
+
+def test_a_parquet_row_without_a_text_is_named(tmp_path: Path) -> None:
+    parquet.write_table(pa.table({"text": ["a", None]}), tmp_path / "a.parquet")
+    assert "a.parquet, row 2: the field 'text' must be a text, not null" in refused(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize("name", ["org/no-such-dataset", "python-doc"])
+def test_a_dataset_that_cannot_be_reached_is_refused_with_the_reason(name: str) -> None:
+    message = refused(name)
+    assert f"{name} is not a file here" in message
+    assert "as a dataset of the hub it cannot be loaded: " in message
+    assert ("did you mean 'python-docs'?" in message) == (name == "python-doc")
+
+
+def test_a_dataset_is_loaded_as_the_hub_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder in the hub's layout goes through the same call as an id."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "dataset"
+    folder.mkdir()
+    write_jsonl(folder / "train.jsonl", [{"question": "q", "answer": "a"}])
+    write_jsonl(folder / "test.jsonl", [{"question": "other", "answer": "a"}])
+    (document,) = sources._documents(sources._hub(str(folder)))
+    assert (document.prompt, document.text) == ("q", "a")

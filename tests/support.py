@@ -1,0 +1,26 @@
+"""Reading a run from outside while it is trained, as the tests that kill it do."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from pathlib import Path
+
+from stoker.run import view
+from stoker.run.directory import RunDirectory
+
+
+def points(run: Path) -> int:
+    """Metric events in a run's journal so far."""
+    return sum(file.read_bytes().count(b'"type":"metrics"') for file in run.glob("journal/*.jsonl"))
+
+
+def wait_for_points(process: subprocess.Popen[bytes], run: Path, more: int) -> None:
+    """Wait until a process has logged so many more points, or has ended."""
+    target = points(run) + more
+    while points(run) < target and process.poll() is None:
+        time.sleep(0.005)
+
+
+def loaded(run: Path) -> view.RunView:
+    return view.load(RunDirectory(run))

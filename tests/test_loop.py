@@ -1,0 +1,295 @@
+"""The loop against plain PyTorch, in one process; kills and signals are in tests/cli."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from stoker import Run, StokerError, Trainer
+from stoker.engine import schedule
+from stoker.engine.random_state import seed_everything
+from stoker.run import view
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import TensorDataset
+
+
+def _dataset(size: int = 50) -> TensorDataset:
+    made = torch.Generator().manual_seed(1)
+    return TensorDataset(torch.randn(size, 6, generator=made), torch.randint(0, 3, (size,), generator=made))
+
+
+def _model(dropout: float = 0.0) -> nn.Module:
+    seed_everything(0)
+    return nn.Sequential(
+        nn.Linear(6, 16, bias=False), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(dropout), nn.Linear(16, 3)
+    )  # fmt: skip
+
+
+def _loss(output: torch.Tensor, batch: Any) -> tuple[torch.Tensor, int]:
+    return cross_entropy(output, batch[1], reduction="sum"), len(batch[1])
+
+
+def _weighted_loss(output: torch.Tensor, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Only the first two classes count, so micro-batches have different weights."""
+    counts = batch[1] < 2
+    return cross_entropy(output, batch[1], reduction="none")[counts].sum(), counts.sum()
+
+
+def _trainer(run: Run, model: nn.Module, **options: Any) -> Trainer:
+    lr = options.pop("lr", 0.01)
+    return Trainer(
+        run, model, **{"optimizer": lambda p: torch.optim.AdamW(p, lr=lr), "loss": _loss, **options}
+    )
+
+
+@pytest.fixture
+def open_run(tmp_path: Path) -> Callable[..., Run]:
+    return lambda name="a", **options: Run("test", name, runs=tmp_path / "runs", **options)
+
+
+def _plain(
+    model: nn.Module,
+    trainer: Trainer,
+    steps: int,
+    *,
+    loss: Any = _loss,
+    shape: Any = None,
+    clip: float | None = None,
+) -> list[float]:
+    """The same training written out in plain PyTorch, on the loader's own batches."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, shape) if shape else None
+    batches = trainer.loader(_dataset(), batch_size=8).batches(0)
+    losses = []
+    for _ in range(steps):
+        batch = next(batches)
+        total, weight = loss(model(batch[0]), batch)
+        mean = total / weight
+        optimizer.zero_grad()
+        mean.backward()
+        if clip is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+        if scheduler is not None:
+            scheduler.step()
+        losses.append(mean.item())
+    return losses
+
+
+@pytest.mark.parametrize("clip", [None, 0.1])
+@pytest.mark.parametrize("shape", [None, "cosine"])
+@pytest.mark.parametrize("loss", [_loss, _weighted_loss])
+def test_a_run_is_the_plain_loop(
+    open_run: Callable[..., Run], clip: float | None, shape: Any, loss: Any
+) -> None:
+    factor = schedule.build(shape, warmup=0.2) if shape else None
+    model = _model()
+    twin = copy.deepcopy(model)
+    with open_run() as run:
+        trainer = _trainer(run, model, loss=loss, clip_norm=clip, schedule=factor)
+        losses = [
+            trainer.step(batch).item()
+            for batch in trainer.steps(trainer.loader(_dataset(), batch_size=8), max_steps=20)
+        ]
+    by_step = (lambda step: factor(step, 20)) if factor else None
+    expected = _plain(twin, trainer, 20, loss=loss, shape=by_step, clip=clip)
+    assert losses == pytest.approx(expected, rel=1e-5)
+    for ours, plain in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-6)
+
+
+def _without_batch_norm() -> nn.Module:
+    """BatchNorm sees a micro-batch only, so accumulation cannot be the same for it."""
+    seed_everything(0)
+    return nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3))
+
+
+@pytest.mark.parametrize("micro_batch", [1, 3, 4, 8, 100])
+def test_accumulation_does_not_change_the_result(open_run: Callable[..., Run], micro_batch: int) -> None:
+    weights, losses = [], []
+    for size in (None, micro_batch):
+        model = _without_batch_norm()
+        with open_run(f"m{size}") as run:
+            trainer = _trainer(run, model, loss=_weighted_loss, micro_batch=size)
+            loader = trainer.loader(_dataset(), batch_size=8)
+            losses.append([trainer.step(batch).item() for batch in trainer.steps(loader, max_steps=10)])
+        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    torch.testing.assert_close(weights[1], weights[0], rtol=1e-4, atol=1e-6)
+
+
+def _train(run: Run, stop_after: int | None = None, **options: Any) -> nn.Module:
+    model = _model(dropout=0.5)
+    trainer = _trainer(run, model, checkpoint_every=4, **options)
+    for batch in trainer.steps(trainer.loader(_dataset(), batch_size=8), max_steps=15):
+        run.log(loss=trainer.step(batch))
+        if trainer.steps_done + 1 == stop_after:
+            break
+    return model
+
+
+def test_resuming_gives_the_same_bits(open_run: Callable[..., Run]) -> None:
+    with open_run("whole") as run:
+        whole = _train(run)
+    for stop in (6, 11):
+        with open_run("cut") as run:
+            _train(run, stop_after=stop)
+    with open_run("cut") as run:
+        resumed = _train(run)
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name]), name
+    seen = view.load(run.directory)
+    assert [a.resumed_from for a in seen.attempts] == [None, 4, 8]
+    assert (
+        seen.points["loss"]
+        == view.load(run.directory.__class__(run.directory.path.parent / "whole")).points["loss"]
+    )
+
+
+def test_a_changed_learning_rate_wins_over_the_saved_one(open_run: Callable[..., Run]) -> None:
+    with open_run() as run:
+        _train(run, stop_after=6, lr=0.01)
+    with open_run() as run:
+        trainer = _trainer(run, _model(), lr=0.5)
+        assert trainer.steps_done == 4
+        assert trainer.lr == 0.5
+    with open_run() as run:
+        assert _trainer(run, _model(), lr=0.01).lr == 0.01
+
+
+def test_a_checkpoint_of_another_model_names_what_differs(open_run: Callable[..., Run]) -> None:
+    with open_run() as run:
+        _train(run)
+    other = nn.Sequential(nn.Linear(6, 17, bias=False), nn.BatchNorm1d(17))
+    with open_run() as run, pytest.raises(StokerError) as error:
+        _trainer(run, other)
+    assert "unexpected: model.4.bias, model.4.weight" in str(error.value)
+    assert "of another shape: model.0.weight (16, 6) -> (17, 6)" in str(error.value)
+
+
+def test_a_checkpoint_of_another_optimizer_is_refused(open_run: Callable[..., Run]) -> None:
+    with open_run() as run:
+        _train(run)
+    halves = lambda p: torch.optim.AdamW([{"params": p[:2]}, {"params": p[2:]}])  # noqa: E731
+    with open_run() as run, pytest.raises(StokerError, match="optimizer has groups"):
+        _trainer(run, _model(), optimizer=halves)
+
+
+def test_several_optimizers_are_the_plain_loop(open_run: Callable[..., Run]) -> None:
+    """Two players on one batch, as a GAN has them: neither's backward may leak into the other's step."""
+
+    def players() -> nn.ModuleDict:
+        seed_everything(3)
+        return nn.ModuleDict({"maker": nn.Linear(6, 6), "judge": nn.Linear(6, 1)})
+
+    def judge_loss(model: nn.ModuleDict, x: torch.Tensor) -> torch.Tensor:
+        return (model["judge"](x) - model["judge"](model["maker"](x).detach())).sum()
+
+    def maker_loss(model: nn.ModuleDict, x: torch.Tensor) -> torch.Tensor:
+        return model["judge"](model["maker"](x)).square().sum()
+
+    model, twin = players(), players()
+    make = lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9)  # noqa: E731
+    with open_run() as run:
+        trainer = Trainer(run, model, optimizer={"maker": make, "judge": make})
+        for batch in trainer.steps(trainer.loader(_dataset(), batch_size=8), max_steps=6):
+            for part in trainer.micro(batch):
+                trainer.backward(judge_loss(model, part[0]), len(part[0]))
+            trainer.update(trainer.optimizers["judge"])
+            for part in trainer.micro(batch):
+                trainer.backward(maker_loss(model, part[0]), len(part[0]))
+            trainer.update(trainer.optimizers["maker"])
+    batches = trainer.loader(_dataset(), batch_size=8).batches(0)
+    plain = {name: make(twin[name].parameters()) for name in ("maker", "judge")}
+    for _ in range(6):
+        x = next(batches)[0]
+        for name, loss in (("judge", judge_loss), ("maker", maker_loss)):
+            twin.zero_grad()
+            (loss(twin, x) / 8).backward()
+            plain[name].step()
+    for name, tensor in twin.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], tensor, rtol=1e-5, atol=1e-7)
+
+
+def test_evaluation_weighs_every_sample_once_and_leaves_no_trace(open_run: Callable[..., Run]) -> None:
+    dataset = _dataset(21)
+    with open_run() as run:
+        model = _model(dropout=0.5)
+        trainer = _trainer(run, model, loss=_weighted_loss)
+        before = torch.get_rng_state()
+        found = trainer.evaluate(dataset, batch_size=4)
+        assert torch.equal(torch.get_rng_state(), before)
+        assert model.training
+    model.eval()
+    total, weight = _weighted_loss(model(dataset.tensors[0]), (None, dataset.tensors[1]))
+    assert found == pytest.approx((total / weight).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("every", "expected"),
+    [
+        (3, [3, 6, 9, 12]), ("1ep", [7, 13]), ("2ep", [13]), ("0.5ep", [4, 7, 10, 13]),
+        ("16samples", [2, 4, 6, 8, 10, 12]), ("50samples", [7, 13]),
+    ],
+)  # fmt: skip
+def test_every_is_true_on_the_step_that_completes_a_duration(
+    open_run: Callable[..., Run], every: Any, expected: list[int]
+) -> None:
+    """50 samples in batches of 8: an epoch is 6.25 steps."""
+    seen = []
+    with open_run() as run:
+        trainer = _trainer(run, _model())
+        for batch in trainer.steps(trainer.loader(_dataset(), batch_size=8), epochs=2):
+            trainer.step(batch)
+            if trainer.every(every):
+                seen.append(run.step)
+        assert trainer.steps_done == 13
+    assert seen == expected
+
+
+def test_the_clock_is_refused_where_the_curve_would_depend_on_it(open_run: Callable[..., Run]) -> None:
+    with open_run() as run:
+        trainer = _trainer(run, _model())
+        loader = trainer.loader(_dataset(), batch_size=8)
+        with pytest.raises(ValueError, match="differs from machine to machine"):
+            next(trainer.steps(loader, max_steps="10min"))
+        with pytest.raises(ValueError, match="how many tokens"):
+            next(trainer.steps(loader, max_steps="1000tok"))
+        batches = trainer.steps(loader, max_steps=2)
+        next(batches)
+        with pytest.raises(ValueError, match="depends on the machine's speed"):
+            trainer.every("10min")
+
+
+def test_old_checkpoints_go_and_the_last_stays(open_run: Callable[..., Run]) -> None:
+    with open_run() as run:
+        _train(run, keep_checkpoints=2)
+    names = sorted(p.name for p in run.directory.checkpoints.iterdir())
+    assert names == ["step-00000012", "step-00000015"]
+
+
+def test_a_frozen_model_is_refused(open_run: Callable[..., Run]) -> None:
+    with open_run() as run, pytest.raises(ValueError, match="no parameter to train"):
+        _trainer(run, _model().requires_grad_(False))
+
+
+def test_a_run_has_one_trainer(open_run: Callable[..., Run]) -> None:
+    with open_run() as run:
+        _trainer(run, _model())
+        with pytest.raises(ValueError, match="one Trainer"):
+            _trainer(run, _model())
+
+
+def test_bf16_keeps_float32_weights(open_run: Callable[..., Run]) -> None:
+    with open_run() as run:
+        model = _model()
+        trainer = _trainer(run, model, precision="bf16")
+        for batch in trainer.steps(trainer.loader(_dataset(), batch_size=8), max_steps=2):
+            assert trainer.forward(batch).dtype == torch.bfloat16
+            assert torch.isfinite(trainer.step(batch))
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
