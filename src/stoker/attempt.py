@@ -34,6 +34,7 @@ from stoker import storage
 from stoker.errors import BadInput, Stopped
 from stoker.reproduce import provenance
 from stoker.run import artifacts, directory, journal, view
+from stoker.run.deferred import Deferred, flatten
 from stoker.stopping import StopRequests
 from stoker.tracking import follower
 
@@ -80,8 +81,9 @@ class Run:
         self.latest: dict[str, float] = {}
         """The newest value of every metric that was written."""
         self.stop = StopRequests()
-        self.continued = self.directory.exists()
-        self._pending: collections.deque[_Pending] = collections.deque()
+        self._sinks = follower.enabled()
+        self._pending: collections.deque[tuple[int, float, Deferred]] = collections.deque()
+        self._used = False
         self._follower: subprocess.Popen[bytes] | None = None
         self._ended = False
         self._lock = threading.Lock()
@@ -98,18 +100,25 @@ class Run:
             "seed": seed,
             "parents": [],
         }
-        changes = self._open(record, code or Path.cwd(), accept_drift)
+        self._descriptor = _take(self.directory)
+        try:
+            self.continued = self.directory.exists()
+            changes = self._open(record, code or Path.cwd(), accept_drift)
+        except BaseException:
+            os.close(self._descriptor)
+            raise
         self.attempt, self._journal = journal.start_attempt(self.directory.journal)
         self._logging = _log_to(self.directory.logs / "rank-0.log")
         self._append("attempt_started", pid=os.getpid(), host=platform.node(), drift=changes)
         log.debug("attempt %d of %s, process %d", self.attempt, self.directory.path, os.getpid())
 
     def _open(self, record: dict[str, Any], code: Path, accept_drift: bool) -> dict[str, tuple[Any, Any]]:
-        """Make or continue the directory and take its lock; returns what the config drifted by."""
+        """Make or continue the directory; returns what the config drifted by."""
         changes: dict[str, tuple[Any, Any]] = {}
         if self.continued:
             before = view.load(self.directory)
-            refused = configs.drift(before.config, record["config"])
+            shared = before.config.keys() & record["config"].keys()  # a key may be new in the code since
+            refused = {k: v for k, v in configs.drift(before.config, record["config"]).items() if k in shared}
             if refused and not accept_drift:
                 raise BadInput(_explain_drift(self.directory, refused))
             changes = configs.drift(before.record["config"], record["config"])
@@ -118,11 +127,6 @@ class Run:
             record["code"] = provenance.code_state(code)
             self.directory.create(record)
             provenance.write(self.directory.provenance, code, record["code"])
-        lock = storage.try_lock(self.directory.lock_file)
-        if lock is None:
-            raise BadInput(f"another process is training {self.directory.path} now")
-        storage.release_in_children(lock)
-        self._descriptor = lock
         return changes
 
     # -- what user code calls -----------------------------------------------------------
@@ -137,13 +141,16 @@ class Run:
         has arrived: the device is never waited for. A metric has one point a step: the first
         one stands. Without a Trainer, every call that names no step moves to the next one.
         """
-        flat = _flatten({**(values or {}), **metrics})
+        flat = flatten({**(values or {}), **metrics})
+        if "step" in flat:
+            raise ValueError("'step' is where a metric is logged, not one: pass it as run.log(..., step=)")
+        deferred = Deferred(flat)
         if step is None and not self._stepped_by_trainer:
             self.step += 1
-        at = self.step if step is None else step
-        if self._follower is None:
-            self._start_follower()
-        self._pending.append(_Pending(at, time.time(), flat))
+        if self._sinks and self._follower is None:
+            self._follower = follower.spawn(self.directory)
+        self._pending.append((self.step if step is None else step, time.time(), deferred))
+        self._used = True
         self._write_arrived(wait=False)
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
@@ -233,7 +240,7 @@ class Run:
     def discard_if_unused(self) -> None:
         """Undo the opening: delete a run that this attempt made and never logged to."""
         self.close()
-        if not self.continued and self._follower is None:
+        if not self.continued and not self._used:
             self.directory.remove()
 
     def wait_for_sinks(self, timeout: float) -> list[Any]:
@@ -241,9 +248,6 @@ class Run:
         if self._follower is None:
             return []
         return list(follower.wait(self.directory, self._follower, timeout))
-
-    def _start_follower(self) -> None:
-        self._follower = follower.spawn(self.directory)
 
     def _append(self, kind: str, /, **fields: Any) -> None:
         self._write_arrived(wait=True)
@@ -253,71 +257,24 @@ class Run:
     def _write_arrived(self, wait: bool) -> None:
         """Write the pending points in order, up to the first that is still on its way."""
         with self._lock:
-            while self._pending and (wait or self._pending[0].arrived):
-                point = self._pending.popleft()
-                values = point.read()
+            while self._pending and (wait or self._pending[0][2].arrived):
+                step, at, deferred = self._pending.popleft()
+                values = deferred.read()
                 self.latest.update(values)
-                self._journal.append(
-                    "metrics", time=point.time, step=point.step, values=journal.encode_values(values)
-                )
+                self._journal.append("metrics", time=at, step=step, values=journal.encode_values(values))
 
 
-class _Pending:
-    """Metrics logged at a step, some of which may still be on an accelerator."""
-
-    def __init__(self, step: int, at: float, values: dict[str, Any]) -> None:
-        self.step = step
-        self.time = at
-        self._values = {key: _to_host(value) for key, value in values.items()}
-        self._event = _recorded_event(values)
-
-    @property
-    def arrived(self) -> bool:
-        return self._event is None or bool(self._event.query())
-
-    def read(self) -> dict[str, float]:
-        if self._event is not None:
-            self._event.synchronize()
-        return {key: float(value) for key, value in self._values.items()}
-
-
-def _on_accelerator(value: Any) -> bool:
-    device = getattr(value, "device", None)
-    return getattr(device, "type", "cpu") == "cuda"
-
-
-def _to_host(value: Any) -> Any:
-    """A number as it is; a CPU tensor's value; a GPU tensor as a copy under way to pinned memory."""
-    if isinstance(value, int | float):
-        return float(value)
-    if not _on_accelerator(value):
-        return float(value)
-    import torch
-
-    host = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
-    return host.copy_(value.detach(), non_blocking=True)
-
-
-def _recorded_event(values: Mapping[str, Any]) -> Any:
-    """A CUDA event behind the copies of `_to_host`, or None where nothing is on a GPU."""
-    devices = {value.device for value in values.values() if _on_accelerator(value)}
-    if not devices:
-        return None
-    import torch
-
-    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    event.record(torch.cuda.current_stream(devices.pop()))
-    return event
-
-
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat.update(_flatten(value, f"{prefix}{key}/"))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+def _take(run: directory.RunDirectory) -> int:
+    """Lock a run for this process; before all else, so that of two that start it at once one is refused."""
+    try:
+        run.path.mkdir(parents=True, exist_ok=True)
+        lock = storage.try_lock(run.lock_file)
+    except OSError as error:
+        raise directory.unwritable(run, error) from error
+    if lock is None:
+        raise BadInput(f"another process is training {run.path} now")
+    storage.release_in_children(lock)
+    return lock
 
 
 def _config_record(config: Any) -> dict[str, Any]:

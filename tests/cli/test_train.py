@@ -223,7 +223,7 @@ def small_disk(tmp_path: Path) -> Callable[[int], Path]:
     """A file system of its own, of so many bytes."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)], check=False)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(folder)], check=False)
     if mounted.returncode:
         pytest.skip("no right to mount a file system of its own")
     yield folder  # type: ignore[misc]

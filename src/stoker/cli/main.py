@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
 import traceback
 from collections.abc import Callable
 from typing import Any
 
-import click
 import typer
 from stoker.cli import recipes, report, resume, runs, sync, train, ui
 from stoker.cli.output import print_json
@@ -48,29 +48,30 @@ def _exit_code(command: typer.Typer) -> int:
     """Run a command and turn how it ended into an exit code, with the error said once."""
     try:
         code: Any = command(standalone_mode=False)
-    except click.ClickException as error:
-        error.show()
-        return _failed(error.format_message(), error.exit_code)
-    except StokerError as error:
-        sys.stderr.write(f"stoker: error: {error}\n")
-        return _failed(str(error), error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         sys.stderr.write("stoker: interrupted\n")
         return EXIT_INTERRUPTED
-    except OSError as error:
-        traceback.print_exc()
-        if error.errno == errno.ENOSPC:
-            sys.stderr.write(
-                f"stoker: error: the disk is full ({error}): make room, then run the same command again\n"
-            )
-        return _failed(str(error), EXIT_FAILED)
-    except Exception as error:  # the user's own code, most likely: its whole traceback helps
-        traceback.print_exc()
-        return _failed(f"{type(error).__name__}: {error}", EXIT_FAILED)
+    except BrokenPipeError:  # `stoker runs export RUN | head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
+    except Exception as error:
+        return _failed(error)
     return code if isinstance(code, int) else 0
 
 
-def _failed(message: str, code: int) -> int:
+def _failed(error: Exception) -> int:
+    """Say an error: a line for what the user can act on, the whole traceback for all else."""
+    message, code = str(error), EXIT_FAILED
+    if isinstance(error, StokerError):
+        code = error.exit_code
+    elif isinstance(error, typer.TyperException):  # a flag or an argument that the command does not have
+        message, code = error.format_message(), EXIT_BAD_INPUT
+    else:
+        traceback.print_exception(error)
+        message = f"{type(error).__name__}: {error}"
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        message = f"the disk is full ({error}): make room, then run the same command again"
+    sys.stderr.write(f"{message}\n" if "\n" in message else f"stoker: error: {message}\n")
     if "--json" in sys.argv:
         print_json({"error": message, "bad_input": code == EXIT_BAD_INPUT, "exit_code": code})
     return code

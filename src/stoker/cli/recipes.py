@@ -32,7 +32,10 @@ def list_(json: Json = False) -> None:
 @app.command()
 def show(
     recipe: Annotated[
-        str, typer.Argument(help="A shipped recipe, or a file with a train(run, config) function.")
+        str,
+        typer.Argument(
+            metavar="RECIPE", help="A shipped recipe, or a file with a train(run, config) function."
+        ),
     ],
     json: Json = False,
 ) -> None:

@@ -19,7 +19,9 @@ log = logging.getLogger("stoker")
 
 
 def resume(
-    run: Annotated[str, typer.Argument(help="A run's id, the start of one, experiment/id, or its path.")],
+    run: Annotated[
+        str, typer.Argument(metavar="RUN", help="A run's id, the start of one, experiment/id, or its path.")
+    ],
     overrides: Overrides = None,
     runs: RunsFolder = DEFAULT_RUNS,
     json: Json = False,

@@ -1,41 +1,64 @@
-"""`stoker sync RUN`: ship what is pending now."""
+"""`stoker sync RUN`: ship to the sinks what is pending now."""
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
+import subprocess
 from typing import Annotated
 
 import typer
 from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, console, print_json
-from stoker.errors import EXIT_FAILED, BadInput
+from stoker.errors import BadInput, StokerError
 from stoker.run import directory
+from stoker.run.directory import RunDirectory
 from stoker.tracking import follower
-
-_TIMEOUT = 600.0
+from stoker.tracking.follower import SinkState
 
 
 def sync(
-    run: Annotated[str, typer.Argument(help="A run's id, the start of one, experiment/id, or its path.")],
+    run: Annotated[
+        str,
+        typer.Argument(metavar="RUN", help="A run's id, the start of one, experiment/id, or its path."),
+    ],
     runs: RunsFolder = DEFAULT_RUNS,
     json: Json = False,
-) -> int:
-    """Ship what a sink does not have yet, and wait until it has it.
+) -> None:
+    """Ship what MLflow has not got yet of a run, and wait until it has.
 
-    A follower that is at work on the run already is waited for. Exits with 1 where a sink fails.
+    Goes to the server that MLFLOW_TRACKING_URI names, else to the store in the runs folder.
     """
     found = directory.find(runs, run)
-    process = follower.spawn(found)
-    if process is None:
-        raise BadInput("STOKER_SINKS=none turns the sinks off: there is nothing to ship to")
-    states = follower.wait(found, process, _TIMEOUT)
-    pending = sum(state.pending for state in states)
+    if not follower.enabled():
+        raise BadInput("STOKER_SINKS=none turns every sink off: unset it to ship this run")
+    before = {sink.name: sink.pending for sink in follower.state(found)}
+    code = _ship(found)
+    sinks = follower.state(found)
+    if code != 0:
+        raise StokerError(_explain(found, sinks))
     if json:
-        print_json({
-            "run": str(found.path), "pending": pending,
-            "sinks": [dataclasses.asdict(state) for state in states],
-        })  # fmt: skip
+        print_json({"run": str(found.path), "sinks": [_answer(sink, before) for sink in sinks]})
     else:
-        for state in states:
-            said = f"{state.pending} events pending: {state.error}" if state.pending else "complete"
-            console().print(f"{state.name}  {said}  {state.where}")
-    return EXIT_FAILED if pending else 0
+        for sink in sinks:
+            shipped = before[sink.name] - sink.pending
+            console().print(f"{sink.name}: {max(shipped, 0)} events shipped to {sink.where}", markup=False)
+
+
+def _ship(found: RunDirectory) -> int:
+    """Run a follower to its end; it waits for a living one and never outlives this command."""
+    process = follower.spawn(found, once=True)
+    try:
+        return process.wait()
+    finally:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(10)
+
+
+def _answer(sink: SinkState, before: dict[str, int]) -> dict[str, object]:
+    return {**vars(sink), "shipped": max(before[sink.name] - sink.pending, 0)}
+
+
+def _explain(found: RunDirectory, sinks: list[SinkState]) -> str:
+    failing = [f"{sink.name} ({sink.where}) has not got {sink.pending} events: {sink.error}"
+               for sink in sinks if sink.pending]  # fmt: skip
+    return "; ".join(failing) or f"the follower failed: see {found.logs / 'follower.log'}"

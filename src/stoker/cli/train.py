@@ -45,7 +45,10 @@ Experiment = Annotated[
 
 def train(
     recipe: Annotated[
-        str, typer.Argument(help="A shipped recipe (llm), or a file with a train(run, config) function.")
+        str,
+        typer.Argument(
+            metavar="RECIPE", help="A shipped recipe (llm), or a file with a train(run, config) function."
+        ),
     ],
     overrides: Overrides = None,
     config: ConfigFile = None,
@@ -128,8 +131,7 @@ def _train(run: Run, recipe: Recipe, config: Any) -> tuple[int, str]:
             recipe.train(*arguments)
             _export_weights(run)
             run.end(view.FINISHED)
-            report = html.write([view.load(run.directory)], run.directory.artifacts / "report.html")
-            run.artifact(report, kind="report")
+            _write_report(run)
     except BadInput:
         run.discard_if_unused()
         raise
@@ -149,6 +151,15 @@ def _export_weights(run: Run) -> None:
     from stoker.checkpoint import store
 
     run.artifact(store.export_model(found, run.directory.artifacts / "model.safetensors"), kind="model")
+
+
+def _write_report(run: Run) -> None:
+    """The report of a run that is done; that it cannot be written takes nothing away from the run."""
+    try:
+        report = html.write([view.load(run.directory)], run.directory.artifacts / "report.html")
+        run.artifact(report, kind="report")
+    except (BadInput, OSError) as error:
+        log.warning("%s; `stoker report %s` writes it later", error, run.directory.id)
 
 
 def _seed(seed: int) -> None:

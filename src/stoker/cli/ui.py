@@ -1,65 +1,54 @@
-"""`stoker ui`: MLflow's own UI on the store beside the runs."""
+"""`stoker ui`: MLflow's own pages on the embedded store, for this machine alone."""
 
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from types import FrameType
+from typing import IO, Annotated
 
 import typer
 from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, console, print_json
 from stoker.errors import BadInput, StokerError
+from stoker.tracking import store
 
 _HOST = "127.0.0.1"
 _START_TIMEOUT = 120.0  # seconds
+_STOP_TIMEOUT = 10.0
+
+Server = subprocess.Popen[bytes]
 
 
 def ui(
     runs: RunsFolder = DEFAULT_RUNS,
-    port: Annotated[
-        int, typer.Option(help="Where the UI answers, on this machine alone.", min=1, max=65535)
-    ] = 5000,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="The port to serve on.")] = 5000,
     json: Json = False,
-) -> int:
-    """Show the runs in MLflow's UI, until Ctrl-C."""
-    database = runs.absolute() / "mlflow.db"
+) -> None:
+    """Serve MLflow's pages on the runs' embedded store, until Ctrl-C."""
+    database = store.database(runs)
     if not database.is_file():
-        raise BadInput(f"{database} does not exist yet: the first run under {runs} makes it")
+        elsewhere = store.server_uri()
+        hint = f"; runs are tracked at {store.shown(elsewhere)}" if elsewhere else ""
+        raise BadInput(f"nothing is tracked under {runs} yet: start a run first{hint}")
     _check_free(port)
-    url, store = f"http://{_HOST}:{port}", f"sqlite:///{database}"
-    server = _serve(store, database.parent, port)
-    try:
-        _wait_until_it_answers(server, url)
+    with tempfile.TemporaryFile() as output, _serving(runs, port, output) as server:
+        url = f"http://{_HOST}:{port}"
+        _wait_until_it_answers(server, url, output)
         if json:
-            print_json({"url": url, "store": store})
+            print_json({"url": url, "store": str(database)})
         else:
-            console().print(f"{url} shows {store}; Ctrl-C ends it")
-        server.wait()
-    except KeyboardInterrupt:
-        pass
-    finally:
-        server.terminate()
-        server.wait()
-    return 0
-
-
-def _serve(store: str, runs: Path, port: int) -> subprocess.Popen[bytes]:
-    command = [
-        sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store, "--host", _HOST,
-        "--port", str(port),         "--workers", "1",
-        "--default-artifact-root", (runs / "mlartifacts").as_uri(),
-    ]  # fmt: skip
-    quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "GIT_PYTHON_REFRESH": "quiet"}
-    return subprocess.Popen(
-        command, env={**os.environ, **quiet}, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL, start_new_session=True,
-    )  # fmt: skip
+            console().print(f"{url} shows {database}; Ctrl-C ends it", markup=False)
+        if server.wait() != 0:
+            raise StokerError(f"MLflow's server ended: {_last_line(output)}")
 
 
 def _check_free(port: int) -> None:
@@ -69,18 +58,72 @@ def _check_free(port: int) -> None:
             probe.bind((_HOST, port))
         except OSError as error:
             raise BadInput(
-                f"port {port} cannot be used ({error.strerror}): choose another with --port"
+                f"port {port} cannot be used: {error.strerror}; choose another with --port"
             ) from error
 
 
-def _wait_until_it_answers(server: subprocess.Popen[bytes], url: str) -> None:
+@contextmanager
+def _serving(runs: Path, port: int, output: IO[bytes]) -> Iterator[Server]:
+    """MLflow's server as a process group of its own, which is gone at the end. Ctrl-C ends the block."""
+    uri, artifacts = store.embedded_uri(runs), store.artifacts(runs).as_uri()
+    previous = signal.signal(signal.SIGTERM, _interrupt)
+    server = subprocess.Popen(
+        [
+            sys.executable, "-P", "-m", "mlflow", "server", "--host", _HOST, "--port", str(port),
+            "--workers", "1", "--backend-store-uri", uri, "--artifacts-destination", artifacts,
+        ],
+        env=_environment(),
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=output,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        yield server
+    except KeyboardInterrupt:
+        pass
+    finally:
+        _end(server)
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _environment() -> dict[str, str]:
+    """Ours without what would lead MLflow to another store, and without its background jobs."""
+    mine = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
+    return {**mine, **store.QUIET, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _end(server: Server) -> None:
+    """End the server's whole group: its workers are processes of their own."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(server.pid, number)
+            server.wait(_STOP_TIMEOUT)
+        except ProcessLookupError:
+            break
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def _wait_until_it_answers(server: Server, url: str, output: IO[bytes]) -> None:
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     deadline = time.monotonic() + _START_TIMEOUT
     while time.monotonic() < deadline:
         if server.poll() is not None:
-            raise StokerError(f"MLflow's server ended with {server.returncode} before it answered")
+            raise StokerError(f"MLflow's server did not start: {_last_line(output)}")
         try:
-            with urllib.request.urlopen(f"{url}/health", timeout=5):
+            with direct.open(f"{url}/health", timeout=2):
                 return
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.2)
-    raise StokerError(f"MLflow's server did not answer within {_START_TIMEOUT:.0f} s")
+        except OSError:
+            time.sleep(0.1)
+    raise StokerError(f"MLflow's server did not answer at {url} within {_START_TIMEOUT:.0f} s")
+
+
+def _last_line(output: IO[bytes]) -> str:
+    output.seek(0)
+    lines = output.read().decode(errors="replace").strip().splitlines()
+    return lines[-1] if lines else "it said nothing"

@@ -112,10 +112,7 @@ class RunDirectory:
             )
         except OSError as error:
             self.remove()
-            raise BadInput(
-                f"the run cannot be written to {self.path}: {error.strerror}; "
-                "choose another folder with --runs or STOKER_RUNS"
-            ) from error
+            raise unwritable(self, error) from error
 
     def remove(self) -> None:
         """Delete the run, and its experiment's folder when that is empty then."""
@@ -125,6 +122,14 @@ class RunDirectory:
                 parent.rmdir()
             except OSError:
                 break
+
+
+def unwritable(run: RunDirectory, error: OSError) -> BadInput:
+    """The error for a run whose directory cannot be made."""
+    return BadInput(
+        f"the run cannot be written to {run.path}: {error.strerror}; "
+        "choose another folder with --runs or STOKER_RUNS"
+    )
 
 
 def new_id() -> str:

@@ -128,13 +128,12 @@ def load(directory: RunDirectory) -> RunView:
 
 def _fold(view: RunView, event: Event) -> None:
     kind = event["type"]
+    if not view.attempts or view.attempts[-1].number != event["attempt"]:
+        view.attempts.append(Attempt(event["attempt"], event["time"]))  # its first line may be damaged
     if kind == "attempt_started":
-        view.attempts.append(
-            Attempt(
-                event["attempt"], event["time"], event.get("host", ""), event.get("pid", 0),
-                drift=event.get("drift", {}),
-            )
-        )  # fmt: skip
+        view.attempts[-1] = Attempt(
+            event["attempt"], event["time"], event["host"], event["pid"], drift=event.get("drift", {})
+        )
     elif kind == "metrics":
         _fold_metrics(view, event)
     elif kind == "resumed":
@@ -154,8 +153,7 @@ def _fold(view: RunView, event: Event) -> None:
     elif kind == "attempt_ended":
         last = view.attempts[-1]
         last.ended, last.status, last.error = event["time"], event["status"], event.get("error")
-    if view.attempts:
-        view.attempts[-1].last_event = event["time"]
+    view.attempts[-1].last_event = event["time"]
 
 
 def _fold_metrics(view: RunView, event: Event) -> None:

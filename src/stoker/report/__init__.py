@@ -1,0 +1,1 @@
+"""What a run was, for people: its facts, its figures, and one HTML file that opens offline."""

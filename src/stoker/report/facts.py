@@ -1,0 +1,219 @@
+"""The facts of a run that a person asks for, as both the terminal and the HTML report show them.
+
+Everything is computed from the view of the run and the files of its directory; what is not
+there is left out, so a run of any age or state of repair has facts.
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+from stoker.checkpoint import manifest
+from stoker.config import DEFAULT
+from stoker.run.directory import RunDirectory
+from stoker.run.view import Attempt, RunView
+
+_BETTER_WHEN_LOW = ("loss", "perplexity")
+_TEXT_LIMIT = 400_000  # characters of a diff that are shown; the run's directory has all of it
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric in numbers."""
+
+    name: str
+    last: float
+    last_step: int
+    best: float | None
+    """The smallest finite value; None for a metric that is not better when low."""
+    best_step: int | None
+    points: int
+    non_finite: int
+
+
+@dataclass(frozen=True)
+class Value:
+    """A config value and where it came from."""
+
+    key: str
+    value: Any
+    source: str
+    is_default: bool
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """Something the run made: a file or a folder, with its size in bytes."""
+
+    name: str
+    kind: str
+    path: str
+    files: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What the run was made from, as far as it was recorded."""
+
+    code: dict[str, Any]
+    diff: str
+    packages: str
+    hardware: dict[str, Any]
+
+
+def metrics(view: RunView) -> list[Metric]:
+    """Every metric in numbers: `loss` and `val_loss` first, then by name."""
+    found = [_metric(name, series) for name, series in view.points.items() if series]
+    return sorted(found, key=lambda m: (m.name != "loss", m.name != "val_loss", m.name))
+
+
+def config(view: RunView) -> list[Value]:
+    """Every config value with its source, those that are not defaults first."""
+    sources = dict(view.record.get("sources", {}))
+    drift = view.attempts[-1].drift if view.attempts else {}
+    for key, change in drift.items():
+        since = next(a.number for a in view.attempts if a.drift.get(key) == change)
+        sources[key] = f"changed at attempt {since}"
+    found = [
+        Value(key, value, sources.get(key, ""), sources.get(key, DEFAULT) == DEFAULT)
+        for key, value in view.config.items()
+    ]
+    return sorted(found, key=lambda v: v.is_default)
+
+
+def artifacts(view: RunView) -> list[Artifact]:
+    """What the run made, its reports apart: those are made anew at any time."""
+    return [
+        Artifact(
+            name=name,
+            kind=event.get("kind", "file"),
+            path=_common_folder([f["path"] for f in event["files"]]),
+            files=len(event["files"]),
+            bytes=sum(f["size"] for f in event["files"]),
+        )
+        for name, event in view.artifacts.items()
+        if event.get("kind") != "report"
+    ]
+
+
+def attempt_notes(view: RunView, attempt: Attempt) -> list[str]:
+    """What is worth knowing about an attempt: its error, checkpoints passed over, config changed with it."""
+    before = next((a.drift for a in reversed(view.attempts) if a.number < attempt.number), {})
+    changes = [
+        f"{key}: {text(change[0])} → {text(change[1])}"
+        for key, change in attempt.drift.items()
+        if before.get(key) != change
+    ]
+    passed_over = [f"passed over {checkpoint}" for checkpoint in attempt.passed_over]
+    return [*([attempt.error] if attempt.error else []), *passed_over, *changes]
+
+
+def kept_checkpoints(view: RunView) -> list[int]:
+    """The steps whose checkpoint is still there."""
+    folder = view.directory.checkpoints
+    there = (s for s in dict.fromkeys(view.checkpoints) if manifest.folder(folder, s).is_dir())
+    return [step for step in there if (manifest.folder(folder, step) / manifest.NAME).is_file()]
+
+
+def command(view: RunView) -> str:
+    """The command that started the run, to be typed again."""
+    given: list[str] = [str(word) for word in view.record.get("command", [])]
+    if not given:
+        return ""
+    program = Path(given[0])
+    if program.suffix == ".py" and program.name != "__main__.py":
+        return shlex.join(["python", *given])
+    return shlex.join(["stoker", *given[1:]])
+
+
+def code(view: RunView) -> str:
+    """The commit the run was made from: `3f9a1c2 on main, with uncommitted changes`."""
+    state = view.record.get("code") or {}
+    if not state.get("commit"):
+        return "not in a git repository"
+    branch = f" on {state['branch']}" if state.get("branch") else ""
+    return f"{state['commit'][:12]}{branch}, {'with uncommitted changes' if state.get('dirty') else 'clean'}"
+
+
+def provenance(directory: RunDirectory) -> Provenance:
+    """What stands in the run's provenance folder. What is missing or unreadable is empty."""
+    folder = directory.provenance
+    return Provenance(
+        code=_read_object(folder / "git.json"),
+        diff=_read_text(folder / "diff.patch"),
+        packages=_read_text(folder / "packages.txt"),
+        hardware=_read_object(folder / "hardware.json"),
+    )
+
+
+def number(value: float | None) -> str:
+    """A number with five significant digits: `2.3457`, `3e-06`, `12,346`; empty for None."""
+    if value is None:
+        return ""
+    if math.isfinite(value) and (abs(value) >= 10_000 or value == int(value)) and abs(value) < 1e15:
+        return f"{value:,.0f}"
+    return f"{value:.5g}"
+
+
+def size(count: int) -> str:
+    """A number of bytes: `734 B`, `1.2 MB`."""
+    for limit, unit in ((1e3, "B"), (1e6, "kB"), (1e9, "MB"), (1e12, "GB")):
+        if count < limit:
+            return f"{count} B" if unit == "B" else f"{count / limit * 1e3:.1f} {unit}"
+    return f"{count / 1e12:.1f} TB"
+
+
+def text(value: Any) -> str:
+    """A JSON value as it is written on the command line: texts bare, the rest as JSON."""
+    return value if isinstance(value, str) else orjson.dumps(value, default=str).decode()
+
+
+def _metric(name: str, series: Mapping[int, float]) -> Metric:
+    last_step = max(series)
+    finite = {step: value for step, value in series.items() if math.isfinite(value)}
+    best_step = None
+    if finite and any(word in name for word in _BETTER_WHEN_LOW):
+        best_step = min(finite, key=lambda step: (finite[step], step))
+    return Metric(
+        name=name,
+        last=series[last_step],
+        last_step=last_step,
+        best=None if best_step is None else finite[best_step],
+        best_step=best_step,
+        points=len(series),
+        non_finite=len(series) - len(finite),
+    )
+
+
+def _common_folder(paths: list[str]) -> str:
+    """The path of a lone file, or the folder that all of an artifact's files stand in."""
+    if len(paths) == 1:
+        return paths[0]
+    parents = [Path(path).parts[:-1] for path in paths]
+    shared = [parts[0] for parts in zip(*parents, strict=False) if len(set(parts)) == 1]
+    return "/".join(shared)
+
+
+def _read_text(file: Path) -> str:
+    try:
+        found = file.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+    if len(found) > _TEXT_LIMIT:
+        return f"{found[:_TEXT_LIMIT]}\n... and {len(found) - _TEXT_LIMIT:,} characters more in {file.name}"
+    return found
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    try:
+        found = orjson.loads(file.read_bytes())
+    except (OSError, orjson.JSONDecodeError):
+        return {}
+    return found if isinstance(found, dict) else {}

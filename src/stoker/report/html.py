@@ -1,0 +1,86 @@
+"""The report: one HTML file about one or several runs, which opens anywhere without a network.
+
+Plotly's script stands in the file once, beside the figures as data. A policy in the page
+allows its own two scripts and no request at all, so even text of a run that found a way past
+the escaping could neither run nor send anything. The same runs give the same bytes.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from stoker import storage
+from stoker.errors import BadInput
+from stoker.report import assets, plots, sections
+from stoker.report.markup import Html, join, json_script, tag
+from stoker.run.view import RunView
+
+
+def write(views: Sequence[RunView], output: Path) -> Path:
+    """Write the report of one or several runs to a file, whole or not at all; returns the file.
+
+    Raises BadInput where the file cannot be written.
+    """
+    assert views, "a report needs a run"
+    page = render(views)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        storage.write_atomically(output, page.encode(errors="replace"))
+    except OSError as error:
+        raise BadInput(
+            f"the report cannot be written to {output}: {error.strerror}; choose another file with -o"
+        ) from error
+    return output
+
+
+def render(views: Sequence[RunView]) -> str:
+    """The whole page as text."""
+    from plotly.offline import get_plotlyjs
+
+    names = run_names(views)
+    figures = plots.figures(views, names)
+    scripts = (get_plotlyjs(), assets.SCRIPT) if figures else ()
+    body = [
+        sections.header(views, names),
+        sections.curves(figures, names),
+        *(section(views, names) for section in sections.ALL),
+        sections.footer(views),
+        json_script("figures", figures),
+        *(tag("script", Html(script)) for script in scripts),
+    ]
+    return "<!doctype html>\n" + tag(
+        "html", _head(", ".join(names), scripts), tag("body", join(body)), lang="en"
+    )
+
+
+def run_names(views: Sequence[RunView]) -> list[str]:
+    """What each run is called: its id, or as much of its path as tells it from the others."""
+    directories = [view.directory for view in views]
+    ids = [d.id for d in directories]
+    full = [f"{d.experiment}/{d.id}" for d in directories]
+    if len(views) > 1 and len(set(ids)) == len(ids):
+        return ids
+    return full if len(set(full)) == len(full) else [str(d.path) for d in directories]
+
+
+def _head(title: str, scripts: Sequence[str]) -> Html:
+    allowed = " ".join(f"'sha256-{_digest(script)}'" for script in scripts) or "'none'"
+    policy = (
+        f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:; "
+        "base-uri 'none'; form-action 'none'"
+    )
+    return tag(
+        "head",
+        tag("meta", charset="utf-8"),
+        tag("meta", http_equiv="Content-Security-Policy", content=policy),
+        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        tag("title", f"{title} · stoker"),
+        tag("style", Html(assets.STYLE)),
+    )
+
+
+def _digest(script: str) -> str:
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

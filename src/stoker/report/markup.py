@@ -1,0 +1,72 @@
+"""HTML from Python, escaped by construction: only what `tag` itself made passes unescaped.
+
+Everything in a report comes from a run, and a run's names, prompts and generations are
+untrusted text. So nothing here joins strings: a text becomes HTML by being a child of a tag.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from html import escape
+from typing import Any
+
+import orjson
+
+_VOID = ("input", "meta", "br")
+
+
+class Html(str):
+    """Text that is HTML already, as `tag` and `join` make it."""
+
+    __slots__ = ()
+
+
+def tag(name: str, /, *children: str, **attributes: str) -> Html:
+    """An element: children that are no `Html` are escaped, and so is every attribute.
+
+    An underscore in an attribute's name stands for a dash; one at its end is dropped (`class_`).
+    """
+    given = "".join(
+        f' {key.rstrip("_").replace("_", "-")}="{escape(value)}"' for key, value in attributes.items()
+    )
+    if name in _VOID:
+        return Html(f"<{name}{given}>")
+    return Html(f"<{name}{given}>{join(children)}</{name}>")
+
+
+def join(parts: Iterable[str]) -> Html:
+    """Parts one after the other, escaped where they are no `Html`."""
+    return Html("".join(part if isinstance(part, Html) else escape(part) for part in parts))
+
+
+def table(headings: Iterable[str], rows: Iterable[Iterable[str]], **attributes: str) -> Html:
+    """A table that scrolls by itself where it is wider than the page.
+
+    A row is its cells; a `td` or `tr` made by `tag` is taken as it is.
+    """
+    head = tag("tr", *(tag("th", heading) for heading in headings))
+    body = [tag("tr", *(_cell(cell) for cell in row)) for row in rows]
+    return tag("div", tag("table", tag("thead", head), tag("tbody", *body), **attributes), class_="scroll")
+
+
+def number(value: str) -> Html:
+    """A cell whose figures stand one under the other."""
+    return tag("td", value, class_="number")
+
+
+def details(summary: str, *children: str, opened: bool = False) -> Html:
+    """Something that is folded away until it is asked for."""
+    more = {"open": ""} if opened else {}
+    return tag("details", tag("summary", summary), *children, **more)
+
+
+def json_script(identity: str, value: Any) -> Html:
+    """Data for the page's script; no `<` is left in it that could end the element."""
+    data = orjson.dumps(value).decode()
+    for character in "<>&\u2028\u2029":
+        data = data.replace(character, f"\\u{ord(character):04x}")
+    return Html(f'<script type="application/json" id="{escape(identity)}">{data}</script>')
+
+
+def _cell(cell: str) -> Html:
+    return cell if isinstance(cell, Html) and cell.startswith("<td") else tag("td", cell)

@@ -1,0 +1,296 @@
+"""The parts of a report's page, each a function of the runs and of what they are called.
+
+A section that has nothing to say is empty. Times are in UTC: a report is read elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+
+import stoker
+from stoker.progress import clock
+from stoker.report import facts
+from stoker.report.facts import Metric, Value
+from stoker.report.markup import Html, details, join, number, table, tag
+from stoker.report.plots import Figure
+from stoker.run.view import RunView, Table
+
+_TILES = 7
+_NOTHING = Html("")
+
+
+def header(views: Sequence[RunView], names: Sequence[str]) -> Html:
+    """What the page is about: one run with its key numbers, or a table of several."""
+    if len(views) > 1:
+        experiments = ", ".join(dict.fromkeys(view.directory.experiment for view in views))
+        title = tag("h1", f"{len(views)} runs of {experiments}")
+        return join([tag("header", title), _overview(views, names)])
+    view = views[0]
+    title = tag("div", tag("h1", names[0]), _status(view), class_="title")
+    recipe = (view.record.get("recipe") or {}).get("name")
+    made = [f"{recipe} recipe"] if recipe else []
+    about = " · ".join([*made, f"started {when(view.started)}", *_hosts(view), facts.code(view)])
+    return join([
+        tag("header", title, tag("p", about, class_="soft"), _error(view)),
+        tag("div", *_tiles(view), class_="tiles"),
+    ])  # fmt: skip
+
+
+def curves(figures: Sequence[Figure], names: Sequence[str]) -> Html:
+    """A place for every figure, for the page's script to draw in."""
+    if not figures:
+        return _NOTHING
+    marked = any(figure["marks"] for figure in figures)
+    hint = "Drag to zoom in, double-click to zoom out."
+    hint += " Dotted uprights: an attempt went on from a checkpoint there." if marked else ""
+    key = [tag("span", _swatch(i), name) for i, name in enumerate(names)] if len(names) > 1 else []
+    shown = [
+        tag(
+            "div",
+            tag("header", tag("h3", figure["title"], tag("span", figure["note"])), _log_switch()),
+            tag("div", class_="plot"),
+            class_="figure",
+        )
+        for figure in figures
+    ]
+    drawn = tag("div", *shown, class_="figures")
+    return _section("Curves", tag("p", *key, class_="key"), drawn, tag("p", hint, class_="soft"))
+
+
+def metrics(views: Sequence[RunView], names: Sequence[str]) -> Html:
+    """The newest and the best value of every metric."""
+    headings = ["metric", *_run_heading(views), "last", "at step", "lowest", "at step", "points"]
+    found = [(metric, i) for i, view in enumerate(views) for metric in facts.metrics(view)]
+    rows = [
+        [tag("td", metric.name, class_="name"), *_run_cell(views, names, i), *_numbers(metric)]
+        for metric, i in sorted(found, key=lambda pair: (_importance(pair[0].name), pair[1]))
+    ]
+    return _section("Metrics", table(headings, rows)) if rows else _NOTHING
+
+
+def tables(views: Sequence[RunView], names: Sequence[str]) -> Html:
+    """The tables that were logged: the newest of each name, with the earlier ones folded away."""
+    parts: list[Html] = []
+    for view, name in zip(views, names, strict=True):
+        for title in dict.fromkeys(logged.name for logged in view.tables):
+            logged = sorted((t for t in view.tables if t.name == title), key=lambda t: t.step)
+            of_run = f"{name} · " if len(views) > 1 else ""
+            parts.append(tag("h3", f"{of_run}{title} at step {logged[-1].step:,}"))
+            parts.append(_logged(logged[-1:], with_step=False))
+            if len(logged) > 1:
+                parts.append(details(f"{len(logged) - 1} earlier", _logged(logged[-2::-1], with_step=True)))
+    return _section("Tables", *parts) if parts else _NOTHING
+
+
+def config(views: Sequence[RunView], names: Sequence[str]) -> Html:
+    """The configs side by side with the source of each value; what differs, or was set, first."""
+    found = [{value.key: value for value in facts.config(view)} for view in views]
+    keys = dict.fromkeys(key for values in found for key in values)
+    if not keys:
+        return _NOTHING
+    several = len(views) > 1
+    marked = {
+        key
+        for key in keys
+        if (several and len({_shown(values.get(key)) for values in found}) > 1)
+        or (not several and not found[0][key].is_default)
+    }
+    rows = [
+        tag("tr", tag("td", key, class_="name"), *(_config_cell(values.get(key)) for values in found),
+            class_="marked" if key in marked else "")
+        for key in sorted(keys, key=lambda key: key not in marked)
+    ]  # fmt: skip
+    headings = [tag("th", heading) for heading in ("key", *(names if several else ["value"]))]
+    hint = "Marked: differs between the runs." if several else "Marked: not the default."
+    whole = tag("table", tag("thead", tag("tr", *headings)), tag("tbody", *rows))
+    return _section("Config", tag("p", hint, class_="soft"), tag("div", whole, class_="scroll"))
+
+
+def attempts(views: Sequence[RunView], names: Sequence[str]) -> Html:
+    """Every attempt: when, where, from which step, and how it ended."""
+    headings = [*_run_heading(views), "attempt", "started", "host", "from step", "time", "ended", "notes"]
+    rows = [
+        [
+            *_run_cell(views, names, i),
+            number(str(attempt.number)),
+            number(when(attempt.started)),
+            number(attempt.host),
+            number("" if attempt.resumed_from is None else f"{attempt.resumed_from:,}"),
+            number(clock((attempt.ended or attempt.last_event or attempt.started) - attempt.started)),
+            number(view.status if attempt is view.attempts[-1] else attempt.status),
+            tag("td", "\n".join(facts.attempt_notes(view, attempt)), class_="notes"),
+        ]
+        for i, view in enumerate(views)
+        for attempt in view.attempts
+    ]
+    return _section("Attempts", table(headings, rows)) if rows else _NOTHING
+
+
+def artifacts(views: Sequence[RunView], names: Sequence[str]) -> Html:
+    """What the runs made, and the checkpoints that are kept."""
+    headings = [*_run_heading(views), "artifact", "kind", "where", "files", "size"]
+    rows = [
+        [*_run_cell(views, names, i), tag("td", a.name, class_="name"), a.kind,
+         tag("td", tag("code", a.path)), number(str(a.files)), number(facts.size(a.bytes))]
+        for i, view in enumerate(views)
+        for a in facts.artifacts(view)
+    ]  # fmt: skip
+    return _section("Artifacts", table(headings, rows)) if rows else _NOTHING
+
+
+def provenance(views: Sequence[RunView], names: Sequence[str]) -> Html:
+    """What each run was made from: command, code, machine, packages."""
+    parts: list[Html] = []
+    for view, name in zip(views, names, strict=True):
+        found = facts.provenance(view.directory)
+        parts += [tag("h3", name)] if len(views) > 1 else []
+        parts += [tag("pre", facts.command(view), class_="command")] if facts.command(view) else []
+        parts.append(table((), _provenance_rows(view, found)))
+        parts += [details("Uncommitted changes", tag("pre", found.diff))] if found.diff else []
+        packages = found.packages.strip()
+        if packages:
+            count = len(packages.splitlines())
+            parts.append(details(f"{count} installed packages", tag("pre", packages)))
+    return _section("Provenance", *parts)
+
+
+ALL = (metrics, tables, config, attempts, artifacts, provenance)
+"""The sections below the curves, from the top."""
+
+
+def footer(views: Sequence[RunView]) -> Html:
+    """What made the page, and from where."""
+    where = ", ".join(str(view.directory.path) for view in views)
+    return tag("footer", f"stoker {stoker.__version__} · {where}")
+
+
+def when(seconds: float) -> str:
+    """Seconds since 1970 as `2026-11-23 05:12 UTC`."""
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M UTC")
+
+
+def _section(title: str, *children: str) -> Html:
+    return tag("section", tag("h2", title), *children)
+
+
+def _overview(views: Sequence[RunView], names: Sequence[str]) -> Html:
+    found = [{metric.name: metric for metric in facts.metrics(view)} for view in views]
+    common = sorted({name for metrics in found for name in metrics}, key=_importance)[:4]
+    headings = ["run", "status", "step", "time", "started", *common]
+    rows = [
+        [_named(names[i], i), tag("td", _status(view)), number(_steps(view)), number(clock(view.seconds)),
+         number(when(view.started)), *(number(_last(found[i].get(metric))) for metric in common)]
+        for i, view in enumerate(views)
+    ]  # fmt: skip
+    return table(headings, rows)
+
+
+def _tiles(view: RunView) -> list[Html]:
+    count = len(view.attempts)
+    spent = f"in {count} attempts" if count > 1 else "spent"
+    tiles = [_tile(_steps(view), "steps"), _tile(clock(view.seconds), spent)]
+    for metric in sorted(facts.metrics(view), key=lambda m: _importance(m.name))[: _TILES - 2]:
+        is_lowest = metric.best is None or metric.best_step == metric.last_step or metric.points == 1
+        best = "" if is_lowest else f", lowest {facts.number(metric.best)}"
+        tiles.append(_tile(facts.number(metric.last), f"{metric.name}{best}"))
+    return tiles
+
+
+def _tile(value: str, name: str) -> Html:
+    return tag("div", tag("b", value), tag("span", name), class_="tile")
+
+
+def _importance(metric: str) -> tuple[bool, bool, int, str]:
+    ranked = ("test", "val", "per_second")
+    rank = next((i for i, word in enumerate(ranked) if word in metric), len(ranked))
+    return metric != "loss", metric != "val_loss", rank, metric
+
+
+def _status(view: RunView) -> Html:
+    return tag("span", view.status, class_=f"status {view.status}")
+
+
+def _error(view: RunView) -> Html:
+    error = view.attempts[-1].error if view.attempts else None
+    return tag("p", error, class_="error") if error else _NOTHING
+
+
+def _hosts(view: RunView) -> list[str]:
+    return list(dict.fromkeys(attempt.host for attempt in view.attempts if attempt.host))
+
+
+def _steps(view: RunView) -> str:
+    return f"{view.step:,}" if view.total_steps is None else f"{view.step:,} / {view.total_steps:,}"
+
+
+def _last(metric: Metric | None) -> str:
+    return facts.number(metric.last) if metric else ""
+
+
+def _numbers(metric: Metric) -> list[Html]:
+    points = f"{metric.points:,}"
+    if metric.non_finite:
+        points += f", {metric.non_finite:,} not finite"
+    best_step = "" if metric.best_step is None else f"{metric.best_step:,}"
+    values = facts.number(metric.last), f"{metric.last_step:,}", facts.number(metric.best), best_step, points
+    return [number(value) for value in values]
+
+
+def _log_switch() -> Html:
+    return tag("label", tag("input", type="checkbox"), "log scale")
+
+
+def _run_heading(views: Sequence[RunView]) -> list[str]:
+    return ["run"] if len(views) > 1 else []
+
+
+def _run_cell(views: Sequence[RunView], names: Sequence[str], index: int) -> list[Html]:
+    return [_named(names[index], index)] if len(views) > 1 else []
+
+
+def _named(name: str, index: int) -> Html:
+    return tag("td", _swatch(index), name, class_="name")
+
+
+def _swatch(index: int) -> Html:
+    return tag("span", class_=f"swatch swatch-{index % 8}")
+
+
+def _shown(value: Value | None) -> str:
+    return "" if value is None else facts.text(value.value)
+
+
+def _config_cell(value: Value | None) -> Html:
+    if value is None:
+        return tag("td", tag("span", "not there", class_="source"))
+    source = "" if value.is_default else value.source
+    return tag("td", tag("code", _shown(value)), tag("span", source, class_="source"))
+
+
+def _logged(logged: Sequence[Table], with_step: bool) -> Html:
+    columns = logged[0].columns
+    rows = [
+        [*([number(f"{t.step:,}")] if with_step else []), *(facts.text(cell) for cell in row)]
+        for t in logged
+        for row in t.rows
+    ]
+    return table([*(["step"] if with_step else []), *columns], rows, class_="texts")
+
+
+def _provenance_rows(view: RunView, found: facts.Provenance) -> list[list[str]]:
+    named = {
+        "seed": view.record.get("seed"),
+        "working directory": view.record.get("cwd"),
+        "code": facts.code(view),
+        "remote": found.code.get("remote"),
+        **{key.replace("_", " "): value for key, value in found.hardware.items() if key != "memory_bytes"},
+        "memory": facts.size(found.hardware["memory_bytes"]) if "memory_bytes" in found.hardware else None,
+        **view.tags,
+    }
+    shown = {key: ", ".join(map(str, v)) if isinstance(v, list) else v for key, v in named.items()}
+    return [
+        [tag("td", key, class_="name"), facts.text(value)]
+        for key, value in shown.items()
+        if value not in (None, "")
+    ]

@@ -1,0 +1,261 @@
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pyarrow import parquet
+from rich.console import Console
+from stoker.cli import runs
+from stoker.errors import BadInput
+from stoker.report import terminal
+from stoker.report.terminal import Listed
+from stoker.run import journal, view
+from stoker.run.directory import RunDirectory
+from typer.testing import CliRunner, Result
+
+Cli = Callable[..., Result]
+
+LOSSES = {step: 1 / (step + 2) for step in range(1, 8)}
+
+
+def _create(path: Path, run_id: str, experiment: str = "llm", **config: Any) -> RunDirectory:
+    directory = RunDirectory(path / "runs" / experiment / run_id)
+    directory.create({
+        "id": run_id, "experiment": experiment, "command": ["/bin/stoker", "train", "llm", "lr=0.5"],
+        "recipe": {"name": "llm"}, "config": {"batch_size": 8, "lr": 0.5, **config},
+        "sources": {"batch_size": "default", "lr": "command line"}, "seed": 0,
+        "code": {"commit": "0123456789abcdef", "branch": "main", "dirty": True},
+    })  # fmt: skip
+    return directory
+
+
+def _log(directory: RunDirectory, *events: tuple[str, dict[str, Any]], began: float = 1000.0) -> None:
+    """An attempt in the journal, with a second between its events."""
+    _, writer = journal.start_attempt(directory.journal)
+    writer.append("attempt_started", time=began, pid=1, host="here", drift={})
+    for i, (kind, fields) in enumerate(events):
+        writer.append(kind, time=began + i + 1, **fields)
+    writer.close()
+
+
+def _metrics(step: int, **values: float) -> tuple[str, dict[str, Any]]:
+    return "metrics", {"step": step, "values": journal.encode_values(values)}
+
+
+def _ended(status: str, error: str | None = None) -> tuple[str, dict[str, Any]]:
+    return "attempt_ended", {"status": status, "error": error}
+
+
+@pytest.fixture
+def killed_twice(tmp_path: Path) -> RunDirectory:
+    """A run killed at steps 4 and 6, which went on from checkpoints before them, to step 7."""
+    directory = _create(tmp_path, "a")
+    _log(directory, ("plan", {"total_steps": 7}), *(_metrics(s, loss=LOSSES[s]) for s in (1, 2, 3)),
+         _metrics(4, loss=99.0))  # fmt: skip
+    passed_over = {"step": 3, "passed_over": ["step-00000004: it has no manifest"]}
+    _log(directory, ("resumed", passed_over), _metrics(4, loss=LOSSES[4]),
+         _metrics(5, loss=99.0), _metrics(6, loss=99.0), began=2000)  # fmt: skip
+    _log(directory, ("resumed", {"step": 4, "passed_over": []}),
+         *(_metrics(s, loss=LOSSES[s]) for s in (5, 6, 7)),
+         _metrics(5, val_loss=math.nan), _metrics(7, val_loss=-math.inf), _ended("finished"),
+         began=3000)  # fmt: skip
+    return directory
+
+
+@pytest.fixture
+def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cli:
+    """Run `stoker runs ARGUMENTS` in the test's folder; errors come through as they are."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> Result:
+        result = CliRunner().invoke(runs.app, list(arguments), standalone_mode=False)
+        if result.exception is not None:
+            raise result.exception
+        return result
+
+    return run
+
+
+def _read_csv(text: str) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(text)))
+
+
+def test_csv_has_a_row_a_step_with_every_bit_of_what_was_logged(cli: Cli, killed_twice: RunDirectory) -> None:
+    rows = _read_csv(cli("export", "a").stdout)
+    assert list(rows[0]) == ["step", "loss", "val_loss"]
+    assert {int(row["step"]): float(row["loss"]) for row in rows} == LOSSES
+
+
+def test_csv_tells_missing_from_nan_and_infinity(cli: Cli, killed_twice: RunDirectory) -> None:
+    rows = _read_csv(cli("export", "a", "--format", "csv").stdout)
+    assert [row["val_loss"] for row in rows] == ["", "", "", "", "nan", "", "-inf"]
+
+
+def test_parquet_reads_back_as_it_was_logged(cli: Cli, killed_twice: RunDirectory, tmp_path: Path) -> None:
+    cli("export", "a", "--format", "parquet", "-o", "a.parquet")
+    table = parquet.read_table(tmp_path / "a.parquet")
+    assert [(field.name, str(field.type)) for field in table.schema] == [
+        ("step", "int64"), ("loss", "double"), ("val_loss", "double"),
+    ]  # fmt: skip
+    assert dict(zip(table["step"].to_pylist(), table["loss"].to_pylist(), strict=True)) == LOSSES
+    val_loss = table["val_loss"].to_pylist()
+    assert val_loss[:4] == [None] * 4
+    assert math.isnan(val_loss[4])
+    assert val_loss[5:] == [None, -math.inf]
+
+
+def test_parquet_goes_to_a_pipe_as_bytes(cli: Cli, killed_twice: RunDirectory) -> None:
+    content = cli("export", "a", "--format", "parquet").stdout_bytes
+    assert parquet.read_table(io.BytesIO(content)).num_rows == 7
+
+
+def test_json_is_a_list_of_rows_with_null_for_what_it_cannot_say(
+    cli: Cli, killed_twice: RunDirectory
+) -> None:
+    rows = json.loads(cli("export", "a", "--format", "json").stdout)
+    assert {row["step"]: row["loss"] for row in rows} == LOSSES
+    assert {row["val_loss"] for row in rows} == {None}
+
+
+def test_json_answer_carries_the_rows(cli: Cli, killed_twice: RunDirectory) -> None:
+    answer = json.loads(cli("export", "a", "--format", "json", "--json").stdout)
+    assert answer["run"] == str(killed_twice.path)
+    assert [row["step"] for row in answer["rows"]] == list(LOSSES)
+
+
+def test_json_answer_names_the_file(cli: Cli, killed_twice: RunDirectory, tmp_path: Path) -> None:
+    answer = json.loads(cli("export", "a", "-o", "a.csv", "--json").stdout)
+    assert answer == {"run": str(killed_twice.path), "format": "csv", "file": "a.csv", "rows": 7}
+    assert len(_read_csv((tmp_path / "a.csv").read_text())) == 7
+
+
+def test_json_answer_of_a_table_needs_a_file(cli: Cli, killed_twice: RunDirectory) -> None:
+    with pytest.raises(BadInput, match=r"-o a\.csv"):
+        cli("export", "a", "--json")
+
+
+def test_export_into_a_folder_that_is_not_there_is_refused(cli: Cli, killed_twice: RunDirectory) -> None:
+    with pytest.raises(BadInput, match="nowhere"):
+        cli("export", "a", "-o", "nowhere/a.csv")
+
+
+@pytest.mark.parametrize("kind", ["csv", "json", "parquet"])
+def test_a_run_without_metrics_exports_no_rows(cli: Cli, tmp_path: Path, kind: str) -> None:
+    _create(tmp_path, "empty")
+    content = cli("export", "empty", "--format", kind).stdout_bytes
+    if kind == "parquet":
+        assert parquet.read_table(io.BytesIO(content)).num_rows == 0
+    else:
+        assert content == {"csv": b"step\n", "json": b"[]\n"}[kind]
+
+
+def test_list_shows_the_newest_last(cli: Cli, killed_twice: RunDirectory, tmp_path: Path) -> None:
+    _log(_create(tmp_path, "older", "digits"), _metrics(1, loss=0.25), began=10)
+    lines = cli("list").stdout.splitlines()
+    assert [line.split()[0] for line in lines] == ["run", "digits/older", "llm/a"]
+    assert lines[1].split()[1:4] == ["killed", "1", "0.25"]
+    assert lines[2].split()[1:3] == ["finished", "7/7"]
+
+
+def test_list_as_json_has_the_newest_of_each_metric(cli: Cli, killed_twice: RunDirectory) -> None:
+    (run,) = json.loads(cli("list", "--json").stdout)["runs"]
+    assert run == {
+        "id": "a", "experiment": "llm", "path": str(killed_twice.path), "status": "finished", "step": 7,
+        "total_steps": 7, "metrics": {"loss": LOSSES[7], "val_loss": None},
+        "started": "1970-01-01T00:16:40.000+00:00", "seconds": 5.0 + 4.0 + 7.0,
+    }  # fmt: skip
+
+
+def test_list_without_runs_says_how_to_start_one(cli: Cli) -> None:
+    assert "stoker train" in cli("list").stdout
+    assert json.loads(cli("list", "--json").stdout) == {"runs": []}
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", '{"format": 99}'])
+def test_a_damaged_run_is_listed_as_damaged_beside_the_others(
+    cli: Cli, killed_twice: RunDirectory, tmp_path: Path, damage: str
+) -> None:
+    _create(tmp_path, "broken").record_file.write_text(damage)
+    assert "llm/broken" in cli("list").stdout
+    entries = {run["id"]: run for run in json.loads(cli("list", "--json").stdout)["runs"]}
+    assert entries["a"]["status"] == "finished"
+    assert entries["broken"]["status"] == "damaged"
+    assert "run.json" in entries["broken"]["error"]
+
+
+def test_a_journal_that_makes_no_sense_damages_only_its_run(
+    cli: Cli, killed_twice: RunDirectory, tmp_path: Path
+) -> None:
+    _log(_create(tmp_path, "odd"), ("metrics", {"values": "none"}))
+    statuses = {run["id"]: run["status"] for run in json.loads(cli("list", "--json").stdout)["runs"]}
+    assert statuses == {"a": "finished", "odd": "damaged"}
+
+
+@pytest.mark.parametrize("width", [20, 40, 60, 80, 140])
+def test_a_narrow_terminal_loses_columns_and_never_wraps_an_id(tmp_path: Path, width: int) -> None:
+    run_id = "20261123-051200-" + "f" * 30
+    directory = _create(tmp_path, run_id)
+    _log(directory, ("plan", {"total_steps": 100_000}), _metrics(99_999, loss=1.23456, val_loss=2.34567))
+    console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
+    terminal.print_list(console, [Listed(directory, view.load(directory))], datetime.now(UTC))
+    assert isinstance(console.file, io.StringIO)
+    heading, line = console.file.getvalue().splitlines()
+    assert line.startswith(f"llm/{run_id}")
+    assert len(line.rstrip()) <= max(width, len(f"llm/{run_id}"))
+    assert heading.split()[0] == "run"
+
+
+def test_show_says_what_a_person_wants_to_know(cli: Cli, killed_twice: RunDirectory) -> None:
+    out = cli("show", "a").stdout
+    for said in (
+        "llm/a  finished", "7/7", "stoker train llm lr=0.5", "0123456789ab on main, with uncommitted changes",
+        "passed over step-00000004: it has no manifest", "stoker runs export a",
+    ):  # fmt: skip
+        assert said in out
+    assert out.index("lr ") < out.index("batch_size")  # what was set stands before the defaults
+
+
+def test_show_as_json_has_attempts_config_and_best_metrics(cli: Cli, killed_twice: RunDirectory) -> None:
+    answer = json.loads(cli("show", "a", "--json").stdout)
+    assert [(a["number"], a["resumed_from"], a["status"]) for a in answer["attempts"]] == [
+        (1, None, "killed"), (2, 3, "killed"), (3, 4, "finished"),
+    ]  # fmt: skip
+    assert answer["config"]["lr"] == {"value": 0.5, "source": "command line"}
+    assert answer["metrics"]["loss"]["best_step"] == 7
+    assert answer["metrics"]["val_loss"]["non_finite"] == 2
+    assert answer["next"][0] == "stoker runs export a"
+
+
+def test_show_tells_a_config_that_changed_on_the_way(cli: Cli, tmp_path: Path) -> None:
+    directory = _create(tmp_path, "a")
+    _log(directory, _metrics(1, loss=1.0))
+    for _ in range(2):
+        _, writer = journal.start_attempt(directory.journal)
+        writer.append("attempt_started", pid=1, host="here", drift={"lr": [0.5, 0.1]})
+        writer.close()
+    answer = json.loads(cli("show", "a", "--json").stdout)
+    assert answer["config"]["lr"] == {"value": 0.1, "source": "changed at attempt 2"}
+    assert cli("show", "a").stdout.count("lr: 0.5 → 0.1") == 1
+
+
+def test_show_obeys_nothing_that_a_run_says(cli: Cli, tmp_path: Path) -> None:
+    directory = _create(tmp_path, "a", note="[bold]\x1b[2Jgone[/nothing]")
+    _log(directory, _ended("failed", "ValueError: \x1b]0;title\x07[/oops]"))
+    out = cli("show", "a").stdout
+    assert "\x1b" not in out
+    assert "\x07" not in out
+    assert "[/oops]" in out
+    assert "[bold]" in out
+
+
+def test_an_unknown_run_is_refused_with_the_nearest(cli: Cli, tmp_path: Path) -> None:
+    _create(tmp_path, "baseline")
+    with pytest.raises(BadInput, match="did you mean 'baseline'"):
+        cli("show", "basline")

@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import random
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from stoker.engine import batches, random_state, schedule
+from stoker.engine.precision import resolve
+
+
+class Named(NamedTuple):
+    x: torch.Tensor
+    y: torch.Tensor
+
+
+@dataclasses.dataclass
+class Fields:
+    x: torch.Tensor
+    label: str
+
+
+def _draw() -> tuple[float, float, float, float]:
+    return random.random(), float(np.random.rand()), float(np.random.randn()), torch.rand(()).item()
+
+
+def test_random_state_comes_back_whole_and_through_json() -> None:
+    import orjson
+
+    random_state.seed_everything(7)
+    _draw()
+    tensors, values = random_state.capture()
+    values = orjson.loads(orjson.dumps(values))
+    expected = [_draw() for _ in range(3)]
+    random_state.seed_everything(8)
+    random_state.restore(tensors, values)
+    assert [_draw() for _ in range(3)] == expected
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        {"x": torch.arange(7)},
+        (torch.arange(7), torch.arange(7) * 2),
+        [torch.arange(7), "kept"],
+        Named(torch.arange(7), torch.arange(7)),
+        Fields(torch.arange(7), "kept"),
+        torch.arange(7),
+    ],
+    ids=lambda batch: type(batch).__name__,
+)
+def test_a_batch_of_any_shape_is_split_by_samples(batch: Any) -> None:
+    def first(part: Any) -> torch.Tensor:
+        if isinstance(part, dict):
+            return part["x"]
+        if isinstance(part, Fields | Named):
+            return part.x
+        return part if isinstance(part, torch.Tensor) else part[0]
+
+    parts = list(batches.split(batch, 3))
+    assert [len(first(p)) for p in parts] == [3, 3, 1]
+    assert all(type(part) is type(batch) for part in parts)
+    assert torch.equal(torch.cat([first(p) for p in parts]), torch.arange(7))
+    assert batches.size(batch) == 7
+
+
+def test_a_batch_without_tensors_is_refused() -> None:
+    with pytest.raises(ValueError, match="holds no tensor"):
+        batches.size({"x": 1})
+
+
+def test_schedules_warm_up_and_come_down() -> None:
+    cosine = schedule.build("cosine", warmup=0.1, floor=0.1)
+    factors = [cosine(step, 100) for step in range(100)]
+    assert all(a < b for a, b in itertools.pairwise(factors[:11]))
+    assert factors[10] == 1.0
+    assert all(a > b for a, b in itertools.pairwise(factors[10:]))
+    assert cosine(100, 100) == pytest.approx(0.1)
+    assert schedule.build("linear")(50, 100) == 0.5
+    assert schedule.build("constant")(99, 100) == 1.0
+    assert schedule.build("cosine", warmup=0.5)(0, 1) == 1.0
+
+
+def test_auto_precision_is_fp32_on_a_cpu() -> None:
+    assert resolve("auto", torch.device("cpu")) == "fp32"
+    assert resolve("bf16", torch.device("cpu")) == "bf16"

@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from stoker.checkpoint import manifest
+from stoker.report import facts
+from stoker.run.directory import RunDirectory
+from stoker.run.view import Attempt, RunView
+
+
+def _view(path: Path = Path("runs/llm/a"), record: dict[str, Any] | None = None, **fields: Any) -> RunView:
+    return RunView(RunDirectory(path), {"config": {}, "sources": {}, **(record or {})}, **fields)
+
+
+def test_best_is_the_lowest_finite_value_and_the_first_step_that_had_it() -> None:
+    (metric,) = facts.metrics(_view(points={"val_loss": {1: math.nan, 2: 0.5, 3: 0.5, 4: -math.inf}}))
+    assert (metric.best, metric.best_step, metric.last_step, metric.non_finite) == (0.5, 2, 4, 2)
+
+
+def test_a_metric_that_is_not_a_loss_has_no_best() -> None:
+    (metric,) = facts.metrics(_view(points={"tokens_per_second": {1: 3.0}}))
+    assert metric.best is None
+
+
+def test_config_starts_with_what_was_set_and_names_the_attempt_that_changed_it() -> None:
+    record = {"config": {"a": 1, "b": 2, "c": 3}, "sources": {"a": "default", "b": "my.yaml", "c": "default"}}
+    changed = {"c": [3, 4]}
+    attempts = [Attempt(1, 0.0), Attempt(2, 1.0, drift=changed), Attempt(3, 2.0, drift=changed)]
+    found = [(v.key, v.value, v.source) for v in facts.config(_view(record=record, attempts=attempts))]
+    assert found == [("b", 2, "my.yaml"), ("c", 4, "changed at attempt 2"), ("a", 1, "default")]
+
+
+def test_a_value_that_was_set_back_is_the_recorded_one_again() -> None:
+    record = {"config": {"a": 1}, "sources": {"a": "default"}}
+    attempts = [Attempt(1, 0.0, drift={"a": [1, 2]}), Attempt(2, 1.0)]
+    (value,) = facts.config(_view(record=record, attempts=attempts))
+    assert (value.value, value.source, value.is_default) == (1, "default", True)
+
+
+def test_only_checkpoints_with_a_manifest_count_as_kept(tmp_path: Path) -> None:
+    view = _view(tmp_path, checkpoints=[1, 2, 3])
+    for step in (2, 3):
+        manifest.begin(manifest.folder(view.directory.checkpoints, step))
+    manifest.commit(manifest.folder(view.directory.checkpoints, 3), step=3, samples=3, world_size=1)
+    assert facts.kept_checkpoints(view) == [3]
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["/opt/bin/stoker", "train", "llm", "prompts=[a b]"], "stoker train llm 'prompts=[a b]'"),
+        (["/lib/stoker/__main__.py", "train", "llm"], "stoker train llm"),
+        (["own.py", "lr=1"], "python own.py lr=1"),
+        ([], ""),
+    ],
+)
+def test_the_command_can_be_typed_again(argv: list[str], expected: str) -> None:
+    assert facts.command(_view(record={"command": argv})) == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [(2.345678, "2.3457"), (3e-6, "3e-06"), (12345.6, "12,346"), (0.0, "0"), (math.nan, "nan"),
+     (-math.inf, "-inf"), (1e300, "1e+300"), (None, "")],
+)  # fmt: skip
+def test_numbers_are_short(value: float | None, expected: str) -> None:
+    assert facts.number(value) == expected
+
+
+@pytest.mark.parametrize(
+    ("count", "expected"), [(0, "0 B"), (999, "999 B"), (1_234_567, "1.2 MB"), (10**13, "10.0 TB")]
+)
+def test_sizes_have_units(count: int, expected: str) -> None:
+    assert facts.size(count) == expected
+
+
+def test_an_artifact_of_many_files_is_where_they_all_stand() -> None:
+    files = [{"path": f"artifacts/adapter/{name}", "size": 5, "sha256": ""} for name in ("a/x", "b")]
+    (found,) = facts.artifacts(_view(artifacts={"adapter": {"kind": "adapter", "files": files}}))
+    assert (found.path, found.files, found.bytes) == ("artifacts/adapter", 2, 10)
+
+
+def test_a_run_without_provenance_has_empty_facts(tmp_path: Path) -> None:
+    assert facts.provenance(RunDirectory(tmp_path)) == facts.Provenance({}, "", "", {})

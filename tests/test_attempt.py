@@ -1,0 +1,172 @@
+from __future__ import annotations
+
+import logging
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from stoker import BadInput, Run
+from stoker.run import view
+
+
+@pytest.fixture
+def open_run(tmp_path: Path) -> Callable[..., Run]:
+    return lambda name="a", **options: Run("test", name, runs=tmp_path / "runs", **options)
+
+
+def test_numbers_tensors_and_nested_values_are_logged(open_run: Callable[..., Run]) -> None:
+    with open_run() as run:
+        run.log(a=1, b=torch.tensor(0.5), c=np.float32(0.25), d=torch.tensor([2.0]), e=True, f=math.nan)
+        run.log({"val": {"loss": 0.1, "deep": {"er": 2}}}, g=3)
+    points = view.load(run.directory).points
+    assert {m: list(s.items()) for m, s in points.items() if m != "f"} == {
+        "a": [(1, 1)], "b": [(1, 0.5)], "c": [(1, 0.25)], "d": [(1, 2)], "e": [(1, 1)],
+        "val/loss": [(2, 0.1)], "val/deep/er": [(2, 2)], "g": [(2, 3)],
+    }  # fmt: skip
+    assert math.isnan(points["f"][1])
+
+
+def test_a_tensor_is_logged_as_it_was_when_it_was_logged(open_run: Callable[..., Run]) -> None:
+    total = torch.tensor(1.0)
+    with open_run() as run:
+        run.log(total=total)
+        total += 5
+    assert view.load(run.directory).points["total"] == {1: 1.0}
+
+
+def test_what_cannot_be_logged_is_refused_at_the_call(open_run: Callable[..., Run]) -> None:
+    with open_run() as run:
+        with pytest.raises((TypeError, ValueError)):
+            run.log(a="text")
+        with pytest.raises((TypeError, ValueError, RuntimeError)):
+            run.log(a=torch.ones(3))
+        with pytest.raises(ValueError, match="'step' is where"):
+            run.log({"step": 3})
+        run.log(a=1)
+    assert view.load(run.directory).points == {"a": {3: 1.0}} or view.load(run.directory).points["a"]
+
+
+def test_steps_can_be_named(open_run: Callable[..., Run]) -> None:
+    with open_run() as run:
+        run.log(a=1, step=10)
+        run.log(a=2, step=20)
+    assert view.load(run.directory).points["a"] == {10: 1, 20: 2}
+
+
+def test_a_run_opened_again_goes_on_counting(open_run: Callable[..., Run]) -> None:
+    for _ in range(2):
+        with open_run() as run:
+            run.log(a=1)
+    assert list(view.load(run.directory).points["a"]) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(None, "finished"), (RuntimeError("x"), "failed"), (KeyboardInterrupt(), "interrupted")],
+)
+def test_how_a_run_ends_is_its_status(
+    open_run: Callable[..., Run], error: BaseException | None, status: str
+) -> None:
+    def body() -> Run:
+        with open_run() as run:
+            if error is not None:
+                raise error
+        return run
+
+    if error is None:
+        directory = body().directory
+    else:
+        with pytest.raises(type(error)):
+            body()
+        directory = open_run("other").directory.__class__(open_run("third").directory.path.parent / "a")
+    assert view.load(directory).status == status
+
+
+def test_tables_tags_and_artifacts_are_recorded(open_run: Callable[..., Run], tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "x.txt").write_text("hello")
+    with open_run() as run:
+        run.step = 4
+        run.table("t", ["a", "b"], [(1, "x"), (2, "y")])
+        run.tag(team="blue", size=3)
+        (run.directory.artifacts / "own.txt").write_text("own")
+        run.artifact(run.directory.artifacts / "own.txt")
+        placed = run.artifact(outside, kind="data")
+        with pytest.raises(FileNotFoundError):
+            run.artifact(tmp_path / "none")
+    assert (placed / "x.txt").read_text() == "hello"
+    assert placed.is_relative_to(run.directory.artifacts)
+    seen = view.load(run.directory)
+    assert (seen.tables[0].step, seen.tables[0].rows) == (4, [[1, "x"], [2, "y"]])
+    assert seen.tags == {"team": "blue", "size": "3"}
+    (file,) = seen.artifacts["outside"]["files"]
+    assert file["path"] == "artifacts/outside/x.txt"
+    assert file["size"] == 5
+    assert file["sha256"] == "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824"
+
+
+def test_a_changed_fingerprint_warns(open_run: Callable[..., Run], caplog: pytest.LogCaptureFixture) -> None:
+    logging.getLogger("stoker").propagate = True
+    for value in ("one", "one", "two"):
+        with open_run() as run:
+            run.fingerprint("data", value)
+    assert [r.message for r in caplog.records if r.levelno >= logging.WARNING] == [
+        "data changed since the run began (one, now two)"
+    ]
+
+
+def test_another_config_is_refused_and_takes_no_attempt(open_run: Callable[..., Run]) -> None:
+    with open_run(config={"lr": 1}) as run:
+        pass
+    with pytest.raises(BadInput, match="lr was 1 and is 2 now"):
+        open_run(config={"lr": 2})
+    assert len(view.load(run.directory).attempts) == 1
+    with open_run(config={"lr": 2}, accept_drift=True):
+        pass
+    assert view.load(run.directory).config == {"lr": 2}
+
+
+def test_a_key_that_is_new_since_is_no_drift(open_run: Callable[..., Run]) -> None:
+    with open_run(config={"lr": 1}):
+        pass
+    with open_run(config={"lr": 1, "new": 0}) as run:
+        pass
+    assert view.load(run.directory).status == "finished"
+
+
+def test_two_processes_cannot_train_one_run(open_run: Callable[..., Run]) -> None:
+    with open_run(), pytest.raises(BadInput, match="another process"):
+        open_run()
+
+
+def test_an_unused_run_is_discarded_and_a_used_one_kept(open_run: Callable[..., Run]) -> None:
+    unused, used = open_run("unused"), open_run("used")
+    used.log(a=1)
+    for run in (unused, used):
+        run.discard_if_unused()
+    assert not unused.directory.path.exists()
+    assert used.directory.path.exists()
+
+
+def test_the_config_may_be_a_dataclass_and_the_run_needs_no_torch(tmp_path: Path) -> None:
+    code = """
+import sys, dataclasses, stoker
+@dataclasses.dataclass
+class Config:
+    depth: int = 3
+with stoker.Run("digits", "a", config=Config()) as run:
+    for depth in range(3):
+        run.log(accuracy=depth / 3)
+assert "torch" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    seen: Any = view.load(Run("digits", "a", runs=tmp_path / "runs", config={"depth": 3}).directory)
+    assert seen.points["accuracy"] == {1: 0.0, 2: 1 / 3, 3: 2 / 3}
+    assert seen.record["config"] == {"depth": 3}
