@@ -5,7 +5,10 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from support import loaded, wait_for_points
 
@@ -52,6 +56,7 @@ def _killed_and_resumed(
     assert done.code == 0, done.err
 
 
+@pytest.mark.filterwarnings("ignore")  # MLflow's client runs in this process, with its own
 def test_killed_three_times_it_ends_in_the_same_bits_and_mlflow_has_one_curve(
     stoker: Callable[..., Any], start: Callable[..., Any], base: Path, runs: Path
 ) -> None:
@@ -97,6 +102,7 @@ def _assert_one_curve_in_mlflow(runs: Path, seen: Any) -> None:
     assert {"model", "report.html"} <= artifacts
 
 
+@pytest.mark.filterwarnings("ignore")  # peft, as a user loads an adapter, has its own
 def test_lora_is_exact_over_kills_and_loads_with_peft_on_the_exported_base(
     stoker: Callable[..., Any], start: Callable[..., Any], base: Path, runs: Path
 ) -> None:
@@ -177,6 +183,51 @@ def test_the_loss_is_that_of_plain_pytorch_on_the_same_rows(cache: Path, runs: P
     assert total / count == pytest.approx(math.log(4096), rel=0.02)  # an untrained model guesses evenly
 
 
+def test_every_weight_can_be_fine_tuned_with_config_from_a_file(
+    stoker: Callable[..., Any], base: Path, runs: Path, write_file: Callable[..., Path]
+) -> None:
+    model = base / "artifacts" / "model"
+    file = write_file("tune.yaml", [f"model: {model}", "data: python-docs-qa", "batch_size: 4", "epochs: 9"])
+    done = stoker(
+        "train", "llm", "--config", str(file), "epochs=0.1", "micro_batch=2", "sequence_length=128",
+        "precision=fp32", "--name", "full", "--runs", str(runs), "--json",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    seen = loaded(runs / "llm" / "full")
+    assert seen.record["sources"]["model"] == str(file)
+    assert seen.record["sources"]["epochs"] == "command line"
+    assert seen.last("test_perplexity") < seen.last("base_test_perplexity")
+    tuned = runs / "llm" / "full" / "artifacts" / "model"
+    before, after = (load_file(folder / "model.safetensors") for folder in (model, tuned))
+    assert before.keys() == after.keys()
+    assert not any(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_token_budget_is_counted_in_real_tokens(stoker: Callable[..., Any], runs: Path) -> None:
+    done = stoker(
+        *TUNE, "lora.rank=0", "max_steps=20000tok", "--name", "tokens", "--runs", str(runs), "--json"
+    )
+    assert done.code == 0, done.err
+    tokens_of_a_full_batch = 4 * 128
+    fewest = math.ceil(20000 / tokens_of_a_full_batch)
+    assert fewest <= done.answer["step"] <= fewest / 0.9
+
+
+def test_training_loads_no_mlflow(base: Path, tmp_path: Path) -> None:
+    """Though a follower of it ships to MLflow meanwhile."""
+    arguments = ["stoker", *TUNE, "max_steps=1", f"model={base}/artifacts/model"]
+    code = (
+        "import sys, atexit; atexit.register(lambda: print('mlflow' in sys.modules, 'torch' in sys.modules));"
+        f"sys.argv = {arguments!r}; from stoker.cli.main import run; run()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "STOKER_SINKS": "mlflow"},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.splitlines()[-1] == "False True"
+    assert (tmp_path / "runs" / "mlflow.db").exists()
+
+
 FORMS: list[dict[str, str]] = [
     {"text": "A line about the number {i}, long enough to be learnt from."},
     {"prompt": "What is {i}?", "completion": "It is the number {i}."},
@@ -185,8 +236,7 @@ FORMS: list[dict[str, str]] = [
 ]
 
 
-@pytest.mark.parametrize("form", FORMS, ids="-".join)
-@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+@pytest.mark.parametrize(("form", "kind"), list(zip(FORMS, ["jsonl", "parquet"] * 2, strict=True)))
 def test_trains_on_files_of_every_form(
     stoker: Callable[..., Any], tmp_path: Path, form: dict[str, str], kind: str
 ) -> None:
@@ -197,7 +247,7 @@ def test_trains_on_files_of_every_form(
     else:
         pq.write_table(pa.Table.from_pylist(records), file)
     done = stoker(
-        "train", "llm", f"data={file.name}", "model=tiny", "vocab_size=300", "sequence_length=32",
+        "train", "llm", f"data={file.name}", "model=tiny", "vocab_size=300", "sequence_length=64",
         "max_steps=2", "batch_size=2", "generate_tokens=4", "--json",
     )  # fmt: skip
     assert done.code == 0, done.err
@@ -216,7 +266,11 @@ def _lines(*records: object) -> str:
         ("", ["data=d.jsonl"], "empty"),
         (_lines({"text": "a"}, "{not json"), ["data=d.jsonl"], "d.jsonl"),
         (_lines({"text": "a"}, "{not json"), ["data=d.jsonl"], "line 2"),
-        (_lines({"text": "a"}, {"body": "b", "title": "t"}), ["data=d.jsonl"], "body, title"),
+        (
+            _lines({"text": "a"}, {"body": "b", "title": "t"}),
+            ["data=d.jsonl"],
+            "the fields 'body'",
+        ),
         (None, ["lr=abc"], "lr=abc"),
         (None, ["batchsize=4"], "did you mean 'batch_size'?"),
         (None, ["sequence_length=0"], "greater than or equal to 2"),

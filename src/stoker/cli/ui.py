@@ -37,7 +37,7 @@ def ui(
     database = store.database(runs)
     if not database.is_file():
         elsewhere = store.server_uri()
-        hint = f"; runs are tracked at {store.shown(elsewhere)}" if elsewhere else ""
+        hint = f"; runs are tracked at {store.without_credentials(elsewhere)}" if elsewhere else ""
         raise BadInput(f"nothing is tracked under {runs} yet: start a run first{hint}")
     _check_free(port)
     with tempfile.TemporaryFile() as output, _serving(runs, port, output) as server:

@@ -52,6 +52,7 @@ class Config:
     warmup: Annotated[float, Ge(0), Lt(1)] = 0.05
     """Share of the steps over which the learning rate goes up."""
     weight_decay: Annotated[float, Ge(0)] = 0.01
+    """AdamW's decoupled weight decay."""
     clip_norm: Annotated[float, Gt(0)] = 1.0
     """Largest global norm of the gradient."""
     max_steps: Duration | None = None
@@ -69,6 +70,7 @@ class Config:
     eval_every: Duration = Duration(1, "epoch")
     """Perplexity on the validation documents, and generations."""
     checkpoint_every: Duration = Duration(10, "minute")
+    """How much training a kill can cost; 10min, 500, 1ep. The result does not depend on it."""
     keep_checkpoints: Annotated[int, Ge(1)] = 3
     """How many of the newest checkpoints are kept."""
     validation: Annotated[float, Gt(0), Lt(0.5)] = 0.05
@@ -80,6 +82,7 @@ class Config:
     generate_tokens: Annotated[int, Ge(1)] = 64
     """Length of a generation."""
     seed: Annotated[int, Ge(0)] = 0
+    """Of the weights, the order of the data, and dropout."""
 
     def __post_init__(self) -> None:
         if self.max_steps is not None and self.epochs is not None:

@@ -1,1 +1,1 @@
-"""Shipping a run's journal to where people look: a follower process, and its sinks."""
+"""Tracking: a follower process that ships a run's journal to MLflow."""

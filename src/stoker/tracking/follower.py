@@ -1,38 +1,39 @@
-"""The follower: a process of its own that ships a run's journal to a sink.
+"""The follower: a process of its own that ships a run's journal to the sinks.
 
-    python -m stoker.tracking.follower RUN_DIRECTORY
+Training starts it and forgets it. It reads what the journal holds past its ledger, twice a
+second, and ends when the trainer is gone and everything is shipped. It may be killed at any
+moment: the next one goes on, and sends nothing that a sink does not store once. A sink that
+fails is tried again, ever more slowly, and training never notices.
 
-It reads behind a cursor that it keeps on disk, and moves the cursor once the sink has what
-was read; after a crash it reads the same again, and the sink keeps one of each. A point
-that an attempt logs again is not shipped again: the first one stands. Nobody waits for it: a
-sink that is slow or down is tried again, ever more rarely. It ends when the process that
-trains is gone, however that went, and everything is shipped.
-
-Nothing here imports a sink's library but `main`, which runs in the follower's own process.
+    python -m stoker.tracking.follower [--once] RUN_DIRECTORY
 """
 
 from __future__ import annotations
 
-import functools
+import argparse
+import contextlib
+import logging
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import orjson
 from stoker import storage
-from stoker.run import journal, view
+from stoker.errors import BadInput, nearest
+from stoker.run import journal
 from stoker.run.directory import RunDirectory
-from stoker.run.journal import Cursor, Event
-from stoker.tracking.sink import Point, Sink
+from stoker.tracking import feed, ledger, store
+from stoker.tracking.shipper import Shipper
+from stoker.tracking.sink import Sink
 
-_POLL = 0.5  # seconds
-_BATCH = 1000  # events read at once
-_LONGEST_PAUSE = 30.0  # seconds between tries of a sink that fails
-_PATIENCE = 60.0  # seconds that a failing sink is tried for once training is over
+INTERVAL = 0.5  # seconds between looks at the journal
+LONGEST_BACKOFF = 30.0  # seconds between tries of a sink that fails, while there is no hurry
+PATIENCE = 60.0  # seconds that a failing sink is tried for once the trainer is gone
+ONCE_PATIENCE = 10.0  # and by `stoker sync`, where somebody waits for the answer
+_REPORTED_AFTER = 2  # failures in a row; a locked database is none
 
 
 @dataclass(frozen=True)
@@ -41,193 +42,162 @@ class SinkState:
 
     name: str
     where: str
+    """The store and the run in it."""
     pending: int
-    """Events of the journal that it does not have yet."""
+    """What it has not got yet: events, and how the run ended."""
     error: str | None
+    since: float | None
+    """Since when it fails, in seconds since 1970."""
 
 
 def enabled() -> tuple[str, ...]:
-    """The sinks in use: what STOKER_SINKS says, `none` for none; MLflow by default."""
-    names = os.environ.get("STOKER_SINKS", "mlflow")
-    return () if names in ("", "none") else tuple(name.strip() for name in names.split(","))
+    """The sinks that STOKER_SINKS names: `mlflow` by default, none for `none`. Raises BadInput."""
+    names = tuple(name.strip() for name in os.environ.get("STOKER_SINKS", "mlflow").split(","))
+    for name in names:
+        if name not in {*_SINKS, "none", ""}:
+            raise BadInput(f"STOKER_SINKS names {name!r}{nearest(name, _SINKS)}; give mlflow or none")
+    return tuple(name for name in names if name in _SINKS)
 
 
-def spawn(directory: RunDirectory) -> subprocess.Popen[bytes] | None:
-    """Start the follower of a run, apart from this process's terminal; None where no sink is in use."""
-    if not enabled():
-        return None
-    log = os.open(
-        directory.logs / "follower.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644
-    )
-    try:
+def spawn(directory: RunDirectory, once: bool = False) -> subprocess.Popen[bytes]:
+    """Start a follower of a run; `once`: one that ships what is there now, and ends."""
+    command = [sys.executable, "-P", "-m", "stoker.tracking.follower", *(["--once"] if once else [])]
+    with (directory.logs / "follower.log").open("ab") as output:
         return subprocess.Popen(
-            [sys.executable, "-m", "stoker.tracking.follower", str(directory.path)],
+            [*command, str(directory.path.absolute())],
             stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,  # Ctrl-C in the terminal is meant for the trainer
         )
-    finally:
-        os.close(log)
 
 
 def state(directory: RunDirectory) -> list[SinkState]:
-    """How far each sink of a run is, as its follower last said."""
-    return [_state(directory, file) for file in sorted(directory.sinks.glob("*.json"))]
+    """How far every sink of a run is. Imports no sink."""
+    return [_state(directory, name) for name in enabled()]
 
 
 def wait(directory: RunDirectory, process: subprocess.Popen[bytes], timeout: float) -> list[SinkState]:
-    """Wait until a follower ends, reports a failing sink, or the timeout (seconds) is over."""
+    """Wait until a follower ends or says that its sink fails, `timeout` seconds at most."""
     deadline = time.monotonic() + timeout
     while process.poll() is None and time.monotonic() < deadline:
-        if any(s.error for s in state(directory)):
+        ledgers = [ledger.load(ledger.file_of(directory, name)) for name in enabled()]
+        if any(one.error and one.pid == process.pid for one in ledgers):
             break
-        time.sleep(0.05)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(0.1)
     return state(directory)
 
 
-class Follower:
-    """Ships one run to one sink."""
+def follow(directory: RunDirectory, name: str, *, once: bool = False, patience: float = PATIENCE) -> bool:
+    """Ship a run to a sink; whether all of it was shipped.
 
-    def __init__(self, directory: RunDirectory, name: str, sink: Sink) -> None:
-        self._directory = directory
-        self._sink = sink
-        self._file = directory.sinks / f"{name}.json"
-        saved = _read(self._file)
-        self._cursor = Cursor(dict(saved.get("offsets", {})))
-        self._known: dict[str, Any] = saved.get("known", {})
-        self._status: str | None = saved.get("status")  # what the sink was told
-        self._error: str | None = None
-        self._opened = False
-        self._shipped: dict[str, set[int]] = {}
-        self._said: str | None = None
-        for event in journal.read(directory.journal, until=self._cursor):
-            self._remember(self._new_points(event))
-            self._said = _said(event, self._said)
-
-    def follow(self) -> None:
-        """Ship until training is over and everything is shipped, or the sink failed for too long after."""
-        pause, over_since = _POLL, None
-        while True:
-            alive = self._directory.alive  # asked first: what is written before it dies is read after
-            moved = self.ship(alive)
-            if not alive and over_since is None:
-                over_since = time.monotonic()
-            if self._error is None:
-                pause = _POLL
-                if not alive and not moved:
-                    return
-            else:
-                pause = min(pause * 2, _LONGEST_PAUSE)
-                if over_since is not None and time.monotonic() - over_since > _PATIENCE:
-                    return
-            if not moved:
-                time.sleep(pause)
-
-    def ship(self, alive: bool) -> bool:
-        """Ship what is new, up to a batch; returns whether the cursor moved. A failure goes into the file."""
-        ahead = Cursor(dict(self._cursor.offsets))
-        events = list(journal.read(self._directory.journal, ahead, limit=_BATCH))
-        said = functools.reduce(lambda before, event: _said(event, before), events, self._said)
-        status = said or (view.RUNNING if alive else view.KILLED)
-        if not events and status == self._status and self._error is None:
-            return False
-        try:
-            self._open()
-            points = self._send(events)
-            if status != self._status:
-                self._sink.set_status(status)
-        except Exception as error:  # whatever a sink does, training must not know
-            self._fail(error)
-            return False
-        self._remember(points)
-        moved = bool(events)
-        self._cursor, self._said, self._status, self._error = ahead, said, status, None
-        self._save()
-        return moved
-
-    def _open(self) -> None:
-        if not self._opened:
-            self._known = self._sink.open(self._known)
-            self._opened = True
-            self._save()
-
-    def _send(self, events: list[Event]) -> list[Point]:
-        points: list[Point] = []
-        fresh: set[tuple[str, int]] = set()
-        for event in events:
-            for point in self._new_points(event):
-                if (point.metric, point.step) not in fresh:
-                    fresh.add((point.metric, point.step))
-                    points.append(point)
-        if points:
-            self._sink.send(points)
-        for event in events:
-            if event["type"] in ("tags", "artifact", "table"):
-                self._sink.record(event)
-        return points
-
-    def _new_points(self, event: Event) -> list[Point]:
-        if event["type"] != "metrics":
-            return []
-        step = event["step"]
-        return [
-            Point(metric, value, event["time"], step)
-            for metric, value in journal.decode_values(event["values"]).items()
-            if step not in self._shipped.get(metric, ())
-        ]
-
-    def _remember(self, points: list[Point]) -> None:
-        for point in points:
-            self._shipped.setdefault(point.metric, set()).add(point.step)
-
-    def _fail(self, error: Exception) -> None:
-        self._opened = False  # a server that came back may have forgotten the run
-        self._error = f"{type(error).__name__}: {error}".splitlines()[0]
-        sys.stderr.write(f"{time.strftime('%F %T')} {self._error}\n")
-        self._save()
-
-    def _save(self) -> None:
-        content = {
-            "offsets": self._cursor.offsets,
-            "known": self._known,
-            "status": self._status,
-            "error": self._error,
-        }
-        storage.write_atomically(self._file, orjson.dumps(content, option=orjson.OPT_INDENT_2))
-
-
-def _said(event: Event, before: str | None) -> str | None:
-    """How the newest attempt ended, if it has said so by this event."""
-    if event["type"] == "attempt_started":
-        return None
-    return str(event["status"]) if event["type"] == "attempt_ended" else before
-
-
-def _state(directory: RunDirectory, file: Path) -> SinkState:
-    saved = _read(file)
-    cursor = Cursor(dict(saved.get("offsets", {})))
-    pending = sum(1 for _ in journal.read(directory.journal, cursor))
-    return SinkState(file.stem, saved.get("known", {}).get("where", ""), pending, saved.get("error"))
-
-
-def _read(file: Path) -> dict[str, Any]:
+    Goes on until the trainer is gone, or with `once` until everything that the journal holds
+    now is shipped. A failing sink is tried for `patience` seconds after that.
+    """
+    task = _Task(directory, name, feed.end(directory.journal) if once else None, patience)
+    lock = task.take_turn()
+    if lock is None:
+        return task.complete()
     try:
-        content = orjson.loads(file.read_bytes())
-    except FileNotFoundError:
-        return {}
-    return content if isinstance(content, dict) else {}
+        return task.ship(Shipper(directory, ledger.file_of(directory, name), _SINKS[name]))
+    finally:
+        os.close(lock)
 
 
-def main(path: str) -> None:
-    """Follow a run to its end; a second follower of it waits for the first."""
-    from stoker.tracking.mlflow_sink import MLflowSink
+class _Task:
+    """What a follower has to do: ship up to `goal` (a position in the journal), or to the run's end."""
 
-    os.nice(5)
-    directory = RunDirectory(Path(path))
-    with storage.locked(directory.sinks / "follower.lock"):
-        Follower(directory, "mlflow", MLflowSink(directory)).follow()
+    def __init__(self, directory: RunDirectory, name: str, goal: int | None, patience: float) -> None:
+        self._directory = directory
+        self._goal = goal
+        self._patience = patience
+        self._file = ledger.file_of(directory, name)
+        self._lock_file = ledger.lock_of(directory, name)
+        self._alone_since: float | None = None
+
+    def take_turn(self) -> int | None:
+        """Wait for another follower of this run to end: a lock, or None where no more is to be done."""
+        while (lock := storage.try_lock(self._lock_file)) is None:
+            failing = self._goal is not None and ledger.load(self._file).error is not None
+            if failing or self.complete() or self._out_of_patience():
+                return None
+            time.sleep(0.1)
+        return lock
+
+    def complete(self) -> bool:
+        """Whether the sink has all that it should have by now."""
+        known = ledger.load(self._file)
+        if not known.concluded and (self._goal is None or not self._directory.alive):
+            return False
+        goal = feed.end(self._directory.journal) if self._goal is None else self._goal
+        return feed.position(known.cursor) >= goal
+
+    def ship(self, shipper: Shipper) -> bool:
+        """Ship until complete; False where patience ended first, or the run was removed."""
+        failures = 0
+        while self._directory.exists():
+            alive = self._directory.alive  # asked first: what is read after its death is all
+            try:
+                if shipper.ship_next():
+                    failures = 0
+                    continue
+                if not alive:
+                    shipper.conclude()
+                if not alive or self._goal is not None:
+                    return True
+                failures = 0
+            except Exception as error:
+                failures += 1
+                shipper.failed(error, report=failures >= _REPORTED_AFTER)
+                if self._out_of_patience():
+                    return False
+            longest = LONGEST_BACKOFF if alive else LONGEST_BACKOFF / 6
+            time.sleep(min(INTERVAL * 2 ** min(failures, 10), longest))
+        return False
+
+    def _out_of_patience(self) -> bool:
+        """Whether the trainer is gone, or was never waited for, and that for too long."""
+        if self._goal is None and self._directory.alive:
+            self._alone_since = None
+            return False
+        self._alone_since = self._alone_since or time.monotonic()
+        return time.monotonic() - self._alone_since > self._patience
+
+
+def _state(directory: RunDirectory, name: str) -> SinkState:
+    known = ledger.load(ledger.file_of(directory, name))
+    runs = directory.path.parent.parent
+    where = known.where or store.without_credentials(store.server_uri() or store.embedded_uri(runs))
+    events = sum(1 for _ in journal.read(directory.journal, known.cursor))
+    told = known.concluded or directory.alive
+    return SinkState(name, where, events + (not told), known.error, known.since)
+
+
+def _mlflow(directory: RunDirectory) -> Sink:
+    for name, value in {**store.QUIET, **store.IMPATIENT}.items():
+        os.environ.setdefault(name, value)
+    from stoker.tracking.mlflow_sink import MlflowSink
+
+    return MlflowSink(directory)
+
+
+_SINKS: dict[str, Callable[[RunDirectory], Sink]] = {"mlflow": _mlflow}
+
+
+def main() -> int:
+    """The follower's process. Returns 0 where all was shipped, else 1."""
+    parser = argparse.ArgumentParser(prog="stoker.tracking.follower")
+    parser.add_argument("run", type=Path, help="the run's directory")
+    parser.add_argument("--once", action="store_true", help="ship what is there now, and end")
+    arguments = parser.parse_args()
+    os.nice(5)  # training comes first
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    directory, once = RunDirectory(arguments.run), arguments.once
+    patience = ONCE_PATIENCE if once else PATIENCE
+    shipped = [follow(directory, name, once=once, patience=patience) for name in enabled()]
+    return 0 if all(shipped) else 1
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    sys.exit(main())

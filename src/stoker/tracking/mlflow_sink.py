@@ -1,151 +1,212 @@
-"""MLflow as a sink: one MLflow run over all attempts of a run.
+"""The MLflow sink: a run of ours is one MLflow run, across all its attempts.
 
-By default on a SQLite file beside the runs; MLFLOW_TRACKING_URI names a server instead, and
-changes nothing else. MLflow keeps one of two points with the same key, time, step and value,
-so sending a batch again is harmless.
+The one module that imports mlflow, so only a follower's process imports this one. MLflow
+stores a metric that it has already (same key, time, step and value) once, which is what
+makes a batch safe to send again.
 """
 
 from __future__ import annotations
 
-import contextlib
+import hashlib
+import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
 
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
 from stoker import storage
 from stoker.run import view
 from stoker.run.directory import RunDirectory
-from stoker.run.journal import Event
-from stoker.tracking.sink import Point
+from stoker.tracking import store
+from stoker.tracking.sink import Batch, Ending, SinkRun
 
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")  # seconds; the follower tries again by itself
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+log = logging.getLogger(__name__)
 
-from mlflow import MlflowClient
-from mlflow.entities import Experiment, Metric, Param, RunTag
-from mlflow.exceptions import MlflowException
-from mlflow.utils.validation import MAX_PARAM_VAL_LENGTH, MAX_TAG_VAL_LENGTH
+LARGEST_ARTIFACT = 512 * 2**20  # bytes; what is larger stays where it is, and a tag says where
+_METRICS_PER_REQUEST = 1000
+_TEXTS_PER_REQUEST = 50  # MLflow takes 100, and a request of 1 MB: 100 long ones would be more
+_LONGEST_PARAM = 6000
+_LONGEST_TAG = 5000  # MLflow takes 8000, some of its databases less
+_LONGEST_KEY = 250
+_REFUSED = re.compile(r"[^\w./\- :]")
+_STATUS = {view.FINISHED: "FINISHED", view.FAILED: "FAILED"}  # all others are KILLED
 
-_STATUS = {view.RUNNING: "RUNNING", view.FINISHED: "FINISHED", view.FAILED: "FAILED"}
-_METRICS, _PARAMS = 1000, 100  # at most, in a request
-_LARGEST_COPY = 512 * 2**20  # bytes of an artifact that is still copied
+T = TypeVar("T")
 
 
-class MLflowSink:
-    """Ships one run to MLflow."""
+class MlflowSink:
+    """A run directory's run in MLflow: on the server that the environment names, or embedded."""
 
     def __init__(self, directory: RunDirectory) -> None:
         self._directory = directory
-        self._runs = directory.path.parent.parent
-        self.uri = os.environ.get("MLFLOW_TRACKING_URI") or embedded_store(self._runs)
+        self._record = directory.record()
+        self._runs = directory.path.absolute().parent.parent
+        self._uri = store.server_uri() or store.embedded_uri(self._runs)
         self._client: MlflowClient | None = None
-        self._run_id = ""
+        self._run = ""
 
-    def open(self, known: Mapping[str, Any]) -> dict[str, Any]:
-        """Find the run by what is known, else by its tag, else make it."""
-        with storage.locked(self._runs / ".mlflow.lock"):  # two followers must not both make the tables
-            self._client = MlflowClient(self.uri)
-            experiment = self._experiment()
-        if known.get("uri") == self.uri:
-            self._run_id = str(known["run_id"])
-            self._client.get_run(self._run_id)
-        else:
-            self._run_id = self._find(experiment) or self._make(experiment)
-        where = f"{self.uri} experiment {self._directory.experiment} run {self._run_id}"
-        return {"uri": self.uri, "run_id": self._run_id, "where": where}
+    def open(self, known: str | None, started: float) -> SinkRun:
+        """Find the MLflow run by its id or by its tag, or make it; ship params and tags of the record."""
+        self._client = self._connected()
+        experiment, self._run = self._located(known) or self._found_or_made(started)
+        self._log_texts(self._params(), self._tags())
+        where = store.without_credentials(self._uri).rstrip("/")
+        if where.startswith("http"):
+            return SinkRun(self._run, f"{where}/#/experiments/{experiment}/runs/{self._run}")
+        return SinkRun(self._run, f"{where} run {self._run}")
 
-    def send(self, points: Sequence[Point]) -> None:
-        """Log points in batches, each with the time at which it was logged to the journal."""
-        metrics = [Metric(_name(p.metric), p.value, int(p.time * 1000), p.step) for p in points]
-        for start in range(0, len(metrics), _METRICS):
-            self._connected.log_batch(self._run_id, metrics=metrics[start : start + _METRICS])
+    def ship(self, batch: Batch) -> None:
+        """Store points, tables, artifacts and tags."""
+        if batch.attempt_started:
+            self._mlflow.update_run(self._run, status="RUNNING")
+        for chunk in _chunks(batch.points, _METRICS_PER_REQUEST):
+            metrics = [Metric(key(p.metric), p.value, int(p.time * 1000), p.step) for p in chunk]
+            self._mlflow.log_batch(self._run, metrics=metrics)
+        for table in batch.tables:
+            content = {"columns": table["columns"], "data": table["rows"]}
+            file = f"tables/{_path(table['name'])}/step-{table['step']:08d}.json"
+            self._mlflow.log_dict(self._run, content, file)
+        places = [self._ship_artifact(name, event["files"]) for name, event in batch.artifacts.items()]
+        self._log_texts({}, {**batch.tags, **{k: v for place in places for k, v in place.items()}})
 
-    def record(self, event: Event) -> None:
-        """Tags become tags, artifacts artifacts, tables JSON under `tables/`."""
-        if event["type"] == "tags":
-            self._tag(event["tags"])
-        elif event["type"] == "table":
-            content = {"columns": event["columns"], "data": event["rows"]}
-            self._connected.log_dict(self._run_id, content, f"tables/{event['name']}-{event['step']}.json")
-        else:
-            self._copy(event)
+    def conclude(self, ending: Ending) -> None:
+        """Set the MLflow run's final status and end time."""
+        status = _STATUS.get(ending.status, "KILLED")
+        self._mlflow.set_terminated(self._run, status, int(ending.time * 1000))
 
-    def set_status(self, status: str) -> None:
-        """RUNNING, FINISHED, FAILED; KILLED for all else: preempted, interrupted, gone."""
-        self._connected.update_run(self._run_id, status=_STATUS.get(status, "KILLED"))
+    def _connected(self) -> MlflowClient:
+        if store.server_uri() is None:
+            with storage.locked(store.lock_file(self._runs)):
+                make_store(store.database(self._runs))
+        return MlflowClient(self._uri)
 
     @property
-    def _connected(self) -> MlflowClient:
-        assert self._client is not None, "open() comes first"
+    def _mlflow(self) -> MlflowClient:
+        assert self._client is not None, "open comes first"
         return self._client
 
-    def _experiment(self) -> Experiment:
-        name = self._directory.experiment
-        location = (self._runs / "mlartifacts" / name).as_uri() if self.uri.startswith("sqlite:") else None
-        found = self._connected.get_experiment_by_name(name)
-        if found is None:
-            with contextlib.suppress(MlflowException):  # another run of the experiment was first
-                self._connected.create_experiment(name, artifact_location=location)
-            found = self._connected.get_experiment_by_name(name)
-        assert found is not None
-        return found
+    @property
+    def _identity(self) -> str:
+        """What finds the MLflow run again where its id was lost: no other run has it."""
+        return f"{self._directory.experiment}/{self._directory.id}@{self._record['uid']}"
 
-    def _find(self, experiment: Experiment) -> str | None:
-        """The run that an earlier follower made, and died before it could write that down."""
-        token = self._token(self._directory.record())
-        found = self._connected.search_runs([experiment.experiment_id], f"tags.`stoker.run` = '{token}'")
-        return str(found[0].info.run_id) if found else None
+    def _located(self, known: str | None) -> tuple[str, str] | None:
+        """The experiment and id of the run that the ledger names, where this store has it."""
+        if known is None:
+            return None
+        try:
+            return self._mlflow.get_run(known).info.experiment_id, known
+        except MlflowException as error:
+            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                return None  # another store than last time
+            raise
 
-    def _make(self, experiment: Experiment) -> str:
-        record = self._directory.record()
-        code = record.get("code") or {}
-        tags = {
-            "stoker.run": self._token(record),
-            "stoker.path": str(self._directory.path),
-            "mlflow.runName": self._directory.id,
-            "mlflow.source.name": str(record.get("recipe", {}).get("reference", "")),
-            "mlflow.source.git.commit": str(code.get("commit", "")),
-        }
-        made = self._connected.create_run(
-            experiment.experiment_id, tags={key: value for key, value in tags.items() if value}
+    def _found_or_made(self, started: float) -> tuple[str, str]:
+        experiment = self._experiment()
+        query = f"tags.`stoker.run` = '{self._identity}'"
+        for run in self._mlflow.search_runs([experiment], query, max_results=1):
+            return experiment, run.info.run_id
+        made = self._mlflow.create_run(
+            experiment,
+            start_time=int(started * 1000),
+            tags={"stoker.run": self._identity},
+            run_name=self._directory.id,
         )
-        run_id = str(made.info.run_id)
-        params = [Param(_name(k), str(v)[:MAX_PARAM_VAL_LENGTH]) for k, v in record["config"].items()]
-        for start in range(0, len(params), _PARAMS):
-            self._connected.log_batch(run_id, params=params[start : start + _PARAMS])
-        return run_id
+        return experiment, made.info.run_id
 
-    def _token(self, record: Mapping[str, Any]) -> str:
-        return f"{self._directory.experiment}/{self._directory.id}@{record.get('uid', '')}"
+    def _experiment(self) -> str:
+        name = self._directory.experiment
+        found = self._mlflow.get_experiment_by_name(name)
+        if found is not None:
+            return str(found.experiment_id)
+        root = None if store.server_uri() else (store.artifacts(self._runs) / name).as_uri()
+        try:
+            return str(self._mlflow.create_experiment(name, artifact_location=root))
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_ALREADY_EXISTS":  # another run's follower was first
+                return self._experiment()
+            raise
 
-    def _tag(self, tags: Mapping[str, str]) -> None:
-        known = [RunTag(_name(key), value[:MAX_TAG_VAL_LENGTH]) for key, value in tags.items()]
-        for start in range(0, len(known), _PARAMS):
-            self._connected.log_batch(self._run_id, tags=known[start : start + _PARAMS])
+    def _params(self) -> dict[str, str]:
+        return {name: str(value) for name, value in self._record["config"].items()}
 
-    def _copy(self, event: Event) -> None:
-        """Copy an artifact's files; a large one is only named."""
-        if sum(file["size"] for file in event["files"]) > _LARGEST_COPY:
-            self._tag({f"stoker.artifact.{event['name']}": str(self._directory.path)})
-            return
-        for file in event["files"]:
-            path = Path(file["path"])
-            if not (self._directory.path / path).is_file():
-                continue  # it was deleted since; its checksum stands in the journal
-            inside = path.parent.relative_to("artifacts") if path.parts[0] == "artifacts" else path.parent
-            target = None if inside == Path() else inside.as_posix()
-            self._connected.log_artifact(self._run_id, str(self._directory.path / path), target)
+    def _tags(self) -> dict[str, str]:
+        code, recipe = self._record.get("code") or {}, self._record.get("recipe") or {}
+        tags = {
+            "mlflow.runName": self._directory.id,
+            "mlflow.source.type": "LOCAL",
+            "mlflow.source.name": recipe.get("reference") or recipe.get("name"),
+            "mlflow.source.git.commit": code.get("commit"),
+            "mlflow.source.git.branch": code.get("branch"),
+            "mlflow.source.git.repoURL": code.get("remote"),
+            "stoker.code.dirty": code.get("dirty"),
+            "stoker.path": self._directory.path.absolute(),
+        }
+        return {name: str(value) for name, value in tags.items() if value is not None}
+
+    def _log_texts(self, params: Mapping[str, str], tags: Mapping[str, str]) -> None:
+        for chunk in _chunks(list(params.items()), _TEXTS_PER_REQUEST):
+            texts = [Param(key(name), value[:_LONGEST_PARAM]) for name, value in chunk]
+            self._mlflow.log_batch(self._run, params=texts)
+        for chunk in _chunks(list(tags.items()), _TEXTS_PER_REQUEST):
+            self._mlflow.log_batch(
+                self._run, tags=[RunTag(key(name), value[:_LONGEST_TAG]) for name, value in chunk]
+            )
+
+    def _ship_artifact(self, name: str, files: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+        """Copy an artifact's files; returns the tag that says where they are, for one that stays here."""
+        root = self._directory.path.absolute()
+        paths = [PurePosixPath(file["path"]) for file in files]
+        if sum(file["size"] for file in files) > LARGEST_ARTIFACT:
+            return {f"stoker.artifact.{name}": os.path.commonpath([root / path for path in paths])}
+        for path, folder in zip(paths, _folders(name, paths), strict=True):
+            if (root / path).is_file():
+                self._mlflow.log_artifact(self._run, str(root / path), folder)
+            else:
+                log.warning("artifact %s: %s is gone, and was not shipped", name, root / path)
+        return {}
 
 
-def embedded_store(runs: Path) -> str:
-    """The URI of the store that stands beside the runs."""
-    return f"sqlite:///{runs.absolute() / 'mlflow.db'}"
+def make_store(database: Path) -> None:
+    """Make the embedded store whole or not at all: MLflow cannot finish a migration that was killed."""
+    if database.exists():
+        return
+    fresh = database.with_name(f".{database.name}.new")
+    for leftover in (fresh, fresh.with_name(f"{fresh.name}-journal")):
+        leftover.unlink(missing_ok=True)
+    MlflowClient(f"sqlite:///{fresh}").search_experiments(max_results=1)
+    storage.sync_file(fresh)
+    fresh.replace(database)
+    storage.sync_directory(database.parent)
 
 
-def _name(name: str) -> str:
-    """A name as MLflow allows it."""
-    return re.sub(r"[^\w\-. /:]", "_", name)
+def key(name: str) -> str:
+    """A name that MLflow takes: itself, or with a mark of what it was, so that no two become one."""
+    cleaned = _REFUSED.sub("_", name)
+    if str(_path(cleaned)) == name and len(name) <= _LONGEST_KEY:
+        return name
+    mark = hashlib.sha256(name.encode()).hexdigest()[:6]
+    return f"{str(_path(cleaned))[: _LONGEST_KEY - 7]}-{mark}"
+
+
+def _path(name: str) -> PurePosixPath:
+    """A name as a relative path that leads nowhere else."""
+    return PurePosixPath(*[part for part in name.split("/") if part not in ("", ".", "..")] or ["_"])
+
+
+def _folders(name: str, paths: Sequence[PurePosixPath]) -> list[str | None]:
+    """The MLflow folder of each file of an artifact: NAME, and what lies below; None is the top."""
+    if len(paths) == 1 and paths[0].name == name:
+        return [None]
+    base = PurePosixPath(os.path.commonpath([path.parent for path in paths])) if paths else PurePosixPath()
+    if name in base.parts:  # the folder that was given, though its files may all lie deeper
+        base = PurePosixPath(*base.parts[: base.parts.index(name) + 1])
+    return [str(_path(name) / path.parent.relative_to(base)) for path in paths]
+
+
+def _chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    return (items[i : i + size] for i in range(0, len(items), size))

@@ -1,39 +1,67 @@
-"""The seam between the follower and where it ships to."""
+"""What a sink is to the follower: four words, so that another tracker is one more class.
+
+A sink is told what to store in batches made from the journal. It must be idempotent: a
+batch whose follower died before it could note down that it was shipped is shipped again,
+the same to the last bit.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
-
-from stoker.run.journal import Event
 
 
 @dataclass(frozen=True)
 class Point:
-    """One value of a metric at a step, logged at `time` (seconds since 1970)."""
+    """A metric's value at a step; `time` in seconds since 1970 is when it was logged."""
 
     metric: str
+    step: int
     value: float
     time: float
-    step: int
+
+
+@dataclass
+class Batch:
+    """What one stretch of the journal adds to a sink's run."""
+
+    points: list[Point] = field(default_factory=list)
+    tables: list[dict[str, Any]] = field(default_factory=list)
+    """`table` events: name, step, columns, rows."""
+    artifacts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """`artifact` events by name, the newest of each."""
+    tags: dict[str, str] = field(default_factory=dict)
+    attempt_started: bool = False
+
+    @property
+    def empty(self) -> bool:
+        return not (self.points or self.tables or self.artifacts or self.tags or self.attempt_started)
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a run ended: `status` is finished, failed, preempted, interrupted or killed; `time` is when."""
+
+    status: str
+    time: float
+
+
+@dataclass(frozen=True)
+class SinkRun:
+    """A run in a sink: its id there, and where a person finds it."""
+
+    id: str
+    where: str
 
 
 class Sink(Protocol):
-    """Where a run is shipped. Every method may raise anything, and is called again with the same then."""
+    """A tracker that a journal is shipped to. Every method raises whatever its client raises."""
 
-    def open(self, known: Mapping[str, Any]) -> dict[str, Any]:
-        """Find or make the sink's run; `known` is what an earlier call returned, to be kept on disk."""
-        ...
+    def open(self, known: str | None, started: float) -> SinkRun:
+        """Find the run by the id it had (`known`) or by its identity, or make it; ship its record."""
 
-    def send(self, points: Sequence[Point]) -> None:
-        """Store points; those that were stored already must not be stored twice."""
-        ...
+    def ship(self, batch: Batch) -> None:
+        """Store a batch. Storing it a second time changes nothing."""
 
-    def record(self, event: Event) -> None:
-        """Store an event that is no metric: tags, an artifact, a table."""
-        ...
-
-    def set_status(self, status: str) -> None:
-        """Say what the run is now: a status of `run.view`."""
-        ...
+    def conclude(self, ending: Ending) -> None:
+        """Say how the run ended."""

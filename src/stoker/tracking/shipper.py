@@ -1,0 +1,76 @@
+"""The shipper: moves one run's journal into one sink, a batch at a time.
+
+What it knows is in the ledger. After any failure it drops what it holds and goes the way of
+a new process: opens the sink, reads the journal up to the ledger, goes on from there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from stoker.run.directory import RunDirectory
+from stoker.tracking import feed, ledger, store
+from stoker.tracking.feed import Feed
+from stoker.tracking.ledger import Ledger
+from stoker.tracking.sink import Sink
+
+log = logging.getLogger(__name__)
+
+
+class Shipper:
+    """Ships a run to the sink that `create` makes; `file` is its ledger, ours alone by now."""
+
+    def __init__(self, directory: RunDirectory, file: Path, create: Callable[[RunDirectory], Sink]) -> None:
+        self._directory = directory
+        self._file = file
+        self._create = create
+        self._ledger = ledger.load(file)
+        self._open: tuple[Sink, Feed] | None = None
+        self._ledger.recovered()  # of the last follower's failure
+        self._ledger.save(file)
+
+    def ship_next(self) -> bool:
+        """Ship the next batch; whether there was one. Raises what the sink raises."""
+        sink, source = self._opened()
+        before = feed.position(source.cursor)
+        batch = source.take()
+        if feed.position(source.cursor) == before:
+            return False
+        if not batch.empty:
+            sink.ship(batch)
+        self._ledger.offsets = dict(source.cursor.offsets)
+        self._ledger.concluded = False
+        self._ledger.save(self._file)
+        return True
+
+    def conclude(self) -> None:
+        """Tell the sink how the run ended. Raises what the sink raises."""
+        sink, source = self._opened()
+        sink.conclude(source.ending())
+        self._ledger.concluded = True
+        self._ledger.save(self._file)
+
+    def failed(self, error: Exception, report: bool) -> None:
+        """Begin again after an error; `report`: note it down for people to see."""
+        self._open = None
+        reason = store.without_credentials(f"{type(error).__name__}: {error}")
+        log.warning("%s: %s", self._directory.id, reason)
+        if report:
+            self._ledger.failed(reason)
+            with contextlib.suppress(OSError):  # the disk may be full, which is what failed
+                self._ledger.save(self._file)
+
+    def _opened(self) -> tuple[Sink, Feed]:
+        if self._open is None:
+            sink = self._create(self._directory)
+            run = sink.open(self._ledger.run, feed.started(self._directory))
+            if run.id != self._ledger.run:  # a new one: nothing of this journal is there yet
+                self._ledger = Ledger(run=run.id)
+            self._ledger.where = run.where
+            self._ledger.recovered()
+            self._ledger.save(self._file)
+            self._open = sink, Feed(self._directory.journal, self._ledger.cursor)
+        return self._open

@@ -1,0 +1,101 @@
+"""What the tests of tracking share: processes that start at once, and MLflow's own client."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+from pathlib import Path
+
+import pytest
+from stoker.run.directory import RunDirectory
+from stoker.tracking import follower, store
+from synthetic_run import Seen, make_store, run_follower
+
+Follow = Callable[..., ForkServerProcess]
+
+
+@pytest.fixture(autouse=True)
+def sinks(environment: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STOKER_SINKS", "mlflow")
+
+
+@pytest.fixture(scope="session")
+def forkserver() -> ForkServerContext:
+    """Starts processes that have imported mlflow already: a follower is at work at once."""
+    os.environ.update(store.QUIET)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pytest", "stoker.tracking.mlflow_sink", "synthetic_run"])
+    return context
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory, forkserver: ForkServerContext) -> Path:
+    """An embedded store without runs, made once: that takes MLflow seconds."""
+    database = store.database(tmp_path_factory.mktemp("store"))
+    process = forkserver.Process(target=make_store, args=(database,))
+    process.start()
+    process.join()
+    return database
+
+
+@pytest.fixture
+def runs(tmp_path: Path, empty_store: Path) -> Path:
+    """A runs folder with an embedded store."""
+    folder = tmp_path / "runs"
+    folder.mkdir()
+    shutil.copy(empty_store, store.database(folder))
+    return folder
+
+
+@pytest.fixture
+def follow(forkserver: ForkServerContext) -> Iterator[Follow]:
+    """Start a follower's process; whatever still runs at the end is killed."""
+    processes: list[ForkServerProcess] = []
+
+    def start(run: RunDirectory, patience: float = 60.0, **environment: str) -> ForkServerProcess:
+        process = forkserver.Process(target=run_follower, args=(run.path, environment, patience))
+        process.start()
+        processes.append(process)
+        return process
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.join()
+
+
+@pytest.fixture
+def spawn() -> Iterator[Callable[[RunDirectory], subprocess.Popen[bytes]]]:
+    """Start a follower as training does; one that still runs at the end is killed."""
+    processes: list[subprocess.Popen[bytes]] = []
+
+    def start(run: RunDirectory) -> subprocess.Popen[bytes]:
+        processes.append(follower.spawn(run))
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture
+def finish(follow: Follow) -> Callable[[RunDirectory], None]:
+    """Follow a run whose trainer is gone to its end."""
+
+    def run(directory: RunDirectory) -> None:
+        process = follow(directory)
+        process.join(60)
+        assert process.exitcode == 0
+
+    return run
+
+
+@pytest.fixture
+def seen() -> Callable[[Path], Seen]:
+    """Read the embedded store of a runs folder."""
+    return lambda runs: Seen(store.embedded_uri(runs))

@@ -1,0 +1,260 @@
+from __future__ import annotations
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import orjson
+import pytest
+from stoker.errors import BadInput
+from stoker.run import artifacts
+from stoker.run.directory import RunDirectory
+from stoker.tracking import feed, follower, ledger, mlflow_sink, store
+from synthetic_run import DEADLINE, Trainer, make_run, pending, run_dying_follower, train_until_killed, until
+
+pytestmark = pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")  # MLflow's own
+
+
+def test_a_follower_killed_at_any_moment_ships_every_point_once(
+    tmp_path: Path, follow: Any, finish: Any, seen: Any
+) -> None:
+    random = Random(0)
+    run = make_run(tmp_path / "runs")
+    trainer, step = Trainer(run), 0
+    for kill in range(10):
+        before = _shipped(run)
+        process = follow(run)
+        for _ in range(1000):
+            step += 1
+            trainer.log(step, loss=1 / step, accuracy=step)
+        if kill >= 2:  # the first are killed while they make the store, the others at work
+            until(lambda before=before: _shipped(run) > before)
+        time.sleep(random.uniform(0, 0.4))
+        process.kill()
+        process.join()
+    trainer.end("finished")
+    finish(run)
+    mlflow = seen(tmp_path / "runs")
+    assert mlflow.points("loss") == [(s, 1 / s) for s in range(1, step + 1)]
+    assert mlflow.points("accuracy") == [(s, s) for s in range(1, step + 1)]
+    assert mlflow.status == "FINISHED"
+
+
+def test_what_mlflow_stored_just_before_a_kill_is_not_stored_twice(
+    runs: Path, forkserver: ForkServerContext, finish: Any, seen: Any
+) -> None:
+    run = make_run(runs)
+    trainer = Trainer(run)
+    for step in range(1, 1201):
+        trainer.log(step, loss=1 / step, odd=math.nan)
+    trainer.end("finished")
+    for word in ("open", "ship", "ship", "conclude"):
+        process = forkserver.Process(target=run_dying_follower, args=(run.path, word))
+        process.start()
+        process.join(DEADLINE)
+        assert process.exitcode == -signal.SIGKILL
+    finish(run)
+    mlflow = seen(runs)
+    assert mlflow.points("loss") == [(s, 1 / s) for s in range(1, 1201)]
+    assert [s for s, _ in mlflow.points("odd")] == list(range(1, 1201))
+    assert mlflow.status == "FINISHED"
+
+
+def test_attempts_are_one_mlflow_run_in_which_the_first_point_of_a_step_stands(
+    runs: Path, follow: Any, finish: Any, seen: Any
+) -> None:
+    run = make_run(runs)
+    first = Trainer(run)
+    for step in range(1, 51):
+        first.log(step, loss=step)
+    first.die()
+    finish(run)
+    assert seen(runs).status == "KILLED"
+
+    second = Trainer(run, drift={"lr": [0.1, 0.2]})
+    second.resume(30)
+    for step in range(31, 61):
+        second.log(step, loss=1000 + step)
+    second.die()
+
+    third = Trainer(run)
+    third.resume(55)
+    for step in range(56, 71):
+        third.log(step, loss=2000 + step)
+    process = follow(run)
+    until(lambda: pending(run) == 0)
+    mlflow = seen(runs)
+    assert mlflow.status == "RUNNING"
+    assert mlflow.run.data.tags["stoker.drift.lr"] == "0.1 -> 0.2"
+    third.end("finished")
+    process.join(DEADLINE)
+
+    mlflow = seen(runs)
+    assert mlflow.status == "FINISHED"
+    values = {s: s if s <= 50 else 1000 + s if s <= 60 else 2000 + s for s in range(1, 71)}
+    assert mlflow.points("loss") == list(values.items())
+
+
+def test_everything_a_run_records_arrives_and_a_lost_ledger_changes_nothing(
+    tmp_path: Path, finish: Any, seen: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(tmp_path / "my runs", long="x" * 9000, **{f"key{i}": i for i in range(150)})
+    trainer = Trainer(run)
+    for step, value in enumerate([1.0, math.nan, math.inf, -math.inf, 2.0]):
+        trainer.log(step, loss=value, **{"top-1 (%)": step, "top-1 [%]": -step})
+    trainer.journal.append("table", name="generations", step=4, columns=["prompt"], rows=[["a"], [None]])
+    trainer.journal.append("tags", tags={"fingerprint.data": "abc", "note": "y" * 9000})
+    _write(run.artifacts / "adapter" / "deep" / "weights", b"123")
+    _write(run.artifacts / "report.html", b"<html>")
+    _write(run.artifacts / "big", b"")
+    os.truncate(run.artifacts / "big", mlflow_sink.LARGEST_ARTIFACT + 1)
+    for name in ("adapter", "report.html"):
+        files = artifacts.describe(run, run.artifacts / name)
+        trainer.journal.append("artifact", name=name, kind="file", files=files)
+    big = {"path": "artifacts/big", "size": (run.artifacts / "big").stat().st_size, "sha256": ""}
+    gone = {"path": "artifacts/gone", "size": 1, "sha256": ""}
+    trainer.journal.append("artifact", name="big", kind="file", files=[big])
+    trainer.journal.append("artifact", name="gone", kind="file", files=[gone])
+    trainer.end("failed")
+    monkeypatch.chdir(tmp_path)
+
+    for _ in range(2):
+        finish(run)
+        mlflow = seen(tmp_path / "my runs")
+        data = mlflow.run.data
+        assert data.params["lr"] == "0.1"
+        assert len(data.params) == 152
+        assert data.params["long"] == "x" * 6000
+        assert data.tags["fingerprint.data"] == "abc"
+        assert data.tags["mlflow.source.git.commit"] == "c0ffee"
+        assert data.tags["mlflow.source.name"] == "examples/own_loop.py"
+        assert data.tags["mlflow.runName"] == "a"
+        assert data.tags["stoker.path"] == str(run.path)
+        assert data.tags["stoker.artifact.big"] == str(run.artifacts / "big")
+        assert mlflow.status == "FAILED"
+        assert [step for step, _ in mlflow.points("loss")] == [0, 1, 2, 3, 4]
+        assert math.isnan(mlflow.points("loss")[1][1])
+        assert sorted(data.metrics) == sorted(["loss", *map(mlflow_sink.key, ("top-1 (%)", "top-1 [%]"))])
+        assert mlflow.artifacts() == ["adapter", "report.html", "tables"]
+        assert mlflow.artifacts("adapter/deep") == ["adapter/deep/weights"]
+        table = mlflow.client.download_artifacts(
+            mlflow.run.info.run_id, "tables/generations/step-00000004.json"
+        )
+        assert orjson.loads(Path(table).read_bytes()) == {"columns": ["prompt"], "data": [["a"], [None]]}
+        ledger.file_of(run, "mlflow").unlink()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["my runs"]
+
+
+def test_a_killed_trainer_is_seen_and_the_follower_is_out_of_the_terminals_reach(
+    runs: Path, forkserver: ForkServerContext, spawn: Any, seen: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(runs)
+    logged = forkserver.Event()
+    trainer = forkserver.Process(target=train_until_killed, args=(run.path, 5, logged))
+    trainer.start()
+    assert logged.wait(DEADLINE)
+    process = spawn(run)
+    assert os.getsid(process.pid) == process.pid
+    until(lambda: pending(run) == 0)
+    assert seen(runs).status == "RUNNING"
+    assert trainer.pid is not None
+    os.kill(trainer.pid, signal.SIGKILL)
+    trainer.join()
+    states = follower.wait(run, process, DEADLINE)
+    assert process.returncode == 0
+    assert [(s.name, s.pending, s.error) for s in states] == [("mlflow", 0, None)]
+    assert seen(runs).status == "KILLED"
+    assert "Traceback" not in (run.logs / "follower.log").read_text()
+    assert "".join(capfd.readouterr()) == ""
+
+
+def test_followers_of_several_runs_make_one_embedded_store_together(
+    tmp_path: Path, follow: Any, seen: Any
+) -> None:
+    runs = [make_run(tmp_path / "runs", name) for name in ("a", "b", "c")]
+    for run in runs:
+        trainer = Trainer(run)
+        for step in range(300):
+            trainer.log(step, loss=step)
+        trainer.end("finished")
+    processes = [follow(run) for run in runs]
+    for process in processes:
+        process.join(DEADLINE)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    found = seen(tmp_path / "runs").runs
+    assert sorted(run.data.tags["mlflow.runName"] for run in found) == ["a", "b", "c"]
+    assert {run.data.metrics["loss"] for run in found} == {299}
+
+
+def test_a_second_follower_leaves_the_work_to_the_first(runs: Path, follow: Any, seen: Any) -> None:
+    run = make_run(runs)
+    trainer = Trainer(run)
+    processes = [follow(run), follow(run)]
+    for step in range(100):
+        trainer.log(step, loss=step)
+    trainer.end("finished")
+    for process in processes:
+        process.join(DEADLINE)
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert seen(runs).points("loss") == [(s, s) for s in range(100)]
+
+
+def test_sinks_can_be_turned_off_and_an_unknown_one_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(tmp_path / "runs")
+    assert follower.state(run)[0].where == store.embedded_uri(tmp_path / "runs")
+    monkeypatch.setenv("STOKER_SINKS", "none")
+    assert follower.enabled() == ()
+    assert follower.state(run) == []
+    monkeypatch.setenv("STOKER_SINKS", "mlfow")
+    with pytest.raises(BadInput, match="did you mean 'mlflow'"):
+        follower.enabled()
+
+
+def test_a_feed_that_begins_at_a_cursor_gives_the_batches_of_one_that_never_stopped(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "runs")
+    for attempt in range(3):
+        trainer = Trainer(run)
+        for step in range(attempt * 300, attempt * 300 + 700):
+            trainer.log(step, loss=attempt)
+        trainer.die()
+        with trainer.journal.file.open("ab") as file:
+            file.write(b'{"type": "metr')
+    whole = feed.Feed(run.journal, feed.Cursor())
+    taken = []
+    while feed.position(whole.cursor) < feed.end(run.journal):
+        resumed = feed.Feed(run.journal, whole.cursor)
+        batch = whole.take()
+        assert resumed.take() == batch
+        taken += [(point.step, point.value) for point in batch.points]
+    assert taken == [(s, 0 if s < 700 else 1 if s < 1000 else 2) for s in range(1300)]
+
+
+def test_no_name_that_mlflow_refuses_reaches_it() -> None:
+    names = ["loss", "val/loss", "a b:c", "ä", "a(b", "a[b", "", ".", "/a", "a//b", "../a", "a/", "x" * 300]
+    keys = [mlflow_sink.key(name) for name in names]
+    assert keys[:4] == names[:4]
+    assert len(set(keys)) == len(keys)
+    assert all(0 < len(key) <= 250 for key in keys)
+
+
+def test_following_leaves_training_without_mlflow() -> None:
+    code = "import sys, stoker.tracking.follower; assert not {'mlflow', 'torch'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def _shipped(run: RunDirectory) -> int:
+    return feed.position(ledger.load(ledger.file_of(run, "mlflow")).cursor)
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)

@@ -1,0 +1,131 @@
+"""Against a real MLflow server: down at first, and the embedded store's own pages."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from stoker.run import artifacts
+from stoker.tracking import follower, store
+from synthetic_run import DEADLINE, Seen, Trainer, make_run, pending, until
+
+pytestmark = pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")  # MLflow's own
+
+
+@pytest.fixture
+def port() -> int:
+    """A port of this machine that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def serve(tmp_path: Path, port: int) -> Iterator[Callable[[], None]]:
+    """Starts MLflow's own server, on a store of its own."""
+    servers: list[subprocess.Popen[bytes]] = []
+
+    def start() -> None:
+        folder = tmp_path / "server"
+        folder.mkdir()
+        servers.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1"],
+                cwd=folder,
+                env={**os.environ, **store.QUIET, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        )
+
+    yield start
+    for server in servers:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+
+
+def _fetch(url: str) -> bytes:
+    with urllib.request.urlopen(url, timeout=10) as answer:
+        return bytes(answer.read())
+
+
+def test_a_server_that_is_down_stops_nothing_and_is_complete_once_it_is_back(
+    tmp_path: Path, serve: Any, port: int, stoker: Any, spawn: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:secret@127.0.0.1:{port}")
+    run = make_run(tmp_path / "runs")
+    trainer = Trainer(run)
+    process = spawn(run)
+    for step in range(1, 201):
+        trainer.log(step, loss=1 / step, odd=math.nan if step == 2 else math.inf)
+    until(lambda: follower.state(run)[0].error is not None)
+    (run.artifacts / "report.html").write_text("<html>")
+    files = artifacts.describe(run, run.artifacts)
+    trainer.journal.append("artifact", name="report.html", kind="report", files=files)
+    trainer.end("finished")
+    (state,) = follower.wait(run, process, DEADLINE)
+    assert process.returncode is None
+    assert state.error is not None
+    assert state.pending > 200
+    assert state.since is not None
+    assert "secret" not in f"{state.error} {state.where}" + (run.logs / "follower.log").read_text()
+
+    answer = stoker("sync", "a", "--json")  # says what the living follower is failing with
+    assert answer.code == 1
+    assert "has not got 20" in answer.answer["error"]
+
+    serve()
+    assert process.wait(DEADLINE) == 0
+    mlflow = Seen(f"http://127.0.0.1:{port}")
+    assert mlflow.status == "FINISHED"
+    assert mlflow.points("loss") == [(s, 1 / s) for s in range(1, 201)]
+    assert len(mlflow.points("odd")) == 200
+    assert mlflow.artifacts() == ["report.html"]
+    (state,) = follower.state(run)
+    assert (state.pending, state.error) == (0, None)
+    assert state.where == f"http://127.0.0.1:{port}/#/experiments/1/runs/{mlflow.run.info.run_id}"
+    assert not store.database(tmp_path / "runs").exists()
+
+
+def test_sync_ships_what_no_follower_did_and_ui_shows_it(
+    tmp_path: Path, stoker: Any, start: Any, port: int
+) -> None:
+    refused = stoker("ui", "--port", str(port))
+    assert refused.code == 2
+    assert "start a run first" in refused.err
+
+    run = make_run(tmp_path / "runs")
+    trainer = Trainer(run)
+    for step in range(1, 11):
+        trainer.log(step, loss=1 / step)
+    trainer.end("finished")
+    answer = stoker("sync", "a", "--json").answer
+    assert answer["sinks"][0]["shipped"] == 13  # with both ends of the attempt, and how the run ended
+    assert pending(run) == 0
+    assert Seen(store.embedded_uri(tmp_path / "runs")).points("loss") == [(s, 1 / s) for s in range(1, 11)]
+
+    process = start("ui", "--port", str(port), "--json")
+    said = json.loads(process.stdout.readline())
+    assert said == {"url": f"http://127.0.0.1:{port}", "store": str(tmp_path / "runs" / "mlflow.db")}
+    assert b"<title>MLflow</title>" in _fetch(said["url"])
+    assert Seen(said["url"]).status == "FINISHED"
+    assert stoker("ui", "--port", str(port)).code == 2
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(DEADLINE) == 0
+    assert not any(child.is_running() for child in children)
+    with pytest.raises(urllib.error.URLError):
+        _fetch(said["url"])
