@@ -40,23 +40,25 @@ def main() -> None:
     tuned = stoker(FINETUNE)
     seen = view.load(directory.find(RUNS, "demo/lora"))
     vocabulary = json.loads((RUNS / "demo/base/artifacts/model/config.json").read_text())["vocab_size"]
-    before, after = tuned["metrics"]["base_test_perplexity"], tuned["metrics"]["test_perplexity"]
     print("\n" + "=" * 80)
     for prompt, completion in seen.tables[-1].rows:
         print(f"{prompt}{completion}\n{'-' * 80}")
-    print(f"""
-test perplexity on documents, base     {base["metrics"]["test_perplexity"]:10.1f}   (a uniform guess: {vocabulary})
-test perplexity on answers, base       {before:10.1f}
-test perplexity on answers, fine-tuned {after:10.1f}
-tokens/s                               {base["metrics"]["tokens_per_second"]:10.0f}   pretraining
-                                       {tuned["metrics"]["tokens_per_second"]:10.0f}   fine-tuning
-run                                    {Path(tuned["run"]).relative_to(Path.cwd())}
-report                                 {Path(tuned["report"]).relative_to(Path.cwd())}
-
-next:
-  .venv/bin/stoker runs list
-  .venv/bin/stoker runs show lora
-  .venv/bin/stoker ui""")
+    figures = {
+        f"test perplexity on documents, base (an even guess: {vocabulary})": base["metrics"][
+            "test_perplexity"
+        ],
+        "test perplexity on answers, base": tuned["metrics"]["base_test_perplexity"],
+        "test perplexity on answers, fine-tuned": tuned["metrics"]["test_perplexity"],
+        "tokens/s, pretraining": base["metrics"]["tokens_per_second"],
+        "tokens/s, fine-tuning": tuned["metrics"]["tokens_per_second"],
+    }
+    for name, value in figures.items():
+        print(f"{name:60} {value:10,.1f}")
+    print(f"run     {Path(tuned['run']).relative_to(Path.cwd())}")
+    print(f"report  {Path(tuned['report']).relative_to(Path.cwd())}")
+    print("\nnext:")
+    for command in ("runs list", "runs show lora", "ui"):
+        print(f"  .venv/bin/stoker {command}")
 
 
 if __name__ == "__main__":
