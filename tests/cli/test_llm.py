@@ -10,6 +10,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +135,7 @@ def _assert_peft_gives_the_run_s_logits(model: Path, run: Path) -> None:
         AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), run / "artifacts" / "adapter"
     ).eval()
     trained = language_model.with_lora(
-        AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), Lora(rank=4)
+        AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), **asdict(Lora(rank=4))
     ).eval()
     checkpoint, _ = manifest.newest(run / "checkpoints")
     assert checkpoint is not None
@@ -155,6 +156,7 @@ def _assert_peft_gives_the_run_s_logits(model: Path, run: Path) -> None:
 
 def test_the_loss_is_that_of_plain_pytorch_on_the_same_rows(cache: Path, runs: Path, base: Path) -> None:
     """The first step of run `a`: the mean over all tokens of its eight packed rows, each document alone."""
+    from stoker.data import sources
     from stoker.data.loader import Loader
     from stoker.engine.random_state import seed_everything
     from stoker.recipes import language_data, language_model
@@ -163,9 +165,12 @@ def test_the_loss_is_that_of_plain_pytorch_on_the_same_rows(cache: Path, runs: P
 
     config = Config(seed=1)
     seed_everything(config.seed)
-    corpus, splits = language_data.read(config)
-    language = language_model.build(config, splits.train)
-    rows = language_data.pack(config, corpus, splits, language.tokenizer).train
+    corpus = sources.read(config.data)
+    splits = sources.split(corpus.documents)
+    language = language_model.build(
+        "tiny", tokenizer=None, vocab_size=config.vocab_size, sequence_length=256, documents=splits.train
+    )
+    rows = language_data.pack(splits, language.tokenizer, sequence_length=256).train
     batch = next(Loader(rows, batch_size=8, world=World(), seed=1).batches(0))
     total, count = 0.0, 0
     for ids, labels, positions in zip(

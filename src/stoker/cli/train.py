@@ -100,10 +100,10 @@ def start(
     """Train, from the beginning or from where the run of that name was; returns the exit code."""
     _show_messages()
     experiment = experiment or recipe.name
-    if name is not None and _is_finished(directory.locate(runs.absolute(), experiment, name), resolved):
-        return _answer(
-            view.load(directory.locate(runs.absolute(), experiment, name)), json, "was finished already"
-        )
+    if name is not None:
+        finished = _finished(directory.locate(runs.absolute(), experiment, name), resolved)
+        if finished is not None:
+            return _answer(finished, json, "was finished already")
     seed = int(getattr(resolved.config, "seed", 0))
     run = Run(
         experiment,
@@ -172,12 +172,14 @@ def _seed(seed: int) -> None:
         seed_everything(seed)
 
 
-def _is_finished(found: directory.RunDirectory, resolved: Resolved[Any]) -> bool:
-    """Whether a run of this name and config has come to its end."""
-    if not found.exists():
-        return False
-    before = view.load(found)
-    return before.status == view.FINISHED and not configs.drift(before.config, resolved.values)
+def _finished(found: directory.RunDirectory, resolved: Resolved[Any]) -> RunView | None:
+    """A run of this name and config that has come to its end, with its report; else None."""
+    seen = view.load(found) if found.exists() else None
+    if seen is None or seen.status != view.FINISHED or configs.drift(seen.config, resolved.values):
+        return None
+    if not (found.artifacts / "report.html").exists():  # it was killed in its very last moment
+        html.write([seen], found.artifacts / "report.html")
+    return seen
 
 
 def _wait_for_sinks(run: Run) -> None:

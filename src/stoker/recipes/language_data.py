@@ -5,13 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from stoker.data import sources, tokens
-from stoker.data.sources import Corpus, Document, Splits
-
-if TYPE_CHECKING:
-    from stoker.recipes.llm import Config
+from stoker.data import tokens
+from stoker.data.documents import Document, Splits, make_corpus
 
 PROMPT = "### Question\n{prompt}\n\n### Answer\n"
 
@@ -25,12 +22,6 @@ class Packed:
     test: tokens.PackedDataset
 
 
-def read(config: Config) -> tuple[Corpus, Splits]:
-    """Read the documents that the config names and split them. Raises BadInput."""
-    corpus = sources.read(config.data)
-    return corpus, sources.split(corpus.documents, validation=config.validation, test=config.test)
-
-
 def framed(prompt: str) -> str:
     """A question as the model sees it; a text's beginning stays as it is."""
     return PROMPT.format(prompt=prompt) if prompt else ""
@@ -42,26 +33,19 @@ def prompts(documents: Sequence[Document]) -> tuple[str, ...]:
     return tuple(framed(d.prompt) or " ".join(d.text.split()[:8]) for d in chosen)
 
 
-def pack(config: Config, corpus: Corpus, splits: Splits, tokenizer: Any) -> Packed:
-    """Tokenise and pack each split, once for a fingerprint of data, tokenizer and settings."""
+def pack(splits: Splits, tokenizer: Any, *, sequence_length: int) -> Packed:
+    """Tokenise and pack each split, once for the same content, tokenizer and length. Raises BadInput."""
     packed = {
         name: tokens.tokenise(
-            [Document(d.key, framed(d.prompt), d.text) for d in getattr(splits, name)],
+            [Document(d.key, framed(d.prompt), d.text) for d in documents],
             encode=lambda texts: tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"],
             eos_id=tokenizer.eos_token_id,
             vocab_size=len(tokenizer),
-            sequence_length=config.sequence_length,
-            fingerprint=(
-                corpus.fingerprint,
-                name,
-                config.validation,
-                config.test,
-                fingerprint(tokenizer),
-                PROMPT,
-            ),
+            sequence_length=sequence_length,
+            fingerprint=(make_corpus(documents, name).fingerprint, fingerprint(tokenizer), PROMPT),
             cache=tokens.cache_folder(),
         )
-        for name in ("train", "validation", "test")
+        for name, documents in vars(splits).items()
     }
     return Packed(**packed)
 

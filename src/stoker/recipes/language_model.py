@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from stoker import storage
@@ -18,9 +18,6 @@ from stoker.errors import BadInput, nearest
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
-
-if TYPE_CHECKING:
-    from stoker.recipes.llm import Config, Lora
 
 # The Llama architecture; heads of 32 or 64, feed-forward of about 8/3 of the hidden size.
 SIZES: dict[str, dict[str, int]] = {
@@ -54,49 +51,57 @@ class Language:
     """Of what it was built from: a local directory's weights, a hub id, or a size."""
 
 
-def build(config: Config, documents: Sequence[Document]) -> Language:
-    """A new model of a size, or the one of a directory or hub id. Raises BadInput."""
-    if config.model in SIZES:
-        return _new(config, documents)
-    source = _source(config.model)
-    tokenizer = _load_tokenizer(config.tokenizer or source)
+def build(
+    reference: str,
+    *,
+    tokenizer: str | None,
+    vocab_size: int,
+    sequence_length: int,
+    documents: Sequence[Document],
+) -> Language:
+    """A new model of a size, or the one of a directory or hub id.
+
+    Args:
+        reference: a key of SIZES, a local directory, or a hub id.
+        tokenizer: a directory or hub id; None: the model's own, or for a new model one of
+            `vocab_size` tokens, trained on the documents.
+        sequence_length: the longest row, in tokens.
+
+    Raises:
+        BadInput: there is no such model, it does not load, or its tokenizer does not fit it.
+    """
+    if reference in SIZES:
+        made = _load_tokenizer(tokenizer) if tokenizer else _train_tokenizer(documents, vocab_size)
+        return _new(reference, made, sequence_length)
+    source = _source(reference)
+    found = _load_tokenizer(tokenizer or source)
     try:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     except (OSError, ValueError) as error:
-        raise BadInput(
-            f"model {config.model} cannot be loaded: {error}{nearest(config.model, SIZES)}"
-        ) from error
-    _check_fits(config, model, tokenizer)
-    return Language(model, tokenizer, pretrained=True, fingerprint=_fingerprint(source))
+        raise BadInput(f"model {reference} cannot be loaded: {error}{nearest(reference, SIZES)}") from error
+    _check_fits(reference, model, found, sequence_length)
+    return Language(model, found, pretrained=True, fingerprint=_fingerprint(source))
 
 
-def default_lr(config: Config) -> float:
-    """The peak learning rate where none is given."""
-    if config.lora.rank:
-        return 2e-4
-    return 3e-3 if config.model in SIZES else 2e-5
+def with_lora(model: Any, *, rank: int, alpha: float, dropout: float, targets: str) -> Any:
+    """The model with adapters on it and everything else frozen; the model itself at rank 0.
 
-
-def with_lora(model: Any, lora: Lora) -> Any:
-    """The model with adapters on it and everything else frozen; the model itself at rank 0."""
-    if lora.rank == 0:
+    `targets` is `all-linear`, or names of modules joined by commas. Raises BadInput where none match.
+    """
+    if rank == 0:
         return model
     from peft import LoraConfig, get_peft_model
 
-    targets = lora.targets if lora.targets == "all-linear" else lora.targets.split(",")
+    modules = targets if targets == "all-linear" else [name.strip() for name in targets.split(",")]
     adapter = LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=targets,
-        task_type="CAUSAL_LM",
+        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=modules, task_type="CAUSAL_LM"
     )
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
             return get_peft_model(model, adapter)
     except ValueError as error:  # names that match no module
-        raise BadInput(f"lora.targets={lora.targets}: {error}") from error
+        raise BadInput(f"lora.targets={targets}: {error}") from error
 
 
 def inputs(batch: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -145,22 +150,22 @@ def export(run: Run, model: Any, tokenizer: Any) -> Path:
     return run.artifact(target, kind=name)
 
 
-def _new(config: Config, documents: Sequence[Document]) -> Language:
-    if config.tokenizer is not None:
-        tokenizer = _load_tokenizer(config.tokenizer)
-    else:
-        trained = tokenizers.train_tokenizer((d.prompt + d.text for d in documents), config.vocab_size)
-        tokenizer = tokenizers.as_transformers(trained, max_length=config.sequence_length)
+def _train_tokenizer(documents: Sequence[Document], vocab_size: int) -> Any:
+    trained = tokenizers.train_tokenizer((d.prompt + d.text for d in documents), vocab_size)
+    return tokenizers.as_transformers(trained, max_length=_LONGEST)
+
+
+def _new(size: str, tokenizer: Any, sequence_length: int) -> Language:
     shape = LlamaConfig(
-        **SIZES[config.model],
+        **SIZES[size],
         vocab_size=len(tokenizer),
-        max_position_embeddings=max(_LONGEST, config.sequence_length),
+        max_position_embeddings=max(_LONGEST, sequence_length),
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return Language(LlamaForCausalLM(shape), tokenizer, pretrained=False, fingerprint=config.model)
+    return Language(LlamaForCausalLM(shape), tokenizer, pretrained=False, fingerprint=size)
 
 
 def _source(reference: str) -> str:
@@ -195,16 +200,16 @@ def _load_tokenizer(reference: str) -> Any:
     return tokenizer
 
 
-def _check_fits(config: Config, model: Any, tokenizer: Any) -> None:
+def _check_fits(reference: str, model: Any, tokenizer: Any, sequence_length: int) -> None:
     longest = getattr(model.config, "max_position_embeddings", None)
-    if longest is not None and config.sequence_length > longest:
+    if longest is not None and sequence_length > longest:
         raise BadInput(
-            f"sequence_length={config.sequence_length} is more than the {longest} positions of {config.model}"
+            f"sequence_length={sequence_length} is more than the {longest} positions of {reference}"
         )
     rows = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > rows:
         raise BadInput(
-            f"the tokenizer has {len(tokenizer)} tokens, {config.model} embeds only {rows}: "
+            f"the tokenizer has {len(tokenizer)} tokens, {reference} embeds only {rows}: "
             "they do not belong together"
         )
 

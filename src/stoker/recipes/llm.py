@@ -7,6 +7,7 @@ the loss is the mean over the tokens of the whole global batch. Heavy imports st
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass, field
 from typing import Annotated, Any
@@ -103,6 +104,7 @@ class Config:
 
 def train(run: Run, config: Config) -> None:
     """Read and pack the data, build the model, train, test, export."""
+    from stoker.data import sources
     from stoker.engine import schedule
     from stoker.engine.random_state import seed_everything
     from stoker.loop import Trainer
@@ -110,12 +112,19 @@ def train(run: Run, config: Config) -> None:
     from torch.optim import AdamW
 
     seed_everything(config.seed)
-    corpus, splits = language_data.read(config)
-    language = language_model.build(config, splits.train)
-    data = language_data.pack(config, corpus, splits, language.tokenizer)
+    corpus = sources.read(config.data)
+    splits = sources.split(corpus.documents, validation=config.validation, test=config.test)
+    language = language_model.build(
+        config.model,
+        tokenizer=config.tokenizer,
+        vocab_size=config.vocab_size,
+        sequence_length=config.sequence_length,
+        documents=splits.train,
+    )
+    data = language_data.pack(splits, language.tokenizer, sequence_length=config.sequence_length)
     prompts = config.prompts or language_data.prompts(splits.validation)
-    model = language_model.with_lora(language.model, config.lora)
-    lr = config.lr or language_model.default_lr(config)
+    model = language_model.with_lora(language.model, **dataclasses.asdict(config.lora))
+    lr = config.lr or default_lr(config.lora.rank, language.pretrained)
     run.fingerprint("data", corpus.fingerprint)
     run.fingerprint("model", language.fingerprint)
 
@@ -133,19 +142,35 @@ def train(run: Run, config: Config) -> None:
         keep_checkpoints=config.keep_checkpoints,
     )
 
-    def perplexity(rows: Any) -> float:
-        return math.exp(trainer.evaluate(rows, batch_size=config.micro_batch or config.batch_size))
+    def loss_on(rows: Any) -> float:
+        return trainer.evaluate(rows, batch_size=config.micro_batch or config.batch_size)
+
+    def evaluate() -> None:
+        val_loss = loss_on(data.validation)
+        run.log(val_loss=val_loss, val_perplexity=perplexity(val_loss))
+        language_model.log_generations(run, model, language.tokenizer, prompts, config.generate_tokens)
 
     if trainer.steps_done == 0 and language.pretrained:
-        run.log(base_test_perplexity=perplexity(data.test))
+        run.log(base_test_perplexity=perplexity(loss_on(data.test)))
+        evaluate()
     loader = trainer.loader(data.train, batch_size=config.batch_size)
     for batch in trainer.steps(loader, max_steps=config.length):
         run.log(loss=trainer.step(batch), lr=trainer.lr)
         if trainer.every(10) and trainer.rate is not None:
             run.log(tokens_per_second=trainer.rate)
         if trainer.every(config.eval_every) or trainer.last:
-            val_perplexity = perplexity(data.validation)
-            run.log(val_loss=math.log(val_perplexity), val_perplexity=val_perplexity)
-            language_model.log_generations(run, model, language.tokenizer, prompts, config.generate_tokens)
-    run.log(test_perplexity=perplexity(data.test))
+            evaluate()
+    run.log(test_perplexity=perplexity(loss_on(data.test)))
     language_model.export(run, model, language.tokenizer)
+
+
+def default_lr(lora_rank: int, pretrained: bool) -> float:
+    """The peak learning rate where none is given."""
+    if not pretrained:
+        return 3e-3
+    return 2e-4 if lora_rank else 2e-5
+
+
+def perplexity(loss: float) -> float:
+    """The perplexity of a mean loss in nats a token; infinite where it is too large for a float."""
+    return math.exp(loss) if loss < 700 else math.inf
