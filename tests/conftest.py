@@ -24,17 +24,14 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def environment(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No sink unless a test asks for one, one thread a process, no hub."""
+    # A shell ignores SIGINT for what it runs in the background, and so would the processes started here.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     monkeypatch.setenv("STOKER_SINKS", "none")
     monkeypatch.setenv("STOKER_CACHE", str(cache))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for name in ("STOKER_RUNS", "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(name, raising=False)
-
-
-def _heed_ctrl_c() -> None:
-    """A shell starts what it runs in the background with SIGINT ignored, and children inherit that."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @dataclass(frozen=True)
@@ -71,7 +68,6 @@ def start(tmp_path: Path) -> Iterator[Start]:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            preexec_fn=_heed_ctrl_c,
         )
         processes.append(process)
         return process
