@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from support import loaded, wait_for_points
@@ -252,6 +253,18 @@ def test_a_full_disk_fails_the_run_and_leaves_the_last_checkpoint(  # type: igno
     done = stoker("train", str(slow), "--name", "a", "--runs", str(runs))
     assert done.code == 0, done.err
     assert list(loaded(run).points["loss"]) == list(range(1, 61))
+
+
+def test_workers_end_with_a_trainer_that_is_killed(start, slow: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    slow.write_text(SLOW.replace("batch_size=8)", "batch_size=8, workers=2)"))
+    process = start("train", str(slow), "pause=1", "--name", "a")
+    wait_for_points(process, tmp_path / "runs" / "slow" / "a", 1)
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert len(children) >= 3  # the forkserver and two workers
+    process.kill()
+    process.wait()
+    _, alive = psutil.wait_procs(children, timeout=30)
+    assert not alive
 
 
 def test_a_run_moved_elsewhere_resumes_there(stoker, start, slow: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]

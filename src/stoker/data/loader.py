@@ -10,7 +10,9 @@ state. A dataset that keeps a generator of its own is outside of this.
 from __future__ import annotations
 
 import multiprocessing
+import os
 import random
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.context import BaseContext
@@ -91,6 +93,7 @@ class Loader:
                 collate_fn=_as_is,
                 num_workers=self._workers,
                 multiprocessing_context=_worker_context() if self._workers else None,
+                worker_init_fn=_end_with_trainer,
                 generator=torch.Generator(),  # else the iterator draws a seed from the global state
             )
         )
@@ -128,6 +131,22 @@ def _worker_context() -> BaseContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     return context
+
+
+def _end_with_trainer(worker: int) -> None:
+    """End this worker once the process that trains is gone, killed or not.
+
+    torch's own watch is for the parent by process id, and that is the forkserver, which lives
+    for as long as a worker does.
+    """
+    trainer = multiprocessing.parent_process()
+    assert trainer is not None
+
+    def wait() -> None:
+        trainer.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, name="end-with-trainer", daemon=True).start()
 
 
 def _as_is(batch: Any) -> Any:
