@@ -13,8 +13,8 @@ HOLD = (
     "import sys, time, os; from pathlib import Path; from stoker import storage\n"
     "lock = storage.try_lock(Path(sys.argv[1])); storage.release_in_children(lock)\n"
     "child = os.fork()\n"
-    "if child == 0: time.sleep(60); os._exit(0)\n"
-    "print(child, flush=True); time.sleep(60)\n"
+    "if child == 0: print(os.getpid(), flush=True)\n"
+    "time.sleep(60)\n"
 )
 
 

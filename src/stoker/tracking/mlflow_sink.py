@@ -35,6 +35,11 @@ _LONGEST_KEY = 250
 _REFUSED = re.compile(r"[^\w./\- :]")
 _STATUS = {view.FINISHED: "FINISHED", view.FAILED: "FAILED"}  # all others are KILLED
 
+# Without it the UI opens an experiment on GenAI traces, not on its runs.
+_EXPERIMENT_TAGS = {
+    "mlflow.experimentKind": "custom_model_development"
+}
+
 T = TypeVar("T")
 
 
@@ -125,7 +130,8 @@ class MlflowSink:
             return str(found.experiment_id)
         root = None if store.server_uri() else (store.artifacts(self._runs) / name).as_uri()
         try:
-            return str(self._mlflow.create_experiment(name, artifact_location=root))
+            made = self._mlflow.create_experiment(name, artifact_location=root, tags=_EXPERIMENT_TAGS)
+            return str(made)
         except MlflowException as error:
             if error.error_code == "RESOURCE_ALREADY_EXISTS":  # another run's follower was first
                 return self._experiment()
