@@ -22,6 +22,7 @@ from stoker.errors import BadInput, StokerError
 from stoker.tracking import store
 
 _HOST = "127.0.0.1"
+_PAGE = "#/experiments?workflowType=machine_learning"  # MLflow would open on its pages for agents
 _START_TIMEOUT = 120.0  # seconds
 _STOP_TIMEOUT = 10.0
 
@@ -46,7 +47,7 @@ def ui(
         if json:
             print_json({"url": url, "store": str(database)})
         else:
-            console().print(f"{url} shows {database}; Ctrl-C ends it", markup=False)
+            console().print(f"{url}/{_PAGE} shows {database}; Ctrl-C ends it", markup=False)
         if server.wait() != 0:
             raise StokerError(f"MLflow's server ended: {_last_line(output)}")
 
