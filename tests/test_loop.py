@@ -234,7 +234,7 @@ def test_evaluation_weighs_every_sample_once_and_leaves_no_trace(open_run: Calla
     ("every", "expected"),
     [
         (3, [3, 6, 9, 12]), ("1ep", [7, 13]), ("2ep", [13]), ("0.5ep", [4, 7, 10, 13]),
-        ("16samples", [2, 4, 6, 8, 10, 12]), ("50samples", [7, 13]),
+        ("0.1ep", list(range(1, 14))), ("16samples", [2, 4, 6, 8, 10, 12]), ("50samples", [7, 13]),
     ],
 )  # fmt: skip
 def test_every_is_true_on_the_step_that_completes_a_duration(
@@ -276,6 +276,14 @@ def test_old_checkpoints_go_and_the_last_stays(open_run: Callable[..., Run]) -> 
 def test_a_frozen_model_is_refused(open_run: Callable[..., Run]) -> None:
     with open_run() as run, pytest.raises(ValueError, match="no parameter to train"):
         _trainer(run, _model().requires_grad_(False))
+
+
+def test_several_processes_are_refused_rather_than_trained_apart(
+    open_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with open_run() as run, pytest.raises(StokerError, match="2 processes train one run"):
+        _trainer(run, _model())
 
 
 def test_a_run_has_one_trainer(open_run: Callable[..., Run]) -> None:

@@ -27,6 +27,7 @@ from stoker.engine import batches, device, gradients, random_state
 from stoker.engine.precision import Precision, autocast
 from stoker.engine.precision import resolve as resolve_precision
 from stoker.engine.schedule import Schedule
+from stoker.errors import StokerError
 from stoker.progress import ProgressDisplay, Rate, Reading
 from stoker.world import World
 
@@ -58,7 +59,7 @@ class Trainer:
         keep_checkpoints: how many of the newest checkpoints are kept.
 
     Raises:
-        StokerError: the newest valid checkpoint is of another model.
+        StokerError: the newest valid checkpoint is of another model, or several processes train.
     """
 
     def __init__(
@@ -78,6 +79,8 @@ class Trainer:
     ) -> None:
         self.run = run
         self.world = World.current()
+        if self.world.size > 1:
+            raise StokerError(f"{self.world.size} processes train one run: only one can, for now")
         self.device = device.pick(self.world)
         self.precision = resolve_precision(precision, self.device)
         self.model = model.to(self.device)
@@ -179,9 +182,7 @@ class Trainer:
                 f"every({str(parsed)!r}) depends on the machine's speed: count in steps, epochs or tokens"
             )
         assert self._loader is not None, "every() is asked within the loop of steps()"
-        before = self._amount(parsed.unit, self.steps_done, self.samples_done)
-        after = self._amount(parsed.unit, self.steps_done + 1, self.samples_done + self._loader.batch_size)
-        return after // parsed.count > before // parsed.count
+        return self._completes(parsed, self.steps_done, self.samples_done)
 
     @property
     def last(self) -> bool:
@@ -200,6 +201,13 @@ class Trainer:
             raise ValueError(f"{duration} cannot be counted here: {_why_uncountable(duration)}")
         # Rounded down by a hair first: 3 epochs of 10 samples are 30, not 30.000000000000004.
         return max(1, math.ceil(duration.count / unit / loader.batch_size - 1e-9))
+
+    def _completes(self, every: Duration, steps: int, samples: int) -> bool:
+        """Whether the step that begins at this position completes another such duration."""
+        assert self._loader is not None
+        before = self._amount(every.unit, steps, samples)
+        after = self._amount(every.unit, steps + 1, samples + self._loader.batch_size)
+        return _whole(after / every.count) > _whole(before / every.count)
 
     def _amount(self, unit: str, steps: int, samples: int) -> float:
         assert self._loader is not None
@@ -324,11 +332,7 @@ class Trainer:
         if every.seconds is not None:
             return time.monotonic() - self._saved_at >= every.seconds
         assert self._loader is not None
-        before = self._amount(every.unit, self.steps_done - 1, self.samples_done - self._loader.batch_size)
-        return (
-            self._amount(every.unit, self.steps_done, self.samples_done) // every.count
-            > before // every.count
-        )
+        return self._completes(every, self.steps_done - 1, self.samples_done - self._loader.batch_size)
 
     def _capture(self) -> tuple[store.Tensors, dict[str, Any]]:
         tensors, values = state.capture(self.model, self.optimizers, self._built)
@@ -387,6 +391,11 @@ def _trainable(model: torch.nn.Module) -> list[torch.nn.Parameter]:
             f"{type(model).__name__} has no parameter to train: every one has requires_grad=False"
         )
     return parameters
+
+
+def _whole(ratio: float) -> int:
+    """Rounded down, after a hair up: 0.3 epochs are three times 0.1, which floats do not say."""
+    return math.floor(ratio + 1e-9)
 
 
 def _why_uncountable(duration: Duration) -> str:

@@ -117,7 +117,8 @@ def start(
         accept_drift=accept_drift,
     )
     code, status = _train(run, recipe, resolved.config)
-    _wait_for_sinks(run)
+    if code == 0:  # told to stop, it has no time to lose; the follower goes on by itself
+        _wait_for_sinks(run)
     _answer(view.load(run.directory), json, status)
     return code
 

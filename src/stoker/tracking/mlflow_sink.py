@@ -36,9 +36,7 @@ _REFUSED = re.compile(r"[^\w./\- :]")
 _STATUS = {view.FINISHED: "FINISHED", view.FAILED: "FAILED"}  # all others are KILLED
 
 # Without it the UI opens an experiment on GenAI traces, not on its runs.
-_EXPERIMENT_TAGS = {
-    "mlflow.experimentKind": "custom_model_development"
-}
+_EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 
 T = TypeVar("T")
 
