@@ -6,8 +6,10 @@ import subprocess
 import time
 from pathlib import Path
 
+import numpy as np
 from stoker.run import view
 from stoker.run.directory import RunDirectory
+from stoker.run.series import Series
 
 
 def points(run: Path) -> int:
@@ -24,3 +26,11 @@ def wait_for_points(process: subprocess.Popen[bytes], run: Path, more: int) -> N
 
 def loaded(run: Path) -> view.RunView:
     return view.load(RunDirectory(run))
+
+
+def series(**points: dict[int, float]) -> dict[str, Series]:
+    """Metrics as a view has them, from step -> value; logged at time 0."""
+    return {
+        metric: Series(np.array(list(of), np.int64), np.array(list(of.values())), np.zeros(len(of)))
+        for metric, of in points.items()
+    }

@@ -17,7 +17,7 @@ PACKAGE = Path(stoker.__file__).parent
 FLOORS = (
     {"config", "storage", "world", "errors", "duration"},
     {"run"},
-    {"engine", "data", "checkpoint", "tracking", "reproduce", "stopping", "progress"},
+    {"engine", "data", "checkpoint", "tracking", "reproduce", "stopping", "progress", "periodic"},
     {"attempt"},
     {"loop"},
     {"recipes", "report"},

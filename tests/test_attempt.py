@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from stoker import BadInput, Run
-from stoker.run import view
+from stoker.run import media, view
 
 
 @pytest.fixture
@@ -94,7 +94,7 @@ def test_tables_tags_and_artifacts_are_recorded(open_run: Callable[..., Run], tm
     (outside / "x.txt").write_text("hello")
     with open_run() as run:
         run.step = 4
-        run.table("t", ["a", "b"], [(1, "x"), (2, "y")])
+        run.table("t", [(1, "x"), (2, "y")], ["a", "b"])
         run.tag(team="blue", size=3)
         (run.directory.artifacts / "own.txt").write_text("own")
         run.artifact(run.directory.artifacts / "own.txt")
@@ -104,7 +104,16 @@ def test_tables_tags_and_artifacts_are_recorded(open_run: Callable[..., Run], tm
     assert (placed / "x.txt").read_text() == "hello"
     assert placed.is_relative_to(run.directory.artifacts)
     seen = view.load(run.directory)
-    assert (seen.tables[0].step, seen.tables[0].rows) == (4, [[1, "x"], [2, "y"]])
+    (table,) = seen.media
+    assert (table.kind, table.name, table.step, table.about) == (
+        "table",
+        "t",
+        4,
+        {"columns": ["a", "b"], "rows": 2},
+    )
+    assert table.file is not None
+    rows = media.read_table((run.directory.path / table.file["path"]).read_bytes())
+    assert rows == (["a", "b"], [[1, "x"], [2, "y"]])
     assert seen.tags == {"team": "blue", "size": "3"}
     (file,) = seen.artifacts["outside"]["files"]
     assert file["path"] == "artifacts/outside/x.txt"

@@ -2,7 +2,7 @@
 
 Opening one makes the run's directory, or continues it; takes its lock; records what it is
 made from; and starts an attempt in the journal. After that everything is an append. The
-follower that ships the journal to MLflow is started with the first metric, so that a run
+follower that ships the journal to the sinks is started with the first metric, so that a run
 which is refused before it begins leaves nothing behind. No torch is imported here.
 
     with stoker.Run("digits", config={"lr": 0.1}) as run:
@@ -14,35 +14,48 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import hashlib
 import logging
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import threading
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import orjson
 from stoker import config as configs
 from stoker import storage
 from stoker.errors import BadInput, Stopped
+from stoker.periodic import Job, Periodic
 from stoker.reproduce import provenance
-from stoker.run import artifacts, directory, journal, view
-from stoker.run.deferred import Deferred, flatten
+from stoker.run import artifacts, directory, journal, lineage, rendezvous, view
+from stoker.run.deferred import Deferred, DeferredArrays, check_name, flatten
+from stoker.run.reduction import WAYS, How
+from stoker.run.series import Goal, Summary
 from stoker.stopping import StopRequests
 from stoker.tracking import follower
+from stoker.tracking.system import SystemSampler
+from stoker.world import World
 
 log = logging.getLogger("stoker")
 
+_SYNC_SECONDS = 1.0  # what a power cut may take; the death of the process takes nothing
+_SYSTEM_SECONDS = 10.0
+_SINKS_SECONDS = 5.0
+
 
 class Run:
-    """A run being trained by this process.
+    """A run being trained by this process, or by this process and its peers.
+
+    Of several processes (`torchrun`), rank 0 writes the run; the others log the metrics that
+    are reduced over ranks, and nothing else of what they say is kept.
 
     Args:
         experiment: the folder of runs that belong together.
@@ -56,8 +69,8 @@ class Run:
         accept_drift: continue a run although its config was another, and record what changed.
 
     Raises:
-        BadInput: the directory cannot be written, another process trains this run, or the
-            run to continue has another config.
+        BadInput: the directory cannot be written, another process trains this run, the run to
+            continue has another config, or several processes have no name to agree on.
     """
 
     def __init__(
@@ -74,43 +87,62 @@ class Run:
         accept_drift: bool = False,
     ) -> None:
         folder = Path(runs if runs is not None else os.environ.get("STOKER_RUNS", "runs")).absolute()
-        self.directory = directory.locate(folder, experiment, name or directory.new_id())
+        self.world = World.current()
+        self.directory = directory.locate(folder, experiment, name or _new_id(self.world))
         self.seed = seed
         self.step = 0
         """The step that values are logged at; a Trainer moves it."""
         self.latest: dict[str, float] = {}
-        """The newest value of every metric that was written."""
+        """The newest value of every metric that this process wrote."""
         self.stop = StopRequests()
         self._sinks = follower.enabled()
-        self._pending: collections.deque[tuple[int, float, Deferred]] = collections.deque()
+        self._pending: collections.deque[tuple[Deferred | DeferredArrays, int, float, str | None]]
+        self._pending = collections.deque()
+        self._carried: dict[str, Any] = {}
+        self._names: set[str] = set()
+        self._highest = 0
         self._used = False
         self._follower: subprocess.Popen[bytes] | None = None
+        self._periodic: Periodic | None = None
+        self._system: SystemSampler | None = None
+        self._warned: set[str] = set()
+        self._watches: list[Any] = []
         self._ended = False
         self._lock = threading.Lock()
-        record = {
-            "uid": uuid.uuid4().hex,
-            "id": self.directory.id,
-            "experiment": self.directory.experiment,
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "command": sys.argv,
-            "cwd": str(Path.cwd()),
-            "recipe": dict(recipe or {}),
-            "config": _config_record(config),
-            "sources": dict(sources or {}),
-            "seed": seed,
-            "parents": [],
-        }
-        self._descriptor = _take(self.directory)
+        self._descriptor = -1
+        self._logging: list[logging.Handler] = []
+        if self.world.rank > 0:
+            self._join()
+        else:
+            self._lead(
+                _record(self.directory, config, sources, recipe, seed), code or Path.cwd(), accept_drift
+            )
+        log.debug("attempt %d of %s, process %d", self.attempt, self.directory.path, os.getpid())
+
+    def _lead(self, record: dict[str, Any], code: Path, accept_drift: bool) -> None:
+        """Open or continue the directory and begin an attempt."""
+        opening = uuid.uuid4().hex
+        self._descriptor = _take(self.directory, rendezvous.Opening(opening, self.world.launch))
         try:
             self.continued = self.directory.exists()
-            changes = self._open(record, code or Path.cwd(), accept_drift)
+            changes = self._open(record, code, accept_drift)
         except BaseException:
             os.close(self._descriptor)
             raise
         self.attempt, self._journal = journal.start_attempt(self.directory.journal)
         self._logging = _log_to(self.directory.logs / "rank-0.log")
-        self._append("attempt_started", pid=os.getpid(), host=platform.node(), drift=changes)
-        log.debug("attempt %d of %s, process %d", self.attempt, self.directory.path, os.getpid())
+        self._append(
+            "attempt_started", pid=os.getpid(), host=platform.node(), drift=changes,
+            opening=opening, world=self.world.size, step=self.step,
+        )  # fmt: skip
+
+    def _join(self) -> None:
+        """Take part in the attempt that rank 0 of this launch begins."""
+        self.attempt, begun = rendezvous.wait(self.directory, self.world.launch)
+        self._journal = journal.join_attempt(self.directory.journal, self.attempt, self.world.rank)
+        self.continued = self.attempt > 1
+        self.step = begun["step"]
+        self._logging = _log_to(self.directory.logs / f"rank-{self.world.rank}.log")
 
     def _open(self, record: dict[str, Any], code: Path, accept_drift: bool) -> dict[str, tuple[Any, Any]]:
         """Make or continue the directory; returns what the config drifted by."""
@@ -132,7 +164,13 @@ class Run:
     # -- what user code calls -----------------------------------------------------------
 
     def log(
-        self, values: Mapping[str, Any] | None = None, /, *, step: int | None = None, **metrics: Any
+        self,
+        values: Mapping[str, Any] | None = None,
+        /,
+        *,
+        step: int | None = None,
+        reduce: How | None = None,
+        **metrics: Any,
     ) -> None:
         """Log metrics at a step (by default the current one).
 
@@ -140,26 +178,154 @@ class Run:
         by "/"). A tensor on an accelerator is copied in the background and written once it
         has arrived: the device is never waited for. A metric has one point a step: the first
         one stands. Without a Trainer, every call that names no step moves to the next one.
+
+        Args:
+            reduce: of several processes, keep the mean, sum, max or min over them; they log
+                the same metrics at the same steps, in any order, and none waits for another.
+                By default rank 0's value is kept.
+
+        Raises:
+            ValueError: a name with control characters or of more than 250 bytes, or a tensor
+                of several elements.
+            TypeError: a value that is no number.
         """
         flat = flatten({**(values or {}), **metrics})
-        if "step" in flat:
-            raise ValueError("'step' is where a metric is logged, not one: pass it as run.log(..., step=)")
+        if not flat.keys() <= self._names:
+            self._check_names(flat)
         deferred = Deferred(flat)
-        if step is None and not self._stepped_by_trainer:
-            self.step += 1
-        if self._sinks and self._follower is None:
-            self._follower = follower.spawn(self.directory)
-        self._pending.append((self.step if step is None else step, time.time(), deferred))
-        self._used = True
+        if reduce is not None and reduce not in WAYS:
+            raise ValueError(f"reduce={reduce!r}: give one of {', '.join(WAYS)}")
+        if step is None:
+            self.step += not self._stepped_by_trainer
+            at = self.step
+        else:
+            at = step
+        if self.world.rank > 0 and reduce is None:
+            return
+        if not self._used:
+            self._begin()
+        if at < self._highest:
+            self._warn_of_going_back(flat, at)
+        else:
+            self._highest = at
+        self._pending.append((deferred, at, time.time(), reduce if self.world.size > 1 else None))
+        if self._carried:
+            self._log_carried(at)
         self._write_arrived(wait=False)
 
-    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """Log a small table of JSON values at the current step."""
-        self._append("table", name=name, step=self.step, columns=list(columns), rows=[list(r) for r in rows])
+    def params(self, **values: Any) -> None:
+        """Record what the run's config did not know at its start: JSON values by name."""
+        self._append("params", values=values)
 
     def tag(self, **tags: str) -> None:
         """Set tags; a tag set again is replaced."""
         self._append("tags", tags={key: str(value) for key, value in tags.items()})
+
+    def note(self, text: str) -> None:
+        """Add a note in words."""
+        self._append("note", text=text)
+
+    def goal(self, **goals: Goal) -> None:
+        """Say which way metrics are better: `run.goal(score="max", distance="min")`.
+
+        Of a metric that is named after its kind (a loss, an accuracy) it is known already.
+        """
+        for metric, goal in goals.items():
+            if goal not in ("min", "max"):
+                raise ValueError(f"{metric}={goal!r}: a goal is 'min' or 'max'")
+        self._append("goals", goals=goals)
+
+    def table(self, name: str, rows: Any, columns: Sequence[str] | None = None) -> None:
+        """Log a table at the current step, kept as Parquet.
+
+        Args:
+            rows: a list of dicts, a list of rows with `columns`, a dict of columns, or a table
+                of pandas, Polars or Arrow.
+        """
+        from stoker.run import media
+
+        self._media("table", name, lambda: media.table(rows, columns))
+
+    def figure(self, name: str, figure: Any) -> None:
+        """Log a Matplotlib or Plotly figure at the current step."""
+        from stoker.run import media
+
+        self._media("figure", name, lambda: media.figure(figure))
+
+    def image(self, name: str, image: Any, caption: str | None = None) -> None:
+        """Log an image at the current step: of Pillow, or an array or tensor.
+
+        Arrays are (height, width), (height, width, channels) or (channels, height, width),
+        of bytes, or of floats from 0 to 1.
+        """
+        from stoker.run import media
+
+        self._media("image", name, lambda: media.image(image, caption))
+
+    def text(self, name: str, text: str) -> None:
+        """Log a text at the current step."""
+        from stoker.run import media
+
+        self._media("text", name, lambda: media.text(text))
+
+    def histogram(self, name: str, values: Any, bins: int = 64) -> None:
+        """Log how the values of an array or tensor are distributed, at the current step."""
+        from stoker.run import media
+
+        about = media.histogram(values, bins)
+        self._append("media", kind="histogram", name=name, step=self.step, about=about)
+
+    def artifact(self, path: Path | str, name: str | None = None, kind: str = "file") -> Path:
+        """Record a file or folder that the run made, with checksums; returns where it stands in the run.
+
+        One from outside is brought in, under its name or the one that is given, and its
+        content is stored once however many runs have it.
+
+        Raises:
+            FileNotFoundError: there is nothing at `path`.
+            ValueError: the name leads out of the run's artifacts.
+        """
+        source = Path(path).absolute()
+        name = artifacts.checked_name(name or source.name)
+        if self.world.rank > 0:
+            return source
+        if not source.resolve().is_relative_to(self.directory.path.resolve()):
+            source = artifacts.bring_in(self.directory, source, name)
+        files = artifacts.describe(self.directory, source)
+        relative = str(source.resolve().relative_to(self.directory.path.resolve()))
+        self._append("artifact", name=name, kind=kind, path=relative, files=files)
+        return source
+
+    def use(self, artifact: Path | str) -> Path:
+        """Record that the run uses an artifact of another run, or any file or folder; returns its path.
+
+        Args:
+            artifact: `RUN:NAME` (a run's id or `experiment/id`, and the artifact's name), or a path.
+
+        Raises:
+            BadInput: there is no such run, artifact or path.
+        """
+        found = lineage.resolve(self.directory.path.parent.parent, artifact)
+        if self.world.rank == 0:
+            self._append("used", name=found.name, run=found.maker, files=found.files)
+            lineage.tell_maker(found, self.directory, self.directory.record()["uid"])
+        return found.path
+
+    def watch(self, model: Any, *, every: int = 100, histograms: bool = False, bins: int = 64) -> None:
+        """Log the norms of every parameter and its gradient, every so many optimizer steps.
+
+        They join the next `log`, at its step: `gradients/NAME`, `parameters/NAME`, and
+        `gradient_norm` over all. The device is never waited for.
+        """
+        from stoker.engine.watch import Watch
+
+        self._watches.append(Watch(model, every, bins if histograms else 0, self._carry))
+
+    @property
+    def summary(self) -> dict[str, Summary]:
+        """What every metric of the run came to so far: last, min, max, best."""
+        self._write_arrived(wait=True)
+        return view.load(self.directory).summary()
 
     def fingerprint(self, name: str, value: str) -> None:
         """Record the fingerprint of something the run depends on; warns where it changed since the start."""
@@ -168,23 +334,6 @@ class Run:
         if known != value:
             log.warning("%s changed since the run began (%s, now %s)", name, known[:12], value[:12])
         self.tag(**{tag: value})
-
-    def artifact(self, path: Path | str, name: str | None = None, kind: str = "file") -> Path:
-        """Record a file or folder that the run made, with checksums; one from outside is copied in.
-
-        Returns where it stands in the run. Raises FileNotFoundError.
-        """
-        source = Path(path).absolute()
-        if not source.is_relative_to(self.directory.path):
-            target = self.directory.artifacts / source.name
-            if source.is_dir():
-                shutil.copytree(source, target, dirs_exist_ok=True)
-            else:
-                shutil.copy2(source, target)
-            source = target
-        files = artifacts.describe(self.directory, source)
-        self._append("artifact", name=name or source.name, kind=kind, files=files)
-        return source
 
     def __enter__(self) -> Run:
         return self
@@ -214,6 +363,8 @@ class Run:
 
     def event(self, kind: str, /, **fields: Any) -> None:
         """Append an event of the loop: plan, resumed, checkpoint."""
+        if kind == "resumed":
+            self._highest = fields["step"]
         self._append(kind, **fields)
 
     def flush(self) -> None:
@@ -225,14 +376,23 @@ class Run:
         """End the attempt with a status. Artifacts may still be recorded until `close`."""
         if not self._ended:
             self._ended = True
+            for watch in self._watches:
+                watch.close()
+            if self._system is not None:
+                self._sample_system()
             self._append("attempt_ended", status=status, error=error)
+            self._write_arrived(wait=True)
             self._journal.sync()
 
     def close(self) -> None:
         """Let go of the run. The follower goes on by itself until everything is shipped."""
+        if self._periodic is not None:
+            self._periodic.close()
         self._journal.close()
-        log.removeHandler(self._logging)
-        self._logging.close()
+        for handler in self._logging:
+            log.removeHandler(handler)
+            handler.close()
+        self._logging = []
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
@@ -240,7 +400,7 @@ class Run:
     def discard_if_unused(self) -> None:
         """Undo the opening: delete a run that this attempt made and never logged to."""
         self.close()
-        if not self.continued and not self._used:
+        if self.world.rank == 0 and not self.continued and not self._used:
             self.directory.remove()
 
     def wait_for_sinks(self, timeout: float) -> list[Any]:
@@ -249,22 +409,147 @@ class Run:
             return []
         return list(follower.wait(self.directory, self._follower, timeout))
 
+    # -- the journal --------------------------------------------------------------------
+
+    def _begin(self) -> None:
+        """The first metric: from now on there is something to ship and to look after."""
+        self._used = True
+        jobs = [Job(_SYNC_SECONDS, self._sync)]
+        if self.world.rank == 0 and self._sinks:
+            self._follower = follower.spawn(self.directory)
+            jobs.append(Job(_SINKS_SECONDS, self._warn_of_sinks))
+        if self.world.rank == 0:
+            self._system = SystemSampler(self.directory.path)
+            jobs.append(Job(_SYSTEM_SECONDS, self._sample_system))
+        self._periodic = Periodic(jobs)
+
     def _append(self, kind: str, /, **fields: Any) -> None:
+        if self.world.rank > 0:
+            return
         self._write_arrived(wait=True)
         with self._lock:
             self._journal.append(kind, **fields)
 
+    def _media(self, kind: str, name: str, encode: Callable[[], Any]) -> None:
+        """Write what is to be looked at as a file, and say so."""
+        if self.world.rank > 0:
+            return
+        from stoker.run import media
+
+        encoded = encode()
+        file = media.write(self.directory, kind, name, self.step, encoded)
+        self._append("media", kind=kind, name=name, step=self.step, file=file, about=encoded.about)
+
     def _write_arrived(self, wait: bool) -> None:
         """Write the pending points in order, up to the first that is still on its way."""
         with self._lock:
-            while self._pending and (wait or self._pending[0][2].arrived):
-                step, at, deferred = self._pending.popleft()
+            while self._pending and (wait or self._pending[0][0].arrived):
+                deferred, step, at, reduce = self._pending.popleft()
+                if isinstance(deferred, DeferredArrays):
+                    self._write_histograms(deferred.read(), step, at)
+                    continue
                 values = deferred.read()
                 self.latest.update(values)
-                self._journal.append("metrics", time=at, step=step, values=journal.encode_values(values))
+                fields = {"reduce": reduce} if reduce is not None else {}
+                self._journal.append(
+                    "metrics", time=at, step=step, values=journal.encode_values(values), **fields
+                )
+
+    def _write_histograms(self, arrays: Mapping[str, Any], step: int, at: float) -> None:
+        for name in (key.removesuffix("/counts") for key in arrays if key.endswith("/counts")):
+            low, high = float(arrays[f"{name}/low"]), float(arrays[f"{name}/high"])
+            counts = arrays[f"{name}/counts"].tolist()
+            edges = [low + (high - low) * i / len(counts) for i in range(len(counts) + 1)]
+            about = {"edges": edges, "counts": counts}
+            self._journal.append("media", time=at, kind="histogram", name=name, step=step, about=about)
+
+    def _carry(self, norms: Mapping[str, Any], histograms: Mapping[str, tuple[Any, ...]]) -> None:
+        """Keep what a watch saw for the next `log`, whose step it belongs to."""
+        if self.world.rank == 0:
+            self._carried = {"norms": norms, "histograms": histograms}
+
+    def _log_carried(self, step: int) -> None:
+        norms, histograms = self._carried["norms"], self._carried["histograms"]
+        self._carried = {}
+        at = time.time()
+        self._pending.append((Deferred(norms), step, at, None))
+        if histograms:
+            parts = ("low", "high", "counts")
+            tensors = {
+                f"{n}/{part}": t for n, h in histograms.items() for part, t in zip(parts, h, strict=True)
+            }
+            self._pending.append((DeferredArrays(tensors), step, at, None))
+
+    def _check_names(self, values: Mapping[str, Any]) -> None:
+        if "step" in values:
+            raise ValueError("'step' is where a metric is logged, not one: pass it as run.log(..., step=)")
+        for name in values:
+            check_name(name)
+        self._names.update(values)
+
+    def _warn_of_going_back(self, values: Mapping[str, Any], step: int) -> None:
+        if "going back" not in self._warned:
+            self._warned.add("going back")
+            log.warning(
+                "%s: logged at step %d after step %d; kept at its step, unless that has a point already",
+                ", ".join(list(values)[:3]), step, self._highest,
+            )  # fmt: skip
+
+    # -- beside the loop ----------------------------------------------------------------
+
+    def _sync(self) -> None:
+        self._write_arrived(wait=False)
+        self._journal.sync()
+
+    def _sample_system(self) -> None:
+        assert self._system is not None
+        values = journal.encode_values(self._system.sample())
+        with self._lock:
+            self._journal.append("system", step=self.step, values=values)
+
+    def _warn_of_sinks(self) -> None:
+        for name, error in follower.failing(self.directory).items():
+            if name not in self._warned:
+                self._warned.add(name)
+                log.warning(
+                    "%s takes nothing now (%s); training goes on, and `stoker sync %s` or the next "
+                    "start ships what it lacks", name, error, self.directory.id,
+                )  # fmt: skip
 
 
-def _take(run: directory.RunDirectory) -> int:
+def _record(
+    run: directory.RunDirectory,
+    config: Any,
+    sources: Mapping[str, str] | None,
+    recipe: Mapping[str, Any] | None,
+    seed: int,
+) -> dict[str, Any]:
+    """What `run.json` says of a new run."""
+    return {
+        "uid": uuid.uuid4().hex,
+        "id": run.id,
+        "experiment": run.experiment,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": sys.argv,
+        "cwd": str(Path.cwd()),
+        "recipe": dict(recipe or {}),
+        "config": configs.record(config) if dataclasses.is_dataclass(config) else dict(config or {}),
+        "sources": dict(sources or {}),
+        "seed": seed,
+        "parents": [],
+    }
+
+
+def _new_id(world: World) -> str:
+    """A new run's id; of several processes, one that they all come to by themselves."""
+    if world.size == 1:
+        return directory.new_id()
+    if not world.job:
+        raise BadInput(f"{world.size} processes train one run: give it a name, for them to agree on")
+    return f"job-{hashlib.sha256(world.job.encode()).hexdigest()[:12]}"
+
+
+def _take(run: directory.RunDirectory, opening: rendezvous.Opening) -> int:
     """Lock a run for this process; before all else, so that of two that start it at once one is refused."""
     try:
         run.path.mkdir(parents=True, exist_ok=True)
@@ -273,14 +558,10 @@ def _take(run: directory.RunDirectory) -> int:
         raise directory.unwritable(run, error) from error
     if lock is None:
         raise BadInput(f"another process is training {run.path} now")
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, orjson.dumps(dataclasses.asdict(opening)), 0)
     storage.release_in_children(lock)
     return lock
-
-
-def _config_record(config: Any) -> dict[str, Any]:
-    if dataclasses.is_dataclass(config):
-        return configs.record(config)
-    return dict(config or {})
 
 
 def _explain_drift(run: directory.RunDirectory, changes: Mapping[str, tuple[Any, Any]]) -> str:
@@ -292,10 +573,19 @@ def _explain_drift(run: directory.RunDirectory, changes: Mapping[str, tuple[Any,
     )
 
 
-def _log_to(file: Path) -> logging.Handler:
-    """Write the library's messages to the rank's log as well."""
+def _log_to(file: Path) -> list[logging.Handler]:
+    """Write the library's messages to the rank's log, and warnings to a script that shows none itself."""
     handler = logging.FileHandler(file, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    log.addHandler(handler)
+    shown = [] if log.hasHandlers() else [_Stderr(logging.WARNING)]
+    for added in (handler, *shown):
+        log.addHandler(added)
     log.setLevel(logging.DEBUG)
-    return handler
+    return [handler, *shown]
+
+
+class _Stderr(logging.Handler):
+    """Writes to what standard error is at the time."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        sys.stderr.write(f"stoker: {record.levelname.lower()}: {record.getMessage()}\n")

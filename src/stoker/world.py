@@ -16,12 +16,27 @@ class World:
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    launch: str = ""
+    """What all ranks of one launch share and no other launch has; empty for one process."""
+    job: str = ""
+    """What the relaunches of one job share, where its launcher gave it a name of its own."""
 
     @classmethod
     def current(cls) -> World:
         """Read the place from the variables that torchrun and its kin set; alone without them."""
+        known = os.environ.get
+        size = int(known("WORLD_SIZE", "1"))
+        job = known("TORCHELASTIC_RUN_ID", "none")
+        parts = (
+            job,
+            known("TORCHELASTIC_RESTART_COUNT", ""),
+            known("MASTER_ADDR", ""),
+            known("MASTER_PORT", ""),
+        )
         return cls(
-            rank=int(os.environ.get("RANK", "0")),
-            size=int(os.environ.get("WORLD_SIZE", "1")),
-            local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+            rank=int(known("RANK", "0")),
+            size=size,
+            local_rank=int(known("LOCAL_RANK", "0")),
+            launch="/".join(parts) if size > 1 else "",
+            job="" if job == "none" else job,
         )

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from stoker.report import html
-from stoker.run import journal, view
+from stoker.run import journal, media, view
 from stoker.run.directory import RunDirectory
 from stoker.run.view import RunView
 
@@ -36,8 +36,10 @@ def _run(path: Path, run_id: str = "a", said: str = "fine", **config: Any) -> Ru
             writer.append("resumed", time=time, step=2, passed_over=[said])
         for step in range(2 * number - 1, 2 * number + 2):
             writer.append("metrics", time=time + step, step=step, values={"loss": 1 / step, said: 1.0 * step})
-            rows = [[said, {"deep": [said]}], [None, 0.5]]
-            writer.append("table", time=time + step, step=step, name=said, columns=[said, "b"], rows=rows)
+            table = media.table([[said, said], [None, "0.5"]], [said, "b"])
+            file = media.write(directory, "table", "t", step, table)
+            about = {"kind": "table", "name": said, "step": step, "file": file, "about": table.about}
+            writer.append("media", time=time + step, **about)
         files = [{"path": f"artifacts/{said}", "size": 1, "sha256": said}]
         writer.append("artifact", time=time + 50, name=said, kind=said, files=files)
         writer.append("tags", time=time + 50, tags={said: said})

@@ -9,11 +9,13 @@ from stoker.report import plots
 from stoker.run.directory import RunDirectory
 from stoker.run.view import Attempt, RunView
 
+from support import series
+
 Points = dict[str, dict[int, float]]
 
 
 def _view(points: Points, attempts: list[Attempt] | None = None) -> RunView:
-    return RunView(RunDirectory(Path("runs/llm/a")), {}, points=points, attempts=attempts or [])
+    return RunView(RunDirectory(Path("runs/llm/a")), {}, points=series(**points), attempts=attempts or [])
 
 
 CURVE = {1: 1.0, 2: 0.5}

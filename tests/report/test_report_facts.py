@@ -10,18 +10,22 @@ from stoker.report import facts
 from stoker.run.directory import RunDirectory
 from stoker.run.view import Attempt, RunView
 
+from support import series
+
 
 def _view(path: Path = Path("runs/llm/a"), record: dict[str, Any] | None = None, **fields: Any) -> RunView:
     return RunView(RunDirectory(path), {"config": {}, "sources": {}, **(record or {})}, **fields)
 
 
 def test_best_is_the_lowest_finite_value_and_the_first_step_that_had_it() -> None:
-    (metric,) = facts.metrics(_view(points={"val_loss": {1: math.nan, 2: 0.5, 3: 0.5, 4: -math.inf}}))
+    metric = facts.metrics(_view(points=series(val_loss={1: math.nan, 2: 0.5, 3: 0.5, 4: -math.inf})))[
+        "val_loss"
+    ]
     assert (metric.best, metric.best_step, metric.last_step, metric.non_finite) == (0.5, 2, 4, 2)
 
 
 def test_a_metric_that_is_not_a_loss_has_no_best() -> None:
-    (metric,) = facts.metrics(_view(points={"tokens_per_second": {1: 3.0}}))
+    metric = facts.metrics(_view(points=series(tokens_per_second={1: 3.0})))["tokens_per_second"]
     assert metric.best is None
 
 

@@ -56,15 +56,15 @@ def test_a_point_logged_again_without_a_resume_keeps_its_first_value(tmp_path: P
     assert view.load(directory).points["loss"] == {1: 1}
 
 
-def test_checkpoints_and_tables_past_the_resumed_step_are_void(tmp_path: Path) -> None:
+def test_checkpoints_and_media_past_the_resumed_step_are_void(tmp_path: Path) -> None:
     directory = _run(tmp_path)
-    table = {"type": "table", "name": "t", "columns": ["a"], "rows": [[1]]}
+    table = {"type": "media", "kind": "table", "name": "t", "file": None, "about": {}}
     marks = [{"type": "checkpoint", "step": s, "path": "", "bytes": 1} for s in (2, 4)]
     _attempt(directory, [*marks, {**table, "step": 2}, {**table, "step": 4}])
     _attempt(directory, [_resumed(2)])
     seen = view.load(directory)
     assert seen.checkpoints == [2]
-    assert [t.step for t in seen.tables] == [2]
+    assert [t.step for t in seen.media] == [2]
 
 
 def test_rows_have_every_metric_by_step(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from stoker import storage
-from stoker.run import journal
+from stoker.run import journal, media
 from stoker.run.directory import RunDirectory
 from stoker.tracking import follower, ledger
 from stoker.tracking.shipper import Shipper
@@ -36,6 +36,11 @@ class Trainer:
 
     def log(self, step: int, **values: float) -> None:
         self.journal.append("metrics", step=step, values=journal.encode_values(values))
+
+    def table(self, name: str, step: int, rows: list[dict[str, Any]]) -> None:
+        encoded = media.table(rows, None)
+        file = media.write(self.directory, "table", name, step, encoded)
+        self.journal.append("media", kind="table", name=name, step=step, file=file, about=encoded.about)
 
     def resume(self, step: int) -> None:
         self.journal.append("resumed", step=step, passed_over=[])
@@ -117,14 +122,17 @@ class DyingSink:
         self._sink = MlflowSink(directory)
         self._word = word
 
-    def open(self, known: str | None, started: float) -> SinkRun:
-        return self._die_after("open", self._sink.open(known, started))
+    def open(self, known: str | None, started: float, mark: Any) -> SinkRun:
+        return self._die_after("open", self._sink.open(known, started, mark))
 
     def ship(self, batch: Batch) -> None:
         self._die_after("ship", self._sink.ship(batch))
 
     def conclude(self, ending: Ending) -> None:
         self._die_after("conclude", self._sink.conclude(ending))
+
+    def close(self) -> None:
+        self._sink.close()
 
     def _die_after(self, word: str, result: T) -> T:
         if word == self._word:

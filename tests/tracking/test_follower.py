@@ -109,7 +109,7 @@ def test_everything_a_run_records_arrives_and_a_lost_ledger_changes_nothing(
     trainer = Trainer(run)
     for step, value in enumerate([1.0, math.nan, math.inf, -math.inf, 2.0]):
         trainer.log(step, loss=value, **{"top-1 (%)": step, "top-1 [%]": -step})
-    trainer.journal.append("table", name="generations", step=4, columns=["prompt"], rows=[["a"], [None]])
+    trainer.table("generations", 4, [{"prompt": "a"}, {"prompt": None}])
     trainer.journal.append("tags", tags={"fingerprint.data": "abc", "note": "y" * 9000})
     _write(run.artifacts / "adapter" / "deep" / "weights", b"123")
     _write(run.artifacts / "report.html", b"<html>")

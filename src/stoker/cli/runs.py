@@ -158,7 +158,7 @@ def _entry(run: Listed) -> dict[str, Any]:
         **where,
         "step": run.view.step,
         "total_steps": run.view.total_steps,
-        "metrics": run.view.summary(),
+        "metrics": run.view.newest(),
         "started": _iso(run.view.started),
         "seconds": run.view.seconds,
     }
@@ -176,7 +176,7 @@ def _everything(seen: RunView, sinks: Sequence[Pending]) -> dict[str, Any]:
             for a in seen.attempts
         ],
         "config": {v.key: {"value": v.value, "source": v.source} for v in facts.config(seen)},
-        "metrics": {m.name: vars(m) for m in facts.metrics(seen)},
+        "metrics": {name: summary.facts() for name, summary in facts.metrics(seen).items()},
         "checkpoints": facts.kept_checkpoints(seen),
         "artifacts": [vars(a) for a in facts.artifacts(seen)],
         "code": seen.record.get("code"),

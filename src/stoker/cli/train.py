@@ -203,14 +203,14 @@ def _answer(seen: RunView, json: bool, status: str) -> int:
     if json:
         print_json({
             "id": directory_.id, "experiment": directory_.experiment, "run": str(directory_.path),
-            "status": seen.status, "step": seen.step, "metrics": seen.summary(),
+            "status": seen.status, "step": seen.step, "metrics": seen.newest(),
             "artifacts": {n: str(directory_.artifacts / n) for n in seen.artifacts},
             "report": str(report) if report.is_file() else None,
         })  # fmt: skip
         return 0
     out = console()
     out.print(f"\n{directory_.experiment}/{directory_.id} {status} at step {seen.step}")
-    for metric, value in seen.summary().items():
+    for metric, value in seen.newest().items():
         out.print(f"  {metric:24} {value:.6g}")
     out.print(f"  {'run':24} {_shortest(directory_.path)}")
     if report.is_file():

@@ -138,7 +138,7 @@ def generate(model: Any, tokenizer: Any, prompt: str, length: int) -> str:
 def log_generations(run: Run, model: Any, tokenizer: Any, prompts: Sequence[str], length: int) -> None:
     """Log a table of prompts with their continuations."""
     rows = [(prompt, generate(model, tokenizer, prompt, length)) for prompt in prompts]
-    run.table("generations", ["prompt", "completion"], rows)
+    run.table("generations", rows, ["prompt", "completion"])
 
 
 def export(run: Run, model: Any, tokenizer: Any) -> Path:

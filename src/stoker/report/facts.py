@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,24 +16,11 @@ import orjson
 from stoker.checkpoint import manifest
 from stoker.config import DEFAULT
 from stoker.run.directory import RunDirectory
-from stoker.run.view import Attempt, RunView
+from stoker.run.media import read_table
+from stoker.run.series import Summary
+from stoker.run.view import Attempt, Media, RunView
 
-_BETTER_WHEN_LOW = ("loss", "perplexity")
 _TEXT_LIMIT = 400_000  # characters of a diff that are shown; the run's directory has all of it
-
-
-@dataclass(frozen=True)
-class Metric:
-    """One metric in numbers."""
-
-    name: str
-    last: float
-    last_step: int
-    best: float | None
-    """The smallest finite value; None for a metric that is not better when low."""
-    best_step: int | None
-    points: int
-    non_finite: int
 
 
 @dataclass(frozen=True)
@@ -68,10 +54,28 @@ class Provenance:
     hardware: dict[str, Any]
 
 
-def metrics(view: RunView) -> list[Metric]:
-    """Every metric in numbers: `loss` and `val_loss` first, then by name."""
-    found = [_metric(name, series) for name, series in view.points.items() if series]
-    return sorted(found, key=lambda m: (m.name != "loss", m.name != "val_loss", m.name))
+def metrics(view: RunView) -> dict[str, Summary]:
+    """What every metric came to: `loss` and `val_loss` first, then by name."""
+    found = view.summary()
+    return {name: found[name] for name in sorted(found, key=lambda n: (n != "loss", n != "val_loss", n))}
+
+
+def tables(view: RunView) -> dict[str, list[Media]]:
+    """The tables that were logged, by name, each in the order of steps."""
+    found: dict[str, list[Media]] = {}
+    for media in sorted(view.media, key=lambda m: m.step):
+        if media.kind == "table":
+            found.setdefault(media.name, []).append(media)
+    return found
+
+
+def table_rows(view: RunView, table: Media) -> tuple[list[str], list[list[Any]]]:
+    """The columns and rows of a logged table; no rows where its file is gone."""
+    assert table.file is not None, "a table is a file"
+    try:
+        return read_table((view.directory.path / table.file["path"]).read_bytes())
+    except OSError:
+        return table.about["columns"], []
 
 
 def config(view: RunView) -> list[Value]:
@@ -173,23 +177,6 @@ def size(count: int) -> str:
 def text(value: Any) -> str:
     """A JSON value as it is written on the command line: texts bare, the rest as JSON."""
     return value if isinstance(value, str) else orjson.dumps(value, default=str).decode()
-
-
-def _metric(name: str, series: Mapping[int, float]) -> Metric:
-    last_step = max(series)
-    finite = {step: value for step, value in series.items() if math.isfinite(value)}
-    best_step = None
-    if finite and any(word in name for word in _BETTER_WHEN_LOW):
-        best_step = min(finite, key=lambda step: (finite[step], step))
-    return Metric(
-        name=name,
-        last=series[last_step],
-        last_step=last_step,
-        best=None if best_step is None else finite[best_step],
-        best_step=best_step,
-        points=len(series),
-        non_finite=len(series) - len(finite),
-    )
 
 
 def _common_folder(paths: list[str]) -> str:

@@ -11,10 +11,11 @@ from datetime import UTC, datetime
 import stoker
 from stoker.progress import clock
 from stoker.report import facts
-from stoker.report.facts import Metric, Value
+from stoker.report.facts import Value
 from stoker.report.markup import Html, details, join, number, table, tag
 from stoker.report.plots import Figure
-from stoker.run.view import RunView, Table
+from stoker.run.series import Summary
+from stoker.run.view import Media, RunView
 
 _TILES = 7
 _NOTHING = Html("")
@@ -60,11 +61,21 @@ def curves(figures: Sequence[Figure], names: Sequence[str]) -> Html:
 
 def metrics(views: Sequence[RunView], names: Sequence[str]) -> Html:
     """The newest and the best value of every metric."""
-    headings = ["metric", *_run_heading(views), "last", "at step", "lowest", "at step", "points"]
-    found = [(metric, i) for i, view in enumerate(views) for metric in facts.metrics(view)]
+    headings = [
+        "metric",
+        *_run_heading(views),
+        "last",
+        "at step",
+        "best",
+        "at step",
+        "lowest",
+        "highest",
+        "points",
+    ]
+    found = [(name, i, known) for i, view in enumerate(views) for name, known in facts.metrics(view).items()]
     rows = [
-        [tag("td", metric.name, class_="name"), *_run_cell(views, names, i), *_numbers(metric)]
-        for metric, i in sorted(found, key=lambda pair: (_importance(pair[0].name), pair[1]))
+        [tag("td", name, class_="name"), *_run_cell(views, names, i), *_numbers(summary)]
+        for name, i, summary in sorted(found, key=lambda entry: (_importance(entry[0]), entry[1]))
     ]
     return _section("Metrics", table(headings, rows)) if rows else _NOTHING
 
@@ -73,13 +84,13 @@ def tables(views: Sequence[RunView], names: Sequence[str]) -> Html:
     """The tables that were logged: the newest of each name, with the earlier ones folded away."""
     parts: list[Html] = []
     for view, name in zip(views, names, strict=True):
-        for title in dict.fromkeys(logged.name for logged in view.tables):
-            logged = sorted((t for t in view.tables if t.name == title), key=lambda t: t.step)
+        for title, logged in facts.tables(view).items():
             of_run = f"{name} · " if len(views) > 1 else ""
             parts.append(tag("h3", f"{of_run}{title} at step {logged[-1].step:,}"))
-            parts.append(_logged(logged[-1:], with_step=False))
+            parts.append(_logged(view, logged[-1:], with_step=False))
             if len(logged) > 1:
-                parts.append(details(f"{len(logged) - 1} earlier", _logged(logged[-2::-1], with_step=True)))
+                earlier = _logged(view, logged[-2::-1], with_step=True)
+                parts.append(details(f"{len(logged) - 1} earlier", earlier))
     return _section("Tables", *parts) if parts else _NOTHING
 
 
@@ -175,7 +186,7 @@ def _section(title: str, *children: str) -> Html:
 
 
 def _overview(views: Sequence[RunView], names: Sequence[str]) -> Html:
-    found = [{metric.name: metric for metric in facts.metrics(view)} for view in views]
+    found = [facts.metrics(view) for view in views]
     common = sorted({name for metrics in found for name in metrics}, key=_importance)[:4]
     headings = ["run", "status", "step", "time", "started", *common]
     rows = [
@@ -190,10 +201,12 @@ def _tiles(view: RunView) -> list[Html]:
     count = len(view.attempts)
     spent = f"in {count} attempts" if count > 1 else "spent"
     tiles = [_tile(_steps(view), "steps"), _tile(clock(view.seconds), spent)]
-    for metric in sorted(facts.metrics(view), key=lambda m: _importance(m.name))[: _TILES - 2]:
-        is_lowest = metric.best is None or metric.best_step == metric.last_step or metric.points == 1
-        best = "" if is_lowest else f", lowest {facts.number(metric.best)}"
-        tiles.append(_tile(facts.number(metric.last), f"{metric.name}{best}"))
+    found = facts.metrics(view)
+    for name in sorted(found, key=_importance)[: _TILES - 2]:
+        metric = found[name]
+        is_best = metric.best is None or metric.best_step == metric.last_step or metric.points == 1
+        best = "" if is_best else f", best {facts.number(metric.best)}"
+        tiles.append(_tile(facts.number(metric.last), f"{name}{best}"))
     return tiles
 
 
@@ -224,17 +237,18 @@ def _steps(view: RunView) -> str:
     return f"{view.step:,}" if view.total_steps is None else f"{view.step:,} / {view.total_steps:,}"
 
 
-def _last(metric: Metric | None) -> str:
+def _last(metric: Summary | None) -> str:
     return facts.number(metric.last) if metric else ""
 
 
-def _numbers(metric: Metric) -> list[Html]:
+def _numbers(metric: Summary) -> list[Html]:
     points = f"{metric.points:,}"
     if metric.non_finite:
         points += f", {metric.non_finite:,} not finite"
     best_step = "" if metric.best_step is None else f"{metric.best_step:,}"
-    values = facts.number(metric.last), f"{metric.last_step:,}", facts.number(metric.best), best_step, points
-    return [number(value) for value in values]
+    extremes = facts.number(metric.min), facts.number(metric.max)
+    last = facts.number(metric.last), f"{metric.last_step:,}"
+    return [number(value) for value in (*last, facts.number(metric.best), best_step, *extremes, points)]
 
 
 def _log_switch() -> Html:
@@ -268,12 +282,13 @@ def _config_cell(value: Value | None) -> Html:
     return tag("td", tag("code", _shown(value)), tag("span", source, class_="source"))
 
 
-def _logged(logged: Sequence[Table], with_step: bool) -> Html:
-    columns = logged[0].columns
+def _logged(view: RunView, logged: Sequence[Media], with_step: bool) -> Html:
+    found = [(t.step, facts.table_rows(view, t)) for t in logged]
+    columns = found[0][1][0]
     rows = [
-        [*([number(f"{t.step:,}")] if with_step else []), *(facts.text(cell) for cell in row)]
-        for t in logged
-        for row in t.rows
+        [*([number(f"{step:,}")] if with_step else []), *(facts.text(cell) for cell in row)]
+        for step, (_, rows) in found
+        for row in rows
     ]
     return table([*(["step"] if with_step else []), *columns], rows, class_="texts")
 

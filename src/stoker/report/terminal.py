@@ -26,6 +26,7 @@ _STYLES = {"finished": "green", "running": "blue", "failed": "red", "damaged": "
 _DROPPED_FIRST = ("time", "started", "val_loss", "loss", "step", "status")
 _GAP = 2
 _UNLIMITED = 10_000
+_METRICS = ("", "last", "at step", "best", "at step", "lowest", "highest")
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def print_run(console: Console, view: RunView, sinks: Sequence[Pending]) -> None
     console.print(Text.assemble((name, "bold"), "  ", (view.status, _STYLES.get(view.status, "yellow"))))
     _print_pairs(console, _summary(view))
     _print_attempts(console, view)
-    _print_section(console, "metrics", ("", "last", "at step", "lowest", "at step"), _metrics(view))
+    _print_section(console, "metrics", _METRICS, _metrics(view))
     _print_section(console, "config", ("", "value", "source"), _config(view))
     _print_section(console, "artifacts", ("", "kind", "size", "where"), _artifacts(view))
     _print_section(console, "sinks", ("", "pending", "where", "error"), [
@@ -171,10 +172,10 @@ def _print_attempts(console: Console, view: RunView) -> None:
 def _metrics(view: RunView) -> list[tuple[str, ...]]:
     return [
         (
-            m.name, facts.number(m.last), str(m.last_step), facts.number(m.best),
-            "" if m.best_step is None else str(m.best_step),
+            name, facts.number(m.last), str(m.last_step), facts.number(m.best),
+            "" if m.best_step is None else str(m.best_step), facts.number(m.min), facts.number(m.max),
         )
-        for m in facts.metrics(view)
+        for name, m in facts.metrics(view).items()
     ]  # fmt: skip
 
 

@@ -1,12 +1,25 @@
-"""Artifacts: what a run made, recorded with sizes and checksums."""
+"""Artifacts: what a run made, with sizes and checksums, each content stored once.
+
+A file that is brought in from outside is stored under its checksum beside the runs, and
+linked into the run's directory: the same dataset logged by fifty runs takes the room of one.
+Both names are of one file, which is read-only for that reason. Where the file system knows
+no hard links a copy is made.
+"""
 
 from __future__ import annotations
 
-from pathlib import Path
+import contextlib
+import os
+import shutil
+import time
+import uuid
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from stoker import storage
 from stoker.run.directory import RunDirectory
+
+STORE = ".artifacts"  # in the runs folder
 
 
 def describe(directory: RunDirectory, path: Path) -> list[dict[str, Any]]:
@@ -18,11 +31,105 @@ def describe(directory: RunDirectory, path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         raise FileNotFoundError(path)
     root = directory.path.resolve()
-    return [
-        {
-            "path": str(file.resolve().relative_to(root)),
-            "size": file.stat().st_size,
-            "sha256": storage.sha256(file),
-        }
-        for file in storage.files_under(path)
-    ]
+    found = []
+    for file in storage.files_under(path):
+        if not file.resolve().is_relative_to(root):
+            raise ValueError(f"{file} leads out of the run, to {file.resolve()}: give the file itself")
+        found.append(
+            {
+                "path": str(file.resolve().relative_to(root)),
+                "size": file.stat().st_size,
+                "sha256": storage.sha256(file),
+            }
+        )
+    return found
+
+
+def checked_name(name: str) -> str:
+    """The name of an artifact, which is a path below the run's artifacts. Raises ValueError."""
+    path = PurePosixPath(name)
+    if not path.parts or path.is_absolute() or ".." in path.parts or "\\" in name or not name.isprintable():
+        raise ValueError(f"{name!r} cannot name an artifact: give a relative path without '..'")
+    return str(path)
+
+
+def bring_in(directory: RunDirectory, source: Path, name: str) -> Path:
+    """Store a file or folder from outside, and link it to its place in the run; returns that place.
+
+    What stood there under this name before is replaced; its content stays in the store.
+    Raises FileNotFoundError, and OSError where there is no room.
+    """
+    if not source.exists():
+        raise FileNotFoundError(source)
+    place = directory.artifacts / name
+    place.parent.mkdir(parents=True, exist_ok=True)
+    staged = place.with_name(f".{place.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        if source.is_dir():
+            staged.mkdir()
+            for file in storage.files_under(source):
+                target = staged / file.relative_to(source)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                _link(_stored(directory, file), target)
+        else:
+            _link(_stored(directory, source), staged)
+        _replace(staged, place)
+    finally:
+        remove(staged)
+    return place
+
+
+def remove(path: Path) -> None:
+    """Delete a file or folder, there or not."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def collect_garbage(runs: Path, older_than: float = 3600.0) -> int:
+    """Delete stored contents that no run holds any more; returns the bytes that were freed.
+
+    What was stored less than `older_than` seconds ago is left: a run may be about to link it.
+    """
+    freed = 0
+    for file in (runs / STORE).glob("*/*"):
+        with contextlib.suppress(FileNotFoundError):
+            status = file.stat()
+            if status.st_nlink == 1 and time.time() - status.st_ctime >= older_than:
+                file.unlink()
+                freed += status.st_size
+    return freed
+
+
+def _stored(directory: RunDirectory, file: Path) -> Path:
+    """The file's content in the store, put there where it was not."""
+    store = directory.path.parent.parent / STORE
+    store.mkdir(exist_ok=True)
+    temporary = store / f".{uuid.uuid4().hex}.tmp"
+    try:
+        shutil.copyfile(file, temporary)  # first: what is hashed is what is kept, whoever writes to it now
+        digest = storage.sha256(temporary)
+        place = store / digest[:2] / digest
+        if not place.exists():
+            temporary.chmod(0o444)
+            storage.sync_file(temporary)
+            place.parent.mkdir(exist_ok=True)
+            temporary.replace(place)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return place
+
+
+def _link(stored: Path, target: Path) -> None:
+    try:
+        os.link(stored, target)
+    except OSError:
+        shutil.copyfile(stored, target)
+    storage.sync_directory(target.parent)
+
+
+def _replace(staged: Path, place: Path) -> None:
+    if staged.is_dir() or place.is_dir():
+        remove(place)
+    staged.replace(place)

@@ -9,14 +9,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+_LONGEST_NAME = 250  # bytes, what every sink takes
+
 
 class Deferred:
     """Metric values as they were when this was made."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
         """Raises TypeError or ValueError for what is no number and no tensor of one element."""
-        self._values = {key: _to_host(value) for key, value in values.items()}
-        self._event = _recorded_event(values)
+        self._on_device: dict[str, Any] = {}
+        self._values = {
+            key: value if type(value) is float else self._read(key, value) for key, value in values.items()
+        }
+        self._event = _recorded_event(self._on_device) if self._on_device else None
 
     @property
     def arrived(self) -> bool:
@@ -27,7 +32,50 @@ class Deferred:
         """The values, waiting for the device where it must."""
         if self._event is not None:
             self._event.synchronize()
-        return {key: float(value) for key, value in self._values.items()}
+            self._event = None
+            for key in self._on_device:
+                self._values[key] = float(self._values[key])
+        return self._values
+
+    def _read(self, key: str, value: Any) -> Any:
+        """A number; for a tensor on a GPU, a copy under way to pinned memory."""
+        if isinstance(value, str | bytes):
+            raise TypeError(f"{key} is {value!r}: a metric is a number, or a tensor of one element")
+        if getattr(getattr(value, "device", None), "type", "cpu") != "cuda":
+            return _number(key, value)
+        import torch
+
+        if value.numel() != 1:
+            raise ValueError(f"{key} has the shape {tuple(value.shape)}: a metric is one number")
+        self._on_device[key] = value
+        host = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+        return host.copy_(value.detach(), non_blocking=True)
+
+
+class DeferredArrays:
+    """Tensors of any shape as they were when this was made, to be read as NumPy arrays."""
+
+    def __init__(self, tensors: Mapping[str, Any]) -> None:
+        import torch
+
+        self._tensors: dict[str, Any] = {}
+        for name, tensor in tensors.items():
+            on_device = tensor.is_cuda
+            host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=on_device)
+            self._tensors[name] = host.copy_(tensor.detach(), non_blocking=on_device)
+        on_device = {name: tensor for name, tensor in tensors.items() if tensor.is_cuda}
+        self._event = _recorded_event(on_device) if on_device else None
+
+    @property
+    def arrived(self) -> bool:
+        """Whether the arrays can be read without waiting."""
+        return self._event is None or bool(self._event.query())
+
+    def read(self) -> dict[str, Any]:
+        """The arrays, waiting for the device where it must."""
+        if self._event is not None:
+            self._event.synchronize()
+        return {name: tensor.numpy() for name, tensor in self._tensors.items()}
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -41,30 +89,30 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _on_accelerator(value: Any) -> bool:
-    device = getattr(value, "device", None)
-    return getattr(device, "type", "cpu") == "cuda"
+def check_name(name: str) -> None:
+    """Whether a metric can have this name. Raises ValueError."""
+    if not name or not name.isprintable():
+        raise ValueError(f"{name!r} cannot name a metric: it is empty or has control characters")
+    if len(name.encode(errors="replace")) > _LONGEST_NAME:
+        length = len(name.encode(errors="replace"))
+        raise ValueError(f"the metric name {name[:40]!r}... has {length} bytes: at most {_LONGEST_NAME}")
 
 
-def _to_host(value: Any) -> Any:
-    """A number; for a tensor on a GPU, a copy under way to pinned memory."""
-    if not _on_accelerator(value):
+def _number(key: str, value: Any) -> float:
+    try:
         return float(value)
-    import torch
-
-    if value.numel() != 1:
-        raise ValueError(f"a metric is one number; this tensor has the shape {tuple(value.shape)}")
-    host = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
-    return host.copy_(value.detach(), non_blocking=True)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        shape = getattr(value, "shape", ())
+        if len(shape):
+            raise ValueError(f"{key} has the shape {tuple(shape)}: a metric is one number") from None
+        found = f"{key} is of type {type(value).__name__}"
+        raise TypeError(f"{found}: a metric is a number, or a tensor of one element") from None
 
 
 def _recorded_event(values: Mapping[str, Any]) -> Any:
-    """A CUDA event behind the copies of `_to_host`, or None where nothing is on a GPU."""
-    devices = {value.device for value in values.values() if _on_accelerator(value)}
-    if not devices:
-        return None
+    """A CUDA event behind the copies of tensors that are on a GPU."""
     import torch
 
     event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    event.record(torch.cuda.current_stream(devices.pop()))
+    event.record(torch.cuda.current_stream(next(iter(values.values())).device))
     return event

@@ -67,6 +67,11 @@ class RunDirectory:
         return self.path / "sinks"
 
     @property
+    def compacted(self) -> Path:
+        """A copy of the view of a run that has ended; see `run/compact.py`."""
+        return self.path / "compacted.safetensors"
+
+    @property
     def logs(self) -> Path:
         return self.path / "logs"
 

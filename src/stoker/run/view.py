@@ -9,170 +9,192 @@ the first one stands, as it does in every sink.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from stoker.run import journal
+from stoker.run import compact, journal
 from stoker.run.directory import RunDirectory
-from stoker.run.journal import Event
+from stoker.run.journal import Block, Damage, Event
+from stoker.run.reduction import Reduction
+from stoker.run.series import Columns
+from stoker.run.state import (
+    FAILED,
+    FINISHED,
+    INTERRUPTED,
+    KILLED,
+    PREEMPTED,
+    RUNNING,
+    Attempt,
+    Media,
+    RunView,
+    Use,
+)
 
-FINISHED = "finished"
-FAILED = "failed"
-PREEMPTED = "preempted"
-INTERRUPTED = "interrupted"
-RUNNING = "running"
-KILLED = "killed"  # its process is gone and said nothing
-
-
-@dataclass
-class Attempt:
-    """One process lifetime of a run."""
-
-    number: int
-    started: float
-    host: str = ""
-    pid: int = 0
-    resumed_from: int | None = None
-    """The step of the checkpoint it continued from; None where it began anew."""
-    passed_over: list[str] = field(default_factory=list)
-    """Checkpoints that could not be used, each with the reason."""
-    drift: dict[str, Any] = field(default_factory=dict)
-    """Config keys that differ from the run's record: key -> [old, new]."""
-    ended: float | None = None
-    last_event: float = 0.0
-    status: str = KILLED
-    error: str | None = None
-
-
-@dataclass
-class Table:
-    """Rows logged under a name at a step."""
-
-    name: str
-    step: int
-    columns: list[str]
-    rows: list[list[Any]]
-
-
-@dataclass
-class RunView:
-    """What a run is now."""
-
-    directory: RunDirectory
-    record: dict[str, Any]
-    attempts: list[Attempt] = field(default_factory=list)
-    points: dict[str, dict[int, float]] = field(default_factory=dict)
-    """metric -> step -> value, in the order of steps."""
-    times: dict[int, float] = field(default_factory=dict)
-    """step -> seconds since 1970 at which it was first logged."""
-    total_steps: int | None = None
-    checkpoints: list[int] = field(default_factory=list)
-    """Steps at which a checkpoint was committed (it may have been deleted since)."""
-    artifacts: dict[str, Event] = field(default_factory=dict)
-    tables: list[Table] = field(default_factory=list)
-    tags: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """The config of the newest attempt: the record's, with what has drifted since."""
-        drifted = self.attempts[-1].drift if self.attempts else {}
-        return {**self.record["config"], **{key: new for key, (_, new) in drifted.items()}}
-
-    @property
-    def step(self) -> int:
-        """The last step that stands."""
-        return max((max(series) for series in self.points.values() if series), default=0)
-
-    @property
-    def status(self) -> str:
-        """running, finished, failed, preempted, interrupted or killed."""
-        if not self.attempts:
-            return RUNNING if self.directory.alive else KILLED
-        last = self.attempts[-1]
-        return RUNNING if last.ended is None and self.directory.alive else last.status
-
-    @property
-    def started(self) -> float:
-        return self.attempts[0].started if self.attempts else self.directory.record_file.stat().st_mtime
-
-    @property
-    def seconds(self) -> float:
-        """Time spent in all attempts."""
-        return sum((a.ended or a.last_event) - a.started for a in self.attempts)
-
-    def last(self, metric: str) -> float | None:
-        """The newest value of a metric, or None."""
-        series = self.points.get(metric)
-        return series[max(series)] if series else None
-
-    def summary(self) -> dict[str, float]:
-        """The newest value of every metric."""
-        return {metric: series[max(series)] for metric, series in sorted(self.points.items()) if series}
-
-    def rows(self) -> list[dict[str, float | int | None]]:
-        """A row a step: `step`, then every metric by name, None where it was not logged."""
-        metrics = sorted(self.points)
-        steps = sorted({step for series in self.points.values() for step in series})
-        return [{"step": s, **{m: self.points[m].get(s) for m in metrics}} for s in steps]
+__all__ = [
+    "FAILED", "FINISHED", "INTERRUPTED", "KILLED", "PREEMPTED", "RUNNING",
+    "Attempt", "Media", "RunView", "Use", "fold", "load",
+]  # fmt: skip
 
 
 def load(directory: RunDirectory) -> RunView:
-    """Fold the journal of a run. Raises BadInput where its record cannot be read."""
-    view = RunView(directory, directory.record())
-    for event in journal.read(directory.journal):
-        _fold(view, event)
-    for metric, series in view.points.items():
-        view.points[metric] = dict(sorted(series.items()))
+    """Fold the journal of a run, or read what was kept of an earlier fold.
+
+    Raises BadInput where its record cannot be read.
+    """
+    record = directory.record()
+    alive = directory.alive  # asked first: a journal that nobody writes to stays as it is read
+    sizes = journal.sizes(directory.journal)
+    known = compact.load(directory, sizes)
+    if known is not None:
+        return known(record)
+    view = fold(directory, record)
+    if not alive:
+        compact.save(view, sizes)
     return view
 
 
-def _fold(view: RunView, event: Event) -> None:
-    kind = event["type"]
-    if not view.attempts or view.attempts[-1].number != event["attempt"]:
-        view.attempts.append(Attempt(event["attempt"], event["time"]))  # its first line may be damaged
-    if kind == "attempt_started":
-        view.attempts[-1] = Attempt(
-            event["attempt"], event["time"], event["host"], event["pid"], drift=event.get("drift", {})
-        )
-    elif kind == "metrics":
-        _fold_metrics(view, event)
-    elif kind == "resumed":
-        _void_after(view, event["step"])
-        view.attempts[-1].resumed_from = event["step"] or None
-        view.attempts[-1].passed_over = event.get("passed_over", [])
-    elif kind == "plan":
-        view.total_steps = event["total_steps"]
-    elif kind == "checkpoint":
-        view.checkpoints.append(event["step"])
-    elif kind == "artifact":
-        view.artifacts[event["name"]] = event
-    elif kind == "table":
-        _fold_table(view, event)
-    elif kind == "tags":
-        view.tags.update(event["tags"])
-    elif kind == "attempt_ended":
-        last = view.attempts[-1]
-        last.ended, last.status, last.error = event["time"], event["status"], event.get("error")
-    view.attempts[-1].last_event = event["time"]
+def fold(directory: RunDirectory, record: dict[str, Any]) -> RunView:
+    """Fold the whole journal of a run."""
+    folding = _Folding(RunView(directory, record))
+    with _without_garbage_collection():
+        for block in journal.read_blocks(directory.journal):
+            folding.add(block)
+    return folding.finish()
 
 
-def _fold_metrics(view: RunView, event: Event) -> None:
-    step = event["step"]
-    for metric, value in journal.decode_values(event["values"]).items():
-        view.points.setdefault(metric, {}).setdefault(step, value)
-    view.times.setdefault(step, event["time"])
+class _Folding:
+    """A fold under way."""
+
+    def __init__(self, view: RunView) -> None:
+        self._view = view
+        self._points: dict[str, Columns] = {}
+        self._system: dict[str, Columns] = {}
+        self._samples = 0
+        self._tagged: dict[str, float] = {}
+        self._reduction = Reduction(1)
+
+    def add(self, block: Block) -> None:
+        """Fold the events of one stretch; one that lacks what its kind has is damage too."""
+        self._view.damage += block.damage
+        if block.attempt != journal.FROM_OUTSIDE and block.events:
+            self._begin(block.attempt, block.events[0]["time"])
+        for line, event in zip(block.lines, block.events, strict=True):
+            try:
+                if event["type"] == "metrics":
+                    self._metrics(event, block.rank)
+                else:
+                    self._other(event, block)
+            except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
+                self._view.damage.append(Damage(block.file, line, f"not a whole event: {error!r}"))
+
+    def finish(self) -> RunView:
+        view = self._view
+        view.points = {metric: columns.series() for metric, columns in self._points.items()}
+        view.points = {metric: series for metric, series in view.points.items() if len(series)}
+        view.system = {metric: columns.series() for metric, columns in self._system.items()}
+        view.notes.sort()
+        return view
+
+    def _begin(self, number: int, time: float) -> None:
+        attempts = self._view.attempts
+        if not attempts or attempts[-1].number != number:
+            attempts.append(Attempt(number, time))  # its first line may be damaged
+            self._reduction = Reduction(1)
+
+    def _metrics(self, event: Event, rank: int) -> None:
+        step, time, values = event["step"], event["time"], event["values"]
+        if type(step) is not int or type(time) is not float:
+            raise TypeError("step and time are numbers")
+        if "reduce" in event:
+            values = self._reduction.add(event["reduce"], step, journal.decode_values(values), rank)
+        elif rank != 0:
+            return
+        for metric, value in values.items():
+            number = value if type(value) is float else journal.decode(value)
+            try:
+                columns = self._points[metric]
+            except KeyError:
+                columns = self._points[metric] = Columns()
+            columns.append(step, number, time)
+
+    def _other(self, event: Event, block: Block) -> None:
+        kind, view = event["type"], self._view
+        if kind in _FOLDED_ALONE:
+            _FOLDED_ALONE[kind](view, event)
+        elif kind == "attempt_started":
+            view.attempts[-1] = Attempt(
+                block.attempt, event["time"], event["host"], event["pid"], event.get("world", 1),
+                drift=event.get("drift", {}),
+            )  # fmt: skip
+            self._reduction = Reduction(view.attempts[-1].world)
+        elif kind == "resumed":
+            self._void_after(event["step"])
+            view.attempts[-1].resumed_from = event["step"] or None
+            view.attempts[-1].passed_over = event.get("passed_over", [])
+        elif kind == "system":
+            for metric, value in journal.decode_values(event["values"]).items():
+                self._system.setdefault(metric, Columns()).append(self._samples, value, event["time"])
+            self._samples += 1
+        elif kind == "tags":
+            self._tags(event)
+        if block.attempt != journal.FROM_OUTSIDE and block.rank == 0:
+            view.attempts[-1].last_event = event["time"]
+
+    def _tags(self, event: Event) -> None:
+        """A tag that was set later stands, by whichever writer; None takes it away."""
+        for key, value in event["tags"].items():
+            if event["time"] >= self._tagged.get(key, 0.0):
+                self._tagged[key] = event["time"]
+                self._view.tags.pop(key, None)
+                if value is not None:
+                    self._view.tags[key] = value
+
+    def _void_after(self, step: int) -> None:
+        for columns in self._points.values():
+            columns.void_after(step)
+        self._view.media = [m for m in self._view.media if m.step <= step]
+        self._view.checkpoints = [s for s in self._view.checkpoints if s <= step]
 
 
-def _fold_table(view: RunView, event: Event) -> None:
-    table = Table(event["name"], event["step"], event["columns"], event["rows"])
-    if not any((t.name, t.step) == (table.name, table.step) for t in view.tables):
-        view.tables.append(table)
+def _plan(view: RunView, event: Event) -> None:
+    view.total_steps = event["total_steps"]
+    view.samples_per_step = event.get("samples_per_step")
 
 
-def _void_after(view: RunView, step: int) -> None:
-    for metric, series in view.points.items():
-        view.points[metric] = {s: value for s, value in series.items() if s <= step}
-    view.points = {metric: series for metric, series in view.points.items() if series}
-    view.times = {s: time for s, time in view.times.items() if s <= step}
-    view.tables = [t for t in view.tables if t.step <= step]
-    view.checkpoints = [s for s in view.checkpoints if s <= step]
+def _media(view: RunView, event: Event) -> None:
+    found = Media(event["kind"], event["name"], event["step"], event.get("file"), event.get("about", {}))
+    if not any((m.kind, m.name, m.step) == (found.kind, found.name, found.step) for m in view.media):
+        view.media.append(found)
+
+
+def _ended(view: RunView, event: Event) -> None:
+    last = view.attempts[-1]
+    last.ended, last.status, last.error = event["time"], event["status"], event.get("error")
+
+
+_FOLDED_ALONE: dict[str, Callable[[RunView, Event], Any]] = {
+    "plan": _plan,
+    "media": _media,
+    "attempt_ended": _ended,
+    "checkpoint": lambda view, event: view.checkpoints.append(event["step"]),
+    "artifact": lambda view, event: view.artifacts.update({event["name"]: event}),
+    "used": lambda view, e: view.used.update({e["name"]: Use(e["name"], e.get("run"), e["files"])}),
+    "used_by": lambda view, event: view.used_by.append({"name": event["name"], "run": event["run"]}),
+    "params": lambda view, event: view.params.update(event["values"]),
+    "goals": lambda view, event: view.goals.update(event["goals"]),
+    "note": lambda view, event: view.notes.append((event["time"], event["text"])),
+}
+
+
+@contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+    """A million events are a million new objects, and none of them is garbage in a cycle."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

@@ -8,14 +8,21 @@ goes on with the very batches that the last one would have made.
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 from stoker.run import journal, view
 from stoker.run.directory import RunDirectory
 from stoker.run.journal import Cursor, Event
+from stoker.run.reduction import Reduction
 from stoker.tracking.sink import Batch, Ending, Point
 
+BATCH_POINTS = 1000  # what MLflow takes at once
 BATCH_EVENTS = 500
+SYSTEM = "system/"
+"""What stands before the names of a machine's metrics; their steps are sample numbers."""
+
+_SHIPPED = {"metrics", "system", "media", "artifact", "used", "tags", "params", "note", "attempt_started"}
 
 
 class Feed:
@@ -25,7 +32,10 @@ class Feed:
         self._folder = folder
         self.cursor = Cursor()
         self._points: dict[str, set[int]] = {}
-        self._tables: set[tuple[str, int]] = set()
+        self._media: set[tuple[str, str, int]] = set()
+        self._samples = 0
+        self._attempt = 0
+        self._reduction = Reduction(1)
         self._ending: Ending | None = None
         self._last_event = 0.0
         for event in journal.read(folder, self.cursor, until=cursor):
@@ -35,8 +45,10 @@ class Feed:
     def take(self) -> Batch:
         """The next batch; empty where the journal holds nothing new."""
         batch = Batch()
-        for event in journal.read(self._folder, self.cursor, limit=BATCH_EVENTS):
+        for count, event in enumerate(journal.read(self._folder, self.cursor), 1):
             self._add(event, batch)
+            if len(batch.points) >= BATCH_POINTS or count >= BATCH_EVENTS:
+                break
         return batch
 
     def ending(self) -> Ending:
@@ -44,33 +56,55 @@ class Feed:
         return self._ending or Ending(view.KILLED, self._last_event)
 
     def _add(self, event: Event, batch: Batch) -> None:
-        kind = event["type"]
-        self._last_event = event["time"]
-        if kind == "metrics":
-            self._add_points(event, batch)
-        elif kind == "table":
-            key = (event["name"], event["step"])
-            if key not in self._tables:
-                self._tables.add(key)
-                batch.tables.append(event)
-        elif kind == "artifact":
-            batch.artifacts[event["name"]] = event
-        elif kind == "tags":
-            batch.tags.update(event["tags"])
-        elif kind == "attempt_started":
-            self._ending = None
-            batch.attempt_started = True
-            batch.tags.update(_drift(event))
-        elif kind == "attempt_ended":
-            self._ending = Ending(event["status"], event["time"])
+        with contextlib.suppress(LookupError, TypeError, ValueError, AttributeError):  # the view reports it
+            kind = event["type"]
+            if event["attempt"] != journal.FROM_OUTSIDE:
+                self._attend(event)
+            if kind == "metrics":
+                self._add_points(event, batch)
+            elif kind == "system":
+                self._add_system(event, batch)
+            elif kind == "media":
+                key = (event["kind"], event["name"], event["step"])
+                if key not in self._media:
+                    self._media.add(key)
+                    batch.media.append(event)
+            elif kind == "attempt_started":
+                self._ending = None
+                batch.attempt_started = True
+                batch.tags.update(_drift(event))
+            elif kind == "attempt_ended":
+                self._ending = Ending(event["status"], event["time"])
+            else:
+                _add_other(event, batch)
+
+    def _attend(self, event: Event) -> None:
+        """Follow which attempt it is, and how many ranks it has."""
+        self._last_event = max(self._last_event, event["time"])
+        if event["type"] == "attempt_started":
+            self._attempt, self._reduction = event["attempt"], Reduction(event.get("world", 1))
+        elif event["attempt"] != self._attempt:
+            self._attempt, self._reduction = event["attempt"], Reduction(1)
 
     def _add_points(self, event: Event, batch: Batch) -> None:
-        step = event["step"]
-        for metric, value in journal.decode_values(event["values"]).items():
+        step, values = event["step"], journal.decode_values(event["values"])
+        if "reduce" in event:
+            values = self._reduction.add(event["reduce"], step, values, event["rank"])
+        for metric, value in values.items():
             steps = self._points.setdefault(metric, set())
             if step not in steps:
                 steps.add(step)
                 batch.points.append(Point(metric, step, value, event["time"]))
+
+    def _add_system(self, event: Event, batch: Batch) -> None:
+        for metric, value in journal.decode_values(event["values"]).items():
+            batch.points.append(Point(f"{SYSTEM}{metric}", self._samples, value, event["time"]))
+        self._samples += 1
+
+
+def pending(folder: Path, cursor: Cursor) -> int:
+    """How many events past the cursor a sink has still to be told."""
+    return sum(event["type"] in _SHIPPED for event in journal.read(folder, cursor))
 
 
 def position(cursor: Cursor) -> int:
@@ -93,7 +127,21 @@ def started(directory: RunDirectory) -> float:
     return directory.record_file.stat().st_mtime
 
 
-def _drift(event: Event) -> dict[str, str]:
+def _add_other(event: Event, batch: Batch) -> None:
+    kind = event["type"]
+    if kind == "artifact":
+        batch.artifacts[event["name"]] = event
+    elif kind == "tags":
+        batch.tags.update(event["tags"])
+    elif kind == "params":
+        batch.params.update(event["values"])
+    elif kind == "note":
+        batch.notes.append(event["text"])
+    elif kind == "used" and event["run"] is not None:
+        batch.tags[f"stoker.used.{event['name']}"] = f"{event['run']['experiment']}/{event['run']['id']}"
+
+
+def _drift(event: Event) -> dict[str, str | None]:
     """What an attempt's config changed, as tags: a sink's params are written once."""
     drift = event.get("drift") or {}
     return {f"stoker.drift.{key}": f"{old} -> {new}" for key, (old, new) in drift.items()}

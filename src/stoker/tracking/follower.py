@@ -12,18 +12,19 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import logging
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from stoker import storage
 from stoker.errors import BadInput, nearest
-from stoker.run import journal
 from stoker.run.directory import RunDirectory
 from stoker.tracking import feed, ledger, store
 from stoker.tracking.shipper import Shipper
@@ -51,12 +52,18 @@ class SinkState:
 
 
 def enabled() -> tuple[str, ...]:
-    """The sinks that STOKER_SINKS names: `mlflow` by default, none for `none`. Raises BadInput."""
+    """The sinks that STOKER_SINKS names, `mlflow` by default, none for `none`.
+
+    Raises BadInput for one that is unknown or not installed.
+    """
     names = tuple(name.strip() for name in os.environ.get("STOKER_SINKS", "mlflow").split(","))
     for name in names:
         if name not in {*_SINKS, "none", ""}:
-            raise BadInput(f"STOKER_SINKS names {name!r}{nearest(name, _SINKS)}; give mlflow or none")
-    return tuple(name for name in names if name in _SINKS)
+            hint = nearest(name, _SINKS)
+            raise BadInput(f"STOKER_SINKS names {name!r}{hint}; give {', '.join(_SINKS)}, or none")
+        if name in _SINKS and importlib.util.find_spec(name) is None:
+            raise BadInput(f"STOKER_SINKS names {name}, which is not installed: pip install 'stoker[{name}]'")
+    return tuple(dict.fromkeys(name for name in names if name in _SINKS))
 
 
 def spawn(directory: RunDirectory, once: bool = False) -> subprocess.Popen[bytes]:
@@ -75,6 +82,12 @@ def spawn(directory: RunDirectory, once: bool = False) -> subprocess.Popen[bytes
 def state(directory: RunDirectory) -> list[SinkState]:
     """How far every sink of a run is. Imports no sink."""
     return [_state(directory, name) for name in enabled()]
+
+
+def failing(directory: RunDirectory) -> dict[str, str]:
+    """The sinks of a run that take nothing at the moment, each with the reason."""
+    found = {name: ledger.load(ledger.file_of(directory, name)).error for name in enabled()}
+    return {name: error for name, error in found.items() if error is not None}
 
 
 def wait(directory: RunDirectory, process: subprocess.Popen[bytes], timeout: float) -> list[SinkState]:
@@ -99,9 +112,11 @@ def follow(directory: RunDirectory, name: str, *, once: bool = False, patience: 
     lock = task.take_turn()
     if lock is None:
         return task.complete()
+    shipper = Shipper(directory, ledger.file_of(directory, name), _SINKS[name])
     try:
-        return task.ship(Shipper(directory, ledger.file_of(directory, name), _SINKS[name]))
+        return task.ship(shipper)
     finally:
+        shipper.close()
         os.close(lock)
 
 
@@ -167,11 +182,11 @@ class _Task:
 
 def _state(directory: RunDirectory, name: str) -> SinkState:
     known = ledger.load(ledger.file_of(directory, name))
-    runs = directory.path.parent.parent
-    where = known.where or store.without_credentials(store.server_uri() or store.embedded_uri(runs))
-    events = sum(1 for _ in journal.read(directory.journal, known.cursor))
+    events = feed.pending(directory.journal, known.cursor)
     told = known.concluded or directory.alive
-    return SinkState(name, where, events + (not told), known.error, known.since)
+    return SinkState(
+        name, known.where or _WHERE[name](directory), events + (not told), known.error, known.since
+    )
 
 
 def _mlflow(directory: RunDirectory) -> Sink:
@@ -182,7 +197,41 @@ def _mlflow(directory: RunDirectory) -> Sink:
     return MlflowSink(directory)
 
 
-_SINKS: dict[str, Callable[[RunDirectory], Sink]] = {"mlflow": _mlflow}
+def _wandb(directory: RunDirectory) -> Sink:
+    from stoker.tracking.wandb_sink import WandbSink
+
+    return WandbSink(directory)
+
+
+def _tensorboard(directory: RunDirectory) -> Sink:
+    from stoker.tracking.tensorboard_sink import TensorBoardSink
+
+    return TensorBoardSink(directory)
+
+
+def _tracking_store(directory: RunDirectory) -> str:
+    runs = directory.path.parent.parent
+    return store.without_credentials(store.server_uri() or store.embedded_uri(runs))
+
+
+_SINKS: dict[str, Callable[[RunDirectory], Sink]] = {
+    "mlflow": _mlflow,
+    "wandb": _wandb,
+    "tensorboard": _tensorboard,
+}
+_WHERE: dict[str, Callable[[RunDirectory], str]] = {
+    "mlflow": _tracking_store,
+    "wandb": lambda directory: str(directory.path / "wandb"),
+    "tensorboard": lambda directory: str(directory.path / "tensorboard"),
+}
+
+
+def follow_all(directory: RunDirectory, *, once: bool, patience: float) -> bool:
+    """Ship a run to every sink at once, so that none waits for another; whether all was shipped."""
+    names = enabled()
+    with ThreadPoolExecutor(max(len(names), 1)) as pool:
+        shipping = [pool.submit(follow, directory, name, once=once, patience=patience) for name in names]
+    return all(shipped.result() for shipped in shipping)
 
 
 def main() -> int:
@@ -195,8 +244,7 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     directory, once = RunDirectory(arguments.run), arguments.once
     patience = ONCE_PATIENCE if once else PATIENCE
-    shipped = [follow(directory, name, once=once, patience=patience) for name in enabled()]
-    return 0 if all(shipped) else 1
+    return 0 if follow_all(directory, once=once, patience=patience) else 1
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import os
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import orjson
 from stoker import storage
@@ -27,6 +28,8 @@ class Ledger:
     where: str = ""
     offsets: dict[str, int] = field(default_factory=dict)
     """The cursor: bytes shipped of every journal file."""
+    mark: Any = None
+    """What the sink said of how far it was after the last batch."""
     concluded: bool = False
     """Whether the sink was told how the run ended, after everything else was shipped."""
     error: str | None = None

@@ -7,6 +7,7 @@ makes a batch safe to send again.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -15,11 +16,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
+import orjson
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from stoker import storage
-from stoker.run import view
+from stoker.run import media, view
 from stoker.run.directory import RunDirectory
 from stoker.tracking import store
 from stoker.tracking.sink import Batch, Ending, SinkRun
@@ -32,6 +34,8 @@ _TEXTS_PER_REQUEST = 50  # MLflow takes 100, and a request of 1 MB: 100 long one
 _LONGEST_PARAM = 6000
 _LONGEST_TAG = 5000  # MLflow takes 8000, some of its databases less
 _LONGEST_KEY = 250
+_LARGEST_SHOWN_TABLE = 10_000  # rows; a larger one is there as Parquet alone
+_NOTE = "mlflow.note.content"
 _REFUSED = re.compile(r"[^\w./\- :]")
 _STATUS = {view.FINISHED: "FINISHED", view.FAILED: "FAILED"}  # all others are KILLED
 
@@ -52,7 +56,7 @@ class MlflowSink:
         self._client: MlflowClient | None = None
         self._run = ""
 
-    def open(self, known: str | None, started: float) -> SinkRun:
+    def open(self, known: str | None, started: float, mark: Any) -> SinkRun:
         """Find the MLflow run by its id or by its tag, or make it; ship params and tags of the record."""
         self._client = self._connected()
         experiment, self._run = self._located(known) or self._found_or_made(started)
@@ -63,23 +67,30 @@ class MlflowSink:
         return SinkRun(self._run, f"{where} run {self._run}")
 
     def ship(self, batch: Batch) -> None:
-        """Store points, tables, artifacts and tags."""
+        """Store points, media, artifacts, params, tags and notes."""
         if batch.attempt_started:
             self._mlflow.update_run(self._run, status="RUNNING")
         for chunk in _chunks(batch.points, _METRICS_PER_REQUEST):
             metrics = [Metric(key(p.metric), p.value, int(p.time * 1000), p.step) for p in chunk]
             self._mlflow.log_batch(self._run, metrics=metrics)
-        for table in batch.tables:
-            content = {"columns": table["columns"], "data": table["rows"]}
-            file = f"tables/{_path(table['name'])}/step-{table['step']:08d}.json"
-            self._mlflow.log_dict(self._run, content, file)
+        for event in batch.media:
+            self._ship_media(event)
         places = [self._ship_artifact(name, event["files"]) for name, event in batch.artifacts.items()]
-        self._log_texts({}, {**batch.tags, **{k: v for place in places for k, v in place.items()}})
+        kept = {name: value for name, value in batch.tags.items() if value is not None}
+        params = {name: str(value) for name, value in batch.params.items()}
+        self._log_texts(params, {**kept, **{k: v for place in places for k, v in place.items()}})
+        for name in batch.tags.keys() - kept.keys():
+            self._delete_tag(key(name))
+        if batch.notes:
+            self._add_notes(batch.notes)
 
     def conclude(self, ending: Ending) -> None:
         """Set the MLflow run's final status and end time."""
         status = _STATUS.get(ending.status, "KILLED")
         self._mlflow.set_terminated(self._run, status, int(ending.time * 1000))
+
+    def close(self) -> None:
+        """Nothing is held."""
 
     def _connected(self) -> MlflowClient:
         if store.server_uri() is None:
@@ -161,6 +172,36 @@ class MlflowSink:
                 self._run, tags=[RunTag(key(name), value[:_LONGEST_TAG]) for name, value in chunk]
             )
 
+    def _ship_media(self, event: Mapping[str, Any]) -> None:
+        """Copy a file to look at to where MLflow's pages show it: a table as its own kind of JSON."""
+        folder, about = f"{event['kind']}s/{_path(event['name'])}", event["about"]
+        if event["file"] is None:
+            self._mlflow.log_dict(self._run, about, f"{folder}/step-{event['step']:08d}.json")
+            return
+        file = self._directory.path / event["file"]["path"]
+        if not file.is_file():
+            log.warning("%s is gone, and was not shipped", file)
+            return
+        self._mlflow.log_artifact(self._run, str(file), folder)
+        if event["kind"] == "table" and about["rows"] <= _LARGEST_SHOWN_TABLE:
+            columns, rows = media.read_table(file.read_bytes())
+            content = {"columns": columns, "data": rows}
+            self._mlflow.log_text(self._run, _json(content), f"{folder}/{file.stem}.json")
+        if file.name.endswith(".plotly.json"):
+            name = file.name.removesuffix(".plotly.json")
+            self._mlflow.log_text(self._run, plotly_page(file.read_text()), f"{folder}/{name}.html")
+
+    def _add_notes(self, notes: Sequence[str]) -> None:
+        """The run's description, which MLflow shows on top, is all its notes."""
+        before = self._mlflow.get_run(self._run).data.tags.get(_NOTE, "")
+        lines = [line for line in before.split("\n\n") if line]
+        added = [note for note in notes if note not in lines]  # one that was shipped before a crash is there
+        self._mlflow.set_tag(self._run, _NOTE, "\n\n".join([*lines, *added])[:_LONGEST_TAG])
+
+    def _delete_tag(self, name: str) -> None:
+        with contextlib.suppress(MlflowException):  # it is not there, or not any more
+            self._mlflow.delete_tag(self._run, name)
+
     def _ship_artifact(self, name: str, files: Sequence[Mapping[str, Any]]) -> dict[str, str]:
         """Copy an artifact's files; returns the tag that says where they are, for one that stays here."""
         root = self._directory.path.absolute()
@@ -173,6 +214,20 @@ class MlflowSink:
             else:
                 log.warning("artifact %s: %s is gone, and was not shipped", name, root / path)
         return {}
+
+
+def plotly_page(figure: str) -> str:
+    """A page that draws a Plotly figure's JSON and fetches nothing."""
+    from plotly.offline import get_plotlyjs
+
+    safe = figure.replace("</", "<\\/")
+    draw = (
+        f'const figure = {safe}; Plotly.newPlot("figure", figure.data, figure.layout, {{responsive: true}});'
+    )
+    return (
+        '<!doctype html><meta charset="utf-8"><div id="figure"></div>'
+        f"<script>{get_plotlyjs()}</script><script>{draw}</script>"
+    )
 
 
 def make_store(database: Path) -> None:
@@ -200,6 +255,10 @@ def key(name: str) -> str:
 def _path(name: str) -> PurePosixPath:
     """A name as a relative path that leads nowhere else."""
     return PurePosixPath(*[part for part in name.split("/") if part not in ("", ".", "..")] or ["_"])
+
+
+def _json(content: Any) -> str:
+    return orjson.dumps(content, default=str, option=orjson.OPT_NON_STR_KEYS).decode()
 
 
 def _folders(name: str, paths: Sequence[PurePosixPath]) -> list[str | None]:

@@ -40,7 +40,7 @@ class Shipper:
         if feed.position(source.cursor) == before:
             return False
         if not batch.empty:
-            sink.ship(batch)
+            self._ledger.mark = sink.ship(batch)
         self._ledger.offsets = dict(source.cursor.offsets)
         self._ledger.concluded = False
         self._ledger.save(self._file)
@@ -55,7 +55,7 @@ class Shipper:
 
     def failed(self, error: Exception, report: bool) -> None:
         """Begin again after an error; `report`: note it down for people to see."""
-        self._open = None
+        self.close()
         reason = store.without_credentials(f"{type(error).__name__}: {error}")
         log.warning("%s: %s", self._directory.id, reason)
         if report:
@@ -63,14 +63,30 @@ class Shipper:
             with contextlib.suppress(OSError):  # the disk may be full, which is what failed
                 self._ledger.save(self._file)
 
+    def close(self) -> None:
+        """Let go of the sink."""
+        if self._open is not None:
+            sink, self._open = self._open[0], None
+            with contextlib.suppress(Exception):  # it failed, or is about to be made anew
+                sink.close()
+
     def _opened(self) -> tuple[Sink, Feed]:
         if self._open is None:
             sink = self._create(self._directory)
-            run = sink.open(self._ledger.run, feed.started(self._directory))
-            if run.id != self._ledger.run:  # a new one: nothing of this journal is there yet
-                self._ledger = Ledger(run=run.id)
-            self._ledger.where = run.where
-            self._ledger.recovered()
-            self._ledger.save(self._file)
-            self._open = sink, Feed(self._directory.journal, self._ledger.cursor)
+            try:
+                self._open = sink, self._opened_feed(sink)
+            except BaseException:
+                with contextlib.suppress(Exception):
+                    sink.close()
+                raise
         return self._open
+
+    def _opened_feed(self, sink: Sink) -> Feed:
+        """Open the sink, and the journal from where it is."""
+        run = sink.open(self._ledger.run, feed.started(self._directory), self._ledger.mark)
+        if run.id != self._ledger.run:  # a new one: nothing of this journal is there yet
+            self._ledger = Ledger(run=run.id)
+        self._ledger.where = run.where
+        self._ledger.recovered()
+        self._ledger.save(self._file)
+        return Feed(self._directory.journal, self._ledger.cursor)

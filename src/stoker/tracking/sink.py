@@ -26,16 +26,19 @@ class Batch:
     """What one stretch of the journal adds to a sink's run."""
 
     points: list[Point] = field(default_factory=list)
-    tables: list[dict[str, Any]] = field(default_factory=list)
-    """`table` events: name, step, columns, rows."""
+    media: list[dict[str, Any]] = field(default_factory=list)
+    """`media` events: kind, name, step, file, about."""
     artifacts: dict[str, dict[str, Any]] = field(default_factory=dict)
     """`artifact` events by name, the newest of each."""
-    tags: dict[str, str] = field(default_factory=dict)
+    tags: dict[str, str | None] = field(default_factory=dict)
+    """None takes a tag away."""
+    params: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
     attempt_started: bool = False
 
     @property
     def empty(self) -> bool:
-        return not (self.points or self.tables or self.artifacts or self.tags or self.attempt_started)
+        return not any(vars(self).values())
 
 
 @dataclass(frozen=True)
@@ -55,13 +58,24 @@ class SinkRun:
 
 
 class Sink(Protocol):
-    """A tracker that a journal is shipped to. Every method raises whatever its client raises."""
+    """A tracker that a journal is shipped to. Every method raises whatever its client raises.
 
-    def open(self, known: str | None, started: float) -> SinkRun:
-        """Find the run by the id it had (`known`) or by its identity, or make it; ship its record."""
+    A sink that stores what it is given a second time twice keeps it from happening with a
+    mark: what `ship` returns is kept with how far it was, and handed to `open`.
+    """
 
-    def ship(self, batch: Batch) -> None:
-        """Store a batch. Storing it a second time changes nothing."""
+    def open(self, known: str | None, started: float, mark: Any) -> SinkRun:
+        """Find the run by the id it had (`known`) or by its identity, or make it; ship its record.
+
+        `mark` is what the last `ship` that was noted down returned: whatever came to the sink
+        after it will be shipped again.
+        """
+
+    def ship(self, batch: Batch) -> Any:
+        """Store a batch, to last; returns a mark, a JSON value."""
 
     def conclude(self, ending: Ending) -> None:
         """Say how the run ended."""
+
+    def close(self) -> None:
+        """Let go of what is held; never waits for a server."""

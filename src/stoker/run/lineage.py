@@ -1,0 +1,103 @@
+"""Lineage: which run made what another one uses.
+
+The run that uses an artifact says so in its journal; a line in the maker's journal says it
+too, so that either can be asked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stoker import storage
+from stoker.errors import BadInput, nearest
+from stoker.run import directory, journal, view
+from stoker.run.directory import RunDirectory
+
+_CLOCKS = 2.0  # seconds that a file may seem to be younger than its record, on a network file system
+
+
+@dataclass(frozen=True)
+class Found:
+    """An artifact that is about to be used."""
+
+    name: str
+    path: Path
+    files: list[dict[str, Any]]
+    maker: dict[str, str] | None
+    """The run that made it: uid, id, experiment; None where no run did."""
+    directory: RunDirectory | None
+
+
+def resolve(runs: Path, reference: Path | str) -> Found:
+    """What `RUN:NAME` or a path means. Raises BadInput."""
+    path = Path(reference)
+    if path.exists():
+        return _by_path(path.absolute())
+    run, colon, name = str(reference).rpartition(":")
+    if not colon or not run:
+        raise BadInput(f"{path} does not exist; give a path, or RUN:NAME for a run's artifact")
+    maker = directory.find(runs, run)
+    made = view.load(maker).artifacts
+    if name not in made:
+        has = ", ".join(made) or "none"
+        raise BadInput(f"run {maker.id!r} has no artifact {name!r}{nearest(name, made)}; it has: {has}")
+    return _recorded(maker, made[name])
+
+
+def tell_maker(found: Found, user: RunDirectory, uid: str) -> None:
+    """Note down at the run that made an artifact which run uses it, where it can be written to."""
+    if found.directory is None or found.directory.path == user.path:
+        return
+    with contextlib.suppress(OSError):
+        writer = journal.control(found.directory.journal)
+        about = {"uid": uid, "id": user.id, "experiment": user.experiment}
+        writer.append("used_by", name=found.name, run=about)
+        writer.close()
+
+
+def _by_path(path: Path) -> Found:
+    resolved = path.resolve()
+    for folder in resolved.parents:
+        if (folder / "run.json").is_file():
+            maker = RunDirectory(folder)
+            for event in view.load(maker).artifacts.values():
+                if (folder / _place(event)).resolve() == resolved:
+                    return _recorded(maker, event)
+            files = _checked(folder, storage.files_under(resolved))
+            return Found(str(resolved.relative_to(folder)), path, files, _identity(maker), maker)
+    base = resolved if resolved.is_dir() else resolved.parent
+    return Found(path.name, path, _checked(base, storage.files_under(resolved)), None, None)
+
+
+def _recorded(maker: RunDirectory, event: dict[str, Any]) -> Found:
+    """An artifact as it was recorded; read again where a file looks younger than its record."""
+    path = maker.path / _place(event)
+    if not path.exists():
+        raise BadInput(f"artifact {event['name']!r} of run {maker.id!r} is gone: {path}")
+    for file in event["files"]:
+        place = maker.path / file["path"]
+        status = place.stat() if place.is_file() else None
+        if status is None or status.st_size != file["size"]:
+            raise BadInput(f"{place} is not what run {maker.id!r} recorded: it is gone or has another size")
+        young = status.st_mtime > event["time"] + _CLOCKS
+        if young and storage.sha256(place) != file["sha256"]:
+            raise BadInput(f"{place} is not what run {maker.id!r} recorded: its checksum differs")
+    return Found(event["name"], path, event["files"], _identity(maker), maker)
+
+
+def _place(event: dict[str, Any]) -> str:
+    return str(event.get("path") or Path("artifacts") / event["name"])
+
+
+def _identity(run: RunDirectory) -> dict[str, str]:
+    return {"uid": run.record()["uid"], "id": run.id, "experiment": run.experiment}
+
+
+def _checked(base: Path, files: list[Path]) -> list[dict[str, Any]]:
+    return [
+        {"path": str(file.relative_to(base)), "size": file.stat().st_size, "sha256": storage.sha256(file)}
+        for file in files
+    ]

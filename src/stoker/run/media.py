@@ -1,0 +1,181 @@
+"""Things to look at, as files: tables, figures, images, texts; and histograms as numbers.
+
+A file stands at artifacts/<kind>s/<name>/step-00000500.<suffix>, and the journal says what
+it is. Matplotlib, Plotly, Pillow, pandas and torch are never imported for what was not made
+with them.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from stoker import storage
+from stoker.run import artifacts
+from stoker.run.directory import RunDirectory
+
+_CHANNELS = (1, 3, 4)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A file's content, how its name ends, and what a reader is told about it."""
+
+    content: bytes
+    suffix: str
+    about: dict[str, Any]
+
+
+def write(directory: RunDirectory, kind: str, name: str, step: int, encoded: Encoded) -> dict[str, Any]:
+    """Write the file; returns its path from the run's directory, size and SHA-256.
+
+    A file that was written at this step before is never changed: a new one gets another name.
+    """
+    folder = directory.artifacts / f"{kind}s" / artifacts.checked_name(name)
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"step-{step:08d}{encoded.suffix}"
+    count = 1
+    while file.exists() and file.read_bytes() != encoded.content:
+        count += 1
+        file = folder / f"step-{step:08d}.{count}{encoded.suffix}"
+    storage.write_atomically(file, encoded.content)
+    return artifacts.describe(directory, file)[0]
+
+
+def table(rows: Any, columns: Sequence[str] | None) -> Encoded:
+    """A table as Parquet.
+
+    Args:
+        rows: a list of dicts, a list of rows with `columns`, a dict of columns, or a table of
+            pandas, Polars or Arrow.
+        columns: the names of the columns, or which ones and in which order.
+
+    Raises:
+        ValueError, TypeError: a row has another length than `columns`, or a column mixes types.
+    """
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    found = _arrow(rows, columns)
+    sink = pa.BufferOutputStream()
+    parquet.write_table(found, sink, compression="zstd")
+    about = {"columns": found.column_names, "rows": found.num_rows}
+    return Encoded(sink.getvalue().to_pybytes(), ".parquet", about)
+
+
+def figure(drawn: Any) -> Encoded:
+    """A Matplotlib figure as PNG (150 dots an inch), a Plotly figure as its JSON. Raises TypeError."""
+    if hasattr(drawn, "to_plotly_json"):
+        return Encoded(drawn.to_json().encode(), ".plotly.json", {})
+    if hasattr(drawn, "savefig"):
+        sink = io.BytesIO()
+        drawn.savefig(sink, format="png", dpi=150, bbox_inches="tight", metadata={"Software": None})
+        return Encoded(sink.getvalue(), ".png", {})
+    raise TypeError(f"a figure is one of Matplotlib or Plotly, not {type(drawn).__name__}")
+
+
+def image(picture: Any, caption: str | None) -> Encoded:
+    """An image as PNG.
+
+    Args:
+        picture: a Pillow image; or an array or tensor, (height, width), (height, width,
+            channels) or (channels, height, width), of uint8, or of floats from 0 to 1.
+    """
+    from PIL import Image
+
+    drawn = picture if isinstance(picture, Image.Image) else Image.fromarray(_pixels(_array(picture)))
+    sink = io.BytesIO()
+    drawn.save(sink, format="PNG")
+    about = {"width": drawn.width, "height": drawn.height}
+    return Encoded(sink.getvalue(), ".png", {**about, "caption": caption} if caption else about)
+
+
+def text(content: str) -> Encoded:
+    """A text as UTF-8."""
+    return Encoded(content.encode(errors="replace"), ".txt", {})
+
+
+def histogram(values: Any, bins: int) -> dict[str, Any]:
+    """`edges` (bins + 1) and `counts` (bins) of the finite values, and how many were `non_finite`."""
+    flat = _array(values).astype(np.float64).ravel()
+    finite = flat[np.isfinite(flat)]
+    counts, edges = np.histogram(finite, bins=bins)
+    return {"edges": edges.tolist(), "counts": counts.tolist(), "non_finite": len(flat) - len(finite)}
+
+
+def read_table(content: bytes) -> tuple[list[str], list[list[Any]]]:
+    """The columns and rows of a table that `table` wrote."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    found = parquet.read_table(pa.BufferReader(content))
+    columns = [column.to_pylist() for column in found.columns]
+    return found.column_names, [list(row) for row in zip(*columns, strict=True)]
+
+
+def _arrow(rows: Any, columns: Sequence[str] | None) -> Any:
+    import pyarrow as pa
+
+    if hasattr(rows, "__arrow_c_stream__"):  # pandas, Polars, Arrow and their kin
+        found = pa.table(rows)
+    elif isinstance(rows, Mapping):
+        found = pa.table({str(name): _column(name, list(values)) for name, values in rows.items()})
+    else:
+        found = _from_rows(list(rows), columns)
+    return found if columns is None else found.select(list(columns))
+
+
+def _from_rows(rows: list[Any], columns: Sequence[str] | None) -> Any:
+    import pyarrow as pa
+
+    if all(isinstance(row, Mapping) for row in rows) and (rows or columns is None):
+        names = list(dict.fromkeys(str(key) for row in rows for key in row))
+        return pa.table({name: _column(name, [row.get(name) for row in rows]) for name in names})
+    if columns is None:
+        raise ValueError("rows that are no dicts need the names of their columns: columns=[...]")
+    for number, row in enumerate(rows):
+        if len(row) != len(columns):
+            raise ValueError(f"row {number} has {len(row)} cells for {len(columns)} columns")
+    cells = list(zip(*rows, strict=True)) or [()] * len(columns)
+    named = zip(columns, cells, strict=True)
+    return pa.table({str(name): _column(name, list(values)) for name, values in named})
+
+
+def _column(name: Any, values: list[Any]) -> Any:
+    import pyarrow as pa
+
+    plain = [v.item() if hasattr(v, "item") and getattr(v, "ndim", 0) == 0 else v for v in values]
+    try:
+        return pa.array(plain, from_pandas=False)
+    except pa.ArrowException as error:
+        raise TypeError(f"column {name!r} of a table: {error}") from error
+
+
+def _array(values: Any) -> NDArray[Any]:
+    if hasattr(values, "detach"):
+        values = values.detach().cpu()
+        if str(values.dtype) == "torch.bfloat16":  # which NumPy does not know
+            values = values.float()
+    return np.asarray(values)
+
+
+def _pixels(array: NDArray[Any]) -> NDArray[np.uint8]:
+    """(height, width) or (height, width, 3 or 4), from 0 to 255."""
+    shape = array.shape
+    if array.ndim == 3 and shape[-1] not in _CHANNELS and shape[0] in _CHANNELS:
+        array = np.moveaxis(array, 0, -1)
+    if array.ndim == 3 and array.shape[-1] == 1:
+        array = array[:, :, 0]
+    if array.ndim not in (2, 3) or array.size == 0 or (array.ndim == 3 and array.shape[-1] not in (3, 4)):
+        raise ValueError(f"an image has one, three or four channels; this array has the shape {shape}")
+    if array.dtype == np.uint8:
+        return np.ascontiguousarray(array)
+    if array.dtype == np.bool_:
+        return np.ascontiguousarray(array.astype(np.uint8) * 255)
+    if not np.issubdtype(array.dtype, np.floating):
+        raise ValueError(f"an image has bytes, or floats from 0 to 1; this array has {array.dtype}")
+    return np.ascontiguousarray((np.nan_to_num(array).clip(0, 1) * 255).round().astype(np.uint8))

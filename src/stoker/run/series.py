@@ -1,0 +1,147 @@
+"""A metric's points as columns, and what they come to: last, lowest, highest, best."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import ItemsView, Iterator, Mapping, ValuesView
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+Goal: TypeAlias = Literal["min", "max"]
+
+_BETTER_LOW = ("loss", "perplexity", "error", "mae", "mse", "rmse", "wer")
+_BETTER_HIGH = (
+    "accuracy",
+    "acc",
+    "f1",
+    "auc",
+    "auroc",
+    "precision",
+    "recall",
+    "bleu",
+    "rouge",
+    "reward",
+    "iou",
+)
+
+
+class Series(Mapping[int, float]):
+    """One point a step, in the order of steps: a mapping from step to value, kept as columns.
+
+    `x` are the steps (int64, ascending), `y` the values (float64), `time` when each was
+    logged (float64, seconds since 1970).
+    """
+
+    def __init__(self, x: NDArray[np.int64], y: NDArray[np.float64], time: NDArray[np.float64]) -> None:
+        self.x = x
+        self.y = y
+        self.time = time
+
+    def __getitem__(self, step: int) -> float:
+        index = int(np.searchsorted(self.x, step))
+        if index == len(self.x) or self.x[index] != step:
+            raise KeyError(step)
+        return float(self.y[index])
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.x.tolist())
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def items(self) -> ItemsView[int, float]:
+        return dict(zip(self.x.tolist(), self.y.tolist(), strict=True)).items()
+
+    def values(self) -> ValuesView[float]:
+        return dict(self.items()).values()
+
+    def __repr__(self) -> str:
+        return f"Series({dict(self.items())})"
+
+
+class Columns:
+    """Points as they are logged, in any order of steps, on their way to a `Series`."""
+
+    def __init__(self) -> None:
+        self._x, self._y, self._time = array("q"), array("d"), array("d")
+
+    def append(self, step: int, value: float, time: float) -> None:
+        """Add a point. Raises OverflowError for a step beyond 64 bits."""
+        self._x.append(step)
+        self._y.append(value)
+        self._time.append(time)
+
+    def void_after(self, step: int) -> None:
+        """Drop every point past a step."""
+        kept = np.frombuffer(self._x, np.int64) <= step
+        if not kept.all():
+            for column, kind in ((self._x, np.int64), (self._y, np.float64), (self._time, np.float64)):
+                left = np.frombuffer(column, kind)[kept].tobytes()
+                del column[:]
+                column.frombytes(left)
+
+    def series(self) -> Series:
+        """The points by step; of several at one step the first one stands."""
+        x = np.array(self._x, np.int64)
+        y, time = np.array(self._y, np.float64), np.array(self._time, np.float64)
+        if len(x) > 1 and not (x[1:] > x[:-1]).all():
+            x, first = np.unique(x, return_index=True)
+            y, time = y[first], time[first]
+        return Series(x, y, time)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a metric came to. NaN and infinities count as points and are never lowest, highest or best."""
+
+    last: float
+    last_step: int
+    points: int
+    non_finite: int
+    min: float | None
+    min_step: int | None
+    max: float | None
+    max_step: int | None
+    goal: Goal | None
+    """Which way is better; None where nobody said and the name does not tell."""
+
+    @property
+    def best(self) -> float | None:
+        return self.min if self.goal == "min" else self.max if self.goal == "max" else None
+
+    @property
+    def best_step(self) -> int | None:
+        return self.min_step if self.goal == "min" else self.max_step if self.goal == "max" else None
+
+    def facts(self) -> dict[str, float | int | str | None]:
+        """Everything by name, for JSON."""
+        return {**vars(self), "best": self.best, "best_step": self.best_step}
+
+
+def summarise(name: str, series: Series, goals: Mapping[str, Goal]) -> Summary:
+    """What a metric of at least one point came to; of equal values the earliest is the best."""
+    finite = np.flatnonzero(np.isfinite(series.y))
+    low = int(finite[np.argmin(series.y[finite])]) if len(finite) else None
+    high = int(finite[np.argmax(series.y[finite])]) if len(finite) else None
+    return Summary(
+        last=float(series.y[-1]),
+        last_step=int(series.x[-1]),
+        points=len(series),
+        non_finite=len(series) - len(finite),
+        min=None if low is None else float(series.y[low]),
+        min_step=None if low is None else int(series.x[low]),
+        max=None if high is None else float(series.y[high]),
+        max_step=None if high is None else int(series.x[high]),
+        goal=goals.get(name) or guess_goal(name),
+    )
+
+
+def guess_goal(name: str) -> Goal | None:
+    """Which way a metric is better by its name: a `loss` when low, an `accuracy` when high."""
+    words = name.lower().replace("/", "_").replace("-", "_").replace(".", "_").split("_")
+    if any(word in words for word in _BETTER_LOW) or words[-1].endswith("loss"):
+        return "min"
+    return "max" if any(word in words for word in _BETTER_HIGH) else None

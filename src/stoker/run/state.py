@@ -1,0 +1,145 @@
+"""What a run is now: the words that the view of a run is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from stoker.run.directory import RunDirectory
+from stoker.run.journal import Damage, Event
+from stoker.run.series import Goal, Series, Summary, summarise
+
+FINISHED = "finished"
+FAILED = "failed"
+PREEMPTED = "preempted"
+INTERRUPTED = "interrupted"
+RUNNING = "running"
+KILLED = "killed"  # its process is gone and said nothing
+
+
+@dataclass
+class Attempt:
+    """One process lifetime of a run."""
+
+    number: int
+    started: float
+    host: str = ""
+    pid: int = 0
+    world: int = 1
+    """How many processes trained together."""
+    resumed_from: int | None = None
+    """The step of the checkpoint it continued from; None where it began anew."""
+    passed_over: list[str] = field(default_factory=list)
+    """Checkpoints that could not be used, each with the reason."""
+    drift: dict[str, Any] = field(default_factory=dict)
+    """Config keys that differ from the run's record: key -> [old, new]."""
+    ended: float | None = None
+    last_event: float = 0.0
+    status: str = KILLED
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Media:
+    """Something to look at that was logged under a name at a step."""
+
+    kind: str
+    """table, figure, image, text or histogram."""
+    name: str
+    step: int
+    file: dict[str, Any] | None
+    """Path (from the run's directory), size in bytes, SHA-256; None for a histogram."""
+    about: dict[str, Any]
+    """A table's `columns` and number of `rows`, an image's `caption`, a histogram's `edges` and `counts`."""
+
+
+@dataclass(frozen=True)
+class Use:
+    """An artifact that the run used: the run that made it (None where that is not known), its files."""
+
+    name: str
+    run: dict[str, str] | None
+    files: list[dict[str, Any]]
+
+
+@dataclass
+class RunView:
+    """What a run is now."""
+
+    directory: RunDirectory
+    record: dict[str, Any]
+    attempts: list[Attempt] = field(default_factory=list)
+    points: Mapping[str, Series] = field(default_factory=dict)
+    """metric -> step -> value, in the order of steps."""
+    system: Mapping[str, Series] = field(default_factory=dict)
+    """What the machine did: metric -> sample number, from 0, -> value. A resume voids none."""
+    total_steps: int | None = None
+    samples_per_step: float | None = None
+    checkpoints: list[int] = field(default_factory=list)
+    """Steps at which a checkpoint was committed (it may have been deleted since)."""
+    artifacts: dict[str, Event] = field(default_factory=dict)
+    used: dict[str, Use] = field(default_factory=dict)
+    used_by: list[dict[str, Any]] = field(default_factory=list)
+    """Artifacts of this run that others use: `name`, and the `run` that does."""
+    media: list[Media] = field(default_factory=list)
+    params: dict[str, Any] = field(default_factory=dict)
+    """What the run said of itself besides its config."""
+    goals: dict[str, Goal] = field(default_factory=dict)
+    tags: dict[str, str] = field(default_factory=dict)
+    notes: list[tuple[float, str]] = field(default_factory=list)
+    """When and what."""
+    damage: list[Damage] = field(default_factory=list)
+    """Lines of the journal that could not be read."""
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The config of the newest attempt: the record's, with what has drifted since."""
+        drifted = self.attempts[-1].drift if self.attempts else {}
+        return {**self.record["config"], **{key: new for key, (_, new) in drifted.items()}}
+
+    @property
+    def step(self) -> int:
+        """The last step that stands."""
+        return max((int(series.x[-1]) for series in self.points.values() if len(series)), default=0)
+
+    @property
+    def status(self) -> str:
+        """running, finished, failed, preempted, interrupted or killed."""
+        if not self.attempts:
+            return RUNNING if self.directory.alive else KILLED
+        last = self.attempts[-1]
+        return RUNNING if last.ended is None and self.directory.alive else last.status
+
+    @property
+    def started(self) -> float:
+        return self.attempts[0].started if self.attempts else self.directory.record_file.stat().st_mtime
+
+    @property
+    def seconds(self) -> float:
+        """Time spent in all attempts."""
+        return sum((a.ended or a.last_event) - a.started for a in self.attempts)
+
+    def last(self, metric: str) -> float | None:
+        """The newest value of a metric, or None."""
+        series = self.points.get(metric)
+        return float(series.y[-1]) if series else None
+
+    def newest(self) -> dict[str, float]:
+        """The newest value of every metric, by name."""
+        return {metric: float(series.y[-1]) for metric, series in sorted(self.points.items())}
+
+    def summary(self) -> dict[str, Summary]:
+        """What every metric came to, by name."""
+        return {
+            metric: summarise(metric, series, self.goals)
+            for metric, series in sorted(self.points.items())
+            if len(series)
+        }
+
+    def rows(self) -> list[dict[str, float | int | None]]:
+        """A row a step: `step`, then every metric by name, None where it was not logged."""
+        metrics = sorted(self.points)
+        steps = sorted({step for series in self.points.values() for step in series})
+        found = {metric: dict(self.points[metric].items()) for metric in metrics}
+        return [{"step": s, **{m: found[m].get(s) for m in metrics}} for s in steps]
