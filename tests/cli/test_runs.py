@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from pyarrow import parquet
 from rich.console import Console
+from stoker import storage
 from stoker.cli import runs
 from stoker.errors import BadInput
 from stoker.report import terminal
@@ -190,12 +191,19 @@ def test_a_damaged_run_is_listed_as_damaged_beside_the_others(
     assert "run.json" in entries["broken"]["error"]
 
 
-def test_a_journal_that_makes_no_sense_damages_only_its_run(
+def test_damage_in_a_journal_is_reported_with_its_place_and_the_rest_is_read(
     cli: Cli, killed_twice: RunDirectory, tmp_path: Path
 ) -> None:
-    _log(_create(tmp_path, "odd"), ("metrics", {"values": "none"}))
+    odd = _create(tmp_path, "odd")
+    _log(odd, ("metrics", {"values": "none"}), _metrics(1, loss=2.0))
+    with next(odd.journal.iterdir()).open("ab") as file:
+        file.write(b'\x00garbage\n{"type":"metrics","time":1,"step":2,"values":{"loss":1}}\n[1]\n{"torn')
+    answer = json.loads(cli("show", "odd", "--json").stdout)
+    assert [damage["line"] for damage in answer["damage"]] == [2, 4, 6]
+    assert answer["metrics"]["loss"]["points"] == 2
+    assert "attempt-0001.rank-0.jsonl, line 4: not JSON" in cli("show", "odd").stdout
     statuses = {run["id"]: run["status"] for run in json.loads(cli("list", "--json").stdout)["runs"]}
-    assert statuses == {"a": "finished", "odd": "damaged"}
+    assert statuses == {"a": "finished", "odd": "killed"}
 
 
 @pytest.mark.parametrize("width", [20, 40, 60, 80, 140])
@@ -259,3 +267,99 @@ def test_an_unknown_run_is_refused_with_the_nearest(cli: Cli, tmp_path: Path) ->
     _create(tmp_path, "baseline")
     with pytest.raises(BadInput, match="did you mean 'baseline'"):
         cli("show", "basline")
+
+
+@pytest.fixture
+def three(tmp_path: Path) -> list[RunDirectory]:
+    """Runs a, b and c of growing learning rates; c has no val_loss, and all but it have ended."""
+    found = []
+    for index, name in enumerate("abc"):
+        directory = _create(tmp_path, name, lr=10.0 ** (index - 4))
+        values = {} if name == "c" else {"val_loss": [0.5, 0.2][index]}
+        events = [_metrics(step, loss=(index + 1) / step, **values) for step in range(1, 30)]
+        _log(directory, *events, _ended("finished"), began=1000.0 * index)
+        found.append(directory)
+    return found
+
+
+def _ids(out: str) -> list[str]:
+    return [run["id"] for run in json.loads(out)["runs"]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "ids"),
+    [
+        (("--filter", "val_loss < 0.3 and lr > 1e-4"), ["b"]),
+        (("--filter", "lr <= 1e-3"), ["a", "b"]),
+        (("--sort", "val_loss"), ["b", "a", "c"]),
+        (("--sort", "-val_loss"), ["a", "b", "c"]),
+        (("--sort", "-lr", "--filter", "max(loss) >= 2"), ["c", "b"]),
+        (("--sort", "best(loss)"), ["a", "b", "c"]),
+        (("--filter", "id in ['a', 'c']"), ["a", "c"]),
+    ],
+)
+def test_runs_are_filtered_and_sorted(
+    cli: Cli, three: list[RunDirectory], arguments: tuple[str, ...], ids: list[str]
+) -> None:
+    assert _ids(cli("list", *arguments, "--json").stdout) == ids
+
+
+def test_what_was_asked_for_has_a_column(cli: Cli, three: list[RunDirectory]) -> None:
+    out = cli("list", "--filter", "best(val_loss) < 1", "--sort", "lr").stdout
+    assert [line.split()[0] for line in out.splitlines()] == ["run", "llm/a", "llm/b"]
+    assert "best(val_loss)" in out
+    assert "0.001" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--filter", "val_los < 1"), "did you mean 'val_loss'"),
+        (("--filter", "val_loss <"), "cannot be read"),
+        (("--sort", "nothing"), "no run has"),
+        (("--sort", "a < b"), "give one name"),
+    ],
+)
+def test_a_question_that_makes_no_sense_is_refused(
+    cli: Cli, three: list[RunDirectory], arguments: tuple[str, ...], said: str
+) -> None:
+    with pytest.raises(BadInput, match=said):
+        cli("list", *arguments)
+
+
+def test_compare_shows_what_differs_first_and_marks_the_best(cli: Cli, three: list[RunDirectory]) -> None:
+    answer = json.loads(cli("compare", "a", "b", "c", "--json").stdout)
+    assert answer["config"] == {"lr": [1e-4, 1e-3, 1e-2]}
+    assert [m and m["best"] for m in answer["metrics"]["val_loss"]] == [0.5, 0.2, None]
+    out = cli("compare", "a", "b", "c").stdout
+    assert out.index("config that differs (1 keys do not)") < out.index("metrics") < out.index("val_loss")
+    assert "█" in out
+    with pytest.raises(BadInput, match="two runs or more"):
+        cli("compare", "a")
+
+
+def test_tags_and_notes_are_set_from_outside_of_a_living_run_too(cli: Cli, three: list[RunDirectory]) -> None:
+    run = three[0]
+    with storage.locked(run.lock_file):
+        cli("tag", "a", "team=blue", "why=first=one", "--note", "looks good")
+        assert view.load(run).tags == {"team": "blue", "why": "first=one"}
+    answer = json.loads(cli("tag", "a", "team=red", "--remove", "why", "--json").stdout)
+    assert answer["tags"] == {"team": "red"}
+    assert answer["notes"] == ["looks good"]
+    assert _ids(cli("list", "--filter", "tags.team == 'red'", "--json").stdout) == ["a"]
+    assert view.load(run).step == 29
+    for arguments, said in ((("novalue",), "write key=value"), (("--remove", "tea"), "did you mean 'team'")):
+        with pytest.raises(BadInput, match=said):
+            cli("tag", "a", *arguments)
+
+
+def test_rm_asks_and_refuses_a_living_run(cli: Cli, three: list[RunDirectory]) -> None:
+    with pytest.raises(BadInput, match="--yes"):
+        cli("rm", "a")
+    with storage.locked(three[0].lock_file), pytest.raises(BadInput, match="being trained"):
+        cli("rm", "b", "a", "--yes")
+    assert all(run.exists() for run in three)
+    answer = json.loads(cli("rm", "a", "b", "--yes", "--json").stdout)
+    assert answer["removed"] == [str(run.path) for run in three[:2]]
+    assert _ids(cli("list", "--json").stdout) == ["c"]
+    assert not three[0].path.exists()

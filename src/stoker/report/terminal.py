@@ -8,16 +8,18 @@ terminal would obey.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from stoker.progress import clock
 from stoker.report import facts
+from stoker.run import query
 from stoker.run.directory import RunDirectory
 from stoker.run.view import RunView
 
@@ -26,6 +28,7 @@ _STYLES = {"finished": "green", "running": "blue", "failed": "red", "damaged": "
 _DROPPED_FIRST = ("time", "started", "val_loss", "loss", "step", "status")
 _GAP = 2
 _UNLIMITED = 10_000
+_MOST_DAMAGE = 10
 _METRICS = ("", "last", "at step", "best", "at step", "lowest", "highest")
 
 
@@ -52,33 +55,40 @@ class Pending:
     error: str | None
 
 
-def print_list(console: Console, runs: Sequence[Listed], now: datetime) -> None:
-    """Print a line a run, as wide as the terminal allows; all of it where there is none."""
-    lines = [_line(run, now) for run in runs]
-    columns = fitting(lines, console.width if console.is_terminal else None)
+def print_list(console: Console, runs: Sequence[Listed], now: datetime, asked: Sequence[str] = ()) -> None:
+    """Print a line a run, as wide as the terminal allows; all of it where there is none.
+
+    What was `asked` for in a query stands in columns of its own.
+    """
+    more = [name for name in asked if name not in (*COLUMNS, "id", "experiment", "seconds")]
+    all_columns = (*COLUMNS[:-2], *more, *COLUMNS[-2:])
+    lines = [_line(run, now, more) for run in runs]
+    columns = fitting(lines, console.width if console.is_terminal else None, all_columns)
     table = Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0))
     for column in columns:
-        right = column in ("step", "loss", "val_loss", "time")
+        right = column not in ("run", "status", "started")
         table.add_column(column, no_wrap=True, justify="right" if right else "left")
     for line, run in zip(lines, runs, strict=True):
-        cells = dict(zip(COLUMNS, line, strict=True))
+        cells = dict(zip(all_columns, line, strict=True))
         style = _STYLES.get(run.status, "yellow")
         table.add_row(*(Text(cells[c], style=style if c == "status" else "") for c in columns))
-    console.width = max(console.width, _width(lines, columns))  # a long id is the terminal's to wrap
+    console.width = max(
+        console.width, _width(lines, columns, all_columns)
+    )  # a long id is the terminal's to wrap
     console.print(table)
     for run in runs:
         if run.error:
             console.print(Text(f"damaged: {plain(run.error)}", "red"), soft_wrap=True)
 
 
-def fitting(lines: Iterable[Sequence[str]], width: int | None) -> list[str]:
-    """The columns that fit into `width` characters; the run's name always does."""
-    rows, columns = list(lines), list(COLUMNS)
+def fitting(lines: Iterable[Sequence[str]], width: int | None, columns: Sequence[str] = COLUMNS) -> list[str]:
+    """The columns that fit into `width` characters; the run's name, and what was asked for, always stay."""
+    rows, left = list(lines), list(columns)
     for column in _DROPPED_FIRST:
-        if width is None or _width(rows, columns) <= width:
+        if width is None or _width(rows, left, columns) <= width:
             break
-        columns.remove(column)
-    return columns
+        left.remove(column)
+    return left
 
 
 def print_run(console: Console, view: RunView, sinks: Sequence[Pending]) -> None:
@@ -92,10 +102,16 @@ def print_run(console: Console, view: RunView, sinks: Sequence[Pending]) -> None
     _print_section(console, "metrics", _METRICS, _metrics(view))
     _print_section(console, "config", ("", "value", "source"), _config(view))
     _print_section(console, "artifacts", ("", "kind", "size", "where"), _artifacts(view))
+    uses = [(use.name, _run_name(use.run)) for use in view.used.values()]
+    _print_section(console, "uses", ("", "made by"), uses)
+    users = [(use["name"], _run_name(use["run"])) for use in view.used_by]
+    _print_section(console, "used by", ("", "run"), users)
+    _print_section(console, "logged", ("", "kind", "times"), _media(view))
     _print_section(console, "sinks", ("", "pending", "where", "error"), [
         (sink.sink, f"{sink.events:,} events" if sink.events else "nothing", sink.where, sink.error or "")
         for sink in sinks
     ])  # fmt: skip
+    _print_said(console, view)
     _heading(console, "next")
     for command in next_commands(view):
         console.print(Text(f"  {command}"), soft_wrap=True)
@@ -123,17 +139,26 @@ def when(seconds: float, now: datetime) -> str:
     return then.strftime("%b %d %H:%M" if then.year == now.year else "%Y-%m-%d")
 
 
-def _line(run: Listed, now: datetime) -> tuple[str, ...]:
+def _line(run: Listed, now: datetime, more: Sequence[str] = ()) -> tuple[str, ...]:
     name = f"{run.directory.experiment}/{run.directory.id}"
     view = run.view
     if view is None:
-        return name, run.status, "", "", "", "", ""
+        return name, run.status, "", "", "", *("" for _ in more), "", ""
     loss, val_loss = facts.number(view.last("loss")), facts.number(view.last("val_loss"))
-    return name, run.status, _steps(view), loss, val_loss, when(view.started, now), clock(view.seconds)
+    known = query.facts(view) if more else {}
+    asked = [_cell(known.get(name)) for name in more]
+    started, spent = when(view.started, now), clock(view.seconds)
+    return name, run.status, _steps(view), loss, val_loss, *asked, started, spent
 
 
-def _width(rows: Sequence[Sequence[str]], columns: Sequence[str]) -> int:
-    widths = [max(len(c), *(len(row[COLUMNS.index(c)]) for row in rows)) for c in columns]
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return facts.number(value) if isinstance(value, float) else plain(facts.text(value))
+
+
+def _width(rows: Sequence[Sequence[str]], columns: Sequence[str], all_columns: Sequence[str]) -> int:
+    widths = [max(len(c), *(len(row[all_columns.index(c)]) for row in rows)) for c in columns]
     return sum(widths) + _GAP * (len(columns) - 1)
 
 
@@ -167,6 +192,37 @@ def _print_attempts(console: Console, view: RunView) -> None:
     for attempt in view.attempts:
         for note in facts.attempt_notes(view, attempt):
             console.print(Text(f"  {attempt.number}: {plain(note)}"))
+
+
+def _print_said(console: Console, view: RunView) -> None:
+    """Params, tags and notes, and what of the journal is damaged."""
+    _print_section(console, "params", ("", "value"), [(k, facts.text(v)) for k, v in view.params.items()])
+    _print_section(console, "tags", ("", "value"), list(view.tags.items()))
+    if view.notes:
+        _heading(console, "notes")
+        for _, text in view.notes:
+            console.print(Text(f"  {plain(text)}"))
+    if view.damage:
+        _heading(console, "damage to the journal; everything else was read")
+        for damage in view.damage[:_MOST_DAMAGE]:
+            console.print(Text(f"  {plain(str(damage))}", "red"), soft_wrap=True)
+        if len(view.damage) > _MOST_DAMAGE:
+            console.print(Text(f"  and {len(view.damage) - _MOST_DAMAGE:,} lines more", "red"))
+
+
+def _run_name(run: Mapping[str, str] | None) -> str:
+    return f"{run['experiment']}/{run['id']}" if run else "no run"
+
+
+def _media(view: RunView) -> list[tuple[str, ...]]:
+    """What was logged to look at, by name; a watch's histograms, of which there are many, as one."""
+    found: dict[tuple[str, str], int] = {}
+    for media in view.media:
+        name = media.name
+        if media.kind == "histogram" and name.startswith(("gradients/", "parameters/")):
+            name = f"{name.split('/')[0]}/..."
+        found[name, media.kind] = found.get((name, media.kind), 0) + 1
+    return [(name, kind, f"{count:,}") for (name, kind), count in sorted(found.items())]
 
 
 def _metrics(view: RunView) -> list[tuple[str, ...]]:

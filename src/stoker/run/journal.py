@@ -220,7 +220,7 @@ def _block(name: str, attempt: int, rank: int, body: bytes, first: int) -> Block
     lines = range(first, first + body.count(b"\n") + 1)
     try:
         events = orjson.loads(b"[" + body.replace(b"\n", b",") + b"]")
-        if len(events) == len(lines) and all(type(e) is dict and "type" in e for e in events):
+        if len(events) == len(lines) and all(map(_is_event, events)):
             return Block(name, attempt, rank, events, lines, [])
     except orjson.JSONDecodeError:
         pass
@@ -238,9 +238,11 @@ def _parse(line: bytes) -> Event | str:
         event = orjson.loads(line)
     except orjson.JSONDecodeError as error:
         return f"not JSON: {error}"
-    if isinstance(event, dict) and isinstance(event.get("type"), str):
-        return event
-    return "JSON, but no event"
+    return event if _is_event(event) else "JSON, but no event"
+
+
+def _is_event(value: Any) -> bool:
+    return type(value) is dict and type(value.get("type")) is str and type(value.get("time")) in (float, int)
 
 
 def _reached(until: Cursor | None, cursor: Cursor, name: str) -> bool:

@@ -88,6 +88,8 @@ class _Folding:
                     self._other(event, block)
             except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
                 self._view.damage.append(Damage(block.file, line, f"not a whole event: {error!r}"))
+        if block.attempt != journal.FROM_OUTSIDE and block.rank == 0 and block.events:
+            self._view.attempts[-1].last_event = float(block.events[-1]["time"])
 
     def finish(self) -> RunView:
         view = self._view
@@ -95,6 +97,7 @@ class _Folding:
         view.points = {metric: series for metric, series in view.points.items() if len(series)}
         view.system = {metric: columns.series() for metric, columns in self._system.items()}
         view.notes.sort()
+        view.damage.sort(key=lambda damage: (damage.file, damage.line))
         return view
 
     def _begin(self, number: int, time: float) -> None:
@@ -105,8 +108,8 @@ class _Folding:
 
     def _metrics(self, event: Event, rank: int) -> None:
         step, time, values = event["step"], event["time"], event["values"]
-        if type(step) is not int or type(time) is not float:
-            raise TypeError("step and time are numbers")
+        if type(step) is not int:
+            raise TypeError("a step is a whole number")
         if "reduce" in event:
             values = self._reduction.add(event["reduce"], step, journal.decode_values(values), rank)
         elif rank != 0:
@@ -139,8 +142,6 @@ class _Folding:
             self._samples += 1
         elif kind == "tags":
             self._tags(event)
-        if block.attempt != journal.FROM_OUTSIDE and block.rank == 0:
-            view.attempts[-1].last_event = event["time"]
 
     def _tags(self, event: Event) -> None:
         """A tag that was set later stands, by whichever writer; None takes it away."""

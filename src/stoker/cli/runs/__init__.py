@@ -1,0 +1,19 @@
+"""`stoker runs list|show|compare|export|tag|rm`."""
+
+from __future__ import annotations
+
+import typer
+from stoker.cli.runs.compare import compare
+from stoker.cli.runs.export import export
+from stoker.cli.runs.list import list_
+from stoker.cli.runs.remove import remove
+from stoker.cli.runs.show import show
+from stoker.cli.runs.tag import tag
+
+app = typer.Typer(help="What runs there are, what they were, and their metrics.", no_args_is_help=True)
+app.command("list")(list_)
+app.command("show")(show)
+app.command("compare")(compare)
+app.command("export")(export)
+app.command("tag")(tag)
+app.command("rm")(remove)

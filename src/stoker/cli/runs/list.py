@@ -1,0 +1,97 @@
+"""`stoker runs list`: what runs there are, or those of which something is true."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Annotated, Any
+
+import typer
+from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, console, print_json
+from stoker.cli.runs.common import entry, listed, started
+from stoker.errors import BadInput
+from stoker.report import terminal
+from stoker.report.terminal import Listed
+from stoker.run import directory
+from stoker.run.query import Query, facts
+
+_ALWAYS_KNOWN = ("id", "experiment", "status", "step", "started", "seconds")
+
+
+def list_(
+    filter: Annotated[
+        str | None,
+        typer.Option("--filter", metavar="QUERY", help="e.g. 'val_loss < 0.3 and lr > 1e-4'"),
+    ] = None,
+    sort: Annotated[
+        str | None,
+        typer.Option(
+            "--sort", metavar="NAME", help="A metric, config key or tag; -NAME for the largest first."
+        ),
+    ] = None,
+    runs: RunsFolder = DEFAULT_RUNS,
+    json: Json = False,
+) -> None:
+    """List the runs, the newest last.
+
+    A query compares metrics (their newest value), config keys, tags, and id, experiment,
+    status, step, started and seconds, with < <= > >= == != in, and, or, not. Also
+    best(val_loss), min(...), max(...). Names with other characters stand in `backticks`.
+    """
+    found = sorted((listed(run) for run in directory.every(runs)), key=started)
+    shown, names = chosen(found, filter, sort)
+    if json:
+        print_json({"runs": [entry(run) for run in shown]})
+    elif shown:
+        terminal.print_list(console(), shown, datetime.now().astimezone(), names)
+    elif found:
+        console().print(f"none of {len(found)} runs under {runs} is so", markup=False)
+    else:
+        first = "stoker train llm model=tiny data=python-docs max_steps=60"
+        console().print(f"no runs under {runs} yet; start one: {first}", markup=False)
+
+
+def chosen(runs: Sequence[Listed], filter: str | None, sort: str | None) -> tuple[list[Listed], list[str]]:
+    """The runs that the filter is true of, in order, and the names that were asked for.
+
+    Raises BadInput where either cannot be read, or asks for what no run has. A damaged run
+    has no facts: it is listed only where nothing is asked.
+    """
+    if filter is None and sort is None:
+        return list(runs), []
+    known = {run.directory.path: facts(run.view) for run in runs if run.view is not None}
+    names = list(_ALWAYS_KNOWN) + [name for found in known.values() for name in found]
+    left = [run for run in runs if run.directory.path in known]
+    asked: list[str] = []
+    if filter is not None:
+        query = Query(filter)
+        query.check_names(names)
+        left = [run for run in left if query.matches(known[run.directory.path])]
+        asked += query.names
+    if sort is not None:
+        key = Query(sort.removeprefix("-"))
+        if len(key.names) != 1 or sort.removeprefix("-").strip() not in (key.names[0], f"`{key.names[0]}`"):
+            raise BadInput(f"--sort {sort!r}: give one name, such as val_loss, best(val_loss) or -step")
+        key.check_names(names)
+        left = _in_order(
+            left, {run.directory.path: key.value(known[run.directory.path]) for run in left}, sort
+        )
+        asked += key.names
+    return left, list(dict.fromkeys(asked))
+
+
+def _in_order(runs: Sequence[Listed], values: Mapping[Any, Any], sort: str) -> list[Listed]:
+    """By value, numbers before texts; what a run does not have, or is NaN, comes last either way."""
+    have = [run for run in runs if not _is_nothing(values[run.directory.path])]
+    lack = [run for run in runs if _is_nothing(values[run.directory.path])]
+
+    def key(run: Listed) -> tuple[bool, Any]:
+        value = values[run.directory.path]
+        return (False, value) if isinstance(value, int | float) else (True, str(value))
+
+    return [*sorted(have, key=key, reverse=sort.startswith("-")), *lack]
+
+
+def _is_nothing(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))

@@ -1,0 +1,62 @@
+"""`stoker runs rm RUN...`: deletes runs, after asking."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+from stoker import storage
+from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, console, print_json
+from stoker.cli.runs.common import RunNames
+from stoker.errors import BadInput
+from stoker.report import facts
+from stoker.run import artifacts, directory
+from stoker.run.directory import RunDirectory
+
+
+def remove(
+    run: RunNames,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    runs: RunsFolder = DEFAULT_RUNS,
+    json: Json = False,
+) -> None:
+    """Delete runs with their checkpoints and artifacts; what a sink has of them stays there."""
+    found = list(
+        {found.path.resolve(): found for found in (directory.find(runs, name) for name in run)}.values()
+    )
+    for each in found:
+        if each.alive:
+            raise BadInput(f"run {each.id!r} is being trained now: stop it first")
+    sizes = [sum(file.stat().st_size for file in storage.files_under(each.path)) for each in found]
+    if not yes:
+        _ask(found, sizes)
+    for each in found:
+        _delete(each)
+    freed = artifacts.collect_garbage(runs)
+    if json:
+        print_json({"removed": [str(each.path) for each in found], "bytes": sum(sizes) + freed})
+        return
+    for each, size in zip(found, sizes, strict=True):
+        console().print(f"removed {each.experiment}/{each.id}, {facts.size(size)}", markup=False)
+
+
+def _ask(found: list[RunDirectory], sizes: list[int]) -> None:
+    if not sys.stdin.isatty():
+        raise BadInput("nobody is there to be asked: add --yes to delete")
+    for each, size in zip(found, sizes, strict=True):
+        console().print(f"  {each.experiment}/{each.id}  {facts.size(size)}", markup=False)
+    typer.confirm(f"delete {len(found)} run{'s' if len(found) > 1 else ''} for ever?", abort=True)
+
+
+def _delete(run: RunDirectory) -> None:
+    """Delete a run under its lock, so that no process can begin to train it meanwhile."""
+    lock = storage.try_lock(run.lock_file)
+    if lock is None:
+        raise BadInput(f"run {run.id!r} is being trained now: stop it first")
+    try:
+        run.record_file.unlink()  # first: from here on it is no run any more
+        run.remove()
+    finally:
+        os.close(lock)

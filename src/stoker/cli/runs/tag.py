@@ -1,0 +1,74 @@
+"""`stoker runs tag RUN key=value`: what people say of a run, at any time."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, console, print_json
+from stoker.cli.runs.common import RunName
+from stoker.errors import BadInput, nearest
+from stoker.run import directory, journal, view
+from stoker.run.directory import RunDirectory
+
+
+def tag(
+    run: RunName,
+    tags: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Tags to set.", show_default=False)
+    ] = None,
+    remove: Annotated[
+        list[str] | None, typer.Option("--remove", metavar="KEY", help="A tag to take away; may be repeated.")
+    ] = None,
+    note: Annotated[str | None, typer.Option("--note", metavar="TEXT", help="A note to add.")] = None,
+    runs: RunsFolder = DEFAULT_RUNS,
+    json: Json = False,
+) -> None:
+    """Set or take away tags of a run, or add a note; with neither, show them. The run may be alive."""
+    found = directory.find(runs, run)
+    changes = _changes(found, tags or [], remove or [])
+    if changes or note:
+        _write(found, changes, note)
+    seen = view.load(found)
+    if json:
+        notes = [text for _, text in seen.notes]
+        print_json({"run": str(found.path), "tags": seen.tags, "notes": notes})
+        return
+    for key, value in seen.tags.items():
+        console().print(f"{key}={value}", markup=False)
+    for _, text in seen.notes:
+        console().print(text, markup=False)
+
+
+def _changes(run: RunDirectory, tags: list[str], remove: list[str]) -> dict[str, str | None]:
+    """What to set, and None for what to take away. Raises BadInput."""
+    known = view.load(run).tags if remove else {}
+    changes: dict[str, str | None] = {}
+    for key in remove:
+        if key not in known:
+            raise BadInput(f"run {run.id!r} has no tag {key!r}{nearest(key, known)}")
+        changes[key] = None
+    for given in tags:
+        key, equals, value = given.partition("=")
+        if not equals or not key or not key.isprintable():
+            raise BadInput(f"{given!r} is no tag: write key=value")
+        changes[key] = value
+    return changes
+
+
+def _write(run: RunDirectory, changes: dict[str, str | None], note: str | None) -> None:
+    """Append to the journal, in a file of our own, and see that the sinks learn of it."""
+    from stoker.tracking import follower
+
+    try:
+        writer = journal.control(run.journal)
+    except OSError as error:
+        raise BadInput(f"{run.journal} cannot be written: {error.strerror}") from error
+    if changes:
+        writer.append("tags", tags=changes)
+    if note:
+        writer.append("note", text=note)
+    writer.sync()
+    writer.close()
+    if follower.enabled() and not run.alive:  # a living run has its follower
+        follower.spawn(run, once=True)
