@@ -27,11 +27,12 @@ FROM_OUTSIDE = 0
 _ATTEMPT = re.compile(r"attempt-(\d{4,})\.rank-(\d+)\.jsonl")
 _CONTROL = re.compile(r"control-\d+\.jsonl")
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+_dumps, _now, _NEWLINE = orjson.dumps, time.time, orjson.OPT_APPEND_NEWLINE  # looked up once
 _BLOCK = 1 << 20  # bytes parsed at once
 
 
 class JournalWriter:
-    """Appends events to one file of a journal. Not for use by several threads at once.
+    """Appends events to one file of a journal, each by one write, so that threads may share it.
 
     Raises FileExistsError where the file is another writer's.
     """
@@ -45,13 +46,27 @@ class JournalWriter:
 
     def append(self, kind: str, /, **fields: Any) -> None:
         """Write one event, stamped with the time in seconds since 1970. Raises OSError."""
-        line = (
-            orjson.dumps({"type": kind, "time": time.time(), **fields}, option=orjson.OPT_SERIALIZE_NUMPY)
-            + b"\n"
-        )
+        event = {"type": kind, "time": time.time(), **fields}
+        self._write(orjson.dumps(event, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE))
+
+    def append_values(self, step: int, values: Mapping[str, float]) -> None:
+        """Write finite metric values: the same as `append` would, in less time. Raises OSError."""
+        line = _dumps({"type": "metrics", "time": _now(), "step": step, "values": values}, None, _NEWLINE)
+        if self._torn:
+            self._write(line)
+        else:
+            written = os.write(self._descriptor, line)
+            if written < len(line):
+                self._torn = True
+                self._write_rest(line[written:])
+
+    def _write(self, line: bytes) -> None:
         if self._torn:  # a full disk cut the last line short: keep the cut apart from this one
             line = b"\n" + line
         self._torn = True
+        self._write_rest(line)
+
+    def _write_rest(self, line: bytes) -> None:
         while line:
             line = line[os.write(self._descriptor, line) :]
         self._torn = False
