@@ -39,7 +39,7 @@ from stoker.reproduce import provenance
 from stoker.run import artifacts, directory, journal, lineage, rendezvous, view
 from stoker.run.deferred import Deferred, DeferredArrays, check_name, flatten
 from stoker.run.reduction import WAYS, How
-from stoker.run.series import Goal, Summary
+from stoker.run.series import Goal, Series, Summary
 from stoker.stopping import StopRequests
 from stoker.tracking import follower
 from stoker.tracking.system import SystemSampler
@@ -95,10 +95,13 @@ class Run:
         """The step that values are logged at; a Trainer moves it."""
         self.latest: dict[str, float] = {}
         """The newest value of every metric that this process wrote."""
+        self.goals: dict[str, Goal] = {}
+        """Which way metrics are better, as far as it was said."""
         self.stop = StopRequests()
         self._sinks = follower.enabled()
         self._pending: collections.deque[tuple[Deferred | DeferredArrays, int, float, str | None]]
         self._pending = collections.deque()
+        self._before: Mapping[str, Series] = {}
         self._carried: dict[str, Any] = {}
         self._names: set[str] = set()
         self._highest = 0
@@ -156,6 +159,8 @@ class Run:
                 raise BadInput(_explain_drift(self.directory, refused))
             changes = configs.drift(before.record["config"], record["config"])
             self.step = before.step
+            self.goals.update(before.goals)
+            self._before = before.points
         else:
             record["code"] = provenance.code_state(code)
             self.directory.create(record)
@@ -258,6 +263,7 @@ class Run:
         for metric, goal in goals.items():
             if goal not in ("min", "max"):
                 raise ValueError(f"{metric}={goal!r}: a goal is 'min' or 'max'")
+        self.goals.update(goals)
         self._append("goals", goals=goals)
 
     def table(self, name: str, rows: Any, columns: Sequence[str] | None = None) -> None:
@@ -388,9 +394,13 @@ class Run:
 
     def event(self, kind: str, /, **fields: Any) -> None:
         """Append an event of the loop: plan, resumed, checkpoint."""
+        self._append(kind, **fields)
         if kind == "resumed":
             self._highest = fields["step"]
-        self._append(kind, **fields)
+            self.latest = {
+                name: s.until(self._highest) for name, s in self._before.items() if s.x[0] <= self._highest
+            }
+            self._before = {}
 
     def flush(self) -> None:
         """Write every metric logged so far, waiting for the device, and sync the journal to disk."""

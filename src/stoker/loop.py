@@ -29,6 +29,7 @@ from stoker.engine.precision import resolve as resolve_precision
 from stoker.engine.schedule import Schedule
 from stoker.errors import StokerError
 from stoker.progress import ProgressDisplay, Rate, Reading
+from stoker.run.series import guess_goal
 from stoker.world import World
 
 log = logging.getLogger("stoker")
@@ -57,6 +58,7 @@ class Trainer:
         micro_batch: samples in one forward pass; by default the whole batch.
         checkpoint_every: a duration such as 500, "1ep", "1000000tok" or "10min".
         keep_checkpoints: how many of the newest checkpoints are kept.
+        best: the metric by which the best checkpoint is kept as well, where it is logged; see `Run.goal`.
 
     Raises:
         StokerError: the newest valid checkpoint is of another model, or several processes train.
@@ -76,6 +78,7 @@ class Trainer:
         micro_batch: int | None = None,
         checkpoint_every: Duration | str | int = "10min",
         keep_checkpoints: int = 3,
+        best: str = "val_loss",
     ) -> None:
         self.run = run
         self.world = World.current()
@@ -95,6 +98,7 @@ class Trainer:
         self._micro_batch = micro_batch
         self._checkpoint_every = Duration.parse(checkpoint_every)
         self._keep = keep_checkpoints
+        self._best = best
         self._built = {name: state.hyperparameters(o) for name, o in self.optimizers.items()}
         self._weight: Weight = 0.0
         self._loader: Loader | None = None
@@ -146,7 +150,7 @@ class Trainer:
         self._loader = loader
         duration = Duration.parse(max_steps) if epochs is None else Duration(float(epochs), "epoch")
         self._total = self.steps_in(duration, loader)
-        self.run.event("plan", total_steps=self._total)
+        self.run.event("plan", total_steps=self._total, samples_per_step=loader.batch_size)
         with self.run.stop.deferred(), ProgressDisplay(self.run.directory.id, self._reading):
             yield from self._remaining(loader)
         self.run.stop.raise_if_requested()
@@ -317,12 +321,14 @@ class Trainer:
             return
         self.run.flush()  # what was logged up to here must outlive what is saved here
         tensors, values = self._capture()
+        folder = self.run.directory.checkpoints
         saved = store.save(
-            self.run.directory.checkpoints, tensors, values, step=self.steps_done, samples=self.samples_done
+            folder, tensors, values, step=self.steps_done, samples=self.samples_done, metrics=self.run.latest
         )
         relative = str(saved.path.relative_to(self.run.directory.path))
         self.run.event("checkpoint", step=saved.step, path=relative, bytes=saved.bytes)
-        manifest.prune(self.run.directory.checkpoints, self._keep)
+        goal = self.run.goals.get(self._best) or guess_goal(self._best)
+        manifest.prune(folder, self._keep, manifest.best(folder, self._best, goal) if goal else None)
         self._saved_at, self._saved_step = time.monotonic(), self.steps_done
         self._rate.restart()
         log.debug("checkpoint of step %d, %d bytes", saved.step, saved.bytes)

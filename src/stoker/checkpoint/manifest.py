@@ -8,14 +8,17 @@ killed, a disk that was full and a bit that flipped are all passed over the same
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 import shutil
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import orjson
 from stoker import storage
+from stoker.run.series import Goal
 
 FORMAT = 1
 NAME = "manifest.json"
@@ -35,6 +38,8 @@ class Checkpoint:
     samples: int
     """Samples of the global order that were trained on."""
     bytes: int
+    metrics: dict[str, float] = field(default_factory=dict)
+    """The newest value of every metric when it was taken."""
 
 
 def folder(checkpoints: Path, step: int) -> Path:
@@ -49,7 +54,9 @@ def begin(path: Path) -> None:
     path.mkdir(parents=True)
 
 
-def commit(path: Path, *, step: int, samples: int, world_size: int) -> Checkpoint:
+def commit(
+    path: Path, *, step: int, samples: int, world_size: int, metrics: Mapping[str, float] | None = None
+) -> Checkpoint:
     """Make what was written to `path` a checkpoint: sync every file, then write the manifest."""
     files = [
         {"path": file.name, "size": file.stat().st_size, "sha256": storage.sha256(file)}
@@ -57,10 +64,14 @@ def commit(path: Path, *, step: int, samples: int, world_size: int) -> Checkpoin
     ]
     for file in files:
         storage.sync_file(path / str(file["path"]))
-    manifest = {"format": FORMAT, "step": step, "samples": samples, "world_size": world_size, "files": files}
+    known = {name: value for name, value in (metrics or {}).items() if math.isfinite(value)}
+    manifest = {
+        "format": FORMAT, "step": step, "samples": samples, "world_size": world_size, "metrics": known,
+        "files": files,
+    }  # fmt: skip
     storage.write_atomically(path / NAME, orjson.dumps(manifest, option=orjson.OPT_INDENT_2))
     storage.sync_directory(path.parent)
-    return Checkpoint(path, step, samples, sum(int(str(f["size"])) for f in files))
+    return Checkpoint(path, step, samples, sum(int(str(f["size"])) for f in files), known)
 
 
 def verify(path: Path) -> Checkpoint:
@@ -74,7 +85,8 @@ def verify(path: Path) -> Checkpoint:
             raise InvalidCheckpoint(f"{file.name} has {file.stat().st_size} bytes, not {entry['size']}")
         if storage.sha256(file) != entry["sha256"]:
             raise InvalidCheckpoint(f"{file.name} does not match its checksum")
-    return Checkpoint(path, manifest["step"], manifest["samples"], sum(f["size"] for f in manifest["files"]))
+    size = sum(f["size"] for f in manifest["files"])
+    return Checkpoint(path, manifest["step"], manifest["samples"], size, manifest.get("metrics", {}))
 
 
 def newest(checkpoints: Path) -> tuple[Checkpoint | None, list[str]]:
@@ -88,12 +100,29 @@ def newest(checkpoints: Path) -> tuple[Checkpoint | None, list[str]]:
     return None, passed_over
 
 
-def prune(checkpoints: Path, keep: int) -> None:
-    """Delete all but the newest `keep` committed checkpoints, and every uncommitted one before them."""
-    committed = [path for path in _folders(checkpoints) if (path / NAME).is_file()]
+def best(checkpoints: Path, metric: str, goal: Goal) -> Path | None:
+    """The committed checkpoint with the best value of a metric, the earliest of equal ones, or None."""
+    values: dict[Path, float] = {}
+    for path in committed(checkpoints):
+        with contextlib.suppress(InvalidCheckpoint):
+            value = _read(path).get("metrics", {}).get(metric)
+            if value is not None:
+                values[path] = value
+    pick = min if goal == "min" else max
+    return pick(values, key=lambda path: values[path], default=None)
+
+
+def prune(checkpoints: Path, keep: int, also: Path | None = None) -> None:
+    """Delete all but the newest `keep` committed checkpoints and `also`, and uncommitted ones before them."""
+    newest = committed(checkpoints)[-keep:]
     for path in _folders(checkpoints):
-        if committed[-keep:] and path.name < committed[-keep:][0].name:
+        if newest and path.name < newest[0].name and path != also:
             remove(path)
+
+
+def committed(checkpoints: Path) -> list[Path]:
+    """The checkpoints that have a manifest, by step; nothing else of them was checked."""
+    return [path for path in _folders(checkpoints) if (path / NAME).is_file()]
 
 
 def remove(path: Path) -> None:

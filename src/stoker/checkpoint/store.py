@@ -32,6 +32,7 @@ def save(
     *,
     step: int,
     samples: int,
+    metrics: Mapping[str, float] | None = None,
 ) -> Checkpoint:
     """Write a checkpoint and return it once it is on disk. Raises OSError; then none was made."""
     path = manifest.folder(checkpoints, step)
@@ -45,7 +46,7 @@ def save(
                 no_dist=True,
             )
         (path / _VALUES).write_bytes(orjson.dumps(values, option=orjson.OPT_SERIALIZE_NUMPY))
-        return manifest.commit(path, step=step, samples=samples, world_size=1)
+        return manifest.commit(path, step=step, samples=samples, world_size=1, metrics=metrics)
     except CheckpointException as error:
         manifest.remove(path)
         raise _cause(error) from error

@@ -58,6 +58,13 @@ class Series(Mapping[int, float]):
     def values(self) -> ValuesView[float]:
         return dict(self.items()).values()
 
+    def until(self, step: int) -> float:
+        """The newest value at or before a step. Raises KeyError where there is none."""
+        index = int(np.searchsorted(self.x, step, side="right"))
+        if index == 0:
+            raise KeyError(step)
+        return float(self.y[index - 1])
+
     def __repr__(self) -> str:
         return f"Series({dict(self.items())})"
 
