@@ -49,7 +49,7 @@ log = logging.getLogger("stoker")
 
 _SYNC_SECONDS = 1.0  # what a power cut may take; the death of the process takes nothing
 _SYSTEM_SECONDS = 10.0
-_SINKS_SECONDS = 5.0
+_SINKS_SECONDS = 2.0
 
 
 class Run:
@@ -415,6 +415,8 @@ class Run:
                 watch.close()
             if self._system is not None:
                 self._sample_system()
+            if self._follower is not None:
+                self._warn_of_sinks()
             self._append("attempt_ended", status=status, error=error)
             self._write_arrived(wait=True)
             self._journal.sync()

@@ -68,7 +68,7 @@ class Feed:
                 key = (event["kind"], event["name"], event["step"])
                 if key not in self._media:
                     self._media.add(key)
-                    batch.media.append(event)
+                    batch.media.append({"file": None, "about": {}, **event})
             elif kind == "attempt_started":
                 self._ending = None
                 batch.attempt_started = True
@@ -130,7 +130,7 @@ def started(directory: RunDirectory) -> float:
 def _add_other(event: Event, batch: Batch) -> None:
     kind = event["type"]
     if kind == "artifact":
-        batch.artifacts[event["name"]] = event
+        batch.artifacts[event["name"]] = {"kind": "file", **event, "files": list(event["files"])}
     elif kind == "tags":
         batch.tags.update(event["tags"])
     elif kind == "params":

@@ -129,13 +129,15 @@ class _Task:
         self._patience = patience
         self._file = ledger.file_of(directory, name)
         self._lock_file = ledger.lock_of(directory, name)
+        self._wake_file = self._lock_file.with_suffix(".wake")
         self._alone_since: float | None = None
 
     def take_turn(self) -> int | None:
         """Wait for another follower of this run to end: a lock, or None where no more is to be done."""
         while (lock := storage.try_lock(self._lock_file)) is None:
-            failing = self._goal is not None and ledger.load(self._file).error is not None
-            if failing or self.complete() or self._out_of_patience():
+            if self._goal is not None and self._alone_since is None:
+                self._wake_file.touch()  # somebody waits: the other one is to try now
+            if self.complete() or self._out_of_patience():
                 return None
             time.sleep(0.1)
         return lock
@@ -168,8 +170,17 @@ class _Task:
                 if self._out_of_patience():
                     return False
             longest = LONGEST_BACKOFF if alive else LONGEST_BACKOFF / 6
-            time.sleep(min(INTERVAL * 2 ** min(failures, 10), longest))
+            self._sleep(min(INTERVAL * 2 ** min(failures, 10), longest))
         return False
+
+    def _sleep(self, seconds: float) -> None:
+        """Sleep, unless somebody asks for the sink meanwhile, or the trainer dies."""
+        before, alive = _modified(self._wake_file), self._directory.alive
+        deadline = time.monotonic() + seconds
+        while (left := deadline - time.monotonic()) > 0:
+            time.sleep(min(left, INTERVAL))
+            if _modified(self._wake_file) != before or self._directory.alive != alive:
+                break
 
     def _out_of_patience(self) -> bool:
         """Whether the trainer is gone, or was never waited for, and that for too long."""
@@ -178,6 +189,14 @@ class _Task:
             return False
         self._alone_since = self._alone_since or time.monotonic()
         return time.monotonic() - self._alone_since > self._patience
+
+
+def _modified(file: Path) -> int:
+    """When a file was touched last; 0 where there is none."""
+    try:
+        return file.stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
 
 
 def _state(directory: RunDirectory, name: str) -> SinkState:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import textwrap
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -43,8 +44,8 @@ class Ledger:
         return Cursor(dict(self.offsets))
 
     def failed(self, reason: str) -> None:
-        """Note down why the sink fails, and since when."""
-        self.error = reason[:2000]
+        """Note down why the sink fails, in one line, and since when."""
+        self.error = textwrap.shorten(reason, 500, placeholder=" ...")
         self.since = self.since or time.time()
 
     def recovered(self) -> None:

@@ -1,0 +1,58 @@
+"""A training script of the tests: `digits_run.py FIRST LAST [--resume STEP] [--finish] [--forever]`.
+
+Logs the steps from FIRST to LAST with everything that a run can hold, says "logged", then
+ends, or goes on for ever until it is killed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import stoker
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("first", type=int)
+    parser.add_argument("last", type=int)
+    parser.add_argument("--resume", type=int)
+    parser.add_argument("--finish", action="store_true")
+    parser.add_argument("--pause", type=float, default=0.0)
+    asked = parser.parse_args()
+    with stoker.Run(
+        os.environ.get("EXPERIMENT", "digits"), "a", config={"lr": 0.1, "layers": [1, 2], "name": "ä=b"}
+    ) as run:
+        if asked.resume is not None:
+            run.event("resumed", step=asked.resume, passed_over=[])
+        for step in range(asked.first, asked.last + 1):
+            odd = math.nan if step == 2 else math.inf if step == 3 else float(step)
+            run.log({"val": {"accuracy": step / 100}}, step=step, loss=1000 * run.attempt + step, odd=odd)
+            time.sleep(asked.pause)
+        if asked.first == 1:
+            log_everything(run)
+        print("logged", flush=True)
+        while not asked.finish:
+            time.sleep(1)
+
+
+def log_everything(run: stoker.Run) -> None:
+    run.step = 7
+    run.params(parameters=1234)
+    run.tag(team="blue")
+    run.note("a note")
+    run.table("answers", [{"question": "why", "score": 0.5}, {"question": None, "score": 1.0}])
+    run.image("digit", np.arange(64, dtype=np.uint8).reshape(8, 8), caption="a digit")
+    run.text("sample", "once upon a time")
+    run.histogram("weights", np.linspace(-1, 1, 100), bins=4)
+    Path("weights").mkdir(exist_ok=True)
+    (Path("weights") / "deep.bin").write_bytes(b"123")
+    run.artifact("weights", kind="model")
+
+
+if __name__ == "__main__":
+    main()

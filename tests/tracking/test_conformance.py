@@ -1,0 +1,261 @@
+"""What every sink must do: a run of three attempts with two kills arrives as one run.
+
+Real training processes, killed; real followers, killed too; MLflow as its own server over
+HTTP on PostgreSQL, the other sinks as the files that they leave, read back.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import psutil
+import pytest
+from servers import mlflow_server, postgres, postgres_binaries
+from stoker.run.directory import RunDirectory
+from stoker.tracking import follower
+from synthetic_run import DEADLINE, Seen, until
+
+pytestmark = pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")  # MLflow's own
+
+SCRIPT = Path(__file__).with_name("digits_run.py")
+NOTICED_WITHIN = 10.0  # seconds, in which a run whose process died is marked so
+
+
+class Reader(Protocol):
+    """A sink's content, read with the sink's own tools, after the fact."""
+
+    def runs(self) -> int: ...
+    def metrics(self) -> set[str]: ...
+    def points(self, metric: str) -> list[tuple[int, float]]: ...
+    def params(self) -> dict[str, str]: ...
+    def tags(self) -> dict[str, str]: ...
+    def has_artifact(self) -> bool: ...
+    def table(self) -> list[list[Any]]: ...
+    def kinds(self) -> set[str]: ...
+    def status(self) -> str: ...
+
+
+class MlflowReader:
+    """MLflow's own client, over HTTP."""
+
+    def __init__(self, uri: str, experiment: str) -> None:
+        self._uri = uri
+        self._experiment = experiment
+
+    @property
+    def _seen(self) -> Seen:
+        return Seen(self._uri, self._experiment)
+
+    def runs(self) -> int:
+        return len(self._seen.runs)
+
+    def metrics(self) -> set[str]:
+        return set(self._seen.run.data.metrics)
+
+    def points(self, metric: str) -> list[tuple[int, float]]:
+        return self._seen.points(metric)
+
+    def params(self) -> dict[str, str]:
+        return dict(self._seen.run.data.params)
+
+    def tags(self) -> dict[str, str]:
+        return dict(self._seen.run.data.tags)
+
+    def has_artifact(self) -> bool:
+        return self._seen.artifacts("weights") == ["weights/deep.bin"]
+
+    def table(self) -> list[list[Any]]:
+        import json
+
+        seen = self._seen
+        file = seen.client.download_artifacts(seen.run.info.run_id, "tables/answers/step-00000007.json")
+        return [list(row) for row in json.loads(Path(file).read_text())["data"]]
+
+    def kinds(self) -> set[str]:
+        return set(self._seen.artifacts()) & {"tables", "images", "texts", "histograms"}
+
+    def status(self) -> str:
+        return {"FINISHED": "finished", "KILLED": "killed", "RUNNING": "running"}[self._seen.status]
+
+
+class TensorBoardReader:
+    """TensorBoard's own reader of event files."""
+
+    def __init__(self, run: RunDirectory) -> None:
+        self._folder = run.path / "tensorboard"
+
+    def _events(self) -> Any:
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        events = EventAccumulator(str(self._folder), size_guidance={"scalars": 0, "tensors": 0})
+        events.Reload()
+        return events
+
+    def _texts(self, tag: str) -> list[str]:
+        events = self._events()
+        if tag not in events.Tags()["tensors"]:
+            return []
+        return [event.tensor_proto.string_val[0].decode() for event in events.Tensors(tag)]
+
+    def runs(self) -> int:
+        return 1 if self._folder.is_dir() else 0
+
+    def metrics(self) -> set[str]:
+        return set(self._events().Tags()["scalars"])
+
+    def points(self, metric: str) -> list[tuple[int, float]]:
+        return [(event.step, event.value) for event in self._events().Scalars(metric)]
+
+    def params(self) -> dict[str, str]:
+        (config,) = self._texts("stoker/config")
+        rows = [line.strip("|").split("|") for line in config.splitlines()[2:]]
+        found = dict(rows)
+        return {**found, "parameters": self._texts("stoker/params/parameters")[0]}
+
+    def tags(self) -> dict[str, str]:
+        return {"team": self._texts("stoker/tags/team")[-1]}
+
+    def has_artifact(self) -> bool:
+        return "artifacts/weights/deep.bin" in self._texts("stoker/artifacts/weights")[-1]
+
+    def table(self) -> list[list[Any]]:
+        (shown,) = self._texts("answers")
+        rows = [line.strip("|").split("|") for line in shown.strip().splitlines()[2:]]
+        return [[None if cell == "null" else cell for cell in row[:1]] + [float(row[1])] for row in rows]
+
+    def kinds(self) -> set[str]:
+        tags = self._events().Tags()
+        found = {"images"} if "digit" in tags["images"] else set()
+        found |= {"histograms"} if "weights" in tags["histograms"] else set()
+        found |= {"tables"} if "answers" in tags["tensors"] else set()
+        return found | ({"texts"} if "sample" in tags["tensors"] else set())
+
+    def status(self) -> str:
+        said = self._texts("stoker/status")
+        return said[-1] if said else "running"
+
+
+@pytest.fixture(scope="session")
+def mlflow_on_postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    binaries = postgres_binaries()
+    if binaries is None:
+        pytest.skip("PostgreSQL's server is not installed, and cannot be")
+    with postgres(binaries) as database, mlflow_server(tmp_path_factory.mktemp("mlflow"), database) as url:
+        yield url
+
+
+@pytest.fixture(params=["mlflow", "tensorboard"])
+def reader(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Reader:
+    monkeypatch.setenv("STOKER_SINKS", request.param)
+    monkeypatch.setenv("EXPERIMENT", tmp_path.name)  # one MLflow server has the runs of all tests
+    monkeypatch.chdir(tmp_path)
+    if request.param == "mlflow":
+        url = request.getfixturevalue("mlflow_on_postgres")
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", url)
+        return MlflowReader(url, tmp_path.name)
+    return TensorBoardReader(_run(tmp_path))
+
+
+@pytest.fixture
+def train(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
+    """Start the script; returns once it has logged. Whatever still runs at the end is killed."""
+    processes: list[subprocess.Popen[bytes]] = []
+
+    def start(*arguments: str) -> subprocess.Popen[bytes]:
+        process = subprocess.Popen(
+            [sys.executable, str(SCRIPT), *arguments], stdout=subprocess.PIPE, cwd=tmp_path
+        )
+        processes.append(process)
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"logged\n"
+        return process
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()
+    for one in _followers(tmp_path):
+        one.kill()
+
+
+def _run(folder: Path) -> RunDirectory:
+    return RunDirectory(folder / "runs" / folder.name / "a")
+
+
+def _followers(folder: Path) -> list[psutil.Process]:
+    """The followers of the test's run, by their command lines."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        line = process.info["cmdline"] or []
+        if "stoker.tracking.follower" in line and str(_run(folder).path) in line:
+            found.append(process)
+    return found
+
+
+def _pending(folder: Path) -> int:
+    return sum(state.pending for state in follower.state(_run(folder)))
+
+
+def test_three_attempts_with_two_kills_arrive_as_one_run(
+    tmp_path: Path, reader: Reader, train: Callable[..., subprocess.Popen[bytes]]
+) -> None:
+    first = train("1", "40")
+    until(lambda: _pending(tmp_path) == 0)
+    assert reader.status() == "running"
+    first.send_signal(signal.SIGKILL)
+    killed = time.monotonic()
+    until(lambda: reader.status() == "killed")
+    assert time.monotonic() - killed < NOTICED_WITHIN
+
+    second = train("31", "60", "--resume", "30")
+    time.sleep(1.0)  # somewhere in its start, or in shipping
+    for process in _followers(tmp_path):
+        process.send_signal(signal.SIGKILL)
+    second.send_signal(signal.SIGKILL)
+    second.wait()
+
+    third = train("56", "70", "--resume", "55", "--finish")
+    assert third.wait(DEADLINE) == 0
+    until(lambda: _pending(tmp_path) == 0)
+    until(lambda: not _followers(tmp_path))
+
+    assert reader.runs() == 1
+    of_attempt = {s: 1 if s <= 40 else 2 if s <= 60 else 3 for s in range(1, 71)}
+    assert reader.points("loss") == [(s, 1000 * n + s) for s, n in of_attempt.items()]
+    assert [s for s, _ in reader.points("val/accuracy")] == list(range(1, 71))
+    odd = dict(reader.points("odd"))
+    assert math.isnan(odd[2])
+    assert odd[3] > 1e300  # SQL databases know no infinity: MLflow stores the largest number
+    assert len(reader.points("odd")) == 70
+    samples = [s for s, _ in reader.points("system/memory_percent")]
+    assert samples == list(range(len(samples)))
+    assert samples
+    assert reader.metrics() >= {"loss", "odd", "val/accuracy", "system/cpu_percent"}
+    assert reader.params()["lr"] == "0.1"
+    assert reader.params()["parameters"] == "1234"
+    assert reader.tags()["team"] == "blue"
+    assert reader.has_artifact()
+    assert reader.table() == [["why", 0.5], [None, 1.0]]
+    assert reader.kinds() == {"tables", "images", "texts", "histograms"}
+    assert reader.status() == "finished"
+
+
+def test_what_is_said_of_an_ended_run_arrives_too(
+    tmp_path: Path, reader: Reader, train: Callable[..., subprocess.Popen[bytes]], stoker: Any
+) -> None:
+    train("1", "3", "--finish").wait(DEADLINE)
+    until(lambda: _pending(tmp_path) == 0)
+    until(lambda: not _followers(tmp_path))
+    before = reader.points("loss")
+    assert stoker("runs", "tag", "a", "team=red").code == 0
+    until(lambda: _pending(tmp_path) == 0)
+    assert reader.tags()["team"] == "red"
+    assert reader.points("loss") == before
+    assert reader.status() == "finished"

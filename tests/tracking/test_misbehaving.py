@@ -1,0 +1,174 @@
+"""Sinks that misbehave: training goes on, one line warns, and the sink is complete once it is back."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import pytest
+from servers import Proxy, mlflow_server
+from stoker.run import view
+from stoker.run.directory import RunDirectory
+from stoker.tracking import follower, ledger, store
+from synthetic_run import DEADLINE, Seen, Trainer, make_run, pending, until
+
+pytestmark = pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")  # MLflow's own
+
+SCRIPT = Path(__file__).with_name("digits_run.py")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with mlflow_server(tmp_path_factory.mktemp("mlflow")) as url:
+        yield url
+
+
+@pytest.fixture
+def proxy(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    """MLflow behind a proxy, with an impatient client; every test has an experiment of its own."""
+    standing = Proxy(server)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", standing.url)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setenv("STOKER_SINKS", "mlflow")
+    monkeypatch.setenv("EXPERIMENT", tmp_path.name)
+    yield standing
+    standing.close()
+
+
+def _train(folder: Path, *arguments: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, str(SCRIPT), *arguments], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def _fill(file: IO[bytes]) -> None:
+    while True:
+        file.write(b"x" * 4096)
+
+
+def _run(folder: Path) -> RunDirectory:
+    return RunDirectory(folder / "runs" / folder.name / "a")
+
+
+@pytest.mark.parametrize("mode", ["500", "429", "hang", "refuse"])
+def test_training_ends_while_the_server_fails_and_sync_completes_it(
+    tmp_path: Path, proxy: Proxy, server: str, stoker: Any, mode: str
+) -> None:
+    proxy.mode = mode
+    trainer = _train(tmp_path, "1", "90", "--finish", "--pause", "0.1")
+    _, said = trainer.communicate(timeout=DEADLINE)
+    assert trainer.returncode == 0
+    assert proxy.seen[mode] > 0
+    warnings = [line for line in said.decode().splitlines() if "mlflow" in line]
+    assert len(warnings) == 1, said.decode()
+    assert "training goes on" in warnings[0]
+    assert view.load(_run(tmp_path)).status == "finished"
+    (state,) = follower.state(_run(tmp_path))
+    assert state.pending > 90
+    shown = stoker("runs", "show", "a").out
+    assert f"mlflow  {state.pending}" in shown
+
+    proxy.mode = "ok"
+    assert stoker("sync", "a").code == 0
+    seen = Seen(server, tmp_path.name)
+    assert seen.status == "FINISHED"
+    assert [step for step, _ in seen.points("loss")] == list(range(1, 91))
+    assert len(seen.runs) == 1
+
+
+def test_a_server_that_stops_in_the_middle_gets_every_point_once(
+    tmp_path: Path, proxy: Proxy, server: str
+) -> None:
+    trainer = _train(tmp_path, "1", "200", "--finish", "--pause", "0.05")
+    for mode in ("ok", "refuse", "ok", "500", "hang"):
+        proxy.mode = mode
+        before = proxy.seen.get(mode, 0)
+        until(lambda: proxy.seen.get(proxy.mode, 0) > before)  # noqa: B023 - called at once
+    proxy.mode = "ok"
+    trainer.communicate(timeout=DEADLINE)
+    until(lambda: follower.state(_run(tmp_path))[0].pending == 0)
+    seen = Seen(server, tmp_path.name)
+    until(lambda: Seen(server, tmp_path.name).status == "FINISHED")
+    assert [step for step, _ in seen.points("loss")] == list(range(1, 201))
+
+
+@pytest.mark.parametrize(
+    ("required", "environment"),
+    [
+        ("Basic bWU6c2VjcmV0", {"MLFLOW_TRACKING_USERNAME": "me", "MLFLOW_TRACKING_PASSWORD": "secret"}),
+        ("Bearer secret", {"MLFLOW_TRACKING_TOKEN": "secret"}),
+    ],
+    ids=["basic", "token"],
+)
+def test_a_server_that_asks_who_it_is_is_told_from_the_environment_and_nothing_is_written_down(
+    tmp_path: Path, server: str, stoker: Any, monkeypatch: pytest.MonkeyPatch, required: str,
+    environment: dict[str, str],
+) -> None:  # fmt: skip
+    guarded = Proxy(server, required)
+    try:
+        monkeypatch.setenv("STOKER_SINKS", "mlflow")
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", guarded.url)
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+        run = make_run(tmp_path / "runs", name=tmp_path.name[-30:])
+        trainer = Trainer(run)
+        trainer.log(1, loss=1.0)
+        trainer.end("finished")
+        refused = stoker("sync", run.id)
+        assert refused.code == 1
+        assert "401" in refused.err
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        assert stoker("sync", run.id).code == 0
+        assert pending(run) == 0
+    finally:
+        guarded.close()
+    for file in run.path.rglob("*"):
+        assert not file.is_file() or b"secret" not in file.read_bytes(), file
+
+
+def test_a_full_disk_under_sqlite_stops_nothing_and_room_completes_it(
+    tmp_path: Path, empty_store: Path, stoker: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(small)], check=False)
+    if mounted.returncode != 0:
+        pytest.skip("a small disk cannot be mounted here")
+    try:
+        (small / "mlflow.db").write_bytes(empty_store.read_bytes())
+        filler = small / "filler"
+        with filler.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
+            _fill(file)
+        monkeypatch.setenv("STOKER_SINKS", "mlflow")
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{small}/mlflow.db")
+        monkeypatch.setenv("EXPERIMENT", tmp_path.name)
+        trainer = _train(tmp_path, "1", "90", "--finish", "--pause", "0.1")
+        _, said = trainer.communicate(timeout=DEADLINE)
+        assert trainer.returncode == 0
+        assert view.load(_run(tmp_path)).status == "finished"
+        assert "full" in (ledger.load(ledger.file_of(_run(tmp_path), "mlflow")).error or "")
+        assert sum("mlflow" in line for line in said.decode().splitlines()) == 1
+        filler.unlink()
+        assert stoker("sync", "a").code == 0
+        seen = Seen(os.environ["MLFLOW_TRACKING_URI"], tmp_path.name)
+        assert [step for step, _ in seen.points("loss")] == list(range(1, 91))
+    finally:
+        subprocess.run(["umount", "-l", str(small)], check=True)
+
+
+def test_the_next_start_completes_a_sink(tmp_path: Path, runs: Path, stoker: Any, monkeypatch: Any) -> None:
+    """A follower that was killed with its trainer left points behind: the run's next attempt ships them."""
+    monkeypatch.setenv("STOKER_SINKS", "none")
+    _train(tmp_path, "1", "30", "--finish").communicate(timeout=DEADLINE)
+    monkeypatch.setenv("STOKER_SINKS", "mlflow")
+    trainer = _train(tmp_path, "31", "40", "--finish")
+    trainer.communicate(timeout=DEADLINE)
+    run = RunDirectory(runs / "digits" / "a")
+    until(lambda: follower.state(run)[0].pending == 0)
+    seen = Seen(store.embedded_uri(runs))
+    assert [step for step, _ in seen.points("loss")] == list(range(1, 41))
