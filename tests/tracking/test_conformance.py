@@ -6,6 +6,7 @@ HTTP on PostgreSQL, the other sinks as the files that they leave, read back.
 
 from __future__ import annotations
 
+import json
 import math
 import signal
 import subprocess
@@ -19,7 +20,7 @@ import psutil
 import pytest
 from servers import mlflow_server, postgres, postgres_binaries
 from stoker.run.directory import RunDirectory
-from stoker.tracking import follower
+from stoker.tracking import follower, wandb_files
 from synthetic_run import DEADLINE, Seen, until
 
 pytestmark = pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")  # MLflow's own
@@ -72,8 +73,6 @@ class MlflowReader:
         return self._seen.artifacts("weights") == ["weights/deep.bin"]
 
     def table(self) -> list[list[Any]]:
-        import json
-
         seen = self._seen
         file = seen.client.download_artifacts(seen.run.info.run_id, "tables/answers/step-00000007.json")
         return [list(row) for row in json.loads(Path(file).read_text())["data"]]
@@ -142,6 +141,82 @@ class TensorBoardReader:
         return said[-1] if said else "running"
 
 
+class WandbReader:
+    """The files of the offline run, read back."""
+
+    def __init__(self, run: RunDirectory) -> None:
+        self._directory = run
+
+    def _files(self) -> list[Path]:
+        return sorted(self._directory.path.glob("wandb/offline-run-*/*.wandb"))
+
+    def _rows(self) -> list[dict[str, Any]]:
+        return [row for file in self._files() for row in wandb_files.history(file)]
+
+    def _config(self) -> dict[str, Any]:
+        config: dict[str, Any] = {}
+        for file in self._files():
+            for record in wandb_files.records(file):
+                kind = record.WhichOneof("record_type")
+                updates = record.run.config.update if kind == "run" else record.config.update
+                config.update({u.key: json.loads(u.value_json) for u in updates if u.key})
+        return config
+
+    def _media(self, name: str) -> dict[str, Any]:
+        (found,) = [row[name] for row in self._rows() if name in row]
+        return dict(found)
+
+    def runs(self) -> int:
+        return len({file.name for file in self._files()})
+
+    def metrics(self) -> set[str]:
+        return {key for row in self._rows() for key in row}
+
+    def points(self, metric: str) -> list[tuple[int, float]]:
+        step = "system/sample" if metric.startswith("system/") else "step"
+        return sorted((row[step], float(row[metric])) for row in self._rows() if metric in row)
+
+    def params(self) -> dict[str, str]:
+        return {key: str(value) for key, value in self._config().items()}
+
+    def tags(self) -> dict[str, str]:
+        return dict(self._config()["tags"])
+
+    def has_artifact(self) -> bool:
+        names = {
+            entry.path
+            for file in self._files()
+            for record in wandb_files.records(file)
+            if record.WhichOneof("record_type") == "request" or record.WhichOneof("record_type") == "artifact"
+            for entry in (record.artifact or record.request.log_artifact.artifact).manifest.contents
+        }
+        return "deep.bin" in names
+
+    def table(self) -> list[list[Any]]:
+        path = self._media("answers")["path"]
+        (file,) = self._directory.path.glob(f"wandb/offline-run-*/files/{path}")
+        return [list(row) for row in json.loads(file.read_text())["data"]]
+
+    def kinds(self) -> set[str]:
+        kinds = {"table-file": "tables", "image-file": "images", "histogram": "histograms"}
+        found = {kinds[self._media(name)["_type"]] for name in ("answers", "digit", "weights")}
+        return found | ({"texts"} if self._media("sample")["_type"] == "table-file" else set())
+
+    def status(self) -> str:
+        exits, said = [], "running"
+        for file in self._files():
+            ended = False
+            for record in wandb_files.records(file):
+                kind = record.WhichOneof("record_type")
+                if kind == "summary":
+                    for item in record.summary.update:
+                        if (item.key or "/".join(item.nested_key)) == "stoker/status":
+                            said = json.loads(item.value_json)
+                ended = ended or kind == "exit"
+            exits.append(ended)
+        return said if exits and exits[-1] else "running"
+
+
 @pytest.fixture(scope="session")
 def mlflow_on_postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     binaries = postgres_binaries()
@@ -151,7 +226,7 @@ def mlflow_on_postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str
         yield url
 
 
-@pytest.fixture(params=["mlflow", "tensorboard"])
+@pytest.fixture(params=["mlflow", "wandb", "tensorboard"])
 def reader(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Reader:
     monkeypatch.setenv("STOKER_SINKS", request.param)
     monkeypatch.setenv("EXPERIMENT", tmp_path.name)  # one MLflow server has the runs of all tests
@@ -160,7 +235,9 @@ def reader(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
         url = request.getfixturevalue("mlflow_on_postgres")
         monkeypatch.setenv("MLFLOW_TRACKING_URI", url)
         return MlflowReader(url, tmp_path.name)
-    return TensorBoardReader(_run(tmp_path))
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    return WandbReader(_run(tmp_path)) if request.param == "wandb" else TensorBoardReader(_run(tmp_path))
 
 
 @pytest.fixture

@@ -84,7 +84,7 @@ class Shipper:
     def _opened_feed(self, sink: Sink) -> Feed:
         """Open the sink, and the journal from where it is."""
         run = sink.open(self._ledger.run, feed.started(self._directory), self._ledger.mark)
-        if run.id != self._ledger.run:  # a new one: nothing of this journal is there yet
+        if run.id != self._ledger.run or run.anew:  # nothing of this journal is there yet, or who knows
             self._ledger = Ledger(run=run.id)
         self._ledger.where = run.where
         self._ledger.recovered()

@@ -55,6 +55,8 @@ class SinkRun:
 
     id: str
     where: str
+    anew: bool = False
+    """Whether the sink wants the whole journal again: it knows best what it has."""
 
 
 class Sink(Protocol):
