@@ -1,0 +1,478 @@
+"""What a run can hold besides metrics: media, artifacts with lineage, params, goals, what a watch sees."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from stoker import BadInput, Run
+from stoker.run import artifacts, compact, journal, media, view
+from stoker.run.directory import RunDirectory
+
+Open = Callable[..., Run]
+
+
+@pytest.fixture
+def open_run(tmp_path: Path) -> Open:
+    return lambda name="a", **options: Run("test", name, runs=tmp_path / "runs", **options)
+
+
+def _seen(run: Run) -> view.RunView:
+    return view.load(run.directory)
+
+
+# -- metrics -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["", "a\nb", "tab\t", "x" * 251, "ä" * 126, "\x00"])
+def test_a_name_with_control_characters_or_too_long_is_refused(open_run: Open, name: str) -> None:
+    with open_run() as run, pytest.raises(ValueError, match="metric"):
+        run.log({name: 1.0})
+
+
+def test_the_longest_name_is_taken(open_run: Open) -> None:
+    with open_run() as run:
+        run.log({"ä" * 125: 1.0})
+    assert list(_seen(run).points) == ["ä" * 125]
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "said"),
+    [
+        ("3", TypeError, "loss is '3'"),
+        (None, TypeError, "loss is of type NoneType"),
+        ([1.0], TypeError, "list"),
+        (1j, TypeError, "complex"),
+        (10**400, TypeError, "loss is of type int"),
+        (torch.ones(3), ValueError, r"loss has the shape \(3,\)"),
+        (np.ones((2, 2)), ValueError, r"loss has the shape \(2, 2\)"),
+    ],
+)
+def test_a_value_that_is_no_number_is_named(
+    open_run: Open, value: Any, error: type[Exception], said: str
+) -> None:
+    with open_run() as run, pytest.raises(error, match=said):
+        run.log(loss=value)
+
+
+def test_every_way_of_logging_writes_the_same(open_run: Open) -> None:
+    """The short way that plain floats take, and the long one of everything else."""
+    values = [0.1 + 0.2, 1e-320, 1.7e308, -0.0, 3.0]
+    with open_run() as run:
+        for step, value in enumerate(values, 1):
+            run.log(plain=value)
+            run.log(tensor=torch.tensor(value, dtype=torch.float64), number=np.float64(value), step=step)
+        run.log(plain=math.nan, number=True)
+        run.log(plain=-math.inf, number=7)
+    points = _seen(run).points
+    assert list(points["plain"].values())[:5] == values
+    assert list(points["tensor"].values()) == values
+    assert list(points["number"].values()) == [*values, 1.0, 7.0]
+    assert math.isnan(points["plain"][6])
+    assert points["plain"][7] == -math.inf
+
+
+def test_a_step_that_goes_back_is_kept_at_its_place_and_warned_of_once(
+    open_run: Open, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with open_run() as run:
+        run.log(a=10.0, step=10)
+        run.log(a=3.0, step=3)
+        run.log(a=99.0, step=10)
+        run.log(a=4.0, step=4)
+    assert _seen(run).points["a"] == {3: 3.0, 4: 4.0, 10: 10.0}
+    warned = (run.directory.logs / "rank-0.log").read_text().count("after step 10")
+    assert warned == 1
+
+
+@pytest.mark.parametrize("step", [1.5, "3", True])
+def test_a_step_that_is_no_whole_number_is_refused(open_run: Open, step: Any) -> None:
+    with open_run() as run, pytest.raises(TypeError, match="whole number"):
+        run.log(a=1.0, step=step)
+
+
+def test_summary_and_goals(open_run: Open) -> None:
+    with open_run() as run:
+        run.goal(score="max")
+        for value in (2.0, 5.0, math.nan, 3.0):
+            run.log(score=value, loss=value, other=value)
+        now = run.summary
+        with pytest.raises(ValueError, match="'min' or 'max'"):
+            run.goal(score="up")  # type: ignore[arg-type]
+    assert now == _seen(run).summary()
+    score, loss, other = now["score"], now["loss"], now["other"]
+    assert (score.last, score.min, score.max, score.best, score.best_step) == (3.0, 2.0, 5.0, 5.0, 2)
+    assert (loss.best, loss.best_step, loss.non_finite, loss.points) == (2.0, 1, 1, 4)
+    assert other.best is None
+
+
+# -- media -------------------------------------------------------------------------------------
+
+
+def test_tables_come_from_rows_columns_and_frames(open_run: Open) -> None:
+    import pandas as pd
+    import pyarrow as pa
+
+    wanted = (["a", "b"], [[1, "x"], [2, None]])
+    given: list[tuple[Any, Any]] = [
+        ([{"a": 1, "b": "x"}, {"a": 2}], None),
+        ([(1, "x"), (np.int64(2), None)], ["a", "b"]),
+        ({"a": torch.tensor([1, 2]), "b": ["x", None]}, None),
+        (pd.DataFrame({"a": [1, 2], "b": ["x", None]}), None),
+        (pa.table({"b": ["x", None], "a": [1, 2]}), ["a", "b"]),
+    ]
+    with open_run() as run:
+        for index, (rows, columns) in enumerate(given):
+            run.table(f"t{index}", rows, columns)
+        run.table("empty", [], ["a"])
+        for rows, columns in (([(1, 2)], ["a"]), ([(1, 2)], None), ([{"a": 1}, {"a": "x"}], None)):
+            with pytest.raises((ValueError, TypeError)):
+                run.table("bad", rows, columns)
+    *tables, empty = _seen(run).media
+    for table in tables:
+        assert table.file is not None
+        assert media.read_table((run.directory.path / table.file["path"]).read_bytes()) == wanted
+    assert empty.about == {"columns": ["a"], "rows": 0}
+
+
+def test_images_come_from_arrays_tensors_and_pillow(open_run: Open) -> None:
+    grey = np.arange(12, dtype=np.uint8).reshape(3, 4) * 20
+    given = {
+        "bytes": grey, "floats": grey / 255, "tensor": torch.tensor(grey / 255),
+        "pillow": Image.fromarray(grey), "last": grey[..., None], "first": grey[None], "bool": grey > 100,
+    }  # fmt: skip
+    with open_run() as run:
+        for name, picture in given.items():
+            run.image(name, picture, caption="a caption")
+        run.image("colour", np.zeros((3, 8, 8)))
+        for bad in (np.zeros((2, 8, 8)), np.zeros(5), np.zeros((4, 4), dtype=np.int64), np.zeros((0, 4))):
+            with pytest.raises(ValueError, match="image"):
+                run.image("bad", bad)
+    seen = {m.name: m for m in _seen(run).media}
+    for name in given.keys() - {"bool"}:
+        file = seen[name].file
+        assert file is not None
+        assert (np.asarray(Image.open(run.directory.path / file["path"])) == grey).all(), name
+    assert seen["bytes"].about == {"width": 4, "height": 3, "caption": "a caption"}
+    assert (seen["colour"].about["width"], seen["colour"].about["height"]) == (8, 8)
+
+
+def test_figures_texts_and_histograms(open_run: Open) -> None:
+    import matplotlib as mpl
+    from plotly.graph_objects import Figure
+
+    mpl.use("agg")
+    from matplotlib import pyplot
+
+    drawn, axes = pyplot.subplots()
+    axes.plot([1, 2])
+    with open_run() as run:
+        run.step = 5
+        run.figure("drawn", drawn)
+        run.figure("plotly", Figure(data=[{"type": "bar", "y": [1, 2]}]))
+        run.text("said", "once\nupon </script>")
+        run.histogram("weights", torch.tensor([0.0, 1.0, 1.0, math.nan]), bins=2)
+        with pytest.raises(TypeError, match="Matplotlib or Plotly"):
+            run.figure("bad", 3)
+        with pytest.raises(ValueError, match="cannot name"):
+            run.text("../../out", "x")
+    pyplot.close(drawn)
+    seen = {m.name: m for m in _seen(run).media}
+    files = {name: run.directory.path / m.file["path"] for name, m in seen.items() if m.file}
+    assert files["drawn"].read_bytes().startswith(b"\x89PNG")
+    assert json.loads(files["plotly"].read_text())["data"][0]["y"] == [1, 2]
+    assert files["said"].read_text() == "once\nupon </script>"
+    assert seen["weights"].about == {"edges": [0.0, 0.5, 1.0], "counts": [1, 2], "non_finite": 1}
+    assert {m.step for m in seen.values()} == {5}
+
+
+def test_what_is_logged_twice_at_a_step_keeps_its_first_file(open_run: Open) -> None:
+    with open_run() as run:
+        for text in ("first", "second", "first"):
+            run.text("said", text)
+    (said,) = _seen(run).media
+    assert said.file is not None
+    assert (run.directory.path / said.file["path"]).read_text() == "first"
+
+
+# -- artifacts ---------------------------------------------------------------------------------
+
+
+def test_an_artifact_of_two_runs_is_stored_once_and_collected_with_the_last(
+    open_run: Open, tmp_path: Path
+) -> None:
+    data = tmp_path / "data.bin"
+    data.write_bytes(b"x" * 100_000)
+    placed = []
+    for name in ("a", "b"):
+        with open_run(name) as run:
+            placed.append(run.artifact(data, kind="dataset"))
+    assert placed[0].stat().st_ino == placed[1].stat().st_ino
+    assert placed[0].stat().st_mode & 0o222 == 0
+    data.write_bytes(b"changed")
+    assert placed[0].read_bytes() == b"x" * 100_000
+    runs = tmp_path / "runs"
+    for name in ("a", "b"):
+        assert artifacts.collect_garbage(runs, older_than=0) == 0
+        RunDirectory(runs / "test" / name).remove()
+    assert artifacts.collect_garbage(runs, older_than=0) == 100_000
+
+
+def test_a_folder_logged_again_is_replaced_and_every_version_is_on_record(
+    open_run: Open, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    (folder / "deep").mkdir(parents=True)
+    (folder / "deep" / "w").write_text("one")
+    with open_run() as run:
+        run.artifact(folder, name="best/model")
+        (folder / "deep" / "w").write_text("two")
+        (folder / "new").write_text("n")
+        place = run.artifact(folder, name="best/model")
+    assert place == run.directory.artifacts / "best" / "model"
+    assert (place / "deep" / "w").read_text() == "two"
+    assert {f["path"] for f in _seen(run).artifacts["best/model"]["files"]} == {
+        "artifacts/best/model/deep/w", "artifacts/best/model/new",
+    }  # fmt: skip
+    versions = [e for e in journal.read(run.directory.journal) if e["type"] == "artifact"]
+    assert len({json.dumps(e["files"]) for e in versions}) == 2
+
+
+@pytest.mark.parametrize("name", ["../x", "/x", "a/../../x", "..", "a\nb", "a\\b", "."])
+def test_an_artifact_that_would_leave_its_folder_is_refused(
+    open_run: Open, tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "x").write_text("x")
+    with open_run() as run, pytest.raises(ValueError, match="cannot name an artifact"):
+        run.artifact(tmp_path / "x", name=name)
+
+
+def test_a_link_that_leads_out_of_the_run_is_refused(open_run: Open, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("x")
+    with open_run() as run:
+        (run.directory.artifacts / "link").symlink_to(tmp_path / "secret")
+        (run.directory.artifacts / "folder").mkdir()
+        (run.directory.artifacts / "folder" / "link").symlink_to(tmp_path / "secret")
+        with pytest.raises(ValueError, match="leads out of the run"):
+            run.artifact(run.directory.artifacts / "folder")
+    assert _seen(run).artifacts == {}
+
+
+def test_lineage_leads_from_the_user_to_the_maker_and_back(open_run: Open, tmp_path: Path) -> None:
+    (tmp_path / "data.csv").write_text("a,b\n")
+    with open_run("maker") as maker:
+        maker.artifact(tmp_path / "data.csv", name="clean", kind="dataset")
+    with open_run("user") as user:
+        by_name = user.use("maker:clean")
+        by_path = user.use(maker.directory.artifacts / "clean")
+        outside = user.use(tmp_path / "data.csv")
+        for reference, said in (
+            ("maker:clear", "did you mean 'clean'"), ("nobody:clean", "no run 'nobody'"),
+            ("absent", "not exist"),
+        ):  # fmt: skip
+            with pytest.raises(BadInput, match=said):
+                user.use(reference)
+    assert by_name == by_path == maker.directory.artifacts / "clean"
+    assert outside == tmp_path / "data.csv"
+    used = _seen(user).used
+    assert used["clean"].run is not None
+    assert used["clean"].run["id"] == "maker"
+    assert used["data.csv"].run is None
+    assert used["clean"].files[0]["sha256"] == used["data.csv"].files[0]["sha256"]
+    assert _seen(maker).used_by[0]["run"]["id"] == "user"
+    assert _seen(maker).status == "finished"
+
+
+def test_an_artifact_that_changed_since_it_was_recorded_is_not_used(open_run: Open) -> None:
+    with open_run("maker") as maker:
+        file = maker.directory.artifacts / "w"
+        file.write_text("one")
+        maker.artifact(file)
+    file.write_text("two")
+    os.utime(file, (4e9, 4e9))
+    with open_run("user") as user, pytest.raises(BadInput, match="checksum differs"):
+        user.use("maker:w")
+
+
+# -- params, tags, notes, the machine ----------------------------------------------------------
+
+
+def test_params_tags_notes_and_the_machine(open_run: Open) -> None:
+    with open_run(config={"lr": 0.1}) as run:
+        run.params(parameters=7)
+        run.note("first")
+        run.note("second")
+        run.log(loss=1.0)
+    seen = _seen(run)
+    assert seen.params == {"parameters": 7}
+    assert [text for _, text in seen.notes] == ["first", "second"]
+    assert set(seen.system) >= {"cpu_percent", "memory_percent", "process_memory_bytes", "disk_free_bytes"}
+    assert 0 < seen.system["memory_percent"][0] <= 100
+    assert list(seen.points) == ["loss"]
+
+
+def test_a_resume_voids_media_and_points_but_not_what_the_machine_did(open_run: Open) -> None:
+    with open_run() as run:
+        for step in range(1, 6):
+            run.log(loss=float(step))
+            run.text("said", f"step {step}")
+    with open_run() as run:
+        run.event("resumed", step=2, passed_over=[])
+        assert run.latest == {"loss": 2.0}
+        run.log(loss=30.0, step=3)
+    seen = _seen(run)
+    assert seen.points["loss"] == {1: 1.0, 2: 2.0, 3: 30.0}
+    assert [m.step for m in seen.media] == [1, 2]
+    assert list(seen.system["cpu_percent"]) == [0, 1]
+
+
+# -- watching a model --------------------------------------------------------------------------
+
+
+def test_a_watch_sees_gradients_and_parameters_without_a_trainer(open_run: Open) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 2)
+    model.bias.requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    norms = []
+    with open_run() as run:
+        run.watch(model, every=2, histograms=True, bins=4)
+        for _ in range(4):
+            optimizer.zero_grad()
+            model(torch.ones(5, 3)).square().mean().backward()
+            assert model.weight.grad is not None
+            norms.append((model.weight.grad.norm().item(), model.weight.norm().item()))
+            optimizer.step()
+            run.log(loss=1.0)
+    optimizer.step()  # nobody watches any more
+    seen = _seen(run)
+    assert seen.points["gradients/weight"] == pytest.approx({1: norms[0][0], 3: norms[2][0]})
+    assert seen.points["gradient_norm"] == pytest.approx({1: norms[0][0], 3: norms[2][0]})
+    assert seen.points["parameters/weight"] == pytest.approx({1: norms[0][1], 3: norms[2][1]})
+    assert not any("bias" in name for name in seen.points)
+    histograms = {(m.name, m.step): m.about for m in seen.media}
+    assert set(histograms) == {(f"{kind}/weight", s) for kind in ("gradients", "parameters") for s in (1, 3)}
+    first = histograms["parameters/weight", 1]
+    assert sum(first["counts"]) == 6
+    assert len(first["edges"]) == 5
+
+
+@pytest.mark.parametrize(
+    "values", [[1.0, 2.0, 2.0, 5.0], [3.0, 3.0], [0.0, math.nan, 1.0, math.inf], [math.nan]]
+)
+def test_a_watchs_histogram_is_numpys(values: list[float]) -> None:
+    from stoker.engine.watch import histogram
+
+    low, high, counts = histogram(torch.tensor(values), 4)
+    finite = np.array([v for v in values if math.isfinite(v)])
+    if len(finite) and finite.min() < finite.max():
+        wanted, edges = np.histogram(finite, bins=4)
+        assert counts.tolist() == wanted.tolist()
+        assert (low.item(), high.item()) == (edges[0], edges[-1])
+    assert counts.sum() == len(finite)
+
+
+# -- several processes -------------------------------------------------------------------------
+
+RANKS = """
+import os, sys, time, stoker
+with stoker.Run("test", "ranks", runs=sys.argv[1]) as run:
+    rank = run.world.rank
+    while len(list(run.directory.journal.glob(f"attempt-{run.attempt:04d}.*"))) < run.world.size:
+        time.sleep(0.01)  # as training does, where every rank waits for all others to begin
+    for step in range(1, 51):
+        run.log(loss=float(step + rank), reduce="mean")
+        run.log({"peak": float(step * rank), "total": 1.0}, step=step, reduce="max")
+        run.log(step=step, of_rank_0=float(rank))
+    run.log(step=50, count=2.0, reduce="sum")
+    run.log(step=51, alone=1.0, **({"reduce": "sum"} if rank == 1 else {}))
+    run.text("said", str(rank)); run.tag(rank=rank)
+    if rank: os._exit(0)
+"""
+
+
+def _launch(tmp_path: Path, launch: str, ranks: int = 3) -> list[subprocess.Popen[bytes]]:
+    environment = {
+        "WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "1",
+        "TORCHELASTIC_RUN_ID": launch,
+    }
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", RANKS, str(tmp_path)], env={**os.environ, **environment, "RANK": str(r)}
+        )
+        for r in reversed(range(ranks))
+    ]
+
+
+def test_metrics_are_reduced_over_ranks_and_the_rest_is_rank_0s(tmp_path: Path) -> None:
+    for launch in ("one", "two"):  # ranks of the second never join the attempt of the first
+        for process in _launch(tmp_path, launch):
+            assert process.wait(60) == 0
+    seen = view.load(RunDirectory(tmp_path / "test" / "ranks"))
+    assert [a.world for a in seen.attempts] == [3, 3]
+    of_both = {s + begun: s + 1.0 for begun in (0, 51) for s in range(1, 51)}  # the second goes on counting
+    assert seen.points["loss"] == of_both
+    assert seen.points["peak"] == {s: 2.0 * s for s in range(1, 51)}
+    assert set(seen.points["of_rank_0"].values()) == {0.0}
+    assert seen.points["count"] == {50: 6.0}
+    assert seen.points["alone"] == {51: 1.0}
+    assert seen.tags == {"rank": "0"}
+    assert sorted(p.name for p in seen.directory.logs.glob("rank-*")) == [f"rank-{r}.log" for r in range(3)]
+
+
+def test_several_processes_without_a_name_agree_on_their_launchers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(BadInput, match="give it a name"):
+        Run("test", runs=tmp_path)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job-7")
+    with Run("test", runs=tmp_path) as first:
+        pass
+    with Run("test", runs=tmp_path) as again:
+        pass
+    assert first.directory == again.directory
+
+
+# -- the compacted form ------------------------------------------------------------------------
+
+
+def test_the_compacted_form_is_the_fold_and_follows_the_journal(
+    open_run: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compact, "_WORTH_IT", 1)
+    with open_run(config={"lr": 0.1}) as run:
+        for step in range(1, 4):
+            run.log(loss=float(step), odd=math.nan)
+        run.text("said", "x")
+        run.note("n")
+        run.goal(odd="max")
+        run.artifact(run.directory.record_file, name="record")
+        run.use(__file__)
+    folded = view.fold(run.directory, run.directory.record())
+    first = view.load(run.directory)
+    assert run.directory.compacted.is_file()
+    second = view.load(run.directory)
+    for one in (first, second):
+        assert {**vars(one), "points": 0, "system": 0} == {**vars(folded), "points": 0, "system": 0}
+        assert one.points["loss"] == folded.points["loss"]
+        assert (one.points["loss"].time == folded.points["loss"].time).all()
+        assert one.system.keys() == folded.system.keys()
+    writer = journal.control(run.directory.journal)
+    writer.append("tags", tags={"new": "tag"})
+    writer.close()
+    assert view.load(run.directory).tags == {"new": "tag"}
+    run.directory.compacted.write_bytes(b"damaged")
+    assert view.load(run.directory).points["loss"] == folded.points["loss"]

@@ -1,0 +1,97 @@
+"""W&B keeps what it was given in memory for a while, and appends what it is given twice."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections import Counter
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+
+import psutil
+import pytest
+from stoker.run.directory import RunDirectory
+from stoker.tracking import follower, ledger, wandb_files
+from stoker.tracking.shipper import Shipper
+from stoker.tracking.sink import SinkRun
+from stoker.tracking.wandb_sink import WandbSink
+from synthetic_run import DEADLINE, Trainer, make_run
+
+
+@pytest.fixture(autouse=True)
+def offline(sinks: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STOKER_SINKS", "wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+
+
+def _ship_and_die(path: Path, wait: float, whom: str) -> None:
+    """Ship a batch, and die, or lose W&B's own process, before the ledger can note it down."""
+    directory = RunDirectory(path)
+
+    class Dying(WandbSink):
+        def open(self, known: str | None, started: float, mark: object) -> SinkRun:
+            opened = super().open(known, started, mark)
+            shipped = self.ship
+
+            def ship(batch: object) -> None:
+                shipped(batch)  # type: ignore[arg-type]
+                time.sleep(wait)
+                for child in psutil.Process().children(recursive=True):
+                    if "wandb" in child.name():
+                        child.kill()
+                if whom == "follower":
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            self.ship = ship  # type: ignore[method-assign, assignment]
+            return opened
+
+    shipper = Shipper(directory, ledger.file_of(directory, "wandb"), Dying)
+    shipper.ship_next()
+
+
+@pytest.mark.parametrize("whom", ["follower", "wandb"])
+@pytest.mark.parametrize("wait", [0.0, 2.5], ids=["in memory", "on disk"])
+def test_a_batch_that_may_or_may_not_have_arrived_arrives_once(
+    tmp_path: Path, forkserver: ForkServerContext, wait: float, whom: str
+) -> None:
+    run = make_run(tmp_path / "runs")
+    trainer = Trainer(run)
+    for step in range(1, 101):
+        trainer.log(step, loss=step, accuracy=step / 2)
+    trainer.table("answers", 3, [{"a": 1}])
+    process = forkserver.Process(target=_ship_and_die, args=(run.path, wait, whom))
+    process.start()
+    process.join(DEADLINE)
+    for step in range(101, 121):
+        trainer.log(step, loss=step, accuracy=step / 2)
+    trainer.end("finished")
+    assert follower.spawn(run).wait(DEADLINE) == 0
+
+    files = wandb_files.of_run(run.path, "uid-of-a")
+    assert len(files) == 2
+    rows = [row for file in files for row in wandb_files.history(file)]
+    seen = Counter(
+        (key, row["step"]) for row in rows for key in row if key in ("loss", "accuracy", "answers")
+    )
+    wanted = {(key, step) for key in ("loss", "accuracy") for step in range(1, 121)} | {("answers", 3)}
+    assert seen == Counter(wanted)
+    assert {row["step"]: row["loss"] for row in rows if "loss" in row} == {s: s for s in range(1, 121)}
+
+
+def test_a_file_cut_anywhere_is_read_up_to_there(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "runs")
+    trainer = Trainer(run)
+    for step in range(1, 2001):
+        trainer.log(step, loss=step, text_of_some_length=step)
+    trainer.end("finished")
+    assert follower.spawn(run).wait(DEADLINE) == 0
+    (file,) = wandb_files.of_run(run.path, "uid-of-a")
+    whole = list(wandb_files.history(file))
+    assert [row["loss"] for row in whole] == list(range(1, 2001))
+    content = file.read_bytes()
+    assert len(content) > 3 * 32 * 1024
+    for cut in (3, 7, 9, 32 * 1024 - 2, 32 * 1024 + 3, len(content) // 2, len(content) - 1):
+        file.write_bytes(content[:cut])
+        rows = list(wandb_files.history(file))
+        assert rows == whole[: len(rows)]
