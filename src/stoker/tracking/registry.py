@@ -8,6 +8,7 @@ an alias, which names one version, and a tag, which says of every version where 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 import shutil
@@ -57,16 +58,15 @@ class Registry:
     """MLflow's model registry: the server's that the environment names, else the embedded store's."""
 
     def __init__(self, runs: Path) -> None:
-        quiet = {**store.QUIET, "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"}
+        quiet = {
+            **store.QUIET,
+            "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+            "MLFLOW_LOGGING_LEVEL": "WARNING",
+        }
         for name, value in {**quiet, **store.IMPATIENT}.items():
             os.environ.setdefault(name, value)
-        from mlflow import MlflowClient
-
         self._runs = runs
         self._uri = store.server_uri() or store.embedded_uri(runs)
-        if store.server_uri() is None and not store.database(runs).is_file():
-            raise BadInput(f"nothing is tracked under {runs} yet: start a run first")
-        self._client = MlflowClient(self._uri, self._uri)
 
     def register(
         self, view: RunView, name: str, folder: Path, *, kind: str, about: Mapping[str, str]
@@ -145,6 +145,15 @@ class Registry:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copytree(data, target, dirs_exist_ok=True)
         return target
+
+    @functools.cached_property
+    def _client(self) -> Any:
+        """MLflow's client. Raises BadInput where no run was tracked yet."""
+        if store.server_uri() is None and not store.database(self._runs).is_file():
+            raise BadInput(f"nothing is tracked under {self._runs} yet: start a run first")
+        from mlflow import MlflowClient
+
+        return MlflowClient(self._uri, self._uri)
 
     def _shipped(self, run: RunDirectory) -> str:
         """The run's id in MLflow, once MLflow has the run."""

@@ -19,6 +19,11 @@ class Generator:
         self._loaded: tuple[Any, Any] | None = None
 
     @property
+    def python_model(self) -> Generator:
+        """What MLflow's `unwrap_python_model` hands out."""
+        return self
+
+    @property
     def model(self) -> Any:
         """The model, loaded when it is first asked for."""
         return self._load()[0]
@@ -59,6 +64,11 @@ class Weights:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+
+    @property
+    def python_model(self) -> Weights:
+        """What MLflow's `unwrap_python_model` hands out."""
+        return self
 
     def tensors(self) -> dict[str, Any]:
         """Every tensor of every safetensors file, for `model.load_state_dict`."""
