@@ -4,12 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: setup demo test lint soak clean help
+.PHONY: setup demo test lint bench soak clean help
 
 help:
 	@echo "make demo    set up, then pretrain, fine-tune and test a small language model (about 5 minutes)"
 	@echo "make test    set up, then run the tests"
 	@echo "make lint    ruff and mypy"
+	@echo "make bench   measure against peers, in the same run (half an hour)"
 	@echo "make soak    the long form of the tests that run small in 'make test'"
 	@echo "make clean   remove $(VENV) and caches; runs stay"
 
@@ -27,7 +28,11 @@ demo: setup
 	@$(BIN)/python examples/demo.py
 
 test: setup
+	@scripts/debian-packages
 	$(BIN)/python -m pytest
+
+bench: setup
+	$(BIN)/python bench/tracking.py
 
 lint: setup
 	$(BIN)/ruff check .

@@ -32,6 +32,7 @@ from stoker.tracking.sink import Sink
 
 INTERVAL = 0.5  # seconds between looks at the journal
 LONGEST_BACKOFF = 30.0  # seconds between tries of a sink that fails, while there is no hurry
+SHARE = 0.1  # of a core that a sink may take while the trainer lives: what is logged faster waits
 PATIENCE = 60.0  # seconds that a failing sink is tried for once the trainer is gone
 ONCE_PATIENCE = 10.0  # and by `stoker sync`, where somebody waits for the answer
 _REPORTED_AFTER = 2  # failures in a row; a locked database is none
@@ -156,8 +157,11 @@ class _Task:
         while self._directory.exists():
             alive = self._directory.alive  # asked first: what is read after its death is all
             try:
+                began = time.thread_time()
                 if shipper.ship_next():
                     failures = 0
+                    if alive and self._goal is None:
+                        self._sleep((time.thread_time() - began) * (1 / SHARE - 1))
                     continue
                 if not alive:
                     shipper.conclude()
@@ -259,7 +263,7 @@ def main() -> int:
     parser.add_argument("run", type=Path, help="the run's directory")
     parser.add_argument("--once", action="store_true", help="ship what is there now, and end")
     arguments = parser.parse_args()
-    os.nice(5)  # training comes first
+    os.nice(19)  # training comes first
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     directory, once = RunDirectory(arguments.run), arguments.once
     patience = ONCE_PATIENCE if once else PATIENCE
