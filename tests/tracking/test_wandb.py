@@ -69,7 +69,7 @@ def test_a_batch_that_may_or_may_not_have_arrived_arrives_once(
     assert follower.spawn(run).wait(DEADLINE) == 0
 
     files = wandb_files.of_run(run.path, "uid-of-a")
-    assert len(files) == 2
+    assert len(files) <= 2  # one, where the first had not come to making it
     rows = [row for file in files for row in wandb_files.history(file)]
     seen = Counter(
         (key, row["step"]) for row in rows for key in row if key in ("loss", "accuracy", "answers")

@@ -14,6 +14,7 @@ import itertools
 import logging
 import os
 import re
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,9 @@ class WandbSink:
         self._artifacts = set((mark or {}).get("artifacts", []))
         online = _mode() == "online"
         if not online:
-            self._present = set(_points_in(wandb_files.of_run(self._directory.path, self._id)))
+            files = wandb_files.of_run(self._directory.path, self._id)
+            self._present = set(_points_in(files))
+            _wait_for_another_second(files)
         self._run = wandb.init(
             id=self._id,
             name=self._directory.id,
@@ -177,9 +180,15 @@ def _rows(points: Iterable[Point]) -> Iterator[dict[str, Any]]:
     def call(point: Point) -> tuple[int, float, bool]:
         return point.step, point.time, point.metric.startswith(SYSTEM)
 
-    for (step, time, is_system), group in itertools.groupby(points, call):
+    for (step, at, is_system), group in itertools.groupby(points, call):
         row = {point.metric: point.value for point in group}
-        yield {**row, _SAMPLE if is_system else _STEP: step, "_timestamp": time}
+        yield {**row, _SAMPLE if is_system else _STEP: step, "_timestamp": at}
+
+
+def _wait_for_another_second(files: Iterable[Path]) -> None:
+    """W&B names a folder by the second that it is begun in: one of the same second would be overwritten."""
+    newest = max((file.parent.stat().st_mtime for file in files), default=0.0)
+    time.sleep(min(max(0.0, newest + 1.1 - time.time()), 1.1))
 
 
 def _points_in(files: Iterable[Path]) -> Iterator[tuple[str, int]]:
