@@ -199,7 +199,8 @@
   };
   const drawDrawing = (plot, figure) => {
     if (figure.layout.height) plot.style.height = `${figure.layout.height}px`;
-    return Plotly.react(plot, figure.data, themed(figure.layout), options);
+    const margin = { l: 56, r: 24, t: figure.layout.title ? 56 : 24, b: 48, ...figure.layout.margin };
+    return Plotly.react(plot, figure.data, { ...themed(figure.layout), margin }, options);
   };
 
   // -- what is on the screen is drawn; the rest once it comes there
