@@ -6,6 +6,7 @@ there is left out, so a run of any age or state of repair has facts.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import shlex
 from dataclasses import dataclass
@@ -42,6 +43,8 @@ class Artifact:
     path: str
     files: int
     bytes: int
+    sums: dict[str, str]
+    """The SHA-256 of every file, by its path."""
 
 
 @dataclass(frozen=True)
@@ -60,22 +63,35 @@ def metrics(view: RunView) -> dict[str, Summary]:
     return {name: found[name] for name in sorted(found, key=lambda n: (n != "loss", n != "val_loss", n))}
 
 
+def logged(view: RunView, kind: str, suffix: str = "") -> dict[str, list[Media]]:
+    """What was logged of a kind, by name, each in the order of steps; `suffix`: whose file ends so."""
+    found: dict[str, list[Media]] = {}
+    for media in view.media:
+        known = media.kind == kind and isinstance(media.name, str) and type(media.step) is int
+        if known and (not suffix or str((media.file or {}).get("path", "")).endswith(suffix)):
+            found.setdefault(media.name, []).append(media)
+    return {name: sorted(of, key=lambda m: m.step) for name, of in sorted(found.items())}
+
+
+def content_file(view: RunView, media: Media) -> Path | None:
+    """The file of something that was logged; None where it is gone, or said to be outside of the run."""
+    root = view.directory.path.resolve()
+    file = (root / str((media.file or {}).get("path", ""))).resolve()
+    return file if file.is_relative_to(root) and file.is_file() else None
+
+
 def tables(view: RunView) -> dict[str, list[Media]]:
     """The tables that were logged, by name, each in the order of steps."""
-    found: dict[str, list[Media]] = {}
-    for media in sorted(view.media, key=lambda m: m.step):
-        if media.kind == "table":
-            found.setdefault(media.name, []).append(media)
-    return found
+    return logged(view, "table")
 
 
 def table_rows(view: RunView, table: Media) -> tuple[list[str], list[list[Any]]]:
-    """The columns and rows of a logged table; no rows where its file is gone."""
-    assert table.file is not None, "a table is a file"
-    try:
-        return read_table((view.directory.path / table.file["path"]).read_bytes())
-    except OSError:
-        return table.about["columns"], []
+    """The columns and rows of a logged table; no rows where its file is gone or is no table."""
+    file = content_file(view, table)
+    if file is not None:
+        with contextlib.suppress(OSError, ValueError):
+            return read_table(file.read_bytes())
+    return [str(name) for name in table.about.get("columns", [])], []
 
 
 def config(view: RunView) -> list[Value]:
@@ -101,6 +117,7 @@ def artifacts(view: RunView) -> list[Artifact]:
             path=_common_folder([f["path"] for f in event["files"]]),
             files=len(event["files"]),
             bytes=sum(f["size"] for f in event["files"]),
+            sums={f["path"]: f.get("sha256", "") for f in event["files"]},
         )
         for name, event in view.artifacts.items()
         if event.get("kind") != "report"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from stoker import storage
 from stoker.errors import BadInput
-from stoker.report import assets, plots, sections
+from stoker.report import assets, gallery, plots, sections
 from stoker.report.markup import Html, join, json_script, tag
 from stoker.run.view import RunView
 
@@ -38,19 +38,32 @@ def write(views: Sequence[RunView], output: Path) -> Path:
 
 def render(views: Sequence[RunView]) -> str:
     """The whole page as text."""
-    from plotly.offline import get_plotlyjs
-
     names = run_names(views)
-    figures = plots.figures(views, names)
-    scripts = (get_plotlyjs(), assets.SCRIPT) if figures else ()
+    gallery_ = gallery.choose(views)
+    data = {
+        "runs": plots.runs(views, names),
+        "curves": plots.figures(views, names),
+        "machine": plots.machine(views, names),
+        "histograms": plots.histograms(views, names),
+    }
     body = [
         sections.header(views, names),
-        sections.curves(figures, names),
+        sections.curves(data["curves"], views, names),
+        sections.metrics(views, names),
+        gallery.images(views, names, gallery_),
+        gallery.drawn(views, names, gallery_),
+        gallery.texts(views, names, gallery_),
+        sections.histograms(data["histograms"], names),
         *(section(views, names) for section in sections.ALL),
+        sections.machine(data["machine"]),
+        sections.provenance(views, names),
+        gallery.left_out(views, gallery_),
+        sections.damage(views, names),
         sections.footer(views),
-        json_script("figures", figures),
-        *(tag("script", Html(script)) for script in scripts),
     ]
+    data["drawings"] = gallery_.drawings
+    scripts = _scripts(drawn=any(data[part] for part in data if part != "runs"), body=body)
+    body += [json_script("data", data), *(tag("script", Html(script)) for script in scripts)]
     return "<!doctype html>\n" + tag(
         "html", _head(", ".join(names), scripts), tag("body", join(body)), lang="en"
     )
@@ -64,6 +77,15 @@ def run_names(views: Sequence[RunView]) -> list[str]:
     if len(views) > 1 and len(set(ids)) == len(ids):
         return ids
     return full if len(set(full)) == len(full) else [str(d.path) for d in directories]
+
+
+def _scripts(*, drawn: bool, body: Sequence[Html]) -> list[str]:
+    """Plotly where there is something to draw, and the page's own where there is something to do."""
+    if not drawn:
+        return [assets.SCRIPT] if any("<input" in part for part in body) else []
+    from plotly.offline import get_plotlyjs
+
+    return [get_plotlyjs(), assets.SCRIPT]
 
 
 def _head(title: str, scripts: Sequence[str]) -> Html:

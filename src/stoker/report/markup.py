@@ -12,7 +12,7 @@ from typing import Any
 
 import orjson
 
-_VOID = ("input", "meta", "br")
+_VOID = ("input", "meta", "br", "img")
 
 
 class Html(str):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from typing import Any
 
 import stoker
 from stoker.progress import clock
@@ -18,6 +19,9 @@ from stoker.run.series import Summary
 from stoker.run.view import Media, RunView
 
 _TILES = 7
+_MANY_FIGURES = 8  # from there on one wants to look for one by name
+_MOST_ROWS = 500  # of a logged table, and of all its earlier versions
+_MOST_DAMAGE = 200
 _NOTHING = Html("")
 
 
@@ -26,37 +30,62 @@ def header(views: Sequence[RunView], names: Sequence[str]) -> Html:
     if len(views) > 1:
         experiments = ", ".join(dict.fromkeys(view.directory.experiment for view in views))
         title = tag("h1", f"{len(views)} runs of {experiments}")
-        return join([tag("header", title), _overview(views, names)])
+        return join([tag("header", title, _damage_hint(views)), _overview(views, names)])
     view = views[0]
     title = tag("div", tag("h1", names[0]), _status(view), class_="title")
     recipe = (view.record.get("recipe") or {}).get("name")
     made = [f"{recipe} recipe"] if recipe else []
     about = " · ".join([*made, f"started {when(view.started)}", *_hosts(view), facts.code(view)])
     return join([
-        tag("header", title, tag("p", about, class_="soft"), _error(view)),
+        tag("header", title, tag("p", about, class_="soft"), _error(view), _damage_hint(views)),
         tag("div", *_tiles(view), class_="tiles"),
     ])  # fmt: skip
 
 
-def curves(figures: Sequence[Figure], names: Sequence[str]) -> Html:
-    """A place for every figure, for the page's script to draw in."""
+def curves(figures: Sequence[Figure], views: Sequence[RunView], names: Sequence[str]) -> Html:
+    """A place for every figure, for the page's script to draw in, and what they are all drawn by."""
     if not figures:
         return _NOTHING
     marked = any(figure["marks"] for figure in figures)
     hint = "Drag to zoom in, double-click to zoom out."
     hint += " Dotted uprights: an attempt went on from a checkpoint there." if marked else ""
+    if any(curve["bad"] for figure in figures for curve in figure["curves"]):
+        hint += " Crosses and triangles at the edge: a value that is NaN or infinite."
     key = [tag("span", _swatch(i), name) for i, name in enumerate(names)] if len(names) > 1 else []
-    shown = [
+    known = all(view.samples_per_step is not None for view in views if view.points)
+    bar = [
+        *([tag("div", *key, class_="key")] if key else []),
+        *_controls(known, search=len(figures) > _MANY_FIGURES),
+    ]
+    return _section(
+        "Curves",
+        tag("div", *bar, class_="controls"),
+        tag("div", *_places(figures, "curves"), class_="figures"),
+        tag("p", hint, class_="soft"),
+    )
+
+
+def machine(figures: Sequence[Figure]) -> Html:
+    """What the machines did, over time; folded away."""
+    if not figures:
+        return _NOTHING
+    places = tag("div", *_places(figures, "machine"), class_="figures")
+    return _section("Machine", details(f"{len(figures)} curves of what the machine did", places))
+
+
+def histograms(found: Sequence[dict[str, Any]], names: Sequence[str]) -> Html:
+    """A place for every histogram, with a slider over its steps."""
+    places = [
         tag(
             "div",
-            tag("header", tag("h3", figure["title"], tag("span", figure["note"])), _log_switch()),
-            tag("div", class_="plot"),
+            tag("header", tag("h3", shown["title"], tag("span", _about_histogram(shown, names)))),
+            *_histogram_slider(shown),
+            tag("div", class_="plot", data_of="histograms", data_index=str(i)),
             class_="figure",
         )
-        for figure in figures
+        for i, shown in enumerate(found)
     ]
-    drawn = tag("div", *shown, class_="figures")
-    return _section("Curves", tag("p", *key, class_="key"), drawn, tag("p", hint, class_="soft"))
+    return _section("Histograms", tag("div", *places, class_="figures even")) if places else _NOTHING
 
 
 def metrics(views: Sequence[RunView], names: Sequence[str]) -> Html:
@@ -138,16 +167,65 @@ def attempts(views: Sequence[RunView], names: Sequence[str]) -> Html:
     return _section("Attempts", table(headings, rows)) if rows else _NOTHING
 
 
+def said(views: Sequence[RunView], names: Sequence[str]) -> Html:
+    """What the runs said of themselves: params, tags, notes."""
+    parts: list[Html] = []
+    for title, found in (("param", [v.params for v in views]), ("tag", [v.tags for v in views])):
+        keys = sorted({key for values in found for key in values})
+        rows = [
+            [tag("td", key, class_="name"),
+             *(tag("td", tag("code", facts.text(values[key]) if key in values else "")) for values in found)]
+            for key in keys
+        ]  # fmt: skip
+        headings = [title, *(names if len(views) > 1 else ["value"])]
+        parts += [table(headings, rows)] if rows else []
+    notes = [
+        [*_run_cell(views, names, i), number(when(at)), tag("td", text, class_="notes")]
+        for i, view in enumerate(views)
+        for at, text in view.notes
+    ]
+    parts += [table([*_run_heading(views), "written", "note"], notes)] if notes else []
+    return _section("Params, tags and notes", *parts) if parts else _NOTHING
+
+
 def artifacts(views: Sequence[RunView], names: Sequence[str]) -> Html:
-    """What the runs made, and the checkpoints that are kept."""
-    headings = [*_run_heading(views), "artifact", "kind", "where", "files", "size"]
+    """What the runs made, with checksums, and where it came from and went to."""
+    headings = [*_run_heading(views), "artifact", "kind", "where", "files", "size", "SHA-256", "used by"]
     rows = [
         [*_run_cell(views, names, i), tag("td", a.name, class_="name"), a.kind,
-         tag("td", tag("code", a.path)), number(str(a.files)), number(facts.size(a.bytes))]
+         tag("td", tag("code", a.path)), number(str(a.files)), number(facts.size(a.bytes)),
+         tag("td", _sums(a.sums)), tag("td", ", ".join(_users(view, a.name)))]
         for i, view in enumerate(views)
         for a in facts.artifacts(view)
     ]  # fmt: skip
-    return _section("Artifacts", table(headings, rows)) if rows else _NOTHING
+    used = [
+        [*_run_cell(views, names, i), tag("td", use.name, class_="name"), _run_name(use.run),
+         number(str(len(use.files))), number(facts.size(sum(f.get("size", 0) for f in use.files))),
+         tag("td", _sums({f.get("path", ""): f.get("sha256", "") for f in use.files}))]
+        for i, view in enumerate(views)
+        for use in view.used.values()
+    ]  # fmt: skip
+    parts = [table(headings, rows)] if rows else []
+    if used:
+        parts.append(tag("h3", "Used" if len(views) > 1 else "Used by this run"))
+        parts.append(
+            table([*_run_heading(views), "artifact", "made by", "files", "size", "SHA-256"], used)
+        )
+    return _section("Artifacts", *parts) if parts else _NOTHING
+
+
+def damage(views: Sequence[RunView], names: Sequence[str]) -> Html:
+    """The lines of the journals that could not be read."""
+    found = [(i, damaged) for i, view in enumerate(views) for damaged in view.damage]
+    rows = [
+        [*_run_cell(views, names, i), tag("td", tag("code", damaged.file)), number(f"{damaged.line:,}"),
+         tag("td", damaged.reason, class_="notes")]
+        for i, damaged in found[:_MOST_DAMAGE]
+    ]  # fmt: skip
+    hint = _damaged(len(found)) + " Everything else on this page comes from the other lines."
+    hint += f" These are the first {_MOST_DAMAGE}." if len(found) > _MOST_DAMAGE else ""
+    shown = table([*_run_heading(views), "file", "line", "what is wrong"], rows)
+    return _section("Damage", tag("p", hint, class_="error"), shown) if rows else _NOTHING
 
 
 def provenance(views: Sequence[RunView], names: Sequence[str]) -> Html:
@@ -166,8 +244,8 @@ def provenance(views: Sequence[RunView], names: Sequence[str]) -> Html:
     return _section("Provenance", *parts)
 
 
-ALL = (metrics, tables, config, attempts, artifacts, provenance)
-"""The sections below the curves, from the top."""
+ALL = (tables, config, said, attempts, artifacts)
+"""The sections that are functions of the runs alone, from the top."""
 
 
 def footer(views: Sequence[RunView]) -> Html:
@@ -229,6 +307,11 @@ def _error(view: RunView) -> Html:
     return tag("p", error, class_="error") if error else _NOTHING
 
 
+def _damage_hint(views: Sequence[RunView]) -> Html:
+    count = sum(len(view.damage) for view in views)
+    return tag("p", f"{_damaged(count)} See Damage, below.", class_="error") if count else _NOTHING
+
+
 def _hosts(view: RunView) -> list[str]:
     return list(dict.fromkeys(attempt.host for attempt in view.attempts if attempt.host))
 
@@ -251,8 +334,68 @@ def _numbers(metric: Summary) -> list[Html]:
     return [number(value) for value in (*last, facts.number(metric.best), best_step, *extremes, points)]
 
 
+def _controls(samples: bool, *, search: bool) -> list[Html]:
+    """What all curves are drawn by: smoothing, the x axis, and which figures are looked for."""
+    choices = ["step", *(["samples"] if samples else []), "time"]
+    options = [tag("option", choice, value=choice) for choice in choices]
+    slider = tag("input", type="range", id="smoothing", min="0", max="0.99", step="0.01", value="0")
+    name = tag("input", type="search", id="search", placeholder="part of a name")
+    return [
+        tag("label", "Smoothing", slider, tag("output", "0")),
+        tag("label", "Over", tag("select", *options, id="axis")),
+        *([tag("label", "Find", name)] if search else []),
+    ]
+
+
+def _places(figures: Sequence[Figure], of: str) -> list[Html]:
+    return [
+        tag(
+            "div",
+            tag("header", tag("h3", figure["title"], tag("span", figure["note"])), _log_switch()),
+            tag("div", class_="plot", data_of=of, data_index=str(i)),
+            class_="figure",
+        )
+        for i, figure in enumerate(figures)
+    ]
+
+
+def _about_histogram(shown: dict[str, Any], names: Sequence[str]) -> str:
+    parts = [names[shown["run"]]] if len(names) > 1 else []
+    kept = len(shown["steps"])
+    parts += [f"{kept} of {shown['all']} steps"] if kept < shown["all"] else []
+    return " · ".join(parts)
+
+
+def _histogram_slider(shown: dict[str, Any]) -> list[Html]:
+    last = str(len(shown["steps"]) - 1)
+    if last == "0":
+        return []
+    slider = tag("input", type="range", min="0", max=last, value=last, step="1", aria_label="step")
+    return [tag("label", tag("output", f"step {shown['steps'][-1]['step']:,}"), slider, class_="steps")]
+
+
+def _sums(sums: dict[str, str]) -> Html:
+    """A checksum, or those of many files folded away."""
+    if len(sums) == 1:
+        return tag("code", next(iter(sums.values())), class_="sum")
+    listed = "\n".join(f"{value}  {path}" for path, value in sums.items())
+    return details(f"{len(sums)} files", tag("pre", listed)) if sums else _NOTHING
+
+
+def _users(view: RunView, artifact: str) -> list[str]:
+    return list(dict.fromkeys(_run_name(u["run"]) for u in view.used_by if u["name"] == artifact))
+
+
+def _run_name(run: dict[str, Any] | None) -> str:
+    return f"{run.get('experiment', '?')}/{run.get('id', '?')}" if run else "not made by a run"
+
+
+def _damaged(count: int) -> str:
+    return f"{count:,} {'line' if count == 1 else 'lines'} of the journal could not be read."
+
+
 def _log_switch() -> Html:
-    return tag("label", tag("input", type="checkbox"), "log scale")
+    return tag("label", tag("input", type="checkbox", class_="log"), "log scale")
 
 
 def _run_heading(views: Sequence[RunView]) -> list[str]:
@@ -283,14 +426,20 @@ def _config_cell(value: Value | None) -> Html:
 
 
 def _logged(view: RunView, logged: Sequence[Media], with_step: bool) -> Html:
-    found = [(t.step, facts.table_rows(view, t)) for t in logged]
-    columns = found[0][1][0]
-    rows = [
-        [*([number(f"{step:,}")] if with_step else []), *(facts.text(cell) for cell in row)]
-        for step, (_, rows) in found
-        for row in rows
-    ]
-    return table([*(["step"] if with_step else []), *columns], rows, class_="texts")
+    """The rows of tables, the first given first, as many as a page has room for."""
+    columns: list[str] = []
+    shown: list[list[str]] = []
+    more = 0
+    for media in logged:
+        found, rows = facts.table_rows(view, media) if len(shown) < _MOST_ROWS else (columns, [])
+        columns = columns or found
+        cut = rows[: _MOST_ROWS - len(shown)]
+        recorded = media.about.get("rows")
+        more += max(len(rows), recorded if isinstance(recorded, int) else 0) - len(cut)
+        step = [number(f"{media.step:,}")] if with_step else []
+        shown += [[*step, *(facts.text(cell) for cell in row)] for row in cut]
+    rest = [tag("p", f"{more:,} more rows are not shown here.", class_="soft")] if more else []
+    return join([table([*(["step"] if with_step else []), *columns], shown, class_="texts"), *rest])
 
 
 def _provenance_rows(view: RunView, found: facts.Provenance) -> list[list[str]]:
@@ -301,7 +450,6 @@ def _provenance_rows(view: RunView, found: facts.Provenance) -> list[list[str]]:
         "remote": found.code.get("remote"),
         **{key.replace("_", " "): value for key, value in found.hardware.items() if key != "memory_bytes"},
         "memory": facts.size(found.hardware["memory_bytes"]) if "memory_bytes" in found.hardware else None,
-        **view.tags,
     }
     shown = {key: ", ".join(map(str, v)) if isinstance(v, list) else v for key, v in named.items()}
     return [

@@ -1,0 +1,148 @@
+"""The page of a report as a browser shows it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from stoker import storage
+from stoker.report import html
+from stoker.run import journal, media, view
+from stoker.run.directory import RunDirectory
+
+from browser import Browser, needs_chromium
+
+pytestmark = needs_chromium
+
+EVIL = """</script><img src=x onerror="document.title='hacked'">"""
+PLOTLY = b'{"data": [{"type": "scattergl", "x": [1, 2], "y": [3, 4], "name": "<a href=\\"x\\">n</a>"}]}'
+DRAW_ALL = "dispatchEvent(new Event('beforeprint')) && [...document.querySelectorAll('details')].map(d => d.open = true)"  # noqa: E501
+ALL_DRAWN = "[...document.querySelectorAll('.plot')].every(p => !p.offsetParent || p.dataset.drawn === 'yes')"
+
+
+def _run(path: Path, run_id: str) -> RunDirectory:
+    """A run of two attempts an hour apart with everything that a page can show."""
+    directory = RunDirectory(path / "runs" / "demo" / run_id)
+    directory.create({"id": run_id, "experiment": "demo", "config": {"lr": 0.1}, "sources": {}})
+    for number in (1, 2):
+        _, writer = journal.start_attempt(directory.journal)
+        begin = 3600.0 * number
+        writer.append("attempt_started", time=begin, pid=1, host="here")
+        writer.append("plan", time=begin, total_steps=200, samples_per_step=4)
+        if number == 2:
+            writer.append("resumed", time=begin, step=90, passed_over=[])
+        for step in range(90 * number - 89, 100 * number + 1):
+            values = {"loss": 1 / step, "val_loss": 2 / step, EVIL: 1.0 * step}
+            values |= {"loss": float("nan")} if step == 30 else {"loss": float("inf")} if step == 40 else {}
+            encoded = journal.encode_values(values)
+            writer.append("metrics", time=begin + step, step=step, values=encoded)
+        writer.append("system", time=begin + 50, step=0, values={"gpu_0_power_watts": 1.0})
+        step = 100 * number
+        for kind, encoded in (
+            ("image", media.image(np.zeros((2, 2)), EVIL)),
+            ("figure", media.Encoded(PLOTLY, ".plotly.json", {})),
+            ("text", media.text(EVIL)),
+        ):
+            file = media.write(directory, kind, "x", step, encoded)
+            about = {"kind": kind, "name": kind + EVIL, "step": step, "file": file, "about": encoded.about}
+            writer.append("media", time=begin + 100, **about)
+        about = media.histogram(np.arange(50.0) * number, 8)
+        writer.append("media", time=begin + 100, kind="histogram", name="h", step=step, about=about)
+        writer.append("attempt_ended", time=begin + 300, status="finished", error=None)
+        writer.close()
+    return directory
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("report")
+    return html.write([view.load(_run(path, run)) for run in "ab"], path / "report.html")
+
+
+@pytest.fixture
+def browser(page: Path, tmp_path: Path) -> Iterator[Browser]:
+    with Browser(page, tmp_path / "profile") as opened:
+        opened.until(f"{DRAW_ALL}, {ALL_DRAWN}")
+        yield opened
+
+
+def _set(selector: str, value: str, event: str = "input") -> str:
+    return f"""(() => {{ const input = document.querySelector({selector!r});
+        input.value = {value!r}; input.dispatchEvent(new Event({event!r})); }})()"""
+
+
+def _curve(field: str) -> str:
+    return f"document.querySelector('.plot').data.map(t => t.{field})"
+
+
+def test_everything_is_drawn_and_the_console_is_silent(browser: Browser) -> None:
+    drawn = "[...document.querySelectorAll('.plot')].map(p => p.dataset.of + !!p.querySelector('.main-svg'))"
+    assert set(browser.run(drawn)) == {"curvestrue", "machinetrue", "histogramstrue", "drawingstrue"}
+    assert browser.run("document.querySelectorAll('.plot .scatterlayer path.js-line').length") >= 4
+    assert browser.run("document.title") == "a, b · stoker"
+    assert browser.errors == []
+
+
+def test_every_control_can_be_used_and_the_console_stays_silent(browser: Browser) -> None:
+    before = len(browser.run(_curve("type")))
+    for script in (
+        _set("#smoothing", "0.8"), _set("#axis", "samples", "change"), _set("#axis", "time", "change"),
+        "document.querySelectorAll('.log').forEach(input => input.click())",
+        "document.querySelectorAll('.steps input').forEach(input => { input.value = '0';"
+        "input.dispatchEvent(new Event('input')); })",
+    ):  # fmt: skip
+        browser.run(script)
+        browser.run("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+        browser.until(f"{DRAW_ALL}, {ALL_DRAWN}")
+    assert len(browser.run(_curve("type"))) == before + 4, "a smooth curve for each of two metrics and runs"
+    assert browser.run("document.querySelector('.plot').layout.yaxis.type") == "log"
+    for dark in (True, False):
+        browser.dark(dark=dark)
+        browser.until(f"{DRAW_ALL}, {ALL_DRAWN}")
+    shown = "[...document.querySelectorAll('.frames figure:not([hidden])')].map(f => f.dataset.step)"
+    assert set(browser.run(shown)) == {"100"}
+    assert browser.errors == []
+
+
+def test_time_does_not_count_what_lies_between_attempts(browser: Browser) -> None:
+    browser.run(_set("#axis", "time", "change"))
+    browser.until("document.querySelector('.plot').layout.xaxis.title.text.startsWith('time')")
+    last = browser.run("document.querySelector('.plot').data[0].x.at(-1)")
+    assert last == pytest.approx((300 + 200) / 60)
+
+
+def test_what_is_not_finite_is_a_gap_and_is_marked(browser: Browser) -> None:
+    assert browser.run("document.querySelector('.plot').data[0].y.slice(29, 31)") == [None, pytest.approx(1 / 31)]
+    texts = browser.run("document.querySelector('.plot').data.find(t => t.yaxis === 'y2').text")
+    assert texts == ["NaN at step 30", "inf at step 40"]
+
+
+def test_a_smooth_curve_is_a_debiased_mean_of_what_came_before(browser: Browser) -> None:
+    browser.run(_set("#smoothing", "0.81"))
+    browser.until(f"{_curve('type')}.length > 6")
+    raw, smooth = browser.run("document.querySelector('.plot').data.slice(0, 2).map(t => t.y.slice(0, 3))")
+    kept = 0.9 ** (1000 / 199)
+    assert smooth[0] == raw[0]
+    assert smooth[1] == pytest.approx((raw[0] * kept + raw[1]) / (kept + 1))
+
+
+def test_a_step_of_images_is_shown_by_the_slider(browser: Browser) -> None:
+    shown = "document.querySelector('.images figure:not([hidden])').dataset.step"
+    assert browser.run(shown) == "200"
+    browser.run(_set(".images input", "0"))
+    assert browser.run(shown) == "100"
+    assert browser.run("document.querySelector('.images img').naturalWidth") == 2
+
+
+@pytest.mark.parametrize("script", ["console.error('x')", "throw new Error('x')", "Plotly.missing()"])
+def test_an_error_in_the_console_is_noticed(page: Path, tmp_path: Path, script: str) -> None:
+    broken = tmp_path / "broken.html"
+    text = page.read_text().replace("script-src ", "script-src 'unsafe-inline' ", 1)
+    storage.write_atomically(broken, text.replace("</body>", f"<script>{script}</script></body>").encode())
+    with Browser(broken, tmp_path / "profile") as opened:
+        opened.until("document.readyState === 'complete'")
+        assert opened.errors
+        refused = [error for error in opened.errors if "Content Security Policy" in error]
+        assert refused, "unsafe-inline counts for nothing beside a hash"
