@@ -110,9 +110,7 @@ def _items(run: int, view: RunView) -> Iterator[tuple[str, Item]]:
                 yield shown_as, Item(run, age, media, facts.content_file(view, media))
 
 
-def _shown(
-    title: str, kind: str, views: Sequence[RunView], names: Sequence[str], gallery: Gallery
-) -> Html:
+def _shown(title: str, kind: str, views: Sequence[RunView], names: Sequence[str], gallery: Gallery) -> Html:
     found = sorted((name, items) for (of, name), items in gallery.shown.items() if of == kind)
     if not found:
         return Html("")
@@ -184,7 +182,9 @@ def _content(item: Item, kind: str, gallery: Gallery) -> Html:
     drawing = _drawing(content) if kind == "plotly" and content is not None else None
     if drawing is not None:
         gallery.drawings.append(drawing)
-        return tag("div", class_="plot drawing", data_of="drawings", data_index=str(len(gallery.drawings) - 1))
+        return tag(
+            "div", class_="plot drawing", data_of="drawings", data_index=str(len(gallery.drawings) - 1)
+        )
     where = (item.media.file or {}).get("path", "")
     return tag("p", f"{where} is gone, or is not what it was logged as.", class_="error")
 
@@ -228,5 +228,3 @@ def _tame(value: Any) -> Any:
 
 def _swatch(index: int) -> Html:
     return tag("span", class_=f"swatch swatch-{index % 8}")
-
-

@@ -290,7 +290,13 @@ def _histogram(media: Media) -> dict[str, Any]:
     """Every histogram that stoker makes has bins of one width, so its ends say where they all are."""
     edges, counts = media.about["edges"], media.about["counts"]
     bad = media.about.get("non_finite")
-    return {"step": media.step, "low": edges[0], "high": edges[-1], "counts": counts, "bad": bad if isinstance(bad, int) else 0}
+    return {
+        "step": media.step,
+        "low": edges[0],
+        "high": edges[-1],
+        "counts": counts,
+        "bad": bad if isinstance(bad, int) else 0,
+    }
 
 
 def _spread(logged: Sequence[Media], most: int) -> list[Media]:

@@ -208,9 +208,7 @@ def artifacts(views: Sequence[RunView], names: Sequence[str]) -> Html:
     parts = [table(headings, rows)] if rows else []
     if used:
         parts.append(tag("h3", "Used" if len(views) > 1 else "Used by this run"))
-        parts.append(
-            table([*_run_heading(views), "artifact", "made by", "files", "size", "SHA-256"], used)
-        )
+        parts.append(table([*_run_heading(views), "artifact", "made by", "files", "size", "SHA-256"], used))
     return _section("Artifacts", *parts) if parts else _NOTHING
 
 
