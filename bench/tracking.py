@@ -322,7 +322,7 @@ def call_rows(quick: bool) -> list[Row]:
 
 def loop_rows(quick: bool) -> list[Row]:
     os.environ["STOKER_BENCH_ROWS"] = str(harness.measure(HERE, "rows"))
-    seconds, rounds = (10.0, 1) if quick else (25.0, 5)
+    seconds, rounds = (10.0, 1) if quick else (16.0, 3)
     slower: dict[str, list[float]] = {}
     for _ in range(rounds):
         for name in ("stoker", "wandb", "tensorboard", "mlflow_async", "mlflow"):
