@@ -19,8 +19,9 @@ FLOORS = (
     {"run"},
     {"engine", "data", "checkpoint", "tracking", "reproduce", "stopping", "progress", "periodic"},
     {"attempt"},
+    {"saving"},
     {"loop"},
-    {"recipes", "report"},
+    {"recipes", "report", "launch"},
     {"cli"},
 )
 # Modules of one floor that may import each other: the words that all others are made of.

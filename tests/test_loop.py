@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from stoker import Run, StokerError, Trainer
+from stoker import Run, StokerError, Trainer, Training
 from stoker.engine import schedule
 from stoker.engine.random_state import seed_everything
 from stoker.run import view
@@ -42,9 +43,9 @@ def _weighted_loss(output: torch.Tensor, batch: Any) -> tuple[torch.Tensor, torc
 
 def _trainer(run: Run, model: nn.Module, **options: Any) -> Trainer:
     lr = options.pop("lr", 0.01)
-    return Trainer(
-        run, model, **{"optimizer": lambda p: torch.optim.AdamW(p, lr=lr), "loss": _loss, **options}
-    )
+    settings = {f.name: options.pop(f.name) for f in dataclasses.fields(Training) if f.name in options}
+    made = {"optimizer": lambda p: torch.optim.AdamW(p, lr=lr), "loss": _loss, **options}
+    return Trainer(run, model, training=Training(**{"precision": "fp32", **settings}), **made)
 
 
 @pytest.fixture
@@ -276,14 +277,6 @@ def test_old_checkpoints_go_and_the_last_stays(open_run: Callable[..., Run]) -> 
 def test_a_frozen_model_is_refused(open_run: Callable[..., Run]) -> None:
     with open_run() as run, pytest.raises(ValueError, match="no parameter to train"):
         _trainer(run, _model().requires_grad_(False))
-
-
-def test_several_processes_are_refused_rather_than_trained_apart(
-    open_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with open_run() as run, pytest.raises(StokerError, match="2 processes train one run"):
-        _trainer(run, _model())
 
 
 def test_a_run_has_one_trainer(open_run: Callable[..., Run]) -> None:

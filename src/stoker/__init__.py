@@ -15,12 +15,16 @@ if TYPE_CHECKING:
     from stoker.attempt import Run
     from stoker.cli.main import main
     from stoker.duration import Duration
+    from stoker.engine.options import Training
     from stoker.loop import Trainer
 
-__all__ = ["BadInput", "Duration", "Run", "StokerError", "Trainer", "main"]
+__all__ = ["BadInput", "Duration", "Run", "StokerError", "Trainer", "Training", "main"]
 __version__ = "0.1.0.dev0"
 
-_LAZY = {"Run": "attempt", "Trainer": "loop", "Duration": "duration", "main": "cli.main"}
+_LAZY = {
+    "Run": "attempt", "Trainer": "loop", "Training": "engine.options", "Duration": "duration",
+    "main": "cli.main",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -2,4 +2,5 @@
 
 from stoker.cli.main import run
 
-run()
+if __name__ == "__main__":  # the ranks of a run import it too
+    run()

@@ -97,6 +97,8 @@ class Run:
         """The newest value of every metric that this process wrote."""
         self.goals: dict[str, Goal] = {}
         """Which way metrics are better, as far as it was said."""
+        self.profile: tuple[int, int] | None = None
+        """First and last step that a Trainer profiles."""
         self.stop = StopRequests()
         self._sinks = follower.enabled()
         self._pending: collections.deque[tuple[Deferred | DeferredArrays, int, float, str | None]]

@@ -158,6 +158,8 @@ def _checked(key: str, leaf: _Leaf, value: Any, source: str) -> Any:
 def _explain(key: str, leaf: _Leaf, value: Any, source: str, error: ValidationError) -> str:
     reason = error.errors()[0]["msg"].removeprefix("Value error, ")
     reason = reason[0].lower() + reason[1:]
+    if isinstance(value, str) and typing.get_origin(leaf.type) is typing.Literal:
+        reason += nearest(value, [str(a) for a in typing.get_args(leaf.type)])
     has_example = leaf.default not in (dataclasses.MISSING, None)
     example = f", for example {key}={_dump(leaf, leaf.default)}" if has_example else ""
     return f"{key}={value} ({source}): {reason}; {key} is {_type_name(leaf.type)}{example}"

@@ -1,42 +1,56 @@
 """Trainer: the pieces of a training loop, joined so that a user's own loop reads downward.
 
-It builds the optimizer, restores the newest checkpoint, hands out batches from where the
-run was, makes one optimizer step from a global batch, and takes checkpoints at step
-boundaries. It calls nothing of the user's but the functions given to it, and nothing calls
-back into the user's loop.
+It lays the model out over the ranks, builds the optimizer, restores the newest checkpoint, hands
+out batches from where the run was, makes one optimizer step from a global batch, and takes
+checkpoints at step boundaries. It calls nothing of the user's but the functions given to it, and
+nothing calls back into the user's loop.
 
-The loss is a sum and its weight. Gradients of sums are added up over micro-batches and
-divided once by the weight of the whole global batch, so the result does not depend on how
-the batch was cut.
+The loss is a sum and its weight. Gradients of sums are added up over micro-batches and ranks and
+divided once by the weight of the whole global batch, so the result does not depend on how the
+batch was cut.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeAlias
+from typing import Any, cast
 
 import torch
+from stoker import storage
 from stoker.attempt import Run
-from stoker.checkpoint import manifest, state, store
-from stoker.data.loader import Loader, evaluation_batches
+from stoker.checkpoint import manifest, state
+from stoker.data.loader import Collate, Loader, evaluation_batches
 from stoker.duration import Duration
-from stoker.engine import batches, device, gradients, random_state
-from stoker.engine.precision import Precision, autocast
-from stoker.engine.precision import resolve as resolve_precision
+from stoker.engine import (
+    batches,
+    device,
+    distributed,
+    mesh,
+    micro_batch,
+    options,
+    precision,
+    random_state,
+    strategies,
+    whole,
+)
+from stoker.engine.agreement import Agreement, Requests, Weight
+from stoker.engine.ema import Ema
+from stoker.engine.loss_scale import LossScale
+from stoker.engine.metrics import Mean, Metric, Totals
+from stoker.engine.options import Training
+from stoker.engine.profiling import Profiler
 from stoker.engine.schedule import Schedule
-from stoker.errors import StokerError
+from stoker.engine.step import LossFunction, OptimizerFactory, Setting, only_loop_of_its_own
+from stoker.errors import BadInput, StokerError, Stopped
 from stoker.progress import ProgressDisplay, Rate, Reading
 from stoker.run.series import guess_goal
-from stoker.world import World
+from stoker.saving import Saved, save
 
 log = logging.getLogger("stoker")
-
-Weight: TypeAlias = torch.Tensor | float
-LossFunction: TypeAlias = Callable[[Any, Any], tuple[torch.Tensor, Weight]]
-OptimizerFactory: TypeAlias = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
 
 
 class Trainer:
@@ -44,24 +58,22 @@ class Trainer:
 
     Args:
         run: the run that is trained.
-        model: moved to this rank's device.
-        optimizer: makes the optimizer from the model's trainable parameters; for several, a
-            dict from the name of a submodule to what makes its optimizer.
+        model: laid out over this run's devices; keep using `trainer.model`.
+        optimizer: makes the optimizer from the model's trainable parameters, after the model was
+            laid out; for several, a dict from the name of a submodule to what makes its optimizer.
         loss: `(output, batch) -> (sum, weight)`: the loss summed over a micro-batch, a scalar
             tensor, and what to divide it by (samples, or tokens), a number or scalar tensor.
             Not needed by a loop that calls `backward` itself.
         inputs: `batch -> what the model is called with`, a dict (by name) or a tuple. By
             default a dict batch itself, or the first item of a tuple.
         schedule: `(step, total steps) -> factor` of the learning rate; see `engine.schedule.build`.
-        clip_norm: the gradient's largest global L2 norm; larger ones are scaled down to it.
-        precision: fp32, bf16 (autocast, float32 weights), or auto: bf16 on GPUs that have it.
-        micro_batch: samples in one forward pass; by default the whole batch.
-        checkpoint_every: a duration such as 500, "1ep", "1000000tok" or "10min".
-        keep_checkpoints: how many of the newest checkpoints are kept.
+        training: parallelism, precision, micro-batches, clipping, checkpoints; a config that
+            inherits from `stoker.Training` is one.
         best: the metric by which the best checkpoint is kept as well, where it is logged; see `Run.goal`.
 
     Raises:
-        StokerError: the newest valid checkpoint is of another model, or several processes train.
+        BadInput: the model cannot be trained so, or the ranks do not fit.
+        StokerError: the newest valid checkpoint is of another model.
     """
 
     def __init__(
@@ -73,33 +85,36 @@ class Trainer:
         loss: LossFunction | None = None,
         inputs: Callable[[Any], Any] = batches.default_inputs,
         schedule: Schedule | None = None,
-        clip_norm: float | None = None,
-        precision: Precision = "fp32",
-        micro_batch: int | None = None,
-        checkpoint_every: Duration | str | int = "10min",
-        keep_checkpoints: int = 3,
+        training: Training = Training(),  # noqa: B008 (frozen)
         best: str = "val_loss",
     ) -> None:
         self.run = run
-        self.world = World.current()
-        if self.world.size > 1:
-            raise StokerError(f"{self.world.size} processes train one run: only one can, for now")
+        self.world = run.world
+        self.training = options.with_deepspeed_file(training)
+        options.check(self.training, ranks=self.world.size, gpus=torch.cuda.device_count())
         self.device = device.pick(self.world)
-        self.precision = resolve_precision(precision, self.device)
-        self.model = model.to(self.device)
-        self.model.train()
-        self.optimizers = _build_optimizers(self.model, optimizer)
+        self.strategy, why = strategies.choose(model, self.training, self.world, self.device)
+        distributed.join(self.world, training.backend, alone=self.strategy not in ("single", "pipeline"))
+        self.mesh = mesh.build(self.world, self.device, self.training, self.strategy)
+        self.precision = self._precision()
+        self._scale = LossScale(self.precision == "fp16")
+        setting = Setting(self.mesh, inputs, loss, self.precision, self._scale, self.training.clip_norm)
+        self._setting = setting
+        model.train()
+        self._step = strategies.lay_out(model, self.strategy, self.training, setting, optimizer)
+        self.model = self._step.model
+        self.optimizers = self._step.optimizers
+        self._ema = self._average()
+        built = {name: state.hyperparameters(o) for name, o in self.optimizers.items()}
+        self._saved = Saved(self.world, self._step, built, self._scale, self._ema)
         self.steps_done = 0
         self.samples_done = 0
-        self._loss = loss
-        self._inputs = inputs
+        self.waited = 0.0
+        """Seconds that this attempt waited for batches."""
         self._schedule = schedule
-        self._clip_norm = clip_norm
-        self._micro_batch = micro_batch
-        self._checkpoint_every = Duration.parse(checkpoint_every)
-        self._keep = keep_checkpoints
+        self._micro_batch = self.training.micro_batch
         self._best = best
-        self._built = {name: state.hyperparameters(o) for name, o in self.optimizers.items()}
+        self._history: dict[str, list[tuple[int, float]]] = {}
         self._weight: Weight = 0.0
         self._loader: Loader | None = None
         self._total = 0
@@ -107,8 +122,33 @@ class Trainer:
         self._saved_at = time.monotonic()
         self._saved_step: int | None = None
         self._random: tuple[dict[str, torch.Tensor], dict[str, Any]] | None = None
+        self._agreement = Agreement(self.world, self.device, self._asked)
         run.take_over_steps()
+        self._say(why)
         self._restore()
+
+    def _precision(self) -> precision.Resolved:
+        """The same on every rank, also where `auto` measures."""
+        precision.use_tf32(self.training.tf32)
+        found = precision.resolve(self.training.precision, self.device)
+        return cast("precision.Resolved", distributed.from_rank_zero(found))
+
+    def _average(self) -> Ema | None:
+        if self.training.ema.decay is None:
+            return None
+        if self.strategy == "deepspeed":
+            raise BadInput(
+                "ema.decay: DeepSpeed keeps the float32 weights to itself; use ddp or fsdp, or leave it out"
+            )
+        return Ema(self.model, self.training.ema)
+
+    def _say(self, why: str) -> None:
+        if self.training.parallel == "auto" and self.world.size > 1 and self.world.rank == 0:
+            log.info("parallel=%s: %s", self.strategy, why)
+        self.run.event(
+            "layout", parallel=self.strategy, why=why, precision=self.precision, ranks=self.world.size,
+            device=device.name(self.device), data_ranks=self.mesh.data.size,
+        )  # fmt: skip
 
     # -- the loop ---------------------------------------------------------------------------
 
@@ -127,8 +167,9 @@ class Trainer:
             batch_size: samples of a global batch, over all ranks.
             workers: processes that load samples; any number gives the same batches.
         """
+        options.check_batch(batch_size, self.mesh.data.size)
         return Loader(
-            dataset, batch_size=batch_size, world=self.world, seed=self.run.seed,
+            dataset, batch_size=batch_size, world=self.mesh.data, seed=self.run.seed,
             workers=workers, collate=collate, shuffle=shuffle,
         )  # fmt: skip
 
@@ -151,32 +192,58 @@ class Trainer:
         duration = Duration.parse(max_steps) if epochs is None else Duration(float(epochs), "epoch")
         self._total = self.steps_in(duration, loader)
         self.run.event("plan", total_steps=self._total, samples_per_step=loader.batch_size)
-        with self.run.stop.deferred(), ProgressDisplay(self.run.directory.id, self._reading):
+        with self.run.stop.deferred(), self._progress():
             yield from self._remaining(loader)
-        self.run.stop.raise_if_requested()
+            requests = self._agreement.requests()
+        if requests.stop:  # in the last step's last moment; what follows the loop is left to the next start
+            raise Stopped(requests.stop)
+
+    def _progress(self) -> contextlib.AbstractContextManager[Any]:
+        if self.world.rank > 0:
+            return contextlib.nullcontext()
+        return ProgressDisplay(self.run.directory.id, self._reading)
 
     def _remaining(self, loader: Loader) -> Iterator[Any]:
         source = loader.batches(self.samples_done)
+        profiler = Profiler(self.run.profile, self.run.directory.logs, self.world.rank, self.device)
         self._begin_attempt()
         while self.steps_done < self._total:
+            begun = time.perf_counter()
             batch = next(source)
+            self.waited += time.perf_counter() - begun
             self.run.step = self.steps_done + 1
             yield batch
             self._rate.step()
             self.steps_done += 1
             self.samples_done += loader.batch_size
-            if self._checkpoint_due() or self.run.stop.requested:
+            profiler.step(self.steps_done)
+            requests = self._agreement.requests()
+            if requests.checkpoint or requests.stop or self._checkpoint_due():
                 self.checkpoint()
-            self.run.stop.raise_if_requested()
+            if requests.stop:
+                raise Stopped(requests.stop)
         self.run.step = self.steps_done
+        profiler.close()
         self.checkpoint()
 
     def _begin_attempt(self) -> None:
         if self._random is not None:  # last of all, so that nothing before the next step draws from it
             random_state.restore(*self._random)
             self._random = None
+        elif self.world.rank > 0 or self.steps_done > 0:
+            # Ranks have the same weights, and dropout of their own.
+            random_state.seed_everything(
+                random_state.of_rank(self.run.seed, self.world.rank, self.steps_done)
+            )
         self._saved_at = time.monotonic()
         self._rate.restart()
+
+    def _asked(self) -> Requests:
+        """What this rank was asked for; the clock is rank 0's."""
+        stop = self.run.stop.requested
+        every = self.training.checkpoint_every
+        due = every.seconds is not None and time.monotonic() - self._saved_at >= every.seconds
+        return Requests(stop == "preempted", stop == "interrupted", due and self.world.rank == 0)
 
     def every(self, duration: Duration | str | int) -> bool:
         """Whether the step under way completes another such duration, e.g. `"1ep"`, `100`, `"1000000tok"`."""
@@ -228,48 +295,110 @@ class Trainer:
     # -- a step -----------------------------------------------------------------------------
 
     def step(self, batch: Any) -> torch.Tensor:
-        """One optimizer step on a global batch; returns its mean loss, a scalar tensor on the device."""
-        assert self._loss is not None, "give Trainer a loss, or use micro, backward and update"
-        total: torch.Tensor | None = None
-        weight: Weight = 0.0
-        for part in self.micro(batch):
-            with autocast(self.precision, self.device):
-                part_sum, part_weight = self._loss(self.forward(part), part)
-            self.backward(part_sum, part_weight)
-            total = part_sum.detach() if total is None else total + part_sum.detach()
-            weight = weight + part_weight
-        self.update()
-        assert total is not None, "the batch was empty"
-        return total / weight
+        """One optimizer step on a global batch; returns its mean loss, a scalar tensor on the device.
+
+        `batch` is this rank's share. Raises StokerError, saying what to change, where memory runs out.
+        """
+        if self._setting.loss is None:
+            raise ValueError("give Trainer a loss, or use micro, backward and update")
+        with self._telling_what_fits():
+            parts = list(self.micro(batch))
+            self._fit_scale(parts)
+            self._step.gradients(parts, self._agreement)
+            loss_sum, weight = self._agreement.finish()
+            self._update(self.optimizer, weight)
+        return loss_sum / weight
 
     def micro(self, batch: Any) -> Iterator[Any]:
-        """The batch on the device, in micro-batches."""
-        return batches.split(batches.to_device(batch, self.device), self._micro_batch)
+        """This rank's share of a batch on the device, in micro-batches."""
+        on_device = batches.to_device(batch, self.device, channels_last=self.training.channels_last)
+        if self._micro_batch == "auto":
+            self._micro_batch = self._find_micro_batch(on_device)
+        return batches.split(on_device, self._micro_batch)
 
     def forward(self, batch: Any) -> Any:
-        """The model's output for a batch."""
-        inputs = self._inputs(batch)
-        with autocast(self.precision, self.device):
-            return self.model(**inputs) if isinstance(inputs, Mapping) else self.model(*inputs)
+        """The model's output for a batch on the device."""
+        return self._step.forward(batch)
 
     def backward(self, loss_sum: torch.Tensor, weight: Weight) -> None:
         """Add the gradient of a summed loss; `update` divides by the weights added up."""
-        torch.autograd.backward(loss_sum)
+        step = only_loop_of_its_own(self._step)
+        if self._scale.enabled and self._scale.divisor is None:
+            self._scale.fit(self._over_ranks(weight))
+        step.backward(loss_sum)
         self._weight = self._weight + weight
 
     def update(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Step an optimizer (by default the only one) with the gradients added up, and clear them all."""
-        chosen = self.optimizer if optimizer is None else optimizer
-        parameters = [p for group in chosen.param_groups for p in group["params"]]
-        gradients.divide(parameters, self._weight)
-        if self._clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(parameters, self._clip_norm)
-        if self._schedule is not None:
-            for group in chosen.param_groups:
-                group["lr"] = group["initial_lr"] * self._schedule(self.steps_done, self._total)
-        chosen.step()
-        self.model.zero_grad(set_to_none=True)
+        only_loop_of_its_own(self._step)
+        self._agreement.start(torch.zeros((), device=self.device), self._weight)
+        _, weight = self._agreement.finish()
+        self._update(self.optimizer if optimizer is None else optimizer, weight)
         self._weight = 0.0
+
+    def _update(self, optimizer: torch.optim.Optimizer, weight: torch.Tensor) -> None:
+        if self._schedule is not None:
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * self._schedule(self.steps_done, self._total)
+        stepped = self._step.update(optimizer, weight)
+        if self._ema is not None and stepped:
+            self._ema.update(self.steps_done)
+
+    def _fit_scale(self, parts: list[Any]) -> None:
+        """Before the first step in fp16: see how much a global batch weighs."""
+        if self._scale.enabled and self._scale.divisor is None:
+            self.model.eval()
+            with torch.no_grad():
+                output = self._step.forward(parts[0])
+                assert self._setting.loss is not None
+                weight = 0.0 if output is None else self._setting.loss(output, parts[0])[1]
+            self.model.train()
+            self._scale.fit(self._over_ranks(weight) * len(parts))
+
+    def _over_ranks(self, weight: Weight) -> float:
+        return math.fsum(distributed.gathered(float(weight)))
+
+    def _find_micro_batch(self, batch: Any) -> int:
+        """The largest micro-batch that fits, found by trying, remembered for this model and device."""
+        share = batches.size(batch)
+        about = {
+            "model": [str(tuple(p.shape)) for p in self.model.parameters()], "strategy": self.strategy,
+            "precision": self.precision, "ranks": self.world.size, "device": device.name(self.device),
+            "batch": batches.shapes(batch), "recompute": self.training.activation_checkpointing,
+        }  # fmt: skip
+        found = micro_batch.find(
+            share, lambda size: self._try(batch, size), self.device,
+            memory=storage.cache_folder() / "micro_batch.json", about=about,
+        )  # fmt: skip
+        log.info("micro_batch=%d of a share of %d samples", found, share)
+        return found
+
+    def _try(self, batch: Any, size: int) -> None:
+        """A forward and backward pass that leaves no trace but in memory."""
+        parts = list(batches.split(batch, size))[: self.mesh.size("stage")]
+        kept = random_state.capture()
+        statistics = {name: b.clone() for name, b in self.model.named_buffers()}
+        self._scale.divisor = self._scale.divisor or 1.0
+        try:
+            self._step.gradients(parts, Agreement(self.world, self.device, Requests))
+        finally:
+            self.model.zero_grad(set_to_none=True)
+            for name, buffer in self.model.named_buffers():
+                buffer.copy_(statistics[name])
+            random_state.restore(*kept)
+            if self._scale.enabled:
+                self._scale.divisor = None
+
+    @contextlib.contextmanager
+    def _telling_what_fits(self) -> Iterator[None]:
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            raise StokerError(
+                f"out of memory on rank {self.world.rank}: {str(error).splitlines()[0]} "
+                "Make micro_batch smaller (or auto), set activation_checkpointing=full, "
+                "or parallel=fsdp over more ranks; the result stays the same"
+            ) from error
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -285,84 +414,163 @@ class Trainer:
 
     @property
     def rate(self) -> float | None:
-        """Tokens (where the dataset counts them) or samples a second, over the last steps."""
+        """Tokens (where the dataset counts them) or samples a second over all ranks, over the last steps."""
         steps = self._rate.steps_per_second
         if steps is None or self._loader is None:
             return None
         return steps * self._loader.batch_size * (self._loader.tokens_per_sample or 1.0)
 
+    # -- evaluation -------------------------------------------------------------------------
+
+    def evaluate(self, dataset: Any, *, batch_size: int, collate: Collate | None = None) -> float:
+        """The mean loss over a dataset, each sample once over all ranks, in evaluation mode."""
+        loss = self._setting.loss
+        if loss is None:
+            raise ValueError("evaluate() needs the Trainer's loss")
+        measured = self.measure(
+            dataset, lambda output, batch: {"loss": Mean(*loss(output, batch))},
+            batch_size=batch_size, collate=collate,
+        )  # fmt: skip
+        return measured["loss"]
+
     @torch.no_grad()
-    def evaluate(
-        self, dataset: Any, *, batch_size: int, collate: Callable[[list[Any]], Any] | None = None
-    ) -> float:
-        """The mean loss over a dataset, each sample once, with the model in evaluation mode."""
-        assert self._loss is not None, "evaluate() needs the Trainer's loss"
-        total = torch.zeros((), dtype=torch.float64)
-        weight = torch.zeros((), dtype=torch.float64)
+    def measure(
+        self,
+        dataset: Any,
+        metrics: Callable[[Any, Any], Mapping[str, Metric]],
+        *,
+        batch_size: int,
+        collate: Collate | None = None,
+    ) -> dict[str, float]:
+        """Metrics over a dataset, each sample once over all ranks, in evaluation mode; on every rank.
+
+        Where weights are averaged (`ema.decay`), it is the average that is measured.
+
+        Args:
+            metrics: `(output, batch) -> name -> Mean, Sum, Max or Perplexity` of a batch.
+            batch_size: samples of a batch over all ranks; rounded up to a multiple of the ranks.
+        """
+        totals = Totals()
+        shares = self.mesh.data.size
+        size = -(-batch_size // shares) * shares
         was_training = self.model.training
         self.model.eval()
         try:
-            for batch in evaluation_batches(dataset, batch_size, self.world, collate):
-                on_device = batches.to_device(batch, self.device)
-                with autocast(self.precision, self.device):
-                    batch_sum, batch_weight = self._loss(self.forward(on_device), on_device)
-                total += batch_sum.double().cpu()
-                weight += torch.as_tensor(batch_weight).double().cpu()
+            with self.averaged():
+                for batch, counts in evaluation_batches(dataset, size, self.mesh.data, collate):
+                    on_device = batches.to_device(
+                        batch, self.device, channels_last=self.training.channels_last
+                    )
+                    output = self._step.forward(on_device)
+                    if output is not None:
+                        with self._setting.autocast():
+                            totals.add(metrics(output, on_device), counts)
+            return totals.over_ranks()
         finally:
             self.model.train(was_training)
             self._rate.restart()
-        return float(total / weight)
+
+    def averaged(self) -> contextlib.AbstractContextManager[None]:
+        """The model has its averaged weights (`ema.decay`) within this block; else the ones it has."""
+        return self._ema.in_place() if self._ema is not None else contextlib.nullcontext()
+
+    def state_dict(self, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, torch.Tensor]:
+        """The whole model's parameters and buffers (averaged, where `ema.decay` is set), for export.
+
+        On the CPU of rank 0, empty on other ranks; all ranks call it.
+
+        Args:
+            wanted: whether a tensor of this name is; the same on every rank.
+        """
+        with self.averaged():
+            return whole.state_dict(self._step, self.mesh, wanted)
+
+    def stale(self, metric: str, patience: int, min_delta: float = 0.0) -> bool:
+        """Whether a metric got no better over its last `patience` values; the same on every rank.
+
+        Ask once after each evaluation, and end the loop with `finish`. What was seen so far is saved
+        with checkpoints, so a resumed run decides as an uninterrupted one.
+
+        Args:
+            min_delta: how much better counts as better.
+
+        Raises:
+            ValueError: the metric was not logged, or it is not known which way it is better.
+        """
+        return bool(distributed.from_rank_zero(self._is_stale(metric, patience, min_delta)))
+
+    def _is_stale(self, metric: str, patience: int, min_delta: float) -> bool:
+        if self.world.rank > 0:
+            return False
+        goal = self.run.goals.get(metric) or guess_goal(metric)
+        if metric not in self.run.latest or goal is None:
+            why = "is not logged" if goal else "may be better high or low: say run.goal(...)"
+            raise ValueError(f"stale({metric!r}): it {why}")
+        seen = self._history.setdefault(metric, [])
+        seen.append((self.run.step, self.run.latest[metric]))
+        values = [value if goal == "min" else -value for _, value in seen]
+        best_before = min(values[:-patience], default=math.inf)
+        return len(values) > patience and min(values[-patience:]) > best_before - max(min_delta, 1e-300)
+
+    def finish(self, reason: str = "finished early") -> None:
+        """Let the step under way be the last one. Called on every rank alike."""
+        if self.steps_done + 1 < self._total:
+            self._total = self.steps_done + 1
+            self.run.event("finish", step=self._total, reason=reason)
+            if self.world.rank == 0:
+                log.info("step %d is the last: %s", self._total, reason)
 
     # -- checkpoints ------------------------------------------------------------------------
 
     def checkpoint(self) -> None:
-        """Save everything that a resumed run needs, at a step boundary. Raises OSError (a full disk)."""
+        """Save everything that a resumed run needs, at a step boundary, on all ranks together.
+
+        Raises OSError (a full disk).
+        """
         if self._saved_step == self.steps_done:
             return
         self.run.flush()  # what was logged up to here must outlive what is saved here
-        tensors, values = self._capture()
         folder = self.run.directory.checkpoints
-        saved = store.save(
-            folder, tensors, values, step=self.steps_done, samples=self.samples_done, metrics=self.run.latest
-        )
-        relative = str(saved.path.relative_to(self.run.directory.path))
-        self.run.event("checkpoint", step=saved.step, path=relative, bytes=saved.bytes)
-        goal = self.run.goals.get(self._best) or guess_goal(self._best)
-        manifest.prune(folder, self._keep, manifest.best(folder, self._best, goal) if goal else None)
+        saved = save(
+            self._saved, folder, step=self.steps_done, samples=self.samples_done,
+            more={"history": self._history}, metrics=self.run.latest,
+        )  # fmt: skip
+        if saved is not None:
+            relative = str(saved.path.relative_to(self.run.directory.path))
+            self.run.event("checkpoint", step=saved.step, path=relative, bytes=saved.bytes)
+            goal = self.run.goals.get(self._best) or guess_goal(self._best)
+            best = manifest.best(folder, self._best, goal) if goal else None
+            manifest.prune(folder, self.training.keep_checkpoints, best)
+            log.debug("checkpoint of step %d, %d bytes", saved.step, saved.bytes)
         self._saved_at, self._saved_step = time.monotonic(), self.steps_done
         self._rate.restart()
-        log.debug("checkpoint of step %d, %d bytes", saved.step, saved.bytes)
 
     def _checkpoint_due(self) -> bool:
-        every = self._checkpoint_every
+        """Whether a count says so; what the clock says the ranks agree on."""
+        every = self.training.checkpoint_every
         if every.seconds is not None:
-            return time.monotonic() - self._saved_at >= every.seconds
+            return False
         assert self._loader is not None
         return self._completes(every, self.steps_done - 1, self.samples_done - self._loader.batch_size)
 
-    def _capture(self) -> tuple[store.Tensors, dict[str, Any]]:
-        tensors, values = state.capture(self.model, self.optimizers, self._built)
-        random_tensors, random_values = random_state.capture()
-        tensors.update({f"random.{key}": t for key, t in random_tensors.items()})
-        position = {"step": self.steps_done, "samples": self.samples_done}
-        return tensors, {**values, "position": position, "random": random_values}
-
     def _restore(self) -> None:
         found, passed_over = manifest.newest(self.run.directory.checkpoints)
-        for reason in passed_over:
+        agreed = distributed.from_rank_zero(None if found is None else found.step)
+        if found is None or found.step != agreed:  # a disk that shows its ranks different things
+            path = manifest.folder(self.run.directory.checkpoints, agreed or 0)
+            found = None if agreed is None else manifest.verify(path)
+        for reason in passed_over if self.world.rank == 0 else ():
             log.warning("passed over checkpoint %s", reason)
         if found is not None:
-            self._load(found)
-            log.info("resumed %s from step %d", self.run.directory.id, self.steps_done)
+            position, self._random = self._saved.restore(found)
+            self.steps_done, self.samples_done = position["step"], position["samples"]
+            self._history = {name: [(s, v) for s, v in seen] for name, seen in position["history"].items()}
+            self._saved_step = self.steps_done
+            if self.world.rank == 0:
+                log.info("resumed %s from step %d", self.run.directory.id, self.steps_done)
         if self.run.continued:
             self.run.event("resumed", step=self.steps_done, passed_over=passed_over)
             self.run.step = self.steps_done
-
-    def _load(self, checkpoint: manifest.Checkpoint) -> None:
-        others, values = state.load(checkpoint, self.model, self.optimizers, self._built)
-        self.steps_done, self.samples_done = values["position"]["step"], values["position"]["samples"]
-        self._saved_step = self.steps_done
-        self._random = (state.inside(others, "random."), values["random"])
 
     def _reading(self) -> Reading:
         steps = self._rate.steps_per_second
@@ -375,28 +583,6 @@ class Trainer:
             unit="tok" if tokens else "samples",
             seconds_left=(self._total - self.steps_done) / steps if steps else None,
         )
-
-
-def _build_optimizers(
-    model: torch.nn.Module, factories: OptimizerFactory | Mapping[str, OptimizerFactory]
-) -> dict[str, torch.optim.Optimizer]:
-    if not isinstance(factories, Mapping):
-        built = {"main": factories(_trainable(model))}
-    else:
-        built = {name: make(_trainable(model.get_submodule(name))) for name, make in factories.items()}
-    for optimizer in built.values():
-        for group in optimizer.param_groups:
-            group.setdefault("initial_lr", group["lr"])
-    return built
-
-
-def _trainable(model: torch.nn.Module) -> list[torch.nn.Parameter]:
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    if not parameters:
-        raise ValueError(
-            f"{type(model).__name__} has no parameter to train: every one has requires_grad=False"
-        )
-    return parameters
 
 
 def _whole(ratio: float) -> int:

@@ -119,3 +119,11 @@ def locked(path: Path, timeout: float = 600.0) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def cache_folder() -> Path:
+    """Where what can be made again is kept: STOKER_CACHE, else `stoker` in XDG_CACHE_HOME or ~/.cache."""
+    if named := os.environ.get("STOKER_CACHE"):
+        return Path(named).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "stoker"

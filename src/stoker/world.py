@@ -16,6 +16,8 @@ class World:
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    local_size: int = 1
+    """Processes of this run on this machine."""
     launch: str = ""
     """What all ranks of one launch share and no other launch has; empty for one process."""
     job: str = ""
@@ -37,6 +39,7 @@ class World:
             rank=int(known("RANK", "0")),
             size=size,
             local_rank=int(known("LOCAL_RANK", "0")),
+            local_size=int(known("LOCAL_WORLD_SIZE", str(size))),
             launch="/".join(parts) if size > 1 else "",
             job="" if job == "none" else job,
         )

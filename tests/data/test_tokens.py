@@ -18,8 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stoker.data import tokens
 from stoker.data.documents import Document
-from stoker.data.tokens import NO_LOSS, PackedDataset, cache_folder, pack, tokenise
+from stoker.data.tokens import NO_LOSS, PackedDataset, pack, tokenise
 from stoker.errors import BadInput
+from stoker.storage import cache_folder
 from torch.utils.data import default_collate
 
 EOS = 0

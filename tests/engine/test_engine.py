@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from stoker.engine import batches, random_state, schedule
-from stoker.engine.precision import resolve
+from stoker.engine import batches, precision, random_state, schedule
 
 
 class Named(NamedTuple):
@@ -84,6 +83,17 @@ def test_schedules_warm_up_and_come_down() -> None:
     assert schedule.build("cosine", warmup=0.5)(0, 1) == 1.0
 
 
-def test_auto_precision_is_fp32_on_a_cpu() -> None:
-    assert resolve("auto", torch.device("cpu")) == "fp32"
-    assert resolve("bf16", torch.device("cpu")) == "bf16"
+@pytest.mark.parametrize(("speed", "expected"), [(4.0, "bf16"), (1.2, "fp32"), (0.003, "fp32")])
+def test_auto_precision_on_a_cpu_is_what_it_is_fast_at(
+    speed: float, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "bf16_speed", lambda: speed)
+    assert precision.resolve("auto", torch.device("cpu")) == expected
+    assert precision.resolve("bf16", torch.device("cpu")) == "bf16"
+
+
+def test_the_speed_of_bf16_is_measured_without_a_trace() -> None:
+    before = torch.get_rng_state()
+    precision.bf16_speed.cache_clear()
+    assert precision.bf16_speed() > 0
+    assert torch.equal(torch.get_rng_state(), before)

@@ -7,14 +7,16 @@ same source again, so a LoRA checkpoint is as small as its adapter.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from stoker.checkpoint import store
 from stoker.checkpoint.manifest import Checkpoint
-from stoker.checkpoint.store import Tensors
+from stoker.checkpoint.store import ALONE, Tensors
 from stoker.errors import StokerError
+from stoker.world import World
+from torch.distributed.tensor import DTensor
 
 Groups = list[dict[str, Any]]
 
@@ -39,26 +41,110 @@ def load(
     model: torch.nn.Module,
     optimizers: Mapping[str, torch.optim.Optimizer],
     built: Mapping[str, Groups],
+    world: World = ALONE,
+    elsewhere: frozenset[str] = frozenset(),
 ) -> tuple[Tensors, dict[str, Any]]:
-    """Put a checkpoint into a model and its optimizers; returns all its other tensors, and its values.
+    """Put a checkpoint into a model and its optimizers; returns its other tensors, and its values.
 
-    A hyperparameter that the user has changed since wins over the saved one. Raises StokerError
-    where the checkpoint is of another model or other optimizers.
+    Of the others those of parameters that other ranks hold, and other ranks' random state, are
+    left out. A hyperparameter that the user has changed since wins over the saved one.
+
+    Args:
+        elsewhere: names of the model's tensors that only other ranks hold.
+
+    Raises:
+        StokerError: the checkpoint is of another model or other optimizers.
     """
     specs = store.shapes(checkpoint)
     model_now = {f"model.{name}": t for name, t in model_tensors(model).items()}
     _compare(
         {name: t.shape for name, t in model_now.items()},
-        {name: shape for name, (shape, _) in specs.items() if name.startswith("model.")},
+        {
+            name: shape
+            for name, (shape, _) in specs.items()
+            if name.startswith("model.") and name.removeprefix("model.") not in elsewhere
+        },
     )
-    others = {n: torch.empty(s, dtype=d) for n, (s, d) in specs.items() if n not in model_now}
-    store.load_tensors(checkpoint, {**model_now, **others})
+    others = _others(specs, model, world)
+    store.load_tensors(checkpoint, {**model_now, **others}, world)
     values = store.load_values(checkpoint)
     for name, optimizer in optimizers.items():
-        _restore_optimizer(model, optimizer, inside(others, f"optimizer.{name}."), values["optimizers"][name])
-        for group, now, then in zip(optimizer.param_groups, built[name], values["built"][name], strict=True):
-            group.update({key: value for key, value in now.items() if plain(value) != then.get(key)})
+        held = inside(others, f"optimizer.{name}.")
+        _restore_optimizer(model, optimizer, held, values["optimizers"][name], elsewhere)
+        keep_changes(optimizer, built[name], values["built"][name])
     return others, values
+
+
+def load_whole(checkpoint: Checkpoint, world: World) -> tuple[Tensors, dict[str, Any]]:
+    """All tensors of a checkpoint, whole, and its values; each rank reads for itself."""
+    specs = store.shapes(checkpoint)
+    tensors = {
+        name: torch.empty(s, dtype=d) for name, (s, d) in specs.items() if not _is_of_another(name, world)
+    }
+    store.load_tensors(checkpoint, tensors)
+    return tensors, store.load_values(checkpoint)
+
+
+def keep_changes(optimizer: torch.optim.Optimizer, built: Groups, then: Groups) -> None:
+    """Hyperparameters that differ from what the optimizer was made with before are the user's change."""
+    for group, now, before in zip(optimizer.param_groups, built, then, strict=True):
+        group.update({key: value for key, value in now.items() if plain(value) != before.get(key)})
+
+
+def joined(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The values of all ranks as one: each holds the optimizer's state of its own parameters."""
+    first = dict(parts[0])
+    first["optimizers"] = {
+        name: {
+            "state": {k: v for part in parts for k, v in part["optimizers"][name]["state"].items()},
+            "groups": [
+                {**group, "params": _names([part["optimizers"][name]["groups"][n] for part in parts])}
+                for n, group in enumerate(held["groups"])
+            ],
+        }
+        for name, held in first["optimizers"].items()
+    }
+    return first
+
+
+def _names(groups: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The parameters of one group on all ranks, each once."""
+    return list(dict.fromkeys(name for group in groups for name in group["params"]))
+
+
+def _others(
+    specs: Mapping[str, tuple[torch.Size, torch.dtype]], model: torch.nn.Module, world: World
+) -> Tensors:
+    """Where this rank's part of all but the model's own tensors is loaded to."""
+    parameters = dict(model.named_parameters())
+    found: Tensors = {}
+    for name, (shape, dtype) in specs.items():
+        if name.startswith("model.") or _is_of_another(name, world):
+            continue
+        owner = _owner(name)
+        if owner is None:
+            found[name] = torch.empty(shape, dtype=dtype)
+        elif owner in parameters:
+            found[name] = _beside_shard(parameters[owner], shape, dtype)
+    return found
+
+
+def _owner(name: str) -> str | None:
+    """The parameter whose optimizer state or average a tensor is: `optimizer.main.NAME.key`, `ema.NAME`."""
+    if name.startswith("optimizer."):
+        return name.split(".", 2)[2].rpartition(".")[0]
+    return name.removeprefix("ema.") if name.startswith("ema.") else None
+
+
+def _is_of_another(name: str, world: World) -> bool:
+    return name.startswith("random.") and not name.startswith(f"random.{world.rank}.")
+
+
+def _beside_shard(parameter: torch.nn.Parameter, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+    """Room for a tensor of a parameter: sharded as the parameter is, where it is and the shapes agree."""
+    if isinstance(parameter, DTensor) and parameter.shape == shape:
+        return torch.zeros_like(parameter.detach(), dtype=dtype)
+    return torch.empty(shape, dtype=dtype)
 
 
 def hyperparameters(optimizer: torch.optim.Optimizer) -> Groups:
@@ -73,10 +159,14 @@ def inside(tensors: Mapping[str, torch.Tensor], prefix: str) -> Tensors:
 
 def model_tensors(model: torch.nn.Module) -> Tensors:
     """Trainable parameters and saved buffers by name, sharing the model's memory; a tied one once."""
-    saved = model.state_dict(keep_vars=True)
     tensors = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    tensors.update({name: b.detach() for name, b in model.named_buffers() if name in saved})
-    return tensors
+    return {**tensors, **saved_buffers(model)}
+
+
+def saved_buffers(model: torch.nn.Module) -> Tensors:
+    """The buffers that a model's state holds, sharing its memory."""
+    saved = model.state_dict(keep_vars=True)
+    return {name: b.detach() for name, b in model.named_buffers() if name in saved}
 
 
 def optimizer_state(
@@ -98,22 +188,28 @@ def optimizer_state(
 
 
 def _restore_optimizer(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, tensors: Tensors, values: Mapping[str, Any]
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    tensors: Tensors,
+    values: Mapping[str, Any],
+    elsewhere: frozenset[str],
 ) -> None:
     parameters = dict(model.named_parameters())
     names = {parameter: name for name, parameter in parameters.items()}
     now = [[names[p] for p in group["params"]] for group in optimizer.param_groups]
-    before = [group["params"] for group in values["groups"]]
+    before = [[n for n in group["params"] if n not in elsewhere] for group in values["groups"]]
     if now != before:
         raise StokerError(
             f"the checkpoint's optimizer has groups of {[len(g) for g in before]} parameters, "
             f"this one of {[len(g) for g in now]}, or with other names: the model or its optimizer changed"
         )
     for group, saved in zip(optimizer.param_groups, values["groups"], strict=True):
-        group.update({key: _as_before(group.get(key), v) for key, v in saved.items() if key != "params"})
+        group.update({key: as_before(group.get(key), v) for key, v in saved.items() if key != "params"})
     optimizer.state.clear()
     for full_name, value in {**tensors, **values["state"]}.items():
         name, _, key = full_name.rpartition(".")
+        if name not in parameters:  # another rank's
+            continue
         parameter = parameters[name]
         optimizer.state[parameter][key] = _beside(parameter, key, value)
 
@@ -141,7 +237,7 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:5]) + more
 
 
-def _as_before(current: Any, saved: Any) -> Any:
+def as_before(current: Any, saved: Any) -> Any:
     """JSON has no tuples: betas come back as the type that the optimizer has."""
     return tuple(saved) if isinstance(current, tuple) else saved
 

@@ -12,15 +12,19 @@ from typing import Any, cast
 
 import orjson
 import torch
-from safetensors import safe_open
+import torch.distributed as dist
 from safetensors.torch import save_file
 from stoker.checkpoint import manifest
 from stoker.checkpoint.manifest import Checkpoint
+from stoker.world import World
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 Tensors = dict[str, torch.Tensor]
+
+ALONE = World()
 
 _VALUES = "state.json"
 
@@ -32,21 +36,30 @@ def save(
     *,
     step: int,
     samples: int,
+    world: World = ALONE,
     metrics: Mapping[str, float] | None = None,
-) -> Checkpoint:
-    """Write a checkpoint and return it once it is on disk. Raises OSError; then none was made."""
+) -> Checkpoint | None:
+    """Write a checkpoint, all ranks together, each its tensors; rank 0 returns it once it is on disk.
+
+    A tensor that several ranks hold is written by one of them. `values` are rank 0's.
+    Raises OSError; then none was made.
+    """
     path = manifest.folder(checkpoints, step)
-    manifest.begin(path)
     try:
+        if world.rank == 0:
+            manifest.begin(path)
+        _wait(world)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             state_dict_saver.save(
                 dict(tensors),
                 storage_writer=HuggingFaceStorageWriter(str(path), save_distributed=True),
-                no_dist=True,
+                no_dist=world.size == 1,
             )
+        if world.rank > 0:
+            return None
         (path / _VALUES).write_bytes(orjson.dumps(values, option=orjson.OPT_SERIALIZE_NUMPY))
-        return manifest.commit(path, step=step, samples=samples, world_size=1, metrics=metrics)
+        return manifest.commit(path, step=step, samples=samples, world_size=world.size, metrics=metrics)
     except CheckpointException as error:
         manifest.remove(path)
         raise _cause(error) from error
@@ -56,23 +69,23 @@ def save(
 
 
 def shapes(checkpoint: Checkpoint) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    """The shape and dtype of every tensor, from the headers of the shards."""
-    found: dict[str, tuple[torch.Size, torch.dtype]] = {}
-    for file in sorted(checkpoint.path.glob("*.safetensors")):
-        with safe_open(str(file), framework="pt") as shard:
-            for name in shard.keys():  # noqa: SIM118 (not a dict)
-                found[name] = _spec(shard.get_slice(name))
-    return found
+    """The shape and dtype of every tensor, whole, from the headers of the shards."""
+    metadata = HuggingFaceStorageReader(str(checkpoint.path)).read_metadata()
+    return {
+        name: (m.size, m.properties.dtype)
+        for name, m in metadata.state_dict_metadata.items()
+        if isinstance(m, TensorStorageMetadata)
+    }
 
 
-def load_tensors(checkpoint: Checkpoint, into: Tensors) -> None:
-    """Fill the given tensors in place with those of the same names."""
+def load_tensors(checkpoint: Checkpoint, into: Tensors, world: World = ALONE) -> None:
+    """Fill the given tensors, or shards, in place with those of the same names; all ranks together."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         state_dict_loader.load(
             cast("dict[str, Any]", into),
             storage_reader=HuggingFaceStorageReader(str(checkpoint.path)),
-            no_dist=True,
+            no_dist=world.size == 1,
         )
 
 
@@ -93,15 +106,9 @@ def export_model(checkpoint: Checkpoint, target: Path) -> Path:
     return target
 
 
-_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-    "BOOL": torch.bool,
-}  # fmt: skip
-
-
-def _spec(piece: Any) -> tuple[torch.Size, torch.dtype]:
-    return torch.Size(piece.get_shape()), _DTYPES[piece.get_dtype()]
+def _wait(world: World) -> None:
+    if world.size > 1:
+        dist.all_reduce(torch.zeros(1))
 
 
 def _cause(error: CheckpointException) -> BaseException:

@@ -11,7 +11,7 @@ import typer
 from stoker import config as configs
 from stoker import recipes
 from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder
-from stoker.cli.train import Overrides, start
+from stoker.cli.train import Nproc, Overrides, Profile, start
 from stoker.errors import BadInput
 from stoker.run import directory, view
 
@@ -23,6 +23,8 @@ def resume(
         str, typer.Argument(metavar="RUN", help="A run's id, the start of one, experiment/id, or its path.")
     ],
     overrides: Overrides = None,
+    nproc: Nproc = None,
+    profile: Profile = None,
     runs: RunsFolder = DEFAULT_RUNS,
     json: Json = False,
 ) -> int:
@@ -46,7 +48,7 @@ def resume(
             log.warning("drift: %s was %s and is %s from now on", key, old, new)
     return start(
         recipe, resolved, runs=found.path.parent.parent, name=found.id, experiment=found.experiment,
-        json=json, accept_drift=True,
+        nproc=nproc or _ranks(seen), profile=profile, json=json, accept_drift=True,
     )  # fmt: skip
 
 
@@ -56,3 +58,8 @@ def _return_to(folder: Path) -> None:
         os.chdir(folder)
     else:
         log.warning("the run was started in %s, which is gone: relative paths are taken from here", folder)
+
+
+def _ranks(seen: view.RunView) -> int:
+    """As many as the last attempt had."""
+    return seen.attempts[-1].world if seen.attempts else 1

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,11 +18,15 @@ from stoker import recipes
 from stoker.attempt import Run
 from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, console, print_json
 from stoker.config import Resolved
+from stoker.engine import options
+from stoker.engine.options import Training
 from stoker.errors import BadInput, Stopped
+from stoker.launch import local
 from stoker.recipes import Recipe
 from stoker.report import html
 from stoker.run import directory, view
 from stoker.run.view import RunView
+from stoker.world import World
 
 log = logging.getLogger("stoker")
 
@@ -42,6 +48,15 @@ Experiment = Annotated[
     typer.Option(help="The folder of runs that belong together.", show_default="the recipe's name"),
 ]
 
+Nproc = Annotated[
+    int | None,
+    typer.Option("--nproc", min=1, metavar="N", help="Ranks on this machine.", show_default="1"),
+]
+Profile = Annotated[
+    str | None,
+    typer.Option(metavar="FIRST:LAST", help="Trace these steps with torch's profiler, such as 10:15."),
+]
+
 
 def train(
     recipe: Annotated[
@@ -54,6 +69,8 @@ def train(
     config: ConfigFile = None,
     name: Name = None,
     experiment: Experiment = None,
+    nproc: Nproc = None,
+    profile: Profile = None,
     runs: RunsFolder = DEFAULT_RUNS,
     json: Json = False,
 ) -> int:
@@ -63,7 +80,10 @@ def train(
     """
     found = recipes.load(recipe)
     resolved = configs.resolve(found.config, overrides or (), config)
-    return start(found, resolved, runs=runs, name=name, experiment=experiment, json=json)
+    return start(
+        found, resolved, runs=runs, name=name, experiment=experiment, nproc=nproc or 1, profile=profile,
+        json=json,
+    )  # fmt: skip
 
 
 def script_command(train_function: Callable[..., None]) -> Callable[..., int]:
@@ -74,17 +94,38 @@ def script_command(train_function: Callable[..., None]) -> Callable[..., int]:
         config: ConfigFile = None,
         name: Name = None,
         experiment: Experiment = None,
+        nproc: Nproc = None,
+        profile: Profile = None,
         runs: RunsFolder = DEFAULT_RUNS,
         json: Json = False,
     ) -> int:
         found = recipes.from_function(train_function)
         resolved = configs.resolve(found.config, overrides or (), config)
-        return start(found, resolved, runs=runs, name=name, experiment=experiment, json=json)
+        return start(
+            found, resolved, runs=runs, name=name, experiment=experiment, nproc=nproc or 1, profile=profile,
+            json=json,
+        )  # fmt: skip
 
     command.__doc__ = (
         train_function.__doc__ or "Start a run; the same command with the same --name continues it."
     )
     return command
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a rank needs to know of a run to take part in it."""
+
+    recipe: str
+    """The recipe's reference."""
+    values: Mapping[str, Any]
+    sources: Mapping[str, str]
+    runs: Path
+    experiment: str
+    name: str | None
+    profile: tuple[int, int] | None
+    json: bool
+    accept_drift: bool
 
 
 def start(
@@ -95,6 +136,8 @@ def start(
     name: str | None,
     experiment: str | None,
     json: bool,
+    nproc: int = 1,
+    profile: str | None = None,
     accept_drift: bool = False,
 ) -> int:
     """Train, from the beginning or from where the run of that name was; returns the exit code."""
@@ -104,23 +147,80 @@ def start(
         finished = _finished(directory.locate(runs.absolute(), experiment, name), resolved)
         if finished is not None:
             return _answer(finished, json, "was finished already")
-    seed = int(getattr(resolved.config, "seed", 0))
+    ranks = max(nproc, World.current().size)
+    _check(recipe, resolved.config, ranks)
+    job = Job(
+        recipe.reference, resolved.values, resolved.sources, runs.absolute(), experiment, name,
+        _steps(profile), json, accept_drift,
+    )  # fmt: skip
+    if nproc == 1:
+        return _work(recipe, resolved, job)
+    if World.current().size > 1:
+        raise BadInput(f"--nproc {nproc}: {World.current().size} ranks were started already; leave it out")
+    named = dataclasses.replace(job, name=name or directory.new_id())
+    return local.run(run_rank, (named,), nproc=nproc, preload=recipe.preload)
+
+
+def run_rank(job: Job) -> int:
+    """What each rank of a job does."""
+    _show_messages()
+    recipe = recipes.load(job.recipe)
+    return _work(recipe, configs.restore(recipe.config, job.values, job.sources), job)
+
+
+def _work(recipe: Recipe, resolved: Resolved[Any], job: Job) -> int:
+    """Train as one rank, or the only one; rank 0 says how it went."""
     run = Run(
-        experiment,
-        name,
+        job.experiment,
+        job.name,
         config=resolved.config,
-        runs=runs,
+        runs=job.runs,
         sources=resolved.sources,
         recipe={"name": recipe.name, "reference": recipe.reference},
-        seed=seed,
+        seed=int(getattr(resolved.config, "seed", 0)),
         code=recipe.source.parent if recipe.reference not in recipes.SHIPPED else Path.cwd(),
-        accept_drift=accept_drift,
+        accept_drift=job.accept_drift,
     )
+    run.profile = job.profile
+    if run.world.rank > 0:
+        local.log_to(run.directory.logs / f"rank-{run.world.rank}.log")
     code, status = _train(run, recipe, resolved.config)
+    if run.world.rank > 0:
+        return code
     if code == 0:  # told to stop, it has no time to lose; the follower goes on by itself
         _wait_for_sinks(run)
-    _answer(view.load(run.directory), json, status)
+    _answer(view.load(run.directory), job.json, status)
     return code
+
+
+def _check(recipe: Recipe, config: Any, ranks: int) -> None:
+    """Refuse what cannot work on so many ranks before any is started. Raises BadInput."""
+    if isinstance(config, Training):
+        options.check(
+            options.with_deepspeed_file(config), ranks=ranks, gpus=_gpus(config, ranks),
+            batch_size=getattr(config, "batch_size", None),
+        )  # fmt: skip
+    if recipe.check is not None:
+        recipe.check(config, ranks)
+
+
+def _gpus(config: Training, ranks: int) -> int:
+    """GPUs of this machine; torch is not loaded to count them where nobody asks."""
+    if not (config.backend == "nccl" or config.sync_batchnorm or config.fsdp.offload):
+        return 0
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def _steps(profile: str | None) -> tuple[int, int] | None:
+    """`10:15` as the first and last step. Raises BadInput."""
+    if profile is None:
+        return None
+    first, _, last = profile.partition(":")
+    if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+        raise BadInput(f"--profile {profile}: give the first and the last step, such as 10:15")
+    return int(first), int(last)
 
 
 def _train(run: Run, recipe: Recipe, config: Any) -> tuple[int, str]:
@@ -130,9 +230,11 @@ def _train(run: Run, recipe: Recipe, config: Any) -> tuple[int, str]:
         with run.stop.handled(), run:
             arguments = (run, config) if recipe.config.__name__ != "NoConfig" else (run,)
             recipe.train(*arguments)
-            _export_weights(run)
+            if run.world.rank == 0:
+                _export_weights(run)
             run.end(view.FINISHED)
-            _write_report(run)
+            if run.world.rank == 0:
+                _write_report(run)
     except BadInput:
         run.discard_if_unused()
         raise
@@ -237,5 +339,8 @@ class _StderrHandler(logging.Handler):
 
 def _show_messages() -> None:
     log.propagate = False
+    if World.current().rank > 0:  # its messages go to its log file
+        log.addHandler(logging.NullHandler())
+        return
     if not any(isinstance(handler, _StderrHandler) for handler in log.handlers):
         log.addHandler(_StderrHandler(logging.INFO))

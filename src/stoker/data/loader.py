@@ -101,17 +101,28 @@ class Loader:
 
 def evaluation_batches(
     dataset: MapDataset, batch_size: int, world: World, collate: Collate | None = None
-) -> Iterator[Any]:
+) -> Iterator[tuple[Any, bool]]:
     """This rank's share of a dataset in order, each sample exactly once over all ranks.
 
-    The last batch is smaller, and a rank for which it holds nothing goes without it.
-    `batch_size` is global. Raises BadInput as `Loader` does.
+    Every rank has the same number of batches, since a sharded model is run by all together: one
+    for which the last global batch holds nothing is given its first sample, which does not count.
+
+    Args:
+        batch_size: samples of a batch over all ranks; the last one is smaller.
+
+    Yields:
+        The batch, and whether it counts.
+
+    Raises:
+        BadInput: as `Loader`.
     """
     _check(dataset, batch_size, world)
     seeded = _SeededDataset(dataset, 0, collate or default_collate)
     share = batch_size // world.size
-    for start in range(world.rank * share, len(dataset), batch_size):
-        yield seeded.__getitems__([(0, i) for i in range(start, min(start + share, len(dataset)))])
+    for begin in range(0, len(dataset), batch_size):
+        start = begin + world.rank * share
+        own = range(start, min(start + share, len(dataset)))
+        yield seeded.__getitems__([(0, i) for i in own or [begin]]), len(own) > 0
 
 
 def _check(dataset: MapDataset, batch_size: int, world: World) -> None:

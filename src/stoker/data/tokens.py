@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -33,14 +32,6 @@ _BATCH = 1024  # texts handed to the tokenizer at once
 _LOCK_TIMEOUT = 24 * 3600.0  # seconds to wait for another process that is tokenising the same
 
 Encode = Callable[[list[str]], Sequence[Sequence[int]]]
-
-
-def cache_folder() -> Path:
-    """Where tokenised data is kept: STOKER_CACHE, else `stoker` in XDG_CACHE_HOME or ~/.cache."""
-    if named := os.environ.get("STOKER_CACHE"):
-        return Path(named).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "stoker"
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,30 @@ def _map(function: Callable[[torch.Tensor], Any], batch: Any) -> Any:
     return pytree.tree_map_only(torch.Tensor, function, batch)
 
 
-def to_device(batch: Any, device: torch.device) -> Any:
-    """The batch with every tensor on the device."""
-    return _map(lambda tensor: tensor.to(device, non_blocking=True), batch)
+def for_each_tensor(function: Callable[[torch.Tensor], Any], batch: Any) -> None:
+    """Call a function with every tensor of a batch, in order."""
+    _map(lambda tensor: (function(tensor), tensor)[1], batch)
+
+
+def shapes(batch: Any) -> list[str]:
+    """The shape and dtype of every tensor, in words."""
+    found: list[str] = []
+    for_each_tensor(lambda tensor: found.append(f"{tuple(tensor.shape)} {tensor.dtype}"), batch)
+    return found
+
+
+def to_device(batch: Any, device: torch.device, *, channels_last: bool = False) -> Any:
+    """The batch with every tensor on the device; images (4 dims) channels last in memory, if asked to."""
+
+    def move(tensor: torch.Tensor) -> torch.Tensor:
+        moved = tensor.to(device, non_blocking=True)
+        return (
+            moved.contiguous(memory_format=torch.channels_last)
+            if channels_last and moved.dim() == 4
+            else moved
+        )
+
+    return _map(move, batch)
 
 
 def size(batch: Any) -> int:

@@ -1,17 +1,85 @@
-"""Gradients of a sum, made into gradients of a mean over the whole global batch."""
+"""Gradients of a sum, made into gradients of a mean over the whole global batch, and clipped.
+
+One pass over them does it all: dividing by the weight, undoing what the strategy averaged and
+what loss scaling multiplied by, and clipping are one factor.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+_BUCKET = 25 * 2**20  # bytes that are reduced at once
 
 
-def divide(parameters: Iterable[torch.nn.Parameter], weight: torch.Tensor | float) -> None:
-    """Divide every gradient by the weight of the global batch; a weight of zero leaves them."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    if not gradients:
-        return
-    divisor = torch.as_tensor(weight, dtype=torch.float32, device=gradients[0].device)
-    divisor = torch.where(divisor == 0, torch.ones_like(divisor), divisor)
-    torch._foreach_div_(gradients, divisor)
+def of(parameters: Iterable[torch.nn.Parameter]) -> list[torch.Tensor]:
+    """The gradients there are."""
+    return [p.grad for p in parameters if p.grad is not None]
+
+
+def norm(gradients: list[torch.Tensor], stages: Any = None) -> torch.Tensor:
+    """The L2 norm over all gradients, a float32 scalar; shards and stages of other ranks counted in.
+
+    Args:
+        stages: the process group over which the parameters are cut into stages, if they are.
+    """
+    total = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
+    if isinstance(total, DTensor):
+        total = total.full_tensor()
+    total = total.float()
+    if stages is not None and dist.get_world_size(stages) > 1:
+        squared = total.square()
+        dist.all_reduce(squared, group=stages)
+        total = squared.sqrt()
+    return total
+
+
+def scale(gradients: list[torch.Tensor], factor: torch.Tensor | float) -> None:
+    """Multiply every gradient in place."""
+    if gradients:
+        torch._foreach_mul_([_local(g) for g in gradients], factor)
+
+
+def clipped(factor: torch.Tensor, norm: torch.Tensor, clip_norm: float | None) -> torch.Tensor:
+    """The factor by which gradients are scaled, made smaller where the scaled norm is above `clip_norm`."""
+    if clip_norm is None:
+        return factor
+    return factor * (clip_norm / (norm * factor + 1e-6)).clamp(max=1.0)
+
+
+def reciprocal(weight: torch.Tensor) -> torch.Tensor:
+    """1 / weight, and 1 for a weight of zero, which leaves gradients that are zero."""
+    return 1.0 / torch.where(weight == 0, torch.ones_like(weight), weight)
+
+
+def average(gradients: list[torch.Tensor], group: Any) -> None:
+    """Replace gradients by their mean over the ranks of a group, in buckets."""
+    ranks = dist.get_world_size(group)
+    for bucket in _buckets(gradients):
+        flat = torch.cat([g.flatten() for g in bucket])
+        dist.all_reduce(flat, group=group)
+        flat /= ranks
+        means = torch.split(flat, [g.numel() for g in bucket])
+        for gradient, mean in zip(bucket, means, strict=True):
+            gradient.copy_(mean.view_as(gradient))
+
+
+def _buckets(gradients: list[torch.Tensor]) -> Iterable[list[torch.Tensor]]:
+    bucket: list[torch.Tensor] = []
+    size = 0
+    for gradient in gradients:
+        if bucket and (size >= _BUCKET or gradient.dtype != bucket[0].dtype):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(gradient)
+        size += gradient.nbytes
+    if bucket:
+        yield bucket
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

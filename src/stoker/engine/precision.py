@@ -1,32 +1,78 @@
-"""The precision a forward pass computes in; weights stay in float32."""
+"""The precision a forward pass computes in; weights, and what the optimizer adds up, stay in float32."""
 
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, Any, Literal
+import functools
+import logging
+import time
+from typing import Any, Literal
 
-if TYPE_CHECKING:
-    import torch
+import torch
+from stoker.engine.options import Precision
 
-Precision = Literal["auto", "fp32", "bf16"]
+log = logging.getLogger("stoker")
+
+Resolved = Literal["fp32", "bf16", "fp16"]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+_WORTH_IT = 1.5  # times as fast as fp32, for bf16 to be the default
 
 
-def resolve(precision: Precision, device: torch.device) -> Literal["fp32", "bf16"]:
-    """What `auto` means here: bf16 on a GPU that has it, fp32 elsewhere (CPUs are slow at bf16)."""
-    import torch
+def resolve(precision: Precision, device: torch.device) -> Resolved:
+    """What `auto` means on this device: bf16 where it is fast, else fp32.
 
+    A GPU that has bf16 is fast at it. Of CPUs some are and on others it is hundreds of times
+    slower than fp32: there it is measured, once a process.
+    """
+    if precision == "fp16" and _bf16_is_native(device):
+        log.warning("precision=fp16: this GPU has bf16, which is as fast and needs no loss scaling")
+    if precision == "bf16" and device.type == "cpu" and bf16_speed() < 0.5:
+        log.warning("precision=bf16: layers take %.0f times as long as in fp32 on this CPU", 1 / bf16_speed())
     if precision != "auto":
         return precision
-    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return "bf16" if native else "fp32"
+    if device.type == "cpu":
+        return "bf16" if bf16_speed() >= _WORTH_IT else "fp32"
+    return "bf16" if _bf16_is_native(device) else "fp32"
 
 
-def autocast(
-    precision: Literal["fp32", "bf16"], device: torch.device
-) -> contextlib.AbstractContextManager[Any]:
+@functools.cache
+def bf16_speed() -> float:
+    """How many times as fast as in fp32 layers are in bf16 on this CPU, measured; draws no random number."""
+    kept = torch.get_rng_state()
+    try:
+        return _seconds_of_layers(False) / _seconds_of_layers(True)
+    finally:
+        torch.set_rng_state(kept)
+
+
+def autocast(precision: Resolved, device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """The context of a forward pass."""
-    import torch
-
     if precision == "fp32":
         return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=torch.bfloat16)
+    return torch.autocast(device.type, dtype=DTYPES[precision])
+
+
+def use_tf32(allowed: bool) -> None:
+    """Whether float32 products of NVIDIA GPUs may round to TF32, for this process."""
+    if torch.cuda.is_available():
+        torch.backends.cuda.matmul.allow_tf32 = allowed
+        torch.backends.cudnn.allow_tf32 = allowed
+
+
+def _bf16_is_native(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def _seconds_of_layers(enabled: bool) -> float:
+    """The forward and backward pass of two linear layers, under autocast to bf16 or not."""
+    layers = torch.nn.Sequential(torch.nn.Linear(128, 512), torch.nn.GELU(), torch.nn.Linear(512, 128))
+    x = torch.ones(64, 128)
+    best = float("inf")
+    for _ in range(3):  # the first one sets things up
+        begun = time.perf_counter()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = layers(x).sum()
+        loss.backward()
+        best = min(best, time.perf_counter() - begun)
+    return best

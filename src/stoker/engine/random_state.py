@@ -20,6 +20,11 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def of_rank(seed: int, rank: int, step: int) -> int:
+    """A seed for a rank that begins at a step without a random state of its own."""
+    return int(np.random.SeedSequence([seed, rank, step]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
 def capture() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """The state as tensors (uint8) and JSON values."""
     tensors = {"cpu": torch.get_rng_state()}

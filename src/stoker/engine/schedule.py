@@ -9,17 +9,25 @@ from typing import Literal
 Schedule = Callable[[int, int], float]
 """(step, total steps) -> what the optimizer's learning rate is multiplied by; steps count from 0."""
 
-Shape = Literal["constant", "linear", "cosine"]
+Shape = Literal["constant", "linear", "cosine", "wsd"]
 
 
-def build(shape: Shape, *, warmup: float = 0.0, floor: float = 0.0) -> Schedule:
-    """Linear warm-up over the share `warmup` of the steps, then constant, or down to `floor`."""
+def build(shape: Shape, *, warmup: float = 0.0, floor: float = 0.0, decay: float = 0.2) -> Schedule:
+    """Linear warm-up over the share `warmup` of the steps, then constant, or down to `floor`.
+
+    `wsd` (warm-up, stable, decay; Hu et al. 2024, arXiv:2404.06395) stays constant and goes down
+    linearly over the share `decay` of the steps at the end.
+    """
 
     def factor(step: int, total: int) -> float:
         warmup_steps = round(warmup * total)
         if step < warmup_steps:
             return (step + 1) / (warmup_steps + 1)
-        done = (step - warmup_steps) / max(1, total - warmup_steps)
+        if shape == "wsd":
+            falling = max(1, round(decay * total))
+            done = max(0.0, (step - (total - falling)) / falling)
+        else:
+            done = (step - warmup_steps) / max(1, total - warmup_steps)
         return floor + (1.0 - floor) * _decay(shape, done)
 
     return factor
@@ -27,7 +35,7 @@ def build(shape: Shape, *, warmup: float = 0.0, floor: float = 0.0) -> Schedule:
 
 def _decay(shape: Shape, done: float) -> float:
     """From 1 at done=0 to 0 at done=1."""
-    if shape == "linear":
+    if shape in ("linear", "wsd"):
         return 1.0 - done
     if shape == "cosine":
         return 0.5 * (1.0 + math.cos(math.pi * done))

@@ -29,6 +29,10 @@ class Recipe:
     config: type[Any]
     source: Path
     """The file that defines it."""
+    check: Callable[[Any, int], None] | None = None
+    """`check_launch(config, ranks)` of its module: refuses what cannot work, before any rank is started."""
+    preload: tuple[str, ...] = ()
+    """`PRELOAD` of its module: what the server of the ranks imports beforehand."""
 
 
 def load(reference: str) -> Recipe:
@@ -53,12 +57,15 @@ def from_function(
 ) -> Recipe:
     """The recipe of a train function; its config is the annotation of the second parameter."""
     source = Path(inspect.getsourcefile(train) or "").absolute()
+    module = sys.modules.get(train.__module__)
     return Recipe(
         name=name or source.stem,
         reference=reference or f"{source}:{train.__name__}",
         train=train,
         config=_config_class(train),
         source=source,
+        check=getattr(module, "check_launch", None),
+        preload=tuple(getattr(module, "PRELOAD", ())),
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from stoker import storage
 from stoker.data import tokens
 from stoker.data.documents import Document, Splits, make_corpus
 
@@ -43,7 +44,7 @@ def pack(splits: Splits, tokenizer: Any, *, sequence_length: int) -> Packed:
             vocab_size=len(tokenizer),
             sequence_length=sequence_length,
             fingerprint=(make_corpus(documents, name).fingerprint, fingerprint(tokenizer), PROMPT),
-            cache=tokens.cache_folder(),
+            cache=storage.cache_folder(),
         )
         for name, documents in vars(splits).items()
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import warnings
 from collections.abc import Sequence
@@ -10,31 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import save_torch_state_dict
 from stoker import storage
-from stoker.attempt import Run
 from stoker.data import tokenizer as tokenizers
 from stoker.data.sources import Document
+from stoker.engine import distributed
 from stoker.errors import BadInput, nearest
+from stoker.loop import Trainer
+from stoker.recipes.language_shape import SIZES
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
-# The Llama architecture; heads of 32 or 64, feed-forward of about 8/3 of the hidden size.
-SIZES: dict[str, dict[str, int]] = {
-    "tiny": {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 4},
-    "small": {
-        "hidden_size": 384,
-        "intermediate_size": 1024,
-        "num_hidden_layers": 6,
-        "num_attention_heads": 6,
-    },
-    "base": {
-        "hidden_size": 768,
-        "intermediate_size": 2048,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-    },
-}
 transformers_logging.disable_progress_bar()  # this command has one of its own
 
 _LONGEST = 2048  # positions of a new model, unless rows are longer
@@ -49,6 +37,9 @@ class Language:
     pretrained: bool
     fingerprint: str
     """Of what it was built from: a local directory's weights, a hub id, or a size."""
+    config: Any
+    """The model's config as it is written beside its weights."""
+    generation_config: Any
 
 
 def build(
@@ -58,6 +49,7 @@ def build(
     vocab_size: int,
     sequence_length: int,
     documents: Sequence[Document],
+    tie_embeddings: bool = True,
 ) -> Language:
     """A new model of a size, or the one of a directory or hub id.
 
@@ -66,13 +58,14 @@ def build(
         tokenizer: a directory or hub id; None: the model's own, or for a new model one of
             `vocab_size` tokens, trained on the documents.
         sequence_length: the longest row, in tokens.
+        tie_embeddings: of a new model, whether it predicts with its embeddings.
 
     Raises:
         BadInput: there is no such model, it does not load, or its tokenizer does not fit it.
     """
     if reference in SIZES:
         made = _load_tokenizer(tokenizer) if tokenizer else _train_tokenizer(documents, vocab_size)
-        return _new(reference, made, sequence_length)
+        return _new(reference, made, sequence_length, tie_embeddings)
     source = _source(reference)
     found = _load_tokenizer(tokenizer or source)
     try:
@@ -80,7 +73,7 @@ def build(
     except (OSError, ValueError) as error:
         raise BadInput(f"model {reference} cannot be loaded: {error}{nearest(reference, SIZES)}") from error
     _check_fits(reference, model, found, sequence_length)
-    return Language(model, found, pretrained=True, fingerprint=_fingerprint(source))
+    return _language(model, found, pretrained=True, fingerprint=_fingerprint(source))
 
 
 def with_lora(model: Any, *, rank: int, alpha: float, dropout: float, targets: str) -> Any:
@@ -120,34 +113,74 @@ def loss(output: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, tor
 
 
 @torch.no_grad()
-def generate(model: Any, tokenizer: Any, prompt: str, length: int) -> str:
-    """The most likely continuation of a prompt, up to `length` tokens."""
+def generate(trainer: Trainer, tokenizer: Any, prompt: str, length: int) -> str:
+    """The most likely continuation of a prompt, up to `length` tokens. All ranks call it alike."""
+    model: Any = trainer.model
     was_training = model.training
     model.eval()
     try:
-        encoded = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(model.device)
-        made = model.generate(
-            **encoded, max_new_tokens=length, do_sample=False, pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )  # fmt: skip
+        encoded = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(trainer.device)
+        begun = encoded["input_ids"].shape[1]
+        if trainer.strategy == "pipeline":
+            made = _continued(trainer, encoded["input_ids"], length, tokenizer.eos_token_id)
+        else:
+            made = model.generate(
+                **encoded, max_new_tokens=length, do_sample=False, pad_token_id=tokenizer.pad_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+            )  # fmt: skip
     finally:
         model.train(was_training)
-    return str(tokenizer.decode(made[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True))
+    return str(tokenizer.decode(made[0, begun:], skip_special_tokens=True))
 
 
-def log_generations(run: Run, model: Any, tokenizer: Any, prompts: Sequence[str], length: int) -> None:
-    """Log a table of prompts with their continuations."""
-    rows = [(prompt, generate(model, tokenizer, prompt, length)) for prompt in prompts]
-    run.table("generations", rows, ["prompt", "completion"])
+def _continued(trainer: Trainer, ids: torch.Tensor, length: int, end: int) -> torch.Tensor:
+    """Token by token through the stages, which keep no cache; (1, seq) -> (1, seq + at most length)."""
+    for _ in range(length):
+        positions = torch.arange(ids.shape[1], device=ids.device)[None]
+        output = trainer.forward({"input_ids": ids, "position_ids": positions})
+        found = None if output is None else int(output.logits[0, -1].argmax())
+        token = next(t for t in distributed.gathered(found) if t is not None)
+        ids = torch.cat([ids, torch.tensor([[token]], device=ids.device)], dim=1)
+        if token == end:
+            break
+    return ids
 
 
-def export(run: Run, model: Any, tokenizer: Any) -> Path:
-    """Write the model, or its adapter, as an ordinary Hugging Face directory under artifacts."""
-    name = "adapter" if hasattr(model, "peft_config") else "model"
-    target = run.directory.artifacts / name
-    model.save_pretrained(target)
-    tokenizer.save_pretrained(target)
-    return run.artifact(target, kind=name)
+def log_generations(trainer: Trainer, tokenizer: Any, prompts: Sequence[str], length: int) -> None:
+    """Log a table of prompts with their continuations. All ranks call it."""
+    with trainer.averaged():
+        rows = [(prompt, generate(trainer, tokenizer, prompt, length)) for prompt in prompts]
+    trainer.run.table("generations", rows, ["prompt", "completion"])
+
+
+def export(trainer: Trainer, language: Language) -> Path | None:
+    """Write the model, or its adapter, as an ordinary Hugging Face directory under artifacts.
+
+    All ranks call it; rank 0 writes.
+    """
+    model: Any = trainer.model
+    is_adapter = hasattr(model, "peft_config")
+    tensors = trainer.state_dict((lambda name: "lora_" in name) if is_adapter else (lambda name: True))
+    if trainer.world.rank > 0:
+        return None
+    name = "adapter" if is_adapter else "model"
+    target = trainer.run.directory.artifacts / name
+    if is_adapter:
+        model.save_pretrained(target, state_dict=tensors)
+    else:
+        target.mkdir(parents=True, exist_ok=True)
+        language.config.save_pretrained(target)
+        language.generation_config.save_pretrained(target)
+        save_torch_state_dict(tensors, target)
+    language.tokenizer.save_pretrained(target)
+    return trainer.run.artifact(target, kind=name)
+
+
+def _language(model: Any, tokenizer: Any, *, pretrained: bool, fingerprint: str) -> Language:
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    config.dtype = torch.float32
+    return Language(model, tokenizer, pretrained, fingerprint, config, model.generation_config)
 
 
 def _train_tokenizer(documents: Sequence[Document], vocab_size: int) -> Any:
@@ -155,17 +188,17 @@ def _train_tokenizer(documents: Sequence[Document], vocab_size: int) -> Any:
     return tokenizers.as_transformers(trained, max_length=_LONGEST)
 
 
-def _new(size: str, tokenizer: Any, sequence_length: int) -> Language:
+def _new(size: str, tokenizer: Any, sequence_length: int, tie_embeddings: bool) -> Language:
     shape = LlamaConfig(
         **SIZES[size],
         vocab_size=len(tokenizer),
         max_position_embeddings=max(_LONGEST, sequence_length),
-        tie_word_embeddings=True,
+        tie_word_embeddings=tie_embeddings,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return Language(LlamaForCausalLM(shape), tokenizer, pretrained=False, fingerprint=size)
+    return _language(LlamaForCausalLM(shape), tokenizer, pretrained=False, fingerprint=size)
 
 
 def _source(reference: str) -> str:

@@ -10,13 +10,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Lt
 from stoker.attempt import Run
 from stoker.duration import Duration
-from stoker.engine.precision import Precision
-from stoker.engine.schedule import Shape
+from stoker.engine.options import Training
+
+PRELOAD = ("stoker.recipes.language_model", "stoker.recipes.language_data", "peft")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +35,7 @@ class Lora:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Training):
     """Keys of `stoker train llm`."""
 
     model: str = "tiny"
@@ -45,35 +46,33 @@ class Config:
     """A directory or hub id; by default the model's own, and for a new model one trained on the data."""
     vocab_size: Annotated[int, Ge(300)] = 4096
     """Entries of a tokenizer that is trained here."""
+    tie_embeddings: bool = True
+    """Of a new model: one matrix embeds tokens and predicts them. A pipeline needs false."""
     lora: Lora = field(default_factory=Lora)
     lr: Annotated[float, Gt(0)] | None = None
     """Peak learning rate; by default 3e-3 from scratch, 2e-4 with LoRA, 2e-5 for every weight."""
-    schedule: Shape = "cosine"
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
     """How the learning rate goes down after the warm-up."""
     warmup: Annotated[float, Ge(0), Lt(1)] = 0.05
     """Share of the steps over which the learning rate goes up."""
     weight_decay: Annotated[float, Ge(0)] = 0.01
     """AdamW's decoupled weight decay."""
-    clip_norm: Annotated[float, Gt(0)] = 1.0
-    """Largest global norm of the gradient."""
+    optimizer: Literal["adamw", "sgd", "adafactor", "adamw8bit"] = "adamw"
+    """AdamW, SGD with momentum, Adafactor, or AdamW with 8-bit states (extra `quantisation`)."""
+    clip_norm: Annotated[float, Gt(0)] | None = 1.0
+    """Largest global L2 norm of the gradient; larger ones are scaled down to it."""
     max_steps: Duration | None = None
     """How long to train: 100 (steps), 2ep or 1000000tok."""
     epochs: Annotated[float, Gt(0)] | None = None
     """The same in epochs; 1 where neither is given."""
     batch_size: Annotated[int, Ge(1)] = 8
     """Rows of a step, over all ranks."""
-    micro_batch: Annotated[int, Ge(1)] | None = None
-    """Rows of a forward pass; by default the whole batch."""
     sequence_length: Annotated[int, Ge(2)] = 256
     """Tokens of a row."""
-    precision: Precision = "auto"
-    """fp32, bf16, or auto: bf16 on GPUs that have it."""
     eval_every: Duration = Duration(1, "epoch")
     """Perplexity on the validation documents, and generations."""
-    checkpoint_every: Duration = Duration(10, "minute")
-    """How much training a kill can cost; 10min, 500, 1ep. The result does not depend on it."""
-    keep_checkpoints: Annotated[int, Ge(1)] = 3
-    """How many of the newest checkpoints are kept."""
+    patience: Annotated[int, Ge(1)] | None = None
+    """End early once val_loss got no better over so many evaluations; none: never."""
     validation: Annotated[float, Gt(0), Lt(0.5)] = 0.05
     """Share of the documents held out for evaluation while training."""
     test: Annotated[float, Gt(0), Lt(0.5)] = 0.05
@@ -86,6 +85,7 @@ class Config:
     """Of the weights, the order of the data, and dropout."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.max_steps is not None and self.epochs is not None:
             raise ValueError(f"max_steps={self.max_steps} and epochs={self.epochs} are both given: give one")
         for name in ("max_steps", "eval_every"):
@@ -102,53 +102,63 @@ class Config:
         return self.max_steps or Duration(self.epochs or 1.0, "epoch")
 
 
+def check_launch(config: Config, ranks: int) -> None:
+    """What can be seen before any process is started. Raises BadInput."""
+    from stoker.recipes import language_shape
+
+    if config.parallel == "pipeline":
+        virtual = config.pipeline.stages_per_rank if config.pipeline.schedule == "interleaved" else 1
+        language_shape.check_stages(
+            config.model, stages=(config.pipeline.ranks or ranks) * virtual, tied=config.tie_embeddings
+        )
+
+
 def train(run: Run, config: Config) -> None:
     """Read and pack the data, build the model, train, test, export."""
     from stoker.data import sources
-    from stoker.engine import schedule
+    from stoker.engine import distributed, optimizers, schedule
     from stoker.engine.random_state import seed_everything
     from stoker.loop import Trainer
     from stoker.recipes import language_data, language_model
-    from torch.optim import AdamW
 
     seed_everything(config.seed)
-    corpus = sources.read(config.data)
-    splits = sources.split(corpus.documents, validation=config.validation, test=config.test)
-    language = language_model.build(
-        config.model,
-        tokenizer=config.tokenizer,
-        vocab_size=config.vocab_size,
-        sequence_length=config.sequence_length,
-        documents=splits.train,
-    )
-    data = language_data.pack(splits, language.tokenizer, sequence_length=config.sequence_length)
+    distributed.join(run.world, config.backend)
+    with distributed.rank_zero_first(run.world):
+        corpus = sources.read(config.data)
+        splits = sources.split(corpus.documents, validation=config.validation, test=config.test)
+        language = language_model.build(
+            config.model,
+            tokenizer=config.tokenizer,
+            vocab_size=config.vocab_size,
+            sequence_length=config.sequence_length,
+            documents=splits.train,
+            tie_embeddings=config.tie_embeddings,
+        )
+        data = language_data.pack(splits, language.tokenizer, sequence_length=config.sequence_length)
     prompts = config.prompts or language_data.prompts(splits.validation)
-    model = language_model.with_lora(language.model, **dataclasses.asdict(config.lora))
     lr = config.lr or default_lr(config.lora.rank, language.pretrained)
     run.fingerprint("data", corpus.fingerprint)
     run.fingerprint("model", language.fingerprint)
 
     trainer = Trainer(
         run,
-        model,
-        optimizer=lambda params: AdamW(params, lr=lr, betas=(0.9, 0.95), weight_decay=config.weight_decay),
+        language_model.with_lora(language.model, **dataclasses.asdict(config.lora)),
+        optimizer=optimizers.factory(
+            config.optimizer, lr=lr, betas=(0.9, 0.95), weight_decay=config.weight_decay
+        ),
         inputs=language_model.inputs,
         loss=language_model.loss,
         schedule=schedule.build(config.schedule, warmup=config.warmup, floor=0.1),
-        clip_norm=config.clip_norm,
-        precision=config.precision,
-        micro_batch=config.micro_batch,
-        checkpoint_every=config.checkpoint_every,
-        keep_checkpoints=config.keep_checkpoints,
+        training=config,
     )
 
     def loss_on(rows: Any) -> float:
-        return trainer.evaluate(rows, batch_size=config.micro_batch or config.batch_size)
+        return trainer.evaluate(rows, batch_size=config.batch_size)
 
     def evaluate() -> None:
         val_loss = loss_on(data.validation)
         run.log(val_loss=val_loss, val_perplexity=perplexity(val_loss))
-        language_model.log_generations(run, model, language.tokenizer, prompts, config.generate_tokens)
+        language_model.log_generations(trainer, language.tokenizer, prompts, config.generate_tokens)
 
     if trainer.steps_done == 0 and language.pretrained:
         run.log(base_test_perplexity=perplexity(loss_on(data.test)))
@@ -160,8 +170,10 @@ def train(run: Run, config: Config) -> None:
             run.log(tokens_per_second=trainer.rate)
         if trainer.every(config.eval_every) or trainer.last:
             evaluate()
+            if config.patience is not None and trainer.stale("val_loss", config.patience):
+                trainer.finish(f"val_loss got no better over {config.patience} evaluations")
     run.log(test_perplexity=perplexity(loss_on(data.test)))
-    language_model.export(run, model, language.tokenizer)
+    language_model.export(trainer, language)
 
 
 def default_lr(lora_rank: int, pretrained: bool) -> float:

@@ -1,0 +1,69 @@
+"""The repeated blocks of a model: what is sharded, recomputed, compiled and cut into stages.
+
+Found by the model's own structure: the list of modules (`nn.ModuleList`, `nn.Sequential`) that
+holds most of its parameters, and within its items again where these hold lists of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from stoker.errors import BadInput
+from torch import nn
+
+
+def find(model: nn.Module, names: Sequence[str] = ()) -> list[tuple[str, nn.Module]]:
+    """The blocks of a model with their names, in order; none where it has no repeated part.
+
+    Args:
+        names: class names of blocks; by default they are found.
+
+    Raises:
+        BadInput: there is no module of a class that was named.
+    """
+    if names:
+        found = [(name, m) for name, m in model.named_modules() if type(m).__name__ in names]
+        missing = set(names) - {type(m).__name__ for _, m in found}
+        if missing:
+            classes = sorted({type(m).__name__ for m in model.modules()})
+            raise BadInput(
+                f"blocks: no module is a {', '.join(sorted(missing))}; the model has {', '.join(classes)}"
+            )
+        return found
+    found_list = longest(model)
+    if found_list is None:
+        return []
+    prefix, modules = found_list
+    found = []
+    for name, block in modules.named_children():
+        inner = find(block)  # a ResNet's stages hold layers: those are its blocks
+        found += (
+            [(f"{prefix}{name}.{n}", m) for n, m in inner] if len(inner) > 1 else [(prefix + name, block)]
+        )
+    return [(name, block) for name, block in found if _parameters(block)]
+
+
+def longest(model: nn.Module) -> tuple[str, nn.Module] | None:
+    """The list of modules that holds the most parameters, if more than half of all, and its dotted prefix."""
+    lists = [
+        (name, m)
+        for name, m in model.named_modules()
+        if isinstance(m, nn.ModuleList | nn.Sequential) and len(m) > 1
+    ]
+    if not lists:
+        return None
+    name, chosen = max(lists, key=lambda pair: _parameters(pair[1]))
+    if _parameters(chosen) * 2 < _parameters(model) - _embedding_parameters(model):
+        return None
+    return (f"{name}." if name else "", chosen)
+
+
+def _parameters(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def _embedding_parameters(module: nn.Module) -> int:
+    """Embeddings, and the output layer as large as they are, say nothing about what is repeated."""
+    embeddings = [m.weight for m in module.modules() if isinstance(m, nn.Embedding)]
+    shapes = {w.shape for w in embeddings}
+    return sum({id(p): p.numel() for p in module.parameters() if p.shape in shapes}.values())

@@ -1,0 +1,125 @@
+"""Joining the other processes of a run, and doing things with them that are not part of a step."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import datetime
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from stoker.engine.options import Backend
+from stoker.errors import BadInput
+from stoker.world import World
+
+_TIMEOUT = datetime.timedelta(minutes=30)
+
+
+def join(world: World, backend: Backend = "auto", *, alone: bool = False) -> None:
+    """Take part in the process group of this launch; a second time there is nothing to do.
+
+    CPU tensors go through gloo, GPU tensors through NCCL.
+
+    Args:
+        alone: a single process makes a group too, as FSDP and DeepSpeed need one.
+
+    Raises:
+        BadInput: NCCL was asked for, and there is no GPU.
+    """
+    if dist.is_initialized() or (world.size == 1 and not alone):
+        return
+    gpu = torch.cuda.is_available() and backend != "gloo"
+    if backend == "nccl" and not gpu:
+        raise BadInput("backend=nccl: there is no GPU here; leave backend to auto, or give gloo")
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if gpu else "gloo",
+        rank=world.rank, world_size=world.size, timeout=_TIMEOUT,
+        store=torch._C._distributed_c10d.HashStore() if world.size == 1 else None,
+    )  # fmt: skip
+    atexit.register(leave)
+
+
+def leave() -> None:
+    """Leave the process group, where there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def rank_zero_first(world: World) -> Iterator[None]:
+    """Rank 0 goes through the block alone, the others after it: what it caches, they find."""
+    if world.rank > 0:
+        _wait()
+    try:
+        yield
+    finally:
+        if world.rank == 0:
+            _wait()
+
+
+def from_rank_zero(value: Any) -> Any:
+    """A small value (None, or of JSON's types) of rank 0, on every rank."""
+    if not dist.is_initialized():
+        return value
+    held = [value]
+    dist.broadcast_object_list(held, src=0, device=torch.device("cpu"))
+    return held[0]
+
+
+def gathered(value: Any) -> list[Any]:
+    """A small value of each rank, in the order of ranks, on every rank."""
+    if not dist.is_initialized():
+        return [value]
+    held: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(held, value)
+    return held
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    if dist.is_initialized():
+        _wait()
+
+
+def copy_from_rank_zero(model: torch.nn.Module) -> None:
+    """Give every rank the parameters and buffers of rank 0, in place."""
+    if dist.is_initialized():
+        for tensor in [*model.parameters(), *model.buffers()]:
+            dist.broadcast(tensor.detach(), src=0)
+
+
+def _wait() -> None:
+    if dist.is_initialized():
+        # A reduction of a CPU tensor, since a barrier of a group with NCCL would want a GPU.
+        dist.all_reduce(torch.zeros(1))
+
+
+def all_reduce(tensor: torch.Tensor, op: Any = None, group: Any = None) -> torch.Tensor:
+    """The tensor, reduced in place over the ranks of a group (all by default); sums by default."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor, op=cast("Any", op or dist.ReduceOp.SUM), group=group)
+    return tensor
+
+
+_HEADER = 16  # whole numbers: dtype, dims, sizes
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64)
+
+
+def send(tensor: torch.Tensor, rank: int, group: Any = None) -> None:
+    """Send a tensor of any shape to a rank that calls `receive`."""
+    header = torch.zeros(_HEADER, dtype=torch.int64)
+    header[: tensor.dim() + 2] = torch.tensor([_DTYPES.index(tensor.dtype), tensor.dim(), *tensor.shape])
+    dist.send(header.to(tensor.device), rank, group)
+    dist.send(tensor.contiguous(), rank, group)
+
+
+def receive(rank: int, device: torch.device, group: Any = None) -> torch.Tensor:
+    """What a rank that calls `send` sends."""
+    header = torch.zeros(_HEADER, dtype=torch.int64, device=device)
+    dist.recv(header, rank, group)
+    dtype, dims, *sizes = header.tolist()
+    tensor = torch.empty(sizes[:dims], dtype=_DTYPES[dtype], device=device)
+    dist.recv(tensor, rank, group)
+    return tensor

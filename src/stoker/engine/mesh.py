@@ -1,0 +1,76 @@
+"""The ranks of a run as a mesh, and this process's place in it: a value that is passed on.
+
+The axes, where there are several ranks: `replicate` (copies of the model), `shard` (ranks that
+share one copy), `stage` (ranks of one pipeline). A global batch is divided over the first two;
+all ranks of one pipeline read the same share.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from stoker.engine.options import Training
+from stoker.world import World
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Where this process stands among the ranks of a run."""
+
+    world: World
+    device: torch.device
+    axes: DeviceMesh | None = None
+    """replicate, shard, stage; none for a single process."""
+
+    def size(self, axis: str) -> int:
+        """Ranks along an axis."""
+        return 1 if self.axes is None else self.axes[axis].size()
+
+    def group(self, axis: str) -> Any:
+        """The process group of this rank along an axis; none for a single process."""
+        return None if self.axes is None else self.axes.get_group(axis)
+
+    @property
+    def stage(self) -> int:
+        """This rank's place in its pipeline."""
+        return 0 if self.axes is None else self.axes.get_local_rank("stage")
+
+    @property
+    def data(self) -> World:
+        """The world as the data sees it: whose share of a global batch this rank reads."""
+        if self.axes is None:
+            return self.world
+        ranks = self.size("replicate") * self.size("shard")
+        place = self.axes.get_local_rank("replicate") * self.size("shard") + self.axes.get_local_rank("shard")
+        return replace(self.world, rank=place, size=ranks)
+
+    @property
+    def data_axes(self) -> DeviceMesh:
+        """The axes over which gradients are reduced: one, or two where sharding is hybrid."""
+        assert self.axes is not None
+        if self.size("replicate") > 1 and self.size("shard") > 1:
+            return self.axes["replicate", "shard"]
+        return self.axes["replicate" if self.size("replicate") > 1 else "shard"]
+
+
+def build(world: World, device: torch.device, training: Training, strategy: str) -> Mesh:
+    """The mesh of a strategy; `options.check` has seen that the axes divide the ranks."""
+    if not dist.is_initialized():
+        return Mesh(world, device)
+    stages = (training.pipeline.ranks or world.size) if strategy == "pipeline" else 1
+    data = world.size // stages
+    if strategy == "fsdp":
+        shard = training.fsdp.shard or data
+    elif strategy == "pipeline" and training.pipeline.data == "fsdp":
+        shard = data
+    else:
+        shard = 1
+    # Stages are the outer axis: neighbours on a machine share gradients, which is more traffic.
+    axes = init_device_mesh(
+        device.type, (stages, data // shard, shard), mesh_dim_names=("stage", "replicate", "shard")
+    )
+    return Mesh(world, device, axes)

@@ -1,0 +1,93 @@
+"""Metrics over a dataset that is shared among ranks: exact, whatever the shares are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+Number = torch.Tensor | float
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A sum and what to divide it by, added up over batches and ranks before dividing."""
+
+    total: Number
+    weight: Number
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """exp of a mean: the summed negative log-likelihood in nats, and the number of tokens."""
+
+    total: Number
+    weight: Number
+
+
+@dataclass(frozen=True)
+class Sum:
+    """A sum over batches and ranks."""
+
+    total: Number
+
+
+@dataclass(frozen=True)
+class Max:
+    """The largest value over batches and ranks."""
+
+    value: Number
+
+
+Metric = Mean | Perplexity | Sum | Max
+
+
+class Totals:
+    """Adds up metrics in float64."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, tuple[type[Any], float, float]] = {}
+
+    def add(self, metrics: Mapping[str, Metric], counts: bool = True) -> None:
+        """Add those of a batch; one that does not count makes their names known, and nothing else."""
+        for name, metric in metrics.items():
+            kind = type(metric)
+            _, total, weight = self._held.get(name, (kind, -math.inf if kind is Max else 0.0, 0.0))
+            if counts and isinstance(metric, Max):
+                total = max(total, float(metric.value))
+            elif counts and not isinstance(metric, Max):
+                total += float(metric.total)
+                weight += 0.0 if isinstance(metric, Sum) else float(metric.weight)
+            self._held[name] = (kind, total, weight)
+
+    def over_ranks(self) -> dict[str, float]:
+        """The metrics over all ranks, on every rank; ranks that have none take part without."""
+        rows: list[dict[str, tuple[str, float, float]]] = [
+            {name: (kind.__name__, total, weight) for name, (kind, total, weight) in self._held.items()}
+        ]
+        if dist.is_initialized():
+            rows = [{} for _ in range(dist.get_world_size())]
+            dist.all_gather_object(
+                rows, {n: (k.__name__, total, weight) for n, (k, total, weight) in self._held.items()}
+            )
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        return {name: _joined([row[name] for row in rows if name in row]) for name in names}
+
+
+def _joined(parts: list[tuple[str, float, float]]) -> float:
+    """One metric of all ranks, always added up in the order of ranks."""
+    kind = parts[0][0]
+    if kind == "Max":
+        return max(total for _, total, _ in parts)
+    total = math.fsum(total for _, total, _ in parts)
+    if kind == "Sum":
+        return total
+    weight = math.fsum(weight for _, _, weight in parts)
+    mean = total / weight if weight else math.nan
+    if kind == "Perplexity":
+        return math.exp(mean) if mean < 700 else math.inf
+    return mean

@@ -1,0 +1,116 @@
+"""The largest micro-batch that fits into memory, found by trying and remembered.
+
+Sizes that divide a rank's share of the batch are tried from the smallest on, and before each the
+memory it will take is foreseen from the last two, so that running out is rare: a rank that does
+in the middle of a collective would leave the others waiting.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import torch.distributed as dist
+from stoker import storage
+from stoker.engine import distributed
+from stoker.errors import StokerError
+
+_ROOM = 0.9  # of a device's memory
+
+
+def find(
+    share: int,
+    attempt: Callable[[int], None],
+    device: torch.device,
+    *,
+    memory: Path,
+    about: Mapping[str, Any],
+) -> int:
+    """The largest size that fits; the same on every rank.
+
+    Args:
+        share: samples of a global batch that are this rank's.
+        attempt: a forward and backward pass on so many samples.
+        device: whose memory it must fit into.
+        memory: the file that remembers, by all that `about` says.
+
+    Raises:
+        StokerError: not even one sample fits.
+    """
+    key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+    known = distributed.from_rank_zero(_read(memory).get(key))
+    if isinstance(known, int) and share % known == 0:
+        return known
+    found = _largest([n for n in range(1, share + 1) if share % n == 0], attempt, device)
+    if found is None:
+        raise StokerError(
+            "micro_batch=auto: not even one sample fits into memory; "
+            "set activation_checkpointing=full, or parallel=fsdp over more ranks"
+        )
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        storage.write_atomically(memory, json.dumps({**_read(memory), key: found}).encode())
+    return found
+
+
+def _largest(sizes: list[int], attempt: Callable[[int], None], device: torch.device) -> int | None:
+    tried: list[tuple[int, int]] = []  # samples, bytes at the peak
+    for size in sizes:
+        if _over_ranks(_foreseen(tried, size) > _ROOM * _total(device)):
+            break
+        _reset_peak(device)
+        try:
+            attempt(size)
+            failed = False
+        except (torch.OutOfMemoryError, MemoryError):
+            failed = True
+        if _over_ranks(failed):
+            break
+        tried.append((size, _peak(device)))
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return tried[-1][0] if tried else None
+
+
+def _foreseen(tried: list[tuple[int, int]], size: int) -> float:
+    """The peak of a size, on the line through the last two that were tried."""
+    if len(tried) < 2:
+        return 0.0
+    (a, at_a), (b, at_b) = tried[-2:]
+    return at_b + max(0, at_b - at_a) / (b - a) * (size - b)
+
+
+def _over_ranks(yes: bool) -> bool:
+    """Whether it is so on any rank."""
+    return any(distributed.gathered(yes))
+
+
+def _total(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return int(psutil.Process().memory_info().rss + psutil.virtual_memory().available)
+
+
+def _reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def _peak(device: torch.device) -> int:
+    """Bytes at the peak of the last attempt; on a CPU what the process has grown to."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_reserved(device))
+    return int(psutil.Process().memory_info().rss)
+
+
+def _read(memory: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(memory.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        return {}
+    return found if isinstance(found, dict) else {}

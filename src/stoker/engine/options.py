@@ -1,0 +1,290 @@
+"""How a run uses its devices: the keys that every recipe shares, and what of them excludes what.
+
+A recipe's config inherits from `Training`, so that `parallel=fsdp precision=bf16` mean the same
+everywhere. They change how fast a run is and what fits, not what it computes. No torch here: a
+mistake that can be seen without it is answered before any process is started.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Gt, Lt
+from stoker.duration import Duration
+from stoker.errors import BadInput
+
+Strategy = Literal["auto", "single", "ddp", "fsdp", "pipeline", "deepspeed"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Backend = Literal["auto", "gloo", "nccl"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ddp:
+    """parallel=ddp: torch's DistributedDataParallel."""
+
+    bucket_mb: Annotated[float, Gt(0)] = 25.0
+    """Gradients are reduced in buckets of so many MiB, while the backward pass goes on."""
+    gradient_as_bucket_view: bool = True
+    """Gradients live in the buckets: no copy, and memory for one."""
+    static_graph: bool = False
+    """The same parameters are used at every step; lets DDP reorder its work."""
+    find_unused_parameters: bool = False
+    """Some steps leave parameters without a gradient; costs a walk over the graph each step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fsdp:
+    """parallel=fsdp: torch's FSDP2, parameters, gradients and optimizer state sharded by block."""
+
+    shard: Annotated[int, Ge(1)] | None = None
+    """Ranks that share one copy of the model; by default all. Fewer: hybrid sharding, one copy each."""
+    reshard_after_forward: bool = True
+    """Free a block's gathered weights after its forward pass and gather them again for the backward."""
+    offload: bool = False
+    """Keep parameters, gradients and optimizer state in host memory; GPU only."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pipeline:
+    """parallel=pipeline: the blocks are cut into stages, micro-batches stream through them."""
+
+    ranks: Annotated[int, Ge(2)] | None = None
+    """Ranks one pipeline runs over; by default all. Fewer: several pipelines, data parallel."""
+    schedule: Literal["gpipe", "1f1b", "interleaved"] = "1f1b"
+    """gpipe (all forward, then all backward), 1f1b (less memory), interleaved (smaller bubble)."""
+    stages_per_rank: Annotated[int, Ge(2)] = 2
+    """Stages a rank holds under the interleaved schedule."""
+    data: Literal["ddp", "fsdp"] = "ddp"
+    """How several pipelines share their gradients."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeepSpeed:
+    """parallel=deepspeed: ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054); extra `deepspeed`."""
+
+    stage: Annotated[int, Ge(0), Lt(4)] | None = None
+    """ZeRO stage: 1 shards optimizer state, 2 gradients too, 3 parameters too; 2 where none is given."""
+    offload_optimizer: bool = False
+    """Keep the optimizer's state, and its step, in host memory."""
+    offload_parameters: bool = False
+    """Keep parameters in host memory (stage 3)."""
+    config: Path | None = None
+    """An existing DeepSpeed JSON file. What it sets must not be set here as well; "auto" leaves it to us."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ema:
+    """A moving average of the weights, which evaluation and export then use."""
+
+    decay: Annotated[float, Gt(0), Lt(1)] | None = None
+    """Share of the average that stays at a step, such as 0.999; none: no average."""
+    warmup: bool = True
+    """Begin with a smaller decay, (1 + step) / (10 + step), so that the start is soon forgotten."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """What every recipe has. Inherit a config from it, and hand that to `Trainer`."""
+
+    parallel: Strategy = "auto"
+    """single, ddp, fsdp, pipeline, deepspeed; auto picks by ranks, model size and memory, and says why."""
+    ddp: Ddp = field(default_factory=Ddp)
+    fsdp: Fsdp = field(default_factory=Fsdp)
+    pipeline: Pipeline = field(default_factory=Pipeline)
+    deepspeed: DeepSpeed = field(default_factory=DeepSpeed)
+    backend: Backend = "auto"
+    """What ranks talk through: nccl between GPUs, gloo between CPUs."""
+    precision: Precision = "auto"
+    """fp32, bf16, fp16 (with dynamic loss scaling); auto: bf16 where the device is fast at it."""
+    tf32: bool = False
+    """Let float32 products on NVIDIA GPUs round to TF32 (10 bits of mantissa); several times faster."""
+    micro_batch: Annotated[int, Ge(1)] | Literal["auto"] | None = None
+    """Samples a rank takes in one forward pass; auto finds the largest that fits; none: all of its share."""
+    activation_checkpointing: str = "none"
+    """none, full (every block), selective (keep products, recompute the rest), or N: every n-th block."""
+    compile: bool = False
+    """Compile each block with torch.compile."""
+    blocks: tuple[str, ...] = ()
+    """Class names of the repeated blocks that are sharded, recomputed and compiled; by default found."""
+    clip_norm: Annotated[float, Gt(0)] | None = None
+    """Largest global L2 norm of the gradient; larger ones are scaled down to it."""
+    ema: Ema = field(default_factory=Ema)
+    channels_last: bool = False
+    """Keep image batches and convolutions channels last in memory; faster on GPUs."""
+    sync_batchnorm: bool = False
+    """BatchNorm's statistics over all ranks; GPU only."""
+    checkpoint_every: Duration = Duration(10, "minute")
+    """How much training a kill can cost; 10min, 500, 1ep. The result does not depend on it."""
+    keep_checkpoints: Annotated[int, Ge(1)] = 3
+    """How many of the newest checkpoints are kept; the best is kept as well."""
+
+    def __post_init__(self) -> None:
+        checkpointing(self.activation_checkpointing)
+        object.__setattr__(self, "checkpoint_every", Duration.parse(self.checkpoint_every))
+
+
+def checkpointing(text: str) -> tuple[str, int]:
+    """What `activation_checkpointing` says: (none | full | selective, every how many blocks).
+
+    Raises ValueError.
+    """
+    if text in ("none", "full", "selective"):
+        return text, 1
+    if text.isdecimal() and int(text) > 0:
+        return "full", int(text)
+    raise ValueError(
+        f"activation_checkpointing={text}: give none, full, selective, or every how many blocks, such as 2"
+    )
+
+
+def check(training: Training, *, ranks: int, gpus: int, batch_size: int | None = None) -> None:
+    """Refuse what cannot work on so many ranks, as far as it is known without the model.
+
+    Args:
+        ranks: processes of the run, over all machines.
+        gpus: of this machine.
+        batch_size: samples of a global batch, where it is known.
+
+    Raises:
+        BadInput: saying what to change.
+    """
+    if training.backend == "nccl" and gpus == 0:
+        raise BadInput("backend=nccl: there is no GPU here; leave backend to auto, or give gloo")
+    if training.sync_batchnorm and gpus == 0:
+        raise BadInput("sync_batchnorm=true: torch has it on GPUs only, and there is none here; leave it out")
+    if training.fsdp.offload and gpus == 0:
+        raise BadInput("fsdp.offload=true: there is no GPU to offload from; leave it out")
+    if training.parallel == "single" and ranks > 1:
+        raise BadInput(f"parallel=single is one process, and there are {ranks}: give ddp, or --nproc 1")
+    if training.parallel in ("fsdp", "auto"):
+        _divides("fsdp.shard", training.fsdp.shard, ranks)
+    if training.parallel == "pipeline":
+        _check_pipeline(training, ranks)
+    if training.parallel == "deepspeed":
+        _check_deepspeed(training)
+    if batch_size is not None:
+        check_batch(batch_size, data_ranks(training, ranks))
+
+
+def data_ranks(training: Training, ranks: int) -> int:
+    """Among how many shares a global batch is divided."""
+    if training.parallel == "pipeline":
+        return ranks // (training.pipeline.ranks or ranks)
+    return ranks
+
+
+def check_batch(batch_size: int, shares: int) -> None:
+    """Raises BadInput where a global batch cannot be divided, naming the nearest that can."""
+    if batch_size < 1:
+        raise BadInput(f"batch_size={batch_size}: it must be at least 1")
+    if batch_size % shares:
+        below = batch_size // shares * shares
+        near = f"{below} or {below + shares}" if below else str(shares)
+        raise BadInput(
+            f"batch_size={batch_size} is global, and cannot be divided among {shares} data-parallel ranks: "
+            f"the nearest that can is {near}"
+        )
+
+
+def _check_pipeline(training: Training, ranks: int) -> None:
+    if ranks < 2:
+        raise BadInput("parallel=pipeline needs two ranks or more: add --nproc 2")
+    _divides("pipeline.ranks", training.pipeline.ranks, ranks)
+
+
+def _check_deepspeed(training: Training) -> None:
+    if importlib.util.find_spec("deepspeed") is None:
+        raise BadInput("parallel=deepspeed needs deepspeed: pip install 'stoker[deepspeed]'")
+    chosen = training.deepspeed
+    stage = zero_stage(chosen)
+    if chosen.offload_parameters and stage != 3:
+        raise BadInput(f"deepspeed.offload_parameters is for stage 3, and the stage is {stage}")
+    if chosen.offload_optimizer and stage == 0:
+        raise BadInput("deepspeed.offload_optimizer is for stages 1, 2 and 3, and the stage is 0")
+
+
+def _divides(key: str, part: int | None, ranks: int) -> None:
+    if part is not None and (part > ranks or ranks % part):
+        fitting = ", ".join(str(n) for n in range(1, ranks + 1) if ranks % n == 0)
+        raise BadInput(f"{key}={part} does not divide the {ranks} ranks: give one of {fitting}")
+
+
+def zero_stage(chosen: DeepSpeed) -> int:
+    """The ZeRO stage: from the key, else from the file, else 2. Raises BadInput where both say one."""
+    given = read_deepspeed(chosen.config).get("zero_optimization", {}).get("stage", "auto")
+    if chosen.stage is not None and given not in ("auto", chosen.stage):
+        raise BadInput(
+            f"the ZeRO stage is set twice: deepspeed.stage={chosen.stage}, and {given} in {chosen.config}"
+        )
+    if chosen.stage is not None:
+        return chosen.stage
+    return 2 if given == "auto" else int(given)
+
+
+def read_deepspeed(file: Path | None) -> dict[str, Any]:
+    """A DeepSpeed JSON file; empty for none. Raises BadInput."""
+    if file is None:
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise BadInput(f"deepspeed.config={file} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise BadInput(f"deepspeed.config={file} holds a {type(content).__name__}: it must be an object")
+    return content
+
+
+def with_deepspeed_file(training: Training) -> Training:
+    """The settings with what a DeepSpeed JSON file says of clipping, micro-batch and precision.
+
+    Raises BadInput where the file and the run set the same thing to different values.
+    """
+    if training.parallel != "deepspeed" or training.deepspeed.config is None:
+        return training
+    file = training.deepspeed.config
+    given = read_deepspeed(file)
+    for section in ("optimizer", "scheduler"):
+        if section in given:
+            raise BadInput(
+                f"{file} sets the {section}, and so does the run: take the section out of the file"
+            )
+    half = [p for p in ("bf16", "fp16") if given.get(p, {}).get("enabled") is True]
+    said: dict[str, tuple[str, Any, Any]] = {
+        "clip_norm": ("gradient_clipping", given.get("gradient_clipping", "auto"), training.clip_norm),
+        "micro_batch": (
+            "train_micro_batch_size_per_gpu",
+            given.get("train_micro_batch_size_per_gpu", "auto"),
+            training.micro_batch,
+        ),
+        "precision": ("its precision", half[0] if half else "auto", training.precision),
+    }
+    changes: dict[str, Any] = {}
+    for key, (theirs, value, ours) in said.items():
+        if value == "auto":
+            continue
+        if ours not in (None, "auto", value):
+            raise BadInput(
+                f"set twice: {key}={ours}, and {theirs} to {value} in {file}; "
+                f'give {key}={value}, or "auto" in the file'
+            )
+        changes[key] = value
+    return replace(training, **changes)
+
+
+def check_deepspeed_batch(training: Training, *, batch_size: int, ranks: int, parts: int) -> None:
+    """Raises BadInput where a DeepSpeed file has another batch size or accumulation than the run."""
+    file = training.deepspeed.config
+    if training.parallel != "deepspeed" or file is None:
+        return
+    given = read_deepspeed(file)
+    for theirs, ours in (("train_batch_size", batch_size), ("gradient_accumulation_steps", parts)):
+        value = given.get(theirs, "auto")
+        if value not in ("auto", ours):
+            raise BadInput(
+                f"{file} sets {theirs} to {value}, and the run comes to {ours} on {ranks} ranks: "
+                f'give "auto" in the file, or change batch_size or micro_batch'
+            )

@@ -1,0 +1,236 @@
+"""Pipeline parallelism on torch.distributed.pipelining: GPipe, 1F1B and interleaved 1F1B.
+
+Huang et al. 2019 (arXiv:1811.06965); Narayanan et al. 2021 (arXiv:2104.04473). Every rank of a
+pipeline reads the same share of the batch; what flows between stages is one tensor. Schedules
+are given the numbers of micro-batches, and a stage looks up what it needs of one by its number.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from stoker.engine import batches, blocks, distributed, stages
+from stoker.engine.agreement import Agreement, Weight
+from stoker.engine.options import Training
+from stoker.engine.step import (
+    OptimizerFactory,
+    Setting,
+    apply,
+    average_statistics,
+    build_optimizers,
+    running_statistics,
+)
+from stoker.errors import BadInput
+from torch import nn
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
+
+_SCHEDULES: dict[str, Any] = {
+    "gpipe": ScheduleGPipe, "1f1b": Schedule1F1B, "interleaved": ScheduleInterleaved1F1B,
+}  # fmt: skip
+
+Shapes = tuple[tuple[torch.Size, torch.dtype], ...]
+
+
+class PipelineStep:
+    """A model cut into stages; see `Step`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        training: Training,
+        setting: Setting,
+        make: OptimizerFactory | Mapping[str, OptimizerFactory],
+    ) -> None:
+        if isinstance(make, Mapping):
+            raise BadInput("parallel=pipeline takes one optimizer for the whole model, not one a submodule")
+        self._setting, self._mesh = setting, setting.mesh
+        self._ranks = self._mesh.size("stage")
+        virtual = training.pipeline.stages_per_rank if training.pipeline.schedule == "interleaved" else 1
+        self._count = self._ranks * virtual
+        made = stages.cut(model, self._count)
+        self._held = list(range(self._mesh.stage, self._count, self._ranks))
+        self.model = stages.take(model, made, self._held)
+        self._stages = [
+            _Stage(stages.take(model, made, [n]), n, self._count, made.prefix, self) for n in self._held
+        ]
+        del model
+        self._called = [self._data_parallel(stage, training) for stage in self._stages]
+        self.optimizers = build_optimizers(self.model, make)
+        self._schedule_class = _SCHEDULES[training.pipeline.schedule]
+        self._schedules: dict[tuple[int, Shapes], Any] = {}
+        self._statistics = running_statistics(self.model) if self._mesh.data.size > 1 else []
+        self.parts: Sequence[Any] = ()
+        """The micro-batches of the step under way."""
+        self._collected: list[tuple[torch.Tensor, Weight]] = []
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the output and the loss are on this rank."""
+        return self._held[-1] == self._count - 1
+
+    def gradients(self, parts: Sequence[Any], agreement: Agreement) -> None:
+        """See `Step`. Raises BadInput where the micro-batches differ in shape, or are too few."""
+        shapes = [_shapes(part) for part in parts]
+        if len(set(shapes)) > 1:
+            raise BadInput(
+                "parallel=pipeline needs micro-batches of one shape: choose micro_batch so that it divides "
+                f"a rank's share of the batch ({[s[0][0][0] for s in shapes if s]} samples now)"
+            )
+        self.parts, self._collected = parts, []
+        schedule = self._schedule(len(parts), shapes[0])
+        numbers = torch.arange(len(parts))
+        schedule.step(
+            *([numbers] if self._held[0] == 0 else []),
+            number=numbers,
+            target=numbers if self.is_last else None,
+            return_outputs=False,
+        )
+        loss_sum: torch.Tensor = torch.zeros((), device=self._mesh.device)
+        weight: Weight = 0.0
+        for part_sum, part_weight in self._collected:
+            loss_sum, weight = loss_sum + part_sum, weight + part_weight
+        agreement.start(loss_sum, weight)
+        self.parts = ()
+
+    @torch.no_grad()
+    def forward(self, batch: Any) -> Any:
+        """See `Step`: the stages one after the other; the output on ranks of the last, else None."""
+        self.parts = (batch,)
+        output = None
+        for stage in self._stages:
+            received = None if stage.index == 0 else self._receive(stage.index - 1)
+            output = stage(received, torch.zeros(1, dtype=torch.long))
+            stage.seen = (received, output)
+            if stage.index < self._count - 1:
+                self._send(output, stage.index + 1)
+        self.parts = ()
+        return self._stages[-1].whole(output) if self.is_last else None
+
+    def update(self, optimizer: torch.optim.Optimizer, weight: torch.Tensor) -> bool:
+        """See `Step`."""
+        found = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        stepped = apply(found, optimizer, weight, self._setting)
+        self.model.zero_grad(set_to_none=True)
+        average_statistics(self._statistics, self._mesh)
+        return stepped
+
+    def _loss(self, output: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
+        assert self._setting.loss is not None
+        with self._setting.autocast():
+            loss_sum, weight = self._setting.loss(self._stages[-1].whole(output), self.parts[int(number)])
+        self._collected.append((loss_sum.detach(), weight))
+        return loss_sum * self._setting.scale.factor
+
+    def _schedule(self, count: int, shapes: Shapes) -> Any:
+        """The schedule for so many micro-batches of these shapes; what flows is measured once."""
+        if (count, shapes) not in self._schedules:
+            self._measure()
+            options = {"loss_fn": self._loss, "scale_grads": False}
+            made = [self._pipeline_stage(s, c) for s, c in zip(self._stages, self._called, strict=True)]
+            several = self._schedule_class is ScheduleInterleaved1F1B
+            try:
+                self._schedules[count, shapes] = self._schedule_class(
+                    made if several else made[0], count, **options
+                )
+            except ValueError as error:
+                raise BadInput(
+                    f"{count} micro-batches do not fit this pipeline: {error}; "
+                    "change micro_batch or batch_size"
+                ) from error
+        return self._schedules[count, shapes]
+
+    def _measure(self) -> None:
+        """Send the first micro-batch through the stages, to see the shapes of what they exchange."""
+        parts = self.parts
+        was_training = self.model.training
+        self.model.eval()  # draws no random number, changes no statistics
+        self.forward(parts[0])
+        self.model.train(was_training)
+        self.parts = parts
+
+    def _pipeline_stage(self, stage: _Stage, called: nn.Module) -> PipelineStage:
+        received, output = stage.seen
+        example = torch.zeros(1, dtype=torch.long) if received is None else _example(received)
+        stage.seen = (None, None)
+        return PipelineStage(
+            called, stage.index, self._count, self._mesh.device,
+            input_args=(example,), output_args=(_example(output),), group=self._mesh.group("stage"),
+        )  # fmt: skip
+
+    def _data_parallel(self, stage: _Stage, training: Training) -> nn.Module:
+        if self._mesh.data.size == 1:
+            return stage
+        from stoker.engine import strategies
+
+        if training.pipeline.data == "ddp":
+            return strategies.data_parallel(stage, training, self._mesh)
+        stage.casts = strategies.shard(stage, blocks.find(stage, training.blocks), training, self._setting)
+        return stage
+
+    def _send(self, tensor: torch.Tensor, stage: int) -> None:
+        if stage % self._ranks == self._mesh.stage:
+            self._kept = tensor
+            return
+        group = self._mesh.group("stage")
+        distributed.send(tensor, dist.get_global_rank(group, stage % self._ranks), group)
+
+    def _receive(self, stage: int) -> torch.Tensor:
+        if stage % self._ranks == self._mesh.stage:
+            return self._kept
+        group = self._mesh.group("stage")
+        source = dist.get_global_rank(group, stage % self._ranks)
+        return distributed.receive(source, self._mesh.device, group)
+
+
+class _Stage(nn.Module):
+    """One stage as the schedules call it: what came from the stage before, and the micro-batch's number."""
+
+    def __init__(self, module: nn.Module, index: int, count: int, prefix: str, step: PipelineStep) -> None:
+        super().__init__()
+        self.module = module
+        self.index, self.count = index, count
+        self.casts = False
+        self.seen: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
+        self._inner = prefix.rstrip(".").rpartition(".")[0]  # what holds the list of blocks
+        self._step = [step]  # in a list, so as not to be a submodule's business
+
+    def forward(self, received: torch.Tensor | None, number: torch.Tensor) -> Any:
+        step = self._step[0]
+        inputs = step._setting.inputs(step.parts[int(number)])
+        with contextlib.nullcontext() if self.casts else step._setting.autocast():
+            return self._output(inputs, received)
+
+    def _output(self, inputs: Any, received: torch.Tensor | None) -> Any:
+        if isinstance(self.module, nn.Sequential):
+            first = next(iter(inputs.values())) if isinstance(inputs, Mapping) else inputs[0]
+            return self.module(first if self.index == 0 else received)
+        kwargs = dict(inputs)
+        if self.index > 0:
+            kwargs.pop("input_ids")
+            kwargs["inputs_embeds"] = received
+        if self.index < self.count - 1:
+            return self.module.get_submodule(self._inner)(**kwargs).last_hidden_state
+        return self.module(**kwargs).logits
+
+    def whole(self, output: Any) -> Any:
+        """The last stage's tensor as the model's own kind of output."""
+        if isinstance(self.module, nn.Sequential):
+            return output
+        from transformers.modeling_outputs import CausalLMOutput
+
+        return CausalLMOutput(logits=output)
+
+
+def _shapes(part: Any) -> Shapes:
+    found: list[tuple[torch.Size, torch.dtype]] = []
+    batches.for_each_tensor(lambda t: found.append((t.shape, t.dtype)), part)
+    return tuple(found)
+
+
+def _example(tensor: torch.Tensor | None) -> torch.Tensor:
+    assert tensor is not None
+    return torch.empty_like(tensor, device="meta").requires_grad_()

@@ -1,0 +1,226 @@
+"""A step: how a global batch becomes one update of the weights.
+
+Three ways to make one, for the three ways a forward and backward pass is driven: `PlainStep`
+here, for a model that is called (single, DDP, FSDP), `PipelineStep` and `DeepSpeedStep`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from stoker.engine import gradients
+from stoker.engine.agreement import Agreement, Weight
+from stoker.engine.loss_scale import LossScale
+from stoker.engine.mesh import Mesh
+from stoker.engine.precision import Resolved, autocast
+from stoker.errors import StokerError
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+LossFunction = Callable[[Any, Any], tuple[torch.Tensor, Weight]]
+OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+Optimizers = Mapping[str, torch.optim.Optimizer]
+
+
+class Step(Protocol):
+    """One strategy's forward, backward and update."""
+
+    @property
+    def model(self) -> nn.Module:
+        """This rank's part of the model, its parameters under their own names."""
+        ...
+
+    @property
+    def optimizers(self) -> Optimizers:
+        """By name; `main` where there is one."""
+        ...
+
+    def gradients(self, parts: Sequence[Any], agreement: Agreement) -> None:
+        """Add up the gradients of this rank's micro-batches, and start the agreement on loss and weight."""
+        ...
+
+    def forward(self, batch: Any) -> Any:
+        """The model's output without gradients; on all ranks together, None where it ends on another."""
+        ...
+
+    def update(self, optimizer: torch.optim.Optimizer, weight: torch.Tensor) -> bool:
+        """Divide by the weight of the global batch, clip, step, clear; False where fp16 overflowed."""
+        ...
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What every kind of step is made with."""
+
+    mesh: Mesh
+    inputs: Callable[[Any], Any]
+    loss: LossFunction | None
+    precision: Resolved
+    scale: LossScale
+    clip_norm: float | None
+
+    def call(self, model: nn.Module, batch: Any) -> Any:
+        """The output of a model for a batch."""
+        inputs = self.inputs(batch)
+        return model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
+
+    def autocast(self) -> Any:
+        """The context of a forward pass."""
+        return autocast(self.precision, self.mesh.device)
+
+
+class PlainStep:
+    """A model that is called and a loss that is differentiated.
+
+    Args:
+        model: the parameters under their own names.
+        called: what is called while training: the model, or DDP around it.
+        casts: whether the strategy itself casts to the precision, as FSDP does.
+    """
+
+    def __init__(
+        self,
+        setting: Setting,
+        model: nn.Module,
+        optimizers: Optimizers,
+        *,
+        called: nn.Module | None = None,
+        casts: bool = False,
+    ) -> None:
+        self.model = model
+        self.optimizers = optimizers
+        self._setting = setting
+        self._called = called or model
+        self._casts = casts
+        self._ddp = called if isinstance(called, DistributedDataParallel) else None
+        self._reduced = True
+        self._statistics = running_statistics(model) if setting.mesh.data.size > 1 else []
+
+    def gradients(self, parts: Sequence[Any], agreement: Agreement) -> None:
+        """See `Step`. DDP reduces with the last micro-batch; FSDP, which keeps no whole ones, with each."""
+        assert self._setting.loss is not None
+        loss_sum: torch.Tensor | None = None
+        weight: Weight = 0.0
+        for number, part in enumerate(parts, start=1):
+            last = number == len(parts)
+            self._reduce_next(last)
+            with self._context():
+                part_sum, part_weight = self._setting.loss(self._setting.call(self._called, part), part)
+            loss_sum = part_sum.detach() if loss_sum is None else loss_sum + part_sum.detach()
+            weight = weight + part_weight
+            if last:
+                agreement.start(loss_sum, weight)
+            self._backward(part_sum)
+        self._reduced = True
+
+    def forward(self, batch: Any) -> Any:
+        """See `Step`; with gradients where they are enabled, for a loop that does its own backward."""
+        with self._context():
+            return self._setting.call(self.model, batch)
+
+    def backward(self, loss_sum: torch.Tensor) -> None:
+        """The backward pass of a loop of one's own; its gradients are reduced by `update`."""
+        self._backward(loss_sum)
+        self._reduced = False
+
+    def update(self, optimizer: torch.optim.Optimizer, weight: torch.Tensor) -> bool:
+        """See `Step`."""
+        setting = self._setting
+        found = gradients.of(p for group in optimizer.param_groups for p in group["params"])
+        if self._ddp is not None and not self._reduced:
+            gradients.average(found, setting.mesh.group("replicate"))
+        stepped = apply(found, optimizer, weight, setting)
+        self.model.zero_grad(set_to_none=True)
+        average_statistics(self._statistics, setting.mesh)
+        return stepped
+
+    def _backward(self, loss_sum: torch.Tensor) -> None:
+        if self._setting.scale.enabled:
+            loss_sum = loss_sum * self._setting.scale.factor
+        torch.autograd.backward(loss_sum)
+
+    def _context(self) -> Any:
+        return contextlib.nullcontext() if self._casts else self._setting.autocast()
+
+    def _reduce_next(self, reduce: bool) -> None:
+        if self._ddp is not None:
+            self._ddp.require_backward_grad_sync = reduce  # what its no_sync() sets
+
+
+def apply(
+    found: list[torch.Tensor], optimizer: torch.optim.Optimizer, weight: torch.Tensor, setting: Setting
+) -> bool:
+    """Make gradients of sums, averaged over the data ranks, those of the mean; clip; step.
+
+    Returns False where fp16 overflowed, and nothing was changed.
+    """
+    factor = gradients.reciprocal(weight) * (setting.mesh.data.size / setting.scale.factor)
+    if setting.clip_norm is not None or setting.scale.enabled:
+        norm = gradients.norm(found, setting.mesh.group("stage"))
+        if setting.scale.enabled:
+            overflowed = not bool(norm.isfinite())
+            setting.scale.update(overflowed)
+            if overflowed:
+                return False
+        factor = gradients.clipped(factor, norm, setting.clip_norm)
+    gradients.scale(found, factor)
+    optimizer.step()
+    return True
+
+
+def build_optimizers(
+    model: nn.Module, factories: OptimizerFactory | Mapping[str, OptimizerFactory]
+) -> dict[str, torch.optim.Optimizer]:
+    """The optimizers of a model that is laid out already; each group remembers its `initial_lr`.
+
+    Raises ValueError where nothing is trained.
+    """
+    if not isinstance(factories, Mapping):
+        built = {"main": factories(trainable(model))}
+    else:
+        built = {name: make(trainable(model.get_submodule(name))) for name, make in factories.items()}
+    for optimizer in built.values():
+        for group in optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])
+    return built
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that are trained. Raises ValueError where there are none."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if not parameters:
+        raise ValueError(
+            f"{type(model).__name__} has no parameter to train: every one has requires_grad=False"
+        )
+    return parameters
+
+
+def average_statistics(statistics: list[torch.Tensor], mesh: Mesh) -> None:
+    """Make BatchNorm's running statistics those of all data ranks."""
+    if statistics:
+        for axis in ("replicate", "shard"):
+            if mesh.size(axis) > 1:
+                gradients.average(statistics, mesh.group(axis))
+
+
+def running_statistics(model: nn.Module) -> list[torch.Tensor]:
+    """The running means and variances of a model's BatchNorms."""
+    found = []
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            found += [b for b in (module.running_mean, module.running_var) if b is not None]
+    return found
+
+
+def only_loop_of_its_own(step: Step) -> PlainStep:
+    """The step as one whose parts can be called one by one. Raises StokerError."""
+    if isinstance(step, PlainStep):
+        return step
+    raise StokerError(
+        f"{type(step).__name__} drives forward and backward itself: use trainer.step(batch), "
+        "or parallel=single, ddp or fsdp"
+    )

@@ -1,0 +1,55 @@
+"""The whole of a model that is spread over ranks, brought together on rank 0 tensor by tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from stoker.engine import distributed
+from stoker.engine.mesh import Mesh
+from stoker.engine.step import Step
+from torch.distributed.tensor import DTensor
+
+Tensors = dict[str, torch.Tensor]
+
+
+def state_dict(step: Step, mesh: Mesh, wanted: Callable[[str], bool] = lambda name: True) -> Tensors:
+    """Parameters and saved buffers by name, on the CPU of rank 0; empty on other ranks. All ranks call it.
+
+    Args:
+        wanted: whether a tensor of this name is; the same on every rank.
+    """
+    saved = step.model.state_dict(keep_vars=True)
+    named = [*step.model.named_parameters(), *step.model.named_buffers()]
+    held = {n: _whole(step, n, t) for n, t in named if n in saved and wanted(n)}
+    if mesh.size("stage") > 1:
+        return _from_stages(held, mesh)
+    return held if mesh.world.rank == 0 else {}
+
+
+def _whole(step: Step, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    gather = getattr(step, "whole", None)
+    if gather is not None:  # DeepSpeed's own way
+        found: torch.Tensor = gather(tensor)
+        return found
+    whole = tensor.detach()
+    return (whole.full_tensor() if isinstance(whole, DTensor) else whole).cpu().clone()
+
+
+def _from_stages(held: Tensors, mesh: Mesh) -> Tensors:
+    """Bring what the stages of the first pipeline hold to rank 0."""
+    group = mesh.group("stage")
+    names: list[list[str]] = [[] for _ in range(mesh.size("stage"))]
+    dist.all_gather_object(names, list(held), group=group)
+    if mesh.data.rank > 0:
+        return {}
+    found = dict(held)
+    for stage in range(1, mesh.size("stage")):
+        for name in names[stage]:
+            if mesh.stage == stage:
+                distributed.send(held[name].to(mesh.device), 0, group)
+            elif mesh.stage == 0:
+                source = dist.get_global_rank(group, stage)
+                found[name] = distributed.receive(source, mesh.device, group).cpu()
+    return found if mesh.world.rank == 0 else {}

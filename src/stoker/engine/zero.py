@@ -1,0 +1,262 @@
+"""ZeRO by DeepSpeed: optimizer state (stage 1), gradients (2) and parameters (3) sharded over ranks.
+
+Rajbhandari et al. 2020 (arXiv:1910.02054). DeepSpeed drives the backward pass and the update.
+What is ours: the loss is a sum whose weight is known only at the end of the global batch, so the
+gradients are divided by it through the loss scale that DeepSpeed lets a caller set.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from stoker.engine import gradients, options
+from stoker.engine.agreement import Agreement, Weight
+from stoker.engine.options import Training
+from stoker.engine.precision import DTYPES
+from stoker.engine.step import (
+    OptimizerFactory,
+    Setting,
+    apply,
+    average_statistics,
+    build_optimizers,
+    running_statistics,
+)
+from stoker.errors import BadInput
+from torch import nn
+from torch.utils import _pytree as pytree
+
+Tensors = dict[str, torch.Tensor]
+
+
+class DeepSpeedStep:
+    """A model that DeepSpeed trains; see `Step`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        training: Training,
+        setting: Setting,
+        make: OptimizerFactory | Mapping[str, OptimizerFactory],
+    ) -> None:
+        if isinstance(make, Mapping):
+            raise BadInput("parallel=deepspeed takes one optimizer for the whole model, not one a submodule")
+        _quieten()
+        import deepspeed
+
+        if setting.precision == "fp16" and setting.mesh.device.type == "cpu":
+            raise BadInput("parallel=deepspeed has precision=fp16 on GPUs only: give bf16 or fp32")
+        self._setting = setting
+        self.stage = options.zero_stage(training.deepspeed)
+        made = build_optimizers(model, make)["main"]
+        known = {p: name for name, p in model.named_parameters()}
+        self._names = [[known[p] for p in group["params"]] for group in made.param_groups]
+        with _no_stray_output():
+            self._engine, self._optimizer, *_ = deepspeed.initialize(
+                model=model, optimizer=made, config=config(training, setting), dist_init_required=False
+            )
+        self.model = model
+        self.optimizers = {"main": self._optimizer}
+        self._statistics = running_statistics(model) if setting.mesh.data.size > 1 else []
+
+    def gradients(self, parts: Sequence[Any], agreement: Agreement) -> None:
+        """See `Step`."""
+        assert self._setting.loss is not None
+        loss_sum: torch.Tensor | None = None
+        weight: Weight = 0.0
+        if self.stage > 0:
+            self._optimizer.override_loss_scale(1.0)
+        for number, part in enumerate(parts, start=1):
+            self._engine.set_gradient_accumulation_boundary(number == len(parts))
+            part_sum, part_weight = self._setting.loss(self._call(part), part)
+            loss_sum = part_sum.detach() if loss_sum is None else loss_sum + part_sum.detach()
+            weight = weight + part_weight
+            if number == len(parts):
+                agreement.start(loss_sum, weight)
+            self._engine.backward(part_sum * self._setting.scale.factor, scale_wrt_gas=False)
+
+    def forward(self, batch: Any) -> Any:
+        """See `Step`."""
+        return self._call(batch)
+
+    def update(self, optimizer: torch.optim.Optimizer, weight: torch.Tensor) -> bool:
+        """See `Step`."""
+        setting = self._setting
+        average_statistics(self._statistics, setting.mesh)
+        if self.stage == 0:
+            stepped = apply(gradients.of(self.model.parameters()), self._optimizer, weight, setting)
+            self.model.zero_grad(set_to_none=True)
+            return stepped
+        factor = gradients.reciprocal(weight) * (setting.mesh.data.size / setting.scale.factor)
+        self._optimizer.override_loss_scale(1.0 / factor.item())
+        self._engine.step()
+        overflowed = bool(self._optimizer.overflow)
+        setting.scale.update(overflowed)
+        return not overflowed
+
+    def _call(self, batch: Any) -> Any:
+        if self.stage == 0:
+            with self._setting.autocast():
+                return self._setting.call(self._engine, batch)
+        dtype = DTYPES[self._setting.precision]
+        inputs = self._setting.inputs(batch)
+        if dtype != torch.float32:
+            inputs = pytree.tree_map_only(
+                torch.Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, inputs
+            )
+        return self._engine(**inputs) if isinstance(inputs, Mapping) else self._engine(*inputs)
+
+    def whole(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A parameter or buffer, whole, on the CPU: float32 where it is trained. All ranks call it."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        if not isinstance(tensor, nn.Parameter):
+            return tensor.detach().cpu().clone()
+        if tensor.requires_grad and self.stage > 0:
+            return self._whole(tensor, safe_get_full_fp32_param)
+        with self._gathered(tensor):
+            return tensor.detach().cpu().clone()
+
+    # -- what is saved: whole tensors under the parameters' names, as every strategy saves them ----
+
+    def capture(self) -> tuple[Tensors, Tensors, dict[str, Any]]:
+        """Parameters, optimizer state (`name.key`) and the step count, whole, on the CPU; on all ranks."""
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        parameters, state = {}, {}
+        for name, p in self._trained():
+            parameters[name] = self._whole(p, safe_get_full_fp32_param)
+            for key in self._keys():
+                state[f"{name}.{key}"] = self._whole(p, lambda p, k=key: safe_get_full_optimizer_state(p, k))
+        return parameters, state, {"step": self._count()}
+
+    def restore(self, parameters: Tensors, state: Tensors) -> None:
+        """Put back what `capture` returned, on every rank; `state` has step counts too (`name.step`)."""
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        device = self._setting.mesh.device
+        self._begin_state()
+        for name, p in self._trained():
+            safe_set_full_fp32_param(p, parameters[name].to(device))
+            for key in self._keys():
+                safe_set_full_optimizer_state(p, state[f"{name}.{key}"].to(device), key)
+            with self._gathered(p):  # what the forward pass uses is another copy
+                p.data.copy_(parameters[name])
+        count = next((t for name, t in state.items() if name.endswith(".step")), None)
+        for held in self._optimizer.optimizer.state.values():
+            if "step" in held and count is not None:
+                held["step"] = torch.as_tensor(float(count)).to(held["step"])
+
+    def _begin_state(self) -> None:
+        """Make room for the optimizer's state, by steps that change nothing."""
+        zero = self._optimizer
+        flat = zero.single_partition_of_fp32_groups if self.stage < 3 else zero.fp32_partitioned_groups_flat
+        rates = [group["lr"] for group in zero.param_groups]
+        for number, partition in enumerate(flat):
+            for group in zero.param_groups:
+                group["lr"] = 0.0
+            partition.grad = torch.zeros_like(partition)
+            zero._optimizer_step(number)
+            partition.grad = None
+        for group, rate in zip(zero.param_groups, rates, strict=True):
+            group["lr"] = rate
+        if self.stage < 3:  # the first of these steps has linked what the others made since
+            zero._hp_optimizer_states_linked = False
+            zero._lazy_init_hp_params_optimizer_state()
+
+    def groups(self) -> list[dict[str, Any]]:
+        """The optimizer's groups with the names of their parameters."""
+        return [{**{k: v for k, v in group.items() if k != "params"}, "params": names}
+                for group, names in zip(self._optimizer.param_groups, self._names, strict=True)]  # fmt: skip
+
+    def _trained(self) -> list[tuple[str, nn.Parameter]]:
+        return [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+
+    def _keys(self) -> list[str]:
+        held: dict[str, Any] = next(iter(self._optimizer.optimizer.state.values()), {})
+        return [k for k, v in held.items() if isinstance(v, torch.Tensor) and v.dim() > 0]
+
+    def _count(self) -> float:
+        held: dict[str, Any] = next(iter(self._optimizer.optimizer.state.values()), {})
+        return float(held.get("step", 0))
+
+    def _whole(self, parameter: nn.Parameter, get: Any) -> torch.Tensor:
+        found: torch.Tensor | None = get(parameter)
+        assert found is not None
+        return found.detach().float().cpu().reshape(_shape(parameter))
+
+    @contextlib.contextmanager
+    def _gathered(self, parameter: nn.Parameter) -> Iterator[None]:
+        if self.stage < 3:
+            yield
+            return
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            yield
+
+
+def config(training: Training, setting: Setting) -> dict[str, Any]:
+    """DeepSpeed's configuration: the user's file as it is, and what it leaves open or to "auto" filled in."""
+    chosen = training.deepspeed
+    zero: dict[str, Any] = {"stage": options.zero_stage(chosen)}
+    if chosen.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if chosen.offload_parameters:
+        zero["offload_param"] = {"device": "cpu"}
+    made: dict[str, Any] = {
+        # Boundaries are said at each micro-batch. More than one must be possible: DeepSpeed does not
+        # add gradients up in host memory otherwise.
+        "gradient_accumulation_steps": 2,
+        "train_micro_batch_size_per_gpu": 1,
+        "train_batch_size": 2 * setting.mesh.data.size,
+        "gradient_clipping": setting.clip_norm or 0.0,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": None,
+        # At stage 0 weights stay in float32 under autocast, as with DDP.
+        "bf16": {"enabled": setting.precision == "bf16" and zero["stage"] > 0},
+        "fp16": {"enabled": setting.precision == "fp16" and zero["stage"] > 0, "loss_scale": 1.0},
+    }
+    given = options.read_deepspeed(chosen.config)
+    for key in ("gradient_accumulation_steps", "train_micro_batch_size_per_gpu", "train_batch_size"):
+        given.pop(key, None)  # checked against the run's own: see `options.with_deepspeed_file`
+    return _merged(made, given)
+
+
+def _merged(ours: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(ours)
+    for key, value in given.items():
+        if isinstance(value, Mapping):
+            merged[key] = _merged(dict(ours.get(key, {})), value)
+        elif value != "auto":
+            merged[key] = value
+    return merged
+
+
+def _shape(parameter: nn.Parameter) -> torch.Size:
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def _quieten() -> None:
+    """DeepSpeed looks for an accelerator, and logs a good deal, as it is imported."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    if not torch.cuda.is_available():
+        import deepspeed
+
+        # Else it compiles a C++ extension for talking between CPUs, which needs a compiler and half a minute.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+@contextlib.contextmanager
+def _no_stray_output() -> Iterator[None]:
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield

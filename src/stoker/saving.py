@@ -1,0 +1,106 @@
+"""What a Trainer saves and restores: the model, its optimizers, the average, the position, randomness.
+
+Tensors stand under the parameters' own names whatever the strategy, so that a checkpoint says
+nothing of how it was made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from stoker.checkpoint import manifest, state, store
+from stoker.checkpoint.store import Tensors
+from stoker.engine import distributed, random_state
+from stoker.engine.ema import Ema
+from stoker.engine.loss_scale import LossScale
+from stoker.engine.step import Step
+from stoker.world import World
+
+
+@dataclass(frozen=True)
+class Saved:
+    """All that a run is resumed from. `built`: the hyperparameters its optimizers were made with."""
+
+    world: World
+    step: Step
+    built: Mapping[str, state.Groups]
+    scale: LossScale
+    ema: Ema | None
+
+    def capture(self, position: Mapping[str, Any]) -> tuple[Tensors, dict[str, Any]]:
+        """This rank's tensors, and the values of all ranks as one. All ranks call it."""
+        tensors, values = self._model()
+        if self.ema is not None:
+            tensors.update({f"ema.{name}": t for name, t in self.ema.values.items()})
+        drawn, random = random_state.capture()
+        tensors.update({f"random.{self.world.rank}.{key}": t for key, t in drawn.items()})
+        parts = distributed.gathered({**values, "random": random})
+        joined = state.joined(parts)
+        joined["random"] = [part["random"] for part in parts]
+        return tensors, {**joined, "scale": self.scale.state(), "position": dict(position)}
+
+    def restore(self, checkpoint: manifest.Checkpoint) -> tuple[dict[str, Any], Any]:
+        """Put a checkpoint back; returns its position, and the random state, to be restored last.
+
+        The random state is None where the checkpoint was made by fewer ranks.
+        """
+        tensors, values = self._put(checkpoint)
+        if self.ema is not None:
+            self.ema.values.update(state.inside(tensors, "ema."))
+        self.scale.restore(values["scale"])
+        rank = self.world.rank
+        random = None
+        if rank < len(values["random"]):
+            random = (state.inside(tensors, f"random.{rank}."), values["random"][rank])
+        return values["position"], random
+
+    def _model(self) -> tuple[Tensors, dict[str, Any]]:
+        from stoker.engine.zero import DeepSpeedStep
+
+        if not isinstance(self.step, DeepSpeedStep) or self.step.stage == 0:
+            return state.capture(self.step.model, self.step.optimizers, self.built)
+        parameters, held, counts = self.step.capture()
+        buffers = state.saved_buffers(self.step.model)
+        tensors = {f"model.{n}": t for n, t in {**parameters, **buffers}.items()}
+        tensors.update({f"optimizer.main.{n}": t for n, t in held.items()})
+        tensors.update({f"optimizer.main.{n}.step": torch.tensor(counts["step"]) for n in parameters})
+        groups = self.step.groups()
+        values = {"optimizers": {"main": {"state": {}, "groups": groups}}, "built": dict(self.built)}
+        return (tensors if self.world.rank == 0 else {}), values
+
+    def _put(self, checkpoint: manifest.Checkpoint) -> tuple[Tensors, dict[str, Any]]:
+        from stoker.engine.zero import DeepSpeedStep
+
+        step = self.step
+        if not isinstance(step, DeepSpeedStep) or step.stage == 0:
+            own = frozenset(state.model_tensors(step.model))
+            everywhere = frozenset(n for names in distributed.gathered(sorted(own)) for n in names)
+            return state.load(
+                checkpoint, step.model, step.optimizers, self.built, self.world, everywhere - own
+            )
+        tensors, values = state.load_whole(checkpoint, self.world)
+        step.restore(state.inside(tensors, "model."), state.inside(tensors, "optimizer.main."))
+        for name, buffer in state.saved_buffers(step.model).items():
+            buffer.copy_(tensors[f"model.{name}"])
+        saved = values["optimizers"]["main"]["groups"]
+        for group, before in zip(step.optimizers["main"].param_groups, saved, strict=True):
+            group.update({k: state.as_before(group.get(k), v) for k, v in before.items() if k != "params"})
+        state.keep_changes(step.optimizers["main"], self.built["main"], values["built"]["main"])
+        return tensors, values
+
+
+def save(
+    saved: Saved,
+    folder: Any,
+    *,
+    step: int,
+    samples: int,
+    more: Mapping[str, Any],
+    metrics: Mapping[str, float],
+) -> manifest.Checkpoint | None:
+    """Write a checkpoint, all ranks together; rank 0 returns it. Raises OSError."""
+    tensors, values = saved.capture({"step": step, "samples": samples, **more})
+    return store.save(folder, tensors, values, step=step, samples=samples, world=saved.world, metrics=metrics)

@@ -1,0 +1,43 @@
+"""A recipe of its own that the tests start on several ranks."""
+
+import time
+from dataclasses import dataclass
+
+import stoker
+import torch
+from torch import nn
+from torch.nn.functional import mse_loss
+from torch.utils.data import TensorDataset
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(stoker.Training):
+    batch_size: int = 16
+    steps: int = 60
+    pause: float = 0.0
+    fail_rank: int = -1
+    dropout: float = 0.1
+    seed: int = 0
+
+
+def train(run: stoker.Run, config: Config) -> None:
+    made = torch.Generator().manual_seed(0)
+    x = torch.randn(256, 8, generator=made)
+    torch.manual_seed(0)
+    trainer = stoker.Trainer(
+        run,
+        nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Dropout(config.dropout), nn.Linear(32, 1)),
+        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-2),
+        loss=lambda output, batch: (mse_loss(output[:, 0], batch[1], reduction="sum"), len(batch[1])),
+        training=config,
+    )
+    loader = trainer.loader(TensorDataset(x, x.sum(1)), batch_size=config.batch_size)
+    for batch in trainer.steps(loader, max_steps=config.steps):
+        if run.world.rank == config.fail_rank and run.step == 20:
+            raise RuntimeError("what one rank cannot do")
+        run.log(loss=trainer.step(batch))
+        time.sleep(config.pause)
+
+
+if __name__ == "__main__":
+    stoker.main(train)

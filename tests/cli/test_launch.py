@@ -1,0 +1,145 @@
+"""`--nproc`: ranks on this machine, with real signals."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from safetensors.torch import load_file
+
+from conftest import Command, Start
+from support import loaded, wait_for_points
+
+RECIPE = str(Path(__file__).parent / "ranked.py")
+SLOW = ("precision=fp32", "pause=0.02", "steps=200", "checkpoint_every=20")
+
+
+def _ranks(launcher: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    """The ranks of a launcher, by number; each says who it is where the launcher's others find it."""
+    import tempfile
+
+    found = {}
+    children = {process.pid: process for process in psutil.Process(launcher.pid).children(recursive=True)}
+    for file in Path(tempfile.gettempdir()).glob("stoker-launch-*/rank-*.pid"):
+        pid = int(file.read_text())
+        if pid in children:
+            found[int(file.stem.removeprefix("rank-"))] = children[pid]
+    return [found[rank] for rank in sorted(found)]
+
+
+def _weights(run: Path) -> dict[str, list[float]]:
+    return {n: t.flatten().tolist() for n, t in load_file(run / "artifacts" / "model.safetensors").items()}
+
+
+def test_two_ranks_train_one_run_each_with_its_log(stoker: Command, tmp_path: Path) -> None:
+    same = ("train", RECIPE, "precision=fp32", "dropout=0", "--json")
+    done = stoker(*same, "--nproc", "2", "--name", "two")
+    assert done.code == 0, done.err
+    run = tmp_path / "runs" / "ranked" / "two"
+    assert done.answer["step"] == 60
+    assert len(loaded(run).points["loss"]) == 60
+    assert loaded(run).attempts[-1].world == 2
+    assert {file.name for file in (run / "logs").glob("rank-*.log")} == {"rank-0.log", "rank-1.log"}
+    alone = stoker(*same, "--name", "one")
+    assert done.answer["metrics"]["loss"] == pytest.approx(alone.answer["metrics"]["loss"], rel=1e-3)
+
+
+def test_the_first_rank_to_fail_is_the_one_that_is_shown(stoker: Command, tmp_path: Path) -> None:
+    done = stoker("train", RECIPE, "fail_rank=1", "--nproc", "2", "--name", "a")
+    assert done.code == 1
+    assert "rank 1 failed:" in done.err
+    assert done.err.count("Traceback") == 1
+    assert "RuntimeError: what one rank cannot do" in done.err
+    assert loaded(tmp_path / "runs" / "ranked" / "a").status == "failed"
+
+
+def test_a_rank_that_is_killed_is_named_and_the_run_goes_on_to_the_same_bits(
+    stoker: Command, start: Start, tmp_path: Path
+) -> None:
+    runs = tmp_path / "runs" / "ranked"
+    process = start("train", RECIPE, *SLOW, "--nproc", "2", "--name", "killed")
+    wait_for_points(process, runs / "killed", 50)
+    _ranks(process)[1].kill()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "rank 1 was killed by SIGKILL" in err.decode()
+    resumed = stoker("resume", "killed")
+    assert resumed.code == 0, resumed.err
+    assert "resumed killed from step" in resumed.err
+    whole = stoker("train", RECIPE, *SLOW, "pause=0", "--nproc", "2", "--name", "whole")
+    assert whole.code == 0, whole.err
+    assert _weights(runs / "killed") == _weights(runs / "whole")
+    assert len(loaded(runs / "killed").points["loss"]) == 200
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "status"), [(signal.SIGTERM, 75, "preempted"), (signal.SIGINT, 130, "interrupted")]
+)
+def test_told_to_stop_all_ranks_stop_after_the_same_step(
+    number: signal.Signals, code: int, status: str, stoker: Command, start: Start, tmp_path: Path
+) -> None:
+    process = start("train", RECIPE, *SLOW, "steps=5000", "--nproc", "2", "--name", "a")
+    run = tmp_path / "runs" / "ranked" / "a"
+    wait_for_points(process, run, 10)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == code, err.decode()
+    seen = loaded(run)
+    assert seen.status == status
+    assert f"{status} at step {seen.step}" in out.decode()
+    assert (run / "checkpoints" / f"step-{seen.step:08d}" / "manifest.json").is_file()
+
+
+def test_ranks_end_with_their_launcher(start: Start, tmp_path: Path) -> None:
+    process = start("train", RECIPE, *SLOW, "steps=5000", "--nproc", "2", "--name", "a")
+    run = tmp_path / "runs" / "ranked" / "a"
+    wait_for_points(process, run, 10)
+    ranks = _ranks(process)
+    assert len(ranks) == 2
+    process.kill()
+    assert not psutil.wait_procs(ranks, timeout=10)[1], "none is alive"
+    assert loaded(run).status == "killed"
+
+
+def test_a_script_starts_ranks_of_itself(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, RECIPE, "--nproc", "2", "--name", "a", "precision=fp32"],
+        cwd=tmp_path, env=dict(os.environ), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "ranked/a finished at step 60" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["batch_size=15", "--nproc", "2"], "nearest that can is 14 or 16"),
+        (["batch_size=1", "--nproc", "2"], "nearest that can is 2"),
+        (["backend=nccl", "--nproc", "2"], "there is no GPU here"),
+        (["sync_batchnorm=true"], "torch has it on GPUs only"),
+        (["fsdp.offload=true"], "no GPU to offload from"),
+        (["parallel=single", "--nproc", "2"], "parallel=single is one process"),
+        (["parallel=fsdp", "fsdp.shard=3", "--nproc", "4"], "not divide the 4 ranks: give one of 1, 2, 4"),
+        (["parallel=pipeline"], "parallel=pipeline needs two ranks"),
+        (["parallel=pipeline", "pipeline.ranks=2", "--nproc", "3"], "does not divide the 3 ranks"),
+        (["activation_checkpointing=half"], "give none, full, selective"),
+        (["parallel=deepspeed", "deepspeed.config=nothing.json"], "nothing.json cannot be read"),
+        (["parallel=deepspeed", "deepspeed.stage=2", "deepspeed.offload_parameters=true"], "is for stage 3"),
+        (["--profile", "5"], "give the first and the last step"),
+        (["parallel=dpp"], "did you mean"),
+    ],
+)  # fmt: skip
+def test_what_cannot_work_is_refused_before_anything_is_started(
+    arguments: list[str], said: str, stoker: Command, tmp_path: Path
+) -> None:
+    begun = time.monotonic()
+    done = stoker("train", RECIPE, *arguments, "--name", "a")
+    assert (done.code, said in done.err) == (2, True), done.err
+    assert not (tmp_path / "runs").exists(), "nothing was started"
+    assert time.monotonic() - begun < 60

@@ -1,0 +1,155 @@
+"""What the ranks of tests/engine/test_strategies.py do: train a tiny model for some steps."""
+
+from __future__ import annotations
+
+import os
+import signal
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from stoker import Run, Trainer, Training
+from stoker.duration import Duration
+from stoker.engine import options
+from stoker.engine.random_state import seed_everything
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+from transformers import LlamaConfig, LlamaForCausalLM, ResNetConfig, ResNetForImageClassification
+
+VOCABULARY = 64
+
+
+class Rows(Dataset[Any]):
+    """Rows of tokens of which only some count, a different number in each."""
+
+    def __len__(self) -> int:
+        return 64
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        made = torch.Generator().manual_seed(index)
+        ids = torch.randint(0, VOCABULARY, (16,), generator=made)
+        labels = ids.clone()
+        labels[int(torch.randint(4, 16, (), generator=made)) :] = -100
+        return {"input_ids": ids, "position_ids": torch.arange(16), "labels": labels}
+
+
+class Images(Dataset[Any]):
+    """Images whose class shows in their mean."""
+
+    def __len__(self) -> int:
+        return 64
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        made = torch.Generator().manual_seed(index)
+        return torch.randn(3, 16, 16, generator=made) + index % 4, index % 4
+
+
+def llama(tied: bool = False, dropout: float = 0.0) -> nn.Module:
+    seed_everything(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=4,
+            num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=tied, attention_dropout=dropout,
+        )
+    )  # fmt: skip
+
+
+def resnet() -> nn.Module:
+    seed_everything(0)
+    return ResNetForImageClassification(
+        ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=4)
+    )
+
+
+def inputs(batch: dict[str, torch.Tensor]) -> dict[str, Any]:
+    return {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
+
+
+def token_loss(output: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    logits, labels = output.logits[:, :-1].float(), batch["labels"][:, 1:]
+    total = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
+    return total, (labels != -100).sum()
+
+
+def image_loss(output: Any, batch: Any) -> tuple[torch.Tensor, int]:
+    return F.cross_entropy(output.logits.float(), batch[1], reduction="sum"), len(batch[1])
+
+
+def train(
+    folder: Path,
+    name: str,
+    kind: str,
+    settings: dict[str, Any],
+    *,
+    steps: int = 20,
+    batch_size: int = 8,
+    lr: float = 1e-3,
+    dropout: float = 0.0,
+    die_at: int | None = None,
+) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """The losses of some steps on this rank, and the weights after them on rank 0.
+
+    `die_at`: every rank kills itself in the middle of that step.
+    """
+    warnings.simplefilter("ignore")
+    language = kind == "llama"
+    with Run("test", name, runs=folder) as run:
+        trainer = Trainer(
+            run,
+            llama(dropout=dropout) if language else resnet(),
+            optimizer=lambda p: torch.optim.AdamW(p, lr=lr, weight_decay=0.1),
+            inputs=inputs if language else lambda batch: {"pixel_values": batch[0]},
+            loss=token_loss if language else image_loss,
+            training=Training(**{"precision": "fp32", "clip_norm": 0.5, **built(settings)}),
+        )
+        loader = trainer.loader(Rows() if language else Images(), batch_size=batch_size)
+        losses = []
+        for batch in trainer.steps(loader, max_steps=steps):
+            if run.step == die_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            loss = trainer.step(batch)
+            run.log(loss=loss)
+            losses.append(loss.item())
+        weights = {n: t for n, t in trainer.state_dict().items() if "running" not in n and "tracked" not in n}
+    return losses, weights
+
+
+def built(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings with their groups as dataclasses, and durations."""
+    groups = {"ddp": options.Ddp, "fsdp": options.Fsdp, "pipeline": options.Pipeline,
+              "deepspeed": options.DeepSpeed, "ema": options.Ema}  # fmt: skip
+    made = {k: groups[k](**v) if k in groups else v for k, v in settings.items()}
+    return {k: Duration.parse(v) if k == "checkpoint_every" else v for k, v in made.items()}
+
+
+def gradient(settings: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """What one step of plain SGD with a rate of 1 takes from the weights, on rank 0: the gradient."""
+    warnings.simplefilter("ignore")
+    before = {n: p.detach().clone() for n, p in llama().named_parameters()}
+    with tempfile.TemporaryDirectory() as folder, Run("test", "a", runs=_shared(folder)) as run:
+        trainer = Trainer(
+            run, llama(), optimizer=lambda p: torch.optim.SGD(p, lr=1.0), inputs=inputs, loss=token_loss,
+            training=Training(**{"precision": "fp32", **built(settings)}),
+        )  # fmt: skip
+        for batch in trainer.steps(trainer.loader(Rows(), batch_size=8, shuffle=False), max_steps=1):
+            trainer.step(batch)
+        after = trainer.state_dict()
+    return {name: before[name] - tensor for name, tensor in after.items()}
+
+
+def plain_gradient() -> dict[str, torch.Tensor]:
+    """The same in plain PyTorch: the gradient of the mean over the tokens of the first eight rows."""
+    model = llama()
+    batch = torch.utils.data.default_collate([Rows()[i] for i in range(8)])
+    total, weight = token_loss(model(**inputs(batch)), batch)
+    (total / weight).backward()
+    return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def _shared(folder: str) -> Path:
+    """One folder for all ranks of a launch."""
+    launch = os.environ.get("TORCHELASTIC_RUN_ID")
+    return Path(folder) if launch is None else Path(tempfile.gettempdir()) / f"stoker-test-{launch}"

@@ -1,0 +1,154 @@
+"""Every strategy is the single process, to rounding: real ranks with gloo between them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import strategies_run
+import torch
+
+import ranks
+
+Trained = tuple[list[float], dict[str, torch.Tensor]]
+
+PIPELINE: dict[str, Any] = {"parallel": "pipeline", "micro_batch": 2}
+STRATEGIES: dict[str, tuple[int, dict[str, Any]]] = {
+    "ddp": (2, {"parallel": "ddp"}),
+    "ddp-accumulating": (2, {"parallel": "ddp", "micro_batch": 2}),
+    "fsdp": (2, {"parallel": "fsdp"}),
+    "fsdp-accumulating": (
+        2,
+        {"parallel": "fsdp", "micro_batch": 1, "fsdp": {"reshard_after_forward": False}},
+    ),
+    "fsdp-hybrid": (4, {"parallel": "fsdp", "fsdp": {"shard": 2}}),
+    "gpipe": (2, {**PIPELINE, "pipeline": {"schedule": "gpipe"}}),
+    "1f1b": (2, PIPELINE),
+    "interleaved": (2, {**PIPELINE, "pipeline": {"schedule": "interleaved"}}),
+    "pipeline-x-ddp": (4, {**PIPELINE, "pipeline": {"ranks": 2}}),
+    "pipeline-x-fsdp": (4, {**PIPELINE, "pipeline": {"ranks": 2, "data": "fsdp", "schedule": "gpipe"}}),
+    "zero-0": (2, {"parallel": "deepspeed", "micro_batch": 2, "deepspeed": {"stage": 0}}),
+    "zero-1": (2, {"parallel": "deepspeed", "micro_batch": 2, "deepspeed": {"stage": 1}}),
+    "zero-2": (2, {"parallel": "deepspeed", "micro_batch": 2, "deepspeed": {"stage": 2}}),
+    "zero-3": (2, {"parallel": "deepspeed", "micro_batch": 2, "deepspeed": {"stage": 3}}),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("strategies")
+
+
+def _train(
+    folder: Path, name: str, size: int, kind: str, settings: dict[str, Any], **more: Any
+) -> list[Trained]:
+    results = ranks.run(strategies_run.train, size, folder, folder, name, kind, settings, **more)
+    assert all(result[0] == results[0][0] for result in results), "ranks log one loss"
+    return results
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> Trained:
+    """The single process, in fp32."""
+    return _train(folder, "alone", 1, "llama", {})[0]
+
+
+def _assert_same(found: Trained, expected: Trained, *, losses: float, weights: float) -> None:
+    assert found[0] == pytest.approx(expected[0], rel=losses)
+    assert found[1].keys() == expected[1].keys()
+    for name, tensor in expected[1].items():
+        torch.testing.assert_close(found[1][name].float(), tensor, atol=weights, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_strategy_has_the_curve_and_the_weights_of_one_process(
+    name: str, folder: Path, alone: Trained
+) -> None:
+    size, settings = STRATEGIES[name]
+    _assert_same(_train(folder, name, size, "llama", settings)[0], alone, losses=1e-5, weights=1e-4)
+
+
+# One product in bf16 is off by up to 2**-9 of itself, in fp16 by 2**-12; the loss, a mean over many, by less.
+# The weights follow AdamW, which moves each by up to lr a step whatever its gradient's size.
+HALF = {"bf16": 1e-3, "fp16": 1e-4}
+
+
+HALVED = ("single", "ddp", "fsdp", "1f1b", "pipeline-x-fsdp", "zero-0")
+ON_A_CPU = [(name, p) for name in HALVED for p in HALF] + [(f"zero-{n}", "bf16") for n in (1, 2, 3)]
+
+
+@pytest.mark.parametrize(("name", "precision"), ON_A_CPU)
+def test_half_precision_stays_near_the_curve_of_fp32(
+    name: str, precision: str, folder: Path, alone: Trained
+) -> None:
+    size, settings = STRATEGIES.get(name, (1, {}))
+    found = _train(folder, f"{name}-{precision}", size, "llama", {**settings, "precision": precision})[0]
+    assert found[0] == pytest.approx(alone[0], rel=HALF[precision])
+    lr, steps = 1e-3, 20
+    for key, tensor in alone[1].items():
+        assert (found[1][key].float() - tensor).abs().max() < lr * steps / 4, key
+
+
+RESUMED = ("ddp-accumulating", "fsdp", "fsdp-hybrid", "1f1b", "pipeline-x-ddp", "zero-1", "zero-3")
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_killed_and_resumed_it_ends_with_the_same_bits(name: str, tmp_path: Path) -> None:
+    size, settings = STRATEGIES[name]
+    same = {"steps": 9, "dropout": 0.1}
+    settings = {**settings, "checkpoint_every": 4, "ema": {} if name.startswith("zero") else {"decay": 0.9}}
+    whole = _train(tmp_path, "whole", size, "llama", settings, **same)[0]
+    assert (
+        ranks.run(strategies_run.train, size, tmp_path, tmp_path, "cut", "llama", settings, die_at=7, **same)
+        == [None] * size
+    )
+    rest = _train(tmp_path, "cut", size, "llama", settings, **same)[0]
+    assert rest[0] == whole[0][4:], "from the checkpoint of step 4"
+    for key, tensor in whole[1].items():
+        assert torch.equal(rest[1][key], tensor), key
+
+
+IMAGES = {
+    "ddp": (2, {"parallel": "ddp", "micro_batch": 4}),
+    "fsdp": (2, {"parallel": "fsdp", "micro_batch": 4}),
+    "ddp-4": (4, {"parallel": "ddp", "micro_batch": 4}),
+}
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_a_resnet_on_the_same_micro_batches_has_one_curve(name: str, folder: Path) -> None:
+    size, settings = IMAGES[name]
+    alone = _train(folder, f"resnet-alone-{name}", 1, "resnet", {"micro_batch": 4}, batch_size=16)[0]
+    found = _train(folder, f"resnet-{name}", size, "resnet", settings, batch_size=16)[0]
+    _assert_same(found, alone, losses=1e-5, weights=1e-4)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("micro_batch", [8, 4, 2, 1, 3])
+def test_however_a_batch_is_cut_its_gradient_is_the_same(size: int, micro_batch: int, folder: Path) -> None:
+    """By plain SGD with a rate of 1 the weights after one step are those before less the gradient."""
+    plain = {"clip_norm": None}
+    whole = ranks.run(strategies_run.gradient, 1, folder, plain)[0]
+    cut = ranks.run(strategies_run.gradient, size, folder, {**plain, "micro_batch": micro_batch})[0]
+    for name, gradient in whole.items():
+        torch.testing.assert_close(cut[name], gradient, atol=2e-6, rtol=1e-5, msg=name)
+
+
+def test_gradients_of_a_trainer_are_those_of_plain_torch(folder: Path) -> None:
+    """Of the mean over all tokens that count, whatever rows they are in."""
+    expected = strategies_run.plain_gradient()
+    for name, gradient in ranks.run(strategies_run.gradient, 2, folder, {"clip_norm": None})[0].items():
+        torch.testing.assert_close(gradient, expected[name], atol=2e-6, rtol=1e-5, msg=name)
+
+
+def test_a_clipped_norm_is_that_of_all_shards_and_stages(folder: Path) -> None:
+    expected = strategies_run.plain_gradient()
+    norm = torch.sqrt(sum(g.square().sum() for g in expected.values()))
+    for name in ("fsdp", "1f1b", "pipeline-x-fsdp", "zero-2", "zero-3"):
+        size, settings = STRATEGIES[name]
+        found = ranks.run(strategies_run.gradient, size, folder, {**settings, "clip_norm": norm.item() / 4})[
+            0
+        ]
+        for key, gradient in expected.items():
+            torch.testing.assert_close(found[key], gradient / 4, atol=2e-6, rtol=1e-4, msg=f"{name} {key}")
