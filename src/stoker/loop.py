@@ -168,6 +168,9 @@ class Trainer:
             workers: processes that load samples; any number gives the same batches.
         """
         options.check_batch(batch_size, self.mesh.data.size)
+        if self.world.rank == 0:
+            share = batch_size // self.mesh.data.size
+            strategies.warn_of_batch_norm(self.model, share=share, training=self.training)
         return Loader(
             dataset, batch_size=batch_size, world=self.mesh.data, seed=self.run.seed,
             workers=workers, collate=collate, shuffle=shuffle,

@@ -13,6 +13,7 @@ import torch
 from stoker import Run, Trainer, Training
 from stoker.duration import Duration
 from stoker.engine import options
+from stoker.engine.metrics import Max, Mean, Metric, Perplexity, Sum
 from stoker.engine.random_state import seed_everything
 from torch import nn
 from torch.nn import functional as F
@@ -153,3 +154,27 @@ def _shared(folder: str) -> Path:
     """One folder for all ranks of a launch."""
     launch = os.environ.get("TORCHELASTIC_RUN_ID")
     return Path(folder) if launch is None else Path(tempfile.gettempdir()) / f"stoker-test-{launch}"
+
+
+def measure(folder: Path, name: str, settings: dict[str, Any], samples: int) -> dict[str, float]:
+    """Metrics of an untrained model over some rows."""
+    warnings.simplefilter("ignore")
+
+    def metrics(output: Any, batch: Any) -> dict[str, Metric]:
+        total, weight = token_loss(output, batch)
+        return {
+            "loss": Mean(total, weight), "perplexity": Perplexity(total, weight),
+            "rows": Sum(len(batch["labels"])),
+            "longest": Max((batch["labels"] != -100).sum(1).max()),
+        }  # fmt: skip
+
+    with Run("test", name, runs=folder) as run:
+        trainer = Trainer(
+            run, llama(), optimizer=torch.optim.AdamW, inputs=inputs, loss=token_loss,
+            training=Training(**{"precision": "fp32", **built(settings)}),
+        )  # fmt: skip
+        found = trainer.measure(torch.utils.data.Subset(Rows(), range(samples)), metrics, batch_size=4)
+        assert found["loss"] == trainer.evaluate(
+            torch.utils.data.Subset(Rows(), range(samples)), batch_size=4
+        )
+        return found

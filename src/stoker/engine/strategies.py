@@ -152,15 +152,20 @@ def _prepare(model: nn.Module, training: Training, mesh: Mesh) -> None:
     model.to(mesh.device)
 
 
-def warn_of_batch_norm(model: nn.Module, *, micro_batch: int, parts: int, synchronised: bool) -> None:
-    """BatchNorm sees micro-batches, not the global batch: say so where that makes a difference."""
-    if synchronised or not any(_is_batch_norm(m) for m in model.modules()):
+def warn_of_batch_norm(model: nn.Module, *, share: int, training: Training) -> None:
+    """BatchNorm sees micro-batches, not the global batch: say so where that makes a difference.
+
+    Args:
+        share: samples of a global batch that are this rank's.
+    """
+    if training.sync_batchnorm or not any(_is_batch_norm(m) for m in model.modules()):
         return
-    if parts > 1 or micro_batch < _FEW:
+    micro = share if training.micro_batch in (None, "auto") else min(share, int(training.micro_batch))
+    if micro < share or micro < _FEW:
         log.warning(
             "BatchNorm takes its statistics from micro-batches of %d samples, not from the global batch: "
             "the result depends on micro_batch and on the number of ranks",
-            micro_batch,
+            micro,
         )
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from stoker.errors import BadInput, nearest
 
-SHIPPED = {"llm": "stoker.recipes.llm:train"}
+SHIPPED = {"llm": "stoker.recipes.llm:train", "image": "stoker.recipes.image:train"}
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,100 @@
+"""Images made into tensors, for training at random and for evaluation always alike.
+
+All randomness is drawn from Python's generator, which the loader seeds for each sample, so that
+neither workers nor restarts change it.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+"""Mean and deviation of its channels."""
+
+_SMALL = 32  # pixels: as on CIFAR up to here, as on ImageNet above
+
+
+@dataclass(frozen=True)
+class Augment:
+    """For training: a random crop, resized, and a flip.
+
+    Of large images a crop of 8 to 100% of the area (Szegedy et al. 2015, arXiv:1409.4842); of small
+    ones a shift by up to an eighth of the size (He et al. 2016, arXiv:1512.03385).
+    """
+
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    flip: bool = True
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        cropped = self._shifted(image) if self.size <= _SMALL else self._cropped(image)
+        if self.flip and random.random() < 0.5:
+            cropped = cropped.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return to_tensor(cropped, self.mean, self.std)
+
+    def _shifted(self, image: Image.Image) -> Image.Image:
+        resized = image.resize((self.size, self.size), Image.Resampling.BILINEAR)
+        reach = self.size // 8
+        x, y = random.randint(-reach, reach), random.randint(-reach, reach)
+        return resized.transform(resized.size, Image.Transform.AFFINE, (1, 0, x, 0, 1, y))
+
+    def _cropped(self, image: Image.Image) -> Image.Image:
+        width, height = image.size
+        for _ in range(10):
+            area = width * height * random.uniform(0.08, 1.0)
+            ratio = np.exp(random.uniform(np.log(3 / 4), np.log(4 / 3)))
+            w, h = round((area * ratio) ** 0.5), round((area / ratio) ** 0.5)
+            if 0 < w <= width and 0 < h <= height:
+                x, y = random.randint(0, width - w), random.randint(0, height - h)
+                return image.resize(
+                    (self.size, self.size),
+                    Image.Resampling.BILINEAR,
+                    box=(x, y, x + w, y + h),
+                    reducing_gap=2.0,
+                )
+        return _centred(image, self.size, 1.0)
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """For evaluation: the centre, of large images at 224/256 of the short side."""
+
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        if self.size <= _SMALL:
+            image = image.resize((self.size, self.size), Image.Resampling.BILINEAR)
+        else:
+            image = _centred(image, self.size, 224 / 256)
+        return to_tensor(image, self.mean, self.std)
+
+
+def to_tensor(image: Image.Image, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+    """(channels, height, width), float32, normalised: 0..1 less the mean, by the deviation."""
+    pixels: NDArray[np.float32] = np.asarray(image, dtype=np.float32) / np.float32(255)
+    if pixels.ndim == 2:
+        pixels = pixels[:, :, None]  # (height, width, channels)
+    scaled = (pixels - np.array(mean, np.float32)) / np.array(std, np.float32)
+    return torch.from_numpy(np.ascontiguousarray(scaled.transpose(2, 0, 1)))
+
+
+def _centred(image: Image.Image, size: int, share: float) -> Image.Image:
+    """The middle square that is `share` of the short side, resized."""
+    width, height = image.size
+    side = min(width, height) * share
+    x, y = (width - side) / 2, (height - side) / 2
+    return _resized(image, size, (x, y, x + side, y + side))
+
+
+def _resized(image: Image.Image, size: int, box: tuple[float, float, float, float]) -> Image.Image:
+    return image.resize((size, size), Image.Resampling.BILINEAR, box=box, reducing_gap=2.0)

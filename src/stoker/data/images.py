@@ -1,0 +1,346 @@
+"""Labelled images: folders, Parquet files, WebDataset tar shards, and scikit-learn's digits.
+
+A source only knows where each image is: opening one reads names, headers and labels, never
+pixels, and any image is read by itself, so that resuming in the middle of an epoch costs what
+starting does. Decoding runs in the loader's workers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import tarfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from stoker.data.order import permute
+from stoker.errors import BadInput
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif")
+
+_SPLITS = {
+    "train": "train",
+    "validation": "validation",
+    "val": "validation",
+    "valid": "validation",
+    "test": "test",
+}
+
+Numbers = NDArray[np.int64]
+
+
+class Source(Protocol):
+    """Where images are: `raw` reads the bytes (or the picture) of one."""
+
+    labels: Numbers
+    classes: tuple[str, ...]
+    given: dict[str, Numbers]
+    """Splits that the source itself has, by name; empty where it has none."""
+    fingerprint: str
+
+    def raw(self, index: int) -> bytes | Image.Image:
+        """The file's bytes, or a picture."""
+        ...
+
+    def place(self, index: int) -> str:
+        """Where the image is, for messages."""
+        ...
+
+
+def read(reference: str) -> Source:
+    """The images of `digits`, a folder, a .parquet or .tar file, or a folder of these.
+
+    A folder of images has a folder a class; there may be `train`, `val` and `test` above them. Parquet
+    files have an `image` column, bytes or a struct with `bytes`, and a `label` column. Samples of a
+    tar shard are `KEY.jpg` (or another kind) with `KEY.cls`, or `KEY.json` with a "label".
+
+    Raises:
+        BadInput: there are none, or one has no label.
+    """
+    if reference == "digits":
+        return _digits()
+    path = Path(reference).expanduser()
+    if not path.exists():
+        raise BadInput(f"data={reference} does not exist: give digits, a folder, a .parquet or a .tar file")
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    for suffix, make in ((".tar", _tars), (".parquet", _parquets)):
+        chosen = [file for file in files if file.suffix == suffix]
+        if chosen:
+            return make(chosen)
+    return _folder(path, [file for file in files if file.suffix.lower() in SUFFIXES])
+
+
+def picture(source: Source, index: int) -> Image.Image:
+    """A decoded image. Raises BadInput, naming its place, where it cannot be read."""
+    found = source.raw(index)
+    if isinstance(found, Image.Image):
+        return found
+    try:
+        return Image.open(io.BytesIO(found)).convert("RGB")
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{source.place(index)} is no image that can be read: {error}") from error
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The samples of each use, as numbers of the source's images."""
+
+    train: Numbers
+    validation: Numbers
+    test: Numbers
+
+
+def split(source: Source, *, validation: float, test: float, seed: int = 0) -> Splits:
+    """The source's own splits, and what it lacks held out by a permutation that is the seed's alone.
+
+    Args:
+        validation: share of the images that is held out while training, where the source has no
+            `val` folder.
+        test: likewise for the final test.
+    """
+    held = dict(source.given)
+    everything = held.get("train", np.arange(len(source.labels), dtype=np.int64))
+    shuffled = everything[permute(np.arange(len(everything)), len(everything), seed)]
+    for name, share in (("validation", validation), ("test", test)):
+        if name not in held:
+            count = max(1, round(share * len(everything)))
+            held[name], shuffled = shuffled[:count], shuffled[count:]
+    if min(len(shuffled), len(held["validation"]), len(held["test"])) == 0:
+        raise BadInput(f"{len(source.labels)} images are too few to train, validate and test on")
+    return Splits(np.sort(shuffled), np.sort(held["validation"]), np.sort(held["test"]))
+
+
+class Images(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
+    """Images as tensors: `pixel_values` (channels, size, size), float32, and `labels`, a whole number."""
+
+    def __init__(
+        self,
+        source: Source,
+        numbers: Sequence[int] | Numbers,
+        transform: Callable[[Image.Image], torch.Tensor],
+    ) -> None:
+        self._source, self._numbers, self._transform = source, numbers, transform
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        number = int(self._numbers[index])
+        pixels = self._transform(picture(self._source, number))
+        return {"pixel_values": pixels, "labels": torch.tensor(int(self._source.labels[number]))}
+
+
+@dataclass
+class _Pictures:
+    """Images held in memory."""
+
+    pixels: NDArray[np.uint8]  # (images, height, width)
+    labels: Numbers
+    classes: tuple[str, ...]
+    fingerprint: str
+    given: dict[str, Numbers] = field(default_factory=dict)
+
+    def raw(self, index: int) -> Image.Image:
+        return Image.fromarray(self.pixels[index])
+
+    def place(self, index: int) -> str:
+        return f"digit {index}"
+
+
+def _digits() -> Source:
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise BadInput("data=digits needs scikit-learn: pip install 'stoker[examples]'") from error
+    found = load_digits()
+    pixels = (found.images * (255 / 16)).round().astype(np.uint8)
+    classes = tuple(str(name) for name in found.target_names)
+    return _Pictures(
+        pixels, found.target.astype(np.int64), classes, _hash(pixels.tobytes(), found.target.tobytes())
+    )
+
+
+@dataclass
+class _Files:
+    """Image files of their own."""
+
+    files: list[Path]
+    labels: Numbers
+    classes: tuple[str, ...]
+    given: dict[str, Numbers]
+    fingerprint: str
+
+    def raw(self, index: int) -> bytes:
+        return self.files[index].read_bytes()
+
+    def place(self, index: int) -> str:
+        return str(self.files[index])
+
+
+def _folder(path: Path, files: list[Path]) -> Source:
+    """A folder a class, under `train`, `val` and `test` where there are such; known by names and sizes."""
+    if not files:
+        raise BadInput(f"data={path} holds no images: {', '.join(SUFFIXES)} in a folder a class")
+    parts = [file.relative_to(path).parts for file in files]
+    has_splits = {p[0] for p in parts} <= set(_SPLITS) and len({p[0] for p in parts}) > 1
+    depth = 1 if has_splits else 0
+    loose = next((file for file, p in zip(files, parts, strict=True) if len(p) < depth + 2), None)
+    if loose is not None:
+        raise BadInput(f"{loose} has no label: images stand in a folder a class")
+    names = [p[depth] for p in parts]
+    classes = tuple(sorted(set(names)))
+    given: dict[str, Numbers] = {}
+    if has_splits:
+        of = np.array([_SPLITS[p[0]] for p in parts])
+        given = {name: np.flatnonzero(of == name).astype(np.int64) for name in set(of.tolist())}
+    listing = [f"{file.relative_to(path)} {file.stat().st_size}" for file in files]
+    return _Files(files, _numbered(names, classes), classes, given, _hash("\n".join(listing).encode()))
+
+
+@dataclass
+class _Parquets:
+    """Rows of Parquet files; a row group is read at once, and the last one kept."""
+
+    files: list[Path]
+    starts: list[tuple[int, int, int]]
+    """First row, file and row group, in order."""
+    labels: Numbers
+    classes: tuple[str, ...]
+    fingerprint: str
+    given: dict[str, Numbers] = field(default_factory=dict)
+
+    def raw(self, index: int) -> bytes:
+        first, file, group = self.starts[np.searchsorted([s[0] for s in self.starts], index, "right") - 1]
+        if getattr(self, "_at", None) != first:
+            column = pq.ParquetFile(self.files[file]).read_row_group(group, columns=["image"]).column("image")
+            self._at, self._rows = first, column.to_pylist()
+        cell = self._rows[index - first]
+        found = cell.get("bytes") if isinstance(cell, dict) else cell
+        if not isinstance(found, bytes):
+            raise BadInput(f"{self.place(index)} holds no bytes of an image")
+        return found
+
+    def place(self, index: int) -> str:
+        first, file, _ = self.starts[np.searchsorted([s[0] for s in self.starts], index, "right") - 1]
+        return f"{self.files[file]}, row {index - first} of the row group from row {first}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if not key.startswith("_")}
+
+
+def _parquets(files: list[Path]) -> Source:
+    starts, labels, first = [], [], 0
+    for number, file in enumerate(files):
+        opened = pq.ParquetFile(file)
+        missing = {"image", "label"} - set(opened.schema_arrow.names)
+        if missing:
+            have = ", ".join(opened.schema_arrow.names)
+            raise BadInput(f"{file} has no column {' and '.join(sorted(missing))}; it has {have}")
+        for group in range(opened.num_row_groups):
+            starts.append((first, number, group))
+            first += opened.metadata.row_group(group).num_rows
+        labels += opened.read(columns=["label"]).column("label").to_pylist()
+    bad = next((n for n, label in enumerate(labels) if label is None), None)
+    if bad is not None:
+        raise BadInput(f"row {bad} of {files[0].parent} has no label")
+    names = [str(label) for label in labels]
+    classes = _classes(names)
+    listing = [f"{file.name} {file.stat().st_size}" for file in files]
+    found = _hash("\n".join(listing).encode(), "\n".join(names).encode())
+    return _Parquets(files, starts, _numbered(names, classes), classes, found)
+
+
+@dataclass
+class _Tars:
+    """Members of tar shards, by where their bytes are."""
+
+    files: list[Path]
+    members: list[tuple[int, int, int, str]]
+    """File, offset, size and name."""
+    labels: Numbers
+    classes: tuple[str, ...]
+    fingerprint: str
+    given: dict[str, Numbers] = field(default_factory=dict)
+
+    def raw(self, index: int) -> bytes:
+        file, offset, size, _ = self.members[index]
+        with self.files[file].open("rb") as opened:
+            opened.seek(offset)
+            return opened.read(size)
+
+    def place(self, index: int) -> str:
+        file, _, _, name = self.members[index]
+        return f"{self.files[file]}, {name}"
+
+
+def _tars(files: list[Path]) -> Source:
+    """Shards of WebDataset: files of one sample stand together, and share all before the first dot."""
+    members, names = [], []
+    for number, file in enumerate(files):
+        for key, parts in _samples(file).items():
+            image = next((p for suffix, p in parts.items() if f".{suffix.lower()}" in SUFFIXES), None)
+            if image is None:
+                continue
+            members.append((number, image.offset_data, image.size, image.name))
+            names.append(_tar_label(file, key, parts))
+    if not members:
+        raise BadInput(f"{', '.join(map(str, files[:3]))} hold no images")
+    classes = _classes(names)
+    listing = [f"{files[n].name} {offset} {size} {name}" for n, offset, size, name in members]
+    found = _hash("\n".join(listing).encode(), "\n".join(names).encode())
+    return _Tars(files, members, _numbered(names, classes), classes, found)
+
+
+def _samples(file: Path) -> dict[str, dict[str, tarfile.TarInfo]]:
+    found: dict[str, dict[str, tarfile.TarInfo]] = {}
+    try:
+        with tarfile.open(file, "r:") as shard:
+            for member in shard:
+                folder, _, base = member.name.rpartition("/")
+                key, dot, suffix = base.partition(".")
+                if member.isfile() and dot:
+                    found.setdefault(f"{folder}/{key}", {})[suffix] = member
+    except tarfile.TarError as error:
+        raise BadInput(f"{file} is no uncompressed tar file: {error}") from error
+    return found
+
+
+def _tar_label(file: Path, key: str, parts: dict[str, tarfile.TarInfo]) -> str:
+    with file.open("rb") as opened:
+        for suffix in ("cls", "json"):
+            if suffix in parts:
+                opened.seek(parts[suffix].offset_data)
+                text = opened.read(parts[suffix].size).decode(errors="replace")
+                label = text.strip() if suffix == "cls" else json.loads(text).get("label")
+                if label not in (None, ""):
+                    return str(label)
+    raise BadInput(f"{file}, {key.lstrip('/')} has no label: add {key.rpartition('/')[2]}.cls")
+
+
+def _classes(names: list[str]) -> tuple[str, ...]:
+    """Labels in order: numbers as numbers, from 0 to the highest; else by name."""
+    if all(name.isdecimal() for name in names):
+        return tuple(str(n) for n in range(max(map(int, names)) + 1))
+    return tuple(sorted(set(names)))
+
+
+def _numbered(names: list[str], classes: Sequence[str]) -> Numbers:
+    number = {name: n for n, name in enumerate(classes)}
+    return np.array(
+        [number[str(int(name)) if name.isdecimal() and name not in number else name] for name in names]
+    )
+
+
+def _hash(*parts: bytes) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(hashlib.sha256(part).digest())
+    return digest.hexdigest()

@@ -1,0 +1,125 @@
+"""Train an image classifier: a ResNet (He et al. 2016, arXiv:1512.03385) of a size, or one from a hub.
+
+Decoding and augmentation run in workers, and are a function of (seed, epoch, sample) alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Gt, Lt
+from stoker.attempt import Run
+from stoker.duration import Duration
+from stoker.engine.options import Training
+
+PRELOAD = ("stoker.recipes.image_model", "stoker.data.images", "stoker.data.augment")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Training):
+    """Keys of `stoker train image`."""
+
+    model: str = "resnet-tiny"
+    """resnet-tiny, resnet-18, resnet-34, resnet-50, resnet-101, a local directory, or a hub id."""
+    data: str = "digits"
+    """digits (built in), a folder with a folder a class, a .parquet or .tar file, or a folder of these."""
+    image_size: Annotated[int, Ge(8)] | None = None
+    """Pixels a side; by default 32 for digits, 224 else."""
+    flip: bool = True
+    """Mirror half of the training images; never done to digits."""
+    workers: Annotated[int, Ge(0)] = 2
+    """Processes a rank that read, decode and augment; any number gives the same batches."""
+    optimizer: Literal["adamw", "sgd", "adafactor", "adamw8bit"] = "sgd"
+    """SGD with Nesterov momentum, AdamW, Adafactor, or AdamW with 8-bit states."""
+    lr: Annotated[float, Gt(0)] = 0.1
+    """Peak learning rate."""
+    momentum: Annotated[float, Ge(0), Lt(1)] = 0.9
+    """Of SGD."""
+    weight_decay: Annotated[float, Ge(0)] = 5e-4
+    """L2 penalty of SGD; decoupled for AdamW."""
+    label_smoothing: Annotated[float, Ge(0), Lt(1)] = 0.1
+    """Share of the target that is spread over all classes, while training."""
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
+    """How the learning rate goes down after the warm-up."""
+    warmup: Annotated[float, Ge(0), Lt(1)] = 0.05
+    """Share of the steps over which the learning rate goes up."""
+    max_steps: Duration | None = None
+    """How long to train: 100 (steps) or 2ep."""
+    epochs: Annotated[float, Gt(0)] | None = None
+    """The same in epochs; 10 where neither is given."""
+    batch_size: Annotated[int, Ge(1)] = 64
+    """Images of a step, over all ranks."""
+    eval_every: Duration = Duration(1, "epoch")
+    """Accuracy on the validation images."""
+    patience: Annotated[int, Ge(1)] | None = None
+    """End early once val_accuracy got no better over so many evaluations; none: never."""
+    validation: Annotated[float, Gt(0), Lt(0.5)] = 0.1
+    """Share of the images held out for evaluation while training, where the data has no such split."""
+    test: Annotated[float, Gt(0), Lt(0.5)] = 0.1
+    """Share of the images held out for the final test, likewise."""
+    seed: Annotated[int, Ge(0)] = 0
+    """Of the weights, the splits, the order of the data, and augmentation."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_steps is not None and self.epochs is not None:
+            raise ValueError(f"max_steps={self.max_steps} and epochs={self.epochs} are both given: give one")
+
+    @property
+    def length(self) -> Duration:
+        """How long to train."""
+        return self.max_steps or Duration(self.epochs or 10.0, "epoch")
+
+
+def train(run: Run, config: Config) -> None:
+    """Find the images, build the model, train, test, export."""
+    from stoker.data import augment, images
+    from stoker.engine import distributed, optimizers, schedule
+    from stoker.engine.random_state import seed_everything
+    from stoker.loop import Trainer
+    from stoker.recipes import image_model
+
+    seed_everything(config.seed)
+    distributed.join(run.world, config.backend)
+    source = images.read(config.data)
+    splits = images.split(source, validation=config.validation, test=config.test, seed=config.seed)
+    small = config.data == "digits"
+    size = config.image_size or (32 if small else 224)
+    mean, std = ((0.5,), (0.5,)) if small else augment.IMAGENET
+    evaluated = augment.Evaluate(size, mean, std)
+    training = images.Images(
+        source, splits.train, augment.Augment(size, mean, std, flip=config.flip and not small)
+    )
+    validation = images.Images(source, splits.validation, evaluated)
+    test = images.Images(source, splits.test, evaluated)
+    run.fingerprint("data", source.fingerprint)
+    made = image_model.build(config.model, classes=source.classes, channels=len(mean), size=size)
+
+    trainer = Trainer(
+        run,
+        made.model,
+        optimizer=optimizers.factory(
+            config.optimizer, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
+        ),
+        inputs=image_model.inputs,
+        loss=image_model.loss(config.label_smoothing),
+        schedule=schedule.build(config.schedule, warmup=config.warmup),
+        training=config,
+        best="val_accuracy",
+    )
+
+    def measure(dataset: Any) -> dict[str, float]:
+        return trainer.measure(dataset, image_model.metrics, batch_size=config.batch_size)
+
+    loader = trainer.loader(training, batch_size=config.batch_size, workers=config.workers)
+    for batch in trainer.steps(loader, max_steps=config.length):
+        run.log(loss=trainer.step(batch), lr=trainer.lr)
+        if trainer.every(10) and trainer.rate is not None:
+            run.log(images_per_second=trainer.rate)
+        if trainer.every(config.eval_every) or trainer.last:
+            run.log({f"val_{name}": value for name, value in measure(validation).items()})
+            if config.patience is not None and trainer.stale("val_accuracy", config.patience):
+                trainer.finish(f"val_accuracy got no better over {config.patience} evaluations")
+    run.log({f"test_{name}": value for name, value in measure(test).items()})
+    image_model.export(trainer, made)

@@ -1,0 +1,102 @@
+"""The model of the image recipe: a ResNet of a size or loaded, its loss, its metrics, its export."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from stoker.engine.metrics import Mean, Metric
+from stoker.errors import BadInput, nearest
+from stoker.loop import Trainer
+from torch.nn import functional as F
+from transformers import AutoModelForImageClassification, ResNetConfig, ResNetForImageClassification
+
+_DEEP = [256, 512, 1024, 2048]
+_WIDE = [64, 128, 256, 512]
+
+# Widths, depths and kind of layer, as in He et al. 2016, table 1; the tiny one is for images of 32 pixels.
+SIZES: dict[str, dict[str, Any]] = {
+    "resnet-tiny": {
+        "embedding_size": 16, "hidden_sizes": [16, 32, 64], "depths": [1, 1, 1], "layer_type": "basic",
+    },
+    "resnet-18": {"hidden_sizes": _WIDE, "depths": [2, 2, 2, 2], "layer_type": "basic"},
+    "resnet-34": {"hidden_sizes": _WIDE, "depths": [3, 4, 6, 3], "layer_type": "basic"},
+    "resnet-50": {"hidden_sizes": _DEEP, "depths": [3, 4, 6, 3], "layer_type": "bottleneck"},
+    "resnet-101": {"hidden_sizes": _DEEP, "depths": [3, 4, 23, 3], "layer_type": "bottleneck"},
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A model with what is written beside its weights."""
+
+    model: Any
+    config: Any
+    preprocessor: dict[str, Any]
+
+
+def build(reference: str, *, classes: Sequence[str], channels: int, size: int) -> Classifier:
+    """A new ResNet of a size, or the model of a directory or hub id with a new last layer where needed.
+
+    Raises:
+        BadInput: there is no such model.
+    """
+    names = dict(enumerate(classes))
+    labels = {"id2label": names, "label2id": {name: n for n, name in names.items()}}
+    if reference in SIZES:
+        shape = ResNetConfig(**SIZES[reference], num_channels=channels, **labels)
+        model: Any = ResNetForImageClassification(shape)
+    else:
+        try:
+            model = AutoModelForImageClassification.from_pretrained(
+                reference, **labels, ignore_mismatched_sizes=True, dtype=torch.float32
+            )
+        except (OSError, ValueError) as error:
+            hint = nearest(reference, SIZES) or f"; sizes to start from are {', '.join(SIZES)}"
+            raise BadInput(f"model {reference} cannot be loaded: {error}{hint}") from error
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    return Classifier(model, config, {"size": size, "num_channels": channels})
+
+
+def inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What the model is called with: (batch, channels, size, size)."""
+    return {"pixel_values": batch["pixel_values"]}
+
+
+def loss(smoothing: float) -> Callable[[Any, dict[str, torch.Tensor]], tuple[torch.Tensor, int]]:
+    """The summed cross-entropy, in nats, and the number of images."""
+
+    def of_batch(output: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
+        logits = output.logits.float()  # (batch, classes)
+        total = F.cross_entropy(logits, batch["labels"], label_smoothing=smoothing, reduction="sum")
+        return total, len(batch["labels"])
+
+    return of_batch
+
+
+def metrics(output: Any, batch: dict[str, torch.Tensor]) -> dict[str, Metric]:
+    """Cross-entropy without smoothing, and the share of images whose likeliest class is right."""
+    logits, labels = output.logits.float(), batch["labels"]
+    right = (logits.argmax(dim=1) == labels).sum()
+    total = F.cross_entropy(logits, labels, reduction="sum")
+    return {"loss": Mean(total, len(labels)), "accuracy": Mean(right, len(labels))}
+
+
+def export(trainer: Trainer, made: Classifier) -> Path | None:
+    """Write the model as an ordinary Hugging Face directory under artifacts; rank 0 does, all call it."""
+    tensors = trainer.state_dict()
+    if trainer.world.rank > 0:
+        return None
+    target = trainer.run.directory.artifacts / "model"
+    target.mkdir(parents=True, exist_ok=True)
+    made.config.save_pretrained(target)
+    save_torch_state_dict(tensors, target)
+    (target / "images.json").write_text(json.dumps(made.preprocessor) + "\n", encoding="utf-8")
+    return trainer.run.artifact(target, kind="model")

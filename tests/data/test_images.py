@@ -1,0 +1,183 @@
+"""Images read back from each kind of file, split and augmented."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from stoker import BadInput
+from stoker.data import images
+from stoker.data.augment import IMAGENET, Augment, Evaluate
+from stoker.data.loader import Loader
+from stoker.world import World
+
+CLASSES = ("cat", "dog")
+COUNT = 12
+
+
+def _picture(number: int) -> Image.Image:
+    """Of one colour, which says its number."""
+    return Image.new("RGB", (48, 40), (number * 20, 255 - number * 20, 7))
+
+
+def _png(number: int) -> bytes:
+    held = io.BytesIO()
+    _picture(number).save(held, "png")
+    return held.getvalue()
+
+
+def _folder(path: Path) -> Path:
+    for number in range(COUNT):
+        file = path / CLASSES[number % 2] / f"{number:02}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(_png(number))
+    return path
+
+
+def _parquet(path: Path) -> Path:
+    path.mkdir()
+    for file, numbers in (("a.parquet", range(7)), ("b.parquet", range(7, COUNT))):
+        cells = [{"bytes": _png(n), "path": None} for n in numbers]
+        pq.write_table(
+            pa.table({"image": cells, "label": [CLASSES[n % 2] for n in numbers]}),
+            path / file,
+            row_group_size=3,
+        )
+    return path
+
+
+def _tar(path: Path) -> Path:
+    path.mkdir()
+    for shard, numbers in (("0.tar", range(5)), ("1.tar", range(5, COUNT))):
+        with tarfile.open(path / shard, "w") as target:
+            for n in numbers:
+                label = f"{n % 2}\n".encode() if n % 3 else json.dumps({"label": n % 2}).encode()
+                _add(target, f"{n:05}.png", _png(n))
+                _add(target, f"{n:05}.{'cls' if n % 3 else 'json'}", label)
+    return path
+
+
+def _add(target: tarfile.TarFile, name: str, content: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    target.addfile(member, io.BytesIO(content))
+
+
+@pytest.mark.parametrize("make", [_folder, _parquet, _tar])
+def test_every_image_is_read_with_its_label_in_any_order(
+    make: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    source = pickle.loads(pickle.dumps(images.read(str(make(tmp_path / "data")))))  # as workers get it
+    assert len(source.labels) == COUNT
+    seen = set()
+    for index in (5, 0, 11, 4, *range(COUNT)):
+        red, green, blue = images.picture(source, index).getpixel((3, 3))
+        number = red // 20
+        assert (green, blue) == (255 - number * 20, 7)
+        assert int(source.labels[index]) == number % 2
+        seen.add(number)
+    assert seen == set(range(COUNT))
+    assert images.read(str(tmp_path / "data")).fingerprint == source.fingerprint
+
+
+def test_digits_are_built_in() -> None:
+    source = images.read("digits")
+    assert len(source.labels) == 1797
+    assert source.classes == tuple("0123456789")
+    assert images.picture(source, 0).size == (8, 8)
+
+
+def test_splits_are_disjoint_complete_and_the_seeds_alone() -> None:
+    source = images.read("digits")
+    parts = images.split(source, validation=0.1, test=0.2, seed=3)
+    numbers = np.concatenate([parts.train, parts.validation, parts.test])
+    assert sorted(numbers.tolist()) == list(range(1797))
+    assert (len(parts.validation), len(parts.test)) == (180, 359)
+    again = images.split(source, validation=0.1, test=0.2, seed=3)
+    assert all(np.array_equal(getattr(parts, n), getattr(again, n)) for n in vars(parts))
+    other = images.split(source, validation=0.1, test=0.2, seed=4)
+    assert not np.array_equal(parts.test, other.test)
+
+
+def test_splits_that_are_folders_are_used_as_they_are(tmp_path: Path) -> None:
+    _folder(tmp_path / "data" / "train")
+    _folder(tmp_path / "data" / "val")
+    source = images.read(str(tmp_path / "data"))
+    parts = images.split(source, validation=0.1, test=0.25)
+    assert source.classes == CLASSES
+    assert (len(parts.train), len(parts.validation), len(parts.test)) == (9, 12, 3)
+    assert not set(parts.train) & set(parts.validation)
+
+
+@pytest.mark.parametrize("size", [16, 64])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_augmentation_is_a_function_of_seed_epoch_and_sample(size: int, workers: int, tmp_path: Path) -> None:
+    source = images.read(str(_noisy(tmp_path / "data")))
+    dataset = images.Images(source, np.arange(COUNT), Augment(size, *IMAGENET))
+    here = Loader(dataset, batch_size=4, world=World(), seed=1).batches(0)
+    there = Loader(dataset, batch_size=4, world=World(), seed=1, workers=workers).batches(8)
+    first = [next(here) for _ in range(4)]
+    assert torch.equal(first[2]["pixel_values"], next(there)["pixel_values"]), "from the middle of an epoch"
+    assert first[0]["pixel_values"].shape == (4, 3, size, size)
+    assert (
+        len({tuple(image.flatten()[:50].tolist()) for b in first[:3] for image in b["pixel_values"]}) == COUNT
+    )
+
+
+def _noisy(path: Path) -> Path:
+    drawn = np.random.default_rng(0)
+    for number in range(COUNT):
+        file = path / CLASSES[number % 2] / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(drawn.integers(0, 255, (80, 100, 3), dtype=np.uint8)).save(file)
+    return path
+
+
+def test_evaluation_takes_the_centre_and_normalises() -> None:
+    image = Image.new("RGB", (100, 60), (255, 0, 0))
+    image.paste((0, 255, 0), (35, 15, 65, 45))
+    pixels = Evaluate(64, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))(image)
+    assert pixels.shape == (3, 64, 64)
+    assert pixels[:, 32, 32].tolist() == [-1.0, 1.0, -1.0]
+    assert pixels[:, 0, 0].tolist() == [1.0, -1.0, -1.0]
+
+
+def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="does not exist: give digits, a folder"):
+        images.read(str(tmp_path / "none"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(BadInput, match="holds no images"):
+        images.read(str(tmp_path / "empty"))
+    loose = _folder(tmp_path / "loose")
+    (loose / "stray.png").write_bytes(_png(1))
+    with pytest.raises(BadInput, match=r"stray.png has no label: images stand in a folder a class"):
+        images.read(str(loose))
+    broken = _folder(tmp_path / "broken")
+    (broken / "cat" / "00.png").write_bytes(b"no image")
+    with pytest.raises(BadInput, match=r"00.png is no image that can be read"):
+        images.picture(images.read(str(broken)), 0)
+    pq.write_table(pa.table({"picture": [b""]}), tmp_path / "x.parquet")
+    with pytest.raises(BadInput, match="has no column image and label; it has picture"):
+        images.read(str(tmp_path / "x.parquet"))
+    with tarfile.open(tmp_path / "x.tar", "w") as target:
+        _add(target, "a.png", _png(0))
+    with pytest.raises(BadInput, match=r"a has no label: add a.cls"):
+        images.read(str(tmp_path / "x.tar"))
+    (tmp_path / "y.tar").write_bytes(b"no tar at all" * 100)
+    with pytest.raises(BadInput, match="is no uncompressed tar file"):
+        images.read(str(tmp_path / "y.tar"))
+    one = tmp_path / "one" / "cat"
+    one.mkdir(parents=True)
+    (one / "a.png").write_bytes(_png(0))
+    with pytest.raises(BadInput, match="1 images are too few"):
+        images.split(images.read(str(one.parent)), validation=0.1, test=0.1)

@@ -1,0 +1,46 @@
+"""Metrics over ranks are those of one process, whatever the shares are."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import strategies_run
+import torch
+from stoker.engine.metrics import Max, Mean, Perplexity, Sum, Totals
+
+import ranks
+
+
+def test_totals_weigh_batches_and_leave_out_what_does_not_count() -> None:
+    totals = Totals()
+    totals.add({"a": Mean(torch.tensor(6.0), 3), "s": Sum(2), "m": Max(-5.0), "p": Perplexity(4.0, 2)})
+    totals.add({"a": Mean(2.0, 1), "s": Sum(1), "m": Max(torch.tensor(-7.0)), "p": Perplexity(0.0, 2)})
+    totals.add({"a": Mean(100.0, 1), "s": Sum(100), "m": Max(100), "p": Perplexity(100, 1)}, counts=False)
+    assert totals.over_ranks() == {"a": 2.0, "s": 3.0, "m": -5.0, "p": math.e}
+
+
+def test_a_mean_of_nothing_is_not_a_number_and_a_large_perplexity_is_infinite() -> None:
+    totals = Totals()
+    totals.add({"a": Mean(0.0, 0.0), "p": Perplexity(1e6, 1)})
+    found = totals.over_ranks()
+    assert math.isnan(found["a"])
+    assert found["p"] == math.inf
+
+
+def _measured(settings: dict[str, Any], folder: Path, name: str, samples: int) -> list[dict[str, float]]:
+    size = 1 if settings["parallel"] == "single" else 2
+    return ranks.run(strategies_run.measure, size, folder, folder, name, settings, samples)
+
+
+# In batches of 4 over two ranks: some without a sample, some with fewer.
+@pytest.mark.parametrize("samples", [1, 7, 13, 16])
+def test_metrics_over_ranks_are_those_of_one_process(samples: int, tmp_path: Path) -> None:
+    alone = _measured({"parallel": "single"}, tmp_path, "alone", samples)[0]
+    assert alone["rows"] == samples
+    assert alone["perplexity"] == pytest.approx(math.exp(alone["loss"]))
+    for parallel in ("ddp", "fsdp", "pipeline"):
+        for found in _measured({"parallel": parallel}, tmp_path, parallel, samples):
+            assert found == pytest.approx(alone, rel=1e-6)
