@@ -99,6 +99,8 @@ class Run:
         """Which way metrics are better, as far as it was said."""
         self.profile: tuple[int, int] | None = None
         """First and last step that a Trainer profiles."""
+        self.layout: dict[str, Any] = {}
+        """How the attempt before this one used the devices, where a Trainer did."""
         self.stop = StopRequests()
         self._sinks = follower.enabled()
         self._pending: collections.deque[tuple[Deferred | DeferredArrays, int, float, str | None]]
@@ -162,6 +164,7 @@ class Run:
             changes = configs.drift(before.record["config"], record["config"])
             self.step = before.step
             self.goals.update(before.goals)
+            self.layout = before.attempts[-1].layout if before.attempts else {}
             self._before = before.points
         else:
             record["code"] = provenance.code_state(code)

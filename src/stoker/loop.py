@@ -128,9 +128,12 @@ class Trainer:
         self._restore()
 
     def _precision(self) -> precision.Resolved:
-        """The same on every rank, also where `auto` measures."""
+        """The same on every rank and in every attempt, also where `auto` measures."""
         precision.use_tf32(self.training.tf32)
-        found = precision.resolve(self.training.precision, self.device)
+        asked = self.training.precision
+        if asked == "auto":
+            asked = self.run.layout.get("precision", "auto")
+        found = precision.resolve(asked, self.device, storage.cache_folder())
         return cast("precision.Resolved", distributed.from_rank_zero(found))
 
     def _average(self) -> Ema | None:

@@ -13,6 +13,9 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import orjson
 
 
 def sync_directory(path: Path) -> None:
@@ -119,6 +122,21 @@ def locked(path: Path, timeout: float = 600.0) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object of small things that can be found out again; empty where it cannot be read."""
+    try:
+        found = orjson.loads(file.read_bytes())
+    except (OSError, orjson.JSONDecodeError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    """Write what `read_json` reads."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, orjson.dumps(content))
 
 
 def cache_folder() -> Path:

@@ -45,7 +45,8 @@ class Noisy(torch.utils.data.Dataset):
 def train(run: stoker.Run, config: Config) -> None:
     model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.3), nn.Linear(8, 1))
     trainer = stoker.Trainer(run, model, optimizer=lambda p: torch.optim.AdamW(p, lr=config.lr),
-        loss=lambda out, batch: (mse_loss(out, batch[1], reduction="sum"), len(out)), checkpoint_every=7)
+        loss=lambda out, batch: (mse_loss(out, batch[1], reduction="sum"), len(out)),
+        training=stoker.Training(checkpoint_every=7))
     for batch in trainer.steps(trainer.loader(Noisy(), batch_size=8), max_steps=60):
         run.log(loss=trainer.step(batch), noise=random.random() + float(np.random.rand()))
         time.sleep(config.pause)

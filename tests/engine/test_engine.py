@@ -3,11 +3,13 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import random
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from stoker import storage
 from stoker.engine import batches, precision, random_state, schedule
 
 
@@ -84,16 +86,17 @@ def test_schedules_warm_up_and_come_down() -> None:
 
 
 @pytest.mark.parametrize(("speed", "expected"), [(4.0, "bf16"), (1.2, "fp32"), (0.003, "fp32")])
-def test_auto_precision_on_a_cpu_is_what_it_is_fast_at(
-    speed: float, expected: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(precision, "bf16_speed", lambda: speed)
-    assert precision.resolve("auto", torch.device("cpu")) == expected
-    assert precision.resolve("bf16", torch.device("cpu")) == "bf16"
+def test_auto_precision_on_a_cpu_is_what_it_is_fast_at(speed: float, expected: str, tmp_path: Path) -> None:
+    precision.bf16_speed(tmp_path / "bf16_speed.json")  # measures, and says under which name
+    known = storage.read_json(tmp_path / "bf16_speed.json")
+    storage.write_json(tmp_path / "bf16_speed.json", dict.fromkeys(known, speed))
+    assert precision.resolve("auto", torch.device("cpu"), tmp_path) == expected
+    assert precision.resolve("bf16", torch.device("cpu"), tmp_path) == "bf16"
 
 
-def test_the_speed_of_bf16_is_measured_without_a_trace() -> None:
+def test_the_speed_of_bf16_is_measured_once_and_leaves_no_trace(tmp_path: Path) -> None:
     before = torch.get_rng_state()
-    precision.bf16_speed.cache_clear()
-    assert precision.bf16_speed() > 0
+    first = precision.bf16_speed(tmp_path / "bf16_speed.json")
+    assert first > 0
+    assert precision.bf16_speed(tmp_path / "bf16_speed.json") == first
     assert torch.equal(torch.get_rng_state(), before)

@@ -43,7 +43,7 @@ def find(
         StokerError: not even one sample fits.
     """
     key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
-    known = distributed.from_rank_zero(_read(memory).get(key))
+    known = distributed.from_rank_zero(storage.read_json(memory).get(key))
     if isinstance(known, int) and share % known == 0:
         return known
     found = _largest([n for n in range(1, share + 1) if share % n == 0], attempt, device)
@@ -53,8 +53,7 @@ def find(
             "set activation_checkpointing=full, or parallel=fsdp over more ranks"
         )
     if not dist.is_initialized() or dist.get_rank() == 0:
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        storage.write_atomically(memory, json.dumps({**_read(memory), key: found}).encode())
+        storage.write_json(memory, {**storage.read_json(memory), key: found})
     return found
 
 
@@ -106,11 +105,3 @@ def _peak(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.max_memory_reserved(device))
     return int(psutil.Process().memory_info().rss)
-
-
-def _read(memory: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(memory.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
-        return {}
-    return found if isinstance(found, dict) else {}

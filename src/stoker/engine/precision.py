@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
+import platform
 import time
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from stoker import storage
 from stoker.engine.options import Precision
 
 log = logging.getLogger("stoker")
@@ -19,31 +21,40 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _WORTH_IT = 1.5  # times as fast as fp32, for bf16 to be the default
 
 
-def resolve(precision: Precision, device: torch.device) -> Resolved:
+def resolve(precision: Precision, device: torch.device, cache: Path) -> Resolved:
     """What `auto` means on this device: bf16 where it is fast, else fp32.
 
     A GPU that has bf16 is fast at it. Of CPUs some are and on others it is hundreds of times
-    slower than fp32: there it is measured, once a process.
+    slower than fp32: there it is measured once, and remembered in `cache`.
     """
     if precision == "fp16" and _bf16_is_native(device):
         log.warning("precision=fp16: this GPU has bf16, which is as fast and needs no loss scaling")
-    if precision == "bf16" and device.type == "cpu" and bf16_speed() < 0.5:
-        log.warning("precision=bf16: layers take %.0f times as long as in fp32 on this CPU", 1 / bf16_speed())
+    if device.type == "cpu" and precision in ("auto", "bf16"):
+        speed = bf16_speed(cache / "bf16_speed.json")
+        if precision == "bf16" and speed < 0.5:
+            log.warning("precision=bf16: layers take %.0f times as long as in fp32 on this CPU", 1 / speed)
+        if precision == "auto":
+            return "bf16" if speed >= _WORTH_IT else "fp32"
     if precision != "auto":
         return precision
-    if device.type == "cpu":
-        return "bf16" if bf16_speed() >= _WORTH_IT else "fp32"
     return "bf16" if _bf16_is_native(device) else "fp32"
 
 
-@functools.cache
-def bf16_speed() -> float:
-    """How many times as fast as in fp32 layers are in bf16 on this CPU, measured; draws no random number."""
-    kept = torch.get_rng_state()
-    try:
-        return _seconds_of_layers(False) / _seconds_of_layers(True)
-    finally:
+def bf16_speed(memory: Path) -> float:
+    """How many times as fast as in fp32 layers are in bf16 on this CPU. Draws no random number.
+
+    Measured where the file `memory` does not say, and written there.
+    """
+    key = f"{platform.processor()} {platform.machine()} torch {torch.__version__}"
+    known = storage.read_json(memory)
+    if key not in known:
+        kept = torch.get_rng_state()
+        speed = _seconds_of_layers(False) / _seconds_of_layers(True)
         torch.set_rng_state(kept)
+        log.info("bf16 is %.2g times as fast as fp32 on this CPU, measured once", speed)
+        storage.write_json(memory, {**known, key: speed})
+        known[key] = speed
+    return float(known[key])
 
 
 def autocast(precision: Resolved, device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -69,7 +80,7 @@ def _seconds_of_layers(enabled: bool) -> float:
     layers = torch.nn.Sequential(torch.nn.Linear(128, 512), torch.nn.GELU(), torch.nn.Linear(512, 128))
     x = torch.ones(64, 128)
     best = float("inf")
-    for _ in range(3):  # the first one sets things up
+    for _ in range(5):  # the first one sets things up
         begun = time.perf_counter()
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             loss = layers(x).sum()

@@ -32,6 +32,8 @@ class Attempt:
     """The step of the checkpoint it continued from; None where it began anew."""
     passed_over: list[str] = field(default_factory=list)
     """Checkpoints that could not be used, each with the reason."""
+    layout: dict[str, Any] = field(default_factory=dict)
+    """How a Trainer used the devices: `parallel`, `precision`, `ranks`, `device`, and why."""
     drift: dict[str, Any] = field(default_factory=dict)
     """Config keys that differ from the run's record: key -> [old, new]."""
     ended: float | None = None

@@ -164,6 +164,10 @@ def _plan(view: RunView, event: Event) -> None:
     view.samples_per_step = event.get("samples_per_step")
 
 
+def _layout(view: RunView, event: Event) -> None:
+    view.attempts[-1].layout = {k: v for k, v in event.items() if k not in ("type", "time", "seq")}
+
+
 def _media(view: RunView, event: Event) -> None:
     found = Media(event["kind"], event["name"], event["step"], event.get("file"), event.get("about", {}))
     if not any((m.kind, m.name, m.step) == (found.kind, found.name, found.step) for m in view.media):
@@ -177,6 +181,7 @@ def _ended(view: RunView, event: Event) -> None:
 
 _FOLDED_ALONE: dict[str, Callable[[RunView, Event], Any]] = {
     "plan": _plan,
+    "layout": _layout,
     "media": _media,
     "attempt_ended": _ended,
     "checkpoint": lambda view, event: view.checkpoints.append(event["step"]),
