@@ -171,8 +171,13 @@ class Trainer:
             workers: processes that load samples; any number gives the same batches.
         """
         options.check_batch(batch_size, self.mesh.data.size)
+        share = batch_size // self.mesh.data.size
+        if isinstance(self._micro_batch, int) or self._micro_batch is None:
+            parts = -(-share // (self._micro_batch or share))
+            options.check_deepspeed_batch(
+                self.training, batch_size=batch_size, ranks=self.world.size, parts=parts
+            )
         if self.world.rank == 0:
-            share = batch_size // self.mesh.data.size
             strategies.warn_of_batch_norm(self.model, share=share, training=self.training)
         return Loader(
             dataset, batch_size=batch_size, world=self.mesh.data, seed=self.run.seed,

@@ -181,7 +181,10 @@ def optimizer_state(
             kept = tensors if isinstance(value, torch.Tensor) else scalars
             kept[f"{names[parameter]}.{key}"] = value
     groups = [
-        {**group, "params": [names[parameter] for parameter in group["params"]]}
+        {
+            **{k: plain(v) for k, v in group.items()},
+            "params": [names[parameter] for parameter in group["params"]],
+        }
         for group in optimizer.param_groups
     ]
     return tensors, {"state": scalars, "groups": groups}
@@ -239,9 +242,13 @@ def _some(names: list[str]) -> str:
 
 def as_before(current: Any, saved: Any) -> Any:
     """JSON has no tuples: betas come back as the type that the optimizer has."""
+    if isinstance(current, torch.Tensor):  # torchao keeps its learning rate in one
+        return torch.as_tensor(saved, dtype=current.dtype, device=current.device)
     return tuple(saved) if isinstance(current, tuple) else saved
 
 
 def plain(value: Any) -> Any:
     """A value as it comes back from JSON."""
+    if isinstance(value, torch.Tensor):
+        return value.item()
     return list(value) if isinstance(value, tuple) else value

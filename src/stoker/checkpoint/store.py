@@ -21,6 +21,7 @@ from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.tensor import DTensor
 
 Tensors = dict[str, torch.Tensor]
 
@@ -52,7 +53,7 @@ def save(
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             state_dict_saver.save(
-                dict(tensors),
+                {name: _packed(tensor) for name, tensor in tensors.items()},
                 storage_writer=HuggingFaceStorageWriter(str(path), save_distributed=True),
                 no_dist=world.size == 1,
             )
@@ -104,6 +105,11 @@ def export_model(checkpoint: Checkpoint, target: Path) -> Path:
     load_tensors(checkpoint, {f"model.{name}": tensor for name, tensor in tensors.items()})
     save_file(tensors, target)
     return target
+
+
+def _packed(tensor: torch.Tensor) -> torch.Tensor:
+    """safetensors takes contiguous tensors only, and images' weights may be channels last."""
+    return tensor if isinstance(tensor, DTensor) or tensor.is_contiguous() else tensor.contiguous()
 
 
 def _wait(world: World) -> None:

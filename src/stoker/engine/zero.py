@@ -49,16 +49,20 @@ class DeepSpeedStep:
         _quieten()
         import deepspeed
 
-        if setting.precision == "fp16" and setting.mesh.device.type == "cpu":
+        self.stage = options.zero_stage(training.deepspeed)
+        if setting.precision == "fp16" and self.stage > 0 and setting.mesh.device.type == "cpu":
             raise BadInput("parallel=deepspeed has precision=fp16 on GPUs only: give bf16 or fp32")
         self._setting = setting
-        self.stage = options.zero_stage(training.deepspeed)
         made = build_optimizers(model, make)["main"]
         known = {p: name for name, p in model.named_parameters()}
         self._names = [[known[p] for p in group["params"]] for group in made.param_groups]
+        parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
         with _no_stray_output():
             self._engine, self._optimizer, *_ = deepspeed.initialize(
-                model=model, optimizer=made, config=config(training, setting), dist_init_required=False
+                model=model,
+                optimizer=made,
+                config=config(training, setting, parameters),
+                dist_init_required=False,
             )
         self.model = model
         self.optimizers = {"main": self._optimizer}
@@ -201,10 +205,18 @@ class DeepSpeedStep:
             yield
 
 
-def config(training: Training, setting: Setting) -> dict[str, Any]:
-    """DeepSpeed's configuration: the user's file as it is, and what it leaves open or to "auto" filled in."""
+_BUCKET = 500_000_000  # elements, DeepSpeed's own; it sets aside as much memory whatever the model's size
+
+
+def config(training: Training, setting: Setting, parameters: int) -> dict[str, Any]:
+    """DeepSpeed's configuration: the user's file as it is, and what it leaves open or to "auto" filled in.
+
+    Args:
+        parameters: how many are trained.
+    """
+    bucket = min(_BUCKET, parameters)
     chosen = training.deepspeed
-    zero: dict[str, Any] = {"stage": options.zero_stage(chosen)}
+    zero: dict[str, Any] = {"stage": options.zero_stage(chosen), "reduce_bucket_size": bucket}
     if chosen.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu"}
     if chosen.offload_parameters:

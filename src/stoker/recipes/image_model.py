@@ -14,6 +14,7 @@ from huggingface_hub import save_torch_state_dict
 from stoker.engine.metrics import Mean, Metric
 from stoker.errors import BadInput, nearest
 from stoker.loop import Trainer
+from stoker.recipes import quiet  # noqa: F401 (its import is its work)
 from torch.nn import functional as F
 from transformers import AutoModelForImageClassification, ResNetConfig, ResNetForImageClassification
 

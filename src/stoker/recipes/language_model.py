@@ -18,6 +18,7 @@ from stoker.data.sources import Document
 from stoker.engine import distributed
 from stoker.errors import BadInput, nearest
 from stoker.loop import Trainer
+from stoker.recipes import quiet  # noqa: F401 (its import is its work)
 from stoker.recipes.language_shape import SIZES
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM

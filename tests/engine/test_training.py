@@ -1,0 +1,311 @@
+"""What `Training` sets, in one process: precision, memory, averages, micro-batches, early stopping."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from stoker import BadInput, Run, Trainer, Training
+from stoker.engine import micro_batch, optimizers, options, schedule, strategies
+from stoker.engine.loss_scale import LossScale
+from stoker.world import World
+from strategies_run import Images, Rows, image_loss, inputs, llama, resnet, token_loss
+from torch import nn
+
+
+@pytest.fixture
+def open_run(tmp_path: Path) -> Callable[..., Run]:
+    return lambda name="a": Run("test", name, runs=tmp_path / "runs")
+
+
+def _trainer(run: Run, **settings: Any) -> Trainer:
+    return Trainer(
+        run, llama(), optimizer=lambda p: torch.optim.AdamW(p, lr=1e-3), inputs=inputs, loss=token_loss,
+        training=Training(**{"precision": "fp32", **settings}),
+    )  # fmt: skip
+
+
+def _losses(trainer: Trainer, steps: int = 4) -> list[float]:
+    loader = trainer.loader(Rows(), batch_size=8)
+    return [trainer.step(batch).item() for batch in trainer.steps(loader, max_steps=steps)]
+
+
+@pytest.fixture
+def plain(open_run: Callable[..., Run]) -> list[float]:
+    with open_run("plain") as run:
+        return _losses(_trainer(run))
+
+
+@pytest.mark.parametrize("how", ["full", "2", "selective"])
+def test_recomputed_activations_change_no_loss(
+    how: str, plain: list[float], open_run: Callable[..., Run]
+) -> None:
+    with open_run() as run:
+        trainer = _trainer(run, activation_checkpointing=how)
+        ran: list[str] = []
+        for name, module in trainer.model.named_modules():
+            if name.endswith("mlp"):
+                module.register_forward_pre_hook(lambda *_, name=name: ran.append(name))
+        assert _losses(trainer) == pytest.approx(plain, rel=1e-6)
+    blocks = 4 if how in ("full", "selective") else 2
+    assert len(ran) == 4 * (4 + blocks), "each forward pass once, and recomputed blocks once more"
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_compiled_blocks_change_no_loss(plain: list[float], open_run: Callable[..., Run]) -> None:
+    with open_run() as run:
+        assert _losses(_trainer(run, compile=True)) == pytest.approx(plain, rel=1e-4)
+
+
+def test_blocks_to_recompute_must_exist(open_run: Callable[..., Run]) -> None:
+    with open_run() as run, pytest.raises(BadInput, match="no repeated blocks were found"):
+        Trainer(
+            run, nn.Linear(2, 2), optimizer=torch.optim.AdamW,
+            training=Training(activation_checkpointing="full"),
+        )  # fmt: skip
+
+
+def test_an_overflow_skips_the_step_and_halves_the_scale(open_run: Callable[..., Run]) -> None:
+    with open_run() as run:
+        trainer = _trainer(run, precision="fp16")
+        before = [p.detach().clone() for p in trainer.model.parameters()]
+        scales = []
+        for batch in trainer.steps(trainer.loader(Rows(), batch_size=8), max_steps=2):
+            if run.step == 1:
+                trainer._fit_scale([batch])
+                trainer._scale.value = 2.0**40  # every gradient overflows fp16
+            trainer.step(batch)
+            scales.append(trainer._scale.value)
+            same = all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
+            assert same
+        assert scales == [2.0**39, 2.0**38]
+
+
+def test_a_gradient_that_fp16_would_lose_is_kept_by_scaling(open_run: Callable[..., Run]) -> None:
+    """A loss so small that gradients of single weights are below fp16's smallest number, 6e-8."""
+
+    def faint(output: Any, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        total, weight = token_loss(output, batch)
+        return total * 1e-5, weight
+
+    def moved(name: str, precision: Any, scale: float | None = None) -> torch.Tensor:
+        with open_run(name) as run:
+            trainer = Trainer(
+                run, llama(), optimizer=lambda p: torch.optim.SGD(p, lr=1e5), inputs=inputs, loss=faint,
+                training=Training(precision=precision),
+            )  # fmt: skip
+            weight = trainer.model.get_parameter("model.layers.0.mlp.down_proj.weight")
+            before = weight.detach().clone()
+            for batch in trainer.steps(trainer.loader(Rows(), batch_size=8), max_steps=1):
+                if scale is not None:
+                    trainer._scale.value, trainer._scale.divisor = scale, 64.0
+                trainer.step(batch)
+            return (weight.detach() - before).flatten()
+
+    exact = moved("fp32", "fp32")
+    assert torch.cosine_similarity(moved("fp16", "fp16"), exact, dim=0) > 0.999
+    assert torch.cosine_similarity(moved("bf16", "bf16"), exact, dim=0) > 0.99
+    unscaled = moved("unscaled", "fp16", scale=1.0)
+    assert (unscaled == 0).float().mean() > 0.5, "without scaling most of it is lost"
+
+
+def test_a_scale_is_doubled_after_enough_good_steps_and_comes_back_from_its_state() -> None:
+    scale = LossScale(True, initial=8.0, patience=3)
+    scale.fit(1000.0)
+    assert scale.divisor == 1024.0
+    for _ in range(3):
+        scale.update(overflowed=False)
+    assert scale.value == 16.0
+    scale.update(overflowed=False)
+    scale.update(overflowed=True)
+    assert scale.value == 8.0
+    again = LossScale(True)
+    again.restore(scale.state())
+    assert again.state() == scale.state()
+    assert LossScale(False).factor == 1.0
+
+
+def test_an_average_follows_the_weights_and_is_what_is_evaluated(open_run: Callable[..., Run]) -> None:
+    with open_run() as run:
+        trainer = _trainer(run, ema=options.Ema(decay=0.5, warmup=False))
+        expected = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+        for batch in trainer.steps(trainer.loader(Rows(), batch_size=8), max_steps=3):
+            trainer.step(batch)
+            for name, p in trainer.model.named_parameters():
+                expected[name].lerp_(p.detach(), 0.5)
+        weights = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+        for name, tensor in trainer.state_dict().items():
+            torch.testing.assert_close(tensor, expected[name])
+        with_average = trainer.evaluate(Rows(), batch_size=8)
+        with torch.no_grad():
+            for name, p in trainer.model.named_parameters():
+                assert torch.equal(p, weights[name]), "the weights are back"
+                p.copy_(expected[name])
+        trainer._ema = None
+        assert trainer.evaluate(Rows(), batch_size=8) == with_average
+
+
+def test_an_automatic_micro_batch_is_found_remembered_and_leaves_no_trace(
+    plain: list[float], open_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("STOKER_CACHE", str(tmp_path / "cache"))
+    tried: list[int] = []
+    attempt = Trainer._try
+    monkeypatch.setattr(Trainer, "_try", lambda self, b, n: (tried.append(n), attempt(self, b, n)))
+    for name in ("first", "second"):
+        with open_run(name) as run:
+            assert _losses(_trainer(run, micro_batch="auto")) == pytest.approx(plain, rel=1e-6)
+    assert tried == [1, 2, 4, 8], "the second run knew"
+
+
+def test_the_largest_micro_batch_that_fits_is_taken(tmp_path: Path) -> None:
+    def fits_up_to(limit: int) -> Callable[[int], None]:
+        def attempt(size: int) -> None:
+            if size > limit:
+                raise torch.OutOfMemoryError("none left")
+
+        return attempt
+
+    cpu = torch.device("cpu")
+    for limit, expected in ((5, 4), (12, 12), (1, 1)):
+        found = micro_batch.find(12, fits_up_to(limit), cpu, memory=tmp_path / f"{limit}.json", about={})
+        assert found == expected
+    with pytest.raises(Exception, match="not even one sample fits"):
+        micro_batch.find(12, fits_up_to(0), cpu, memory=tmp_path / "0.json", about={})
+
+
+def test_training_ends_early_once_nothing_gets_better(open_run: Callable[..., Run]) -> None:
+    with open_run() as run:
+        trainer = _trainer(run)
+        for _ in trainer.steps(trainer.loader(Rows(), batch_size=8), max_steps=50):
+            run.log(val_loss=max(0.0, 5.0 - run.step))  # no better from step 5 on
+            if trainer.stale("val_loss", patience=3):
+                trainer.finish("no better")
+        assert trainer.steps_done == 8
+    with open_run("b") as run, pytest.raises(ValueError, match="is not logged"):
+        _trainer(run).stale("val_loss", 3)
+
+
+def test_auto_takes_the_simplest_strategy_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    model = llama()
+    chosen, why = strategies.choose(model, Training(), World(), cpu)
+    assert (chosen, why) == ("single", "there is one process")
+    assert strategies.choose(model, Training(), World(0, 4), cpu)[0] == "ddp"
+    monkeypatch.setattr(strategies, "_memory_a_rank", lambda device, ranks: 2**20)
+    chosen, why = strategies.choose(model, Training(), World(0, 4), cpu)
+    assert chosen == "fsdp"
+    assert "of a rank's 1.0 MiB" in why
+    assert strategies.choose(model, Training(parallel="ddp"), World(0, 4), cpu)[0] == "ddp"
+
+
+def test_wsd_is_stable_and_then_goes_down() -> None:
+    factor = schedule.build("wsd", warmup=0.1, decay=0.2)
+    assert [factor(step, 100) for step in (10, 50, 80)] == [1.0, 1.0, 1.0]
+    assert factor(90, 100) == pytest.approx(0.5)
+    assert factor(99, 100) == pytest.approx(0.05)
+    assert factor(4, 100) < 0.5
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "adafactor", "adamw8bit"])
+@pytest.mark.filterwarnings("ignore")
+def test_every_optimizer_brings_the_loss_down_and_resumes(name: Any, open_run: Callable[..., Run]) -> None:
+    def train(run: Run, steps: int) -> list[float]:
+        trainer = Trainer(
+            run,
+            llama(),
+            optimizer=optimizers.factory(name, lr=0.1 if name == "sgd" else 1e-2),
+            inputs=inputs,
+            loss=token_loss,
+            training=Training(precision="fp32"),
+        )  # fmt: skip
+        return _losses(trainer, steps)
+
+    with open_run("whole") as run:
+        whole = train(run, 12)
+    assert whole[-1] < whole[0]
+    with open_run("cut") as run:
+        train(run, 5)
+    with open_run("cut") as run:
+        assert train(run, 12) == whole[5:]
+
+
+def test_batch_norm_and_micro_batches_are_warned_of(
+    open_run: Callable[..., Run], caplog: pytest.LogCaptureFixture
+) -> None:
+    def loader(**settings: Any) -> None:
+        with open_run(str(len(caplog.records))) as run:
+            trainer = Trainer(
+                run, resnet(), optimizer=torch.optim.AdamW, inputs=lambda b: (b[0],), loss=image_loss,
+                training=Training(precision="fp32", **settings),
+            )  # fmt: skip
+            trainer.loader(Images(), batch_size=32)
+
+    loader()
+    assert "BatchNorm" not in caplog.text
+    loader(micro_batch=16)
+    assert "BatchNorm takes its statistics from micro-batches of 16 samples" in caplog.text
+
+
+def test_channels_last_changes_no_loss(open_run: Callable[..., Run]) -> None:
+    found = []
+    for channels_last in (False, True):
+        with open_run(f"{channels_last}") as run:
+            trainer = Trainer(
+                run, resnet(), optimizer=lambda p: torch.optim.SGD(p, lr=0.01), inputs=lambda b: (b[0],),
+                loss=image_loss, training=Training(precision="fp32", channels_last=channels_last),
+            )  # fmt: skip
+            loader = trainer.loader(Images(), batch_size=16)
+            batches = trainer.steps(loader, max_steps=3)
+            found.append([trainer.step(batch).item() for batch in batches])
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+
+
+# -- an existing DeepSpeed file -------------------------------------------------------------
+
+
+def _file(tmp_path: Path, **content: Any) -> options.DeepSpeed:
+    (tmp_path / "ds.json").write_text(json.dumps(content))
+    return options.DeepSpeed(config=tmp_path / "ds.json")
+
+
+def test_a_deepspeed_file_is_taken_as_it_is(tmp_path: Path) -> None:
+    chosen = _file(
+        tmp_path, train_micro_batch_size_per_gpu=2, gradient_clipping=0.7, bf16={"enabled": True},
+        zero_optimization={"stage": 1, "reduce_bucket_size": 1000}, train_batch_size="auto",
+    )  # fmt: skip
+    found = options.with_deepspeed_file(Training(parallel="deepspeed", deepspeed=chosen))
+    assert (found.micro_batch, found.clip_norm, found.precision) == (2, 0.7, "bf16")
+    assert options.zero_stage(chosen) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "settings", "said"),
+    [
+        ({"gradient_clipping": 0.5}, {"clip_norm": 1.0}, "set twice: clip_norm=1.0"),
+        ({"train_micro_batch_size_per_gpu": 4}, {"micro_batch": 2}, "set twice: micro_batch=2"),
+        ({"fp16": {"enabled": True}}, {"precision": "bf16"}, "set twice: precision=bf16"),
+        ({"optimizer": {"type": "Adam"}}, {}, "sets the optimizer, and so does the run"),
+        ({"scheduler": {"type": "WarmupLR"}}, {}, "sets the scheduler, and so does the run"),
+    ],
+)
+def test_what_a_deepspeed_file_sets_twice_is_refused(
+    content: dict[str, Any], settings: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    training = Training(parallel="deepspeed", deepspeed=_file(tmp_path, **content), **settings)
+    with pytest.raises(BadInput, match=said):
+        options.with_deepspeed_file(training)
+
+
+def test_a_deepspeed_file_with_another_stage_or_batch_is_refused(tmp_path: Path) -> None:
+    chosen = _file(tmp_path, zero_optimization={"stage": 3}, train_batch_size=64)
+    with pytest.raises(BadInput, match=r"the ZeRO stage is set twice: deepspeed.stage=2, and 3"):
+        options.zero_stage(dataclasses.replace(chosen, stage=2))
+    training = Training(parallel="deepspeed", deepspeed=chosen)
+    with pytest.raises(BadInput, match="sets train_batch_size to 64, and the run comes to 32"):
+        options.check_deepspeed_batch(training, batch_size=32, ranks=2, parts=1)
