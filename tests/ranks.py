@@ -14,7 +14,14 @@ from typing import Any
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
-    ["torch", "torch._dynamo", "transformers.models.llama.modeling_llama", "stoker.loop", "deepspeed", "ranks"]
+    [
+        "torch",
+        "torch._dynamo",
+        "transformers.models.llama.modeling_llama",
+        "stoker.loop",
+        "deepspeed",
+        "ranks",
+    ]
 )
 
 

@@ -18,7 +18,12 @@ from stoker.engine.precision import DTYPES
 from stoker.engine.step import OptimizerFactory, PlainStep, Setting, Step, build_optimizers, trainable
 from stoker.world import World
 from torch import nn
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.nn.parallel import DistributedDataParallel
 
 log = logging.getLogger("stoker")
@@ -131,6 +136,8 @@ def shard(
         fully_shard(block, **options)
     for root in [*roots, model]:
         fully_shard(root, **options)
+        if hasattr(root, "generate"):  # calls what is inside of it, past the hooks of the root
+            register_fsdp_forward_method(root, "generate")
     return casts
 
 
