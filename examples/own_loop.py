@@ -12,7 +12,7 @@ from torch.utils.data import TensorDataset
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(stoker.Training):
     lr: float = 1e-3
     batch_size: int = 64
     epochs: int = 5
@@ -48,7 +48,7 @@ def train(run: stoker.Run, config: Config) -> None:
     training, held_out = digits()
     model = small_cnn()
     trainer = stoker.Trainer(
-        run, model, optimizer=lambda parameters: AdamW(parameters, lr=config.lr),
+        run, model, training=config, optimizer=lambda parameters: AdamW(parameters, lr=config.lr),
         loss=lambda logits, batch: (cross_entropy(logits, batch[1], reduction="sum"), len(batch[1])),
     )  # fmt: skip
     loader = trainer.loader(training, batch_size=config.batch_size)

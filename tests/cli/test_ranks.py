@@ -71,8 +71,8 @@ def test_a_language_model_comes_out_the_same(name: str, alone: Path, stoker: Com
 def test_an_adapter_comes_out_the_same(name: str, alone: Path, stoker: Command, runs: Path) -> None:
     tune = (
         "train", "llm", f"model={alone / 'artifacts' / 'model'}", f"data={runs.parent / 'pairs.jsonl'}",
-        "lora.rank=4", "lora.dropout=0", "precision=fp32", "sequence_length=64", "batch_size=8", "max_steps=4",
-        "generate_tokens=2", "--json", "--runs", str(runs),
+        "lora.rank=4", "lora.dropout=0", "precision=fp32", "sequence_length=64", "batch_size=8",
+        "max_steps=4", "generate_tokens=2", "--json", "--runs", str(runs),
     )  # fmt: skip
     one = stoker(*tune, "--name", f"tuned-{name}-alone")
     two = stoker(*tune, *STRATEGIES[name], "--nproc", "2", "--name", f"tuned-{name}")

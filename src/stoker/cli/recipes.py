@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import inspect
+import typing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -41,7 +44,7 @@ def show(
 ) -> None:
     """Show the keys of a recipe: name, type, default and meaning."""
     found = recipes.load(recipe)
-    keys = configs.describe(found.config)
+    keys = _own_first(found.config, configs.describe(found.config))
     meanings = _meanings(found.config)
     if json:
         print_json({
@@ -64,22 +67,34 @@ def _short(default: Any) -> str:
     return "" if default is None else str(default)
 
 
-def _meanings(cls: type, prefix: str = "") -> dict[str, str]:
-    """The docstring under each field of a config, by dotted key, read from its source."""
-    module = ast.parse(Path(inspect.getsourcefile(cls) or "").read_text(encoding="utf-8"))
-    classes = {node.name: node for node in ast.walk(module) if isinstance(node, ast.ClassDef)}
-    return _of_class(classes, cls.__name__, prefix)
+def _own_first(config: type, keys: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe's own keys, then those that every recipe has."""
+    own = inspect.get_annotations(config)
+    return dict(sorted(keys.items(), key=lambda pair: pair[0].partition(".")[0] not in own))
 
 
-def _of_class(classes: dict[str, ast.ClassDef], name: str, prefix: str) -> dict[str, str]:
+def _meanings(config: type, prefix: str = "") -> dict[str, str]:
+    """The docstring under each field of a config and of what it inherits from, by dotted key."""
     found: dict[str, str] = {}
-    body = classes[name].body if name in classes else []
+    for cls in reversed(config.__mro__):
+        if dataclasses.is_dataclass(cls):
+            found.update({prefix + name: text for name, text in _documented(cls).items()})
+    for name, kind in typing.get_type_hints(config).items():
+        if dataclasses.is_dataclass(kind) and isinstance(kind, type) and not hasattr(kind, "parse"):
+            found.update(_meanings(kind, f"{prefix}{name}."))
+    return found
+
+
+def _documented(cls: type) -> dict[str, str]:
+    """Field -> the docstring under it, read from the source of the class."""
+    module = ast.parse(Path(inspect.getsourcefile(cls) or "").read_text(encoding="utf-8"))
+    body = next(
+        (n.body for n in ast.walk(module) if isinstance(n, ast.ClassDef) and n.name == cls.__name__), []
+    )
+    found: dict[str, str] = {}
     for statement, after in zip(body, [*body[1:], None], strict=True):
         if not isinstance(statement, ast.AnnAssign) or not isinstance(statement.target, ast.Name):
             continue
-        key = prefix + statement.target.id
-        if isinstance(statement.annotation, ast.Name) and statement.annotation.id in classes:
-            found.update(_of_class(classes, statement.annotation.id, f"{key}."))
-        elif isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
-            found[key] = " ".join(str(after.value.value).split())
+        if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
+            found[statement.target.id] = " ".join(str(after.value.value).split())
     return found
