@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import tempfile
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from stoker import Run, Trainer, Training
 from stoker.duration import Duration
+from stoker.engine import memory as measured
 from stoker.engine import options
 from stoker.engine.metrics import Max, Mean, Metric, Perplexity, Sum
 from stoker.engine.random_state import seed_everything
@@ -178,3 +180,59 @@ def measure(folder: Path, name: str, settings: dict[str, Any], samples: int) -> 
             torch.utils.data.Subset(Rows(), range(samples)), batch_size=4
         )
         return found
+
+
+def memory(folder: Path, name: str) -> dict[str, int]:
+    """Bytes of this rank by kind, gradients at the end of an accumulation, before the update."""
+    warnings.simplefilter("ignore")
+    zero = int(name.removeprefix("zero-")) if name.startswith("zero") else None
+    settings: dict[str, Any] = {"parallel": "fsdp"}
+    if zero is not None:
+        file = folder / f"ds-{os.getpid()}.json"
+        section = {"reduce_bucket_size": 1000, "stage3_param_persistence_threshold": 0}
+        file.write_text(json.dumps({"zero_optimization": section}))
+        settings = {"parallel": "deepspeed", "deepspeed": {"stage": zero, "config": file}}
+    seed_everything(0)
+    model = nn.Sequential(*[nn.Linear(512, 512, bias=False) for _ in range(8)])
+    psi = sum(p.numel() for p in model.parameters())
+    with Run("test", name, runs=folder) as run:
+        trainer = Trainer(
+            run, model, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-3), inputs=lambda b: (b[0],),
+            loss=lambda output, batch: (output.float().square().sum(), len(output)),
+            training=Training(**{"precision": "bf16", "micro_batch": 1, **built(settings)}),
+        )  # fmt: skip
+        data = torch.utils.data.TensorDataset(torch.randn(64, 512))
+        size = trainer.world.size
+        batches = trainer.steps(trainer.loader(data, batch_size=2 * size), max_steps=2)
+        trainer.step(next(batches))
+        step, parts = trainer._step, list(trainer.micro(next(batches)))
+        if zero == 1:  # at its end stage 1 keeps only the shard that it updates
+            step._engine.set_gradient_accumulation_boundary(False)
+            total, _ = trainer._setting.loss(step._call(parts[0]), parts[0])
+            step._engine.backward(total, scale_wrt_gas=False)
+        else:
+            step.gradients(parts, trainer._agreement)
+        return {
+            "psi": psi, "parameters": _parameters(step), "gradients": _gradients(step),
+            "optimizer": _optimizer_state(step),
+        }  # fmt: skip
+
+
+def _gradients(step: Any) -> int:
+    """Those of parameters, and what ZeRO keeps of them: lists by group, or one flat buffer."""
+    zero = step.optimizers["main"]
+    kept = list(getattr(zero, "averaged_gradients", {}).values())
+    flat = [getattr(zero, "grad_partitions_flat_buffer", None), *(p.grad for p in step.model.parameters())]
+    tensors = [t for t in torch.utils._pytree.tree_leaves([kept, flat]) if isinstance(t, torch.Tensor)]
+    return measured.held(tensors)
+
+
+def _parameters(step: Any) -> int:
+    return measured.held(getattr(p, "ds_tensor", p.detach()) for p in step.model.parameters())
+
+
+def _optimizer_state(step: Any) -> int:
+    inner = getattr(step.optimizers["main"], "optimizer", step.optimizers["main"])
+    states = [t for held in inner.state.values() for t in held.values() if isinstance(t, torch.Tensor)]
+    masters = list(inner.state) if inner is not step.optimizers["main"] else []
+    return measured.held([*states, *masters])

@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 from stoker.data.order import permute
 from stoker.errors import BadInput
 
@@ -84,7 +84,8 @@ def picture(source: Source, index: int) -> Image.Image:
     if isinstance(found, Image.Image):
         return found
     try:
-        return Image.open(io.BytesIO(found)).convert("RGB")
+        upright = ImageOps.exif_transpose(Image.open(io.BytesIO(found)))  # as cameras say it is held
+        return upright.convert("RGB")
     except (OSError, ValueError) as error:
         raise BadInput(f"{source.place(index)} is no image that can be read: {error}") from error
 

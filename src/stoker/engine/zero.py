@@ -260,6 +260,7 @@ def _quieten() -> None:
     """DeepSpeed looks for an accelerator, and logs a good deal, as it is imported."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("LOCAL_RANK", "0")  # it insists on one, for a single process too
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     if not torch.cuda.is_available():
         import deepspeed

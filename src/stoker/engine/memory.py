@@ -1,0 +1,43 @@
+"""How much memory a rank holds, by what it is for, and its peak."""
+
+from __future__ import annotations
+
+import gc
+import resource
+from collections.abc import Iterable
+
+import torch
+from torch.distributed.tensor import DTensor
+
+
+def live() -> int:
+    """Bytes of all tensors that Python holds in this process, storages counted once."""
+    return held(found for found in gc.get_objects() if _is_tensor(found))
+
+
+def held(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of the storages behind tensors, each once; of sharded ones the shards of this rank."""
+    sizes: dict[int, int] = {}
+    for tensor in tensors:
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        try:
+            storage = local.untyped_storage()
+        except (NotImplementedError, RuntimeError):  # a tensor that is only a wrapper, or a fake one
+            continue
+        if storage.data_ptr():
+            sizes[storage.data_ptr()] = storage.nbytes()
+    return sum(sizes.values())
+
+
+def peak(device: torch.device) -> int:
+    """The most bytes that this process had at once: allocated on its GPU, or resident on a CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _is_tensor(found: object) -> bool:
+    try:
+        return isinstance(found, torch.Tensor) and not isinstance(found, DTensor)
+    except ReferenceError:  # a weak proxy whose object is gone
+        return False
