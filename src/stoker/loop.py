@@ -325,6 +325,8 @@ class Trainer:
         on_device = batches.to_device(batch, self.device, channels_last=self.training.channels_last)
         if self._micro_batch == "auto":
             self._micro_batch = self._find_micro_batch(on_device)
+        if self._micro_batch is None and self.strategy == "pipeline":
+            self._micro_batch = micro_batch.of_pipeline(batches.size(on_device), self.mesh.size("stage"))
         return batches.split(on_device, self._micro_batch)
 
     def forward(self, batch: Any) -> Any:

@@ -13,7 +13,7 @@ import ranks
 
 Trained = tuple[list[float], dict[str, torch.Tensor]]
 
-PIPELINE: dict[str, Any] = {"parallel": "pipeline", "micro_batch": 2}
+PIPELINE: dict[str, Any] = {"parallel": "pipeline", "micro_batch": 2}  # of shares of 8 or 4
 STRATEGIES: dict[str, tuple[int, dict[str, Any]]] = {
     "ddp": (2, {"parallel": "ddp"}),
     "ddp-accumulating": (2, {"parallel": "ddp", "micro_batch": 2}),
@@ -25,6 +25,7 @@ STRATEGIES: dict[str, tuple[int, dict[str, Any]]] = {
     "fsdp-hybrid": (4, {"parallel": "fsdp", "fsdp": {"shard": 2}}),
     "gpipe": (2, {**PIPELINE, "pipeline": {"schedule": "gpipe"}}),
     "1f1b": (2, PIPELINE),
+    "1f1b-by-default": (2, {"parallel": "pipeline"}),
     "interleaved": (2, {**PIPELINE, "pipeline": {"schedule": "interleaved"}}),
     "pipeline-x-ddp": (4, {**PIPELINE, "pipeline": {"ranks": 2}}),
     "pipeline-x-fsdp": (4, {**PIPELINE, "pipeline": {"ranks": 2, "data": "fsdp", "schedule": "gpipe"}}),

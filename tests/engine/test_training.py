@@ -266,6 +266,21 @@ def test_channels_last_changes_no_loss(open_run: Callable[..., Run]) -> None:
     assert found[1] == pytest.approx(found[0], rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("share", "ranks", "expected"), [(64, 2, 8), (64, 4, 4), (8, 2, 1), (6, 2, 1), (4, 4, 1), (3, 2, 1)]
+)
+def test_a_pipeline_has_several_micro_batches_a_rank(share: int, ranks: int, expected: int) -> None:
+    assert micro_batch.of_pipeline(share, ranks) == expected
+
+
+def test_what_needs_an_extra_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(BadInput, match=r"pip install 'stoker\[deepspeed\]'"):
+        options.check(Training(parallel="deepspeed"), ranks=2, gpus=0)
+    with pytest.raises(BadInput, match=r"pip install 'stoker\[quantisation\]'"):
+        optimizers.factory("adamw8bit", lr=1e-3)
+
+
 # -- an existing DeepSpeed file -------------------------------------------------------------
 
 

@@ -11,7 +11,9 @@ from stoker.world import World
 def pick(world: World) -> torch.device:
     """The GPU of this local rank where there is one, else the CPU."""
     if torch.cuda.is_available():
-        return torch.device("cuda", world.local_rank % torch.cuda.device_count())
+        device = torch.device("cuda", world.local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)  # NCCL and many kernels take the current one
+        return device
     return torch.device("cpu")
 
 

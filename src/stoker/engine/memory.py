@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import gc
 import resource
 from collections.abc import Iterable
 
 import torch
 from torch.distributed.tensor import DTensor
-
-
-def live() -> int:
-    """Bytes of all tensors that Python holds in this process, storages counted once."""
-    return held(found for found in gc.get_objects() if _is_tensor(found))
 
 
 def held(tensors: Iterable[torch.Tensor]) -> int:
@@ -34,10 +28,3 @@ def peak(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _is_tensor(found: object) -> bool:
-    try:
-        return isinstance(found, torch.Tensor) and not isinstance(found, DTensor)
-    except ReferenceError:  # a weak proxy whose object is gone
-        return False

@@ -57,6 +57,16 @@ def find(
     return found
 
 
+def of_pipeline(share: int, ranks: int) -> int:
+    """The micro-batch where none is given: four or more a rank, so that ranks rarely wait for each other.
+
+    Their number is a multiple of the ranks where it can be, as interleaved schedules want it.
+    """
+    fitting = [n for n in range(1, share + 1) if share % n == 0 and share // n % ranks == 0]
+    enough = [n for n in fitting if share // n >= 4 * ranks]
+    return max(enough, default=min(fitting, default=1))
+
+
 def _largest(sizes: list[int], attempt: Callable[[int], None], device: torch.device) -> int | None:
     tried: list[tuple[int, int]] = []  # samples, bytes at the peak
     for size in sizes:
