@@ -99,6 +99,8 @@ class Run:
         """Which way metrics are better, as far as it was said."""
         self.profile: tuple[int, int] | None = None
         """First and last step that a Trainer profiles."""
+        self.measure: int | None = None
+        """How many steps a Trainer times before it stops, writing `logs/timing-rank-N.json`."""
         self.layout: dict[str, Any] = {}
         """How the attempt before this one used the devices, where a Trainer did."""
         self.stop = StopRequests()

@@ -13,6 +13,7 @@ batch was cut.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import math
 import time
@@ -45,6 +46,7 @@ from stoker.engine.options import Training
 from stoker.engine.profiling import Profiler
 from stoker.engine.schedule import Schedule
 from stoker.engine.step import LossFunction, OptimizerFactory, Setting, only_loop_of_its_own
+from stoker.engine.timing import Timed, Timing
 from stoker.errors import BadInput, StokerError, Stopped
 from stoker.progress import ProgressDisplay, Rate, Reading
 from stoker.run.series import guess_goal
@@ -217,6 +219,7 @@ class Trainer:
     def _remaining(self, loader: Loader) -> Iterator[Any]:
         source = loader.batches(self.samples_done)
         profiler = Profiler(self.run.profile, self.run.directory.logs, self.world.rank, self.device)
+        timing = Timing(self.run.measure, self.device) if self.run.measure is not None else None
         self._begin_attempt()
         while self.steps_done < self._total:
             begun = time.perf_counter()
@@ -228,6 +231,9 @@ class Trainer:
             self.steps_done += 1
             self.samples_done += loader.batch_size
             profiler.step(self.steps_done)
+            if timing is not None and (timed := timing.step(self.waited)):
+                self._write_timing(timed)
+                raise Stopped("measured")
             requests = self._agreement.requests()
             if requests.checkpoint or requests.stop or self._checkpoint_due():
                 self.checkpoint()
@@ -236,6 +242,13 @@ class Trainer:
         self.run.step = self.steps_done
         profiler.close()
         self.checkpoint()
+
+    def _write_timing(self, timed: Timed) -> None:
+        assert self._loader is not None
+        tokens = self._loader.tokens_per_sample
+        about = {"unit": "tok" if tokens else "samples", "units_per_sample": tokens or 1.0}
+        file = self.run.directory.logs / f"timing-rank-{self.world.rank}.json"
+        storage.write_json(file, {**dataclasses.asdict(timed), **about})
 
     def _begin_attempt(self) -> None:
         if self._random is not None:  # last of all, so that nothing before the next step draws from it

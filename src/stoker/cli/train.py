@@ -148,7 +148,7 @@ def start(
         if finished is not None:
             return _answer(finished, json, "was finished already")
     ranks = max(nproc, World.current().size)
-    _check(recipe, resolved.config, ranks)
+    check(recipe, resolved.config, ranks)
     job = Job(
         recipe.reference, resolved.values, resolved.sources, runs.absolute(), experiment, name,
         _steps(profile), json, accept_drift,
@@ -161,14 +161,14 @@ def start(
     return local.run(run_rank, (named,), nproc=nproc, preload=recipe.preload)
 
 
-def run_rank(job: Job) -> int:
-    """What each rank of a job does."""
+def run_rank(job: Job, measure: int | None = None) -> int:
+    """What each rank of a job does; see `Run.measure`."""
     _show_messages()
     recipe = recipes.load(job.recipe)
-    return _work(recipe, configs.restore(recipe.config, job.values, job.sources), job)
+    return _work(recipe, configs.restore(recipe.config, job.values, job.sources), job, measure)
 
 
-def _work(recipe: Recipe, resolved: Resolved[Any], job: Job) -> int:
+def _work(recipe: Recipe, resolved: Resolved[Any], job: Job, measure: int | None = None) -> int:
     """Train as one rank, or the only one; rank 0 says how it went."""
     run = Run(
         job.experiment,
@@ -181,11 +181,11 @@ def _work(recipe: Recipe, resolved: Resolved[Any], job: Job) -> int:
         code=recipe.source.parent if recipe.reference not in recipes.SHIPPED else Path.cwd(),
         accept_drift=job.accept_drift,
     )
-    run.profile = job.profile
+    run.profile, run.measure = job.profile, measure
     if run.world.rank > 0:
         local.log_to(run.directory.logs / f"rank-{run.world.rank}.log")
     code, status = _train(run, recipe, resolved.config)
-    if run.world.rank > 0:
+    if run.world.rank > 0 or measure is not None:
         return code
     if code == 0:  # told to stop, it has no time to lose; the follower goes on by itself
         _wait_for_sinks(run)
@@ -193,7 +193,7 @@ def _work(recipe: Recipe, resolved: Resolved[Any], job: Job) -> int:
     return code
 
 
-def _check(recipe: Recipe, config: Any, ranks: int) -> None:
+def check(recipe: Recipe, config: Any, ranks: int) -> None:
     """Refuse what cannot work on so many ranks before any is started. Raises BadInput."""
     if isinstance(config, Training):
         options.check(
