@@ -90,6 +90,24 @@ def test_every_image_is_read_with_its_label_in_any_order(
     assert images.read(str(tmp_path / "data")).fingerprint == source.fingerprint
 
 
+def test_class_names_of_a_hub_dataset_are_its_own(tmp_path: Path) -> None:
+    features = {"label": {"names": ["tabby", "beagle", "unseen"], "_type": "ClassLabel"}}
+    table = pa.table({"image": [{"bytes": _png(0)}, {"bytes": _png(1)}], "label": [1, 0]})
+    about = json.dumps({"info": {"features": features}})
+    pq.write_table(table.replace_schema_metadata({"huggingface": about}), tmp_path / "a.parquet")
+    source = images.read(str(tmp_path / "a.parquet"))
+    assert source.classes == ("tabby", "beagle", "unseen")
+    assert source.labels.tolist() == [1, 0]
+
+
+def test_a_photo_is_turned_as_its_camera_was_held(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # its top is on the right
+    (tmp_path / "cat").mkdir()
+    Image.new("RGB", (40, 20)).save(tmp_path / "cat" / "a.jpg", exif=exif)
+    assert images.picture(images.read(str(tmp_path)), 0).size == (20, 40)
+
+
 def test_digits_are_built_in() -> None:
     source = images.read("digits")
     assert len(source.labels) == 1797

@@ -252,8 +252,9 @@ def _parquets(files: list[Path]) -> Source:
     bad = next((n for n, label in enumerate(labels) if label is None), None)
     if bad is not None:
         raise BadInput(f"row {bad} of {files[0].parent} has no label")
-    names = [str(label) for label in labels]
-    classes = _classes(names)
+    named = _hub_names(pq.read_schema(files[0]).metadata or {})
+    names = [named[label] if named and isinstance(label, int) else str(label) for label in labels]
+    classes = named or _classes(names)
     listing = [f"{file.name} {file.stat().st_size}" for file in files]
     found = _hash("\n".join(listing).encode(), "\n".join(names).encode())
     return _Parquets(files, starts, _numbered(names, classes), classes, found)
@@ -280,6 +281,15 @@ class _Tars:
     def place(self, index: int) -> str:
         file, _, _, name = self.members[index]
         return f"{self.files[file]}, {name}"
+
+
+def _hub_names(metadata: dict[bytes, bytes]) -> tuple[str, ...]:
+    """The class names that `datasets` writes into a file's schema, or none."""
+    try:
+        names = json.loads(metadata[b"huggingface"])["info"]["features"]["label"]["names"]
+        return tuple(str(name) for name in names)
+    except (KeyError, TypeError, ValueError):
+        return ()
 
 
 def _tars(files: list[Path]) -> Source:
