@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import strategies_run
 import torch
 
 import ranks
+
+SOAK = bool(os.environ.get("STOKER_SOAK"))  # `make soak`: all of them, where CI runs some
 
 Trained = tuple[list[float], dict[str, torch.Tensor]]
 
@@ -76,9 +79,12 @@ HALF = {"bf16": 1e-3, "fp16": 1e-4}
 
 
 HALVED = ("single", "ddp", "fsdp", "1f1b", "pipeline-x-fsdp", "zero-0")
-ON_A_CPU = [(name, p) for name in HALVED for p in HALF] + [(f"zero-{n}", "bf16") for n in (1, 2, 3)]
+EVERY = [(name, p) for name in HALVED for p in HALF] + [(f"zero-{n}", "bf16") for n in (1, 2, 3)]
+FEW = [("single", "fp16"), ("ddp", "bf16"), ("fsdp", "fp16"), ("pipeline-x-fsdp", "bf16"), ("zero-2", "bf16")]
+ON_A_CPU = EVERY if SOAK else FEW
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize(("name", "precision"), ON_A_CPU)
 def test_half_precision_stays_near_the_curve_of_fp32(
     name: str, precision: str, folder: Path, alone: Trained
@@ -91,9 +97,11 @@ def test_half_precision_stays_near_the_curve_of_fp32(
         assert (found[1][key].float() - tensor).abs().max() < lr * steps / 4, key
 
 
-RESUMED = ("ddp-accumulating", "fsdp", "fsdp-hybrid", "1f1b", "pipeline-x-ddp", "zero-1", "zero-3")
+RESUMED = ("ddp-accumulating", "fsdp-hybrid", "pipeline-x-ddp", "zero-3")
+RESUMED += ("fsdp", "1f1b", "zero-1") if SOAK else ()
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("name", RESUMED)
 def test_killed_and_resumed_it_ends_with_the_same_bits(name: str, tmp_path: Path) -> None:
     size, settings = STRATEGIES[name]

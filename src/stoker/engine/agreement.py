@@ -35,6 +35,8 @@ class Requests:
 class Agreement:
     """Adds up loss, weight and requests over all ranks.
 
+    Requests travel in a CPU tensor, so that on GPUs nobody waits for the device to read them.
+
     Args:
         world: the ranks.
         device: where the loss is.
@@ -43,8 +45,9 @@ class Agreement:
 
     def __init__(self, world: World, device: torch.device, ask: Callable[[], Requests]) -> None:
         self._world, self._device, self._ask = world, device, ask
-        self._sums: torch.Tensor | None = None
-        self._work: Any = None
+        self._loss: torch.Tensor | None = None
+        self._asked: torch.Tensor | None = None
+        self._work: list[Any] = []
         self._held: tuple[torch.Tensor, Weight] | None = None
 
     def start(self, loss_sum: torch.Tensor, weight: Weight) -> None:
@@ -53,9 +56,17 @@ class Agreement:
             self._held = (loss_sum, weight)
             return
         asked = self._ask()
-        parts = [loss_sum, weight, asked.preempted, asked.interrupted, asked.checkpoint]
-        self._sums = torch.stack([self._scalar(part) for part in parts])
-        self._work = dist.all_reduce(self._sums, async_op=True)
+        flags = torch.tensor(
+            [asked.preempted, asked.interrupted, asked.checkpoint], dtype=torch.float64, device="cpu"
+        )
+        sums = torch.stack([self._scalar(loss_sum), self._scalar(weight)])
+        if self._device.type == "cpu":  # one reduction for both
+            both = torch.cat([sums, flags])
+            self._work = [dist.all_reduce(both, async_op=True)]
+            self._loss, self._asked = both[:2], both[2:]
+        else:
+            self._work = [dist.all_reduce(sums, async_op=True), dist.all_reduce(flags, async_op=True)]
+            self._loss, self._asked = sums, flags
 
     def finish(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss and the weight over all ranks, scalars on the device; a float32 loss."""
@@ -63,24 +74,21 @@ class Agreement:
             assert self._held is not None
             loss_sum, weight = self._held
             return loss_sum, weight if isinstance(weight, torch.Tensor) else self._scalar(weight).float()
-        self._work.wait()
-        assert self._sums is not None
-        return self._sums[0].float(), self._sums[1].float()
+        self._work[0].wait()
+        assert self._loss is not None
+        return self._loss[0].float(), self._loss[1].float()
 
     def requests(self) -> Requests:
-        """What all ranks do after this step, the same on each.
-
-        Reads the reduced values: on a GPU that waits for the reduction, which the optimizer's step
-        has waited for too.
-        """
+        """What all ranks do after this step, the same on each."""
         if self._world.size == 1:
             return self._ask()
-        if self._sums is None:  # a step without an update
+        if self._asked is None:  # a step without an update
             self.start(torch.zeros((), device=self._device), 0.0)
-            self._work.wait()
-        assert self._sums is not None
-        preempted, interrupted, checkpoint = (self._sums[2:] > 0).tolist()
-        self._sums = None
+        for work in self._work:
+            work.wait()
+        assert self._asked is not None
+        preempted, interrupted, checkpoint = (self._asked > 0).tolist()
+        self._asked = None
         return Requests(preempted, interrupted, checkpoint)
 
     def _scalar(self, value: Weight) -> torch.Tensor:
