@@ -29,6 +29,7 @@ Collate: TypeAlias = Callable[[list[Any]], Any]
 Pair: TypeAlias = tuple[int, int]  # epoch, dataset index
 
 _COLLATE = 1  # salt: a collate function draws other numbers than the samples it joins
+_AHEAD = 512  # samples whose order is computed at once, which costs little more than that of one
 
 
 class MapDataset(Protocol):
@@ -174,14 +175,20 @@ class _Shares(Sampler[list[Pair]]):
         self._start = start + world.rank * self._share
 
     def __iter__(self) -> Iterator[list[Pair]]:
+        ahead = max(1, _AHEAD // self._share)  # batches whose order is computed at once
+        within = np.arange(self._share)
         position = self._start
         while True:
+            begins = position + self._step * np.arange(ahead)
+            positions = (begins[:, None] + within).ravel()
             if self._seed is None:
-                yield [divmod(p, self._size) for p in range(position, position + self._share)]
+                epochs, indices = np.divmod(positions, self._size)
             else:
-                epochs, indices = order(self._seed, self._size, position, self._share)
-                yield list(zip(epochs.tolist(), indices.tolist(), strict=True))
-            position += self._step
+                epochs, indices = order(self._seed, self._size, positions)
+            pairs = list(zip(epochs.tolist(), indices.tolist(), strict=True))
+            for begin in range(0, len(pairs), self._share):
+                yield pairs[begin : begin + self._share]
+            position += self._step * ahead
 
 
 class _SeededDataset(Dataset[Any]):
@@ -195,18 +202,22 @@ class _SeededDataset(Dataset[Any]):
 
     def __getitem__(self, pair: Pair) -> Any:
         with _random_state_kept():
-            return self._read(pair)
+            return self._read([pair])[0]
 
     def __getitems__(self, pairs: list[Pair]) -> Any:
         """The batch of these samples. DataLoader calls this in place of one `__getitem__` a sample."""
         with _random_state_kept():
-            samples = [self._read(pair) for pair in pairs]
+            samples = self._read(pairs)
             _seed_all(int(fold(self._seed, *pairs[0], _COLLATE)[0]))
             return self._collate(samples)
 
-    def _read(self, pair: Pair) -> Any:
-        _seed_all(int(fold(self._seed, *pair)[0]))
-        return self._dataset[pair[1]]
+    def _read(self, pairs: list[Pair]) -> list[Any]:
+        epochs, indices = np.array(pairs).T
+        samples = []
+        for seed, (_, index) in zip(fold(self._seed, epochs, indices).tolist(), pairs, strict=True):
+            _seed_all(seed)
+            samples.append(self._dataset[index])
+        return samples
 
 
 @contextmanager

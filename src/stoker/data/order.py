@@ -72,15 +72,17 @@ def _encipher(words: Words, size: int, keys: Words) -> Words:
     return right * a + left  # an even number of rounds leaves the halves where they began
 
 
-def order(seed: int, size: int, start: int, count: int) -> tuple[Positions, Positions]:
-    """Samples `start` to `start + count` of the endless stream of shuffled epochs.
+def order(seed: int, size: int, positions: Positions) -> tuple[Positions, Positions]:
+    """The samples at some positions of the endless stream of shuffled epochs.
 
     Position p of the stream is place p % size of epoch p // size, so a batch may span two
     epochs and no sample is dropped.
 
+    Args:
+        positions: (n,)
+
     Returns:
-        The epoch and the dataset index of each sample, both (count,).
+        The epoch and the dataset index of each sample, both (n,).
     """
-    positions = np.arange(start, start + count, dtype=np.int64)
     epochs, places = np.divmod(positions, size)
     return epochs, permute(places, size, fold(seed, epochs))

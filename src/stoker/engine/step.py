@@ -95,6 +95,7 @@ class PlainStep:
         self.optimizers = optimizers
         self._setting = setting
         self._called = called or model
+        self._parameters = list(model.parameters())  # which takes as long to find as to clear
         self._casts = casts
         self._ddp = called if isinstance(called, DistributedDataParallel) else None
         self._reduced = True
@@ -134,7 +135,8 @@ class PlainStep:
         if self._ddp is not None and not self._reduced:
             gradients.average(found, setting.mesh.group("replicate"))
         stepped = apply(found, optimizer, weight, setting)
-        self.model.zero_grad(set_to_none=True)
+        for parameter in self._parameters:
+            parameter.grad = None
         average_statistics(self._statistics, setting.mesh)
         return stepped
 
