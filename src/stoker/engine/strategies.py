@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import psutil
 import torch
@@ -20,6 +20,7 @@ from stoker.world import World
 from torch import nn
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
+    FSDPModule,
     MixedPrecisionPolicy,
     fully_shard,
     register_fsdp_forward_method,
@@ -134,11 +135,20 @@ def shard(
         options["offload_policy"] = CPUOffloadPolicy()
     for _, block in found:
         fully_shard(block, **options)
+    if training.fsdp.reshard_after_forward:
+        options["reshard_after_forward"] = None  # torch's default: what the backward pass begins with stays
     for root in [*roots, model]:
         fully_shard(root, **options)
+        root.register_forward_hook(_shard_again)
         if hasattr(root, "generate"):  # calls what is inside of it, past the hooks of the root
             register_fsdp_forward_method(root, "generate")
     return casts
+
+
+def _shard_again(root: nn.Module, inputs: Any, output: Any) -> None:
+    """Without a backward pass to come, which shards it: parameters are read and written as shards."""
+    if not torch.is_grad_enabled():
+        cast(FSDPModule, root).reshard()
 
 
 def compile_blocks(model: nn.Module, found: Blocks) -> None:
