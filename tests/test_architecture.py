@@ -19,7 +19,7 @@ FLOORS = (
     {"run"},
     {"engine", "data", "checkpoint", "tracking", "reproduce", "stopping", "progress", "periodic"},
     {"attempt"},
-    {"saving"},
+    {"saving", "evaluation"},
     {"loop"},
     {"recipes", "report", "launch"},
     {"cli"},

@@ -13,30 +13,24 @@ which is refused before it begins leaves nothing behind. No torch is imported he
 from __future__ import annotations
 
 import collections
-import dataclasses
-import hashlib
 import logging
 import operator
 import os
 import platform
 import subprocess
-import sys
 import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import orjson
 from stoker import config as configs
-from stoker import storage
 from stoker.errors import BadInput, Stopped
 from stoker.periodic import Job, Periodic
 from stoker.reproduce import provenance
-from stoker.run import artifacts, directory, journal, lineage, rendezvous, view
+from stoker.run import artifacts, directory, journal, lineage, messages, opening, rendezvous, view
 from stoker.run.deferred import Deferred, DeferredArrays, check_name, flatten
 from stoker.run.reduction import WAYS, How
 from stoker.run.series import Goal, Series, Summary
@@ -89,7 +83,7 @@ class Run:
     ) -> None:
         folder = Path(runs if runs is not None else os.environ.get("STOKER_RUNS", "runs")).absolute()
         self.world = World.current()
-        self.directory = directory.locate(folder, experiment, name or _new_id(self.world))
+        self.directory = directory.locate(folder, experiment, name or opening.new_id(self.world))
         self.seed = seed
         self.step = 0
         """The step that values are logged at; a Trainer moves it."""
@@ -124,15 +118,14 @@ class Run:
         if self.world.rank > 0:
             self._join()
         else:
-            self._lead(
-                _record(self.directory, config, sources, recipe, seed), code or Path.cwd(), accept_drift
-            )
+            record = opening.record(self.directory, config, sources, recipe, seed)
+            self._lead(record, code or Path.cwd(), accept_drift)
         log.debug("attempt %d of %s, process %d", self.attempt, self.directory.path, os.getpid())
 
     def _lead(self, record: dict[str, Any], code: Path, accept_drift: bool) -> None:
         """Open or continue the directory and begin an attempt."""
-        opening = uuid.uuid4().hex
-        self._descriptor = _take(self.directory, rendezvous.Opening(opening, self.world.launch))
+        mark = uuid.uuid4().hex
+        self._descriptor = opening.take(self.directory, rendezvous.Opening(mark, self.world.launch))
         try:
             self.continued = self.directory.exists()
             changes = self._open(record, code, accept_drift)
@@ -140,10 +133,10 @@ class Run:
             os.close(self._descriptor)
             raise
         self.attempt, self._journal = journal.start_attempt(self.directory.journal)
-        self._logging = _log_to(self.directory.logs / "rank-0.log")
+        self._logging = messages.write_to(self.directory.logs / "rank-0.log")
         self._append(
             "attempt_started", pid=os.getpid(), host=platform.node(), drift=changes,
-            opening=opening, world=self.world.size, step=self.step,
+            opening=mark, world=self.world.size, step=self.step,
         )  # fmt: skip
 
     def _join(self) -> None:
@@ -152,7 +145,7 @@ class Run:
         self._journal = journal.join_attempt(self.directory.journal, self.attempt, self.world.rank)
         self.continued = self.attempt > 1
         self.step = begun["step"]
-        self._logging = _log_to(self.directory.logs / f"rank-{self.world.rank}.log")
+        self._logging = messages.write_to(self.directory.logs / f"rank-{self.world.rank}.log")
 
     def _open(self, record: dict[str, Any], code: Path, accept_drift: bool) -> dict[str, tuple[Any, Any]]:
         """Make or continue the directory; returns what the config drifted by."""
@@ -162,7 +155,7 @@ class Run:
             shared = before.config.keys() & record["config"].keys()  # a key may be new in the code since
             refused = {k: v for k, v in configs.drift(before.config, record["config"]).items() if k in shared}
             if refused and not accept_drift:
-                raise BadInput(_explain_drift(self.directory, refused))
+                raise BadInput(opening.explain_drift(self.directory, refused))
             changes = configs.drift(before.record["config"], record["config"])
             self.step = before.step
             self.goals.update(before.goals)
@@ -559,77 +552,3 @@ class Run:
                     "%s takes nothing now (%s); training goes on, and `stoker sync %s` or the next "
                     "start ships what it lacks", name, error, self.directory.id,
                 )  # fmt: skip
-
-
-def _record(
-    run: directory.RunDirectory,
-    config: Any,
-    sources: Mapping[str, str] | None,
-    recipe: Mapping[str, Any] | None,
-    seed: int,
-) -> dict[str, Any]:
-    """What `run.json` says of a new run."""
-    return {
-        "uid": uuid.uuid4().hex,
-        "id": run.id,
-        "experiment": run.experiment,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": sys.argv,
-        "cwd": str(Path.cwd()),
-        "recipe": dict(recipe or {}),
-        "config": configs.record(config) if dataclasses.is_dataclass(config) else dict(config or {}),
-        "sources": dict(sources or {}),
-        "seed": seed,
-        "parents": [],
-    }
-
-
-def _new_id(world: World) -> str:
-    """A new run's id; of several processes, one that they all come to by themselves."""
-    if world.size == 1:
-        return directory.new_id()
-    if not world.job:
-        raise BadInput(f"{world.size} processes train one run: give it a name, for them to agree on")
-    return f"job-{hashlib.sha256(world.job.encode()).hexdigest()[:12]}"
-
-
-def _take(run: directory.RunDirectory, opening: rendezvous.Opening) -> int:
-    """Lock a run for this process; before all else, so that of two that start it at once one is refused."""
-    try:
-        run.path.mkdir(parents=True, exist_ok=True)
-        lock = storage.try_lock(run.lock_file)
-    except OSError as error:
-        raise directory.unwritable(run, error) from error
-    if lock is None:
-        raise BadInput(f"another process is training {run.path} now")
-    os.ftruncate(lock, 0)
-    os.pwrite(lock, orjson.dumps(dataclasses.asdict(opening)), 0)
-    storage.release_in_children(lock)
-    return lock
-
-
-def _explain_drift(run: directory.RunDirectory, changes: Mapping[str, tuple[Any, Any]]) -> str:
-    said = ", ".join(f"{key} was {old} and is {new} now" for key, (old, new) in changes.items())
-    overrides = " ".join(f"{key}={new}" for key, (_, new) in changes.items())
-    return (
-        f"run {run.id!r} exists with another config: {said}. "
-        f"Continue it with the change by `stoker resume {run.id} {overrides}`, or choose another --name"
-    )
-
-
-def _log_to(file: Path) -> list[logging.Handler]:
-    """Write the library's messages to the rank's log, and warnings to a script that shows none itself."""
-    handler = logging.FileHandler(file, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    shown = [] if log.hasHandlers() else [_Stderr(logging.WARNING)]
-    for added in (handler, *shown):
-        log.addHandler(added)
-    log.setLevel(logging.DEBUG)
-    return [handler, *shown]
-
-
-class _Stderr(logging.Handler):
-    """Writes to what standard error is at the time."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        sys.stderr.write(f"stoker: {record.levelname.lower()}: {record.getMessage()}\n")

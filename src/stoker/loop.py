@@ -21,27 +21,30 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
-from stoker import storage
+from stoker import evaluation, storage
 from stoker.attempt import Run
 from stoker.checkpoint import manifest, state
-from stoker.data.loader import Collate, Loader, evaluation_batches
+from stoker.data.loader import Collate, Loader
 from stoker.duration import Duration
 from stoker.engine import (
     batches,
+    counting,
     device,
     distributed,
+    early_stopping,
     mesh,
     micro_batch,
     options,
     precision,
     random_state,
+    rehearsal,
     strategies,
     whole,
 )
 from stoker.engine.agreement import Agreement, Requests, Weight
 from stoker.engine.ema import Ema
 from stoker.engine.loss_scale import LossScale
-from stoker.engine.metrics import Mean, Metric, Totals
+from stoker.engine.metrics import Mean, Metric
 from stoker.engine.options import Training
 from stoker.engine.profiling import Profiler
 from stoker.engine.schedule import Schedule
@@ -203,7 +206,7 @@ class Trainer:
             raise ValueError("give steps() either epochs or max_steps")
         self._loader = loader
         duration = Duration.parse(max_steps) if epochs is None else Duration(float(epochs), "epoch")
-        self._total = self.steps_in(duration, loader)
+        self._total = counting.steps_in(duration, loader)
         self.run.event("plan", total_steps=self._total, samples_per_step=loader.batch_size)
         with self.run.stop.deferred(), self._progress():
             yield from self._remaining(loader)
@@ -277,44 +280,12 @@ class Trainer:
                 f"every({str(parsed)!r}) depends on the machine's speed: count in steps, epochs or tokens"
             )
         assert self._loader is not None, "every() is asked within the loop of steps()"
-        return self._completes(parsed, self.steps_done, self.samples_done)
+        return counting.completes(parsed, self._loader, self.steps_done, self.samples_done)
 
     @property
     def last(self) -> bool:
         """Whether the step under way is the last one."""
         return self.steps_done + 1 >= self._total
-
-    @staticmethod
-    def steps_in(duration: Duration, loader: Loader) -> int:
-        """How many steps a duration is, rounded up. Raises ValueError for one by the clock, or in
-        tokens where the dataset does not count any."""
-        if duration.unit == "step":
-            return int(duration.count)
-        per_sample = {"sample": 1.0, "epoch": 1 / loader.samples_per_epoch, "token": loader.tokens_per_sample}
-        unit = per_sample.get(duration.unit)
-        if unit is None:
-            raise ValueError(f"{duration} cannot be counted here: {_why_uncountable(duration)}")
-        # Rounded down by a hair first: 3 epochs of 10 samples are 30, not 30.000000000000004.
-        return max(1, math.ceil(duration.count / unit / loader.batch_size - 1e-9))
-
-    def _completes(self, every: Duration, steps: int, samples: int) -> bool:
-        """Whether the step that begins at this position completes another such duration."""
-        assert self._loader is not None
-        before = self._amount(every.unit, steps, samples)
-        after = self._amount(every.unit, steps + 1, samples + self._loader.batch_size)
-        return _whole(after / every.count) > _whole(before / every.count)
-
-    def _amount(self, unit: str, steps: int, samples: int) -> float:
-        assert self._loader is not None
-        if unit == "step":
-            return steps
-        if unit == "sample":
-            return samples
-        if unit == "epoch":
-            return samples / self._loader.samples_per_epoch
-        if self._loader.tokens_per_sample is None:
-            raise ValueError(_why_uncountable(Duration(1, unit)))
-        return samples * self._loader.tokens_per_sample
 
     # -- a step -----------------------------------------------------------------------------
 
@@ -373,47 +344,17 @@ class Trainer:
     def _fit_scale(self, parts: list[Any]) -> None:
         """Before the first step in fp16: see how much a global batch weighs."""
         if self._scale.enabled and self._scale.divisor is None:
-            self.model.eval()
-            with torch.no_grad():
-                output = self._step.forward(parts[0])
-                assert self._setting.loss is not None
-                weight = 0.0 if output is None else self._setting.loss(output, parts[0])[1]
-            self.model.train()
+            weight = rehearsal.weight_of(self._step, self._setting, parts[0])
             self._scale.fit(self._over_ranks(weight) * len(parts))
 
     def _over_ranks(self, weight: Weight) -> float:
         return math.fsum(distributed.gathered(float(weight)))
 
     def _find_micro_batch(self, batch: Any) -> int:
-        """The largest micro-batch that fits, found by trying, remembered for this model and device."""
-        share = batches.size(batch)
-        about = {
-            "model": [str(tuple(p.shape)) for p in self.model.parameters()], "strategy": self.strategy,
-            "precision": self.precision, "ranks": self.world.size, "device": device.name(self.device),
-            "batch": batches.shapes(batch), "recompute": self.training.activation_checkpointing,
-        }  # fmt: skip
-        found = micro_batch.find(
-            share, lambda size: self._try(batch, size), self.device,
-            memory=storage.cache_folder() / "micro_batch.json", about=about,
-        )  # fmt: skip
-        log.info("micro_batch=%d of a share of %d samples", found, share)
+        about = {"strategy": self.strategy, "recompute": self.training.activation_checkpointing}
+        found = rehearsal.largest_micro_batch(self._step, self._setting, self.world, batch, about)
+        log.info("micro_batch=%d of a share of %d samples", found, batches.size(batch))
         return found
-
-    def _try(self, batch: Any, size: int) -> None:
-        """A forward and backward pass that leaves no trace but in memory."""
-        parts = list(batches.split(batch, size))[: self.mesh.size("stage")]
-        kept = random_state.capture()
-        statistics = {name: b.clone() for name, b in self.model.named_buffers()}
-        self._scale.divisor = self._scale.divisor or 1.0
-        try:
-            self._step.gradients(parts, Agreement(self.world, self.device, Requests))
-        finally:
-            self.model.zero_grad(set_to_none=True)
-            for name, buffer in self.model.named_buffers():
-                buffer.copy_(statistics[name])
-            random_state.restore(*kept)
-            if self._scale.enabled:
-                self._scale.divisor = None
 
     @contextlib.contextmanager
     def _telling_what_fits(self) -> Iterator[None]:
@@ -459,7 +400,6 @@ class Trainer:
         )  # fmt: skip
         return measured["loss"]
 
-    @torch.no_grad()
     def measure(
         self,
         dataset: Any,
@@ -476,24 +416,13 @@ class Trainer:
             metrics: `(output, batch) -> name -> Mean, Sum, Max or Perplexity` of a batch.
             batch_size: samples of a batch over all ranks; rounded up to a multiple of the ranks.
         """
-        totals = Totals()
-        shares = self.mesh.data.size
-        size = -(-batch_size // shares) * shares
-        was_training = self.model.training
-        self.model.eval()
         try:
             with self.averaged():
-                for batch, counts in evaluation_batches(dataset, size, self.mesh.data, collate):
-                    on_device = batches.to_device(
-                        batch, self.device, channels_last=self.training.channels_last
-                    )
-                    output = self._step.forward(on_device)
-                    if output is not None:
-                        with self._setting.autocast():
-                            totals.add(metrics(output, on_device), counts)
-            return totals.over_ranks()
+                return evaluation.measure(
+                    self._step, self._setting, dataset, metrics, batch_size=batch_size, collate=collate,
+                    channels_last=self.training.channels_last,
+                )  # fmt: skip
         finally:
-            self.model.train(was_training)
             self._rate.restart()
 
     def averaged(self) -> contextlib.AbstractContextManager[None]:
@@ -534,9 +463,7 @@ class Trainer:
             raise ValueError(f"stale({metric!r}): it {why}")
         seen = self._history.setdefault(metric, [])
         seen.append((self.run.step, self.run.latest[metric]))
-        values = [value if goal == "min" else -value for _, value in seen]
-        best_before = min(values[:-patience], default=math.inf)
-        return len(values) > patience and min(values[-patience:]) > best_before - max(min_delta, 1e-300)
+        return early_stopping.stale([value for _, value in seen], goal, patience, min_delta)
 
     def finish(self, reason: str = "finished early") -> None:
         """Let the step under way be the last one. Called on every rank alike."""
@@ -577,7 +504,8 @@ class Trainer:
         if every.seconds is not None:
             return False
         assert self._loader is not None
-        return self._completes(every, self.steps_done - 1, self.samples_done - self._loader.batch_size)
+        begun = self.samples_done - self._loader.batch_size
+        return counting.completes(every, self._loader, self.steps_done - 1, begun)
 
     def _restore(self) -> None:
         found, passed_over = manifest.newest(self.run.directory.checkpoints)
@@ -609,14 +537,3 @@ class Trainer:
             unit="tok" if tokens else "samples",
             seconds_left=(self._total - self.steps_done) / steps if steps else None,
         )
-
-
-def _whole(ratio: float) -> int:
-    """Rounded down, after a hair up: 0.3 epochs are three times 0.1, which floats do not say."""
-    return math.floor(ratio + 1e-9)
-
-
-def _why_uncountable(duration: Duration) -> str:
-    if duration.unit == "token":
-        return "the dataset does not say how many tokens a sample has; count in steps or epochs"
-    return "it is by the clock, which differs from machine to machine; count in steps or epochs"

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from stoker import BadInput, Run, Trainer, Training
-from stoker.engine import micro_batch, optimizers, options, schedule, strategies
+from stoker.engine import micro_batch, optimizers, options, rehearsal, schedule, strategies
 from stoker.engine.loss_scale import LossScale
 from stoker.world import World
 from strategies_run import Images, Rows, image_loss, inputs, llama, resnet, token_loss
@@ -155,8 +155,8 @@ def test_an_automatic_micro_batch_is_found_remembered_and_leaves_no_trace(
 ) -> None:
     monkeypatch.setenv("STOKER_CACHE", str(tmp_path / "cache"))
     tried: list[int] = []
-    attempt = Trainer._try
-    monkeypatch.setattr(Trainer, "_try", lambda self, b, n: (tried.append(n), attempt(self, b, n)))
+    rehearse = rehearsal.rehearse
+    monkeypatch.setattr(rehearsal, "rehearse", lambda *given: (tried.append(given[-1]), rehearse(*given)))
     for name in ("first", "second"):
         with open_run(name) as run:
             assert _losses(_trainer(run, micro_batch="auto")) == pytest.approx(plain, rel=1e-6)

@@ -1,0 +1,61 @@
+"""How many steps of a loader a duration is."""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+from stoker.duration import Duration
+
+
+class Counted(Protocol):
+    """What durations are counted by."""
+
+    batch_size: int
+    samples_per_epoch: int
+    tokens_per_sample: float | None
+
+
+def steps_in(duration: Duration, loader: Counted) -> int:
+    """How many steps a duration is, rounded up.
+
+    Raises ValueError for one by the clock, or in tokens where the dataset does not count any.
+    """
+    if duration.unit == "step":
+        return int(duration.count)
+    per_sample = {"sample": 1.0, "epoch": 1 / loader.samples_per_epoch, "token": loader.tokens_per_sample}
+    unit = per_sample.get(duration.unit)
+    if unit is None:
+        raise ValueError(f"{duration} cannot be counted here: {_why_not(duration)}")
+    # Rounded down by a hair first: 3 epochs of 10 samples are 30, not 30.000000000000004.
+    return max(1, math.ceil(duration.count / unit / loader.batch_size - 1e-9))
+
+
+def completes(every: Duration, loader: Counted, steps: int, samples: int) -> bool:
+    """Whether the step that begins at this position completes another such duration."""
+    before = _amount(every, loader, steps, samples)
+    after = _amount(every, loader, steps + 1, samples + loader.batch_size)
+    return _whole(after / every.count) > _whole(before / every.count)
+
+
+def _amount(every: Duration, loader: Counted, steps: int, samples: int) -> float:
+    if every.unit == "step":
+        return steps
+    if every.unit == "sample":
+        return samples
+    if every.unit == "epoch":
+        return samples / loader.samples_per_epoch
+    if loader.tokens_per_sample is None:
+        raise ValueError(_why_not(every))
+    return samples * loader.tokens_per_sample
+
+
+def _whole(ratio: float) -> int:
+    """Rounded down, after a hair up: 0.3 epochs are three times 0.1, which floats do not say."""
+    return math.floor(ratio + 1e-9)
+
+
+def _why_not(duration: Duration) -> str:
+    if duration.unit == "token":
+        return "the dataset does not say how many tokens a sample has; count in steps or epochs"
+    return "it is by the clock, which differs from machine to machine; count in steps or epochs"

@@ -1,0 +1,19 @@
+"""Whether a metric still gets better."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from stoker.run.series import Goal
+
+
+def stale(values: Sequence[float], goal: Goal, patience: int, min_delta: float = 0.0) -> bool:
+    """Whether none of the last `patience` values is better than every one before them.
+
+    Args:
+        min_delta: how much better counts as better.
+    """
+    costs = [value if goal == "min" else -value for value in values]
+    best_before = min(costs[:-patience], default=math.inf)
+    return len(costs) > patience and min(costs[-patience:]) > best_before - max(min_delta, 1e-300)

@@ -1,0 +1,43 @@
+"""Metrics over a dataset, exact over ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from stoker.data.loader import Collate, evaluation_batches
+from stoker.engine import batches
+from stoker.engine.metrics import Metric, Totals
+from stoker.engine.step import Setting, Step
+
+Metrics = Callable[[Any, Any], Mapping[str, Metric]]
+
+
+@torch.no_grad()
+def measure(
+    step: Step,
+    setting: Setting,
+    dataset: Any,
+    metrics: Metrics,
+    *,
+    batch_size: int,
+    collate: Collate | None = None,
+    channels_last: bool = False,
+) -> dict[str, float]:
+    """Metrics over a dataset, each sample once over all ranks, in evaluation mode; on every rank."""
+    totals = Totals()
+    shares = setting.mesh.data
+    size = -(-batch_size // shares.size) * shares.size
+    was_training = step.model.training
+    step.model.eval()
+    try:
+        for batch, counts in evaluation_batches(dataset, size, shares, collate):
+            on_device = batches.to_device(batch, setting.mesh.device, channels_last=channels_last)
+            output = step.forward(on_device)
+            if output is not None:
+                with setting.autocast():
+                    totals.add(metrics(output, on_device), counts)
+        return totals.over_ranks()
+    finally:
+        step.model.train(was_training)

@@ -1,0 +1,77 @@
+"""Opening a run's directory: what is recorded of a new one, its lock, and why one is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import sys
+import uuid
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import orjson
+from stoker import config as configs
+from stoker import storage
+from stoker.errors import BadInput
+from stoker.run import directory, rendezvous
+from stoker.run.directory import RunDirectory
+from stoker.world import World
+
+
+def record(
+    run: RunDirectory,
+    config: Any,
+    sources: Mapping[str, str] | None,
+    recipe: Mapping[str, Any] | None,
+    seed: int,
+) -> dict[str, Any]:
+    """What `run.json` says of a new run."""
+    return {
+        "uid": uuid.uuid4().hex,
+        "id": run.id,
+        "experiment": run.experiment,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": sys.argv,
+        "cwd": str(Path.cwd()),
+        "recipe": dict(recipe or {}),
+        "config": configs.record(config) if dataclasses.is_dataclass(config) else dict(config or {}),
+        "sources": dict(sources or {}),
+        "seed": seed,
+        "parents": [],
+    }
+
+
+def new_id(world: World) -> str:
+    """A new run's id; of several processes, one that they all come to by themselves."""
+    if world.size == 1:
+        return directory.new_id()
+    if not world.job:
+        raise BadInput(f"{world.size} processes train one run: give it a name, for them to agree on")
+    return f"job-{hashlib.sha256(world.job.encode()).hexdigest()[:12]}"
+
+
+def take(run: RunDirectory, opening: rendezvous.Opening) -> int:
+    """Lock a run for this process; before all else, so that of two that start it at once one is refused."""
+    try:
+        run.path.mkdir(parents=True, exist_ok=True)
+        lock = storage.try_lock(run.lock_file)
+    except OSError as error:
+        raise directory.unwritable(run, error) from error
+    if lock is None:
+        raise BadInput(f"another process is training {run.path} now")
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, orjson.dumps(dataclasses.asdict(opening)), 0)
+    storage.release_in_children(lock)
+    return lock
+
+
+def explain_drift(run: RunDirectory, changes: Mapping[str, tuple[Any, Any]]) -> str:
+    said = ", ".join(f"{key} was {old} and is {new} now" for key, (old, new) in changes.items())
+    overrides = " ".join(f"{key}={new}" for key, (_, new) in changes.items())
+    return (
+        f"run {run.id!r} exists with another config: {said}. "
+        f"Continue it with the change by `stoker resume {run.id} {overrides}`, or choose another --name"
+    )
