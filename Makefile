@@ -32,7 +32,9 @@ test: setup
 	$(BIN)/python -m pytest
 
 bench: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	$(BIN)/python bench/tracking.py
+	$(BIN)/python bench/engine.py
 
 lint: setup
 	$(BIN)/ruff check .

@@ -144,11 +144,7 @@ class Trainer:
     def _average(self) -> Ema | None:
         if self.training.ema.decay is None:
             return None
-        if self.strategy == "deepspeed":
-            raise BadInput(
-                "ema.decay: DeepSpeed keeps the float32 weights to itself; use ddp or fsdp, or leave it out"
-            )
-        return Ema(self.model, self.training.ema)
+        return Ema(self._step.weights(), self.training.ema, self._step.publish)
 
     def _say(self, why: str) -> None:
         if self.training.parallel == "auto" and self.world.size > 1 and self.world.rank == 0:

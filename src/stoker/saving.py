@@ -33,8 +33,7 @@ class Saved:
     def capture(self, position: Mapping[str, Any]) -> tuple[Tensors, dict[str, Any]]:
         """This rank's tensors, and the values of all ranks as one. All ranks call it."""
         tensors, values = self._model()
-        if self.ema is not None:
-            tensors.update({f"ema.{name}": t for name, t in self.ema.values.items()})
+        tensors.update({f"ema.{name}": t for name, t in self._averaged().items()})
         drawn, random = random_state.capture()
         tensors.update({f"random.{self.world.rank}.{key}": t for key, t in drawn.items()})
         parts = distributed.gathered({**values, "random": random})
@@ -48,8 +47,6 @@ class Saved:
         The random state is None where the checkpoint was made by fewer ranks.
         """
         tensors, values = self._put(checkpoint)
-        if self.ema is not None:
-            self.ema.values.update(state.inside(tensors, "ema."))
         self.scale.restore(values["scale"])
         rank = self.world.rank
         random = None
@@ -71,6 +68,18 @@ class Saved:
         values = {"optimizers": {"main": {"state": {}, "groups": groups}}, "built": dict(self.built)}
         return (tensors if self.world.rank == 0 else {}), values
 
+    def _averaged(self) -> Tensors:
+        """The averages by the parameters' names, as the model's tensors are captured."""
+        from stoker.engine.zero import DeepSpeedStep
+
+        if self.ema is None:
+            return {}
+        if not isinstance(self.step, DeepSpeedStep) or self.step.stage == 0:
+            return self.ema.values
+        with self.ema.in_place():
+            weights = self.step.whole_weights()
+        return weights if self.world.rank == 0 else {}
+
     def _put(self, checkpoint: manifest.Checkpoint) -> tuple[Tensors, dict[str, Any]]:
         from stoker.engine.zero import DeepSpeedStep
 
@@ -78,11 +87,19 @@ class Saved:
         if not isinstance(step, DeepSpeedStep) or step.stage == 0:
             own = frozenset(state.model_tensors(step.model))
             everywhere = frozenset(n for names in distributed.gathered(sorted(own)) for n in names)
-            return state.load(
+            tensors, values = state.load(
                 checkpoint, step.model, step.optimizers, self.built, self.world, everywhere - own
             )
+            if self.ema is not None:
+                self.ema.values.update(state.inside(tensors, "ema."))
+            return tensors, values
         tensors, values = state.load_whole(checkpoint, self.world)
-        step.restore(state.inside(tensors, "model."), state.inside(tensors, "optimizer.main."))
+        step.restore_state(state.inside(tensors, "optimizer.main."))
+        averaged = state.inside(tensors, "ema.")
+        if self.ema is not None and averaged:
+            step.restore_weights(averaged)
+            self.ema.take()
+        step.restore_weights(state.inside(tensors, "model."))
         for name, buffer in state.saved_buffers(step.model).items():
             buffer.copy_(tensors[f"model.{name}"])
         saved = values["optimizers"]["main"]["groups"]

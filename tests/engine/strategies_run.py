@@ -92,10 +92,12 @@ def train(
     lr: float = 1e-3,
     dropout: float = 0.0,
     die_at: int | None = None,
+    evaluate_at: int | None = None,
 ) -> tuple[list[float], dict[str, torch.Tensor]]:
     """The losses of some steps on this rank, and the weights after them on rank 0.
 
-    `die_at`: every rank kills itself in the middle of that step.
+    `die_at`: every rank kills itself in the middle of that step. `evaluate_at`: the loss over some rows
+    after that step is one of the losses too.
     """
     warnings.simplefilter("ignore")
     language = kind == "llama"
@@ -116,6 +118,8 @@ def train(
             loss = trainer.step(batch)
             run.log(loss=loss)
             losses.append(loss.item())
+            if run.step == evaluate_at:
+                losses.append(trainer.evaluate(torch.utils.data.Subset(Rows(), range(8)), batch_size=4))
         weights = {n: t for n, t in trainer.state_dict().items() if "running" not in n and "tracked" not in n}
     return losses, weights
 

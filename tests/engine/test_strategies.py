@@ -58,6 +58,12 @@ def alone(folder: Path) -> Trained:
     return _train(folder, "alone", 1, "llama", {})[0]
 
 
+@pytest.fixture(scope="module")
+def averaged_alone(folder: Path) -> Trained:
+    """The single process, with an average of the weights that is what is evaluated and exported."""
+    return _train(folder, "averaged", 1, "llama", {"ema": {"decay": 0.9}}, steps=8, evaluate_at=5)[0]
+
+
 def _assert_same(found: Trained, expected: Trained, *, losses: float, weights: float) -> None:
     assert found[0] == pytest.approx(expected[0], rel=losses)
     assert found[1].keys() == expected[1].keys()
@@ -106,7 +112,7 @@ RESUMED += ("fsdp", "1f1b", "zero-1") if SOAK else ()
 def test_killed_and_resumed_it_ends_with_the_same_bits(name: str, tmp_path: Path) -> None:
     size, settings = STRATEGIES[name]
     same = {"steps": 9, "dropout": 0.1}
-    settings = {**settings, "checkpoint_every": 4, "ema": {} if name.startswith("zero") else {"decay": 0.9}}
+    settings = {**settings, "checkpoint_every": 4, "ema": {"decay": 0.9}}
     whole = _train(tmp_path, "whole", size, "llama", settings, **same)[0]
     assert (
         ranks.run(strategies_run.train, size, tmp_path, tmp_path, "cut", "llama", settings, die_at=7, **same)
@@ -116,6 +122,16 @@ def test_killed_and_resumed_it_ends_with_the_same_bits(name: str, tmp_path: Path
     assert rest[0] == whole[0][4:], "from the checkpoint of step 4"
     for key, tensor in whole[1].items():
         assert torch.equal(rest[1][key], tensor), key
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "1f1b", "zero-1", "zero-3"])
+def test_averaged_weights_are_the_same_under_every_strategy(
+    name: str, folder: Path, averaged_alone: Trained
+) -> None:
+    size, settings = STRATEGIES[name]
+    settings = {**settings, "ema": {"decay": 0.9}}
+    found = _train(folder, f"{name}-averaged", size, "llama", settings, steps=8, evaluate_at=5)[0]
+    _assert_same(found, averaged_alone, losses=1e-5, weights=1e-4)
 
 
 IMAGES = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from stoker.engine import options
@@ -11,14 +11,28 @@ from torch.distributed.tensor import DTensor
 
 
 class Ema:
-    """The average of the trainable parameters, in float32, each where its parameter's shard is."""
+    """The average of the weights that are trained, in float32, each where its weight's shard is.
 
-    def __init__(self, model: torch.nn.Module, settings: options.Ema) -> None:
+    Args:
+        weights: by name, see `Step.weights`.
+        publish: called after the weights were written to, where the model uses copies of them.
+    """
+
+    def __init__(
+        self,
+        weights: Mapping[str, torch.Tensor],
+        settings: options.Ema,
+        publish: Callable[[], None] = lambda: None,
+    ) -> None:
         assert settings.decay is not None
         self._decay, self._warmup = settings.decay, settings.warmup
-        self._parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        self.values = {n: p.detach().clone().float() for n, p in self._parameters.items()}
+        self._weights, self._publish = dict(weights), publish
+        self.values = {n: w.detach().clone().float() for n, w in self._weights.items()}
         """By name, what is saved with a checkpoint."""
+
+    def take(self) -> None:
+        """Let the average be what the weights are now."""
+        self.values.update({n: w.detach().clone().float() for n, w in self._weights.items()})
 
     @torch.no_grad()
     def update(self, step: int) -> None:
@@ -26,7 +40,7 @@ class Ema:
         decay = min(self._decay, (1 + step) / (10 + step)) if self._warmup else self._decay
         torch._foreach_lerp_(
             [_local(v) for v in self.values.values()],
-            [_local(p.detach()).float() for p in self._parameters.values()],
+            [_local(w.detach()).float() for w in self._weights.values()],
             1.0 - decay,
         )
 
@@ -34,7 +48,7 @@ class Ema:
     def in_place(self) -> Iterator[None]:
         """The model has the average as its weights within this block."""
         with torch.no_grad():
-            kept = {n: p.detach().clone() for n, p in self._parameters.items()}
+            kept = {n: w.detach().clone() for n, w in self._weights.items()}
             self._put(self.values)
         try:
             yield
@@ -43,8 +57,9 @@ class Ema:
                 self._put(kept)
 
     def _put(self, values: dict[str, torch.Tensor]) -> None:
-        for name, parameter in self._parameters.items():
-            _local(parameter.detach()).copy_(_local(values[name]))
+        for name, weight in self._weights.items():
+            _local(weight.detach()).copy_(_local(values[name]))
+        self._publish()
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:

@@ -22,6 +22,7 @@ from stoker.engine.step import (
     apply,
     average_statistics,
     build_optimizers,
+    named_trainable,
     running_statistics,
 )
 from stoker.errors import BadInput
@@ -71,6 +72,13 @@ class PipelineStep:
     def is_last(self) -> bool:
         """Whether the output and the loss are on this rank."""
         return self._held[-1] == self._count - 1
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """See `Step`."""
+        return named_trainable(self.model)
+
+    def publish(self) -> None:
+        """See `Step`: the weights are what the forward pass uses."""
 
     def gradients(self, parts: Sequence[Any], agreement: Agreement) -> None:
         """See `Step`. Raises BadInput where the micro-batches differ in shape, or are too few."""

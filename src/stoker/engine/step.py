@@ -47,6 +47,14 @@ class Step(Protocol):
         """The model's output without gradients; on all ranks together, None where it ends on another."""
         ...
 
+    def weights(self) -> dict[str, torch.Tensor]:
+        """What is trained, in float32, by name, as this rank holds it."""
+        ...
+
+    def publish(self) -> None:
+        """Let the forward pass use what was written to the weights; all ranks call it."""
+        ...
+
     def update(self, optimizer: torch.optim.Optimizer, weight: torch.Tensor) -> bool:
         """Divide by the weight of the global batch, clip, step, clear; False where fp16 overflowed."""
         ...
@@ -122,6 +130,13 @@ class PlainStep:
         """See `Step`; with gradients where they are enabled, for a loop that does its own backward."""
         with self._context():
             return self._setting.call(self.model, batch)
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """See `Step`."""
+        return named_trainable(self.model)
+
+    def publish(self) -> None:
+        """See `Step`: the weights are what the forward pass uses."""
 
     def backward(self, loss_sum: torch.Tensor) -> None:
         """The backward pass of a loop of one's own; its gradients are reduced by `update`."""
@@ -199,6 +214,11 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
             f"{type(model).__name__} has no parameter to train: every one has requires_grad=False"
         )
     return parameters
+
+
+def named_trainable(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The parameters that are trained, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def average_statistics(statistics: list[torch.Tensor], mesh: Mesh) -> None:

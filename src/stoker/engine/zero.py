@@ -115,6 +115,18 @@ class DeepSpeedStep:
             )
         return self._engine(**inputs) if isinstance(inputs, Mapping) else self._engine(*inputs)
 
+    def weights(self) -> dict[str, torch.Tensor]:
+        """See `Step`: under ZeRO a rank's flat partitions."""
+        if self.stage == 0:
+            return dict(self._trained())
+        return {f"partition.{number}": flat for number, flat in enumerate(self._partitions())}
+
+    def publish(self) -> None:
+        """See `Step`."""
+        if self.stage > 0:
+            for name, value in self.whole_weights().items():
+                self._use(self.model.get_parameter(name), value)
+
     def whole(self, tensor: torch.Tensor) -> torch.Tensor:
         """A parameter or buffer, whole, on the CPU: float32 where it is trained. All ranks call it."""
         from deepspeed.utils import safe_get_full_fp32_param
@@ -130,27 +142,37 @@ class DeepSpeedStep:
 
     def capture(self) -> tuple[Tensors, Tensors, dict[str, Any]]:
         """Parameters, optimizer state (`name.key`) and the step count, whole, on the CPU; on all ranks."""
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+        from deepspeed.utils import safe_get_full_optimizer_state
 
-        parameters, state = {}, {}
+        state = {}
         for name, p in self._trained():
-            parameters[name] = self._whole(p, safe_get_full_fp32_param)
             for key in self._keys():
                 state[f"{name}.{key}"] = self._whole(p, lambda p, k=key: safe_get_full_optimizer_state(p, k))
-        return parameters, state, {"step": self._count()}
+        return self.whole_weights(), state, {"step": self._count()}
 
-    def restore(self, parameters: Tensors, state: Tensors) -> None:
-        """Put back what `capture` returned, on every rank; `state` has step counts too (`name.step`)."""
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+    def whole_weights(self) -> Tensors:
+        """The parameters that are trained, float32, whole, on the CPU; on all ranks."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return {name: self._whole(p, safe_get_full_fp32_param) for name, p in self._trained()}
+
+    def restore_weights(self, parameters: Tensors) -> None:
+        """Put back what `whole_weights` returned, on every rank."""
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        for name, p in self._trained():
+            safe_set_full_fp32_param(p, parameters[name].to(self._setting.mesh.device))
+            self._use(p, parameters[name])
+
+    def restore_state(self, state: Tensors) -> None:
+        """Put back the optimizer state that `capture` returned, with step counts (`name.step`)."""
+        from deepspeed.utils import safe_set_full_optimizer_state
 
         device = self._setting.mesh.device
         self._begin_state()
         for name, p in self._trained():
-            safe_set_full_fp32_param(p, parameters[name].to(device))
             for key in self._keys():
                 safe_set_full_optimizer_state(p, state[f"{name}.{key}"].to(device), key)
-            with self._gathered(p):  # what the forward pass uses is another copy
-                p.data.copy_(parameters[name])
         count = next((t for name, t in state.items() if name.endswith(".step")), None)
         for held in self._optimizer.optimizer.state.values():
             if "step" in held and count is not None:
@@ -159,9 +181,8 @@ class DeepSpeedStep:
     def _begin_state(self) -> None:
         """Make room for the optimizer's state, by steps that change nothing."""
         zero = self._optimizer
-        flat = zero.single_partition_of_fp32_groups if self.stage < 3 else zero.fp32_partitioned_groups_flat
         rates = [group["lr"] for group in zero.param_groups]
-        for number, partition in enumerate(flat):
+        for number, partition in enumerate(self._partitions()):
             for group in zero.param_groups:
                 group["lr"] = 0.0
             partition.grad = torch.zeros_like(partition)
@@ -172,6 +193,17 @@ class DeepSpeedStep:
         if self.stage < 3:  # the first of these steps has linked what the others made since
             zero._hp_optimizer_states_linked = False
             zero._lazy_init_hp_params_optimizer_state()
+
+    def _partitions(self) -> list[torch.Tensor]:
+        """This rank's float32 weights, flat, one a group of the optimizer."""
+        zero = self._optimizer
+        flat = zero.single_partition_of_fp32_groups if self.stage < 3 else zero.fp32_partitioned_groups_flat
+        return list(flat)
+
+    def _use(self, parameter: nn.Parameter, value: torch.Tensor) -> None:
+        """Let the forward pass use a value: it has a copy of its own of the float32 weights."""
+        with self._gathered(parameter):
+            parameter.data.copy_(value)
 
     def groups(self) -> list[dict[str, Any]]:
         """The optimizer's groups with the names of their parameters."""
