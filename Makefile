@@ -1,5 +1,6 @@
 # Everything a newcomer and CI run. `make demo` and `make test` set up what they need.
 PYTHON ?= python3
+WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -8,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 
 help:
 	@echo "make demo    set up, then pretrain, fine-tune and test a small language model (about 5 minutes)"
-	@echo "make test    set up, then run the tests"
+	@echo "make test    set up, then run the tests, WORKERS=2 at a time"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   measure against peers, in the same run (half an hour)"
 	@echo "make soak    the long form of the tests that run small in 'make test'"
@@ -29,7 +30,7 @@ demo: setup
 
 test: setup
 	@scripts/debian-packages
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 bench: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'

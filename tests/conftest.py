@@ -14,6 +14,16 @@ from typing import Any
 
 import pytest
 
+import warm
+
+STARTING = {"engine", "tracking"}
+"""The folders whose tests start processes by the forkserver."""
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    if STARTING & {item.path.parent.name for item in session.items}:
+        warm.start()
+
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:

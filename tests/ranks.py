@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import pickle
 import socket
@@ -11,18 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
-    [
-        "torch",
-        "torch._dynamo",
-        "transformers.models.llama.modeling_llama",
-        "stoker.loop",
-        "deepspeed",
-        "ranks",
-    ]
-)
+import warm
 
 
 def run(
@@ -42,9 +30,7 @@ def run(
         port = free.getsockname()[1]
     answers = [folder / f"answer-{port}-{rank}" for rank in range(size)]
     processes = [
-        _CONTEXT.Process(
-            target=_rank, args=(function, arguments, options, rank, size, port, str(answers[rank]))
-        )
+        warm.process(_rank, function, arguments, options, rank, size, port, str(answers[rank]))
         for rank in range(size)
     ]
     for process in processes:
@@ -69,7 +55,15 @@ class _Failure:
         self.error, self.trace, self.at = error, trace, at
 
 
-def _rank(function: Any, arguments: Any, options: Any, rank: int, size: int, port: int, answer: str) -> None:
+def _rank(
+    function: Any,
+    arguments: Any,
+    options: Any,
+    rank: int,
+    size: int,
+    port: int,
+    answer: str,
+) -> None:
     import time
 
     import torch

@@ -50,7 +50,7 @@ from stoker.engine.profiling import Profiler
 from stoker.engine.schedule import Schedule
 from stoker.engine.step import LossFunction, OptimizerFactory, Setting, only_loop_of_its_own
 from stoker.engine.timing import Timed, Timing
-from stoker.errors import BadInput, StokerError, Stopped
+from stoker.errors import StokerError, Stopped
 from stoker.progress import ProgressDisplay, Rate, Reading
 from stoker.run.series import guess_goal
 from stoker.saving import Saved, save

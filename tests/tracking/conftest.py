@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
-from multiprocessing.context import ForkServerContext, ForkServerProcess
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import pytest
 from stoker.run.directory import RunDirectory
 from stoker.tracking import follower, store
 from synthetic_run import Seen, make_store, run_follower
+
+import warm
 
 Follow = Callable[..., ForkServerProcess]
 
@@ -24,19 +24,10 @@ def sinks(environment: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def forkserver() -> ForkServerContext:
-    """Starts processes that have imported mlflow already: a follower is at work at once."""
-    os.environ.update(store.QUIET)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pytest", "stoker.tracking.mlflow_sink", "synthetic_run"])
-    return context
-
-
-@pytest.fixture(scope="session")
-def empty_store(tmp_path_factory: pytest.TempPathFactory, forkserver: ForkServerContext) -> Path:
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An embedded store without runs, made once: that takes MLflow seconds."""
     database = store.database(tmp_path_factory.mktemp("store"))
-    process = forkserver.Process(target=make_store, args=(database,))
+    process = warm.process(make_store, database)
     process.start()
     process.join()
     return database
@@ -52,12 +43,12 @@ def runs(tmp_path: Path, empty_store: Path) -> Path:
 
 
 @pytest.fixture
-def follow(forkserver: ForkServerContext) -> Iterator[Follow]:
+def follow() -> Iterator[Follow]:
     """Start a follower's process; whatever still runs at the end is killed."""
     processes: list[ForkServerProcess] = []
 
     def start(run: RunDirectory, patience: float = 60.0, **environment: str) -> ForkServerProcess:
-        process = forkserver.Process(target=run_follower, args=(run.path, environment, patience))
+        process = warm.process(run_follower, run.path, environment, patience)
         process.start()
         processes.append(process)
         return process

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -18,6 +17,8 @@ from stoker.run import artifacts
 from stoker.run.directory import RunDirectory
 from stoker.tracking import feed, follower, ledger, mlflow_sink, store
 from synthetic_run import DEADLINE, Trainer, make_run, pending, run_dying_follower, train_until_killed, until
+
+import warm
 
 pytestmark = pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")  # MLflow's own
 
@@ -48,7 +49,7 @@ def test_a_follower_killed_at_any_moment_ships_every_point_once(
 
 
 def test_what_mlflow_stored_just_before_a_kill_is_not_stored_twice(
-    runs: Path, forkserver: ForkServerContext, finish: Any, seen: Any
+    runs: Path, finish: Any, seen: Any
 ) -> None:
     run = make_run(runs)
     trainer = Trainer(run)
@@ -56,7 +57,7 @@ def test_what_mlflow_stored_just_before_a_kill_is_not_stored_twice(
         trainer.log(step, loss=1 / step, odd=math.nan)
     trainer.end("finished")
     for word in ("open", "ship", "ship", "conclude"):
-        process = forkserver.Process(target=run_dying_follower, args=(run.path, word))
+        process = warm.process(run_dying_follower, run.path, word)
         process.start()
         process.join(DEADLINE)
         assert process.exitcode == -signal.SIGKILL
@@ -153,11 +154,11 @@ def test_everything_a_run_records_arrives_and_a_lost_ledger_changes_nothing(
 
 
 def test_a_killed_trainer_is_seen_and_the_follower_is_out_of_the_terminals_reach(
-    runs: Path, forkserver: ForkServerContext, spawn: Any, seen: Any, capfd: pytest.CaptureFixture[str]
+    runs: Path, spawn: Any, seen: Any, capfd: pytest.CaptureFixture[str]
 ) -> None:
     run = make_run(runs)
-    logged = forkserver.Event()
-    trainer = forkserver.Process(target=train_until_killed, args=(run.path, 5, logged))
+    logged = warm.CONTEXT.Event()
+    trainer = warm.process(train_until_killed, run.path, 5, logged)
     trainer.start()
     assert logged.wait(DEADLINE)
     process = spawn(run)

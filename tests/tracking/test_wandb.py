@@ -6,7 +6,6 @@ import os
 import signal
 import time
 from collections import Counter
-from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 import psutil
@@ -17,6 +16,8 @@ from stoker.tracking.shipper import Shipper
 from stoker.tracking.sink import SinkRun
 from stoker.tracking.wandb_sink import WandbSink
 from synthetic_run import DEADLINE, Trainer, make_run
+
+import warm
 
 
 @pytest.fixture(autouse=True)
@@ -53,14 +54,14 @@ def _ship_and_die(path: Path, wait: float, whom: str) -> None:
 @pytest.mark.parametrize("whom", ["follower", "wandb"])
 @pytest.mark.parametrize("wait", [0.0, 2.5], ids=["in memory", "on disk"])
 def test_a_batch_that_may_or_may_not_have_arrived_arrives_once(
-    tmp_path: Path, forkserver: ForkServerContext, wait: float, whom: str
+    tmp_path: Path, wait: float, whom: str
 ) -> None:
     run = make_run(tmp_path / "runs")
     trainer = Trainer(run)
     for step in range(1, 101):
         trainer.log(step, loss=step, accuracy=step / 2)
     trainer.table("answers", 3, [{"a": 1}])
-    process = forkserver.Process(target=_ship_and_die, args=(run.path, wait, whom))
+    process = warm.process(_ship_and_die, run.path, wait, whom)
     process.start()
     process.join(DEADLINE)
     for step in range(101, 121):
