@@ -187,6 +187,18 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     pq.write_table(pa.table({"picture": [b""]}), tmp_path / "x.parquet")
     with pytest.raises(BadInput, match="has no column image and label; it has picture"):
         images.read(str(tmp_path / "x.parquet"))
+    pq.write_table(pa.table({"image": [b"no image", None], "label": [0, 1]}), tmp_path / "z.parquet")
+    rows = images.read(str(tmp_path / "z.parquet"))
+    with pytest.raises(BadInput, match=r"z.parquet, row 0 is no image that can be read"):
+        images.picture(rows, 0)
+    with pytest.raises(BadInput, match=r"z.parquet, row 1 holds no bytes of an image"):
+        images.picture(rows, 1)
+    pq.write_table(pa.table({"image": [b""], "label": pa.array([None], pa.int64())}), tmp_path / "z.parquet")
+    with pytest.raises(BadInput, match=r"z.parquet, row 0 has no label"):
+        images.read(str(tmp_path / "z.parquet"))
+    (tmp_path / "w.parquet").write_bytes(b"nothing of the kind")
+    with pytest.raises(BadInput, match="w.parquet is not a Parquet file"):
+        images.read(str(tmp_path / "w.parquet"))
     with tarfile.open(tmp_path / "x.tar", "w") as target:
         _add(target, "a.png", _png(0))
     with pytest.raises(BadInput, match=r"a has no label: add a.cls"):

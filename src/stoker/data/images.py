@@ -1,8 +1,9 @@
 """Labelled images: folders, Parquet files, WebDataset tar shards, and scikit-learn's digits.
 
-A source only knows where each image is: opening one reads names, headers and labels, never
-pixels, and any image is read by itself, so that resuming in the middle of an epoch costs what
-starting does. Decoding runs in the loader's workers.
+A source only knows where each image is: opening one reads names, headers and labels, and any
+image is read by itself, so that resuming in the middle of an epoch costs what starting does.
+Only Parquet, which cannot be read row by row, is copied once, into the cache. Decoding runs in
+the loader's workers.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
+from stoker import storage
 from stoker.data.order import permute
 from stoker.errors import BadInput
 
@@ -207,57 +210,70 @@ def _folder(path: Path, files: list[Path]) -> Source:
 
 
 @dataclass
-class _Parquets:
-    """Rows of Parquet files; a row group is read at once, and the last one kept."""
+class _Rows:
+    """Rows of a `datasets.Dataset`, memory-mapped: any of them is read by itself."""
 
-    files: list[Path]
-    starts: list[tuple[int, int, int]]
-    """First row, file and row group, in order."""
+    rows: Any
+    files: list[tuple[int, Path]]
+    """First row and file, in order."""
     labels: Numbers
     classes: tuple[str, ...]
     fingerprint: str
     given: dict[str, Numbers] = field(default_factory=dict)
 
     def raw(self, index: int) -> bytes:
-        first, file, group = self.starts[np.searchsorted([s[0] for s in self.starts], index, "right") - 1]
-        if getattr(self, "_at", None) != first:
-            column = pq.ParquetFile(self.files[file]).read_row_group(group, columns=["image"]).column("image")
-            self._at, self._rows = first, column.to_pylist()
-        cell = self._rows[index - first]
+        cell = self.rows.data.column("image")[index].as_py()
         found = cell.get("bytes") if isinstance(cell, dict) else cell
         if not isinstance(found, bytes):
             raise BadInput(f"{self.place(index)} holds no bytes of an image")
         return found
 
     def place(self, index: int) -> str:
-        first, file, _ = self.starts[np.searchsorted([s[0] for s in self.starts], index, "right") - 1]
-        return f"{self.files[file]}, row {index - first} of the row group from row {first}"
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if not key.startswith("_")}
+        first, file = max(pair for pair in self.files if pair[0] <= index)
+        return f"{file}, row {index - first}"
 
 
 def _parquets(files: list[Path]) -> Source:
-    starts, labels, first = [], [], 0
-    for number, file in enumerate(files):
-        opened = pq.ParquetFile(file)
+    """A row group of Parquet cannot be read in part: the files are converted to Arrow once, in the cache."""
+    labels: list[Any] = []
+    starts = []
+    for file in files:
+        try:
+            opened = pq.ParquetFile(file)
+        except pa.ArrowInvalid as error:
+            raise BadInput(f"{file} is not a Parquet file: {error}") from error
         missing = {"image", "label"} - set(opened.schema_arrow.names)
         if missing:
             have = ", ".join(opened.schema_arrow.names)
             raise BadInput(f"{file} has no column {' and '.join(sorted(missing))}; it has {have}")
-        for group in range(opened.num_row_groups):
-            starts.append((first, number, group))
-            first += opened.metadata.row_group(group).num_rows
+        starts.append((len(labels), file))
         labels += opened.read(columns=["label"]).column("label").to_pylist()
     bad = next((n for n, label in enumerate(labels) if label is None), None)
     if bad is not None:
-        raise BadInput(f"row {bad} of {files[0].parent} has no label")
-    named = _hub_names(pq.read_schema(files[0]).metadata or {})
+        first, file = max(pair for pair in starts if pair[0] <= bad)
+        raise BadInput(f"{file}, row {bad - first} has no label")
+    rows = _as_arrow(files)
+    named = tuple(getattr(rows.features["label"], "names", None) or ())  # of a dataset of the hub
     names = [named[label] if named and isinstance(label, int) else str(label) for label in labels]
     classes = named or _classes(names)
     listing = [f"{file.name} {file.stat().st_size}" for file in files]
     found = _hash("\n".join(listing).encode(), "\n".join(names).encode())
-    return _Parquets(files, starts, _numbered(names, classes), classes, found)
+    return _Rows(rows, starts, _numbered(names, classes), classes, found)
+
+
+def _as_arrow(files: list[Path]) -> Any:
+    import datasets
+
+    shown = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        return datasets.Dataset.from_parquet(
+            [str(file) for file in files], columns=["image", "label"],
+            cache_dir=str(storage.cache_folder() / "images"),
+        )  # fmt: skip
+    finally:
+        if not shown:
+            datasets.enable_progress_bars()
 
 
 @dataclass
@@ -281,15 +297,6 @@ class _Tars:
     def place(self, index: int) -> str:
         file, _, _, name = self.members[index]
         return f"{self.files[file]}, {name}"
-
-
-def _hub_names(metadata: dict[bytes, bytes]) -> tuple[str, ...]:
-    """The class names that `datasets` writes into a file's schema, or none."""
-    try:
-        names = json.loads(metadata[b"huggingface"])["info"]["features"]["label"]["names"]
-        return tuple(str(name) for name in names)
-    except (KeyError, TypeError, ValueError):
-        return ()
 
 
 def _tars(files: list[Path]) -> Source:
