@@ -170,6 +170,17 @@ def test_evaluation_takes_the_centre_and_normalises() -> None:
     assert pixels[:, 0, 0].tolist() == [1.0, -1.0, -1.0]
 
 
+def test_files_named_after_splits_are_those(tmp_path: Path) -> None:
+    for name, count in (("train-00000-of-00002", 5), ("train-00001-of-00002", 4), ("test-00000-of-00001", 3)):
+        rows = pa.table({"image": [_png(n) for n in range(count)], "label": [n % 2 for n in range(count)]})
+        pq.write_table(rows, tmp_path / f"{name}.parquet")
+    source = images.read(str(tmp_path))
+    splits = images.split(source, validation=0.3, test=0.5)
+    assert [len(splits.train), len(splits.validation), len(splits.test)] == [6, 3, 3]
+    assert splits.test.tolist() == [0, 1, 2], "files are in the order of their names"
+    assert source.place(4).endswith("train-00000-of-00002.parquet, row 1")
+
+
 def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="does not exist: give digits, a folder"):
         images.read(str(tmp_path / "none"))
@@ -197,7 +208,7 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"z.parquet, row 0 has no label"):
         images.read(str(tmp_path / "z.parquet"))
     (tmp_path / "w.parquet").write_bytes(b"nothing of the kind")
-    with pytest.raises(BadInput, match="w.parquet is not a Parquet file"):
+    with pytest.raises(BadInput, match=r"w.parquet is not a Parquet file"):
         images.read(str(tmp_path / "w.parquet"))
     with tarfile.open(tmp_path / "x.tar", "w") as target:
         _add(target, "a.png", _png(0))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 import tarfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -61,9 +62,10 @@ class Source(Protocol):
 def read(reference: str) -> Source:
     """The images of `digits`, a folder, a .parquet or .tar file, or a folder of these.
 
-    A folder of images has a folder a class; there may be `train`, `val` and `test` above them. Parquet
-    files have an `image` column, bytes or a struct with `bytes`, and a `label` column. Samples of a
-    tar shard are `KEY.jpg` (or another kind) with `KEY.cls`, or `KEY.json` with a "label".
+    A folder of images has a folder a class; there may be `train`, `val` and `test` above them, and
+    files may stand in such folders or have such names (`train-00000.parquet`). Parquet files have an
+    `image` column, bytes or a struct with `bytes`, and a `label` column. Samples of a tar shard are
+    `KEY.jpg` (or another kind) with `KEY.cls`, or `KEY.json` with a "label".
 
     Raises:
         BadInput: there are none, or one has no label.
@@ -201,10 +203,7 @@ def _folder(path: Path, files: list[Path]) -> Source:
         raise BadInput(f"{loose} has no label: images stand in a folder a class")
     names = [p[depth] for p in parts]
     classes = tuple(sorted(set(names)))
-    given: dict[str, Numbers] = {}
-    if has_splits:
-        of = np.array([_SPLITS[p[0]] for p in parts])
-        given = {name: np.flatnonzero(of == name).astype(np.int64) for name in set(of.tolist())}
+    given = _given([_SPLITS[p[0]] for p in parts]) if has_splits else {}
     listing = [f"{file.relative_to(path)} {file.stat().st_size}" for file in files]
     return _Files(files, _numbered(names, classes), classes, given, _hash("\n".join(listing).encode()))
 
@@ -258,7 +257,8 @@ def _parquets(files: list[Path]) -> Source:
     classes = named or _classes(names)
     listing = [f"{file.name} {file.stat().st_size}" for file in files]
     found = _hash("\n".join(listing).encode(), "\n".join(names).encode())
-    return _Rows(rows, starts, _numbered(names, classes), classes, found)
+    of = np.repeat([_split_of(file) for file in files], np.diff([*(n for n, _ in starts), len(labels)]))
+    return _Rows(rows, starts, _numbered(names, classes), classes, found, _given(of.tolist()))
 
 
 def _as_arrow(files: list[Path]) -> Any:
@@ -314,7 +314,8 @@ def _tars(files: list[Path]) -> Source:
     classes = _classes(names)
     listing = [f"{files[n].name} {offset} {size} {name}" for n, offset, size, name in members]
     found = _hash("\n".join(listing).encode(), "\n".join(names).encode())
-    return _Tars(files, members, _numbered(names, classes), classes, found)
+    given = _given([_split_of(files[number]) for number, *_ in members])
+    return _Tars(files, members, _numbered(names, classes), classes, found, given)
 
 
 def _samples(file: Path) -> dict[str, dict[str, tarfile.TarInfo]]:
@@ -341,6 +342,20 @@ def _tar_label(file: Path, key: str, parts: dict[str, tarfile.TarInfo]) -> str:
                 if label not in (None, ""):
                     return str(label)
     raise BadInput(f"{file}, {key.lstrip('/')} has no label: add {key.rpartition('/')[2]}.cls")
+
+
+def _split_of(file: Path) -> str:
+    """The split that a file is of, as hubs name them: `train-00000-of-00002.parquet`, `val/0001.tar`."""
+    words = [re.split(r"[-_.]", file.name)[0], file.parent.name]
+    return next((_SPLITS[word] for word in words if word in _SPLITS), "")
+
+
+def _given(splits: list[str]) -> dict[str, Numbers]:
+    """The images of each split; none where not all say one, or all say the same."""
+    if "" in splits or len(set(splits)) < 2:
+        return {}
+    of = np.array(splits)
+    return {name: np.flatnonzero(of == name).astype(np.int64) for name in sorted(set(splits))}
 
 
 def _classes(names: list[str]) -> tuple[str, ...]:
