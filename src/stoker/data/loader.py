@@ -23,7 +23,7 @@ import torch
 from stoker.data.order import fold, order
 from stoker.errors import BadInput
 from stoker.world import World
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_worker_info
 
 Collate: TypeAlias = Callable[[list[Any]], Any]
 Pair: TypeAlias = tuple[int, int]  # epoch, dataset index
@@ -95,6 +95,7 @@ class Loader:
                 num_workers=self._workers,
                 multiprocessing_context=_worker_context() if self._workers else None,
                 worker_init_fn=_end_with_trainer,
+                pin_memory=torch.cuda.is_available(),  # so that copies to the GPU overlap with its work
                 generator=torch.Generator(),  # else the iterator draws a seed from the global state
             )
         )
@@ -222,6 +223,10 @@ class _SeededDataset(Dataset[Any]):
 
 @contextmanager
 def _random_state_kept() -> Iterator[None]:
+    """The state of the process that trains is put back; a worker's is nobody's else."""
+    if get_worker_info() is not None:
+        yield
+        return
     python, legacy, default = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
         yield

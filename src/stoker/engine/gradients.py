@@ -39,9 +39,10 @@ def norm(gradients: list[torch.Tensor], stages: Any = None) -> torch.Tensor:
 
 
 def scale(gradients: list[torch.Tensor], factor: torch.Tensor | float) -> None:
-    """Multiply every gradient in place."""
+    """Multiply every gradient in place; those in host memory too, where FSDP keeps its shards there."""
     if gradients:
-        torch._foreach_mul_([_local(g) for g in gradients], factor)
+        local = [_local(g) for g in gradients]
+        torch._foreach_mul_(local, factor.to(local[0].device) if isinstance(factor, torch.Tensor) else factor)
 
 
 def clipped(factor: torch.Tensor, norm: torch.Tensor, clip_norm: float | None) -> torch.Tensor:
