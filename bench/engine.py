@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import random
 import socket
 import sys
 import tempfile
@@ -334,9 +335,17 @@ def images(who: str, workers: int, count: int) -> float:
     elif who == "resumed":
         batches = Loader(dataset, batch_size=32, world=World(), seed=0, workers=workers).batches(10**9 + 7)
     else:
+
+        class ByHand(torch.utils.data.Dataset[Any]):
+            def __len__(self) -> int:
+                return len(dataset)
+
+            def __getitem__(self, index: int) -> Any:
+                return dataset.read(index, random.getrandbits(64))
+
         batches = _endless(
             torch.utils.data.DataLoader(
-                dataset, 32, shuffle=True, num_workers=workers, drop_last=True, persistent_workers=True
+                ByHand(), 32, shuffle=True, num_workers=workers, drop_last=True, persistent_workers=True
             )
         )
     for _ in range(16):  # both workers are at work

@@ -13,6 +13,7 @@ import torch
 from stoker.data.loader import Loader, evaluation_batches
 from stoker.errors import BadInput
 from stoker.world import World
+from torch.utils.data import default_collate
 
 Sample = dict[str, Any]
 
@@ -163,3 +164,22 @@ def test_evaluation_takes_each_sample_once_over_all_ranks(size: int, samples: in
     assert sorted(i for rank in seen for i in rank) == list(range(samples))
     assert all(rank == sorted(rank) for rank in seen)
     assert len({len(rank) for rank in batches}) == 1, "a sharded model is run by all ranks together"
+
+
+class Keyed(Numbers):
+    """Samples that are told their randomness."""
+
+    def read(self, index: int, key: int) -> Sample:
+        return {"index": index, "drawn": torch.tensor([key % 2**53], dtype=torch.float64)}
+
+
+@pytest.mark.parametrize("collate", [None, lambda samples: default_collate(samples)])
+def test_a_dataset_that_takes_a_key_gets_one_of_its_own_for_every_epoch_and_sample(collate: Any) -> None:
+    before = states()
+    indices, drawn = flat(take(loader(Keyed(10), collate=collate).batches(0), 5))
+    assert len({row[0] for row in drawn}) == 20
+    assert flat(take(loader(Keyed(10), collate=collate, workers=0).batches(12), 2)) == (
+        indices[12:],
+        drawn[12:],
+    )
+    assert states() == before

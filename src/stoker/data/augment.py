@@ -1,19 +1,19 @@
 """Images made into tensors, for training at random and for evaluation always alike.
 
-All randomness is drawn from Python's generator, which the loader seeds for each sample, so that
-neither workers nor restarts change it.
+A transform is a function of the image and a key, which the loader makes of (seed, epoch, sample):
+neither workers nor restarts change it, and no global generator is touched.
 """
 
 from __future__ import annotations
 
-import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from stoker.data.order import uniforms
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 """Mean and deviation of its channels."""
@@ -34,26 +34,27 @@ class Augment:
     std: tuple[float, ...]
     flip: bool = True
 
-    def __call__(self, image: Image.Image) -> torch.Tensor:
-        cropped = self._shifted(image) if self.size <= _SMALL else self._cropped(image)
-        if self.flip and random.random() < 0.5:
+    def __call__(self, image: Image.Image, key: int) -> torch.Tensor:
+        drawn = uniforms(key)
+        cropped = self._shifted(image, drawn) if self.size <= _SMALL else self._cropped(image, drawn)
+        if self.flip and next(drawn) < 0.5:
             cropped = cropped.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return to_tensor(cropped, self.mean, self.std)
 
-    def _shifted(self, image: Image.Image) -> Image.Image:
+    def _shifted(self, image: Image.Image, drawn: Iterator[float]) -> Image.Image:
         resized = image.resize((self.size, self.size), Image.Resampling.BILINEAR)
         reach = self.size // 8
-        x, y = random.randint(-reach, reach), random.randint(-reach, reach)
+        x, y = (_whole(drawn, -reach, reach) for _ in range(2))
         return resized.transform(resized.size, Image.Transform.AFFINE, (1, 0, x, 0, 1, y))
 
-    def _cropped(self, image: Image.Image) -> Image.Image:
+    def _cropped(self, image: Image.Image, drawn: Iterator[float]) -> Image.Image:
         width, height = image.size
         for _ in range(10):
-            area = width * height * random.uniform(0.08, 1.0)
-            ratio = np.exp(random.uniform(np.log(3 / 4), np.log(4 / 3)))
+            area = width * height * (0.08 + 0.92 * next(drawn))
+            ratio = (4 / 3) ** (2 * next(drawn) - 1)  # from 3:4 to 4:3, evenly by logarithm
             w, h = round((area * ratio) ** 0.5), round((area / ratio) ** 0.5)
             if 0 < w <= width and 0 < h <= height:
-                x, y = random.randint(0, width - w), random.randint(0, height - h)
+                x, y = _whole(drawn, 0, width - w), _whole(drawn, 0, height - h)
                 return image.resize(
                     (self.size, self.size),
                     Image.Resampling.BILINEAR,
@@ -71,7 +72,8 @@ class Evaluate:
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
-    def __call__(self, image: Image.Image) -> torch.Tensor:
+    def __call__(self, image: Image.Image, key: int = 0) -> torch.Tensor:
+        """The same whatever the key."""
         if self.size <= _SMALL:
             image = image.resize((self.size, self.size), Image.Resampling.BILINEAR)
         else:
@@ -86,6 +88,11 @@ def to_tensor(image: Image.Image, mean: Sequence[float], std: Sequence[float]) -
         pixels = pixels[:, :, None]  # (height, width, channels)
     scaled = (pixels - np.array(mean, np.float32)) / np.array(std, np.float32)
     return torch.from_numpy(np.ascontiguousarray(scaled.transpose(2, 0, 1)))
+
+
+def _whole(drawn: Iterator[float], low: int, high: int) -> int:
+    """A whole number from `low` to `high`, both included."""
+    return low + int(next(drawn) * (high - low + 1))
 
 
 def _centred(image: Image.Image, size: int, share: float) -> Image.Image:

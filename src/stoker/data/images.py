@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import random
 import re
 import tarfile
 from collections.abc import Callable, Sequence
@@ -131,7 +132,7 @@ class Images(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         self,
         source: Source,
         numbers: Sequence[int] | Numbers,
-        transform: Callable[[Image.Image], torch.Tensor],
+        transform: Callable[[Image.Image, int], torch.Tensor],
     ) -> None:
         self._source, self._numbers, self._transform = source, numbers, transform
 
@@ -139,8 +140,12 @@ class Images(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         return len(self._numbers)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return self.read(index, random.getrandbits(64))
+
+    def read(self, index: int, key: int) -> dict[str, torch.Tensor]:
+        """A sample, its augmentation a function of the key."""
         number = int(self._numbers[index])
-        pixels = self._transform(picture(self._source, number))
+        pixels = self._transform(picture(self._source, number), key)
         return {"pixel_values": pixels, "labels": torch.tensor(int(self._source.labels[number]))}
 
 

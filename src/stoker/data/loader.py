@@ -1,10 +1,11 @@
 """The loader: this rank's share of each global batch, endless, from any sample position.
 
 Which samples make a batch is a pure function of (seed, position), see `order`. Randomness of
-an augmentation is a function of (seed, epoch, sample): Python's, NumPy's and torch's CPU
-generators are seeded before each sample is read and put back after the batch. So the number
-of workers, ranks and restarts changes no sample, and loading never touches the global random
-state. A dataset that keeps a generator of its own is outside of this.
+an augmentation is a function of (seed, epoch, sample): a dataset that has `read(index, key)` is
+given a key made of them; for any other Python's, NumPy's and torch's CPU generators are seeded
+before each sample is read and put back after the batch. So the number of workers, ranks and
+restarts changes no sample, and loading never touches the global random state. A dataset that
+keeps a generator of its own is outside of this.
 """
 
 from __future__ import annotations
@@ -45,6 +46,15 @@ class TokenDataset(Protocol):
     """A dataset that knows its mean number of tokens a sample, so that durations in tokens can be counted."""
 
     tokens_per_sample: float
+
+
+@runtime_checkable
+class KeyedDataset(Protocol):
+    """A dataset that is told its randomness, and draws from no global generator."""
+
+    def read(self, index: int, key: int, /) -> Any:
+        """A sample; whatever is random of it is a function of the key, a number of 64 bits."""
+        ...
 
 
 class Loader:
@@ -197,6 +207,7 @@ class _SeededDataset(Dataset[Any]):
 
     def __init__(self, dataset: MapDataset, seed: int, collate: Collate) -> None:
         self._dataset, self._seed, self._collate = dataset, seed, collate
+        self._draws = not (isinstance(dataset, KeyedDataset) and collate is default_collate)
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -207,6 +218,8 @@ class _SeededDataset(Dataset[Any]):
 
     def __getitems__(self, pairs: list[Pair]) -> Any:
         """The batch of these samples. DataLoader calls this in place of one `__getitem__` a sample."""
+        if not self._draws:
+            return self._collate(self._read(pairs))
         with _random_state_kept():
             samples = self._read(pairs)
             _seed_all(int(fold(self._seed, *pairs[0], _COLLATE)[0]))
@@ -214,9 +227,12 @@ class _SeededDataset(Dataset[Any]):
 
     def _read(self, pairs: list[Pair]) -> list[Any]:
         epochs, indices = np.array(pairs).T
+        keys = fold(self._seed, epochs, indices).tolist()
+        if isinstance(self._dataset, KeyedDataset):
+            return [self._dataset.read(index, key) for key, (_, index) in zip(keys, pairs, strict=True)]
         samples = []
-        for seed, (_, index) in zip(fold(self._seed, epochs, indices).tolist(), pairs, strict=True):
-            _seed_all(seed)
+        for key, (_, index) in zip(keys, pairs, strict=True):
+            _seed_all(key)
             samples.append(self._dataset[index])
         return samples
 

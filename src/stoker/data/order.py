@@ -10,6 +10,7 @@ Arbitrary Finite Domains", with splitmix64 as its round function.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import TypeAlias
 
 import numpy as np
@@ -28,6 +29,15 @@ def mix(words: Words) -> Words:
     words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return words ^ (words >> np.uint64(31))
+
+
+def uniforms(key: int) -> Iterator[float]:
+    """Numbers in [0, 1) that are a function of a key: splitmix64 (Steele, Lea & Flood 2014)."""
+    while True:
+        key = word = (key + _GOLDEN) & _MASK
+        word = ((word ^ (word >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+        word = ((word ^ (word >> 27)) * 0x94D049BB133111EB) & _MASK
+        yield ((word ^ (word >> 31)) >> 11) * 2.0**-53
 
 
 def fold(key: int, *values: int | Positions) -> Words:
