@@ -32,6 +32,7 @@ from stoker.engine import (
     device,
     distributed,
     early_stopping,
+    gradients,
     mesh,
     micro_batch,
     options,
@@ -149,6 +150,9 @@ class Trainer:
     def _say(self, why: str) -> None:
         if self.training.parallel == "auto" and self.world.size > 1 and self.world.rank == 0:
             log.info("parallel=%s: %s", self.strategy, why)
+        unused = options.unused(self.training, self.strategy)
+        if unused and self.world.rank == 0:
+            log.warning("parallel=%s has no use for what is set of %s", self.strategy, ", ".join(unused))
         self.run.event(
             "layout", parallel=self.strategy, why=why, precision=self.precision, ranks=self.world.size,
             device=device.name(self.device), data_ranks=self.mesh.data.size,
@@ -173,6 +177,8 @@ class Trainer:
         """
         options.check_batch(batch_size, self.mesh.data.size)
         share = batch_size // self.mesh.data.size
+        if self.strategy == "pipeline":
+            options.check_pipeline_batch(self.training, share, self.mesh.size("stage"))
         if isinstance(self._micro_batch, int) or self._micro_batch is None:
             parts = -(-share // (self._micro_batch or share))
             options.check_deepspeed_batch(
@@ -298,7 +304,7 @@ class Trainer:
             self._step.gradients(parts, self._agreement)
             loss_sum, weight = self._agreement.finish()
             self._update(self.optimizer, weight)
-        return loss_sum / weight
+        return loss_sum / gradients.divisor(weight)
 
     def micro(self, batch: Any) -> Iterator[Any]:
         """This rank's share of a batch on the device, in micro-batches."""
@@ -306,8 +312,14 @@ class Trainer:
         if self._micro_batch == "auto":
             self._micro_batch = self._find_micro_batch(on_device)
         if self._micro_batch is None and self.strategy == "pipeline":
-            self._micro_batch = micro_batch.of_pipeline(batches.size(on_device), self.mesh.size("stage"))
+            share, sizes = batches.size(on_device), self._sizes(on_device)
+            self._micro_batch = micro_batch.of_pipeline(sizes, share, self.mesh.size("stage"))
         return batches.split(on_device, self._micro_batch)
+
+    def _sizes(self, batch: Any) -> list[int]:
+        """The sizes that a micro-batch may have."""
+        schedule = self.training.pipeline.schedule if self.strategy == "pipeline" else "gpipe"
+        return options.pipeline_micro_batches(schedule, batches.size(batch), self.mesh.size("stage"))
 
     def forward(self, batch: Any) -> Any:
         """The model's output for a batch on the device."""
@@ -335,7 +347,9 @@ class Trainer:
                 group["lr"] = group["initial_lr"] * self._schedule(self.steps_done, self._total)
         stepped = self._step.update(optimizer, weight)
         if self._ema is not None and stepped:
-            self._ema.update(self.steps_done)
+            several = len(self.optimizers) > 1
+            moved = [p for group in optimizer.param_groups for p in group["params"]] if several else None
+            self._ema.update(self.steps_done, moved)
 
     def _fit_scale(self, parts: list[Any]) -> None:
         """Before the first step in fp16: see how much a global batch weighs."""
@@ -347,8 +361,9 @@ class Trainer:
         return math.fsum(distributed.gathered(float(weight)))
 
     def _find_micro_batch(self, batch: Any) -> int:
-        about = {"strategy": self.strategy, "recompute": self.training.activation_checkpointing}
-        found = rehearsal.largest_micro_batch(self._step, self._setting, self.world, batch, about)
+        about = {"strategy": self.strategy, **options.of_memory(self.training)}
+        sizes = self._sizes(batch)
+        found = rehearsal.largest_micro_batch(self._step, self._setting, self.world, batch, sizes, about)
         log.info("micro_batch=%d of a share of %d samples", found, batches.size(batch))
         return found
 

@@ -91,7 +91,7 @@ class Saved:
                 checkpoint, step.model, step.optimizers, self.built, self.world, everywhere - own
             )
             if self.ema is not None:
-                self.ema.values.update(state.inside(tensors, "ema."))
+                self.ema.restore(state.inside(tensors, "ema."))
             return tensors, values
         tensors, values = state.load_whole(checkpoint, self.world)
         step.restore_state(state.inside(tensors, "optimizer.main."))
@@ -100,6 +100,8 @@ class Saved:
             step.restore_weights(averaged)
             self.ema.take()
         step.restore_weights(state.inside(tensors, "model."))
+        if self.ema is not None and not averaged:
+            self.ema.take()
         for name, buffer in state.saved_buffers(step.model).items():
             buffer.copy_(tensors[f"model.{name}"])
         saved = values["optimizers"]["main"]["groups"]

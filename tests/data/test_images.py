@@ -137,6 +137,14 @@ def test_splits_that_are_folders_are_used_as_they_are(tmp_path: Path) -> None:
     assert not set(parts.train) & set(parts.validation)
 
 
+def test_a_folder_of_training_images_alone_is_no_class(tmp_path: Path) -> None:
+    _folder(tmp_path / "data" / "train")
+    source = images.read(str(tmp_path / "data"))
+    assert source.classes == CLASSES
+    parts = images.split(source, validation=0.1, test=0.25)
+    assert (len(parts.train), len(parts.validation), len(parts.test)) == (8, 1, 3)
+
+
 @pytest.mark.parametrize("size", [16, 64])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_augmentation_is_a_function_of_seed_epoch_and_sample(size: int, workers: int, tmp_path: Path) -> None:

@@ -147,6 +147,28 @@ def gradient(settings: dict[str, Any]) -> dict[str, torch.Tensor]:
     return {name: before[name] - tensor for name, tensor in after.items()}
 
 
+def own_loop(folder: Path) -> dict[str, torch.Tensor]:
+    """A loop that does its own backward pass; on rank 1 half of the model gets no gradient."""
+    model = nn.ModuleDict({"both": nn.Linear(4, 1), "first": nn.Linear(4, 1), "neither": nn.Linear(4, 1)})
+    seed_everything(0)
+    for p in model.parameters():
+        nn.init.normal_(p)
+    with Run("test", "own", runs=folder) as run:
+        trainer = Trainer(
+            run, model, optimizer=lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.1),
+            training=Training(precision="fp32"),
+        )  # fmt: skip
+        data = torch.utils.data.TensorDataset(torch.arange(32.0).reshape(8, 4) / 8)
+        for batch in trainer.steps(trainer.loader(data, batch_size=8, shuffle=False), max_steps=1):
+            for (x,) in trainer.micro(batch):
+                loss = model["both"](x).square().sum()
+                if run.world.rank == 0:  # of one process, what the first of two would see
+                    loss = loss + model["first"](x[:4]).square().sum()
+                trainer.backward(loss, len(x))
+            trainer.update()
+        return trainer.state_dict()
+
+
 def plain_gradient() -> dict[str, torch.Tensor]:
     """The same in plain PyTorch: the gradient of the mean over the tokens of the first eight rows."""
     model = llama()

@@ -20,6 +20,18 @@ PIPELINE: dict[str, Any] = {"parallel": "pipeline", "micro_batch": 2}  # of shar
 STRATEGIES: dict[str, tuple[int, dict[str, Any]]] = {
     "ddp": (2, {"parallel": "ddp"}),
     "ddp-accumulating": (2, {"parallel": "ddp", "micro_batch": 2}),
+    "ddp-static": (
+        2,
+        {
+            "parallel": "ddp",
+            "micro_batch": 2,
+            "ddp": {"static_graph": True, "gradient_as_bucket_view": False},
+        },
+    ),
+    "ddp-unused": (
+        2,
+        {"parallel": "ddp", "micro_batch": 2, "ddp": {"find_unused_parameters": True, "bucket_mb": 0.01}},
+    ),
     "fsdp": (2, {"parallel": "fsdp"}),
     "fsdp-accumulating": (
         2,
@@ -30,6 +42,9 @@ STRATEGIES: dict[str, tuple[int, dict[str, Any]]] = {
     "1f1b": (2, PIPELINE),
     "1f1b-by-default": (2, {"parallel": "pipeline"}),
     "interleaved": (2, {**PIPELINE, "pipeline": {"schedule": "interleaved"}}),
+    "1f1b-auto": (2, {**PIPELINE, "micro_batch": "auto"}),
+    "interleaved-x-ddp": (4, {**PIPELINE, "pipeline": {"ranks": 2, "schedule": "interleaved"}}),
+    "1f1b-x-fsdp": (4, {**PIPELINE, "pipeline": {"ranks": 2, "data": "fsdp"}}),
     "pipeline-x-ddp": (4, {**PIPELINE, "pipeline": {"ranks": 2}}),
     "pipeline-x-fsdp": (4, {**PIPELINE, "pipeline": {"ranks": 2, "data": "fsdp", "schedule": "gpipe"}}),
     "zero-0": (2, {"parallel": "deepspeed", "micro_batch": 2, "deepspeed": {"stage": 0}}),
@@ -138,6 +153,11 @@ IMAGES = {
     "ddp": (2, {"parallel": "ddp", "micro_batch": 4}),
     "fsdp": (2, {"parallel": "fsdp", "micro_batch": 4}),
     "ddp-4": (4, {"parallel": "ddp", "micro_batch": 4}),
+    "fsdp-channels-last": (2, {"parallel": "fsdp", "micro_batch": 4, "channels_last": True}),
+    "zero-3-channels-last": (
+        2,
+        {"parallel": "deepspeed", "micro_batch": 4, "deepspeed": {"stage": 3}, "channels_last": True},
+    ),
 }
 
 
@@ -158,6 +178,13 @@ def test_however_a_batch_is_cut_its_gradient_is_the_same(size: int, micro_batch:
     cut = ranks.run(strategies_run.gradient, size, folder, {**plain, "micro_batch": micro_batch})[0]
     for name, gradient in whole.items():
         torch.testing.assert_close(cut[name], gradient, atol=2e-6, rtol=1e-5, msg=name)
+
+
+def test_a_parameter_may_have_a_gradient_on_one_rank_only(folder: Path) -> None:
+    """In a loop that does its own backward passes; one that has none on any rank is left as it is."""
+    found = [ranks.run(strategies_run.own_loop, size, folder, folder / str(size))[0] for size in (1, 2)]
+    for name, tensor in found[0].items():
+        torch.testing.assert_close(found[1][name], tensor, msg=name)
 
 
 def test_gradients_of_a_trainer_are_those_of_plain_torch(folder: Path) -> None:

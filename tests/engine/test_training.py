@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from stoker import BadInput, Run, Trainer, Training
-from stoker.engine import micro_batch, optimizers, options, rehearsal, schedule, strategies
+from stoker.engine import device, micro_batch, optimizers, options, rehearsal, schedule, strategies
 from stoker.engine.loss_scale import LossScale
 from stoker.world import World
 from strategies_run import Images, Rows, image_loss, inputs, llama, resnet, token_loss
@@ -150,6 +151,65 @@ def test_an_average_follows_the_weights_and_is_what_is_evaluated(open_run: Calla
         assert trainer.evaluate(Rows(), batch_size=8) == with_average
 
 
+def test_an_average_that_is_switched_on_later_begins_with_the_weights_of_then(
+    open_run: Callable[..., Run],
+) -> None:
+    with open_run() as run:
+        _losses(_trainer(run), 3)
+    with open_run() as run:
+        trainer = _trainer(run, ema=options.Ema(decay=0.9999))
+        assert trainer.steps_done == 3
+        for name, p in trainer.model.named_parameters():
+            assert torch.equal(trainer._ema.values[name], p), name  # type: ignore[union-attr]
+
+
+def test_an_average_moves_once_a_step_of_its_weights_optimizer(open_run: Callable[..., Run]) -> None:
+    """Of several optimizers each moves the average of what it trains."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    sgd = lambda p: torch.optim.SGD(p, lr=0.1)  # noqa: E731
+    with open_run() as run:
+        trainer = Trainer(
+            run, model, optimizer={"0": sgd, "1": sgd}, inputs=lambda b: (b[0],),
+            training=Training(precision="fp32", ema=options.Ema(decay=0.5, warmup=False)),
+        )  # fmt: skip
+        data = torch.utils.data.TensorDataset(torch.ones(8, 2))
+        before = {n: p.detach().clone() for n, p in model.named_parameters()}
+        for batch in trainer.steps(trainer.loader(data, batch_size=8), max_steps=1):
+            for name in ("0", "1"):
+                for part in trainer.micro(batch):
+                    trainer.backward(trainer.forward(part).square().sum(), len(part[0]))
+                trainer.update(trainer.optimizers[name])
+        for name, value in trainer.state_dict().items():
+            torch.testing.assert_close(value, (before[name] + model.get_parameter(name).detach()) / 2)
+
+
+@pytest.mark.parametrize("how", ["full", "selective"])
+def test_recomputing_batch_norm_counts_its_statistics_once(how: str, open_run: Callable[..., Run]) -> None:
+    found = []
+    for recompute in ("none", how):
+        with open_run(recompute) as run:
+            trainer = Trainer(
+                run, resnet(), optimizer=lambda p: torch.optim.SGD(p, lr=0.01), inputs=lambda b: (b[0],),
+                loss=image_loss, training=Training(precision="fp32", activation_checkpointing=recompute),
+            )  # fmt: skip
+            loader = trainer.loader(Images(), batch_size=16)
+            losses = [trainer.step(batch).item() for batch in trainer.steps(loader, max_steps=3)]
+            found.append((losses, trainer.state_dict()))
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-6)
+    for name, tensor in found[0][1].items():
+        torch.testing.assert_close(found[1][1][name], tensor, msg=name)
+
+
+def test_a_batch_that_weighs_nothing_has_a_loss_of_zero(open_run: Callable[..., Run]) -> None:
+    """As where no token of any row is to be learned."""
+    with open_run() as run:
+        trainer = _trainer(run)
+        rows = [{**Rows()[n], "labels": torch.full_like(Rows()[n]["labels"], -100)} for n in range(8)]
+        for batch in trainer.steps(trainer.loader(rows, batch_size=8), max_steps=1):
+            assert trainer.step(batch).item() == 0.0
+        assert all(p.isfinite().all() for p in trainer.model.parameters())
+
+
 def test_an_automatic_micro_batch_is_found_remembered_and_leaves_no_trace(
     plain: list[float], open_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -163,6 +223,26 @@ def test_an_automatic_micro_batch_is_found_remembered_and_leaves_no_trace(
     assert tried == [1, 2, 4, 8], "the second run knew"
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"), [("adamw", 8), ("sgd", 4), ("adamw8bit", 2.1), ("adafactor", 0.13)]
+)
+@pytest.mark.filterwarnings("ignore")
+def test_memory_that_an_optimizer_is_going_to_take_is_known(name: Any, expected: float) -> None:
+    weights = torch.nn.Parameter(torch.ones(128, 128))
+    optimizer = optimizers.factory(name, lr=0.1)([weights])
+    held = sum(t.nbytes for t in rehearsal.state_to_come(optimizer)) / weights.numel()
+    assert held == pytest.approx(expected, rel=0.1)
+    weights.grad = torch.ones_like(weights)
+    before = weights.detach().clone()
+    assert not optimizer.state
+    optimizer.step()
+    assert not torch.equal(weights, before)
+    assert rehearsal.state_to_come(optimizer) == []
+
+
+SIZES = (1, 2, 3, 4, 6, 12)
+
+
 def test_the_largest_micro_batch_that_fits_is_taken(tmp_path: Path) -> None:
     def fits_up_to(limit: int) -> Callable[[int], None]:
         def attempt(size: int) -> None:
@@ -173,17 +253,19 @@ def test_the_largest_micro_batch_that_fits_is_taken(tmp_path: Path) -> None:
 
     cpu = torch.device("cpu")
     for limit, expected in ((5, 4), (12, 12), (1, 1)):
-        found = micro_batch.find(12, fits_up_to(limit), cpu, memory=tmp_path / f"{limit}.json", about={})
+        memory = tmp_path / f"{limit}.json"
+        found = micro_batch.find(SIZES, fits_up_to(limit), cpu, memory=memory, about={})
         assert found == expected
     with pytest.raises(Exception, match="not even one sample fits"):
-        micro_batch.find(12, fits_up_to(0), cpu, memory=tmp_path / "0.json", about={})
+        micro_batch.find(SIZES, fits_up_to(0), cpu, memory=tmp_path / "0.json", about={})
 
 
-def test_training_ends_early_once_nothing_gets_better(open_run: Callable[..., Run]) -> None:
+@pytest.mark.parametrize("floor", [0.0, 1.0])
+def test_training_ends_early_once_nothing_gets_better(floor: float, open_run: Callable[..., Run]) -> None:
     with open_run() as run:
         trainer = _trainer(run)
         for _ in trainer.steps(trainer.loader(Rows(), batch_size=8), max_steps=50):
-            run.log(val_loss=max(0.0, 5.0 - run.step))  # no better from step 5 on
+            run.log(val_loss=floor + max(0.0, 5.0 - run.step))  # no better from step 5 on
             if trainer.stale("val_loss", patience=3):
                 trainer.finish("no better")
         assert trainer.steps_done == 8
@@ -270,7 +352,28 @@ def test_channels_last_changes_no_loss(open_run: Callable[..., Run]) -> None:
     ("share", "ranks", "expected"), [(64, 2, 8), (64, 4, 4), (8, 2, 1), (6, 2, 1), (4, 4, 1), (3, 2, 1)]
 )
 def test_a_pipeline_has_several_micro_batches_a_rank(share: int, ranks: int, expected: int) -> None:
-    assert micro_batch.of_pipeline(share, ranks) == expected
+    sizes = options.pipeline_micro_batches("1f1b", share, ranks)
+    assert micro_batch.of_pipeline(sizes, share, ranks) == expected
+
+
+def test_micro_batches_of_a_pipeline_suit_its_schedule() -> None:
+    assert options.pipeline_micro_batches("gpipe", 8, 2) == [1, 2, 4, 8]
+    assert options.pipeline_micro_batches("1f1b", 8, 2) == [1, 2, 4]
+    assert options.pipeline_micro_batches("1f1b", 3, 4) == []
+    assert options.pipeline_micro_batches("interleaved", 10, 2) == [1, 5, 10]
+
+    def check(schedule: Any, batch_size: int, micro: int | None) -> None:
+        pipeline = options.Pipeline(schedule=schedule, ranks=2)
+        training = Training(parallel="pipeline", pipeline=pipeline, micro_batch=micro)
+        options.check(training, ranks=4, gpus=0, batch_size=batch_size)
+
+    check("1f1b", 16, 4)
+    with pytest.raises(BadInput, match=r"micro_batch=8 does not cut the 8 samples.* give one of 1, 2, 4$"):
+        check("1f1b", 16, 8)
+    with pytest.raises(BadInput, match="micro_batch=3 does not cut"):
+        check("gpipe", 16, 3)
+    with pytest.raises(BadInput, match=r"a batch of 1 samples is too small for a pipeline of 2 ranks"):
+        check("1f1b", 2, None)
 
 
 def test_what_needs_an_extra_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -315,6 +418,49 @@ def test_what_a_deepspeed_file_sets_twice_is_refused(
     training = Training(parallel="deepspeed", deepspeed=_file(tmp_path, **content), **settings)
     with pytest.raises(BadInput, match=said):
         options.with_deepspeed_file(training)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({"zero_optimization": 3}, "zero_optimization is 3; it must be an object"),
+        (
+            {"zero_optimization": {"stage": "abc"}},
+            'zero_optimization.stage is "abc"; it must be 0, 1, 2 or 3',
+        ),
+        ({"bf16": True}, "bf16 is true; it must be an object"),
+        ({"bf16": {"enabled": "yes"}}, 'bf16.enabled is "yes"; it must be true or false'),
+        ({"train_micro_batch_size_per_gpu": "x"}, "it must be a whole number above 0"),
+        ({"gradient_clipping": -1}, "gradient_clipping is -1; it must be a number, 0 for none"),
+        ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, "enables both bf16 and fp16"),
+    ],
+)
+def test_a_mistake_in_a_deepspeed_file_is_named(content: dict[str, Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=re.escape(said)):
+        options.with_deepspeed_file(Training(parallel="deepspeed", deepspeed=_file(tmp_path, **content)))
+
+
+def test_a_deepspeed_file_may_switch_clipping_off(tmp_path: Path) -> None:
+    found = options.with_deepspeed_file(
+        Training(parallel="deepspeed", deepspeed=_file(tmp_path, gradient_clipping=0.0))
+    )
+    assert found.clip_norm is None
+
+
+def test_settings_of_another_strategy_are_noticed() -> None:
+    training = Training(fsdp=options.Fsdp(shard=2), deepspeed=options.DeepSpeed(stage=3))
+    assert options.unused(training, "ddp") == ["fsdp", "deepspeed"]
+    assert options.unused(training, "fsdp") == ["deepspeed"]
+    assert options.unused(training, "single") == []
+
+
+def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    device.check(2)
+    with pytest.raises(BadInput, match=r"3 ranks on a machine with 2 GPUs: each takes one; give --nproc 2"):
+        device.check(3)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    device.check(3)
 
 
 def test_a_deepspeed_file_with_another_stage_or_batch_is_refused(tmp_path: Path) -> None:

@@ -209,17 +209,25 @@ def _restore_optimizer(
     for group, saved in zip(optimizer.param_groups, values["groups"], strict=True):
         group.update({key: as_before(group.get(key), v) for key, v in saved.items() if key != "params"})
     optimizer.state.clear()
+    group_of = {p: group for group in optimizer.param_groups for p in group["params"]}
     for full_name, value in {**tensors, **values["state"]}.items():
         name, _, key = full_name.rpartition(".")
         if name not in parameters:  # another rank's
             continue
         parameter = parameters[name]
-        optimizer.state[parameter][key] = _beside(parameter, key, value)
+        optimizer.state[parameter][key] = _beside(parameter, group_of[parameter], key, value)
 
 
-def _beside(parameter: torch.nn.Parameter, key: str, value: Any) -> Any:
-    """State lies on its parameter's device, but for step counters, which optimizers keep on the CPU."""
-    return value.to(parameter.device) if isinstance(value, torch.Tensor) and key != "step" else value
+def _beside(parameter: torch.nn.Parameter, group: Mapping[str, Any], key: str, value: Any) -> Any:
+    """State lies on its parameter's device, but for step counters, as `Optimizer.load_state_dict` has it:
+    they stay on the CPU unless the step is fused or captured in a graph.
+    """
+    if not isinstance(value, torch.Tensor):
+        return value
+    if key != "step":
+        return value.to(parameter.device)
+    on_device = group.get("fused") or group.get("capturable")
+    return value.to(parameter.device, torch.float32) if on_device else value
 
 
 def _compare(expected: Mapping[str, torch.Size], found: Mapping[str, torch.Size]) -> None:

@@ -62,7 +62,8 @@ def train(
     recipe: Annotated[
         str,
         typer.Argument(
-            metavar="RECIPE", help="A shipped recipe (llm), or a file with a train(run, config) function."
+            metavar="RECIPE",
+            help="A shipped recipe (llm, image), or a file with a train(run, config) function.",
         ),
     ],
     overrides: Overrides = None,

@@ -201,7 +201,8 @@ def _folder(path: Path, files: list[Path]) -> Source:
     if not files:
         raise BadInput(f"data={path} holds no images: {', '.join(SUFFIXES)} in a folder a class")
     parts = [file.relative_to(path).parts for file in files]
-    has_splits = {p[0] for p in parts} <= set(_SPLITS) and len({p[0] for p in parts}) > 1
+    tops = {p[0] for p in parts}
+    has_splits = tops <= set(_SPLITS) and (len(tops) > 1 or all(len(p) > 2 for p in parts))
     depth = 1 if has_splits else 0
     loose = next((file for file, p in zip(files, parts, strict=True) if len(p) < depth + 2), None)
     if loose is not None:

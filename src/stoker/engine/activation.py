@@ -6,14 +6,16 @@ stay the modules they were, with the names they had: only their `forward` is wra
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from stoker.engine import options
 from stoker.errors import BadInput
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 _PRODUCTS = (  # what costs more to compute again than to keep
@@ -39,9 +41,8 @@ def apply(blocks: Sequence[tuple[str, nn.Module]], how: str) -> None:
         raise BadInput(
             f"activation_checkpointing={how}: no repeated blocks were found; name their classes with blocks="
         )
-    contexts = {"context_fn": _selective} if kind == "selective" else {}
     for _, block in blocks[every - 1 :: every]:
-        block.forward = _recomputed(block, block.forward, contexts)
+        block.forward = _recomputed(block, block.forward, _contexts(block, selective=kind == "selective"))
 
 
 def _recomputed(
@@ -54,6 +55,33 @@ def _recomputed(
         return checkpoint(forward, *args, use_reentrant=False, **contexts, **kwargs)
 
     return run
+
+
+def _contexts(block: nn.Module, *, selective: bool) -> dict[str, Any]:
+    """What the forward pass and its repetition run under; nothing where nothing is needed."""
+    norms = [m for m in block.modules() if isinstance(m, _BatchNorm)]
+    if not norms:
+        return {"context_fn": _selective} if selective else {}
+
+    def made() -> tuple[Any, Any]:
+        first, again = _selective() if selective else (contextlib.nullcontext(), contextlib.nullcontext())
+        return first, _statistics_kept(norms, again)
+
+    return {"context_fn": made}
+
+
+@contextlib.contextmanager
+def _statistics_kept(norms: Sequence[_BatchNorm], within: Any) -> Iterator[None]:
+    """BatchNorm's running statistics have seen these samples once already: move them by nothing."""
+    kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, None
+    try:
+        with within:
+            yield
+    finally:
+        for norm, (momentum, counted) in zip(norms, kept, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, counted
 
 
 def _selective() -> Any:

@@ -2,23 +2,51 @@
 
 from __future__ import annotations
 
+import functools
 import platform
+from pathlib import Path
 
 import torch
+from stoker.errors import BadInput
 from stoker.world import World
 
 
 def pick(world: World) -> torch.device:
-    """The GPU of this local rank where there is one, else the CPU."""
+    """The GPU of this local rank where there are any, else the CPU.
+
+    Raises BadInput where there are fewer GPUs than ranks on this machine.
+    """
     if torch.cuda.is_available():
-        device = torch.device("cuda", world.local_rank % torch.cuda.device_count())
+        check(world.local_size)
+        device = torch.device("cuda", world.local_rank)
         torch.cuda.set_device(device)  # NCCL and many kernels take the current one
         return device
     return torch.device("cpu")
+
+
+def check(ranks: int) -> None:
+    """Raises BadInput where ranks of this machine would have to share a GPU, which NCCL refuses."""
+    gpus = torch.cuda.device_count()
+    if 0 < gpus < ranks:
+        raise BadInput(
+            f"{ranks} ranks on a machine with {gpus} GPU{'s' if gpus > 1 else ''}: each takes one; "
+            f'give --nproc {gpus}, or CUDA_VISIBLE_DEVICES="" to train on the CPU'
+        )
 
 
 def name(device: torch.device) -> str:
     """What the device calls itself."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return platform.processor() or platform.machine()
+    return _cpu()
+
+
+@functools.cache
+def _cpu() -> str:
+    """The model of the CPU; Python's own `platform.processor()` is empty on most Linux systems."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return next(iter(models), platform.processor() or platform.machine())

@@ -15,5 +15,6 @@ def stale(values: Sequence[float], goal: Goal, patience: int, min_delta: float =
         min_delta: how much better counts as better.
     """
     costs = [value if goal == "min" else -value for value in values]
-    best_before = min(costs[:-patience], default=math.inf)
-    return len(costs) > patience and min(costs[-patience:]) > best_before - max(min_delta, 1e-300)
+    before = [cost for cost in costs[:-patience] if not math.isnan(cost)]
+    best = min(before, default=math.inf)
+    return len(costs) > patience and not any(cost < best - min_delta for cost in costs[-patience:])

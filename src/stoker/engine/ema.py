@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from stoker.engine import options
@@ -32,15 +32,27 @@ class Ema:
 
     def take(self) -> None:
         """Let the average be what the weights are now."""
-        self.values.update({n: w.detach().clone().float() for n, w in self._weights.items()})
+        self.restore({n: w.detach() for n, w in self._weights.items()})
 
     @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Move the average towards the weights after optimizer step `step`, counted from 0."""
+    def restore(self, values: Mapping[str, torch.Tensor]) -> None:
+        """Put back values that were saved; without any, the average begins with the weights as they are."""
+        for name, value in (values or self._weights).items():
+            _local(self.values[name]).copy_(_local(value))
+
+    @torch.no_grad()
+    def update(self, step: int, moved: Iterable[torch.Tensor] | None = None) -> None:
+        """Move the average towards the weights after optimizer step `step`, counted from 0.
+
+        Args:
+            moved: the weights that this step changed, where it was not all of them.
+        """
         decay = min(self._decay, (1 + step) / (10 + step)) if self._warmup else self._decay
+        only = None if moved is None else {id(w) for w in moved}
+        names = [n for n, w in self._weights.items() if only is None or id(w) in only]
         torch._foreach_lerp_(
-            [_local(v) for v in self.values.values()],
-            [_local(w.detach()).float() for w in self._weights.values()],
+            [_local(self.values[n]) for n in names],
+            [_local(self._weights[n].detach()).float() for n in names],
             1.0 - decay,
         )
 

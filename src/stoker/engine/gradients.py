@@ -54,7 +54,22 @@ def clipped(factor: torch.Tensor, norm: torch.Tensor, clip_norm: float | None) -
 
 def reciprocal(weight: torch.Tensor) -> torch.Tensor:
     """1 / weight, and 1 for a weight of zero, which leaves gradients that are zero."""
-    return 1.0 / torch.where(weight == 0, torch.ones_like(weight), weight)
+    return 1.0 / divisor(weight)
+
+
+def divisor(weight: torch.Tensor) -> torch.Tensor:
+    """The weight, and 1 for a weight of zero: sums of nothing are zero, not NaN."""
+    return torch.where(weight == 0, torch.ones_like(weight), weight)
+
+
+def agree(parameters: list[torch.nn.Parameter], group: Any) -> None:
+    """Give a gradient of zero to parameters that had none here, but have one on another rank of a group."""
+    there = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32)
+    there = there.to(parameters[0].device) if parameters else there
+    dist.all_reduce(there, op=dist.ReduceOp.MAX, group=group)
+    for parameter, has in zip(parameters, there.tolist(), strict=True):
+        if has and parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
 
 
 def average(gradients: list[torch.Tensor], group: Any) -> None:

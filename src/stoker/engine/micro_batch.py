@@ -1,15 +1,15 @@
 """The largest micro-batch that fits into memory, found by trying and remembered.
 
-Sizes that divide a rank's share of the batch are tried from the smallest on, and before each the
-memory it will take is foreseen from the last two, so that running out is rare: a rank that does
-in the middle of a collective would leave the others waiting.
+Sizes that divide a rank's share of the batch, and suit a pipeline's schedule, are tried from the
+smallest on, and before each the memory it will take is foreseen from the last two, so that running
+out is rare: a rank that does in the middle of a collective would leave the others waiting.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ _ROOM = 0.9  # of a device's memory
 
 
 def find(
-    share: int,
+    sizes: Sequence[int],
     attempt: Callable[[int], None],
     device: torch.device,
     *,
@@ -34,8 +34,8 @@ def find(
     """The largest size that fits; the same on every rank.
 
     Args:
-        share: samples of a global batch that are this rank's.
-        attempt: a forward and backward pass on so many samples.
+        sizes: the ones to choose from, smallest first.
+        attempt: a forward and backward pass in micro-batches of a size.
         device: whose memory it must fit into.
         memory: the file that remembers, by all that `about` says.
 
@@ -44,9 +44,9 @@ def find(
     """
     key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
     known = distributed.from_rank_zero(storage.read_json(memory).get(key))
-    if isinstance(known, int) and share % known == 0:
-        return known
-    found = _largest([n for n in range(1, share + 1) if share % n == 0], attempt, device)
+    if known in sizes:
+        return int(known)
+    found = _largest(sizes, attempt, device)
     if found is None:
         raise StokerError(
             "micro_batch=auto: not even one sample fits into memory; "
@@ -57,17 +57,13 @@ def find(
     return found
 
 
-def of_pipeline(share: int, ranks: int) -> int:
-    """The micro-batch where none is given: four or more a rank, so that ranks rarely wait for each other.
-
-    Their number is a multiple of the ranks where it can be, as interleaved schedules want it.
-    """
-    fitting = [n for n in range(1, share + 1) if share % n == 0 and share // n % ranks == 0]
-    enough = [n for n in fitting if share // n >= 4 * ranks]
-    return max(enough, default=min(fitting, default=1))
+def of_pipeline(sizes: Sequence[int], share: int, ranks: int) -> int:
+    """The micro-batch where none is given: four or more a rank, so that ranks rarely wait for each other."""
+    enough = [n for n in sizes if share // n >= 4 * ranks]
+    return max(enough, default=min(sizes))
 
 
-def _largest(sizes: list[int], attempt: Callable[[int], None], device: torch.device) -> int | None:
+def _largest(sizes: Sequence[int], attempt: Callable[[int], None], device: torch.device) -> int | None:
     tried: list[tuple[int, int]] = []  # samples, bytes at the peak
     for size in sizes:
         if _over_ranks(_foreseen(tried, size) > _ROOM * _total(device)):

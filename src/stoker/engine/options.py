@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -127,6 +128,15 @@ class Training:
         object.__setattr__(self, "checkpoint_every", Duration.parse(self.checkpoint_every))
 
 
+def of_memory(training: Training) -> dict[str, str]:
+    """The settings that change how much memory a step takes, in words."""
+    names = (
+        "ddp", "fsdp", "pipeline", "activation_checkpointing", "compile", "blocks", "ema", "channels_last",
+        "sync_batchnorm",
+    )  # fmt: skip
+    return {name: str(getattr(training, name)) for name in names}
+
+
 def checkpointing(text: str) -> tuple[str, int]:
     """What `activation_checkpointing` says: (none | full | selective, every how many blocks).
 
@@ -167,7 +177,20 @@ def check(training: Training, *, ranks: int, gpus: int, batch_size: int | None =
     if training.parallel == "deepspeed":
         _check_deepspeed(training)
     if batch_size is not None:
-        check_batch(batch_size, data_ranks(training, ranks))
+        shares = data_ranks(training, ranks)
+        check_batch(batch_size, shares)
+        if training.parallel == "pipeline":
+            check_pipeline_batch(training, batch_size // shares, ranks // shares)
+
+
+def unused(training: Training, strategy: str) -> list[str]:
+    """Groups of keys that were set and mean nothing under this strategy, such as `fsdp`."""
+    several = strategy == "pipeline" and training.pipeline.ranks is not None
+    used = {strategy, *([training.pipeline.data] if several else [])}
+    if strategy == "single":
+        used = {"ddp", "fsdp", "deepspeed"}  # a debugging run of what is meant for several ranks
+    groups = {"ddp": Ddp(), "fsdp": Fsdp(), "pipeline": Pipeline(), "deepspeed": DeepSpeed()}
+    return [n for n, default in groups.items() if n not in used and getattr(training, n) != default]
 
 
 def data_ranks(training: Training, ranks: int) -> int:
@@ -193,7 +216,44 @@ def check_batch(batch_size: int, shares: int) -> None:
 def _check_pipeline(training: Training, ranks: int) -> None:
     if ranks < 2:
         raise BadInput("parallel=pipeline needs two ranks or more: add --nproc 2")
-    _divides("pipeline.ranks", training.pipeline.ranks, ranks)
+    _divides("pipeline.ranks", training.pipeline.ranks, ranks, least=2)
+
+
+def pipeline_micro_batches(schedule: str, share: int, ranks: int) -> list[int]:
+    """The sizes of a micro-batch that a pipeline of so many ranks takes, smallest first.
+
+    All micro-batches have one size, and their number is one that the schedule can do: 1F1B wants
+    one a rank or more, interleaved 1F1B rounds of equal length.
+    """
+    sizes = [n for n in range(1, share + 1) if share % n == 0]
+    if schedule == "1f1b":
+        return [n for n in sizes if share // n >= ranks]
+    if schedule == "interleaved":
+        return [n for n in sizes if share // n % max(1, share // n // ranks) == 0]
+    return sizes
+
+
+def check_pipeline_batch(training: Training, share: int, ranks: int) -> None:
+    """Raises BadInput where a pipeline's share of a batch cannot be cut into micro-batches.
+
+    Args:
+        share: samples of a global batch that one pipeline takes.
+        ranks: of one pipeline.
+    """
+    schedule, micro = training.pipeline.schedule, training.micro_batch
+    fitting = pipeline_micro_batches(schedule, share, ranks)
+    if not fitting:
+        raise BadInput(
+            f"a batch of {share} samples is too small for a pipeline of {ranks} ranks and its {schedule} "
+            f"schedule, which wants {ranks} micro-batches or more: make batch_size larger, or give "
+            "pipeline.schedule=gpipe"
+        )
+    if isinstance(micro, int) and micro not in fitting:
+        raise BadInput(
+            f"micro_batch={micro} does not cut the {share} samples of a pipeline into micro-batches of one "
+            f"size, as many as its {schedule} schedule wants over {ranks} ranks: give one of "
+            f"{', '.join(map(str, fitting))}"
+        )
 
 
 def _check_deepspeed(training: Training) -> None:
@@ -209,9 +269,9 @@ def _check_deepspeed(training: Training) -> None:
         raise BadInput("deepspeed.offload_optimizer is for stages 1, 2 and 3, and the stage is 0")
 
 
-def _divides(key: str, part: int | None, ranks: int) -> None:
+def _divides(key: str, part: int | None, ranks: int, least: int = 1) -> None:
     if part is not None and (part > ranks or ranks % part):
-        fitting = ", ".join(str(n) for n in range(1, ranks + 1) if ranks % n == 0)
+        fitting = ", ".join(str(n) for n in range(least, ranks + 1) if ranks % n == 0)
         raise BadInput(f"{key}={part} does not divide the {ranks} ranks: give one of {fitting}")
 
 
@@ -237,7 +297,36 @@ def read_deepspeed(file: Path | None) -> dict[str, Any]:
         raise BadInput(f"deepspeed.config={file} cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise BadInput(f"deepspeed.config={file} holds a {type(content).__name__}: it must be an object")
+    for key, (fits, what) in _OF_DEEPSPEED.items():
+        section, _, inner = key.rpartition(".")
+        holder = content.get(section, {}) if section else content
+        if inner in holder and holder[inner] != "auto" and not fits(holder[inner]):
+            raise BadInput(f"{file}: {key} is {json.dumps(holder[inner])}; it must be {what}")
     return content
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_object(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+_COUNT = (_is_count, "a whole number above 0")
+_OBJECT = (_is_object, "an object")
+_OF_DEEPSPEED: dict[str, tuple[Callable[[Any], bool], str]] = {  # sections before what is in them
+    "zero_optimization": _OBJECT,
+    "zero_optimization.stage": (lambda v: type(v) is int and 0 <= v <= 3, "0, 1, 2 or 3"),
+    "bf16": _OBJECT,
+    "fp16": _OBJECT,
+    "bf16.enabled": (lambda v: isinstance(v, bool), "true or false"),
+    "fp16.enabled": (lambda v: isinstance(v, bool), "true or false"),
+    "train_batch_size": _COUNT,
+    "train_micro_batch_size_per_gpu": _COUNT,
+    "gradient_accumulation_steps": _COUNT,
+    "gradient_clipping": (lambda v: type(v) in (int, float) and v >= 0, "a number, 0 for none"),
+}
 
 
 def with_deepspeed_file(training: Training) -> Training:
@@ -255,8 +344,11 @@ def with_deepspeed_file(training: Training) -> Training:
                 f"{file} sets the {section}, and so does the run: take the section out of the file"
             )
     half = [p for p in ("bf16", "fp16") if given.get(p, {}).get("enabled") is True]
+    if len(half) > 1:
+        raise BadInput(f"{file} enables both bf16 and fp16: leave one")
+    clip_norm = given.get("gradient_clipping", "auto") or None  # 0 is DeepSpeed's word for none
     said: dict[str, tuple[str, Any, Any]] = {
-        "clip_norm": ("gradient_clipping", given.get("gradient_clipping", "auto"), training.clip_norm),
+        "clip_norm": ("gradient_clipping", clip_norm, training.clip_norm),
         "micro_batch": (
             "train_micro_batch_size_per_gpu",
             given.get("train_micro_batch_size_per_gpu", "auto"),
@@ -271,7 +363,7 @@ def with_deepspeed_file(training: Training) -> Training:
         if ours not in (None, "auto", value):
             raise BadInput(
                 f"set twice: {key}={ours}, and {theirs} to {value} in {file}; "
-                f'give {key}={value}, or "auto" in the file'
+                f'give {key}={"none" if value is None else value}, or "auto" in the file'
             )
         changes[key] = value
     return replace(training, **changes)

@@ -54,7 +54,7 @@ class PipelineStep:
         self._count = self._ranks * virtual
         made = stages.cut(model, self._count)
         self._held = list(range(self._mesh.stage, self._count, self._ranks))
-        self.model = stages.take(model, made, self._held)
+        self.model = stages.take(model, made, self._held).to(self._mesh.device)
         self._stages = [
             _Stage(stages.take(model, made, [n]), n, self._count, made.prefix, self) for n in self._held
         ]
@@ -81,7 +81,7 @@ class PipelineStep:
         """See `Step`: the weights are what the forward pass uses."""
 
     def gradients(self, parts: Sequence[Any], agreement: Agreement) -> None:
-        """See `Step`. Raises BadInput where the micro-batches differ in shape, or are too few."""
+        """See `Step`. Raises BadInput where the micro-batches differ in shape."""
         shapes = [_shapes(part) for part in parts]
         if len(set(shapes)) > 1:
             raise BadInput(
@@ -140,15 +140,9 @@ class PipelineStep:
             options = {"loss_fn": self._loss, "scale_grads": False}
             made = [self._pipeline_stage(s, c) for s, c in zip(self._stages, self._called, strict=True)]
             several = self._schedule_class is ScheduleInterleaved1F1B
-            try:
-                self._schedules[count, shapes] = self._schedule_class(
-                    made if several else made[0], count, **options
-                )
-            except ValueError as error:
-                raise BadInput(
-                    f"{count} micro-batches do not fit this pipeline: {error}; "
-                    "change micro_batch or batch_size"
-                ) from error
+            self._schedules[count, shapes] = self._schedule_class(
+                made if several else made[0], count, **options
+            )
         return self._schedules[count, shapes]
 
     def _measure(self) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import platform
 import time
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from stoker import storage
+from stoker.engine import device as devices
 from stoker.engine.options import Precision
 
 log = logging.getLogger("stoker")
@@ -45,7 +45,7 @@ def bf16_speed(memory: Path) -> float:
 
     Measured where the file `memory` does not say, and written there.
     """
-    key = f"{platform.processor()} {platform.machine()} torch {torch.__version__}"
+    key = f"{devices.name(torch.device('cpu'))}, torch {torch.__version__}"
     known = storage.read_json(memory)
     if key not in known:
         kept = torch.get_rng_state()

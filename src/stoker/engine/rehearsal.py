@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import collections
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from stoker import storage
-from stoker.engine import batches, device, micro_batch, random_state
+from stoker.engine import batches, device, memory, micro_batch, random_state
 from stoker.engine.agreement import Agreement, Requests
 from stoker.engine.step import Setting, Step
 from stoker.world import World
+from torch.distributed.tensor import DTensor
 
 
-def largest_micro_batch(step: Step, setting: Setting, world: World, batch: Any, about: dict[str, Any]) -> int:
+def largest_micro_batch(
+    step: Step, setting: Setting, world: World, batch: Any, sizes: Sequence[int], about: dict[str, Any]
+) -> int:
     """The largest micro-batch that fits, found by trying, remembered for this model and device.
+
+    While it is tried, memory is held that the optimizers will take with their first step.
 
     Args:
         batch: this rank's share of a global batch, on the device.
+        sizes: the ones to choose from, smallest first.
         about: what else the memory that is needed depends on.
 
     Raises:
@@ -25,17 +33,45 @@ def largest_micro_batch(step: Step, setting: Setting, world: World, batch: Any, 
     about = {
         "model": [str(tuple(p.shape)) for p in step.model.parameters()], "ranks": world.size,
         "device": device.name(setting.mesh.device), "precision": setting.precision,
-        "batch": batches.shapes(batch), **about,
+        "batch": batches.shapes(batch), "optimizers": [str(o) for o in step.optimizers.values()], **about,
     }  # fmt: skip
-    return micro_batch.find(
-        batches.size(batch), lambda size: rehearse(step, setting, world, batch, size), setting.mesh.device,
+    held = [state_to_come(optimizer) for optimizer in step.optimizers.values()]
+    found = micro_batch.find(
+        sizes, lambda size: rehearse(step, setting, world, batch, size), setting.mesh.device,
         memory=storage.cache_folder() / "micro_batch.json", about=about,
     )  # fmt: skip
+    del held
+    return found
+
+
+def state_to_come(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """Memory as large as the state that an optimizer has not made yet, on its parameters' devices.
+
+    How much it keeps an element is seen from a step on a small parameter of no model.
+    """
+    if optimizer.state:
+        return []
+    small = torch.nn.Parameter(torch.zeros(64, 64))
+    small.grad = torch.zeros_like(small)
+    twin = object.__new__(type(optimizer))  # copy.copy leaves out what a subclass keeps of its own
+    twin.__dict__.update(optimizer.__dict__)
+    twin.state = collections.defaultdict(dict)
+    twin.param_groups = [{**optimizer.param_groups[0], "params": [small], "fused": None}]
+    twin.step()
+    kept = memory.held(t for t in twin.state[small].values() if isinstance(t, torch.Tensor)) / small.numel()
+    local = [_local(p) for group in optimizer.param_groups for p in group["params"]]
+    return [torch.zeros(int(p.numel() * kept), dtype=torch.uint8, device=p.device).fill_(1) for p in local]
+
+
+def _local(parameter: torch.Tensor) -> torch.Tensor:
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 def rehearse(step: Step, setting: Setting, world: World, batch: Any, size: int) -> None:
     """A forward and backward pass in micro-batches of a size."""
-    parts = list(batches.split(batch, size))[: setting.mesh.size("stage")]
+    parts = list(batches.split(batch, size))
+    if setting.mesh.size("stage") == 1:  # the next one takes no more; a pipeline holds several
+        parts = parts[:1]
     kept = random_state.capture()
     buffers = {name: b.clone() for name, b in step.model.named_buffers()}
     divisor, setting.scale.divisor = setting.scale.divisor, setting.scale.divisor or 1.0

@@ -107,6 +107,7 @@ class PlainStep:
         self._casts = casts
         self._ddp = called if isinstance(called, DistributedDataParallel) else None
         self._reduced = True
+        self._learned = False
         self._statistics = running_statistics(model) if setting.mesh.data.size > 1 else []
 
     def gradients(self, parts: Sequence[Any], agreement: Agreement) -> None:
@@ -146,9 +147,12 @@ class PlainStep:
     def update(self, optimizer: torch.optim.Optimizer, weight: torch.Tensor) -> bool:
         """See `Step`."""
         setting = self._setting
-        found = gradients.of(p for group in optimizer.param_groups for p in group["params"])
+        updated = [p for group in optimizer.param_groups for p in group["params"]]
         if self._ddp is not None and not self._reduced:
-            gradients.average(found, setting.mesh.group("replicate"))
+            group = setting.mesh.group("replicate")
+            gradients.agree(updated, group)
+            gradients.average(gradients.of(updated), group)
+        found = gradients.of(updated)
         stepped = apply(found, optimizer, weight, setting)
         for parameter in self._parameters:
             parameter.grad = None
@@ -164,8 +168,12 @@ class PlainStep:
         return contextlib.nullcontext() if self._casts else self._setting.autocast()
 
     def _reduce_next(self, reduce: bool) -> None:
+        """Gradients that were averaged stay what they are when averaged again with those that are added."""
         if self._ddp is not None:
-            self._ddp.require_backward_grad_sync = reduce  # what its no_sync() sets
+            # Of a static graph DDP learns the order in its first backward pass, which must reduce.
+            learns = self._ddp.static_graph and not self._learned
+            self._ddp.require_backward_grad_sync = reduce or learns  # what its no_sync() sets
+            self._learned = True
 
 
 def apply(

@@ -58,7 +58,7 @@ def lay_out(model: nn.Module, strategy: str, training: Training, setting: Settin
         BadInput: the model cannot be laid out so.
     """
     found = blocks.find(model, training.blocks)
-    _prepare(model, training, setting.mesh)
+    _prepare(model, strategy, training, setting.mesh)
     activation.apply(found, training.activation_checkpointing)
     if training.compile:
         compile_blocks(model, found)
@@ -157,16 +157,18 @@ def compile_blocks(model: nn.Module, found: Blocks) -> None:
         module.compile()
 
 
-def _prepare(model: nn.Module, training: Training, mesh: Mesh) -> None:
+def _prepare(model: nn.Module, strategy: str, training: Training, mesh: Mesh) -> None:
     """Weights onto the device (a pipeline moves its own stages), memory layout, BatchNorm."""
-    if training.channels_last:
+    if training.channels_last and strategy in ("single", "ddp"):  # shards are contiguous: inputs decide then
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if training.sync_batchnorm and mesh.data.size > 1:
-        nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
+        group = mesh.data_axes.get_group() if mesh.data_axes.ndim == 1 else None
+        nn.SyncBatchNorm.convert_sync_batchnorm(model, group)  # type: ignore[no-untyped-call]
     if any(p.requires_grad and p.dtype not in (torch.float32, torch.float64) for p in model.parameters()):
         for p in trainable(model):
             p.data = p.data.float()  # master weights: an update may be far below one step of bf16
-    model.to(mesh.device)
+    if strategy != "pipeline":
+        model.to(mesh.device)
 
 
 def warn_of_batch_norm(model: nn.Module, *, share: int, training: Training) -> None:

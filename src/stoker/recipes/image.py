@@ -12,6 +12,7 @@ from annotated_types import Ge, Gt, Lt
 from stoker.attempt import Run
 from stoker.duration import Duration
 from stoker.engine.options import Training
+from stoker.errors import BadInput
 
 PRELOAD = ("stoker.recipes.image_model", "stoker.data.images", "stoker.data.augment")
 
@@ -70,6 +71,15 @@ class Config(Training):
     def length(self) -> Duration:
         """How long to train."""
         return self.max_steps or Duration(self.epochs or 10.0, "epoch")
+
+
+def check_launch(config: Config, ranks: int) -> None:
+    """What can be seen before any process is started. Raises BadInput."""
+    if config.parallel == "pipeline":
+        raise BadInput(
+            "parallel=pipeline: a ResNet is not cut into stages, its blocks differ too much in size; "
+            "give parallel=ddp or fsdp"
+        )
 
 
 def train(run: Run, config: Config) -> None:
