@@ -51,7 +51,7 @@ def state_to_come(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     """
     if optimizer.state:
         return []
-    small = torch.nn.Parameter(torch.zeros(64, 64))
+    small = torch.nn.Parameter(torch.zeros(256, 256))
     small.grad = torch.zeros_like(small)
     twin = object.__new__(type(optimizer))  # copy.copy leaves out what a subclass keeps of its own
     twin.__dict__.update(optimizer.__dict__)
