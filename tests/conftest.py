@@ -78,6 +78,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
+            process_group=0,  # of its own, so that a test can signal all of it
         )
         processes.append(process)
         return process

@@ -27,6 +27,7 @@ class Config:
     limit: int | None = None
     shuffle: bool = True
     name: str = "x"
+    sizes: tuple[int, ...] = ()
     lora: Lora = field(default_factory=Lora)
 
     def __post_init__(self) -> None:
@@ -71,12 +72,18 @@ def test_values_become_what_the_field_is(override: str, expected: dict[str, obje
         ("every=soon", "'soon' is not a duration"),
         ("lr", "'lr' is not an override: write key=value"),
         ("lr=11", "beyond reason"),
+        ("sizes=[1, b]", "sizes is a list, each a whole number"),
     ],
 )
 def test_bad_values_say_what_is_allowed(override: str, said: str) -> None:
     with pytest.raises(BadInput) as error:
         configs.resolve(Config, [override])
     assert said in str(error.value)
+
+
+@pytest.mark.parametrize(("given", "expected"), [("[3, 4]", (3, 4)), ("3", (3,)), ("[]", ())])
+def test_a_list_of_one_needs_no_brackets(given: str, expected: tuple[int, ...]) -> None:
+    assert configs.resolve(Config, [f"sizes={given}"]).config.sizes == expected
 
 
 @pytest.mark.parametrize(

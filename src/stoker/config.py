@@ -8,6 +8,7 @@ wrote is ever ignored. Values are checked by pydantic; the dataclass itself stay
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import typing
 from collections.abc import Iterable, Mapping
@@ -147,11 +148,11 @@ def _checked(key: str, leaf: _Leaf, value: Any, source: str) -> Any:
     try:
         return adapter.validate_python(value)
     except ValidationError as error:
-        if isinstance(value, str) and value[:1] in ("[", "{"):
-            try:
+        with contextlib.suppress(yaml.YAMLError, ValidationError):
+            if isinstance(value, str) and value[:1] in ("[", "{"):
                 return adapter.validate_python(yaml.safe_load(value))
-            except (yaml.YAMLError, ValidationError):
-                pass
+            if isinstance(value, str) and typing.get_origin(leaf.type) is tuple:  # a list of one
+                return adapter.validate_python([value])
         raise BadInput(_explain(key, leaf, value, source, error)) from None
 
 
@@ -160,7 +161,7 @@ def _explain(key: str, leaf: _Leaf, value: Any, source: str, error: ValidationEr
     reason = reason[0].lower() + reason[1:]
     if isinstance(value, str) and typing.get_origin(leaf.type) is typing.Literal:
         reason += nearest(value, [str(a) for a in typing.get_args(leaf.type)])
-    has_example = leaf.default not in (dataclasses.MISSING, None)
+    has_example = leaf.default not in (dataclasses.MISSING, None, ())
     example = f", for example {key}={_dump(leaf, leaf.default)}" if has_example else ""
     return f"{key}={value} ({source}): {reason}; {key} is {_type_name(leaf.type)}{example}"
 
@@ -222,6 +223,8 @@ def _type_name(kind: Any) -> str:
     if typing.get_origin(kind) is typing.Literal:
         return "one of " + ", ".join(map(str, typing.get_args(kind)))
     arguments = typing.get_args(kind)
+    if typing.get_origin(kind) is tuple:
+        return f"a list, each {_type_name(arguments[0])}"
     if type(None) in arguments:
         return " or ".join(_type_name(k) for k in arguments if k is not type(None)) + " or none"
     names = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text",

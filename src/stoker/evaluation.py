@@ -23,6 +23,7 @@ def measure(
     *,
     batch_size: int,
     collate: Collate | None = None,
+    workers: int = 0,
     channels_last: bool = False,
 ) -> dict[str, float]:
     """Metrics over a dataset, each sample once over all ranks, in evaluation mode; on every rank."""
@@ -32,7 +33,7 @@ def measure(
     was_training = step.model.training
     step.model.eval()
     try:
-        for batch, counts in evaluation_batches(dataset, size, shares, collate):
+        for batch, counts in evaluation_batches(dataset, size, shares, collate, workers):
             on_device = batches.to_device(batch, setting.mesh.device, channels_last=channels_last)
             output = step.forward(on_device)
             if output is not None:

@@ -148,8 +148,12 @@ class Trainer:
         return Ema(self._step.weights(), self.training.ema, self._step.publish)
 
     def _say(self, why: str) -> None:
-        if self.training.parallel == "auto" and self.world.size > 1 and self.world.rank == 0:
-            log.info("parallel=%s: %s", self.strategy, why)
+        if self.world.rank == 0:
+            because = f" ({why})" if self.training.parallel == "auto" and self.world.size > 1 else ""
+            log.info(
+                "parallel=%s%s precision=%s on %d x %s",
+                self.strategy, because, self.precision, self.world.size, device.name(self.device),
+            )  # fmt: skip
         unused = options.unused(self.training, self.strategy)
         if unused and self.world.rank == 0:
             log.warning("parallel=%s has no use for what is set of %s", self.strategy, ", ".join(unused))
@@ -418,6 +422,7 @@ class Trainer:
         *,
         batch_size: int,
         collate: Collate | None = None,
+        workers: int | None = None,
     ) -> dict[str, float]:
         """Metrics over a dataset, each sample once over all ranks, in evaluation mode; on every rank.
 
@@ -426,12 +431,15 @@ class Trainer:
         Args:
             metrics: `(output, batch) -> name -> Mean, Sum, Max or Perplexity` of a batch.
             batch_size: samples of a batch over all ranks; rounded up to a multiple of the ranks.
+            workers: processes that read samples; by default as many as the loader has.
         """
+        if workers is None:
+            workers = self._loader.workers if self._loader is not None else 0
         try:
             with self.averaged():
                 return evaluation.measure(
                     self._step, self._setting, dataset, metrics, batch_size=batch_size, collate=collate,
-                    channels_last=self.training.channels_last,
+                    workers=workers, channels_last=self.training.channels_last,
                 )  # fmt: skip
         finally:
             self._rate.restart()

@@ -1,5 +1,6 @@
 """A recipe of its own that the tests start on several ranks."""
 
+import signal
 import time
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ class Config(stoker.Training):
     steps: int = 60
     pause: float = 0.0
     fail_rank: int = -1
+    deaf_rank: int = -1
     dropout: float = 0.1
     seed: int = 0
 
@@ -34,7 +36,10 @@ def train(run: stoker.Run, config: Config) -> None:
     loader = trainer.loader(TensorDataset(x, x.sum(1)), batch_size=config.batch_size)
     for batch in trainer.steps(loader, max_steps=config.steps):
         if run.world.rank == config.fail_rank and run.step == 20:
-            raise RuntimeError("what one rank cannot do")
+            raise RuntimeError("what one rank cannot do: its connection to a server, say")
+        if run.world.rank == config.deaf_rank and run.step == 20:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            time.sleep(600)
         run.log(loss=trainer.step(batch))
         time.sleep(config.pause)
 

@@ -59,6 +59,30 @@ def test_the_first_rank_to_fail_is_the_one_that_is_shown(stoker: Command, tmp_pa
     assert loaded(tmp_path / "runs" / "ranked" / "a").status == "failed"
 
 
+def test_a_rank_that_does_not_end_is_ended_soon_and_not_blamed(stoker: Command, tmp_path: Path) -> None:
+    begun = time.monotonic()
+    done = stoker("train", RECIPE, "fail_rank=1", "deaf_rank=0", "--nproc", "2", "--name", "a")
+    assert time.monotonic() - begun < 30
+    assert done.code == 1
+    assert "RuntimeError: what one rank cannot do" in done.err
+    assert "SIGKILL" not in done.err
+
+
+def test_a_signal_to_the_whole_process_group_costs_no_checkpoint(
+    stoker: Command, start: Start, tmp_path: Path
+) -> None:
+    """As `timeout`, systemd and Slurm send it: the server of the ranks hears it too."""
+    process = start("train", RECIPE, *SLOW, "steps=5000", "--nproc", "2", "--name", "a")
+    run = tmp_path / "runs" / "ranked" / "a"
+    wait_for_points(process, run, 10)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err.decode()
+    seen = loaded(run)
+    assert seen.status == "preempted"
+    assert (run / "checkpoints" / f"step-{seen.step:08d}" / "manifest.json").is_file()
+
+
 def test_a_rank_that_is_killed_is_named_and_the_run_goes_on_to_the_same_bits(
     stoker: Command, start: Start, tmp_path: Path
 ) -> None:

@@ -159,7 +159,8 @@ def test_what_cannot_be_loaded_is_refused(size: int, batch_size: int, ranks: int
 @pytest.mark.parametrize("size", [1, 2, 4])
 @pytest.mark.parametrize("samples", [1, 8, 13])
 def test_evaluation_takes_each_sample_once_over_all_ranks(size: int, samples: int) -> None:
-    batches = [list(evaluation_batches(Numbers(samples), 4, World(rank, size))) for rank in range(size)]
+    world = [World(rank, size) for rank in range(size)]
+    batches = [list(evaluation_batches(Numbers(samples), 4, w, workers=samples % 2)) for w in world]
     seen = [[i for batch, counts in rank if counts for i in batch.tolist()] for rank in batches]
     assert sorted(i for rank in seen for i in rank) == list(range(samples))
     assert all(rank == sorted(rank) for rank in seen)

@@ -14,7 +14,7 @@ import multiprocessing
 import os
 import random
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from multiprocessing.context import BaseContext
 from typing import Any, Protocol, TypeAlias, runtime_checkable
@@ -87,8 +87,8 @@ class Loader:
         self.batch_size = batch_size
         self.samples_per_epoch = len(dataset)
         self.tokens_per_sample = dataset.tokens_per_sample if isinstance(dataset, TokenDataset) else None
+        self.workers = workers
         self._world = world
-        self._workers = workers
         self._order_seed = seed if shuffle else None
         self._dataset = _SeededDataset(dataset, seed, collate or default_collate)
 
@@ -97,22 +97,11 @@ class Loader:
         sampler = _Shares(
             self._order_seed, self.samples_per_epoch, start_sample, self.batch_size, self._world
         )
-        return iter(
-            DataLoader(
-                self._dataset,
-                batch_sampler=sampler,
-                collate_fn=_as_is,
-                num_workers=self._workers,
-                multiprocessing_context=_worker_context() if self._workers else None,
-                worker_init_fn=_end_with_trainer,
-                pin_memory=torch.cuda.is_available(),  # so that copies to the GPU overlap with its work
-                generator=torch.Generator(),  # else the iterator draws a seed from the global state
-            )
-        )
+        return _batches(self._dataset, sampler, self.workers)
 
 
 def evaluation_batches(
-    dataset: MapDataset, batch_size: int, world: World, collate: Collate | None = None
+    dataset: MapDataset, batch_size: int, world: World, collate: Collate | None = None, workers: int = 0
 ) -> Iterator[tuple[Any, bool]]:
     """This rank's share of a dataset in order, each sample exactly once over all ranks.
 
@@ -121,6 +110,7 @@ def evaluation_batches(
 
     Args:
         batch_size: samples of a batch over all ranks; the last one is smaller.
+        workers: processes that read samples; any number gives the same batches.
 
     Yields:
         The batch, and whether it counts.
@@ -131,10 +121,26 @@ def evaluation_batches(
     _check(dataset, batch_size, world)
     seeded = _SeededDataset(dataset, 0, collate or default_collate)
     share = batch_size // world.size
-    for begin in range(0, len(dataset), batch_size):
-        start = begin + world.rank * share
-        own = range(start, min(start + share, len(dataset)))
-        yield seeded.__getitems__([(0, i) for i in own or [begin]]), len(own) > 0
+    begins = range(0, len(dataset), batch_size)
+    own = [range(b + world.rank * share, min(b + (world.rank + 1) * share, len(dataset))) for b in begins]
+    pairs = [[(0, i) for i in indices or [b]] for indices, b in zip(own, begins, strict=True)]
+    for batch, indices in zip(_batches(seeded, pairs, min(workers, len(pairs))), own, strict=True):
+        yield batch, len(indices) > 0
+
+
+def _batches(dataset: _SeededDataset, sampler: Iterable[list[Pair]], workers: int) -> Iterator[Any]:
+    return iter(
+        DataLoader(
+            dataset,
+            batch_sampler=sampler,
+            collate_fn=_as_is,
+            num_workers=workers,
+            multiprocessing_context=_worker_context() if workers else None,
+            worker_init_fn=_end_with_trainer,
+            pin_memory=torch.cuda.is_available(),  # so that copies to the GPU overlap with its work
+            generator=torch.Generator(),  # else the iterator draws a seed from the global state
+        )
+    )
 
 
 def _check(dataset: MapDataset, batch_size: int, world: World) -> None:

@@ -22,10 +22,13 @@ def state_dict(step: Step, mesh: Mesh, wanted: Callable[[str], bool] = lambda na
     """
     saved = step.model.state_dict(keep_vars=True)
     named = [*step.model.named_parameters(), *step.model.named_buffers()]
-    held = {n: _whole(step, n, t) for n, t in named if n in saved and wanted(n)}
-    if mesh.size("stage") > 1:
-        return _from_stages(held, mesh)
-    return held if mesh.world.rank == 0 else {}
+    held = {}
+    for name, tensor in named:
+        if name in saved and wanted(name):
+            whole = _whole(step, name, tensor)
+            if mesh.data.rank == 0:  # the others have only helped to gather it
+                held[name] = whole.cpu().clone()
+    return _from_stages(held, mesh) if mesh.size("stage") > 1 else held
 
 
 def _whole(step: Step, name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -34,7 +37,7 @@ def _whole(step: Step, name: str, tensor: torch.Tensor) -> torch.Tensor:
         found: torch.Tensor = gather(tensor)
         return found
     whole = tensor.detach()
-    return (whole.full_tensor() if isinstance(whole, DTensor) else whole).cpu().clone()
+    return whole.full_tensor() if isinstance(whole, DTensor) else whole
 
 
 def _from_stages(held: Tensors, mesh: Mesh) -> Tensors:

@@ -11,6 +11,7 @@ import contextlib
 import io
 import logging
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -294,6 +295,9 @@ def _quieten() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("LOCAL_RANK", "0")  # it insists on one, for a single process too
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings(  # at every collective of every step
+        "ignore", r"`torch.distributed.(all_gather_into|reduce_scatter)_tensor` is deprecated", FutureWarning
+    )
     if not torch.cuda.is_available():
         import deepspeed
 

@@ -7,11 +7,11 @@ reported: the others only lost their peer. If this process dies, so do the ranks
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import multiprocessing
 import os
-import re
 import signal
 import sys
 import tempfile
@@ -26,12 +26,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import psutil
 from stoker.errors import BadInput, StokerError, Stopped
 
 _POLL = 0.05  # seconds
+_WATCH = 0.2
 _LAST_WORDS = 5  # seconds that the other ranks have to end, once one has failed
 _PASSED_ON = (signal.SIGTERM, signal.SIGINT)
-_LOST_PEER = re.compile(r"(?i)connection|peer|gloo|nccl|socket|broken pipe")
 PRELOAD = ("torch", "torch._dynamo", "stoker.loop")
 
 
@@ -63,9 +64,10 @@ def run(
         BadInput: what the first rank to fail raised.
         StokerError: likewise; or RankFailed, for anything else.
     """
-    with tempfile.TemporaryDirectory(prefix="stoker-launch-") as name, _passing_on(Path(name)):
+    with tempfile.TemporaryDirectory(prefix="stoker-launch-") as name:
         folder = Path(name)
-        failed = _launch(function, arguments, nproc, folder, preload)
+        with _passing_on(folder), _ending_the_rest(folder):
+            failed = _launch(function, arguments, nproc, folder, preload)
         ends = {end.rank: end for end in map(_read, sorted(folder.glob("rank-*.json")))}
         _raise_first(ends, failed, folder)
         return ends[0].code or 0
@@ -95,7 +97,7 @@ def _launch(
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=nproc, run_id=uuid.uuid4().hex, max_restarts=0,
         rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0", monitor_interval=_POLL,
-        start_method="forkserver", shutdown_timeout=_LAST_WORDS, signals_to_handle="SIGQUIT",
+        start_method="forkserver", signals_to_handle="SIGQUIT",
     )  # fmt: skip
     try:
         elastic_launch(config, _rank)(function, tuple(arguments), str(folder), os.getpid())
@@ -105,9 +107,21 @@ def _launch(
 
 
 def _start_server() -> None:
+    """Start the server of the ranks, deaf to signals for the whole process group.
+
+    A scheduler's SIGTERM would end it, and the ranks, which end with their parent, before they
+    have taken their checkpoint.
+    """
     from multiprocessing import forkserver
 
-    forkserver.ensure_running()
+    if threading.current_thread() is not threading.main_thread():
+        forkserver.ensure_running()
+        return
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _rank(function: Callable[..., int], arguments: Sequence[Any], folder: str, launcher: int) -> None:
@@ -115,8 +129,9 @@ def _rank(function: Callable[..., int], arguments: Sequence[Any], folder: str, l
     rank = int(os.environ["RANK"])
     base = Path(folder) / f"rank-{rank}"
     os.setsid()  # Ctrl-C reaches the launcher alone, which passes it on once
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # its server ignores it
     _end_with(launcher)
-    base.with_suffix(".pid").write_text(str(os.getpid()))
+    _write(base, ".pid", str(os.getpid()))
     _share_cores(int(os.environ["LOCAL_WORLD_SIZE"]))
     if rank > 0:
         log_to(base.with_suffix(".out"))
@@ -126,9 +141,10 @@ def _rank(function: Callable[..., int], arguments: Sequence[Any], folder: str, l
         code, error, trace = int(stopped.code or 0), "", ""
     except BaseException as caught:
         code, error, trace = _explained(caught)
-    _write(base, _End(rank, time.time(), code, error, trace))
+    _write(base, ".json", json.dumps(vars(_End(rank, time.time(), code, error, trace))))
     _leave_group(failed=bool(error))
     if error:
+        time.sleep(4 * _POLL)  # so that a rank that was killed, and cost this one its peer, is seen first
         os._exit(code or 1)  # at once: a collective of the others may be waiting for this rank
 
 
@@ -168,10 +184,11 @@ def _end_with(launcher: int) -> None:
     threading.Thread(target=wait, name="end-with-launcher", daemon=True).start()
 
 
-def _write(base: Path, end: _End) -> None:
+def _write(base: Path, suffix: str, text: str) -> None:
+    """Write a file that is there whole or not at all."""
     part = base.with_suffix(".part")
-    part.write_text(json.dumps(vars(end)), encoding="utf-8")
-    part.rename(base.with_suffix(".json"))
+    part.write_text(text, encoding="utf-8")
+    part.rename(base.with_suffix(suffix))
 
 
 def _read(file: Path) -> _End:
@@ -181,10 +198,9 @@ def _read(file: Path) -> _End:
 def _raise_first(ends: dict[int, _End], failed: dict[int, int], folder: Path) -> None:
     """Raise what the first rank to fail failed of: one that was killed, else the earliest exception."""
     errors = sorted((end for end in ends.values() if end.error), key=lambda end: end.at)
-    silent = [int(file.stem.removeprefix("rank-")) for file in sorted(folder.glob("rank-*.pid"))]
-    silent = [rank for rank in silent if rank not in ends]
-    if silent and (not errors or _LOST_PEER.search(errors[0].error)):
-        code = failed.get(silent[0], -signal.SIGKILL)
+    silent = sorted(failed.keys() - ends.keys())  # not those that were ended for another's failure
+    if silent:
+        code = failed[silent[0]]
         name = f"killed by {signal.Signals(-code).name}" if code < 0 else f"gone with exit code {code}"
         hint = ": it may have run out of memory" if code == -signal.SIGKILL else ""
         raise RankFailed(f"rank {silent[0]} was {name}{hint}{_last_output(folder, silent[0])}")
@@ -206,18 +222,53 @@ def _last_output(folder: Path, rank: int) -> str:
 
 
 @contextmanager
+def _ending_the_rest(folder: Path) -> Iterator[None]:
+    """Within this block, once a rank has failed, the others have _LAST_WORDS seconds to end by themselves.
+
+    They are told by SIGTERM, but one that waits in a collective for the rank that is gone hears nothing.
+    """
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(_WATCH):
+            if any(_has_failed(file) for file in folder.glob("rank-*.pid")):
+                over.wait(_LAST_WORDS)
+                break
+        while not over.is_set():
+            _signal(folder, signal.SIGKILL)
+            over.wait(_WATCH)
+
+    thread = threading.Thread(target=watch, name="end-the-rest", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def _has_failed(file: Path) -> bool:
+    """Whether the rank of a pid file has said so, or is gone without a word."""
+    said = file.with_suffix(".json")
+    if not said.exists() and psutil.pid_exists(int(file.read_text())):
+        return False
+    return not said.exists() or bool(_read(said).error)
+
+
+def _signal(folder: Path, number: int) -> None:
+    for file in folder.glob("rank-*.pid"):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(file.read_text()), number)
+
+
+@contextmanager
 def _passing_on(folder: Path) -> Iterator[None]:
     """Hand SIGTERM and Ctrl-C to the ranks within this block, and wait on."""
 
     def pass_on(number: int, frame: FrameType | None) -> None:
-        pids = [int(file.read_text()) for file in folder.glob("rank-*.pid")]
-        if not pids:
+        if not any(folder.glob("rank-*.pid")):
             raise Stopped("interrupted" if number == signal.SIGINT else "preempted")
-        for pid in pids:
-            try:
-                os.kill(pid, number)
-            except ProcessLookupError:
-                continue
+        _signal(folder, number)
 
     if threading.current_thread() is not threading.main_thread():
         yield

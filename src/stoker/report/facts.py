@@ -154,6 +154,14 @@ def command(view: RunView) -> str:
     return shlex.join(["stoker", *given[1:]])
 
 
+def layout(view: RunView) -> str:
+    """How the newest attempt used the devices: `ddp, bf16, 2 x NVIDIA H200`; empty without a Trainer."""
+    found = view.attempts[-1].layout if view.attempts else {}
+    if not {"parallel", "precision", "ranks", "device"} <= found.keys():
+        return ""
+    return f"{found['parallel']}, {found['precision']}, {found['ranks']} x {found['device']}"
+
+
 def code(view: RunView) -> str:
     """The commit the run was made from: `3f9a1c2 on main, with uncommitted changes`."""
     state = view.record.get("code") or {}

@@ -444,6 +444,7 @@ def _provenance_rows(view: RunView, found: facts.Provenance) -> list[list[str]]:
     named = {
         "seed": view.record.get("seed"),
         "working directory": view.record.get("cwd"),
+        "layout": facts.layout(view),
         "code": facts.code(view),
         "remote": found.code.get("remote"),
         **{key.replace("_", " "): value for key, value in found.hardware.items() if key != "memory_bytes"},

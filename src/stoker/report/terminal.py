@@ -175,6 +175,7 @@ def _summary(view: RunView) -> list[tuple[str, str]]:
         ("where", _shortest(view.directory.path)),
         ("recipe", str((view.record.get("recipe") or {}).get("name", ""))),
         ("command", facts.command(view)),
+        ("layout", facts.layout(view)),
         ("code", facts.code(view)),
         ("checkpoints", f"at step {', '.join(map(str, kept))}" if kept else "none"),
     ]
