@@ -221,35 +221,36 @@ class Trainer:
             raise Stopped(requests.stop)
 
     def _progress(self) -> contextlib.AbstractContextManager[Any]:
-        if self.world.rank > 0:
+        if self.world.rank > 0 or self.run.measure is not None:
             return contextlib.nullcontext()
         return ProgressDisplay(self.run.directory.id, self._reading)
 
     def _remaining(self, loader: Loader) -> Iterator[Any]:
         source = loader.batches(self.samples_done)
-        profiler = Profiler(self.run.profile, self.run.directory.logs, self.world.rank, self.device)
         timing = Timing(self.run.measure, self.device) if self.run.measure is not None else None
         self._begin_attempt()
-        while self.steps_done < self._total:
-            begun = time.perf_counter()
-            batch = next(source)
-            self.waited += time.perf_counter() - begun
-            self.run.step = self.steps_done + 1
-            yield batch
-            self._rate.step()
-            self.steps_done += 1
-            self.samples_done += loader.batch_size
-            profiler.step(self.steps_done)
-            if timing is not None and (timed := timing.step(self.waited)):
-                self._write_timing(timed)
-                raise Stopped("measured")
-            requests = self._agreement.requests()
-            if requests.checkpoint or requests.stop or self._checkpoint_due():
-                self.checkpoint()
-            if requests.stop:
-                raise Stopped(requests.stop)
-        self.run.step = self.steps_done
-        profiler.close()
+        with contextlib.closing(
+            Profiler(self.run.profile, self.run.directory.logs, self.world.rank, self.device)
+        ) as profiler:
+            while self.steps_done < self._total:
+                begun = time.perf_counter()
+                batch = next(source)
+                self.waited += time.perf_counter() - begun
+                self.run.step = self.steps_done + 1
+                yield batch
+                self._rate.step()
+                self.steps_done += 1
+                self.samples_done += loader.batch_size
+                profiler.step(self.steps_done)
+                if timing is not None and (timed := timing.step(self.waited)):
+                    self._write_timing(timed)
+                    raise Stopped("measured")
+                requests = self._agreement.requests()
+                if requests.checkpoint or requests.stop or self._checkpoint_due():
+                    self.checkpoint()
+                if requests.stop:
+                    raise Stopped(requests.stop)
+            self.run.step = self.steps_done
         self.checkpoint()
 
     def _write_timing(self, timed: Timed) -> None:
@@ -279,13 +280,18 @@ class Trainer:
         return Requests(stop == "preempted", stop == "interrupted", due and self.world.rank == 0)
 
     def every(self, duration: Duration | str | int) -> bool:
-        """Whether the step under way completes another such duration, e.g. `"1ep"`, `100`, `"1000000tok"`."""
+        """Whether the step under way completes another such duration, e.g. `"1ep"`, `100`, `"1000000tok"`.
+
+        Never in a run that is measured (`stoker bench`): what is timed are the steps alone.
+        """
         parsed = Duration.parse(duration)
         if parsed.seconds is not None:
             raise ValueError(
                 f"every({str(parsed)!r}) depends on the machine's speed: count in steps, epochs or tokens"
             )
         assert self._loader is not None, "every() is asked within the loop of steps()"
+        if self.run.measure is not None:
+            return False
         return counting.completes(parsed, self._loader, self.steps_done, self.samples_done)
 
     @property

@@ -8,6 +8,7 @@ import os
 import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,11 +20,13 @@ from stoker.cli import train
 from stoker.cli.output import Json, console, print_json
 from stoker.cli.train import Job, Overrides
 from stoker.config import Resolved
+from stoker.duration import Duration
 from stoker.errors import BadInput
 from stoker.launch import local
 from stoker.recipes import Recipe
 from stoker.report import scaling as report
-from stoker.run import directory
+from stoker.reproduce import provenance
+from stoker.run import directory, view
 
 Way = tuple[str, int, int]  # strong or weak, ranks, global batch
 
@@ -53,16 +56,26 @@ def scaling(
     """Measure samples/s (or tokens/s), memory, waiting and communication by the number of ranks.
 
     Strong scaling keeps the global batch, weak scaling a rank's share of it. Every rank gets the
-    same number of cores, however many there are.
+    same number of cores, however many there are. What is timed are steps alone: whatever a recipe
+    does every so often (evaluation, checkpoints) is left out.
     """
+    train.show_messages()
+    report.check(output)
     found = recipes.load(recipe)
     resolved = configs.resolve(found.config, overrides or (), None)
     counts = _counts(nproc)
+    _check_length(found, resolved.config, steps)
     _share_cores(max(counts))
     rows = _measured(found, resolved, counts, steps, repeats)
-    rows_file = report.write(found.name, rows, output)
+    result = {
+        "recipe": found.name, "config": resolved.values, "machine": _machine(),
+        "torch": metadata.version("torch"), "stoker": metadata.version("stoker"),
+        "cores_per_rank": int(os.environ["OMP_NUM_THREADS"]), "steps": steps, "repeats": repeats,
+        "rows": rows,
+    }  # fmt: skip
+    rows_file = report.write(result, output)
     if json:
-        print_json({"recipe": found.name, "rows": rows, "report": str(output), "json": str(rows_file)})
+        print_json({**result, "report": str(output), "json": str(rows_file)})
         return 0
     _show(rows)
     console().print(f"\nreport {output}   rows {rows_file}")
@@ -83,17 +96,28 @@ def _measured(
     base = int(getattr(resolved.config, "batch_size", 0))
     if not base:
         raise BadInput(f"{recipe.name} has no batch_size to scale")
-    ways = [("strong", n, base) for n in counts] + [("weak", n, base * n) for n in counts if n > 1]
+    least = min(counts)
+    odd = next((n for n in counts if base * n % least), None)
+    if odd is not None:
+        raise BadInput(
+            f"batch_size={base} on {least} ranks has no whole counterpart on {odd}: "
+            f"make it a multiple of {least}"
+        )
+    ways = [("strong", n, base) for n in counts]
+    ways += [("weak", n, base * n // least) for n in counts if n > least]
     for _, ranks, batch_size in ways:
         train.check(recipe, configs.changed(resolved, [f"batch_size={batch_size}"]).config, ranks)
     found: dict[Way, list[dict[str, Any]]] = {way: [] for way in ways}
     for number in range(repeats):
         for way in ways:
             scale, ranks, batch_size = way
-            log.info("%s scaling, %d ranks, %d of %d", scale, ranks, number + 1, repeats)
+            log.info(
+                "measuring %s scaling, %s, batch of %d, %d of %d",
+                scale, "1 rank" if ranks == 1 else f"{ranks} ranks", batch_size, number + 1, repeats,
+            )  # fmt: skip
             config = configs.changed(resolved, [f"batch_size={batch_size}"])
             found[way].append(_one(recipe, config, ranks, steps, batch_size))
-    return _rows(found, counts)
+    return summarised(found)
 
 
 def _one(recipe: Recipe, resolved: Resolved[Any], ranks: int, steps: int, batch_size: int) -> dict[str, Any]:
@@ -101,52 +125,75 @@ def _one(recipe: Recipe, resolved: Resolved[Any], ranks: int, steps: int, batch_
     with tempfile.TemporaryDirectory(prefix="stoker-bench-") as folder:
         name = directory.new_id()
         job = Job(
-            recipe.reference,
-            resolved.values,
-            resolved.sources,
-            Path(folder),
-            "bench",
-            name,
-            None,
-            False,
-            False,
-        )
+            recipe.reference, resolved.values, resolved.sources, Path(folder), "bench", name,
+            profile=None, json=False, accept_drift=False,
+        )  # fmt: skip
         local.run(run_rank, (job, steps), nproc=ranks, preload=recipe.preload)
-        files = sorted((Path(folder) / "bench" / name / "logs").glob("timing-rank-*.json"))
-        timed = [json_module.loads(file.read_text(encoding="utf-8")) for file in files]
+        run = directory.locate(Path(folder), "bench", name)
+        files = [run.logs / f"timing-rank-{rank}.json" for rank in range(ranks)]
+        timed = [json_module.loads(f.read_text(encoding="utf-8")) for f in files if f.is_file()]
+        layout = view.load(run).attempts[-1].layout if run.exists() else {}
     if len(timed) != ranks:
         raise BadInput(
-            f"{recipe.name} ended before {steps} steps were measured: make its run longer, or --steps smaller"
+            f"{recipe.name} ended before {timing_steps(steps)} steps, of which {steps} are measured: "
+            "make its run longer, or --steps smaller"
         )
     seconds = max(t["seconds"] for t in timed) / steps
     return {
         "seconds": seconds, "rate": batch_size * timed[0]["units_per_sample"] / seconds,
-        "unit": timed[0]["unit"], "peak_bytes": max(t["peak_bytes"] for t in timed),
+        "unit": timed[0]["unit"], "peak_bytes": [int(t["peak_bytes"]) for t in timed],
+        "parallel": layout.get("parallel"), "precision": layout.get("precision"),
         "waiting": max(t["waited"] for t in timed) / steps / seconds,
         "communication": max(t["communicated"] for t in timed),
     }  # fmt: skip
 
 
-def _rows(
-    found: Mapping[tuple[str, int, int], list[dict[str, Any]]], counts: Sequence[int]
-) -> list[dict[str, Any]]:
+def summarised(found: Mapping[Way, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """A row a way: medians over its repeats, the rates of all of them, efficiency and what limits it.
+
+    Efficiency is the rate a rank over that of the fewest ranks.
+    """
+    least = min(ranks for _, ranks, _ in found)
+    base = next(statistics.median(m["rate"] for m in ms) for (_, n, _), ms in found.items() if n == least)
     rows = []
-    least = min(counts)
-    single = statistics.median(m["rate"] for (_, n, _), ms in found.items() if n == least for m in ms)
     for (scale, ranks, batch_size), measured in found.items():
         rates = [m["rate"] for m in measured]
+        first = measured[0]
         row = {
-            "scaling": scale, "ranks": ranks, "batch_size": batch_size, "unit": measured[0]["unit"],
-            "rate": statistics.median(rates), "rate_spread": [min(rates), max(rates)],
-            **{
-                key: statistics.median(m[key] for m in measured)
-                for key in ("seconds", "peak_bytes", "waiting", "communication")
-            },
+            "scaling": scale, "ranks": ranks, "batch_size": batch_size,
+            "parallel": first["parallel"], "precision": first["precision"],
+            "unit": first["unit"], "rate": statistics.median(rates), "rates": rates,
+            **{key: statistics.median(m[key] for m in measured)
+               for key in ("seconds", "waiting", "communication")},
+            "peak_bytes": [max(peaks) for peaks in zip(*(m["peak_bytes"] for m in measured), strict=True)],
         }  # fmt: skip
-        row["efficiency"] = row["rate"] / (single * ranks / least)
+        row["efficiency"] = row["rate"] / (base * ranks / least)
         row["cause"] = report.cause(row)
         rows.append(row)
     return rows
+
+
+def _check_length(recipe: Recipe, config: Any, steps: int) -> None:
+    """Raises BadInput where the config says that the run is shorter than what is measured."""
+    length = getattr(config, "max_steps", None)
+    needed = timing_steps(steps)
+    if isinstance(length, Duration) and length.unit == "step" and length.count < needed:
+        raise BadInput(
+            f"max_steps={length}: {needed} steps are needed to measure {steps}, some before to warm up and "
+            "some after to see communication; leave it out, or make --steps smaller"
+        )
+
+
+def timing_steps(steps: int) -> int:
+    """How many steps a run must have for so many to be measured."""
+    from stoker.engine import timing
+
+    return timing.needed(steps)
+
+
+def _machine() -> dict[str, Any]:
+    known = provenance.hardware()
+    return {key: known[key] for key in ("system", "processor", "cores", "memory_bytes", "gpus")}
 
 
 def _counts(text: str) -> list[int]:
@@ -162,8 +209,8 @@ def _share_cores(most: int) -> None:
 
 
 def _show(rows: Sequence[Mapping[str, Any]]) -> None:
-    table = Table(box=None, pad_edge=False)
-    for heading in report.HEADINGS:
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    for heading in report.headings(rows):
         table.add_column(heading, justify="left" if heading == "scaling" else "right", no_wrap=True)
     for row in rows:
         table.add_row(*report.cells(row))

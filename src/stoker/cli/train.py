@@ -142,7 +142,7 @@ def start(
     accept_drift: bool = False,
 ) -> int:
     """Train, from the beginning or from where the run of that name was; returns the exit code."""
-    _show_messages()
+    show_messages()
     experiment = experiment or recipe.name
     if name is not None:
         finished = _finished(directory.locate(runs.absolute(), experiment, name), resolved)
@@ -164,7 +164,7 @@ def start(
 
 def run_rank(job: Job, measure: int | None = None) -> int:
     """What each rank of a job does; see `Run.measure`."""
-    _show_messages()
+    show_messages(logging.INFO if measure is None else logging.WARNING)
     recipe = recipes.load(job.recipe)
     return _work(recipe, configs.restore(recipe.config, job.values, job.sources), job, measure)
 
@@ -338,10 +338,12 @@ class _StderrHandler(logging.Handler):
         sys.stderr.write(f"{prefix}{record.getMessage()}\n")
 
 
-def _show_messages() -> None:
+def show_messages(level: int = logging.INFO) -> None:
+    """Write the library's messages to standard error, of ranks above 0 to their logs alone."""
+    log.setLevel(logging.DEBUG)
     log.propagate = False
     if World.current().rank > 0:  # its messages go to its log file
         log.addHandler(logging.NullHandler())
         return
     if not any(isinstance(handler, _StderrHandler) for handler in log.handlers):
-        log.addHandler(_StderrHandler(logging.INFO))
+        log.addHandler(_StderrHandler(level))

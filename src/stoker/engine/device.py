@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-import platform
-from pathlib import Path
-
 import torch
 from stoker.errors import BadInput
+from stoker.reproduce import provenance
 from stoker.world import World
 
 
@@ -38,15 +35,4 @@ def name(device: torch.device) -> str:
     """What the device calls itself."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return _cpu()
-
-
-@functools.cache
-def _cpu() -> str:
-    """The model of the CPU; Python's own `platform.processor()` is empty on most Linux systems."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return next(iter(models), platform.processor() or platform.machine())
+    return provenance.processor()

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 log = logging.getLogger("stoker")
 
-_ROWS = 15
+_ROWS = 12
+
+
+def recorder(device: torch.device) -> profile:
+    """A profiler of the CPU, and of the GPU where that is the device."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it writes lines of its own to standard error
+    gpu = [ProfilerActivity.CUDA] if device.type == "cuda" else []
+    return profile(activities=[ProfilerActivity.CPU, *gpu])
 
 
 class Profiler:
@@ -32,17 +41,24 @@ class Profiler:
         if self._profile is None and self._steps[0] - 1 <= done < self._steps[1]:
             self._start()
         elif self._profile is not None and done >= self._steps[1]:
-            self.close()
+            self._write()
 
     def close(self) -> None:
-        """Write what was recorded, if anything was."""
-        if self._profile is None:
-            return
+        """Write what was recorded; warn where the loop ended before there was anything to record."""
+        if self._profile is not None:
+            self._write()
+        elif self._steps is not None and self._rank == 0:
+            log.warning(
+                "nothing was profiled: the loop ended before step %d, or began after it", self._steps[0]
+            )
+
+    def _write(self) -> None:
+        assert self._profile is not None
         self._profile.stop()
         name = self._folder / f"profile-rank-{self._rank}"
         self._profile.export_chrome_trace(str(name.with_suffix(".json")))
-        order = "self_cuda_time_total" if self._device.type == "cuda" else "self_cpu_time_total"
-        table = self._profile.key_averages().table(sort_by=order, row_limit=_ROWS, max_name_column_width=50)
+        averages = self._profile.key_averages()
+        table = summary(averages, gpu=self._device.type == "cuda")
         name.with_suffix(".txt").write_text(table + "\n", encoding="utf-8")
         if self._rank == 0:
             log.info("profiled: %s opens in ui.perfetto.dev\n%s", name.with_suffix(".json"), table)
@@ -50,8 +66,28 @@ class Profiler:
         self._steps = None
 
     def _start(self) -> None:
-        activities = [ProfilerActivity.CPU]
-        if self._device.type == "cuda":
-            activities.append(ProfilerActivity.CUDA)
-        self._profile = profile(activities=activities)
+        self._profile = recorder(self._device)
         self._profile.start()
+
+
+def summary(averages: Any, *, gpu: bool) -> str:
+    """The operations that took the most time of their own, within 90 columns.
+
+    Args:
+        averages: `key_averages()` of a profile.
+        gpu: whether time on the GPU is what counts.
+    """
+    key = "self_device_time_total" if gpu else "self_cpu_time_total"
+    whole = sum(getattr(event, key) for event in averages) or 1.0
+    most = sorted(averages, key=lambda event: -getattr(event, key))[:_ROWS]
+    lines = [f"  {'operation':56} {'calls':>7} {'own time':>12} {'share':>7}"]
+    for event in most:
+        own = getattr(event, key)
+        lines.append(f"  {_short(event.key):56} {event.count:7,} {own / 1e3:9,.1f} ms {own / whole:7.1%}")
+    return "\n".join([*lines, f"  {'all of them together':56} {'':7} {whole / 1e3:9,.1f} ms"])
+
+
+def _short(name: str, width: int = 56) -> str:
+    """A name cut in its middle: forward and backward of an operation differ at the end."""
+    half = (width - 1) // 2
+    return name if len(name) <= width else f"{name[:half]}…{name[-half:]}"

@@ -6,11 +6,15 @@ import time
 from dataclasses import dataclass
 
 import torch
-from stoker.engine import memory
-from torch.profiler import ProfilerActivity, profile
+from stoker.engine import memory, profiling
 
 _WARM_UP = 5  # steps that are not counted: compilation, caches, the optimizer's first state
 _PROFILED = 3  # steps after the timed ones, under the profiler, to see what is communication
+
+
+def needed(steps: int) -> int:
+    """How many steps a run must have for so many to be timed."""
+    return _WARM_UP + steps + _PROFILED
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ class Timing:
         self._steps, self._device = steps, device
         self._done = 0
         self._begun = self._ended = self._waited = self._profiled = 0.0
-        self._profile = profile(activities=[ProfilerActivity.CPU, *_gpu(device)])
+        self._profile = profiling.recorder(device)
 
     def step(self, waited: float) -> Timed | None:
         """After each step, with the seconds waited for batches so far; the result after the last one."""
@@ -45,7 +49,7 @@ class Timing:
             self._ended, self._waited = self._now(), waited - self._waited
             self._profile.start()
             self._profiled = self._now()
-        if self._done < _WARM_UP + self._steps + _PROFILED:
+        if self._done < needed(self._steps):
             return None
         profiled = self._now() - self._profiled
         self._profile.stop()
@@ -60,9 +64,10 @@ class Timing:
         return time.perf_counter()
 
     def _communicated(self) -> float:
-        """Seconds in which at least one was under way: gloo's operations, and NCCL's kernels on the GPU."""
+        """Seconds in which at least one was under way: NCCL's kernels on a GPU, else gloo's operations."""
         events = self._profile.events() or ()  # type: ignore[no-untyped-call]
-        names = ("gloo:", "ncclDevKernel", "ncclKernel")
+        on_gpu = self._device.type == "cuda"  # where gloo carries a few numbers beside the work
+        names = ("ncclDevKernel", "ncclKernel") if on_gpu else ("gloo:",)
         ranges = sorted(
             (event.time_range.start, event.time_range.end) for event in events if event.name.startswith(names)
         )
@@ -71,7 +76,3 @@ class Timing:
             spent += max(0.0, end - max(start, until))
             until = max(until, end)
         return spent / 1e6
-
-
-def _gpu(device: torch.device) -> list[ProfilerActivity]:
-    return [ProfilerActivity.CUDA] if device.type == "cuda" else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,6 @@ from stoker import storage
 from stoker.errors import BadInput
 from stoker.report import assets
 from stoker.report.markup import Html, number, table, tag
-
-HEADINGS = (
-    "scaling", "ranks", "batch", "rate", "lowest – highest", "efficiency", "peak/rank", "waiting", "comm.",
-)  # fmt: skip
 
 _POOR = 0.8
 _MUCH = 0.1  # of a step
@@ -36,32 +33,62 @@ def cause(row: Mapping[str, Any]) -> str:
     return "ranks competing for cores or memory bandwidth"
 
 
+def headings(rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """What stands above `cells`; short, so that a table of them fits 80 columns."""
+    unit = rows[0]["unit"].removesuffix("ples")
+    return ("scaling", "ranks", "batch", f"{unit}/s", "from – to", "eff.", "MiB/rank", "waits", "comm.")
+
+
 def cells(row: Mapping[str, Any]) -> list[str]:
-    """A row as texts, under `HEADINGS`."""
-    low, high = row["rate_spread"]
+    """A row as texts, under `headings`; the memory is that of the rank that took the most."""
     return [
-        row["scaling"], str(row["ranks"]), str(row["batch_size"]), f"{row['rate']:,.0f} {row['unit']}/s",
-        f"{low:,.0f} – {high:,.0f}", f"{row['efficiency']:.0%}", f"{row['peak_bytes'] / 2**20:,.0f} MiB",
-        f"{row['waiting']:.1%}", f"{row['communication']:.1%}",
+        row["scaling"], str(row["ranks"]), str(row["batch_size"]), f"{row['rate']:,.0f}",
+        f"{min(row['rates']):,.0f} – {max(row['rates']):,.0f}", f"{row['efficiency']:.0%}",
+        f"{max(row['peak_bytes']) / 2**20:,.0f}", f"{row['waiting']:.1%}", f"{row['communication']:.1%}",
     ]  # fmt: skip
 
 
-def write(name: str, rows: Sequence[Mapping[str, Any]], output: Path) -> Path:
-    """Write the page, and the rows as JSON beside it; returns the latter. Raises BadInput."""
-    file = output.with_suffix(".json")
+def check(output: Path) -> None:
+    """Raises BadInput where a report could not be written there, before there is one."""
+    if output.suffix == ".json":
+        raise BadInput(f"-o {output}: that is where the rows go; name the page, such as {output.stem}.html")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        storage.write_atomically(output, render(name, rows).encode())
-        storage.write_atomically(file, orjson.dumps(list(rows), option=orjson.OPT_INDENT_2))
+        with tempfile.TemporaryFile(dir=output.parent):
+            pass
     except OSError as error:
-        raise BadInput(
-            f"{output} cannot be written: {error.strerror}; choose another file with -o"
-        ) from error
+        raise _unwritable(output, error) from error
+
+
+def write(result: Mapping[str, Any], output: Path) -> Path:
+    """Write the page, and all that was measured as JSON beside it; returns the latter. Raises BadInput."""
+    file = output.with_suffix(".json")
+    try:
+        storage.write_atomically(output, render(result).encode())
+        storage.write_atomically(file, orjson.dumps(result, option=orjson.OPT_INDENT_2, default=str))
+    except OSError as error:
+        raise _unwritable(output, error) from error
     return file
 
 
-def render(name: str, rows: Sequence[Mapping[str, Any]]) -> str:
-    """The page as text: the rows, with a bar for each efficiency."""
+def _unwritable(output: Path, error: OSError) -> BadInput:
+    return BadInput(f"{output} cannot be written: {error.strerror}; choose another file with -o")
+
+
+def render(result: Mapping[str, Any]) -> str:
+    """The page as text: the rows, with a bar for each efficiency, and what was measured on what."""
+    name, rows = result["recipe"], result["rows"]
+    machine = result["machine"]
+    device = ", ".join(machine["gpus"]) or machine["processor"]
+    ways = ", ".join(f"{r['parallel']} on {r['ranks']}" for r in rows if r["scaling"] == "strong")
+    facts = {
+        "machine": f"{device}, {machine['cores']} cores, {machine['memory_bytes'] / 2**30:.0f} GiB, "
+        f"{result['cores_per_rank']} cores a rank",
+        "software": f"torch {result['torch']}, stoker {result['stoker']}, {machine['system']}",
+        "parallelism": ways,
+        "precision": ", ".join(dict.fromkeys(str(row["precision"]) for row in rows)),
+        "measured": f"{result['repeats']} times {result['steps']} steps",
+    }
     body = tag(
         "body",
         tag("h1", f"How {name} scales"),
@@ -71,7 +98,8 @@ def render(name: str, rows: Sequence[Mapping[str, Any]]) -> str:
             "rate over that of the fewest ranks times the ranks. Communication counts what ran beside "
             "computation as well.",
         ),
-        table((*HEADINGS, "efficiency", ""), (_row(row) for row in rows)),
+        table((*headings(rows), "", "what limits it"), (_row(row) for row in rows)),
+        table((), ([tag("td", key, class_="name"), value] for key, value in facts.items())),
     )
     head = tag(
         "head",

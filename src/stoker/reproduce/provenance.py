@@ -63,20 +63,21 @@ def hardware() -> dict[str, Any]:
         "host": platform.node(),
         "system": platform.platform(),
         "python": sys.version,
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "memory_bytes": psutil.virtual_memory().total,
         "gpus": _gpus(),
     }
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The model of the CPU; Python's own `platform.processor()` is empty on most Linux systems."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return platform.processor()
+        lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _gpus() -> list[str]:
