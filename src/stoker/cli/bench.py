@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 from stoker import config as configs
-from stoker import recipes
+from stoker import machine, recipes
 from stoker.cli import train
 from stoker.cli.output import Json, console, print_json
 from stoker.cli.train import Job, Overrides
@@ -25,7 +25,6 @@ from stoker.errors import BadInput
 from stoker.launch import local
 from stoker.recipes import Recipe
 from stoker.report import scaling as report
-from stoker.reproduce import provenance
 from stoker.run import directory, view
 
 Way = tuple[str, int, int]  # strong or weak, ranks, global batch
@@ -192,7 +191,7 @@ def timing_steps(steps: int) -> int:
 
 
 def _machine() -> dict[str, Any]:
-    known = provenance.hardware()
+    known = machine.hardware()
     return {key: known[key] for key in ("system", "processor", "cores", "memory_bytes", "gpus")}
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
+from stoker import machine
 from stoker.errors import BadInput
-from stoker.reproduce import provenance
 from stoker.world import World
 
 
@@ -35,4 +35,4 @@ def name(device: torch.device) -> str:
     """What the device calls itself."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return provenance.processor()
+    return machine.processor()

@@ -6,18 +6,13 @@ may fail a run: what cannot be found out is left out.
 
 from __future__ import annotations
 
-import os
-import platform
 import re
-import subprocess
-import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import orjson
-import psutil
-from stoker import storage
+from stoker import machine, storage
 
 _CREDENTIALS = re.compile(r"(?<=://)[^/@]+@")
 
@@ -48,7 +43,7 @@ def write(target: Path, folder: Path, code: dict[str, Any]) -> None:
         diff = _git(folder, "diff", "HEAD", "--no-color", "--no-ext-diff") or ""
         storage.write_atomically(target / "diff.patch", diff.encode())
     storage.write_atomically(target / "packages.txt", ("\n".join(packages()) + "\n").encode())
-    storage.write_atomically(target / "hardware.json", _json(hardware()))
+    storage.write_atomically(target / "hardware.json", _json(machine.hardware()))
 
 
 def packages() -> list[str]:
@@ -57,44 +52,8 @@ def packages() -> list[str]:
     return sorted((f"{name}=={version}" for name, version in found if name), key=str.lower)
 
 
-def hardware() -> dict[str, Any]:
-    """This machine: system, processor, cores, memory in bytes, GPUs."""
-    return {
-        "host": platform.node(),
-        "system": platform.platform(),
-        "python": sys.version,
-        "processor": processor(),
-        "cores": os.cpu_count(),
-        "memory_bytes": psutil.virtual_memory().total,
-        "gpus": _gpus(),
-    }
-
-
-def processor() -> str:
-    """The model of the CPU; Python's own `platform.processor()` is empty on most Linux systems."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _gpus() -> list[str]:
-    query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
-    return (_output(query) or "").splitlines()
-
-
 def _git(folder: Path, *arguments: str) -> str | None:
-    return _output(["git", "-C", str(folder), *arguments])
-
-
-def _output(command: list[str]) -> str | None:
-    try:
-        done = subprocess.run(command, capture_output=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.decode(errors="replace")
+    return machine.output(["git", "-C", str(folder), *arguments])
 
 
 def _json(value: dict[str, Any]) -> bytes:

@@ -1,0 +1,49 @@
+"""What this machine is."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+
+def hardware() -> dict[str, Any]:
+    """This machine: system, processor, cores, memory in bytes, GPUs."""
+    return {
+        "host": platform.node(),
+        "system": platform.platform(),
+        "python": sys.version,
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "gpus": _gpus(),
+    }
+
+
+def processor() -> str:
+    """The model of the CPU; Python's own `platform.processor()` is empty on most Linux systems."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _gpus() -> list[str]:
+    query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    return (output(query) or "").splitlines()
+
+
+def output(command: list[str]) -> str | None:
+    """What a command writes; None where it is not there or fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.decode(errors="replace")
