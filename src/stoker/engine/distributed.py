@@ -104,7 +104,10 @@ def all_reduce(tensor: torch.Tensor, op: Any = None, group: Any = None) -> torch
 
 
 _HEADER = 16  # whole numbers: dtype, dims, sizes
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64)
+_DTYPES = (
+    torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32, torch.int16,
+    torch.int8, torch.uint8, torch.bool,
+)  # fmt: skip
 
 
 def send(tensor: torch.Tensor, rank: int, group: Any = None) -> None:
