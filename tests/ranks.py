@@ -85,7 +85,7 @@ def _rank(
         result = _Failure(error, trace, at)
     Path(answer + ".part").write_bytes(pickle.dumps(result))
     Path(answer + ".part").rename(answer)
-    from stoker.engine import distributed
+    from stoker import distributed
 
     if not isinstance(result, _Failure):
         distributed.leave()

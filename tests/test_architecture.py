@@ -15,7 +15,7 @@ PACKAGE = Path(stoker.__file__).parent
 
 # From the ground up; see docs/architecture.md.
 FLOORS = (
-    {"config", "storage", "world", "errors", "duration", "machine"},
+    {"config", "storage", "world", "errors", "duration", "machine", "distributed", "signals", "supervision"},
     {"run"},
     {"engine", "data", "checkpoint", "tracking", "reproduce", "stopping", "progress", "periodic"},
     {"attempt"},

@@ -44,6 +44,7 @@ log = logging.getLogger("stoker")
 _SYNC_SECONDS = 1.0  # what a power cut may take; the death of the process takes nothing
 _SYSTEM_SECONDS = 10.0
 _SINKS_SECONDS = 2.0
+_FINISH_SECONDS = 60.0  # for the checkpoint that is being written when a run fails
 
 
 class Run:
@@ -112,6 +113,7 @@ class Run:
         self._warned: set[str] = set()
         self._watches: list[Any] = []
         self._ended = False
+        self._finish: Callable[[float], None] | None = None
         self._lock = threading.Lock()
         self._descriptor = -1
         self._logging: list[logging.Handler] = []
@@ -372,6 +374,11 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._finish is not None and not self.stop.at_once:
+            try:
+                self._finish(_FINISH_SECONDS)
+            except Exception as unwritten:
+                log.warning("the last checkpoint was not written: %s", unwritten)
         if isinstance(error, Stopped):
             self.end(error.status)
         elif isinstance(error, KeyboardInterrupt):
@@ -386,11 +393,16 @@ class Run:
 
     _stepped_by_trainer = False
 
-    def take_over_steps(self) -> None:
-        """From now on a Trainer says which step it is. Raises ValueError where one does already."""
+    def take_over_steps(self, finish: Callable[[float], None]) -> None:
+        """From now on a Trainer says which step it is. Raises ValueError where one does already.
+
+        Args:
+            finish: waits up to so many seconds for what the Trainer still writes, however the run ends.
+        """
         if self._stepped_by_trainer:
             raise ValueError("a run has one Trainer: its checkpoints are that one's")
         self._stepped_by_trainer = True
+        self._finish = finish
 
     def event(self, kind: str, /, **fields: Any) -> None:
         """Append an event of the loop: plan, resumed, checkpoint."""

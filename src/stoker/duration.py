@@ -29,6 +29,19 @@ _WHOLE = ("step", "token", "sample")
 _PATTERN = re.compile(r"([0-9][0-9_]*(?:\.[0-9]+)?(?:e[0-9]+)?)\s*([a-z]*)")
 
 
+_CLOCK = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m(?:in)?)?(?:(\d+)s)?")
+
+
+def clock(text: str) -> float:
+    """`3h55m`, `90min`, `1d12h` or `30s` in seconds. Raises ValueError."""
+    match = _CLOCK.fullmatch(text.strip().lower().replace(" ", ""))
+    parts = [int(part or 0) for part in match.groups()] if match else []
+    seconds = sum(part * unit for part, unit in zip(parts, (86400, 3600, 60, 1), strict=False))
+    if seconds <= 0:
+        raise ValueError(f"{text!r} is no length of time: give one such as 3h55m, 90min or 1d12h")
+    return float(seconds)
+
+
 @dataclass(frozen=True)
 class Duration:
     """An amount of training: `count` of `unit` (step, epoch, token, sample, second, minute, hour)."""

@@ -25,8 +25,13 @@ def measure(
     collate: Collate | None = None,
     workers: int = 0,
     channels_last: bool = False,
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
-    """Metrics over a dataset, each sample once over all ranks, in evaluation mode; on every rank."""
+    """Metrics over a dataset, each sample once over all ranks, in evaluation mode; on every rank.
+
+    Args:
+        meanwhile: called after each batch.
+    """
     totals = Totals()
     shares = setting.mesh.data
     size = -(-batch_size // shares.size) * shares.size
@@ -39,6 +44,7 @@ def measure(
             if output is not None:
                 with setting.autocast():
                     totals.add(metrics(output, on_device), counts)
+            meanwhile()
         return totals.over_ranks()
     finally:
         step.model.train(was_training)

@@ -21,16 +21,15 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
-from stoker import evaluation, storage
+from stoker import distributed, evaluation, storage, supervision
 from stoker.attempt import Run
-from stoker.checkpoint import manifest, state
+from stoker.checkpoint import manifest, state, store
 from stoker.data.loader import Collate, Loader
 from stoker.duration import Duration
 from stoker.engine import (
     batches,
     counting,
     device,
-    distributed,
     early_stopping,
     gradients,
     mesh,
@@ -43,6 +42,7 @@ from stoker.engine import (
     whole,
 )
 from stoker.engine.agreement import Agreement, Requests, Weight
+from stoker.engine.bad_loss import LossWatch
 from stoker.engine.ema import Ema
 from stoker.engine.loss_scale import LossScale
 from stoker.engine.metrics import Mean, Metric
@@ -54,7 +54,7 @@ from stoker.engine.timing import Timed, Timing
 from stoker.errors import StokerError, Stopped
 from stoker.progress import ProgressDisplay, Rate, Reading
 from stoker.run.series import guess_goal
-from stoker.saving import Saved, save
+from stoker.saving import Saved
 
 log = logging.getLogger("stoker")
 
@@ -104,7 +104,10 @@ class Trainer:
         self.mesh = mesh.build(self.world, self.device, self.training, self.strategy)
         self.precision = self._precision()
         self._scale = LossScale(self.precision == "fp16")
-        setting = Setting(self.mesh, inputs, loss, self.precision, self._scale, self.training.clip_norm)
+        setting = Setting(
+            self.mesh, inputs, loss, self.precision, self._scale, self.training.clip_norm,
+            guarded=self.training.on_bad_loss != "stop",
+        )  # fmt: skip
         self._setting = setting
         model.train()
         self._step = strategies.lay_out(model, self.strategy, self.training, setting, optimizer)
@@ -113,6 +116,7 @@ class Trainer:
         self._ema = self._average()
         built = {name: state.hyperparameters(o) for name, o in self.optimizers.items()}
         self._saved = Saved(self.world, self._step, built, self._scale, self._ema)
+        self._saver = store.Saver(run.directory.checkpoints, self.world, before=run.flush, done=self._on_disk)
         self.steps_done = 0
         self.samples_done = 0
         self.waited = 0.0
@@ -121,6 +125,12 @@ class Trainer:
         self._micro_batch = self.training.micro_batch
         self._best = best
         self._history: dict[str, list[tuple[int, float]]] = {}
+        self._losses = LossWatch(self.training.spike)
+        self._last_loss: torch.Tensor | None = None
+        self._looks_at_losses = (  # else only before a checkpoint: to look at one is to wait for the GPU
+            self.device.type == "cpu" or training.on_bad_loss != "stop" or training.spike is not None
+        )
+        self._rewound_to: int | None = None
         self._weight: Weight = 0.0
         self._loader: Loader | None = None
         self._total = 0
@@ -129,7 +139,10 @@ class Trainer:
         self._saved_step: int | None = None
         self._random: tuple[dict[str, torch.Tensor], dict[str, Any]] | None = None
         self._agreement = Agreement(self.world, self.device, self._asked)
-        run.take_over_steps()
+        run.take_over_steps(self._saver.wait)
+        limit = self.training.hang_limit
+        self._heart = supervision.Heart(limit.seconds if limit is not None else None)
+        supervision.say_where(run.directory.path)
         self._say(why)
         self._restore()
 
@@ -229,6 +242,8 @@ class Trainer:
         source = loader.batches(self.samples_done)
         timing = Timing(self.run.measure, self.device) if self.run.measure is not None else None
         self._begin_attempt()
+        if self.training.on_bad_loss == "rewind":
+            self.checkpoint()  # so that there is one to rewind to
         with contextlib.closing(
             Profiler(self.run.profile, self.run.directory.logs, self.world.rank, self.device)
         ) as profiler:
@@ -240,18 +255,24 @@ class Trainer:
                 yield batch
                 self._rate.step()
                 self.steps_done += 1
+                self._heart.beat(self.steps_done)
                 self.samples_done += loader.batch_size
                 profiler.step(self.steps_done)
                 if timing is not None and (timed := timing.step(self.waited)):
                     self._write_timing(timed)
                     raise Stopped("measured")
                 requests = self._agreement.requests()
+                if requests.failed:
+                    self._saver.wait()  # raises
                 if requests.checkpoint or requests.stop or self._checkpoint_due():
                     self.checkpoint()
                 if requests.stop:
+                    self._finish_saving()
                     raise Stopped(requests.stop)
             self.run.step = self.steps_done
         self.checkpoint()
+        self._finish_saving()
+        self._heart.pause()
 
     def _write_timing(self, timed: Timed) -> None:
         assert self._loader is not None
@@ -277,7 +298,8 @@ class Trainer:
         stop = self.run.stop.requested
         every = self.training.checkpoint_every
         due = every.seconds is not None and time.monotonic() - self._saved_at >= every.seconds
-        return Requests(stop == "preempted", stop == "interrupted", due and self.world.rank == 0)
+        due = due and self.world.rank == 0
+        return Requests(stop == "preempted", stop == "interrupted", due, self._saver.failed)
 
     def every(self, duration: Duration | str | int) -> bool:
         """Whether the step under way completes another such duration, e.g. `"1ep"`, `100`, `"1000000tok"`.
@@ -313,8 +335,45 @@ class Trainer:
             self._fit_scale(parts)
             self._step.gradients(parts, self._agreement)
             loss_sum, weight = self._agreement.finish()
-            self._update(self.optimizer, weight)
-        return loss_sum / gradients.divisor(weight)
+            loss = loss_sum / gradients.divisor(weight)
+            self._last_loss = loss.detach()
+            wrong = self._losses.judge(loss.item()) if self._looks_at_losses else ""
+            if wrong:
+                self._step.clear()
+            elif not self._update(self.optimizer, weight) and not self._scale.enabled:
+                wrong = "a gradient is not finite"
+        if wrong:
+            self._answer_bad_loss(wrong)
+        return loss
+
+    def _answer_bad_loss(self, wrong: str) -> None:
+        """Do as `on_bad_loss` says of the step under way, which has changed nothing. All ranks call it."""
+        step, how = self.steps_done + 1, self.training.on_bad_loss
+        if how == "stop":
+            raise StokerError(
+                f"step {step}: {wrong}; the weights are those before it. Go on with on_bad_loss=skip or "
+                "rewind, or change what made it (the learning rate, the data)"
+            )
+        first = self.samples_done
+        last = first + (self._loader.batch_size if self._loader is not None else 1) - 1
+        self.run.event("skipped", step=step, samples=[first, last], reason=wrong)
+        if self.world.rank == 0:
+            log.warning("step %d: %s; samples %d to %d are left out", step, wrong, first, last)
+        if how == "rewind":
+            self._rewind(step)
+
+    def _rewind(self, step: int) -> None:
+        """Put the weights, and all that goes with them, back to the newest checkpoint; the data goes on."""
+        self._finish_saving()
+        found, _ = self._newest()
+        if found is None or found.step == self._rewound_to:
+            raise StokerError(f"step {step}: there is no checkpoint to rewind to that was not tried already")
+        position, _ = self._saved.restore(found)
+        self._rewound_to = found.step
+        self._losses = LossWatch(self.training.spike, position["losses"])
+        self.run.event("rewound", step=step, to=found.step)
+        if self.world.rank == 0:
+            log.warning("the weights are those of step %d again", found.step)
 
     def micro(self, batch: Any) -> Iterator[Any]:
         """This rank's share of a batch on the device, in micro-batches."""
@@ -348,10 +407,12 @@ class Trainer:
         only_loop_of_its_own(self._step)
         self._agreement.start(torch.zeros((), device=self.device), self._weight)
         _, weight = self._agreement.finish()
-        self._update(self.optimizer if optimizer is None else optimizer, weight)
+        stepped = self._update(self.optimizer if optimizer is None else optimizer, weight)
         self._weight = 0.0
+        if not stepped and not self._scale.enabled:
+            self._answer_bad_loss("a gradient is not finite")
 
-    def _update(self, optimizer: torch.optim.Optimizer, weight: torch.Tensor) -> None:
+    def _update(self, optimizer: torch.optim.Optimizer, weight: torch.Tensor) -> bool:
         if self._schedule is not None:
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * self._schedule(self.steps_done, self._total)
@@ -360,6 +421,7 @@ class Trainer:
             several = len(self.optimizers) > 1
             moved = [p for group in optimizer.param_groups for p in group["params"]] if several else None
             self._ema.update(self.steps_done, moved)
+        return stepped
 
     def _fit_scale(self, parts: list[Any]) -> None:
         """Before the first step in fp16: see how much a global batch weighs."""
@@ -445,7 +507,7 @@ class Trainer:
             with self.averaged():
                 return evaluation.measure(
                     self._step, self._setting, dataset, metrics, batch_size=batch_size, collate=collate,
-                    workers=workers, channels_last=self.training.channels_last,
+                    workers=workers, channels_last=self.training.channels_last, meanwhile=self._heart.beat,
                 )  # fmt: skip
         finally:
             self._rate.restart()
@@ -503,25 +565,39 @@ class Trainer:
     def checkpoint(self) -> None:
         """Save everything that a resumed run needs, at a step boundary, on all ranks together.
 
-        Raises OSError (a full disk).
+        Training goes on once it is copied to host memory, while a thread writes it; `steps` waits
+        for the last one. Raises OSError where the one before could not be written (a full disk).
         """
         if self._saved_step == self.steps_done:
             return
-        self.run.flush()  # what was logged up to here must outlive what is saved here
-        folder = self.run.directory.checkpoints
-        saved = save(
-            self._saved, folder, step=self.steps_done, samples=self.samples_done,
-            more={"history": self._history}, metrics=self.run.latest,
-        )  # fmt: skip
-        if saved is not None:
-            relative = str(saved.path.relative_to(self.run.directory.path))
-            self.run.event("checkpoint", step=saved.step, path=relative, bytes=saved.bytes)
-            goal = self.run.goals.get(self._best) or guess_goal(self._best)
-            best = manifest.best(folder, self._best, goal) if goal else None
-            manifest.prune(folder, self.training.keep_checkpoints, best)
-            log.debug("checkpoint of step %d, %d bytes", saved.step, saved.bytes)
+        if not self._looks_at_losses and self._last_loss is not None:
+            wrong = self._losses.judge(self._last_loss.item())
+            if wrong:
+                raise StokerError(f"by step {self.steps_done} {wrong}: what came of it is not saved")
+        position = {
+            "step": self.steps_done, "samples": self.samples_done, "history": self._history,
+            "losses": self._losses.recent,
+        }  # fmt: skip
+        tensors, values = self._saved.capture(position)
+        self._finish_saving()
+        about = store.About(self.steps_done, self.samples_done, dict(self.run.latest))
+        self._saver.save(tensors, values, about)
         self._saved_at, self._saved_step = time.monotonic(), self.steps_done
         self._rate.restart()
+
+    def _finish_saving(self) -> None:
+        self._saver.wait(meanwhile=self._heart.beat)  # which may take long, and is no standstill
+
+    def _on_disk(self, saved: manifest.Checkpoint) -> None:
+        """Called on rank 0, by the thread that wrote it."""
+        relative = str(saved.path.relative_to(self.run.directory.path))
+        self.run.event("checkpoint", step=saved.step, path=relative, bytes=saved.bytes)
+        folder = self.run.directory.checkpoints
+        goal = self.run.goals.get(self._best) or guess_goal(self._best)
+        best = manifest.best(folder, self._best, goal) if goal else None
+        manifest.prune(folder, self.training.keep_checkpoints, best)
+        self._heart.saved(saved.step)
+        log.debug("checkpoint of step %d, %d bytes", saved.step, saved.bytes)
 
     def _checkpoint_due(self) -> bool:
         """Whether a count says so; what the clock says the ranks agree on."""
@@ -532,19 +608,26 @@ class Trainer:
         begun = self.samples_done - self._loader.batch_size
         return counting.completes(every, self._loader, self.steps_done - 1, begun)
 
-    def _restore(self) -> None:
-        found, passed_over = manifest.newest(self.run.directory.checkpoints)
+    def _newest(self) -> tuple[manifest.Checkpoint | None, list[str]]:
+        """The newest checkpoint that rank 0 finds valid, on every rank; and, on rank 0, those passed over."""
+        folder = self.run.directory.checkpoints
+        found, passed_over = manifest.newest(folder) if self.world.rank == 0 else (None, [])
         agreed = distributed.from_rank_zero(None if found is None else found.step)
-        if found is None or found.step != agreed:  # a disk that shows its ranks different things
-            path = manifest.folder(self.run.directory.checkpoints, agreed or 0)
-            found = None if agreed is None else manifest.verify(path)
+        if self.world.rank > 0 and agreed is not None:
+            found = manifest.read(manifest.folder(folder, agreed))
+        return found, passed_over
+
+    def _restore(self) -> None:
+        found, passed_over = self._newest()
         for reason in passed_over if self.world.rank == 0 else ():
             log.warning("passed over checkpoint %s", reason)
         if found is not None:
             position, self._random = self._saved.restore(found)
             self.steps_done, self.samples_done = position["step"], position["samples"]
             self._history = {name: [(s, v) for s, v in seen] for name, seen in position["history"].items()}
+            self._losses = LossWatch(self.training.spike, position["losses"])
             self._saved_step = self.steps_done
+            self._heart.saved(self.steps_done)
             if self.world.rank == 0:
                 log.info("resumed %s from step %d", self.run.directory.id, self.steps_done)
         if self.run.continued:

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from stoker.checkpoint import manifest, state, store
+from stoker import distributed
+from stoker.checkpoint import manifest, state
 from stoker.checkpoint.store import Tensors
-from stoker.engine import distributed, random_state
+from stoker.engine import random_state
 from stoker.engine.ema import Ema
 from stoker.engine.loss_scale import LossScale
 from stoker.engine.step import Step
@@ -109,17 +110,3 @@ class Saved:
             group.update({k: state.as_before(group.get(k), v) for k, v in before.items() if k != "params"})
         state.keep_changes(step.optimizers["main"], self.built["main"], values["built"]["main"])
         return tensors, values
-
-
-def save(
-    saved: Saved,
-    folder: Any,
-    *,
-    step: int,
-    samples: int,
-    more: Mapping[str, Any],
-    metrics: Mapping[str, float],
-) -> manifest.Checkpoint | None:
-    """Write a checkpoint, all ranks together; rank 0 returns it. Raises OSError."""
-    tensors, values = saved.capture({"step": step, "samples": samples, **more})
-    return store.save(folder, tensors, values, step=step, samples=samples, world=saved.world, metrics=metrics)

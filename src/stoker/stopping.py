@@ -1,7 +1,8 @@
-"""Being told to stop: SIGTERM (a scheduler wants the machine back) and Ctrl-C.
+"""Being told to stop: SIGTERM and SIGUSR1 (a scheduler wants the machine back), Ctrl-C, or the clock.
 
 While a training loop runs, the request is kept and answered at the next step boundary,
-after a checkpoint. Anywhere else there is nothing to finish, and it is answered at once.
+after a checkpoint. Anywhere else there is nothing to finish, and it is answered at once, as
+a second signal is.
 """
 
 from __future__ import annotations
@@ -10,23 +11,38 @@ import contextlib
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
 from stoker.errors import Stopped
 
-_STATUS = {signal.SIGTERM: "preempted", signal.SIGINT: "interrupted"}
+_STATUS = {signal.SIGTERM: "preempted", signal.SIGUSR1: "preempted", signal.SIGINT: "interrupted"}
+_ONE = (
+    1.0  # seconds within which a scheduler's signals are one: it sends to every process, and so may a parent
+)
 
 
 class StopRequests:
-    """Turns signals into a `requested` status, which the loop asks for at its boundaries."""
+    """Turns signals, and a deadline, into a status which the loop asks for at its boundaries."""
 
     def __init__(self) -> None:
-        self.requested: str | None = None
-        """What the run's status will be: preempted, interrupted, or None."""
+        self.deadline: float | None = None
+        """When to stop, by the machine's monotonic clock."""
+        self.at_once = False
+        """Told so twice."""
+        self._asked: str | None = None
+        self._at = 0.0
         self._in_loop = False
         self._installed = False
+
+    @property
+    def requested(self) -> str | None:
+        """What the run's status will be: preempted, interrupted, or None."""
+        if self._asked is None and self.deadline is not None and time.monotonic() >= self.deadline:
+            self._asked = "preempted"
+        return self._asked
 
     @contextlib.contextmanager
     def handled(self) -> Iterator[None]:
@@ -45,24 +61,22 @@ class StopRequests:
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """Keep requests for the next step boundary within this block."""
+        """Keep requests for the next step boundary within this block; an error that leaves it comes first."""
         with self.handled():
             self._in_loop = True
-            try:
-                yield
-            finally:
-                self._in_loop = False
-
-    def raise_if_requested(self) -> None:
-        """Raises Stopped where a stop was requested."""
-        if self.requested is not None:
-            raise Stopped(self.requested)
+            yield
+            self._in_loop = False
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.requested is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt  # a second Ctrl-C: at once
-        self.requested = _STATUS[signal.Signals(number)]
+        first = self._asked is None
+        if not first and number != signal.SIGINT and time.monotonic() - self._at < _ONE:
+            return
+        self._at = time.monotonic()
+        self._asked = _STATUS[signal.Signals(number)]
+        if not first:
+            self.at_once = True
+            raise KeyboardInterrupt if number == signal.SIGINT else Stopped(self._asked)
         if not self._in_loop:
-            raise Stopped(self.requested)
+            raise Stopped(self._asked)
         if number == signal.SIGINT:
             sys.stderr.write("\nstopping after this step, with a checkpoint; Ctrl-C again stops at once\n")

@@ -10,8 +10,9 @@ from stoker.checkpoint import manifest
 def _save(checkpoints: Path, step: int, content: bytes = b"weights") -> Path:
     path = manifest.folder(checkpoints, step)
     manifest.begin(path)
-    (path / "shard.safetensors").write_bytes(content)
-    manifest.commit(path, step=step, samples=step * 8, world_size=1)
+    file = path / "shard.safetensors"
+    file.write_bytes(content)
+    manifest.commit(path, [manifest.File.of(file)], step=step, samples=step * 8, world_size=1)
     return path
 
 

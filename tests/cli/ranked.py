@@ -1,5 +1,6 @@
 """A recipe of its own that the tests start on several ranks."""
 
+import math
 import signal
 import time
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ class Config(stoker.Training):
     pause: float = 0.0
     fail_rank: int = -1
     deaf_rank: int = -1
+    nan_at: int = -1
     dropout: float = 0.1
     seed: int = 0
 
@@ -37,9 +39,11 @@ def train(run: stoker.Run, config: Config) -> None:
     for batch in trainer.steps(loader, max_steps=config.steps):
         if run.world.rank == config.fail_rank and run.step == 20:
             raise RuntimeError("what one rank cannot do: its connection to a server, say")
-        if run.world.rank == config.deaf_rank and run.step == 20:
+        if run.world.rank == config.deaf_rank and run.step == 20 and run.attempt == 1:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             time.sleep(600)
+        if run.step == config.nan_at and run.world.rank == 0:
+            batch[0][0] = math.nan
         run.log(loss=trainer.step(batch))
         time.sleep(config.pause)
 

@@ -31,10 +31,10 @@ def run(tmp_path: Path) -> RunDirectory:
     for step, loss in ((10, 0.25), (20, 0.5)):
         writer.append("metrics", step=step, values={"val_loss": loss})
         weights = {"model.w": torch.full((2,), float(step)), "optimizer.m": torch.zeros(2)}
-        saved = store.save(
-            directory.checkpoints, weights, {}, step=step, samples=step, metrics={"val_loss": loss}
-        )
-        writer.append("checkpoint", step=saved.step, path="", bytes=saved.bytes)
+        saver = store.Saver(directory.checkpoints)
+        saver.save(weights, {}, store.About(step, step, {"val_loss": loss}))
+        saver.wait()
+        writer.append("checkpoint", step=step, path="", bytes=1)
     save_file({"w": torch.full((2,), 20.0)}, directory.artifacts / "model.safetensors")
     files = artifacts.describe(directory, directory.artifacts / "model.safetensors")
     path = "artifacts/model.safetensors"

@@ -48,7 +48,7 @@ def test_only_checkpoints_with_a_manifest_count_as_kept(tmp_path: Path) -> None:
     view = _view(tmp_path, checkpoints=[1, 2, 3])
     for step in (2, 3):
         manifest.begin(manifest.folder(view.directory.checkpoints, step))
-    manifest.commit(manifest.folder(view.directory.checkpoints, 3), step=3, samples=3, world_size=1)
+    manifest.commit(manifest.folder(view.directory.checkpoints, 3), [], step=3, samples=3, world_size=1)
     assert facts.kept_checkpoints(view) == [3]
 
 

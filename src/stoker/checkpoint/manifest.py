@@ -7,11 +7,13 @@ killed, a disk that was full and a bit that flipped are all passed over the same
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
+import dataclasses
 import math
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,13 +22,28 @@ import orjson
 from stoker import storage
 from stoker.run.series import Goal
 
-FORMAT = 1
+FORMAT = 2
 NAME = "manifest.json"
+_THREADS = 2
 _FOLDER = re.compile(r"step-(\d{8,})")
 
 
 class InvalidCheckpoint(Exception):
     """Why a directory is no checkpoint that may be used."""
+
+
+@dataclass(frozen=True)
+class File:
+    """A file of a checkpoint."""
+
+    path: str
+    size: int
+    xxh3: str
+
+    @classmethod
+    def of(cls, file: Path) -> File:
+        """A file as it is now."""
+        return cls(file.name, file.stat().st_size, storage.xxh3(file))
 
 
 @dataclass(frozen=True)
@@ -55,44 +72,61 @@ def begin(path: Path) -> None:
 
 
 def commit(
-    path: Path, *, step: int, samples: int, world_size: int, metrics: Mapping[str, float] | None = None
+    path: Path,
+    files: Sequence[File],
+    *,
+    step: int,
+    samples: int,
+    world_size: int,
+    metrics: Mapping[str, float] | None = None,
 ) -> Checkpoint:
-    """Make what was written to `path` a checkpoint: sync every file, then write the manifest."""
-    files = [
-        {"path": file.name, "size": file.stat().st_size, "sha256": storage.sha256(file)}
-        for file in storage.files_under(path)
-    ]
-    for file in files:
-        storage.sync_file(path / str(file["path"]))
+    """Make a directory whose files are on disk a checkpoint, by its manifest."""
     known = {name: value for name, value in (metrics or {}).items() if math.isfinite(value)}
     manifest = {
         "format": FORMAT, "step": step, "samples": samples, "world_size": world_size, "metrics": known,
-        "files": files,
+        "files": [dataclasses.asdict(file) for file in files],
     }  # fmt: skip
     storage.write_atomically(path / NAME, orjson.dumps(manifest, option=orjson.OPT_INDENT_2))
     storage.sync_directory(path.parent)
-    return Checkpoint(path, step, samples, sum(int(str(f["size"])) for f in files), known)
+    return Checkpoint(path, step, samples, sum(file.size for file in files), known)
 
 
 def verify(path: Path) -> Checkpoint:
     """Read a checkpoint's manifest and check every file against it. Raises InvalidCheckpoint."""
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+        for _ in pool.map(lambda file: _verify(path, file), _files(_read(path))):
+            pass
+    return read(path)
+
+
+def read(path: Path) -> Checkpoint:
+    """A checkpoint as its manifest says, of which nothing else is checked. Raises InvalidCheckpoint."""
     manifest = _read(path)
-    for entry in manifest["files"]:
-        file = path / entry["path"]
-        if not file.is_file():
-            raise InvalidCheckpoint(f"{file.name} is missing")
-        if file.stat().st_size != entry["size"]:
-            raise InvalidCheckpoint(f"{file.name} has {file.stat().st_size} bytes, not {entry['size']}")
-        if storage.sha256(file) != entry["sha256"]:
-            raise InvalidCheckpoint(f"{file.name} does not match its checksum")
-    size = sum(f["size"] for f in manifest["files"])
-    return Checkpoint(path, manifest["step"], manifest["samples"], size, manifest.get("metrics", {}))
+    size = sum(file.size for file in _files(manifest))
+    return Checkpoint(path, manifest["step"], manifest["samples"], size, manifest["metrics"])
+
+
+def _files(manifest: Mapping[str, Any]) -> list[File]:
+    try:
+        return [File(**entry) for entry in manifest["files"]]
+    except TypeError as error:
+        raise InvalidCheckpoint(f"its manifest has files that are none: {error}") from error
+
+
+def _verify(path: Path, known: File) -> None:
+    file = path / known.path
+    if not file.is_file():
+        raise InvalidCheckpoint(f"{known.path} is missing")
+    if file.stat().st_size != known.size:
+        raise InvalidCheckpoint(f"{known.path} has {file.stat().st_size} bytes, not {known.size}")
+    if storage.xxh3(file) != known.xxh3:
+        raise InvalidCheckpoint(f"{known.path} does not match its checksum")
 
 
 def newest(checkpoints: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest valid checkpoint, and those passed over, each with the reason."""
     passed_over: list[str] = []
-    for path in reversed(_folders(checkpoints)):
+    for path in reversed(folders(checkpoints)):
         try:
             return verify(path), passed_over
         except InvalidCheckpoint as reason:
@@ -115,14 +149,14 @@ def best(checkpoints: Path, metric: str, goal: Goal) -> Path | None:
 def prune(checkpoints: Path, keep: int, also: Path | None = None) -> None:
     """Delete all but the newest `keep` committed checkpoints and `also`, and uncommitted ones before them."""
     newest = committed(checkpoints)[-keep:]
-    for path in _folders(checkpoints):
+    for path in folders(checkpoints):
         if newest and path.name < newest[0].name and path != also:
             remove(path)
 
 
 def committed(checkpoints: Path) -> list[Path]:
     """The checkpoints that have a manifest, by step; nothing else of them was checked."""
-    return [path for path in _folders(checkpoints) if (path / NAME).is_file()]
+    return [path for path in folders(checkpoints) if (path / NAME).is_file()]
 
 
 def remove(path: Path) -> None:
@@ -132,7 +166,8 @@ def remove(path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True)
 
 
-def _folders(checkpoints: Path) -> list[Path]:
+def folders(checkpoints: Path) -> list[Path]:
+    """Every directory of a step, finished or not, by step."""
     if not checkpoints.is_dir():
         return []
     found = [(int(m[1]), p) for p in checkpoints.iterdir() if (m := _FOLDER.fullmatch(p.name))]
@@ -148,4 +183,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise InvalidCheckpoint(f"its manifest cannot be read: {error}") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise InvalidCheckpoint(f"its manifest is not of format {FORMAT}")
+    lacking = {"step", "samples", "metrics", "files"} - manifest.keys()
+    if lacking:
+        raise InvalidCheckpoint(f"its manifest has no {', '.join(sorted(lacking))}")
     return manifest

@@ -5,23 +5,26 @@ No pickle is read on any path. Tensors are loaded in place, into memory the mode
 
 from __future__ import annotations
 
+import concurrent.futures
+import dataclasses
+import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 import orjson
 import torch
-import torch.distributed as dist
 from safetensors.torch import save_file
-from stoker.checkpoint import manifest
-from stoker.checkpoint.manifest import Checkpoint
+from stoker import distributed, storage
+from stoker.checkpoint import manifest, planning, shards
+from stoker.checkpoint.manifest import Checkpoint, File
+from stoker.checkpoint.staging import HostBuffers
 from stoker.world import World
-from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint import state_dict_loader
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.tensor import DTensor
 
 Tensors = dict[str, torch.Tensor]
 
@@ -30,43 +33,145 @@ ALONE = World()
 _VALUES = "state.json"
 
 
-def save(
-    checkpoints: Path,
-    tensors: Mapping[str, torch.Tensor],
-    values: Mapping[str, Any],
-    *,
-    step: int,
-    samples: int,
-    world: World = ALONE,
-    metrics: Mapping[str, float] | None = None,
-) -> Checkpoint | None:
-    """Write a checkpoint, all ranks together, each its tensors; rank 0 returns it once it is on disk.
+class Saver:
+    """Writes checkpoints beside the training loop, all ranks together.
 
-    A tensor that several ranks hold is written by one of them. `values` are rank 0's.
-    Raises OSError; then none was made.
+    The loop is stopped while the state is copied to host memory; a thread writes it. One checkpoint
+    is on its way at a time: the next one waits for it. A tensor that several ranks hold is written by
+    one of them.
+
+    Args:
+        folder: where the checkpoints stand, a directory each.
+        world: the ranks that take part; all call each method alike.
+        before: called by the thread of every rank before a checkpoint is made of what it wrote.
+        done: called by the thread of rank 0 with each checkpoint that is on disk.
     """
-    path = manifest.folder(checkpoints, step)
+
+    def __init__(
+        self,
+        folder: Path,
+        world: World = ALONE,
+        *,
+        before: Callable[[], None] = lambda: None,
+        done: Callable[[Checkpoint], None] = lambda checkpoint: None,
+    ) -> None:
+        self._folder, self._world, self._before, self._done = folder, world, before, done
+        self._group = distributed.beside_the_loop() if world.size > 1 else None
+        self._buffers = HostBuffers()
+        self._plan: tuple[planning.Signature, list[planning.Part]] | None = None
+        self._writing: concurrent.futures.Future[None] | None = None
+
+    def save(self, tensors: Tensors, values: Mapping[str, Any], about: About) -> None:
+        """Begin to write a checkpoint of these tensors, and of rank 0's JSON values.
+
+        When it returns, the tensors may be changed. Raises OSError where the one before could not be
+        written.
+        """
+        self.wait()
+        parts = self._parts(tensors)
+        copies = self._buffers.copy({part.name: planning.local(tensors[part.name]) for part in parts})
+        encoded = orjson.dumps(values, option=orjson.OPT_SERIALIZE_NUMPY) if self._world.rank == 0 else b""
+        self._writing = _in_thread(lambda: self._write(parts, copies, encoded, about))
+
+    def wait(self, timeout: float | None = None, meanwhile: Callable[[], None] = lambda: None) -> None:
+        """Until the checkpoint that is on its way is on disk.
+
+        Raises OSError, on all ranks, where it could not be written; TimeoutError after `timeout` seconds.
+
+        Args:
+            meanwhile: called every second.
+        """
+        writing, self._writing = self._writing, None
+        if writing is None:
+            return
+        while not concurrent.futures.wait([writing], 1.0 if timeout is None else timeout).done:
+            meanwhile()
+            if timeout is not None:
+                raise TimeoutError(f"not within {timeout:.0f} s")
+        writing.result()
+
+    @property
+    def failed(self) -> bool:
+        """Whether the checkpoint that was on its way could not be written; `wait` says why."""
+        writing = self._writing
+        return writing is not None and writing.done() and writing.exception() is not None
+
+    def _parts(self, tensors: Tensors) -> list[planning.Part]:
+        """What this rank writes; planned anew where tensors have come or changed on any rank."""
+        signature = planning.signature(tensors)
+        known = self._plan is not None and self._plan[0] == signature
+        if self._plan is None or not all(distributed.gathered(known, self._group)):
+            self._plan = signature, planning.parts(tensors, self._world.rank, self._group)
+        return self._plan[1]
+
+    def _write(self, parts: list[planning.Part], copies: Tensors, values: bytes, about: About) -> None:
+        path = manifest.folder(self._folder, about.step)
+        first = self._world.rank == 0
+        files: list[File] = []
+        error = _error_of(lambda: manifest.begin(path)) if first else None
+        self._raise_together(error, path)
+
+        def write() -> None:
+            files.extend(shards.write(path, self._world.rank, parts, copies))
+            self._before()
+
+        written = [File(**entry) for entry in self._raise_together(_error_of(write), path, files)]
+        error = _error_of(lambda: self._commit(path, written, values, about)) if first else None
+        self._raise_together(error, path)
+
+    def _commit(self, path: Path, written: list[File], values: bytes, about: About) -> None:
+        storage.write_atomically(path / _VALUES, values)
+        files = [*written, File.of(path / _VALUES)]
+        checkpoint = manifest.commit(path, files, world_size=self._world.size, **dataclasses.asdict(about))
+        self._done(checkpoint)
+
+    def _raise_together(
+        self, error: Exception | None, path: Path, files: Sequence[File] = ()
+    ) -> list[dict[str, Any]]:
+        """Raise on all ranks what one has failed of, the directory removed; else the files of all ranks."""
+        mine = (None if error is None else str(error), [dataclasses.asdict(file) for file in files])
+        answers = distributed.gathered(mine, self._group) if self._world.size > 1 else [mine]
+        said = next((said for said, _ in answers if said is not None), None)
+        if said is None:
+            return [file for _, of_rank in answers for file in of_rank]
+        if self._world.rank == 0:
+            manifest.remove(path)
+        raise error or OSError(said)
+
+
+@dataclass(frozen=True)
+class About:
+    """What a checkpoint is of, as its manifest says."""
+
+    step: int
+    samples: int
+    """Samples of the global order that were trained on."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+def _in_thread(work: Callable[[], None]) -> concurrent.futures.Future[None]:
+    """Do it in a thread that does not keep the process from ending, as those of an executor do."""
+    future: concurrent.futures.Future[None] = concurrent.futures.Future()
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            future.set_exception(error)
+        else:
+            future.set_result(None)
+
+    threading.Thread(target=run, name="checkpoint", daemon=True).start()
+    return future
+
+
+def _error_of(work: Callable[[], None]) -> Exception | None:
+    """What went wrong: the other ranks are to hear of it before it is raised."""
     try:
-        if world.rank == 0:
-            manifest.begin(path)
-        _wait(world)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            state_dict_saver.save(
-                {name: _packed(tensor) for name, tensor in tensors.items()},
-                storage_writer=HuggingFaceStorageWriter(str(path), save_distributed=True),
-                no_dist=world.size == 1,
-            )
-        if world.rank > 0:
-            return None
-        (path / _VALUES).write_bytes(orjson.dumps(values, option=orjson.OPT_SERIALIZE_NUMPY))
-        return manifest.commit(path, step=step, samples=samples, world_size=world.size, metrics=metrics)
-    except CheckpointException as error:
-        manifest.remove(path)
-        raise _cause(error) from error
-    except BaseException:
-        manifest.remove(path)
-        raise
+        work()
+    except Exception as error:
+        return error
+    return None
 
 
 def shapes(checkpoint: Checkpoint) -> dict[str, tuple[torch.Size, torch.dtype]]:
@@ -105,20 +210,3 @@ def export_model(checkpoint: Checkpoint, target: Path) -> Path:
     load_tensors(checkpoint, {f"model.{name}": tensor for name, tensor in tensors.items()})
     save_file(tensors, target)
     return target
-
-
-def _packed(tensor: torch.Tensor) -> torch.Tensor:
-    """safetensors takes contiguous tensors only, and images' weights may be channels last."""
-    return tensor if isinstance(tensor, DTensor) or tensor.is_contiguous() else tensor.contiguous()
-
-
-def _wait(world: World) -> None:
-    if world.size > 1:
-        dist.all_reduce(torch.zeros(1))
-
-
-def _cause(error: CheckpointException) -> BaseException:
-    """The first failure behind DCP's wrapper: an OSError where the disk said no."""
-    for failure in error.failures.values():
-        return failure[0] if isinstance(failure, tuple) else failure
-    return error

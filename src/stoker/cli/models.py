@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from datetime import datetime
 from pathlib import Path
@@ -11,16 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 from rich.text import Text
-from stoker import storage
 from stoker.checkpoint import manifest
+from stoker.cli import checkpoints
 from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, console, print_json
 from stoker.cli.runs.common import RunName, iso
 from stoker.errors import BadInput, nearest
 from stoker.report import facts
 from stoker.report.terminal import when
 from stoker.run import directory, view
-from stoker.run.journal import Event
-from stoker.run.series import guess_goal
 from stoker.run.view import RunView
 from stoker.tracking.registry import STAGES, Registry, Version, write_checksums
 
@@ -32,7 +29,6 @@ app = typer.Typer(help="Named versions of what runs made, in MLflow's registry."
 Reference = Annotated[
     str, typer.Argument(metavar="NAME@VERSION", help="NAME@3, NAME@production, or NAME for the newest.")
 ]
-_KINDS = ("model", "adapter")
 
 
 @app.command()
@@ -56,8 +52,8 @@ def register(
 ) -> None:
     """Make what a run exported the next version of a model, with its lineage."""
     seen = view.load(directory.find(runs, run))
-    exported = _exported(seen, artifact)
-    chosen = _checkpoint(seen, checkpoint, metric) if checkpoint else None
+    exported = checkpoints.exported(seen, artifact)
+    chosen = checkpoints.chosen(seen, checkpoint, metric) if checkpoint else None
     if exported is None and chosen is None:
         raise BadInput(
             f"run {seen.directory.id!r} has exported no model yet; give --checkpoint last or --artifact"
@@ -67,9 +63,9 @@ def register(
         folder = Path(scratch) / "data"
         folder.mkdir()
         if exported is not None:
-            _copy(seen, exported, folder)
+            checkpoints.copy_exported(seen, exported, folder)
         if chosen is not None:
-            _put_weights(chosen, folder)
+            checkpoints.put_weights(chosen, folder)
         write_checksums(folder)
         made = Registry(runs).register(seen, name, folder, kind=kind, about=_about(seen, chosen))
     _answer(made, json, f"registered {made.name}@{made.version} from {made.run}")
@@ -145,54 +141,6 @@ def pull(
         console().print(str(target), markup=False)
 
 
-def _exported(seen: RunView, name: str | None) -> Event | None:
-    """The artifact that is the run's model. Raises BadInput."""
-    if name is not None and name not in seen.artifacts:
-        known = nearest(name, seen.artifacts) or f"; it has: {', '.join(seen.artifacts) or 'none'}"
-        raise BadInput(f"run {seen.directory.id!r} has no artifact {name!r}{known}")
-    if name is not None:
-        return seen.artifacts[name]
-    models = [event for event in seen.artifacts.values() if event["kind"] in _KINDS]
-    if len(models) > 1:
-        names = ", ".join(event["name"] for event in models)
-        raise BadInput(f"run {seen.directory.id!r} has several models: choose one with --artifact: {names}")
-    return models[0] if models else None
-
-
-def _checkpoint(seen: RunView, which: str, metric: str) -> manifest.Checkpoint:
-    """The checkpoint that is meant, verified. Raises BadInput."""
-    folder = seen.directory.checkpoints
-    kept = {int(path.name.removeprefix("step-")): path for path in manifest.committed(folder)}
-    if not kept:
-        raise BadInput(f"run {seen.directory.id!r} has no checkpoint")
-    if which == "best":
-        path = _best(seen, metric)
-    elif which == "last":
-        path = kept[max(kept)]
-    elif which.isdigit() and int(which) in kept:
-        path = kept[int(which)]
-    else:
-        raise BadInput(
-            f"no checkpoint {which!r}: give best, last, or one of the steps {', '.join(map(str, kept))}"
-        )
-    try:
-        return manifest.verify(path)
-    except manifest.InvalidCheckpoint as error:
-        raise BadInput(f"checkpoint {path.name} cannot be used: {error}") from error
-
-
-def _best(seen: RunView, metric: str) -> Path:
-    goal = seen.goals.get(metric) or guess_goal(metric)
-    if goal is None:
-        raise BadInput(f"nobody said which way {metric!r} is better: run.goal({metric}='min') or 'max' does")
-    path = manifest.best(seen.directory.checkpoints, metric, goal)
-    if path is None:
-        raise BadInput(
-            f"no checkpoint of run {seen.directory.id!r} knows {metric!r}; name another with --metric"
-        )
-    return path
-
-
 def _about(seen: RunView, checkpoint: manifest.Checkpoint | None) -> dict[str, str]:
     """What a version is: at which step, by which command, and what its metrics were there."""
     metrics = seen.newest() if checkpoint is None else checkpoint.metrics
@@ -202,39 +150,6 @@ def _about(seen: RunView, checkpoint: manifest.Checkpoint | None) -> dict[str, s
         "from_checkpoint": str(checkpoint is not None).lower(),
         **{f"metric.{name}": repr(value) for name, value in metrics.items()},
     }
-
-
-def _copy(seen: RunView, artifact: Event, folder: Path) -> None:
-    """Copy an artifact's files as they were recorded. Raises BadInput where they are not that any more."""
-    base = seen.directory.path / artifact.get("path", f"artifacts/{artifact['name']}")
-    for file in artifact["files"]:
-        place = seen.directory.path / file["path"]
-        if not place.is_file() or storage.sha256(place) != file["sha256"]:
-            raise BadInput(f"{place} is gone, or is not what the run recorded: it cannot be registered")
-        target = folder / (place.relative_to(base) if place != base else place.name)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(place, target)
-
-
-def _put_weights(checkpoint: manifest.Checkpoint, folder: Path) -> None:
-    """Put a checkpoint's weights in place of the exported ones, under the names that those have."""
-    from safetensors.torch import load_file, save_file
-    from stoker.checkpoint import store
-
-    trained = load_file(store.export_model(checkpoint, folder / ".checkpoint.safetensors"))
-    (folder / ".checkpoint.safetensors").unlink()
-    exported = sorted(folder.rglob("*.safetensors"))
-    if not exported:
-        save_file(trained, folder / "model.safetensors")
-        (folder / "model.safetensors").chmod(0o644)
-        return
-    plain = {
-        name.replace(".default.", "."): tensor for name, tensor in trained.items()
-    }  # PEFT's adapter name
-    for file in exported:
-        tensors = load_file(file)
-        save_file({name: plain.get(name, old) for name, old in tensors.items()}, file, {"format": "pt"})
-        file.chmod(0o644)
 
 
 def _answer(version: Version, json: bool, said: str) -> None:

@@ -11,7 +11,7 @@ import typer
 from stoker import config as configs
 from stoker import recipes
 from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder
-from stoker.cli.train import Nproc, Overrides, Profile, start
+from stoker.cli.train import Launch, MaxRestarts, MaxTime, Nproc, Overrides, Profile, start
 from stoker.errors import BadInput
 from stoker.run import directory, view
 
@@ -24,6 +24,8 @@ def resume(
     ],
     overrides: Overrides = None,
     nproc: Nproc = None,
+    max_restarts: MaxRestarts = 0,
+    max_time: MaxTime = None,
     profile: Profile = None,
     runs: RunsFolder = DEFAULT_RUNS,
     json: Json = False,
@@ -47,8 +49,9 @@ def resume(
         for key, (old, new) in configs.drift(seen.config, resolved.values).items():
             log.warning("drift: %s was %s and is %s from now on", key, old, new)
     return start(
-        recipe, resolved, runs=found.path.parent.parent, name=found.id, experiment=found.experiment,
-        nproc=nproc or _ranks(seen), profile=profile, json=json, accept_drift=True,
+        recipe, resolved, Launch(nproc or _ranks(seen), max_restarts, max_time, profile),
+        runs=found.path.parent.parent, name=found.id, experiment=found.experiment, json=json,
+        accept_drift=True,
     )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import random
 import sys
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +19,11 @@ from stoker import recipes
 from stoker.attempt import Run
 from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, console, print_json
 from stoker.config import Resolved
+from stoker.duration import clock
 from stoker.engine import options
 from stoker.engine.options import Training
 from stoker.errors import BadInput, Stopped
-from stoker.launch import local
+from stoker.launch import local, ranks
 from stoker.recipes import Recipe
 from stoker.report import html
 from stoker.run import directory, view
@@ -52,6 +54,17 @@ Nproc = Annotated[
     int | None,
     typer.Option("--nproc", min=1, metavar="N", help="Ranks on this machine.", show_default="1"),
 ]
+MaxRestarts = Annotated[
+    int,
+    typer.Option(
+        "--max-restarts", min=0, metavar="N",
+        help="Start the ranks again when one is killed, hangs or raises, so often between checkpoints.",
+    ),
+]  # fmt: skip
+MaxTime = Annotated[
+    str | None,
+    typer.Option("--max-time", metavar="TIME", help="Stop after so long with a checkpoint, such as 3h55m."),
+]
 Profile = Annotated[
     str | None,
     typer.Option(metavar="FIRST:LAST", help="Trace these steps with torch's profiler, such as 10:15."),
@@ -71,6 +84,8 @@ def train(
     name: Name = None,
     experiment: Experiment = None,
     nproc: Nproc = None,
+    max_restarts: MaxRestarts = 0,
+    max_time: MaxTime = None,
     profile: Profile = None,
     runs: RunsFolder = DEFAULT_RUNS,
     json: Json = False,
@@ -81,10 +96,8 @@ def train(
     """
     found = recipes.load(recipe)
     resolved = configs.resolve(found.config, overrides or (), config)
-    return start(
-        found, resolved, runs=runs, name=name, experiment=experiment, nproc=nproc or 1, profile=profile,
-        json=json,
-    )  # fmt: skip
+    launch = Launch(nproc or 1, max_restarts, max_time, profile)
+    return start(found, resolved, launch, runs=runs, name=name, experiment=experiment, json=json)
 
 
 def script_command(train_function: Callable[..., None]) -> Callable[..., int]:
@@ -96,21 +109,31 @@ def script_command(train_function: Callable[..., None]) -> Callable[..., int]:
         name: Name = None,
         experiment: Experiment = None,
         nproc: Nproc = None,
+        max_restarts: MaxRestarts = 0,
+        max_time: MaxTime = None,
         profile: Profile = None,
         runs: RunsFolder = DEFAULT_RUNS,
         json: Json = False,
     ) -> int:
         found = recipes.from_function(train_function)
         resolved = configs.resolve(found.config, overrides or (), config)
-        return start(
-            found, resolved, runs=runs, name=name, experiment=experiment, nproc=nproc or 1, profile=profile,
-            json=json,
-        )  # fmt: skip
+        launch = Launch(nproc or 1, max_restarts, max_time, profile)
+        return start(found, resolved, launch, runs=runs, name=name, experiment=experiment, json=json)
 
     command.__doc__ = (
         train_function.__doc__ or "Start a run; the same command with the same --name continues it."
     )
     return command
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a run is started, which is no part of what it computes."""
+
+    nproc: int = 1
+    max_restarts: int = 0
+    max_time: str | None = None
+    profile: str | None = None
 
 
 @dataclass(frozen=True)
@@ -127,18 +150,19 @@ class Job:
     profile: tuple[int, int] | None
     json: bool
     accept_drift: bool
+    deadline: float | None = None
+    """When to stop, by the machine's monotonic clock."""
 
 
 def start(
     recipe: Recipe,
     resolved: Resolved[Any],
+    launch: Launch,
     *,
     runs: Path,
     name: str | None,
     experiment: str | None,
     json: bool,
-    nproc: int = 1,
-    profile: str | None = None,
     accept_drift: bool = False,
 ) -> int:
     """Train, from the beginning or from where the run of that name was; returns the exit code."""
@@ -148,18 +172,21 @@ def start(
         finished = _finished(directory.locate(runs.absolute(), experiment, name), resolved)
         if finished is not None:
             return _answer(finished, json, "was finished already")
-    ranks = max(nproc, World.current().size)
-    check(recipe, resolved.config, ranks)
+    check(recipe, resolved.config, max(launch.nproc, World.current().size))
     job = Job(
         recipe.reference, resolved.values, resolved.sources, runs.absolute(), experiment, name,
-        _steps(profile), json, accept_drift,
+        _steps(launch.profile), json, accept_drift, _deadline(launch.max_time),
     )  # fmt: skip
-    if nproc == 1:
+    if launch.nproc == 1 and launch.max_restarts == 0:
         return _work(recipe, resolved, job)
     if World.current().size > 1:
-        raise BadInput(f"--nproc {nproc}: {World.current().size} ranks were started already; leave it out")
+        raise BadInput(
+            f"{World.current().size} ranks were started already: leave out --nproc and --max-restarts"
+        )
     named = dataclasses.replace(job, name=name or directory.new_id())
-    return local.run(run_rank, (named,), nproc=nproc, preload=recipe.preload)
+    return local.run(
+        run_rank, (named,), nproc=launch.nproc, preload=recipe.preload, max_restarts=launch.max_restarts
+    )
 
 
 def run_rank(job: Job, measure: int | None = None) -> int:
@@ -182,9 +209,9 @@ def _work(recipe: Recipe, resolved: Resolved[Any], job: Job, measure: int | None
         code=recipe.source.parent if recipe.reference not in recipes.SHIPPED else Path.cwd(),
         accept_drift=job.accept_drift,
     )
-    run.profile, run.measure = job.profile, measure
+    run.profile, run.measure, run.stop.deadline = job.profile, measure, job.deadline
     if run.world.rank > 0:
-        local.log_to(run.directory.logs / f"rank-{run.world.rank}.log")
+        ranks.log_to(run.directory.logs / f"rank-{run.world.rank}.log")
     code, status = _train(run, recipe, resolved.config)
     if run.world.rank > 0 or measure is not None:
         return code
@@ -222,6 +249,16 @@ def _steps(profile: str | None) -> tuple[int, int] | None:
     if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
         raise BadInput(f"--profile {profile}: give the first and the last step, such as 10:15")
     return int(first), int(last)
+
+
+def _deadline(max_time: str | None) -> float | None:
+    """Raises BadInput."""
+    if max_time is None:
+        return None
+    try:
+        return time.monotonic() + clock(max_time)
+    except ValueError as error:
+        raise BadInput(f"--max-time {error}") from error
 
 
 def _train(run: Run, recipe: Recipe, config: Any) -> tuple[int, str]:

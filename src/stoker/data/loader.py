@@ -13,14 +13,17 @@ from __future__ import annotations
 import multiprocessing
 import os
 import random
+import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from multiprocessing import forkserver
 from multiprocessing.context import BaseContext
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import torch
+from stoker import signals
 from stoker.data.order import fold, order
 from stoker.errors import BadInput
 from stoker.world import World
@@ -159,15 +162,20 @@ def _worker_context() -> BaseContext:
     """Forkserver: a fork of this process, which has threads, may deadlock, and a spawn imports torch anew."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
+    with signals.ignored_by_what_starts_here():
+        forkserver.ensure_running()
     return context
 
 
 def _end_with_trainer(worker: int) -> None:
-    """End this worker once the process that trains is gone, killed or not.
+    """End this worker once the process that trains is gone, killed or not, and at no signal but SIGKILL.
 
-    torch's own watch is for the parent by process id, and that is the forkserver, which lives
-    for as long as a worker does.
+    A scheduler signals workers too, and the checkpoint of the one that trains needs them. torch's own
+    watch is for the parent by process id, and that is the forkserver, which lives for as long as a
+    worker does.
     """
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
     trainer = multiprocessing.parent_process()
     assert trainer is not None
 

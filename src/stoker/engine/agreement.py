@@ -25,6 +25,8 @@ class Requests:
     preempted: bool = False
     interrupted: bool = False
     checkpoint: bool = False
+    failed: bool = False
+    """A checkpoint could not be written."""
 
     @property
     def stop(self) -> str | None:
@@ -57,7 +59,9 @@ class Agreement:
             return
         asked = self._ask()
         flags = torch.tensor(
-            [asked.preempted, asked.interrupted, asked.checkpoint], dtype=torch.float64, device="cpu"
+            [asked.preempted, asked.interrupted, asked.checkpoint, asked.failed],
+            dtype=torch.float64,
+            device="cpu",
         )
         sums = torch.stack([self._scalar(loss_sum), self._scalar(weight)])
         if self._device.type == "cpu":  # one reduction for both
@@ -87,9 +91,9 @@ class Agreement:
         for work in self._work:
             work.wait()
         assert self._asked is not None
-        preempted, interrupted, checkpoint = (self._asked > 0).tolist()
+        asked = (self._asked > 0).tolist()
         self._asked = None
-        return Requests(preempted, interrupted, checkpoint)
+        return Requests(*asked)
 
     def _scalar(self, value: Weight) -> torch.Tensor:
         if isinstance(value, torch.Tensor):

@@ -16,8 +16,7 @@ from typing import Any
 import psutil
 import torch
 import torch.distributed as dist
-from stoker import storage
-from stoker.engine import distributed
+from stoker import distributed, storage
 from stoker.errors import StokerError
 
 _ROOM = 0.9  # of a device's memory

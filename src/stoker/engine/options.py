@@ -122,10 +122,20 @@ class Training:
     """How much training a kill can cost; 10min, 500, 1ep. The result does not depend on it."""
     keep_checkpoints: Annotated[int, Ge(1)] = 3
     """How many of the newest checkpoints are kept; the best is kept as well."""
+    on_bad_loss: Literal["stop", "skip", "rewind"] = "stop"
+    """Where a loss or gradient is not finite: stop, skip the batch, or rewind the weights to the newest
+    checkpoint and go on behind the batch."""
+    spike: Annotated[float, Gt(1)] | None = None
+    """A loss of so many times its running median (of 100 steps) is bad as well; none: only one not finite."""
+    hang_limit: Duration | None = None
+    """Ranks that do no step for so long are ended, with their stacks, such as 10min; by default 20 times the
+    longest step so far, and at least 5 minutes. Under --max-restarts they are started again."""
 
     def __post_init__(self) -> None:
         checkpointing(self.activation_checkpointing)
         object.__setattr__(self, "checkpoint_every", Duration.parse(self.checkpoint_every))
+        if self.hang_limit is not None and self.hang_limit.seconds is None:
+            raise ValueError(f"hang_limit={self.hang_limit}: give it by the clock, such as 10min")
 
 
 def of_memory(training: Training) -> dict[str, str]:

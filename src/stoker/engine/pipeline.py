@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from stoker.engine import batches, blocks, distributed, stages
+from stoker import distributed
+from stoker.engine import batches, blocks, stages
 from stoker.engine.agreement import Agreement, Weight
 from stoker.engine.options import Training
 from stoker.engine.step import (
@@ -122,9 +123,13 @@ class PipelineStep:
         """See `Step`."""
         found = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         stepped = apply(found, optimizer, weight, self._setting)
-        self.model.zero_grad(set_to_none=True)
+        self.clear()
         average_statistics(self._statistics, self._mesh)
         return stepped
+
+    def clear(self) -> None:
+        """See `Step`."""
+        self.model.zero_grad(set_to_none=True)
 
     def _loss(self, output: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
         assert self._setting.loss is not None

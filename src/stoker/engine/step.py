@@ -56,7 +56,14 @@ class Step(Protocol):
         ...
 
     def update(self, optimizer: torch.optim.Optimizer, weight: torch.Tensor) -> bool:
-        """Divide by the weight of the global batch, clip, step, clear; False where fp16 overflowed."""
+        """Divide by the weight of the global batch, clip, step, clear.
+
+        False where nothing was changed: fp16 overflowed, or a gradient was seen not to be finite.
+        """
+        ...
+
+    def clear(self) -> None:
+        """Forget the gradients that were added up."""
         ...
 
 
@@ -70,6 +77,8 @@ class Setting:
     precision: Resolved
     scale: LossScale
     clip_norm: float | None
+    guarded: bool = False
+    """Whether gradients that are not finite are looked for in any case; else where it costs nothing."""
 
     def call(self, model: nn.Module, batch: Any) -> Any:
         """The output of a model for a batch."""
@@ -154,10 +163,14 @@ class PlainStep:
             gradients.average(gradients.of(updated), group)
         found = gradients.of(updated)
         stepped = apply(found, optimizer, weight, setting)
-        for parameter in self._parameters:
-            parameter.grad = None
+        self.clear()
         average_statistics(self._statistics, setting.mesh)
         return stepped
+
+    def clear(self) -> None:
+        """See `Step`."""
+        for parameter in self._parameters:
+            parameter.grad = None
 
     def _backward(self, loss_sum: torch.Tensor) -> None:
         if self._setting.scale.enabled:
@@ -181,16 +194,18 @@ def apply(
 ) -> bool:
     """Make gradients of sums, averaged over the data ranks, those of the mean; clip; step.
 
-    Returns False where fp16 overflowed, and nothing was changed.
+    Returns False where nothing was changed: fp16 overflowed, or a gradient was seen not to be finite.
     """
     factor = gradients.reciprocal(weight) * (setting.mesh.data.size / setting.scale.factor)
-    if setting.clip_norm is not None or setting.scale.enabled:
+    if setting.clip_norm is not None or setting.scale.enabled or setting.guarded:
         norm = gradients.norm(found, setting.mesh.group("stage"))
         if setting.scale.enabled:
             overflowed = not bool(norm.isfinite())
             setting.scale.update(overflowed)
             if overflowed:
                 return False
+        elif (setting.guarded or norm.device.type == "cpu") and not bool(norm.isfinite()):
+            return False
         factor = gradients.clipped(factor, norm, setting.clip_norm)
     gradients.scale(found, factor)
     optimizer.step()

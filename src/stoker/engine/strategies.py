@@ -11,7 +11,8 @@ from typing import Any, cast
 
 import psutil
 import torch
-from stoker.engine import activation, blocks, distributed
+from stoker import distributed
+from stoker.engine import activation, blocks
 from stoker.engine.mesh import Mesh
 from stoker.engine.options import Training
 from stoker.engine.precision import DTYPES

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
-from stoker.engine import distributed
+from stoker import distributed
 from stoker.engine.mesh import Mesh
 from stoker.engine.step import Step
 from torch.distributed.tensor import DTensor

@@ -95,7 +95,7 @@ class DeepSpeedStep:
         average_statistics(self._statistics, setting.mesh)
         if self.stage == 0:
             stepped = apply(gradients.of(self.model.parameters()), self._optimizer, weight, setting)
-            self.model.zero_grad(set_to_none=True)
+            self.clear()
             return stepped
         factor = gradients.reciprocal(weight) * (setting.mesh.data.size / setting.scale.factor)
         self._optimizer.override_loss_scale(1.0 / factor.item())
@@ -103,6 +103,13 @@ class DeepSpeedStep:
         overflowed = bool(self._optimizer.overflow)
         setting.scale.update(overflowed)
         return not overflowed
+
+    def clear(self) -> None:
+        """See `Step`."""
+        self.model.zero_grad(set_to_none=True)
+        if self.stage > 0:
+            self._engine.zero_grad()
+            self._optimizer.zero_grad()
 
     def _call(self, batch: Any) -> Any:
         if self.stage == 0:

@@ -84,8 +84,9 @@ def check_launch(config: Config, ranks: int) -> None:
 
 def train(run: Run, config: Config) -> None:
     """Find the images, build the model, train, test, export."""
+    from stoker import distributed
     from stoker.data import augment, images
-    from stoker.engine import distributed, optimizers, schedule
+    from stoker.engine import optimizers, schedule
     from stoker.engine.random_state import seed_everything
     from stoker.loop import Trainer
     from stoker.recipes import image_model

@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
-from stoker import storage
+from stoker import distributed, storage
 from stoker.data import tokenizer as tokenizers
 from stoker.data.sources import Document
-from stoker.engine import distributed
 from stoker.errors import BadInput, nearest
 from stoker.loop import Trainer
 from stoker.recipes import quiet  # noqa: F401 (its import is its work)

@@ -115,8 +115,9 @@ def check_launch(config: Config, ranks: int) -> None:
 
 def train(run: Run, config: Config) -> None:
     """Read and pack the data, build the model, train, test, export."""
+    from stoker import distributed
     from stoker.data import sources
-    from stoker.engine import distributed, optimizers, schedule
+    from stoker.engine import optimizers, schedule
     from stoker.engine.random_state import seed_everything
     from stoker.loop import Trainer
     from stoker.recipes import language_data, language_model

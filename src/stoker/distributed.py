@@ -10,19 +10,20 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from stoker.engine.options import Backend
+from stoker import supervision
 from stoker.errors import BadInput
 from stoker.world import World
 
 _TIMEOUT = datetime.timedelta(minutes=30)
 
 
-def join(world: World, backend: Backend = "auto", *, alone: bool = False) -> None:
+def join(world: World, backend: str = "auto", *, alone: bool = False) -> None:
     """Take part in the process group of this launch; a second time there is nothing to do.
 
     CPU tensors go through gloo, GPU tensors through NCCL.
 
     Args:
+        backend: auto, gloo or nccl.
         alone: a single process makes a group too, as FSDP and DeepSpeed need one.
 
     Raises:
@@ -33,11 +34,13 @@ def join(world: World, backend: Backend = "auto", *, alone: bool = False) -> Non
     gpu = torch.cuda.is_available() and backend != "gloo"
     if backend == "nccl" and not gpu:
         raise BadInput("backend=nccl: there is no GPU here; leave backend to auto, or give gloo")
+    supervision.joining(True)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if gpu else "gloo",
         rank=world.rank, world_size=world.size, timeout=_TIMEOUT,
         store=torch._C._distributed_c10d.HashStore() if world.size == 1 else None,
     )  # fmt: skip
+    supervision.joining(False)
     atexit.register(leave)
 
 
@@ -68,13 +71,18 @@ def from_rank_zero(value: Any) -> Any:
     return held[0]
 
 
-def gathered(value: Any) -> list[Any]:
-    """A small value of each rank, in the order of ranks, on every rank."""
+def gathered(value: Any, group: Any = None) -> list[Any]:
+    """A small value of each rank of a group (by default all), in the order of ranks, on every rank."""
     if not dist.is_initialized():
         return [value]
-    held: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(held, value)
+    held: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(held, value, group=group)
     return held
+
+
+def beside_the_loop() -> Any:
+    """A process group of all ranks for a thread of its own, by gloo; none for a single process."""
+    return dist.new_group(backend="gloo", timeout=_TIMEOUT) if dist.is_initialized() else None
 
 
 def barrier() -> None:

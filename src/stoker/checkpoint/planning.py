@@ -1,0 +1,54 @@
+"""Which rank writes which part of which tensor: the planning of torch.distributed.checkpoint.
+
+A plan depends on names, shapes and placements alone, so one is made for a training, not for every
+checkpoint. Of a tensor that several ranks hold, one of them writes it, and the work is shared out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from stoker import distributed
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.planner import SavePlan
+from torch.distributed.tensor import DTensor
+
+Signature = tuple[tuple[Any, ...], ...]
+
+
+@dataclass(frozen=True)
+class Part:
+    """What this rank writes of a tensor: all that it holds of it."""
+
+    name: str
+    offsets: tuple[int, ...]
+    """Where it begins in the whole tensor, by dim."""
+
+
+def signature(tensors: Mapping[str, torch.Tensor]) -> Signature:
+    """What a plan depends on, as far as this rank sees it."""
+    return tuple((name, t.shape, t.dtype, getattr(t, "placements", None)) for name, t in tensors.items())
+
+
+def parts(tensors: Mapping[str, torch.Tensor], rank: int, group: Any = None) -> list[Part]:
+    """The parts that this rank writes; all ranks of the group call it, each with its tensors.
+
+    Raises ValueError where ranks hold different tensors under one name.
+    """
+    planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    planner.set_up_planner(dict(tensors), is_coordinator=rank == 0)
+    plans: list[SavePlan] = distributed.gathered(planner.create_local_plan(), group)
+    final, _ = planner.create_global_plan(plans)
+    found = []
+    for item in planner.finish_plan(final[rank]).items:
+        assert item.tensor_data is not None
+        found.append(Part(item.index.fqn, tuple(item.tensor_data.chunk.offsets)))
+    return found
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,81 @@
+"""A rank's shards: safetensors files of at most half a GiB, with a checksum each.
+
+They have the layout of torch's `HuggingFaceStorageWriter(save_distributed=True)`, whose reader
+reads them: beside the tensors stands where each begins in the whole one.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import errno
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from stoker import storage
+from stoker.checkpoint.manifest import File
+from stoker.checkpoint.planning import Part
+from torch.distributed.checkpoint._hf_utils import (
+    CUSTOM_METADATA_KEY,
+    DCP_VERSION_KEY,
+    FORMAT_KEY,
+    FORMAT_VALUE,
+    HF_DCP_VERSION,
+    SAVED_OFFSETS_KEY,
+)
+
+_FILE = 2**29  # bytes; several files are written, and verified, side by side
+_THREADS = 2
+
+
+def write(folder: Path, rank: int, parts: Sequence[Part], tensors: Mapping[str, torch.Tensor]) -> list[File]:
+    """Write this rank's parts, synced to disk; returns the files with their checksums. Raises OSError."""
+    names = [f"rank-{rank:05}-{n:03}.safetensors" for n in range(len(parts))]
+    jobs = list(zip(names, _divided(parts, tensors), strict=False))
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+        return list(pool.map(lambda job: _write(folder / job[0], job[1], tensors), jobs))
+
+
+def _write(file: Path, parts: Sequence[Part], tensors: Mapping[str, torch.Tensor]) -> File:
+    offsets = {part.name: {SAVED_OFFSETS_KEY: part.offsets} for part in parts}
+    about = {
+        CUSTOM_METADATA_KEY: json.dumps(offsets), DCP_VERSION_KEY: str(HF_DCP_VERSION),
+        FORMAT_KEY: FORMAT_VALUE,
+    }  # fmt: skip
+    try:
+        save_file({part.name: tensors[part.name] for part in parts}, file, about)
+    except SafetensorError as error:  # a full disk, say
+        raise _os_error(error, file) from error
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        synced = pool.submit(storage.sync_file, file)  # the disk writes while the checksum is computed
+        known = File.of(file)
+        synced.result()
+    return known
+
+
+def _os_error(error: SafetensorError, file: Path) -> OSError:
+    """What the disk said: safetensors has it in its text alone, `... (os error 28)`."""
+    number = re.search(r"os error (\d+)", str(error))
+    if number is None:
+        return OSError(errno.EIO, str(error), str(file))
+    return OSError(int(number[1]), os.strerror(int(number[1])), str(file))
+
+
+def _divided(parts: Sequence[Part], tensors: Mapping[str, torch.Tensor]) -> Iterator[list[Part]]:
+    """The parts in groups of at most `_FILE` bytes, a larger tensor by itself."""
+    group: list[Part] = []
+    size = 0
+    for part in parts:
+        new = tensors[part.name].nbytes
+        if group and size + new > _FILE:
+            yield group
+            group, size = [], 0
+        group.append(part)
+        size += new
+    if group:
+        yield group

@@ -1,0 +1,149 @@
+"""What a rank does: a function, and saying how that ended.
+
+In the folder of the launch stand of each rank: its process id (`.pid`), how far it is (`.pulse`,
+see `supervision`), how it ended (`.json`), and of ranks above 0 what they wrote until they had a
+log of their own (`.out`).
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+from stoker import supervision
+from stoker.errors import StokerError, Stopped
+
+_PAUSE = 0.08  # seconds; see `main`
+
+
+@dataclass(frozen=True)
+class End:
+    """How a rank ended, as it says itself."""
+
+    rank: int
+    at: float
+    code: int | None = None
+    error: str = ""
+    trace: str = ""
+
+
+def main(function: Callable[..., int], arguments: Sequence[Any], folder: str, launcher: int) -> None:
+    """What each process does."""
+    rank = int(os.environ["RANK"])
+    base = Path(folder) / f"rank-{rank}"
+    os.setsid()  # Ctrl-C reaches the launcher alone, which passes it on once
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_DFL)  # its server ignores them
+    _end_with(launcher)
+    os.environ[supervision.FOLDER] = folder
+    _write(base, ".pid", str(os.getpid()))
+    supervision.write_stacks_to(base.with_suffix(".stacks"))
+    _share_cores(int(os.environ["LOCAL_WORLD_SIZE"]))
+    if rank > 0:
+        log_to(base.with_suffix(".out"))
+    try:
+        code, error, trace = function(*arguments), "", ""
+    except Stopped as stopped:  # also what elastic tells the others, once one has failed
+        code, error, trace = int(stopped.code or 0), "ended with the other ranks" * failed(Path(folder)), ""
+    except BaseException as caught:
+        code, error, trace = _explained(caught)
+    _write(base, ".json", json.dumps(vars(End(rank, time.time(), code, error, trace))))
+    _leave_group(failed=bool(error))
+    if error:
+        time.sleep(_PAUSE)  # so that a rank that was killed, and cost this one its peer, is seen first
+        os._exit(code or 1)  # at once: a collective of the others may be waiting for this rank
+
+
+def ends(folder: Path) -> dict[int, End]:
+    """How the ranks of a launch ended, as far as they could say it."""
+    found = (read_end(file) for file in sorted(folder.glob("rank-*.json")))
+    return {end.rank: end for end in found}
+
+
+def read_end(file: Path) -> End:
+    """How a rank ended."""
+    return End(**json.loads(file.read_text(encoding="utf-8")))
+
+
+def pids(folder: Path) -> dict[int, int]:
+    """The process ids of a launch's ranks."""
+    return {_number(file): int(file.read_text()) for file in folder.glob("rank-*.pid")}
+
+
+def failed(folder: Path) -> bool:
+    """Whether any rank of a launch has said that it failed, or is gone without a word."""
+    return any(_has_failed(folder / f"rank-{rank}.json", pid) for rank, pid in pids(folder).items())
+
+
+def _has_failed(said: Path, pid: int) -> bool:
+    if not said.exists() and psutil.pid_exists(pid):
+        return False
+    return not said.exists() or bool(read_end(said).error)
+
+
+def log_to(file: Path) -> None:
+    """From now on this process's standard output and error go to a file, after what they were so far."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    with file.open("ab") as target:
+        os.dup2(target.fileno(), sys.stdout.fileno())
+        os.dup2(target.fileno(), sys.stderr.fileno())
+
+
+def _explained(caught: BaseException) -> tuple[int, str, str]:
+    if isinstance(caught, StokerError):
+        return caught.exit_code, str(caught), ""
+    return 1, f"{type(caught).__name__}: {caught}", traceback.format_exc()
+
+
+def _leave_group(*, failed: bool) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if not failed:
+        from stoker import distributed
+
+        distributed.leave()
+
+
+def _share_cores(ranks: int) -> None:
+    """Threads of a rank: its share of the cores, unless OMP_NUM_THREADS says."""
+    import torch
+
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
+
+
+def _end_with(launcher: int) -> None:
+    """End this rank once the launcher is gone. Its parent by process id is the forkserver."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    assert parent.pid == launcher
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, name="end-with-launcher", daemon=True).start()
+
+
+def _write(base: Path, suffix: str, text: str) -> None:
+    """Write a file that is there whole or not at all."""
+    part = base.with_suffix(".part")
+    part.write_text(text, encoding="utf-8")
+    part.rename(base.with_suffix(suffix))
+
+
+def _number(file: Path) -> int:
+    return int(file.stem.removeprefix("rank-"))

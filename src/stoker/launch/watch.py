@@ -1,0 +1,112 @@
+"""What the launcher does while its ranks run: pass signals on, end those that would not end by themselves."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+from stoker import supervision
+from stoker.errors import Stopped
+from stoker.launch import ranks
+
+_EVERY = 0.1  # seconds
+_LAST_WORDS = 5.0  # seconds that the other ranks have to end, once one has failed
+_STACKS = 1.0  # seconds that ranks have to write their stacks
+_COMING_UP = 60.0  # seconds that all ranks together have to find each other
+_PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+@dataclass
+class Watch:
+    """One launch as it is watched."""
+
+    folder: Path
+    count: int
+    """Ranks of the launch."""
+    told_to_stop: bool = False
+    verdict: str = ""
+    """Why all ranks were ended, where they were."""
+    _over: threading.Event = field(default_factory=threading.Event)
+
+    def run(self) -> None:
+        """Watch until it is over; in a thread."""
+        while not self._over.wait(_EVERY):
+            self.verdict = self._hanging()
+            if self.verdict:
+                self._end_all()
+            elif ranks.failed(self.folder):
+                self._over.wait(_LAST_WORDS)
+                self._end_all()
+
+    def stop(self) -> None:
+        """There is nothing left to watch."""
+        self._over.set()
+
+    def signal(self, number: int) -> None:
+        """Send a signal to every rank that lives."""
+        for pid in ranks.pids(self.folder).values():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    def _end_all(self) -> None:
+        while not self._over.is_set():
+            self.signal(signal.SIGKILL)
+            self._over.wait(_EVERY)
+
+    def _hanging(self) -> str:
+        """What is said of ranks that stand still, once they have written their stacks; else nothing."""
+        now = time.monotonic()
+        pulses = supervision.read(self.folder)
+        together = len(pulses) == self.count and all(p.joining for p in pulses.values())
+        if together and now - max(p.joining for p in pulses.values()) > _COMING_UP:
+            return f"the ranks did not find each other within {_COMING_UP:.0f} s"
+        slow = {rank: p for rank, p in pulses.items() if p.limit and now - p.at > p.limit}
+        if not slow:
+            return ""
+        self.signal(supervision.STACKS)
+        self._over.wait(_STACKS)
+        rank, pulse = min(slow.items(), key=lambda pair: pair[1].at)
+        said = f"rank {rank} hangs: nothing after step {pulse.step} for {now - pulse.at:.0f} s"
+        return f"{said}; the stacks of all ranks are in {self._keep_stacks()}"
+
+    def _keep_stacks(self) -> Path:
+        """Move the stacks to the run's logs; returns where they are."""
+        file = self.folder / supervision.RUN
+        logs = Path(file.read_text(encoding="utf-8")) / "logs" if file.exists() else self.folder
+        target = logs / time.strftime("stacks-%Y%m%d-%H%M%S")
+        target.mkdir(parents=True, exist_ok=True)
+        for stacks in self.folder.glob("rank-*.stacks"):
+            shutil.copy(stacks, target / f"{stacks.stem}.txt")
+        return target
+
+
+@contextlib.contextmanager
+def watching(folder: Path, count: int) -> Iterator[Watch]:
+    """Watch the ranks of a launch, and hand SIGTERM, SIGUSR1 and Ctrl-C to them, within this block."""
+    watch = Watch(folder, count)
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        watch.told_to_stop = True
+        if not ranks.pids(folder):
+            raise Stopped("interrupted" if number == signal.SIGINT else "preempted")
+        watch.signal(number)
+
+    thread = threading.Thread(target=watch.run, name="watch-ranks", daemon=True)
+    thread.start()
+    main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, pass_on) for number in _PASSED_ON} if main else {}
+    try:
+        yield watch
+    finally:
+        watch.stop()
+        thread.join()
+        for number, handler in before.items():
+            signal.signal(number, handler)

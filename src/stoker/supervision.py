@@ -1,0 +1,137 @@
+"""What ranks and whoever started them tell each other, by small files in a folder of the launch.
+
+A rank keeps a few numbers in memory that is a file: how far it is, and when it was there. Whoever
+supervises it reads them, tells a rank that is at work from one that hangs, and has all ranks write
+their stacks, which works also where a rank is stuck within C code: see `faulthandler`.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import mmap
+import os
+import signal
+import struct
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+FOLDER = "STOKER_LAUNCH_FOLDER"
+"""The variable by which a rank finds the folder."""
+RUN = "run"
+"""The file of that folder that says where the run is."""
+STACKS = signal.SIGUSR2
+"""The signal on which a rank writes the stacks of its threads."""
+
+_LAYOUT = struct.Struct("<qqddd")
+_AT_LEAST = 300.0  # seconds without a step before a rank counts as hanging, where nothing else is set
+_TIMES = 20.0  # so many times the longest it has taken so far
+
+
+@dataclass(frozen=True)
+class Pulse:
+    """How far a rank is."""
+
+    step: int = -1
+    """Steps that are done; -1 before the training loop."""
+    saved: int = -1
+    """The step of the newest checkpoint on disk."""
+    at: float = 0.0
+    """When it last moved, by the machine's monotonic clock."""
+    limit: float = 0.0
+    """Seconds without a move after which it hangs; 0: none."""
+    joining: float = 0.0
+    """Since when it waits for the other ranks to come up, by the same clock; 0: it does not."""
+
+
+class Heart:
+    """A rank's side. Without a folder (nobody supervises) it does nothing.
+
+    Args:
+        limit: seconds without a step that count as hanging; by default by the run's own step time.
+    """
+
+    def __init__(self, limit: float | None = None) -> None:
+        folder = os.environ.get(FOLDER)
+        self._limit = limit
+        self._step, self._saved = -1, -1
+        self._last = 0.0
+        self._longest = 0.0
+        self._memory = None
+        if folder is not None:
+            rank = int(os.environ.get("RANK", "0"))
+            self._memory = _memory(Path(folder) / f"rank-{rank}.pulse")
+
+    def beat(self, step: int | None = None) -> None:
+        """Say that this rank is at work; with a step, that so many are done."""
+        if self._memory is None:
+            return
+        now = time.monotonic()
+        if step is not None:
+            self._step = step
+        if self._last:
+            self._longest = max(self._longest, now - self._last)
+        self._last = now
+        limit = self._limit or max(_AT_LEAST, _TIMES * self._longest)
+        self._write(Pulse(self._step, self._saved, now, limit))
+
+    def saved(self, step: int) -> None:
+        """Say that a checkpoint is on disk."""
+        self._saved = step
+        self.beat()
+
+    def pause(self) -> None:
+        """From now on nothing says how long it takes: the loop is over."""
+        if self._memory is not None:
+            self._last = 0.0
+            self._write(Pulse(self._step, self._saved, time.monotonic(), 0.0))
+
+    def _write(self, pulse: Pulse) -> None:
+        assert self._memory is not None
+        _LAYOUT.pack_into(self._memory, 0, pulse.step, pulse.saved, pulse.at, pulse.limit, pulse.joining)
+
+
+def joining(yes: bool) -> None:
+    """Say that this rank waits for the others to come up, or does no longer."""
+    folder = os.environ.get(FOLDER)
+    if folder is not None:
+        since = time.monotonic() if yes else 0.0
+        memory = _memory(Path(folder) / f"rank-{os.environ.get('RANK', '0')}.pulse")
+        _LAYOUT.pack_into(memory, 0, -1, -1, time.monotonic(), 0.0, since)
+
+
+def write_stacks_to(file: Path) -> None:
+    """On STACKS write the stacks of all threads to a file, empty until then, where somebody supervises."""
+    if os.environ.get(FOLDER) is None:
+        return
+    opened = file.open("w", encoding="utf-8")  # faulthandler writes to its descriptor
+    faulthandler.register(STACKS, file=opened, all_threads=True)
+    _open.append(opened)
+
+
+def say_where(run: Path) -> None:
+    """Say where the run is, to whoever supervises."""
+    folder = os.environ.get(FOLDER)
+    if folder is not None:
+        (Path(folder) / RUN).write_text(str(run), encoding="utf-8")
+
+
+_open: list[object] = []
+
+
+def read(folder: Path) -> dict[int, Pulse]:
+    """The pulses of all ranks of a launch that have one."""
+    found = {}
+    for file in folder.glob("rank-*.pulse"):
+        content = file.read_bytes()
+        if len(content) == _LAYOUT.size:
+            found[int(file.stem.removeprefix("rank-"))] = Pulse(*_LAYOUT.unpack(content))
+    return found
+
+
+def _memory(file: Path) -> mmap.mmap:
+    with file.open("a+b") as opened:
+        if opened.seek(0, os.SEEK_END) < _LAYOUT.size:
+            opened.write(_LAYOUT.pack(-1, -1, time.monotonic(), 0.0, 0.0))
+            opened.flush()
+        return mmap.mmap(opened.fileno(), _LAYOUT.size)

@@ -1,0 +1,120 @@
+"""Saving beside the loop: what was there when it was asked for, on disk whole, or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from stoker.checkpoint import manifest, shards, store
+from stoker.checkpoint.store import About, Saver
+from torch.distributed.checkpoint import state_dict_loader
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+
+
+def _tensors() -> dict[str, torch.Tensor]:
+    return {
+        "weight": torch.arange(12.0).reshape(3, 4), "step": torch.tensor(7.0),
+        "half": torch.ones(5, dtype=torch.bfloat16), "count": torch.tensor([1, 2]),
+        "images": torch.randn(2, 3, 4, 4).contiguous(memory_format=torch.channels_last),
+    }  # fmt: skip
+
+
+def _load(path: Path) -> dict[str, torch.Tensor]:
+    checkpoint = manifest.verify(path)
+    found = {n: torch.empty(s, dtype=d) for n, (s, d) in store.shapes(checkpoint).items()}
+    store.load_tensors(checkpoint, found)
+    return found
+
+
+def test_a_checkpoint_is_what_was_there_when_it_was_asked_for(tmp_path: Path) -> None:
+    done: list[manifest.Checkpoint] = []
+    saver = Saver(tmp_path, done=done.append)
+    tensors = _tensors()
+    expected = {name: t.clone() for name, t in tensors.items()}
+    saver.save(tensors, {"lr": 0.1}, About(3, 24, {"loss": 1.5}))
+    for tensor in tensors.values():
+        tensor.zero_()
+    saver.wait()
+    assert [(c.step, c.samples, c.metrics) for c in done] == [(3, 24, {"loss": 1.5})]
+    found = _load(manifest.folder(tmp_path, 3))
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+    assert store.load_values(done[0]) == {"lr": 0.1}
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_torch_itself_reads_the_shards(tmp_path: Path) -> None:
+    saver = Saver(tmp_path)
+    saver.save(_tensors(), {}, About(1, 8))
+    saver.wait()
+    into: dict[str, Any] = {name: torch.zeros_like(t) for name, t in _tensors().items()}
+    reader = HuggingFaceStorageReader(str(manifest.folder(tmp_path, 1)))
+    state_dict_loader.load(into, storage_reader=reader, no_dist=True)
+    assert torch.equal(into["weight"], _tensors()["weight"])
+    with safe_open(next(manifest.folder(tmp_path, 1).glob("*.safetensors")), "pt") as opened:
+        assert torch.equal(opened.get_tensor("weight"), _tensors()["weight"])
+
+
+def test_many_tensors_are_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "_FILE", 1000)
+    tensors = {f"t{n}": torch.full((100,), float(n)) for n in range(7)}
+    saver = Saver(tmp_path)
+    saver.save(tensors, {}, About(1, 8))
+    saver.wait()
+    path = manifest.folder(tmp_path, 1)
+    assert len(list(path.glob("*.safetensors"))) == 4
+    assert all(torch.equal(t, tensors[name]) for name, t in _load(path).items())
+
+
+def test_one_is_on_its_way_and_the_next_waits(tmp_path: Path) -> None:
+    go = threading.Event()
+    saver = Saver(tmp_path, before=lambda: go.wait(60) and None)
+    saver.save(_tensors(), {}, About(1, 8))
+    second = threading.Thread(target=lambda: saver.save(_tensors(), {}, About(2, 16)))
+    second.start()
+    second.join(0.3)
+    assert second.is_alive()
+    assert manifest.committed(tmp_path) == []
+    go.set()
+    second.join()
+    saver.wait()
+    assert [path.name for path in manifest.committed(tmp_path)] == ["step-00000001", "step-00000002"]
+
+
+def _no_room() -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_what_cannot_be_written_is_said_by_the_next_call_and_leaves_nothing(tmp_path: Path) -> None:
+    full = [True]
+    saver = Saver(tmp_path, before=lambda: _no_room() if full[0] else None)
+    saver.save(_tensors(), {}, About(1, 8))
+    with pytest.raises(OSError, match="No space left"):
+        saver.save(_tensors(), {}, About(2, 16))
+    assert not saver.failed, "it is said once"
+    assert list(tmp_path.iterdir()) == []
+    full[0] = False
+    saver.save(_tensors(), {}, About(3, 24))
+    saver.wait()
+    assert [path.name for path in manifest.committed(tmp_path)] == ["step-00000003"]
+
+
+def test_memory_for_copies_is_taken_once(tmp_path: Path) -> None:
+    saver = Saver(tmp_path)
+    tensors = _tensors()
+    places = []
+    for step in (1, 2):
+        saver.save(tensors, {}, About(step, step))
+        saver.wait()
+        places.append({name: t.data_ptr() for name, t in saver._buffers._buffers.items()})
+    assert places[0] == places[1]
+    saver.save({**tensors, "new": torch.ones(2)}, {}, About(3, 3))
+    saver.wait()
+    assert "new" in _load(manifest.folder(tmp_path, 3))

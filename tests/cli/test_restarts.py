@@ -1,0 +1,167 @@
+"""`--max-restarts`, preemption and standstills: real ranks, real signals."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from test_launch import RECIPE, SLOW, _ranks, _weights
+
+from conftest import Command, Start
+from support import loaded, wait_for_points
+
+
+@pytest.fixture
+def whole(stoker: Command, tmp_path: Path) -> Path:
+    """The run that nothing interrupts."""
+    done = stoker("train", RECIPE, *SLOW, "pause=0", "--nproc", "2", "--name", "whole")
+    assert done.code == 0, done.err
+    return tmp_path / "runs" / "ranked" / "whole"
+
+
+def _kill_at(process: subprocess.Popen[bytes], run: Path, points: int, rank: int) -> None:
+    wait_for_points(process, run, points)
+    _ranks(process)[rank].kill()
+
+
+def test_ranks_that_are_killed_are_started_again_and_come_to_the_same_bits(
+    whole: Path, start: Start, tmp_path: Path
+) -> None:
+    run = tmp_path / "runs" / "ranked" / "a"
+    process = start("train", RECIPE, *SLOW, "--nproc", "2", "--name", "a", "--max-restarts", "1")
+    for points, rank in ((50, 1), (110, 0)):  # a checkpoint was taken between them, so both are the first
+        _kill_at(process, run, points, rank)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err.decode()
+    assert "rank 1 was killed by SIGKILL" in err.decode()
+    assert "starting again; restarts left: 0" in err.decode()
+    seen = loaded(run)
+    assert seen.status == "finished"
+    assert len(seen.attempts) == 3
+    assert len(seen.points["loss"]) == 200
+    assert _weights(run) == _weights(whole)
+
+
+def test_one_process_is_started_again_too(start: Start, tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "ranked" / "a"
+    process = start("train", RECIPE, *SLOW, "--name", "a", "--max-restarts", "2")
+    _kill_at(process, run, 50, 0)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err.decode()
+    assert len(loaded(run).attempts) == 2
+
+
+def test_what_fails_at_the_same_step_again_is_given_up_with_both_tracebacks(
+    stoker: Command, tmp_path: Path
+) -> None:
+    done = stoker("train", RECIPE, "fail_rank=1", "--nproc", "2", "--name", "a", "--max-restarts", "5")
+    assert done.code == 1
+    assert "it fails at step 20 every time, so it is not started again" in done.err
+    last = done.err[done.err.index("it fails at step 20") :]
+    assert last.count("RuntimeError: what one rank cannot do") == 2
+    assert len(loaded(tmp_path / "runs" / "ranked" / "a").attempts) == 2
+
+
+def test_what_the_user_must_change_is_not_tried_again(stoker: Command, tmp_path: Path) -> None:
+    done = stoker("train", RECIPE, "nan_at=20", "--nproc", "2", "--name", "a", "--max-restarts", "5")
+    assert done.code == 1
+    assert "step 20: the loss is nan; the weights are those before it" in done.err
+    assert "starting again" not in done.err
+    assert len(loaded(tmp_path / "runs" / "ranked" / "a").attempts) == 1
+
+
+def test_ranks_that_stand_still_leave_their_stacks_and_are_started_again(
+    whole: Path, stoker: Command, tmp_path: Path
+) -> None:
+    done = stoker(
+        "train", RECIPE, *SLOW, "pause=0", "deaf_rank=1", "hang_limit=3s", "checkpoint_every=5",
+        "--nproc", "2", "--name", "a", "--max-restarts", "1",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    assert "hangs: nothing after step 19 for" in done.err
+    run = tmp_path / "runs" / "ranked" / "a"
+    (folder,) = (run / "logs").glob("stacks-*")
+    stacks = {file.name: file.read_text() for file in folder.iterdir()}
+    assert stacks.keys() == {"rank-0.txt", "rank-1.txt"}
+    assert "ranked.py" in stacks["rank-1.txt"]
+    assert "in train" in stacks["rank-0.txt"]
+    assert _weights(run) == _weights(whole)
+
+
+@pytest.mark.parametrize("nproc", ["1", "2"])
+def test_the_warning_of_slurm_makes_a_checkpoint_and_exits_75(
+    nproc: str, start: Start, tmp_path: Path
+) -> None:
+    process = start("train", RECIPE, *SLOW, "steps=5000", "--nproc", nproc, "--name", "a")
+    run = tmp_path / "runs" / "ranked" / "a"
+    wait_for_points(process, run, 10)
+    process.send_signal(signal.SIGUSR1)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err.decode()
+    seen = loaded(run)
+    assert seen.status == "preempted"
+    assert (run / "checkpoints" / f"step-{seen.step:08d}" / "manifest.json").is_file()
+
+
+def test_a_second_signal_ends_it_at_once_and_the_newest_checkpoint_stays(
+    start: Start, stoker: Command, tmp_path: Path
+) -> None:
+    process = start("train", RECIPE, *SLOW, "pause=3", "checkpoint_every=1", "steps=5000", "--name", "a")
+    run = tmp_path / "runs" / "ranked" / "a"
+    wait_for_points(process, run, 2)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(1.2)  # two within a second are one
+    begun = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err.decode()
+    assert time.monotonic() - begun < 1.5
+    found = stoker("checkpoints", "verify", "a", "--json")
+    assert found.code == 0, found.out
+    assert found.answer["checkpoints"]
+
+
+def test_a_signal_that_everybody_sends_is_one(start: Start, tmp_path: Path) -> None:
+    """A scheduler signals the ranks, and the launcher too, which passes it on."""
+    process = start("train", RECIPE, *SLOW, "pause=0.3", "steps=5000", "--nproc", "2", "--name", "a")
+    run = tmp_path / "runs" / "ranked" / "a"
+    wait_for_points(process, run, 3)
+    for rank in _ranks(process):
+        rank.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err.decode()
+    seen = loaded(run)
+    assert (run / "checkpoints" / f"step-{seen.step:08d}" / "manifest.json").is_file()
+
+
+def test_the_clock_stops_it_as_a_signal_does(stoker: Command, tmp_path: Path) -> None:
+    done = stoker("train", RECIPE, *SLOW, "steps=5000", "--nproc", "2", "--name", "a", "--max-time", "8s")
+    assert done.code == 75, done.err
+    seen = loaded(tmp_path / "runs" / "ranked" / "a")
+    assert (seen.status, 0 < seen.step < 5000) == ("preempted", True)
+    bad = stoker("train", RECIPE, "--max-time", "soon")
+    assert (bad.code, "give one such as 3h55m" in bad.err) == (2, True)
+
+
+@pytest.mark.parametrize("policy", ["skip", "rewind"])
+def test_a_batch_that_is_bad_is_left_out_on_all_ranks(policy: str, stoker: Command, tmp_path: Path) -> None:
+    done = stoker(
+        "train", RECIPE, "precision=fp32", "nan_at=30", f"on_bad_loss={policy}", "checkpoint_every=20",
+        "--nproc", "2", "--name", "a", "--json",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    assert "step 30: the loss is nan; samples 464 to 479 are left out" in done.err
+    run = tmp_path / "runs" / "ranked" / "a"
+    assert ("the weights are those of step 20 again" in done.err) == (policy == "rewind")
+    assert done.answer["step"] == 60
+    assert all(math.isfinite(value) for values in _weights(run).values() for value in _flat(values))
+
+
+def _flat(values: object) -> list[float]:
+    return [v for part in values for v in _flat(part)] if isinstance(values, list) else [values]  # type: ignore[list-item]
