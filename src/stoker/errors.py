@@ -19,6 +19,14 @@ class StokerError(Exception):
     """Something went wrong that the user can act on; the command exits with 1."""
 
     exit_code = EXIT_FAILED
+    again = False
+    """Whether it may go better when it is tried again as it is."""
+
+
+class OutOfMemory(StokerError):
+    """Memory ran out; under `micro_batch=auto` the next attempt takes less."""
+
+    again = True
 
 
 class BadInput(StokerError):

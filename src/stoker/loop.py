@@ -51,7 +51,7 @@ from stoker.engine.profiling import Profiler
 from stoker.engine.schedule import Schedule
 from stoker.engine.step import LossFunction, OptimizerFactory, Setting, only_loop_of_its_own
 from stoker.engine.timing import Timed, Timing
-from stoker.errors import StokerError, Stopped
+from stoker.errors import OutOfMemory, StokerError, Stopped
 from stoker.progress import ProgressDisplay, Rate, Reading
 from stoker.run.series import guess_goal
 from stoker.saving import Saved
@@ -331,10 +331,7 @@ class Trainer:
         if self._setting.loss is None:
             raise ValueError("give Trainer a loss, or use micro, backward and update")
         with self._telling_what_fits():
-            parts = list(self.micro(batch))
-            self._fit_scale(parts)
-            self._step.gradients(parts, self._agreement)
-            loss_sum, weight = self._agreement.finish()
+            loss_sum, weight = self._gradients(batch)
             loss = loss_sum / gradients.divisor(weight)
             self._last_loss = loss.detach()
             wrong = self._losses.judge(loss.item()) if self._looks_at_losses else ""
@@ -345,6 +342,41 @@ class Trainer:
         if wrong:
             self._answer_bad_loss(wrong)
         return loss
+
+    def _gradients(self, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add up the gradients of a global batch; its loss and weight.
+
+        Where memory runs out under `micro_batch=auto`, a single process tries again with smaller
+        micro-batches. Of several ranks one would leave the others waiting: they start again.
+        """
+        while True:
+            try:
+                parts = list(self.micro(batch))
+                self._fit_scale(parts)
+                self._step.gradients(parts, self._agreement)
+                return self._agreement.finish()
+            except torch.OutOfMemoryError as error:
+                said = self._out_of_memory(error)
+                if not self._take_smaller_micro_batches(batch):
+                    raise OutOfMemory(said) from error
+                if self.world.size > 1:
+                    raise OutOfMemory(f"{said}; the next start takes {self._micro_batch}") from error
+
+    def _take_smaller_micro_batches(self, batch: Any) -> bool:
+        """Halve an automatic micro-batch, and remember that; False where it cannot be."""
+        if self.training.micro_batch != "auto" or not isinstance(self._micro_batch, int):
+            return False
+        half = self._micro_batch // 2
+        smaller = [size for size in self._sizes(batch) if size <= half]
+        if not smaller:
+            return False
+        self._micro_batch = smaller[-1]
+        self._step.clear()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        rehearsal.remember(self._step, self._setting, self.world, batch, smaller[-1], self._memory_is_of())
+        log.warning("step %d: out of memory; micro_batch=%d from now on", self.steps_done + 1, smaller[-1])
+        return True
 
     def _answer_bad_loss(self, wrong: str) -> None:
         """Do as `on_bad_loss` says of the step under way, which has changed nothing. All ranks call it."""
@@ -433,9 +465,9 @@ class Trainer:
         return math.fsum(distributed.gathered(float(weight)))
 
     def _find_micro_batch(self, batch: Any) -> int:
-        about = {"strategy": self.strategy, **options.of_memory(self.training)}
-        sizes = self._sizes(batch)
-        found = rehearsal.largest_micro_batch(self._step, self._setting, self.world, batch, sizes, about)
+        found = rehearsal.largest_micro_batch(
+            self._step, self._setting, self.world, batch, self._sizes(batch), self._memory_is_of()
+        )
         log.info("micro_batch=%d of a share of %d samples", found, batches.size(batch))
         return found
 
@@ -444,11 +476,26 @@ class Trainer:
         try:
             yield
         except torch.OutOfMemoryError as error:
-            raise StokerError(
-                f"out of memory on rank {self.world.rank}: {str(error).splitlines()[0]} "
-                "Make micro_batch smaller (or auto), set activation_checkpointing=full, "
-                "or parallel=fsdp over more ranks; the result stays the same"
-            ) from error
+            raise OutOfMemory(self._out_of_memory(error)) from error
+
+    def _memory_is_of(self) -> dict[str, Any]:
+        return {"strategy": self.strategy, **options.of_memory(self.training)}
+
+    def _out_of_memory(self, error: torch.OutOfMemoryError) -> str:
+        """What was asked for, what was free, and the cheapest change that makes it less."""
+        said = str(error).partition(" If reserved")[0].splitlines()[0]
+        micro = self._micro_batch if isinstance(self._micro_batch, int) else None
+        if micro != 1:
+            change = (
+                f"micro_batch={micro // 2}" if micro else "a micro_batch (auto finds the largest that fits)"
+            )
+        elif self.training.activation_checkpointing == "none":
+            change = "activation_checkpointing=full"
+        elif self.strategy in ("single", "ddp"):
+            change = "parallel=fsdp over several ranks"
+        else:
+            change = "more ranks, or the strategy's offload"
+        return f"out of memory on rank {self.world.rank}: {said} Give {change}: the result stays the same"
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:

@@ -14,6 +14,7 @@ import torch
 from stoker import BadInput, Run, Trainer, Training
 from stoker.engine import device, micro_batch, optimizers, options, rehearsal, schedule, strategies
 from stoker.engine.loss_scale import LossScale
+from stoker.errors import OutOfMemory
 from stoker.world import World
 from strategies_run import Images, Rows, image_loss, inputs, llama, resnet, token_loss
 from torch import nn
@@ -221,6 +222,57 @@ def test_an_automatic_micro_batch_is_found_remembered_and_leaves_no_trace(
         with open_run(name) as run:
             assert _losses(_trainer(run, micro_batch="auto")) == pytest.approx(plain, rel=1e-6)
     assert tried == [1, 2, 4, 8], "the second run knew"
+
+
+def test_memory_that_runs_out_later_makes_an_automatic_micro_batch_smaller(
+    plain: list[float], open_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("STOKER_CACHE", str(tmp_path / "cache"))
+    room = 8
+
+    def run_out(module: nn.Module, arguments: Any, inputs: Any) -> None:
+        if len(inputs["input_ids"]) > room:
+            raise torch.OutOfMemoryError(
+                "Tried to allocate 2 GiB. 1 GiB is free. If reserved memory is large"
+            )
+
+    losses = []
+    with open_run() as run:
+        trainer = _trainer(run, micro_batch="auto")
+        trainer.model.register_forward_pre_hook(run_out, with_kwargs=True)
+        for batch in trainer.steps(trainer.loader(Rows(), batch_size=8), max_steps=4):
+            room = 8 if run.step < 3 else 3
+            losses.append(trainer.step(batch).item())
+        assert trainer._micro_batch == 2
+    assert losses == pytest.approx(plain, rel=1e-6)
+    with open_run("again") as run:
+        again = _trainer(run, micro_batch="auto")
+        assert _losses(again) == pytest.approx(plain, rel=1e-6)
+        assert again._micro_batch == 2, "it is remembered"
+
+
+@pytest.mark.parametrize(
+    ("settings", "change"),
+    [
+        ({}, "a micro_batch"),
+        ({"micro_batch": 4}, "micro_batch=2"),
+        ({"micro_batch": 1}, "activation_checkpointing=full"),
+        ({"micro_batch": 1, "activation_checkpointing": "full"}, "parallel=fsdp"),
+    ],
+)
+def test_running_out_of_memory_names_the_cheapest_change(
+    settings: dict[str, Any], change: str, open_run: Callable[..., Run]
+) -> None:
+    def run_out(*_: Any) -> None:
+        raise torch.OutOfMemoryError("Tried to allocate 2 GiB. 1 GiB is free. If reserved memory is large")
+
+    with open_run() as run:
+        trainer = _trainer(run, **settings)
+        trainer.model.register_forward_pre_hook(run_out)
+        with pytest.raises(
+            OutOfMemory, match=f"on rank 0: Tried to allocate 2 GiB. 1 GiB is free. Give {change}"
+        ):
+            _losses(trainer)
 
 
 @pytest.mark.parametrize(

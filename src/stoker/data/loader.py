@@ -168,22 +168,28 @@ def _worker_context() -> BaseContext:
 
 
 def _end_with_trainer(worker: int) -> None:
-    """End this worker once the process that trains is gone, killed or not, and at no signal but SIGKILL.
+    """End this worker once the process that trains is gone, killed or not, or says so, and at no other signal.
 
     A scheduler signals workers too, and the checkpoint of the one that trains needs them. torch's own
     watch is for the parent by process id, and that is the forkserver, which lives for as long as a
     worker does.
     """
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
     trainer = multiprocessing.parent_process()
     assert trainer is not None
+    ended_by = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    signal.pthread_sigmask(signal.SIG_BLOCK, ended_by)
+
+    def hear() -> None:
+        while signal.sigwaitinfo(ended_by).si_pid != trainer.pid:
+            pass
+        os._exit(0)
 
     def wait() -> None:
         trainer.join()
         os._exit(1)
 
-    threading.Thread(target=wait, name="end-with-trainer", daemon=True).start()
+    for watch in (hear, wait):
+        threading.Thread(target=watch, name=f"{watch.__name__}-trainer", daemon=True).start()
 
 
 def _as_is(batch: Any) -> Any:

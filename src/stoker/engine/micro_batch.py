@@ -41,8 +41,7 @@ def find(
     Raises:
         StokerError: not even one sample fits.
     """
-    key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
-    known = distributed.from_rank_zero(storage.read_json(memory).get(key))
+    known = distributed.from_rank_zero(storage.read_json(memory).get(_key(about)))
     if known in sizes:
         return int(known)
     found = _largest(sizes, attempt, device)
@@ -52,8 +51,17 @@ def find(
             "set activation_checkpointing=full, or parallel=fsdp over more ranks"
         )
     if not dist.is_initialized() or dist.get_rank() == 0:
-        storage.write_json(memory, {**storage.read_json(memory), key: found})
+        remember(found, memory=memory, about=about)
     return found
+
+
+def remember(size: int, *, memory: Path, about: Mapping[str, Any]) -> None:
+    """Let `find` know a size."""
+    storage.write_json(memory, {**storage.read_json(memory), _key(about): size})
+
+
+def _key(about: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
 
 def of_pipeline(sizes: Sequence[int], share: int, ranks: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,18 +31,35 @@ def largest_micro_batch(
     Raises:
         StokerError: not even one sample fits.
     """
-    about = {
-        "model": [str(tuple(p.shape)) for p in step.model.parameters()], "ranks": world.size,
-        "device": device.name(setting.mesh.device), "precision": setting.precision,
-        "batch": batches.shapes(batch), "optimizers": [str(o) for o in step.optimizers.values()], **about,
-    }  # fmt: skip
+    about = _about(step, setting, world, batch, about)
     held = [state_to_come(optimizer) for optimizer in step.optimizers.values()]
     found = micro_batch.find(
         sizes, lambda size: rehearse(step, setting, world, batch, size), setting.mesh.device,
-        memory=storage.cache_folder() / "micro_batch.json", about=about,
+        memory=_memory(), about=about,
     )  # fmt: skip
     del held
     return found
+
+
+def remember(
+    step: Step, setting: Setting, world: World, batch: Any, size: int, about: dict[str, Any]
+) -> None:
+    """From now on `largest_micro_batch` finds this size."""
+    micro_batch.remember(size, memory=_memory(), about=_about(step, setting, world, batch, about))
+
+
+def _memory() -> Path:
+    return storage.cache_folder() / "micro_batch.json"
+
+
+def _about(step: Step, setting: Setting, world: World, batch: Any, about: dict[str, Any]) -> dict[str, Any]:
+    """All that the memory which is needed depends on."""
+    return {
+        "model": [str(tuple(p.shape)) for p in step.model.parameters()], "ranks": world.size,
+        "device": device.name(setting.mesh.device), "precision": setting.precision,
+        "batch": batches.shapes(batch), "optimizers": [type(o).__name__ for o in step.optimizers.values()],
+        **about,
+    }  # fmt: skip
 
 
 def state_to_come(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:

@@ -161,9 +161,10 @@ def _raise_first(ends: dict[int, ranks.End], failed: dict[int, int], watch: Watc
     errors = sorted((end for end in ends.values() if end.error), key=lambda end: end.at)
     if errors:
         first = errors[0]
-        if not first.trace:
+        if not first.again:
             raise (BadInput if first.code == BadInput.exit_code else StokerError)(first.error)
-        failure = RankFailed(f"rank {first.rank} failed:\n{first.trace.rstrip()}")
+        told = f"rank {first.rank} failed:\n{first.trace.rstrip()}"
+        failure = RankFailed(told if first.trace else first.error)
         failure.raised = True
         raise failure
     if failed or 0 not in ends:

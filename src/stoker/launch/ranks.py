@@ -36,6 +36,8 @@ class End:
     code: int | None = None
     error: str = ""
     trace: str = ""
+    again: bool = False
+    """Whether it may go better when it is tried again."""
 
 
 def main(function: Callable[..., int], arguments: Sequence[Any], folder: str, launcher: int) -> None:
@@ -53,16 +55,20 @@ def main(function: Callable[..., int], arguments: Sequence[Any], folder: str, la
     if rank > 0:
         log_to(base.with_suffix(".out"))
     try:
-        code, error, trace = function(*arguments), "", ""
+        end = End(rank, time.time(), function(*arguments))
     except Stopped as stopped:  # also what elastic tells the others, once one has failed
-        code, error, trace = int(stopped.code or 0), "ended with the other ranks" * failed(Path(folder)), ""
+        error = "ended with the other ranks" if failed(Path(folder)) else ""
+        end = End(rank, time.time(), int(stopped.code or 0), error)
+    except StokerError as caught:
+        end = End(rank, time.time(), caught.exit_code, str(caught), again=caught.again)
     except BaseException as caught:
-        code, error, trace = _explained(caught)
-    _write(base, ".json", json.dumps(vars(End(rank, time.time(), code, error, trace))))
-    _leave_group(failed=bool(error))
-    if error:
+        said = f"{type(caught).__name__}: {caught}"
+        end = End(rank, time.time(), 1, said, traceback.format_exc(), again=True)
+    _write(base, ".json", json.dumps(vars(end)))
+    _leave_group(failed=bool(end.error))
+    if end.error:
         time.sleep(_PAUSE)  # so that a rank that was killed, and cost this one its peer, is seen first
-        os._exit(code or 1)  # at once: a collective of the others may be waiting for this rank
+        os._exit(end.code or 1)  # at once: a collective of the others may be waiting for this rank
 
 
 def ends(folder: Path) -> dict[int, End]:
@@ -100,12 +106,6 @@ def log_to(file: Path) -> None:
     with file.open("ab") as target:
         os.dup2(target.fileno(), sys.stdout.fileno())
         os.dup2(target.fileno(), sys.stderr.fileno())
-
-
-def _explained(caught: BaseException) -> tuple[int, str, str]:
-    if isinstance(caught, StokerError):
-        return caught.exit_code, str(caught), ""
-    return 1, f"{type(caught).__name__}: {caught}", traceback.format_exc()
 
 
 def _leave_group(*, failed: bool) -> None:

@@ -1,0 +1,190 @@
+"""Kill a training at random, again and again; what it comes to must not tell.
+
+python bench/soak.py [--kills 200] [--seed 0] [--nproc 2]
+
+A small network is trained once undisturbed, and once while ranks, all of them, or the launcher too
+are killed with SIGKILL at random moments: within steps, while shards, manifests and lines of the
+journal are written, while ranks come up. Then the weights must be the same bytes, the journal must
+hold each step once with the value it had, and so must MLflow. The seed decides who is killed and
+after how long, so that a failure can be tried again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import stoker
+
+HERE = Path(__file__).resolve()
+_WIDTH = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(stoker.Training):
+    """What is trained: a state of a few megabytes, so that a checkpoint takes as long as some steps."""
+
+    batch_size: int = 16
+    steps: int = 400
+    pause: float = 0.005
+    dropout: float = 0.1
+    seed: int = 0
+
+
+def train(run: stoker.Run, config: Config) -> None:
+    """A regression with dropout, in batches that a worker loads."""
+    import torch
+    from torch import nn
+    from torch.nn.functional import mse_loss
+    from torch.utils.data import TensorDataset
+
+    made = torch.Generator().manual_seed(0)
+    x = torch.randn(512, 8, generator=made)
+    torch.manual_seed(0)
+    layers = [
+        nn.Linear(8, _WIDTH),
+        nn.ReLU(),
+        nn.Dropout(config.dropout),
+        nn.Linear(_WIDTH, _WIDTH),
+        nn.ReLU(),
+    ]
+    trainer = stoker.Trainer(
+        run, nn.Sequential(*layers, nn.Linear(_WIDTH, 1)),
+        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-3),
+        loss=lambda output, batch: (mse_loss(output[:, 0], batch[1], reduction="sum"), len(batch[1])),
+        training=config,
+    )  # fmt: skip
+    loader = trainer.loader(TensorDataset(x, x.sum(1)), batch_size=config.batch_size, workers=1)
+    for batch in trainer.steps(loader, max_steps=config.steps):
+        run.log(loss=trainer.step(batch))
+        time.sleep(config.pause)
+
+
+def main() -> int:
+    """0 where nothing was lost."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--kills", type=int, default=200, metavar="N")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--nproc", type=int, default=2, metavar="N")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="stoker-soak-") as folder:
+        os.chdir(folder)
+        os.environ |= {"OMP_NUM_THREADS": "1", "STOKER_RUNS": folder, "STOKER_SINKS": "mlflow"}
+        steps = 120 * given.kills + 100
+        whole = _start("whole", steps, given.nproc, "pause=0")
+        if whole.wait() != 0:
+            raise RuntimeError("the undisturbed run failed")
+        _disturb(steps, given)
+        problems = _compare(Path(folder), steps)
+    for problem in problems:
+        print(f"seed {given.seed}: {problem}")
+    if not problems:
+        print(f"{given.kills} kills of {given.nproc} ranks, seed {given.seed}: nothing was lost")
+    return int(bool(problems))
+
+
+def _disturb(steps: int, given: argparse.Namespace) -> None:
+    """Train, killing what the seed says when it says, until the run has come to its end."""
+    drawn = random.Random(given.seed)
+    process = _start("killed", steps, given.nproc)
+    for number in range(1, given.kills + 1):
+        whom = drawn.choice(["rank", "rank", "rank", "all", "launcher"])
+        time.sleep(drawn.uniform(0.0, 1.0))
+        ranks = _ranks(process, given.nproc)
+        if whom == "launcher":
+            process.kill()
+        else:
+            for rank in sorted(ranks) if whom == "all" else [drawn.randrange(given.nproc)]:
+                with contextlib.suppress(ProcessLookupError, KeyError):
+                    os.kill(ranks[rank], 9)
+        if whom == "launcher":
+            process.wait()
+            process = _start("killed", steps, given.nproc)
+        if process.poll() is not None:
+            raise RuntimeError(
+                f"seed {given.seed}: the launcher ended with {process.returncode} at kill {number}"
+            )
+        print(f"kill {number} of {given.kills}: {whom}", flush=True)
+    if process.wait() != 0:
+        raise RuntimeError(f"seed {given.seed}: ended with {process.returncode} after the last kill")
+
+
+def _start(name: str, steps: int, nproc: int, *more: str) -> subprocess.Popen[bytes]:
+    command = [
+        sys.executable, "-m", "stoker", "train", str(HERE), f"steps={steps}", "precision=fp32",
+        "checkpoint_every=7", "--nproc", str(nproc), "--name", name, "--experiment", "soak",
+        "--max-restarts", "20", *more,
+    ]  # fmt: skip
+    with Path(f"{name}.log").open("ab") as log:
+        return subprocess.Popen(command, stdout=log, stderr=log)
+
+
+def _ranks(process: subprocess.Popen[bytes], count: int) -> dict[int, int]:
+    """The process ids of a launcher's ranks, once all of them are there."""
+    import psutil
+
+    until = time.monotonic() + 60
+    while time.monotonic() < until and process.poll() is None:
+        children = {child.pid for child in psutil.Process(process.pid).children(recursive=True)}
+        with contextlib.suppress(FileNotFoundError):  # launches come and go meanwhile
+            files = Path(tempfile.gettempdir()).glob("stoker-launch-*/rank-*.pid")
+            pids = {int(file.stem.removeprefix("rank-")): int(file.read_text()) for file in files}
+            found = {rank: pid for rank, pid in pids.items() if pid in children}
+            if len(found) == count:
+                return found
+        time.sleep(0.01)
+    raise RuntimeError(f"no ranks within a minute:\n{Path('killed.log').read_text()[-3000:]}")
+
+
+def _compare(folder: Path, steps: int) -> list[str]:
+    """What tells the run that was killed from the other one, in words."""
+    from safetensors.numpy import load_file
+    from stoker.run import view
+    from stoker.run.directory import RunDirectory
+
+    runs = [RunDirectory(folder / "soak" / name) for name in ("whole", "killed")]
+    problems = []
+    weights = [
+        {n: t.tobytes() for n, t in load_file(r.artifacts / "model.safetensors").items()} for r in runs
+    ]
+    if weights[0] != weights[1]:
+        problems.append("the weights differ")
+    points: list[dict[int, Any]] = [dict(view.load(run).points["loss"]) for run in runs]
+    if points[0] != points[1]:
+        differing = [step for step in range(1, steps + 1) if points[0].get(step) != points[1].get(step)]
+        problems.append(f"the journals differ at steps {differing[:10]}")
+    problems += _compare_sinks(runs, steps)
+    return problems
+
+
+def _compare_sinks(runs: Any, steps: int) -> list[str]:
+    """Whether MLflow has one run of each, with each step once."""
+    import mlflow
+
+    subprocess.run([sys.executable, "-m", "stoker", "sync", "soak/killed"], check=True, capture_output=True)
+    client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{runs[0].path.parent.parent / 'mlflow.db'}")
+    (experiment,) = client.search_experiments(filter_string="name = 'soak'")
+    found = client.search_runs([experiment.experiment_id])
+    if len(found) != 2:
+        return [f"MLflow has {len(found)} runs, not 2"]
+    problems = []
+    for run in found:
+        history = [point.step for point in client.get_metric_history(run.info.run_id, "loss")]
+        if sorted(history) != list(range(1, steps + 1)):
+            problems.append(
+                f"MLflow has {len(history)} points of {run.info.run_name}, not {steps}, each once"
+            )
+    return problems
+
+
+if __name__ == "__main__":
+    sys.exit(main())

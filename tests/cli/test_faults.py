@@ -1,0 +1,92 @@
+"""Faults of the disk, and of batches, on real runs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from stoker.checkpoint import manifest
+from test_launch import RECIPE, _weights
+
+from conftest import Command
+from support import loaded
+
+SOAK = Path(__file__).parents[2] / "bench" / "soak.py"
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 5 MB at `runs`."""
+    folder = tmp_path / "runs"
+    folder.mkdir()
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=5m", "tmpfs", str(folder)], capture_output=True, check=False
+    )
+    if made.returncode != 0:
+        pytest.skip(f"no right to mount a disk: {made.stderr.decode()}")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=False)
+
+
+@pytest.mark.parametrize("nproc", ["1", "2"])
+def test_a_full_disk_ends_the_run_clearly_and_what_is_there_stays(
+    nproc: str, small_disk: Path, stoker: Command, tmp_path: Path
+) -> None:
+    same = ("train", str(SOAK), "steps=60", "pause=0", "precision=fp32", "--nproc", nproc)
+    often = ("checkpoint_every=5", "keep_checkpoints=50", "--name", "a", "--experiment", "x")
+    none = {"STOKER_SINKS": "none"}
+    done = stoker(*same, *often, env=none)
+    assert done.code == 1
+    assert "No space left on device" in done.err
+    run = small_disk / "x" / "a"
+    kept = manifest.committed(run / "checkpoints")
+    assert kept
+    assert all(manifest.verify(path) for path in kept)
+    assert len(loaded(run).points["loss"]) >= manifest.verify(kept[-1]).step
+    subprocess.run(["mount", "-o", "remount,size=60m", str(small_disk)], check=True)
+    done = stoker(*same, *often, env=none)
+    assert done.code == 0, done.err
+    assert "from step" in done.err
+    whole = stoker(*same, "--runs", str(tmp_path / "other"), "--name", "b", "--experiment", "x", env=none)
+    assert whole.code == 0, whole.err
+    assert _weights(run) == _weights(tmp_path / "other" / "x" / "b")
+    assert list(loaded(run).points["loss"]) == list(range(1, 61))
+
+
+BAD = {
+    "single": (1, ()),
+    "fsdp": (2, ("parallel=fsdp",)),
+    "zero-1": (2, ("parallel=deepspeed", "deepspeed.stage=1")),
+    "zero-3": (2, ("parallel=deepspeed", "deepspeed.stage=3")),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_batch_changes_nothing_under_any_strategy(name: str, stoker: Command, tmp_path: Path) -> None:
+    """The last batch is bad: the weights are those of a run that is one step shorter."""
+    size, settings = BAD[name]
+    same = ("train", RECIPE, "precision=fp32", *settings, "dropout=0", "--nproc", str(size))
+    done = stoker(*same, "steps=20", "nan_at=20", "on_bad_loss=skip", "--name", "bad")
+    assert done.code == 0, done.err
+    assert "step 20: the loss is nan; samples 304 to 319 are left out" in done.err
+    assert stoker(*same, "steps=19", "--name", "good").code == 0
+    runs = tmp_path / "runs" / "ranked"
+    assert _weights(runs / "bad") == _weights(runs / "good")
+    more = stoker(*same, "steps=25", "nan_at=20", "on_bad_loss=skip", "--name", "more")
+    assert more.code == 0, more.err
+    assert np.isfinite(loaded(runs / "more").points["loss"].y[20:]).all()
+
+
+@pytest.mark.soak
+def test_killed_at_random_nothing_is_lost() -> None:
+    kills = 200 if os.environ.get("STOKER_SOAK") else 20
+    done = subprocess.run(
+        [sys.executable, str(SOAK), "--kills", str(kills)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert f"{kills} kills of 2 ranks, seed 0: nothing was lost" in done.stdout
