@@ -368,8 +368,8 @@ def _ranks_of(launcher: int) -> dict[int, int]:
 
     children = {child.pid for child in psutil.Process(launcher).children(recursive=True)}
     files = Path(tempfile.gettempdir()).glob("stoker-launch-*/rank-*.pid")
-    pids = {int(f.stem.removeprefix("rank-")): int(f.read_text()) for f in files}
-    return {rank: pid for rank, pid in pids.items() if pid in children}
+    pids = [(int(f.stem.removeprefix("rank-")), int(f.read_text())) for f in files]
+    return {rank: pid for rank, pid in pids if pid in children}
 
 
 # -- resuming within an epoch -------------------------------------------------------------------

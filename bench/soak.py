@@ -137,8 +137,8 @@ def _ranks(process: subprocess.Popen[bytes], count: int) -> dict[int, int]:
         children = {child.pid for child in psutil.Process(process.pid).children(recursive=True)}
         with contextlib.suppress(FileNotFoundError):  # launches come and go meanwhile
             files = Path(tempfile.gettempdir()).glob("stoker-launch-*/rank-*.pid")
-            pids = {int(file.stem.removeprefix("rank-")): int(file.read_text()) for file in files}
-            found = {rank: pid for rank, pid in pids.items() if pid in children}
+            pids = [(int(file.stem.removeprefix("rank-")), int(file.read_text())) for file in files]
+            found = {rank: pid for rank, pid in pids if pid in children}
             if len(found) == count:
                 return found
         time.sleep(0.01)

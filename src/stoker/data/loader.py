@@ -168,7 +168,7 @@ def _worker_context() -> BaseContext:
 
 
 def _end_with_trainer(worker: int) -> None:
-    """End this worker once the process that trains is gone, killed or not, or says so, and at no other signal.
+    """End this worker once the process that trains is gone, killed or not, or says so; at no other signal.
 
     A scheduler signals workers too, and the checkpoint of the one that trains needs them. torch's own
     watch is for the parent by process id, and that is the forkserver, which lives for as long as a
