@@ -258,12 +258,12 @@ def pace(rounds: int) -> list[tuple[float, float]]:
 # -- restarts -----------------------------------------------------------------------------------
 
 
-def ours_killed(kills: int) -> dict[str, Any]:
+def ours_killed(kills: int, workers: int = 0) -> dict[str, Any]:
     """Seconds from SIGKILL of a rank to the next step in the journal, and the bytes of a checkpoint."""
     recipe = HERE.parent / "soak.py"
     command = [
         sys.executable, "-m", "stoker", "train", str(recipe), "precision=fp32", "steps=1000000",
-        "checkpoint_every=20", "pause=0.01", "--nproc", "2", "--name", "a", "--experiment", "bench",
+        "checkpoint_every=20", "pause=0.01", f"workers={workers}", "--nproc", "2", "--name", "a", "--experiment", "bench",
         "--max-restarts", "9",
     ]  # fmt: skip
     with Path("log").open("wb") as log:

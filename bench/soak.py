@@ -37,6 +37,7 @@ class Config(stoker.Training):
     steps: int = 400
     pause: float = 0.005
     dropout: float = 0.1
+    workers: int = 1
     seed: int = 0
 
 
@@ -63,7 +64,7 @@ def train(run: stoker.Run, config: Config) -> None:
         loss=lambda output, batch: (mse_loss(output[:, 0], batch[1], reduction="sum"), len(batch[1])),
         training=config,
     )  # fmt: skip
-    loader = trainer.loader(TensorDataset(x, x.sum(1)), batch_size=config.batch_size, workers=1)
+    loader = trainer.loader(TensorDataset(x, x.sum(1)), batch_size=config.batch_size, workers=config.workers)
     for batch in trainer.steps(loader, max_steps=config.steps):
         run.log(loss=trainer.step(batch))
         time.sleep(config.pause)
