@@ -263,8 +263,8 @@ def ours_killed(kills: int, workers: int = 0) -> dict[str, Any]:
     recipe = HERE.parent / "soak.py"
     command = [
         sys.executable, "-m", "stoker", "train", str(recipe), "precision=fp32", "steps=1000000",
-        "checkpoint_every=20", "pause=0.01", f"workers={workers}", "--nproc", "2", "--name", "a", "--experiment", "bench",
-        "--max-restarts", "9",
+        "checkpoint_every=20", "pause=0.01", f"workers={workers}", "--nproc", "2",
+        "--name", "a", "--experiment", "bench", "--max-restarts", "9",
     ]  # fmt: skip
     with Path("log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)
