@@ -5,16 +5,17 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from stoker.checkpoint import manifest
-from test_launch import RECIPE, _weights
+from test_launch import RECIPE, SLOW, _weights
 
-from conftest import Command
-from support import loaded
+from conftest import Command, Start
+from support import loaded, wait_for_points
 
 SOAK = Path(__file__).parents[2] / "bench" / "soak.py"
 
@@ -90,3 +91,49 @@ def test_killed_at_random_nothing_is_lost() -> None:
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert f"{kills} kills of 2 ranks, seed 0: nothing was lost" in done.stdout
+
+
+def _cut(start: Start, run: Path, *more: str, **env: str) -> None:
+    """Train until some steps are done, then be preempted."""
+    process = start("train", RECIPE, *SLOW, "--name", "a", *more, env=env)
+    wait_for_points(process, run, 30)
+    process.terminate()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err.decode()
+
+
+def test_a_run_that_is_moved_goes_on_where_it_is(start: Start, stoker: Command, tmp_path: Path) -> None:
+    _cut(start, tmp_path / "runs" / "ranked" / "a")
+    (tmp_path / "runs").rename(tmp_path / "elsewhere")
+    done = stoker("resume", "a", "pause=0", "--runs", "elsewhere")
+    assert done.code == 0, done.err
+    assert stoker("train", RECIPE, *SLOW, "pause=0", "--name", "whole").code == 0
+    run = tmp_path / "elsewhere" / "ranked" / "a"
+    assert _weights(run) == _weights(tmp_path / "runs" / "ranked" / "whole")
+    assert list(loaded(run).points["loss"]) == list(range(1, 201))
+
+
+def test_a_clock_that_is_set_back_changes_nothing(start: Start, stoker: Command, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, time\n"
+        "now, shift = time.time, float(os.environ.get('SHIFT', '0'))\n"
+        "time.time = lambda: now() + shift\n"
+    )
+    ahead = {"PYTHONPATH": str(tmp_path), "SHIFT": "86400"}
+    run = tmp_path / "runs" / "ranked" / "a"
+    _cut(start, run, **ahead)
+    assert loaded(run).started > time.time() + 80000
+    done = stoker("train", RECIPE, *SLOW, "--name", "a", "pause=0.001", env={"PYTHONPATH": str(tmp_path)})
+    assert done.code == 2, "another pause is another config"
+    done = stoker("resume", "a", "pause=0")
+    assert done.code == 0, done.err
+    assert list(loaded(run).points["loss"]) == list(range(1, 201))
+    shown = stoker("runs", "show", "a")
+    assert (shown.code, "step        200/200" in shown.out) == (0, True), shown.out
+
+
+def test_a_disk_that_may_only_be_read_is_said_at_once(small_disk: Path, stoker: Command) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    done = stoker("train", RECIPE, *SLOW, "--name", "a")
+    assert done.code == 2
+    assert "Read-only file system" in done.err
