@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import harness
+import psutil
 from harness import Row, median, spread
 
 HERE = Path(__file__).resolve()
@@ -288,31 +289,35 @@ def ours_killed(kills: int, workers: int = 0) -> dict[str, Any]:
 
 def torchrun_killed(kills: int, patience: float) -> list[float | None]:
     """The same by torchrun and a script; None where it did not go on within `patience` seconds."""
-    taken: list[float | None] = []
-    for number in range(kills):
-        shutil.rmtree("t", ignore_errors=True)
-        Path("t").mkdir()
-        command = [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-            "--max-restarts", "3", "--monitor-interval", "0.05", str(HERE), "--torchrun-worker",
-        ]  # fmt: skip
-        process = subprocess.Popen(
-            command, cwd="t", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-        )
-        try:
-            _until(lambda: _lines(Path("t/steps-0")) >= 40, process, 60)
-            begun = time.monotonic()
-            os.kill(int(Path(f"t/pid-{number % 2}").read_text()), signal.SIGKILL)
-            with contextlib.suppress(TimeoutError):
-                _until(
-                    lambda: Path("t/steps-1").exists() and _lines(Path("t/steps-1")) >= 1, process, patience
-                )
-            gone_on = Path("t/steps-1").exists() and _lines(Path("t/steps-1")) >= 1
-            taken.append(time.monotonic() - begun if gone_on else None)
-        finally:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    return taken
+    return [_torchrun_killed(Path(f"torchrun-{n}"), n % 2, patience) for n in range(kills)]
+
+
+def _torchrun_killed(folder: Path, rank: int, patience: float) -> float | None:
+    folder.mkdir()
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+        "--max-restarts", "3", "--monitor-interval", "0.05", str(HERE), "--torchrun-worker",
+    ]  # fmt: skip
+    process = subprocess.Popen(
+        command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+
+    def goes_on() -> bool:
+        return any(_lines(folder / f"steps-{restart}") >= 1 for restart in (1, 2, 3))
+
+    try:
+        _until(lambda: _lines(folder / "steps-0") >= 40, process, 60)
+        begun = time.monotonic()
+        os.kill(int((folder / f"pid-{rank}").read_text()), signal.SIGKILL)
+        with contextlib.suppress(TimeoutError, RuntimeError):  # it hangs, or gives up
+            _until(goes_on, process, patience)
+        return time.monotonic() - begun if goes_on() else None
+    finally:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for worker in psutil.Process(process.pid).children(recursive=True):
+                worker.kill()
+        process.kill()
+        process.wait()
 
 
 def torchrun_worker() -> None:
@@ -364,8 +369,6 @@ def _lines(file: Path) -> int:
 
 
 def _ranks_of(launcher: int) -> dict[int, int]:
-    import psutil
-
     children = {child.pid for child in psutil.Process(launcher).children(recursive=True)}
     files = Path(tempfile.gettempdir()).glob("stoker-launch-*/rank-*.pid")
     pids = [(int(f.stem.removeprefix("rank-")), int(f.read_text())) for f in files]
