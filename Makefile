@@ -36,6 +36,7 @@ bench: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	$(BIN)/python bench/tracking.py
 	$(BIN)/python bench/engine.py
+	$(BIN)/python bench/checkpoint.py
 
 lint: setup
 	$(BIN)/ruff check .

@@ -23,7 +23,7 @@ from typing import Any, cast
 import torch
 from stoker import distributed, evaluation, storage, supervision
 from stoker.attempt import Run
-from stoker.checkpoint import manifest, state, store
+from stoker.checkpoint import state
 from stoker.data.loader import Collate, Loader
 from stoker.duration import Duration
 from stoker.engine import (
@@ -33,7 +33,6 @@ from stoker.engine import (
     early_stopping,
     gradients,
     mesh,
-    micro_batch,
     options,
     precision,
     random_state,
@@ -43,6 +42,7 @@ from stoker.engine import (
 )
 from stoker.engine.agreement import Agreement, Requests, Weight
 from stoker.engine.bad_loss import LossWatch
+from stoker.engine.cutting import MicroBatches
 from stoker.engine.ema import Ema
 from stoker.engine.loss_scale import LossScale
 from stoker.engine.metrics import Mean, Metric
@@ -54,7 +54,7 @@ from stoker.engine.timing import Timed, Timing
 from stoker.errors import OutOfMemory, StokerError, Stopped
 from stoker.progress import ProgressDisplay, Rate, Reading
 from stoker.run.series import guess_goal
-from stoker.saving import Saved
+from stoker.saving import Checkpoints, Saved
 
 log = logging.getLogger("stoker")
 
@@ -115,15 +115,18 @@ class Trainer:
         self.optimizers = self._step.optimizers
         self._ema = self._average()
         built = {name: state.hyperparameters(o) for name, o in self.optimizers.items()}
-        self._saved = Saved(self.world, self._step, built, self._scale, self._ema)
-        self._saver = store.Saver(run.directory.checkpoints, self.world, before=run.flush, done=self._on_disk)
+        limit = self.training.hang_limit
+        self._heart = supervision.Heart(limit.seconds if limit is not None else None)
+        self._checkpoints = Checkpoints(
+            run, Saved(self.world, self._step, built, self._scale, self._ema),
+            keep=self.training.keep_checkpoints, best=best, done=self._heart.saved,
+        )  # fmt: skip
         self.steps_done = 0
         self.samples_done = 0
         self.waited = 0.0
         """Seconds that this attempt waited for batches."""
         self._schedule = schedule
-        self._micro_batch = self.training.micro_batch
-        self._best = best
+        self._cut = MicroBatches(self._step, setting, self.training, self.world, self.strategy)
         self._history: dict[str, list[tuple[int, float]]] = {}
         self._losses = LossWatch(self.training.spike)
         self._last_loss: torch.Tensor | None = None
@@ -139,9 +142,7 @@ class Trainer:
         self._saved_step: int | None = None
         self._random: tuple[dict[str, torch.Tensor], dict[str, Any]] | None = None
         self._agreement = Agreement(self.world, self.device, self._asked)
-        run.take_over_steps(self._saver.wait)
-        limit = self.training.hang_limit
-        self._heart = supervision.Heart(limit.seconds if limit is not None else None)
+        run.take_over_steps(self._checkpoints.wait)
         supervision.say_where(run.directory.path)
         self._say(why)
         self._restore()
@@ -196,8 +197,8 @@ class Trainer:
         share = batch_size // self.mesh.data.size
         if self.strategy == "pipeline":
             options.check_pipeline_batch(self.training, share, self.mesh.size("stage"))
-        if isinstance(self._micro_batch, int) or self._micro_batch is None:
-            parts = -(-share // (self._micro_batch or share))
+        if self.training.micro_batch != "auto":
+            parts = -(-share // (self.training.micro_batch or share))
             options.check_deepspeed_batch(
                 self.training, batch_size=batch_size, ranks=self.world.size, parts=parts
             )
@@ -263,7 +264,7 @@ class Trainer:
                     raise Stopped("measured")
                 requests = self._agreement.requests()
                 if requests.failed:
-                    self._saver.wait()  # raises
+                    self._checkpoints.wait()  # raises
                 if requests.checkpoint or requests.stop or self._checkpoint_due():
                     self.checkpoint()
                 if requests.stop:
@@ -299,7 +300,7 @@ class Trainer:
         every = self.training.checkpoint_every
         due = every.seconds is not None and time.monotonic() - self._saved_at >= every.seconds
         due = due and self.world.rank == 0
-        return Requests(stop == "preempted", stop == "interrupted", due, self._saver.failed)
+        return Requests(stop == "preempted", stop == "interrupted", due, self._checkpoints.failed)
 
     def every(self, duration: Duration | str | int) -> bool:
         """Whether the step under way completes another such duration, e.g. `"1ep"`, `100`, `"1000000tok"`.
@@ -356,27 +357,15 @@ class Trainer:
                 self._step.gradients(parts, self._agreement)
                 return self._agreement.finish()
             except torch.OutOfMemoryError as error:
-                said = self._out_of_memory(error)
-                if not self._take_smaller_micro_batches(batch):
+                said = self._cut.out_of_memory(error)
+                if not self._cut.take_smaller(batch):
                     raise OutOfMemory(said) from error
                 if self.world.size > 1:
-                    raise OutOfMemory(f"{said}; the next start takes {self._micro_batch}") from error
-
-    def _take_smaller_micro_batches(self, batch: Any) -> bool:
-        """Halve an automatic micro-batch, and remember that; False where it cannot be."""
-        if self.training.micro_batch != "auto" or not isinstance(self._micro_batch, int):
-            return False
-        half = self._micro_batch // 2
-        smaller = [size for size in self._sizes(batch) if size <= half]
-        if not smaller:
-            return False
-        self._micro_batch = smaller[-1]
-        self._step.clear()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        rehearsal.remember(self._step, self._setting, self.world, batch, smaller[-1], self._memory_is_of())
-        log.warning("step %d: out of memory; micro_batch=%d from now on", self.steps_done + 1, smaller[-1])
-        return True
+                    raise OutOfMemory(f"{said}; the next start takes {self._cut.size}") from error
+                self._step.clear()
+                if self.device.type == "cuda":
+                    torch.cuda.empty_cache()
+                log.warning("step %d: out of memory; micro_batch=%d now", self.steps_done + 1, self._cut.size)
 
     def _answer_bad_loss(self, wrong: str) -> None:
         """Do as `on_bad_loss` says of the step under way, which has changed nothing. All ranks call it."""
@@ -397,10 +386,10 @@ class Trainer:
     def _rewind(self, step: int) -> None:
         """Put the weights, and all that goes with them, back to the newest checkpoint; the data goes on."""
         self._finish_saving()
-        found, _ = self._newest()
+        found, _ = self._checkpoints.newest()
         if found is None or found.step == self._rewound_to:
             raise StokerError(f"step {step}: there is no checkpoint to rewind to that was not tried already")
-        position, _ = self._saved.restore(found)
+        position, _ = self._checkpoints.restore(found)
         self._rewound_to = found.step
         self._losses = LossWatch(self.training.spike, position["losses"])
         self.run.event("rewound", step=step, to=found.step)
@@ -410,17 +399,7 @@ class Trainer:
     def micro(self, batch: Any) -> Iterator[Any]:
         """This rank's share of a batch on the device, in micro-batches."""
         on_device = batches.to_device(batch, self.device, channels_last=self.training.channels_last)
-        if self._micro_batch == "auto":
-            self._micro_batch = self._find_micro_batch(on_device)
-        if self._micro_batch is None and self.strategy == "pipeline":
-            share, sizes = batches.size(on_device), self._sizes(on_device)
-            self._micro_batch = micro_batch.of_pipeline(sizes, share, self.mesh.size("stage"))
-        return batches.split(on_device, self._micro_batch)
-
-    def _sizes(self, batch: Any) -> list[int]:
-        """The sizes that a micro-batch may have."""
-        schedule = self.training.pipeline.schedule if self.strategy == "pipeline" else "gpipe"
-        return options.pipeline_micro_batches(schedule, batches.size(batch), self.mesh.size("stage"))
+        return self._cut.of(on_device)
 
     def forward(self, batch: Any) -> Any:
         """The model's output for a batch on the device."""
@@ -464,38 +443,12 @@ class Trainer:
     def _over_ranks(self, weight: Weight) -> float:
         return math.fsum(distributed.gathered(float(weight)))
 
-    def _find_micro_batch(self, batch: Any) -> int:
-        found = rehearsal.largest_micro_batch(
-            self._step, self._setting, self.world, batch, self._sizes(batch), self._memory_is_of()
-        )
-        log.info("micro_batch=%d of a share of %d samples", found, batches.size(batch))
-        return found
-
     @contextlib.contextmanager
     def _telling_what_fits(self) -> Iterator[None]:
         try:
             yield
         except torch.OutOfMemoryError as error:
-            raise OutOfMemory(self._out_of_memory(error)) from error
-
-    def _memory_is_of(self) -> dict[str, Any]:
-        return {"strategy": self.strategy, **options.of_memory(self.training)}
-
-    def _out_of_memory(self, error: torch.OutOfMemoryError) -> str:
-        """What was asked for, what was free, and the cheapest change that makes it less."""
-        said = str(error).partition(" If reserved")[0].splitlines()[0]
-        micro = self._micro_batch if isinstance(self._micro_batch, int) else None
-        if micro != 1:
-            change = (
-                f"micro_batch={micro // 2}" if micro else "a micro_batch (auto finds the largest that fits)"
-            )
-        elif self.training.activation_checkpointing == "none":
-            change = "activation_checkpointing=full"
-        elif self.strategy in ("single", "ddp"):
-            change = "parallel=fsdp over several ranks"
-        else:
-            change = "more ranks, or the strategy's offload"
-        return f"out of memory on rank {self.world.rank}: {said} Give {change}: the result stays the same"
+            raise OutOfMemory(self._cut.out_of_memory(error)) from error
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -625,26 +578,13 @@ class Trainer:
             "step": self.steps_done, "samples": self.samples_done, "history": self._history,
             "losses": self._losses.recent,
         }  # fmt: skip
-        tensors, values = self._saved.capture(position)
         self._finish_saving()
-        about = store.About(self.steps_done, self.samples_done, dict(self.run.latest))
-        self._saver.save(tensors, values, about)
+        self._checkpoints.save(position)
         self._saved_at, self._saved_step = time.monotonic(), self.steps_done
         self._rate.restart()
 
     def _finish_saving(self) -> None:
-        self._saver.wait(meanwhile=self._heart.beat)  # which may take long, and is no standstill
-
-    def _on_disk(self, saved: manifest.Checkpoint) -> None:
-        """Called on rank 0, by the thread that wrote it."""
-        relative = str(saved.path.relative_to(self.run.directory.path))
-        self.run.event("checkpoint", step=saved.step, path=relative, bytes=saved.bytes)
-        folder = self.run.directory.checkpoints
-        goal = self.run.goals.get(self._best) or guess_goal(self._best)
-        best = manifest.best(folder, self._best, goal) if goal else None
-        manifest.prune(folder, self.training.keep_checkpoints, best)
-        self._heart.saved(saved.step)
-        log.debug("checkpoint of step %d, %d bytes", saved.step, saved.bytes)
+        self._checkpoints.wait(meanwhile=self._heart.beat)  # which may take long, and is no standstill
 
     def _checkpoint_due(self) -> bool:
         """Whether a count says so; what the clock says the ranks agree on."""
@@ -655,21 +595,12 @@ class Trainer:
         begun = self.samples_done - self._loader.batch_size
         return counting.completes(every, self._loader, self.steps_done - 1, begun)
 
-    def _newest(self) -> tuple[manifest.Checkpoint | None, list[str]]:
-        """The newest checkpoint that rank 0 finds valid, on every rank; and, on rank 0, those passed over."""
-        folder = self.run.directory.checkpoints
-        found, passed_over = manifest.newest(folder) if self.world.rank == 0 else (None, [])
-        agreed = distributed.from_rank_zero(None if found is None else found.step)
-        if self.world.rank > 0 and agreed is not None:
-            found = manifest.read(manifest.folder(folder, agreed))
-        return found, passed_over
-
     def _restore(self) -> None:
-        found, passed_over = self._newest()
+        found, passed_over = self._checkpoints.newest()
         for reason in passed_over if self.world.rank == 0 else ():
             log.warning("passed over checkpoint %s", reason)
         if found is not None:
-            position, self._random = self._saved.restore(found)
+            position, self._random = self._checkpoints.restore(found)
             self.steps_done, self.samples_done = position["step"], position["samples"]
             self._history = {name: [(s, v) for s, v in seen] for name, seen in position["history"].items()}
             self._losses = LossWatch(self.training.spike, position["losses"])

@@ -6,19 +6,24 @@ nothing of how it was made.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from stoker import distributed
-from stoker.checkpoint import manifest, state
+from stoker.attempt import Run
+from stoker.checkpoint import manifest, state, store
 from stoker.checkpoint.store import Tensors
 from stoker.engine import random_state
 from stoker.engine.ema import Ema
 from stoker.engine.loss_scale import LossScale
 from stoker.engine.step import Step
+from stoker.run.series import guess_goal
 from stoker.world import World
+
+log = logging.getLogger("stoker")
 
 
 @dataclass(frozen=True)
@@ -110,3 +115,48 @@ class Saved:
             group.update({k: state.as_before(group.get(k), v) for k, v in before.items() if k != "params"})
         state.keep_changes(step.optimizers["main"], self.built["main"], values["built"]["main"])
         return tensors, values
+
+
+class Checkpoints:
+    """The checkpoints of a run, all ranks together: written beside the loop, found, restored, pruned.
+
+    Args:
+        keep: how many of the newest are kept.
+        best: the metric by which the best one is kept as well.
+        done: called on rank 0 with the step of each one that is on disk, by the thread that wrote it.
+    """
+
+    def __init__(self, run: Run, saved: Saved, *, keep: int, best: str, done: Callable[[int], None]) -> None:
+        self._run, self._saved, self._keep, self._best, self._done = run, saved, keep, best, done
+        self._folder = run.directory.checkpoints
+        self._saver = store.Saver(self._folder, run.world, before=run.flush, done=self._on_disk)
+        self.wait = self._saver.wait
+        self.restore = saved.restore
+
+    def save(self, position: Mapping[str, Any]) -> None:
+        """Begin to write one of the state as it is, at a position: `step`, `samples`, whatever else."""
+        tensors, values = self._saved.capture(position)
+        about = store.About(position["step"], position["samples"], dict(self._run.latest))
+        self._saver.save(tensors, values, about)
+
+    @property
+    def failed(self) -> bool:
+        """Whether the one on its way could not be written; `wait` says why."""
+        return self._saver.failed
+
+    def newest(self) -> tuple[manifest.Checkpoint | None, list[str]]:
+        """The newest one that rank 0 finds valid, on every rank; and, on rank 0, those passed over."""
+        found, passed_over = manifest.newest(self._folder) if self._run.world.rank == 0 else (None, [])
+        agreed = distributed.from_rank_zero(None if found is None else found.step)
+        if self._run.world.rank > 0 and agreed is not None:
+            found = manifest.read(manifest.folder(self._folder, agreed))
+        return found, passed_over
+
+    def _on_disk(self, saved: manifest.Checkpoint) -> None:
+        relative = str(saved.path.relative_to(self._run.directory.path))
+        self._run.event("checkpoint", step=saved.step, path=relative, bytes=saved.bytes)
+        goal = self._run.goals.get(self._best) or guess_goal(self._best)
+        best = manifest.best(self._folder, self._best, goal) if goal else None
+        manifest.prune(self._folder, self._keep, best)
+        self._done(saved.step)
+        log.debug("checkpoint of step %d, %d bytes", saved.step, saved.bytes)

@@ -57,7 +57,8 @@ class Heart:
         self._step, self._saved = -1, -1
         self._last = 0.0
         self._longest = 0.0
-        self._memory = None
+        self._begun = False  # the first step may take as long as it likes: it compiles, it fills caches
+        self._memory: mmap.mmap | None = None
         if folder is not None:
             rank = int(os.environ.get("RANK", "0"))
             self._memory = _memory(Path(folder) / f"rank-{rank}.pulse")
@@ -68,12 +69,12 @@ class Heart:
             return
         now = time.monotonic()
         if step is not None:
-            self._step = step
+            self._step, self._begun = step, True
         if self._last:
             self._longest = max(self._longest, now - self._last)
         self._last = now
         limit = self._limit or max(_AT_LEAST, _TIMES * self._longest)
-        self._write(Pulse(self._step, self._saved, now, limit))
+        self._write(Pulse(self._step, self._saved, now, limit if self._begun else 0.0))
 
     def saved(self, step: int) -> None:
         """Say that a checkpoint is on disk."""
@@ -83,8 +84,8 @@ class Heart:
     def pause(self) -> None:
         """From now on nothing says how long it takes: the loop is over."""
         if self._memory is not None:
-            self._last = 0.0
             self._write(Pulse(self._step, self._saved, time.monotonic(), 0.0))
+            self._memory = None
 
     def _write(self, pulse: Pulse) -> None:
         assert self._memory is not None

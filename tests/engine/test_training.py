@@ -243,12 +243,12 @@ def test_memory_that_runs_out_later_makes_an_automatic_micro_batch_smaller(
         for batch in trainer.steps(trainer.loader(Rows(), batch_size=8), max_steps=4):
             room = 8 if run.step < 3 else 3
             losses.append(trainer.step(batch).item())
-        assert trainer._micro_batch == 2
+        assert trainer._cut.size == 2
     assert losses == pytest.approx(plain, rel=1e-6)
     with open_run("again") as run:
         again = _trainer(run, micro_batch="auto")
         assert _losses(again) == pytest.approx(plain, rel=1e-6)
-        assert again._micro_batch == 2, "it is remembered"
+        assert again._cut.size == 2, "it is remembered"
 
 
 @pytest.mark.parametrize(

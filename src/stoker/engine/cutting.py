@@ -1,0 +1,78 @@
+"""How a rank's share of a global batch is cut into micro-batches, and what is said where none fits."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from stoker.engine import batches, micro_batch, options, rehearsal
+from stoker.engine.options import Training
+from stoker.engine.step import Setting, Step
+from stoker.world import World
+
+log = logging.getLogger("stoker")
+
+
+class MicroBatches:
+    """The micro-batches of a training: of a size that is given, found by trying, or whole.
+
+    Args:
+        world: all ranks.
+        strategy: as it was chosen, never `auto`.
+    """
+
+    def __init__(self, step: Step, setting: Setting, training: Training, world: World, strategy: str) -> None:
+        self._step, self._setting, self._training = step, setting, training
+        self._world, self._strategy = world, strategy
+        self.size = training.micro_batch
+        """Samples of one; `auto` before the first batch; none: a rank's whole share."""
+
+    def of(self, batch: Any) -> Iterator[Any]:
+        """A batch on the device, cut."""
+        if self.size == "auto":
+            self.size = rehearsal.largest_micro_batch(
+                self._step, self._setting, self._world, batch, self._sizes(batch), self._about()
+            )
+            log.info("micro_batch=%d of a share of %d samples", self.size, batches.size(batch))
+        if self.size is None and self._strategy == "pipeline":
+            share, sizes = batches.size(batch), self._sizes(batch)
+            self.size = micro_batch.of_pipeline(sizes, share, self._setting.mesh.size("stage"))
+        return batches.split(batch, self.size)
+
+    def take_smaller(self, batch: Any) -> bool:
+        """Halve an automatic size, and remember that; False where it cannot be."""
+        if self._training.micro_batch != "auto" or not isinstance(self.size, int):
+            return False
+        smaller = [size for size in self._sizes(batch) if size <= int(self.size) // 2]
+        if not smaller:
+            return False
+        self.size = smaller[-1]
+        rehearsal.remember(self._step, self._setting, self._world, batch, self.size, self._about())
+        return True
+
+    def out_of_memory(self, error: torch.OutOfMemoryError) -> str:
+        """What was asked for, what was free, and the cheapest change that makes it less."""
+        said = str(error).partition(" If reserved")[0].splitlines()[0]
+        micro = self.size if isinstance(self.size, int) else None
+        if micro != 1:
+            change = (
+                f"micro_batch={micro // 2}" if micro else "a micro_batch (auto finds the largest that fits)"
+            )
+        elif self._training.activation_checkpointing == "none":
+            change = "activation_checkpointing=full"
+        elif self._strategy in ("single", "ddp"):
+            change = "parallel=fsdp over several ranks"
+        else:
+            change = "more ranks, or the strategy's offload"
+        return f"out of memory on rank {self._world.rank}: {said} Give {change}: the result stays the same"
+
+    def _sizes(self, batch: Any) -> list[int]:
+        """The sizes that a micro-batch may have."""
+        schedule = self._training.pipeline.schedule if self._strategy == "pipeline" else "gpipe"
+        ranks = self._setting.mesh.size("stage")
+        return options.pipeline_micro_batches(schedule, batches.size(batch), ranks)
+
+    def _about(self) -> dict[str, Any]:
+        return {"strategy": self._strategy, **options.of_memory(self._training)}

@@ -1,0 +1,54 @@
+"""A checkpoint that an earlier version wrote, on two ranks, is read by this one, on any number."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import shards_run
+import torch
+from safetensors import safe_open
+from stoker.checkpoint import manifest, store
+
+import ranks
+
+GOLDEN = manifest.folder(Path(__file__).parent / "golden", 3)
+
+
+def test_it_is_verified_and_read_by_one_process() -> None:
+    checkpoint = manifest.verify(GOLDEN)
+    assert (checkpoint.step, checkpoint.samples, checkpoint.metrics) == (3, 24, {"loss": 0.5})
+    assert store.load_values(checkpoint) == shards_run.VALUES
+    expected = shards_run.whole()
+    found = {name: torch.empty(s, dtype=d) for name, (s, d) in store.shapes(checkpoint).items()}
+    store.load_tensors(checkpoint, found)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_it_is_read_by_several_ranks(size: int, tmp_path: Path) -> None:
+    for found in ranks.run(shards_run.read, size, tmp_path, GOLDEN):
+        for name, tensor in shards_run.whole().items():
+            assert torch.equal(found[name], tensor), name
+
+
+def _content(folder: Path) -> dict[str, Any]:
+    """What the files hold; the order within the header of a safetensors file is chance."""
+    found: dict[str, Any] = {"state.json": (folder / "state.json").read_bytes()}
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as opened:
+            held = {name: opened.get_tensor(name).tolist() for name in opened.keys()}  # noqa: SIM118
+            found[file.name] = (held, opened.metadata())
+    stated = json.loads((folder / manifest.NAME).read_text())
+    files = [{k: v for k, v in entry.items() if k != "xxh3"} for entry in stated["files"]]
+    return {**found, "manifest": {**stated, "files": files}}
+
+
+def test_two_ranks_still_write_the_same(tmp_path: Path) -> None:
+    """Else the format has changed: then its number in the manifest must, and the old one stays readable."""
+    ranks.run(shards_run.write, 2, tmp_path, tmp_path / "new")
+    assert _content(manifest.folder(tmp_path / "new", 3)) == _content(GOLDEN)
