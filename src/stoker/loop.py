@@ -119,7 +119,8 @@ class Trainer:
         self._heart = supervision.Heart(limit.seconds if limit is not None else None)
         self._checkpoints = Checkpoints(
             run, Saved(self.world, self._step, built, self._scale, self._ema),
-            keep=self.training.keep_checkpoints, best=best, done=self._heart.saved,
+            keep=self.training.keep_checkpoints, every=self.training.keep_every, best=best,
+            done=self._heart.saved,
         )  # fmt: skip
         self.steps_done = 0
         self.samples_done = 0

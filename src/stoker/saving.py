@@ -122,12 +122,16 @@ class Checkpoints:
 
     Args:
         keep: how many of the newest are kept.
+        every: those of a step that this divides are kept as well.
         best: the metric by which the best one is kept as well.
         done: called on rank 0 with the step of each one that is on disk, by the thread that wrote it.
     """
 
-    def __init__(self, run: Run, saved: Saved, *, keep: int, best: str, done: Callable[[int], None]) -> None:
+    def __init__(
+        self, run: Run, saved: Saved, *, keep: int, every: int | None, best: str, done: Callable[[int], None]
+    ) -> None:
         self._run, self._saved, self._keep, self._best, self._done = run, saved, keep, best, done
+        self._every = every
         self._folder = run.directory.checkpoints
         self._saver = store.Saver(self._folder, run.world, before=run.flush, done=self._on_disk)
         self.wait = self._saver.wait
@@ -157,6 +161,6 @@ class Checkpoints:
         self._run.event("checkpoint", step=saved.step, path=relative, bytes=saved.bytes)
         goal = self._run.goals.get(self._best) or guess_goal(self._best)
         best = manifest.best(self._folder, self._best, goal) if goal else None
-        manifest.prune(self._folder, self._keep, best)
+        manifest.prune(self._folder, self._keep, best, self._every)
         self._done(saved.step)
         log.debug("checkpoint of step %d, %d bytes", saved.step, saved.bytes)

@@ -78,7 +78,14 @@ def test_pruning_keeps_the_newest_and_drops_unfinished_ones_before_them(tmp_path
     _no_manifest(_save(tmp_path, 35))
     _no_manifest(_save(tmp_path, 25))
     manifest.prune(tmp_path, keep=2)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000030", "step-00000035", "step-00000040"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000030", "step-00000040"]
+
+
+def test_some_are_kept_for_good(tmp_path: Path) -> None:
+    for step in range(10, 100, 10):
+        _save(tmp_path, step)
+    manifest.prune(tmp_path, keep=1, also=manifest.folder(tmp_path, 20), every=40)
+    assert [manifest.step_of(path) for path in manifest.committed(tmp_path)] == [20, 40, 80, 90]
 
 
 def test_a_step_saved_again_replaces_what_was_left_there(tmp_path: Path) -> None:

@@ -146,12 +146,24 @@ def best(checkpoints: Path, metric: str, goal: Goal) -> Path | None:
     return pick(values, key=lambda path: values[path], default=None)
 
 
-def prune(checkpoints: Path, keep: int, also: Path | None = None) -> None:
-    """Delete all but the newest `keep` committed checkpoints and `also`, and uncommitted ones before them."""
-    newest = committed(checkpoints)[-keep:]
+def prune(checkpoints: Path, keep: int, also: Path | None = None, every: int | None = None) -> None:
+    """Delete old checkpoints, and what saving was not finished before the newest.
+
+    Args:
+        keep: so many of the newest committed ones stay.
+        also: this one stays.
+        every: those of a step that this divides stay.
+    """
+    done = committed(checkpoints)
+    stay = {*done[-keep:], also, *(path for path in done if every and step_of(path) % every == 0)}
     for path in folders(checkpoints):
-        if newest and path.name < newest[0].name and path != also:
+        if done and path.name < done[-1].name and path not in stay:
             remove(path)
+
+
+def step_of(path: Path) -> int:
+    """The step of a checkpoint, by the name of its directory."""
+    return int(path.name.removeprefix("step-"))
 
 
 def committed(checkpoints: Path) -> list[Path]:

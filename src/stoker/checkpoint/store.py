@@ -209,4 +209,5 @@ def export_model(checkpoint: Checkpoint, target: Path) -> Path:
     }
     load_tensors(checkpoint, {f"model.{name}": tensor for name, tensor in tensors.items()})
     save_file(tensors, target)
+    target.chmod(target.parent.stat().st_mode & 0o666)  # as the umask has it; safetensors gives 600
     return target

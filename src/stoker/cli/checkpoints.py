@@ -108,7 +108,7 @@ def rm(
     seen = view.load(directory.find(runs, run))
     path = manifest.folder(seen.directory.checkpoints, step)
     if not path.is_dir():
-        known = ", ".join(str(_step(p)) for p in manifest.folders(seen.directory.checkpoints))
+        known = ", ".join(str(manifest.step_of(p)) for p in manifest.folders(seen.directory.checkpoints))
         raise BadInput(
             f"run {seen.directory.id!r} has no checkpoint of step {step}; it has {known or 'none'}"
         )
@@ -124,7 +124,7 @@ def rm(
 def chosen(seen: RunView, which: str, metric: str) -> manifest.Checkpoint:
     """The checkpoint that is meant, verified. Raises BadInput."""
     folder = seen.directory.checkpoints
-    kept = {int(path.name.removeprefix("step-")): path for path in manifest.committed(folder)}
+    kept = {manifest.step_of(path): path for path in manifest.committed(folder)}
     if not kept:
         raise BadInput(f"run {seen.directory.id!r} has no checkpoint")
     if which == "best":
@@ -204,16 +204,12 @@ def put_weights(checkpoint: manifest.Checkpoint, folder: Path) -> None:
 
 def _row(path: Path) -> dict[str, Any]:
     """A checkpoint as its manifest says."""
-    row: dict[str, Any] = {"step": _step(path), "path": str(path), "problem": None}
+    row: dict[str, Any] = {"step": manifest.step_of(path), "path": str(path), "problem": None}
     try:
         found = manifest.read(path)
     except manifest.InvalidCheckpoint as reason:
         return {**row, "bytes": None, "samples": None, "metrics": {}, "problem": str(reason)}
     return {**row, "bytes": found.bytes, "samples": found.samples, "metrics": found.metrics}
-
-
-def _step(path: Path) -> int:
-    return int(path.name.removeprefix("step-"))
 
 
 def _print(rows: list[dict[str, Any]]) -> None:

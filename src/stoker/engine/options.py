@@ -122,6 +122,8 @@ class Training:
     """How much training a kill can cost; 10min, 500, 1ep. The result does not depend on it."""
     keep_checkpoints: Annotated[int, Ge(1)] = 3
     """How many of the newest checkpoints are kept; the best is kept as well."""
+    keep_every: Annotated[int, Ge(1)] | None = None
+    """Keep for good the checkpoints of steps that this divides, such as 1000; none: no others are kept."""
     on_bad_loss: Literal["stop", "skip", "rewind"] = "stop"
     """Where a loss or gradient is not finite: stop, skip the batch, or rewind the weights to the newest
     checkpoint and go on behind the batch."""
