@@ -89,7 +89,7 @@ def stopped(quick: bool, rounds: int) -> dict[str, Any]:
         begun = time.perf_counter()
         trainer.checkpoint()
         stop = time.perf_counter() - begun
-        trainer._saver.wait()
+        trainer._checkpoints.wait()
         written = time.perf_counter() - begun
         size = manifest.newest(run.directory.checkpoints)[0].bytes  # type: ignore[union-attr]
         dd = _dd(run.directory.path, size)
