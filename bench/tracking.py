@@ -174,9 +174,9 @@ def kill(logger: str, points: int) -> int:
 
 
 def _found_stoker() -> int:
-    from stoker.run import directory, view
+    from stoker.run import finding, view
 
-    (run,) = directory.every(Path("runs"))
+    (run,) = finding.every(Path("runs"))
     return sum(len(series) for series in view.load(run).points.values())
 
 

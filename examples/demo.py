@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from stoker.run import directory, view
+from stoker.run import finding, view
 
 RUNS = Path("runs")
 PRETRAIN = [
@@ -38,7 +38,7 @@ def stoker(arguments: list[str]) -> dict:
 def main() -> None:
     base = stoker(PRETRAIN)
     tuned = stoker(FINETUNE)
-    seen = view.load(directory.find(RUNS, "demo/lora"))
+    seen = view.load(finding.find(RUNS, "demo/lora"))
     vocabulary = json.loads((RUNS / "demo/base/artifacts/model/config.json").read_text())["vocab_size"]
     print("\n" + "=" * 80)
     for prompt, completion in seen.tables[-1].rows:

@@ -15,7 +15,18 @@ PACKAGE = Path(stoker.__file__).parent
 
 # From the ground up; see docs/architecture.md.
 FLOORS = (
-    {"config", "storage", "world", "errors", "duration", "machine", "distributed", "signals", "supervision"},
+    {
+        "config",
+        "storage",
+        "world",
+        "errors",
+        "duration",
+        "machine",
+        "distributed",
+        "signals",
+        "supervision",
+        "object_store",
+    },
     {"run"},
     {"engine", "data", "checkpoint", "tracking", "reproduce", "stopping", "progress", "periodic"},
     {"attempt"},

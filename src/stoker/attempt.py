@@ -27,13 +27,25 @@ from types import TracebackType
 from typing import Any
 
 from stoker import config as configs
-from stoker.errors import BadInput, Stopped
+from stoker.errors import EXIT_FAILED, BadInput, Stopped
 from stoker.periodic import Job, Periodic
 from stoker.reproduce import provenance
-from stoker.run import artifacts, directory, journal, lineage, messages, opening, rendezvous, view
+from stoker.run import (
+    artifacts,
+    finding,
+    journal,
+    lease,
+    lineage,
+    messages,
+    mirror,
+    opening,
+    rendezvous,
+    view,
+)
 from stoker.run.deferred import Deferred, DeferredArrays, check_name, flatten
 from stoker.run.reduction import WAYS, How
 from stoker.run.series import Goal, Series, Summary
+from stoker.run.uploader import Uploads
 from stoker.stopping import StopRequests
 from stoker.tracking import follower
 from stoker.tracking.system import SystemSampler
@@ -57,7 +69,8 @@ class Run:
         experiment: the folder of runs that belong together.
         name: the run's id; a run of that name is continued. By default a new id is made.
         config: a dataclass, or a dict of JSON values (dotted keys), kept in `run.json`.
-        runs: the folder that runs stand under; by default STOKER_RUNS, else `runs/`.
+        runs: the folder that runs stand under, or the URL of one in an object store (`s3://bucket/runs`);
+            by default STOKER_RUNS, else `runs/`.
         sources: where each config value came from.
         recipe: what starts this run again: `name` and `reference`.
         seed: the seed that the run's randomness is a function of.
@@ -82,9 +95,11 @@ class Run:
         code: Path | None = None,
         accept_drift: bool = False,
     ) -> None:
-        folder = Path(runs if runs is not None else os.environ.get("STOKER_RUNS", "runs")).absolute()
+        folder = finding.folder(
+            runs if runs is not None else os.environ.get("STOKER_RUNS", "runs")
+        ).absolute()
         self.world = World.current()
-        self.directory = directory.locate(folder, experiment, name or opening.new_id(self.world))
+        self.directory = finding.locate(folder, experiment, name or opening.new_id(self.world))
         self.seed = seed
         self.step = 0
         """The step that values are logged at; a Trainer moves it."""
@@ -116,6 +131,11 @@ class Run:
         self._finish: Callable[[float], None] | None = None
         self._lock = threading.Lock()
         self._descriptor = -1
+        self._lease: lease.Lease | None = None
+        copy = mirror.of(self.directory)
+        self._uploads = Uploads(self.directory, copy if self.world.rank == 0 else None)
+        self.mend = copy.fetch_checkpoint if copy is not None else None
+        """Puts files of a checkpoint in place that are in the object store whole."""
         self._logging: list[logging.Handler] = []
         if self.world.rank > 0:
             self._join()
@@ -129,11 +149,16 @@ class Run:
         mark = uuid.uuid4().hex
         self._descriptor = opening.take(self.directory, rendezvous.Opening(mark, self.world.launch))
         try:
+            self._lease = opening.lease_of(self.directory)
             self.continued = self.directory.exists()
             changes = self._open(record, code, accept_drift)
         except BaseException:
+            if self._lease is not None:
+                self._lease.release()
             os.close(self._descriptor)
             raise
+        if self._lease is not None:
+            self._lease.keep(self._give_up)
         self.attempt, self._journal = journal.start_attempt(self.directory.journal)
         self._logging = messages.write_to(self.directory.logs / "rank-0.log")
         self._append(
@@ -407,6 +432,8 @@ class Run:
     def event(self, kind: str, /, **fields: Any) -> None:
         """Append an event of the loop: plan, resumed, checkpoint."""
         self._append(kind, **fields)
+        if kind == "checkpoint":
+            self._uploads.begin()
         if kind == "resumed":
             self._highest = fields["step"]
             self.latest = {
@@ -445,12 +472,17 @@ class Run:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
+            if (self._used or self.continued) and not self.stop.at_once:
+                self._uploads.finish()
+        if self._lease is not None:
+            self._lease.release()
+            self._lease = None
 
     def discard_if_unused(self) -> None:
         """Undo the opening: delete a run that this attempt made and never logged to."""
         self.close()
         if self.world.rank == 0 and not self.continued and not self._used:
-            self.directory.remove()
+            mirror.remove(self.directory)
 
     def wait_for_sinks(self, timeout: float) -> list[Any]:
         """After `close`: wait for the follower up to `timeout` seconds; returns each sink's state."""
@@ -470,6 +502,8 @@ class Run:
         if self.world.rank == 0:
             self._system = SystemSampler(self.directory.path)
             jobs.append(Job(_SYSTEM_SECONDS, self._sample_system))
+            self._uploads.begin()
+            jobs.append(Job(_SINKS_SECONDS, self._uploads.look_after))
         self._periodic = Periodic(jobs)
 
     def _append(self, kind: str, /, **fields: Any) -> None:
@@ -555,6 +589,11 @@ class Run:
         values = journal.encode_values(self._system.sample())
         with self._lock:
             self._journal.append("system", step=self.step, values=values)
+
+    def _give_up(self, reason: str) -> None:
+        """End at once: what this process would write is another's to write now."""
+        log.error("%s", reason)
+        os._exit(EXIT_FAILED)
 
     def _warn_of_sinks(self) -> None:
         for name, error in follower.failing(self.directory).items():

@@ -270,6 +270,7 @@ class Trainer:
                     self.checkpoint()
                 if requests.stop:
                     self._finish_saving()
+                    self._heart.pause()
                     raise Stopped(requests.stop)
             self.run.step = self.steps_done
         self.checkpoint()

@@ -150,7 +150,9 @@ class Checkpoints:
 
     def newest(self) -> tuple[manifest.Checkpoint | None, list[str]]:
         """The newest one that rank 0 finds valid, on every rank; and, on rank 0, those passed over."""
-        found, passed_over = manifest.newest(self._folder) if self._run.world.rank == 0 else (None, [])
+        found, passed_over = None, list[str]()
+        if self._run.world.rank == 0:
+            found, passed_over = manifest.newest(self._folder, self._run.mend)
         agreed = distributed.from_rank_zero(None if found is None else found.step)
         if self._run.world.rank > 0 and agreed is not None:
             found = manifest.read(manifest.folder(self._folder, agreed))

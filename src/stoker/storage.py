@@ -11,13 +11,21 @@ import fcntl
 import hashlib
 import mmap
 import os
+import platform
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import orjson
+import psutil
 import xxhash
+
+# File systems that one machine has to itself.
+_OWN_DISKS = frozenset({
+    "ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "jfs", "reiserfs", "bcachefs", "tmpfs", "ramfs",
+    "rootfs", "overlay", "squashfs", "erofs", "vfat", "exfat", "ntfs", "ntfs3", "fuseblk", "apfs", "hfs",
+})  # fmt: skip
 
 
 def sync_directory(path: Path) -> None:
@@ -78,6 +86,14 @@ def xxh3(path: Path) -> str:
     return digest.hexdigest()
 
 
+def modified(file: Path) -> int:
+    """When a file was touched last, in nanoseconds; 0 where there is none."""
+    try:
+        return file.stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
+
+
 def files_under(path: Path) -> list[Path]:
     """Every file of a folder (or the file itself), sorted by name."""
     if path.is_file():
@@ -101,6 +117,32 @@ def try_lock(path: Path) -> int | None:
             return descriptor
     os.close(descriptor)
     return None
+
+
+def is_shared(path: Path) -> bool:
+    """Whether other machines may reach a path: it is on no file system that is a disk of this one."""
+    return _file_system_of(path) not in _OWN_DISKS
+
+
+def reach_of_locks(path: Path) -> str:
+    """A name for where a lock below a path is seen: everywhere in this kernel, through this mount."""
+    try:
+        kernel = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        kernel = f"{platform.node()}@{psutil.boot_time():.0f}"
+    return f"{kernel}:{_existing(path).stat().st_dev}"
+
+
+def _file_system_of(path: Path) -> str:
+    """The kind of file system that a path is in, as the kernel names it; empty where it does not say."""
+    inside = _existing(path.resolve())
+    mounts = [m for m in psutil.disk_partitions(all=True) if inside.is_relative_to(m.mountpoint)]
+    mounts.sort(key=lambda mount: len(mount.mountpoint))  # of two at one place the last covers
+    return mounts[-1].fstype if mounts else ""
+
+
+def _existing(path: Path) -> Path:
+    return next(p for p in (path, *path.parents) if p.exists())
 
 
 def release_in_children(descriptor: int) -> None:

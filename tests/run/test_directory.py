@@ -4,55 +4,65 @@ from pathlib import Path
 
 import pytest
 from stoker.errors import BadInput
-from stoker.run import directory
+from stoker.run import finding
 from stoker.run.directory import RunDirectory
 
 
 def _make(runs: Path, *names: str) -> None:
     for name in names:
         experiment, run_id = name.split("/")
-        directory.locate(runs, experiment, run_id).create({"id": run_id})
+        finding.locate(runs, experiment, run_id).create({"id": run_id})
 
 
 def test_finds_by_id_by_start_by_experiment_and_by_path(tmp_path: Path) -> None:
     _make(tmp_path, "llm/alpha", "llm/beta", "other/gamma")
     for reference in ("alpha", "al", "llm/alpha", str(tmp_path / "llm" / "alpha")):
-        assert directory.find(tmp_path, reference).path == tmp_path / "llm" / "alpha"
+        assert finding.find(tmp_path, reference).path == tmp_path / "llm" / "alpha"
 
 
 def test_an_exact_id_wins_over_the_start_of_another(tmp_path: Path) -> None:
     _make(tmp_path, "llm/a", "llm/ab")
-    assert directory.find(tmp_path, "a").id == "a"
+    assert finding.find(tmp_path, "a").id == "a"
 
 
 def test_says_which_runs_a_name_could_mean(tmp_path: Path) -> None:
     _make(tmp_path, "llm/ab", "llm/ac", "x/d")
     with pytest.raises(BadInput, match="several runs: llm/ab, llm/ac"):
-        directory.find(tmp_path, "a")
+        finding.find(tmp_path, "a")
 
 
 def test_names_the_nearest_run(tmp_path: Path) -> None:
     _make(tmp_path, "llm/baseline")
     with pytest.raises(BadInput, match="did you mean 'baseline'"):
-        directory.find(tmp_path, "baselime")
+        finding.find(tmp_path, "baselime")
 
 
 @pytest.mark.parametrize("name", ["", "../x", "a/b", "-x", "a b", "x" * 200])
 def test_refuses_names_that_are_no_folder(tmp_path: Path, name: str) -> None:
     with pytest.raises(BadInput, match="cannot name a folder"):
-        directory.locate(tmp_path, "llm", name)
+        finding.locate(tmp_path, "llm", name)
 
 
-def test_refuses_object_stores(tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match="object stores"):
-        directory.locate(Path("s3://bucket/runs"), "llm", "a")
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("s3://key:secret@bucket/runs", "leave credentials out of the URL"),
+        ("s3://", "give a folder"),
+        ("s3://bucket/runs?versionId=1", "give a folder"),
+        ("s4://bucket/runs", "fsspec knows no such store"),
+    ],
+)
+def test_refuses_urls_that_are_no_folder_of_a_store(url: str, said: str) -> None:
+    with pytest.raises(BadInput, match=said) as refused:
+        finding.folder(url)
+    assert "secret" not in str(refused.value)
 
 
 def test_a_folder_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("x")
     with pytest.raises(BadInput, match="--runs or STOKER_RUNS"):
-        directory.locate(file, "llm", "a").create({})
+        finding.locate(file, "llm", "a").create({})
     assert file.read_text() == "x"
 
 

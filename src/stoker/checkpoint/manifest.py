@@ -13,17 +13,18 @@ import dataclasses
 import math
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import orjson
 from stoker import storage
+from stoker.run import directory
 from stoker.run.series import Goal
 
 FORMAT = 2
-NAME = "manifest.json"
+NAME = directory.MANIFEST
 _THREADS = 2
 _FOLDER = re.compile(r"step-(\d{8,})")
 
@@ -123,12 +124,29 @@ def _verify(path: Path, known: File) -> None:
         raise InvalidCheckpoint(f"{known.path} does not match its checksum")
 
 
-def newest(checkpoints: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest valid checkpoint, and those passed over, each with the reason."""
+def mended(path: Path, mend: Callable[[Path], None] | None) -> Checkpoint:
+    """Verify a checkpoint; where it is damaged, mend it and verify it again. Raises InvalidCheckpoint.
+
+    Args:
+        mend: puts the files of a checkpoint in place that are not as its manifest says.
+    """
+    try:
+        return verify(path)
+    except InvalidCheckpoint:
+        if mend is None:
+            raise
+    mend(path)
+    return verify(path)
+
+
+def newest(
+    checkpoints: Path, mend: Callable[[Path], None] | None = None
+) -> tuple[Checkpoint | None, list[str]]:
+    """The newest valid checkpoint, and those passed over, each with the reason; see `mended`."""
     passed_over: list[str] = []
     for path in reversed(folders(checkpoints)):
         try:
-            return verify(path), passed_over
+            return mended(path, mend), passed_over
         except InvalidCheckpoint as reason:
             passed_over.append(f"{path.name}: {reason}")
     return None, passed_over

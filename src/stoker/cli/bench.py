@@ -25,7 +25,7 @@ from stoker.errors import BadInput
 from stoker.launch import local
 from stoker.recipes import Recipe
 from stoker.report import scaling as report
-from stoker.run import directory, view
+from stoker.run import directory, finding, view
 
 Way = tuple[str, int, int]  # strong or weak, ranks, global batch
 
@@ -128,7 +128,7 @@ def _one(recipe: Recipe, resolved: Resolved[Any], ranks: int, steps: int, batch_
             profile=None, json=False, accept_drift=False,
         )  # fmt: skip
         local.run(run_rank, (job, steps), nproc=ranks, preload=recipe.preload)
-        run = directory.locate(Path(folder), "bench", name)
+        run = finding.locate(Path(folder), "bench", name)
         files = [run.logs / f"timing-rank-{rank}.json" for rank in range(ranks)]
         timed = [json_module.loads(f.read_text(encoding="utf-8")) for f in files if f.is_file()]
         layout = view.load(run).attempts[-1].layout if run.exists() else {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +16,7 @@ from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, console, print_jso
 from stoker.cli.runs.common import RunName
 from stoker.errors import BadInput, nearest
 from stoker.report import facts
-from stoker.run import directory, view
+from stoker.run import finding, mirror, view
 from stoker.run.journal import Event
 from stoker.run.series import guess_goal
 from stoker.run.view import RunView
@@ -30,7 +31,7 @@ _KINDS = ("model", "adapter")
 @app.command("list")
 def list_(run: RunName, runs: RunsFolder = DEFAULT_RUNS, json: Json = False) -> None:
     """List a run's checkpoints, oldest first, without checking their content."""
-    seen = view.load(directory.find(runs, run))
+    seen = view.load(finding.find(runs, run))
     rows = [_row(path) for path in manifest.folders(seen.directory.checkpoints)]
     if json:
         print_json({"checkpoints": rows})
@@ -43,12 +44,13 @@ def list_(run: RunName, runs: RunsFolder = DEFAULT_RUNS, json: Json = False) -> 
 @app.command()
 def verify(run: RunName, runs: RunsFolder = DEFAULT_RUNS, json: Json = False) -> int:
     """Check every file of every checkpoint against its checksum; exit code 1 where one is damaged."""
-    seen = view.load(directory.find(runs, run))
+    seen = view.load(finding.find(runs, run))
+    mend = _mend(seen)
     rows = []
     for path in manifest.folders(seen.directory.checkpoints):
         row = _row(path)
         try:
-            manifest.verify(path)
+            manifest.mended(path, mend)
         except manifest.InvalidCheckpoint as reason:
             row["problem"] = str(reason)
         rows.append(row)
@@ -72,7 +74,7 @@ def export(
     json: Json = False,
 ) -> None:
     """Write a checkpoint's weights: as the run exports its model (a Hugging Face folder), or one file."""
-    seen = view.load(directory.find(runs, run))
+    seen = view.load(finding.find(runs, run))
     found = chosen(seen, which, metric)
     target = output or Path(f"{seen.directory.id}-{found.path.name}")
     if target.exists():
@@ -105,7 +107,7 @@ def rm(
     json: Json = False,
 ) -> None:
     """Delete a checkpoint."""
-    seen = view.load(directory.find(runs, run))
+    seen = view.load(finding.find(runs, run))
     path = manifest.folder(seen.directory.checkpoints, step)
     if not path.is_dir():
         known = ", ".join(str(manifest.step_of(p)) for p in manifest.folders(seen.directory.checkpoints))
@@ -138,9 +140,15 @@ def chosen(seen: RunView, which: str, metric: str) -> manifest.Checkpoint:
             f"no checkpoint {which!r}: give best, last, or one of the steps {', '.join(map(str, kept))}"
         )
     try:
-        return manifest.verify(path)
+        return manifest.mended(path, _mend(seen))
     except manifest.InvalidCheckpoint as error:
         raise BadInput(f"checkpoint {path.name} cannot be used: {error}") from error
+
+
+def _mend(seen: RunView) -> Callable[[Path], None] | None:
+    """Brings here what of a checkpoint is only in the object store that the run is in."""
+    copy = mirror.of(seen.directory)
+    return copy.fetch_checkpoint if copy is not None else None
 
 
 def _best(seen: RunView, metric: str) -> Path:

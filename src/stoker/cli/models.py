@@ -17,7 +17,7 @@ from stoker.cli.runs.common import RunName, iso
 from stoker.errors import BadInput, nearest
 from stoker.report import facts
 from stoker.report.terminal import when
-from stoker.run import directory, view
+from stoker.run import finding, view
 from stoker.run.view import RunView
 from stoker.tracking.registry import STAGES, Registry, Version, write_checksums
 
@@ -51,7 +51,7 @@ def register(
     json: Json = False,
 ) -> None:
     """Make what a run exported the next version of a model, with its lineage."""
-    seen = view.load(directory.find(runs, run))
+    seen = view.load(finding.find(runs, run))
     exported = checkpoints.exported(seen, artifact)
     chosen = checkpoints.chosen(seen, checkpoint, metric) if checkpoint else None
     if exported is None and chosen is None:

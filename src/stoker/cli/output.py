@@ -13,10 +13,17 @@ from typing import Annotated, Any
 import orjson
 import typer
 from rich.console import Console
+from stoker.run import finding
 
 RunsFolder = Annotated[
     Path,
-    typer.Option("--runs", envvar="STOKER_RUNS", help="The folder that runs stand under.", metavar="DIR"),
+    typer.Option(
+        "--runs",
+        envvar="STOKER_RUNS",
+        metavar="DIR",
+        parser=finding.folder,
+        help="The folder that runs stand under, or s3://bucket/folder.",
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, last.")]
 

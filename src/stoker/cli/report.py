@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, console, print_json
 from stoker.report import html
-from stoker.run import directory, view
+from stoker.run import finding, view
 
 
 def report(
@@ -29,7 +29,7 @@ def report(
     json: Json = False,
 ) -> None:
     """Write one HTML file about a run, or one that compares several; it opens offline."""
-    found = {found.path.resolve(): found for found in (directory.find(runs, name) for name in run)}
+    found = {found.path.resolve(): found for found in (finding.find(runs, name) for name in run)}
     views = [view.load(directory_) for directory_ in found.values()]
     default = views[0].directory.artifacts / "report.html" if len(views) == 1 else Path("report.html")
     file = html.write(views, output or default).absolute()

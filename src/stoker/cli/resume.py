@@ -13,7 +13,7 @@ from stoker import recipes
 from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder
 from stoker.cli.train import Launch, MaxRestarts, MaxTime, Nproc, Overrides, Profile, start
 from stoker.errors import BadInput
-from stoker.run import directory, view
+from stoker.run import finding, view
 
 log = logging.getLogger("stoker")
 
@@ -34,7 +34,7 @@ def resume(
 
     A KEY=VALUE given here replaces the recorded one from now on, and is reported as drift.
     """
-    found = directory.find(runs, run)
+    found = finding.find(runs, run)
     seen = view.load(found)
     reference = seen.record["recipe"].get("reference")
     if reference is None:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, console, print_json
 from stoker.errors import BadInput, StokerError
-from stoker.run import directory
+from stoker.run import finding, mirror, uploader
 from stoker.run.directory import RunDirectory
 from stoker.tracking import follower
 from stoker.tracking.follower import SinkState
@@ -23,12 +23,13 @@ def sync(
     runs: RunsFolder = DEFAULT_RUNS,
     json: Json = False,
 ) -> None:
-    """Ship what MLflow has not got yet of a run, and wait until it has.
+    """Ship what MLflow, and an object store that the runs are in, have not got yet, and wait until they have.
 
-    Goes to the server that MLFLOW_TRACKING_URI names, else to the store in the runs folder.
+    MLflow is the server that MLFLOW_TRACKING_URI names, else the store in the runs folder.
     """
-    found = directory.find(runs, run)
-    if not follower.enabled():
+    found = finding.find(runs, run)
+    copied = _upload(found)
+    if not follower.enabled() and not copied:
         raise BadInput("STOKER_SINKS=none turns every sink off: unset it to ship this run")
     before = {sink.name: sink.pending for sink in follower.state(found)}
     code = _ship(found)
@@ -41,6 +42,21 @@ def sync(
         for sink in sinks:
             shipped = before[sink.name] - sink.pending
             console().print(f"{sink.name}: {max(shipped, 0)} events shipped to {sink.where}", markup=False)
+
+
+def _upload(found: RunDirectory) -> bool:
+    """Bring a run to its object store, if it is in one; whether it is. Raises StokerError.
+
+    Of a run that is being trained the uploader does it.
+    """
+    copy = mirror.of(found)
+    if copy is None:
+        return False
+    if not found.trained_here:
+        said = uploader.wait(found, uploader.ONCE_PATIENCE)
+        if said.behind:
+            raise StokerError(f"{copy.where} has not got all of this run: {said.error}")
+    return True
 
 
 def _ship(found: RunDirectory) -> int:

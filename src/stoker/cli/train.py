@@ -26,7 +26,7 @@ from stoker.errors import BadInput, Stopped
 from stoker.launch import local, ranks
 from stoker.recipes import Recipe
 from stoker.report import html
-from stoker.run import directory, view
+from stoker.run import directory, finding, view
 from stoker.run.view import RunView
 from stoker.world import World
 
@@ -169,7 +169,7 @@ def start(
     show_messages()
     experiment = experiment or recipe.name
     if name is not None:
-        finished = _finished(directory.locate(runs.absolute(), experiment, name), resolved)
+        finished = _finished(finding.named(runs.absolute(), experiment, name), resolved)
         if finished is not None:
             return _answer(finished, json, "was finished already")
     check(recipe, resolved.config, max(launch.nproc, World.current().size))

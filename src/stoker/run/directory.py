@@ -1,4 +1,4 @@
-"""The layout of a run's directory, and how runs are found under a runs folder.
+"""The layout of a run's directory.
 
 runs/<experiment>/<run-id>/
   run.json            written once
@@ -12,7 +12,6 @@ runs/<experiment>/<run-id>/
 
 from __future__ import annotations
 
-import re
 import shutil
 import time
 import uuid
@@ -22,10 +21,12 @@ from typing import Any
 
 import orjson
 from stoker import storage
-from stoker.errors import BadInput, nearest
+from stoker.errors import BadInput
+from stoker.run import lease
 
 FORMAT = 1  # of run.json and of the journal
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+MANIFEST = "manifest.json"
+"""Of a checkpoint: written last, after all of its files."""
 
 
 @dataclass(frozen=True)
@@ -81,9 +82,14 @@ class RunDirectory:
         return self.path / "attempt.lock"
 
     @property
-    def alive(self) -> bool:
-        """Whether a process is training this run now."""
+    def trained_here(self) -> bool:
+        """Whether a process of this machine is training this run now."""
         return storage.is_locked(self.lock_file)
+
+    @property
+    def alive(self) -> bool:
+        """Whether a process is training this run now, here or, as far as is known, elsewhere."""
+        return self.trained_here or bool(lease.held_elsewhere(self.path))
 
     def exists(self) -> bool:
         return self.record_file.is_file()
@@ -103,21 +109,20 @@ class RunDirectory:
     def create(self, record: dict[str, Any]) -> None:
         """Make the directory and write `run.json`. Raises BadInput where it cannot be written."""
         try:
-            for folder in (
-                self.journal,
-                self.checkpoints,
-                self.artifacts,
-                self.provenance,
-                self.sinks,
-                self.logs,
-            ):
-                folder.mkdir(parents=True, exist_ok=True)
+            self.make_folders()
             storage.write_atomically(
                 self.record_file, orjson.dumps({"format": FORMAT, **record}, option=orjson.OPT_INDENT_2)
             )
         except OSError as error:
             self.remove()
             raise unwritable(self, error) from error
+
+    def make_folders(self) -> None:
+        """Make the directory and its folders. Raises OSError."""
+        for folder in (
+            self.journal, self.checkpoints, self.artifacts, self.provenance, self.sinks, self.logs
+        ):  # fmt: skip
+            folder.mkdir(parents=True, exist_ok=True)
 
     def remove(self) -> None:
         """Delete the run, and its experiment's folder when that is empty then."""
@@ -140,36 +145,3 @@ def unwritable(run: RunDirectory, error: OSError) -> BadInput:
 def new_id() -> str:
     """A run id that sorts by time: `20261123-051200-3f9a`."""
     return time.strftime("%Y%m%d-%H%M%S-") + uuid.uuid4().hex[:4]
-
-
-def locate(runs: Path, experiment: str, run_id: str) -> RunDirectory:
-    """The directory of a run by experiment and id, there or not. Raises BadInput on a bad name."""
-    if any(part.endswith(":") for part in runs.parts):  # s3://..., as a path
-        raise BadInput(f"--runs {runs}: object stores are not supported yet; give a local path")
-    for what, name in (("experiment", experiment), ("name", run_id)):
-        if not _NAME.fullmatch(name):
-            raise BadInput(f"{what} {name!r} cannot name a folder: use letters, digits, '.', '_' and '-'")
-    return RunDirectory(runs / experiment / run_id)
-
-
-def every(runs: Path) -> list[RunDirectory]:
-    """All runs under a runs folder, oldest first."""
-    found = [RunDirectory(file.parent) for file in runs.glob("*/*/run.json")]
-    return sorted(found, key=lambda run: (run.record_file.stat().st_mtime_ns, run.id))
-
-
-def find(runs: Path, reference: str) -> RunDirectory:
-    """The run meant by a path, `experiment/id`, an id, or the start of one. Raises BadInput."""
-    for path in (Path(reference), runs / reference):
-        if (path / "run.json").is_file():
-            return RunDirectory(path.absolute())
-    everything = every(runs)
-    same = [run for run in everything if run.id == reference]
-    matches = same or [run for run in everything if run.id.startswith(reference)]
-    if len(matches) == 1:
-        return RunDirectory(matches[0].path.absolute())
-    if matches:
-        names = ", ".join(f"{run.experiment}/{run.id}" for run in matches[:8])
-        raise BadInput(f"{reference!r} means several runs: {names}; give more of the name")
-    hint = nearest(reference, [run.id for run in everything])
-    raise BadInput(f"no run {reference!r} under {runs}{hint}; `stoker runs list` shows what there is")

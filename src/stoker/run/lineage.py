@@ -13,7 +13,7 @@ from typing import Any
 
 from stoker import storage
 from stoker.errors import BadInput, nearest
-from stoker.run import directory, journal, view
+from stoker.run import finding, journal, view
 from stoker.run.directory import RunDirectory
 
 _CLOCKS = 2.0  # seconds that a file may seem to be younger than its record, on a network file system
@@ -39,7 +39,7 @@ def resolve(runs: Path, reference: Path | str) -> Found:
     run, colon, name = str(reference).rpartition(":")
     if not colon or not run:
         raise BadInput(f"{path} does not exist; give a path, or RUN:NAME for a run's artifact")
-    maker = directory.find(runs, run)
+    maker = finding.find(runs, run)
     made = view.load(maker).artifacts
     if name not in made:
         has = ", ".join(made) or "none"

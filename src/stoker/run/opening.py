@@ -16,7 +16,7 @@ import orjson
 from stoker import config as configs
 from stoker import storage
 from stoker.errors import BadInput
-from stoker.run import directory, rendezvous
+from stoker.run import directory, lease, mirror, rendezvous
 from stoker.run.directory import RunDirectory
 from stoker.world import World
 
@@ -66,6 +66,25 @@ def take(run: RunDirectory, opening: rendezvous.Opening) -> int:
     os.pwrite(lock, orjson.dumps(dataclasses.asdict(opening)), 0)
     storage.release_in_children(lock)
     return lock
+
+
+def lease_of(run: RunDirectory) -> lease.Lease | None:
+    """Take the lease of a run that other machines can reach, and bring here what they made of it.
+
+    Raises BadInput where one of them trains it; Unreachable where its object store does not answer.
+    """
+    held = lease.of(run.path)
+    if held is None:
+        return None
+    was_here = held.take()
+    try:
+        copy = mirror.of(run)
+        if copy is not None and not was_here:
+            copy.fetch()
+    except BaseException:
+        held.release()
+        raise
+    return held
 
 
 def explain_drift(run: RunDirectory, changes: Mapping[str, tuple[Any, Any]]) -> str:

@@ -146,7 +146,7 @@ class _Task:
     def complete(self) -> bool:
         """Whether the sink has all that it should have by now."""
         known = ledger.load(self._file)
-        if not known.concluded and (self._goal is None or not self._directory.alive):
+        if not known.concluded and (self._goal is None or not self._directory.trained_here):
             return False
         goal = feed.end(self._directory.journal) if self._goal is None else self._goal
         return feed.position(known.cursor) >= goal
@@ -155,7 +155,7 @@ class _Task:
         """Ship until complete; False where patience ended first, or the run was removed."""
         failures = 0
         while self._directory.exists():
-            alive = self._directory.alive  # asked first: what is read after its death is all
+            alive = self._directory.trained_here  # asked first: what is read after its death is all
             try:
                 began = time.thread_time()
                 if shipper.ship_next():
@@ -179,34 +179,26 @@ class _Task:
 
     def _sleep(self, seconds: float) -> None:
         """Sleep, unless somebody asks for the sink meanwhile, or the trainer dies."""
-        before, alive = _modified(self._wake_file), self._directory.alive
+        before, alive = storage.modified(self._wake_file), self._directory.trained_here
         deadline = time.monotonic() + seconds
         while (left := deadline - time.monotonic()) > 0:
             time.sleep(min(left, INTERVAL))
-            if _modified(self._wake_file) != before or self._directory.alive != alive:
+            if storage.modified(self._wake_file) != before or self._directory.trained_here != alive:
                 break
 
     def _out_of_patience(self) -> bool:
         """Whether the trainer is gone, or was never waited for, and that for too long."""
-        if self._goal is None and self._directory.alive:
+        if self._goal is None and self._directory.trained_here:
             self._alone_since = None
             return False
         self._alone_since = self._alone_since or time.monotonic()
         return time.monotonic() - self._alone_since > self._patience
 
 
-def _modified(file: Path) -> int:
-    """When a file was touched last; 0 where there is none."""
-    try:
-        return file.stat().st_mtime_ns
-    except FileNotFoundError:
-        return 0
-
-
 def _state(directory: RunDirectory, name: str) -> SinkState:
     known = ledger.load(ledger.file_of(directory, name))
     events = feed.pending(directory.journal, known.cursor)
-    told = known.concluded or directory.alive
+    told = known.concluded or directory.trained_here
     return SinkState(
         name, known.where or _WHERE[name](directory), events + (not told), known.error, known.since
     )

@@ -6,12 +6,12 @@ from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, console, print_jso
 from stoker.cli.runs.common import RunNames
 from stoker.errors import BadInput
 from stoker.report import comparison
-from stoker.run import directory, view
+from stoker.run import finding, view
 
 
 def compare(run: RunNames, runs: RunsFolder = DEFAULT_RUNS, json: Json = False) -> None:
     """Compare runs: config that differs first, then the last and best of every metric, with small curves."""
-    found = {found.path.resolve(): found for found in (directory.find(runs, name) for name in run)}
+    found = {found.path.resolve(): found for found in (finding.find(runs, name) for name in run)}
     if len(found) < 2:
         raise BadInput("give two runs or more to compare; `stoker runs show` is for one")
     compared = comparison.compare([view.load(each) for each in found.values()])

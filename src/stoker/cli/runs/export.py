@@ -15,7 +15,7 @@ from stoker import storage
 from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, print_json
 from stoker.cli.runs.common import RunName
 from stoker.errors import BadInput
-from stoker.run import directory, view
+from stoker.run import finding, view
 from stoker.run.directory import RunDirectory
 
 Format = Literal["csv", "parquet", "json"]
@@ -32,7 +32,7 @@ def export(
     json: Json = False,
 ) -> None:
     """Export the metrics of a run: a row a step, `step` first, then the metrics by name."""
-    found = directory.find(runs, run)
+    found = finding.find(runs, run)
     if output is None:
         _check_standard_output(format, json, found)
     rows = view.load(found).rows()

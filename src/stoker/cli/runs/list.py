@@ -13,7 +13,7 @@ from stoker.cli.runs.common import entry, listed, started
 from stoker.errors import BadInput
 from stoker.report import terminal
 from stoker.report.terminal import Listed
-from stoker.run import directory
+from stoker.run import finding
 from stoker.run.query import Query, facts
 
 _ALWAYS_KNOWN = ("id", "experiment", "status", "step", "started", "seconds")
@@ -39,7 +39,7 @@ def list_(
     status, step, started and seconds, with < <= > >= == != in, and, or, not. Also
     best(val_loss), min(...), max(...). Names with other characters stand in `backticks`.
     """
-    found = sorted((listed(run) for run in directory.every(runs)), key=started)
+    found = sorted((listed(run) for run in finding.every(runs)), key=started)
     shown, names = chosen(found, filter, sort)
     if json:
         print_json({"runs": [entry(run) for run in shown]})

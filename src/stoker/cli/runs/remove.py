@@ -12,7 +12,7 @@ from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, console, print_jso
 from stoker.cli.runs.common import RunNames
 from stoker.errors import BadInput
 from stoker.report import facts
-from stoker.run import artifacts, directory
+from stoker.run import artifacts, finding, mirror
 from stoker.run.directory import RunDirectory
 
 
@@ -24,7 +24,7 @@ def remove(
 ) -> None:
     """Delete runs with their checkpoints and artifacts; what a sink has of them stays there."""
     found = list(
-        {found.path.resolve(): found for found in (directory.find(runs, name) for name in run)}.values()
+        {found.path.resolve(): found for found in (finding.find(runs, name) for name in run)}.values()
     )
     for each in found:
         if each.alive:
@@ -57,6 +57,6 @@ def _delete(run: RunDirectory) -> None:
         raise BadInput(f"run {run.id!r} is being trained now: stop it first")
     try:
         run.record_file.unlink()  # first: from here on it is no run any more
-        run.remove()
+        mirror.remove(run)
     finally:
         os.close(lock)

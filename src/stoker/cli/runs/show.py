@@ -9,14 +9,14 @@ from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, console, print_jso
 from stoker.cli.runs.common import RunName, entry, iso
 from stoker.report import facts, terminal
 from stoker.report.terminal import Listed, Pending
-from stoker.run import directory, view
+from stoker.run import finding, view
 from stoker.run.directory import RunDirectory
 from stoker.run.view import RunView
 
 
 def show(run: RunName, runs: RunsFolder = DEFAULT_RUNS, json: Json = False) -> None:
     """Show a run: status, attempts, metrics, config with its sources, artifacts."""
-    seen = view.load(directory.find(runs, run))
+    seen = view.load(finding.find(runs, run))
     sinks = _sinks(seen.directory)
     if json:
         print_json(_everything(seen, sinks))

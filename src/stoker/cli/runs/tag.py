@@ -8,7 +8,7 @@ import typer
 from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, console, print_json
 from stoker.cli.runs.common import RunName
 from stoker.errors import BadInput, nearest
-from stoker.run import directory, journal, view
+from stoker.run import finding, journal, view
 from stoker.run.directory import RunDirectory
 
 
@@ -25,7 +25,7 @@ def tag(
     json: Json = False,
 ) -> None:
     """Set or take away tags of a run, or add a note; with neither, show them. The run may be alive."""
-    found = directory.find(runs, run)
+    found = finding.find(runs, run)
     changes = _changes(found, tags or [], remove or [])
     if changes or note:
         _write(found, changes, note)

@@ -1,4 +1,4 @@
-"""Real servers for the tests of tracking: PostgreSQL, MLflow on it, and a proxy that misbehaves."""
+"""Real servers for the tests: PostgreSQL, MLflow on it, an S3, and a proxy that misbehaves."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import tempfile
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -93,7 +93,7 @@ def mlflow_server(folder: Path, backend: str | None = None, port: int | None = N
             start_new_session=True,
         )
     try:
-        _wait_for(f"http://127.0.0.1:{chosen}/health", server)
+        wait_for(f"http://127.0.0.1:{chosen}/health", server)
         yield f"http://127.0.0.1:{chosen}"
     finally:
         with contextlib.suppress(ProcessLookupError):
@@ -101,10 +101,29 @@ def mlflow_server(folder: Path, backend: str | None = None, port: int | None = N
         server.wait()
 
 
-def _wait_for(url: str, server: subprocess.Popen[bytes]) -> None:
+@contextmanager
+def s3_server(bucket: str) -> Iterator[str]:
+    """An S3 of moto's, in memory, with a bucket; yields its URL."""
+    port = free_port()
+    server = subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    try:
+        url = f"http://127.0.0.1:{port}"
+        wait_for(f"{url}/moto-api/", server)
+        urllib.request.urlopen(urllib.request.Request(f"{url}/{bucket}", method="PUT"), timeout=10).close()
+        yield url
+    finally:
+        server.kill()
+        server.wait()
+
+
+def wait_for(url: str, server: subprocess.Popen[bytes]) -> None:
+    """Wait until a server answers."""
     deadline = time.monotonic() + _START_TIMEOUT
     while True:
-        assert server.poll() is None, "MLflow's server did not start"
+        assert server.poll() is None, f"the server of {url} did not start"
         assert time.monotonic() < deadline
         try:
             with urllib.request.urlopen(url, timeout=2):
@@ -116,40 +135,64 @@ def _wait_for(url: str, server: subprocess.Popen[bytes]) -> None:
 class Proxy:
     """Stands before a server, and does to every request what `mode` says.
 
-    ok: passes it on; 500, 429: answers so; hang: never answers; refuse: closes the connection.
+    ok: passes it on; 500, 503, 429: answers so; hang: never answers; refuse: closes the connection;
+    mute: never says that what is to be sent may be; drop: closes it when half of what was sent has been read.
     `required`, where it is given, is the Authorization header without which the answer is 401.
+    `only`: requests that the mode is for, `(method, path)`; all others are passed on.
     """
 
-    def __init__(self, target: str, required: str | None = None) -> None:
+    def __init__(
+        self,
+        target: str,
+        required: str | None = None,
+        only: Callable[[str, str], bool] = lambda method, path: True,
+    ) -> None:
         self.mode = "ok"
+        self.left: int | None = None
+        """How many requests more the mode is for; None for all."""
+        self.log: list[tuple[str, str]] = []
+        """Every request: its method and path."""
         self.seen: dict[str, int] = {}
         """Requests by the mode that they met."""
+        self._only = only
         self._released = threading.Event()
         host, port = target.removeprefix("http://").split(":")
         proxy = self
 
         class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"  # that of "100 Continue", which S3's clients wait for
+
+            def handle_expect_100(self) -> bool:
+                if proxy.mode == "mute":
+                    proxy.seen["mute"] = proxy.seen.get("mute", 0) + 1
+                    proxy._released.wait()
+                return super().handle_expect_100()
+
             def log_message(self, *_: Any) -> None:
                 pass
 
             def handle_any(self) -> None:
-                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-                proxy.seen[proxy.mode] = proxy.seen.get(proxy.mode, 0) + 1
-                if proxy.mode == "hang":
+                length = int(self.headers.get("Content-Length") or 0)
+                mode = proxy._mode_for(self.command, self.path)
+                if mode == "drop":
+                    self.rfile.read(length // 2)
+                    self.close_connection = True
+                    return
+                body = self.rfile.read(length)
+                if mode == "hang":
                     proxy._released.wait()
-                elif proxy.mode in ("500", "429"):
-                    self.send_error(int(proxy.mode))
-                elif proxy.mode == "ok" and required not in (None, self.headers.get("Authorization")):
+                elif mode.isdigit():
+                    self.send_error(int(mode))
+                elif mode == "ok" and required not in (None, self.headers.get("Authorization")):
                     self.send_error(401)
-                elif proxy.mode == "ok":
+                elif mode == "ok":
                     self._pass_on(body)
                 self.close_connection = True
 
             def _pass_on(self, body: bytes) -> None:
                 connection = http.client.HTTPConnection(host, int(port), timeout=60)
-                headers = {
-                    k: v for k, v in self.headers.items() if k.lower() not in ("host", "authorization")
-                }
+                stay = ("host", "authorization") if required is not None else ("host",)
+                headers = {k: v for k, v in self.headers.items() if k.lower() not in stay}
                 connection.request(self.command, self.path, body, {**headers, "Host": f"{host}:{port}"})
                 answer = connection.getresponse()
                 content = answer.read()
@@ -157,18 +200,32 @@ class Proxy:
                 for name, value in answer.getheaders():
                     if name.lower() not in ("transfer-encoding", "content-length", "connection"):
                         self.send_header(name, value)
-                self.send_header("Content-Length", str(len(content)))
+                length = answer.getheader("Content-Length") if self.command == "HEAD" else str(len(content))
+                self.send_header("Content-Length", length or "0")
+                self.send_header("Connection", "close")
                 self.end_headers()
                 self.wfile.write(content)
                 connection.close()
 
-            do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = handle_any  # noqa: N815
+            do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = handle_any  # noqa: N815
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
         self._thread.start()
+
+    def _mode_for(self, method: str, path: str) -> str:
+        self.log.append((method, path))
+        mode = self.mode if self._only(method, path) and self.left != 0 else "ok"
+        if mode != "ok" and self.left is not None:
+            self.left -= 1
+        self.seen[mode] = self.seen.get(mode, 0) + 1
+        return mode
+
+    def let_go(self) -> None:
+        """End the requests that hang."""
+        self._released.set()
 
     def close(self) -> None:
         self._released.set()

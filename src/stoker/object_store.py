@@ -1,0 +1,245 @@
+"""Object stores, by fsspec: `s3://`, and whatever else fsspec has a driver for.
+
+A runs folder in a store has a working copy on this machine: what runs read and write is there, and
+`run/mirror.py` brings it to the store and back. A file in the working copy says which store it is of.
+
+Credentials are the driver's to find: in the environment, a role, its own files. None is written down.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+import random
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from stoker import storage
+from stoker.errors import BadInput, StokerError
+
+log = logging.getLogger("stoker")
+
+_MARKER = ".object-store.json"
+_LONGEST_PAUSE = 5.0
+STALL = 120.0  # seconds in which at least one part of what is written must arrive
+_PART = 8 * 2**20  # bytes of a part of a multipart upload
+_AT_ONCE = 4  # parts on their way
+_MOST_PARTS = 9000  # S3 takes 10,000
+# S3's driver tries each request several times; these are of one try.
+_S3 = {"connect_timeout": 10, "read_timeout": 20, "retries": {"mode": "standard", "max_attempts": 3}}
+_S3_ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "FSSPEC_S3_ENDPOINT_URL")
+_FINAL = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError)
+_NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "TokenRetrievalError")
+
+T = TypeVar("T")
+
+
+class Unreachable(StokerError):
+    """An object store did not do what it was asked for, for as long as it was tried."""
+
+    again = True
+
+
+def is_url(folder: str) -> bool:
+    """Whether a runs folder is in an object store."""
+    return "://" in folder
+
+
+def working_copy(url: str) -> Path:
+    """The folder on this machine that stands for one in an object store; it is made where it is not there.
+
+    Raises BadInput: the URL has credentials in it, or names nothing, or fsspec has no driver for it.
+    """
+    parts = urlsplit(url)
+    if parts.username or parts.password or "@" in parts.netloc:
+        raise BadInput(
+            f"{parts.scheme}://...: leave credentials out of the URL, which is written down; "
+            "set them in the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE)"
+        )
+    if parts.query or parts.fragment or not (parts.netloc or parts.path.strip("/")):
+        raise BadInput(f"{url}: give a folder, such as s3://bucket/runs")
+    _check_driver(parts.scheme)
+    folder = storage.cache_folder() / "stores" / _place(parts.scheme) / parts.netloc / parts.path.strip("/")
+    marker = folder / _MARKER
+    if not marker.exists():
+        storage.write_json(marker, {"url": url.rstrip("/"), "id": uuid.uuid4().hex})
+    return folder
+
+
+def of(folder: Path) -> Store | None:
+    """The store that a runs folder is the working copy of; None for a folder that is just one."""
+    known = storage.read_json(folder / _MARKER)
+    return Store(known["url"], known["id"]) if known else None
+
+
+def _place(scheme: str) -> str:
+    """A name for the server: two S3s may have buckets of one name."""
+    endpoint = next((os.environ[name] for name in _S3_ENDPOINTS if os.environ.get(name)), "")
+    if scheme != "s3" or not endpoint:
+        return scheme
+    return f"s3@{urlsplit(endpoint).netloc.rpartition('@')[2].replace(':', '-')}"
+
+
+def _check_driver(scheme: str) -> None:
+    import fsspec
+
+    try:
+        fsspec.get_filesystem_class(scheme)
+    except ValueError as error:
+        raise BadInput(f"{scheme}://: fsspec knows no such store") from error
+    except ImportError as error:
+        hint = "pip install 'stoker[s3]'" if scheme == "s3" else str(error)
+        raise BadInput(f"{scheme}:// needs a driver that is not installed: {hint}") from error
+
+
+@dataclass(frozen=True)
+class Store:
+    """A folder of an object store. Keys are paths below it.
+
+    Each request is tried again, ever more slowly, for `patience` seconds; then it raises Unreachable.
+    What no second try would change is raised at once: FileNotFoundError, PermissionError.
+    """
+
+    url: str
+    copy: str
+    """The id of the working copy on this machine."""
+    patience: float = 10.0
+    """In seconds, and beyond what the driver itself tries."""
+
+    def read(self, key: str) -> bytes:
+        """An object. Raises FileNotFoundError."""
+        return bytes(self._try(lambda fs: fs.cat_file(self._path(key)), key))
+
+    def write(self, key: str, content: bytes, *, new: bool = False) -> None:
+        """Write a small object. `new`: raises FileExistsError where there is one."""
+        mode = "create" if new else "overwrite"
+        self._try(lambda fs: _watched(fs, "pipe_file", self._path(key), content, mode=mode), key)
+
+    def put(self, key: str, file: Path) -> None:
+        """Write a file of any size, in parts. Raises FileNotFoundError where there is no such file."""
+        parts: dict[str, Any] = {}
+        if self.url.startswith("s3:"):
+            size = max(_PART, file.stat().st_size // _MOST_PARTS)
+            parts = {"chunksize": size, "max_concurrency": _AT_ONCE, "callback": _Parts()}
+        self._try(lambda fs: _watched(fs, "put_file", str(file), self._path(key), **parts), key)
+
+    def get(self, key: str, file: Path) -> None:
+        """Bring an object here; the file is there whole or not at all. Raises FileNotFoundError."""
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_name(f".{file.name}.{os.getpid()}.part")
+        try:
+            self._try(lambda fs: fs.get_file(self._path(key), str(part)), key)
+            part.replace(file)
+        finally:
+            part.unlink(missing_ok=True)
+
+    def sizes(self, folder: str = "") -> dict[str, int]:
+        """The size of every object below a folder, by its key."""
+        base = self._path("")
+
+        def listed(fs: Any) -> dict[str, int]:
+            fs.invalidate_cache()
+            found = fs.find(self._path(folder).rstrip("/"), detail=True)
+            return {path[len(base) :]: int(about["size"] or 0) for path, about in found.items()}
+
+        try:
+            return self._try(listed, folder)
+        except FileNotFoundError:
+            return {}
+
+    def remove(self, key: str) -> None:
+        """Delete an object, if it is there."""
+        with contextlib.suppress(FileNotFoundError):
+            self._try(lambda fs: fs.rm_file(self._path(key)), key)
+
+    def _path(self, key: str) -> str:
+        return f"{urlsplit(self.url).netloc}{urlsplit(self.url).path.rstrip('/')}/{key}"
+
+    def _try(self, request: Callable[[Any], T], key: str) -> T:
+        begun, tries = time.monotonic(), 0
+        while True:
+            try:
+                return request(_file_system(self.url.partition(":")[0]))
+            except _FINAL:
+                raise
+            except Exception as error:
+                said = f"{self.url}/{key}: {type(error).__name__}: {error}"
+                if _is_taken(error):
+                    raise FileExistsError(said) from error
+                hopeless = type(error).__name__ in _NO_CREDENTIALS or _is_refused(error)
+                if hopeless or time.monotonic() - begun > self.patience:
+                    raise Unreachable(said) from error
+                log.debug("%s; trying again", said)
+                tries += 1
+                time.sleep(random.uniform(0.5, 1.0) * min(0.2 * 2**tries, _LONGEST_PAUSE))
+
+
+@functools.cache
+def _file_system(scheme: str) -> Any:
+    """fsspec's file system, with timeouts and retries of its own where it has them; one a process.
+
+    The user's own settings for fsspec (FSSPEC_S3_..., its configuration files) come first.
+    """
+    import fsspec
+    from fsspec.config import conf
+
+    options: dict[str, Any] = {}
+    if scheme == "s3":
+        options["config_kwargs"] = {**_S3, **conf.get("s3", {}).get("config_kwargs", {})}
+    return fsspec.filesystem(scheme, use_listings_cache=False, **options)
+
+
+class _Parts:
+    """Hears of the parts that have arrived; what fsspec calls a callback."""
+
+    def __init__(self) -> None:
+        self.at = time.monotonic()
+
+    def relative_update(self, amount: int = 1) -> None:
+        self.at = time.monotonic()
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *args, **kwargs: None
+
+
+def _watched(fs: Any, request: str, *args: Any, **kwargs: Any) -> Any:
+    """Make a request that writes; OSError where nothing arrives for `STALL` seconds.
+
+    A driver that waits to be let send (`Expect: 100-continue`) may wait for ever.
+    """
+    if not fs.async_impl:
+        return getattr(fs, request)(*args, **kwargs)
+    import asyncio
+
+    from fsspec.asyn import sync
+
+    heard = kwargs.get("callback") or _Parts()
+    heard.at = time.monotonic()
+
+    async def watched() -> Any:
+        task = asyncio.ensure_future(getattr(fs, f"_{request}")(*args, **kwargs))
+        try:
+            while not (await asyncio.wait({task}, timeout=1.0))[0]:
+                if time.monotonic() - heard.at > STALL:
+                    raise OSError(f"nothing arrived for {STALL:.0f} s")
+        finally:
+            task.cancel()
+        return task.result()
+
+    return sync(fs.loop, watched)
+
+
+def _is_taken(error: Exception) -> bool:
+    """Whether a store says, as S3 does (412), that an object which was to be new is there."""
+    return "PreconditionFailed" in str(error) or "At least one of the pre-conditions" in str(error)
+
+
+def _is_refused(error: Exception) -> bool:
+    return any(word in str(error) for word in ("InvalidAccessKeyId", "SignatureDoesNotMatch", "AccessDenied"))

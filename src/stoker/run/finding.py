@@ -1,0 +1,81 @@
+"""How runs are found: the folder they stand under, here or in an object store, and the one that is meant."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from stoker import object_store
+from stoker.errors import BadInput, nearest
+from stoker.object_store import Unreachable
+from stoker.run import mirror
+from stoker.run.directory import RunDirectory
+
+log = logging.getLogger("stoker")
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+
+def folder(name: Path | str) -> Path:
+    """A runs folder by its path, or by the URL of one in an object store: then its working copy here.
+
+    Raises BadInput for a URL that cannot be one.
+    """
+    return object_store.working_copy(str(name)) if object_store.is_url(str(name)) else Path(name)
+
+
+def locate(runs: Path, experiment: str, run_id: str) -> RunDirectory:
+    """The directory of a run by experiment and id, there or not. Raises BadInput on a bad name."""
+    for what, name in (("experiment", experiment), ("name", run_id)):
+        if not _NAME.fullmatch(name):
+            raise BadInput(f"{what} {name!r} cannot name a folder: use letters, digits, '.', '_' and '-'")
+    return RunDirectory(runs / experiment / run_id)
+
+
+def named(runs: Path, experiment: str, run_id: str) -> RunDirectory:
+    """As `locate`, with what another machine made of the run."""
+    return _up_to_date(locate(runs, experiment, run_id))
+
+
+def every(runs: Path) -> list[RunDirectory]:
+    """All runs under a runs folder, oldest first."""
+    _tolerantly(lambda: mirror.refresh(runs), runs)
+    found = [RunDirectory(file.parent) for file in runs.glob("*/*/run.json")]
+    return sorted(found, key=lambda run: (run.record_file.stat().st_mtime_ns, run.id))
+
+
+def find(runs: Path, reference: str) -> RunDirectory:
+    """The run meant by a path, `experiment/id`, an id, or the start of one. Raises BadInput."""
+    for path in (Path(reference), runs / reference):
+        if (path / "run.json").is_file():
+            return _up_to_date(RunDirectory(path.absolute()))
+    everything = every(runs)
+    same = [run for run in everything if run.id == reference]
+    matches = same or [run for run in everything if run.id.startswith(reference)]
+    if len(matches) == 1:
+        return _up_to_date(RunDirectory(matches[0].path.absolute()))
+    if matches:
+        names = ", ".join(f"{run.experiment}/{run.id}" for run in matches[:8])
+        raise BadInput(f"{reference!r} means several runs: {names}; give more of the name")
+    hint = nearest(reference, [run.id for run in everything])
+    raise BadInput(f"no run {reference!r} under {runs}{hint}; `stoker runs list` shows what there is")
+
+
+def _up_to_date(run: RunDirectory) -> RunDirectory:
+    """A run with all that another machine made of it, but for the tensors of checkpoints."""
+    copy = mirror.of(run)
+    if copy is not None and not run.trained_here:
+        _tolerantly(lambda: copy.fetch(artifacts=True), run.path)
+    return run
+
+
+def _tolerantly(fetch: Callable[[], None], what: Path) -> None:
+    """Without the store, what is here is shown, if anything is."""
+    try:
+        fetch()
+    except Unreachable as error:
+        if not any(what.glob("**/run.json")):
+            raise
+        log.warning("%s; what is said of %s is what was known here", error, what.name)

@@ -1,0 +1,284 @@
+"""The copy of a run in an object store, where its runs folder is one.
+
+A run is trained in the working copy on this machine, and brought to the store from there
+(`run/uploader.py`). A checkpoint's manifest goes last, and the journal goes before it, so what is in the
+store is a run that can be continued at any instant. Journal files only grow: each stretch is an object
+of its own, named by its first byte. What the sinks keep is not brought there: they begin anew from the
+journal.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import orjson
+from stoker import object_store, storage
+from stoker.errors import StokerError
+from stoker.object_store import Store
+from stoker.run import lease
+from stoker.run.directory import MANIFEST, RunDirectory
+
+log = logging.getLogger("stoker")
+
+_OWN = ("sinks", "tensorboard", "wandb", "checkpoints", "journal", "lease")  # not copied file by file
+_DERIVED = ("attempt.lock", "compacted.safetensors", "store.json", "store.lock", "store.wake")
+
+
+class Lost(StokerError):
+    """The run is another machine's now: what is here is not brought to the store any more."""
+
+
+class Mirror:
+    """A run here and in a store."""
+
+    def __init__(self, run: RunDirectory, store: Store, there: dict[str, int] | None = None) -> None:
+        self._run, self._store = run, store
+        self._key = f"{run.experiment}/{run.id}"
+        self._sent: dict[str, tuple[int, int]] = {}
+        self._there = there
+        """The objects of the run, by key below it, with their sizes; None where that is not known."""
+
+    @property
+    def where(self) -> str:
+        return f"{self._store.url}/{self._key}"
+
+    # -- from the store --------------------------------------------------------------------
+
+    def fetch(self, *, artifacts: bool = False) -> None:
+        """Bring here what another machine made: the journal, and of each checkpoint its manifest.
+
+        Args:
+            artifacts: what the run made and logged as well.
+        """
+        there = self._objects()
+        if "run.json" not in there:
+            return
+        self._run.make_folders()
+        newer_there = self._taken_elsewhere(there)
+        wanted = ("run.json", "provenance/", *(("artifacts/", "logs/") if artifacts else ()))
+        for key, size in there.items():
+            file = self._run.path / key
+            if key.startswith(wanted) and (
+                not file.is_file() or (newer_there and file.stat().st_size != size)
+            ):
+                self._store.get(f"{self._key}/{key}", file)
+        self._fetch_lease(there)
+        for name, stretches in self._journal(there).items():
+            self._fetch_journal(self._run.journal / name, stretches)
+        for folder in self._checkpoints(there) if newer_there else ():
+            local = self._run.checkpoints / folder / MANIFEST
+            if not local.is_file():
+                self._store.get(f"{self._key}/checkpoints/{folder}/{MANIFEST}", local)
+
+    def fetch_checkpoint(self, path: Path) -> None:
+        """Bring here those files of a checkpoint that do not match its manifest. Raises Unreachable."""
+        key = f"{self._key}/checkpoints/{path.name}"
+        manifest = path / MANIFEST
+        try:
+            self._store.get(f"{key}/{MANIFEST}", manifest)
+            for file in orjson.loads(manifest.read_bytes())["files"]:
+                local = path / file["path"]
+                if not _matches(local, file):
+                    log.info("bringing %s of %s from %s", file["path"], path.name, self._store.url)
+                    self._store.get(f"{key}/{file['path']}", local)
+        except FileNotFoundError:
+            log.debug("%s has no whole %s", self.where, path.name)
+
+    def _taken_elsewhere(self, there: dict[str, int]) -> bool:
+        held = lease.of(self._run.path)
+        assert held is not None
+        newest = max((key for key in there if key.startswith("lease/")), default="lease/0")
+        return int(newest.removeprefix("lease/")) > held.taken_here
+
+    def _fetch_lease(self, there: dict[str, int]) -> None:
+        """The newest lease, which says who trains the run."""
+        folder = self._run.path / lease.FOLDER
+        for old in folder.glob("[0-9]*"):
+            old.unlink()
+        newest = max((key for key in there if key.startswith("lease/")), default=None)
+        if newest is not None:
+            with contextlib.suppress(FileNotFoundError):
+                self._store.get(f"{self._key}/{newest}", self._run.path / newest)
+
+    def _fetch_journal(self, file: Path, stretches: list[tuple[int, int]]) -> None:
+        """Append to a journal file what was written of it elsewhere."""
+        here = file.stat().st_size if file.is_file() else 0
+        missing = [(begin, end) for begin, end in stretches if end > here]
+        if not missing:
+            return
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("ab") as target:
+            for begin, _ in missing:
+                content = self._store.read(f"{self._key}/journal/{file.name}/{begin:015d}")
+                target.write(content[max(0, target.tell() - begin) :])
+
+    # -- to the store ----------------------------------------------------------------------
+
+    def push(self) -> None:
+        """Bring to the store what is new here. Raises Unreachable; Lost where the run is another's now."""
+        manifests = self._run.checkpoints.glob(f"*/{MANIFEST}")
+        committed = sorted((file.parent for file in manifests), reverse=True)
+        self._still_ours()
+        there = self._objects()
+        for file in self._files():
+            self._push_file(file, there)
+        for file in sorted(self._run.journal.glob("*.jsonl")):
+            stretches = self._journal(there).get(file.name, [])
+            self._push_journal(file, stretches[-1][1] if stretches else 0)
+        for path in committed:
+            self._push_checkpoint(path, there)
+        if committed:
+            self._still_ours()
+            self._remove_older({path.name for path in committed}, there)
+
+    @property
+    def newest(self) -> int | None:
+        """The step of the newest checkpoint in the store, as far as is known here."""
+        found = self._checkpoints(self._there or {})
+        return int(found[-1].removeprefix("step-")) if found else None
+
+    def _still_ours(self) -> None:
+        held = lease.of(self._run.path, self._store.patience)
+        if held is not None and not held.standing_here():
+            raise Lost(f"another machine trains {self.where} now")
+
+    def _files(self) -> Iterator[Path]:
+        """What is copied file by file: small things, and what the run made."""
+        for file in storage.files_under(self._run.path):
+            first, *rest = file.relative_to(self._run.path).parts
+            if not (first in _OWN and rest) and file.name not in _DERIVED and not file.name.startswith("."):
+                yield file
+
+    def _push_file(self, file: Path, there: dict[str, int]) -> None:
+        key = file.relative_to(self._run.path).as_posix()
+        with contextlib.suppress(FileNotFoundError):  # removed just now
+            known = file.stat()
+            mark = (known.st_size, known.st_mtime_ns)
+            kept = key.startswith("artifacts/") and there.get(key) == known.st_size and key not in self._sent
+            if self._sent.get(key) != mark and not kept:
+                self._store.put(f"{self._key}/{key}", file)
+                there[key] = known.st_size
+            self._sent[key] = mark
+
+    def _push_journal(self, file: Path, there: int) -> None:
+        """One more stretch of a journal file."""
+        with file.open("rb") as source:
+            source.seek(there)
+            content = source.read()
+        if content:
+            key = f"journal/{file.name}/{there:015d}"
+            self._store.write(f"{self._key}/{key}", content)
+            if self._there is not None:
+                self._there[key] = len(content)
+
+    def _push_checkpoint(self, path: Path, there: dict[str, int]) -> None:
+        """Bring a checkpoint to the store, its manifest last."""
+        key = f"checkpoints/{path.name}"
+        with contextlib.suppress(FileNotFoundError):  # it made room for newer ones meanwhile
+            manifest = (path / MANIFEST).read_bytes()
+            if f"{key}/{MANIFEST}" in there:
+                if path.name in self._sent or self._store.read(f"{self._key}/{key}/{MANIFEST}") == manifest:
+                    self._sent[path.name] = (0, 0)
+                    return
+                self._remove(f"{key}/{MANIFEST}", there)  # of another attempt at this step
+            files = [file["path"] for file in orjson.loads(manifest)["files"]]
+            for name in files:
+                self._store.put(f"{self._key}/{key}/{name}", path / name)
+                there[f"{key}/{name}"] = (path / name).stat().st_size
+            self._still_ours()
+            self._store.write(f"{self._key}/{key}/{MANIFEST}", manifest)
+            there[f"{key}/{MANIFEST}"] = len(manifest)
+            self._sent[path.name] = (0, 0)
+
+    def _remove_older(self, kept: set[str], there: dict[str, int]) -> None:
+        """Delete from the store the checkpoints that are not kept here any more."""
+        newest = max(kept)
+        for folder in {key.split("/")[1] for key in there if key.startswith("checkpoints/")}:
+            if folder < newest and folder not in kept and not (self._run.checkpoints / folder).exists():
+                files = sorted(key for key in there if key.startswith(f"checkpoints/{folder}/"))
+                for key in sorted(files, key=lambda key: not key.endswith(MANIFEST)):
+                    self._remove(key, there)
+
+    def remove(self) -> None:
+        """Delete the run from the store."""
+        there = self._objects()
+        for key in sorted(there, key=lambda key: not key.endswith(("run.json", MANIFEST))):
+            self._remove(key, there)
+
+    def _remove(self, key: str, there: dict[str, int]) -> None:
+        self._store.remove(f"{self._key}/{key}")
+        there.pop(key, None)
+
+    # -- what is in the store --------------------------------------------------------------
+
+    def _objects(self) -> dict[str, int]:
+        if self._there is None:
+            found = self._store.sizes(self._key)
+            self._there = {key.removeprefix(f"{self._key}/"): size for key, size in found.items()}
+        return self._there
+
+    def forget(self) -> None:
+        """Look again at what is in the store: a request may have been done though it seemed to fail."""
+        self._there = None
+
+    def _journal(self, there: dict[str, int]) -> dict[str, list[tuple[int, int]]]:
+        """The stretches of each journal file in the store, without gaps, as (first byte, end)."""
+        found: dict[str, list[tuple[int, int]]] = {}
+        for key in sorted(key for key in there if key.startswith("journal/")):
+            _, name, begin = key.split("/")
+            stretches = found.setdefault(name, [])
+            if int(begin) <= (stretches[-1][1] if stretches else 0):
+                stretches.append((int(begin), int(begin) + there[key]))
+        return found
+
+    def _checkpoints(self, there: dict[str, int]) -> list[str]:
+        """The folders of checkpoints that have a manifest in the store, by step."""
+        return sorted(k.split("/")[1] for k in there if k.startswith("checkpoints/") and k.endswith(MANIFEST))
+
+
+def of(run: RunDirectory, patience: float | None = None) -> Mirror | None:
+    """A run's copy in the object store that its runs folder is a working copy of; None where it is none.
+
+    Args:
+        patience: seconds that a request is tried for; by default as `Store` has it.
+    """
+    store = object_store.of(run.path.parent.parent)
+    if store is not None and patience is not None:
+        store = dataclasses.replace(store, patience=patience)
+    return Mirror(run, store) if store is not None else None
+
+
+def remove(run: RunDirectory) -> None:
+    """Delete a run, here and in its object store. Raises Unreachable."""
+    copy = of(run)
+    if copy is not None:
+        copy.remove()
+    run.remove()
+
+
+def refresh(runs: Path) -> None:
+    """Bring the journals of all runs of an object store here; does nothing for a plain folder.
+
+    Raises Unreachable.
+    """
+    store = object_store.of(runs)
+    if store is None:
+        return
+    objects: dict[str, dict[str, int]] = {}
+    for key, size in store.sizes().items():
+        experiment, _, rest = key.partition("/")
+        name, _, inside = rest.partition("/")
+        objects.setdefault(f"{experiment}/{name}", {})[inside] = size
+    for place, there in objects.items():
+        run = RunDirectory(runs / place)
+        if "run.json" in there and not run.trained_here:
+            Mirror(run, store, there).fetch()
+
+
+def _matches(file: Path, known: dict[str, Any]) -> bool:
+    return file.is_file() and file.stat().st_size == known["size"] and storage.xxh3(file) == known["xxh3"]

@@ -1,0 +1,236 @@
+"""Runs in an object store: a real S3 over HTTP, trained on one machine and gone on with on another."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from stoker.checkpoint import manifest
+from test_launch import RECIPE, SLOW, _weights
+
+from conftest import SECRET, Command, Start
+from servers import Proxy
+from support import loaded, wait_for_points
+
+Objects = Callable[[], dict[str, int]]
+
+
+@pytest.fixture
+def url() -> str:
+    return f"s3://bucket/{uuid.uuid4().hex}"
+
+
+@pytest.fixture
+def machine(tmp_path: Path, proxy: Proxy) -> Callable[[str], dict[str, str]]:
+    """The environment of a machine with a disk of its own."""
+
+    def environment(name: str) -> dict[str, str]:
+        return {"STOKER_CACHE": str(tmp_path / name)}
+
+    return environment
+
+
+@pytest.fixture
+def objects(s3: str, url: str) -> Objects:
+    """The sizes of what is in the store, by key below the runs folder."""
+    import boto3
+
+    bucket = boto3.resource(
+        "s3", endpoint_url=s3, region_name="us-east-1", aws_access_key_id="x", aws_secret_access_key="x"
+    ).Bucket("bucket")
+    prefix = url.removeprefix("s3://bucket/") + "/"
+    return lambda: {o.key.removeprefix(prefix): o.size for o in bucket.objects.filter(Prefix=prefix)}
+
+
+def _copy(tmp_path: Path, machine: str, url: str, run: str = "a") -> Path:
+    """The working copy of a run on a machine."""
+    (server,) = (tmp_path / machine / "stores").iterdir()
+    return server / url.removeprefix("s3://") / "ranked" / run
+
+
+def _checkpoints(there: dict[str, int]) -> list[str]:
+    return sorted(key.split("/")[3] for key in there if key.endswith("manifest.json"))
+
+
+def _kill_all(process: subprocess.Popen[bytes], run: Path) -> None:
+    """The machine is gone, with all that runs on it."""
+    doomed = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    doomed += [p for p in psutil.process_iter() if str(run) in " ".join(_command(p))]
+    for each in doomed:
+        with contextlib.suppress(psutil.Error):
+            each.kill()
+    process.wait()
+
+
+def _command(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+def test_a_run_is_in_the_store_whole_and_its_secrets_nowhere(
+    stoker: Command, machine: Any, url: str, objects: Objects, tmp_path: Path
+) -> None:
+    done = stoker(
+        "train", RECIPE, *SLOW, "pause=0", "--name", "a", "--runs", url, "--json", env=machine("one")
+    )
+    assert done.code == 0, done.err
+    run = _copy(tmp_path, "one", url)
+    assert done.answer["run"] == str(run)
+    there = objects()
+    for file in ("run.json", "provenance/git.json", "artifacts/model.safetensors", "artifacts/report.html"):
+        assert there[f"ranked/a/{file}"] == (run / file).stat().st_size
+    first = "ranked/a/journal/attempt-0001.rank-0"
+    journal = sum(size for key, size in there.items() if key.startswith(first))
+    assert journal == (run / "journal" / "attempt-0001.rank-0.jsonl").stat().st_size
+    assert _checkpoints(there) == [path.name for path in manifest.committed(run / "checkpoints")]
+    assert not [key for key in there if "/sinks/" in key or key.endswith(".lock")]
+    for file in (f for f in tmp_path.rglob("*") if f.is_file()):
+        assert SECRET not in file.read_text(encoding="utf-8", errors="replace"), file
+
+
+def test_another_machine_goes_on_where_one_was_stopped(
+    start: Start, stoker: Command, machine: Any, url: str, tmp_path: Path
+) -> None:
+    same = ("train", RECIPE, *SLOW, "--runs", url, "--nproc", "2")
+    process = start(*same, "--name", "a", env=machine("one"))
+    _wait_for_copy(tmp_path, url, process)
+    wait_for_points(process, _copy(tmp_path, "one", url), 50)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err.decode()
+    done = stoker(*same, "--name", "a", env=machine("two"))
+    assert done.code == 0, done.err
+    assert "resumed a from step" in done.err
+    assert "waiting up to" not in done.err
+    seen = loaded(_copy(tmp_path, "two", url))
+    assert list(seen.points["loss"].x) == list(range(1, 201))
+    assert len(seen.attempts) == 2
+    assert stoker(*same, "--name", "b", "pause=0", env=machine("two")).code == 0
+    assert _weights(_copy(tmp_path, "two", url)) == _weights(_copy(tmp_path, "two", url, "b"))
+    listed = stoker("runs", "list", "--runs", url, "--json", env=machine("three"))
+    assert {row["id"]: row["status"] for row in listed.answer["runs"]} == {"a": "finished", "b": "finished"}
+    assert stoker("runs", "rm", "b", "--yes", "--runs", url, env=machine("three")).code == 0
+    listed = stoker("runs", "list", "--runs", url, "--json", env=machine("one"))
+    assert [row["id"] for row in listed.answer["runs"]] == ["a"]
+
+
+def test_a_machine_that_is_gone_leaves_a_run_to_go_on_with(
+    start: Start, stoker: Command, machine: Any, url: str, objects: Objects, tmp_path: Path
+) -> None:
+    same = ("train", RECIPE, *SLOW, "checkpoint_every=10", "--runs", url, "--name", "a")
+    process = start(*same, env=machine("one"))
+    _wait_for_copy(tmp_path, url, process)
+    deadline = time.monotonic() + 60
+    while not _checkpoints(objects()) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    _kill_all(process, _copy(tmp_path, "one", url))
+    newest = int(_checkpoints(objects())[-1].removeprefix("step-"))
+    begun = time.monotonic()
+    done = stoker(*same, "pause=0", env=machine("two"))
+    assert done.code == 2, "its lease is waited for, and the config is another"
+    assert 55 < time.monotonic() - begun < 90
+    assert "waiting up to 60 s to see whether it trains it still" in done.err
+    done = stoker(*same, env=machine("two"))
+    assert done.code == 0, done.err
+    seen = loaded(_copy(tmp_path, "two", url))
+    assert seen.attempts[-1].resumed_from >= newest
+    assert list(seen.points["loss"].x) == list(range(1, 201))
+
+
+def test_two_machines_do_not_train_one_run(
+    start: Start, stoker: Command, machine: Any, url: str, tmp_path: Path
+) -> None:
+    same = ("train", RECIPE, *SLOW, "steps=3000", "--runs", url, "--name", "a")
+    process = start(*same, env=machine("one"))
+    _wait_for_copy(tmp_path, url, process)
+    wait_for_points(process, _copy(tmp_path, "one", url), 5)
+    done = stoker(*same, env=machine("two"))
+    assert done.code == 2
+    assert f"process {process.pid} on {os.uname().nodename} is training" in done.err
+    time.sleep(3)
+    listed = stoker("runs", "list", "--runs", url, "--json", env=machine("two"))
+    assert [row["status"] for row in listed.answer["runs"]] == ["running"]
+
+
+@pytest.mark.parametrize("mode", ["500", "503", "hang", "drop"])
+def test_a_store_that_fails_for_a_while_gets_all_of_it(
+    mode: str, stoker: Command, machine: Any, url: str, proxy: Proxy, objects: Objects, tmp_path: Path
+) -> None:
+    proxy._only = lambda method, path: method in ("PUT", "POST") and "/checkpoints/" in path
+    proxy.mode, proxy.left = mode, 8
+    done = stoker("train", RECIPE, *SLOW, "--name", "a", "--runs", url, env=machine("one"))
+    assert done.code == 0, done.err
+    assert proxy.seen[mode] == 8
+    run = _copy(tmp_path, "one", url)
+    assert _checkpoints(objects()) == [path.name for path in manifest.committed(run / "checkpoints")]
+
+
+def test_a_store_that_stays_away_costs_nothing_and_is_said_to(
+    start: Start, stoker: Command, machine: Any, url: str, proxy: Proxy, objects: Objects, tmp_path: Path
+) -> None:
+    """It answers nothing from step 50 on; the run trains to its end, and goes there later."""
+    env = machine("one")
+    process = start("train", RECIPE, *SLOW, "pause=0.1", "--name", "a", "--runs", url, env=env)
+    _wait_for_copy(tmp_path, url, process)
+    run = _copy(tmp_path, "one", url)
+    wait_for_points(process, run, 50)
+    proxy._only, proxy.mode = lambda method, path: True, "503"
+    _, said = process.communicate(timeout=200)
+    err = said.decode()
+    assert process.returncode == 0, err
+    assert "takes nothing now" in err
+    assert f"checkpoints are kept in {run / 'checkpoints'}" in err
+    assert "`stoker sync` brings it there" in err
+    assert loaded(run).status == "finished"
+    kept = [path.name for path in manifest.committed(run / "checkpoints")]
+    assert kept[-1] == "step-00000200"
+    assert kept[-1] not in _checkpoints(objects())
+    assert stoker("sync", "a", "--runs", url, env={**env, "STOKER_SINKS": "none"}).code == 1
+    proxy.mode = "ok"
+    done = stoker("sync", "a", "--runs", url, env=env)
+    assert done.code == 0, done.err
+    assert _checkpoints(objects()) == kept
+
+
+def test_a_damaged_checkpoint_is_mended_from_the_store(
+    start: Start, stoker: Command, machine: Any, url: str, tmp_path: Path
+) -> None:
+    env = machine("one")
+    same = ("train", RECIPE, *SLOW, "--name", "a", "--runs", url)
+    assert stoker(*same, "pause=0", env=env).code == 0
+    run = _copy(tmp_path, "one", url)
+    newest = manifest.committed(run / "checkpoints")[-1]
+    shard = next(newest.glob("*.safetensors"))
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    done = stoker("checkpoints", "verify", "a", "--runs", url, env=env)
+    assert done.code == 0, done.out
+    assert shard.read_bytes() == whole
+
+
+def test_a_store_that_is_not_there_starts_nothing(
+    stoker: Command, machine: Any, url: str, proxy: Proxy
+) -> None:
+    proxy._only, proxy.mode = lambda method, path: True, "refuse"
+    done = stoker("train", RECIPE, "--name", "a", "--runs", url, env=machine("one"))
+    assert done.code == 1
+    assert f"stoker: error: {url}" in done.err
+    assert "Traceback" not in done.err
+
+
+def _wait_for_copy(tmp_path: Path, url: str, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "one" / "stores").is_dir() and time.monotonic() < deadline:
+        assert process.poll() is None
+        time.sleep(0.02)

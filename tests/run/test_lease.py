@@ -1,0 +1,134 @@
+"""Which of several machines trains a run: leases in a shared folder, and in a store."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from stoker import storage
+from stoker.errors import BadInput
+from stoker.run import lease
+from stoker.run.lease import InFolder, Lease
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "BEAT", 0.05)
+    monkeypatch.setattr(lease, "EXPIRES", 0.5)
+    monkeypatch.setattr(lease, "_LOOK", 0.05)
+
+
+def _lease(folder: Path, machine: str) -> Lease:
+    return Lease(InFolder(folder / lease.FOLDER), machine, folder, None)
+
+
+def test_a_living_holder_is_not_robbed(tmp_path: Path) -> None:
+    first = _lease(tmp_path, "one")
+    first.take()
+    first.keep(pytest.fail)
+    with pytest.raises(BadInput, match="is training"):
+        _lease(tmp_path, "two").take()
+    first.release()
+    _lease(tmp_path, "two").take()
+
+
+def test_one_that_stands_unchanged_is_taken_whatever_its_clock_says(tmp_path: Path) -> None:
+    _lease(tmp_path, "one").take()
+    file = tmp_path / lease.FOLDER / "00000001"
+    file.write_bytes(file.read_bytes().replace(b'"at":1', b'"at":9'))
+    begun = time.monotonic()
+    _lease(tmp_path, "two").take()
+    assert time.monotonic() - begun >= 0.5
+    assert [path.name for path in (tmp_path / lease.FOLDER).iterdir()] == ["00000002"]
+
+
+def test_where_the_lock_holds_nobody_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "EXPIRES", 600.0)
+    _lease(tmp_path, "one").take()
+    _lease(tmp_path, "one").take()
+
+
+def test_a_holder_that_slept_for_too_long_is_told(tmp_path: Path) -> None:
+    first = _lease(tmp_path, "one")
+    first.take()
+    _lease(tmp_path, "two").take()
+    told: list[str] = []
+    heard = threading.Event()
+    first.keep(lambda reason: (told.append(reason), heard.set()))
+    assert heard.wait(10)
+    assert "another process trains" in told[0]
+    assert [path.name for path in (tmp_path / lease.FOLDER).iterdir()] == ["00000002"]
+
+
+def test_of_two_that_take_it_at_once_one_does(tmp_path: Path) -> None:
+    taken, refused = [], []
+
+    def take(machine: int) -> None:
+        try:
+            _lease(tmp_path, str(machine)).take()
+            taken.append(machine)
+        except BadInput:
+            refused.append(machine)
+
+    first = _lease(tmp_path, "gone")
+    first.take()
+    threads = [threading.Thread(target=take, args=(machine,)) for machine in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (len(taken), len(refused)) == (1, 7)
+
+
+def test_a_disk_of_this_machine_needs_none(tmp_path: Path) -> None:
+    assert not storage.is_shared(tmp_path / "runs" / "not" / "there")
+    assert lease.of(tmp_path / "runs" / "x" / "a") is None
+
+
+@pytest.fixture
+def shared(tmp_path: Path) -> Iterator[tuple[Path, Path]]:
+    """One folder as two machines see it: locks taken in one mount are not seen in the other."""
+    (tmp_path / "disk").mkdir()
+    mounts = (tmp_path / "one", tmp_path / "two")
+    for mount in mounts:
+        mount.mkdir()
+        try:
+            subprocess.run(["bindfs", tmp_path / "disk", mount], check=True, capture_output=True)
+        except (FileNotFoundError, subprocess.CalledProcessError) as error:
+            pytest.skip(f"no bindfs, or no right to mount: {error}")
+    yield mounts
+    for mount in mounts:
+        subprocess.run(["umount", "-l", mount], check=False)
+
+
+SCRIPT = """
+import sys, time, stoker
+with stoker.Run("x", "a", runs=sys.argv[1]) as run:
+    for step in range(int(sys.argv[2])):
+        run.log(loss=1.0)
+        time.sleep(0.1)
+"""
+
+
+def test_two_machines_on_a_shared_folder_do_not_train_one_run(shared: tuple[Path, Path]) -> None:
+    one, two = shared
+    assert storage.is_shared(one)
+    first = subprocess.Popen([sys.executable, "-c", SCRIPT, str(one), "1000"])
+    try:
+        while not list(two.glob("x/a/journal/*")):
+            assert first.poll() is None
+            time.sleep(0.05)
+        second = subprocess.run(
+            [sys.executable, "-c", SCRIPT, str(two), "3"], capture_output=True, text=True, check=False
+        )
+        assert second.returncode != 0
+        assert f"process {first.pid} on" in second.stderr
+        first.terminate()
+    finally:
+        first.kill()
+        first.wait()

@@ -1,0 +1,131 @@
+"""Object stores: a real S3 over HTTP, and one that fails."""
+
+from __future__ import annotations
+
+import dataclasses
+import uuid
+from pathlib import Path
+
+import fsspec
+import fsspec.config
+import pytest
+from stoker import object_store
+from stoker.errors import BadInput
+from stoker.object_store import Store, Unreachable
+
+from servers import Proxy
+
+
+@pytest.fixture
+def store(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> Store:
+    """A folder of its own; requests of this process go through this test's proxy."""
+    monkeypatch.setitem(
+        fsspec.config.conf, "s3", {"config_kwargs": {"read_timeout": 1, "connect_timeout": 1}}
+    )
+    object_store._file_system.cache_clear()
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    found = object_store.of(object_store.working_copy(f"s3://bucket/{uuid.uuid4().hex}"))
+    assert found is not None
+    return found
+
+
+def test_objects_are_written_listed_read_and_removed(store: Store, tmp_path: Path) -> None:
+    store.write("a/x", b"one")
+    store.write("a/y", b"")
+    store.write("b", b"three")
+    assert store.sizes() == {"a/x": 3, "a/y": 0, "b": 5}
+    assert store.sizes("a") == {"a/x": 3, "a/y": 0}
+    assert store.sizes("c") == {}
+    store.get("b", tmp_path / "folder" / "b")
+    assert (tmp_path / "folder" / "b").read_bytes() == b"three"
+    store.remove("b")
+    store.remove("b")
+    with pytest.raises(FileNotFoundError):
+        store.read("b")
+    with pytest.raises(FileNotFoundError):
+        store.get("b", tmp_path / "b")
+    assert not list(tmp_path.glob("*b*"))
+
+
+def test_of_two_that_make_an_object_one_is_told(store: Store) -> None:
+    store.write("lease", b"first", new=True)
+    with pytest.raises(FileExistsError):
+        store.write("lease", b"second", new=True)
+    assert store.read("lease") == b"first"
+
+
+def test_a_large_file_goes_in_parts(store: Store, proxy: Proxy, tmp_path: Path) -> None:
+    file = tmp_path / "large"
+    file.write_bytes(bytes(range(256)) * 160_000)  # 41 MB
+    store.put("large", file)
+    assert len([path for method, path in proxy.log if method == "PUT" and "partNumber" in path]) == 5
+    store.get("large", tmp_path / "again")
+    assert (tmp_path / "again").read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize("mode", ["500", "503", "hang", "drop", "refuse"])
+def test_what_fails_for_a_while_is_tried_again(mode: str, store: Store, proxy: Proxy, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(b"x" * 20_000_000)
+    proxy.mode, proxy.left = mode, 3
+    store.put("file", file)
+    assert proxy.seen[mode] == 3
+    assert store.sizes() == {"file": 20_000_000}
+
+
+def test_a_part_that_is_cut_off_is_sent_again_alone(store: Store, proxy: Proxy, tmp_path: Path) -> None:
+    file = tmp_path / "large"
+    file.write_bytes(b"y" * 40_000_000)
+    proxy._only = lambda method, path: "partNumber=2" in path
+    proxy.mode, proxy.left = "drop", 2
+    store.put("large", file)
+    sent = [path.partition("partNumber=")[2][:1] for method, path in proxy.log if "partNumber" in path]
+    assert sorted(sent) == ["1", "2", "2", "2", "3", "4", "5"]
+
+
+def test_one_that_stays_away_is_said_to(store: Store, proxy: Proxy) -> None:
+    proxy.mode = "503"
+    with pytest.raises(Unreachable, match=r"s3://bucket/.*/a: "):
+        dataclasses.replace(store, patience=1.0).write("a", b"")
+    proxy.mode = "ok"
+    assert store.sizes() == {}
+
+
+def test_one_that_never_lets_us_send_is_given_up(
+    store: Store, proxy: Proxy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(object_store, "STALL", 1.0)
+    (tmp_path / "file").write_bytes(b"z" * 20_000_000)
+    proxy.mode = "mute"
+    with pytest.raises(Unreachable, match="nothing arrived for 1 s"):
+        dataclasses.replace(store, patience=0.5).put("file", tmp_path / "file")
+    assert proxy.seen["mute"]
+
+
+def test_without_credentials_nothing_is_tried_twice(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    object_store._file_system.cache_clear()
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    with pytest.raises(Unreachable, match="credentials"):
+        store.write("a", b"")
+
+
+def test_two_servers_have_working_copies_of_their_own(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = object_store.working_copy("s3://bucket/runs")
+    assert object_store.working_copy("s3://bucket/runs/") == first
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    assert object_store.working_copy("s3://bucket/runs") != first
+    assert object_store.of(first.parent) is None
+
+
+def test_any_store_that_fsspec_knows_is_one(tmp_path: Path) -> None:
+    folder = object_store.working_copy(f"file://{tmp_path}/there")
+    found = object_store.of(folder)
+    assert found is not None
+    (tmp_path / "there").mkdir()
+    found.write("a", b"x")
+    assert (tmp_path / "there" / "a").read_bytes() == b"x"
+    with pytest.raises(BadInput, match=r"driver that is not installed|no such store"):
+        object_store.working_copy("oci://bucket/runs")
