@@ -295,6 +295,7 @@ class Trainer:
             )
         self._saved_at = time.monotonic()
         self._rate.restart()
+        self._heart.beat()
 
     def _asked(self) -> Requests:
         """What this rank was asked for; the clock is rank 0's."""

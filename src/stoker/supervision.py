@@ -24,6 +24,7 @@ STACKS = signal.SIGUSR2
 """The signal on which a rank writes the stacks of its threads."""
 
 _LAYOUT = struct.Struct("<qqddd")
+_FIRST = 1800.0  # seconds that the first step may take: it compiles, it fills caches
 _AT_LEAST = 300.0  # seconds without a step before a rank counts as hanging, where nothing else is set
 _TIMES = 20.0  # so many times the longest it has taken so far
 
@@ -57,7 +58,7 @@ class Heart:
         self._step, self._saved = -1, -1
         self._last = 0.0
         self._longest = 0.0
-        self._begun = False  # the first step may take as long as it likes: it compiles, it fills caches
+        self._begun = False
         self._memory: mmap.mmap | None = None
         if folder is not None:
             rank = int(os.environ.get("RANK", "0"))
@@ -68,13 +69,13 @@ class Heart:
         if self._memory is None:
             return
         now = time.monotonic()
-        if step is not None:
-            self._step, self._begun = step, True
-        if self._last:
+        if self._last and self._begun:
             self._longest = max(self._longest, now - self._last)
         self._last = now
+        if step is not None:
+            self._step, self._begun = step, True
         limit = self._limit or max(_AT_LEAST, _TIMES * self._longest)
-        self._write(Pulse(self._step, self._saved, now, limit if self._begun else 0.0))
+        self._write(Pulse(self._step, self._saved, now, limit if self._begun else max(_FIRST, limit)))
 
     def saved(self, step: int) -> None:
         """Say that a checkpoint is on disk."""

@@ -11,7 +11,7 @@ import typer
 from stoker import config as configs
 from stoker import recipes
 from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder
-from stoker.cli.train import Launch, MaxRestarts, MaxTime, Nproc, Overrides, Profile, start
+from stoker.cli.train import Launch, MaxRestarts, MaxTime, Nodes, Nproc, Overrides, Profile, Rendezvous, start
 from stoker.errors import BadInput
 from stoker.run import finding, view
 
@@ -24,6 +24,8 @@ def resume(
     ],
     overrides: Overrides = None,
     nproc: Nproc = None,
+    nodes: Nodes = 1,
+    rendezvous: Rendezvous = None,
     max_restarts: MaxRestarts = 0,
     max_time: MaxTime = None,
     profile: Profile = None,
@@ -49,7 +51,8 @@ def resume(
         for key, (old, new) in configs.drift(seen.config, resolved.values).items():
             log.warning("drift: %s was %s and is %s from now on", key, old, new)
     return start(
-        recipe, resolved, Launch(nproc or _ranks(seen), max_restarts, max_time, profile),
+        recipe, resolved,
+        Launch(nproc or max(1, _ranks(seen) // nodes), nodes, rendezvous, max_restarts, max_time, profile),
         runs=found.path.parent.parent, name=found.id, experiment=found.experiment, json=json,
         accept_drift=True,
     )  # fmt: skip

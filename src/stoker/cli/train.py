@@ -54,6 +54,17 @@ Nproc = Annotated[
     int | None,
     typer.Option("--nproc", min=1, metavar="N", help="Ranks on this machine.", show_default="1"),
 ]
+Nodes = Annotated[
+    int,
+    typer.Option(
+        "--nodes", min=1, metavar="N",
+        help="Machines that train together: the same command is started on each.",
+    ),
+]  # fmt: skip
+Rendezvous = Annotated[
+    str | None,
+    typer.Option(metavar="HOST:PORT", help="With --nodes: where they meet, an address of one of them."),
+]
 MaxRestarts = Annotated[
     int,
     typer.Option(
@@ -84,6 +95,8 @@ def train(
     name: Name = None,
     experiment: Experiment = None,
     nproc: Nproc = None,
+    nodes: Nodes = 1,
+    rendezvous: Rendezvous = None,
     max_restarts: MaxRestarts = 0,
     max_time: MaxTime = None,
     profile: Profile = None,
@@ -96,7 +109,7 @@ def train(
     """
     found = recipes.load(recipe)
     resolved = configs.resolve(found.config, overrides or (), config)
-    launch = Launch(nproc or 1, max_restarts, max_time, profile)
+    launch = Launch(nproc or 1, nodes, rendezvous, max_restarts, max_time, profile)
     return start(found, resolved, launch, runs=runs, name=name, experiment=experiment, json=json)
 
 
@@ -109,6 +122,8 @@ def script_command(train_function: Callable[..., None]) -> Callable[..., int]:
         name: Name = None,
         experiment: Experiment = None,
         nproc: Nproc = None,
+        nodes: Nodes = 1,
+        rendezvous: Rendezvous = None,
         max_restarts: MaxRestarts = 0,
         max_time: MaxTime = None,
         profile: Profile = None,
@@ -117,7 +132,7 @@ def script_command(train_function: Callable[..., None]) -> Callable[..., int]:
     ) -> int:
         found = recipes.from_function(train_function)
         resolved = configs.resolve(found.config, overrides or (), config)
-        launch = Launch(nproc or 1, max_restarts, max_time, profile)
+        launch = Launch(nproc or 1, nodes, rendezvous, max_restarts, max_time, profile)
         return start(found, resolved, launch, runs=runs, name=name, experiment=experiment, json=json)
 
     command.__doc__ = (
@@ -131,6 +146,9 @@ class Launch:
     """How a run is started, which is no part of what it computes."""
 
     nproc: int = 1
+    """Ranks of each machine."""
+    nodes: int = 1
+    rendezvous: str | None = None
     max_restarts: int = 0
     max_time: str | None = None
     profile: str | None = None
@@ -168,25 +186,28 @@ def start(
     """Train, from the beginning or from where the run of that name was; returns the exit code."""
     show_messages()
     experiment = experiment or recipe.name
+    _check_nodes(launch, name)
     if name is not None:
         finished = _finished(finding.named(runs.absolute(), experiment, name), resolved)
         if finished is not None:
             return _answer(finished, json, "was finished already")
-    check(recipe, resolved.config, max(launch.nproc, World.current().size))
+    check(recipe, resolved.config, max(launch.nproc * launch.nodes, World.current().size))
     job = Job(
         recipe.reference, resolved.values, resolved.sources, runs.absolute(), experiment, name,
         _steps(launch.profile), json, accept_drift, _deadline(launch.max_time),
     )  # fmt: skip
-    if launch.nproc == 1 and launch.max_restarts == 0:
+    if launch.nproc == 1 and launch.nodes == 1 and launch.max_restarts == 0:
         return _work(recipe, resolved, job)
     if World.current().size > 1:
         raise BadInput(
-            f"{World.current().size} ranks were started already: leave out --nproc and --max-restarts"
+            f"{World.current().size} ranks were started already: leave out --nproc, --nodes and "
+            "--max-restarts"
         )
     named = dataclasses.replace(job, name=name or directory.new_id())
     return local.run(
-        run_rank, (named,), nproc=launch.nproc, preload=recipe.preload, max_restarts=launch.max_restarts
-    )
+        run_rank, (named,), nproc=launch.nproc, preload=recipe.preload, max_restarts=launch.max_restarts,
+        machines=launch.nodes, rendezvous=launch.rendezvous or "",
+    )  # fmt: skip
 
 
 def run_rank(job: Job, measure: int | None = None) -> int:
@@ -230,6 +251,16 @@ def check(recipe: Recipe, config: Any, ranks: int) -> None:
         )  # fmt: skip
     if recipe.check is not None:
         recipe.check(config, ranks)
+
+
+def _check_nodes(launch: Launch, name: str | None) -> None:
+    """Raises BadInput."""
+    if launch.nodes == 1 and launch.rendezvous is not None:
+        raise BadInput("--rendezvous is for several machines: say how many with --nodes")
+    if launch.nodes > 1 and launch.rendezvous is None:
+        raise BadInput("--nodes: say where they meet with --rendezvous HOST:PORT, an address of one of them")
+    if launch.nodes > 1 and name is None:
+        raise BadInput("--nodes: several machines train one run; give it a --name for them to agree on")
 
 
 def _gpus(config: Training, ranks: int) -> int:

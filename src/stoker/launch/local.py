@@ -10,59 +10,30 @@ launch find the addresses of those that died in the store they share.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import multiprocessing
 import os
 import signal
-import socket
 import tempfile
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from stoker import signals, supervision
-from stoker.errors import BadInput, StokerError
-from stoker.launch import ranks
+from stoker.errors import BadInput, StokerError, Stopped
+from stoker.launch import nodes, ranks
+from stoker.launch.budget import Budget, RankFailed
 from stoker.launch.watch import Watch, watching
 
 log = logging.getLogger("stoker")
 
 _POLL = 0.02  # seconds
+_COMING_UP = 60  # seconds that launchers of several machines have to find each other
 PRELOAD = ("torch", "torch._dynamo", "stoker.loop")
-
-
-class RankFailed(StokerError):
-    """A rank ended with an exception, was killed, or hangs; the message has its traceback."""
-
-    step = -1
-    """How many steps were done."""
-    saved = -1
-    """The step of the newest checkpoint on disk then."""
-    raised = False
-    """Whether it was an exception of the code, and not the end of a process or a standstill."""
-
-
-class Budget:
-    """How many restarts are left: as many as at first, whenever a checkpoint was taken since the last."""
-
-    def __init__(self, restarts: int) -> None:
-        self._whole = self.left = restarts
-        self._before: RankFailed | None = None
-
-    def spend(self, failure: RankFailed) -> None:
-        """Take one for a failure. Raises it where none is left, or where the same happens again."""
-        before, self._before = self._before, failure
-        if before is not None and failure.saved > before.saved:
-            self.left = self._whole
-        if before is not None and before.raised and failure.raised and before.step == failure.step:
-            raise RankFailed(
-                f"it fails at step {failure.step + 1} every time, so it is not started again.\n"
-                f"The first time {before}\nThe second time {failure}"
-            )
-        if self.left == 0:
-            raise failure
-        self.left -= 1
 
 
 def run(
@@ -72,55 +43,134 @@ def run(
     nproc: int,
     preload: Sequence[str] = (),
     max_restarts: int = 0,
+    machines: int = 1,
+    rendezvous: str = "",
 ) -> int:
-    """Run `function(*arguments)` in `nproc` ranks; returns the exit code of rank 0.
+    """Run `function(*arguments)` in `nproc` ranks on each machine; returns the exit code.
 
     Args:
         function: of a module, so that another process can import it; finds its rank by `World.current`.
         preload: modules that the server of the ranks imports beforehand, besides torch.
         max_restarts: how often all ranks are started again, see `Budget`, where one was killed, hangs or
             raised anything but a StokerError.
+        machines: so many do this together, each called alike.
+        rendezvous: HOST:PORT of one of them, where they meet; see `nodes`.
 
     Raises:
         BadInput: what the first rank to fail raised.
         StokerError: likewise; or RankFailed, for anything else.
     """
+    job = _Job(function, tuple(arguments), nproc, tuple(preload))
+    if machines > 1:
+        with nodes.seat(rendezvous, nproc, machines, max_restarts) as seat, _stopping():
+            return _together(job, seat, machines, nodes.parsed(rendezvous)[0])
     budget = Budget(max_restarts)
     while True:
         with tempfile.TemporaryDirectory(prefix="stoker-launch-") as folder:
             try:
-                return _attempt(function, arguments, nproc, Path(folder), preload)
+                return _attempt(job, Place(), Path(folder))
             except RankFailed as failure:
                 budget.spend(failure)
                 log.warning("%s\nstarting again; restarts left: %d", failure, budget.left)
 
 
-def _attempt(
-    function: Callable[..., int], arguments: Sequence[Any], nproc: int, folder: Path, preload: Sequence[str]
-) -> int:
+@dataclass(frozen=True)
+class _Job:
+    """What the ranks of this machine do."""
+
+    function: Callable[..., int]
+    arguments: tuple[Any, ...]
+    nproc: int
+    preload: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Place:
+    """This machine among those of a launch; by default the only one."""
+
+    number: int = 0
+    machines: int = 1
+    host: str = "127.0.0.1"
+    """Where the ranks meet."""
+    port: int | None = None
+    id: str = ""
+    seat: nodes.Seat | None = None
+
+
+def _together(job: _Job, seat: nodes.Seat, machines: int, host: str) -> int:
+    """This machine's part of what several do."""
+    interface = nodes.interface_towards(host)
+    if interface is not None:  # gloo would take the one of the host's name, which may be the loopback
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    while True:
+        begun = seat.next_round()
+        place = Place(begun.number, machines, host, begun.port, begun.id, seat)
+        with tempfile.TemporaryDirectory(prefix="stoker-launch-") as folder:
+            try:
+                code = seat.finished(_attempt(job, place, Path(folder)))
+            except RankFailed as failure:
+                seat.failed(failure, again=True)
+            except StokerError as error:
+                if seat.why_over():
+                    raise
+                seat.failed(error, again=False)
+            else:
+                if code >= 0:
+                    return code
+
+
+@contextlib.contextmanager
+def _stopping() -> Iterator[None]:
+    """While no ranks are there to be told, a signal ends this process as it would end them."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Stopped("preempted")
+
+    numbers = (signal.SIGTERM, signal.SIGUSR1)
+    before = {number: signal.signal(number, stop) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _attempt(job: _Job, place: Place, folder: Path) -> int:
     """One launch. Raises what the first rank to fail failed of."""
-    with watching(folder, nproc) as watch:
-        failed = _launch(function, arguments, nproc, folder, preload)
+
+    def outside() -> str:
+        if place.seat is None:
+            return ""
+        pulses = supervision.read(folder).values()
+        place.seat.progress(
+            max((p.step for p in pulses), default=-1), max((p.saved for p in pulses), default=-1)
+        )
+        return place.seat.why_over()
+
+    with watching(folder, job.nproc, outside) as watch:
+        failed = _launch(job, place, folder)
     ends = ranks.ends(folder)
     try:
         _raise_first(ends, failed, watch)
     except RankFailed as failure:
         if watch.told_to_stop:  # as it was asked to, if not in the way it was
             raise StokerError(str(failure)) from failure
-        pulses = supervision.read(folder).values()
-        failure.step = max((p.step for p in pulses), default=-1)
-        failure.saved = max((p.saved for p in pulses), default=-1)
+        failure.step, failure.saved = _progress(folder)
         raise
-    return ends[0].code or 0
+    return ends[min(ends)].code or 0
 
 
-def _launch(
-    function: Callable[..., int], arguments: Sequence[Any], nproc: int, folder: Path, preload: Sequence[str]
-) -> dict[int, int]:
+def _progress(folder: Path) -> tuple[int, int]:
+    """Steps done, and the step of the newest checkpoint; -1 for none."""
+    pulses = supervision.read(folder).values()
+    return max((p.step for p in pulses), default=-1), max((p.saved for p in pulses), default=-1)
+
+
+def _launch(job: _Job, place: Place, folder: Path) -> dict[int, int]:
     """Start the ranks and wait for them; returns the exit codes of those that were seen to fail first."""
     from multiprocessing import forkserver
 
-    multiprocessing.get_context("forkserver").set_forkserver_preload([*PRELOAD, *preload])
+    multiprocessing.get_context("forkserver").set_forkserver_preload([*PRELOAD, *job.preload])
     with signals.ignored_by_what_starts_here():
         forkserver.ensure_running()  # it imports torch while this process does
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -129,23 +179,20 @@ def _launch(
     for name in ("torch.distributed.elastic", "torch.multiprocessing"):  # what they say is said here better
         logging.getLogger(name).setLevel(logging.CRITICAL)
     config = LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=nproc, run_id=uuid.uuid4().hex, max_restarts=0,
-        rdzv_backend="static", rdzv_endpoint=f"127.0.0.1:{_free_port()}", rdzv_configs={"rank": 0},
+        min_nodes=place.machines, max_nodes=place.machines, nproc_per_node=job.nproc,
+        run_id=place.id or uuid.uuid4().hex, max_restarts=0, rdzv_backend="static",
+        rdzv_endpoint=f"{place.host}:{place.port or nodes.free_port()}",  # c10d takes up to 0.3 s longer
+        rdzv_configs={"rank": place.number, "timeout": _COMING_UP},
         monitor_interval=_POLL,
         start_method="forkserver", signals_to_handle="SIGQUIT",
     )  # fmt: skip
     try:
-        elastic_launch(config, ranks.main)(function, tuple(arguments), str(folder), os.getpid())
+        elastic_launch(config, ranks.main)(job.function, job.arguments, str(folder), os.getpid())
     except ChildFailedError as error:
         return {rank: failure.exitcode for rank, failure in error.failures.items()}
+    except RuntimeError as error:  # of the store in which the machines find each other
+        raise RankFailed(f"the machines did not find each other: {error}") from error
     return {}
-
-
-def _free_port() -> int:
-    """A port for the store of a launch. The c10d rendezvous would take one itself, up to 0.3 s later."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 def _raise_first(ends: dict[int, ranks.End], failed: dict[int, int], watch: Watch) -> None:
@@ -165,9 +212,9 @@ def _raise_first(ends: dict[int, ranks.End], failed: dict[int, int], watch: Watc
             raise (BadInput if first.code == BadInput.exit_code else StokerError)(first.error)
         told = f"rank {first.rank} failed:\n{first.trace.rstrip()}"
         failure = RankFailed(told if first.trace else first.error)
-        failure.raised = True
+        failure.raised, failure.at = True, first.at
         raise failure
-    if failed or 0 not in ends:
+    if failed or not ends:
         raise RankFailed(f"ranks could not be started: exit codes {failed}")
 
 

@@ -8,7 +8,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -34,12 +34,14 @@ class Watch:
     told_to_stop: bool = False
     verdict: str = ""
     """Why all ranks were ended, where they were."""
+    outside: Callable[[], str] = lambda: ""
+    """Why they are to be ended for what happens elsewhere; nothing while they are not."""
     _over: threading.Event = field(default_factory=threading.Event)
 
     def run(self) -> None:
         """Watch until it is over; in a thread."""
         while not self._over.wait(_EVERY):
-            self.verdict = self._hanging()
+            self.verdict = self._hanging() or self.outside()
             if self.verdict:
                 self._end_all()
             elif ranks.failed(self.folder):
@@ -74,7 +76,8 @@ class Watch:
         self.signal(supervision.STACKS)
         self._over.wait(_STACKS)
         rank, pulse = min(slow.items(), key=lambda pair: pair[1].at)
-        said = f"rank {rank} hangs: nothing after step {pulse.step} for {now - pulse.at:.0f} s"
+        since = f"after step {pulse.step}" if pulse.step >= 0 else "before the end of its first step"
+        said = f"rank {rank} hangs: nothing {since} for {now - pulse.at:.0f} s"
         return f"{said}; the stacks of all ranks are in {self._keep_stacks()}"
 
     def _keep_stacks(self) -> Path:
@@ -89,9 +92,9 @@ class Watch:
 
 
 @contextlib.contextmanager
-def watching(folder: Path, count: int) -> Iterator[Watch]:
+def watching(folder: Path, count: int, outside: Callable[[], str]) -> Iterator[Watch]:
     """Watch the ranks of a launch, and hand SIGTERM, SIGUSR1 and Ctrl-C to them, within this block."""
-    watch = Watch(folder, count)
+    watch = Watch(folder, count, outside=outside)
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         watch.told_to_stop = True

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import orjson
-from stoker import storage
 from stoker.errors import StokerError
 from stoker.run import journal
 from stoker.run.directory import RunDirectory
@@ -45,7 +44,7 @@ def _begun(run: RunDirectory, launch: str) -> tuple[int, dict[str, Any]] | None:
         opening = Opening(**orjson.loads(run.lock_file.read_bytes()))
     except (OSError, orjson.JSONDecodeError, TypeError):
         return None
-    if opening.launch != launch or not storage.is_locked(run.lock_file):
+    if opening.launch != launch or not run.alive:
         return None
     newest = journal.newest_attempt(run.journal)
     if newest is not None and newest[1].get("opening") == opening.id:

@@ -1,0 +1,405 @@
+"""Launchers of several machines that train one run together: they meet at one of them.
+
+Every launcher is given the same address. The one that it is an address of answers there; all of them,
+itself too, tell it twice a second how they are, and hear what to do. Once all are there a round begins:
+ranks are started everywhere. When a rank fails, or a machine is not heard of, the round is over, all
+ranks are ended, and the next round begins, as long as restarts are left. One connection a message, each
+with a time limit: a machine that is cut off is a message that does not come.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import logging
+import platform
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import psutil
+from stoker.errors import BadInput, StokerError
+from stoker.launch.budget import Budget, RankFailed
+
+log = logging.getLogger("stoker")
+
+BEAT = 0.5  # seconds between two messages of a machine
+SILENCE = 10.0  # seconds without one after which it is taken for gone
+COMING = 600.0  # seconds that the others are waited for
+_COLLECT = 1.5  # seconds after a failure in which others that come of it may be told of
+_MESSAGE = 3.0  # seconds that a message may take
+_GOODBYE = 5.0  # seconds that the others have to hear how it ended
+
+WAITING, RUNNING, FAILED, DONE = "waiting", "running", "failed", "done"
+
+
+@dataclass
+class Report:
+    """What a launcher says of itself."""
+
+    node: str
+    host: str
+    nproc: int
+    nodes: int
+    round: int = 0
+    """The newest round that it knows."""
+    phase: str = WAITING
+    said: str = ""
+    """How its ranks failed."""
+    ago: float = 0.0
+    """Seconds since then."""
+    raised: bool = False
+    """Whether it was an exception."""
+    again: bool = True
+    """Whether it may go better when it is tried again."""
+    code: int = 0
+    step: int = -1
+    saved: int = -1
+
+
+@dataclass
+class Answer:
+    """What it is told."""
+
+    round: int = 0
+    """The newest round; 0 before the first."""
+    over: str = ""
+    """Why that round is over, where it is."""
+    number: int = 0
+    """Which of the machines this one is."""
+    port: int = 0
+    """Where the ranks of the round meet."""
+    id: str = ""
+    """Of the round."""
+    ended: bool = False
+    """Whether all is over."""
+    error: str = ""
+    code: int = 0
+
+
+@dataclass
+class _Member:
+    report: Report
+    heard: float
+    number: int
+
+
+@dataclass
+class _Host:
+    """What the machine that the others meet at knows. Its methods are called under its lock."""
+
+    nodes: int
+    budget: Budget
+    members: dict[str, _Member] = field(default_factory=dict)
+    round: int = 0
+    running: bool = False
+    over: str = "not begun"
+    failed_at: float | None = None
+    failure: RankFailed | None = None
+    final: bool = False
+    port: int = 0
+    id: str = ""
+    answer: Answer | None = None
+    """How it ended."""
+    told: set[str] = field(default_factory=set)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    since: float = field(default_factory=time.monotonic)
+    """Since when machines are waited for."""
+
+    def hear(self, report: Report) -> Answer:
+        """Take a report; say what to do."""
+        now = time.monotonic()
+        if report.nodes != self.nodes:
+            return Answer(
+                ended=True, code=2, error=f"--nodes {report.nodes}: here it is --nodes {self.nodes}"
+            )
+        known = self.members.get(report.node)
+        if known is None:
+            if len(self.members) >= self.nodes and not self._make_room():
+                return Answer(ended=True, code=2, error=f"all {self.nodes} machines are here already")
+            numbers = {member.number for member in self.members.values()}
+            number = min(set(range(self.nodes)) - numbers)
+            known = self.members[report.node] = _Member(report, now, number)
+            log.info("%s is machine %d of %d, with %d ranks", report.host, number, self.nodes, report.nproc)
+        known.report, known.heard = report, now
+        self._judge(now)
+        if self.answer is not None:
+            self.told.add(report.node)
+            return self.answer
+        return Answer(self.round, self.over, known.number, self.port, self.id)
+
+    def _make_room(self) -> bool:
+        """Forget a machine that is gone, between rounds, for one that comes in its place."""
+        now = time.monotonic()
+        gone = [node for node, member in self.members.items() if now - member.heard > SILENCE]
+        if self.running or not gone:
+            return False
+        del self.members[gone[0]]
+        return True
+
+    def _judge(self, now: float) -> None:
+        if self.answer is not None:
+            return
+        reports = [member.report for member in self.members.values()]
+        if not self.running:
+            here = [m for m in self.members.values() if now - m.heard < SILENCE and m.report.phase == WAITING]
+            if len(here) == self.nodes:
+                self._begin()
+            elif now - self.since > COMING:
+                self._end(1, f"{len(here)} of {self.nodes} machines came within {COMING:.0f} s")
+            return
+        current = [report for report in reports if report.round == self.round]
+        self._look_for_failures(now)
+        if self.failed_at is not None and (self.final or now - self.failed_at > _COLLECT):
+            self._over()
+        elif len(current) == self.nodes and all(report.phase == DONE for report in current):
+            self._end(max(report.code for report in current), "")
+
+    def _look_for_failures(self, now: float) -> None:
+        current = [member for member in self.members.values() if member.report.round == self.round]
+        failed = [member for member in current if member.report.phase == FAILED]
+        silent = [m.report.host for m in self.members.values() if now - m.heard > SILENCE]
+        if failed:
+            # What ended a rank from outside comes before what that made the others raise.
+            first = min(failed, key=lambda m: (m.report.again, m.report.raised, m.heard - m.report.ago))
+            self.failure, self.final = RankFailed(first.report.said), not first.report.again
+            self.failure.raised, self.failure.exit_code = first.report.raised, first.report.code or 1
+        elif silent:
+            said = f"nothing was heard of {', '.join(silent)} for {SILENCE:.0f} s"
+            self.failure, self.final = RankFailed(said), False
+        if self.failure is not None:
+            self.failed_at = now if self.failed_at is None else self.failed_at
+            self.failure.step = max((member.report.step for member in current), default=-1)
+            self.failure.saved = max((member.report.saved for member in current), default=-1)
+
+    def _begin(self) -> None:
+        self.round += 1
+        self.running, self.over, self.failed_at, self.failure = True, "", None, None
+        self.port, self.id = free_port(), uuid.uuid4().hex
+
+    def _over(self) -> None:
+        """End the round; a restart is spent on it."""
+        assert self.failure is not None
+        self.running, self.over, self.since = False, str(self.failure), time.monotonic()
+        try:
+            if self.final:
+                raise self.failure
+            self.budget.spend(self.failure)
+        except RankFailed as error:
+            self._end(error.exit_code, str(error))
+        else:
+            log.warning("%s\nstarting again; restarts left: %d", self.failure, self.budget.left)
+
+    def _end(self, code: int, error: str) -> None:
+        self.answer = Answer(self.round, self.over, ended=True, code=code, error=error)
+
+
+class Seat:
+    """This machine's place at the meeting.
+
+    Args:
+        address: where they meet.
+        nproc: ranks of this machine.
+        nodes: machines.
+    """
+
+    def __init__(self, address: tuple[str, int], nproc: int, nodes: int) -> None:
+        self._address = address
+        self._report = Report(uuid.uuid4().hex, platform.node(), nproc, nodes)
+        self._answer = Answer()
+        self._failed_at = 0.0
+        self._heard = time.monotonic()
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._talk, name="nodes", daemon=True)
+        self._thread.start()
+
+    def next_round(self) -> Answer:
+        """Wait for the next round. Raises StokerError, BadInput where all is over instead."""
+        self._say(phase=WAITING)
+        done = self._report.round
+        if self.why_over() and not self._answer.ended:
+            log.info("%s; waiting for the others to begin again", self.why_over())
+        while True:
+            answer = self._answer
+            if answer.ended:
+                self._raise(answer)
+            if answer.round > done and not answer.over:
+                self._say(round=answer.round, phase=RUNNING, said="", code=0)
+                return answer
+            if time.monotonic() - self._heard > COMING:
+                raise StokerError(f"{self._where} does not answer for {COMING:.0f} s")
+            time.sleep(BEAT / 5)
+
+    def finished(self, code: int) -> int:
+        """Say that the ranks here are done; waits for the others. -1 where the round was over before."""
+        self._say(phase=DONE, code=code)
+        while not self._answer.ended:
+            if self.why_over():
+                return -1
+            time.sleep(BEAT / 5)
+        if self._answer.error:
+            self._raise(self._answer)
+        return self._answer.code
+
+    def failed(self, failure: StokerError, again: bool) -> None:
+        """Say that the ranks here failed, and wait until it was heard."""
+        raised = isinstance(failure, RankFailed) and failure.raised
+        self._failed_at = (isinstance(failure, RankFailed) and failure.at) or time.time()
+        self._say(phase=FAILED, said=str(failure), raised=raised, again=again, code=failure.exit_code)
+        while not self.why_over():
+            time.sleep(BEAT / 5)
+
+    def progress(self, step: int, saved: int) -> None:
+        """Say how far the ranks here are."""
+        self._say(step=step, saved=saved)
+
+    def why_over(self) -> str:
+        """Why the round that this machine takes part in is over; nothing while it is not."""
+        answer, silence = self._answer, time.monotonic() - self._heard
+        if answer.ended:
+            return answer.error or "it has ended"
+        if answer.over or answer.round > self._report.round:
+            return answer.over or "the others have begun anew"
+        return f"{self._where} does not answer for {silence:.0f} s" if silence > SILENCE else ""
+
+    def close(self) -> None:
+        self._closed.set()
+        self._thread.join()
+
+    @property
+    def _where(self) -> str:
+        return f"{self._address[0]}:{self._address[1]}"
+
+    def _say(self, **fields: Any) -> None:
+        with self._lock:
+            for name, value in fields.items():
+                setattr(self._report, name, value)
+
+    def _raise(self, answer: Answer) -> None:
+        raise (BadInput if answer.code == BadInput.exit_code else StokerError)(answer.error)
+
+    def _talk(self) -> None:
+        while not self._closed.is_set():
+            with self._lock:
+                self._report.ago = time.time() - self._failed_at
+                message = json.dumps(asdict(self._report)).encode()
+            with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
+                self._answer = Answer(**_ask(self._address, message))
+                self._heard = time.monotonic()
+            self._closed.wait(BEAT)
+
+
+@contextlib.contextmanager
+def seat(rendezvous: str, nproc: int, nodes: int, max_restarts: int) -> Iterator[Seat]:
+    """Take part; answer to the others where the address is one of this machine. Raises BadInput."""
+    address = parsed(rendezvous)
+    server = _serve(address, _Host(nodes, Budget(max_restarts))) if _is_here(address[0]) else None
+    place = Seat(address, nproc, nodes)
+    try:
+        yield place
+    finally:
+        if server is not None:
+            _let_others_hear(server[1])
+        place.close()
+        if server is not None:
+            server[0].shutdown()
+            server[0].server_close()
+
+
+def parsed(rendezvous: str) -> tuple[str, int]:
+    """`node0:29500` as host and port. Raises BadInput."""
+    host, _, port = rendezvous.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise BadInput(
+            f"--rendezvous {rendezvous}: give HOST:PORT of one of the machines, such as node0:29500"
+        )
+    try:
+        socket.getaddrinfo(host, int(port))
+    except OSError as error:
+        raise BadInput(f"--rendezvous {rendezvous}: {host} is not known here: {error}") from error
+    return host, int(port)
+
+
+def interface_towards(host: str) -> str | None:
+    """The network interface by which a host is reached; None where that cannot be told."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, 9))  # sends nothing
+        own = probe.getsockname()[0]
+        for name, addresses in psutil.net_if_addrs().items():
+            if any(address.address == own for address in addresses):
+                return str(name)
+    return None
+
+
+def free_port() -> int:
+    """A port of this machine that nothing listens on."""
+    with socket.socket() as free:
+        free.bind(("", 0))
+        return int(free.getsockname()[1])
+
+
+def _is_here(host: str) -> bool:
+    own = {address.address for of_one in psutil.net_if_addrs().values() for address in of_one}
+    return any(str(found[4][0]) in own for found in socket.getaddrinfo(host, None))
+
+
+def _serve(address: tuple[str, int], host: _Host) -> tuple[ThreadingHTTPServer, _Host] | None:
+    """Answer at an address; None where another launcher of this machine does."""
+
+    class Handler(BaseHTTPRequestHandler):
+        timeout = _MESSAGE
+
+        def log_message(self, *_: Any) -> None:
+            """Nothing is logged."""
+
+        def do_POST(self) -> None:
+            try:
+                report = Report(**json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+                with host.lock:
+                    answer = host.hear(report)
+            except (TypeError, ValueError):
+                self.send_error(400)
+                return
+            content = json.dumps(asdict(answer)).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+    try:
+        server = ThreadingHTTPServer(("", address[1]), Handler)
+    except OSError:
+        return None
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, args=(0.1,), name="nodes-host", daemon=True).start()
+    return server, host
+
+
+def _let_others_hear(host: _Host) -> None:
+    """Before this machine ends: until all others know how it ended."""
+    if host.answer is None:
+        with host.lock:
+            host._end(1, f"{platform.node()}, where the machines meet, has ended")
+    deadline = time.monotonic() + _GOODBYE
+    while time.monotonic() < deadline and host.told < host.members.keys():
+        time.sleep(BEAT / 5)
+
+
+def _ask(address: tuple[str, int], message: bytes) -> dict[str, Any]:
+    connection = http.client.HTTPConnection(*address, timeout=_MESSAGE)
+    try:
+        connection.request("POST", "/", message, {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        if response.status != 200:
+            raise OSError(f"status {response.status}")
+        found: dict[str, Any] = json.loads(response.read())
+        return found
+    finally:
+        connection.close()

@@ -1,0 +1,173 @@
+"""Several machines: network namespaces, joined by a cable that can be pulled."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from stoker.checkpoint import manifest
+from test_launch import RECIPE, SLOW, _ranks, _weights
+
+from conftest import Command
+from support import loaded, points
+
+A, B = "10.77.0.1", "10.77.0.2"
+
+
+class Machines:
+    """Two machines, `a` and `b`, that share a disk."""
+
+    def __init__(self, names: dict[str, str], folder: Path) -> None:
+        self._names, self._folder = names, folder
+        self._processes: list[subprocess.Popen[bytes]] = []
+
+    def start(self, machine: str, *arguments: str) -> subprocess.Popen[bytes]:
+        """`stoker ARGUMENTS` on a machine; what it says goes to `MACHINE.err`."""
+        with self.said(machine).open("ab") as output:
+            process = subprocess.Popen(
+                ["ip", "netns", "exec", self._names[machine], sys.executable, "-m", "stoker", *arguments],
+                cwd=self._folder, env=dict(os.environ), stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL, stderr=output,
+            )  # fmt: skip
+        self._processes.append(process)
+        return process
+
+    def said(self, machine: str) -> Path:
+        return self._folder / f"{machine}.err"
+
+    def cable(self, state: str) -> None:
+        subprocess.run(["ip", "-n", self._names["b"], "link", "set", "eth0", state], check=True)
+
+    def stop(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture
+def machines(tmp_path: Path) -> Iterator[Machines]:
+    mark = uuid.uuid4().hex[:6]
+    names = {"a": f"stoker-a-{mark}", "b": f"stoker-b-{mark}"}
+    try:
+        for name in names.values():
+            _ip("netns", "add", name)
+        _ip(
+            "-n",
+            names["a"],
+            "link",
+            "add",
+            "eth0",
+            "type",
+            "veth",
+            "peer",
+            "name",
+            "eth0",
+            "netns",
+            names["b"],
+        )
+        for name, address in zip(names.values(), (A, B), strict=True):
+            _ip("-n", name, "addr", "add", f"{address}/24", "dev", "eth0")
+            for link in ("lo", "eth0"):
+                _ip("-n", name, "link", "set", link, "up")
+    except (FileNotFoundError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no right to make network namespaces: {error}")
+    made = Machines(names, tmp_path)
+    yield made
+    made.stop()
+    for name in names.values():
+        _ip("netns", "del", name)
+
+
+def _ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True, capture_output=True)
+
+
+def _wait(until: Callable[[], bool], *processes: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 60
+    while not until() and time.monotonic() < deadline:
+        assert all(process.poll() is None for process in processes)
+        time.sleep(0.05)
+    assert until()
+
+
+def test_a_machine_that_is_cut_off_is_noticed_and_all_go_on_to_the_same_bits(
+    machines: Machines, stoker: Command, tmp_path: Path
+) -> None:
+    together = ("--nodes", "2", "--rendezvous", f"{A}:29511", "--max-restarts", "1", "--name", "a")
+    same = ("train", RECIPE, *SLOW, "pause=0.05")
+    run = tmp_path / "runs" / "ranked" / "a"
+    processes = [machines.start(name, *same, *together) for name in ("a", "b")]
+    _wait(lambda: points(run) > 50, *processes)
+    machines.cable("down")
+    _wait(lambda: "nothing was heard of" in machines.said("a").read_text(), *processes)
+    _wait(lambda: "does not answer" in machines.said("b").read_text(), *processes)
+    machines.cable("up")
+    assert [process.wait(120) for process in processes] == [0, 0], _all_said(machines)
+    seen = loaded(run)
+    assert [attempt.world for attempt in seen.attempts] == [2, 2]
+    assert list(seen.points["loss"].x) == list(range(1, 201))
+    assert stoker(*same, "pause=0", "--nproc", "2", "--name", "whole").code == 0
+    assert _weights(run) == _weights(tmp_path / "runs" / "ranked" / "whole")
+
+
+def test_a_rank_that_is_killed_on_one_machine_costs_all_a_restart(machines: Machines, tmp_path: Path) -> None:
+    together = ("--nodes", "2", "--nproc", "2", "--rendezvous", f"{A}:29511", "--name", "a")
+    run = tmp_path / "runs" / "ranked" / "a"
+    same = ("train", RECIPE, *SLOW)
+    processes = [machines.start(name, *same, *together, "--max-restarts", "1") for name in ("b", "a")]
+    _wait(lambda: points(run) > 50, *processes)
+    _ranks(processes[0])[1].kill()
+    assert [process.wait(120) for process in processes] == [0, 0], _all_said(machines)
+    assert "was killed by SIGKILL" in machines.said("a").read_text()
+    assert [attempt.world for attempt in loaded(run).attempts] == [4, 4]
+    newest, _ = manifest.newest(run / "checkpoints")
+    assert newest is not None
+    assert newest.step == 200
+
+
+def test_what_fails_on_one_machine_ends_all_of_them_with_its_traceback(
+    machines: Machines, tmp_path: Path
+) -> None:
+    together = ("--nodes", "2", "--rendezvous", f"{A}:29511", "--name", "a", "--max-restarts", "3")
+    processes = [machines.start(name, "train", RECIPE, "fail_rank=1", *together) for name in ("a", "b")]
+    assert [process.wait(120) for process in processes] == [1, 1]
+    for name in ("a", "b"):
+        said = machines.said(name).read_text()
+        last = said[said.index("it fails at step 20 every time") :]
+        assert last.count("RuntimeError: what one rank cannot do") == 2
+
+
+def test_a_machine_told_to_stop_stops_all_after_a_checkpoint(machines: Machines, tmp_path: Path) -> None:
+    together = ("--nodes", "2", "--rendezvous", f"{A}:29511", "--name", "a", "--max-restarts", "3")
+    run = tmp_path / "runs" / "ranked" / "a"
+    processes = [machines.start(name, "train", RECIPE, *SLOW, *together) for name in ("a", "b")]
+    _wait(lambda: points(run) > 20, *processes)
+    processes[1].terminate()
+    assert [process.wait(60) for process in processes] == [75, 75], _all_said(machines)
+    assert loaded(run).status == "preempted"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--nodes", "2", "--name", "a"), "say where they meet with --rendezvous HOST:PORT"),
+        (("--nodes", "2", "--rendezvous", f"{A}:29511"), "give it a --name for them to agree on"),
+        (("--nodes", "2", "--rendezvous", A, "--name", "a"), "give HOST:PORT"),
+        (("--rendezvous", f"{A}:29511"), "say how many with --nodes"),
+        (("--nodes", "2", "--rendezvous", "no.such.host.:1", "--name", "a"), "is not known here"),
+    ],
+)
+def test_what_cannot_be_is_refused(arguments: tuple[str, ...], said: str, stoker: Command) -> None:
+    done = stoker("train", RECIPE, *arguments)
+    assert done.code == 2
+    assert said in done.err
+
+
+def _all_said(machines: Machines) -> str:
+    return "\n".join(f"{name}: {machines.said(name).read_text()}" for name in ("a", "b"))
