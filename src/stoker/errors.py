@@ -21,12 +21,20 @@ class StokerError(Exception):
     exit_code = EXIT_FAILED
     again = False
     """Whether it may go better when it is tried again as it is."""
+    changed = False
+    """Whether what is tried again is something else than what failed: that costs no restart."""
 
 
 class OutOfMemory(StokerError):
-    """Memory ran out; under `micro_batch=auto` the next attempt takes less."""
+    """Memory ran out.
 
-    again = True
+    Args:
+        less: whether the next attempt takes less by itself (`micro_batch=auto`).
+    """
+
+    def __init__(self, said: str, *, less: bool = False) -> None:
+        super().__init__(said)
+        self.again = self.changed = less
 
 
 class BadInput(StokerError):

@@ -364,7 +364,7 @@ class Trainer:
                 if not self._cut.take_smaller(batch):
                     raise OutOfMemory(said) from error
                 if self.world.size > 1:
-                    raise OutOfMemory(f"{said}; the next start takes {self._cut.size}") from error
+                    raise OutOfMemory(f"{said}; the next start takes {self._cut.size}", less=True) from error
                 self._step.clear()
                 if self.device.type == "cuda":
                     torch.cuda.empty_cache()

@@ -21,16 +21,30 @@ class Config(stoker.Training):
     deaf_rank: int = -1
     nan_at: int = -1
     dropout: float = 0.1
+    fits: int = -1
+    """On rank 1 more samples than that run out of memory, from step 20 on."""
     seed: int = 0
+
+
+class Small(nn.Module):
+    """Passes on what fits, see `Config.fits`."""
+
+    fits = -1
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if 0 <= self.fits < len(x):
+            raise torch.OutOfMemoryError("Tried to allocate 2 GiB. 1 GiB is free.")
+        return x
 
 
 def train(run: stoker.Run, config: Config) -> None:
     made = torch.Generator().manual_seed(0)
     x = torch.randn(256, 8, generator=made)
     torch.manual_seed(0)
+    small = Small()
     trainer = stoker.Trainer(
         run,
-        nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Dropout(config.dropout), nn.Linear(32, 1)),
+        nn.Sequential(small, nn.Linear(8, 32), nn.ReLU(), nn.Dropout(config.dropout), nn.Linear(32, 1)),
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-2),
         loss=lambda output, batch: (mse_loss(output[:, 0], batch[1], reduction="sum"), len(batch[1])),
         training=config,
@@ -42,6 +56,8 @@ def train(run: stoker.Run, config: Config) -> None:
         if run.world.rank == config.deaf_rank and run.step == 20 and run.attempt == 1:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             time.sleep(600)
+        if run.step == 20 and run.world.rank == 1:
+            small.fits = config.fits
         if run.step == config.nan_at and run.world.rank == 0:
             batch[0][0] = math.nan
         run.log(loss=trainer.step(batch))

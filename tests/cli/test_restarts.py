@@ -165,3 +165,29 @@ def test_a_batch_that_is_bad_is_left_out_on_all_ranks(policy: str, stoker: Comma
 
 def _flat(values: object) -> list[float]:
     return [v for part in values for v in _flat(part)] if isinstance(values, list) else [values]  # type: ignore[list-item]
+
+
+def test_ranks_that_run_out_of_memory_take_smaller_micro_batches_and_go_on(
+    stoker: Command, tmp_path: Path
+) -> None:
+    """Two starts again, which are of no restart's budget; the global batch is what it was."""
+    same = ("train", RECIPE, "precision=fp32", "dropout=0", "--nproc", "2")
+    done = stoker(*same, "micro_batch=auto", "fits=2", "checkpoint_every=5", "--name", "a")
+    assert done.code == 0, done.err
+    assert "out of memory on rank 1: Tried to allocate 2 GiB. 1 GiB is free." in done.err
+    assert "the next start takes 4" in done.err
+    assert "the next start takes 2" in done.err
+    assert stoker(*same, "--name", "whole").code == 0
+    runs = tmp_path / "runs" / "ranked"
+    seen, whole = loaded(runs / "a"), loaded(runs / "whole")
+    assert len(seen.attempts) == 3
+    assert list(seen.points["loss"].y) == pytest.approx(list(whole.points["loss"].y), rel=1e-4)
+
+
+def test_what_cannot_take_less_memory_is_not_tried_again(stoker: Command, tmp_path: Path) -> None:
+    done = stoker(
+        "train", RECIPE, "fits=2", "micro_batch=4", "--nproc", "2", "--max-restarts", "3", "--name", "a"
+    )
+    assert done.code == 1
+    assert "Give micro_batch=2: the result stays the same" in done.err
+    assert len(loaded(tmp_path / "runs" / "ranked" / "a").attempts) == 1

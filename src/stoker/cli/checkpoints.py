@@ -20,8 +20,21 @@ from stoker.run import finding, mirror, view
 from stoker.run.journal import Event
 from stoker.run.series import guess_goal
 from stoker.run.view import RunView
+from typer.core import TyperGroup
 
-app = typer.Typer(help="What a run can be resumed from.", no_args_is_help=True, rich_markup_mode=None)
+
+class _ListsByDefault(TyperGroup):
+    """`stoker checkpoints RUN` is `stoker checkpoints list RUN`."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        named = args[0] in self.commands or args[0].startswith("-")
+        return super().resolve_command(ctx, args if named else ["list", *args])
+
+
+app = typer.Typer(
+    cls=_ListsByDefault, help="What a run can be resumed from; `stoker checkpoints RUN` lists it.",
+    no_args_is_help=True, rich_markup_mode=None,
+)  # fmt: skip
 
 Which = Annotated[str, typer.Argument(metavar="[WHICH]", help="last, best, or a step.")]
 Metric = Annotated[str, typer.Option("--metric", help="What best goes by.")]
@@ -88,7 +101,7 @@ def export(
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".export-") as scratch:
             folder = Path(scratch) / "model"
             folder.mkdir()
-            kind = exported(seen, None)
+            kind = exported(seen, None) or seen.artifacts.get("shape")
             if kind is not None:
                 copy_exported(seen, kind, folder)
             put_weights(found, folder)
@@ -197,13 +210,13 @@ def put_weights(checkpoint: manifest.Checkpoint, folder: Path) -> None:
     trained = load_file(store.export_model(checkpoint, folder / ".checkpoint.safetensors"))
     (folder / ".checkpoint.safetensors").unlink()
     exported = sorted(folder.rglob("*.safetensors"))
+    plain = {name.replace(".default.", "."): t for name, t in trained.items()}  # PEFT's adapter name
     if not exported:
-        save_file(trained, folder / "model.safetensors")
-        (folder / "model.safetensors").chmod(0o644)
+        adapter = (folder / "adapter_config.json").exists()
+        file = folder / ("adapter_model.safetensors" if adapter else "model.safetensors")
+        save_file(plain if adapter else trained, file, {"format": "pt"})
+        file.chmod(0o644)
         return
-    plain = {
-        name.replace(".default.", "."): tensor for name, tensor in trained.items()
-    }  # PEFT's adapter name
     for file in exported:
         tensors = load_file(file)
         save_file({name: plain.get(name, old) for name, old in tensors.items()}, file, {"format": "pt"})

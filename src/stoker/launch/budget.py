@@ -26,8 +26,13 @@ class Budget:
         self._before: RankFailed | None = None
 
     def spend(self, failure: RankFailed) -> None:
-        """Take one for a failure. Raises it where none is left, or where the same happens again."""
+        """Take one for a failure. Raises it where none is left, or where the same happens again.
+
+        What will be something else the next time (`StokerError.changed`) costs none.
+        """
         before, self._before = self._before, failure
+        if failure.changed and str(failure) != str(before):
+            return
         if before is not None and failure.saved > before.saved:
             self.left = self._whole
         if before is not None and before.raised and failure.raised and before.step == failure.step:

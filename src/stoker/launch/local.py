@@ -212,7 +212,7 @@ def _raise_first(ends: dict[int, ranks.End], failed: dict[int, int], watch: Watc
             raise (BadInput if first.code == BadInput.exit_code else StokerError)(first.error)
         told = f"rank {first.rank} failed:\n{first.trace.rstrip()}"
         failure = RankFailed(told if first.trace else first.error)
-        failure.raised, failure.at = True, first.at
+        failure.raised, failure.at, failure.changed = bool(first.trace), first.at, first.changed
         raise failure
     if failed or not ends:
         raise RankFailed(f"ranks could not be started: exit codes {failed}")

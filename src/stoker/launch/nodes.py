@@ -57,7 +57,8 @@ class Report:
     raised: bool = False
     """Whether it was an exception."""
     again: bool = True
-    """Whether it may go better when it is tried again."""
+    changed: bool = False
+    """As `StokerError` has them."""
     code: int = 0
     step: int = -1
     saved: int = -1
@@ -170,6 +171,7 @@ class _Host:
             first = min(failed, key=lambda m: (m.report.again, m.report.raised, m.heard - m.report.ago))
             self.failure, self.final = RankFailed(first.report.said), not first.report.again
             self.failure.raised, self.failure.exit_code = first.report.raised, first.report.code or 1
+            self.failure.changed = first.report.changed
         elif silent:
             said = f"nothing was heard of {', '.join(silent)} for {SILENCE:.0f} s"
             self.failure, self.final = RankFailed(said), False
@@ -252,7 +254,14 @@ class Seat:
         """Say that the ranks here failed, and wait until it was heard."""
         raised = isinstance(failure, RankFailed) and failure.raised
         self._failed_at = (isinstance(failure, RankFailed) and failure.at) or time.time()
-        self._say(phase=FAILED, said=str(failure), raised=raised, again=again, code=failure.exit_code)
+        self._say(
+            phase=FAILED,
+            said=str(failure),
+            raised=raised,
+            again=again,
+            code=failure.exit_code,
+            changed=failure.changed,
+        )
         while not self.why_over():
             time.sleep(BEAT / 5)
 

@@ -37,7 +37,8 @@ class End:
     error: str = ""
     trace: str = ""
     again: bool = False
-    """Whether it may go better when it is tried again."""
+    changed: bool = False
+    """As `StokerError` has them."""
 
 
 def main(function: Callable[..., int], arguments: Sequence[Any], folder: str, launcher: int) -> None:
@@ -60,7 +61,8 @@ def main(function: Callable[..., int], arguments: Sequence[Any], folder: str, la
         error = "ended with the other ranks" if failed(Path(folder)) else ""
         end = End(rank, time.time(), int(stopped.code or 0), error)
     except StokerError as caught:
-        end = End(rank, time.time(), caught.exit_code, str(caught), again=caught.again)
+        code, said = caught.exit_code, str(caught)
+        end = End(rank, time.time(), code, said, again=caught.again, changed=caught.changed)
     except BaseException as caught:
         said = f"{type(caught).__name__}: {caught}"
         end = End(rank, time.time(), 1, said, traceback.format_exc(), again=True)

@@ -120,6 +120,8 @@ def train(run: Run, config: Config) -> None:
         best="val_accuracy",
     )
 
+    image_model.record_shape(trainer, made)
+
     def measure(dataset: Any) -> dict[str, float]:
         return trainer.measure(dataset, image_model.metrics, batch_size=config.batch_size)
 

@@ -96,8 +96,23 @@ def export(trainer: Trainer, made: Classifier) -> Path | None:
     if trainer.world.rank > 0:
         return None
     target = trainer.run.directory.artifacts / "model"
+    _describe(made, target)
+    save_torch_state_dict(tensors, target)
+    return trainer.run.artifact(target, kind="model")
+
+
+def record_shape(trainer: Trainer, made: Classifier) -> None:
+    """Write all of the directory that `export` will, but for the weights.
+
+    With it a checkpoint of a run that has not ended can be exported too. Rank 0 does, in the first attempt.
+    """
+    if trainer.world.rank == 0 and not trainer.run.continued:
+        target = trainer.run.directory.artifacts / "shape"
+        _describe(made, target)
+        trainer.run.artifact(target, kind="shape")
+
+
+def _describe(made: Classifier, target: Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
     made.config.save_pretrained(target)
-    save_torch_state_dict(tensors, target)
     (target / "images.json").write_text(json.dumps(made.preprocessor) + "\n", encoding="utf-8")
-    return trainer.run.artifact(target, kind="model")

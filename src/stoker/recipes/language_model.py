@@ -167,13 +167,32 @@ def export(trainer: Trainer, language: Language) -> Path | None:
     target = trainer.run.directory.artifacts / name
     if is_adapter:
         model.save_pretrained(target, state_dict=tensors)
+        language.tokenizer.save_pretrained(target)
     else:
-        target.mkdir(parents=True, exist_ok=True)
+        _describe(model, language, target)
+        save_torch_state_dict(tensors, target)
+    return trainer.run.artifact(target, kind=name)
+
+
+def record_shape(trainer: Trainer, language: Language) -> None:
+    """Write all of the directory that `export` will, but for the weights.
+
+    With it a checkpoint of a run that has not ended can be exported too. Rank 0 does, in the first attempt.
+    """
+    if trainer.world.rank == 0 and not trainer.run.continued:
+        target = trainer.run.directory.artifacts / "shape"
+        _describe(trainer.model, language, target)
+        trainer.run.artifact(target, kind="shape")
+
+
+def _describe(model: Any, language: Language, target: Path) -> None:
+    target.mkdir(parents=True, exist_ok=True)
+    if hasattr(model, "peft_config"):
+        model.peft_config["default"].save_pretrained(target)
+    else:
         language.config.save_pretrained(target)
         language.generation_config.save_pretrained(target)
-        save_torch_state_dict(tensors, target)
     language.tokenizer.save_pretrained(target)
-    return trainer.run.artifact(target, kind=name)
 
 
 def _language(model: Any, tokenizer: Any, *, pretrained: bool, fingerprint: str) -> Language:

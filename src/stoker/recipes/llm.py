@@ -153,6 +153,8 @@ def train(run: Run, config: Config) -> None:
         training=config,
     )
 
+    language_model.record_shape(trainer, language)
+
     def loss_on(rows: Any) -> float:
         return trainer.evaluate(rows, batch_size=config.batch_size)
 

@@ -1,0 +1,96 @@
+"""`stoker checkpoints`: what is there, whether it is whole, and its weights as a directory others load."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from stoker.checkpoint import manifest
+from stoker.checkpoint.store import load_tensors, shapes
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from conftest import Command, Start
+from support import wait_for_points
+
+LLM = (
+    "train", "llm", "precision=fp32", "sequence_length=64", "batch_size=8", "max_steps=2000",
+    "checkpoint_every=2", "generate_tokens=4", "vocab_size=400", "eval_every=2000",
+)  # fmt: skip
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> str:
+    lines = [
+        json.dumps({"prompt": f"What is {n}?", "completion": "coal iron spark " * 20}) for n in range(60)
+    ]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
+    return f"data={tmp_path / 'pairs.jsonl'}"
+
+
+@pytest.fixture
+def stopped(start: Start, data: str, tmp_path: Path) -> Path:
+    """A run that was told to stop before its end."""
+    return _stopped(start, tmp_path, "a", data, "model=tiny", "tie_embeddings=false")
+
+
+def _stopped(start: Start, folder: Path, name: str, *arguments: str) -> Path:
+    run = folder / "runs" / "llm" / name
+    process = start(*LLM, *arguments, "--name", name)
+    wait_for_points(process, run, 8)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err.decode()
+    return run
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_run_that_has_not_ended_is_exported_as_a_directory_that_others_load(
+    stopped: Path, start: Start, stoker: Command, data: str, tmp_path: Path
+) -> None:
+    done = stoker("checkpoints", "export", "a", "-o", "model", "--json")
+    assert done.code == 0, done.err
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert AutoTokenizer.from_pretrained(tmp_path / "model")("What is 1?")["input_ids"]
+    _assert_weights(model, stopped, adapter=False)
+
+    run = _stopped(start, tmp_path, "b", data, f"model={tmp_path / 'model'}", "lora.rank=2")
+    assert stoker("checkpoints", "export", "b", "-o", "adapter").code == 0
+    from peft import AutoPeftModelForCausalLM
+
+    _assert_weights(AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter"), run, adapter=True)
+
+
+def _assert_weights(model: torch.nn.Module, run: Path, *, adapter: bool) -> None:
+    """The model has what the newest checkpoint has."""
+    newest, _ = manifest.newest(run / "checkpoints")
+    assert newest is not None
+    saved = {n: torch.empty(s, dtype=d) for n, (s, d) in shapes(newest).items() if n.startswith("model.")}
+    load_tensors(newest, saved)
+    parameters = dict(model.named_parameters())
+    compared = [name for name in saved if name.removeprefix("model.") in parameters]
+    assert len(compared) == len([name for name in saved if not adapter or "lora_" in name])
+    assert all(torch.equal(parameters[name.removeprefix("model.")], saved[name]) for name in compared)
+
+
+def test_what_is_there_is_listed_verified_and_removed(stopped: Path, stoker: Command) -> None:
+    listed = stoker("checkpoints", "a", "--json").answer["checkpoints"]
+    assert listed == stoker("checkpoints", "list", "a", "--json").answer["checkpoints"]
+    steps = [row["step"] for row in listed]
+    assert steps == [manifest.step_of(path) for path in manifest.committed(stopped / "checkpoints")]
+    shard = next(manifest.folder(stopped / "checkpoints", steps[-1]).glob("*.safetensors"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    done = stoker("checkpoints", "verify", "a")
+    assert done.code == 1
+    assert f"{shard.name} does not match its checksum" in done.out
+    assert stoker("checkpoints", "rm", "a", str(steps[-1])).code == 0
+    assert stoker("checkpoints", "verify", "a").code == 0
+    done = stoker("checkpoints", "rm", "a", "999")
+    assert done.code == 2
+    assert "has no checkpoint of step 999; it has" in done.err
+    done = stoker("checkpoints", "lsit", "a")
+    assert done.code == 2
