@@ -118,6 +118,12 @@ def say_where(run: Path) -> None:
         (Path(folder) / RUN).write_text(str(run), encoding="utf-8")
 
 
+def run_of(folder: Path) -> Path | None:
+    """Where the run of a launch is, once a rank has said so."""
+    file = folder / RUN
+    return Path(file.read_text(encoding="utf-8")) if file.exists() else None
+
+
 _open: list[object] = []
 
 

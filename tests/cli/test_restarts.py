@@ -43,6 +43,9 @@ def test_ranks_that_are_killed_are_started_again_and_come_to_the_same_bits(
     seen = loaded(run)
     assert seen.status == "finished"
     assert len(seen.attempts) == 3
+    assert [a.error and a.error.partition(":")[0] for a in seen.attempts] == [
+        "rank 1 was killed by SIGKILL", "rank 0 was killed by SIGKILL", None,
+    ]  # fmt: skip
     assert len(seen.points["loss"]) == 200
     assert _weights(run) == _weights(whole)
 

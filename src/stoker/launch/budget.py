@@ -12,6 +12,8 @@ class RankFailed(StokerError):
     """How many steps were done."""
     saved = -1
     """The step of the newest checkpoint on disk then."""
+    brief = ""
+    """The message in a line, where that is not its first."""
     at = 0.0
     """When, in seconds since 1970 by this machine's clock; 0 for now."""
     raised = False

@@ -28,6 +28,8 @@ from stoker.errors import BadInput, StokerError, Stopped
 from stoker.launch import nodes, ranks
 from stoker.launch.budget import Budget, RankFailed
 from stoker.launch.watch import Watch, watching
+from stoker.run import journal
+from stoker.run.directory import RunDirectory
 
 log = logging.getLogger("stoker")
 
@@ -156,8 +158,24 @@ def _attempt(job: _Job, place: Place, folder: Path) -> int:
         if watch.told_to_stop:  # as it was asked to, if not in the way it was
             raise StokerError(str(failure)) from failure
         failure.step, failure.saved = _progress(folder)
+        _tell_run(folder, failure)
         raise
     return ends[min(ends)].code or 0
+
+
+def _tell_run(folder: Path, failure: RankFailed) -> None:
+    """Note in the run's journal what its ranks failed of: those that lost a peer know only that."""
+    run = supervision.run_of(folder)
+    if run is None:
+        return
+    directory = RunDirectory(run)
+    newest = journal.newest_attempt(directory.journal)
+    with contextlib.suppress(OSError):  # the disk may be full, which is what failed
+        writer = journal.control(directory.journal)
+        if newest is not None:
+            said = failure.brief or str(failure).partition("\n")[0]
+            writer.append("attempt_failed", of=newest[0], error=said)
+        writer.close()
 
 
 def _progress(folder: Path) -> tuple[int, int]:
@@ -212,6 +230,7 @@ def _raise_first(ends: dict[int, ranks.End], failed: dict[int, int], watch: Watc
             raise (BadInput if first.code == BadInput.exit_code else StokerError)(first.error)
         told = f"rank {first.rank} failed:\n{first.trace.rstrip()}"
         failure = RankFailed(told if first.trace else first.error)
+        failure.brief = f"rank {first.rank}: {first.error}"
         failure.raised, failure.at, failure.changed = bool(first.trace), first.at, first.changed
         raise failure
     if failed or not ends:

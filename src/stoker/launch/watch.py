@@ -82,8 +82,8 @@ class Watch:
 
     def _keep_stacks(self) -> Path:
         """Move the stacks to the run's logs; returns where they are."""
-        file = self.folder / supervision.RUN
-        logs = Path(file.read_text(encoding="utf-8")) / "logs" if file.exists() else self.folder
+        run = supervision.run_of(self.folder)
+        logs = run / "logs" if run is not None else self.folder
         target = logs / time.strftime("stacks-%Y%m%d-%H%M%S")
         target.mkdir(parents=True, exist_ok=True)
         for stacks in self.folder.glob("rank-*.stacks"):

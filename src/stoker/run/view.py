@@ -179,11 +179,19 @@ def _ended(view: RunView, event: Event) -> None:
     last.ended, last.status, last.error = event["time"], event["status"], event.get("error")
 
 
+def _failed(view: RunView, event: Event) -> None:
+    """What its launcher knows of an attempt's end, better than rank 0 did."""
+    for attempt in view.attempts:
+        if attempt.number == event["of"]:
+            attempt.error = event["error"]
+
+
 _FOLDED_ALONE: dict[str, Callable[[RunView, Event], Any]] = {
     "plan": _plan,
     "layout": _layout,
     "media": _media,
     "attempt_ended": _ended,
+    "attempt_failed": _failed,
     "checkpoint": lambda view, event: view.checkpoints.append(event["step"]),
     "artifact": lambda view, event: view.artifacts.update({event["name"]: event}),
     "used": lambda view, e: view.used.update({e["name"]: Use(e["name"], e.get("run"), e["files"])}),
