@@ -612,6 +612,7 @@ class Trainer:
             if self.world.rank == 0:
                 log.info("resumed %s from step %d", self.run.directory.id, self.steps_done)
         if self.run.continued:
+            self._checkpoints.void_after(self.steps_done)
             self.run.event("resumed", step=self.steps_done, passed_over=passed_over)
             self.run.step = self.steps_done
 

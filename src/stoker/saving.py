@@ -158,6 +158,13 @@ class Checkpoints:
             found = manifest.read(manifest.folder(self._folder, agreed))
         return found, passed_over
 
+    def void_after(self, step: int) -> None:
+        """From now on the run is what it was at a step: what was saved later is none of its checkpoints."""
+        if self._run.world.rank == 0:
+            for path in manifest.committed(self._folder):
+                if manifest.step_of(path) > step:
+                    manifest.void(path)
+
     def _on_disk(self, saved: manifest.Checkpoint) -> None:
         relative = str(saved.path.relative_to(self._run.directory.path))
         self._run.event("checkpoint", step=saved.step, path=relative, bytes=saved.bytes)

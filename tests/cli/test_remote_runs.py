@@ -40,13 +40,18 @@ def machine(tmp_path: Path, proxy: Proxy) -> Callable[[str], dict[str, str]]:
 
 
 @pytest.fixture
-def objects(s3: str, url: str) -> Objects:
-    """The sizes of what is in the store, by key below the runs folder."""
+def bucket(s3: str) -> Any:
+    """The bucket, as an operator reaches it."""
     import boto3
 
-    bucket = boto3.resource(
+    return boto3.resource(
         "s3", endpoint_url=s3, region_name="us-east-1", aws_access_key_id="x", aws_secret_access_key="x"
     ).Bucket("bucket")
+
+
+@pytest.fixture
+def objects(bucket: Any, url: str) -> Objects:
+    """The sizes of what is in the store, by key below the runs folder."""
     prefix = url.removeprefix("s3://bucket/") + "/"
     return lambda: {o.key.removeprefix(prefix): o.size for o in bucket.objects.filter(Prefix=prefix)}
 
@@ -229,8 +234,45 @@ def test_a_store_that_is_not_there_starts_nothing(
     assert "Traceback" not in done.err
 
 
-def _wait_for_copy(tmp_path: Path, url: str, process: subprocess.Popen[bytes]) -> None:
+def _wait_for_copy(tmp_path: Path, url: str, process: subprocess.Popen[bytes], machine: str = "one") -> None:
     deadline = time.monotonic() + 60
-    while not (tmp_path / "one" / "stores").is_dir() and time.monotonic() < deadline:
+    while not (tmp_path / machine / "stores").is_dir() and time.monotonic() < deadline:
         assert process.poll() is None
         time.sleep(0.02)
+
+
+def test_a_machine_that_comes_back_takes_what_another_one_made_of_the_run(
+    start: Start, stoker: Command, machine: Any, url: str, proxy: Proxy, bucket: Any, objects: Objects,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    """It trained on while the store was away; another machine went on from before that."""
+    same = ("train", RECIPE, *SLOW, "--runs", url, "--name", "a")
+    process = start(*same, env=machine("one"))
+    _wait_for_copy(tmp_path, url, process)
+    run = _copy(tmp_path, "one", url)
+    deadline = time.monotonic() + 60
+    while not _checkpoints(objects()) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    proxy._only, proxy.mode = lambda method, path: True, "refuse"
+    before = _checkpoints(objects())[-1]
+    while manifest.committed(run / "checkpoints")[-1].name <= before and time.monotonic() < deadline:
+        time.sleep(0.02)
+    _kill_all(process, run)
+    proxy.mode = "ok"
+    bucket.objects.filter(Prefix=f"{url.removeprefix('s3://bucket/')}/ranked/a/lease/").delete()
+    other = start(*same, env=machine("two"))
+    _wait_for_copy(tmp_path, url, other, "two")
+    copy = _copy(tmp_path, "two", url)
+    while not (copy / "journal" / "attempt-0002.rank-0.jsonl").exists() and other.poll() is None:
+        time.sleep(0.01)
+    wait_for_points(other, copy, 3)
+    other.send_signal(signal.SIGTERM)
+    _, err = other.communicate(timeout=60)
+    assert other.returncode == 75, err.decode()
+    assert f"resumed a from step {int(before.removeprefix('step-'))}" in err.decode()
+    done = stoker(*same, env=machine("one"))
+    assert done.code == 0, done.err
+    assert "is void: another machine went on from before it" in done.err
+    seen = loaded(run)
+    assert list(seen.points["loss"].x) == list(range(1, 201))
+    assert len(seen.attempts) == 3

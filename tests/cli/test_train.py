@@ -299,7 +299,7 @@ def test_the_exported_table_is_the_curve(stoker, slow: Path, tmp_path: Path) -> 
         (("train", "slow.py", "--name", "a/b"), "cannot name a folder"),
         (("train", "slow.py", "--config", "none.yaml"), "config file none.yaml does not exist"),
         (("train", "slow.py", "--runs", "/dev/null/runs"), "cannot be written"),
-        (("train", "slow.py", "--runs", "s3://bucket"), "object stores are not supported yet"),
+        (("train", "slow.py", "--runs", "s3://a:b@bucket"), "leave credentials out of the URL"),
         (("resume", "nothing"), "no run 'nothing'"),
     ],
 )

@@ -132,3 +132,25 @@ def test_two_machines_on_a_shared_folder_do_not_train_one_run(shared: tuple[Path
     finally:
         first.kill()
         first.wait()
+
+
+def test_a_lease_that_somebody_deleted_is_written_again(tmp_path: Path) -> None:
+    first = _lease(tmp_path, "one")
+    first.take()
+    first.keep(pytest.fail)
+    file = tmp_path / lease.FOLDER / "00000001"
+    file.unlink()
+    deadline = time.monotonic() + 10
+    while not file.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert file.exists()
+    first.release()
+
+
+def test_of_two_leases_of_one_number_each_knows_its_own(tmp_path: Path) -> None:
+    first, second = _lease(tmp_path, "one"), _lease(tmp_path, "two")
+    first.take()
+    (tmp_path / lease.FOLDER / "00000001").unlink()
+    second.take()
+    assert second.standing()
+    assert not first.standing()

@@ -25,6 +25,7 @@ from stoker.run.series import Goal
 
 FORMAT = 2
 NAME = directory.MANIFEST
+_VOID = "void-manifest.json"
 _THREADS = 2
 _FOLDER = re.compile(r"step-(\d{8,})")
 
@@ -152,6 +153,13 @@ def newest(
     return None, passed_over
 
 
+def void(path: Path) -> None:
+    """Make a checkpoint none: the run goes on from one before it. Nothing of it is deleted yet."""
+    with contextlib.suppress(FileNotFoundError):
+        (path / NAME).rename(path / _VOID)
+        storage.sync_directory(path)
+
+
 def best(checkpoints: Path, metric: str, goal: Goal) -> Path | None:
     """The committed checkpoint with the best value of a metric, the earliest of equal ones, or None."""
     values: dict[Path, float] = {}
@@ -208,6 +216,8 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         manifest = orjson.loads((path / NAME).read_bytes())
     except FileNotFoundError:
+        if (path / _VOID).exists():
+            raise InvalidCheckpoint("it is void: the run went on from one before it") from None
         raise InvalidCheckpoint("it has no manifest: saving it was not finished") from None
     except (OSError, orjson.JSONDecodeError) as error:
         raise InvalidCheckpoint(f"its manifest cannot be read: {error}") from error

@@ -16,6 +16,7 @@ import os
 import platform
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,7 @@ _LOOK = 0.5
 class Holder:
     """Whose a lease is."""
 
+    id: str
     host: str
     pid: int
     locks: str
@@ -138,6 +140,7 @@ class Lease:
     def __init__(self, place: Place, locks: str, run: Path, note: Path | None) -> None:
         self._place, self._locks, self._run, self._note = place, locks, run, note
         self._number = 0
+        self._id = uuid.uuid4().hex
         self._beat = 0
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
@@ -153,7 +156,7 @@ class Lease:
         try:
             return self._take()
         except Unreachable as error:
-            self._number = self.taken_here
+            self._number, self._id = self.taken_here
             if self._number == 0:
                 raise
             log.warning("%s; going on with what is here", error)
@@ -175,15 +178,25 @@ class Lease:
 
     def standing(self) -> bool:
         """Whether nobody has taken it since. Raises Unreachable."""
-        return max(self._place.numbers(), default=0) <= self._number
+        return self._is_newest(self._number, self._id)
 
     def standing_here(self) -> bool:
         """Whether the newest one was taken on this machine, by whichever process. Raises Unreachable."""
-        return max(self._place.numbers(), default=0) <= self.taken_here
+        number, of = self.taken_here
+        return number > 0 and self._is_newest(number, of)
+
+    def _is_newest(self, number: int, of: str) -> bool:
+        newest = max(self._place.numbers(), default=0)
+        if newest != number:
+            return newest < number
+        try:
+            return number == 0 or Holder(**orjson.loads(self._place.read(number))).id == of
+        except FileNotFoundError:
+            return True
 
     def _take(self) -> bool:
         number = max(self._place.numbers(), default=0)
-        was_here = number == self.taken_here
+        was_here = self.standing_here()
         try:
             if number:
                 self._await_end_of(number)
@@ -193,7 +206,7 @@ class Lease:
         self._number = number + 1
         if self._note is not None:
             self._note.parent.mkdir(parents=True, exist_ok=True)
-            storage.write_atomically(self._note, str(self._number).encode())
+            storage.write_atomically(self._note, f"{self._number} {self._id}".encode())
         for old in self._place.numbers():
             if old < self._number:
                 self._place.remove(old)
@@ -229,16 +242,20 @@ class Lease:
                 log.debug("the lease was not renewed: %s", error)
 
     def _content(self, released: bool = False) -> bytes:
-        holder = Holder(platform.node(), os.getpid(), self._locks, self._beat, time.time(), released)
+        holder = Holder(
+            self._id, platform.node(), os.getpid(), self._locks, self._beat, time.time(), released
+        )
         return orjson.dumps(dataclasses.asdict(holder))
 
     @property
-    def taken_here(self) -> int:
-        """The newest number taken on this machine; 0 where none was, or none is remembered."""
+    def taken_here(self) -> tuple[int, str]:
+        """The newest lease taken on this machine, its number and id; 0 where none was, or is remembered."""
         try:
-            return int(self._note.read_bytes()) if self._note is not None else 0
+            said = self._note.read_text(encoding="ascii") if self._note is not None else "0"
+            number, _, of = said.partition(" ")
+            return int(number), of
         except (OSError, ValueError):
-            return 0
+            return 0, ""
 
 
 def held_elsewhere(run: Path) -> str:

@@ -20,7 +20,7 @@ import orjson
 from stoker import object_store, storage
 from stoker.errors import StokerError
 from stoker.object_store import Store
-from stoker.run import lease
+from stoker.run import lease, view
 from stoker.run.directory import MANIFEST, RunDirectory
 
 log = logging.getLogger("stoker")
@@ -49,17 +49,19 @@ class Mirror:
 
     # -- from the store --------------------------------------------------------------------
 
-    def fetch(self, *, artifacts: bool = False) -> None:
+    def fetch(self, *, artifacts: bool = False, newer_there: bool | None = None) -> None:
         """Bring here what another machine made: the journal, and of each checkpoint its manifest.
 
         Args:
             artifacts: what the run made and logged as well.
+            newer_there: whether another machine has trained it since; by default by its lease.
         """
         there = self._objects()
         if "run.json" not in there:
             return
         self._run.make_folders()
-        newer_there = self._taken_elsewhere(there)
+        if newer_there is None:
+            newer_there = self._taken_elsewhere()
         wanted = ("run.json", "provenance/", *(("artifacts/", "logs/") if artifacts else ()))
         for key, size in there.items():
             file = self._run.path / key
@@ -70,10 +72,8 @@ class Mirror:
         self._fetch_lease(there)
         for name, stretches in self._journal(there).items():
             self._fetch_journal(self._run.journal / name, stretches)
-        for folder in self._checkpoints(there) if newer_there else ():
-            local = self._run.checkpoints / folder / MANIFEST
-            if not local.is_file():
-                self._store.get(f"{self._key}/checkpoints/{folder}/{MANIFEST}", local)
+        if newer_there:
+            self._fetch_manifests(there)
 
     def fetch_checkpoint(self, path: Path) -> None:
         """Bring here those files of a checkpoint that do not match its manifest. Raises Unreachable."""
@@ -89,11 +89,29 @@ class Mirror:
         except FileNotFoundError:
             log.debug("%s has no whole %s", self.where, path.name)
 
-    def _taken_elsewhere(self, there: dict[str, int]) -> bool:
-        held = lease.of(self._run.path)
-        assert held is not None
-        newest = max((key for key in there if key.startswith("lease/")), default="lease/0")
-        return int(newest.removeprefix("lease/")) > held.taken_here
+    def _fetch_manifests(self, there: dict[str, int]) -> None:
+        """Have the checkpoints that the run has now, where another machine went on with it.
+
+        What was made here after the one that it went on from is of a past that is void.
+        """
+        stand = {f"step-{step:08d}" for step in view.fold(self._run, self._run.record()).checkpoints}
+        known = self._checkpoints(there)
+        for manifest in self._run.checkpoints.glob(f"*/{MANIFEST}"):
+            folder = manifest.parent.name
+            if folder not in known and folder not in stand:
+                log.warning("%s was made here and is void: another machine went on from before it", folder)
+                manifest.unlink()
+        for folder in known:
+            local = self._run.checkpoints / folder / MANIFEST
+            content = self._store.read(f"{self._key}/checkpoints/{folder}/{MANIFEST}")
+            if not local.is_file() or local.read_bytes() != content:
+                local.parent.mkdir(parents=True, exist_ok=True)
+                storage.write_atomically(local, content)
+
+    def _taken_elsewhere(self) -> bool:
+        """Whether another machine has trained the run since this one did."""
+        held = lease.of(self._run.path, self._store.patience)
+        return held is not None and not held.standing_here()
 
     def _fetch_lease(self, there: dict[str, int]) -> None:
         """The newest lease, which says who trains the run."""
@@ -134,7 +152,7 @@ class Mirror:
             self._push_checkpoint(path, there)
         if committed:
             self._still_ours()
-            self._remove_older({path.name for path in committed}, there)
+            self._remove_others({path.name for path in committed}, there)
 
     @property
     def newest(self) -> int | None:
@@ -180,10 +198,13 @@ class Mirror:
         """Bring a checkpoint to the store, its manifest last."""
         key = f"checkpoints/{path.name}"
         with contextlib.suppress(FileNotFoundError):  # it made room for newer ones meanwhile
+            known = (path / MANIFEST).stat()
+            mark = (known.st_size, known.st_mtime_ns)
             manifest = (path / MANIFEST).read_bytes()
             if f"{key}/{MANIFEST}" in there:
-                if path.name in self._sent or self._store.read(f"{self._key}/{key}/{MANIFEST}") == manifest:
-                    self._sent[path.name] = (0, 0)
+                sent = self._sent.get(path.name) == mark
+                if sent or self._store.read(f"{self._key}/{key}/{MANIFEST}") == manifest:
+                    self._sent[path.name] = mark
                     return
                 self._remove(f"{key}/{MANIFEST}", there)  # of another attempt at this step
             files = [file["path"] for file in orjson.loads(manifest)["files"]]
@@ -193,13 +214,12 @@ class Mirror:
             self._still_ours()
             self._store.write(f"{self._key}/{key}/{MANIFEST}", manifest)
             there[f"{key}/{MANIFEST}"] = len(manifest)
-            self._sent[path.name] = (0, 0)
+            self._sent[path.name] = mark
 
-    def _remove_older(self, kept: set[str], there: dict[str, int]) -> None:
-        """Delete from the store the checkpoints that are not kept here any more."""
-        newest = max(kept)
+    def _remove_others(self, kept: set[str], there: dict[str, int]) -> None:
+        """Delete from the store the checkpoints that are none here any more."""
         for folder in {key.split("/")[1] for key in there if key.startswith("checkpoints/")}:
-            if folder < newest and folder not in kept and not (self._run.checkpoints / folder).exists():
+            if folder not in kept and not (self._run.checkpoints / folder / MANIFEST).exists():
                 files = sorted(key for key in there if key.startswith(f"checkpoints/{folder}/"))
                 for key in sorted(files, key=lambda key: not key.endswith(MANIFEST)):
                     self._remove(key, there)

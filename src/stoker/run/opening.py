@@ -80,7 +80,7 @@ def lease_of(run: RunDirectory) -> lease.Lease | None:
     try:
         copy = mirror.of(run)
         if copy is not None and not was_here:
-            copy.fetch()
+            copy.fetch(newer_there=True)
     except BaseException:
         held.release()
         raise
