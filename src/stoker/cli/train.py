@@ -26,7 +26,7 @@ from stoker.errors import BadInput, Stopped
 from stoker.launch import local, ranks
 from stoker.recipes import Recipe
 from stoker.report import html
-from stoker.run import directory, finding, view
+from stoker.run import directory, finding, mirror, view
 from stoker.run.view import RunView
 from stoker.world import World
 
@@ -371,9 +371,11 @@ def _answer(seen: RunView, json: bool, status: str) -> int:
     """Say how the run ended, where it is, and what to do next."""
     directory_ = seen.directory
     report = directory_.artifacts / "report.html"
+    copy = mirror.of(directory_)
     if json:
         print_json({
             "id": directory_.id, "experiment": directory_.experiment, "run": str(directory_.path),
+            "store": copy.where if copy is not None else None,
             "status": seen.status, "step": seen.step, "metrics": seen.newest(),
             "artifacts": {n: str(directory_.artifacts / n) for n in seen.artifacts},
             "report": str(report) if report.is_file() else None,
@@ -384,6 +386,8 @@ def _answer(seen: RunView, json: bool, status: str) -> int:
     for metric, value in seen.newest().items():
         out.print(f"  {metric:24} {value:.6g}")
     out.print(f"  {'run':24} {_shortest(directory_.path)}")
+    if copy is not None:
+        out.print(f"  {'in the store':24} {copy.where}")
     if report.is_file():
         out.print(f"  {'report':24} {_shortest(report)}")
     if status == view.FINISHED:
