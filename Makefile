@@ -39,7 +39,7 @@ bench: setup
 	$(BIN)/python bench/checkpoint.py
 
 lint: setup
-	$(BIN)/ruff check .
+	$(BIN)/ruff check --no-cache .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 

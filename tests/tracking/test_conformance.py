@@ -18,10 +18,11 @@ from typing import Any, Protocol
 
 import psutil
 import pytest
-from servers import mlflow_server, postgres, postgres_binaries
 from stoker.run.directory import RunDirectory
 from stoker.tracking import follower, wandb_files
 from synthetic_run import DEADLINE, Seen, until
+
+from servers import mlflow_server, postgres, postgres_binaries
 
 pytestmark = pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")  # MLflow's own
 

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import IO, Any
 
 import pytest
-from servers import Proxy, mlflow_server
 from stoker.run import view
 from stoker.run.directory import RunDirectory
 from stoker.tracking import follower, ledger, store
 from synthetic_run import DEADLINE, Seen, Trainer, make_run, pending, until
+
+from servers import Proxy, mlflow_server
 
 pytestmark = pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")  # MLflow's own
 
