@@ -18,7 +18,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 from stoker import storage
@@ -36,9 +36,18 @@ _MOST_PARTS = 9000  # S3 takes 10,000
 _S3 = {"connect_timeout": 10, "read_timeout": 20, "retries": {"mode": "standard", "max_attempts": 3}}
 _S3_ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "FSSPEC_S3_ENDPOINT_URL")
 _FINAL = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError)
+_TAGS = ("ETag", "etag", "md5Hash", "mtime", "LastModified")
 _NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "TokenRetrievalError")
 
 T = TypeVar("T")
+
+
+class Stored(NamedTuple):
+    """An object as a store lists it."""
+
+    size: int
+    tag: str = ""
+    """Another one where the content is; empty where that is not known."""
 
 
 class Unreachable(StokerError):
@@ -140,14 +149,19 @@ class Store:
         finally:
             part.unlink(missing_ok=True)
 
-    def sizes(self, folder: str = "") -> dict[str, int]:
-        """The size of every object below a folder, by its key."""
+    def objects(self, folder: str = "") -> dict[str, Stored]:
+        """Every object below a folder, by its key; but for those whose key is no path below a folder."""
         base = self._path("")
 
-        def listed(fs: Any) -> dict[str, int]:
+        def listed(fs: Any) -> dict[str, Stored]:
             fs.invalidate_cache()
             found = fs.find(self._path(folder).rstrip("/"), detail=True)
-            return {path[len(base) :]: int(about["size"] or 0) for path, about in found.items()}
+            keys = {path[len(base) :]: about for path, about in found.items()}
+            return {
+                key: Stored(int(about["size"] or 0), _tag(about))
+                for key, about in keys.items()
+                if not {"", ".", ".."} & set(key.split("/"))
+            }
 
         try:
             return self._try(listed, folder)
@@ -193,6 +207,8 @@ def _file_system(scheme: str) -> Any:
     options: dict[str, Any] = {}
     if scheme == "s3":
         options["config_kwargs"] = {**_S3, **conf.get("s3", {}).get("config_kwargs", {})}
+    if scheme in ("file", "local"):
+        options["auto_mkdir"] = True
     return fsspec.filesystem(scheme, use_listings_cache=False, **options)
 
 
@@ -234,6 +250,11 @@ def _watched(fs: Any, request: str, *args: Any, **kwargs: Any) -> Any:
         return task.result()
 
     return sync(fs.loop, watched)
+
+
+def _tag(about: dict[str, Any]) -> str:
+    """What a driver says of an object that changes with its content."""
+    return next((str(about[name]) for name in _TAGS if about.get(name)), "")
 
 
 def _is_taken(error: Exception) -> bool:

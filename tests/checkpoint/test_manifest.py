@@ -34,6 +34,11 @@ def _torn_manifest(path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-10])
 
 
+def _file_elsewhere(path: Path) -> None:
+    manifest = path / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"path": "', '"path": "../'))
+
+
 def _missing_shard(path: Path) -> None:
     (path / "shard.safetensors").unlink()
 
@@ -53,6 +58,7 @@ def _other_format(path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
+        (_file_elsewhere, "not beside it"),
         (_no_manifest, "no manifest"), (_torn_manifest, "cannot be read"), (_missing_shard, "is missing"),
         (_truncated_shard, "has 5 bytes, not 7"), (_flipped_bit, "checksum"), (_other_format, "format"),
     ],

@@ -110,9 +110,13 @@ def read(path: Path) -> Checkpoint:
 
 def _files(manifest: Mapping[str, Any]) -> list[File]:
     try:
-        return [File(**entry) for entry in manifest["files"]]
+        files = [File(**entry) for entry in manifest["files"]]
+        outside = [file.path for file in files if Path(file.path).name != file.path]
     except TypeError as error:
         raise InvalidCheckpoint(f"its manifest has files that are none: {error}") from error
+    if outside:
+        raise InvalidCheckpoint(f"its manifest has a file that is not beside it: {outside[0]}")
+    return files
 
 
 def _verify(path: Path, known: File) -> None:

@@ -95,7 +95,7 @@ class InStore:
     run: str
 
     def numbers(self) -> list[int]:
-        found = (key.rpartition("/")[2] for key in self.store.sizes(f"{self.run}/{FOLDER}"))
+        found = (key.rpartition("/")[2] for key in self.store.objects(f"{self.run}/{FOLDER}"))
         return sorted(int(name) for name in found if name.isdigit())
 
     def read(self, number: int) -> bytes:

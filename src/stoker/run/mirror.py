@@ -19,14 +19,17 @@ from typing import Any
 import orjson
 from stoker import object_store, storage
 from stoker.errors import StokerError
-from stoker.object_store import Store
+from stoker.object_store import Store, Stored
 from stoker.run import lease, view
 from stoker.run.directory import MANIFEST, RunDirectory
 
 log = logging.getLogger("stoker")
 
+Objects = dict[str, Stored]
+
+_KNOWN = "store.known"
 _OWN = ("sinks", "tensorboard", "wandb", "checkpoints", "journal", "lease")  # not copied file by file
-_DERIVED = ("attempt.lock", "compacted.safetensors", "store.json", "store.lock", "store.wake")
+_DERIVED = ("attempt.lock", "compacted.safetensors", "store.json", "store.lock", "store.wake", _KNOWN)
 
 
 class Lost(StokerError):
@@ -36,12 +39,13 @@ class Lost(StokerError):
 class Mirror:
     """A run here and in a store."""
 
-    def __init__(self, run: RunDirectory, store: Store, there: dict[str, int] | None = None) -> None:
+    def __init__(self, run: RunDirectory, store: Store, there: Objects | None = None) -> None:
         self._run, self._store = run, store
         self._key = f"{run.experiment}/{run.id}"
-        self._sent: dict[str, tuple[int, int]] = {}
+        self._known: dict[str, list[Any]] = storage.read_json(run.path / _KNOWN)
+        """Of files that are the same here and there: their size and time here, and their tag there."""
         self._there = there
-        """The objects of the run, by key below it, with their sizes; None where that is not known."""
+        """The objects of the run, by key below it; None where that is not known."""
 
     @property
     def where(self) -> str:
@@ -62,18 +66,28 @@ class Mirror:
         self._run.make_folders()
         if newer_there is None:
             newer_there = self._taken_elsewhere()
-        wanted = ("run.json", "provenance/", *(("artifacts/", "logs/") if artifacts else ()))
-        for key, size in there.items():
-            file = self._run.path / key
-            if key.startswith(wanted) and (
-                not file.is_file() or (newer_there and file.stat().st_size != size)
-            ):
-                self._store.get(f"{self._key}/{key}", file)
+        self._fetch_files(there, artifacts=artifacts, newer_there=newer_there)
         self._fetch_lease(there)
         for name, stretches in self._journal(there).items():
             self._fetch_journal(self._run.journal / name, stretches)
         if newer_there:
             self._fetch_manifests(there)
+
+    def _fetch_files(self, there: Objects, *, artifacts: bool, newer_there: bool) -> None:
+        """Bring here the files that are lacking, and those that are others there."""
+        wanted = ("run.json", "provenance/", *(("artifacts/", "logs/") if artifacts else ()))
+        for key, stored in there.items():
+            file = self._run.path / key
+            if not key.startswith((*wanted, "artifacts/", "logs/")):
+                continue
+            if file.is_file():
+                stale = newer_there and self._known.get(key) != [*_mark(file), stored.tag]
+            else:
+                stale = key.startswith(wanted)
+            if stale:
+                self._store.get(f"{self._key}/{key}", file)
+                self._known[key] = [*_mark(file), stored.tag]
+        self._remember()
 
     def fetch_checkpoint(self, path: Path) -> None:
         """Bring here those files of a checkpoint that do not match its manifest. Raises Unreachable."""
@@ -81,7 +95,7 @@ class Mirror:
         manifest = path / MANIFEST
         try:
             self._store.get(f"{key}/{MANIFEST}", manifest)
-            for file in orjson.loads(manifest.read_bytes())["files"]:
+            for file in _files_of(manifest.read_bytes()):
                 local = path / file["path"]
                 if not _matches(local, file):
                     log.info("bringing %s of %s from %s", file["path"], path.name, self._store.url)
@@ -89,7 +103,7 @@ class Mirror:
         except FileNotFoundError:
             log.debug("%s has no whole %s", self.where, path.name)
 
-    def _fetch_manifests(self, there: dict[str, int]) -> None:
+    def _fetch_manifests(self, there: Objects) -> None:
         """Have the checkpoints that the run has now, where another machine went on with it.
 
         What was made here after the one that it went on from is of a past that is void.
@@ -113,7 +127,7 @@ class Mirror:
         held = lease.of(self._run.path, self._store.patience)
         return held is not None and not held.standing_here()
 
-    def _fetch_lease(self, there: dict[str, int]) -> None:
+    def _fetch_lease(self, there: Objects) -> None:
         """The newest lease, which says who trains the run."""
         folder = self._run.path / lease.FOLDER
         for old in folder.glob("[0-9]*"):
@@ -145,6 +159,7 @@ class Mirror:
         there = self._objects()
         for file in self._files():
             self._push_file(file, there)
+        self._remember()
         for file in sorted(self._run.journal.glob("*.jsonl")):
             stretches = self._journal(there).get(file.name, [])
             self._push_journal(file, stretches[-1][1] if stretches else 0)
@@ -172,16 +187,14 @@ class Mirror:
             if not (first in _OWN and rest) and file.name not in _DERIVED and not file.name.startswith("."):
                 yield file
 
-    def _push_file(self, file: Path, there: dict[str, int]) -> None:
+    def _push_file(self, file: Path, there: Objects) -> None:
         key = file.relative_to(self._run.path).as_posix()
         with contextlib.suppress(FileNotFoundError):  # removed just now
-            known = file.stat()
-            mark = (known.st_size, known.st_mtime_ns)
-            kept = key.startswith("artifacts/") and there.get(key) == known.st_size and key not in self._sent
-            if self._sent.get(key) != mark and not kept:
+            mark = _mark(file)
+            if key not in there or self._known.get(key, [])[:2] != mark:
                 self._store.put(f"{self._key}/{key}", file)
-                there[key] = known.st_size
-            self._sent[key] = mark
+                there[key] = Stored(mark[0])
+                self._known[key] = [*mark, ""]
 
     def _push_journal(self, file: Path, there: int) -> None:
         """One more stretch of a journal file."""
@@ -192,31 +205,29 @@ class Mirror:
             key = f"journal/{file.name}/{there:015d}"
             self._store.write(f"{self._key}/{key}", content)
             if self._there is not None:
-                self._there[key] = len(content)
+                self._there[key] = Stored(len(content))
 
-    def _push_checkpoint(self, path: Path, there: dict[str, int]) -> None:
+    def _push_checkpoint(self, path: Path, there: Objects) -> None:
         """Bring a checkpoint to the store, its manifest last."""
         key = f"checkpoints/{path.name}"
         with contextlib.suppress(FileNotFoundError):  # it made room for newer ones meanwhile
-            known = (path / MANIFEST).stat()
-            mark = (known.st_size, known.st_mtime_ns)
+            mark = _mark(path / MANIFEST)
             manifest = (path / MANIFEST).read_bytes()
             if f"{key}/{MANIFEST}" in there:
-                sent = self._sent.get(path.name) == mark
+                sent = self._known.get(key, [])[:2] == mark
                 if sent or self._store.read(f"{self._key}/{key}/{MANIFEST}") == manifest:
-                    self._sent[path.name] = mark
+                    self._known[key] = [*mark, ""]
                     return
                 self._remove(f"{key}/{MANIFEST}", there)  # of another attempt at this step
-            files = [file["path"] for file in orjson.loads(manifest)["files"]]
-            for name in files:
+            for name in (file["path"] for file in _files_of(manifest)):
                 self._store.put(f"{self._key}/{key}/{name}", path / name)
-                there[f"{key}/{name}"] = (path / name).stat().st_size
+                there[f"{key}/{name}"] = Stored((path / name).stat().st_size)
             self._still_ours()
             self._store.write(f"{self._key}/{key}/{MANIFEST}", manifest)
-            there[f"{key}/{MANIFEST}"] = len(manifest)
-            self._sent[path.name] = mark
+            there[f"{key}/{MANIFEST}"] = Stored(len(manifest))
+            self._known[key] = [*mark, ""]
 
-    def _remove_others(self, kept: set[str], there: dict[str, int]) -> None:
+    def _remove_others(self, kept: set[str], there: Objects) -> None:
         """Delete from the store the checkpoints that are none here any more."""
         for folder in {key.split("/")[1] for key in there if key.startswith("checkpoints/")}:
             if folder not in kept and not (self._run.checkpoints / folder / MANIFEST).exists():
@@ -230,33 +241,38 @@ class Mirror:
         for key in sorted(there, key=lambda key: not key.endswith(("run.json", MANIFEST))):
             self._remove(key, there)
 
-    def _remove(self, key: str, there: dict[str, int]) -> None:
+    def _remove(self, key: str, there: Objects) -> None:
         self._store.remove(f"{self._key}/{key}")
         there.pop(key, None)
 
     # -- what is in the store --------------------------------------------------------------
 
-    def _objects(self) -> dict[str, int]:
+    def _objects(self) -> Objects:
         if self._there is None:
-            found = self._store.sizes(self._key)
-            self._there = {key.removeprefix(f"{self._key}/"): size for key, size in found.items()}
+            found = self._store.objects(self._key)
+            self._there = {key.removeprefix(f"{self._key}/"): stored for key, stored in found.items()}
         return self._there
+
+    def _remember(self) -> None:
+        """Keep what is known to be the same here and there, for those who look next."""
+        if self._known != storage.read_json(self._run.path / _KNOWN):
+            storage.write_json(self._run.path / _KNOWN, self._known)
 
     def forget(self) -> None:
         """Look again at what is in the store: a request may have been done though it seemed to fail."""
         self._there = None
 
-    def _journal(self, there: dict[str, int]) -> dict[str, list[tuple[int, int]]]:
+    def _journal(self, there: Objects) -> dict[str, list[tuple[int, int]]]:
         """The stretches of each journal file in the store, without gaps, as (first byte, end)."""
         found: dict[str, list[tuple[int, int]]] = {}
         for key in sorted(key for key in there if key.startswith("journal/")):
             _, name, begin = key.split("/")
             stretches = found.setdefault(name, [])
             if int(begin) <= (stretches[-1][1] if stretches else 0):
-                stretches.append((int(begin), int(begin) + there[key]))
+                stretches.append((int(begin), int(begin) + there[key].size))
         return found
 
-    def _checkpoints(self, there: dict[str, int]) -> list[str]:
+    def _checkpoints(self, there: Objects) -> list[str]:
         """The folders of checkpoints that have a manifest in the store, by step."""
         return sorted(k.split("/")[1] for k in there if k.startswith("checkpoints/") and k.endswith(MANIFEST))
 
@@ -289,15 +305,27 @@ def refresh(runs: Path) -> None:
     store = object_store.of(runs)
     if store is None:
         return
-    objects: dict[str, dict[str, int]] = {}
-    for key, size in store.sizes().items():
+    objects: dict[str, Objects] = {}
+    for key, stored in store.objects().items():
         experiment, _, rest = key.partition("/")
         name, _, inside = rest.partition("/")
-        objects.setdefault(f"{experiment}/{name}", {})[inside] = size
+        objects.setdefault(f"{experiment}/{name}", {})[inside] = stored
     for place, there in objects.items():
         run = RunDirectory(runs / place)
         if "run.json" in there and not run.trained_here:
             Mirror(run, store, there).fetch()
+
+
+def _mark(file: Path) -> list[int]:
+    """What changes of a file when it is written: its size and its time."""
+    known = file.stat()
+    return [known.st_size, known.st_mtime_ns]
+
+
+def _files_of(manifest: bytes) -> list[dict[str, Any]]:
+    """The files that a manifest lists; those of a name that would be elsewhere are of no checkpoint."""
+    files: list[dict[str, Any]] = orjson.loads(manifest)["files"]
+    return [file for file in files if Path(file["path"]).name == file["path"]]
 
 
 def _matches(file: Path, known: dict[str, Any]) -> bool:

@@ -1,0 +1,99 @@
+"""What is brought to an object store, and from there, without one that fails."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from stoker import object_store
+from stoker.run import lease, mirror
+from stoker.run.directory import RunDirectory
+from stoker.run.mirror import Mirror
+
+Machine = Callable[[str], tuple[RunDirectory, lease.Lease]]
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    """A run's working copy on a machine of this name."""
+
+    def on(name: str) -> tuple[RunDirectory, lease.Lease]:
+        monkeypatch.setenv("STOKER_CACHE", str(tmp_path / name))
+        folder = object_store.working_copy(f"file://{tmp_path / 'store'}")
+        run = RunDirectory(folder / "experiment" / "a")
+        run.make_folders()
+        found = lease.of(run.path)
+        assert found is not None
+        return run, found
+
+    return on
+
+
+def _mirror(run: RunDirectory) -> Mirror:
+    found = mirror.of(run)
+    assert found is not None
+    return found
+
+
+def test_an_artifact_that_was_made_anew_goes_there_though_its_size_is_the_same(
+    machine: Machine, tmp_path: Path
+) -> None:
+    run, held = machine("one")
+    held.take()
+    run.create({})
+    model = run.artifacts / "model.safetensors"
+    for content in (b"old weights", b"new weights"):
+        model.write_bytes(content)
+        _mirror(run).push()
+    assert (tmp_path / "store/experiment/a/artifacts/model.safetensors").read_bytes() == b"new weights"
+
+
+def test_what_is_the_same_is_not_sent_again(machine: Machine, tmp_path: Path) -> None:
+    run, held = machine("one")
+    held.take()
+    run.create({})
+    (run.artifacts / "model").write_bytes(b"weights")
+    _mirror(run).push()
+    there = tmp_path / "store/experiment/a/artifacts/model"
+    before = there.stat().st_mtime_ns
+    _mirror(run).push()
+    assert there.stat().st_mtime_ns == before
+
+
+def test_an_old_artifact_does_not_replace_what_another_machine_made(machine: Machine, tmp_path: Path) -> None:
+    first, held = machine("one")
+    held.take()
+    first.create({})
+    (first.artifacts / "model").write_bytes(b"first")
+    _mirror(first).push()
+    held.release()
+
+    second, other = machine("two")
+    assert not other.take()
+    _mirror(second).fetch(newer_there=True, artifacts=True)
+    assert (second.artifacts / "model").read_bytes() == b"first"
+    (second.artifacts / "model").write_bytes(b"other")
+    _mirror(second).push()
+    other.release()
+
+    _, again = machine("one")
+    assert not again.take()
+    _mirror(first).fetch(newer_there=True)
+    assert (first.artifacts / "model").read_bytes() == b"other"
+    _mirror(first).push()
+    assert (tmp_path / "store/experiment/a/artifacts/model").read_bytes() == b"other"
+
+
+def test_a_manifest_brings_nothing_from_outside_of_its_folder(machine: Machine, tmp_path: Path) -> None:
+    run, held = machine("one")
+    held.take()
+    run.create({})
+    there = tmp_path / "store/experiment/a"
+    (there / "checkpoints/step-00000001").mkdir(parents=True)
+    (there / "evil").write_bytes(b"evil")
+    files = [{"path": "../../evil", "size": 4, "xxh3": "0" * 32}]
+    (there / "checkpoints/step-00000001/manifest.json").write_text(json.dumps({"files": files}))
+    _mirror(run).fetch_checkpoint(run.checkpoints / "step-00000001")
+    assert not (run.path / "evil").exists()
