@@ -136,7 +136,8 @@ class Proxy:
     """Stands before a server, and does to every request what `mode` says.
 
     ok: passes it on; 500, 503, 429: answers so; hang: never answers; refuse: closes the connection;
-    mute: never says that what is to be sent may be; drop: closes it when half of what was sent has been read.
+    mute: never says that what is to be sent may be; drop: closes it when half of what was sent has been read;
+    lost: passes it on and closes the connection without the answer.
     `required`, where it is given, is the Authorization header without which the answer is 401.
     `only`: requests that the mode is for, `(method, path)`; all others are passed on.
     """
@@ -183,19 +184,23 @@ class Proxy:
                     proxy._released.wait()
                 elif mode.isdigit():
                     self.send_error(int(mode))
+                elif mode == "lost":
+                    self._pass_on(body, answered=False)
                 elif mode == "ok" and required not in (None, self.headers.get("Authorization")):
                     self.send_error(401)
                 elif mode == "ok":
                     self._pass_on(body)
                 self.close_connection = True
 
-            def _pass_on(self, body: bytes) -> None:
+            def _pass_on(self, body: bytes, *, answered: bool = True) -> None:
                 connection = http.client.HTTPConnection(host, int(port), timeout=60)
                 stay = ("host", "authorization") if required is not None else ("host",)
                 headers = {k: v for k, v in self.headers.items() if k.lower() not in stay}
                 connection.request(self.command, self.path, body, {**headers, "Host": f"{host}:{port}"})
                 answer = connection.getresponse()
                 content = answer.read()
+                if not answered:
+                    return
                 self.send_response(answer.status)
                 for name, value in answer.getheaders():
                     if name.lower() not in ("transfer-encoding", "content-length", "connection"):

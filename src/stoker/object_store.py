@@ -28,15 +28,18 @@ log = logging.getLogger("stoker")
 
 _MARKER = ".object-store.json"
 _LONGEST_PAUSE = 5.0
-STALL = 120.0  # seconds in which at least one part of what is written must arrive
+STALL = 120.0  # seconds in which at least one part of what is on its way must arrive
+_ANSWER = 30.0  # seconds that a request for something small may take
+_AWAY = 60.0  # seconds after which a store that did not answer is tried with patience again
 _PART = 8 * 2**20  # bytes of a part of a multipart upload
 _AT_ONCE = 4  # parts on their way
 _MOST_PARTS = 9000  # S3 takes 10,000
 # S3's driver tries each request several times; these are of one try.
 _S3 = {"connect_timeout": 10, "read_timeout": 20, "retries": {"mode": "standard", "max_attempts": 3}}
 _S3_ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "FSSPEC_S3_ENDPOINT_URL")
-_FINAL = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError)
+_FINAL = (FileNotFoundError, FileExistsError, IsADirectoryError)
 _TAGS = ("ETag", "etag", "md5Hash", "mtime", "LastModified")
+_NEEDED = "the credentials must be there, and let their holder list, read, write and delete in this folder"
 _NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "TokenRetrievalError")
 
 T = TypeVar("T")
@@ -112,8 +115,8 @@ def _check_driver(scheme: str) -> None:
 class Store:
     """A folder of an object store. Keys are paths below it.
 
-    Each request is tried again, ever more slowly, for `patience` seconds; then it raises Unreachable.
-    What no second try would change is raised at once: FileNotFoundError, PermissionError.
+    Each request is tried again, ever more slowly, for `patience` seconds; then it raises Unreachable, and
+    for a minute the next ones are tried once. What no second try would change is raised at once.
     """
 
     url: str
@@ -124,27 +127,28 @@ class Store:
 
     def read(self, key: str) -> bytes:
         """An object. Raises FileNotFoundError."""
-        return bytes(self._try(lambda fs: fs.cat_file(self._path(key)), key))
+        return bytes(self._try(lambda fs: _watched(fs, _ANSWER, "cat_file", self._path(key)), key))
 
     def write(self, key: str, content: bytes, *, new: bool = False) -> None:
         """Write a small object. `new`: raises FileExistsError where there is one."""
         mode = "create" if new else "overwrite"
-        self._try(lambda fs: _watched(fs, "pipe_file", self._path(key), content, mode=mode), key)
+        self._try(lambda fs: _watched(fs, _ANSWER, "pipe_file", self._path(key), content, mode=mode), key)
 
     def put(self, key: str, file: Path) -> None:
         """Write a file of any size, in parts. Raises FileNotFoundError where there is no such file."""
-        parts: dict[str, Any] = {}
+        parts: dict[str, Any] = {"callback": _Parts()}
         if self.url.startswith("s3:"):
             size = max(_PART, file.stat().st_size // _MOST_PARTS)
-            parts = {"chunksize": size, "max_concurrency": _AT_ONCE, "callback": _Parts()}
-        self._try(lambda fs: _watched(fs, "put_file", str(file), self._path(key), **parts), key)
+            parts |= {"chunksize": size, "max_concurrency": _AT_ONCE}
+        self._try(lambda fs: _watched(fs, STALL, "put_file", str(file), self._path(key), **parts), key)
 
     def get(self, key: str, file: Path) -> None:
         """Bring an object here; the file is there whole or not at all. Raises FileNotFoundError."""
         file.parent.mkdir(parents=True, exist_ok=True)
         part = file.with_name(f".{file.name}.{os.getpid()}.part")
         try:
-            self._try(lambda fs: fs.get_file(self._path(key), str(part)), key)
+            parts = {"callback": _Parts()}
+            self._try(lambda fs: _watched(fs, STALL, "get_file", self._path(key), str(part), **parts), key)
             part.replace(file)
         finally:
             part.unlink(missing_ok=True)
@@ -155,7 +159,8 @@ class Store:
 
         def listed(fs: Any) -> dict[str, Stored]:
             fs.invalidate_cache()
-            found = fs.find(self._path(folder).rstrip("/"), detail=True)
+            limit = _ANSWER if folder else STALL
+            found = _watched(fs, limit, "find", self._path(folder).rstrip("/"), detail=True)
             keys = {path[len(base) :]: about for path, about in found.items()}
             return {
                 key: Stored(int(about["size"] or 0), _tag(about))
@@ -171,28 +176,37 @@ class Store:
     def remove(self, key: str) -> None:
         """Delete an object, if it is there."""
         with contextlib.suppress(FileNotFoundError):
-            self._try(lambda fs: fs.rm_file(self._path(key)), key)
+            self._try(lambda fs: _watched(fs, _ANSWER, "rm_file", self._path(key)), key)
 
     def _path(self, key: str) -> str:
         return f"{urlsplit(self.url).netloc}{urlsplit(self.url).path.rstrip('/')}/{key}"
 
     def _try(self, request: Callable[[Any], T], key: str) -> T:
         begun, tries = time.monotonic(), 0
+        patience = self.patience if begun > _away_until.get(self.url, 0.0) else 0.0
         while True:
             try:
-                return request(_file_system(self.url.partition(":")[0]))
+                answer = request(_file_system(self.url.partition(":")[0]))
+                _away_until.pop(self.url, None)
+                return answer
             except _FINAL:
                 raise
             except Exception as error:
                 said = f"{self.url}/{key}: {type(error).__name__}: {error}"
                 if _is_taken(error):
                     raise FileExistsError(said) from error
-                hopeless = type(error).__name__ in _NO_CREDENTIALS or _is_refused(error)
-                if hopeless or time.monotonic() - begun > self.patience:
+                if _is_refused(error):
+                    raise Unreachable(f"{said}; {_NEEDED}") from error
+                if time.monotonic() - begun >= patience:
+                    _away_until[self.url] = time.monotonic() + _AWAY
                     raise Unreachable(said) from error
                 log.debug("%s; trying again", said)
                 tries += 1
                 time.sleep(random.uniform(0.5, 1.0) * min(0.2 * 2**tries, _LONGEST_PAUSE))
+
+
+_away_until: dict[str, float] = {}
+"""Stores that did not answer, by URL."""
 
 
 @functools.cache
@@ -225,10 +239,11 @@ class _Parts:
         return lambda *args, **kwargs: None
 
 
-def _watched(fs: Any, request: str, *args: Any, **kwargs: Any) -> Any:
-    """Make a request that writes; OSError where nothing arrives for `STALL` seconds.
+def _watched(fs: Any, stall: float, request: str, *args: Any, **kwargs: Any) -> Any:
+    """Make a request; OSError where nothing arrives for `stall` seconds.
 
-    A driver that waits to be let send (`Expect: 100-continue`) may wait for ever.
+    A driver that waits to be let send (`Expect: 100-continue`) may wait for ever, and one that is not
+    answered tries for minutes.
     """
     if not fs.async_impl:
         return getattr(fs, request)(*args, **kwargs)
@@ -243,8 +258,8 @@ def _watched(fs: Any, request: str, *args: Any, **kwargs: Any) -> Any:
         task = asyncio.ensure_future(getattr(fs, f"_{request}")(*args, **kwargs))
         try:
             while not (await asyncio.wait({task}, timeout=1.0))[0]:
-                if time.monotonic() - heard.at > STALL:
-                    raise OSError(f"nothing arrived for {STALL:.0f} s")
+                if time.monotonic() - heard.at > stall:
+                    raise OSError(f"nothing arrived for {stall:.0f} s")
         finally:
             task.cancel()
         return task.result()
@@ -263,4 +278,7 @@ def _is_taken(error: Exception) -> bool:
 
 
 def _is_refused(error: Exception) -> bool:
+    """Whether no second try would change the answer: there are no credentials, or they do not suffice."""
+    if isinstance(error, PermissionError) or type(error).__name__ in _NO_CREDENTIALS:
+        return True
     return any(word in str(error) for word in ("InvalidAccessKeyId", "SignatureDoesNotMatch", "AccessDenied"))

@@ -5,6 +5,7 @@ from pathlib import Path
 import orjson
 import pytest
 from stoker.checkpoint import manifest
+from stoker.object_store import Unreachable
 
 
 def _save(checkpoints: Path, step: int, content: bytes = b"weights") -> Path:
@@ -72,6 +73,21 @@ def test_a_damaged_one_is_passed_over_with_the_reason(tmp_path: Path, damage, re
     assert len(passed_over) == 1
     assert passed_over[0].startswith("step-00000040: ")
     assert reason in passed_over[0]
+
+
+def test_one_that_cannot_be_mended_now_is_passed_over(tmp_path: Path) -> None:
+    def mend(path: Path) -> None:
+        raise Unreachable("s3://bucket: no answer")
+
+    _save(tmp_path, 20)
+    _no_manifest(_save(tmp_path, 40))
+    found, passed_over = manifest.newest(tmp_path, mend)
+    assert found is not None
+    assert found.step == 20
+    assert passed_over == [
+        "step-00000040: it has no manifest: saving it was not finished; "
+        "in its store it is out of reach (s3://bucket: no answer)"
+    ]
 
 
 def test_nothing_is_found_where_nothing_is(tmp_path: Path) -> None:

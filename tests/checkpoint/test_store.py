@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from stoker.checkpoint import manifest, shards, store
+from stoker.checkpoint import manifest, planning, shards, store
 from stoker.checkpoint.store import About, Saver
 from torch.distributed.checkpoint import state_dict_loader
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
@@ -60,6 +60,34 @@ def test_torch_itself_reads_the_shards(tmp_path: Path) -> None:
     assert torch.equal(into["weight"], _tensors()["weight"])
     with safe_open(next(manifest.folder(tmp_path, 1).glob("*.safetensors")), "pt") as opened:
         assert torch.equal(opened.get_tensor("weight"), _tensors()["weight"])
+
+
+def test_what_fails_behind_a_checkpoint_does_not_cost_it(tmp_path: Path) -> None:
+    def fail(checkpoint: manifest.Checkpoint) -> None:
+        manifest.prune(tmp_path, 1)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    Saver(tmp_path).save(_tensors(), {}, About(1, 8))
+    saver = Saver(tmp_path, done=fail)
+    saver.save(_tensors(), {}, About(2, 16))
+    with pytest.raises(OSError, match="No space left"):
+        saver.wait()
+    found, _ = manifest.newest(tmp_path)
+    assert found is not None
+    assert found.step == 2
+
+
+@pytest.mark.parametrize("name", ["rank-00000-999.safetensors", "a.safetensors"])
+def test_a_shard_that_is_not_in_the_manifest_is_not_loaded(tmp_path: Path, name: str) -> None:
+    saver = Saver(tmp_path)
+    saver.save(_tensors(), {}, About(1, 8))
+    saver.wait()
+    path = manifest.folder(tmp_path, 1)
+    part = planning.Part("weight", (1, 0))
+    (other := tmp_path / "other").mkdir()
+    (stray,) = shards.write(other, 0, [part], {"weight": torch.full((2, 4), 7.0)})
+    (other / stray.path).rename(path / name)
+    assert torch.equal(_load(path)["weight"], _tensors()["weight"])
 
 
 def test_many_tensors_are_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,3 +97,44 @@ def test_a_manifest_brings_nothing_from_outside_of_its_folder(machine: Machine, 
     (there / "checkpoints/step-00000001/manifest.json").write_text(json.dumps({"files": files}))
     _mirror(run).fetch_checkpoint(run.checkpoints / "step-00000001")
     assert not (run.path / "evil").exists()
+
+
+def test_what_was_written_here_alone_is_void_where_another_machine_went_on(machine: Machine) -> None:
+    first, held = machine("one")
+    held.take()
+    first.create({})
+    (first.journal / "attempt-0001.rank-0.jsonl").write_bytes(b'{"of": 1}\n')
+    _mirror(first).push()
+    (first.journal / "attempt-0001.rank-0.jsonl").write_bytes(b'{"of": 1}\n{"not": "brought there"}\n')
+    (first.journal / "attempt-0002.rank-0.jsonl").write_bytes(b'{"of": "one"}\n')
+    (first.journal / "attempt-0003.rank-0.jsonl").write_bytes(b'{"of": "one"}\n')
+    (first.journal / "control-1.jsonl").write_bytes(b'{"tags": {}}\n')
+    held.release()
+
+    second, other = machine("two")
+    assert not other.take()
+    _mirror(second).fetch(newer_there=True)
+    (second.journal / "attempt-0002.rank-0.jsonl").write_bytes(b'{"of": "two"}\n')
+    _mirror(second).push()
+    other.release()
+
+    machine("one")
+    _mirror(first).fetch()
+    found = {file.name: file.read_text() for file in first.journal.glob("*.jsonl")}
+    assert found == {
+        "attempt-0001.rank-0.jsonl": '{"of": 1}\n{"not": "brought there"}\n',
+        "attempt-0002.rank-0.jsonl": '{"of": "two"}\n',
+        "control-1.jsonl": '{"tags": {}}\n',
+    }
+
+
+def test_a_checkpoint_is_removed_there_too(machine: Machine, tmp_path: Path) -> None:
+    run, held = machine("one")
+    held.take()
+    run.create({})
+    there = tmp_path / "store/experiment/a/checkpoints/step-00000001"
+    there.mkdir(parents=True)
+    for name in ("manifest.json", "shard"):
+        (there / name).write_bytes(b"{}")
+    _mirror(run).remove_checkpoint("step-00000001")
+    assert not any(file.is_file() for file in there.rglob("*"))

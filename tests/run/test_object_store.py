@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 import uuid
 from pathlib import Path
 
@@ -12,16 +13,18 @@ import pytest
 from stoker import object_store
 from stoker.errors import BadInput
 from stoker.object_store import Store, Unreachable
+from stoker.run.lease import InStore, Lease
 
 from servers import Proxy
 
 
 @pytest.fixture
 def store(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> Store:
-    """A folder of its own; requests of this process go through this test's proxy."""
+    """A folder of its own, of a server that answers; requests of this process go through this test's proxy."""
     monkeypatch.setitem(
         fsspec.config.conf, "s3", {"config_kwargs": {"read_timeout": 1, "connect_timeout": 1}}
     )
+    monkeypatch.setattr(object_store, "_away_until", {})
     object_store._file_system.cache_clear()
     fsspec.get_filesystem_class("s3").clear_instance_cache()
     found = object_store.of(object_store.working_copy(f"s3://bucket/{uuid.uuid4().hex}"))
@@ -110,6 +113,36 @@ def test_one_that_never_lets_us_send_is_given_up(
     with pytest.raises(Unreachable, match="nothing arrived for 1 s"):
         dataclasses.replace(store, patience=0.5).put("file", tmp_path / "file")
     assert proxy.seen["mute"]
+
+
+def test_one_that_does_not_answer_is_given_up(
+    store: Store, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(object_store, "_ANSWER", 1.0)
+    proxy._only = lambda method, path: True
+    proxy.mode = "hang"
+    begun = time.monotonic()
+    with pytest.raises(Unreachable, match="nothing arrived for 1 s"):
+        dataclasses.replace(store, patience=0.5).objects("a")
+    with pytest.raises(Unreachable, match="nothing arrived for 1 s"):  # which has become known: one try
+        store.read("b")
+    assert time.monotonic() - begun < 10
+
+
+def test_where_access_is_denied_it_is_said_at_once(store: Store, proxy: Proxy) -> None:
+    proxy.mode = "403"
+    with pytest.raises(Unreachable, match="credentials must"):
+        store.write("a", b"")
+    assert proxy.seen["403"] < 3
+
+
+def test_a_lease_is_taken_though_the_answer_is_lost(store: Store, proxy: Proxy, tmp_path: Path) -> None:
+    held = Lease(InStore(store, "experiment/a"), "here", tmp_path, None)
+    proxy._only = lambda method, path: method == "PUT"
+    proxy.mode, proxy.left = "lost", 1
+    held.take()
+    assert proxy.seen["lost"] == 1
+    assert held.standing()
 
 
 def test_without_credentials_nothing_is_tried_twice(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

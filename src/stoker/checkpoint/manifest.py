@@ -20,6 +20,7 @@ from typing import Any
 
 import orjson
 from stoker import storage
+from stoker.object_store import Unreachable
 from stoker.run import directory
 from stoker.run.series import Goal
 
@@ -57,8 +58,16 @@ class Checkpoint:
     samples: int
     """Samples of the global order that were trained on."""
     bytes: int
+    files: frozenset[str]
+    """The names of its files; others in its folder are not of it."""
     metrics: dict[str, float] = field(default_factory=dict)
     """The newest value of every metric when it was taken."""
+
+    @classmethod
+    def of(cls, path: Path, manifest: Mapping[str, Any], files: Sequence[File]) -> Checkpoint:
+        """The one that a manifest is of."""
+        size, names = sum(file.size for file in files), frozenset(file.path for file in files)
+        return cls(path, manifest["step"], manifest["samples"], size, names, manifest["metrics"])
 
 
 def folder(checkpoints: Path, step: int) -> Path:
@@ -90,7 +99,7 @@ def commit(
     }  # fmt: skip
     storage.write_atomically(path / NAME, orjson.dumps(manifest, option=orjson.OPT_INDENT_2))
     storage.sync_directory(path.parent)
-    return Checkpoint(path, step, samples, sum(file.size for file in files), known)
+    return Checkpoint.of(path, manifest, files)
 
 
 def verify(path: Path) -> Checkpoint:
@@ -104,8 +113,7 @@ def verify(path: Path) -> Checkpoint:
 def read(path: Path) -> Checkpoint:
     """A checkpoint as its manifest says, of which nothing else is checked. Raises InvalidCheckpoint."""
     manifest = _read(path)
-    size = sum(file.size for file in _files(manifest))
-    return Checkpoint(path, manifest["step"], manifest["samples"], size, manifest["metrics"])
+    return Checkpoint.of(path, manifest, _files(manifest))
 
 
 def _files(manifest: Mapping[str, Any]) -> list[File]:
@@ -137,10 +145,13 @@ def mended(path: Path, mend: Callable[[Path], None] | None) -> Checkpoint:
     """
     try:
         return verify(path)
-    except InvalidCheckpoint:
+    except InvalidCheckpoint as reason:
         if mend is None:
             raise
-    mend(path)
+        try:
+            mend(path)
+        except Unreachable as error:
+            raise InvalidCheckpoint(f"{reason}; in its store it is out of reach ({error})") from error
     return verify(path)
 
 

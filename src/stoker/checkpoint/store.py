@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import os
 import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +24,7 @@ from stoker.checkpoint.manifest import Checkpoint, File
 from stoker.checkpoint.staging import HostBuffers
 from stoker.world import World
 from torch.distributed.checkpoint import state_dict_loader
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
@@ -128,13 +130,16 @@ class Saver:
     def _raise_together(
         self, error: Exception | None, path: Path, files: Sequence[File] = ()
     ) -> list[dict[str, Any]]:
-        """Raise on all ranks what one has failed of, the directory removed; else the files of all ranks."""
+        """Raise on all ranks what one has failed of; else the files of all ranks.
+
+        What is no checkpoint by then is removed; one that is stays, whatever failed after it.
+        """
         mine = (None if error is None else str(error), [dataclasses.asdict(file) for file in files])
         answers = distributed.gathered(mine, self._group) if self._world.size > 1 else [mine]
         said = next((said for said, _ in answers if said is not None), None)
         if said is None:
             return [file for _, of_rank in answers for file in of_rank]
-        if self._world.rank == 0:
+        if self._world.rank == 0 and not (path / manifest.NAME).exists():
             manifest.remove(path)
         raise error or OSError(said)
 
@@ -176,7 +181,7 @@ def _error_of(work: Callable[[], None]) -> Exception | None:
 
 def shapes(checkpoint: Checkpoint) -> dict[str, tuple[torch.Size, torch.dtype]]:
     """The shape and dtype of every tensor, whole, from the headers of the shards."""
-    metadata = HuggingFaceStorageReader(str(checkpoint.path)).read_metadata()
+    metadata = _reader(checkpoint).read_metadata()
     return {
         name: (m.size, m.properties.dtype)
         for name, m in metadata.state_dict_metadata.items()
@@ -190,9 +195,26 @@ def load_tensors(checkpoint: Checkpoint, into: Tensors, world: World = ALONE) ->
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         state_dict_loader.load(
             cast("dict[str, Any]", into),
-            storage_reader=HuggingFaceStorageReader(str(checkpoint.path)),
+            storage_reader=_reader(checkpoint),
             no_dist=world.size == 1,
         )
+
+
+def _reader(checkpoint: Checkpoint) -> HuggingFaceStorageReader:
+    """torch's reader, of the files that were verified: it takes all there are in the folder."""
+    reader = HuggingFaceStorageReader(str(checkpoint.path))
+    reader.fs = _OnlyThese(checkpoint.files)
+    return reader
+
+
+class _OnlyThese(FileSystem):
+    """A file system whose folders have but these files."""
+
+    def __init__(self, names: frozenset[str]) -> None:
+        self._names = names
+
+    def ls(self, path: str | os.PathLike[str]) -> list[str]:
+        return [file for file in super().ls(path) if Path(file).name in self._names]
 
 
 def load_values(checkpoint: Checkpoint) -> dict[str, Any]:

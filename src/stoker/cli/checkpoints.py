@@ -129,6 +129,9 @@ def rm(
         )
     if seen.directory.alive:
         raise BadInput(f"run {seen.directory.id!r} is being trained: its checkpoints are in use")
+    copy = mirror.of(seen.directory)
+    if copy is not None:
+        copy.remove_checkpoint(path.name)
     manifest.remove(path)
     if json:
         print_json({"removed": str(path)})

@@ -200,7 +200,7 @@ class Lease:
         try:
             if number:
                 self._await_end_of(number)
-            self._place.write(number + 1, self._content(), new=True)
+            self._make(number + 1)
         except (FileExistsError, FileNotFoundError) as error:
             raise BadInput(f"another process has begun to train {self._run} just now") from error
         self._number = number + 1
@@ -211,6 +211,15 @@ class Lease:
             if old < self._number:
                 self._place.remove(old)
         return was_here
+
+    def _make(self, number: int) -> None:
+        """Write a lease that is new. Raises FileExistsError where another process has."""
+        try:
+            self._place.write(number, self._content(), new=True)
+        except FileExistsError:
+            if Holder(**orjson.loads(self._place.read(number))).id != self._id:
+                raise
+            # ours: it was written, and the answer was lost
 
     def _await_end_of(self, number: int) -> None:
         """Wait until its holder is known to be gone. Raises BadInput where it is not."""

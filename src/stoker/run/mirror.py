@@ -12,7 +12,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Iterator
+import uuid
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,8 @@ class Mirror:
             newer_there = self._taken_elsewhere()
         self._fetch_files(there, artifacts=artifacts, newer_there=newer_there)
         self._fetch_lease(there)
+        if newer_there:
+            self._void_journals(there)
         for name, stretches in self._journal(there).items():
             self._fetch_journal(self._run.journal / name, stretches)
         if newer_there:
@@ -102,6 +105,21 @@ class Mirror:
                     self._store.get(f"{key}/{file['path']}", local)
         except FileNotFoundError:
             log.debug("%s has no whole %s", self.where, path.name)
+
+    def _void_journals(self, there: Objects) -> None:
+        """Leave out what attempts here wrote that another machine, which went on, knew nothing of.
+
+        An attempt of that machine may have the same number. Their files are kept, under another name.
+        """
+        known = self._journal(there)
+        for file in self._run.journal.glob("attempt-*.jsonl"):
+            first = known.get(file.name, [(0, 0)])[0]
+            content = self._store.read(f"{self._key}/journal/{file.name}/{0:015d}") if first[1] else b""
+            with file.open("rb") as source:
+                same = bool(content) and content.startswith(source.read(len(content)))
+            if not same:
+                log.warning("%s was written here and is void: another machine went on without it", file.name)
+                file.replace(file.with_suffix(f".void-{uuid.uuid4().hex[:8]}"))
 
     def _fetch_manifests(self, there: Objects) -> None:
         """Have the checkpoints that the run has now, where another machine went on with it.
@@ -231,14 +249,18 @@ class Mirror:
         """Delete from the store the checkpoints that are none here any more."""
         for folder in {key.split("/")[1] for key in there if key.startswith("checkpoints/")}:
             if folder not in kept and not (self._run.checkpoints / folder / MANIFEST).exists():
-                files = sorted(key for key in there if key.startswith(f"checkpoints/{folder}/"))
-                for key in sorted(files, key=lambda key: not key.endswith(MANIFEST)):
-                    self._remove(key, there)
+                self.remove_checkpoint(folder)
 
     def remove(self) -> None:
         """Delete the run from the store."""
         there = self._objects()
-        for key in sorted(there, key=lambda key: not key.endswith(("run.json", MANIFEST))):
+        for key in _manifest_first(there):
+            self._remove(key, there)
+
+    def remove_checkpoint(self, name: str) -> None:
+        """Delete a checkpoint from the store, by the name of its folder. Raises Unreachable."""
+        there = self._objects()
+        for key in _manifest_first(k for k in there if k.startswith(f"checkpoints/{name}/")):
             self._remove(key, there)
 
     def _remove(self, key: str, there: Objects) -> None:
@@ -314,6 +336,11 @@ def refresh(runs: Path) -> None:
         run = RunDirectory(runs / place)
         if "run.json" in there and not run.trained_here:
             Mirror(run, store, there).fetch()
+
+
+def _manifest_first(keys: Iterable[str]) -> list[str]:
+    """In the order in which they are deleted: what is half gone is to be none."""
+    return sorted(keys, key=lambda key: (not key.endswith(("run.json", MANIFEST)), key))
 
 
 def _mark(file: Path) -> list[int]:
