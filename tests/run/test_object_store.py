@@ -20,7 +20,7 @@ from servers import Proxy
 
 @pytest.fixture
 def store(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> Store:
-    """A folder of its own, of a server that answers; requests of this process go through this test's proxy."""
+    """A folder of its own, of a server that answers; what this process asks goes through the proxy."""
     monkeypatch.setitem(
         fsspec.config.conf, "s3", {"config_kwargs": {"read_timeout": 1, "connect_timeout": 1}}
     )
