@@ -120,6 +120,35 @@ def test_told_to_stop_all_ranks_stop_after_the_same_step(
     assert (run / "checkpoints" / f"step-{seen.step:08d}" / "manifest.json").is_file()
 
 
+@pytest.mark.parametrize("there", ["stoker-launch-*", "stoker-launch-*/rank-*.pid"])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)], ids=["sigterm", "sigint"]
+)
+def test_told_to_stop_while_they_come_up_ranks_end_quietly(
+    there: str, number: signal.Signals, code: int, start: Start, tmp_path: Path
+) -> None:
+    env = {"TMPDIR": str(tmp_path)}
+    process = start("train", RECIPE, *SLOW, "steps=5000", "--nproc", "2", "--name", "a", env=env)
+    deadline = time.monotonic() + 60
+    while not any(tmp_path.glob(there)) and time.monotonic() < deadline:
+        time.sleep(0.002)
+    ranks = _ranks(process)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code, err.decode()
+    assert "Error" not in err.decode()
+    assert not psutil.wait_procs(ranks, timeout=10)[1], "none is alive"
+
+
+def test_a_scheduler_that_says_it_again_gets_the_same_exit_code(start: Start, tmp_path: Path) -> None:
+    process = start("train", RECIPE, *SLOW, "steps=5000", "--name", "a")
+    wait_for_points(process, tmp_path / "runs" / "ranked" / "a", 10)
+    while process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.05)
+    assert process.returncode == 75
+
+
 def test_ranks_end_with_their_launcher(start: Start, tmp_path: Path) -> None:
     process = start("train", RECIPE, *SLOW, "steps=5000", "--nproc", "2", "--name", "a")
     run = tmp_path / "runs" / "ranked" / "a"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -59,7 +61,16 @@ def _exit_code(command: typer.Typer) -> int:
         return EXIT_FAILED
     except Exception as error:
         return _failed(error)
+    finally:
+        _keep_exit_code()
     return code if isinstance(code, int) else 0
+
+
+def _keep_exit_code() -> None:
+    """All is done and said: a scheduler's next signal is not to make it another end than it was."""
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
 
 
 def _failed(error: Exception) -> int:

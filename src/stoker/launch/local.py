@@ -23,6 +23,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import psutil
 from stoker import signals, supervision
 from stoker.errors import BadInput, StokerError, Stopped
 from stoker.launch import nodes, ranks
@@ -152,10 +153,12 @@ def _attempt(job: _Job, place: Place, folder: Path) -> int:
     with watching(folder, job.nproc, outside) as watch:
         failed = _launch(job, place, folder)
     ends = ranks.ends(folder)
+    if watch.abandoned:
+        return max(end.code or 0 for end in ends.values())
     try:
         _raise_first(ends, failed, watch)
     except RankFailed as failure:
-        if watch.told_to_stop:  # as it was asked to, if not in the way it was
+        if watch.told:  # as it was asked to, if not in the way it was
             raise StokerError(str(failure)) from failure
         failure.step, failure.saved = _progress(folder)
         _tell_run(folder, failure)
@@ -206,11 +209,25 @@ def _launch(job: _Job, place: Place, folder: Path) -> dict[int, int]:
     )  # fmt: skip
     try:
         elastic_launch(config, ranks.main)(job.function, job.arguments, str(folder), os.getpid())
+    except Stopped:  # before any rank was there to be told
+        _end_server()
+        raise
     except ChildFailedError as error:
         return {rank: failure.exitcode for rank, failure in error.failures.items()}
     except RuntimeError as error:  # of the store in which the machines find each other
         raise RankFailed(f"the machines did not find each other: {error}") from error
     return {}
+
+
+def _end_server() -> None:
+    """End the server of the ranks with those that it is about to start, before they say that nobody waits."""
+    from multiprocessing import forkserver
+
+    with contextlib.suppress(psutil.Error):
+        server = psutil.Process(forkserver._forkserver._forkserver_pid)  # type: ignore[attr-defined]
+        server.suspend()
+        for process in [*server.children(), server]:
+            process.kill()
 
 
 def _raise_first(ends: dict[int, ranks.End], failed: dict[int, int], watch: Watch) -> None:

@@ -18,6 +18,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import psutil
@@ -46,8 +47,7 @@ def main(function: Callable[..., int], arguments: Sequence[Any], folder: str, la
     rank = int(os.environ["RANK"])
     base = Path(folder) / f"rank-{rank}"
     os.setsid()  # Ctrl-C reaches the launcher alone, which passes it on once
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_DFL)  # its server ignores them
+    _answer_signals(_stop)  # which its server ignores
     _end_with(launcher)
     os.environ[supervision.FOLDER] = folder
     _write(base, ".pid", str(os.getpid()))
@@ -66,6 +66,7 @@ def main(function: Callable[..., int], arguments: Sequence[Any], folder: str, la
     except BaseException as caught:
         said = f"{type(caught).__name__}: {caught}"
         end = End(rank, time.time(), 1, said, traceback.format_exc(), again=True)
+    _answer_signals(signal.SIG_IGN)
     _write(base, ".json", json.dumps(vars(end)))
     _leave_group(failed=bool(end.error))
     if end.error:
@@ -108,6 +109,16 @@ def log_to(file: Path) -> None:
     with file.open("ab") as target:
         os.dup2(target.fileno(), sys.stdout.fileno())
         os.dup2(target.fileno(), sys.stderr.fileno())
+
+
+def _answer_signals(handler: Any) -> None:
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, handler)
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    """Until a run handles signals there is nothing to finish."""
+    raise Stopped("interrupted" if number == signal.SIGINT else "preempted")
 
 
 def _leave_group(*, failed: bool) -> None:

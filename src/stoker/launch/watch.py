@@ -31,18 +31,28 @@ class Watch:
     folder: Path
     count: int
     """Ranks of the launch."""
-    told_to_stop: bool = False
+    told: int = 0
+    """The signal by which all ranks were told to stop; 0 where they were not."""
+    abandoned: bool = False
+    """Whether ranks were ended that could not hear that, on their way to others which had stopped."""
     verdict: str = ""
     """Why all ranks were ended, where they were."""
     outside: Callable[[], str] = lambda: ""
     """Why they are to be ended for what happens elsewhere; nothing while they are not."""
     _over: threading.Event = field(default_factory=threading.Event)
+    _heard: set[int] = field(default_factory=set)
 
     def run(self) -> None:
         """Watch until it is over; in a thread."""
         while not self._over.wait(_EVERY):
             self.verdict = self._hanging() or self.outside()
+            if self.told:
+                self._tell()
             if self.verdict:
+                self._end_all()
+            elif self._stopped_before_all_came_up():
+                self._over.wait(_LAST_WORDS)
+                self.abandoned = not self._over.is_set()
                 self._end_all()
             elif ranks.failed(self.folder):
                 self._over.wait(_LAST_WORDS)
@@ -51,6 +61,14 @@ class Watch:
     def stop(self) -> None:
         """There is nothing left to watch."""
         self._over.set()
+
+    def _tell(self) -> None:
+        """Tell those ranks to stop that have not been told: some may have come up since."""
+        for pid in ranks.pids(self.folder).values():
+            if pid not in self._heard:
+                self._heard.add(pid)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, self.told)
 
     def signal(self, number: int) -> None:
         """Send a signal to every rank that lives."""
@@ -62,6 +80,11 @@ class Watch:
         while not self._over.is_set():
             self.signal(signal.SIGKILL)
             self._over.wait(_EVERY)
+
+    def _stopped_before_all_came_up(self) -> bool:
+        """Whether a rank has stopped as it was told to, and the others may wait for it without end."""
+        began = any(pulse.step >= 0 for pulse in supervision.read(self.folder).values())
+        return bool(self.told) and not began and bool(ranks.ends(self.folder))
 
     def _hanging(self) -> str:
         """What is said of ranks that stand still, once they have written their stacks; else nothing."""
@@ -97,10 +120,11 @@ def watching(folder: Path, count: int, outside: Callable[[], str]) -> Iterator[W
     watch = Watch(folder, count, outside=outside)
 
     def pass_on(number: int, frame: FrameType | None) -> None:
-        watch.told_to_stop = True
         if not ranks.pids(folder):
             raise Stopped("interrupted" if number == signal.SIGINT else "preempted")
-        watch.signal(number)
+        if watch.told:
+            watch.signal(number)
+        watch.told = number
 
     thread = threading.Thread(target=watch.run, name="watch-ranks", daemon=True)
     thread.start()
