@@ -114,6 +114,8 @@ class Run:
         self.layout: dict[str, Any] = {}
         """How the attempt before this one used the devices, where a Trainer did."""
         self.stop = StopRequests()
+        self.made: set[str] = set()
+        """The kinds of artifacts that were recorded in this attempt."""
         self._sinks = follower.enabled()
         self._pending: collections.deque[tuple[Deferred | DeferredArrays, int, float, str | None]]
         self._pending = collections.deque()
@@ -352,6 +354,7 @@ class Run:
         files = artifacts.describe(self.directory, source)
         relative = str(source.resolve().relative_to(self.directory.path.resolve()))
         self._append("artifact", name=name, kind=kind, path=relative, files=files)
+        self.made.add(kind)
         return source
 
     def use(self, artifact: Path | str) -> Path:
@@ -469,6 +472,8 @@ class Run:
             log.removeHandler(handler)
             handler.close()
         self._logging = []
+        if self._lease is not None:
+            self._lease.end_keeping()  # who takes the lock now may take the lease too: it was ours to the end
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1

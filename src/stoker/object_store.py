@@ -130,7 +130,11 @@ class Store:
         return bytes(self._try(lambda fs: _watched(fs, _ANSWER, "cat_file", self._path(key)), key))
 
     def write(self, key: str, content: bytes, *, new: bool = False) -> None:
-        """Write a small object. `new`: raises FileExistsError where there is one."""
+        """Write a small object. `new`: raises FileExistsError where there is one.
+
+        That of two who write at once one is refused holds where the driver can have the store see to it:
+        S3, Google's and Azure's.
+        """
         mode = "create" if new else "overwrite"
         self._try(lambda fs: _watched(fs, _ANSWER, "pipe_file", self._path(key), content, mode=mode), key)
 
@@ -155,13 +159,13 @@ class Store:
 
     def objects(self, folder: str = "") -> dict[str, Stored]:
         """Every object below a folder, by its key; but for those whose key is no path below a folder."""
-        base = self._path("")
+        base = self._path("").lstrip("/")
 
         def listed(fs: Any) -> dict[str, Stored]:
             fs.invalidate_cache()
             limit = _ANSWER if folder else STALL
             found = _watched(fs, limit, "find", self._path(folder).rstrip("/"), detail=True)
-            keys = {path[len(base) :]: about for path, about in found.items()}
+            keys = {path.lstrip("/")[len(base) :]: about for path, about in found.items()}
             return {
                 key: Stored(int(about["size"] or 0), _tag(about))
                 for key, about in keys.items()

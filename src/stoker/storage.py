@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
-import mmap
 import os
 import platform
 import time
@@ -20,6 +19,8 @@ from typing import Any
 import orjson
 import psutil
 import xxhash
+
+_PIECE = 2**20  # bytes that are read at once
 
 # File systems that one machine has to itself.
 _OWN_DISKS = frozenset({
@@ -74,15 +75,10 @@ def xxh3(path: Path) -> str:
     It finds what a disk or a network gets wrong, as fast as memory is read; not what somebody forges.
     """
     digest = xxhash.xxh3_128()
-    size = path.stat().st_size
-    if size == 0:
-        return digest.hexdigest()
-    with (
-        path.open("rb") as file,
-        mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) as content,
-        memoryview(content) as view,
-    ):
-        digest.update(view)
+    buffer = memoryview(bytearray(_PIECE))
+    with path.open("rb", buffering=0) as file:  # not mapped: a page that cannot be read would end the process
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
     return digest.hexdigest()
 
 

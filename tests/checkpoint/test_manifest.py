@@ -90,6 +90,15 @@ def test_one_that_cannot_be_mended_now_is_passed_over(tmp_path: Path) -> None:
     ]
 
 
+def test_one_that_is_void_is_not_mended(tmp_path: Path) -> None:
+    _save(tmp_path, 20)
+    manifest.void(_save(tmp_path, 40))
+    found, passed_over = manifest.newest(tmp_path, lambda path: pytest.fail("it is void"))
+    assert found is not None
+    assert found.step == 20
+    assert "is void" in passed_over[0]
+
+
 def test_nothing_is_found_where_nothing_is(tmp_path: Path) -> None:
     assert manifest.newest(tmp_path / "none") == (None, [])
 

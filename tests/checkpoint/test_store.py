@@ -90,6 +90,21 @@ def test_a_shard_that_is_not_in_the_manifest_is_not_loaded(tmp_path: Path, name:
     assert torch.equal(_load(path)["weight"], _tensors()["weight"])
 
 
+def test_where_weights_are_averaged_the_averages_are_exported(tmp_path: Path) -> None:
+    saver = Saver(tmp_path)
+    state = {
+        "model.weight": torch.zeros(2),
+        "model.count": torch.ones(1),
+        "ema.weight": torch.full((2,), 5.0),
+    }
+    saver.save(state, {}, About(1, 8))
+    saver.wait()
+    file = store.export_model(manifest.verify(manifest.folder(tmp_path, 1)), tmp_path / "a.safetensors")
+    with safe_open(file, "pt") as opened:
+        assert sorted(opened.keys()) == ["count", "weight"]
+        assert opened.get_tensor("weight").tolist() == [5.0, 5.0]
+
+
 def test_many_tensors_are_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards, "_FILE", 1000)
     tensors = {f"t{n}": torch.full((100,), float(n)) for n in range(7)}

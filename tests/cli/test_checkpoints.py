@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from stoker.checkpoint import manifest
-from stoker.checkpoint.store import load_tensors, shapes
+from stoker.checkpoint.store import export_model, load_tensors, shapes
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import Command, Start
@@ -73,6 +74,19 @@ def _assert_weights(model: torch.nn.Module, run: Path, *, adapter: bool) -> None
     compared = [name for name in saved if name.removeprefix("model.") in parameters]
     assert len(compared) == len([name for name in saved if not adapter or "lora_" in name])
     assert all(torch.equal(parameters[name.removeprefix("model.")], saved[name]) for name in compared)
+
+
+def test_a_run_that_is_extended_exports_its_weights_anew(stoker: Command, tmp_path: Path) -> None:
+    recipe = str(Path(__file__).with_name("ranked.py"))
+    run = tmp_path / "runs" / "ranked" / "a"
+    for command in (("train", recipe, "steps=20", "--name", "a"), ("resume", "a", "steps=40")):
+        done = stoker(*command)
+        assert done.code == 0, done.err
+        newest, _ = manifest.newest(run / "checkpoints")
+        assert newest is not None
+        expected = load_file(export_model(newest, tmp_path / "expected.safetensors"))
+        found = load_file(run / "artifacts" / "model.safetensors")
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 def test_what_is_there_is_listed_verified_and_removed(stopped: Path, stoker: Command) -> None:

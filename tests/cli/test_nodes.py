@@ -143,6 +143,18 @@ def test_what_fails_on_one_machine_ends_all_of_them_with_its_traceback(
         assert last.count("RuntimeError: what one rank cannot do") == 2
 
 
+def test_machines_that_share_no_folder_are_told(machines: Machines, tmp_path: Path) -> None:
+    together = ("--nodes", "2", "--rendezvous", f"{A}:29511", "--name", "a")
+    processes = [
+        machines.start(name, "train", RECIPE, *SLOW, *together, "--runs", f"runs-{name}")
+        for name in ("a", "b")
+    ]
+    _wait(lambda: any(process.poll() is not None for process in processes))
+    ended = next(n for n, process in enumerate(processes) if process.poll() is not None)
+    assert processes[ended].returncode == 2
+    assert "is another one than that of the machines which are here" in machines.said("ab"[ended]).read_text()
+
+
 def test_a_machine_told_to_stop_stops_all_after_a_checkpoint(machines: Machines, tmp_path: Path) -> None:
     together = ("--nodes", "2", "--rendezvous", f"{A}:29511", "--name", "a", "--max-restarts", "3")
     run = tmp_path / "runs" / "ranked" / "a"

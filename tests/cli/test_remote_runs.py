@@ -234,6 +234,24 @@ def test_a_store_that_is_not_there_starts_nothing(
     assert "Traceback" not in done.err
 
 
+def test_a_bucket_that_is_not_there_is_named(stoker: Command, machine: Any, proxy: Proxy) -> None:
+    done = stoker("train", RECIPE, "--name", "a", "--runs", "s3://elsewhere/runs", env=machine("one"))
+    assert done.code == 2
+    assert "s3://elsewhere/runs/ranked/a cannot be written to" in done.err
+
+
+def test_a_checkpoint_is_removed_here_and_there(
+    stoker: Command, machine: Any, url: str, objects: Objects
+) -> None:
+    done = stoker("train", RECIPE, *SLOW, "pause=0", "--name", "a", "--runs", url, env=machine("one"))
+    assert done.code == 0, done.err
+    before = _checkpoints(objects())
+    assert stoker("checkpoints", "rm", "a", "180", "--runs", url, env=machine("two")).code == 0
+    assert _checkpoints(objects()) == [name for name in before if name != "step-00000180"] != before
+    rows = stoker("checkpoints", "a", "--runs", url, "--json", env=machine("three")).answer["checkpoints"]
+    assert [row["step"] for row in rows if not row["problem"]] == [160, 200]
+
+
 def _wait_for_copy(tmp_path: Path, url: str, process: subprocess.Popen[bytes], machine: str = "one") -> None:
     deadline = time.monotonic() + 60
     while not (tmp_path / machine / "stores").is_dir() and time.monotonic() < deadline:

@@ -138,3 +138,48 @@ def test_a_checkpoint_is_removed_there_too(machine: Machine, tmp_path: Path) -> 
         (there / name).write_bytes(b"{}")
     _mirror(run).remove_checkpoint("step-00000001")
     assert not any(file.is_file() for file in there.rglob("*"))
+
+
+def test_a_long_journal_is_few_objects_and_whole_at_any_time(machine: Machine, tmp_path: Path) -> None:
+    run, held = machine("one")
+    held.take()
+    run.create({})
+    there = tmp_path / "store/experiment/a/journal/attempt-0001.rank-0.jsonl"
+    file = run.journal / there.name
+    for line in range(200):
+        with file.open("a") as journal:
+            journal.write(f'{{"line": {line}}}\n' * (1 + line % 3))
+        _mirror(run).push()
+        assert _read(there) == file.read_text()
+    assert len(list(there.iterdir())) <= 10
+
+    other, _ = machine("two")
+    _mirror(other).fetch()
+    assert (other.journal / there.name).read_text() == file.read_text()
+
+
+def test_a_stretch_that_was_joined_and_is_there_still_is_read_once(machine: Machine, tmp_path: Path) -> None:
+    """The uploader was killed between the writing of the longer one and the deleting of the others."""
+    run, held = machine("one")
+    held.take()
+    run.create({})
+    file = run.journal / "attempt-0001.rank-0.jsonl"
+    file.write_text("0123456789")
+    _mirror(run).push()
+    (tmp_path / f"store/experiment/a/journal/{file.name}/000000000000004").write_text("45")
+    other, _ = machine("two")
+    _mirror(other).fetch()
+    assert (other.journal / file.name).read_text() == "0123456789"
+    file.write_text("0123456789ab")
+    _mirror(run).push()
+    _mirror(other).forget()
+    _mirror(other).fetch()
+    assert (other.journal / file.name).read_text() == "0123456789ab"
+
+
+def _read(stretches: Path) -> str:
+    content = ""
+    for stretch in sorted(stretches.iterdir()):
+        assert int(stretch.name) == len(content)
+        content += stretch.read_text()
+    return content

@@ -129,12 +129,15 @@ def _files(manifest: Mapping[str, Any]) -> list[File]:
 
 def _verify(path: Path, known: File) -> None:
     file = path / known.path
-    if not file.is_file():
-        raise InvalidCheckpoint(f"{known.path} is missing")
-    if file.stat().st_size != known.size:
-        raise InvalidCheckpoint(f"{known.path} has {file.stat().st_size} bytes, not {known.size}")
-    if storage.xxh3(file) != known.xxh3:
-        raise InvalidCheckpoint(f"{known.path} does not match its checksum")
+    try:
+        if not file.is_file():
+            raise InvalidCheckpoint(f"{known.path} is missing")
+        if file.stat().st_size != known.size:
+            raise InvalidCheckpoint(f"{known.path} has {file.stat().st_size} bytes, not {known.size}")
+        if storage.xxh3(file) != known.xxh3:
+            raise InvalidCheckpoint(f"{known.path} does not match its checksum")
+    except OSError as error:  # of the disk
+        raise InvalidCheckpoint(f"{known.path} cannot be read: {error.strerror}") from error
 
 
 def mended(path: Path, mend: Callable[[Path], None] | None) -> Checkpoint:
@@ -146,7 +149,7 @@ def mended(path: Path, mend: Callable[[Path], None] | None) -> Checkpoint:
     try:
         return verify(path)
     except InvalidCheckpoint as reason:
-        if mend is None:
+        if mend is None or (path / _VOID).exists():
             raise
         try:
             mend(path)

@@ -223,13 +223,15 @@ def load_values(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def export_model(checkpoint: Checkpoint, target: Path) -> Path:
-    """Write the model's tensors of a checkpoint to one safetensors file, under the model's own names."""
-    tensors = {
-        name.removeprefix("model."): torch.empty(shape, dtype=dtype)
-        for name, (shape, dtype) in shapes(checkpoint).items()
-        if name.startswith("model.")
-    }
-    load_tensors(checkpoint, {f"model.{name}": tensor for name, tensor in tensors.items()})
-    save_file(tensors, target)
+    """Write the model's tensors of a checkpoint to one safetensors file, under the model's own names.
+
+    Where weights are averaged (`ema.decay`), the averages: by them a checkpoint is the best.
+    """
+    there = shapes(checkpoint)
+    names = [name.removeprefix("model.") for name in there if name.startswith("model.")]
+    sources = {name: f"ema.{name}" if f"ema.{name}" in there else f"model.{name}" for name in names}
+    into = {source: torch.empty(there[source][0], dtype=there[source][1]) for source in sources.values()}
+    load_tensors(checkpoint, into)
+    save_file({name: into[source] for name, source in sources.items()}, target)
     target.chmod(target.parent.stat().st_mode & 0o666)  # as the umask has it; safetensors gives 600
     return target

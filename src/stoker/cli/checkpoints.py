@@ -16,7 +16,7 @@ from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, console, print_jso
 from stoker.cli.runs.common import RunName
 from stoker.errors import BadInput, nearest
 from stoker.report import facts
-from stoker.run import finding, mirror, view
+from stoker.run import finding, mirror, opening, view
 from stoker.run.journal import Event
 from stoker.run.series import guess_goal
 from stoker.run.view import RunView
@@ -61,11 +61,11 @@ def verify(run: RunName, runs: RunsFolder = DEFAULT_RUNS, json: Json = False) ->
     mend = _mend(seen)
     rows = []
     for path in manifest.folders(seen.directory.checkpoints):
-        row = _row(path)
         try:
             manifest.mended(path, mend)
+            row = _row(path)
         except manifest.InvalidCheckpoint as reason:
-            row["problem"] = str(reason)
+            row = {**_row(path), "problem": str(reason)}
         rows.append(row)
         if not json:
             console().print(f"{path.name}  {row['problem'] or 'ok'}", markup=False)
@@ -127,12 +127,11 @@ def rm(
         raise BadInput(
             f"run {seen.directory.id!r} has no checkpoint of step {step}; it has {known or 'none'}"
         )
-    if seen.directory.alive:
-        raise BadInput(f"run {seen.directory.id!r} is being trained: its checkpoints are in use")
-    copy = mirror.of(seen.directory)
-    if copy is not None:
-        copy.remove_checkpoint(path.name)
-    manifest.remove(path)
+    with opening.kept_from_training(seen.directory):
+        copy = mirror.of(seen.directory)
+        if copy is not None:
+            copy.remove_checkpoint(path.name)
+        manifest.remove(path)
     if json:
         print_json({"removed": str(path)})
     else:
@@ -220,6 +219,13 @@ def put_weights(checkpoint: manifest.Checkpoint, folder: Path) -> None:
         save_file(plain if adapter else trained, file, {"format": "pt"})
         file.chmod(0o644)
         return
+    known = {name for file in exported for name in load_file(file)}
+    lost, kept = sorted(plain.keys() - known), sorted(known - plain.keys())
+    if lost and kept:  # only the first: weights that are tied; only the second: some that were not trained
+        raise BadInput(
+            f"the run exported its weights under other names than its checkpoint has ({kept[0]}; {lost[0]}): "
+            "give -o FILE.safetensors for the checkpoint's own"
+        )
     for file in exported:
         tensors = load_file(file)
         save_file({name: plain.get(name, old) for name, old in tensors.items()}, file, {"format": "pt"})

@@ -32,6 +32,7 @@ from stoker.world import World
 
 log = logging.getLogger("stoker")
 
+_WEIGHTS = "model.safetensors"
 _SINKS_TIMEOUT = 60.0
 
 Overrides = Annotated[
@@ -206,7 +207,7 @@ def start(
     named = dataclasses.replace(job, name=name or directory.new_id())
     return local.run(
         run_rank, (named,), nproc=launch.nproc, preload=recipe.preload, max_restarts=launch.max_restarts,
-        machines=launch.nodes, rendezvous=launch.rendezvous or "",
+        machines=launch.nodes, rendezvous=launch.rendezvous or "", shared=runs.absolute(),
     )  # fmt: skip
 
 
@@ -316,13 +317,14 @@ def _export_weights(run: Run) -> None:
     """Weights of a loop whose recipe has not exported them itself: those of the last checkpoint."""
     from stoker.checkpoint import manifest
 
-    exported = {event["kind"] for event in view.load(run.directory).artifacts.values()}
+    known = view.load(run.directory).artifacts.values()
+    others = {event["kind"] for event in known if event["name"] != _WEIGHTS}
     found, _ = manifest.newest(run.directory.checkpoints)
-    if found is None or exported & {"model", "adapter"}:
+    if found is None or (run.made | others) & {"model", "adapter"}:
         return
     from stoker.checkpoint import store
 
-    run.artifact(store.export_model(found, run.directory.artifacts / "model.safetensors"), kind="model")
+    run.artifact(store.export_model(found, run.directory.artifacts / _WEIGHTS), kind="model")
 
 
 def _write_report(run: Run) -> None:

@@ -48,6 +48,7 @@ def run(
     max_restarts: int = 0,
     machines: int = 1,
     rendezvous: str = "",
+    shared: Path | None = None,
 ) -> int:
     """Run `function(*arguments)` in `nproc` ranks on each machine; returns the exit code.
 
@@ -58,6 +59,7 @@ def run(
             raised anything but a StokerError.
         machines: so many do this together, each called alike.
         rendezvous: HOST:PORT of one of them, where they meet; see `nodes`.
+        shared: a folder that these machines are to have in common.
 
     Raises:
         BadInput: what the first rank to fail raised.
@@ -65,7 +67,7 @@ def run(
     """
     job = _Job(function, tuple(arguments), nproc, tuple(preload))
     if machines > 1:
-        with nodes.seat(rendezvous, nproc, machines, max_restarts) as seat, _stopping():
+        with nodes.seat(rendezvous, nproc, machines, max_restarts, shared) as seat, _stopping():
             return _together(job, seat, machines, nodes.parsed(rendezvous)[0])
     budget = Budget(max_restarts)
     while True:

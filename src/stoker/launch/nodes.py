@@ -21,6 +21,7 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -36,6 +37,13 @@ _COLLECT = 1.5  # seconds after a failure in which others that come of it may be
 _MESSAGE = 3.0  # seconds that a message may take
 _GOODBYE = 5.0  # seconds that the others have to hear how it ended
 
+_MARK = ".shared"
+_LOOKS = 50
+_NOT_SHARED = (
+    "the runs folder of {host} is another one than that of the machines which are here: give --runs a folder "
+    "that all of them share; of an object store, its working copy is below STOKER_CACHE"
+)
+
 WAITING, RUNNING, FAILED, DONE = "waiting", "running", "failed", "done"
 
 
@@ -47,6 +55,10 @@ class Report:
     host: str
     nproc: int
     nodes: int
+    folder: str = ""
+    """The id of the folder that all machines are to share."""
+    first: bool = False
+    """Whether they meet at this one: it is machine 0, and its ranks find each other there too."""
     round: int = 0
     """The newest round that it knows."""
     phase: str = WAITING
@@ -120,12 +132,14 @@ class _Host:
             return Answer(
                 ended=True, code=2, error=f"--nodes {report.nodes}: here it is --nodes {self.nodes}"
             )
+        if any(member.report.folder != report.folder for member in self.members.values()):
+            return Answer(ended=True, code=2, error=_NOT_SHARED.format(host=report.host))
         known = self.members.get(report.node)
         if known is None:
-            if len(self.members) >= self.nodes and not self._make_room():
+            free = self._free(report) or (self._make_room() and self._free(report))
+            if not free:
                 return Answer(ended=True, code=2, error=f"all {self.nodes} machines are here already")
-            numbers = {member.number for member in self.members.values()}
-            number = min(set(range(self.nodes)) - numbers)
+            number = min(free)
             known = self.members[report.node] = _Member(report, now, number)
             log.info("%s is machine %d of %d, with %d ranks", report.host, number, self.nodes, report.nproc)
         known.report, known.heard = report, now
@@ -134,6 +148,11 @@ class _Host:
             self.told.add(report.node)
             return self.answer
         return Answer(self.round, self.over, known.number, self.port, self.id)
+
+    def _free(self, report: Report) -> set[int]:
+        """The places that a machine may take; the one they meet at is the first, whoever is heard before."""
+        places = {0} if report.first else set(range(1, self.nodes))
+        return places - {member.number for member in self.members.values()}
 
     def _make_room(self) -> bool:
         """Forget a machine that is gone, between rounds, for one that comes in its place."""
@@ -209,11 +228,15 @@ class Seat:
         address: where they meet.
         nproc: ranks of this machine.
         nodes: machines.
+        folder: the id of the folder that they share.
+        first: whether they meet at this one.
     """
 
-    def __init__(self, address: tuple[str, int], nproc: int, nodes: int) -> None:
+    def __init__(
+        self, address: tuple[str, int], nproc: int, nodes: int, folder: str = "", *, first: bool = False
+    ) -> None:
         self._address = address
-        self._report = Report(uuid.uuid4().hex, platform.node(), nproc, nodes)
+        self._report = Report(uuid.uuid4().hex, platform.node(), nproc, nodes, folder, first)
         self._answer = Answer()
         self._failed_at = 0.0
         self._heard = time.monotonic()
@@ -306,11 +329,18 @@ class Seat:
 
 
 @contextlib.contextmanager
-def seat(rendezvous: str, nproc: int, nodes: int, max_restarts: int) -> Iterator[Seat]:
-    """Take part; answer to the others where the address is one of this machine. Raises BadInput."""
+def seat(
+    rendezvous: str, nproc: int, nodes: int, max_restarts: int, shared: Path | None = None
+) -> Iterator[Seat]:
+    """Take part; answer to the others where the address is one of this machine. Raises BadInput.
+
+    Args:
+        shared: a folder that all machines are to have in common.
+    """
     address = parsed(rendezvous)
+    folder = _id_of(shared) if shared is not None else ""
     server = _serve(address, _Host(nodes, Budget(max_restarts))) if _is_here(address[0]) else None
-    place = Seat(address, nproc, nodes)
+    place = Seat(address, nproc, nodes, folder, first=server is not None)
     try:
         yield place
     finally:
@@ -320,6 +350,22 @@ def seat(rendezvous: str, nproc: int, nodes: int, max_restarts: int) -> Iterator
         if server is not None:
             server[0].shutdown()
             server[0].server_close()
+
+
+def _id_of(folder: Path) -> str:
+    """The same on all machines that have this folder: what the first of them wrote there. Raises BadInput."""
+    file = folder / _MARK
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError), file.open("x", encoding="ascii") as new:
+            new.write(uuid.uuid4().hex)
+        for _ in range(_LOOKS):
+            if found := file.read_text(encoding="ascii"):
+                return found
+            time.sleep(0.1)
+    except OSError as error:
+        raise BadInput(f"{folder} cannot be written to: {error.strerror}") from error
+    return ""
 
 
 def parsed(rendezvous: str) -> tuple[str, int]:

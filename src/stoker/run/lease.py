@@ -3,8 +3,8 @@
 The lock of a run is one of a kernel. Where a runs folder is shared (NFS and the like, an object
 store) its holder also takes a lease: a small object `lease/0007`, made under a new number, which no
 two can make, and rewritten every few seconds. One that stands unchanged for a minute is of a process
-that is gone, and the next number may be taken. No clocks are compared. Whoever finds a number above
-its own has lost the run, and ends at once.
+that is gone, and the next number may be taken: the clocks of two machines are not compared. Whoever
+finds a number above its own has lost the run, and ends at once.
 """
 
 from __future__ import annotations
@@ -54,6 +54,8 @@ class Holder:
 class Place(Protocol):
     """Where leases of a run stand."""
 
+    @property
+    def where(self) -> str: ...
     def numbers(self) -> list[int]: ...
     def read(self, number: int) -> bytes: ...
     def write(self, number: int, content: bytes, *, new: bool) -> None: ...
@@ -65,6 +67,10 @@ class InFolder:
     """Leases as files."""
 
     folder: Path
+
+    @property
+    def where(self) -> str:
+        return str(self.folder)
 
     def numbers(self) -> list[int]:
         return sorted(int(file.name) for file in self.folder.glob("[0-9]*") if file.name.isdigit())
@@ -94,6 +100,10 @@ class InStore:
     store: Store
     run: str
 
+    @property
+    def where(self) -> str:
+        return f"{self.store.url}/{self.run}"
+
     def numbers(self) -> list[int]:
         found = (key.rpartition("/")[2] for key in self.store.objects(f"{self.run}/{FOLDER}"))
         return sorted(int(name) for name in found if name.isdigit())
@@ -121,7 +131,8 @@ def of(run: Path, patience: float = PATIENCE) -> Lease | None:
     if store is not None:
         store = dataclasses.replace(store, patience=patience)
         place = InStore(store, f"{run.parent.name}/{run.name}")
-        return Lease(place, store.copy, run, run / FOLDER / "here")
+        here = f"{store.copy} {storage.reach_of_locks(run)}"  # a home may be on several machines
+        return Lease(place, here, run, run / FOLDER / "here")
     if not storage.is_shared(run):
         return None
     return Lease(InFolder(run / FOLDER), storage.reach_of_locks(run), run, None)
@@ -169,12 +180,16 @@ class Lease:
 
     def release(self) -> None:
         """Let go of it, so that the next holder need not wait."""
-        self._ended.set()
-        if self._thread is not None:
-            self._thread.join()
+        self.end_keeping()
         with contextlib.suppress(StokerError, OSError):
             if self.standing():
                 self._place.write(self._number, self._content(released=True), new=False)
+
+    def end_keeping(self) -> None:
+        """Renew it no more, and watch no more whether it is lost."""
+        self._ended.set()
+        if self._thread is not None:
+            self._thread.join()
 
     def standing(self) -> bool:
         """Whether nobody has taken it since. Raises Unreachable."""
@@ -201,7 +216,11 @@ class Lease:
             if number:
                 self._await_end_of(number)
             self._make(number + 1)
-        except (FileExistsError, FileNotFoundError) as error:
+        except FileNotFoundError as error:
+            if number == 0:
+                raise BadInput(f"{self._place.where} cannot be written to: there is no such place") from error
+            raise BadInput(f"another process has begun to train {self._run} just now") from error
+        except FileExistsError as error:
             raise BadInput(f"another process has begun to train {self._run} just now") from error
         self._number = number + 1
         if self._note is not None:
@@ -268,7 +287,10 @@ class Lease:
 
 
 def held_elsewhere(run: Path) -> str:
-    """The host that trains a run by its lease, as far as is known here; empty where none does."""
+    """The host that trains a run by its lease, for people; empty where none does.
+
+    By the clocks of both machines, and by what was brought here last: `Lease.take` finds out.
+    """
     try:
         newest = max((file for file in (run / FOLDER).iterdir() if file.name.isdigit()), default=None)
         holder = Holder(**orjson.loads(newest.read_bytes())) if newest is not None else None
@@ -277,5 +299,6 @@ def held_elsewhere(run: Path) -> str:
     if holder is None or holder.released or time.time() - holder.at > EXPIRES:
         return ""
     store = object_store.of(run.parent.parent)
-    here = store.copy if store is not None else storage.reach_of_locks(run)
+    reach = storage.reach_of_locks(run)
+    here = f"{store.copy} {reach}" if store is not None else reach
     return holder.host if holder.locks != here else ""

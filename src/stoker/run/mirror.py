@@ -29,6 +29,7 @@ log = logging.getLogger("stoker")
 Objects = dict[str, Stored]
 
 _KNOWN = "store.known"
+_STRETCH = 2**26  # bytes of the longest stretch of a journal
 _OWN = ("sinks", "tensorboard", "wandb", "checkpoints", "journal", "lease")  # not copied file by file
 _DERIVED = ("attempt.lock", "compacted.safetensors", "store.json", "store.lock", "store.wake", _KNOWN)
 
@@ -178,9 +179,9 @@ class Mirror:
         for file in self._files():
             self._push_file(file, there)
         self._remember()
+        known = self._journal(there)
         for file in sorted(self._run.journal.glob("*.jsonl")):
-            stretches = self._journal(there).get(file.name, [])
-            self._push_journal(file, stretches[-1][1] if stretches else 0)
+            self._push_journal(file, known.get(file.name, []), there)
         for path in committed:
             self._push_checkpoint(path, there)
         if committed:
@@ -214,16 +215,28 @@ class Mirror:
                 there[key] = Stored(mark[0])
                 self._known[key] = [*mark, ""]
 
-    def _push_journal(self, file: Path, there: int) -> None:
-        """One more stretch of a journal file."""
+    def _push_journal(self, file: Path, stretches: list[tuple[int, int]], there: Objects) -> None:
+        """One more stretch of a journal file, in one with those before it that are no longer than it is.
+
+        So there are as many as the digits of its length, not as many as there were pushes.
+        """
+        end = file.stat().st_size
+        begin = stretches[-1][1] if stretches else 0
+        if end <= begin:
+            return
+        joined = []
+        while stretches and begin - stretches[-1][0] <= end - begin and end - stretches[-1][0] <= _STRETCH:
+            begin = stretches.pop()[0]
+            joined.append(begin)
         with file.open("rb") as source:
-            source.seek(there)
-            content = source.read()
-        if content:
-            key = f"journal/{file.name}/{there:015d}"
-            self._store.write(f"{self._key}/{key}", content)
-            if self._there is not None:
-                self._there[key] = Stored(len(content))
+            source.seek(begin)
+            content = source.read(end - begin)
+        key = f"journal/{file.name}/"
+        self._store.write(f"{self._key}/{key}{begin:015d}", content)
+        there[f"{key}{begin:015d}"] = Stored(len(content))
+        for old in joined:
+            if old != begin:  # its content is in the one before it now
+                self._remove(f"{key}{old:015d}", there)
 
     def _push_checkpoint(self, path: Path, there: Objects) -> None:
         """Bring a checkpoint to the store, its manifest last."""
@@ -290,7 +303,8 @@ class Mirror:
         for key in sorted(key for key in there if key.startswith("journal/")):
             _, name, begin = key.split("/")
             stretches = found.setdefault(name, [])
-            if int(begin) <= (stretches[-1][1] if stretches else 0):
+            known = stretches[-1][1] if stretches else 0
+            if int(begin) <= known < int(begin) + there[key].size:  # what was joined is to go yet
                 stretches.append((int(begin), int(begin) + there[key].size))
         return found
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import os
 import sys
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,23 @@ def lease_of(run: RunDirectory) -> lease.Lease | None:
         held.release()
         raise
     return held
+
+
+@contextlib.contextmanager
+def kept_from_training(run: RunDirectory) -> Iterator[None]:
+    """Nobody trains a run within this block, here or elsewhere. Raises BadInput where somebody does."""
+    lock = storage.try_lock(run.lock_file)
+    if lock is None:
+        raise BadInput(f"run {run.id!r} is being trained now: stop it first")
+    try:
+        held = lease_of(run)
+        try:
+            yield
+        finally:
+            if held is not None and run.exists():
+                held.release()
+    finally:
+        os.close(lock)
 
 
 def explain_drift(run: RunDirectory, changes: Mapping[str, tuple[Any, Any]]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import Annotated
 
@@ -12,7 +11,7 @@ from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, console, print_jso
 from stoker.cli.runs.common import RunNames
 from stoker.errors import BadInput
 from stoker.report import facts
-from stoker.run import artifacts, finding, mirror
+from stoker.run import artifacts, finding, mirror, opening
 from stoker.run.directory import RunDirectory
 
 
@@ -52,11 +51,6 @@ def _ask(found: list[RunDirectory], sizes: list[int]) -> None:
 
 def _delete(run: RunDirectory) -> None:
     """Delete a run under its lock, so that no process can begin to train it meanwhile."""
-    lock = storage.try_lock(run.lock_file)
-    if lock is None:
-        raise BadInput(f"run {run.id!r} is being trained now: stop it first")
-    try:
+    with opening.kept_from_training(run):
         run.record_file.unlink()  # first: from here on it is no run any more
         mirror.remove(run)
-    finally:
-        os.close(lock)
