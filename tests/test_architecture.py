@@ -32,6 +32,7 @@ FLOORS = (
     {"attempt"},
     {"saving", "evaluation"},
     {"loop"},
+    {"language"},
     {"recipes", "report", "launch"},
     {"cli"},
 )

@@ -92,10 +92,11 @@ def barrier() -> None:
 
 
 def copy_from_rank_zero(model: torch.nn.Module) -> None:
-    """Give every rank the parameters and buffers of rank 0, in place."""
+    """Give every rank the parameters and buffers of rank 0, in place; but for those on the meta device."""
     if dist.is_initialized():
         for tensor in [*model.parameters(), *model.buffers()]:
-            dist.broadcast(tensor.detach(), src=0)
+            if not tensor.is_meta:
+                dist.broadcast(tensor.detach(), src=0)
 
 
 def _wait() -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import math
 import time
@@ -32,6 +33,7 @@ from stoker.engine import (
     device,
     early_stopping,
     gradients,
+    memory,
     mesh,
     options,
     precision,
@@ -44,6 +46,7 @@ from stoker.engine.agreement import Agreement, Requests, Weight
 from stoker.engine.bad_loss import LossWatch
 from stoker.engine.cutting import MicroBatches
 from stoker.engine.ema import Ema
+from stoker.engine.flops import Peak, peak
 from stoker.engine.loss_scale import LossScale
 from stoker.engine.metrics import Mean, Metric
 from stoker.engine.options import Training
@@ -76,6 +79,9 @@ class Trainer:
         training: parallelism, precision, micro-batches, clipping, checkpoints; a config that
             inherits from `stoker.Training` is one.
         best: the metric by which the best checkpoint is kept as well, where it is logged; see `Run.goal`.
+        load: `(model, device, prefix) -> None` for a model that is on the meta device: gives memory and
+            values to all of it that is below a dotted prefix. Called after the model was laid out, so that
+            no rank ever holds what is not its own.
 
     Raises:
         BadInput: the model cannot be trained so, or the ranks do not fit.
@@ -93,6 +99,7 @@ class Trainer:
         schedule: Schedule | None = None,
         training: Training = Training(),  # noqa: B008 (frozen)
         best: str = "val_loss",
+        load: strategies.Load = lambda model, device, prefix: None,
     ) -> None:
         self.run = run
         self.world = run.world
@@ -102,7 +109,8 @@ class Trainer:
         self.strategy, why = strategies.choose(model, self.training, self.world, self.device)
         distributed.join(self.world, training.backend, alone=self.strategy not in ("single", "pipeline"))
         self.mesh = mesh.build(self.world, self.device, self.training, self.strategy)
-        self.precision = self._precision()
+        self.precision = computed_in(run, self.training)
+        precision.use_tf32(self.training.tf32)
         self._scale = LossScale(self.precision == "fp16")
         setting = Setting(
             self.mesh, inputs, loss, self.precision, self._scale, self.training.clip_norm,
@@ -110,7 +118,7 @@ class Trainer:
         )  # fmt: skip
         self._setting = setting
         model.train()
-        self._step = strategies.lay_out(model, self.strategy, self.training, setting, optimizer)
+        self._step = strategies.lay_out(model, self.strategy, self.training, setting, optimizer, load)
         self.model = self._step.model
         self.optimizers = self._step.optimizers
         self._ema = self._average()
@@ -126,6 +134,7 @@ class Trainer:
         self.samples_done = 0
         self.waited = 0.0
         """Seconds that this attempt waited for batches."""
+        self._spent = {"evaluating": 0.0, "checkpointing": 0.0}
         self._schedule = schedule
         self._cut = MicroBatches(self._step, setting, self.training, self.world, self.strategy)
         self._history: dict[str, list[tuple[int, float]]] = {}
@@ -147,15 +156,6 @@ class Trainer:
         supervision.say_where(run.directory.path)
         self._say(why)
         self._restore()
-
-    def _precision(self) -> precision.Resolved:
-        """The same on every rank and in every attempt, also where `auto` measures."""
-        precision.use_tf32(self.training.tf32)
-        asked = self.training.precision
-        if asked == "auto":
-            asked = self.run.layout.get("precision", "auto")
-        found = precision.resolve(asked, self.device, storage.cache_folder())
-        return cast("precision.Resolved", distributed.from_rank_zero(found))
 
     def _average(self) -> Ema | None:
         if self.training.ema.decay is None:
@@ -473,6 +473,56 @@ class Trainer:
             return None
         return steps * self._loader.batch_size * (self._loader.tokens_per_sample or 1.0)
 
+    def performance(self, flops: float | None = None) -> dict[str, float]:
+        """How fast this attempt is, to be logged; empty where that is not known yet.
+
+        Tokens (where the dataset counts them) or samples a second over all ranks, and a rank; the share of
+        the devices' peak that the model's mathematics uses (`mfu`, see `engine.flops`); and the seconds so
+        far that the loop waited for batches, evaluated, and stood still for checkpoints.
+
+        Args:
+            flops: operations that the training needs for a token, or a sample.
+        """
+        rate = self.rate
+        if rate is None or self._loader is None:
+            return {}
+        unit = "tokens" if self._loader.tokens_per_sample else "samples"
+        a_rank = rate / self.world.size
+        found = {f"{unit}_per_second": rate, f"{unit}_per_second_per_gpu": a_rank}
+        if flops is not None:
+            found["mfu"] = a_rank * flops / self._peak.flops
+        spent = {"waiting_for_data": self.waited, **self._spent}
+        return {**found, **{f"seconds_{what}": seconds for what, seconds in spent.items()}}
+
+    @functools.cached_property
+    def _peak(self) -> Peak:
+        """What `mfu` is a share of, said once."""
+        found = peak(self.device, self.precision)
+        self.run.event("peak", flops=found.flops, source=found.source)
+        if self.world.rank == 0:
+            log.info("mfu is of %.1f TFLOP/s in %s (%s)", found.flops / 1e12, self.precision, found.source)
+        return found
+
+    def memory(self) -> list[tuple[int, float, float, float, float, float]]:
+        """A row a rank, in GiB: rank, weights, gradients, optimizer state, the rest of the peak, the peak.
+
+        All ranks call it. On CPUs the peak is that of the process.
+        """
+        own = memory.by_kind(self._step, self.device)
+        found = []
+        for rank, kinds in enumerate(distributed.gathered(own)):
+            *known, most = (kinds[kind] / 2**30 for kind in ("weights", "gradients", "optimizer", "peak"))
+            found.append((rank, *known, max(0.0, most - sum(known)), most))
+        return found
+
+    @contextlib.contextmanager
+    def _spending(self, what: str) -> Iterator[None]:
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._spent[what] += time.perf_counter() - begun
+
     # -- evaluation -------------------------------------------------------------------------
 
     def evaluate(self, dataset: Any, *, batch_size: int, collate: Collate | None = None) -> float:
@@ -507,7 +557,7 @@ class Trainer:
         if workers is None:
             workers = self._loader.workers if self._loader is not None else 0
         try:
-            with self.averaged():
+            with self.averaged(), self._spending("evaluating"):
                 return evaluation.measure(
                     self._step, self._setting, dataset, metrics, batch_size=batch_size, collate=collate,
                     workers=workers, channels_last=self.training.channels_last, meanwhile=self._heart.beat,
@@ -581,8 +631,9 @@ class Trainer:
             "step": self.steps_done, "samples": self.samples_done, "history": self._history,
             "losses": self._losses.recent,
         }  # fmt: skip
-        self._finish_saving()
-        self._checkpoints.save(position)
+        with self._spending("checkpointing"):
+            self._finish_saving()
+            self._checkpoints.save(position)
         self._saved_at, self._saved_step = time.monotonic(), self.steps_done
         self._rate.restart()
 
@@ -627,3 +678,13 @@ class Trainer:
             unit="tok" if tokens else "samples",
             seconds_left=(self._total - self.steps_done) / steps if steps else None,
         )
+
+
+def computed_in(run: Run, training: Training) -> precision.Resolved:
+    """The precision that a run's forward passes compute in, once the ranks are joined.
+
+    The same on every rank and in every attempt, also where `precision=auto` measures.
+    """
+    asked = run.layout.get("precision", "auto") if training.precision == "auto" else training.precision
+    found = precision.resolve(asked, device.pick(run.world), storage.cache_folder())
+    return cast("precision.Resolved", distributed.from_rank_zero(found))

@@ -7,14 +7,15 @@ import json
 import math
 import os
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -97,7 +98,7 @@ def _assert_one_curve_in_mlflow(runs: Path, seen: Any) -> None:
     for metric, series in seen.points.items():
         history = client.get_metric_history(run.info.run_id, metric)
         assert [point.step for point in history] == list(series), metric
-        if metric != "tokens_per_second":  # by the clock: of whichever attempt came first
+        if not metric.startswith(("tokens_per_second", "mfu", "seconds_")):  # by the clock: the first stands
             assert [point.value for point in history] == list(series.values()), metric
     artifacts = {artifact.path for artifact in client.list_artifacts(run.info.run_id)}
     assert {"model", "report.html"} <= artifacts
@@ -127,16 +128,17 @@ def _assert_peft_gives_the_run_s_logits(model: Path, run: Path) -> None:
     """The adapter as a user loads it, against the weights of the run's own last checkpoint."""
     from peft import PeftModel
     from stoker.checkpoint import manifest, store
-    from stoker.recipes import language_model
-    from stoker.recipes.llm import Lora
+    from stoker.language import adapters, building
+    from stoker.language.lora import Lora
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     loaded_by_peft = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), run / "artifacts" / "adapter"
     ).eval()
-    trained = language_model.with_lora(
-        AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), **asdict(Lora(rank=4))
-    ).eval()
+    language = building.build(str(model), tokenizer=None, vocab_size=300, sequence_length=128, documents=[])
+    trained = adapters.adapted(language, Lora(rank=4)).eval()
+    adapters.loading(language.load)(trained, torch.device("cpu"), "")
+    trained.get_base_model().set_attn_implementation("sdpa")
     checkpoint, _ = manifest.newest(run / "checkpoints")
     assert checkpoint is not None
     saved = {
@@ -158,8 +160,9 @@ def test_the_loss_is_that_of_plain_pytorch_on_the_same_rows(cache: Path, runs: P
     """The first step of run `a`: the mean over all tokens of its eight packed rows, each document alone."""
     from stoker.data import sources
     from stoker.data.loader import Loader
+    from stoker.data.tokens import collate
     from stoker.engine.random_state import seed_everything
-    from stoker.recipes import language_data, language_model
+    from stoker.language import building, data
     from stoker.recipes.llm import Config
     from stoker.world import World
 
@@ -167,11 +170,12 @@ def test_the_loss_is_that_of_plain_pytorch_on_the_same_rows(cache: Path, runs: P
     seed_everything(config.seed)
     corpus = sources.read(config.data)
     splits = sources.split(corpus.documents)
-    language = language_model.build(
+    language = building.build(
         "tiny", tokenizer=None, vocab_size=config.vocab_size, sequence_length=256, documents=splits.train
     )
-    rows = language_data.pack(splits, language.tokenizer, sequence_length=256).train
-    batch = next(Loader(rows, batch_size=8, world=World(), seed=1).batches(0))
+    rows = data.pack(splits, language.tokenizer, sequence_length=256).train
+    loader = Loader(rows, batch_size=8, world=World(), seed=1, collate=collate)
+    batch = next(loader.batches(0))
     total, count = 0.0, 0
     for ids, labels, positions in zip(
         batch["input_ids"], batch["labels"], batch["position_ids"], strict=True
@@ -300,4 +304,39 @@ def test_bad_input_ends_with_2_and_leaves_no_run(
     assert said in done.err
     assert "Traceback" not in done.err
     assert done.answer["bad_input"] is True
+    assert not (tmp_path / "runs").exists()
+
+
+def sparse_llama(folder: Path, layers: int) -> Path:
+    """Llama 2 of so many layers (7B: 32) in a file of 13 GB and more that take no room on the disk."""
+    from stoker.data import tokenizer
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=layers))
+    folder.mkdir()
+    model.config.save_pretrained(folder)
+    tokenizer.as_transformers(tokenizer.train_tokenizer(["a"], 300), 4096).save_pretrained(folder)
+    header, end = {}, 0
+    for name, tensor in model.state_dict().items():
+        begin, end = end, end + tensor.numel() * 2
+        header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    return folder
+
+
+def test_a_model_that_the_machine_cannot_hold_is_refused_before_it_is_loaded(
+    stoker: Callable[..., Any], tmp_path: Path
+) -> None:
+    model = sparse_llama(tmp_path / "large", 32 * (1 + psutil.virtual_memory().total // (90 * 2**30)))
+    done = stoker("train", "llm", f"model={model}", "data=python-docs-qa", "precision=fp32", "--json")
+    assert done.code == 2, done.err
+    assert re.search(r"billion parameters needs [\d.,]+ GiB a rank under parallel=single", done.err)
+    assert re.search(
+        r"weights \S+ GiB, gradients \S+ GiB, optimizer state \S+ GiB; a rank here has", done.err
+    )
+    assert "train adapters alone with lora.rank=16" in done.err
     assert not (tmp_path / "runs").exists()

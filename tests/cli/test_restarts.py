@@ -114,19 +114,18 @@ def test_the_warning_of_slurm_makes_a_checkpoint_and_exits_75(
 def test_a_second_signal_ends_it_at_once_and_the_newest_checkpoint_stays(
     start: Start, stoker: Command, tmp_path: Path
 ) -> None:
-    process = start("train", RECIPE, *SLOW, "pause=3", "checkpoint_every=1", "steps=5000", "--name", "a")
+    process = start("train", RECIPE, *SLOW, "pause=5", "checkpoint_every=1", "steps=5000", "--name", "a")
     run = tmp_path / "runs" / "ranked" / "a"
     wait_for_points(process, run, 2)
     process.send_signal(signal.SIGTERM)
     time.sleep(1.2)  # two within a second are one
-    begun = time.monotonic()
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 75, err.decode()
-    assert time.monotonic() - begun < 1.5
     found = stoker("checkpoints", "verify", "a", "--json")
     assert found.code == 0, found.out
-    assert found.answer["checkpoints"]
+    newest = max(checkpoint["step"] for checkpoint in found.answer["checkpoints"])
+    assert newest < max(loaded(run).points["loss"]), "it waited for the end of the step"
 
 
 def test_a_signal_that_everybody_sends_is_one(start: Start, tmp_path: Path) -> None:

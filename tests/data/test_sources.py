@@ -86,8 +86,62 @@ def test_a_missing_file_is_named(name: str) -> None:
     assert refused(name) == f"data file {name} does not exist"
 
 
-def test_a_folder_is_refused(tmp_path: Path) -> None:
-    assert "is a folder: name a .jsonl, .parquet or .txt file" in refused(tmp_path)
+def test_a_folder_is_all_the_files_in_it(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "one.jsonl").write_text('{"text": "first"}\n')
+    (tmp_path / "two.jsonl").write_text('{"prompt": "p", "completion": "second"}\n')
+    (tmp_path / "README.md").write_text("not data")
+    assert [d.text for d in read(str(tmp_path)).documents] == ["first", "second"]
+
+
+def test_a_folder_without_data_is_refused(tmp_path: Path) -> None:
+    assert "is a folder without a .jsonl, .parquet or .txt file" in refused(tmp_path)
+
+
+CHATS: list[dict[str, Any]] = [
+    {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]},
+    {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]},
+    {"prompt": [{"role": "user", "content": "hi"}], "completion": [{"role": "assistant", "content": "ho"}]},
+    {"messages": [
+        {"role": "user", "content": [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]},
+        {"role": "assistant", "content": "ho"},
+    ]},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("record", CHATS)
+def test_conversations_are_read_in_every_form(tmp_path: Path, record: dict[str, Any]) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps(record) + "\n")
+    (document,) = read(str(tmp_path / "a.jsonl")).documents
+    assert [tuple(m) for m in document.messages] == [("user", "hi"), ("assistant", "ho")]
+    assert (document.prompt, document.text) == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("messages", "said"),
+    [
+        (
+            [{"content": "hi"}, {"role": "assistant", "content": "ho"}],
+            "line 1, message 1: has no 'role'; it has 'content'",
+        ),
+        ([{"role": "assistant", "text": "ho"}], "line 1, message 1: has no 'content'"),
+        ([{"role": "user", "content": 3}], "message 1: the field 'content' must be a text, not a number (3)"),
+        ([{"role": "user", "content": [{"type": "image"}]}], "has a part that is no text"),
+        (["hi"], "message 1: must be an object with 'role' and 'content', not a text"),
+        ([{"role": "user", "content": "hi"}], "no message of the role assistant says anything"),
+    ],
+)
+def test_a_bad_message_is_named(tmp_path: Path, messages: list[Any], said: str) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+    assert said in refused(tmp_path / "a.jsonl")
+
+
+def test_a_conversation_is_part_of_the_fingerprint(tmp_path: Path) -> None:
+    found = set()
+    for number, record in enumerate([CHATS[0], json.loads(json.dumps(CHATS[0]).replace("ho", "no"))]):
+        (tmp_path / f"{number}.jsonl").write_text(json.dumps(record) + "\n")
+        found.add(read(str(tmp_path / f"{number}.jsonl")).fingerprint)
+    assert len(found) == 2
 
 
 def test_an_unknown_ending_is_refused(tmp_path: Path) -> None:
@@ -115,8 +169,8 @@ def test_an_empty_dataset_is_refused(tmp_path: Path, name: str, content: str) ->
         (
             '{"body": "a", "prompt": "b"}',
             "no expected field; the record has the fields 'body', 'prompt'; allowed are "
-            '{"text"}, {"prompt", "completion"}, {"question", "answer"} or '
-            '{"instruction", "output"} with an optional "input"',
+            '{"text"}, {"prompt", "completion"}, {"question", "answer"}, '
+            '{"instruction", "output"} with an optional "input", or {"messages": [{"role", "content"}]}',
         ),
         ("{}", "no expected field; the record has the fields none; "),
         ("[" * 100_000, "not usable JSON: nested too deeply"),

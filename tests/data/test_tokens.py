@@ -18,17 +18,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stoker.data import tokens
 from stoker.data.documents import Document
-from stoker.data.tokens import NO_LOSS, PackedDataset, pack, tokenise
+from stoker.data.tokens import NO_LOSS, Encoded, PackedDataset, collate, pack, tokenise
 from stoker.errors import BadInput
 from stoker.storage import cache_folder
-from torch.utils.data import default_collate
 
 EOS = 0
 
 
-def encode(texts: list[str]) -> list[list[int]]:
-    """A token a letter: a is 1."""
-    return [[ord(letter) - 96 for letter in text] for text in texts]
+def encode(documents: Sequence[Document]) -> list[Encoded]:
+    """A token a letter: a is 1; loss on the text alone, and on what ends it."""
+    return [
+        Encoded(
+            [ord(letter) - 96 for letter in d.prompt + d.text] + [EOS] * bool(d.text),
+            [False] * len(d.prompt) + [True] * (len(d.text) + bool(d.text)) if d.prompt else None,
+        )
+        for d in documents
+    ]
 
 
 def packed(
@@ -36,7 +41,7 @@ def packed(
 ) -> PackedDataset:
     given = [Document(str(i), prompt, text) for i, (prompt, text) in enumerate(documents)]
     settings: dict[str, Any] = {"fingerprint": ("corpus", "train", 0.05), "vocab_size": 27, **options}
-    return tokenise(given, encode=encode, eos_id=EOS, sequence_length=length, cache=cache, **settings)
+    return tokenise(given, encode=encode, pad_id=EOS, sequence_length=length, cache=cache, **settings)
 
 
 def pieces(dataset: PackedDataset) -> list[tuple[list[int], list[int]]]:
@@ -54,7 +59,15 @@ def test_a_row_holds_tokens_labels_and_positions(tmp_path: Path) -> None:
     assert row["input_ids"].tolist() == [1, 2, 3, EOS, 4, 5, EOS, EOS]
     assert row["labels"].tolist() == [NO_LOSS, 2, 3, EOS, NO_LOSS, 5, EOS, NO_LOSS]
     assert row["position_ids"].tolist() == [0, 1, 2, 3, 0, 1, 2, 0]
+    assert row["documents"].tolist() == [4, 3]
     assert {array.dtype for array in row.values()} == {np.dtype(np.int64)}
+
+
+def test_a_batch_pads_the_lengths_of_documents_to_a_power_of_two(tmp_path: Path) -> None:
+    dataset = packed(tmp_path, [("", "a"), ("", "b"), ("", "c"), ("", "abcdef")], length=7)
+    batch = collate([dataset[0], dataset[1]])
+    assert batch["documents"].tolist() == [[7, 0, 0, 0], [2, 2, 2, 0]]
+    assert batch["input_ids"].shape == (2, 7)
 
 
 def test_a_long_text_is_cut_in_consecutive_pieces(tmp_path: Path) -> None:
@@ -78,14 +91,6 @@ def test_an_answer_is_truncated_and_a_prompt_that_fills_a_row_is_dropped(tmp_pat
     dataset = packed(tmp_path, [("ab", "cdefgh"), ("abcd", "e"), ("abc", "d")], length=4)
     assert [piece for piece, _ in pieces(dataset)] == [[1, 2, 3, 4], [1, 2, 3, 4]]
     assert (dataset.statistics.truncated, dataset.statistics.dropped) == (2, 1)
-
-
-def test_a_first_token_can_be_set(tmp_path: Path) -> None:
-    dataset = packed(tmp_path, [("", "ab"), ("c", "d")], bos_id=26)
-    assert pieces(dataset)[:2] == [
-        ([26, 1, 2, EOS], [NO_LOSS, 1, 2, EOS]),
-        ([26, 3, 4, EOS], [NO_LOSS, NO_LOSS, 4, EOS]),
-    ]
 
 
 def test_texts_without_tokens_are_skipped(tmp_path: Path) -> None:
@@ -118,7 +123,7 @@ def test_packing_many_pieces_wastes_little() -> None:
 def test_all_text_is_in_the_rows(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> None:
     dataset = packed(tmp_path_factory.mktemp("cache"), [("", text) for text in texts], length=6)
     found = [token for piece, _ in pieces(dataset) for token in piece if token != EOS]
-    assert sorted(found) == sorted(token for tokens_ in encode(texts) for token in tokens_)
+    assert sorted(found) == sorted(ord(letter) - 96 for text in texts for letter in text)
     for piece, labels in pieces(dataset):
         assert labels[0] == NO_LOSS
         assert labels[1:] == piece[1:] or set(piece) == {EOS}
@@ -141,7 +146,9 @@ def test_what_is_tokenised_once_is_not_tokenised_again(tmp_path: Path) -> None:
     assert again[0]["input_ids"].tolist() == first[0]["input_ids"].tolist()
 
 
-@pytest.mark.parametrize("other", [{"length": 9}, {"fingerprint": ("corpus", "test", 0.05)}, {"bos_id": 3}])
+@pytest.mark.parametrize(
+    "other", [{"length": 9}, {"fingerprint": ("corpus", "test", 0.05)}, {"vocab_size": 70_000}]
+)
 def test_another_fingerprint_is_another_dataset(tmp_path: Path, other: dict[str, Any]) -> None:
     assert packed(tmp_path, [("", "abc")]).folder != packed(tmp_path, [("", "abc")], **other).folder
 
@@ -166,8 +173,9 @@ def test_a_kill_while_tokenising_leaves_nothing_half_made(tmp_path: Path) -> Non
         "from stoker.data import tokens\n"
         "from stoker.data.documents import Document\n"
         "storage.write_atomically = lambda *a: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "tokens.tokenise([Document('0', '', 'abc')], encode=lambda t: [[1, 2, 3]], eos_id=0, vocab_size=27,\n"
-        "    sequence_length=8, fingerprint=('corpus', 'train', 0.05), cache=Path(sys.argv[1]))\n"
+        "tokens.tokenise([Document('0', '', 'abc')], encode=lambda t: [([1, 2, 3], None)], pad_id=0,\n"
+        "    vocab_size=27, sequence_length=8, fingerprint=('corpus', 'train', 0.05),\n"
+        "    cache=Path(sys.argv[1]))\n"
     )
     killed = subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)
     assert killed.returncode == -9
@@ -183,9 +191,9 @@ def test_two_processes_at_once_make_one_dataset(tmp_path: Path) -> None:
         "from pathlib import Path\n"
         "from stoker.data import tokens\n"
         "from stoker.data.documents import Document\n"
-        "print(len(tokens.tokenise([Document('0', '', 'a' * 10**6)], eos_id=0, vocab_size=27,\n"
-        "    encode=lambda texts: [[ord(c) for c in t] for t in texts], sequence_length=16, fingerprint=(),\n"
-        "    cache=Path(sys.argv[1]))))\n"
+        "print(len(tokens.tokenise([Document('0', '', 'a' * 10**6)], pad_id=0, vocab_size=27,\n"
+        "    encode=lambda ds: [([ord(c) for c in d.text], None) for d in ds], sequence_length=16,\n"
+        "    fingerprint=(), cache=Path(sys.argv[1]))))\n"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
@@ -200,7 +208,7 @@ def test_a_sequence_too_short_to_predict_anything_is_refused(tmp_path: Path, len
 
 
 def test_nothing_left_is_refused_and_leaves_no_dataset(tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match=r"no tokens are left of 2 documents \(1 have a prompt"):
+    with pytest.raises(BadInput, match=r"no tokens are left of 2 documents \(1 have nothing to be predicted"):
         packed(tmp_path, [("", ""), ("abcdefgh", "i")])
     assert not [p for p in tmp_path.iterdir() if p.is_dir()]
 
@@ -236,7 +244,7 @@ def test_no_document_of_a_row_sees_another(tmp_path: Path) -> None:
     dataset = packed(
         tmp_path, [("", "abcdefghij"), ("kl", "mn"), ("", "opq"), ("", "rstuvwxyzabc"), ("", "yz")], length=20
     )
-    batch = default_collate([dataset[0], dataset[1]])
+    batch = collate([dataset[0], dataset[1]])
     assert (batch["position_ids"][0] != batch["position_ids"][1]).any()
     with torch.no_grad():
         logits = model(

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from stoker import BadInput, Run, Trainer, Training
-from stoker.engine import device, micro_batch, optimizers, options, rehearsal, schedule, strategies
+from stoker.engine import device, memory, micro_batch, optimizers, options, rehearsal, schedule, strategies
 from stoker.engine.loss_scale import LossScale
 from stoker.errors import OutOfMemory
 from stoker.world import World
@@ -331,7 +331,7 @@ def test_auto_takes_the_simplest_strategy_that_fits(monkeypatch: pytest.MonkeyPa
     chosen, why = strategies.choose(model, Training(), World(), cpu)
     assert (chosen, why) == ("single", "there is one process")
     assert strategies.choose(model, Training(), World(0, 4), cpu)[0] == "ddp"
-    monkeypatch.setattr(strategies, "_memory_a_rank", lambda device, ranks: 2**20)
+    monkeypatch.setattr(memory, "of_a_rank", lambda device, ranks: 2**20)
     chosen, why = strategies.choose(model, Training(), World(0, 4), cpu)
     assert chosen == "fsdp"
     assert "of a rank's 1.0 MiB" in why

@@ -7,21 +7,32 @@ when documents are added, and documents with one key are never in two splits.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from stoker.errors import BadInput
 
 
+class Message(NamedTuple):
+    """A turn of a conversation."""
+
+    role: str
+    content: str
+
+
 @dataclass(frozen=True)
 class Document:
-    """A text, or an answer to a prompt; `key` decides its split."""
+    """A text, an answer to a prompt, or a conversation; `key` decides its split."""
 
     key: str
     prompt: str
-    """Empty for plain text."""
+    """Empty for plain text, and for a conversation."""
     text: str
-    """The plain text, or the answer."""
+    """The plain text, or the answer; empty for a conversation."""
+    messages: tuple[Message, ...] = ()
+    """The turns of a conversation; empty for anything else."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +57,7 @@ def make_corpus(documents: list[Document], description: str) -> Corpus:
     """A corpus of these documents, named by their content."""
     digest = hashlib.sha256()
     for document in documents:
-        for part in (document.key, document.prompt, document.text):
+        for part in (document.key, document.prompt, document.text, *itertools.chain(*document.messages)):
             content = part.encode()
             digest.update(len(content).to_bytes(8, "little"))
             digest.update(content)

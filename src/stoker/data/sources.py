@@ -15,7 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from stoker.data import python_docs
-from stoker.data.documents import Corpus, Document, Splits, chop, content_key, make_corpus, split
+from stoker.data.documents import (
+    Corpus,
+    Document,
+    Message,
+    Splits,
+    chop,
+    content_key,
+    make_corpus,
+    split,
+)
 from stoker.errors import BadInput, nearest
 
 __all__ = ["BUILT_IN", "Corpus", "Document", "Splits", "read", "split"]
@@ -34,9 +43,17 @@ _FORMS: tuple[tuple[str | None, str | None, str], ...] = (
     (None, None, "text"),
 )
 _FORMS_TEXT = (
-    '{"text"}, {"prompt", "completion"}, {"question", "answer"} or '
-    '{"instruction", "output"} with an optional "input"'
+    '{"text"}, {"prompt", "completion"}, {"question", "answer"}, '
+    '{"instruction", "output"} with an optional "input", or {"messages": [{"role", "content"}]}'
 )
+# (list of turns, who speaks, what is said), as chat data has them.
+_CHATS = (
+    ("messages", "role", "content"),
+    ("conversations", "from", "value"),
+    ("conversation", "role", "content"),
+)
+_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
+"""What others call those whom chat templates call user and assistant."""
 _TEXT_DOCUMENT = 2000  # characters
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -44,7 +61,7 @@ Record = tuple[str, Any]  # where it stands, and what stands there
 
 
 def read(source: str) -> Corpus:
-    """Read a corpus by name: built in, a .jsonl, .parquet or .txt file, or a hub dataset id.
+    """Read a corpus: a built in one, a .jsonl, .parquet or .txt file, a folder of these, or a hub dataset.
 
     Raises BadInput for what does not exist, cannot be read, or holds no text.
     """
@@ -52,8 +69,12 @@ def read(source: str) -> Corpus:
         return make_corpus(BUILT_IN[source](), python_docs.describe(source))
     path = Path(source).expanduser()
     if path.is_dir():
-        raise BadInput(f"{source} is a folder: name a .jsonl, .parquet or .txt file in it")
-    if path.exists():
+        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in _READERS)
+        if not files:
+            raise BadInput(f"{source} is a folder without a .jsonl, .parquet or .txt file")
+        documents = [document for file in files for document in _read_file(file)]
+        origin = f"{path.name}, {len(files)} files"
+    elif path.exists():
         documents = list(_read_file(path))
         origin = path.name
     elif path.suffix.lower() in _FILE_ENDINGS or not _HUB_ID.fullmatch(source):
@@ -141,17 +162,62 @@ def _hub(name: str) -> Iterator[Record]:
 def _documents(records: Iterable[Record]) -> Iterator[Document]:
     """The documents of records; one whose text is blank has nothing to learn from and is left out."""
     for where, record in records:
+        if not isinstance(record, dict):
+            raise BadInput(
+                f'{where}: a record must be a JSON object such as {{"text": ...}}, not {_kind(record)}'
+            )
+        messages = _messages(where, record)
+        if messages:
+            yield Document(content_key(*itertools.chain(*messages)), "", "", messages)
+            continue
         prompt, text = _parse(where, record)
         if text.strip():
             yield Document(content_key(prompt, text), prompt, text)
 
 
-def _parse(where: str, record: Any) -> tuple[str, str]:
+def _messages(where: str, record: dict[str, Any]) -> tuple[Message, ...]:
+    """A record's conversation; empty where it is none. Raises BadInput."""
+    said, role, content = _turns(record)
+    if not said:
+        return ()
+    found = [_message(f"{where}, message {n}", m, role, content) for n, m in enumerate(said, start=1)]
+    if not any(message.role == "assistant" and message.content.strip() for message in found):
+        raise BadInput(f"{where}: no message of the role assistant says anything: there is nothing to learn")
+    return tuple(found)
+
+
+def _turns(record: dict[str, Any]) -> tuple[list[Any], str, str]:
+    """The turns of a record's conversation, and the fields of each: who speaks, and what."""
+    for turns, role, content in _CHATS:
+        if isinstance(record.get(turns), list):
+            return record[turns], role, content
+    prompt, completion = record.get("prompt"), record.get("completion")
+    if isinstance(prompt, list) and isinstance(completion, list):
+        return [*prompt, *completion], "role", "content"
+    return [], "", ""
+
+
+def _message(where: str, message: Any, role: str, content: str) -> Message:
+    if not isinstance(message, dict):
+        raise BadInput(f"{where}: must be an object with {role!r} and {content!r}, not {_kind(message)}")
+    for name in (role, content):
+        if name not in message:
+            has = ", ".join(repr(key) for key in message) or "no fields"
+            raise BadInput(f"{where}: has no {name!r}; it has {has}")
+    said = message[content]
+    if isinstance(said, list):  # parts, of which only texts can be learnt from
+        texts = [
+            part["text"] for part in said if isinstance(part, dict) and isinstance(part.get("text"), str)
+        ]
+        if len(texts) < len(said):
+            raise BadInput(f"{where}: {content!r} has a part that is no text")
+        message = {**message, content: "".join(texts)}
+    speaker = _field(where, message, role)
+    return Message(_ROLES.get(speaker, speaker), _field(where, message, content))
+
+
+def _parse(where: str, record: dict[str, Any]) -> tuple[str, str]:
     """A record's prompt (empty for plain text) and text. Raises BadInput."""
-    if not isinstance(record, dict):
-        raise BadInput(
-            f'{where}: a record must be a JSON object such as {{"text": ...}}, not {_kind(record)}'
-        )
     for prompt, addition, text in _FORMS:
         if text in record and (prompt is None or prompt in record):
             asked = _field(where, record, prompt) if prompt else ""

@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,16 +23,28 @@ from stoker import storage
 from stoker.data.documents import Document
 from stoker.errors import BadInput
 
-FORMAT = 1
+if TYPE_CHECKING:
+    import torch
+
+FORMAT = 2
 """Part of the fingerprint: raise it when the arrays, or what they hold for the same input, change."""
 
 NO_LOSS = -100
 """The label of a token that nothing has to predict, as torch's cross-entropy and transformers have it."""
 
-_BATCH = 1024  # texts handed to the tokenizer at once
+_BATCH = 1024  # documents handed to the tokenizer at once
 _LOCK_TIMEOUT = 24 * 3600.0  # seconds to wait for another process that is tokenising the same
 
-Encode = Callable[[list[str]], Sequence[Sequence[int]]]
+
+class Encoded(NamedTuple):
+    """A document as tokens."""
+
+    ids: Sequence[int]
+    has_loss: Sequence[bool] | None
+    """Which tokens are to be predicted; None: all, as of a plain text, which may be cut into pieces."""
+
+
+Encode = Callable[[Sequence[Document]], Iterable[Encoded]]
 
 
 @dataclass(frozen=True)
@@ -44,9 +57,9 @@ class Statistics:
     loss_tokens: int
     """Tokens that have a label."""
     truncated: int
-    """Pairs whose answer was cut off at the end of a row."""
+    """Pairs and conversations that were cut off at the end of a row."""
     dropped: int
-    """Pairs whose prompt alone fills a row."""
+    """Those of which nothing to be predicted is left then."""
     efficiency: float
     """Real tokens among all tokens of all rows."""
 
@@ -81,12 +94,18 @@ class PackedDataset:
         """The number of tokens that have a label, over all rows."""
         return self.statistics.loss_tokens
 
+    @property
+    def context(self) -> float:
+        """How many tokens of its own piece a token sees, in the mean, with itself."""
+        lengths = np.diff(self._pieces).astype(np.float64)
+        return float((lengths * (lengths + 1) / 2).sum() / lengths.sum())
+
     def __getitem__(self, index: int) -> dict[str, NDArray[np.int64]]:
-        """A row: `input_ids`, `labels` and `position_ids`, each int64 (sequence_length,).
+        """A row: `input_ids`, `labels` and `position_ids`, each int64 (sequence_length,), and `documents`.
 
         Labels stand at the place of the token itself (the loss shifts them by one), and are
         NO_LOSS for padding, prompts, and the first token of each piece. Positions restart at
-        0 with each piece, padding being one more.
+        0 with each piece, padding being one more. Documents are the lengths of the pieces, int64.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
@@ -101,31 +120,52 @@ class PackedDataset:
         starts = np.append(bounds[:-1] - bounds[0], real.stop)
         lengths = np.diff(np.append(starts, self.sequence_length))
         position_ids = np.arange(self.sequence_length) - np.repeat(starts, lengths)
-        return {"input_ids": input_ids, "labels": labels, "position_ids": position_ids}
+        return {
+            "input_ids": input_ids, "labels": labels, "position_ids": position_ids,
+            "documents": np.diff(bounds),
+        }  # fmt: skip
+
+    def read(self, index: int, key: int) -> dict[str, NDArray[np.int64]]:
+        """A row, which is the same whatever the key: nothing of it is random."""
+        return self[index]
+
+
+def collate(rows: Sequence[dict[str, NDArray[np.int64]]]) -> dict[str, torch.Tensor]:
+    """Rows of a `PackedDataset` as a batch: each (rows, sequence_length), and `documents` (rows, most).
+
+    Zeros stand behind a row's documents; `most` is rounded up to a power of two, so that batches have few
+    shapes.
+    """
+    import torch
+
+    most = max(len(row["documents"]) for row in rows)
+    documents = np.zeros((len(rows), 1 << (most - 1).bit_length()), dtype=np.int64)
+    for place, row in zip(documents, rows, strict=True):
+        place[: len(row["documents"])] = row["documents"]
+    joined = {name: np.stack([row[name] for row in rows]) for name in rows[0] if name != "documents"}
+    return {name: torch.from_numpy(array) for name, array in {**joined, "documents": documents}.items()}
 
 
 def tokenise(
     documents: Sequence[Document],
     *,
     encode: Encode,
-    eos_id: int,
+    pad_id: int,
     vocab_size: int,
     sequence_length: int,
     fingerprint: tuple[object, ...],
     cache: Path,
-    bos_id: int | None = None,
 ) -> PackedDataset:
     """Tokenise and pack documents, or open what an earlier call with the same fingerprint made.
 
     Args:
-        encode: token ids of each text, without special tokens.
-        eos_id: ends each document, and pads rows.
+        encode: the tokens of each document, with all that begins and ends it.
+        pad_id: pads rows; never predicted, whatever else it stands for.
         vocab_size: one more than the largest token id; decides the width of what is stored.
         sequence_length: tokens in a row, at least 2.
         fingerprint: all that decides what is packed, as values with a stable repr: of the
             corpus, the split and its fractions, the tokenizer.
         cache: the folder the arrays are kept in, see `cache_folder`.
-        bos_id: begins each document, where the model wants one.
 
     Raises:
         BadInput: the sequence is too short, no tokens are left, or the cache cannot be written.
@@ -134,16 +174,16 @@ def tokenise(
         raise BadInput(
             f"sequence_length={sequence_length}: it must be at least 2, as each token predicts the next"
         )
-    parts = (FORMAT, sequence_length, eos_id, bos_id, vocab_size, *fingerprint)
+    parts = (FORMAT, sequence_length, pad_id, vocab_size, *fingerprint)
     folder = cache / hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
     if not folder.exists():
-        pieces = _Pieces(sequence_length, eos_id, bos_id, _smallest_type(vocab_size))
+        pieces = _Pieces(sequence_length, _smallest_type(vocab_size))
         try:
             cache.mkdir(parents=True, exist_ok=True)
             with storage.locked(cache / f"{folder.name}.lock", _LOCK_TIMEOUT):
                 if not folder.exists():
                     pieces.add(documents, encode)
-                    _write(folder, pieces)
+                    _write(folder, pieces, pad_id)
         except OSError as error:
             raise BadInput(
                 f"the cache {cache} cannot be written ({error.strerror}): set STOKER_CACHE to another folder"
@@ -156,49 +196,45 @@ def _smallest_type(vocab_size: int) -> type[np.uint16] | type[np.uint32]:
 
 
 class _Pieces:
-    """The documents as pieces of at most a row's length, in one array of tokens."""
+    """The documents as pieces of at most a row's length."""
 
-    def __init__(
-        self, sequence_length: int, eos_id: int, bos_id: int | None, dtype: type[np.uint16] | type[np.uint32]
-    ) -> None:
-        self.sequence_length, self.eos_id, self.dtype = sequence_length, eos_id, dtype
-        self._begin = [] if bos_id is None else [bos_id]
+    def __init__(self, sequence_length: int, dtype: type[np.uint16] | type[np.uint32]) -> None:
+        self.sequence_length, self.dtype = sequence_length, dtype
         self.tokens: list[NDArray[np.unsignedinteger]] = []  # a piece each
-        self.unpredicted: list[int] = []  # tokens without loss at the start of each piece
+        self.has_loss: list[NDArray[np.bool_]] = []
         self.truncated = self.dropped = 0
 
     def add(self, documents: Sequence[Document], encode: Encode) -> None:
         for start in range(0, len(documents), _BATCH):
-            batch = documents[start : start + _BATCH]
-            prompts = encode([d.prompt for d in batch if d.prompt]) if any(d.prompt for d in batch) else []
-            prompt = iter(prompts)
-            for document, text in zip(batch, encode([d.text for d in batch]), strict=True):
-                self._add(list(next(prompt)) if document.prompt else [], list(text))
+            for ids, has_loss in encode(documents[start : start + _BATCH]):
+                self._add(ids, has_loss)
         if not self.tokens:
             raise BadInput(
-                f"no tokens are left of {len(documents)} documents ({self.dropped} have a prompt that alone "
-                f"fills a row of {self.sequence_length} tokens): raise sequence_length, or give other data"
+                f"no tokens are left of {len(documents)} documents ({self.dropped} have nothing to be "
+                f"predicted among their first {self.sequence_length} tokens): raise sequence_length, or give "
+                "other data"
             )
 
-    def _add(self, prompt: list[int], text: list[int]) -> None:
-        if not text:
+    def _add(self, ids: Sequence[int], predicted: Sequence[bool] | None) -> None:
+        tokens: NDArray[np.unsignedinteger] = np.array(ids, dtype=self.dtype)
+        length = self.sequence_length
+        if predicted is None:
+            for start in range(0, len(tokens), length):
+                piece = tokens[start : start + length]
+                if len(piece) > 1:  # the last token of a cut document may stand alone: nothing to learn
+                    self._append(piece, np.ones(len(piece), dtype=np.bool_))
             return
-        whole = [*self._begin, *prompt, *text, self.eos_id]
-        if not prompt:
-            for start in range(0, len(whole), self.sequence_length):
-                self._append(whole[start : start + self.sequence_length], 1)
-            return
-        masked = len(self._begin) + len(prompt)
-        if masked >= self.sequence_length:
+        has_loss = np.array(predicted, dtype=np.bool_)[:length]
+        if has_loss[1:].any():
+            self.truncated += len(tokens) > length
+            self._append(tokens[:length], has_loss)
+        elif any(predicted):
             self.dropped += 1
-            return
-        self.truncated += len(whole) > self.sequence_length
-        self._append(whole[: self.sequence_length], masked)
 
-    def _append(self, tokens: list[int], unpredicted: int) -> None:
-        if len(tokens) > unpredicted:  # the last token of a cut document may stand alone: nothing to learn
-            self.tokens.append(np.array(tokens, dtype=self.dtype))
-            self.unpredicted.append(unpredicted)
+    def _append(self, tokens: NDArray[np.unsignedinteger], has_loss: NDArray[np.bool_]) -> None:
+        has_loss[0] = False  # no token of another document predicts the first
+        self.tokens.append(tokens)
+        self.has_loss.append(has_loss)
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -231,14 +267,12 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return rows
 
 
-def _write(folder: Path, pieces: _Pieces) -> None:
+def _write(folder: Path, pieces: _Pieces, pad_id: int) -> None:
     rows = pack([len(tokens) for tokens in pieces.tokens], pieces.sequence_length)
     placed = [piece for row in rows for piece in row]
     tokens = np.concatenate([pieces.tokens[piece] for piece in placed])
     bounds = _bounds(len(pieces.tokens[piece]) for piece in placed)
-    starts = np.repeat(bounds[:-1], np.diff(bounds))
-    unpredicted = np.repeat([pieces.unpredicted[piece] for piece in placed], np.diff(bounds))
-    has_loss = np.arange(len(tokens)) - starts >= unpredicted
+    has_loss = np.concatenate([pieces.has_loss[piece] for piece in placed])
     statistics = Statistics(
         rows=len(rows),
         tokens=len(tokens),
@@ -250,7 +284,7 @@ def _write(folder: Path, pieces: _Pieces) -> None:
     meta = {
         "format": FORMAT,
         "sequence_length": pieces.sequence_length,
-        "pad_id": pieces.eos_id,
+        "pad_id": pad_id,
         "statistics": asdict(statistics),
     }
     arrays = {"tokens": tokens, "has_loss": has_loss, "pieces": bounds, "rows": _bounds(map(len, rows))}

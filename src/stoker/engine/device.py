@@ -31,6 +31,11 @@ def check(ranks: int) -> None:
         )
 
 
+def move(model: torch.nn.Module, device: torch.device) -> None:
+    """Bring a model to a device, in place, but for what of it is on the meta device."""
+    model._apply(lambda t: t if t.is_meta else t.to(device))  # type: ignore[no-untyped-call]
+
+
 def name(device: torch.device) -> str:
     """What the device calls itself."""
     if device.type == "cuda":

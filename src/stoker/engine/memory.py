@@ -4,8 +4,16 @@ from __future__ import annotations
 
 import resource
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
+import psutil
 import torch
+from stoker.engine import options
+from stoker.engine.mesh import Mesh
+from stoker.engine.options import Training
+from stoker.engine.step import Step
+from stoker.errors import BadInput
+from torch import nn
 from torch.distributed.tensor import DTensor
 
 
@@ -39,3 +47,129 @@ def peak(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def by_kind(step: Step, device: torch.device) -> dict[str, int]:
+    """Bytes that this rank holds: weights, gradients (while there are any), optimizer state; and its peak.
+
+    On a CPU the peak is that of the whole process, with the code that it has loaded.
+    """
+    own = list(step.weights().values())
+    states = [
+        getattr(o, "optimizer", o).state.values() for o in step.optimizers.values()
+    ]  # DeepSpeed's wraps
+    kept = (t for state in states for of in state for t in of.values() if isinstance(t, torch.Tensor))
+    return {
+        "weights": held([*step.model.parameters(), *step.model.buffers(), *own]),
+        "gradients": sum(4 * t.numel() for t in _plain(own)),
+        "optimizer": held(kept),
+        "peak": peak(device),
+    }
+
+
+def of_a_rank(device: torch.device, ranks: int) -> int:
+    """Bytes that a rank may have: its GPU's, or its share of this machine's.
+
+    Args:
+        ranks: of this machine.
+    """
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return int(psutil.virtual_memory().total // ranks)
+
+
+@dataclass(frozen=True)
+class Needed:
+    """Bytes that a rank needs before its first activation, by what they are for."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    gathered: int
+    """The largest block, whole, while it is used."""
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.gradients + self.optimizer + self.gathered
+
+    def __str__(self) -> str:
+        parts = {k.replace("optimizer", "optimizer state"): v for k, v in vars(self).items() if v}
+        return ", ".join(f"{name} {size(count)}" for name, count in parts.items())
+
+
+MOMENTS = 8.0
+"""Bytes that AdamW keeps for each weight: two of float32."""
+
+
+def needed(
+    model: nn.Module,
+    blocks: Iterable[tuple[str, nn.Module]],
+    strategy: str,
+    training: Training,
+    ranks: int,
+    moments: float = MOMENTS,
+) -> Needed:
+    """What a rank will need for a model, which may be on the meta device, from the shapes of its parameters.
+
+    Args:
+        blocks: what is gathered at once where parameters are sharded.
+        ranks: among which the strategy divides what it divides.
+        moments: bytes the optimizer keeps for each weight.
+    """
+    weights = sum(p.nbytes for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    stage = options.zero_stage(training.deepspeed) if strategy == "deepspeed" else 0
+    whole = {"fsdp": 3, "pipeline": 3, "deepspeed": stage}.get(strategy, 0)
+    by = [ranks if whole >= least else 1 for least in (3, 2, 1)]  # weights, gradients, optimizer state
+    largest = max((sum(p.nbytes for p in block.parameters()) for _, block in blocks), default=0)
+    gathers = strategy == "fsdp" or stage == 3
+    return Needed(
+        weights // by[0], trained * 4 // by[1], int(trained * moments) // by[2],
+        largest if gathers and ranks > 1 else 0,
+    )  # fmt: skip
+
+
+class TooLarge(BadInput):
+    """A model that a rank cannot hold."""
+
+
+def check_fits(
+    model: nn.Module,
+    blocks: Iterable[tuple[str, nn.Module]],
+    strategy: str,
+    training: Training,
+    mesh: Mesh,
+    moments: float = MOMENTS,
+) -> None:
+    """Refuse a model that cannot be held, before any of it is loaded.
+
+    Raises:
+        TooLarge: saying how much it needs, by what for, and on how many ranks it would fit.
+    """
+    shards = mesh.size("stage") if strategy == "pipeline" else mesh.size("shard")
+    divides = {"fsdp": shards, "pipeline": shards, "deepspeed": mesh.world.size}.get(strategy, 1)
+    wanted = needed(model, blocks, strategy, training, divides, moments)
+    has = of_a_rank(mesh.device, mesh.world.local_size)
+    offloads = training.fsdp.offload or training.deepspeed.offload_optimizer
+    if wanted.total <= has or offloads:
+        return
+    count = sum(p.numel() for p in model.parameters())
+    fitting = next(
+        (n for n in range(2, 4097) if needed(model, blocks, "fsdp", training, n, moments).total <= 0.8 * has),
+        None,
+    )
+    raise TooLarge(
+        f"a model of {count / 1e9:,.1f} billion parameters needs {size(wanted.total)} a rank under "
+        f"parallel={strategy}, before its first activation: {wanted}; a rank here has {size(has)}. "
+        + (
+            f"It would fit with parallel=fsdp on {fitting} such ranks"
+            if fitting
+            else "No number of ranks helps"
+        )
+    )
+
+
+def size(count: float) -> str:
+    """Bytes in words."""
+    return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"

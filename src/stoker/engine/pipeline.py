@@ -8,13 +8,13 @@ are given the numbers of micro-batches, and a stage looks up what it needs of on
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from stoker import distributed
-from stoker.engine import batches, blocks, stages
+from stoker.engine import batches, blocks, device, stages
 from stoker.engine.agreement import Agreement, Weight
 from stoker.engine.options import Training
 from stoker.engine.step import (
@@ -46,6 +46,7 @@ class PipelineStep:
         training: Training,
         setting: Setting,
         make: OptimizerFactory | Mapping[str, OptimizerFactory],
+        load: Callable[[nn.Module, torch.device, str], None],
     ) -> None:
         if isinstance(make, Mapping):
             raise BadInput("parallel=pipeline takes one optimizer for the whole model, not one a submodule")
@@ -55,7 +56,9 @@ class PipelineStep:
         self._count = self._ranks * virtual
         made = stages.cut(model, self._count)
         self._held = list(range(self._mesh.stage, self._count, self._ranks))
-        self.model = stages.take(model, made, self._held).to(self._mesh.device)
+        self.model = stages.take(model, made, self._held)
+        device.move(self.model, self._mesh.device)
+        load(self.model, self._mesh.device, "")
         self._stages = [
             _Stage(stages.take(model, made, [n]), n, self._count, made.prefix, self) for n in self._held
         ]

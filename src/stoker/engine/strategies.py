@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
-import psutil
 import torch
 from stoker import distributed
-from stoker.engine import activation, blocks
+from stoker.engine import activation, blocks, device, memory, options
 from stoker.engine.mesh import Mesh
 from stoker.engine.options import Training
 from stoker.engine.precision import DTYPES
@@ -31,12 +31,14 @@ from torch.nn.parallel import DistributedDataParallel
 log = logging.getLogger("stoker")
 
 Factories = OptimizerFactory | Mapping[str, OptimizerFactory]
+Load = Callable[[nn.Module, torch.device, str], None]
+"""Gives memory and values to what of a model is on the meta device, below a dotted prefix (all: "")."""
 Blocks = Sequence[tuple[str, nn.Module]]
 
 _ROOM = 0.6  # of a device's memory for weights, gradients and optimizer state; the rest is activations
 
 
-def choose(model: nn.Module, training: Training, world: World, device: torch.device) -> tuple[str, str]:
+def choose(model: nn.Module, training: Training, world: World, on: torch.device) -> tuple[str, str]:
     """The strategy and why: as set, or for `auto` by the number of ranks, the model's size and memory."""
     if training.parallel != "auto":
         return training.parallel, "as set"
@@ -45,61 +47,101 @@ def choose(model: nn.Module, training: Training, world: World, device: torch.dev
     weights = sum(p.nbytes for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     needed = weights + trained * (4 + 8)  # gradients, and two moments in float32
-    memory = _memory_a_rank(device, world.local_size)
-    said = f"weights, gradients and two moments take {_size(needed)} of a rank's {_size(memory)}"
-    if needed <= _ROOM * memory and training.fsdp.shard is None:
+    has = memory.of_a_rank(on, world.local_size)
+    said = f"weights, gradients and two moments take {memory.size(needed)} of a rank's {memory.size(has)}"
+    if needed <= _ROOM * has and training.fsdp.shard is None:
         return "ddp", f"{said}: each rank can hold all of them"
-    return "fsdp", said if needed > _ROOM * memory else "fsdp.shard is set"
+    return "fsdp", said if needed > _ROOM * has else "fsdp.shard is set"
 
 
-def lay_out(model: nn.Module, strategy: str, training: Training, setting: Setting, make: Factories) -> Step:
-    """Lay a model out over the mesh and build its optimizers.
+def lay_out(
+    model: nn.Module,
+    strategy: str,
+    training: Training,
+    setting: Setting,
+    make: Factories,
+    load: Load = lambda model, device, prefix: None,
+) -> Step:
+    """Lay a model out over the mesh, have it filled where it is on the meta device, build its optimizers.
 
     Raises:
-        BadInput: the model cannot be laid out so.
+        BadInput: the model cannot be laid out so, or what is to be loaded is more than a rank can hold.
     """
     found = blocks.find(model, training.blocks)
     _prepare(model, strategy, training, setting.mesh)
+    if any(p.is_meta for p in model.parameters()):
+        memory.check_fits(model, found, strategy, training, setting.mesh, _moments(make))
     activation.apply(found, training.activation_checkpointing)
     if training.compile:
         compile_blocks(model, found)
     distributed.copy_from_rank_zero(model)
-    return _STRATEGIES[strategy](model, found, training, setting, make)
+    return _STRATEGIES[strategy](Layout(model, found, training, setting, make, load))
 
 
-def single(model: nn.Module, found: Blocks, training: Training, setting: Setting, make: Factories) -> Step:
+def _moments(make: Factories) -> float:
+    """Bytes that an optimizer will keep for each weight, as one for a small parameter does."""
+    if isinstance(make, Mapping):
+        return memory.MOMENTS
+    small = nn.Parameter(torch.zeros(256, 256))
+    small.grad = torch.zeros_like(small)
+    optimizer = make([small])
+    optimizer.step()
+    kept = (t for t in optimizer.state[small].values() if isinstance(t, torch.Tensor))
+    return memory.held(kept) / small.numel()
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a strategy is given."""
+
+    model: nn.Module
+    blocks: Blocks
+    training: Training
+    setting: Setting
+    make: Factories
+    load: Load
+
+
+def single(given: Layout) -> Step:
     """One process has it all."""
-    return PlainStep(setting, model, build_optimizers(model, make))
+    given.load(given.model, given.setting.mesh.device, "")
+    return PlainStep(given.setting, given.model, build_optimizers(given.model, given.make))
 
 
-def ddp(model: nn.Module, found: Blocks, training: Training, setting: Setting, make: Factories) -> Step:
+def ddp(given: Layout) -> Step:
     """Every rank has the whole model; gradients are averaged while the backward pass goes on."""
-    called = data_parallel(model, training, setting.mesh)
-    return PlainStep(setting, model, build_optimizers(model, make), called=called)
+    given.load(given.model, given.setting.mesh.device, "")
+    called = data_parallel(given.model, given.training, given.setting.mesh)
+    return PlainStep(given.setting, given.model, build_optimizers(given.model, given.make), called=called)
 
 
-def fsdp(model: nn.Module, found: Blocks, training: Training, setting: Setting, make: Factories) -> Step:
+def fsdp(given: Layout) -> Step:
     """Parameters, gradients and optimizer state are sharded; a block is gathered while it is used."""
+    model, make = given.model, given.make
     roots = [model.get_submodule(name) for name in make] if isinstance(make, Mapping) else []
-    casts = shard(model, found, training, setting, roots)
-    return PlainStep(setting, model, build_optimizers(model, make), casts=casts)
+    casts = shard(model, given.blocks, given.training, given.setting, roots)
+    given.load(model, torch.device("cpu") if given.training.fsdp.offload else given.setting.mesh.device, "")
+    return PlainStep(given.setting, model, build_optimizers(model, make), casts=casts)
 
 
-def pipeline(model: nn.Module, found: Blocks, training: Training, setting: Setting, make: Factories) -> Step:
+def pipeline(given: Layout) -> Step:
     """Blocks are cut into stages, a rank each; micro-batches stream through them."""
     from stoker.engine.pipeline import PipelineStep
 
-    return PipelineStep(model, training, setting, make)
+    return PipelineStep(given.model, given.training, given.setting, given.make, given.load)
 
 
-def deepspeed(model: nn.Module, found: Blocks, training: Training, setting: Setting, make: Factories) -> Step:
+def deepspeed(given: Layout) -> Step:
     """DeepSpeed's ZeRO."""
-    from stoker.engine.zero import DeepSpeedStep
+    from stoker.engine.zero import DeepSpeedStep, partition
 
-    return DeepSpeedStep(model, training, setting, make)
+    if options.zero_stage(given.training.deepspeed) == 3:
+        partition(given.model, given.blocks, given.training, given.setting, given.load)
+    given.load(given.model, given.setting.mesh.device, "")
+    return DeepSpeedStep(given.model, given.training, given.setting, given.make)
 
 
-_STRATEGIES: dict[str, Callable[[nn.Module, Blocks, Training, Setting, Factories], Step]] = {
+_STRATEGIES: dict[str, Callable[[Layout], Step]] = {
     "single": single, "ddp": ddp, "fsdp": fsdp, "pipeline": pipeline, "deepspeed": deepspeed,
 }  # fmt: skip
 
@@ -169,7 +211,7 @@ def _prepare(model: nn.Module, strategy: str, training: Training, mesh: Mesh) ->
         for p in trainable(model):
             p.data = p.data.float()  # master weights: an update may be far below one step of bf16
     if strategy != "pipeline":
-        model.to(mesh.device)
+        device.move(model, mesh.device)
 
 
 def warn_of_batch_norm(model: nn.Module, *, share: int, training: Training) -> None:
@@ -194,13 +236,3 @@ _FEW = 16
 
 def _is_batch_norm(module: nn.Module) -> bool:
     return isinstance(module, nn.modules.batchnorm._BatchNorm)
-
-
-def _memory_a_rank(device: torch.device, ranks: int) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
-    return int(psutil.virtual_memory().total // ranks)
-
-
-def _size(size: float) -> str:
-    return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"

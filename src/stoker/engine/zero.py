@@ -12,7 +12,7 @@ import io
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -57,7 +57,7 @@ class DeepSpeedStep:
         made = build_optimizers(model, make)["main"]
         known = {p: name for name, p in model.named_parameters()}
         self._names = [[known[p] for p in group["params"]] for group in made.param_groups]
-        parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        parameters = sum(_shape(p).numel() for p in model.parameters() if p.requires_grad)
         with _no_stray_output():
             self._engine, self._optimizer, *_ = deepspeed.initialize(
                 model=model,
@@ -243,6 +243,34 @@ class DeepSpeedStep:
 
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
             yield
+
+
+def partition(
+    model: nn.Module,
+    blocks: Sequence[tuple[str, nn.Module]],
+    training: Training,
+    setting: Setting,
+    load: Callable[[nn.Module, torch.device, str], None],
+) -> None:
+    """Cut a model that is on the meta device into the ranks' parts as it is loaded, block by block (stage 3).
+
+    So no rank ever has more than a block and its own part. One that is in memory already is left to
+    DeepSpeed's `initialize`.
+    """
+    if not any(p.is_meta for p in model.parameters()):
+        return
+    _quieten()
+    import deepspeed
+
+    parameters = sum(_shape(p).numel() for p in model.parameters() if p.requires_grad)
+    settings = config(training, setting, parameters)
+    with _no_stray_output():
+        deepspeed.init_distributed(dist_init_required=False, verbose=False)
+        for name, block in blocks:
+            load(model, setting.mesh.device, f"{name}.")
+            deepspeed.zero.Init(module=block, config_dict_or_path=settings)
+        load(model, setting.mesh.device, "")
+        deepspeed.zero.Init(module=model, config_dict_or_path=settings)
 
 
 _BUCKET = 500_000_000  # elements, DeepSpeed's own; it sets aside as much memory whatever the model's size

@@ -128,8 +128,8 @@ def train(run: Run, config: Config) -> None:
     loader = trainer.loader(training, batch_size=config.batch_size, workers=config.workers)
     for batch in trainer.steps(loader, max_steps=config.length):
         run.log(loss=trainer.step(batch), lr=trainer.lr)
-        if trainer.every(10) and trainer.rate is not None:
-            run.log(images_per_second=trainer.rate)
+        if trainer.every(10) or trainer.last:
+            run.log(trainer.performance())
         if trainer.every(config.eval_every) or trainer.last:
             run.log({f"val_{name}": value for name, value in measure(validation).items()})
             if config.patience is not None and trainer.stale("val_accuracy", config.patience):

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
+from stoker.engine import quiet  # noqa: F401 (its import is its work)
 from stoker.engine.metrics import Mean, Metric
 from stoker.errors import BadInput, nearest
 from stoker.loop import Trainer
-from stoker.recipes import quiet  # noqa: F401 (its import is its work)
 from torch.nn import functional as F
 from transformers import AutoModelForImageClassification, ResNetConfig, ResNetForImageClassification
 

@@ -7,31 +7,21 @@ the loss is the mean over the tokens of the whole global batch. Heavy imports st
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Lt
 from stoker.attempt import Run
 from stoker.duration import Duration
 from stoker.engine.options import Training
+from stoker.language.lora import Lora
 
-PRELOAD = ("stoker.recipes.language_model", "stoker.recipes.language_data", "peft")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Lora:
-    """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685), by peft."""
-
-    rank: Annotated[int, Ge(0)] = 0
-    """Rank of the adapters; 0 trains every weight."""
-    alpha: Annotated[float, Gt(0)] = 16.0
-    """The adapters are scaled by alpha / rank."""
-    dropout: Annotated[float, Ge(0), Lt(1)] = 0.05
-    """Share of an adapter's inputs dropped while training."""
-    targets: str = "all-linear"
-    """Modules that get an adapter: all-linear, or names joined by commas."""
+PRELOAD = tuple(
+    f"stoker.language.{room}"
+    for room in ("adapters", "building", "data", "export", "generation", "objective")
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +31,12 @@ class Config(Training):
     model: str = "tiny"
     """A size to start from scratch (tiny, small, base), a local directory, or a hub id."""
     data: str = "python-docs"
-    """python-docs or python-docs-qa (built in), a .jsonl, .parquet or .txt file, or a hub dataset id."""
+    """python-docs or python-docs-qa (built in), a .jsonl, .parquet or .txt file, a folder of these, or a hub
+    dataset id: texts, pairs, or conversations."""
+    loss_on: Literal["answer", "all"] = "answer"
+    """Of pairs and conversations: learn what the assistant says, or everything."""
+    chat_template: Path | None = None
+    """A file with the Jinja template of conversations; by default the tokenizer's own."""
     tokenizer: str | None = None
     """A directory or hub id; by default the model's own, and for a new model one trained on the data."""
     vocab_size: Annotated[int, Ge(300)] = 4096
@@ -49,6 +44,8 @@ class Config(Training):
     tie_embeddings: bool = True
     """Of a new model: one matrix embeds tokens and predicts them. A pipeline needs false."""
     lora: Lora = field(default_factory=Lora)
+    quantisation: Literal["none", "nf4"] = "none"
+    """Keep the frozen weights in 4 bits (QLoRA; extra `quantisation`)."""
     lr: Annotated[float, Gt(0)] | None = None
     """Peak learning rate; by default 3e-3 from scratch, 2e-4 with LoRA, 2e-5 for every weight."""
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
@@ -88,6 +85,11 @@ class Config(Training):
         super().__post_init__()
         if self.max_steps is not None and self.epochs is not None:
             raise ValueError(f"max_steps={self.max_steps} and epochs={self.epochs} are both given: give one")
+        if self.quantisation != "none" and (not self.lora.used or self.lora.dora):
+            raise ValueError(
+                f"quantisation={self.quantisation} is for weights that stay as they are, under LoRA: "
+                + ("DoRA needs them exact" if self.lora.dora else "give a lora.rank")
+            )
         for name in ("max_steps", "eval_every"):
             value = getattr(self, name)
             if value is not None and value.seconds is not None:
@@ -104,11 +106,11 @@ class Config(Training):
 
 def check_launch(config: Config, ranks: int) -> None:
     """What can be seen before any process is started. Raises BadInput."""
-    from stoker.recipes import language_shape
+    from stoker.language import shape
 
     if config.parallel == "pipeline":
         virtual = config.pipeline.stages_per_rank if config.pipeline.schedule == "interleaved" else 1
-        language_shape.check_stages(
+        shape.check_stages(
             config.model, stages=(config.pipeline.ranks or ranks) * virtual, tied=config.tie_embeddings
         )
 
@@ -116,74 +118,92 @@ def check_launch(config: Config, ranks: int) -> None:
 def train(run: Run, config: Config) -> None:
     """Read and pack the data, build the model, train, test, export."""
     from stoker import distributed
-    from stoker.data import sources
+    from stoker.data import sources, tokens
     from stoker.engine import optimizers, schedule
+    from stoker.engine.precision import DTYPES
     from stoker.engine.random_state import seed_everything
-    from stoker.loop import Trainer
-    from stoker.recipes import language_data, language_model
+    from stoker.language import adapters, building, data, export, flops, generation, objective, quantised
+    from stoker.loop import Trainer, computed_in
 
     seed_everything(config.seed)
     distributed.join(run.world, config.backend)
+    frozen = DTYPES[computed_in(run, config)] if config.lora.used else DTYPES["fp32"]
     with distributed.rank_zero_first(run.world):
         corpus = sources.read(config.data)
         splits = sources.split(corpus.documents, validation=config.validation, test=config.test)
-        language = language_model.build(
+        language = building.build(
             config.model,
             tokenizer=config.tokenizer,
             vocab_size=config.vocab_size,
             sequence_length=config.sequence_length,
             documents=splits.train,
             tie_embeddings=config.tie_embeddings,
+            dtype=frozen,
+            chat_template=config.chat_template,
         )
-        data = language_data.pack(splits, language.tokenizer, sequence_length=config.sequence_length)
-    prompts = config.prompts or language_data.prompts(splits.validation)
-    lr = config.lr or default_lr(config.lora.rank, language.pretrained)
+        rows = data.pack(
+            splits, language.tokenizer, sequence_length=config.sequence_length, loss_on=config.loss_on
+        )
+    prompts = config.prompts or data.prompts(splits.validation, language.tokenizer)
+    lr = config.lr or default_lr(config.lora.used, language.pretrained)
     run.fingerprint("data", corpus.fingerprint)
-    run.fingerprint("model", language.fingerprint)
 
-    trainer = Trainer(
-        run,
-        language_model.with_lora(language.model, **dataclasses.asdict(config.lora)),
-        optimizer=optimizers.factory(
-            config.optimizer, lr=lr, betas=(0.9, 0.95), weight_decay=config.weight_decay
-        ),
-        inputs=language_model.inputs,
-        loss=language_model.loss,
-        schedule=schedule.build(config.schedule, warmup=config.warmup, floor=0.1),
-        training=config,
-    )
+    if config.quantisation == "nf4":
+        quantised.convert(language.model)
+    model = adapters.adapted(language, config.lora)
+    called = objective.attach(model)
+    labelled = rows.train.loss_tokens / rows.train.statistics.tokens
+    needed = flops.per_token(model, context=rows.train.context, labelled=labelled)
+    with adapters.advising(config.lora, config.quantisation):
+        trainer = Trainer(
+            run,
+            model,
+            optimizer=optimizers.factory(
+                config.optimizer, lr=lr, betas=(0.9, 0.95), weight_decay=config.weight_decay
+            ),
+            inputs=called.inputs,
+            loss=called.loss,
+            schedule=schedule.build(config.schedule, warmup=config.warmup, floor=0.1),
+            training=config,
+            load=adapters.loading(language.load),
+        )
+    if run.world.rank == 0:
+        run.fingerprint("model", language.fingerprint)
+    export.record_shape(trainer, language, model)
 
-    language_model.record_shape(trainer, language)
-
-    def loss_on(rows: Any) -> float:
-        return trainer.evaluate(rows, batch_size=config.batch_size)
+    def loss_on(split: Any) -> float:
+        return trainer.evaluate(split, batch_size=config.batch_size, collate=tokens.collate)
 
     def evaluate() -> None:
-        val_loss = loss_on(data.validation)
+        val_loss = loss_on(rows.validation)
         run.log(val_loss=val_loss, val_perplexity=perplexity(val_loss))
-        language_model.log_generations(trainer, language.tokenizer, prompts, config.generate_tokens)
+        generation.log_generations(trainer, language.tokenizer, prompts, config.generate_tokens)
 
     if trainer.steps_done == 0 and language.pretrained:
-        run.log(base_test_perplexity=perplexity(loss_on(data.test)))
+        run.log(base_test_perplexity=perplexity(loss_on(rows.test)))
         evaluate()
-    loader = trainer.loader(data.train, batch_size=config.batch_size)
+    loader = trainer.loader(rows.train, batch_size=config.batch_size, collate=tokens.collate)
     for batch in trainer.steps(loader, max_steps=config.length):
         run.log(loss=trainer.step(batch), lr=trainer.lr)
-        if trainer.every(10) and trainer.rate is not None:
-            run.log(tokens_per_second=trainer.rate)
+        if trainer.every(10) or trainer.last:
+            run.log(trainer.performance(needed))
         if trainer.every(config.eval_every) or trainer.last:
             evaluate()
             if config.patience is not None and trainer.stale("val_loss", config.patience):
                 trainer.finish(f"val_loss got no better over {config.patience} evaluations")
-    run.log(test_perplexity=perplexity(loss_on(data.test)))
-    language_model.export(trainer, language)
+    run.table("memory", trainer.memory(), MEMORY)
+    run.log(test_perplexity=perplexity(loss_on(rows.test)))
+    export.export(trainer, language, model)
 
 
-def default_lr(lora_rank: int, pretrained: bool) -> float:
+MEMORY = ("rank", "weights, GiB", "gradients", "optimizer", "activations and others", "peak")
+
+
+def default_lr(lora: bool, pretrained: bool) -> float:
     """The peak learning rate where none is given."""
     if not pretrained:
         return 3e-3
-    return 2e-4 if lora_rank else 2e-5
+    return 2e-4 if lora else 2e-5
 
 
 def perplexity(loss: float) -> float:

@@ -1,0 +1,79 @@
+"""What a device can do in a second, to say how much of it a model uses (MFU).
+
+Model FLOPs utilisation (Chowdhery et al. 2022, arXiv:2204.02311, appendix B) is the floating-point
+operations that the model's mathematics needs, over what the device could have done in that time. What is
+computed twice to save memory does not count.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from dataclasses import dataclass
+
+import torch
+from stoker.engine import device as devices
+from stoker.engine.precision import DTYPES, Resolved
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Floating-point operations a second, and how they are known."""
+
+    flops: float
+    source: str
+
+
+# In 10**12 a second, dense, by the vendors' data sheets: bf16 and fp16 on tensor cores, fp32 on plain ones.
+# The first whose name is part of the device's own counts.
+_SHEETS: tuple[tuple[str, float, float], ...] = (
+    ("B200", 2250, 75),
+    ("H200", 989, 67),
+    ("H100 PCIe", 756, 51),
+    ("H100 NVL", 835, 60),
+    ("H100", 989, 67),
+    ("H800", 989, 67),
+    ("A100", 312, 19.5),
+    ("A800", 312, 19.5),
+    ("L40S", 362, 91.6),
+    ("L4", 121, 30.3),
+    ("A10G", 70, 35),
+    ("A10", 125, 31.2),
+    ("V100", 125, 15.7),
+    ("T4", 65, 8.1),
+    ("RTX 4090", 165, 82.6),
+    ("RTX 3090", 71, 35.6),
+)
+
+
+@functools.cache
+def peak(device: torch.device, precision: Resolved) -> Peak:
+    """The peak of a device in a precision: from its data sheet, or measured by products of matrices."""
+    name = devices.name(device)
+    if device.type == "cuda":
+        for known, half, single in _SHEETS:
+            if known in name:
+                return Peak((single if precision == "fp32" else half) * 1e12, f"data sheet of {known}")
+    return Peak(_measured(device, DTYPES[precision]), f"measured on {name}, by products of matrices")
+
+
+def _measured(device: torch.device, dtype: torch.dtype) -> float:
+    """The most that products reach; larger ones are tried as long as they are quick."""
+    best = 0.0
+    for size in (128, 256, 512, 1024, 4096):
+        left = right = torch.ones(size, size, dtype=dtype, device=device)
+        seconds = min(_seconds(left, right) for _ in range(3))
+        best = max(best, 2 * size**3 / seconds)
+        if seconds > 0.01:
+            break
+    return best
+
+
+def _seconds(left: torch.Tensor, right: torch.Tensor) -> float:
+    if left.is_cuda:
+        torch.cuda.synchronize(left.device)
+    begun = time.perf_counter()
+    left @ right
+    if left.is_cuda:
+        torch.cuda.synchronize(left.device)
+    return time.perf_counter() - begun

@@ -1,0 +1,1 @@
+"""Causal language models: loaded, adapted, trained on packed documents, sampled, shared."""

@@ -1,0 +1,162 @@
+"""Low-rank adapters on a model, by peft: new ones, or one to go on from.
+
+The model may be on the meta device: then the adapters alone have memory and values, and what of theirs
+depends on the model's weights (DoRA's lengths) is made once these are there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, get_peft_model, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from stoker.engine.memory import TooLarge
+from stoker.errors import BadInput
+from stoker.language import hub
+from stoker.language.building import Language, Load
+from stoker.language.lora import Lora
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers.pytorch_utils import Conv1D
+
+WEIGHTS = "adapter_model.safetensors"
+_LENGTHS = "lora_magnitude_vector"
+BASE = "base_model.json"
+"""Beside an adapter: which model it is for, by name and by its weights' checksums."""
+
+
+def adapted(language: Language, lora: Lora) -> Any:
+    """The model with adapters on it and everything else frozen; the model itself where there are none.
+
+    Raises:
+        BadInput: no module has a name of `lora.targets`, or the adapter to go on from is for another model.
+    """
+    model = language.model
+    if not lora.used:
+        return model
+    folder = hub.find(lora.adapter, "lora.adapter") if lora.adapter is not None else None
+    config = _config(model, lora) if folder is None else _saved_config(folder, language)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+        warnings.filterwarnings("ignore", message=".*did not match any targeted module")
+        try:
+            made = get_peft_model(model, config)
+        except ValueError as error:  # names that match no module
+            given = f"lora.targets={lora.targets}" if folder is None else f"lora.adapter={lora.adapter}"
+            raise BadInput(f"{given}: {error}") from error
+    for layer in made.modules():
+        if isinstance(layer, LoraLayer):
+            _begin(layer, saved=folder is not None)
+    if folder is not None:
+        _take(made, folder)
+    return made
+
+
+@contextlib.contextmanager
+def advising(lora: Lora, quantisation: str) -> Iterator[None]:
+    """Let who is told that a model is too large know of what would make it smaller. Raises BadInput."""
+    try:
+        yield
+    except TooLarge as error:
+        smaller = [] if lora.used else ["train adapters alone with lora.rank=16"]
+        if quantisation == "none":
+            smaller.append("keep the frozen weights in 4 bits with quantisation=nf4")
+        raise BadInput("; or ".join([str(error), *smaller])) from error
+
+
+def loading(load: Load) -> Load:
+    """What fills a model with adapters, given what fills it without."""
+
+    def both(model: nn.Module, device: torch.device, prefix: str) -> None:
+        load(model, device, prefix)
+        for name, layer in model.named_modules():
+            if isinstance(layer, LoraLayer) and f"{name}.".startswith(prefix):
+                _measure(layer)
+
+    return both
+
+
+def _config(model: Any, lora: Lora) -> LoraConfig:
+    targets = lora.targets
+    return LoraConfig(
+        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, use_rslora=lora.rslora,
+        use_dora=lora.dora, task_type="CAUSAL_LM",
+        target_modules=targets if targets == "all-linear" else [n.strip() for n in targets.split(",")],
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
+    )  # fmt: skip
+
+
+def _saved_config(folder: Path, language: Language) -> Any:
+    hub.read_json(folder, "adapter_config.json", "lora.adapter")
+    try:
+        config = PeftConfig.from_pretrained(folder)
+    except (ValueError, TypeError, KeyError) as error:
+        raise BadInput(f"lora.adapter={folder}: {error}") from error
+    if not isinstance(config, LoraConfig):
+        raise BadInput(f"lora.adapter={folder} is {config.peft_type}: only LoRA can be gone on with")
+    if (folder / BASE).is_file():
+        base = hub.read_json(folder, BASE, "lora.adapter")
+        if base.get("fingerprint") not in (None, language.fingerprint):
+            raise BadInput(
+                f"lora.adapter={folder} was trained on another model, {base.get('model')}: "
+                "its weights are not those of the model that is given"
+            )
+    config.inference_mode = False
+    config.base_model_name_or_path = language.config.name_or_path
+    return config
+
+
+def _take(model: Any, folder: Path) -> None:
+    """Put a saved adapter's tensors in place. Raises BadInput where they do not fit."""
+    try:
+        tensors = load_file(folder / WEIGHTS)
+    except FileNotFoundError as error:
+        raise BadInput(f"lora.adapter={folder} has no {WEIGHTS}") from error
+    except SafetensorError as error:
+        raise BadInput(f"{folder / WEIGHTS} cannot be read: {error}") from error
+    try:
+        found = set_peft_model_state_dict(model, tensors)
+    except (RuntimeError, KeyError) as error:
+        said = next((line.strip() for line in str(error).splitlines() if "size mismatch" in line), str(error))
+        raise BadInput(f"lora.adapter={folder} is for another model: {said}") from error
+    missing = [name for name in found.missing_keys if ".lora_" in name]
+    if missing or found.unexpected_keys:
+        some = (missing or list(found.unexpected_keys))[0]
+        raise BadInput(f"lora.adapter={folder} is for another model: {some} is not on both")
+
+
+def _begin(layer: Any, *, saved: bool) -> None:
+    """Give an adapter that followed its layer to the meta device memory on the CPU, and its first values.
+
+    Args:
+        saved: whether its values come from a file, DoRA's lengths too, which else wait for the weights.
+    """
+    names = [name for name in layer.adapter_layer_names if saved or name != _LENGTHS]
+    held = [getattr(layer, name, None) for name in names]
+    modules = [m for container in held if isinstance(container, nn.Module) for m in container.modules()]
+    if not any(p.is_meta for module in modules for p in module.parameters(recurse=False)):
+        return
+    for module in modules:
+        module.to_empty(device=torch.device("cpu"), recurse=False)
+    with torch.no_grad():
+        layer.reset_lora_parameters("default", True)
+
+
+@torch.no_grad()
+def _measure(layer: Any) -> None:
+    """DoRA begins with the lengths of the weight's own rows: (out,), sharded as the weight is."""
+    vectors = getattr(layer, _LENGTHS)
+    if "default" not in vectors or not vectors["default"].weight.is_meta:
+        return
+    weight, old = layer.get_base_layer().weight, vectors["default"].weight
+    lengths = torch.linalg.norm((weight.T if layer.fan_in_fan_out else weight).float(), dim=1)
+    if isinstance(lengths, DTensor):
+        lengths = lengths.redistribute(placements=old.placements)
+    vectors["default"].weight = nn.Parameter(lengths.to(old.dtype), requires_grad=old.requires_grad)

@@ -1,0 +1,175 @@
+"""Attention within documents: rows hold several, packed, and no token sees one of another document.
+
+Registered with transformers under `NAME`, so that any model whose attention goes through its
+`AttentionInterface` can be given it. What it is told is how long each row's documents are: on a GPU in
+half precision that is one kernel with variable lengths (torch's `varlen_attn`), elsewhere one call of
+torch's causal attention a document, which computes nothing that is masked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from transformers import AttentionInterface
+
+NAME = "documents"
+DOCUMENTS = "documents"
+"""The keyword by which a model is told the documents' lengths: int (rows, most in a row), 0 where there is
+none. What is left of a row behind them is padding."""
+
+_WITHIN_DOCUMENTS = {"full_attention", "sliding_attention"}
+_OTHERWISE = {"gpt_oss"}  # whose softmax has one term more
+
+
+def packs(config: Any, supports: bool) -> bool:
+    """Whether a model can attend within documents, by its config: all its layers must, and carry no state.
+
+    Args:
+        supports: whether its class takes attention functions (`_supports_attention_backend`).
+    """
+    text = config.get_text_config()
+    layers = set(getattr(text, "layer_types", None) or ())
+    carries = hasattr(text, "state_size")
+    return supports and not carries and layers <= _WITHIN_DOCUMENTS and text.model_type not in _OTHERWISE
+
+
+def attend(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    documents: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention within each document; signature and result as transformers has them.
+
+    Args:
+        query: (rows, heads, seq, width).
+        key: (rows, key heads, seq, width), the heads of `query` being a multiple of the key heads.
+        value: as `key`.
+        attention_mask: unused: there is none.
+        sliding_window: how many tokens a token sees, with itself.
+        softcap: scores are brought within so much of zero by tanh (Gemma 2).
+        documents: see DOCUMENTS; None: by `position_ids`, and without these a row is one document.
+        position_ids: (rows, seq), 0 where a document begins.
+
+    Returns:
+        (rows, seq, heads, width), zeros in the padding behind the documents; and None for the weights.
+    """
+    window = sliding_window if sliding_window is not None and sliding_window < query.shape[2] else None
+    dropped = dropout if module.training else 0.0
+    if _varlen_takes(query, dropped, softcap) and documents is not None:
+        return _varlen(query, key, value, documents, scaling, window), None
+    lengths = _lengths(documents, position_ids, query)
+    rows = []
+    for q, k, v, sizes in zip(query, key, value, lengths, strict=True):
+        rest = query.shape[2] - sum(sizes)
+        parts = zip(*(tensor.split([*sizes, rest], dim=1)[:-1] for tensor in (q, k, v)), strict=True)
+        done = [_attend_one(a, b, c, scaling, dropped, window, softcap) for a, b, c in parts]
+        rows.append(torch.cat([*done, v.new_zeros(q.shape[0], rest, v.shape[2])], dim=1))
+    return torch.stack(rows).transpose(1, 2).contiguous(), None
+
+
+def _lengths(
+    documents: torch.Tensor | None, position_ids: torch.Tensor | None, query: torch.Tensor
+) -> Iterator[list[int]]:
+    rows, _, seq, _ = query.shape
+    if query.is_meta:  # shapes alone are asked for
+        return ([seq] for _ in range(rows))
+    if documents is not None:
+        return ([n for n in row if n] for row in documents.tolist())
+    if position_ids is None or position_ids.shape != (rows, seq):
+        return ([seq] for _ in range(rows))
+    return (_between([n for n, p in enumerate(row) if p == 0 and n], seq) for row in position_ids.tolist())
+
+
+def _between(starts: list[int], end: int) -> list[int]:
+    return [b - a for a, b in zip([0, *starts], [*starts, end], strict=True)]
+
+
+def _attend_one(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float | None,
+    dropout: float,
+    window: int | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    """One document: (heads, length, width), (key heads, length, width) twice -> (heads, length, width)."""
+    length = query.shape[1]
+    shared = query.shape[0] != key.shape[0]
+    if softcap is not None:
+        return _capped(query, key, value, scaling, dropout, window, softcap)
+    mask = None if window is None or length <= window else _band(length, window, query.device)
+    return F.scaled_dot_product_attention(
+        query[None], key[None], value[None], attn_mask=mask, is_causal=mask is None, dropout_p=dropout,
+        scale=scaling, enable_gqa=shared,
+    )[0]  # fmt: skip
+
+
+def _band(length: int, window: int | None, device: torch.device) -> torch.Tensor:
+    """Whether a token (rows) sees another (columns): (length, length)."""
+    causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    return causal if window is None else causal.triu(1 - window)
+
+
+def _capped(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float | None,
+    dropout: float,
+    window: int | None,
+    softcap: float,
+) -> torch.Tensor:
+    heads, length, width = query.shape
+    shared = heads // key.shape[0]
+    key, value = key.repeat_interleave(shared, 0), value.repeat_interleave(shared, 0)
+    scores = query @ key.transpose(1, 2) * (width**-0.5 if scaling is None else scaling)
+    scores = torch.tanh(scores / softcap) * softcap
+    scores = scores.masked_fill(~_band(length, window, query.device), float("-inf"))
+    weights = F.dropout(scores.softmax(-1, dtype=torch.float32).to(query.dtype), dropout)
+    return weights @ value
+
+
+def _varlen_takes(query: torch.Tensor, dropout: float, softcap: float | None) -> bool:
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    return query.is_cuda and half and dropout == 0.0 and softcap is None
+
+
+def _varlen(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    documents: torch.Tensor,
+    scaling: float | None,
+    window: int | None,
+) -> torch.Tensor:
+    """All documents of all rows in one kernel, what pads a row being one more; nothing waits for the GPU."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    rows, heads, seq, _ = query.shape
+    rest = seq - documents.sum(1, keepdim=True)
+    ends = torch.cat([documents, rest], dim=1).flatten().cumsum(0, dtype=torch.int32)
+    bounds = F.pad(ends, (1, 0))
+    flat_query, flat_key, flat_value = (t.transpose(1, 2).flatten(0, 1) for t in (query, key, value))
+    out = varlen_attn(
+        flat_query, flat_key, flat_value, bounds, bounds, seq, seq, scale=scaling,
+        window_size=(-1 if window is None else window - 1, 0), enable_gqa=heads != key.shape[1],
+    )  # fmt: skip
+    assert isinstance(out, torch.Tensor)
+    return out.view(rows, seq, heads, -1)
+
+
+AttentionInterface.register(NAME, attend)  # and no function for masks: then transformers makes none

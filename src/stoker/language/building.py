@@ -1,0 +1,220 @@
+"""A causal language model with its tokenizer: a new one of a size, or one of a directory or of the hub.
+
+One that is loaded stands on the meta device at first, where it takes no memory: the Trainer lays it out
+over the ranks, and then has it filled (`Language.load`), each rank its own part.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from stoker.data import tokenizer as tokenizers
+from stoker.data.documents import Document
+from stoker.engine import quiet  # noqa: F401 (its import is its work)
+from stoker.errors import BadInput, nearest
+from stoker.language import attention, hub
+from stoker.language.loading import Weights
+from stoker.language.shape import SIZES
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+from transformers.utils import logging as transformers_logging
+
+transformers_logging.disable_progress_bar()  # the commands have one of their own
+
+_LONGEST = 2048  # positions of a new model, unless rows are longer
+
+Load = Callable[[nn.Module, torch.device, str], None]
+"""Fills what of a model is on the meta device, below a dotted prefix, on a device."""
+
+
+def _nothing(model: nn.Module, device: torch.device, prefix: str) -> None:
+    """Of a new model, all is there."""
+
+
+@dataclass(frozen=True)
+class Language:
+    """A model with its tokenizer."""
+
+    model: Any
+    """Bare; one that is `pretrained` is on the meta device."""
+    tokenizer: Any
+    pretrained: bool
+    """Whether it has learnt before."""
+    load: Load
+    """What fills a model that is on the meta device."""
+    origin: Path | str
+    """The directory that it is loaded from, or its size."""
+    config: Any
+    """The model's config as it is written beside its weights."""
+    generation_config: Any
+    packs: bool
+    """Whether its attention can keep apart several documents in a row."""
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Of what it was built from: the checksums of its weights (all are read), or a size."""
+        return hub.fingerprint(self.origin) if isinstance(self.origin, Path) else self.origin
+
+
+def build(
+    reference: str,
+    *,
+    tokenizer: str | None,
+    vocab_size: int,
+    sequence_length: int,
+    documents: Sequence[Document],
+    tie_embeddings: bool = True,
+    dtype: torch.dtype = torch.float32,
+    chat_template: Path | None = None,
+) -> Language:
+    """A new model of a size, or the one of a directory or hub id.
+
+    Args:
+        reference: a key of SIZES, a local directory, or a hub id.
+        tokenizer: a directory or hub id; None: the model's own, or for a new model one of
+            `vocab_size` tokens, trained on the documents.
+        sequence_length: the longest row, in tokens.
+        tie_embeddings: of a new model, whether it predicts with its embeddings.
+        dtype: of the weights of a model that is loaded.
+        chat_template: a file with what the tokenizer writes conversations by, in place of its own.
+
+    Raises:
+        BadInput: there is no such model, it does not load, or its tokenizer does not fit it.
+    """
+    if reference in SIZES:
+        made = load_tokenizer(tokenizer) if tokenizer else _train_tokenizer(documents, vocab_size)
+        _set_template(made, chat_template)
+        return _new(reference, made, sequence_length, tie_embeddings)
+    folder = _folder(reference)
+    config = load_config(folder)
+    found = load_tokenizer(tokenizer or str(folder))
+    _set_template(found, chat_template)
+
+    config.name_or_path = str(folder) if Path(reference).expanduser().is_dir() else reference
+
+    def make() -> Any:
+        return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
+
+    weights = Weights(folder, make)
+    with torch.device("meta"):
+        model = make()
+    _check_fits(reference, model, found, sequence_length)
+    generation = _generation_config(folder, model)
+    return _language(model, found, weights.load, folder, generation)
+
+
+def load_config(folder: Path) -> Any:
+    """The config of a model's directory. Raises BadInput."""
+    hub.read_json(folder, "config.json", "model")
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise BadInput(f"model {folder} cannot be loaded: {_first_line(error)}") from error
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise BadInput(f"model {folder} is a {config.model_type}, which is no causal language model")
+    return config
+
+
+def load_tokenizer(reference: str) -> Any:
+    """The tokenizer of a directory or hub id, with a pad token. Raises BadInput."""
+    folder = hub.find(reference, "tokenizer", known=(), weights=False)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise BadInput(f"the tokenizer of {reference} cannot be loaded: {_first_line(error)}") from error
+    if tokenizer.eos_token_id is None:
+        raise BadInput(
+            f"the tokenizer of {reference} has no end-of-text token: "
+            "set eos_token in its tokenizer_config.json"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # padding is known by its place, never by its token
+    return tokenizer
+
+
+def _folder(reference: str) -> Path:
+    try:
+        return hub.find(reference, known=tuple(SIZES))
+    except BadInput as error:
+        raise BadInput(f"{error}{nearest(reference, SIZES)}") from error
+
+
+def _language(model: Any, tokenizer: Any, load: Load | None, origin: Path | str, generation: Any) -> Language:
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    config.dtype = torch.float32
+    packs = attention.packs(model.config, bool(type(model)._supports_attention_backend))
+    if packs:
+        model.set_attn_implementation(attention.NAME)
+        model.config.pad_token_id = None  # else some look for it in each batch: it is known by its place
+    return Language(model, tokenizer, load is not None, load or _nothing, origin, config, generation, packs)
+
+
+def _new(size: str, tokenizer: Any, sequence_length: int, tie_embeddings: bool) -> Language:
+    shape = LlamaConfig(
+        **SIZES[size],
+        vocab_size=len(tokenizer),
+        max_position_embeddings=max(_LONGEST, sequence_length),
+        tie_word_embeddings=tie_embeddings,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = LlamaForCausalLM(shape)
+    return _language(model, tokenizer, None, size, model.generation_config)
+
+
+def _train_tokenizer(documents: Sequence[Document], vocab_size: int) -> Any:
+    texts = (d.prompt + d.text + "".join(m.content for m in d.messages) for d in documents)
+    trained = tokenizers.train_tokenizer(texts, vocab_size)
+    return tokenizers.as_transformers(trained, max_length=_LONGEST)
+
+
+def _set_template(tokenizer: Any, file: Path | None) -> None:
+    if file is None:
+        return
+    try:
+        tokenizer.chat_template = file.expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"chat_template={file} cannot be read: {error}") from error
+
+
+def _generation_config(folder: Path, model: Any) -> Any:
+    if not (folder / "generation_config.json").is_file():
+        return model.generation_config
+    try:
+        return GenerationConfig.from_pretrained(folder)
+    except (OSError, ValueError, json.JSONDecodeError) as error:
+        raise BadInput(f"{folder / 'generation_config.json'} cannot be read: {_first_line(error)}") from error
+
+
+def _check_fits(reference: str, model: Any, tokenizer: Any, sequence_length: int) -> None:
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and sequence_length > longest:
+        raise BadInput(
+            f"sequence_length={sequence_length} is more than the {longest} positions of {reference}"
+        )
+    rows = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
+        raise BadInput(
+            f"the tokenizer has {len(tokenizer)} tokens, {reference} embeds only {rows}: "
+            "they do not belong together"
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,58 @@
+"""What a run has trained as an ordinary Hugging Face directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import save_torch_state_dict
+from stoker import storage
+from stoker.language import adapters
+from stoker.language.building import Language
+from stoker.loop import Trainer
+
+
+def export(trainer: Trainer, language: Language, model: Any) -> Path | None:
+    """Write the model, or its adapter, as an ordinary Hugging Face directory under artifacts.
+
+    All ranks call it; rank 0 writes.
+
+    Args:
+        model: as it was given to the Trainer: of a pipeline a rank keeps but a part.
+    """
+    is_adapter = hasattr(model, "peft_config")
+    tensors = trainer.state_dict((lambda name: "lora_" in name) if is_adapter else (lambda name: True))
+    if trainer.world.rank > 0:
+        return None
+    name = "adapter" if is_adapter else "model"
+    target = trainer.run.directory.artifacts / name
+    if is_adapter:
+        model.save_pretrained(target, state_dict=tensors)
+        _describe(model, language, target)
+    else:
+        _describe(model, language, target)
+        save_torch_state_dict(tensors, target)
+    return trainer.run.artifact(target, kind=name)
+
+
+def record_shape(trainer: Trainer, language: Language, model: Any) -> None:
+    """Write all of the directory that `export` will, but for the weights.
+
+    With it a checkpoint of a run that has not ended can be exported too. Rank 0 does, in the first attempt.
+    """
+    if trainer.world.rank == 0 and not trainer.run.continued:
+        target = trainer.run.directory.artifacts / "shape"
+        _describe(model, language, target)
+        trainer.run.artifact(target, kind="shape")
+
+
+def _describe(model: Any, language: Language, target: Path) -> None:
+    target.mkdir(parents=True, exist_ok=True)
+    if hasattr(model, "peft_config"):
+        model.peft_config["default"].save_pretrained(target)
+        base = {"model": language.config.name_or_path, "fingerprint": language.fingerprint}
+        storage.write_json(target / adapters.BASE, base)
+    else:
+        language.config.save_pretrained(target)
+        language.generation_config.save_pretrained(target)
+    language.tokenizer.save_pretrained(target)

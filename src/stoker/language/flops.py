@@ -1,0 +1,58 @@
+"""How many floating-point operations a causal language model's training needs for a token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft.tuners.lora import LoraLayer
+from stoker.language.quantised import Linear4bit
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+
+def per_token(model: Any, *, context: float, labelled: float = 1.0) -> float:
+    """Operations of a forward and backward pass for a token, of what is needed and no more.
+
+    A product with a weight takes 2 for each of its entries in the forward pass, 2 for the gradient of what
+    goes in, and 2 more for the weight's own, where it is trained (Kaplan et al. 2020, arXiv:2001.08361). A
+    token's attention takes 4 for each entry of all heads and each token that it sees, and as many twice
+    again. Embeddings are looked up, and take none.
+
+    Args:
+        model: bare or with adapters; it may be on the meta device.
+        context: how many tokens a token sees, in the mean, with itself.
+        labelled: the share of tokens that have a label: only these are projected onto the vocabulary.
+    """
+    bare = model.get_base_model() if hasattr(model, "peft_config") else model
+    head = bare.get_output_embeddings()
+    total = 0.0
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            continue
+        entries, trained = _product(module)
+        total += (6 if trained else 4) * entries * (labelled if module is head else _active(bare, module))
+    config = bare.config.get_text_config()
+    width = config.num_attention_heads * (
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
+    return float(total + 12 * config.num_hidden_layers * width * context)
+
+
+def _product(module: nn.Module) -> tuple[int, bool]:
+    """The entries of a module's own weights that it multiplies with, and whether they are trained."""
+    if isinstance(module, Linear4bit):
+        return module.in_features * module.out_features, False
+    if isinstance(module, nn.Linear | Conv1D):
+        return module.weight.numel(), module.weight.requires_grad
+    experts = [p for p in module.parameters(recurse=False) if p.dim() == 3]
+    return sum(p.numel() for p in experts), any(p.requires_grad for p in experts)
+
+
+def _active(model: Any, module: nn.Module) -> float:
+    """The share of a module that a token goes through: of experts some, of all else the whole."""
+    if not any(p.dim() == 3 for p in module.parameters(recurse=False)):
+        return 1.0
+    config = model.config.get_text_config()
+    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
+    chosen = getattr(config, "num_experts_per_tok", None)
+    return float(chosen / experts) if experts and chosen else 1.0

@@ -1,0 +1,65 @@
+"""Continuations of prompts, by the model as it is trained."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from stoker import distributed
+from stoker.loop import Trainer
+
+
+@torch.no_grad()
+def generate(trainer: Trainer, tokenizer: Any, prompt: str, length: int) -> str:
+    """The most likely continuation of a prompt, up to `length` tokens. All ranks call it alike."""
+    model: Any = trainer.model
+    was_training = model.training
+    model.eval()
+    try:
+        encoded = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(trainer.device)
+        begun = encoded["input_ids"].shape[1]
+        if trainer.strategy == "pipeline":
+            made = _continued(trainer, encoded["input_ids"], length, tokenizer.eos_token_id)
+        else:
+            with _cached_attention(model):
+                made = model.generate(
+                    **encoded, max_new_tokens=length, do_sample=False, pad_token_id=tokenizer.pad_token_id,
+                    eos_token_id=tokenizer.eos_token_id,
+                )  # fmt: skip
+    finally:
+        model.train(was_training)
+    return str(tokenizer.decode(made[0, begun:], skip_special_tokens=True))
+
+
+@contextlib.contextmanager
+def _cached_attention(model: Any) -> Iterator[None]:
+    """Attention to what was generated before, which attention within documents knows nothing of."""
+    bare = model.get_base_model() if hasattr(model, "peft_config") else model
+    trained_with = bare.config._attn_implementation
+    bare.set_attn_implementation("sdpa" if bare._supports_sdpa else "eager")
+    try:
+        yield
+    finally:
+        bare.set_attn_implementation(trained_with)
+
+
+def _continued(trainer: Trainer, ids: torch.Tensor, length: int, end: int) -> torch.Tensor:
+    """Token by token through the stages, which keep no cache; (1, seq) -> (1, seq + at most length)."""
+    for _ in range(length):
+        positions = torch.arange(ids.shape[1], device=ids.device)[None]
+        output = trainer.forward({"input_ids": ids, "position_ids": positions})
+        found = None if output is None else int(output.logits[0, -1].argmax())
+        token = next(t for t in distributed.gathered(found) if t is not None)
+        ids = torch.cat([ids, torch.tensor([[token]], device=ids.device)], dim=1)
+        if token == end:
+            break
+    return ids
+
+
+def log_generations(trainer: Trainer, tokenizer: Any, prompts: Sequence[str], length: int) -> None:
+    """Log a table of prompts with their continuations. All ranks call it."""
+    with trainer.averaged():
+        rows = [(prompt, generate(trainer, tokenizer, prompt, length)) for prompt in prompts]
+    trainer.run.table("generations", rows, ["prompt", "completion"])

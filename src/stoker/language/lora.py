@@ -1,0 +1,42 @@
+"""The settings of low-rank adapters; light, since a config is read before anything is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from annotated_types import Ge, Gt, Lt
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora:
+    """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685), by peft."""
+
+    rank: Annotated[int, Ge(0)] = 0
+    """Rank of the adapters; 0 trains every weight."""
+    alpha: Annotated[float, Gt(0)] = 16.0
+    """The adapters are scaled by alpha / rank."""
+    dropout: Annotated[float, Ge(0), Lt(1)] = 0.05
+    """Share of an adapter's inputs dropped while training."""
+    targets: str = "all-linear"
+    """Modules that get an adapter: all-linear (but the output layer), or names joined by commas."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank), which suits large ranks (Kalajdzievski 2023, arXiv:2312.03732)."""
+    dora: bool = False
+    """Train the length of each row beside its direction (DoRA, Liu et al. 2024, arXiv:2402.09353)."""
+    adapter: str | None = None
+    """An adapter to go on from, a directory or hub id: its rank, alpha and targets are its own."""
+
+    def __post_init__(self) -> None:
+        if not self.used and (self.rslora or self.dora):
+            raise ValueError("lora.rslora and lora.dora are kinds of adapters: give them a lora.rank")
+        if self.adapter is not None and (self.rank or self.rslora or self.dora):
+            raise ValueError(
+                f"lora.adapter={self.adapter} has a rank and a kind of its own: leave out lora.rank, "
+                "lora.rslora and lora.dora"
+            )
+
+    @property
+    def used(self) -> bool:
+        """Whether adapters are trained; else every weight is."""
+        return self.rank > 0 or self.adapter is not None

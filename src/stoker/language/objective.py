@@ -1,0 +1,100 @@
+"""What a causal model is called with, and its loss: next-token cross-entropy, inside of the head if it can.
+
+A model's output layer, asked for a loss, gives back the summed loss in place of the logits, so that these
+never stand whole in memory (`cross_entropy`). It is computed in the layer's own forward, where every
+strategy has the layer's weights at hand.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from stoker.data.tokens import NO_LOSS
+from stoker.language import attention
+from stoker.language.cross_entropy import linear_cross_entropy
+from torch import nn
+from torch.nn import functional as F
+
+_LABELS = "next_tokens"
+"""The keyword by which a model is handed the token that follows each: int64 (rows, seq), or NO_LOSS."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """How a model is called with a batch, and what it loses on it."""
+
+    in_head: bool
+    """Whether the model's output layer computes the loss."""
+
+    def inputs(self, batch: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+        """What the model is called with, for rows of `PackedDataset`, or for `input_ids` alone."""
+        called: dict[str, Any] = {"input_ids": batch["input_ids"], "use_cache": False}
+        for name in ("position_ids", attention.DOCUMENTS):
+            if name in batch:
+                called[name] = batch[name]
+        if self.in_head and "labels" in batch:
+            called[_LABELS] = _following(batch["labels"])
+        return called
+
+    def loss(self, output: Any, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The summed cross-entropy of the next token, in nats, and the number of tokens that count."""
+        wanted = _following(batch["labels"])
+        if self.in_head:
+            return output.logits, (wanted != NO_LOSS).sum()
+        logits = output.logits.flatten(0, 1).float()
+        total = F.cross_entropy(logits, wanted.flatten(), ignore_index=NO_LOSS, reduction="sum")
+        return total, (wanted != NO_LOSS).sum()
+
+
+def attach(model: Any) -> Objective:
+    """Let a causal model of transformers, bare or with adapters, compute its loss in its output layer.
+
+    Where the logits are more than what that layer gives (capped, scaled, of an adapter), it stays as it is.
+    """
+    bare = model.get_base_model() if hasattr(model, "peft_config") else model
+    head = bare.get_output_embeddings()
+    if type(head) is not nn.Linear or not _ends_with_head(bare):
+        return Objective(in_head=False)
+    plain = head.forward
+    wanted: list[torch.Tensor] = []
+
+    def forward(hidden: torch.Tensor) -> torch.Tensor:
+        if not wanted:
+            return plain(hidden)
+        return linear_cross_entropy(hidden, head.weight, wanted[-1], bias=head.bias)
+
+    def take_labels(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        labels = kwargs.pop(_LABELS, None)
+        wanted[:] = [] if labels is None else [labels]
+        return args, kwargs
+
+    def drop_labels(*_: Any) -> None:
+        wanted.clear()
+
+    head.forward = forward  # type: ignore[method-assign, assignment]
+    model.register_forward_pre_hook(take_labels, with_kwargs=True)
+    model.register_forward_hook(drop_labels, always_call=True)
+    return Objective(in_head=True)
+
+
+def _following(labels: torch.Tensor) -> torch.Tensor:
+    """The label of the token behind each: (rows, seq); nothing follows the last."""
+    return F.pad(labels[:, 1:], (0, 1), value=NO_LOSS)
+
+
+def _ends_with_head(model: Any) -> bool:
+    """Whether a model's logits are what its output layer gives, neither scaled nor capped."""
+    if model.config._attn_implementation != attention.NAME:  # others look at values, which are not there
+        return False
+    config = copy.deepcopy(model.config)
+    config.pad_token_id = None  # for which some look among the tokens
+    with torch.device("meta"), torch.no_grad():
+        tried = type(model)._from_config(config, dtype=torch.bfloat16).eval()
+        given: list[Any] = []
+        tried.get_output_embeddings().register_forward_hook(lambda *called: given.append(called[2]))
+        output = tried(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=False)
+    return bool(given) and output.logits is given[-1]

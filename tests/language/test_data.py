@@ -1,0 +1,187 @@
+"""Conversations and pairs as tokens: the model's own template, and the loss where it should be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import families  # noqa: F401 (quietens transformers)
+import pytest
+from stoker.data import tokenizer as tokenizers
+from stoker.data.documents import Document, Message, Splits
+from stoker.errors import BadInput
+from stoker.language import data
+from stoker.language.data import Encoder
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LLAMA2 = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+    "{% elif m.role == 'assistant' %} {{ m.content }}{{ eos_token }}"
+    "{% else %}{{ raise_exception('only user and assistant speak') }}{% endif %}{% endfor %}"
+)
+# Of earlier turns the thought is left out, as Qwen 3 does.
+THINKING = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"
+    "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CHAT = (
+    Message("user", "what is one"), Message("assistant", "it is 1"), Message("user", "and two"),
+    Message("assistant", "it is 2"),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def bare() -> Any:
+    trained = tokenizers.train_tokenizer(["what is one and two it is the number"] * 3, 320)
+    made = tokenizers.as_transformers(trained, max_length=256)
+    made.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    return made
+
+
+def of(bare: Any, template: str | None) -> Any:
+    bare.chat_template = template
+    return bare
+
+
+def learnt(tokenizer: Any, document: Document, loss_on: data.LossOn = "answer") -> list[str]:
+    """The stretches of text that are predicted."""
+    (encoded,) = Encoder(tokenizer, loss_on)([document])
+    assert encoded.has_loss is not None
+    stretches: list[list[int]] = [[]]
+    for token, has_loss in zip(encoded.ids, encoded.has_loss, strict=True):
+        if has_loss:
+            stretches[-1].append(token)
+        elif stretches[-1]:
+            stretches.append([])
+    return [tokenizer.decode(tokens) for tokens in stretches if tokens]
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        (CHATML, ["it is 1<|im_end|>", "it is 2<|im_end|>"]),
+        (LLAMA2, [" it is 1<|endoftext|>", " it is 2<|endoftext|>"]),
+        (THINKING, ["it is 1<|im_end|>", "<think>\n\n</think>\n\nit is 2<|im_end|>"]),
+    ],
+)
+def test_what_the_assistant_says_is_learnt_with_what_ends_it(
+    bare: Any, template: str, expected: list[str]
+) -> None:
+    tokenizer = of(bare, template)
+    assert learnt(tokenizer, Document("k", "", "", CHAT)) == expected
+
+
+def test_the_tokens_are_those_of_the_template(bare: Any) -> None:
+    tokenizer = of(bare, CHATML)
+    (encoded,) = Encoder(tokenizer, "all")([Document("k", "", "", CHAT)])
+    assert encoded.ids == tokenizer.apply_chat_template(
+        [m._asdict() for m in CHAT], tokenize=True, return_dict=False
+    )
+    assert encoded.has_loss is not None
+    assert all(encoded.has_loss)
+
+
+def test_a_pair_goes_through_the_template_where_there_is_one(bare: Any) -> None:
+    pair = Document("k", "what is one", "it is 1")
+    assert learnt(of(bare, CHATML), pair) == ["it is 1<|im_end|>"]
+    assert learnt(of(bare, None), pair) == ["it is 1<|endoftext|>"]
+    assert learnt(of(bare, None), pair, "all") == [
+        "### Question\nwhat is one\n\n### Answer\nit is 1<|endoftext|>"
+    ]
+
+
+def test_documents_of_every_kind_keep_their_order(bare: Any) -> None:
+    tokenizer = of(bare, CHATML)
+    mixed = [
+        Document("0", "", "one"),
+        Document("1", "", "", CHAT),
+        Document("2", "two", "three"),
+        Document("3", "", "four"),
+    ]
+    texts = [tokenizer.decode(ids) for ids, _ in Encoder(tokenizer, "answer")(mixed)]
+    assert [next(w for w in ("what", "one", "three", "four") if w in text) for text in texts] == [
+        "one", "what", "three", "four",
+    ]  # fmt: skip
+
+
+def test_a_first_token_begins_what_has_no_template_where_the_tokenizer_adds_one(bare: Any) -> None:
+    class Beginning:
+        """A tokenizer as Llama's: asked for special tokens it begins with one."""
+
+        bos_token_id, eos_token_id, chat_template, is_fast = 5, 6, None, True
+
+        def __call__(self, texts: Any, add_special_tokens: bool = True, **_: Any) -> dict[str, Any]:
+            if isinstance(texts, str):
+                return {"input_ids": [5] if add_special_tokens else []}
+            return {"input_ids": [[9, 9] for _ in texts]}
+
+        def get_vocab(self) -> dict[str, int]:
+            return {}
+
+    made = list(Encoder(Beginning(), "answer")([Document("0", "", "text"), Document("1", "p", "text")]))
+    assert made[0] == ([5, 9, 9, 6], None)
+    assert made[1] == ([5, 9, 9, 9, 9, 6], [False, False, False, True, True, True])
+
+
+def test_conversations_without_a_template_are_refused(bare: Any) -> None:
+    with pytest.raises(BadInput, match="has no chat template: give chat_template=FILE"):
+        list(Encoder(of(bare, None), "answer")([Document("k", "", "", CHAT)]))
+
+
+def test_what_a_template_refuses_is_said(bare: Any) -> None:
+    chat = (Message("critic", "no"), Message("assistant", "yes"))
+    with pytest.raises(BadInput, match="refuses a conversation of the roles critic, assistant: only user"):
+        list(Encoder(of(bare, LLAMA2), "answer")([Document("k", "", "", chat)]))
+
+
+def test_answers_that_truncation_removes_are_counted_and_said(
+    bare: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("STOKER_CACHE", str(tmp_path))
+    tokenizer = of(bare, CHATML)
+    long = Document("long", "", "", (Message("user", "one two " * 30), Message("assistant", "it is")))
+    short = Document("short", "", "", CHAT[:2])
+    with caplog.at_level("WARNING", "stoker"):
+        rows = data.pack(Splits([long, short], [short], [short]), tokenizer, sequence_length=32)
+    assert rows.train.statistics.dropped == 1
+    assert len(rows.train) == 1
+    assert "1 documents are left out, of whose answers nothing is left" in caplog.text
+
+
+def test_another_template_or_loss_is_another_dataset(bare: Any) -> None:
+    known = {
+        Encoder(of(bare, template), loss_on).fingerprint
+        for template in (None, CHATML, LLAMA2)
+        for loss_on in ("answer", "all")
+    }
+    assert len(known) == 6
+
+
+def test_generations_begin_with_what_asks_for_an_answer(bare: Any) -> None:
+    chat, text = (
+        Document("a", "", "", CHAT),
+        Document("b", "", "a text of more than eight words in all of it"),
+    )
+    assert data.prompts([text, chat], of(bare, CHATML)) == (
+        "<|im_start|>user\nwhat is one<|im_end|>\n<|im_start|>assistant\n",
+        "a text of more than eight words in",
+    )
+
+
+def test_padding_is_not_learnt_though_it_is_the_token_that_ends_documents(
+    bare: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STOKER_CACHE", str(tmp_path))
+    tokenizer = of(bare, None)
+    tokenizer.pad_token = tokenizer.eos_token
+    row = data.pack(
+        Splits(*([Document(str(n), "", "it is")] for n in range(3))), tokenizer, sequence_length=32
+    ).train[0]
+    real = int(row["documents"].sum())
+    assert row["input_ids"][real - 1] == row["labels"][real - 1] == tokenizer.eos_token_id
+    assert (row["input_ids"][real:] == tokenizer.eos_token_id).all()
+    assert (row["labels"][real:] == -100).all()

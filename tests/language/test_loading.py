@@ -1,0 +1,189 @@
+"""Weights from files into a model on the meta device: as transformers loads them, each rank its own part."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import families
+import loading_run
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from stoker.errors import BadInput
+from stoker.language import building
+from transformers import AutoModelForCausalLM
+
+import ranks
+
+Trained = tuple[list[float], dict[str, torch.Tensor]]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A directory a family."""
+    folder = tmp_path_factory.mktemp("models")
+    return {family: families.save(folder / family, family) for family in families.FAMILIES}
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STOKER_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_every_family_loads_as_with_transformers(family: str, kind: str, saved: dict[str, Path]) -> None:
+    model, language = loading_run.built(saved[family], kind)
+    assert all(p.is_meta for name, p in model.named_parameters() if "lora_" not in name)
+    language.load(model, CPU, "")
+    plain = AutoModelForCausalLM.from_pretrained(saved[family], dtype=torch.float32)
+    bare = model.get_base_model() if kind == "lora" else model
+    assert not any(t.is_meta for t in [*model.parameters(), *model.buffers()])
+    ids = families.documents()["input_ids"]
+    bare.set_attn_implementation("eager")
+    plain.set_attn_implementation("eager")
+    with torch.no_grad():  # an adapter begins as nothing
+        assert torch.equal(model.eval()(input_ids=ids).logits, plain.eval()(input_ids=ids).logits)
+    tied = bare.get_output_embeddings().weight is bare.get_input_embeddings().weight
+    assert tied == (plain.get_output_embeddings().weight is plain.get_input_embeddings().weight)
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize(
+    ("strategy", "size"),
+    [("ddp", 2), ("fsdp", 2), ("fsdp", 3), ("hybrid", 4), ("pipeline", 2), ("zero2", 2), ("zero3", 2)],
+)
+def test_under_every_strategy_the_weights_are_those_of_the_files(
+    strategy: str, size: int, kind: str, saved: dict[str, Path], tmp_path: Path
+) -> None:
+    answers = ranks.run(loading_run.fill, size, tmp_path, saved["llama"], tmp_path, strategy, kind)
+    plain = AutoModelForCausalLM.from_pretrained(saved["llama"], dtype=torch.float32).state_dict()
+    found = answers[0][0]
+    assert found.keys() == plain.keys()
+    assert all(torch.equal(found[name], plain[name]) for name in plain)
+    whole = sum(t.nbytes for t in plain.values())
+    if kind == "full" and strategy == "fsdp":  # a rank has read its own rows, and no more
+        for _, held, reads in answers:
+            assert sum(reads) <= whole / size * 1.1
+            assert held <= whole / size * 1.1
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gpt2", "mixtral"])
+def test_tied_transposed_and_fused_weights_are_sharded_too(
+    family: str, saved: dict[str, Path], tmp_path: Path
+) -> None:
+    (found, held, _), _ = ranks.run(loading_run.fill, 2, tmp_path, saved[family], tmp_path, "fsdp", "full")
+    plain = AutoModelForCausalLM.from_pretrained(saved[family], dtype=torch.float32)
+    expected = dict(plain.named_parameters())
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert held <= sum(t.nbytes for t in expected.values()) / 2 * 1.1
+
+
+@pytest.fixture(scope="module")
+def alone(saved: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trained]:
+    """Losses and weights of one process, trained whole and with LoRA."""
+    folder = tmp_path_factory.mktemp("alone")
+    return {
+        kind: ranks.run(loading_run.train, 1, folder, saved["llama"], folder, "single", kind)[0]
+        for kind in loading_run.KINDS
+    }
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft's own
+@pytest.mark.parametrize(
+    ("kind", "strategy"),
+    [
+        *((kind, s) for kind in ("full", "lora") for s in ("ddp", "fsdp", "pipeline", "zero2", "zero3")),
+        *((kind, s) for kind in ("dora", "qlora") for s in ("ddp", "fsdp", "zero2", "zero3")),
+        ("rslora", "fsdp"),
+    ],
+)
+def test_trained_under_every_strategy_it_is_as_in_one_process(
+    strategy: str,
+    kind: str,
+    alone: dict[str, Trained],
+    saved: dict[str, Path],
+    tmp_path: Path,
+) -> None:
+    (losses, trained), *_ = ranks.run(
+        loading_run.train, 2, tmp_path, saved["llama"], tmp_path, strategy, kind
+    )
+    expected_losses, expected = alone[kind]
+    assert losses == pytest.approx(expected_losses, rel=1e-5)
+    assert trained.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(trained[name], tensor, rtol=1e-4, atol=1e-4)
+    if kind != "full":
+        assert_peft_gives_the_same(tmp_path / f"adapter-{strategy}", saved["llama"], expected)
+
+
+def assert_peft_gives_the_same(adapter: Path, base: Path, expected: dict[str, torch.Tensor]) -> None:
+    """The saved adapter as plain peft loads it, against the one that one process has trained."""
+    from peft import PeftModel
+
+    def on_base() -> torch.nn.Module:
+        return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+
+    theirs = PeftModel.from_pretrained(on_base(), adapter).eval()
+    ours = PeftModel.from_pretrained(on_base(), adapter).eval()
+    assert not ours.load_state_dict(expected, strict=False).unexpected_keys
+    ids = families.documents()["input_ids"]
+    with torch.no_grad():
+        logits = theirs(input_ids=ids).logits
+        torch.testing.assert_close(logits, ours(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(logits, on_base().eval()(input_ids=ids).logits, rtol=1e-2)
+
+
+def build(folder: Path) -> None:
+    model, language = loading_run.built(folder, "full")
+    language.load(model, CPU, "")
+
+
+def test_what_is_wrong_with_the_files_is_said(tmp_path: Path) -> None:
+    folder = families.save(tmp_path / "m", "llama")
+    index = folder / "model.safetensors.index.json"
+    known = json.loads(index.read_text())
+    first = folder / sorted(set(known["weight_map"].values()))[0]
+    content = first.read_bytes()
+
+    tensors = load_file(first)
+    name = next(iter(tensors))
+    save_file({n: t for n, t in tensors.items() if n != name}, first, {"format": "pt"})
+    with pytest.raises(BadInput, match=rf"lack 1 tensors of the model: {name}"):
+        build(folder)
+    save_file({**tensors, name: tensors[name][:-1].clone()}, first, {"format": "pt"})
+    with pytest.raises(BadInput, match=f"{name} is"):
+        build(folder)
+    first.write_bytes(content[:100])
+    with pytest.raises(BadInput, match=f"{first.name} cannot be read"):
+        build(folder)
+    first.unlink()
+    with pytest.raises(BadInput, match=f"has no {first.name}"):
+        build(folder)
+    index.unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"a pickle")
+    with pytest.raises(BadInput, match="is a pickle, which is not read"):
+        build(folder)
+
+
+def test_a_model_that_is_none_is_refused(tmp_path: Path) -> None:
+    folder = families.save(tmp_path / "m", "llama")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps({**config, "model_type": "vit", "architectures": ["ViTModel"]})
+    )
+    with pytest.raises(BadInput, match="a vit, which is no causal language model"):
+        build(folder)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(BadInput, match="cannot be read"):
+        build(folder)
+
+
+def test_a_hub_that_cannot_be_reached_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(BadInput, match=r"hub cannot be reached.*HF_HOME"):
+        building.build("some/model", tokenizer=None, vocab_size=300, sequence_length=8, documents=[])
