@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
 import signal
-import threading
-from collections.abc import Iterator
+from multiprocessing import forkserver, resource_tracker
+
+ENDED_BY = (signal.SIGTERM, signal.SIGUSR1)
+"""What a scheduler sends, and to all processes at once."""
 
 
-@contextlib.contextmanager
-def ignored_by_what_starts_here() -> Iterator[None]:
-    """Processes that are started within this block ignore SIGTERM and SIGUSR1, and what they fork does.
+def start_forkserver() -> None:
+    """Start multiprocessing's server of processes; it and those that it forks hold SIGTERM and SIGUSR1 back.
 
-    A scheduler signals all processes at once. Those that only serve the one that trains must not
-    die of it before that one has taken its checkpoint; they end when it does.
+    Those that only serve the one that trains must not die of it before that one has taken its
+    checkpoint; they end when it does. One that comes here meanwhile is answered at the end: were it
+    ignored for as long, it would be lost.
     """
-    if threading.current_thread() is not threading.main_thread():  # who alone may set handlers
-        yield
-        return
-    numbers = (signal.SIGTERM, signal.SIGUSR1)
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDED_BY)
     try:
-        yield
+        resource_tracker.ensure_running()  # which lets SIGTERM through when it is done
+        signal.pthread_sigmask(signal.SIG_BLOCK, ENDED_BY)
+        forkserver.ensure_running()
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def take() -> None:
+    """From now on this process, which may have been started so, gets them."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDED_BY)

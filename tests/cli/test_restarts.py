@@ -114,7 +114,7 @@ def test_the_warning_of_slurm_makes_a_checkpoint_and_exits_75(
 def test_a_second_signal_ends_it_at_once_and_the_newest_checkpoint_stays(
     start: Start, stoker: Command, tmp_path: Path
 ) -> None:
-    process = start("train", RECIPE, *SLOW, "pause=5", "checkpoint_every=1", "steps=5000", "--name", "a")
+    process = start("train", RECIPE, *SLOW, "pause=30", "checkpoint_every=1", "steps=5000", "--name", "a")
     run = tmp_path / "runs" / "ranked" / "a"
     wait_for_points(process, run, 2)
     process.send_signal(signal.SIGTERM)

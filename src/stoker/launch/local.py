@@ -191,11 +191,8 @@ def _progress(folder: Path) -> tuple[int, int]:
 
 def _launch(job: _Job, place: Place, folder: Path) -> dict[int, int]:
     """Start the ranks and wait for them; returns the exit codes of those that were seen to fail first."""
-    from multiprocessing import forkserver
-
     multiprocessing.get_context("forkserver").set_forkserver_preload([*PRELOAD, *job.preload])
-    with signals.ignored_by_what_starts_here():
-        forkserver.ensure_running()  # it imports torch while this process does
+    signals.start_forkserver()  # it imports torch while this process does
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 

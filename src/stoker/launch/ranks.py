@@ -22,7 +22,7 @@ from types import FrameType
 from typing import Any
 
 import psutil
-from stoker import supervision
+from stoker import signals, supervision
 from stoker.errors import StokerError, Stopped
 
 _PAUSE = 0.08  # seconds; see `main`
@@ -47,7 +47,8 @@ def main(function: Callable[..., int], arguments: Sequence[Any], folder: str, la
     rank = int(os.environ["RANK"])
     base = Path(folder) / f"rank-{rank}"
     os.setsid()  # Ctrl-C reaches the launcher alone, which passes it on once
-    _answer_signals(_stop)  # which its server ignores
+    _answer_signals(_stop)
+    signals.take()  # which its server holds back
     _end_with(launcher)
     os.environ[supervision.FOLDER] = folder
     _write(base, ".pid", str(os.getpid()))
