@@ -146,6 +146,7 @@ class Trainer:
         self._rewound_to: int | None = None
         self._weight: Weight = 0.0
         self._loader: Loader | None = None
+        self._data_place: Any = None  # see Loader.place
         self._total = 0
         self._rate = Rate()
         self._saved_at = time.monotonic()
@@ -241,7 +242,8 @@ class Trainer:
         return ProgressDisplay(self.run.directory.id, self._reading)
 
     def _remaining(self, loader: Loader) -> Iterator[Any]:
-        source = loader.batches(self.samples_done)
+        source = loader.batches(self.samples_done, self._data_place)
+        self._data_place = None
         timing = Timing(self.run.measure, self.device) if self.run.measure is not None else None
         self._begin_attempt()
         if self.training.on_bad_loss == "rewind":
@@ -630,6 +632,7 @@ class Trainer:
         position = {
             "step": self.steps_done, "samples": self.samples_done, "history": self._history,
             "losses": self._losses.recent,
+            "data": self._data_place if self._loader is None else self._loader.place(self.samples_done),
         }  # fmt: skip
         with self._spending("checkpointing"):
             self._finish_saving()
@@ -658,6 +661,7 @@ class Trainer:
             self.steps_done, self.samples_done = position["step"], position["samples"]
             self._history = {name: [(s, v) for s, v in seen] for name, seen in position["history"].items()}
             self._losses = LossWatch(self.training.spike, position["losses"])
+            self._data_place = position.get("data")
             self._saved_step = self.steps_done
             self._heart.saved(self.steps_done)
             if self.world.rank == 0:

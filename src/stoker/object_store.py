@@ -64,11 +64,8 @@ def is_url(folder: str) -> bool:
     return "://" in folder
 
 
-def working_copy(url: str) -> Path:
-    """The folder on this machine that stands for one in an object store; it is made where it is not there.
-
-    Raises BadInput: the URL has credentials in it, or names nothing, or fsspec has no driver for it.
-    """
+def check(url: str) -> None:
+    """Raises BadInput: a URL has credentials in it, or names nothing, or fsspec has no driver for it."""
     parts = urlsplit(url)
     if parts.username or parts.password or "@" in parts.netloc:
         raise BadInput(
@@ -78,6 +75,15 @@ def working_copy(url: str) -> Path:
     if parts.query or parts.fragment or not (parts.netloc or parts.path.strip("/")):
         raise BadInput(f"{url}: give a folder, such as s3://bucket/runs")
     _check_driver(parts.scheme)
+
+
+def working_copy(url: str) -> Path:
+    """The folder on this machine that stands for one in an object store; it is made where it is not there.
+
+    Raises BadInput as `check`.
+    """
+    check(url)
+    parts = urlsplit(url)
     folder = storage.cache_folder() / "stores" / _place(parts.scheme) / parts.netloc / parts.path.strip("/")
     marker = folder / _MARKER
     if not marker.exists():
@@ -125,9 +131,10 @@ class Store:
     patience: float = 10.0
     """In seconds, and beyond what the driver itself tries."""
 
-    def read(self, key: str) -> bytes:
-        """An object. Raises FileNotFoundError."""
-        return bytes(self._try(lambda fs: _watched(fs, _ANSWER, "cat_file", self._path(key)), key))
+    def read(self, key: str, first: int | None = None, last: int | None = None) -> bytes:
+        """An object, or its bytes from `first` to before `last`. Raises FileNotFoundError."""
+        range_ = {} if first is None and last is None else {"start": first, "end": last}
+        return bytes(self._try(lambda fs: _watched(fs, _ANSWER, "cat_file", self._path(key), **range_), key))
 
     def write(self, key: str, content: bytes, *, new: bool = False) -> None:
         """Write a small object. `new`: raises FileExistsError where there is one.

@@ -168,12 +168,15 @@ def test_the_loss_is_that_of_plain_pytorch_on_the_same_rows(cache: Path, runs: P
 
     config = Config(seed=1)
     seed_everything(config.seed)
-    corpus = sources.read(config.data)
-    splits = sources.split(corpus.documents)
+    (source,) = sources.read_all(config.data, validation=config.validation, test=config.test)
     language = building.build(
-        "tiny", tokenizer=None, vocab_size=config.vocab_size, sequence_length=256, documents=splits.train
+        "tiny",
+        tokenizer=None,
+        vocab_size=config.vocab_size,
+        sequence_length=256,
+        documents=source.splits.train,
     )
-    rows = data.pack(splits, language.tokenizer, sequence_length=256).train
+    rows = data.pack([source], language.tokenizer, sequence_length=256).train
     loader = Loader(rows, batch_size=8, world=World(), seed=1, collate=collate)
     batch = next(loader.batches(0))
     total, count = 0.0, 0

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
-from stoker.data import sources
+from stoker.data import hub_datasets, records
 from stoker.data.sources import read
 from stoker.errors import BadInput
 
@@ -202,7 +202,7 @@ def test_a_parquet_row_without_a_text_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["org/no-such-dataset", "python-doc"])
 def test_a_dataset_that_cannot_be_reached_is_refused_with_the_reason(name: str) -> None:
     message = refused(name)
-    assert f"{name} is not a file here" in message
+    assert f"{name} is no file here" in message
     assert "as a dataset of the hub it cannot be loaded: " in message
     assert ("did you mean 'python-docs'?" in message) == (name == "python-doc")
 
@@ -214,5 +214,5 @@ def test_a_dataset_is_loaded_as_the_hub_has_it(tmp_path: Path, monkeypatch: pyte
     folder.mkdir()
     write_jsonl(folder / "train.jsonl", [{"question": "q", "answer": "a"}])
     write_jsonl(folder / "test.jsonl", [{"question": "other", "answer": "a"}])
-    (document,) = sources._documents(sources._hub(str(folder)))
+    (document,) = records.documents(hub_datasets.rows(str(folder)))
     assert (document.prompt, document.text) == ("q", "a")

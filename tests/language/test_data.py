@@ -9,6 +9,8 @@ import families  # noqa: F401 (quietens transformers)
 import pytest
 from stoker.data import tokenizer as tokenizers
 from stoker.data.documents import Document, Message, Splits
+from stoker.data.sources import Source
+from stoker.data.tokens import PackedDataset
 from stoker.errors import BadInput
 from stoker.language import data
 from stoker.language.data import Encoder
@@ -138,6 +140,10 @@ def test_what_a_template_refuses_is_said(bare: Any) -> None:
         list(Encoder(of(bare, LLAMA2), "answer")([Document("k", "", "", chat)]))
 
 
+def source(*splits: list[Document]) -> Source:
+    return Source("made", 1.0, Splits(*splits), fingerprint="made", description="made")
+
+
 def test_answers_that_truncation_removes_are_counted_and_said(
     bare: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -146,7 +152,8 @@ def test_answers_that_truncation_removes_are_counted_and_said(
     long = Document("long", "", "", (Message("user", "one two " * 30), Message("assistant", "it is")))
     short = Document("short", "", "", CHAT[:2])
     with caplog.at_level("WARNING", "stoker"):
-        rows = data.pack(Splits([long, short], [short], [short]), tokenizer, sequence_length=32)
+        rows = data.pack([source([long, short], [short], [short])], tokenizer, sequence_length=32)
+    assert isinstance(rows.train, PackedDataset)
     assert rows.train.statistics.dropped == 1
     assert len(rows.train) == 1
     assert "1 documents are left out, of whose answers nothing is left" in caplog.text
@@ -178,9 +185,8 @@ def test_padding_is_not_learnt_though_it_is_the_token_that_ends_documents(
     monkeypatch.setenv("STOKER_CACHE", str(tmp_path))
     tokenizer = of(bare, None)
     tokenizer.pad_token = tokenizer.eos_token
-    row = data.pack(
-        Splits(*([Document(str(n), "", "it is")] for n in range(3))), tokenizer, sequence_length=32
-    ).train[0]
+    three = source(*([Document(str(n), "", "it is")] for n in range(3)))
+    row = data.pack([three], tokenizer, sequence_length=32).train[0]
     real = int(row["documents"].sum())
     assert row["input_ids"][real - 1] == row["labels"][real - 1] == tokenizer.eos_token_id
     assert (row["input_ids"][real:] == tokenizer.eos_token_id).all()

@@ -17,14 +17,14 @@ import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from multiprocessing import forkserver
 from multiprocessing.context import BaseContext
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import torch
 from stoker import signals
-from stoker.data.order import fold, order
+from stoker.data import order
+from stoker.data.order import fold
 from stoker.errors import BadInput
 from stoker.world import World
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_worker_info
@@ -69,7 +69,8 @@ class Loader:
         seed: of the order and of augmentations.
         workers: processes that read samples; 0 reads in this one.
         collate: joins a list of samples to a batch; by default torch's `default_collate`.
-        shuffle: whether each epoch has an order of its own; else that of the dataset.
+        shuffle: whether each epoch has an order of its own; else that of the dataset. One that is an
+            `order.OrderedDataset` has the order that it says.
 
     Raises:
         BadInput: the dataset is empty, or the batch size cannot be shared among the ranks.
@@ -95,12 +96,19 @@ class Loader:
         self._order_seed = seed if shuffle else None
         self._dataset = _SeededDataset(dataset, seed, collate or default_collate)
 
-    def batches(self, start_sample: int) -> Iterator[Any]:
-        """This rank's share of each global batch from a global sample position on, without end."""
-        sampler = _Shares(
-            self._order_seed, self.samples_per_epoch, start_sample, self.batch_size, self._world
-        )
+    def batches(self, start_sample: int, place: Any = None) -> Iterator[Any]:
+        """This rank's share of each global batch from a global sample position on, without end.
+
+        Args:
+            place: what `place` said of this position, of a dataset with an order of its own.
+        """
+        order.go_to(self._dataset.dataset, place)
+        sampler = _Shares(self._order_seed, self._dataset.dataset, start_sample, self.batch_size, self._world)
         return _batches(self._dataset, sampler, self.workers)
+
+    def place(self, sample: int) -> Any:
+        """What a dataset with an order of its own needs to find a sample's position again; else None."""
+        return order.place_of(self._dataset.dataset, self._order_seed or 0, sample)
 
 
 def evaluation_batches(
@@ -162,8 +170,7 @@ def _worker_context() -> BaseContext:
     """Forkserver: a fork of this process, which has threads, may deadlock, and a spawn imports torch anew."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    with signals.ignored_by_what_starts_here():
-        forkserver.ensure_running()
+    signals.start_forkserver()
     return context
 
 
@@ -199,8 +206,10 @@ def _as_is(batch: Any) -> Any:
 class _Shares(Sampler[list[Pair]]):
     """One rank's samples of each global batch, as (epoch, index) pairs."""
 
-    def __init__(self, seed: int | None, size: int, start: int, batch_size: int, world: World) -> None:
-        self._seed, self._size = seed, size
+    def __init__(
+        self, seed: int | None, dataset: MapDataset, start: int, batch_size: int, world: World
+    ) -> None:
+        self._seed, self._dataset = seed, dataset
         self._step = batch_size
         self._share = batch_size // world.size
         self._start = start + world.rank * self._share
@@ -212,10 +221,10 @@ class _Shares(Sampler[list[Pair]]):
         while True:
             begins = position + self._step * np.arange(ahead)
             positions = (begins[:, None] + within).ravel()
-            if self._seed is None:
-                epochs, indices = np.divmod(positions, self._size)
+            if self._seed is None and not isinstance(self._dataset, order.OrderedDataset):
+                epochs, indices = np.divmod(positions, len(self._dataset))
             else:
-                epochs, indices = order(self._seed, self._size, positions)
+                epochs, indices = order.order_of(self._dataset, self._seed or 0, positions)
             pairs = list(zip(epochs.tolist(), indices.tolist(), strict=True))
             for begin in range(0, len(pairs), self._share):
                 yield pairs[begin : begin + self._share]
@@ -226,11 +235,11 @@ class _SeededDataset(Dataset[Any]):
     """Reads and joins the samples of a batch, each under randomness of its own."""
 
     def __init__(self, dataset: MapDataset, seed: int, collate: Collate) -> None:
-        self._dataset, self._seed, self._collate = dataset, seed, collate
+        self.dataset, self._seed, self._collate = dataset, seed, collate
         self._draws = not (isinstance(dataset, KeyedDataset) and collate is default_collate)
 
     def __len__(self) -> int:
-        return len(self._dataset)
+        return len(self.dataset)
 
     def __getitem__(self, pair: Pair) -> Any:
         with _random_state_kept():
@@ -248,12 +257,12 @@ class _SeededDataset(Dataset[Any]):
     def _read(self, pairs: list[Pair]) -> list[Any]:
         epochs, indices = np.array(pairs).T
         keys = fold(self._seed, epochs, indices).tolist()
-        if isinstance(self._dataset, KeyedDataset):
-            return [self._dataset.read(index, key) for key, (_, index) in zip(keys, pairs, strict=True)]
+        if isinstance(self.dataset, KeyedDataset):
+            return [self.dataset.read(index, key) for key, (_, index) in zip(keys, pairs, strict=True)]
         samples = []
         for key, (_, index) in zip(keys, pairs, strict=True):
             _seed_all(key)
-            samples.append(self._dataset[index])
+            samples.append(self.dataset[index])
         return samples
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,23 @@ Words: TypeAlias = NDArray[np.uint64]
 _ROUNDS = 16  # with 8, the permutations of 5 or 6 places are visibly not equally likely
 _GOLDEN = 0x9E3779B97F4A7C15  # splitmix64's increment: 2**64 over the golden ratio
 _MASK = 2**64 - 1
+
+
+@runtime_checkable
+class OrderedDataset(Protocol):
+    """A dataset that says itself which of its samples stand where in its endless order."""
+
+    def order(self, seed: int, positions: Positions, /) -> tuple[Positions, Positions]:
+        """The epoch and the index of the samples at positions, both (n,)."""
+        ...
+
+    def place(self, seed: int, position: int, /) -> Any:
+        """What `go_to` needs to find a position again, and all behind it, as JSON types."""
+        ...
+
+    def go_to(self, place: Any, /) -> None:
+        """Take up the order from a place on."""
+        ...
 
 
 def mix(words: Words) -> Words:
@@ -96,3 +113,21 @@ def order(seed: int, size: int, positions: Positions) -> tuple[Positions, Positi
     """
     epochs, places = np.divmod(positions, size)
     return epochs, permute(places, size, fold(seed, epochs))
+
+
+def order_of(dataset: Any, seed: int, positions: Positions) -> tuple[Positions, Positions]:
+    """The samples at some positions of a dataset's own order, where it has one; else as `order`."""
+    if isinstance(dataset, OrderedDataset):
+        return dataset.order(seed, positions)
+    return order(seed, len(dataset), positions)
+
+
+def place_of(dataset: Any, seed: int, position: int) -> Any:
+    """What `go_to` of a dataset needs to find a position again; None of one that has no order of its own."""
+    return dataset.place(seed, position) if isinstance(dataset, OrderedDataset) else None
+
+
+def go_to(dataset: Any, place: Any) -> None:
+    """Have a dataset with an order of its own take it up from a place on."""
+    if isinstance(dataset, OrderedDataset) and place is not None:
+        dataset.go_to(place)

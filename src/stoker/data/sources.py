@@ -7,61 +7,142 @@ the line and what was expected.
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import itertools
-import json
-import re
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from stoker.data import python_docs
-from stoker.data.documents import (
-    Corpus,
-    Document,
-    Message,
-    Splits,
-    chop,
-    content_key,
-    make_corpus,
-    split,
-)
-from stoker.errors import BadInput, nearest
+from stoker import object_store
+from stoker.data import chunks, hub_datasets, python_docs, records
+from stoker.data.chunks import Chunks
+from stoker.data.documents import Corpus, Document, Splits, make_corpus, split, split_by_place
+from stoker.data.records import Record
+from stoker.errors import BadInput
 
-__all__ = ["BUILT_IN", "Corpus", "Document", "Splits", "read", "split"]
+__all__ = ["BUILT_IN", "Corpus", "Document", "Source", "Splits", "read", "read_all", "split"]
 
 BUILT_IN: dict[str, Callable[[], list[Document]]] = {
     "python-docs": python_docs.texts,
     "python-docs-qa": python_docs.questions,
 }
 
-# (prompt, optional addition to the prompt, text). Pairs first: sets of pairs often carry a
-# rendering of the whole as "text" too.
-_FORMS: tuple[tuple[str | None, str | None, str], ...] = (
-    ("prompt", None, "completion"),
-    ("question", None, "answer"),
-    ("instruction", "input", "output"),
-    (None, None, "text"),
-)
-_FORMS_TEXT = (
-    '{"text"}, {"prompt", "completion"}, {"question", "answer"}, '
-    '{"instruction", "output"} with an optional "input", or {"messages": [{"role", "content"}]}'
-)
-# (list of turns, who speaks, what is said), as chat data has them.
-_CHATS = (
-    ("messages", "role", "content"),
-    ("conversations", "from", "value"),
-    ("conversation", "role", "content"),
-)
-_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
-"""What others call those whom chat templates call user and assistant."""
-_TEXT_DOCUMENT = 2000  # characters
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
-Record = tuple[str, Any]  # where it stands, and what stands there
+_SAMPLED = 16  # parts of a stream that are looked at beforehand
+
+
+@dataclass(frozen=True)
+class Source:
+    """Data for training, by itself or among others."""
+
+    name: str
+    """Short, and unlike that of the others."""
+    weight: float
+    splits: Splits
+    """Of a stream: those of the parts that were looked at."""
+    fingerprint: str
+    description: str
+    stream: Chunks | None = None
+    """What is to be read while training, where that is not all in `splits`."""
+    held_out: float = 0.0
+    """Of a stream: the documents whose place is below it are for validation and test."""
+
+
+def read_all(data: str, *, validation: float, test: float, streaming: bool = False) -> list[Source]:
+    """Read what is named as `a`, as `a,b`, or with weights as `a:3,b:1`.
+
+    Several without weights are one, of all of their documents.
+
+    Args:
+        validation, test: the shares of the documents that are held out, see `documents.split`.
+        streaming: leave what is not built in to be read while training.
+
+    Raises:
+        BadInput: as `read`, or for weights that are none.
+    """
+    named = _weights(data)
+    if len(named) > 1 and not streaming and all(weight is None for _, weight in named):
+        corpora = [read(name) for name, _ in named]
+        documents = [document for corpus in corpora for document in corpus.documents]
+        corpus = make_corpus(documents, "; ".join(corpus.description for corpus in corpora))
+        return [_whole(data, 1.0, corpus, validation, test)]
+    if len(named) > 1 and any(weight is None for _, weight in named):
+        raise BadInput(f"data={data}: give each a weight, such as {named[0][0]}:3,{named[1][0]}:1")
+    found = []
+    for name, weight in named:
+        if streaming and name not in BUILT_IN:
+            found.append(_streamed(name, weight or 1.0, validation, test))
+        else:
+            found.append(_whole(name, weight or 1.0, read(name), validation, test))
+    return _with_short_names(found)
+
+
+def _weights(data: str) -> list[tuple[str, float | None]]:
+    if Path(data).expanduser().exists():
+        return [(data, None)]
+    found: list[tuple[str, float | None]] = []
+    for part in (part.strip() for part in data.split(",")):
+        name, colon, given = part.rpartition(":")
+        if not colon or "/" in given:
+            found.append((part, None))
+            continue
+        try:
+            weight = float(given)
+        except ValueError:
+            weight = math.nan
+        if not (0 < weight < math.inf):
+            raise BadInput(f"data={data}: {given!r} is no weight: give a number above 0, as in {name}:3")
+        found.append((name, weight))
+    if any(not name for name, _ in found):
+        raise BadInput(f"data={data}: a name is missing; write a.jsonl:3,b.jsonl:1")
+    return found
+
+
+def _whole(name: str, weight: float, corpus: Corpus, validation: float, test: float) -> Source:
+    splits = split(corpus.documents, validation=validation, test=test)
+    return Source(name, weight, splits, corpus.fingerprint, corpus.description)
+
+
+def _streamed(name: str, weight: float, validation: float, test: float) -> Source:
+    found = chunks.find(name)
+    documents = [document for number in looked_at(found) for document in found.documents(number)]
+    splits = split_by_place(documents, validation=validation, test=test)
+    if not (splits.validation and splits.test):
+        raise BadInput(
+            f"{name}: of {len(documents)} documents that were looked at none is held out: raise validation "
+            "and test"
+        )
+    size = f"{found.size / 2**20:,.0f} MiB in {len(found.files)} files"
+    about = f"{name}, {size}, read while training"
+    return Source(name, weight, splits, found.fingerprint, about, found, validation + test)
+
+
+def fingerprint(found: Sequence[Source]) -> str:
+    """SHA-256 of the content of all of them, with their weights where there are several."""
+    if len(found) == 1:
+        return found[0].fingerprint
+    return hashlib.sha256(repr([(s.fingerprint, s.weight) for s in found]).encode()).hexdigest()
+
+
+def looked_at(stream: Chunks) -> list[int]:
+    """The parts of a stream that are read beforehand: a few, evenly spread over all."""
+    most = min(_SAMPLED, len(stream))
+    return [number * len(stream) // most for number in range(most)]
+
+
+def _with_short_names(found: list[Source]) -> list[Source]:
+    short = [Path(source.name.rstrip("/")).stem for source in found]
+    return [
+        dataclasses.replace(source, name=name if short.count(name) == 1 else f"{name}-{number}")
+        for number, (source, name) in enumerate(zip(found, short, strict=True), start=1)
+    ]
 
 
 def read(source: str) -> Corpus:
-    """Read a corpus: a built in one, a .jsonl, .parquet or .txt file, a folder of these, or a hub dataset.
+    """Read a corpus: a built in one, a .jsonl, .parquet or .txt file, a folder of these, a URL of either, or
+    a dataset of the hub.
 
     Raises BadInput for what does not exist, cannot be read, or holds no text.
     """
@@ -77,10 +158,14 @@ def read(source: str) -> Corpus:
     elif path.exists():
         documents = list(_read_file(path))
         origin = path.name
-    elif path.suffix.lower() in _FILE_ENDINGS or not _HUB_ID.fullmatch(source):
+    elif object_store.is_url(source):
+        found = chunks.find(source)
+        documents = [document for number in range(len(found)) for document in found.documents(number)]
+        origin = f"{source}, {len(found.files)} files"
+    elif hub_datasets.is_a_file_name(source):
         raise BadInput(f"data file {source} does not exist")
     else:
-        documents = list(_documents(_hub(source)))
+        documents = list(records.documents(hub_datasets.read(source, tuple(BUILT_IN))))
         origin = f"hub dataset {source}"
     if not documents:
         raise BadInput(f"{source} is an empty dataset: it holds no text")
@@ -98,36 +183,17 @@ def _read_file(path: Path) -> Iterator[Document]:
 
 
 def _read_txt(path: Path) -> Iterator[Document]:
-    text = _decode(path.read_bytes(), str(path)).replace("\r\n", "\n")
-    parts = re.split(r"\n(?:[ \t\f]*\n){2,}", text)
-    if len(parts) < 3:  # no borders to speak of
-        parts = chop(text, _TEXT_DOCUMENT)
-    for part in parts:
-        if part.strip():
-            yield Document(content_key(part), "", part.strip("\n"))
+    yield from chunks.texts(records.decode(path.read_bytes(), str(path)))
 
 
 def _read_jsonl(path: Path) -> Iterator[Document]:
-    yield from _documents(_lines(path))
-
-
-def _lines(path: Path) -> Iterator[Record]:
     with path.open("rb") as file:
-        for number, raw in enumerate(file, start=1):
-            where = f"{path}, line {number}"
-            line = _decode(raw, where).strip()
-            if not line:
-                continue
-            try:
-                yield where, json.loads(line)
-            except json.JSONDecodeError as error:
-                raise BadInput(f"{where}: not JSON: {error.msg} (column {error.colno})") from error
-            except RecursionError as error:
-                raise BadInput(f"{where}: not usable JSON: nested too deeply") from error
+        lines = (records.from_json(raw, f"{path}, line {n}") for n, raw in enumerate(file, start=1))
+        yield from records.documents(itertools.chain.from_iterable(lines))
 
 
 def _read_parquet(path: Path) -> Iterator[Document]:
-    yield from _documents(_rows(path))
+    yield from records.documents(_rows(path))
 
 
 def _rows(path: Path) -> Iterator[Record]:
@@ -144,121 +210,8 @@ def _rows(path: Path) -> Iterator[Record]:
         raise BadInput(f"{path} is not a Parquet file: {error}") from error
 
 
-def _hub(name: str) -> Iterator[Record]:
-    """The train split of a dataset, by its id on the hub."""
-    from datasets import load_dataset
-
-    try:
-        rows = load_dataset(name, split="train")
-    except Exception as error:  # a service and a parser for any format: there is no list of what they raise
-        raise BadInput(
-            f"{name} is not a file here{nearest(name, BUILT_IN)}; as a dataset of the hub it cannot be "
-            f"loaded: {error}"
-        ) from error
-    for number, row in enumerate(rows, start=1):
-        yield f"{name}, row {number}", row
-
-
-def _documents(records: Iterable[Record]) -> Iterator[Document]:
-    """The documents of records; one whose text is blank has nothing to learn from and is left out."""
-    for where, record in records:
-        if not isinstance(record, dict):
-            raise BadInput(
-                f'{where}: a record must be a JSON object such as {{"text": ...}}, not {_kind(record)}'
-            )
-        messages = _messages(where, record)
-        if messages:
-            yield Document(content_key(*itertools.chain(*messages)), "", "", messages)
-            continue
-        prompt, text = _parse(where, record)
-        if text.strip():
-            yield Document(content_key(prompt, text), prompt, text)
-
-
-def _messages(where: str, record: dict[str, Any]) -> tuple[Message, ...]:
-    """A record's conversation; empty where it is none. Raises BadInput."""
-    said, role, content = _turns(record)
-    if not said:
-        return ()
-    found = [_message(f"{where}, message {n}", m, role, content) for n, m in enumerate(said, start=1)]
-    if not any(message.role == "assistant" and message.content.strip() for message in found):
-        raise BadInput(f"{where}: no message of the role assistant says anything: there is nothing to learn")
-    return tuple(found)
-
-
-def _turns(record: dict[str, Any]) -> tuple[list[Any], str, str]:
-    """The turns of a record's conversation, and the fields of each: who speaks, and what."""
-    for turns, role, content in _CHATS:
-        if isinstance(record.get(turns), list):
-            return record[turns], role, content
-    prompt, completion = record.get("prompt"), record.get("completion")
-    if isinstance(prompt, list) and isinstance(completion, list):
-        return [*prompt, *completion], "role", "content"
-    return [], "", ""
-
-
-def _message(where: str, message: Any, role: str, content: str) -> Message:
-    if not isinstance(message, dict):
-        raise BadInput(f"{where}: must be an object with {role!r} and {content!r}, not {_kind(message)}")
-    for name in (role, content):
-        if name not in message:
-            has = ", ".join(repr(key) for key in message) or "no fields"
-            raise BadInput(f"{where}: has no {name!r}; it has {has}")
-    said = message[content]
-    if isinstance(said, list):  # parts, of which only texts can be learnt from
-        texts = [
-            part["text"] for part in said if isinstance(part, dict) and isinstance(part.get("text"), str)
-        ]
-        if len(texts) < len(said):
-            raise BadInput(f"{where}: {content!r} has a part that is no text")
-        message = {**message, content: "".join(texts)}
-    speaker = _field(where, message, role)
-    return Message(_ROLES.get(speaker, speaker), _field(where, message, content))
-
-
-def _parse(where: str, record: dict[str, Any]) -> tuple[str, str]:
-    """A record's prompt (empty for plain text) and text. Raises BadInput."""
-    for prompt, addition, text in _FORMS:
-        if text in record and (prompt is None or prompt in record):
-            asked = _field(where, record, prompt) if prompt else ""
-            added = _field(where, record, addition) if addition and record.get(addition) else ""
-            return (f"{asked}\n\n{added}" if added.strip() else asked), _field(where, record, text)
-    has = ", ".join(repr(name) for name in record) or "none"
-    raise BadInput(f"{where}: no expected field; the record has the fields {has}; allowed are {_FORMS_TEXT}")
-
-
-def _field(where: str, record: dict[str, Any], name: str) -> str:
-    value = record[name]
-    if not isinstance(value, str):
-        raise BadInput(f"{where}: the field {name!r} must be a text, not {_kind(value)}")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can spell
-        raise BadInput(f"{where}: the field {name!r} is not valid Unicode: {error.reason}") from error
-    return value
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
-    return names.get(
-        type(value), f"a number ({value})" if isinstance(value, int | float) else "something else"
-    )
-
-
-def _decode(content: bytes, where: str) -> str:
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise BadInput(
-            f"{where}: not UTF-8: byte 0x{content[error.start]:02x} at offset {error.start}; "
-            "convert the file to UTF-8"
-        ) from error
-
-
 _READERS: dict[str, Callable[[Path], Iterator[Document]]] = {
     ".jsonl": _read_jsonl,
     ".parquet": _read_parquet,
     ".txt": _read_txt,
 }
-_FILE_ENDINGS = {*_READERS, ".json", ".csv", ".tsv", ".md", ".gz", ".zst", ".zip"}
-"""What makes a name that does not exist a missing file, not the id of a dataset, which may hold dots too."""

@@ -32,6 +32,7 @@ FORMAT = 2
 NO_LOSS = -100
 """The label of a token that nothing has to predict, as torch's cross-entropy and transformers have it."""
 
+_MULTIPLE = 64  # tokens: rows that are trimmed have few lengths
 _BATCH = 1024  # documents handed to the tokenizer at once
 _LOCK_TIMEOUT = 24 * 3600.0  # seconds to wait for another process that is tokenising the same
 
@@ -95,6 +96,11 @@ class PackedDataset:
         return self.statistics.loss_tokens
 
     @property
+    def labelled(self) -> float:
+        """The share of the tokens that have a label."""
+        return self.statistics.loss_tokens / self.statistics.tokens
+
+    @property
     def context(self) -> float:
         """How many tokens of its own piece a token sees, in the mean, with itself."""
         lengths = np.diff(self._pieces).astype(np.float64)
@@ -130,13 +136,26 @@ class PackedDataset:
         return self[index]
 
 
-def collate(rows: Sequence[dict[str, NDArray[np.int64]]]) -> dict[str, torch.Tensor]:
+def collate(
+    rows: Sequence[dict[str, NDArray[np.int64]]], *, trimmed: bool = False
+) -> dict[str, torch.Tensor]:
     """Rows of a `PackedDataset` as a batch: each (rows, sequence_length), and `documents` (rows, most).
 
     Zeros stand behind a row's documents; `most` is rounded up to a power of two, so that batches have few
     shapes.
+
+    Args:
+        trimmed: leave out the padding behind the longest row, but for that up to a multiple of 64.
     """
     import torch
+
+    if trimmed:
+        longest = max(int(row["documents"].sum()) for row in rows)
+        kept = -(-longest // _MULTIPLE) * _MULTIPLE
+        rows = [
+            {name: array if name == "documents" else array[:kept] for name, array in row.items()}
+            for row in rows
+        ]
 
     most = max(len(row["documents"]) for row in rows)
     documents = np.zeros((len(rows), 1 << (most - 1).bit_length()), dtype=np.int64)
@@ -155,6 +174,7 @@ def tokenise(
     sequence_length: int,
     fingerprint: tuple[object, ...],
     cache: Path,
+    packing: bool = True,
 ) -> PackedDataset:
     """Tokenise and pack documents, or open what an earlier call with the same fingerprint made.
 
@@ -166,6 +186,7 @@ def tokenise(
         fingerprint: all that decides what is packed, as values with a stable repr: of the
             corpus, the split and its fractions, the tokenizer.
         cache: the folder the arrays are kept in, see `cache_folder`.
+        packing: whether documents share rows; else each piece has a row of its own.
 
     Raises:
         BadInput: the sequence is too short, no tokens are left, or the cache cannot be written.
@@ -174,21 +195,41 @@ def tokenise(
         raise BadInput(
             f"sequence_length={sequence_length}: it must be at least 2, as each token predicts the next"
         )
-    parts = (FORMAT, sequence_length, pad_id, vocab_size, *fingerprint)
+    parts = (FORMAT, sequence_length, pad_id, vocab_size, packing, *fingerprint)
     folder = cache / hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
-    if not folder.exists():
-        pieces = _Pieces(sequence_length, _smallest_type(vocab_size))
-        try:
-            cache.mkdir(parents=True, exist_ok=True)
-            with storage.locked(cache / f"{folder.name}.lock", _LOCK_TIMEOUT):
-                if not folder.exists():
-                    pieces.add(documents, encode)
-                    _write(folder, pieces, pad_id)
-        except OSError as error:
+
+    def make() -> None:
+        pieces = _Pieces(sequence_length, vocab_size, documents, encode)
+        if not pieces.tokens:
             raise BadInput(
-                f"the cache {cache} cannot be written ({error.strerror}): set STOKER_CACHE to another folder"
-            ) from error
-    return PackedDataset(folder)
+                f"no tokens are left of {len(documents)} documents ({pieces.dropped} have nothing to be "
+                f"predicted among their first {sequence_length} tokens): raise sequence_length, or give "
+                "other data"
+            )
+        _write(folder, pieces, pad_id, packing)
+
+    return PackedDataset(once(folder, make))
+
+
+def once(folder: Path, make: Callable[[], None], lock: Path | None = None) -> Path:
+    """A folder of the cache, made by one of those who ask for it. Raises BadInput where it cannot be.
+
+    Args:
+        lock: a file, held while it is made; by default one beside the folder.
+    """
+    if folder.exists():
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with storage.locked(lock or folder.with_name(f"{folder.name}.lock"), _LOCK_TIMEOUT):
+            if not folder.exists():
+                make()
+    except OSError as error:
+        raise BadInput(
+            f"the cache {folder.parent} cannot be written ({error.strerror}): "
+            "set STOKER_CACHE to another folder"
+        ) from error
+    return folder
 
 
 def _smallest_type(vocab_size: int) -> type[np.uint16] | type[np.uint32]:
@@ -196,24 +237,18 @@ def _smallest_type(vocab_size: int) -> type[np.uint16] | type[np.uint32]:
 
 
 class _Pieces:
-    """The documents as pieces of at most a row's length."""
+    """Documents as pieces of at most a row's length."""
 
-    def __init__(self, sequence_length: int, dtype: type[np.uint16] | type[np.uint32]) -> None:
-        self.sequence_length, self.dtype = sequence_length, dtype
+    def __init__(
+        self, sequence_length: int, vocab_size: int, documents: Sequence[Document], encode: Encode
+    ) -> None:
+        self.sequence_length, self.dtype = sequence_length, _smallest_type(vocab_size)
         self.tokens: list[NDArray[np.unsignedinteger]] = []  # a piece each
         self.has_loss: list[NDArray[np.bool_]] = []
         self.truncated = self.dropped = 0
-
-    def add(self, documents: Sequence[Document], encode: Encode) -> None:
         for start in range(0, len(documents), _BATCH):
             for ids, has_loss in encode(documents[start : start + _BATCH]):
                 self._add(ids, has_loss)
-        if not self.tokens:
-            raise BadInput(
-                f"no tokens are left of {len(documents)} documents ({self.dropped} have nothing to be "
-                f"predicted among their first {self.sequence_length} tokens): raise sequence_length, or give "
-                "other data"
-            )
 
     def _add(self, ids: Sequence[int], predicted: Sequence[bool] | None) -> None:
         tokens: NDArray[np.unsignedinteger] = np.array(ids, dtype=self.dtype)
@@ -267,19 +302,35 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return rows
 
 
-def _write(folder: Path, pieces: _Pieces, pad_id: int) -> None:
-    rows = pack([len(tokens) for tokens in pieces.tokens], pieces.sequence_length)
+def write(
+    documents: Sequence[Document],
+    folder: Path,
+    *,
+    encode: Encode,
+    pad_id: int,
+    vocab_size: int,
+    sequence_length: int,
+    packing: bool,
+) -> None:
+    """Tokenise and pack documents into a folder that is not there yet; see `tokenise`. May be of no rows."""
+    _write(folder, _Pieces(sequence_length, vocab_size, documents, encode), pad_id, packing)
+
+
+def _write(folder: Path, pieces: _Pieces, pad_id: int, packing: bool) -> None:
+    lengths = [len(tokens) for tokens in pieces.tokens]
+    rows = pack(lengths, pieces.sequence_length) if packing else [[piece] for piece in range(len(lengths))]
     placed = [piece for row in rows for piece in row]
-    tokens = np.concatenate([pieces.tokens[piece] for piece in placed])
+    none = np.empty(0, pieces.dtype)
+    tokens = np.concatenate([none, *(pieces.tokens[piece] for piece in placed)])
     bounds = _bounds(len(pieces.tokens[piece]) for piece in placed)
-    has_loss = np.concatenate([pieces.has_loss[piece] for piece in placed])
+    has_loss = np.concatenate([none.astype(np.bool_), *(pieces.has_loss[piece] for piece in placed)])
     statistics = Statistics(
         rows=len(rows),
         tokens=len(tokens),
         loss_tokens=int(has_loss.sum()),
         truncated=pieces.truncated,
         dropped=pieces.dropped,
-        efficiency=len(tokens) / (len(rows) * pieces.sequence_length),
+        efficiency=len(tokens) / max(1, len(rows) * pieces.sequence_length),
     )
     meta = {
         "format": FORMAT,

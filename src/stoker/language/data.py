@@ -16,9 +16,13 @@ from typing import Any, Literal
 
 from jinja2 import TemplateError
 from stoker import storage
-from stoker.data import tokens
-from stoker.data.documents import Document, Message, Splits, make_corpus
-from stoker.data.tokens import Encoded
+from stoker.attempt import Run
+from stoker.data import sources, tokens
+from stoker.data.documents import Document, Message, make_corpus
+from stoker.data.mixture import Mixture
+from stoker.data.sources import Source
+from stoker.data.stream import Stream
+from stoker.data.tokens import Encoded, PackedDataset
 from stoker.errors import BadInput
 
 log = logging.getLogger("stoker")
@@ -31,37 +35,80 @@ Span = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Packed:
+class Rows:
     """Rows of tokens for each use."""
 
-    train: tokens.PackedDataset
-    validation: tokens.PackedDataset
-    test: tokens.PackedDataset
+    train: PackedDataset | Stream | Mixture
+    validation: dict[str, PackedDataset]
+    """By the name of their source."""
+    test: dict[str, PackedDataset]
 
 
-def pack(splits: Splits, tokenizer: Any, *, sequence_length: int, loss_on: LossOn = "answer") -> Packed:
-    """Tokenise and pack each split, once for the same content, tokenizer and settings. Raises BadInput."""
+def pack(
+    found: Sequence[Source],
+    tokenizer: Any,
+    *,
+    sequence_length: int,
+    loss_on: LossOn = "answer",
+    packing: bool = True,
+) -> Rows:
+    """Tokenise and pack each source, once for the same content, tokenizer and settings.
+
+    Args:
+        packing: whether documents share rows.
+
+    Raises:
+        BadInput: a tokenizer does not do for the documents, or nothing is left of them.
+    """
     encoder = Encoder(tokenizer, loss_on)
-    packed = {
-        name: tokens.tokenise(
-            documents,
-            encode=encoder,
-            pad_id=tokenizer.pad_token_id,
-            vocab_size=len(tokenizer),
-            sequence_length=sequence_length,
-            fingerprint=(make_corpus(documents, name).fingerprint, encoder.fingerprint),
-            cache=storage.cache_folder(),
-        )
-        for name, documents in vars(splits).items()
-    }
-    for name, rows in packed.items():
-        if rows.statistics.dropped or rows.statistics.truncated:
-            log.warning(
-                "%s: %d answers are cut off at %d tokens, and %d documents are left out, of whose answers "
-                "nothing is left: raise sequence_length", name, rows.statistics.truncated, sequence_length,
-                rows.statistics.dropped,
-            )  # fmt: skip
-    return Packed(**packed)
+    settings: dict[str, Any] = {
+        "encode": encoder, "pad_id": tokenizer.pad_token_id, "vocab_size": len(tokenizer),
+        "sequence_length": sequence_length, "packing": packing, "cache": storage.cache_folder(),
+    }  # fmt: skip
+
+    def packed(source: Source, split: str) -> PackedDataset:
+        documents: list[Document] = getattr(source.splits, split)
+        corpus = make_corpus(documents, split).fingerprint
+        made = tokens.tokenise(documents, fingerprint=(corpus, encoder.fingerprint), **settings)
+        _say_what_is_lost(f"{source.name}, {split}" if len(found) > 1 else split, made)
+        return made
+
+    def trained_on(source: Source) -> PackedDataset | Stream:
+        if source.stream is None:
+            return packed(source, "train")
+        return Stream(
+            source.stream, held_out=source.held_out, sampled=sources.looked_at(source.stream),
+            fingerprint=(source.fingerprint, encoder.fingerprint), **settings,
+        )  # fmt: skip
+
+    parts = [trained_on(source) for source in found]
+    return Rows(
+        train=Mixture(parts, [source.weight for source in found]) if len(parts) > 1 else parts[0],
+        validation={source.name: packed(source, "validation") for source in found},
+        test={source.name: packed(source, "test") for source in found},
+    )
+
+
+def say(run: Run, found: Sequence[Source], rows: Rows, *, packed: bool, wanted: bool) -> None:
+    """Record what the data is, and say it on rank 0."""
+    about = [source.description for source in found]
+    run.event("data", sources=about, rows=len(rows.train), tokens_per_row=rows.train.tokens_per_sample)
+    if run.world.rank > 0:
+        return
+    for source, description in zip(found, about, strict=True):
+        log.info("data: %s%s", description, f", weight {source.weight:g}" if len(found) > 1 else "")
+    if wanted and not packed:
+        log.warning("the model's attention cannot keep documents apart: each has rows of its own")
+
+
+def _say_what_is_lost(name: str, rows: PackedDataset) -> None:
+    lost = rows.statistics
+    if lost.dropped or lost.truncated:
+        log.warning(
+            "%s: %d answers are cut off at %d tokens, and %d documents are left out, of whose answers "
+            "nothing is left: raise sequence_length",
+            name, lost.truncated, rows.sequence_length, lost.dropped,
+        )  # fmt: skip
 
 
 def prompts(documents: Sequence[Document], tokenizer: Any) -> tuple[str, ...]:

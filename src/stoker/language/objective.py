@@ -29,12 +29,14 @@ class Objective:
 
     in_head: bool
     """Whether the model's output layer computes the loss."""
+    packs: bool
+    """Whether its attention takes the documents of a row; else each row is of one, its padding behind it."""
 
     def inputs(self, batch: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         """What the model is called with, for rows of `PackedDataset`, or for `input_ids` alone."""
         called: dict[str, Any] = {"input_ids": batch["input_ids"], "use_cache": False}
         for name in ("position_ids", attention.DOCUMENTS):
-            if name in batch:
+            if self.packs and name in batch:
                 called[name] = batch[name]
         if self.in_head and "labels" in batch:
             called[_LABELS] = _following(batch["labels"])
@@ -56,9 +58,10 @@ def attach(model: Any) -> Objective:
     Where the logits are more than what that layer gives (capped, scaled, of an adapter), it stays as it is.
     """
     bare = model.get_base_model() if hasattr(model, "peft_config") else model
+    packs = bare.config._attn_implementation == attention.NAME
     head = bare.get_output_embeddings()
     if type(head) is not nn.Linear or not _ends_with_head(bare):
-        return Objective(in_head=False)
+        return Objective(in_head=False, packs=packs)
     plain = head.forward
     wanted: list[torch.Tensor] = []
 
@@ -78,7 +81,7 @@ def attach(model: Any) -> Objective:
     head.forward = forward  # type: ignore[method-assign, assignment]
     model.register_forward_pre_hook(take_labels, with_kwargs=True)
     model.register_forward_hook(drop_labels, always_call=True)
-    return Objective(in_head=True)
+    return Objective(in_head=True, packs=packs)
 
 
 def _following(labels: torch.Tensor) -> torch.Tensor:

@@ -7,16 +7,19 @@ the loss is the mean over the tokens of the whole global batch. Heavy imports st
 
 from __future__ import annotations
 
-import math
+import functools
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from annotated_types import Ge, Gt, Lt
 from stoker.attempt import Run
 from stoker.duration import Duration
 from stoker.engine.options import Training
 from stoker.language.lora import Lora
+
+if TYPE_CHECKING:
+    from stoker.data.tokens import PackedDataset
 
 PRELOAD = tuple(
     f"stoker.language.{room}"
@@ -31,8 +34,10 @@ class Config(Training):
     model: str = "tiny"
     """A size to start from scratch (tiny, small, base), a local directory, or a hub id."""
     data: str = "python-docs"
-    """python-docs or python-docs-qa (built in), a .jsonl, .parquet or .txt file, a folder of these, or a hub
-    dataset id: texts, pairs, or conversations."""
+    """python-docs or python-docs-qa (built in), a .jsonl, .parquet or .txt file, a folder of these, a URL
+    such as s3://..., or a hub dataset id: texts, pairs, conversations. Several with weights: a:3,b:1."""
+    streaming: bool = False
+    """Tokenise the data as training comes to it, not beforehand; an epoch is an estimate then."""
     loss_on: Literal["answer", "all"] = "answer"
     """Of pairs and conversations: learn what the assistant says, or everything."""
     chat_template: Path | None = None
@@ -66,6 +71,8 @@ class Config(Training):
     """Rows of a step, over all ranks."""
     sequence_length: Annotated[int, Ge(2)] = 256
     """Tokens of a row."""
+    packing: bool = True
+    """Whether documents share rows, none of them seeing another."""
     eval_every: Duration = Duration(1, "epoch")
     """Perplexity on the validation documents, and generations."""
     patience: Annotated[int, Ge(1)] | None = None
@@ -122,38 +129,53 @@ def train(run: Run, config: Config) -> None:
     from stoker.engine import optimizers, schedule
     from stoker.engine.precision import DTYPES
     from stoker.engine.random_state import seed_everything
-    from stoker.language import adapters, building, data, export, flops, generation, objective, quantised
+    from stoker.language import (
+        adapters,
+        building,
+        data,
+        export,
+        flops,
+        generation,
+        objective,
+        perplexity,
+        quantised,
+    )  # fmt: skip
     from stoker.loop import Trainer, computed_in
 
     seed_everything(config.seed)
     distributed.join(run.world, config.backend)
     frozen = DTYPES[computed_in(run, config)] if config.lora.used else DTYPES["fp32"]
     with distributed.rank_zero_first(run.world):
-        corpus = sources.read(config.data)
-        splits = sources.split(corpus.documents, validation=config.validation, test=config.test)
+        found = sources.read_all(
+            config.data, validation=config.validation, test=config.test, streaming=config.streaming
+        )
         language = building.build(
             config.model,
             tokenizer=config.tokenizer,
             vocab_size=config.vocab_size,
             sequence_length=config.sequence_length,
-            documents=splits.train,
+            documents=[document for source in found for document in source.splits.train],
             tie_embeddings=config.tie_embeddings,
             dtype=frozen,
             chat_template=config.chat_template,
         )
+        packing = config.packing and language.packs
         rows = data.pack(
-            splits, language.tokenizer, sequence_length=config.sequence_length, loss_on=config.loss_on
-        )
-    prompts = config.prompts or data.prompts(splits.validation, language.tokenizer)
+            found, language.tokenizer, sequence_length=config.sequence_length, loss_on=config.loss_on,
+            packing=packing,
+        )  # fmt: skip
+    data.say(run, found, rows, packed=packing, wanted=config.packing)
+    prompts = config.prompts or data.prompts(
+        [document for source in found for document in source.splits.validation], language.tokenizer
+    )
     lr = config.lr or default_lr(config.lora.used, language.pretrained)
-    run.fingerprint("data", corpus.fingerprint)
+    run.fingerprint("data", sources.fingerprint(found))
 
     if config.quantisation == "nf4":
         quantised.convert(language.model)
     model = adapters.adapted(language, config.lora)
     called = objective.attach(model)
-    labelled = rows.train.loss_tokens / rows.train.statistics.tokens
-    needed = flops.per_token(model, context=rows.train.context, labelled=labelled)
+    needed = flops.per_token(model, context=rows.train.context, labelled=rows.train.labelled)
     with adapters.advising(config.lora, config.quantisation):
         trainer = Trainer(
             run,
@@ -171,18 +193,22 @@ def train(run: Run, config: Config) -> None:
         run.fingerprint("model", language.fingerprint)
     export.record_shape(trainer, language, model)
 
-    def loss_on(split: Any) -> float:
-        return trainer.evaluate(split, batch_size=config.batch_size, collate=tokens.collate)
+    collate = functools.partial(tokens.collate, trimmed=not packing and trainer.strategy != "pipeline")
+
+    def losses_on(parts: dict[str, PackedDataset]) -> dict[str, float]:
+        return perplexity.losses(trainer, parts, batch_size=config.batch_size, collate=collate)
+
+    def test_perplexity() -> float:
+        return perplexity.perplexity(perplexity.mean(losses_on(rows.test), rows.test))
 
     def evaluate() -> None:
-        val_loss = loss_on(rows.validation)
-        run.log(val_loss=val_loss, val_perplexity=perplexity(val_loss))
+        run.log(perplexity.validation_metrics(losses_on(rows.validation), rows.validation))
         generation.log_generations(trainer, language.tokenizer, prompts, config.generate_tokens)
 
     if trainer.steps_done == 0 and language.pretrained:
-        run.log(base_test_perplexity=perplexity(loss_on(rows.test)))
+        run.log(base_test_perplexity=test_perplexity())
         evaluate()
-    loader = trainer.loader(rows.train, batch_size=config.batch_size, collate=tokens.collate)
+    loader = trainer.loader(rows.train, batch_size=config.batch_size, collate=collate)
     for batch in trainer.steps(loader, max_steps=config.length):
         run.log(loss=trainer.step(batch), lr=trainer.lr)
         if trainer.every(10) or trainer.last:
@@ -192,7 +218,7 @@ def train(run: Run, config: Config) -> None:
             if config.patience is not None and trainer.stale("val_loss", config.patience):
                 trainer.finish(f"val_loss got no better over {config.patience} evaluations")
     run.table("memory", trainer.memory(), MEMORY)
-    run.log(test_perplexity=perplexity(loss_on(rows.test)))
+    run.log(test_perplexity=test_perplexity())
     export.export(trainer, language, model)
 
 
@@ -204,8 +230,3 @@ def default_lr(lora: bool, pretrained: bool) -> float:
     if not pretrained:
         return 3e-3
     return 2e-4 if lora else 2e-5
-
-
-def perplexity(loss: float) -> float:
-    """The perplexity of a mean loss in nats a token; infinite where it is too large for a float."""
-    return math.exp(loss) if loss < 700 else math.inf

@@ -1,0 +1,246 @@
+"""Text data as chunks, parts of files that are read each by itself: nothing before one has to be read.
+
+A chunk of a `.jsonl` or `.txt` file are the lines that begin within a range of its bytes; of a `.parquet`
+file it is a row group. Files may be on this machine, in an object store, or in a dataset of the hub.
+"""
+
+from __future__ import annotations
+
+import bisect
+import functools
+import hashlib
+import io
+import itertools
+import re
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stoker import object_store, storage
+from stoker.data import hub_datasets, records
+from stoker.data.documents import Document, chop, content_key
+from stoker.data.records import Record
+from stoker.errors import BadInput
+from stoker.object_store import Store
+
+SIZE = 2 * 2**20
+"""Bytes of a chunk of a file of lines."""
+
+_TAIL = 2**16  # bytes to look for the end of a line in at once
+_TEXT_DOCUMENT = 2000  # characters of a text without borders
+_BORDER = re.compile(r"\n(?:[ \t\f]*\n){2,}")
+_AT_ONCE = 16  # files asked for the number of their row groups
+_ENDINGS = (".jsonl", ".parquet", ".txt")
+
+
+@dataclass(frozen=True)
+class File:
+    """A file as it stands in a folder."""
+
+    key: str
+    size: int
+    """In bytes."""
+    tag: str
+    """Another one where the content is; empty where that is not known."""
+    chunks: int
+
+    @property
+    def ending(self) -> str:
+        """Of its name, in lower case."""
+        return Path(self.key).suffix.lower()
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """The chunks of all files of a folder, in the order of the files' names."""
+
+    folder: str
+    """Its URL."""
+    files: tuple[File, ...]
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    @functools.cached_property
+    def _ends(self) -> list[int]:
+        return list(itertools.accumulate(file.chunks for file in self.files))
+
+    @property
+    def where(self) -> str:
+        """The folder for people: a path, where it is on this machine."""
+        return self.folder.removeprefix("file://")
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(file.size for file in self.files)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over what the files are called, their sizes, and what tells their content apart."""
+        about = [self.folder, *((file.key, file.size, file.tag) for file in self.files)]
+        return hashlib.sha256(repr(about).encode()).hexdigest()
+
+    def documents(self, number: int) -> list[Document]:
+        """What a chunk holds. Raises BadInput for what cannot be read, Unreachable where it is not got at."""
+        place = bisect.bisect_right(self._ends, number)
+        file = self.files[place]
+        part = number - (self._ends[place] - file.chunks)
+        store, where = Store(self.folder, ""), f"{self.where}/{file.key}"
+        try:
+            return list(_READERS[file.ending](store, file, part, where))
+        except FileNotFoundError as error:
+            raise BadInput(f"{where} is gone since the run began") from error
+
+
+def find(source: str) -> Chunks:
+    """The chunks of a file, a folder, a URL, or a dataset of the hub, by its id.
+
+    Raises BadInput for what is not there, or holds no file that can be read.
+    """
+    folder, name = _where(source)
+    store = Store(folder, "")
+    try:
+        found = store.objects(name) if name == "" else _one(store, folder, name)
+    except PermissionError as error:
+        raise BadInput(f"{source} cannot be read: {error.strerror}") from error
+    wanted = {key: about for key, about in sorted(found.items()) if key.lower().endswith(_ENDINGS)}
+    wanted = _of_training(wanted) if folder.startswith("hf:") else wanted
+    wanted = {key: about for key, about in wanted.items() if about.size > 0}
+    if not wanted:
+        raise BadInput(f"{source} does not exist, or holds no {', '.join(_ENDINGS)} file with text")
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        counts = pool.map(lambda pair: _count(store, pair[0], pair[1].size), wanted.items())
+        files = [
+            File(key, about.size, about.tag, count)
+            for (key, about), count in zip(wanted.items(), counts, strict=True)
+        ]
+    return Chunks(folder, tuple(files))
+
+
+def texts(content: str) -> Iterator[Document]:
+    """The documents of a text: what two blank lines or more part, else pieces of some length."""
+    parts = _BORDER.split(content.replace("\r\n", "\n"))
+    if len(parts) < 3:  # no borders to speak of
+        parts = chop(content.replace("\r\n", "\n"), _TEXT_DOCUMENT)
+    for part in parts:
+        if part.strip():
+            yield Document(content_key(part), "", part.strip("\n"))
+
+
+def _where(source: str) -> tuple[str, str]:
+    """A folder's URL, and the file in it that is meant, or empty for all."""
+    if object_store.is_url(source):
+        object_store.check(source)
+        folder, _, last = source.rstrip("/").rpartition("/")
+        return (folder, last) if last.lower().endswith(_ENDINGS) else (source.rstrip("/"), "")
+    path = Path(source).expanduser().absolute()
+    if path.is_dir():
+        return f"file://{path}", ""
+    if path.exists() or hub_datasets.is_a_file_name(source):
+        return f"file://{path.parent}", path.name
+    hub_datasets.check(source)
+    return f"hf://datasets/{source}", ""
+
+
+def _one(store: Store, folder: str, name: str) -> dict[str, object_store.Stored]:
+    if folder.startswith("file:"):
+        file = Path(folder.removeprefix("file://")) / name
+        if not file.is_file():
+            return {}
+        about = file.stat()
+        return {name: object_store.Stored(about.st_size, str(storage.modified(file)))}
+    return {key: about for key, about in store.objects().items() if key == name}
+
+
+def _of_training(files: dict[str, Any]) -> dict[str, Any]:
+    """Of a dataset of the hub, the files of its train split, where their names say so."""
+    return {key: about for key, about in files.items() if "train" in key.lower()} or files
+
+
+def _count(store: Store, key: str, size: int) -> int:
+    if not key.lower().endswith(".parquet"):
+        return -(-size // SIZE)
+    return int(_parquet(store, key, size, f"{store.url}/{key}").num_row_groups)
+
+
+def _read_jsonl(store: Store, file: File, part: int, where: str) -> Iterator[Document]:
+    def parsed() -> Iterator[Record]:
+        at = part * SIZE
+        for number, raw in enumerate(_lines(store, file, part).split(b"\n"), start=1):
+            place = f"{where}, line {number}" + (f" of those that begin behind byte {at}" if at else "")
+            yield from records.from_json(raw, place)
+
+    yield from records.documents(parsed())
+
+
+def _read_txt(store: Store, file: File, part: int, where: str) -> Iterator[Document]:
+    yield from texts(records.decode(_lines(store, file, part), where))
+
+
+def _read_parquet(store: Store, file: File, part: int, where: str) -> Iterator[Document]:
+    rows = _parquet(store, file.key, file.size, where).read_row_group(part).to_pylist()
+    places = (f"{where}, row {number} of row group {part + 1}" for number in itertools.count(1))
+    yield from records.documents(zip(places, rows, strict=False))
+
+
+_READERS: dict[str, Callable[[Store, File, int, str], Iterator[Document]]] = {
+    ".jsonl": _read_jsonl,
+    ".parquet": _read_parquet,
+    ".txt": _read_txt,
+}
+
+
+def _lines(store: Store, file: File, part: int) -> bytes:
+    """The lines that begin in a part of a file: each line of a file is of exactly one part."""
+    first, last = part * SIZE, min((part + 1) * SIZE, file.size)
+    content = store.read(file.key, max(0, first - 1), last)
+    if first:
+        content = content[content.find(b"\n") + 1 :] if b"\n" in content else b""
+    while content and last < file.size and not content.endswith(b"\n"):
+        more = store.read(file.key, last, min(file.size, last + _TAIL))
+        last += len(more)
+        content += more[: more.find(b"\n") + 1] if b"\n" in more else more
+    return content
+
+
+def _parquet(store: Store, key: str, size: int, where: str) -> Any:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        return parquet.ParquetFile(io.BufferedReader(_Ranges(store, key, size), buffer_size=2**16))
+    except pyarrow.ArrowInvalid as error:
+        raise BadInput(f"{where} is not a Parquet file: {error}") from error
+
+
+class _Ranges(io.RawIOBase):
+    """A file of a store, of which is brought what is read."""
+
+    def __init__(self, store: Store, key: str, size: int) -> None:
+        self._store, self._key, self._size = store, key, size
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        wanted = min(len(buffer), self._size - self._at)
+        if wanted <= 0:
+            return 0
+        found = self._store.read(self._key, self._at, self._at + wanted)
+        buffer[: len(found)] = found
+        self._at += len(found)
+        return len(found)

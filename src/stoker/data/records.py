@@ -1,0 +1,146 @@
+"""Records of text data as documents: texts, pairs, conversations, by the fields that a record has.
+
+A record that cannot be read is refused with where it stands and what was expected.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from stoker.data.documents import Document, Message, content_key
+from stoker.errors import BadInput
+
+Record = tuple[str, Any]  # where it stands, and what stands there
+
+# (prompt, optional addition to the prompt, text). Pairs first: sets of pairs often carry a
+# rendering of the whole as "text" too.
+_FORMS: tuple[tuple[str | None, str | None, str], ...] = (
+    ("prompt", None, "completion"),
+    ("question", None, "answer"),
+    ("instruction", "input", "output"),
+    (None, None, "text"),
+)
+_FORMS_TEXT = (
+    '{"text"}, {"prompt", "completion"}, {"question", "answer"}, '
+    '{"instruction", "output"} with an optional "input", or {"messages": [{"role", "content"}]}'
+)
+# (list of turns, who speaks, what is said), as chat data has them.
+_CHATS = (
+    ("messages", "role", "content"),
+    ("conversations", "from", "value"),
+    ("conversation", "role", "content"),
+)
+_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
+"""What others call those whom chat templates call user and assistant."""
+
+
+def from_json(line: bytes, where: str) -> Iterator[Record]:
+    """The record of a line of JSON; none of a blank one. Raises BadInput."""
+    text = decode(line, where).strip()
+    if not text:
+        return
+    try:
+        yield where, json.loads(text)
+    except json.JSONDecodeError as error:
+        raise BadInput(f"{where}: not JSON: {error.msg} (column {error.colno})") from error
+    except RecursionError as error:
+        raise BadInput(f"{where}: not usable JSON: nested too deeply") from error
+
+
+def documents(records: Iterable[Record]) -> Iterator[Document]:
+    """The documents of records; one whose text is blank has nothing to learn from and is left out."""
+    for where, record in records:
+        if not isinstance(record, dict):
+            raise BadInput(
+                f'{where}: a record must be a JSON object such as {{"text": ...}}, not {kind_of(record)}'
+            )
+        messages = _messages(where, record)
+        if messages:
+            yield Document(content_key(*itertools.chain(*messages)), "", "", messages)
+            continue
+        prompt, text = _parse(where, record)
+        if text.strip():
+            yield Document(content_key(prompt, text), prompt, text)
+
+
+def _messages(where: str, record: dict[str, Any]) -> tuple[Message, ...]:
+    """A record's conversation; empty where it is none. Raises BadInput."""
+    said, role, content = _turns(record)
+    if not said:
+        return ()
+    found = [_message(f"{where}, message {n}", m, role, content) for n, m in enumerate(said, start=1)]
+    if not any(message.role == "assistant" and message.content.strip() for message in found):
+        raise BadInput(f"{where}: no message of the role assistant says anything: there is nothing to learn")
+    return tuple(found)
+
+
+def _turns(record: dict[str, Any]) -> tuple[list[Any], str, str]:
+    """The turns of a record's conversation, and the fields of each: who speaks, and what."""
+    for turns, role, content in _CHATS:
+        if isinstance(record.get(turns), list):
+            return record[turns], role, content
+    prompt, completion = record.get("prompt"), record.get("completion")
+    if isinstance(prompt, list) and isinstance(completion, list):
+        return [*prompt, *completion], "role", "content"
+    return [], "", ""
+
+
+def _message(where: str, message: Any, role: str, content: str) -> Message:
+    if not isinstance(message, dict):
+        raise BadInput(f"{where}: must be an object with {role!r} and {content!r}, not {kind_of(message)}")
+    for name in (role, content):
+        if name not in message:
+            has = ", ".join(repr(key) for key in message) or "no fields"
+            raise BadInput(f"{where}: has no {name!r}; it has {has}")
+    said = message[content]
+    if isinstance(said, list):  # parts, of which only texts can be learnt from
+        texts = [
+            part["text"] for part in said if isinstance(part, dict) and isinstance(part.get("text"), str)
+        ]
+        if len(texts) < len(said):
+            raise BadInput(f"{where}: {content!r} has a part that is no text")
+        message = {**message, content: "".join(texts)}
+    speaker = _field(where, message, role)
+    return Message(_ROLES.get(speaker, speaker), _field(where, message, content))
+
+
+def _parse(where: str, record: dict[str, Any]) -> tuple[str, str]:
+    """A record's prompt (empty for plain text) and text. Raises BadInput."""
+    for prompt, addition, text in _FORMS:
+        if text in record and (prompt is None or prompt in record):
+            asked = _field(where, record, prompt) if prompt else ""
+            added = _field(where, record, addition) if addition and record.get(addition) else ""
+            return (f"{asked}\n\n{added}" if added.strip() else asked), _field(where, record, text)
+    has = ", ".join(repr(name) for name in record) or "none"
+    raise BadInput(f"{where}: no expected field; the record has the fields {has}; allowed are {_FORMS_TEXT}")
+
+
+def _field(where: str, record: dict[str, Any], name: str) -> str:
+    value = record[name]
+    if not isinstance(value, str):
+        raise BadInput(f"{where}: the field {name!r} must be a text, not {kind_of(value)}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can spell
+        raise BadInput(f"{where}: the field {name!r} is not valid Unicode: {error.reason}") from error
+    return value
+
+
+def kind_of(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
+    return names.get(
+        type(value), f"a number ({value})" if isinstance(value, int | float) else "something else"
+    )
+
+
+def decode(content: bytes, where: str) -> str:
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BadInput(
+            f"{where}: not UTF-8: byte 0x{content[error.start]:02x} at offset {error.start}; "
+            "convert the file to UTF-8"
+        ) from error

@@ -1,0 +1,222 @@
+"""Rows of documents that are tokenised and packed as training comes to them.
+
+For data that is too large to be tokenised ahead. It is cut into chunks (see `chunks`), whose order in each
+epoch is a keyed permutation; some chunks that follow each other make a group, of whose rows the order is
+one again. How many rows a chunk has is known once it is tokenised. So a position is found by counting
+through the groups from the last known one, which goes into checkpoints (`place`), and resuming there costs
+the same everywhere. Tokenised chunks stand in the cache, by what they hold and not by the order; ranks and
+runs share them, and of a data set only the newest are kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import threading
+from bisect import bisect_right
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from stoker.data import tokens
+from stoker.data.chunks import Chunks
+from stoker.data.documents import place
+from stoker.data.order import Positions, fold, order, permute
+from stoker.data.tokens import Encode, PackedDataset
+from stoker.errors import BadInput, StokerError
+
+GROUP = 8
+"""Chunks of which the rows are shuffled together."""
+
+_KEPT = 16 * GROUP  # tokenised chunks on disk
+_OPEN = 2 * GROUP  # of these, open in a process
+_ROWS = 2**32  # more than a chunk has rows
+_CHUNKS, _WITHIN = 11, 12  # salts: of the order of the chunks, and of the rows of a group
+
+
+class _Group(NamedTuple):
+    """Chunks whose rows are shuffled together."""
+
+    begin: int
+    end: int
+    """Of its rows among all."""
+    epochs: Positions
+    chunks: Positions
+    sizes: Positions
+    """Rows of each chunk; as the two before (GROUP,)."""
+
+    @property
+    def ends(self) -> Positions:
+        """Where the rows of each chunk end within the group."""
+        return np.cumsum(self.sizes)
+
+
+class Stream:
+    """Rows as a `PackedDataset` has them, endless, in an order of its own.
+
+    Args:
+        chunks: where the documents are.
+        held_out: the documents whose place (see `documents.place`) is below it are not trained on.
+        encode, pad_id, vocab_size, sequence_length, packing: see `tokens.tokenise`.
+        fingerprint: of the data and of `encode`.
+        cache: the folder that tokenised chunks stand in.
+        sampled: chunks by which the length of an epoch and of a row is estimated.
+    """
+
+    def __init__(
+        self,
+        chunks: Chunks,
+        *,
+        held_out: float,
+        encode: Encode,
+        pad_id: int,
+        vocab_size: int,
+        sequence_length: int,
+        packing: bool,
+        fingerprint: tuple[object, ...],
+        cache: Path,
+        sampled: Sequence[int],
+    ) -> None:
+        self.chunks, self.held_out = chunks, held_out
+        self.sequence_length = sequence_length
+        self._settings: dict[str, Any] = {
+            "encode": encode, "pad_id": pad_id, "vocab_size": vocab_size,
+            "sequence_length": sequence_length, "packing": packing,
+        }  # fmt: skip
+        parts = (tokens.FORMAT, held_out, pad_id, vocab_size, sequence_length, packing, *fingerprint)
+        self._cache = cache / f"stream-{hashlib.sha256(repr(parts).encode()).hexdigest()[:32]}"
+        self._opened: dict[int, PackedDataset] = {}
+        self._first, self._begin = 0, 0  # a group, and how many rows are before it
+        self._groups: list[_Group] = []  # from the first one on
+        self._estimate([self._open(number) for number in sampled])
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a stream is read by the process that trains: use no workers")
+
+    def _estimate(self, found: Sequence[PackedDataset]) -> None:
+        looked_at, found = len(found), [chunk for chunk in found if len(chunk)]
+        if not found:
+            raise BadInput(f"{self.chunks.where}: {looked_at} parts were looked at, and none has text")
+        rows = sum(len(chunk) for chunk in found)
+        weights = [chunk.statistics.tokens for chunk in found]
+        self._length = max(1, round(rows / looked_at * len(self.chunks)))
+        self.tokens_per_sample = sum(weights) / rows
+        self.labelled = float(np.average([chunk.labelled for chunk in found], weights=weights))
+        self.context = float(np.average([chunk.context for chunk in found], weights=weights))
+
+    def __len__(self) -> int:
+        """About how many rows an epoch has, by the chunks that were looked at beforehand."""
+        return self._length
+
+    def order(self, seed: int, positions: Positions) -> tuple[Positions, Positions]:
+        """The epoch and the index of the rows at positions, both (n,)."""
+        if positions.min() < self._begin:
+            self._go_to(0, 0)
+        while self._end <= positions.max():
+            self._add_group(seed)
+        epochs, indices = np.empty_like(positions), np.empty_like(positions)
+        found = np.searchsorted([group.end for group in self._groups], positions, side="right")
+        for known in np.unique(found).tolist():
+            group, those = self._groups[known], found == known
+            key = fold(seed, _WITHIN, self._first + known)
+            rows = permute(positions[those] - group.begin, group.end - group.begin, key)
+            members = np.searchsorted(group.ends, rows, side="right")
+            epochs[those] = group.epochs[members]
+            indices[those] = group.chunks[members] * _ROWS + rows - (group.ends - group.sizes)[members]
+        return epochs, indices
+
+    @property
+    def _end(self) -> int:
+        return self._groups[-1].end if self._groups else self._begin
+
+    def _add_group(self, seed: int) -> None:
+        number = self._first + len(self._groups)
+        epochs, chunks = self._members(seed, number)
+        sizes = np.array([len(self._open(chunk)) for chunk in chunks.tolist()])
+        self._groups.append(_Group(self._end, self._end + int(sizes.sum()), epochs, chunks, sizes))
+        self._prepare(self._members(seed, number + 1)[1].tolist())
+        self._clear()
+
+    def _members(self, seed: int, group: int) -> tuple[Positions, Positions]:
+        """The epochs and the chunks of a group, both (GROUP,)."""
+        return order(fold(seed, _CHUNKS).item(), len(self.chunks), group * GROUP + np.arange(GROUP))
+
+    def place(self, seed: int, position: int) -> dict[str, int]:
+        """What `go_to` needs to find a position again, and all behind it."""
+        self.order(seed, np.array([position]))
+        known = bisect_right([group.end for group in self._groups], position)
+        return {"group": self._first + known, "rows": self._groups[known].begin}
+
+    def go_to(self, place: dict[str, int]) -> None:
+        """Take up the count where it was."""
+        self._go_to(place["group"], place["rows"])
+
+    def _go_to(self, group: int, rows: int) -> None:
+        self._first, self._begin = group, rows
+        self._groups = []
+
+    def __getitem__(self, index: int) -> dict[str, NDArray[np.int64]]:
+        """A row by its index, as `order` gives it; as that of a `PackedDataset`."""
+        chunk, row = divmod(index, _ROWS)
+        return self._open(chunk)[row]
+
+    def read(self, index: int, key: int) -> dict[str, NDArray[np.int64]]:
+        """A row, which is the same whatever the key: nothing of it is random."""
+        return self[index]
+
+    # -- tokenised chunks ---------------------------------------------------------------------
+
+    def _open(self, chunk: int) -> PackedDataset:
+        found = self._opened.pop(chunk) if chunk in self._opened else self._opened_anew(chunk)
+        self._opened[chunk] = found  # the last one used is the last one closed
+        while len(self._opened) > _OPEN:
+            del self._opened[next(iter(self._opened))]
+        return found
+
+    def _opened_anew(self, chunk: int) -> PackedDataset:
+        while True:
+            folder = self._tokenised(chunk)
+            try:
+                os.utime(folder)
+                return PackedDataset(folder)
+            except FileNotFoundError:  # removed since, by another run that is further on
+                continue
+
+    def _tokenised(self, chunk: int) -> Path:
+        folder = self._cache / str(chunk)
+        return tokens.once(folder, lambda: self._make(chunk, folder), lock=self._cache / "lock")
+
+    def _make(self, chunk: int, folder: Path) -> None:
+        documents = [d for d in self.chunks.documents(chunk) if place(d.key) >= self.held_out]
+        tokens.write(documents, folder, **self._settings)
+
+    def _prepare(self, chunks: Sequence[int]) -> None:
+        """Have chunks tokenised meanwhile."""
+
+        def work() -> None:
+            with contextlib.suppress(StokerError):  # which is met again where the chunk is needed
+                for chunk in chunks:
+                    self._tokenised(chunk)
+
+        threading.Thread(target=work, name="tokenise-ahead", daemon=True).start()
+
+    def _clear(self) -> None:
+        """Remove the chunks that were used the longest ago."""
+        made = sorted(
+            (folder for folder in self._cache.iterdir() if folder.name.isdecimal()),
+            key=_modified,
+            reverse=True,
+        )
+        for folder in made[_KEPT:]:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _modified(folder: Path) -> float:
+    try:
+        return folder.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0

@@ -1,0 +1,37 @@
+"""How well a model predicts held-out tokens: the mean loss over all of them, and of each source."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from stoker.data.tokens import PackedDataset
+from stoker.loop import Trainer
+
+
+def losses(trainer: Trainer, parts: Mapping[str, PackedDataset], **how: Any) -> dict[str, float]:
+    """The mean loss over the tokens of each part, in nats, exact over ranks. All ranks call it alike.
+
+    Args:
+        how: see `Trainer.evaluate`.
+    """
+    return {name: trainer.evaluate(part, **how) for name, part in parts.items()}
+
+
+def mean(losses: Mapping[str, float], parts: Mapping[str, PackedDataset]) -> float:
+    """The mean loss over all tokens of all parts."""
+    tokens = sum(part.loss_tokens for part in parts.values())
+    return math.fsum(losses[name] * part.loss_tokens for name, part in parts.items()) / tokens
+
+
+def perplexity(loss: float) -> float:
+    """The perplexity of a mean loss in nats a token; infinite where it is too large for a float."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def validation_metrics(losses: Mapping[str, float], parts: Mapping[str, PackedDataset]) -> dict[str, float]:
+    """What is logged of an evaluation: of all, and of each source where there are several."""
+    loss = mean(losses, parts)
+    of_each = {f"val_loss/{name}": value for name, value in losses.items()} if len(losses) > 1 else {}
+    return {"val_loss": loss, "val_perplexity": perplexity(loss), **of_each}
