@@ -203,7 +203,7 @@ def test_a_parquet_row_without_a_text_is_named(tmp_path: Path) -> None:
 def test_a_dataset_that_cannot_be_reached_is_refused_with_the_reason(name: str) -> None:
     message = refused(name)
     assert f"{name} is no file here" in message
-    assert "as a dataset of the hub it cannot be loaded: " in message
+    assert re.search("hub it cannot be loaded: .|hub cannot be reached \\(.", message)  # offline, or asked
     assert ("did you mean 'python-docs'?" in message) == (name == "python-doc")
 
 

@@ -46,14 +46,14 @@ def check(name: str, known: Sequence[str] = ()) -> None:
         ) from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise BadInput(
-            f"{name} is no file here{nearest(name, known)}, and no dataset of the hub "
-            "(or private: set HF_TOKEN)"
+            f"{name} is no file here, and no dataset of the hub (or private: set HF_TOKEN)"
+            f"{nearest(name, known)}"
         ) from error
     except Exception as error:  # of a network, a proxy, a service: there is no list of what they raise
         raise BadInput(
-            f"{name} is no file here{nearest(name, known)}, and the hub cannot be reached "
+            f"{name} is no file here, and the hub cannot be reached "
             f"({str(error).splitlines()[0]}). Give a file; or set HF_ENDPOINT to a mirror, HTTPS_PROXY to a "
-            "proxy, or HF_HUB_OFFLINE=1 where it was downloaded before"
+            f"proxy, or HF_HUB_OFFLINE=1 where it was downloaded before{nearest(name, known)}"
         ) from error
 
 
@@ -71,8 +71,8 @@ def rows(name: str, known: Sequence[str] = ()) -> Iterator[Record]:
         found = load_dataset(name, split="train")
     except Exception as error:  # a service and a parser for any format: there is no list of what they raise
         raise BadInput(
-            f"{name} is no file here{nearest(name, known)}, and as a dataset of the hub it cannot be loaded: "
-            f"{error}"
+            f"{name} is no file here, and as a dataset of the hub it cannot be loaded: {error}"
+            f"{nearest(name, known)}"
         ) from error
     for number, row in enumerate(found, start=1):
         yield f"{name}, row {number}", row

@@ -1,0 +1,115 @@
+"""Data as the language recipe takes it, end to end: mixed, streamed, unpacked, and out of reach."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support import loaded, wait_for_points
+
+SMALL = ("train", "llm", "model=tiny", "vocab_size=300", "sequence_length=64", "batch_size=4", "seed=2")
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> tuple[Path, Path]:
+    """Texts about numbers and texts about letters, in files of their own."""
+    files = tmp_path / "numbers.jsonl", tmp_path / "letters.jsonl"
+    for file, words in zip(files, ("one two three four", "a b c d e f"), strict=True):
+        lines = [json.dumps({"text": f"{n} of {file.stem}: {words} {n % 7}"}) for n in range(600)]
+        file.write_text("\n".join(lines) + "\n")
+    return files
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_mixture_ends_in_the_same_bits_over_kills(
+    stoker: Callable[..., Any],
+    start: Callable[..., Any],
+    tmp_path: Path,
+    two: tuple[Path, Path],
+    streaming: bool,
+) -> None:
+    command = (
+        *SMALL, f"data={two[0]}:3,{two[1]}:1", "max_steps=40", "checkpoint_every=5", "eval_every=20",
+        f"streaming={str(streaming).lower()}", "generate_tokens=2", "--runs", str(tmp_path / "runs"),
+    )  # fmt: skip
+    whole = stoker(*command, "--name", "whole")
+    assert whole.code == 0, whole.err
+    cut = tmp_path / "runs" / "llm" / "cut"
+    for moment in (random.SystemRandom().randint(2, 16) for _ in range(2)):
+        process = start(*command, "--name", "cut")
+        wait_for_points(process, cut, moment)
+        process.kill()
+        process.wait()
+    done = stoker(*command, "--name", "cut")
+    assert done.code == 0, done.err
+
+    runs = [loaded(tmp_path / "runs" / "llm" / name) for name in ("whole", "cut")]
+    assert runs[0].points["loss"] == runs[1].points["loss"]
+    assert {"val_loss", "val_loss/numbers", "val_loss/letters"} <= runs[0].points.keys()
+    weights = [
+        (tmp_path / "runs" / "llm" / name / "artifacts" / "model" / "model.safetensors").read_bytes()
+        for name in ("whole", "cut")
+    ]
+    assert weights[0] == weights[1]
+
+
+def test_a_stream_goes_on_on_two_ranks_where_one_left_it(
+    stoker: Callable[..., Any], start: Callable[..., Any], tmp_path: Path, two: tuple[Path, Path]
+) -> None:
+    """The samples and their order are those of the run that nobody stopped, whatever the number of ranks."""
+    command = (
+        *SMALL, f"data={two[0]}:3,{two[1]}:1", "streaming=true", "generate_tokens=2", "eval_every=1000",
+        "checkpoint_every=5", "max_steps=30", "--runs", str(tmp_path / "runs"),
+    )  # fmt: skip
+    whole = stoker(*command, "--name", "whole")
+    assert whole.code == 0, whole.err
+    cut = tmp_path / "runs" / "llm" / "cut"
+    process = start(*command, "--name", "cut")
+    wait_for_points(process, cut, 7)
+    process.kill()
+    process.wait()
+    done = stoker(*command, "--nproc", "2", "--name", "cut")
+    assert done.code == 0, done.err
+    curves = [loaded(tmp_path / "runs" / "llm" / name).points["loss"] for name in ("whole", "cut")]
+    assert list(curves[0]) == list(curves[1])
+    assert list(curves[1].values()) == pytest.approx(list(curves[0].values()), rel=1e-4)
+
+
+def test_each_document_may_have_a_row_of_its_own(
+    stoker: Callable[..., Any], tmp_path: Path, two: tuple[Path, Path]
+) -> None:
+    done = stoker(
+        *SMALL, f"data={two[0]}", "packing=false", "max_steps=3", "generate_tokens=2",
+        "--runs", str(tmp_path / "runs"), "--name", "rows", "--json",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    journal = tmp_path / "runs" / "llm" / "rows" / "journal" / "attempt-0001.rank-0.jsonl"
+    (said,) = [line for line in journal.read_text().splitlines() if '"tokens_per_row"' in line]
+    held_out = 600 - json.loads(said)["rows"]
+    assert 20 < held_out < 120  # of 5% and 5%
+
+
+def test_a_hub_dataset_out_of_reach_is_said_at_once(stoker: Callable[..., Any], tmp_path: Path) -> None:
+    began = time.monotonic()
+    done = stoker(
+        *SMALL, "data=someone/some-data", "max_steps=1", "--runs", str(tmp_path / "runs"),
+        env={"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"},
+    )  # fmt: skip
+    assert done.code == 2
+    assert "someone/some-data" in done.err
+    assert "Traceback" not in done.err
+    assert time.monotonic() - began < 60
+    assert not (tmp_path / "runs" / "llm").exists()
+
+
+@pytest.mark.parametrize("weights", ["a:0,b:1", "a:x,b:1", "python-docs:3,python-docs-qa"])
+def test_weights_that_are_none_are_refused(stoker: Callable[..., Any], tmp_path: Path, weights: str) -> None:
+    done = stoker(*SMALL, f"data={weights}", "max_steps=1", "--runs", str(tmp_path / "runs"))
+    assert done.code == 2
+    assert "weight" in done.err
