@@ -29,6 +29,7 @@ log = logging.getLogger("stoker")
 Objects = dict[str, Stored]
 
 _KNOWN = "store.known"
+_LISTINGS = 5  # of a run that changes meanwhile
 _STRETCH = 2**26  # bytes of the longest stretch of a journal
 _OWN = ("sinks", "tensorboard", "wandb", "checkpoints", "journal", "lease")  # not copied file by file
 _DERIVED = ("attempt.lock", "compacted.safetensors", "store.json", "store.lock", "store.wake", _KNOWN)
@@ -62,12 +63,22 @@ class Mirror:
             artifacts: what the run made and logged as well.
             newer_there: whether another machine has trained it since; by default by its lease.
         """
-        there = self._objects()
-        if "run.json" not in there:
-            return
-        self._run.make_folders()
-        if newer_there is None:
-            newer_there = self._taken_elsewhere()
+        for left in reversed(range(_LISTINGS)):
+            there = self._objects()
+            if "run.json" not in there:
+                return
+            self._run.make_folders()
+            if newer_there is None:
+                newer_there = self._taken_elsewhere()
+            try:
+                self._fetch(there, artifacts=artifacts, newer_there=newer_there)
+            except FileNotFoundError:  # whoever trains the run joined or removed what was listed
+                if not left:
+                    raise
+            else:
+                return
+
+    def _fetch(self, there: Objects, *, artifacts: bool, newer_there: bool) -> None:
         self._fetch_files(there, artifacts=artifacts, newer_there=newer_there)
         self._fetch_lease(there)
         if newer_there:
