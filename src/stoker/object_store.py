@@ -133,8 +133,11 @@ class Store:
 
     def read(self, key: str, first: int | None = None, last: int | None = None) -> bytes:
         """An object, or its bytes from `first` to before `last`. Raises FileNotFoundError."""
-        range_ = {} if first is None and last is None else {"start": first, "end": last}
-        return bytes(self._try(lambda fs: _watched(fs, _ANSWER, "cat_file", self._path(key), **range_), key))
+        return bytes(
+            self._try(
+                lambda fs: _watched(fs, _ANSWER, "cat_file", self._path(key), start=first, end=last), key
+            )
+        )
 
     def write(self, key: str, content: bytes, *, new: bool = False) -> None:
         """Write a small object. `new`: raises FileExistsError where there is one.

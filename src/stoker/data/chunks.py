@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from stoker import object_store, storage
-from stoker.data import hub_datasets, records
+from stoker.data import hub_datasets, parquet, records
 from stoker.data.documents import Document, chop, content_key
 from stoker.data.records import Record
 from stoker.errors import BadInput
@@ -32,7 +32,6 @@ _TAIL = 2**16  # bytes to look for the end of a line in at once
 _TEXT_DOCUMENT = 2000  # characters of a text without borders
 _BORDER = re.compile(r"\n(?:[ \t\f]*\n){2,}")
 _AT_ONCE = 16  # files asked for the number of their row groups
-_ENDINGS = (".jsonl", ".parquet", ".txt")
 
 
 @dataclass(frozen=True)
@@ -103,7 +102,7 @@ def find(source: str) -> Chunks:
     folder, name = _where(source)
     store = Store(folder, "")
     try:
-        found = store.objects(name) if name == "" else _one(store, folder, name)
+        found = _one(store, folder, name) if name else store.objects()
     except PermissionError as error:
         raise BadInput(f"{source} cannot be read: {error.strerror}") from error
     wanted = {key: about for key, about in sorted(found.items()) if key.lower().endswith(_ENDINGS)}
@@ -163,7 +162,8 @@ def _of_training(files: dict[str, Any]) -> dict[str, Any]:
 def _count(store: Store, key: str, size: int) -> int:
     if not key.lower().endswith(".parquet"):
         return -(-size // SIZE)
-    return int(_parquet(store, key, size, f"{store.url}/{key}").num_row_groups)
+    with parquet.opened(_file(store, key, size), f"{store.url}/{key}") as file:
+        return int(file.num_row_groups)
 
 
 def _read_jsonl(store: Store, file: File, part: int, where: str) -> Iterator[Document]:
@@ -181,7 +181,8 @@ def _read_txt(store: Store, file: File, part: int, where: str) -> Iterator[Docum
 
 
 def _read_parquet(store: Store, file: File, part: int, where: str) -> Iterator[Document]:
-    rows = _parquet(store, file.key, file.size, where).read_row_group(part).to_pylist()
+    with parquet.opened(_file(store, file.key, file.size), where) as opened:
+        rows = opened.read_row_group(part).to_pylist()
     places = (f"{where}, row {number} of row group {part + 1}" for number in itertools.count(1))
     yield from records.documents(zip(places, rows, strict=False))
 
@@ -191,6 +192,7 @@ _READERS: dict[str, Callable[[Store, File, int, str], Iterator[Document]]] = {
     ".parquet": _read_parquet,
     ".txt": _read_txt,
 }
+_ENDINGS = tuple(_READERS)
 
 
 def _lines(store: Store, file: File, part: int) -> bytes:
@@ -206,14 +208,8 @@ def _lines(store: Store, file: File, part: int) -> bytes:
     return content
 
 
-def _parquet(store: Store, key: str, size: int, where: str) -> Any:
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        return parquet.ParquetFile(io.BufferedReader(_Ranges(store, key, size), buffer_size=2**16))
-    except pyarrow.ArrowInvalid as error:
-        raise BadInput(f"{where} is not a Parquet file: {error}") from error
+def _file(store: Store, key: str, size: int) -> io.BufferedReader:
+    return io.BufferedReader(_Ranges(store, key, size), buffer_size=2**16)
 
 
 class _Ranges(io.RawIOBase):

@@ -20,12 +20,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from stoker import storage
+from stoker.data import parquet
 from stoker.data.order import permute
 from stoker.errors import BadInput
 
@@ -243,16 +242,13 @@ def _parquets(files: list[Path]) -> Source:
     labels: list[Any] = []
     starts = []
     for file in files:
-        try:
-            opened = pq.ParquetFile(file)
-        except pa.ArrowInvalid as error:
-            raise BadInput(f"{file} is not a Parquet file: {error}") from error
-        missing = {"image", "label"} - set(opened.schema_arrow.names)
-        if missing:
-            have = ", ".join(opened.schema_arrow.names)
-            raise BadInput(f"{file} has no column {' and '.join(sorted(missing))}; it has {have}")
-        starts.append((len(labels), file))
-        labels += opened.read(columns=["label"]).column("label").to_pylist()
+        with parquet.opened(file, str(file)) as opened:
+            missing = {"image", "label"} - set(opened.schema_arrow.names)
+            if missing:
+                have = ", ".join(opened.schema_arrow.names)
+                raise BadInput(f"{file} has no column {' and '.join(sorted(missing))}; it has {have}")
+            starts.append((len(labels), file))
+            labels += opened.read(columns=["label"]).column("label").to_pylist()
     bad = next((n for n, label in enumerate(labels) if label is None), None)
     if bad is not None:
         first, file = max(pair for pair in starts if pair[0] <= bad)

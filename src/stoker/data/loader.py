@@ -108,7 +108,7 @@ class Loader:
 
     def place(self, sample: int) -> Any:
         """What a dataset with an order of its own needs to find a sample's position again; else None."""
-        return order.place_of(self._dataset.dataset, self._order_seed or 0, sample)
+        return order.place_of(self._dataset.dataset, self._order_seed, sample)
 
 
 def evaluation_batches(
@@ -221,10 +221,7 @@ class _Shares(Sampler[list[Pair]]):
         while True:
             begins = position + self._step * np.arange(ahead)
             positions = (begins[:, None] + within).ravel()
-            if self._seed is None and not isinstance(self._dataset, order.OrderedDataset):
-                epochs, indices = np.divmod(positions, len(self._dataset))
-            else:
-                epochs, indices = order.order_of(self._dataset, self._seed or 0, positions)
+            epochs, indices = order.order_of(self._dataset, self._seed, positions)
             pairs = list(zip(epochs.tolist(), indices.tolist(), strict=True))
             for begin in range(0, len(pairs), self._share):
                 yield pairs[begin : begin + self._share]

@@ -43,24 +43,21 @@ class Mixture:
     @property
     def tokens_per_sample(self) -> float:
         """The mean number of real tokens in a row."""
-        return self._mean([part.tokens_per_sample for part in self.parts], self.shares)
+        return float(np.average([part.tokens_per_sample for part in self.parts], weights=self.shares))
 
     @property
     def labelled(self) -> float:
         """The share of the tokens that have a label."""
-        return self._mean([part.labelled for part in self.parts], self._tokens)
+        return float(np.average([part.labelled for part in self.parts], weights=self._tokens))
 
     @property
     def context(self) -> float:
         """How many tokens of its own piece a token sees, in the mean, with itself."""
-        return self._mean([part.context for part in self.parts], self._tokens)
+        return float(np.average([part.context for part in self.parts], weights=self._tokens))
 
     @property
     def _tokens(self) -> list[float]:
         return [share * part.tokens_per_sample for share, part in zip(self.shares, self.parts, strict=True)]
-
-    def _mean(self, values: Sequence[float], weights: Sequence[float]) -> float:
-        return float(np.average(values, weights=weights))
 
     def order(self, seed: int, positions: Positions) -> tuple[Positions, Positions]:
         """The epoch of its part, and the index, of the samples at positions, both (n,)."""

@@ -115,16 +115,21 @@ def order(seed: int, size: int, positions: Positions) -> tuple[Positions, Positi
     return epochs, permute(places, size, fold(seed, epochs))
 
 
-def order_of(dataset: Any, seed: int, positions: Positions) -> tuple[Positions, Positions]:
-    """The samples at some positions of a dataset's own order, where it has one; else as `order`."""
+def order_of(dataset: Any, seed: int | None, positions: Positions) -> tuple[Positions, Positions]:
+    """The samples at some positions of a dataset's own order, where it has one; else as `order`.
+
+    Without a seed, those of a dataset that has none stand as they come.
+    """
     if isinstance(dataset, OrderedDataset):
-        return dataset.order(seed, positions)
+        return dataset.order(seed or 0, positions)
+    if seed is None:
+        return np.divmod(positions, len(dataset))
     return order(seed, len(dataset), positions)
 
 
-def place_of(dataset: Any, seed: int, position: int) -> Any:
+def place_of(dataset: Any, seed: int | None, position: int) -> Any:
     """What `go_to` of a dataset needs to find a position again; None of one that has no order of its own."""
-    return dataset.place(seed, position) if isinstance(dataset, OrderedDataset) else None
+    return dataset.place(seed or 0, position) if isinstance(dataset, OrderedDataset) else None
 
 
 def go_to(dataset: Any, place: Any) -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stoker import object_store
-from stoker.data import chunks, hub_datasets, python_docs, records
+from stoker.data import chunks, hub_datasets, parquet, python_docs, records
 from stoker.data.chunks import Chunks
 from stoker.data.documents import Corpus, Document, Splits, make_corpus, split, split_by_place
 from stoker.data.records import Record
@@ -197,17 +197,11 @@ def _read_parquet(path: Path) -> Iterator[Document]:
 
 
 def _rows(path: Path) -> Iterator[Record]:
-    import pyarrow
-    from pyarrow import parquet
-
     number = itertools.count(1)
-    try:
-        with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches():
-                for row in batch.to_pylist():
-                    yield f"{path}, row {next(number)}", row
-    except pyarrow.ArrowInvalid as error:
-        raise BadInput(f"{path} is not a Parquet file: {error}") from error
+    with parquet.opened(path, str(path)) as file:
+        for batch in file.iter_batches():
+            for row in batch.to_pylist():
+                yield f"{path}, row {next(number)}", row
 
 
 _READERS: dict[str, Callable[[Path], Iterator[Document]]] = {

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from stoker import storage
 from stoker.data import tokens
 from stoker.data.chunks import Chunks
 from stoker.data.documents import place
@@ -208,15 +209,8 @@ class Stream:
         """Remove the chunks that were used the longest ago."""
         made = sorted(
             (folder for folder in self._cache.iterdir() if folder.name.isdecimal()),
-            key=_modified,
+            key=storage.modified,
             reverse=True,
         )
         for folder in made[_KEPT:]:
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def _modified(folder: Path) -> float:
-    try:
-        return folder.stat().st_mtime
-    except FileNotFoundError:
-        return 0.0

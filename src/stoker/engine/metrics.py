@@ -89,5 +89,10 @@ def _joined(parts: list[tuple[str, float, float]]) -> float:
     weight = math.fsum(weight for _, _, weight in parts)
     mean = total / weight if weight else math.nan
     if kind == "Perplexity":
-        return math.exp(mean) if mean < 700 else math.inf
+        return perplexity(mean)
     return mean
+
+
+def perplexity(loss: float) -> float:
+    """The perplexity of a mean loss in nats a token; infinite where it is too large for a float."""
+    return math.exp(loss) if loss < 700 else math.inf

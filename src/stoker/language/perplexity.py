@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from stoker.data.tokens import PackedDataset
+from stoker.engine.metrics import perplexity
 from stoker.loop import Trainer
 
 
@@ -23,11 +24,6 @@ def mean(losses: Mapping[str, float], parts: Mapping[str, PackedDataset]) -> flo
     """The mean loss over all tokens of all parts."""
     tokens = sum(part.loss_tokens for part in parts.values())
     return math.fsum(losses[name] * part.loss_tokens for name, part in parts.items()) / tokens
-
-
-def perplexity(loss: float) -> float:
-    """The perplexity of a mean loss in nats a token; infinite where it is too large for a float."""
-    return math.exp(loss) if loss < 700 else math.inf
 
 
 def validation_metrics(losses: Mapping[str, float], parts: Mapping[str, PackedDataset]) -> dict[str, float]:

@@ -126,7 +126,7 @@ def train(run: Run, config: Config) -> None:
     """Read and pack the data, build the model, train, test, export."""
     from stoker import distributed
     from stoker.data import sources, tokens
-    from stoker.engine import optimizers, schedule
+    from stoker.engine import metrics, optimizers, schedule
     from stoker.engine.precision import DTYPES
     from stoker.engine.random_state import seed_everything
     from stoker.language import (
@@ -199,7 +199,7 @@ def train(run: Run, config: Config) -> None:
         return perplexity.losses(trainer, parts, batch_size=config.batch_size, collate=collate)
 
     def test_perplexity() -> float:
-        return perplexity.perplexity(perplexity.mean(losses_on(rows.test), rows.test))
+        return metrics.perplexity(perplexity.mean(losses_on(rows.test), rows.test))
 
     def evaluate() -> None:
         run.log(perplexity.validation_metrics(losses_on(rows.validation), rows.validation))
