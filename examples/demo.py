@@ -1,7 +1,7 @@
 """The main job, offline: pretrain a small language model, fine-tune it with LoRA, and test both.
 
 Everything is done by `stoker` commands, which are printed as they run. Killed at any moment,
-the same `make demo` goes on where it was.
+the same `make demo` goes on where it was. What is given as `key=value` is for both trainings.
 """
 
 import json
@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from stoker.report import facts
 from stoker.run import finding, view
 
 RUNS = Path("runs")
@@ -18,7 +19,7 @@ PRETRAIN = [
 ]  # fmt: skip
 FINETUNE = [
     "train", "llm", "--experiment", "demo", "--name", "lora", "model=runs/demo/base/artifacts/model",
-    "data=python-docs-qa", "lora.rank=16", "lora.alpha=32", "lr=2e-3", "epochs=3", "eval_every=1ep",
+    "data=python-docs-qa", "lora.rank=16", "lora.alpha=32", "lr=2e-3", "max_steps=3ep", "eval_every=1ep",
     "checkpoint_every=50", "seed=1",
 ]  # fmt: skip
 
@@ -35,13 +36,14 @@ def stoker(arguments: list[str]) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def main() -> None:
-    base = stoker(PRETRAIN)
-    tuned = stoker(FINETUNE)
+def main(values: list[str]) -> None:
+    base = stoker([*PRETRAIN, *values])
+    tuned = stoker([*FINETUNE, *values])
     seen = view.load(finding.find(RUNS, "demo/lora"))
     vocabulary = json.loads((RUNS / "demo/base/artifacts/model/config.json").read_text())["vocab_size"]
     print("\n" + "=" * 80)
-    for prompt, completion in seen.tables[-1].rows:
+    _, generations = facts.table_rows(seen, facts.tables(seen)["generations"][-1])
+    for prompt, completion in generations:
         print(f"{prompt}{completion}\n{'-' * 80}")
     figures = {
         f"test perplexity on documents, base (an even guess: {vocabulary})": base["metrics"][
@@ -62,4 +64,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

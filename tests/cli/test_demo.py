@@ -1,0 +1,25 @@
+"""`make demo`, made short."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+DEMO = Path(__file__).parents[2] / "examples" / "demo.py"
+
+
+def test_it_trains_tunes_and_says_what_came_of_it(tmp_path: Path) -> None:
+    short = (
+        "max_steps=2", "eval_every=2", "sequence_length=32", "batch_size=2", "generate_tokens=4",
+        "validation=0.001", "test=0.001",
+    )  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, str(DEMO), *short], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    generated, _, figures = done.stdout.split("=" * 80)[1].rpartition("-" * 80)
+    assert generated.count("-" * 80) == 1  # two generations
+    assert all(len(part.split()) > 4 for part in generated.split("-" * 80))
+    assert "test perplexity on answers, fine-tuned" in figures
+    assert (tmp_path / "runs" / "demo" / "lora" / "artifacts" / "report.html").exists()
