@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -145,6 +146,30 @@ def gradient(settings: dict[str, Any]) -> dict[str, torch.Tensor]:
             trainer.step(batch)
         after = trainer.state_dict()
     return {name: before[name] - tensor for name, tensor in after.items()}
+
+
+def with_a_bad_gradient(folder: Path, name: str, settings: dict[str, Any]) -> list[float]:
+    """The losses of six steps. In the third the loss is finite; the last rank's gradient is not."""
+    warnings.simplefilter("ignore")
+    with Run("test", name, runs=folder) as run:
+
+        def loss(output: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+            total, weight = token_loss(output, batch)
+            if run.step == 3 and run.world.rank == run.world.size - 1:
+                total = total + (total - total.detach()).abs().sqrt()  # of zero, whose slope there is none
+            return total, weight
+
+        trainer = Trainer(
+            run, llama(), optimizer=lambda p: torch.optim.AdamW(p, lr=1e-3), inputs=inputs, loss=loss,
+            training=Training(**{"precision": "fp32", "on_bad_loss": "skip", **built(settings)}),
+        )  # fmt: skip
+        losses, weights = [], []
+        for batch in trainer.steps(trainer.loader(Rows(), batch_size=8), max_steps=6):
+            losses.append(trainer.step(batch).item())
+            weights.append(trainer.state_dict())
+    moved = [any(not a[name].equal(b[name]) for name in a) for a, b in itertools.pairwise(weights)]
+    assert run.world.rank > 0 or moved == [True, False, True, True, True]
+    return losses
 
 
 def own_loop(folder: Path) -> dict[str, torch.Tensor]:

@@ -223,6 +223,16 @@ def test_gradients_of_a_trainer_are_those_of_plain_torch(folder: Path) -> None:
         torch.testing.assert_close(gradient, expected[name], atol=2e-6, rtol=1e-5, msg=name)
 
 
+def test_a_gradient_that_is_not_finite_changes_nothing_on_any_rank(tmp_path: Path) -> None:
+    """Of one rank alone, and with a loss that is finite: each strategy leaves out the step."""
+    bad = strategies_run.with_a_bad_gradient
+    (alone,) = ranks.run(bad, 1, tmp_path, tmp_path, "alone", {})
+    for name in ("fsdp", "1f1b", "zero-2", "zero-3", *(("ddp", "zero-0", "zero-1") if SOAK else ())):
+        size, settings = STRATEGIES[name]
+        for losses in ranks.run(bad, size, tmp_path, tmp_path, name, settings):
+            assert losses == pytest.approx(alone, rel=1e-5), name
+
+
 def test_a_clipped_norm_is_that_of_all_shards_and_stages(folder: Path) -> None:
     expected = strategies_run.plain_gradient()
     norm = torch.sqrt(sum(g.square().sum() for g in expected.values()))
