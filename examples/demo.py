@@ -14,8 +14,7 @@ from stoker.run import finding, view
 
 RUNS = Path("runs")
 PRETRAIN = [
-    "train", "llm", "--experiment", "demo", "--name", "base", "model=tiny", "data=python-docs",
-    "max_steps=1000", "eval_every=500", "checkpoint_every=100", "seed=1",
+    "train", "llm", "--config", "python-docs", "--experiment", "demo", "--name", "base",
 ]  # fmt: skip
 FINETUNE = [
     "train", "llm", "--experiment", "demo", "--name", "lora", "model=runs/demo/base/artifacts/model",

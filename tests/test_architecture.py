@@ -30,7 +30,7 @@ FLOORS = (
     {"run"},
     {"engine", "data", "checkpoint", "tracking", "reproduce", "stopping", "progress", "periodic"},
     {"attempt"},
-    {"saving", "evaluation"},
+    {"saving", "evaluation", "exports"},
     {"loop"},
     {"language"},
     {"recipes", "report", "launch"},

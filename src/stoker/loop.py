@@ -337,6 +337,8 @@ class Trainer:
         if self._setting.loss is None:
             raise ValueError("give Trainer a loss, or use micro, backward and update")
         with self._telling_what_fits():
+            if self.training.optimizer_in_backward:
+                self._set_rates(self.optimizer)
             loss_sum, weight = self._gradients(batch)
             loss = loss_sum / gradients.divisor(weight)
             self._last_loss = loss.detach()
@@ -429,15 +431,18 @@ class Trainer:
             self._answer_bad_loss("a gradient is not finite")
 
     def _update(self, optimizer: torch.optim.Optimizer, weight: torch.Tensor) -> bool:
-        if self._schedule is not None:
-            for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * self._schedule(self.steps_done, self._total)
+        self._set_rates(optimizer)
         stepped = self._step.update(optimizer, weight)
         if self._ema is not None and stepped:
             several = len(self.optimizers) > 1
             moved = [p for group in optimizer.param_groups for p in group["params"]] if several else None
             self._ema.update(self.steps_done, moved)
         return stepped
+
+    def _set_rates(self, optimizer: torch.optim.Optimizer) -> None:
+        if self._schedule is not None:
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * self._schedule(self.steps_done, self._total)
 
     def _fit_scale(self, parts: list[Any]) -> None:
         """Before the first step in fp16: see how much a global batch weighs."""
@@ -510,7 +515,7 @@ class Trainer:
 
         All ranks call it. On CPUs the peak is that of the process.
         """
-        own = memory.by_kind(self._step, self.device)
+        own = memory.by_kind(self._step, self.device, self.training)
         found = []
         for rank, kinds in enumerate(distributed.gathered(own)):
             *known, most = (kinds[kind] / 2**30 for kind in ("weights", "gradients", "optimizer", "peak"))

@@ -97,6 +97,14 @@ def of(folder: Path) -> Store | None:
     return Store(known["url"], known["id"]) if known else None
 
 
+def upload(folder: Path, url: str) -> None:
+    """Bring a folder's files below a URL; what else is there stays. Raises BadInput, Unreachable."""
+    check(url)
+    store = Store(url.rstrip("/"), "")
+    for file in storage.files_under(folder):
+        store.put(file.relative_to(folder).as_posix(), file)
+
+
 def _place(scheme: str) -> str:
     """A name for the server: two S3s may have buckets of one name."""
     endpoint = next((os.environ[name] for name in _S3_ENDPOINTS if os.environ.get(name)), "")

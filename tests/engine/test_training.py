@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,10 @@ from typing import Any
 import pytest
 import torch
 from stoker import BadInput, Run, Trainer, Training
+from stoker.duration import Duration
 from stoker.engine import device, memory, micro_batch, optimizers, options, rehearsal, schedule, strategies
 from stoker.engine.loss_scale import LossScale
-from stoker.errors import OutOfMemory
+from stoker.errors import OutOfMemory, StokerError
 from stoker.world import World
 from strategies_run import Images, Rows, image_loss, inputs, llama, resnet, token_loss
 from torch import nn
@@ -56,6 +59,55 @@ def test_recomputed_activations_change_no_loss(
         assert _losses(trainer) == pytest.approx(plain, rel=1e-6)
     blocks = 4 if how in ("full", "selective") else 2
     assert len(ran) == 4 * (4 + blocks), "each forward pass once, and recomputed blocks once more"
+
+
+def test_an_optimizer_in_the_backward_pass_changes_no_loss_and_keeps_no_gradients(
+    plain: list[float], open_run: Callable[..., Run]
+) -> None:
+    with open_run() as run:
+        trainer = _trainer(run, optimizer_in_backward=True, checkpoint_every=Duration(2, "step"))
+        parameters = list(trainer.model.parameters())
+        kept: list[int] = []
+        for parameter in parameters:
+            parameter.register_post_accumulate_grad_hook(
+                lambda _: kept.append(sum(p.grad is not None for p in parameters))
+            )
+        assert _losses(trainer) == pytest.approx(plain, rel=1e-6)
+        assert kept == [0] * 4 * len(parameters)
+        whole = trainer.state_dict()
+        with pytest.raises(StokerError, match=r"use that, or leave it out"):
+            trainer.backward(torch.zeros(()), 1.0)
+    shutil.rmtree(run.directory.checkpoints / "step-00000004")
+    with open_run() as run:
+        again = _trainer(run, optimizer_in_backward=True)
+        assert again.steps_done == 2
+        _losses(again)
+        for name, tensor in again.state_dict().items():
+            assert torch.equal(tensor, whole[name]), name
+
+
+def test_an_optimizer_in_the_backward_pass_leaves_weights_as_they_are_where_the_loss_is_bad(
+    open_run: Callable[..., Run],
+) -> None:
+    with open_run() as run:
+        trainer = Trainer(
+            run, llama(), optimizer=lambda p: torch.optim.AdamW(p, lr=1e-3), inputs=inputs,
+            loss=lambda output, batch: (token_loss(output, batch)[0] * math.nan, 1.0),
+            training=Training(precision="fp32", optimizer_in_backward=True),
+        )  # fmt: skip
+        before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+        with pytest.raises(StokerError, match="the weights are those before it"):
+            _losses(trainer)
+        assert all(torch.equal(p, before[name]) for name, p in trainer.model.named_parameters())
+
+
+@pytest.mark.parametrize(
+    "setting", [{"clip_norm": 1.0}, {"micro_batch": 2}, {"parallel": "fsdp"}, {"on_bad_loss": "skip"}]
+)
+def test_what_needs_all_gradients_does_not_go_with_it(setting: dict[str, Any]) -> None:
+    (name,) = setting
+    with pytest.raises(BadInput, match=rf"does not go with {name}="):
+        options.check(Training(optimizer_in_backward=True, **setting), ranks=1, gpus=0)
 
 
 @pytest.mark.filterwarnings("ignore")  # the compiler's own

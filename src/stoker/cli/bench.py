@@ -17,7 +17,7 @@ from rich.table import Table
 from stoker import config as configs
 from stoker import machine, recipes
 from stoker.cli import train
-from stoker.cli.output import Json, console, print_json
+from stoker.cli.output import Json, console, print_json, show_messages
 from stoker.cli.train import Job, Overrides
 from stoker.config import Resolved
 from stoker.duration import Duration
@@ -58,7 +58,7 @@ def scaling(
     same number of cores, however many there are. What is timed are steps alone: whatever a recipe
     does every so often (evaluation, checkpoints) is left out.
     """
-    train.show_messages()
+    show_messages()
     report.check(output)
     found = recipes.load(recipe)
     resolved = configs.resolve(found.config, overrides or (), None)

@@ -1,4 +1,4 @@
-"""`stoker models register|list|show|promote|pull`: named versions of what runs made, in MLflow's registry."""
+"""`stoker models register|list|show|promote|pull|push`: what runs made, in MLflow's registry, and shared."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 from rich.text import Text
+from stoker import exports, storage
 from stoker.checkpoint import manifest
-from stoker.cli import checkpoints
-from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, console, print_json
+from stoker.cli import sharing
+from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, console, print_json, show_messages
 from stoker.cli.runs.common import RunName, iso
 from stoker.errors import BadInput, nearest
 from stoker.report import facts
@@ -24,10 +25,22 @@ from stoker.tracking.registry import STAGES, Registry, Version, write_checksums
 if TYPE_CHECKING:
     from stoker.tracking.registry import Stage
 
-app = typer.Typer(help="Named versions of what runs made, in MLflow's registry.", no_args_is_help=True)
+app = typer.Typer(help="What runs made: in MLflow's registry, and shared.", no_args_is_help=True)
 
 Reference = Annotated[
     str, typer.Argument(metavar="NAME@VERSION", help="NAME@3, NAME@production, or NAME for the newest.")
+]
+OfCheckpoint = Annotated[
+    str | None,
+    typer.Option(
+        "--checkpoint",
+        metavar="WHICH",
+        help="best (by val_loss), last, or a step; by default the final export.",
+    ),
+]
+ByMetric = Annotated[str, typer.Option("--metric", help="What --checkpoint best goes by.")]
+OfArtifact = Annotated[
+    str | None, typer.Option("--artifact", help="Which artifact; by default the run's model or adapter.")
 ]
 
 
@@ -35,39 +48,21 @@ Reference = Annotated[
 def register(
     run: RunName,
     name: Annotated[str, typer.Option("--name", help="What the model is called.")],
-    checkpoint: Annotated[
-        str | None,
-        typer.Option(
-            "--checkpoint",
-            metavar="WHICH",
-            help="best (by val_loss), last, or a step; by default the final export.",
-        ),
-    ] = None,
-    metric: Annotated[str, typer.Option("--metric", help="What --checkpoint best goes by.")] = "val_loss",
-    artifact: Annotated[
-        str | None, typer.Option("--artifact", help="Which artifact; by default the run's model or adapter.")
-    ] = None,
+    checkpoint: OfCheckpoint = None,
+    metric: ByMetric = "val_loss",
+    artifact: OfArtifact = None,
     runs: RunsFolder = DEFAULT_RUNS,
     json: Json = False,
 ) -> None:
     """Make what a run exported the next version of a model, with its lineage."""
     seen = view.load(finding.find(runs, run))
-    exported = checkpoints.exported(seen, artifact)
-    chosen = checkpoints.chosen(seen, checkpoint, metric) if checkpoint else None
-    if exported is None and chosen is None:
-        raise BadInput(
-            f"run {seen.directory.id!r} has exported no model yet; give --checkpoint last or --artifact"
-        )
-    kind = str(exported["kind"]) if exported else "model"
     with tempfile.TemporaryDirectory(prefix="stoker-model-") as scratch:
         folder = Path(scratch) / "data"
         folder.mkdir()
-        if exported is not None:
-            checkpoints.copy_exported(seen, exported, folder)
-        if chosen is not None:
-            checkpoints.put_weights(chosen, folder)
+        found = exports.make(seen, folder, which=checkpoint, metric=metric, artifact=artifact)
         write_checksums(folder)
-        made = Registry(runs).register(seen, name, folder, kind=kind, about=_about(seen, chosen))
+        about = _about(seen, found.checkpoint)
+        made = Registry(runs).register(seen, name, folder, kind=found.kind, about=about)
     _answer(made, json, f"registered {made.name}@{made.version} from {made.run}")
 
 
@@ -139,6 +134,45 @@ def pull(
         print_json({**_entry(found), "folder": str(target.absolute())})
     else:
         console().print(str(target), markup=False)
+
+
+@app.command()
+def push(
+    run: RunName,
+    to: Annotated[
+        str, typer.Argument(metavar="DEST", help="hub:org/name, s3://bucket/folder, or a new folder here.")
+    ],
+    merge: Annotated[bool, typer.Option("--merge", help="Merge the adapter into its model.")] = False,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            "--base", metavar="MODEL", help="Where the adapter's model is, for others: a hub id or a folder."
+        ),
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="A new one on the hub is for everybody.")] = False,
+    checkpoint: OfCheckpoint = None,
+    metric: ByMetric = "val_loss",
+    artifact: OfArtifact = None,
+    runs: RunsFolder = DEFAULT_RUNS,
+    json: Json = False,
+) -> None:
+    """Share what a run made: its files, with a model card, as transformers and peft load them."""
+    show_messages()
+    seen = view.load(finding.find(runs, run))
+    destination = sharing.destination(to)
+    with tempfile.TemporaryDirectory(prefix="stoker-model-") as scratch:
+        folder = Path(scratch) / "model"
+        folder.mkdir()
+        found = exports.make(seen, folder, which=checkpoint, metric=metric, artifact=artifact)
+        ready = sharing.prepare(
+            seen, found, Path(scratch) / "merged", name=destination.name, merge=merge, base=base
+        )
+        where = destination.send(ready, private=not public)
+        files = [str(file.relative_to(ready)) for file in storage.files_under(ready)]
+    if json:
+        print_json({"run": f"{seen.directory.experiment}/{seen.directory.id}", "to": where, "files": files})
+    else:
+        console().print(where, markup=False)
 
 
 def _about(seen: RunView, checkpoint: manifest.Checkpoint | None) -> dict[str, str]:

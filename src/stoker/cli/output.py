@@ -6,6 +6,7 @@ standard error always.
 
 from __future__ import annotations
 
+import logging
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,6 +15,9 @@ import orjson
 import typer
 from rich.console import Console
 from stoker.run import finding
+from stoker.world import World
+
+log = logging.getLogger("stoker")
 
 RunsFolder = Annotated[
     Path,
@@ -39,3 +43,22 @@ def print_json(answer: dict[str, Any]) -> None:
     """Print the one object of a `--json` answer. NaN and infinities become null."""
     sys.stdout.write(orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY, default=str).decode() + "\n")
     sys.stdout.flush()
+
+
+class _StderrHandler(logging.Handler):
+    """Writes to what standard error is now: a progress bar puts itself in its place for a while."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        prefix = "stoker: " if record.levelno < logging.WARNING else f"stoker: {record.levelname.lower()}: "
+        sys.stderr.write(f"{prefix}{record.getMessage()}\n")
+
+
+def show_messages(level: int = logging.INFO) -> None:
+    """Write the library's messages to standard error, of ranks above 0 to their logs alone."""
+    log.setLevel(logging.DEBUG)
+    log.propagate = False
+    if World.current().rank > 0:  # its messages go to its log file
+        log.addHandler(logging.NullHandler())
+        return
+    if not any(isinstance(handler, _StderrHandler) for handler in log.handlers):
+        log.addHandler(_StderrHandler(level))

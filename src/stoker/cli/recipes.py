@@ -1,35 +1,47 @@
-"""`stoker recipes list|show`: what can be trained, and the keys it takes."""
+"""`stoker recipes list|show|copy`: what can be trained, the keys it takes, and shipped configs."""
 
 from __future__ import annotations
 
 import ast
 import dataclasses
 import inspect
+import shutil
 import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+import yaml
 from rich.table import Table
 from stoker import config as configs
 from stoker import recipes
 from stoker.cli.output import Json, console, print_json
+from stoker.errors import BadInput, nearest
 
-app = typer.Typer(help="What can be trained, and the keys it takes.", no_args_is_help=True)
+app = typer.Typer(help="What can be trained, the keys it takes, and shipped configs.", no_args_is_help=True)
 
 
 @app.command("list")
 def list_(json: Json = False) -> None:
-    """List the shipped recipes."""
+    """List the shipped recipes, and configs for them."""
     found = {
         name: (inspect.getdoc(inspect.getmodule(recipes.load(name).train)) or "") for name in recipes.SHIPPED
     }
+    for_llm = {name: _about(file) for name, file in recipes.configs().items()}
     if json:
-        print_json({"recipes": [{"name": name, "about": about} for name, about in found.items()]})
+        named = [[{"name": n, "about": about} for n, about in of.items()] for of in (found, for_llm)]
+        print_json({"recipes": named[0], "configs": named[1]})
         return
     for name, about in found.items():
-        console().print(f"{name:8} {about.splitlines()[0]}")
+        console().print(f"{name:22}{about.splitlines()[0]}", markup=False)
+    console().print("\nConfigs, as in `stoker train llm --config NAME`:", markup=False)
+    for name, about in for_llm.items():
+        console().print(f"{name:22}{about}", markup=False)
+
+
+def _about(config: Path) -> str:
+    return config.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
 
 
 @app.command()
@@ -37,12 +49,17 @@ def show(
     recipe: Annotated[
         str,
         typer.Argument(
-            metavar="RECIPE", help="A shipped recipe, or a file with a train(run, config) function."
+            metavar="RECIPE",
+            help="A shipped recipe or config, or a file with a train(run, config) function.",
         ),
     ],
     json: Json = False,
 ) -> None:
-    """Show the keys of a recipe: name, type, default and meaning."""
+    """Show the keys of a recipe: name, type, default and meaning; or a shipped config."""
+    shipped = recipes.configs().get(recipe)
+    if shipped is not None:
+        _show_config(recipe, shipped, json)
+        return
     found = recipes.load(recipe)
     keys = _own_first(found.config, configs.describe(found.config))
     meanings = _meanings(found.config)
@@ -61,6 +78,38 @@ def show(
     for key, (kind, default) in keys.items():
         table.add_row(key, _short(default), meanings.get(key) or kind)
     console().print(table)
+
+
+def _show_config(name: str, file: Path, json: bool) -> None:
+    text = file.read_text(encoding="utf-8")
+    if json:
+        print_json({"config": name, "source": str(file), "values": yaml.safe_load(text)})
+    else:
+        console().print(text.rstrip(), markup=False)
+
+
+@app.command()
+def copy(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A shipped recipe or config.")],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="The file; by default one of that name here.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Copy a shipped recipe's script, or a shipped config, to make it your own."""
+    known = {**{n: recipes.load(n).source for n in recipes.SHIPPED}, **recipes.configs()}
+    if name not in known:
+        raise BadInput(
+            f"nothing shipped is named {name!r}{nearest(name, known)}; there are {', '.join(known)}"
+        )
+    target = output or Path(f"{name}{known[name].suffix}")
+    if target.exists():
+        raise BadInput(f"{target} is there already: name another with -o")
+    shutil.copyfile(known[name], target)
+    if json:
+        print_json({"copied": name, "to": str(target.absolute())})
+    else:
+        console().print(str(target), markup=False)
 
 
 def _short(default: Any) -> str:

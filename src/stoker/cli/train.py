@@ -17,7 +17,7 @@ import typer
 from stoker import config as configs
 from stoker import recipes
 from stoker.attempt import Run
-from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, console, print_json
+from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, console, print_json, show_messages
 from stoker.config import Resolved
 from stoker.duration import clock
 from stoker.engine import options
@@ -40,7 +40,10 @@ Overrides = Annotated[
     typer.Argument(metavar="[KEY=VALUE]...", help="Config values, dotted: lr=3e-4 lora.rank=8"),
 ]
 ConfigFile = Annotated[
-    Path | None, typer.Option("--config", metavar="FILE", help="A YAML file of config values.")
+    Path | None,
+    typer.Option(
+        "--config", metavar="FILE", help="A YAML file of config values, or the name of a shipped one."
+    ),
 ]
 Name = Annotated[
     str | None,
@@ -109,7 +112,7 @@ def train(
     Values come from defaults, then --config, then KEY=VALUE. `stoker recipes show llm` lists the keys.
     """
     found = recipes.load(recipe)
-    resolved = configs.resolve(found.config, overrides or (), config)
+    resolved = configs.resolve(found.config, overrides or (), recipes.config_file(config))
     launch = Launch(nproc or 1, nodes, rendezvous, max_restarts, max_time, profile)
     return start(found, resolved, launch, runs=runs, name=name, experiment=experiment, json=json)
 
@@ -132,7 +135,7 @@ def script_command(train_function: Callable[..., None]) -> Callable[..., int]:
         json: Json = False,
     ) -> int:
         found = recipes.from_function(train_function)
-        resolved = configs.resolve(found.config, overrides or (), config)
+        resolved = configs.resolve(found.config, overrides or (), recipes.config_file(config))
         launch = Launch(nproc or 1, nodes, rendezvous, max_restarts, max_time, profile)
         return start(found, resolved, launch, runs=runs, name=name, experiment=experiment, json=json)
 
@@ -402,22 +405,3 @@ def _answer(seen: RunView, json: bool, status: str) -> int:
 def _shortest(path: Path) -> str:
     relative = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
     return str(relative)
-
-
-class _StderrHandler(logging.Handler):
-    """Writes to what standard error is now: a progress bar puts itself in its place for a while."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        prefix = "stoker: " if record.levelno < logging.WARNING else f"stoker: {record.levelname.lower()}: "
-        sys.stderr.write(f"{prefix}{record.getMessage()}\n")
-
-
-def show_messages(level: int = logging.INFO) -> None:
-    """Write the library's messages to standard error, of ranks above 0 to their logs alone."""
-    log.setLevel(logging.DEBUG)
-    log.propagate = False
-    if World.current().rank > 0:  # its messages go to its log file
-        log.addHandler(logging.NullHandler())
-        return
-    if not any(isinstance(handler, _StderrHandler) for handler in log.handlers):
-        log.addHandler(_StderrHandler(level))

@@ -49,11 +49,12 @@ def peak(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def by_kind(step: Step, device: torch.device) -> dict[str, int]:
+def by_kind(step: Step, device: torch.device, training: Training) -> dict[str, int]:
     """Bytes that this rank holds: weights, gradients (while there are any), optimizer state; and its peak.
 
     On a CPU the peak is that of the whole process, with the code that it has loaded.
     """
+    together = max if training.optimizer_in_backward else sum
     own = list(step.weights().values())
     states = [
         getattr(o, "optimizer", o).state.values() for o in step.optimizers.values()
@@ -61,7 +62,7 @@ def by_kind(step: Step, device: torch.device) -> dict[str, int]:
     kept = (t for state in states for of in state for t in of.values() if isinstance(t, torch.Tensor))
     return {
         "weights": held([*step.model.parameters(), *step.model.buffers(), *own]),
-        "gradients": sum(4 * t.numel() for t in _plain(own)),
+        "gradients": together(4 * t.numel() for t in _plain(own)),
         "optimizer": held(kept),
         "peak": peak(device),
     }
@@ -124,8 +125,10 @@ def needed(
     by = [ranks if whole >= least else 1 for least in (3, 2, 1)]  # weights, gradients, optimizer state
     largest = max((sum(p.nbytes for p in block.parameters()) for _, block in blocks), default=0)
     gathers = strategy == "fsdp" or stage == 3
+    largest_one = max((p.numel() for p in model.parameters() if p.requires_grad), default=0)
+    together = largest_one if training.optimizer_in_backward else trained
     return Needed(
-        weights // by[0], trained * 4 // by[1], int(trained * moments) // by[2],
+        weights // by[0], together * 4 // by[1], int(trained * moments) // by[2],
         largest if gathers and ranks > 1 else 0,
     )  # fmt: skip
 

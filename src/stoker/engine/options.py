@@ -113,6 +113,9 @@ class Training:
     """Class names of the repeated blocks that are sharded, recomputed and compiled; by default found."""
     clip_norm: Annotated[float, Gt(0)] | None = None
     """Largest global L2 norm of the gradient; larger ones are scaled down to it."""
+    optimizer_in_backward: bool = False
+    """Step each weight as soon as its gradient is there, so that these never stand in memory together. One
+    process, no accumulation, and clip_norm=none."""
     ema: Ema = field(default_factory=Ema)
     channels_last: bool = False
     """Keep image batches and convolutions channels last in memory; faster on GPUs."""
@@ -182,6 +185,8 @@ def check(training: Training, *, ranks: int, gpus: int, batch_size: int | None =
         raise BadInput("fsdp.offload=true: there is no GPU to offload from; leave it out")
     if training.parallel == "single" and ranks > 1:
         raise BadInput(f"parallel=single is one process, and there are {ranks}: give ddp, or --nproc 1")
+    if training.optimizer_in_backward:
+        _check_in_backward(training, ranks)
     if training.parallel in ("fsdp", "auto"):
         _divides("fsdp.shard", training.fsdp.shard, ranks)
     if training.parallel == "pipeline":
@@ -193,6 +198,25 @@ def check(training: Training, *, ranks: int, gpus: int, batch_size: int | None =
         check_batch(batch_size, shares)
         if training.parallel == "pipeline":
             check_pipeline_batch(training, batch_size // shares, ranks // shares)
+
+
+def _check_in_backward(training: Training, ranks: int) -> None:
+    """Raises BadInput for what needs all gradients before any weight moves."""
+    excluded = {
+        f"{ranks} ranks": ranks > 1,
+        f"parallel={training.parallel}": training.parallel not in ("auto", "single"),
+        f"clip_norm={training.clip_norm}": training.clip_norm is not None,
+        f"micro_batch={training.micro_batch}": training.micro_batch is not None,
+        "precision=fp16": training.precision == "fp16",
+        f"on_bad_loss={training.on_bad_loss}": training.on_bad_loss != "stop",
+        "spike": training.spike is not None,
+    }
+    found = [what for what, is_so in excluded.items() if is_so]
+    if found:
+        raise BadInput(
+            f"optimizer_in_backward=true moves each weight at once: it does not go with {', '.join(found)}. "
+            "Give clip_norm=none, leave the others at their defaults, and run one process"
+        )
 
 
 def unused(training: Training, strategy: str) -> list[str]:

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from stoker.engine import gradients
 from stoker.engine.agreement import Agreement, Weight
+from stoker.engine.in_backward import attach
 from stoker.engine.loss_scale import LossScale
 from stoker.engine.mesh import Mesh
 from stoker.engine.precision import Resolved, autocast
@@ -97,6 +98,7 @@ class PlainStep:
         model: the parameters under their own names.
         called: what is called while training: the model, or DDP around it.
         casts: whether the strategy itself casts to the precision, as FSDP does.
+        in_backward: whether the optimizer steps within the backward pass, see `engine.in_backward`.
     """
 
     def __init__(
@@ -107,7 +109,12 @@ class PlainStep:
         *,
         called: nn.Module | None = None,
         casts: bool = False,
+        in_backward: bool = False,
     ) -> None:
+        self.in_backward = in_backward
+        if in_backward:
+            for optimizer in optimizers.values():
+                attach(optimizer)
         self.model = model
         self.optimizers = optimizers
         self._setting = setting
@@ -133,7 +140,10 @@ class PlainStep:
             weight = weight + part_weight
             if last:
                 agreement.start(loss_sum, weight)
-            self._backward(part_sum)
+            if not self.in_backward:
+                self._backward(part_sum)
+            elif not part_sum.is_cpu or part_sum.isfinite():  # a GPU is not waited for
+                self._backward(part_sum / gradients.divisor(torch.as_tensor(part_weight)))
         self._reduced = True
 
     def forward(self, batch: Any) -> Any:
@@ -156,6 +166,8 @@ class PlainStep:
     def update(self, optimizer: torch.optim.Optimizer, weight: torch.Tensor) -> bool:
         """See `Step`."""
         setting = self._setting
+        if self.in_backward:
+            return True
         updated = [p for group in optimizer.param_groups for p in group["params"]]
         if self._ddp is not None and not self._reduced:
             group = setting.mesh.group("replicate")
@@ -263,8 +275,12 @@ def running_statistics(model: nn.Module) -> list[torch.Tensor]:
 
 def only_loop_of_its_own(step: Step) -> PlainStep:
     """The step as one whose parts can be called one by one. Raises StokerError."""
-    if isinstance(step, PlainStep):
+    if isinstance(step, PlainStep) and not step.in_backward:
         return step
+    if isinstance(step, PlainStep):
+        raise StokerError(
+            "optimizer_in_backward=true moves weights within trainer.step(batch): use that, or leave it out"
+        )
     raise StokerError(
         f"{type(step).__name__} drives forward and backward itself: use trainer.step(batch), "
         "or parallel=single, ddp or fsdp"

@@ -105,7 +105,8 @@ class Layout:
 def single(given: Layout) -> Step:
     """One process has it all."""
     given.load(given.model, given.setting.mesh.device, "")
-    return PlainStep(given.setting, given.model, build_optimizers(given.model, given.make))
+    optimizers = build_optimizers(given.model, given.make)
+    return PlainStep(given.setting, given.model, optimizers, in_backward=given.training.optimizer_in_backward)
 
 
 def ddp(given: Layout) -> Step:

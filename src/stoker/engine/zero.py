@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import io
-import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from stoker.engine import gradients, options
+from stoker.engine import gradients, options, quiet
 from stoker.engine.agreement import Agreement, Weight
 from stoker.engine.options import Training
 from stoker.engine.precision import DTYPES
@@ -325,11 +324,9 @@ def _shape(parameter: nn.Parameter) -> torch.Size:
 
 
 def _quieten() -> None:
-    """DeepSpeed looks for an accelerator, and logs a good deal, as it is imported."""
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    """Before DeepSpeed is imported, which has much to say."""
+    quiet.before_deepspeed()
     os.environ.setdefault("LOCAL_RANK", "0")  # it insists on one, for a single process too
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings(  # at every collective of every step
         "ignore", r"`torch.distributed.(all_gather_into|reduce_scatter)_tensor` is deprecated", FutureWarning
     )

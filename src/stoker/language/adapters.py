@@ -101,16 +101,22 @@ def _saved_config(folder: Path, language: Language) -> Any:
         raise BadInput(f"lora.adapter={folder}: {error}") from error
     if not isinstance(config, LoraConfig):
         raise BadInput(f"lora.adapter={folder} is {config.peft_type}: only LoRA can be gone on with")
-    if (folder / BASE).is_file():
-        base = hub.read_json(folder, BASE, "lora.adapter")
-        if base.get("fingerprint") not in (None, language.fingerprint):
-            raise BadInput(
-                f"lora.adapter={folder} was trained on another model, {base.get('model')}: "
-                "its weights are not those of the model that is given"
-            )
+    check_base(folder, language.fingerprint)
     config.inference_mode = False
     config.base_model_name_or_path = language.config.name_or_path
     return config
+
+
+def check_base(adapter: Path, fingerprint: str) -> None:
+    """Raises BadInput where an adapter in a folder is known to be of a model of another fingerprint."""
+    if not (adapter / BASE).is_file():
+        return
+    base = hub.read_json(adapter, BASE, "adapter")
+    if base.get("fingerprint") not in (None, fingerprint):
+        raise BadInput(
+            f"adapter {adapter} was trained on another model, {base.get('model')}: "
+            "its weights are not those of the model that is given"
+        )
 
 
 def _take(model: Any, folder: Path) -> None:

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from stoker.data import tokenizer as tokenizers
 from stoker.data.documents import Document
-from stoker.engine import quiet  # noqa: F401 (its import is its work)
 from stoker.errors import BadInput, nearest
 from stoker.language import attention, hub
 from stoker.language.loading import Weights
@@ -104,7 +103,8 @@ def build(
     found = load_tokenizer(tokenizer or str(folder))
     _set_template(found, chat_template)
 
-    config.name_or_path = str(folder) if Path(reference).expanduser().is_dir() else reference
+    is_here = Path(reference).expanduser().is_dir()
+    config.name_or_path = str(folder) if is_here else reference.partition("@")[0]
 
     def make() -> Any:
         return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)

@@ -7,6 +7,7 @@ learnt is what the assistant says, with the token that ends it, or everything.
 from __future__ import annotations
 
 import bisect
+import copy
 import hashlib
 import itertools
 import logging
@@ -29,6 +30,17 @@ log = logging.getLogger("stoker")
 
 PROMPT = "### Question\n{prompt}\n\n### Answer\n"
 """How a pair is asked where the tokenizer has no chat template."""
+
+_PROMPT_AS_TEMPLATE = """\
+{%- for message in messages -%}
+{%- if message.role == 'assistant' -%}
+{{ message.content + eos_token }}
+{%- elif message.role == 'user' -%}
+{{ '### Question\n' + message.content + '\n\n### Answer\n' }}
+{%- else -%}
+{{ message.content + '\n\n' }}
+{%- endif -%}
+{%- endfor -%}"""
 
 LossOn = Literal["answer", "all"]
 Span = tuple[int, int]
@@ -126,6 +138,17 @@ def _beginning(document: Document, tokenizer: Any) -> str:
     return PROMPT.format(prompt=document.prompt) if document.prompt else " ".join(text.split()[:8])
 
 
+def as_asked(found: Sequence[Source], tokenizer: Any) -> Any:
+    """The tokenizer as it is exported: where pairs were asked by PROMPT, that is its chat template."""
+    documents = itertools.chain.from_iterable(source.splits.train for source in found)
+    if getattr(tokenizer, "chat_template", None) or not any(document.prompt for document in documents):
+        return tokenizer
+    made = copy.deepcopy(tokenizer)
+    begins = bool(Encoder(tokenizer, "answer").begin)
+    made.chat_template = ("{{ bos_token }}" if begins else "") + _PROMPT_AS_TEMPLATE
+    return made
+
+
 class Encoder:
     """Documents as tokens, and which of them are to be predicted.
 
@@ -137,13 +160,14 @@ class Encoder:
     def __init__(self, tokenizer: Any, loss_on: LossOn) -> None:
         self._tokenizer, self._loss_on = tokenizer, loss_on
         first = tokenizer("").get("input_ids", [])
-        self._begin = list(first[:1]) if tokenizer.bos_token_id in first[:1] else []
+        self.begin = list(first[:1]) if tokenizer.bos_token_id in first[:1] else []
+        """What the tokenizer itself begins every text with."""
 
     @property
     def fingerprint(self) -> str:
         """SHA-256 of all that decides what tokens a document becomes."""
         template = getattr(self._tokenizer, "chat_template", None)
-        parts = (fingerprint(self._tokenizer), PROMPT, str(template), self._loss_on, str(self._begin))
+        parts = (fingerprint(self._tokenizer), PROMPT, str(template), self._loss_on, str(self.begin))
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
     def __call__(self, documents: Sequence[Document]) -> Iterator[Encoded]:
@@ -164,11 +188,11 @@ class Encoder:
         asked = iter(self._ids([PROMPT.format(prompt=d.prompt) for d in documents if d.prompt]))
         for document, text in zip(documents, self._ids([d.text for d in documents]), strict=True):
             prompt = next(asked) if document.prompt else []
-            ids = [*self._begin, *prompt, *text, self._tokenizer.eos_token_id]
+            ids = [*self.begin, *prompt, *text, self._tokenizer.eos_token_id]
             if not document.prompt:
                 yield Encoded(ids if text else [], None)
                 continue
-            silent = len(self._begin) + len(prompt) if self._loss_on == "answer" else 0
+            silent = len(self.begin) + len(prompt) if self._loss_on == "answer" else 0
             yield Encoded(ids, [False] * silent + [bool(text)] * (len(ids) - silent))
 
     def _chats(self, chats: Sequence[Sequence[Message]]) -> Iterator[Encoded]:

@@ -8,12 +8,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
+import httpx2
+from huggingface_hub import HfApi, get_token, snapshot_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.utils._validators import validate_repo_id
 from stoker import storage
 from stoker.errors import BadInput
 
 _DESCRIPTION = ("*.json", "*.jinja", "*.model", "*.txt")
+_NOT_REACHED = "the hub cannot be reached ({}). Set HF_ENDPOINT to a mirror, HTTPS_PROXY to a proxy"
+_OURS = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "*config.json",
+    "base_model.json",
+    "chat_template.jinja",
+)
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 
 
@@ -49,10 +59,55 @@ def find(reference: str, what: str = "model", *, known: Sequence[str] = (), weig
         ) from error
     except (OSError, HfHubHTTPError) as error:
         raise BadInput(
-            f"{what} {reference} is no directory here, and the hub cannot be reached "
-            f"({str(error).splitlines()[0]}). Give a local directory; or set HF_ENDPOINT to a mirror, "
-            "HTTPS_PROXY to a proxy, or HF_HOME to where a machine with a network has downloaded it"
+            f"{what} {reference} is no directory here, and {_NOT_REACHED.format(_first_line(error))}, "
+            "or HF_HOME to where a machine with a network has downloaded it; or give a local directory"
         ) from error
+
+
+def push(folder: Path, reference: str, *, private: bool) -> str:
+    """Make a folder's files those of a model on the hub, which is made where it is not there; its address.
+
+    What is there of another form of the model (whole, or an adapter) is removed, all in one commit.
+
+    Args:
+        reference: `org/name`, or `org/name@revision`.
+        private: whether a new one is private; one that is there stays what it is.
+
+    Raises:
+        BadInput: the name is none, there is no token, it does not suffice, or the hub cannot be reached.
+    """
+    name, _, revision = reference.partition("@")
+    check_push(name)
+    api = HfApi()
+    try:
+        made = api.create_repo(name, private=private, exist_ok=True)
+        if revision:
+            api.create_branch(name, branch=revision, exist_ok=True)
+        api.upload_folder(
+            repo_id=name, folder_path=folder, revision=revision or None, commit_message="Pushed by stoker",
+            delete_patterns=list(_OURS),
+        )  # fmt: skip
+    except HfHubHTTPError as error:
+        raise BadInput(f"hub:{reference} refuses: {_first_line(error)}; see what HF_TOKEN may do") from error
+    except (OSError, httpx2.TransportError) as error:
+        raise BadInput(f"hub:{reference}: {_NOT_REACHED.format(_first_line(error))}") from error
+    return str(made)
+
+
+def check_push(name: str) -> None:
+    """Raises BadInput where nothing can be pushed to a model of this name, or there is no token."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise BadInput(f"hub:{name} cannot be: {_first_line(error)}") from error
+    if "/" not in name:
+        raise BadInput(f"hub:{name}: say whose it is, as in hub:org/{name}")
+    if get_token() is None:
+        raise BadInput(f"hub:{name}: set HF_TOKEN to a token of yours that may write (or `hf auth login`)")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def read_json(folder: Path, name: str, what: str) -> dict[str, Any]:
@@ -60,7 +115,7 @@ def read_json(folder: Path, name: str, what: str) -> dict[str, Any]:
     try:
         content = json.loads((folder / name).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        held = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
+        held = ", ".join(sorted(p.name for p in folder.glob("*"))[:8]) or "nothing"
         raise BadInput(f"{what} directory {folder} has no {name}; it holds {held}") from error
     except (OSError, ValueError) as error:
         raise BadInput(f"{folder / name} cannot be read: {error}") from error

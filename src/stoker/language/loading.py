@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from stoker.engine import quiet  # noqa: F401 (its import is its work)
 from stoker.errors import BadInput
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping

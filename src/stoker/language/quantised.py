@@ -8,7 +8,6 @@ those of transformers' `BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_typ
 from __future__ import annotations
 
 import importlib.util
-import logging
 from typing import Any
 
 import torch
@@ -124,8 +123,6 @@ def _quantise(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes and scales, both uint8 and flat, of a weight (out, in)."""
     if not weight.numel():
         return (torch.empty(0, dtype=torch.uint8, device=weight.device),) * 2
-    quiet = logging.getLogger("bitsandbytes")
-    quiet.setLevel(logging.ERROR)
     from bitsandbytes import functional
 
     codes, state = functional.quantize_4bit(

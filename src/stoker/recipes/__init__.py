@@ -52,6 +52,22 @@ def load(reference: str) -> Recipe:
     return from_function(found)
 
 
+def configs() -> dict[str, Path]:
+    """The configs that are shipped, for the language recipe, by name."""
+    return {file.stem: file for file in sorted((Path(__file__).parent / "configs").glob("*.yaml"))}
+
+
+def config_file(given: Path | None) -> Path | None:
+    """The file that is meant by a path, or by the name of a shipped config. Raises BadInput."""
+    if given is None or given.exists():
+        return given
+    known = configs()
+    if str(given) in known:
+        return known[str(given)]
+    hint = nearest(str(given), known) or f"; the shipped ones are {', '.join(known)}"
+    raise BadInput(f"config file {given} does not exist{hint}")
+
+
 def from_function(
     train: Callable[..., None], name: str | None = None, reference: str | None = None
 ) -> Recipe:

@@ -7,6 +7,7 @@ the loss is the mean over the tokens of the whole global batch. Heavy imports st
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -168,7 +169,6 @@ def train(run: Run, config: Config) -> None:
     prompts = config.prompts or data.prompts(
         [document for source in found for document in source.splits.validation], language.tokenizer
     )
-    lr = config.lr or default_lr(config.lora.used, language.pretrained)
     run.fingerprint("data", sources.fingerprint(found))
 
     if config.quantisation == "nf4":
@@ -181,7 +181,10 @@ def train(run: Run, config: Config) -> None:
             run,
             model,
             optimizer=optimizers.factory(
-                config.optimizer, lr=lr, betas=(0.9, 0.95), weight_decay=config.weight_decay
+                config.optimizer,
+                lr=config.lr or default_lr(config.lora.used, language.pretrained),
+                betas=(0.9, 0.95),
+                weight_decay=config.weight_decay,
             ),
             inputs=called.inputs,
             loss=called.loss,
@@ -191,6 +194,7 @@ def train(run: Run, config: Config) -> None:
         )
     if run.world.rank == 0:
         run.fingerprint("model", language.fingerprint)
+    language = dataclasses.replace(language, tokenizer=data.as_asked(found, language.tokenizer))
     export.record_shape(trainer, language, model)
 
     collate = functools.partial(tokens.collate, trimmed=not packing and trainer.strategy != "pipeline")

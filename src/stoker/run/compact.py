@@ -19,7 +19,7 @@ from stoker.run.journal import Damage
 from stoker.run.series import Series
 from stoker.run.state import Attempt, Media, RunView, Use
 
-FORMAT = 1
+FORMAT = 2
 _WORTH_IT = 5_000  # points
 _COLUMNS = ("x", "y", "time")
 

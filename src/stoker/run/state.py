@@ -34,6 +34,8 @@ class Attempt:
     """Checkpoints that could not be used, each with the reason."""
     layout: dict[str, Any] = field(default_factory=dict)
     """How a Trainer used the devices: `parallel`, `precision`, `ranks`, `device`, and why."""
+    data: dict[str, Any] = field(default_factory=dict)
+    """What it trained on, where its recipe says: a line on each of `sources`, `rows`, `tokens_per_row`."""
     drift: dict[str, Any] = field(default_factory=dict)
     """Config keys that differ from the run's record: key -> [old, new]."""
     ended: float | None = None

@@ -165,7 +165,15 @@ def _plan(view: RunView, event: Event) -> None:
 
 
 def _layout(view: RunView, event: Event) -> None:
-    view.attempts[-1].layout = {k: v for k, v in event.items() if k not in ("type", "time", "seq")}
+    view.attempts[-1].layout = _said(event)
+
+
+def _data(view: RunView, event: Event) -> None:
+    view.attempts[-1].data = _said(event)
+
+
+def _said(event: Event) -> dict[str, Any]:
+    return {k: v for k, v in event.items() if k not in ("type", "time", "seq")}
 
 
 def _media(view: RunView, event: Event) -> None:
@@ -189,6 +197,7 @@ def _failed(view: RunView, event: Event) -> None:
 _FOLDED_ALONE: dict[str, Callable[[RunView, Event], Any]] = {
     "plan": _plan,
     "layout": _layout,
+    "data": _data,
     "media": _media,
     "attempt_ended": _ended,
     "attempt_failed": _failed,

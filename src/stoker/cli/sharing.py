@@ -1,0 +1,132 @@
+"""What `stoker models push` does: a folder made ready for others, and the place that it is sent to."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from stoker import object_store
+from stoker.errors import BadInput
+from stoker.exports import Exported
+from stoker.language.shape import SIZES
+from stoker.report import card
+from stoker.run.view import RunView
+
+log = logging.getLogger("stoker")
+
+_HUB = "hub:"
+_ADAPTER = "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Where a model is sent."""
+
+    name: str
+    """By which others load it."""
+    send: Callable[..., str]
+    """`(folder, private=...) -> where it is now`."""
+
+
+def destination(to: str) -> Destination:
+    """`hub:org/name`, the URL of a folder in an object store, or a folder here. Raises BadInput."""
+    if to.startswith(_HUB):
+        reference = to.removeprefix(_HUB)
+        name = reference.partition("@")[0]
+        from stoker.language import hub
+
+        hub.check_push(name)
+        return Destination(name, lambda folder, private: hub.push(folder, reference, private=private))
+    if object_store.is_url(to):
+        object_store.check(to)
+
+        def upload(folder: Path, private: bool) -> str:
+            object_store.upload(folder, to)
+            return to
+
+        return Destination(to, upload)
+    target = Path(to).expanduser()
+    if target.exists():
+        raise BadInput(
+            f"{target} is there already: name a new folder, hub:org/name, or a URL such as s3://bucket/folder"
+        )
+
+    def move(folder: Path, private: bool) -> str:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".push-") as scratch:
+            shutil.copytree(folder, Path(scratch) / "model").rename(target)
+        return str(target.absolute())
+
+    return Destination(str(target), move)
+
+
+def prepare(seen: RunView, made: Exported, merged: Path, *, name: str, merge: bool, base: str | None) -> Path:
+    """The folder to be sent, with its card: the one given, or a new one for a merged model.
+
+    Args:
+        merged: where a merged model is made.
+        name: by which others load it.
+        merge: whether an adapter becomes part of its model.
+        base: where an adapter's model is.
+
+    Raises:
+        BadInput: there is no adapter to be merged, or its model is not where it was.
+    """
+    adapter = (made.folder / _ADAPTER).is_file()
+    if not adapter and (merge or base):
+        raise BadInput(
+            f"run {seen.directory.id!r} has trained a whole model: --merge and --base are for adapters"
+        )
+    folder = made.folder
+    of = _base(made.folder, base) if adapter else _trained_from(seen)
+    if merge:
+        from stoker.language import merging
+
+        merging.merge(made.folder, merged, base)
+        folder = merged
+    elif adapter and Path(of or "").is_dir():
+        log.warning(
+            "the adapter is for a model in a folder here, %s: for others give --base org/name, or --merge",
+            of,
+        )
+    about = card.About(
+        name=name,
+        kind="adapter" if adapter and not merge else "model",
+        step=made.checkpoint.step if made.checkpoint else seen.step,
+        base=of,
+        merged=merge,
+        language=adapter or (folder / "config.json").is_file(),
+        chat=_has_template(folder),
+    )
+    card.write(seen, folder, about)
+    return folder
+
+
+def _base(adapter: Path, given: str | None) -> str | None:
+    """The model that an adapter is for; where one is given, it is from now on that one."""
+    file = adapter / _ADAPTER
+    config = json.loads(file.read_text(encoding="utf-8"))
+    if given is not None:
+        config["base_model_name_or_path"] = given
+        file.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+    return config["base_model_name_or_path"] or None
+
+
+def _trained_from(seen: RunView) -> str | None:
+    """The model that a run has fine-tuned whole; None for one that began anew."""
+    model = seen.config.get("model")
+    is_language = (seen.record.get("recipe") or {}).get("name") == "llm"
+    return str(model) if is_language and model not in SIZES else None
+
+
+def _has_template(folder: Path) -> bool:
+    """Whether a tokenizer in a folder knows how conversations are written."""
+    if (folder / "chat_template.jinja").is_file():
+        return True
+    file = folder / "tokenizer_config.json"
+    return file.is_file() and "chat_template" in json.loads(file.read_text(encoding="utf-8"))

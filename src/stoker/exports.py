@@ -1,0 +1,170 @@
+"""What a run made that others can use: its export, or a checkpoint's weights in the same form.
+
+A folder is made of it, whole and checked, for whoever registers, pushes, merges or generates.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from stoker import storage
+from stoker.checkpoint import manifest
+from stoker.errors import BadInput, nearest
+from stoker.run import mirror
+from stoker.run.journal import Event
+from stoker.run.series import guess_goal
+from stoker.run.view import RunView
+
+KINDS = ("model", "adapter")
+_SHAPE = "shape"  # all of an export but its weights; see `language.export.record_shape`
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A folder of model files, and what they are."""
+
+    folder: Path
+    kind: str
+    """model or adapter, or that of another artifact that was asked for."""
+    checkpoint: manifest.Checkpoint | None
+    """The one that the weights are of; None: the run's final export."""
+
+
+def make(
+    seen: RunView,
+    folder: Path,
+    *,
+    which: str | None = None,
+    metric: str = "val_loss",
+    artifact: str | None = None,
+) -> Exported:
+    """Fill an empty folder with what a run exported.
+
+    Args:
+        which: weights of a checkpoint in place of the final ones: best, last, or a step.
+        metric: what `best` goes by.
+        artifact: which artifact; by default the run's model or adapter.
+
+    Raises:
+        BadInput: there is none, several, or a file is not what was recorded.
+    """
+    found = exported(seen, artifact)
+    checkpoint = chosen(seen, which, metric) if which else None
+    if found is None and checkpoint is None:
+        raise BadInput(
+            f"run {seen.directory.id!r} has exported no model yet; give --checkpoint last or --artifact"
+        )
+    source = found or seen.artifacts.get(_SHAPE)
+    if source is not None:
+        copy(seen, source, folder)
+    if checkpoint is not None:
+        put_weights(checkpoint, folder)
+    return Exported(folder, str(found["kind"]) if found else _kind(folder), checkpoint)
+
+
+def as_it_stands(seen: RunView) -> Path | None:
+    """The folder of a run's own export, as it is now; None where the run has exported no folder."""
+    found = exported(seen, None)
+    folder = None if found is None else seen.directory.path / found.get("path", "")
+    return folder if folder is not None and folder.is_dir() else None
+
+
+def _kind(folder: Path) -> str:
+    return "adapter" if (folder / "adapter_config.json").is_file() else "model"
+
+
+def chosen(seen: RunView, which: str, metric: str) -> manifest.Checkpoint:
+    """The checkpoint that is meant, verified. Raises BadInput."""
+    folder = seen.directory.checkpoints
+    kept = {manifest.step_of(path): path for path in manifest.committed(folder)}
+    if not kept:
+        raise BadInput(f"run {seen.directory.id!r} has no checkpoint")
+    if which == "best":
+        path = _best(seen, metric)
+    elif which == "last":
+        path = kept[max(kept)]
+    elif which.isdigit() and int(which) in kept:
+        path = kept[int(which)]
+    else:
+        raise BadInput(
+            f"no checkpoint {which!r}: give best, last, or one of the steps {', '.join(map(str, kept))}"
+        )
+    try:
+        return manifest.mended(path, mend(seen))
+    except manifest.InvalidCheckpoint as error:
+        raise BadInput(f"checkpoint {path.name} cannot be used: {error}") from error
+
+
+def mend(seen: RunView) -> Callable[[Path], None] | None:
+    """Brings here what of a checkpoint is only in the object store that the run is in."""
+    copied = mirror.of(seen.directory)
+    return copied.fetch_checkpoint if copied is not None else None
+
+
+def _best(seen: RunView, metric: str) -> Path:
+    goal = seen.goals.get(metric) or guess_goal(metric)
+    if goal is None:
+        raise BadInput(f"nobody said which way {metric!r} is better: run.goal({metric}='min') or 'max' does")
+    path = manifest.best(seen.directory.checkpoints, metric, goal)
+    if path is None:
+        raise BadInput(
+            f"no checkpoint of run {seen.directory.id!r} knows {metric!r}; name another with --metric"
+        )
+    return path
+
+
+def exported(seen: RunView, name: str | None) -> Event | None:
+    """The artifact that is the run's model. Raises BadInput."""
+    if name is not None and name not in seen.artifacts:
+        known = nearest(name, seen.artifacts) or f"; it has: {', '.join(seen.artifacts) or 'none'}"
+        raise BadInput(f"run {seen.directory.id!r} has no artifact {name!r}{known}")
+    if name is not None:
+        return seen.artifacts[name]
+    models = [event for event in seen.artifacts.values() if event["kind"] in KINDS]
+    if len(models) > 1:
+        names = ", ".join(event["name"] for event in models)
+        raise BadInput(f"run {seen.directory.id!r} has several models: choose one with --artifact: {names}")
+    return models[0] if models else None
+
+
+def copy(seen: RunView, artifact: Event, folder: Path) -> None:
+    """Copy an artifact's files as they were recorded. Raises BadInput where they are not that any more."""
+    base = seen.directory.path / artifact.get("path", f"artifacts/{artifact['name']}")
+    for file in artifact["files"]:
+        place = seen.directory.path / file["path"]
+        if not place.is_file() or storage.sha256(place) != file["sha256"]:
+            raise BadInput(f"{place} is gone, or is not what the run recorded: it cannot be used")
+        target = folder / (place.relative_to(base) if place != base else place.name)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(place, target)
+
+
+def put_weights(checkpoint: manifest.Checkpoint, folder: Path) -> None:
+    """Put a checkpoint's weights in place of the exported ones, under the names that those have."""
+    from safetensors.torch import load_file, save_file
+    from stoker.checkpoint import store
+
+    trained = load_file(store.export_model(checkpoint, folder / ".checkpoint.safetensors"))
+    (folder / ".checkpoint.safetensors").unlink()
+    there = sorted(folder.rglob("*.safetensors"))
+    plain = {name.replace(".default.", "."): t for name, t in trained.items()}  # PEFT's adapter name
+    if not there:
+        adapter = _kind(folder) == "adapter"
+        file = folder / ("adapter_model.safetensors" if adapter else "model.safetensors")
+        save_file(plain if adapter else trained, file, {"format": "pt"})
+        file.chmod(0o644)
+        return
+    known = {name for file in there for name in load_file(file)}
+    lost, kept = sorted(plain.keys() - known), sorted(known - plain.keys())
+    if lost and kept:  # only the first: weights that are tied; only the second: some that were not trained
+        raise BadInput(
+            f"the run exported its weights under other names than its checkpoint has ({kept[0]}; {lost[0]}): "
+            "give -o FILE.safetensors for the checkpoint's own"
+        )
+    for file in there:
+        tensors = load_file(file)
+        save_file({name: plain.get(name, old) for name, old in tensors.items()}, file, {"format": "pt"})
+        file.chmod(0o644)

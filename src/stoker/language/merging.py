@@ -1,0 +1,47 @@
+"""An adapter merged into the model that it was trained on: then one model, which transformers alone loads."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from pathlib import Path
+
+from stoker.engine import quiet
+from stoker.errors import BadInput
+from stoker.language import adapters, hub
+
+
+def base_of(adapter: Path) -> str:
+    """The model that an adapter in a folder was trained on, a directory or hub id. Raises BadInput."""
+    found = hub.read_json(adapter, "adapter_config.json", "adapter").get("base_model_name_or_path")
+    if not found:
+        raise BadInput(f"adapter {adapter} does not say which model it is for (base_model_name_or_path)")
+    return str(found)
+
+
+def merge(adapter: Path, target: Path, base: str | None = None) -> None:
+    """Write the model with an adapter merged into its weights, and the tokenizer, into an empty folder.
+
+    Weights keep the precision that the model's files have; the whole model stands in host memory.
+
+    Args:
+        base: where the model is now, if not where it was when the adapter was trained.
+
+    Raises:
+        BadInput: the model is not there, or is not the one that the adapter was trained on.
+    """
+    folder = hub.find(base or base_of(adapter), "the adapter's base model")
+    adapters.check_base(adapter, hub.fingerprint(folder))
+    quiet.before_deepspeed()
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of adapters on tied weights, whose merging is what is wanted
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+        merged = PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True)
+    merged.save_pretrained(target)
+    own = ("adapter_config.json", adapters.WEIGHTS, adapters.BASE, "README.md")
+    for file in adapter.iterdir():  # the tokenizer's files
+        if file.is_file() and file.name not in own and not (target / file.name).exists():
+            shutil.copyfile(file, target / file.name)

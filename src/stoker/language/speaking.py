@@ -1,0 +1,126 @@
+"""An exported model that answers prompts: loaded as its users load it, by transformers and peft alone."""
+
+from __future__ import annotations
+
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from stoker.engine import quiet
+from stoker.errors import BadInput
+from stoker.language import adapters, building, hub, merging
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """A model with its tokenizer, on a GPU where there is one."""
+
+    model: Any
+    tokenizer: Any
+
+    @property
+    def chats(self) -> bool:
+        """Whether its tokenizer has a chat template."""
+        return bool(self.tokenizer.chat_template)
+
+    def ask(self, prompt: str, system: str | None = None) -> str:
+        """What the model is given to have a prompt answered; the prompt itself where it does not chat."""
+        if not self.chats:
+            return prompt
+        messages = [{"role": "system", "content": system}] if system is not None else []
+        messages.append({"role": "user", "content": prompt})
+        made: str = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return made
+
+    @torch.no_grad()
+    def answer(
+        self,
+        text: str,
+        *,
+        max_tokens: int,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        show: Callable[[str], None] | None = None,
+    ) -> dict[str, Any]:
+        """What follows a text: `text`, the number of `tokens`, and `tokens_per_second`.
+
+        Args:
+            temperature: 0 takes the likeliest token each time.
+            show: is given what is said as it is said.
+
+        Raises:
+            BadInput: the text is empty, or leaves no room among the model's positions.
+        """
+        encoded = self.tokenizer(text, return_tensors="pt", add_special_tokens=not self.chats)
+        encoded = {name: encoded[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
+        begun = encoded["input_ids"].shape[1]
+        if begun == 0:
+            raise BadInput("the prompt is empty: give --prompt a text")
+        room = _room(self.model, begun)
+        how: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        if temperature > 0:
+            how = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+        torch.manual_seed(seed)
+        started = time.perf_counter()
+        made = self.model.generate(
+            **encoded, **how, max_new_tokens=min(max_tokens, room), pad_token_id=self.tokenizer.pad_token_id,
+            eos_token_id=self.tokenizer.eos_token_id, streamer=_streamer(self.tokenizer, show),
+        )[0, begun:]  # fmt: skip
+        seconds = time.perf_counter() - started
+        said = self.tokenizer.decode(made, skip_special_tokens=True)
+        return {"text": said, "tokens": len(made), "tokens_per_second": len(made) / seconds}
+
+
+def load(folder: Path, base: str | None = None) -> Speaker:
+    """Load what a run exported. Raises BadInput where it is no language model, or its base is not there.
+
+    Args:
+        folder: holds a model or an adapter, with its tokenizer.
+        base: where an adapter's model is, if not where it was.
+    """
+    adapter = (folder / "adapter_config.json").is_file()
+    if not adapter and not (folder / "config.json").is_file():
+        raise BadInput("this run has not trained a language model: there is nothing that it could say")
+    source = folder
+    if adapter:
+        source = hub.find(base or merging.base_of(folder), "the adapter's base model")
+        adapters.check_base(folder, hub.fingerprint(source))
+    quiet.before_deepspeed()
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+    if adapter:
+        from peft import PeftModel
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of adapters on tied weights
+            model = PeftModel.from_pretrained(model, folder)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return Speaker(model.eval().to(device), building.load_tokenizer(str(folder)))
+
+
+def _room(model: Any, begun: int) -> int:
+    """How many tokens may follow so many. Raises BadInput where none may."""
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if most is None:
+        return sys.maxsize
+    if begun >= most:
+        raise BadInput(f"the prompt has {begun} tokens, and the model has {most} positions: shorten it")
+    return int(most - begun)
+
+
+def _streamer(tokenizer: Any, show: Callable[[str], None] | None) -> Any:
+    """What `generate` hands tokens to."""
+    if show is None:
+        return None
+    from transformers import TextStreamer
+
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    streamer.on_finalized_text = lambda text, stream_end=False: show(text)
+    return streamer

@@ -1,0 +1,245 @@
+"""The model card of what a run exported: what it is, from what, how good, how to load and make it again.
+
+Markdown with the hub's metadata above it, as `README.md`; the curves as a picture beside it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import stoker
+from stoker.progress import clock
+from stoker.report import curve_image, facts
+from stoker.run.view import RunView
+
+PICTURE = "curves.png"
+_EVALUATIONS = 12  # rows of the table of evaluations
+_VERSIONS = ("torch", "transformers", "peft", "tokenizers", "safetensors")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_RESULTS = {
+    "test_perplexity": "perplexity on the test documents",
+    "base_test_perplexity": "the same before training",
+    "val_perplexity": "perplexity on the validation documents",
+    "val_loss": "validation loss",
+    "test_accuracy": "accuracy on the test set",
+    "val_accuracy": "accuracy on the validation set",
+    "loss": "training loss",
+}
+
+
+@dataclass(frozen=True)
+class About:
+    """What a folder of model files is."""
+
+    name: str
+    """As it is loaded: the hub's id, or a folder or URL."""
+    kind: str
+    """adapter or model."""
+    step: int
+    """How long it was trained."""
+    base: str | None = None
+    """The model that an adapter is for, or that was fine-tuned."""
+    merged: bool = False
+    """Whether adapters were merged into the weights."""
+    language: bool = False
+    """Whether it is a causal language model that transformers loads."""
+    chat: bool = False
+    """Whether its tokenizer has a chat template."""
+
+
+def write(view: RunView, folder: Path, about: About) -> None:
+    """Write `README.md` into a folder of model files, and the curves, where there are any."""
+    losses = {name: view.points[name] for name in ("loss", "val_loss") if name in view.points}
+    drawn = curve_image.draw(losses, folder / PICTURE) if losses else False
+    (folder / "README.md").write_text(text(view, about, picture=drawn), encoding="utf-8")
+
+
+def text(view: RunView, about: About, *, picture: bool) -> str:
+    """The card. `picture`: whether PICTURE is beside it."""
+    parts = [
+        f"---\n{_metadata(view, about)}\n---",
+        f"# {about.name.rstrip('/').rpartition('/')[2]}",
+        _summary(view, about),
+        _section("Results", _results(view)),
+        _section("How to load it", _loading(about)),
+        _section("Data", _data(view)),
+        _section("Training", _training(view), _picture(picture), _evaluations(view), _config(view)),
+        _section("How to make it again", _again(view)),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _metadata(view: RunView, about: About) -> str:
+    from huggingface_hub import ModelCardData
+
+    hub_sets = [name for name in _sources(view) if _HUB_ID.fullmatch(name) and not Path(name).exists()]
+    base = about.base if about.base and _HUB_ID.fullmatch(about.base) else None
+    adapter = about.kind == "adapter"
+    metadata = ModelCardData(
+        base_model=base,
+        base_model_relation=("adapter" if adapter else "finetune") if base else None,
+        datasets=hub_sets or None,
+        library_name="peft" if adapter else "transformers" if about.language else None,
+        pipeline_tag="text-generation" if about.language or adapter else None,
+        tags=["stoker", *(["lora"] if adapter or about.merged else [])],
+    )
+    return str(metadata.to_yaml())
+
+
+def _summary(view: RunView, about: About) -> str:
+    what = {
+        "adapter": "A LoRA adapter", "model": "A causal language model" if about.language else "A model"
+    }.get(about.kind, "A model")  # fmt: skip
+    of = f" for {_code(about.base)}" if about.kind == "adapter" and about.base else ""
+    how = f", fine-tuned from {_code(about.base)}" if about.kind != "adapter" and about.base else ""
+    merged = ", its LoRA adapter merged into the weights" if about.merged else ""
+    run = f"{view.directory.experiment}/{view.directory.id}"
+    by = f"trained with stoker {stoker.__version__} as run `{run}`, {about.step:,} steps"
+    return f"{what}{of}{how}{merged}, {by}."
+
+
+def _results(view: RunView) -> str:
+    found = {known: view.last(name) for name, known in _RESULTS.items() if view.last(name) is not None}
+    return _table(("measure", "value"), [(known, facts.number(value)) for known, value in found.items()])
+
+
+def _loading(about: About) -> str:
+    if not about.language:
+        read = 'tensors = load_file("model.safetensors")  # for model.load_state_dict'
+        return _fenced("python", ["from safetensors.torch import load_file", read])
+    loader = "AutoPeftModelForCausalLM" if about.kind == "adapter" else "AutoModelForCausalLM"
+    package = "peft" if about.kind == "adapter" else "transformers"
+    ask = (
+        ['messages = [{"role": "user", "content": "..."}]',
+         "inputs = tokenizer.apply_chat_template(",
+         '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True',
+         ")"]
+        if about.chat
+        else ['inputs = tokenizer("...", return_tensors="pt")']
+    )  # fmt: skip
+    imports = sorted([f"from {package} import {loader}", "from transformers import AutoTokenizer"])
+    if package == "transformers":
+        imports = ["from transformers import AutoModelForCausalLM, AutoTokenizer"]
+    return _fenced("python", [
+        *imports,
+        "",
+        f'model = {loader}.from_pretrained("{about.name}")',
+        f'tokenizer = AutoTokenizer.from_pretrained("{about.name}")',
+        *ask,
+        "made = model.generate(**inputs, max_new_tokens=200)",
+        'print(tokenizer.decode(made[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
+    ])  # fmt: skip
+
+
+def _data(view: RunView) -> str:
+    known = view.attempts[-1].data if view.attempts else {}
+    lines = [f"- {source}" for source in known.get("sources", [])]
+    fingerprint = view.tags.get("fingerprint.data")
+    rows, tokens = known.get("rows"), known.get("tokens_per_row")
+    if rows and tokens:
+        lines.append(f"- {rows:,} rows of {facts.number(tokens)} tokens on average")
+    held = [view.config.get(name) for name in ("validation", "test")]
+    if known and all(isinstance(share, float) for share in held):
+        lines.append(f"- held out: {held[0]:.0%} of the documents for validation, {held[1]:.0%} for the test")
+    lines += [f"- fingerprint of the content: `{fingerprint}`"] if fingerprint else []
+    return "\n".join(lines)
+
+
+def _training(view: RunView) -> str:
+    rows = [("steps", f"{view.step:,}"), ("time", clock(view.seconds)), ("devices", facts.layout(view))]
+    for name, known in (("tokens_per_second", "tokens a second"), ("mfu", "model FLOPs utilisation")):
+        value = view.last(name)
+        rows += [(known, facts.number(value))] if value is not None else []
+    return _table(("", ""), [row for row in rows if row[1]])
+
+
+def _picture(there: bool) -> str:
+    return f"![Training and validation loss by step]({PICTURE})" if there else ""
+
+
+def _evaluations(view: RunView) -> str:
+    names = [name for name in ("val_loss", "val_perplexity", "val_accuracy") if name in view.points]
+    if not names:
+        return ""
+    steps = sorted({int(step) for name in names for step in view.points[name]})
+    chosen = steps if len(steps) <= _EVALUATIONS else _spread(steps, _EVALUATIONS)
+    known = {name: dict(view.points[name].items()) for name in names}
+    rows = [(f"{step:,}", *(facts.number(known[name].get(step)) for name in names)) for step in chosen]
+    return _table(("step", *names), rows)
+
+
+def _spread(steps: Sequence[int], most: int) -> list[int]:
+    """So many of them, the first and the last among them."""
+    return [steps[round(i * (len(steps) - 1) / (most - 1))] for i in range(most)]
+
+
+def _config(view: RunView) -> str:
+    found = facts.config(view)
+
+    def rows(of_defaults: bool) -> str:
+        chosen = [value for value in found if value.is_default is of_defaults]
+        shown = [(_code(value.key), _code(facts.text(value.value))) for value in chosen]
+        return _table(("key", "value"), shown)
+
+    folded = "<details><summary>Values left at their default</summary>", rows(True), "</details>"
+    return "\n\n".join(part for part in (rows(False), *(folded if rows(True) else ())) if part)
+
+
+def _again(view: RunView) -> str:
+    found = facts.provenance(view.directory)
+    versions = _packages(found.packages)
+    lines = []
+    if found.code.get("remote"):
+        lines.append(f"git clone {found.code['remote']}")
+    if found.code.get("commit"):
+        dirty = "  # and the changes in the run's provenance/diff.patch" if found.code.get("dirty") else ""
+        lines.append(f"git checkout {found.code['commit']}{dirty}")
+    used = [*_VERSIONS, *(["deepspeed"] if facts.layout(view).startswith("deepspeed") else [])]
+    used += ["bitsandbytes"] if view.config.get("quantisation", "none") != "none" else []
+    known = [f"{name}=={versions[name].partition('+')[0]}" for name in used if name in versions]
+    lines += [f"pip install {' '.join(known)}"] if known else []
+    lines += [facts.command(view)] if facts.command(view) else []
+    seed = view.record.get("seed")
+    said = f"The seed is {seed}. " if seed is not None else ""
+    return f"{said}On the same hardware and versions the result has the same bits.\n\n{_fenced('sh', lines)}"
+
+
+def _packages(listed: str) -> Mapping[str, str]:
+    """name==version lines, by name."""
+    pairs = (line.strip().partition("==") for line in listed.splitlines())
+    return {name.lower(): version for name, sign, version in pairs if sign}
+
+
+def _sources(view: RunView) -> list[str]:
+    """The names that the data was given by, without weights."""
+    given = str(view.config.get("data", ""))
+    return [part.strip().partition(":")[0] for part in given.split(",") if part.strip()]
+
+
+def _section(title: str, *parts: str) -> str:
+    content = [part for part in parts if part]
+    return "\n\n".join([f"## {title}", *content]) if content else ""
+
+
+def _table(headings: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    if not rows:
+        return ""
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join(
+        "| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines
+    )
+
+
+def _fenced(language: str, lines: Sequence[str]) -> str:
+    return "\n".join(itertools.chain([f"```{language}"], lines, ["```"]))
+
+
+def _code(value: str | None) -> str:
+    """As code, on one line."""
+    flat = " ".join(str(value).split()).replace("`", "'")
+    return f"`{flat}`" if flat else ""

@@ -1,0 +1,199 @@
+"""What a run made, shared and asked: pushed to a hub, a store, a folder; loaded by transformers and peft."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+from safetensors.torch import load_file, save_file
+from stoker.errors import BadInput
+from stoker.language import merging, speaking
+
+import hub_server
+from hub_server import Hub
+from servers import Proxy
+
+COMMON = ("vocab_size=300", "sequence_length=64", "batch_size=2", "generate_tokens=2", "test=0.1")
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two runs, `base` and, an adapter on what that one made, `tuned`."""
+    folder = tmp_path_factory.mktemp("here")
+    pairs = [{"prompt": f"What is {i}?", "completion": f"It is the number {i}."} for i in range(60)]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    return folder
+
+
+@pytest.fixture
+def trained(here: Path, stoker: Callable[..., Any]) -> Path:
+    if not (here / "runs").exists():
+        data = ("train", "llm", "data=pairs.jsonl", *COMMON)
+        assert stoker(*data, "model=tiny", "max_steps=3", "--name", "base", cwd=here).code == 0
+        model = "model=runs/llm/base/artifacts/model"
+        done = stoker(
+            *data, model, "lora.rank=4", "lr=0.05", "max_steps=6", "eval_every=3", "checkpoint_every=3",
+            "--name", "tuned", cwd=here,
+        )  # fmt: skip
+        assert done.code == 0, done.err
+    return here
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    with hub_server.serving() as made:
+        monkeypatch.setenv("HF_ENDPOINT", made.url)
+        monkeypatch.setenv("HF_TOKEN", hub_server.TOKEN)
+        monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+        monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+        monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
+        yield made
+
+
+LOADED_BY_OTHERS = """
+import json, sys, torch
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("org/tuned")
+asked = tokenizer.apply_chat_template(
+    [{"role": "user", "content": "What is 7?"}], add_generation_prompt=True, return_tensors="pt",
+    return_dict=True,
+)
+models = [
+    AutoPeftModelForCausalLM.from_pretrained("org/tuned"),
+    AutoModelForCausalLM.from_pretrained(sys.argv[1]),
+    AutoModelForCausalLM.from_pretrained("org/base"),
+]
+with torch.no_grad():
+    tuned, merged, base = [model.eval()(**asked).logits for model in models]
+    said = models[0].generate(**asked, max_new_tokens=8, do_sample=False)[0, asked["input_ids"].shape[1]:]
+print(json.dumps({
+    "merged": float((tuned - merged).abs().max()), "base": float((tuned - base).abs().max()),
+    "text": tokenizer.decode(asked["input_ids"][0]), "said": tokenizer.decode(said, skip_special_tokens=True),
+}))
+"""
+
+
+def test_what_is_pushed_to_the_hub_loads_with_plain_transformers_and_peft(
+    trained: Path, hub: Hub, stoker: Callable[..., Any], tmp_path: Path
+) -> None:
+    assert stoker("models", "push", "base", "hub:org/base", "--public", cwd=trained).code == 0
+    assert stoker("models", "push", "tuned", "hub:org/tuned", "--base", "org/base", cwd=trained).code == 0
+    assert hub.private == {"org/tuned"}
+    assert json.loads(hub.models["org/tuned"]["adapter_config.json"])["base_model_name_or_path"] == "org/base"
+    card = hub.models["org/tuned"]["README.md"].decode()
+    assert "base_model: org/base" in card
+    assert "base_model_relation: adapter" in card
+
+    adapter = trained / "runs" / "llm" / "tuned" / "artifacts" / "adapter"
+    merging.merge(adapter, tmp_path / "merged")
+    loaded = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", LOADED_BY_OTHERS, str(tmp_path / "merged")],
+        env=dict(os.environ), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert loaded.returncode == 0, loaded.stderr
+    found = json.loads(loaded.stdout.splitlines()[-1])
+    assert found["merged"] < 1e-4
+    assert found["base"] > 0.1
+    assert found["text"] == "### Question\nWhat is 7?\n\n### Answer\n"
+    speaker = speaking.load(adapter)
+    assert speaker.answer(speaker.ask("What is 7?"), max_tokens=8)["text"] == found["said"]
+
+    done = stoker("models", "push", "tuned", "hub:org/tuned", "--merge", "--json", cwd=trained)
+    assert done.code == 0, done.err
+    assert {"model.safetensors", "tokenizer.json", "README.md", "curves.png"} <= set(done.answer["files"])
+    assert set(done.answer["files"]) == set(hub.models["org/tuned"]), "it is a model now, and no adapter"
+
+
+def test_a_model_of_the_hub_is_fine_tuned_by_its_name(
+    trained: Path, hub: Hub, stoker: Callable[..., Any]
+) -> None:
+    assert stoker("models", "push", "base", "hub:org/base", cwd=trained).code == 0
+    done = stoker(
+        "train", "llm", "data=pairs.jsonl", *COMMON, "model=org/base", "lora.rank=2", "max_steps=1",
+        "--name", "of-the-hub", cwd=trained,
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    adapter = trained / "runs" / "llm" / "of-the-hub" / "artifacts" / "adapter"
+    assert json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"] == "org/base"
+
+
+def test_a_store_and_a_folder_take_the_same_files(
+    trained: Path, stoker: Callable[..., Any], proxy: Proxy, tmp_path: Path
+) -> None:
+    done = stoker("models", "push", "tuned", "s3://bucket/models/tuned", "--checkpoint", "3", cwd=trained)
+    assert done.code == 0, done.err
+    assert stoker("models", "push", "tuned", str(tmp_path / "a" / "tuned"), cwd=trained).code == 0
+    files = {file.name: file for file in (tmp_path / "a" / "tuned").iterdir()}
+    s3 = fsspec.filesystem("s3", use_listings_cache=False)
+    stored = {path.rpartition("/")[2]: s3.cat_file(path) for path in s3.find("bucket/models/tuned")}
+    assert stored.keys() == files.keys()
+    assert stored["tokenizer.json"] == files["tokenizer.json"].read_bytes()
+    weights = "adapter_model.safetensors"
+    assert stored[weights] != files[weights].read_bytes(), "those of step 3, and those of the end"
+    assert "3 steps" in stored["README.md"].decode()
+    assert "6 steps" in files["README.md"].read_text()
+
+
+def test_prompts_come_from_a_pipe(trained: Path) -> None:
+    command = [sys.executable, "-m", "stoker", "generate", "base", "--raw", "--max-tokens", "12"]
+    done = subprocess.run(command, cwd=trained, input=b"It is", capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    speaker = speaking.load(trained / "runs" / "llm" / "base" / "artifacts" / "model")
+    assert done.stdout.decode() == speaker.answer("It is", max_tokens=12)["text"] + "\n"
+
+
+def test_what_is_drawn_is_the_seed_s_alone(trained: Path) -> None:
+    speaker = speaking.load(trained / "runs" / "llm" / "base" / "artifacts" / "model")
+
+    def drawn(seed: int) -> str:
+        return str(speaker.answer("It is", max_tokens=12, temperature=1.0, seed=seed)["text"])
+
+    assert drawn(1) == drawn(1) != drawn(2)
+    with pytest.raises(BadInput, match=r"2048 positions: shorten it"):
+        speaker.answer("x " * 3000, max_tokens=1)
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (("models", "push", "base", "./x", "--merge"), "has trained a whole model"),
+        (("models", "push", "base", "hub:base"), "hub:org/base"),
+        (("models", "push", "base", "hub:org/base"), "set HF_TOKEN"),
+        (("models", "push", "base", "s3://me:pw@bucket/x"), "leave credentials out"),
+        (("models", "push", "base", "."), "is there already"),
+        (("generate", "base", "-p", ""), "--prompt is empty"),
+        (("generate", "tuned", "-p", "x", "--checkpoint", "4"), "give best, last, or one of the steps 3, 6"),
+    ],
+)
+def test_bad_input_is_answered_before_anything_is_sent(
+    trained: Path, stoker: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...],
+    said: str,
+) -> None:  # fmt: skip
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    done = stoker(*command, cwd=trained)
+    assert (done.code, said in done.err) == (2, True), done.err
+    assert not (trained / "x").exists()
+    assert "pw" not in done.err
+
+
+def test_an_adapter_is_not_merged_into_another_model(trained: Path, tmp_path: Path) -> None:
+    runs = trained / "runs" / "llm"
+    adapter, other = runs / "tuned" / "artifacts" / "adapter", tmp_path / "other"
+    shutil.copytree(runs / "base" / "artifacts" / "model", other)
+    tensors = {name: t + 1 for name, t in load_file(other / "model.safetensors").items()}
+    save_file(tensors, other / "model.safetensors", {"format": "pt"})
+    for refused in (speaking.load, lambda a, base: merging.merge(a, tmp_path / "merged", base)):
+        with pytest.raises(BadInput, match="was trained on another model"):
+            refused(adapter, str(other))
+    with pytest.raises(BadInput, match="is not a directory"):
+        speaking.load(adapter, "./gone")

@@ -1,0 +1,76 @@
+"""Model cards: what they say of a run, and that it is what the run's journal says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+from PIL import Image
+from stoker.report import card
+from stoker.run import journal, view
+from stoker.run.directory import RunDirectory
+from stoker.run.view import RunView
+
+
+def _run(folder: Path) -> RunView:
+    directory = RunDirectory(folder / "runs" / "llm" / "a")
+    directory.create({
+        "uid": "u", "id": "a", "experiment": "llm", "seed": 7, "recipe": {"name": "llm"},
+        "config": {
+            "model": "org/base", "data": "org/chats,mine.jsonl", "lr": 0.1, "test": 0.05, "validation": 0.1
+        },
+        "sources": {"lr": "command line"}, "command": ["/x/stoker", "train", "llm", "lr=0.1"],
+    })  # fmt: skip
+    directory.provenance.mkdir(exist_ok=True)
+    (directory.provenance / "packages.txt").write_text("torch==2.13.0+cpu\ntransformers==5.23.0\n")
+    (directory.provenance / "git.json").write_text('{"commit": "c0ffee", "dirty": true, "remote": "git@x:y"}')
+    _, writer = journal.start_attempt(directory.journal)
+    writer.append("attempt_started", pid=1, host="here")
+    writer.append("data", sources=["org/chats, 9 documents"], rows=4, tokens_per_row=31.5)
+    for step in range(1, 41):
+        writer.append("metrics", step=step, values={"loss": 4.0 / step, "val_loss": 5.0 / step})
+    writer.append("metrics", step=40, values={"test_perplexity": 12.5, "base_test_perplexity": 99.0})
+    writer.append("tags", tags={"fingerprint.data": "d474"})
+    writer.append("attempt_ended", status="finished")
+    writer.close()
+    return view.load(directory)
+
+
+def test_a_card_says_what_it_is_how_good_and_how_to_load_and_make_it_again(tmp_path: Path) -> None:
+    about = card.About(
+        name="org/tuned", kind="adapter", step=40, base="org/base", language=True, chat=True
+    )  # fmt: skip
+    (tmp_path / "out").mkdir()
+    card.write(_run(tmp_path), tmp_path / "out", about)
+    text = (tmp_path / "out" / "README.md").read_text()
+    _, metadata, body = text.split("---\n", 2)
+    assert yaml.safe_load(metadata) == {
+        "base_model": "org/base", "base_model_relation": "adapter", "datasets": ["org/chats"],
+        "library_name": "peft", "pipeline_tag": "text-generation", "tags": ["stoker", "lora"],
+    }  # fmt: skip
+    for said in (
+        "# tuned", "A LoRA adapter for `org/base`", "| perplexity on the test documents | 12.5 |",
+        "| the same before training | 99 |", 'AutoPeftModelForCausalLM.from_pretrained("org/tuned")',
+        "apply_chat_template", "- org/chats, 9 documents", "- 4 rows of 31.5 tokens on average",
+        "- held out: 10% of the documents for validation, 5% for the test", "content: `d474`",
+        "| `lr` | `0.1` |", "git clone git@x:y", "git checkout c0ffee  # and the changes",
+        "pip install torch==2.13.0 transformers==5.23.0",
+        "stoker train llm lr=0.1", "The seed is 7.", "| 40 | 0.125 |", "![Training and validation loss",
+    ):  # fmt: skip
+        assert said in body, said
+    rows = [line for line in body.splitlines() if line.startswith("| ") and line.count("|") == 3]
+    assert len([line for line in rows if line.split("|")[1].strip().isdigit()]) == 12, (
+        "evaluations, thinned out"
+    )
+    with Image.open(tmp_path / "out" / card.PICTURE) as picture:
+        assert picture.size == (900, 420)
+        assert len(picture.convert("RGB").getcolors(2**20) or []) > 10, "something is drawn"
+
+
+def test_a_card_of_what_is_no_language_model_says_only_what_is_known(tmp_path: Path) -> None:
+    about = card.About(name="s3://bucket/cnn", kind="model", step=40)
+    text = card.text(_run(tmp_path), about, picture=False)
+    assert "# cnn" in text
+    assert "load_file" in text
+    assert "AutoModel" not in text
+    assert "curves.png" not in text
