@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import families
 import loading_run
 import pytest
 import torch
@@ -15,6 +14,8 @@ from stoker.language import adapters
 from stoker.language.lora import Lora
 from torch import nn
 from transformers import AutoModelForCausalLM
+
+import families
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft's own

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import families
 import pytest
 import torch
 import transformers
 from stoker.language import attention, objective
 from torch.nn import functional as F
+
+import families
 
 
 def packed(family: str, **settings: Any) -> tuple[Any, objective.Objective]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import families  # noqa: F401 (quietens transformers)
 import pytest
 from stoker.data import tokenizer as tokenizers
 from stoker.data.documents import Document, Message, Splits
@@ -14,6 +13,8 @@ from stoker.data.tokens import PackedDataset
 from stoker.errors import BadInput
 from stoker.language import data
 from stoker.language.data import Encoder
+
+import families  # noqa: F401 (quietens transformers)
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

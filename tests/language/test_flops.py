@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import families
 import loading_run
 import pytest
 import torch
@@ -10,6 +9,8 @@ from stoker.engine import flops as device_flops
 from stoker.language import flops
 from stoker.language.lora import Lora
 from torch.utils.flop_counter import FlopCounterMode
+
+import families
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3", "gpt2"])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import families
 import loading_run
 import pytest
 import torch
@@ -14,6 +13,7 @@ from stoker.errors import BadInput
 from stoker.language import building
 from transformers import AutoModelForCausalLM
 
+import families
 import ranks
 
 Trained = tuple[list[float], dict[str, torch.Tensor]]
