@@ -104,6 +104,7 @@ def pack(
 def say(run: Run, found: Sequence[Source], rows: Rows, *, packed: bool, wanted: bool) -> None:
     """Record what the data is, and say it on rank 0."""
     about = [source.description for source in found]
+    run.fingerprint("data", sources.fingerprint(found))
     run.event("data", sources=about, rows=len(rows.train), tokens_per_row=rows.train.tokens_per_sample)
     if run.world.rank > 0:
         return

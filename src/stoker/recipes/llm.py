@@ -52,6 +52,8 @@ class Config(Training):
     lora: Lora = field(default_factory=Lora)
     quantisation: Literal["none", "nf4"] = "none"
     """Keep the frozen weights in 4 bits (QLoRA; extra `quantisation`)."""
+    kernels: Literal["torch", "liger"] = "torch"
+    """On GPUs: liger's fused norms, rotary embeddings and feed-forward layers (extra `liger`)."""
     lr: Annotated[float, Gt(0)] | None = None
     """Peak learning rate; by default 3e-3 from scratch, 2e-4 with LoRA, 2e-5 for every weight."""
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
@@ -137,6 +139,7 @@ def train(run: Run, config: Config) -> None:
         export,
         flops,
         generation,
+        kernels,
         objective,
         perplexity,
         quantised,
@@ -169,12 +172,11 @@ def train(run: Run, config: Config) -> None:
     prompts = config.prompts or data.prompts(
         [document for source in found for document in source.splits.validation], language.tokenizer
     )
-    run.fingerprint("data", sources.fingerprint(found))
-
     if config.quantisation == "nf4":
         quantised.convert(language.model)
     model = adapters.adapted(language, config.lora)
     called = objective.attach(model)
+    kernels.use(model, config.kernels)
     needed = flops.per_token(model, context=rows.train.context, labelled=rows.train.labelled)
     with adapters.advising(config.lora, config.quantisation):
         trainer = Trainer(
