@@ -15,7 +15,7 @@ import fsspec
 import pytest
 from safetensors.torch import load_file, save_file
 from stoker.errors import BadInput
-from stoker.language import merging, speaking
+from stoker.language import hub, merging, speaking
 
 import hub_server
 from hub_server import Hub
@@ -48,7 +48,7 @@ def trained(here: Path, stoker: Callable[..., Any]) -> Path:
 
 
 @pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+def hf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     with hub_server.serving() as made:
         monkeypatch.setenv("HF_ENDPOINT", made.url)
         monkeypatch.setenv("HF_TOKEN", hub_server.TOKEN)
@@ -84,13 +84,13 @@ print(json.dumps({
 
 
 def test_what_is_pushed_to_the_hub_loads_with_plain_transformers_and_peft(
-    trained: Path, hub: Hub, stoker: Callable[..., Any], tmp_path: Path
+    trained: Path, hf: Hub, stoker: Callable[..., Any], tmp_path: Path
 ) -> None:
     assert stoker("models", "push", "base", "hub:org/base", "--public", cwd=trained).code == 0
     assert stoker("models", "push", "tuned", "hub:org/tuned", "--base", "org/base", cwd=trained).code == 0
-    assert hub.private == {"org/tuned"}
-    assert json.loads(hub.models["org/tuned"]["adapter_config.json"])["base_model_name_or_path"] == "org/base"
-    card = hub.models["org/tuned"]["README.md"].decode()
+    assert hf.private == {"org/tuned"}
+    assert json.loads(hf.models["org/tuned"]["adapter_config.json"])["base_model_name_or_path"] == "org/base"
+    card = hf.models["org/tuned"]["README.md"].decode()
     assert "base_model: org/base" in card
     assert "base_model_relation: adapter" in card
 
@@ -111,11 +111,11 @@ def test_what_is_pushed_to_the_hub_loads_with_plain_transformers_and_peft(
     done = stoker("models", "push", "tuned", "hub:org/tuned", "--merge", "--json", cwd=trained)
     assert done.code == 0, done.err
     assert {"model.safetensors", "tokenizer.json", "README.md", "curves.png"} <= set(done.answer["files"])
-    assert set(done.answer["files"]) == set(hub.models["org/tuned"]), "it is a model now, and no adapter"
+    assert set(done.answer["files"]) == set(hf.models["org/tuned"]), "it is a model now, and no adapter"
 
 
 def test_a_model_of_the_hub_is_fine_tuned_by_its_name(
-    trained: Path, hub: Hub, stoker: Callable[..., Any]
+    trained: Path, hf: Hub, stoker: Callable[..., Any]
 ) -> None:
     assert stoker("models", "push", "base", "hub:org/base", cwd=trained).code == 0
     done = stoker(
@@ -138,6 +138,9 @@ def test_a_store_and_a_folder_take_the_same_files(
     stored = {path.rpartition("/")[2]: s3.cat_file(path) for path in s3.find("bucket/models/tuned")}
     assert stored.keys() == files.keys()
     assert stored["tokenizer.json"] == files["tokenizer.json"].read_bytes()
+    brought = [hub.find("s3://bucket/models/tuned") for _ in range(2)]
+    assert brought[0] == brought[1], "once"
+    assert {file.name: file.read_bytes() for file in brought[0].iterdir()} == stored
     weights = "adapter_model.safetensors"
     assert stored[weights] != files[weights].read_bytes(), "those of step 3, and those of the end"
     assert "3 steps" in stored["README.md"].decode()

@@ -1,9 +1,11 @@
-"""Where a model, an adapter or a tokenizer is: a local directory, or an id on the Hugging Face hub."""
+"""Where a model, an adapter or a tokenizer is: a local directory, a folder of an object store, or an id on
+the Hugging Face hub."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,8 @@ import httpx2
 from huggingface_hub import HfApi, get_token, snapshot_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils._validators import validate_repo_id
-from stoker import storage
+from stoker import object_store, storage
+from stoker.data.tokens import once
 from stoker.errors import BadInput
 
 _DESCRIPTION = ("*.json", "*.jinja", "*.model", "*.txt")
@@ -28,10 +31,11 @@ WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 
 
 def find(reference: str, what: str = "model", *, known: Sequence[str] = (), weights: bool = True) -> Path:
-    """The directory of a model: as given, or brought from the hub (or from what was brought before).
+    """The directory of a model: as given, or brought from where it is (or from what was brought before).
 
     Args:
-        reference: a directory, or an id such as `org/name`, or `org/name@revision`.
+        reference: a directory, a URL such as `s3://bucket/folder`, or an id such as `org/name`, or
+            `org/name@revision`.
         what: the key by which it was given, for messages.
         known: other words that could have been meant.
         weights: whether its weights are brought as well.
@@ -39,6 +43,8 @@ def find(reference: str, what: str = "model", *, known: Sequence[str] = (), weig
     Raises:
         BadInput: there is none, it may not be read, or the hub cannot be reached.
     """
+    if object_store.is_url(reference):
+        return _from_store(reference, what)
     path = Path(reference).expanduser()
     if path.is_dir():
         return path.absolute()
@@ -62,6 +68,25 @@ def find(reference: str, what: str = "model", *, known: Sequence[str] = (), weig
             f"{what} {reference} is no directory here, and {_NOT_REACHED.format(_first_line(error))}, "
             "or HF_HOME to where a machine with a network has downloaded it; or give a local directory"
         ) from error
+
+
+def _from_store(url: str, what: str) -> Path:
+    """A folder of an object store, brought here once for the same content. Raises BadInput, Unreachable."""
+    object_store.check(url)
+    store = object_store.Store(url.rstrip("/"), "")
+    found = store.objects()
+    if not found:
+        raise BadInput(f"{what} {url} holds nothing: give the folder that the model's files are in")
+    named = hashlib.sha256(repr((url, sorted(found.items()))).encode()).hexdigest()[:32]
+    target = storage.cache_folder() / "models" / named
+
+    def fetch() -> None:
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".model-") as scratch:
+            for key in found:
+                store.get(key, Path(scratch) / "model" / key)
+            (Path(scratch) / "model").rename(target)
+
+    return once(target, fetch)
 
 
 def push(folder: Path, reference: str, *, private: bool) -> str:

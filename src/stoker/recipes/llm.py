@@ -33,7 +33,7 @@ class Config(Training):
     """Keys of `stoker train llm`."""
 
     model: str = "tiny"
-    """A size to start from scratch (tiny, small, base), a local directory, or a hub id."""
+    """A size to start from scratch (tiny, small, base), a directory, s3://bucket/folder, or a hub id."""
     data: str = "python-docs"
     """python-docs or python-docs-qa (built in), a .jsonl, .parquet or .txt file, a folder of these, a URL
     such as s3://..., or a hub dataset id: texts, pairs, conversations. Several with weights: a:3,b:1."""
@@ -118,6 +118,14 @@ def check_launch(config: Config, ranks: int) -> None:
     """What can be seen before any process is started. Raises BadInput."""
     from stoker.language import shape
 
+    if config.kernels != "torch":
+        from stoker.language import kernels
+
+        kernels.check(config.kernels)
+    if config.quantisation != "none":
+        from stoker.language import quantised
+
+        quantised.check()
     if config.parallel == "pipeline":
         virtual = config.pipeline.stages_per_rank if config.pipeline.schedule == "interleaved" else 1
         shape.check_stages(
