@@ -109,6 +109,10 @@ class Rate:
         """What went on since the last mark was not a step."""
         self._mark = time.perf_counter()
 
+    def leave_out(self, seconds: float) -> None:
+        """So much of the time since the last step was spent on something else."""
+        self._mark += seconds
+
     def step(self) -> None:
         """A step is done."""
         now = time.perf_counter()

@@ -162,10 +162,25 @@ class _Folding:
 def _plan(view: RunView, event: Event) -> None:
     view.total_steps = event["total_steps"]
     view.samples_per_step = event.get("samples_per_step")
+    view.tokens_per_step = event.get("tokens_per_step")
+    view.attempts[-1].began = event["time"]
 
 
 def _layout(view: RunView, event: Event) -> None:
-    view.attempts[-1].layout = {k: v for k, v in event.items() if k not in ("type", "time", "seq")}
+    view.attempts[-1].layout = _fields(event)
+
+
+def _peak(view: RunView, event: Event) -> None:
+    view.attempts[-1].layout["peak"] = _fields(event)
+
+
+def _spent(view: RunView, event: Event) -> None:
+    found = {"time": event["time"], "step": event["step"], "over": event["over"], "seconds": event["seconds"]}
+    view.attempts[-1].spent.append(found)
+
+
+def _fields(event: Event) -> dict[str, Any]:
+    return {key: value for key, value in event.items() if key not in ("type", "time", "seq")}
 
 
 def _media(view: RunView, event: Event) -> None:
@@ -189,6 +204,8 @@ def _failed(view: RunView, event: Event) -> None:
 _FOLDED_ALONE: dict[str, Callable[[RunView, Event], Any]] = {
     "plan": _plan,
     "layout": _layout,
+    "peak": _peak,
+    "spent": _spent,
     "media": _media,
     "attempt_ended": _ended,
     "attempt_failed": _failed,
