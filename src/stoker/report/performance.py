@@ -29,7 +29,7 @@ METRIC = re.compile(
 """The names of what `Trainer.performance` gives to be logged."""
 
 TRAINING, WAITING, EVALUATING, CHECKPOINTS = "training", "waiting for data", "evaluating", "checkpoints"
-STARTING, FINISHING, AGAIN, BETWEEN = "starting", "after the loop", "trained again", "between attempts"
+STARTING, FINISHING, AGAIN, BETWEEN = "starting", "after the loop", "lost and done again", "between attempts"
 KINDS = (TRAINING, WAITING, EVALUATING, CHECKPOINTS, STARTING, FINISHING, AGAIN, BETWEEN)
 """What the time of a run goes to, from its first moment to its last."""
 
@@ -120,6 +120,16 @@ def throughput(view: RunView) -> Throughput | None:
             _median(mfu) if mfu is not None else None, next(peaks, {}),
         )  # fmt: skip
     return None
+
+
+def gib(count: float) -> str:
+    """GiB in words: `62.14 GiB`, `340 MiB`."""
+    return f"{count:,.2f} GiB" if count >= 1 else f"{count * 1024:,.0f} MiB"
+
+
+def of_capacity(rank: RankMemory, capacity: float | None) -> str:
+    """`62.14 GiB of 79.10 GiB`, as far as that is known."""
+    return f"{gib(rank.peak)} of {gib(capacity)}" if capacity else gib(rank.peak)
 
 
 def utilisation(found: Throughput) -> str:

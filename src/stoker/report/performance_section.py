@@ -82,7 +82,7 @@ def _time(views: Sequence[RunView], names: Sequence[str]) -> Html:
     if not any(spent):
         return _NOTHING
     shown = [kind for kind in performance.KINDS if any(of.get(kind) for of in spent)]
-    bars = [_time_bar(of, names[i] if len(views) > 1 else "") for i, of in enumerate(spent) if of]
+    bars = [time_bar(of, names[i] if len(views) > 1 else "") for i, of in enumerate(spent) if of]
     rows = [[_kind(kind), *(_share(of.get(kind), sum(of.values())) for of in spent)] for kind in shown] + [
         [tag("td", "from start to end", class_="name"), *(_share(sum(of.values()), 0) for of in spent)]
     ]
@@ -92,7 +92,7 @@ def _time(views: Sequence[RunView], names: Sequence[str]) -> Html:
     ])  # fmt: skip
 
 
-def _time_bar(spent: Mapping[str, float], name: str) -> Html:
+def time_bar(spent: Mapping[str, float], name: str) -> Html:
     """All of it; without the time between attempts where that would hide the rest (a weekend)."""
     total = sum(spent.values())
     hidden = spent[performance.BETWEEN] > total / 2
@@ -163,7 +163,7 @@ def _memory(views: Sequence[RunView], names: Sequence[str]) -> Html:
     key = [tag("span", _swatch(i), kind) for i, kind in enumerate(kinds)]
     return join([
         tag("h3", "Memory of each rank, at its peak"), tag("div", *key, class_="key"), *bars,
-        tag("p", f"The whole width is {whole:,.1f} GiB{_meaning(known, whole)}.", class_="soft"),
+        tag("p", f"The whole width is {performance.gib(whole)}{_meaning(known, whole)}.", class_="soft"),
     ])  # fmt: skip
 
 
@@ -191,12 +191,12 @@ def _rank_bars(memory: Memory, kinds: Sequence[str], whole: float, name: str) ->
 
 def _rank_bar(rank: RankMemory, memory: Memory, kinds: Sequence[str], whole: float, name: str) -> Html:
     parts = [
-        (kinds.index(kind), held / whole, f"{kind}: {held:,.2f} GiB")
+        (kinds.index(kind), held / whole, f"{kind}: {performance.gib(held)}")
         for kind, held in rank.kinds.items()
         if held
     ]
-    of = f" of {memory.capacity:,.1f}" if memory.capacity else ""
-    return _bar(f"{name}rank {rank.rank}", parts, f"{rank.peak:,.2f}{of} GiB")
+    said = performance.of_capacity(rank, memory.capacity)
+    return _bar(f"{name}rank {rank.rank}", parts, said)
 
 
 def _reached(views: Sequence[RunView], names: Sequence[str], found: Descents) -> Html:

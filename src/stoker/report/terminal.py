@@ -198,9 +198,8 @@ def _memory(view: RunView) -> str:
     if found is None:
         return ""
     most = found.fullest
-    of = f" of {found.capacity:,.1f}" if found.capacity else ""
-    kinds = ", ".join(f"{kind} {held:,.2f}" for kind, held in most.kinds.items())
-    return f"peak {most.peak:,.2f}{of} GiB on rank {most.rank}: {kinds}"
+    kinds = ", ".join(f"{kind} {performance.gib(held)}" for kind, held in most.kinds.items())
+    return f"peak {performance.of_capacity(most, found.capacity)} on rank {most.rank}: {kinds}"
 
 
 def _time(view: RunView) -> str:
