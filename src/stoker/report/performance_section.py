@@ -78,17 +78,18 @@ def spell(seconds: float) -> str:
 
 def _time(views: Sequence[RunView], names: Sequence[str]) -> Html:
     """A bar a run of where its time went, and the seconds that add up to it."""
-    spent = [performance.time_spent(view) for view in views]
-    if not any(spent):
+    found = {names[i] if len(views) > 1 else "": performance.time_spent(view) for i, view in enumerate(views)}
+    spent = {name: of for name, of in found.items() if of}
+    if not spent:
         return _NOTHING
-    shown = [kind for kind in performance.KINDS if any(of.get(kind) for of in spent)]
-    bars = [time_bar(of, names[i] if len(views) > 1 else "") for i, of in enumerate(spent) if of]
-    rows = [[_kind(kind), *(_share(of.get(kind), sum(of.values())) for of in spent)] for kind in shown] + [
-        [tag("td", "from start to end", class_="name"), *(_share(sum(of.values()), 0) for of in spent)]
-    ]
+    shown = [kind for kind in performance.KINDS if any(of[kind] for of in spent.values())]
+    totals = {name: sum(of.values()) for name, of in spent.items()}
+    bars = [time_bar(of, name) for name, of in spent.items()]
+    rows = [[_kind(kind), *(_share(of[kind], totals[name]) for name, of in spent.items())] for kind in shown]
+    rows.append([tag("td", "from start to end", class_="name"), *(number(spell(t)) for t in totals.values())])
     return join([
         tag("h3", "Where the time went"), tag("div", *bars, class_="bars"),
-        table(["", *(names if len(views) > 1 else [""])], rows, class_="narrow"),
+        table(["", *spent], rows, class_="narrow"),
     ])  # fmt: skip
 
 
@@ -107,11 +108,8 @@ def _kind(kind: str) -> Html:
     return tag("td", _swatch(_COLORS[kind]), kind, class_="name")
 
 
-def _share(seconds: float | None, total: float) -> Html:
-    if seconds is None:
-        return number("")
-    share = f"{seconds / total:.1%}" if total else ""
-    return tag("td", spell(seconds), tag("span", share, class_="source"), class_="number")
+def _share(seconds: float, total: float) -> Html:
+    return tag("td", spell(seconds), tag("span", f"{seconds / total:.1%}", class_="source"), class_="number")
 
 
 def _throughput(views: Sequence[RunView], names: Sequence[str]) -> Html:
@@ -125,7 +123,8 @@ def _throughput(views: Sequence[RunView], names: Sequence[str]) -> Html:
             *run_cell(views, names, i),
             number(f"{found.median:,.0f} {found.unit}/s"), number(f"{found.per_gpu:,.0f}"),
             number(f"{found.slowest:,.0f} at step {found.slowest_step:,}"),
-            performance.utilisation(found), facts.layout(view),
+            tag("td", performance.utilisation(found), class_="wide"),
+            tag("td", facts.layout(view), class_="wide"),
         ])  # fmt: skip
     headings = [*run_heading(views), "median", "of that a rank", "slowest", "model FLOPs utilisation", "on"]
     hint = "Of the steps themselves: evaluation and checkpoints are left out."
@@ -148,22 +147,27 @@ def _figures(figures: Sequence[Figure]) -> Html:
 
 
 def _memory(views: Sequence[RunView], names: Sequence[str]) -> Html:
-    """A bar a rank of what it held, of what it could hold."""
-    found = [performance.memory(view) for view in views]
-    known = [memory for memory in found if memory is not None]
+    """A bar a rank of what it held; of many ranks those that held the most, and the others folded away."""
+    found = {names[i] if len(views) > 1 else "": performance.memory(view) for i, view in enumerate(views)}
+    known = {name: memory for name, memory in found.items() if memory is not None}
     if not known:
         return _NOTHING
-    kinds = list(dict.fromkeys(kind for memory in known for rank in memory.ranks for kind in rank.kinds))
-    whole = _full_width(known)
-    bars = [
-        _rank_bars(memory, kinds, whole, f"{names[i]} · " if len(views) > 1 else "")
-        for i, memory in enumerate(found)
-        if memory is not None
-    ]
+    kinds = list(dict.fromkeys(kind for memory in known.values() for kind in memory.ranks[0].kinds))
+    whole = _full_width(list(known.values()))
+    shown: list[Html] = []
+    hidden: list[Html] = []
+    for name, memory in known.items():
+        fullest = sorted(memory.ranks, key=lambda rank: -rank.peak)[:_MOST_RANKS]
+        for rank in memory.ranks:
+            part = shown if rank in fullest else hidden
+            part.append(_rank_bar(rank, memory.capacity, kinds, whole, name))
     key = [tag("span", _swatch(i), kind) for i, kind in enumerate(kinds)]
+    width = f"The whole width is {performance.gib(whole)}{_meaning(known.values(), whole)}."
+    rest = [details(f"{len(hidden)} more ranks", tag("div", *hidden, class_="bars"))] if hidden else []
     return join([
-        tag("h3", "Memory of each rank, at its peak"), tag("div", *key, class_="key"), *bars,
-        tag("p", f"The whole width is {performance.gib(whole)}{_meaning(known, whole)}.", class_="soft"),
+        tag("h3", "Memory of each rank, at its peak"), tag("div", *key, class_="key"),
+        tag("div", *shown, class_="bars"), *rest,
+        tag("p", width, class_="soft"),
     ])  # fmt: skip
 
 
@@ -174,29 +178,20 @@ def _full_width(known: Sequence[Memory]) -> float:
     return capacity if peak >= _OF_CAPACITY * capacity and capacity else peak or 1.0
 
 
-def _meaning(known: Sequence[Memory], whole: float) -> str:
+def _meaning(known: Iterable[Memory], whole: float) -> str:
     return ", what a rank could hold" if any(memory.capacity == whole for memory in known) else ""
 
 
-def _rank_bars(memory: Memory, kinds: Sequence[str], whole: float, name: str) -> Html:
-    """The bars of a run's ranks; of many, the fullest ones, and all of them folded away."""
-    bars = [_rank_bar(rank, memory, kinds, whole, name) for rank in memory.ranks]
-    if len(bars) <= _MOST_RANKS:
-        return tag("div", *bars, class_="bars")
-    fullest = sorted(memory.ranks, key=lambda rank: -rank.peak)[:_MOST_RANKS]
-    shown = [_rank_bar(rank, memory, kinds, whole, name) for rank in fullest]
-    every = details(f"all {len(bars)} ranks", tag("div", *bars, class_="bars"))
-    return join([tag("div", *shown, class_="bars"), every])
-
-
-def _rank_bar(rank: RankMemory, memory: Memory, kinds: Sequence[str], whole: float, name: str) -> Html:
+def _rank_bar(
+    rank: RankMemory, capacity: float | None, kinds: Sequence[str], whole: float, name: str
+) -> Html:
     parts = [
         (kinds.index(kind), held / whole, f"{kind}: {performance.gib(held)}")
         for kind, held in rank.kinds.items()
         if held
     ]
-    said = performance.of_capacity(rank, memory.capacity)
-    return _bar(f"{name}rank {rank.rank}", parts, said)
+    of = " · ".join([*([name] if name else []), f"rank {rank.rank}"])
+    return _bar(of, parts, performance.of_capacity(rank, capacity))
 
 
 def _reached(views: Sequence[RunView], names: Sequence[str], found: Descents) -> Html:

@@ -162,6 +162,8 @@ def section(result: Mapping[str, Any]) -> Html:
 
 def _row(row: Mapping[str, Any]) -> list[str]:
     figures = cells(row)
-    width = f"{min(1.0, row['efficiency']) * 8:.2f}em"
-    bar = tag("div", " ", style=f"width: {width}; background: currentColor; opacity: 0.5")
-    return [figures[0], *(number(figure) for figure in figures[1:]), tag("td", bar), row["cause"]]
+    part = tag("i", class_="swatch-0", style=f"width: {min(1.0, row['efficiency']):.2%}")
+    bar = tag("td", tag("div", part, class_="bar", style="width: 8em"))
+    return [
+        figures[0], *(number(figure) for figure in figures[1:]), bar, tag("td", row["cause"], class_="wide"),
+    ]  # fmt: skip

@@ -296,6 +296,8 @@ def _tile(value: str, name: str) -> Html:
 def _importance(metric: str) -> tuple[bool, bool, int, str]:
     ranked = ("test", "val", "per_second")
     rank = next((i for i, word in enumerate(ranked) if word in metric), len(ranked))
+    if metric.startswith("seconds_"):  # of waiting, evaluating and such, which Performance tells better
+        rank = len(ranked) + 1
     return metric != "loss", metric != "val_loss", rank, metric
 
 

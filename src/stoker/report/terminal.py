@@ -190,7 +190,7 @@ def _throughput(view: RunView) -> str:
         return ""
     several = f", {short(found.per_gpu)} a rank" if found.per_gpu < found.median else ""
     used = performance.utilisation(found)
-    return f"{short(found.median)} {found.unit}/s{several}{f', {used}' if used else ''}"
+    return f"{short(found.median)} {found.unit}/s{several}{f', MFU {used}' if used else ''}"
 
 
 def _memory(view: RunView) -> str:
