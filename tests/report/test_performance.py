@@ -272,3 +272,12 @@ def test_a_view_says_its_performance_as_json(killed_twice: RunDirectory) -> None
     assert found["throughput"]["median"] == 200
     assert found["memory"] is None
     assert found["seconds"]["between attempts"] == 45
+
+
+def test_what_a_journal_says_wrongly_of_its_time_is_damage_and_not_a_report_that_fails(
+    tmp_path: Path,
+) -> None:
+    wrong = [(11, "spent", {"step": 1, "over": False, "seconds": {}}), (12, "peak", {"flops": "many"})]
+    seen = view.load(_run(tmp_path, [(0, "attempt_started", {}), _began(10), *wrong]))
+    assert len(seen.damage) == 2
+    assert "could not be read" in html.render([seen])

@@ -97,8 +97,9 @@ def memory(view: RunView) -> Memory | None:
     """What `Trainer.memory` said last, where it was logged as a table named `memory`."""
     logged = facts.tables(view).get(MEMORY, [])
     columns, rows = facts.table_rows(view, logged[-1]) if logged else ([], [])
-    if not rows or len(columns) < 3 or (columns[0], columns[-1]) != ("rank", "peak"):  # one of another kind
-        return None
+    numbers = all(isinstance(cell, int | float) for row in rows for cell in row)
+    if not rows or not numbers or len(columns) < 3 or (columns[0], columns[-1]) != ("rank", "peak"):
+        return None  # a table of another kind
     kinds = [name.partition(",")[0] for name in columns[1:-1]]
     held = [RankMemory(int(row[0]), dict(zip(kinds, row[1:-1], strict=True)), row[-1]) for row in rows]
     has = next((a.layout.get("memory_bytes") for a in reversed(view.attempts) if a.layout), None)

@@ -109,7 +109,9 @@ def _kind(kind: str) -> Html:
 
 
 def _share(seconds: float, total: float) -> Html:
-    return tag("td", spell(seconds), tag("span", f"{seconds / total:.1%}", class_="source"), class_="number")
+    return tag(
+        "td", spell(seconds), tag("span", f"{seconds / (total or 1):.1%}", class_="source"), class_="number"
+    )
 
 
 def _throughput(views: Sequence[RunView], names: Sequence[str]) -> Html:

@@ -167,20 +167,17 @@ def _plan(view: RunView, event: Event) -> None:
 
 
 def _layout(view: RunView, event: Event) -> None:
-    view.attempts[-1].layout = _fields(event)
+    view.attempts[-1].layout = {k: v for k, v in event.items() if k not in ("type", "time", "seq")}
 
 
 def _peak(view: RunView, event: Event) -> None:
-    view.attempts[-1].layout["peak"] = _fields(event)
+    view.attempts[-1].layout["peak"] = {"flops": float(event["flops"]), "source": str(event["source"])}
 
 
 def _spent(view: RunView, event: Event) -> None:
-    found = {"time": event["time"], "step": event["step"], "over": event["over"], "seconds": event["seconds"]}
-    view.attempts[-1].spent.append(found)
-
-
-def _fields(event: Event) -> dict[str, Any]:
-    return {key: value for key, value in event.items() if key not in ("type", "time", "seq")}
+    seconds = {what: float(event["seconds"][what]) for what in ("waiting", "evaluating", "checkpointing")}
+    about = {"time": float(event["time"]), "step": int(event["step"]), "over": bool(event["over"])}
+    view.attempts[-1].spent.append({**about, "seconds": seconds})
 
 
 def _media(view: RunView, event: Event) -> None:
