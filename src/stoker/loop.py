@@ -176,6 +176,7 @@ class Trainer:
         self.run.event(
             "layout", parallel=self.strategy, why=why, precision=self.precision, ranks=self.world.size,
             device=device.name(self.device), data_ranks=self.mesh.data.size,
+            memory_bytes=memory.of_a_rank(self.device, self.world.local_size),
         )  # fmt: skip
 
     # -- the loop ---------------------------------------------------------------------------
@@ -229,7 +230,11 @@ class Trainer:
         self._loader = loader
         duration = Duration.parse(max_steps) if epochs is None else Duration(float(epochs), "epoch")
         self._total = counting.steps_in(duration, loader)
-        self.run.event("plan", total_steps=self._total, samples_per_step=loader.batch_size)
+        tokens = loader.tokens_per_sample
+        self.run.event(
+            "plan", total_steps=self._total, samples_per_step=loader.batch_size,
+            tokens_per_step=tokens and tokens * loader.batch_size,
+        )  # fmt: skip
         with self.run.stop.deferred(), self._progress():
             yield from self._remaining(loader)
             requests = self._agreement.requests()
@@ -271,12 +276,16 @@ class Trainer:
                 if requests.checkpoint or requests.stop or self._checkpoint_due():
                     self.checkpoint()
                 if requests.stop:
-                    self._finish_saving()
-                    self._heart.pause()
+                    self._end_loop()
                     raise Stopped(requests.stop)
             self.run.step = self.steps_done
         self.checkpoint()
-        self._finish_saving()
+        self._end_loop()
+
+    def _end_loop(self) -> None:
+        with self._spending("checkpointing"):
+            self._finish_saving()
+        self._say_spent(over=True)
         self._heart.pause()
 
     def _write_timing(self, timed: Timed) -> None:
@@ -524,11 +533,20 @@ class Trainer:
 
     @contextlib.contextmanager
     def _spending(self, what: str) -> Iterator[None]:
+        """What is done within is no part of a step, and its time is told apart."""
         begun = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._spent[what] += time.perf_counter() - begun
+        yield
+        seconds = time.perf_counter() - begun
+        self._spent[what] += seconds
+        self._rate.leave_out(seconds)
+        self._say_spent()
+
+    def _say_spent(self, *, over: bool = False) -> None:
+        """Where the time of this attempt went so far, for the report. Of an attempt that is killed it is
+        known by this until its last checkpoint, and what came after is done again.
+        """
+        spent = {"waiting": self.waited, **self._spent}
+        self.run.event("spent", step=self.run.step, over=over, seconds=spent)
 
     # -- evaluation -------------------------------------------------------------------------
 
@@ -563,14 +581,17 @@ class Trainer:
         """
         if workers is None:
             workers = self._loader.workers if self._loader is not None else 0
-        try:
-            with self.averaged(), self._spending("evaluating"):
-                return evaluation.measure(
-                    self._step, self._setting, dataset, metrics, batch_size=batch_size, collate=collate,
-                    workers=workers, channels_last=self.training.channels_last, meanwhile=self._heart.beat,
-                )  # fmt: skip
-        finally:
-            self._rate.restart()
+        with self.evaluating():
+            return evaluation.measure(
+                self._step, self._setting, dataset, metrics, batch_size=batch_size, collate=collate,
+                workers=workers, channels_last=self.training.channels_last, meanwhile=self._heart.beat,
+            )  # fmt: skip
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """What is done within counts as evaluation, not as training; the model has its averaged weights."""
+        with self.averaged(), self._spending("evaluating"):
+            yield
 
     def averaged(self) -> contextlib.AbstractContextManager[None]:
         """The model has its averaged weights (`ema.decay`) within this block; else the ones it has."""
@@ -643,7 +664,6 @@ class Trainer:
             self._finish_saving()
             self._checkpoints.save(position)
         self._saved_at, self._saved_step = time.monotonic(), self.steps_done
-        self._rate.restart()
 
     def _finish_saving(self) -> None:
         self._checkpoints.wait(meanwhile=self._heart.beat)  # which may take long, and is no standstill

@@ -100,18 +100,22 @@ class ProgressDisplay:
 class Rate:
     """Steps a second over the last steps, leaving out time spent on anything else."""
 
-    def __init__(self, window: int = 20) -> None:
+    def __init__(self, window: int = 20, clock: Callable[[], float] = time.perf_counter) -> None:
         self._seconds: list[float] = []
-        self._window = window
-        self._mark = time.perf_counter()
+        self._window, self._clock = window, clock
+        self._mark = clock()
 
     def restart(self) -> None:
         """What went on since the last mark was not a step."""
-        self._mark = time.perf_counter()
+        self._mark = self._clock()
+
+    def leave_out(self, seconds: float) -> None:
+        """So much of the time since the last step was spent on something else."""
+        self._mark += seconds
 
     def step(self) -> None:
         """A step is done."""
-        now = time.perf_counter()
+        now = self._clock()
         self._seconds = [*self._seconds[-self._window + 1 :], now - self._mark]
         self._mark = now
 

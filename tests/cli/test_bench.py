@@ -18,7 +18,7 @@ RECIPE = str(Path(__file__).parent / "ranked.py")
 def test_a_recipe_is_measured_by_the_number_of_ranks(stoker: Command, tmp_path: Path) -> None:
     done = stoker(
         "bench", "scaling", RECIPE, "precision=fp32", "--nproc", "2,1", "--steps", "10", "--repeats", "2",
-        "-o", "out/how.html", "--json",
+        "--json",
     )  # fmt: skip
     assert done.code == 0, done.err
     rows = done.answer["rows"]
@@ -34,16 +34,17 @@ def test_a_recipe_is_measured_by_the_number_of_ranks(stoker: Command, tmp_path: 
         assert 0 <= row["waiting"] <= 1
         assert (row["communication"] > 0) == (row["ranks"] > 1)
     assert rows[0]["efficiency"] == 1.0
-    written = json.loads((tmp_path / "out" / "how.json").read_text())
+    beside_runs = tmp_path / "runs" / "ranked"
+    written = json.loads((beside_runs / "scaling.json").read_text())
     assert written["rows"] == rows
     assert (written["steps"], written["repeats"], written["config"]["batch_size"]) == (10, 2, 16)
     assert written["machine"]["processor"]
-    page = (tmp_path / "out" / "how.html").read_text()
+    page = (beside_runs / "scaling.html").read_text()
     assert "How ranked scales" in page
     assert written["machine"]["processor"] in page
     assert "measuring weak scaling, 2 ranks, batch of 32, 2 of 2" in done.err
     assert "profiler" not in done.err
-    assert not (tmp_path / "runs").exists(), "no run is left behind"
+    assert not list(beside_runs.glob("*/")), "no run is left behind"
 
 
 @pytest.mark.parametrize(

@@ -30,14 +30,18 @@ def _run(path: Path, run_id: str) -> RunDirectory:
         _, writer = journal.start_attempt(directory.journal)
         begin = 3600.0 * number
         writer.append("attempt_started", time=begin, pid=1, host="here")
-        writer.append("plan", time=begin, total_steps=200, samples_per_step=4)
+        writer.append("plan", time=begin + 5, total_steps=200, samples_per_step=4, tokens_per_step=40)
         if number == 2:
             writer.append("resumed", time=begin, step=90, passed_over=[])
         for step in range(90 * number - 89, 100 * number + 1):
             values = {"loss": 1 / step, "val_loss": 2 / step, EVIL: 1.0 * step}
+            values |= {"tokens_per_second": 40.0 + step, "seconds_evaluating": 1.0} if step % 10 == 0 else {}
             values |= {"loss": float("nan")} if step == 30 else {"loss": float("inf")} if step == 40 else {}
             encoded = journal.encode_values(values)
             writer.append("metrics", time=begin + step, step=step, values=encoded)
+            if step == 90:
+                seconds = {"waiting": 1.0, "evaluating": 2.0, "checkpointing": 3.0}
+                writer.append("spent", time=begin + step, step=step, over=False, seconds=seconds)
         writer.append("system", time=begin + 50, step=0, values={"gpu_0_power_watts": 1.0})
         step = 80 * number  # the first is before the resume, which voids what came after
         for kind, encoded in (
@@ -80,7 +84,9 @@ def _curve(field: str) -> str:
 def test_everything_is_drawn_and_the_console_is_silent(browser: Browser) -> None:
     shown = "[...document.querySelectorAll('.plot')].filter(plot => plot.offsetParent)"
     drawn = f"{shown}.map(plot => plot.dataset.of + !!plot.querySelector('.main-svg'))"
-    assert set(browser.run(drawn)) == {"curvestrue", "machinetrue", "histogramstrue", "drawingstrue"}
+    assert set(browser.run(drawn)) == {
+        "curvestrue", "performancetrue", "machinetrue", "histogramstrue", "drawingstrue",
+    }  # fmt: skip
     assert browser.run("document.querySelectorAll('.plot .scatterlayer path.js-line').length") >= 4
     assert browser.run("document.title") == "a, b · stoker"
     assert browser.errors == []
@@ -130,6 +136,18 @@ def test_a_smooth_curve_is_a_debiased_mean_of_what_came_before(browser: Browser)
     kept = 0.9 ** (1000 / 199)
     assert smooth[0] == raw[0]
     assert smooth[1] == pytest.approx((raw[0] * kept + raw[1]) / (kept + 1))
+
+
+def test_a_loss_that_is_typed_is_answered_for_each_run(browser: Browser) -> None:
+    answers = "[...document.querySelectorAll('.answer')].map(cell => cell.textContent)"
+    assert browser.run(answers) == ["", ""]
+    browser.run(_set("#wanted", "0.025"))  # the val_loss of step n is 2 / n
+    assert browser.run(answers) == ["1:20step 80, 3.2k tokens"] * 2
+    browser.run(_set("#wanted", "0.001"))
+    assert browser.run(answers) == ["not reached"] * 2
+    browser.run(_set("#wanted-of", "loss", "change") + "; " + _set("#wanted", "2"))
+    assert browser.run(answers) == ["1.0 sstep 1, 40 tokens"] * 2
+    assert browser.errors == []
 
 
 def test_a_step_of_images_is_shown_by_the_slider(browser: Browser) -> None:

@@ -17,7 +17,7 @@ from rich.table import Table
 from stoker import config as configs
 from stoker import machine, recipes
 from stoker.cli import train
-from stoker.cli.output import Json, console, print_json, show_messages
+from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, console, print_json, show_messages
 from stoker.cli.train import Job, Overrides
 from stoker.config import Resolved
 from stoker.duration import Duration
@@ -47,9 +47,16 @@ def scaling(
     steps: Annotated[int, typer.Option(min=1, help="Steps that are timed, after a warm-up.")] = 20,
     repeats: Annotated[int, typer.Option(min=1, help="How often each is measured.")] = 3,
     output: Annotated[
-        Path,
-        typer.Option("--output", "-o", metavar="FILE", help="The report; its rows go beside it as JSON."),
-    ] = Path("scaling.html"),
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="The report; its rows go beside it as JSON.",
+            show_default="scaling.html beside the recipe's runs, where `stoker report` finds it",
+        ),
+    ] = None,
+    runs: RunsFolder = DEFAULT_RUNS,
     json: Json = False,
 ) -> int:
     """Measure samples/s (or tokens/s), memory, waiting and communication by the number of ranks.
@@ -59,8 +66,9 @@ def scaling(
     does every so often (evaluation, checkpoints) is left out.
     """
     show_messages()
-    report.check(output)
     found = recipes.load(recipe)
+    output = output or (runs / found.name / report.NAME).with_suffix(".html")
+    report.check(output)
     resolved = configs.resolve(found.config, overrides or (), None)
     counts = _counts(nproc)
     _check_length(found, resolved.config, steps)

@@ -60,6 +60,6 @@ def _continued(trainer: Trainer, ids: torch.Tensor, length: int, end: int) -> to
 
 def log_generations(trainer: Trainer, tokenizer: Any, prompts: Sequence[str], length: int) -> None:
     """Log a table of prompts with their continuations. All ranks call it."""
-    with trainer.averaged():
+    with trainer.evaluating():
         rows = [(prompt, generate(trainer, tokenizer, prompt, length)) for prompt in prompts]
     trainer.run.table("generations", rows, ["prompt", "completion"])

@@ -218,6 +218,7 @@ def train(run: Run, config: Config) -> None:
     def evaluate() -> None:
         run.log(perplexity.validation_metrics(losses_on(rows.validation), rows.validation))
         generation.log_generations(trainer, language.tokenizer, prompts, config.generate_tokens)
+        run.table("memory", trainer.memory(), MEMORY)
 
     if trainer.steps_done == 0 and language.pretrained:
         run.log(base_test_perplexity=test_perplexity())
@@ -231,7 +232,6 @@ def train(run: Run, config: Config) -> None:
             evaluate()
             if config.patience is not None and trainer.stale("val_loss", config.patience):
                 trainer.finish(f"val_loss got no better over {config.patience} evaluations")
-    run.table("memory", trainer.memory(), MEMORY)
     run.log(test_perplexity=test_perplexity())
     export.export(trainer, language, model)
 

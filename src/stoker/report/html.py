@@ -9,23 +9,27 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from stoker import storage
 from stoker.errors import BadInput
-from stoker.report import assets, gallery, plots, sections
+from stoker.report import assets, gallery, performance, performance_section, plots, sections
 from stoker.report.markup import Html, join, json_script, tag
 from stoker.run.view import RunView
 
+Scaled = Sequence[Mapping[str, Any]]
+"""Results of `stoker bench scaling`."""
 
-def write(views: Sequence[RunView], output: Path) -> Path:
+
+def write(views: Sequence[RunView], output: Path, scaled: Scaled = ()) -> Path:
     """Write the report of one or several runs to a file, whole or not at all; returns the file.
 
     Raises BadInput where the file cannot be written.
     """
     assert views, "a report needs a run"
-    page = render(views)
+    page = render(views, scaled)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         storage.write_atomically(output, page.encode(errors="replace"))
@@ -36,13 +40,16 @@ def write(views: Sequence[RunView], output: Path) -> Path:
     return output
 
 
-def render(views: Sequence[RunView]) -> str:
+def render(views: Sequence[RunView], scaled: Scaled = ()) -> str:
     """The whole page as text."""
     names = run_names(views)
     gallery_ = gallery.choose(views)
-    data = {
+    figures = plots.figures(views, names)
+    descents = performance_section.descents(views)
+    data: dict[str, Any] = {
         "runs": plots.runs(views, names),
-        "curves": plots.figures(views, names),
+        "curves": [f for f in figures if not performance.METRIC.fullmatch(f["title"])],
+        "performance": performance.figures(figures, views),
         "machine": plots.machine(views, names),
         "histograms": plots.histograms(views, names),
     }
@@ -50,6 +57,7 @@ def render(views: Sequence[RunView]) -> str:
         sections.header(views, names),
         sections.curves(data["curves"], views, names),
         sections.metrics(views, names),
+        performance_section.render(views, names, data["performance"], descents, scaled),
         gallery.images(views, names, gallery_),
         gallery.drawn(views, names, gallery_),
         gallery.texts(views, names, gallery_),
@@ -63,6 +71,7 @@ def render(views: Sequence[RunView]) -> str:
     ]
     data["drawings"] = gallery_.drawings
     scripts = _scripts(drawn=any(data[part] for part in data if part != "runs"), body=body)
+    data["descents"] = performance_section.as_data(descents, views)
     body += [json_script("data", data), *(tag("script", Html(script)) for script in scripts)]
     return "<!doctype html>\n" + tag(
         "html", _head(", ".join(names), scripts), tag("body", join(body)), lang="en"

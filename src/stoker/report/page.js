@@ -12,11 +12,11 @@
 
   // -- the x axis: steps, samples, or time spent, in the unit that the longest run asks for
 
-  const longest = [...data.curves, ...data.machine].flatMap((figure) => figure.curves)
+  const longest = [...data.curves, ...data.performance, ...data.machine].flatMap((figure) => figure.curves)
     .reduce((most, curve) => Math.max(most, curve.t[curve.t.length - 1] || 0), 0);
   const [seconds, unit] = [[86400, "days"], [3600, "hours"], [60, "minutes"], [1, "seconds"]]
     .find(([length]) => longest >= 2 * length || length === 1);
-  const axisOf = (of) => (of === "machine" ? "time" : axis.value);
+  const axisOf = (of) => (of === "machine" ? "time" : axis ? axis.value : "step");
   const places = (points, run, over) => {
     if (over === "time") return points.t.map((time) => time / seconds);
     if (over === "samples") return points.x.map((step) => step * data.runs[run].samples);
@@ -76,7 +76,7 @@
     },
   });
   const traces = (curve, over) => {
-    const weight = Math.min(Math.sqrt(Number(smoothing.value)), 0.999);
+    const weight = smoothing ? Math.min(Math.sqrt(Number(smoothing.value)), 0.999) : 0;
     const line = raw(curve, over);
     const lines = weight > 0 ? [faint(line), smooth(curve, over, weight)] : [line];
     return curve.bad.length ? [...lines, bad(curve, over)] : lines;
@@ -85,6 +85,10 @@
     type: "line", xref: "x", yref: "paper", x0: place(mark, over), x1: place(mark, over), y0: 0, y1: 1,
     layer: "below",
     line: { width: 1, dash: "dot", color: mark.color === null ? css("--faint") : series(mark.color) },
+  });
+  const across = (level) => ({
+    type: "line", xref: "paper", yref: "y", x0: 0, x1: 1, y0: level.y, y1: level.y, layer: "below",
+    line: { width: 1, dash: "dash", color: data.runs.length > 1 ? series(level.run) : css("--faint") },
   });
   const note = (mark, over) => ({
     xref: "x", yref: "paper", x: place(mark, over), y: 1, xanchor: "left", yanchor: "top", showarrow: false,
@@ -107,10 +111,10 @@
       ...base, hovermode: "x unified", showlegend: figure.legend, uirevision: `${over} ${log}`,
       legend: { orientation: "h", x: 0, y: 1.01, yanchor: "bottom", bgcolor: "rgba(0,0,0,0)" },
       xaxis: xaxis(over),
-      yaxis: { ...base.yaxis, type: log ? "log" : "linear",
+      yaxis: { ...base.yaxis, type: log ? "log" : "linear", rangemode: figure.levels ? "tozero" : "normal",
                tickformat: figure.title.includes("bytes") ? "~s" : "~g" },
       yaxis2: { overlaying: "y", range: [0, 1], fixedrange: true, visible: false },
-      shapes: marks.map((mark) => upright(mark, over)),
+      shapes: [...marks.map((mark) => upright(mark, over)), ...(figure.levels || []).map(across)],
       annotations: marks.filter((mark) => mark.label).map((mark) => note(mark, over)),
     };
   };
@@ -205,7 +209,7 @@
 
   // -- what is on the screen is drawn; the rest once it comes there
 
-  const draws = { curves: drawCurves, machine: drawCurves, histograms: drawHistogram, drawings: drawDrawing };
+  const draws = { curves: drawCurves, performance: drawCurves, machine: drawCurves, histograms: drawHistogram, drawings: drawDrawing };
   const plots = all(".plot");
   const seen = new Set();
   const fail = (plot, error) => {
@@ -241,6 +245,40 @@
     asked = true;
     requestAnimationFrame(() => { asked = false; refresh(plots.filter((plot) => plot.dataset.of !== "drawings")); });
   };
+
+  // -- when a loss was reached
+
+  const two = (number) => String(number).padStart(2, "0");
+  const spell = (time) => {
+    if (time < 59.95) return `${time.toFixed(1)} s`;
+    const [hours, minutes, rest] = [Math.floor(Math.round(time) / 3600), Math.floor(Math.round(time) / 60) % 60, Math.round(time) % 60];
+    return hours ? `${hours}:${two(minutes)}:${two(rest)}` : `${minutes}:${two(rest)}`;
+  };
+  const short = (number) => {
+    const [, divisor, suffix] = [[1e3, 1, ""], [1e6, 1e3, "k"], [1e9, 1e6, "M"], [Infinity, 1e9, "G"]]
+      .find(([limit]) => number < limit);
+    return `${(number / divisor).toFixed(suffix ? 1 : 0)}${suffix}`;
+  };
+  const wanted = document.getElementById("wanted");
+  const wantedOf = document.getElementById("wanted-of");
+  const answer = (cell) => {
+    const found = data.descents[wantedOf.value][Number(cell.dataset.run)];
+    const value = wanted.valueAsNumber;
+    if (Number.isNaN(value)) { cell.textContent = ""; return; }
+    const at = found ? found.values.findIndex((loss) => loss <= value) : -1;
+    cell.textContent = at < 0 ? "not reached" : spell(found.seconds[at]);
+    if (at < 0) return;
+    const about = document.createElement("span");
+    about.className = "source";
+    const tokens = found.tokens ? `, ${short(found.steps[at] * found.tokens)} tokens` : "";
+    about.textContent = `step ${digits(found.steps[at])}${tokens}`;
+    cell.append(about);
+  };
+  const answerAll = () => all(".answer").forEach(answer);
+  if (wanted) {
+    wanted.addEventListener("input", answerAll);
+    wantedOf.addEventListener("change", answerAll);
+  }
 
   // -- controls
 

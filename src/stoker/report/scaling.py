@@ -11,7 +11,8 @@ import orjson
 from stoker import storage
 from stoker.errors import BadInput
 from stoker.report import assets
-from stoker.report.markup import Html, number, table, tag
+from stoker.report.markup import Html, join, number, table, tag
+from stoker.run.view import RunView
 
 _POOR = 0.8
 _MUCH = 0.1  # of a step
@@ -48,6 +49,51 @@ def cells(row: Mapping[str, Any]) -> list[str]:
     ]  # fmt: skip
 
 
+NAME = "scaling.json"
+"""What the rows are called that stand beside the runs of a recipe."""
+
+_ROW = {
+    "scaling", "ranks", "batch_size", "unit", "rate", "rates", "efficiency", "peak_bytes", "waiting",
+    "communication", "parallel", "precision", "cause",
+}  # fmt: skip
+_RESULT = {"recipe", "machine", "torch", "stoker", "cores_per_rank", "steps", "repeats", "rows"}
+
+
+def load(file: Path) -> dict[str, Any]:
+    """What `write` wrote as JSON, or beside a page. Raises BadInput where it is not that."""
+    file = file.with_suffix(".json") if file.suffix == ".html" else file
+    try:
+        found = orjson.loads(file.read_bytes())
+        whole = found.keys() >= _RESULT and all(row.keys() >= _ROW for row in found["rows"])
+    except OSError as error:
+        raise BadInput(
+            f"{file} cannot be read: {error.strerror}; give what `stoker bench scaling` wrote"
+        ) from error
+    except (orjson.JSONDecodeError, AttributeError, TypeError):
+        whole = False
+    if not whole or not found["rows"]:
+        raise BadInput(f"{file} is not what `stoker bench scaling` writes: measure anew, or remove it")
+    return dict(found)
+
+
+def measured(views: Sequence[RunView]) -> list[dict[str, Any]]:
+    """What was measured of the runs' recipes, as far as it stands beside them.
+
+    That is in the folder of their experiment, or of the one named after the recipe. Raises
+    BadInput where such a file cannot be read.
+    """
+    recipes = {(view.record.get("recipe") or {}).get("name") for view in views}
+    folders = [folder for view in views for folder in _folders(view)]
+    files = [folder / NAME for folder in dict.fromkeys(folders) if (folder / NAME).is_file()]
+    return [found for found in map(load, files) if found["recipe"] in recipes]
+
+
+def _folders(view: RunView) -> list[Path]:
+    experiment = view.directory.path.absolute().parent
+    recipe = str((view.record.get("recipe") or {}).get("name", ""))
+    return [experiment, experiment.parent / (recipe or experiment.name)]
+
+
 def check(output: Path) -> None:
     """Raises BadInput where a report could not be written there, before there is one."""
     if output.suffix == ".json":
@@ -76,8 +122,21 @@ def _unwritable(output: Path, error: OSError) -> BadInput:
 
 
 def render(result: Mapping[str, Any]) -> str:
-    """The page as text: the rows, with a bar for each efficiency, and what was measured on what."""
-    name, rows = result["recipe"], result["rows"]
+    """The page as text."""
+    name = result["recipe"]
+    head = tag(
+        "head",
+        tag("meta", charset="utf-8"),
+        tag("title", f"{name} · scaling"),
+        tag("style", Html(assets.STYLE)),
+    )
+    body = tag("body", tag("h1", f"How {name} scales"), section(result))
+    return "<!doctype html>\n" + tag("html", head, body, lang="en")
+
+
+def section(result: Mapping[str, Any]) -> Html:
+    """The rows, with a bar for each efficiency, and what was measured on what."""
+    rows = result["rows"]
     machine = result["machine"]
     device = ", ".join(machine["gpus"]) or machine["processor"]
     ways = ", ".join(f"{r['parallel']} on {r['ranks']}" for r in rows if r["scaling"] == "strong")
@@ -89,9 +148,7 @@ def render(result: Mapping[str, Any]) -> str:
         "precision": ", ".join(dict.fromkeys(str(row["precision"]) for row in rows)),
         "measured": f"{result['repeats']} times {result['steps']} steps",
     }
-    body = tag(
-        "body",
-        tag("h1", f"How {name} scales"),
+    return join([
         tag(
             "p",
             "Strong scaling keeps the global batch, weak scaling a rank's share of it. Efficiency is the "
@@ -100,18 +157,13 @@ def render(result: Mapping[str, Any]) -> str:
         ),
         table((*headings(rows), "", "what limits it"), (_row(row) for row in rows)),
         table((), ([tag("td", key, class_="name"), value] for key, value in facts.items())),
-    )
-    head = tag(
-        "head",
-        tag("meta", charset="utf-8"),
-        tag("title", f"{name} · scaling"),
-        tag("style", Html(assets.STYLE)),
-    )
-    return "<!doctype html>\n" + tag("html", head, body, lang="en")
+    ])  # fmt: skip
 
 
 def _row(row: Mapping[str, Any]) -> list[str]:
     figures = cells(row)
-    width = f"{min(1.0, row['efficiency']) * 8:.2f}em"
-    bar = tag("div", " ", style=f"width: {width}; background: currentColor; opacity: 0.5")
-    return [figures[0], *(number(figure) for figure in figures[1:]), tag("td", bar), row["cause"]]
+    part = tag("i", class_="swatch-0", style=f"width: {min(1.0, row['efficiency']):.2%}")
+    bar = tag("td", tag("div", part, class_="bar", style="width: 8em"))
+    return [
+        figures[0], *(number(figure) for figure in figures[1:]), bar, tag("td", row["cause"], class_="wide"),
+    ]  # fmt: skip

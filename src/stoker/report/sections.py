@@ -11,7 +11,7 @@ from typing import Any
 
 import stoker
 from stoker.progress import clock
-from stoker.report import facts
+from stoker.report import facts, performance
 from stoker.report.facts import Value
 from stoker.report.markup import Html, details, join, number, table, tag
 from stoker.report.plots import Figure
@@ -57,10 +57,10 @@ def curves(figures: Sequence[Figure], views: Sequence[RunView], names: Sequence[
         *([tag("div", *key, class_="key")] if key else []),
         *_controls(known, search=len(figures) > _MANY_FIGURES),
     ]
-    return _section(
+    return section(
         "Curves",
         tag("div", *bar, class_="controls"),
-        tag("div", *_places(figures, "curves"), class_="figures"),
+        tag("div", *places_of(figures, "curves"), class_="figures"),
         tag("p", hint, class_="soft"),
     )
 
@@ -69,8 +69,8 @@ def machine(figures: Sequence[Figure]) -> Html:
     """What the machines did, over time; folded away."""
     if not figures:
         return _NOTHING
-    places = tag("div", *_places(figures, "machine"), class_="figures")
-    return _section("Machine", details(f"{len(figures)} curves of what the machine did", places))
+    places = tag("div", *places_of(figures, "machine"), class_="figures")
+    return section("Machine", details(f"{len(figures)} curves of what the machine did", places))
 
 
 def histograms(found: Sequence[dict[str, Any]], names: Sequence[str]) -> Html:
@@ -85,14 +85,14 @@ def histograms(found: Sequence[dict[str, Any]], names: Sequence[str]) -> Html:
         )
         for i, shown in enumerate(found)
     ]
-    return _section("Histograms", tag("div", *places, class_="figures even")) if places else _NOTHING
+    return section("Histograms", tag("div", *places, class_="figures even")) if places else _NOTHING
 
 
 def metrics(views: Sequence[RunView], names: Sequence[str]) -> Html:
     """The newest and the best value of every metric."""
     headings = [
         "metric",
-        *_run_heading(views),
+        *run_heading(views),
         "last",
         "at step",
         "best",
@@ -103,10 +103,10 @@ def metrics(views: Sequence[RunView], names: Sequence[str]) -> Html:
     ]
     found = [(name, i, known) for i, view in enumerate(views) for name, known in facts.metrics(view).items()]
     rows = [
-        [tag("td", name, class_="name"), *_run_cell(views, names, i), *_numbers(summary)]
+        [tag("td", name, class_="name"), *run_cell(views, names, i), *_numbers(summary)]
         for name, i, summary in sorted(found, key=lambda entry: (_importance(entry[0]), entry[1]))
     ]
-    return _section("Metrics", table(headings, rows)) if rows else _NOTHING
+    return section("Metrics", table(headings, rows)) if rows else _NOTHING
 
 
 def tables(views: Sequence[RunView], names: Sequence[str]) -> Html:
@@ -114,13 +114,15 @@ def tables(views: Sequence[RunView], names: Sequence[str]) -> Html:
     parts: list[Html] = []
     for view, name in zip(views, names, strict=True):
         for title, logged in facts.tables(view).items():
+            if title == performance.MEMORY and performance.memory(view) is not None:
+                continue  # it is drawn under Performance
             of_run = f"{name} · " if len(views) > 1 else ""
             parts.append(tag("h3", f"{of_run}{title} at step {logged[-1].step:,}"))
             parts.append(_logged(view, logged[-1:], with_step=False))
             if len(logged) > 1:
                 earlier = _logged(view, logged[-2::-1], with_step=True)
                 parts.append(details(f"{len(logged) - 1} earlier", earlier))
-    return _section("Tables", *parts) if parts else _NOTHING
+    return section("Tables", *parts) if parts else _NOTHING
 
 
 def config(views: Sequence[RunView], names: Sequence[str]) -> Html:
@@ -144,15 +146,15 @@ def config(views: Sequence[RunView], names: Sequence[str]) -> Html:
     headings = [tag("th", heading) for heading in ("key", *(names if several else ["value"]))]
     hint = "Marked: differs between the runs." if several else "Marked: not the default."
     whole = tag("table", tag("thead", tag("tr", *headings)), tag("tbody", *rows))
-    return _section("Config", tag("p", hint, class_="soft"), tag("div", whole, class_="scroll"))
+    return section("Config", tag("p", hint, class_="soft"), tag("div", whole, class_="scroll"))
 
 
 def attempts(views: Sequence[RunView], names: Sequence[str]) -> Html:
     """Every attempt: when, where, from which step, and how it ended."""
-    headings = [*_run_heading(views), "attempt", "started", "host", "from step", "time", "ended", "notes"]
+    headings = [*run_heading(views), "attempt", "started", "host", "from step", "time", "ended", "notes"]
     rows = [
         [
-            *_run_cell(views, names, i),
+            *run_cell(views, names, i),
             number(str(attempt.number)),
             number(when(attempt.started)),
             number(attempt.host),
@@ -164,7 +166,7 @@ def attempts(views: Sequence[RunView], names: Sequence[str]) -> Html:
         for i, view in enumerate(views)
         for attempt in view.attempts
     ]
-    return _section("Attempts", table(headings, rows)) if rows else _NOTHING
+    return section("Attempts", table(headings, rows)) if rows else _NOTHING
 
 
 def said(views: Sequence[RunView], names: Sequence[str]) -> Html:
@@ -180,26 +182,26 @@ def said(views: Sequence[RunView], names: Sequence[str]) -> Html:
         headings = [title, *(names if len(views) > 1 else ["value"])]
         parts += [table(headings, rows)] if rows else []
     notes = [
-        [*_run_cell(views, names, i), number(when(at)), tag("td", text, class_="notes")]
+        [*run_cell(views, names, i), number(when(at)), tag("td", text, class_="notes")]
         for i, view in enumerate(views)
         for at, text in view.notes
     ]
-    parts += [table([*_run_heading(views), "written", "note"], notes)] if notes else []
-    return _section("Params, tags and notes", *parts) if parts else _NOTHING
+    parts += [table([*run_heading(views), "written", "note"], notes)] if notes else []
+    return section("Params, tags and notes", *parts) if parts else _NOTHING
 
 
 def artifacts(views: Sequence[RunView], names: Sequence[str]) -> Html:
     """What the runs made, with checksums, and where it came from and went to."""
-    headings = [*_run_heading(views), "artifact", "kind", "where", "files", "size", "SHA-256", "used by"]
+    headings = [*run_heading(views), "artifact", "kind", "where", "files", "size", "SHA-256", "used by"]
     rows = [
-        [*_run_cell(views, names, i), tag("td", a.name, class_="name"), a.kind,
+        [*run_cell(views, names, i), tag("td", a.name, class_="name"), a.kind,
          tag("td", tag("code", a.path)), number(str(a.files)), number(facts.size(a.bytes)),
          tag("td", _sums(a.sums)), tag("td", ", ".join(_users(view, a.name)))]
         for i, view in enumerate(views)
         for a in facts.artifacts(view)
     ]  # fmt: skip
     used = [
-        [*_run_cell(views, names, i), tag("td", use.name, class_="name"), _run_name(use.run),
+        [*run_cell(views, names, i), tag("td", use.name, class_="name"), _run_name(use.run),
          number(str(len(use.files))), number(facts.size(sum(f.get("size", 0) for f in use.files))),
          tag("td", _sums({f.get("path", ""): f.get("sha256", "") for f in use.files}))]
         for i, view in enumerate(views)
@@ -208,22 +210,22 @@ def artifacts(views: Sequence[RunView], names: Sequence[str]) -> Html:
     parts = [table(headings, rows)] if rows else []
     if used:
         parts.append(tag("h3", "Used" if len(views) > 1 else "Used by this run"))
-        parts.append(table([*_run_heading(views), "artifact", "made by", "files", "size", "SHA-256"], used))
-    return _section("Artifacts", *parts) if parts else _NOTHING
+        parts.append(table([*run_heading(views), "artifact", "made by", "files", "size", "SHA-256"], used))
+    return section("Artifacts", *parts) if parts else _NOTHING
 
 
 def damage(views: Sequence[RunView], names: Sequence[str]) -> Html:
     """The lines of the journals that could not be read."""
     found = [(i, damaged) for i, view in enumerate(views) for damaged in view.damage]
     rows = [
-        [*_run_cell(views, names, i), tag("td", tag("code", damaged.file)), number(f"{damaged.line:,}"),
+        [*run_cell(views, names, i), tag("td", tag("code", damaged.file)), number(f"{damaged.line:,}"),
          tag("td", damaged.reason, class_="notes")]
         for i, damaged in found[:_MOST_DAMAGE]
     ]  # fmt: skip
     hint = _damaged(len(found)) + " Everything else on this page comes from the other lines."
     hint += f" These are the first {_MOST_DAMAGE}." if len(found) > _MOST_DAMAGE else ""
-    shown = table([*_run_heading(views), "file", "line", "what is wrong"], rows)
-    return _section("Damage", tag("p", hint, class_="error"), shown) if rows else _NOTHING
+    shown = table([*run_heading(views), "file", "line", "what is wrong"], rows)
+    return section("Damage", tag("p", hint, class_="error"), shown) if rows else _NOTHING
 
 
 def provenance(views: Sequence[RunView], names: Sequence[str]) -> Html:
@@ -239,7 +241,7 @@ def provenance(views: Sequence[RunView], names: Sequence[str]) -> Html:
         if packages:
             count = len(packages.splitlines())
             parts.append(details(f"{count} installed packages", tag("pre", packages)))
-    return _section("Provenance", *parts)
+    return section("Provenance", *parts)
 
 
 ALL = (tables, config, said, attempts, artifacts)
@@ -257,7 +259,8 @@ def when(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
-def _section(title: str, *children: str) -> Html:
+def section(title: str, *children: str) -> Html:
+    """A part of the page under a heading."""
     return tag("section", tag("h2", title), *children)
 
 
@@ -293,6 +296,8 @@ def _tile(value: str, name: str) -> Html:
 def _importance(metric: str) -> tuple[bool, bool, int, str]:
     ranked = ("test", "val", "per_second")
     rank = next((i for i, word in enumerate(ranked) if word in metric), len(ranked))
+    if metric.startswith("seconds_"):  # of waiting, evaluating and such, which Performance tells better
+        rank = len(ranked) + 1
     return metric != "loss", metric != "val_loss", rank, metric
 
 
@@ -345,7 +350,8 @@ def _controls(samples: bool, *, search: bool) -> list[Html]:
     ]
 
 
-def _places(figures: Sequence[Figure], of: str) -> list[Html]:
+def places_of(figures: Sequence[Figure], of: str, begin: int = 0) -> list[Html]:
+    """Where the page's script draws figures, which are those of `data[of]` from `begin` on."""
     return [
         tag(
             "div",
@@ -353,7 +359,7 @@ def _places(figures: Sequence[Figure], of: str) -> list[Html]:
             tag("div", class_="plot", data_of=of, data_index=str(i)),
             class_="figure",
         )
-        for i, figure in enumerate(figures)
+        for i, figure in enumerate(figures, begin)
     ]
 
 
@@ -396,11 +402,13 @@ def _log_switch() -> Html:
     return tag("label", tag("input", type="checkbox", class_="log"), "log scale")
 
 
-def _run_heading(views: Sequence[RunView]) -> list[str]:
+def run_heading(views: Sequence[RunView]) -> list[str]:
+    """What stands above `run_cell`."""
     return ["run"] if len(views) > 1 else []
 
 
-def _run_cell(views: Sequence[RunView], names: Sequence[str], index: int) -> list[Html]:
+def run_cell(views: Sequence[RunView], names: Sequence[str], index: int) -> list[Html]:
+    """Which run a row is of, where there are several."""
     return [_named(names[index], index)] if len(views) > 1 else []
 
 

@@ -17,8 +17,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from stoker.progress import clock
-from stoker.report import facts
+from stoker.progress import clock, short
+from stoker.report import facts, performance
 from stoker.run import query
 from stoker.run.directory import RunDirectory
 from stoker.run.view import RunView
@@ -176,9 +176,38 @@ def _summary(view: RunView) -> list[tuple[str, str]]:
         ("recipe", str((view.record.get("recipe") or {}).get("name", ""))),
         ("command", facts.command(view)),
         ("layout", facts.layout(view)),
+        ("throughput", _throughput(view)),
+        ("memory", _memory(view)),
+        ("time", _time(view)),
         ("code", facts.code(view)),
         ("checkpoints", f"at step {', '.join(map(str, kept))}" if kept else "none"),
     ]
+
+
+def _throughput(view: RunView) -> str:
+    found = performance.throughput(view)
+    if found is None:
+        return ""
+    several = f", {short(found.per_gpu)} a rank" if found.per_gpu < found.median else ""
+    used = performance.utilisation(found)
+    return f"{short(found.median)} {found.unit}/s{several}{f', MFU {used}' if used else ''}"
+
+
+def _memory(view: RunView) -> str:
+    found = performance.memory(view)
+    if found is None:
+        return ""
+    most = found.fullest
+    kinds = ", ".join(f"{kind} {performance.gib(held)}" for kind, held in most.kinds.items())
+    return f"peak {performance.of_capacity(most, found.capacity)} on rank {most.rank}: {kinds}"
+
+
+def _time(view: RunView) -> str:
+    """Where it went, the most first; what took less than a hundredth is left out."""
+    spent = performance.time_spent(view)
+    total = sum(spent.values())
+    shares = sorted(((seconds / total, kind) for kind, seconds in spent.items() if total), reverse=True)
+    return ", ".join(f"{share:.0%} {kind}" for share, kind in shares if share >= 0.01)
 
 
 def _print_attempts(console: Console, view: RunView) -> None:

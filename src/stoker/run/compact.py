@@ -69,8 +69,8 @@ def load(directory: RunDirectory, sizes: Mapping[str, int]) -> Callable[[dict[st
 
 
 _REST = (
-    "total_steps", "samples_per_step", "checkpoints", "artifacts", "used_by", "params", "goals", "tags",
-    "notes",
+    "total_steps", "samples_per_step", "tokens_per_step", "checkpoints", "artifacts", "used_by", "params",
+    "goals", "tags", "notes",
 )  # fmt: skip
 
 

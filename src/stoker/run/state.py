@@ -33,9 +33,14 @@ class Attempt:
     passed_over: list[str] = field(default_factory=list)
     """Checkpoints that could not be used, each with the reason."""
     layout: dict[str, Any] = field(default_factory=dict)
-    """How a Trainer used the devices: `parallel`, `precision`, `ranks`, `device`, and why."""
+    """How a Trainer used the devices: `parallel`, `precision`, `ranks`, `device`, and why; the `memory_bytes`
+    of each; the `peak` that MFU is a share of (`flops`, `source`)."""
     data: dict[str, Any] = field(default_factory=dict)
     """What it trained on, where its recipe says: a line on each of `sources`, `rows`, `tokens_per_row`."""
+    began: float | None = None
+    """When a Trainer's loop began."""
+    spent: list[dict[str, Any]] = field(default_factory=list)
+    """What the loop had spent its time on: `time`, `step`, `seconds` by what for, whether it was `over`."""
     drift: dict[str, Any] = field(default_factory=dict)
     """Config keys that differ from the run's record: key -> [old, new]."""
     ended: float | None = None
@@ -80,6 +85,7 @@ class RunView:
     """What the machine did: metric -> sample number, from 0, -> value. A resume voids none."""
     total_steps: int | None = None
     samples_per_step: float | None = None
+    tokens_per_step: float | None = None
     checkpoints: list[int] = field(default_factory=list)
     """Steps at which a checkpoint was committed (it may have been deleted since)."""
     artifacts: dict[str, Event] = field(default_factory=dict)

@@ -162,6 +162,8 @@ class _Folding:
 def _plan(view: RunView, event: Event) -> None:
     view.total_steps = event["total_steps"]
     view.samples_per_step = event.get("samples_per_step")
+    view.tokens_per_step = event.get("tokens_per_step")
+    view.attempts[-1].began = event["time"]
 
 
 def _layout(view: RunView, event: Event) -> None:
@@ -174,6 +176,16 @@ def _data(view: RunView, event: Event) -> None:
 
 def _said(event: Event) -> dict[str, Any]:
     return {k: v for k, v in event.items() if k not in ("type", "time", "seq")}
+
+
+def _peak(view: RunView, event: Event) -> None:
+    view.attempts[-1].layout["peak"] = {"flops": float(event["flops"]), "source": str(event["source"])}
+
+
+def _spent(view: RunView, event: Event) -> None:
+    seconds = {what: float(event["seconds"][what]) for what in ("waiting", "evaluating", "checkpointing")}
+    about = {"time": float(event["time"]), "step": int(event["step"]), "over": bool(event["over"])}
+    view.attempts[-1].spent.append({**about, "seconds": seconds})
 
 
 def _media(view: RunView, event: Event) -> None:
@@ -198,6 +210,8 @@ _FOLDED_ALONE: dict[str, Callable[[RunView, Event], Any]] = {
     "plan": _plan,
     "layout": _layout,
     "data": _data,
+    "peak": _peak,
+    "spent": _spent,
     "media": _media,
     "attempt_ended": _ended,
     "attempt_failed": _failed,

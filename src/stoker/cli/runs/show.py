@@ -7,7 +7,7 @@ from typing import Any
 
 from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, console, print_json
 from stoker.cli.runs.common import RunName, entry, iso
-from stoker.report import facts, terminal
+from stoker.report import facts, performance, terminal
 from stoker.report.terminal import Listed, Pending
 from stoker.run import finding, view
 from stoker.run.directory import RunDirectory
@@ -31,12 +31,14 @@ def _everything(seen: RunView, sinks: Sequence[Pending]) -> dict[str, Any]:
         "command": facts.command(seen),
         "seed": seen.record.get("seed"),
         "attempts": [
-            {**vars(a), "status": seen.status if a is seen.attempts[-1] else a.status,
+            {**{k: v for k, v in vars(a).items() if k != "spent"},
+             "status": seen.status if a is seen.attempts[-1] else a.status,
              "started": iso(a.started), "ended": iso(a.ended), "last_event": iso(a.last_event)}
             for a in seen.attempts
         ],
         "config": {v.key: {"value": v.value, "source": v.source} for v in facts.config(seen)},
         "metrics": {name: summary.facts() for name, summary in facts.metrics(seen).items()},
+        "performance": performance.as_json(seen),
         "checkpoints": facts.kept_checkpoints(seen),
         "artifacts": [vars(a) for a in facts.artifacts(seen)],
         "code": seen.record.get("code"),
