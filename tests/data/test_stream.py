@@ -11,16 +11,17 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 from stoker.data import chunks, stream
 from stoker.data.chunks import Chunks
 from stoker.data.documents import Document, place
+from stoker.data.encoding import Encoded
 from stoker.data.loader import Loader
 from stoker.data.mixture import Mixture
 from stoker.data.stream import Stream
-from stoker.data.tokens import NO_LOSS, Encoded
+from stoker.data.tokens import NO_LOSS
 from stoker.errors import BadInput
 from stoker.world import World
 
@@ -84,6 +85,7 @@ def test_each_record_is_in_exactly_one_chunk(folder: Path) -> None:
     assert read == [text(n) for n in range(800)]
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 60), min_size=1, max_size=80), st.integers(1, 200), st.booleans())
 def test_lines_of_any_lengths_are_each_of_one_part(
     tmp_path_factory: pytest.TempPathFactory, lengths: list[int], size: int, ended: bool

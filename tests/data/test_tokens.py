@@ -18,7 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stoker.data import tokens
 from stoker.data.documents import Document
-from stoker.data.tokens import NO_LOSS, Encoded, PackedDataset, collate, pack, tokenise
+from stoker.data.encoding import Encoded
+from stoker.data.tokens import NO_LOSS, PackedDataset, collate, pack, tokenise
 from stoker.errors import BadInput
 from stoker.storage import cache_folder
 

@@ -26,8 +26,9 @@ from stoker import storage
 from stoker.data import tokens
 from stoker.data.chunks import Chunks
 from stoker.data.documents import place
+from stoker.data.encoding import Encode
 from stoker.data.order import Positions, fold, order, permute
-from stoker.data.tokens import Encode, PackedDataset
+from stoker.data.tokens import PackedDataset
 from stoker.errors import BadInput, StokerError
 
 GROUP = 8

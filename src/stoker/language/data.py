@@ -19,10 +19,11 @@ from stoker import storage
 from stoker.attempt import Run
 from stoker.data import sources, tokens
 from stoker.data.documents import Document, Message, make_corpus
+from stoker.data.encoding import Encoded
 from stoker.data.mixture import Mixture
 from stoker.data.sources import Source
 from stoker.data.stream import Stream
-from stoker.data.tokens import Encoded, PackedDataset
+from stoker.data.tokens import PackedDataset
 from stoker.errors import BadInput
 
 log = logging.getLogger("stoker")
@@ -249,13 +250,11 @@ def _end_of_turn(tokenizer: Any, text: str, end: int) -> int:
 
 def _within(places: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
     """Whether each token begins in one of the spans, which are in order."""
-    begins = [begin for begin, _ in spans]
-
-    def is_within(place: Span) -> bool:
-        found = bisect.bisect_right(begins, place[0]) - 1
-        return found >= 0 and place[0] < spans[found][1] and place[1] > place[0]
-
-    return [is_within(place) for place in places]
+    found = [False] * len(places)
+    for begin, end in spans:
+        first, last = bisect.bisect_left(places, (begin,)), bisect.bisect_left(places, (end,))
+        found[first:last] = [to > at for at, to in places[first:last]]
+    return found
 
 
 def fingerprint(tokenizer: Any) -> str:
