@@ -91,13 +91,19 @@ class Stream:
         }  # fmt: skip
         parts = (tokens.FORMAT, held_out, pad_id, vocab_size, sequence_length, packing, *fingerprint)
         self._cache = cache / f"stream-{hashlib.sha256(repr(parts).encode()).hexdigest()[:32]}"
+        self._sampled = list(sampled)
         self._opened: dict[int, PackedDataset] = {}
         self._first, self._begin = 0, 0  # a group, and how many rows are before it
         self._groups: list[_Group] = []  # from the first one on
-        self._estimate([self._open(number) for number in sampled])
+        self._estimate(self.looked_at())
 
-    def __reduce__(self) -> Any:
-        raise TypeError("a stream is read by the process that trains: use no workers")
+    def __getstate__(self) -> dict[str, Any]:
+        """What a worker that loads is given: it opens the chunks that it reads itself."""
+        return {**self.__dict__, "_opened": {}, "_groups": []}
+
+    def looked_at(self) -> list[PackedDataset]:
+        """The chunks by which it is estimated."""
+        return [self._open(number) for number in self._sampled]
 
     def _estimate(self, found: Sequence[PackedDataset]) -> None:
         looked_at, found = len(found), [chunk for chunk in found if len(chunk)]
