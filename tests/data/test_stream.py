@@ -173,6 +173,36 @@ def test_a_loader_resumes_a_mixture_with_a_stream(folder: Path, tmp_path: Path) 
     assert some(loader("two").batches(1200, where), 200) == whole[1200:]
 
 
+def test_workers_that_load_read_the_same_rows(folder: Path, tmp_path: Path) -> None:
+    found = chunks.find(str(folder))
+
+    def some(workers: int) -> list[bytes]:
+        mixed = Mixture([opened(found, tmp_path / "a"), opened(found, tmp_path / "b", held_out=0.1)], [2, 1])
+        loader = Loader(mixed, batch_size=4, world=World(0, 1, 0, 1), seed=5, collate=list, workers=workers)
+        batches = loader.batches(120, loader.place(120))
+        return [row["input_ids"].tobytes() for _ in range(20) for row in next(batches)]
+
+    assert some(1) == some(0)
+
+
+def test_parts_that_every_start_looks_at_are_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STOKER_CACHE", str(tmp_path / "cache"))
+    chat = {
+        "messages": [{"role": "user", "content": "\N{SNOWMAN}?"}, {"role": "assistant", "content": "yes"}]
+    }
+    lines = [{"text": text(n)} for n in range(50)] + [{**chat, "n": n} for n in range(3)]
+    file = tmp_path / "a.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = chunks.find(str(file))
+    first = found.kept(0)
+    assert first == found.documents(0)
+    monkeypatch.setattr(Chunks, "documents", None)
+    assert found.kept(0) == first
+    assert len(opened(found, tmp_path / "rows", sampled=[0])) > 0
+
+
 def test_labels_and_estimates_are_those_of_rows(folder: Path, tmp_path: Path) -> None:
     data = opened(chunks.find(str(folder)), tmp_path / "cache")
     row = data[int(data.order(1, np.array([0]))[1][0])]

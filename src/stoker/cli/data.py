@@ -218,19 +218,16 @@ def _print_samples(
 ) -> None:
     if not any(shown):
         return
-    out.print(
-        Text.assemble(
-            _stretch(out, [_token("learnt", True)]), "  ", _stretch(out, [_token("masked: seen, not learnt", False)]),
-            "  ", _stretch(out, [_token("special", False, special=True)]),
-            "  a line ends with \N{RETURN SYMBOL}",
-        )
-    )  # fmt: skip
+    legend = ("learnt", True, False), ("masked: seen only", False, False), ("special", False, True)
+    for token in itertools.starmap(_token, legend):
+        out.print(_stretch(out, [token]), end="  ")
+    out.print("a line ends with \N{RETURN SYMBOL}")
     for source, samples in zip(found, shown, strict=True):
         for sample in samples:
             _print_sample(out, source.name, sample, whole)
 
 
-def _token(text: str, learnt: bool, special: bool = False) -> Token:
+def _token(text: str, learnt: bool, special: bool) -> Token:
     from stoker.language.inspection import Token
 
     return Token(0, text, learnt, special)

@@ -60,7 +60,7 @@ class Part(NamedTuple):
     truncated: int
     """Pairs and conversations that were cut off."""
     dropped: int
-    """Those of which nothing to be predicted is left."""
+    """Those of which nothing to be predicted is left, or was found at all."""
 
 
 Cut = Callable[[Sequence[Document]], Part]

@@ -199,7 +199,8 @@ class Stream:
         return tokens.once(folder, lambda: self._make(chunk, folder), lock=self._cache / "lock")
 
     def _make(self, chunk: int, folder: Path) -> None:
-        documents = [d for d in self.chunks.documents(chunk) if place(d.key) >= self.held_out]
+        read = self.chunks.kept if chunk in self._sampled else self.chunks.documents
+        documents = [d for d in read(chunk) if place(d.key) >= self.held_out]
         tokens.write(documents, folder, **self._settings)
 
     def _prepare(self, chunks: Sequence[int]) -> None:

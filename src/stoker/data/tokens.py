@@ -58,7 +58,7 @@ class Statistics:
     truncated: int
     """Pairs and conversations that were cut off at the end of a row."""
     dropped: int
-    """Those of which nothing to be predicted is left then."""
+    """Those of which nothing to be predicted is left then, or was found at all."""
     efficiency: float
     """Real tokens among all tokens of all rows."""
 
@@ -314,7 +314,7 @@ def _cut(
             kept = min(count, length)
             own = np.fromiter(predicted, np.bool_, count)
             if not own[1:kept].any():
-                dropped += bool(own.any())
+                dropped += count > 0
                 continue
             truncated += count > length
             has_loss.append(own[:kept])

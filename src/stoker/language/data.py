@@ -71,16 +71,21 @@ def pack(
         documents: list[Document] = getattr(source.splits, split)
         corpus = make_corpus(documents, split).fingerprint
         made = tokens.tokenise(documents, fingerprint=(corpus, encoder.fingerprint), **settings)
-        _say_what_is_lost(f"{source.name}, {split}" if len(found) > 1 else split, made)
+        _say_what_is_lost(named(source, split), [made])
         return made
+
+    def named(source: Source, split: str) -> str:
+        return f"{source.name}, {split}" if len(found) > 1 else split
 
     def trained_on(source: Source) -> PackedDataset | Stream:
         if source.stream is None:
             return packed(source, "train")
-        return Stream(
+        made = Stream(
             source.stream, held_out=source.held_out, sampled=sources.looked_at(source.stream),
             fingerprint=(source.fingerprint, encoder.fingerprint), **settings,
         )  # fmt: skip
+        _say_what_is_lost(named(source, "of what was looked at"), made.looked_at())
+        return made
 
     parts = [trained_on(source) for source in found]
     return Rows(
@@ -102,13 +107,14 @@ def say(run: Run, found: Sequence[Source], rows: Rows, *, packed: bool, wanted: 
         log.warning("the model's attention cannot keep documents apart: each has rows of its own")
 
 
-def _say_what_is_lost(name: str, rows: PackedDataset) -> None:
-    lost = rows.statistics
-    if lost.dropped or lost.truncated:
+def _say_what_is_lost(name: str, rows: Sequence[PackedDataset]) -> None:
+    truncated = sum(part.statistics.truncated for part in rows)
+    dropped = sum(part.statistics.dropped for part in rows)
+    if dropped or truncated:
         log.warning(
             "%s: %d answers are cut off at %d tokens, and %d documents are left out, of whose answers "
             "nothing is left: raise sequence_length",
-            name, lost.truncated, rows.sequence_length, lost.dropped,
+            name, truncated, rows[0].sequence_length, dropped,
         )  # fmt: skip
 
 
