@@ -17,6 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from typing import Any, NamedTuple
@@ -180,6 +181,7 @@ def _start(cut: Cut) -> tuple[SpawnProcess, Connection]:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_answer, args=(theirs, cut), daemon=True)
+    resource_tracker.ensure_running()  # which would let SIGTERM and SIGINT through, were it to start below
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (*signals.ENDED_BY, signal.SIGINT))
     try:
         process.start()  # it holds back what is meant for the process that trains
