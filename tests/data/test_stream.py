@@ -11,16 +11,17 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 from stoker.data import chunks, stream
 from stoker.data.chunks import Chunks
 from stoker.data.documents import Document, place
+from stoker.data.encoding import Encoded
 from stoker.data.loader import Loader
 from stoker.data.mixture import Mixture
 from stoker.data.stream import Stream
-from stoker.data.tokens import NO_LOSS, Encoded
+from stoker.data.tokens import NO_LOSS
 from stoker.errors import BadInput
 from stoker.world import World
 
@@ -84,6 +85,7 @@ def test_each_record_is_in_exactly_one_chunk(folder: Path) -> None:
     assert read == [text(n) for n in range(800)]
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 60), min_size=1, max_size=80), st.integers(1, 200), st.booleans())
 def test_lines_of_any_lengths_are_each_of_one_part(
     tmp_path_factory: pytest.TempPathFactory, lengths: list[int], size: int, ended: bool
@@ -169,6 +171,36 @@ def test_a_loader_resumes_a_mixture_with_a_stream(folder: Path, tmp_path: Path) 
     where = json.loads(json.dumps(interrupted.place(1200)))
     assert where[0]["rows"] > 0
     assert some(loader("two").batches(1200, where), 200) == whole[1200:]
+
+
+def test_workers_that_load_read_the_same_rows(folder: Path, tmp_path: Path) -> None:
+    found = chunks.find(str(folder))
+
+    def some(workers: int) -> list[bytes]:
+        mixed = Mixture([opened(found, tmp_path / "a"), opened(found, tmp_path / "b", held_out=0.1)], [2, 1])
+        loader = Loader(mixed, batch_size=4, world=World(0, 1, 0, 1), seed=5, collate=list, workers=workers)
+        batches = loader.batches(120, loader.place(120))
+        return [row["input_ids"].tobytes() for _ in range(20) for row in next(batches)]
+
+    assert some(1) == some(0)
+
+
+def test_parts_that_every_start_looks_at_are_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STOKER_CACHE", str(tmp_path / "cache"))
+    chat = {
+        "messages": [{"role": "user", "content": "\N{SNOWMAN}?"}, {"role": "assistant", "content": "yes"}]
+    }
+    lines = [{"text": text(n)} for n in range(50)] + [{**chat, "n": n} for n in range(3)]
+    file = tmp_path / "a.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = chunks.find(str(file))
+    first = found.kept(0)
+    assert first == found.documents(0)
+    monkeypatch.setattr(Chunks, "documents", None)
+    assert found.kept(0) == first
+    assert len(opened(found, tmp_path / "rows", sampled=[0])) > 0
 
 
 def test_labels_and_estimates_are_those_of_rows(folder: Path, tmp_path: Path) -> None:

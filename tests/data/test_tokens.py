@@ -6,19 +6,22 @@ import os
 import pickle
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stoker.data import tokens
 from stoker.data.documents import Document
-from stoker.data.tokens import NO_LOSS, Encoded, PackedDataset, collate, pack, tokenise
+from stoker.data.encoding import Encoded
+from stoker.data.tokens import NO_LOSS, PackedDataset, collate, pack, tokenise
 from stoker.errors import BadInput
 from stoker.storage import cache_folder
 
@@ -183,6 +186,41 @@ def test_a_kill_while_tokenising_leaves_nothing_half_made(tmp_path: Path) -> Non
     dataset = packed(tmp_path, [("", "abc")])
     assert [p for p in tmp_path.iterdir() if p.is_dir()] == [dataset.folder]
     assert dataset[0]["input_ids"].tolist() == [1, 2, 3, 0, 0, 0, 0, 0]
+
+
+def test_a_kill_while_several_processes_tokenise_ends_them_and_leaves_nothing_half_made(
+    tmp_path: Path,
+) -> None:
+    script = tmp_path / "slow.py"
+    script.write_text(
+        "import sys, time\n"
+        "from pathlib import Path\n"
+        "from stoker.data import encoding, tokens\n"
+        "from stoker.data.documents import Document\n"
+        "def encode(documents):\n"
+        "    time.sleep(0.2 * ('slow' in sys.argv))\n"
+        "    return [([ord(c) for c in d.text], None) for d in documents]\n"
+        "if __name__ == '__main__':\n"
+        "    encoding._DOCUMENTS = 5\n"
+        "    documents = [Document(str(n), '', 'abc' * n) for n in range(1, 1001)]\n"
+        "    made = tokens.tokenise(documents, encode=encode, pad_id=0, vocab_size=128, workers=2,\n"
+        "        sequence_length=16, fingerprint=(), cache=Path('cache'))\n"
+        "    print(made.statistics.tokens)\n"
+    )
+    process = subprocess.Popen([sys.executable, str(script), "slow"], cwd=tmp_path)
+    while not any(file.stat().st_size for file in tmp_path.glob("cache/.*.tmp/encoded")):
+        assert process.poll() is None
+        time.sleep(0.02)
+    others = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.wait()
+    assert len(others) >= 2
+    assert not psutil.wait_procs(others, timeout=30)[1]
+    assert not [p for p in (tmp_path / "cache").iterdir() if p.is_dir() and p.suffix != ".tmp"]
+    again = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, check=True)
+    assert int(again.stdout) == sum(3 * n - (3 * n % 16 == 1) for n in range(1, 1001))
+    (folder,) = [p for p in (tmp_path / "cache").iterdir() if p.is_dir()]
+    assert PackedDataset(folder).lengths.tolist() == [3 * n for n in range(1, 1001)]
 
 
 def test_two_processes_at_once_make_one_dataset(tmp_path: Path) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import multiprocessing
 from pathlib import Path
 from typing import Any
 
 import pytest
+from stoker.data import encoding, tokens
 from stoker.data import tokenizer as tokenizers
 from stoker.data.documents import Document, Message, Splits
 from stoker.data.sources import Source
@@ -160,6 +163,48 @@ def test_answers_that_truncation_removes_are_counted_and_said(
     assert "1 documents are left out, of whose answers nothing is left" in caplog.text
 
 
+def test_a_conversation_of_which_nothing_said_is_found_again_is_counted(bare: Any, tmp_path: Path) -> None:
+    loud = (
+        "{{ messages | length }} turns{% for m in messages %}<|im_start|>{{ m.content | upper }}{% endfor %}"
+    )
+    encode = Encoder(of(bare, loud), "answer")
+    chats = [Document(str(n), "", "", CHAT) for n in range(2)]
+    with pytest.raises(BadInput, match=r"of 2 documents \(2 have nothing to be predicted"):
+        packed(tmp_path, chats, encode)
+
+
+def packed(cache: Path, documents: list[Document], encode: Encoder, **settings: Any) -> PackedDataset:
+    return tokens.tokenise(
+        documents, encode=encode, pad_id=1, vocab_size=400, sequence_length=24, cache=cache, fingerprint=(),
+        **settings,
+    )  # fmt: skip
+
+
+def test_any_number_of_processes_makes_the_same_arrays(
+    bare: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encoding, "_DOCUMENTS", 7)  # of a batch
+    encode = Encoder(of(bare, CHATML), "answer")
+    of_all_kinds = [
+        [Document(f"t{n}", "", "it is one " * n), Document(f"p{n}", "one", "two " * n),
+         Document(f"c{n}", "", "", CHAT[: 2 + n % 3])] for n in range(30)
+    ]  # fmt: skip
+    documents = [document for some in of_all_kinds for document in some]
+    made = [packed(tmp_path / str(workers), documents, encode, workers=workers).folder for workers in (1, 2)]
+    files = sorted(file.name for file in made[0].iterdir())
+    assert files == [
+        "has_loss.npy", "lengths.npy", "meta.json", "pieces.npy", "rows.npy", "tokens.npy",
+    ]  # fmt: skip
+    for name in files:
+        assert (made[0] / name).read_bytes() == (made[1] / name).read_bytes(), name
+
+    refusing = Encoder(of(bare, None), "answer")
+    with pytest.raises(BadInput, match="has no chat template"):
+        packed(tmp_path / "refused", documents[-5:], refusing, workers=2)
+    assert not [p for p in (tmp_path / "refused").iterdir() if p.is_dir()]
+    assert not multiprocessing.active_children()
+
+
 def test_another_template_or_loss_is_another_dataset(bare: Any) -> None:
     known = {
         Encoder(of(bare, template), loss_on).fingerprint
@@ -180,15 +225,20 @@ def test_generations_begin_with_what_asks_for_an_answer(bare: Any) -> None:
     )
 
 
+@pytest.mark.parametrize("kind", ["texts", "pairs", "conversations"])
 def test_padding_is_not_learnt_though_it_is_the_token_that_ends_documents(
-    bare: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bare: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     monkeypatch.setenv("STOKER_CACHE", str(tmp_path))
-    tokenizer = of(bare, None)
+    tokenizer = copy.deepcopy(of(bare, LLAMA2 if kind == "conversations" else None))
     tokenizer.pad_token = tokenizer.eos_token
-    three = source(*([Document(str(n), "", "it is")] for n in range(3)))
-    row = data.pack([three], tokenizer, sequence_length=32).train[0]
+    document = {
+        "texts": Document("0", "", "it is"), "pairs": Document("0", "what", "it is"),
+        "conversations": Document("0", "", "", CHAT[:2]),
+    }[kind]  # fmt: skip
+    row = data.pack([source([document], [document], [document])], tokenizer, sequence_length=64).train[0]
     real = int(row["documents"].sum())
+    assert real < 64
     assert row["input_ids"][real - 1] == row["labels"][real - 1] == tokenizer.eos_token_id
     assert (row["input_ids"][real:] == tokenizer.eos_token_id).all()
     assert (row["labels"][real:] == -100).all()

@@ -12,7 +12,20 @@ from collections.abc import Callable
 from typing import Any
 
 import typer
-from stoker.cli import bench, checkpoints, generate, models, recipes, report, resume, runs, sync, train, ui
+from stoker.cli import (
+    bench,
+    checkpoints,
+    data,
+    generate,
+    models,
+    recipes,
+    report,
+    resume,
+    runs,
+    sync,
+    train,
+    ui,
+)
 from stoker.cli.output import print_json
 from stoker.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, StokerError
 
@@ -30,6 +43,7 @@ app.command("resume")(resume.resume)
 app.add_typer(runs.app, name="runs")
 app.command("report")(report.report)
 app.command("generate")(generate.generate)
+app.add_typer(data.app, name="data")
 app.add_typer(checkpoints.app, name="checkpoints")
 app.add_typer(models.app, name="models")
 app.add_typer(recipes.app, name="recipes")

@@ -43,7 +43,7 @@ def resume(
         raise BadInput(
             f"{found.id} was made by a script without a recipe: run that script again with the same name"
         )
-    _return_to(Path(seen.record["cwd"]))
+    return_to(Path(seen.record["cwd"]))
     recipe = recipes.load(reference)
     resolved = configs.restore(recipe.config, seen.config, seen.record["sources"])
     if overrides:
@@ -58,7 +58,7 @@ def resume(
     )  # fmt: skip
 
 
-def _return_to(folder: Path) -> None:
+def return_to(folder: Path) -> None:
     """Relative paths in the config are meant from where the run was started."""
     if folder.is_dir():
         os.chdir(folder)

@@ -7,6 +7,7 @@ file it is a row group. Files may be on this machine, in an object store, or in 
 from __future__ import annotations
 
 import bisect
+import contextlib
 import functools
 import hashlib
 import io
@@ -18,9 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import orjson
 from stoker import object_store, storage
 from stoker.data import hub_datasets, parquet, records
-from stoker.data.documents import Document, chop, content_key
+from stoker.data.documents import Document, Message, chop, content_key
 from stoker.data.records import Record
 from stoker.errors import BadInput
 from stoker.object_store import Store
@@ -81,6 +83,19 @@ class Chunks:
         """SHA-256 over what the files are called, their sizes, and what tells their content apart."""
         about = [self.folder, *((file.key, file.size, file.tag) for file in self.files)]
         return hashlib.sha256(repr(about).encode()).hexdigest()
+
+    def kept(self, number: int) -> list[Document]:
+        """As `documents`, of one of the few chunks that every start looks at: they are kept in the cache."""
+        file = storage.cache_folder() / f"parts-{self.fingerprint[:32]}" / f"{number}.json"
+        with contextlib.suppress(OSError, orjson.JSONDecodeError):
+            found = orjson.loads(file.read_bytes())
+            return [Document(k, p, t, tuple(Message(*m) for m in said)) for k, p, t, said in found]
+        documents = self.documents(number)
+        with contextlib.suppress(OSError):  # then they are read again
+            file.parent.mkdir(parents=True, exist_ok=True)
+            about = [(d.key, d.prompt, d.text, [tuple(m) for m in d.messages]) for d in documents]
+            storage.write_atomically(file, orjson.dumps(about))
+        return documents
 
     def documents(self, number: int) -> list[Document]:
         """What a chunk holds. Raises BadInput for what cannot be read, Unreachable where it is not got at."""

@@ -22,7 +22,7 @@ class Message(NamedTuple):
     content: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Document:
     """A text, an answer to a prompt, or a conversation; `key` decides its split."""
 
@@ -120,16 +120,20 @@ def chop(text: str, limit: int) -> list[str]:
     else after a sentence, a line, a word."""
     parts: list[str] = []
     rest = text.strip("\n")
-    while len(rest) > limit:
-        cut = _cut(rest, limit)
-        parts.append(rest[:cut].rstrip())
-        rest = rest[cut:].removeprefix(" ").lstrip("\n")
-    return [part for part in [*parts, rest.rstrip()] if part.strip()]
+    begin = 0
+    while len(rest) - begin > limit:
+        cut = _cut(rest, begin, limit)
+        parts.append(rest[begin:cut].rstrip())
+        begin = cut + rest.startswith(" ", cut)
+        while rest.startswith("\n", begin):
+            begin += 1
+    return [part for part in [*parts, rest[begin:].rstrip()] if part.strip()]
 
 
-def _cut(text: str, limit: int) -> int:
+def _cut(text: str, begin: int, limit: int) -> int:
+    """Where the part that begins there is to end, at most `limit` characters on."""
     for border, kept in (("\n\n", 0), (".\n", 1), ("\n", 0), (" ", 0)):
-        at = text.rfind(border, 1, limit - kept + len(border))
+        at = text.rfind(border, begin + 1, begin + limit - kept + len(border))
         if at > 0:
             return at + kept
-    return limit
+    return begin + limit

@@ -107,7 +107,7 @@ def _whole(name: str, weight: float, corpus: Corpus, validation: float, test: fl
 
 def _streamed(name: str, weight: float, validation: float, test: float) -> Source:
     found = chunks.find(name)
-    documents = [document for number in looked_at(found) for document in found.documents(number)]
+    documents = [document for number in looked_at(found) for document in found.kept(number)]
     splits = split_by_place(documents, validation=validation, test=test)
     if not (splits.validation and splits.test):
         raise BadInput(

@@ -26,8 +26,9 @@ from stoker import storage
 from stoker.data import tokens
 from stoker.data.chunks import Chunks
 from stoker.data.documents import place
+from stoker.data.encoding import Encode
 from stoker.data.order import Positions, fold, order, permute
-from stoker.data.tokens import Encode, PackedDataset
+from stoker.data.tokens import PackedDataset
 from stoker.errors import BadInput, StokerError
 
 GROUP = 8
@@ -90,13 +91,19 @@ class Stream:
         }  # fmt: skip
         parts = (tokens.FORMAT, held_out, pad_id, vocab_size, sequence_length, packing, *fingerprint)
         self._cache = cache / f"stream-{hashlib.sha256(repr(parts).encode()).hexdigest()[:32]}"
+        self._sampled = list(sampled)
         self._opened: dict[int, PackedDataset] = {}
         self._first, self._begin = 0, 0  # a group, and how many rows are before it
         self._groups: list[_Group] = []  # from the first one on
-        self._estimate([self._open(number) for number in sampled])
+        self._estimate(self.looked_at())
 
-    def __reduce__(self) -> Any:
-        raise TypeError("a stream is read by the process that trains: use no workers")
+    def __getstate__(self) -> dict[str, Any]:
+        """What a worker that loads is given: it opens the chunks that it reads itself."""
+        return {**self.__dict__, "_opened": {}, "_groups": []}
+
+    def looked_at(self) -> list[PackedDataset]:
+        """The chunks by which it is estimated."""
+        return [self._open(number) for number in self._sampled]
 
     def _estimate(self, found: Sequence[PackedDataset]) -> None:
         looked_at, found = len(found), [chunk for chunk in found if len(chunk)]
@@ -192,7 +199,8 @@ class Stream:
         return tokens.once(folder, lambda: self._make(chunk, folder), lock=self._cache / "lock")
 
     def _make(self, chunk: int, folder: Path) -> None:
-        documents = [d for d in self.chunks.documents(chunk) if place(d.key) >= self.held_out]
+        read = self.chunks.kept if chunk in self._sampled else self.chunks.documents
+        documents = [d for d in read(chunk) if place(d.key) >= self.held_out]
         tokens.write(documents, folder, **self._settings)
 
     def _prepare(self, chunks: Sequence[int]) -> None:

@@ -5,53 +5,51 @@ by best fit, longest first. A row's positions restart at each piece, which is wh
 attention from crossing from one document to the next, and no label asks a piece's first token
 of the piece before it. The arrays stand in the cache in a folder named by a fingerprint of
 all they depend on, and appear there by a rename: whole or not at all.
+
+Documents are encoded a batch at a time, by several processes where there are many (see `encoding`), and
+their tokens go to disk as they come; what stays in memory is how long each piece is.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from stoker import storage
+from stoker.data import encoding
 from stoker.data.documents import Document
+from stoker.data.encoding import Encode, Part
 from stoker.errors import BadInput
 
 if TYPE_CHECKING:
     import torch
 
-FORMAT = 2
+FORMAT = 3
 """Part of the fingerprint: raise it when the arrays, or what they hold for the same input, change."""
 
 NO_LOSS = -100
 """The label of a token that nothing has to predict, as torch's cross-entropy and transformers have it."""
 
 _MULTIPLE = 64  # tokens: rows that are trimmed have few lengths
-_BATCH = 1024  # documents handed to the tokenizer at once
+_GATHERED = 4096  # pieces that are copied to their places at once
 _LOCK_TIMEOUT = 24 * 3600.0  # seconds to wait for another process that is tokenising the same
-
-
-class Encoded(NamedTuple):
-    """A document as tokens."""
-
-    ids: Sequence[int]
-    has_loss: Sequence[bool] | None
-    """Which tokens are to be predicted; None: all, as of a plain text, which may be cut into pieces."""
-
-
-Encode = Callable[[Sequence[Document]], Iterable[Encoded]]
 
 
 @dataclass(frozen=True)
 class Statistics:
     """What became of the documents."""
 
+    documents: int
+    """Those that have any token."""
     rows: int
     tokens: int
     """Real tokens, without padding."""
@@ -60,7 +58,7 @@ class Statistics:
     truncated: int
     """Pairs and conversations that were cut off at the end of a row."""
     dropped: int
-    """Those of which nothing to be predicted is left then."""
+    """Those of which nothing to be predicted is left then, or was found at all."""
     efficiency: float
     """Real tokens among all tokens of all rows."""
 
@@ -78,6 +76,12 @@ class PackedDataset:
         self._has_loss = np.load(folder / "has_loss.npy", mmap_mode="r")
         self._pieces = np.load(folder / "pieces.npy", mmap_mode="r")
         self._rows = np.load(folder / "rows.npy", mmap_mode="r")
+
+    @property
+    def lengths(self) -> NDArray[np.int32]:
+        """How many tokens each document had before it was cut: (documents,)."""
+        found: NDArray[np.int32] = np.load(self.folder / "lengths.npy")
+        return found
 
     def __reduce__(self) -> tuple[type[PackedDataset], tuple[Path]]:
         return PackedDataset, (self.folder,)  # a worker maps the files itself, and copies nothing
@@ -175,11 +179,13 @@ def tokenise(
     fingerprint: tuple[object, ...],
     cache: Path,
     packing: bool = True,
+    workers: int | None = None,
 ) -> PackedDataset:
     """Tokenise and pack documents, or open what an earlier call with the same fingerprint made.
 
     Args:
-        encode: the tokens of each document, with all that begins and ends it.
+        encode: the tokens of each document, with all that begins and ends it. Is pickled, where several
+            processes encode.
         pad_id: pads rows; never predicted, whatever else it stands for.
         vocab_size: one more than the largest token id; decides the width of what is stored.
         sequence_length: tokens in a row, at least 2.
@@ -187,6 +193,8 @@ def tokenise(
             corpus, the split and its fractions, the tokenizer.
         cache: the folder the arrays are kept in, see `cache_folder`.
         packing: whether documents share rows; else each piece has a row of its own.
+        workers: processes that encode, 1 being this one; by default as many as the size of the corpus pays
+            for. Any number makes the same arrays.
 
     Raises:
         BadInput: the sequence is too short, no tokens are left, or the cache cannot be written.
@@ -199,14 +207,10 @@ def tokenise(
     folder = cache / hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
     def make() -> None:
-        pieces = _Pieces(sequence_length, vocab_size, documents, encode)
-        if not pieces.tokens:
-            raise BadInput(
-                f"no tokens are left of {len(documents)} documents ({pieces.dropped} have nothing to be "
-                f"predicted among their first {sequence_length} tokens): raise sequence_length, or give "
-                "other data"
-            )
-        _write(folder, pieces, pad_id, packing)
+        _make(
+            documents, folder, encode=encode, pad_id=pad_id, vocab_size=vocab_size,
+            sequence_length=sequence_length, packing=packing, workers=workers, may_be_empty=False,
+        )  # fmt: skip
 
     return PackedDataset(once(folder, make))
 
@@ -236,72 +240,6 @@ def _smallest_type(vocab_size: int) -> type[np.uint16] | type[np.uint32]:
     return np.uint16 if vocab_size <= 2**16 else np.uint32
 
 
-class _Pieces:
-    """Documents as pieces of at most a row's length."""
-
-    def __init__(
-        self, sequence_length: int, vocab_size: int, documents: Sequence[Document], encode: Encode
-    ) -> None:
-        self.sequence_length, self.dtype = sequence_length, _smallest_type(vocab_size)
-        self.tokens: list[NDArray[np.unsignedinteger]] = []  # a piece each
-        self.has_loss: list[NDArray[np.bool_]] = []
-        self.truncated = self.dropped = 0
-        for start in range(0, len(documents), _BATCH):
-            for ids, has_loss in encode(documents[start : start + _BATCH]):
-                self._add(ids, has_loss)
-
-    def _add(self, ids: Sequence[int], predicted: Sequence[bool] | None) -> None:
-        tokens: NDArray[np.unsignedinteger] = np.array(ids, dtype=self.dtype)
-        length = self.sequence_length
-        if predicted is None:
-            for start in range(0, len(tokens), length):
-                piece = tokens[start : start + length]
-                if len(piece) > 1:  # the last token of a cut document may stand alone: nothing to learn
-                    self._append(piece, np.ones(len(piece), dtype=np.bool_))
-            return
-        has_loss = np.array(predicted, dtype=np.bool_)[:length]
-        if has_loss[1:].any():
-            self.truncated += len(tokens) > length
-            self._append(tokens[:length], has_loss)
-        elif any(predicted):
-            self.dropped += 1
-
-    def _append(self, tokens: NDArray[np.unsignedinteger], has_loss: NDArray[np.bool_]) -> None:
-        has_loss[0] = False  # no token of another document predicts the first
-        self.tokens.append(tokens)
-        self.has_loss.append(has_loss)
-
-
-def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Best-fit-decreasing bin packing.
-
-    Longest first, each piece goes to the row with the least room that still takes it.
-    Rows are found by the room they have left, so it takes n log n, not n times the rows.
-
-    Returns:
-        The indices of the pieces of each row. The same for the same lengths.
-    """
-    rows: list[list[int]] = []
-    by_room: list[list[int]] = [[] for _ in range(capacity + 1)]
-    rooms = 0  # bit r is set where some row has room r
-    for piece in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        length = lengths[piece]
-        fitting = rooms >> length
-        if fitting:
-            room = length + (fitting & -fitting).bit_length() - 1
-            row = by_room[room].pop()
-            if not by_room[room]:
-                rooms ^= 1 << room
-            rows[row].append(piece)
-        else:
-            room, row = capacity, len(rows)
-            rows.append([piece])
-        left = room - length
-        by_room[left].append(row)
-        rooms |= 1 << left
-    return rows
-
-
 def write(
     documents: Sequence[Document],
     folder: Path,
@@ -313,51 +251,200 @@ def write(
     packing: bool,
 ) -> None:
     """Tokenise and pack documents into a folder that is not there yet; see `tokenise`. May be of no rows."""
-    _write(folder, _Pieces(sequence_length, vocab_size, documents, encode), pad_id, packing)
+    _make(
+        documents, folder, encode=encode, pad_id=pad_id, vocab_size=vocab_size,
+        sequence_length=sequence_length, packing=packing, workers=1, may_be_empty=True,
+    )  # fmt: skip
 
 
-def _write(folder: Path, pieces: _Pieces, pad_id: int, packing: bool) -> None:
-    lengths = [len(tokens) for tokens in pieces.tokens]
-    rows = pack(lengths, pieces.sequence_length) if packing else [[piece] for piece in range(len(lengths))]
-    placed = [piece for row in rows for piece in row]
-    none = np.empty(0, pieces.dtype)
-    tokens = np.concatenate([none, *(pieces.tokens[piece] for piece in placed)])
-    bounds = _bounds(len(pieces.tokens[piece]) for piece in placed)
-    has_loss = np.concatenate([none.astype(np.bool_), *(pieces.has_loss[piece] for piece in placed)])
-    statistics = Statistics(
-        rows=len(rows),
-        tokens=len(tokens),
-        loss_tokens=int(has_loss.sum()),
-        truncated=pieces.truncated,
-        dropped=pieces.dropped,
-        efficiency=len(tokens) / max(1, len(rows) * pieces.sequence_length),
-    )
-    meta = {
-        "format": FORMAT,
-        "sequence_length": pieces.sequence_length,
-        "pad_id": pad_id,
-        "statistics": asdict(statistics),
-    }
-    arrays = {"tokens": tokens, "has_loss": has_loss, "pieces": bounds, "rows": _bounds(map(len, rows))}
-    _publish(folder, arrays, meta)
-
-
-def _bounds(lengths: Iterable[int]) -> NDArray[np.int64]:
-    """Where each of consecutive parts begins, and where the last one ends: (n + 1,)."""
-    return np.cumsum([0, *lengths], dtype=np.int64)
-
-
-def _publish(folder: Path, arrays: dict[str, NDArray[np.generic]], meta: dict[str, object]) -> None:
+def _make(
+    documents: Sequence[Document],
+    folder: Path,
+    *,
+    encode: Encode,
+    pad_id: int,
+    vocab_size: int,
+    sequence_length: int,
+    packing: bool,
+    workers: int | None,
+    may_be_empty: bool,
+) -> None:
     temporary = folder.with_name(f".{folder.name}.tmp")  # under the lock: only a killed process left one
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
+    cut = functools.partial(_cut, encode=encode, length=sequence_length, dtype=_smallest_type(vocab_size))
     try:
-        for name, array in arrays.items():
-            np.save(temporary / f"{name}.npy", array)
-            storage.sync_file(temporary / f"{name}.npy")
+        with contextlib.closing(encoding.parts(documents, cut, workers)) as parts:
+            pieces = _encode(parts, temporary, _smallest_type(vocab_size))
+        if not (len(pieces.lengths) or may_be_empty):
+            raise BadInput(
+                f"no tokens are left of {len(documents)} documents ({pieces.dropped} have nothing to be "
+                f"predicted among their first {sequence_length} tokens): raise sequence_length, or give "
+                "other data"
+            )
+        statistics = _place(pieces, temporary, sequence_length, packing)
+        meta = {
+            "format": FORMAT, "sequence_length": sequence_length, "pad_id": pad_id,
+            "statistics": asdict(statistics),
+        }  # fmt: skip
         storage.write_atomically(temporary / "meta.json", json.dumps(meta).encode())
         temporary.rename(folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     storage.sync_directory(folder.parent)
+
+
+def _cut(
+    documents: Sequence[Document], *, encode: Encode, length: int, dtype: type[np.unsignedinteger[Any]]
+) -> Part:
+    """Documents as pieces of at most `length` tokens."""
+    tokens, has_loss = [np.empty(0, dtype)], [np.empty(0, np.bool_)]
+    sizes: list[int] = []
+    pieces: list[int] = []
+    truncated = dropped = 0
+    for ids, predicted in encode(documents):
+        count = len(ids)
+        sizes.append(count)
+        if predicted is None:
+            kept = count - (count % length == 1)  # a last token that stands alone has nothing to learn
+            has_loss.append(np.ones(kept, np.bool_))
+            pieces.extend(min(length, kept - begin) for begin in range(0, kept, length))
+        else:
+            kept = min(count, length)
+            own = np.fromiter(predicted, np.bool_, count)
+            if not own[1:kept].any():
+                dropped += count > 0
+                continue
+            truncated += count > length
+            has_loss.append(own[:kept])
+            pieces.append(kept)
+        tokens.append(np.fromiter(ids, dtype, count)[:kept])
+    lengths = np.array(pieces, dtype=np.int32)
+    joined = np.concatenate(has_loss)
+    joined[_bounds(lengths)[:-1]] = False  # no token of another document predicts the first
+    return Part(np.concatenate(tokens), joined, lengths, np.array(sizes, np.int32), truncated, dropped)
+
+
+class _Pieces(NamedTuple):
+    """What the documents are cut into, in their order; the tokens are on disk."""
+
+    tokens: NDArray[np.unsignedinteger[Any]]
+    has_loss: NDArray[np.bool_]
+    lengths: NDArray[np.int32]
+    """Of each piece, which follow one another in the two before."""
+    sizes: NDArray[np.int32]
+    """Of each document, in tokens."""
+    truncated: int
+    dropped: int
+
+
+def _encode(parts: Iterable[Part], folder: Path, dtype: type[np.unsignedinteger[Any]]) -> _Pieces:
+    lengths, sizes = [np.empty(0, np.int32)], [np.empty(0, np.int32)]
+    truncated = dropped = 0
+    with (folder / "encoded").open("wb") as tokens, (folder / "predicted").open("wb") as has_loss:
+        for part in parts:
+            tokens.write(part.tokens.data)
+            has_loss.write(part.has_loss.data)
+            lengths.append(part.lengths)
+            sizes.append(part.sizes)
+            truncated += part.truncated
+            dropped += part.dropped
+    return _Pieces(
+        _mapped(folder / "encoded", dtype), _mapped(folder / "predicted", np.bool_),
+        np.concatenate(lengths), np.concatenate(sizes), truncated, dropped,
+    )  # fmt: skip
+
+
+def _mapped(file: Path, dtype: type[np.generic]) -> NDArray[Any]:
+    if not file.stat().st_size:
+        return np.empty(0, dtype)
+    return np.asarray(np.memmap(file, dtype, mode="r"))
+
+
+def _place(pieces: _Pieces, folder: Path, sequence_length: int, packing: bool) -> Statistics:
+    """Write the arrays, of the pieces in the order of their rows, in place of what was encoded."""
+    count = len(pieces.lengths)
+    if packing:
+        placed, rows = _placed(pieces.lengths, sequence_length)
+    else:
+        placed, rows = np.arange(count), np.ones(count, np.int64)
+    bounds = _bounds(pieces.lengths[placed])
+    begins = _bounds(pieces.lengths)[:-1][placed]
+    _save(folder / "tokens.npy", pieces.tokens, begins, bounds)
+    _save(folder / "has_loss.npy", pieces.has_loss, begins, bounds)
+    for name, array in (("pieces", bounds), ("rows", _bounds(rows)), ("lengths", pieces.sizes)):
+        np.save(folder / f"{name}.npy", array)
+        storage.sync_file(folder / f"{name}.npy")
+    statistics = Statistics(
+        documents=int((pieces.sizes > 0).sum()),
+        rows=len(rows),
+        tokens=len(pieces.tokens),
+        loss_tokens=int(np.count_nonzero(pieces.has_loss)),
+        truncated=pieces.truncated,
+        dropped=pieces.dropped,
+        efficiency=len(pieces.tokens) / max(1, len(rows) * sequence_length),
+    )
+    (folder / "encoded").unlink()
+    (folder / "predicted").unlink()
+    return statistics
+
+
+def _save(file: Path, source: NDArray[Any], begins: NDArray[np.int64], bounds: NDArray[np.int64]) -> None:
+    """An array of pieces of another, as `np.save` writes it; some at a time, so that none stands in memory.
+
+    Args:
+        begins: where each piece begins in the source: (pieces,).
+        bounds: where it is to begin, and where the last one is to end: (pieces + 1,).
+    """
+    header = {"descr": np.lib.format.dtype_to_descr(source.dtype), "fortran_order": False}
+    lengths = np.diff(bounds)
+    with file.open("wb") as out:
+        np.lib.format.write_array_header_1_0(out, {**header, "shape": (int(bounds[-1]),)})
+        for first in range(0, len(begins), _GATHERED):
+            some = slice(first, first + _GATHERED)
+            pairs = zip(begins[some].tolist(), lengths[some].tolist(), strict=True)
+            out.write(np.concatenate([source[begin : begin + length] for begin, length in pairs]).data)
+    storage.sync_file(file)
+
+
+def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Best-fit-decreasing bin packing.
+
+    Longest first, each piece goes to the row with the least room that still takes it.
+    Rows are found by the room they have left, so it takes n log n, not n times the rows.
+
+    Returns:
+        The indices of the pieces of each row. The same for the same lengths.
+    """
+    placed, sizes = _placed(np.array(lengths, dtype=np.int32), capacity)
+    return [row.tolist() for row in np.split(placed, np.cumsum(sizes)[:-1])] if len(lengths) else []
+
+
+def _placed(lengths: NDArray[np.int32], capacity: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The pieces in the order of their rows, (pieces,), and how many each row has, (rows,); see `pack`."""
+    longest_first = np.argsort(-lengths, kind="stable")
+    row_of = np.empty(len(lengths), np.int64)
+    by_room: list[list[int]] = [[] for _ in range(capacity + 1)]
+    rooms = 0  # bit r is set where some row has room r
+    rows = 0
+    for number, length in enumerate(lengths[longest_first].tolist()):
+        fitting = rooms >> length
+        if fitting:
+            room = length + (fitting & -fitting).bit_length() - 1
+            row = by_room[room].pop()
+            if not by_room[room]:
+                rooms ^= 1 << room
+        else:
+            room, row = capacity, rows
+            rows += 1
+        row_of[number] = row
+        left = room - length
+        by_room[left].append(row)
+        rooms |= 1 << left
+    return longest_first[np.argsort(row_of, kind="stable")], np.bincount(row_of, minlength=rows)
+
+
+def _bounds(lengths: NDArray[Any]) -> NDArray[np.int64]:
+    """Where each of consecutive parts begins, and where the last one ends: (n + 1,)."""
+    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])

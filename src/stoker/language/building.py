@@ -95,13 +95,11 @@ def build(
         BadInput: there is no such model, it does not load, or its tokenizer does not fit it.
     """
     if reference in SIZES:
-        made = load_tokenizer(tokenizer) if tokenizer else _train_tokenizer(documents, vocab_size)
-        _set_template(made, chat_template)
+        made = _tokenizer(tokenizer, documents, vocab_size, chat_template)
         return _new(reference, made, sequence_length, tie_embeddings)
     folder = _folder(reference)
     config = load_config(folder)
-    found = load_tokenizer(tokenizer or str(folder))
-    _set_template(found, chat_template)
+    found = _tokenizer(tokenizer or str(folder), documents, vocab_size, chat_template)
 
     is_here = Path(reference).expanduser().is_dir()
     config.name_or_path = str(folder) if is_here else reference.partition("@")[0]
@@ -115,6 +113,29 @@ def build(
     _check_fits(reference, model, found, sequence_length)
     generation = _generation_config(folder, model)
     return _language(model, found, weights.load, folder, generation)
+
+
+def without_model(
+    reference: str,
+    *,
+    tokenizer: str | None,
+    vocab_size: int,
+    documents: Sequence[Document],
+    chat_template: Path | None = None,
+) -> tuple[Any, bool]:
+    """The tokenizer that `build` finds or trains, and whether its model packs; no weights are touched.
+
+    Raises BadInput, as `build`.
+    """
+    if reference in SIZES:
+        kind, config = LlamaForCausalLM, LlamaConfig()
+    else:
+        folder = _folder(reference, weights=False)
+        config = load_config(folder)
+        kind = AutoModelForCausalLM._model_mapping[type(config)]
+        tokenizer = tokenizer or str(folder)
+    made = _tokenizer(tokenizer, documents, vocab_size, chat_template)
+    return made, attention.packs(config, bool(kind._supports_attention_backend))
 
 
 def load_config(folder: Path) -> Any:
@@ -146,9 +167,9 @@ def load_tokenizer(reference: str) -> Any:
     return tokenizer
 
 
-def _folder(reference: str) -> Path:
+def _folder(reference: str, *, weights: bool = True) -> Path:
     try:
-        return hub.find(reference, known=tuple(SIZES))
+        return hub.find(reference, known=tuple(SIZES), weights=weights)
     except BadInput as error:
         raise BadInput(f"{error}{nearest(reference, SIZES)}") from error
 
@@ -176,6 +197,14 @@ def _new(size: str, tokenizer: Any, sequence_length: int, tie_embeddings: bool) 
     )
     model = LlamaForCausalLM(shape)
     return _language(model, tokenizer, None, size, model.generation_config)
+
+
+def _tokenizer(
+    reference: str | None, documents: Sequence[Document], vocab_size: int, chat_template: Path | None
+) -> Any:
+    made = load_tokenizer(reference) if reference else _train_tokenizer(documents, vocab_size)
+    _set_template(made, chat_template)
+    return made
 
 
 def _train_tokenizer(documents: Sequence[Document], vocab_size: int) -> Any:

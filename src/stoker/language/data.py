@@ -20,10 +20,11 @@ from stoker import storage
 from stoker.attempt import Run
 from stoker.data import sources, tokens
 from stoker.data.documents import Document, Message, make_corpus
+from stoker.data.encoding import Encoded
 from stoker.data.mixture import Mixture
 from stoker.data.sources import Source
 from stoker.data.stream import Stream
-from stoker.data.tokens import Encoded, PackedDataset
+from stoker.data.tokens import PackedDataset
 from stoker.errors import BadInput
 
 log = logging.getLogger("stoker")
@@ -82,16 +83,21 @@ def pack(
         documents: list[Document] = getattr(source.splits, split)
         corpus = make_corpus(documents, split).fingerprint
         made = tokens.tokenise(documents, fingerprint=(corpus, encoder.fingerprint), **settings)
-        _say_what_is_lost(f"{source.name}, {split}" if len(found) > 1 else split, made)
+        _say_what_is_lost(named(source, split), [made])
         return made
+
+    def named(source: Source, split: str) -> str:
+        return f"{source.name}, {split}" if len(found) > 1 else split
 
     def trained_on(source: Source) -> PackedDataset | Stream:
         if source.stream is None:
             return packed(source, "train")
-        return Stream(
+        made = Stream(
             source.stream, held_out=source.held_out, sampled=sources.looked_at(source.stream),
             fingerprint=(source.fingerprint, encoder.fingerprint), **settings,
         )  # fmt: skip
+        _say_what_is_lost(named(source, "of what was looked at"), made.looked_at())
+        return made
 
     parts = [trained_on(source) for source in found]
     return Rows(
@@ -114,13 +120,14 @@ def say(run: Run, found: Sequence[Source], rows: Rows, *, packed: bool, wanted: 
         log.warning("the model's attention cannot keep documents apart: each has rows of its own")
 
 
-def _say_what_is_lost(name: str, rows: PackedDataset) -> None:
-    lost = rows.statistics
-    if lost.dropped or lost.truncated:
+def _say_what_is_lost(name: str, rows: Sequence[PackedDataset]) -> None:
+    truncated = sum(part.statistics.truncated for part in rows)
+    dropped = sum(part.statistics.dropped for part in rows)
+    if dropped or truncated:
         log.warning(
             "%s: %d answers are cut off at %d tokens, and %d documents are left out, of whose answers "
             "nothing is left: raise sequence_length",
-            name, lost.truncated, rows.sequence_length, lost.dropped,
+            name, truncated, rows[0].sequence_length, dropped,
         )  # fmt: skip
 
 
@@ -182,8 +189,14 @@ class Encoder:
     def _ids(self, texts: list[str]) -> list[list[int]]:
         if not texts:
             return []
-        found: list[list[int]] = self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-        return found
+        if not _is_its_backend(self._tokenizer):
+            found: list[list[int]] = self._tokenizer(texts, add_special_tokens=False, verbose=False)[
+                "input_ids"
+            ]
+            return found
+        self._tokenizer("")  # sets its backend as such calls have it: it neither cuts nor pads
+        encoded = self._tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [text.ids for text in encoded]
 
     def _plain(self, documents: Sequence[Document]) -> Iterator[Encoded]:
         asked = iter(self._ids([PROMPT.format(prompt=d.prompt) for d in documents if d.prompt]))
@@ -204,7 +217,10 @@ class Encoder:
                 "conversations need a fast tokenizer (tokenizer.json), which knows places in the text"
             )
         texts = [_render(self._tokenizer, chat) for chat in chats]
-        encoded = self._tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        encoded = self._tokenizer(
+            texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False,
+            return_token_type_ids=False, verbose=False,
+        )  # fmt: skip
         for chat, text, ids, places in zip(
             chats, texts, encoded["input_ids"], encoded["offset_mapping"], strict=True
         ):
@@ -274,13 +290,22 @@ def _end_of_turn(tokenizer: Any, text: str, end: int) -> int:
 
 def _within(places: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
     """Whether each token begins in one of the spans, which are in order."""
-    begins = [begin for begin, _ in spans]
+    found = [False] * len(places)
+    for begin, end in spans:
+        first, last = bisect.bisect_left(places, (begin,)), bisect.bisect_left(places, (end,))
+        found[first:last] = [to > at for at, to in places[first:last]]
+    return found
 
-    def is_within(place: Span) -> bool:
-        found = bisect.bisect_right(begins, place[0]) - 1
-        return found >= 0 and place[0] < spans[found][1] and place[1] > place[0]
 
-    return [is_within(place) for place in places]
+def _is_its_backend(tokenizer: Any) -> bool:
+    """Whether a tokenizer adds nothing to its backend, which can make ids alone, and faster."""
+    from transformers import PreTrainedTokenizerFast
+
+    return (
+        isinstance(tokenizer, PreTrainedTokenizerFast)
+        and type(tokenizer)._encode_plus is PreTrainedTokenizerFast._encode_plus
+        and type(tokenizer).__call__ is PreTrainedTokenizerFast.__call__
+    )
 
 
 def fingerprint(tokenizer: Any) -> str:

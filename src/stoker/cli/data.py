@@ -1,0 +1,385 @@
+"""`stoker data inspect`: what a language model is trained on, as tokens and in numbers."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from stoker import config as configs
+from stoker import recipes
+from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, console, print_json, show_messages
+from stoker.cli.resume import return_to
+from stoker.cli.train import ConfigFile
+from stoker.config import Resolved
+from stoker.errors import BadInput
+from stoker.report.terminal import plain
+from stoker.run import finding, view
+
+if TYPE_CHECKING:
+    from stoker.data.sources import Source
+    from stoker.language.data import Rows
+    from stoker.language.inspection import Numbers, Sample, Token
+    from stoker.recipes.llm import Config
+
+app = typer.Typer(help="What a language model is trained on.", no_args_is_help=True, rich_markup_mode=None)
+
+_GUTTER = 9  # columns before the text of a row
+_LONGEST = 160  # tokens of a stretch; of a longer one its beginning and its end are shown
+_FIRST, _LAST = 100, 40
+_BAR = 32  # columns
+# Both colours of each pair are given, so that they do not depend on the terminal's own.
+_STYLES = {
+    True: ("black on #b9e4b4", "black on #92d08b"),
+    False: ("#6c6c6c on #e4e4e4", "#6c6c6c on #d0d0d0"),
+}
+_SPECIAL = {True: "bold #7a0074 on #92d08b", False: "bold #7a0074 on #d0d0d0"}
+
+
+@app.callback()
+def data() -> None:
+    """What a language model is trained on."""
+
+
+@app.command()
+def inspect(
+    given: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[RUN] [KEY=VALUE]...",
+            help="A run, whose values are taken; and config values, as `stoker train llm` takes them.",
+        ),
+    ] = None,
+    config: ConfigFile = None,
+    samples: Annotated[int, typer.Option(min=0, metavar="N", help="Rows to show of each source.")] = 2,
+    whole: Annotated[bool, typer.Option("--whole", help="Show long rows without leaving any out.")] = False,
+    runs: RunsFolder = DEFAULT_RUNS,
+    json: Json = False,
+) -> None:
+    """Show rows of tokens as training sees them, which are learnt, and what became of the documents.
+
+    Tokenises as `stoker train llm` does with the same values, into the same cache: what is shown is what is
+    trained on, and training does not tokenise it again. No model is built, nor are its weights brought.
+    """
+    show_messages()
+    resolved = _resolved(given or [], config, runs)
+    found, rows, tokenizer, packing = _made(resolved.config)
+    from stoker.language import inspection
+
+    parts = [inspection.packed(part) for part in inspection.parts_of(rows)]
+    numbers = [
+        {
+            "train": inspection.numbers(part),
+            "validation": inspection.numbers([rows.validation[source.name]]),
+            "test": inspection.numbers([rows.test[source.name]]),
+        }
+        for source, part in zip(found, parts, strict=True)
+    ]
+    shown = [inspection.samples(part, tokenizer, samples, resolved.config.seed) for part in parts]
+    about = _about(resolved.config, rows, tokenizer, packing)
+    if json:
+        print_json(_answer(about, found, rows, numbers, shown))
+        return
+    out = console()
+    if not out.is_terminal:
+        out.width = 100
+    _print_samples(out, found, shown, whole)
+    _print_about(out, about)
+    for source, own in zip(found, numbers, strict=True):
+        _print_numbers(out, source, own, resolved.config.sequence_length)
+    if len(found) > 1:
+        _print_mixture(out, found, rows)
+    _print_epoch(out, about)
+
+
+def _resolved(given: Sequence[str], file: Path | None, runs: Path) -> Resolved[Config]:
+    """The values of `stoker train llm`; those of a run, where one is named."""
+    recipe = recipes.load("llm")
+    if not given or "=" in given[0]:
+        return configs.resolve(recipe.config, given, recipes.config_file(file))
+    if file is not None:
+        raise BadInput(f"run {given[0]} has its values, and --config {file} gives others: leave out one")
+    seen = view.load(finding.find(runs, given[0]))
+    if seen.record["recipe"].get("reference") != recipe.reference:
+        raise BadInput(
+            f"run {seen.directory.id} is of the recipe {seen.record['recipe'].get('name')}: only the data of "
+            f"{recipe.name} is text"
+        )
+    return_to(Path(seen.record["cwd"]))
+    recorded = configs.restore(recipe.config, seen.config, seen.record["sources"])
+    return configs.changed(recorded, given[1:]) if given[1:] else recorded
+
+
+def _made(config: Config) -> tuple[list[Source], Rows, Any, bool]:
+    """The sources, their rows, the tokenizer, and whether documents share rows, as `train` has them."""
+    from stoker.data import sources
+    from stoker.language import building
+    from stoker.language import data as language_data
+
+    found = sources.read_all(
+        config.data, validation=config.validation, test=config.test, streaming=config.streaming
+    )
+    tokenizer, packs = building.without_model(
+        config.model,
+        tokenizer=config.tokenizer,
+        vocab_size=config.vocab_size,
+        documents=[document for source in found for document in source.splits.train],
+        chat_template=config.chat_template,
+    )
+    packing = config.packing and packs
+    rows = language_data.pack(
+        found, tokenizer, sequence_length=config.sequence_length, loss_on=config.loss_on, packing=packing
+    )
+    return found, rows, tokenizer, packing
+
+
+def _about(config: Config, rows: Rows, tokenizer: Any, packing: bool) -> dict[str, Any]:
+    """What is said of all sources together."""
+    per_epoch = len(rows.train)
+    return {
+        "tokenizer": {
+            "tokens": len(tokenizer),
+            "chat_template": bool(getattr(tokenizer, "chat_template", None)),
+            "bos": tokenizer.bos_token, "eos": tokenizer.eos_token, "pad": tokenizer.pad_token,
+        },
+        "sequence_length": config.sequence_length, "packing": packing, "loss_on": config.loss_on,
+        "epoch": {
+            "rows": per_epoch,
+            "estimated": config.streaming,
+            "steps": -(-per_epoch // config.batch_size),
+            "batch_size": config.batch_size,
+            "tokens": round(per_epoch * rows.train.tokens_per_sample),
+            "learnt": round(per_epoch * rows.train.tokens_per_sample * rows.train.labelled),
+        },
+    }  # fmt: skip
+
+
+def _answer(
+    about: dict[str, Any],
+    found: Sequence[Source],
+    rows: Rows,
+    numbers: Sequence[Mapping[str, Numbers]],
+    shown: Sequence[Sequence[Sample]],
+) -> dict[str, Any]:
+    shares = _shares(found, rows)
+    return {
+        **about,
+        "sources": [
+            {
+                "name": source.name, "description": source.description, "fingerprint": source.fingerprint,
+                "weight": source.weight, **share, "looked_at": _looked_at(source),
+                "splits": {split: asdict(part) for split, part in own.items()},
+                "samples": [_as_json(sample) for sample in samples],
+            }
+            for source, share, own, samples in zip(found, shares, numbers, shown, strict=True)
+        ],
+    }  # fmt: skip
+
+
+def _as_json(sample: Sample) -> dict[str, Any]:
+    documents = [[token._asdict() for token in document] for document in sample.documents]
+    return {"row": sample.index, "padding": sample.padding, "documents": documents}
+
+
+def _looked_at(source: Source) -> dict[str, int] | None:
+    """Of a stream, how many of its parts the numbers are of."""
+    if source.stream is None:
+        return None
+    from stoker.data import sources
+
+    return {"parts": len(sources.looked_at(source.stream)), "of": len(source.stream)}
+
+
+def _shares(found: Sequence[Source], rows: Rows) -> list[dict[str, float]]:
+    """What of the rows that are trained on is of each source, and how often an epoch goes through it."""
+    from stoker.data.mixture import Mixture
+
+    if not isinstance(rows.train, Mixture):
+        return [{"share": 1.0, "rows_per_epoch": len(rows.train), "passes": 1.0}]
+    length = len(rows.train)
+    return [
+        {"share": share, "rows_per_epoch": round(share * length), "passes": share * length / len(part)}
+        for share, part in zip(rows.train.shares, rows.train.parts, strict=True)
+    ]
+
+
+# -- rows of tokens ---------------------------------------------------------------------------
+
+
+def _print_samples(
+    out: Console, found: Sequence[Source], shown: Sequence[Sequence[Sample]], whole: bool
+) -> None:
+    if not any(shown):
+        return
+    legend = ("learnt", True, False), ("masked: seen only", False, False), ("special", False, True)
+    for token in itertools.starmap(_token, legend):
+        out.print(_stretch(out, [token]), end="  ")
+    out.print("a line ends with \N{RETURN SYMBOL}")
+    for source, samples in zip(found, shown, strict=True):
+        for sample in samples:
+            _print_sample(out, source.name, sample, whole)
+
+
+def _token(text: str, learnt: bool, special: bool) -> Token:
+    from stoker.language.inspection import Token
+
+    return Token(0, text, learnt, special)
+
+
+def _print_sample(out: Console, name: str, sample: Sample, whole: bool) -> None:
+    tokens = list(itertools.chain.from_iterable(sample.documents))
+    said = (
+        f"{_counted(len(sample.documents), 'document')}, {_counted(len(tokens), 'token')}, "
+        f"{sum(token.learnt for token in tokens):,} learnt, {sample.padding:,} of padding"
+    )
+    out.print()
+    out.print(Text.assemble((f"{name}, row {sample.index:,}", "bold"), f": {said}"))
+    for number, document in enumerate(sample.documents, start=1):
+        about = f"document {number} of {len(sample.documents)}, {_counted(len(document), 'token')} "
+        out.print(Text(f"{about:-<{min(out.width, 100)}}", "dim"))
+        for learnt, group in itertools.groupby(document, lambda token: token.learnt):
+            _print_stretch(out, "learnt" if learnt else "masked", list(group), whole)
+
+
+def _print_stretch(out: Console, label: str, tokens: Sequence[Token], whole: bool) -> None:
+    """Tokens that are all learnt, or none of them, under what tells so without colours too."""
+    if len(tokens) <= _LONGEST or whole:
+        text = _stretch(out, tokens)
+    else:
+        between = f"\n... {len(tokens) - _FIRST - _LAST:,} tokens ...\n"
+        text = Text.assemble(_stretch(out, tokens[:_FIRST]), between, _stretch(out, tokens[-_LAST:]))
+    lines: Iterable[Text] = text.split("\n")
+    if out.is_terminal:
+        wide = max(20, out.width - _GUTTER)
+        lines = (wrapped for line in lines for wrapped in _wrapped(out, line, wide))
+    for number, line in enumerate(lines):
+        out.print(Text(f"{'' if number else label:{_GUTTER}}", "dim"), line, sep="", soft_wrap=True)
+
+
+def _wrapped(out: Console, line: Text, width: int) -> Iterator[Text]:
+    """A line as lines of some width, cut anywhere: no space of a token is lost."""
+    while line.cell_len > width:
+        at = width
+        while line[:at].cell_len > width:
+            at -= 1
+        head, line = line.divide([at])
+        yield head
+    yield line
+
+
+def _stretch(out: Console, tokens: Sequence[Token]) -> Text:
+    """Tokens side by side: told apart by colours, and by strokes where there are none."""
+    coloured = out.color_system is not None and not out.no_color
+    text = Text()
+    for number, token in enumerate(tokens):
+        said = plain(token.text.replace("\t", "\N{RIGHTWARDS ARROW TO BAR}")) or "\N{DOTTED CIRCLE}"
+        said = said.replace("\n", "\N{RETURN SYMBOL}\n")
+        if coloured:
+            style = _SPECIAL[token.learnt] if token.special else _STYLES[token.learnt][number % 2]
+            text.append(said, style)
+        else:
+            text.append("\N{BOX DRAWINGS LIGHT VERTICAL}" if number else "")
+            text.append(f"\N{LEFT WHITE SQUARE BRACKET}{said}\N{RIGHT WHITE SQUARE BRACKET}"
+                        if token.special else said)  # fmt: skip
+    return text
+
+
+# -- numbers ----------------------------------------------------------------------------------
+
+
+def _print_about(out: Console, about: Mapping[str, Any]) -> None:
+    known = about["tokenizer"]
+    template = "with a chat template" if known["chat_template"] else "without a chat template"
+    packing = "documents share rows" if about["packing"] else "each document in rows of its own"
+    rows = f"of {about['sequence_length']:,} tokens, {packing}; loss on {about['loss_on']}"
+    out.print()
+    for key, value in (
+        ("tokenizer", f"{known['tokens']:,} tokens, {template}, ends documents with {known['eos']}"),
+        ("rows", rows),
+    ):
+        out.print(Text.assemble((f"{key:12}", "dim"), plain(value)), soft_wrap=True)
+
+
+def _print_numbers(out: Console, source: Source, splits: Mapping[str, Numbers], row: int) -> None:
+    out.print()
+    out.print(Text(plain(source.description), "bold"), soft_wrap=True)
+    looked_at = _looked_at(source)
+    if looked_at:
+        out.print(Text(f"of what was looked at, {looked_at['parts']:,} of {looked_at['of']:,} parts:"))
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column("")
+    for split in splits:
+        table.add_column(split, justify="right", no_wrap=True)
+    for heading, cells in _lines(list(splits.values())):
+        table.add_row(Text(heading, "dim"), *cells)
+    out.print(table)
+    _print_histogram(out, splits["train"], row)
+
+
+def _lines(splits: Sequence[Numbers]) -> list[tuple[str, list[str]]]:
+    def quantile(share: str) -> list[str]:
+        return [f"{n.quantiles[share]:,}" for n in splits]
+
+    return [
+        ("documents", [f"{n.documents:,}" for n in splits]),
+        ("tokens", [f"{n.tokens:,}" for n in splits]),
+        ("learnt", [f"{n.learnt:,}" for n in splits]),
+        ("share learnt", [f"{n.learnt / max(1, n.tokens):.1%}" for n in splits]),
+        ("rows", [f"{n.rows:,}" for n in splits]),
+        ("padding", [f"{n.padding:.2%}" for n in splits]),
+        ("longer than a row", [f"{n.longer:,}" for n in splits]),
+        ("answers cut off", [f"{n.truncated:,}" for n in splits]),
+        ("left out, no answer left", [f"{n.dropped:,}" for n in splits]),
+        ("tokens a document, median", quantile("0.5")),
+        ("  5% have at most", quantile("0.05")),
+        ("  95% have at most", quantile("0.95")),
+        ("  the longest", quantile("1")),
+    ]
+
+
+def _print_histogram(out: Console, numbers: Numbers, row: int) -> None:
+    out.print(Text("tokens a document, train", "dim"))
+    most = max(count for _, _, count in numbers.histogram)
+    width = max(len(f"{begin:,} - {end:,}") for begin, end, _ in numbers.histogram)
+    for begin, end, count in numbers.histogram:
+        bar = "\N{FULL BLOCK}" * round(_BAR * count / most) or ("\N{LEFT ONE EIGHTH BLOCK}" if count else "")
+        longer = "  longer than a row" if begin > row else ""
+        out.print(
+            Text.assemble(
+                (f"  {f'{begin:,} - {end:,}':>{width}} ", "dim"),
+                (f"{bar:{_BAR}} ", "yellow" if longer else "blue"), f"{count:,}", (longer, "dim"),
+            )
+        )  # fmt: skip
+
+
+def _print_mixture(out: Console, found: Sequence[Source], rows: Rows) -> None:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for heading in ("mixture", "weight", "share of rows", "rows an epoch", "passes an epoch"):
+        table.add_column(heading, justify="left" if heading == "mixture" else "right", no_wrap=True)
+    for source, share in zip(found, _shares(found, rows), strict=True):
+        table.add_row(
+            source.name, f"{source.weight:g}", f"{share['share']:.1%}", f"{share['rows_per_epoch']:,}",
+            f"{share['passes']:.2f}",
+        )  # fmt: skip
+    out.print()
+    out.print(table)
+
+
+def _print_epoch(out: Console, about: Mapping[str, Any]) -> None:
+    epoch = about["epoch"]
+    roughly = "about " if epoch["estimated"] else ""
+    out.print()
+    out.print(
+        f"an epoch is {roughly}{epoch['rows']:,} rows, {epoch['tokens']:,} tokens, {epoch['learnt']:,} of "
+        f"them learnt: {epoch['steps']:,} steps of batch_size={epoch['batch_size']}"
+    )
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"
