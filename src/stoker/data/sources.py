@@ -79,6 +79,20 @@ def read_all(data: str, *, validation: float, test: float, streaming: bool = Fal
     return _with_short_names(found)
 
 
+def check(data: str) -> None:
+    """Refuse what is not there, before any of it is read. Raises BadInput."""
+    for name, _ in _weights(data):
+        if name in BUILT_IN or object_store.is_url(name) or Path(name).expanduser().exists():
+            continue
+        _check_meant_for_hub(name)
+        hub_datasets.check(name, tuple(BUILT_IN))
+
+
+def _check_meant_for_hub(name: str) -> None:
+    if hub_datasets.is_a_file_name(name):
+        raise BadInput(f"data file {name} does not exist")
+
+
 def _weights(data: str) -> list[tuple[str, float | None]]:
     if Path(data).expanduser().exists():
         return [(data, None)]
@@ -162,9 +176,8 @@ def read(source: str) -> Corpus:
         found = chunks.find(source)
         documents = [document for number in range(len(found)) for document in found.documents(number)]
         origin = f"{source}, {len(found.files)} files"
-    elif hub_datasets.is_a_file_name(source):
-        raise BadInput(f"data file {source} does not exist")
     else:
+        _check_meant_for_hub(source)
         documents = list(records.documents(hub_datasets.read(source, tuple(BUILT_IN))))
         origin = f"hub dataset {source}"
     if not documents:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from stoker.data import tokenizer as tokenizers
 from stoker.data.documents import Document
-from stoker.errors import BadInput, nearest
+from stoker.errors import BadInput
 from stoker.language import attention, hub
 from stoker.language.loading import Weights
 from stoker.language.shape import SIZES
@@ -97,7 +97,7 @@ def build(
     if reference in SIZES:
         made = _tokenizer(tokenizer, documents, vocab_size, chat_template)
         return _new(reference, made, sequence_length, tie_embeddings)
-    folder = _folder(reference)
+    folder = hub.find(reference, known=tuple(SIZES))
     config = load_config(folder)
     found = _tokenizer(tokenizer or str(folder), documents, vocab_size, chat_template)
 
@@ -130,7 +130,7 @@ def without_model(
     if reference in SIZES:
         kind, config = LlamaForCausalLM, LlamaConfig()
     else:
-        folder = _folder(reference, weights=False)
+        folder = hub.find(reference, known=tuple(SIZES), weights=False)
         config = load_config(folder)
         kind = AutoModelForCausalLM._model_mapping[type(config)]
         tokenizer = tokenizer or str(folder)
@@ -165,13 +165,6 @@ def load_tokenizer(reference: str) -> Any:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # padding is known by its place, never by its token
     return tokenizer
-
-
-def _folder(reference: str, *, weights: bool = True) -> Path:
-    try:
-        return hub.find(reference, known=tuple(SIZES), weights=weights)
-    except BadInput as error:
-        raise BadInput(f"{error}{nearest(reference, SIZES)}") from error
 
 
 def _language(model: Any, tokenizer: Any, load: Load | None, origin: Path | str, generation: Any) -> Language:

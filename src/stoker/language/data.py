@@ -123,12 +123,10 @@ def say(run: Run, found: Sequence[Source], rows: Rows, *, packed: bool, wanted: 
 def _say_what_is_lost(name: str, rows: Sequence[PackedDataset]) -> None:
     truncated = sum(part.statistics.truncated for part in rows)
     dropped = sum(part.statistics.dropped for part in rows)
-    if dropped or truncated:
-        log.warning(
-            "%s: %d answers are cut off at %d tokens, and %d documents are left out, of whose answers "
-            "nothing is left: raise sequence_length",
-            name, truncated, rows[0].sequence_length, dropped,
-        )  # fmt: skip
+    cut = f"{truncated:,} answers are cut off at {rows[0].sequence_length} tokens" if truncated else ""
+    left_out = f"{dropped:,} documents are left out, of whose answers nothing is left" if dropped else ""
+    if cut or left_out:
+        log.warning("%s: %s: raise sequence_length", name, ", and ".join(filter(None, [cut, left_out])))
 
 
 def prompts(documents: Sequence[Document], tokenizer: Any) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationE
 from huggingface_hub.utils._validators import validate_repo_id
 from stoker import object_store, storage
 from stoker.data.tokens import once
-from stoker.errors import BadInput
+from stoker.errors import BadInput, nearest
 
 _DESCRIPTION = ("*.json", "*.jinja", "*.model", "*.txt")
 _NOT_REACHED = "the hub cannot be reached ({}). Set HF_ENDPOINT to a mirror, HTTPS_PROXY to a proxy"
@@ -48,6 +48,14 @@ def find(reference: str, what: str = "model", *, known: Sequence[str] = (), weig
     path = Path(reference).expanduser()
     if path.is_dir():
         return path.absolute()
+    try:
+        return _from_hub(reference, what, known, weights)
+    except BadInput as error:
+        raise BadInput(f"{error}{nearest(reference, known)}") from error
+
+
+def _from_hub(reference: str, what: str, known: Sequence[str], weights: bool) -> Path:
+    path = Path(reference).expanduser()
     if path.exists() or reference.startswith((".", "/", "~")) or reference.count("/") > 1:
         or_size = f", or a size: {', '.join(known)}" if known else ""
         raise BadInput(f"{what} {reference} is not a directory; give a directory, or a hub id{or_size}")

@@ -116,8 +116,12 @@ class Config(Training):
 
 def check_launch(config: Config, ranks: int) -> None:
     """What can be seen before any process is started. Raises BadInput."""
-    from stoker.language import shape
+    from stoker.data import sources
+    from stoker.language import hub, shape
 
+    sources.check(config.data)
+    if config.model not in shape.SIZES:
+        hub.find(config.model, known=tuple(shape.SIZES), weights=False)
     if config.kernels != "torch":
         from stoker.language import kernels
 
