@@ -18,7 +18,7 @@ import pytest
 import warm
 from servers import Proxy, s3_server
 
-STARTING = {"engine", "tracking"}
+STARTING = {"engine", "language", "tracking"}
 """The folders whose tests start processes by the forkserver."""
 
 
