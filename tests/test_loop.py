@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,12 @@ from typing import Any
 import pytest
 import torch
 from stoker import Run, StokerError, Trainer, Training
+from stoker.checkpoint import manifest
+from stoker.duration import Duration
 from stoker.engine import schedule
 from stoker.engine.random_state import seed_everything
-from stoker.run import view
+from stoker.errors import OutOfMemory
+from stoker.run import journal, view
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import TensorDataset
@@ -294,3 +299,212 @@ def test_bf16_keeps_float32_weights(open_run: Callable[..., Run]) -> None:
             assert trainer.forward(batch).dtype == torch.bfloat16
             assert torch.isfinite(trainer.step(batch))
     assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_of_damaged_checkpoints_each_is_named_and_the_one_before_them_is_taken(
+    open_run: Callable[..., Run], caplog: pytest.LogCaptureFixture
+) -> None:
+    every = {"checkpoint_every": Duration(5, "step"), "keep_checkpoints": 9}
+    with open_run() as run:
+        trainer = _trainer(run, _model(), **every)
+        whole = _run_on(trainer, 20)
+    kept = run.directory.checkpoints
+    shard = next((kept / "step-00000020").glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    (kept / "step-00000015" / "manifest.json").unlink()
+    for file in (kept / "step-00000010").iterdir():
+        file.unlink()
+    with open_run() as run:
+        trainer = _trainer(run, _model(), **every)
+        assert trainer.steps_done == 5
+        assert _run_on(trainer, 20) == whole[5:]
+    passed_over = view.load(run.directory).attempts[-1].passed_over
+    assert [reason.partition(":")[0] for reason in passed_over] == [f"step-{n:08d}" for n in (20, 15, 10)]
+
+
+def _run_on(trainer: Trainer, steps: int) -> list[float]:
+    loader = trainer.loader(_dataset(), batch_size=8)
+    return [trainer.step(batch).item() for batch in trainer.steps(loader, max_steps=steps)]
+
+
+def test_a_run_whose_checkpoints_are_gone_does_not_begin_anew(open_run: Callable[..., Run]) -> None:
+    with open_run() as run:
+        _run_on(_trainer(run, _model()), 5)
+        run.log(seen=1.0)
+    shutil.rmtree(run.directory.checkpoints)
+    with (
+        pytest.raises(StokerError, match=r"the last of step 5, and none can be used .*holds none"),
+        open_run() as run,
+    ):
+        _trainer(run, _model())
+    assert view.load(run.directory).step == 5, "nothing of it is void"
+
+
+def test_optimizers_whose_names_have_dots_go_on_with_their_state(open_run: Callable[..., Run]) -> None:
+    def trained(run: Run, steps: int) -> Trainer:
+        seed_everything(0)
+        model = nn.ModuleDict({"nets": nn.ModuleDict({"g": nn.Linear(6, 3), "d": nn.Linear(6, 3)})})
+        adam = lambda p: torch.optim.AdamW(p, lr=0.01)  # noqa: E731
+        trainer = Trainer(
+            run, model, optimizer={"nets.g": adam, "nets.d": adam}, training=Training(precision="fp32")
+        )
+        for batch in trainer.steps(trainer.loader(_dataset(), batch_size=8), max_steps=steps):
+            for name, optimizer in trainer.optimizers.items():
+                for part in trainer.micro(batch):
+                    trainer.backward(*_loss(model.get_submodule(name)(part[0]), part))
+                trainer.update(optimizer)
+        return trainer
+
+    with open_run("whole") as run:
+        whole = trained(run, 8).state_dict()
+    with open_run("cut") as run:
+        trained(run, 4)
+    with open_run("cut") as run:
+        for name, tensor in trained(run, 8).state_dict().items():
+            assert torch.equal(tensor, whole[name]), name
+
+
+@pytest.mark.parametrize(
+    ("now", "said"),
+    [
+        (lambda p: torch.optim.SGD(p, lr=0.1), "optimizer is AdamW, and now it is SGD"),
+        ({"0": torch.optim.AdamW}, "optimizers are main, and now there are 0"),
+    ],
+)
+def test_a_checkpoint_of_other_optimizers_is_refused(
+    open_run: Callable[..., Run], now: Any, said: str
+) -> None:
+    with open_run() as run:
+        _run_on(_trainer(run, _model()), 2)
+    with open_run() as run, pytest.raises(StokerError, match=said):
+        _trainer(run, _model(), optimizer=now)
+
+
+def test_a_metric_that_was_not_a_number_is_remembered_over_a_resume(open_run: Callable[..., Run]) -> None:
+    def stale(run: Run, steps: int) -> list[bool]:
+        trainer, found = _trainer(run, _model(), checkpoint_every=Duration(1, "step")), []
+        for batch in trainer.steps(trainer.loader(_dataset(), batch_size=8), max_steps=steps):
+            trainer.step(batch)
+            run.log(val_loss=[0.5, math.nan, math.inf, 0.7, 0.8][run.step - 1])
+            found.append(trainer.stale("val_loss", patience=3))
+        return found
+
+    with open_run("whole") as run:
+        whole = stale(run, 5)
+    with open_run("cut") as run:
+        first = stale(run, 3)
+    with open_run("cut") as run:
+        assert first + stale(run, 5) == whole == [False, False, False, True, True]
+
+
+def test_weights_that_are_not_finite_are_not_saved(open_run: Callable[..., Run]) -> None:
+    """A gradient that nobody looked at has spoilt them; a run that looks goes on from before."""
+
+    def spoils(run: Run, **settings: Any) -> Trainer:
+        def loss(output: torch.Tensor, batch: Any) -> tuple[torch.Tensor, int]:
+            total, weight = _loss(output, batch)
+            if run.step == 7:
+                total = total + (total - total.detach()).abs().sqrt()  # of zero, whose slope there is none
+            return total, weight
+
+        return _trainer(run, _model(), loss=loss, checkpoint_every=Duration(5, "step"), **settings)
+
+    with open_run() as run, pytest.raises(StokerError, match=r"weights are not finite since a step before"):
+        _run_on(spoils(run), 12)
+    assert [path.name for path in manifest.committed(run.directory.checkpoints)] == ["step-00000005"]
+    with open_run("late") as run, pytest.raises(StokerError, match=r"step 7: .* is not finite any more"):
+        _run_on(spoils(run), 7)
+    with open_run() as run:
+        trainer = spoils(run, on_bad_loss="rewind")
+        assert trainer.steps_done == 5
+        assert all(map(math.isfinite, _run_on(trainer, 12)))
+    assert manifest.committed(run.directory.checkpoints)[-1].name == "step-00000012"
+
+
+@pytest.mark.parametrize("policy", ["stop", "skip", "rewind"])
+def test_a_spike_is_answered_as_a_loss_that_is_not_finite(policy: str, open_run: Callable[..., Run]) -> None:
+    with open_run() as run:
+
+        def loss(output: torch.Tensor, batch: Any) -> tuple[torch.Tensor, int]:
+            total, weight = _loss(output, batch)
+            return (total * 100 if run.step == 15 else total), weight
+
+        trainer = _trainer(
+            run, _model(), loss=loss, on_bad_loss=policy, spike=5.0, checkpoint_every=Duration(10, "step")
+        )
+        if policy == "stop":
+            with pytest.raises(StokerError, match=r"step 15: the loss is .* times its running median"):
+                _run_on(trainer, 20)
+            return
+        weights = []
+        for batch in trainer.steps(trainer.loader(_dataset(), batch_size=8), max_steps=20):
+            trainer.step(batch)
+            weights.append(trainer.model[0].weight.detach().clone())
+    back_to = {"skip": 14, "rewind": 10}[policy]
+    assert torch.equal(weights[15 - 1], weights[back_to - 1])
+    assert not torch.equal(weights[16 - 1], weights[back_to - 1])
+
+
+def test_batches_that_are_all_bad_end_the_run(open_run: Callable[..., Run]) -> None:
+    with open_run() as run:
+        trainer = _trainer(
+            run, _model(), loss=lambda output, batch: (_loss(output, batch)[0] * math.nan, 1),
+            on_bad_loss="skip",
+        )  # fmt: skip
+        with pytest.raises(
+            StokerError, match=r"step 11: .* as in the 10 steps before, so it is not the batches"
+        ):
+            _run_on(trainer, 50)
+
+
+def test_each_checkpoint_is_rewound_to_once(open_run: Callable[..., Run]) -> None:
+    with open_run() as run:
+
+        def loss(output: torch.Tensor, batch: Any) -> tuple[torch.Tensor, int]:
+            total, weight = _loss(output, batch)
+            return (total * math.nan if run.step >= 8 else total), weight
+
+        trainer = _trainer(
+            run,
+            _model(),
+            loss=loss,
+            on_bad_loss="rewind",
+            checkpoint_every=Duration(3, "step"),
+            keep_checkpoints=9,
+        )
+        with pytest.raises(StokerError, match=r"step 12: there is no checkpoint to rewind to"):
+            _run_on(trainer, 50)
+    rewound = [
+        e for b in journal.read_blocks(run.directory.journal) for e in b.events if e["type"] == "rewound"
+    ]
+    assert [event["to"] for event in rewound] == [6, 3, 9, 0], "that of step 9 was taken meanwhile"
+
+
+def test_memory_that_a_cpu_has_not_is_said_with_what_to_change(open_run: Callable[..., Run]) -> None:
+    def loss(output: torch.Tensor, batch: Any) -> tuple[torch.Tensor, int]:
+        if len(output) > 2:
+            torch.empty(10**14)
+        return _loss(output, batch)
+
+    with open_run("fixed") as run:
+        trainer = _trainer(run, _without_batch_norm(), loss=loss, micro_batch=4)
+        with pytest.raises(
+            OutOfMemory, match=r"\d+ bytes were asked for, and .* are free. Give micro_batch=2"
+        ):
+            _run_on(trainer, 2)
+    with open_run("auto") as run:
+        assert len(_run_on(_trainer(run, _without_batch_norm(), loss=loss, micro_batch="auto"), 2)) == 2
+
+
+def test_a_config_that_the_checkpoint_does_not_fit_changes_nothing_of_the_run(tmp_path: Path) -> None:
+    def attempt(width: int, *, accept: bool = False) -> Run:
+        config = dataclasses.make_dataclass("Config", [("width", int)], frozen=True)(width)
+        with Run("test", "a", runs=tmp_path, config=config, accept_drift=accept) as run:
+            model = nn.Sequential(nn.Linear(6, width), nn.Linear(width, 3))
+            _run_on(_trainer(run, model), 2 + run.attempt)
+        return run
+
+    attempt(8)
+    with pytest.raises(StokerError, match="of another shape"):
+        attempt(16, accept=True)
+    assert view.load(attempt(8).directory).config == {"width": 8}

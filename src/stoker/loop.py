@@ -24,7 +24,7 @@ from typing import Any, cast
 import torch
 from stoker import distributed, evaluation, storage, supervision
 from stoker.attempt import Run
-from stoker.checkpoint import state
+from stoker.checkpoint import planning, state
 from stoker.data.loader import Collate, Loader
 from stoker.duration import Duration
 from stoker.engine import (
@@ -36,6 +36,7 @@ from stoker.engine import (
     memory,
     mesh,
     options,
+    out_of_memory,
     precision,
     random_state,
     rehearsal,
@@ -56,10 +57,14 @@ from stoker.engine.step import LossFunction, OptimizerFactory, Setting, only_loo
 from stoker.engine.timing import Timed, Timing
 from stoker.errors import OutOfMemory, StokerError, Stopped
 from stoker.progress import ProgressDisplay, Rate, Reading
+from stoker.run import journal, view
 from stoker.run.series import guess_goal
 from stoker.saving import Checkpoints, Saved
 
 log = logging.getLogger("stoker")
+
+
+_MOST_IN_A_ROW = 10  # bad losses, of which all are left out
 
 
 class Trainer:
@@ -143,7 +148,8 @@ class Trainer:
         self._looks_at_losses = (  # else only before a checkpoint: to look at one is to wait for the GPU
             self.device.type == "cpu" or training.on_bad_loss != "stop" or training.spike is not None
         )
-        self._rewound_to: int | None = None
+        self._rewound_to: set[int] = set()
+        self._bad_in_a_row = 0
         self._weight: Weight = 0.0
         self._loader: Loader | None = None
         self._data_place: Any = None  # see Loader.place
@@ -358,6 +364,8 @@ class Trainer:
                 wrong = "a gradient is not finite"
         if wrong:
             self._answer_bad_loss(wrong)
+        else:
+            self._bad_in_a_row = 0
         return loss
 
     def _gradients(self, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -372,7 +380,9 @@ class Trainer:
                 self._fit_scale(parts)
                 self._step.gradients(parts, self._agreement)
                 return self._agreement.finish()
-            except torch.OutOfMemoryError as error:
+            except out_of_memory.KINDS as error:
+                if not out_of_memory.is_one(error):
+                    raise
                 said = self._cut.out_of_memory(error)
                 if not self._cut.take_smaller(batch):
                     raise OutOfMemory(said) from error
@@ -386,10 +396,16 @@ class Trainer:
     def _answer_bad_loss(self, wrong: str) -> None:
         """Do as `on_bad_loss` says of the step under way, which has changed nothing. All ranks call it."""
         step, how = self.steps_done + 1, self.training.on_bad_loss
+        self._bad_in_a_row += 1
         if how == "stop":
             raise StokerError(
-                f"step {step}: {wrong}; the weights are those before it. Go on with on_bad_loss=skip or "
+                f"step {step}: {wrong}; {self._state_of_weights()}. Go on with on_bad_loss=skip or "
                 "rewind, or change what made it (the learning rate, the data)"
+            )
+        if self._bad_in_a_row > _MOST_IN_A_ROW:
+            raise StokerError(
+                f"step {step}: {wrong}, as in the {_MOST_IN_A_ROW} steps before, so it is not the batches; "
+                f"{self._state_of_weights()}. Go on from the newest checkpoint with another learning rate"
             )
         first = self.samples_done
         last = first + (self._loader.batch_size if self._loader is not None else 1) - 1
@@ -399,14 +415,28 @@ class Trainer:
         if how == "rewind":
             self._rewind(step)
 
+    def _state_of_weights(self) -> str:
+        """In words. A gradient that nobody looked at may have spoilt them, which the next loss shows."""
+        finite = all(bool(t.isfinite().all()) for t in map(planning.local, self._step.weights().values()))
+        if all(distributed.gathered(finite)):
+            return "the weights are those before it"
+        return (
+            "the weights are not finite since a step before, whose gradient was not; the newest checkpoint is"
+        )
+
     def _rewind(self, step: int) -> None:
-        """Put the weights, and all that goes with them, back to the newest checkpoint; the data goes on."""
+        """Put the weights, and all that goes with them, back to the newest checkpoint; the data goes on.
+
+        To each once: where the newest has led to a bad loss before, the one before it is taken.
+        """
         self._finish_saving()
-        found, _ = self._checkpoints.newest()
-        if found is None or found.step == self._rewound_to:
+        found, passed_over = self._checkpoints.newest(but=self._rewound_to)
+        for reason in passed_over if self.world.rank == 0 else ():
+            log.warning("passed over checkpoint %s", reason)
+        if found is None:
             raise StokerError(f"step {step}: there is no checkpoint to rewind to that was not tried already")
         position, _ = self._checkpoints.restore(found)
-        self._rewound_to = found.step
+        self._rewound_to.add(found.step)
         self._losses = LossWatch(self.training.spike, position["losses"])
         self.run.event("rewound", step=step, to=found.step)
         if self.world.rank == 0:
@@ -466,7 +496,9 @@ class Trainer:
     def _telling_what_fits(self) -> Iterator[None]:
         try:
             yield
-        except torch.OutOfMemoryError as error:
+        except out_of_memory.KINDS as error:
+            if not out_of_memory.is_one(error):
+                raise
             raise OutOfMemory(self._cut.out_of_memory(error)) from error
 
     @property
@@ -656,7 +688,8 @@ class Trainer:
             if wrong:
                 raise StokerError(f"by step {self.steps_done} {wrong}: what came of it is not saved")
         position = {
-            "step": self.steps_done, "samples": self.samples_done, "history": self._history,
+            "step": self.steps_done, "samples": self.samples_done,
+            "history": {n: [(s, journal.encode(v)) for s, v in seen] for n, seen in self._history.items()},
             "losses": self._losses.recent,
             "data": self._data_place if self._loader is None else self._loader.place(self.samples_done),
         }  # fmt: skip
@@ -681,10 +714,14 @@ class Trainer:
         found, passed_over = self._checkpoints.newest()
         for reason in passed_over if self.world.rank == 0 else ():
             log.warning("passed over checkpoint %s", reason)
+        if found is None and self.run.continued:
+            self._begin_anew(passed_over)
         if found is not None:
             position, self._random = self._checkpoints.restore(found)
             self.steps_done, self.samples_done = position["step"], position["samples"]
-            self._history = {name: [(s, v) for s, v in seen] for name, seen in position["history"].items()}
+            self._history = {
+                name: [(s, journal.decode(v)) for s, v in seen] for name, seen in position["history"].items()
+            }
             self._losses = LossWatch(self.training.spike, position["losses"])
             self._data_place = position.get("data")
             self._saved_step = self.steps_done
@@ -695,6 +732,23 @@ class Trainer:
             self._checkpoints.void_after(self.steps_done)
             self.run.event("resumed", step=self.steps_done, passed_over=passed_over)
             self.run.step = self.steps_done
+
+    def _begin_anew(self, passed_over: list[str]) -> None:
+        """Go on without a checkpoint, where there was none yet. All ranks call it. Raises StokerError."""
+        known = view.load(self.run.directory).checkpoints if self.world.rank == 0 else None
+        lost = distributed.from_rank_zero(known)
+        if not lost:
+            return
+        said = "; ".join(passed_over) or f"{self.run.directory.checkpoints} holds none"
+        if self.run.mend is None:
+            raise StokerError(
+                f"run {self.run.directory.id} had checkpoints, the last of step {lost[-1]}, and none can be "
+                f"used ({said}). Bring them back (is a disk not mounted?), or start a run of another name"
+            )
+        if self.world.rank == 0:
+            log.warning(
+                "none of its checkpoints, the last of step %d, came to the store: it begins anew", lost[-1]
+            )
 
     def _reading(self) -> Reading:
         steps = self._rate.steps_per_second

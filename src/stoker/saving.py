@@ -7,7 +7,7 @@ nothing of how it was made.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,7 +71,9 @@ class Saved:
         tensors.update({f"optimizer.main.{n}": t for n, t in held.items()})
         tensors.update({f"optimizer.main.{n}.step": torch.tensor(counts["step"]) for n in parameters})
         groups = self.step.groups()
-        values = {"optimizers": {"main": {"state": {}, "groups": groups}}, "built": dict(self.built)}
+        kind = state.kind_of(self.step.optimizers["main"])
+        main = {"kind": kind, "state": {}, "groups": groups}
+        values = {"optimizers": {"main": main}, "built": dict(self.built)}
         return (tensors if self.world.rank == 0 else {}), values
 
     def _averaged(self) -> Tensors:
@@ -100,6 +102,7 @@ class Saved:
                 self.ema.restore(state.inside(tensors, "ema."))
             return tensors, values
         tensors, values = state.load_whole(checkpoint, self.world)
+        state.compare_optimizers(values, self.step.optimizers)
         step.restore_state(state.inside(tensors, "optimizer.main."))
         averaged = state.inside(tensors, "ema.")
         if self.ema is not None and averaged:
@@ -141,18 +144,23 @@ class Checkpoints:
         """Begin to write one of the state as it is, at a position: `step`, `samples`, whatever else."""
         tensors, values = self._saved.capture(position)
         about = store.About(position["step"], position["samples"], dict(self._run.latest))
-        self._saver.save(tensors, values, about)
+        trained = (n for n, p in self._saved.step.model.named_parameters() if p.requires_grad)
+        self._saver.save(tensors, values, about, finite=frozenset(f"model.{name}" for name in trained))
 
     @property
     def failed(self) -> bool:
         """Whether the one on its way could not be written; `wait` says why."""
         return self._saver.failed
 
-    def newest(self) -> tuple[manifest.Checkpoint | None, list[str]]:
-        """The newest one that rank 0 finds valid, on every rank; and, on rank 0, those passed over."""
+    def newest(self, but: Set[int] = frozenset()) -> tuple[manifest.Checkpoint | None, list[str]]:
+        """The newest one that rank 0 finds valid, on every rank; and, on rank 0, those passed over.
+
+        Args:
+            but: steps whose checkpoints are left out.
+        """
         found, passed_over = None, list[str]()
         if self._run.world.rank == 0:
-            found, passed_over = manifest.newest(self._folder, self._run.mend)
+            found, passed_over = manifest.newest(self._folder, self._run.mend, but=but)
         agreed = distributed.from_rank_zero(None if found is None else found.step)
         if self._run.world.rank > 0 and agreed is not None:
             found = manifest.read(manifest.folder(self._folder, agreed))

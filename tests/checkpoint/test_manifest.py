@@ -35,9 +35,32 @@ def _torn_manifest(path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-10])
 
 
+def _rewritten(path: Path, **said: object) -> None:
+    """What a program could have written: with the checksum that goes with it."""
+    content = {**orjson.loads((path / manifest.NAME).read_bytes()), **said}
+    content["xxh3"] = manifest._checksum(content)
+    (path / manifest.NAME).write_bytes(orjson.dumps(content))
+
+
 def _file_elsewhere(path: Path) -> None:
-    manifest = path / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"path": "', '"path": "../'))
+    _rewritten(path, files=[{"path": "../shard.safetensors", "size": 7, "xxh3": "0"}])
+
+
+def _of_another_step(path: Path) -> None:
+    _rewritten(path, step=60)
+
+
+def _without_files(path: Path) -> None:
+    _rewritten(path, files=[])
+
+
+def _without_metrics(path: Path) -> None:
+    _rewritten(path, metrics=None)
+
+
+def _empty(path: Path) -> None:
+    for file in path.iterdir():
+        file.unlink()
 
 
 def _missing_shard(path: Path) -> None:
@@ -59,7 +82,8 @@ def _other_format(path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
-        (_file_elsewhere, "not beside it"),
+        (_file_elsewhere, "not beside it"), (_of_another_step, "is of step 60"),
+        (_without_files, "has no files"), (_without_metrics, "has no metrics"), (_empty, "no manifest"),
         (_no_manifest, "no manifest"), (_torn_manifest, "cannot be read"), (_missing_shard, "is missing"),
         (_truncated_shard, "has 5 bytes, not 7"), (_flipped_bit, "checksum"), (_other_format, "format"),
     ],
@@ -73,6 +97,31 @@ def test_a_damaged_one_is_passed_over_with_the_reason(tmp_path: Path, damage, re
     assert len(passed_over) == 1
     assert passed_over[0].startswith("step-00000040: ")
     assert reason in passed_over[0]
+
+
+def test_no_flipped_bit_of_a_manifest_goes_unseen(tmp_path: Path) -> None:
+    path = _save(tmp_path, 40)
+    file = path / manifest.NAME
+    content, whole = file.read_bytes(), manifest.read(path)
+    for bit in range(8 * len(content)):
+        flipped = bytearray(content)
+        flipped[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(flipped)
+        try:
+            assert manifest.read(path) == whole, bit  # of what means nothing, such as a space
+        except manifest.InvalidCheckpoint:
+            continue
+
+
+def test_of_a_link_only_the_link_is_removed(tmp_path: Path) -> None:
+    path = _save(tmp_path / "elsewhere", 40)
+    (tmp_path / "here").mkdir()
+    link = tmp_path / "here" / path.name
+    link.symlink_to(path)
+    assert manifest.verify(link).step == 40
+    manifest.remove(link)
+    assert not link.is_symlink()
+    assert manifest.verify(path).step == 40
 
 
 def test_one_that_cannot_be_mended_now_is_passed_over(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """The manifest: what makes a directory a checkpoint.
 
-It lists every file with its size and checksum, and is written last, after all of them are
-on disk. A directory without a valid one does not exist for a reader, so a save that was
+It lists every file with its size and checksum, has one of its own, and is written last, after all
+of them are on disk. A directory without a valid one does not exist for a reader, so a save that was
 killed, a disk that was full and a bit that flipped are all passed over the same way.
 """
 
@@ -13,18 +13,20 @@ import dataclasses
 import math
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import orjson
+import xxhash
 from stoker import storage
 from stoker.object_store import Unreachable
 from stoker.run import directory
 from stoker.run.series import Goal
 
-FORMAT = 2
+FORMAT = 3
+_READABLE = (2, FORMAT)  # 2 had no checksum of its own
 NAME = directory.MANIFEST
 _VOID = "void-manifest.json"
 _THREADS = 2
@@ -93,10 +95,11 @@ def commit(
 ) -> Checkpoint:
     """Make a directory whose files are on disk a checkpoint, by its manifest."""
     known = {name: value for name, value in (metrics or {}).items() if math.isfinite(value)}
-    manifest = {
+    manifest: dict[str, Any] = {
         "format": FORMAT, "step": step, "samples": samples, "world_size": world_size, "metrics": known,
         "files": [dataclasses.asdict(file) for file in files],
     }  # fmt: skip
+    manifest["xxh3"] = _checksum(manifest)
     storage.write_atomically(path / NAME, orjson.dumps(manifest, option=orjson.OPT_INDENT_2))
     storage.sync_directory(path.parent)
     return Checkpoint.of(path, manifest, files)
@@ -159,11 +162,17 @@ def mended(path: Path, mend: Callable[[Path], None] | None) -> Checkpoint:
 
 
 def newest(
-    checkpoints: Path, mend: Callable[[Path], None] | None = None
+    checkpoints: Path, mend: Callable[[Path], None] | None = None, but: Set[int] = frozenset()
 ) -> tuple[Checkpoint | None, list[str]]:
-    """The newest valid checkpoint, and those passed over, each with the reason; see `mended`."""
+    """The newest valid checkpoint, and those passed over, each with the reason; see `mended`.
+
+    Args:
+        but: steps whose checkpoints are left out.
+    """
     passed_over: list[str] = []
     for path in reversed(folders(checkpoints)):
+        if step_of(path) in but:
+            continue
         try:
             return mended(path, mend), passed_over
         except InvalidCheckpoint as reason:
@@ -216,7 +225,10 @@ def committed(checkpoints: Path) -> list[Path]:
 
 
 def remove(path: Path) -> None:
-    """Delete a checkpoint; its manifest first, so that it is none while its files go."""
+    """Delete a checkpoint; its manifest first, so that it is none while its files go. Of a link, the link."""
+    if path.is_symlink():
+        path.unlink()
+        return
     with contextlib.suppress(FileNotFoundError):
         (path / NAME).unlink()
     shutil.rmtree(path, ignore_errors=True)
@@ -239,9 +251,22 @@ def _read(path: Path) -> dict[str, Any]:
         raise InvalidCheckpoint("it has no manifest: saving it was not finished") from None
     except (OSError, orjson.JSONDecodeError) as error:
         raise InvalidCheckpoint(f"its manifest cannot be read: {error}") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+    if not isinstance(manifest, dict) or manifest.get("format") not in _READABLE:
         raise InvalidCheckpoint(f"its manifest is not of format {FORMAT}")
-    lacking = {"step", "samples", "metrics", "files"} - manifest.keys()
-    if lacking:
-        raise InvalidCheckpoint(f"its manifest has no {', '.join(sorted(lacking))}")
+    if ("xxh3" in manifest or manifest["format"] == FORMAT) and manifest.get("xxh3") != _checksum(manifest):
+        raise InvalidCheckpoint("its manifest does not match its own checksum")
+    wrong = [key for key, kind in _KEYS.items() if not isinstance(manifest.get(key), kind)]
+    if wrong or not manifest["files"]:
+        raise InvalidCheckpoint(f"its manifest has no {', '.join(wrong or ['files'])}")
+    if manifest["step"] != step_of(path):
+        raise InvalidCheckpoint(f"its manifest is of step {manifest['step']}")
     return manifest
+
+
+_KEYS: dict[str, type] = {"step": int, "samples": int, "metrics": dict, "files": list}
+
+
+def _checksum(manifest: Mapping[str, Any]) -> str:
+    """Of all that a manifest says but for this."""
+    said = {key: value for key, value in manifest.items() if key != "xxh3"}
+    return xxhash.xxh3_128_hexdigest(orjson.dumps(said, option=orjson.OPT_SORT_KEYS))

@@ -65,9 +65,10 @@ def load(
             if name.startswith("model.") and name.removeprefix("model.") not in elsewhere
         },
     )
-    others = _others(specs, model, world)
-    store.load_tensors(checkpoint, {**model_now, **others}, world)
     values = store.load_values(checkpoint)
+    compare_optimizers(values, optimizers)
+    others = _others(specs, model, optimizers, world, elsewhere)
+    store.load_tensors(checkpoint, {**model_now, **others}, world)
     for name, optimizer in optimizers.items():
         held = inside(others, f"optimizer.{name}.")
         _restore_optimizer(model, optimizer, held, values["optimizers"][name], elsewhere)
@@ -85,6 +86,27 @@ def load_whole(checkpoint: Checkpoint, world: World) -> tuple[Tensors, dict[str,
     return tensors, store.load_values(checkpoint)
 
 
+def compare_optimizers(values: Mapping[str, Any], optimizers: Mapping[str, Any]) -> None:
+    """Raises StokerError where a checkpoint's values are of optimizers of other names or kinds than these."""
+    saved = {name: held.get("kind") for name, held in values["optimizers"].items()}
+    now = {name: kind_of(optimizer) for name, optimizer in optimizers.items()}
+    if saved.keys() != now.keys():
+        raise StokerError(
+            f"the checkpoint's optimizers are {', '.join(saved)}, and now there are {', '.join(now)}"
+        )
+    for name, kind in saved.items():
+        if kind not in (None, now[name]):
+            raise StokerError(
+                f"the checkpoint's optimizer is {kind}, and now it is {now[name]}, whose state is another: "
+                "go on with the one before, or start a run of another name from its weights"
+            )
+
+
+def kind_of(optimizer: Any) -> str:
+    """The class of an optimizer; of one that DeepSpeed wraps, of that."""
+    return type(getattr(optimizer, "optimizer", optimizer)).__name__
+
+
 def keep_changes(optimizer: torch.optim.Optimizer, built: Groups, then: Groups) -> None:
     """Hyperparameters that differ from what the optimizer was made with before are the user's change."""
     for group, now, before in zip(optimizer.param_groups, built, then, strict=True):
@@ -96,6 +118,7 @@ def joined(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     first = dict(parts[0])
     first["optimizers"] = {
         name: {
+            **held,
             "state": {k: v for part in parts for k, v in part["optimizers"][name]["state"].items()},
             "groups": [
                 {**group, "params": _names([part["optimizers"][name]["groups"][n] for part in parts])}
@@ -113,27 +136,39 @@ def _names(groups: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _others(
-    specs: Mapping[str, tuple[torch.Size, torch.dtype]], model: torch.nn.Module, world: World
+    specs: Mapping[str, tuple[torch.Size, torch.dtype]],
+    model: torch.nn.Module,
+    optimizers: Mapping[str, Any],
+    world: World,
+    elsewhere: frozenset[str],
 ) -> Tensors:
-    """Where this rank's part of all but the model's own tensors is loaded to."""
+    """Where this rank's part of all but the model's own tensors is loaded to. Raises StokerError."""
     parameters = dict(model.named_parameters())
+    prefixes = ("ema.", *(f"optimizer.{name}." for name in sorted(optimizers, key=len, reverse=True)))
     found: Tensors = {}
     for name, (shape, dtype) in specs.items():
         if name.startswith("model.") or _is_of_another(name, world):
             continue
-        owner = _owner(name)
+        owner = _owner(name, prefixes)
         if owner is None:
             found[name] = torch.empty(shape, dtype=dtype)
         elif owner in parameters:
             found[name] = _beside_shard(parameters[owner], shape, dtype)
+        elif owner not in elsewhere:
+            raise StokerError(f"the checkpoint has {name}, and the model has no parameter {owner}")
     return found
 
 
-def _owner(name: str) -> str | None:
-    """The parameter whose optimizer state or average a tensor is: `optimizer.main.NAME.key`, `ema.NAME`."""
-    if name.startswith("optimizer."):
-        return name.split(".", 2)[2].rpartition(".")[0]
-    return name.removeprefix("ema.") if name.startswith("ema.") else None
+def _owner(name: str, prefixes: Sequence[str]) -> str | None:
+    """The parameter whose optimizer state or average a tensor is: `optimizer.main.NAME.key`, `ema.NAME`.
+
+    Args:
+        prefixes: what these begin with; an optimizer's name may have dots, as its parameters' have.
+    """
+    prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
+    if prefix is None:
+        return None
+    return name.removeprefix(prefix) if prefix == "ema." else name.removeprefix(prefix).rpartition(".")[0]
 
 
 def _is_of_another(name: str, world: World) -> bool:
@@ -187,7 +222,7 @@ def optimizer_state(
         }
         for group in optimizer.param_groups
     ]
-    return tensors, {"state": scalars, "groups": groups}
+    return tensors, {"kind": kind_of(optimizer), "state": scalars, "groups": groups}
 
 
 def _restore_optimizer(

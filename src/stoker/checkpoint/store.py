@@ -22,6 +22,7 @@ from stoker import distributed, storage
 from stoker.checkpoint import manifest, planning, shards
 from stoker.checkpoint.manifest import Checkpoint, File
 from stoker.checkpoint.staging import HostBuffers
+from stoker.errors import StokerError
 from stoker.world import World
 from torch.distributed.checkpoint import state_dict_loader
 from torch.distributed.checkpoint.filesystem import FileSystem
@@ -63,17 +64,26 @@ class Saver:
         self._plan: tuple[planning.Signature, list[planning.Part]] | None = None
         self._writing: concurrent.futures.Future[None] | None = None
 
-    def save(self, tensors: Tensors, values: Mapping[str, Any], about: About) -> None:
+    def save(
+        self,
+        tensors: Tensors,
+        values: Mapping[str, Any],
+        about: About,
+        finite: frozenset[str] = frozenset(),
+    ) -> None:
         """Begin to write a checkpoint of these tensors, and of rank 0's JSON values.
 
         When it returns, the tensors may be changed. Raises OSError where the one before could not be
-        written.
+        written, StokerError where it was not to be.
+
+        Args:
+            finite: names of tensors that make it no checkpoint where they hold a NaN or an infinity.
         """
         self.wait()
         parts = self._parts(tensors)
         copies = self._buffers.copy({part.name: planning.local(tensors[part.name]) for part in parts})
         encoded = orjson.dumps(values, option=orjson.OPT_SERIALIZE_NUMPY) if self._world.rank == 0 else b""
-        self._writing = _in_thread(lambda: self._write(parts, copies, encoded, about))
+        self._writing = _in_thread(lambda: self._write(parts, copies, encoded, about, finite))
 
     def wait(self, timeout: float | None = None, meanwhile: Callable[[], None] = lambda: None) -> None:
         """Until the checkpoint that is on its way is on disk.
@@ -106,7 +116,14 @@ class Saver:
             self._plan = signature, planning.parts(tensors, self._world.rank, self._group)
         return self._plan[1]
 
-    def _write(self, parts: list[planning.Part], copies: Tensors, values: bytes, about: About) -> None:
+    def _write(
+        self,
+        parts: list[planning.Part],
+        copies: Tensors,
+        values: bytes,
+        about: About,
+        finite: frozenset[str],
+    ) -> None:
         path = manifest.folder(self._folder, about.step)
         first = self._world.rank == 0
         files: list[File] = []
@@ -114,6 +131,7 @@ class Saver:
         self._raise_together(error, path)
 
         def write() -> None:
+            _check_finite({name: copies[name] for name in finite & copies.keys()}, about.step)
             files.extend(shards.write(path, self._world.rank, parts, copies))
             self._before()
 
@@ -134,14 +152,16 @@ class Saver:
 
         What is no checkpoint by then is removed; one that is stays, whatever failed after it.
         """
-        mine = (None if error is None else str(error), [dataclasses.asdict(file) for file in files])
+        told = None if error is None else (str(error), isinstance(error, StokerError))
+        mine = (told, [dataclasses.asdict(file) for file in files])
         answers = distributed.gathered(mine, self._group) if self._world.size > 1 else [mine]
-        said = next((said for said, _ in answers if said is not None), None)
-        if said is None:
+        failed = next((told for told, _ in answers if told is not None), None)
+        if failed is None:
             return [file for _, of_rank in answers for file in of_rank]
+        said, for_user = failed
         if self._world.rank == 0 and not (path / manifest.NAME).exists():
             manifest.remove(path)
-        raise error or OSError(said)
+        raise error or (StokerError(said) if for_user else OSError(said))
 
 
 @dataclass(frozen=True)
@@ -152,6 +172,17 @@ class About:
     samples: int
     """Samples of the global order that were trained on."""
     metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+def _check_finite(tensors: Tensors, step: int) -> None:
+    """Raises StokerError."""
+    for name, tensor in tensors.items():
+        if tensor.numel() and not all(bound.isfinite() for bound in torch.aminmax(tensor)):
+            raise StokerError(
+                f"step {step}: {name.removeprefix('model.')} is not finite any more, so it is not saved: the "
+                "newest checkpoint is from before. Go on from it with on_bad_loss=skip or rewind, which look "
+                "at every gradient, or change what made it (the learning rate, the data)"
+            )
 
 
 def _in_thread(work: Callable[[], None]) -> concurrent.futures.Future[None]:

@@ -12,7 +12,7 @@ from stoker import exports
 from stoker.checkpoint import manifest
 from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, console, print_json
 from stoker.cli.runs.common import RunName
-from stoker.errors import BadInput
+from stoker.errors import BadInput, StokerError
 from stoker.report import facts
 from stoker.run import finding, mirror, opening, view
 from typer.core import TyperGroup
@@ -125,6 +125,8 @@ def rm(
         if copy is not None:
             copy.remove_checkpoint(path.name)
         manifest.remove(path)
+    if path.exists():
+        raise StokerError(f"{path} is a checkpoint no more, but not all of it could be deleted")
     if json:
         print_json({"removed": str(path)})
     else:

@@ -6,8 +6,7 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-from stoker.engine import batches, micro_batch, options, rehearsal
+from stoker.engine import batches, micro_batch, options, out_of_memory, rehearsal
 from stoker.engine.options import Training
 from stoker.engine.step import Setting, Step
 from stoker.world import World
@@ -52,9 +51,9 @@ class MicroBatches:
         rehearsal.remember(self._step, self._setting, self._world, batch, self.size, self._about())
         return True
 
-    def out_of_memory(self, error: torch.OutOfMemoryError) -> str:
+    def out_of_memory(self, error: BaseException) -> str:
         """What was asked for, what was free, and the cheapest change that makes it less."""
-        said = str(error).partition(" If reserved")[0].splitlines()[0]
+        said = out_of_memory.said(error)
         micro = self.size if isinstance(self.size, int) else None
         if micro != 1:
             change = (

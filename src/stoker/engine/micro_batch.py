@@ -17,6 +17,7 @@ import psutil
 import torch
 import torch.distributed as dist
 from stoker import distributed, storage
+from stoker.engine import out_of_memory
 from stoker.errors import StokerError
 
 _ROOM = 0.9  # of a device's memory
@@ -79,7 +80,9 @@ def _largest(sizes: Sequence[int], attempt: Callable[[int], None], device: torch
         try:
             attempt(size)
             failed = False
-        except (torch.OutOfMemoryError, MemoryError):
+        except out_of_memory.KINDS as error:
+            if not out_of_memory.is_one(error):
+                raise
             failed = True
         if _over_ranks(failed):
             break

@@ -97,8 +97,7 @@ def table_rows(view: RunView, table: Media) -> tuple[list[str], list[list[Any]]]
 def config(view: RunView) -> list[Value]:
     """Every config value with its source, those that are not defaults first."""
     sources = dict(view.record.get("sources", {}))
-    drift = view.attempts[-1].drift if view.attempts else {}
-    for key, change in drift.items():
+    for key, change in view.drift.items():
         since = next(a.number for a in view.attempts if a.drift.get(key) == change)
         sources[key] = f"changed at attempt {since}"
     found = [

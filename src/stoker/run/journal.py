@@ -203,7 +203,7 @@ def sizes(journal: Path) -> dict[str, int]:
 
 def encode_values(values: Mapping[str, float]) -> dict[str, float | str]:
     """Metric values for JSON, which knows no NaN and no infinity: those become texts."""
-    return {key: value if math.isfinite(value) else _spell(value) for key, value in values.items()}
+    return {key: encode(value) for key, value in values.items()}
 
 
 def decode_values(values: Mapping[str, float | str]) -> dict[str, float]:
@@ -211,8 +211,13 @@ def decode_values(values: Mapping[str, float | str]) -> dict[str, float]:
     return {key: decode(value) for key, value in values.items()}
 
 
+def encode(value: float) -> float | str:
+    """One metric value for JSON."""
+    return value if math.isfinite(value) else _spell(value)
+
+
 def decode(value: Any) -> float:
-    """One metric value as `encode_values` wrote it. Raises ValueError or TypeError."""
+    """One metric value as `encode` wrote it. Raises ValueError or TypeError."""
     if isinstance(value, str):
         if value not in _NON_FINITE:
             raise ValueError(f"{value!r} is no number")

@@ -105,8 +105,16 @@ class RunView:
     @property
     def config(self) -> dict[str, Any]:
         """The config of the newest attempt: the record's, with what has drifted since."""
-        drifted = self.attempts[-1].drift if self.attempts else {}
-        return {**self.record["config"], **{key: new for key, (_, new) in drifted.items()}}
+        return {**self.record["config"], **{key: new for key, (_, new) in self.drift.items()}}
+
+    @property
+    def drift(self) -> dict[str, Any]:
+        """How the config differs from the record's: key -> [old, new].
+
+        An attempt that failed before its loop began (a checkpoint did not fit, say) changed nothing.
+        """
+        counted = (a for a in reversed(self.attempts) if a.status != FAILED or a.began is not None)
+        return next((attempt.drift for attempt in counted), {})
 
     @property
     def step(self) -> int:
