@@ -10,6 +10,7 @@ import bisect
 import hashlib
 import itertools
 import logging
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -248,14 +249,12 @@ def _end_of_turn(tokenizer: Any, text: str, end: int) -> int:
 
 
 def _within(places: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
-    """Whether each token begins in one of the spans, which are in order."""
-    begins = [begin for begin, _ in spans]
-
-    def is_within(place: Span) -> bool:
-        found = bisect.bisect_right(begins, place[0]) - 1
-        return found >= 0 and place[0] < spans[found][1] and place[1] > place[0]
-
-    return [is_within(place) for place in places]
+    """Whether each token, in the order of the text, begins in one of the spans and is of some of it."""
+    found = [False] * len(places)
+    for span in spans:
+        first, last = (bisect.bisect_left(places, edge, key=operator.itemgetter(0)) for edge in span)
+        found[first:last] = [end > begin for begin, end in places[first:last]]
+    return found
 
 
 def fingerprint(tokenizer: Any) -> str:
