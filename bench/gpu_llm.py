@@ -264,7 +264,7 @@ def _rows(name: str, tokens: int, found: dict[str, list[Any]]) -> list[Row]:
     share = {who: 100 * rate * mine["flops"] / mine["peak_flops"] for who, rate in middle.items()}
     rows = [
         Row(f"{name}: tokens a second", "tok/s", middle.pop("ours"), middle),
-        Row(f"{name}: share of {mine['peak_flops'] / 1e12:,.0f} TFLOP/s ({mine['peak_source']})", "%",
+        Row(f"{name}: MFU, of {mine['peak_flops'] / 1e12:,.0f} TFLOP/s ({mine['peak_source']})", "%",
             share.pop("ours"), share, goal="≥ 50 %"),
         Row(f"{name}: peak of memory", "GB", mine["peak"] / 1e9,
             {who: one["peak"] / 1e9 for who, one in first.items()}),
