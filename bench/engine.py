@@ -28,12 +28,6 @@ from harness import Row, median, spread
 HERE = Path(__file__).resolve()
 BATCH, LENGTH, VOCABULARY = 8, 128, 1024
 STRATEGIES = {"ddp": 2, "fsdp": 2}
-# The allocator keeps what is freed. By default it gives the top of the heap back and takes it again, a
-# page fault at a time, in some steps and not in others: up to 2% of a step, by where things happen to lie.
-KEEP_MEMORY = {
-    "MALLOC_MMAP_THRESHOLD_": "1000000000", "MALLOC_TRIM_THRESHOLD_": "4000000000",
-    "MALLOC_TOP_PAD_": "67108864",
-}  # fmt: skip
 
 
 # -- what is trained --------------------------------------------------------------------------
@@ -441,7 +435,7 @@ def _make_images(folder: Path, count: int) -> None:
 
 def main() -> None:
     asked = harness.arguments(__doc__ or "")
-    os.environ.update(KEEP_MEMORY)
+    os.environ.update(harness.KEEP_MEMORY)
     made: list[Row] = []
     for part in (loop_rows, image_rows):
         began = time.perf_counter()

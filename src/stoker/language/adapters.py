@@ -1,7 +1,8 @@
 """Low-rank adapters on a model, by peft: new ones, or one to go on from.
 
 The model may be on the meta device: then the adapters alone have memory and values, and what of theirs
-depends on the model's weights (DoRA's lengths) is made once these are there.
+depends on the model's weights (DoRA's lengths) is made once these are there. peft takes seconds to import, so
+that is done only where there are adapters.
 """
 
 from __future__ import annotations
@@ -13,15 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, get_peft_model, set_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from stoker.engine.memory import TooLarge
 from stoker.errors import BadInput
 from stoker.language import hub
 from stoker.language.building import Language, Load
-from stoker.language.lora import Lora
+from stoker.language.lora import Lora, is_adapter
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
@@ -41,6 +40,8 @@ def adapted(language: Language, lora: Lora) -> Any:
     model = language.model
     if not lora.used:
         return model
+    from peft import get_peft_model
+
     folder = hub.find(lora.adapter, "lora.adapter") if lora.adapter is not None else None
     config = _config(model, lora) if folder is None else _saved_config(folder, language)
     with warnings.catch_warnings():
@@ -52,7 +53,7 @@ def adapted(language: Language, lora: Lora) -> Any:
             given = f"lora.targets={lora.targets}" if folder is None else f"lora.adapter={lora.adapter}"
             raise BadInput(f"{given}: {error}") from error
     for layer in made.modules():
-        if isinstance(layer, LoraLayer):
+        if is_adapter(layer):
             _begin(layer, saved=folder is not None)
     if folder is not None:
         _take(made, folder)
@@ -77,13 +78,15 @@ def loading(load: Load) -> Load:
     def both(model: nn.Module, device: torch.device, prefix: str) -> None:
         load(model, device, prefix)
         for name, layer in model.named_modules():
-            if isinstance(layer, LoraLayer) and f"{name}.".startswith(prefix):
+            if is_adapter(layer) and f"{name}.".startswith(prefix):
                 _measure(layer)
 
     return both
 
 
-def _config(model: Any, lora: Lora) -> LoraConfig:
+def _config(model: Any, lora: Lora) -> Any:
+    from peft import LoraConfig
+
     targets = lora.targets
     return LoraConfig(
         r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, use_rslora=lora.rslora,
@@ -94,6 +97,8 @@ def _config(model: Any, lora: Lora) -> LoraConfig:
 
 
 def _saved_config(folder: Path, language: Language) -> Any:
+    from peft import LoraConfig, PeftConfig
+
     hub.read_json(folder, "adapter_config.json", "lora.adapter")
     try:
         config = PeftConfig.from_pretrained(folder)
@@ -121,6 +126,8 @@ def check_base(adapter: Path, fingerprint: str) -> None:
 
 def _take(model: Any, folder: Path) -> None:
     """Put a saved adapter's tensors in place. Raises BadInput where they do not fit."""
+    from peft import set_peft_model_state_dict
+
     try:
         tensors = load_file(folder / WEIGHTS)
     except FileNotFoundError as error:

@@ -77,11 +77,13 @@ class _InChunks(torch.autograd.Function):
             part = slice(begin, begin + rows)
             logits = F.linear(hidden[part], weight, bias).float()
             target = targets[part].unsqueeze(1)
-            normaliser = logits.logsumexp(1, keepdim=True)
-            total += (normaliser - logits.gather(1, target)).sum()
+            logits -= logits.amax(1, keepdim=True)
+            wanted = logits.gather(1, target)
+            summed = logits.exp_().sum(1, keepdim=True)  # in place: one exponential, and no copy of a chunk
+            total += (summed.log() - wanted).sum()
             if not (of_hidden or of_weight or of_bias):
                 continue
-            gradient = logits.sub_(normaliser).exp_()
+            gradient = logits.div_(summed)
             gradient.scatter_add_(1, target, gradient.new_full((), -1.0).expand_as(target))
             if bias_grad is not None:
                 bias_grad += gradient.sum(0)

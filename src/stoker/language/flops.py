@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from peft.tuners.lora import LoraLayer
+from stoker.language.lora import is_adapter
 from stoker.language.quantised import Linear4bit
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -27,7 +27,7 @@ def per_token(model: Any, *, context: float, labelled: float = 1.0) -> float:
     head = bare.get_output_embeddings()
     total = 0.0
     for module in model.modules():
-        if isinstance(module, LoraLayer):
+        if is_adapter(module):
             continue
         entries, trained = _product(module)
         total += (6 if trained else 4) * entries * (labelled if module is head else _active(bare, module))

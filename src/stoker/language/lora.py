@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 from annotated_types import Ge, Gt, Lt
 
@@ -40,3 +41,9 @@ class Lora:
     def used(self) -> bool:
         """Whether adapters are trained; else every weight is."""
         return self.rank > 0 or self.adapter is not None
+
+
+def is_adapter(module: Any) -> bool:
+    """Whether a module is a layer with an adapter of peft's. There is none before peft was imported."""
+    peft = sys.modules.get("peft.tuners.lora")
+    return peft is not None and isinstance(module, peft.LoraLayer)

@@ -22,9 +22,12 @@ from stoker.language.lora import Lora
 if TYPE_CHECKING:
     from stoker.data.tokens import PackedDataset
 
-PRELOAD = tuple(
-    f"stoker.language.{room}"
-    for room in ("adapters", "building", "data", "export", "generation", "objective")
+PRELOAD = (
+    "peft",
+    *(
+        f"stoker.language.{room}"
+        for room in ("adapters", "building", "data", "export", "generation", "objective")
+    ),
 )
 
 

@@ -1,0 +1,133 @@
+"""`stoker train llm` against plain transformers and peft, on the same data: loss curves and perplexities."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import equivalence_run
+import pytest
+import torch
+from equivalence_run import BATCH, ROW, STEPS, Document, Metrics, Tokens
+from stoker.data import sources, tokens
+from stoker.data.loader import Loader
+from stoker.duration import Duration
+from stoker.language import building, data
+from stoker.language.data import Rows
+from stoker.language.lora import Lora
+from stoker.recipes import llm
+from stoker.world import World
+from transformers import AutoModelForCausalLM
+
+import ranks
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers' Trainer, and of peft
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return equivalence_run.base(tmp_path_factory.mktemp("models") / "llama")
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return equivalence_run.conversations(tmp_path_factory.mktemp("data") / "chats.jsonl", 150)
+
+
+@pytest.fixture(scope="module")
+def adapter(base: Path) -> Path:
+    return equivalence_run.adapter(base.parent / "adapter", base)
+
+
+@pytest.fixture
+def adapted(adapter: Path, base: Path, chats: Path) -> Metrics:
+    """What a run with that adapter measured, once for this module."""
+    runs = adapter.parent / "runs"
+    if not runs.exists():
+        return equivalence_run.recipe(runs, of_adapter(adapter, base, chats), "adapted")
+    return equivalence_run.metrics(runs / "test" / "adapted")
+
+
+def of_adapter(adapter: Path, base: Path, chats: Path) -> llm.Config:
+    return equivalence_run.config(base, chats, lora=Lora(adapter=str(adapter)))
+
+
+def plain(base: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+
+
+def rows_of(config: llm.Config) -> Rows:
+    """The rows that the recipe trains on and measures."""
+    found = sources.read_all(config.data, validation=config.validation, test=config.test)
+    language = building.build(config.model, tokenizer=None, vocab_size=300, sequence_length=ROW, documents=[])
+    return data.pack(
+        found, language.tokenizer, sequence_length=ROW, loss_on=config.loss_on, packing=config.packing
+    )
+
+
+def documents_of(batch: dict[str, torch.Tensor], known: dict[Tokens, Tokens]) -> list[Document]:
+    """The documents of a batch of ours, with transformers' labels of them."""
+    return [(ids, known[ids]) for ids in equivalence_run.pieces(batch)]
+
+
+def documents_of_steps(config: llm.Config, known: dict[Tokens, Tokens]) -> list[list[Document]]:
+    rows = rows_of(config).train
+    loader = Loader(rows, batch_size=BATCH, world=World(), seed=config.seed, collate=tokens.collate)
+    batches = itertools.islice(loader.batches(0), STEPS)
+    return [documents_of(batch, known) for batch in batches]
+
+
+def test_lora_on_packed_answers_has_the_curve_of_transformers_and_peft(
+    adapted: Metrics, adapter: Path, base: Path, chats: Path, tmp_path: Path
+) -> None:
+    """Theirs has a padded row a document, ours shares rows: the same tokens make a step, in one order."""
+    from peft import PeftModel
+
+    config = of_adapter(adapter, base, chats)
+    found = adapted["loss"]
+    known = equivalence_run.tokenised(base, chats, answers_only=True)
+    steps = documents_of_steps(config, known)
+    assert max(len(step) for step in steps) > BATCH  # rows hold several
+    theirs = PeftModel.from_pretrained(plain(base), adapter, is_trainable=True)
+    expected = equivalence_run.hf_trainer(theirs, steps, tmp_path / "hf", config.lr or 0.0)
+    assert list(found) == list(range(1, STEPS + 1))
+    assert list(found.values()) == pytest.approx(expected, abs=1e-5)
+    assert expected[-1] < expected[0] - 0.5
+
+
+def test_every_weight_on_every_token_has_the_curve_of_transformers(
+    base: Path, chats: Path, tmp_path: Path
+) -> None:
+    config = equivalence_run.config(base, chats, packing=False, loss_on="all")
+    found = equivalence_run.recipe(tmp_path, config, "full")["loss"]
+    steps = documents_of_steps(config, equivalence_run.tokenised(base, chats, answers_only=False))
+    expected = equivalence_run.hf_trainer(plain(base), steps, tmp_path / "hf", config.lr or 0.0)
+    assert list(found.values()) == pytest.approx(expected, abs=1e-5)
+    assert expected[-1] < expected[0] - 0.5
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_perplexity_is_that_of_plain_transformers(
+    size: int, adapted: Metrics, base: Path, chats: Path, tmp_path: Path
+) -> None:
+    """Over rows that two ranks cannot share evenly: one of them has nothing to do in the last batch."""
+    config = equivalence_run.config(base, chats, max_steps=Duration(1, "step"), lora=Lora(rank=2))
+    rows = rows_of(config)
+    parts = {"base_test_perplexity": rows.test["chats"], "val_perplexity": rows.validation["chats"]}
+    assert any(len(part) % BATCH in (1, 2) for part in parts.values())
+    found = adapted
+    if size > 1:
+        found, _ = ranks.run(equivalence_run.recipe, size, tmp_path, tmp_path, config, "ranks")
+    known = equivalence_run.tokenised(base, chats, answers_only=True)
+    for metric, part in parts.items():  # before the first step
+        held_out = [document for row in part for document in documents_of(tokens.collate([row]), known)]
+        expected = equivalence_run.perplexity(plain(base).eval(), held_out)
+        assert found[metric][0] == pytest.approx(expected, rel=1e-4)
+
+
+def test_adapters_on_7b_are_sharded_whole_with_what_they_are_on(tmp_path: Path) -> None:
+    (found,) = ranks.run(equivalence_run.shares_of_7b, 1, tmp_path, (4, 8))
+    for share, formula, whole in found:
+        assert whole == 0, "some parameter is on every rank"
+        assert share <= formula * 1.05
