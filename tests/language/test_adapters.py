@@ -94,7 +94,7 @@ def test_names_that_match_no_module_are_refused(base: Path) -> None:
 def test_a_kind_without_a_rank_makes_no_sense() -> None:
     with pytest.raises(ValueError, match=r"give them a lora\.rank"):
         Lora(dora=True)
-    with pytest.raises(ValueError, match="a rank and a kind of its own"):
+    with pytest.raises(ValueError, match=r"has its own rank: leave out lora\.rank"):
         Lora(adapter="somewhere", rank=4)
 
 

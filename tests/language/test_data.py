@@ -81,6 +81,49 @@ def test_what_the_assistant_says_is_learnt_with_what_ends_it(
     assert learnt(tokenizer, Document("k", "", "", CHAT)) == expected
 
 
+# Thoughts are cut out of earlier turns, whose header is written otherwise than the one that asks.
+CUTS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{{ m.content.split('</think>')[-1] | trim }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+)
+SYSTEM_LAST = (  # as Mistral's: what the system says stands with the last user
+    "{% for m in messages %}{% if m.role == 'user' %}[INST] "
+    "{% if loop.last or messages[loop.index0 + 1:] | selectattr('role', 'equalto', 'user') | list == [] %}"
+    "{{ messages[0].content }} {% endif %}{{ m.content }} [/INST]"
+    "{% elif m.role == 'assistant' %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "said", "expected"),
+    [
+        (CUTS, ("say yes or no", "yes", "and is it no", "no"), ["yes<|im_end|>", "no<|im_end|>"]),
+        (CUTS, ("one", "<think>two</think> 1"), ["1<|im_end|>"]),
+        (CUTS, ("one", "<think>hm</think> one", "two", "one two"), ["one<|im_end|>", "one two<|im_end|>"]),
+        (SYSTEM_LAST, ("is it ok", "ok", "and no", "no"), ["ok<|endoftext|>", " no<|endoftext|>"]),
+    ],
+)
+def test_what_the_user_says_is_never_taken_for_the_answer(
+    bare: Any, template: str, said: tuple[str, ...], expected: list[str]
+) -> None:
+    roles = ["user", "assistant"] * 2
+    chat = tuple(Message(role, text) for role, text in zip(roles, said, strict=False))
+    if template is SYSTEM_LAST:
+        chat = (Message("system", "be brief"), *chat)
+    assert learnt(of(bare, template), Document("k", "", "", chat)) == expected
+
+
+def test_the_first_word_is_learnt_though_its_space_is_the_template_s(bare: Any) -> None:
+    spaced = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}"
+        "{% endif %}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    assert learnt(of(bare, spaced), Document("k", "", "", CHAT)) == [
+        " it is 1<|endoftext|>", " it is 2<|endoftext|>"
+    ]  # fmt: skip
+
+
 def test_the_tokens_are_those_of_the_template(bare: Any) -> None:
     tokenizer = of(bare, CHATML)
     (encoded,) = Encoder(tokenizer, "all")([Document("k", "", "", CHAT)])
@@ -219,7 +262,8 @@ def test_generations_begin_with_what_asks_for_an_answer(bare: Any) -> None:
         Document("a", "", "", CHAT),
         Document("b", "", "a text of more than eight words in all of it"),
     )
-    assert data.prompts([text, chat], of(bare, CHATML)) == (
+    found = [source([], [text, chat], [])]
+    assert data.prompts(found, of(bare, CHATML)) == (
         "<|im_start|>user\nwhat is one<|im_end|>\n<|im_start|>assistant\n",
         "a text of more than eight words in",
     )

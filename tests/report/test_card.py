@@ -67,6 +67,19 @@ def test_a_card_says_what_it_is_how_good_and_how_to_load_and_make_it_again(tmp_p
         assert len(picture.convert("RGB").getcolors(2**20) or []) > 10, "something is drawn"
 
 
+def test_a_card_of_a_checkpoint_says_what_was_measured_by_then(tmp_path: Path) -> None:
+    about = card.About(
+        name="s3://bucket/tuned", kind="adapter", step=1, language=True, metrics={"val_loss": 3.25}
+    )
+    text = card.text(_run(tmp_path), about, picture=False)
+    assert "| validation loss | 3.25 |" in text
+    assert "12.5" not in text, "the test was one of the final weights"
+    assert "1 step." in text
+    assert "| steps | 1 |" in text
+    assert "# once s3://bucket/tuned was copied to ./tuned" in text
+    assert 'from_pretrained("./tuned")' in text
+
+
 def test_a_card_of_what_is_no_language_model_says_only_what_is_known(tmp_path: Path) -> None:
     about = card.About(name="s3://bucket/cnn", kind="model", step=40)
     text = card.text(_run(tmp_path), about, picture=False)

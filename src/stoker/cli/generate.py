@@ -71,8 +71,8 @@ def generate(
         for one in asked:
             text = one if raw else speaker.ask(one, system)
             said = speaker.answer(
-                text, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed,
-                show=None if json else _write,
+                text, rendered=speaker.chats and not raw, max_tokens=max_tokens,
+                temperature=temperature, top_p=top_p, seed=seed, show=None if json else _write,
             )  # fmt: skip
             answers.append({"prompt": one, **said})
             if not json:

@@ -102,6 +102,7 @@ def prepare(seen: RunView, made: Exported, merged: Path, *, name: str, merge: bo
         merged=merge,
         language=adapter or (folder / "config.json").is_file(),
         chat=_has_template(folder),
+        metrics=made.checkpoint.metrics if made.checkpoint else None,
     )
     card.write(seen, folder, about)
     return folder
@@ -114,6 +115,10 @@ def _base(adapter: Path, given: str | None) -> str | None:
     if given is not None:
         config["base_model_name_or_path"] = given
         file.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+        beside = adapter / "base_model.json"
+        if beside.is_file():
+            known = json.loads(beside.read_text(encoding="utf-8"))
+            beside.write_text(json.dumps({**known, "model": given}), encoding="utf-8")
     return config["base_model_name_or_path"] or None
 
 

@@ -33,6 +33,7 @@ _CHATS = (
     ("conversations", "from", "value"),
     ("conversation", "role", "content"),
 )
+_NOT_TRAINED_ON = ("tool_calls", "function_call", "reasoning_content")
 _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
 """What others call those whom chat templates call user and assistant."""
 
@@ -95,6 +96,12 @@ def _message(where: str, message: Any, role: str, content: str) -> Message:
         if name not in message:
             has = ", ".join(repr(key) for key in message) or "no fields"
             raise BadInput(f"{where}: has no {name!r}; it has {has}")
+    unused = next((key for key in _NOT_TRAINED_ON if message.get(key)), None)
+    if unused is not None:
+        raise BadInput(
+            f"{where}: has {unused!r}, which is not trained on here: leave such conversations out, or write "
+            f"it into {content!r} as the model is to say it"
+        )
     said = message[content]
     if isinstance(said, list):  # parts, of which only texts can be learnt from
         texts = [

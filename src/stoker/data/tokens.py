@@ -33,7 +33,7 @@ from stoker.errors import BadInput
 if TYPE_CHECKING:
     import torch
 
-FORMAT = 3
+FORMAT = 4
 """Part of the fingerprint: raise it when the arrays, or what they hold for the same input, change."""
 
 NO_LOSS = -100

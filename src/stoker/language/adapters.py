@@ -8,6 +8,7 @@ that is done only where there are adapters.
 from __future__ import annotations
 
 import contextlib
+import logging
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,8 @@ from stoker.language.lora import Lora, is_adapter
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
+
+log = logging.getLogger("stoker")
 
 WEIGHTS = "adapter_model.safetensors"
 _LENGTHS = "lora_magnitude_vector"
@@ -43,7 +46,7 @@ def adapted(language: Language, lora: Lora) -> Any:
     from peft import get_peft_model
 
     folder = hub.find(lora.adapter, "lora.adapter") if lora.adapter is not None else None
-    config = _config(model, lora) if folder is None else _saved_config(folder, language)
+    config = _config(language, lora) if folder is None else _saved_config(folder, language)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
         warnings.filterwarnings("ignore", message=".*did not match any targeted module")
@@ -60,16 +63,23 @@ def adapted(language: Language, lora: Lora) -> Any:
     return made
 
 
+def tokenizer_of(lora: Lora) -> str | None:
+    """The tokenizer, with its chat template, that lies beside the adapter to go on from, if one does."""
+    if lora.adapter is None:
+        return None
+    folder = hub.find(lora.adapter, "lora.adapter")
+    return str(folder) if (folder / "tokenizer.json").is_file() else None
+
+
 @contextlib.contextmanager
 def advising(lora: Lora, quantisation: str) -> Iterator[None]:
     """Let who is told that a model is too large know of what would make it smaller. Raises BadInput."""
     try:
         yield
     except TooLarge as error:
-        smaller = [] if lora.used else ["train adapters alone with lora.rank=16"]
-        if quantisation == "none":
-            smaller.append("keep the frozen weights in 4 bits with quantisation=nf4")
-        raise BadInput("; or ".join([str(error), *smaller])) from error
+        frozen = "quantisation=nf4 to keep the frozen weights in 4 bits"
+        smaller = frozen if lora.used else f"train adapters alone with lora.rank=16, and with {frozen}"
+        raise BadInput(f"{error}; or {smaller}" if quantisation == "none" else str(error)) from error
 
 
 def loading(load: Load) -> Load:
@@ -84,15 +94,15 @@ def loading(load: Load) -> Load:
     return both
 
 
-def _config(model: Any, lora: Lora) -> Any:
+def _config(language: Language, lora: Lora) -> Any:
     from peft import LoraConfig
 
     targets = lora.targets
     return LoraConfig(
         r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, use_rslora=lora.rslora,
-        use_dora=lora.dora, task_type="CAUSAL_LM",
+        use_dora=lora.dora, task_type="CAUSAL_LM", revision=language.revision,
         target_modules=targets if targets == "all-linear" else [n.strip() for n in targets.split(",")],
-        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in language.model.modules()),
     )  # fmt: skip
 
 
@@ -107,6 +117,9 @@ def _saved_config(folder: Path, language: Language) -> Any:
     if not isinstance(config, LoraConfig):
         raise BadInput(f"lora.adapter={folder} is {config.peft_type}: only LoRA can be gone on with")
     check_base(folder, language.fingerprint)
+    other = config.base_model_name_or_path
+    if not (folder / BASE).is_file() and other not in (None, language.config.name_or_path):
+        log.warning("lora.adapter=%s says that it is for %s, and is put on another model", folder, other)
     config.inference_mode = False
     config.base_model_name_or_path = language.config.name_or_path
     return config

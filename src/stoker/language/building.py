@@ -7,6 +7,7 @@ over the ranks, and then has it filled (`Language.load`), each rank its own part
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import json
 from collections.abc import Callable, Sequence
@@ -62,6 +63,8 @@ class Language:
     generation_config: Any
     packs: bool
     """Whether its attention can keep apart several documents in a row."""
+    revision: str | None = None
+    """Of the hub, where one was asked for."""
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -112,7 +115,8 @@ def build(
         model = make()
     _check_fits(reference, model, found, sequence_length)
     generation = _generation_config(folder, model)
-    return _language(model, found, weights.load, folder, generation)
+    made = _language(model, found, weights.load, folder, generation)
+    return made if is_here else dataclasses.replace(made, revision=reference.partition("@")[2] or None)
 
 
 def without_model(

@@ -11,6 +11,7 @@ import copy
 import hashlib
 import itertools
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -43,6 +44,8 @@ _PROMPT_AS_TEMPLATE = """\
 {%- endif -%}
 {%- endfor -%}"""
 
+_MARK = "5f3a9c"  # which no conversation has
+
 LossOn = Literal["answer", "all"]
 Span = tuple[int, int]
 
@@ -55,6 +58,8 @@ class Rows:
     validation: dict[str, PackedDataset]
     """By the name of their source."""
     test: dict[str, PackedDataset]
+    encoding: str
+    """The fingerprint of how documents became tokens."""
 
 
 def pack(
@@ -104,6 +109,7 @@ def pack(
         train=Mixture(parts, [source.weight for source in found]) if len(parts) > 1 else parts[0],
         validation={source.name: packed(source, "validation") for source in found},
         test={source.name: packed(source, "test") for source in found},
+        encoding=encoder.fingerprint,
     )
 
 
@@ -111,6 +117,7 @@ def say(run: Run, found: Sequence[Source], rows: Rows, *, packed: bool, wanted: 
     """Record what the data is, and say it on rank 0."""
     about = [source.description for source in found]
     run.fingerprint("data", sources.fingerprint(found))
+    run.fingerprint("encoding", rows.encoding)
     run.event("data", sources=about, rows=len(rows.train), tokens_per_row=rows.train.tokens_per_sample)
     if run.world.rank > 0:
         return
@@ -129,19 +136,26 @@ def _say_what_is_lost(name: str, rows: Sequence[PackedDataset]) -> None:
         log.warning("%s: %s: raise sequence_length", name, ", and ".join(filter(None, [cut, left_out])))
 
 
-def prompts(documents: Sequence[Document], tokenizer: Any) -> tuple[str, ...]:
-    """What two generations begin with: questions of the documents, or the first words of texts."""
-    chosen = sorted(documents, key=lambda document: document.key)[:2]
-    return tuple(_beginning(document, tokenizer) for document in chosen)
+def prompts(found: Sequence[Source], tokenizer: Any, given: Sequence[str] = ()) -> tuple[str, ...]:
+    """What generations begin with: what is given, else two questions held out, or first words of texts.
+
+    Where the tokenizer begins every text with a token, that is written before what no template wrote.
+    """
+    begin = tokenizer.bos_token if Encoder(tokenizer, "answer").begin else ""
+    if given:
+        return tuple(f"{begin}{text}" for text in given)
+    held_out = itertools.chain.from_iterable(source.splits.validation for source in found)
+    chosen = sorted(held_out, key=lambda document: document.key)[:2]
+    return tuple(_beginning(document, tokenizer, begin) for document in chosen)
 
 
-def _beginning(document: Document, tokenizer: Any) -> str:
+def _beginning(document: Document, tokenizer: Any, begin: str) -> str:
     messages = _as_messages(document, tokenizer)
     asked = list(itertools.takewhile(lambda message: message.role != "assistant", messages))
     if asked:
         return _render(tokenizer, asked, to_be_answered=True)
     text = messages[0].content if messages else document.text
-    return PROMPT.format(prompt=document.prompt) if document.prompt else " ".join(text.split()[:8])
+    return begin + (PROMPT.format(prompt=document.prompt) if document.prompt else " ".join(text.split()[:8]))
 
 
 def as_asked(found: Sequence[Source], tokenizer: Any) -> Any:
@@ -225,7 +239,7 @@ class Encoder:
             if self._loss_on == "all":
                 yield Encoded(ids, [True] * len(ids))
             else:
-                yield Encoded(ids, _within(places, _answers(self._tokenizer, chat, text)))
+                yield Encoded(ids, _within(places, _answers(self._tokenizer, chat, text), text))
 
 
 def _as_messages(document: Document, tokenizer: Any) -> tuple[Message, ...]:
@@ -257,27 +271,42 @@ def _answers(tokenizer: Any, chat: Sequence[Message], text: str) -> list[Span]:
     """Where in its text the assistant speaks, with what ends each turn: characters, from and to.
 
     A turn begins behind what the template writes to have it answered, and ends with what the template
-    writes of the conversation up to it. Where that is not a beginning of the whole text (some templates
-    leave out of earlier turns what was only thought), it is what was said that is looked for.
+    writes of the conversation up to it. Where one of these is not a beginning of the whole text (some
+    templates leave out of earlier turns what was only thought), see `_between_others`.
     """
     spans: list[Span] = []
-    behind = 0
+    between: dict[int, Span] | None = None
     for number, message in enumerate(chat):
         if message.role != "assistant":
             continue
         before = _render(tokenizer, chat[:number], to_be_answered=True) if number else ""
         until = text if number == len(chat) - 1 else _render(tokenizer, chat[: number + 1])
-        if text.startswith(before) and text.startswith(until) and number:
-            span = (len(before), len(until.rstrip()))
-        else:
-            said = message.content.strip()
-            begin = text.find(said, behind)
-            if begin < 0:
-                continue
-            span = (begin, _end_of_turn(tokenizer, text, begin + len(said)))
-        spans.append(span)
-        behind = span[1]
+        if number and text.startswith(before) and text.startswith(until):
+            spans.append((len(before), len(until.rstrip())))
+            continue
+        between = _between_others(tokenizer, chat, text) if between is None else between
+        if number not in between:
+            return []
+        spans.append(between[number])
     return spans
+
+
+def _between_others(tokenizer: Any, chat: Sequence[Message], text: str) -> dict[int, Span]:
+    """Where each message of the assistant is, by what the template writes around a word in its place.
+
+    Empty where the text is not that with the answers in these places: then nobody knows where they are.
+    """
+    answers = [number for number, message in enumerate(chat) if message.role == "assistant"]
+    marks = {number: f"answer-{number}-{_MARK}" for number in answers}
+    written = _render(tokenizer, [m._replace(content=marks.get(n, m.content)) for n, m in enumerate(chat)])
+    if any(written.count(mark) != 1 for mark in marks.values()):
+        return {}
+    around = re.split("|".join(map(re.escape, marks.values())), written)
+    found = re.fullmatch("(.*?)".join(map(re.escape, around)), text, re.DOTALL)
+    if found is None:
+        return {}
+    spans = {number: found.span(group) for group, number in enumerate(answers, start=1)}
+    return {number: (begin, _end_of_turn(tokenizer, text, end)) for number, (begin, end) in spans.items()}
 
 
 def _end_of_turn(tokenizer: Any, text: str, end: int) -> int:
@@ -286,12 +315,17 @@ def _end_of_turn(tokenizer: Any, text: str, end: int) -> int:
     return end + len(max(following, key=len, default=""))
 
 
-def _within(places: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
-    """Whether each token begins in one of the spans, which are in order."""
+def _within(places: Sequence[Span], spans: Sequence[Span], text: str) -> list[bool]:
+    """Whether each token begins in one of the spans, which are in order.
+
+    One that begins with the white space before a span is of it too: " the" where a space was written.
+    """
     found = [False] * len(places)
     for begin, end in spans:
         first, last = bisect.bisect_left(places, (begin,)), bisect.bisect_left(places, (end,))
         found[first:last] = [to > at for at, to in places[first:last]]
+        if first and places[first - 1][1] > begin and text[places[first - 1][0] : begin].isspace():
+            found[first - 1] = True
     return found
 
 

@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 from annotated_types import Ge, Gt, Lt
 
+_OF_AN_ADAPTER = ("rank", "alpha", "dropout", "targets", "rslora", "dora")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Lora:
@@ -31,10 +33,11 @@ class Lora:
     def __post_init__(self) -> None:
         if not self.used and (self.rslora or self.dora):
             raise ValueError("lora.rslora and lora.dora are kinds of adapters: give them a lora.rank")
-        if self.adapter is not None and (self.rank or self.rslora or self.dora):
+        own = [name for name in _OF_AN_ADAPTER if getattr(self, name) != getattr(type(self), name)]
+        if self.adapter is not None and own:
             raise ValueError(
-                f"lora.adapter={self.adapter} has a rank and a kind of its own: leave out lora.rank, "
-                "lora.rslora and lora.dora"
+                f"lora.adapter={self.adapter} has its own {', '.join(own)}: leave out "
+                f"{', '.join(f'lora.{name}' for name in own)}"
             )
 
     @property

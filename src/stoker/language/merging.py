@@ -13,10 +13,11 @@ from stoker.language import adapters, hub
 
 def base_of(adapter: Path) -> str:
     """The model that an adapter in a folder was trained on, a directory or hub id. Raises BadInput."""
-    found = hub.read_json(adapter, "adapter_config.json", "adapter").get("base_model_name_or_path")
+    config = hub.read_json(adapter, "adapter_config.json", "adapter")
+    found, revision = config.get("base_model_name_or_path"), config.get("revision")
     if not found:
         raise BadInput(f"adapter {adapter} does not say which model it is for (base_model_name_or_path)")
-    return str(found)
+    return f"{found}@{revision}" if revision else str(found)
 
 
 def merge(adapter: Path, target: Path, base: str | None = None) -> None:

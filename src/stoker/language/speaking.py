@@ -42,6 +42,7 @@ class Speaker:
         self,
         text: str,
         *,
+        rendered: bool = False,
         max_tokens: int,
         temperature: float = 0.0,
         top_p: float = 1.0,
@@ -51,13 +52,14 @@ class Speaker:
         """What follows a text: `text`, the number of `tokens`, and `tokens_per_second`.
 
         Args:
+            rendered: whether a chat template wrote it, with all that begins it.
             temperature: 0 takes the likeliest token each time.
             show: is given what is said as it is said.
 
         Raises:
             BadInput: the text is empty, or leaves no room among the model's positions.
         """
-        encoded = self.tokenizer(text, return_tensors="pt", add_special_tokens=not self.chats)
+        encoded = self.tokenizer(text, return_tensors="pt", add_special_tokens=not rendered)
         encoded = {name: encoded[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
         begun = encoded["input_ids"].shape[1]
         if begun == 0:

@@ -170,7 +170,7 @@ def train(run: Run, config: Config) -> None:
         )
         language = building.build(
             config.model,
-            tokenizer=config.tokenizer,
+            tokenizer=config.tokenizer or adapters.tokenizer_of(config.lora),
             vocab_size=config.vocab_size,
             sequence_length=config.sequence_length,
             documents=[document for source in found for document in source.splits.train],
@@ -184,9 +184,7 @@ def train(run: Run, config: Config) -> None:
             packing=packing,
         )  # fmt: skip
     data.say(run, found, rows, packed=packing, wanted=config.packing)
-    prompts = config.prompts or data.prompts(
-        [document for source in found for document in source.splits.validation], language.tokenizer
-    )
+    prompts = data.prompts(found, language.tokenizer, config.prompts)
     if config.quantisation == "nf4":
         quantised.convert(language.model)
     model = adapters.adapted(language, config.lora)

@@ -50,6 +50,8 @@ class About:
     """Whether it is a causal language model that transformers loads."""
     chat: bool = False
     """Whether its tokenizer has a chat template."""
+    metrics: Mapping[str, float] | None = None
+    """What was known of the weights of a checkpoint; None: they are the final ones."""
 
 
 def write(view: RunView, folder: Path, about: About) -> None:
@@ -65,10 +67,10 @@ def text(view: RunView, about: About, *, picture: bool) -> str:
         f"---\n{_metadata(view, about)}\n---",
         f"# {about.name.rstrip('/').rpartition('/')[2]}",
         _summary(view, about),
-        _section("Results", _results(view)),
+        _section("Results", _results(view, about)),
         _section("How to load it", _loading(about)),
         _section("Data", _data(view)),
-        _section("Training", _training(view), _picture(picture), _evaluations(view), _config(view)),
+        _section("Training", _training(view, about), _picture(picture), _evaluations(view), _config(view)),
         _section("How to make it again", _again(view)),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -99,12 +101,15 @@ def _summary(view: RunView, about: About) -> str:
     how = f", fine-tuned from {_code(about.base)}" if about.kind != "adapter" and about.base else ""
     merged = ", its LoRA adapter merged into the weights" if about.merged else ""
     run = f"{view.directory.experiment}/{view.directory.id}"
-    by = f"trained with stoker {stoker.__version__} as run `{run}`, {about.step:,} steps"
+    steps = "1 step" if about.step == 1 else f"{about.step:,} steps"
+    by = f"trained with stoker {stoker.__version__} as run `{run}`, {steps}"
     return f"{what}{of}{how}{merged}, {by}."
 
 
-def _results(view: RunView) -> str:
-    found = {known: view.last(name) for name, known in _RESULTS.items() if view.last(name) is not None}
+def _results(view: RunView, about: About) -> str:
+    """Of a checkpoint what was measured by then; the test is of the final weights alone."""
+    of_these = view.newest() if about.metrics is None else about.metrics
+    found = {known: of_these[name] for name, known in _RESULTS.items() if name in of_these}
     return _table(("measure", "value"), [(known, facts.number(value)) for known, value in found.items()])
 
 
@@ -122,14 +127,18 @@ def _loading(about: About) -> str:
         if about.chat
         else ['inputs = tokenizer("...", return_tensors="pt")']
     )  # fmt: skip
+    folder = about.name.rstrip("/").rpartition("/")[2] if "://" in about.name else None
+    place = about.name if folder is None else f"./{folder}"
     imports = sorted([f"from {package} import {loader}", "from transformers import AutoTokenizer"])
     if package == "transformers":
         imports = ["from transformers import AutoModelForCausalLM, AutoTokenizer"]
+    brought = [f"# once {about.name} was copied to {place}"] if folder is not None else []
     return _fenced("python", [
         *imports,
         "",
-        f'model = {loader}.from_pretrained("{about.name}")',
-        f'tokenizer = AutoTokenizer.from_pretrained("{about.name}")',
+        *brought,
+        f'model = {loader}.from_pretrained("{place}")',
+        f'tokenizer = AutoTokenizer.from_pretrained("{place}")',
         *ask,
         "made = model.generate(**inputs, max_new_tokens=200)",
         'print(tokenizer.decode(made[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
@@ -150,8 +159,8 @@ def _data(view: RunView) -> str:
     return "\n".join(lines)
 
 
-def _training(view: RunView) -> str:
-    rows = [("steps", f"{view.step:,}"), ("time", clock(view.seconds)), ("devices", facts.layout(view))]
+def _training(view: RunView, about: About) -> str:
+    rows = [("steps", f"{about.step:,}"), ("time", clock(view.seconds)), ("devices", facts.layout(view))]
     for name, known in (("tokens_per_second", "tokens a second"), ("mfu", "model FLOPs utilisation")):
         value = view.last(name)
         rows += [(known, facts.number(value))] if value is not None else []
@@ -206,7 +215,8 @@ def _again(view: RunView) -> str:
     lines += [facts.command(view)] if facts.command(view) else []
     seed = view.record.get("seed")
     said = f"The seed is {seed}. " if seed is not None else ""
-    return f"{said}On the same hardware and versions the result has the same bits.\n\n{_fenced('sh', lines)}"
+    same = "with the same data, on the same hardware and with the same versions the result has the same bits."
+    return f"{said}With stoker {stoker.__version__}, {same}\n\n{_fenced('sh', lines)}"
 
 
 def _packages(listed: str) -> Mapping[str, str]:
