@@ -7,13 +7,13 @@ they are first used.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from stoker.errors import BadInput, StokerError
 
 if TYPE_CHECKING:
     from stoker.attempt import Run
-    from stoker.cli.main import main
     from stoker.duration import Duration
     from stoker.engine.options import Training
     from stoker.loop import Trainer
@@ -23,8 +23,17 @@ __version__ = "0.1.0.dev0"
 
 _LAZY = {
     "Run": "attempt", "Trainer": "loop", "Training": "engine.options", "Duration": "duration",
-    "main": "cli.main",
 }  # fmt: skip
+
+
+def main(train: Callable[..., None]) -> None:
+    """Make a script with a `train(run, config)` function a command: `python my_train.py lr=3e-4 --name a`."""
+    from stoker import signals
+
+    signals.answer_while_starting()  # first of all: what follows takes a second to load
+    from stoker.cli import main as command
+
+    command.main(train)
 
 
 def __getattr__(name: str) -> Any:

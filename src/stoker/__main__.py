@@ -1,6 +1,23 @@
-"""`python -m stoker`: the same as the `stoker` command."""
+"""The `stoker` command, and `python -m stoker`.
 
-from stoker.cli.main import run
+The ranks of a run import this module too.
+"""
 
-if __name__ == "__main__":  # the ranks of a run import it too
+import sys
+
+from stoker import signals
+
+_TRAINING = ("train", "resume")
+
+
+def run() -> None:
+    """Answer a scheduler's signals first of all, where the verb trains: loading the rest takes a second."""
+    if sys.argv[1:2] and sys.argv[1] in _TRAINING:
+        signals.answer_while_starting()
+    from stoker.cli import main
+
+    main.run()
+
+
+if __name__ == "__main__":
     run()

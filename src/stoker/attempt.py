@@ -47,6 +47,7 @@ from stoker.run.reduction import WAYS, How
 from stoker.run.series import Goal, Series, Summary
 from stoker.run.uploader import Uploads
 from stoker.stopping import StopRequests
+from stoker.supervision import Heart
 from stoker.tracking import follower
 from stoker.tracking.system import SystemSampler
 from stoker.world import World
@@ -114,6 +115,8 @@ class Run:
         self.layout: dict[str, Any] = {}
         """How the attempt before this one used the devices, where a Trainer did."""
         self.stop = StopRequests()
+        self.heart: Heart | None = None
+        """Says how far a Trainer's loop is."""
         self.made: set[str] = set()
         """The kinds of artifacts that were recorded in this attempt."""
         self._sinks = follower.enabled()
@@ -421,16 +424,18 @@ class Run:
 
     _stepped_by_trainer = False
 
-    def take_over_steps(self, finish: Callable[[float], None]) -> None:
+    def take_over_steps(self, finish: Callable[[float], None], heart: Heart) -> None:
         """From now on a Trainer says which step it is. Raises ValueError where one does already.
 
         Args:
             finish: waits up to so many seconds for what the Trainer still writes, however the run ends.
+            heart: says how far the Trainer's loop is.
         """
         if self._stepped_by_trainer:
             raise ValueError("a run has one Trainer: its checkpoints are that one's")
         self._stepped_by_trainer = True
         self._finish = finish
+        self.heart = heart
 
     def event(self, kind: str, /, **fields: Any) -> None:
         """Append an event of the loop: plan, resumed, checkpoint."""

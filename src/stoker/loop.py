@@ -159,7 +159,7 @@ class Trainer:
         self._saved_step: int | None = None
         self._random: tuple[dict[str, torch.Tensor], dict[str, Any]] | None = None
         self._agreement = Agreement(self.world, self.device, self._asked)
-        run.take_over_steps(self._checkpoints.wait)
+        run.take_over_steps(self._checkpoints.wait, self._heart)
         supervision.say_where(run.directory.path)
         self._say(why)
         self._restore()
@@ -312,7 +312,7 @@ class Trainer:
             )
         self._saved_at = time.monotonic()
         self._rate.restart()
-        self._heart.beat()
+        self._heart.begin(self.steps_done)
 
     def _asked(self) -> Requests:
         """What this rank was asked for; the clock is rank 0's."""

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
-from multiprocessing import forkserver, resource_tracker
+import threading
+from types import FrameType
+
+from stoker.errors import EXIT_PREEMPTED
 
 ENDED_BY = (signal.SIGTERM, signal.SIGUSR1)
 """What a scheduler sends, and to all processes at once."""
@@ -16,6 +20,8 @@ def start_forkserver() -> None:
     checkpoint; they end when it does. One that comes here meanwhile is answered at the end: were it
     ignored for as long, it would be lost.
     """
+    from multiprocessing import forkserver, resource_tracker  # not before the first signal can be answered
+
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDED_BY)
     try:
         resource_tracker.ensure_running()  # which lets SIGTERM through when it is done
@@ -28,3 +34,21 @@ def start_forkserver() -> None:
 def take() -> None:
     """From now on this process, which may have been started so, gets them."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDED_BY)
+
+
+def answer_while_starting() -> None:
+    """Until a training answers them, they end this process with the exit code of a preemption.
+
+    What this process answers in a way of its own already stays so.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return
+    for number in ENDED_BY:
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, _end)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    """At once: an exception is lost where it meets a callback of the imports that are under way."""
+    os.write(2, b"stoker: told to stop while nothing was there to be saved\n")
+    os._exit(EXIT_PREEMPTED)

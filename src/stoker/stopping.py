@@ -18,7 +18,9 @@ from typing import Any
 
 from stoker.errors import Stopped
 
-_STATUS = {signal.SIGTERM: "preempted", signal.SIGUSR1: "preempted", signal.SIGINT: "interrupted"}
+STATUS: dict[int, str] = {
+    signal.SIGTERM: "preempted", signal.SIGUSR1: "preempted", signal.SIGINT: "interrupted"
+}  # fmt: skip
 _ONE = (
     1.0  # seconds within which a scheduler's signals are one: it sends to every process, and so may a parent
 )
@@ -50,7 +52,7 @@ class StopRequests:
         if self._installed or threading.current_thread() is not threading.main_thread():
             yield
             return
-        previous: dict[signal.Signals, Any] = {s: signal.signal(s, self._receive) for s in _STATUS}
+        previous: dict[int, Any] = {s: signal.signal(s, self._receive) for s in STATUS}
         self._installed = True
         try:
             yield
@@ -69,10 +71,10 @@ class StopRequests:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         first = self._asked is None
-        if not first and number != signal.SIGINT and time.monotonic() - self._at < _ONE:
+        if not first and not is_another(number, self._at):
             return
         self._at = time.monotonic()
-        self._asked = _STATUS[signal.Signals(number)]
+        self._asked = STATUS[number]
         if not first:
             self.at_once = True
             raise KeyboardInterrupt if number == signal.SIGINT else Stopped(self._asked)
@@ -80,3 +82,8 @@ class StopRequests:
             raise Stopped(self._asked)
         if number == signal.SIGINT:
             sys.stderr.write("\nstopping after this step, with a checkpoint; Ctrl-C again stops at once\n")
+
+
+def is_another(number: int, before: float) -> bool:
+    """Whether a signal is one more than that of a time on the machine's monotonic clock; Ctrl-C always is."""
+    return number == signal.SIGINT or time.monotonic() - before >= _ONE

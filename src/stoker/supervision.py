@@ -2,7 +2,8 @@
 
 A rank keeps a few numbers in memory that is a file: how far it is, and when it was there. Whoever
 supervises it reads them, tells a rank that is at work from one that hangs, and has all ranks write
-their stacks, which works also where a rank is stuck within C code: see `faulthandler`.
+their stacks, which works also where a rank is stuck within C code: see `faulthandler`. Where nobody
+supervises, a thread of the process itself reads them: see `launch/alone.py`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ RUN = "run"
 STACKS = signal.SIGUSR2
 """The signal on which a rank writes the stacks of its threads."""
 
-_LAYOUT = struct.Struct("<qqddd")
+_LAYOUT = struct.Struct("<qqddd?")
 _FIRST = 1800.0  # seconds that the first step may take: it compiles, it fills caches
 _AT_LEAST = 300.0  # seconds without a step before a rank counts as hanging, where nothing else is set
 _TIMES = 20.0  # so many times the longest it has taken so far
@@ -43,10 +44,17 @@ class Pulse:
     """Seconds without a move after which it hangs; 0: none."""
     joining: float = 0.0
     """Since when it waits for the other ranks to come up, by the same clock; 0: it does not."""
+    begun: bool = False
+    """Whether it has done a step; those before may be those of a checkpoint."""
+
+    def nothing_for(self, seconds: float) -> str:
+        """Since when there was nothing, in words."""
+        since = f"after step {self.step}" if self.begun else "before the end of its first step"
+        return f"nothing {since} for {seconds:.0f} s"
 
 
 class Heart:
-    """A rank's side. Without a folder (nobody supervises) it does nothing.
+    """A rank's side. Where nobody supervises it keeps its pulse to itself.
 
     Args:
         limit: seconds without a step that count as hanging; by default by the run's own step time.
@@ -54,19 +62,26 @@ class Heart:
 
     def __init__(self, limit: float | None = None) -> None:
         folder = os.environ.get(FOLDER)
+        self.pulse = Pulse()
+        """The newest; another object with each beat."""
         self._limit = limit
         self._step, self._saved = -1, -1
         self._last = 0.0
         self._longest = 0.0
-        self._begun = False
+        self._begun = self._over = False
         self._memory: mmap.mmap | None = None
         if folder is not None:
             rank = int(os.environ.get("RANK", "0"))
             self._memory = _memory(Path(folder) / f"rank-{rank}.pulse")
 
+    def begin(self, step: int) -> None:
+        """Say that the loop begins, where so many steps were done before it."""
+        self._step = step
+        self.beat()
+
     def beat(self, step: int | None = None) -> None:
         """Say that this rank is at work; with a step, that so many are done."""
-        if self._memory is None:
+        if self._over:
             return
         now = time.monotonic()
         if self._last and self._begun:
@@ -75,7 +90,7 @@ class Heart:
         if step is not None:
             self._step, self._begun = step, True
         limit = self._limit or max(_AT_LEAST, _TIMES * self._longest)
-        self._write(Pulse(self._step, self._saved, now, limit if self._begun else max(_FIRST, limit)))
+        self._write(now, limit if self._begun else max(_FIRST, limit))
 
     def saved(self, step: int) -> None:
         """Say that a checkpoint is on disk."""
@@ -84,22 +99,22 @@ class Heart:
 
     def pause(self) -> None:
         """From now on nothing says how long it takes: the loop is over."""
-        if self._memory is not None:
-            self._write(Pulse(self._step, self._saved, time.monotonic(), 0.0))
-            self._memory = None
+        self._over = True
+        self._write(time.monotonic(), 0.0)
 
-    def _write(self, pulse: Pulse) -> None:
-        assert self._memory is not None
-        _LAYOUT.pack_into(self._memory, 0, pulse.step, pulse.saved, pulse.at, pulse.limit, pulse.joining)
+    def _write(self, now: float, limit: float) -> None:
+        self.pulse = Pulse(self._step, self._saved, now, limit, begun=self._begun)
+        if self._memory is not None:
+            _put(self._memory, self.pulse)
 
 
 def joining(yes: bool) -> None:
     """Say that this rank waits for the others to come up, or does no longer."""
     folder = os.environ.get(FOLDER)
     if folder is not None:
-        since = time.monotonic() if yes else 0.0
+        now = time.monotonic()
         memory = _memory(Path(folder) / f"rank-{os.environ.get('RANK', '0')}.pulse")
-        _LAYOUT.pack_into(memory, 0, -1, -1, time.monotonic(), 0.0, since)
+        _put(memory, Pulse(at=now, joining=now if yes else 0.0))
 
 
 def write_stacks_to(file: Path) -> None:
@@ -137,9 +152,21 @@ def read(folder: Path) -> dict[int, Pulse]:
     return found
 
 
+def stacks_folder(logs: Path) -> Path:
+    """A folder of a run's logs for stacks that are written now."""
+    folder = logs / time.strftime("stacks-%Y%m%d-%H%M%S")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _put(memory: mmap.mmap, pulse: Pulse) -> None:
+    p = pulse
+    _LAYOUT.pack_into(memory, 0, p.step, p.saved, p.at, p.limit, p.joining, p.begun)
+
+
 def _memory(file: Path) -> mmap.mmap:
     with file.open("a+b") as opened:
         if opened.seek(0, os.SEEK_END) < _LAYOUT.size:
-            opened.write(_LAYOUT.pack(-1, -1, time.monotonic(), 0.0, 0.0))
+            opened.write(_LAYOUT.pack(-1, -1, time.monotonic(), 0.0, 0.0, False))
             opened.flush()
         return mmap.mmap(opened.fileno(), _LAYOUT.size)

@@ -17,7 +17,10 @@ class Config(stoker.Training):
     batch_size: int = 16
     steps: int = 60
     pause: float = 0.0
+    workers: int = 0
     fail_rank: int = -1
+    padding: int = 0
+    """Characters more that it says then."""
     deaf_rank: int = -1
     nan_at: int = -1
     dropout: float = 0.1
@@ -49,10 +52,11 @@ def train(run: stoker.Run, config: Config) -> None:
         loss=lambda output, batch: (mse_loss(output[:, 0], batch[1], reduction="sum"), len(batch[1])),
         training=config,
     )
-    loader = trainer.loader(TensorDataset(x, x.sum(1)), batch_size=config.batch_size)
+    loader = trainer.loader(TensorDataset(x, x.sum(1)), batch_size=config.batch_size, workers=config.workers)
     for batch in trainer.steps(loader, max_steps=config.steps):
         if run.world.rank == config.fail_rank and run.step == 20:
-            raise RuntimeError("what one rank cannot do: its connection to a server, say")
+            said = "what one rank cannot do: its connection to a server, say"
+            raise RuntimeError(said + "." * config.padding)
         if run.world.rank == config.deaf_rank and run.step == 20 and run.attempt == 1:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             time.sleep(600)

@@ -140,6 +140,31 @@ def test_told_to_stop_while_they_come_up_ranks_end_quietly(
     assert not psutil.wait_procs(ranks, timeout=10)[1], "none is alive"
 
 
+def _wait_until_answered(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    """Wait until a process has a handler of its own for a signal."""
+    status = Path(f"/proc/{process.pid}/status")
+    while not int(status.read_text().partition("SigCgt:")[2].split()[0], 16) >> (number - 1) & 1:
+        time.sleep(0.001)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("-m", "stoker", "train", RECIPE, "--nproc", "2"), ("-c", "import stoker; stoker.main(print)")],
+    ids=["command", "script"],
+)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=["sigterm", "sigusr1"])
+def test_told_to_stop_before_anything_is_there_it_can_be_started_again(
+    arguments: tuple[str, ...], number: signal.Signals, tmp_path: Path
+) -> None:
+    process = subprocess.Popen([sys.executable, *arguments], cwd=tmp_path, stderr=subprocess.PIPE)
+    _wait_until_answered(process, number)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert err.decode() == "stoker: told to stop while nothing was there to be saved\n"
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_scheduler_that_says_it_again_gets_the_same_exit_code(start: Start, tmp_path: Path) -> None:
     process = start("train", RECIPE, *SLOW, "steps=5000", "--name", "a")
     wait_for_points(process, tmp_path / "runs" / "ranked" / "a", 10)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import array
+import contextlib
+import fcntl
 import math
 import os
 import signal
 import subprocess
+import termios
 import time
 from pathlib import Path
 
+import psutil
 import pytest
+from stoker.checkpoint import manifest
 from test_launch import RECIPE, SLOW, _ranks, _weights
 
 from conftest import Command, Start
@@ -62,7 +68,9 @@ def test_one_process_is_started_again_too(start: Start, tmp_path: Path) -> None:
 def test_what_fails_at_the_same_step_again_is_given_up_with_both_tracebacks(
     stoker: Command, tmp_path: Path
 ) -> None:
-    done = stoker("train", RECIPE, "fail_rank=1", "--nproc", "2", "--name", "a", "--max-restarts", "5")
+    """Right after a checkpoint too: the second time it does no step before."""
+    again = ("checkpoint_every=19", "--max-restarts", "5")
+    done = stoker("train", RECIPE, "fail_rank=1", "--nproc", "2", "--name", "a", *again)
     assert done.code == 1
     assert "it fails at step 20 every time, so it is not started again" in done.err
     last = done.err[done.err.index("it fails at step 20") :]
@@ -96,6 +104,19 @@ def test_ranks_that_stand_still_leave_their_stacks_and_are_started_again(
     assert _weights(run) == _weights(whole)
 
 
+def test_a_process_alone_that_stands_still_leaves_its_stacks(stoker: Command, tmp_path: Path) -> None:
+    done = stoker("train", RECIPE, "deaf_rank=0", "hang_limit=2s", "--name", "a", "--json")
+    assert done.code == 1
+    assert "it hangs: nothing after step 19 for" in done.err
+    assert done.answer["exit_code"] == 1
+    run = tmp_path / "runs" / "ranked" / "a"
+    (file,) = (run / "logs").glob("stacks-*/rank-0.txt")
+    assert 'ranked.py", line' in file.read_text()
+    seen = loaded(run)
+    assert seen.status == "killed"
+    assert "nothing after step 19" in str(seen.attempts[-1].error)
+
+
 @pytest.mark.parametrize("nproc", ["1", "2"])
 def test_the_warning_of_slurm_makes_a_checkpoint_and_exits_75(
     nproc: str, start: Start, tmp_path: Path
@@ -111,10 +132,23 @@ def test_the_warning_of_slurm_makes_a_checkpoint_and_exits_75(
     assert (run / "checkpoints" / f"step-{seen.step:08d}" / "manifest.json").is_file()
 
 
+def test_told_to_stop_between_two_attempts_it_ends_as_at_any_other_time(start: Start, tmp_path: Path) -> None:
+    """Held up there: what it says of the first attempt is more than the pipe takes in which nobody reads."""
+    process = start("train", RECIPE, "fail_rank=0", "padding=100000", "--name", "a", "--max-restarts", "3")
+    assert process.stderr is not None
+    held = array.array("i", [0])
+    while held[0] < 1 << 15 and process.poll() is None:
+        time.sleep(0.01)
+        fcntl.ioctl(process.stderr, termios.FIONREAD, held)
+    process.terminate()
+    process.communicate(timeout=60)
+    assert process.returncode == 75
+
+
 def test_a_second_signal_ends_it_at_once_and_the_newest_checkpoint_stays(
     start: Start, stoker: Command, tmp_path: Path
 ) -> None:
-    process = start("train", RECIPE, *SLOW, "pause=30", "checkpoint_every=1", "steps=5000", "--name", "a")
+    process = start("train", RECIPE, *SLOW, "pause=6", "checkpoint_every=1", "steps=5000", "--name", "a")
     run = tmp_path / "runs" / "ranked" / "a"
     wait_for_points(process, run, 2)
     process.send_signal(signal.SIGTERM)
@@ -126,6 +160,30 @@ def test_a_second_signal_ends_it_at_once_and_the_newest_checkpoint_stays(
     assert found.code == 0, found.out
     newest = max(checkpoint["step"] for checkpoint in found.answer["checkpoints"])
     assert newest < max(loaded(run).points["loss"]), "it waited for the end of the step"
+
+
+def test_a_second_signal_ends_ranks_that_cannot_hear_it(start: Start, tmp_path: Path) -> None:
+    """One is stopped, so that the other waits for it within gloo, where no handler runs."""
+    process = start("train", RECIPE, *SLOW, "steps=5000", "--nproc", "2", "--name", "a")
+    run = tmp_path / "runs" / "ranked" / "a"
+    wait_for_points(process, run, 30)
+    ranks = _ranks(process)
+    ranks[1].suspend()
+    try:
+        process.send_signal(signal.SIGINT)
+        time.sleep(1.2)  # two within a second are one
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=20)
+    finally:
+        for rank in ranks:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                rank.kill()
+    assert process.returncode == 75, err.decode()
+    assert "told to stop twice: it ends at once" in err.decode()
+    assert loaded(run).attempts[-1].error == "told to stop twice, its ranks were ended at once"
+    newest, passed_over = manifest.newest(run / "checkpoints")
+    assert newest is not None
+    assert (newest.step >= 20, passed_over) == (True, [])
 
 
 def test_a_signal_that_everybody_sends_is_one(start: Start, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from stoker.cli import (
     train,
     ui,
 )
-from stoker.cli.output import print_json
+from stoker.cli.output import say_error
 from stoker.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, StokerError
 
 app = typer.Typer(
@@ -100,7 +100,5 @@ def _failed(error: Exception) -> int:
         message = f"{type(error).__name__}: {error}"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         message = f"the disk is full ({error}): make room, then run the same command again"
-    sys.stderr.write(f"{message}\n" if "\n" in message else f"stoker: error: {message}\n")
-    if "--json" in sys.argv:
-        print_json({"error": message, "bad_input": code == EXIT_BAD_INPUT, "exit_code": code})
+    say_error(message, code)
     return code

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import orjson
 import typer
 from rich.console import Console
+from stoker.errors import EXIT_BAD_INPUT
 from stoker.run import finding
 from stoker.world import World
 
@@ -43,6 +44,13 @@ def print_json(answer: dict[str, Any]) -> None:
     """Print the one object of a `--json` answer. NaN and infinities become null."""
     sys.stdout.write(orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY, default=str).decode() + "\n")
     sys.stdout.flush()
+
+
+def say_error(message: str, code: int) -> None:
+    """Say the error that a command ends with, and its exit code."""
+    sys.stderr.write(f"{message}\n" if "\n" in message else f"stoker: error: {message}\n")
+    if "--json" in sys.argv:
+        print_json({"error": message, "bad_input": code == EXIT_BAD_INPUT, "exit_code": code})
 
 
 class _StderrHandler(logging.Handler):

@@ -14,16 +14,17 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
+from rich.console import Console
 from stoker import config as configs
 from stoker import recipes
 from stoker.attempt import Run
-from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, console, print_json, show_messages
+from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, console, print_json, say_error, show_messages
 from stoker.config import Resolved
 from stoker.duration import clock
 from stoker.engine import options
 from stoker.engine.options import Training
-from stoker.errors import BadInput, Stopped
-from stoker.launch import local, ranks
+from stoker.errors import EXIT_FAILED, BadInput, Stopped
+from stoker.launch import alone, local, ranks
 from stoker.recipes import Recipe
 from stoker.report import html
 from stoker.run import directory, finding, mirror, view
@@ -300,7 +301,7 @@ def _train(run: Run, recipe: Recipe, config: Any) -> tuple[int, str]:
     """Call the recipe within the run; returns the exit code and the status."""
     _seed(run.seed)
     try:
-        with run.stop.handled(), run:
+        with run.stop.handled(), run, alone.watching(run, _say_hanging):
             arguments = (run, config) if recipe.config.__name__ != "NoConfig" else (run,)
             recipe.train(*arguments)
             if run.world.rank == 0:
@@ -314,6 +315,11 @@ def _train(run: Run, recipe: Recipe, config: Any) -> tuple[int, str]:
     except Stopped as stopped:
         return int(stopped.code or 0), stopped.status
     return 0, view.FINISHED
+
+
+def _say_hanging(said: str) -> None:
+    Console(stderr=True).show_cursor()  # which a progress bar has hidden that will not end by itself
+    say_error(f"{said}; the same command goes on from the newest checkpoint", EXIT_FAILED)
 
 
 def _export_weights(run: Run) -> None:

@@ -133,8 +133,8 @@ class Training:
     spike: Annotated[float, Gt(1)] | None = None
     """A loss of so many times its running median (of 100 steps) is bad as well; none: only one not finite."""
     hang_limit: Duration | None = None
-    """Ranks that do no step for so long are ended, with their stacks, such as 10min; by default 20 times the
-    longest step so far, and at least 5 minutes. Under --max-restarts they are started again."""
+    """What does no step for so long is ended, with its stacks, such as 10min; by default 20 times the longest
+    step so far, and at least 5 minutes. Under --max-restarts it is started again."""
 
     def __post_init__(self) -> None:
         checkpointing(self.activation_checkpointing)

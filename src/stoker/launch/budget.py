@@ -38,8 +38,9 @@ class Budget:
         if before is not None and failure.saved > before.saved:
             self.left = self._whole
         if before is not None and before.raised and failure.raised and before.step == failure.step:
+            where = f"at step {failure.step + 1}" if failure.step >= 0 else "before its first step"
             raise RankFailed(
-                f"it fails at step {failure.step + 1} every time, so it is not started again.\n"
+                f"it fails {where} every time, so it is not started again.\n"
                 f"The first time {before}\nThe second time {failure}"
             )
         if self.left == 0:

@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import signal
 import tempfile
+import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from stoker.launch.budget import Budget, RankFailed
 from stoker.launch.watch import Watch, watching
 from stoker.run import journal
 from stoker.run.directory import RunDirectory
+from stoker.stopping import STATUS
 
 log = logging.getLogger("stoker")
 
@@ -66,17 +68,11 @@ def run(
         StokerError: likewise; or RankFailed, for anything else.
     """
     job = _Job(function, tuple(arguments), nproc, tuple(preload))
-    if machines > 1:
-        with nodes.seat(rendezvous, nproc, machines, max_restarts, shared) as seat, _stopping():
+    with _stopping():
+        if machines == 1:
+            return _alone(job, Budget(max_restarts))
+        with nodes.seat(rendezvous, nproc, machines, max_restarts, shared) as seat:
             return _together(job, seat, machines, nodes.parsed(rendezvous)[0])
-    budget = Budget(max_restarts)
-    while True:
-        with tempfile.TemporaryDirectory(prefix="stoker-launch-") as folder:
-            try:
-                return _attempt(job, Place(), Path(folder))
-            except RankFailed as failure:
-                budget.spend(failure)
-                log.warning("%s\nstarting again; restarts left: %d", failure, budget.left)
 
 
 @dataclass(frozen=True)
@@ -100,6 +96,17 @@ class Place:
     port: int | None = None
     id: str = ""
     seat: nodes.Seat | None = None
+
+
+def _alone(job: _Job, budget: Budget) -> int:
+    """All of it, on the only machine."""
+    while True:
+        with tempfile.TemporaryDirectory(prefix="stoker-launch-") as folder:
+            try:
+                return _attempt(job, Place(), Path(folder))
+            except RankFailed as failure:
+                budget.spend(failure)
+                log.warning("%s\nstarting again; restarts left: %d", failure, budget.left)
 
 
 def _together(job: _Job, seat: nodes.Seat, machines: int, host: str) -> int:
@@ -131,8 +138,8 @@ def _stopping() -> Iterator[None]:
     def stop(number: int, frame: FrameType | None) -> None:
         raise Stopped("preempted")
 
-    numbers = (signal.SIGTERM, signal.SIGUSR1)
-    before = {number: signal.signal(number, stop) for number in numbers}
+    main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, stop) for number in signals.ENDED_BY} if main else {}
     try:
         yield
     finally:
@@ -155,6 +162,11 @@ def _attempt(job: _Job, place: Place, folder: Path) -> int:
     with watching(folder, job.nproc, outside) as watch:
         failed = _launch(job, place, folder)
     ends = ranks.ends(folder)
+    if watch.at_once:
+        if len(ends) < job.nproc:
+            _tell_run(folder, "told to stop twice, its ranks were ended at once")
+        log.warning("told to stop twice: it ends at once, and the newest checkpoint stays")
+        raise Stopped(STATUS[watch.told])
     if watch.abandoned:
         return max(end.code or 0 for end in ends.values())
     try:
@@ -163,24 +175,17 @@ def _attempt(job: _Job, place: Place, folder: Path) -> int:
         if watch.told:  # as it was asked to, if not in the way it was
             raise StokerError(str(failure)) from failure
         failure.step, failure.saved = _progress(folder)
-        _tell_run(folder, failure)
+        _tell_run(folder, failure.brief or str(failure).partition("\n")[0])
         raise
     return ends[min(ends)].code or 0
 
 
-def _tell_run(folder: Path, failure: RankFailed) -> None:
+def _tell_run(folder: Path, error: str) -> None:
     """Note in the run's journal what its ranks failed of: those that lost a peer know only that."""
     run = supervision.run_of(folder)
-    if run is None:
-        return
-    directory = RunDirectory(run)
-    newest = journal.newest_attempt(directory.journal)
-    with contextlib.suppress(OSError):  # the disk may be full, which is what failed
-        writer = journal.control(directory.journal)
-        if newest is not None:
-            said = failure.brief or str(failure).partition("\n")[0]
-            writer.append("attempt_failed", of=newest[0], error=said)
-        writer.close()
+    newest = run and journal.newest_attempt(RunDirectory(run).journal)
+    if run and newest:
+        journal.note_failure(RunDirectory(run).journal, newest[0], error)
 
 
 def _progress(folder: Path) -> tuple[int, int]:

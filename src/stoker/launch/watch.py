@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-from stoker import supervision
+from stoker import stopping, supervision
 from stoker.errors import Stopped
 from stoker.launch import ranks
 
@@ -21,7 +21,7 @@ _EVERY = 0.1  # seconds
 _LAST_WORDS = 5.0  # seconds that the other ranks have to end, once one has failed
 _STACKS = 1.0  # seconds that ranks have to write their stacks
 _COMING_UP = 60.0  # seconds that all ranks together have to find each other
-_PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_AT_ONCE = 1.0  # seconds that ranks have to end, once they were told twice
 
 
 @dataclass
@@ -33,12 +33,15 @@ class Watch:
     """Ranks of the launch."""
     told: int = 0
     """The signal by which all ranks were told to stop; 0 where they were not."""
+    at_once: bool = False
+    """Whether they were told twice."""
     abandoned: bool = False
     """Whether ranks were ended that could not hear that, on their way to others which had stopped."""
     verdict: str = ""
     """Why all ranks were ended, where they were."""
     outside: Callable[[], str] = lambda: ""
     """Why they are to be ended for what happens elsewhere; nothing while they are not."""
+    _told_at: float = 0.0
     _over: threading.Event = field(default_factory=threading.Event)
     _heard: set[int] = field(default_factory=set)
 
@@ -62,6 +65,21 @@ class Watch:
         """There is nothing left to watch."""
         self._over.set()
 
+    def pass_on(self, number: int, frame: FrameType | None) -> None:
+        """Have all ranks stop; a second signal ends those too that cannot hear it: they wait in C code."""
+        if not ranks.pids(self.folder):
+            raise Stopped(stopping.STATUS[number])
+        if self.told:
+            self.signal(number)
+            if not self.at_once and stopping.is_another(number, self._told_at):
+                self.at_once = True
+                end = threading.Timer(_AT_ONCE, self._end_all)
+                end.daemon = True
+                end.start()
+        else:
+            self._told_at = time.monotonic()
+        self.told = number
+
     def _tell(self) -> None:
         """Tell those ranks to stop that have not been told: some may have come up since."""
         for pid in ranks.pids(self.folder).values():
@@ -83,7 +101,7 @@ class Watch:
 
     def _stopped_before_all_came_up(self) -> bool:
         """Whether a rank has stopped as it was told to, and the others may wait for it without end."""
-        began = any(pulse.step >= 0 for pulse in supervision.read(self.folder).values())
+        began = any(pulse.begun for pulse in supervision.read(self.folder).values())
         return bool(self.told) and not began and bool(ranks.ends(self.folder))
 
     def _hanging(self) -> str:
@@ -99,16 +117,13 @@ class Watch:
         self.signal(supervision.STACKS)
         self._over.wait(_STACKS)
         rank, pulse = min(slow.items(), key=lambda pair: pair[1].at)
-        since = f"after step {pulse.step}" if pulse.step >= 0 else "before the end of its first step"
-        said = f"rank {rank} hangs: nothing {since} for {now - pulse.at:.0f} s"
+        said = f"rank {rank} hangs: {pulse.nothing_for(now - pulse.at)}"
         return f"{said}; the stacks of all ranks are in {self._keep_stacks()}"
 
     def _keep_stacks(self) -> Path:
         """Move the stacks to the run's logs; returns where they are."""
         run = supervision.run_of(self.folder)
-        logs = run / "logs" if run is not None else self.folder
-        target = logs / time.strftime("stacks-%Y%m%d-%H%M%S")
-        target.mkdir(parents=True, exist_ok=True)
+        target = supervision.stacks_folder(run / "logs" if run is not None else self.folder)
         for stacks in self.folder.glob("rank-*.stacks"):
             shutil.copy(stacks, target / f"{stacks.stem}.txt")
         return target
@@ -118,18 +133,10 @@ class Watch:
 def watching(folder: Path, count: int, outside: Callable[[], str]) -> Iterator[Watch]:
     """Watch the ranks of a launch, and hand SIGTERM, SIGUSR1 and Ctrl-C to them, within this block."""
     watch = Watch(folder, count, outside=outside)
-
-    def pass_on(number: int, frame: FrameType | None) -> None:
-        if not ranks.pids(folder):
-            raise Stopped("interrupted" if number == signal.SIGINT else "preempted")
-        if watch.told:
-            watch.signal(number)
-        watch.told = number
-
     thread = threading.Thread(target=watch.run, name="watch-ranks", daemon=True)
     thread.start()
     main = threading.current_thread() is threading.main_thread()
-    before = {number: signal.signal(number, pass_on) for number in _PASSED_ON} if main else {}
+    before = {number: signal.signal(number, watch.pass_on) for number in stopping.STATUS} if main else {}
     try:
         yield watch
     finally:

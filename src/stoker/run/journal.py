@@ -8,6 +8,7 @@ file of its own, and so has every command that adds to a run from outside.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
@@ -145,6 +146,14 @@ def control(journal: Path) -> JournalWriter:
             return JournalWriter(journal / f"control-{time.time_ns()}.jsonl")
         except FileExistsError:
             continue
+
+
+def note_failure(journal: Path, attempt: int, error: str) -> None:
+    """Note from outside what an attempt failed of, as far as there is room for it on the disk."""
+    with contextlib.suppress(OSError):
+        writer = control(journal)
+        writer.append("attempt_failed", of=attempt, error=error)
+        writer.close()
 
 
 def read(

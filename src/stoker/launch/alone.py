@@ -1,0 +1,85 @@
+"""A training that nobody watches from outside watches itself: one process, or a rank of `torchrun`.
+
+A thread looks at the heart of the loop once a second, and ends the process where it stands still for
+longer than a launcher would let it. One that is stuck in C code which keeps Python's lock to itself
+is seen by a launcher only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+from stoker import supervision
+from stoker.attempt import Run
+from stoker.errors import EXIT_FAILED
+from stoker.run import journal
+from stoker.supervision import Pulse
+
+_EVERY = 1.0  # seconds
+_OTHERS = 2.0  # seconds that other ranks, which stand still as well, have to write their stacks
+_LAST_WORDS = 10.0  # seconds after which it ends, whatever holds up what is written
+_DEBUGGERS = {"pdb", "bdb", "_pydevd_bundle"}
+
+
+@contextlib.contextmanager
+def watching(run: Run, say: Callable[[str], None]) -> Iterator[None]:
+    """Within this block end the process where its loop stands still, unless a launcher looks after that.
+
+    Args:
+        say: called with what happened, before the end.
+    """
+    if supervision.FOLDER in os.environ:
+        yield
+        return
+    over = threading.Event()
+    threading.Thread(target=_watch, args=(run, say, over), name="watch-self", daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
+
+
+def _watch(run: Run, say: Callable[[str], None], over: threading.Event) -> None:
+    pulse, quiet, looked = Pulse(), 0.0, time.monotonic()
+    while not over.wait(_EVERY):
+        now, before = time.monotonic(), pulse
+        passed, looked = (
+            min(now - looked, 2 * _EVERY),
+            now,
+        )  # without the time that Ctrl-Z stopped it
+        pulse = run.heart.pulse if run.heart is not None else pulse
+        quiet = quiet + passed if pulse is before and not _debugged() else 0.0
+        if pulse.limit and quiet > pulse.limit:
+            _end(run, f"it hangs: {pulse.nothing_for(quiet)}", say)
+
+
+def _end(run: Run, said: str, say: Callable[[str], None]) -> None:
+    """Write the stacks of all threads, say what happened, and end."""
+    end = threading.Timer(_LAST_WORDS, os._exit, (EXIT_FAILED,))
+    end.daemon = True
+    end.start()
+    folder = supervision.stacks_folder(run.directory.logs)
+    with (folder / f"rank-{run.world.rank}.txt").open("w", encoding="utf-8") as file:
+        faulthandler.dump_traceback(file, all_threads=True)
+    said = f"{said}; the stacks of its threads are in {folder}"
+    journal.note_failure(run.directory.journal, run.attempt, said)
+    say(said)
+    if run.world.size > 1:
+        time.sleep(_OTHERS)
+    os._exit(EXIT_FAILED)
+
+
+def _debugged() -> bool:
+    """Whether somebody has stopped the main thread to look at it."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    while frame is not None:
+        if str(frame.f_globals.get("__name__")).partition(".")[0] in _DEBUGGERS:
+            return True
+        frame = frame.f_back
+    return False
