@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import contextlib
 import fcntl
+import logging
 import math
 import os
 import signal
@@ -15,7 +16,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+from stoker import Run, supervision
 from stoker.checkpoint import manifest
+from stoker.launch import alone
 from test_launch import RECIPE, SLOW, _ranks, _weights
 
 from conftest import Command, Start
@@ -115,6 +118,29 @@ def test_a_process_alone_that_stands_still_leaves_its_stacks(stoker: Command, tm
     seen = loaded(run)
     assert seen.status == "killed"
     assert "nothing after step 19" in str(seen.attempts[-1].error)
+
+
+def test_a_process_alone_that_takes_long_is_only_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where no limit was given: nobody starts it again, and an evaluation may just be long."""
+    monkeypatch.delenv(supervision.FOLDER, raising=False)
+    monkeypatch.setattr(logging.getLogger("stoker"), "propagate", True)
+
+    def warnings() -> list[str]:
+        return [r.getMessage() for r in caplog.records if "hang_limit" in r.getMessage()]
+
+    with Run("test", "a", runs=tmp_path) as run:
+        run.heart = supervision.Heart(0.5)
+        run.heart.beat(1)
+        with alone.watching(run, lambda said: pytest.fail(said), ends=False):
+            until = time.monotonic() + 30
+            while not warnings() and time.monotonic() < until:
+                time.sleep(0.1)
+            time.sleep(2.5)
+    (said,) = warnings()
+    assert "nothing after step 1 for" in said
+    assert len(list(run.directory.logs.glob("stacks-*/rank-0.txt"))) == 1
 
 
 @pytest.mark.parametrize("nproc", ["1", "2"])

@@ -161,7 +161,7 @@ def test_a_first_token_begins_what_has_no_template_where_the_tokenizer_adds_one(
     class Beginning:
         """A tokenizer as Llama's: asked for special tokens it begins with one."""
 
-        bos_token_id, eos_token_id, chat_template, is_fast = 5, 6, None, True
+        bos_token, bos_token_id, eos_token_id, chat_template, is_fast = "<s>", 5, 6, None, True
 
         def __call__(self, texts: Any, add_special_tokens: bool = True, **_: Any) -> dict[str, Any]:
             if isinstance(texts, str):
@@ -174,6 +174,9 @@ def test_a_first_token_begins_what_has_no_template_where_the_tokenizer_adds_one(
     made = list(Encoder(Beginning(), "answer")([Document("0", "", "text"), Document("1", "p", "text")]))
     assert made[0] == ([5, 9, 9, 6], None)
     assert made[1] == ([5, 9, 9, 9, 9, 6], [False, False, False, True, True, True])
+    held_out = [source([], [Document("0", "", "a text"), Document("1", "p", "text")], [])]
+    assert data.prompts(held_out, Beginning()) == ("<s>a text", f"<s>{data.PROMPT.format(prompt='p')}")
+    assert data.prompts(held_out, Beginning(), ["mine"]) == ("<s>mine",)
 
 
 def test_conversations_without_a_template_are_refused(bare: Any) -> None:

@@ -95,10 +95,10 @@ def _failed(error: Exception) -> int:
         code = error.exit_code
     elif isinstance(error, typer.TyperException):  # a flag or an argument that the command does not have
         message, code = error.format_message(), EXIT_BAD_INPUT
+    elif isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        message = f"the disk is full ({error}): make room, then run the same command again"
     else:
         traceback.print_exception(error)
         message = f"{type(error).__name__}: {error}"
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        message = f"the disk is full ({error}): make room, then run the same command again"
     say_error(message, code)
     return code

@@ -300,8 +300,9 @@ def _deadline(max_time: str | None) -> float | None:
 def _train(run: Run, recipe: Recipe, config: Any) -> tuple[int, str]:
     """Call the recipe within the run; returns the exit code and the status."""
     _seed(run.seed)
+    ends = run.world.size > 1 or getattr(config, "hang_limit", None) is not None
     try:
-        with run.stop.handled(), run, alone.watching(run, _say_hanging):
+        with run.stop.handled(), run, alone.watching(run, _say_hanging, ends=ends):
             arguments = (run, config) if recipe.config.__name__ != "NoConfig" else (run,)
             recipe.train(*arguments)
             if run.world.rank == 0:

@@ -1,7 +1,8 @@
 """A training that nobody watches from outside watches itself: one process, or a rank of `torchrun`.
 
-A thread looks at the heart of the loop once a second, and ends the process where it stands still for
-longer than a launcher would let it. One that is stuck in C code which keeps Python's lock to itself
+A thread looks at the heart of the loop once a second. Where it stands still for longer than a launcher
+would let it, the stacks of its threads are written, and the process is ended, or only warned of: nobody
+starts it again, and it may just take long. One that is stuck in C code which keeps Python's lock to itself
 is seen by a launcher only.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import logging
 import os
 import sys
 import threading
@@ -21,6 +23,8 @@ from stoker.errors import EXIT_FAILED
 from stoker.run import journal
 from stoker.supervision import Pulse
 
+log = logging.getLogger("stoker")
+
 _EVERY = 1.0  # seconds
 _OTHERS = 2.0  # seconds that other ranks, which stand still as well, have to write their stacks
 _LAST_WORDS = 10.0  # seconds after which it ends, whatever holds up what is written
@@ -28,35 +32,48 @@ _DEBUGGERS = {"pdb", "bdb", "_pydevd_bundle"}
 
 
 @contextlib.contextmanager
-def watching(run: Run, say: Callable[[str], None]) -> Iterator[None]:
-    """Within this block end the process where its loop stands still, unless a launcher looks after that.
+def watching(run: Run, say: Callable[[str], None], *, ends: bool) -> Iterator[None]:
+    """Within this block see where the loop stands still, unless a launcher looks after that.
 
     Args:
         say: called with what happened, before the end.
+        ends: whether the process is ended then.
     """
     if supervision.FOLDER in os.environ:
         yield
         return
     over = threading.Event()
-    threading.Thread(target=_watch, args=(run, say, over), name="watch-self", daemon=True).start()
+    threading.Thread(target=_watch, args=(run, say, ends, over), name="watch-self", daemon=True).start()
     try:
         yield
     finally:
         over.set()
 
 
-def _watch(run: Run, say: Callable[[str], None], over: threading.Event) -> None:
-    pulse, quiet, looked = Pulse(), 0.0, time.monotonic()
+def _watch(run: Run, say: Callable[[str], None], ends: bool, over: threading.Event) -> None:
+    pulse, quiet, looked, warned = Pulse(), 0.0, time.monotonic(), Pulse()
     while not over.wait(_EVERY):
         now, before = time.monotonic(), pulse
-        passed, looked = (
-            min(now - looked, 2 * _EVERY),
-            now,
-        )  # without the time that Ctrl-Z stopped it
+        passed = min(now - looked, 2 * _EVERY)  # without the time that Ctrl-Z stopped it
+        looked = now
         pulse = run.heart.pulse if run.heart is not None else pulse
         quiet = quiet + passed if pulse is before and not _debugged() else 0.0
-        if pulse.limit and quiet > pulse.limit:
-            _end(run, f"it hangs: {pulse.nothing_for(quiet)}", say)
+        if not pulse.limit or quiet <= pulse.limit:
+            continue
+        said = pulse.nothing_for(quiet)
+        if ends:
+            _end(run, f"it hangs: {said}", say)
+        elif warned is not pulse:
+            warned = pulse
+            log.warning("%s; %s; hang_limit=30min would end it after so long", said, _stacks(run))
+
+
+def _stacks(run: Run) -> str:
+    """Write the stacks of all threads; where they are, in words."""
+    folder = supervision.stacks_folder(run.directory.logs)
+    with (folder / f"rank-{run.world.rank}.txt").open("w", encoding="utf-8") as file:
+        faulthandler.dump_traceback(file, all_threads=True)
+    return f"the stacks of its threads are in {folder}"
 
 
 def _end(run: Run, said: str, say: Callable[[str], None]) -> None:
@@ -64,10 +81,7 @@ def _end(run: Run, said: str, say: Callable[[str], None]) -> None:
     end = threading.Timer(_LAST_WORDS, os._exit, (EXIT_FAILED,))
     end.daemon = True
     end.start()
-    folder = supervision.stacks_folder(run.directory.logs)
-    with (folder / f"rank-{run.world.rank}.txt").open("w", encoding="utf-8") as file:
-        faulthandler.dump_traceback(file, all_threads=True)
-    said = f"{said}; the stacks of its threads are in {folder}"
+    said = f"{said}; {_stacks(run)}"
     journal.note_failure(run.directory.journal, run.attempt, said)
     say(said)
     if run.world.size > 1:
