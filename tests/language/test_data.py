@@ -114,6 +114,20 @@ def test_what_the_user_says_is_never_taken_for_the_answer(
     assert learnt(of(bare, template), Document("k", "", "", chat)) == expected
 
 
+def test_what_a_template_marks_as_the_assistant_s_is_learnt_and_nothing_else(bare: Any) -> None:
+    marks = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
+        "{%- generation %}{{ m.content }}<|im_end|>{% endgeneration -%}"
+        "{% elif m.role == 'critic' %}{{ raise_exception('no critics') }}"
+        "{% else %}{{ m.content }}<|im_end|>{% endif %}\n{% endfor %}"
+    )
+    tokenizer = of(bare, marks)
+    assert learnt(tokenizer, Document("k", "", "", CHAT)) == ["it is 1<|im_end|>", "it is 2<|im_end|>"]
+    critic = Document("c", "", "", (Message("critic", "no"), Message("assistant", "yes")))
+    with pytest.raises(BadInput, match="refuses a conversation of the roles critic, assistant: no critics"):
+        learnt(tokenizer, critic)
+
+
 def test_the_first_word_is_learnt_though_its_space_is_the_template_s(bare: Any) -> None:
     spaced = (
         "{% for m in messages %}{{ m.role }}: {{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}"

@@ -44,6 +44,7 @@ _PROMPT_AS_TEMPLATE = """\
 {%- endif -%}
 {%- endfor -%}"""
 
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _MARK = "5f3a9c"  # which no conversation has
 
 LossOn = Literal["answer", "all"]
@@ -228,18 +229,21 @@ class Encoder:
             raise BadInput(
                 "conversations need a fast tokenizer (tokenizer.json), which knows places in the text"
             )
-        texts = [_render(self._tokenizer, chat) for chat in chats]
+        marked = _marked(self._tokenizer, chats) if self._loss_on == "answer" else None
+        texts = [text for text, _ in marked] if marked else [_render(self._tokenizer, chat) for chat in chats]
         encoded = self._tokenizer(
             texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False,
             return_token_type_ids=False, verbose=False,
         )  # fmt: skip
-        for chat, text, ids, places in zip(
-            chats, texts, encoded["input_ids"], encoded["offset_mapping"], strict=True
+        for number, (ids, places) in enumerate(
+            zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
         ):
             if self._loss_on == "all":
                 yield Encoded(ids, [True] * len(ids))
-            else:
-                yield Encoded(ids, _within(places, _answers(self._tokenizer, chat, text), text))
+                continue
+            text = texts[number]
+            spans = marked[number][1] if marked else _answers(self._tokenizer, chats[number], text)
+            yield Encoded(ids, _within(places, spans, text))
 
 
 def _as_messages(document: Document, tokenizer: Any) -> tuple[Message, ...]:
@@ -265,6 +269,26 @@ def _render(tokenizer: Any, chat: Sequence[Message], *, to_be_answered: bool = F
         roles = ", ".join(message.role for message in chat)
         raise BadInput(f"the chat template refuses a conversation of the roles {roles}: {error}") from error
     return text
+
+
+def _marked(tokenizer: Any, chats: Sequence[Sequence[Message]]) -> list[tuple[str, list[Span]]] | None:
+    """Each conversation as its template writes it, and what of it that marks as the assistant's.
+
+    None where the template marks nothing (`{% generation %}`), or refuses one of them.
+    """
+    template = tokenizer.get_chat_template()
+    if not _GENERATION.search(template):
+        return None
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    try:
+        texts, spans = render_jinja_template(
+            [[message._asdict() for message in chat] for chat in chats], chat_template=template,
+            return_assistant_tokens_mask=True, **tokenizer.special_tokens_map,
+        )  # fmt: skip
+    except TemplateError:  # which of them, and why, is said where they are written one by one
+        return None
+    return list(zip(texts, spans, strict=True))
 
 
 def _answers(tokenizer: Any, chat: Sequence[Message], text: str) -> list[Span]:
