@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
+from stoker import object_store
 
 import warm
 from servers import Proxy, s3_server
@@ -134,5 +136,8 @@ def proxy(s3: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     monkeypatch.setenv("FSSPEC_S3", '{"config_kwargs": {"read_timeout": 1, "connect_timeout": 1}}')
+    monkeypatch.setattr(object_store, "_away_until", {})
+    object_store._file_system.cache_clear()  # of another test's server and credentials
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
     yield made
     made.close()
