@@ -78,24 +78,28 @@ def _kind(folder: Path) -> str:
 
 def chosen(seen: RunView, which: str, metric: str) -> manifest.Checkpoint:
     """The checkpoint that is meant, verified. Raises BadInput."""
+    path = meant(seen, which, metric)
+    try:
+        return manifest.mended(path, mend(seen))
+    except manifest.InvalidCheckpoint as error:
+        raise BadInput(f"checkpoint {path.name} cannot be used: {error}") from error
+
+
+def meant(seen: RunView, which: str, metric: str) -> Path:
+    """Where the checkpoint that is meant stands; nothing of it is checked. Raises BadInput."""
     folder = seen.directory.checkpoints
     kept = {manifest.step_of(path): path for path in manifest.committed(folder)}
     if not kept:
         raise BadInput(f"run {seen.directory.id!r} has no checkpoint")
     if which == "best":
-        path = _best(seen, metric)
-    elif which == "last":
-        path = kept[max(kept)]
-    elif which.isdigit() and int(which) in kept:
-        path = kept[int(which)]
-    else:
-        raise BadInput(
-            f"no checkpoint {which!r}: give best, last, or one of the steps {', '.join(map(str, kept))}"
-        )
-    try:
-        return manifest.mended(path, mend(seen))
-    except manifest.InvalidCheckpoint as error:
-        raise BadInput(f"checkpoint {path.name} cannot be used: {error}") from error
+        return _best(seen, metric)
+    if which == "last":
+        return kept[max(kept)]
+    if which.isdigit() and int(which) in kept:
+        return kept[int(which)]
+    raise BadInput(
+        f"no checkpoint {which!r}: give best, last, or one of the steps {', '.join(map(str, kept))}"
+    )
 
 
 def mend(seen: RunView) -> Callable[[Path], None] | None:

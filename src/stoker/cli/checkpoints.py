@@ -82,7 +82,7 @@ def export(
 ) -> None:
     """Write a checkpoint's weights: as the run exports its model (a Hugging Face folder), or one file."""
     seen = view.load(finding.find(runs, run))
-    target = output or Path(f"{seen.directory.id}-{exports.chosen(seen, which, metric).path.name}")
+    target = output or Path(f"{seen.directory.id}-{exports.meant(seen, which, metric).name}")
     if target.exists():
         raise BadInput(f"{target} is there already: name another with -o")
     from stoker.checkpoint import store

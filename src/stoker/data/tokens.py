@@ -20,7 +20,7 @@ import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -207,7 +207,7 @@ def tokenise(
     folder = cache / hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
     def make() -> None:
-        _make(
+        write(
             documents, folder, encode=encode, pad_id=pad_id, vocab_size=vocab_size,
             sequence_length=sequence_length, packing=packing, workers=workers, may_be_empty=False,
         )  # fmt: skip
@@ -249,26 +249,14 @@ def write(
     vocab_size: int,
     sequence_length: int,
     packing: bool,
+    workers: int | None = 1,
+    may_be_empty: bool = True,
 ) -> None:
-    """Tokenise and pack documents into a folder that is not there yet; see `tokenise`. May be of no rows."""
-    _make(
-        documents, folder, encode=encode, pad_id=pad_id, vocab_size=vocab_size,
-        sequence_length=sequence_length, packing=packing, workers=1, may_be_empty=True,
-    )  # fmt: skip
+    """Tokenise and pack documents into a folder that is not there yet; see `tokenise`.
 
-
-def _make(
-    documents: Sequence[Document],
-    folder: Path,
-    *,
-    encode: Encode,
-    pad_id: int,
-    vocab_size: int,
-    sequence_length: int,
-    packing: bool,
-    workers: int | None,
-    may_be_empty: bool,
-) -> None:
+    Args:
+        may_be_empty: whether no rows are rows too; else BadInput is raised.
+    """
     temporary = folder.with_name(f".{folder.name}.tmp")  # under the lock: only a killed process left one
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
@@ -326,20 +314,8 @@ def _cut(
     return Part(np.concatenate(tokens), joined, lengths, np.array(sizes, np.int32), truncated, dropped)
 
 
-class _Pieces(NamedTuple):
-    """What the documents are cut into, in their order; the tokens are on disk."""
-
-    tokens: NDArray[np.unsignedinteger[Any]]
-    has_loss: NDArray[np.bool_]
-    lengths: NDArray[np.int32]
-    """Of each piece, which follow one another in the two before."""
-    sizes: NDArray[np.int32]
-    """Of each document, in tokens."""
-    truncated: int
-    dropped: int
-
-
-def _encode(parts: Iterable[Part], folder: Path, dtype: type[np.unsignedinteger[Any]]) -> _Pieces:
+def _encode(parts: Iterable[Part], folder: Path, dtype: type[np.unsignedinteger[Any]]) -> Part:
+    """All parts as one, in their order, whose tokens are on disk."""
     lengths, sizes = [np.empty(0, np.int32)], [np.empty(0, np.int32)]
     truncated = dropped = 0
     with (folder / "encoded").open("wb") as tokens, (folder / "predicted").open("wb") as has_loss:
@@ -350,7 +326,7 @@ def _encode(parts: Iterable[Part], folder: Path, dtype: type[np.unsignedinteger[
             sizes.append(part.sizes)
             truncated += part.truncated
             dropped += part.dropped
-    return _Pieces(
+    return Part(
         _mapped(folder / "encoded", dtype), _mapped(folder / "predicted", np.bool_),
         np.concatenate(lengths), np.concatenate(sizes), truncated, dropped,
     )  # fmt: skip
@@ -362,7 +338,7 @@ def _mapped(file: Path, dtype: type[np.generic]) -> NDArray[Any]:
     return np.asarray(np.memmap(file, dtype, mode="r"))
 
 
-def _place(pieces: _Pieces, folder: Path, sequence_length: int, packing: bool) -> Statistics:
+def _place(pieces: Part, folder: Path, sequence_length: int, packing: bool) -> Statistics:
     """Write the arrays, of the pieces in the order of their rows, in place of what was encoded."""
     count = len(pieces.lengths)
     if packing:

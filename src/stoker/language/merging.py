@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import warnings
 from pathlib import Path
+from typing import Any
 
 from stoker.engine import quiet
 from stoker.errors import BadInput
@@ -20,8 +21,8 @@ def base_of(adapter: Path) -> str:
     return f"{found}@{revision}" if revision else str(found)
 
 
-def merge(adapter: Path, target: Path, base: str | None = None) -> None:
-    """Write the model with an adapter merged into its weights, and the tokenizer, into an empty folder.
+def on_its_base(adapter: Path, base: str | None = None) -> Any:
+    """An adapter on the model that it was trained on, as transformers and peft load them.
 
     Weights keep the precision that the model's files have; the whole model stands in host memory.
 
@@ -38,9 +39,19 @@ def merge(adapter: Path, target: Path, base: str | None = None) -> None:
     from transformers import AutoModelForCausalLM
 
     with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of adapters on tied weights
+        return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder, dtype="auto"), adapter)
+
+
+def merge(adapter: Path, target: Path, base: str | None = None) -> None:
+    """Write the model with an adapter merged into its weights, and the tokenizer, into an empty folder.
+
+    See `on_its_base`. Raises BadInput.
+    """
+    model = on_its_base(adapter, base)
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of adapters on tied weights, whose merging is what is wanted
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
-        merged = PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True)
+        merged = model.merge_and_unload(safe_merge=True)
     merged.save_pretrained(target)
     own = ("adapter_config.json", adapters.WEIGHTS, adapters.BASE, "README.md")
     for file in adapter.iterdir():  # the tokenizer's files

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from stoker.engine import quiet
 from stoker.errors import BadInput
-from stoker.language import adapters, building, hub, merging
+from stoker.language import building, merging
 
 
 @dataclass(frozen=True)
@@ -89,20 +88,13 @@ def load(folder: Path, base: str | None = None) -> Speaker:
     adapter = (folder / "adapter_config.json").is_file()
     if not adapter and not (folder / "config.json").is_file():
         raise BadInput("this run has not trained a language model: there is nothing that it could say")
-    source = folder
     if adapter:
-        source = hub.find(base or merging.base_of(folder), "the adapter's base model")
-        adapters.check_base(folder, hub.fingerprint(source))
-    quiet.before_deepspeed()
-    from transformers import AutoModelForCausalLM
+        model = merging.on_its_base(folder, base)
+    else:
+        quiet.before_deepspeed()
+        from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
-    if adapter:
-        from peft import PeftModel
-
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of adapters on tied weights
-            model = PeftModel.from_pretrained(model, folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return Speaker(model.eval().to(device), building.load_tokenizer(str(folder)))
 
