@@ -18,6 +18,8 @@ from stoker.run.journal import Event
 from stoker.run.series import guess_goal
 from stoker.run.view import RunView
 
+ADAPTER = "adapter_config.json"
+"""The file by which a folder is known to be an adapter's."""
 KINDS = ("model", "adapter")
 _SHAPE = "shape"  # all of an export but its weights; see `language.export.record_shape`
 
@@ -62,7 +64,8 @@ def make(
         copy(seen, source, folder)
     if checkpoint is not None:
         put_weights(checkpoint, folder)
-    return Exported(folder, str(found["kind"]) if found else _kind(folder), checkpoint)
+    kind = "adapter" if is_adapter(folder) else "model"
+    return Exported(folder, str(found["kind"]) if found else kind, checkpoint)
 
 
 def as_it_stands(seen: RunView) -> Path | None:
@@ -72,8 +75,9 @@ def as_it_stands(seen: RunView) -> Path | None:
     return folder if folder is not None and folder.is_dir() else None
 
 
-def _kind(folder: Path) -> str:
-    return "adapter" if (folder / "adapter_config.json").is_file() else "model"
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder of model files is that of an adapter."""
+    return (folder / ADAPTER).is_file()
 
 
 def chosen(seen: RunView, which: str, metric: str) -> manifest.Checkpoint:
@@ -156,9 +160,8 @@ def put_weights(checkpoint: manifest.Checkpoint, folder: Path) -> None:
     there = sorted(folder.rglob("*.safetensors"))
     plain = {name.replace(".default.", "."): t for name, t in trained.items()}  # PEFT's adapter name
     if not there:
-        adapter = _kind(folder) == "adapter"
-        file = folder / ("adapter_model.safetensors" if adapter else "model.safetensors")
-        save_file(plain if adapter else trained, file, {"format": "pt"})
+        file = folder / ("adapter_model.safetensors" if is_adapter(folder) else "model.safetensors")
+        save_file(plain if is_adapter(folder) else trained, file, {"format": "pt"})
         file.chmod(0o644)
         return
     known = {name for file in there for name in load_file(file)}

@@ -18,13 +18,13 @@ import functools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from typing import Any, cast
 
 import torch
 from stoker import distributed, evaluation, storage, supervision
 from stoker.attempt import Run
-from stoker.checkpoint import planning, state
+from stoker.checkpoint import manifest, planning, state
 from stoker.data.loader import Collate, Loader
 from stoker.duration import Duration
 from stoker.engine import (
@@ -376,13 +376,12 @@ class Trainer:
         """
         while True:
             try:
-                parts = list(self.micro(batch))
-                self._fit_scale(parts)
-                self._step.gradients(parts, self._agreement)
-                return self._agreement.finish()
-            except out_of_memory.KINDS as error:
-                if not out_of_memory.is_one(error):
-                    raise
+                with out_of_memory.as_on_a_gpu():
+                    parts = list(self.micro(batch))
+                    self._fit_scale(parts)
+                    self._step.gradients(parts, self._agreement)
+                    return self._agreement.finish()
+            except torch.OutOfMemoryError as error:
                 said = self._cut.out_of_memory(error)
                 if not self._cut.take_smaller(batch):
                     raise OutOfMemory(said) from error
@@ -430,9 +429,7 @@ class Trainer:
         To each once: where the newest has led to a bad loss before, the one before it is taken.
         """
         self._finish_saving()
-        found, passed_over = self._checkpoints.newest(but=self._rewound_to)
-        for reason in passed_over if self.world.rank == 0 else ():
-            log.warning("passed over checkpoint %s", reason)
+        found, _ = self._newest(but=self._rewound_to)
         if found is None:
             raise StokerError(f"step {step}: there is no checkpoint to rewind to that was not tried already")
         position, _ = self._checkpoints.restore(found)
@@ -495,10 +492,9 @@ class Trainer:
     @contextlib.contextmanager
     def _telling_what_fits(self) -> Iterator[None]:
         try:
-            yield
-        except out_of_memory.KINDS as error:
-            if not out_of_memory.is_one(error):
-                raise
+            with out_of_memory.as_on_a_gpu():
+                yield
+        except torch.OutOfMemoryError as error:
             raise OutOfMemory(self._cut.out_of_memory(error)) from error
 
     @property
@@ -711,9 +707,7 @@ class Trainer:
         return counting.completes(every, self._loader, self.steps_done - 1, begun)
 
     def _restore(self) -> None:
-        found, passed_over = self._checkpoints.newest()
-        for reason in passed_over if self.world.rank == 0 else ():
-            log.warning("passed over checkpoint %s", reason)
+        found, passed_over = self._newest()
         if found is None and self.run.continued:
             self._begin_anew(passed_over)
         if found is not None:
@@ -732,6 +726,13 @@ class Trainer:
             self._checkpoints.void_after(self.steps_done)
             self.run.event("resumed", step=self.steps_done, passed_over=passed_over)
             self.run.step = self.steps_done
+
+    def _newest(self, but: Set[int] = frozenset()) -> tuple[manifest.Checkpoint | None, list[str]]:
+        """See `Checkpoints.newest`; says which were passed over."""
+        found, passed_over = self._checkpoints.newest(but)
+        for reason in passed_over:  # on rank 0 alone
+            log.warning("passed over checkpoint %s", reason)
+        return found, passed_over
 
     def _begin_anew(self, passed_over: list[str]) -> None:
         """Go on without a checkpoint, where there was none yet. All ranks call it. Raises StokerError."""

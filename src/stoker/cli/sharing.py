@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from stoker import object_store
+from stoker import exports, object_store
 from stoker.errors import BadInput
 from stoker.exports import Exported
 from stoker.language.shape import SIZES
@@ -20,7 +20,6 @@ from stoker.run.view import RunView
 log = logging.getLogger("stoker")
 
 _HUB = "hub:"
-_ADAPTER = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ def prepare(seen: RunView, made: Exported, merged: Path, *, name: str, merge: bo
     Raises:
         BadInput: there is no adapter to be merged, or its model is not where it was.
     """
-    adapter = (made.folder / _ADAPTER).is_file()
+    adapter = exports.is_adapter(made.folder)
     if not adapter and (merge or base):
         raise BadInput(
             f"run {seen.directory.id!r} has trained a whole model: --merge and --base are for adapters"
@@ -110,7 +109,7 @@ def prepare(seen: RunView, made: Exported, merged: Path, *, name: str, merge: bo
 
 def _base(adapter: Path, given: str | None) -> str | None:
     """The model that an adapter is for; where one is given, it is from now on that one."""
-    file = adapter / _ADAPTER
+    file = adapter / exports.ADAPTER
     config = json.loads(file.read_text(encoding="utf-8"))
     if given is not None:
         config["base_model_name_or_path"] = given

@@ -6,7 +6,8 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
-from stoker.engine import batches, micro_batch, options, out_of_memory, rehearsal
+import torch
+from stoker.engine import batches, micro_batch, options, rehearsal
 from stoker.engine.options import Training
 from stoker.engine.step import Setting, Step
 from stoker.world import World
@@ -51,9 +52,9 @@ class MicroBatches:
         rehearsal.remember(self._step, self._setting, self._world, batch, self.size, self._about())
         return True
 
-    def out_of_memory(self, error: BaseException) -> str:
+    def out_of_memory(self, error: torch.OutOfMemoryError) -> str:
         """What was asked for, what was free, and the cheapest change that makes it less."""
-        said = out_of_memory.said(error)
+        said = str(error).partition(" If reserved")[0].splitlines()[0]
         micro = self.size if isinstance(self.size, int) else None
         if micro != 1:
             change = (

@@ -78,11 +78,10 @@ def _largest(sizes: Sequence[int], attempt: Callable[[int], None], device: torch
             break
         _reset_peak(device)
         try:
-            attempt(size)
+            with out_of_memory.as_on_a_gpu():
+                attempt(size)
             failed = False
-        except out_of_memory.KINDS as error:
-            if not out_of_memory.is_one(error):
-                raise
+        except torch.OutOfMemoryError:
             failed = True
         if _over_ranks(failed):
             break

@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from stoker import exports
 from stoker.engine import quiet
 from stoker.errors import BadInput
 from stoker.language import adapters, hub
@@ -14,7 +15,7 @@ from stoker.language import adapters, hub
 
 def base_of(adapter: Path) -> str:
     """The model that an adapter in a folder was trained on, a directory or hub id. Raises BadInput."""
-    config = hub.read_json(adapter, "adapter_config.json", "adapter")
+    config = hub.read_json(adapter, exports.ADAPTER, "adapter")
     found, revision = config.get("base_model_name_or_path"), config.get("revision")
     if not found:
         raise BadInput(f"adapter {adapter} does not say which model it is for (base_model_name_or_path)")
@@ -53,7 +54,7 @@ def merge(adapter: Path, target: Path, base: str | None = None) -> None:
         warnings.simplefilter("ignore")  # of adapters on tied weights, whose merging is what is wanted
         merged = model.merge_and_unload(safe_merge=True)
     merged.save_pretrained(target)
-    own = ("adapter_config.json", adapters.WEIGHTS, adapters.BASE, "README.md")
+    own = (exports.ADAPTER, adapters.WEIGHTS, adapters.BASE, "README.md")
     for file in adapter.iterdir():  # the tokenizer's files
         if file.is_file() and file.name not in own and not (target / file.name).exists():
             shutil.copyfile(file, target / file.name)

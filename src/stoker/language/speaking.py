@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from stoker import exports
 from stoker.engine import quiet
 from stoker.errors import BadInput
 from stoker.language import building, merging
@@ -85,7 +86,7 @@ def load(folder: Path, base: str | None = None) -> Speaker:
         folder: holds a model or an adapter, with its tokenizer.
         base: where an adapter's model is, if not where it was.
     """
-    adapter = (folder / "adapter_config.json").is_file()
+    adapter = exports.is_adapter(folder)
     if not adapter and not (folder / "config.json").is_file():
         raise BadInput("this run has not trained a language model: there is nothing that it could say")
     if adapter:

@@ -14,7 +14,7 @@ from typing import Any
 
 import stoker
 from stoker.progress import clock
-from stoker.report import curve_image, facts
+from stoker.report import curve_image, facts, plots
 from stoker.run.view import RunView
 
 PICTURE = "curves.png"
@@ -176,15 +176,12 @@ def _evaluations(view: RunView) -> str:
     if not names:
         return ""
     steps = sorted({int(step) for name in names for step in view.points[name]})
-    chosen = steps if len(steps) <= _EVALUATIONS else _spread(steps, _EVALUATIONS)
     known = {name: dict(view.points[name].items()) for name in names}
-    rows = [(f"{step:,}", *(facts.number(known[name].get(step)) for name in names)) for step in chosen]
+    rows = [
+        (f"{step:,}", *(facts.number(known[name].get(step)) for name in names))
+        for step in plots.spread(steps, _EVALUATIONS)
+    ]
     return _table(("step", *names), rows)
-
-
-def _spread(steps: Sequence[int], most: int) -> list[int]:
-    """So many of them, the first and the last among them."""
-    return [steps[round(i * (len(steps) - 1) / (most - 1))] for i in range(most)]
 
 
 def _config(view: RunView) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from stoker.report import facts
+from stoker.report import facts, plots
 from stoker.run.series import Series
 
 _SIZE = (900, 420)
@@ -15,7 +15,6 @@ _SCALE = 2  # drawn larger, and made smaller: that smooths the lines
 _LEFT, _RIGHT, _TOP, _BOTTOM = 70, 20, 40, 45
 _COLOURS = ("#4269d0", "#ff725c", "#6cc5b0", "#efb118")
 _INK, _GRID = "#444444", "#e3e3e3"
-_MOST = 2000  # points of a curve
 
 Point = tuple[float, float]
 
@@ -86,8 +85,9 @@ def _dots(pen: Any, line: Sequence[Point], colour: str) -> None:
 
 
 def _finite(series: Series) -> list[Point]:
-    found = [(float(x), float(y)) for x, y in zip(series.x, series.y, strict=True) if math.isfinite(y)]
-    return found[:: max(1, len(found) // _MOST)]
+    kept = plots.thinned(series.y)
+    pairs = zip(series.x[kept].tolist(), series.y[kept].tolist(), strict=True)
+    return [(float(x), y) for x, y in pairs if math.isfinite(y)]
 
 
 def _ticks(low: float, high: float) -> list[float]:

@@ -14,13 +14,15 @@ import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from html import escape
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from stoker.report import facts
 from stoker.run.series import Series
 from stoker.run.view import Attempt, Media, RunView
+
+T = TypeVar("T")
 
 Figure = dict[str, Any]
 
@@ -148,7 +150,7 @@ def histograms(views: Sequence[RunView], names: Sequence[str]) -> list[dict[str,
             "title": name,
             "run": i,
             "all": len(logged),
-            "steps": [_histogram(m) for m in _spread(logged, most)],
+            "steps": [_histogram(m) for m in spread(logged, most)],
         }
         for (name, i), logged in sorted(found.items())[:MOST_HISTOGRAMS]
     ]
@@ -299,10 +301,10 @@ def _histogram(media: Media) -> dict[str, Any]:
     }
 
 
-def _spread(logged: Sequence[Media], most: int) -> list[Media]:
-    """At most so many of them, evenly, the newest always."""
-    if len(logged) <= most:
-        return list(logged)
+def spread(found: Sequence[T], most: int) -> list[T]:
+    """At most so many of them, evenly, the last always."""
+    if len(found) <= most:
+        return list(found)
     if most == 1:
-        return [logged[-1]]
-    return [logged[i] for i in dict.fromkeys(np.linspace(0, len(logged) - 1, most).astype(int).tolist())]
+        return [found[-1]]
+    return [found[i] for i in dict.fromkeys(np.linspace(0, len(found) - 1, most).astype(int).tolist())]
