@@ -89,7 +89,9 @@ def by_hand(size: Size, device: torch.device, precision: str, accumulate: int) -
     made = model(size, device)
     parameters = list(made.parameters())
     optimizer = optimizer_of(parameters)
-    batches = _endless(torch.utils.data.DataLoader(Rows(size), batch_size=size.batch, shuffle=True))
+    batches = _endless(
+        torch.utils.data.DataLoader(Rows(size), batch_size=size.batch, shuffle=True, pin_memory=True)
+    )
     enabled = precision == "bf16"
 
     def run(steps: int) -> None:

@@ -182,11 +182,11 @@ def ours(size: Size, kind: str, length: int, optimizer: str, clock: Clock, at_on
     called = objective.attach(model)
     needed = flops_of(bare, length)
     rows = size.tokens // length
-    own: dict[str, Any] = {"optimizer_in_backward": True} if at_once else {}
+    own: dict[str, Any] = {"optimizer_in_backward": True} if at_once else {"micro_batch": rows}
     trainer = stoker.Trainer(
         stoker.Run("bench"), model, optimizer=optimizer_of(optimizer), inputs=called.inputs, loss=called.loss,
         training=stoker.Training(
-            parallel="single", precision="bf16", micro_batch=rows, checkpoint_every="10h", **own
+            parallel="single", precision="bf16", checkpoint_every="10h", **own
         ),
     )  # fmt: skip
     losses = []

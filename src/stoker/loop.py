@@ -30,6 +30,7 @@ from stoker.duration import Duration
 from stoker.engine import (
     batches,
     counting,
+    determinism,
     device,
     early_stopping,
     gradients,
@@ -116,6 +117,8 @@ class Trainer:
         self.mesh = mesh.build(self.world, self.device, self.training, self.strategy)
         self.precision = computed_in(run, self.training)
         precision.use_tf32(self.training.tf32)
+        if self.training.deterministic:
+            determinism.require()
         self._scale = LossScale(self.precision == "fp16")
         setting = Setting(
             self.mesh, inputs, loss, self.precision, self._scale, self.training.clip_norm,
