@@ -1,15 +1,31 @@
-"""Reading a run from outside while it is trained, as the tests that kill it do."""
+"""Reading a run from outside while it is trained, as the tests that kill it do; what GPUs need."""
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pytest
+import torch
 from stoker.run import view
 from stoker.run.directory import RunDirectory
 from stoker.run.series import Series
+
+ON_A_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+
+
+@contextlib.contextmanager
+def never_waiting() -> Iterator[None]:
+    """Whatever would wait for the GPU within this block is an error."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def points(run: Path) -> int:
