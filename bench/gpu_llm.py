@@ -288,14 +288,17 @@ def _there(module: str) -> bool:
     return found
 
 
-def table(run: Callable[..., Any], optimizer: str, rounds: int, smoke: bool) -> list[Row]:
+def table(
+    run: Callable[..., Any], optimizer: str, rounds: int, smoke: bool, only: int | None = None
+) -> list[Row]:
     """All rows.
 
     Args:
         run: `harness.measure`, or what calls a measure of this file in this process.
+        only: this length of a row.
     """
     made: list[Row] = []
-    for length in (SMOKE if smoke else WHOLE).lengths:
+    for length in (SMOKE if smoke else WHOLE).lengths if only is None else (only,):
         if _there("peft"):
             made += rows_of_a_kind(run, LORA, length, "adamw", rounds, smoke)
         made += rows_of_a_kind(run, FULL, length, optimizer, rounds, smoke)
@@ -320,6 +323,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--optimizer", choices=("adafactor", "adamw8bit"), default="adafactor")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="pairs of ours and the peer")
+    parser.add_argument("--length", type=int, metavar="N", help="tokens of a row; by default 2048, then 4096")
     parser.add_argument("--smoke", action="store_true", help="everything small, on a CPU too")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to a file as well")
     asked = parser.parse_args()
@@ -329,7 +333,8 @@ def main() -> None:
         sys.exit("--optimizer adamw8bit needs torchao")
     if torch.cuda.is_available():
         print(torch.cuda.get_device_name(), "torch", torch.__version__)
-    harness.report(table(apart, asked.optimizer, 1 if asked.smoke else asked.rounds, asked.smoke), asked.json)
+    rounds = 1 if asked.smoke else asked.rounds
+    harness.report(table(apart, asked.optimizer, rounds, asked.smoke, asked.length), asked.json)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import signal
 from pathlib import Path
 
@@ -15,12 +16,19 @@ from support import ON_A_GPU, loaded, wait_for_points
 
 pytestmark = ON_A_GPU
 
-SMALL = ("sequence_length=128", "batch_size=16", "micro_batch=8", "deterministic=true")
+SMALL = (
+    "model=model", "data=texts.jsonl", "sequence_length=64", "batch_size=16", "micro_batch=8",
+    "deterministic=true", "generate_tokens=4", "max_steps=60",
+)  # fmt: skip
 
 
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    return families.save(tmp_path / "model", "llama")
+@pytest.fixture(autouse=True)
+def model(tmp_path: Path) -> None:
+    """A small model, and what it is to learn."""
+    families.save(tmp_path / "model", "llama")
+    texts = (f"The module number {n} has {n * 7 % 13} functions. " * 8 for n in range(400))
+    lines = (json.dumps({"text": text}) + "\n" for text in texts)
+    (tmp_path / "texts.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
 def losses(tmp_path: Path, name: str) -> dict[int, float]:
@@ -31,15 +39,15 @@ def losses(tmp_path: Path, name: str) -> dict[int, float]:
     "setting", ["precision=bf16", "precision=fp32", "kernels=liger", "quantisation=nf4", "compile=true"]
 )
 def test_an_adapter_is_trained_killed_resumed_and_asked(
-    setting: str, model: Path, stoker: Command, start: Start, tmp_path: Path
+    setting: str, stoker: Command, start: Start, tmp_path: Path
 ) -> None:
     """What was killed and resumed has the losses of what was not, to the bit."""
     needs = {"kernels=liger": "liger_kernel", "quantisation=nf4": "bitsandbytes"}
     if setting in needs and importlib.util.find_spec(needs[setting]) is None:
         pytest.skip(f"{needs[setting]} is not installed")
     given = (
-        "train", "llm", f"model={model}", "lora.rank=8", "lora.dropout=0.1", *SMALL, "max_steps=60",
-        "checkpoint_every=10", "eval_every=30", setting,
+        "train", "llm", "lora.rank=8", "lora.dropout=0.1", *SMALL, "checkpoint_every=10", "eval_every=30",
+        setting,
     )  # fmt: skip
     whole = stoker(*given, "--name", "whole")
     assert whole.code == 0, whole.err
@@ -57,11 +65,10 @@ def test_an_adapter_is_trained_killed_resumed_and_asked(
 
 @pytest.mark.parametrize("parallel", ["single", "fsdp"])
 def test_a_rank_that_is_killed_starts_again_from_the_forkserver(
-    parallel: str, model: Path, stoker: Command, start: Start, tmp_path: Path
+    parallel: str, stoker: Command, start: Start, tmp_path: Path
 ) -> None:
     given = (
-        "train", "llm", f"model={model}", f"parallel={parallel}", "precision=bf16", *SMALL, "max_steps=60",
-        "checkpoint_every=10",
+        "train", "llm", f"parallel={parallel}", "precision=bf16", *SMALL, "checkpoint_every=10",
     )  # fmt: skip
     whole = stoker(*given, "--name", "whole")
     assert whole.code == 0, whole.err
@@ -73,19 +80,19 @@ def test_a_rank_that_is_killed_starts_again_from_the_forkserver(
     assert losses(tmp_path, "parts") == losses(tmp_path, "whole")
 
 
-def test_a_profile_and_what_the_gpu_does_are_kept(model: Path, stoker: Command, tmp_path: Path) -> None:
-    done = stoker("train", "llm", f"model={model}", *SMALL, "max_steps=30", "--name", "a", "--profile", "5:8")
+def test_a_profile_and_what_the_gpu_does_are_kept(stoker: Command, tmp_path: Path) -> None:
+    done = stoker("train", "llm", *SMALL, "--name", "a", "--profile", "5:8")
     assert done.code == 0, done.err
     run = tmp_path / "runs" / "llm" / "a"
     assert [file for file in run.rglob("*") if "profile" in file.name or "trace" in file.name]
     seen = loaded(run)
-    assert any(name.endswith("gpu_0_memory_used_bytes") for name in seen.points), sorted(seen.points)
+    assert any(name.endswith("gpu_0_memory_used_bytes") for name in seen.system), sorted(seen.system)
     assert any(name.endswith("mfu") for name in seen.points)
     report = stoker("report", "a")
     assert report.code == 0, report.err
 
 
-def test_more_ranks_than_gpus_are_refused(model: Path, stoker: Command) -> None:
-    done = stoker("train", "llm", f"model={model}", *SMALL, "--nproc", "64")
+def test_more_ranks_than_gpus_are_refused(stoker: Command) -> None:
+    done = stoker("train", "llm", *SMALL, "batch_size=64", "--nproc", "64")
     assert done.code == 2
     assert "64 ranks on a machine with" in done.err

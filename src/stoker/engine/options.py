@@ -104,8 +104,8 @@ class Training:
     tf32: bool = False
     """Let float32 products on NVIDIA GPUs round to TF32 (10 bits of mantissa); several times faster."""
     deterministic: bool = False
-    """On GPUs: only operations that give the same bits each time, so that a run that is killed and resumed does
-    too; slower, and an operation that has no such form is an error. CPUs give the same bits without it."""
+    """On GPUs: only operations that give the same bits each time, so that a run gives them when it is killed
+    and resumed; slower, and an operation with no such form is an error. CPUs need no such setting."""
     micro_batch: Annotated[int, Ge(1)] | Literal["auto"] | None = None
     """Samples a rank takes in one forward pass; auto finds the largest that fits; none: all of its share."""
     activation_checkpointing: str = "none"

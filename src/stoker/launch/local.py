@@ -198,6 +198,7 @@ def _launch(job: _Job, place: Place, folder: Path) -> dict[int, int]:
     """Start the ranks and wait for them; returns the exit codes of those that were seen to fail first."""
     multiprocessing.get_context("forkserver").set_forkserver_preload([*PRELOAD, *job.preload])
     signals.start_forkserver()  # it imports torch while this process does
+    from stoker.engine import device
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -212,8 +213,9 @@ def _launch(job: _Job, place: Place, folder: Path) -> dict[int, int]:
         start_method="forkserver", signals_to_handle="SIGQUIT",
     )  # fmt: skip
     try:
+        device.check(job.nproc)
         elastic_launch(config, ranks.main)(job.function, job.arguments, str(folder), os.getpid())
-    except Stopped:  # before any rank was there to be told
+    except (Stopped, BadInput):  # before any rank was there
         _end_server()
         raise
     except ChildFailedError as error:
