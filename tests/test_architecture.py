@@ -33,7 +33,7 @@ FLOORS = (
     {"saving", "evaluation", "exports"},
     {"loop"},
     {"language"},
-    {"recipes", "report", "launch"},
+    {"recipes", "report", "launch", "tune"},
     {"cli"},
 )
 # Modules of one floor that may import each other: the words that all others are made of.
@@ -67,6 +67,12 @@ def _rooms() -> set[str]:
 
 def _files() -> list[Path]:
     return [p for p in sorted(PACKAGE.rglob("*.py")) if p.parent != PACKAGE or p.stem in _rooms()]
+
+
+def test_no_two_files_of_tests_have_one_name() -> None:
+    """They are imported by it."""
+    names = [file.name for file in Path(__file__).parent.rglob("test_*.py")]
+    assert sorted(set(names)) == sorted(names)
 
 
 def test_every_room_stands_on_a_floor() -> None:

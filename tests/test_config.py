@@ -88,8 +88,10 @@ def test_a_list_of_one_needs_no_brackets(given: str, expected: tuple[int, ...]) 
 
 @pytest.mark.parametrize(
     ("lines", "said"),
-    [(["- a"], "holds a list"), (["lr: [", "x"], "cannot be read"), (["lrr: 1"], "did you mean 'lr'?")],
-)
+    [(["- a"], "holds a list"), (["lr: [", "x"], "cannot be read"), (["lrr: 1"], "did you mean 'lr'?"),
+     (["lr: 1", "name: a", "lr: 2"], "lr is given twice"),
+     (["lora: {rank: 1}", "lora.rank: 2"], "lora.rank is given twice")],
+)  # fmt: skip
 def test_bad_files_are_refused(lines: list[str], said: str, write_file: Callable[..., Path]) -> None:
     with pytest.raises(BadInput, match=r"c\.yaml") as error:
         configs.resolve(Config, [], write_file("c.yaml", lines))
@@ -114,6 +116,29 @@ def test_a_key_without_default_must_be_given() -> None:
 def test_a_record_gives_the_same_config_back() -> None:
     found = configs.resolve(Config, ["lr=3e-4", "every=2ep", "lora.rank=8"])
     assert configs.restore(Config, found.values, found.sources) == found
+
+
+def test_a_file_may_overrule_what_it_merges(write_file: Callable[[str, Sequence[str]], Path]) -> None:
+    file = write_file("c.yaml", ["lora: &base {rank: 1}", "<<: {lr: 2, name: a}", "lr: 3"])
+    assert configs.resolve(Config, [], file).config == Config(lr=3, name="a", lora=Lora(rank=1))
+
+
+def test_one_value_is_checked_alone() -> None:
+    assert configs.checked(Config, "every", "2 epochs") == "2ep"
+    assert configs.checked(Config, "limit", "none") is None
+    with pytest.raises(BadInput, match=r"batch_size=0 \(here\): input should be greater than 0"):
+        configs.checked(Config, "batch_size", "0", "here")
+    with pytest.raises(BadInput, match=r"unknown key 'lrr' \(here\); did you mean 'lr'"):
+        configs.checked(Config, "lrr", "0", "here")
+
+
+@pytest.mark.parametrize(
+    ("key", "kinds"),
+    [("batch_size", {int}), ("limit", {int, type(None)}), ("shape", {Literal}), ("every", {Duration}),
+     ("lora.targets", {tuple})],
+)  # fmt: skip
+def test_kinds_are_types_without_constraints(key: str, kinds: set[object]) -> None:
+    assert configs.kinds(Config, key) == kinds
 
 
 def test_changed_keys_are_drift() -> None:

@@ -77,6 +77,8 @@ class Run:
         seed: the seed that the run's randomness is a function of.
         code: a folder of the git repository to record; by default the working directory.
         accept_drift: continue a run although its config was another, and record what changed.
+        provenance: a folder in which what a run is made from stands already, as that of a search has it for
+            all of its trials; by default it is gathered.
 
     Raises:
         BadInput: the directory cannot be written, another process trains this run, the run to
@@ -95,6 +97,7 @@ class Run:
         seed: int = 0,
         code: Path | None = None,
         accept_drift: bool = False,
+        provenance: Path | None = None,
     ) -> None:
         folder = finding.folder(
             runs if runs is not None else os.environ.get("STOKER_RUNS", "runs")
@@ -146,17 +149,17 @@ class Run:
             self._join()
         else:
             record = opening.record(self.directory, config, sources, recipe, seed)
-            self._lead(record, code or Path.cwd(), accept_drift)
+            self._lead(record, code or Path.cwd(), accept_drift, provenance)
         log.debug("attempt %d of %s, process %d", self.attempt, self.directory.path, os.getpid())
 
-    def _lead(self, record: dict[str, Any], code: Path, accept_drift: bool) -> None:
+    def _lead(self, record: dict[str, Any], code: Path, accept_drift: bool, known: Path | None) -> None:
         """Open or continue the directory and begin an attempt."""
         mark = uuid.uuid4().hex
         self._descriptor = opening.take(self.directory, rendezvous.Opening(mark, self.world.launch))
         try:
             self._lease = opening.lease_of(self.directory)
             self.continued = self.directory.exists()
-            changes = self._open(record, code, accept_drift)
+            changes = self._open(record, code, accept_drift, known)
         except BaseException:
             if self._lease is not None:
                 self._lease.release()
@@ -179,7 +182,9 @@ class Run:
         self.step = begun["step"]
         self._logging = messages.write_to(self.directory.logs / f"rank-{self.world.rank}.log")
 
-    def _open(self, record: dict[str, Any], code: Path, accept_drift: bool) -> dict[str, tuple[Any, Any]]:
+    def _open(
+        self, record: dict[str, Any], code: Path, accept_drift: bool, known: Path | None
+    ) -> dict[str, tuple[Any, Any]]:
         """Make or continue the directory; returns what the config drifted by."""
         changes: dict[str, tuple[Any, Any]] = {}
         if self.continued:
@@ -194,9 +199,12 @@ class Run:
             self.layout = before.attempts[-1].layout if before.attempts else {}
             self._before = before.points
         else:
-            record["code"] = provenance.code_state(code)
+            record["code"] = provenance.code_of(known) if known else provenance.code_state(code)
             self.directory.create(record)
-            provenance.write(self.directory.provenance, code, record["code"])
+            if known:
+                provenance.link(known, self.directory.provenance)
+            else:
+                provenance.write(self.directory.provenance, code, record["code"])
         return changes
 
     # -- what user code calls -----------------------------------------------------------
@@ -237,6 +245,13 @@ class Run:
             self.latest.update(flat)
         else:
             self._log_any(flat, step, reduce)
+        if self._listener is not None:
+            self._listener(step, flat)
+
+    def listen(self, listener: Callable[[int, Mapping[str, Any]], None]) -> None:
+        """Be called with every step and the values that were logged at it, on rank 0."""
+        if self.world.rank == 0:
+            self._listener = listener
 
     def _is_plain(self, values: Mapping[str, Any], step: int) -> bool:
         """Whether there is nothing to do but to write: known names, finite floats, nothing on its way.
@@ -423,6 +438,7 @@ class Run:
     # -- what the loop and the commands call ----------------------------------------------
 
     _stepped_by_trainer = False
+    _listener: Callable[[int, Mapping[str, Any]], None] | None = None
 
     def take_over_steps(self, finish: Callable[[float], None], heart: Heart) -> None:
         """From now on a Trainer says which step it is. Raises ValueError where one does already.

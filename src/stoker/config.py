@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import types
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -41,6 +42,22 @@ class _Leaf:
     default: Any  # dataclasses.MISSING where the key must be given
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is written twice: of two values YAML would take the last and say nothing."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.MarkedYAMLError(
+                        problem=f"{key.value} is given twice", problem_mark=key.start_mark
+                    )
+                seen.add(key.value)
+        return node
+
+
 def resolve(cls: type[C], overrides: Iterable[str] = (), file: Path | None = None) -> Resolved[C]:
     """Fill a config dataclass from defaults, a YAML file and `key=value` overrides.
 
@@ -50,10 +67,10 @@ def resolve(cls: type[C], overrides: Iterable[str] = (), file: Path | None = Non
     leaves = _leaves(cls)
     given: dict[str, tuple[Any, str]] = {}
     if file is not None:
-        for key, value in _flatten(_read_yaml(file)).items():
+        for key, value in flatten(read_yaml(file), str(file)).items():
             given[key] = (value, str(file))
     for override in overrides:
-        key, value = _split(override)
+        key, value = split(override)
         given[key] = (value, COMMAND_LINE)
     for key, (_, source) in given.items():
         _known(key, leaves, source)
@@ -78,7 +95,7 @@ def changed(resolved: Resolved[C], overrides: Iterable[str]) -> Resolved[C]:
     leaves = _leaves(type(resolved.config))
     values, sources = dict(resolved.values), dict(resolved.sources)
     for override in overrides:
-        key, text = _split(override)
+        key, text = split(override)
         _known(key, leaves, COMMAND_LINE)
         values[key] = _dump(leaves[key], _checked(key, leaves[key], text, COMMAND_LINE))
         sources[key] = COMMAND_LINE
@@ -98,6 +115,62 @@ def drift(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any
 def describe(cls: type) -> dict[str, tuple[str, Any]]:
     """Every key of a config with the name of its type and its default, for help texts."""
     return {key: (_type_name(leaf.type), leaf.default) for key, leaf in _leaves(cls).items()}
+
+
+def checked(cls: type, key: str, value: Any, source: str = COMMAND_LINE) -> Any:
+    """One value of one key, as a record holds it.
+
+    Raises BadInput for an unknown key or a value that the key does not take.
+    """
+    leaves = _leaves(cls)
+    _known(key, leaves, source)
+    return _dump(leaves[key], _checked(key, leaves[key], value, source))
+
+
+def kinds(cls: type, key: str, source: str = COMMAND_LINE) -> frozenset[Any]:
+    """What a key takes, without constraints: {int, NoneType} for `Annotated[int, Ge(1)] | None`.
+
+    Of generics and literals it is what they are made by: `tuple`, `Literal`. Raises BadInput for an
+    unknown key.
+    """
+    leaves = _leaves(cls)
+    _known(key, leaves, source)
+    return _kinds(leaves[key].type)
+
+
+def split(override: str) -> tuple[str, str]:
+    """Key and text of `key=text`."""
+    key, separator, value = override.partition("=")
+    if not separator or not key:
+        raise BadInput(f"{override!r} is not an override: write key=value, for example lr=0.001")
+    return key.strip(), value
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises BadInput where there is none, or a key in it twice."""
+    try:
+        content = yaml.load(file.read_text(encoding="utf-8"), _Loader)
+    except FileNotFoundError:
+        raise BadInput(f"config file {file} does not exist") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise BadInput(f"config file {file} cannot be read: {error}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise BadInput(f"config file {file} holds a {type(content).__name__}: write key: value lines")
+    return content
+
+
+def flatten(tree: Mapping[Any, Any], source: str, prefix: str = "") -> dict[str, Any]:
+    """A mapping of nested or dotted keys by dotted key. Raises BadInput for a key given in both ways."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        inner = flatten(value, source, f"{name}.") if isinstance(value, Mapping) else {name: value}
+        for twice in flat.keys() & inner.keys():
+            raise BadInput(f"{twice} is given twice ({source}): leave out one of the two")
+        flat.update(inner)
+    return flat
 
 
 def _leaves(cls: type, prefix: str = "") -> dict[str, _Leaf]:
@@ -176,37 +249,6 @@ def _known(key: str, leaves: Mapping[str, _Leaf], source: str) -> None:
     raise BadInput(f"unknown key {key!r} ({source}){hint or '; the keys are ' + ', '.join(leaves)}")
 
 
-def _split(override: str) -> tuple[str, str]:
-    key, separator, value = override.partition("=")
-    if not separator or not key:
-        raise BadInput(f"{override!r} is not an override: write key=value, for example lr=0.001")
-    return key.strip(), value
-
-
-def _read_yaml(file: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise BadInput(f"config file {file} does not exist") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise BadInput(f"config file {file} cannot be read: {error}") from error
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise BadInput(f"config file {file} holds a {type(content).__name__}: write key: value lines")
-    return content
-
-
-def _flatten(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat.update(_flatten(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
 def _get(config: Any, key: str) -> Any:
     for name in key.split("."):
         config = getattr(config, name)
@@ -215,6 +257,15 @@ def _get(config: Any, key: str) -> Any:
 
 def _dump(leaf: _Leaf, value: Any) -> Any:
     return TypeAdapter[Any](leaf.type).dump_python(value, mode="json")
+
+
+def _kinds(kind: Any) -> frozenset[Any]:
+    origin = typing.get_origin(kind)
+    if origin is typing.Annotated:
+        return _kinds(typing.get_args(kind)[0])
+    if origin in (typing.Union, types.UnionType):
+        return frozenset().union(*map(_kinds, typing.get_args(kind)))
+    return frozenset({origin or kind})
 
 
 def _type_name(kind: Any) -> str:

@@ -282,7 +282,7 @@ class Trainer:
                 requests = self._agreement.requests()
                 if requests.failed:
                     self._checkpoints.wait()  # raises
-                if requests.checkpoint or requests.stop or self._checkpoint_due():
+                if requests.save or self._checkpoint_due():
                     self.checkpoint()
                 if requests.stop:
                     self._end_loop()
@@ -322,8 +322,9 @@ class Trainer:
         stop = self.run.stop.requested
         every = self.training.checkpoint_every
         due = every.seconds is not None and time.monotonic() - self._saved_at >= every.seconds
-        due = due and self.world.rank == 0
-        return Requests(stop == "preempted", stop == "interrupted", due, self._checkpoints.failed)
+        due = (due and self.world.rank == 0) or self.run.stop.told_to_save()
+        asked = {stop: True} if stop is not None else {}
+        return Requests(**asked, checkpoint=due, failed=self._checkpoints.failed)
 
     def every(self, duration: Duration | str | int) -> bool:
         """Whether the step under way completes another such duration, e.g. `"1ep"`, `100`, `"1000000tok"`.

@@ -1,4 +1,4 @@
-"""Being told to stop: SIGTERM and SIGUSR1 (a scheduler wants the machine back), Ctrl-C, or the clock.
+"""Being told to stop: SIGTERM and SIGUSR1 (a scheduler wants the machine back), Ctrl-C, the clock, a search.
 
 While a training loop runs, the request is kept and answered at the next step boundary,
 after a checkpoint. Anywhere else there is nothing to finish, and it is answered at once, as
@@ -35,13 +35,34 @@ class StopRequests:
         self.at_once = False
         """Told so twice."""
         self._asked: str | None = None
+        self._save = False
         self._at = 0.0
         self._in_loop = False
         self._installed = False
 
+    def ask(self, status: str) -> None:
+        """Stop at the next step boundary, where a loop knows one, else here. Raises Stopped.
+
+        Args:
+            status: of the run then: paused (after a checkpoint, to go on later) or stopped (for good).
+        """
+        if self._asked is None:
+            self._asked = status
+        if not self._in_loop:
+            raise Stopped(self._asked)
+
+    def ask_to_save(self) -> None:
+        """Take a checkpoint at the next step boundary, and go on."""
+        self._save = True
+
+    def told_to_save(self) -> bool:
+        """Whether a checkpoint was asked for; once for each time."""
+        told, self._save = self._save, False
+        return told
+
     @property
     def requested(self) -> str | None:
-        """What the run's status will be: preempted, interrupted, or None."""
+        """What the run's status will be: preempted, interrupted, paused, stopped, or None."""
         if self._asked is None and self.deadline is not None and time.monotonic() >= self.deadline:
             self._asked = "preempted"
         return self._asked

@@ -22,6 +22,7 @@ from stoker.cli import (
     report,
     resume,
     runs,
+    sweep,
     sync,
     train,
     ui,
@@ -40,6 +41,7 @@ app = typer.Typer(
 )
 app.command("train")(train.train)
 app.command("resume")(resume.resume)
+app.command("sweep")(sweep.sweep)
 app.add_typer(runs.app, name="runs")
 app.command("report")(report.report)
 app.command("generate")(generate.generate)

@@ -238,7 +238,7 @@ def _work(recipe: Recipe, resolved: Resolved[Any], job: Job, measure: int | None
     run.profile, run.measure, run.stop.deadline = job.profile, measure, job.deadline
     if run.world.rank > 0:
         ranks.log_to(run.directory.logs / f"rank-{run.world.rank}.log")
-    code, status = _train(run, recipe, resolved.config)
+    code, status = work_on(run, recipe, resolved.config)
     if run.world.rank > 0 or measure is not None:
         return code
     if code == 0:  # told to stop, it has no time to lose; the follower goes on by itself
@@ -297,8 +297,12 @@ def _deadline(max_time: str | None) -> float | None:
         raise BadInput(f"--max-time {error}") from error
 
 
-def _train(run: Run, recipe: Recipe, config: Any) -> tuple[int, str]:
-    """Call the recipe within the run; returns the exit code and the status."""
+def work_on(run: Run, recipe: Recipe, config: Any, *, report: bool = True) -> tuple[int, str]:
+    """Call the recipe within the run; returns the exit code and the status.
+
+    Args:
+        report: write one where it comes to its end.
+    """
     _seed(run.seed)
     ends = run.world.size > 1 or getattr(config, "hang_limit", None) is not None
     try:
@@ -308,7 +312,7 @@ def _train(run: Run, recipe: Recipe, config: Any) -> tuple[int, str]:
             if run.world.rank == 0:
                 _export_weights(run)
             run.end(view.FINISHED)
-            if run.world.rank == 0:
+            if run.world.rank == 0 and report:
                 _write_report(run)
     except BadInput:
         run.discard_if_unused()

@@ -8,7 +8,7 @@ the same step. It is started before the last backward pass and waited for after 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -17,13 +17,18 @@ from stoker.world import World
 
 Weight = torch.Tensor | float
 
+_STOPS = ("interrupted", "preempted", "stopped", "paused")  # the first that any rank was asked for
+
 
 @dataclass(frozen=True)
 class Requests:
-    """What was asked for, by the clock or by signals, on any rank."""
+    """What was asked for, by the clock, by signals or by a search, on any rank."""
 
-    preempted: bool = False
     interrupted: bool = False
+    preempted: bool = False
+    stopped: bool = False
+    """Early, for good."""
+    paused: bool = False
     checkpoint: bool = False
     failed: bool = False
     """A checkpoint could not be written."""
@@ -31,7 +36,12 @@ class Requests:
     @property
     def stop(self) -> str | None:
         """The status of a run that stops now, if it does."""
-        return "interrupted" if self.interrupted else "preempted" if self.preempted else None
+        return next((status for status in _STOPS if getattr(self, status)), None)
+
+    @property
+    def save(self) -> bool:
+        """Whether a checkpoint is taken: what stops for good needs none."""
+        return self.checkpoint or self.stop not in (None, "stopped")
 
 
 class Agreement:
@@ -57,12 +67,7 @@ class Agreement:
         if self._world.size == 1:
             self._held = (loss_sum, weight)
             return
-        asked = self._ask()
-        flags = torch.tensor(
-            [asked.preempted, asked.interrupted, asked.checkpoint, asked.failed],
-            dtype=torch.float64,
-            device="cpu",
-        )
+        flags = torch.tensor(astuple(self._ask()), dtype=torch.float64, device="cpu")
         sums = torch.stack([self._scalar(loss_sum), self._scalar(weight)])
         if self._device.type == "cpu":  # one reduction for both
             both = torch.cat([sums, flags])

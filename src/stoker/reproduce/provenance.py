@@ -6,7 +6,9 @@ may fail a run: what cannot be found out is left out.
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -44,6 +46,20 @@ def write(target: Path, folder: Path, code: dict[str, Any]) -> None:
         storage.write_atomically(target / "diff.patch", diff.encode())
     storage.write_atomically(target / "packages.txt", ("\n".join(packages()) + "\n").encode())
     storage.write_atomically(target / "hardware.json", _json(machine.hardware()))
+
+
+def link(known: Path, target: Path) -> None:
+    """Let a run have the provenance that stands in a folder already, in the same files where it can."""
+    for file in known.iterdir():
+        try:
+            os.link(file, target / file.name)
+        except OSError:  # another file system, or one without links
+            shutil.copyfile(file, target / file.name)
+
+
+def code_of(known: Path) -> dict[str, Any]:
+    """The state of the code that stands in a provenance folder; see `code_state`."""
+    return storage.read_json(known / "git.json")
 
 
 def packages() -> list[str]:

@@ -14,6 +14,8 @@ FINISHED = "finished"
 FAILED = "failed"
 PREEMPTED = "preempted"
 INTERRUPTED = "interrupted"
+PAUSED = "paused"  # by a search, to go on later
+STOPPED = "stopped"  # by a search, early and for good
 RUNNING = "running"
 KILLED = "killed"  # its process is gone and said nothing
 
@@ -123,7 +125,7 @@ class RunView:
 
     @property
     def status(self) -> str:
-        """running, finished, failed, preempted, interrupted or killed."""
+        """running, finished, failed, preempted, interrupted, paused, stopped or killed."""
         if not self.attempts:
             return RUNNING if self.directory.alive else KILLED
         last = self.attempts[-1]

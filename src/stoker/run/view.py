@@ -24,8 +24,10 @@ from stoker.run.state import (
     FINISHED,
     INTERRUPTED,
     KILLED,
+    PAUSED,
     PREEMPTED,
     RUNNING,
+    STOPPED,
     Attempt,
     Media,
     RunView,
@@ -33,7 +35,7 @@ from stoker.run.state import (
 )
 
 __all__ = [
-    "FAILED", "FINISHED", "INTERRUPTED", "KILLED", "PREEMPTED", "RUNNING",
+    "FAILED", "FINISHED", "INTERRUPTED", "KILLED", "PAUSED", "PREEMPTED", "RUNNING", "STOPPED",
     "Attempt", "Media", "RunView", "Use", "fold", "load",
 ]  # fmt: skip
 

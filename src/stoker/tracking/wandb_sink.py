@@ -101,7 +101,7 @@ class WandbSink:
     def conclude(self, ending: Ending) -> None:
         """Finish the W&B run: everything is on disk, or uploaded, when this returns."""
         self._run.summary["stoker/status"] = ending.status
-        if ending.status in (view.PREEMPTED, view.INTERRUPTED):
+        if ending.status in (view.PREEMPTED, view.INTERRUPTED, view.PAUSED):
             self._run.mark_preempting()
         run, self._run = self._run, None
         run.finish(exit_code=_EXIT_CODES.get(ending.status, 1))

@@ -1,0 +1,1 @@
+"""Hyperparameter search: a trial is a run."""

@@ -1,0 +1,209 @@
+"""The texts of a search space: `log(1e-5, 1e-3)`, `[16, 32] if optimizer == adamw`.
+
+A small reader of its own: nothing that a user wrote is evaluated. Quotes are YAML's. Everything here
+raises ValueError for a text that cannot be read, and knows nothing of configs.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+from stoker.errors import nearest
+from stoker.tune.domains import Number
+
+FORMS = {
+    "log": "log(low, high)",
+    "uniform": "uniform(low, high) or uniform(low, high, step=0.1)",
+    "int": "int(low, high), int(low, high, log) or int(low, high, step=4)",
+    "choice": "choice(a, b)",
+}
+_CLOSING = {"[": "]", "(": ")", "{": "}"}
+_TOKEN = re.compile(
+    r"""(?P<quoted> "(?:[^"\\]|\\.)*" | '(?:[^']|'')*' )
+      | (?P<mark> [\[\](){},] )
+      | (?P<plain> [^\s\[\](){},"'][^\[\](){},]* )
+      | (?P<space> \s+ )""",
+    re.VERBOSE | re.DOTALL,
+)
+_CALL = re.compile(r"([A-Za-z_]\w*)\(")
+_UNKNOWN = re.compile(r"[A-Za-z_]\w*\([^()]*\)")  # looks like a form, and is none
+_COMPARISON = re.compile(r"([\w.]+)(\s*==|\s*!=|\s+in\b|\s+not\s+in\b)\s*(.+)", re.DOTALL)
+_PLAIN_IF = re.compile(r"(.*\S)\s+if\s+(([\w.]+)(?:\s*==|\s*!=|\s+in\b|\s+not\s+in\b).+)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Items:
+    """Values listed one by one, as texts and lists of them or, from YAML, as what they are."""
+
+    values: tuple[Any, ...]
+    brackets: bool = True
+    """Written as a list, not as choice(...)."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """`key == value`, `key != value`, `key in [a, b]` or `key not in [a, b]`."""
+
+    key: str
+    values: tuple[str, ...]
+    negated: bool
+
+
+@dataclass(frozen=True)
+class Expression:
+    """What stands after a key: a range, a list, or anything else as it is; and when it counts."""
+
+    body: Number | Items | Any
+    condition: Comparison | None = None
+
+
+def read(value: Any, keys: Collection[str]) -> Expression:
+    """Read a text, or a value of YAML or Python.
+
+    Args:
+        keys: a plain text may hold an `if` of its own: it is a condition where it is on one of these.
+    """
+    if isinstance(value, list | tuple):
+        return Expression(Items(tuple(value)))
+    if not isinstance(value, str):
+        return Expression(value)
+    stripped = value.strip()
+    call = _CALL.match(stripped)
+    name = call[1] if call else ""
+    if stripped.startswith("[") or name in FORMS:
+        values, rest = bracketed(stripped[len(name) :])
+        if name in ("", "choice"):
+            return Expression(Items(tuple(map(structured, values)), brackets=not name), _condition(rest))
+        return Expression(_range(name, values), _condition(rest))
+    if _UNKNOWN.fullmatch(stripped):
+        raise ValueError(
+            f"there is no {name}(...){nearest(name, FORMS)}; there are {', '.join(FORMS.values())} "
+            f"and [a, b]; a plain text that looks like this is written ['...']"
+        )
+    conditional = _PLAIN_IF.fullmatch(stripped)
+    if conditional and conditional[3] in keys:
+        return Expression(conditional[1], _comparison(conditional[2]))
+    return Expression(value)
+
+
+def bracketed(text: str) -> tuple[list[str], str]:
+    """The items of the list that a text begins with, as texts, and what stands after it."""
+    items: list[str] = []
+    expected: list[str] = []
+    start, position = 1, 0
+    while position < len(text):
+        token = _TOKEN.match(text, position)
+        if token is None:
+            raise ValueError(f"the quote in {text[position:]} is not closed")
+        mark, position = token["mark"], token.end()
+        if mark in _CLOSING:
+            expected.append(_CLOSING[mark])
+        elif mark == ",":
+            if len(expected) == 1:
+                items.append(text[start : token.start()].strip())
+                start = position
+        elif mark:
+            if expected.pop() != mark:
+                raise ValueError(f"brackets do not match before the {mark} of {text[:position]}")
+            if not expected:
+                last = text[start : token.start()].strip()
+                items += [last] if last else []  # a comma may stand at the end
+                if "" in items:
+                    raise ValueError(f"there is nothing between two commas of {text[:position]}")
+                return items, text[position:].strip()
+    raise ValueError(f"{text} lacks a {expected[-1]} at its end")
+
+
+def structured(text: str) -> Any:
+    """An item: a list of its own, or a text without its quotes."""
+    if text[:1] not in ("[", "("):
+        return plain(text)
+    items, rest = bracketed(text)
+    if rest:
+        raise ValueError(f"{rest} means nothing after a bracket: quote all of {text}")
+    return [structured(inner) for inner in items]
+
+
+def plain(text: str) -> str:
+    """An item without its quotes."""
+    if text[:1] not in ("'", '"'):
+        return text
+    try:
+        found = yaml.safe_load(text)
+    except yaml.YAMLError:
+        found = None
+    if not isinstance(found, str):
+        raise ValueError(f"{text} is not one quoted text: quote all of it, and double a ' within '...'")
+    return found
+
+
+def number(text: str) -> int | float:
+    """A number, whole where it is written so: 16 is, 1e-3 and 16.0 are not."""
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        found = float(text)
+    except ValueError:
+        found = math.nan
+    if not math.isfinite(found):
+        raise ValueError(f"{text} is not a number")
+    return found
+
+
+def whole(value: int | float) -> int:
+    """A number that has no fraction, as an int."""
+    if value != int(value):
+        raise ValueError(f"{value} is not a whole number: write uniform(low, high), or log(low, high)")
+    return int(value)
+
+
+def _range(name: str, items: list[str]) -> Number:
+    if len(items) not in (2, 3):
+        raise ValueError(f"{name}(...) has {len(items)} values: write {FORMS[name]}")
+    integer = name == "int"
+    low, high = (_bound(text, integer) for text in items[:2])
+    if len(items) == 2:
+        return Number(low, high, integer, log=name == "log")
+    option = items[2]
+    step = re.fullmatch(r"step\s*=\s*(.+)", option)
+    if integer and option == "log":
+        return Number(low, high, integer, log=True)
+    if step and name != "log":
+        width = _bound(step[1], integer)
+        return Number(low, high, integer, step=None if integer and width == 1 else width)
+    hint = f"; on a log scale: {FORMS['log']}" if name == "uniform" and option == "log" else ""
+    raise ValueError(f"{option} means nothing in {name}(...): write {FORMS[name]}{hint}")
+
+
+def _bound(text: str, integer: bool) -> int | float:
+    return whole(number(text)) if integer else float(number(text))
+
+
+def _condition(rest: str) -> Comparison | None:
+    if not rest:
+        return None
+    if not re.match(r"if\b", rest):
+        raise ValueError(
+            f"{rest} means nothing there: only a condition may follow, as `if optimizer == adamw`"
+        )
+    return _comparison(rest[2:].strip())
+
+
+def _comparison(text: str) -> Comparison:
+    match = _COMPARISON.fullmatch(text)
+    if match is None:
+        raise ValueError(f"{text or 'nothing'} is not a condition: write `if key == value`, != or in [a, b]")
+    key, operator, value = match[1], match[2].strip(), match[3].strip()
+    if not operator.endswith("in"):
+        return Comparison(key, (plain(value),), negated=operator == "!=")
+    items, rest = bracketed(value) if value[0] in "[(" else ([], value)
+    if rest or not items:
+        raise ValueError(f"{value} is not a list of values: write `if {key} in [a, b]`")
+    return Comparison(key, tuple(map(plain, items)), negated=operator.startswith("not"))

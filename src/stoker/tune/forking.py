@@ -1,0 +1,58 @@
+"""A trial that begins from another one's checkpoint: population based training's exploit."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from optuna.trial import FrozenTrial
+from stoker.checkpoint import manifest
+from stoker.errors import StokerError
+from stoker.run.directory import RunDirectory
+
+
+@dataclass(frozen=True)
+class Fork:
+    """Which trial it goes on from, at which step, and in whose place."""
+
+    donor: int
+    replaces: int
+    step: int
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """As the study has it."""
+        return {"fork": asdict(self)}
+
+
+def of(trial: FrozenTrial) -> Fork | None:
+    """What a study's trial was forked from, if it was."""
+    known = trial.user_attrs.get("fork")
+    return Fork(**known) if known else None
+
+
+def take_checkpoint(donor: RunDirectory, run: RunDirectory) -> int:
+    """Let a run that is to begin have the newest checkpoint of another, in the same files; returns its step.
+
+    Raises StokerError where there is none.
+    """
+    found, _ = manifest.newest(donor.checkpoints)
+    if found is None:
+        raise StokerError(
+            f"{donor.id} has no checkpoint that another trial could go on from: "
+            "--scheduler pbt is for recipes that train with a Trainer"
+        )
+    shutil.rmtree(
+        run.path, ignore_errors=True
+    )  # of a controller that was killed before it asked for the trial
+    shutil.copytree(found.path, run.checkpoints / found.path.name, copy_function=_link)
+    return found.step
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without links
+        shutil.copyfile(source, target)

@@ -1,0 +1,295 @@
+"""The processes of trials on this machine, from a forkserver that has imported what they need.
+
+Each trial has processes of its own, one a rank, so that its memory is given back, and what it breaks is its
+own. If the controller dies, so do they.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import socket
+import sys
+import threading
+import traceback
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from typing import Any
+
+from stoker import signals
+from stoker.errors import StokerError, Stopped
+from stoker.tune.trial import Job, Link
+
+PRELOAD = ("torch", "torch._dynamo", "stoker.loop", "stoker.cli.sweep")
+_KILLED = 5.0  # seconds that ranks have to end after one of them has failed
+
+Function = Callable[[Job, Link], dict[str, Any]]
+"""What each process of a trial does, found by its name: trains, and returns the `status` of the run and the
+names of the metrics that it has `logged`."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """A value of the metric, for which a trial waits to be told what to do."""
+
+    number: int
+    step: int
+    value: float
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A trial is over: how, as it said itself."""
+
+    number: int
+    status: str
+    """As a run's (finished, paused, stopped, preempted, ...); failed; killed, where it said nothing."""
+    error: str = ""
+    trace: str = ""
+    logged: tuple[str, ...] = ()
+    """The metrics that it has logged."""
+
+
+@dataclass
+class _Rank:
+    process: Any
+    connection: Connection
+    last: dict[str, Any] | None = None
+    """What it said at its end."""
+
+
+@dataclass
+class _Trial:
+    job: Job
+    ranks: list[_Rank]
+    gpus: list[int] = field(default_factory=list)
+
+
+class Workers:
+    """Runs trials, so many at a time.
+
+    Args:
+        function: what each process does.
+        parallel: trials at a time.
+        ranks: processes of a trial.
+        preload: modules that the forkserver imports besides torch.
+        gpus: the numbers of the GPUs that are handed out, one a rank; a number that comes twice is one that
+            two ranks share. Without any, trials see the GPUs that this process sees.
+    """
+
+    def __init__(
+        self,
+        function: Function,
+        *,
+        parallel: int,
+        ranks: int = 1,
+        preload: Sequence[str] = (),
+        gpus: Sequence[int] = (),
+    ) -> None:
+        self._function, self._parallel, self._ranks = function, parallel, ranks
+        self._gpus, self._hands_out = list(gpus), bool(gpus)
+        self._trials: dict[int, _Trial] = {}
+        self._threads = max(1, (os.cpu_count() or 1) // (parallel * ranks))
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload([*PRELOAD, *preload])
+        signals.start_forkserver()
+
+    @property
+    def free(self) -> bool:
+        """Whether one more trial can be started."""
+        return len(self._trials) < self._parallel and (not self._hands_out or len(self._gpus) >= self._ranks)
+
+    @property
+    def running(self) -> list[int]:
+        """The numbers of the trials that run."""
+        return list(self._trials)
+
+    def start(self, job: Job) -> None:
+        """Start a trial."""
+        gpus = [self._gpus.pop(0) for _ in range(self._ranks)] if self._hands_out else []
+        common = self._of_a_launch(gpus)
+        started = []
+        for rank in range(self._ranks):
+            ours, theirs = self._context.Pipe()
+            place = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if self._ranks > 1 else {}
+            process = self._context.Process(
+                target=_main, args=(self._function, job, theirs, {**common, **place}, self._threads),
+                name=f"trial-{job.number}-rank-{rank}",
+            )  # fmt: skip
+            process.start()
+            theirs.close()
+            started.append(_Rank(process, ours))
+        self._trials[job.number] = _Trial(job, started, gpus)
+
+    def wait(self, timeout: float | None = None) -> list[Report | Ended]:
+        """What happened, once something has, or after so many seconds."""
+        known: dict[Any, tuple[_Trial, _Rank]] = {}
+        for trial in self._trials.values():
+            for rank in trial.ranks:
+                known[rank.connection] = known[rank.process.sentinel] = (trial, rank)
+        ready = multiprocessing.connection.wait(list(known), timeout)
+        found: list[Report | Ended] = []
+        touched: dict[int, _Trial] = {}
+        for thing in ready:
+            trial, rank = known[thing]
+            touched[trial.job.number] = trial
+            found += self._heard(trial, rank)
+        for trial in touched.values():
+            if (ended := self._ended(trial)) is not None:
+                found.append(ended)
+        return found
+
+    def answer(self, number: int, decision: str, *, save: bool) -> None:
+        """Tell a trial that has reported what to do, and whether to take a checkpoint."""
+        with contextlib.suppress(OSError):  # it is gone; that is seen by itself
+            Link(self._trials[number].ranks[0].connection).tell("answer", decision=decision, save=save)
+
+    def stop(self, number: signal.Signals = signal.SIGTERM) -> None:
+        """Tell all trials to stop with a checkpoint; they are waited for by `wait`."""
+        for trial in self._trials.values():
+            for rank in trial.ranks:
+                _signal(rank.process, number)
+
+    def kill(self) -> None:
+        """End all trials at once."""
+        for trial in self._trials.values():
+            for rank in trial.ranks:
+                _signal(rank.process, signal.SIGKILL)
+
+    def _of_a_launch(self, gpus: list[int]) -> dict[str, str]:
+        visible = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))} if gpus else {}
+        if self._ranks == 1:
+            return visible
+        return {
+            **visible, "WORLD_SIZE": str(self._ranks), "LOCAL_WORLD_SIZE": str(self._ranks),
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()),
+            "TORCHELASTIC_RUN_ID": uuid.uuid4().hex,
+        }  # fmt: skip
+
+    def _heard(self, trial: _Trial, rank: _Rank) -> list[Report | Ended]:
+        found: list[Report | Ended] = []
+        try:
+            while rank.connection.poll():
+                said = Link(rank.connection).hear()
+                if said["kind"] == "report":
+                    found.append(Report(trial.job.number, said["step"], said["value"]))
+                else:
+                    rank.last = said
+        except (EOFError, OSError):
+            pass
+        return found
+
+    def _ended(self, trial: _Trial) -> Ended | None:
+        """How a trial ended, once none of its processes is left; one that fails takes the others with it."""
+        over = [rank for rank in trial.ranks if not rank.process.is_alive()]
+        for rank in over:
+            self._heard(trial, rank)  # its last words
+        failed = [rank for rank in over if rank.last is None or rank.last["status"] == "failed"]
+        if failed and len(over) < len(trial.ranks):
+            for rank in trial.ranks:
+                if rank not in over:
+                    _signal(rank.process, signal.SIGKILL)
+                    rank.process.join(_KILLED)
+        elif len(over) < len(trial.ranks):
+            return None
+        for rank in trial.ranks:
+            self._heard(trial, rank)
+            rank.process.join()
+            rank.connection.close()
+        del self._trials[trial.job.number]
+        self._gpus += trial.gpus
+        return _outcome(trial, failed)
+
+
+def _outcome(trial: _Trial, failed: list[_Rank]) -> Ended:
+    number = trial.job.number
+    logged = tuple((trial.ranks[0].last or {}).get("logged", ()))
+    said = [rank.last for rank in failed if rank.last is not None]
+    if said:
+        return Ended(number, "failed", said[0]["error"], said[0]["trace"], logged)
+    if failed:
+        code = failed[0].process.exitcode
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
+        return Ended(number, "killed", f"its process {how} and said nothing", logged=logged)
+    assert trial.ranks[0].last is not None
+    return Ended(number, trial.ranks[0].last["status"], logged=logged)
+
+
+def _main(
+    function: Function, job: Job, connection: Connection, environment: Mapping[str, str], threads: int
+) -> None:
+    """What each process of a trial does."""
+    os.setsid()  # Ctrl-C reaches the controller alone, which passes it on once
+    signals.take()
+    _end_with_controller()
+    os.environ.update(environment)
+    link = Link(connection)
+    _share_cores(threads)
+    try:
+        link.tell("ended", **_end_of(function, job, link))
+    except OSError:  # the controller is gone
+        os._exit(1)
+    _leave(grouped="RANK" in environment)
+
+
+def _end_of(function: Function, job: Job, link: Link) -> dict[str, Any]:
+    """Do it, and say how it ended."""
+    try:
+        return function(job, link)
+    except Stopped as stopped:  # before there was a run
+        return {"status": stopped.status}
+    except StokerError as error:
+        return {"status": "failed", "error": str(error), "trace": ""}
+    except BaseException as error:
+        return {
+            "status": "failed",
+            "error": f"{type(error).__name__}: {error}",
+            "trace": traceback.format_exc(),
+        }
+
+
+def _leave(*, grouped: bool) -> None:
+    """End without what Python does at its end: nothing of this process is needed any more."""
+    if grouped:
+        from stoker import distributed
+
+        distributed.leave()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def _end_with_controller() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=wait, name="end-with-controller", daemon=True).start()
+
+
+def _share_cores(threads: int) -> None:
+    """Threads of a rank: its share of the cores, unless OMP_NUM_THREADS says."""
+    import torch
+
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(threads)
+
+
+def _signal(process: Any, number: signal.Signals) -> None:
+    if process.is_alive():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, number)
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])

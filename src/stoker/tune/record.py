@@ -1,0 +1,108 @@
+"""What a search was begun with, in its folder, beside its trials' runs.
+
+runs/<sweep>/
+  sweep.json       written once: recipe, space, metric, sampler, scheduler, seed
+  study.journal    Optuna's, see `study`
+  provenance/      what all trials are made from
+  sweep.lock       locked by the controller, for as long as it lives
+  trial-0000/ ...  a run each
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from stoker import storage
+from stoker.errors import BadInput
+from stoker.reproduce import provenance
+
+FILE = "sweep.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Record:
+    """All that decides which trials there are and what becomes of them."""
+
+    recipe: str
+    space: Mapping[str, str]
+    metric: str
+    goal: Literal["min", "max"]
+    sampler: str
+    scheduler: str
+    """With its settings, in words."""
+    seed: int
+    nproc: int
+    tries: tuple[Mapping[str, Any], ...] = ()
+    """Values that the first trials have."""
+    format: int = FORMAT
+
+
+def take(folder: Path) -> int:
+    """Lock a sweep's folder for this process; returns the lock's descriptor. Raises BadInput."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = storage.try_lock(folder / "sweep.lock")
+    if descriptor is None:
+        raise BadInput(f"another process searches in {folder}: wait for it, or give another --name")
+    return descriptor
+
+
+def begin(folder: Path, wanted: Record, code: Path) -> bool:
+    """Begin a search in a folder, or go on with the one that is there; returns whether it is new.
+
+    Args:
+        code: a folder of the git repository to record.
+
+    Raises:
+        BadInput: there are runs in the folder which are of no search, or another search.
+    """
+    known = storage.read_json(folder / FILE)
+    if known:
+        _refuse_changes(folder, known, wanted)
+        return False
+    if any(folder.glob("*/run.json")):
+        raise BadInput(f"{folder} has runs that are of no sweep: give another --name")
+    (folder / "provenance").mkdir(exist_ok=True)
+    state = provenance.code_state(code)
+    provenance.write(folder / "provenance", code, state)
+    storage.write_json(folder / FILE, dataclasses.asdict(wanted))  # last: from now on it is there
+    return True
+
+
+def free_name(runs: Path, name: str) -> str:
+    """The name, or name-2 and so on: the first under which there is nothing yet."""
+    number, found = 1, name
+    while (runs / found).exists():
+        number += 1
+        found = f"{name}-{number}"
+    return found
+
+
+def _refuse_changes(folder: Path, known: Mapping[str, Any], wanted: Record) -> None:
+    if known.get("format", 0) > FORMAT:
+        raise BadInput(f"{folder / FILE} was written by a newer stoker: format {known['format']}")
+    changes = []
+    for key, now in dataclasses.asdict(wanted).items():
+        before = known.get(key)
+        if key == "space":
+            changes += _changes(before or {}, now)
+        elif before != (list(now) if isinstance(now, tuple) else now):
+            changes.append(f"{key}: {before} -> {now}")
+    if changes:
+        raise BadInput(
+            f"the search in {folder} is another one: {'; '.join(changes)}. Give --new to begin one beside "
+            "it, or another --name"
+        )
+
+
+def _changes(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    keys = sorted({*before, *now})
+    return [
+        f"{key}: {before.get(key, 'not searched')} -> {now.get(key, 'not searched')}"
+        for key in keys
+        if before.get(key) != now.get(key)
+    ]

@@ -1,0 +1,467 @@
+"""Which trials of a search go on, pause, or are stopped early: pure functions of what is known.
+
+A scheduler keeps no state, reads no clock and draws no random numbers, so a controller that was
+killed decides the same from its record. The controller asks `decide` once for each new report,
+and puts the answer into the table as the trial's state. Whenever there is room for a trial it
+asks `resumes`, and begins a new trial where there is none. Once it will begin no more and none
+runs, what `given_up` names is over.
+
+Smaller is better in all of this. NaN (a trial that diverged) ranks last, equal values rank by the
+trial's number.
+"""
+
+from __future__ import annotations
+
+import enum
+import itertools
+import math
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
+
+from stoker.errors import BadInput, nearest
+
+NAMES = ("none", "median", "asha", "asha-stop", "hyperband", "pbt")
+
+_ROUNDING = 1e-9  # relative: 0.1 * 3 is more than 0.3 in floats, and a report at 0.3 epochs has reached it
+
+
+class Decision(enum.Enum):
+    """What a trial is to do after it reported."""
+
+    CONTINUE = "continue"
+    PAUSE = "pause"
+    """End with a checkpoint, and perhaps go on later."""
+    STOP = "stop"
+    """End for good."""
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of a trial."""
+
+    number: int
+    values: Mapping[float, float]
+    """Resource (steps, epochs...) -> value of the objective, smaller is better, in the order reported."""
+    state: Literal["running", "paused", "stopped", "complete", "failed"]
+
+
+Trials = Mapping[int, Known]
+"""By number. Of the trial that reports, its newest report is in already, and its state is running."""
+
+
+class Scheduler(Protocol):
+    """Decides for each trial from the table of all of them."""
+
+    def decide(self, trials: Trials, number: int) -> Decision:
+        """Say what trial `number` does after its newest report."""
+        ...
+
+    def resumes(self, trials: Trials) -> int | None:
+        """Name the paused trial that goes on now; None: none does, a new one may be begun."""
+        ...
+
+    def given_up(self, trials: Trials) -> list[int]:
+        """Name the paused trials that will never go on, given that no new trial will be begun.
+
+        Empty while a trial runs or is about to go on, as its reports may let others go on.
+        """
+        if any(known.state == "running" for known in trials.values()) or self.resumes(trials) is not None:
+            return []
+        return _paused(trials)
+
+
+@dataclass(frozen=True)
+class Full(Scheduler):
+    """Every trial goes on to its end."""
+
+    def decide(self, trials: Trials, number: int) -> Decision:
+        return Decision.CONTINUE
+
+    def resumes(self, trials: Trials) -> int | None:
+        return min(_paused(trials), default=None)
+
+
+@dataclass(frozen=True)
+class Median(Scheduler):
+    """Stop a trial whose best value is worse than the median of the others' running averages.
+
+    The median stopping rule of Vizier (Golovin et al. 2017, KDD). A trial is compared at the resource
+    it has got to, by what was reported up to there, with the others that have got as far.
+    Vizier takes only completed trials for the others; here one that still runs or was stopped later
+    counts too, as many searches begin all their trials at once. NaN counts as infinity.
+
+    Args:
+        warmup: no trial is stopped before this resource.
+        warmup_trials: no trial is stopped before so many others have got as far.
+
+    Raises:
+        BadInput: there would be nothing to take the median of.
+    """
+
+    warmup: float = 0.0
+    warmup_trials: int = 5
+
+    def __post_init__(self) -> None:
+        if self.warmup_trials < 1:
+            raise BadInput(f"warmup_trials={self.warmup_trials}: a median needs 1 trial or more")
+
+    def decide(self, trials: Trials, number: int) -> Decision:
+        now = _furthest(trials[number])
+        others = [
+            _average(values)
+            for other, known in trials.items()
+            if other != number and _reaches(_furthest(known), now) and (values := _up_to(known, now))
+        ]
+        if not _reaches(now, self.warmup) or len(others) < self.warmup_trials:
+            return Decision.CONTINUE
+        worse = min(map(_worst_if_nan, _up_to(trials[number], now))) > statistics.median(others)
+        return Decision.STOP if worse else Decision.CONTINUE
+
+    def resumes(self, trials: Trials) -> int | None:
+        return min(_paused(trials), default=None)
+
+
+@dataclass(frozen=True)
+class Asha(Scheduler):
+    """Asynchronous successive halving: at each rung only the best 1/`factor` go on.
+
+    Li et al. 2020, arXiv:1810.05934. Rungs lie at `least` * `factor`**k below `most`. A trial
+    reaches a rung with its first report at or beyond it; where one report reaches several, the
+    highest is what it is judged at. A trial that has reached `most` is at its end and goes on to it.
+
+    With `promotes` it is algorithm 2: a trial pauses at each rung, and `resumes` names what the
+    paper's `get_job` promotes. If that is the very trial that has just reported, it is told to
+    continue, which saves a checkpoint and a start. Without, it is the stopping variant, which needs
+    no checkpoints: a trial is stopped at a rung unless it is among the best 1/`factor` seen there
+    so far, and goes on while fewer than `factor` have been seen. NaN never goes beyond a rung.
+
+    Args:
+        least: the resource of the first rung.
+        most: the resource at which a trial ends.
+        factor: how many reach a rung for each that goes on (the paper's eta).
+        promotes: pause at rungs; otherwise stop.
+
+    Raises:
+        BadInput: the resources or the factor leave no room for rungs.
+    """
+
+    least: float
+    most: float
+    factor: int = 3
+    promotes: bool = True
+
+    def __post_init__(self) -> None:
+        _check_span(self.least, self.most, self.factor)
+
+    @property
+    def rungs(self) -> tuple[float, ...]:
+        """The resources at which trials are compared, upward; empty where `least` is `most`."""
+        rungs = (self.least * self.factor**k for k in itertools.count())
+        return tuple(itertools.takewhile(lambda rung: not _reaches(rung, self.most), rungs))
+
+    def decide(self, trials: Trials, number: int) -> Decision:
+        known = trials[number]
+        height = self._height(_furthest(known))
+        if height == self._height(_furthest_before(known)) or _reaches(_furthest(known), self.most):
+            return Decision.CONTINUE
+        if self.promotes:
+            at_rung = {**trials, number: replace(known, state="paused")}
+            return Decision.CONTINUE if self.resumes(at_rung) == number else Decision.PAUSE
+        seen = _values_at(trials, self.rungs[height - 1])
+        few = len(seen) < self.factor and not math.isnan(seen[number])
+        return Decision.CONTINUE if few or number in self._best(seen) else Decision.STOP
+
+    def resumes(self, trials: Trials) -> int | None:
+        furthest = {number: _furthest(trials[number]) for number in _paused(trials)}
+        waiting = {n: self._height(far) for n, far in furthest.items() if not _reaches(far, self.most)}
+        for height, rung in reversed(list(enumerate(self.rungs, start=1))):
+            for number in self._best(_values_at(trials, rung)):
+                if waiting.get(number) == height:  # one that is higher was promoted from here before
+                    return number
+        return None
+
+    def _height(self, resource: float) -> int:
+        """How many rungs a trial has reached at a resource."""
+        return sum(_reaches(resource, rung) for rung in self.rungs)
+
+    def _best(self, seen: Mapping[int, float]) -> list[int]:
+        """The best 1/`factor` of the trials at a rung, best first, without those that diverged."""
+        best = _ranked(seen)[: len(seen) // self.factor]
+        return [number for number in best if not math.isnan(seen[number])]
+
+
+@dataclass(frozen=True)
+class Hyperband(Scheduler):
+    """Several brackets of successive halving, from the hastiest to one that stops nothing.
+
+    Li et al. 2018, arXiv:1603.06560: how early trials can be told apart is not known beforehand, so
+    each bracket bets on another first rung. Bracket s, from 0 to the largest with first rung at or
+    above `least`, is an `Asha` of its own with the first rung at `most` / `factor`**s; no trial is
+    compared with those of another bracket. Brackets share out the trials as the paper's algorithm 1
+    begins them, n(s) = ceil((s_max + 1) / (s + 1) * factor**s); 81, 34, 15, 8 and 5 of each 143 for
+    least=1, most=81, factor=3. Trials are dealt out evenly rather than one bracket after the other,
+    so that a search that ends early has tried them all.
+
+    Args:
+        least: the first rung of the hastiest bracket is at this resource or above.
+        most: the resource at which a trial ends.
+        factor: how many reach a rung for each that goes on (the paper's eta).
+
+    Raises:
+        BadInput: the resources or the factor leave no room for rungs.
+    """
+
+    least: float
+    most: float
+    factor: int = 3
+
+    def __post_init__(self) -> None:
+        _check_span(self.least, self.most, self.factor)
+
+    @property
+    def shares(self) -> dict[int, int]:
+        """How many trials of a round each bracket gets, by the paper's s, hastiest first."""
+        first_rungs = (self.most / self.factor**s for s in itertools.count())
+        count = sum(1 for _ in itertools.takewhile(lambda rung: _reaches(rung, self.least), first_rungs))
+        # -(-a // b) is the quotient rounded up, exactly.
+        return {s: -(-count * self.factor**s // (s + 1)) for s in reversed(range(count))}
+
+    def asha(self, bracket: int) -> Asha:
+        """What decides within a bracket."""
+        return Asha(self.most / self.factor**bracket, self.most, self.factor)
+
+    def brackets(self, count: int) -> list[int]:
+        """The brackets of trials 0 to `count` - 1: each goes to the one furthest behind its share."""
+        shares = self.shares
+        total, given, dealt = sum(shares.values()), dict.fromkeys(shares, 0), []
+        for trial in range(1, count + 1):
+            behind = {s: share * trial - given[s] * total for s, share in shares.items()}
+            bracket = max(behind, key=behind.__getitem__)
+            given[bracket] += 1
+            dealt.append(bracket)
+        return dealt
+
+    def decide(self, trials: Trials, number: int) -> Decision:
+        bracket, table = next((s, table) for s, table in self._tables(trials).items() if number in table)
+        return self.asha(bracket).decide(table, number)
+
+    def resumes(self, trials: Trials) -> int | None:
+        named = (self.asha(bracket).resumes(table) for bracket, table in self._tables(trials).items())
+        return next((number for number in named if number is not None), None)
+
+    def _tables(self, trials: Trials) -> dict[int, dict[int, Known]]:
+        """The trials of each bracket, hastiest first."""
+        brackets = self.brackets(max(trials, default=-1) + 1)
+        return {s: {n: known for n, known in trials.items() if brackets[n] == s} for s in self.shares}
+
+
+@dataclass(frozen=True)
+class PopulationBased(Scheduler):
+    """Members of a population that fall behind are replaced by copies of those ahead.
+
+    Population based training (Jaderberg et al. 2017, arXiv:1711.09846) with truncation selection,
+    asynchronously. The population is the trials that run or are paused. What a member does is decided
+    at its first report at or beyond each multiple of `every`:
+
+    1. Members are ranked by their newest values, whatever their resources. If it is among the worst
+       floor(`quantile` * members with a report), and one of as many best has a better value, it is
+       told to stop. `donor` names the one whose checkpoint a new trial goes on from, with
+       hyperparameters changed; the controller begins that trial in its place, before it asks
+       `resumes`. Nobody is stopped before `population` trials have been begun.
+    2. Otherwise it pauses if a paused member has not reached this multiple, or one of the population
+       has not been begun: it moves on together where not all members can run at once.
+    3. Otherwise it continues.
+
+    `resumes` first has all of the population begun, then names the paused member with the least
+    resource; of equal ones that with the best value, so that the worst report last, when most of
+    the others have reported as far and the comparison is fair.
+
+    A replacement's `values` begin with its donor's up to the checkpoint: they are its history, and
+    say how far it is before its first report. A member that fails is not replaced, and one that is
+    complete is neither compared nor a donor. A search needs at least `population` trials.
+
+    Args:
+        every: the resource between two comparisons.
+        population: how many trials there are at a time.
+        quantile: the share of the population that is replaced, and the share that it is replaced from.
+        most: the resource at which a trial ends; there it goes on to its end and is not replaced.
+
+    Raises:
+        BadInput: nobody would ever be replaced, or the worst are among the best.
+    """
+
+    every: float
+    population: int
+    quantile: float = 0.25
+    most: float = math.inf
+
+    def __post_init__(self) -> None:
+        if not 0 < self.every < math.inf:
+            raise BadInput(
+                f"every={self.every:g}: pbt compares members each so much of the resource: give least above 0"
+            )
+        if not 0 < self.quantile <= 0.5:
+            raise BadInput(f"quantile={self.quantile:g}: a share above 0, and no more than 0.5")
+        if self._size(self.population) < 1:
+            least = math.ceil(1 / self.quantile - _ROUNDING)
+            raise BadInput(
+                f"population={self.population} with quantile={self.quantile:g} replaces nobody:"
+                f" give a population of {least} or more, or a larger quantile"
+            )
+
+    def decide(self, trials: Trials, number: int) -> Decision:
+        known = trials[number]
+        turn = self._turn(_furthest(known))
+        if turn == self._turn(_furthest_before(known)) or _reaches(_furthest(known), self.most):
+            return Decision.CONTINUE
+        if self.donor(trials, number) is not None:
+            return Decision.STOP
+        behind = any(self._turn(_furthest(trials[other])) < turn for other in _paused(trials))
+        return Decision.PAUSE if behind or len(trials) < self.population else Decision.CONTINUE
+
+    def resumes(self, trials: Trials) -> int | None:
+        if len(trials) < self.population:
+            return None
+        return min(
+            _paused(trials),
+            key=lambda number: (_furthest(trials[number]), _rank(_newest_value(trials[number])), number),
+            default=None,
+        )
+
+    def donor(self, trials: Trials, number: int) -> int | None:
+        """Name the trial that `number` is replaced from; None: it is not replaced.
+
+        The best take turns by the number of the one replaced. The answer is the same before and
+        after `number` is stopped.
+        """
+        values = {
+            other: _newest_value(known)
+            for other, known in trials.items()
+            if known.values and (known.state in ("running", "paused") or other == number)
+        }
+        ranked, size = _ranked(values), self._size(len(values))
+        if len(trials) < self.population or number not in ranked[len(ranked) - size :]:
+            return None
+        better = [other for other in ranked[:size] if _rank(values[other]) < _rank(values[number])]
+        return better[number % len(better)] if better else None
+
+    def _turn(self, resource: float) -> int:
+        """How many multiples of `every` a resource has reached."""
+        return math.floor(resource / self.every * (1 + _ROUNDING))
+
+    def _size(self, members: int) -> int:
+        """How many of the members are the best, and how many the worst."""
+        return math.floor(members * self.quantile + _ROUNDING)
+
+
+def make(
+    name: str,
+    *,
+    least: float | None = None,
+    most: float | None = None,
+    factor: int = 3,
+    warmup_trials: int = 5,
+    population: int = 8,
+    quantile: float = 0.25,
+) -> Scheduler:
+    """Build a scheduler by its name.
+
+    Args:
+        name: none, median, asha, asha-stop, hyperband or pbt.
+        least: the resource before which no trial is stopped. median: 0 by default; asha, asha-stop,
+            hyperband: the first rung, by default `most` / `factor`**3; pbt: between two comparisons.
+        most: the resource at which a trial ends, in the same unit.
+        factor: of asha, asha-stop and hyperband: one in so many goes on at each rung.
+        warmup_trials: of median: how many others a trial is compared with at least.
+        population: of pbt: how many trials there are at a time.
+        quantile: of pbt: the share of the population that is replaced.
+
+    Raises:
+        BadInput: an unknown name, a value that the scheduler cannot do without, or one that is out of range.
+    """
+    if name not in NAMES:
+        raise BadInput(f"no scheduler {name!r}: there are {', '.join(NAMES)}{nearest(name, NAMES)}")
+    if name == "none":
+        return Full()
+    if name == "median":
+        return Median(warmup=least or 0.0, warmup_trials=warmup_trials)
+    if name == "pbt":
+        if least is None:
+            raise BadInput("pbt needs least: how much of the resource lies between two comparisons")
+        return PopulationBased(least, population, quantile, math.inf if most is None else most)
+    if most is None:
+        raise BadInput(f"{name} needs most: the resource at which a trial ends, as its rungs lie below it")
+    if least is None:
+        least = most / max(factor, 1) ** 3
+    if name == "hyperband":
+        return Hyperband(least, most, factor)
+    return Asha(least, most, factor, promotes=name == "asha")
+
+
+def _check_span(least: float, most: float, factor: int) -> None:
+    if factor < 2:
+        raise BadInput(f"factor={factor}: one in so many goes on at each rung, so give 2 or more")
+    if not 0 < most < math.inf:
+        raise BadInput(f"most={most:g}: a trial ends at a resource above 0 that it can reach")
+    if not least > 0:
+        raise BadInput(f"least={least:g}: the first rung lies at a resource above 0")
+    if least > most:
+        raise BadInput(
+            f"least={least:g} is above most={most:g}, where a trial ends: lower least or raise most"
+        )
+
+
+def _reaches(resource: float, mark: float) -> bool:
+    return resource >= mark * (1 - _ROUNDING)
+
+
+def _newest_value(known: Known) -> float:
+    return [math.nan, *known.values.values()][-1]
+
+
+def _furthest(known: Known) -> float:
+    """The largest resource that a trial has reported; 0 before its first report."""
+    return max(known.values, default=0.0)
+
+
+def _furthest_before(known: Known) -> float:
+    """The same before its newest report."""
+    return max([*known.values][:-1], default=0.0)
+
+
+def _up_to(known: Known, resource: float) -> list[float]:
+    """What a trial reported up to a resource."""
+    return [value for reported, value in known.values.items() if _reaches(resource, reported)]
+
+
+def _average(values: list[float]) -> float:
+    return _worst_if_nan(sum(values) / len(values))
+
+
+def _worst_if_nan(value: float) -> float:
+    return math.inf if math.isnan(value) else value
+
+
+def _values_at(trials: Trials, rung: float) -> dict[int, float]:
+    """The value of each trial that has reached a rung, from its first report there."""
+    firsts = (
+        (number, next((value for resource, value in known.values.items() if _reaches(resource, rung)), None))
+        for number, known in trials.items()
+    )
+    return {number: value for number, value in firsts if value is not None}
+
+
+def _paused(trials: Trials) -> list[int]:
+    return sorted(number for number, known in trials.items() if known.state == "paused")
+
+
+def _rank(value: float) -> tuple[bool, float]:
+    """What values are ordered by: NaN is neither above nor below anything, so it would upset a sort."""
+    return (True, 0.0) if math.isnan(value) else (False, value)
+
+
+def _ranked(values: Mapping[int, float]) -> list[int]:
+    """The numbers of trials, best value first."""
+    return sorted(values, key=lambda number: (_rank(values[number]), number))

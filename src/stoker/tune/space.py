@@ -1,0 +1,489 @@
+"""Search spaces, written beside a recipe's own config keys.
+
+    lr='log(1e-5, 1e-3)' batch_size='[16, 32, 64]' lora.rank='int(4, 64, log) if optimizer == adamw'
+    dropout='uniform(0.1, 0.5, step=0.1)' '(warmup, epochs)=[(0.1, 1), (0.05, 3)]' optimizer='[adamw, sgd]'
+
+The same stands in a YAML file or a Python mapping. What is no expression is a fixed key. For a key that
+takes a list, a list is its value and a list of lists are choices. All of it is checked against the
+recipe's config before anything starts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stoker import config as configs
+from stoker.duration import Duration
+from stoker.errors import BadInput, nearest
+from stoker.tune import expressions
+from stoker.tune.domains import Choice, Number, item, text
+from stoker.tune.expressions import Comparison, Items
+
+if TYPE_CHECKING:
+    import numpy as np
+
+__all__ = ["Choice", "Condition", "Number", "Parameter", "Space", "parse", "parse_mapping", "parse_tries"]
+
+_PAIRED = re.compile(r"\((.*)\)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Condition:
+    """When a parameter is drawn: where the value of `key` is one of `values`, or is none of them."""
+
+    key: str
+    values: tuple[Any, ...]
+    negated: bool = False
+
+    def holds(self, values: Mapping[str, Any]) -> bool:
+        """Whether it holds for what is drawn so far; on a key that is not drawn nothing holds."""
+        return self.key in values and (values[self.key] in self.values) != self.negated
+
+    def __str__(self) -> str:
+        if len(self.values) == 1:
+            return f"{self.key} {'!=' if self.negated else '=='} {item(self.values[0])}"
+        return f"{self.key} {'not in' if self.negated else 'in'} [{', '.join(map(item, self.values))}]"
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """What is drawn at once: one key, or several that take their values together."""
+
+    keys: tuple[str, ...]
+    domain: Number | Choice
+    condition: Condition | None = None
+
+    @property
+    def name(self) -> str:
+        """Its name in optuna: the key, or `(lr, batch_size)`."""
+        return _name(self.keys)
+
+    def spread(self, value: Any) -> dict[str, Any]:
+        """A drawn value by config key."""
+        return dict(zip(self.keys, value, strict=True)) if len(self.keys) > 1 else {self.keys[0]: value}
+
+    def joined(self, values: Mapping[str, Any]) -> Any:
+        """Its value among those of all keys."""
+        return tuple(values[key] for key in self.keys) if len(self.keys) > 1 else values[self.keys[0]]
+
+    def holds(self, values: Mapping[str, Any]) -> bool:
+        """Whether it is drawn beside these values."""
+        return self.condition is None or self.condition.holds(values)
+
+    def column(self, key: str) -> Number | Choice:
+        """What one of its keys can be."""
+        if isinstance(self.domain, Number) or len(self.keys) == 1:
+            return self.domain
+        at = self.keys.index(key)
+        seen = {item(row[at]): row[at] for row in self.domain.values}
+        return Choice(tuple(seen.values()))
+
+    def __str__(self) -> str:
+        return f"{self.domain}{f' if {self.condition}' if self.condition else ''}"
+
+
+@dataclass(frozen=True)
+class Space:
+    """What is searched: by name, in the order in which it is drawn.
+
+    Args:
+        fixed: overrides of keys that are not searched: key -> text as given.
+        parameters: each after the one that its condition is on.
+        config: the dataclass whose keys they are.
+    """
+
+    fixed: Mapping[str, str]
+    parameters: tuple[Parameter, ...]
+    config: type
+
+    def suggest(self, trial: Any) -> dict[str, Any]:
+        """Draw each parameter whose condition holds.
+
+        Args:
+            trial: an optuna trial.
+
+        Returns:
+            Config key -> value as a config's record holds it; of a Duration the number of steps.
+        """
+        values: dict[str, Any] = {}
+        for parameter in self.parameters:
+            if parameter.holds(values):
+                values |= parameter.spread(parameter.domain.suggested(trial, parameter.name))
+        return values
+
+    def overrides(self, values: Mapping[str, Any]) -> list[str]:
+        """The fixed keys and these values as `key=text`, for `configs.resolve`."""
+        fixed = [f"{key}={value}" for key, value in self.fixed.items()]
+        return fixed + [f"{key}={text(value)}" for key, value in values.items()]
+
+    def params(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Values that a user asks for as optuna's params, for `study.enqueue_trial`.
+
+        Args:
+            values: config key -> value or its text; those left out are for optuna to draw.
+
+        Raises BadInput for a value outside the space, a key that is not searched, one that is not drawn
+        beside the others, and values of paired keys that stand in no row, or in several.
+        """
+        given = {key: self._within(key, value) for key, value in values.items()}
+        params: dict[str, Any] = {}
+        for parameter in self.parameters:
+            asked = {key: given[key] for key in parameter.keys if key in given}
+            if not asked:
+                continue
+            if not parameter.holds(given):
+                raise BadInput(
+                    f"{_assigned(asked)}: it is drawn only if {parameter.condition}: "
+                    f"ask for that too, or leave {parameter.name} out"
+                )
+            value = _only(parameter, asked)
+            given |= parameter.spread(value)
+            params[parameter.name] = parameter.domain.param(value)
+        return params
+
+    def grid(self) -> dict[str, list[Any]]:
+        """Every value of every parameter, for optuna's GridSampler.
+
+        Raises BadInput for ranges whose values cannot be counted.
+        """
+        points = {parameter.name: parameter.domain.points for parameter in self.parameters}
+        endless = [p for p in self.parameters if points[p.name] is None]
+        if endless:
+            ranges = ", ".join(f"{p.name}={p.domain}" for p in endless)
+            instead = " ".join(f"{p.name}='{_instead(p.domain)}'" for p in endless)
+            raise BadInput(
+                f"a grid needs values that can be counted, and {ranges} has no end of them: write some out, "
+                f"such as {instead}, or give uniform(...) a step"
+            )
+        return {name: list(found or ()) for name, found in points.items()}
+
+    def perturbed(
+        self,
+        values: Mapping[str, Any],
+        random: np.random.Generator,
+        *,
+        resample: float,
+        factors: tuple[float, float],
+    ) -> dict[str, Any]:
+        """Values near others: the explore step of population based training.
+
+        Jaderberg et al. 2017, arXiv:1711.09846, section 4 and appendix A. A number is multiplied by one of
+        the factors and kept within its range, and goes on by at least one step where it has steps; a
+        choice moves to a neighbour in its list. Conditions are looked at anew: what is drawn now and was
+        not before is drawn from its range, and what is drawn no more is left out.
+
+        Args:
+            resample: the probability with which a parameter is drawn from its whole range instead.
+            factors: each as likely as the other, for example (0.8, 1.2).
+        """
+        explored: dict[str, Any] = {}
+        for parameter in self.parameters:
+            if not parameter.holds(explored):
+                continue
+            known = all(key in values for key in parameter.keys)
+            if not known or random.random() < resample:
+                value = parameter.domain.drawn(random)
+            else:
+                value = parameter.domain.moved(parameter.joined(values), random, factors)
+            explored |= parameter.spread(value)
+        return explored
+
+    def described(self) -> dict[str, str]:
+        """What is searched and what is fixed by name, in texts that are the same where they mean the same."""
+        fixed = {key: text(configs.checked(self.config, key, given)) for key, given in self.fixed.items()}
+        return fixed | {parameter.name: str(parameter) for parameter in self.parameters}
+
+    def _within(self, key: str, value: Any) -> Any:
+        searched = {k: parameter for parameter in self.parameters for k in parameter.keys}
+        if key in self.fixed:
+            raise BadInput(f"{key}={text(value)}: {key} is fixed at {self.fixed[key]}: leave it out")
+        if key not in searched:
+            names = ", ".join(searched) or "nothing"
+            raise BadInput(f"{key} is not searched{nearest(key, searched) or f'; searched: {names}'}")
+        domain = searched[key].column(key)
+        typed = _typed(self.config, domain, key, value, f"a value of {key}")
+        if not domain.holds(typed):
+            raise BadInput(f"{key}={text(value)} is outside the space: {key} is searched in {domain}")
+        return typed
+
+
+def parse(overrides: Sequence[str], config: type, file: Path | None = None) -> Space:
+    """Read a space from the command line, over a YAML file.
+
+    Args:
+        overrides: `key=text`, and `(key, key)=text` for keys that take their values together.
+        config: the recipe's config dataclass.
+
+    Raises BadInput for what cannot be read, and for what the config does not take.
+    """
+    content = {} if file is None else configs.flatten(configs.read_yaml(file), str(file))
+    below = _entries(config, content.items(), str(file))
+    above = _entries(config, map(configs.split, overrides), configs.COMMAND_LINE)
+    return _space(config, list({frozenset(entry.keys): entry for entry in (*below, *above)}.values()))
+
+
+def parse_mapping(values: Mapping[str, Any], config: type) -> Space:
+    """Read a space from a Python mapping of dotted or nested keys; else as `parse`."""
+    source = "the mapping"
+    return _space(config, _entries(config, configs.flatten(values, source).items(), source))
+
+
+def parse_tries(tries: str) -> dict[str, str]:
+    """Values to try, as in `lr=1e-4,batch_size=16`: config key -> text. Raises BadInput."""
+    try:
+        parts, rest = expressions.bracketed(f"({tries})")
+        parts = [expressions.plain(part) for part in parts]  # "model=a, b" in quotes is one
+    except ValueError:
+        parts, rest = [], tries
+    if rest:
+        raise BadInput(
+            f"{tries!r} are no values to try: write them as in lr=1e-4,batch_size=16, "
+            f"with every bracket and quote closed"
+        )
+    values: dict[str, str] = {}
+    for part in parts:
+        key, value = configs.split(part)
+        if key in values:
+            raise BadInput(f"{key} is given twice in {tries!r}: leave out one of the two")
+        values[key] = value.strip()
+    return values
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """What was given for a key, or for several that are paired."""
+
+    keys: tuple[str, ...]
+    value: Any
+    source: str
+
+    def __str__(self) -> str:
+        return f"{_name(self.keys)}={text(self.value)} ({self.source})"
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """What an entry says; its condition is not looked up yet."""
+
+    entry: _Entry
+    keys: tuple[str, ...]
+    domain: Number | Choice | None  # None: a fixed value
+    comparison: Comparison | None
+
+
+def _entries(config: type, pairs: Iterable[tuple[str, Any]], source: str) -> list[_Entry]:
+    """What one source gives."""
+    entries: list[_Entry] = []
+    for name, value in pairs:
+        paired = _PAIRED.fullmatch(name.strip())
+        keys = tuple(key.strip() for key in paired[1].split(",")) if paired else (name,)
+        if not paired and set(name) & set("()[]"):  # {rank: int(4, 8)} in YAML is two keys
+            raise BadInput(f"{name} ({source}) is no key but part of an expression: quote it, '...(a, b)'")
+        for key in keys:
+            configs.kinds(config, key, source)  # refuses an unknown one
+        entries.append(_Entry(keys, value, source))
+    _refuse_twice(entries)
+    return entries
+
+
+def _refuse_twice(entries: Iterable[_Entry]) -> None:
+    seen: dict[str, _Entry] = {}
+    for entry in entries:
+        for key in entry.keys:
+            if key in seen:
+                raise BadInput(
+                    f"{key} is given twice, by {seen[key]} and by {entry}: leave out one of the two"
+                )
+            seen[key] = entry
+
+
+def _space(config: type, entries: Sequence[_Entry]) -> Space:
+    _refuse_twice(entries)
+    given = {key for entry in entries for key in entry.keys}
+    for key, (_, default) in configs.describe(config).items():
+        if default is dataclasses.MISSING and key not in given:
+            raise BadInput(f"{key} needs a value: add {key}=... or what to search for it")
+    drafts = [_draft(config, entry) for entry in entries]
+    fixed = {draft.keys[0]: draft.entry for draft in drafts if draft.domain is None}
+    values = {key: configs.checked(config, key, entry.value, entry.source) for key, entry in fixed.items()}
+    domains = {key: draft for draft in drafts if draft.domain is not None for key in draft.keys}
+    parameters = [
+        Parameter(draft.keys, draft.domain, _condition(config, draft, values, domains))
+        for draft in drafts
+        if draft.domain is not None
+    ]
+    return Space(
+        {key: text(entry.value) for key, entry in fixed.items()},
+        tuple(_drawable(_ordered(parameters, values), values)),
+        config,
+    )
+
+
+def _draft(config: type, entry: _Entry) -> _Draft:
+    try:
+        found = expressions.read(entry.value, configs.describe(config))
+        if len(entry.keys) > 1:
+            keys, rows = _rows(config, entry, found.body)
+            return _Draft(entry, keys, Choice(rows), found.condition)
+        domain = _domain(config, entry, found.body)
+        if domain is None and found.condition is not None:
+            body = list(found.body.values) if isinstance(found.body, Items) else found.body
+            domain = Choice((configs.checked(config, entry.keys[0], body, str(entry)),))
+        return _Draft(entry, entry.keys, domain, found.condition)
+    except ValueError as error:
+        raise BadInput(f"{entry}: {error}") from error
+
+
+def _rows(config: type, entry: _Entry, body: Any) -> tuple[tuple[str, ...], tuple[tuple[Any, ...], ...]]:
+    """Paired keys and their values, in the config's order: a pair has one name however it is written."""
+    example = f"[({', '.join('a' for _ in entry.keys)}), ({', '.join('b' for _ in entry.keys)})]"
+    if not isinstance(body, Items):
+        raise ValueError(f"paired keys take a list of rows: write {example}")
+    order = list(configs.describe(config))
+    keys = sorted(entry.keys, key=order.index)
+    rows = []
+    for given in body.values:
+        row = expressions.structured(given) if isinstance(given, str) else given  # YAML has no (a, b)
+        if not isinstance(row, list | tuple) or len(row) != len(keys):
+            raise ValueError(f"the row {text(given)} must have {len(keys)} values: write {example}")
+        cells = dict(zip(entry.keys, row, strict=True))
+        rows.append(tuple(configs.checked(config, key, cells[key], str(entry)) for key in keys))
+    return tuple(keys), tuple(rows)
+
+
+def _domain(config: type, entry: _Entry, body: Any) -> Number | Choice | None:
+    """What a single key is drawn from, or None where it has one value."""
+    key = entry.keys[0]
+    if isinstance(body, Number):
+        _check_range(config, entry, body)
+        return body
+    if not isinstance(body, Items):
+        return None
+    nested = any(isinstance(value, list | tuple) for value in body.values)
+    if body.brackets and not nested and configs.kinds(config, key) & {tuple, list}:
+        return None
+    return Choice(tuple(configs.checked(config, key, value, str(entry)) for value in body.values))
+
+
+def _check_range(config: type, entry: _Entry, numbers: Number) -> None:
+    key = entry.keys[0]
+    kinds = configs.kinds(config, key)
+    if not kinds & {int, float, Duration}:
+        raise ValueError(f"{key} takes no range of numbers: list what to choose from, [a, b]")
+    if not numbers.integer and float not in kinds:
+        form = "int(low, high, log)" if numbers.log else "int(low, high)"
+        raise ValueError(f"{key} takes whole numbers: write {form}")
+    grain = numbers.grain or 0  # a constraint such as "a multiple of 8" shows in the values next to the ends
+    for value in (numbers.low, numbers.high, numbers.low + grain, numbers.high - grain):
+        configs.checked(config, key, numbers.nearest(value), str(entry))
+
+
+def _condition(
+    config: type, draft: _Draft, fixed: Mapping[str, Any], searched: Mapping[str, _Draft]
+) -> Condition | None:
+    asked = draft.comparison
+    if asked is None:
+        return None
+    configs.kinds(config, asked.key, f"the condition of {_name(draft.keys)}")
+    if asked.key not in (*fixed, *searched):
+        raise BadInput(
+            f"{draft.entry}: {asked.key} in its condition is neither searched nor fixed"
+            f"{nearest(asked.key, (*fixed, *searched))}: add {asked.key}=..."
+        )
+    source = f"the condition of {_name(draft.keys)}"
+    parent = searched.get(asked.key)
+    domain = Parameter(parent.keys, parent.domain).column(asked.key) if parent and parent.domain else None
+    values = {item(v): v for v in (_typed(config, domain, asked.key, t, source) for t in asked.values)}
+    condition = Condition(asked.key, tuple(values[name] for name in sorted(values)), asked.negated)
+    if domain is not None and not _may_hold(condition, domain):
+        raise BadInput(
+            f"{draft.entry}: it would never be drawn, because {asked.key} is searched in {domain}: "
+            f"change the condition"
+        )
+    return condition
+
+
+def _may_hold(condition: Condition, domain: Number | Choice) -> bool:
+    if isinstance(domain, Choice):
+        return any(condition.holds({condition.key: value}) for value in domain.values)
+    if condition.negated:
+        return domain.low != domain.high or domain.low not in condition.values
+    counted = domain.grain is not None or domain.low == domain.high  # of endless values none comes up twice
+    return counted and any(domain.holds(value) for value in condition.values)
+
+
+def _ordered(parameters: Sequence[Parameter], fixed: Mapping[str, Any]) -> list[Parameter]:
+    """As given, but each after the one that its condition is on."""
+    ordered: list[Parameter] = []
+    known = set(fixed)
+    left = list(parameters)
+    while left:
+        ready = next((p for p in left if p.condition is None or p.condition.key in known), None)
+        if ready is None:
+            raise BadInput(f"the conditions of {', '.join(p.name for p in left)} go round in a circle: "
+                           f"take one of them away")  # fmt: skip
+        left.remove(ready)
+        ordered.append(ready)
+        known |= set(ready.keys)
+    return ordered
+
+
+def _drawable(parameters: Iterable[Parameter], fixed: Mapping[str, Any]) -> Iterator[Parameter]:
+    """Settle what fixed keys decide: such a condition holds always, or its parameter is never drawn."""
+    drawn: set[str] = set()
+    for parameter in parameters:
+        condition = parameter.condition
+        if condition is not None and condition.key not in drawn:
+            if not condition.holds(fixed):
+                continue
+            condition = None
+        drawn |= set(parameter.keys)
+        yield replace(parameter, condition=condition)
+
+
+def _typed(config: type, domain: Number | Choice | None, key: str, value: Any, source: str) -> Any:
+    """A value as it is drawn; of a range it may lie outside."""
+    if not isinstance(domain, Number):
+        return configs.checked(config, key, value, source)
+    try:
+        found = expressions.number(value) if isinstance(value, str) else value
+    except ValueError as error:
+        raise BadInput(f"{key}={value} ({source}): {error}; it is searched in {domain}") from error
+    return domain.nearest(found) if domain.holds(found) else found
+
+
+def _only(parameter: Parameter, asked: Mapping[str, Any]) -> Any:
+    """The one value of a parameter that has what is asked."""
+    if len(parameter.keys) == 1:
+        return asked[parameter.keys[0]]
+    assert isinstance(parameter.domain, Choice)
+    rows = [row for row in parameter.domain.values
+            if all(parameter.spread(row)[key] == value for key, value in asked.items())]  # fmt: skip
+    if not rows:
+        raise BadInput(f"{_assigned(asked)} is in no row of {parameter.name}={parameter.domain}")
+    if len(rows) > 1:
+        others = ", ".join(key for key in parameter.keys if key not in asked)
+        raise BadInput(f"{_assigned(asked)} is in {len(rows)} rows of {parameter.name}={parameter.domain}: "
+                       f"give {others} too")  # fmt: skip
+    return rows[0]
+
+
+def _instead(numbers: Number | Choice) -> str:
+    assert isinstance(numbers, Number)
+    low, high = numbers.low, numbers.high
+    middle = math.sqrt(low * high) if numbers.log else (low + high) / 2
+    return f"[{low}, {middle:.3g}, {high}]"
+
+
+def _assigned(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}={text(value)}" for key, value in values.items())
+
+
+def _name(keys: Sequence[str]) -> str:
+    return keys[0] if len(keys) == 1 else f"({', '.join(keys)})"

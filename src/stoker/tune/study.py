@@ -1,0 +1,197 @@
+"""The study of a search: Optuna's, in Optuna's own storage, which its dashboard opens too.
+
+By default that is Optuna's journal in a file beside the trials. What belongs together is appended to it in
+one piece, so that a search that is killed has not half asked for a trial; and of each trial the sampler is
+made anew from the search's seed and the trial's number, so that one that goes on draws what it would have
+drawn.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import optuna
+from optuna.samplers import BaseSampler
+from optuna.storages.journal import BaseJournalBackend, JournalStorage
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
+from stoker.errors import BadInput, nearest
+from stoker.tune.space import Space
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+logging.getLogger("optuna").propagate = False
+
+SAMPLERS = ("random", "grid", "qmc", "tpe", "gp", "cmaes", "nsga2", "nsga3")
+NAME = "sweep"
+
+
+class JournalFile(BaseJournalBackend):
+    """Optuna's journal in a file, as its `JournalFileBackend` has it: a JSON object a line.
+
+    The kernel lets go of its lock however the process that holds it ends, and `together` makes several
+    entries one. They are in the hands of the operating system when they are appended, and on the disk when
+    `sync` returns.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        self._logs: list[dict[str, Any]] = []
+        self._read = 0  # bytes of the file that are in `_logs`
+        self._held: list[dict[str, Any]] | None = None
+        with self._locked():
+            self._cut_torn_line()
+
+    def read_logs(self, log_number_from: int) -> Iterable[dict[str, Any]]:
+        """The entries from a number on."""
+        self._take_in()
+        held = self._held or []
+        return [*self._logs[log_number_from:], *held[max(0, log_number_from - len(self._logs)) :]]
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        """Append entries in one piece, or with the others of `together`."""
+        if self._held is not None:
+            self._held += logs
+            return
+        lines = "".join(json.dumps(entry, separators=(",", ":")) + "\n" for entry in logs)
+        with self._locked():
+            os.write(self._descriptor, lines.encode())
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """What is appended within this block is there whole or not at all."""
+        self._take_in()
+        self._held = []
+        try:
+            yield
+        finally:
+            held, self._held = self._held, None
+            if held:
+                self.append_logs(held)
+
+    def sync(self) -> None:
+        """Bring it to the disk."""
+        os.fsync(self._descriptor)
+
+    def _take_in(self) -> None:
+        size = os.fstat(self._descriptor).st_size
+        if size <= self._read or self._held is not None:  # within `together` others are not looked for
+            return
+        found = os.pread(self._descriptor, size - self._read, self._read)
+        whole = found[: found.rfind(b"\n") + 1]
+        self._logs += [json.loads(line) for line in whole.splitlines()]
+        self._read += len(whole)
+
+    def _cut_torn_line(self) -> None:
+        """Remove the beginning of an entry that a power cut left at the end."""
+        size = os.fstat(self._descriptor).st_size
+        content = os.pread(self._descriptor, size, 0)
+        os.ftruncate(self._descriptor, content.rfind(b"\n") + 1)
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        fcntl.flock(self._descriptor, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+
+
+class Seeded(BaseSampler):
+    """A sampler that is made anew for each trial, from its number: what it draws depends on no process.
+
+    Args:
+        make: a sampler from a seed.
+        seed: of the search.
+        learns: whether it is told how trials end; a grid stops Optuna's own loop then, which there is not.
+    """
+
+    def __init__(self, make: Callable[[int], BaseSampler], seed: int, *, learns: bool = True) -> None:
+        self._make, self._seed, self._learns = make, seed, learns
+        self._current: tuple[int, BaseSampler] | None = None
+
+    def _of(self, number: int) -> BaseSampler:
+        if self._current is None or self._current[0] != number:
+            drawn = np.random.SeedSequence([self._seed, number]).generate_state(1)
+            self._current = (number, self._make(int(drawn[0])))
+        return self._current[1]
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, Any]:
+        """See BaseSampler, as for the others."""
+        return self._of(trial.number).infer_relative_search_space(study, trial)
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, Any]
+    ) -> dict[str, Any]:
+        """See BaseSampler."""
+        return self._of(trial.number).sample_relative(study, trial, search_space)
+
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: Any
+    ) -> Any:
+        """See BaseSampler."""
+        return self._of(trial.number).sample_independent(study, trial, param_name, param_distribution)
+
+    def before_trial(self, study: Study, trial: FrozenTrial) -> None:
+        """See BaseSampler."""
+        self._of(trial.number).before_trial(study, trial)
+
+    def after_trial(
+        self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None
+    ) -> None:
+        """See BaseSampler."""
+        if self._learns:
+            self._of(trial.number).after_trial(study, trial, state, values)
+
+
+def sampler(name: str, space: Space, seed: int) -> Seeded:
+    """A sampler of Optuna's by its short name. Raises BadInput.
+
+    Args:
+        seed: of the search. What must be the same over all trials (the order of a grid, the scrambling of
+            a sequence) is of this seed alone.
+    """
+    samplers = optuna.samplers
+    if name not in SAMPLERS:
+        raise BadInput(f"--sampler {name}: give one of {', '.join(SAMPLERS)}{nearest(name, SAMPLERS)}")
+    if name == "grid":
+        grid: Mapping[str, Any] = space.grid()
+        return Seeded(lambda _: samplers.GridSampler(grid, seed=seed), seed, learns=False)
+    makers: dict[str, Callable[[int], BaseSampler]] = {
+        "random": lambda drawn: samplers.RandomSampler(seed=drawn),
+        "qmc": lambda _: samplers.QMCSampler(seed=seed, scramble=True),
+        "tpe": lambda drawn: samplers.TPESampler(
+            seed=drawn, multivariate=True, group=True, constant_liar=True
+        ),
+        "gp": lambda drawn: samplers.GPSampler(seed=drawn),
+        "cmaes": lambda drawn: samplers.CmaEsSampler(seed=drawn),
+        "nsga2": lambda drawn: samplers.NSGAIISampler(seed=drawn),
+        "nsga3": lambda drawn: samplers.NSGAIIISampler(seed=drawn),
+    }
+    return Seeded(makers[name], seed)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without Optuna's warnings of what is experimental."""
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def opened(file: JournalFile, made_by: Seeded, direction: Literal["minimize", "maximize"]) -> Study:
+    """The study in a journal, or a new one."""
+    storage = JournalStorage(file)
+    if NAME in optuna.get_all_study_names(storage):
+        return optuna.load_study(study_name=NAME, storage=storage, sampler=made_by)
+    with file.together():
+        return optuna.create_study(study_name=NAME, storage=storage, sampler=made_by, direction=direction)

@@ -1,0 +1,87 @@
+"""A trial as its own process sees it: its values go to the controller, whose decision comes back."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from stoker.attempt import Run
+from stoker.errors import StokerError
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that the processes of a trial need to know."""
+
+    number: int
+    recipe: str
+    """The recipe's reference."""
+    values: Mapping[str, Any]
+    sources: Mapping[str, str]
+    runs: Path
+    sweep: str
+    """The folder of its run, under `runs`."""
+    run: str
+    metric: str
+    provenance: Path
+    deadline: float | None = None
+    """When to stop, by the machine's monotonic clock."""
+
+
+class NotFinite(StokerError):
+    """The value that is searched for is NaN or infinite."""
+
+
+class Link:
+    """What a process of a trial and the controller say to each other, as JSON objects."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    def tell(self, kind: str, **fields: Any) -> None:
+        """Say something to which there is no answer."""
+        self._connection.send_bytes(json.dumps({"kind": kind, **fields}).encode())
+
+    def ask(self, kind: str, **fields: Any) -> dict[str, Any]:
+        """Say something, and wait for the answer."""
+        self.tell(kind, **fields)
+        return self.hear()
+
+    def hear(self) -> dict[str, Any]:
+        """What the other end says next. Raises EOFError where it is gone."""
+        found: dict[str, Any] = json.loads(self._connection.recv_bytes())
+        return found
+
+
+class Reporter:
+    """Listens to a run: the values of one metric are reported, and what is decided then is done.
+
+    A run that a Trainer steps stops at the end of the step, on all ranks; any other at once, within
+    `run.log`.
+    """
+
+    def __init__(self, run: Run, metric: str, link: Link) -> None:
+        self._run, self._metric, self._link = run, metric, link
+        self.logged: set[str] = set()
+        """The names of all metrics so far."""
+        self.value: float | None = None
+        """The newest of the metric that is reported."""
+
+    def __call__(self, step: int, values: Mapping[str, Any]) -> None:
+        """Called by the run with what was logged. Raises NotFinite, or Stopped."""
+        self.logged.update(values)
+        if self._metric not in values:
+            return
+        self.value = float(values[self._metric])
+        if not math.isfinite(self.value):
+            raise NotFinite(f"{self._metric} is {self.value} at step {step}")
+        answer = self._link.ask("report", step=step, value=self.value)
+        if answer["save"]:
+            self._run.stop.ask_to_save()
+        if answer["decision"] != "continue":
+            self._run.stop.ask(answer["decision"])

@@ -1,0 +1,46 @@
+"""What the sweeps of tests/cli/test_sweep.py search: a function of two numbers, a value a step."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import stoker
+
+
+@dataclass(frozen=True)
+class Config:
+    """Keys of the recipe."""
+
+    x: float = 0.0
+    kind: Literal["near", "far"] = "near"
+    steps: int = 9
+    pause: float = 0.0
+    fails: str = ""
+    """raise, nan, exit, kill: at step 3, where x is above a half."""
+    seed: int = 0
+
+
+def train(run: stoker.Run, config: Config) -> None:
+    """Come nearer to (x - 0.3)^2 at each step; goes on where it was."""
+    for step in range(run.step + 1, config.steps + 1):
+        time.sleep(config.pause)
+        value = (config.x - 0.3) ** 2 + (1.0 if config.kind == "far" else 0.0) + 1.0 / step
+        if step == 3 and config.x > 0.5:
+            value = _fail(config.fails, value)
+        run.log(loss=2 * value)
+        run.log(val_loss=value, step=run.step)
+
+
+def _fail(how: str, value: float) -> float:
+    if how == "raise":
+        raise RuntimeError("this one cannot be trained")
+    if how == "nan":
+        return float("nan")
+    if how == "exit":
+        os._exit(3)
+    if how == "kill":
+        os.kill(os.getpid(), 9)
+    return value

@@ -1,0 +1,262 @@
+"""`stoker sweep`: trials are runs, whatever happens to them or to the one who has them run."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import optuna
+import psutil
+import pytest
+from optuna.storages.journal import JournalFileBackend, JournalStorage
+
+from conftest import Command, Start
+from support import loaded
+
+RECIPE = str(Path(__file__).parent / "searched.py")
+SPACE = ("x=uniform(0, 1)", "kind=[near, far]")
+
+
+def trials(sweep: Path) -> list[optuna.trial.FrozenTrial]:
+    """As Optuna itself reads them."""
+    storage = JournalStorage(JournalFileBackend(str(sweep / "study.journal")))
+    return optuna.load_study(study_name="sweep", storage=storage).trials
+
+
+def brief(answer: dict[str, Any]) -> list[tuple[Any, ...]]:
+    """What a sweep came to, without paths."""
+    return [
+        (t["number"], t["state"], t["value"], tuple(t["params"].items()), t["values"])
+        for t in answer["trials"]
+    ]
+
+
+def test_every_trial_is_a_run_and_the_best_is_named(stoker: Command, tmp_path: Path) -> None:
+    done = stoker("sweep", RECIPE, *SPACE, "--trials", "12", "--parallel", "2", "--json")
+    assert done.code == 0, done.err
+    answer = done.answer
+    assert [t["number"] for t in answer["trials"]] == list(range(12))
+    assert {t["state"] for t in answer["trials"]} == {"complete"}
+    best = min(answer["trials"], key=lambda t: t["value"])
+    assert answer["best"] == best
+    for trial in answer["trials"]:
+        run = loaded(Path(trial["run"]))
+        assert run.status == "finished"
+        assert run.config["x"] == trial["params"]["x"]
+        assert list(run.points["val_loss"].items())[-1] == (9, trial["value"])
+        assert (run.directory.provenance / "packages.txt").is_file()
+    assert [t.value for t in trials(tmp_path / "runs" / "searched-sweep")] == [
+        t["value"] for t in answer["trials"]
+    ]
+    listed = stoker("runs", "list", "--json").answer["runs"]
+    assert len(listed) == 12
+
+
+def test_the_same_command_goes_on_and_asks_for_as_many_as_are_missing(stoker: Command) -> None:
+    first = stoker("sweep", RECIPE, *SPACE, "--trials", "3", "--json").answer
+    again = stoker("sweep", RECIPE, *SPACE, "--trials", "5", "--json").answer
+    assert brief(again)[:3] == brief(first)
+    assert len(again["trials"]) == 5
+    whole = stoker("sweep", RECIPE, *SPACE, "--trials", "5", "--name", "whole", "--json").answer
+    assert brief(whole) == brief(again)
+
+
+def test_asha_pauses_promotes_and_gives_up(stoker: Command) -> None:
+    done = stoker(
+        "sweep", RECIPE, "x=uniform(0, 1)", "--trials", "9", "--scheduler", "asha", "--least", "1",
+        "--most", "9", "--sampler", "random", "--json",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    answer = done.answer
+    reached = sorted(t["values"][-1][0] for t in answer["trials"])
+    assert reached.count(9) >= 1
+    assert reached.count(1) >= 5, "most end at the first rung"
+    assert {t["state"] for t in answer["trials"]} == {"complete", "stopped"}
+    assert answer["best"]["state"] == "complete"
+    promoted = [loaded(Path(t["run"])) for t in answer["trials"] if t["values"][-1][0] == 9]
+    for run in promoted:
+        assert [step for step, _ in run.points["val_loss"].items()] == list(range(1, 10))
+
+
+@pytest.mark.parametrize("how", ["raise", "nan", "exit"])
+def test_a_trial_that_fails_is_one_failed_trial(how: str, stoker: Command, tmp_path: Path) -> None:
+    done = stoker(
+        "sweep", RECIPE, "x=[0.1, 0.9, 0.2]", f"fails={how}", "--sampler", "grid", "--trials", "3", "--json"
+    )
+    assert done.code == 0, done.err
+    failed = [t for t in done.answer["trials"] if t["state"] == "failed"]
+    assert [t["params"]["x"] for t in failed] == [0.9]
+    said = {"raise": "this one cannot be trained", "nan": "val_loss is nan at step 3", "exit": "ended with 3"}
+    assert said[how] in failed[0]["error"]
+    assert done.answer["best"]["params"]["x"] == 0.2
+    assert sorted(t.state.name for t in trials(tmp_path / "runs" / "searched-sweep")) == [
+        "COMPLETE", "COMPLETE", "FAIL",
+    ]  # fmt: skip
+
+
+def test_too_many_failures_end_it(stoker: Command) -> None:
+    done = stoker(
+        "sweep", RECIPE, "x=uniform(0.6, 1)", "fails=raise", "--trials", "9", "--max-failures", "1", "--json"
+    )
+    assert done.code == 1
+    assert "2 trials failed, more than --max-failures 1" in done.err
+    assert "this one cannot be trained" in done.err
+
+
+def test_killed_at_random_moments_it_ends_as_it_would_have(
+    start: Start, stoker: Command, tmp_path: Path
+) -> None:
+    """The controller or a trial, by SIGKILL; one at a time, so that the order is the same."""
+    given = (
+        "sweep", RECIPE, *SPACE, "pause=0.1", "--trials", "8", "--scheduler", "asha", "--least", "1",
+        "--most", "9", "--json",
+    )  # fmt: skip
+    whole = stoker(*given, "--name", "whole")
+    assert whole.code == 0, whole.err
+    draws = random.Random(0)
+    process, kills, controllers = start(*given, "--name", "parts"), 0, 0
+    while kills < 8:
+        _wait_until_it_searches(process, tmp_path / "runs" / "parts")
+        time.sleep(draws.uniform(0.0, 0.4))
+        victim = _victim(process, draws)
+        assert victim is not None, process.communicate()[1].decode()
+        victim.kill()
+        kills += 1
+        if victim.pid == process.pid:
+            process.wait()
+            controllers += 1
+            process = start(*given, "--name", "parts")
+    assert 0 < controllers < kills
+    out, err = process.communicate(timeout=100)
+    assert process.returncode == 0, err.decode()
+    answer = json.loads(out.decode().strip().splitlines()[-1])
+    assert brief(answer) == brief(whole.answer)
+    states = [t.state for t in trials(tmp_path / "runs" / "parts")]
+    assert all(state.is_finished() for state in states)
+
+
+def _wait_until_it_searches(process: subprocess.Popen[bytes], sweep: Path) -> None:
+    while not (sweep / "trial-0000").exists() and process.poll() is None:
+        time.sleep(0.01)
+
+
+def _victim(process: subprocess.Popen[bytes], draws: random.Random) -> psutil.Process | None:
+    """The controller, or one of its trials."""
+    try:
+        controller = psutil.Process(process.pid)
+        known = [p for p in controller.children(recursive=True) if p.ppid() != process.pid]
+    except psutil.NoSuchProcess:
+        return None
+    return draws.choice([controller, *known[:1]])
+
+
+def test_told_to_stop_it_goes_on_later(start: Start, stoker: Command, tmp_path: Path) -> None:
+    given = ("sweep", RECIPE, *SPACE, "pause=0.2", "--trials", "2", "--json")
+    process = start(*given)
+    _wait_until_it_searches(process, tmp_path / "runs" / "searched-sweep")
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err.decode()
+    done = stoker(*given)
+    assert done.code == 0, done.err
+    assert [t["state"] for t in done.answer["trials"]] == ["complete", "complete"]
+
+
+def test_after_its_time_it_ends_with_its_best(stoker: Command) -> None:
+    done = stoker(
+        "sweep", RECIPE, "x=uniform(0, 1)", "pause=0.05", "--trials", "1000", "--max-time", "12s", "--json"
+    )
+    assert done.code == 0, done.err
+    assert 1 < len(done.answer["trials"]) < 1000
+    assert done.answer["best"] is not None
+    assert not done.answer["over"]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (("y=uniform(0, 1)",), "y"),
+        (("x=uniform(1, 0)",), "uniform(1, 0)"),
+        (("x=log(0, 1)",), "log"),
+        (("x=uniform(0, 1)", "--scheduler", "asha", "--least", "1"), "most"),
+        (("x=uniform(0, 1)", "--sampler", "tpee"), "did you mean 'tpe'"),
+        (("x=uniform(0, 1)", "--metric", "score"), "--goal min or --goal max"),
+    ],
+)
+def test_what_cannot_be_searched_starts_nothing(
+    given: tuple[str, ...], said: str, stoker: Command, tmp_path: Path
+) -> None:
+    done = stoker("sweep", RECIPE, *given)
+    assert done.code == 2, done.err
+    assert said in done.err
+    assert not list(tmp_path.glob("runs/*/trial-*"))
+
+
+def test_a_metric_that_is_never_logged_ends_it_after_the_first_trial(stoker: Command) -> None:
+    done = stoker("sweep", RECIPE, "x=uniform(0, 1)", "--metric", "val_los", "--trials", "5", "--goal", "min")
+    assert done.code == 1
+    assert "the recipe never logs val_los: it logs loss, val_loss" in done.err
+
+
+def test_another_space_in_the_same_folder_is_refused(stoker: Command, tmp_path: Path) -> None:
+    assert stoker("sweep", RECIPE, "x=uniform(0, 1)", "--trials", "1").code == 0
+    done = stoker("sweep", RECIPE, "x=uniform(0, 2)", "--trials", "1")
+    assert done.code == 2
+    assert "x: uniform(0" in done.err
+    assert "--new" in done.err
+    assert stoker("sweep", RECIPE, "x=uniform(0, 2)", "--trials", "1", "--new").code == 0
+    assert (tmp_path / "runs" / "searched-sweep-2" / "trial-0000").is_dir()
+
+
+PBT = (
+    "(h0, h1)=[(1.0, 0.0), (0.0, 1.0)]", "precision=fp32", "--metric", "score", "--goal", "max",
+    "--sampler", "random", "--trials", "4", "--scheduler", "pbt", "--least", "5", "--most", "80", "--json",
+)  # fmt: skip
+
+
+def test_a_population_reaches_what_neither_fixed_setting_does(stoker: Command, tmp_path: Path) -> None:
+    """A trial that is forked has its donor's weights, optimizer and place in the data."""
+    recipe = str(Path(__file__).parent / "quadratic.py")
+    alone = stoker("train", recipe, "precision=fp32", "--name", "alone", "--json").answer
+    assert alone["metrics"]["score"] < 0.6
+    done = stoker("sweep", recipe, *PBT)
+    assert done.code == 0, done.err
+    assert done.answer["best"]["value"] > 1.1
+    forked = [t for t in done.answer["trials"] if t["parent"] is not None]
+    assert forked
+    whole = dict(loaded(tmp_path / "runs" / "quadratic" / "alone").points["first"].items())
+    for trial in forked:
+        donor = done.answer["trials"][trial["parent"]]
+        assert trial["params"] != donor["params"]
+        run = loaded(Path(trial["run"]))
+        own = dict(run.points["score"].items())
+        begun = min(own)
+        assert begun > 1
+        assert trial["values"][: begun - 1] == donor["values"][: begun - 1]
+        assert own[begun] == pytest.approx(trial["values"][begun - 2][1], abs=0.1), "one continuous curve"
+        assert dict(run.points["first"].items()) == {n: v for n, v in whole.items() if n in own}
+
+
+def test_trials_of_two_ranks_end_early_together(stoker: Command, tmp_path: Path) -> None:
+    recipe = str(Path(__file__).parent / "quadratic.py")
+    done = stoker(
+        "sweep", recipe, "h0=[0.1, 1.0, 0.2, 0.3]", "h1=1.0", "precision=fp32", "--metric", "score",
+        "--goal", "max", "--sampler", "grid", "--trials", "4", "--nproc", "2", "--scheduler", "asha-stop",
+        "--factor", "2", "--least", "5", "--most", "80", "--json",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    states = {t["params"]["h0"]: t["state"] for t in done.answer["trials"]}
+    assert states[1.0] == "complete"
+    assert "stopped" in states.values()
+    for trial in done.answer["trials"]:
+        run = loaded(Path(trial["run"]))
+        assert run.attempts[-1].world == 2
+        assert run.status == {"complete": "finished", "stopped": "stopped"}[trial["state"]]
+        if trial["state"] == "stopped":
+            assert trial["values"][-1][0] < 80

@@ -1,0 +1,130 @@
+"""Optuna's journal in a file, which Optuna reads; samplers that depend on no process."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.storages.journal import JournalFileBackend, JournalStorage
+from stoker import BadInput
+from stoker.tune import study as studies
+from stoker.tune.space import parse
+
+
+def opened(folder: Path, sampler: str = "random", seed: int = 0) -> tuple[studies.JournalFile, optuna.Study]:
+    file = studies.JournalFile(folder / "study.journal")
+    return file, studies.opened(file, studies.sampler(sampler, SPACE, seed), "minimize")
+
+
+def some_space() -> object:
+    from dataclasses import dataclass
+
+    @dataclass(frozen=True)
+    class Config:
+        x: float = 0.0
+        layers: int = 1
+
+    return parse(["x=uniform(0, 1)", "layers=int(1, 3)"], Config)
+
+
+SPACE = some_space()
+
+
+def draw(file: studies.JournalFile, study: optuna.Study) -> dict[str, float]:
+    with studies.quiet(), file.together():
+        trial = study.ask()
+        trial.suggest_float("x", 0.0, 1.0)
+        trial.suggest_int("layers", 1, 3)
+    study.tell(trial, (trial.params["x"] - 0.3) ** 2)
+    return trial.params
+
+
+def test_optuna_reads_what_is_written_and_the_other_way_round(tmp_path: Path) -> None:
+    file, study = opened(tmp_path)
+    drawn = [draw(file, study) for _ in range(5)]
+    theirs = optuna.load_study(
+        study_name=studies.NAME,
+        storage=JournalStorage(JournalFileBackend(str(tmp_path / "study.journal"))),
+    )
+    assert [trial.params for trial in theirs.trials] == drawn
+    theirs.add_trial(optuna.trial.create_trial(value=1.5))
+    assert [trial.value for trial in study.trials][-1] == 1.5
+    assert study.trials[-1].number == 5
+
+
+def test_what_belongs_together_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
+    """A process that is killed between two entries of one question leaves none of them."""
+    file, study = opened(tmp_path)
+    draw(file, study)
+    before = (tmp_path / "study.journal").read_bytes()
+    code = (
+        "import os, sys\n"
+        "from pathlib import Path\n"
+        "import optuna\n"
+        "from stoker.tune import study as studies\n"
+        "file = studies.JournalFile(Path(sys.argv[1]))\n"
+        "study = studies.opened(file, None, 'minimize')\n"
+        "with file.together():\n"
+        "    study.ask().suggest_float('x', 0.0, 1.0)\n"
+        "    os.kill(os.getpid(), 9)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "study.journal"], check=False)
+    assert done.returncode == -9
+    assert (tmp_path / "study.journal").read_bytes() == before
+
+
+def test_an_entry_that_a_power_cut_has_torn_is_cut_off(tmp_path: Path) -> None:
+    file, study = opened(tmp_path)
+    draw(file, study)
+    whole = (tmp_path / "study.journal").read_bytes()
+    (tmp_path / "study.journal").write_bytes(whole + b'{"op_code":4,"tri')
+    file, study = opened(tmp_path)
+    assert (tmp_path / "study.journal").read_bytes() == whole
+    draw(file, study)
+    assert len(study.trials) == 2
+
+
+def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
+    """Optuna's own lock is a link that stays, and is waited for."""
+    code = (
+        "import fcntl, os, sys\n"
+        "d = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)\n"
+        "fcntl.flock(d, fcntl.LOCK_EX)\n"
+        "os.kill(os.getpid(), 9)\n"
+    )
+    subprocess.run([sys.executable, "-c", code, tmp_path / "study.journal"], check=False)
+    file, study = opened(tmp_path)
+    draw(file, study)
+
+
+@pytest.mark.parametrize("name", ["random", "qmc", "tpe", "gp", "cmaes", "nsga2"])
+def test_a_study_that_is_opened_again_goes_on_as_it_would_have(name: str, tmp_path: Path) -> None:
+    for folder in ("whole", "parts"):
+        (tmp_path / folder).mkdir()
+    file, study = opened(tmp_path / "whole", name)
+    whole = [draw(file, study) for _ in range(14)]
+    parts = []
+    for _ in range(14):
+        file, study = opened(tmp_path / "parts", name)
+        parts.append(draw(file, study))
+    assert parts == whole
+    assert len({tuple(params.items()) for params in whole}) > 7
+    (tmp_path / "other").mkdir()
+    file, study = opened(tmp_path / "other", name, seed=1)
+    assert [draw(file, study) for _ in range(3)] != whole[:3]
+
+
+def test_a_sampler_that_does_not_exist_is_refused_by_name() -> None:
+    with pytest.raises(BadInput, match="did you mean 'random'"):
+        studies.sampler("randon", SPACE, 0)
+
+
+def test_an_append_is_with_the_system_at_once(tmp_path: Path) -> None:
+    file, study = opened(tmp_path)
+    size = (tmp_path / "study.journal").stat().st_size
+    study.set_user_attr("a", 1)
+    assert (tmp_path / "study.journal").stat().st_size > size
+    file.sync()
