@@ -15,6 +15,7 @@ import psutil
 import pytest
 from optuna.storages.journal import JournalFileBackend, JournalStorage
 
+from browser import Browser, needs_chromium
 from conftest import Command, Start
 from support import loaded
 
@@ -64,6 +65,26 @@ def test_the_same_command_goes_on_and_asks_for_as_many_as_are_missing(stoker: Co
     assert len(again["trials"]) == 5
     whole = stoker("sweep", RECIPE, *SPACE, "--trials", "5", "--name", "whole", "--json").answer
     assert brief(whole) == brief(again)
+
+
+@needs_chromium
+def test_its_report_draws_what_it_has(stoker: Command, tmp_path: Path) -> None:
+    done = stoker(
+        "sweep", RECIPE, *SPACE, "fails=raise", "--trials", "12", "--scheduler", "asha", "--least", "1",
+        "--most", "9", "--name", "asha",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    report = Path(stoker("report", "asha", "--json").answer["report"])
+    with Browser(report, tmp_path / "profile", height=5000) as page:
+        page.until("[...document.querySelectorAll('.plot')].every((plot) => plot.dataset.drawn === 'yes')")
+        headings = page.run("[...document.querySelectorAll('h2')].map((heading) => heading.textContent)")
+        assert not page.errors
+    assert {"Best", "History", "Learning curves", "Slices", "Ended early", "Trials", "Failures"} <= {
+        *headings
+    }
+    text = report.read_text(encoding="utf-8")
+    assert "RuntimeError: this one cannot be trained" in text
+    assert "least 1, most 9, factor 3" in text
 
 
 def test_asha_pauses_promotes_and_gives_up(stoker: Command) -> None:

@@ -1,4 +1,4 @@
-"""`stoker report RUN...`: one self-contained HTML file about one or several runs."""
+"""`stoker report RUN...`: one self-contained HTML file about one or several runs, or about a sweep."""
 
 from __future__ import annotations
 
@@ -9,12 +9,16 @@ import typer
 from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, console, print_json
 from stoker.report import html, scaling
 from stoker.run import finding, view
+from stoker.tune import record
 
 
 def report(
     run: Annotated[
         list[str],
-        typer.Argument(metavar="RUN...", help="Runs: an id, the start of one, experiment/id, or a path."),
+        typer.Argument(
+            metavar="RUN...",
+            help="Runs: an id, the start of one, experiment/id, or a path; or the name of one sweep.",
+        ),
     ],
     output: Annotated[
         Path | None,
@@ -37,14 +41,33 @@ def report(
     runs: RunsFolder = DEFAULT_RUNS,
     json: Json = False,
 ) -> None:
-    """Write one HTML file about a run, or one that compares several; it opens offline."""
+    """Write one HTML file about a run, one that compares several, or one about a sweep; it opens offline."""
+    if len(run) == 1 and (sweep := _sweep(runs, run[0])) is not None:
+        _say(_of_sweep(sweep, output or sweep / "report.html"), [str(sweep)], json=json)
+        return
     found = {found.path.resolve(): found for found in (finding.find(runs, name) for name in run)}
     views = [view.load(directory_) for directory_ in found.values()]
     default = views[0].directory.artifacts / "report.html" if len(views) == 1 else Path("report.html")
     measured = [scaling.load(scaled)] if scaled is not None else scaling.measured(views)
-    file = html.write(views, output or default, measured).absolute()
+    file = html.write(views, output or default, measured)
+    _say(file, [str(seen.directory.path) for seen in views], json=json)
+
+
+def _say(file: Path, about: list[str], *, json: bool) -> None:
+    file = file.absolute()
     if json:
-        about = [str(seen.directory.path) for seen in views]
         print_json({"report": str(file), "runs": about, "bytes": file.stat().st_size})
     else:
         console().print(str(file), markup=False)
+
+
+def _sweep(runs: Path, name: str) -> Path | None:
+    """The folder of a sweep of that name, or at that path."""
+    return next((folder for folder in (runs / name, Path(name)) if record.is_sweep(folder)), None)
+
+
+def _of_sweep(folder: Path, output: Path) -> Path:
+    from stoker.report import sweep
+    from stoker.tune import study
+
+    return sweep.write(study.read(folder / record.STUDY), record.read(folder), folder.name, output)

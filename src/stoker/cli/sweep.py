@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import dataclasses
 import logging
 import math
 import os
@@ -131,7 +132,15 @@ def sweep(
     rule = schedulers.make(scheduler, least=least, most=most, factor=factor, population=trials)
     tries = tuple(searched.params(parse_tries(text)) for text in first or ())
     wanted = record.Record(
-        found.reference, searched.described(), metric, way, sampler, str(rule), seed, nproc or 1, tries
+        found.reference,
+        searched.described(),
+        metric,
+        way,
+        sampler,
+        _said(scheduler, rule),
+        seed,
+        nproc or 1,
+        tries,
     )
     name = name or f"{found.name}-sweep"
     folder = runs.absolute() / (record.free_name(runs, name) if new else name)
@@ -150,7 +159,7 @@ def sweep(
     lock = record.take(folder)
     try:
         begun = record.begin(folder, wanted, found.source.parent)
-        file = studies.JournalFile(folder / "study.journal")
+        file = studies.JournalFile(folder / record.STUDY)
         study = studies.opened(file, drawn_by, "minimize" if way == "min" else "maximize")
         for values in tries if begun else ():
             study.enqueue_trial(values)
@@ -207,6 +216,12 @@ def _run(search: Search, plan: Any) -> int:
     if told:
         return EXIT_INTERRUPTED if STATUS[told[0]] == "interrupted" else EXIT_PREEMPTED
     return 0
+
+
+def _said(name: str, rule: Any) -> str:
+    """A scheduler with its settings."""
+    settings = {key: value for key, value in dataclasses.asdict(rule).items() if key != "promotes"}
+    return ", ".join([name, *(f"{key} {value:g}" for key, value in settings.items())])
 
 
 def _goal(metric: str, goal: str | None) -> Goal:
@@ -346,7 +361,7 @@ def _answer(search: Search, plan: Any, json: bool) -> None:
         for key, value in best.params.items():
             out.print(f"  {key:24} {_number(value)}")
         out.print(f"  {'trial':24} {plan.folder.name}/{best.run}")
-        out.print(f"next: stoker runs show {plan.folder.name}/{best.run}   stoker runs list")
+        out.print(f"next: stoker runs show {plan.folder.name}/{best.run}   stoker report {plan.folder.name}")
 
 
 def _told(trial: Seen, plan: Any) -> dict[str, Any]:

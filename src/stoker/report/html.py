@@ -70,12 +70,29 @@ def render(views: Sequence[RunView], scaled: Scaled = ()) -> str:
         sections.footer(views),
     ]
     data["drawings"] = gallery_.drawings
+    return document(", ".join(names), body, data, performance_section.as_data(descents, views))
+
+
+NOTHING_DRAWN: dict[str, Any] = {
+    part: [] for part in ("runs", "curves", "performance", "machine", "histograms", "drawings")
+}
+"""What a page's script looks for."""
+
+
+def document(title: str, body: Sequence[Html], data: Mapping[str, Any], descents: Any = ()) -> str:
+    """A page as text.
+
+    Args:
+        data: what is drawn in it, see NOTHING_DRAWN.
+        descents: when losses were reached, see `performance_section`.
+    """
     scripts = _scripts(drawn=any(data[part] for part in data if part != "runs"), body=body)
-    data["descents"] = performance_section.as_data(descents, views)
-    body += [json_script("data", data), *(tag("script", Html(script)) for script in scripts)]
-    return "<!doctype html>\n" + tag(
-        "html", _head(", ".join(names), scripts), tag("body", join(body)), lang="en"
-    )
+    whole = [
+        *body,
+        json_script("data", {**data, "descents": descents}),
+        *(tag("script", Html(script)) for script in scripts),
+    ]
+    return "<!doctype html>\n" + tag("html", _head(title, scripts), tag("body", join(whole)), lang="en")
 
 
 def run_names(views: Sequence[RunView]) -> list[str]:

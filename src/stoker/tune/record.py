@@ -21,6 +21,7 @@ from stoker.errors import BadInput
 from stoker.reproduce import provenance
 
 FILE = "sweep.json"
+STUDY = "study.journal"
 FORMAT = 1
 
 
@@ -71,6 +72,19 @@ def begin(folder: Path, wanted: Record, code: Path) -> bool:
     provenance.write(folder / "provenance", code, state)
     storage.write_json(folder / FILE, dataclasses.asdict(wanted))  # last: from now on it is there
     return True
+
+
+def is_sweep(folder: Path) -> bool:
+    """Whether a search stands in a folder."""
+    return (folder / FILE).is_file()
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """What a search was begun with. Raises BadInput."""
+    known = storage.read_json(folder / FILE)
+    if known.get("format") != FORMAT:
+        raise BadInput(f"{folder / FILE} cannot be read, or another version of stoker wrote it")
+    return known
 
 
 def free_name(runs: Path, name: str) -> str:

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import numpy as np
 import optuna
 from optuna.samplers import BaseSampler
-from optuna.storages.journal import BaseJournalBackend, JournalStorage
+from optuna.storages.journal import BaseJournalBackend, JournalFileBackend, JournalStorage
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 from stoker.errors import BadInput, nearest
@@ -186,6 +186,11 @@ def quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
+
+
+def read(file: Path) -> Study:
+    """The study in a journal, to be looked at only, also while it is searched."""
+    return optuna.load_study(study_name=NAME, storage=JournalStorage(JournalFileBackend(str(file))))
 
 
 def opened(file: JournalFile, made_by: Seeded, direction: Literal["minimize", "maximize"]) -> Study:

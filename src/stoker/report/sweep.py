@@ -1,0 +1,192 @@
+"""The report of a search: one HTML file that opens offline, with what Optuna draws of a study."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stoker import storage
+from stoker.errors import BadInput
+from stoker.report import facts, html
+from stoker.report.markup import Html, join, number, table, tag
+from stoker.report.sections import section
+
+if TYPE_CHECKING:
+    from optuna import Study
+    from optuna.trial import FrozenTrial
+
+_STATES = {
+    "COMPLETE": "complete", "PRUNED": "stopped early", "FAIL": "failed", "RUNNING": "running or paused",
+    "WAITING": "waiting",
+}  # fmt: skip
+_MOST_ERRORS = 20
+
+
+def write(study: Study, record: Mapping[str, Any], name: str, output: Path) -> Path:
+    """Write the report of a search to a file, whole or not at all; returns the file.
+
+    Args:
+        study: as Optuna has it.
+        record: what the search was begun with, as `sweep.json` has it.
+        name: of the search.
+
+    Raises BadInput where the file cannot be written, or no trial was begun.
+    """
+    if not study.trials:
+        raise BadInput(f"no trial of {name} was begun yet")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        storage.write_atomically(output, render(study, record, name).encode(errors="replace"))
+    except OSError as error:
+        raise BadInput(
+            f"the report cannot be written to {output}: {error.strerror}; choose another file with -o"
+        ) from error
+    return output
+
+
+def render(study: Study, record: Mapping[str, Any], name: str) -> str:
+    """The whole page as text."""
+    drawings: list[Any] = []
+    body = [
+        _header(study, record, name),
+        _best(study, record),
+        *_drawn(study, record, drawings),
+        _saved(study),
+        _lineage(study),
+        _trials(study, record),
+        _errors(study),
+    ]
+    return html.document(name, body, {**html.NOTHING_DRAWN, "drawings": drawings})
+
+
+def _header(study: Study, record: Mapping[str, Any], name: str) -> Html:
+    counts: dict[str, int] = {}
+    for trial in study.trials:
+        counts[_STATES[trial.state.name]] = counts.get(_STATES[trial.state.name], 0) + 1
+    said = ", ".join(f"{count} {state}" for state, count in counts.items())
+    way = {"min": "smallest", "max": "largest"}[record["goal"]]
+    about = (
+        f"the {way} {record['metric']} of {record['recipe']}, by {record['sampler']}, {record['scheduler']}, "
+        f"seed {record['seed']}"
+    )
+    return tag("header", tag("h1", name), tag("p", said), tag("p", about, class_="soft"))
+
+
+def _best(study: Study, record: Mapping[str, Any]) -> Html:
+    complete = [t for t in study.trials if t.state.name == "COMPLETE"]
+    if not complete:
+        return section("Best", tag("p", "No trial has come to its end yet."))
+    best = study.best_trial
+    rows = [
+        ("trial", best.user_attrs.get("run", str(best.number))), (record["metric"], facts.number(best.value)),
+        *((key, _said(value)) for key, value in best.params.items()),
+    ]  # fmt: skip
+    return section("Best", table((), ([tag("td", key, class_="name"), number(value)] for key, value in rows)))
+
+
+def _drawn(study: Study, record: Mapping[str, Any], drawings: list[Any]) -> Iterator[Html]:
+    """What Optuna draws, as far as there is enough to be drawn."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for title, draw in _figures(study, record["metric"]):
+            try:
+                figure = json.loads(draw().to_json())
+            except (ValueError, RuntimeError, ImportError):  # too few trials, or all alike
+                continue
+            if not any(_points(trace) for trace in figure["data"]):
+                continue
+            figure["layout"].pop("title", None)  # the section has one
+            drawings.append(figure)
+            place = tag("div", class_="plot drawing", data_of="drawings", data_index=str(len(drawings) - 1))
+            yield section(title, place)
+
+
+def _figures(study: Study, metric: str) -> Iterator[tuple[str, Callable[[], Any]]]:
+    from optuna import visualization as drawn
+    from optuna.importance import PedAnovaImportanceEvaluator
+
+    several = len({name for trial in study.trials for name in trial.params}) > 1
+    yield "History", lambda: drawn.plot_optimization_history(study, target_name=metric)
+    yield "Learning curves", lambda: drawn.plot_intermediate_values(study)
+    if several:
+        yield (
+            "What matters",
+            lambda: drawn.plot_param_importances(
+                study, evaluator=PedAnovaImportanceEvaluator(), target_name=metric
+            ),
+        )
+        yield "Parallel coordinates", lambda: drawn.plot_parallel_coordinate(study, target_name=metric)
+    yield "Slices", lambda: drawn.plot_slice(study, target_name=metric)
+    if several:
+        yield "Contours", lambda: drawn.plot_contour(study, target_name=metric)
+
+
+def _points(trace: Mapping[str, Any]) -> bool:
+    return any(trace.get(part) for part in ("x", "y", "z", "dimensions"))
+
+
+def _saved(study: Study) -> Html:
+    """The steps that trials did, and those that they would have done had none ended early."""
+    done = [max(trial.intermediate_values, default=0) for trial in study.trials]
+    early = [t for t in study.trials if t.state.name == "PRUNED"]
+    if not early or any(
+        "fork" in trial.user_attrs for trial in study.trials
+    ):  # whose ends are others' begins
+        return Html("")
+    whole = max(done) * len([n for n in done if n])
+    said = f"{len(early)} trials ended early: {sum(done):,} steps were done of {whole:,}"
+    return section("Ended early", tag("p", f"{said}, {1 - sum(done) / max(whole, 1):.0%} less."))
+
+
+def _lineage(study: Study) -> Html:
+    """Where trials of a population come from."""
+    forked = [t for t in study.trials if "fork" in t.user_attrs]
+    if not forked:
+        return Html("")
+    rows = [
+        [number(str(t.number)), number(str(t.user_attrs["fork"]["donor"])),
+         number(f"{t.user_attrs['fork']['step']:,}"), number(str(t.user_attrs["fork"]["replaces"])),
+         _params(t)]
+        for t in forked
+    ]  # fmt: skip
+    return section("Lineage", table(("trial", "goes on from", "at step", "in place of", "values"), rows))
+
+
+def _trials(study: Study, record: Mapping[str, Any]) -> Html:
+    names = sorted({name for trial in study.trials for name in trial.params})
+    rows = [
+        [number(str(t.number)), _STATES[t.state.name], number(f"{max(t.intermediate_values, default=0):,}"),
+         number(facts.number(_value(t))), *(number(_said(t.params.get(name))) for name in names)]
+        for t in study.trials
+    ]  # fmt: skip
+    return section("Trials", table(("trial", "state", "steps", record["metric"], *names), rows))
+
+
+def _errors(study: Study) -> Html:
+    failed = [t for t in study.trials if t.user_attrs.get("error")]
+    if not failed:
+        return Html("")
+    shown = (
+        join([tag("h3", f"Trial {t.number}"), tag("p", t.user_attrs["error"], class_="error"),
+              *([tag("pre", t.user_attrs["trace"])] if t.user_attrs.get("trace") else [])])
+        for t in failed[:_MOST_ERRORS]
+    )  # fmt: skip
+    more = [tag("p", f"and {len(failed) - _MOST_ERRORS} more")] if len(failed) > _MOST_ERRORS else []
+    return section("Failures", *shown, *more)
+
+
+def _value(trial: FrozenTrial) -> float | None:
+    return (
+        trial.value if trial.value is not None else next(reversed(trial.intermediate_values.values()), None)
+    )
+
+
+def _params(trial: FrozenTrial) -> str:
+    return " ".join(f"{key}={_said(value)}" for key, value in trial.params.items())
+
+
+def _said(value: Any) -> str:
+    return facts.number(value) if isinstance(value, float) else "" if value is None else str(value)
