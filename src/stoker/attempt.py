@@ -248,6 +248,10 @@ class Run:
         if self._listener is not None:
             self._listener(step, flat)
 
+    def leave_shipping(self) -> None:
+        """Have another process ship this run to its sinks, as that of a search does for its trials."""
+        self._sinks = ()
+
     def listen(self, listener: Callable[[int, Mapping[str, Any]], None]) -> None:
         """Be called with every step and the values that were logged at it, on rank 0."""
         if self.world.rank == 0:

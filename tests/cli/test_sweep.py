@@ -281,3 +281,31 @@ def test_trials_of_two_ranks_end_early_together(stoker: Command, tmp_path: Path)
         assert run.status == {"complete": "finished", "stopped": "stopped"}[trial["state"]]
         if trial["state"] == "stopped":
             assert trial["values"][-1][0] < 80
+
+
+@pytest.mark.filterwarnings("ignore")  # of SQLAlchemy, by MLflow
+def test_mlflow_has_the_sweep_as_the_parent_of_its_trials(stoker: Command, tmp_path: Path) -> None:
+    """Shipped by one process for all of them; and those that are added later."""
+    from mlflow import MlflowClient
+    from stoker.tracking import store
+
+    for trials in ("2", "4"):
+        done = stoker(
+            "sweep", RECIPE, *SPACE, "--trials", trials, "--name", "s", "--parallel", "2",
+            env={"STOKER_SINKS": "mlflow"},
+        )  # fmt: skip
+        assert done.code == 0, done.err
+        assert "not everything is shipped" not in done.err
+        client = MlflowClient(store.embedded_uri(tmp_path / "runs"))
+        experiment = client.get_experiment_by_name("s")
+        assert experiment is not None
+        runs = client.search_runs([experiment.experiment_id])
+        (parent,) = [run for run in runs if "stoker.sweep" in run.data.tags]
+        assert parent.data.params["space.x"] == "uniform(0.0, 1.0)"
+        children = [run for run in runs if run is not parent]
+        assert len(children) == int(trials)
+        assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parent.info.run_id}
+        assert {run.info.status for run in runs} == {"FINISHED"}
+        for run in children:
+            points = client.get_metric_history(run.info.run_id, "val_loss")
+            assert [point.step for point in points] == list(range(1, 10))

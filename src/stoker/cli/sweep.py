@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -31,8 +32,11 @@ from stoker.duration import clock
 from stoker.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, BadInput
 from stoker.launch import ranks
 from stoker.recipes import Recipe
+from stoker.run import finding
+from stoker.run.directory import RunDirectory
 from stoker.run.series import guess_goal
 from stoker.stopping import STATUS
+from stoker.tracking import follower
 from stoker.world import World
 
 if TYPE_CHECKING:
@@ -41,6 +45,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("stoker")
 
+_FREE_TIMEOUT = 30.0
+_SINKS_TIMEOUT = 60.0
 _SHOWN = 12  # trials in the live table
 Goal = Literal["min", "max"]
 
@@ -168,9 +174,11 @@ def sweep(
         )  # fmt: skip
         plan = Plan(folder, found.reference, found.config, metric, way, trials, seed, max_failures, deadline)
         search = Search(plan, searched, study, file, rule, workers)
+        shipping = follower.spawn_for_sweep(folder) if follower.enabled() else None
         code = _run(search, plan)
     finally:
         os.close(lock)
+    _wait_for_sinks(shipping, code)
     _answer(search, plan, json)
     return code
 
@@ -183,16 +191,26 @@ def work(job: Job, link: Link) -> dict[str, Any]:
     recipe = recipes.load(job.recipe)
     resolved: Any = configs.restore(recipe.config, job.values, job.sources)
     train.check(recipe, resolved.config, World.current().size)
+    if World.current().rank == 0:
+        _wait_until_free(finding.locate(job.runs, job.sweep, job.run))
     run = Run(
         job.sweep, job.run, config=resolved.config, runs=job.runs, sources=resolved.sources,
         recipe={"name": recipe.name, "reference": recipe.reference},
         seed=int(getattr(resolved.config, "seed", 0)), provenance=job.provenance,
     )  # fmt: skip
+    run.leave_shipping()
     ranks.log_to(run.directory.logs / f"rank-{run.world.rank}.log")
     reporter = Reporter(run, job.metric, link)
     run.listen(reporter)
     _, status = train.work_on(run, recipe, resolved.config, report=False)
     return {"status": status, "logged": sorted(reporter.logged)}
+
+
+def _wait_until_free(run: RunDirectory) -> None:
+    """A process of a controller that was killed may be about to end, in the middle of something."""
+    until = time.monotonic() + _FREE_TIMEOUT
+    while run.exists() and run.alive and time.monotonic() < until:
+        time.sleep(0.05)
 
 
 def _run(search: Search, plan: Any) -> int:
@@ -222,6 +240,18 @@ def _said(name: str, rule: Any) -> str:
     """A scheduler with its settings."""
     settings = {key: value for key, value in dataclasses.asdict(rule).items() if key != "promotes"}
     return ", ".join([name, *(f"{key} {value:g}" for key, value in settings.items())])
+
+
+def _wait_for_sinks(shipping: subprocess.Popen[bytes] | None, code: int) -> None:
+    """Wait until the trackers have all of it, a minute at most; told to stop, it has no time to lose."""
+    if shipping is None or code != 0:
+        return
+    try:
+        missing = shipping.wait(_SINKS_TIMEOUT) != 0
+    except subprocess.TimeoutExpired:
+        missing = True
+    if missing:
+        log.warning("not everything is shipped to the trackers yet; the same command ships what is missing")
 
 
 def _goal(metric: str, goal: str | None) -> Goal:

@@ -24,6 +24,10 @@ from stoker import storage
 from stoker.errors import BadInput
 from stoker.run import lease
 
+SWEEP = "sweep.json"
+"""In the folder of an experiment: its runs are the trials of a search."""
+SWEEP_LOCK = "sweep.lock"
+"""Beside it: locked while the search goes on."""
 FORMAT = 1  # of run.json and of the journal
 MANIFEST = "manifest.json"
 """Of a checkpoint: written last, after all of its files."""

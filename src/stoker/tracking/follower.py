@@ -6,6 +6,10 @@ moment: the next one goes on, and sends nothing that a sink does not store once.
 fails is tried again, ever more slowly, and training never notices.
 
     python -m stoker.tracking.follower [--once] RUN_DIRECTORY
+
+One process ships all trials of a search, for as long as that goes on:
+
+    python -m stoker.tracking.follower --sweep FOLDER
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ from pathlib import Path
 
 from stoker import storage
 from stoker.errors import BadInput, nearest
-from stoker.run.directory import RunDirectory
+from stoker.run.directory import SWEEP_LOCK, RunDirectory
 from stoker.tracking import feed, ledger, store
 from stoker.tracking.shipper import Shipper
 from stoker.tracking.sink import Sink
@@ -77,6 +81,15 @@ def spawn(directory: RunDirectory, once: bool = False) -> subprocess.Popen[bytes
             stdout=output,
             stderr=output,
             start_new_session=True,  # Ctrl-C in the terminal is meant for the trainer
+        )
+
+
+def spawn_for_sweep(folder: Path) -> subprocess.Popen[bytes]:
+    """Start the process that ships the trials of a search."""
+    command = [sys.executable, "-P", "-m", "stoker.tracking.follower", "--sweep", str(folder.absolute())]
+    with (folder / "follower.log").open("ab") as output:
+        return subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
         )
 
 
@@ -249,14 +262,53 @@ def follow_all(directory: RunDirectory, *, once: bool, patience: float) -> bool:
     return all(shipped.result() for shipped in shipping)
 
 
+def follow_sweep(folder: Path, patience: float = PATIENCE) -> bool:
+    """Ship the trials of a search, one after the other, until it is over; whether all was shipped.
+
+    Failing sinks are tried for `patience` seconds after that.
+    """
+    over_since: float | None = None
+    while True:
+        over = not storage.is_locked(folder / SWEEP_LOCK)  # asked first: what is seen after its end is all
+        behind = [run for run in _runs(folder) if not all(_complete(run, name) for name in enabled())]
+        for run in behind:
+            follow_all(run, once=run.trained_here, patience=0.0)
+        if over and not behind:
+            return _end_sweep(folder)
+        over_since = (over_since or time.monotonic()) if over else None
+        if over_since is not None and time.monotonic() - over_since > patience:
+            return False
+        time.sleep(INTERVAL)
+
+
+def _runs(folder: Path) -> list[RunDirectory]:
+    return [RunDirectory(file.parent) for file in sorted(folder.glob("*/run.json"))]
+
+
+def _complete(run: RunDirectory, name: str) -> bool:
+    return _Task(run, name, None, 0.0).complete()
+
+
+def _end_sweep(folder: Path) -> bool:
+    """Let the trackers know that a search is over for now."""
+    if "mlflow" in enabled() and (runs := _runs(folder)):
+        from stoker.tracking.mlflow_sink import MlflowSink
+
+        MlflowSink(runs[0]).conclude_sweep()
+    return True
+
+
 def main() -> int:
     """The follower's process. Returns 0 where all was shipped, else 1."""
     parser = argparse.ArgumentParser(prog="stoker.tracking.follower")
-    parser.add_argument("run", type=Path, help="the run's directory")
+    parser.add_argument("run", type=Path, help="the run's directory, or with --sweep that of a search")
+    parser.add_argument("--sweep", action="store_true", help="ship all trials of a search until it is over")
     parser.add_argument("--once", action="store_true", help="ship what is there now, and end")
     arguments = parser.parse_args()
     os.nice(19)  # training comes first
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    if arguments.sweep:
+        return 0 if follow_sweep(arguments.run) else 1
     directory, once = RunDirectory(arguments.run), arguments.once
     patience = ONCE_PATIENCE if once else PATIENCE
     return 0 if follow_all(directory, once=once, patience=patience) else 1

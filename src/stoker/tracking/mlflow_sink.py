@@ -22,7 +22,7 @@ from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from stoker import storage
 from stoker.run import media, view
-from stoker.run.directory import RunDirectory
+from stoker.run.directory import SWEEP, RunDirectory
 from stoker.tracking import store
 from stoker.tracking.sink import Batch, Ending, SinkRun
 
@@ -36,6 +36,7 @@ _LONGEST_TAG = 5000  # MLflow takes 8000, some of its databases less
 _LONGEST_KEY = 250
 _LARGEST_SHOWN_TABLE = 10_000  # rows; a larger one is there as Parquet alone
 _NOTE = "mlflow.note.content"
+_PARENT = "mlflow.parentRunId"
 _REFUSED = re.compile(r"[^\w./\- :]")
 _STATUS = {view.FINISHED: "FINISHED", view.FAILED: "FAILED"}  # all others are KILLED
 
@@ -60,7 +61,8 @@ class MlflowSink:
         """Find the MLflow run by its id or by its tag, or make it; ship params and tags of the record."""
         self._client = self._connected()
         experiment, self._run = self._located(known) or self._found_or_made(started)
-        self._log_texts(self._params(), self._tags())
+        parent = self._sweep(experiment)
+        self._log_texts(self._params(), {**self._tags(), **({_PARENT: parent} if parent else {})})
         where = store.without_credentials(self._uri).rstrip("/")
         if where.startswith("http"):
             return SinkRun(self._run, f"{where}/#/experiments/{experiment}/runs/{self._run}")
@@ -88,6 +90,13 @@ class MlflowSink:
         """Set the MLflow run's final status and end time."""
         status = _STATUS.get(ending.status, "KILLED")
         self._mlflow.set_terminated(self._run, status, int(ending.time * 1000))
+
+    def conclude_sweep(self) -> None:
+        """Set the end of the MLflow run that stands for the search which this run is a trial of."""
+        self._client = self._connected()
+        parent = self._sweep(self._experiment())
+        if parent is not None:
+            self._mlflow.set_terminated(parent)
 
     def close(self) -> None:
         """Nothing is held."""
@@ -131,6 +140,24 @@ class MlflowSink:
             run_name=self._directory.id,
         )
         return experiment, made.info.run_id
+
+    def _sweep(self, experiment: str) -> str | None:
+        """The MLflow run of the search that this run is a trial of: its parent, found by its tag, or made."""
+        about = storage.read_json(self._directory.path.parent / SWEEP)
+        if not about:
+            return None
+        name = self._directory.experiment
+        query = f"tags.`stoker.sweep` = '{name}'"
+        for run in self._mlflow.search_runs([experiment], query, max_results=1):
+            if run.info.status != "RUNNING":
+                self._mlflow.update_run(run.info.run_id, status="RUNNING")
+            return str(run.info.run_id)
+        made = self._mlflow.create_run(experiment, tags={"stoker.sweep": name}, run_name=name)
+        settings = {k: v for k, v in about.items() if k not in ("space", "tries", "format")}
+        texts = {**settings, **{f"space.{k}": v for k, v in about["space"].items()}}
+        params = [Param(key(k), str(v)[:_LONGEST_PARAM]) for k, v in texts.items()]
+        self._mlflow.log_batch(made.info.run_id, params=params[:_TEXTS_PER_REQUEST])
+        return str(made.info.run_id)
 
     def _experiment(self) -> str:
         name = self._directory.experiment

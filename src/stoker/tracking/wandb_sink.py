@@ -22,7 +22,7 @@ from typing import Any
 import wandb
 from requests.utils import get_netrc_auth
 from stoker.run import media, view
-from stoker.run.directory import RunDirectory
+from stoker.run.directory import SWEEP, RunDirectory
 from stoker.tracking import wandb_files
 from stoker.tracking.feed import SYSTEM
 from stoker.tracking.sink import Batch, Ending, Point, SinkRun
@@ -62,6 +62,7 @@ class WandbSink:
             id=self._id,
             name=self._directory.id,
             project=os.environ.get("WANDB_PROJECT") or self._directory.experiment,
+            group=self._directory.experiment if (self._directory.path.parent / SWEEP).is_file() else None,
             config=self._record["config"],
             dir=str(self._directory.path),
             mode="online" if online else "offline",

@@ -19,8 +19,9 @@ from typing import Any, Literal
 from stoker import storage
 from stoker.errors import BadInput
 from stoker.reproduce import provenance
+from stoker.run.directory import SWEEP, SWEEP_LOCK
 
-FILE = "sweep.json"
+FILE = SWEEP
 STUDY = "study.journal"
 FORMAT = 1
 
@@ -46,7 +47,7 @@ class Record:
 def take(folder: Path) -> int:
     """Lock a sweep's folder for this process; returns the lock's descriptor. Raises BadInput."""
     folder.mkdir(parents=True, exist_ok=True)
-    descriptor = storage.try_lock(folder / "sweep.lock")
+    descriptor = storage.try_lock(folder / SWEEP_LOCK)
     if descriptor is None:
         raise BadInput(f"another process searches in {folder}: wait for it, or give another --name")
     return descriptor

@@ -46,6 +46,13 @@ class Known:
     """Resource (steps, epochs...) -> value of the objective, smaller is better, in the order reported."""
     state: Literal["running", "paused", "stopped", "complete", "failed"]
 
+    def at(self, rung: float) -> float | None:
+        """The value that was reported first at a resource or beyond it; looked for once."""
+        known: dict[float, float | None] = self.__dict__.setdefault("_firsts", {})
+        if rung not in known:
+            known[rung] = next((v for resource, v in self.values.items() if _reaches(resource, rung)), None)
+        return known[rung]
+
 
 Trials = Mapping[int, Known]
 """By number. Of the trial that reports, its newest report is in already, and its state is running."""
@@ -446,10 +453,7 @@ def _worst_if_nan(value: float) -> float:
 
 def _values_at(trials: Trials, rung: float) -> dict[int, float]:
     """The value of each trial that has reached a rung, from its first report there."""
-    firsts = (
-        (number, next((value for resource, value in known.values.items() if _reaches(resource, rung)), None))
-        for number, known in trials.items()
-    )
+    firsts = ((number, known.at(rung)) for number, known in trials.items())
     return {number: value for number, value in firsts if value is not None}
 
 

@@ -24,7 +24,7 @@ from stoker.run.directory import RunDirectory
 from stoker.run.view import RunView
 from stoker.tune import forking
 from stoker.tune.local import Ended, Report, Workers
-from stoker.tune.schedulers import Decision, Known, PopulationBased, Scheduler
+from stoker.tune.schedulers import Decision, Known, PopulationBased, Scheduler, Trials
 from stoker.tune.space import Space
 from stoker.tune.study import JournalFile, quiet
 from stoker.tune.trial import Job
@@ -112,6 +112,7 @@ class Search:
         self._changed: Callable[[], None] = lambda: None
         self.trials: dict[int, Seen] = {}
         self._ending = False
+        self._table: dict[int, Known] = {}
         self._open: dict[int, Trial] = {}
         """Optuna's trials that it was not told the end of."""
         for trial in study.get_trials(deepcopy=False):
@@ -285,6 +286,7 @@ class Search:
         trial = self.trials[report.number]
         trial.values[float(report.step)] = report.value
         trial.killed = 0
+        self._table.pop(report.number, None)
         decision = self._scheduler.decide(self._known(), report.number)
         saves = isinstance(self._scheduler, PopulationBased)  # others may go on from there
         self._workers.answer(report.number, _ANSWERS[decision], save=saves)
@@ -336,12 +338,14 @@ class Search:
     def _directory(self, number: int) -> RunDirectory:
         return finding.locate(self._plan.folder.parent, self._plan.folder.name, _run_id(number))
 
-    def _known(self) -> dict[int, Known]:
-        """What schedulers decide by."""
-        return {
-            t.number: Known(t.number, {step: self._lower(v) for step, v in t.values.items()}, t.state)
-            for t in self.trials.values()
-        }
+    def _known(self) -> Trials:
+        """What schedulers decide by; made anew of the trials of which something has changed."""
+        for trial in self.trials.values():
+            known = self._table.get(trial.number)
+            if known is None or known.state != trial.state:
+                values = {step: self._lower(value) for step, value in trial.values.items()}
+                self._table[trial.number] = Known(trial.number, values, trial.state)
+        return self._table
 
     def _lower(self, value: float) -> float:
         """So that smaller is better."""
