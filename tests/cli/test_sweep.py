@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from support import loaded
 
 RECIPE = str(Path(__file__).parent / "searched.py")
 SPACE = ("x=uniform(0, 1)", "kind=[near, far]")
+_KILLS = 20 if os.environ.get("STOKER_SOAK") else 6
 
 
 def trials(sweep: Path) -> list[optuna.trial.FrozenTrial]:
@@ -129,6 +131,7 @@ def test_too_many_failures_end_it(stoker: Command) -> None:
     assert "this one cannot be trained" in done.err
 
 
+@pytest.mark.soak
 def test_killed_at_random_moments_it_ends_as_it_would_have(
     start: Start, stoker: Command, tmp_path: Path
 ) -> None:
@@ -141,7 +144,7 @@ def test_killed_at_random_moments_it_ends_as_it_would_have(
     assert whole.code == 0, whole.err
     draws = random.Random(0)
     process, kills, controllers = start(*given, "--name", "parts"), 0, 0
-    while kills < 8:
+    while kills < _KILLS:
         _wait_until_it_searches(process, tmp_path / "runs" / "parts")
         time.sleep(draws.uniform(0.0, 0.4))
         victim = _victim(process, draws)
@@ -309,3 +312,37 @@ def test_mlflow_has_the_sweep_as_the_parent_of_its_trials(stoker: Command, tmp_p
         for run in children:
             points = client.get_metric_history(run.info.run_id, "val_loss")
             assert [point.step for point in points] == list(range(1, 10))
+
+
+@pytest.mark.soak
+def test_killed_at_random_moments_no_trial_is_lost(start: Start, tmp_path: Path) -> None:
+    """Two trials at a time, with a Trainer and checkpoints."""
+    recipe = str(Path(__file__).parent / "quadratic.py")
+    given = (
+        "sweep", recipe, "h0=uniform(0, 1)", "h1=uniform(0, 1)", "precision=fp32", "pause=0.02",
+        "checkpoint_every=10", "--metric", "score", "--goal", "max", "--trials", "6", "--parallel", "2",
+        "--name", "s", "--json",
+    )  # fmt: skip
+    draws = random.Random(1)
+    process, kills = start(*given), 0
+    while kills < _KILLS:
+        _wait_until_it_searches(process, tmp_path / "runs" / "s")
+        time.sleep(draws.uniform(0.1, 0.8))
+        victim = _victim(process, draws)
+        if victim is None:
+            break
+        victim.kill()
+        kills += 1
+        if victim.pid == process.pid:
+            process.wait()
+            process = start(*given)
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err.decode()
+    answer = json.loads(out.decode().strip().splitlines()[-1])
+    assert [t["state"] for t in answer["trials"]] == ["complete"] * 6
+    for trial in answer["trials"]:
+        run = loaded(Path(trial["run"]))
+        assert [a.status for a in run.attempts].count("finished") == 1
+        assert list(run.points["score"].items())[-1][0] == 80
+        assert [step for step, _ in trial["values"]] == list(range(1, 81))
+    assert all(trial.state.is_finished() for trial in trials(tmp_path / "runs" / "s"))

@@ -18,6 +18,7 @@ import numpy as np
 from optuna.study import Study
 from optuna.trial import FixedTrial, FrozenTrial, Trial, TrialState
 from stoker import config as configs
+from stoker.checkpoint import manifest
 from stoker.errors import StokerError
 from stoker.run import finding, view
 from stoker.run.directory import RunDirectory
@@ -188,7 +189,8 @@ class Search:
         for trial in self.trials.values():
             if trial.resumes:
                 trial.resumes = False
-                return trial.number
+                if self._goes_on(trial):
+                    return trial.number
         if (forked := self._fork()) is not None:
             return forked
         promoted = self._scheduler.resumes(self._known())
@@ -196,6 +198,28 @@ class Search:
             return promoted
         begun = sum(trial.parent is None for trial in self.trials.values())
         return self._ask() if begun < self._plan.trials else None
+
+    def _goes_on(self, trial: Seen) -> bool:
+        """Whether a trial that was interrupted is to run again.
+
+        Its newest report may be one that nobody has decided upon; and what it reported beyond the
+        checkpoint that it goes on from, it will report once more.
+        """
+        run = self._run_of(trial.number)
+        if run is not None:
+            known = {**trial.values, **_points(run, self._plan.metric)}
+            begins = _begins(run)
+            trial.values = {step: value for step, value in sorted(known.items()) if step <= begins}
+            self._table.pop(trial.number, None)
+        trial.state = "running"
+        if not trial.values:
+            return True
+        decision = self._scheduler.decide(self._known(), trial.number)
+        if decision is Decision.PAUSE:
+            trial.state = "paused"
+        elif decision is Decision.STOP:
+            self._tell(trial, "stopped")
+        return decision is Decision.CONTINUE
 
     def _fork(self) -> int | None:
         """Begin a trial in place of one that population based training stopped, where there is one."""
@@ -357,6 +381,13 @@ _ANSWERS = {Decision.CONTINUE: "continue", Decision.PAUSE: "paused", Decision.ST
 
 def _run_id(number: int) -> str:
     return f"trial-{number:04d}"
+
+
+def _begins(run: RunView) -> float:
+    """The step that a run goes on from: of a loop without a Trainer, which keeps its own place, its last."""
+    if run.samples_per_step is None:
+        return math.inf
+    return max(map(manifest.step_of, manifest.committed(run.directory.checkpoints)), default=0)
 
 
 def _points(run: RunView, metric: str) -> dict[float, float]:

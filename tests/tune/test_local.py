@@ -1,0 +1,87 @@
+"""The processes of trials: who gets which GPU, who takes whom along."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from stoker.tune.local import Ended, Report, Workers
+from stoker.tune.trial import Job, Link
+
+
+def job(number: int) -> Job:
+    return Job(number, "none", {}, {}, Path("runs"), "sweep", f"trial-{number}", "val_loss", Path())
+
+
+def sees(job: Job, link: Link) -> dict[str, Any]:
+    """Says which GPUs it may use, and what it is told."""
+    answer = link.ask("report", step=1, value=float(job.number))
+    time.sleep(0.2)
+    return {"status": "finished", "logged": [os.environ.get("CUDA_VISIBLE_DEVICES", ""), answer["decision"]]}
+
+
+def one_of_two_fails(job: Job, link: Link) -> dict[str, Any]:
+    """Rank 1 fails while rank 0 waits for it."""
+    if os.environ["RANK"] == "1":
+        raise RuntimeError("rank 1 cannot do it")
+    time.sleep(600)
+    return {"status": "finished"}
+
+
+def allocates(job: Job, link: Link) -> dict[str, Any]:
+    raise MemoryError("no room")
+
+
+def searched(workers: Workers, jobs: int) -> list[Ended]:
+    """Run so many jobs to their end."""
+    ended: list[Ended] = []
+    waiting = list(range(jobs))
+    while waiting or workers.running:
+        while waiting and workers.free:
+            workers.start(job(waiting.pop(0)))
+        for happened in workers.wait(60):
+            if isinstance(happened, Report):
+                assert happened.value == happened.number
+                workers.answer(happened.number, "continue", save=False)
+            else:
+                ended.append(happened)
+    return ended
+
+
+def test_gpus_are_handed_out_and_given_back() -> None:
+    workers = Workers(sees, parallel=2, gpus=[3, 5])
+    ended = searched(workers, 5)
+    assert sorted(e.number for e in ended) == list(range(5))
+    assert {e.status for e in ended} == {"finished"}
+    assert {e.logged for e in ended} == {("3", "continue"), ("5", "continue")}
+
+
+def test_no_more_trials_run_than_there_are_gpus() -> None:
+    workers = Workers(sees, parallel=4, ranks=2, gpus=[0, 1, 2])
+    workers.start(job(0))
+    assert not workers.free
+    workers.kill()
+    ended: list[Report | Ended] = []
+    while workers.running:
+        ended += workers.wait(60)
+    assert [type(e) for e in ended] == [Ended]
+    assert workers.free
+
+
+def test_a_rank_that_fails_takes_the_others_with_it() -> None:
+    workers = Workers(one_of_two_fails, parallel=1, ranks=2)
+    begun = time.monotonic()
+    (ended,) = searched(workers, 1)
+    assert time.monotonic() - begun < 60
+    assert (ended.status, ended.error) == ("failed", "RuntimeError: rank 1 cannot do it")
+    assert "one_of_two_fails" in ended.trace
+
+
+@pytest.mark.parametrize("parallel", [1, 2])
+def test_memory_that_runs_out_is_one_failure(parallel: int) -> None:
+    ended = searched(Workers(allocates, parallel=parallel), 2)
+    assert [e.status for e in ended] == ["failed", "failed"]
+    assert "MemoryError: no room" in ended[0].error
