@@ -19,6 +19,8 @@ class Config(stoker.Training):
     h1: float = 0.0
     steps: int = 80
     pause: float = 0.0
+    hangs: float = 2.0
+    """From step 20 on, where h0 is at least so much."""
     seed: int = 0
 
 
@@ -43,6 +45,8 @@ def train(run: stoker.Run, config: Config) -> None:
     run.goal(score="max")
     data = TensorDataset(torch.zeros(64, 1), torch.arange(64))
     for batch in trainer.steps(trainer.loader(data, batch_size=4), max_steps=config.steps):
+        if run.step == 20 and config.h0 >= config.hangs:
+            time.sleep(600)
         loss = trainer.step(batch)
         point = trainer.model.state_dict()["place"]
         run.log(loss=loss, score=1.2 - float((point**2).sum()), first=int(batch[1][0]))

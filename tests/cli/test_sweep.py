@@ -267,6 +267,19 @@ def test_a_population_reaches_what_neither_fixed_setting_does(stoker: Command, t
         assert dict(run.points["first"].items()) == {n: v for n, v in whole.items() if n in own}
 
 
+def test_a_trial_that_hangs_is_one_failed_trial(stoker: Command) -> None:
+    recipe = str(Path(__file__).parent / "quadratic.py")
+    done = stoker(
+        "sweep", recipe, "h0=[0.1, 1.0]", "hangs=1.0", "hang_limit=2s", "precision=fp32", "--metric", "score",
+        "--goal", "max", "--sampler", "grid", "--json",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    assert {t["params"]["h0"]: t["state"] for t in done.answer["trials"]} == {0.1: "complete", 1.0: "failed"}
+    (failed,) = [t for t in done.answer["trials"] if t["state"] == "failed"]
+    assert "it hangs: nothing after step 19" in failed["error"]
+    assert len(loaded(Path(failed["run"])).attempts) == 1
+
+
 def test_trials_of_two_ranks_end_early_together(stoker: Command, tmp_path: Path) -> None:
     recipe = str(Path(__file__).parent / "quadratic.py")
     done = stoker(

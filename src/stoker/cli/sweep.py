@@ -202,7 +202,7 @@ def work(job: Job, link: Link) -> dict[str, Any]:
     ranks.log_to(run.directory.logs / f"rank-{run.world.rank}.log")
     reporter = Reporter(run, job.metric, link)
     run.listen(reporter)
-    _, status = train.work_on(run, recipe, resolved.config, report=False)
+    _, status = train.work_on(run, recipe, resolved.config, trial=True)
     return {"status": status, "logged": sorted(reporter.logged)}
 
 

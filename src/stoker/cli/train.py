@@ -297,14 +297,14 @@ def _deadline(max_time: str | None) -> float | None:
         raise BadInput(f"--max-time {error}") from error
 
 
-def work_on(run: Run, recipe: Recipe, config: Any, *, report: bool = True) -> tuple[int, str]:
+def work_on(run: Run, recipe: Recipe, config: Any, *, trial: bool = False) -> tuple[int, str]:
     """Call the recipe within the run; returns the exit code and the status.
 
     Args:
-        report: write one where it comes to its end.
+        trial: it is one of many: it has no report of its own, and is ended where it hangs.
     """
     _seed(run.seed)
-    ends = run.world.size > 1 or getattr(config, "hang_limit", None) is not None
+    ends = trial or run.world.size > 1 or getattr(config, "hang_limit", None) is not None
     try:
         with run.stop.handled(), run, alone.watching(run, _say_hanging, ends=ends):
             arguments = (run, config) if recipe.config.__name__ != "NoConfig" else (run,)
@@ -312,7 +312,7 @@ def work_on(run: Run, recipe: Recipe, config: Any, *, report: bool = True) -> tu
             if run.world.rank == 0:
                 _export_weights(run)
             run.end(view.FINISHED)
-            if run.world.rank == 0 and report:
+            if run.world.rank == 0 and not trial:
                 _write_report(run)
     except BadInput:
         run.discard_if_unused()

@@ -48,7 +48,7 @@ class Ended:
 
     number: int
     status: str
-    """As a run's (finished, paused, stopped, preempted, ...); failed; killed, where it said nothing."""
+    """As a run's (finished, paused, stopped, preempted, ...); killed, by a signal."""
     error: str = ""
     trace: str = ""
     logged: tuple[str, ...] = ()
@@ -214,8 +214,10 @@ def _outcome(trial: _Trial, failed: list[_Rank]) -> Ended:
         return Ended(number, "failed", said[0]["error"], said[0]["trace"], logged)
     if failed:
         code = failed[0].process.exitcode
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
-        return Ended(number, "killed", f"its process {how} and said nothing", logged=logged)
+        if code < 0:
+            said_of = f"its process was killed by {signal.Signals(-code).name}"
+            return Ended(number, "killed", said_of, logged=logged)
+        return Ended(number, "failed", f"its process ended with {code} and said nothing", logged=logged)
     assert trial.ranks[0].last is not None
     return Ended(number, trial.ranks[0].last["status"], logged=logged)
 

@@ -328,9 +328,14 @@ class Search:
         elif state == "paused":
             trial.state = "paused"
         else:
-            trial.error, trial.trace = ended.error, ended.trace
+            trial.error, trial.trace = self._error_of(ended), ended.trace
             self._tell(trial, state)
             self._check(ended)
+
+    def _error_of(self, ended: Ended) -> str:
+        """What a trial says itself, else what its run does: of one that hung, where its stacks are."""
+        run = self._run_of(ended.number) if ended.error and not ended.trace else None
+        return (run and run.attempts and run.attempts[-1].error) or ended.error
 
     def _check(self, ended: Ended) -> None:
         """Whether it makes sense to go on. Raises StokerError."""
