@@ -202,6 +202,26 @@ def test_after_its_time_it_ends_with_its_best(stoker: Command) -> None:
     assert not done.answer["over"]
 
 
+def test_it_learns_from_an_earlier_one_and_tries_what_it_is_told(stoker: Command) -> None:
+    first = stoker("sweep", RECIPE, *SPACE, "--trials", "12", "--name", "first", "--json")
+    assert first.code == 0, first.err
+    given = ("sweep", RECIPE, *SPACE, "--trials", "3", "--try", "x=0.25,kind=near", "--json")
+    done = stoker(*given, "--name", "second", "--warm-start", "first")
+    assert done.code == 0, done.err
+    assert "learns from 12 trials of first" in done.err
+    assert len(done.answer["trials"]) == 3
+    assert done.answer["trials"][0]["params"] == {"x": 0.25, "kind": "near"}
+    cold = stoker(*given, "--name", "cold").answer
+    assert cold["trials"][0]["params"] == {"x": 0.25, "kind": "near"}
+    assert cold["trials"][1]["params"] != done.answer["trials"][1]["params"]
+    refused = stoker("sweep", RECIPE, "kind=[near, far, near]", "--trials", "1", "--warm-start", "third")
+    assert refused.code == 2
+    assert "there is no sweep" in refused.err
+    refused = stoker("sweep", RECIPE, "kind=[far]", "--trials", "1", "--name", "b", "--warm-start", "first")
+    assert refused.code == 2
+    assert "kind: [near, far] there, [far] here" in refused.err
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [

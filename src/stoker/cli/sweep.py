@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -112,6 +112,9 @@ def sweep(
         list[str] | None,
         typer.Option("--try", metavar="KEY=VALUE,...", help="Values that are tried first; may be repeated."),
     ] = None,
+    warm_start: Annotated[
+        str, typer.Option("--warm-start", metavar="SWEEP", help="Let the sampler learn from another one.")
+    ] = "",
     seed: Annotated[int, typer.Option(min=0, help="Of the sampler.")] = 0,
     max_failures: Annotated[
         int | None, typer.Option(min=0, help="End after more failed trials than that.")
@@ -147,7 +150,10 @@ def sweep(
         seed,
         nproc or 1,
         tries,
+        warm_start,
     )
+    if warm_start:
+        record.check_earlier(runs / warm_start, wanted)
     name = name or f"{found.name}-sweep"
     folder = runs.absolute() / (record.free_name(runs, name) if new else name)
     gpus = _gpus()
@@ -167,8 +173,8 @@ def sweep(
         begun = record.begin(folder, wanted, found.source.parent)
         file = studies.JournalFile(folder / record.STUDY)
         study = studies.opened(file, drawn_by, "minimize" if way == "min" else "maximize")
-        for values in tries if begun else ():
-            study.enqueue_trial(values)
+        if begun:
+            _begin(study, tries, runs / warm_start if warm_start else None)
         workers = Workers(
             work, parallel=parallel, ranks=nproc or 1, preload=_preload(found), gpus=gpus
         )  # fmt: skip
@@ -204,6 +210,18 @@ def work(job: Job, link: Link) -> dict[str, Any]:
     run.listen(reporter)
     _, status = train.work_on(run, recipe, resolved.config, trial=True)
     return {"status": status, "logged": sorted(reporter.logged)}
+
+
+def _begin(study: Any, tries: Sequence[Mapping[str, Any]], earlier: Path | None) -> None:
+    """Let a new study know what it learns from, and what is to be tried first."""
+    from stoker.tune import record
+    from stoker.tune import study as studies
+
+    if earlier is not None:
+        count = studies.learn_from(study, studies.read(earlier / record.STUDY), earlier.name)
+        log.info("the sampler learns from %d trials of %s", count, earlier.name)
+    for values in tries:
+        study.enqueue_trial(values)
 
 
 def _wait_until_free(run: RunDirectory) -> None:

@@ -41,6 +41,8 @@ class Record:
     nproc: int
     tries: tuple[Mapping[str, Any], ...] = ()
     """Values that the first trials have."""
+    warm_start: str = ""
+    """The search whose trials the sampler learns from besides."""
     format: int = FORMAT
 
 
@@ -86,6 +88,24 @@ def read(folder: Path) -> dict[str, Any]:
     if known.get("format") != FORMAT:
         raise BadInput(f"{folder / FILE} cannot be read, or another version of stoker wrote it")
     return known
+
+
+def check_earlier(folder: Path, wanted: Record) -> None:
+    """Refuse to learn from a search of something else. Raises BadInput."""
+    if not is_sweep(folder):
+        raise BadInput(f"--warm-start {folder.name}: there is no sweep in {folder}")
+    known = read(folder)
+    if (known["metric"], known["goal"]) != (wanted.metric, wanted.goal):
+        raise BadInput(
+            f"--warm-start {folder.name}: it searched the {known['goal']} of {known['metric']}, "
+            f"this is the {wanted.goal} of {wanted.metric}"
+        )
+    common = known["space"].keys() & wanted.space.keys()
+    ranges = {key: (known["space"][key], wanted.space[key]) for key in common}
+    other = [key for key, (before, now) in ranges.items() if before != now and "[" in before + now]
+    if other or not common:
+        said = "; ".join(f"{key}: {ranges[key][0]} there, {ranges[key][1]} here" for key in sorted(other))
+        raise BadInput(f"--warm-start {folder.name}: {said or 'the two search nothing in common'}")
 
 
 def free_name(runs: Path, name: str) -> str:

@@ -27,7 +27,7 @@ from stoker.tune import forking
 from stoker.tune.local import Ended, Report, Workers
 from stoker.tune.schedulers import Decision, Known, PopulationBased, Scheduler, Trials
 from stoker.tune.space import Space
-from stoker.tune.study import JournalFile, quiet
+from stoker.tune.study import EARLIER, JournalFile, quiet
 from stoker.tune.trial import Job
 
 State = Literal["running", "paused", "stopped", "complete", "failed"]
@@ -264,7 +264,7 @@ class Search:
 
     def _take_in(self, found: FrozenTrial) -> None:
         """A trial of an earlier controller, from the study and from its run."""
-        if found.state == TrialState.WAITING:
+        if found.state == TrialState.WAITING or EARLIER in found.user_attrs:
             return
         seen = Seen(found.number, self._space.suggest(FixedTrial(found.params)))
         self.trials[found.number] = seen

@@ -31,6 +31,8 @@ logging.getLogger("optuna").propagate = False
 
 SAMPLERS = ("random", "grid", "qmc", "tpe", "gp", "cmaes", "nsga2", "nsga3")
 NAME = "sweep"
+EARLIER = "earlier"
+"""The attribute of trials that were taken from another search, which is its name."""
 
 
 class JournalFile(BaseJournalBackend):
@@ -176,6 +178,21 @@ def sampler(name: str, space: Space, seed: int) -> Seeded:
         "nsga3": lambda drawn: samplers.NSGAIIISampler(seed=drawn),
     }
     return Seeded(makers[name], seed)
+
+
+def learn_from(study: Study, earlier: Study, name: str) -> int:
+    """Let a new study know the complete trials of an earlier one, named so; returns how many it took."""
+    known = [trial for trial in earlier.get_trials(deepcopy=False) if trial.state == TrialState.COMPLETE]
+    for trial in known:
+        study.add_trial(
+            optuna.create_trial(
+                params=trial.params,
+                distributions=trial.distributions,
+                value=trial.value,
+                user_attrs={EARLIER: name},
+            )
+        )
+    return len(known)
 
 
 @contextlib.contextmanager
