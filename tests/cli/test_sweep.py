@@ -214,7 +214,7 @@ def test_it_learns_from_an_earlier_one_and_tries_what_it_is_told(stoker: Command
     cold = stoker(*given, "--name", "cold").answer
     assert cold["trials"][0]["params"] == {"x": 0.25, "kind": "near"}
     assert cold["trials"][1]["params"] != done.answer["trials"][1]["params"]
-    refused = stoker("sweep", RECIPE, "kind=[near, far, near]", "--trials", "1", "--warm-start", "third")
+    refused = stoker("sweep", RECIPE, "kind=[near, far]", "--trials", "1", "--warm-start", "third")
     assert refused.code == 2
     assert "there is no sweep" in refused.err
     refused = stoker("sweep", RECIPE, "kind=[far]", "--trials", "1", "--name", "b", "--warm-start", "first")
