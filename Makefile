@@ -38,6 +38,7 @@ bench: setup
 	$(BIN)/python bench/engine.py
 	$(BIN)/python bench/checkpoint.py
 	$(BIN)/python bench/llm.py
+	$(BIN)/python bench/sweep.py
 
 lint: setup
 	$(BIN)/ruff check --no-cache .

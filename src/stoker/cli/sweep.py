@@ -170,14 +170,13 @@ def sweep(
         trials = min(trials, math.prod(map(len, searched.grid().values())))
     lock = record.take(folder)
     try:
-        begun = record.begin(folder, wanted, found.source.parent)
+        record.begin(folder, wanted, found.source.parent)
         file = studies.JournalFile(folder / record.STUDY)
         study = studies.opened(file, drawn_by, "minimize" if way == "min" else "maximize")
-        if begun:
-            _begin(study, tries, runs / warm_start if warm_start else None)
-        workers = Workers(
-            work, parallel=parallel, ranks=nproc or 1, preload=_preload(found), gpus=gpus
-        )  # fmt: skip
+        if not study.get_trials(deepcopy=False):
+            with file.together():
+                _begin(study, tries, runs / warm_start if warm_start else None)
+        workers = Workers(work, parallel=parallel, ranks=nproc or 1, preload=_preload(found), gpus=gpus)
         plan = Plan(folder, found.reference, found.config, metric, way, trials, seed, max_failures, deadline)
         search = Search(plan, searched, study, file, rule, workers)
         shipping = follower.spawn_for_sweep(folder) if follower.enabled() else None

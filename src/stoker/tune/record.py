@@ -55,8 +55,8 @@ def take(folder: Path) -> int:
     return descriptor
 
 
-def begin(folder: Path, wanted: Record, code: Path) -> bool:
-    """Begin a search in a folder, or go on with the one that is there; returns whether it is new.
+def begin(folder: Path, wanted: Record, code: Path) -> None:
+    """Begin a search in a folder, or go on with the one that is there.
 
     Args:
         code: a folder of the git repository to record.
@@ -67,14 +67,13 @@ def begin(folder: Path, wanted: Record, code: Path) -> bool:
     known = storage.read_json(folder / FILE)
     if known:
         _refuse_changes(folder, known, wanted)
-        return False
+        return
     if any(folder.glob("*/run.json")):
         raise BadInput(f"{folder} has runs that are of no sweep: give another --name")
     (folder / "provenance").mkdir(exist_ok=True)
     state = provenance.code_state(code)
     provenance.write(folder / "provenance", code, state)
     storage.write_json(folder / FILE, dataclasses.asdict(wanted))  # last: from now on it is there
-    return True
 
 
 def is_sweep(folder: Path) -> bool:
