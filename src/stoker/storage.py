@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import os
 import platform
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -151,6 +152,14 @@ def release_in_children(descriptor: int) -> None:
                 os.close(descriptor)
 
     os.register_at_fork(after_in_child=close)
+
+
+def link_or_copy(source: Path | str, target: Path | str) -> None:
+    """Let a file stand at another place too: linked, or copied where a link to there cannot be."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def is_locked(path: Path) -> bool:

@@ -12,10 +12,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import typer
 from rich.console import Console, Group
@@ -37,6 +38,7 @@ from stoker.run.directory import RunDirectory
 from stoker.run.series import guess_goal
 from stoker.stopping import STATUS
 from stoker.tracking import follower
+from stoker.tune.schedulers import State
 from stoker.world import World
 
 if TYPE_CHECKING:
@@ -331,11 +333,11 @@ def _shown(search: Search, plan: Any) -> Iterator[None]:
         with Live(_Picture(search, plan), console=screen, refresh_per_second=4, transient=True):
             yield
         return
-    said: set[int] = {t.number for t in search.trials.values() if t.state not in ("running", "paused")}
+    said: set[int] = {t.number for t in search.trials.values() if t.over}
 
     def say() -> None:
         for trial in search.trials.values():
-            if trial.state not in ("running", "paused") and trial.number not in said:
+            if trial.over and trial.number not in said:
                 said.add(trial.number)
                 log.info("%s", _line(search, trial, plan.metric))
 
@@ -356,8 +358,8 @@ class _Picture:
         keys = sorted({key for trial in trials for key in trial.params})
         for column in ("trial", "state", "step", self._plan.metric, *keys):
             table.add_column(column, justify="left" if column == "state" else "right")
-        running = [t for t in trials if t.state in ("running", "paused")]
-        rest = [t for t in trials if t.state not in ("running", "paused")]
+        running = [t for t in trials if not t.over]
+        rest = [t for t in trials if t.over]
         best = self._search.best
         for trial in [*rest[-(_SHOWN - len(running[:_SHOWN])) or len(rest) :], *running[:_SHOWN]]:
             step = max(trial.values, default=0)
@@ -369,22 +371,25 @@ class _Picture:
         return Group(table, Text(self._summary(trials, best)))
 
     def _summary(self, trials: list[Seen], best: Seen | None) -> str:
-        counts = {state: sum(t.state == state for t in trials) for state in _STATES}
-        parts = [f"{count} {state}" for state, count in counts.items() if count]
         spent = time.monotonic() - self._begun
-        said = f"{len(trials)}/{self._plan.trials} trials: {', '.join(parts)}; {spent:,.0f} s"
-        return f"{said}; best {_number(best.value)} of trial {best.number}" if best else said
+        said = f"{len(trials)}/{self._plan.trials} trials: {_counted(trials)}; {spent:,.0f} s"
+        return said + _best_so_far(best)
 
 
-_STATES = ("running", "paused", "complete", "stopped", "failed")
+def _counted(trials: Iterable[Seen]) -> str:
+    """How many trials are in which state."""
+    counts = Counter(trial.state for trial in trials)
+    return ", ".join(f"{counts[state]} {state}" for state in get_args(State) if counts[state])
+
+
+def _best_so_far(best: Seen | None) -> str:
+    return f"; best {_number(best.value)} of trial {best.number}" if best else ""
 
 
 def _line(search: Search, trial: Seen, metric: str) -> str:
     params = " ".join(f"{key}={_number(value)}" for key, value in trial.params.items())
     what = f"{metric} {_number(trial.value)}" if trial.state != "failed" else trial.error.splitlines()[0]
-    best = search.best
-    said = f"trial {trial.number} {trial.state}: {what} ({params})"
-    return f"{said}; best {_number(best.value)} of trial {best.number}" if best else said
+    return f"trial {trial.number} {trial.state}: {what} ({params}){_best_so_far(search.best)}"
 
 
 def _number(value: Any) -> str:
@@ -400,9 +405,7 @@ def _answer(search: Search, plan: Any, json: bool) -> None:
         })  # fmt: skip
         return
     out = console()
-    counts = {state: sum(t.state == state for t in search.trials.values()) for state in _STATES}
-    said = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
-    out.print(f"\n{plan.folder.name}: {said or 'no trials'}")
+    out.print(f"\n{plan.folder.name}: {_counted(search.trials.values()) or 'no trials'}")
     if best is not None:
         out.print(f"  {'best ' + plan.metric:24} {_number(best.value)}")
         for key, value in best.params.items():

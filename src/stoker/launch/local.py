@@ -25,7 +25,7 @@ from types import FrameType
 from typing import Any
 
 import psutil
-from stoker import signals, supervision
+from stoker import machine, signals, supervision
 from stoker.errors import BadInput, StokerError, Stopped
 from stoker.launch import nodes, ranks
 from stoker.launch.budget import Budget, RankFailed
@@ -207,7 +207,7 @@ def _launch(job: _Job, place: Place, folder: Path) -> dict[int, int]:
     config = LaunchConfig(
         min_nodes=place.machines, max_nodes=place.machines, nproc_per_node=job.nproc,
         run_id=place.id or uuid.uuid4().hex, max_restarts=0, rdzv_backend="static",
-        rdzv_endpoint=f"{place.host}:{place.port or nodes.free_port()}",  # c10d takes up to 0.3 s longer
+        rdzv_endpoint=f"{place.host}:{place.port or machine.free_port()}",  # c10d takes up to 0.3 s longer
         rdzv_configs={"rank": place.number, "timeout": _COMING_UP},
         monitor_interval=_POLL,
         start_method="forkserver", signals_to_handle="SIGQUIT",

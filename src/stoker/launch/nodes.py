@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from stoker import machine
 from stoker.errors import BadInput, StokerError
 from stoker.launch.budget import Budget, RankFailed
 
@@ -202,7 +203,7 @@ class _Host:
     def _begin(self) -> None:
         self.round += 1
         self.running, self.over, self.failed_at, self.failure = True, "", None, None
-        self.port, self.id = free_port(), uuid.uuid4().hex
+        self.port, self.id = machine.free_port(), uuid.uuid4().hex
 
     def _over(self) -> None:
         """End the round; a restart is spent on it."""
@@ -391,13 +392,6 @@ def interface_towards(host: str) -> str | None:
             if any(address.address == own for address in addresses):
                 return str(name)
     return None
-
-
-def free_port() -> int:
-    """A port of this machine that nothing listens on."""
-    with socket.socket() as free:
-        free.bind(("", 0))
-        return int(free.getsockname()[1])
 
 
 def _is_here(host: str) -> bool:

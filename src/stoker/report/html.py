@@ -29,7 +29,11 @@ def write(views: Sequence[RunView], output: Path, scaled: Scaled = ()) -> Path:
     Raises BadInput where the file cannot be written.
     """
     assert views, "a report needs a run"
-    page = render(views, scaled)
+    return save(render(views, scaled), output)
+
+
+def save(page: str, output: Path) -> Path:
+    """Write a page to a file, whole or not at all; returns the file. Raises BadInput where it cannot be."""
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         storage.write_atomically(output, page.encode(errors="replace"))

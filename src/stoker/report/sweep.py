@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stoker import storage
 from stoker.errors import BadInput
 from stoker.report import facts, html
 from stoker.report.markup import Html, join, number, table, tag
@@ -37,14 +36,7 @@ def write(study: Study, record: Mapping[str, Any], name: str, output: Path) -> P
     """
     if not study.trials:
         raise BadInput(f"no trial of {name} was begun yet")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        storage.write_atomically(output, render(study, record, name).encode(errors="replace"))
-    except OSError as error:
-        raise BadInput(
-            f"the report cannot be written to {output}: {error.strerror}; choose another file with -o"
-        ) from error
-    return output
+    return html.save(render(study, record, name), output)
 
 
 def render(study: Study, record: Mapping[str, Any], name: str) -> str:

@@ -6,9 +6,7 @@ may fail a run: what cannot be found out is left out.
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -51,10 +49,7 @@ def write(target: Path, folder: Path, code: dict[str, Any]) -> None:
 def link(known: Path, target: Path) -> None:
     """Let a run have the provenance that stands in a folder already, in the same files where it can."""
     for file in known.iterdir():
-        try:
-            os.link(file, target / file.name)
-        except OSError:  # another file system, or one without links
-            shutil.copyfile(file, target / file.name)
+        storage.link_or_copy(file, target / file.name)
 
 
 def code_of(known: Path) -> dict[str, Any]:

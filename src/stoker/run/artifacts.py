@@ -9,7 +9,6 @@ no hard links a copy is made.
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import time
 import uuid
@@ -122,10 +121,7 @@ def _stored(directory: RunDirectory, file: Path) -> Path:
 
 
 def _link(stored: Path, target: Path) -> None:
-    try:
-        os.link(stored, target)
-    except OSError:
-        shutil.copyfile(stored, target)
+    storage.link_or_copy(stored, target)
     storage.sync_directory(target.parent)
 
 

@@ -73,23 +73,22 @@ def enabled() -> tuple[str, ...]:
 
 def spawn(directory: RunDirectory, once: bool = False) -> subprocess.Popen[bytes]:
     """Start a follower of a run; `once`: one that ships what is there now, and ends."""
-    command = [sys.executable, "-P", "-m", "stoker.tracking.follower", *(["--once"] if once else [])]
-    with (directory.logs / "follower.log").open("ab") as output:
-        return subprocess.Popen(
-            [*command, str(directory.path.absolute())],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            start_new_session=True,  # Ctrl-C in the terminal is meant for the trainer
-        )
+    return _spawn(directory.path, directory.logs, *(["--once"] if once else []))
 
 
 def spawn_for_sweep(folder: Path) -> subprocess.Popen[bytes]:
     """Start the process that ships the trials of a search."""
-    command = [sys.executable, "-P", "-m", "stoker.tracking.follower", "--sweep", str(folder.absolute())]
-    with (folder / "follower.log").open("ab") as output:
+    return _spawn(folder, folder, "--sweep")
+
+
+def _spawn(folder: Path, logs: Path, *flags: str) -> subprocess.Popen[bytes]:
+    with (logs / "follower.log").open("ab") as output:
         return subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+            [sys.executable, "-P", "-m", "stoker.tracking.follower", *flags, str(folder.absolute())],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,  # Ctrl-C in the terminal is meant for the trainer
         )
 
 

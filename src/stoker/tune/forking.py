@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from optuna.trial import FrozenTrial
+from stoker import storage
 from stoker.checkpoint import manifest
 from stoker.errors import StokerError
 from stoker.run.directory import RunDirectory
@@ -44,15 +44,7 @@ def take_checkpoint(donor: RunDirectory, run: RunDirectory) -> int:
             f"{donor.id} has no checkpoint that another trial could go on from: "
             "--scheduler pbt is for recipes that train with a Trainer"
         )
-    shutil.rmtree(
-        run.path, ignore_errors=True
-    )  # of a controller that was killed before it asked for the trial
-    shutil.copytree(found.path, run.checkpoints / found.path.name, copy_function=_link)
+    shutil.rmtree(run.path, ignore_errors=True)  # left by a controller that was killed right here
+    target = run.checkpoints / found.path.name
+    shutil.copytree(found.path, target, copy_function=storage.link_or_copy)
     return found.step
-
-
-def _link(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # another file system, or one without links
-        shutil.copyfile(source, target)

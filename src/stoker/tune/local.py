@@ -11,7 +11,6 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import signal
-import socket
 import sys
 import threading
 import traceback
@@ -21,7 +20,7 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any
 
-from stoker import signals
+from stoker import machine, signals
 from stoker.errors import StokerError, Stopped
 from stoker.tune.trial import Job, Link
 
@@ -149,17 +148,18 @@ class Workers:
         with contextlib.suppress(OSError):  # it is gone; that is seen by itself
             Link(self._trials[number].ranks[0].connection).tell("answer", decision=decision, save=save)
 
-    def stop(self, number: signal.Signals = signal.SIGTERM) -> None:
+    def stop(self) -> None:
         """Tell all trials to stop with a checkpoint; they are waited for by `wait`."""
-        for trial in self._trials.values():
-            for rank in trial.ranks:
-                _signal(rank.process, number)
+        self._send(signal.SIGTERM)
 
     def kill(self) -> None:
         """End all trials at once."""
+        self._send(signal.SIGKILL)
+
+    def _send(self, number: signal.Signals) -> None:
         for trial in self._trials.values():
             for rank in trial.ranks:
-                _signal(rank.process, signal.SIGKILL)
+                _signal(rank.process, number)
 
     def _of_a_launch(self, gpus: list[int]) -> dict[str, str]:
         visible = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))} if gpus else {}
@@ -167,7 +167,7 @@ class Workers:
             return visible
         return {
             **visible, "WORLD_SIZE": str(self._ranks), "LOCAL_WORLD_SIZE": str(self._ranks),
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()),
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(machine.free_port()),
             "TORCHELASTIC_RUN_ID": uuid.uuid4().hex,
         }  # fmt: skip
 
@@ -289,9 +289,3 @@ def _signal(process: Any, number: signal.Signals) -> None:
     if process.is_alive():
         with contextlib.suppress(ProcessLookupError):
             os.kill(process.pid, number)
-
-
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])

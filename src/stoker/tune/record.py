@@ -21,7 +21,6 @@ from stoker.errors import BadInput
 from stoker.reproduce import provenance
 from stoker.run.directory import SWEEP, SWEEP_LOCK
 
-FILE = SWEEP
 STUDY = "study.journal"
 FORMAT = 1
 
@@ -64,7 +63,7 @@ def begin(folder: Path, wanted: Record, code: Path) -> None:
     Raises:
         BadInput: there are runs in the folder which are of no search, or another search.
     """
-    known = storage.read_json(folder / FILE)
+    known = storage.read_json(folder / SWEEP)
     if known:
         _refuse_changes(folder, known, wanted)
         return
@@ -73,19 +72,19 @@ def begin(folder: Path, wanted: Record, code: Path) -> None:
     (folder / "provenance").mkdir(exist_ok=True)
     state = provenance.code_state(code)
     provenance.write(folder / "provenance", code, state)
-    storage.write_json(folder / FILE, dataclasses.asdict(wanted))  # last: from now on it is there
+    storage.write_json(folder / SWEEP, dataclasses.asdict(wanted))  # last: from now on it is there
 
 
 def is_sweep(folder: Path) -> bool:
     """Whether a search stands in a folder."""
-    return (folder / FILE).is_file()
+    return (folder / SWEEP).is_file()
 
 
 def read(folder: Path) -> dict[str, Any]:
     """What a search was begun with. Raises BadInput."""
-    known = storage.read_json(folder / FILE)
+    known = storage.read_json(folder / SWEEP)
     if known.get("format") != FORMAT:
-        raise BadInput(f"{folder / FILE} cannot be read, or another version of stoker wrote it")
+        raise BadInput(f"{folder / SWEEP} cannot be read, or another version of stoker wrote it")
     return known
 
 
@@ -118,7 +117,7 @@ def free_name(runs: Path, name: str) -> str:
 
 def _refuse_changes(folder: Path, known: Mapping[str, Any], wanted: Record) -> None:
     if known.get("format", 0) > FORMAT:
-        raise BadInput(f"{folder / FILE} was written by a newer stoker: format {known['format']}")
+        raise BadInput(f"{folder / SWEEP} was written by a newer stoker: format {known['format']}")
     changes = []
     for key, now in dataclasses.asdict(wanted).items():
         before = known.get(key)

@@ -37,6 +37,9 @@ class Decision(enum.Enum):
     """End for good."""
 
 
+State = Literal["running", "paused", "stopped", "complete", "failed"]
+
+
 @dataclass(frozen=True)
 class Known:
     """What is known of a trial."""
@@ -44,7 +47,7 @@ class Known:
     number: int
     values: Mapping[float, float]
     """Resource (steps, epochs...) -> value of the objective, smaller is better, in the order reported."""
-    state: Literal["running", "paused", "stopped", "complete", "failed"]
+    state: State
 
     def at(self, rung: float) -> float | None:
         """The value that was reported first at a resource or beyond it; looked for once."""

@@ -25,12 +25,10 @@ from stoker.run.directory import RunDirectory
 from stoker.run.view import RunView
 from stoker.tune import forking
 from stoker.tune.local import Ended, Report, Workers
-from stoker.tune.schedulers import Decision, Known, PopulationBased, Scheduler, Trials
+from stoker.tune.schedulers import Decision, Known, PopulationBased, Scheduler, State, Trials
 from stoker.tune.space import Space
 from stoker.tune.study import EARLIER, JournalFile, quiet
 from stoker.tune.trial import Job
-
-State = Literal["running", "paused", "stopped", "complete", "failed"]
 
 _RESAMPLE = 0.25  # as in the paper's experiments
 _FACTORS = (0.8, 1.2)
@@ -71,6 +69,11 @@ class Seen:
     def run(self) -> str:
         """The id of its run."""
         return _run_id(self.number)
+
+    @property
+    def over(self) -> bool:
+        """Whether it has come to its end, whichever that was."""
+        return self.state not in ("running", "paused")
 
     @property
     def value(self) -> float | None:
@@ -157,7 +160,7 @@ class Search:
     def over(self) -> bool:
         """Whether every trial that was planned has come to its end."""
         begun = len(self.trials) >= self._plan.trials
-        return begun and all(trial.state not in ("running", "paused") for trial in self.trials.values())
+        return begun and all(trial.over for trial in self.trials.values())
 
     @property
     def best(self) -> Seen | None:

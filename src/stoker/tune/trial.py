@@ -29,8 +29,6 @@ class Job:
     run: str
     metric: str
     provenance: Path
-    deadline: float | None = None
-    """When to stop, by the machine's monotonic clock."""
 
 
 class NotFinite(StokerError):
@@ -69,18 +67,16 @@ class Reporter:
         self._run, self._metric, self._link = run, metric, link
         self.logged: set[str] = set()
         """The names of all metrics so far."""
-        self.value: float | None = None
-        """The newest of the metric that is reported."""
 
     def __call__(self, step: int, values: Mapping[str, Any]) -> None:
         """Called by the run with what was logged. Raises NotFinite, or Stopped."""
         self.logged.update(values)
         if self._metric not in values:
             return
-        self.value = float(values[self._metric])
-        if not math.isfinite(self.value):
-            raise NotFinite(f"{self._metric} is {self.value} at step {step}")
-        answer = self._link.ask("report", step=step, value=self.value)
+        value = float(values[self._metric])
+        if not math.isfinite(value):
+            raise NotFinite(f"{self._metric} is {value} at step {step}")
+        answer = self._link.ask("report", step=step, value=value)
         if answer["save"]:
             self._run.stop.ask_to_save()
         if answer["decision"] != "continue":
