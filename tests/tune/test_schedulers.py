@@ -419,6 +419,7 @@ def test_without_a_scheduler_everything_goes_on() -> None:
 
 # Eight members at 10, number n with value n: 6 and 7 are the worst quarter, 0 and 1 the best.
 POPULATION = {n: known(n, {5: 50.0, 10: float(n)}) for n in range(8)}
+LATER = {n: replace(member, values={**member.values, 20: float(n)}) for n, member in POPULATION.items()}
 PBT = PopulationBased(every=10, population=8)
 
 
@@ -436,13 +437,13 @@ def test_members_are_compared_only_at_multiples() -> None:
     assert PBT.decide({**POPULATION, 7: known(7, {9: 99.0})}, 7) is CONTINUE
     assert PBT.decide({**POPULATION, 7: known(7, {9: 0.0, 12: 99.0})}, 7) is STOP
     assert PBT.decide({**POPULATION, 7: known(7, {10: 0.0, 19: 99.0})}, 7) is CONTINUE
-    assert PBT.decide({**POPULATION, 7: known(7, {10: 0.0, 20: 99.0})}, 7) is STOP
+    assert PBT.decide({**LATER, 7: known(7, {10: 0.0, 20: 99.0})}, 7) is STOP
     third = PopulationBased(every=0.1, population=8)
     assert third.decide({**POPULATION, 7: known(7, {0.25: 0.0, 0.1 * 3: 99.0})}, 7) is STOP
 
 
 def test_a_replacement_has_its_donors_history_and_is_not_compared_before_the_next_multiple() -> None:
-    population = {**POPULATION, 7: replace(POPULATION[7], state="stopped")}
+    population = {**LATER, 7: replace(LATER[7], state="stopped")}
     assert PBT.decide({**population, 8: known(8, {5: 50.0, 10: 1.0, 15: 99.0})}, 8) is CONTINUE
     assert PBT.decide({**population, 8: known(8, {5: 50.0, 10: 1.0, 20: 99.0})}, 8) is STOP
 
@@ -469,6 +470,17 @@ def test_nobody_is_replaced_by_one_that_is_no_better() -> None:
     assert [PBT.decide(diverged, n) for n in range(8)] == [CONTINUE] * 8
     one = {**diverged, 3: known(3, {10: INF})}
     assert [PBT.donor(one, n) for n in range(8)] == [None] * 6 + [3, 3]
+
+
+def test_a_replacement_never_begins_further_back() -> None:
+    """At a step whose batch is hard for all, whoever gets there first looks worst beside those behind."""
+    behind = {n: known(n, {10.0: 1.0 + n / 100}, "paused") for n in range(7)}
+    first = {**behind, 7: known(7, {10.0: 1.0, 20.0: 9.0})}
+    assert PBT.donor(first, 7) is None
+    assert PBT.decide(first, 7) is Decision.PAUSE
+    caught_up = {**first, 0: known(0, {10.0: 1.0, 20.0: 0.5}, "paused")}
+    assert PBT.donor(caught_up, 7) == 0
+    assert PBT.decide(caught_up, 7) is Decision.STOP
 
 
 def test_at_its_end_a_member_is_left_alone() -> None:

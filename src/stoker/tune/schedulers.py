@@ -276,10 +276,11 @@ class PopulationBased(Scheduler):
     at its first report at or beyond each multiple of `every`:
 
     1. Members are ranked by their newest values, whatever their resources. If it is among the worst
-       floor(`quantile` * members with a report), and one of as many best has a better value, it is
-       told to stop. `donor` names the one whose checkpoint a new trial goes on from, with
-       hyperparameters changed; the controller begins that trial in its place, before it asks
-       `resumes`. Nobody is stopped before `population` trials have been begun.
+       floor(`quantile` * members with a report), and one of as many best has a better value and has come
+       as far, it is told to stop: were its replacement to begin further back, a step that is bad for all
+       would stop each of them in turn, for ever. `donor` names the one whose checkpoint a new trial goes
+       on from, with hyperparameters changed; the controller begins that trial in its place, before it
+       asks `resumes`. Nobody is stopped before `population` trials have been begun.
     2. Otherwise it pauses if a paused member has not reached this multiple, or one of the population
        has not been begun: it moves on together where not all members can run at once.
     3. Otherwise it continues.
@@ -354,7 +355,12 @@ class PopulationBased(Scheduler):
         ranked, size = _ranked(values), self._size(len(values))
         if len(trials) < self.population or number not in ranked[len(ranked) - size :]:
             return None
-        better = [other for other in ranked[:size] if _rank(values[other]) < _rank(values[number])]
+        turn = self._turn(_furthest(trials[number]))
+        better = [
+            other
+            for other in ranked[:size]
+            if _rank(values[other]) < _rank(values[number]) and self._turn(_furthest(trials[other])) >= turn
+        ]
         return better[number % len(better)] if better else None
 
     def _turn(self, resource: float) -> int:
