@@ -193,8 +193,9 @@ def controller(trials: int) -> dict[str, float]:
     from dataclasses import dataclass
 
     from stoker.tune import schedulers, space, study
-    from stoker.tune.local import Ended, Report
-    from stoker.tune.search import Plan, Search
+    from stoker.tune.plan import Objective, Plan
+    from stoker.tune.search import Search
+    from stoker.tune.trial import Ended, Report
 
     @dataclass(frozen=True)
     class Config:
@@ -240,12 +241,11 @@ def controller(trials: int) -> dict[str, float]:
     folder = Path("runs/sweep")
     folder.mkdir(parents=True)
     file = study.JournalFile(folder / "study.journal")
-    made = study.opened(file, study.sampler("tpe", searched, 0), "minimize")
+    made = study.opened(file, study.sampler("tpe", searched, 0), ["min"])
     workers: Any = AtOnce()
     rule = schedulers.make("asha", least=1, most=100)
-    Search(
-        Plan(folder, "bench", Config, "val_loss", "min", trials), searched, made, file, rule, workers
-    ).run()
+    plan = Plan(folder, "bench", Config, (Objective("val_loss", "min"),), trials)
+    Search(plan, searched, made, file, rule, workers).run()
     moments = workers.moments[-20:]
     return {"ms": 1e3 * (moments[-1] - moments[0]) / (len(moments) - 1)}
 

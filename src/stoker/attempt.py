@@ -20,6 +20,7 @@ import platform
 import subprocess
 import threading
 import time
+import types
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -441,6 +442,8 @@ class Run:
 
     # -- what the loop and the commands call ----------------------------------------------
 
+    plan: Mapping[str, Any] = types.MappingProxyType({})
+    """What a Trainer says of the steps that it is going to make: `total_steps`, `samples_per_step`, ..."""
     _stepped_by_trainer = False
     _listener: Callable[[int, Mapping[str, Any]], None] | None = None
 
@@ -460,6 +463,8 @@ class Run:
     def event(self, kind: str, /, **fields: Any) -> None:
         """Append an event of the loop: plan, resumed, checkpoint."""
         self._append(kind, **fields)
+        if kind == "plan":
+            self.plan = fields
         if kind == "checkpoint":
             self._uploads.begin()
         if kind == "resumed":

@@ -25,6 +25,8 @@ _SHORT = {
     "second": "s", "minute": "min", "hour": "h",
 }  # fmt: skip
 _SECONDS = {"second": 1.0, "minute": 60.0, "hour": 3600.0}
+COUNTED = ("step", "sample", "token", "epoch")
+"""Units that are points of the training itself."""
 _WHOLE = ("step", "token", "sample")
 _PATTERN = re.compile(r"([0-9][0-9_]*(?:\.[0-9]+)?(?:e[0-9]+)?)\s*([a-z]*)")
 
@@ -40,6 +42,23 @@ def clock(text: str) -> float:
     if seconds <= 0:
         raise ValueError(f"{text!r} is no length of time: give one such as 3h55m, 90min or 1d12h")
     return float(seconds)
+
+
+def of_a_step(
+    unit: str, *, samples: float | None, tokens: float | None, samples_per_epoch: float | None
+) -> float | None:
+    """How much of a unit one step is; None where that is not known.
+
+    Args:
+        unit: one of `COUNTED`.
+        samples: of a global batch.
+        tokens: of a global batch.
+    """
+    if unit == "step":
+        return 1.0
+    if unit == "epoch":
+        return samples / samples_per_epoch if samples and samples_per_epoch else None
+    return samples if unit == "sample" else tokens
 
 
 @dataclass(frozen=True)

@@ -243,6 +243,7 @@ class Trainer:
         self.run.event(
             "plan", total_steps=self._total, samples_per_step=loader.batch_size,
             tokens_per_step=tokens and tokens * loader.batch_size,
+            samples_per_epoch=loader.samples_per_epoch,
         )  # fmt: skip
         with self.run.stop.deferred(), self._progress():
             yield from self._remaining(loader)

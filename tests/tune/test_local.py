@@ -8,17 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from stoker.tune.local import Ended, Report, Workers
-from stoker.tune.trial import Job, Link
+from stoker.tune.local import Workers
+from stoker.tune.trial import Ended, Job, Link, Report
 
 
 def job(number: int) -> Job:
-    return Job(number, "none", {}, {}, Path("runs"), "sweep", f"trial-{number}", "val_loss", Path())
+    return Job(
+        number, "none", {}, {}, Path("runs"), "sweep", f"trial-{number}", ("val_loss",), "step", Path()
+    )
 
 
 def sees(job: Job, link: Link) -> dict[str, Any]:
     """Says which GPUs it may use, and what it is told."""
-    answer = link.ask("report", step=1, value=float(job.number))
+    answer = link.ask("report", step=1, value=float(job.number), per_step=1.0)
     time.sleep(0.2)
     return {"status": "finished", "logged": [os.environ.get("CUDA_VISIBLE_DEVICES", ""), answer["decision"]]}
 

@@ -16,7 +16,7 @@ from stoker.tune.space import parse
 
 def opened(folder: Path, sampler: str = "random", seed: int = 0) -> tuple[studies.JournalFile, optuna.Study]:
     file = studies.JournalFile(folder / "study.journal")
-    return file, studies.opened(file, studies.sampler(sampler, SPACE, seed), "minimize")
+    return file, studies.opened(file, studies.sampler(sampler, SPACE, seed), ["min"])
 
 
 def some_space() -> object:
@@ -66,7 +66,7 @@ def test_what_belongs_together_is_there_whole_or_not_at_all(tmp_path: Path) -> N
         "import optuna\n"
         "from stoker.tune import study as studies\n"
         "file = studies.JournalFile(Path(sys.argv[1]))\n"
-        "study = studies.opened(file, None, 'minimize')\n"
+        "study = studies.opened(file, None, ['min'])\n"
         "with file.together():\n"
         "    study.ask().suggest_float('x', 0.0, 1.0)\n"
         "    os.kill(os.getpid(), 9)\n"

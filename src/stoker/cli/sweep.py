@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import contextlib
 import dataclasses
 import logging
 import math
@@ -12,24 +11,20 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console, Group
-from rich.live import Live
-from rich.table import Table
-from rich.text import Text
 from stoker import config as configs
 from stoker import object_store, recipes
 from stoker.attempt import Run
 from stoker.cli import train
-from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, console, print_json, show_messages
+from stoker.cli import trials as trials_seen
+from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, show_messages
 from stoker.cli.train import MaxTime, Nproc
-from stoker.duration import clock
+from stoker.duration import Duration, clock
 from stoker.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, BadInput
 from stoker.launch import ranks
 from stoker.recipes import Recipe
@@ -38,19 +33,21 @@ from stoker.run.directory import RunDirectory
 from stoker.run.series import guess_goal
 from stoker.stopping import STATUS
 from stoker.tracking import follower
-from stoker.tune.schedulers import State
 from stoker.world import World
 
 if TYPE_CHECKING:
-    from stoker.tune.search import Search, Seen
+    from stoker.tune.plan import Goal, Objective, Plan
+    from stoker.tune.record import Record
+    from stoker.tune.schedulers import Scheduler
+    from stoker.tune.search import Executor, Search
+    from stoker.tune.space import Space
+    from stoker.tune.study import Kept
     from stoker.tune.trial import Job, Link
 
 log = logging.getLogger("stoker")
 
 _FREE_TIMEOUT = 30.0
 _SINKS_TIMEOUT = 60.0
-_SHOWN = 12  # trials in the live table
-Goal = Literal["min", "max"]
 
 
 def sweep(
@@ -82,30 +79,55 @@ def sweep(
     new: Annotated[
         bool, typer.Option("--new", help="Begin another search beside one of this name, as NAME-2.")
     ] = False,
-    metric: Annotated[str, typer.Option(help="What is to become best.")] = "val_loss",
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What is to become best; several may be given, and by the first one trials end early.",
+            show_default="val_loss",
+        ),
+    ] = None,
     goal: Annotated[
-        str | None, typer.Option(metavar="min|max", help="Which way.", show_default="by the metric's name")
+        list[str] | None,
+        typer.Option(metavar="min|max", help="Which way, of each.", show_default="by the metric's name"),
     ] = None,
     trials: Annotated[int, typer.Option(min=1, help="How many.")] = 20,
     parallel: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Trials at a time.", show_default="1, or one for every --nproc GPUs of the machine"
+            min=1, help="Trials at a time.", show_default="1, or as many as the GPUs of the machine are for"
         ),
     ] = None,
     nproc: Nproc = None,
-    sampler: Annotated[str, typer.Option(help="random, grid, qmc, tpe, gp, cmaes, nsga2 or nsga3.")] = "tpe",
+    per_gpu: Annotated[int, typer.Option(min=1, help="Ranks of trials that share a GPU.")] = 1,
+    sampler: Annotated[
+        str | None,
+        typer.Option(help="random, grid, qmc, tpe, gp, cmaes, nsga2 or nsga3.", show_default="tpe"),
+    ] = None,
     scheduler: Annotated[
-        str, typer.Option(help="none, median, asha, asha-stop, hyperband or pbt: which trials end early.")
-    ] = "none",
-    least: Annotated[
-        float | None,
+        str | None,
         typer.Option(
-            metavar="STEPS", help="asha, hyperband: the first rung; pbt: from one comparison to the next."
+            help="none, median, asha, asha-stop, hyperband or pbt: which trials end early.",
+            show_default="none",
+        ),
+    ] = None,
+    strategy: Annotated[
+        str | None,
+        typer.Option(
+            metavar="staged",
+            help="Instead of these two, for trainings that take long: half of the trials at random, the "
+            "others by tpe where the best are, all ended early as by asha; then the best few to their end.",
+        ),
+    ] = None,
+    least: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DURATION",
+            help="asha, hyperband: the first rung, as 100 (steps), 1ep or 1000000tok; "
+            "pbt: from one comparison to the next.",
         ),
     ] = None,
     most: Annotated[
-        float | None, typer.Option(metavar="STEPS", help="The length of a whole trial, for those.")
+        str | None, typer.Option(metavar="DURATION", help="The length of a whole trial, for those.")
     ] = None,
     factor: Annotated[
         int, typer.Option(min=2, help="asha, hyperband: one in so many goes on to the next rung.")
@@ -121,7 +143,29 @@ def sweep(
     max_failures: Annotated[
         int | None, typer.Option(min=0, help="End after more failed trials than that.")
     ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            metavar="AMOUNT",
+            help="End once all trials have spent so much: 40gpuh (of all ranks), 300ep, 20000.",
+        ),
+    ] = None,
     max_time: MaxTime = None,
+    storage: Annotated[
+        str,
+        typer.Option(
+            metavar="URL",
+            envvar="STOKER_STORAGE",
+            help="Keep the study in a database, as postgresql://HOST/NAME, for several controllers to share.",
+            show_default="a file beside the trials",
+        ),
+    ] = "",
+    study: Annotated[
+        str | None,
+        typer.Option(
+            help="The study's name there: sweeps of one study search together.", show_default="NAME"
+        ),
+    ] = None,
     runs: RunsFolder = DEFAULT_RUNS,
     json: Json = False,
 ) -> int:
@@ -130,64 +174,138 @@ def sweep(
     Every trial is a run in the folder of the sweep, tracked, resumed and reported as any other.
     """
     show_messages()
+    from stoker.tune import plan as plans
     from stoker.tune import record, schedulers
-    from stoker.tune.space import parse, parse_tries
 
     if object_store.of(runs.absolute()) is not None:
         raise BadInput("--runs: a search stands on a disk, not in an object store; give a local folder")
     found = recipes.load(recipe)
-    searched = parse(space or (), found.config, recipes.config_file(config))
-    if not searched.parameters:
-        raise BadInput("nothing is searched: give a key a range or choices, such as lr='log(1e-5, 1e-3)'")
-    way = _goal(metric, goal)
-    rule = schedulers.make(scheduler, least=least, most=most, factor=factor, population=trials)
-    tries = tuple(searched.params(parse_tries(text)) for text in first or ())
-    wanted = record.Record(
-        found.reference,
-        searched.described(),
-        metric,
-        way,
-        sampler,
-        _said(scheduler, rule),
-        seed,
-        nproc or 1,
-        tries,
-        warm_start,
-    )
-    if warm_start:
-        record.check_earlier(runs / warm_start, wanted)
+    searched, tries = _space(found, space or (), config, first or ())
+    objectives = _objectives(metric or [], goal or [])
+    sampler, scheduler = _ways(strategy, sampler, scheduler, several=len(objectives) > 1)
+    shortest, whole, unit = plans.span(least, most)
+    rule = schedulers.make(scheduler, least=shortest, most=whole, factor=factor, population=trials)
     name = name or f"{found.name}-sweep"
     folder = runs.absolute() / (record.free_name(runs, name) if new else name)
-    gpus = _gpus()
-    parallel = parallel or max(1, len(gpus) // (nproc or 1))
-    _check_gpus(gpus, parallel, nproc or 1)
-    deadline = time.monotonic() + clock(max_time) if max_time is not None else None
-
-    from stoker.tune import study as studies
-    from stoker.tune.local import Workers
-    from stoker.tune.search import Plan, Search
-
-    drawn_by = studies.sampler(sampler, searched, seed)
+    wanted = record.Record(
+        found.reference, searched.described(), ", ".join(one.metric for one in objectives),
+        ", ".join(one.goal for one in objectives), sampler, _said(scheduler, rule, unit), seed, nproc or 1,
+        tries, warm_start, *((record.shown(storage), study or folder.name) if storage else ("", "")),
+    )  # fmt: skip
+    if storage and scheduler == "pbt":
+        raise BadInput("--storage: pbt goes on from checkpoints of one folder; leave out --storage")
+    if warm_start:
+        record.check_earlier(runs / warm_start, wanted)
     if sampler == "grid":
         trials = min(trials, math.prod(map(len, searched.grid().values())))
+    spends = plans.Budget.parse(budget) if budget is not None else None
+    plan = plans.Plan(
+        folder, found.reference, found.config, objectives, trials, seed, nproc or 1,
+        plans.unit_of(unit, spends, counts=bool(least or most)), whole, max_failures, spends,
+        time.monotonic() + clock(max_time) if max_time is not None else None,
+    )  # fmt: skip
+    gpus = _gpus() * per_gpu
+    parallel = parallel or max(1, len(gpus) // plan.ranks)
+    _check_gpus(gpus, parallel, plan.ranks)
     lock = record.take(folder)
     try:
         record.begin(folder, wanted, found.source.parent)
-        file = studies.JournalFile(folder / record.STUDY)
-        study = studies.opened(file, drawn_by, "minimize" if way == "min" else "maximize")
-        if not study.get_trials(deepcopy=False):
-            with file.together():
-                _begin(study, tries, runs / warm_start if warm_start else None)
-        workers = Workers(work, parallel=parallel, ranks=nproc or 1, preload=_preload(found), gpus=gpus)
-        plan = Plan(folder, found.reference, found.config, metric, way, trials, seed, max_failures, deadline)
-        search = Search(plan, searched, study, file, rule, workers)
+        from stoker.tune.local import Workers
+
+        workers = Workers(work, parallel=parallel, ranks=plan.ranks, preload=_preload(found), gpus=gpus)
+        kept = _kept(folder, storage)
+        search = _search(plan, searched, kept, wanted, rule, workers, runs)
         shipping = follower.spawn_for_sweep(folder) if follower.enabled() else None
-        code = _run(search, plan)
+        code = _run(search)
     finally:
         os.close(lock)
     _wait_for_sinks(shipping, code)
-    _answer(search, plan, json)
+    trials_seen.answer(search, json=json)
     return code
+
+
+def _space(
+    recipe: Recipe, given: Sequence[str], config: Path | None, first: Sequence[str]
+) -> tuple[Space, tuple[Mapping[str, Any], ...]]:
+    """What is searched, and the values that are tried first. Raises BadInput."""
+    from stoker.tune.space import parse, parse_tries
+
+    searched = parse(given, recipe.config, recipes.config_file(config))
+    if not searched.parameters:
+        raise BadInput("nothing is searched: give a key a range or choices, such as lr='log(1e-5, 1e-3)'")
+    return searched, tuple(searched.params(parse_tries(text)) for text in first)
+
+
+def _objectives(metrics: Sequence[str], goals: Sequence[str]) -> tuple[Objective, ...]:
+    """What is to become best. Raises BadInput."""
+    from stoker.tune.plan import Objective
+
+    metrics = metrics or ["val_loss"]
+    ways: Sequence[str | None] = goals or [None] * len(metrics)
+    if len(set(metrics)) < len(metrics):
+        raise BadInput(f"--metric {' --metric '.join(metrics)}: each once")
+    if len(goals) not in (0, len(metrics)):
+        raise BadInput(
+            f"{len(goals)} --goal for {len(metrics)} --metric: give one for each, in the same order"
+        )
+    return tuple(Objective(metric, _goal(metric, way)) for metric, way in zip(metrics, ways, strict=True))
+
+
+def _ways(
+    strategy: str | None, sampler: str | None, scheduler: str | None, *, several: bool
+) -> tuple[str, str]:
+    """The names of the sampler and of the scheduler. Raises BadInput."""
+    from stoker.tune import study as studies
+
+    if strategy is not None:
+        if strategy != studies.STAGED:
+            raise BadInput(f"--strategy {strategy}: there is {studies.STAGED}")
+        if sampler or scheduler:
+            raise BadInput(
+                "--strategy staged has a sampler and a scheduler: leave out --sampler, --scheduler"
+            )
+        return studies.STAGED, studies.STAGED
+    sampler = sampler or "tpe"
+    if several and sampler in studies.SAMPLERS and sampler not in studies.SEVERAL:
+        raise BadInput(
+            f"--sampler {sampler} searches for one metric; for several give {', '.join(studies.SEVERAL)}"
+        )
+    return sampler, scheduler or "none"
+
+
+def _kept(folder: Path, url: str) -> Kept:
+    from stoker.tune import record
+    from stoker.tune import study as studies
+
+    return studies.Database(url) if url else studies.JournalFile(folder / record.STUDY)
+
+
+def _search(
+    plan: Plan,
+    searched: Space,
+    kept: Kept,
+    wanted: Record,
+    rule: Scheduler,
+    workers: Executor,
+    runs: Path,
+) -> Search:
+    """The search with its study: a new one, or what there is of it."""
+    from stoker.tune import record
+    from stoker.tune import study as studies
+    from stoker.tune.peers import Peers
+    from stoker.tune.search import Search
+
+    drawn_by = studies.sampler(wanted.sampler, searched, plan.seed, plan.trials)
+    goals = [one.goal for one in plan.objectives]
+    study = studies.opened(kept, drawn_by, goals, wanted.study or studies.NAME)
+    peers = None
+    if wanted.study:
+        record.check_study(study, wanted)
+        peers = Peers(study, record.uid(plan.folder), plan.first)
+    if not study.get_trials(deepcopy=False):
+        with kept.together():
+            _begin(study, wanted.tries, runs / wanted.warm_start if wanted.warm_start else None)
+    return Search(plan, searched, study, kept, rule, workers, peers)
 
 
 def work(job: Job, link: Link) -> dict[str, Any]:
@@ -207,10 +325,10 @@ def work(job: Job, link: Link) -> dict[str, Any]:
     )  # fmt: skip
     run.leave_shipping()
     ranks.log_to(run.directory.logs / f"rank-{run.world.rank}.log")
-    reporter = Reporter(run, job.metric, link)
+    reporter = Reporter(run, job.metrics, job.unit, link)
     run.listen(reporter)
     _, status = train.work_on(run, recipe, resolved.config, trial=True)
-    return {"status": status, "logged": sorted(reporter.logged)}
+    return {"status": status, "logged": sorted(reporter.logged), "values": reporter.values}
 
 
 def _begin(study: Any, tries: Sequence[Mapping[str, Any]], earlier: Path | None) -> None:
@@ -232,7 +350,7 @@ def _wait_until_free(run: RunDirectory) -> None:
         time.sleep(0.05)
 
 
-def _run(search: Search, plan: Any) -> int:
+def _run(search: Search) -> int:
     """Search, answering signals; returns the exit code."""
     told: list[int] = []
 
@@ -245,20 +363,28 @@ def _run(search: Search, plan: Any) -> int:
 
     previous = {number: signal.signal(number, stop) for number in STATUS}
     try:
-        with _shown(search, plan):
+        with trials_seen.live(search):
             search.run()
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
     if told:
         return EXIT_INTERRUPTED if STATUS[told[0]] == "interrupted" else EXIT_PREEMPTED
+    if search.overspent and not search.over:
+        log.info("the time or the budget is used up; the same command with more of it goes on")
     return 0
 
 
-def _said(name: str, rule: Any) -> str:
+def _said(name: str, rule: Scheduler, unit: str) -> str:
     """A scheduler with its settings."""
-    settings = {key: value for key, value in dataclasses.asdict(rule).items() if key != "promotes"}
-    return ", ".join([name, *(f"{key} {value:g}" for key, value in settings.items())])
+    settings: dict[str, Any] = dataclasses.asdict(rule)  # type: ignore[call-overload]
+    settings |= settings.pop("asha", {})
+    lengths = {
+        key: Duration(settings.pop(key), unit) for key in ("least", "most", "every") if key in settings
+    }
+    told = [f"{key} {length}" for key, length in lengths.items() if length.count < math.inf]
+    rest = {key: value for key, value in settings.items() if key not in ("promotes", "planned")}
+    return ", ".join([name, *told, *(f"{key} {value:g}" for key, value in rest.items())])
 
 
 def _wait_for_sinks(shipping: subprocess.Popen[bytes] | None, code: int) -> None:
@@ -320,104 +446,3 @@ def _preload(recipe: Recipe) -> list[str]:
         )
     }
     return [*recipe.preload, *sorted(own - {"", "__future__"})]
-
-
-# -- what is seen ------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _shown(search: Search, plan: Any) -> Iterator[None]:
-    """A table that is kept up to date on a terminal, a line for each trial that ends elsewhere."""
-    screen = Console(stderr=True)
-    if screen.is_terminal:
-        with Live(_Picture(search, plan), console=screen, refresh_per_second=4, transient=True):
-            yield
-        return
-    said: set[int] = {t.number for t in search.trials.values() if t.over}
-
-    def say() -> None:
-        for trial in search.trials.values():
-            if trial.over and trial.number not in said:
-                said.add(trial.number)
-                log.info("%s", _line(search, trial, plan.metric))
-
-    search.on_change(say)
-    yield
-    say()
-
-
-class _Picture:
-    """The trials as they are now; drawn anew each time it is asked for."""
-
-    def __init__(self, search: Search, plan: Any) -> None:
-        self._search, self._plan, self._begun = search, plan, time.monotonic()
-
-    def __rich__(self) -> Group:
-        trials = list(self._search.trials.values())
-        table = Table(box=None, pad_edge=False)
-        keys = sorted({key for trial in trials for key in trial.params})
-        for column in ("trial", "state", "step", self._plan.metric, *keys):
-            table.add_column(column, justify="left" if column == "state" else "right")
-        running = [t for t in trials if not t.over]
-        rest = [t for t in trials if t.over]
-        best = self._search.best
-        for trial in [*rest[-(_SHOWN - len(running[:_SHOWN])) or len(rest) :], *running[:_SHOWN]]:
-            step = max(trial.values, default=0)
-            table.add_row(
-                str(trial.number), trial.state, f"{step:,.0f}", _number(trial.value),
-                *(_number(trial.params.get(key)) for key in keys),
-                style="bold" if trial is best else "dim" if trial.state in ("stopped", "failed") else "",
-            )  # fmt: skip
-        return Group(table, Text(self._summary(trials, best)))
-
-    def _summary(self, trials: list[Seen], best: Seen | None) -> str:
-        spent = time.monotonic() - self._begun
-        said = f"{len(trials)}/{self._plan.trials} trials: {_counted(trials)}; {spent:,.0f} s"
-        return said + _best_so_far(best)
-
-
-def _counted(trials: Iterable[Seen]) -> str:
-    """How many trials are in which state."""
-    counts = Counter(trial.state for trial in trials)
-    return ", ".join(f"{counts[state]} {state}" for state in get_args(State) if counts[state])
-
-
-def _best_so_far(best: Seen | None) -> str:
-    return f"; best {_number(best.value)} of trial {best.number}" if best else ""
-
-
-def _line(search: Search, trial: Seen, metric: str) -> str:
-    params = " ".join(f"{key}={_number(value)}" for key, value in trial.params.items())
-    what = f"{metric} {_number(trial.value)}" if trial.state != "failed" else trial.error.splitlines()[0]
-    return f"trial {trial.number} {trial.state}: {what} ({params}){_best_so_far(search.best)}"
-
-
-def _number(value: Any) -> str:
-    return f"{value:.5g}" if isinstance(value, float) else "" if value is None else str(value)
-
-
-def _answer(search: Search, plan: Any, json: bool) -> None:
-    best = search.best
-    if json:
-        print_json({
-            "sweep": str(plan.folder), "metric": plan.metric, "goal": plan.goal, "over": search.over,
-            "best": best and _told(best, plan), "trials": [_told(t, plan) for t in search.trials.values()],
-        })  # fmt: skip
-        return
-    out = console()
-    out.print(f"\n{plan.folder.name}: {_counted(search.trials.values()) or 'no trials'}")
-    if best is not None:
-        out.print(f"  {'best ' + plan.metric:24} {_number(best.value)}")
-        for key, value in best.params.items():
-            out.print(f"  {key:24} {_number(value)}")
-        out.print(f"  {'trial':24} {plan.folder.name}/{best.run}")
-        out.print(f"next: stoker runs show {plan.folder.name}/{best.run}   stoker report {plan.folder.name}")
-
-
-def _told(trial: Seen, plan: Any) -> dict[str, Any]:
-    return {
-        "number": trial.number, "state": trial.state, "params": trial.params, "value": trial.value,
-        "parent": trial.parent,
-        "values": [[int(step), value] for step, value in trial.values.items()],
-        "run": str(plan.folder / trial.run), "error": trial.error or None,
-    }  # fmt: skip

@@ -19,7 +19,7 @@ from stoker.run.journal import Damage
 from stoker.run.series import Series
 from stoker.run.state import Attempt, Media, RunView, Use
 
-FORMAT = 2
+FORMAT = 3
 _WORTH_IT = 5_000  # points
 _COLUMNS = ("x", "y", "time")
 
@@ -69,8 +69,8 @@ def load(directory: RunDirectory, sizes: Mapping[str, int]) -> Callable[[dict[st
 
 
 _REST = (
-    "total_steps", "samples_per_step", "tokens_per_step", "checkpoints", "artifacts", "used_by", "params",
-    "goals", "tags", "notes",
+    "total_steps", "samples_per_step", "tokens_per_step", "samples_per_epoch", "checkpoints", "artifacts",
+    "used_by", "params", "goals", "tags", "notes",
 )  # fmt: skip
 
 

@@ -88,6 +88,7 @@ class RunView:
     total_steps: int | None = None
     samples_per_step: float | None = None
     tokens_per_step: float | None = None
+    samples_per_epoch: int | None = None
     checkpoints: list[int] = field(default_factory=list)
     """Steps at which a checkpoint was committed (it may have been deleted since)."""
     artifacts: dict[str, Event] = field(default_factory=dict)

@@ -165,6 +165,7 @@ def _plan(view: RunView, event: Event) -> None:
     view.total_steps = event["total_steps"]
     view.samples_per_step = event.get("samples_per_step")
     view.tokens_per_step = event.get("tokens_per_step")
+    view.samples_per_epoch = event.get("samples_per_epoch")
     view.attempts[-1].began = event["time"]
 
 

@@ -22,36 +22,14 @@ from typing import Any
 
 from stoker import machine, signals
 from stoker.errors import StokerError, Stopped
-from stoker.tune.trial import Job, Link
+from stoker.tune.trial import Ended, Job, Link, Report
 
 PRELOAD = ("torch", "torch._dynamo", "stoker.loop", "stoker.cli.sweep")
 _KILLED = 5.0  # seconds that ranks have to end after one of them has failed
 
 Function = Callable[[Job, Link], dict[str, Any]]
-"""What each process of a trial does, found by its name: trains, and returns the `status` of the run and the
-names of the metrics that it has `logged`."""
-
-
-@dataclass(frozen=True)
-class Report:
-    """A value of the metric, for which a trial waits to be told what to do."""
-
-    number: int
-    step: int
-    value: float
-
-
-@dataclass(frozen=True)
-class Ended:
-    """A trial is over: how, as it said itself."""
-
-    number: int
-    status: str
-    """As a run's (finished, paused, stopped, preempted, ...); killed, by a signal."""
-    error: str = ""
-    trace: str = ""
-    logged: tuple[str, ...] = ()
-    """The metrics that it has logged."""
+"""What each process of a trial does, found by its name: trains, and returns the `status` of the run, the
+names of the metrics that it has `logged`, and the newest `values` of those that are searched for."""
 
 
 @dataclass
@@ -177,7 +155,7 @@ class Workers:
             while rank.connection.poll():
                 said = Link(rank.connection).hear()
                 if said["kind"] == "report":
-                    found.append(Report(trial.job.number, said["step"], said["value"]))
+                    found.append(Report(trial.job.number, said["step"], said["value"], said["per_step"]))
                 else:
                     rank.last = said
         except (EOFError, OSError):
@@ -207,8 +185,8 @@ class Workers:
 
 
 def _outcome(trial: _Trial, failed: list[_Rank]) -> Ended:
-    number = trial.job.number
-    logged = tuple((trial.ranks[0].last or {}).get("logged", ()))
+    number, last = trial.job.number, trial.ranks[0].last or {}
+    logged, values = tuple(last.get("logged", ())), last.get("values", {})
     said = [rank.last for rank in failed if rank.last is not None]
     if said:
         return Ended(number, "failed", said[0]["error"], said[0]["trace"], logged)
@@ -218,8 +196,7 @@ def _outcome(trial: _Trial, failed: list[_Rank]) -> Ended:
             said_of = f"its process was killed by {signal.Signals(-code).name}"
             return Ended(number, "killed", said_of, logged=logged)
         return Ended(number, "failed", f"its process ended with {code} and said nothing", logged=logged)
-    assert trial.ranks[0].last is not None
-    return Ended(number, trial.ranks[0].last["status"], logged=logged)
+    return Ended(number, last["status"], logged=logged, values=values)
 
 
 def _main(

@@ -11,18 +11,25 @@ runs/<sweep>/
 from __future__ import annotations
 
 import dataclasses
+import re
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from stoker import storage
 from stoker.errors import BadInput
 from stoker.reproduce import provenance
 from stoker.run.directory import SWEEP, SWEEP_LOCK
 
+if TYPE_CHECKING:
+    from optuna.study import Study
+
 STUDY = "study.journal"
 FORMAT = 1
+_OF_A_SWEEP = ("nproc", "tries", "storage", "format")
+"""What may differ between sweeps that share a study."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +39,9 @@ class Record:
     recipe: str
     space: Mapping[str, str]
     metric: str
-    goal: Literal["min", "max"]
+    """Of several objectives their names, as in `val_loss, flops`."""
+    goal: str
+    """Likewise."""
     sampler: str
     scheduler: str
     """With its settings, in words."""
@@ -42,6 +51,10 @@ class Record:
     """Values that the first trials have."""
     warm_start: str = ""
     """The search whose trials the sampler learns from besides."""
+    storage: str = ""
+    """The database that has the study, without its password; else that is a file beside the trials."""
+    study: str = ""
+    """The study's name there."""
     format: int = FORMAT
 
 
@@ -72,7 +85,8 @@ def begin(folder: Path, wanted: Record, code: Path) -> None:
     (folder / "provenance").mkdir(exist_ok=True)
     state = provenance.code_state(code)
     provenance.write(folder / "provenance", code, state)
-    storage.write_json(folder / SWEEP, dataclasses.asdict(wanted))  # last: from now on it is there
+    said = dataclasses.asdict(wanted) | {"uid": uuid.uuid4().hex}
+    storage.write_json(folder / SWEEP, said)  # last: from now on it is there
 
 
 def is_sweep(folder: Path) -> bool:
@@ -86,6 +100,31 @@ def read(folder: Path) -> dict[str, Any]:
     if known.get("format") != FORMAT:
         raise BadInput(f"{folder / SWEEP} cannot be read, or another version of stoker wrote it")
     return known
+
+
+def uid(folder: Path) -> str:
+    """What no other sweep is called."""
+    return str(read(folder)["uid"])
+
+
+def shown(url: str) -> str:
+    """A database's URL without its password."""
+    return re.sub(r"(://[^:/@]*):[^@]*@", r"\1:***@", url)
+
+
+def check_study(study: Study, wanted: Record) -> None:
+    """Let a study that sweeps share know what they search, or refuse one that searches something else.
+
+    Raises BadInput.
+    """
+    told = {key: value for key, value in dataclasses.asdict(wanted).items() if key not in _OF_A_SWEEP}
+    known = study.user_attrs.get("search")
+    if known is None:
+        study.set_user_attr("search", told)
+        return
+    changes = _differences(known, told)
+    if changes:
+        raise BadInput(f"the study {wanted.study} searches something else: {'; '.join(changes)}")
 
 
 def check_earlier(folder: Path, wanted: Record) -> None:
@@ -118,18 +157,23 @@ def free_name(runs: Path, name: str) -> str:
 def _refuse_changes(folder: Path, known: Mapping[str, Any], wanted: Record) -> None:
     if known.get("format", 0) > FORMAT:
         raise BadInput(f"{folder / SWEEP} was written by a newer stoker: format {known['format']}")
-    changes = []
-    for key, now in dataclasses.asdict(wanted).items():
-        before = known.get(key)
-        if key == "space":
-            changes += _changes(before or {}, now)
-        elif before != (list(now) if isinstance(now, tuple) else now):
-            changes.append(f"{key}: {before} -> {now}")
+    changes = _differences(known, dataclasses.asdict(wanted))
     if changes:
         raise BadInput(
             f"the search in {folder} is another one: {'; '.join(changes)}. Give --new to begin one beside "
             "it, or another --name"
         )
+
+
+def _differences(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    changes = []
+    for key, now in wanted.items():
+        before = known.get(key)
+        if key == "space":
+            changes += _changes(before or {}, now)
+        elif before != (list(now) if isinstance(now, tuple) else now):
+            changes.append(f"{key}: {before} -> {now}")
+    return changes
 
 
 def _changes(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:

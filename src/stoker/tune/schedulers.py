@@ -23,7 +23,9 @@ from typing import Literal, Protocol
 from stoker.errors import BadInput, nearest
 
 NAMES = ("none", "median", "asha", "asha-stop", "hyperband", "pbt")
+STAGED = "staged"
 
+_ONE_FINALIST_IN = 20  # trials
 _ROUNDING = 1e-9  # relative: 0.1 * 3 is more than 0.3 in floats, and a report at 0.3 epochs has reached it
 
 
@@ -192,8 +194,12 @@ class Asha(Scheduler):
                     return number
         return None
 
+    def height(self, known: Known) -> int:
+        """How many rungs a trial has reached."""
+        return self._height(_furthest(known))
+
     def _height(self, resource: float) -> int:
-        """How many rungs a trial has reached at a resource."""
+        """The same of a resource."""
         return sum(_reaches(resource, rung) for rung in self.rungs)
 
     def _best(self, seen: Mapping[int, float]) -> list[int]:
@@ -372,6 +378,57 @@ class PopulationBased(Scheduler):
         return math.floor(members * self.quantile + _ROUNDING)
 
 
+@dataclass(frozen=True)
+class Staged(Scheduler):
+    """Successive halving to a part of a whole training, then whole trainings of the best few.
+
+    For models of which a search can afford only some whole trainings. Until `planned` trials have been begun
+    and none of them can go on, they are promoted as `asha` says, and none beyond its last rung. Then the
+    finalists, those that are highest and of these the best at their rung, go on to their end.
+
+    Args:
+        asha: its `most` is the resource at which a whole training ends.
+        finalists: how many there are.
+        planned: how many trials the search has.
+    """
+
+    asha: Asha
+    finalists: int
+    planned: int
+
+    def decide(self, trials: Trials, number: int) -> Decision:
+        known, last = trials[number], self.asha.rungs[-1]
+        if _reaches(_furthest_before(known), last):
+            return Decision.CONTINUE
+        decision = Decision.PAUSE if _reaches(_furthest(known), last) else self._coarse.decide(trials, number)
+        final = decision is Decision.PAUSE and number in self._final(trials)
+        return Decision.CONTINUE if final else decision
+
+    def resumes(self, trials: Trials) -> int | None:
+        promoted = self._coarse.resumes(trials)
+        if promoted is not None:
+            return promoted
+        return next((number for number in self._final(trials) if trials[number].state == "paused"), None)
+
+    @property
+    def _coarse(self) -> Asha:
+        return replace(self.asha, most=self.asha.rungs[-1])
+
+    def _final(self, trials: Trials) -> list[int]:
+        """The finalists, best first; none as long as any other trial runs or may be begun."""
+        if len(trials) < self.planned or self._coarse.resumes(trials) is not None:
+            return []
+        reached = {n: self.asha.rungs[: self.asha.height(known)] for n, known in trials.items()}
+        values = {n: trials[n].at(rungs[-1]) for n, rungs in reached.items() if rungs}
+        judged = {
+            n: value for n, value in values.items()
+            if value is not None and not math.isnan(value) and trials[n].state != "failed"
+        }  # fmt: skip
+        ranked = sorted(judged, key=lambda n: (-len(reached[n]), judged[n], n))[: self.finalists]
+        others = any(known.state == "running" for n, known in trials.items() if n not in ranked)
+        return [] if others else ranked
+
+
 def make(
     name: str,
     *,
@@ -385,19 +442,19 @@ def make(
     """Build a scheduler by its name.
 
     Args:
-        name: none, median, asha, asha-stop, hyperband or pbt.
+        name: none, median, asha, asha-stop, hyperband or pbt; or staged.
         least: the resource before which no trial is stopped. median: 0 by default; asha, asha-stop,
             hyperband: the first rung, by default `most` / `factor`**3; pbt: between two comparisons.
         most: the resource at which a trial ends, in the same unit.
         factor: of asha, asha-stop and hyperband: one in so many goes on at each rung.
         warmup_trials: of median: how many others a trial is compared with at least.
-        population: of pbt: how many trials there are at a time.
+        population: how many trials the search has; of pbt, how many there are at a time.
         quantile: of pbt: the share of the population that is replaced.
 
     Raises:
         BadInput: an unknown name, a value that the scheduler cannot do without, or one that is out of range.
     """
-    if name not in NAMES:
+    if name not in (*NAMES, STAGED):
         raise BadInput(f"no scheduler {name!r}: there are {', '.join(NAMES)}{nearest(name, NAMES)}")
     if name == "none":
         return Full()
@@ -413,7 +470,12 @@ def make(
         least = most / max(factor, 1) ** 3
     if name == "hyperband":
         return Hyperband(least, most, factor)
-    return Asha(least, most, factor, promotes=name == "asha")
+    asha = Asha(least, most, factor, promotes=name != "asha-stop")
+    if name == STAGED:
+        if not asha.rungs:
+            raise BadInput(f"least={least:g} is most={most:g}: staged needs a rung below a whole training")
+        return Staged(asha, max(1, population // _ONE_FINALIST_IN), population)
+    return asha
 
 
 def _check_span(least: float, most: float, factor: int) -> None:

@@ -7,28 +7,26 @@ it decides is a function of them.
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 import numpy as np
 from optuna.study import Study
 from optuna.trial import FixedTrial, FrozenTrial, Trial, TrialState
 from stoker import config as configs
-from stoker.checkpoint import manifest
 from stoker.errors import StokerError
 from stoker.run import finding, view
 from stoker.run.directory import RunDirectory
 from stoker.run.view import RunView
-from stoker.tune import forking
-from stoker.tune.local import Ended, Report, Workers
+from stoker.tune import forking, seen
+from stoker.tune.peers import Peers
+from stoker.tune.plan import Plan
 from stoker.tune.schedulers import Decision, Known, PopulationBased, Scheduler, State, Trials
+from stoker.tune.seen import Seen
 from stoker.tune.space import Space
-from stoker.tune.study import EARLIER, JournalFile, quiet
-from stoker.tune.trial import Job
+from stoker.tune.study import EARLIER, Kept, quiet
+from stoker.tune.trial import Ended, Job, Report
 
 _RESAMPLE = 0.25  # as in the paper's experiments
 _FACTORS = (0.8, 1.2)
@@ -44,83 +42,71 @@ _TOLD: dict[State, TrialState] = {
 }
 
 
-@dataclass
-class Seen:
-    """What is known of a trial, and shown of it."""
-
-    number: int
-    params: dict[str, Any]
-    """Config values by key."""
-    state: State = "running"
-    values: dict[float, float] = field(default_factory=dict)
-    """Step -> value of the metric, as it was logged."""
-    error: str = ""
-    trace: str = ""
-    killed: int = 0
-    """How often in a row without a new report."""
-    resumes: bool = False
-    """Whether it is to go on from where its process, or an earlier controller, ended."""
-    parent: int | None = None
-    """The trial from whose checkpoint it began, under population based training."""
-    replaces: int | None = None
-    """The trial in whose place it was begun then."""
+class Executor(Protocol):
+    """Runs the processes of trials: `local.Workers`, or another with the same words."""
 
     @property
-    def run(self) -> str:
-        """The id of its run."""
-        return _run_id(self.number)
+    def free(self) -> bool:
+        """Whether one more trial can be started."""
+        ...
 
     @property
-    def over(self) -> bool:
-        """Whether it has come to its end, whichever that was."""
-        return self.state not in ("running", "paused")
+    def running(self) -> list[int]:
+        """The numbers of the trials that run."""
+        ...
 
-    @property
-    def value(self) -> float | None:
-        """The newest."""
-        return next(reversed(self.values.values()), None)
+    def start(self, job: Job) -> None:
+        """Start a trial."""
+        ...
 
+    def wait(self, timeout: float | None = None) -> list[Report | Ended]:
+        """What happened, once something has, or after so many seconds."""
+        ...
 
-@dataclass(frozen=True)
-class Plan:
-    """What a search does, beside its space, sampler and scheduler."""
+    def answer(self, number: int, decision: str, *, save: bool) -> None:
+        """Tell a trial that has reported what to do, and whether to take a checkpoint."""
+        ...
 
-    folder: Path
-    """Of the sweep: its trials' runs stand in it."""
-    recipe: str
-    """The recipe's reference."""
-    config: type
-    metric: str
-    goal: Literal["min", "max"]
-    trials: int
-    seed: int = 0
-    max_failures: int | None = None
-    deadline: float | None = None
-    """When no more is begun, and what runs stops with a checkpoint; by the machine's monotonic clock."""
+    def stop(self) -> None:
+        """Tell all trials to stop with a checkpoint; they are waited for by `wait`."""
+        ...
+
+    def kill(self) -> None:
+        """End all trials at once."""
+        ...
 
 
 class Search:
-    """One controller's share of a search."""
+    """One controller's share of a search.
+
+    Args:
+        peers: the other controllers of the study, where it may have any.
+    """
 
     def __init__(
         self,
         plan: Plan,
         space: Space,
         study: Study,
-        file: JournalFile,
+        kept: Kept,
         scheduler: Scheduler,
-        workers: Workers,
+        workers: Executor,
+        peers: Peers | None = None,
     ) -> None:
-        self._plan, self._space, self._study, self._file = plan, space, study, file
-        self._scheduler, self._workers = scheduler, workers
-        self._changed: Callable[[], None] = lambda: None
+        self.plan = plan
         self.trials: dict[int, Seen] = {}
+        self._space, self._study, self._kept = space, study, kept
+        self._scheduler, self._workers, self._peers = scheduler, workers, peers
+        self._changed: Callable[[], None] = lambda: None
         self._ending = False
         self._table: dict[int, Known] = {}
         self._open: dict[int, Trial] = {}
         """Optuna's trials that it was not told the end of."""
+        self._started: dict[int, float] = {}
+        """When the processes of those that run were started."""
         for trial in study.get_trials(deepcopy=False):
-            self._take_in(trial)
+            if peers is None or peers.mine(trial):
+                self._take_in(trial)
 
     # -- the loop ------------------------------------------------------------------------------
 
@@ -129,23 +115,18 @@ class Search:
         try:
             while True:
                 self._fill()
-                if not self._workers.running:
+                if not self._workers.running and not self._awaits_others:
                     break
-                for happened in self._workers.wait(self._left()):
-                    if isinstance(happened, Report):
-                        self._decide(happened)
-                    else:
-                        self._end(happened)
-                    self._changed()
-                if self._overdue and not self._ending:
+                self._hear()
+                if self.overspent and not self._ending:
                     self.stop()
         except BaseException:
             self._workers.kill()
             raise
-        if not self._ending:
+        if not self._ending and not self.overspent:
             for number in self._scheduler.given_up(self._known()):
                 self._tell(self.trials[number], "stopped")
-        self._file.sync()
+        self._kept.sync()
 
     def on_change(self, call: Callable[[], None]) -> None:
         """Have something called after everything that happens."""
@@ -159,31 +140,92 @@ class Search:
     @property
     def over(self) -> bool:
         """Whether every trial that was planned has come to its end."""
-        begun = len(self.trials) >= self._plan.trials
-        return begun and all(trial.over for trial in self.trials.values())
+        return self._begun >= self.plan.trials and all(trial.over for trial in self.trials.values())
 
     @property
     def best(self) -> Seen | None:
-        """The complete trial with the best value; of equals the first."""
-        complete = [t for t in self.trials.values() if t.state == "complete" and t.value is not None]
-        return min(complete, key=lambda t: (self._lower(t.value or 0.0), t.number), default=None)
+        """The complete trial with the best value; of equals the first. Where none is, of those that are
+        furthest."""
+        known = [t for t in self.trials.values() if t.value is not None and t.state != "failed"]
+        furthest = max((t.amount(t.step) for t in known), default=0.0)
+        pool = [t for t in known if t.state == "complete"]
+        pool = pool or [t for t in known if t.amount(t.step) >= furthest]
+        lower = self.plan.first.lower
+        return min(pool, key=lambda t: (lower(t.value or 0.0), t.number), default=None)
 
     @property
-    def _overdue(self) -> bool:
-        return self._plan.deadline is not None and time.monotonic() >= self._plan.deadline
+    def front(self) -> list[Seen]:
+        """The trials that no other is better than in all objectives; of one objective, the best."""
+        with quiet():
+            return [self.trials[t.number] for t in self._study.best_trials if t.number in self.trials]
+
+    @property
+    def overspent(self) -> bool:
+        """Whether its time or its budget is used up."""
+        if self.plan.deadline is not None and time.monotonic() >= self.plan.deadline:
+            return True
+        return self.plan.budget is not None and self.spent >= self.plan.budget.amount
+
+    @property
+    def spent(self) -> float:
+        """What all of its trials have spent, in the unit of the budget."""
+        budget = self.plan.budget
+        if budget is not None and budget.unit == "hour":
+            running = sum(time.monotonic() - begun for begun in self._started.values()) * self.plan.ranks
+            return (sum(t.spent for t in self.trials.values()) + running + self._spent_elsewhere) / 3600
+        return sum(t.done for t in self.trials.values()) + self._spent_elsewhere
+
+    @property
+    def _spent_elsewhere(self) -> float:
+        return self._peers.spent if self._peers is not None else 0.0
+
+    def _hear(self) -> None:
+        """Wait for what happens next, and answer it."""
+        if self._peers is not None:
+            self._peers.beat()
+        if not self._workers.running:
+            time.sleep(self._peers.patience if self._peers is not None else 0.0)
+        for happened in self._workers.wait(self._left()) if self._workers.running else ():
+            if isinstance(happened, Report):
+                self._decide(happened)
+            else:
+                self._end(happened)
+            self._changed()
 
     def _left(self) -> float | None:
-        if self._plan.deadline is None or self._ending:
+        """Seconds after which to look whether there is something to do besides."""
+        if self._ending:
             return None
-        return max(0.0, self._plan.deadline - time.monotonic())
+        limits = [self._peers.patience] if self._peers is not None else []
+        if self.plan.deadline is not None:
+            limits.append(self.plan.deadline - time.monotonic())
+        if self.plan.budget is not None and self.plan.budget.unit == "hour":
+            ranks = len(self._started) * self.plan.ranks
+            limits.append((self.plan.budget.amount - self.spent) * 3600 / max(ranks, 1))
+        return max(0.0, min(limits)) if limits else None
+
+    @property
+    def _awaits_others(self) -> bool:
+        """Whether what other controllers do may let a trial of this one go on."""
+        if self._peers is None or self._ending or self.overspent or not self._peers.running:
+            return False
+        return any(trial.state == "paused" for trial in self.trials.values())
+
+    @property
+    def _begun(self) -> int:
+        """How many of the trials that were planned have been begun."""
+        own = sum(trial.parent is None for trial in self.trials.values())
+        return own + (len(self._peers.trials) if self._peers is not None else 0)
 
     def _fill(self) -> None:
         """Start trials as long as there is room and something to be started."""
-        while self._workers.free and not self._ending and not self._overdue:
+        while self._workers.free and not self._ending and not self.overspent:
             number = self._next()
             if number is None:
                 return
             self.trials[number].state = "running"
+            self._started[number] = time.monotonic()
+            self._publish(number, paused=False)
             self._workers.start(self._job(self.trials[number]))
             self._changed()
 
@@ -199,8 +241,7 @@ class Search:
         promoted = self._scheduler.resumes(self._known())
         if promoted is not None:
             return promoted
-        begun = sum(trial.parent is None for trial in self.trials.values())
-        return self._ask() if begun < self._plan.trials else None
+        return self._ask() if self._begun < self.plan.trials else None
 
     def _goes_on(self, trial: Seen) -> bool:
         """Whether a trial that was interrupted is to run again.
@@ -210,8 +251,8 @@ class Search:
         """
         run = self._run_of(trial.number)
         if run is not None:
-            known = {**trial.values, **_points(run, self._plan.metric)}
-            begins = _begins(run)
+            known = {**trial.values, **seen.points(run, self.plan.first.metric)}
+            begins = seen.begins(run)
             trial.values = {step: value for step, value in sorted(known.items()) if step <= begins}
             self._table.pop(trial.number, None)
         trial.state = "running"
@@ -220,6 +261,7 @@ class Search:
         decision = self._scheduler.decide(self._known(), trial.number)
         if decision is Decision.PAUSE:
             trial.state = "paused"
+            self._publish(trial.number, paused=True)
         elif decision is Decision.STOP:
             self._tell(trial, "stopped")
         return decision is Decision.CONTINUE
@@ -242,20 +284,28 @@ class Search:
 
     def _ask(self, fork: forking.Fork | None = None) -> int:
         """A new trial of the study; a fork's values are near its donor's."""
-        with quiet(), self._file.together():
+        with quiet(), self._kept.together():
             if fork is not None:
-                random = np.random.default_rng([self._plan.seed, len(self.trials)])
+                random = np.random.default_rng([self.plan.seed, len(self.trials)])
                 near = self._space.perturbed(
                     self.trials[fork.donor].params, random, resample=_RESAMPLE, factors=_FACTORS
                 )
                 self._study.enqueue_trial(self._space.params(near), user_attrs=fork.attributes)
             trial = self._study.ask()
-            params = self._space.suggest(trial)
-            trial.set_user_attr("run", _run_id(trial.number))
+            params = self._own(trial)
         self.trials[trial.number] = Seen(trial.number, params)
         self._open[trial.number] = trial
         self._inherit(trial.number, fork)
         return trial.number
+
+    def _own(self, trial: Trial) -> dict[str, Any]:
+        """Make a trial this controller's, and draw its values; what was done before is not done again."""
+        if self._peers is not None:
+            self._peers.claim(trial)
+        params = self._space.suggest(trial)
+        if "run" not in trial.user_attrs:
+            trial.set_user_attr("run", seen.run_id(trial.number))
+        return params
 
     def _inherit(self, number: int, fork: forking.Fork | None) -> None:
         """Let a trial that was forked have its donor's history."""
@@ -264,62 +314,109 @@ class Search:
         trial, donor = self.trials[number], self.trials[fork.donor]
         trial.parent, trial.replaces = fork.donor, fork.replaces
         trial.values = {s: v for s, v in donor.values.items() if s <= fork.step} | trial.values
+        trial.origin = (fork.step, donor.amount(fork.step))
 
     def _take_in(self, found: FrozenTrial) -> None:
         """A trial of an earlier controller, from the study and from its run."""
         if found.state == TrialState.WAITING or EARLIER in found.user_attrs:
             return
-        seen = Seen(found.number, self._space.suggest(FixedTrial(found.params)))
-        self.trials[found.number] = seen
+        open_ = None
+        if found.state.is_finished():
+            params = self._space.suggest(FixedTrial(found.params))
+        else:
+            with quiet(), self._kept.together():
+                open_ = Trial(self._study, found._trial_id)
+                params = self._own(open_)
+        trial = self.trials[found.number] = Seen(found.number, params)
         run = self._run_of(found.number)
         if run is not None:
-            seen.values = _points(run, self._plan.metric)
+            trial.values = seen.points(run, self.plan.first.metric)
+            trial.others = seen.newest(run, self.plan.objectives)
+            trial.per_step = seen.per_step(run, self.plan.unit) or 1.0
+            trial.spent = sum(((a.ended or a.last_event) - a.started) * a.world for a in run.attempts)
+        trial.written = max(found.intermediate_values, default=-1.0)
         self._inherit(found.number, forking.of(found))
-        if found.state.is_finished():
-            seen.state = next(state for state, told in _TOLD.items() if told == found.state)
-            seen.error = str(found.user_attrs.get("error", ""))
-            seen.trace = str(found.user_attrs.get("trace", ""))
+        if open_ is not None:
+            self._open[found.number] = open_
+            self._take_up(trial, run)
             return
-        with quiet():
-            self._open[found.number] = Trial(self._study, found._trial_id)
+        trial.state = next(state for state, told in _TOLD.items() if told == found.state)
+        trial.error = str(found.user_attrs.get("error", ""))
+        trial.trace = str(found.user_attrs.get("trace", ""))
+
+    def _take_up(self, trial: Seen, run: RunView | None) -> None:
+        """Where a trial is whose end the study was not told."""
         state = _OF_A_RUN.get(run.status) if run is not None else None
         if state == "paused":
-            seen.state = "paused"
+            trial.state = "paused"
+            self._publish(trial.number, paused=True)
         elif state is None:
-            seen.resumes = True
+            trial.resumes = True
         else:
-            seen.error = str(run.attempts[-1].error or "") if run is not None and run.attempts else ""
-            self._tell(seen, state)
+            trial.error = str(run.attempts[-1].error or "") if run is not None and run.attempts else ""
+            self._tell(trial, state)
 
     def _tell(self, trial: Seen, state: State) -> None:
         """Let the study know how a trial ended."""
         trial.state = state
-        if state == "complete" and trial.value is None:
-            trial.state, trial.error = "failed", f"it ended without a {self._plan.metric}"
-        with quiet(), self._file.together():
+        outcome = trial.outcome(self.plan.objectives)
+        lacking = [
+            one.metric for one, value in zip(self.plan.objectives, outcome, strict=True) if value is None
+        ]
+        if state == "complete" and lacking:
+            trial.state, trial.error = "failed", f"it ended without a {', '.join(lacking)}"
+        with quiet(), self._kept.together():
             open_ = self._open.pop(trial.number)
-            for step, value in trial.values.items():
-                open_.report(value, int(step))
+            self._write_values(trial, open_)
+            open_.set_user_attr("spent", trial.done if self._counts_training else trial.spent)
             if trial.state == "failed":
                 open_.set_user_attr("error", trial.error)
                 open_.set_user_attr("trace", trial.trace)
-            self._study.tell(
-                open_, trial.value if trial.state == "complete" else None, state=_TOLD[trial.state]
-            )
+            known = [value for value in outcome if value is not None]
+            complete = trial.state == "complete"
+            self._study.tell(open_, known if complete else None, state=_TOLD[trial.state])
+
+    @property
+    def _counts_training(self) -> bool:
+        """Whether the budget is in a unit of training rather than in hours."""
+        return self.plan.budget is not None and self.plan.budget.unit != "hour"
+
+    def _write_values(self, trial: Seen, open_: Trial) -> None:
+        """The values of a trial by step, as Optuna has them; it has none where objectives are several."""
+        if len(self.plan.objectives) > 1:
+            open_.set_user_attr("values", [list(point) for point in trial.values.items()])
+            return
+        for step, value in trial.values.items():
+            if step > trial.written:
+                open_.report(value, int(step))
+                trial.written = step
+
+    def _publish(self, number: int, *, paused: bool) -> None:
+        """Let the sampler know of a trial that waits, and other controllers of any."""
+        trial, open_ = self.trials[number], self._open[number]
+        with quiet(), self._kept.together():
+            if paused or self._peers is not None:
+                self._write_values(trial, open_)
+            if self._peers is not None:
+                self._peers.publish(open_, trial, paused=paused)
 
     # -- what happens to trials ------------------------------------------------------------------
 
     def _decide(self, report: Report) -> None:
         trial = self.trials[report.number]
         trial.values[float(report.step)] = report.value
+        trial.per_step = report.per_step
         trial.killed = 0
         self._table.pop(report.number, None)
+        self._publish(report.number, paused=False)
         decision = self._scheduler.decide(self._known(), report.number)
         saves = isinstance(self._scheduler, PopulationBased)  # others may go on from there
         self._workers.answer(report.number, _ANSWERS[decision], save=saves)
 
     def _end(self, ended: Ended) -> None:
         trial = self.trials[ended.number]
+        trial.spent += (time.monotonic() - self._started.pop(ended.number)) * self.plan.ranks
+        trial.others |= ended.values
         if ended.status == "killed":
             trial.killed += 1
             if trial.killed <= _RESTARTS:
@@ -330,6 +427,7 @@ class Search:
             trial.resumes = not self._ending
         elif state == "paused":
             trial.state = "paused"
+            self._publish(trial.number, paused=True)
         else:
             trial.error, trial.trace = self._error_of(ended), ended.trace
             self._tell(trial, state)
@@ -342,25 +440,27 @@ class Search:
 
     def _check(self, ended: Ended) -> None:
         """Whether it makes sense to go on. Raises StokerError."""
-        trial, metric = self.trials[ended.number], self._plan.metric
-        if ended.status == view.FINISHED and metric not in ended.logged:
+        trial = self.trials[ended.number]
+        lacking = [one.metric for one in self.plan.objectives if one.metric not in ended.logged]
+        if ended.status == view.FINISHED and lacking:
             logged = ", ".join(sorted(ended.logged)) or "nothing"
             raise StokerError(
-                f"the recipe never logs {metric}: it logs {logged}; name one of these with --metric"
+                f"the recipe never logs {', '.join(lacking)}: it logs {logged}; "
+                "name one of these with --metric"
             )
         failures = [t for t in self.trials.values() if t.state == "failed"]
-        if self._plan.max_failures is not None and len(failures) > self._plan.max_failures:
+        if self.plan.max_failures is not None and len(failures) > self.plan.max_failures:
             raise StokerError(
-                f"{len(failures)} trials failed, more than --max-failures {self._plan.max_failures}; "
+                f"{len(failures)} trials failed, more than --max-failures {self.plan.max_failures}; "
                 f"trial {trial.number}: {trial.error}"
             )
 
     def _job(self, trial: Seen) -> Job:
-        resolved: Any = configs.resolve(self._plan.config, self._space.overrides(trial.params))
+        resolved: Any = configs.resolve(self.plan.config, self._space.overrides(trial.params))
         return Job(
-            trial.number, self._plan.recipe, resolved.values, resolved.sources, self._plan.folder.parent,
-            self._plan.folder.name, _run_id(trial.number), self._plan.metric,
-            self._plan.folder / "provenance",
+            trial.number, self.plan.recipe, resolved.values, resolved.sources, self.plan.folder.parent,
+            self.plan.folder.name, trial.run, tuple(one.metric for one in self.plan.objectives),
+            self.plan.unit, self.plan.folder / "provenance",
         )  # fmt: skip
 
     def _run_of(self, number: int) -> RunView | None:
@@ -368,38 +468,16 @@ class Search:
         return view.load(run) if run.exists() else None
 
     def _directory(self, number: int) -> RunDirectory:
-        return finding.locate(self._plan.folder.parent, self._plan.folder.name, _run_id(number))
+        return finding.locate(self.plan.folder.parent, self.plan.folder.name, seen.run_id(number))
 
     def _known(self) -> Trials:
         """What schedulers decide by; made anew of the trials of which something has changed."""
         for trial in self.trials.values():
             known = self._table.get(trial.number)
             if known is None or known.state != trial.state:
-                values = {step: self._lower(value) for step, value in trial.values.items()}
-                self._table[trial.number] = Known(trial.number, values, trial.state)
-        return self._table
-
-    def _lower(self, value: float) -> float:
-        """So that smaller is better."""
-        return value if self._plan.goal == "min" else -value
+                self._table[trial.number] = trial.known(self.plan.first)
+        others: Mapping[int, Known] = self._peers.known() if self._peers is not None else {}
+        return {**others, **self._table} if others else self._table
 
 
 _ANSWERS = {Decision.CONTINUE: "continue", Decision.PAUSE: "paused", Decision.STOP: "stopped"}
-
-
-def _run_id(number: int) -> str:
-    return f"trial-{number:04d}"
-
-
-def _begins(run: RunView) -> float:
-    """The step that a run goes on from: of a loop without a Trainer, which keeps its own place, its last."""
-    if run.samples_per_step is None:
-        return math.inf
-    return max(map(manifest.step_of, manifest.committed(run.directory.checkpoints)), default=0)
-
-
-def _points(run: RunView, metric: str) -> dict[float, float]:
-    series = run.points.get(metric)
-    if series is None:
-        return {}
-    return {float(step): value for step, value in series.items() if math.isfinite(value)}

@@ -9,30 +9,80 @@ drawn.
 from __future__ import annotations
 
 import contextlib
+import copy
 import fcntl
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Protocol
 
 import numpy as np
 import optuna
 from optuna.samplers import BaseSampler
+from optuna.storages import BaseStorage
 from optuna.storages.journal import BaseJournalBackend, JournalFileBackend, JournalStorage
-from optuna.study import Study
+from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from stoker.errors import BadInput, nearest
+from stoker.tune import promising, record
+from stoker.tune.plan import Goal
 from stoker.tune.space import Space
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 logging.getLogger("optuna").propagate = False
 
 SAMPLERS = ("random", "grid", "qmc", "tpe", "gp", "cmaes", "nsga2", "nsga3")
+STAGED = "staged"
+SEVERAL = ("random", "grid", "qmc", "tpe", "nsga2", "nsga3", "gp")
+"""Those that can search for several objectives."""
 NAME = "sweep"
 EARLIER = "earlier"
 """The attribute of trials that were taken from another search, which is its name."""
+
+
+class Kept(Protocol):
+    """Where a study is kept."""
+
+    storage: BaseStorage
+
+    def together(self) -> contextlib.AbstractContextManager[None]:
+        """What is written within this block is there whole or not at all, where that can be had."""
+        ...
+
+    def sync(self) -> None:
+        """Bring it to the disk."""
+        ...
+
+
+class Database:
+    """Optuna's tables in a database, which several controllers may share.
+
+    Each statement is durable by itself. A trial that was asked for and not given all of its values is given
+    the rest by the controller that takes it in.
+
+    Raises:
+        BadInput: it does not answer, or its driver is not installed.
+    """
+
+    def __init__(self, url: str) -> None:
+        try:
+            self.storage: BaseStorage = optuna.storages.RDBStorage(
+                url, engine_kwargs={"pool_pre_ping": True}, skip_compatibility_check=False
+            )
+        except ImportError as error:
+            raise BadInput(f"--storage {record.shown(url)}: its driver is not installed: {error}") from error
+        except Exception as error:  # SQLAlchemy's, and those of every driver
+            said = str(error).strip().splitlines()[0]
+            raise BadInput(f"--storage {record.shown(url)} cannot be used: {said}") from error
+
+    def together(self) -> contextlib.AbstractContextManager[None]:
+        """Statements are written one by one."""
+        return contextlib.nullcontext()
+
+    def sync(self) -> None:
+        """It is there already."""
 
 
 class JournalFile(BaseJournalBackend):
@@ -50,6 +100,7 @@ class JournalFile(BaseJournalBackend):
         self._held: list[dict[str, Any]] | None = None
         with self._locked():
             self._cut_torn_line()
+        self.storage: BaseStorage = JournalStorage(self)
 
     def read_logs(self, log_number_from: int) -> Iterable[dict[str, Any]]:
         """The entries from a number on."""
@@ -106,40 +157,70 @@ class JournalFile(BaseJournalBackend):
             fcntl.flock(self._descriptor, fcntl.LOCK_UN)
 
 
+class _Learned(Study):
+    """A study as samplers learn from it: a trial that has values, and may go on, is one that ended there.
+
+    Else those that wait at a rung, as most of ASHA's do to the end of the search, would teach nothing.
+    """
+
+    @classmethod
+    def of(cls, study: Study) -> _Learned:
+        """The same study, seen so."""
+        learned = cls.__new__(cls)
+        learned.__dict__ = study.__dict__
+        return learned
+
+    def _get_trials(
+        self, deepcopy: bool = True, states: Container[TrialState] | None = None, use_cache: bool = False
+    ) -> list[FrozenTrial]:
+        found = [_as_far(trial) for trial in super()._get_trials(deepcopy, use_cache=use_cache)]
+        return [trial for trial in found if states is None or trial.state in states]
+
+
+def _as_far(trial: FrozenTrial) -> FrozenTrial:
+    if trial.state != TrialState.RUNNING or not trial.intermediate_values:
+        return trial
+    ended = copy.copy(trial)
+    ended.state = TrialState.PRUNED
+    return ended
+
+
 class Seeded(BaseSampler):
     """A sampler that is made anew for each trial, from its number: what it draws depends on no process.
 
     Args:
-        make: a sampler from a seed.
+        make: a sampler from a seed and the trial's number.
         seed: of the search.
         learns: whether it is told how trials end; a grid stops Optuna's own loop then, which there is not.
     """
 
-    def __init__(self, make: Callable[[int], BaseSampler], seed: int, *, learns: bool = True) -> None:
+    def __init__(self, make: Callable[[int, int], BaseSampler], seed: int, *, learns: bool = True) -> None:
         self._make, self._seed, self._learns = make, seed, learns
         self._current: tuple[int, BaseSampler] | None = None
 
     def _of(self, number: int) -> BaseSampler:
         if self._current is None or self._current[0] != number:
             drawn = np.random.SeedSequence([self._seed, number]).generate_state(1)
-            self._current = (number, self._make(int(drawn[0])))
+            self._current = (number, self._make(int(drawn[0]), number))
         return self._current[1]
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, Any]:
         """See BaseSampler, as for the others."""
-        return self._of(trial.number).infer_relative_search_space(study, trial)
+        return self._of(trial.number).infer_relative_search_space(_Learned.of(study), trial)
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, Any]
     ) -> dict[str, Any]:
         """See BaseSampler."""
-        return self._of(trial.number).sample_relative(study, trial, search_space)
+        return self._of(trial.number).sample_relative(_Learned.of(study), trial, search_space)
 
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: Any
     ) -> Any:
         """See BaseSampler."""
-        return self._of(trial.number).sample_independent(study, trial, param_name, param_distribution)
+        return self._of(trial.number).sample_independent(
+            _Learned.of(study), trial, param_name, param_distribution
+        )
 
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
         """See BaseSampler."""
@@ -153,29 +234,33 @@ class Seeded(BaseSampler):
             self._of(trial.number).after_trial(study, trial, state, values)
 
 
-def sampler(name: str, space: Space, seed: int) -> Seeded:
+def sampler(name: str, space: Space, seed: int, trials: int = 0) -> Seeded:
     """A sampler of Optuna's by its short name. Raises BadInput.
 
     Args:
         seed: of the search. What must be the same over all trials (the order of a grid, the scrambling of
             a sequence) is of this seed alone.
+        trials: how many are planned; of `staged`, the first half is random.
     """
     samplers = optuna.samplers
-    if name not in SAMPLERS:
+    if name not in (*SAMPLERS, STAGED):
         raise BadInput(f"--sampler {name}: give one of {', '.join(SAMPLERS)}{nearest(name, SAMPLERS)}")
     if name == "grid":
         grid: Mapping[str, Any] = space.grid()
-        return Seeded(lambda _: samplers.GridSampler(grid, seed=seed), seed, learns=False)
-    makers: dict[str, Callable[[int], BaseSampler]] = {
-        "random": lambda drawn: samplers.RandomSampler(seed=drawn),
-        "qmc": lambda _: samplers.QMCSampler(seed=seed, scramble=True),
-        "tpe": lambda drawn: samplers.TPESampler(
+        return Seeded(lambda _, __: samplers.GridSampler(grid, seed=seed), seed, learns=False)
+    makers: dict[str, Callable[[int, int], BaseSampler]] = {
+        "random": lambda drawn, _: samplers.RandomSampler(seed=drawn),
+        "qmc": lambda _, __: samplers.QMCSampler(seed=seed, scramble=True),
+        "tpe": lambda drawn, _: samplers.TPESampler(
             seed=drawn, multivariate=True, group=True, constant_liar=True
         ),
-        "gp": lambda drawn: samplers.GPSampler(seed=drawn),
-        "cmaes": lambda drawn: samplers.CmaEsSampler(seed=drawn),
-        "nsga2": lambda drawn: samplers.NSGAIISampler(seed=drawn),
-        "nsga3": lambda drawn: samplers.NSGAIIISampler(seed=drawn),
+        "gp": lambda drawn, _: samplers.GPSampler(seed=drawn),
+        "cmaes": lambda drawn, _: samplers.CmaEsSampler(seed=drawn),
+        "nsga2": lambda drawn, _: samplers.NSGAIISampler(seed=drawn),
+        "nsga3": lambda drawn, _: samplers.NSGAIIISampler(seed=drawn),
+        STAGED: lambda drawn, number: (
+            samplers.RandomSampler(seed=drawn) if number < trials // 2 else promising.sampler(drawn)
+        ),
     }
     return Seeded(makers[name], seed)
 
@@ -210,10 +295,20 @@ def read(file: Path) -> Study:
     return optuna.load_study(study_name=NAME, storage=JournalStorage(JournalFileBackend(str(file))))
 
 
-def opened(file: JournalFile, made_by: Seeded, direction: Literal["minimize", "maximize"]) -> Study:
-    """The study in a journal, or a new one."""
-    storage = JournalStorage(file)
-    if NAME in optuna.get_all_study_names(storage):
-        return optuna.load_study(study_name=NAME, storage=storage, sampler=made_by)
-    with file.together():
-        return optuna.create_study(study_name=NAME, storage=storage, sampler=made_by, direction=direction)
+def read_shared(url: str, name: str) -> Study:
+    """The same of one in a database. Raises BadInput."""
+    try:
+        return optuna.load_study(study_name=name, storage=Database(url).storage)
+    except KeyError as error:
+        raise BadInput(f"{record.shown(url)} has no study {name}") from error
+
+
+def opened(kept: Kept, made_by: BaseSampler, goals: Sequence[Goal], name: str = NAME) -> Study:
+    """The study of that name, or a new one."""
+    if name in optuna.get_all_study_names(kept.storage):
+        return optuna.load_study(study_name=name, storage=kept.storage, sampler=made_by)
+    directions = [StudyDirection.MINIMIZE if goal == "min" else StudyDirection.MAXIMIZE for goal in goals]
+    with kept.together():  # of two that make it at once one does
+        return optuna.create_study(
+            study_name=name, storage=kept.storage, sampler=made_by, directions=directions, load_if_exists=True
+        )

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from stoker import duration
 from stoker.attempt import Run
 from stoker.errors import StokerError
 
@@ -27,8 +28,37 @@ class Job:
     sweep: str
     """The folder of its run, under `runs`."""
     run: str
-    metric: str
+    metrics: tuple[str, ...]
+    """What is searched for; each value of the first one is reported."""
+    unit: str
+    """What schedulers count by, as a Duration's."""
     provenance: Path
+
+
+@dataclass(frozen=True)
+class Report:
+    """A value of the metric, for which a trial waits to be told what to do."""
+
+    number: int
+    step: int
+    value: float
+    per_step: float = 1.0
+    """How much of the unit that schedulers count by one step is."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A trial is over: how, as it said itself."""
+
+    number: int
+    status: str
+    """As a run's (finished, paused, stopped, preempted, ...); killed, by a signal."""
+    error: str = ""
+    trace: str = ""
+    logged: tuple[str, ...] = ()
+    """The metrics that it has logged."""
+    values: Mapping[str, float] = field(default_factory=dict)
+    """The newest value of each metric that is searched for."""
 
 
 class NotFinite(StokerError):
@@ -57,27 +87,47 @@ class Link:
 
 
 class Reporter:
-    """Listens to a run: the values of one metric are reported, and what is decided then is done.
+    """Listens to a run: the values of the first metric are reported, and what is decided then is done.
 
     A run that a Trainer steps stops at the end of the step, on all ranks; any other at once, within
     `run.log`.
     """
 
-    def __init__(self, run: Run, metric: str, link: Link) -> None:
-        self._run, self._metric, self._link = run, metric, link
+    def __init__(self, run: Run, metrics: tuple[str, ...], unit: str, link: Link) -> None:
+        self._run, self._metrics, self._unit, self._link = run, metrics, unit, link
         self.logged: set[str] = set()
         """The names of all metrics so far."""
+        self.values: dict[str, float] = {}
+        """The newest value of each that is searched for."""
 
     def __call__(self, step: int, values: Mapping[str, Any]) -> None:
         """Called by the run with what was logged. Raises NotFinite, or Stopped."""
         self.logged.update(values)
-        if self._metric not in values:
+        for metric in self._metrics:
+            if metric in values:
+                self.values[metric] = value = float(values[metric])
+                if not math.isfinite(value):
+                    raise NotFinite(f"{metric} is {value} at step {step}")
+        if self._metrics[0] not in values:
             return
-        value = float(values[self._metric])
-        if not math.isfinite(value):
-            raise NotFinite(f"{self._metric} is {value} at step {step}")
-        answer = self._link.ask("report", step=step, value=value)
+        answer = self._link.ask(
+            "report", step=step, value=self.values[self._metrics[0]], per_step=self._per_step()
+        )
         if answer["save"]:
             self._run.stop.ask_to_save()
         if answer["decision"] != "continue":
             self._run.stop.ask(answer["decision"])
+
+    def _per_step(self) -> float:
+        """How much of the unit one step is. Raises StokerError where the loop does not say."""
+        plan = self._run.plan
+        found = duration.of_a_step(
+            self._unit, samples=plan.get("samples_per_step"), tokens=plan.get("tokens_per_step"),
+            samples_per_epoch=plan.get("samples_per_epoch"),
+        )  # fmt: skip
+        if found is None:
+            raise StokerError(
+                f"trials are compared by {self._unit}s, and this loop does not say how many it makes: "
+                "train with a Trainer on data that counts them, or give --least, --most and --budget in steps"
+            )
+        return found

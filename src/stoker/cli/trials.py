@@ -1,0 +1,188 @@
+"""What is seen of a search: a live table while it runs, and what it came to."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any, get_args
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+from stoker.cli.output import console, print_json
+from stoker.tune.schedulers import State
+
+if TYPE_CHECKING:
+    from stoker.tune.search import Search
+    from stoker.tune.seen import Seen
+
+log = logging.getLogger("stoker")
+
+_SHOWN = 12  # trials in the live table
+
+
+@contextlib.contextmanager
+def live(search: Search) -> Iterator[None]:
+    """A table that is kept up to date on a terminal, a line for each trial that ends elsewhere."""
+    screen = Console(stderr=True)
+    if screen.is_terminal:
+        with Live(_Picture(search), console=screen, refresh_per_second=4, transient=True):
+            yield
+        return
+    said: set[int] = {t.number for t in search.trials.values() if t.over}
+
+    def say() -> None:
+        for trial in search.trials.values():
+            if trial.over and trial.number not in said:
+                said.add(trial.number)
+                log.info("%s", _line(search, trial))
+
+    search.on_change(say)
+    yield
+    say()
+
+
+class _Picture:
+    """The trials as they are now; drawn anew each time it is asked for."""
+
+    def __init__(self, search: Search) -> None:
+        self._search, self._begun = search, time.monotonic()
+        self._before = sum(trial.done for trial in search.trials.values())
+
+    def __rich__(self) -> Group:
+        search = self._search
+        trials = list(search.trials.values())
+        metrics = [one.metric for one in search.plan.objectives]
+        table = Table(box=None, pad_edge=False)
+        keys = sorted({key for trial in trials for key in trial.params})
+        for column in ("trial", "state", "step", *metrics, *keys):
+            table.add_column(column, justify="left" if column == "state" else "right")
+        running = [t for t in trials if not t.over]
+        rest = [t for t in trials if t.over]
+        best = search.best
+        for trial in [*rest[-(_SHOWN - len(running[:_SHOWN])) or len(rest) :], *running[:_SHOWN]]:
+            table.add_row(
+                str(trial.number), trial.state, f"{trial.step:,.0f}",
+                *map(_number, trial.outcome(search.plan.objectives)),
+                *(_number(trial.params.get(key)) for key in keys),
+                style="bold" if trial is best else "dim" if trial.state in ("stopped", "failed") else "",
+            )  # fmt: skip
+        return Group(table, Text("; ".join(self._summary(trials))), Text(_best_so_far(best)))
+
+    def _summary(self, trials: list[Seen]) -> Iterator[str]:
+        plan, spent = self._search.plan, time.monotonic() - self._begun
+        yield f"{len(trials)}/{plan.trials} trials: {_counted(trials)}"
+        if plan.whole is not None or plan.unit != "step":
+            yield _saved(trials, plan)
+        if plan.budget is not None:
+            yield f"{self._search.spent:,.1f} of {plan.budget.amount:,.0f} {plan.budget.unit}s"
+        yield f"{_clock(spent)} so far"
+        left = self._left(trials, spent)
+        if left is not None:
+            yield f"about {_clock(left)} left"
+
+    def _left(self, trials: list[Seen], spent: float) -> float | None:
+        """Seconds, by what was done in this controller's time and what the trials so far have needed."""
+        plan = self._search.plan
+        limits = [plan.deadline - time.monotonic()] if plan.deadline is not None else []
+        done = sum(trial.done for trial in trials) - self._before
+        over = [trial for trial in trials if trial.over]
+        if done > 0 and over:
+            each = sum(trial.done for trial in over) / len(over)
+            unfinished = sum(max(0.0, each - trial.done) for trial in trials if not trial.over)
+            limits.append((unfinished + each * max(0, plan.trials - len(trials))) * spent / done)
+            if plan.budget is not None and plan.budget.unit != "hour":
+                limits.append((plan.budget.amount - self._search.spent) * spent / done)
+        return max(0.0, min(limits)) if limits else None
+
+
+def _saved(trials: list[Seen], plan: Any) -> str:
+    """What was trained, and what ending early has saved."""
+    done = sum(trial.done for trial in trials)
+    said = f"{done:,.4g} {plan.unit}s"
+    judged = [trial for trial in trials if trial.state != "running"]
+    if plan.whole is None or not judged:
+        return said
+    saved = sum(
+        max(0.0, plan.whole - trial.amount(trial.step)) for trial in judged if trial.state != "failed"
+    )
+    return f"{said}, {saved:,.4g} saved"
+
+
+def _clock(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _counted(trials: Iterable[Seen]) -> str:
+    """How many trials are in which state."""
+    counts = Counter(trial.state for trial in trials)
+    return ", ".join(f"{counts[state]} {state}" for state in get_args(State) if counts[state])
+
+
+def _best_so_far(best: Seen | None) -> str:
+    return f"best {_number(best.value)} of trial {best.number}" if best else ""
+
+
+def _line(search: Search, trial: Seen) -> str:
+    params = " ".join(f"{key}={_number(value)}" for key, value in trial.params.items())
+    best = f"; {_best_so_far(search.best)}" if search.best else ""
+    return f"trial {trial.number} {trial.state}: {_outcome(search, trial)} ({params}){best}"
+
+
+def _outcome(search: Search, trial: Seen) -> str:
+    if trial.state == "failed":
+        return trial.error.splitlines()[0] if trial.error else "it said nothing"
+    values = trial.outcome(search.plan.objectives)
+    return ", ".join(
+        f"{one.metric} {_number(value)}" for one, value in zip(search.plan.objectives, values, strict=True)
+    )
+
+
+def _number(value: Any) -> str:
+    return f"{value:.5g}" if isinstance(value, float) else "" if value is None else str(value)
+
+
+def answer(search: Search, *, json: bool) -> None:
+    """Say what a search came to."""
+    plan, best = search.plan, search.best
+    several = len(plan.objectives) > 1
+    if json:
+        print_json({
+            "sweep": str(plan.folder), "metric": plan.first.metric, "goal": plan.first.goal,
+            "objectives": [[one.metric, one.goal] for one in plan.objectives], "over": search.over,
+            "best": best and _told(best, search),
+            "front": [trial.number for trial in search.front] if several else None,
+            "trials": [_told(trial, search) for trial in search.trials.values()],
+        })  # fmt: skip
+        return
+    out = console()
+    out.print(f"\n{plan.folder.name}: {_counted(search.trials.values()) or 'no trials'}")
+    if several:
+        for trial in search.front:
+            params = " ".join(f"{key}={_number(value)}" for key, value in trial.params.items())
+            out.print(f"  {trial.run:24} {_outcome(search, trial)}   {params}")
+    elif best is not None:
+        out.print(f"  {'best ' + plan.first.metric:24} {_number(best.value)}")
+        for key, value in best.params.items():
+            out.print(f"  {key:24} {_number(value)}")
+        out.print(f"  {'trial':24} {plan.folder.name}/{best.run}")
+    if best is not None:
+        out.print(f"next: stoker runs show {plan.folder.name}/{best.run}   stoker report {plan.folder.name}")
+
+
+def _told(trial: Seen, search: Search) -> dict[str, Any]:
+    plan = search.plan
+    outcome = trial.outcome(plan.objectives)
+    return {
+        "number": trial.number, "state": trial.state, "params": trial.params, "value": trial.value,
+        "objectives": {one.metric: value for one, value in zip(plan.objectives, outcome, strict=True)},
+        "parent": trial.parent,
+        "values": [[int(step), value] for step, value in trial.values.items()],
+        "run": str(plan.folder / trial.run), "error": trial.error or None,
+    }  # fmt: skip
