@@ -18,6 +18,7 @@ class Config(stoker.Training):
     h0: float = 1.0
     h1: float = 0.0
     steps: int = 80
+    batch_size: int = 4
     pause: float = 0.0
     hangs: float = 2.0
     """From step 20 on, where h0 is at least so much."""
@@ -44,7 +45,7 @@ def train(run: stoker.Run, config: Config) -> None:
     )  # fmt: skip
     run.goal(score="max")
     data = TensorDataset(torch.zeros(64, 1), torch.arange(64))
-    for batch in trainer.steps(trainer.loader(data, batch_size=4), max_steps=config.steps):
+    for batch in trainer.steps(trainer.loader(data, batch_size=config.batch_size), max_steps=config.steps):
         if run.step == 20 and config.h0 >= config.hangs:
             time.sleep(600)
         loss = trainer.step(batch)

@@ -106,6 +106,99 @@ def test_asha_pauses_promotes_and_gives_up(stoker: Command) -> None:
         assert [step for step, _ in run.points["val_loss"].items()] == list(range(1, 10))
 
 
+def test_rungs_and_budget_are_counted_by_epochs(stoker: Command, tmp_path: Path) -> None:
+    """An epoch of 64 samples is 16 steps of 4, and 8 of 8."""
+    recipe = str(Path(__file__).parent / "quadratic.py")
+    given = (
+        "sweep", recipe, "batch_size=[4, 8]", "steps=200", "precision=fp32", "--metric", "score", "--goal",
+        "max", "--try", "batch_size=4", "--try", "batch_size=8", "--trials", "2", "--scheduler", "asha-stop",
+        "--factor", "2", "--least", "1ep", "--most", "3ep", "--json",
+    )  # fmt: skip
+    done = stoker(*given)
+    assert done.code == 0, done.err
+    ends = {t["params"]["batch_size"]: (t["state"], t["values"][-1][0]) for t in done.answer["trials"]}
+    assert ends[8] == ("stopped", 8), "at the first epoch it has done half as many steps"
+    assert ends[4] == ("complete", 200)
+    spent = stoker(*given, "--name", "spent", "--budget", "10ep")
+    assert spent.code == 0, spent.err
+    assert "the time or the budget is used up" in spent.err
+    (trial,) = spent.answer["trials"]
+    assert 160 <= trial["values"][-1][0] < 200
+    assert not spent.answer["over"]
+    assert spent.answer["best"] == trial
+    refused = stoker(*given, "--name", "other", "--budget", "100")
+    assert refused.code == 2
+    assert "--budget is counted by steps, --least and --most by epochs" in refused.err
+
+
+def test_a_loop_that_counts_no_epochs_says_so(stoker: Command) -> None:
+    done = stoker("sweep", RECIPE, "x=uniform(0, 1)", "--trials", "1", "--budget", "5ep", "--json")
+    assert done.answer["trials"][0]["state"] == "failed"
+    assert "trials are compared by epochs, and this loop does not say" in done.answer["trials"][0]["error"]
+
+
+def test_hours_of_all_ranks_are_a_budget(stoker: Command) -> None:
+    given = (
+        "sweep", RECIPE, "x=uniform(0, 1)", "pause=0.05", "--trials", "1000", "--budget", "0.002gpuh",
+        "--json",
+    )  # fmt: skip
+    done = stoker(*given)
+    assert done.code == 0, done.err
+    assert 1 < len(done.answer["trials"]) < 1000
+    more = stoker(*given)
+    assert len(more.answer["trials"]) <= len(done.answer["trials"]) + 1, "what was spent before counts"
+
+
+def test_of_several_metrics_it_finds_the_front(stoker: Command, tmp_path: Path) -> None:
+    """Near 0.3 the loss is least, and the cost is x: none above 0.3 is worth it."""
+    given = (
+        "sweep", RECIPE, "x=[0.0, 0.1, 0.2, 0.3, 0.5]", "--sampler", "grid", "--metric", "val_loss",
+        "--metric", "cost", "--goal", "min", "--goal", "min", "--json",
+    )  # fmt: skip
+    done = stoker(*given)
+    assert done.code == 0, done.err
+    answer = done.answer
+    x = {trial["number"]: trial["params"]["x"] for trial in answer["trials"]}
+    assert sorted(x[number] for number in answer["front"]) == [0.0, 0.1, 0.2, 0.3]
+    assert answer["best"]["params"]["x"] == 0.3
+    assert all(t["objectives"]["cost"] == t["params"]["x"] for t in answer["trials"])
+    again = stoker(*given)
+    assert again.answer == answer
+    early = stoker(*given, "--name", "early", "--scheduler", "asha", "--least", "1", "--most", "9")
+    assert early.code == 0, early.err
+    assert "stopped" in {t["state"] for t in early.answer["trials"]}
+    report = Path(stoker("report", "searched-sweep", "--json").answer["report"]).read_text(encoding="utf-8")
+    assert "Pareto front" in report
+    assert "the smallest val_loss and the smallest cost" in report
+    refused = stoker(*given, "--name", "cmaes", "--sampler", "cmaes")
+    assert refused.code == 2
+    assert "searches for one metric" in refused.err
+    lacking = stoker(*given, "--name", "lacking", "--metric", "size", "--goal", "min")
+    assert lacking.code == 1
+    assert "the recipe never logs size" in lacking.err
+
+
+def test_stages_end_with_whole_trainings_of_the_best(stoker: Command, tmp_path: Path) -> None:
+    given = (
+        "sweep", RECIPE, "x=uniform(0, 1)", "--strategy", "staged", "--least", "1", "--most", "9",
+        "--trials", "24", "--json",
+    )  # fmt: skip
+    done = stoker(*given)
+    assert done.code == 0, done.err
+    trials = done.answer["trials"]
+    complete = [t for t in trials if t["state"] == "complete"]
+    assert len(complete) == 1, "one in twenty"
+    assert {t["values"][-1][0] for t in trials} <= {1, 3, 9}
+    assert done.answer["best"] == complete[0]
+    first, second = (
+        [abs(t["params"]["x"] - 0.3) for t in trials[:12]],
+        [abs(t["params"]["x"] - 0.3) for t in trials[12:]],
+    )
+    assert sorted(second)[len(second) // 2] < sorted(first)[len(first) // 2]
+    refused = stoker(*given, "--name", "two", "--sampler", "tpe")
+    assert refused.code == 2
+
+
 @pytest.mark.parametrize("how", ["raise", "nan", "exit"])
 def test_a_trial_that_fails_is_one_failed_trial(how: str, stoker: Command, tmp_path: Path) -> None:
     done = stoker(
@@ -231,6 +324,10 @@ def test_it_learns_from_an_earlier_one_and_tries_what_it_is_told(stoker: Command
         (("x=uniform(0, 1)", "--scheduler", "asha", "--least", "1"), "most"),
         (("x=uniform(0, 1)", "--sampler", "tpee"), "did you mean 'tpe'"),
         (("x=uniform(0, 1)", "--metric", "score"), "--goal min or --goal max"),
+        (("x=uniform(0, 1)", "--scheduler", "asha", "--most", "10min"), "not by the clock"),
+        (("x=uniform(0, 1)", "--scheduler", "asha", "--least", "1", "--most", "2ep"), "two units"),
+        (("x=uniform(0, 1)", "--budget", "40parsecs"), "give hours of all ranks, as 40gpuh"),
+        (("x=uniform(0, 1)", "--strategy", "stages"), "there is staged"),
     ],
 )
 def test_what_cannot_be_searched_starts_nothing(
@@ -245,7 +342,7 @@ def test_what_cannot_be_searched_starts_nothing(
 def test_a_metric_that_is_never_logged_ends_it_after_the_first_trial(stoker: Command) -> None:
     done = stoker("sweep", RECIPE, "x=uniform(0, 1)", "--metric", "val_los", "--trials", "5", "--goal", "min")
     assert done.code == 1
-    assert "the recipe never logs val_los: it logs loss, val_loss" in done.err
+    assert "the recipe never logs val_los: it logs cost, loss, val_loss" in done.err
 
 
 def test_another_space_in_the_same_folder_is_refused(stoker: Command, tmp_path: Path) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ _STATES = {
     "WAITING": "waiting",
 }  # fmt: skip
 _MOST_ERRORS = 20
+_DRAWABLE = 3  # objectives of a Pareto front
 
 
 def write(study: Study, record: Mapping[str, Any], name: str, output: Path) -> Path:
@@ -59,9 +61,10 @@ def _header(study: Study, record: Mapping[str, Any], name: str) -> Html:
     for trial in study.trials:
         counts[_STATES[trial.state.name]] = counts.get(_STATES[trial.state.name], 0) + 1
     said = ", ".join(f"{count} {state}" for state, count in counts.items())
-    way = {"min": "smallest", "max": "largest"}[record["goal"]]
+    ways = {"min": "smallest", "max": "largest"}
+    wanted = " and ".join(f"the {ways[goal]} {metric}" for metric, goal in _objectives(record))
     about = (
-        f"the {way} {record['metric']} of {record['recipe']}, by {record['sampler']}, {record['scheduler']}, "
+        f"{wanted} of {record['recipe']}, by {record['sampler']}, {record['scheduler']}, "
         f"seed {record['seed']}"
     )
     return tag("header", tag("h1", name), tag("p", said), tag("p", about, class_="soft"))
@@ -71,19 +74,41 @@ def _best(study: Study, record: Mapping[str, Any]) -> Html:
     complete = [t for t in study.trials if t.state.name == "COMPLETE"]
     if not complete:
         return section("Best", tag("p", "No trial has come to its end yet."))
+    metrics = [metric for metric, _ in _objectives(record)]
+    if len(metrics) > 1:
+        return _front(study, metrics)
     best = study.best_trial
     rows = [
-        ("trial", best.user_attrs.get("run", str(best.number))), (record["metric"], facts.number(best.value)),
+        ("trial", best.user_attrs.get("run", str(best.number))), (metrics[0], facts.number(best.value)),
         *((key, _said(value)) for key, value in best.params.items()),
     ]  # fmt: skip
     return section("Best", table((), ([tag("td", key, class_="name"), number(value)] for key, value in rows)))
+
+
+def _front(study: Study, metrics: Sequence[str]) -> Html:
+    """The trials that no other is better than in all objectives."""
+    names = sorted({name for trial in study.best_trials for name in trial.params})
+    rows = [
+        [trial.user_attrs.get("run", str(trial.number)), *(number(facts.number(v)) for v in trial.values),
+         *(number(_said(trial.params.get(name))) for name in names)]
+        for trial in sorted(study.best_trials, key=lambda trial: trial.values)
+    ]  # fmt: skip
+    said = tag("p", "No trial is better than one of these in all that is searched for.")
+    return section("Best", said, table(("trial", *metrics, *names), rows))
+
+
+def _objectives(record: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Each metric with its goal, the one by which trials end early first."""
+    return list(zip(record["metric"].split(", "), record["goal"].split(", "), strict=True))
 
 
 def _drawn(study: Study, record: Mapping[str, Any], drawings: list[Any]) -> Iterator[Html]:
     """What Optuna draws, as far as there is enough to be drawn."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for title, draw in _figures(study, record["metric"]):
+        metrics = [metric for metric, _ in _objectives(record)]
+        drawn = _figures(study, metrics[0]) if len(metrics) == 1 else _figures_of_several(study, metrics)
+        for title, draw in drawn:
             try:
                 figure = json.loads(draw().to_json())
             except (ValueError, RuntimeError, ImportError):  # too few trials, or all alike
@@ -116,20 +141,44 @@ def _figures(study: Study, metric: str) -> Iterator[tuple[str, Callable[[], Any]
         yield "Contours", lambda: drawn.plot_contour(study, target_name=metric)
 
 
+def _figures_of_several(study: Study, metrics: Sequence[str]) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """The Pareto front, and the rest of each objective."""
+    from optuna import visualization as drawn
+    from optuna.importance import PedAnovaImportanceEvaluator
+
+    evaluator = PedAnovaImportanceEvaluator()
+    if len(metrics) <= _DRAWABLE:
+        yield "Pareto front", lambda: drawn.plot_pareto_front(study, target_names=list(metrics))
+    for index, metric in enumerate(metrics):
+
+        def value(trial: FrozenTrial, index: int = index) -> float:
+            return float(trial.values[index])
+
+        shown: dict[str, Any] = {"target": value, "target_name": metric}
+        yield f"History: {metric}", functools.partial(drawn.plot_optimization_history, study, **shown)
+        yield (
+            f"What matters: {metric}",
+            functools.partial(drawn.plot_param_importances, study, evaluator=evaluator, **shown),
+        )
+        yield f"Slices: {metric}", functools.partial(drawn.plot_slice, study, **shown)
+
+
 def _points(trace: Mapping[str, Any]) -> bool:
     return any(trace.get(part) for part in ("x", "y", "z", "dimensions"))
 
 
 def _saved(study: Study) -> Html:
-    """The steps that trials did, and those that they would have done had none ended early."""
-    done = [max(trial.intermediate_values, default=0) for trial in study.trials]
+    """What trials did, and what they would have done had none ended early, in the unit of the rungs."""
+    spent = [trial.user_attrs.get("spent", {}) for trial in study.trials]
+    unit = next((unit for known in spent for unit in known if unit != "hour"), "step")
+    done = [float(known.get(unit, 0.0)) for known in spent]
     early = [t for t in study.trials if t.state.name == "PRUNED"]
     if not early or any(
         "fork" in trial.user_attrs for trial in study.trials
     ):  # whose ends are others' begins
         return Html("")
     whole = max(done) * len([n for n in done if n])
-    said = f"{len(early)} trials ended early: {sum(done):,} steps were done of {whole:,}"
+    said = f"{len(early)} trials ended early: {sum(done):,.6g} {unit}s were done of {whole:,.6g}"
     return section("Ended early", tag("p", f"{said}, {1 - sum(done) / max(whole, 1):.0%} less."))
 
 
@@ -149,12 +198,14 @@ def _lineage(study: Study) -> Html:
 
 def _trials(study: Study, record: Mapping[str, Any]) -> Html:
     names = sorted({name for trial in study.trials for name in trial.params})
+    metrics = [metric for metric, _ in _objectives(record)]
     rows = [
-        [number(str(t.number)), _STATES[t.state.name], number(f"{max(t.intermediate_values, default=0):,}"),
-         number(facts.number(_value(t))), *(number(_said(t.params.get(name))) for name in names)]
+        [number(str(t.number)), _STATES[t.state.name], number(f"{max(_points_of(t), default=0):,.0f}"),
+         *(number(facts.number(value)) for value in _values(t, len(metrics))),
+         *(number(_said(t.params.get(name))) for name in names)]
         for t in study.trials
     ]  # fmt: skip
-    return section("Trials", table(("trial", "state", "steps", record["metric"], *names), rows))
+    return section("Trials", table(("trial", "state", "steps", *metrics, *names), rows))
 
 
 def _errors(study: Study) -> Html:
@@ -170,10 +221,16 @@ def _errors(study: Study) -> Html:
     return section("Failures", *shown, *more)
 
 
-def _value(trial: FrozenTrial) -> float | None:
-    return (
-        trial.value if trial.value is not None else next(reversed(trial.intermediate_values.values()), None)
-    )
+def _points_of(trial: FrozenTrial) -> dict[float, float]:
+    """The values by step of what trials end early by."""
+    return dict(trial.user_attrs.get("values") or trial.intermediate_values.items())
+
+
+def _values(trial: FrozenTrial, count: int) -> list[float | None]:
+    """The newest value of each objective, as far as it is known."""
+    if trial.values is not None:
+        return [*trial.values]
+    return [next(reversed(_points_of(trial).values()), None), *[None] * (count - 1)]
 
 
 def _params(trial: FrozenTrial) -> str:

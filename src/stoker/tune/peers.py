@@ -85,11 +85,10 @@ class Peers:
         self._look()
         return any(self._state(trial) == "running" for trial in self.trials)
 
-    @property
-    def spent(self) -> float:
-        """What their trials have spent that are over, in the unit of the budget."""
+    def spent(self, unit: str) -> float:
+        """What their trials have spent that are over, in hours of a rank or a unit of training."""
         self._look()
-        return sum(float(trial.user_attrs.get("spent", 0.0)) for trial in self.trials)
+        return sum(float(trial.user_attrs.get("spent", {}).get(unit, 0.0)) for trial in self.trials)
 
     def _look(self) -> None:
         if time.monotonic() - self._read < _FRESH:

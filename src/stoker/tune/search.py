@@ -172,12 +172,11 @@ class Search:
         budget = self.plan.budget
         if budget is not None and budget.unit == "hour":
             running = sum(time.monotonic() - begun for begun in self._started.values()) * self.plan.ranks
-            return (sum(t.spent for t in self.trials.values()) + running + self._spent_elsewhere) / 3600
-        return sum(t.done for t in self.trials.values()) + self._spent_elsewhere
-
-    @property
-    def _spent_elsewhere(self) -> float:
-        return self._peers.spent if self._peers is not None else 0.0
+            own = (sum(t.spent for t in self.trials.values()) + running) / 3600
+        else:
+            own = sum(t.done for t in self.trials.values())
+        unit = budget.unit if budget is not None else self.plan.unit
+        return own + (self._peers.spent(unit) if self._peers is not None else 0.0)
 
     def _hear(self) -> None:
         """Wait for what happens next, and answer it."""
@@ -224,9 +223,9 @@ class Search:
             if number is None:
                 return
             self.trials[number].state = "running"
-            self._started[number] = time.monotonic()
             self._publish(number, paused=False)
             self._workers.start(self._job(self.trials[number]))
+            self._started[number] = time.monotonic()
             self._changed()
 
     def _next(self) -> int | None:
@@ -334,6 +333,7 @@ class Search:
             trial.others = seen.newest(run, self.plan.objectives)
             trial.per_step = seen.per_step(run, self.plan.unit) or 1.0
             trial.spent = sum(((a.ended or a.last_event) - a.started) * a.world for a in run.attempts)
+        trial.spent = max(trial.spent, found.user_attrs.get("spent", {}).get("hour", 0.0) * 3600)
         trial.written = max(found.intermediate_values, default=-1.0)
         self._inherit(found.number, forking.of(found))
         if open_ is not None:
@@ -368,7 +368,6 @@ class Search:
         with quiet(), self._kept.together():
             open_ = self._open.pop(trial.number)
             self._write_values(trial, open_)
-            open_.set_user_attr("spent", trial.done if self._counts_training else trial.spent)
             if trial.state == "failed":
                 open_.set_user_attr("error", trial.error)
                 open_.set_user_attr("trace", trial.trace)
@@ -376,13 +375,9 @@ class Search:
             complete = trial.state == "complete"
             self._study.tell(open_, known if complete else None, state=_TOLD[trial.state])
 
-    @property
-    def _counts_training(self) -> bool:
-        """Whether the budget is in a unit of training rather than in hours."""
-        return self.plan.budget is not None and self.plan.budget.unit != "hour"
-
     def _write_values(self, trial: Seen, open_: Trial) -> None:
-        """The values of a trial by step, as Optuna has them; it has none where objectives are several."""
+        """What a trial has spent, and its values by step; Optuna has none where objectives are several."""
+        open_.set_user_attr("spent", {"hour": trial.spent / 3600, self.plan.unit: trial.done})
         if len(self.plan.objectives) > 1:
             open_.set_user_attr("values", [list(point) for point in trial.values.items()])
             return

@@ -14,6 +14,7 @@ import fcntl
 import json
 import logging
 import os
+import time
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -68,9 +69,7 @@ class Database:
 
     def __init__(self, url: str) -> None:
         try:
-            self.storage: BaseStorage = optuna.storages.RDBStorage(
-                url, engine_kwargs={"pool_pre_ping": True}, skip_compatibility_check=False
-            )
+            self.storage: BaseStorage = _tables(url)
         except ImportError as error:
             raise BadInput(f"--storage {record.shown(url)}: its driver is not installed: {error}") from error
         except Exception as error:  # SQLAlchemy's, and those of every driver
@@ -83,6 +82,19 @@ class Database:
 
     def sync(self) -> None:
         """It is there already."""
+
+
+def _tables(url: str, tries: int = 5) -> BaseStorage:
+    """Optuna's tables, which are made where there are none: of several that do so at once, one can."""
+    from sqlalchemy.exc import IntegrityError, ProgrammingError
+
+    try:
+        return optuna.storages.RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
+    except (IntegrityError, ProgrammingError):
+        if tries == 1:
+            raise
+        time.sleep(0.5)
+        return _tables(url, tries - 1)
 
 
 class JournalFile(BaseJournalBackend):

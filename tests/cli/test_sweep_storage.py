@@ -1,0 +1,107 @@
+"""`stoker sweep --storage`: the study in PostgreSQL, which several controllers may share."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import optuna
+import pytest
+
+import servers
+from conftest import Command, Start
+from support import loaded
+
+RECIPE = str(Path(__file__).parent / "searched.py")
+ASHA = ("--scheduler", "asha", "--least", "1", "--most", "9")
+
+pytestmark = [
+    pytest.mark.skipif(servers.postgres_binaries() is None, reason="PostgreSQL is not installed"),
+    pytest.mark.filterwarnings("ignore"),  # of SQLAlchemy
+]
+
+
+@pytest.fixture(scope="module")
+def database() -> Iterator[str]:
+    binaries = servers.postgres_binaries()
+    assert binaries is not None
+    with servers.postgres(binaries) as url:
+        yield url
+
+
+def test_two_controllers_share_a_study(start: Start, stoker: Command, database: str, tmp_path: Path) -> None:
+    """Neither trains the other's trials, and both judge by all of them."""
+    given = (
+        "sweep", RECIPE, "x=uniform(0, 1)", "pause=0.05", "--sampler", "random", "--trials", "12", *ASHA,
+        "--storage", database, "--study", "shared", "--json",
+    )  # fmt: skip
+    processes = [start(*given, "--name", name) for name in ("here", "there")]
+    answers = []
+    for process in processes:
+        out, err = process.communicate(timeout=200)
+        assert process.returncode == 0, err.decode()
+        answers.append(json.loads(out.decode().strip().splitlines()[-1]))
+    study = optuna.load_study(study_name="shared", storage=database)
+    assert all(trial.state.is_finished() for trial in study.trials)
+    assert 12 <= len(study.trials) <= 13  # both may ask for the last one at once
+    own = [[trial["number"] for trial in answer["trials"]] for answer in answers]
+    assert min(map(len, own)) >= 1
+    assert sorted(own[0] + own[1]) == [trial.number for trial in study.trials]
+    reached = [max(trial.intermediate_values) for trial in study.trials]
+    assert reached.count(1) >= len(study.trials) // 2, "each of them alone would have promoted one in three"
+    assert reached.count(9) >= 1
+    for answer in answers:
+        for trial in answer["trials"]:
+            run = loaded(Path(trial["run"]))
+            assert [step for step, _ in run.points["val_loss"].items()] == [s for s, _ in trial["values"]]
+    report = stoker("report", "there", "--json")
+    assert report.code == 0, report.err
+    assert Path(report.answer["report"]).stat().st_size > 0
+    other = stoker(
+        "sweep", RECIPE, "x=uniform(0, 2)", "pause=0.05", "--sampler", "random", "--trials", "12", *ASHA,
+        "--storage", database, "--study", "shared", "--name", "third",
+    )  # fmt: skip
+    assert other.code == 2
+    assert "the study shared searches something else: x: uniform(0.0, 1.0) -> uniform(0.0, 2.0)" in other.err
+
+
+def test_a_controller_that_is_killed_goes_on_as_it_would_have(
+    start: Start, stoker: Command, database: str, tmp_path: Path
+) -> None:
+    given = (
+        "sweep", RECIPE, "x=uniform(0, 1)", "kind=[near, far]", "pause=0.05", "--trials", "8", *ASHA,
+        "--storage", database, "--json",
+    )  # fmt: skip
+    whole = stoker(*given, "--name", "whole")
+    assert whole.code == 0, whole.err
+    for pause in (0.3, 1.1, 0.6):
+        process = start(*given, "--name", "parts")
+        _wait_for_a_trial(process, tmp_path / "runs" / "parts")
+        time.sleep(pause)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    parts = stoker(*given, "--name", "parts")
+    assert parts.code == 0, parts.err
+    brief = [
+        [(t["number"], t["state"], t["params"], t["values"]) for t in done.answer["trials"]]
+        for done in (whole, parts)
+    ]
+    assert brief[0] == brief[1]
+
+
+def test_a_database_that_does_not_answer_starts_nothing(stoker: Command, tmp_path: Path) -> None:
+    url = f"postgresql://somebody:secret@127.0.0.1:{servers.free_port()}/none"
+    done = stoker("sweep", RECIPE, "x=uniform(0, 1)", "--trials", "1", "--storage", url)
+    assert done.code == 2, done.err
+    assert "cannot be used" in done.err
+    assert "secret" not in done.err
+    assert not list(tmp_path.glob("runs/*/trial-*"))
+
+
+def _wait_for_a_trial(process: subprocess.Popen[bytes], sweep: Path) -> None:
+    while not (sweep / "trial-0000").exists() and process.poll() is None:
+        time.sleep(0.01)
