@@ -20,6 +20,7 @@ from stoker.tune.schedulers import (
     Median,
     PopulationBased,
     Scheduler,
+    Staged,
     Trials,
     make,
 )
@@ -179,6 +180,40 @@ def test_stopping_keeps_the_best_share_of_what_a_rung_has_seen(
             trials[t] = replace(trials[t], state="stopped" if not goes_on else "complete")
             del running[t]
     assert scheduler.resumes(trials) is None
+
+
+@given(LOSSES, st.integers(1, 6), st.integers(1, 4), RANDOM)
+def test_stages_end_with_the_best_at_the_highest_rungs_and_no_other(
+    losses: list[list[float]], workers: int, finalists: int, order: random.Random
+) -> None:
+    rungs = [1, 3, 9, 27]
+    staged = Staged(Asha(1, 27), finalists, planned=len(losses))
+    ours = Controller(staged, rungs, losses)
+    jobs: list[tuple[int, int]] = []
+    last: tuple[int, int] | None = None
+    coarse: dict[int, Known] = {}
+    while True:
+        while len(jobs) < workers and (job := ours.next_job(last)) is not None:
+            last = None
+            jobs.append(job)
+            if job[1] == 3 and not coarse:
+                coarse = dict(ours.trials)
+        last = None
+        if not jobs:
+            break
+        last = jobs.pop(order.randrange(len(jobs)))
+        ours.finish(*last)
+    whole = {n for n, trial in ours.trials.items() if trial.state == "complete"}
+    waiting = set(ours.scheduler.given_up(ours.trials))
+    assert whole | waiting == set(ours.trials)
+    assert not whole & waiting
+    assert len(whole) <= finalists
+    if coarse:
+        assert len(coarse) == len(losses), "every trial was begun before the first whole training"
+    heights = {n: sum(rung in trial.values for rung in rungs[:3]) for n, trial in ours.trials.items()}
+    standing = {n: (-heights[n], losses[n][heights[n] - 1], n) for n in ours.trials}
+    judged = [n for n in standing if not math.isnan(standing[n][1])]
+    assert whole == set(sorted(judged, key=standing.__getitem__)[:finalists])
 
 
 def test_rungs_are_those_of_the_papers_example() -> None:
@@ -595,6 +630,7 @@ def test_the_order_of_the_table_changes_nothing(
 
 
 def test_makes_each_by_its_name() -> None:
+    assert make("staged", most=27, population=40) == Staged(Asha(1, 27), 2, 40)
     assert make("none") == Full()
     assert make("median", least=3, warmup_trials=2) == Median(warmup=3, warmup_trials=2)
     assert make("asha", least=1, most=9) == Asha(1, 9, 3)
