@@ -132,8 +132,10 @@ def reach_of_locks(path: Path) -> str:
 
 def _file_system_of(path: Path) -> str:
     """The kind of file system that a path is in, as the kernel names it; empty where it does not say."""
-    inside = _existing(path.resolve())
-    mounts = [m for m in psutil.disk_partitions(all=True) if inside.is_relative_to(m.mountpoint)]
+    inside = f"{_existing(path.resolve())}/"
+    mounts = [
+        m for m in psutil.disk_partitions(all=True) if inside.startswith(f"{m.mountpoint.rstrip('/')}/")
+    ]
     mounts.sort(key=lambda mount: len(mount.mountpoint))  # of two at one place the last covers
     return mounts[-1].fstype if mounts else ""
 

@@ -69,6 +69,24 @@ def test_the_same_command_goes_on_and_asks_for_as_many_as_are_missing(stoker: Co
     assert brief(whole) == brief(again)
 
 
+def test_processes_that_are_used_again_train_the_same(stoker: Command) -> None:
+    recipe = str(Path(__file__).parent / "quadratic.py")
+    given = (
+        "sweep", recipe, "h0=uniform(0, 1)", "steps=20", "precision=fp32", "--metric", "score", "--goal",
+        "max", "--sampler", "random", "--trials", "4", "--scheduler", "asha", "--least", "5", "--most", "20",
+        "--json",
+    )  # fmt: skip
+    each, same = stoker(*given), stoker(*given, "--name", "again", "--reuse-processes")
+    assert same.code == 0, same.err
+    assert brief(each.answer) == brief(same.answer)
+    used = [
+        {attempt.pid for t in done.answer["trials"] for attempt in loaded(Path(t["run"])).attempts}
+        for done in (each, same)
+    ]
+    assert len(used[0]) > 4
+    assert len(used[1]) == 1
+
+
 @needs_chromium
 def test_its_report_draws_what_it_has(stoker: Command, tmp_path: Path) -> None:
     done = stoker(

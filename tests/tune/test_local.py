@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from stoker.tune.local import Workers
 from stoker.tune.trial import Ended, Job, Link, Report
@@ -87,3 +89,37 @@ def test_memory_that_runs_out_is_one_failure(parallel: int) -> None:
     ended = searched(Workers(allocates, parallel=parallel), 2)
     assert [e.status for e in ended] == ["failed", "failed"]
     assert "MemoryError: no room" in ended[0].error
+
+
+def says_who(job: Job, link: Link) -> dict[str, Any]:
+    """Says who it is; the third trial holds on to 200 MB, the fifth fails, the seventh is killed."""
+    if job.number == 2:
+        HELD.append(b"x" * 200_000_000)
+    if job.number == 4:
+        raise RuntimeError("no")
+    if job.number == 6:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return {"status": "finished", "logged": [str(os.getpid())]}
+
+
+HELD: list[bytes] = []
+
+
+def test_a_process_that_is_used_again_is_given_up_once_it_has_grown_or_failed() -> None:
+    workers = Workers(says_who, parallel=1, reuse=True)
+    ended = searched(workers, 9)
+    assert [e.status for e in ended] == ["finished"] * 4 + ["failed", "finished", "killed"] + ["finished"] * 2
+    who = [e.logged[0] if e.logged else None for e in ended]
+    assert who[0] == who[1] == who[2]
+    assert who[3] != who[2], "it had grown"
+    assert who[5] != who[3], "it had failed"
+    assert who[7] == who[8] != who[5]
+    (process,) = [psutil.Process(int(who[8] or 0))]
+    workers.close()
+    process.wait(20)
+
+
+def test_by_default_every_trial_has_a_process_of_its_own() -> None:
+    workers = Workers(says_who, parallel=1)
+    ended = searched(workers, 2)
+    assert ended[0].logged != ended[1].logged

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import logging
 import math
 import os
@@ -99,6 +100,14 @@ def sweep(
     ] = None,
     nproc: Nproc = None,
     per_gpu: Annotated[int, typer.Option(min=1, help="Ranks of trials that share a GPU.")] = 1,
+    reuse: Annotated[
+        bool,
+        typer.Option(
+            "--reuse-processes",
+            help="A process trains one trial after another, for trials of a second or less: "
+            "what one leaves in memory the next one finds.",
+        ),
+    ] = False,
     sampler: Annotated[
         str | None,
         typer.Option(help="random, grid, qmc, tpe, gp, cmaes, nsga2 or nsga3.", show_default="tpe"),
@@ -212,7 +221,9 @@ def sweep(
         record.begin(folder, wanted, found.source.parent)
         from stoker.tune.local import Workers
 
-        workers = Workers(work, parallel=parallel, ranks=plan.ranks, preload=_preload(found), gpus=gpus)
+        workers = Workers(
+            work, parallel=parallel, ranks=plan.ranks, preload=_preload(found), gpus=gpus, reuse=reuse
+        )
         kept = _kept(folder, storage)
         search = _search(plan, searched, kept, wanted, rule, workers, runs)
         shipping = follower.spawn_for_sweep(folder) if follower.enabled() else None
@@ -313,7 +324,7 @@ def work(job: Job, link: Link) -> dict[str, Any]:
     from stoker.tune.trial import Reporter
 
     logging.getLogger("stoker").setLevel(logging.DEBUG)
-    recipe = recipes.load(job.recipe)
+    recipe = _loaded(job.recipe)
     resolved: Any = configs.restore(recipe.config, job.values, job.sources)
     train.check(recipe, resolved.config, World.current().size)
     if World.current().rank == 0:
@@ -329,6 +340,12 @@ def work(job: Job, link: Link) -> dict[str, Any]:
     run.listen(reporter)
     _, status = train.work_on(run, recipe, resolved.config, trial=True)
     return {"status": status, "logged": sorted(reporter.logged), "values": reporter.values}
+
+
+@functools.cache
+def _loaded(reference: str) -> Recipe:
+    """A recipe, once in each process, which may train several trials of it."""
+    return recipes.load(reference)
 
 
 def _begin(study: Any, tries: Sequence[Mapping[str, Any]], earlier: Path | None) -> None:

@@ -331,10 +331,12 @@ def _export_weights(run: Run) -> None:
     """Weights of a loop whose recipe has not exported them itself: those of the last checkpoint."""
     from stoker.checkpoint import manifest
 
+    found, _ = manifest.newest(run.directory.checkpoints)
+    if found is None:
+        return
     known = view.load(run.directory).artifacts.values()
     others = {event["kind"] for event in known if event["name"] != _WEIGHTS}
-    found, _ = manifest.newest(run.directory.checkpoints)
-    if found is None or (run.made | others) & {"model", "adapter"}:
+    if (run.made | others) & {"model", "adapter"}:
         return
     from stoker.checkpoint import store
 

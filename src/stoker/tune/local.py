@@ -1,7 +1,8 @@
 """The processes of trials on this machine, from a forkserver that has imported what they need.
 
 Each trial has processes of its own, one a rank, so that its memory is given back, and what it breaks is its
-own. If the controller dies, so do they.
+own; where it is asked for, a process trains one trial after another as long as its memory does not grow. If
+the controller dies, so do they.
 """
 
 from __future__ import annotations
@@ -20,11 +21,14 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any
 
+import psutil
 from stoker import machine, signals
 from stoker.errors import StokerError, Stopped
 from stoker.tune.trial import Ended, Job, Link, Report
 
 PRELOAD = ("torch", "torch._dynamo", "stoker.loop", "stoker.cli.sweep")
+_GROWN = 1.25
+"""How much of the memory at its start a process may hold and still train another trial."""
 _KILLED = 5.0  # seconds that ranks have to end after one of them has failed
 
 Function = Callable[[Job, Link], dict[str, Any]]
@@ -37,12 +41,17 @@ class _Rank:
     process: Any
     connection: Connection
     last: dict[str, Any] | None = None
-    """What it said at its end."""
+    """What it said at the end of its trial."""
+
+    @property
+    def waits(self) -> bool:
+        """Whether it has ended its trial and waits for another."""
+        return self.last is not None and self.last["again"] and self.process.is_alive()
 
 
 @dataclass
 class _Trial:
-    job: Job
+    number: int
     ranks: list[_Rank]
     gpus: list[int] = field(default_factory=list)
 
@@ -57,6 +66,7 @@ class Workers:
         preload: modules that the forkserver imports besides torch.
         gpus: the numbers of the GPUs that are handed out, one a rank; a number that comes twice is one that
             two ranks share. Without any, trials see the GPUs that this process sees.
+        reuse: a process trains further trials, if they are of one rank.
     """
 
     def __init__(
@@ -67,8 +77,12 @@ class Workers:
         ranks: int = 1,
         preload: Sequence[str] = (),
         gpus: Sequence[int] = (),
+        reuse: bool = False,
     ) -> None:
         self._function, self._parallel, self._ranks = function, parallel, ranks
+        self._reuse = reuse and ranks == 1
+        self._idle: list[_Trial] = []
+        """Trials that are over, of processes that wait for another."""
         self._gpus, self._hands_out = list(gpus), bool(gpus)
         self._trials: dict[int, _Trial] = {}
         self._threads = max(1, (os.cpu_count() or 1) // (parallel * ranks))
@@ -79,7 +93,8 @@ class Workers:
     @property
     def free(self) -> bool:
         """Whether one more trial can be started."""
-        return len(self._trials) < self._parallel and (not self._hands_out or len(self._gpus) >= self._ranks)
+        gpus = not self._hands_out or bool(self._idle) or len(self._gpus) >= self._ranks
+        return len(self._trials) < self._parallel and gpus
 
     @property
     def running(self) -> list[int]:
@@ -88,6 +103,9 @@ class Workers:
 
     def start(self, job: Job) -> None:
         """Start a trial."""
+        if self._idle:
+            self._start_again(self._idle.pop(), job)
+            return
         gpus = [self._gpus.pop(0) for _ in range(self._ranks)] if self._hands_out else []
         common = self._of_a_launch(gpus)
         started = []
@@ -95,13 +113,22 @@ class Workers:
             ours, theirs = self._context.Pipe()
             place = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if self._ranks > 1 else {}
             process = self._context.Process(
-                target=_main, args=(self._function, job, theirs, {**common, **place}, self._threads),
+                target=_main,
+                args=(self._function, job, theirs, {**common, **place}, self._threads, self._reuse),
                 name=f"trial-{job.number}-rank-{rank}",
             )  # fmt: skip
             process.start()
             theirs.close()
             started.append(_Rank(process, ours))
-        self._trials[job.number] = _Trial(job, started, gpus)
+        self._trials[job.number] = _Trial(job.number, started, gpus)
+
+    def _start_again(self, over: _Trial, job: Job) -> None:
+        """Let the process of a trial that is over train another."""
+        rank = over.ranks[0]
+        rank.last = None
+        with contextlib.suppress(OSError):  # it is gone; that is seen by itself
+            rank.connection.send(job)
+        self._trials[job.number] = _Trial(job.number, over.ranks, over.gpus)
 
     def wait(self, timeout: float | None = None) -> list[Report | Ended]:
         """What happened, once something has, or after so many seconds."""
@@ -114,7 +141,7 @@ class Workers:
         touched: dict[int, _Trial] = {}
         for thing in ready:
             trial, rank = known[thing]
-            touched[trial.job.number] = trial
+            touched[trial.number] = trial
             found += self._heard(trial, rank)
         for trial in touched.values():
             if (ended := self._ended(trial)) is not None:
@@ -133,6 +160,13 @@ class Workers:
     def kill(self) -> None:
         """End all trials at once."""
         self._send(signal.SIGKILL)
+
+    def close(self) -> None:
+        """End the processes that wait for another trial."""
+        for trial in self._idle:
+            for rank in trial.ranks:
+                rank.connection.close()
+        self._idle = []
 
     def _send(self, number: signal.Signals) -> None:
         for trial in self._trials.values():
@@ -155,7 +189,7 @@ class Workers:
             while rank.connection.poll():
                 said = Link(rank.connection).hear()
                 if said["kind"] == "report":
-                    found.append(Report(trial.job.number, said["step"], said["value"], said["per_step"]))
+                    found.append(Report(trial.number, said["step"], said["value"], said["per_step"]))
                 else:
                     rank.last = said
         except (EOFError, OSError):
@@ -164,6 +198,10 @@ class Workers:
 
     def _ended(self, trial: _Trial) -> Ended | None:
         """How a trial ended, once none of its processes is left; one that fails takes the others with it."""
+        if trial.ranks[0].waits:
+            del self._trials[trial.number]
+            self._idle.append(trial)
+            return _outcome(trial, [])
         over = [rank for rank in trial.ranks if not rank.process.is_alive()]
         for rank in over:
             self._heard(trial, rank)  # its last words
@@ -179,13 +217,13 @@ class Workers:
             self._heard(trial, rank)
             rank.process.join()
             rank.connection.close()
-        del self._trials[trial.job.number]
+        del self._trials[trial.number]
         self._gpus += trial.gpus
         return _outcome(trial, failed)
 
 
 def _outcome(trial: _Trial, failed: list[_Rank]) -> Ended:
-    number, last = trial.job.number, trial.ranks[0].last or {}
+    number, last = trial.number, trial.ranks[0].last or {}
     logged, values = tuple(last.get("logged", ())), last.get("values", {})
     said = [rank.last for rank in failed if rank.last is not None]
     if said:
@@ -200,7 +238,12 @@ def _outcome(trial: _Trial, failed: list[_Rank]) -> Ended:
 
 
 def _main(
-    function: Function, job: Job, connection: Connection, environment: Mapping[str, str], threads: int
+    function: Function,
+    job: Job,
+    connection: Connection,
+    environment: Mapping[str, str],
+    threads: int,
+    reuse: bool,
 ) -> None:
     """What each process of a trial does."""
     os.setsid()  # Ctrl-C reaches the controller alone, which passes it on once
@@ -209,11 +252,32 @@ def _main(
     os.environ.update(environment)
     link = Link(connection)
     _share_cores(threads)
-    try:
-        link.tell("ended", **_end_of(function, job, link))
-    except OSError:  # the controller is gone
-        os._exit(1)
+    most = _memory() * _GROWN
+    again = True
+    while again:
+        try:
+            end = _end_of(function, job, link)
+            again = reuse and end["status"] != "failed" and _memory() < most and not _uses_gpu()
+            link.tell("ended", **end, again=again)
+            if again:
+                job = connection.recv()
+        except EOFError:  # there is none
+            break
+        except OSError:  # the controller is gone
+            os._exit(1)
     _leave(grouped="RANK" in environment)
+
+
+def _memory() -> int:
+    """Bytes that this process holds."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def _uses_gpu() -> bool:
+    """Whether this process holds memory of a GPU, which it gives back only at its end."""
+    import torch
+
+    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
 
 
 def _end_of(function: Function, job: Job, link: Link) -> dict[str, Any]:

@@ -75,6 +75,10 @@ class Executor(Protocol):
         """End all trials at once."""
         ...
 
+    def close(self) -> None:
+        """Let go of what is held while no trial runs."""
+        ...
+
 
 class Search:
     """One controller's share of a search.
@@ -123,6 +127,8 @@ class Search:
         except BaseException:
             self._workers.kill()
             raise
+        finally:
+            self._workers.close()
         if not self._ending and not self.overspent:
             for number in self._scheduler.given_up(self._known()):
                 self._tell(self.trials[number], "stopped")
