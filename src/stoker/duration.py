@@ -22,7 +22,7 @@ _UNITS = {
 }  # fmt: skip
 _SHORT = {
     "step": "", "epoch": "ep", "token": "tok", "sample": "samples",
-    "second": "s", "minute": "min", "hour": "h",
+    "second": "s", "minute": "min", "hour": "h", "percent": "%",
 }  # fmt: skip
 _SECONDS = {"second": 1.0, "minute": 60.0, "hour": 3600.0}
 COUNTED = ("step", "sample", "token", "epoch")

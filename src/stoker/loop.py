@@ -218,7 +218,7 @@ class Trainer:
             strategies.warn_of_batch_norm(self.model, share=share, training=self.training)
         return Loader(
             dataset, batch_size=batch_size, world=self.mesh.data, seed=self.run.seed,
-            workers=workers, collate=collate, shuffle=shuffle,
+            workers=workers, collate=collate, shuffle=shuffle, share=self.training.data_share,
         )  # fmt: skip
 
     def steps(
@@ -243,7 +243,7 @@ class Trainer:
         self.run.event(
             "plan", total_steps=self._total, samples_per_step=loader.batch_size,
             tokens_per_step=tokens and tokens * loader.batch_size,
-            samples_per_epoch=loader.samples_per_epoch,
+            samples_per_epoch=loader.samples_per_epoch, data_share=self.training.data_share,
         )  # fmt: skip
         with self.run.stop.deferred(), self._progress():
             yield from self._remaining(loader)

@@ -18,6 +18,8 @@ class Config(stoker.Training):
     h0: float = 1.0
     h1: float = 0.0
     steps: int = 80
+    epochs: float | None = None
+    """Instead of steps."""
     batch_size: int = 4
     pause: float = 0.0
     hangs: float = 2.0
@@ -45,7 +47,8 @@ def train(run: stoker.Run, config: Config) -> None:
     )  # fmt: skip
     run.goal(score="max")
     data = TensorDataset(torch.zeros(64, 1), torch.arange(64))
-    for batch in trainer.steps(trainer.loader(data, batch_size=config.batch_size), max_steps=config.steps):
+    length = {"max_steps": config.steps} if config.epochs is None else {"epochs": config.epochs}
+    for batch in trainer.steps(trainer.loader(data, batch_size=config.batch_size), **length):
         if run.step == 20 and config.h0 >= config.hangs:
             time.sleep(600)
         loss = trainer.step(batch)

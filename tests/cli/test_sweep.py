@@ -149,6 +149,36 @@ def test_rungs_and_budget_are_counted_by_epochs(stoker: Command, tmp_path: Path)
     assert "--budget is counted by steps, --least and --most by epochs" in refused.err
 
 
+def test_rungs_may_be_shares_of_the_data(stoker: Command, start: Start, tmp_path: Path) -> None:
+    """Each is a training of its own: on 36 % of the 64 samples, then on all."""
+    recipe = str(Path(__file__).parent / "quadratic.py")
+    given = (
+        "sweep", recipe, "h0=uniform(0, 1)", "epochs=3", "precision=fp32", "pause=0.03", "--metric", "score",
+        "--goal", "max", "--sampler", "random", "--trials", "6", "--scheduler", "asha", "--least", "36%",
+        "--most", "100%", "--factor", "3", "--json",
+    )  # fmt: skip
+    done = stoker(*given, "--name", "whole")
+    assert done.code == 0, done.err
+    reached = [[share for share, _ in trial["values"]] for trial in done.answer["trials"]]
+    assert sorted(reached) == [[36]] * 4 + [[36, 100]] * 2
+    assert {len(t["values"]): t["state"] for t in done.answer["trials"]} == {1: "stopped", 2: "complete"}
+    for trial in done.answer["trials"]:
+        run = loaded(Path(trial["run"]))
+        share = trial["values"][-1][0] / 100
+        assert run.config["data_share"] == pytest.approx(share)
+        seen = [int(value) for value in run.points["first"].y]
+        assert len(set(seen)) <= round(64 * share)
+        assert run.last("score") == trial["values"][-1][1]
+    process = start(*given, "--name", "parts")
+    _wait_until_it_searches(process, tmp_path / "runs" / "parts", "trial-0002-on-36")
+    process.kill()
+    process.wait()
+    assert brief(stoker(*given, "--name", "parts").answer) == brief(done.answer)
+    refused = stoker("sweep", RECIPE, "x=uniform(0, 1)", "--scheduler", "asha", "--most", "100%")
+    assert refused.code == 2
+    assert "the recipe has no key data_share" in refused.err
+
+
 def test_a_loop_that_counts_no_epochs_says_so(stoker: Command) -> None:
     done = stoker("sweep", RECIPE, "x=uniform(0, 1)", "--trials", "1", "--budget", "5ep", "--json")
     assert done.answer["trials"][0]["state"] == "failed"
@@ -275,8 +305,8 @@ def test_killed_at_random_moments_it_ends_as_it_would_have(
     assert all(state.is_finished() for state in states)
 
 
-def _wait_until_it_searches(process: subprocess.Popen[bytes], sweep: Path) -> None:
-    while not (sweep / "trial-0000").exists() and process.poll() is None:
+def _wait_until_it_searches(process: subprocess.Popen[bytes], sweep: Path, trial: str = "trial-0000") -> None:
+    while not (sweep / trial).exists() and process.poll() is None:
         time.sleep(0.01)
 
 

@@ -186,3 +186,24 @@ def test_a_dataset_that_takes_a_key_gets_one_of_its_own_for_every_epoch_and_samp
     later = flat(take(loader(Keyed(10), collate=collate, workers=1).batches(12), 2))
     assert later == (indices[12:], drawn[12:])
     assert states() == before
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_a_share_is_the_same_samples_in_every_epoch_and_part_of_a_larger_share(shuffle: bool) -> None:
+    def of(share: float, epochs: int) -> list[int]:
+        some = loader(Numbers(100), batch_size=10, share=share, shuffle=shuffle)
+        assert some.samples_per_epoch == round(100 * share)
+        return [int(i) for batch in take(some.batches(0), round(10 * share) * epochs) for i in batch]
+
+    third, half, whole = set(of(0.3, 1)), set(of(0.5, 1)), set(of(1.0, 1))
+    assert len(third) == 30
+    assert third < half < whole
+    assert sorted(of(0.3, 4)) == sorted([*third] * 4)
+    assert (sorted(third) == list(range(30))) != shuffle
+
+
+def test_an_augmentation_does_not_depend_on_the_share() -> None:
+    few = take(loader(Augmented(20), batch_size=10, share=0.5).batches(0), 1)
+    all_of_them = take(loader(Augmented(20), batch_size=10).batches(0), 2)
+    drawn = dict(zip(*map(tuple, flat(all_of_them)), strict=True))
+    assert all(drawn[index] == row for index, row in zip(*flat(few), strict=True))

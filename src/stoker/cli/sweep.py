@@ -194,6 +194,8 @@ def sweep(
     sampler, scheduler = _ways(strategy, sampler, scheduler, several=len(objectives) > 1)
     shortest, whole, unit = plans.span(least, most)
     rule = schedulers.make(scheduler, least=shortest, most=whole, factor=factor, population=trials)
+    if unit == plans.SHARE:
+        _check_shares(searched, rule)
     name = name or f"{found.name}-sweep"
     folder = runs.absolute() / (record.free_name(runs, name) if new else name)
     wanted = record.Record(
@@ -245,6 +247,19 @@ def _space(
     if not searched.parameters:
         raise BadInput("nothing is searched: give a key a range or choices, such as lr='log(1e-5, 1e-3)'")
     return searched, tuple(searched.params(parse_tries(text)) for text in first)
+
+
+def _check_shares(searched: Space, rule: Scheduler) -> None:
+    """Refuse shares of the data where nothing is trained by such. Raises BadInput."""
+    if not rule.lengths(0):
+        raise BadInput("a share of the data is for asha, asha-stop, hyperband and --strategy staged")
+    if "data_share" not in configs.describe(searched.config):
+        raise BadInput(
+            "a share of the data: the recipe has no key data_share; let its config inherit stoker.Training, "
+            "and give that to its Trainer"
+        )
+    if "data_share" in searched.described():
+        raise BadInput("data_share is given twice, as a key and by --least and --most: leave out the key")
 
 
 def _objectives(metrics: Sequence[str], goals: Sequence[str]) -> tuple[Objective, ...]:
@@ -321,6 +336,7 @@ def _search(
 
 def work(job: Job, link: Link) -> dict[str, Any]:
     """What each process of a trial does: train its run; returns how that ended."""
+    from stoker.tune.plan import SHARE
     from stoker.tune.trial import Reporter
 
     logging.getLogger("stoker").setLevel(logging.DEBUG)
@@ -339,6 +355,8 @@ def work(job: Job, link: Link) -> dict[str, Any]:
     reporter = Reporter(run, job.metrics, job.unit, link)
     run.listen(reporter)
     _, status = train.work_on(run, recipe, resolved.config, trial=True)
+    if job.unit == SHARE and run.plan.get("data_share") != resolved.config.data_share:
+        raise BadInput("its Trainer is not told the share of the data: give it training=config")
     return {"status": status, "logged": sorted(reporter.logged), "values": reporter.values}
 
 

@@ -10,6 +10,7 @@ keeps a generator of its own is outside of this.
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import random
@@ -71,9 +72,12 @@ class Loader:
         collate: joins a list of samples to a batch; by default torch's `default_collate`.
         shuffle: whether each epoch has an order of its own; else that of the dataset. One that is an
             `order.OrderedDataset` has the order that it says.
+        share: take this part of the samples, drawn by the seed; those of a smaller share are among those of
+            a larger one.
 
     Raises:
-        BadInput: the dataset is empty, or the batch size cannot be shared among the ranks.
+        BadInput: the dataset is empty, the batch size cannot be shared among the ranks, or a share is asked
+            for of a dataset with an order of its own.
     """
 
     def __init__(
@@ -86,10 +90,16 @@ class Loader:
         workers: int = 0,
         collate: Collate | None = None,
         shuffle: bool = True,
+        share: float = 1.0,
     ) -> None:
         _check(dataset, batch_size, world)
+        if share < 1 and isinstance(dataset, order.OrderedDataset):
+            raise BadInput(
+                f"data_share={share:g}: a mixture or a stream says itself which samples come when; "
+                "give data_share=1, and less of it by max_steps"
+            )
         self.batch_size = batch_size
-        self.samples_per_epoch = len(dataset)
+        self.samples_per_epoch = max(1, round(len(dataset) * share))
         self.tokens_per_sample = dataset.tokens_per_sample if isinstance(dataset, TokenDataset) else None
         self.workers = workers
         self._world = world
@@ -103,7 +113,12 @@ class Loader:
             place: what `place` said of this position, of a dataset with an order of its own.
         """
         order.go_to(self._dataset.dataset, place)
-        sampler = _Shares(self._order_seed, self._dataset.dataset, start_sample, self.batch_size, self._world)
+        sampler = _Shares(
+            functools.partial(
+                order.order_of, self._dataset.dataset, self._order_seed, size=self.samples_per_epoch
+            ),
+            start_sample, self.batch_size, self._world,
+        )  # fmt: skip
         return _batches(self._dataset, sampler, self.workers)
 
     def place(self, sample: int) -> Any:
@@ -207,9 +222,13 @@ class _Shares(Sampler[list[Pair]]):
     """One rank's samples of each global batch, as (epoch, index) pairs."""
 
     def __init__(
-        self, seed: int | None, dataset: MapDataset, start: int, batch_size: int, world: World
+        self,
+        order_at: Callable[[order.Positions], tuple[order.Positions, order.Positions]],
+        start: int,
+        batch_size: int,
+        world: World,
     ) -> None:
-        self._seed, self._dataset = seed, dataset
+        self._order_at = order_at
         self._step = batch_size
         self._share = batch_size // world.size
         self._start = start + world.rank * self._share
@@ -221,7 +240,7 @@ class _Shares(Sampler[list[Pair]]):
         while True:
             begins = position + self._step * np.arange(ahead)
             positions = (begins[:, None] + within).ravel()
-            epochs, indices = order.order_of(self._dataset, self._seed, positions)
+            epochs, indices = self._order_at(positions)
             pairs = list(zip(epochs.tolist(), indices.tolist(), strict=True))
             for begin in range(0, len(pairs), self._share):
                 yield pairs[begin : begin + self._share]

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 Positions: TypeAlias = NDArray[np.int64]
 Words: TypeAlias = NDArray[np.uint64]
 
+_DRAWN = 2**32  # salt, beyond every epoch: which samples are drawn is no order of theirs
 _ROUNDS = 16  # with 8, the permutations of 5 or 6 places are visibly not equally likely
 _GOLDEN = 0x9E3779B97F4A7C15  # splitmix64's increment: 2**64 over the golden ratio
 _MASK = 2**64 - 1
@@ -115,16 +116,24 @@ def order(seed: int, size: int, positions: Positions) -> tuple[Positions, Positi
     return epochs, permute(places, size, fold(seed, epochs))
 
 
-def order_of(dataset: Any, seed: int | None, positions: Positions) -> tuple[Positions, Positions]:
+def order_of(
+    dataset: Any, seed: int | None, positions: Positions, size: int | None = None
+) -> tuple[Positions, Positions]:
     """The samples at some positions of a dataset's own order, where it has one; else as `order`.
 
     Without a seed, those of a dataset that has none stand as they come.
+
+    Args:
+        size: take only so many samples, drawn by the seed; those of a smaller number are among those of a
+            larger one.
     """
     if isinstance(dataset, OrderedDataset):
         return dataset.order(seed or 0, positions)
+    size = size or len(dataset)
     if seed is None:
-        return np.divmod(positions, len(dataset))
-    return order(seed, len(dataset), positions)
+        return np.divmod(positions, size)
+    epochs, places = order(seed, size, positions)
+    return epochs, permute(places, len(dataset), fold(seed, _DRAWN)) if size < len(dataset) else places
 
 
 def place_of(dataset: Any, seed: int | None, position: int) -> Any:

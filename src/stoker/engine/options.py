@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge, Gt, Lt
+from annotated_types import Ge, Gt, Le, Lt
 from stoker.duration import Duration
 from stoker.errors import BadInput
 
@@ -114,6 +114,9 @@ class Training:
     """Compile each block with torch.compile."""
     blocks: tuple[str, ...] = ()
     """Class names of the repeated blocks that are sharded, recomputed and compiled; by default found."""
+    data_share: Annotated[float, Gt(0), Le(1)] = 1.0
+    """Train on this share of the samples, the same ones for a seed; those of a smaller share are among those
+    of a larger one."""
     clip_norm: Annotated[float, Gt(0)] | None = None
     """Largest global L2 norm of the gradient; larger ones are scaled down to it."""
     optimizer_in_backward: bool = False

@@ -12,6 +12,9 @@ from stoker.errors import BadInput
 
 Goal = Literal["min", "max"]
 
+SHARE = "percent"
+"""The unit of a share of the data: each length is a training of its own, on so much of it."""
+_SHARE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*%")
 _BUDGET = re.compile(r"([0-9.]+(?:e[0-9]+)?)\s*(gpuh|h)")
 
 
@@ -68,7 +71,7 @@ class Plan:
     ranks: int = 1
     """Processes of a trial."""
     unit: str = "step"
-    """What schedulers count by: as a Duration's."""
+    """What schedulers count by: as a Duration's, or `SHARE`."""
     whole: float | None = None
     """How much of it a trial is that nothing ends early, where that is known."""
     max_failures: int | None = None
@@ -109,6 +112,10 @@ def unit_of(unit: str, budget: Budget | None, *, counts: bool) -> str:
 
 
 def _counted(name: str, text: str) -> Duration:
+    if share := _SHARE.fullmatch(text.strip()):
+        if not 0 < float(share[1]) <= 100:
+            raise BadInput(f"{name} {text}: a share of the data lies above 0% and is 100% at most")
+        return Duration(float(share[1]), SHARE)
     try:
         found = Duration.parse(text)
     except ValueError as error:
@@ -116,6 +123,6 @@ def _counted(name: str, text: str) -> Duration:
     if found.unit not in COUNTED:
         raise BadInput(
             f"{name} {text}: trials are compared by how far they are, not by the clock: "
-            "give steps, epochs (9ep), samples or tokens"
+            "give steps, epochs (9ep), samples, tokens or a share of the data (30%)"
         )
     return found

@@ -74,6 +74,10 @@ class Scheduler(Protocol):
         """Name the paused trial that goes on now; None: none does, a new one may be begun."""
         ...
 
+    def lengths(self, number: int) -> tuple[float, ...]:
+        """The resources that a trial has at its rungs, upward, and at its end; empty where it has none."""
+        return ()
+
     def given_up(self, trials: Trials) -> list[int]:
         """Name the paused trials that will never go on, given that no new trial will be begun.
 
@@ -173,6 +177,9 @@ class Asha(Scheduler):
         rungs = (self.least * self.factor**k for k in itertools.count())
         return tuple(itertools.takewhile(lambda rung: not _reaches(rung, self.most), rungs))
 
+    def lengths(self, number: int) -> tuple[float, ...]:
+        return (*self.rungs, self.most)
+
     def decide(self, trials: Trials, number: int) -> Decision:
         known = trials[number]
         height = self._height(_furthest(known))
@@ -258,6 +265,9 @@ class Hyperband(Scheduler):
             given[bracket] += 1
             dealt.append(bracket)
         return dealt
+
+    def lengths(self, number: int) -> tuple[float, ...]:
+        return self.asha(self.brackets(number + 1)[number]).lengths(number)
 
     def decide(self, trials: Trials, number: int) -> Decision:
         bracket, table = next((s, table) for s, table in self._tables(trials).items() if number in table)
@@ -395,6 +405,9 @@ class Staged(Scheduler):
     asha: Asha
     finalists: int
     planned: int
+
+    def lengths(self, number: int) -> tuple[float, ...]:
+        return self.asha.lengths(number)
 
     def decide(self, trials: Trials, number: int) -> Decision:
         known, last = trials[number], self.asha.rungs[-1]

@@ -21,7 +21,7 @@ from stoker.run.directory import RunDirectory
 from stoker.run.view import RunView
 from stoker.tune import forking, seen
 from stoker.tune.peers import Peers
-from stoker.tune.plan import Plan
+from stoker.tune.plan import SHARE, Plan
 from stoker.tune.schedulers import Decision, Known, PopulationBased, Scheduler, State, Trials
 from stoker.tune.seen import Seen
 from stoker.tune.space import Space
@@ -228,9 +228,10 @@ class Search:
             number = self._next()
             if number is None:
                 return
-            self.trials[number].state = "running"
+            trial = self.trials[number]
+            trial.state, trial.share = "running", self._next_share(trial)
             self._publish(number, paused=False)
-            self._workers.start(self._job(self.trials[number]))
+            self._workers.start(self._job(trial))
             self._started[number] = time.monotonic()
             self._changed()
 
@@ -254,7 +255,9 @@ class Search:
         Its newest report may be one that nobody has decided upon; and what it reported beyond the
         checkpoint that it goes on from, it will report once more.
         """
-        run = self._run_of(trial.number)
+        if self.plan.unit == SHARE:
+            return True
+        run = self._run_of(trial)
         if run is not None:
             known = {**trial.values, **seen.points(run, self.plan.first.metric)}
             begins = seen.begins(run)
@@ -281,7 +284,9 @@ class Search:
                 donor = self._scheduler.donor(self._known(), trial.number)
                 if donor is not None:
                     number = len(self._study.get_trials(deepcopy=False))
-                    step = forking.take_checkpoint(self._directory(donor), self._directory(number))
+                    step = forking.take_checkpoint(
+                        self._directory(seen.run_id(donor)), self._directory(seen.run_id(number))
+                    )
                     return self._ask(forking.Fork(donor, trial.number, step))
         return None
 
@@ -333,12 +338,12 @@ class Search:
                 open_ = Trial(self._study, found._trial_id)
                 params = self._own(open_)
         trial = self.trials[found.number] = Seen(found.number, params)
-        run = self._run_of(found.number)
-        if run is not None:
+        run = self._run_of_shares(trial) if self.plan.unit == SHARE else self._run_of(trial)
+        if run is not None and self.plan.unit != SHARE:
             trial.values = seen.points(run, self.plan.first.metric)
             trial.others = seen.newest(run, self.plan.objectives)
             trial.per_step = seen.per_step(run, self.plan.unit) or 1.0
-            trial.spent = sum(((a.ended or a.last_event) - a.started) * a.world for a in run.attempts)
+            trial.spent = seen.spent(run)
         trial.spent = max(trial.spent, found.user_attrs.get("spent", {}).get("hour", 0.0) * 3600)
         trial.written = max(found.intermediate_values, default=-1.0)
         self._inherit(found.number, forking.of(found))
@@ -350,8 +355,47 @@ class Search:
         trial.error = str(found.user_attrs.get("error", ""))
         trial.trace = str(found.user_attrs.get("trace", ""))
 
+    def _run_of_shares(self, trial: Seen) -> RunView | None:
+        """Take in the trainings of a trial that are done; the one that was begun and is not, or failed."""
+        while (share := self._next_share(trial)) is not None:
+            trial.share = share
+            run = self._run_of(trial)
+            if run is None:
+                return None
+            trial.spent += seen.spent(run)
+            value = run.last(self.plan.first.metric)
+            if run.status != view.FINISHED or value is None:
+                return run
+            trial.values[share] = value
+            trial.others = seen.newest(run, self.plan.objectives)
+        return None
+
+    def _next_share(self, trial: Seen) -> float | None:
+        """The next share of the data that a trial is trained on, where trials are compared by such."""
+        if self.plan.unit != SHARE:
+            return None
+        return next((share for share in self._scheduler.lengths(trial.number) if share > trial.step), None)
+
+    def _share_done(self, trial: Seen) -> None:
+        """Decide about a trial that has been trained on a share of the data."""
+        if self._next_share(trial) is None:
+            self._tell(trial, "complete")
+            return
+        trial.state = "running"
+        decision = self._scheduler.decide(self._known(), trial.number)
+        if decision is Decision.CONTINUE:
+            trial.resumes = True
+        elif decision is Decision.STOP:
+            self._tell(trial, "stopped")
+        else:
+            trial.state = "paused"
+            self._publish(trial.number, paused=True)
+
     def _take_up(self, trial: Seen, run: RunView | None) -> None:
         """Where a trial is whose end the study was not told."""
+        if self.plan.unit == SHARE and run is None and trial.values:
+            self._share_done(trial)
+            return
         state = _OF_A_RUN.get(run.status) if run is not None else None
         if state == "paused":
             trial.state = "paused"
@@ -384,6 +428,8 @@ class Search:
     def _write_values(self, trial: Seen, open_: Trial) -> None:
         """What a trial has spent, and its values by step; Optuna has none where objectives are several."""
         open_.set_user_attr("spent", {"hour": trial.spent / 3600, self.plan.unit: trial.done})
+        if trial.share is not None:
+            open_.set_user_attr("run", trial.run)
         if len(self.plan.objectives) > 1:
             open_.set_user_attr("values", [list(point) for point in trial.values.items()])
             return
@@ -429,6 +475,10 @@ class Search:
         elif state == "paused":
             trial.state = "paused"
             self._publish(trial.number, paused=True)
+        elif state == "complete" and trial.share is not None and self.plan.first.metric in ended.values:
+            trial.values[trial.share] = ended.values[self.plan.first.metric]
+            self._table.pop(trial.number, None)
+            self._share_done(trial)
         else:
             trial.error, trial.trace = self._error_of(ended), ended.trace
             self._tell(trial, state)
@@ -436,7 +486,7 @@ class Search:
 
     def _error_of(self, ended: Ended) -> str:
         """What a trial says itself, else what its run does: of one that hung, where its stacks are."""
-        run = self._run_of(ended.number) if ended.error and not ended.trace else None
+        run = self._run_of(self.trials[ended.number]) if ended.error and not ended.trace else None
         return (run and run.attempts and run.attempts[-1].error) or ended.error
 
     def _check(self, ended: Ended) -> None:
@@ -457,19 +507,20 @@ class Search:
             )
 
     def _job(self, trial: Seen) -> Job:
-        resolved: Any = configs.resolve(self.plan.config, self._space.overrides(trial.params))
+        share = [f"data_share={trial.share / 100}"] if trial.share is not None else []
+        resolved: Any = configs.resolve(self.plan.config, self._space.overrides(trial.params) + share)
         return Job(
             trial.number, self.plan.recipe, resolved.values, resolved.sources, self.plan.folder.parent,
             self.plan.folder.name, trial.run, tuple(one.metric for one in self.plan.objectives),
             self.plan.unit, self.plan.folder / "provenance",
         )  # fmt: skip
 
-    def _run_of(self, number: int) -> RunView | None:
-        run = self._directory(number)
+    def _run_of(self, trial: Seen) -> RunView | None:
+        run = self._directory(trial.run)
         return view.load(run) if run.exists() else None
 
-    def _directory(self, number: int) -> RunDirectory:
-        return finding.locate(self.plan.folder.parent, self.plan.folder.name, seen.run_id(number))
+    def _directory(self, run: str) -> RunDirectory:
+        return finding.locate(self.plan.folder.parent, self.plan.folder.name, run)
 
     def _known(self) -> Trials:
         """What schedulers decide by; made anew of the trials of which something has changed."""

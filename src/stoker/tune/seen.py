@@ -41,6 +41,8 @@ class Seen:
     """How often in a row without a new report."""
     resumes: bool = False
     """Whether it is to go on from where its process, or an earlier controller, ended."""
+    share: float | None = None
+    """The share of the data, in percent, that it was trained on last or is now, where that is what counts."""
     parent: int | None = None
     """The trial from whose checkpoint it began, under population based training."""
     replaces: int | None = None
@@ -48,8 +50,8 @@ class Seen:
 
     @property
     def run(self) -> str:
-        """The id of its run."""
-        return run_id(self.number)
+        """The id of its run; of one that is trained on shares of the data, of the newest."""
+        return run_id(self.number, self.share)
 
     @property
     def over(self) -> bool:
@@ -87,9 +89,9 @@ class Seen:
         return [self.value, *(self.others.get(one.metric) for one in others)]
 
 
-def run_id(number: int) -> str:
-    """The id of a trial's run."""
-    return f"trial-{number:04d}"
+def run_id(number: int, share: float | None = None) -> str:
+    """The id of a trial's run, of that on a share of the data."""
+    return f"trial-{number:04d}" + (f"-on-{share:.4g}" if share is not None and share < 100 else "")
 
 
 def begins(run: RunView) -> float:
@@ -111,6 +113,11 @@ def newest(run: RunView, objectives: Iterable[Objective]) -> dict[str, float]:
     """The newest values of these, as far as it has logged them."""
     found = {one.metric: run.last(one.metric) for one in objectives}
     return {metric: value for metric, value in found.items() if value is not None}
+
+
+def spent(run: RunView) -> float:
+    """Seconds of all of its processes."""
+    return sum(((a.ended or a.last_event) - a.started) * a.world for a in run.attempts)
 
 
 def per_step(run: RunView, unit: str) -> float | None:

@@ -13,6 +13,7 @@ from typing import Any
 from stoker import duration
 from stoker.attempt import Run
 from stoker.errors import StokerError
+from stoker.tune.plan import SHARE
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Job:
     metrics: tuple[str, ...]
     """What is searched for; each value of the first one is reported."""
     unit: str
-    """What schedulers count by, as a Duration's."""
+    """What schedulers count by, as a plan's."""
     provenance: Path
 
 
@@ -108,7 +109,7 @@ class Reporter:
                 self.values[metric] = value = float(values[metric])
                 if not math.isfinite(value):
                     raise NotFinite(f"{metric} is {value} at step {step}")
-        if self._metrics[0] not in values:
+        if self._metrics[0] not in values or self._unit == SHARE:  # of such a one the last value counts
             return
         answer = self._link.ask(
             "report", step=step, value=self.values[self._metrics[0]], per_step=self._per_step()
