@@ -131,22 +131,22 @@ def held_out(texts: Sequence[Text], shares: Mapping[str, float]) -> dict[str, li
 def _check(found: Texts) -> None:
     parts = {"train": found.train, "validation": found.validation, "test": found.test}
     count = sum(map(len, parts.values()))
+    classes = found.classes
+    if 1 < len(classes) == len(found.train):
+        raise BadInput(
+            f"{found.description}: each of the {len(classes)} texts has a label of its own: is label_column "
+            "the right one?"
+        )
     empty = next((name for name, part in parts.items() if not part), None)
     if empty is not None:
         raise BadInput(
             f"{found.description}: {count} texts are too few to train, validate and test on, the {empty} "
             "split would be empty: give more, or a larger share"
         )
-    classes = found.classes
     if len(classes) < 2:
         raise BadInput(
             f"{found.description}: every text to train on has the label {classes[0]!r}: there is nothing to "
             "tell apart; is label_column the right one?"
-        )
-    if len(classes) == len(found.train):
-        raise BadInput(
-            f"{found.description}: each of the {len(classes)} texts has a label of its own: is label_column "
-            "the right one?"
         )
     for name in ("validation", "test"):
         unseen = _unseen(parts[name], classes)

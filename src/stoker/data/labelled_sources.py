@@ -64,7 +64,7 @@ def read(data: str, columns: Columns, *, validation: float, test: float) -> Text
         about = python_parts.describe()
     else:
         path = Path(data).expanduser()
-        by_split = _of_files(path, columns) if path.exists() else _of_hub(data, columns)
+        by_split = _of_files(path, columns) if path.exists() else of_hub(data, columns)
         read_in = {name: list(texts) for name, texts in by_split.items()}
         given = {name: [t for t in texts if t.text.strip()] for name, texts in read_in.items()}
         about = _described(path.name if path.exists() else f"hub dataset {data}", read_in, given)
@@ -165,7 +165,7 @@ _ENDINGS = ".jsonl, .csv or .parquet"
 # -- hub --------------------------------------------------------------------------------------
 
 
-def _of_hub(name: str, columns: Columns) -> dict[str, Iterable[Text]]:
+def of_hub(name: str, columns: Columns) -> dict[str, Iterable[Text]]:
     """The splits of a dataset of the hub; one whose labels are withheld (all -1) is as if it were not."""
     found: dict[str, Iterable[Text]] = {}
     for split, rows in hub_datasets.splits(name, tuple(BUILT_IN)).items():

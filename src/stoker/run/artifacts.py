@@ -138,7 +138,7 @@ def _replace(staged: Path, place: Path) -> None:
 
 
 def task_of(folder: Path) -> str | None:
-    """What a folder of model files is for, by the hub's word for it; None where it holds no model of a hub."""
+    """What a folder of model files is for, by the hub's word for it; None where no hub knows their form."""
     if (folder / "adapter_config.json").is_file():
         return "text-generation"
     if not (folder / "config.json").is_file():
