@@ -38,7 +38,7 @@ def _run(folder: Path) -> RunView:
 
 def test_a_card_says_what_it_is_how_good_and_how_to_load_and_make_it_again(tmp_path: Path) -> None:
     about = card.About(
-        name="org/tuned", kind="adapter", step=40, base="org/base", language=True, chat=True
+        name="org/tuned", kind="adapter", step=40, base="org/base", task="text-generation", chat=True
     )  # fmt: skip
     (tmp_path / "out").mkdir()
     card.write(_run(tmp_path), tmp_path / "out", about)
@@ -69,7 +69,7 @@ def test_a_card_says_what_it_is_how_good_and_how_to_load_and_make_it_again(tmp_p
 
 def test_a_card_of_a_checkpoint_says_what_was_measured_by_then(tmp_path: Path) -> None:
     about = card.About(
-        name="s3://bucket/tuned", kind="adapter", step=1, language=True, metrics={"val_loss": 3.25}
+        name="s3://bucket/tuned", kind="adapter", step=1, task="text-generation", metrics={"val_loss": 3.25}
     )
     text = card.text(_run(tmp_path), about, picture=False)
     assert "| validation loss | 3.25 |" in text

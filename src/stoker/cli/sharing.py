@@ -14,7 +14,9 @@ from stoker import exports, object_store
 from stoker.errors import BadInput
 from stoker.exports import Exported
 from stoker.language.shape import SIZES
+from stoker.recipes import text_shape
 from stoker.report import card
+from stoker.run import artifacts
 from stoker.run.view import RunView
 
 log = logging.getLogger("stoker")
@@ -99,7 +101,7 @@ def prepare(seen: RunView, made: Exported, merged: Path, *, name: str, merge: bo
         step=made.checkpoint.step if made.checkpoint else seen.step,
         base=of,
         merged=merge,
-        language=adapter or (folder / "config.json").is_file(),
+        task=artifacts.task_of(folder),
         chat=_has_template(folder),
         metrics=made.checkpoint.metrics if made.checkpoint else None,
     )
@@ -124,8 +126,9 @@ def _base(adapter: Path, given: str | None) -> str | None:
 def _trained_from(seen: RunView) -> str | None:
     """The model that a run has fine-tuned whole; None for one that began anew."""
     model = seen.config.get("model")
-    is_language = (seen.record.get("recipe") or {}).get("name") == "llm"
-    return str(model) if is_language and model not in SIZES else None
+    sizes = {"llm": set(SIZES), "text": set(text_shape.SIZES)}
+    new = sizes.get(str((seen.record.get("recipe") or {}).get("name")))
+    return str(model) if new is not None and model not in new else None
 
 
 def _has_template(folder: Path) -> bool:

@@ -56,7 +56,7 @@ def sweep(
         str,
         typer.Argument(
             metavar="RECIPE",
-            help="A shipped recipe (llm, image), or a file with a train(run, config) function.",
+            help="A shipped recipe (llm, image, text), or a file with a train(run, config) function.",
         ),
     ],
     space: Annotated[

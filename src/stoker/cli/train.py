@@ -92,7 +92,7 @@ def train(
         str,
         typer.Argument(
             metavar="RECIPE",
-            help="A shipped recipe (llm, image), or a file with a train(run, config) function.",
+            help="A shipped recipe (llm, image, text), or a file with a train(run, config) function.",
         ),
     ],
     overrides: Overrides = None,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from stoker.data.records import Record
 from stoker.errors import BadInput, nearest
@@ -65,14 +66,23 @@ def read(name: str, known: Sequence[str] = ()) -> Iterator[Record]:
 
 def rows(name: str, known: Sequence[str] = ()) -> Iterator[Record]:
     """The records of the train split of what `datasets` loads. Raises BadInput."""
+    for number, row in enumerate(_loaded(name, known, split="train"), start=1):
+        yield f"{name}, row {number}", row
+
+
+def splits(name: str, known: Sequence[str] = ()) -> Mapping[str, Any]:
+    """Every split of what `datasets` loads, a `datasets.Dataset` each, by name. Raises BadInput."""
+    found: Mapping[str, Any] = _loaded(name, known)
+    return found
+
+
+def _loaded(name: str, known: Sequence[str], **which: str) -> Any:
     from datasets import load_dataset
 
     try:
-        found = load_dataset(name, split="train")
+        return load_dataset(name, **which)
     except Exception as error:  # a service and a parser for any format: there is no list of what they raise
         raise BadInput(
             f"{name} is no file here, and as a dataset of the hub it cannot be loaded: {error}"
             f"{nearest(name, known)}"
         ) from error
-    for number, row in enumerate(found, start=1):
-        yield f"{name}, row {number}", row

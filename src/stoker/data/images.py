@@ -12,7 +12,6 @@ import hashlib
 import io
 import json
 import random
-import re
 import tarfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -25,18 +24,11 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from stoker import storage
 from stoker.data import parquet
+from stoker.data.labelled import SPLITS, split_of
 from stoker.data.order import permute
 from stoker.errors import BadInput
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif")
-
-_SPLITS = {
-    "train": "train",
-    "validation": "validation",
-    "val": "validation",
-    "valid": "validation",
-    "test": "test",
-}
 
 Numbers = NDArray[np.int64]
 
@@ -201,14 +193,14 @@ def _folder(path: Path, files: list[Path]) -> Source:
         raise BadInput(f"data={path} holds no images: {', '.join(SUFFIXES)} in a folder a class")
     parts = [file.relative_to(path).parts for file in files]
     tops = {p[0] for p in parts}
-    has_splits = tops <= set(_SPLITS) and (len(tops) > 1 or all(len(p) > 2 for p in parts))
+    has_splits = tops <= set(SPLITS) and (len(tops) > 1 or all(len(p) > 2 for p in parts))
     depth = 1 if has_splits else 0
     loose = next((file for file, p in zip(files, parts, strict=True) if len(p) < depth + 2), None)
     if loose is not None:
         raise BadInput(f"{loose} has no label: images stand in a folder a class")
     names = [p[depth] for p in parts]
     classes = tuple(sorted(set(names)))
-    given = _given([_SPLITS[p[0]] for p in parts]) if has_splits else {}
+    given = _given([SPLITS[p[0]] for p in parts]) if has_splits else {}
     listing = [f"{file.relative_to(path)} {file.stat().st_size}" for file in files]
     return _Files(files, _numbered(names, classes), classes, given, _hash("\n".join(listing).encode()))
 
@@ -259,7 +251,7 @@ def _parquets(files: list[Path]) -> Source:
     classes = named or _classes(names)
     listing = [f"{file.name} {file.stat().st_size}" for file in files]
     found = _hash("\n".join(listing).encode(), "\n".join(names).encode())
-    of = np.repeat([_split_of(file) for file in files], np.diff([*(n for n, _ in starts), len(labels)]))
+    of = np.repeat([split_of(file) for file in files], np.diff([*(n for n, _ in starts), len(labels)]))
     return _Rows(rows, starts, _numbered(names, classes), classes, found, _given(of.tolist()))
 
 
@@ -316,7 +308,7 @@ def _tars(files: list[Path]) -> Source:
     classes = _classes(names)
     listing = [f"{files[n].name} {offset} {size} {name}" for n, offset, size, name in members]
     found = _hash("\n".join(listing).encode(), "\n".join(names).encode())
-    given = _given([_split_of(files[number]) for number, *_ in members])
+    given = _given([split_of(files[number]) for number, *_ in members])
     return _Tars(files, members, _numbered(names, classes), classes, found, given)
 
 
@@ -344,12 +336,6 @@ def _tar_label(file: Path, key: str, parts: dict[str, tarfile.TarInfo]) -> str:
                 if label not in (None, ""):
                     return str(label)
     raise BadInput(f"{file}, {key.lstrip('/')} has no label: add {key.rpartition('/')[2]}.cls")
-
-
-def _split_of(file: Path) -> str:
-    """The split that a file is of, as hubs name them: `train-00000-of-00002.parquet`, `val/0001.tar`."""
-    words = [re.split(r"[-_.]", file.name)[0], file.parent.name]
-    return next((_SPLITS[word] for word in words if word in _SPLITS), "")
 
 
 def _given(splits: list[str]) -> dict[str, Numbers]:

@@ -59,8 +59,8 @@ def describe(name: str) -> str:
 def texts() -> list[Document]:
     """Plain text: every entry of the reference; the source and the docstrings of every module."""
     documents = [Document(key, "", f"{entry.title}\n\n{entry.body}\n") for entry, key in _keyed(entries())]
-    for name, path in _modules():
-        source = _read_source(path)
+    for name, path in modules():
+        source = read_source(path)
         docstrings = _docstrings(name, source)
         documents += [Document(f"module {name}", "", text) for text in (source, docstrings) if text.strip()]
     return documents
@@ -203,7 +203,7 @@ def _normal(text: str) -> str:
 # -- modules ----------------------------------------------------------------------------------
 
 
-def _modules() -> list[tuple[str, Path]]:
+def modules() -> list[tuple[str, Path]]:
     """The name and file of every module of the standard library, sorted, but for tests and tables."""
     root = Path(sysconfig.get_path("stdlib"))
     found = []
@@ -216,17 +216,22 @@ def _modules() -> list[tuple[str, Path]]:
     return found
 
 
-def _read_source(path: Path) -> str:
+def read_source(path: Path) -> str:
+    """A module's source, decoded as it says itself."""
     with tokenize.open(path) as file:
         return file.read()
 
 
 def _docstrings(module: str, source: str) -> str:
     """The docstrings of a module as text, each under its name and arguments."""
+    return "\n\n".join(_described(parsed(source), module))
+
+
+def parsed(source: str) -> ast.Module:
+    """The syntax tree of a module, with no word on escapes that only warn."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SyntaxWarning)
-        tree = ast.parse(source)
-    return "\n\n".join(_described(tree, module))
+        return ast.parse(source)
 
 
 def _described(

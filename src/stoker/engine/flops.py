@@ -1,4 +1,4 @@
-"""What a device can do in a second, to say how much of it a model uses (MFU).
+"""What a device can do in a second, to say how much of it a model uses (MFU); what a forward pass needs.
 
 Model FLOPs utilisation (Chowdhery et al. 2022, arXiv:2204.02311, appendix B) is the floating-point
 operations that the model's mathematics needs, over what the device could have done in that time. What is
@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from stoker.engine import device as devices
 from stoker.engine.precision import DTYPES, Resolved
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 
 @dataclass(frozen=True)
@@ -77,3 +80,21 @@ def _seconds(left: torch.Tensor, right: torch.Tensor) -> float:
     if left.is_cuda:
         torch.cuda.synchronize(left.device)
     return time.perf_counter() - begun
+
+
+@torch.no_grad()
+def of_forward(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> int:
+    """Operations of one forward pass, as torch's own counter has them: those of products and convolutions.
+
+    A multiplication and an addition are 2.
+
+    Args:
+        model: is left as it is; on the meta device, with inputs there, nothing is computed.
+        inputs: what it is called with.
+    """
+    was_training = model.training
+    model.eval()
+    with FlopCounterMode(display=False) as counter:
+        model(**inputs)
+    model.train(was_training)
+    return int(counter.get_total_flops())

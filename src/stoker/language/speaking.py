@@ -14,6 +14,7 @@ from stoker import exports
 from stoker.engine import quiet
 from stoker.errors import BadInput
 from stoker.language import building, merging
+from stoker.run import artifacts
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def load(folder: Path, base: str | None = None) -> Speaker:
         base: where an adapter's model is, if not where it was.
     """
     adapter = exports.is_adapter(folder)
-    if not adapter and not (folder / "config.json").is_file():
+    if artifacts.task_of(folder) != "text-generation":
         raise BadInput("this run has not trained a language model: there is nothing that it could say")
     if adapter:
         model = merging.on_its_base(folder, base)

@@ -15,7 +15,11 @@ from typing import Any
 
 from stoker.errors import BadInput, nearest
 
-SHIPPED = {"llm": "stoker.recipes.llm:train", "image": "stoker.recipes.image:train"}
+SHIPPED = {
+    "llm": "stoker.recipes.llm:train",
+    "image": "stoker.recipes.image:train",
+    "text": "stoker.recipes.text:train",
+}
 
 
 @dataclass(frozen=True)

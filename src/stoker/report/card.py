@@ -21,12 +21,18 @@ PICTURE = "curves.png"
 _EVALUATIONS = 12  # rows of the table of evaluations
 _VERSIONS = ("torch", "transformers", "peft", "tokenizers", "safetensors")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_KINDS = {
+    "text-generation": "A causal language model",
+    "text-classification": "A text classifier",
+    "image-classification": "An image classifier",
+}
 _RESULTS = {
     "test_perplexity": "perplexity on the test documents",
     "base_test_perplexity": "the same before training",
     "val_perplexity": "perplexity on the validation documents",
     "val_loss": "validation loss",
     "test_accuracy": "accuracy on the test set",
+    "test_macro_f1": "macro F1 on the test set",
     "val_accuracy": "accuracy on the validation set",
     "loss": "training loss",
 }
@@ -46,8 +52,8 @@ class About:
     """The model that an adapter is for, or that was fine-tuned."""
     merged: bool = False
     """Whether adapters were merged into the weights."""
-    language: bool = False
-    """Whether it is a causal language model that transformers loads."""
+    task: str | None = None
+    """What transformers loads it for: text-generation, text-classification or image-classification."""
     chat: bool = False
     """Whether its tokenizer has a chat template."""
     metrics: Mapping[str, float] | None = None
@@ -86,17 +92,15 @@ def _metadata(view: RunView, about: About) -> str:
         base_model=base,
         base_model_relation=("adapter" if adapter else "finetune") if base else None,
         datasets=hub_sets or None,
-        library_name="peft" if adapter else "transformers" if about.language else None,
-        pipeline_tag="text-generation" if about.language or adapter else None,
+        library_name="peft" if adapter else "transformers" if about.task else None,
+        pipeline_tag=about.task,
         tags=["stoker", *(["lora"] if adapter or about.merged else [])],
     )
     return str(metadata.to_yaml())
 
 
 def _summary(view: RunView, about: About) -> str:
-    what = {
-        "adapter": "A LoRA adapter", "model": "A causal language model" if about.language else "A model"
-    }.get(about.kind, "A model")  # fmt: skip
+    what = "A LoRA adapter" if about.kind == "adapter" else _KINDS.get(about.task or "", "A model")
     of = f" for {_code(about.base)}" if about.kind == "adapter" and about.base else ""
     how = f", fine-tuned from {_code(about.base)}" if about.kind != "adapter" and about.base else ""
     merged = ", its LoRA adapter merged into the weights" if about.merged else ""
@@ -114,7 +118,16 @@ def _results(view: RunView, about: About) -> str:
 
 
 def _loading(about: About) -> str:
-    if not about.language:
+    if about.task == "text-classification":
+        place, brought = _place(about)
+        return _fenced("python", [
+            "from transformers import pipeline",
+            "",
+            *brought,
+            f'classify = pipeline("text-classification", model="{place}", truncation=True)',
+            'print(classify("..."))',
+        ])  # fmt: skip
+    if about.task != "text-generation":
         read = 'tensors = load_file("model.safetensors")  # for model.load_state_dict'
         return _fenced("python", ["from safetensors.torch import load_file", read])
     loader = "AutoPeftModelForCausalLM" if about.kind == "adapter" else "AutoModelForCausalLM"
@@ -127,12 +140,10 @@ def _loading(about: About) -> str:
         if about.chat
         else ['inputs = tokenizer("...", return_tensors="pt")']
     )  # fmt: skip
-    folder = about.name.rstrip("/").rpartition("/")[2] if "://" in about.name else None
-    place = about.name if folder is None else f"./{folder}"
+    place, brought = _place(about)
     imports = sorted([f"from {package} import {loader}", "from transformers import AutoTokenizer"])
     if package == "transformers":
         imports = ["from transformers import AutoModelForCausalLM, AutoTokenizer"]
-    brought = [f"# once {about.name} was copied to {place}"] if folder is not None else []
     return _fenced("python", [
         *imports,
         "",
@@ -143,6 +154,14 @@ def _loading(about: About) -> str:
         "made = model.generate(**inputs, max_new_tokens=200)",
         'print(tokenizer.decode(made[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
     ])  # fmt: skip
+
+
+def _place(about: About) -> tuple[str, list[str]]:
+    """What a model is loaded by, and a comment where it is to be brought there first."""
+    if "://" not in about.name:
+        return about.name, []
+    place = f"./{about.name.rstrip('/').rpartition('/')[2]}"
+    return place, [f"# once {about.name} was copied to {place}"]
 
 
 def _data(view: RunView) -> str:

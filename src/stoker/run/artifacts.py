@@ -9,6 +9,7 @@ no hard links a copy is made.
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 import time
 import uuid
@@ -19,6 +20,11 @@ from stoker import storage
 from stoker.run.directory import RunDirectory
 
 STORE = ".artifacts"  # in the runs folder
+
+_TASKS = {  # by how the names of transformers' classes end
+    "ForSequenceClassification": "text-classification",
+    "ForImageClassification": "image-classification",
+}
 
 
 def describe(directory: RunDirectory, path: Path) -> list[dict[str, Any]]:
@@ -129,3 +135,14 @@ def _replace(staged: Path, place: Path) -> None:
     if staged.is_dir() or place.is_dir():
         remove(place)
     staged.replace(place)
+
+
+def task_of(folder: Path) -> str | None:
+    """What a folder of model files is for, by the hub's word for it; None where no hub knows their form."""
+    if (folder / "adapter_config.json").is_file():
+        return "text-generation"
+    if not (folder / "config.json").is_file():
+        return None
+    described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    kind = next(iter(described.get("architectures") or []), "")
+    return next((task for ending, task in _TASKS.items() if kind.endswith(ending)), "text-generation")

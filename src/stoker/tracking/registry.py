@@ -22,6 +22,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from stoker import storage
 from stoker.errors import BadInput, StokerError, nearest
+from stoker.run import artifacts
 from stoker.run.directory import RunDirectory
 from stoker.run.view import RunView
 from stoker.tracking import follower, ledger, store
@@ -208,7 +209,6 @@ def _packed(folder: Path, target: Path, kind: str) -> Path:
     from mlflow import pyfunc
 
     language = {"model": ["transformers"], "adapter": ["transformers", "peft"]}
-    is_language = any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*input example")
         pyfunc.save_model(
@@ -216,20 +216,23 @@ def _packed(folder: Path, target: Path, kind: str) -> Path:
             loader_module="stoker.tracking.served",
             data_path=str(folder),
             pip_requirements=["stoker", "torch", "safetensors", *language.get(kind, [])],
-            signature=_signature() if is_language else None,
+            signature=_signature(artifacts.task_of(folder)),
         )
     return target
 
 
-def _signature() -> Any:
-    """Prompts in, texts out, and what may be said of how."""
+def _signature(task: str | None) -> Any:
+    """Texts in, texts or labels out, and what may be said of how; None of what predicts nothing by itself."""
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 
+    params = [ParamSpec("max_new_tokens", "long", 128), ParamSpec("do_sample", "boolean", False)]
+    if task not in ("text-generation", "text-classification"):
+        return None
     return ModelSignature(
         Schema([ColSpec("string")]),
         Schema([ColSpec("string")]),
-        ParamSchema([ParamSpec("max_new_tokens", "long", 128), ParamSpec("do_sample", "boolean", False)]),
+        ParamSchema(params) if task == "text-generation" else None,
     )
 
 

@@ -1,14 +1,17 @@
 """How MLflow loads a registered model: `mlflow.pyfunc.load_model("models:/NAME@production")`.
 
 What was registered is the run's own export, in formats that need no pickle: a Hugging Face
-model, a PEFT adapter, or safetensors weights. The first two generate text; weights alone
-are handed out by name, since the model that they belong to is code.
+model, a PEFT adapter, or safetensors weights. Language models generate text, text classifiers
+label it; all others are handed out as weights by name, since how to call them is code.
 """
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
+
+from stoker.run import artifacts
 
 
 class Generator:
@@ -37,8 +40,8 @@ class Generator:
 
         `params` are `generate`'s; by default greedy, 128 tokens at most.
         """
-        prompts = model_input.iloc[:, 0].tolist() if hasattr(model_input, "iloc") else list(model_input)
-        return [self._continue(prompt, {"max_new_tokens": 128, **(params or {})}) for prompt in prompts]
+        options = {"max_new_tokens": 128, **(params or {})}
+        return [self._continue(prompt, options) for prompt in _texts(model_input)]
 
     def _continue(self, prompt: str, options: dict[str, Any]) -> str:
         encoded = self.tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(self.model.device)
@@ -57,6 +60,33 @@ class Generator:
             model = Loader.from_pretrained(str(self.folder)).eval()
             self._loaded = model, AutoTokenizer.from_pretrained(str(self.folder))
         return self._loaded
+
+
+class Classifier:
+    """Labels texts with a Hugging Face model."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @property
+    def python_model(self) -> Classifier:
+        """What MLflow's `unwrap_python_model` hands out."""
+        return self
+
+    @functools.cached_property
+    def pipeline(self) -> Any:
+        """That of transformers, loaded when it is first asked for."""
+        from transformers import pipeline
+
+        return pipeline("text-classification", model=str(self.folder), truncation=True)
+
+    def predict(self, model_input: Any, params: dict[str, Any] | None = None) -> list[str]:
+        """The likeliest label of every text: of a list, or of a table whose first column is texts."""
+        return [found["label"] for found in self.pipeline(_texts(model_input))]
+
+
+def _texts(model_input: Any) -> list[str]:
+    return model_input.iloc[:, 0].tolist() if hasattr(model_input, "iloc") else list(model_input)
 
 
 class Weights:
@@ -88,8 +118,10 @@ class Weights:
         )
 
 
-def _load_pyfunc(path: str) -> Generator | Weights:
+def _load_pyfunc(path: str) -> Generator | Classifier | Weights:
     """What MLflow calls, by this name."""
     folder = Path(path)
-    is_language = any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))
-    return Generator(folder) if is_language else Weights(folder)
+    task = artifacts.task_of(folder)
+    if task == "text-generation":
+        return Generator(folder)
+    return Classifier(folder) if task == "text-classification" else Weights(folder)

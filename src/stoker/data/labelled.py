@@ -1,0 +1,166 @@
+"""Labelled texts, and their division into train, validation and test.
+
+Texts of one group (one module, one document; by default equal texts) are never in two splits. Which split a
+group is in is decided by a hash of its name, label by label, so that every split has its share of each.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from stoker.data.documents import place
+from stoker.errors import BadInput
+
+SPLITS = {
+    "train": "train",
+    "validation": "validation",
+    "val": "validation",
+    "valid": "validation",
+    "dev": "validation",
+    "test": "test",
+}
+"""What files and folders of a split are called."""
+
+
+class Text(NamedTuple):
+    """A text with its label."""
+
+    text: str
+    label: str
+    group: str
+    """Texts of one group are in one split."""
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The three parts of a dataset, each in the dataset's order."""
+
+    train: list[Text]
+    validation: list[Text]
+    test: list[Text]
+    description: str
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The labels in order: whole numbers as such, else by name."""
+        names = {text.label for text in self.train}
+        as_numbers = all(re.fullmatch(r"-?\d+", name) for name in names)
+        return tuple(sorted(names, key=int) if as_numbers else sorted(names))
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the texts and labels of each part."""
+        digest = hashlib.sha256()
+        for part in (self.train, self.validation, self.test):
+            digest.update(f"{len(part)};".encode())
+            for text in part:
+                for content in (text.text.encode(), text.label.encode()):
+                    digest.update(len(content).to_bytes(8, "little"))
+                    digest.update(content)
+        return digest.hexdigest()
+
+    @property
+    def repeated(self) -> int:
+        """How many of the test's texts stand in the train split as well, where the dataset is split so."""
+        known = {text.group for text in self.train}
+        return sum(text.group in known for text in self.test)
+
+
+def split_of(file: Path) -> str:
+    """The split of a file, as hubs name it: `train-00000-of-00002.parquet`, `val/0001.tar`; or ""."""
+    words = [re.split(r"[-_.]", file.name)[0], file.parent.name]
+    return next((SPLITS[word] for word in words if word in SPLITS), "")
+
+
+def divided(
+    given: Mapping[str, Sequence[Text]], *, validation: float, test: float, description: str
+) -> Texts:
+    """The given splits, and what they lack held out of the train split.
+
+    Args:
+        given: by the names of splits; "train" alone where there are none.
+        validation, test: shares of the texts that are held out, where there is no such split.
+
+    Raises:
+        BadInput: a split would be empty, there is one label alone, or one that is not in the train split.
+    """
+    if not given.get("train"):
+        raise BadInput(f"{description}: there is nothing to train on")
+    lacking = {name: s for name, s in (("validation", validation), ("test", test)) if not given.get(name)}
+    parts = {**given, **held_out(given["train"], lacking)}
+    found = Texts(
+        train=list(parts["train"]),
+        validation=list(parts["validation"]),
+        test=list(parts["test"]),
+        description=description,
+    )
+    _check(found)
+    return found
+
+
+def held_out(texts: Sequence[Text], shares: Mapping[str, float]) -> dict[str, list[Text]]:
+    """Divide texts into "train" and parts of about these shares, of each label and by whole groups.
+
+    In a fixed order, each group goes to the part that lacks most, where it fits into that, else to train.
+    """
+    sizes = Counter(text.group for text in texts)
+    groups: defaultdict[str, list[str]] = defaultdict(list)
+    for group, label in {text.group: text.label for text in reversed(texts)}.items():
+        groups[label].append(group)
+    part_of = {}
+    for names in groups.values():
+        total = sum(sizes[name] for name in names)
+        room = {part: round(share * total) for part, share in shares.items()}
+        for name in sorted(names, key=place)[:-1]:  # one stays, whatever the shares
+            fitting = [part for part, left in room.items() if sizes[name] <= left]
+            if fitting:
+                part_of[name] = max(fitting, key=room.__getitem__)
+                room[part_of[name]] -= sizes[name]
+    found: dict[str, list[Text]] = {"train": [], **{part: [] for part in shares}}
+    for text in texts:
+        found[part_of.get(text.group, "train")].append(text)
+    return found
+
+
+def _check(found: Texts) -> None:
+    parts = {"train": found.train, "validation": found.validation, "test": found.test}
+    count = sum(map(len, parts.values()))
+    classes = found.classes
+    if 1 < len(classes) == len(found.train):
+        raise BadInput(
+            f"{found.description}: each of the {len(classes)} texts has a label of its own: is label_column "
+            "the right one?"
+        )
+    empty = next((name for name, part in parts.items() if not part), None)
+    if empty is not None:
+        raise BadInput(
+            f"{found.description}: {count} texts are too few to train, validate and test on, the {empty} "
+            "split would be empty: give more, or a larger share"
+        )
+    if len(classes) < 2:
+        raise BadInput(
+            f"{found.description}: every text to train on has the label {classes[0]!r}: there is nothing to "
+            "tell apart; is label_column the right one?"
+        )
+    for name in ("validation", "test"):
+        unseen = _unseen(parts[name], classes)
+        if unseen:
+            raise BadInput(
+                f"{found.description}: the {name} split has the label {unseen[0]!r}, and no text to train on "
+                f"has it; these are {_some(classes)}"
+            )
+
+
+def _unseen(part: Iterable[Text], classes: Sequence[str]) -> list[str]:
+    return sorted({text.label for text in part} - set(classes))
+
+
+def _some(names: Sequence[str], most: int = 8) -> str:
+    shown = ", ".join(names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

@@ -1,0 +1,219 @@
+"""Reading labelled texts: the built-in ones, local files, datasets of the hub.
+
+A record has a text and a label, in two columns that are named. Input that cannot be read is refused with the
+file, the line and what was expected.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stoker import object_store
+from stoker.data import hub_datasets, parquet, python_parts, records
+from stoker.data.documents import content_key
+from stoker.data.labelled import SPLITS, Text, Texts, divided, split_of
+from stoker.data.records import Record
+from stoker.errors import BadInput, nearest
+
+BUILT_IN: dict[str, Callable[[], list[Text]]] = {"python-docstrings": python_parts.texts}
+
+_MANY = sys.maxsize  # characters of a field of a CSV file
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Where a record has its text and its label."""
+
+    text: str
+    label: str
+
+
+def check(data: str) -> None:
+    """Refuse what is not there, before any of it is read. Raises BadInput."""
+    if data in BUILT_IN or Path(data).expanduser().exists():
+        return
+    if object_store.is_url(data):
+        raise BadInput(f"data={data}: labelled texts are read from files here: copy it to a folder first")
+    if hub_datasets.is_a_file_name(data):
+        raise BadInput(f"data={data} does not exist{nearest(data, BUILT_IN)}")
+    hub_datasets.check(data, tuple(BUILT_IN))
+
+
+def read(data: str, columns: Columns, *, validation: float, test: float) -> Texts:
+    """The texts of `python-docstrings`, of a .jsonl, .csv or .parquet file, a folder of these, or of the hub.
+
+    Files of a folder may be of splits, as `train.csv`, `test-00000.parquet` or `validation/a.jsonl` are.
+    A blank text says nothing and is left out.
+
+    Args:
+        validation, test: the shares that are held out, where the data has no such split.
+
+    Raises:
+        BadInput: there is none, it cannot be read, or it cannot be learnt from; see `labelled.divided`.
+    """
+    check(data)
+    if data in BUILT_IN:
+        given = {"train": BUILT_IN[data]()}
+        about = python_parts.describe()
+    else:
+        path = Path(data).expanduser()
+        by_split = _of_files(path, columns) if path.exists() else of_hub(data, columns)
+        read_in = {name: list(texts) for name, texts in by_split.items()}
+        given = {name: [t for t in texts if t.text.strip()] for name, texts in read_in.items()}
+        about = _described(path.name if path.exists() else f"hub dataset {data}", read_in, given)
+    return divided(given, validation=validation, test=test, description=about)
+
+
+def _described(name: str, read_in: dict[str, list[Text]], given: dict[str, list[Text]]) -> str:
+    count = sum(map(len, given.values()))
+    if count == 0:
+        raise BadInput(f"{name} is an empty dataset: it holds no text")
+    blank = sum(map(len, read_in.values())) - count
+    return f"{name}, {count:,} texts" + (f" ({blank:,} blank ones are left out)" if blank else "")
+
+
+# -- files ------------------------------------------------------------------------------------
+
+
+def _of_files(path: Path, columns: Columns) -> dict[str, Iterable[Text]]:
+    if path.is_file():
+        return {"train": _of_file(path, columns)}
+    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in _READERS)
+    if not files:
+        raise BadInput(f"{path} is a folder without a {_ENDINGS} file")
+    splits = [split_of(file) for file in files]
+    if len(set(splits)) == 1:
+        splits = ["train"] * len(files)
+    elif "" in splits:
+        raise BadInput(
+            f"{files[splits.index('')]} is of no split, and others are: name it train, validation or test, "
+            "or put it elsewhere"
+        )
+    of = {name: [f for f, s in zip(files, splits, strict=True) if s == name] for name in set(splits)}
+    return {
+        name: itertools.chain.from_iterable(_of_file(file, columns) for file in some)
+        for name, some in of.items()
+    }
+
+
+def _of_file(path: Path, columns: Columns) -> Iterator[Text]:
+    reader = _READERS.get(path.suffix.lower())
+    if reader is None:
+        raise BadInput(f"{path} has an ending that is not known: give a {_ENDINGS} file")
+    try:
+        yield from reader(path, columns)
+    except OSError as error:
+        raise BadInput(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _of_jsonl(path: Path, columns: Columns) -> Iterator[Text]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            for where, record in records.from_json(line, f"{path}, line {number}"):
+                if not isinstance(record, dict):
+                    raise BadInput(f"{where}: a record must be a JSON object, not {records.kind_of(record)}")
+                yield _text(where, record, columns)
+
+
+def _of_csv(path: Path, columns: Columns) -> Iterator[Text]:
+    csv.field_size_limit(_MANY)
+    rows = csv.DictReader(io.StringIO(records.decode(path.read_bytes(), str(path)), newline=""))
+    try:
+        for row in rows:
+            yield _text(f"{path}, line {rows.line_num}", row, columns)
+    except csv.Error as error:
+        raise BadInput(f"{path}, line {rows.line_num}: no CSV that can be read: {error}") from error
+
+
+def _of_parquet(path: Path, columns: Columns) -> Iterator[Text]:
+    with parquet.opened(path, str(path)) as file:
+        names = file.schema_arrow.names
+        for column, key in ((columns.text, "text_column"), (columns.label, "label_column")):
+            if column not in names:
+                raise _no_column(str(path), column, key, names)
+        classes = _class_names(file.schema_arrow, columns.label)
+        number = itertools.count(1)
+        for batch in file.iter_batches(columns=[columns.text, columns.label]):
+            for row in batch.to_pylist():
+                yield _text(f"{path}, row {next(number)}", row, columns, classes)
+
+
+def _class_names(schema: Any, label: str) -> Sequence[str]:
+    """What the numbers of a column stand for, where `datasets` has written that into the file."""
+    if b"huggingface" not in (schema.metadata or {}):
+        return ()
+    from datasets import Features
+
+    return getattr(Features.from_arrow_schema(schema).get(label), "names", None) or ()
+
+
+_READERS: dict[str, Callable[[Path, Columns], Iterator[Text]]] = {
+    ".jsonl": _of_jsonl,
+    ".csv": _of_csv,
+    ".parquet": _of_parquet,
+}
+_ENDINGS = ".jsonl, .csv or .parquet"
+
+
+# -- hub --------------------------------------------------------------------------------------
+
+
+def of_hub(name: str, columns: Columns) -> dict[str, Iterable[Text]]:
+    """The splits of a dataset of the hub; one whose labels are withheld (all -1) is as if it were not."""
+    found: dict[str, Iterable[Text]] = {}
+    for split, rows in hub_datasets.splits(name, tuple(BUILT_IN)).items():
+        if split not in SPLITS:
+            continue
+        classes = getattr(rows.features.get(columns.label), "names", None) or ()
+        if classes and set(rows.unique(columns.label)) == {-1}:
+            continue
+        where = f"{name}, {split}, row "
+        numbered: Iterator[Record] = ((f"{where}{n}", row) for n, row in enumerate(rows, start=1))
+        found[SPLITS[split]] = [_text(at, row, columns, classes) for at, row in numbered]
+    return found
+
+
+# -- records ----------------------------------------------------------------------------------
+
+
+def _text(where: str, record: dict[str, Any], columns: Columns, classes: Sequence[str] = ()) -> Text:
+    for column, key in ((columns.text, "text_column"), (columns.label, "label_column")):
+        if column not in record:
+            raise _no_column(where, column, key, [str(name) for name in record if name is not None])
+    text = record[columns.text]
+    if not isinstance(text, str):
+        raise BadInput(f"{where}: {columns.text!r} must be a text, not {records.kind_of(text)}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can spell
+        raise BadInput(f"{where}: {columns.text!r} is not valid Unicode: {error.reason}") from error
+    return Text(text, _label(where, record[columns.label], columns, classes), content_key(text))
+
+
+def _label(where: str, value: Any, columns: Columns, classes: Sequence[str]) -> str:
+    if isinstance(value, int) and not isinstance(value, bool) and classes:
+        if not 0 <= value < len(classes):
+            raise BadInput(f"{where}: the label is {value}, and the dataset has {len(classes)} classes")
+        return str(classes[value])
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int) or (isinstance(value, str) and value.strip()):
+        return str(value).strip()
+    raise BadInput(
+        f"{where}: {columns.label!r} must be a text, a whole number, or true or false, not "
+        f"{'an empty text' if value == '' else records.kind_of(value)}"
+    )
+
+
+def _no_column(where: str, column: str, key: str, names: Sequence[str]) -> BadInput:
+    has = ", ".join(map(repr, names)) or "none"
+    return BadInput(
+        f"{where}: there is no column {column!r}: give {key}=; it has {has}{nearest(column, names)}"
+    )

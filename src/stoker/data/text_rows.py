@@ -1,0 +1,198 @@
+"""Labelled texts as tokens: tokenised once, memory-mapped, and batched with texts of about their length.
+
+The arrays stand in the cache in a folder named by a fingerprint of all they depend on, the shortest text
+first. A batch is padded to its longest text, so the order of an epoch puts texts of similar lengths into a
+batch: within each stretch of a few batches of the shuffled epoch, texts are sorted by length, and these
+batches come in an order of their own. Like the shuffle itself (see `order`) it is computed from the position
+alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from stoker import storage
+from stoker.data import order
+from stoker.data.labelled import Text, Texts
+from stoker.data.order import Positions, fold, permute
+from stoker.data.tokens import once
+
+FORMAT = 1
+"""Part of the fingerprint: raise it when what the arrays hold for the same input changes."""
+
+_STRETCH = 32  # batches whose texts are sorted by length
+_AT_ONCE = 4096  # texts that are tokenised together
+_BATCHES = 31  # salt: of the order of batches in a stretch
+
+
+class TextRows:
+    """Tokenised texts with their labels, the shortest first; opened by `tokenise`.
+
+    Args:
+        folder: of the cache.
+        batch_size: of the batches that texts of similar lengths are put into: that of the loader.
+    """
+
+    def __init__(self, folder: Path, batch_size: int) -> None:
+        self._folder, self._batch_size = folder, batch_size
+        self._tokens = np.load(folder / "tokens.npy", mmap_mode="r")
+        self._bounds = np.load(folder / "bounds.npy", mmap_mode="r")
+        self._labels = np.load(folder / "labels.npy", mmap_mode="r")
+
+    def __reduce__(self) -> tuple[type[TextRows], tuple[Path, int]]:
+        return TextRows, (
+            self._folder,
+            self._batch_size,
+        )  # a worker maps the files itself, and copies nothing
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    @property
+    def tokens_per_sample(self) -> float:
+        """The mean number of tokens of a text."""
+        return len(self._tokens) / len(self)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest text."""
+        return int(np.diff(self._bounds[-2:])[0])
+
+    def __getitem__(self, index: int) -> tuple[NDArray[np.int64], int]:
+        """The tokens of a text, (tokens,), and the number of its label."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"text {index} of {len(self)}")
+        begin, end = self._bounds[index : index + 2]
+        return self._tokens[begin:end].astype(np.int64), int(self._labels[index])
+
+    def read(self, index: int, key: int) -> tuple[NDArray[np.int64], int]:
+        """A text, which is the same whatever the key: nothing of it is random."""
+        return self[index]
+
+    def order(self, seed: int, positions: Positions) -> tuple[Positions, Positions]:
+        """The epoch and the index of the texts at positions, both (n,)."""
+        epochs = positions // len(self)
+        stretches = positions // (self._batch_size * _STRETCH)
+        indices = np.empty_like(positions)
+        for epoch, stretch in sorted(set(zip(epochs.tolist(), stretches.tolist(), strict=True))):
+            first, found = self._stretch(seed, epoch, stretch)
+            here = (epochs == epoch) & (stretches == stretch)
+            indices[here] = found[positions[here] - first]
+        return epochs, indices
+
+    def _stretch(self, seed: int, epoch: int, stretch: int) -> tuple[int, Positions]:
+        """The first position of a stretch, which ends with its epoch, and the texts that stand in it."""
+        size, length = len(self), self._batch_size * _STRETCH
+        first = max(epoch * size, stretch * length)
+        positions = np.arange(first, min((epoch + 1) * size, (stretch + 1) * length))
+        _, shuffled = order.order(seed, size, positions)
+        batches = positions // self._batch_size - first // self._batch_size
+        count = int(batches[-1]) + 1
+        turns = permute(np.arange(count), count, fold(seed, epoch, stretch, _BATCHES))
+        found = np.empty_like(shuffled)
+        found[np.argsort(turns[batches], kind="stable")] = np.sort(shuffled)  # by index is by length
+        return first, found
+
+    def place(self, seed: int, position: int) -> None:
+        """Nothing: the order is a function of the position."""
+
+    def go_to(self, place: Any) -> None:
+        """Nothing is to be found again."""
+
+
+def collate(rows: Sequence[tuple[NDArray[np.int64], int]], *, pad_id: int) -> dict[str, torch.Tensor]:
+    """Texts padded to the longest: `input_ids`, `attention_mask`: (texts, tokens); `labels`: (texts,)."""
+    longest = max(len(tokens) for tokens, _ in rows)
+    input_ids = np.full((len(rows), longest), pad_id, dtype=np.int64)
+    mask = np.zeros((len(rows), longest), dtype=np.int64)
+    for number, (tokens, _) in enumerate(rows):
+        input_ids[number, : len(tokens)] = tokens
+        mask[number, : len(tokens)] = 1
+    return {
+        "input_ids": torch.from_numpy(input_ids), "attention_mask": torch.from_numpy(mask),
+        "labels": torch.tensor([label for _, label in rows]),
+    }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The tokenised texts of each split."""
+
+    train: TextRows
+    validation: TextRows
+    test: TextRows
+
+
+def tokenise(
+    texts: Texts,
+    *,
+    classes: Sequence[str],
+    tokenizer: Any,
+    max_length: int,
+    batch_size: int,
+    fingerprint: str,
+) -> Rows:
+    """Tokenise the texts of all splits, or open what an earlier call with the same fingerprint made.
+
+    Args:
+        classes: the labels in order.
+        tokenizer: of transformers; adds what begins and ends a text.
+        max_length: tokens at which a text is cut off.
+        batch_size: see `TextRows`.
+        fingerprint: of all that decides what tokens a text becomes.
+
+    Raises:
+        BadInput: the cache cannot be written.
+    """
+
+    of_all = (FORMAT, texts.fingerprint, tuple(classes), fingerprint, max_length)
+
+    def of(name: str, part: Sequence[Text]) -> TextRows:
+        named = hashlib.sha256(repr((*of_all, name)).encode()).hexdigest()[:32]
+        folder = storage.cache_folder() / "texts" / named
+        made = once(folder, lambda: _write(folder, _arrays(part, classes, tokenizer, max_length)))
+        return TextRows(made, batch_size)
+
+    return Rows(of("train", texts.train), of("validation", texts.validation), of("test", texts.test))
+
+
+def _write(folder: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Write arrays into a folder that is not there yet, whole or not at all."""
+    temporary = folder.with_name(f".{folder.name}.tmp")  # under the lock: only a killed process left one
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    for name, array in arrays.items():
+        np.save(temporary / f"{name}.npy", array)
+        storage.sync_file(temporary / f"{name}.npy")
+    temporary.rename(folder)
+
+
+def _arrays(
+    texts: Sequence[Text], classes: Sequence[str], tokenizer: Any, max_length: int
+) -> Mapping[str, NDArray[Any]]:
+    """All tokens in a row, where each text begins (texts + 1,), and its label; the shortest text first."""
+    number = {name: n for n, name in enumerate(classes)}
+    encoded = list(_encoded(texts, tokenizer, max_length))
+    lengths = np.array([len(tokens) for tokens in encoded])
+    by_length = np.argsort(lengths, kind="stable")
+    return {
+        "tokens": np.concatenate([encoded[n] for n in by_length]),
+        "bounds": np.concatenate([[0], np.cumsum(lengths[by_length])]),
+        "labels": np.array([number[texts[n].label] for n in by_length]),
+    }
+
+
+def _encoded(texts: Sequence[Text], tokenizer: Any, max_length: int) -> Iterator[NDArray[np.int32]]:
+    for begin in range(0, len(texts), _AT_ONCE):
+        some = [text.text for text in texts[begin : begin + _AT_ONCE]]
+        found = tokenizer(some, truncation=True, max_length=max_length, return_attention_mask=False)
+        for ids in found["input_ids"]:
+            yield np.array(ids, dtype=np.int32)

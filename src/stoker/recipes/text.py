@@ -1,0 +1,199 @@
+"""Train a text classifier: an encoder (BERT) of a size, or one from a hub, and accuracy against that size.
+
+A text is tokenised once; a batch is padded to its longest text, and holds texts of similar lengths.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Gt, Lt
+from stoker.attempt import Run
+from stoker.duration import Duration
+from stoker.engine.options import Training
+from stoker.errors import BadInput, nearest
+from stoker.recipes.text_shape import SIZES, Shape, shape
+
+PRELOAD = ("stoker.recipes.text_model", "stoker.data.labelled_sources", "stoker.data.text_rows")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Training):
+    """Keys of `stoker train text`."""
+
+    model: str = "bert-tiny"
+    """bert-tiny, bert-mini, bert-small, bert-medium, bert-base (to start from scratch), a directory, or a hub
+    id."""
+    layers: Annotated[int, Ge(1)] | None = None
+    """Blocks of a new model, in place of its size's."""
+    width: Annotated[int, Ge(1)] | None = None
+    """Its hidden size, likewise."""
+    heads: Annotated[int, Ge(1)] | None = None
+    """Its attention heads; by default of 64 each, or so that they divide the width."""
+    feed_forward: Annotated[int, Ge(1)] | None = None
+    """Units of its feed-forward layers; by default 4 times the width."""
+    dropout: Annotated[float, Ge(0), Lt(1)] | None = None
+    """Of a new model; by default 0.1."""
+    data: str = "python-docstrings"
+    """python-docstrings (built in: which part of the library is it from?), a .jsonl, .csv or .parquet file, a
+    folder of these, or a hub dataset id."""
+    text_column: str = "text"
+    """Where a record has its text."""
+    label_column: str = "label"
+    """Where it has its label, a text or a whole number."""
+    tokenizer: str | None = None
+    """A directory or hub id; by default the model's own, and for a new model one trained on the data."""
+    vocab_size: Annotated[int, Ge(300)] = 4096
+    """Entries of a tokenizer that is trained here."""
+    max_length: Annotated[int, Ge(2)] = 128
+    """Tokens at which a text is cut off."""
+    lr: Annotated[float, Gt(0)] | None = None
+    """Peak learning rate; by default 1e-3 from scratch, 5e-5 for a model that is loaded."""
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "linear"
+    """How the learning rate goes down after the warm-up."""
+    warmup: Annotated[float, Ge(0), Lt(1)] = 0.1
+    """Share of the steps over which the learning rate goes up."""
+    weight_decay: Annotated[float, Ge(0)] = 0.01
+    """AdamW's decoupled weight decay."""
+    optimizer: Literal["adamw", "sgd", "adafactor", "adamw8bit"] = "adamw"
+    """AdamW, SGD with momentum, Adafactor, or AdamW with 8-bit states (extra `quantisation`)."""
+    label_smoothing: Annotated[float, Ge(0), Lt(1)] = 0.0
+    """Share of the target that is spread over all classes, while training."""
+    clip_norm: Annotated[float, Gt(0)] | None = 1.0
+    """Largest global L2 norm of the gradient; larger ones are scaled down to it."""
+    max_steps: Duration | None = None
+    """How long to train: 100 (steps), 2ep or 1000000tok."""
+    epochs: Annotated[float, Gt(0)] | None = None
+    """The same in epochs; where neither is given 5 from scratch, 3 for a model that is loaded."""
+    batch_size: Annotated[int, Ge(1)] = 32
+    """Texts of a step, over all ranks."""
+    eval_every: Duration = Duration(1, "epoch")
+    """Accuracy and macro F1 on the validation texts."""
+    patience: Annotated[int, Ge(1)] | None = None
+    """End early once val_accuracy got no better over so many evaluations; none: never."""
+    validation: Annotated[float, Gt(0), Lt(0.5)] = 0.1
+    """Share of the texts held out for evaluation while training, where the data has no such split."""
+    test: Annotated[float, Gt(0), Lt(0.5)] = 0.1
+    """Share of the texts held out for the final test, likewise."""
+    seed: Annotated[int, Ge(0)] = 0
+    """Of the weights, the order of the data, and dropout."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_steps is not None and self.epochs is not None:
+            raise ValueError(f"max_steps={self.max_steps} and epochs={self.epochs} are both given: give one")
+
+    @property
+    def is_new(self) -> bool:
+        """Whether the model starts from scratch."""
+        return self.model in SIZES
+
+    @property
+    def shape(self) -> Shape:
+        """Of a new model. Raises BadInput."""
+        return shape(
+            self.model,
+            layers=self.layers,
+            width=self.width,
+            heads=self.heads,
+            feed_forward=self.feed_forward,
+        )
+
+    @property
+    def length(self) -> Duration:
+        """How long to train."""
+        return self.max_steps or Duration(self.epochs or (5.0 if self.is_new else 3.0), "epoch")
+
+
+def check_launch(config: Config, ranks: int) -> None:
+    """What can be seen before any process is started. Raises BadInput."""
+    from stoker.data import labelled_sources
+
+    if config.parallel == "pipeline":
+        raise BadInput("parallel=pipeline: an encoder is not cut into stages here; give parallel=ddp or fsdp")
+    labelled_sources.check(config.data)
+    if config.is_new:
+        config.shape  # noqa: B018 (raises where there is none)
+        return
+    own = ("layers", "width", "heads", "feed_forward", "dropout")
+    given = next((name for name in own if getattr(config, name) is not None), None)
+    if given is not None:
+        raise BadInput(
+            f"{given}={getattr(config, given)} is of a new model, and {config.model} has its own: leave it "
+            f"out, or give one of {', '.join(SIZES)}{nearest(config.model, SIZES)}"
+        )
+    from stoker.recipes import text_model
+
+    text_model.check(config.model)
+
+
+def train(run: Run, config: Config) -> None:
+    """Read and tokenise the texts, build the model, train, test, export."""
+    from stoker import distributed
+    from stoker.data import labelled_sources, text_rows
+    from stoker.engine import optimizers, schedule
+    from stoker.engine.random_state import seed_everything
+    from stoker.loop import Trainer
+    from stoker.recipes import text_model
+
+    seed_everything(config.seed)
+    distributed.join(run.world, config.backend)
+    columns = labelled_sources.Columns(config.text_column, config.label_column)
+    with distributed.rank_zero_first(run.world):
+        texts = labelled_sources.read(config.data, columns, validation=config.validation, test=config.test)
+        made = text_model.build(
+            config.model,
+            texts,
+            shape=config.shape if config.is_new else None,
+            dropout=0.1 if config.dropout is None else config.dropout,
+            tokenizer=config.tokenizer,
+            vocab_size=config.vocab_size,
+            max_length=config.max_length,
+        )
+        rows = text_rows.tokenise(
+            texts, classes=made.classes, tokenizer=made.tokenizer, max_length=config.max_length,
+            batch_size=config.batch_size, fingerprint=made.encoding,
+        )  # fmt: skip
+    text_model.say(run, texts, rows, made)
+    mean_length = round(rows.train.tokens_per_sample)
+    needed = 3 * text_model.forward_flops(made, mean_length) / mean_length  # backward is twice forward
+    size = text_model.size(made, config.max_length)
+
+    trainer = Trainer(
+        run,
+        made.model,
+        optimizer=optimizers.factory(
+            config.optimizer,
+            lr=config.lr or (1e-3 if config.is_new else 5e-5),
+            weight_decay=config.weight_decay,
+        ),
+        inputs=text_model.inputs,
+        loss=text_model.loss(config.label_smoothing),
+        schedule=schedule.build(config.schedule, warmup=config.warmup),
+        training=config,
+        best="val_accuracy",
+    )
+    text_model.record_shape(trainer, made)
+    collate = functools.partial(text_rows.collate, pad_id=made.tokenizer.pad_token_id)
+
+    def measure(split: str, dataset: text_rows.TextRows) -> None:
+        sums = trainer.measure(dataset, text_model.metrics, batch_size=config.batch_size, collate=collate)
+        found = text_model.measured(sums, made.classes)
+        run.log({f"{split}_{name}": value for name, value in found.metrics.items()})
+        run.table(f"{split}_by_class", found.by_class, text_model.CLASS_COLUMNS)
+
+    if trainer.steps_done == 0:
+        run.log(size)
+    loader = trainer.loader(rows.train, batch_size=config.batch_size, collate=collate)
+    for batch in trainer.steps(loader, max_steps=config.length):
+        run.log(loss=trainer.step(batch), lr=trainer.lr)
+        if trainer.every(10) or trainer.last:
+            run.log(trainer.performance(needed))
+        if trainer.every(config.eval_every) or trainer.last:
+            measure("val", rows.validation)
+            if config.patience is not None and trainer.stale("val_accuracy", config.patience):
+                trainer.finish(f"val_accuracy got no better over {config.patience} evaluations")
+    measure("test", rows.test)
+    text_model.export(trainer, made)

@@ -1,0 +1,324 @@
+"""The model of the text recipe: an encoder of a shape or loaded, its tokenizer, loss, metrics and export."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from stoker import object_store
+from stoker.attempt import Run
+from stoker.data import tokenizer as tokenizers
+from stoker.data.labelled import Texts
+from stoker.data.text_rows import Rows
+from stoker.engine import flops, quiet  # noqa: F401 (the import of quiet is its work)
+from stoker.engine.metrics import Mean, Metric, Sum
+from stoker.errors import BadInput
+from stoker.language import hub
+from stoker.language.data import fingerprint
+from stoker.loop import Trainer
+from stoker.recipes.text_shape import SIZES, Shape
+from tokenizers.processors import TemplateProcessing
+from torch.nn import functional as F
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+)
+from transformers.utils import logging as transformers_logging
+
+log = logging.getLogger("stoker")
+
+transformers_logging.disable_progress_bar()  # the commands have one of their own
+
+_POSITIONS = 512  # of a new model, unless texts are longer
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A model with its tokenizer."""
+
+    model: Any
+    tokenizer: Any
+    encoding: str
+    """SHA-256 of all that decides what tokens a text becomes."""
+    classes: tuple[str, ...]
+    """The labels, in the order of the model's outputs."""
+    config: Any
+    """The model's config as it is written beside its weights."""
+
+
+def build(
+    reference: str,
+    texts: Texts,
+    *,
+    shape: Shape | None,
+    dropout: float,
+    tokenizer: str | None,
+    vocab_size: int,
+    max_length: int,
+) -> Classifier:
+    """A new model of a shape, or the one of a directory or hub id.
+
+    Args:
+        texts: whose labels it is to tell apart.
+        shape: of a new model; None: the reference is loaded.
+        dropout: of a new model.
+        tokenizer: a directory or hub id; None: the model's own, or for a new model one of `vocab_size`
+            tokens, trained on the train split.
+        max_length: tokens of the longest text.
+
+    Raises:
+        BadInput: there is no such model, it does not load, or its tokenizer does not fit it.
+    """
+    named = tokenizer or (reference if shape is None else None)
+    made = _load_tokenizer(named) if named else _train_tokenizer(texts, vocab_size, max_length)
+    encoding = fingerprint(made)
+    if shape is None:
+        classes = _in_order(_config(reference), texts.classes)
+        model = _load(reference, made, classes, max_length)
+    else:
+        classes = texts.classes
+        model = _new(shape, made, classes, max_length, dropout)
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    return Classifier(model, made, encoding, classes, config)
+
+
+def say(run: Run, texts: Texts, rows: Rows, made: Classifier) -> None:
+    """Record what the data is, and say it on rank 0."""
+    run.fingerprint("data", texts.fingerprint)
+    run.fingerprint("encoding", made.encoding)
+    run.event(
+        "data", sources=[texts.description], rows=len(rows.train), tokens_per_row=rows.train.tokens_per_sample
+    )
+    if run.world.rank > 0:
+        return
+    most, count = Counter(text.label for text in texts.train).most_common(1)[0]
+    log.info(
+        "data: %s; %d classes, the largest %s with %.1f%% of the %d to train on",
+        texts.description, len(made.classes), most, 100 * count / len(texts.train), len(texts.train),
+    )  # fmt: skip
+    if texts.repeated:
+        log.warning(
+            "%d of the %d texts to test on stand in the train split too", texts.repeated, len(texts.test)
+        )
+
+
+def _load_tokenizer(reference: str) -> Any:
+    """With a pad token. Raises BadInput."""
+    folder = hub.find(reference, "tokenizer", known=tuple(SIZES), weights=False)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise BadInput(f"the tokenizer of {reference} cannot be loaded: {_first_line(error)}") from error
+    tokenizer.padding_side = tokenizer.truncation_side = "right"
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if tokenizer.pad_token_id is None:
+        raise BadInput(
+            f"the tokenizer of {reference} has no token to pad with: set pad_token in tokenizer_config.json"
+        )
+    return tokenizer
+
+
+def _train_tokenizer(texts: Texts, vocab_size: int, max_length: int) -> Any:
+    """Byte-level BPE, which begins each text with a token that stands for the whole of it."""
+    trained = tokenizers.train_tokenizer((text.text for text in texts.train), vocab_size)
+    begin = tokenizers.END_OF_TEXT
+    trained.post_processor = TemplateProcessing(
+        single=f"{begin} $A", special_tokens=[(begin, trained.token_to_id(begin))]
+    )
+    made = tokenizers.as_transformers(trained, max_length=max_length)
+    made.cls_token = begin
+    return made
+
+
+def check(reference: str) -> None:
+    """Refuse a model that is no text classifier, or is not there. Raises BadInput."""
+    _config(reference)
+
+
+def _in_order(config: Any, classes: Sequence[str]) -> tuple[str, ...]:
+    """The classes, in the order in which a model that is loaded knows them, where it knows just these."""
+    known = tuple((config.id2label or {}).values())
+    return known if sorted(known) == sorted(classes) else tuple(classes)
+
+
+def _new(shape: Shape, tokenizer: Any, classes: Sequence[str], max_length: int, dropout: float) -> Any:
+    """A BERT (Devlin et al. 2019, arXiv:1810.04805)."""
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=shape.width, num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads, intermediate_size=shape.feed_forward,
+        max_position_embeddings=max(_POSITIONS, max_length), pad_token_id=tokenizer.pad_token_id,
+        hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout, **_labels(classes),
+    )  # fmt: skip
+    return BertForSequenceClassification(config)
+
+
+def _load(reference: str, tokenizer: Any, classes: Sequence[str], max_length: int) -> Any:
+    """With a new last layer where the number of classes is another. Raises BadInput."""
+    _check_positions(reference, _config(reference), max_length)
+    name, _, revision = reference.partition("@")
+    here = object_store.is_url(reference) or Path(reference).expanduser().is_dir()
+    try:
+        model = AutoModelForSequenceClassification.from_pretrained(
+            hub.find(reference) if here else name, revision=None if here else revision or None,
+            **_labels(classes), ignore_mismatched_sizes=True, dtype=torch.float32,
+        )  # fmt: skip
+    except (OSError, ValueError, RuntimeError) as error:
+        raise BadInput(f"model {reference} cannot be loaded: {_first_line(error)}") from error
+    rows = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
+        raise BadInput(
+            f"the tokenizer has {len(tokenizer)} tokens, {reference} embeds only {rows}: "
+            "they do not belong together"
+        )
+    model.config.pad_token_id = tokenizer.pad_token_id  # by which some models find a text's last token
+    return model
+
+
+def _labels(classes: Sequence[str]) -> dict[str, Any]:
+    names = dict(enumerate(classes))
+    return {"id2label": names, "label2id": {name: n for n, name in names.items()}}
+
+
+def _config(reference: str) -> Any:
+    folder = hub.find(reference, known=tuple(SIZES), weights=False)
+    hub.read_json(folder, "config.json", "model")
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise BadInput(f"model {reference} cannot be loaded: {_first_line(error)}") from error
+    if type(config) not in AutoModelForSequenceClassification._model_mapping:
+        raise BadInput(f"model {reference} is a {config.model_type}, which transformers has no classifier of")
+    return config
+
+
+def _check_positions(reference: str, config: Any, max_length: int) -> None:
+    most = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if most is not None and config.model_type in _FROM_PADDING:
+        most -= config.pad_token_id + 1
+    if most is not None and most > 0 and max_length > most:
+        raise BadInput(f"max_length={max_length} is more than the {most} positions of {reference}")
+
+
+_FROM_PADDING = ("roberta", "xlm-roberta", "camembert")
+"""Families that count positions from the one behind the pad token's."""
+
+
+def size(made: Classifier, max_length: int) -> dict[str, float]:
+    """What accuracy is held against: `parameters`, and `flops` of a forward pass of so many tokens."""
+    parameters = sum(p.numel() for p in made.model.parameters())
+    return {"parameters": parameters, "flops": forward_flops(made, max_length)}
+
+
+def forward_flops(made: Classifier, tokens: int) -> int:
+    """Operations of one forward pass of one text; see `flops.of_forward`."""
+    chosen = made.model.config._attn_implementation
+    made.model.set_attn_implementation(
+        "eager"
+    )  # as products, which are counted; fused kernels are not on CPUs
+    ids = torch.full((1, tokens), made.tokenizer.cls_token_id or 0, device=made.model.device)
+    found = flops.of_forward(made.model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    made.model.set_attn_implementation(chosen)
+    return found
+
+
+def inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What the model is called with: each (texts, tokens)."""
+    return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+
+
+def loss(smoothing: float) -> Callable[[Any, dict[str, torch.Tensor]], tuple[torch.Tensor, int]]:
+    """The summed cross-entropy, in nats, and the number of texts."""
+
+    def of_batch(output: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
+        logits = output.logits.float()  # (texts, classes)
+        total = F.cross_entropy(logits, batch["labels"], label_smoothing=smoothing, reduction="sum")
+        return total, len(batch["labels"])
+
+    return of_batch
+
+
+def metrics(output: Any, batch: dict[str, torch.Tensor]) -> dict[str, Metric]:
+    """Cross-entropy without smoothing, accuracy, and of each class how many are it, were found, and both."""
+    logits, labels = output.logits.float(), batch["labels"]
+    found, labels_here = logits.argmax(dim=1).cpu(), labels.cpu()
+    right = found == labels_here
+    total = F.cross_entropy(logits, labels, reduction="sum")
+    counts = {"of": labels_here, "found": found, "right": labels_here[right]}
+    sums = {
+        f"{name} {number}": Sum(float(count))
+        for name, numbers in counts.items()
+        for number, count in enumerate(torch.bincount(numbers, minlength=logits.shape[1]).tolist())
+    }
+    return {"loss": Mean(total, len(labels)), "accuracy": Mean(right.sum(), len(labels)), **sums}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a classifier came to on a dataset."""
+
+    metrics: dict[str, float]
+    """`loss`, `accuracy` and `macro_f1`."""
+    by_class: list[tuple[str, int, float, float, float]]
+    """A row a class: name, texts, precision, recall, F1."""
+
+
+CLASS_COLUMNS = ("class", "texts", "precision", "recall", "F1")
+
+
+def measured(sums: Mapping[str, float], classes: Sequence[str]) -> Measured:
+    """What `metrics`, added up over a dataset, comes to.
+
+    Macro F1 is the mean of the F1 of classes that are there or were found, as in scikit-learn.
+    """
+    rows = []
+    for number, name in enumerate(classes):
+        of, found, right = (sums[f"{kind} {number}"] for kind in ("of", "found", "right"))
+        f1 = 2 * right / (of + found) if of + found else 0.0
+        rows.append((name, int(of), right / found if found else 0.0, right / of if of else 0.0, f1))
+    there = [f1 for number, (*_, f1) in enumerate(rows) if sums[f"of {number}"] + sums[f"found {number}"]]
+    kept = {name: sums[name] for name in ("loss", "accuracy")}
+    return Measured({**kept, "macro_f1": sum(there) / len(there)}, rows)
+
+
+def export(trainer: Trainer, made: Classifier) -> Path | None:
+    """Write the model as an ordinary Hugging Face directory under artifacts; rank 0 does, all call it."""
+    tensors = trainer.state_dict()
+    if trainer.world.rank > 0:
+        return None
+    target = trainer.run.directory.artifacts / "model"
+    _describe(made, target)
+    save_torch_state_dict(tensors, target)
+    return trainer.run.artifact(target, kind="model")
+
+
+def record_shape(trainer: Trainer, made: Classifier) -> None:
+    """Write all of the directory that `export` will, but for the weights.
+
+    With it a checkpoint of a run that has not ended can be exported too. Rank 0 does, in the first attempt.
+    """
+    if trainer.world.rank == 0 and not trainer.run.continued:
+        target = trainer.run.directory.artifacts / "shape"
+        _describe(made, target)
+        trainer.run.artifact(target, kind="shape")
+
+
+def _describe(made: Classifier, target: Path) -> None:
+    target.mkdir(parents=True, exist_ok=True)
+    made.config.save_pretrained(target)
+    made.tokenizer.save_pretrained(target)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
