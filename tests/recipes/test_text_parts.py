@@ -133,6 +133,19 @@ def test_each_epoch_has_every_text_once_in_an_order_that_is_the_positions_alone(
     assert rows.order(6, positions)[1].tolist() != indices.tolist()
 
 
+def test_a_share_of_the_texts_is_the_same_in_every_epoch_and_part_of_a_larger_one(
+    texts: Texts, made: text_model.Classifier
+) -> None:
+    rows = rows_of(texts, made, batch_size=8).train
+    third, half = rows.part(5, 0.3), rows.part(5, 0.5)
+    assert (len(third), len(half)) == (36, 60)
+    epochs, indices = third.order(5, np.arange(72))
+    taken = [sorted(indices[epochs == epoch].tolist()) for epoch in range(2)]
+    assert taken[0] == taken[1]
+    assert len(set(taken[0])) == 36
+    assert {*taken[0]} < {*half.order(5, np.arange(60))[1].tolist()}
+
+
 def test_texts_of_a_batch_have_similar_lengths_and_batches_come_in_no_order_of_length(
     made: text_model.Classifier,
 ) -> None:

@@ -77,7 +77,7 @@ class Loader:
 
     Raises:
         BadInput: the dataset is empty, the batch size cannot be shared among the ranks, or a share is asked
-            for of a dataset with an order of its own.
+            for of a dataset that has none.
     """
 
     def __init__(
@@ -94,10 +94,7 @@ class Loader:
     ) -> None:
         _check(dataset, batch_size, world)
         if share < 1 and isinstance(dataset, order.OrderedDataset):
-            raise BadInput(
-                f"data_share={share:g}: a mixture or a stream says itself which samples come when; "
-                "give data_share=1, and less of it by max_steps"
-            )
+            dataset, share = dataset.part(seed, share), 1.0
         self.batch_size = batch_size
         self.samples_per_epoch = max(1, round(len(dataset) * share))
         self.tokens_per_sample = dataset.tokens_per_sample if isinstance(dataset, TokenDataset) else None

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from stoker.data import order
 from stoker.data.order import Positions, fold, permute
+from stoker.errors import BadInput
 
 BLOCK = 1024
 """Samples within which the shares are kept."""
@@ -85,6 +86,12 @@ class Mixture:
         """Take up the parts' own orders from a place on."""
         for part, own in zip(self.parts, place, strict=True):
             order.go_to(part, own)
+
+    def part(self, seed: int, share: float) -> Mixture:
+        """There is none: how often each part comes is said by the weights. Raises BadInput."""
+        raise BadInput(
+            f"data_share={share:g}: a mixture has no share of its samples; train less of it by max_steps"
+        )
 
     def _seed(self, seed: int, number: int) -> int:
         return int(fold(seed, _PARTS, number)[0])

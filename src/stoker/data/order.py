@@ -41,6 +41,10 @@ class OrderedDataset(Protocol):
         """Take up the order from a place on."""
         ...
 
+    def part(self, seed: int, share: float, /) -> Any:
+        """The same with a share of its samples alone, as `drawn` draws them. Raises BadInput."""
+        ...
+
 
 def mix(words: Words) -> Words:
     """splitmix64's output function, elementwise: a bijection that spreads each bit over all."""
@@ -133,7 +137,12 @@ def order_of(
     if seed is None:
         return np.divmod(positions, size)
     epochs, places = order(seed, size, positions)
-    return epochs, permute(places, len(dataset), fold(seed, _DRAWN)) if size < len(dataset) else places
+    return epochs, drawn(seed, places, len(dataset)) if size < len(dataset) else places
+
+
+def drawn(seed: int, places: Positions, size: int) -> Positions:
+    """The samples, of so many, that are drawn by a seed at places: (n,) in range(size), each once."""
+    return permute(places, size, fold(seed, _DRAWN))
 
 
 def place_of(dataset: Any, seed: int | None, position: int) -> Any:

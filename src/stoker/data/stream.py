@@ -163,6 +163,12 @@ class Stream:
         """Take up the count where it was."""
         self._go_to(place["group"], place["rows"])
 
+    def part(self, seed: int, share: float) -> Stream:
+        """There is none: which samples it has is known once they have come. Raises BadInput."""
+        raise BadInput(
+            f"data_share={share:g}: a stream has no share of its samples; train less of it by max_steps"
+        )
+
     def _go_to(self, group: int, rows: int) -> None:
         self._first, self._begin = group, rows
         self._groups = []

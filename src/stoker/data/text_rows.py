@@ -39,27 +39,26 @@ class TextRows:
     Args:
         folder: of the cache.
         batch_size: of the batches that texts of similar lengths are put into: that of the loader.
+        members: the numbers of the texts that are taken, upward; by default all are.
     """
 
-    def __init__(self, folder: Path, batch_size: int) -> None:
-        self._folder, self._batch_size = folder, batch_size
+    def __init__(self, folder: Path, batch_size: int, members: Positions | None = None) -> None:
+        self._folder, self._batch_size, self._members = folder, batch_size, members
         self._tokens = np.load(folder / "tokens.npy", mmap_mode="r")
         self._bounds = np.load(folder / "bounds.npy", mmap_mode="r")
         self._labels = np.load(folder / "labels.npy", mmap_mode="r")
 
-    def __reduce__(self) -> tuple[type[TextRows], tuple[Path, int]]:
-        return TextRows, (
-            self._folder,
-            self._batch_size,
-        )  # a worker maps the files itself, and copies nothing
+    def __reduce__(self) -> tuple[type[TextRows], tuple[Any, ...]]:
+        # A worker maps the files itself, and copies nothing.
+        return TextRows, (self._folder, self._batch_size, self._members)
 
     def __len__(self) -> int:
-        return len(self._labels)
+        return len(self._labels) if self._members is None else len(self._members)
 
     @property
     def tokens_per_sample(self) -> float:
-        """The mean number of tokens of a text."""
-        return len(self._tokens) / len(self)
+        """The mean number of tokens of all texts."""
+        return len(self._tokens) / len(self._labels)
 
     @property
     def longest(self) -> int:
@@ -68,8 +67,8 @@ class TextRows:
 
     def __getitem__(self, index: int) -> tuple[NDArray[np.int64], int]:
         """The tokens of a text, (tokens,), and the number of its label."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"text {index} of {len(self)}")
+        if not 0 <= index < len(self._labels):
+            raise IndexError(f"text {index} of {len(self._labels)}")
         begin, end = self._bounds[index : index + 2]
         return self._tokens[begin:end].astype(np.int64), int(self._labels[index])
 
@@ -86,7 +85,7 @@ class TextRows:
             first, found = self._stretch(seed, epoch, stretch)
             here = (epochs == epoch) & (stretches == stretch)
             indices[here] = found[positions[here] - first]
-        return epochs, indices
+        return epochs, indices if self._members is None else self._members[indices]
 
     def _stretch(self, seed: int, epoch: int, stretch: int) -> tuple[int, Positions]:
         """The first position of a stretch, which ends with its epoch, and the texts that stand in it."""
@@ -106,6 +105,12 @@ class TextRows:
 
     def go_to(self, place: Any) -> None:
         """Nothing is to be found again."""
+
+    def part(self, seed: int, share: float) -> TextRows:
+        """A share of the texts, drawn by a seed."""
+        size = len(self._labels)
+        members = np.sort(order.drawn(seed, np.arange(max(1, round(size * share))), size))
+        return TextRows(self._folder, self._batch_size, members)
 
 
 def collate(rows: Sequence[tuple[NDArray[np.int64], int]], *, pad_id: int) -> dict[str, torch.Tensor]:
