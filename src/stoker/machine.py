@@ -26,6 +26,14 @@ def hardware() -> dict[str, Any]:
     }
 
 
+def share_cores(processes: int) -> None:
+    """Let this process compute with its share of the cores, unless OMP_NUM_THREADS says how many."""
+    import torch
+
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
+
+
 def processor() -> str:
     """The model of the CPU; Python's own `platform.processor()` is empty on most Linux systems."""
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -34,6 +35,18 @@ def start_forkserver() -> None:
 def take() -> None:
     """From now on this process, which may have been started so, gets them."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDED_BY)
+
+
+def end_with_parent() -> None:
+    """End this process once the one that asked for it is gone. Its parent by process id is the forkserver."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, name="end-with-parent", daemon=True).start()
 
 
 def answer_while_starting() -> None:

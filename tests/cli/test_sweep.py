@@ -117,7 +117,7 @@ def test_asha_pauses_promotes_and_gives_up(stoker: Command) -> None:
     reached = sorted(t["values"][-1][0] for t in answer["trials"])
     assert reached.count(9) >= 1
     assert reached.count(1) >= 5, "most end at the first rung"
-    assert {t["state"] for t in answer["trials"]} == {"complete", "stopped"}
+    assert {t["state"] for t in answer["trials"]} == {"complete", "pruned"}
     assert answer["best"]["state"] == "complete"
     promoted = [loaded(Path(t["run"])) for t in answer["trials"] if t["values"][-1][0] == 9]
     for run in promoted:
@@ -135,7 +135,7 @@ def test_rungs_and_budget_are_counted_by_epochs(stoker: Command, tmp_path: Path)
     done = stoker(*given)
     assert done.code == 0, done.err
     ends = {t["params"]["batch_size"]: (t["state"], t["values"][-1][0]) for t in done.answer["trials"]}
-    assert ends[8] == ("stopped", 8), "at the first epoch it has done half as many steps"
+    assert ends[8] == ("pruned", 8), "at the first epoch it has done half as many steps"
     assert ends[4] == ("complete", 200)
     spent = stoker(*given, "--name", "spent", "--budget", "10ep")
     assert spent.code == 0, spent.err
@@ -161,7 +161,7 @@ def test_rungs_may_be_shares_of_the_data(stoker: Command, start: Start, tmp_path
     assert done.code == 0, done.err
     reached = [[share for share, _ in trial["values"]] for trial in done.answer["trials"]]
     assert sorted(reached) == [[36]] * 4 + [[36, 100]] * 2
-    assert {len(t["values"]): t["state"] for t in done.answer["trials"]} == {1: "stopped", 2: "complete"}
+    assert {len(t["values"]): t["state"] for t in done.answer["trials"]} == {1: "pruned", 2: "complete"}
     for trial in done.answer["trials"]:
         run = loaded(Path(trial["run"]))
         share = trial["values"][-1][0] / 100
@@ -214,7 +214,7 @@ def test_of_several_metrics_it_finds_the_front(stoker: Command, tmp_path: Path) 
     assert again.answer == answer
     early = stoker(*given, "--name", "early", "--scheduler", "asha", "--least", "1", "--most", "9")
     assert early.code == 0, early.err
-    assert "stopped" in {t["state"] for t in early.answer["trials"]}
+    assert "pruned" in {t["state"] for t in early.answer["trials"]}
     report = Path(stoker("report", "searched-sweep", "--json").answer["report"]).read_text(encoding="utf-8")
     assert "Pareto front" in report
     assert "the smallest val_loss and the smallest cost" in report
@@ -455,12 +455,12 @@ def test_trials_of_two_ranks_end_early_together(stoker: Command, tmp_path: Path)
     assert done.code == 0, done.err
     states = {t["params"]["h0"]: t["state"] for t in done.answer["trials"]}
     assert states[1.0] == "complete"
-    assert "stopped" in states.values()
+    assert "pruned" in states.values()
     for trial in done.answer["trials"]:
         run = loaded(Path(trial["run"]))
         assert run.attempts[-1].world == 2
-        assert run.status == {"complete": "finished", "stopped": "stopped"}[trial["state"]]
-        if trial["state"] == "stopped":
+        assert run.status == {"complete": "finished", "pruned": "stopped"}[trial["state"]]
+        if trial["state"] == "pruned":
             assert trial["values"][-1][0] < 80
 
 

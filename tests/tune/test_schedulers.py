@@ -27,7 +27,7 @@ from stoker.tune.schedulers import (
 
 CONTINUE, PAUSE, STOP = Decision.CONTINUE, Decision.PAUSE, Decision.STOP
 NAN, INF = math.nan, math.inf
-State = Literal["running", "paused", "stopped", "complete", "failed"]
+State = Literal["running", "paused", "pruned", "complete", "failed"]
 
 
 def known(number: int, values: Mapping[float, float], state: State = "running") -> Known:
@@ -177,7 +177,7 @@ def test_stopping_keeps_the_best_share_of_what_a_rung_has_seen(
         assert scheduler.decide(trials, t) is (CONTINUE if goes_on else STOP)
         running[t] += 1
         if not goes_on or running[t] == len(rungs):
-            trials[t] = replace(trials[t], state="stopped" if not goes_on else "complete")
+            trials[t] = replace(trials[t], state="pruned" if not goes_on else "complete")
             del running[t]
     assert scheduler.resumes(trials) is None
 
@@ -316,7 +316,7 @@ def test_equal_values_rank_by_the_trials_number() -> None:
     assert stops.decide({**trials, 7: known(7, {1: 1.0})}, 7) is STOP
 
 
-@pytest.mark.parametrize("state", ["failed", "stopped", "complete"])
+@pytest.mark.parametrize("state", ["failed", "pruned", "complete"])
 def test_only_a_paused_trial_is_promoted_and_none_takes_its_place(state: State) -> None:
     trials = table(known(0, {1: 0.0}, state), known(1, {1: 1.0}, "paused"), known(2, {1: 2.0}, "paused"))
     assert Asha(1, 9, 3).resumes(trials) is None
@@ -395,7 +395,7 @@ def test_the_bracket_without_rungs_stops_nothing() -> None:
 HAND = (
     known(0, {10: 8, 20: 6, 30: 4}, "complete"),
     known(1, {10: 6, 20: 4, 30: 2}, "running"),
-    known(2, {10: 9, 20: 9, 30: 9}, "stopped"),
+    known(2, {10: 9, 20: 9, 30: 9}, "pruned"),
 )
 
 
@@ -434,7 +434,7 @@ def test_the_median_rule_asks_only_those_that_have_got_as_far() -> None:
 
 
 def test_what_diverged_is_a_bad_average_and_no_more() -> None:
-    diverged = [known(n, {10: NAN}, "stopped") for n in (4, 5, 6, 7)]
+    diverged = [known(n, {10: NAN}, "pruned") for n in (4, 5, 6, 7)]
     assert Median(warmup_trials=3).decide(table(*HAND, *diverged, known(3, {10: 99.0})), 3) is CONTINUE
     assert Median(warmup_trials=3).decide(table(*HAND, *diverged[:2], known(3, {10: 99.0})), 3) is STOP
 
@@ -464,7 +464,7 @@ def test_the_worst_are_replaced_from_the_best_in_turn() -> None:
 
 
 def test_the_donor_is_the_same_after_the_stop() -> None:
-    stopped = {**POPULATION, 7: replace(POPULATION[7], state="stopped")}
+    stopped = {**POPULATION, 7: replace(POPULATION[7], state="pruned")}
     assert PBT.donor(stopped, 7) == 1
 
 
@@ -478,12 +478,12 @@ def test_members_are_compared_only_at_multiples() -> None:
 
 
 def test_a_replacement_has_its_donors_history_and_is_not_compared_before_the_next_multiple() -> None:
-    population = {**LATER, 7: replace(LATER[7], state="stopped")}
+    population = {**LATER, 7: replace(LATER[7], state="pruned")}
     assert PBT.decide({**population, 8: known(8, {5: 50.0, 10: 1.0, 15: 99.0})}, 8) is CONTINUE
     assert PBT.decide({**population, 8: known(8, {5: 50.0, 10: 1.0, 20: 99.0})}, 8) is STOP
 
 
-@pytest.mark.parametrize("state", ["complete", "failed", "stopped"])
+@pytest.mark.parametrize("state", ["complete", "failed", "pruned"])
 def test_only_the_living_are_compared_and_give(state: State) -> None:
     population = {**POPULATION, 0: replace(POPULATION[0], state=state)}
     assert PBT.donor(population, 7) == 1  # of 7 members one is the worst, and one the best
@@ -567,12 +567,12 @@ def test_a_population_moves_on_together_and_reaches_its_end(workers: int) -> Non
             donor = pbt.donor(trials, number)
             assert donor is not None
             replaced.append((number, donor))
-            trials[number] = replace(trials[number], state="stopped")
+            trials[number] = replace(trials[number], state="pruned")
             quality[len(trials)] = quality[donor] - 0.5
             trials[len(trials)] = known(len(trials), trials[donor].values)
         alive = [max(t.values, default=0.0) for t in trials.values() if t.state in ("running", "paused")]
         assert workers >= 8 or not alive or max(alive) - min(alive) <= 30
-    assert Counter(trial.state for trial in trials.values()) == {"complete": 8, "stopped": len(replaced)}
+    assert Counter(trial.state for trial in trials.values()) == {"complete": 8, "pruned": len(replaced)}
     assert replaced
     assert all(quality[donor] < quality[number] for number, donor in replaced)
     assert pbt.given_up(trials) == []
@@ -591,7 +591,7 @@ TABLES = st.dictionaries(
     st.integers(0, 30),
     st.tuples(
         st.lists(st.sampled_from([0.0, 1.0, 2.5, -1.0, INF, NAN]), max_size=12),
-        st.sampled_from(["running", "paused", "stopped", "complete", "failed"]),
+        st.sampled_from(["running", "paused", "pruned", "complete", "failed"]),
     ),
     min_size=1,
 )

@@ -69,7 +69,7 @@ class _Picture:
                 str(trial.number), trial.state, f"{trial.step:,.0f}",
                 *map(_number, trial.outcome(search.plan.objectives)),
                 *(_number(trial.params.get(key)) for key in keys),
-                style="bold" if trial is best else "dim" if trial.state in ("stopped", "failed") else "",
+                style="bold" if trial is best else "dim" if trial.state in ("pruned", "failed") else "",
             )  # fmt: skip
         return Group(table, Text("; ".join(self._summary(trials))), Text(_best_so_far(best)))
 

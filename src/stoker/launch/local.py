@@ -214,7 +214,7 @@ def _launch(job: _Job, place: Place, folder: Path) -> dict[int, int]:
     )  # fmt: skip
     try:
         device.check(job.nproc)
-        elastic_launch(config, ranks.main)(job.function, job.arguments, str(folder), os.getpid())
+        elastic_launch(config, ranks.main)(job.function, job.arguments, str(folder))
     except (Stopped, BadInput):  # before any rank was there
         _end_server()
         raise

@@ -8,11 +8,9 @@ log of their own (`.out`).
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -22,7 +20,7 @@ from types import FrameType
 from typing import Any
 
 import psutil
-from stoker import signals, supervision
+from stoker import machine, signals, supervision
 from stoker.errors import StokerError, Stopped
 
 _PAUSE = 0.08  # seconds; see `main`
@@ -42,18 +40,18 @@ class End:
     """As `StokerError` has them."""
 
 
-def main(function: Callable[..., int], arguments: Sequence[Any], folder: str, launcher: int) -> None:
+def main(function: Callable[..., int], arguments: Sequence[Any], folder: str) -> None:
     """What each process does."""
     rank = int(os.environ["RANK"])
     base = Path(folder) / f"rank-{rank}"
     os.setsid()  # Ctrl-C reaches the launcher alone, which passes it on once
     _answer_signals(_stop)
     signals.take()  # which its server holds back
-    _end_with(launcher)
+    signals.end_with_parent()
     os.environ[supervision.FOLDER] = folder
     _write(base, ".pid", str(os.getpid()))
     supervision.write_stacks_to(base.with_suffix(".stacks"))
-    _share_cores(int(os.environ["LOCAL_WORLD_SIZE"]))
+    machine.share_cores(int(os.environ["LOCAL_WORLD_SIZE"]))
     if rank > 0:
         log_to(base.with_suffix(".out"))
     try:
@@ -129,27 +127,6 @@ def _leave_group(*, failed: bool) -> None:
         from stoker import distributed
 
         distributed.leave()
-
-
-def _share_cores(ranks: int) -> None:
-    """Threads of a rank: its share of the cores, unless OMP_NUM_THREADS says."""
-    import torch
-
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
-
-
-def _end_with(launcher: int) -> None:
-    """End this rank once the launcher is gone. Its parent by process id is the forkserver."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    assert parent.pid == launcher
-
-    def wait() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=wait, name="end-with-launcher", daemon=True).start()
 
 
 def _write(base: Path, suffix: str, text: str) -> None:

@@ -5,6 +5,7 @@ Decoding and augmentation run in workers, and are a function of (seed, epoch, sa
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -89,7 +90,7 @@ def train(run: Run, config: Config) -> None:
     from stoker.engine import optimizers, schedule
     from stoker.engine.random_state import seed_everything
     from stoker.loop import Trainer
-    from stoker.recipes import image_model
+    from stoker.recipes import exporting, image_model
 
     seed_everything(config.seed)
     distributed.join(run.world, config.backend)
@@ -120,7 +121,8 @@ def train(run: Run, config: Config) -> None:
         best="val_accuracy",
     )
 
-    image_model.record_shape(trainer, made)
+    describe = functools.partial(image_model.describe, made)
+    exporting.record_shape(trainer, describe)
 
     def measure(dataset: Any) -> dict[str, float]:
         return trainer.measure(dataset, image_model.metrics, batch_size=config.batch_size)
@@ -135,4 +137,4 @@ def train(run: Run, config: Config) -> None:
             if config.patience is not None and trainer.stale("val_accuracy", config.patience):
                 trainer.finish(f"val_accuracy got no better over {config.patience} evaluations")
     run.log({f"test_{name}": value for name, value in measure(test).items()})
-    image_model.export(trainer, made)
+    exporting.export(trainer, describe)

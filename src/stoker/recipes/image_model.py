@@ -10,11 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import save_torch_state_dict
 from stoker.engine import quiet  # noqa: F401 (its import is its work)
 from stoker.engine.metrics import Mean, Metric
 from stoker.errors import BadInput, nearest
-from stoker.loop import Trainer
 from torch.nn import functional as F
 from transformers import AutoModelForImageClassification, ResNetConfig, ResNetForImageClassification
 
@@ -90,29 +88,7 @@ def metrics(output: Any, batch: dict[str, torch.Tensor]) -> dict[str, Metric]:
     return {"loss": Mean(total, len(labels)), "accuracy": Mean(right, len(labels))}
 
 
-def export(trainer: Trainer, made: Classifier) -> Path | None:
-    """Write the model as an ordinary Hugging Face directory under artifacts; rank 0 does, all call it."""
-    tensors = trainer.state_dict()
-    if trainer.world.rank > 0:
-        return None
-    target = trainer.run.directory.artifacts / "model"
-    _describe(made, target)
-    save_torch_state_dict(tensors, target)
-    return trainer.run.artifact(target, kind="model")
-
-
-def record_shape(trainer: Trainer, made: Classifier) -> None:
-    """Write all of the directory that `export` will, but for the weights.
-
-    With it a checkpoint of a run that has not ended can be exported too. Rank 0 does, in the first attempt.
-    """
-    if trainer.world.rank == 0 and not trainer.run.continued:
-        target = trainer.run.directory.artifacts / "shape"
-        _describe(made, target)
-        trainer.run.artifact(target, kind="shape")
-
-
-def _describe(made: Classifier, target: Path) -> None:
-    target.mkdir(parents=True, exist_ok=True)
+def describe(made: Classifier, target: Path) -> None:
+    """Write what stands beside the weights of an export."""
     made.config.save_pretrained(target)
     (target / "images.json").write_text(json.dumps(made.preprocessor) + "\n", encoding="utf-8")

@@ -136,7 +136,7 @@ def train(run: Run, config: Config) -> None:
     from stoker.engine import optimizers, schedule
     from stoker.engine.random_state import seed_everything
     from stoker.loop import Trainer
-    from stoker.recipes import text_model
+    from stoker.recipes import exporting, text_model
 
     seed_everything(config.seed)
     distributed.join(run.world, config.backend)
@@ -175,7 +175,8 @@ def train(run: Run, config: Config) -> None:
         training=config,
         best="val_accuracy",
     )
-    text_model.record_shape(trainer, made)
+    describe = functools.partial(text_model.describe, made)
+    exporting.record_shape(trainer, describe)
     collate = functools.partial(text_rows.collate, pad_id=made.tokenizer.pad_token_id)
 
     def measure(split: str, dataset: text_rows.TextRows) -> None:
@@ -196,4 +197,4 @@ def train(run: Run, config: Config) -> None:
             if config.patience is not None and trainer.stale("val_accuracy", config.patience):
                 trainer.finish(f"val_accuracy got no better over {config.patience} evaluations")
     measure("test", rows.test)
-    text_model.export(trainer, made)
+    exporting.export(trainer, describe)

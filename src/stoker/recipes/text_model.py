@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import save_torch_state_dict
 from stoker import object_store
 from stoker.attempt import Run
 from stoker.data import tokenizer as tokenizers
@@ -22,7 +21,6 @@ from stoker.engine.metrics import Mean, Metric, Sum
 from stoker.errors import BadInput
 from stoker.language import hub
 from stoker.language.data import fingerprint
-from stoker.loop import Trainer
 from stoker.recipes.text_shape import SIZES, Shape
 from tokenizers.processors import TemplateProcessing
 from torch.nn import functional as F
@@ -292,30 +290,8 @@ def measured(sums: Mapping[str, float], classes: Sequence[str]) -> Measured:
     return Measured({**kept, "macro_f1": sum(there) / len(there)}, rows)
 
 
-def export(trainer: Trainer, made: Classifier) -> Path | None:
-    """Write the model as an ordinary Hugging Face directory under artifacts; rank 0 does, all call it."""
-    tensors = trainer.state_dict()
-    if trainer.world.rank > 0:
-        return None
-    target = trainer.run.directory.artifacts / "model"
-    _describe(made, target)
-    save_torch_state_dict(tensors, target)
-    return trainer.run.artifact(target, kind="model")
-
-
-def record_shape(trainer: Trainer, made: Classifier) -> None:
-    """Write all of the directory that `export` will, but for the weights.
-
-    With it a checkpoint of a run that has not ended can be exported too. Rank 0 does, in the first attempt.
-    """
-    if trainer.world.rank == 0 and not trainer.run.continued:
-        target = trainer.run.directory.artifacts / "shape"
-        _describe(made, target)
-        trainer.run.artifact(target, kind="shape")
-
-
-def _describe(made: Classifier, target: Path) -> None:
-    target.mkdir(parents=True, exist_ok=True)
+def describe(made: Classifier, target: Path) -> None:
+    """Write what stands beside the weights of an export."""
     made.config.save_pretrained(target)
     made.tokenizer.save_pretrained(target)
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
 _STATES = {
-    "COMPLETE": "complete", "PRUNED": "stopped early", "FAIL": "failed", "RUNNING": "running or paused",
+    "COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed", "RUNNING": "running or paused",
     "WAITING": "waiting",
 }  # fmt: skip
 _MOST_ERRORS = 20

@@ -13,7 +13,6 @@ import multiprocessing.connection
 import os
 import signal
 import sys
-import threading
 import traceback
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -85,7 +84,6 @@ class Workers:
         """Trials that are over, of processes that wait for another."""
         self._gpus, self._hands_out = list(gpus), bool(gpus)
         self._trials: dict[int, _Trial] = {}
-        self._threads = max(1, (os.cpu_count() or 1) // (parallel * ranks))
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload([*PRELOAD, *preload])
         signals.start_forkserver()
@@ -107,14 +105,14 @@ class Workers:
             self._start_again(self._idle.pop(), job)
             return
         gpus = [self._gpus.pop(0) for _ in range(self._ranks)] if self._hands_out else []
-        common = self._of_a_launch(gpus)
+        common, shares = self._of_a_launch(gpus), self._parallel * self._ranks
         started = []
         for rank in range(self._ranks):
             ours, theirs = self._context.Pipe()
             place = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if self._ranks > 1 else {}
             process = self._context.Process(
                 target=_main,
-                args=(self._function, job, theirs, {**common, **place}, self._threads, self._reuse),
+                args=(self._function, job, theirs, {**common, **place}, shares, self._reuse),
                 name=f"trial-{job.number}-rank-{rank}",
             )  # fmt: skip
             process.start()
@@ -242,16 +240,16 @@ def _main(
     job: Job,
     connection: Connection,
     environment: Mapping[str, str],
-    threads: int,
+    shares: int,
     reuse: bool,
 ) -> None:
     """What each process of a trial does."""
     os.setsid()  # Ctrl-C reaches the controller alone, which passes it on once
     signals.take()
-    _end_with_controller()
+    signals.end_with_parent()
     os.environ.update(environment)
     link = Link(connection)
-    _share_cores(threads)
+    machine.share_cores(shares)
     most = _memory() * _GROWN
     again = True
     while again:
@@ -305,25 +303,6 @@ def _leave(*, grouped: bool) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
-
-
-def _end_with_controller() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def wait() -> None:
-        parent.join()
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    threading.Thread(target=wait, name="end-with-controller", daemon=True).start()
-
-
-def _share_cores(threads: int) -> None:
-    """Threads of a rank: its share of the cores, unless OMP_NUM_THREADS says."""
-    import torch
-
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(threads)
 
 
 def _signal(process: Any, number: signal.Signals) -> None:

@@ -23,7 +23,7 @@ _GONE = 30.0  # seconds without one
 _FRESH = 0.5  # seconds for which what was read of the others is new enough
 _BY = "controller"
 _ENDED: dict[TrialState, State] = {
-    TrialState.COMPLETE: "complete", TrialState.PRUNED: "stopped", TrialState.FAIL: "failed"
+    TrialState.COMPLETE: "complete", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed"
 }  # fmt: skip
 
 
@@ -117,4 +117,4 @@ class Peers:
             return _ENDED[trial.state]
         paused = trial.user_attrs.get("state", {}).get("paused", False)
         seen = self._signs.get(trial.user_attrs[_BY], (None, -_GONE))[1]
-        return "stopped" if paused or time.monotonic() - seen >= _GONE else "running"
+        return "pruned" if paused or time.monotonic() - seen >= _GONE else "running"

@@ -39,7 +39,8 @@ class Decision(enum.Enum):
     """End for good."""
 
 
-State = Literal["running", "paused", "stopped", "complete", "failed"]
+State = Literal["running", "paused", "pruned", "complete", "failed"]
+"""Of a trial. Pruned: it ended early for good, by a scheduler; its run is then stopped."""
 
 
 @dataclass(frozen=True)

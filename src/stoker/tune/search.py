@@ -33,11 +33,11 @@ _FACTORS = (0.8, 1.2)
 _RESTARTS = 3
 """How often a trial whose process was killed is started again without having come further."""
 _OF_A_RUN: dict[str, State] = {
-    view.FINISHED: "complete", view.STOPPED: "stopped", view.PAUSED: "paused", view.FAILED: "failed"
+    view.FINISHED: "complete", view.STOPPED: "pruned", view.PAUSED: "paused", view.FAILED: "failed"
 }  # fmt: skip
 _TOLD: dict[State, TrialState] = {
     "complete": TrialState.COMPLETE,
-    "stopped": TrialState.PRUNED,
+    "pruned": TrialState.PRUNED,
     "failed": TrialState.FAIL,
 }
 
@@ -131,7 +131,7 @@ class Search:
             self._workers.close()
         if not self._ending and not self.overspent:
             for number in self._scheduler.given_up(self._known()):
-                self._tell(self.trials[number], "stopped")
+                self._tell(self.trials[number], "pruned")
         self._kept.sync()
 
     def on_change(self, call: Callable[[], None]) -> None:
@@ -271,7 +271,7 @@ class Search:
             trial.state = "paused"
             self._publish(trial.number, paused=True)
         elif decision is Decision.STOP:
-            self._tell(trial, "stopped")
+            self._tell(trial, "pruned")
         return decision is Decision.CONTINUE
 
     def _fork(self) -> int | None:
@@ -280,7 +280,7 @@ class Search:
             return None
         replaced = {trial.replaces for trial in self.trials.values()}
         for trial in self.trials.values():
-            if trial.state == "stopped" and trial.number not in replaced:
+            if trial.state == "pruned" and trial.number not in replaced:
                 donor = self._scheduler.donor(self._known(), trial.number)
                 if donor is not None:
                     number = len(self._study.get_trials(deepcopy=False))
@@ -386,7 +386,7 @@ class Search:
         if decision is Decision.CONTINUE:
             trial.resumes = True
         elif decision is Decision.STOP:
-            self._tell(trial, "stopped")
+            self._tell(trial, "pruned")
         else:
             trial.state = "paused"
             self._publish(trial.number, paused=True)
