@@ -5,7 +5,8 @@ python bench/sweep.py [--quick] [--json FILE]
 A trial is 20 reports of a function of a millisecond, in a module that imports torch; two at a time, random
 values, nothing ends early. Trials a second are those between the first one's start and the last one's end:
 what it takes to start a search is a row of its own. Ray and Optuna are at their best documented settings for
-that: actors that are used again, and one process for all of a worker's trials.
+that: actors that are used again, and one process for all of a worker's trials; so is ours, with
+--reuse-processes. What a process for each trial costs, which is the default, is a row of its own too.
 """
 
 from __future__ import annotations
@@ -51,12 +52,13 @@ def timed(began: list[float], ended: list[float], count: int, whole: float) -> d
 # -- a trial of a millisecond ------------------------------------------------------------------
 
 
-def ours(trials: int, *, sampler: str = "random") -> dict[str, float]:
+def ours(trials: int, *, sampler: str = "random", reuse: bool = False) -> dict[str, float]:
     Path("fast.py").write_text(RECIPE.format(reports=REPORTS, pause=SECONDS / REPORTS), encoding="utf-8")
     begun = time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, "-m", "stoker", "sweep", "fast.py", "x=uniform(0, 1)", "--trials", str(trials),
-         "--parallel", "2", "--sampler", sampler, "--name", "fast"],
+         "--parallel", "2", "--sampler", sampler, "--name", "fast",
+         *(["--reuse-processes"] if reuse else [])],
         stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
     )  # fmt: skip
     resident = _watched(process)
@@ -282,17 +284,23 @@ def digits(trials: int, early: bool) -> dict[str, float]:
 
 def table(run: Callable[..., Any], quick: bool) -> list[Row]:
     trials, pairs = (20, 1) if quick else (TRIALS, 3)
-    rates: dict[str, list[dict[str, float]]] = {"ours": [], "ray_tune": [], "optuna_processes": []}
+    rates: dict[str, list[dict[str, float]]] = {
+        "ours": [], "a process each": [], "ray_tune": [], "optuna_processes": []
+    }  # fmt: skip
     for _ in range(pairs):
         for who, found in rates.items():
-            found.append(run(who, trials=trials))
+            if who in ("ours", "a process each"):
+                found.append(run("ours", trials=trials, reuse=who == "ours"))
+            else:
+                found.append(run(who, trials=trials))
     middle = {who: harness.median([one["rate"] for one in found]) for who, found in rates.items()}
     begun = {
         who: harness.median([one["whole"] - trials / one["rate"] for one in found])
         for who, found in rates.items()
     }
-    mine = middle.pop("ours")
-    rows = []
+    mine, each = middle.pop("ours"), middle.pop("a process each")
+    begun.pop("a process each")
+    rows = [Row(f"{trials} trials of {REPORTS} reports, 2 at a time, a process each", "trials/s", each)]
     for peer, goal in (("ray_tune", 20.0), ("optuna_processes", 1.0)):
         ratios = [a["rate"] / b["rate"] for a, b in zip(rates["ours"], rates[peer], strict=True)]
         ratio = harness.median(ratios)

@@ -20,7 +20,7 @@ from stoker import object_store
 import warm
 from servers import Proxy, s3_server
 
-STARTING = {"engine", "language", "tracking"}
+STARTING = {"cli", "engine", "language", "tracking", "report", "run"}
 """The folders whose tests start processes by the forkserver."""
 
 
@@ -64,28 +64,31 @@ class Done:
 
 
 Command = Callable[..., Done]
-Start = Callable[..., "subprocess.Popen[bytes]"]
+Start = Callable[..., Any]
 
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
-    """Start `stoker ARGUMENTS` in a folder of its own; whatever still runs at the end is killed."""
-    processes: list[subprocess.Popen[bytes]] = []
+    """Start `stoker ARGUMENTS` in a folder of its own; whatever still runs at the end is killed.
+
+    It is forked from a server that has imported torch; `cold`, it is a Python that begins with nothing.
+    """
+    processes: list[Any] = []
 
     def run(
-        *arguments: str, env: dict[str, str] | None = None, cwd: Path | None = None
-    ) -> subprocess.Popen[bytes]:
-        process = subprocess.Popen(
+        *arguments: str, env: dict[str, str] | None = None, cwd: Path | None = None, cold: bool = False
+    ) -> Any:
+        folder, environment = cwd or tmp_path, {**os.environ, **(env or {})}
+        if not cold:
+            processes.append(warm.Command(arguments, environment=environment, folder=folder))
+            return processes[-1]
+        processes.append(subprocess.Popen(
             [sys.executable, "-m", "stoker", *arguments],
-            cwd=cwd or tmp_path,
-            env={**os.environ, **(env or {})},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
+            cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             process_group=0,  # of its own, so that a test can signal all of it
-        )
-        processes.append(process)
-        return process
+        ))  # fmt: skip
+        return processes[-1]
 
     yield run
     for process in processes:

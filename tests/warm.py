@@ -1,17 +1,23 @@
 """One forkserver for all tests that start processes, which has imported already what they use.
 
 A process has a single forkserver, with the modules and the environment of whoever asks for it
-first: so it is asked for before the first test.
+first: so it is asked for before the first test. Commands are forked from it too: as processes like any
+other, but for the seconds that imports take.
 """
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import forkserver, reduction
 from multiprocessing.context import ForkServerProcess
+from pathlib import Path
 from typing import Any
 
 from stoker.tracking import store
@@ -24,6 +30,7 @@ _MODULES = [
     "transformers.models.llama.modeling_llama",
     "deepspeed",
     "stoker.loop",
+    "stoker.cli.main",
     "stoker.tracking.mlflow_sink",
     "synthetic_run",
     "ranks",
@@ -53,11 +60,85 @@ def process(target: Callable[..., Any], *arguments: Any) -> ForkServerProcess:
     return CONTEXT.Process(target=_with, args=(_Output(), dict(os.environ), target, arguments))
 
 
+class Command:
+    """`stoker ARGUMENTS` as a process, with the methods of a Popen that has pipes for its output."""
+
+    def __init__(self, arguments: Sequence[str], *, environment: Mapping[str, str], folder: Path) -> None:
+        self.args = list(arguments)
+        pipes = [os.pipe() for _ in range(2)]
+        output = _Output(*(writing for _, writing in pipes))
+        self._process = CONTEXT.Process(target=_command, args=(output, dict(environment), folder, self.args))
+        self._process.start()
+        self._said: list[bytes] = [b"", b""]
+        self._readers = []
+        for number, (reading, writing) in enumerate(pipes):
+            os.close(writing)
+            reader = threading.Thread(target=self._read, args=(number, reading), daemon=True)
+            reader.start()
+            self._readers.append(reader)
+
+    @property
+    def pid(self) -> int:
+        assert self._process.pid is not None
+        return self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        if self.returncode is None:
+            raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
+        return self.returncode
+
+    def communicate(self, timeout: float | None = None) -> tuple[bytes, bytes]:
+        """Its output, once nobody can write to it any more, and it has ended."""
+        self.wait(timeout)
+        for reader in self._readers:
+            reader.join(timeout)
+            if reader.is_alive():
+                raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
+        return self._said[0], self._said[1]
+
+    def _read(self, number: int, reading: int) -> None:
+        with os.fdopen(reading, "rb") as pipe:
+            self._said[number] = pipe.read()
+
+
+def _command(output: None, environment: dict[str, str], folder: Path, arguments: list[str]) -> None:
+    """What `python -m stoker` does."""
+    from stoker import __main__
+
+    os.setpgid(0, 0)  # of its own, so that a test can signal all of it
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    sys.argv = [str(__main__.__file__), *arguments]
+    try:
+        __main__.run()
+    finally:
+        atexit._run_exitfuncs()
+
+
 class _Output:
-    """Standard output and error of the process that starts another; becomes those of the other."""
+    """Two files, by default standard output and error; becomes those of the process that is started."""
+
+    def __init__(self, *files: int) -> None:
+        self._files = files or (1, 2)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _take, (reduction.DupFd(1), reduction.DupFd(2))
+        return _take, tuple(map(reduction.DupFd, self._files))
 
 
 def _take(*files: Any) -> None:

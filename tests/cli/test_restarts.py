@@ -160,7 +160,9 @@ def test_the_warning_of_slurm_makes_a_checkpoint_and_exits_75(
 
 def test_told_to_stop_between_two_attempts_it_ends_as_at_any_other_time(start: Start, tmp_path: Path) -> None:
     """Held up there: what it says of the first attempt is more than the pipe takes in which nobody reads."""
-    process = start("train", RECIPE, "fail_rank=0", "padding=100000", "--name", "a", "--max-restarts", "3")
+    process = start(
+        "train", RECIPE, "fail_rank=0", "padding=100000", "--name", "a", "--max-restarts", "3", cold=True
+    )
     assert process.stderr is not None
     held = array.array("i", [0])
     while held[0] < 1 << 15 and process.poll() is None:
