@@ -30,7 +30,7 @@ from stoker.cli import train
 from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, console, print_json, show_messages
 from stoker.cli.train import MaxTime, Nproc
 from stoker.duration import clock
-from stoker.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, BadInput
+from stoker.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, BadInput, nearest
 from stoker.launch import ranks
 from stoker.recipes import Recipe
 from stoker.run import finding
@@ -42,13 +42,16 @@ from stoker.tune.schedulers import State
 from stoker.world import World
 
 if TYPE_CHECKING:
+    from stoker.tune import on_ray
+    from stoker.tune.local import Workers
     from stoker.tune.search import Search, Seen
     from stoker.tune.trial import Job, Link
 
 log = logging.getLogger("stoker")
 
-_FREE_TIMEOUT = 30.0
+_FREE_TIMEOUT = 120.0  # of a machine that is lost, a server of files forgets its locks after 90 s, by default
 _SINKS_TIMEOUT = 60.0
+_ON = ("local", "ray")
 _SHOWN = 12  # trials in the live table
 Goal = Literal["min", "max"]
 
@@ -90,10 +93,21 @@ def sweep(
     parallel: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Trials at a time.", show_default="1, or one for every --nproc GPUs of the machine"
+            min=1,
+            help="Trials at a time.",
+            show_default="1, or one for every --nproc GPUs of the machine; on Ray, what there is room for",
         ),
     ] = None,
     nproc: Nproc = None,
+    on: Annotated[str, typer.Option(metavar="local|ray", help="Where trials run.")] = "local",
+    address: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT",
+            help="With --on ray: the cluster, of which this machine is one.",
+            show_default="RAY_ADDRESS, else Ray is started here",
+        ),
+    ] = None,
     sampler: Annotated[str, typer.Option(help="random, grid, qmc, tpe, gp, cmaes, nsga2 or nsga3.")] = "tpe",
     scheduler: Annotated[
         str, typer.Option(help="none, median, asha, asha-stop, hyperband or pbt: which trials end early.")
@@ -158,33 +172,31 @@ def sweep(
         record.check_earlier(runs / warm_start, wanted)
     name = name or f"{found.name}-sweep"
     folder = runs.absolute() / (record.free_name(runs, name) if new else name)
-    gpus = _gpus()
-    parallel = parallel or max(1, len(gpus) // (nproc or 1))
-    _check_gpus(gpus, parallel, nproc or 1)
     deadline = time.monotonic() + clock(max_time) if max_time is not None else None
 
     from stoker.tune import study as studies
-    from stoker.tune.local import Workers
     from stoker.tune.search import Plan, Search
 
     drawn_by = studies.sampler(sampler, searched, seed)
     if sampler == "grid":
         trials = min(trials, math.prod(map(len, searched.grid().values())))
-    lock = record.take(folder)
-    try:
-        record.begin(folder, wanted, found.source.parent)
-        file = studies.JournalFile(folder / record.STUDY)
-        study = studies.opened(file, drawn_by, "minimize" if way == "min" else "maximize")
-        if not study.get_trials(deepcopy=False):
-            with file.together():
-                _begin(study, tries, runs / warm_start if warm_start else None)
-        workers = Workers(work, parallel=parallel, ranks=nproc or 1, preload=_preload(found), gpus=gpus)
-        plan = Plan(folder, found.reference, found.config, metric, way, trials, seed, max_failures, deadline)
-        search = Search(plan, searched, study, file, rule, workers)
-        shipping = follower.spawn_for_sweep(folder) if follower.enabled() else None
-        code = _run(search, plan)
-    finally:
-        os.close(lock)
+    with _executor(found, on, address, parallel, nproc or 1) as workers:
+        lock = record.take(folder)
+        try:
+            record.begin(folder, wanted, found.source.parent)
+            file = studies.JournalFile(folder / record.STUDY)
+            study = studies.opened(file, drawn_by, "minimize" if way == "min" else "maximize")
+            if not study.get_trials(deepcopy=False):
+                with file.together():
+                    _begin(study, tries, runs / warm_start if warm_start else None)
+            plan = Plan(
+                folder, found.reference, found.config, metric, way, trials, seed, max_failures, deadline
+            )
+            search = Search(plan, searched, study, file, rule, workers)
+            shipping = follower.spawn_for_sweep(folder) if follower.enabled() else None
+            code = _run(search, plan)
+        finally:
+            os.close(lock)
     _wait_for_sinks(shipping, code)
     _answer(search, plan, json)
     return code
@@ -203,9 +215,12 @@ def work(job: Job, link: Link) -> dict[str, Any]:
     run = Run(
         job.sweep, job.run, config=resolved.config, runs=job.runs, sources=resolved.sources,
         recipe={"name": recipe.name, "reference": recipe.reference},
-        seed=int(getattr(resolved.config, "seed", 0)), provenance=job.provenance,
+        seed=int(getattr(resolved.config, "seed", 0)), code=recipe.source.parent, provenance=job.provenance,
     )  # fmt: skip
-    run.leave_shipping()
+    if job.provenance is not None:
+        run.leave_shipping()
+    if job.tags:
+        run.tag(**job.tags)
     ranks.log_to(run.directory.logs / f"rank-{run.world.rank}.log")
     reporter = Reporter(run, job.metric, link)
     run.listen(reporter)
@@ -226,9 +241,9 @@ def _begin(study: Any, tries: Sequence[Mapping[str, Any]], earlier: Path | None)
 
 
 def _wait_until_free(run: RunDirectory) -> None:
-    """A process of a controller that was killed may be about to end, in the middle of something."""
+    """A process of a controller that was killed, or on a machine that was lost, may be about to end."""
     until = time.monotonic() + _FREE_TIMEOUT
-    while run.exists() and run.alive and time.monotonic() < until:
+    while run.alive and time.monotonic() < until:
         time.sleep(0.05)
 
 
@@ -282,7 +297,31 @@ def _goal(metric: str, goal: str | None) -> Goal:
     return "min" if found == "min" else "max"
 
 
-def _gpus() -> list[int]:
+@contextlib.contextmanager
+def _executor(
+    recipe: Recipe, on: str, address: str | None, parallel: int | None, ranks: int
+) -> Iterator[Workers | on_ray.Workers]:
+    """What runs the trials, here or on a cluster. Raises BadInput."""
+    from stoker.tune import local, on_ray
+
+    if on not in _ON:
+        raise BadInput(f"--on {on}: give {' or '.join(_ON)}{nearest(on, _ON)}")
+    preload = _preload(recipe)
+    if on == "ray":
+        with on_ray.started(
+            work, address=address, ranks=ranks, parallel=parallel, preload=preload
+        ) as workers:
+            yield workers
+        return
+    if address is not None:
+        raise BadInput(f"--address {address} is of a Ray cluster: give --on ray too, or leave it out")
+    gpus = visible_gpus()
+    parallel = parallel or max(1, len(gpus) // ranks)
+    _check_gpus(gpus, parallel, ranks)
+    yield local.Workers(work, parallel=parallel, ranks=ranks, preload=preload, gpus=gpus)
+
+
+def visible_gpus() -> list[int]:
     """The numbers of the GPUs that this process may use, without loading torch."""
     import pynvml
 

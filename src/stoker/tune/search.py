@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from optuna.study import Study
@@ -29,6 +29,9 @@ from stoker.tune.schedulers import Decision, Known, PopulationBased, Scheduler, 
 from stoker.tune.space import Space
 from stoker.tune.study import EARLIER, JournalFile, quiet
 from stoker.tune.trial import Job
+
+if TYPE_CHECKING:
+    from stoker.tune import on_ray
 
 _RESAMPLE = 0.25  # as in the paper's experiments
 _FACTORS = (0.8, 1.2)
@@ -109,7 +112,7 @@ class Search:
         study: Study,
         file: JournalFile,
         scheduler: Scheduler,
-        workers: Workers,
+        workers: Workers | on_ray.Workers,
     ) -> None:
         self._plan, self._space, self._study, self._file = plan, space, study, file
         self._scheduler, self._workers = scheduler, workers

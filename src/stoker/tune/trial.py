@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,10 @@ class Job:
     """The folder of its run, under `runs`."""
     run: str
     metric: str
-    provenance: Path
+    provenance: Path | None
+    """What all trials of a search are made from; None of a run that gathers its own, and ships itself."""
+    tags: Mapping[str, str] = field(default_factory=dict)
+    """Of its run."""
 
 
 class NotFinite(StokerError):
@@ -76,7 +79,7 @@ class Reporter:
         value = float(values[self._metric])
         if not math.isfinite(value):
             raise NotFinite(f"{self._metric} is {value} at step {step}")
-        answer = self._link.ask("report", step=step, value=value)
+        answer = self._link.ask("report", step=step, value=value, metrics={**self._run.latest})
         if answer["save"]:
             self._run.stop.ask_to_save()
         if answer["decision"] != "continue":
