@@ -82,12 +82,12 @@ def test_a_run_whose_process_was_killed_goes_on_in_another_process_of_the_study(
         ]
         return subprocess.Popen([*command, str(trials)], stderr=subprocess.PIPE, env={**os.environ})
 
-    first = start("0.3", 1)
+    first = start("0.2", 1)
     while not any("val_loss" in f.read_text() for f in tmp_path.glob("runs/shared/*/journal/*.jsonl")):
         assert first.poll() is None, first.communicate()[1].decode()
     first.kill()
     first.communicate()
-    second = start("0.3", 2)
+    second = start("0.2", 2)
     _, err = second.communicate(timeout=100)
     assert second.returncode == 0, err.decode()
     study = optuna.load_study(study_name="shared", storage=storage)

@@ -25,9 +25,11 @@ FIXED = {"precision": "fp32", "steps": 40}
 @pytest.fixture(scope="module", autouse=True)
 def started() -> Iterator[None]:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    answer = signal.getsignal(signal.SIGTERM)
     ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
+    signal.signal(signal.SIGTERM, answer)  # which Ray has taken
 
 
 class KillsOnce(tune.Callback):  # type: ignore[misc]

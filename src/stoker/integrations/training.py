@@ -90,21 +90,17 @@ class Training:
 
     def go_on(self, *, save: bool = False) -> None:
         """Answer a report: train on, and with `save` take a checkpoint at the end of the step."""
-        self._answer("continue", save=save)
+        self._workers.answer(0, "continue", save=save)
 
     def stop(self) -> Ended:
         """Answer a report: the run is over, early."""
-        self._answer("stopped", save=False)
+        self._workers.answer(0, "stopped", save=False)
         return self._drained()
 
     def interrupt(self) -> Ended:
         """End it, whatever it is at, with a checkpoint from which it goes on another time."""
         self._workers.stop()
         return self._drained()
-
-    def _answer(self, decision: str, *, save: bool) -> None:
-        if self.running:  # else it was killed meanwhile, which `next` says
-            self._workers.answer(0, decision, save=save)
 
     def _drained(self) -> Ended:
         deadline = time.monotonic() + _KEPT_WAITING
@@ -113,6 +109,6 @@ class Training:
             if isinstance(happened, Ended):
                 return happened
             if isinstance(happened, Report):
-                self._answer("stopped", save=False)
+                self._workers.answer(0, "stopped", save=False)
             if time.monotonic() > deadline:
                 self._workers.kill()

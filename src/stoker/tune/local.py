@@ -215,7 +215,8 @@ class Workers:
 
     def answer(self, number: int, decision: str, *, save: bool) -> None:
         """Tell a trial that has reported what to do, and whether to take a checkpoint."""
-        self._trials[number].ranks[0].answer(decision, save=save)
+        if number in self._trials:  # else it was killed right after
+            self._trials[number].ranks[0].answer(decision, save=save)
 
     def stop(self) -> None:
         """Tell all trials to stop with a checkpoint; they are waited for by `wait`."""

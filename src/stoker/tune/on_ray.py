@@ -19,6 +19,7 @@ import multiprocessing.connection
 import os
 import queue
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -42,6 +43,7 @@ _FORGOTTEN = 20.0  # seconds without being asked after which a host ends its pro
 _LOOK = 0.2  # seconds between looks at what a trial is told, while nothing happens
 _GROWN = 10.0  # seconds between looks at how large the cluster is
 _SETTLED = 30.0  # seconds in which a host says how its process ended, after another of the trial failed
+_REACHED = 10.0  # seconds in which a cluster answers
 _PATIENCE = 30.0  # seconds after which it is said that a trial waits for room
 _UNHEARD = Over(None, None)
 _PASSED_ON = ("STOKER_", "HF_", "TORCH_", "NCCL_", "GLOO_", "OMP_")
@@ -97,17 +99,41 @@ def _connect(address: str | None) -> None:
             "hand, and give its HOST:PORT, or auto"
         )
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if address is None or address == "local":
-        ray.init("local", include_dashboard=False, **quiet)
-        return
     try:
-        ray.init(address, **quiet)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+        with _answers_kept():
+            if address is None or address == "local":
+                ray.init("local", include_dashboard=False, **quiet)
+                return
+            if address != "auto":
+                _reach(address)
+            ray.init(address, **quiet)
+    except (OSError, ValueError, RuntimeError) as error:
         first = str(error).strip().splitlines()[0]
+        if address is None:
+            raise
         raise BadInput(
             f"--address {address}: no Ray cluster is reached there from this machine ({first}); start one "
             "with `ray start --head`, or leave out --address to search on this machine"
         ) from error
+
+
+@contextlib.contextmanager
+def _answers_kept() -> Iterator[None]:
+    """What this process does at SIGTERM stays so: Ray would have it end without its checkpoints."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
+
+
+def _reach(address: str) -> None:
+    """Raises OSError or ValueError; Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if not (host and port.isdecimal()):
+        raise ValueError("an address is HOST:PORT, or auto")
+    socket.create_connection((host.strip("[]"), int(port)), _REACHED).close()
 
 
 # -- on the machine of a rank --------------------------------------------------------------------
@@ -312,7 +338,7 @@ class Workers:
 
     def answer(self, number: int, decision: str, *, save: bool) -> None:
         """Tell a trial that has reported what to do, and whether to take a checkpoint."""
-        slot = self._trials[number].slot
+        slot = self._trials[number].slot if number in self._trials else None  # it may just have been killed
         if slot is not None:
             slot.hosts[0].answer.remote(decision, save)
 
@@ -418,6 +444,7 @@ class Workers:
                 end for end in _end_others([slot.hosts[rank] for rank in hearing.values()]) if end.failed
             ]
         if any(end.code is None for end in failed):
+            log.warning("trial %d: a machine of it was lost, or what watched over it there", trial.job.number)
             self._drop(trial)
         return local.outcome(trial.job.number, over.get(0, _UNHEARD), failed)
 
