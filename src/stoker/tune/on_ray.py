@@ -232,28 +232,27 @@ class Host:
 
 @dataclass(frozen=True)
 class _Slot:
-    """Room for a trial on the cluster, with its hosts."""
+    """Room for a trial on the cluster, with its hosts in the order of ranks."""
 
     group: PlacementGroup
     hosts: Sequence[Any]
-    places: Sequence[Place]
 
-    def environments(self) -> list[dict[str, str]]:
-        """What the processes of a trial are to find, as torchrun sets it."""
-        ranks = len(self.places)
-        if ranks == 1:
-            return [{}]
-        launch = local.of_a_launch(ranks, self.places[0].address, self.places[0].port)
-        found = []
-        for rank, place in enumerate(self.places):
-            here = [other for other, known in enumerate(self.places) if known.node == place.node]
-            gpus = [gpu for other in here for gpu in self.places[other].gpus]
-            found.append({
-                **launch, "RANK": str(rank), "LOCAL_RANK": str(here.index(rank)),
-                "LOCAL_WORLD_SIZE": str(len(here)),
-                **({"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}),
-            })  # fmt: skip
-        return found
+
+def _environments(places: Sequence[Place]) -> list[dict[str, str]]:
+    """What the processes of a trial are to find, as torchrun sets it; by rank."""
+    if len(places) == 1:
+        return [{}]
+    launch = local.of_a_launch(len(places), places[0].address, places[0].port)
+    found = []
+    for rank, place in enumerate(places):
+        here = [other for other, known in enumerate(places) if known.node == place.node]
+        gpus = [gpu for other in here for gpu in places[other].gpus]
+        found.append({
+            **launch, "RANK": str(rank), "LOCAL_RANK": str(here.index(rank)),
+            "LOCAL_WORLD_SIZE": str(len(here)),
+            **({"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}),
+        })  # fmt: skip
+    return found
 
 
 @dataclass
@@ -326,7 +325,7 @@ class Workers:
             _give_back(self._idle.pop())
         found: list[Report | Ended] = []
         with contextlib.suppress(queue.Empty):
-            found.append(self._events.get(timeout=min(timeout or _GROWN, _GROWN)))
+            found.append(self._events.get(timeout=_GROWN if timeout is None else min(timeout, _GROWN)))
             while True:
                 found.append(self._events.get_nowait())
         for happened in found:
@@ -408,20 +407,24 @@ class Workers:
             for rank in range(self._ranks)
         ]
         try:
-            places = ray.get([host.place.remote() for host in hosts])
+            nodes = [place.node for place in ray.get([host.place.remote() for host in hosts])]
         except BaseException:
-            _give_back(_Slot(group, hosts, ()))
+            _give_back(_Slot(group, hosts))
             raise
-        return _Slot(group, hosts, places)
+        order = sorted(
+            range(self._ranks), key=lambda bundle: nodes.index(nodes[bundle])
+        )  # a machine's together
+        return _Slot(group, [hosts[bundle] for bundle in order])
 
     def _follow(self, trial: _Trial, slot: _Slot) -> Ended:
         """Start its processes, pass on what they report, and see how they end."""
         import ray
 
-        threads = max(1, min(place.cores for place in slot.places) // self._per_node())
+        places: list[Place] = ray.get([host.place.remote() for host in slot.hosts])
+        threads = max(1, min(place.cores for place in places) // self._per_node())
         ray.get([
             host.start.remote(self._function, trial.job, environment, threads)
-            for host, environment in zip(slot.hosts, slot.environments(), strict=True)
+            for host, environment in zip(slot.hosts, _environments(places), strict=True)
         ])  # fmt: skip
         hearing = {host.hear.remote(): rank for rank, host in enumerate(slot.hosts)}
         over: dict[int, Over] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from stoker.attempt import Run
-from stoker.errors import StokerError
+from stoker.errors import EXIT_FAILED, StokerError
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,16 @@ class Link:
         self._connection.send_bytes(json.dumps({"kind": kind, **fields}).encode())
 
     def ask(self, kind: str, **fields: Any) -> dict[str, Any]:
-        """Say something, and wait for the answer."""
-        self.tell(kind, **fields)
-        return self.hear()
+        """Say something, and wait for the answer.
+
+        Where the other end is gone, this process ends at once, as it is about to be: an error would go down in
+        the run as its own failure.
+        """
+        try:
+            self.tell(kind, **fields)
+            return self.hear()
+        except (EOFError, OSError):
+            os._exit(EXIT_FAILED)
 
     def hear(self) -> dict[str, Any]:
         """What the other end says next. Raises EOFError where it is gone."""
