@@ -237,6 +237,9 @@ def controller(trials: int) -> dict[str, float]:
         def kill(self) -> None:
             pass
 
+        def close(self) -> None:
+            pass
+
     searched = space.parse(
         ["lr=log(1e-5, 1e-1)", "width=int(4, 64, log)", "dropout=uniform(0, 0.5)", "kind=[a, b, c]"], Config
     )

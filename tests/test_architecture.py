@@ -35,6 +35,7 @@ FLOORS = (
     {"language"},
     {"recipes", "report", "launch", "tune"},
     {"cli"},
+    {"integrations"},
 )
 # Modules of one floor that may import each other: the words that all others are made of.
 GROUND = FLOORS[0]

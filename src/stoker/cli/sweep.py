@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -12,7 +13,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -26,7 +28,7 @@ from stoker.cli import trials as trials_seen
 from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, show_messages
 from stoker.cli.train import MaxTime, Nproc
 from stoker.duration import Duration, clock
-from stoker.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, BadInput
+from stoker.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, BadInput, nearest
 from stoker.launch import ranks
 from stoker.recipes import Recipe
 from stoker.run import finding
@@ -47,8 +49,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("stoker")
 
-_FREE_TIMEOUT = 30.0
+_FREE_TIMEOUT = 120.0  # of a machine that is lost, a server of files forgets its locks after 90 s, by default
 _SINKS_TIMEOUT = 60.0
+_ON = ("local", "ray")
 
 
 def sweep(
@@ -95,10 +98,21 @@ def sweep(
     parallel: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Trials at a time.", show_default="1, or as many as the GPUs of the machine are for"
+            min=1,
+            help="Trials at a time.",
+            show_default="1, or as many as the GPUs of the machine are for; on Ray, what there is room for",
         ),
     ] = None,
     nproc: Nproc = None,
+    on: Annotated[str, typer.Option(metavar="local|ray", help="Where trials run.")] = "local",
+    address: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT",
+            help="With --on ray: the cluster, of which this machine is one.",
+            show_default="RAY_ADDRESS, else Ray is started here",
+        ),
+    ] = None,
     per_gpu: Annotated[int, typer.Option(min=1, help="Ranks of trials that share a GPU.")] = 1,
     reuse: Annotated[
         bool,
@@ -215,23 +229,16 @@ def sweep(
         plans.unit_of(unit, spends, counts=bool(least or most)), whole, max_failures, spends,
         time.monotonic() + clock(max_time) if max_time is not None else None,
     )  # fmt: skip
-    gpus = _gpus() * per_gpu
-    parallel = parallel or max(1, len(gpus) // plan.ranks)
-    _check_gpus(gpus, parallel, plan.ranks)
-    lock = record.take(folder)
-    try:
-        record.begin(folder, wanted, found.source.parent)
-        from stoker.tune.local import Workers
-
-        workers = Workers(
-            work, parallel=parallel, ranks=plan.ranks, preload=_preload(found), gpus=gpus, reuse=reuse
-        )
-        kept = _kept(folder, storage)
-        search = _search(plan, searched, kept, wanted, rule, workers, runs)
-        shipping = follower.spawn_for_sweep(folder) if follower.enabled() else None
-        code = _run(search)
-    finally:
-        os.close(lock)
+    where = _Where(on, address, parallel, nproc or 1, per_gpu, reuse)
+    with _executor(found, where) as workers:
+        lock = record.take(folder)
+        try:
+            record.begin(folder, wanted, found.source.parent)
+            search = _search(plan, searched, _kept(folder, storage), wanted, rule, workers, runs)
+            shipping = follower.spawn_for_sweep(folder) if follower.enabled() else None
+            code = _run(search)
+        finally:
+            os.close(lock)
     _wait_for_sinks(shipping, code)
     trials_seen.answer(search, json=json)
     return code
@@ -348,9 +355,13 @@ def work(job: Job, link: Link) -> dict[str, Any]:
     run = Run(
         job.sweep, job.run, config=resolved.config, runs=job.runs, sources=resolved.sources,
         recipe={"name": recipe.name, "reference": recipe.reference},
-        seed=int(getattr(resolved.config, "seed", 0)), provenance=job.provenance,
+        seed=int(getattr(resolved.config, "seed", 0)), code=recipe.source.parent,
+        provenance=job.provenance,
     )  # fmt: skip
-    run.leave_shipping()
+    if job.provenance is not None:
+        run.leave_shipping()
+    if job.tags:
+        run.tag(**job.tags)
     ranks.log_to(run.directory.logs / f"rank-{run.world.rank}.log")
     reporter = Reporter(run, job.metrics, job.unit, link)
     run.listen(reporter)
@@ -379,9 +390,9 @@ def _begin(study: Any, tries: Sequence[Mapping[str, Any]], earlier: Path | None)
 
 
 def _wait_until_free(run: RunDirectory) -> None:
-    """A process of a controller that was killed may be about to end, in the middle of something."""
+    """A process of a controller that was killed, or on a machine that was lost, may be about to end."""
     until = time.monotonic() + _FREE_TIMEOUT
-    while run.exists() and run.alive and time.monotonic() < until:
+    while run.alive and time.monotonic() < until:
         time.sleep(0.05)
 
 
@@ -443,7 +454,45 @@ def _goal(metric: str, goal: str | None) -> Goal:
     return "min" if found == "min" else "max"
 
 
-def _gpus() -> list[int]:
+@dataclass(frozen=True)
+class _Where:
+    """Where trials run, and how many at a time."""
+
+    on: str
+    address: str | None
+    parallel: int | None
+    ranks: int
+    per_gpu: int
+    reuse: bool
+
+
+@contextlib.contextmanager
+def _executor(recipe: Recipe, where: _Where) -> Iterator[Executor]:
+    """What runs the trials, here or on a cluster. Raises BadInput."""
+    from stoker.tune import local, on_ray
+
+    if where.on not in _ON:
+        raise BadInput(f"--on {where.on}: give {' or '.join(_ON)}{nearest(where.on, _ON)}")
+    preload = _preload(recipe)
+    if where.on == "ray":
+        if where.reuse or where.per_gpu > 1:
+            raise BadInput("--reuse-processes and --per-gpu are for trials on this machine: leave them out")
+        with on_ray.started(
+            work, address=where.address, ranks=where.ranks, parallel=where.parallel, preload=preload
+        ) as workers:
+            yield workers
+        return
+    if where.address is not None:
+        raise BadInput(f"--address {where.address} is of a Ray cluster: give --on ray too, or leave it out")
+    gpus = visible_gpus() * where.per_gpu
+    parallel = where.parallel or max(1, len(gpus) // where.ranks)
+    _check_gpus(gpus, parallel, where.ranks)
+    yield local.Workers(
+        work, parallel=parallel, ranks=where.ranks, preload=preload, gpus=gpus, reuse=where.reuse
+    )
+
+
+def visible_gpus() -> list[int]:
     """The numbers of the GPUs that this process may use, without loading torch."""
     import pynvml
 

@@ -13,9 +13,11 @@ import multiprocessing.connection
 import os
 import signal
 import sys
+import threading
 import traceback
+import types
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any
@@ -28,30 +30,125 @@ from stoker.tune.trial import Ended, Job, Link, Report
 PRELOAD = ("torch", "torch._dynamo", "stoker.loop", "stoker.cli.sweep")
 _GROWN = 1.25
 """How much of the memory at its start a process may hold and still train another trial."""
-_KILLED = 5.0  # seconds that ranks have to end after one of them has failed
+_CONTEXT = multiprocessing.get_context("forkserver")
+_SCRIPT = threading.Lock()
 
 Function = Callable[[Job, Link], dict[str, Any]]
 """What each process of a trial does, found by its name: trains, and returns the `status` of the run, the
 names of the metrics that it has `logged`, and the newest `values` of those that are searched for."""
 
 
-@dataclass
-class _Rank:
-    process: Any
-    connection: Connection
-    last: dict[str, Any] | None = None
-    """What it said at the end of its trial."""
+@dataclass(frozen=True)
+class Over:
+    """How a process ended."""
+
+    last: Mapping[str, Any] | None
+    """What it said itself; None where it could not any more."""
+    code: int | None
+    """Its exit code, negative for a signal; None where its machine was lost with it."""
+
+    @property
+    def failed(self) -> bool:
+        return self.last is None or self.last["status"] == "failed"
+
+
+class Rank:
+    """A process of a trial, and what it says.
+
+    Args:
+        function: what it does.
+        environment: variables that are set in it beside those of this process.
+        shares: how many processes share the cores of the machine.
+        reuse: whether it may train further trials.
+    """
+
+    def __init__(
+        self,
+        function: Function,
+        job: Job,
+        environment: Mapping[str, str],
+        shares: int,
+        name: str,
+        *,
+        reuse: bool = False,
+    ) -> None:
+        self._number = job.number
+        self._last: dict[str, Any] | None = None
+        self.connection, theirs = _CONTEXT.Pipe()
+        self._process = _CONTEXT.Process(
+            target=_main, args=(function, job, theirs, environment, shares, reuse), name=name
+        )
+        with _without_script():
+            self._process.start()
+        theirs.close()
+
+    @property
+    def events(self) -> tuple[Any, int]:
+        """What `multiprocessing.connection.wait` takes: one is ready once there is something to be heard."""
+        return self.connection, self._process.sentinel
+
+    @property
+    def alive(self) -> bool:
+        return self._process.is_alive()
 
     @property
     def waits(self) -> bool:
         """Whether it has ended its trial and waits for another."""
-        return self.last is not None and self.last["again"] and self.process.is_alive()
+        return self._last is not None and self._last["again"] and self.alive
+
+    def go_on(self, job: Job) -> None:
+        """Train another trial, where it waits for one."""
+        self._number, self._last = job.number, None
+        with contextlib.suppress(OSError):  # it is gone; that is seen by itself
+            self.connection.send(job)
+
+    def heard(self) -> list[Report]:
+        """What it has reported since it was asked last."""
+        found = []
+        try:
+            while self.connection.poll():
+                said = Link(self.connection).hear()
+                if said["kind"] == "report":
+                    del said["kind"]
+                    found.append(Report(self._number, **said))
+                else:
+                    self._last = said
+        except (EOFError, OSError):
+            pass
+        return found
+
+    def answer(self, decision: str, *, save: bool) -> None:
+        """Answer its report."""
+        with contextlib.suppress(OSError):  # it is gone; that is seen by itself
+            Link(self.connection).tell("answer", decision=decision, save=save)
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send it a signal, if it is there."""
+        if self.alive:
+            assert self._process.pid is not None
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._process.pid, number)
+
+    @property
+    def end(self) -> Over:
+        """How its trial ended, where it waits for another."""
+        return Over(self._last, 0)
+
+    def over(self) -> Over:
+        """How it ended; waits for the end."""
+        self.heard()  # its last words
+        self._process.join()
+        return Over(self._last, self._process.exitcode)
+
+    def close(self) -> None:
+        """Let go of it, once it is over."""
+        self.connection.close()
 
 
 @dataclass
 class _Trial:
     number: int
-    ranks: list[_Rank]
+    ranks: list[Rank]
     gpus: list[int] = field(default_factory=list)
 
 
@@ -84,9 +181,7 @@ class Workers:
         """Trials that are over, of processes that wait for another."""
         self._gpus, self._hands_out = list(gpus), bool(gpus)
         self._trials: dict[int, _Trial] = {}
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload([*PRELOAD, *preload])
-        signals.start_forkserver()
+        warm_up(preload)
 
     @property
     def free(self) -> bool:
@@ -102,45 +197,33 @@ class Workers:
     def start(self, job: Job) -> None:
         """Start a trial."""
         if self._idle:
-            self._start_again(self._idle.pop(), job)
+            over = self._idle.pop()
+            over.ranks[0].go_on(job)
+            self._trials[job.number] = _Trial(job.number, over.ranks, over.gpus)
             return
         gpus = [self._gpus.pop(0) for _ in range(self._ranks)] if self._hands_out else []
-        common, shares = self._of_a_launch(gpus), self._parallel * self._ranks
+        common = self._of_a_launch(gpus)
         started = []
         for rank in range(self._ranks):
-            ours, theirs = self._context.Pipe()
             place = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if self._ranks > 1 else {}
-            process = self._context.Process(
-                target=_main,
-                args=(self._function, job, theirs, {**common, **place}, shares, self._reuse),
-                name=f"trial-{job.number}-rank-{rank}",
-            )  # fmt: skip
-            process.start()
-            theirs.close()
-            started.append(_Rank(process, ours))
+            name = f"trial-{job.number}-rank-{rank}"
+            environment, shares = {**common, **place}, self._parallel * self._ranks
+            started.append(Rank(self._function, job, environment, shares, name, reuse=self._reuse))
         self._trials[job.number] = _Trial(job.number, started, gpus)
-
-    def _start_again(self, over: _Trial, job: Job) -> None:
-        """Let the process of a trial that is over train another."""
-        rank = over.ranks[0]
-        rank.last = None
-        with contextlib.suppress(OSError):  # it is gone; that is seen by itself
-            rank.connection.send(job)
-        self._trials[job.number] = _Trial(job.number, over.ranks, over.gpus)
 
     def wait(self, timeout: float | None = None) -> list[Report | Ended]:
         """What happened, once something has, or after so many seconds."""
-        known: dict[Any, tuple[_Trial, _Rank]] = {}
-        for trial in self._trials.values():
-            for rank in trial.ranks:
-                known[rank.connection] = known[rank.process.sentinel] = (trial, rank)
+        known = {
+            event: (trial, rank)
+            for trial in self._trials.values() for rank in trial.ranks for event in rank.events
+        }  # fmt: skip
         ready = multiprocessing.connection.wait(list(known), timeout)
         found: list[Report | Ended] = []
         touched: dict[int, _Trial] = {}
-        for thing in ready:
-            trial, rank = known[thing]
+        for event in ready:
+            trial, rank = known[event]
             touched[trial.number] = trial
-            found += self._heard(trial, rank)
+            found += rank.heard()
         for trial in touched.values():
             if (ended := self._ended(trial)) is not None:
                 found.append(ended)
@@ -148,8 +231,8 @@ class Workers:
 
     def answer(self, number: int, decision: str, *, save: bool) -> None:
         """Tell a trial that has reported what to do, and whether to take a checkpoint."""
-        with contextlib.suppress(OSError):  # it is gone; that is seen by itself
-            Link(self._trials[number].ranks[0].connection).tell("answer", decision=decision, save=save)
+        if number in self._trials:  # else it was killed right after
+            self._trials[number].ranks[0].answer(decision, save=save)
 
     def stop(self) -> None:
         """Tell all trials to stop with a checkpoint; they are waited for by `wait`."""
@@ -163,76 +246,93 @@ class Workers:
         """End the processes that wait for another trial."""
         for trial in self._idle:
             for rank in trial.ranks:
-                rank.connection.close()
+                rank.close()
         self._idle = []
 
     def _send(self, number: signal.Signals) -> None:
         for trial in self._trials.values():
             for rank in trial.ranks:
-                _signal(rank.process, number)
+                rank.signal(number)
 
     def _of_a_launch(self, gpus: list[int]) -> dict[str, str]:
         visible = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))} if gpus else {}
         if self._ranks == 1:
             return visible
-        return {
-            **visible, "WORLD_SIZE": str(self._ranks), "LOCAL_WORLD_SIZE": str(self._ranks),
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(machine.free_port()),
-            "TORCHELASTIC_RUN_ID": uuid.uuid4().hex,
-        }  # fmt: skip
-
-    def _heard(self, trial: _Trial, rank: _Rank) -> list[Report | Ended]:
-        found: list[Report | Ended] = []
-        try:
-            while rank.connection.poll():
-                said = Link(rank.connection).hear()
-                if said["kind"] == "report":
-                    found.append(Report(trial.number, said["step"], said["value"], said["per_step"]))
-                else:
-                    rank.last = said
-        except (EOFError, OSError):
-            pass
-        return found
+        here = {"LOCAL_WORLD_SIZE": str(self._ranks)}
+        return {**visible, **here, **of_a_launch(self._ranks, "127.0.0.1", machine.free_port())}
 
     def _ended(self, trial: _Trial) -> Ended | None:
         """How a trial ended, once none of its processes is left; one that fails takes the others with it."""
         if trial.ranks[0].waits:
             del self._trials[trial.number]
             self._idle.append(trial)
-            return _outcome(trial, [])
-        over = [rank for rank in trial.ranks if not rank.process.is_alive()]
-        for rank in over:
-            self._heard(trial, rank)  # its last words
-        failed = [rank for rank in over if rank.last is None or rank.last["status"] == "failed"]
+            return outcome(trial.number, trial.ranks[0].end, [])
+        over = [rank for rank in trial.ranks if not rank.alive]
+        failed = [end for end in (rank.over() for rank in over) if end.failed]
         if failed and len(over) < len(trial.ranks):
             for rank in trial.ranks:
                 if rank not in over:
-                    _signal(rank.process, signal.SIGKILL)
-                    rank.process.join(_KILLED)
+                    rank.signal(signal.SIGKILL)
         elif len(over) < len(trial.ranks):
             return None
+        first = trial.ranks[0].over()
         for rank in trial.ranks:
-            self._heard(trial, rank)
-            rank.process.join()
-            rank.connection.close()
+            rank.over()
+            rank.close()
         del self._trials[trial.number]
         self._gpus += trial.gpus
-        return _outcome(trial, failed)
+        return outcome(trial.number, first, failed)
 
 
-def _outcome(trial: _Trial, failed: list[_Rank]) -> Ended:
-    number, last = trial.number, trial.ranks[0].last or {}
-    logged, values = tuple(last.get("logged", ())), last.get("values", {})
-    said = [rank.last for rank in failed if rank.last is not None]
-    if said:
-        return Ended(number, "failed", said[0]["error"], said[0]["trace"], logged)
-    if failed:
-        code = failed[0].process.exitcode
-        if code < 0:
-            said_of = f"its process was killed by {signal.Signals(-code).name}"
-            return Ended(number, "killed", said_of, logged=logged)
-        return Ended(number, "failed", f"its process ended with {code} and said nothing", logged=logged)
-    return Ended(number, last["status"], logged=logged, values=values)
+def warm_up(preload: Sequence[str] = ()) -> None:
+    """Start the server of processes, which imports these modules besides torch."""
+    _CONTEXT.set_forkserver_preload([*PRELOAD, *preload])
+    signals.start_forkserver()
+
+
+def of_a_launch(ranks: int, address: str, port: int) -> dict[str, str]:
+    """What the processes of a trial with several ranks have in common, as torchrun sets it."""
+    return {
+        "WORLD_SIZE": str(ranks), "MASTER_ADDR": address, "MASTER_PORT": str(port),
+        "TORCHELASTIC_RUN_ID": uuid.uuid4().hex,
+    }  # fmt: skip
+
+
+def outcome(number: int, first: Over, failed: Sequence[Over]) -> Ended:
+    """How a trial ended.
+
+    Args:
+        first: how rank 0 did.
+        failed: the ranks that failed, but for those that were ended because of these.
+    """
+    known = first.last or {}
+    logged, values = tuple(known.get("logged", ())), known.get("values", {})
+    lost = [end for end in failed if end.last is None and (end.code is None or end.code < 0)]
+    if lost and lost[0].code is None:
+        return Ended(number, "killed", "its machine was lost, or what watched over it there", logged=logged)
+    if lost and lost[0].code is not None:
+        said = f"its process was killed by {signal.Signals(-lost[0].code).name}"
+        return Ended(number, "killed", said, logged=logged)
+    for end in failed:
+        if end.last is not None:
+            return Ended(number, "failed", end.last["error"], end.last["trace"], logged)
+        return Ended(number, "failed", f"its process ended with {end.code} and said nothing", logged=logged)
+    return Ended(number, known["status"], logged=logged, values=values)
+
+
+@contextlib.contextmanager
+def _without_script() -> Iterator[None]:
+    """Processes that are started within this block do not import the script that this one runs.
+
+    None of what they do is in it; and one that trains when it is imported would begin to do so in each.
+    """
+    with _SCRIPT:
+        script = sys.modules["__main__"]
+        sys.modules["__main__"] = types.ModuleType("__main__")
+        try:
+            yield
+        finally:
+            sys.modules["__main__"] = script
 
 
 def _main(
@@ -303,9 +403,3 @@ def _leave(*, grouped: bool) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
-
-
-def _signal(process: Any, number: signal.Signals) -> None:
-    if process.is_alive():
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(process.pid, number)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -12,7 +13,7 @@ from typing import Any
 
 from stoker import duration
 from stoker.attempt import Run
-from stoker.errors import StokerError
+from stoker.errors import EXIT_FAILED, StokerError
 from stoker.tune.plan import SHARE
 
 
@@ -33,7 +34,10 @@ class Job:
     """What is searched for; each value of the first one is reported."""
     unit: str
     """What schedulers count by, as a plan's."""
-    provenance: Path
+    provenance: Path | None
+    """What all trials of a search are made from; None of a run that gathers its own, and ships itself."""
+    tags: Mapping[str, str] = field(default_factory=dict)
+    """Of its run."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,8 @@ class Report:
     value: float
     per_step: float = 1.0
     """How much of the unit that schedulers count by one step is."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """The newest value of everything that it logs."""
 
 
 @dataclass(frozen=True)
@@ -77,9 +83,16 @@ class Link:
         self._connection.send_bytes(json.dumps({"kind": kind, **fields}).encode())
 
     def ask(self, kind: str, **fields: Any) -> dict[str, Any]:
-        """Say something, and wait for the answer."""
-        self.tell(kind, **fields)
-        return self.hear()
+        """Say something, and wait for the answer.
+
+        Where the other end is gone, this process ends at once, as it is about to be: an error would go down
+        in the run as its own failure.
+        """
+        try:
+            self.tell(kind, **fields)
+            return self.hear()
+        except (EOFError, OSError):
+            os._exit(EXIT_FAILED)
 
     def hear(self) -> dict[str, Any]:
         """What the other end says next. Raises EOFError where it is gone."""
@@ -112,8 +125,9 @@ class Reporter:
         if self._metrics[0] not in values or self._unit == SHARE:  # of such a one the last value counts
             return
         answer = self._link.ask(
-            "report", step=step, value=self.values[self._metrics[0]], per_step=self._per_step()
-        )
+            "report", step=step, value=self.values[self._metrics[0]], per_step=self._per_step(),
+            metrics={**self._run.latest},
+        )  # fmt: skip
         if answer["save"]:
             self._run.stop.ask_to_save()
         if answer["decision"] != "continue":

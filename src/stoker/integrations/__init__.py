@@ -1,0 +1,1 @@
+"""A stoker run as another library's trial: Optuna's, Ray Tune's."""

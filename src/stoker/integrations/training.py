@@ -1,0 +1,113 @@
+"""A run that is trained in processes of its own, and driven from here a report at a time."""
+
+from __future__ import annotations
+
+import collections
+import os
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from stoker import config as configs
+from stoker import object_store, recipes
+from stoker.cli import sweep, train
+from stoker.errors import BadInput
+from stoker.tune import local
+from stoker.tune.trial import Ended, Job, Report
+
+_KEPT_WAITING = 60.0  # seconds that a training that is told to stop has for its checkpoint
+
+
+def job_of(
+    recipe: str,
+    overrides: Iterable[str],
+    *,
+    metric: str,
+    run: Path,
+    ranks: int,
+    tags: Mapping[str, str],
+) -> Job:
+    """What the processes of a run need to know. Raises BadInput for what cannot be trained.
+
+    Args:
+        overrides: `key=value` of the recipe's config.
+        metric: what is reported when it is logged.
+        run: its directory, `RUNS/EXPERIMENT/ID`.
+        ranks: processes that train it.
+    """
+    found = recipes.load(recipe)
+    resolved: Any = configs.resolve(found.config, overrides)
+    train.check(found, resolved.config, ranks)
+    return Job(
+        0, found.reference, resolved.values, resolved.sources, run.parent.parent, run.parent.name, run.name,
+        (metric,), "step", None, tags,
+    )  # fmt: skip
+
+
+def runs_folder(given: Path | str | None) -> Path:
+    """The folder that runs stand under, by default that of every command. Raises BadInput."""
+    named = str(given if given is not None else os.environ.get("STOKER_RUNS", "runs"))
+    if object_store.is_url(named) or object_store.of(Path(named).absolute()) is not None:
+        raise BadInput(
+            f"runs={named}: a search stands on a disk, not in an object store; give a local folder"
+        )
+    return Path(named).absolute()
+
+
+class Training:
+    """The processes of one run, from their start to their end.
+
+    Args:
+        job: the run, continued where it was.
+        ranks: its processes.
+        beside: how many such there are at a time on this machine, which share its cores.
+        gpus: their numbers, one a rank; by default all that this process sees.
+    """
+
+    def __init__(self, job: Job, *, ranks: int = 1, beside: int = 1, gpus: Sequence[int] = ()) -> None:
+        self._workers = local.Workers(sweep.work, parallel=beside, ranks=ranks, gpus=gpus)
+        self._happened: collections.deque[Report | Ended] = collections.deque()
+        self._workers.start(job)
+
+    @property
+    def running(self) -> bool:
+        return bool(self._workers.running)
+
+    def look(self, timeout: float | None = None) -> None:
+        """Take in what happens, for so many seconds at most, where nothing is there for `next` already."""
+        if not self._happened:
+            self._happened.extend(self._workers.wait(timeout))
+        elif timeout is not None:
+            time.sleep(timeout)
+
+    def next(self, timeout: float | None = None) -> Report | Ended | None:
+        """What it reports, for which it waits until `go_on`, or how it ended; None after so many seconds."""
+        if not self._happened:
+            self.look(timeout)
+        return self._happened.popleft() if self._happened else None
+
+    def go_on(self, *, save: bool = False) -> None:
+        """Answer a report: train on, and with `save` take a checkpoint at the end of the step."""
+        self._workers.answer(0, "continue", save=save)
+
+    def stop(self) -> Ended:
+        """Answer a report: the run is over, early."""
+        self._workers.answer(0, "stopped", save=False)
+        return self._drained()
+
+    def interrupt(self) -> Ended:
+        """End it, whatever it is at, with a checkpoint from which it goes on another time."""
+        self._workers.stop()
+        return self._drained()
+
+    def _drained(self) -> Ended:
+        deadline = time.monotonic() + _KEPT_WAITING
+        while True:
+            happened = self.next(_KEPT_WAITING)
+            if isinstance(happened, Ended):
+                return happened
+            if isinstance(happened, Report):
+                self._workers.answer(0, "stopped", save=False)
+            if time.monotonic() > deadline:
+                self._workers.kill()

@@ -1,0 +1,545 @@
+"""The processes of trials on the machines of a Ray cluster.
+
+A trial is a placement group with an actor, a host, for each rank. The host stands beside the process that
+trains, which is one as on a single machine (see `local`): it starts it, passes on what it says, and is the
+one that Ray looks after. So a trial that ends its process takes no host with it, the next one finds the
+libraries imported, and a process is never left without its host: that ends with the controller, and with
+its node.
+
+What one trial does stands in a thread of the controller, and reads downward.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import logging
+import math
+import multiprocessing.connection
+import os
+import queue
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stoker import machine
+from stoker.errors import BadInput
+from stoker.tune import local
+from stoker.tune.local import Function, Over
+from stoker.tune.trial import Ended, Job, Report
+
+if TYPE_CHECKING:
+    from ray.util.placement_group import PlacementGroup
+
+log = logging.getLogger("stoker")
+
+_BEAT = 1.0  # seconds after which a host answers although its process has said nothing
+_FORGOTTEN = 20.0  # seconds without being asked after which a host ends its process, and itself
+_LOOK = 0.2  # seconds between looks at what a trial is told, while nothing happens
+_GROWN = 10.0  # seconds between looks at how large the cluster is
+_SETTLED = 30.0  # seconds in which a host says how its process ended, after another of the trial failed
+_REACHED = 10.0  # seconds in which a cluster answers
+_PATIENCE = 30.0  # seconds after which it is said that a trial waits for room
+_UNHEARD = Over(None, None)
+_PASSED_ON = ("STOKER_", "HF_", "TORCH_", "NCCL_", "GLOO_", "OMP_")
+"""Variables of the controller that count on all machines."""
+
+
+@contextlib.contextmanager
+def started(
+    function: Function,
+    *,
+    address: str | None = None,
+    ranks: int = 1,
+    parallel: int | None = None,
+    preload: Sequence[str] = (),
+) -> Iterator[Workers]:
+    """Workers on a cluster, which is joined for as long as the block lasts.
+
+    Args:
+        function: what each process of a trial does.
+        address: of the cluster, `HOST:PORT` or `auto`; by default RAY_ADDRESS, and without it Ray is started
+            on this machine alone.
+        ranks: processes of a trial.
+        parallel: trials at a time; by default as many as there is room for.
+        preload: modules that are imported before the first trial, besides torch.
+
+    Raises:
+        BadInput: Ray is not installed, there is no cluster, or it has no room for a single trial.
+    """
+    if importlib.util.find_spec("ray") is None:
+        raise BadInput("--on ray needs Ray, which is not installed: pip install 'stoker[ray]'")
+    import ray
+
+    _connect(address or os.environ.get("RAY_ADDRESS"))
+    try:
+        workers = Workers(function, ranks=ranks, parallel=parallel, preload=preload)
+        try:
+            yield workers
+        finally:
+            workers.close()
+    finally:
+        ray.shutdown()
+
+
+def _connect(address: str | None) -> None:
+    """Raises BadInput."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # a call that comes after the end does not start it again
+    import ray
+
+    if address is not None and address.startswith("ray://"):
+        raise BadInput(
+            f"--address {address}: start the search on a machine of the cluster, by `ray job submit` or by "
+            "hand, and give its HOST:PORT, or auto"
+        )
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    try:
+        with _answers_kept():
+            if address is None or address == "local":
+                ray.init("local", include_dashboard=False, **quiet)
+                return
+            if address != "auto":
+                _reach(address)
+            ray.init(address, **quiet)
+    except (OSError, ValueError, RuntimeError) as error:
+        first = str(error).strip().splitlines()[0]
+        if address is None:
+            raise
+        raise BadInput(
+            f"--address {address}: no Ray cluster is reached there from this machine ({first}); start one "
+            "with `ray start --head`, or leave out --address to search on this machine"
+        ) from error
+
+
+@contextlib.contextmanager
+def _answers_kept() -> Iterator[None]:
+    """What this process does at SIGTERM stays so: Ray would have it end without its checkpoints."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
+
+
+def _reach(address: str) -> None:
+    """Raises OSError or ValueError; Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if not (host and port.isdecimal()):
+        raise ValueError("an address is HOST:PORT, or auto")
+    socket.create_connection((host.strip("[]"), int(port)), _REACHED).close()
+
+
+# -- on the machine of a rank --------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a host is."""
+
+    node: str
+    address: str
+    port: int
+    """One that is free there."""
+    gpus: tuple[str, ...]
+    """Those that Ray gave it."""
+
+
+class Host:
+    """Starts the process of a rank beside itself, and passes on what it says. Its methods run in threads.
+
+    Args:
+        folder: where the controller runs, for what a recipe names by relative paths.
+        environment: of the controller, what counts here too.
+    """
+
+    def __init__(self, preload: Sequence[str], folder: Path, environment: Mapping[str, str]) -> None:
+        os.environ.pop(
+            "OMP_NUM_THREADS", None
+        )  # Ray's; how many processes share the cores is said in `start`
+        os.environ.update(environment)
+        if folder.is_dir():
+            os.chdir(folder)
+        local.warm_up(preload)
+        self._rank: local.Rank | None = None
+        self._one_at_a_time = threading.Lock()
+        self._asked = time.monotonic()
+        threading.Thread(target=self._end_when_forgotten, name="end-when-forgotten", daemon=True).start()
+
+    def place(self) -> Place:
+        import ray
+
+        context = ray.get_runtime_context()
+        gpus = tuple(str(gpu) for gpu in context.get_accelerator_ids().get("GPU", ()))
+        return Place(context.get_node_id(), ray.util.get_node_ip_address(), machine.free_port(), gpus)
+
+    def start(self, function: Function, job: Job, environment: Mapping[str, str], shares: int) -> None:
+        """Start the process; the one before is over."""
+        self._asked = time.monotonic()
+        self._rank = local.Rank(function, job, environment, shares, f"trial-{job.number}")
+
+    def hear(self) -> tuple[list[Report], Over | None]:
+        """What it reports next, and how it ended, once it has; nothing, where it says nothing for a while.
+
+        Ray lets an actor of a controller that was killed finish what it is at.
+        """
+        assert self._rank is not None
+        self._asked = time.monotonic()
+        multiprocessing.connection.wait(self._rank.events, _BEAT)
+        self._asked = time.monotonic()
+        with self._one_at_a_time:
+            if self._rank.alive:
+                return self._rank.heard(), None
+            return self._rank.heard(), self._rank.over()
+
+    def answer(self, decision: str, save: bool) -> None:
+        if self._rank is not None:
+            self._rank.answer(decision, save=save)
+
+    def send(self, number: int) -> None:
+        """Send it a signal."""
+        with self._one_at_a_time:
+            if self._rank is not None:
+                self._rank.signal(signal.Signals(number))
+
+    def end(self) -> Over | None:
+        """End it; returns how it had ended by itself before, if it had."""
+        assert self._rank is not None
+        with self._one_at_a_time:
+            before = None if self._rank.alive else self._rank.over()
+            self._rank.signal(signal.SIGKILL)
+            self._rank.over()
+        return before
+
+    def _end_when_forgotten(self) -> None:
+        """A controller that cannot be reached any more has the trial go on elsewhere."""
+        while True:
+            time.sleep(_BEAT)
+            forgotten = time.monotonic() - self._asked > _FORGOTTEN
+            with self._one_at_a_time:
+                if forgotten and self._rank is not None and self._rank.alive:
+                    os._exit(1)  # which takes the process along
+
+
+# -- at the controller ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """Room for a trial on the cluster, with its hosts in the order of ranks."""
+
+    group: PlacementGroup
+    hosts: Sequence[Any]
+
+
+def _environments(places: Sequence[Place]) -> list[dict[str, str]]:
+    """What the processes of a trial are to find, as torchrun sets it; by rank."""
+    if len(places) == 1:
+        return [{}]
+    launch = local.of_a_launch(len(places), places[0].address, places[0].port)
+    found = []
+    for rank, place in enumerate(places):
+        here = [other for other, known in enumerate(places) if known.node == place.node]
+        gpus = [gpu for other in here for gpu in places[other].gpus]
+        found.append({
+            **launch, "RANK": str(rank), "LOCAL_RANK": str(here.index(rank)),
+            "LOCAL_WORLD_SIZE": str(len(here)),
+            **({"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}),
+        })  # fmt: skip
+    return found
+
+
+@dataclass
+class _Trial:
+    job: Job
+    slot: _Slot | None = None
+    thread: threading.Thread | None = None
+    signals: list[signal.Signals] = field(default_factory=list)
+    """What it is still to be sent."""
+
+
+class Workers:
+    """Runs trials on a cluster that is joined, as `local.Workers` does on one machine.
+
+    Args:
+        function: what each process does.
+        ranks: processes of a trial; each has a GPU where the cluster has any, else a CPU.
+        parallel: trials at a time; by default as many as there is room for.
+        preload: modules that are imported before the first trial, besides torch.
+
+    Raises:
+        BadInput: the cluster has no room for a single trial.
+    """
+
+    def __init__(
+        self,
+        function: Function,
+        *,
+        ranks: int = 1,
+        parallel: int | None = None,
+        preload: Sequence[str] = (),
+    ) -> None:
+        self._function, self._ranks, self._preload = function, ranks, tuple(preload)
+        self._parallel = parallel or math.inf
+        self._needs = {"GPU": 1.0, "CPU": 1.0} if _has_gpus() else {"CPU": 1.0}
+        self._events: queue.Queue[Report | Ended] = queue.Queue()
+        self._trials: dict[int, _Trial] = {}
+        self._idle: list[_Slot] = []
+        self._room, self._looked = self._count(), time.monotonic()
+        if self._room == 0:
+            raise BadInput(self._lacking())
+
+    @property
+    def free(self) -> bool:
+        """Whether one more trial can be started."""
+        if time.monotonic() - self._looked > _GROWN:
+            self._room, self._looked = self._count(), time.monotonic()
+        return len(self._trials) < min(self._parallel, self._room)
+
+    @property
+    def running(self) -> list[int]:
+        """The numbers of the trials that run."""
+        return list(self._trials)
+
+    def start(self, job: Job) -> None:
+        """Start a trial, once there is room for it."""
+        self._trials[job.number] = trial = _Trial(job)
+        if self._idle:
+            trial.slot = self._idle.pop()
+        name = f"trial-{job.number}"
+        trial.thread = threading.Thread(target=self._train, args=(trial,), name=name, daemon=True)
+        trial.thread.start()
+
+    def wait(self, timeout: float | None = None) -> list[Report | Ended]:
+        """What happened, once something has; nothing after so many seconds, or if the cluster may have grown.
+
+        What no trial has been started on since the last time is given back to the cluster.
+        """
+        while self._idle:
+            _give_back(self._idle.pop())
+        found: list[Report | Ended] = []
+        with contextlib.suppress(queue.Empty):
+            found.append(self._events.get(timeout=_GROWN if timeout is None else min(timeout, _GROWN)))
+            while True:
+                found.append(self._events.get_nowait())
+        for happened in found:
+            if isinstance(happened, Ended):
+                slot = self._trials.pop(happened.number).slot
+                if slot is not None:
+                    self._idle.append(slot)
+        return found
+
+    def answer(self, number: int, decision: str, *, save: bool) -> None:
+        """Tell a trial that has reported what to do, and whether to take a checkpoint."""
+        slot = self._trials[number].slot if number in self._trials else None  # it may just have been killed
+        if slot is not None:
+            slot.hosts[0].answer.remote(decision, save)
+
+    def stop(self) -> None:
+        """Tell all trials to stop with a checkpoint; they are waited for by `wait`."""
+        for trial in self._trials.values():
+            trial.signals.append(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End all trials at once."""
+        for trial in self._trials.values():
+            trial.signals.append(signal.SIGKILL)
+
+    def close(self) -> None:
+        """End what still runs, and give all back to the cluster."""
+        self.kill()
+        for trial in self._trials.values():
+            if trial.thread is not None:
+                trial.thread.join(_SETTLED)
+            if trial.slot is not None:
+                self._idle.append(trial.slot)
+        while self._idle:
+            _give_back(self._idle.pop())
+
+    # -- one trial, in a thread of its own -----------------------------------------------------------
+
+    def _train(self, trial: _Trial) -> None:
+        """From the first to the last; a slot of which a host is lost is given up."""
+        from ray.exceptions import RayError
+
+        number = trial.job.number
+        try:
+            if trial.slot is None:
+                trial.slot = self._place(trial)
+            ended = self._follow(trial, trial.slot) if trial.slot else Ended(number, "preempted")
+        except RayError as error:
+            said = str(error).strip().splitlines()[0]
+            ended = Ended(number, "killed", f"its host on the cluster was lost: {said}")
+            self._drop(trial)
+        except Exception as error:  # of ours: told to the controller, which would wait for ever else
+            log.exception("trial %d", number)
+            ended = Ended(number, "failed", f"{type(error).__name__}: {error}")
+            self._drop(trial)
+        self._events.put(ended)
+
+    def _place(self, trial: _Trial) -> _Slot | None:
+        """Room on the cluster, once there is; None where the trial is told to end before."""
+        import ray
+        from ray.util.placement_group import placement_group, remove_placement_group
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        group = placement_group([self._needs] * self._ranks, strategy="PACK")
+        ready, begun, said = group.ready(), time.monotonic(), False
+        while not ray.wait([ready], timeout=_LOOK)[0]:
+            if trial.signals:
+                remove_placement_group(group)
+                return None
+            if not said and time.monotonic() - begun > _PATIENCE:
+                said = True
+                log.info("trial %d waits for room on the cluster", trial.job.number)
+        passed = {name: value for name, value in os.environ.items() if name.startswith(_PASSED_ON)}
+        made = ray.remote(num_cpus=1, num_gpus=self._needs.get("GPU", 0), max_concurrency=4)(Host)
+        hosts = [
+            made.options(scheduling_strategy=PlacementGroupSchedulingStrategy(group, rank)).remote(
+                self._preload, Path.cwd(), passed
+            )
+            for rank in range(self._ranks)
+        ]
+        try:
+            nodes = [place.node for place in ray.get([host.place.remote() for host in hosts])]
+        except BaseException:
+            _give_back(_Slot(group, hosts))
+            raise
+        order = sorted(
+            range(self._ranks), key=lambda bundle: nodes.index(nodes[bundle])
+        )  # a machine's together
+        return _Slot(group, [hosts[bundle] for bundle in order])
+
+    def _follow(self, trial: _Trial, slot: _Slot) -> Ended:
+        """Start its processes, pass on what they report, and see how they end."""
+        import ray
+
+        places: list[Place] = ray.get([host.place.remote() for host in slot.hosts])
+        shares = self._per_node()
+        ray.get([
+            host.start.remote(self._function, trial.job, environment, shares)
+            for host, environment in zip(slot.hosts, _environments(places), strict=True)
+        ])  # fmt: skip
+        hearing = {host.hear.remote(): rank for rank, host in enumerate(slot.hosts)}
+        over: dict[int, Over] = {}
+        failed: list[Over] = []
+        while hearing and not failed:
+            ready, _ = ray.wait(list(hearing), timeout=_LOOK)
+            self._pass_on(trial, slot)
+            for answer in ready:
+                rank = hearing.pop(answer)
+                reports, end = _heard(answer)
+                for report in reports:
+                    self._events.put(report)
+                if end is None:
+                    hearing[slot.hosts[rank].hear.remote()] = rank
+                else:
+                    over[rank] = end
+            failed = [end for end in over.values() if end.failed]
+        if failed:
+            failed += [
+                end for end in _end_others([slot.hosts[rank] for rank in hearing.values()]) if end.failed
+            ]
+        if any(end.code is None for end in failed):
+            log.warning("trial %d: a machine of it was lost, or what watched over it there", trial.job.number)
+            self._drop(trial)
+        return local.outcome(trial.job.number, over.get(0, _UNHEARD), failed)
+
+    def _pass_on(self, trial: _Trial, slot: _Slot) -> None:
+        while trial.signals:
+            number = trial.signals.pop(0)
+            for host in slot.hosts:
+                host.send.remote(int(number))
+
+    def _drop(self, trial: _Trial) -> None:
+        slot, trial.slot = trial.slot, None
+        if slot is not None:
+            _give_back(slot)
+
+    # -- how large the cluster is -------------------------------------------------------------------
+
+    def _count(self) -> int:
+        """How many trials it has room for, where nobody else uses it."""
+        import ray
+
+        bundles = sum(_bundles(node["Resources"], self._needs) for node in ray.nodes() if node["Alive"])
+        return bundles // self._ranks
+
+    def _per_node(self) -> int:
+        """How many ranks share a machine, where it is full."""
+        import ray
+
+        return max(_bundles(node["Resources"], self._needs) for node in ray.nodes()) or 1
+
+    def _lacking(self) -> str:
+        import ray
+
+        there = ray.cluster_resources()
+        said = ", ".join(f"{there.get(kind, 0):g} {kind}s" for kind in self._needs)
+        alive = sum(node["Alive"] for node in ray.nodes())
+        kind = next(iter(self._needs))
+        return (
+            f"--nproc {self._ranks}: a trial needs {self._ranks} {kind}{'s' if self._ranks > 1 else ''}, and "
+            f"the cluster has {said} on {alive} machine{'s' if alive > 1 else ''}: give a smaller "
+            "--nproc, or join more machines to it"
+        )
+
+
+def _has_gpus() -> bool:
+    import ray
+
+    return bool(ray.cluster_resources().get("GPU", 0) >= 1)
+
+
+def _bundles(resources: Mapping[str, float], needs: Mapping[str, float]) -> int:
+    """How many times what a rank needs is there."""
+    return int(min(resources.get(kind, 0) // count for kind, count in needs.items()))
+
+
+def _heard(answer: Any) -> tuple[list[Report], Over | None]:
+    """What a host says of its process; of one that is lost, that it is over."""
+    import ray
+    from ray.exceptions import RayError
+
+    try:
+        found: tuple[list[Report], Over | None] = ray.get(answer)
+    except RayError as error:
+        log.debug("%s", error)
+        return [], _UNHEARD
+    return found
+
+
+def _end_others(hosts: Sequence[Any]) -> list[Over]:
+    """End what is left of a trial of which a rank failed; returns how those ended that already had.
+
+    A rank whose peer is killed with its machine fails by itself, and may be heard of before the other is
+    known to be lost.
+    """
+    import ray
+    from ray.exceptions import RayError
+
+    found: list[Over] = []
+    for answer in [host.end.remote() for host in hosts]:
+        try:
+            if (end := ray.get(answer, timeout=_SETTLED)) is not None:
+                found.append(end)
+        except RayError as error:
+            log.debug("%s", error)
+            found.append(_UNHEARD)
+    return found
+
+
+def _give_back(slot: _Slot) -> None:
+    """End its hosts, which takes what they run with them, and let others have the room."""
+    import ray
+    from ray.util.placement_group import remove_placement_group
+
+    for host in slot.hosts:
+        ray.kill(host)
+    remove_placement_group(slot.group)

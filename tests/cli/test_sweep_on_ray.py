@@ -1,0 +1,201 @@
+"""`stoker sweep --on ray`: the same search on real raylets of this machine, whatever is killed of it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from ray.cluster_utils import Cluster
+
+from conftest import Command, Start
+from support import loaded
+
+SEARCHED = str(Path(__file__).parent / "searched.py")
+QUADRATIC = str(Path(__file__).parent / "quadratic.py")
+ASHA = (
+    "sweep", SEARCHED, "x=uniform(0, 1)", "kind=[near, far]", "pause=0.1", "--trials", "6", "--scheduler",
+    "asha", "--least", "1", "--most", "9", "--parallel", "1", "--json",
+)  # fmt: skip
+_FAST = {
+    "health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_timeout_ms": 1000,
+    "health_check_failure_threshold": 3,
+}  # fmt: skip
+_KILLS = 20 if os.environ.get("STOKER_SOAK") else 3
+
+
+class OnOneMachine:
+    """A cluster whose machines are raylets of this one, one CPU each."""
+
+    def __init__(self) -> None:
+        head = {"num_cpus": 1, "include_dashboard": False, "_system_config": _FAST}
+        self.cluster = Cluster(initialize_head=True, head_node_args=head)
+
+    @property
+    def address(self) -> str:
+        return str(self.cluster.address)
+
+    def join(self) -> Any:
+        """One more machine."""
+        return self.cluster.add_node(num_cpus=1, wait=True)
+
+    def raylet(self, node: Any) -> psutil.Process:
+        return psutil.Process(node.all_processes["raylet"][0].process.pid)
+
+    def trainers(self) -> list[psutil.Process]:
+        """The processes that train."""
+        started = [
+            process
+            for node in self.cluster.list_all_nodes() if node.all_processes.get("raylet")
+            for process in self.raylet(node).children()
+        ]  # fmt: skip
+
+        return [process for host in started for process in _trains(host)]
+
+
+def _trains(host: psutil.Process) -> list[psutil.Process]:
+    """Below a host stands the server that forks them."""
+    try:
+        below = host.children(recursive=True)
+        return [p for p in below if p.ppid() != host.pid and "forkserver" in "".join(p.cmdline())]
+    except psutil.NoSuchProcess:
+        return []
+
+
+@pytest.fixture(scope="module")
+def ray_cluster() -> Iterator[OnOneMachine]:
+    answer = signal.getsignal(signal.SIGTERM)
+    made = OnOneMachine()
+    yield made
+    made.cluster.shutdown()
+    signal.signal(signal.SIGTERM, answer)  # which Ray has taken
+
+
+def brief(answer: dict[str, Any]) -> list[tuple[Any, ...]]:
+    """What a sweep came to, without paths."""
+    return [(t["number"], t["state"], t["value"], t["params"], t["values"]) for t in answer["trials"]]
+
+
+@pytest.mark.soak
+def test_killed_at_random_moments_it_ends_as_on_one_machine_without(
+    start: Start, stoker: Command, ray_cluster: OnOneMachine
+) -> None:
+    """The process that trains, its host, or the controller, by SIGKILL; and by SIGTERM it stops by itself."""
+    whole = stoker(*ASHA, "--name", "whole")
+    assert whole.code == 0, whole.err
+    given = (*ASHA, "--name", "parts", "--on", "ray", "--address", ray_cluster.address)
+    draws = random.Random(0)
+    kinds = ["trainer", "host", "controller"]
+    process = start(*given)
+    for kind in kinds + [draws.choice(kinds) for _ in range(_KILLS - 3)]:
+        _wait_for_a_trainer(process, ray_cluster)
+        time.sleep(draws.uniform(0.0, 0.4))
+        trains = _wait_for_a_trainer(process, ray_cluster)
+        if kind == "controller":
+            process.kill()
+            process.communicate()
+            _, alive = psutil.wait_procs([trains], timeout=20)
+            assert not alive, "nothing trains without its controller"
+            process = start(*given)
+        else:
+            with contextlib.suppress(psutil.NoSuchProcess):  # it has come to its end meanwhile
+                (trains if kind == "trainer" else trains.parents()[1]).kill()
+    _wait_for_a_trainer(process, ray_cluster)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err.decode()
+    done = stoker(*given)
+    assert done.code == 0, done.err
+    assert brief(done.answer) == brief(whole.answer)
+    for trial in done.answer["trials"]:
+        assert [a.status for a in loaded(Path(trial["run"])).attempts].count("finished") <= 1
+
+
+def _wait_for_a_trainer(process: subprocess.Popen[bytes], cluster: OnOneMachine) -> psutil.Process:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()[1].decode()
+        if found := cluster.trainers():
+            return found[0]
+        time.sleep(0.02)
+    raise AssertionError("nothing trains")
+
+
+def test_a_trial_over_two_machines_goes_on_when_one_is_lost_and_another_joins(
+    start: Start, ray_cluster: OnOneMachine, tmp_path: Path
+) -> None:
+    """Of two ranks, which end early at the same step."""
+    second = ray_cluster.join()
+    process = start(
+        "sweep", QUADRATIC, "h0=[0.1, 1.0, 0.2]", "h1=1.0", "precision=fp32", "pause=0.04", "steps=40",
+        "checkpoint_every=5", "--metric", "score", "--goal", "max", "--sampler", "grid", "--trials", "3",
+        "--nproc", "2", "--scheduler", "asha-stop", "--factor", "2", "--least", "5", "--most", "40",
+        "--on", "ray", "--address", ray_cluster.address, "--name", "s", "--json",
+    )  # fmt: skip
+    _wait_for_a_checkpoint(process, tmp_path / "runs" / "s")
+    ray_cluster.raylet(second).kill()
+    third = ray_cluster.join()
+    try:
+        out, err = process.communicate(timeout=120)
+    finally:
+        ray_cluster.cluster.remove_node(third, allow_graceful=False)
+    assert process.returncode == 0, err.decode()
+    answer = json.loads(out.decode().strip().splitlines()[-1])
+    assert {t["state"] for t in answer["trials"]} == {"complete", "stopped"}
+    attempts = []
+    for trial in answer["trials"]:
+        run = loaded(Path(trial["run"]))
+        attempts += run.attempts
+        assert run.attempts[-1].world == 2
+        assert run.status == {"complete": "finished", "stopped": "stopped"}[trial["state"]]
+        steps = [step for step, _ in run.points["score"].items()]
+        assert steps == list(range(1, len(steps) + 1))
+        assert (len(steps) == 40) == (trial["state"] == "complete")
+    assert len(attempts) > len(answer["trials"]), "one was lost with its machine, and went on"
+
+
+def _wait_for_a_checkpoint(process: subprocess.Popen[bytes], sweep: Path) -> None:
+    while not list(sweep.glob("*/checkpoints/*/manifest.json")):
+        assert process.poll() is None, process.communicate()[1].decode()
+        time.sleep(0.02)
+
+
+def test_it_starts_ray_by_itself_and_failed_trials_are_told_apart(stoker: Command) -> None:
+    done = stoker(
+        "sweep", SEARCHED, "x=[0.1, 0.9, 0.2]", "fails=exit", "--sampler", "grid", "--on", "ray",
+        "--parallel", "1", "--json",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    states = {t["params"]["x"]: t["state"] for t in done.answer["trials"]}
+    assert states == {0.1: "complete", 0.9: "failed", 0.2: "complete"}
+    (failed,) = [t for t in done.answer["trials"] if t["state"] == "failed"]
+    assert "ended with 3" in failed["error"]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (("--on", "rey"), "did you mean 'ray'"),
+        (("--address", "auto"), "give --on ray too"),
+        (("--on", "ray", "--address", "127.0.0.1:1"), "no Ray cluster is reached there"),
+        (("--on", "ray", "--address", "CLUSTER", "--nproc", "7"), "the cluster has 1 CPUs on 1 machine"),
+    ],
+)
+def test_what_no_cluster_can_run_starts_nothing(
+    given: tuple[str, ...], said: str, stoker: Command, ray_cluster: OnOneMachine, tmp_path: Path
+) -> None:
+    given = tuple(ray_cluster.address if word == "CLUSTER" else word for word in given)
+    done = stoker("sweep", QUADRATIC, "h0=uniform(0, 1)", "--metric", "score", "--goal", "max",
+                  *given)  # fmt: skip
+    assert done.code == 2, done.err
+    assert said in done.err
+    assert not (tmp_path / "runs").exists()

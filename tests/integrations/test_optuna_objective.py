@@ -1,0 +1,109 @@
+"""A recipe as the objective of Optuna's own `study.optimize`."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+from stoker.errors import BadInput, StokerError
+from stoker.integrations.optuna import objective
+
+from support import loaded
+
+RECIPE = str(Path(__file__).parents[1] / "cli" / "searched.py")
+
+
+def test_trials_are_runs_and_those_that_optuna_prunes_are_stopped_runs(tmp_path: Path) -> None:
+    """Two at a time, in threads."""
+    study = optuna.create_study(
+        study_name="a study", sampler=optuna.samplers.RandomSampler(seed=0),
+        pruner=optuna.pruners.SuccessiveHalvingPruner(min_resource=2, reduction_factor=2),
+    )  # fmt: skip
+    trained = objective(RECIPE, {"x": "uniform(0, 1)", "kind": "[near, far]"}, runs=tmp_path, n_jobs=2)
+    study.optimize(trained, n_trials=8, n_jobs=2)
+    assert {t.state for t in study.trials} == {TrialState.COMPLETE, TrialState.PRUNED}
+    for trial in study.trials:
+        run = loaded(tmp_path / "a-study" / trial.user_attrs["run"])
+        assert run.status == {"COMPLETE": "finished", "PRUNED": "stopped"}[trial.state.name]
+        assert run.config["x"] == trial.params["x"]
+        assert dict(run.points["val_loss"].items()) == trial.intermediate_values
+        assert list(trial.intermediate_values.values())[-1] == trial.value
+        assert run.tags["optuna.trial"] == str(trial.number)
+
+
+def test_a_failed_run_is_a_failed_trial_with_its_error(tmp_path: Path) -> None:
+    study = optuna.create_study()
+    study.enqueue_trial({"x": 0.9})
+    study.enqueue_trial({"x": 0.1})
+    trained = objective(RECIPE, {"x": "uniform(0, 1)", "fails": "raise"}, runs=tmp_path)
+    study.optimize(trained, n_trials=2, catch=StokerError)
+    assert [t.state.name for t in study.trials] == ["FAIL", "COMPLETE"]
+    study.enqueue_trial({"x": 0.8})
+    with pytest.raises(StokerError, match="this one cannot be trained"):
+        study.optimize(trained, n_trials=1)
+
+
+SCRIPT = """
+import sys
+import optuna
+from stoker.integrations.optuna import objective
+
+callback = optuna.storages.RetryFailedTrialCallback()
+storage = optuna.storages.RDBStorage(
+    sys.argv[1], heartbeat_interval=1, grace_period=2, failed_trial_callback=callback,
+)
+study = optuna.create_study(study_name="shared", storage=storage, load_if_exists=True)
+trained = objective(sys.argv[2], {"x": "uniform(0, 1)", "pause": sys.argv[3]}, runs=sys.argv[4])
+study.optimize(trained, n_trials=int(sys.argv[5]))
+"""
+
+
+def test_a_run_whose_process_was_killed_goes_on_in_another_process_of_the_study(tmp_path: Path) -> None:
+    """By what Optuna has for it: a heartbeat, and its callback for failed trials. No script has a guard."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT, encoding="utf-8")
+    storage = f"sqlite:///{tmp_path / 'study.db'}"
+
+    def start(pause: str, trials: int) -> subprocess.Popen[bytes]:
+        command = [
+            sys.executable,
+            "-W",
+            "ignore",
+            str(script),
+            storage,
+            RECIPE,
+            pause,
+            str(tmp_path / "runs"),
+        ]
+        return subprocess.Popen([*command, str(trials)], stderr=subprocess.PIPE, env={**os.environ})
+
+    first = start("0.2", 1)
+    while not any("val_loss" in f.read_text() for f in tmp_path.glob("runs/shared/*/journal/*.jsonl")):
+        assert first.poll() is None, first.communicate()[1].decode()
+    first.kill()
+    first.communicate()
+    second = start("0.2", 2)
+    _, err = second.communicate(timeout=100)
+    assert second.returncode == 0, err.decode()
+    study = optuna.load_study(study_name="shared", storage=storage)
+    lost, *others = study.trials
+    assert lost.state == TrialState.FAIL
+    (again,) = [t for t in others if t.user_attrs["run"] == lost.user_attrs["run"]]
+    assert again.state == TrialState.COMPLETE
+    run = loaded(tmp_path / "runs" / "shared" / again.user_attrs["run"])
+    assert len(run.attempts) == 2
+    assert [step for step, _ in run.points["val_loss"].items()] == list(range(1, 10))
+
+
+@pytest.mark.parametrize(
+    ("space", "said"),
+    [({"y": "uniform(0, 1)"}, "y"), ({"x": 0.5}, "nothing is searched"), ({"x": "uniform(1, 0)"}, "uniform")],
+)
+def test_what_cannot_be_searched_is_refused_before_the_study_begins(space: dict[str, str], said: str) -> None:
+    with pytest.raises(BadInput, match=said):
+        objective(RECIPE, space)
