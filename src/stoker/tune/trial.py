@@ -52,8 +52,8 @@ class Link:
     def ask(self, kind: str, **fields: Any) -> dict[str, Any]:
         """Say something, and wait for the answer.
 
-        Where the other end is gone, this process ends at once, as it is about to be: an error would go down in
-        the run as its own failure.
+        Where the other end is gone, this process ends at once, as it is about to be: an error would go down
+        in the run as its own failure.
         """
         try:
             self.tell(kind, **fields)
