@@ -97,8 +97,8 @@ def _trained(trial: optuna.Trial, job: Job, start: Callable[[], Training]) -> fl
         raise StokerError(f"run {job.run} {ended.status}: {ended.error}\n{ended.trace}".strip())
     if not seen:
         raise StokerError(
-            f"the recipe never logs {job.metrics[0]}: it logs {', '.join(ended.logged) or 'nothing'}; name one "
-            "of these as metric="
+            f"the recipe never logs {job.metrics[0]}: it logs {', '.join(ended.logged) or 'nothing'}; "
+            "name one of these as metric="
         )
     return seen[max(seen)]
 
