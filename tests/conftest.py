@@ -71,7 +71,8 @@ Start = Callable[..., Any]
 def start(tmp_path: Path) -> Iterator[Start]:
     """Start `stoker ARGUMENTS` in a folder of its own; whatever still runs at the end is killed.
 
-    It is forked from a server that has imported torch; `cold`, it is a Python that begins with nothing.
+    It is forked from a server that has imported torch. `cold`, or where its environment would have it import
+    otherwise, it is a Python that begins with nothing.
     """
     processes: list[Any] = []
 
@@ -79,7 +80,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
         *arguments: str, env: dict[str, str] | None = None, cwd: Path | None = None, cold: bool = False
     ) -> Any:
         folder, environment = cwd or tmp_path, {**os.environ, **(env or {})}
-        if not cold:
+        if warm.fits(environment) and not cold:
             processes.append(warm.Command(arguments, environment=environment, folder=folder))
             return processes[-1]
         processes.append(subprocess.Popen(

@@ -13,6 +13,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import forkserver, reduction
@@ -37,11 +38,27 @@ _MODULES = [
 ]
 
 
+_begun_with: dict[str, str] = {}
+
+
+def fits(environment: Mapping[str, str]) -> bool:
+    """Whether a command in an environment would import as the server has."""
+    return _at_import(environment) == _begun_with
+
+
+def _at_import(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables that are looked at when modules are imported."""
+    return {name: value for name, value in environment.items() if name.startswith(("PYTHON", "HF_"))}
+
+
 def start() -> None:
     """Start it; it imports while the tests begin."""
     # A shell ignores SIGINT for what it runs in the background, and so would the processes started here.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    os.environ.update(store.QUIET, DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", STOKER_SINKS="none")
+    os.environ.update(
+        store.QUIET, DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", STOKER_SINKS="none", HF_HUB_OFFLINE="1"
+    )
+    _begun_with.update(_at_import(os.environ))
     CONTEXT.set_forkserver_preload(_MODULES)
     kept, nowhere = [os.dup(1), os.dup(2)], os.open(os.devnull, os.O_WRONLY)
     for number in (1, 2):  # what is imported has much to say
@@ -93,6 +110,9 @@ class Command:
         if self.poll() is None:
             os.kill(self.pid, number)
 
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
 
@@ -124,6 +144,7 @@ def _command(output: None, environment: dict[str, str], folder: Path, arguments:
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
+    tempfile.tempdir = None  # as its environment says
     sys.argv = [str(__main__.__file__), *arguments]
     try:
         __main__.run()

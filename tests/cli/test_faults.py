@@ -85,7 +85,7 @@ def test_a_bad_batch_changes_nothing_under_any_strategy(name: str, stoker: Comma
 
 @pytest.mark.soak
 def test_killed_at_random_nothing_is_lost() -> None:
-    kills = 200 if os.environ.get("STOKER_SOAK") else 20
+    kills = 200 if os.environ.get("STOKER_SOAK") else 6
     done = subprocess.run(
         [sys.executable, str(SOAK), "--kills", str(kills)], capture_output=True, text=True, check=False
     )

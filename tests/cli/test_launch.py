@@ -132,6 +132,7 @@ def test_told_to_stop_while_they_come_up_ranks_end_quietly(
     deadline = time.monotonic() + 60
     while not any(tmp_path.glob(there)) and time.monotonic() < deadline:
         time.sleep(0.002)
+    assert any(tmp_path.glob(there))
     ranks = _ranks(process)
     process.send_signal(number)
     _, err = process.communicate(timeout=60)

@@ -128,8 +128,8 @@ def test_what_is_not_as_it_was_recorded_is_not_registered(run: RunDirectory, sto
 
 
 def test_nothing_of_mlflow_is_printed(run: RunDirectory, stoker: Any) -> None:
-    done = stoker("models", "register", "a", "--name", "fraud")
+    done = stoker("models", "register", "a", "--name", "fraud", cold=True)
     assert (done.out, done.err) == ("registered fraud@1 from digits/a\n", "")
-    done = stoker("models", "pull", "fraud", "-o", "here")
+    done = stoker("models", "pull", "fraud", "-o", "here", cold=True)
     assert (done.out, done.err) == ("here\n", "")
     assert json.loads(stoker("models", "show", "fraud", "--json").out)["name"] == "fraud"

@@ -150,13 +150,13 @@ def test_a_trial_over_two_machines_goes_on_when_one_is_lost_and_another_joins(
         ray_cluster.cluster.remove_node(third, allow_graceful=False)
     assert process.returncode == 0, err.decode()
     answer = json.loads(out.decode().strip().splitlines()[-1])
-    assert {t["state"] for t in answer["trials"]} == {"complete", "stopped"}
+    assert {t["state"] for t in answer["trials"]} == {"complete", "pruned"}
     attempts = []
     for trial in answer["trials"]:
         run = loaded(Path(trial["run"]))
         attempts += run.attempts
         assert run.attempts[-1].world == 2
-        assert run.status == {"complete": "finished", "stopped": "stopped"}[trial["state"]]
+        assert run.status == {"complete": "finished", "pruned": "stopped"}[trial["state"]]
         steps = [step for step, _ in run.points["score"].items()]
         assert steps == list(range(1, len(steps) + 1))
         assert (len(steps) == 40) == (trial["state"] == "complete")

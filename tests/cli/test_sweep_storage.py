@@ -94,7 +94,7 @@ def test_a_controller_that_is_killed_goes_on_as_it_would_have(
 
 
 def test_a_database_that_does_not_answer_starts_nothing(stoker: Command, tmp_path: Path) -> None:
-    url = f"postgresql://somebody:secret@127.0.0.1:{servers.free_port()}/none"
+    url = f"postgresql+psycopg2://somebody:secret@127.0.0.1:{servers.free_port()}/none"
     done = stoker("sweep", RECIPE, "x=uniform(0, 1)", "--trials", "1", "--storage", url)
     assert done.code == 2, done.err
     assert "cannot be used" in done.err

@@ -7,8 +7,8 @@ from stoker.tune.on_ray import Place, _environments
 
 def test_ranks_of_a_machine_share_its_gpus_and_count_by_themselves() -> None:
     places = [
-        Place("a", "10.0.0.1", 4000, ("2",), 8), Place("a", "10.0.0.1", 4001, ("0",), 8),
-        Place("b", "10.0.0.2", 4000, ("5",), 8),
+        Place("a", "10.0.0.1", 4000, ("2",)), Place("a", "10.0.0.1", 4001, ("0",)),
+        Place("b", "10.0.0.2", 4000, ("5",)),
     ]  # fmt: skip
     told = _environments(places)
     assert [t["RANK"] for t in told] == ["0", "1", "2"]
@@ -21,4 +21,4 @@ def test_ranks_of_a_machine_share_its_gpus_and_count_by_themselves() -> None:
 
 
 def test_a_single_rank_is_told_nothing() -> None:
-    assert _environments([Place("a", "10.0.0.1", 4000, ("1",), 8)]) == [{}]
+    assert _environments([Place("a", "10.0.0.1", 4000, ("1",))]) == [{}]

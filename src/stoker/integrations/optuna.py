@@ -76,7 +76,7 @@ def objective(
         trial.set_user_attr("run", run)
         tags = {"optuna.study": trial.study.study_name, "optuna.trial": str(trial.number)}
         job = training.job_of(
-            found.reference, overrides, metric=metric, run=folder / experiment / run, ranks=nproc, tags=tags
+            found, overrides, metric=metric, run=folder / experiment / run, ranks=nproc, tags=tags
         )
         with gpus.taken() as own:
             return _trained(trial, job, lambda: Training(job, ranks=nproc, beside=n_jobs, gpus=own))

@@ -194,7 +194,7 @@ class _RecipeTrainable(tune.Trainable):  # type: ignore[misc]
         here = contextlib.chdir(spec.folder) if spec.folder.is_dir() else contextlib.nullcontext()
         with here:  # Ray has changed to the trial's own folder
             job = training.job_of(
-                spec.recipe,
+                recipes.load(spec.recipe),
                 overrides,
                 metric=spec.metric,
                 run=self._run.path,

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from stoker import config as configs
-from stoker import object_store, recipes
+from stoker import object_store
 from stoker.cli import sweep, train
 from stoker.errors import BadInput
+from stoker.recipes import Recipe
 from stoker.tune import local
 from stoker.tune.trial import Ended, Job, Report
 
@@ -20,7 +21,7 @@ _KEPT_WAITING = 60.0  # seconds that a training that is told to stop has for its
 
 
 def job_of(
-    recipe: str,
+    found: Recipe,
     overrides: Iterable[str],
     *,
     metric: str,
@@ -31,12 +32,12 @@ def job_of(
     """What the processes of a run need to know. Raises BadInput for what cannot be trained.
 
     Args:
+        found: the recipe.
         overrides: `key=value` of the recipe's config.
         metric: what is reported when it is logged.
         run: its directory, `RUNS/EXPERIMENT/ID`.
         ranks: processes that train it.
     """
-    found = recipes.load(recipe)
     resolved: Any = configs.resolve(found.config, overrides)
     train.check(found, resolved.config, ranks)
     return Job(

@@ -71,7 +71,10 @@ class Database:
         try:
             self.storage: BaseStorage = _tables(url)
         except ImportError as error:
-            raise BadInput(f"--storage {record.shown(url)}: its driver is not installed: {error}") from error
+            raise BadInput(
+                f"--storage {record.shown(url)}: its driver is not installed: {error}; for PostgreSQL "
+                "pip install psycopg2-binary, and write postgresql+psycopg2://..."
+            ) from error
         except Exception as error:  # SQLAlchemy's, and those of every driver
             said = str(error).strip().splitlines()[0]
             raise BadInput(f"--storage {record.shown(url)} cannot be used: {said}") from error
