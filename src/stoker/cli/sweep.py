@@ -179,8 +179,8 @@ def sweep(
         typer.Option(
             metavar="URL",
             envvar="STOKER_STORAGE",
-            help="Keep the study in a database, as postgresql+psycopg2://HOST/NAME, which several controllers "
-            "may share.",
+            help="Keep the study in a database, as postgresql+psycopg2://HOST/NAME, for several controllers "
+            "to share.",
             show_default="a file beside the trials",
         ),
     ] = "",
