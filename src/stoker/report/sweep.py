@@ -104,6 +104,9 @@ def _objectives(record: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _drawn(study: Study, record: Mapping[str, Any], drawings: list[Any]) -> Iterator[Html]:
     """What Optuna draws, as far as there is enough to be drawn."""
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # it warns of what it cannot draw
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         metrics = [metric for metric, _ in _objectives(record)]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.util
 import os
 import signal
 import sys
@@ -400,6 +401,8 @@ def _leave(*, grouped: bool) -> None:
         from stoker import distributed
 
         distributed.leave()
+    # What loader workers shared: else the controller tells of leaks.
+    multiprocessing.util._run_finalizers()  # type: ignore[attr-defined]
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
