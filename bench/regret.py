@@ -9,9 +9,8 @@ is soon reached by any search. A training is the same each time, so that its los
 A search runs its trials one at a time, so that none of TPE's has to guess what another will come to, and the
 same seed gives the same search; as many searches as there are cores run side by side, a thread each. The
 random arm is what ASHA is compared with as well: ASHA draws random values from the same seeds, as the paper
-does (arXiv:1810.05934), and both are read once they have spent the same epochs. Its first rung is an epoch,
-and, a bracket further, three. `--keep DIR` keeps the runs, and the same command goes on with them; without it
-a search's runs are gone once they are read.
+does (arXiv:1810.05934), and both are read once they have spent the same epochs. `--keep DIR` keeps the runs,
+and the same command goes on with them; without it a search's runs are gone once they are read.
 """
 
 from __future__ import annotations
@@ -40,10 +39,12 @@ SPACE = (
 BATCH = 64
 FIXED = ("image_size=16", f"batch_size={BATCH}", "eval_every=1ep", "workers=0", "precision=fp32")
 EPOCH = 1437 / BATCH  # steps
-FACTOR = 3  # ASHA's: one in so many goes on to the next rung
-LEAST = {"asha, from epoch 3": 3, "asha, from epoch 1": 1}  # its first rung, in epochs
+FACTOR = 3  # ASHA's: one in so many goes on to the next rung, which is as many times further
+LEAST = (
+    3  # epochs: its first rung; after one, which is 23 steps, losses hardly tell yet how trainings will end
+)
 GUESS = math.log(10)  # nats: what is known before any training
-ARMS = ("random", "tpe", *LEAST)
+ARMS = ("random", "tpe", "asha")
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ WHOLE, QUICK = Size(seeds=20, trials=40, epochs=9), Size(seeds=2, trials=4, epoc
 def search(arm: str, seed: int, size: dict[str, int], folder: str | None = None) -> dict[str, list[float]]:
     """Run `stoker sweep`, or go on with it; returns what its study and its runs have, see `read`."""
     wanted = Size(**size)
-    runs, name = Path(folder or "runs"), f"{arm.replace(', from epoch ', '-')}-{seed}"
+    runs, name = Path(folder or "runs"), f"{arm}-{seed}"
     subprocess.run(
         [sys.executable, "-m", "stoker", "sweep", "image", *SPACE, *FIXED, f"epochs={wanted.epochs}",
          *_options(arm, wanted), "--metric", "val_loss", "--parallel", "1", "--seed", str(seed),
@@ -77,21 +78,20 @@ def search(arm: str, seed: int, size: dict[str, int], folder: str | None = None)
 
 
 def _options(arm: str, size: Size) -> list[str]:
-    if arm not in LEAST:
+    if arm != "asha":
         return ["--sampler", arm, "--trials", str(size.trials)]
-    least = LEAST[arm]
-    return ["--sampler", "random", "--trials", str(enough(size.trials * size.epochs, least, size.epochs)),
-            "--scheduler", "asha", "--factor", str(FACTOR),
-            "--least", str(least * EPOCH), "--most", str(size.epochs * EPOCH)]  # fmt: skip
+    trials = enough(size.trials * size.epochs, size.epochs)
+    return ["--sampler", "random", "--trials", str(trials), "--scheduler", "asha", "--factor", str(FACTOR),
+            "--least", str(LEAST * EPOCH), "--most", str(size.epochs * EPOCH)]  # fmt: skip
 
 
-def enough(budget: int, least: int, epochs: int) -> int:
-    """The least trials of which ASHA spends a budget of epochs: of all at a rung one in FACTOR goes on."""
-    return next(trials for trials in itertools.count(1) if _spent(trials, least, epochs) >= budget)
+def enough(budget: int, epochs: int) -> int:
+    """The fewest trials of which ASHA spends a budget of epochs: of all at a rung one in FACTOR goes on."""
+    return next(trials for trials in itertools.count(1) if _spent(trials, epochs) >= budget)
 
 
-def _spent(trials: int, least: int, epochs: int) -> int:
-    spent, rung = trials * least, least
+def _spent(trials: int, epochs: int) -> int:
+    spent, rung = trials * LEAST, LEAST
     while rung < epochs:
         trials //= FACTOR
         spent += trials * (min(rung * FACTOR, epochs) - rung)
@@ -147,11 +147,11 @@ def regrets(found: Mapping[str, Sequence[Mapping[str, list[float]]]]) -> tuple[C
     Those by epochs end where the search that spent the fewest does.
     """
     best = min(value for searches in found.values() for one in searches for value in one["epochs"])
-    least = min(len(one["epochs"]) for arm in ("random", *LEAST) for one in found[arm])
+    least = min(len(one["epochs"]) for arm in ("random", "asha") for one in found[arm])
     by_trials = {arm: [_regret(one["trials"], best) for one in found[arm]] for arm in ("random", "tpe")}
     by_epochs = {
         arm: [_regret(one["epochs"][:least], best) for one in found[which]]
-        for arm, which in (("whole trainings", "random"), *zip(LEAST, LEAST, strict=True))
+        for arm, which in (("whole trainings", "random"), ("asha", "asha"))
     }
     return by_trials, by_epochs
 
@@ -251,15 +251,12 @@ def page(rows: Sequence[Compared], by_trials: Curves, by_epochs: Curves, size: S
     return html.document("Regret", body, {**html.NOTHING_DRAWN, "drawings": list(figures.values())})
 
 
-COLORS = ("120, 120, 120", "37, 99, 235", "217, 119, 6")
-
-
 def draw(curves: Curves, unit: str) -> dict[str, Any]:
     """The median over seeds, and a band between the quartiles, of each arm; as Plotly has it."""
     import plotly.graph_objects as plotly
 
     drawn = plotly.Figure()
-    for (arm, regrets_), color in zip(curves.items(), COLORS, strict=False):
+    for (arm, regrets_), color in zip(curves.items(), ("120, 120, 120", "37, 99, 235"), strict=True):
         low, middle, high = (each.tolist() for each in np.quantile(regrets_, (0.25, 0.5, 0.75), axis=0))
         spent = list(range(1, len(middle) + 1))
         drawn.add_scatter(
@@ -284,7 +281,7 @@ def table(run: Callable[..., Any], size: Size, report: Path | None = None) -> li
     by_trials, by_epochs = regrets(found)
     rows = [
         *compared(by_trials, "tpe", "random", "trials"),
-        *(row for arm in LEAST for row in compared(by_epochs, arm, "whole trainings", "epochs")),
+        *compared(by_epochs, "asha", "whole trainings", "epochs"),
     ]
     if report is not None:
         report.write_text(page(rows, by_trials, by_epochs, size), encoding="utf-8")
