@@ -11,7 +11,7 @@ help:
 	@echo "make demo    set up, then pretrain, fine-tune and test a small language model (about 5 minutes)"
 	@echo "make test    set up, then run the tests, WORKERS=2 at a time"
 	@echo "make lint    ruff and mypy"
-	@echo "make bench   measure against peers, in the same run (an hour)"
+	@echo "make bench   measure against peers, in the same run (two to three hours)"
 	@echo "make soak    the long form of the tests that run small in 'make test'"
 	@echo "make clean   remove $(VENV) and caches; runs stay"
 
@@ -39,6 +39,7 @@ bench: setup
 	$(BIN)/python bench/checkpoint.py
 	$(BIN)/python bench/llm.py
 	$(BIN)/python bench/sweep.py
+	$(BIN)/python bench/regret.py
 
 lint: setup
 	$(BIN)/ruff check --no-cache .

@@ -38,12 +38,17 @@ class Row:
     met: bool | None = None
 
 
-def arguments(description: str) -> argparse.Namespace:
+def parser(description: str) -> argparse.ArgumentParser:
     """`--quick`: the same on less, within a minute; `--json FILE`: the rows as JSON too."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--quick", action="store_true", help="the same on less, within a minute")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to a file as well")
-    return parser.parse_args()
+    made = argparse.ArgumentParser(description=description)
+    made.add_argument("--quick", action="store_true", help="the same on less, within a minute")
+    made.add_argument("--json", type=Path, metavar="FILE", help="write the rows to a file as well")
+    return made
+
+
+def arguments(description: str) -> argparse.Namespace:
+    """What was asked for, of what `parser` has."""
+    return parser(description).parse_args()
 
 
 KEEP_MEMORY = {

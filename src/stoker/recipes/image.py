@@ -15,7 +15,10 @@ from stoker.duration import Duration
 from stoker.engine.options import Training
 from stoker.errors import BadInput
 
-PRELOAD = ("stoker.recipes.image_model", "stoker.data.images", "stoker.data.augment")
+PRELOAD = (
+    "stoker.recipes.image_model", "stoker.data.images", "stoker.data.augment",
+    "sklearn.datasets",  # has the digits, and takes longer to import than they take to train an epoch on
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
