@@ -249,7 +249,7 @@ def controller(trials: int) -> dict[str, float]:
     made = study.opened(file, study.sampler("tpe", searched, 0), ["min"])
     workers: Any = AtOnce()
     rule = schedulers.make("asha", least=1, most=100)
-    plan = Plan(folder, "bench", Config, (Objective("val_loss", "min"),), trials)
+    plan = Plan(folder, "bench", Config, (Objective("val_loss", "min"),), trials, folder / "provenance")
     Search(plan, searched, made, file, rule, workers).run()
     moments = workers.moments[-20:]
     return {"ms": 1e3 * (moments[-1] - moments[0]) / (len(moments) - 1)}

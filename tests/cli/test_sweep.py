@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -264,12 +265,102 @@ def test_a_trial_that_fails_is_one_failed_trial(how: str, stoker: Command, tmp_p
 
 
 def test_too_many_failures_end_it(stoker: Command) -> None:
-    done = stoker(
+    given = (
         "sweep", RECIPE, "x=uniform(0.6, 1)", "fails=raise", "--trials", "9", "--max-failures", "1", "--json"
-    )
-    assert done.code == 1
-    assert "2 trials failed, more than --max-failures 1" in done.err
-    assert "this one cannot be trained" in done.err
+    )  # fmt: skip
+    for _ in range(2):  # also when it is started again
+        done = stoker(*given)
+        assert done.code == 1
+        assert "2 trials failed, more than --max-failures 1" in done.err
+        assert "this one cannot be trained" in done.answer["error"]
+        assert [t["state"] for t in done.answer["trials"]] == ["failed", "failed"]
+
+
+PLAIN = (
+    "import os, pathlib, stoker",
+    "from dataclasses import dataclass",
+    "@dataclass(frozen=True)",
+    "class Config:",
+    "    x: float = 0.0",
+)
+
+
+def test_a_trial_that_dies_at_the_same_step_each_time_is_given_up(
+    stoker: Command, write_file: Callable[[str, Sequence[str]], Path]
+) -> None:
+    recipe = write_file("dies.py", (
+        *PLAIN,
+        "def train(run: stoker.Run, config: Config):",
+        "    for step in (1, 2, 3):",
+        "        run.log(val_loss=1 / step, step=step)",
+        "    os.kill(os.getpid(), 11)",
+    ))  # fmt: skip
+    done = stoker("sweep", str(recipe), "x=uniform(0, 1)", "--trials", "1", "--json")
+    assert done.code == 0, done.err
+    (trial,) = done.answer["trials"]
+    assert trial["state"] == "failed"
+    assert "killed by SIGSEGV" in trial["error"]
+    assert len(loaded(Path(trial["run"])).attempts) == 4
+
+
+def test_a_trial_that_is_killed_after_its_last_value_is_complete(
+    stoker: Command, write_file: Callable[[str, Sequence[str]], Path]
+) -> None:
+    recipe = write_file("late.py", (
+        *PLAIN,
+        "def train(run: stoker.Run, config: Config):",
+        "    for step in range(run.step + 1, 4):",
+        "        run.log(val_loss=1 / step, cost=config.x)",
+        "    mark = pathlib.Path('killed')",
+        "    if not mark.exists():",
+        "        mark.touch()",
+        "        os.kill(os.getpid(), 9)",
+    ))  # fmt: skip
+    done = stoker(
+        "sweep", str(recipe), "x=[0.5]", "--sampler", "grid", "--metric", "val_loss", "--metric", "cost",
+        "--goal", "min", "--goal", "min", "--json",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    (trial,) = done.answer["trials"]
+    assert (trial["state"], trial["objectives"]) == ("complete", {"val_loss": 1 / 3, "cost": 0.5})
+
+
+def test_what_was_refused_leaves_nothing_and_changed_code_is_said_and_kept(
+    stoker: Command, write_file: Callable[[str, Sequence[str]], Path], tmp_path: Path
+) -> None:
+    for command in ("init -q", "config user.email a@b", "config user.name a"):
+        subprocess.run(["git", *command.split()], cwd=tmp_path, check=True)
+    recipe = write_file("loss.py", (
+        *PLAIN, "def train(run: stoker.Run, config: Config):", "    run.log(val_loss=config.x)",
+    ))  # fmt: skip
+
+    def commit() -> None:
+        subprocess.run(["git", "add", "loss.py"], cwd=tmp_path, check=True)
+        subprocess.run(["git", "commit", "-qm", "a"], cwd=tmp_path, check=True)
+
+    commit()
+    given = ("sweep", str(recipe), "x=uniform(0, 1)", "--name", "s")
+    assert stoker(*given, "--sampler", "tpee").code == 2
+    assert stoker(*given, "--trials", "1").code == 0
+    recipe.write_text(recipe.read_text().replace("val_loss=config.x", "val_loss=2 * config.x"))
+    commit()
+    done = stoker(*given, "--trials", "2")
+    assert done.code == 0, done.err
+    assert "the code has changed since the search began" in done.err
+    first, second = (tmp_path / "runs" / "s" / f"trial-000{n}" / "provenance" / "git.json" for n in (0, 1))
+    assert json.loads(first.read_text())["commit"] != json.loads(second.read_text())["commit"]
+    assert "has changed" not in stoker(*given, "--trials", "3").err
+
+
+def test_a_grid_has_each_point_once_and_qmc_draws_what_is_conditional(stoker: Command) -> None:
+    space = ("kind=[near, far]", "steps=[1, 2, 3] if kind == far")
+    grid = stoker("sweep", RECIPE, *space, "--sampler", "grid", "--json").answer
+    points = [tuple(t["params"].items()) for t in grid["trials"]]
+    assert len(points) == len(set(points)) == 4
+    given = ("sweep", RECIPE, "x=uniform(0, 1)", "kind=[near, far]", "steps=int(1, 9) if kind == far")
+    done = stoker(*given, "--sampler", "qmc", "--trials", "12", "--name", "qmc", "--json")
+    assert len({t["params"]["steps"] for t in done.answer["trials"] if "steps" in t["params"]}) > 1
+    assert "[W" not in done.err
 
 
 @pytest.mark.soak
@@ -376,6 +467,11 @@ def test_it_learns_from_an_earlier_one_and_tries_what_it_is_told(stoker: Command
         (("x=uniform(0, 1)", "--scheduler", "asha", "--least", "1", "--most", "2ep"), "two units"),
         (("x=uniform(0, 1)", "--budget", "40parsecs"), "give hours of all ranks, as 40gpuh"),
         (("x=uniform(0, 1)", "--strategy", "stages"), "there is staged"),
+        (("x=uniform(0, 1)", "--most", "9"), "for a --scheduler that ends trials early"),
+        (("x=uniform(0, 1)", "--name", "../up"), "cannot name a folder"),
+        (("x=uniform(0, 1)", "--trials", "1", "--try", "x=0.1", "--try", "x=0.2"), "2 --try for 1 trials"),
+        (("x=[0, 1]", "--sampler", "grid", "--try", "x=0"), "a grid has every value"),
+        (("x=uniform(0, 1)", "--runs", "/proc/x"), "choose another folder"),
     ],
 )
 def test_what_cannot_be_searched_starts_nothing(

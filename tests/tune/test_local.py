@@ -56,7 +56,7 @@ def searched(workers: Workers, jobs: int) -> list[Ended]:
 
 
 def test_gpus_are_handed_out_and_given_back() -> None:
-    workers = Workers(sees, parallel=2, gpus=[3, 5])
+    workers = Workers(sees, parallel=2, gpus=["3", "5"])
     ended = searched(workers, 5)
     assert sorted(e.number for e in ended) == list(range(5))
     assert {e.status for e in ended} == {"finished"}

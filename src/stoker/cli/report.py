@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, console, print_json
-from stoker.errors import BadInput
 from stoker.report import html, scaling
 from stoker.run import finding, view
 from stoker.tune import record
@@ -72,11 +70,4 @@ def _of_sweep(folder: Path, output: Path) -> Path:
     from stoker.report import sweep
     from stoker.tune import study
 
-    known = record.read(folder)
-    url = known.get("storage", "")
-    if "***" in url:
-        url = os.environ.get("STOKER_STORAGE") or ""
-        if not url:
-            raise BadInput(f"{folder.name} is kept in {known['storage']}: give its URL as STOKER_STORAGE")
-    found = study.read_shared(url, known["study"]) if url else study.read(folder / record.STUDY)
-    return sweep.write(found, known, folder.name, output)
+    return sweep.write(study.of(folder), record.read(folder), folder.name, output)

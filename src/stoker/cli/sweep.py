@@ -28,7 +28,7 @@ from stoker.cli import trials as trials_seen
 from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, show_messages
 from stoker.cli.train import MaxTime, Nproc
 from stoker.duration import Duration, clock
-from stoker.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, BadInput, nearest
+from stoker.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, BadInput, StokerError, nearest
 from stoker.launch import ranks
 from stoker.recipes import Recipe
 from stoker.run import finding
@@ -39,6 +39,7 @@ from stoker.tracking import follower
 from stoker.world import World
 
 if TYPE_CHECKING:
+    from optuna.samplers import BaseSampler
     from stoker.tune.plan import Goal, Objective, Plan
     from stoker.tune.record import Record
     from stoker.tune.schedulers import Scheduler
@@ -200,6 +201,7 @@ def sweep(
     show_messages()
     from stoker.tune import plan as plans
     from stoker.tune import record, schedulers
+    from stoker.tune import study as studies
 
     if object_store.of(runs.absolute()) is not None:
         raise BadInput("--runs: a search stands on a disk, not in an object store; give a local folder")
@@ -207,41 +209,54 @@ def sweep(
     searched, tries = _space(found, space or (), config, first or ())
     objectives = _objectives(metric or [], goal or [])
     sampler, scheduler = _ways(strategy, sampler, scheduler, several=len(objectives) > 1)
+    if scheduler == "none" and (least or most):
+        raise BadInput(
+            "--least and --most are for a --scheduler that ends trials early: name one, or leave out"
+        )
+    if tries and sampler == "grid":
+        raise BadInput("--try: a grid has every value; leave it out")
+    if warm_start and sampler == studies.STAGED:
+        raise BadInput("--warm-start: --strategy staged begins at random; leave out one of the two")
     shortest, whole, unit = plans.span(least, most)
     rule = schedulers.make(scheduler, least=shortest, most=whole, factor=factor, population=trials)
     if unit == plans.SHARE:
         _check_shares(searched, rule)
-    name = name or f"{found.name}-sweep"
+    name = finding.checked(name or f"{found.name}-sweep")
     folder = runs.absolute() / (record.free_name(runs, name) if new else name)
     wanted = record.Record(
         found.reference, searched.described(), ", ".join(one.metric for one in objectives),
         ", ".join(one.goal for one in objectives), sampler, _said(scheduler, rule, unit), seed, nproc or 1,
         tries, warm_start, *((record.shown(storage), study or folder.name) if storage else ("", "")),
     )  # fmt: skip
+    record.check(folder, wanted)
     if storage and scheduler == "pbt":
         raise BadInput("--storage: pbt goes on from checkpoints of one folder; leave out --storage")
-    if warm_start:
+    if warm_start and not record.is_sweep(folder):
         record.check_earlier(runs / warm_start, wanted)
     if sampler == "grid":
-        trials = min(trials, math.prod(map(len, searched.grid().values())))
+        trials = min(trials, len(searched.combinations()))
+    if len(tries) > trials:
+        raise BadInput(f"{len(tries)} --try for {trials} trials: give as many --trials, or fewer")
     spends = plans.Budget.parse(budget) if budget is not None else None
-    plan = plans.Plan(
-        folder, found.reference, found.config, objectives, trials, seed, nproc or 1,
-        plans.unit_of(unit, spends, counts=bool(least or most)), whole, max_failures, spends,
-        time.monotonic() + clock(max_time) if max_time is not None else None,
-    )  # fmt: skip
+    counted = plans.unit_of(unit, spends, counts=bool(least or most))
+    drawn_by = studies.sampler(sampler, searched, seed, trials)
+    deadline = time.monotonic() + clock(max_time) if max_time is not None else None
     where = _Where(on, address, parallel, nproc or 1, per_gpu, reuse)
     with _executor(found, where) as workers:
         lock = record.take(folder)
         try:
-            record.begin(folder, wanted, found.source.parent)
-            search = _search(plan, searched, _kept(folder, storage), wanted, rule, workers, runs)
+            plan = plans.Plan(
+                folder, found.reference, found.config, objectives, trials,
+                record.provenance_of(folder, found.source.parent), seed, nproc or 1, counted, whole,
+                max_failures, spends, deadline,
+            )  # fmt: skip
+            search = _search(plan, searched, _kept(folder, storage), drawn_by, wanted, rule, workers, runs)
             shipping = follower.spawn_for_sweep(folder) if follower.enabled() else None
-            code = _run(search)
+            code, error = _run(search)
         finally:
             os.close(lock)
     _wait_for_sinks(shipping, code)
-    trials_seen.answer(search, json=json)
+    trials_seen.answer(search, json=json, error=error)
     return code
 
 
@@ -318,27 +333,29 @@ def _search(
     plan: Plan,
     searched: Space,
     kept: Kept,
+    drawn_by: BaseSampler,
     wanted: Record,
     rule: Scheduler,
     workers: Executor,
     runs: Path,
 ) -> Search:
-    """The search with its study: a new one, or what there is of it."""
+    """The search with its study: a new one, or what there is of it. Raises BadInput."""
     from stoker.tune import record
     from stoker.tune import study as studies
     from stoker.tune.peers import Peers
     from stoker.tune.search import Search
 
-    drawn_by = studies.sampler(wanted.sampler, searched, plan.seed, plan.trials)
     goals = [one.goal for one in plan.objectives]
     study = studies.opened(kept, drawn_by, goals, wanted.study or studies.NAME)
-    peers = None
     if wanted.study:
         record.check_study(study, wanted)
-        peers = Peers(study, record.uid(plan.folder), plan.first)
     if not study.get_trials(deepcopy=False):
         with kept.together():
             _begin(study, wanted.tries, runs / wanted.warm_start if wanted.warm_start else None)
+    record.begin(plan.folder, wanted)
+    if plan.whole is not None and study.user_attrs.get("whole") != plan.whole:
+        study.set_user_attr("whole", plan.whole)  # of a trial that nothing ends early
+    peers = Peers(study, record.uid(plan.folder), plan.first) if wanted.study else None
     return Search(plan, searched, study, kept, rule, workers, peers)
 
 
@@ -380,11 +397,10 @@ def _loaded(reference: str) -> Recipe:
 
 def _begin(study: Any, tries: Sequence[Mapping[str, Any]], earlier: Path | None) -> None:
     """Let a new study know what it learns from, and what is to be tried first."""
-    from stoker.tune import record
     from stoker.tune import study as studies
 
     if earlier is not None:
-        count = studies.learn_from(study, studies.read(earlier / record.STUDY), earlier.name)
+        count = studies.learn_from(study, studies.of(earlier), earlier.name)
         log.info("the sampler learns from %d trials of %s", count, earlier.name)
     for values in tries:
         study.enqueue_trial(values)
@@ -397,8 +413,8 @@ def _wait_until_free(run: RunDirectory) -> None:
         time.sleep(0.05)
 
 
-def _run(search: Search) -> int:
-    """Search, answering signals; returns the exit code."""
+def _run(search: Search) -> tuple[int, str]:
+    """Search, answering signals; returns the exit code, and why it cannot go on, where that is so."""
     told: list[int] = []
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -412,14 +428,16 @@ def _run(search: Search) -> int:
     try:
         with trials_seen.live(search):
             search.run()
+    except StokerError as error:
+        return error.exit_code, str(error)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
     if told:
-        return EXIT_INTERRUPTED if STATUS[told[0]] == "interrupted" else EXIT_PREEMPTED
+        return EXIT_INTERRUPTED if STATUS[told[0]] == "interrupted" else EXIT_PREEMPTED, ""
     if search.overspent and not search.over:
         log.info("the time or the budget is used up; the same command with more of it goes on")
-    return 0
+    return 0, ""
 
 
 def _said(name: str, rule: Scheduler, unit: str) -> str:
@@ -430,7 +448,7 @@ def _said(name: str, rule: Scheduler, unit: str) -> str:
         key: Duration(settings.pop(key), unit) for key in ("least", "most", "every") if key in settings
     }
     told = [f"{key} {length}" for key, length in lengths.items() if length.count < math.inf]
-    rest = {key: value for key, value in settings.items() if key not in ("promotes", "planned")}
+    rest = {key: value for key, value in settings.items() if key not in ("promotes", "planned", "finalists")}
     return ", ".join([name, *told, *(f"{key} {value:g}" for key, value in rest.items())])
 
 
@@ -485,6 +503,8 @@ def _executor(recipe: Recipe, where: _Where) -> Iterator[Executor]:
         return
     if where.address is not None:
         raise BadInput(f"--address {where.address} is of a Ray cluster: give --on ray too, or leave it out")
+    if where.per_gpu > 1 and where.ranks > 1:
+        raise BadInput("--per-gpu: the ranks of one trial do not share a GPU; leave out --per-gpu or --nproc")
     gpus = visible_gpus() * where.per_gpu
     parallel = where.parallel or max(1, len(gpus) // where.ranks)
     _check_gpus(gpus, parallel, where.ranks)
@@ -493,8 +513,8 @@ def _executor(recipe: Recipe, where: _Where) -> Iterator[Executor]:
     )
 
 
-def visible_gpus() -> list[int]:
-    """The numbers of the GPUs that this process may use, without loading torch."""
+def visible_gpus() -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them, without loading torch."""
     import pynvml
 
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -504,11 +524,15 @@ def visible_gpus() -> list[int]:
     except pynvml.NVMLError:
         return []
     if visible is None:
-        return list(range(count))
-    return [int(part) for part in visible.split(",") if part.strip().isdecimal()]
+        return [str(number) for number in range(count)]
+    return [part.strip() for part in visible.split(",") if part.strip() not in ("", "-1")]
 
 
-def _check_gpus(gpus: list[int], parallel: int, nproc: int) -> None:
+def _check_gpus(gpus: list[str], parallel: int, nproc: int) -> None:
+    if gpus and nproc > len(gpus):
+        raise BadInput(
+            f"--nproc {nproc}: each rank has a GPU, and there are {len(gpus)}; give a smaller --nproc"
+        )
     if gpus and parallel * nproc > len(gpus):
         raise BadInput(
             f"--parallel {parallel} trials of {nproc} rank{'s' if nproc > 1 else ''} need {parallel * nproc} "

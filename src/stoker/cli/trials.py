@@ -61,10 +61,8 @@ class _Picture:
         keys = sorted({key for trial in trials for key in trial.params})
         for column in ("trial", "state", "step", *metrics, *keys):
             table.add_column(column, justify="left" if column == "state" else "right")
-        running = [t for t in trials if not t.over]
-        rest = [t for t in trials if t.over]
         best = search.best
-        for trial in [*rest[-(_SHOWN - len(running[:_SHOWN])) or len(rest) :], *running[:_SHOWN]]:
+        for trial in _shown(trials, best):
             table.add_row(
                 str(trial.number), trial.state, f"{trial.step:,.0f}",
                 *map(_number, trial.outcome(search.plan.objectives)),
@@ -90,14 +88,20 @@ class _Picture:
         plan = self._search.plan
         limits = [plan.deadline - time.monotonic()] if plan.deadline is not None else []
         done = sum(trial.done for trial in trials) - self._before
-        over = [trial for trial in trials if trial.over]
-        if done > 0 and over:
-            each = sum(trial.done for trial in over) / len(over)
-            unfinished = sum(max(0.0, each - trial.done) for trial in trials if not trial.over)
+        judged = [trial for trial in trials if trial.state != "running"]  # what is paused may never go on
+        if done > 0 and judged:
+            each = sum(trial.done for trial in judged) / len(judged)
+            unfinished = sum(max(0.0, each - trial.done) for trial in trials if trial.state == "running")
             limits.append((unfinished + each * max(0, plan.trials - len(trials))) * spent / done)
             if plan.budget is not None and plan.budget.unit != "hour":
                 limits.append((plan.budget.amount - self._search.spent) * spent / done)
         return max(0.0, min(limits)) if limits else None
+
+
+def _shown(trials: list[Seen], best: Seen | None) -> list[Seen]:
+    """Those that there is room for, in their order: what runs, the best, then the newest."""
+    order = sorted(trials, key=lambda t: (t.state != "running", t is not best, -t.number))
+    return sorted(order[:_SHOWN], key=lambda trial: trial.number)
 
 
 def _saved(trials: list[Seen], plan: Any) -> str:
@@ -148,8 +152,8 @@ def _number(value: Any) -> str:
     return f"{value:.5g}" if isinstance(value, float) else "" if value is None else str(value)
 
 
-def answer(search: Search, *, json: bool) -> None:
-    """Say what a search came to."""
+def answer(search: Search, *, json: bool, error: str = "") -> None:
+    """Say what a search came to, and why it cannot go on, where that is so."""
     plan, best = search.plan, search.best
     several = len(plan.objectives) > 1
     if json:
@@ -158,8 +162,10 @@ def answer(search: Search, *, json: bool) -> None:
             "objectives": [[one.metric, one.goal] for one in plan.objectives], "over": search.over,
             "best": best and _told(best, search),
             "front": [trial.number for trial in search.front] if several else None,
-            "trials": [_told(trial, search) for trial in search.trials.values()],
+            "trials": [_told(trial, search) for trial in search.trials.values()], "error": error or None,
         })  # fmt: skip
+        if error:
+            log.error("%s", error)
         return
     out = console()
     out.print(f"\n{plan.folder.name}: {_counted(search.trials.values()) or 'no trials'}")
@@ -174,13 +180,16 @@ def answer(search: Search, *, json: bool) -> None:
         out.print(f"  {'trial':24} {plan.folder.name}/{best.run}")
     if best is not None:
         out.print(f"next: stoker runs show {plan.folder.name}/{best.run}   stoker report {plan.folder.name}")
+    if error:
+        log.error("%s", error)
 
 
 def _told(trial: Seen, search: Search) -> dict[str, Any]:
     plan = search.plan
     outcome = trial.outcome(plan.objectives)
+    state = "paused" if trial.state == "running" else trial.state  # nothing runs any more
     return {
-        "number": trial.number, "state": trial.state, "params": trial.params, "value": trial.value,
+        "number": trial.number, "state": state, "params": trial.params, "value": trial.value,
         "objectives": {one.metric: value for one, value in zip(plan.objectives, outcome, strict=True)},
         "parent": trial.parent,
         "values": [[int(step), value] for step, value in trial.values.items()],

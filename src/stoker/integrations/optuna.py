@@ -125,13 +125,13 @@ def _attempt(trial: optuna.Trial, run: Training, seen: dict[int, float]) -> Ende
 class _Gpus:
     """Those of this machine, so many a trial."""
 
-    def __init__(self, numbers: list[int], each: int) -> None:
+    def __init__(self, numbers: list[str], each: int) -> None:
         if numbers and len(numbers) < each:
             raise BadInput(f"nproc={each}: each rank has a GPU, and there are {len(numbers)}")
         self._free, self._each, self._any = numbers, each if numbers else 0, threading.Condition()
 
     @contextlib.contextmanager
-    def taken(self) -> Iterator[list[int]]:
+    def taken(self) -> Iterator[list[str]]:
         """Some for one trial, once there are."""
         with self._any:
             self._any.wait_for(lambda: len(self._free) >= self._each)

@@ -63,10 +63,10 @@ class Training:
         job: the run, continued where it was.
         ranks: its processes.
         beside: how many such there are at a time on this machine, which share its cores.
-        gpus: their numbers, one a rank; by default all that this process sees.
+        gpus: one a rank, as CUDA_VISIBLE_DEVICES names them; by default all that this process sees.
     """
 
-    def __init__(self, job: Job, *, ranks: int = 1, beside: int = 1, gpus: Sequence[int] = ()) -> None:
+    def __init__(self, job: Job, *, ranks: int = 1, beside: int = 1, gpus: Sequence[str] = ()) -> None:
         self._workers = local.Workers(sweep.work, parallel=beside, ranks=ranks, gpus=gpus)
         self._happened: collections.deque[Report | Ended] = collections.deque()
         self._workers.start(job)

@@ -23,6 +23,8 @@ _STATES = {
     "WAITING": "waiting",
 }  # fmt: skip
 _MOST_ERRORS = 20
+_EARLIER = "earlier"  # the attribute of trials of another search, of which the sampler learnt
+_UNITS = {"percent": "% of the data"}
 _DRAWABLE = 3  # objectives of a Pareto front
 
 
@@ -58,7 +60,7 @@ def render(study: Study, record: Mapping[str, Any], name: str) -> str:
 
 def _header(study: Study, record: Mapping[str, Any], name: str) -> Html:
     counts: dict[str, int] = {}
-    for trial in study.trials:
+    for trial in _own(study):
         counts[_STATES[trial.state.name]] = counts.get(_STATES[trial.state.name], 0) + 1
     said = ", ".join(f"{count} {state}" for state, count in counts.items())
     ways = {"min": "smallest", "max": "largest"}
@@ -71,15 +73,20 @@ def _header(study: Study, record: Mapping[str, Any], name: str) -> Html:
 
 
 def _best(study: Study, record: Mapping[str, Any]) -> Html:
-    complete = [t for t in study.trials if t.state.name == "COMPLETE"]
-    if not complete:
-        return section("Best", tag("p", "No trial has come to its end yet."))
+    complete = [t for t in _own(study) if t.state.name == "COMPLETE"]
     metrics = [metric for metric, _ in _objectives(record)]
-    if len(metrics) > 1:
+    if len(metrics) > 1 and complete:
         return _front(study, metrics)
-    best = study.best_trial
+    sign = -1.0 if record["goal"].startswith("max") else 1.0
+    reached = [t for t in _own(study) if _points_of(t) and t.state.name != "FAIL"]
+    furthest = max((max(_points_of(t)) for t in reached), default=0)
+    pool = complete or [t for t in reached if max(_points_of(t)) >= furthest]
+    if not pool:
+        return section("Best", tag("p", "No trial has logged it yet."))
+    best = min(pool, key=lambda t: sign * (_values(t, 1)[0] or 0.0))
     rows = [
-        ("trial", best.user_attrs.get("run", str(best.number))), (metrics[0], facts.number(best.value)),
+        ("trial", best.user_attrs.get("run", str(best.number))),
+        (metrics[0], facts.number(_values(best, 1)[0])),
         *((key, _said(value)) for key, value in best.params.items()),
     ]  # fmt: skip
     return section("Best", table((), ([tag("td", key, class_="name"), number(value)] for key, value in rows)))
@@ -87,11 +94,12 @@ def _best(study: Study, record: Mapping[str, Any]) -> Html:
 
 def _front(study: Study, metrics: Sequence[str]) -> Html:
     """The trials that no other is better than in all objectives."""
-    names = sorted({name for trial in study.best_trials for name in trial.params})
+    front = [trial for trial in study.best_trials if _EARLIER not in trial.user_attrs]
+    names = sorted({name for trial in front for name in trial.params})
     rows = [
         [trial.user_attrs.get("run", str(trial.number)), *(number(facts.number(v)) for v in trial.values),
          *(number(_said(trial.params.get(name))) for name in names)]
-        for trial in sorted(study.best_trials, key=lambda trial: trial.values)
+        for trial in sorted(front, key=lambda trial: trial.values)
     ]  # fmt: skip
     said = tag("p", "No trial is better than one of these in all that is searched for.")
     return section("Best", said, table(("trial", *metrics, *names), rows))
@@ -119,6 +127,8 @@ def _drawn(study: Study, record: Mapping[str, Any], drawings: list[Any]) -> Iter
             if not any(_points(trace) for trace in figure["data"]):
                 continue
             figure["layout"].pop("title", None)  # the section has one
+            if title == "Contours":  # a row for each key
+                figure["layout"]["height"] = max(450, 200 * len({n for t in study.trials for n in t.params}))
             drawings.append(figure)
             place = tag("div", class_="plot drawing", data_of="drawings", data_index=str(len(drawings) - 1))
             yield section(title, place)
@@ -128,7 +138,7 @@ def _figures(study: Study, metric: str) -> Iterator[tuple[str, Callable[[], Any]
     from optuna import visualization as drawn
     from optuna.importance import PedAnovaImportanceEvaluator
 
-    several = len({name for trial in study.trials for name in trial.params}) > 1
+    several = len({name for trial in _own(study) for name in trial.params}) > 1
     yield "History", lambda: drawn.plot_optimization_history(study, target_name=metric)
     yield "Learning curves", lambda: drawn.plot_intermediate_values(study)
     if several:
@@ -163,6 +173,10 @@ def _figures_of_several(study: Study, metrics: Sequence[str]) -> Iterator[tuple[
             f"What matters: {metric}",
             functools.partial(drawn.plot_param_importances, study, evaluator=evaluator, **shown),
         )
+        yield (
+            f"Parallel coordinates: {metric}",
+            functools.partial(drawn.plot_parallel_coordinate, study, **shown),
+        )
         yield f"Slices: {metric}", functools.partial(drawn.plot_slice, study, **shown)
 
 
@@ -172,22 +186,24 @@ def _points(trace: Mapping[str, Any]) -> bool:
 
 def _saved(study: Study) -> Html:
     """What trials did, and what they would have done had none ended early, in the unit of the rungs."""
-    spent = [trial.user_attrs.get("spent", {}) for trial in study.trials]
+    spent = [trial.user_attrs.get("spent", {}) for trial in _own(study)]
     unit = next((unit for known in spent for unit in known if unit != "hour"), "step")
     done = [float(known.get(unit, 0.0)) for known in spent]
-    early = [t for t in study.trials if t.state.name == "PRUNED"]
+    early = [t for t in _own(study) if t.state.name == "PRUNED"]
     if not early or any(
         "fork" in trial.user_attrs for trial in study.trials
     ):  # whose ends are others' begins
         return Html("")
-    whole = max(done) * len([n for n in done if n])
-    said = f"{len(early)} trials ended early: {sum(done):,.6g} {unit}s were done of {whole:,.6g}"
-    return section("Ended early", tag("p", f"{said}, {1 - sum(done) / max(whole, 1):.0%} less."))
+    one = study.user_attrs.get("whole") or max(done)
+    whole = one * len([n for n in done if n])
+    what = f"{sum(done):,.6g} {_UNITS.get(unit, unit + 's')} were done of {whole:,.6g}"
+    less = f"{1 - sum(done) / max(whole, 1):.0%} less"
+    return section("Ended early", tag("p", f"{len(early)} trials ended early: {what}, {less}."))
 
 
 def _lineage(study: Study) -> Html:
     """Where trials of a population come from."""
-    forked = [t for t in study.trials if "fork" in t.user_attrs]
+    forked = [t for t in _own(study) if "fork" in t.user_attrs]
     if not forked:
         return Html("")
     rows = [
@@ -200,19 +216,19 @@ def _lineage(study: Study) -> Html:
 
 
 def _trials(study: Study, record: Mapping[str, Any]) -> Html:
-    names = sorted({name for trial in study.trials for name in trial.params})
+    names = sorted({name for trial in _own(study) for name in trial.params})
     metrics = [metric for metric, _ in _objectives(record)]
     rows = [
         [number(str(t.number)), _STATES[t.state.name], number(f"{max(_points_of(t), default=0):,.0f}"),
          *(number(facts.number(value)) for value in _values(t, len(metrics))),
          *(number(_said(t.params.get(name))) for name in names)]
-        for t in study.trials
+        for t in _own(study)
     ]  # fmt: skip
     return section("Trials", table(("trial", "state", "steps", *metrics, *names), rows))
 
 
 def _errors(study: Study) -> Html:
-    failed = [t for t in study.trials if t.user_attrs.get("error")]
+    failed = [t for t in _own(study) if t.user_attrs.get("error")]
     if not failed:
         return Html("")
     shown = (
@@ -222,6 +238,11 @@ def _errors(study: Study) -> Html:
     )  # fmt: skip
     more = [tag("p", f"and {len(failed) - _MOST_ERRORS} more")] if len(failed) > _MOST_ERRORS else []
     return section("Failures", *shown, *more)
+
+
+def _own(study: Study) -> list[FrozenTrial]:
+    """The trials of this search, without those of another one that the sampler learnt from."""
+    return [trial for trial in study.trials if _EARLIER not in trial.user_attrs]
 
 
 def _points_of(trial: FrozenTrial) -> dict[float, float]:

@@ -34,6 +34,13 @@ def locate(runs: Path, experiment: str, run_id: str) -> RunDirectory:
     return RunDirectory(runs / experiment / run_id)
 
 
+def checked(name: str) -> str:
+    """A name that can be a folder's. Raises BadInput."""
+    if not _NAME.fullmatch(name):
+        raise BadInput(f"name {name!r} cannot name a folder: use letters, digits, '.', '_' and '-'")
+    return name
+
+
 def named(runs: Path, experiment: str, run_id: str) -> RunDirectory:
     """As `locate`, with what another machine made of the run."""
     return _up_to_date(locate(runs, experiment, run_id))

@@ -150,7 +150,7 @@ class Rank:
 class _Trial:
     number: int
     ranks: list[Rank]
-    gpus: list[int] = field(default_factory=list)
+    gpus: list[str] = field(default_factory=list)
 
 
 class Workers:
@@ -161,8 +161,8 @@ class Workers:
         parallel: trials at a time.
         ranks: processes of a trial.
         preload: modules that the forkserver imports besides torch.
-        gpus: the numbers of the GPUs that are handed out, one a rank; a number that comes twice is one that
-            two ranks share. Without any, trials see the GPUs that this process sees.
+        gpus: those that are handed out, one a rank, as CUDA_VISIBLE_DEVICES names them; one that comes
+            twice is shared by two. Without any, trials see the GPUs that this process sees.
         reuse: a process trains further trials, if they are of one rank.
     """
 
@@ -173,7 +173,7 @@ class Workers:
         parallel: int,
         ranks: int = 1,
         preload: Sequence[str] = (),
-        gpus: Sequence[int] = (),
+        gpus: Sequence[str] = (),
         reuse: bool = False,
     ) -> None:
         self._function, self._parallel, self._ranks = function, parallel, ranks
@@ -255,7 +255,7 @@ class Workers:
             for rank in trial.ranks:
                 rank.signal(number)
 
-    def _of_a_launch(self, gpus: list[int]) -> dict[str, str]:
+    def _of_a_launch(self, gpus: list[str]) -> dict[str, str]:
         visible = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))} if gpus else {}
         if self._ranks == 1:
             return visible

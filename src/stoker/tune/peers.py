@@ -51,9 +51,10 @@ class Peers:
     def mine(self, trial: FrozenTrial) -> bool:
         """Whether a trial is this controller's: also one whose controller was killed before it said so."""
         owner = trial.user_attrs.get(_BY)
-        if owner is None and not trial.state.is_finished():
+        if owner is None and not trial.state.is_finished():  # another may be about to say so
             began = trial.datetime_start
-            alone = not any(_BY in other.user_attrs for other in self.trials)
+            signs = [sign for key, sign in self._study.user_attrs.items() if key != f"alive:{self._me}"]
+            alone = all(time.time() - sign > _GONE for sign in signs if isinstance(sign, float))
             return alone or (began is not None and time.time() - began.timestamp() > _GONE)
         return owner == self._me
 

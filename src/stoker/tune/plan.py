@@ -67,6 +67,8 @@ class Plan:
     objectives: tuple[Objective, ...]
     """By the first one trials end early."""
     trials: int
+    provenance: Path
+    """What trials that are begun now are made from."""
     seed: int = 0
     ranks: int = 1
     """Processes of a trial."""

@@ -3,7 +3,7 @@
 runs/<sweep>/
   sweep.json       written once: recipe, space, metric, sampler, scheduler, seed
   study.journal    Optuna's, see `study`
-  provenance/      what all trials are made from
+  provenance/      what trials are made from; provenance-2/ once the code has changed
   sweep.lock       locked by the controller, for as long as it lives
   trial-0000/ ...  a run each
 """
@@ -11,6 +11,7 @@ runs/<sweep>/
 from __future__ import annotations
 
 import dataclasses
+import logging
 import re
 import uuid
 from collections.abc import Mapping
@@ -25,6 +26,8 @@ from stoker.run.directory import SWEEP, SWEEP_LOCK
 
 if TYPE_CHECKING:
     from optuna.study import Study
+
+log = logging.getLogger("stoker")
 
 STUDY = "study.journal"
 FORMAT = 1
@@ -60,33 +63,52 @@ class Record:
 
 def take(folder: Path) -> int:
     """Lock a sweep's folder for this process; returns the lock's descriptor. Raises BadInput."""
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = storage.try_lock(folder / SWEEP_LOCK)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = storage.try_lock(folder / SWEEP_LOCK)
+    except OSError as error:
+        raise BadInput(
+            f"the sweep cannot be written to {folder}: {error.strerror}; choose another folder with --runs"
+        ) from error
     if descriptor is None:
         raise BadInput(f"another process searches in {folder}: wait for it, or give another --name")
     return descriptor
 
 
-def begin(folder: Path, wanted: Record, code: Path) -> None:
-    """Begin a search in a folder, or go on with the one that is there.
-
-    Args:
-        code: a folder of the git repository to record.
-
-    Raises:
-        BadInput: there are runs in the folder which are of no search, or another search.
-    """
+def check(folder: Path, wanted: Record) -> None:
+    """Refuse a folder that has runs which are of no search, or another search. Raises BadInput."""
     known = storage.read_json(folder / SWEEP)
     if known:
         _refuse_changes(folder, known, wanted)
-        return
-    if any(folder.glob("*/run.json")):
+    elif any(folder.glob("*/run.json")):
         raise BadInput(f"{folder} has runs that are of no sweep: give another --name")
-    (folder / "provenance").mkdir(exist_ok=True)
-    state = provenance.code_state(code)
-    provenance.write(folder / "provenance", code, state)
-    said = dataclasses.asdict(wanted) | {"uid": uuid.uuid4().hex}
-    storage.write_json(folder / SWEEP, said)  # last: from now on it is there
+
+
+def begin(folder: Path, wanted: Record) -> None:
+    """Write what a search is begun with, once all of it is known to work; nothing where it goes on."""
+    if not is_sweep(folder):
+        storage.write_json(folder / SWEEP, dataclasses.asdict(wanted) | {"uid": uuid.uuid4().hex})
+
+
+def provenance_of(folder: Path, code: Path) -> Path:
+    """The folder of a search in which what its trials are made from now is recorded.
+
+    Code that has changed since is said, and recorded beside the other.
+
+    Args:
+        code: a folder of the git repository.
+    """
+    state, number, target = provenance.code_state(code), 1, folder / "provenance"
+    while (target / "git.json").is_file():
+        if provenance.code_of(target) == state:
+            return target
+        number += 1
+        target = folder / f"provenance-{number}"
+    if number > 1:
+        log.warning("the code has changed since the search began: trials from now on are of other code")
+    target.mkdir(exist_ok=True)
+    provenance.write(target, code, state)
+    return target
 
 
 def is_sweep(folder: Path) -> bool:

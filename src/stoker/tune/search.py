@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 from optuna.study import Study
-from optuna.trial import FixedTrial, FrozenTrial, Trial, TrialState
+from optuna.trial import FixedTrial, FrozenTrial, Trial, TrialState, create_trial
 from stoker import config as configs
 from stoker.errors import StokerError
 from stoker.run import finding, view
@@ -116,6 +116,7 @@ class Search:
 
     def run(self) -> None:
         """Search until there is nothing left to do. Raises StokerError where it cannot go on."""
+        self._check_failures()
         try:
             while True:
                 self._fill()
@@ -143,6 +144,10 @@ class Search:
         self._ending = True
         self._workers.stop()
 
+    def _told_to_end(self) -> bool:
+        """Whether `stop` was called, which a signal does at any moment."""
+        return self._ending
+
     @property
     def over(self) -> bool:
         """Whether every trial that was planned has come to its end."""
@@ -161,9 +166,13 @@ class Search:
 
     @property
     def front(self) -> list[Seen]:
-        """The trials that no other is better than in all objectives; of one objective, the best."""
-        with quiet():
-            return [self.trials[t.number] for t in self._study.best_trials if t.number in self.trials]
+        """The complete trials that no other is better than in all objectives; of one objective, the best."""
+        complete = [trial for trial in self.trials.values() if trial.state == "complete"]
+        points = {trial.number: trial.lower(self.plan.objectives) for trial in complete}
+        return [
+            trial for trial in complete
+            if not any(seen.dominates(other, points[trial.number]) for other in points.values())
+        ]  # fmt: skip
 
     @property
     def overspent(self) -> bool:
@@ -228,11 +237,16 @@ class Search:
             number = self._next()
             if number is None:
                 return
+            if self._told_to_end():  # meanwhile
+                self.trials[number].resumes = True
+                return
             trial = self.trials[number]
             trial.state, trial.share = "running", self._next_share(trial)
             self._publish(number, paused=False)
             self._workers.start(self._job(trial))
             self._started[number] = time.monotonic()
+            if self._told_to_end():  # while it started, and it was not
+                self._workers.stop()
             self._changed()
 
     def _next(self) -> int | None:
@@ -287,25 +301,42 @@ class Search:
                     step = forking.take_checkpoint(
                         self._directory(seen.run_id(donor)), self._directory(seen.run_id(number))
                     )
-                    return self._ask(forking.Fork(donor, trial.number, step))
+                    return self._begin_fork(forking.Fork(donor, trial.number, step))
         return None
+
+    def _begin_fork(self, fork: forking.Fork) -> int:
+        """A new trial of the study, with values near its donor's."""
+        random = np.random.default_rng([self.plan.seed, len(self.trials)])
+        near = self._space.perturbed(
+            self.trials[fork.donor].params, random, resample=_RESAMPLE, factors=_FACTORS
+        )
+        fixed = FixedTrial(self._space.params(near))
+        params = self._space.suggest(fixed)
+        with quiet(), self._kept.together():
+            # Not enqueued: what is asked for next might be another that waits.
+            self._study.add_trial(
+                create_trial(
+                    state=TrialState.RUNNING, params=fixed.params, distributions=fixed.distributions,
+                    user_attrs=fork.attributes,
+                )
+            )  # fmt: skip
+            made = self._study.get_trials(deepcopy=False)[-1]
+            trial = Trial(self._study, made._trial_id)
+            trial.set_user_attr("run", seen.run_id(trial.number))
+        self.trials[trial.number] = Seen(trial.number, params)
+        self._open[trial.number] = trial
+        self._inherit(trial.number, fork)
+        return trial.number
 
     # -- the study -----------------------------------------------------------------------------
 
-    def _ask(self, fork: forking.Fork | None = None) -> int:
-        """A new trial of the study; a fork's values are near its donor's."""
+    def _ask(self) -> int:
+        """A new trial of the study."""
         with quiet(), self._kept.together():
-            if fork is not None:
-                random = np.random.default_rng([self.plan.seed, len(self.trials)])
-                near = self._space.perturbed(
-                    self.trials[fork.donor].params, random, resample=_RESAMPLE, factors=_FACTORS
-                )
-                self._study.enqueue_trial(self._space.params(near), user_attrs=fork.attributes)
             trial = self._study.ask()
             params = self._own(trial)
         self.trials[trial.number] = Seen(trial.number, params)
         self._open[trial.number] = trial
-        self._inherit(trial.number, fork)
         return trial.number
 
     def _own(self, trial: Trial) -> dict[str, Any]:
@@ -346,6 +377,7 @@ class Search:
             trial.spent = seen.spent(run)
         trial.spent = max(trial.spent, found.user_attrs.get("spent", {}).get("hour", 0.0) * 3600)
         trial.written = max(found.intermediate_values, default=-1.0)
+        trial.furthest = trial.step
         self._inherit(found.number, forking.of(found))
         if open_ is not None:
             self._open[found.number] = open_
@@ -409,6 +441,8 @@ class Search:
     def _tell(self, trial: Seen, state: State) -> None:
         """Let the study know how a trial ended."""
         trial.state = state
+        if state == "complete" and (run := self._run_of(trial)) is not None:
+            trial.others = {**trial.others, **seen.newest(run, self.plan.objectives)}
         outcome = trial.outcome(self.plan.objectives)
         lacking = [
             one.metric for one, value in zip(self.plan.objectives, outcome, strict=True) if value is None
@@ -451,9 +485,10 @@ class Search:
 
     def _decide(self, report: Report) -> None:
         trial = self.trials[report.number]
-        trial.values[float(report.step)] = report.value
+        trial.values[float(report.step)] = trial.others[self.plan.first.metric] = report.value
         trial.per_step = report.per_step
-        trial.killed = 0
+        if report.step > trial.furthest:
+            trial.furthest, trial.killed = report.step, 0
         self._table.pop(report.number, None)
         self._publish(report.number, paused=False)
         decision = self._scheduler.decide(self._known(), report.number)
@@ -491,19 +526,23 @@ class Search:
 
     def _check(self, ended: Ended) -> None:
         """Whether it makes sense to go on. Raises StokerError."""
-        trial = self.trials[ended.number]
-        lacking = [one.metric for one in self.plan.objectives if one.metric not in ended.logged]
+        known = {metric for t in self.trials.values() for metric in t.others}
+        lacking = [one.metric for one in self.plan.objectives if one.metric not in known | {*ended.logged}]
         if ended.status == view.FINISHED and lacking:
             logged = ", ".join(sorted(ended.logged)) or "nothing"
             raise StokerError(
                 f"the recipe never logs {', '.join(lacking)}: it logs {logged}; "
                 "name one of these with --metric"
             )
+        self._check_failures()
+
+    def _check_failures(self) -> None:
+        """Raises StokerError where too many trials have failed."""
         failures = [t for t in self.trials.values() if t.state == "failed"]
         if self.plan.max_failures is not None and len(failures) > self.plan.max_failures:
             raise StokerError(
                 f"{len(failures)} trials failed, more than --max-failures {self.plan.max_failures}; "
-                f"trial {trial.number}: {trial.error}"
+                f"trial {failures[-1].number}: {failures[-1].error}"
             )
 
     def _job(self, trial: Seen) -> Job:
@@ -512,7 +551,7 @@ class Search:
         return Job(
             trial.number, self.plan.recipe, resolved.values, resolved.sources, self.plan.folder.parent,
             self.plan.folder.name, trial.run, tuple(one.metric for one in self.plan.objectives),
-            self.plan.unit, self.plan.folder / "provenance",
+            self.plan.unit, self.plan.provenance,
         )  # fmt: skip
 
     def _run_of(self, trial: Seen) -> RunView | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,8 +37,10 @@ class Seen:
     """Seconds of its processes that have ended, each counted for as long as it lived."""
     error: str = ""
     trace: str = ""
+    furthest: float = 0.0
+    """The largest step that it ever reported."""
     killed: int = 0
-    """How often in a row without a new report."""
+    """How often in a row without coming further than that."""
     resumes: bool = False
     """Whether it is to go on from where its process, or an earlier controller, ended."""
     share: float | None = None
@@ -71,6 +73,8 @@ class Seen:
     @property
     def done(self) -> float:
         """How much of the unit it has done itself, without what its donor did."""
+        if self.share is not None:  # each share is a training of its own
+            return sum(self.values)
         return max(0.0, self.amount(self.step) - self.origin[1])
 
     def amount(self, step: float) -> float:
@@ -88,10 +92,21 @@ class Seen:
         others = itertools.islice(objectives, 1, None)
         return [self.value, *(self.others.get(one.metric) for one in others)]
 
+    def lower(self, objectives: Sequence[Objective]) -> list[float]:
+        """The newest values of all objectives, so that smaller is better; one that lacks is the worst."""
+        found = zip(objectives, self.outcome(objectives), strict=True)
+        return [math.inf if value is None else one.lower(value) for one, value in found]
+
 
 def run_id(number: int, share: float | None = None) -> str:
     """The id of a trial's run, of that on a share of the data."""
     return f"trial-{number:04d}" + (f"-on-{share:.4g}" if share is not None and share < 100 else "")
+
+
+def dominates(one: Sequence[float], other: Sequence[float]) -> bool:
+    """Whether one is as good as the other in all objectives (smaller is better), and better in some."""
+    pairs = list(zip(one, other, strict=True))
+    return all(a <= b for a, b in pairs) and any(a < b for a, b in pairs)
 
 
 def begins(run: RunView) -> float:

@@ -11,6 +11,7 @@ recipe's config before anything starts.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -162,6 +163,25 @@ class Space:
                 f"such as {instead}, or give uniform(...) a step"
             )
         return {name: list(found or ()) for name, found in points.items()}
+
+    def combinations(self) -> list[dict[str, Any]]:
+        """Every point of the grid, as optuna's params: of points that differ in what is not drawn, one.
+
+        Raises BadInput for ranges whose values cannot be counted.
+        """
+        from optuna.trial import FixedTrial
+
+        points = self.grid()
+        whole = [dict(zip(points, values, strict=True)) for values in itertools.product(*points.values())]
+        if not any(parameter.condition for parameter in self.parameters):
+            return whole
+        found: dict[str, dict[str, Any]] = {}
+        for params in whole:
+            trial = FixedTrial(params)
+            self.suggest(trial)
+            drawn = {name: params[name] for name in points if name in trial.distributions}
+            found.setdefault(repr(drawn), drawn)
+        return list(found.values())
 
     def perturbed(
         self,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import errno
 import fcntl
 import json
 import logging
@@ -89,12 +90,12 @@ class Database:
 
 def _tables(url: str, tries: int = 5) -> BaseStorage:
     """Optuna's tables, which are made where there are none: of several that do so at once, one can."""
-    from sqlalchemy.exc import IntegrityError, ProgrammingError
+    from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError
 
     try:
         return optuna.storages.RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
-    except (IntegrityError, ProgrammingError):
-        if tries == 1:
+    except (IntegrityError, ProgrammingError, OperationalError) as error:
+        if tries == 1 or (isinstance(error, OperationalError) and "already exists" not in str(error)):
             raise
         time.sleep(0.5)
         return _tables(url, tries - 1)
@@ -128,9 +129,12 @@ class JournalFile(BaseJournalBackend):
         if self._held is not None:
             self._held += logs
             return
-        lines = "".join(json.dumps(entry, separators=(",", ":")) + "\n" for entry in logs)
+        lines = "".join(json.dumps(entry, separators=(",", ":")) + "\n" for entry in logs).encode()
         with self._locked():
-            os.write(self._descriptor, lines.encode())
+            size = os.fstat(self._descriptor).st_size
+            if os.write(self._descriptor, lines) < len(lines):  # there was room for some of it only
+                os.ftruncate(self._descriptor, size)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
@@ -206,11 +210,10 @@ class Seeded(BaseSampler):
     Args:
         make: a sampler from a seed and the trial's number.
         seed: of the search.
-        learns: whether it is told how trials end; a grid stops Optuna's own loop then, which there is not.
     """
 
-    def __init__(self, make: Callable[[int, int], BaseSampler], seed: int, *, learns: bool = True) -> None:
-        self._make, self._seed, self._learns = make, seed, learns
+    def __init__(self, make: Callable[[int, int], BaseSampler], seed: int) -> None:
+        self._make, self._seed = make, seed
         self._current: tuple[int, BaseSampler] | None = None
 
     def _of(self, number: int) -> BaseSampler:
@@ -245,8 +248,30 @@ class Seeded(BaseSampler):
         self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None
     ) -> None:
         """See BaseSampler."""
-        if self._learns:
-            self._of(trial.number).after_trial(study, trial, state, values)
+        self._of(trial.number).after_trial(study, trial, state, values)
+
+
+class _Point(BaseSampler):
+    """Draws one point of a grid."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self._values = values
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, Any]:
+        """See BaseSampler, as for the others."""
+        return {}
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, Any]
+    ) -> dict[str, Any]:
+        """See BaseSampler."""
+        return {}
+
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: Any
+    ) -> Any:
+        """See BaseSampler."""
+        return self._values[param_name]
 
 
 def sampler(name: str, space: Space, seed: int, trials: int = 0) -> Seeded:
@@ -261,11 +286,17 @@ def sampler(name: str, space: Space, seed: int, trials: int = 0) -> Seeded:
     if name not in (*SAMPLERS, STAGED):
         raise BadInput(f"--sampler {name}: give one of {', '.join(SAMPLERS)}{nearest(name, SAMPLERS)}")
     if name == "grid":
-        grid: Mapping[str, Any] = space.grid()
-        return Seeded(lambda _, __: samplers.GridSampler(grid, seed=seed), seed, learns=False)
+        points = space.combinations()
+        np.random.default_rng(seed).shuffle(points)
+        return Seeded(lambda _, number: _Point(points[number % len(points)]), seed)
     makers: dict[str, Callable[[int, int], BaseSampler]] = {
         "random": lambda drawn, _: samplers.RandomSampler(seed=drawn),
-        "qmc": lambda _, __: samplers.QMCSampler(seed=seed, scramble=True),
+        "qmc": lambda drawn, _: samplers.QMCSampler(
+            seed=seed,
+            scramble=True,
+            independent_sampler=samplers.RandomSampler(seed=drawn),
+            warn_independent_sampling=False,
+        ),
         "tpe": lambda drawn, _: samplers.TPESampler(
             seed=drawn, multivariate=True, group=True, constant_liar=True
         ),
@@ -288,7 +319,7 @@ def learn_from(study: Study, earlier: Study, name: str) -> int:
             optuna.create_trial(
                 params=trial.params,
                 distributions=trial.distributions,
-                value=trial.value,
+                values=trial.values,
                 user_attrs={EARLIER: name},
             )
         )
@@ -308,6 +339,19 @@ def quiet() -> Iterator[None]:
 def read(file: Path) -> Study:
     """The study in a journal, to be looked at only, also while it is searched."""
     return optuna.load_study(study_name=NAME, storage=JournalStorage(JournalFileBackend(str(file))))
+
+
+def of(folder: Path) -> Study:
+    """The study of a search that stands in a folder, wherever it is kept. Raises BadInput."""
+    known = record.read(folder)
+    url = known.get("storage", "")
+    if not url:
+        return read(folder / record.STUDY)
+    if "***" in url:
+        url = os.environ.get("STOKER_STORAGE") or ""
+    if not url:
+        raise BadInput(f"{folder.name} is kept in {known['storage']}: give its URL as STOKER_STORAGE")
+    return read_shared(url, known["study"])
 
 
 def read_shared(url: str, name: str) -> Study:
