@@ -82,7 +82,7 @@ def _options(arm: str, size: Size) -> list[str]:
         return ["--sampler", arm, "--trials", str(size.trials)]
     trials = enough(size.trials * size.epochs, size.epochs)
     return ["--sampler", "random", "--trials", str(trials), "--scheduler", "asha", "--factor", str(FACTOR),
-            "--least", str(LEAST * EPOCH), "--most", str(size.epochs * EPOCH)]  # fmt: skip
+            "--least", f"{LEAST}ep", "--most", f"{size.epochs}ep"]  # fmt: skip
 
 
 def enough(budget: int, epochs: int) -> int:

@@ -117,7 +117,7 @@ def test_sync_ships_what_no_follower_did_and_ui_shows_it(
     assert pending(run) == 0
     assert Seen(store.embedded_uri(tmp_path / "runs")).points("loss") == [(s, 1 / s) for s in range(1, 11)]
 
-    process = start("ui", "--port", str(port), "--json")
+    process = start("ui", "--port", str(port), "--json", cold=True)
     said = json.loads(process.stdout.readline())
     assert said == {"url": f"http://127.0.0.1:{port}", "store": str(tmp_path / "runs" / "mlflow.db")}
     assert b"<title>MLflow</title>" in _fetch(said["url"])
