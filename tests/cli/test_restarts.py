@@ -138,6 +138,7 @@ def test_a_process_alone_that_takes_long_is_only_warned_of(
             while not warnings() and time.monotonic() < until:
                 time.sleep(0.1)
             time.sleep(2.5)
+    assert len(warnings()) == 1, warnings()
     (said,) = warnings()
     assert "nothing after step 1 for" in said
     assert len(list(run.directory.logs.glob("stacks-*/rank-0.txt"))) == 1

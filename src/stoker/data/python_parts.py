@@ -1,7 +1,8 @@
 """Docstrings of Python's standard library, each with the part of the library that it comes from.
 
 A part is one or a few chapters of the Library Reference of Python 3.11, whose modules are listed in
-`PARTS`. Chapters of a few docstrings, and modules that later Pythons have removed, are left out.
+`PARTS`. Chapters of a few docstrings, modules that later Pythons have removed, and what some systems ship
+apart from Python (tkinter, turtle) are left out.
 
 What a text says must be enough to tell its part, and nothing else may give it away:
 
@@ -44,7 +45,6 @@ PARTS: dict[str, str] = {
         "webbrowser wsgiref urllib nturl2path http ftplib poplib imaplib smtplib uuid socketserver xmlrpc "
         "ipaddress"
     ),
-    "graphics": "tkinter turtle",
     "development and debugging": (
         "typing pydoc doctest unittest bdb faulthandler pdb profile cProfile pstats timeit trace tracemalloc"
     ),
