@@ -128,7 +128,8 @@ def test_a_process_alone_that_takes_long_is_only_warned_of(
     monkeypatch.setattr(logging.getLogger("stoker"), "propagate", True)
 
     def warnings() -> list[str]:
-        return [r.getMessage() for r in caplog.records if "hang_limit" in r.getMessage()]
+        once = {id(record): record.getMessage() for record in caplog.records}  # two loggers may hand it on
+        return [said for said in once.values() if "hang_limit" in said]
 
     with Run("test", "a", runs=tmp_path) as run:
         run.heart = supervision.Heart(0.5)
@@ -138,7 +139,6 @@ def test_a_process_alone_that_takes_long_is_only_warned_of(
             while not warnings() and time.monotonic() < until:
                 time.sleep(0.1)
             time.sleep(2.5)
-    assert len(warnings()) == 1, warnings()
     (said,) = warnings()
     assert "nothing after step 1 for" in said
     assert len(list(run.directory.logs.glob("stacks-*/rank-0.txt"))) == 1
