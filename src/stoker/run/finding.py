@@ -28,16 +28,15 @@ def folder(name: Path | str) -> Path:
 
 def locate(runs: Path, experiment: str, run_id: str) -> RunDirectory:
     """The directory of a run by experiment and id, there or not. Raises BadInput on a bad name."""
-    for what, name in (("experiment", experiment), ("name", run_id)):
-        if not _NAME.fullmatch(name):
-            raise BadInput(f"{what} {name!r} cannot name a folder: use letters, digits, '.', '_' and '-'")
+    checked(experiment, "experiment")
+    checked(run_id)
     return RunDirectory(runs / experiment / run_id)
 
 
-def checked(name: str) -> str:
-    """A name that can be a folder's. Raises BadInput."""
+def checked(name: str, what: str = "name") -> str:
+    """A name that can be a folder's, of what it is. Raises BadInput."""
     if not _NAME.fullmatch(name):
-        raise BadInput(f"name {name!r} cannot name a folder: use letters, digits, '.', '_' and '-'")
+        raise BadInput(f"{what} {name!r} cannot name a folder: use letters, digits, '.', '_' and '-'")
     return name
 
 

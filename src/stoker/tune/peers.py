@@ -15,16 +15,13 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 from stoker.tune.plan import Objective
 from stoker.tune.schedulers import Known, State
-from stoker.tune.seen import Seen
+from stoker.tune.seen import ENDED, Seen
 from stoker.tune.study import EARLIER
 
 _BEAT = 5.0  # seconds between two signs of life
 _GONE = 30.0  # seconds without one
 _FRESH = 0.5  # seconds for which what was read of the others is new enough
 _BY = "controller"
-_ENDED: dict[TrialState, State] = {
-    TrialState.COMPLETE: "complete", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed"
-}  # fmt: skip
 
 
 class Peers:
@@ -115,7 +112,7 @@ class Peers:
     def _state(self, trial: FrozenTrial) -> State:
         """As far as it matters here: what does not run now is nobody's to be waited for or resumed."""
         if trial.state.is_finished():
-            return _ENDED[trial.state]
+            return ENDED[trial.state]
         paused = trial.user_attrs.get("state", {}).get("paused", False)
         seen = self._signs.get(trial.user_attrs[_BY], (None, -_GONE))[1]
         return "pruned" if paused or time.monotonic() - seen >= _GONE else "running"

@@ -35,11 +35,7 @@ _RESTARTS = 3
 _OF_A_RUN: dict[str, State] = {
     view.FINISHED: "complete", view.STOPPED: "pruned", view.PAUSED: "paused", view.FAILED: "failed"
 }  # fmt: skip
-_TOLD: dict[State, TrialState] = {
-    "complete": TrialState.COMPLETE,
-    "pruned": TrialState.PRUNED,
-    "failed": TrialState.FAIL,
-}
+_TOLD: dict[State, TrialState] = {state: told for told, state in seen.ENDED.items()}
 
 
 class Executor(Protocol):
@@ -280,13 +276,20 @@ class Search:
         trial.state = "running"
         if not trial.values:
             return True
+        return self._continues(trial)
+
+    def _continues(self, trial: Seen) -> bool:
+        """Whether a trial, which no process trains now, is to go on at once; else it waits or is over."""
         decision = self._scheduler.decide(self._known(), trial.number)
         if decision is Decision.PAUSE:
-            trial.state = "paused"
-            self._publish(trial.number, paused=True)
+            self._pause(trial)
         elif decision is Decision.STOP:
             self._tell(trial, "pruned")
         return decision is Decision.CONTINUE
+
+    def _pause(self, trial: Seen) -> None:
+        trial.state = "paused"
+        self._publish(trial.number, paused=True)
 
     def _fork(self) -> int | None:
         """Begin a trial in place of one that population based training stopped, where there is one."""
@@ -383,7 +386,7 @@ class Search:
             self._open[found.number] = open_
             self._take_up(trial, run)
             return
-        trial.state = next(state for state, told in _TOLD.items() if told == found.state)
+        trial.state = seen.ENDED[found.state]
         trial.error = str(found.user_attrs.get("error", ""))
         trial.trace = str(found.user_attrs.get("trace", ""))
 
@@ -414,14 +417,7 @@ class Search:
             self._tell(trial, "complete")
             return
         trial.state = "running"
-        decision = self._scheduler.decide(self._known(), trial.number)
-        if decision is Decision.CONTINUE:
-            trial.resumes = True
-        elif decision is Decision.STOP:
-            self._tell(trial, "pruned")
-        else:
-            trial.state = "paused"
-            self._publish(trial.number, paused=True)
+        trial.resumes = self._continues(trial)
 
     def _take_up(self, trial: Seen, run: RunView | None) -> None:
         """Where a trial is whose end the study was not told."""
@@ -430,8 +426,7 @@ class Search:
             return
         state = _OF_A_RUN.get(run.status) if run is not None else None
         if state == "paused":
-            trial.state = "paused"
-            self._publish(trial.number, paused=True)
+            self._pause(trial)
         elif state is None:
             trial.resumes = True
         else:
@@ -508,8 +503,7 @@ class Search:
         if state is None:  # it was told to stop, and goes on with the search
             trial.resumes = not self._ending
         elif state == "paused":
-            trial.state = "paused"
-            self._publish(trial.number, paused=True)
+            self._pause(trial)
         elif state == "complete" and trial.share is not None and self.plan.first.metric in ended.values:
             trial.values[trial.share] = ended.values[self.plan.first.metric]
             self._table.pop(trial.number, None)

@@ -8,11 +8,17 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from optuna.trial import TrialState
 from stoker import duration
 from stoker.checkpoint import manifest
 from stoker.run.view import RunView
 from stoker.tune.plan import Objective
 from stoker.tune.schedulers import Known, State
+
+ENDED: dict[TrialState, State] = {
+    TrialState.COMPLETE: "complete", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed"
+}  # fmt: skip
+"""How a trial ended, by what the study says."""
 
 
 @dataclass
@@ -26,7 +32,7 @@ class Seen:
     values: dict[float, float] = field(default_factory=dict)
     """Step -> value of the first objective, as it was logged."""
     others: dict[str, float] = field(default_factory=dict)
-    """The newest values of the other objectives."""
+    """The newest values of the objectives by metric, as far as it has logged them."""
     per_step: float = 1.0
     """How much of the unit that schedulers count by a step is."""
     origin: tuple[float, float] = (0.0, 0.0)
