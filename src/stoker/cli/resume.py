@@ -11,13 +11,26 @@ import typer
 from stoker import config as configs
 from stoker import recipes
 from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder
-from stoker.cli.train import Launch, MaxRestarts, MaxTime, Nodes, Nproc, Overrides, Profile, Rendezvous, start
+from stoker.cli.submit import Command, Where, submittable
+from stoker.cli.train import (
+    HERE,
+    Launch,
+    MaxRestarts,
+    MaxTime,
+    Nodes,
+    Nproc,
+    Overrides,
+    Profile,
+    Rendezvous,
+    start,
+)
 from stoker.errors import BadInput
 from stoker.run import finding, view
 
 log = logging.getLogger("stoker")
 
 
+@submittable
 def resume(
     run: Annotated[
         str, typer.Argument(metavar="RUN", help="A run's id, the start of one, experiment/id, or its path.")
@@ -31,11 +44,13 @@ def resume(
     profile: Profile = None,
     runs: RunsFolder = DEFAULT_RUNS,
     json: Json = False,
+    where: Where = HERE,
 ) -> int:
     """Continue a run from its newest valid checkpoint, as recorded.
 
     A KEY=VALUE given here replaces the recorded one from now on, and is reported as drift.
     """
+    command = Command.of_verb("resume")
     found = finding.find(runs, run)
     seen = view.load(found)
     reference = seen.record["recipe"].get("reference")
@@ -50,9 +65,10 @@ def resume(
         resolved = configs.changed(resolved, overrides)
         for key, (old, new) in configs.drift(seen.config, resolved.values).items():
             log.warning("drift: %s was %s and is %s from now on", key, old, new)
+    ranks = nproc or max(1, _ranks(seen) // nodes)
+    launch = Launch(ranks, nodes, rendezvous, max_restarts, max_time, profile, where, command)
     return start(
-        recipe, resolved,
-        Launch(nproc or max(1, _ranks(seen) // nodes), nodes, rendezvous, max_restarts, max_time, profile),
+        recipe, resolved, launch,
         runs=found.path.parent.parent, name=found.id, experiment=found.experiment, json=json,
         accept_drift=True,
     )  # fmt: skip

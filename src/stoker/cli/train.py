@@ -18,7 +18,9 @@ from rich.console import Console
 from stoker import config as configs
 from stoker import recipes
 from stoker.attempt import Run
+from stoker.cli import submit
 from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, console, print_json, say_error, show_messages
+from stoker.cli.submit import Command, Where, submittable
 from stoker.config import Resolved
 from stoker.duration import clock
 from stoker.engine import options
@@ -63,7 +65,7 @@ Nodes = Annotated[
     int,
     typer.Option(
         "--nodes", min=1, metavar="N",
-        help="Machines that train together: the same command is started on each.",
+        help="Machines that train together; without --on the same command is started on each.",
     ),
 ]  # fmt: skip
 Rendezvous = Annotated[
@@ -85,8 +87,10 @@ Profile = Annotated[
     str | None,
     typer.Option(metavar="FIRST:LAST", help="Trace these steps with torch's profiler, such as 10:15."),
 ]
+HERE = Where()
 
 
+@submittable
 def train(
     recipe: Annotated[
         str,
@@ -107,6 +111,7 @@ def train(
     profile: Profile = None,
     runs: RunsFolder = DEFAULT_RUNS,
     json: Json = False,
+    where: Where = HERE,
 ) -> int:
     """Start a run; the same command with the same --name continues it.
 
@@ -114,13 +119,16 @@ def train(
     """
     found = recipes.load(recipe)
     resolved = configs.resolve(found.config, overrides or (), recipes.config_file(config))
-    launch = Launch(nproc or 1, nodes, rendezvous, max_restarts, max_time, profile)
+    launch = Launch(
+        nproc or 1, nodes, rendezvous, max_restarts, max_time, profile, where, Command.of_verb("train")
+    )
     return start(found, resolved, launch, runs=runs, name=name, experiment=experiment, json=json)
 
 
 def script_command(train_function: Callable[..., None]) -> Callable[..., int]:
     """The same command for a script's own train function."""
 
+    @submittable
     def command(
         overrides: Overrides = None,
         config: ConfigFile = None,
@@ -134,10 +142,14 @@ def script_command(train_function: Callable[..., None]) -> Callable[..., int]:
         profile: Profile = None,
         runs: RunsFolder = DEFAULT_RUNS,
         json: Json = False,
+        where: Where = HERE,
     ) -> int:
         found = recipes.from_function(train_function)
         resolved = configs.resolve(found.config, overrides or (), recipes.config_file(config))
-        launch = Launch(nproc or 1, nodes, rendezvous, max_restarts, max_time, profile)
+        launch = Launch(
+            nproc or 1, nodes, rendezvous, max_restarts, max_time, profile, where,
+            Command.of_script(found.source),
+        )  # fmt: skip
         return start(found, resolved, launch, runs=runs, name=name, experiment=experiment, json=json)
 
     command.__doc__ = (
@@ -157,6 +169,9 @@ class Launch:
     max_restarts: int = 0
     max_time: str | None = None
     profile: str | None = None
+    where: Where = HERE
+    command: Command | None = None
+    """The one that the run is started by, where it may be another machine's to run."""
 
 
 @dataclass(frozen=True)
@@ -191,16 +206,22 @@ def start(
     """Train, from the beginning or from where the run of that name was; returns the exit code."""
     show_messages()
     experiment = experiment or recipe.name
-    _check_nodes(launch, name)
+    _check_where(launch, name)
     if name is not None:
         finished = _finished(finding.named(runs.absolute(), experiment, name), resolved)
         if finished is not None:
             return _answer(finished, json, "was finished already")
-    check(recipe, resolved.config, max(launch.nproc * launch.nodes, World.current().size))
+    where = launch.where
+    ranks_in_all = max(launch.nproc * launch.nodes, World.current().size)
+    check(recipe, resolved.config, ranks_in_all, None if where.here else where.gpus * launch.nodes)
     job = Job(
         recipe.reference, resolved.values, resolved.sources, runs.absolute(), experiment, name,
         _steps(launch.profile), json, accept_drift, _deadline(launch.max_time),
     )  # fmt: skip
+    if launch.command is not None and not where.here:
+        return _submit(launch, launch.command, runs.absolute(), experiment, name, json)
+    if launch.command is not None and where.dry_run:
+        return submit.print_command(launch.command)
     if launch.nproc == 1 and launch.nodes == 1 and launch.max_restarts == 0:
         return _work(recipe, resolved, job)
     if World.current().size > 1:
@@ -213,6 +234,17 @@ def start(
         run_rank, (named,), nproc=launch.nproc, preload=recipe.preload, max_restarts=launch.max_restarts,
         machines=launch.nodes, rendezvous=launch.rendezvous or "", shared=runs.absolute(),
     )  # fmt: skip
+
+
+def _submit(
+    launch: Launch, command: Command, runs: Path, experiment: str, name: str | None, json: bool
+) -> int:
+    """Have a cluster do it; a run without a name is given one, so that the job can go on with it."""
+    run = finding.locate(runs, experiment, name or directory.new_id())
+    named = command if name is not None else command.with_("--name", run.id)
+    trained = f"{run.experiment}/{run.id}"
+    made = submit.training(launch.where, named, name=trained, nproc=launch.nproc, nodes=launch.nodes)
+    return submit.send(launch.where, made, runs=runs, trains=[trained], json=json)
 
 
 def run_rank(job: Job, measure: int | None = None) -> int:
@@ -247,19 +279,27 @@ def _work(recipe: Recipe, resolved: Resolved[Any], job: Job, measure: int | None
     return code
 
 
-def check(recipe: Recipe, config: Any, ranks: int) -> None:
-    """Refuse what cannot work on so many ranks before any is started. Raises BadInput."""
+def check(recipe: Recipe, config: Any, ranks: int, gpus: int | None = None) -> None:
+    """Refuse what cannot work on so many ranks before any is started. Raises BadInput.
+
+    Args:
+        gpus: where it is to run; by default those of this machine.
+    """
     if isinstance(config, Training):
         options.check(
-            options.with_deepspeed_file(config), ranks=ranks, gpus=_gpus(config, ranks),
+            options.with_deepspeed_file(config), ranks=ranks,
+            gpus=_gpus(config, ranks) if gpus is None else gpus,
             batch_size=getattr(config, "batch_size", None),
         )  # fmt: skip
     if recipe.check is not None:
         recipe.check(config, ranks)
 
 
-def _check_nodes(launch: Launch, name: str | None) -> None:
+def _check_where(launch: Launch, name: str | None) -> None:
     """Raises BadInput."""
+    submit.check(launch.where)
+    if not launch.where.here:
+        return
     if launch.nodes == 1 and launch.rendezvous is not None:
         raise BadInput("--rendezvous is for several machines: say how many with --nodes")
     if launch.nodes > 1 and launch.rendezvous is None:

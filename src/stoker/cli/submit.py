@@ -1,0 +1,232 @@
+"""`--on TARGET`: a command as a job of a cluster, with what it needs there.
+
+The options are those of `Where`; `submittable` gives them to a verb. What the job runs is the command as it
+was given, without them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import os
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import typer
+from stoker.cli.output import console, print_json
+from stoker.errors import BadInput
+from stoker.launch import jobs, jobspec, targets
+from stoker.launch.jobspec import ELEMENT, RENDEZVOUS, JobSpec
+from stoker.launch.targets import LOCAL, TARGETS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Where:
+    """Where a command runs, and what it needs there."""
+
+    on: Annotated[
+        str, typer.Option(metavar="|".join((LOCAL, *TARGETS)), help="Here, or as a job of a cluster.")
+    ] = LOCAL
+    gpus: Annotated[
+        int, typer.Option(min=0, metavar="N", help="With --on: GPUs of each node.", show_default=False)
+    ] = 0
+    cpus: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="With --on: cores of each node.", show_default="one a rank"),
+    ] = None
+    memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="With --on: memory of each node, such as 64GB.")
+    ] = None
+    time: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TIME", help="With --on: the job's time limit, such as 4h; it is queued again then."
+        ),
+    ] = None
+    retries: Annotated[
+        int,
+        typer.Option(
+            min=0, metavar="N",
+            help="With --on: start the job again when it fails, so often. Being preempted is no failure.",
+        ),
+    ] = 0  # fmt: skip
+    env: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME[=VALUE]",
+            help="With --on: a variable of the job; without a value it is the one set here, and not written "
+            "down.",
+        ),
+    ] = None
+    option: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE", help="With --on: a setting of the target's own, such as partition=gpu."
+        ),
+    ] = None
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print exactly what would be submitted, and do nothing.")
+    ] = False
+
+    @property
+    def here(self) -> bool:
+        return self.on == LOCAL
+
+
+_VALUED = [f"--{field.name}" for field in dataclasses.fields(Where) if field.name != "dry_run"]
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command as it was given."""
+
+    program: tuple[str, ...]
+    """What it begins with: a Python, and a module or a script."""
+    arguments: tuple[str, ...]
+    folder: Path
+    """Where it was given."""
+
+    @classmethod
+    def of_verb(cls, verb: str) -> Command:
+        """The one that this process was started by: `stoker VERB ...`."""
+        return cls((sys.executable, "-m", "stoker", verb), tuple(sys.argv[2:]), Path.cwd())
+
+    @classmethod
+    def of_script(cls, script: Path) -> Command:
+        """The one that this process was started by: `python SCRIPT ...`."""
+        return cls((sys.executable, str(script)), tuple(sys.argv[1:]), Path.cwd())
+
+    def without(self, *options: str, flags: Sequence[str] = ()) -> Command:
+        """The command without the options of `Where`, without other options, and without flags.
+
+        Args:
+            options: of those that have a value.
+            flags: of those that have none.
+        """
+        flags = ("--dry-run", "--json", *flags)
+        valued = {*_VALUED, *options}
+        kept, rest = [], iter(self.arguments)
+        for argument in rest:
+            if argument in valued:
+                next(rest, None)
+            elif argument not in flags and argument.partition("=")[0] not in valued:
+                kept.append(argument)
+        return dataclasses.replace(self, arguments=tuple(kept))
+
+    def with_(self, *arguments: str) -> Command:
+        """The command with more arguments."""
+        return dataclasses.replace(self, arguments=(*self.arguments, *arguments))
+
+    def has(self, option: str) -> bool:
+        """Whether an option is given."""
+        return any(argument.partition("=")[0] == option for argument in self.arguments)
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        return (*self.program, *self.arguments)
+
+
+def submittable(command: Callable[..., int]) -> Callable[..., int]:
+    """Give a command the options of `Where`, which it takes as its parameter `where`."""
+    own = inspect.signature(command, eval_str=True).parameters.values()
+    hints = get_type_hints(Where, include_extras=True)
+    added = [
+        inspect.Parameter(
+            field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name]
+        )
+        for field in dataclasses.fields(Where)
+    ]
+
+    @functools.wraps(command)
+    def with_options(**given: Any) -> int:
+        where = Where(**{parameter.name: given.pop(parameter.name) for parameter in added})
+        return command(**given, where=where)
+
+    kept = [parameter for parameter in own if parameter.name != "where"]
+    with_options.__signature__ = inspect.Signature([*kept, *added])  # type: ignore[attr-defined]
+    return with_options
+
+
+def check(where: Where) -> None:
+    """Refuse a target that is none, and what is for a cluster where none is asked for. Raises BadInput."""
+    if not where.here:
+        targets.of(where.on)
+        return
+    for field in dataclasses.fields(Where):
+        if field.name not in ("on", "dry_run") and getattr(where, field.name) != field.default:
+            raise BadInput(
+                f"--{field.name} is for jobs of a cluster: give --on {' or '.join(TARGETS)} too, or leave it "
+                "out"
+            )
+
+
+def spec(
+    where: Where, command: Command, *, name: str, processes: int, nodes: int = 1, elements: int = 0
+) -> JobSpec:
+    """The job that a command is. Raises BadInput.
+
+    Args:
+        name: what it is called in the queue.
+        processes: ranks of each node.
+        elements: jobs of an array; 0 for none.
+    """
+    written, passed = jobspec.environment(where.env or (), os.environ)
+    if runs := os.environ.get("STOKER_RUNS"):
+        command = command if command.has("--runs") else command.with_("--runs", runs)
+    made = JobSpec(
+        name=name, command=command.words, folder=command.folder, nodes=nodes, processes=processes,
+        gpus=where.gpus, cpus=where.cpus or processes,
+        memory=jobspec.memory(where.memory) if where.memory is not None else None,
+        time=jobspec.time_limit(where.time) if where.time is not None else None,
+        environment=written, passed=passed, retries=where.retries, elements=elements,
+        options=jobspec.settings(where.option or ()),
+    )  # fmt: skip
+    jobspec.check(made)
+    return made
+
+
+def training(where: Where, command: Command, *, name: str, nproc: int, nodes: int) -> JobSpec:
+    """The job that trains one run. Raises BadInput."""
+    if command.has("--rendezvous"):
+        raise BadInput(f"--rendezvous: on {where.on} the nodes find each other by themselves; leave it out")
+    plain = command.without()
+    if nodes > 1:
+        plain = plain.with_("--rendezvous", RENDEZVOUS)
+    return spec(where, plain, name=name, processes=nproc, nodes=nodes)
+
+
+def element(name: str) -> str:
+    """What an element of an array calls what it makes."""
+    return f"{name}-{ELEMENT}"
+
+
+def send(where: Where, made: JobSpec, *, runs: Path, trains: Sequence[str], json: bool) -> int:
+    """Submit a job, or only print what would be; returns the exit code. Raises BadInput, StokerError."""
+    target = targets.of(where.on)
+    job = jobs.planned(where.on, made, runs, tuple(trains))
+    rendered = target.render(job)
+    if where.dry_run:
+        sys.stdout.write(rendered)
+        return 0
+    target.check(job)
+    known = jobs.remember(job, target.submit(job, rendered))
+    if json:
+        print_json({"job": known.id, "target": known.target, "native": known.native,
+                    "runs": list(known.trains), "folder": str(known.folder)})  # fmt: skip
+        return 0
+    out = console()
+    out.print(f"job {known.id} is {known.target}'s {known.native}: {', '.join(known.trains)}", markup=False)
+    out.print(f"it runs the code that is in {made.folder} when it starts", markup=False)
+    out.print(f"next: stoker jobs list   stoker jobs logs {known.id} -f   stoker jobs cancel {known.id}")
+    return 0
+
+
+def print_command(command: Command) -> int:
+    """What `--dry-run` prints of a command that runs here."""
+    sys.stdout.write(f"{shlex.join(command.without().words)}\n")
+    return 0

@@ -1,0 +1,126 @@
+"""Jobs that were submitted, as the runs folder remembers them.
+
+runs/.jobs/<id>/
+  job.json        what was submitted, where to, when and from where
+  script.sh ...   what the target was handed
+  node-0.log ...  what it wrote, where the target keeps that in files
+"""
+
+from __future__ import annotations
+
+import getpass
+import platform
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import orjson
+from stoker import storage
+from stoker.errors import BadInput, nearest
+from stoker.launch.jobspec import JobSpec
+from stoker.reproduce import provenance
+from stoker.run import directory
+
+FOLDER = ".jobs"  # in the runs folder
+RECORD = "job.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A job: one that is about to be submitted, or one that was."""
+
+    id: str
+    target: str
+    spec: JobSpec
+    runs: Path
+    """The runs folder."""
+    trains: tuple[str, ...]
+    """The runs that it trains, as experiment/name; of a sweep the folders of its trials."""
+    native: str = ""
+    """The id that the target has given it."""
+    submitted: float = 0.0
+    """When, in seconds since 1970."""
+    by: str = ""
+    """Who submitted it, and on which machine: me@login1."""
+    code: Mapping[str, Any] = field(default_factory=dict)
+    """The state of its code then, see `provenance.code_state`; a job runs what is there when it starts."""
+    cancelled: bool = False
+    """Whether it was cancelled by `stoker jobs cancel`."""
+
+    @property
+    def folder(self) -> Path:
+        return self.runs / FOLDER / self.id
+
+
+def planned(target: str, spec: JobSpec, runs: Path, trains: tuple[str, ...]) -> Job:
+    """A job that nothing is written of yet."""
+    return Job(id=directory.new_id(), target=target, spec=spec, runs=runs.absolute(), trains=trains)
+
+
+def begin(job: Job, file: str, rendered: str) -> Path:
+    """Make a job's folder, with what the target is handed; returns that file. Raises BadInput."""
+    try:
+        job.folder.mkdir(parents=True)
+        (job.folder / file).write_text(rendered, encoding="utf-8")
+    except OSError as error:
+        raise BadInput(f"the job cannot be written to {job.folder}: {error.strerror}") from error
+    return job.folder / file
+
+
+def forget(job: Job) -> None:
+    """Remove what stands of a job that was not submitted after all."""
+    shutil.rmtree(job.folder, ignore_errors=True)
+
+
+def remember(job: Job, native: str) -> Job:
+    """Write down a job that was submitted, with the id that the target has given it."""
+    by = f"{getpass.getuser()}@{platform.node()}"
+    code = provenance.code_state(job.spec.folder)
+    known = replace(job, native=native, submitted=time.time(), by=by, code=code)
+    write(known)
+    return known
+
+
+def write(job: Job) -> None:
+    """Write a job's record."""
+    known = asdict(job) | {"spec": job.spec.to_json(), "runs": str(job.runs)}
+    storage.write_atomically(job.folder / RECORD, orjson.dumps(known, option=orjson.OPT_INDENT_2))
+
+
+def every(runs: Path) -> list[Job]:
+    """All jobs of a runs folder, oldest first."""
+    records = ((file, storage.read_json(file)) for file in (runs / FOLDER).glob(f"*/{RECORD}"))
+    found = [_read(record, runs) for _, record in records if record]
+    return sorted(found, key=lambda job: (job.submitted, job.id))
+
+
+def find(runs: Path, reference: str) -> Job:
+    """The job meant by its id, the start of one, the target's id, or a run's name. Raises BadInput.
+
+    Of several jobs that trained one run the newest is meant.
+    """
+    known = every(runs)
+    exact = [job for job in known if reference in (job.id, job.native)]
+    named = [job for job in known if any(reference in (run, _name(run)) for run in job.trains)]
+    begun = [job for job in known if job.id.startswith(reference)]
+    found = exact or named[-1:] or begun
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise BadInput(f"{reference!r} means several jobs: {', '.join(j.id for j in found[:8])}")
+    names = [name for job in known for name in (job.id, job.native, *map(_name, job.trains))]
+    hint = nearest(reference, names)
+    raise BadInput(f"no job {reference!r} under {runs}{hint}; `stoker jobs list` shows what there is")
+
+
+def _name(run: str) -> str:
+    return run.rpartition("/")[2]
+
+
+def _read(record: dict[str, Any], runs: Path) -> Job:
+    """A job by its record, wherever the runs folder stands now."""
+    kept = {**record, "spec": JobSpec.from_json(record["spec"]), "trains": tuple(record["trains"])}
+    return Job(**{**kept, "runs": runs.absolute()})

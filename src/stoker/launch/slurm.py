@@ -1,0 +1,422 @@
+"""Jobs on Slurm: an sbatch script that goes on by itself after whatever ended it.
+
+The script runs one launcher a node by `srun`, which starts the ranks of that node. Slurm tells it to stop a
+while before the time limit (`--signal`, SIGUSR1) and when it takes the nodes back (SIGTERM, a partition's
+GraceTime before the end): both go to the job's steps, not to the script. The launcher ends with 75 then,
+after a checkpoint, and the script has Slurm queue the same job again. It does so only while Slurm counts the
+job as running: one that was cancelled is not any more, nor one that Slurm queues again by itself.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from stoker.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, BadInput, StokerError
+from stoker.launch import jobs, jobspec, tail
+from stoker.launch.jobs import Job
+from stoker.launch.jobspec import ELEMENT, RENDEZVOUS, JobSpec
+from stoker.launch.targets import Line, Status
+
+SCRIPT = "script.sh"
+ATTEMPTS = "attempts.txt"
+"""In the job's folder: a line for each time that it ended, with its exit code."""
+
+_WARNING = 120  # seconds before the time limit
+_ANSWER = 60.0  # seconds that Slurm's commands may take
+_STRAGGLERS = 60  # seconds that the other nodes' launchers have to end, once one has
+_FIRST_PORT = 20000  # of ten thousand below those that Linux gives to outgoing connections
+
+_FLAGS = {
+    "job-name": "--name", "nodes": "--nodes", "ntasks": "--nproc", "ntasks-per-node": "--nproc",
+    "cpus-per-task": "--cpus", "mem": "--memory", "time": "--time", "gpus": "--gpus",
+    "gpus-per-node": "--gpus", "array": "--controllers",
+}  # fmt: skip
+"""Settings of Slurm's that are given by a flag of the command."""
+_OWN = ("chdir", "output", "error", "open-mode", "requeue", "no-requeue", "export", "export-file", "wrap")
+"""Settings without which the script would not do what it is for."""
+_STATES = {
+    "PENDING": "queued", "REQUEUED": "queued", "REQUEUE_FED": "queued", "REQUEUE_HOLD": "queued",
+    "SPECIAL_EXIT": "queued", "CONFIGURING": "queued", "RESV_DEL_HOLD": "queued", "SUSPENDED": "queued",
+    "STOPPED": "queued", "RUNNING": "running", "RESIZING": "running", "SIGNALING": "running",
+    "COMPLETING": "ending", "STAGE_OUT": "ending", "COMPLETED": "done", "CANCELLED": "cancelled",
+    "REVOKED": "cancelled",
+}  # fmt: skip
+"""Slurm's words in ours; all others are `failed`, with Slurm's word as the reason."""
+_MOST_TELLING = ("running", "ending", "queued", "failed", "cancelled", "unknown", "done")
+"""Of the elements of an array the first of these is how the array is."""
+
+
+def check(job: Job) -> None:
+    """Ask Slurm whether it could ever run a job. Raises BadInput."""
+    _check_nodes(job.spec)
+    done = _call(["sbatch", "--test-only"], given=render(job))
+    if done.returncode != 0:
+        raise BadInput(f"sbatch refuses the job: {_said(done)}")
+
+
+def render(job: Job) -> str:
+    """The sbatch script. Raises BadInput for settings that it cannot have."""
+    spec = job.spec
+    jobspec.check(spec)
+    parts = [
+        "#!/bin/bash",
+        *(_directive(key, value) for key, value in _directives(job).items()),
+        "",
+        *_environment(spec),
+        *_meeting(spec),
+        _STEP_COMMENT.format(warning=_clock(_warning(spec))),
+        _step(job),
+        "code=$?",
+        "",
+        *_ending(job),
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def submit(job: Job, rendered: str) -> str:
+    """Submit the script; returns the job's number. Raises StokerError."""
+    script = jobs.begin(job, SCRIPT, rendered)
+    done = _call(["sbatch", "--parsable", str(script)])
+    if done.returncode != 0:
+        jobs.forget(job)
+        raise StokerError(f"sbatch did not take the job: {_said(done)}")
+    return done.stdout.strip().partition(";")[0]
+
+
+def states(of: Sequence[Job]) -> dict[str, Status]:
+    """How jobs are, by `Job.id`: by squeue, else by sacct, else by what their scripts have written."""
+    numbers = [job.native for job in of]
+    known = _queue(numbers)
+    missing = [number for number in numbers if number not in known]
+    known |= _accounting(missing) if missing else {}
+    return {job.id: _status(job, known.get(job.native, [])) for job in of}
+
+
+def cancel(job: Job, *, at_once: bool) -> None:
+    """End a job for good. Raises StokerError."""
+    if at_once:
+        _do(["scancel", job.native])
+        return
+    _do(["scontrol", "update", f"JobId={job.native}", "Requeue=0"])
+    _do(["scancel", "--state=PENDING", job.native])
+    _do(["scancel", "--state=RUNNING", "--signal=TERM", job.native])
+
+
+def lines(job: Job, *, follow: bool) -> Iterator[Line]:
+    """What the nodes' launchers and the ranks have written."""
+
+    def files() -> dict[str, Path]:
+        own = {file.stem.replace("-", " "): file for file in sorted(job.folder.glob("*.log"))}
+        return own | {name: file for run in job.trains for name, file in _ranks(job.runs / run).items()}
+
+    def over() -> bool:
+        return states([job])[job.id].over
+
+    return tail.lines(files, over if follow else None)
+
+
+# -- the script ----------------------------------------------------------------------------
+
+_NUMBER = '"$SLURM_ARRAY_TASK_ID"'
+_STEP_COMMENT = """\
+# One launcher a node, which starts the node's ranks. Slurm tells it to stop {warning} before the time limit,
+# and when it takes the nodes back; it ends with 75 then, after a checkpoint."""
+_REQUEUE = """\
+# A job that was cancelled is not RUNNING any more, nor one that Slurm queues again by itself.
+if [ $again = yes ] && [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" = RUNNING ]; then
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit $code"""
+
+
+def _directives(job: Job) -> dict[str, str]:
+    """The script's settings; those of `--option` come last, and may replace `signal`. Raises BadInput."""
+    spec = job.spec
+    _check_options(spec.options)
+    log = "element-%a.log" if spec.elements else "slurm.log"
+    found = {"job-name": spec.name, "nodes": str(spec.nodes), "ntasks-per-node": "1"}
+    found["cpus-per-task"] = str(spec.cpus)
+    if spec.gpus:
+        found["gpus-per-node"] = str(spec.gpus)
+    if spec.memory is not None:
+        found["mem"] = _megabytes(spec.memory)
+    if spec.time is not None:
+        found["time"] = _days(spec.time)
+    if spec.elements:
+        found["array"] = f"0-{spec.elements - 1}"
+    found |= {"signal": f"USR1@{_WARNING}", "requeue": "", "open-mode": "append"}
+    found |= {"chdir": str(spec.folder), "output": f"{_literal(job.folder)}/{log}"}
+    _check_warning(spec)
+    return {**found, **spec.options}
+
+
+def _directive(key: str, value: str) -> str:
+    return f"#SBATCH --{key}={shlex.quote(value)}" if value else f"#SBATCH --{key}"
+
+
+def _environment(spec: JobSpec) -> list[str]:
+    """Variables, as lines of the script."""
+    given = {"OMP_NUM_THREADS": str(spec.threads), **spec.environment}
+    found = [f"export {name}={shlex.quote(value)}" for name, value in given.items()]
+    if spec.passed:
+        found.append(f"# from the shell that called sbatch: {', '.join(spec.passed)}")
+    return [*found, ""]
+
+
+def _meeting(spec: JobSpec) -> list[str]:
+    """Where the nodes' launchers meet: this script runs on the first node."""
+    if not any(RENDEZVOUS in argument for argument in spec.command):
+        return []
+    return [
+        "# The launchers meet on the first node, where this script runs, at a port of this job's own.",
+        f"rendezvous=$(hostname):$(({_FIRST_PORT} + SLURM_JOB_ID % 10000))",
+        "",
+    ]
+
+
+def _step(job: Job) -> str:
+    """The call of srun. Slurm gives a step one core unless it is told again how many."""
+    spec = job.spec
+    flags = [f"--cpus-per-task={spec.cpus}"]
+    if spec.nodes > 1:
+        flags += [f"--wait={_STRAGGLERS}"]
+        flags += ["--open-mode=append", f"--output={_literal(job.folder)}/node-%n.log"]
+    return " \\\n    ".join([" ".join(["srun", *map(_word, flags)]), " ".join(map(_word, spec.command))])
+
+
+def _ending(job: Job) -> list[str]:
+    """What is done once the launchers have ended: the job is queued again, or over."""
+    spec, told = job.spec, f"{EXIT_PREEMPTED} | 138 | 143"
+    element = f".{_NUMBER}" if spec.elements else ""
+    found = [
+        f"attempts={shlex.quote(str(job.folder / ATTEMPTS))}{element}",
+        'echo "$(date +%FT%T) $SLURM_JOB_NODELIST exit code $code" >> "$attempts"',
+        "case $code in",
+        f"    {told}) again=yes ;;  # told to stop: 138 and 143 are before Python could answer",
+    ]
+    if spec.retries:
+        failed = f"grep -cvE 'exit code (0|{told.replace(' ', '')})$'"
+        found += [
+            f"    0 | {EXIT_BAD_INPUT}) again=no ;;",
+            f'    *) [ "$({failed} "$attempts")" -le {spec.retries} ] && again=yes || again=no ;;',
+        ]
+    else:
+        found += ["    *) again=no ;;"]
+    return [*found, "esac", _REQUEUE]
+
+
+def _word(argument: str) -> str:
+    """An argument as a word of bash."""
+    pieces = re.split(f"({re.escape(RENDEZVOUS)}|{re.escape(ELEMENT)})", argument)
+    known = {RENDEZVOUS: '"$rendezvous"', ELEMENT: _NUMBER}
+    return "".join(known.get(piece) or shlex.quote(piece) for piece in pieces if piece) or "''"
+
+
+def _literal(path: Path) -> str:
+    """A path in a setting where Slurm reads `%j` and its kin."""
+    return str(path).replace("%", "%%")
+
+
+def _megabytes(count: int) -> str:
+    """Bytes as Slurm writes memory."""
+    mebibytes = -(-count // 2**20)
+    return f"{mebibytes // 1024}G" if mebibytes % 1024 == 0 else f"{mebibytes}M"
+
+
+def _days(seconds: float) -> str:
+    """Seconds as Slurm writes times: 04:00:00, 2-12:00:00."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    clock = f"{hours:02}:{minutes:02}:{rest:02}"
+    return f"{days}-{clock}" if days else clock
+
+
+def _clock(seconds: int) -> str:
+    return f"{seconds // 60} minutes" if seconds % 60 == 0 and seconds > 60 else f"{seconds} seconds"
+
+
+# -- what cannot be ------------------------------------------------------------------------
+
+
+def _check_options(options: Mapping[str, str]) -> None:
+    """Raises BadInput."""
+    for key in options:
+        if key in _FLAGS:
+            raise BadInput(f"--option {key}: that is what {_FLAGS[key]} is for")
+        if key in _OWN:
+            raise BadInput(
+                f"--option {key}: the script sets it itself, so that the job can go on; leave it out"
+            )
+        if len(key) == 1:
+            raise BadInput(f"--option {key}: give its long name, such as partition for p")
+
+
+def _warning(spec: JobSpec) -> int:
+    """Seconds before the time limit at which Slurm tells the job to stop. Raises BadInput."""
+    given = spec.options.get("signal")
+    if given is None:
+        return _WARNING
+    match = re.fullmatch(r"(?:R:)?(?:SIG)?(USR1|TERM|10|15)@(\d+)", given)
+    if match is None:
+        raise BadInput(
+            f"--option signal={given}: give USR1@SECONDS, such as USR1@300 for five minutes before the limit"
+        )
+    return int(match[2])
+
+
+def _check_warning(spec: JobSpec) -> None:
+    """Raises BadInput where the job would be told to stop when it begins."""
+    warning = _warning(spec)
+    if spec.time is not None and spec.time <= warning:
+        raise BadInput(
+            f"--time {_days(spec.time)}: Slurm tells it to stop {_clock(warning)} before that; give a longer "
+            "--time, or --option signal=USR1@SECONDS for a later warning"
+        )
+
+
+@dataclass(frozen=True)
+class _Nodes:
+    """Nodes of a partition that are alike."""
+
+    count: int
+    cpus: int
+    memory: int
+    """Bytes."""
+    gpus: int
+
+
+def _check_nodes(spec: JobSpec) -> None:
+    """Refuse what no node of the partition has. Raises BadInput."""
+    partition = spec.options.get("partition") or os.environ.get("SBATCH_PARTITION", "")
+    nodes = _nodes_of(partition)
+    if not nodes:
+        return
+    where = f"partition {partition}" if partition else "the default partition"
+    asked = {"gpus": spec.gpus, "cpus": spec.cpus, "memory": spec.memory or 0}
+    for what, amount in asked.items():
+        most = max(getattr(node, what) for node in nodes)
+        if amount > most:
+            said, there = (_megabytes(n) if what == "memory" else str(n) for n in (amount, most))
+            raise BadInput(
+                f"--{what} {said}: a node of {where} has {there} at most; ask for less a node, or for "
+                "another partition with --option partition=NAME"
+            )
+    fitting = sum(n.count for n in nodes if all(getattr(n, what) >= x for what, x in asked.items()))
+    if spec.nodes > fitting:
+        raise BadInput(f"--nodes {spec.nodes}: {where} has {fitting} nodes with what is asked for")
+
+
+def _nodes_of(partition: str) -> list[_Nodes]:
+    """The nodes of a partition, by default of the default one; none where Slurm does not say."""
+    flags = [f"--partition={partition}"] if partition else []
+    done = _call(["sinfo", "--noheader", "--exact", "--format=%P|%D|%c|%m|%G", *flags])
+    rows = [line.split("|") for line in done.stdout.splitlines() if done.returncode == 0]
+    if not partition:
+        rows = [row for row in rows if row[0].endswith("*")]
+    return [_Nodes(int(row[1]), int(row[2]), int(row[3]) * 2**20, _gpus(row[4])) for row in rows]
+
+
+def _gpus(resources: str) -> int:
+    """GPUs in `gpu:a100:4(S:0-1),gpu:t4:2,nvme:1`."""
+    found = re.findall(r"(?:^|,)gpu(?::[^:,()]+)?:(\d+)", resources)
+    return sum(map(int, found))
+
+
+# -- Slurm's commands ----------------------------------------------------------------------
+
+
+def _call(command: Sequence[str], given: str | None = None) -> subprocess.CompletedProcess[str]:
+    """Run a command of Slurm's. Raises BadInput where it is not here, StokerError where nothing answers."""
+    try:
+        return subprocess.run(
+            command, input=given, capture_output=True, text=True, timeout=_ANSWER, check=False
+        )
+    except FileNotFoundError as error:
+        raise BadInput(
+            f"{command[0]} is not found: Slurm's commands are to be on the PATH; log in to a machine that "
+            "has them. --dry-run prints the script anywhere"
+        ) from error
+    except subprocess.TimeoutExpired as error:
+        raise StokerError(f"{command[0]} did not answer within {_ANSWER:.0f} s") from error
+
+
+def _do(command: Sequence[str]) -> None:
+    """Run a command that is to work. Raises StokerError."""
+    done = _call(command)
+    if done.returncode != 0:
+        raise StokerError(f"{shlex.join(command)}: {_said(done)}")
+
+
+def _said(done: subprocess.CompletedProcess[str]) -> str:
+    """What a command says of why it failed."""
+    words = [line.removeprefix("sbatch: ").removeprefix("error: ") for line in done.stderr.splitlines()]
+    return "; ".join(word for word in words if word) or f"exit code {done.returncode}"
+
+
+def _queue(numbers: Sequence[str]) -> dict[str, list[Status]]:
+    """Jobs that squeue knows, by number: the state of each element."""
+    done = _call([
+        "squeue", "--noheader", "--array", "--states=all", f"--jobs={','.join(numbers)}", "--format=%F|%T|%r"
+    ])  # fmt: skip
+    found: dict[str, list[Status]] = {}
+    for line in done.stdout.splitlines():
+        number, word, reason = line.split("|", 2)
+        found.setdefault(number, []).append(_in_our_words(word, reason))
+    return found
+
+
+def _accounting(numbers: Sequence[str]) -> dict[str, list[Status]]:
+    """Likewise by sacct; nothing where the cluster keeps no accounts."""
+    done = _call([
+        "sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={','.join(numbers)}",
+        "--format=JobID,State",
+    ])  # fmt: skip
+    found: dict[str, list[Status]] = {}
+    for line in done.stdout.splitlines() if done.returncode == 0 else []:
+        number, word = line.split("|", 1)
+        found.setdefault(re.split(r"[_+]", number)[0], []).append(_in_our_words(word.split()[0], ""))
+    return found
+
+
+def _in_our_words(word: str, reason: str) -> Status:
+    state = _STATES.get(word, "failed")
+    if state == "failed":
+        return Status(state, word.lower() if word != "FAILED" else "")
+    return Status(state, reason if state == "queued" and reason != "None" else "")
+
+
+def _status(job: Job, elements: Sequence[Status]) -> Status:
+    """How a job is by what Slurm says of its elements."""
+    found = list(elements) or _by_attempts(job)
+    if job.cancelled:
+        found = [Status("cancelled") if status.state == "failed" else status for status in found]
+    first = min(found, key=lambda status: _MOST_TELLING.index(status.state))
+    if len(found) == 1:
+        return first
+    counts = Counter(status.state for status in found)
+    return Status(
+        first.state, ", ".join(f"{counts[state]} {state}" for state in _MOST_TELLING if counts[state])
+    )
+
+
+def _by_attempts(job: Job) -> list[Status]:
+    """How a job was that Slurm has forgotten, by the last exit code of each of its elements."""
+    found = []
+    for file in sorted(job.folder.glob(f"{ATTEMPTS}*")):
+        code = file.read_text(encoding="utf-8").split()[-1]
+        found.append(Status("done") if code == "0" else Status("failed", f"exit code {code}"))
+    return found or [Status("unknown", "Slurm does not know it any more")]
+
+
+def _ranks(run: Path) -> dict[str, Path]:
+    """The logs of a run's ranks."""
+    found = {int(file.stem.removeprefix("rank-")): file for file in run.glob("logs/rank-*.log")}
+    return {f"rank {rank}": found[rank] for rank in sorted(found)}
