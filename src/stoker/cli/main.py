@@ -17,6 +17,7 @@ from stoker.cli import (
     checkpoints,
     data,
     generate,
+    jobs,
     models,
     recipes,
     report,
@@ -43,6 +44,7 @@ app.command("train")(train.train)
 app.command("resume")(resume.resume)
 app.command("sweep")(sweep.sweep)
 app.add_typer(runs.app, name="runs")
+app.add_typer(jobs.app, name="jobs")
 app.command("report")(report.report)
 app.command("generate")(generate.generate)
 app.add_typer(data.app, name="data")

@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import inspect
 import os
-import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 from stoker.cli.output import console, print_json
 from stoker.errors import BadInput
-from stoker.launch import jobs, jobspec, targets
+from stoker.launch import here, jobs, jobspec, targets
 from stoker.launch.jobspec import ELEMENT, RENDEZVOUS, JobSpec
 from stoker.launch.targets import LOCAL, TARGETS
 
@@ -30,44 +29,40 @@ class Where:
     """Where a command runs, and what it needs there."""
 
     on: Annotated[
-        str, typer.Option(metavar="|".join((LOCAL, *TARGETS)), help="Here, or as a job of a cluster.")
+        str,
+        typer.Option(
+            metavar="|".join((LOCAL, *TARGETS)), help="In the foreground here, or as a job of a cluster."
+        ),
     ] = LOCAL
-    gpus: Annotated[
-        int, typer.Option(min=0, metavar="N", help="With --on: GPUs of each node.", show_default=False)
-    ] = 0
+    gpus: Annotated[int, typer.Option(min=0, metavar="N", help="GPUs of each node.", show_default="none")] = 0
     cpus: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="With --on: cores of each node.", show_default="one a rank"),
+        typer.Option(min=1, metavar="N", help="Cores of each node.", show_default="one a rank"),
     ] = None
-    memory: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="With --on: memory of each node, such as 64GB.")
-    ] = None
+    memory: Annotated[str | None, typer.Option(metavar="SIZE", help="Memory of each node, such as 64GB.")] = (
+        None
+    )
     time: Annotated[
         str | None,
-        typer.Option(
-            metavar="TIME", help="With --on: the job's time limit, such as 4h; it is queued again then."
-        ),
+        typer.Option(metavar="TIME", help="Time limit, such as 4h; a job of a cluster goes on after it."),
     ] = None
     retries: Annotated[
         int,
         typer.Option(
             min=0, metavar="N",
-            help="With --on: start the job again when it fails, so often. Being preempted is no failure.",
+            help="Start the job again when it fails, so often; being preempted is no failure.",
         ),
     ] = 0  # fmt: skip
     env: Annotated[
         list[str] | None,
         typer.Option(
             metavar="NAME[=VALUE]",
-            help="With --on: a variable of the job; without a value it is the one set here, and not written "
-            "down.",
+            help="A variable of the job; without a value the one set here, which is written nowhere.",
         ),
     ] = None
     option: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="KEY=VALUE", help="With --on: a setting of the target's own, such as partition=gpu."
-        ),
+        typer.Option(metavar="KEY=VALUE", help="A setting of the cluster's own, such as partition=gpu."),
     ] = None
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print exactly what would be submitted, and do nothing.")
@@ -126,15 +121,27 @@ class Command:
         """Whether an option is given."""
         return any(argument.partition("=")[0] == option for argument in self.arguments)
 
+    def value(self, option: str) -> str:
+        """What an option is given; empty where it is not."""
+        for argument, following in zip(self.arguments, (*self.arguments[1:], ""), strict=True):
+            name, equals, value = argument.partition("=")
+            if name == option:
+                return value if equals else following
+        return ""
+
     @property
     def words(self) -> tuple[str, ...]:
         return (*self.program, *self.arguments)
 
 
-def submittable(command: Callable[..., int]) -> Callable[..., int]:
-    """Give a command the options of `Where`, which it takes as its parameter `where`."""
+def submittable(command: Callable[..., int], **others: Any) -> Callable[..., int]:
+    """Give a command the options of `Where`, which it takes as its parameter `where`.
+
+    Args:
+        others: annotations that some of these options have instead.
+    """
     own = inspect.signature(command, eval_str=True).parameters.values()
-    hints = get_type_hints(Where, include_extras=True)
+    hints = get_type_hints(Where, include_extras=True) | others
     added = [
         inspect.Parameter(
             field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name]
@@ -144,25 +151,16 @@ def submittable(command: Callable[..., int]) -> Callable[..., int]:
 
     @functools.wraps(command)
     def with_options(**given: Any) -> int:
-        where = Where(**{parameter.name: given.pop(parameter.name) for parameter in added})
+        where = Where(**{field.name: given.pop(field.name) for field in dataclasses.fields(Where)})
+        if where.here and not where.dry_run:  # before anything looks for a GPU, or starts threads
+            made = spec(where, Command((), (), Path.cwd()), name=LOCAL, processes=given.get("nproc") or 1)
+            here.check(made)
+            os.environ.update(here.environment(made))
         return command(**given, where=where)
 
     kept = [parameter for parameter in own if parameter.name != "where"]
     with_options.__signature__ = inspect.Signature([*kept, *added])  # type: ignore[attr-defined]
     return with_options
-
-
-def check(where: Where) -> None:
-    """Refuse a target that is none, and what is for a cluster where none is asked for. Raises BadInput."""
-    if not where.here:
-        targets.of(where.on)
-        return
-    for field in dataclasses.fields(Where):
-        if field.name not in ("on", "dry_run") and getattr(where, field.name) != field.default:
-            raise BadInput(
-                f"--{field.name} is for jobs of a cluster: give --on {' or '.join(TARGETS)} too, or leave it "
-                "out"
-            )
 
 
 def spec(
@@ -180,7 +178,7 @@ def spec(
         command = command if command.has("--runs") else command.with_("--runs", runs)
     made = JobSpec(
         name=name, command=command.words, folder=command.folder, nodes=nodes, processes=processes,
-        gpus=where.gpus, cpus=where.cpus or processes,
+        gpus=where.gpus, cpus=where.cpus,
         memory=jobspec.memory(where.memory) if where.memory is not None else None,
         time=jobspec.time_limit(where.time) if where.time is not None else None,
         environment=written, passed=passed, retries=where.retries, elements=elements,
@@ -226,7 +224,9 @@ def send(where: Where, made: JobSpec, *, runs: Path, trains: Sequence[str], json
     return 0
 
 
-def print_command(command: Command) -> int:
+def print_command(where: Where, command: Command, *, nproc: int) -> int:
     """What `--dry-run` prints of a command that runs here."""
-    sys.stdout.write(f"{shlex.join(command.without().words)}\n")
+    made = spec(where, command.without(), name=LOCAL, processes=nproc)
+    here.check(made)
+    sys.stdout.write(here.render(made))
     return 0

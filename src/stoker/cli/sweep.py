@@ -23,13 +23,16 @@ import typer
 from stoker import config as configs
 from stoker import object_store, recipes
 from stoker.attempt import Run
-from stoker.cli import train
+from stoker.cli import submit, train
 from stoker.cli import trials as trials_seen
 from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, show_messages
-from stoker.cli.train import MaxTime, Nproc
+from stoker.cli.submit import Command, Where
+from stoker.cli.train import HERE, MaxTime, Nproc
 from stoker.duration import Duration, clock
-from stoker.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, BadInput, StokerError, nearest
-from stoker.launch import ranks
+from stoker.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, BadInput, StokerError
+from stoker.launch import jobspec, ranks, targets
+from stoker.launch.targets import LOCAL, TARGETS
+from stoker.machine import visible_gpus
 from stoker.recipes import Recipe
 from stoker.run import finding
 from stoker.run.directory import RunDirectory
@@ -52,9 +55,17 @@ log = logging.getLogger("stoker")
 
 _FREE_TIMEOUT = 120.0  # of a machine that is lost, a server of files forgets its locks after 90 s, by default
 _SINKS_TIMEOUT = 60.0
-_ON = ("local", "ray")
+_RAY = "ray"
+_On = Annotated[
+    str,
+    typer.Option(
+        metavar="|".join(dict.fromkeys((LOCAL, _RAY, *TARGETS))),
+        help="Where trials run: here, on a Ray cluster, or where the search itself is a job.",
+    ),
+]
 
 
+@functools.partial(submit.submittable, on=_On)
 def sweep(
     recipe: Annotated[
         str,
@@ -105,7 +116,14 @@ def sweep(
         ),
     ] = None,
     nproc: Nproc = None,
-    on: Annotated[str, typer.Option(metavar="local|ray", help="Where trials run.")] = "local",
+    controllers: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="As a job: an array of so many, each a controller of the study in --storage.",
+        ),
+    ] = 1,
     address: Annotated[
         str | None,
         typer.Option(
@@ -193,6 +211,7 @@ def sweep(
     ] = None,
     runs: RunsFolder = DEFAULT_RUNS,
     json: Json = False,
+    where: Where = HERE,
 ) -> int:
     """Search for the best values of a recipe's keys; the same command goes on with it.
 
@@ -203,20 +222,14 @@ def sweep(
     from stoker.tune import record, schedulers
     from stoker.tune import study as studies
 
+    _check_where(where, controllers, storage)
     if object_store.of(runs.absolute()) is not None:
         raise BadInput("--runs: a search stands on a disk, not in an object store; give a local folder")
     found = recipes.load(recipe)
     searched, tries = _space(found, space or (), config, first or ())
     objectives = _objectives(metric or [], goal or [])
     sampler, scheduler = _ways(strategy, sampler, scheduler, several=len(objectives) > 1)
-    if scheduler == "none" and (least or most):
-        raise BadInput(
-            "--least and --most are for a --scheduler that ends trials early: name one, or leave out"
-        )
-    if tries and sampler == "grid":
-        raise BadInput("--try: a grid has every value; leave it out")
-    if warm_start and sampler == studies.STAGED:
-        raise BadInput("--warm-start: --strategy staged begins at random; leave out one of the two")
+    _check_ways(sampler, scheduler, lengths=bool(least or most), tries=bool(tries), warm=bool(warm_start))
     shortest, whole, unit = plans.span(least, most)
     rule = schedulers.make(scheduler, least=shortest, most=whole, factor=factor, population=trials)
     if unit == plans.SHARE:
@@ -240,9 +253,14 @@ def sweep(
     spends = plans.Budget.parse(budget) if budget is not None else None
     counted = plans.unit_of(unit, spends, counts=bool(least or most))
     drawn_by = studies.sampler(sampler, searched, seed, trials)
-    deadline = time.monotonic() + clock(max_time) if max_time is not None else None
-    where = _Where(on, address, parallel, nproc or 1, per_gpu, reuse)
-    with _executor(found, where) as workers:
+    deadline = _deadline(max_time, where)
+    if where.on not in (LOCAL, _RAY):
+        ranks_at_once = (nproc or 1) * (parallel or 1) // per_gpu or 1
+        return _submit(where, folder, wanted, controllers, ranks_at_once, json)
+    if where.dry_run:
+        return submit.print_command(where, Command.of_verb("sweep"), nproc=nproc or 1)
+    places = _Places(where.on, address, parallel, nproc or 1, per_gpu, reuse)
+    with _executor(found, places) as workers:
         lock = record.take(folder)
         try:
             plan = plans.Plan(
@@ -258,6 +276,62 @@ def sweep(
     _wait_for_sinks(shipping, code)
     trials_seen.answer(search, json=json, error=error)
     return code
+
+
+def _check_where(where: Where, controllers: int, storage: str) -> None:
+    """Raises BadInput."""
+    if where.on == _RAY:
+        for name in ("gpus", "cpus", "memory", "time", "retries", "env", "option", "dry_run"):
+            if getattr(where, name) != getattr(HERE, name):
+                option = f"--{name.replace('_', '-')}"
+                raise BadInput(f"{option} is for jobs, and --on ray has trials on a cluster; leave it out")
+    elif not where.here:
+        targets.of(where.on)
+    if where.here and where.retries:
+        raise BadInput("--retries: a trial that fails is a failed trial; leave it out, see --max-failures")
+    if controllers > 1 and where.on in (LOCAL, _RAY):
+        raise BadInput(f"--controllers {controllers}: it is for jobs; give --on {' or '.join(TARGETS)} too")
+    if controllers > 1 and not storage:
+        raise BadInput(
+            f"--controllers {controllers}: several controllers share a study that is in a database; give "
+            "--storage postgresql+psycopg2://HOST/NAME, or set STOKER_STORAGE"
+        )
+
+
+def _deadline(max_time: str | None, where: Where) -> float | None:
+    """When the search is to stop here, by the machine's monotonic clock. Raises BadInput."""
+    limits = [clock(max_time)] if max_time is not None else []
+    limits += [jobspec.time_limit(where.time)] if where.here and where.time is not None else []
+    return time.monotonic() + min(limits) if limits else None
+
+
+def _submit(where: Where, folder: Path, wanted: Record, controllers: int, ranks: int, json: bool) -> int:
+    """Have a cluster search: one job, or an array of jobs whose elements share a study. Raises BadInput.
+
+    Args:
+        folder: of the sweep; those of an array are called by its name and their number.
+        ranks: that train at a time in each.
+    """
+    from stoker.tune import record
+
+    command = Command.of_verb("sweep")
+    if command.has("--storage") and wanted.storage != command.value("--storage"):
+        raise BadInput(
+            "--storage: its password would be written into a file; set STOKER_STORAGE here instead, or have "
+            "it in ~/.pgpass"
+        )
+    name, elements = folder.name, controllers if controllers > 1 else 0
+    names = [f"{name}-{number}" for number in range(elements)] or [name]
+    for one in names:
+        record.check(folder.with_name(one), wanted)
+    plain = command.without("--name", "--study", "--controllers", flags=["--new"])
+    plain = plain.with_("--name", submit.element(name) if elements else name)
+    if wanted.study:
+        plain = plain.with_("--study", wanted.study)
+    made = submit.spec(where, plain, name=name, processes=ranks, elements=elements)
+    if wanted.storage and not command.has("--storage"):
+        made = dataclasses.replace(made, passed=(*made.passed, "STOKER_STORAGE"))
+    return submit.send(where, made, runs=folder.parent, trains=names, json=json)
 
 
 def _space(
@@ -320,6 +394,20 @@ def _ways(
             f"--sampler {sampler} searches for one metric; for several give {', '.join(studies.SEVERAL)}"
         )
     return sampler, scheduler or "none"
+
+
+def _check_ways(sampler: str, scheduler: str, *, lengths: bool, tries: bool, warm: bool) -> None:
+    """Refuse options that a sampler or a scheduler has no use for. Raises BadInput."""
+    from stoker.tune import study as studies
+
+    if scheduler == "none" and lengths:
+        raise BadInput(
+            "--least and --most are for a --scheduler that ends trials early: name one, or leave out"
+        )
+    if tries and sampler == "grid":
+        raise BadInput("--try: a grid has every value; leave it out")
+    if warm and sampler == studies.STAGED:
+        raise BadInput("--warm-start: --strategy staged begins at random; leave out one of the two")
 
 
 def _kept(folder: Path, url: str) -> Kept:
@@ -474,7 +562,7 @@ def _goal(metric: str, goal: str | None) -> Goal:
 
 
 @dataclass(frozen=True)
-class _Where:
+class _Places:
     """Where trials run, and how many at a time."""
 
     on: str
@@ -486,14 +574,12 @@ class _Where:
 
 
 @contextlib.contextmanager
-def _executor(recipe: Recipe, where: _Where) -> Iterator[Executor]:
+def _executor(recipe: Recipe, where: _Places) -> Iterator[Executor]:
     """What runs the trials, here or on a cluster. Raises BadInput."""
     from stoker.tune import local, on_ray
 
-    if where.on not in _ON:
-        raise BadInput(f"--on {where.on}: give {' or '.join(_ON)}{nearest(where.on, _ON)}")
     preload = _preload(recipe)
-    if where.on == "ray":
+    if where.on == _RAY:
         if where.reuse or where.per_gpu > 1:
             raise BadInput("--reuse-processes and --per-gpu are for trials on this machine: leave them out")
         with on_ray.started(
@@ -511,21 +597,6 @@ def _executor(recipe: Recipe, where: _Where) -> Iterator[Executor]:
     yield local.Workers(
         work, parallel=parallel, ranks=where.ranks, preload=preload, gpus=gpus, reuse=where.reuse
     )
-
-
-def visible_gpus() -> list[str]:
-    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them, without loading torch."""
-    import pynvml
-
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    try:
-        pynvml.nvmlInit()
-        count = pynvml.nvmlDeviceGetCount()
-    except pynvml.NVMLError:
-        return []
-    if visible is None:
-        return [str(number) for number in range(count)]
-    return [part.strip() for part in visible.split(",") if part.strip() not in ("", "-1")]
 
 
 def _check_gpus(gpus: list[str], parallel: int, nproc: int) -> None:

@@ -26,7 +26,7 @@ from stoker.duration import clock
 from stoker.engine import options
 from stoker.engine.options import Training
 from stoker.errors import EXIT_FAILED, BadInput, Stopped
-from stoker.launch import alone, local, ranks
+from stoker.launch import alone, jobspec, local, ranks, targets
 from stoker.recipes import Recipe
 from stoker.report import html
 from stoker.run import directory, finding, mirror, view
@@ -211,7 +211,7 @@ def start(
         finished = _finished(finding.named(runs.absolute(), experiment, name), resolved)
         if finished is not None:
             return _answer(finished, json, "was finished already")
-    where = launch.where
+    where, launch = launch.where, _with_limits(launch)
     ranks_in_all = max(launch.nproc * launch.nodes, World.current().size)
     check(recipe, resolved.config, ranks_in_all, None if where.here else where.gpus * launch.nodes)
     job = Job(
@@ -221,7 +221,7 @@ def start(
     if launch.command is not None and not where.here:
         return _submit(launch, launch.command, runs.absolute(), experiment, name, json)
     if launch.command is not None and where.dry_run:
-        return submit.print_command(launch.command)
+        return submit.print_command(where, _limited(launch, launch.command), nproc=launch.nproc)
     if launch.nproc == 1 and launch.nodes == 1 and launch.max_restarts == 0:
         return _work(recipe, resolved, job)
     if World.current().size > 1:
@@ -234,6 +234,24 @@ def start(
         run_rank, (named,), nproc=launch.nproc, preload=recipe.preload, max_restarts=launch.max_restarts,
         machines=launch.nodes, rendezvous=launch.rendezvous or "", shared=runs.absolute(),
     )  # fmt: skip
+
+
+def _with_limits(launch: Launch) -> Launch:
+    """What `--time` and `--retries` of a job are for a launch here."""
+    where = launch.where
+    if not where.here:
+        return launch
+    most, limit = launch.max_time, where.time
+    if limit is not None and (most is None or jobspec.time_limit(limit) < _seconds(most)):
+        most = limit
+    return dataclasses.replace(launch, max_restarts=max(launch.max_restarts, where.retries), max_time=most)
+
+
+def _limited(launch: Launch, command: Command) -> Command:
+    """A command with the limits of its launch."""
+    limits = {"--max-time": launch.max_time, "--max-restarts": launch.max_restarts}
+    plain = command.without(*limits)
+    return plain.with_(*(word for option, limit in limits.items() if limit for word in (option, str(limit))))
 
 
 def _submit(
@@ -297,8 +315,8 @@ def check(recipe: Recipe, config: Any, ranks: int, gpus: int | None = None) -> N
 
 def _check_where(launch: Launch, name: str | None) -> None:
     """Raises BadInput."""
-    submit.check(launch.where)
     if not launch.where.here:
+        targets.of(launch.where.on)
         return
     if launch.nodes == 1 and launch.rendezvous is not None:
         raise BadInput("--rendezvous is for several machines: say how many with --nodes")
@@ -329,10 +347,13 @@ def _steps(profile: str | None) -> tuple[int, int] | None:
 
 def _deadline(max_time: str | None) -> float | None:
     """Raises BadInput."""
-    if max_time is None:
-        return None
+    return None if max_time is None else time.monotonic() + _seconds(max_time)
+
+
+def _seconds(max_time: str) -> float:
+    """Raises BadInput."""
     try:
-        return time.monotonic() + clock(max_time)
+        return clock(max_time)
     except ValueError as error:
         raise BadInput(f"--max-time {error}") from error
 

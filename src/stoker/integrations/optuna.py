@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from stoker import recipes
-from stoker.cli import sweep
+from stoker import machine, recipes
 from stoker.errors import BadInput, StokerError
 from stoker.integrations import training
 from stoker.integrations.training import Training
@@ -67,7 +66,7 @@ def objective(
             "nothing is searched: give a key a range or choices, such as {'lr': 'log(1e-5, 1e-3)'}"
         )
     folder = training.runs_folder(runs)
-    gpus = _Gpus(sweep.visible_gpus(), nproc)
+    gpus = _Gpus(machine.visible_gpus(), nproc)
 
     def train(trial: optuna.Trial) -> float:
         overrides = searched.overrides(searched.suggest(trial))

@@ -41,8 +41,8 @@ class JobSpec:
     """Ranks of each machine, which the command starts itself."""
     gpus: int = 0
     """Of each machine."""
-    cpus: int = 1
-    """Cores of each machine."""
+    cpus: int | None = None
+    """Cores of each machine, where they are told; see `cores`."""
     memory: int | None = None
     """Bytes of each machine; None for what the target gives by itself."""
     time: float | None = None
@@ -59,9 +59,14 @@ class JobSpec:
     """The target's own settings, under its own names."""
 
     @property
+    def cores(self) -> int:
+        """Cores of each machine: one a rank where nothing else is told."""
+        return self.cpus or self.processes
+
+    @property
     def threads(self) -> int:
         """Cores of each rank."""
-        return max(1, self.cpus // self.processes)
+        return max(1, self.cores // self.processes)
 
     def to_json(self) -> dict[str, Any]:
         """The spec as JSON has it; see `from_json`."""
@@ -81,9 +86,9 @@ def check(spec: JobSpec) -> None:
             f"--nproc {spec.processes}: each rank has a GPU, and --gpus is {spec.gpus}; "
             f"give --gpus {spec.processes}, or a smaller --nproc"
         )
-    if spec.cpus < spec.processes:
+    if spec.cores < spec.processes:
         raise BadInput(
-            f"--cpus {spec.cpus} for --nproc {spec.processes}: give a core a rank at least, "
+            f"--cpus {spec.cores} for --nproc {spec.processes}: give a core a rank at least, "
             f"--cpus {spec.processes} or more"
         )
 
@@ -98,6 +103,12 @@ def memory(text: str) -> int:
     if amount < _UNITS["M"]:
         raise BadInput(f"--memory {text}: give the memory of each machine, such as 64GB or 512MB")
     return amount
+
+
+def shown_memory(count: int) -> str:
+    """Bytes as `64G` or `512M`, in powers of 1024; rounded up."""
+    mebibytes = -(-count // 2**20)
+    return f"{mebibytes // 1024}G" if mebibytes % 1024 == 0 else f"{mebibytes}M"
 
 
 def time_limit(text: str) -> float:

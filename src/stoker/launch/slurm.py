@@ -126,8 +126,8 @@ def lines(job: Job, *, follow: bool) -> Iterator[Line]:
 
 _NUMBER = '"$SLURM_ARRAY_TASK_ID"'
 _STEP_COMMENT = """\
-# One launcher a node, which starts the node's ranks. Slurm tells it to stop {warning} before the time limit,
-# and when it takes the nodes back; it ends with 75 then, after a checkpoint."""
+# One process a node, which starts all others. Slurm tells it to stop {warning} before the time limit, and
+# when it takes the nodes back; it ends with 75 then, after a checkpoint."""
 _REQUEUE = """\
 # A job that was cancelled is not RUNNING any more, nor one that Slurm queues again by itself.
 if [ $again = yes ] && [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" = RUNNING ]; then
@@ -142,11 +142,11 @@ def _directives(job: Job) -> dict[str, str]:
     _check_options(spec.options)
     log = "element-%a.log" if spec.elements else "slurm.log"
     found = {"job-name": spec.name, "nodes": str(spec.nodes), "ntasks-per-node": "1"}
-    found["cpus-per-task"] = str(spec.cpus)
+    found["cpus-per-task"] = str(spec.cores)
     if spec.gpus:
         found["gpus-per-node"] = str(spec.gpus)
     if spec.memory is not None:
-        found["mem"] = _megabytes(spec.memory)
+        found["mem"] = jobspec.shown_memory(spec.memory)
     if spec.time is not None:
         found["time"] = _days(spec.time)
     if spec.elements:
@@ -184,7 +184,7 @@ def _meeting(spec: JobSpec) -> list[str]:
 def _step(job: Job) -> str:
     """The call of srun. Slurm gives a step one core unless it is told again how many."""
     spec = job.spec
-    flags = [f"--cpus-per-task={spec.cpus}"]
+    flags = [f"--cpus-per-task={spec.cores}"]
     if spec.nodes > 1:
         flags += [f"--wait={_STRAGGLERS}"]
         flags += ["--open-mode=append", f"--output={_literal(job.folder)}/node-%n.log"]
@@ -222,12 +222,6 @@ def _word(argument: str) -> str:
 def _literal(path: Path) -> str:
     """A path in a setting where Slurm reads `%j` and its kin."""
     return str(path).replace("%", "%%")
-
-
-def _megabytes(count: int) -> str:
-    """Bytes as Slurm writes memory."""
-    mebibytes = -(-count // 2**20)
-    return f"{mebibytes // 1024}G" if mebibytes % 1024 == 0 else f"{mebibytes}M"
 
 
 def _days(seconds: float) -> str:
@@ -300,11 +294,11 @@ def _check_nodes(spec: JobSpec) -> None:
     if not nodes:
         return
     where = f"partition {partition}" if partition else "the default partition"
-    asked = {"gpus": spec.gpus, "cpus": spec.cpus, "memory": spec.memory or 0}
+    asked = {"gpus": spec.gpus, "cpus": spec.cores, "memory": spec.memory or 0}
     for what, amount in asked.items():
         most = max(getattr(node, what) for node in nodes)
         if amount > most:
-            said, there = (_megabytes(n) if what == "memory" else str(n) for n in (amount, most))
+            said, there = (jobspec.shown_memory(n) if what == "memory" else str(n) for n in (amount, most))
             raise BadInput(
                 f"--{what} {said}: a node of {where} has {there} at most; ask for less a node, or for "
                 "another partition with --option partition=NAME"

@@ -1,0 +1,201 @@
+"""`stoker jobs list|show|logs|cancel`: what was submitted to clusters with `--on`."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+from rich.text import Text
+from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, console, print_json, show_messages
+from stoker.errors import BadInput, StokerError
+from stoker.launch import jobs, jobspec, targets
+from stoker.launch.jobs import Job
+from stoker.launch.targets import Status
+from stoker.run import view
+from stoker.run.directory import RunDirectory
+from stoker.run.view import RunView
+
+log = logging.getLogger("stoker")
+
+JobName = Annotated[
+    str,
+    typer.Argument(metavar="JOB", help="A job's id, the start of one, the cluster's id, or a run's name."),
+]
+_STYLES = {"running": "blue", "done": "green", "failed": "red", "unknown": "red"}
+
+app = typer.Typer(help="Jobs that were submitted to clusters with --on.", no_args_is_help=True)
+
+
+@app.command("list")
+def list_(runs: RunsFolder = DEFAULT_RUNS, json: Json = False) -> None:
+    """List the jobs of a runs folder, the newest last."""
+    show_messages()
+    known = jobs.every(runs)
+    states = _states(known)
+    if json:
+        print_json({"jobs": [_entry(job, states[job.id]) for job in known]})
+    elif known:
+        _print(known, states)
+    else:
+        console().print(f"no jobs under {runs} yet; submit one: stoker train ... --on slurm", markup=False)
+
+
+@app.command()
+def show(job: JobName, runs: RunsFolder = DEFAULT_RUNS, json: Json = False) -> None:
+    """Show a job: how it is, what it needs, what was submitted, and the state of its code then."""
+    show_messages()
+    found = jobs.find(runs, job)
+    status = _states([found])[found.id]
+    if json:
+        print_json({**_entry(found, status), "spec": found.spec.to_json(), "code": found.code})
+        return
+    out = console()
+    for name, value in _facts(found, status):
+        out.print(f"  {name:12} {value}", markup=False)
+    for line in _changed_code(found):
+        out.print(line, markup=False)
+    more = "" if status.over else f"   stoker jobs cancel {found.id}"
+    out.print(f"next: stoker jobs logs {found.id}{more}", markup=False)
+
+
+@app.command()
+def logs(
+    job: JobName,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Until the job is over.")] = False,
+    rank: Annotated[int | None, typer.Option(min=0, help="Of this rank alone.")] = None,
+    runs: RunsFolder = DEFAULT_RUNS,
+) -> None:
+    """Print what a job's nodes and ranks have written, each line with who wrote it."""
+    show_messages()
+    found = jobs.find(runs, job)
+    wanted = None if rank is None else f"rank {rank}"
+    written = False
+    for line in targets.of(found.target).lines(found, follow=follow):
+        if wanted is None or line.source == wanted:
+            sys.stdout.write(f"[{line.source}] {line.text}\n")
+            sys.stdout.flush()
+            written = True
+    if not written:
+        status = _states([found])[found.id]
+        log.info("%s has written nothing yet; the job is %s", wanted or found.id, _said(status))
+
+
+@app.command()
+def cancel(
+    job: JobName,
+    now: Annotated[bool, typer.Option("--now", help="At once: the newest checkpoint stays.")] = False,
+    runs: RunsFolder = DEFAULT_RUNS,
+    json: Json = False,
+) -> None:
+    """End a job for good, after a checkpoint; `stoker resume` goes on with its run."""
+    found = jobs.find(runs, job)
+    target = targets.of(found.target)
+    status = target.states([found])[found.id]
+    if status.over:
+        raise BadInput(f"job {found.id} is over: {_said(status)}")
+    target.cancel(found, at_once=now)
+    jobs.write(dataclasses.replace(found, cancelled=True))
+    if json:
+        print_json({"job": found.id, "was": status.state})
+        return
+    how = "ends at once" if now or status.state == "queued" else "ends with a checkpoint"
+    console().print(f"job {found.id} was {status.state}; it {how}, and is not queued again", markup=False)
+
+
+def _states(known: Sequence[Job]) -> dict[str, Status]:
+    """How jobs are; where a target does not answer, that is what is known of its jobs."""
+    found: dict[str, Status] = {}
+    by_target: dict[str, list[Job]] = defaultdict(list)
+    for job in known:
+        by_target[job.target].append(job)
+    for name, of_target in by_target.items():
+        try:
+            found |= targets.of(name).states(of_target)
+        except StokerError as error:
+            log.warning("%s", error)
+            found |= {job.id: Status("unknown", f"{name} does not answer") for job in of_target}
+    return found
+
+
+def _entry(job: Job, status: Status) -> dict[str, Any]:
+    return {
+        "id": job.id, "target": job.target, "native": job.native, "state": status.state,
+        "reason": status.reason or None, "runs": list(job.trains), "nodes": job.spec.nodes,
+        "processes": job.spec.processes, "gpus": job.spec.gpus, "folder": str(job.folder),
+        "submitted": _when(job), "by": job.by, "step": _step(job),
+    }  # fmt: skip
+
+
+def _print(known: Sequence[Job], states: dict[str, Status]) -> None:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for column in ("job", "on", "id", "state", "run", "step", "nodes", "submitted"):
+        table.add_column(column, no_wrap=True, justify="right" if column in ("step", "nodes") else "left")
+    for job in known:
+        status, step = states[job.id], _step(job)
+        table.add_row(
+            job.id, job.target, job.native, Text(_said(status), _STYLES.get(status.state, "yellow")),
+            ", ".join(job.trains), "" if step is None else f"{step:,}", str(job.spec.nodes), _when(job),
+        )  # fmt: skip
+    out = console()
+    out.width = max(out.width, table.__rich_measure__(out, out.options.update(max_width=1000)).maximum)
+    out.print(table)
+
+
+def _facts(job: Job, status: Status) -> list[tuple[str, str]]:
+    spec = job.spec
+    needs = [f"{spec.nodes} nodes" if spec.nodes > 1 else "1 node", f"{spec.processes} ranks a node"]
+    needs += [f"{spec.gpus} GPUs"] if spec.gpus else []
+    needs += [f"{spec.cores} cores"]
+    needs += [jobspec.shown_memory(spec.memory)] if spec.memory is not None else []
+    return [
+        ("job", f"{job.id}, {job.target}'s {job.native}"),
+        ("state", _said(status)),
+        ("runs", ", ".join(job.trains)),
+        ("needs", ", ".join(needs)),
+        ("submitted", f"{_when(job)} by {job.by} in {spec.folder}"),
+        ("code", _code(job.code) or "not in git"),
+        ("files", str(job.folder)),
+    ]
+
+
+def _changed_code(job: Job) -> list[str]:
+    """What is said where a run began from other code than there was when its job was submitted."""
+    for seen in filter(None, map(_view, (job.runs / run for run in job.trains))):
+        began, code = seen.attempts[0].started if seen.attempts else 0.0, seen.record.get("code") or {}
+        if job.code and code and began > job.submitted and _code(code) != _code(job.code):
+            return [f"the code changed while the job was queued: its run began from {_code(code)}"]
+    return []
+
+
+def _code(code: Any) -> str:
+    if not code:
+        return ""
+    return f"{code['commit'][:10]}{' with changes that are not committed' if code['dirty'] else ''}"
+
+
+def _said(status: Status) -> str:
+    return f"{status.state} ({status.reason})" if status.reason else status.state
+
+
+def _when(job: Job) -> str:
+    return datetime.fromtimestamp(job.submitted).astimezone().isoformat(" ", "seconds")[:19]
+
+
+def _step(job: Job) -> int | None:
+    """How far the run is, of a job that trains one."""
+    seen = _view(job.runs / job.trains[0]) if len(job.trains) == 1 else None
+    return seen.step if seen is not None else None
+
+
+def _view(run: Any) -> RunView | None:
+    try:
+        return view.load(RunDirectory(run)) if RunDirectory(run).exists() else None
+    except BadInput:
+        return None

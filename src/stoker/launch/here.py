@@ -1,0 +1,46 @@
+"""The target `local`: a job in the foreground of this machine, without a record."""
+
+from __future__ import annotations
+
+import os
+import shlex
+
+import psutil
+from stoker import machine
+from stoker.errors import BadInput
+from stoker.launch import jobspec
+from stoker.launch.jobspec import JobSpec
+
+
+def check(spec: JobSpec) -> None:
+    """Refuse what this machine does not have. Raises BadInput."""
+    jobspec.check(spec)
+    gpus, cores = len(machine.visible_gpus()) if spec.gpus else 0, os.cpu_count() or 1
+    total = psutil.virtual_memory().total
+    if spec.gpus > gpus:
+        raise BadInput(
+            f"--gpus {spec.gpus}: this machine has {gpus or 'none'}; leave it out, or ask a cluster"
+        )
+    if spec.cores > cores and spec.cpus is not None:
+        raise BadInput(f"--cpus {spec.cpus}: this machine has {cores}")
+    if spec.memory is not None and spec.memory > total:
+        have = jobspec.shown_memory(total)
+        raise BadInput(f"--memory {jobspec.shown_memory(spec.memory)}: this machine has {have}")
+    if spec.options:
+        raise BadInput(f"--option {next(iter(spec.options))}: it is for clusters; leave it out, or give --on")
+
+
+def environment(spec: JobSpec) -> dict[str, str]:
+    """The variables of a job here: its own, and what keeps it to the cores and GPUs that it asks for."""
+    found = dict(spec.environment)
+    if spec.cpus is not None:
+        found.setdefault("OMP_NUM_THREADS", str(spec.threads))
+    if spec.gpus:
+        found.setdefault("CUDA_VISIBLE_DEVICES", ",".join(machine.visible_gpus()[: spec.gpus]))
+    return found
+
+
+def render(spec: JobSpec) -> str:
+    """The job as a line for a shell."""
+    variables = [f"{name}={value}" for name, value in environment(spec).items()]
+    return shlex.join([*(["env", *variables] if variables else []), *spec.command]) + "\n"
