@@ -15,6 +15,7 @@ from stoker.launch.jobs import Job
 LOCAL = "local"
 TARGETS = {
     "slurm": "stoker.launch.slurm",
+    "kubernetes": "stoker.launch.kubernetes",
 }
 
 

@@ -1,0 +1,527 @@
+"""Jobs on Kubernetes: a manifest for a plain Job, or for Kubeflow's PyTorchJob and TrainJob.
+
+A plain Job is the default and needs nothing installed in the cluster: one pod a node, each with an index,
+that meet at the first one. A pod that was told to stop ends with 75 after a checkpoint, and is put in again
+without being counted as a failure; so is one that Kubernetes took away. Kubeflow's kinds start the ranks by
+torchrun, in the way of their operators, and count a 75 as a failure.
+
+What the code is run from is an image; runs stand in an object store, or on a persistent volume.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from stoker.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, BadInput, StokerError, nearest
+from stoker.launch import jobs, jobspec
+from stoker.launch.jobs import Job
+from stoker.launch.jobspec import ELEMENT, RENDEZVOUS, JobSpec
+from stoker.launch.targets import Line, Status
+
+MANIFEST = "manifest.yaml"
+RUNS = "/runs"
+"""Where the volume of the runs is mounted."""
+LABEL = "stoker/job"
+
+_PORT = 29400
+_GRACE = 120  # seconds that a pod has for a checkpoint, once it is told to stop
+_ANSWER = 60.0  # seconds that kubectl may take
+_CONTAINER = "train"
+
+_OPTIONS = {
+    "image": "what the code is run from",
+    "kind": "job, pytorchjob or trainjob",
+    "claim": "the persistent volume claim that runs stand on",
+    "namespace": "where the job is",
+    "secret": "the Secret that has the variables of --env NAME",
+    "service-account": "whom the pods act as",
+    "pull-secret": "the Secret by which the image is pulled",
+    "queue": "Kueue's queue",
+    "gpu-resource": "nvidia.com/gpu by default",
+    "runtime": "the ClusterTrainingRuntime of a trainjob, torch-distributed by default",
+}
+_SELECTOR = "node."
+"""Before a label that nodes must have, as in `node.accelerator=a100`."""
+
+
+# -- what a target does ----------------------------------------------------------------------
+
+
+def check(job: Job) -> None:
+    """Whether kubectl is here, and may make such a job in the cluster. Raises BadInput, StokerError."""
+    kind = _kind(job.spec)
+    done = _kubectl(["auth", "can-i", "create", _RESOURCES[kind], *_namespace(job.spec)])
+    if done.stdout.strip() != "yes":
+        raise BadInput(f"kubectl may not create {_RESOURCES[kind]} there: {_said(done) or 'no'}")
+    if job.spec.gpus:
+        _check_nodes(job.spec)
+
+
+def render(job: Job) -> str:
+    """The manifest. Raises BadInput for settings that it cannot have."""
+    jobspec.check(job.spec)
+    _check_options(job.spec)
+    parts = _KINDS[_kind(job.spec)](job)
+    return "---\n".join(yaml.dump(part, Dumper=_Dumper, sort_keys=False, width=100) for part in parts)
+
+
+def submit(job: Job, rendered: str) -> str:
+    """Hand the manifest over; returns the job's name in the cluster. Raises StokerError."""
+    manifest = jobs.begin(job, MANIFEST, rendered)
+    done = _kubectl(["create", "--filename", str(manifest)])
+    if done.returncode != 0:
+        _kubectl(["delete", "--ignore-not-found", "--filename", str(manifest)])  # the half that was made
+        jobs.forget(job)
+        raise StokerError(f"the cluster did not take the job: {_said(done)}")
+    return _name(job)
+
+
+def states(of: Sequence[Job]) -> dict[str, Status]:
+    """How jobs are, by `Job.id`. Raises StokerError where the cluster does not answer."""
+    found = {}
+    for job in of:
+        done = _kubectl(["get", *_resource(job), "--output", "json", "--ignore-not-found"])
+        if done.returncode != 0:
+            raise StokerError(f"kubectl get {job.native}: {_said(done)}")
+        known = json.loads(done.stdout) if done.stdout.strip() else None
+        found[job.id] = _status(job, known)
+    return found
+
+
+def cancel(job: Job, *, at_once: bool) -> None:
+    """End a job for good: its pods are told to stop, and nothing puts them in again. Raises StokerError."""
+    done = _kubectl(
+        ["delete", "--filename", str(job.folder / MANIFEST), "--ignore-not-found", "--wait=false"]
+    )
+    if at_once:
+        of_job = ["--selector", f"{LABEL}={job.id}", *_namespace(job.spec)]
+        _kubectl(["delete", "pods", *of_job, "--grace-period=0", "--force", "--wait=false"])
+    if done.returncode != 0:
+        raise StokerError(f"kubectl delete {_name(job)}: {_said(done)}")
+
+
+def lines(job: Job, *, follow: bool) -> Iterator[Line]:
+    """What the pods have written, as the cluster keeps it."""
+    command = [
+        "logs", "--selector", f"{LABEL}={job.id}", "--prefix", "--all-containers", "--tail=-1",
+        "--max-log-requests=64", *(["--follow"] if follow else []), *_namespace(job.spec),
+    ]  # fmt: skip
+    with subprocess.Popen(
+        ["kubectl", *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                yield _line(line.rstrip("\n"))
+        finally:
+            process.terminate()
+
+
+def _line(text: str) -> Line:
+    """`[pod/digits-a1-0-x7k2p/train] step 20` as a line of that pod."""
+    match = re.fullmatch(r"\[pod/([^/]+)/[^\]]+\] ?(.*)", text)
+    return Line(match[1], match[2]) if match else Line("kubectl", text)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes what comes twice twice: a reference is not what a person would write."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+# -- the manifests ---------------------------------------------------------------------------
+
+
+def _plain_job(job: Job) -> list[dict[str, Any]]:
+    """A Job with a pod for each node or element; and the Service by which nodes find each other."""
+    spec, name = job.spec, _name(job)
+    pods = spec.elements or spec.nodes
+    together = any(RENDEZVOUS in word for word in spec.command)
+    pod = _pod(
+        job, _command(job, {RENDEZVOUS: f"{name}-0.{name}:{_PORT}", ELEMENT: "$(JOB_COMPLETION_INDEX)"})
+    )
+    pod["restartPolicy"] = "Never"
+    if together:
+        pod = {"subdomain": name, "initContainers": [_wait_for_first(spec, f"{name}-0.{name}")], **pod}
+    made = {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": _metadata(job),
+        "spec": {
+            "completionMode": "Indexed",
+            "completions": pods,
+            "parallelism": pods,
+            # A failure of the run ends the pods of all nodes.
+            "backoffLimit": spec.retries * spec.nodes,
+            **_deadline(spec),
+            "podReplacementPolicy": "Failed",
+            "podFailurePolicy": {
+                "rules": [
+                    _when_exit_code("FailJob", EXIT_BAD_INPUT),
+                    _when_exit_code("Ignore", EXIT_PREEMPTED),
+                    {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
+                ]
+            },
+            "template": {"metadata": {"labels": _labels(job)}, "spec": pod},
+        },
+    }
+    return [_service(job), made] if together else [made]
+
+
+def _pytorch_job(job: Job) -> list[dict[str, Any]]:
+    """Kubeflow's PyTorchJob: a master and workers, which the operator tells torchrun of."""
+    spec = job.spec
+    pod = _pod(job, _by_torchrun(job), container="pytorch")
+    replica = {
+        "restartPolicy": "OnFailure",
+        "template": {"metadata": {"labels": _labels(job)}, "spec": pod},
+    }
+    replicas = {"Master": {"replicas": 1, **replica}}
+    if spec.nodes > 1:
+        replicas["Worker"] = {"replicas": spec.nodes - 1, **replica}
+    policy = {"cleanPodPolicy": "Running", "backoffLimit": spec.retries, **_deadline(spec)}
+    made = {
+        "apiVersion": "kubeflow.org/v1",
+        "kind": "PyTorchJob",
+        "metadata": _metadata(job),
+        "spec": {
+            "nprocPerNode": str(spec.processes),
+            "runPolicy": policy,
+            "pytorchReplicaSpecs": replicas,
+        },
+    }
+    return [made]
+
+
+def _train_job(job: Job) -> list[dict[str, Any]]:
+    """Kubeflow's TrainJob: what is to run, and a patch of the runtime that its cluster has for torch."""
+    spec = job.spec
+    pod = _pod(job, _by_torchrun(job), container="node")
+    (container,) = pod.pop("containers")
+    patch = {
+        **pod,
+        "containers": [{"name": "node", "volumeMounts": container["volumeMounts"]}],
+    }
+    trainer = {
+        "image": container["image"],
+        "command": container["command"],
+        "env": container["env"],
+        "numNodes": spec.nodes,
+        "numProcPerNode": spec.processes,
+        "resourcesPerNode": container["resources"],
+    }
+    template = {"metadata": {"labels": _labels(job)}, "spec": patch}
+    made = {
+        "apiVersion": "trainer.kubeflow.org/v1alpha1",
+        "kind": "TrainJob",
+        "metadata": _metadata(job),
+        "spec": {
+            "runtimeRef": {
+                "apiGroup": "trainer.kubeflow.org",
+                "kind": "ClusterTrainingRuntime",
+                "name": spec.options.get("runtime", "torch-distributed"),
+            },
+            **_deadline(spec),
+            "trainer": trainer,
+            "runtimePatches": [
+                {
+                    "manager": "stoker",
+                    "trainingRuntimeSpec": {
+                        "template": {
+                            "spec": {
+                                "replicatedJobs": [
+                                    {"name": "node", "template": {"spec": {"template": template}}}
+                                ]
+                            }
+                        }
+                    },
+                }
+            ],
+        },
+    }
+    return [made]
+
+
+_KINDS: Mapping[str, Callable[[Job], list[dict[str, Any]]]] = {
+    "job": _plain_job, "pytorchjob": _pytorch_job, "trainjob": _train_job,
+}  # fmt: skip
+_RESOURCES = {
+    "job": "jobs.batch", "pytorchjob": "pytorchjobs.kubeflow.org",
+    "trainjob": "trainjobs.trainer.kubeflow.org",
+}  # fmt: skip
+
+
+def _service(job: Job) -> dict[str, Any]:
+    """Gives each pod of the Job a name that the others know, also before it is ready."""
+    return {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": _metadata(job),
+        "spec": {
+            "clusterIP": "None",
+            "publishNotReadyAddresses": True,
+            "selector": {LABEL: job.id},
+            "ports": [{"name": "rendezvous", "port": _PORT}],
+        },
+    }
+
+
+def _pod(job: Job, command: Sequence[str], *, container: str = _CONTAINER) -> dict[str, Any]:
+    spec, options = job.spec, job.spec.options
+    made: dict[str, Any] = {"terminationGracePeriodSeconds": _GRACE}
+    if "service-account" in options:
+        made["serviceAccountName"] = options["service-account"]
+    if "pull-secret" in options:
+        made["imagePullSecrets"] = [{"name": options["pull-secret"]}]
+    selected = {key.removeprefix(_SELECTOR): v for key, v in options.items() if key.startswith(_SELECTOR)}
+    if selected:
+        made["nodeSelector"] = selected
+    # Loader workers hand batches over in shared memory, of which a container has 64 MiB by itself.
+    volumes = [{"name": "shared-memory", "emptyDir": {"medium": "Memory"}}]
+    mounts = [{"name": "shared-memory", "mountPath": "/dev/shm"}]
+    if "claim" in options:
+        volumes.append({"name": "runs", "persistentVolumeClaim": {"claimName": options["claim"]}})
+        mounts.append({"name": "runs", "mountPath": RUNS})
+    made["containers"] = [
+        {
+            "name": container,
+            "image": options["image"],
+            "command": list(command),
+            "env": _environment(spec),
+            "resources": _resources(spec),
+            "volumeMounts": mounts,
+        }
+    ]
+    made["volumes"] = volumes
+    return made
+
+
+def _wait_for_first(spec: JobSpec, host: str) -> dict[str, Any]:
+    """Pods start in any order, and a name is known once its pod has an address."""
+    return {
+        "name": "wait-for-first",
+        "image": spec.options["image"],
+        "command": ["sh", "-c", f"until getent hosts {host}; do sleep 1; done"],
+    }
+
+
+def _environment(spec: JobSpec) -> list[dict[str, Any]]:
+    given = {"OMP_NUM_THREADS": str(spec.threads), **spec.environment}
+    if "claim" in spec.options and _store(spec):  # what all nodes must have in common
+        given.setdefault("STOKER_CACHE", f"{RUNS}/.cache")
+    found: list[dict[str, Any]] = [{"name": name, "value": _literal(value)} for name, value in given.items()]
+    for name in spec.passed:
+        known = {"name": spec.options["secret"], "key": name}
+        found.append({"name": name, "valueFrom": {"secretKeyRef": known}})
+    return found
+
+
+def _resources(spec: JobSpec) -> dict[str, Any]:
+    """Memory and GPUs are what a pod may have at most, too; of cores it may have those that are idle."""
+    hard: dict[str, Any] = {}
+    if spec.memory is not None:
+        hard["memory"] = jobspec.shown_memory(spec.memory) + "i"
+    if spec.gpus:
+        hard[spec.options.get("gpu-resource", "nvidia.com/gpu")] = str(spec.gpus)
+    requests = {"cpu": str(spec.cores), **hard}
+    return {"requests": requests, **({"limits": hard} if hard else {})}
+
+
+def _command(job: Job, known: Mapping[str, str]) -> list[str]:
+    """The command as a container runs it: the image's Python, and runs where they stand there.
+
+    Args:
+        known: what placeholders are in a pod.
+    """
+    words = ["python", *(_relative(word, job.spec.folder) for word in job.spec.command[1:])]
+    if "claim" in job.spec.options and not _store(job.spec):
+        words = [*_without(words, "--runs"), "--runs", RUNS]
+    placeholders = "|".join(map(re.escape, (RENDEZVOUS, ELEMENT)))
+    pieces = ([known.get(p) or _literal(p) for p in re.split(f"({placeholders})", word)] for word in words)
+    return ["".join(parts) for parts in pieces]
+
+
+def _by_torchrun(job: Job) -> list[str]:
+    """The command under torchrun, which finds in its variables how many ranks there are, and where."""
+    words = _without(_command(job, {}), "--rendezvous", "--nodes", "--nproc", "--max-restarts")
+    return ["torchrun", *words[1:]]
+
+
+def _without(words: Sequence[str], *options: str) -> list[str]:
+    kept, rest = [], iter(words)
+    for word in rest:
+        if word in options:
+            next(rest, None)
+        elif word.partition("=")[0] not in options:
+            kept.append(word)
+    return kept
+
+
+def _relative(word: str, folder: Path) -> str:
+    """A script below the working directory by its path from there, which is the image's working directory."""
+    path = Path(word)
+    return str(path.relative_to(folder)) if path.is_absolute() and path.is_relative_to(folder) else word
+
+
+def _literal(text: str) -> str:
+    """Kubernetes puts variables in the place of `$(NAME)`."""
+    return text.replace("$(", "$$(")
+
+
+def _when_exit_code(action: str, code: int) -> dict[str, Any]:
+    return {
+        "action": action,
+        "onExitCodes": {"containerName": _CONTAINER, "operator": "In", "values": [code]},
+    }
+
+
+def _deadline(spec: JobSpec) -> dict[str, Any]:
+    return {"activeDeadlineSeconds": round(spec.time)} if spec.time is not None else {}
+
+
+def _metadata(job: Job) -> dict[str, Any]:
+    options = job.spec.options
+    labels = _labels(job)
+    if "queue" in options:
+        labels["kueue.x-k8s.io/queue-name"] = options["queue"]
+    where = {"namespace": options["namespace"]} if "namespace" in options else {}
+    return {"name": _name(job), **where, "labels": labels}
+
+
+def _labels(job: Job) -> dict[str, str]:
+    return {"app.kubernetes.io/managed-by": "stoker", LABEL: job.id}
+
+
+def _name(job: Job) -> str:
+    """A name that Kubernetes takes, also with the number of a pod behind it (RFC 1123: 63 characters)."""
+    words = re.sub(r"[^a-z0-9]+", "-", job.spec.name.lower()).strip("-")
+    mark = re.sub(r"[^a-z0-9]", "", job.id.lower())[-6:]
+    return f"{words[:40].rstrip('-') or 'run'}-{mark}"
+
+
+# -- what cannot be --------------------------------------------------------------------------
+
+
+def _kind(spec: JobSpec) -> str:
+    """Raises BadInput."""
+    kind = spec.options.get("kind", "job").lower()
+    if kind not in _KINDS:
+        raise BadInput(f"--option kind={kind}: give {', '.join(_KINDS)}{nearest(kind, _KINDS)}")
+    return kind
+
+
+def _check_options(spec: JobSpec) -> None:
+    """Raises BadInput."""
+    for key in spec.options:
+        if key not in _OPTIONS and not key.startswith(_SELECTOR):
+            known = "; ".join(f"{name}: {what}" for name, what in _OPTIONS.items())
+            raise BadInput(
+                f"--option {key}: there is no such setting{nearest(key, _OPTIONS)}; there are {known}; "
+                "node.LABEL: what nodes must have"
+            )
+    if not spec.options.get("image"):
+        raise BadInput(
+            "--option image=NAME: pods run an image that has stoker and your code in it; `stoker package` "
+            "writes a Dockerfile for one"
+        )
+    if not _store(spec) and "claim" not in spec.options:
+        raise BadInput(
+            "runs would stand inside the pods and be gone with them: give --runs s3://bucket/folder, or "
+            "--option claim=NAME, a persistent volume claim"
+        )
+    if _store(spec) and spec.nodes > 1 and "claim" not in spec.options:
+        raise BadInput(
+            "several nodes share the working copy of an object store: give --option claim=NAME, a persistent "
+            "volume claim that all of them can write to (ReadWriteMany)"
+        )
+    if spec.passed and "secret" not in spec.options:
+        keys = " ".join(f'--from-literal={name}="${name}"' for name in spec.passed)
+        raise BadInput(
+            f"--env {spec.passed[0]}: its value is written nowhere, so pods take it from a Secret: "
+            f"kubectl create secret generic NAME {keys}, then --option secret=NAME"
+        )
+    if _kind(spec) != "job" and spec.elements:
+        raise BadInput("several controllers are for kind=job: leave out kind, or --controllers")
+
+
+def _store(spec: JobSpec) -> str:
+    """The URL that runs stand at; empty where they stand in a folder."""
+    for word, following in zip(spec.command, (*spec.command[1:], ""), strict=True):
+        name, _, value = word.partition("=")
+        if name == "--runs":
+            url = value or following
+            return url if "://" in url else ""
+    return ""
+
+
+def _check_nodes(spec: JobSpec) -> None:
+    """Refuse more GPUs than any node has. Raises BadInput."""
+    resource = spec.options.get("gpu-resource", "nvidia.com/gpu")
+    done = _kubectl(["get", "nodes", "--output", "json"])
+    if done.returncode != 0:  # not everybody may look at nodes
+        return
+    nodes = json.loads(done.stdout)["items"]
+    most = max((int(node["status"].get("allocatable", {}).get(resource, 0)) for node in nodes), default=0)
+    if nodes and spec.gpus > most:
+        raise BadInput(f"--gpus {spec.gpus}: a node of this cluster has {most} {resource} at most")
+
+
+# -- kubectl ---------------------------------------------------------------------------------
+
+
+def _kubectl(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    """Raises BadInput where it is not here, StokerError where nothing answers."""
+    if shutil.which("kubectl") is None:
+        raise BadInput(
+            "kubectl is not found: it is to be on the PATH, with access to a cluster; --dry-run prints the "
+            "manifest anywhere"
+        )
+    try:
+        return subprocess.run(
+            ["kubectl", *command], capture_output=True, text=True, timeout=_ANSWER, check=False
+        )
+    except subprocess.TimeoutExpired as error:
+        raise StokerError(f"kubectl {command[0]} did not answer within {_ANSWER:.0f} s") from error
+
+
+def _said(done: subprocess.CompletedProcess[str]) -> str:
+    return "; ".join(line for line in done.stderr.splitlines() if line)
+
+
+def _namespace(spec: JobSpec) -> list[str]:
+    return ["--namespace", spec.options["namespace"]] if "namespace" in spec.options else []
+
+
+def _resource(job: Job) -> list[str]:
+    return [f"{_RESOURCES[_kind(job.spec)]}/{job.native}", *_namespace(job.spec)]
+
+
+_ENDED = {"Complete": "done", "Succeeded": "done", "SuccessCriteriaMet": "done", "Failed": "failed",
+          "FailureTarget": "failed"}  # fmt: skip
+
+
+def _status(job: Job, known: Mapping[str, Any] | None) -> Status:
+    """How a job is by its object, of any kind; that of one which was deleted is gone."""
+    if known is None:
+        return Status("cancelled") if job.cancelled else Status("unknown", "the cluster does not have it")
+    said = known.get("status") or {}
+    for condition in said.get("conditions") or []:
+        if condition.get("status") == "True" and condition.get("type") in _ENDED:
+            state = _ENDED[condition["type"]]
+            why = condition.get("reason", "") if state == "failed" else ""
+            return Status(state, why)
+    active = said.get("active") or sum(
+        (replica.get("active") or 0)
+        for replica in [*(said.get("replicaStatuses") or {}).values(), *(said.get("jobsStatus") or [])]
+    )
+    if (known.get("spec") or {}).get("suspend"):
+        return Status("queued", "suspended")
+    return Status("running") if active else Status("queued")

@@ -1,0 +1,181 @@
+"""`--on kubernetes`: manifests held against the published schemas, and kubectl talking to a server."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import kubernetes_api
+from conftest import Command
+from kubernetes_api import Api
+
+RECIPE = str(Path(__file__).parents[1] / "cli" / "ranked.py")
+TWO = (
+    "train", RECIPE, "steps=5", "--on", "kubernetes", "--name", "a", "--nodes", "2", "--nproc", "8",
+    "--gpus", "8", "--cpus", "32", "--memory", "512GB", "--time", "4h", "--retries", "2",
+    "--option", "image=registry/train:1", "--option", "claim=runs",
+)  # fmt: skip
+
+
+@pytest.fixture
+def api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Api]:
+    if shutil.which("kubectl") is None:
+        pytest.skip("kubectl is not here")
+    made = Api(tmp_path)
+    made.objects["Node", "n1"] = {
+        "apiVersion": "v1", "kind": "Node", "metadata": {"name": "n1"},
+        "status": {"allocatable": {"nvidia.com/gpu": "8"}},
+    }  # fmt: skip
+    monkeypatch.setenv("KUBECONFIG", str(made.config))
+    yield made
+    made.close()
+
+
+def _rendered(stoker: Command, *arguments: str) -> dict[str, dict[str, Any]]:
+    """What `--dry-run` prints, by kind; each part is what its schema has."""
+    done = stoker(*arguments, "--dry-run")
+    assert done.code == 0, done.err
+    parts = list(yaml.safe_load_all(done.out))
+    for part in parts:
+        kubernetes_api.check(part)
+    return {part["kind"]: part for part in parts}
+
+
+def test_a_job_of_two_nodes_is_two_pods_that_meet_at_the_first(stoker: Command) -> None:
+    parts = _rendered(stoker, *TWO, "--env", "NCCL_DEBUG=INFO")
+    job, service = parts["Job"], parts["Service"]
+    name = job["metadata"]["name"]
+    pod = job["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    words = container["command"]
+    assert job["spec"]["completions"] == job["spec"]["parallelism"] == 2
+    assert job["spec"]["activeDeadlineSeconds"] == 4 * 3600
+    assert job["spec"]["backoffLimit"] == 4
+    assert pod["subdomain"] == name == service["metadata"]["name"]
+    assert service["spec"]["selector"].items() <= job["spec"]["template"]["metadata"]["labels"].items()
+    assert words[:4] == ["python", "-m", "stoker", "train"]
+    assert words[words.index("--rendezvous") + 1] == f"{name}-0.{name}:29400"
+    assert words[-2:] == ["--runs", "/runs"]
+    assert {"name": "NCCL_DEBUG", "value": "INFO"} in container["env"]
+    assert {"name": "OMP_NUM_THREADS", "value": "4"} in container["env"]
+    assert container["resources"]["limits"] == {"memory": "512Gi", "nvidia.com/gpu": "8"}
+    assert not {"--on", "--gpus", "--option", "--dry-run", "--time", "--retries"} & {*words}
+
+
+def test_a_pod_that_was_told_to_stop_is_no_failure_and_bad_input_is_final(stoker: Command) -> None:
+    rules = _rendered(stoker, *TWO)["Job"]["spec"]["podFailurePolicy"]["rules"]
+    codes = {rule["onExitCodes"]["values"][0]: rule["action"] for rule in rules if "onExitCodes" in rule}
+    assert codes == {2: "FailJob", 75: "Ignore"}
+
+
+@pytest.mark.parametrize("kind", ["pytorchjob", "trainjob"])
+def test_kubeflows_kinds_start_the_ranks_by_torchrun(kind: str, stoker: Command) -> None:
+    (made,) = _rendered(stoker, *TWO, "--option", f"kind={kind}").values()
+    spec = made["spec"]
+    if kind == "trainjob":
+        words = spec["trainer"]["command"]
+        assert (spec["trainer"]["numNodes"], spec["trainer"]["numProcPerNode"]) == (2, 8)
+    else:
+        replicas = spec["pytorchReplicaSpecs"]
+        words = replicas["Master"]["template"]["spec"]["containers"][0]["command"]
+        assert (spec["nprocPerNode"], replicas["Worker"]["replicas"]) == ("8", 1)
+    assert words[:4] == ["torchrun", "-m", "stoker", "train"]
+    assert not {"--nodes", "--nproc", "--rendezvous"} & {*words}
+    assert words[words.index("--name") + 1] == "a"
+
+
+def test_what_looks_like_a_variable_stays_what_it_is(stoker: Command) -> None:
+    one = ("train", RECIPE, "--on", "kubernetes", "--option", "image=a", "--runs", "s3://bucket/$(HOME)")
+    (job,) = _rendered(stoker, *one).values()
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    assert "s3://bucket/$$(HOME)" in container["command"]
+    assert "subdomain" not in job["spec"]["template"]["spec"]
+
+
+def test_a_secret_is_named_and_its_value_is_nowhere(stoker: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_planted")
+    refused = stoker(*TWO, "--env", "HF_TOKEN", "--dry-run")
+    assert refused.code == 2
+    assert "kubectl create secret generic NAME --from-literal=HF_TOKEN" in refused.err
+    done = stoker(*TWO, "--env", "HF_TOKEN", "--option", "secret=keys", "--dry-run")
+    assert "hf_planted" not in done.out
+    assert "secretKeyRef" in done.out
+
+
+def test_it_is_submitted_seen_heard_and_cancelled(stoker: Command, api: Api, tmp_path: Path) -> None:
+    done = stoker(*TWO, "--json")
+    assert done.code == 0, done.err
+    name, label = done.answer["native"], {"stoker/job": done.answer["job"]}
+    (job,) = api.of_kind("Job")
+    assert job["metadata"]["name"] == name
+    assert [service["metadata"]["name"] for service in api.of_kind("Service")] == [name]
+
+    def state() -> tuple[str, str | None]:
+        (entry,) = stoker("jobs", "list", "--json").answer["jobs"]
+        return entry["state"], entry["reason"]
+
+    assert state() == ("queued", None)
+    job["status"] = {"active": 2}
+    assert state() == ("running", None)
+    again = stoker(*TWO)
+    assert again.code == 2
+    assert "trains it, and is running" in again.err
+    api.add_pod(f"{name}-0-x", label, "step 1\nstep 2\n")
+    said = stoker("jobs", "logs", "a")
+    assert f"[{name}-0-x] step 2" in said.out, said.err
+    job["status"] = {"conditions": [{"type": "Failed", "status": "True", "reason": "BackoffLimitExceeded"}]}
+    assert state() == ("failed", "BackoffLimitExceeded")
+    job["status"] = {"active": 2}
+    ended = stoker("jobs", "cancel", "a")
+    assert ended.code == 0, ended.err
+    assert not api.of_kind("Job")
+    assert not api.of_kind("Service")
+    assert state() == ("cancelled", None)
+    assert json.loads((tmp_path / "runs" / ".jobs" / done.answer["job"] / "job.json").read_text())[
+        "cancelled"
+    ]
+
+
+def test_what_a_cluster_cannot_run_is_answered_before_anything_is_written(
+    stoker: Command, api: Api, tmp_path: Path
+) -> None:
+    more = stoker(*TWO, "--gpus", "16")
+    assert more.code == 2, more.err
+    assert "--gpus 16: a node of this cluster has 8 nvidia.com/gpu at most" in more.err
+    api.allowed = False
+    assert "may not create jobs.batch there" in stoker(*TWO).err
+    assert not (tmp_path / "runs" / ".jobs").exists()
+    assert not api.of_kind("Job")
+
+
+def test_without_kubectl_it_says_so(stoker: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    done = stoker(*TWO)
+    assert done.code == 2
+    assert "kubectl is not found" in done.err
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (("--option", "claim=runs"), "--option image=NAME"),
+        (("--option", "image=a"), "runs would stand inside the pods"),
+        (("--option", "image=a", "--option", "clam=runs"), "did you mean 'claim'"),
+        (
+            ("--option", "image=a", "--option", "claim=b", "--option", "kind=trainjbo"),
+            "did you mean 'trainjob'",
+        ),
+        (("--option", "image=a", "--runs", "s3://b/r", "--nodes", "2"), "working copy of an object store"),
+    ],
+)
+def test_what_cannot_be_a_job_of_pods_is_refused(given: tuple[str, ...], said: str, stoker: Command) -> None:
+    done = stoker("train", RECIPE, "--on", "kubernetes", *given, "--dry-run")
+    assert done.code == 2
+    assert said in done.err
