@@ -26,6 +26,8 @@ _KINDS = {
     "TrainJob": ("trainer.kubeflow.org", "v1alpha1", "trainjobs"),
     "SelfSubjectAccessReview": ("authorization.k8s.io", "v1", "selfsubjectaccessreviews"),
 }  # fmt: skip
+_NO_SCHEMA = b"\x0a\x032.0\x12\x06\x0a\x01a\x12\x01b\x42\x00"
+"""An OpenAPI document without any kind, as protobuf: what a kubectl before 1.27 checks manifests by."""
 _OF_CLUSTER = {"Node", "SelfSubjectAccessReview"}
 
 
@@ -112,6 +114,8 @@ class Api:
         }
         if path in about:
             return 200, about[path]
+        if path == "/openapi/v2":
+            return 200, _NO_SCHEMA
         if path.startswith("/openapi/v3"):
             return 200, _openapi(path.removeprefix("/openapi/v3").strip("/"))
         if parts in (["api", "v1"], *(["apis", group, version] for group, version, _ in _KINDS.values())):
@@ -164,26 +168,32 @@ class Api:
 
             def _do(self) -> None:
                 length = int(self.headers.get("Content-Length") or 0)
-                content = self.rfile.read(length)
-                body = json.loads(content) if content.startswith(b"{") else None  # or kubectl's protobuf
+                given = self.rfile.read(length)
+                body = json.loads(given) if given.startswith(b"{") else None  # or kubectl's protobuf
                 url = urlsplit(self.path)
                 api.calls.append(f"{self.command} {url.path}")
                 try:
                     code, answer = api.answer(self.command, url.path, parse_qs(url.query), body)
                 except Exception as error:  # which the test is to see in what kubectl says
                     code, answer = 422, _status(422, "Invalid", str(error))
-                text = answer if isinstance(answer, str) else json.dumps(answer)
+                content = answer if isinstance(answer, bytes) else _encoded(answer)
                 self.send_response(code)
-                kind = "text/plain" if isinstance(answer, str) else "application/json"
-                self.send_header("Content-Type", kind)
-                self.send_header("Content-Length", str(len(text.encode())))
+                self.send_header("Content-Type", _TYPES.get(type(answer), "application/json"))
+                self.send_header("Content-Length", str(len(content)))
                 self.end_headers()
-                self.wfile.write(text.encode())
+                self.wfile.write(content)
 
         for method in ("GET", "POST", "DELETE"):
             setattr(Handler, f"do_{method}", Handler._do)
 
         return Handler
+
+
+_TYPES = {str: "text/plain", bytes: "application/com.github.proto-openapi.spec.v2.v1.0+protobuf"}
+
+
+def _encoded(answer: Any) -> bytes:
+    return (answer if isinstance(answer, str) else json.dumps(answer)).encode()
 
 
 def _groups() -> list[dict[str, Any]]:
