@@ -15,6 +15,7 @@ from stoker.launch.jobs import Job
 LOCAL = "local"
 TARGETS = {
     "slurm": "stoker.launch.slurm",
+    "ray": "stoker.launch.ray_jobs",
     "kubernetes": "stoker.launch.kubernetes",
 }
 

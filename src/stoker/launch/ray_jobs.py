@@ -1,0 +1,212 @@
+"""Jobs on a Ray cluster, by Ray's own jobs: an entrypoint that starts a launcher on each node (`ray_nodes`).
+
+The cluster's machines are to have this environment and these folders, as those of Slurm have; or the
+folder is sent to them, with `--option working-dir=.`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib.util
+import json
+import re
+import shlex
+from collections.abc import AsyncIterator, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from stoker.errors import BadInput, StokerError, nearest
+from stoker.launch import jobs, jobspec
+from stoker.launch.jobs import Job
+from stoker.launch.jobspec import JobSpec
+from stoker.launch.targets import Line, Status
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
+
+SUBMITTED = "job.submitted.json"
+
+_STOP = 120  # seconds that a job has for a checkpoint, once it is told to stop
+_OPTIONS = {
+    "address": "of the cluster's dashboard, such as http://head:8265; by default RAY_API_SERVER_ADDRESS",
+    "working-dir": "a folder that is sent to the cluster, where the command runs then",
+}
+_STATES = {
+    "PENDING": "queued", "RUNNING": "running", "SUCCEEDED": "done", "FAILED": "failed",
+    "STOPPED": "cancelled",
+}  # fmt: skip
+
+
+# -- what a target does ----------------------------------------------------------------------
+
+
+def check(job: Job) -> None:
+    """Whether a cluster answers, and has such nodes. Raises BadInput, StokerError."""
+    client = _client(job.spec)
+    known = _nodes(client)
+    asked = {"GPU": job.spec.gpus, "CPU": job.spec.cores}
+    for name, amount in asked.items():
+        most = int(max((node.get(name, 0) for node in known), default=0))
+        if known and amount > most:
+            flag = "--gpus" if name == "GPU" else "--cpus"
+            raise BadInput(f"{flag} {amount}: a node of this cluster has {most} at most")
+
+
+def render(job: Job) -> str:
+    """The job as Ray is handed it, as JSON. Raises BadInput for settings that it cannot have."""
+    jobspec.check(job.spec)
+    _check_options(job.spec)
+    return json.dumps(_submission(job), indent=2) + "\n"
+
+
+def submit(job: Job, rendered: str) -> str:
+    """Hand a job over; returns the id that Ray has it under. Raises StokerError."""
+    jobs.begin(job, SUBMITTED, rendered)
+    try:
+        return str(_client(job.spec).submit_job(**json.loads(rendered)))
+    except (RuntimeError, OSError) as error:
+        jobs.forget(job)
+        raise StokerError(f"the cluster did not take the job: {error}") from error
+
+
+def states(of: Sequence[Job]) -> dict[str, Status]:
+    """How jobs are, by `Job.id`. Raises StokerError where the cluster does not answer."""
+    found = {}
+    for job in of:
+        try:
+            known = _client(job.spec).get_job_info(job.native)
+        except RuntimeError as error:
+            if "404" not in str(error):
+                raise StokerError(f"the cluster does not answer: {error}") from error
+            found[job.id] = Status("unknown", "the cluster does not have it")
+            continue
+        state = _STATES[str(known.status.value)]
+        why = _why(known.message or "") if state == "failed" else ""
+        found[job.id] = Status("cancelled" if job.cancelled and state == "failed" else state, why)
+    return found
+
+
+def cancel(job: Job, *, at_once: bool) -> None:
+    """Tell a job to stop after a checkpoint. Raises BadInput, StokerError."""
+    if at_once:
+        raise BadInput(
+            f"--now: Ray gives a job that is told to stop its time, here {_STOP} s; leave out --now"
+        )
+    try:
+        _client(job.spec).stop_job(job.native)
+    except RuntimeError as error:
+        raise StokerError(f"the cluster does not stop {job.native}: {error}") from error
+
+
+def lines(job: Job, *, follow: bool) -> Iterator[Line]:
+    """What the launchers have written, as Ray keeps it; and the ranks, where their logs can be seen here."""
+    client = _client(job.spec)
+    if not follow:
+        yield from map(_line, client.get_job_logs(job.native).splitlines())
+        return
+    for text in _followed(client, job.native):
+        yield from map(_line, text.splitlines())
+
+
+# -- the job ---------------------------------------------------------------------------------
+
+
+def _submission(job: Job) -> dict[str, Any]:
+    """What `JobSubmissionClient.submit_job` is called with."""
+    spec = job.spec
+    sent = spec.options.get("working-dir", "")
+    numbers = {
+        "nodes": spec.nodes,
+        "cpus": spec.cores,
+        "gpus": spec.gpus,
+        "memory": spec.memory,
+        "retries": spec.retries,
+    }
+    flags = [word for name, number in numbers.items() if number for word in (f"--{name}", str(number))]
+    flags += [] if sent else ["--folder", str(spec.folder)]
+    words = [spec.command[0], "-m", "stoker.launch.ray_nodes", *flags, "--", *spec.command]
+    variables = {
+        "OMP_NUM_THREADS": str(spec.threads), "RAY_JOB_STOP_WAIT_TIME_S": str(_STOP), "RAY_DEDUP_LOGS": "0",
+        "RAY_COLOR_PREFIX": "0", **spec.environment,
+    }  # fmt: skip
+    environment: dict[str, Any] = {"env_vars": variables}
+    if sent:
+        environment["working_dir"] = str((spec.folder / sent).resolve())
+    return {
+        "entrypoint": shlex.join(words),
+        "submission_id": f"{re.sub(r'[^A-Za-z0-9_-]+', '-', spec.name)}-{job.id[-4:]}",
+        "runtime_env": environment,
+        "metadata": {"stoker-job": job.id},
+    }
+
+
+def _check_options(spec: JobSpec) -> None:
+    """Raises BadInput."""
+    for key in spec.options:
+        if key not in _OPTIONS:
+            known = "; ".join(f"{name}: {what}" for name, what in _OPTIONS.items())
+            raise BadInput(
+                f"--option {key}: there is no such setting{nearest(key, _OPTIONS)}; there are {known}"
+            )
+    if spec.passed:
+        raise BadInput(
+            f"--env {spec.passed[0]}: Ray shows the variables of a job on its dashboard; set it "
+            "on the machines, where Ray is started"
+        )
+
+
+# -- the cluster -----------------------------------------------------------------------------
+
+
+def _client(spec: JobSpec) -> JobSubmissionClient:
+    """Raises BadInput where Ray is not installed, or nothing answers there."""
+    if importlib.util.find_spec("ray") is None:
+        raise BadInput("--on ray needs Ray, which is not installed: pip install 'stoker[ray]'")
+    from ray.job_submission import JobSubmissionClient
+
+    try:
+        return JobSubmissionClient(spec.options.get("address"))
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        where = spec.options.get("address", "where Ray's variables say")
+        first = str(error).strip().partition("\n")[0]
+        raise BadInput(
+            f"no Ray cluster answers at {where} ({first}): give the address of its dashboard, --option "
+            "address=http://HOST:8265; --dry-run prints the job anywhere"
+        ) from error
+
+
+def _nodes(client: JobSubmissionClient) -> list[dict[str, float]]:
+    """What each node of the cluster has; none where it does not say."""
+    from ray.util.state import list_nodes
+
+    with contextlib.suppress(Exception):  # of another version of Ray, or not allowed
+        found = list_nodes(address=client.get_address(), detail=True, raise_on_missing_output=False)
+        return [dict(node.resources_total) for node in found if node.state == "ALIVE"]
+    return []
+
+
+def _followed(client: JobSubmissionClient, native: str) -> Iterator[str]:
+    """What a job writes, until it is over."""
+    loop = asyncio.new_event_loop()
+    written: AsyncIterator[str] = client.tail_job_logs(native)
+    try:
+        while True:
+            try:
+                yield loop.run_until_complete(anext(written))
+            except StopAsyncIteration:
+                return
+    finally:
+        loop.run_until_complete(loop.shutdown_asyncgens())
+        loop.close()
+
+
+def _why(message: str) -> str:
+    """What Ray says of a job that failed, without the end of its log."""
+    code = re.search(r"exit code -?\d+", message)
+    return code[0] if code else message.strip().partition("\n")[0]
+
+
+def _line(text: str) -> Line:
+    """`(node 1 pid=734, ip=10.0.0.7) step 20` as a line of that node."""
+    match = re.fullmatch(r"\((node \d+) pid=[^)]*\) ?(.*)", text)
+    return Line(match[1], match[2]) if match else Line("job", text)

@@ -1,0 +1,217 @@
+"""The driver of a job on a Ray cluster: a launcher on each of its nodes, in the places that Ray finds.
+
+    python -m stoker.launch.ray_nodes --nodes 2 --cpus 8 --gpus 8 -- python -m stoker train ...
+
+A launcher is what `stoker train` is on any machine: it starts the ranks of its node, and meets the others.
+Its actor stands beside it, starts it, and is what Ray looks after. A node that is lost ends the launchers of
+all; they are started again as soon as Ray has the room, and go on from the newest checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import psutil
+from stoker import machine
+from stoker.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED
+from stoker.launch.jobspec import RENDEZVOUS
+
+_LOOK = 0.2  # seconds between two looks at the launchers
+_PATIENCE = 30.0  # seconds after which it is said that Ray has no room yet
+_ENDING = 30.0  # seconds in which the launchers that are left end
+_LOST = -1
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What each node is asked for."""
+
+    nodes: int
+    cpus: int
+    gpus: int
+    memory: int
+    """Bytes; 0 for no particular amount."""
+    retries: int
+    """How often it may fail and be started again; a node that is lost is no failure."""
+
+    @property
+    def bundle(self) -> dict[str, float]:
+        """A node's part in Ray's words."""
+        found = {"CPU": float(self.cpus), "GPU": float(self.gpus), "memory": float(self.memory)}
+        return {name: amount for name, amount in found.items() if amount}
+
+
+class Node:
+    """A launcher of a node. Its methods return at once, in the one thread that started it."""
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __repr__(self) -> str:
+        """What Ray puts before each line that it writes."""
+        return f"node {self._number}"
+
+    def place(self) -> str:
+        """HOST:PORT where the others may find it."""
+        import ray
+
+        return f"{ray.util.get_node_ip_address()}:{machine.free_port()}"
+
+    def start(self, command: Sequence[str], folder: str) -> None:
+        beside = [sys.executable, "-m", "stoker.launch.beside", str(os.getpid())]
+        self._process = subprocess.Popen([*beside, *command], cwd=folder or None)
+
+    def ended(self) -> int | None:
+        """Its exit code, as a shell has it, once it is over."""
+        assert self._process is not None
+        code = self._process.poll()
+        return code if code is None or code >= 0 else 128 - code
+
+    def tell(self) -> None:
+        """Tell it to stop after a checkpoint."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+
+    def end(self) -> None:
+        """End it at once; its ranks are gone when this returns."""
+        if self._process is None:
+            return
+        with contextlib.suppress(psutil.NoSuchProcess):
+            known = [
+                psutil.Process(self._process.pid),
+                *psutil.Process(self._process.pid).children(recursive=True),
+            ]
+            self._process.kill()
+            psutil.wait_procs(known, timeout=_ENDING)
+
+
+def run(needs: Needs, command: Sequence[str], folder: str) -> int:
+    """Run a command on the nodes of a job until it is done; returns its exit code.
+
+    Args:
+        command: of each launcher; may have `RENDEZVOUS` in it.
+        folder: where it runs; empty for where Ray puts it.
+    """
+    import ray
+
+    told: list[int] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        told.append(number)
+
+    ray.init("auto", log_to_driver=True)
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    failures = 0
+    while True:
+        code = _attempt(needs, command, folder, told)
+        if code in (0, EXIT_BAD_INPUT) or told:
+            return code if code != _LOST else EXIT_PREEMPTED
+        failures += code not in (_LOST, EXIT_PREEMPTED)
+        if failures > needs.retries:
+            return code
+        why = {_LOST: "a node was lost", EXIT_PREEMPTED: "it was told to stop"}.get(code, f"exit code {code}")
+        _say(f"{why}; starting again, retries left: {needs.retries - failures}")
+
+
+def _attempt(needs: Needs, command: Sequence[str], folder: str, told: Sequence[int]) -> int:
+    """One launch on all nodes; returns the highest exit code, or `_LOST`."""
+    import ray
+    from ray.util.placement_group import placement_group, remove_placement_group
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    group = placement_group(
+        [needs.bundle] * needs.nodes, strategy="STRICT_SPREAD" if needs.nodes > 1 else "PACK"
+    )
+    try:
+        if not _ready(group, needs, told):
+            return EXIT_PREEMPTED
+        actor = ray.remote(num_cpus=needs.cpus, num_gpus=needs.gpus)(Node)
+        nodes = [
+            actor.options(
+                scheduling_strategy=PlacementGroupSchedulingStrategy(
+                    group, placement_group_bundle_index=number
+                )
+            ).remote(number)
+            for number in range(needs.nodes)
+        ]
+        try:
+            meeting = ray.get(nodes[0].place.remote())
+            words = [word.replace(RENDEZVOUS, meeting) for word in command]
+            ray.get([node.start.remote(words, folder) for node in nodes])
+            return _wait(nodes, told)
+        except ray.exceptions.RayActorError:
+            _end(nodes)
+            return _LOST
+    finally:
+        remove_placement_group(group)
+
+
+def _ready(group: Any, needs: Needs, told: Sequence[int]) -> bool:
+    """Wait until Ray has the room; False where it is told to stop meanwhile."""
+    import ray
+
+    ready, begun, said = group.ready(), time.monotonic(), False
+    while not ray.wait([ready], timeout=_LOOK)[0]:
+        if told:
+            return False
+        if not said and time.monotonic() - begun > _PATIENCE:
+            said = True
+            _say(f"waiting until the cluster has room for {needs.nodes} nodes with {needs.bundle} each")
+    return True
+
+
+def _wait(nodes: Sequence[Any], told: Sequence[int]) -> int:
+    """Until all launchers are over. Raises RayActorError where a node is lost."""
+    import ray
+
+    passed_on = 0
+    while True:
+        codes = ray.get([node.ended.remote() for node in nodes])
+        if all(code is not None for code in codes):
+            return int(max(codes))
+        if len(told) > passed_on:
+            passed_on = len(told)
+            ray.get([node.tell.remote() for node in nodes])
+        time.sleep(_LOOK)
+
+
+def _end(nodes: Sequence[Any]) -> None:
+    """End the launchers that are left: what they train is one run."""
+    import ray
+
+    for node in nodes:
+        with contextlib.suppress(ray.exceptions.RayError):
+            ray.get(node.end.remote(), timeout=2 * _ENDING)
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"stoker: {text}\n")
+    sys.stderr.flush()
+
+
+def main() -> None:
+    """What a job's entrypoint calls."""
+    parser = argparse.ArgumentParser(prog="stoker.launch.ray_nodes", description=__doc__)
+    for name in ("nodes", "cpus", "gpus", "memory", "retries"):
+        parser.add_argument(f"--{name}", type=int, default=0)
+    parser.add_argument("--folder", default="")
+    parser.add_argument("command", nargs="+")
+    given = vars(parser.parse_args())
+    command, folder = given.pop("command"), given.pop("folder")
+    sys.exit(run(Needs(**given), command, folder))
+
+
+if __name__ == "__main__":
+    main()

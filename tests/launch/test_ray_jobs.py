@@ -1,0 +1,145 @@
+"""`--on ray`: a real cluster of two nodes on this machine, with the dashboard that jobs are handed to."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+
+from conftest import Command
+from support import loaded, points
+
+RECIPE = str(Path(__file__).parents[1] / "cli" / "ranked.py")
+SAME = ("train", RECIPE, "precision=fp32", "steps=100", "checkpoint_every=20")
+_FAST = {
+    "health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_timeout_ms": 1000,
+    "health_check_failure_threshold": 3,
+}  # fmt: skip
+
+
+class WithDashboard:
+    """A head and one more node, a CPU each."""
+
+    def __init__(self) -> None:
+        head = {"num_cpus": 1, "include_dashboard": True, "dashboard_port": 0, "_system_config": _FAST}
+        self.cluster = Cluster(initialize_head=True, head_node_args=head)
+        self.dashboard = f"http://{self.cluster.head_node.webui_url}"
+        self.other = self.join()
+
+    def join(self) -> Any:
+        return self.cluster.add_node(num_cpus=1, wait=True)
+
+    def lose(self) -> None:
+        """All processes of the node that is not the head, as when its power is cut."""
+        raylet = psutil.Process(self.other.all_processes["raylet"][0].process.pid)
+        for process in [*raylet.children(recursive=True), raylet]:
+            process.kill()
+
+
+@pytest.fixture(scope="module")
+def of_two() -> Iterator[WithDashboard]:
+    answer = signal.getsignal(signal.SIGTERM)
+    made = WithDashboard()
+    yield made
+    made.cluster.shutdown()
+    ray.shutdown()
+    signal.signal(signal.SIGTERM, answer)
+
+
+def _wait(until: Callable[[], bool], seconds: float = 90.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not until() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert until()
+
+
+def test_a_run_over_two_nodes_goes_on_to_the_same_bits_when_one_is_lost(
+    of_two: WithDashboard, stoker: Command, tmp_path: Path
+) -> None:
+    on = (
+        "--on",
+        "ray",
+        "--option",
+        f"address={of_two.dashboard}",
+        "--nodes",
+        "2",
+        "--env",
+        "STOKER_SINKS=none",
+    )
+    run = tmp_path / "runs" / "ranked" / "a"
+    done = stoker(*SAME, "pause=0.07", *on, "--name", "a", "--json")
+    assert done.code == 0, done.err
+    _wait(lambda: points(run) > 30)
+    of_two.lose()
+    of_two.other = of_two.join()
+
+    def state() -> str:
+        return str(stoker("jobs", "list", "--json").answer["jobs"][0]["state"])
+
+    assert state() == "running"
+    _wait(lambda: state() != "running", 120)
+    assert state() == "done", stoker("jobs", "logs", "a").out
+    seen = loaded(run)
+    assert [attempt.world for attempt in seen.attempts] == [2, 2]
+    assert list(seen.points["loss"].x) == list(range(1, 101))
+    assert stoker(*SAME, "--nproc", "2", "--name", "whole").code == 0
+    of = [tmp_path / "runs" / "ranked" / name / "artifacts" / "model.safetensors" for name in ("a", "whole")]
+    assert of[0].read_bytes() == of[1].read_bytes()
+    said = stoker("jobs", "logs", "a").out
+    assert "a node was lost; starting again" in said
+    assert "[node 0] " in said
+
+
+def test_a_job_that_is_cancelled_leaves_a_checkpoint(
+    of_two: WithDashboard, stoker: Command, tmp_path: Path
+) -> None:
+    run = tmp_path / "runs" / "ranked" / "b"
+    on = ("--on", "ray", "--option", f"address={of_two.dashboard}", "--env", "STOKER_SINKS=none")
+    assert stoker(*SAME, "pause=0.2", *on, "--name", "b").code == 0
+    _wait(lambda: points(run) > 5)
+    assert stoker("jobs", "cancel", "b").code == 0
+    _wait(lambda: stoker("jobs", "list", "--json").answer["jobs"][0]["state"] == "cancelled")
+    assert loaded(run).status == "preempted"
+    assert list(run.glob("checkpoints/*/manifest.json"))
+
+
+def test_what_the_cluster_does_not_have_is_refused(
+    of_two: WithDashboard, stoker: Command, tmp_path: Path
+) -> None:
+    on = ("--on", "ray", "--option", f"address={of_two.dashboard}")
+    done = stoker(*SAME, *on, "--gpus", "2")
+    assert done.code == 2
+    assert "--gpus 2: a node of this cluster has 0 at most" in done.err
+    assert not (tmp_path / "runs" / ".jobs").exists()
+
+
+def test_what_would_be_submitted_is_printed_as_ray_takes_it(stoker: Command) -> None:
+    done = stoker(*SAME, "--on", "ray", "--nodes", "2", "--gpus", "1", "--name", "a", "--dry-run")
+    assert done.code == 0, done.err
+    made = json.loads(done.out)
+    assert " -m stoker.launch.ray_nodes --nodes 2 --cpus 1 --gpus 1 --folder " in made["entrypoint"]
+    assert "--rendezvous '<rendezvous>'" in made["entrypoint"]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (("--option", "address=http://127.0.0.1:1"), "no Ray cluster answers at http://127.0.0.1:1"),
+        (("--option", "adress=http://127.0.0.1:1"), "did you mean 'address'"),
+    ],
+)
+def test_without_a_cluster_nothing_is_written(
+    given: tuple[str, ...], said: str, stoker: Command, tmp_path: Path
+) -> None:
+    done = stoker(*SAME, "--on", "ray", *given)
+    assert done.code == 2
+    assert said in done.err
+    assert not (tmp_path / "runs").exists()
