@@ -22,15 +22,15 @@ from support import loaded
 
 SEARCHED = str(Path(__file__).parent / "searched.py")
 QUADRATIC = str(Path(__file__).parent / "quadratic.py")
+_KILLS, _TRIALS = (20, 30) if os.environ.get("STOKER_SOAK") else (3, 6)
 ASHA = (
-    "sweep", SEARCHED, "x=uniform(0, 1)", "kind=[near, far]", "pause=0.1", "--trials", "6", "--scheduler",
+    "sweep", SEARCHED, "x=uniform(0, 1)", "kind=[near, far]", "pause=0.1", "--trials", str(_TRIALS), "--scheduler",
     "asha", "--least", "1", "--most", "9", "--parallel", "1", "--json",
 )  # fmt: skip
 _FAST = {
     "health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_timeout_ms": 1000,
     "health_check_failure_threshold": 3,
 }  # fmt: skip
-_KILLS = 20 if os.environ.get("STOKER_SOAK") else 3
 
 
 class OnOneMachine:
