@@ -11,8 +11,19 @@ import typer
 from stoker import config as configs
 from stoker import recipes
 from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder
-from stoker.cli.train import Launch, MaxRestarts, MaxTime, Nodes, Nproc, Overrides, Profile, Rendezvous, start
+from stoker.cli.train import (
+    Launch,
+    MaxRestarts,
+    MaxTime,
+    Nodes,
+    Nproc,
+    Overrides,
+    Profile,
+    Rendezvous,
+    start,
+)
 from stoker.errors import BadInput
+from stoker.launch.nodes import ONE
 from stoker.run import finding, view
 
 log = logging.getLogger("stoker")
@@ -24,7 +35,7 @@ def resume(
     ],
     overrides: Overrides = None,
     nproc: Nproc = None,
-    nodes: Nodes = 1,
+    nodes: Nodes = ONE,
     rendezvous: Rendezvous = None,
     max_restarts: MaxRestarts = 0,
     max_time: MaxTime = None,
@@ -50,9 +61,9 @@ def resume(
         resolved = configs.changed(resolved, overrides)
         for key, (old, new) in configs.drift(seen.config, resolved.values).items():
             log.warning("drift: %s was %s and is %s from now on", key, old, new)
+    ranks = nproc or max(1, _ranks(seen) // nodes.most)
     return start(
-        recipe, resolved,
-        Launch(nproc or max(1, _ranks(seen) // nodes), nodes, rendezvous, max_restarts, max_time, profile),
+        recipe, resolved, Launch(ranks, nodes, rendezvous, max_restarts, max_time, profile),
         runs=found.path.parent.parent, name=found.id, experiment=found.experiment, json=json,
         accept_drift=True,
     )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import random
 import sys
@@ -25,6 +26,7 @@ from stoker.engine import options
 from stoker.engine.options import Training
 from stoker.errors import EXIT_FAILED, BadInput, Stopped
 from stoker.launch import alone, local, ranks
+from stoker.launch.nodes import ONE, Machines
 from stoker.recipes import Recipe
 from stoker.report import html
 from stoker.run import directory, finding, mirror, view
@@ -60,10 +62,10 @@ Nproc = Annotated[
     typer.Option("--nproc", min=1, metavar="N", help="Ranks on this machine.", show_default="1"),
 ]
 Nodes = Annotated[
-    int,
+    Machines,
     typer.Option(
-        "--nodes", min=1, metavar="N",
-        help="Machines that train together: the same command is started on each.",
+        "--nodes", parser=Machines.parsed, metavar="N|LEAST:MOST",
+        help="Machines that train together: the same command is started on each; 1:4, they come and go.",
     ),
 ]  # fmt: skip
 Rendezvous = Annotated[
@@ -100,7 +102,7 @@ def train(
     name: Name = None,
     experiment: Experiment = None,
     nproc: Nproc = None,
-    nodes: Nodes = 1,
+    nodes: Nodes = ONE,
     rendezvous: Rendezvous = None,
     max_restarts: MaxRestarts = 0,
     max_time: MaxTime = None,
@@ -127,7 +129,7 @@ def script_command(train_function: Callable[..., None]) -> Callable[..., int]:
         name: Name = None,
         experiment: Experiment = None,
         nproc: Nproc = None,
-        nodes: Nodes = 1,
+        nodes: Nodes = ONE,
         rendezvous: Rendezvous = None,
         max_restarts: MaxRestarts = 0,
         max_time: MaxTime = None,
@@ -152,7 +154,7 @@ class Launch:
 
     nproc: int = 1
     """Ranks of each machine."""
-    nodes: int = 1
+    nodes: Machines = ONE
     rendezvous: str | None = None
     max_restarts: int = 0
     max_time: str | None = None
@@ -196,12 +198,16 @@ def start(
         finished = _finished(finding.named(runs.absolute(), experiment, name), resolved)
         if finished is not None:
             return _answer(finished, json, "was finished already")
-    check(recipe, resolved.config, max(launch.nproc * launch.nodes, World.current().size))
+    check(
+        recipe,
+        resolved.config,
+        max(launch.nproc * _largest(recipe, resolved.config, launch), World.current().size),
+    )
     job = Job(
         recipe.reference, resolved.values, resolved.sources, runs.absolute(), experiment, name,
         _steps(launch.profile), json, accept_drift, _deadline(launch.max_time),
     )  # fmt: skip
-    if launch.nproc == 1 and launch.nodes == 1 and launch.max_restarts == 0:
+    if launch.nproc == 1 and launch.nodes == ONE and launch.max_restarts == 0:
         return _work(recipe, resolved, job)
     if World.current().size > 1:
         raise BadInput(
@@ -212,6 +218,7 @@ def start(
     return local.run(
         run_rank, (named,), nproc=launch.nproc, preload=recipe.preload, max_restarts=launch.max_restarts,
         machines=launch.nodes, rendezvous=launch.rendezvous or "", shared=runs.absolute(),
+        fits=functools.partial(_fits, recipe, resolved.config, launch.nproc),
     )  # fmt: skip
 
 
@@ -258,13 +265,42 @@ def check(recipe: Recipe, config: Any, ranks: int) -> None:
         recipe.check(config, ranks)
 
 
+def _fits(recipe: Recipe, config: Any, nproc: int, machines: int) -> bool:
+    """Whether so many machines can share the work: the batch, the mesh."""
+    batch = getattr(config, "batch_size", None)
+    if isinstance(batch, int) and batch % (nproc * machines):
+        return False
+    try:
+        check(recipe, config, nproc * machines)
+    except BadInput:
+        return False
+    return True
+
+
+def _largest(recipe: Recipe, config: Any, launch: Launch) -> int:
+    """The number of machines to check a config for: where it may change, the most that can share the work."""
+    nodes = launch.nodes
+    if nodes.least == nodes.most:
+        return nodes.most
+    sizes = [n for n in range(nodes.least, nodes.most + 1) if _fits(recipe, config, launch.nproc, n)]
+    if not sizes:
+        check(recipe, config, launch.nproc * nodes.most)
+        raise BadInput(
+            f"--nodes {nodes}: batch_size={config.batch_size} is shared evenly by none of these numbers of "
+            f"machines, with {launch.nproc} ranks each"
+        )
+    if len(sizes) <= nodes.most - nodes.least:
+        log.info("of --nodes %s, %s can share the work evenly", nodes, " or ".join(map(str, sizes)))
+    return max(sizes)
+
+
 def _check_nodes(launch: Launch, name: str | None) -> None:
     """Raises BadInput."""
-    if launch.nodes == 1 and launch.rendezvous is not None:
+    if launch.nodes == ONE and launch.rendezvous is not None:
         raise BadInput("--rendezvous is for several machines: say how many with --nodes")
-    if launch.nodes > 1 and launch.rendezvous is None:
+    if launch.nodes != ONE and launch.rendezvous is None:
         raise BadInput("--nodes: say where they meet with --rendezvous HOST:PORT, an address of one of them")
-    if launch.nodes > 1 and name is None:
+    if launch.nodes != ONE and name is None:
         raise BadInput("--nodes: several machines train one run; give it a --name for them to agree on")
 
 
