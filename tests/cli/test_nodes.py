@@ -165,6 +165,50 @@ def test_a_machine_told_to_stop_stops_all_after_a_checkpoint(machines: Machines,
     assert loaded(run).status == "preempted"
 
 
+def test_machines_come_and_go_and_the_batches_stay_the_same(
+    machines: Machines, stoker: Command, tmp_path: Path
+) -> None:
+    """`a` begins alone; `b` comes, is told to stop, comes again, and is cut off: no restart is spent."""
+    same = ("train", RECIPE, *SLOW, "dropout=0", "pause=0.05")
+    together = ("--nodes", "1:2", "--rendezvous", f"{A}:29511", "--name", "a")
+    run = tmp_path / "runs" / "ranked" / "a"
+    stays = machines.start("a", *same, *together)
+    _wait(lambda: points(run) > 10, stays)
+    comes = machines.start("b", *same, *together)
+    _wait(lambda: _worlds(run) == [1, 2], stays, comes)
+    before = points(run)
+    _wait(lambda: points(run) > before + 5, stays, comes)
+    comes.terminate()
+    assert comes.wait(60) == 75, _all_said(machines)
+    _wait(lambda: _worlds(run) == [1, 2, 1], stays)
+    comes = machines.start("b", *same, *together)
+    _wait(lambda: _worlds(run) == [1, 2, 1, 2], stays, comes)
+    before = points(run)
+    _wait(lambda: points(run) > before + 5, stays, comes)
+    machines.cable("down")
+    assert stays.wait(120) == 0, _all_said(machines)
+    seen = loaded(run)
+    assert _worlds(run) == [1, 2, 1, 2, 1]
+    assert [attempt.status for attempt in seen.attempts][:3] == ["preempted"] * 3
+    assert list(seen.points["loss"].x) == list(range(1, 201))
+    assert stoker(*same, "pause=0", "--name", "whole").code == 0
+    whole = loaded(tmp_path / "runs" / "ranked" / "whole")
+    assert list(seen.points["loss"].y) == pytest.approx(list(whole.points["loss"].y), rel=1e-3)
+
+
+def test_a_machine_more_than_can_share_the_work_waits(machines: Machines, tmp_path: Path) -> None:
+    given = ("--nodes", "1:2", "--rendezvous", f"{A}:29511", "--name", "a", "batch_size=15", "steps=40")
+    stays, spare = [machines.start(name, "train", RECIPE, *SLOW, *given) for name in ("a", "b")]
+    assert [process.wait(60) for process in (stays, spare)] == [0, 0], _all_said(machines)
+    assert "of --nodes 1:2, 1 can share the work evenly" in machines.said("a").read_text()
+    assert _worlds(tmp_path / "runs" / "ranked" / "a") == [1]
+
+
+def _worlds(run: Path) -> list[int]:
+    """Ranks of each attempt so far."""
+    return [attempt.world for attempt in loaded(run).attempts] if (run / "run.json").exists() else []
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -172,6 +216,11 @@ def test_a_machine_told_to_stop_stops_all_after_a_checkpoint(machines: Machines,
         (("--nodes", "2", "--rendezvous", f"{A}:29511"), "give it a --name for them to agree on"),
         (("--nodes", "2", "--rendezvous", A, "--name", "a"), "give HOST:PORT"),
         (("--rendezvous", f"{A}:29511"), "say how many with --nodes"),
+        (
+            ("--nodes", "2:3", "batch_size=1", "--rendezvous", f"{A}:29511", "--name", "a"),
+            "cannot be divided among 3 data-parallel ranks",
+        ),
+        (("--nodes", "4:1"), "such as 2, or the least and the most, such as 1:4"),
         (("--nodes", "2", "--rendezvous", "no.such.host.:1", "--name", "a"), "is not known here"),
     ],
 )

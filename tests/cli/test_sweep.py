@@ -402,13 +402,18 @@ def _wait_until_it_searches(process: subprocess.Popen[bytes], sweep: Path, trial
 
 
 def _victim(process: subprocess.Popen[bytes], draws: random.Random) -> psutil.Process | None:
-    """The controller, or one of its trials."""
+    """The controller, or, once it has one, one of its trials."""
+    of_a_trial = draws.random() < 0.5
     try:
         controller = psutil.Process(process.pid)
-        known = [p for p in controller.children(recursive=True) if p.ppid() != process.pid]
+        while of_a_trial and process.poll() is None:
+            known = [p for p in controller.children(recursive=True) if p.ppid() != process.pid]
+            if known:
+                return known[0]
+            time.sleep(0.01)
     except psutil.NoSuchProcess:
         return None
-    return draws.choice([controller, *known[:1]])
+    return controller if process.poll() is None else None
 
 
 def test_told_to_stop_it_goes_on_later(start: Start, stoker: Command, tmp_path: Path) -> None:

@@ -22,15 +22,15 @@ from support import loaded
 
 SEARCHED = str(Path(__file__).parent / "searched.py")
 QUADRATIC = str(Path(__file__).parent / "quadratic.py")
+_KILLS, _TRIALS = (20, 30) if os.environ.get("STOKER_SOAK") else (3, 6)
 ASHA = (
-    "sweep", SEARCHED, "x=uniform(0, 1)", "kind=[near, far]", "pause=0.1", "--trials", "6", "--scheduler",
-    "asha", "--least", "1", "--most", "9", "--parallel", "1", "--json",
+    "sweep", SEARCHED, "x=uniform(0, 1)", "kind=[near, far]", "pause=0.1", "--trials", str(_TRIALS),
+    "--scheduler", "asha", "--least", "1", "--most", "9", "--parallel", "1", "--json",
 )  # fmt: skip
 _FAST = {
     "health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_timeout_ms": 1000,
     "health_check_failure_threshold": 3,
 }  # fmt: skip
-_KILLS = 20 if os.environ.get("STOKER_SOAK") else 3
 
 
 class OnOneMachine:
@@ -87,19 +87,26 @@ def brief(answer: dict[str, Any]) -> list[tuple[Any, ...]]:
 
 @pytest.mark.soak
 def test_killed_at_random_moments_it_ends_as_on_one_machine_without(
-    start: Start, stoker: Command, ray_cluster: OnOneMachine
+    start: Start, stoker: Command, ray_cluster: OnOneMachine, tmp_path: Path
 ) -> None:
-    """The process that trains, its host, or the controller, by SIGKILL; and by SIGTERM it stops by itself."""
+    """The process that trains, its host, or the controller, by SIGKILL; and by SIGTERM it stops by itself.
+
+    A trial that dies four times and gets no further has failed: of three kills one waits until one did.
+    """
     whole = stoker(*ASHA, "--name", "whole")
     assert whole.code == 0, whole.err
     given = (*ASHA, "--name", "parts", "--on", "ray", "--address", ray_cluster.address)
     draws = random.Random(0)
     kinds = ["trainer", "host", "controller"]
     process = start(*given)
-    for kind in kinds + [draws.choice(kinds) for _ in range(_KILLS - 3)]:
+    before = 0
+    for number, kind in enumerate(kinds + [draws.choice(kinds) for _ in range(_KILLS - 3)]):
+        if number % 3 == 2:
+            _wait_for_progress(process, tmp_path / "runs" / "parts", before)
         _wait_for_a_trainer(process, ray_cluster)
         time.sleep(draws.uniform(0.0, 0.4))
         trains = _wait_for_a_trainer(process, ray_cluster)
+        before = _progress(tmp_path / "runs" / "parts")
         if kind == "controller":
             process.kill()
             process.communicate()
@@ -118,6 +125,23 @@ def test_killed_at_random_moments_it_ends_as_on_one_machine_without(
     assert brief(done.answer) == brief(whole.answer)
     for trial in done.answer["trials"]:
         assert [a.status for a in loaded(Path(trial["run"])).attempts].count("finished") <= 1
+
+
+def _wait_for_progress(process: subprocess.Popen[bytes], sweep: Path, before: int) -> None:
+    while _progress(sweep) <= before:
+        assert process.poll() is None, process.communicate()[1].decode()
+        time.sleep(0.02)
+
+
+def _progress(sweep: Path) -> int:
+    """How many steps the trials of a search came to at their furthest, together."""
+    return sum(_furthest(run) for run in sweep.glob("trial-*"))
+
+
+def _furthest(run: Path) -> int:
+    """The highest step that any attempt logged a value at."""
+    lines = [line for file in run.glob("journal/attempt-*") for line in file.read_bytes().split(b"\n")[:-1]]
+    return max((json.loads(line)["step"] for line in lines if b'"type":"metrics"' in line), default=0)
 
 
 def _wait_for_a_trainer(process: subprocess.Popen[bytes], cluster: OnOneMachine) -> psutil.Process:

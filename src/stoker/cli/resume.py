@@ -25,6 +25,7 @@ from stoker.cli.train import (
     start,
 )
 from stoker.errors import BadInput
+from stoker.launch.nodes import ONE
 from stoker.run import finding, view
 
 log = logging.getLogger("stoker")
@@ -37,7 +38,7 @@ def resume(
     ],
     overrides: Overrides = None,
     nproc: Nproc = None,
-    nodes: Nodes = 1,
+    nodes: Nodes = ONE,
     rendezvous: Rendezvous = None,
     max_restarts: MaxRestarts = 0,
     max_time: MaxTime = None,
@@ -65,7 +66,7 @@ def resume(
         resolved = configs.changed(resolved, overrides)
         for key, (old, new) in configs.drift(seen.config, resolved.values).items():
             log.warning("drift: %s was %s and is %s from now on", key, old, new)
-    ranks = nproc or max(1, _ranks(seen) // nodes)
+    ranks = nproc or max(1, _ranks(seen) // nodes.most)
     launch = Launch(ranks, nodes, rendezvous, max_restarts, max_time, profile, where, command)
     return start(
         recipe, resolved, launch,

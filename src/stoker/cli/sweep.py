@@ -469,7 +469,7 @@ def work(job: Job, link: Link) -> dict[str, Any]:
     if job.tags:
         run.tag(**job.tags)
     ranks.log_to(run.directory.logs / f"rank-{run.world.rank}.log")
-    reporter = Reporter(run, job.metrics, job.unit, link)
+    reporter = Reporter(run, job.metrics, job.unit, link, waits=job.waits)
     run.listen(reporter)
     _, status = train.work_on(run, recipe, resolved.config, trial=True)
     if job.unit == SHARE and run.plan.get("data_share") != resolved.config.data_share:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import random
 import sys
@@ -27,6 +28,7 @@ from stoker.engine import options
 from stoker.engine.options import Training
 from stoker.errors import EXIT_FAILED, BadInput, Stopped
 from stoker.launch import alone, jobspec, local, ranks, targets
+from stoker.launch.nodes import ONE, Machines
 from stoker.recipes import Recipe
 from stoker.report import html
 from stoker.run import directory, finding, mirror, view
@@ -62,10 +64,11 @@ Nproc = Annotated[
     typer.Option("--nproc", min=1, metavar="N", help="Ranks on this machine.", show_default="1"),
 ]
 Nodes = Annotated[
-    int,
+    Machines,
     typer.Option(
-        "--nodes", min=1, metavar="N",
-        help="Machines that train together; without --on the same command is started on each.",
+        "--nodes", parser=Machines.parsed, metavar="N|LEAST:MOST",
+        help="Machines that train together; without --on the same command is started on each. "
+        "1:4: they come and go.",
     ),
 ]  # fmt: skip
 Rendezvous = Annotated[
@@ -104,7 +107,7 @@ def train(
     name: Name = None,
     experiment: Experiment = None,
     nproc: Nproc = None,
-    nodes: Nodes = 1,
+    nodes: Nodes = ONE,
     rendezvous: Rendezvous = None,
     max_restarts: MaxRestarts = 0,
     max_time: MaxTime = None,
@@ -135,7 +138,7 @@ def script_command(train_function: Callable[..., None]) -> Callable[..., int]:
         name: Name = None,
         experiment: Experiment = None,
         nproc: Nproc = None,
-        nodes: Nodes = 1,
+        nodes: Nodes = ONE,
         rendezvous: Rendezvous = None,
         max_restarts: MaxRestarts = 0,
         max_time: MaxTime = None,
@@ -164,7 +167,7 @@ class Launch:
 
     nproc: int = 1
     """Ranks of each machine."""
-    nodes: int = 1
+    nodes: Machines = ONE
     rendezvous: str | None = None
     max_restarts: int = 0
     max_time: str | None = None
@@ -212,8 +215,9 @@ def start(
         if finished is not None:
             return _answer(finished, json, "was finished already")
     where, launch = launch.where, _with_limits(launch)
-    ranks_in_all = max(launch.nproc * launch.nodes, World.current().size)
-    check(recipe, resolved.config, ranks_in_all, None if where.here else where.gpus * launch.nodes)
+    machines = _largest(recipe, resolved.config, launch)
+    ranks_in_all = max(launch.nproc * machines, World.current().size)
+    check(recipe, resolved.config, ranks_in_all, None if where.here else where.gpus * machines)
     job = Job(
         recipe.reference, resolved.values, resolved.sources, runs.absolute(), experiment, name,
         _steps(launch.profile), json, accept_drift, _deadline(launch.max_time),
@@ -222,7 +226,7 @@ def start(
         return _submit(launch, launch.command, runs.absolute(), experiment, name, json)
     if launch.command is not None and where.dry_run:
         return submit.print_command(where, _limited(launch, launch.command), nproc=launch.nproc)
-    if launch.nproc == 1 and launch.nodes == 1 and launch.max_restarts == 0:
+    if launch.nproc == 1 and launch.nodes == ONE and launch.max_restarts == 0:
         return _work(recipe, resolved, job)
     if World.current().size > 1:
         raise BadInput(
@@ -233,6 +237,7 @@ def start(
     return local.run(
         run_rank, (named,), nproc=launch.nproc, preload=recipe.preload, max_restarts=launch.max_restarts,
         machines=launch.nodes, rendezvous=launch.rendezvous or "", shared=runs.absolute(),
+        fits=functools.partial(_fits, recipe, resolved.config, launch.nproc),
     )  # fmt: skip
 
 
@@ -261,7 +266,7 @@ def _submit(
     run = finding.locate(runs, experiment, name or directory.new_id())
     named = command if name is not None else command.with_("--name", run.id)
     trained = f"{run.experiment}/{run.id}"
-    made = submit.training(launch.where, named, name=trained, nproc=launch.nproc, nodes=launch.nodes)
+    made = submit.training(launch.where, named, name=trained, nproc=launch.nproc, nodes=launch.nodes.most)
     return submit.send(launch.where, made, runs=runs, trains=[trained], json=json)
 
 
@@ -313,16 +318,47 @@ def check(recipe: Recipe, config: Any, ranks: int, gpus: int | None = None) -> N
         recipe.check(config, ranks)
 
 
+def _fits(recipe: Recipe, config: Any, nproc: int, machines: int) -> bool:
+    """Whether so many machines can share the work: the batch, the mesh."""
+    batch = getattr(config, "batch_size", None)
+    if isinstance(batch, int) and batch % (nproc * machines):
+        return False
+    try:
+        check(recipe, config, nproc * machines)
+    except BadInput:
+        return False
+    return True
+
+
+def _largest(recipe: Recipe, config: Any, launch: Launch) -> int:
+    """The number of machines to check a config for: where it may change, the most that can share the work."""
+    nodes = launch.nodes
+    if nodes.least == nodes.most:
+        return nodes.most
+    sizes = [n for n in range(nodes.least, nodes.most + 1) if _fits(recipe, config, launch.nproc, n)]
+    if not sizes:
+        check(recipe, config, launch.nproc * nodes.most)
+        raise BadInput(
+            f"--nodes {nodes}: batch_size={config.batch_size} is shared evenly by none of these numbers of "
+            f"machines, with {launch.nproc} ranks each"
+        )
+    if len(sizes) <= nodes.most - nodes.least:
+        log.info("of --nodes %s, %s can share the work evenly", nodes, " or ".join(map(str, sizes)))
+    return max(sizes)
+
+
 def _check_where(launch: Launch, name: str | None) -> None:
     """Raises BadInput."""
     if not launch.where.here:
         targets.of(launch.where.on)
+        if launch.nodes.least < launch.nodes.most:
+            raise BadInput(f"--nodes {launch.nodes}: --on {launch.where.on} takes one number of nodes")
         return
-    if launch.nodes == 1 and launch.rendezvous is not None:
+    if launch.nodes == ONE and launch.rendezvous is not None:
         raise BadInput("--rendezvous is for several machines: say how many with --nodes")
-    if launch.nodes > 1 and launch.rendezvous is None:
+    if launch.nodes != ONE and launch.rendezvous is None:
         raise BadInput("--nodes: say where they meet with --rendezvous HOST:PORT, an address of one of them")
-    if launch.nodes > 1 and name is None:
+    if launch.nodes != ONE and name is None:
         raise BadInput("--nodes: several machines train one run; give it a --name for them to agree on")
 
 

@@ -36,10 +36,11 @@ def live(search: Search) -> Iterator[None]:
     said: set[int] = {t.number for t in search.trials.values() if t.over}
 
     def say() -> None:
-        for trial in search.trials.values():
-            if trial.over and trial.number not in said:
-                said.add(trial.number)
-                log.info("%s", _line(search, trial))
+        over = [trial for trial in search.trials.values() if trial.number not in said and trial.over]
+        best = search.best if over else None
+        for trial in over:
+            said.add(trial.number)
+            log.info("%s", _line(search, trial, best))
 
     search.on_change(say)
     yield
@@ -133,10 +134,10 @@ def _best_so_far(best: Seen | None) -> str:
     return f"best {_number(best.value)} of trial {best.number}" if best else ""
 
 
-def _line(search: Search, trial: Seen) -> str:
+def _line(search: Search, trial: Seen, best: Seen | None) -> str:
     params = " ".join(f"{key}={_number(value)}" for key, value in trial.params.items())
-    best = f"; {_best_so_far(search.best)}" if search.best else ""
-    return f"trial {trial.number} {trial.state}: {_outcome(search, trial)} ({params}){best}"
+    so_far = f"; {_best_so_far(best)}" if best else ""
+    return f"trial {trial.number} {trial.state}: {_outcome(search, trial)} ({params}){so_far}"
 
 
 def _outcome(search: Search, trial: Seen) -> str:

@@ -29,6 +29,7 @@ from stoker import machine, signals, supervision
 from stoker.errors import BadInput, StokerError, Stopped
 from stoker.launch import nodes, ranks
 from stoker.launch.budget import Budget, RankFailed
+from stoker.launch.nodes import ONE, Machines
 from stoker.launch.watch import Watch, watching
 from stoker.run import journal
 from stoker.run.directory import RunDirectory
@@ -48,9 +49,10 @@ def run(
     nproc: int,
     preload: Sequence[str] = (),
     max_restarts: int = 0,
-    machines: int = 1,
+    machines: Machines = ONE,
     rendezvous: str = "",
     shared: Path | None = None,
+    fits: Callable[[int], bool] = lambda machines: True,
 ) -> int:
     """Run `function(*arguments)` in `nproc` ranks on each machine; returns the exit code.
 
@@ -60,6 +62,7 @@ def run(
         max_restarts: how often all ranks are started again, see `Budget`, where one was killed, hangs or
             raised anything but a StokerError.
         machines: so many do this together, each called alike.
+        fits: whether so many machines can share the work.
         rendezvous: HOST:PORT of one of them, where they meet; see `nodes`.
         shared: a folder that these machines are to have in common.
 
@@ -69,10 +72,10 @@ def run(
     """
     job = _Job(function, tuple(arguments), nproc, tuple(preload))
     with _stopping():
-        if machines == 1:
+        if machines.most == 1:
             return _alone(job, Budget(max_restarts))
-        with nodes.seat(rendezvous, nproc, machines, max_restarts, shared) as seat:
-            return _together(job, seat, machines, nodes.parsed(rendezvous)[0])
+        with nodes.seat(rendezvous, nproc, machines, max_restarts, shared, fits) as seat:
+            return _together(job, seat, nodes.parsed(rendezvous)[0])
 
 
 @dataclass(frozen=True)
@@ -109,14 +112,16 @@ def _alone(job: _Job, budget: Budget) -> int:
                 log.warning("%s\nstarting again; restarts left: %d", failure, budget.left)
 
 
-def _together(job: _Job, seat: nodes.Seat, machines: int, host: str) -> int:
+def _together(job: _Job, seat: nodes.Seat, host: str) -> int:
     """This machine's part of what several do."""
     interface = nodes.interface_towards(host)
     if interface is not None:  # gloo would take the one of the host's name, which may be the loopback
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     while True:
         begun = seat.next_round()
-        place = Place(begun.number, machines, host, begun.port, begun.id, seat)
+        if begun.ended:
+            return begun.code
+        place = Place(begun.number, begun.machines, host, begun.port, begun.id, seat)
         with tempfile.TemporaryDirectory(prefix="stoker-launch-") as folder:
             try:
                 code = seat.finished(_attempt(job, place, Path(folder)))
@@ -157,10 +162,15 @@ def _attempt(job: _Job, place: Place, folder: Path) -> int:
         place.seat.progress(
             max((p.step for p in pulses), default=-1), max((p.saved for p in pulses), default=-1)
         )
+        if watch.told:
+            place.seat.leave()
+        watch.ask_to_stop = bool(place.seat.changes())
         return place.seat.why_over()
 
     with watching(folder, job.nproc, outside) as watch:
         failed = _launch(job, place, folder)
+    if watch.told and place.seat is not None:
+        place.seat.leave()
     ends = ranks.ends(folder)
     if watch.at_once:
         if len(ends) < job.nproc:

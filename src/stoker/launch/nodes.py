@@ -5,6 +5,10 @@ itself too, tell it twice a second how they are, and hear what to do. Once all a
 ranks are started everywhere. When a rank fails, or a machine is not heard of, the round is over, all
 ranks are ended, and the next round begins, as long as restarts are left. One connection a message, each
 with a time limit: a machine that is cut off is a message that does not come.
+
+Where their number may change (`1:4`), a round begins with those that are there. One that comes, or is told
+to stop, ends it after a checkpoint, and one that is lost as soon as it is missed; the next has the others.
+None of that costs a restart. The machine that they meet at must stay.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -26,7 +30,7 @@ from typing import Any
 
 import psutil
 from stoker import machine
-from stoker.errors import BadInput, StokerError
+from stoker.errors import EXIT_PREEMPTED, BadInput, StokerError
 from stoker.launch.budget import Budget, RankFailed
 
 log = logging.getLogger("stoker")
@@ -34,6 +38,7 @@ log = logging.getLogger("stoker")
 BEAT = 0.5  # seconds between two messages of a machine
 SILENCE = 10.0  # seconds without one after which it is taken for gone
 COMING = 600.0  # seconds that the others are waited for
+LAST_CALL = 5.0  # seconds that more machines than needed are waited for, before the first round
 _COLLECT = 1.5  # seconds after a failure in which others that come of it may be told of
 _MESSAGE = 3.0  # seconds that a message may take
 _GOODBYE = 5.0  # seconds that the others have to hear how it ended
@@ -45,7 +50,33 @@ _NOT_SHARED = (
     "that all of them share; of an object store, its working copy is below STOKER_CACHE"
 )
 
-WAITING, RUNNING, FAILED, DONE = "waiting", "running", "failed", "done"
+WAITING, RUNNING, FAILED, DONE, GONE = "waiting", "running", "failed", "done", "gone"
+
+
+@dataclass(frozen=True)
+class Machines:
+    """How many machines train together: `2`, or from 1 to 4."""
+
+    least: int = 1
+    most: int = 1
+
+    @classmethod
+    def parsed(cls, given: object) -> Machines:
+        """`2` or `1:4`. Raises BadInput."""
+        text = str(given)
+        least, colon, most = text.partition(":")
+        most = most if colon else least
+        if not (least.isdecimal() and most.isdecimal() and 1 <= int(least) <= int(most)):
+            raise BadInput(
+                f"--nodes {text}: give a number, such as 2, or the least and the most, such as 1:4"
+            )
+        return cls(int(least), int(most))
+
+    def __str__(self) -> str:
+        return str(self.most) if self.least == self.most else f"{self.least}:{self.most}"
+
+
+ONE = Machines()
 
 
 @dataclass
@@ -55,7 +86,7 @@ class Report:
     node: str
     host: str
     nproc: int
-    nodes: int
+    nodes: str
     folder: str = ""
     """The id of the folder that all machines are to share."""
     first: bool = False
@@ -63,6 +94,8 @@ class Report:
     round: int = 0
     """The newest round that it knows."""
     phase: str = WAITING
+    leaving: bool = False
+    """Whether it was told to stop."""
     said: str = ""
     """How its ranks failed."""
     ago: float = 0.0
@@ -86,7 +119,11 @@ class Answer:
     over: str = ""
     """Why that round is over, where it is."""
     number: int = 0
-    """Which of the machines this one is."""
+    """Which of the machines this one is; -1 where it has no part in the round."""
+    machines: int = 1
+    """Of the round."""
+    changes: str = ""
+    """Why the round is to be ended after a checkpoint."""
     port: int = 0
     """Where the ranks of the round meet."""
     id: str = ""
@@ -101,19 +138,25 @@ class Answer:
 class _Member:
     report: Report
     heard: float
-    number: int
+    number: int = -1
+    """Its place in the newest round."""
 
 
 @dataclass
 class _Host:
     """What the machine that the others meet at knows. Its methods are called under its lock."""
 
-    nodes: int
+    nodes: Machines
     budget: Budget
+    sizes: frozenset[int]
+    """How many machines a round may have."""
     members: dict[str, _Member] = field(default_factory=dict)
     round: int = 0
+    machines: int = 0
+    """Of the newest round."""
     running: bool = False
     over: str = "not begun"
+    changes: str = ""
     failed_at: float | None = None
     failure: RankFailed | None = None
     final: bool = False
@@ -124,36 +167,63 @@ class _Host:
     told: set[str] = field(default_factory=set)
     lock: threading.Lock = field(default_factory=threading.Lock)
     since: float = field(default_factory=time.monotonic)
-    """Since when machines are waited for."""
+    """Since when machines are waited for, or the last one came."""
+
+    @property
+    def elastic(self) -> bool:
+        return self.nodes.least < self.nodes.most
 
     def hear(self, report: Report) -> Answer:
         """Take a report; say what to do."""
-        now = time.monotonic()
-        if report.nodes != self.nodes:
-            return Answer(
-                ended=True, code=2, error=f"--nodes {report.nodes}: here it is --nodes {self.nodes}"
-            )
-        if any(member.report.folder != report.folder for member in self.members.values()):
-            return Answer(ended=True, code=2, error=_NOT_SHARED.format(host=report.host))
-        known = self.members.get(report.node)
+        refused = self._refusal(report)
+        if refused:
+            return Answer(ended=True, code=2, error=refused)
+        now, known = time.monotonic(), self.members.get(report.node)
+        if report.phase == GONE or (report.leaving and not self._plays(known)):
+            self._let_go(report, now)
+            return self.answer or Answer(ended=True, code=EXIT_PREEMPTED)
         if known is None:
-            free = self._free(report) or (self._make_room() and self._free(report))
-            if not free:
-                return Answer(ended=True, code=2, error=f"all {self.nodes} machines are here already")
-            number = min(free)
-            known = self.members[report.node] = _Member(report, now, number)
-            log.info("%s is machine %d of %d, with %d ranks", report.host, number, self.nodes, report.nproc)
+            known = self._take_in(report, now)
         known.report, known.heard = report, now
         self._judge(now)
         if self.answer is not None:
             self.told.add(report.node)
             return self.answer
-        return Answer(self.round, self.over, known.number, self.port, self.id)
+        return Answer(self.round, self.over, known.number, self.machines, self.changes, self.port, self.id)
 
-    def _free(self, report: Report) -> set[int]:
-        """The places that a machine may take; the one they meet at is the first, whoever is heard before."""
-        places = {0} if report.first else set(range(1, self.nodes))
-        return places - {member.number for member in self.members.values()}
+    def _refusal(self, report: Report) -> str:
+        """Why a machine may not take part; nothing where it may."""
+        if report.nodes != str(self.nodes):
+            return f"--nodes {report.nodes}: here it is --nodes {self.nodes}"
+        if any(member.report.folder != report.folder for member in self.members.values()):
+            return _NOT_SHARED.format(host=report.host)
+        full = report.node not in self.members and not (self._has_room(report) or self._make_room())
+        return f"all {self.nodes.most} machines are here already" if full and not report.leaving else ""
+
+    def _plays(self, member: _Member | None) -> bool:
+        """Whether a machine is part of the round that is going on."""
+        return self.running and member is not None and member.number >= 0
+
+    def _let_go(self, report: Report, now: float) -> None:
+        """Forget a machine that says that it is no part of it any more."""
+        known = self.members.pop(report.node, None)
+        if self._plays(known) and self.failure is None:
+            self.failure, self.final, self.failed_at = RankFailed(f"{report.host} left"), False, now
+            if self.elastic:
+                self._pause(str(self.failure))
+
+    def _take_in(self, report: Report, now: float) -> _Member:
+        self.members[report.node] = _Member(report, now)
+        self.since = now
+        log.info(
+            "%s is here, with %d ranks: %d of %s", report.host, report.nproc, len(self.members), self.nodes
+        )
+        return self.members[report.node]
+
+    def _has_room(self, report: Report) -> bool:
+        """Besides the machine that they meet at, which may be heard after others."""
+        others = sum(not member.report.first for member in self.members.values())
+        return report.first or others < self.nodes.most - 1
 
     def _make_room(self) -> bool:
         """Forget a machine that is gone, between rounds, for one that comes in its place."""
@@ -167,25 +237,61 @@ class _Host:
     def _judge(self, now: float) -> None:
         if self.answer is not None:
             return
-        reports = [member.report for member in self.members.values()]
-        if not self.running:
-            here = [m for m in self.members.values() if now - m.heard < SILENCE and m.report.phase == WAITING]
-            if len(here) == self.nodes:
-                self._begin()
-            elif now - self.since > COMING:
-                self._end(1, f"{len(here)} of {self.nodes} machines came within {COMING:.0f} s")
-            return
-        current = [report for report in reports if report.round == self.round]
-        self._look_for_failures(now)
-        if self.failed_at is not None and (self.final or now - self.failed_at > _COLLECT):
-            self._over()
-        elif len(current) == self.nodes and all(report.phase == DONE for report in current):
-            self._end(max(report.code for report in current), "")
+        if self.running:
+            self._judge_round(now)
+        else:
+            self._judge_waiting(now)
 
-    def _look_for_failures(self, now: float) -> None:
-        current = [member for member in self.members.values() if member.report.round == self.round]
-        failed = [member for member in current if member.report.phase == FAILED]
-        silent = [m.report.host for m in self.members.values() if now - m.heard > SILENCE]
+    def _judge_waiting(self, now: float) -> None:
+        """Begin a round with those that are here, where they are enough."""
+        heard = [member for member in self.members.values() if now - member.heard < SILENCE]
+        here = [member for member in heard if member.report.phase == WAITING and not member.report.leaving]
+        size = self._size(len(here))
+        all_here = len(here) == self.nodes.most
+        settled = len(here) == len(heard) and (self.round > 0 or now - self.since > LAST_CALL)
+        if size and (all_here or settled) and any(member.report.first for member in here):
+            self._begin(here, size)
+        elif now - self.since > COMING:
+            self._end(1, f"{len(here)} of {self.nodes} machines came within {COMING:.0f} s")
+
+    def _judge_round(self, now: float) -> None:
+        playing = self._playing()
+        self._look_for_failures(now, playing)
+        done = all(member.report.phase == DONE for member in playing)
+        if self.failed_at is not None and (self.final or now - self.failed_at > _COLLECT):
+            self._over(now, playing)
+        elif len(playing) == self.machines and done:
+            self._ended(max(member.report.code for member in playing), playing)
+        elif self.elastic and not self.changes:
+            others = [member for member in self.members.values() if member.number < 0]
+            ready = [member for member in others if now - member.heard < SILENCE]
+            if self._size(self.machines + len(ready)) > self.machines:
+                self.changes = f"{', '.join(member.report.host for member in ready)} came"
+
+    def _playing(self) -> list[_Member]:
+        """Those of the round that have heard of it."""
+        of_round = (member for member in self.members.values() if member.number >= 0)
+        return [member for member in of_round if member.report.round == self.round]
+
+    def _size(self, here: int) -> int:
+        """As many of so many machines as a round may have; 0 for too few."""
+        return max((size for size in self.sizes if size <= here), default=0)
+
+    def _ended(self, code: int, playing: list[_Member]) -> None:
+        """All ranks came to an end by themselves; where machines only change, the next round begins."""
+        leaving = [member for member in playing if member.report.leaving]
+        staying = sum(not member.report.leaving for member in self.members.values())
+        stays = not any(member.report.first for member in leaving)
+        if code == EXIT_PREEMPTED and (leaving or self.changes) and stays and self._size(staying):
+            gone = ", ".join(member.report.host for member in leaving)
+            self._pause(f"{gone} left" if gone else self.changes)
+        else:
+            self._end(code, "")
+
+    def _look_for_failures(self, now: float, playing: list[_Member]) -> None:
+        failed = [member for member in playing if member.report.phase == FAILED]
+        of_round = [member for member in self.members.values() if member.number >= 0]
+        silent = [m.report.host for m in of_round if now - m.heard > SILENCE]
         if failed:
             # What ended a rank from outside comes before what that made the others raise.
             first = min(failed, key=lambda m: (m.report.again, m.report.raised, m.heard - m.report.ago))
@@ -197,18 +303,33 @@ class _Host:
             self.failure, self.final = RankFailed(said), False
         if self.failure is not None:
             self.failed_at = now if self.failed_at is None else self.failed_at
-            self.failure.step = max((member.report.step for member in current), default=-1)
-            self.failure.saved = max((member.report.saved for member in current), default=-1)
+            self.failure.step = max((member.report.step for member in playing), default=-1)
+            self.failure.saved = max((member.report.saved for member in playing), default=-1)
 
-    def _begin(self) -> None:
+    def _begin(self, here: list[_Member], size: int) -> None:
+        for member in self.members.values():
+            member.number = -1
+        # The one they meet at is machine 0; those that were together stay so.
+        ordered = sorted(here, key=lambda member: (not member.report.first, -member.report.round))
+        for number, member in enumerate(ordered[:size]):
+            member.number = number
+            log.info("%s is machine %d of %d", member.report.host, number, size)
+        for member in ordered[size:]:
+            log.info("%s waits: %d machines cannot share the work", member.report.host, len(here))
         self.round += 1
-        self.running, self.over, self.failed_at, self.failure = True, "", None, None
+        self.machines, self.running, self.over, self.changes = size, True, "", ""
+        self.failed_at, self.failure = None, None
         self.port, self.id = machine.free_port(), uuid.uuid4().hex
 
-    def _over(self) -> None:
-        """End the round; a restart is spent on it."""
+    def _over(self, now: float, playing: list[_Member]) -> None:
+        """End the round; a restart is spent on it, unless it failed of a machine that may be lost."""
         assert self.failure is not None
-        self.running, self.over, self.since = False, str(self.failure), time.monotonic()
+        of_round = [member for member in self.members.values() if member.number >= 0]
+        lost = [member.report.host for member in of_round if now - member.heard > _COLLECT]
+        if self.elastic and lost and not self.final:
+            self._pause(f"{', '.join(lost)} is not heard of")
+            return
+        self._pause(str(self.failure), quiet=True)
         try:
             if self.final:
                 raise self.failure
@@ -217,6 +338,12 @@ class _Host:
             self._end(error.exit_code, str(error))
         else:
             log.warning("%s\nstarting again; restarts left: %d", self.failure, self.budget.left)
+
+    def _pause(self, why: str, *, quiet: bool = False) -> None:
+        """The round is over; the next one is to come."""
+        self.running, self.over, self.since = False, why, time.monotonic()
+        if not quiet:
+            log.info("%s: going on with those that are here", why)
 
     def _end(self, code: int, error: str) -> None:
         self.answer = Answer(self.round, self.over, ended=True, code=code, error=error)
@@ -228,16 +355,16 @@ class Seat:
     Args:
         address: where they meet.
         nproc: ranks of this machine.
-        nodes: machines.
+        nodes: how many machines there are to be.
         folder: the id of the folder that they share.
         first: whether they meet at this one.
     """
 
     def __init__(
-        self, address: tuple[str, int], nproc: int, nodes: int, folder: str = "", *, first: bool = False
+        self, address: tuple[str, int], nproc: int, nodes: Machines, folder: str = "", *, first: bool = False
     ) -> None:
         self._address = address
-        self._report = Report(uuid.uuid4().hex, platform.node(), nproc, nodes, folder, first)
+        self._report = Report(uuid.uuid4().hex, platform.node(), nproc, str(nodes), folder, first)
         self._answer = Answer()
         self._failed_at = 0.0
         self._heard = time.monotonic()
@@ -247,16 +374,18 @@ class Seat:
         self._thread.start()
 
     def next_round(self) -> Answer:
-        """Wait for the next round. Raises StokerError, BadInput where all is over instead."""
+        """Wait for the next round, or the end. Raises StokerError, BadInput where that is an error."""
         self._say(phase=WAITING)
         done = self._report.round
         if self.why_over() and not self._answer.ended:
             log.info("%s; waiting for the others to begin again", self.why_over())
         while True:
             answer = self._answer
-            if answer.ended:
+            if answer.error:
                 self._raise(answer)
-            if answer.round > done and not answer.over:
+            if answer.ended:
+                return answer
+            if answer.round > done and not answer.over and answer.number >= 0:
                 self._say(round=answer.round, phase=RUNNING, said="", code=0)
                 return answer
             if time.monotonic() - self._heard > COMING:
@@ -293,6 +422,15 @@ class Seat:
         """Say how far the ranks here are."""
         self._say(step=step, saved=saved)
 
+    def leave(self) -> None:
+        """Say that this machine was told to stop."""
+        self._say(leaving=True)
+
+    def changes(self) -> str:
+        """Why the round is to be ended after a checkpoint; nothing while it is not."""
+        answer = self._answer
+        return answer.changes if answer.round == self._report.round and not answer.over else ""
+
     def why_over(self) -> str:
         """Why the round that this machine takes part in is over; nothing while it is not."""
         answer, silence = self._answer, time.monotonic() - self._heard
@@ -303,8 +441,12 @@ class Seat:
         return f"{self._where} does not answer for {silence:.0f} s" if silence > SILENCE else ""
 
     def close(self) -> None:
+        """Be no part of it any more, and say so."""
         self._closed.set()
         self._thread.join()
+        if not self._answer.ended and not self._report.first:
+            self._say(phase=GONE)
+            self._tell()
 
     @property
     def _where(self) -> str:
@@ -320,27 +462,40 @@ class Seat:
 
     def _talk(self) -> None:
         while not self._closed.is_set():
-            with self._lock:
-                self._report.ago = time.time() - self._failed_at
-                message = json.dumps(asdict(self._report)).encode()
-            with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
-                self._answer = Answer(**_ask(self._address, message))
-                self._heard = time.monotonic()
+            self._tell()
             self._closed.wait(BEAT)
+
+    def _tell(self) -> None:
+        with self._lock:
+            self._report.ago = time.time() - self._failed_at
+            message = json.dumps(asdict(self._report)).encode()
+        with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
+            self._answer = Answer(**_ask(self._address, message))
+            self._heard = time.monotonic()
 
 
 @contextlib.contextmanager
 def seat(
-    rendezvous: str, nproc: int, nodes: int, max_restarts: int, shared: Path | None = None
+    rendezvous: str,
+    nproc: int,
+    nodes: Machines,
+    max_restarts: int,
+    shared: Path | None = None,
+    fits: Callable[[int], bool] = lambda machines: True,
 ) -> Iterator[Seat]:
     """Take part; answer to the others where the address is one of this machine. Raises BadInput.
 
     Args:
+        fits: whether so many machines can share the work, where their number may change.
         shared: a folder that all machines are to have in common.
     """
     address = parsed(rendezvous)
     folder = _id_of(shared) if shared is not None else ""
-    server = _serve(address, _Host(nodes, Budget(max_restarts))) if _is_here(address[0]) else None
+    sizes = frozenset(
+        n for n in range(nodes.least, nodes.most + 1) if n == nodes.least == nodes.most or fits(n)
+    )
+    host = _Host(nodes, Budget(max_restarts), sizes)
+    server = _serve(address, host) if _is_here(address[0]) else None
     place = Seat(address, nproc, nodes, folder, first=server is not None)
     try:
         yield place

@@ -33,6 +33,8 @@ class Watch:
     """Ranks of the launch."""
     told: int = 0
     """The signal by which all ranks were told to stop; 0 where they were not."""
+    ask_to_stop: bool = False
+    """Whether all ranks are to stop although this launcher was not told to."""
     at_once: bool = False
     """Whether they were told twice."""
     abandoned: bool = False
@@ -49,8 +51,8 @@ class Watch:
         """Watch until it is over; in a thread."""
         while not self._over.wait(_EVERY):
             self.verdict = self._hanging() or self.outside()
-            if self.told:
-                self._tell()
+            if self.told or self.ask_to_stop:
+                self._tell(self.told or signal.SIGUSR1)
             if self.verdict:
                 self._end_all()
             elif self._stopped_before_all_came_up():
@@ -80,13 +82,13 @@ class Watch:
             self._told_at = time.monotonic()
         self.told = number
 
-    def _tell(self) -> None:
+    def _tell(self, number: int) -> None:
         """Tell those ranks to stop that have not been told: some may have come up since."""
         for pid in ranks.pids(self.folder).values():
             if pid not in self._heard:
                 self._heard.add(pid)
                 with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, self.told)
+                    os.kill(pid, number)
 
     def signal(self, number: int) -> None:
         """Send a signal to every rank that lives."""
@@ -102,7 +104,7 @@ class Watch:
     def _stopped_before_all_came_up(self) -> bool:
         """Whether a rank has stopped as it was told to, and the others may wait for it without end."""
         began = any(pulse.begun for pulse in supervision.read(self.folder).values())
-        return bool(self.told) and not began and bool(ranks.ends(self.folder))
+        return bool(self.told or self.ask_to_stop) and not began and bool(ranks.ends(self.folder))
 
     def _hanging(self) -> str:
         """What is said of ranks that stand still, once they have written their stacks; else nothing."""

@@ -184,6 +184,13 @@ class Workers:
         self._trials: dict[int, _Trial] = {}
         warm_up(preload)
 
+    def prepare(self) -> None:
+        """Wait until the first trial can be started at once: its time is not to be that of imports."""
+        with _without_script():
+            nothing = _CONTEXT.Process(target=_nothing)
+            nothing.start()
+        nothing.join()
+
     @property
     def free(self) -> bool:
         """Whether one more trial can be started."""
@@ -365,6 +372,11 @@ def _main(
         except OSError:  # the controller is gone
             os._exit(1)
     _leave(grouped="RANK" in environment)
+
+
+def _nothing() -> None:
+    """Of a process that is only to be there."""
+    os._exit(0)
 
 
 def _memory() -> int:

@@ -295,6 +295,9 @@ class Workers:
         if self._room == 0:
             raise BadInput(self._lacking())
 
+    def prepare(self) -> None:
+        """Nothing: hosts import what trials need, each on its machine."""
+
     @property
     def free(self) -> bool:
         """Whether one more trial can be started."""

@@ -22,7 +22,7 @@ from stoker.run.view import RunView
 from stoker.tune import forking, seen
 from stoker.tune.peers import Peers
 from stoker.tune.plan import SHARE, Plan
-from stoker.tune.schedulers import Decision, Known, PopulationBased, Scheduler, State, Trials
+from stoker.tune.schedulers import Decision, Full, Known, PopulationBased, Scheduler, State, Trials
 from stoker.tune.seen import Seen
 from stoker.tune.space import Space
 from stoker.tune.study import EARLIER, Kept, quiet
@@ -40,6 +40,10 @@ _TOLD: dict[State, TrialState] = {state: told for told, state in seen.ENDED.item
 
 class Executor(Protocol):
     """Runs the processes of trials: `local.Workers`, or another with the same words."""
+
+    def prepare(self) -> None:
+        """Wait until the first trial can be started at once."""
+        ...
 
     @property
     def free(self) -> bool:
@@ -97,6 +101,8 @@ class Search:
         self.trials: dict[int, Seen] = {}
         self._space, self._study, self._kept = space, study, kept
         self._scheduler, self._workers, self._peers = scheduler, workers, peers
+        self._waits = not isinstance(scheduler, Full)
+        """Whether a trial waits at each report for what is decided."""
         self._changed: Callable[[], None] = lambda: None
         self._ending = False
         self._table: dict[int, Known] = {}
@@ -113,9 +119,11 @@ class Search:
     def run(self) -> None:
         """Search until there is nothing left to do. Raises StokerError where it cannot go on."""
         self._check_failures()
+        self._workers.prepare()
         try:
             while True:
                 self._fill()
+                self._changed()
                 if not self._workers.running and not self._awaits_others:
                     break
                 self._hear()
@@ -154,9 +162,10 @@ class Search:
         """The complete trial with the best value; of equals the first. Where none is, of those that are
         furthest."""
         known = [t for t in self.trials.values() if t.value is not None and t.state != "failed"]
-        furthest = max((t.amount(t.step) for t in known), default=0.0)
         pool = [t for t in known if t.state == "complete"]
-        pool = pool or [t for t in known if t.amount(t.step) >= furthest]
+        if not pool:
+            furthest = max((t.amount(t.step) for t in known), default=0.0)
+            pool = [t for t in known if t.amount(t.step) >= furthest]
         lower = self.plan.first.lower
         return min(pool, key=lambda t: (lower(t.value or 0.0), t.number), default=None)
 
@@ -200,7 +209,6 @@ class Search:
                 self._decide(happened)
             else:
                 self._end(happened)
-            self._changed()
 
     def _left(self) -> float | None:
         """Seconds after which to look whether there is something to do besides."""
@@ -243,7 +251,6 @@ class Search:
             self._started[number] = time.monotonic()
             if self._told_to_end():  # while it started, and it was not
                 self._workers.stop()
-            self._changed()
 
     def _next(self) -> int | None:
         """Which trial is to run now: one that was interrupted, one that is promoted, or a new one."""
@@ -469,10 +476,11 @@ class Search:
 
     def _publish(self, number: int, *, paused: bool) -> None:
         """Let the sampler know of a trial that waits, and other controllers of any."""
+        if not paused and self._peers is None:
+            return
         trial, open_ = self.trials[number], self._open[number]
         with quiet(), self._kept.together():
-            if paused or self._peers is not None:
-                self._write_values(trial, open_)
+            self._write_values(trial, open_)
             if self._peers is not None:
                 self._peers.publish(open_, trial, paused=paused)
 
@@ -486,6 +494,8 @@ class Search:
             trial.furthest, trial.killed = report.step, 0
         self._table.pop(report.number, None)
         self._publish(report.number, paused=False)
+        if not self._waits:
+            return
         decision = self._scheduler.decide(self._known(), report.number)
         saves = isinstance(self._scheduler, PopulationBased)  # others may go on from there
         self._workers.answer(report.number, _ANSWERS[decision], save=saves)
@@ -545,7 +555,7 @@ class Search:
         return Job(
             trial.number, self.plan.recipe, resolved.values, resolved.sources, self.plan.folder.parent,
             self.plan.folder.name, trial.run, tuple(one.metric for one in self.plan.objectives),
-            self.plan.unit, self.plan.provenance,
+            self.plan.unit, self.plan.provenance, waits=self._waits,
         )  # fmt: skip
 
     def _run_of(self, trial: Seen) -> RunView | None:

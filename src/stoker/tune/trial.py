@@ -38,6 +38,8 @@ class Job:
     """What all trials of a search are made from; None of a run that gathers its own, and ships itself."""
     tags: Mapping[str, str] = field(default_factory=dict)
     """Of its run."""
+    waits: bool = True
+    """Whether it waits at each report for what is decided; else nothing ever is, and it is not answered."""
 
 
 @dataclass(frozen=True)
@@ -88,10 +90,17 @@ class Link:
         Where the other end is gone, this process ends at once, as it is about to be: an error would go down
         in the run as its own failure.
         """
+        self.send(kind, **fields)
         try:
-            self.tell(kind, **fields)
             return self.hear()
         except (EOFError, OSError):
+            os._exit(EXIT_FAILED)
+
+    def send(self, kind: str, **fields: Any) -> None:
+        """Say something to which there is no answer; as `ask` where the other end is gone."""
+        try:
+            self.tell(kind, **fields)
+        except OSError:
             os._exit(EXIT_FAILED)
 
     def hear(self) -> dict[str, Any]:
@@ -103,12 +112,15 @@ class Link:
 class Reporter:
     """Listens to a run: the values of the first metric are reported, and what is decided then is done.
 
+    Args:
+        waits: as a job's.
+
     A run that a Trainer steps stops at the end of the step, on all ranks; any other at once, within
     `run.log`.
     """
 
-    def __init__(self, run: Run, metrics: tuple[str, ...], unit: str, link: Link) -> None:
-        self._run, self._metrics, self._unit, self._link = run, metrics, unit, link
+    def __init__(self, run: Run, metrics: tuple[str, ...], unit: str, link: Link, *, waits: bool) -> None:
+        self._run, self._metrics, self._unit, self._link, self._waits = run, metrics, unit, link, waits
         self.logged: set[str] = set()
         """The names of all metrics so far."""
         self.values: dict[str, float] = {}
@@ -124,10 +136,11 @@ class Reporter:
                     raise NotFinite(f"{metric} is {value} at step {step}")
         if self._metrics[0] not in values or self._unit == SHARE:  # of such a one the last value counts
             return
-        answer = self._link.ask(
-            "report", step=step, value=self.values[self._metrics[0]], per_step=self._per_step(),
-            metrics={**self._run.latest},
-        )  # fmt: skip
+        report = {"step": step, "value": self.values[self._metrics[0]], "per_step": self._per_step()}
+        if not self._waits:
+            self._link.send("report", **report)
+            return
+        answer = self._link.ask("report", **report, metrics={**self._run.latest})
         if answer["save"]:
             self._run.stop.ask_to_save()
         if answer["decision"] != "continue":
