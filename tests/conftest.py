@@ -20,7 +20,7 @@ from stoker import object_store
 import warm
 from servers import Proxy, s3_server
 
-STARTING = {"cli", "engine", "language", "tracking", "report", "run"}
+STARTING = {"cli", "engine", "language", "launch", "tracking", "report", "run"}
 """The folders whose tests start processes by the forkserver."""
 
 

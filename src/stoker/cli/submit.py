@@ -20,6 +20,7 @@ import typer
 from stoker.cli.output import console, print_json
 from stoker.errors import BadInput
 from stoker.launch import here, jobs, jobspec, targets
+from stoker.launch.jobs import Job
 from stoker.launch.jobspec import ELEMENT, RENDEZVOUS, JobSpec
 from stoker.launch.targets import LOCAL, TARGETS
 
@@ -212,6 +213,7 @@ def send(where: Where, made: JobSpec, *, runs: Path, trains: Sequence[str], json
         sys.stdout.write(rendered)
         return 0
     target.check(job)
+    _check_free(job)
     known = jobs.remember(job, target.submit(job, rendered))
     if json:
         print_json({"job": known.id, "target": known.target, "native": known.native,
@@ -222,6 +224,20 @@ def send(where: Where, made: JobSpec, *, runs: Path, trains: Sequence[str], json
     out.print(f"it runs the code that is in {made.folder} when it starts", markup=False)
     out.print(f"next: stoker jobs list   stoker jobs logs {known.id} -f   stoker jobs cancel {known.id}")
     return 0
+
+
+def _check_free(job: Job) -> None:
+    """Refuse a second job for what one that is not over trains. Raises BadInput."""
+    others = [
+        one for one in jobs.every(job.runs) if one.target == job.target and {*one.trains} & {*job.trains}
+    ]
+    states = targets.of(job.target).states(others) if others else {}
+    for one in others:
+        if not states[one.id].over:
+            raise BadInput(
+                f"job {one.id} trains it, and is {states[one.id].state}: wait for it, or `stoker jobs cancel "
+                f"{one.id}`"
+            )
 
 
 def print_command(where: Where, command: Command, *, nproc: int) -> int:

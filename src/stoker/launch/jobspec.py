@@ -15,9 +15,10 @@ from typing import Any
 from stoker.duration import clock
 from stoker.errors import BadInput
 
-RENDEZVOUS = "<rendezvous>"
+# No argument of a user's has such a character: the system would not take it.
+RENDEZVOUS = "\0rendezvous\0"
 """In a command: HOST:PORT where the machines of the job meet, which the target knows."""
-ELEMENT = "<element>"
+ELEMENT = "\0element\0"
 """In a command: the number of this element of an array of jobs, from 0."""
 
 _MEMORY = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT])(?:i?B)?", re.IGNORECASE)

@@ -106,7 +106,8 @@ def cancel(job: Job, *, at_once: bool) -> None:
         return
     _do(["scontrol", "update", f"JobId={job.native}", "Requeue=0"])
     _do(["scancel", "--state=PENDING", job.native])
-    _do(["scancel", "--state=RUNNING", "--signal=TERM", job.native])
+    if not states([job])[job.id].over:
+        _do(["scancel", "--state=RUNNING", "--signal=TERM", job.native])
 
 
 def lines(job: Job, *, follow: bool) -> Iterator[Line]:

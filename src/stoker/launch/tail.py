@@ -9,7 +9,7 @@ from pathlib import Path
 from stoker.launch.targets import Line
 
 _EVERY = 0.5  # seconds
-_ASKED = 5.0  # seconds between two questions of a cluster, which serves others too
+_ASKED = 2.0  # seconds between two questions of a cluster, which serves others too
 
 
 def lines(files: Callable[[], Mapping[str, Path]], over: Callable[[], bool] | None = None) -> Iterator[Line]:

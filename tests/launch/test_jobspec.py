@@ -1,0 +1,113 @@
+"""What a job is, and its sbatch script as bash reads it."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from stoker.errors import BadInput
+from stoker.launch import jobs, jobspec, slurm
+from stoker.launch.jobs import Job
+from stoker.launch.jobspec import ELEMENT, RENDEZVOUS, JobSpec
+
+WORDS = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=12)
+
+
+def _job(runs: Path = Path("/runs"), **fields: object) -> Job:
+    known = {"name": "digits/a", "command": ("true",), "folder": Path("/here"), **fields}
+    return jobs.planned("slurm", JobSpec(**known), runs, ("digits/a",))  # type: ignore[arg-type]
+
+
+@given(st.lists(WORDS, max_size=4), WORDS)
+@settings(max_examples=30, deadline=None)
+def test_bash_hands_on_every_argument_and_variable_as_it_was_given(words: list[str], value: str) -> None:
+    program = ("/usr/bin/printf", r"%s\0", "-", *words, f"at {RENDEZVOUS}", f"{ELEMENT}-th", "last")
+    script = slurm.render(_job(command=program, environment={"GIVEN": value}))
+    stand_in = 'srun() { while [ "${1#--}" != "$1" ]; do shift; done; "$@"; printf %s "$GIVEN"; exit; }\n'
+    found = subprocess.run(
+        ["bash", "-c", stand_in + script],
+        env={"SLURM_JOB_ID": "12345", "SLURM_ARRAY_TASK_ID": "7", "PATH": "/usr/bin:/bin"},
+        capture_output=True, check=True,
+    ).stdout.decode().split("\0")  # fmt: skip
+    assert found[0] == "-"
+    assert found[1 : 1 + len(words)] == words
+    assert found[1 + len(words)].endswith(":22345")
+    assert found[-3:] == ["7-th", "last", value]
+
+
+def test_a_record_says_what_was_submitted(tmp_path: Path) -> None:
+    job = _job(tmp_path, command=("a", RENDEZVOUS), memory=2**30, options={"partition": "gpu"}, passed=("A",))
+    jobs.begin(job, "script.sh", "#!/bin/bash\n")
+    known = jobs.remember(job, "42")
+    assert jobs.every(tmp_path) == [known]
+    for name in (job.id, job.id[:15], "42", "a", "digits/a"):
+        assert jobs.find(tmp_path, name) == known
+    with pytest.raises(BadInput, match="no job '43'"):
+        jobs.find(tmp_path, "43")
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("64GB", 2**36), ("64G", 2**36), ("512MB", 2**29), ("1.5TiB", 3 * 2**39)]
+)
+def test_memory_is_in_powers_of_1024(text: str, count: int) -> None:
+    assert jobspec.memory(text) == count
+
+
+@pytest.mark.parametrize("text", ["64", "GB", "-1GB", "0GB", "1 byte"])
+def test_memory_without_a_unit_is_refused(text: str) -> None:
+    with pytest.raises(BadInput, match="such as 64GB"):
+        jobspec.memory(text)
+
+
+def test_a_variable_without_a_value_is_passed_on_and_not_written_down() -> None:
+    assert jobspec.environment(["A=b=c", "B="], {}) == ({"A": "b=c", "B": ""}, ())
+    assert jobspec.environment(["HF_TOKEN"], {"HF_TOKEN": "x"}) == ({}, ("HF_TOKEN",))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("HF_TOKEN=x", "looks like a secret"),
+        ("AWS_SECRET_ACCESS_KEY=x", "looks like a secret"),
+        ("NOT_SET", "not set here"),
+        ("1A=b", "give NAME=VALUE"),
+        ("=b", "give NAME=VALUE"),
+    ],
+)
+def test_a_variable_that_cannot_be_written_is_refused(text: str, said: str) -> None:
+    with pytest.raises(BadInput, match=said):
+        jobspec.environment([text], {})
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"time": 120.0}, "--time 00:02:00: Slurm tells it to stop 2 minutes before that"),
+        ({"options": {"nodes": "2"}}, "that is what --nodes is for"),
+        ({"options": {"output": "x"}}, "the script sets it"),
+        ({"options": {"p": "gpu"}}, "give its long name"),
+        ({"options": {"signal": "KILL@9"}}, "give USR1@SECONDS"),
+        ({"gpus": 1, "processes": 2}, "each rank has a GPU"),
+        ({"cpus": 1, "processes": 2}, "give a core a rank"),
+    ],
+)
+def test_a_script_that_could_not_go_on_is_not_written(fields: dict[str, object], said: str) -> None:
+    with pytest.raises(BadInput, match=said):
+        slurm.render(_job(**fields))
+
+
+@pytest.mark.parametrize(
+    ("resources", "count"),
+    [
+        ("(null)", 0),
+        ("gpu:8", 8),
+        ("gpu:a100:4(S:0-1),nvme:1", 4),
+        ("gpu:a100:4,gpu:t4:2", 6),
+        ("shard:9", 0),
+    ],
+)
+def test_gpus_are_counted_as_sinfo_says_them(resources: str, count: int) -> None:
+    assert slurm._gpus(resources) == count

@@ -1,0 +1,222 @@
+"""Jobs on a real Slurm, which the tests start and stop."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+import servers
+import slurm_cluster
+from conftest import Command, Start
+from support import loaded
+
+RECIPE = str(Path(__file__).parent / "waiting.py")
+SEARCHED = str(Path(__file__).parents[1] / "cli" / "searched.py")
+SAME = ("train", RECIPE, "precision=fp32", "checkpoint_every=1000")
+
+pytestmark = pytest.mark.skipif(
+    bool(slurm_cluster.missing()), reason=f"not installed: {', '.join(slurm_cluster.missing())}"
+)
+
+
+@pytest.fixture(scope="module")
+def configuration() -> Iterator[Path]:
+    with slurm_cluster.cluster(2) as config:
+        yield config
+
+
+@pytest.fixture(autouse=True)
+def slurm(configuration: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_CONF", str(configuration))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Where jobs are submitted, of a name that a script has to quote."""
+    made = tmp_path / "it's 100% mine"
+    made.mkdir()
+    return made
+
+
+def _slurm(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def _state(number: str) -> str:
+    """Of a job, or of what is left of an array; one that has just ended is not let wait for two minutes.
+
+    It has to wait a second or two: a node does not take a job again at the time that it ended there.
+    """
+    form = ("--noheader", "--array", "--states=all", "--format=%i %T %r %S")
+    jobs = [line.split() for line in _slurm("squeue", *form, f"--jobs={number}").splitlines()]
+    for one, state, reason, start in jobs:
+        late = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() + 10))
+        if (state, reason) == ("PENDING", "BeginTime") and start != "N/A" and start > late:
+            subprocess.run(["scontrol", "update", f"JobId={one}", "StartTime=now+2"], check=False)
+    states = {job[1] for job in jobs}
+    return next((state for state in ("RUNNING", "PENDING", "COMPLETING") if state in states), min(states))
+
+
+def _wait(until: Callable[[], object], what: str = "") -> None:
+    deadline = time.monotonic() + 60  # seconds
+    while not until():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.1)
+
+
+def _over(number: str) -> str:
+    """Wait until a job does nothing more; returns Slurm's word for how it ended."""
+    _wait(lambda: _state(number) not in ("PENDING", "RUNNING", "COMPLETING"))
+    return _state(number)
+
+
+def _at(run: Path, step: int) -> bool:
+    return (run / "run.json").exists() and loaded(run).step >= step
+
+
+def _weights(run: Path) -> dict[str, list[float]]:
+    return {n: t.flatten().tolist() for n, t in load_file(run / "artifacts" / "model.safetensors").items()}
+
+
+def _written(folder: Path) -> str:
+    """What the jobs of a folder have written, for an assertion that fails."""
+    return "\n".join(file.read_text() for file in sorted(folder.glob("runs/.jobs/*/*.[lt][ox][gt]")))
+
+
+def test_a_job_that_is_preempted_and_reaches_its_time_limit_ends_in_the_same_bits(
+    stoker: Command, folder: Path
+) -> None:
+    note = "note=a \"b\" $HOME 'c' \\ `d` *"
+    asked = ("--on", "slurm", "--time", "1min", "--option", "signal=USR1@50", "--env", "NOTED=x y")
+    done = stoker(*SAME, "waits=[20, 40]", note, "--nproc", "2", "--name", "a", *asked, "--json", cwd=folder)
+    assert done.code == 0, done.err
+    number, run = done.answer["native"], folder / "runs" / "waiting" / "a"
+
+    _wait(lambda: _at(run, 19), "the job did not start")
+    node = _slurm("squeue", "--noheader", f"--jobs={number}", "--format=%N")
+    _slurm("srun", "--partition=high", f"--nodelist={node}", "--exclusive", "true")  # takes the job's node
+    assert loaded(run).status == "preempted", _written(folder)
+    _wait(lambda: _state(number) == "RUNNING" and _at(run, 39))  # where it waits for the time limit
+    _wait(lambda: loaded(run).status == "preempted")
+    assert _over(number) == "COMPLETED", _written(folder)
+
+    seen = loaded(run)
+    assert [attempt.resumed_from for attempt in seen.attempts[1:]] == [20, 40]
+    assert seen.config["note"] == note.removeprefix("note=")
+    attempts = next(folder.glob("runs/.jobs/*/attempts.txt")).read_text().splitlines()
+    assert [line.rpartition(" ")[2] for line in attempts] == ["75", "75", "0"]
+    assert stoker(*SAME, "--nproc", "2", "--name", "whole", cwd=folder).code == 0
+    whole = folder / "runs" / "waiting" / "whole"
+    assert _weights(run) == _weights(whole)
+    assert list(seen.points["loss"].items()) == list(loaded(whole).points["loss"].items())
+
+
+def test_two_nodes_train_one_run_and_its_logs_are_followed_to_the_end(
+    stoker: Command, start: Start, folder: Path
+) -> None:
+    done = stoker(*SAME, "--nodes", "2", "--name", "b", "--on", "slurm", cwd=folder)
+    assert done.code == 0, done.err
+    followed = start("jobs", "logs", "b", "--follow", cwd=folder)
+    out, _ = followed.communicate(timeout=100)
+    said = out.decode()
+    run = folder / "runs" / "waiting" / "b"
+    assert loaded(run).status == "finished", said
+    assert [attempt.world for attempt in loaded(run).attempts] == [2]
+    assert "is machine 0 of 2, with 1 ranks" in said
+    for line in ("[rank 0] ", "[rank 1] "):
+        assert line in said
+    one = stoker("jobs", "logs", "b", "--rank", "1", cwd=folder).out.splitlines()
+    assert one
+    assert all(line.startswith("[rank 1] ") for line in one)
+    assert "waiting/b finished at step 60" in said
+    known = stoker("jobs", "list", "--json", cwd=folder).answer["jobs"]
+    assert [(job["state"], job["runs"], job["step"]) for job in known] == [("done", ["waiting/b"], 60)]
+    assert stoker("runs", "list", "--json", cwd=folder).answer["runs"][0]["id"] == "b"
+
+
+def test_a_job_that_is_cancelled_leaves_a_checkpoint_and_is_not_queued_again(
+    stoker: Command, folder: Path
+) -> None:
+    submitted = ("--on", "slurm", "--json", "--cpus", "2")
+    running = stoker(*SAME, "waits=[20]", "--name", "c", *submitted, cwd=folder).answer
+    run = folder / "runs" / "waiting" / "c"
+    _wait(lambda: _at(run, 19))
+    again = stoker(*SAME, "waits=[20]", "--name", "c", *submitted, cwd=folder)
+    assert again.code == 2
+    assert f"job {running['job']} trains it" in again.err
+    queued = stoker(*SAME, "--name", "d", *submitted, "--option", "begin=now+1hour", cwd=folder).answer
+    assert stoker("jobs", "logs", "d", cwd=folder).err.endswith("the job is queued (BeginTime)\n")
+    for job in (running, queued):
+        assert stoker("jobs", "cancel", job["native"], cwd=folder).code == 0
+        _over(job["native"])
+    states = [job["state"] for job in stoker("jobs", "list", "--json", cwd=folder).answer["jobs"]]
+    assert states == ["cancelled", "cancelled"]
+    assert loaded(run).status == "preempted"
+    assert (run / "checkpoints" / f"step-{loaded(run).step:08d}" / "manifest.json").is_file()
+    assert not (folder / "runs" / "waiting" / "d").exists()
+    over = stoker("jobs", "cancel", "c", cwd=folder)
+    assert over.code == 2
+    assert "is over: cancelled" in over.err
+
+
+def test_a_job_that_fails_is_started_again_as_often_as_was_asked_for(stoker: Command, folder: Path) -> None:
+    (folder / "fails.py").write_text('def train(run):\n    raise RuntimeError("each time")\n')
+    asked = ("--on", "slurm", "--retries", "1", "--name", "e", "--json")
+    number = stoker("train", "fails.py", *asked, cwd=folder).answer["native"]
+    assert _over(number) == "FAILED"
+    assert len(loaded(folder / "runs" / "fails" / "e").attempts) == 2
+    shown = stoker("jobs", "list", "--json", cwd=folder).answer["jobs"][0]
+    assert shown["state"] == "failed"
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (("--gpus", "3"), "--gpus 3: a node of the default partition has 2 at most"),
+        (("--memory", "64GB"), "--memory 64G: a node of the default partition has 2000M at most"),
+        (("--nodes", "4"), "--nodes 4: the default partition has 2 nodes with what is asked for"),
+        (("--option", "partition=nope"), "invalid partition specified: nope"),
+        (("--option", "nosuch=1"), "unrecognized option '--nosuch=1'"),
+    ],
+)
+def test_what_slurm_can_never_run_is_refused_before_anything_is_written(
+    asked: tuple[str, ...], said: str, stoker: Command, folder: Path
+) -> None:
+    done = stoker(*SAME, "--on", "slurm", *asked, cwd=folder)
+    assert done.code == 2
+    assert said in done.err
+    assert not list(folder.iterdir())
+
+
+@pytest.mark.skipif(servers.postgres_binaries() is None, reason="PostgreSQL is not installed")
+@pytest.mark.filterwarnings("ignore")  # of SQLAlchemy
+def test_a_sweep_is_an_array_of_controllers_of_one_study(
+    stoker: Command, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    binaries = servers.postgres_binaries()
+    assert binaries is not None
+    given = ("sweep", SEARCHED, "x=uniform(0, 1)", "pause=0.1", "--sampler", "random", "--trials", "6")
+    with servers.postgres(binaries) as url:
+        monkeypatch.setenv("STOKER_STORAGE", url)
+        done = stoker(*given, "--name", "s", "--on", "slurm", "--controllers", "2", "--json", cwd=folder)
+        assert done.code == 0, done.err
+        number = done.answer["native"]
+        _wait(lambda: len(list(folder.glob("runs/s-*/trial-*/run.json"))) >= 2)
+        _slurm("scancel", "--signal=TERM", f"{number}_0")  # as where its node is taken
+        _wait(lambda: "PENDING" in _slurm("squeue", "--noheader", f"--jobs={number}_0", "--format=%T"))
+        assert _over(number) == "COMPLETED", _written(folder)
+        found = json.loads(stoker("jobs", "show", number, "--json", cwd=folder).out)
+        assert (found["state"], found["runs"]) == ("done", ["s-0", "s-1"])
+    trials = sorted(file.parent for file in folder.glob("runs/s-*/trial-*/run.json"))
+    assert {trial.parent.name for trial in trials} == {"s-0", "s-1"}
+    assert 6 <= len(trials) <= 7
+    assert all(loaded(trial).status == "finished" for trial in trials)
+    assert url not in _written(folder)
+    assert shlex.quote(url) not in next(folder.glob("runs/.jobs/*/script.sh")).read_text()

@@ -1,0 +1,92 @@
+"""`--on` and `--dry-run` where no cluster is."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from conftest import Command
+
+RECIPE = str(Path(__file__).parents[1] / "cli" / "searched.py")
+DOCS = Path(__file__).parents[2] / "docs" / "clusters.md"
+
+
+def test_the_script_in_the_docs_is_what_dry_run_prints(stoker: Command, tmp_path: Path) -> None:
+    command, script = re.findall(r"```(?:sh|bash)\n(.*?)```", DOCS.read_text(), re.DOTALL)[:2]
+    words = command.replace("\\\n", " ").split()[1:]
+    done = stoker(*words, env={"HF_TOKEN": "x"})
+    assert done.code == 0, done.err
+    printed = re.sub(r"\.jobs/\d{8}-\d{6}-\w{4}", ".jobs/20261126-111500-3f9a", done.out)
+    printed = printed.replace(str(tmp_path), "/home/me/project").replace(
+        sys.executable, "/home/me/.venv/bin/python"
+    )
+    assert printed == script
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_here_prints_the_same_command(stoker: Command, tmp_path: Path) -> None:
+    asked = ("--env", "K=a b", "--cpus", "1", "--time", "4h", "--retries", "2", "--dry-run", "--on=local")
+    done = stoker("train", RECIPE, "steps=5", *asked, "--name", "a")
+    limits = "--max-time 4h --max-restarts 2"
+    assert done.out == (
+        f"env 'K=a b' OMP_NUM_THREADS=1 {sys.executable} -m stoker train {RECIPE} steps=5 --name a {limits}\n"
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_job_here_has_the_variables_it_was_given(stoker: Command, tmp_path: Path) -> None:
+    (tmp_path / "says.py").write_text("import os\n\n\ndef train(run):\n    run.note(os.environ['K'])\n")
+    assert stoker("train", "says.py", "--name", "a", "--env", "K=a b").code == 0
+    assert stoker("runs", "show", "a", "--json").answer["notes"][0]["text"] == "a b"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--on", "slurm"), "sinfo is not found"),
+        (("--on", "slurn"), "did you mean 'slurm'?"),
+        (("--on", "slurm", "--rendezvous", "a:1", "--nodes", "2"), "the nodes find each other by themselves"),
+        (("--gpus", "99"), "--gpus 99: this machine has"),
+        (("--memory", "999TB"), "--memory 1022976G: this machine has"),
+        (("--option", "partition=gpu"), "it is for clusters"),
+    ],
+)
+def test_what_cannot_be_submitted_leaves_nothing_behind(
+    arguments: tuple[str, ...], said: str, stoker: Command, tmp_path: Path
+) -> None:
+    done = stoker("train", RECIPE, *arguments, env={"PATH": "/nowhere"})
+    assert done.code == 2
+    assert re.search(said, done.err), done.err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--on", "slurm", "--controllers", "2"), "share a study that is in a database"),
+        (("--controllers", "2"), "it is for jobs"),
+        (("--on", "ray", "--gpus", "2"), "--gpus is for jobs"),
+        (("--retries", "2"), "see --max-failures"),
+        (("--on", "slurm", "--storage", "postgresql://me:secret@host/db"), "its password would be written"),
+    ],
+)
+def test_a_sweep_that_cannot_be_a_job_is_refused(
+    arguments: tuple[str, ...], said: str, stoker: Command, tmp_path: Path
+) -> None:
+    done = stoker("sweep", RECIPE, "x=uniform(0, 1)", *arguments, "--dry-run")
+    assert done.code == 2
+    assert said in done.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_script_of_ones_own_submits_itself(tmp_path: Path) -> None:
+    import subprocess
+
+    script = tmp_path / "mine.py"
+    script.write_text("import stoker\n\n\ndef train(run):\n    run.log(loss=1.0)\n\n\nstoker.main(train)\n")
+    command = [sys.executable, str(script), "--on", "slurm", "--name", "a", "--dry-run"]
+    out = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert f"{sys.executable} {script} --name a\n" in out
