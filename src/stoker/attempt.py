@@ -32,6 +32,7 @@ from stoker.errors import EXIT_FAILED, BadInput, Stopped
 from stoker.periodic import Job, Periodic
 from stoker.reproduce import provenance
 from stoker.run import (
+    again,
     artifacts,
     finding,
     journal,
@@ -100,6 +101,10 @@ class Run:
         accept_drift: bool = False,
         provenance: Path | None = None,
     ) -> None:
+        asked = again.taken(experiment, name, config, seed)
+        if asked is not None:
+            runs, experiment, name = asked.runs, asked.experiment, asked.id
+            sources, recipe, provenance = asked.sources, asked.recipe, Path(asked.provenance)
         folder = finding.folder(
             runs if runs is not None else os.environ.get("STOKER_RUNS", "runs")
         ).absolute()
@@ -116,6 +121,8 @@ class Run:
         """First and last step that a Trainer profiles."""
         self.measure: int | None = None
         """How many steps a Trainer times before it stops, writing `logs/timing-rank-N.json`."""
+        self.until: int | None = None
+        """The step after which a run that is made again ends, as a stopped one."""
         self.layout: dict[str, Any] = {}
         """How the attempt before this one used the devices, where a Trainer did."""
         self.stop = StopRequests()
@@ -149,8 +156,11 @@ class Run:
         if self.world.rank > 0:
             self._join()
         else:
-            record = opening.record(self.directory, config, sources, recipe, seed)
+            parents = [asked.parent] if asked is not None else []
+            record = opening.record(self.directory, config, sources, recipe, seed, parents)
             self._lead(record, code or Path.cwd(), accept_drift, provenance)
+        if asked is not None:
+            self._make_again(asked)
         log.debug("attempt %d of %s, process %d", self.attempt, self.directory.path, os.getpid())
 
     def _lead(self, record: dict[str, Any], code: Path, accept_drift: bool, known: Path | None) -> None:
@@ -174,6 +184,19 @@ class Run:
             "attempt_started", pid=os.getpid(), host=platform.node(), drift=changes,
             opening=mark, world=self.world.size, step=self.step,
         )  # fmt: skip
+
+    def _make_again(self, asked: again.Again) -> None:
+        """Compute as the run that is made again did, and end where it is to end."""
+        self.layout = dict(asked.layout)
+        self.until = asked.until
+        if asked.until is not None:
+            self.listen(self._end_after)
+        self.tag(**{again.TAG: f"{asked.of['experiment']}/{asked.of['id']}"})
+
+    def _end_after(self, step: int, values: Mapping[str, Any]) -> None:
+        """End a loop of its own once it has left the last step; a Trainer sees by itself."""
+        if not self._stepped_by_trainer and self.until is not None and step > self.until:
+            self.stop.ask(view.STOPPED)
 
     def _join(self) -> None:
         """Take part in the attempt that rank 0 of this launch begins."""

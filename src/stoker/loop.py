@@ -285,9 +285,10 @@ class Trainer:
                     self._checkpoints.wait()  # raises
                 if requests.save or self._checkpoint_due():
                     self.checkpoint()
-                if requests.stop:
+                stop = requests.stop or (view.STOPPED if self.steps_done == self.run.until else None)
+                if stop:
                     self._end_loop()
-                    raise Stopped(requests.stop)
+                    raise Stopped(stop)
             self.run.step = self.steps_done
         self.checkpoint()
         self._end_loop()

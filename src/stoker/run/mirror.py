@@ -31,7 +31,7 @@ Objects = dict[str, Stored]
 _KNOWN = "store.known"
 _LISTINGS = 5  # of a run that changes meanwhile
 _STRETCH = 2**26  # bytes of the longest stretch of a journal
-_OWN = ("sinks", "tensorboard", "wandb", "checkpoints", "journal", "lease")  # not copied file by file
+_OWN = ("sinks", "tensorboard", "wandb", "checkpoints", "journal", "lease", "again")  # not copied file by file
 _DERIVED = ("attempt.lock", "compacted.safetensors", "store.json", "store.lock", "store.wake", _KNOWN)
 
 

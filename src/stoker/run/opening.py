@@ -8,7 +8,7 @@ import hashlib
 import os
 import sys
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ def record(
     sources: Mapping[str, str] | None,
     recipe: Mapping[str, Any] | None,
     seed: int,
+    parents: Sequence[Mapping[str, str]] = (),
 ) -> dict[str, Any]:
     """What `run.json` says of a new run."""
     return {
@@ -41,7 +42,7 @@ def record(
         "config": configs.record(config) if dataclasses.is_dataclass(config) else dict(config or {}),
         "sources": dict(sources or {}),
         "seed": seed,
-        "parents": [],
+        "parents": list(parents),
     }
 
 
