@@ -77,7 +77,8 @@ class Run:
         sources: where each config value came from.
         recipe: what starts this run again: `name` and `reference`.
         seed: the seed that the run's randomness is a function of.
-        code: a folder of the git repository to record; by default the working directory.
+        code: the script whose code is recorded, or a folder of its git repository; by default the script that
+            this process runs, or the working directory where it runs none.
         accept_drift: continue a run although its config was another, and record what changed.
         provenance: a folder in which what a run is made from stands already, as that of a search has it for
             all of its trials; by default it is gathered.
@@ -158,7 +159,7 @@ class Run:
         else:
             parents = [asked.parent] if asked is not None else []
             record = opening.record(self.directory, config, sources, recipe, seed, parents)
-            self._lead(record, code or Path.cwd(), accept_drift, provenance)
+            self._lead(record, code or opening.script() or Path.cwd(), accept_drift, provenance)
         if asked is not None:
             self._make_again(asked)
         log.debug("attempt %d of %s, process %d", self.attempt, self.directory.path, os.getpid())
@@ -223,13 +224,22 @@ class Run:
             self.layout = before.attempts[-1].layout if before.attempts else {}
             self._before = before.points
         else:
-            record["code"] = provenance.code_of(known) if known else provenance.code_state(code)
+            self.directory.prepare()
+            record["code"] = self._record_code(code, known)
             self.directory.create(record)
-            if known:
-                provenance.link(known, self.directory.provenance)
-            else:
-                provenance.write(self.directory.provenance, code, record["code"])
         return changes
+
+    def _record_code(self, code: Path, known: Path | None) -> dict[str, Any]:
+        """Record what the run is made from; returns what its record says of it."""
+        if known:
+            provenance.link(known, self.directory.provenance)
+            if not (known / provenance.ENVIRONMENT).is_file():  # of a run that is made again
+                provenance.write_environment(self.directory.provenance)
+            return provenance.summary(provenance.read_code(known))
+        runs = self.directory.path.parent.parent
+        gathered = provenance.gather(code, runs)
+        provenance.write(self.directory.provenance, gathered, artifacts.store(runs))
+        return provenance.summary(gathered.code)
 
     # -- what user code calls -----------------------------------------------------------
 

@@ -6,7 +6,6 @@ import os
 import platform
 import socket
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +13,14 @@ import psutil
 
 
 def hardware() -> dict[str, Any]:
-    """This machine: system, processor, cores, memory in bytes, GPUs."""
+    """This machine: system, processor, cores, memory in bytes, NVIDIA GPUs with driver and CUDA."""
     return {
         "host": platform.node(),
         "system": platform.platform(),
-        "python": sys.version,
         "processor": processor(),
         "cores": os.cpu_count(),
         "memory_bytes": psutil.virtual_memory().total,
-        "gpus": _gpus(),
+        **_gpus(),
     }
 
 
@@ -44,9 +42,27 @@ def processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def _gpus() -> list[str]:
-    query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
-    return (output(query) or "").splitlines()
+def _gpus() -> dict[str, Any]:
+    """The NVIDIA GPUs by name and memory, their driver, and the newest CUDA that it can run."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+        cuda = pynvml.nvmlSystemGetCudaDriverVersion_v2()
+        return {
+            "gpus": [f"{pynvml.nvmlDeviceGetName(gpu)}, {_mebibytes(gpu)} MiB" for gpu in handles],
+            "driver": str(pynvml.nvmlSystemGetDriverVersion()),
+            "cuda": f"{cuda // 1000}.{cuda % 1000 // 10}",
+        }
+    except pynvml.NVMLError:  # there is no driver, as on most machines without a GPU
+        return {"gpus": []}
+
+
+def _mebibytes(gpu: Any) -> int:
+    import pynvml
+
+    return int(pynvml.nvmlDeviceGetMemoryInfo(gpu).total) // 2**20
 
 
 def output(command: list[str]) -> str | None:

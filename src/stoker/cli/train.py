@@ -232,7 +232,7 @@ def _work(recipe: Recipe, resolved: Resolved[Any], job: Job, measure: int | None
         sources=resolved.sources,
         recipe={"name": recipe.name, "reference": recipe.reference},
         seed=int(getattr(resolved.config, "seed", 0)),
-        code=recipe.source.parent if recipe.reference not in recipes.SHIPPED else Path.cwd(),
+        code=recipe.code,
         accept_drift=job.accept_drift,
     )
     run.profile, run.measure, run.stop.deadline = job.profile, measure, job.deadline

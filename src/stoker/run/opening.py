@@ -21,6 +21,8 @@ from stoker.run import directory, lease, mirror, rendezvous
 from stoker.run.directory import RunDirectory
 from stoker.world import World
 
+_PACKAGE = Path(configs.__file__).parent
+
 
 def record(
     run: RunDirectory,
@@ -44,6 +46,16 @@ def record(
         "seed": seed,
         "parents": list(parents),
     }
+
+
+def script() -> Path | None:
+    """The script that this process runs, where it is somebody's own: no command, and no notebook."""
+    file = getattr(sys.modules.get("__main__"), "__file__", None)
+    if file is None or not file.endswith(".py"):
+        return None
+    path = Path(file).resolve()
+    installed = path.is_relative_to(Path(sys.prefix).resolve()) or path.is_relative_to(_PACKAGE)
+    return None if installed or not path.is_file() else path
 
 
 def new_id(world: World) -> str:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from stoker import storage
 from stoker.errors import BadInput
 from stoker.reproduce import provenance
+from stoker.run import artifacts
 from stoker.run.directory import SWEEP, SWEEP_LOCK
 
 if TYPE_CHECKING:
@@ -96,18 +97,18 @@ def provenance_of(folder: Path, code: Path) -> Path:
     Code that has changed since is said, and recorded beside the other.
 
     Args:
-        code: a folder of the git repository.
+        code: the script, or a folder of the git repository.
     """
-    state, number, target = provenance.code_state(code), 1, folder / "provenance"
-    while (target / "git.json").is_file():
-        if provenance.code_of(target) == state:
+    now, number, target = provenance.gather(code, folder.parent), 1, folder / "provenance"
+    while provenance.is_recorded(target):
+        if provenance.same(provenance.read_code(target), now.code):
             return target
         number += 1
         target = folder / f"provenance-{number}"
     if number > 1:
         log.warning("the code has changed since the search began: trials from now on are of other code")
     target.mkdir(exist_ok=True)
-    provenance.write(target, code, state)
+    provenance.write(target, now, artifacts.store(folder.parent))
     return target
 
 
