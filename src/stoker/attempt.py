@@ -118,17 +118,9 @@ class Run:
         """The newest value of every metric that this process wrote."""
         self.goals: dict[str, Goal] = {}
         """Which way metrics are better, as far as it was said."""
-        self.profile: tuple[int, int] | None = None
-        """First and last step that a Trainer profiles."""
-        self.measure: int | None = None
-        """How many steps a Trainer times before it stops, writing `logs/timing-rank-N.json`."""
-        self.until: int | None = None
-        """The step after which a run that is made again ends, as a stopped one."""
         self.layout: dict[str, Any] = {}
         """How the attempt before this one used the devices, where a Trainer did."""
         self.stop = StopRequests()
-        self.heart: Heart | None = None
-        """Says how far a Trainer's loop is."""
         self.made: set[str] = set()
         """The kinds of artifacts that were recorded in this attempt."""
         self._sinks = follower.enabled()
@@ -144,8 +136,6 @@ class Run:
         self._system: SystemSampler | None = None
         self._warned: set[str] = set()
         self._watches: list[Any] = []
-        self._ended = False
-        self._finish: Callable[[float], None] | None = None
         self._lock = threading.Lock()
         self._descriptor = -1
         self._lease: lease.Lease | None = None
@@ -477,6 +467,16 @@ class Run:
 
     plan: Mapping[str, Any] = types.MappingProxyType({})
     """What a Trainer says of the steps that it is going to make: `total_steps`, `samples_per_step`, ..."""
+    profile: tuple[int, int] | None = None
+    """First and last step that a Trainer profiles."""
+    measure: int | None = None
+    """How many steps a Trainer times before it stops, writing `logs/timing-rank-N.json`."""
+    until: int | None = None
+    """The step after which a run that is made again ends, as a stopped one."""
+    heart: Heart | None = None
+    """Says how far a Trainer's loop is."""
+    _ended = False
+    _finish: Callable[[float], None] | None = None
     _stepped_by_trainer = False
     _listener: Callable[[int, Mapping[str, Any]], None] | None = None
 

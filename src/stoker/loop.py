@@ -732,6 +732,8 @@ class Trainer:
             self._checkpoints.void_after(self.steps_done)
             self.run.event("resumed", step=self.steps_done, passed_over=passed_over)
             self.run.step = self.steps_done
+        elif found is not None:  # another run's: it was put there for this one to begin from
+            self.run.event("begun_from", step=self.steps_done)
 
     def _newest(self, but: Set[int] = frozenset()) -> tuple[manifest.Checkpoint | None, list[str]]:
         """See `Checkpoints.newest`; says which were passed over."""

@@ -28,7 +28,8 @@ def test_the_first_step_that_differs_is_the_one_that_a_loop_over_the_bits_finds(
     differ = [
         step
         for step in sorted({*before, *now})
-        if (_bits(before[step]) if step in before else nothing) != (_bits(now[step]) if step in now else nothing)
+        if (_bits(before[step]) if step in before else nothing)
+        != (_bits(now[step]) if step in now else nothing)
     ]
     found = journals.compare(series(loss=before), series(loss=now))
     assert found.identical == (not differ)
@@ -75,7 +76,9 @@ def test_nothing_to_compare_is_not_identical() -> None:
     assert not journals.compare(series(loss={1: 1.0}), series(loss={1: 1.0}), after=5).identical
 
 
-@pytest.mark.parametrize("name", ["tokens_per_second", "seconds_evaluating", "mfu", "time/step_seconds", "throughput"])
+@pytest.mark.parametrize(
+    "name", ["tokens_per_second", "seconds_evaluating", "mfu", "time/step_seconds", "throughput"]
+)
 def test_what_measures_the_machine_is_left_out_and_named(name: str) -> None:
     before, now = series(**{name: {1: 1.0}, "loss": {1: 1.0}}), series(**{name: {1: 2.0}, "loss": {1: 1.0}})
     found = journals.compare(before, now)

@@ -16,10 +16,12 @@ from stoker.cli import (
     bench,
     checkpoints,
     data,
+    diff,
     generate,
     models,
     recipes,
     report,
+    reproduce,
     resume,
     runs,
     sweep,
@@ -43,6 +45,8 @@ app.command("train")(train.train)
 app.command("resume")(resume.resume)
 app.command("sweep")(sweep.sweep)
 app.add_typer(runs.app, name="runs")
+app.command("reproduce")(reproduce.reproduce)
+app.command("diff")(diff.diff)
 app.command("report")(report.report)
 app.command("generate")(generate.generate)
 app.add_typer(data.app, name="data")

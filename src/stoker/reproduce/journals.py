@@ -82,7 +82,10 @@ def compare(
     """
     names = sorted({*before, *now})
     wanted = [name for name in names if not leave_out(name)]
-    pairs = {name: (_within(before.get(name), after, until), _within(now.get(name), after, until)) for name in wanted}
+    pairs = {
+        name: (_within(before.get(name), after, until), _within(now.get(name), after, until))
+        for name in wanted
+    }
     pairs = {name: pair for name, pair in pairs.items() if len(pair[0]) or len(pair[1])}
     drifts = [drift for name, pair in pairs.items() if (drift := _drift(name, *pair)) is not None]
     seen = [np.concatenate([a.x, b.x]) for a, b in pairs.values()]
@@ -93,7 +96,9 @@ def compare(
         last=int(steps[-1]) if len(steps) else None,
         metrics=tuple(pairs),
         left_out=tuple(name for name in names if leave_out(name)),
-        drifts=tuple(sorted(drifts, key=lambda drift: (drift.first_step, drift.metric != "loss", drift.metric))),
+        drifts=tuple(
+            sorted(drifts, key=lambda drift: (drift.first_step, drift.metric != "loss", drift.metric))
+        ),
     )
 
 
@@ -120,7 +125,8 @@ def _drift(metric: str, before: Series, now: Series) -> Drift | None:
     absolute, relative = _distances(a[differ], b[differ])
     at = both[differ]
     return Drift(
-        metric, first, dict(before.items()).get(first), dict(now.items()).get(first), len(both), int(differ.sum()),
+        metric, first, dict(before.items()).get(first), dict(now.items()).get(first),
+        len(both), int(differ.sum()),
         *_largest(absolute, at), *_largest(relative, at),
         lacking=len(before) - len(both), added=len(now) - len(both),
     )  # fmt: skip
@@ -153,7 +159,8 @@ def _largest(distances: NDArray[np.float64], steps: NDArray[np.int64]) -> tuple[
 def as_json(compared: Compared) -> dict[str, Any]:
     """The comparison by name."""
     return {
-        "identical": compared.identical, "steps": compared.steps, "first": compared.first, "last": compared.last,
+        "identical": compared.identical, "steps": compared.steps, "first": compared.first,
+        "last": compared.last,
         "metrics": list(compared.metrics), "left_out": list(compared.left_out),
         "drifts": [vars(drift) for drift in compared.drifts],
     }  # fmt: skip

@@ -57,7 +57,7 @@ def write(file: Path, again: Again) -> None:
 
 
 def taken(experiment: str, name: str | None, config: Any, seed: int) -> Again | None:
-    """What is asked of the run that is being opened, if it is the one that is meant. Each process takes it once."""
+    """What is asked of a run that is being opened, if it is the one that is meant; once in a process."""
     if VARIABLE not in os.environ:
         return None
     again = Again(**orjson.loads(Path(os.environ[VARIABLE]).read_bytes()))
