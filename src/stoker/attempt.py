@@ -71,7 +71,7 @@ class Run:
     Args:
         experiment: the folder of runs that belong together.
         name: the run's id; a run of that name is continued. By default a new id is made.
-        config: a dataclass, or a dict of JSON values (dotted keys), kept in `run.json`.
+        config: a dataclass, or a dict of JSON values (dotted keys), kept in `run.json` without secrets.
         runs: the folder that runs stand under, or the URL of one in an object store (`s3://bucket/runs`);
             by default STOKER_RUNS, else `runs/`.
         sources: where each config value came from.
@@ -144,11 +144,11 @@ class Run:
         self.mend = copy.fetch_checkpoint if copy is not None else None
         """Puts files of a checkpoint in place that are in the object store whole."""
         self._logging: list[logging.Handler] = []
+        parents = [asked.parent] if asked is not None else []
+        record = opening.record(self.directory, config, sources, recipe, seed, parents)
         if self.world.rank > 0:
             self._join()
         else:
-            parents = [asked.parent] if asked is not None else []
-            record = opening.record(self.directory, config, sources, recipe, seed, parents)
             self._lead(record, code or opening.script() or Path.cwd(), accept_drift, provenance)
         if asked is not None:
             self._make_again(asked)

@@ -16,7 +16,7 @@ import numpy as np
 import typer
 from rich.console import Console
 from stoker import config as configs
-from stoker import recipes
+from stoker import recipes, redaction
 from stoker.attempt import Run
 from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, console, print_json, say_error, show_messages
 from stoker.config import Resolved
@@ -190,6 +190,7 @@ def start(
 ) -> int:
     """Train, from the beginning or from where the run of that name was; returns the exit code."""
     show_messages()
+    redaction.keep_out(resolved.values)
     experiment = experiment or recipe.name
     _check_nodes(launch, name)
     if name is not None:
@@ -365,7 +366,9 @@ def _seed(seed: int) -> None:
 def _finished(found: directory.RunDirectory, resolved: Resolved[Any]) -> RunView | None:
     """A run of this name and config that has come to its end, with its report; else None."""
     seen = view.load(found) if found.exists() else None
-    if seen is None or seen.status != view.FINISHED or configs.drift(seen.config, resolved.values):
+    if seen is None or seen.status != view.FINISHED:
+        return None
+    if configs.drift(seen.config, redaction.tree(resolved.values)):
         return None
     if not (found.artifacts / "report.html").exists():  # it was killed in its very last moment
         html.write([seen], found.artifacts / "report.html")

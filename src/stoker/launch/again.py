@@ -17,7 +17,9 @@ from pathlib import Path
 from types import FrameType
 
 import yaml
-from stoker import storage
+from stoker import config as configs
+from stoker import redaction, storage
+from stoker.config import COMMAND_LINE, DEFAULT
 from stoker.errors import BadInput
 from stoker.reproduce import provenance
 from stoker.reproduce.place import Place
@@ -27,6 +29,7 @@ from stoker.run.again import Again
 from stoker.run.directory import RunDirectory
 from stoker.run.view import RunView
 
+CONFIG = "config.yaml"
 FOLDER = "again"
 """In the run that is made: the code that it is made from, and what was asked for."""
 _OF_A_LAUNCH = (
@@ -125,16 +128,23 @@ def _passing_on(process: subprocess.Popen[bytes]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _recipe(
-    reference: str, part: Stretch, target: RunDirectory, there: Place, python: str, ranks: int
-) -> list[str]:
-    config = target.path / FOLDER / "config.yaml"
-    storage.write_atomically(config, yaml.safe_dump(dict(part.config), sort_keys=False).encode())
-    return [
-        python, "-P", "-m", "stoker", "train", located(reference, there), "--config", str(config),
-        "--name", target.id, "--experiment", target.experiment, "--runs", str(target.path.parent.parent),
-        "--nproc", str(ranks),
-    ]  # fmt: skip
+def known_values(
+    config: Mapping[str, Any], sources: Mapping[str, str], overrides: Sequence[str] = ()
+) -> dict[str, Any]:
+    """A config without secrets, which no record has, and without what is given anew.
+
+    A secret that was a default is found by the code again. Raises BadInput for any other.
+    """
+    given = {configs.split(override)[0] for override in overrides}
+    kept = {key: value for key, value in config.items() if key not in given}
+    removed = {key for key, value in kept.items() if redaction.holds_redacted(value)}
+    lost = sorted(key for key in removed if sources.get(key, DEFAULT) != DEFAULT)
+    if lost:
+        raise BadInput(
+            f"{', '.join(lost)}: a secret, which is not recorded; give it again: "
+            f"{' '.join(f'{key}=...' for key in lost)}"
+        )
+    return {key: value for key, value in kept.items() if key not in removed}
 
 
 def located(reference: str, there: Place) -> str:

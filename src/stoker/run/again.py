@@ -16,7 +16,7 @@ from typing import Any
 
 import orjson
 from stoker import config as configs
-from stoker import storage
+from stoker import redaction, storage
 
 VARIABLE = "STOKER_AGAIN"
 TAG = "reproduces"
@@ -71,5 +71,5 @@ def taken(experiment: str, name: str | None, config: Any, seed: int) -> Again | 
 def _plain(config: Any) -> dict[str, Any]:
     """A config as it comes back from `run.json`."""
     known = configs.record(config) if dataclasses.is_dataclass(config) else dict(config or {})
-    plain: dict[str, Any] = orjson.loads(orjson.dumps(known))
+    plain: dict[str, Any] = orjson.loads(orjson.dumps(redaction.tree(known)))
     return plain

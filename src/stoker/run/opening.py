@@ -15,7 +15,7 @@ from typing import Any
 
 import orjson
 from stoker import config as configs
-from stoker import storage
+from stoker import redaction, storage
 from stoker.errors import BadInput
 from stoker.run import directory, lease, mirror, rendezvous
 from stoker.run.directory import RunDirectory
@@ -32,17 +32,22 @@ def record(
     seed: int,
     parents: Sequence[Mapping[str, str]] = (),
 ) -> dict[str, Any]:
-    """What `run.json` says of a new run."""
+    """What `run.json` says of a new run; of secrets, that there were some.
+
+    From now on those of the config are kept out of all that this process writes down.
+    """
+    values = configs.record(config) if dataclasses.is_dataclass(config) else dict(config or {})
+    redaction.keep_out(values)
     return {
         "uid": uuid.uuid4().hex,
         "id": run.id,
         "experiment": run.experiment,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": sys.argv,
+        "command": redaction.command(sys.argv),
         "cwd": str(Path.cwd()),
         "recipe": dict(recipe or {}),
-        "config": configs.record(config) if dataclasses.is_dataclass(config) else dict(config or {}),
-        "sources": dict(sources or {}),
+        "config": redaction.tree(values),
+        "sources": {key: redaction.text(source) for key, source in (sources or {}).items()},
         "seed": seed,
         "parents": list(parents),
     }

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stoker import storage
+from stoker import redaction, storage
 from stoker.errors import BadInput
 from stoker.reproduce import provenance
 from stoker.run import artifacts
@@ -88,7 +88,7 @@ def check(folder: Path, wanted: Record) -> None:
 def begin(folder: Path, wanted: Record) -> None:
     """Write what a search is begun with, once all of it is known to work; nothing where it goes on."""
     if not is_sweep(folder):
-        storage.write_json(folder / SWEEP, dataclasses.asdict(wanted) | {"uid": uuid.uuid4().hex})
+        storage.write_json(folder / SWEEP, _said(wanted) | {"uid": uuid.uuid4().hex})
 
 
 def provenance_of(folder: Path, code: Path) -> Path:
@@ -140,7 +140,7 @@ def check_study(study: Study, wanted: Record) -> None:
 
     Raises BadInput.
     """
-    told = {key: value for key, value in dataclasses.asdict(wanted).items() if key not in _OF_A_SWEEP}
+    told = {key: value for key, value in _said(wanted).items() if key not in _OF_A_SWEEP}
     known = study.user_attrs.get("search")
     if known is None:
         study.set_user_attr("search", told)
@@ -177,10 +177,16 @@ def free_name(runs: Path, name: str) -> str:
     return found
 
 
+def _said(wanted: Record) -> dict[str, Any]:
+    """What is written of a search: without the secrets among its fixed values."""
+    said: dict[str, Any] = redaction.tree(dataclasses.asdict(wanted))
+    return said
+
+
 def _refuse_changes(folder: Path, known: Mapping[str, Any], wanted: Record) -> None:
     if known.get("format", 0) > FORMAT:
         raise BadInput(f"{folder / SWEEP} was written by a newer stoker: format {known['format']}")
-    changes = _differences(known, dataclasses.asdict(wanted))
+    changes = _differences(known, _said(wanted))
     if changes:
         raise BadInput(
             f"the search in {folder} is another one: {'; '.join(changes)}. Give --new to begin one beside "
