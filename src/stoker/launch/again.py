@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import yaml
 from stoker import config as configs
@@ -78,15 +79,17 @@ def prepare(
     folder = target.path / FOLDER
     reference = seen.record["recipe"].get("reference")
     if reference is None:
-        command = _script(seen, there, python, ranks)
-        if overrides:
-            raise BadInput(
-                f"{overrides[0]}: the run was made by a script without a recipe, which has no keys"
-            )
+        command = _script(seen, there, python, ranks, overrides)
     else:
-        command = _recipe(reference, part, target, there, python, ranks)
-        command += overrides
-    given = {override.partition("=")[0].strip(): "command line" for override in overrides}
+        config = folder / CONFIG
+        values = known_values(part.config, seen.record["sources"], overrides)
+        storage.write_atomically(config, yaml.safe_dump(values, sort_keys=False).encode())
+        command = [
+            python, "-P", "-m", "stoker", "train", located(reference, there), "--config", str(config),
+            "--name", target.id, "--experiment", target.experiment,
+            "--runs", str(target.path.parent.parent), "--nproc", str(ranks), *overrides,
+        ]  # fmt: skip
+    given = {configs.split(override)[0]: COMMAND_LINE for override in overrides}
     asked = Again(
         runs=str(target.path.parent.parent), experiment=target.experiment, id=target.id,
         of={"experiment": seen.directory.experiment, "id": seen.directory.id, "uid": seen.record["uid"]},
@@ -158,8 +161,10 @@ def located(reference: str, there: Place) -> str:
     return f"{found}{separator}{function}"
 
 
-def _script(seen: RunView, there: Place, python: str, ranks: int) -> list[str]:
+def _script(seen: RunView, there: Place, python: str, ranks: int, overrides: Sequence[str]) -> list[str]:
     """The recorded command. Raises BadInput where it was no script's."""
+    if overrides:
+        raise BadInput(f"{overrides[0]}: the run was made by a script without a recipe, which has no keys")
     words = [str(word) for word in seen.record.get("command", [])]
     script = there.root / there.code.script if there.code.script else None
     if script is None and words:
