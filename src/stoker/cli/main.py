@@ -19,6 +19,7 @@ from stoker.cli import (
     diff,
     generate,
     models,
+    package,
     recipes,
     report,
     reproduce,
@@ -47,6 +48,7 @@ app.command("sweep")(sweep.sweep)
 app.add_typer(runs.app, name="runs")
 app.command("reproduce")(reproduce.reproduce)
 app.command("diff")(diff.diff)
+app.command("package")(package.package)
 app.command("report")(report.report)
 app.command("generate")(generate.generate)
 app.add_typer(data.app, name="data")

@@ -133,7 +133,7 @@ def _prepare(
     folder = target.path / again.FOLDER
     folder.mkdir(parents=True)
     record, cwd = seen.directory.provenance, Path(seen.record["cwd"])
-    there = place.materialise(record, folder / "code", str(cwd))
+    there = place.materialise(record, folder / "code" / again.name_of(record), str(cwd))
     given = {configs.split(override)[0] for override in overrides}
     lacking = place.link_left_out(there)
     place.link_inputs(there, {key: value for key, value in part.config.items() if key not in given}, cwd)

@@ -77,16 +77,14 @@ def prepare(
         BadInput: it is not known how the run was started, or a script has no keys to be given anew.
     """
     folder = target.path / FOLDER
-    reference = seen.record["recipe"].get("reference")
-    if reference is None:
-        command = _script(seen, there, python, ranks, overrides)
-    else:
-        config = folder / CONFIG
+    words, is_script = command(seen, there, ranks)
+    if is_script and overrides:
+        raise BadInput(f"{overrides[0]}: the run was made by a script without a recipe, which has no keys")
+    if not is_script:
         values = known_values(part.config, seen.record["sources"], overrides)
-        storage.write_atomically(config, yaml.safe_dump(values, sort_keys=False).encode())
-        command = [
-            python, "-P", "-m", "stoker", "train", located(reference, there), "--config", str(config),
-            "--name", target.id, "--experiment", target.experiment,
+        storage.write_atomically(folder / CONFIG, yaml.safe_dump(values, sort_keys=False).encode())
+        words += [
+            "--config", str(folder / CONFIG), "--name", target.id, "--experiment", target.experiment,
             "--runs", str(target.path.parent.parent), "--nproc", str(ranks), *overrides,
         ]  # fmt: skip
     given = {configs.split(override)[0]: COMMAND_LINE for override in overrides}
@@ -99,9 +97,9 @@ def prepare(
     )  # fmt: skip
     again.write(folder / "again.json", asked)
     own = {**variables, again.VARIABLE: str(folder / "again.json")}
-    if reference is None:  # other runs that it makes are none of the user's
+    if is_script:  # other runs that it makes are none of the user's
         own["STOKER_RUNS"] = str(folder / "runs")
-    return Start(tuple(command), there.cwd, _environment(there, seen, own, reference), reference is None)
+    return Start((python, *words), there.cwd, _environment(there, seen, own), is_script)
 
 
 def run(start: Start) -> int:
@@ -161,10 +159,19 @@ def located(reference: str, there: Place) -> str:
     return f"{found}{separator}{function}"
 
 
-def _script(seen: RunView, there: Place, python: str, ranks: int, overrides: Sequence[str]) -> list[str]:
+def command(seen: RunView, there: Place, ranks: int) -> tuple[list[str], bool]:
+    """What Python runs to train as a run did, without the values of its config; and whether it is a script.
+
+    Raises BadInput where that is not known.
+    """
+    reference = seen.record["recipe"].get("reference")
+    if reference is None:
+        return _script(seen, there, ranks), True
+    return ["-P", "-m", "stoker", "train", located(reference, there)], False
+
+
+def _script(seen: RunView, there: Place, ranks: int) -> list[str]:
     """The recorded command. Raises BadInput where it was no script's."""
-    if overrides:
-        raise BadInput(f"{overrides[0]}: the run was made by a script without a recipe, which has no keys")
     words = [str(word) for word in seen.record.get("command", [])]
     script = there.root / there.code.script if there.code.script else None
     if script is None and words:
@@ -174,29 +181,31 @@ def _script(seen: RunView, there: Place, python: str, ranks: int, overrides: Seq
             f"{seen.directory.id} was made by {' '.join(words) or 'a command that is not known'}, which is "
             "no script in the record of its code: it cannot be started again"
         )
-    several = (
-        ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-    )
-    return [
-        python,
-        *several,
-        str(script),
-        *(there.mapped(word) if word.startswith("/") else word for word in words[1:]),
-    ]
+    if redaction.holds_redacted(words):
+        raise BadInput(
+            f"the command of {seen.directory.id} held a secret, which is not recorded: run it yourself"
+        )
+    several = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    arguments = (there.mapped(word) if word.startswith("/") else word for word in words[1:])
+    return [*(several if ranks > 1 else []), str(script), *arguments]
 
 
-def _environment(
-    there: Place, seen: RunView, own: Mapping[str, str], reference: str | None
-) -> dict[str, str]:
+def _environment(there: Place, seen: RunView, own: Mapping[str, str]) -> dict[str, str]:
     """This process's environment, where the run's code comes before all that is installed."""
     record = seen.directory.provenance
     recorded = storage.read_json(record / provenance.ENVIRONMENT).get("variables", {}).get("PYTHONPATH", "")
     ours = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     first = there.python_path(read_lock(record), recorded)
-    imported = reference is not None and ".py" not in reference and ":" in reference
+    reference = seen.record["recipe"].get("reference") or ""
+    imported = ":" in reference and ".py" not in reference  # a module, which may stand where it is started
     folders = [*first, *([str(there.cwd)] if imported else []), *(path for path in ours if path)]
     variables = {k: v for k, v in os.environ.items() if not k.startswith(_OF_A_LAUNCH)}
     return {**variables, **own, "PYTHONPATH": os.pathsep.join(folders)}
+
+
+def name_of(record: Path) -> str:
+    """What the folder of a run's code is called, where it is unpacked beside its inputs. Raises BadInput."""
+    return Path(provenance.read_code(record).root).name or "code"
 
 
 def read_lock(record: Path) -> str:

@@ -50,19 +50,18 @@ class Place:
         return within is not None and (self.root / within).is_dir()
 
 
-def materialise(record: Path, target: Path, cwd: str) -> Place:
+def materialise(record: Path, root: Path, cwd: str) -> Place:
     """Unpack the code of a run.
 
     Args:
         record: the run's provenance folder.
-        target: the folder to unpack into; the code's own folder in it keeps its name.
+        root: the folder to unpack into, which is made.
         cwd: where the run was started, for one that was started outside of its code.
 
     Raises:
         BadInput: there is no record of the code, or its bundle is damaged.
     """
     code = provenance.read_code(record)
-    root = target / (Path(code.root).name or "code")
     root.mkdir(parents=True)
     if code.bundle is not None:
         provenance.extract(record, root)
