@@ -30,7 +30,7 @@ from typing import Any
 from stoker import config as configs
 from stoker.errors import EXIT_FAILED, BadInput, Stopped
 from stoker.periodic import Job, Periodic
-from stoker.reproduce import provenance
+from stoker.reproduce import data, provenance
 from stoker.run import (
     again,
     artifacts,
@@ -417,6 +417,38 @@ class Run:
             self._append("used", name=found.name, run=found.maker, files=found.files)
             lineage.tell_maker(found, self.directory, self.directory.record()["uid"])
         return found.path
+
+    def data(self, name: str, path: Path | str, *, fingerprint: str = "", revision: str = "") -> Path:
+        """Record that the run reads a dataset, known by its content; returns its path.
+
+        A file or folder is read for it once, and again when it has changed; of more than 1 GiB only samples
+        are. Warns where the content is another than when the run began.
+
+        Args:
+            name: what the run calls it.
+            path: a file or folder; or what names data that is elsewhere: an id of the hub, a URL.
+            fingerprint: what tells the content of such data apart: with it nothing is read here.
+            revision: of a dataset of the hub, the commit.
+
+        Raises:
+            BadInput: there is nothing at the path, or it cannot be read.
+        """
+        if self.world.rank > 0:
+            return Path(path)
+        try:
+            about = data.describe(str(path), fingerprint, revision)
+        except OSError as error:
+            raise BadInput(
+                f"data {name!r} cannot be read: {error.filename}: {error.strerror}; give a file or a folder, "
+                "or with fingerprint= or revision= what names data that is elsewhere"
+            ) from error
+        before = data.record(self.directory.provenance / provenance.DATA, name, about, self.attempt)
+        if before is not None:
+            log.warning(
+                "data %r is not what it was when the run began: %s, now %s", name, before,
+                about.get("fingerprint"),
+            )  # fmt: skip
+        return Path(path)
 
     def watch(self, model: Any, *, every: int = 100, histograms: bool = False, bins: int = 64) -> None:
         """Log the norms of every parameter and its gradient, every so many optimizer steps.
