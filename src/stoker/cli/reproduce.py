@@ -26,6 +26,7 @@ from stoker.reproduce import (
     code_changes,
     differences,
     environment,
+    inputs,
     journals,
     packages,
     place,
@@ -35,6 +36,7 @@ from stoker.reproduce import (
     weights,
 )
 from stoker.reproduce.differences import Difference
+from stoker.reproduce.inputs import Input
 from stoker.reproduce.place import Place
 from stoker.reproduce.stretch import Stretch
 from stoker.run import finding, mirror, view
@@ -135,8 +137,11 @@ def _prepare(
     record, cwd = seen.directory.provenance, Path(seen.record["cwd"])
     there = place.materialise(record, folder / "code" / again.name_of(record), str(cwd))
     given = {configs.split(override)[0] for override in overrides}
-    lacking = place.link_left_out(there)
-    place.link_inputs(there, {key: value for key, value in part.config.items() if key not in given}, cwd)
+    lacking = inputs.link_left_out(there)
+    recorded = storage.read_json(record / provenance.DATA)
+    kept = {key: value for key, value in part.config.items() if key not in given}
+    inputs.link(there, [*inputs.paths_of(kept), *(str(about["path"]) for about in recorded.values())], cwd)
+    data = inputs.check(there, recorded, part.config, given)
     lock, then = again.read_lock(record), storage.read_json(record / provenance.ENVIRONMENT)
     python = _python(lock, then) if env else sys.executable
     on_gpu, own = _on_gpu(part, then), differences.computing(then.get("variables", {}))
@@ -150,9 +155,9 @@ def _prepare(
     found = _differences(then, now, lock, on_gpu=on_gpu, env=env)
     return Checked(
         of=_name(seen.directory), name=_name(target), part=part, code=there.code,
-        changed_since=tuple(code_changes.changed_since(there.code)), lacking=tuple(lacking), data={},
+        changed_since=tuple(code_changes.changed_since(there.code)), lacking=tuple(lacking), data=tuple(data),
         packages=len(differences.locked(lock)), variables=own, differences=tuple(found),
-        doubts=tuple(_doubts(part, there, lock, ranks=ranks, on_gpu=on_gpu, env=env)),
+        doubts=tuple(_doubts(part, there, data, lock, ranks=ranks, on_gpu=on_gpu, env=env)),
         environment=f"{python}, built from the lock" if env else "",
     ), starting  # fmt: skip
 
@@ -185,7 +190,9 @@ def _differences(
             yield found
 
 
-def _doubts(part: Stretch, there: Place, lock: str, *, ranks: int, on_gpu: bool, env: bool) -> Iterator[str]:
+def _doubts(
+    part: Stretch, there: Place, data: Sequence[Input], lock: str, *, ranks: int, on_gpu: bool, env: bool
+) -> Iterator[str]:
     """Why equal bits cannot be promised, besides what differs."""
     if ranks != part.world:
         yield f"{ranks} ranks in place of {part.world}: sums over ranks are added in another order"
@@ -193,6 +200,7 @@ def _doubts(part: Stretch, there: Place, lock: str, *, ranks: int, on_gpu: bool,
         yield "deterministic=false on a GPU: its kernels may add in any order"
     if on_gpu and part.config.get("micro_batch") == "auto":
         yield "micro_batch=auto: the memory of the GPU decides how a batch is cut"
+    yield from (f"data {one.name!r} has changed" for one in data if one.changed)
     if there.code.redacted:
         yield f"secrets were removed from the record of {', '.join(there.code.redacted)}"
     if not there.code.files:
@@ -285,9 +293,12 @@ def _sums(of: RunView, part: Stretch) -> dict[str, dict[str, tuple[str, Path]]]:
 
 
 def _fingerprints(seen: RunView, made: RunView) -> dict[str, tuple[str | None, str | None]]:
-    names = [tag for tag in {**seen.tags, **made.tags} if tag.startswith("fingerprint.")]
-    pairs = {tag.partition(".")[2]: (seen.tags.get(tag), made.tags.get(tag)) for tag in names}
-    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+    """What the two depend on, where it differs."""
+    before, now = (
+        inputs.fingerprints(storage.read_json(of.directory.provenance / provenance.DATA), of.tags)
+        for of in (seen, made)
+    )
+    return configs.drift(before, now)
 
 
 def _name(run: RunDirectory) -> str:

@@ -14,6 +14,7 @@ from stoker.report.terminal import plain
 from stoker.reproduce import journals
 from stoker.reproduce.code import Code
 from stoker.reproduce.differences import Difference
+from stoker.reproduce.inputs import Input
 from stoker.reproduce.journals import Compared, Drift
 from stoker.reproduce.stretch import Stretch
 
@@ -33,8 +34,7 @@ class Checked:
     """Files of the code that are others now where they were taken from."""
     lacking: tuple[str, ...]
     """Files that the record left out, and that are not there any more as they were."""
-    data: Mapping[str, str]
-    """Data by name, and how it was found."""
+    data: tuple[Input, ...]
     packages: int
     """In the run's lock."""
     variables: Mapping[str, str]
@@ -77,8 +77,8 @@ def print_checked(console: Console, checked: Checked) -> None:
     """Print what was found before anything is trained."""
     console.print(Text.assemble((checked.of, "bold"), " again, as ", (checked.name, "bold")))
     _pair(console, "code", _code(checked))
-    for name, said in checked.data.items():
-        _pair(console, "data", f"{name}: {said}")
+    for one in checked.data:
+        _pair(console, "data", f"{one.name}: {one.said}", "yellow" if one.changed else "")
     _pair(console, "python", checked.environment)
     of_kind = {label: [d for d in checked.differences if d.kind == kind] for kind, label in _KINDS.items()}
     _pair(console, "packages", "" if of_kind["packages"] else f"{checked.packages} as recorded")
@@ -152,7 +152,8 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
         "differences": [asdict(difference) for difference in checked.differences],
         "code": {"commit": checked.code.commit, "files": len(checked.code.files),
                  "changed_since": list(checked.changed_since), "lacking": list(checked.lacking)},
-        "data": dict(checked.data), "variables": dict(checked.variables), "after": checked.part.after,
+        "data": [{**asdict(one), "changed": one.changed} for one in checked.data],
+        "variables": dict(checked.variables), "after": checked.part.after,
         "until": checked.part.until, "environment": checked.environment,
     }  # fmt: skip
 

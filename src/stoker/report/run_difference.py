@@ -18,7 +18,7 @@ from stoker import storage
 from stoker.report import facts
 from stoker.report.reproduction import exact, share, step
 from stoker.report.terminal import plain
-from stoker.reproduce import code_changes, differences, journals, provenance
+from stoker.reproduce import code_changes, differences, inputs, journals, provenance
 from stoker.reproduce.code_changes import Change, CodeChanges
 from stoker.reproduce.differences import Difference
 from stoker.reproduce.journals import Compared
@@ -127,11 +127,7 @@ def _environment(before: RunView, now: RunView) -> tuple[list[Difference], list[
 
 
 def _data(view: RunView) -> dict[str, str]:
-    """The fingerprints of what a run read, by name."""
-    tags = {k.partition(".")[2]: v for k, v in view.tags.items() if k.startswith("fingerprint.")}
-    recorded = storage.read_json(view.directory.provenance / provenance.DATA)
-    paths = {f"{name} in {about['path']}": str(about["fingerprint"]) for name, about in recorded.items()}
-    return {**tags, **paths}
+    return inputs.fingerprints(storage.read_json(view.directory.provenance / provenance.DATA), view.tags)
 
 
 def _print_code(console: Console, code: CodeChanges) -> None:
