@@ -18,7 +18,7 @@ from stoker.checkpoint.manifest import InvalidCheckpoint
 from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, console, print_json, show_messages
 from stoker.cli.runs.common import RunName
 from stoker.cli.train import Overrides
-from stoker.errors import EXIT_DIFFERS, EXIT_INTERRUPTED, EXIT_PREEMPTED, BadInput, StokerError
+from stoker.errors import EXIT_DIFFERS, EXIT_INTERRUPTED, EXIT_PREEMPTED, BadInput, StokerError, nearest
 from stoker.launch import again
 from stoker.report import reproduction
 from stoker.report.reproduction import Checked, Outcome, Weights
@@ -136,7 +136,7 @@ def _prepare(
     folder.mkdir(parents=True)
     record, cwd = seen.directory.provenance, Path(seen.record["cwd"])
     there = place.materialise(record, folder / "code" / again.name_of(record), str(cwd))
-    given = {configs.split(override)[0] for override in overrides}
+    given = _given(part, overrides)
     lacking = inputs.link_left_out(there)
     recorded = storage.read_json(record / provenance.DATA)
     kept = {key: value for key, value in part.config.items() if key not in given}
@@ -160,6 +160,14 @@ def _prepare(
         doubts=tuple(_doubts(part, there, data, lock, ranks=ranks, on_gpu=on_gpu, env=env)),
         environment=f"{python}, built from the lock" if env else "",
     ), starting  # fmt: skip
+
+
+def _given(part: Stretch, overrides: Sequence[str]) -> set[str]:
+    """The keys that are given anew. Raises BadInput where the run has no such key."""
+    given = {configs.split(override)[0] for override in overrides}
+    for key in given - part.config.keys():
+        raise BadInput(f"the run has no key {key!r}{nearest(key, part.config)}")
+    return given
 
 
 def _python(lock: str, then: Mapping[str, Any]) -> str:

@@ -45,7 +45,7 @@ class Input:
 
 
 def link_left_out(place: Place) -> list[str]:
-    """Link what the record of the code left out, where it is as large as it was; returns what is not there."""
+    """Link what the record of the code left out, if it is as large as it was; returns what is not there."""
     lacking = []
     for left in place.code.left_out:
         source, target = Path(place.code.root, left.path), place.root / left.path
@@ -133,7 +133,7 @@ def _fingerprint(place: Place, name: str, about: Mapping[str, Any], config: Mapp
         keys = [key for key, value in config.items() if about["path"] in paths_of({key: value})]
         raise BadInput(
             f"data {name!r} cannot be read: {error.filename or path}: {error.strerror}. It had fingerprint "
-            f"{about['fingerprint']}, {about['bytes']:,} bytes in {about['files']:,} files: bring it back, or "
+            f"{about['fingerprint']}, {about['bytes']:,} bytes in {about['files']:,} files: bring it back or "
             f"say where it is now by {keys[0] if keys else 'KEY'}=PATH"
         ) from error
 
