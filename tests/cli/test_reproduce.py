@@ -334,7 +334,8 @@ def test_told_to_stop_it_passes_that_on(project: Path, stoker: Command, start: S
 def test_a_trial_that_was_ended_early_is_made_again_up_to_there(project: Path, stoker: Command) -> None:
     swept = stoker(
         "sweep", "count.py", "scale=[1, 2, 3, 4]", "--metric", "loss", "--trials", "4",
-        "--scheduler", "asha-stop", "--least", "1", "--most", "6", "--parallel", "1", "--name", "search", cwd=project,
+        "--scheduler", "asha-stop", "--least", "1", "--most", "6", "--parallel", "1",
+        "--name", "search", cwd=project,
     )  # fmt: skip
     assert swept.code == 0, swept.err
     runs = {run.name: loaded(run) for run in (project / "runs/search").glob("trial-*")}
