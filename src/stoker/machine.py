@@ -32,6 +32,22 @@ def share_cores(processes: int) -> None:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
 
 
+_CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
+
+
+def keep_cublas_workspaces() -> None:
+    """Let cuBLAS give the same bits each time, by workspaces of its own; what the environment says stands.
+
+    It looks when it is first used. https://docs.nvidia.com/cuda/cublas/#results-reproducibility
+    """
+    os.environ.setdefault(_CUBLAS, ":4096:8")
+
+
+def has_cublas_workspaces() -> bool:
+    """Whether the environment says which workspaces cuBLAS has."""
+    return _CUBLAS in os.environ
+
+
 def processor() -> str:
     """The model of the CPU; Python's own `platform.processor()` is empty on most Linux systems."""
     try:

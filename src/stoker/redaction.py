@@ -14,6 +14,7 @@ only where the few characters that it begins with occur at all, so most texts co
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -120,7 +121,7 @@ def text(said: str, *, code: bool = False) -> str:
     Args:
         code: it is of a programming language: only what stands in quotes is a value there.
     """
-    for value in _values():
+    for value in values():
         if value in said:
             said = said.replace(value, REDACTED)
     for starts, look in _LOOKS:
@@ -183,13 +184,31 @@ def variables(given: Mapping[str, str]) -> dict[str, str]:
 def content(path: str, data: bytes) -> bytes | None:
     """The content of a file without its secrets; None where it is no text, and holds one."""
     if b"\0" in data[:_BINARY]:
-        return None if any(value.encode() in data for value in _values()) else data
+        return None if holds(data, values()) else data
     said = data.decode("utf-8", "surrogateescape")
-    kept = text(said, code=PurePath(path).suffix.lower() in _FROM_CODE)
+    kept = text(said, code=is_code(path))
     return data if kept == said else kept.encode("utf-8", "surrogateescape")
 
 
-def _values() -> list[str]:
+def is_code(path: str) -> bool:
+    """Whether a file is of a programming language, by its ending."""
+    return PurePath(path).suffix.lower() in _FROM_CODE
+
+
+def holds(data: bytes, values: Sequence[str]) -> bool:
+    """Whether one of some values is in a file."""
+    return any(value.encode() in data for value in values)
+
+
+def rules() -> bytes:
+    """What tells the names and looks of this version from those of another."""
+    known = [look.pattern for _, look in _LOOKS]
+    patterns = (_WORDS, _OTHER_THAN_SECRET, _CAMEL, _QUOTED, _BARE, _ASSIGNED)
+    known += [pattern.pattern for pattern in patterns]
+    return hashlib.sha256(repr((known, _NAMED, sorted(_FROM_CODE), _BINARY)).encode()).digest()
+
+
+def values() -> list[str]:
     """The secrets that this process knows, the longest first: one may be part of another."""
     told = (value for name, value in os.environ.items() if is_secret_name(name))
     return sorted({*filter(_is_distinct, told), *_kept_out}, key=len, reverse=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 import orjson
 import pytest
 import xxhash
+from stoker import redaction
 from stoker.errors import BadInput
 from stoker.reproduce import bundle, code, packages, provenance
 from stoker.reproduce.code import Code
@@ -192,6 +193,27 @@ def test_runs_of_the_same_code_share_one_bundle(repository: Path, tmp_path: Path
         places.append((tmp_path / name / bundle.NAME).stat().st_ino)
     assert places[0] == places[1]
     assert len(list((tmp_path / "store").glob("*/*"))) == 1
+
+
+def test_what_was_looked_through_once_is_not_again_unless_a_value_is_in_it(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STOKER_CACHE", str(tmp_path / "cache"))
+    _write(repository, {"plain.yaml": "x: secretly-this-value\n", "code.py": 'password = "hunter2hunter2"\n'})
+    first = provenance.gather(repository)
+    looked_at: list[str] = []
+    content = redaction.content
+
+    def noting(path: str, data: bytes) -> bytes | None:
+        looked_at.append(path)
+        return content(path, data)
+
+    monkeypatch.setattr(redaction, "content", noting)
+    assert provenance.gather(repository) == first
+    assert looked_at == ["code.py"]
+    assert first.contents["code.py"] == b'password = "[REDACTED]"\n'
+    monkeypatch.setenv("MY_SERVICE_TOKEN", "secretly-this-value")
+    assert provenance.gather(repository).contents["plain.yaml"] == b"x: [REDACTED]\n"
 
 
 def test_a_damaged_bundle_is_named_and_not_unpacked(repository: Path, tmp_path: Path) -> None:

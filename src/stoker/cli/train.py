@@ -16,7 +16,7 @@ import numpy as np
 import typer
 from rich.console import Console
 from stoker import config as configs
-from stoker import recipes, redaction
+from stoker import machine, recipes, redaction
 from stoker.attempt import Run
 from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, console, print_json, say_error, show_messages
 from stoker.config import Resolved
@@ -304,6 +304,8 @@ def work_on(run: Run, recipe: Recipe, config: Any, *, trial: bool = False) -> tu
     Args:
         trial: it is one of many: it has no report of its own, and is ended where it hangs.
     """
+    if getattr(config, "deterministic", False):
+        machine.keep_cublas_workspaces()  # before the recipe comes to use CUDA
     _seed(run.seed)
     ends = trial or run.world.size > 1 or getattr(config, "hang_limit", None) is not None
     try:

@@ -14,13 +14,14 @@ import stat
 import tarfile
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import orjson
 import xxhash
 from stoker import redaction, storage
 from stoker.errors import BadInput
+from stoker.reproduce import scanned
 from stoker.reproduce.code import Code, File, Found, LeftOut
 
 NAME = "code.tar.gz"
@@ -42,16 +43,30 @@ class _Read:
     is_redacted: bool
 
 
+@dataclass(frozen=True)
+class _Scan:
+    """What is known of contents, and what is found out of them now."""
+
+    clean: frozenset[bytes]
+    """See `scanned`."""
+    values: list[str]
+    """What is a secret wherever it turns up."""
+    fresh: set[bytes] = field(default_factory=set)
+
+
 def read(found: Found) -> tuple[Code, Mapping[str, bytes]]:
     """The code with its list of files, and what each holds, without secrets."""
     root = Path(found.code.root)
-    chosen, left_out = _choose(root, found.paths)
-    taken = [_read(root, path, left_out) for path in chosen]
-    kept = [one for one in taken if one is not None]
+    chosen, unfit = _choose(root, found.paths)
+    scan = _Scan(scanned.known(), redaction.values())
+    taken = [_read(root, path, scan) for path in chosen]
+    scanned.remember(scan.clean, scan.fresh)
+    kept = [one for one in taken if isinstance(one, _Read)]
+    unfit += [one for one in taken if isinstance(one, LeftOut)]
     code = dataclasses.replace(
         found.code,
         files=tuple(one.file for one in kept),
-        left_out=(*found.unread, *sorted(left_out, key=lambda left: left.path)),
+        left_out=(*found.unread, *sorted(unfit, key=lambda left: left.path)),
         redacted=tuple(one.file.path for one in kept if one.is_redacted),
     )
     return code, {one.file.path: one.data for one in kept}
@@ -127,32 +142,40 @@ def _choose(root: Path, paths: Sequence[str]) -> tuple[list[str], list[LeftOut]]
     return [path for path in sizes if path in fitting], left_out
 
 
-def _read(root: Path, path: str, left_out: list[LeftOut]) -> _Read | None:
-    """A file's content without secrets; None where there is none to keep, which is noted."""
+def _read(root: Path, path: str, scan: _Scan) -> _Read | LeftOut:
+    """A file's content without secrets, or why there is none to keep."""
     place = root / path
     try:
         mode = place.lstat().st_mode
         if stat.S_ISLNK(mode):
-            return _read_link(root, path, left_out)
+            return _read_link(root, path)
         data = place.read_bytes()
     except OSError as error:
-        left_out.append(LeftOut(path, 0, f"cannot be read: {error.strerror}"))
-        return None
-    kept = redaction.content(path, data)
+        return LeftOut(path, 0, f"cannot be read: {error.strerror}")
+    kept = _without_secrets(path, data, scan)
     if kept is None:
-        left_out.append(LeftOut(path, len(data), "no text, and holds a secret"))
-        return None
+        return LeftOut(path, len(data), "no text, and holds a secret")
     permissions = "100755" if mode & stat.S_IXUSR else "100644"
     file = File(path, len(kept), xxhash.xxh3_128_hexdigest(kept), permissions)
     return _Read(file, kept, kept is not data)
 
 
-def _read_link(root: Path, path: str, left_out: list[LeftOut]) -> _Read | None:
+def _without_secrets(path: str, data: bytes, scan: _Scan) -> bytes | None:
+    """See `redaction.content`; what was looked through at an earlier start is not again."""
+    digest = scanned.digest(path, data)
+    if digest in scan.clean and not redaction.holds(data, scan.values):
+        return data
+    kept = redaction.content(path, data)
+    if kept is data:
+        scan.fresh.add(digest)
+    return kept
+
+
+def _read_link(root: Path, path: str) -> _Read | LeftOut:
     leads = os.readlink(root / path)  # noqa: PTH115 - as it is written
     resolved = Path(os.path.realpath(root / path))
     if Path(leads).is_absolute() or not resolved.is_relative_to(root):
-        left_out.append(LeftOut(path, 0, f"a link out of {root.name}, to {redaction.text(leads)}"))
-        return None
+        return LeftOut(path, 0, f"a link out of {root.name}, to {redaction.text(leads)}")
     data = os.fsencode(leads)
     return _Read(File(path, len(data), xxhash.xxh3_128_hexdigest(data), _LINK), data, is_redacted=False)
 
