@@ -211,8 +211,6 @@ def _doubts(
     yield from (f"data {one.name!r} has changed" for one in data if one.changed)
     if there.code.redacted:
         yield f"secrets were removed from the record of {', '.join(there.code.redacted)}"
-    if not there.code.files:
-        yield "the record holds no code of its own: it runs what is installed"
     if env and (missing := venv.not_installed(lock)):
         yield f"pip cannot install what was used from a folder: {', '.join(missing)}"
 

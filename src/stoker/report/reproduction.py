@@ -78,7 +78,8 @@ def print_checked(console: Console, checked: Checked) -> None:
     console.print(Text.assemble((checked.of, "bold"), " again, as ", (checked.name, "bold")))
     _pair(console, "code", _code(checked))
     for one in checked.data:
-        _pair(console, "data", f"{one.name}: {one.said}", "yellow" if one.changed else "")
+        name = "" if one.name == "data" else f"{one.name}: "
+        _pair(console, "data", f"{name}{one.said}", "yellow" if one.changed else "")
     _pair(console, "python", checked.environment)
     of_kind = {label: [d for d in checked.differences if d.kind == kind] for kind, label in _KINDS.items()}
     _pair(console, "packages", "" if of_kind["packages"] else f"{checked.packages} as recorded")
@@ -222,6 +223,8 @@ def _drifts(drifts: Sequence[Drift]) -> Table:
 
 def _code(checked: Checked) -> str:
     code = checked.code
+    if not code.files:
+        return "none of its own is recorded: it runs what is installed"
     commit = (
         f"commit {code.commit[:12]}{', with uncommitted changes' if code.dirty else ''}, "
         if code.commit
@@ -236,9 +239,9 @@ def _code(checked: Checked) -> str:
 
 
 def _steps(part: Stretch) -> str:
-    why = f", as {part.why}" if part.why else ""
-    begin = f"from the checkpoint of step {part.after:,} " if part.after else ""
-    return f"{begin}to {part.last}{why}"
+    begin = f", from the checkpoint of step {part.after:,}" if part.after else ""
+    why = f"; after that {part.why}" if part.why else ""
+    return f"{part.after + 1:,} to {'the end' if part.until is None else f'{part.until:,}'}{begin}{why}"
 
 
 def _print_differences(console: Console, label: str, found: Sequence[Difference]) -> None:

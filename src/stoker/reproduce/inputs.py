@@ -38,7 +38,7 @@ class Input:
     def said(self) -> str:
         """In words."""
         if self.now is None:
-            return f"{self.path}, looked at once it is read"
+            return f"{self.path}, compared once it is read"
         if self.changed:
             return f"{self.path} has changed: {self.before} was recorded, it is {self.now}"
         return f"{self.path} as recorded{', of which a sample was compared' if self.sampled else ''}"

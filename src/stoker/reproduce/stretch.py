@@ -30,10 +30,6 @@ class Stretch:
     why: str = ""
     """Why it ends before the run does."""
 
-    @property
-    def last(self) -> str:
-        return "its end" if self.until is None else f"step {self.until:,}"
-
 
 def find(view: RunView, after: int | None = None, steps: int | None = None) -> Stretch:
     """The longest stretch that one training can make again.
