@@ -40,6 +40,7 @@ bench: setup
 	$(BIN)/python bench/llm.py
 	$(BIN)/python bench/sweep.py
 	$(BIN)/python bench/regret.py
+	$(BIN)/python bench/reproduce.py
 
 lint: setup
 	$(BIN)/ruff check --no-cache .

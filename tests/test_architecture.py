@@ -20,6 +20,7 @@ FLOORS = (
         "storage",
         "world",
         "errors",
+        "redaction",
         "duration",
         "machine",
         "distributed",

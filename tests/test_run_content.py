@@ -225,7 +225,8 @@ def test_an_artifact_of_two_runs_is_stored_once_and_collected_with_the_last(
     for name in ("a", "b"):
         assert artifacts.collect_garbage(runs, older_than=0) == 0
         RunDirectory(runs / "test" / name).remove()
-    assert artifacts.collect_garbage(runs, older_than=0) == 100_000
+    assert artifacts.collect_garbage(runs, older_than=0) >= 100_000  # the code of the runs is shared too
+    assert not list(artifacts.store(runs).glob("*/*"))
 
 
 def test_a_folder_logged_again_is_replaced_and_every_version_is_on_record(

@@ -30,8 +30,9 @@ from typing import Any
 from stoker import config as configs
 from stoker.errors import EXIT_FAILED, BadInput, Stopped
 from stoker.periodic import Job, Periodic
-from stoker.reproduce import provenance
+from stoker.reproduce import data, provenance
 from stoker.run import (
+    again,
     artifacts,
     finding,
     journal,
@@ -70,13 +71,14 @@ class Run:
     Args:
         experiment: the folder of runs that belong together.
         name: the run's id; a run of that name is continued. By default a new id is made.
-        config: a dataclass, or a dict of JSON values (dotted keys), kept in `run.json`.
+        config: a dataclass, or a dict of JSON values (dotted keys), kept in `run.json` without secrets.
         runs: the folder that runs stand under, or the URL of one in an object store (`s3://bucket/runs`);
             by default STOKER_RUNS, else `runs/`.
         sources: where each config value came from.
         recipe: what starts this run again: `name` and `reference`.
         seed: the seed that the run's randomness is a function of.
-        code: a folder of the git repository to record; by default the working directory.
+        code: the script whose code is recorded, or a folder of its git repository; by default the script that
+            this process runs, or the working directory where it runs none.
         accept_drift: continue a run although its config was another, and record what changed.
         provenance: a folder in which what a run is made from stands already, as that of a search has it for
             all of its trials; by default it is gathered.
@@ -100,6 +102,10 @@ class Run:
         accept_drift: bool = False,
         provenance: Path | None = None,
     ) -> None:
+        asked = again.taken(experiment, name, config, seed)
+        if asked is not None:
+            runs, experiment, name = asked.runs, asked.experiment, asked.id
+            sources, recipe, provenance = asked.sources, asked.recipe, Path(asked.provenance)
         folder = finding.folder(
             runs if runs is not None else os.environ.get("STOKER_RUNS", "runs")
         ).absolute()
@@ -112,15 +118,9 @@ class Run:
         """The newest value of every metric that this process wrote."""
         self.goals: dict[str, Goal] = {}
         """Which way metrics are better, as far as it was said."""
-        self.profile: tuple[int, int] | None = None
-        """First and last step that a Trainer profiles."""
-        self.measure: int | None = None
-        """How many steps a Trainer times before it stops, writing `logs/timing-rank-N.json`."""
         self.layout: dict[str, Any] = {}
         """How the attempt before this one used the devices, where a Trainer did."""
         self.stop = StopRequests()
-        self.heart: Heart | None = None
-        """Says how far a Trainer's loop is."""
         self.made: set[str] = set()
         """The kinds of artifacts that were recorded in this attempt."""
         self._sinks = follower.enabled()
@@ -136,8 +136,6 @@ class Run:
         self._system: SystemSampler | None = None
         self._warned: set[str] = set()
         self._watches: list[Any] = []
-        self._ended = False
-        self._finish: Callable[[float], None] | None = None
         self._lock = threading.Lock()
         self._descriptor = -1
         self._lease: lease.Lease | None = None
@@ -146,11 +144,14 @@ class Run:
         self.mend = copy.fetch_checkpoint if copy is not None else None
         """Puts files of a checkpoint in place that are in the object store whole."""
         self._logging: list[logging.Handler] = []
+        parents = [asked.parent] if asked is not None else []
+        record = opening.record(self.directory, config, sources, recipe, seed, parents)
         if self.world.rank > 0:
             self._join()
         else:
-            record = opening.record(self.directory, config, sources, recipe, seed)
-            self._lead(record, code or Path.cwd(), accept_drift, provenance)
+            self._lead(record, code or opening.script() or Path.cwd(), accept_drift, provenance)
+        if asked is not None:
+            self._make_again(asked)
         log.debug("attempt %d of %s, process %d", self.attempt, self.directory.path, os.getpid())
 
     def _lead(self, record: dict[str, Any], code: Path, accept_drift: bool, known: Path | None) -> None:
@@ -174,6 +175,19 @@ class Run:
             "attempt_started", pid=os.getpid(), host=platform.node(), drift=changes,
             opening=mark, world=self.world.size, step=self.step,
         )  # fmt: skip
+
+    def _make_again(self, asked: again.Again) -> None:
+        """Compute as the run that is made again did, and end where it is to end."""
+        self.layout = dict(asked.layout)
+        self.until = asked.until
+        if asked.until is not None:
+            self.listen(self._end_after)
+        self.tag(**{again.TAG: f"{asked.of['experiment']}/{asked.of['id']}"})
+
+    def _end_after(self, step: int, values: Mapping[str, Any]) -> None:
+        """End a loop of its own once it has left the last step; a Trainer sees by itself."""
+        if not self._stepped_by_trainer and self.until is not None and step > self.until:
+            self.stop.ask(view.STOPPED)
 
     def _join(self) -> None:
         """Take part in the attempt that rank 0 of this launch begins."""
@@ -200,13 +214,22 @@ class Run:
             self.layout = before.attempts[-1].layout if before.attempts else {}
             self._before = before.points
         else:
-            record["code"] = provenance.code_of(known) if known else provenance.code_state(code)
+            self.directory.prepare()
+            record["code"] = self._record_code(code, known)
             self.directory.create(record)
-            if known:
-                provenance.link(known, self.directory.provenance)
-            else:
-                provenance.write(self.directory.provenance, code, record["code"])
         return changes
+
+    def _record_code(self, code: Path, known: Path | None) -> dict[str, Any]:
+        """Record what the run is made from; returns what its record says of it."""
+        if known:
+            provenance.link(known, self.directory.provenance)
+            if not (known / provenance.ENVIRONMENT).is_file():  # of a run that is made again
+                provenance.write_environment(self.directory.provenance)
+            return provenance.summary(provenance.read_code(known))
+        runs = self.directory.path.parent.parent
+        gathered = provenance.gather(code, runs)
+        provenance.write(self.directory.provenance, gathered, artifacts.store(runs))
+        return provenance.summary(gathered.code)
 
     # -- what user code calls -----------------------------------------------------------
 
@@ -395,6 +418,38 @@ class Run:
             lineage.tell_maker(found, self.directory, self.directory.record()["uid"])
         return found.path
 
+    def data(self, name: str, path: Path | str, *, fingerprint: str = "", revision: str = "") -> Path:
+        """Record that the run reads a dataset, known by its content; returns its path.
+
+        A file or folder is read for it once, and again when it has changed; of more than 1 GiB only samples
+        are. Warns where the content is another than when the run began.
+
+        Args:
+            name: what the run calls it.
+            path: a file or folder; or what names data that is elsewhere: an id of the hub, a URL.
+            fingerprint: what tells the content of such data apart: with it nothing is read here.
+            revision: of a dataset of the hub, the commit.
+
+        Raises:
+            BadInput: there is nothing at the path, or it cannot be read.
+        """
+        if self.world.rank > 0:
+            return Path(path)
+        try:
+            about = data.describe(str(path), fingerprint, revision)
+        except OSError as error:
+            raise BadInput(
+                f"data {name!r} cannot be read: {error.filename}: {error.strerror}; give a file or a folder, "
+                "or with fingerprint= or revision= what names data that is elsewhere"
+            ) from error
+        before = data.record(self.directory.provenance / provenance.DATA, name, about, self.attempt)
+        if before is not None:
+            log.warning(
+                "data %r is not what it was when the run began: %s, now %s", name, before,
+                about.get("fingerprint"),
+            )  # fmt: skip
+        return Path(path)
+
     def watch(self, model: Any, *, every: int = 100, histograms: bool = False, bins: int = 64) -> None:
         """Log the norms of every parameter and its gradient, every so many optimizer steps.
 
@@ -444,6 +499,16 @@ class Run:
 
     plan: Mapping[str, Any] = types.MappingProxyType({})
     """What a Trainer says of the steps that it is going to make: `total_steps`, `samples_per_step`, ..."""
+    profile: tuple[int, int] | None = None
+    """First and last step that a Trainer profiles."""
+    measure: int | None = None
+    """How many steps a Trainer times before it stops, writing `logs/timing-rank-N.json`."""
+    until: int | None = None
+    """The step after which a run that is made again ends, as a stopped one."""
+    heart: Heart | None = None
+    """Says how far a Trainer's loop is."""
+    _ended = False
+    _finish: Callable[[float], None] | None = None
     _stepped_by_trainer = False
     _listener: Callable[[int, Mapping[str, Any]], None] | None = None
 

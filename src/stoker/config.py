@@ -19,6 +19,7 @@ from typing import Any, Generic, TypeVar
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
+from stoker import redaction
 from stoker.errors import BadInput, nearest
 
 C = TypeVar("C")
@@ -80,26 +81,56 @@ def resolve(cls: type[C], overrides: Iterable[str] = (), file: Path | None = Non
     return Resolved(config, record(config), sources)
 
 
-def restore(cls: type[C], values: Mapping[str, Any], sources: Mapping[str, str]) -> Resolved[C]:
-    """Build a config from its record, as `run.json` holds it. Keys added since keep their default."""
+def restore(
+    cls: type[C], values: Mapping[str, Any], sources: Mapping[str, str], overrides: Iterable[str] = ()
+) -> Resolved[C]:
+    """Build a config from its record, as `run.json` holds it. Keys added since keep their default.
+
+    Args:
+        overrides: `key=value` that replace what was recorded.
+
+    Raises:
+        BadInput: an unknown key, a value of the wrong type, or a secret, which no record has, that is
+            not among the overrides.
+    """
     leaves = _leaves(cls)
-    for key in values:
-        _known(key, leaves, "the run's record")
-    checked = {key: _checked(key, leaves[key], value, "the run's record") for key, value in values.items()}
+    given = dict(split(override) for override in overrides)
+    recorded = {key: value for key, value in values.items() if key not in given}
+    for source, keys in (("the run's record", recorded), (COMMAND_LINE, given)):
+        for key in keys:
+            _known(key, leaves, source)
+    told = {key: sources.get(key, DEFAULT) for key in leaves} | dict.fromkeys(given, COMMAND_LINE)
+    recorded = _without_redacted(recorded, told, leaves)
+    checked = {key: _checked(key, leaves[key], value, "the run's record") for key, value in recorded.items()}
+    checked |= {key: _checked(key, leaves[key], value, COMMAND_LINE) for key, value in given.items()}
     config = _build(cls, checked)
-    return Resolved(config, record(config), {key: sources.get(key, DEFAULT) for key in leaves})
+    return Resolved(config, record(config), told)
 
 
 def changed(resolved: Resolved[C], overrides: Iterable[str]) -> Resolved[C]:
     """The same config with some keys given anew on the command line."""
-    leaves = _leaves(type(resolved.config))
-    values, sources = dict(resolved.values), dict(resolved.sources)
-    for override in overrides:
-        key, text = split(override)
-        _known(key, leaves, COMMAND_LINE)
-        values[key] = _dump(leaves[key], _checked(key, leaves[key], text, COMMAND_LINE))
-        sources[key] = COMMAND_LINE
-    return restore(type(resolved.config), values, sources)
+    return restore(type(resolved.config), resolved.values, resolved.sources, overrides)
+
+
+def _without_redacted(
+    recorded: Mapping[str, Any], sources: Mapping[str, str], leaves: Mapping[str, _Leaf]
+) -> dict[str, Any]:
+    """A record without the values that it does not have because they are secrets.
+
+    A default is not lost: the class has it, or finds it again. Raises BadInput for all others.
+    """
+    removed = {key for key, value in recorded.items() if redaction.holds_redacted(value)}
+    lost = [
+        key
+        for key in recorded
+        if key in removed and (sources[key] != DEFAULT or leaves[key].default is dataclasses.MISSING)
+    ]
+    if lost:
+        raise BadInput(
+            f"{', '.join(lost)}: a secret, which is not recorded; give it again: "
+            f"{' '.join(f'{key}=...' for key in lost)}"
+        )
+    return {key: value for key, value in recorded.items() if key not in removed}
 
 
 def record(config: Any) -> dict[str, Any]:

@@ -111,14 +111,14 @@ class Trainer:
         self.world = run.world
         self.training = options.with_deepspeed_file(training)
         options.check(self.training, ranks=self.world.size, gpus=torch.cuda.device_count())
+        if self.training.deterministic:
+            determinism.require()
         self.device = device.pick(self.world)
         self.strategy, why = strategies.choose(model, self.training, self.world, self.device)
         distributed.join(self.world, training.backend, alone=self.strategy not in ("single", "pipeline"))
         self.mesh = mesh.build(self.world, self.device, self.training, self.strategy)
         self.precision = computed_in(run, self.training)
         precision.use_tf32(self.training.tf32)
-        if self.training.deterministic:
-            determinism.require()
         self._scale = LossScale(self.precision == "fp16")
         setting = Setting(
             self.mesh, inputs, loss, self.precision, self._scale, self.training.clip_norm,
@@ -285,9 +285,10 @@ class Trainer:
                     self._checkpoints.wait()  # raises
                 if requests.save or self._checkpoint_due():
                     self.checkpoint()
-                if requests.stop:
+                stop = requests.stop or (view.STOPPED if self.steps_done == self.run.until else None)
+                if stop:
                     self._end_loop()
-                    raise Stopped(requests.stop)
+                    raise Stopped(stop)
             self.run.step = self.steps_done
         self.checkpoint()
         self._end_loop()
@@ -352,11 +353,12 @@ class Trainer:
     def step(self, batch: Any) -> torch.Tensor:
         """One optimizer step on a global batch; returns its mean loss, a scalar tensor on the device.
 
-        `batch` is this rank's share. Raises StokerError, saying what to change, where memory runs out.
+        `batch` is this rank's share. Raises StokerError, saying what to change, where memory runs out, or
+        where an operation has no deterministic form under `deterministic=true`.
         """
         if self._setting.loss is None:
             raise ValueError("give Trainer a loss, or use micro, backward and update")
-        with self._telling_what_fits():
+        with self._telling_what_fits(), determinism.explained(lambda: self._trace(batch)):
             if self.training.optimizer_in_backward:
                 self._set_rates(self.optimizer)
             loss_sum, weight = self._gradients(batch)
@@ -396,6 +398,16 @@ class Trainer:
                 if self.device.type == "cuda":
                     torch.cuda.empty_cache()
                 log.warning("step %d: out of memory; micro_batch=%d now", self.steps_done + 1, self._cut.size)
+
+    def _trace(self, batch: Any) -> None:
+        """Do a forward and a backward pass again that change nothing, for what is told of them.
+
+        Not where ranks would have to do it together: one that failed alone would wait for the others.
+        """
+        if self.strategy in ("single", "ddp") and self._setting.loss is not None:
+            part = next(self.micro(batch))
+            loss, _ = self._setting.loss(self._step.forward(part), part)
+            torch.autograd.grad(loss, list(self._step.weights().values()), allow_unused=True)
 
     def _answer_bad_loss(self, wrong: str) -> None:
         """Do as `on_bad_loss` says of the step under way, which has changed nothing. All ranks call it."""
@@ -454,11 +466,15 @@ class Trainer:
         return self._step.forward(batch)
 
     def backward(self, loss_sum: torch.Tensor, weight: Weight) -> None:
-        """Add the gradient of a summed loss; `update` divides by the weights added up."""
+        """Add the gradient of a summed loss; `update` divides by the weights added up.
+
+        Raises StokerError where an operation has no deterministic form under `deterministic=true`.
+        """
         step = only_loop_of_its_own(self._step)
         if self._scale.enabled and self._scale.divisor is None:
             self._scale.fit(self._over_ranks(weight))
-        step.backward(loss_sum)
+        with determinism.explained():
+            step.backward(loss_sum)
         self._weight = self._weight + weight
 
     def update(self, optimizer: torch.optim.Optimizer | None = None) -> None:
@@ -731,6 +747,8 @@ class Trainer:
             self._checkpoints.void_after(self.steps_done)
             self.run.event("resumed", step=self.steps_done, passed_over=passed_over)
             self.run.step = self.steps_done
+        elif found is not None:  # another run's: it was put there for this one to begin from
+            self.run.event("begun_from", step=self.steps_done)
 
     def _newest(self, but: Set[int] = frozenset()) -> tuple[manifest.Checkpoint | None, list[str]]:
         """See `Checkpoints.newest`; says which were passed over."""

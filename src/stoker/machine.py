@@ -6,7 +6,6 @@ import os
 import platform
 import socket
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +13,14 @@ import psutil
 
 
 def hardware() -> dict[str, Any]:
-    """This machine: system, processor, cores, memory in bytes, GPUs."""
+    """This machine: system, processor, cores, memory in bytes, NVIDIA GPUs with driver and CUDA."""
     return {
         "host": platform.node(),
         "system": platform.platform(),
-        "python": sys.version,
         "processor": processor(),
         "cores": os.cpu_count(),
         "memory_bytes": psutil.virtual_memory().total,
-        "gpus": _gpus(),
+        **_gpus(),
     }
 
 
@@ -32,6 +30,22 @@ def share_cores(processes: int) -> None:
 
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
+
+
+_CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
+
+
+def keep_cublas_workspaces() -> None:
+    """Let cuBLAS give the same bits each time, by workspaces of its own; what the environment says stands.
+
+    It looks when it is first used. https://docs.nvidia.com/cuda/cublas/#results-reproducibility
+    """
+    os.environ.setdefault(_CUBLAS, ":4096:8")
+
+
+def has_cublas_workspaces() -> bool:
+    """Whether the environment says which workspaces cuBLAS has."""
+    return _CUBLAS in os.environ
 
 
 def processor() -> str:
@@ -44,9 +58,27 @@ def processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def _gpus() -> list[str]:
-    query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
-    return (output(query) or "").splitlines()
+def _gpus() -> dict[str, Any]:
+    """The NVIDIA GPUs by name and memory, their driver, and the newest CUDA that it can run."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+        cuda = pynvml.nvmlSystemGetCudaDriverVersion_v2()
+        return {
+            "gpus": [f"{pynvml.nvmlDeviceGetName(gpu)}, {_mebibytes(gpu)} MiB" for gpu in handles],
+            "driver": str(pynvml.nvmlSystemGetDriverVersion()),
+            "cuda": f"{cuda // 1000}.{cuda % 1000 // 10}",
+        }
+    except pynvml.NVMLError:  # there is no driver, as on most machines without a GPU
+        return {"gpus": []}
+
+
+def _mebibytes(gpu: Any) -> int:
+    import pynvml
+
+    return int(pynvml.nvmlDeviceGetMemoryInfo(gpu).total) // 2**20
 
 
 def output(command: list[str]) -> str | None:

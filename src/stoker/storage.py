@@ -208,6 +208,12 @@ def write_json(file: Path, content: dict[str, Any]) -> None:
     write_atomically(file, orjson.dumps(content))
 
 
+def try_to_write_json(file: Path, content: dict[str, Any]) -> None:
+    """Write what can be found out again; that there is no room for it, or no right, is no matter."""
+    with contextlib.suppress(OSError):
+        write_json(file, content)
+
+
 def cache_folder() -> Path:
     """Where what can be made again is kept: STOKER_CACHE, else `stoker` in XDG_CACHE_HOME or ~/.cache."""
     if named := os.environ.get("STOKER_CACHE"):

@@ -93,7 +93,7 @@ def test_a_run_is_in_the_store_whole_and_its_secrets_nowhere(
     run = _copy(tmp_path, "one", url)
     assert done.answer["run"] == str(run)
     there = objects()
-    for file in ("run.json", "provenance/git.json", "artifacts/model.safetensors", "artifacts/report.html"):
+    for file in ("run.json", "provenance/code.json", "artifacts/model.safetensors", "artifacts/report.html"):
         assert there[f"ranked/a/{file}"] == (run / file).stat().st_size
     first = "ranked/a/journal/attempt-0001.rank-0"
     journal = sum(size for key, size in there.items() if key.startswith(first))

@@ -53,7 +53,7 @@ def test_every_trial_is_a_run_and_the_best_is_named(stoker: Command, tmp_path: P
         assert run.status == "finished"
         assert run.config["x"] == trial["params"]["x"]
         assert list(run.points["val_loss"].items())[-1] == (9, trial["value"])
-        assert (run.directory.provenance / "packages.txt").is_file()
+        assert (run.directory.provenance / "requirements.txt").is_file()
     assert [t.value for t in trials(tmp_path / "runs" / "searched-sweep")] == [
         t["value"] for t in answer["trials"]
     ]
@@ -347,7 +347,7 @@ def test_what_was_refused_leaves_nothing_and_changed_code_is_said_and_kept(
     done = stoker(*given, "--trials", "2")
     assert done.code == 0, done.err
     assert "the code has changed since the search began" in done.err
-    first, second = (tmp_path / "runs" / "s" / f"trial-000{n}" / "provenance" / "git.json" for n in (0, 1))
+    first, second = (tmp_path / "runs" / "s" / f"trial-000{n}" / "provenance" / "code.json" for n in (0, 1))
     assert json.loads(first.read_text())["commit"] != json.loads(second.read_text())["commit"]
     assert "has changed" not in stoker(*given, "--trials", "3").err
 

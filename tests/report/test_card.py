@@ -22,8 +22,10 @@ def _run(folder: Path) -> RunView:
         "sources": {"lr": "command line"}, "command": ["/x/stoker", "train", "llm", "lr=0.1"],
     })  # fmt: skip
     directory.provenance.mkdir(exist_ok=True)
-    (directory.provenance / "packages.txt").write_text("torch==2.13.0+cpu\ntransformers==5.23.0\n")
-    (directory.provenance / "git.json").write_text('{"commit": "c0ffee", "dirty": true, "remote": "git@x:y"}')
+    (directory.provenance / "requirements.txt").write_text("torch==2.13.0+cpu\ntransformers==5.23.0\n")
+    (directory.provenance / "code.json").write_text(
+        '{"commit": "c0ffee", "dirty": true, "remote": "git@x:y"}'
+    )
     _, writer = journal.start_attempt(directory.journal)
     writer.append("attempt_started", pid=1, host="here")
     writer.append("data", sources=["org/chats, 9 documents"], rows=4, tokens_per_row=31.5)

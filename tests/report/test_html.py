@@ -26,8 +26,8 @@ def _run(path: Path, run_id: str = "a", said: str = "fine", **config: Any) -> Ru
         "code": {"commit": said, "branch": said, "dirty": True},
     })  # fmt: skip
     (directory.provenance / "diff.patch").write_text(said)
-    (directory.provenance / "packages.txt").write_text(said)
-    (directory.provenance / "hardware.json").write_text(json.dumps({said: said, "gpus": [said]}))
+    (directory.provenance / "requirements.txt").write_text(said)
+    (directory.provenance / "environment.json").write_text(json.dumps({said: said, "gpus": [said]}))
     for number in (1, 2):
         _, writer = journal.start_attempt(directory.journal)
         time = 1000.0 * number

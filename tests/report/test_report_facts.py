@@ -88,4 +88,4 @@ def test_an_artifact_of_many_files_is_where_they_all_stand() -> None:
 
 
 def test_a_run_without_provenance_has_empty_facts(tmp_path: Path) -> None:
-    assert facts.provenance(RunDirectory(tmp_path)) == facts.Provenance({}, "", "", {})
+    assert facts.provenance(RunDirectory(tmp_path)) == facts.Provenance({}, "", "", {}, {})

@@ -1,58 +1,330 @@
 from __future__ import annotations
 
 import subprocess
+import sys
+import tarfile
 from pathlib import Path
 
 import orjson
 import pytest
-from stoker.reproduce import provenance
+import xxhash
+from stoker import redaction
+from stoker.errors import BadInput
+from stoker.reproduce import bundle, code, packages, provenance
+from stoker.reproduce.code import Code
 
 
 def _git(folder: Path, *arguments: str) -> str:
-    identity = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "protocol.file.allow=always"]
     done = subprocess.run(
         ["git", *identity, *arguments], cwd=folder, check=True, capture_output=True, text=True
     )
     return done.stdout.strip()
 
 
-@pytest.fixture
-def repository(tmp_path: Path) -> Path:
-    folder = tmp_path / "repository"
-    folder.mkdir()
+def _repository(folder: Path, files: dict[str, str]) -> Path:
+    folder.mkdir(parents=True)
     _git(folder, "init", "-b", "main")
-    (folder / "train.py").write_text("print(1)\n")
+    _write(folder, files)
     _git(folder, "add", ".")
     _git(folder, "commit", "-m", "first")
     return folder
 
 
-def test_a_clean_repository_is_its_commit(repository: Path) -> None:
-    found = provenance.code_state(repository)
-    assert found["commit"] == _git(repository, "rev-parse", "HEAD")
-    assert found["branch"] == "main"
-    assert found["dirty"] is False
+def _write(folder: Path, files: dict[str, str]) -> None:
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
 
 
-def test_changes_are_kept_as_a_diff_and_new_files_named(repository: Path, tmp_path: Path) -> None:
-    (repository / "train.py").write_text("print(2)\n")
-    (repository / "new.py").write_text("x")
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    return _repository(tmp_path / "repository", {"train.py": "print(1)\n", "gone.py": "x = 1\n"})
+
+
+def _record(tmp_path: Path, source: Path, runs: Path | None = None) -> tuple[Path, Code]:
+    """Record into a folder; returns it, and what can be read of it again."""
     target = tmp_path / "provenance"
-    target.mkdir()
-    code = provenance.code_state(repository)
-    provenance.write(target, repository, code)
-    assert code["dirty"] is True
-    assert code["untracked"] == ["new.py"]
-    assert "-print(1)\n+print(2)" in (target / "diff.patch").read_text()
-    assert orjson.loads((target / "git.json").read_bytes())["commit"] == code["commit"]
-    assert any(line.startswith("torch==") for line in (target / "packages.txt").read_text().splitlines())
-    assert orjson.loads((target / "hardware.json").read_bytes())["cores"] >= 1
+    target.mkdir(exist_ok=True)
+    provenance.write(target, provenance.gather(source, runs), tmp_path / "store")
+    return target, provenance.read_code(target)
+
+
+def _paths(found: Code) -> list[str]:
+    return [file.path for file in found.files]
+
+
+def test_a_clean_repository_is_its_commit(repository: Path, tmp_path: Path) -> None:
+    target, found = _record(tmp_path, repository)
+    assert found.kind == "git"
+    assert found.commit == _git(repository, "rev-parse", "HEAD")
+    assert found.branch == "main"
+    assert found.dirty is False
+    assert _paths(found) == ["gone.py", "train.py"]
+    assert not (target / provenance.DIFF).exists()
+
+
+def test_the_bundle_has_changed_and_new_files_and_none_that_is_ignored_or_gone(
+    repository: Path, tmp_path: Path
+) -> None:
+    _write(repository, {"train.py": "print(2)\n", "new.py": "x", "ignored.py": "y", "inner/deep.py": "z"})
+    (repository / "gone.py").unlink()
+    (repository / ".gitignore").write_text("ignored.py\n")
+    (repository / "run.sh").write_text("#!/bin/sh\n")
+    (repository / "run.sh").chmod(0o755)
+    (repository / "link").symlink_to("train.py")
+    target, found = _record(tmp_path, repository)
+    assert found.dirty is True
+    assert found.untracked == (".gitignore", "inner/deep.py", "link", "new.py", "run.sh")
+    assert _paths(found) == [".gitignore", "inner/deep.py", "link", "new.py", "run.sh", "train.py"]
+    assert "-print(1)\n+print(2)" in (target / provenance.DIFF).read_text()
+    there = provenance.extract(target, tmp_path / "again")
+    assert there == found
+    for file in found.files:
+        again = tmp_path / "again" / file.path
+        assert again.read_bytes() == (repository / file.path).read_bytes()
+        assert bool(again.lstat().st_mode & 0o100) == (file.mode == "100755" or again.is_symlink())
+        if not again.is_symlink():
+            assert xxhash.xxh3_128_hexdigest(again.read_bytes()) == file.xxh3
+    assert (tmp_path / "again" / "link").readlink() == Path("train.py")
+
+
+def test_files_over_the_limits_are_named(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (repository / "weights.bin").write_bytes(bytes(bundle.MOST_OF_A_FILE + 1))
+    monkeypatch.setattr(bundle, "MOST_IN_ALL", 5_000)
+    _write(repository, {"large.py": "#" * 4_990, "outside.py": "x"})
+    (repository / "etc").symlink_to("/etc")
+    _, found = _record(tmp_path, repository)
+    assert [(left.path, left.bytes, left.why) for left in found.left_out] == [
+        ("etc", 0, "a link out of repository, to /etc"),
+        ("large.py", 4_990, "over the limit of 64 MiB in all"),
+        ("weights.bin", bundle.MOST_OF_A_FILE + 1, "larger than 1 MiB"),
+    ]
+    assert _paths(found) == ["gone.py", "outside.py", "train.py"]
+
+
+def test_submodules_and_repositories_within_have_their_files_in_the_bundle(
+    repository: Path, tmp_path: Path
+) -> None:
+    other = _repository(tmp_path / "other", {"library.py": "x = 1\n"})
+    _git(repository, "submodule", "add", str(other), "sub")
+    _repository(repository / "nested", {"own.py": "y = 1\n"})
+    _write(repository, {"sub/untracked.py": "z"})
+    _, found = _record(tmp_path, repository)
+    assert {"sub/library.py", "sub/untracked.py", "nested/own.py"} <= set(_paths(found))
+    assert {"sub/untracked.py", "nested/own.py"} <= set(found.untracked)
+
+
+def test_runs_within_the_repository_are_no_code(repository: Path, tmp_path: Path) -> None:
+    _write(repository, {"runs/llm/a/notes.py": "x"})
+    _, found = _record(tmp_path, repository, runs=repository / "runs")
+    assert found.dirty is False
+    assert found.untracked == ()
+    assert _paths(found) == ["gone.py", "train.py"]
+
+
+def test_a_script_that_git_ignores_is_in_the_bundle_with_what_it_imports(
+    repository: Path, tmp_path: Path
+) -> None:
+    (repository / ".gitignore").write_text("scratch/\n")
+    _write(
+        repository, {"scratch/mine.py": "import helper\n", "scratch/helper.py": "", "scratch/other.py": ""}
+    )
+    _, found = _record(tmp_path, repository / "scratch" / "mine.py")
+    assert found.script == "scratch/mine.py"
+    assert {"scratch/mine.py", "scratch/helper.py"} <= set(_paths(found))
+    assert "scratch/other.py" not in _paths(found)
+
+
+def test_a_repository_without_a_commit_is_recorded(tmp_path: Path) -> None:
+    folder = tmp_path / "new"
+    folder.mkdir()
+    _git(folder, "init", "-b", "main")
+    _write(folder, {"train.py": "x"})
+    _, found = _record(tmp_path, folder)
+    assert (found.commit, found.dirty, _paths(found)) == (None, True, ["train.py"])
 
 
 def test_credentials_in_the_remote_are_left_out(repository: Path) -> None:
-    _git(repository, "remote", "add", "origin", "https://user:secret@example.com/a.git")
-    assert provenance.code_state(repository)["remote"] == "https://example.com/a.git"
+    for address in ("https://user:secret@example.com/a.git", "https://ghp_token@example.com/a.git"):
+        _git(repository, "config", "remote.origin.url", address)
+        assert code.find(repository).code.remote == "https://example.com/a.git"
+    _git(repository, "config", "remote.origin.url", "git@example.com:a.git")
+    assert code.find(repository).code.remote == "git@example.com:a.git"
 
 
-def test_outside_git_nothing_is_claimed(tmp_path: Path) -> None:
-    assert provenance.code_state(tmp_path) == {}
+def test_outside_of_git_the_script_and_what_it_imports_from_its_folder_is_recorded(tmp_path: Path) -> None:
+    folder = tmp_path / "plain"
+    _write(folder, {
+        "train.py": "import json, direct\nfrom package import part\nfrom package.sub import deep as d\n",
+        "direct.py": "def late():\n    import lazily\n",
+        "lazily.py": "",
+        "package/__init__.py": "",
+        "package/part.py": "from . import sibling\nfrom .sub.deep import x\n",
+        "package/sibling.py": "",
+        "package/sub/deep.py": "from ..missing import x\n",
+        "package/unused.py": "",
+        "unused.py": "",
+        "json.py": "",
+    })  # fmt: skip
+    _, found = _record(tmp_path, folder / "train.py")
+    assert (found.kind, found.root, found.script) == ("modules", str(folder), "train.py")
+    assert _paths(found) == [
+        "direct.py", "json.py", "lazily.py", "package/__init__.py", "package/part.py", "package/sibling.py",
+        "package/sub/deep.py", "train.py",
+    ]  # fmt: skip
+
+
+def test_outside_of_git_a_folder_has_no_code_of_its_own(tmp_path: Path) -> None:
+    target, found = _record(tmp_path, tmp_path)
+    assert (found.kind, found.files, found.bundle) == ("modules", (), None)
+    with pytest.raises(BadInput, match="no code of its own"):
+        provenance.extract(target, tmp_path / "again")
+
+
+def test_runs_of_the_same_code_share_one_bundle(repository: Path, tmp_path: Path) -> None:
+    places = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        provenance.write(tmp_path / name, provenance.gather(repository), tmp_path / "store")
+        places.append((tmp_path / name / bundle.NAME).stat().st_ino)
+    assert places[0] == places[1]
+    assert len(list((tmp_path / "store").glob("*/*"))) == 1
+
+
+def test_what_was_looked_through_once_is_not_again_unless_a_value_is_in_it(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STOKER_CACHE", str(tmp_path / "cache"))
+    _write(repository, {"plain.yaml": "x: secretly-this-value\n", "code.py": 'password = "hunter2hunter2"\n'})
+    first = provenance.gather(repository)
+    looked_at: list[str] = []
+    content = redaction.content
+
+    def noting(path: str, data: bytes) -> bytes | None:
+        looked_at.append(path)
+        return content(path, data)
+
+    monkeypatch.setattr(redaction, "content", noting)
+    assert provenance.gather(repository) == first
+    assert looked_at == ["code.py"]
+    assert first.contents["code.py"] == b'password = "[REDACTED]"\n'
+    monkeypatch.setenv("MY_SERVICE_TOKEN", "secretly-this-value")
+    assert provenance.gather(repository).contents["plain.yaml"] == b"x: [REDACTED]\n"
+
+
+def test_a_damaged_bundle_is_named_and_not_unpacked(repository: Path, tmp_path: Path) -> None:
+    target, _ = _record(tmp_path, repository)
+    archive = target / bundle.NAME
+    content = bytearray(archive.read_bytes())
+    content[len(content) // 2] ^= 1
+    archive.unlink()
+    archive.write_bytes(content)
+    with pytest.raises(BadInput, match=r"code\.tar\.gz is damaged"):
+        provenance.extract(target, tmp_path / "again")
+    archive.unlink()
+    with pytest.raises(BadInput, match=r"cannot be read: .*code\.tar\.gz"):
+        provenance.extract(target, tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+
+
+def test_an_archive_that_leads_out_of_the_folder_is_refused(repository: Path, tmp_path: Path) -> None:
+    target, found = _record(tmp_path, repository)
+    archive = target / bundle.NAME
+    archive.unlink()
+    with tarfile.open(archive, "w:gz") as members:
+        members.add(repository / "train.py", "../outside.py")
+    with pytest.raises(BadInput, match="cannot be unpacked"):
+        bundle.unpack(archive, tmp_path / "again", xxhash.xxh3_128_hexdigest(archive.read_bytes()))
+    assert not (tmp_path / "outside.py").exists()
+    assert found.bundle == bundle.NAME
+
+
+def test_a_run_without_a_record_of_its_code_says_so(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="was not recorded"):
+        provenance.read_code(tmp_path)
+    (tmp_path / provenance.CODE).write_text('{"kind": "git"}')
+    with pytest.raises(BadInput, match="cannot be read"):
+        provenance.read_code(tmp_path)
+
+
+def test_the_lock_is_one_that_pip_takes(repository: Path, tmp_path: Path) -> None:
+    target, _ = _record(tmp_path, repository)
+    lock = target / provenance.REQUIREMENTS
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", "install", "--dry-run", "--no-deps", "--no-index", "-r", str(lock)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in lock.read_text().splitlines() if "content sha256:" in line]
+    names = [line.partition("==")[0].lower().replace("_", "-") for line in lines]
+    assert "torch" in names
+    assert names == sorted(names)
+    assert packages.versions(lock.read_text())["orjson"]
+
+
+def test_the_hash_of_a_package_is_of_what_is_the_same_everywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def hashes(place: str, module: str) -> str | None:
+        folder = tmp_path / place / "thing-1.0.dist-info"
+        folder.mkdir(parents=True)
+        (folder / "METADATA").write_text("Name: thing\nVersion: 1.0\n\nName: of no matter\n")
+        (folder / "RECORD").write_text(
+            f"../../../bin/thing,sha256={place},1\nthing.py,sha256={module},1\n"
+            f"thing-1.0.dist-info/INSTALLER,sha256={place},1\nthing-1.0.dist-info/RECORD,,\n"
+        )
+        monkeypatch.setattr(sys, "path", [str(tmp_path / place)])
+        return packages.installed()[0].content
+
+    monkeypatch.setenv("STOKER_CACHE", str(tmp_path / "cache"))
+    assert hashes("one", "a") == hashes("two", "a")
+    assert hashes("three", "b") != hashes("four", "a")
+
+
+def test_what_was_not_installed_from_an_index_stands_with_its_origin() -> None:
+    found = packages.lock([
+        packages.Package("a", "1.0", "abc", {"url": "https://h/a.whl", "archive_info": {}}),
+        packages.Package("b", "1.0", None, {
+            "url": "https://me:hunter22@h/b.git", "vcs_info": {"vcs": "git", "commit_id": "c0ffee"},
+        }),
+        packages.Package("c", "2.0", "abc", {"url": "file:///no/where", "dir_info": {"editable": True}}),
+        packages.Package("torch", "2.13.0+cu130", "abc", {}),
+    ]).splitlines()[1:]  # fmt: skip
+    assert found == [
+        "--extra-index-url https://download.pytorch.org/whl/cu130",
+        "a @ https://h/a.whl  # content sha256:abc",
+        "b @ git+https://me:[REDACTED]@h/b.git@c0ffee",
+        "# c==2.0 from /no/where",
+        "torch==2.13.0+cu130  # content sha256:abc",
+    ]
+
+
+def test_the_environment_has_the_machine_the_interpreter_and_what_counts(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.setenv("HF_TOKEN", "planted-in-a-test")
+    monkeypatch.setenv("UNRELATED", "x")
+    target, _ = _record(tmp_path, repository)
+    found = orjson.loads((target / provenance.ENVIRONMENT).read_bytes())
+    assert found["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert found["cores"] >= 1
+    assert found["torch"]["version"].startswith("2.")
+    assert found["variables"]["OMP_NUM_THREADS"] == "3"
+    assert found["variables"]["HF_TOKEN"] == "[REDACTED]"
+    assert "UNRELATED" not in found["variables"]
+
+
+def test_what_cannot_be_recorded_is_warned_of_and_no_error(
+    repository: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    target = tmp_path / "provenance"
+    target.mkdir()
+    (tmp_path / "store").write_text("a file where a folder should be")
+    provenance.write(target, provenance.gather(repository), tmp_path / "store")
+    assert "the code of the run is not recorded" in caplog.text
+    assert (target / provenance.ENVIRONMENT).is_file()

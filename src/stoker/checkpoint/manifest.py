@@ -119,6 +119,11 @@ def read(path: Path) -> Checkpoint:
     return Checkpoint.of(path, manifest, _files(manifest))
 
 
+def sums(path: Path) -> dict[str, str]:
+    """The checksums of a checkpoint's tensors, by the names of their files. Raises InvalidCheckpoint."""
+    return {file.path: file.xxh3 for file in _files(_read(path)) if file.path.endswith(".safetensors")}
+
+
 def _files(manifest: Mapping[str, Any]) -> list[File]:
     try:
         files = [File(**entry) for entry in manifest["files"]]

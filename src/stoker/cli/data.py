@@ -112,8 +112,7 @@ def _resolved(given: Sequence[str], file: Path | None, runs: Path) -> Resolved[C
             f"{recipe.name} is text"
         )
     return_to(Path(seen.record["cwd"]))
-    recorded = configs.restore(recipe.config, seen.config, seen.record["sources"])
-    return configs.changed(recorded, given[1:]) if given[1:] else recorded
+    return configs.restore(recipe.config, seen.config, seen.record["sources"], given[1:])
 
 
 def _made(config: Config) -> tuple[list[Source], Rows, Any, bool]:

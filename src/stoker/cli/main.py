@@ -16,11 +16,14 @@ from stoker.cli import (
     bench,
     checkpoints,
     data,
+    diff,
     generate,
     jobs,
     models,
+    package,
     recipes,
     report,
+    reproduce,
     resume,
     runs,
     sweep,
@@ -45,6 +48,9 @@ app.command("resume")(resume.resume)
 app.command("sweep")(sweep.sweep)
 app.add_typer(runs.app, name="runs")
 app.add_typer(jobs.app, name="jobs")
+app.command("reproduce")(reproduce.reproduce)
+app.command("diff")(diff.diff)
+app.command("package")(package.package)
 app.command("report")(report.report)
 app.command("generate")(generate.generate)
 app.add_typer(data.app, name="data")

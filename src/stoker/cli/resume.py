@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 from stoker import config as configs
-from stoker import recipes
+from stoker import recipes, redaction
 from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder
 from stoker.cli.submit import Command, Where, submittable
 from stoker.cli.train import (
@@ -61,10 +61,9 @@ def resume(
         )
     return_to(Path(seen.record["cwd"]))
     recipe = recipes.load(reference)
-    resolved = configs.restore(recipe.config, seen.config, seen.record["sources"])
+    resolved = configs.restore(recipe.config, seen.config, seen.record["sources"], overrides or ())
     if overrides:
-        resolved = configs.changed(resolved, overrides)
-        for key, (old, new) in configs.drift(seen.config, resolved.values).items():
+        for key, (old, new) in configs.drift(seen.config, redaction.tree(resolved.values)).items():
             log.warning("drift: %s was %s and is %s from now on", key, old, new)
     ranks = nproc or max(1, _ranks(seen) // nodes.most)
     launch = Launch(ranks, nodes, rendezvous, max_restarts, max_time, profile, where, command)

@@ -265,7 +265,7 @@ def sweep(
         try:
             plan = plans.Plan(
                 folder, found.reference, found.config, objectives, trials,
-                record.provenance_of(folder, found.source.parent), seed, nproc or 1, counted, whole,
+                record.provenance_of(folder, found.code), seed, nproc or 1, counted, whole,
                 max_failures, spends, deadline,
             )  # fmt: skip
             search = _search(plan, searched, _kept(folder, storage), drawn_by, wanted, rule, workers, runs)
@@ -461,7 +461,7 @@ def work(job: Job, link: Link) -> dict[str, Any]:
     run = Run(
         job.sweep, job.run, config=resolved.config, runs=job.runs, sources=resolved.sources,
         recipe={"name": recipe.name, "reference": recipe.reference},
-        seed=int(getattr(resolved.config, "seed", 0)), code=recipe.source.parent,
+        seed=int(getattr(resolved.config, "seed", 0)), code=recipe.code,
         provenance=job.provenance,
     )  # fmt: skip
     if job.provenance is not None:

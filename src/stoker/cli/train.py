@@ -17,7 +17,7 @@ import numpy as np
 import typer
 from rich.console import Console
 from stoker import config as configs
-from stoker import recipes
+from stoker import machine, recipes, redaction
 from stoker.attempt import Run
 from stoker.cli import submit
 from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, console, print_json, say_error, show_messages
@@ -208,6 +208,7 @@ def start(
 ) -> int:
     """Train, from the beginning or from where the run of that name was; returns the exit code."""
     show_messages()
+    redaction.keep_out(resolved.values)
     experiment = experiment or recipe.name
     _check_where(launch, name)
     if name is not None:
@@ -287,7 +288,7 @@ def _work(recipe: Recipe, resolved: Resolved[Any], job: Job, measure: int | None
         sources=resolved.sources,
         recipe={"name": recipe.name, "reference": recipe.reference},
         seed=int(getattr(resolved.config, "seed", 0)),
-        code=recipe.source.parent if recipe.reference not in recipes.SHIPPED else Path.cwd(),
+        code=recipe.code,
         accept_drift=job.accept_drift,
     )
     run.profile, run.measure, run.stop.deadline = job.profile, measure, job.deadline
@@ -400,6 +401,8 @@ def work_on(run: Run, recipe: Recipe, config: Any, *, trial: bool = False) -> tu
     Args:
         trial: it is one of many: it has no report of its own, and is ended where it hangs.
     """
+    if getattr(config, "deterministic", False):
+        machine.keep_cublas_workspaces()  # before the recipe comes to use CUDA
     _seed(run.seed)
     ends = trial or run.world.size > 1 or getattr(config, "hang_limit", None) is not None
     try:
@@ -462,7 +465,9 @@ def _seed(seed: int) -> None:
 def _finished(found: directory.RunDirectory, resolved: Resolved[Any]) -> RunView | None:
     """A run of this name and config that has come to its end, with its report; else None."""
     seen = view.load(found) if found.exists() else None
-    if seen is None or seen.status != view.FINISHED or configs.drift(seen.config, resolved.values):
+    if seen is None or seen.status != view.FINISHED:
+        return None
+    if configs.drift(seen.config, redaction.tree(resolved.values)):
         return None
     if not (found.artifacts / "report.html").exists():  # it was killed in its very last moment
         html.write([seen], found.artifacts / "report.html")

@@ -76,6 +76,18 @@ def splits(name: str, known: Sequence[str] = ()) -> Mapping[str, Any]:
     return found
 
 
+def revision(name: str) -> str:
+    """The commit of a dataset that was loaded last, as the hub's cache has it; empty where it has none."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    try:
+        folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="dataset")
+        return (folder / "refs" / "main").read_text(encoding="ascii").strip()
+    except (OSError, ValueError):  # also of a name that is no id
+        return ""
+
+
 def _loaded(name: str, known: Sequence[str], **which: str) -> Any:
     from datasets import load_dataset
 

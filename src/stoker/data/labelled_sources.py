@@ -46,6 +46,11 @@ def check(data: str) -> None:
     hub_datasets.check(data, tuple(BUILT_IN))
 
 
+def is_here(data: str) -> bool:
+    """Whether data is files of this machine."""
+    return data not in BUILT_IN and Path(data).expanduser().exists()
+
+
 def read(data: str, columns: Columns, *, validation: float, test: float) -> Texts:
     """The texts of `python-docstrings`, of a .jsonl, .csv or .parquet file, a folder of these, or of the hub.
 

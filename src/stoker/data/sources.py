@@ -88,6 +88,16 @@ def check(data: str) -> None:
         hub_datasets.check(name, tuple(BUILT_IN))
 
 
+def named(data: str) -> list[str]:
+    """What is named as `a`, as `a,b`, or with weights, each as it was given. Raises BadInput."""
+    return [name for name, _ in _weights(data)]
+
+
+def is_here(name: str) -> bool:
+    """Whether what is named is files of this machine."""
+    return name not in BUILT_IN and Path(name).expanduser().exists()
+
+
 def _check_meant_for_hub(name: str) -> None:
     if hub_datasets.is_a_file_name(name):
         raise BadInput(f"data file {name} does not exist")

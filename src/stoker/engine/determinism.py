@@ -1,18 +1,114 @@
-"""The same bits each time, on GPUs: atomic additions come in any order there, and cuBLAS has workspaces."""
+"""The same bits each time: deterministic algorithms alone; where an operation has none, which and where.
+
+What torch promises is described in https://pytorch.org/docs/stable/notes/randomness.html: atomic additions on
+GPUs come in any order, cuDNN tries algorithms out, cuBLAS has workspaces that several streams share, and
+some operations have no other form.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import linecache
+import logging
 import os
+import re
+import sysconfig
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from stoker import machine
+from stoker.errors import StokerError
+
+log = logging.getLogger("stoker")
+
+_SAID = re.compile(r"(?P<operation>\S+) does not have a deterministic implementation")
+_FRAME = re.compile(r'^ *File "(?P<file>.+?)", line (?P<line>\d+)', re.MULTILINE)
+_PACKAGES = Path(sysconfig.get_path("purelib"))
+_TORCH = f"{Path(torch.__file__).parent}{os.sep}"
+_LOOP = (f"{Path(__file__).parent}{os.sep}", f"{Path(machine.__file__).with_name('loop.py')}")
+
+
+@dataclass(frozen=True)
+class Place:
+    """A line of code."""
+
+    file: str
+    line: int
+
+    def __str__(self) -> str:
+        code = linecache.getline(self.file, self.line).strip()
+        return f"{self.file}:{self.line}" + (f" ({code})" if code else "")
 
 
 def require() -> None:
-    """Use only deterministic operations on GPUs in this process from now on; on CPUs nothing changes.
+    """Use only deterministic operations in this process from now on, on CPUs and GPUs.
 
-    An operation that has no such form raises a RuntimeError that names it.
+    An operation that has no such form raises a RuntimeError that names it; see `explained`. Memory that
+    torch hands out is not filled first, as it would be: a program that reads it before writing has no right
+    result in any case, and filling it costs a pass over memory for every tensor that is made.
     """
-    if torch.cuda.is_available():
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-        torch.backends.cudnn.benchmark = False
+    if torch.cuda.is_initialized() and not machine.has_cublas_workspaces():  # type: ignore[no-untyped-call]
+        log.warning(
+            "CUDA was used before the Trainer was made: what cuBLAS does may differ in its last bits; set "
+            "CUBLAS_WORKSPACE_CONFIG=:4096:8 in the environment"
+        )
+    machine.keep_cublas_workspaces()
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
+
+
+@contextlib.contextmanager
+def explained(again: Callable[[], object] | None = None) -> Iterator[None]:
+    """Say of an operation without a deterministic form, within this block, where it was called.
+
+    Args:
+        again: does once more what is done in this block. Autograd does not know which line an operation of
+            the backward pass belongs to unless it was told to remember, which is slow; so that is done only
+            once it is known that one fails.
+
+    Raises:
+        StokerError: naming the operation, and the line that called it.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        said = _SAID.match(str(error))
+        if said is None:
+            raise
+        places = [Place(f.filename, f.lineno or 0) for f in traceback.extract_tb(error.__traceback__)]
+        place = _of_user(places)
+        if place is None and again is not None:
+            place = _of_user(_remembered(again))
+        where = f"; it is called at {place}" if place else "; it belongs to the backward pass"
+        raise StokerError(
+            f"{said['operation']} has no deterministic form, and deterministic=true asks for one{where}. "
+            "Use another operation there, or deterministic=false"
+        ) from error
+
+
+def _remembered(again: Callable[[], object]) -> list[Place]:
+    """The calls of the forward pass that led to what fails in the backward pass, the innermost last."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with torch.autograd.set_detect_anomaly(True, check_nan=False), contextlib.suppress(RuntimeError):
+            again()
+    said = [str(warning.message) for warning in caught if "forward call that caused" in str(warning.message)]
+    return [Place(frame["file"], int(frame["line"])) for text in said for frame in _FRAME.finditer(text)]
+
+
+def _of_user(places: list[Place]) -> Place | None:
+    """The innermost line that is nobody's library, else that is of another library than torch.
+
+    What lies outside of the innermost call of the loop only led to it.
+    """
+    inner = max((number for number, place in enumerate(places) if place.file.startswith(_LOOP)), default=-1)
+    below = [place for place in places[inner + 1 :] if not place.file.startswith(_TORCH)]
+    own = [place for place in below if not Path(place.file).is_relative_to(_PACKAGES)]
+    found = own or below
+    return found[-1] if found else None

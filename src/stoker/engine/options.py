@@ -104,8 +104,8 @@ class Training:
     tf32: bool = False
     """Let float32 products on NVIDIA GPUs round to TF32 (10 bits of mantissa); several times faster."""
     deterministic: bool = False
-    """On GPUs: only operations that give the same bits each time, so that a run gives them when it is killed
-    and resumed; slower, and an operation with no such form is an error. CPUs need no such setting."""
+    """Only operations that give the same bits each time, so that a run gives them when it is killed and
+    resumed, or done again; slower on GPUs. An operation with no such form is an error that says where."""
     micro_batch: Annotated[int, Ge(1)] | Literal["auto"] | None = None
     """Samples a rank takes in one forward pass; auto finds the largest that fits; none: all of its share."""
     activation_checkpointing: str = "none"

@@ -19,7 +19,7 @@ from typing import Any, Literal
 from jinja2 import TemplateError
 from stoker import storage
 from stoker.attempt import Run
-from stoker.data import sources, tokens
+from stoker.data import hub_datasets, sources, tokens
 from stoker.data.documents import Document, Message, make_corpus
 from stoker.data.encoding import Encoded
 from stoker.data.mixture import Mixture
@@ -114,11 +114,25 @@ def pack(
     )
 
 
-def say(run: Run, found: Sequence[Source], rows: Rows, *, packed: bool, wanted: bool) -> None:
-    """Record what the data is, and say it on rank 0."""
+def _record(run: Run, names: Sequence[str], found: Sequence[Source]) -> None:
+    """Record each dataset under its own name; a lone one is called `data`."""
+    each = [source.fingerprint for source in found]
+    if len(each) != len(names):  # they were read as one
+        each = [sources.fingerprint(found)] * len(names)
+    for name, fingerprint in zip(names, each, strict=True):
+        called = name if len(names) > 1 else "data"
+        if sources.is_here(name):
+            run.data(called, name)
+        else:
+            run.data(called, name, fingerprint=f"sha256:{fingerprint}", revision=hub_datasets.revision(name))
+
+
+def say(run: Run, data: str, found: Sequence[Source], rows: Rows, *, packed: bool, wanted: bool) -> None:
+    """Record what the data is, named as in the config, and say it on rank 0."""
     about = [source.description for source in found]
     run.fingerprint("data", sources.fingerprint(found))
     run.fingerprint("encoding", rows.encoding)
+    _record(run, sources.named(data), found)
     run.event("data", sources=about, rows=len(rows.train), tokens_per_row=rows.train.tokens_per_sample)
     if run.world.rank > 0:
         return

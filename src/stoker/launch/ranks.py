@@ -7,6 +7,7 @@ log of their own (`.out`).
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -20,7 +21,7 @@ from types import FrameType
 from typing import Any
 
 import psutil
-from stoker import machine, signals, supervision
+from stoker import machine, redaction, signals, supervision
 from stoker.errors import StokerError, Stopped
 
 _PAUSE = 0.08  # seconds; see `main`
@@ -60,11 +61,11 @@ def main(function: Callable[..., int], arguments: Sequence[Any], folder: str) ->
         error = "ended with the other ranks" if failed(Path(folder)) else ""
         end = End(rank, time.time(), int(stopped.code or 0), error)
     except StokerError as caught:
-        code, said = caught.exit_code, str(caught)
+        code, said = caught.exit_code, redaction.text(str(caught))
         end = End(rank, time.time(), code, said, again=caught.again, changed=caught.changed)
     except BaseException as caught:
-        said = f"{type(caught).__name__}: {caught}"
-        end = End(rank, time.time(), 1, said, traceback.format_exc(), again=True)
+        said = redaction.text(f"{type(caught).__name__}: {caught}")
+        end = End(rank, time.time(), 1, said, redaction.text(traceback.format_exc()), again=True)
     _answer_signals(signal.SIG_IGN)
     _write(base, ".json", json.dumps(vars(end)))
     _leave_group(failed=bool(end.error))
@@ -101,13 +102,30 @@ def _has_failed(said: Path, pid: int) -> bool:
 
 
 def log_to(file: Path) -> None:
-    """From now on this process's standard output and error go to a file, after what they were so far."""
+    """From now on this process's standard output and error go to a file, after what they were so far.
+
+    What Python writes there is without secrets.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
     sys.stderr.flush()
     with file.open("ab") as target:
         os.dup2(target.fileno(), sys.stdout.fileno())
         os.dup2(target.fileno(), sys.stderr.fileno())
+    if not isinstance(sys.stdout, _WithoutSecrets):
+        sys.stdout, sys.stderr = _WithoutSecrets(sys.stdout.fileno()), _WithoutSecrets(sys.stderr.fileno())
+
+
+class _WithoutSecrets(io.TextIOWrapper):
+    """Standard output or error, by its descriptor, without secrets."""
+
+    def __init__(self, descriptor: int) -> None:
+        raw = open(descriptor, "wb", buffering=0, closefd=False)  # noqa: SIM115 - for as long as the process
+        super().__init__(raw, encoding="utf-8", errors="backslashreplace", write_through=True)
+
+    def write(self, said: str) -> int:
+        super().write(redaction.text(said))
+        return len(said)
 
 
 def _answer_signals(handler: Any) -> None:

@@ -38,6 +38,11 @@ class Recipe:
     preload: tuple[str, ...] = ()
     """`PRELOAD` of its module: what the server of the ranks imports beforehand."""
 
+    @property
+    def code(self) -> Path:
+        """What a run of it is made from: a user's own file, or the working directory of a shipped one."""
+        return Path.cwd() if self.reference in SHIPPED else self.source
+
 
 def load(reference: str) -> Recipe:
     """A recipe by shipped name, by file (`my_train.py`, `my_train.py:train`) or by `module:function`.

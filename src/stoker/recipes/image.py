@@ -109,6 +109,7 @@ def train(run: Run, config: Config) -> None:
     validation = images.Images(source, splits.validation, evaluated)
     test = images.Images(source, splits.test, evaluated)
     run.fingerprint("data", source.fingerprint)
+    run.data("data", config.data, fingerprint=f"sha256:{source.fingerprint}" if small else "")
     made = image_model.build(config.model, classes=source.classes, channels=len(mean), size=size)
 
     trainer = Trainer(

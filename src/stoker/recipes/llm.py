@@ -183,7 +183,7 @@ def train(run: Run, config: Config) -> None:
             found, language.tokenizer, sequence_length=config.sequence_length, loss_on=config.loss_on,
             packing=packing,
         )  # fmt: skip
-    data.say(run, found, rows, packed=packing, wanted=config.packing)
+    data.say(run, config.data, found, rows, packed=packing, wanted=config.packing)
     prompts = data.prompts(found, language.tokenizer, config.prompts)
     if config.quantisation == "nf4":
         quantised.convert(language.model)

@@ -156,7 +156,7 @@ def train(run: Run, config: Config) -> None:
             texts, classes=made.classes, tokenizer=made.tokenizer, max_length=config.max_length,
             batch_size=config.batch_size, fingerprint=made.encoding,
         )  # fmt: skip
-    text_model.say(run, texts, rows, made)
+    text_model.say(run, config.data, texts, rows, made)
     mean_length = round(rows.train.tokens_per_sample)
     needed = 3 * text_model.forward_flops(made, mean_length) / mean_length  # backward is twice forward
     size = text_model.size(made, config.max_length)

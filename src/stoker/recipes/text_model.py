@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from stoker import object_store
 from stoker.attempt import Run
+from stoker.data import hub_datasets, labelled_sources
 from stoker.data import tokenizer as tokenizers
 from stoker.data.labelled import Texts
 from stoker.data.text_rows import Rows
@@ -91,10 +92,15 @@ def build(
     return Classifier(model, made, encoding, classes, config)
 
 
-def say(run: Run, texts: Texts, rows: Rows, made: Classifier) -> None:
-    """Record what the data is, and say it on rank 0."""
+def say(run: Run, data: str, texts: Texts, rows: Rows, made: Classifier) -> None:
+    """Record what the data is, named as in the config, and say it on rank 0."""
     run.fingerprint("data", texts.fingerprint)
     run.fingerprint("encoding", made.encoding)
+    if labelled_sources.is_here(data):
+        run.data("data", data)
+    else:
+        known, revision = f"sha256:{texts.fingerprint}", hub_datasets.revision(data)
+        run.data("data", data, fingerprint=known, revision=revision)
     run.event(
         "data", sources=[texts.description], rows=len(rows.train), tokens_per_row=rows.train.tokens_per_sample
     )

@@ -15,6 +15,7 @@ from typing import Any
 import stoker
 from stoker.progress import clock
 from stoker.report import curve_image, facts, plots
+from stoker.reproduce import packages
 from stoker.run.view import RunView
 
 PICTURE = "curves.png"
@@ -217,7 +218,7 @@ def _config(view: RunView) -> str:
 
 def _again(view: RunView) -> str:
     found = facts.provenance(view.directory)
-    versions = _packages(found.packages)
+    versions = packages.versions(found.packages)
     lines = []
     if found.code.get("remote"):
         lines.append(f"git clone {found.code['remote']}")
@@ -233,12 +234,6 @@ def _again(view: RunView) -> str:
     said = f"The seed is {seed}. " if seed is not None else ""
     same = "with the same data, on the same hardware and with the same versions the result has the same bits."
     return f"{said}With stoker {stoker.__version__}, {same}\n\n{_fenced('sh', lines)}"
-
-
-def _packages(listed: str) -> Mapping[str, str]:
-    """name==version lines, by name."""
-    pairs = (line.strip().partition("==") for line in listed.splitlines())
-    return {name.lower(): version for name, sign, version in pairs if sign}
 
 
 def _sources(view: RunView) -> list[str]:

@@ -16,6 +16,7 @@ from typing import Any
 import orjson
 from stoker.checkpoint import manifest
 from stoker.config import DEFAULT
+from stoker.reproduce import provenance as records
 from stoker.run.directory import RunDirectory
 from stoker.run.media import read_table
 from stoker.run.series import Summary
@@ -54,7 +55,9 @@ class Provenance:
     code: dict[str, Any]
     diff: str
     packages: str
-    hardware: dict[str, Any]
+    """A lock that pip takes."""
+    environment: dict[str, Any]
+    data: dict[str, Any]
 
 
 def metrics(view: RunView) -> dict[str, Summary]:
@@ -174,10 +177,11 @@ def provenance(directory: RunDirectory) -> Provenance:
     """What stands in the run's provenance folder. What is missing or unreadable is empty."""
     folder = directory.provenance
     return Provenance(
-        code=_read_object(folder / "git.json"),
-        diff=_read_text(folder / "diff.patch"),
-        packages=_read_text(folder / "packages.txt"),
-        hardware=_read_object(folder / "hardware.json"),
+        code=_read_object(folder / records.CODE),
+        diff=_read_text(folder / records.DIFF),
+        packages=_read_text(folder / records.REQUIREMENTS),
+        environment=_read_object(folder / records.ENVIRONMENT),
+        data=_read_object(folder / records.DATA),
     )
 
 

@@ -17,6 +17,7 @@ from stoker import storage
 from stoker.errors import BadInput
 from stoker.report import assets, gallery, performance, performance_section, plots, sections
 from stoker.report.markup import Html, join, json_script, tag
+from stoker.run.series import OF_THE_LOOP
 from stoker.run.view import RunView
 
 Scaled = Sequence[Mapping[str, Any]]
@@ -52,7 +53,7 @@ def render(views: Sequence[RunView], scaled: Scaled = ()) -> str:
     descents = performance_section.descents(views)
     data: dict[str, Any] = {
         "runs": plots.runs(views, names),
-        "curves": [f for f in figures if not performance.METRIC.fullmatch(f["title"])],
+        "curves": [f for f in figures if not OF_THE_LOOP.fullmatch(f["title"])],
         "performance": performance.figures(figures, views),
         "machine": plots.machine(views, names),
         "histograms": plots.histograms(views, names),

@@ -10,7 +10,6 @@ again, so the seconds of that part are lost whatever they were spent on.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -20,13 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 from stoker.report import facts
 from stoker.report.plots import Clock, Figure
-from stoker.run.series import Series
+from stoker.run.series import OF_THE_LOOP, Series
 from stoker.run.view import Attempt, RunView
-
-METRIC = re.compile(
-    r"(tokens|samples)_per_second(_per_gpu)?|mfu|seconds_(waiting_for_data|evaluating|checkpointing)"
-)
-"""The names of what `Trainer.performance` gives to be logged."""
 
 TRAINING, WAITING, EVALUATING, CHECKPOINTS = "training", "waiting for data", "evaluating", "checkpoints"
 STARTING, FINISHING, AGAIN, BETWEEN = "starting", "after the loop", "lost and done again", "between attempts"
@@ -148,7 +142,7 @@ def figures(drawn: Sequence[Figure], views: Sequence[RunView]) -> list[Figure]:
     """
     found = []
     for figure in drawn:
-        if not METRIC.fullmatch(figure["title"]):
+        if not OF_THE_LOOP.fullmatch(figure["title"]):
             continue
         medians = {i: _finite(view.points.get(figure["title"])) for i, view in enumerate(views)}
         levels = [{"run": i, "y": _median(series)} for i, series in medians.items() if series is not None]

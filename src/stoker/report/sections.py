@@ -239,7 +239,7 @@ def provenance(views: Sequence[RunView], names: Sequence[str]) -> Html:
         parts += [details("Uncommitted changes", tag("pre", found.diff))] if found.diff else []
         packages = found.packages.strip()
         if packages:
-            count = len(packages.splitlines())
+            count = sum(not line.startswith("--") for line in packages.splitlines()[1:])
             parts.append(details(f"{count} installed packages", tag("pre", packages)))
     return section("Provenance", *parts)
 
@@ -449,14 +449,17 @@ def _logged(view: RunView, logged: Sequence[Media], with_step: bool) -> Html:
 
 
 def _provenance_rows(view: RunView, found: facts.Provenance) -> list[list[str]]:
+    machine = {key: value for key, value in found.environment.items() if not isinstance(value, dict)}
     named = {
         "seed": view.record.get("seed"),
         "working directory": view.record.get("cwd"),
         "layout": facts.layout(view),
         "code": facts.code(view),
         "remote": found.code.get("remote"),
-        **{key.replace("_", " "): value for key, value in found.hardware.items() if key != "memory_bytes"},
-        "memory": facts.size(found.hardware["memory_bytes"]) if "memory_bytes" in found.hardware else None,
+        "code left out": [f"{left['path']} ({left['why']})" for left in found.code.get("left_out", ())],
+        **{key.replace("_", " "): value for key, value in machine.items() if key != "memory_bytes"},
+        "memory": facts.size(machine["memory_bytes"]) if "memory_bytes" in machine else None,
+        **{f"data: {name}": _data(about) for name, about in found.data.items()},
     }
     shown = {key: ", ".join(map(str, v)) if isinstance(v, list) else v for key, v in named.items()}
     return [
@@ -464,3 +467,9 @@ def _provenance_rows(view: RunView, found: facts.Provenance) -> list[list[str]]:
         for key, value in shown.items()
         if value not in (None, "")
     ]
+
+
+def _data(about: dict[str, Any]) -> str:
+    """A dataset, in words: where it was, how much of it there is, its fingerprint."""
+    size = f", {about['files']:,} files, {facts.size(about['bytes'])}" if about.get("bytes") else ""
+    return f"{about.get('path')}{size}, {about.get('fingerprint')}"

@@ -1,70 +1,162 @@
 """Provenance: what a run was made from, recorded at its start and readable with plain tools.
 
-Git's commit and diff, the installed packages with their versions, the machine. Nothing here
-may fail a run: what cannot be found out is left out.
+  code.json         which files, of which commit, and what was left out
+  code.tar.gz       those files
+  diff.patch        what differs from the commit
+  requirements.txt  the installed packages
+  environment.json  the interpreter, the machine, variables
+  data.json         the data, by content; see `reproduce.data`
+
+Nothing here may fail a run: what cannot be found out is left out, and said. Secrets are removed from
+all of it; see `redaction`.
 """
 
 from __future__ import annotations
 
-import re
-from importlib import metadata
+import dataclasses
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import orjson
-from stoker import machine, storage
+from stoker import storage
+from stoker.errors import BadInput
+from stoker.reproduce import bundle, code, environment, packages
+from stoker.reproduce.code import Code
 
-_CREDENTIALS = re.compile(r"(?<=://)[^/@]+@")
+log = logging.getLogger("stoker")
+
+CODE = "code.json"
+DIFF = "diff.patch"
+REQUIREMENTS = "requirements.txt"
+ENVIRONMENT = "environment.json"
+DATA = "data.json"
+
+_OF_GIT = ("commit", "branch", "remote", "dirty", "untracked")
 
 
-def code_state(folder: Path) -> dict[str, Any]:
-    """The state of the git repository that holds a folder: commit, branch, remote, whether it is dirty.
+@dataclass(frozen=True)
+class Gathered:
+    """The code that a run is about to be made from."""
 
-    Empty outside of git. Credentials in the remote's URL are removed.
+    code: Code
+    contents: Mapping[str, bytes]
+    """What each file holds, by its path."""
+    diff: bytes
+
+
+def gather(source: Path, runs: Path | None = None) -> Gathered:
+    """Read the code of a script, or of the repository that holds a folder.
+
+    Args:
+        source: the script, or a folder.
+        runs: the folder of the runs, none of which is code.
     """
-    commit = _git(folder, "rev-parse", "HEAD")
-    if commit is None:
-        return {}
-    status = _git(folder, "status", "--porcelain") or ""
-    remote = _git(folder, "config", "--get", "remote.origin.url")
-    return {
-        "commit": commit.strip(),
-        "branch": (_git(folder, "rev-parse", "--abbrev-ref", "HEAD") or "").strip(),
-        "remote": _CREDENTIALS.sub("", remote.strip()) if remote else None,
-        "dirty": bool(status.strip()),
-        "untracked": [line[3:] for line in status.splitlines() if line.startswith("??")],
-    }
+    found = code.find(source, runs)
+    listed, contents = bundle.read(found)
+    return Gathered(listed, contents, found.diff)
 
 
-def write(target: Path, folder: Path, code: dict[str, Any]) -> None:
-    """Write `git.json`, `diff.patch`, `packages.txt` and `hardware.json` into a run's provenance folder."""
-    storage.write_atomically(target / "git.json", _json(code))
-    if code.get("dirty"):
-        diff = _git(folder, "diff", "HEAD", "--no-color", "--no-ext-diff") or ""
-        storage.write_atomically(target / "diff.patch", diff.encode())
-    storage.write_atomically(target / "packages.txt", ("\n".join(packages()) + "\n").encode())
-    storage.write_atomically(target / "hardware.json", _json(machine.hardware()))
+def write(target: Path, gathered: Gathered, store: Path) -> None:
+    """Write all but the data into a run's provenance folder; what cannot be written is warned of.
+
+    Args:
+        target: the folder, which is there.
+        gathered: the code, by `gather`.
+        store: the folder in which bundles are kept for all runs that share them.
+    """
+
+    def write_code() -> None:
+        _write_code(target, gathered, store)
+
+    _try("the code", write_code)
+    write_environment(target)
+
+
+def write_environment(target: Path) -> None:
+    """Write the packages and the machine of this process alone, of a run whose code is another's."""
+
+    def write() -> None:
+        installed = packages.installed()
+        storage.write_atomically(target / REQUIREMENTS, packages.lock(installed).encode())
+        storage.write_atomically(target / ENVIRONMENT, _json(environment.describe(installed)))
+
+    _try("the environment", write)
 
 
 def link(known: Path, target: Path) -> None:
     """Let a run have the provenance that stands in a folder already, in the same files where it can."""
     for file in known.iterdir():
+        (target / file.name).unlink(missing_ok=True)
         storage.link_or_copy(file, target / file.name)
 
 
-def code_of(known: Path) -> dict[str, Any]:
-    """The state of the code that stands in a provenance folder; see `code_state`."""
-    return storage.read_json(known / "git.json")
+def summary(found: Code) -> dict[str, Any]:
+    """What `run.json` says of the code: where it was, and its commit."""
+    said = _as_json(found)
+    return {key: said[key] for key in ("kind", "root", "script", *_OF_GIT) if key in said}
 
 
-def packages() -> list[str]:
-    """Every installed distribution as `name==version`, sorted."""
-    found = {(d.metadata["Name"] or "", d.version) for d in metadata.distributions()}
-    return sorted((f"{name}=={version}" for name, version in found if name), key=str.lower)
+def same(one: Code, other: Code) -> bool:
+    """Whether two states of the code are the same, wherever they were looked at from."""
+    return (one.root, one.commit, one.files) == (other.root, other.commit, other.files)
 
 
-def _git(folder: Path, *arguments: str) -> str | None:
-    return machine.output(["git", "-C", str(folder), *arguments])
+def is_recorded(folder: Path) -> bool:
+    """Whether the provenance of a run stands in a folder."""
+    return (folder / CODE).is_file()
+
+
+def read_code(folder: Path) -> Code:
+    """The code that stands in a provenance folder. Raises BadInput where there is none."""
+    file = folder / CODE
+    try:
+        return code.from_json(orjson.loads(file.read_bytes()))
+    except FileNotFoundError:
+        raise BadInput(f"{file} does not exist: the code of this run was not recorded") from None
+    except (OSError, orjson.JSONDecodeError, TypeError, AttributeError) as error:
+        raise BadInput(f"{file} cannot be read: {error}") from error
+
+
+def extract(folder: Path, target: Path) -> Code:
+    """Unpack the code that stands in a provenance folder; returns what is known of it.
+
+    Args:
+        folder: the provenance folder.
+        target: the folder to unpack into, made where it is not there.
+
+    Raises:
+        BadInput: there is no bundle, it is damaged, or something in it leads out of the target.
+    """
+    found = read_code(folder)
+    if found.bundle is None or found.bundle_xxh3 is None:
+        raise BadInput(f"{folder / CODE} names no bundle: this run has no code of its own")
+    bundle.unpack(folder / found.bundle, target, found.bundle_xxh3)
+    return found
+
+
+def _write_code(target: Path, gathered: Gathered, store: Path) -> None:
+    found = gathered.code
+    if found.files:
+        xxh3 = bundle.pack(target / bundle.NAME, found.files, gathered.contents, store)
+        found = dataclasses.replace(found, bundle=bundle.NAME, bundle_xxh3=xxh3)
+    if gathered.diff:
+        storage.write_atomically(target / DIFF, gathered.diff)
+    storage.write_atomically(target / CODE, _json(_as_json(found)))
+
+
+def _as_json(found: Code) -> dict[str, Any]:
+    said = dataclasses.asdict(found)
+    return said if found.kind == "git" else {key: said[key] for key in said if key not in _OF_GIT}
+
+
+def _try(what: str, write: Callable[[], None]) -> None:
+    try:
+        write()
+    except Exception as error:
+        log.warning("%s of the run is not recorded: %s: %s", what, type(error).__name__, error)
 
 
 def _json(value: dict[str, Any]) -> bytes:

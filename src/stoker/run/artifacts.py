@@ -27,6 +27,11 @@ _TASKS = {  # by how the names of transformers' classes end
 }
 
 
+def store(runs: Path) -> Path:
+    """Where the contents are kept that runs share."""
+    return runs / STORE
+
+
 def describe(directory: RunDirectory, path: Path) -> list[dict[str, Any]]:
     """Every file of an artifact: path relative to the run, size in bytes, SHA-256.
 
@@ -98,7 +103,7 @@ def collect_garbage(runs: Path, older_than: float = 3600.0) -> int:
     What was stored less than `older_than` seconds ago is left: a run may be about to link it.
     """
     freed = 0
-    for file in (runs / STORE).glob("*/*"):
+    for file in store(runs).glob("*/*"):
         with contextlib.suppress(FileNotFoundError):
             status = file.stat()
             if status.st_nlink == 1 and time.time() - status.st_ctime >= older_than:
@@ -109,13 +114,13 @@ def collect_garbage(runs: Path, older_than: float = 3600.0) -> int:
 
 def _stored(directory: RunDirectory, file: Path) -> Path:
     """The file's content in the store, put there where it was not."""
-    store = directory.path.parent.parent / STORE
-    store.mkdir(exist_ok=True)
-    temporary = store / f".{uuid.uuid4().hex}.tmp"
+    kept = store(directory.path.parent.parent)
+    kept.mkdir(exist_ok=True)
+    temporary = kept / f".{uuid.uuid4().hex}.tmp"
     try:
         shutil.copyfile(file, temporary)  # first: what is hashed is what is kept, whoever writes to it now
         digest = storage.sha256(temporary)
-        place = store / digest[:2] / digest
+        place = kept / digest[:2] / digest
         if not place.exists():
             temporary.chmod(0o444)
             storage.sync_file(temporary)

@@ -110,10 +110,18 @@ class RunDirectory:
             )
         return record
 
-    def create(self, record: dict[str, Any]) -> None:
-        """Make the directory and write `run.json`. Raises BadInput where it cannot be written."""
+    def prepare(self) -> None:
+        """Make the directory of a new run. Raises BadInput where it cannot be made."""
         try:
             self.make_folders()
+        except OSError as error:
+            self.remove()
+            raise unwritable(self, error) from error
+
+    def create(self, record: dict[str, Any]) -> None:
+        """Write `run.json`, with which the run exists. Raises BadInput where it cannot be written."""
+        self.prepare()
+        try:
             storage.write_atomically(
                 self.record_file, orjson.dumps({"format": FORMAT, **record}, option=orjson.OPT_INDENT_2)
             )

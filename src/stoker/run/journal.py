@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import orjson
+from stoker import redaction
 
 Event = dict[str, Any]
 
@@ -29,6 +30,7 @@ _ATTEMPT = re.compile(r"attempt-(\d{4,})\.rank-(\d+)\.jsonl")
 _CONTROL = re.compile(r"control-\d+\.jsonl")
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 _dumps, _now, _NEWLINE = orjson.dumps, time.time, orjson.OPT_APPEND_NEWLINE  # looked up once
+_OF_NUMBERS = frozenset({"metrics", "system", "spent"})  # which can hold no secret, and are many
 _BLOCK = 1 << 20  # bytes parsed at once
 
 
@@ -46,7 +48,9 @@ class JournalWriter:
         self._torn = False
 
     def append(self, kind: str, /, **fields: Any) -> None:
-        """Write one event, stamped with the time in seconds since 1970. Raises OSError."""
+        """Write one event, stamped with the time in seconds since 1970, without secrets. Raises OSError."""
+        if kind not in _OF_NUMBERS:
+            fields = redaction.tree(fields)
         event = {"type": kind, "time": time.time(), **fields}
         self._write(orjson.dumps(event, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE))
 

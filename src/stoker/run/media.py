@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from stoker import storage
+from stoker import redaction, storage
 from stoker.run import artifacts
 from stoker.run.directory import RunDirectory
 
@@ -60,7 +60,7 @@ def table(rows: Any, columns: Sequence[str] | None) -> Encoded:
     import pyarrow as pa
     from pyarrow import parquet
 
-    found = _arrow(rows, columns)
+    found = _without_secrets(_arrow(rows, columns))
     sink = pa.BufferOutputStream()
     parquet.write_table(found, sink, compression="zstd")
     about = {"columns": found.column_names, "rows": found.num_rows}
@@ -70,7 +70,7 @@ def table(rows: Any, columns: Sequence[str] | None) -> Encoded:
 def figure(drawn: Any) -> Encoded:
     """A Matplotlib figure as PNG (150 dots an inch), a Plotly figure as its JSON. Raises TypeError."""
     if hasattr(drawn, "to_plotly_json"):
-        return Encoded(drawn.to_json().encode(), ".plotly.json", {})
+        return Encoded(redaction.text(drawn.to_json()).encode(), ".plotly.json", {})
     if hasattr(drawn, "savefig"):
         sink = io.BytesIO()
         drawn.savefig(sink, format="png", dpi=150, bbox_inches="tight", metadata={"Software": None})
@@ -95,8 +95,8 @@ def image(picture: Any, caption: str | None) -> Encoded:
 
 
 def text(content: str) -> Encoded:
-    """A text as UTF-8."""
-    return Encoded(content.encode(errors="replace"), ".txt", {})
+    """A text as UTF-8, without secrets."""
+    return Encoded(redaction.text(content).encode(errors="replace"), ".txt", {})
 
 
 def histogram(values: Any, bins: int) -> dict[str, Any]:
@@ -115,6 +115,19 @@ def read_table(content: bytes) -> tuple[list[str], list[list[Any]]]:
     found = parquet.read_table(pa.BufferReader(content))
     columns = [column.to_pylist() for column in found.columns]
     return found.column_names, [list(row) for row in zip(*columns, strict=True)]
+
+
+def _without_secrets(found: Any) -> Any:
+    """A table whose texts hold no secrets."""
+    import pyarrow as pa
+
+    for number, column in enumerate(found.columns):
+        if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+            texts = column.to_pylist()
+            kept = [text if text is None else redaction.text(text) for text in texts]
+            if kept != texts:
+                found = found.set_column(number, found.field(number), pa.array(kept, column.type))
+    return found
 
 
 def _arrow(rows: Any, columns: Sequence[str] | None) -> Any:

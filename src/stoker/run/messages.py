@@ -6,18 +6,36 @@ import logging
 import sys
 from pathlib import Path
 
+from stoker import redaction
+
 log = logging.getLogger("stoker")
+
+_FORMAT = "%(asctime)s %(levelname)s %(message)s"
 
 
 def write_to(file: Path) -> list[logging.Handler]:
     """Write the library's messages to the rank's log, and warnings to a script that shows none itself."""
     handler = logging.FileHandler(file, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(_WithoutSecrets(_FORMAT))
     shown = [] if log.hasHandlers() else [_Stderr(logging.WARNING)]
     for added in (handler, *shown):
         log.addHandler(added)
     log.setLevel(logging.DEBUG)
     return [handler, *shown]
+
+
+def write_to_stderr() -> None:
+    """Write the messages of all libraries to standard error, which is the log of a process that serves."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_WithoutSecrets(_FORMAT))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+
+
+class _WithoutSecrets(logging.Formatter):
+    """Keeps secrets out of messages, of their arguments and tracebacks too."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redaction.text(super().format(record))
 
 
 class _Stderr(logging.Handler):

@@ -31,7 +31,9 @@ Objects = dict[str, Stored]
 _KNOWN = "store.known"
 _LISTINGS = 5  # of a run that changes meanwhile
 _STRETCH = 2**26  # bytes of the longest stretch of a journal
-_OWN = ("sinks", "tensorboard", "wandb", "checkpoints", "journal", "lease")  # not copied file by file
+_OWN = (  # not copied file by file
+    "sinks", "tensorboard", "wandb", "checkpoints", "journal", "lease", "again"
+)  # fmt: skip
 _DERIVED = ("attempt.lock", "compacted.safetensors", "store.json", "store.lock", "store.wake", _KNOWN)
 
 

@@ -8,18 +8,20 @@ import hashlib
 import os
 import sys
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import orjson
 from stoker import config as configs
-from stoker import storage
+from stoker import redaction, storage
 from stoker.errors import BadInput
 from stoker.run import directory, lease, mirror, rendezvous
 from stoker.run.directory import RunDirectory
 from stoker.world import World
+
+_PACKAGE = Path(configs.__file__).parent
 
 
 def record(
@@ -28,21 +30,37 @@ def record(
     sources: Mapping[str, str] | None,
     recipe: Mapping[str, Any] | None,
     seed: int,
+    parents: Sequence[Mapping[str, str]] = (),
 ) -> dict[str, Any]:
-    """What `run.json` says of a new run."""
+    """What `run.json` says of a new run; of secrets, that there were some.
+
+    From now on those of the config are kept out of all that this process writes down.
+    """
+    values = configs.record(config) if dataclasses.is_dataclass(config) else dict(config or {})
+    redaction.keep_out(values)
     return {
         "uid": uuid.uuid4().hex,
         "id": run.id,
         "experiment": run.experiment,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": sys.argv,
+        "command": redaction.command(sys.argv),
         "cwd": str(Path.cwd()),
         "recipe": dict(recipe or {}),
-        "config": configs.record(config) if dataclasses.is_dataclass(config) else dict(config or {}),
-        "sources": dict(sources or {}),
+        "config": redaction.tree(values),
+        "sources": {key: redaction.text(source) for key, source in (sources or {}).items()},
         "seed": seed,
-        "parents": [],
+        "parents": list(parents),
     }
+
+
+def script() -> Path | None:
+    """The script that this process runs, where it is somebody's own: no command, and no notebook."""
+    file = getattr(sys.modules.get("__main__"), "__file__", None)
+    if file is None or not file.endswith(".py"):
+        return None
+    path = Path(file).resolve()
+    installed = path.is_relative_to(Path(sys.prefix).resolve()) or path.is_relative_to(_PACKAGE)
+    return None if installed or not path.is_file() else path
 
 
 def new_id(world: World) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from array import array
 from collections.abc import ItemsView, Iterator, Mapping, ValuesView
 from dataclasses import dataclass
@@ -26,6 +27,12 @@ _BETTER_HIGH = (
     "reward",
     "iou",
 )
+
+OF_THE_LOOP = re.compile(
+    r"(tokens|samples)_per_second(_per_gpu)?|mfu|seconds_(waiting_for_data|evaluating|checkpointing)"
+)
+"""The names of what `Trainer.performance` gives to be logged."""
+_OF_THE_MACHINE = ("second", "seconds", "milliseconds", "throughput", "mfu")
 
 
 class Series(Mapping[int, float]):
@@ -148,7 +155,16 @@ def summarise(name: str, series: Series, goals: Mapping[str, Goal]) -> Summary:
 
 def guess_goal(name: str) -> Goal | None:
     """Which way a metric is better by its name: a `loss` when low, an `accuracy` when high."""
-    words = name.lower().replace("/", "_").replace("-", "_").replace(".", "_").split("_")
+    words = _words(name)
     if any(word in words for word in _BETTER_LOW) or words[-1].endswith("loss"):
         return "min"
     return "max" if any(word in words for word in _BETTER_HIGH) else None
+
+
+def measures_machine(name: str) -> bool:
+    """Whether a metric tells by its name of time and machines: it differs each time that it is measured."""
+    return any(word in _OF_THE_MACHINE for word in _words(name))
+
+
+def _words(name: str) -> list[str]:
+    return name.lower().replace("/", "_").replace("-", "_").replace(".", "_").split("_")

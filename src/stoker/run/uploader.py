@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from stoker import storage
-from stoker.run import mirror
+from stoker.run import messages, mirror
 from stoker.run.directory import RunDirectory
 from stoker.run.mirror import Lost, Mirror
 
@@ -203,7 +203,7 @@ def main() -> int:
     parser.add_argument("--once", action="store_true", help="bring what is here now, and end")
     arguments = parser.parse_args()
     os.nice(19)  # training comes first
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    messages.write_to_stderr()
     run = RunDirectory(arguments.run)
     copy = mirror.of(run, patience=_TRY)
     if copy is None:

@@ -169,6 +169,10 @@ def _plan(view: RunView, event: Event) -> None:
     view.attempts[-1].began = event["time"]
 
 
+def _begun_from(view: RunView, event: Event) -> None:
+    view.attempts[-1].resumed_from = event["step"] or None
+
+
 def _layout(view: RunView, event: Event) -> None:
     view.attempts[-1].layout = _said(event)
 
@@ -211,6 +215,7 @@ def _failed(view: RunView, event: Event) -> None:
 
 _FOLDED_ALONE: dict[str, Callable[[RunView, Event], Any]] = {
     "plan": _plan,
+    "begun_from": _begun_from,
     "layout": _layout,
     "data": _data,
     "peak": _peak,

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
-import logging
 import os
 import subprocess
 import sys
@@ -29,6 +28,7 @@ from pathlib import Path
 
 from stoker import storage
 from stoker.errors import BadInput, nearest
+from stoker.run import messages
 from stoker.run.directory import SWEEP_LOCK, RunDirectory
 from stoker.tracking import feed, ledger, store
 from stoker.tracking.shipper import Shipper
@@ -305,7 +305,7 @@ def main() -> int:
     parser.add_argument("--once", action="store_true", help="ship what is there now, and end")
     arguments = parser.parse_args()
     os.nice(19)  # training comes first
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    messages.write_to_stderr()
     if arguments.sweep:
         return 0 if follow_sweep(arguments.run) else 1
     directory, once = RunDirectory(arguments.run), arguments.once

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import orjson
-from stoker import storage
+from stoker import redaction, storage
 from stoker.run.directory import RunDirectory
 from stoker.run.journal import Cursor
 
@@ -52,9 +52,9 @@ class Ledger:
         self.error = self.since = None
 
     def save(self, file: Path) -> None:
-        """Write the ledger. Raises OSError."""
+        """Write the ledger, without secrets that an error may quote. Raises OSError."""
         self.pid = os.getpid()
-        storage.write_atomically(file, orjson.dumps(asdict(self), option=orjson.OPT_INDENT_2))
+        storage.write_atomically(file, orjson.dumps(redaction.tree(asdict(self)), option=orjson.OPT_INDENT_2))
 
 
 def load(file: Path) -> Ledger:

@@ -24,7 +24,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import psutil
-from stoker import machine, signals
+from stoker import machine, redaction, signals
 from stoker.errors import StokerError, Stopped
 from stoker.tune.trial import Ended, Job, Link, Report
 
@@ -398,12 +398,12 @@ def _end_of(function: Function, job: Job, link: Link) -> dict[str, Any]:
     except Stopped as stopped:  # before there was a run
         return {"status": stopped.status}
     except StokerError as error:
-        return {"status": "failed", "error": str(error), "trace": ""}
+        return {"status": "failed", "error": redaction.text(str(error)), "trace": ""}
     except BaseException as error:
         return {
             "status": "failed",
-            "error": f"{type(error).__name__}: {error}",
-            "trace": traceback.format_exc(),
+            "error": redaction.text(f"{type(error).__name__}: {error}"),
+            "trace": redaction.text(traceback.format_exc()),
         }
 
 

@@ -19,9 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stoker import storage
+from stoker import redaction, storage
 from stoker.errors import BadInput
 from stoker.reproduce import provenance
+from stoker.run import artifacts
 from stoker.run.directory import SWEEP, SWEEP_LOCK
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def check(folder: Path, wanted: Record) -> None:
 def begin(folder: Path, wanted: Record) -> None:
     """Write what a search is begun with, once all of it is known to work; nothing where it goes on."""
     if not is_sweep(folder):
-        storage.write_json(folder / SWEEP, dataclasses.asdict(wanted) | {"uid": uuid.uuid4().hex})
+        storage.write_json(folder / SWEEP, _said(wanted) | {"uid": uuid.uuid4().hex})
 
 
 def provenance_of(folder: Path, code: Path) -> Path:
@@ -96,18 +97,18 @@ def provenance_of(folder: Path, code: Path) -> Path:
     Code that has changed since is said, and recorded beside the other.
 
     Args:
-        code: a folder of the git repository.
+        code: the script, or a folder of the git repository.
     """
-    state, number, target = provenance.code_state(code), 1, folder / "provenance"
-    while (target / "git.json").is_file():
-        if provenance.code_of(target) == state:
+    now, number, target = provenance.gather(code, folder.parent), 1, folder / "provenance"
+    while provenance.is_recorded(target):
+        if provenance.same(provenance.read_code(target), now.code):
             return target
         number += 1
         target = folder / f"provenance-{number}"
     if number > 1:
         log.warning("the code has changed since the search began: trials from now on are of other code")
     target.mkdir(exist_ok=True)
-    provenance.write(target, code, state)
+    provenance.write(target, now, artifacts.store(folder.parent))
     return target
 
 
@@ -139,7 +140,7 @@ def check_study(study: Study, wanted: Record) -> None:
 
     Raises BadInput.
     """
-    told = {key: value for key, value in dataclasses.asdict(wanted).items() if key not in _OF_A_SWEEP}
+    told = {key: value for key, value in _said(wanted).items() if key not in _OF_A_SWEEP}
     known = study.user_attrs.get("search")
     if known is None:
         study.set_user_attr("search", told)
@@ -176,10 +177,16 @@ def free_name(runs: Path, name: str) -> str:
     return found
 
 
+def _said(wanted: Record) -> dict[str, Any]:
+    """What is written of a search: without the secrets among its fixed values."""
+    said: dict[str, Any] = redaction.tree(dataclasses.asdict(wanted))
+    return said
+
+
 def _refuse_changes(folder: Path, known: Mapping[str, Any], wanted: Record) -> None:
     if known.get("format", 0) > FORMAT:
         raise BadInput(f"{folder / SWEEP} was written by a newer stoker: format {known['format']}")
-    changes = _differences(known, dataclasses.asdict(wanted))
+    changes = _differences(known, _said(wanted))
     if changes:
         raise BadInput(
             f"the search in {folder} is another one: {'; '.join(changes)}. Give --new to begin one beside "

@@ -1,0 +1,57 @@
+"""`stoker package RUN`: a folder that runs it again, anywhere."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, console, print_json
+from stoker.cli.runs.common import RunName
+from stoker.errors import BadInput
+from stoker.launch import packaging
+from stoker.reproduce import stretch
+from stoker.run import finding, view
+
+
+def package(
+    run: RunName,
+    to: Annotated[
+        Path | None,
+        typer.Option("--to", metavar="DIR", help="The folder to be made.", show_default="RUN-package"),
+    ] = None,
+    runs: RunsFolder = DEFAULT_RUNS,
+    json: Json = False,
+) -> None:
+    """Make a folder that runs it again anywhere: code, lock, config, one command, Dockerfile, MLproject."""
+    seen = view.load(finding.find(runs, run))
+    folder = (to or Path(f"{seen.directory.id}-package")).absolute()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise BadInput(f"{folder} is there already: remove it, or choose another place with --to")
+    part = stretch.find(seen)
+    try:
+        made = packaging.write(seen, part, folder)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    if json:
+        print_json({
+            "folder": str(made.folder), "command": made.command, "image": made.image, "data": made.data,
+            "lacking": made.lacking, "not_installed": made.not_installed,
+        })  # fmt: skip
+        return
+    out = console()
+    out.print(f"{folder}")
+    for label, said in (
+        ("base image", made.image),
+        ("data", ", ".join(f"{about['path']} ({about['fingerprint'][:20]})" for about in made.data.values())),
+        ("left out", ", ".join(made.lacking)),
+        ("packages", ", ".join(f"{name} was used from a folder" for name in made.not_installed)),
+    ):
+        if said:
+            out.print(f"  {label:12} {said}", soft_wrap=True)
+    out.print(
+        f"next: {folder}/run.sh   docker build {folder}   mlflow run {folder} --env-manager local",
+        soft_wrap=True,
+    )

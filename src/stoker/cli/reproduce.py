@@ -1,0 +1,311 @@
+"""`stoker reproduce RUN`: run it again from its own record, and compare step by step."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from stoker import config as configs
+from stoker import storage
+from stoker.checkpoint import manifest
+from stoker.checkpoint.manifest import InvalidCheckpoint
+from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, console, print_json, show_messages
+from stoker.cli.runs.common import RunName
+from stoker.cli.train import Overrides
+from stoker.errors import EXIT_DIFFERS, EXIT_INTERRUPTED, EXIT_PREEMPTED, BadInput, StokerError, nearest
+from stoker.launch import again
+from stoker.report import reproduction
+from stoker.report.reproduction import Checked, Outcome, Weights
+from stoker.reproduce import (
+    code_changes,
+    differences,
+    environment,
+    inputs,
+    journals,
+    packages,
+    place,
+    provenance,
+    stretch,
+    venv,
+    weights,
+)
+from stoker.reproduce.differences import Difference
+from stoker.reproduce.inputs import Input
+from stoker.reproduce.place import Place
+from stoker.reproduce.stretch import Stretch
+from stoker.run import finding, mirror, view
+from stoker.run.directory import RunDirectory
+from stoker.run.series import measures_machine
+from stoker.run.view import RunView
+
+_CODES = {view.PREEMPTED: EXIT_PREEMPTED, view.INTERRUPTED: EXIT_INTERRUPTED}
+
+
+def reproduce(
+    run: RunName,
+    overrides: Overrides = None,
+    steps: Annotated[
+        int | None, typer.Option("--steps", min=1, metavar="N", help="Make no more than so many steps.")
+    ] = None,
+    start: Annotated[
+        str | None,
+        typer.Option("--from", metavar="STEP", help="Begin from its checkpoint of this step, or `latest`."),
+    ] = None,
+    env: Annotated[
+        bool, typer.Option("--env", help="Build a virtual environment from its lock, and train in that.")
+    ] = False,
+    ignore: Annotated[
+        list[str] | None,
+        typer.Option("--ignore", metavar="METRIC", help="Leave it out of the comparison; may have * in it."),
+    ] = None,
+    runs: RunsFolder = DEFAULT_RUNS,
+    json: Json = False,
+) -> int:
+    """Run it again from its own record, and compare step by step.
+
+    The code is unpacked beside, data and environment are checked, and the same is trained as a run of its
+    own, RUN-again. KEY=VALUE gives a key anew, such as data that has moved. Exit code 0: bit-identical, 3: it
+    ran, and the result is another.
+    """
+    show_messages()
+    seen = view.load(finding.find(runs, run))
+    if seen.directory.alive:
+        raise BadInput(f"{seen.directory.id} is being trained now: wait for its end, or stop it")
+    part = stretch.find(seen, _checkpoint_of(seen, start), steps)
+    target = _free(seen.directory)
+    try:
+        checked, starting = _prepare(seen, part, target, overrides or (), env)
+        if not json:
+            reproduction.print_checked(console(), checked)
+        code = again.run(starting)
+    finally:
+        if not target.exists():  # nothing is left behind of what has not begun
+            shutil.rmtree(target.path, ignore_errors=True)
+    made = _made(target, code)
+    if made.status in _CODES:
+        return _CODES[made.status]
+    left_out = ignore or ()
+    outcome = _outcome(seen, made, checked, lambda name: _is_left_out(name, left_out))
+    if json:
+        print_json(reproduction.as_json(outcome))
+    else:
+        reproduction.print_outcome(console(), outcome)
+    return 0 if outcome.identical else EXIT_DIFFERS
+
+
+def _checkpoint_of(seen: RunView, start: str | None) -> int | None:
+    """The step that `--from` means. Raises BadInput where the run has no such checkpoint."""
+    if start is None:
+        return None
+    steps = [manifest.step_of(path) for path in manifest.committed(seen.directory.checkpoints)]
+    known = [step for step in steps if step < seen.step]
+    if not known:
+        raise BadInput(f"--from {start}: {seen.directory.id} has no checkpoint before its last step")
+    if start == "latest":
+        return known[-1]
+    if not start.isdecimal() or int(start) not in known:
+        raise BadInput(
+            f"--from {start}: it has checkpoints of step {', '.join(map(str, known))}; or say latest"
+        )
+    return int(start)
+
+
+def _free(of: RunDirectory) -> RunDirectory:
+    """The run that is made: ID-again, ID-again-2 and so on, the first that there is not."""
+    name, number = finding.checked(f"{of.id}-again"), 1
+    while (of.path.parent / name).exists():
+        number += 1
+        name = f"{of.id}-again-{number}"
+    return RunDirectory(of.path.parent / name)
+
+
+# -- before it is trained -------------------------------------------------------------------
+
+
+def _prepare(
+    seen: RunView, part: Stretch, target: RunDirectory, overrides: Sequence[str], env: bool
+) -> tuple[Checked, again.Start]:
+    """Unpack the code, check all that it needs, and write down what is asked for. Raises BadInput."""
+    folder = target.path / again.FOLDER
+    folder.mkdir(parents=True)
+    record, cwd = seen.directory.provenance, Path(seen.record["cwd"])
+    there = place.materialise(record, folder / "code" / again.name_of(record), str(cwd))
+    given = _given(part, overrides)
+    lacking = inputs.link_left_out(there)
+    recorded = storage.read_json(record / provenance.DATA)
+    kept = {key: value for key, value in part.config.items() if key not in given}
+    inputs.link(there, [*inputs.paths_of(kept), *(str(about["path"]) for about in recorded.values())], cwd)
+    data = inputs.check(there, recorded, part.config, given)
+    lock, then = again.read_lock(record), storage.read_json(record / provenance.ENVIRONMENT)
+    python = _python(lock, then) if env else sys.executable
+    on_gpu, own = _on_gpu(part, then), differences.computing(then.get("variables", {}))
+    now = environment.describe(packages.installed(), {**os.environ, **own})
+    ranks = min(part.world, len(now["gpus"]) or part.world) if on_gpu else part.world
+    if part.after:
+        _take_checkpoint(seen.directory, target, part.after)
+    starting = again.prepare(
+        seen, part, target, there, python=python, ranks=ranks, overrides=overrides, variables=own
+    )
+    found = _differences(then, now, lock, on_gpu=on_gpu, env=env)
+    return Checked(
+        of=_name(seen.directory), name=_name(target), part=part, code=there.code,
+        changed_since=tuple(code_changes.changed_since(there.code)), lacking=tuple(lacking), data=tuple(data),
+        packages=len(differences.locked(lock)), variables=own, differences=tuple(found),
+        doubts=tuple(_doubts(part, there, data, lock, ranks=ranks, on_gpu=on_gpu, env=env)),
+        environment=f"{python}, built from the lock" if env else "",
+    ), starting  # fmt: skip
+
+
+def _given(part: Stretch, overrides: Sequence[str]) -> set[str]:
+    """The keys that are given anew. Raises BadInput where the run has no such key."""
+    given = {configs.split(override)[0] for override in overrides}
+    for key in given - part.config.keys():
+        raise BadInput(f"the run has no key {key!r}{nearest(key, part.config)}")
+    return given
+
+
+def _python(lock: str, then: Mapping[str, Any]) -> str:
+    """The interpreter of an environment made of the lock. Raises BadInput."""
+    if not lock or "python" not in then:
+        raise BadInput("--env: the run has no record of its packages to build an environment from")
+    return str(venv.build(lock, then["python"], storage.cache_folder() / "environments"))
+
+
+def _on_gpu(part: Stretch, then: Mapping[str, Any]) -> bool:
+    """Whether the run computed on a GPU; one whose loop does not say may have, where there was one."""
+    gpus = [str(gpu).partition(",")[0] for gpu in then.get("gpus", ())]
+    return part.layout["device"] in gpus if "device" in part.layout else bool(gpus)
+
+
+def _differences(
+    then: Mapping[str, Any], now: Mapping[str, Any], lock: str, *, on_gpu: bool, env: bool
+) -> Iterator[Difference]:
+    """What this machine has otherwise than the run had; an environment made of its lock has its packages."""
+    if not then:
+        return
+    if not env:
+        yield from (d for d in differences.packages(lock, packages.lock(packages.installed())) if d.before)
+    own = differences.computing(then.get("variables", {}))
+    for found in differences.environment(then, now, on_gpu=on_gpu):
+        computing = found.kind != "variable" or (found.matters and found.name not in own)
+        if computing and found.name != "memory_bytes" and not (env and found.kind == "python"):
+            yield found
+
+
+def _doubts(
+    part: Stretch, there: Place, data: Sequence[Input], lock: str, *, ranks: int, on_gpu: bool, env: bool
+) -> Iterator[str]:
+    """Why equal bits cannot be promised, besides what differs."""
+    if ranks != part.world:
+        yield f"{ranks} ranks in place of {part.world}: sums over ranks are added in another order"
+    if on_gpu and not part.config.get("deterministic", False):
+        yield "deterministic=false on a GPU: its kernels may add in any order"
+    if on_gpu and part.config.get("micro_batch") == "auto":
+        yield "micro_batch=auto: the memory of the GPU decides how a batch is cut"
+    yield from (f"data {one.name!r} has changed" for one in data if one.changed)
+    if there.code.redacted:
+        yield f"secrets were removed from the record of {', '.join(there.code.redacted)}"
+    if env and (missing := venv.not_installed(lock)):
+        yield f"pip cannot install what was used from a folder: {', '.join(missing)}"
+
+
+def _take_checkpoint(seen: RunDirectory, target: RunDirectory, step: int) -> None:
+    """Let the run that is made begin from a checkpoint, in the same files. Raises BadInput."""
+    copy = mirror.of(seen)
+    source = manifest.folder(seen.checkpoints, step)
+    try:
+        found = manifest.mended(source, copy.fetch_checkpoint if copy is not None else None)
+    except InvalidCheckpoint as error:
+        kept = (
+            ", ".join(str(manifest.step_of(path)) for path in manifest.committed(seen.checkpoints)) or "none"
+        )
+        raise BadInput(
+            f"{seen.id} begins from the checkpoint of step {step}, which cannot be used: {error}. It has "
+            f"those of step {kept}: say which with --from"
+        ) from error
+    shutil.copytree(found.path, target.checkpoints / found.path.name, copy_function=storage.link_or_copy)
+
+
+# -- after it was trained -------------------------------------------------------------------
+
+
+def _made(target: RunDirectory, code: int) -> RunView:
+    """The run that was made. Raises StokerError where it is not there, or has failed."""
+    if not target.exists():
+        if code in _CODES.values():
+            raise StokerError("it was told to stop before it began")
+        kind = BadInput if code == 2 else StokerError
+        raise kind(f"the run could not be started again (exit code {code}): see what was said above")
+    made = view.load(target)
+    if made.status in (view.FINISHED, view.STOPPED, *_CODES):
+        return made
+    last = made.attempts[-1] if made.attempts else None
+    raise StokerError(
+        f"{_name(target)} {made.status} at step {made.step}: {(last and last.error) or f'exit code {code}'}; "
+        f"its log is in {target.logs}"
+    )
+
+
+def _outcome(seen: RunView, made: RunView, checked: Checked, leave_out: Any) -> Outcome:
+    part = checked.part
+    return Outcome(
+        checked, str(made.directory.path),
+        journals.compare(seen.points, made.points, after=part.after, until=part.until, leave_out=leave_out),
+        _weights(seen, made, part), configs.drift(part.config, made.record["config"]),
+        _fingerprints(seen, made),
+    )  # fmt: skip
+
+
+def _is_left_out(name: str, patterns: Sequence[str]) -> bool:
+    return measures_machine(name) or any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _weights(seen: RunView, made: RunView, part: Stretch) -> Weights:
+    """Which of the checkpoints and exports that both have in the same files are equal, and which not."""
+    before, now = _sums(seen, part), _sums(made, part)
+    both = [name for name in before if name in now and before[name].keys() == now[name].keys()]
+    same: list[str] = []
+    other: list[str] = []
+    for name in both:
+        into = same if all(_equal(before[name][file], now[name][file]) for file in before[name]) else other
+        into.append(name)
+    return Weights(tuple(same), tuple(other))
+
+
+def _equal(one: tuple[str, Path], other: tuple[str, Path]) -> bool:
+    """Two files with their checksums; of a checkpoint that is in a store alone only these are known."""
+    there = one[1].is_file() and other[1].is_file()
+    return one[0] == other[0] or (there and weights.same(one[1], other[1]))
+
+
+def _sums(of: RunView, part: Stretch) -> dict[str, dict[str, tuple[str, Path]]]:
+    """The files of a run's weights with their checksums, by what they are of."""
+    found = {}
+    for path in manifest.committed(of.directory.checkpoints):
+        if part.after < manifest.step_of(path) <= (part.until or of.step):
+            found[path.name] = {name: (xxh3, path / name) for name, xxh3 in manifest.sums(path).items()}
+    if part.until is None:
+        for name, event in of.artifacts.items():
+            if event["kind"] in ("model", "adapter"):
+                files = (file for file in event["files"] if file["path"].endswith(".safetensors"))
+                found[name] = {f["path"]: (f["sha256"], of.directory.path / f["path"]) for f in files}
+    return {name: files for name, files in found.items() if files}
+
+
+def _fingerprints(seen: RunView, made: RunView) -> dict[str, tuple[str | None, str | None]]:
+    """What the two depend on, where it differs."""
+    before, now = (
+        inputs.fingerprints(storage.read_json(of.directory.provenance / provenance.DATA), of.tags)
+        for of in (seen, made)
+    )
+    return configs.drift(before, now)
+
+
+def _name(run: RunDirectory) -> str:
+    return f"{run.experiment}/{run.id}"

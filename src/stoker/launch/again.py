@@ -1,0 +1,225 @@
+"""A run that is made again: what is started for it, and the process that does it.
+
+It is started as the run was, a recipe by `stoker train`, a script of one's own by its command, in a process
+of its own: nothing that this one has imported is in it, and its code comes before what is installed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import yaml
+from stoker import config as configs
+from stoker import redaction, storage
+from stoker.config import COMMAND_LINE, DEFAULT
+from stoker.errors import BadInput
+from stoker.reproduce import provenance
+from stoker.reproduce.place import Place
+from stoker.reproduce.stretch import Stretch
+from stoker.run import again
+from stoker.run.again import Again
+from stoker.run.directory import RunDirectory
+from stoker.run.view import RunView
+
+CONFIG = "config.yaml"
+FOLDER = "again"
+"""In the run that is made: the code that it is made from, and what was asked for."""
+_OF_A_LAUNCH = (
+    "RANK",
+    "LOCAL_RANK",
+    "GROUP_RANK",
+    "ROLE_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_",
+    "TORCHELASTIC_",
+)
+
+
+@dataclass(frozen=True)
+class Start:
+    """A process to be started."""
+
+    command: tuple[str, ...]
+    cwd: Path
+    variables: Mapping[str, str]
+    """Its whole environment."""
+    is_script: bool
+    """Whether what it writes to standard output is its own."""
+
+
+def prepare(
+    seen: RunView, part: Stretch, target: RunDirectory, there: Place,
+    *, python: str, ranks: int, overrides: Sequence[str], variables: Mapping[str, str],
+) -> Start:  # fmt: skip
+    """Write down what is asked of the process that makes a run again.
+
+    Args:
+        seen: the run.
+        part: which of its steps.
+        target: the run that is made; its folder is there.
+        there: the code.
+        python: the interpreter.
+        ranks: how many train.
+        overrides: `key=value` that are given anew.
+        variables: those of the run that decide how it computes.
+
+    Raises:
+        BadInput: it is not known how the run was started, or a script has no keys to be given anew.
+    """
+    folder = target.path / FOLDER
+    words, is_script = command(seen, there, ranks)
+    if is_script and overrides:
+        raise BadInput(f"{overrides[0]}: the run was made by a script without a recipe, which has no keys")
+    if not is_script:
+        values = known_values(part.config, seen.record["sources"], overrides)
+        storage.write_atomically(folder / CONFIG, yaml.safe_dump(values, sort_keys=False).encode())
+        words += [
+            "--config", str(folder / CONFIG), "--name", target.id, "--experiment", target.experiment,
+            "--runs", str(target.path.parent.parent), "--nproc", str(ranks), *overrides,
+        ]  # fmt: skip
+    given = {configs.split(override)[0]: COMMAND_LINE for override in overrides}
+    asked = Again(
+        runs=str(target.path.parent.parent), experiment=target.experiment, id=target.id,
+        of={"experiment": seen.directory.experiment, "id": seen.directory.id, "uid": seen.record["uid"]},
+        given=seen.directory.experiment, config=dict(part.config), seed=seen.record["seed"],
+        provenance=str(_record_of_code(seen.directory.provenance, folder)), recipe=seen.record["recipe"],
+        sources={**seen.record["sources"], **given}, layout=dict(part.layout), until=part.until,
+    )  # fmt: skip
+    again.write(folder / "again.json", asked)
+    own = {**variables, again.VARIABLE: str(folder / "again.json")}
+    if is_script:  # other runs that it makes are none of the user's
+        own["STOKER_RUNS"] = str(folder / "runs")
+    return Start((python, *words), there.cwd, _environment(there, seen, own), is_script)
+
+
+def run(start: Start) -> int:
+    """Do it, and return its exit code; signals are passed on to it."""
+    output = sys.stderr if start.is_script else subprocess.DEVNULL
+    process = subprocess.Popen(
+        start.command, cwd=start.cwd, env=dict(start.variables), stdin=subprocess.DEVNULL, stdout=output,
+        process_group=0,  # Ctrl-C reaches this process alone, which passes it on once
+    )  # fmt: skip
+    with _passing_on(process):
+        return process.wait()
+
+
+@contextlib.contextmanager
+def _passing_on(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        process.send_signal(number)
+
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    previous = {number: signal.signal(number, pass_on) for number in numbers}
+    try:
+        yield
+    finally:
+        if process.poll() is None:
+            process.kill()
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def known_values(
+    config: Mapping[str, Any], sources: Mapping[str, str], overrides: Sequence[str] = ()
+) -> dict[str, Any]:
+    """A config without secrets, which no record has, and without what is given anew.
+
+    A secret that was a default is found by the code again. Raises BadInput for any other.
+    """
+    given = {configs.split(override)[0] for override in overrides}
+    kept = {key: value for key, value in config.items() if key not in given}
+    removed = {key for key, value in kept.items() if redaction.holds_redacted(value)}
+    lost = sorted(key for key in removed if sources.get(key, DEFAULT) != DEFAULT)
+    if lost:
+        raise BadInput(
+            f"{', '.join(lost)}: a secret, which is not recorded; give it again: "
+            f"{' '.join(f'{key}=...' for key in lost)}"
+        )
+    return {key: value for key, value in kept.items() if key not in removed}
+
+
+def located(reference: str, there: Place) -> str:
+    """A recipe's reference; of a file, that in the code that was unpacked. Raises BadInput."""
+    file, separator, function = reference.partition(":")
+    if not file.endswith(".py"):
+        return reference
+    found = there.mapped(file)
+    if not Path(found).is_file():
+        raise BadInput(f"{file} is not in the record of the run's code, and not there any more")
+    return f"{found}{separator}{function}"
+
+
+def command(seen: RunView, there: Place, ranks: int) -> tuple[list[str], bool]:
+    """What Python runs to train as a run did, without the values of its config; and whether it is a script.
+
+    Raises BadInput where that is not known.
+    """
+    reference = seen.record["recipe"].get("reference")
+    if reference is None:
+        return _script(seen, there, ranks), True
+    return ["-P", "-m", "stoker", "train", located(reference, there)], False
+
+
+def _script(seen: RunView, there: Place, ranks: int) -> list[str]:
+    """The recorded command. Raises BadInput where it was no script's."""
+    words = [str(word) for word in seen.record.get("command", [])]
+    script = there.root / there.code.script if there.code.script else None
+    if script is None and words:
+        script = Path(there.mapped(str(Path(seen.record["cwd"], words[0]))))
+    if script is None or script.suffix != ".py" or not script.is_file():
+        raise BadInput(
+            f"{seen.directory.id} was made by {' '.join(words) or 'a command that is not known'}, which is "
+            "no script in the record of its code: it cannot be started again"
+        )
+    if redaction.holds_redacted(words):
+        raise BadInput(
+            f"the command of {seen.directory.id} held a secret, which is not recorded: run it yourself"
+        )
+    several = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    arguments = (there.mapped(word) if word.startswith("/") else word for word in words[1:])
+    return [*(several if ranks > 1 else []), str(script), *arguments]
+
+
+def _environment(there: Place, seen: RunView, own: Mapping[str, str]) -> dict[str, str]:
+    """This process's environment, where the run's code comes before all that is installed."""
+    record = seen.directory.provenance
+    recorded = storage.read_json(record / provenance.ENVIRONMENT).get("variables", {}).get("PYTHONPATH", "")
+    ours = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    first = there.python_path(read_lock(record), recorded)
+    reference = seen.record["recipe"].get("reference") or ""
+    imported = ":" in reference and ".py" not in reference  # a module, which may stand where it is started
+    folders = [*first, *([str(there.cwd)] if imported else []), *(path for path in ours if path)]
+    variables = {k: v for k, v in os.environ.items() if not k.startswith(_OF_A_LAUNCH)}
+    return {**variables, **own, "PYTHONPATH": os.pathsep.join(folders)}
+
+
+def name_of(record: Path) -> str:
+    """What the folder of a run's code is called, where it is unpacked beside its inputs. Raises BadInput."""
+    return Path(provenance.read_code(record).root).name or "code"
+
+
+def read_lock(record: Path) -> str:
+    """The text of a run's lock; empty where none was recorded."""
+    with contextlib.suppress(OSError):
+        return (record / provenance.REQUIREMENTS).read_text(encoding="utf-8")
+    return ""
+
+
+def _record_of_code(record: Path, folder: Path) -> Path:
+    """A provenance folder with the code of a run alone: the environment is that of the process to come."""
+    target = folder / "record"
+    target.mkdir()
+    for name in (provenance.CODE, "code.tar.gz", provenance.DIFF):
+        if (record / name).is_file():
+            storage.link_or_copy(record / name, target / name)
+    return target

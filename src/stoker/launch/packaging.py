@@ -1,0 +1,249 @@
+"""A run as a folder that another machine, a container or MLflow runs again.
+
+  code/             the run's code, as its record has it
+  vendor/           stoker, where no package index has the one that the run used
+  config.yaml       every value
+  requirements.txt  the lock
+  run.sh            the one command
+  Dockerfile        an image that runs it
+  MLproject, python_env.yaml   what `mlflow run` takes
+  README.md         what it needs besides: data, by fingerprint
+
+The base image is the one that the run says it was in (STOKER_IMAGE, best with its digest), else Python's own:
+the packages of torch bring CUDA with them, and the driver is the host's.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import shlex
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import stoker
+import yaml
+from stoker import storage
+from stoker.launch import again
+from stoker.reproduce import differences, place, provenance
+from stoker.reproduce.place import Place
+from stoker.reproduce.stretch import Stretch
+from stoker.run.view import RunView
+
+IMAGE = "STOKER_IMAGE"
+"""The variable in which a run finds the image that it is in, by name and digest."""
+
+
+@dataclass(frozen=True)
+class Package:
+    """A folder that was made of a run."""
+
+    folder: Path
+    command: str
+    """The one command, as `run.sh` has it."""
+    image: str
+    data: Mapping[str, Mapping[str, Any]]
+    """What it reads from paths, as recorded: where to, and the fingerprint."""
+    lacking: tuple[str, ...]
+    """Files of the code that the record left out for their size."""
+    not_installed: tuple[str, ...]
+    """Packages that pip cannot install, and that are not in the code."""
+
+
+def write(seen: RunView, part: Stretch, folder: Path) -> Package:
+    """Make the folder.
+
+    Args:
+        seen: the run.
+        part: its steps from the beginning.
+        folder: to be made.
+
+    Raises:
+        BadInput: the code was not recorded, its record is damaged, or a secret of the config is not known.
+    """
+    record = seen.directory.provenance
+    there = place.materialise(record, folder / "code", seen.record["cwd"])
+    lock, environment = again.read_lock(record), storage.read_json(record / provenance.ENVIRONMENT)
+    (folder / "requirements.txt").write_text(lock, encoding="utf-8")
+    values = again.known_values(_decided(part), seen.record["sources"])
+    (folder / again.CONFIG).write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+    imported = there.python_path(lock, environment.get("variables", {}).get("PYTHONPATH", ""))
+    outside = _used_from_elsewhere(lock, there)
+    if "stoker" in outside and not any(Path(path, "stoker").is_dir() for path in imported):
+        _vendor(folder / "vendor")
+        imported.append(str(folder / "vendor"))
+    command = _command(seen, part, there, folder)
+    _write_script(folder / "run.sh", seen, there, folder, command, imported, environment)
+    made = Package(
+        folder, command, _image(environment), storage.read_json(record / provenance.DATA),
+        tuple(left.path for left in there.code.left_out), tuple(name for name in outside if name != "stoker"),
+    )  # fmt: skip
+    (folder / "Dockerfile").write_text(_dockerfile(made.image, lock, environment), encoding="utf-8")
+    _write_mlproject(folder, seen, environment)
+    (folder / "README.md").write_text(_readme(made, seen, there, environment), encoding="utf-8")
+    return made
+
+
+def _decided(part: Stretch) -> dict[str, Any]:
+    """The config with what the run decided by a measurement of its machine."""
+    precision = part.layout.get("precision")
+    asked = {"precision": precision} if precision and part.config.get("precision") == "auto" else {}
+    return {**part.config, **asked}
+
+
+def _command(seen: RunView, part: Stretch, there: Place, folder: Path) -> str:
+    """The one command, for a shell in which `$here` is the folder."""
+    words, is_script = again.command(seen, there, part.world)
+    said = " ".join(_quoted(word, folder) for word in words)
+    if is_script:
+        return f'"${{PYTHON:-python}}" {said} "$@"'
+    options = f'--config "$here/{again.CONFIG}" --experiment {shlex.quote(seen.directory.experiment)}'
+    several = f" --nproc {part.world}" if part.world > 1 else ""
+    name = shlex.quote(seen.directory.id)
+    return f'"${{PYTHON:-python}}" {said} {options} --name {name}{several} "$@"'
+
+
+def _quoted(word: str, folder: Path) -> str:
+    """A word for the shell; of a path within the folder the place of that is looked up when it is run."""
+    within = word.removeprefix(f"{folder}/")
+    return shlex.quote(word) if within == word else f'"$here/{within}"'
+
+
+def _write_script(
+    file: Path, seen: RunView, there: Place, folder: Path, command: str, imported: Sequence[str],
+    environment: Mapping[str, Any],
+) -> None:  # fmt: skip
+    cwd = there.cwd.relative_to(folder) if there.cwd.is_relative_to(folder) else Path("code")
+    variables = differences.computing(environment.get("variables", {}))
+    paths = ":".join(f"$here/{Path(path).relative_to(folder)}" for path in imported)
+    lines = [
+        "#!/bin/sh",
+        f"# Trains {seen.directory.experiment}/{seen.directory.id} again; takes what its command takes.",
+        "set -eu",
+        'here=$(CDPATH= cd -- "$(dirname -- "$0")" && pwd)',
+        *(f"export {name}={shlex.quote(value)}" for name, value in variables.items()),
+        *([f'export PYTHONPATH="{paths}${{PYTHONPATH:+:$PYTHONPATH}}"'] if paths else []),
+        'export STOKER_RUNS="${STOKER_RUNS:-$here/runs}"',
+        f'cd "$here/{cwd}"',
+        f"exec {command}",
+    ]
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    file.chmod(0o755)
+
+
+def _used_from_elsewhere(lock: str, there: Place) -> list[str]:
+    """The packages that pip cannot install and that are not in the run's code."""
+    used = (package for package in differences.locked(lock).values() if package.folder)
+    folders = {package.name: package.folder.partition(", commit ")[0] for package in used}
+    return [name for name, folder in folders.items() if there.mapped(folder) == folder]
+
+
+def _vendor(target: Path) -> None:
+    """Copy this stoker, with what its installer says of it that is the same everywhere."""
+    source = Path(stoker.__file__).parent
+    shutil.copytree(source, target / source.name, ignore=shutil.ignore_patterns("__pycache__"))
+    about = importlib.metadata.distribution("stoker")
+    kept = target / f"stoker-{about.version}.dist-info"
+    kept.mkdir()
+    for name in ("METADATA", "entry_points.txt"):
+        (kept / name).write_text(about.read_text(name) or "", encoding="utf-8")
+
+
+def _image(environment: Mapping[str, Any]) -> str:
+    recorded = environment.get("variables", {}).get(IMAGE)
+    return str(recorded or f"python:{environment.get('python', '3')}-slim")
+
+
+def _dockerfile(image: str, lock: str, environment: Mapping[str, Any]) -> str:
+    known = IMAGE in environment.get("variables", {})
+    said = "The image that the run was in" if known else "Python as the run had it; the run names no image"
+    by = "" if "@sha256:" in image else ". By tag: it may change"
+    tools = [
+        "gcc libc6-dev" if "triton" in differences.locked(lock) else "",
+        "git" if "@ git+" in lock else "",
+    ]
+    wanted = " ".join(tool for tool in tools if tool)
+    installed = f"RUN apt-get update && apt-get install -y --no-install-recommends {wanted}" if wanted else ""
+    gpus = (
+        "ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility"
+        if environment.get("gpus")
+        else ""
+    )
+    lines = [
+        f"# {said}{by}.",
+        f"FROM {image}",
+        gpus,
+        installed,
+        "WORKDIR /run",
+        "COPY requirements.txt .",
+        "RUN pip install --no-cache-dir --no-deps -r requirements.txt",
+        "COPY . .",
+        'ENTRYPOINT ["./run.sh"]',
+    ]
+    return "\n".join(line for line in lines if line) + "\n"
+
+
+def _write_mlproject(folder: Path, seen: RunView, environment: Mapping[str, Any]) -> None:
+    """The two files of an MLflow Project (https://mlflow.org/docs/latest/ml/projects)."""
+    project = {
+        "name": f"{seen.directory.experiment}-{seen.directory.id}",
+        "python_env": "python_env.yaml",
+        "entry_points": {"main": {"command": "sh run.sh"}},
+    }
+    made_of = {
+        "python": environment.get("python", ""),
+        "build_dependencies": ["pip"],
+        "dependencies": ["-r requirements.txt"],
+    }
+    (folder / "MLproject").write_text(yaml.safe_dump(project, sort_keys=False), encoding="utf-8")
+    (folder / "python_env.yaml").write_text(yaml.safe_dump(made_of, sort_keys=False), encoding="utf-8")
+
+
+def _readme(made: Package, seen: RunView, there: Place, environment: Mapping[str, Any]) -> str:
+    name = f"{seen.directory.experiment}/{seen.directory.id}"
+    return "\n".join([
+        f"# {name}",
+        "",
+        f"A training run with all that it was made from. It ended at step {seen.step:,}.",
+        "",
+        "```sh",
+        "pip install --no-deps -r requirements.txt   # once, in an environment of its own",
+        "./run.sh                                    # trains; the run is then below runs/",
+        "```",
+        "",
+        "or `docker build -t again . && docker run -v ./runs:/run/runs again` (on GPUs with `--gpus all`),",
+        "or `mlflow run . --env-manager local`.",
+        "",
+        *_needs(made, there),
+        "## Recorded",
+        "",
+        *_recorded(there, environment),
+        "",
+    ])  # fmt: skip
+
+
+def _needs(made: Package, there: Place) -> Iterator[str]:
+    """What is not in the folder."""
+    folder = there.cwd.relative_to(made.folder) if there.cwd.is_relative_to(made.folder) else Path("code")
+    lines = [
+        f"- {name}: `{about['path']}` (relative to `{folder}`, or give its key anew: `./run.sh key=PATH`), "
+        f"{about.get('bytes', 0):,} bytes, fingerprint `{about['fingerprint']}`"
+        for name, about in made.data.items()
+    ]
+    lines += [f"- `code/{path}`, which the record of the code left out" for path in made.lacking]
+    lines += [f"- the package {package}, which was used from a folder" for package in made.not_installed]
+    if lines:
+        yield from ("## Needs", "", *lines, "")
+
+
+def _recorded(there: Place, environment: Mapping[str, Any]) -> Iterator[str]:
+    code = there.code
+    if code.commit:
+        remote = f" of {code.remote}" if code.remote else ""
+        yield f"- code: commit {code.commit}{remote}{', with uncommitted changes' if code.dirty else ''}"
+    if environment:
+        gpus = ", ".join(map(str, environment.get("gpus", ()))) or "no GPU"
+        yield f"- Python {environment['python']} on {environment['system']}"
+        yield f"- {environment['processor']}, {environment['cores']} cores, {gpus}"

@@ -1,0 +1,266 @@
+"""A run that is made again, on a terminal: what was checked before, and what came of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from stoker.report import facts
+from stoker.report.terminal import plain
+from stoker.reproduce import journals
+from stoker.reproduce.code import Code
+from stoker.reproduce.differences import Difference
+from stoker.reproduce.inputs import Input
+from stoker.reproduce.journals import Compared, Drift
+from stoker.reproduce.stretch import Stretch
+
+_MOST = 8  # of a kind that are named
+_KINDS = {"python": "python", "package": "packages", "machine": "machine", "variable": "variables"}
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What is known before a run is made again."""
+
+    of: str
+    name: str
+    part: Stretch
+    code: Code
+    changed_since: tuple[str, ...]
+    """Files of the code that are others now where they were taken from."""
+    lacking: tuple[str, ...]
+    """Files that the record left out, and that are not there any more as they were."""
+    data: tuple[Input, ...]
+    packages: int
+    """In the run's lock."""
+    variables: Mapping[str, str]
+    """Set as the run had them."""
+    differences: tuple[Difference, ...]
+    doubts: tuple[str, ...]
+    """Why else equal bits cannot be promised."""
+    environment: str
+    """The interpreter of the environment that was built; empty where it is this one."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Checksums of weights that both runs have."""
+
+    same: tuple[str, ...]
+    other: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of it."""
+
+    checked: Checked
+    path: str
+    """The directory of the run that was made."""
+    compared: Compared
+    weights: Weights
+    config: Mapping[str, tuple[Any, Any]]
+    """Keys that were given anew: recorded, given."""
+    fingerprints: Mapping[str, tuple[str | None, str | None]]
+    """What the runs say that they depend on, where it differs: data, models."""
+
+    @property
+    def identical(self) -> bool:
+        return self.compared.identical and not self.weights.other
+
+
+def print_checked(console: Console, checked: Checked) -> None:
+    """Print what was found before anything is trained."""
+    console.print(Text.assemble((checked.of, "bold"), " again, as ", (checked.name, "bold")))
+    _pair(console, "code", _code(checked))
+    for one in checked.data:
+        name = "" if one.name == "data" else f"{one.name}: "
+        _pair(console, "data", f"{name}{one.said}", "yellow" if one.changed else "")
+    _pair(console, "python", checked.environment)
+    of_kind = {label: [d for d in checked.differences if d.kind == kind] for kind, label in _KINDS.items()}
+    _pair(console, "packages", "" if of_kind["packages"] else f"{checked.packages} as recorded")
+    _pair(console, "machine", "" if of_kind["machine"] else "as recorded")
+    set_ = ", ".join(f"{name}={value}" for name, value in checked.variables.items())
+    _pair(console, "variables", f"{set_} set as recorded" if set_ else "")
+    for label, found in of_kind.items():
+        _print_differences(console, label, found)
+    _pair(console, "steps", _steps(checked.part))
+    for doubt in doubts(checked):
+        _pair(console, "no promise", doubt, "yellow")
+    console.print()
+
+
+def print_outcome(console: Console, outcome: Outcome) -> None:
+    """Print whether it came to the same, or else where and how far it went another way."""
+    compared, weights = outcome.compared, outcome.weights
+    console.print()
+    console.print(_verdict(outcome))
+    if compared.drifts:
+        console.print(_drifts(compared.drifts))
+    elif compared.metrics:
+        _pair(console, "compared", _some(compared.metrics))
+    _pair(console, "weights", f"the same bits: {_some(weights.same)}" if weights.same else "")
+    _pair(console, "weights", f"other bits: {_some(weights.other)}" if weights.other else "", "red")
+    _pair(console, "left out", f"{_some(compared.left_out)}: of the machine" if compared.left_out else "")
+    for key, (was, is_) in outcome.config.items():
+        _pair(console, "config", f"{key}: {facts.text(was)} → {facts.text(is_)}", "yellow")
+    for name, (before, now) in outcome.fingerprints.items():
+        _pair(console, "content", f"{name}: {before or 'none'} → {now or 'none'}", "yellow")
+    if not outcome.identical:
+        for why in causes(outcome):
+            _pair(console, "differs too", why, "yellow")
+    _pair(console, "run", outcome.path)
+    console.print(
+        Text(f"next: stoker diff {outcome.checked.of} {outcome.checked.name}", "dim"), soft_wrap=True
+    )
+
+
+def doubts(checked: Checked) -> list[str]:
+    """Why equal bits cannot be promised, a line each."""
+    by_reason: dict[str, list[str]] = {}
+    for difference in checked.differences:
+        if difference.matters:
+            by_reason.setdefault(difference.matters, []).append(difference.name)
+    return [*(f"{_some(names)} differs: {reason}" for reason, names in by_reason.items()), *checked.doubts]
+
+
+def causes(outcome: Outcome) -> list[str]:
+    """What else differs between the two, and may be why."""
+    found = [
+        f"{d.name}: {d.before or 'none'} → {d.now or 'none'}"
+        for d in _ranked(outcome.checked.differences)[:_MOST]
+    ]
+    found += outcome.checked.doubts
+    if found or outcome.config or outcome.fingerprints:
+        return found
+    return [
+        "nothing that was recorded: does it read the clock, the network, files that its config does not name?"
+    ]
+
+
+def as_json(outcome: Outcome) -> dict[str, Any]:
+    """All of it by name."""
+    checked = outcome.checked
+    return {
+        "identical": outcome.identical, "run": checked.of, "again": checked.name, "path": outcome.path,
+        **{key: value for key, value in journals.as_json(outcome.compared).items() if key != "identical"},
+        "weights": asdict(outcome.weights), "config": dict(outcome.config),
+        "fingerprints": dict(outcome.fingerprints), "doubts": doubts(checked),
+        "differences": [asdict(difference) for difference in checked.differences],
+        "code": {"commit": checked.code.commit, "files": len(checked.code.files),
+                 "changed_since": list(checked.changed_since), "lacking": list(checked.lacking)},
+        "data": [{**asdict(one), "changed": one.changed} for one in checked.data],
+        "variables": dict(checked.variables), "after": checked.part.after,
+        "until": checked.part.until, "environment": checked.environment,
+    }  # fmt: skip
+
+
+def drift_rows(drifts: Iterable[Drift]) -> list[tuple[str, ...]]:
+    """What a table says of metrics that differ: the first step, both values, and the largest distance."""
+    return [
+        (
+            drift.metric, f"{drift.first_step:,}", exact(drift.before), exact(drift.now),
+            facts.number(drift.absolute), share(drift.relative),
+            step(drift.absolute_step), _points(drift),
+        )
+        for drift in drifts
+    ]  # fmt: skip
+
+
+def exact(value: float | None) -> str:
+    """A value so that no other one is written like it."""
+    return "–" if value is None else repr(value)
+
+
+def step(number: int | None) -> str:
+    """A step, where there is one."""
+    return "" if number is None else f"{number:,}"
+
+
+def share(relative: float) -> str:
+    """A relative difference: `2.31%`, `1.2e-07`."""
+    return f"{relative:.2%}" if relative >= 1e-4 else f"{relative:.1e}"
+
+
+def _points(drift: Drift) -> str:
+    alone = drift.lacking + drift.added
+    return f"{drift.differing + alone:,} of {drift.points + alone:,}"
+
+
+DRIFT_HEADINGS = ("", "first at", "was", "is", "farthest", "of it", "at step", "points")
+
+
+def _verdict(outcome: Outcome) -> Text:
+    compared = outcome.compared
+    if outcome.identical:
+        return Text(f"bit-identical over {_count(compared.steps)}", "bold green")
+    if not compared.steps:
+        return Text("nothing to compare: no metric that is computed was logged at these steps", "bold yellow")
+    if not compared.drifts:
+        return Text(
+            f"the metrics are bit-identical over {_count(compared.steps)}, the weights are not", "bold red"
+        )
+    first = compared.drifts[0]
+    return Text(f"differs from step {first.first_step:,} on, first in {plain(first.metric)}", "bold red")
+
+
+def _count(steps: int) -> str:
+    return "1 step" if steps == 1 else f"{steps:,} steps"
+
+
+def _drifts(drifts: Sequence[Drift]) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for index, heading in enumerate(DRIFT_HEADINGS):
+        table.add_column(heading, justify="right" if index else "left", no_wrap=True)
+    for row in drift_rows(drifts):
+        table.add_row(*(Text(plain(cell)) for cell in (f"  {row[0]}", *row[1:])))
+    return table
+
+
+def _code(checked: Checked) -> str:
+    code = checked.code
+    if not code.files:
+        return "none of its own is recorded: it runs what is installed"
+    commit = (
+        f"commit {code.commit[:12]}{', with uncommitted changes' if code.dirty else ''}, "
+        if code.commit
+        else ""
+    )
+    said = f"{commit}{len(code.files):,} {'file' if len(code.files) == 1 else 'files'} as recorded"
+    if checked.changed_since:
+        said += f"; changed since where they were: {_some(checked.changed_since)}"
+    if checked.lacking:
+        said += f"; left out of the record, and not there any more: {_some(checked.lacking)}"
+    return said
+
+
+def _steps(part: Stretch) -> str:
+    begin = f", from the checkpoint of step {part.after:,}" if part.after else ""
+    why = f"; after that {part.why}" if part.why else ""
+    return f"{part.after + 1:,} to {'the end' if part.until is None else f'{part.until:,}'}{begin}{why}"
+
+
+def _print_differences(console: Console, label: str, found: Sequence[Difference]) -> None:
+    for difference in _ranked(found)[:_MOST]:
+        said = f"{difference.name}: {difference.before or 'none'} → {difference.now or 'none'}"
+        _pair(console, label, said, "yellow" if difference.matters else "")
+    if len(found) > _MOST:
+        _pair(console, label, f"and {len(found) - _MOST} more; `stoker diff` names them")
+
+
+def _ranked(found: Iterable[Difference]) -> list[Difference]:
+    return sorted(found, key=lambda difference: not difference.matters)
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _MOST} more" if len(names) > _MOST else ""
+    return ", ".join(names[:_MOST]) + more
+
+
+def _pair(console: Console, label: str, said: str, style: str = "") -> None:
+    if said:
+        console.print(Text.assemble((f"  {label:12} ", "dim"), (plain(said), style)), soft_wrap=True)

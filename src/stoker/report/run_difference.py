@@ -1,0 +1,222 @@
+"""What differs between two runs: config, code, packages, data, machine, and what came of it.
+
+What is the same is named in one line. A run that has no record of something says so: nothing is taken for
+equal that is not known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from stoker import config as configs
+from stoker import storage
+from stoker.report import facts
+from stoker.report.reproduction import exact, share, step
+from stoker.report.terminal import plain
+from stoker.reproduce import code_changes, differences, inputs, journals, provenance
+from stoker.reproduce.code_changes import Change, CodeChanges
+from stoker.reproduce.differences import Difference
+from stoker.reproduce.journals import Compared
+from stoker.run.view import RunView
+
+_NOTHING = "–"
+_KINDS = {"packages": "package", "python": "python", "machine": "machine", "variables": "variable"}
+_STYLES = {"+": "green", "-": "red", "@": "cyan"}
+
+
+@dataclass(frozen=True)
+class RunDifference:
+    """Two runs, and what differs."""
+
+    names: tuple[str, str]
+    views: tuple[RunView, RunView]
+    config: Mapping[str, tuple[Any, Any]]
+    same_config: int
+    """Keys that have one value in both."""
+    code: CodeChanges
+    environment: tuple[Difference, ...]
+    """Packages too."""
+    data: Mapping[str, tuple[str | None, str | None]]
+    same_data: int
+    curves: Compared
+    unknown: tuple[str, ...]
+    """What cannot be compared, and why."""
+
+
+def compare(before: RunView, now: RunView) -> RunDifference:
+    """Compare two runs by their records and journals."""
+    values = [{**view.config, **view.params} for view in (before, now)]
+    config = configs.drift(*values)
+    folders = before.directory.provenance, now.directory.provenance
+    code = code_changes.compare(*folders)
+    found, unknown = _environment(before, now)
+    data = [_data(view) for view in (before, now)]
+    pairs = {name: (data[0].get(name), data[1].get(name)) for name in sorted({*data[0], *data[1]})}
+    differ = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+    return RunDifference(
+        (_name(before), _name(now)), (before, now), config, len({*values[0], *values[1]}) - len(config), code,
+        tuple(found), differ, len(pairs) - len(differ), journals.compare(before.points, now.points),
+        (*([f"code: {code.unknown}"] if code.unknown else []), *unknown),
+    )  # fmt: skip
+
+
+def as_json(found: RunDifference) -> dict[str, Any]:
+    """All of it by name; of the code the lines of each file that differs."""
+    return {
+        "runs": list(found.names),
+        "config": dict(found.config),
+        "code": {
+            "commits": [code.commit if code else None for code in (found.code.before, found.code.now)],
+            "files": [asdict(change) for change in found.code.files],
+        },
+        "environment": [asdict(difference) for difference in found.environment],
+        "data": dict(found.data),
+        "curves": journals.as_json(found.curves),
+        "metrics": {name: list(pair) for name, pair in _last(found).items()},
+        "unknown": list(found.unknown),
+    }
+
+
+def print_difference(console: Console, found: RunDifference) -> None:
+    """Print what differs, a section each, and in one line what does not."""
+    if not console.is_terminal:
+        console.width = 10_000
+    console.print(Text.assemble(("a ", "dim"), (found.names[0], "bold")))
+    console.print(Text.assemble(("b ", "dim"), (found.names[1], "bold")))
+    _table(console, "config", ("", "a", "b"), [(k, *map(_value, pair)) for k, pair in found.config.items()])
+    _print_code(console, found.code)
+    for title, kind in _KINDS.items():
+        rows = [
+            (d.name, d.before or _NOTHING, d.now or _NOTHING) for d in found.environment if d.kind == kind
+        ]
+        _table(console, title, ("", "a", "b"), rows)
+    _table(
+        console,
+        "data",
+        ("", "a", "b"),
+        [(k, a or _NOTHING, b or _NOTHING) for k, (a, b) in found.data.items()],
+    )
+    headings = ("", "last of a", "last of b", "differs from step", "farthest", "of it", "at step")
+    _table(console, "curves", headings, _curves(found))
+    console.print()
+    for said in found.unknown:
+        console.print(Text(f"not known: {plain(said)}", "yellow"), soft_wrap=True)
+    if same := _same(found):
+        console.print(Text(f"the same: {same}", "dim"), soft_wrap=True)
+
+
+def _environment(before: RunView, now: RunView) -> tuple[list[Difference], list[str]]:
+    """What differs in packages, interpreter, machine and variables, and which run has no record of them."""
+    locks = [_text(view, provenance.REQUIREMENTS) for view in (before, now)]
+    records = [
+        storage.read_json(view.directory.provenance / provenance.ENVIRONMENT) for view in (before, now)
+    ]
+    unknown = [
+        f"{what}: {view.directory.id} has no record of it"
+        for what, known in (("packages", locks), ("machine", records))
+        for view, there in zip((before, now), known, strict=True)
+        if not there
+    ]
+    found = differences.packages(*locks) if all(locks) else []
+    return [*found, *(differences.environment(*records) if all(records) else [])], unknown
+
+
+def _data(view: RunView) -> dict[str, str]:
+    return inputs.fingerprints(storage.read_json(view.directory.provenance / provenance.DATA), view.tags)
+
+
+def _print_code(console: Console, code: CodeChanges) -> None:
+    commits = tuple((c.commit or "")[:12] if c else "" for c in (code.before, code.now))
+    if commits[0] != commits[1]:
+        _table(console, "code", ("", "a", "b"), [("commit", *(c or _NOTHING for c in commits))])
+    elif code.files:
+        _heading(console, "code")
+    for change in code.files:
+        console.print(Text(f"  {plain(_said(change))}", "bold"), soft_wrap=True)
+        for line in change.lines:
+            console.print(Text(f"  {plain(line)}".rstrip(), _STYLES.get(line[:1], "")), soft_wrap=True)
+
+
+def _said(change: Change) -> str:
+    counts = f", +{change.added} -{change.removed}" if change.lines else ""
+    if change.how == "renamed":
+        return f"{change.was} renamed to {change.path}"
+    binary = ", no text" if change.how in ("changed", "added", "removed") and not change.lines else ""
+    return f"{change.path} {change.how}{counts}{binary}"
+
+
+def _curves(found: RunDifference) -> list[tuple[str, ...]]:
+    last = _last(found)
+    return [
+        (
+            drift.metric, *(exact(value) for value in last[drift.metric]), f"{drift.first_step:,}",
+            facts.number(drift.absolute), share(drift.relative),
+            step(drift.absolute_step),
+        )
+        for drift in found.curves.drifts
+    ]  # fmt: skip
+
+
+def _last(found: RunDifference) -> dict[str, tuple[float | None, float | None]]:
+    one, other = found.views
+    return {name: (one.last(name), other.last(name)) for name in found.curves.metrics}
+
+
+def _same(found: RunDifference) -> str:
+    """What is the same, in words."""
+    said = []
+    if not found.config:
+        said.append(f"config ({found.same_config} keys)")
+    if found.code.before and found.code.now and not found.code.files and not found.code.unknown:
+        said.append(f"code ({len(found.code.now.files)} files)")
+    differ = {difference.kind for difference in found.environment}
+    known = {said.partition(":")[0] for said in found.unknown}
+    said += [
+        title
+        for title, kind in _KINDS.items()
+        if kind not in differ and ("packages" if kind == "package" else "machine") not in known
+    ]  # fmt: skip
+    if found.same_data and not found.data:
+        said.append("data")
+    equal = [name for name in found.curves.metrics if name not in {d.metric for d in found.curves.drifts}]
+    if equal:
+        said.append(f"to the last bit {', '.join(equal)} over {found.curves.steps:,} steps")
+    return ", ".join(said)
+
+
+def _table(console: Console, title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    if not rows:
+        return
+    _heading(console, title)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column("")
+    for index, heading in enumerate(headings):
+        table.add_column(heading, overflow="fold", no_wrap=index == 0)
+    for row in rows:
+        table.add_row("", *(Text(plain(cell)) for cell in row))
+    console.print(table)
+
+
+def _heading(console: Console, title: str) -> None:
+    console.print()
+    console.print(Text(title, "bold"))
+
+
+def _value(value: Any) -> str:
+    return _NOTHING if value is None else facts.text(value)
+
+
+def _text(view: RunView, name: str) -> str:
+    try:
+        return (view.directory.provenance / name).read_text(encoding="utf-8")
+    except OSError:
+        return ""
+
+
+def _name(view: RunView) -> str:
+    return f"{view.directory.experiment}/{view.directory.id}"

@@ -1,0 +1,200 @@
+"""The bundle: the files of a run's code as one archive that any tar unpacks.
+
+The same files give the same bytes, so an archive is made and kept once for all runs of one state of the
+code: it stands in the store of artifacts under the checksum of its list of files, and runs link it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import io
+import os
+import stat
+import tarfile
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import orjson
+import xxhash
+from stoker import redaction, storage
+from stoker.errors import BadInput
+from stoker.reproduce import scanned
+from stoker.reproduce.code import Code, File, Found, LeftOut
+
+NAME = "code.tar.gz"
+MOST_OF_A_FILE = 2**20
+"""Bytes: a larger file is data, or was built."""
+MOST_IN_ALL = 64 * 2**20
+"""Bytes of all files together, before they are compressed."""
+
+_LEVEL = 1  # of zlib, the fastest: source code comes to a third of its size
+_LINK = "120000"
+
+
+@dataclass(frozen=True)
+class _Read:
+    """A file with what the bundle has of it."""
+
+    file: File
+    data: bytes
+    is_redacted: bool
+
+
+@dataclass(frozen=True)
+class _Scan:
+    """What is known of contents, and what is found out of them now."""
+
+    clean: frozenset[bytes]
+    """See `scanned`."""
+    values: list[str]
+    """What is a secret wherever it turns up."""
+    fresh: set[bytes] = field(default_factory=set)
+
+
+def read(found: Found) -> tuple[Code, Mapping[str, bytes]]:
+    """The code with its list of files, and what each holds, without secrets."""
+    root = Path(found.code.root)
+    chosen, unfit = _choose(root, found.paths)
+    scan = _Scan(scanned.known(), redaction.values())
+    taken = [_read(root, path, scan) for path in chosen]
+    scanned.remember(scan.clean, scan.fresh)
+    kept = [one for one in taken if isinstance(one, _Read)]
+    unfit += [one for one in taken if isinstance(one, LeftOut)]
+    code = dataclasses.replace(
+        found.code,
+        files=tuple(one.file for one in kept),
+        left_out=(*found.unread, *sorted(unfit, key=lambda left: left.path)),
+        redacted=tuple(one.file.path for one in kept if one.is_redacted),
+    )
+    return code, {one.file.path: one.data for one in kept}
+
+
+def pack(target: Path, files: Sequence[File], contents: Mapping[str, bytes], store: Path) -> str:
+    """Put the archive of the files at a place, from the store where it has it; returns its XXH3.
+
+    Args:
+        store: a folder of `xx/NAME` files that runs share. Raises OSError.
+    """
+    listed = orjson.dumps([[file.path, file.xxh3, file.mode] for file in files])
+    digest = xxhash.xxh3_128_hexdigest(listed)
+    kept = store / digest[:2] / f"code-{digest}.tar.gz"
+    if not kept.is_file():
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        temporary = store / f".{uuid.uuid4().hex}.tmp"
+        try:
+            temporary.write_bytes(_archive(files, contents))
+            temporary.chmod(0o444)
+            storage.sync_file(temporary)
+            temporary.replace(kept)
+        finally:
+            temporary.unlink(missing_ok=True)
+    target.unlink(missing_ok=True)
+    storage.link_or_copy(kept, target)
+    return storage.xxh3(target)
+
+
+def unpack(archive: Path, target: Path, xxh3: str) -> None:
+    """Unpack an archive into a folder, nothing of it outside of there.
+
+    Raises:
+        BadInput: the archive is not there, or its checksum is another, or something leads out of the folder.
+    """
+    try:
+        found = storage.xxh3(archive)
+    except OSError as error:
+        raise BadInput(f"the code of the run cannot be read: {archive}: {error.strerror}") from error
+    if found != xxh3:
+        raise BadInput(
+            f"{archive} is damaged: its XXH3 is {found}, {xxh3} was recorded; copy it from where the run is "
+            "whole, or use the commit that code.json names"
+        )
+    target.mkdir(parents=True, exist_ok=True)
+    try:
+        with tarfile.open(archive, "r:gz") as members:
+            members.extractall(target, filter="data")
+    except tarfile.TarError as error:
+        raise BadInput(f"{archive} cannot be unpacked into {target}: {error}") from error
+
+
+def _choose(root: Path, paths: Sequence[str]) -> tuple[list[str], list[LeftOut]]:
+    """The files that fit, the small ones first where not all do; and those that do not."""
+    sizes: dict[str, int] = {}
+    left_out = []
+    for path in paths:
+        try:
+            status = (root / path).lstat()
+        except OSError:
+            continue  # it was deleted, and git is not told yet
+        if stat.S_ISLNK(status.st_mode) or stat.S_ISREG(status.st_mode):
+            sizes[path] = status.st_size
+    total, fitting = 0, set()
+    for path, size in sorted(sizes.items(), key=lambda item: item[1]):
+        if size > MOST_OF_A_FILE:
+            left_out.append(LeftOut(path, size, "larger than 1 MiB"))
+        elif total + size > MOST_IN_ALL:
+            left_out.append(LeftOut(path, size, "over the limit of 64 MiB in all"))
+        else:
+            total += size
+            fitting.add(path)
+    return [path for path in sizes if path in fitting], left_out
+
+
+def _read(root: Path, path: str, scan: _Scan) -> _Read | LeftOut:
+    """A file's content without secrets, or why there is none to keep."""
+    place = root / path
+    try:
+        mode = place.lstat().st_mode
+        if stat.S_ISLNK(mode):
+            return _read_link(root, path)
+        data = place.read_bytes()
+    except OSError as error:
+        return LeftOut(path, 0, f"cannot be read: {error.strerror}")
+    kept = _without_secrets(path, data, scan)
+    if kept is None:
+        return LeftOut(path, len(data), "no text, and holds a secret")
+    permissions = "100755" if mode & stat.S_IXUSR else "100644"
+    file = File(path, len(kept), xxhash.xxh3_128_hexdigest(kept), permissions)
+    return _Read(file, kept, kept is not data)
+
+
+def _without_secrets(path: str, data: bytes, scan: _Scan) -> bytes | None:
+    """See `redaction.content`; what was looked through at an earlier start is not again."""
+    digest = scanned.digest(path, data)
+    if digest in scan.clean and not redaction.holds(data, scan.values):
+        return data
+    kept = redaction.content(path, data)
+    if kept is data:
+        scan.fresh.add(digest)
+    return kept
+
+
+def _read_link(root: Path, path: str) -> _Read | LeftOut:
+    leads = os.readlink(root / path)  # noqa: PTH115 - as it is written
+    resolved = Path(os.path.realpath(root / path))
+    if Path(leads).is_absolute() or not resolved.is_relative_to(root):
+        return LeftOut(path, 0, f"a link out of {root.name}, to {redaction.text(leads)}")
+    data = os.fsencode(leads)
+    return _Read(File(path, len(data), xxhash.xxh3_128_hexdigest(data), _LINK), data, is_redacted=False)
+
+
+def _archive(files: Sequence[File], contents: Mapping[str, bytes]) -> bytes:
+    """A gzipped tar in which nothing depends on when, where or by whom it was made."""
+    packed = io.BytesIO()
+    with (
+        gzip.GzipFile("", "wb", _LEVEL, packed, mtime=0) as compressed,
+        tarfile.open(fileobj=compressed, mode="w", format=tarfile.PAX_FORMAT) as members,
+    ):
+        for file in files:
+            data = contents[file.path]
+            member = tarfile.TarInfo(file.path)
+            member.mode = int(file.mode[-3:], 8) or 0o777
+            if file.mode == _LINK:
+                member.type, member.linkname = tarfile.SYMTYPE, os.fsdecode(data)
+                members.addfile(member)
+            else:
+                member.size = len(data)
+                members.addfile(member, io.BytesIO(data))
+    return packed.getvalue()

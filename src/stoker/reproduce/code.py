@@ -1,0 +1,258 @@
+"""The code that a run was made from: which files, found how.
+
+In a git repository they are what git would commit if all were added: tracked, modified and untracked
+files, by git's own rules of what is ignored; of submodules and of repositories within it likewise.
+Outside of git they are the script and the modules that it imports from its folder, found by reading
+them: nothing is imported.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from stoker import machine, redaction
+
+_MOST_DIFF = 16 * 2**20  # bytes of a diff that are kept: the bundle has the files themselves
+_DEEPEST = 8  # repositories within repositories
+
+Kind = Literal["git", "modules"]
+
+
+@dataclass(frozen=True)
+class File:
+    """A file of the bundle, by its path relative to the root."""
+
+    path: str
+    bytes: int
+    xxh3: str
+    mode: str = "100644"
+    """As git has it: 100644, 100755, or 120000 for a symbolic link, whose content is where it leads."""
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A file of the code that is not in the bundle, and why."""
+
+    path: str
+    bytes: int
+    why: str
+
+
+@dataclass(frozen=True)
+class Code:
+    """What `code.json` says."""
+
+    kind: Kind
+    root: str
+    """The repository, or the script's folder: an absolute path."""
+    cwd: str | None = None
+    """The working directory, relative to the root; None where it is outside."""
+    script: str | None = None
+    """Likewise the file that was run, where there is one."""
+    commit: str | None = None
+    branch: str | None = None
+    remote: str | None = None
+    dirty: bool = False
+    untracked: tuple[str, ...] = ()
+    files: tuple[File, ...] = ()
+    bundle: str | None = None
+    """The archive of the files, beside `code.json`."""
+    bundle_xxh3: str | None = None
+    left_out: tuple[LeftOut, ...] = ()
+    redacted: tuple[str, ...] = ()
+    """The files whose text is another than on disk: secrets were removed from it."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """Code as it lies on disk, before any of it is read."""
+
+    code: Code
+    paths: tuple[str, ...]
+    """Relative to the root, sorted."""
+    diff: bytes = b""
+    """What differs from the commit, readable, without secrets."""
+    unread: tuple[LeftOut, ...] = ()
+
+
+def find(source: Path, runs: Path | None = None) -> Found:
+    """The code of a script, or of the repository that holds a folder.
+
+    Args:
+        source: the script, or a folder.
+        runs: the folder of the runs: what stands there is no code, whatever git makes of it.
+    """
+    source = Path(os.path.realpath(source))
+    script = source if source.is_file() else None
+    folder = source.parent if script else source
+    top = _git(folder, "rev-parse", "--show-toplevel")
+    if top is None:
+        return _modules(script, folder)
+    return _repository(Path(top.rstrip("\n")), script, _within(top.rstrip("\n"), runs))
+
+
+def _repository(root: Path, script: Path | None, runs: str | None) -> Found:
+    def outside_of_runs(paths: Iterable[str]) -> list[str]:
+        return [path for path in paths if runs is None or not f"{path}/".startswith(runs)]
+
+    with ThreadPoolExecutor(4) as threads:
+        listing = threads.submit(_list, root)
+        diff = threads.submit(_diff, root)
+        head = threads.submit(_git, root, "rev-parse", "HEAD", "--abbrev-ref", "HEAD")
+        remote = threads.submit(_git, root, "config", "--get", "remote.origin.url")
+    listed = listing.result()
+    untracked = outside_of_runs(listed.untracked)
+    paths = {*outside_of_runs(listed.tracked), *untracked}
+    own = _within(root, script)
+    if script and own and own.rstrip("/") not in paths:  # it is run although git is told to ignore it
+        paths.update(_imported(script, root))
+    commit, branch = (head.result() or "").split() or (None, None)
+    address = (remote.result() or "").strip()
+    code = Code(
+        kind="git",
+        root=str(root),
+        cwd=_relative(Path.cwd(), root),
+        script=_relative(script, root) if script else None,
+        commit=commit,
+        branch=branch,
+        remote=_without_user(redaction.text(address)) or None,
+        dirty=bool(diff.result() or untracked or commit is None),
+        untracked=tuple(sorted(untracked)),
+    )
+    return Found(code, tuple(sorted(paths)), diff.result(), tuple(listed.unread))
+
+
+def _modules(script: Path | None, folder: Path) -> Found:
+    code = Code(
+        kind="modules",
+        root=str(folder),
+        cwd=_relative(Path.cwd(), folder),
+        script=script.name if script else None,
+    )
+    return Found(code, tuple(sorted(_imported(script, folder))) if script else ())
+
+
+@dataclass
+class _Listing:
+    """The files of a repository and of those within it, relative to the outermost."""
+
+    tracked: list[str] = field(default_factory=list)
+    untracked: list[str] = field(default_factory=list)
+    unread: list[LeftOut] = field(default_factory=list)
+
+
+def _list(root: Path, prefix: str = "", depth: int = 0) -> _Listing:
+    """What git lists; of submodules, and of repositories that it comes upon, what it lists there."""
+    with ThreadPoolExecutor(2) as threads:
+        cached = threads.submit(_git, root, "ls-files", "-z", "--cached")
+        others = threads.submit(_git, root, "ls-files", "-z", "--others", "--exclude-standard")
+    found = _Listing()
+    for listed, into in ((cached.result(), found.tracked), (others.result(), found.untracked)):
+        for name in dict.fromkeys((listed or "").split("\0")):  # one that is unmerged is there thrice
+            path = root / name
+            if name and (path.is_symlink() or not path.is_dir()):
+                into.append(prefix + name)
+            elif name and depth < _DEEPEST and (path / ".git").exists():
+                inner = _list(path, f"{prefix}{name.rstrip('/')}/", depth + 1)
+                into.extend(inner.tracked)
+                found.untracked.extend(inner.untracked)
+                found.unread.extend(inner.unread)
+            elif name:
+                found.unread.append(LeftOut(prefix + name.rstrip("/"), 0, "a repository that is not there"))
+    return found
+
+
+def _diff(root: Path) -> bytes:
+    """What differs from the commit, without secrets; empty where nothing does, or there is no commit."""
+    said = _git(
+        root, "-c", "core.quotepath=off", "diff", "HEAD", "--no-color", "--no-ext-diff", "--no-textconv"
+    )
+    said = said or ""
+    if len(said) > _MOST_DIFF:
+        more = len(said) - _MOST_DIFF
+        said = f"{said[:_MOST_DIFF]}\n... and {more:,} characters more: code.tar.gz has the files\n"
+    return redaction.text(said).encode("utf-8", "surrogateescape")
+
+
+def _imported(script: Path, folder: Path) -> Iterator[str]:
+    """A script and all modules that it imports, at any remove, from its own folder."""
+    seen: set[Path] = set()
+    ahead = [script]
+    while ahead:
+        file = ahead.pop()
+        if file in seen or not file.is_relative_to(folder):
+            continue
+        seen.add(file)
+        yield str(file.relative_to(folder))
+        ahead += _imports(file, script.parent)
+
+
+def _imports(file: Path, folder: Path) -> Iterator[Path]:
+    """The files below a folder that a module's import statements mean, those within functions too."""
+    try:
+        parsed = ast.parse(file.read_bytes())
+    except (OSError, SyntaxError, ValueError):  # an extension module, or no Python of this version
+        return
+    for node in ast.walk(parsed):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield from _files_of(alias.name.split("."), folder)
+        elif isinstance(node, ast.ImportFrom):
+            base = file.parents[node.level - 1] if node.level else folder
+            parts = node.module.split(".") if node.module else []
+            for alias in node.names:
+                yield from _files_of([*parts, alias.name], base)
+
+
+def _files_of(parts: list[str], base: Path) -> Iterator[Path]:
+    """The packages on the way to a dotted name, and the module that it names if it names one."""
+    place = base
+    for part in parts:
+        place = place / part
+        if place.with_name(f"{part}.py").is_file():
+            yield place.with_name(f"{part}.py")
+        if not place.is_dir():
+            yield from place.parent.glob(f"{part}.*.so")  # compiled
+            return
+        if (place / "__init__.py").is_file():
+            yield place / "__init__.py"
+
+
+def _within(root: Path | str, path: Path | None) -> str | None:
+    """A path relative to a root, with a slash at its end; None where it is the root, or not within."""
+    relative = _relative(Path(os.path.realpath(path)), Path(root)) if path is not None else None
+    return f"{relative}/" if relative not in (None, ".") else None
+
+
+def _relative(path: Path, root: Path) -> str | None:
+    path = Path(os.path.realpath(path))
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) else None
+
+
+def _without_user(address: str) -> str:
+    """An address that is fetched by HTTP without who fetches it: that may be a token."""
+    scheme, separator, rest = address.partition("://")
+    host, slash, path = rest.partition("/")
+    if not separator or scheme == "ssh":
+        return address
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    return machine.output(["git", "--no-optional-locks", "-C", str(folder), *arguments])
+
+
+def from_json(said: dict[str, Any]) -> Code:
+    """What `code.json` held, as it was written. Raises TypeError or KeyError for another's."""
+    parts = {key: value for key, value in said.items() if key in Code.__dataclass_fields__}
+    for key, kind in (("files", File), ("left_out", LeftOut)):
+        parts[key] = tuple(kind(**item) for item in said.get(key, ()))
+    for key in ("untracked", "redacted"):
+        parts[key] = tuple(said.get(key, ()))
+    return Code(**parts)

@@ -1,0 +1,140 @@
+"""What differs between the code of two runs: files, and in them lines.
+
+A file of one content under two names was renamed. Lines are compared by difflib, as `diff -u` prints them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from stoker import storage
+from stoker.errors import BadInput
+from stoker.reproduce import provenance
+from stoker.reproduce.code import Code, File
+
+How = Literal["added", "removed", "changed", "renamed", "other mode"]
+
+_BINARY = 8192  # bytes at the start of a file in which a zero byte says that it is no text, as git has it
+
+
+@dataclass(frozen=True)
+class Change:
+    """A file that is not the same in both."""
+
+    path: str
+    how: How
+    was: str
+    """Its path in the first run, of one that was renamed."""
+    lines: tuple[str, ...] = ()
+    """The unified diff without its first two lines; empty for what is no text."""
+
+    @property
+    def added(self) -> int:
+        """Lines that are new."""
+        return sum(line.startswith("+") for line in self.lines)
+
+    @property
+    def removed(self) -> int:
+        return sum(line.startswith("-") for line in self.lines)
+
+
+@dataclass(frozen=True)
+class CodeChanges:
+    """What differs between the code of two runs."""
+
+    before: Code | None
+    """None where nothing of it was recorded."""
+    now: Code | None
+    files: tuple[Change, ...]
+    unknown: str = ""
+    """Why the files cannot be compared."""
+
+
+def compare(before: Path, now: Path) -> CodeChanges:
+    """Compare the code that stands in two provenance folders."""
+    codes: list[Code | None] = []
+    unknown = ""
+    for folder in (before, now):
+        try:
+            codes.append(provenance.read_code(folder))
+        except BadInput as error:
+            codes.append(None)
+            unknown = str(error)
+    one, other = codes
+    if one is None or other is None or one.files == other.files:
+        return CodeChanges(one, other, (), unknown)
+    with tempfile.TemporaryDirectory(prefix="stoker-diff-") as scratch:
+        roots = Path(scratch, "before"), Path(scratch, "now")
+        try:
+            for folder, code, root in zip((before, now), (one, other), roots, strict=True):
+                _unpack(folder, code, root)
+        except BadInput as error:
+            return CodeChanges(one, other, (), str(error))
+        return CodeChanges(one, other, tuple(_changes(one, other, *roots)))
+
+
+def changed_since(code: Code) -> list[str]:
+    """The files of a run's code that are others now where they were taken from, or gone."""
+    root = Path(code.root)
+    if not root.is_dir():
+        return []
+    comparable = (file for file in code.files if file.path not in code.redacted and file.mode != "120000")
+    return [file.path for file in comparable if _sum(root / file.path) != file.xxh3]
+
+
+def _sum(file: Path) -> str | None:
+    try:
+        return storage.xxh3(file)
+    except OSError:
+        return None
+
+
+def _unpack(folder: Path, code: Code, target: Path) -> None:
+    target.mkdir()
+    if code.bundle is not None:
+        provenance.extract(folder, target)
+
+
+def _changes(before: Code, now: Code, old: Path, new: Path) -> list[Change]:
+    one, other = {f.path: f for f in before.files}, {f.path: f for f in now.files}
+    gone = {path: file for path, file in one.items() if path not in other}
+    found = []
+    for path, file in other.items():
+        was = one.get(path) or next((f for f in gone.values() if f.xxh3 == file.xxh3 and f.bytes > 0), None)
+        if was is None:
+            found.append(Change(path, "added", path, _lines(None, new / path)))
+        elif was.path != path:
+            del gone[was.path]
+            found.append(Change(path, "renamed", was.path))
+        elif (was.xxh3, was.mode) != (file.xxh3, file.mode):
+            found.append(_changed(was, file, old, new))
+    found += [Change(path, "removed", path, _lines(old / path, None)) for path in gone]
+    return sorted(found, key=lambda change: change.path)
+
+
+def _changed(was: File, file: File, old: Path, new: Path) -> Change:
+    if was.xxh3 == file.xxh3:
+        return Change(file.path, "other mode", was.path)
+    return Change(file.path, "changed", was.path, _lines(old / was.path, new / file.path))
+
+
+def _lines(old: Path | None, new: Path | None) -> tuple[str, ...]:
+    """The unified diff of two files, of which one may not be there; empty where one is no text."""
+    texts = [_text(file) if file is not None else [] for file in (old, new)]
+    if any(text is None for text in texts):
+        return ()
+    diff = difflib.unified_diff(texts[0] or [], texts[1] or [], lineterm="")
+    return tuple(diff)[2:]
+
+
+def _text(file: Path) -> list[str] | None:
+    if file.is_symlink():
+        return [f"-> {file.readlink()}"]
+    content = file.read_bytes()
+    if b"\0" in content[:_BINARY]:
+        return None
+    return content.decode(errors="replace").splitlines()

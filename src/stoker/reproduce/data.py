@@ -1,0 +1,175 @@
+"""The data that a run reads, known by its content: `data.json`.
+
+The fingerprint of a file or folder is XXH3 (128 bits, https://xxhash.com) over every file's path within it,
+size and content, in the order of the paths; where the data stands does not matter. Of data beyond a limit
+only blocks at even distances are read, over all files as if they were one: what changed elsewhere without
+changing a size is not seen, and the record says `sampled`.
+
+A fingerprint is remembered in the user's cache for as long as no file has another size, time of change or
+inode, so that the next start reads nothing.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import os
+import stat
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import xxhash
+from stoker import redaction, storage
+
+WHOLE = 2**30
+"""Bytes up to which all content is read."""
+
+_BLOCKS, _BLOCK = 1024, 2**16  # what is read of more: 64 MiB
+_PIECE = 2**20  # bytes that are read at once
+_YOUNG = 2.0  # seconds in which a second change may leave a file's time as it was, on a coarse clock
+
+How = Literal["content", "sampled"]
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What tells data apart."""
+
+    fingerprint: str
+    """`xxh3:` and 32 hexadecimal digits."""
+    bytes: int
+    files: int
+    how: How
+
+
+@dataclass(frozen=True)
+class _File:
+    """A file of the data: its path within it, empty for a lone file, and what the file system says."""
+
+    name: str
+    path: str
+    size: int
+    changed: int
+    inode: int
+
+
+def fingerprint(path: Path) -> Fingerprint:
+    """The fingerprint of a file, or of all files of a folder, links followed.
+
+    Raises:
+        OSError: there is nothing at `path`, or a file cannot be read.
+    """
+    files = _files(path)
+    state = _state(files)
+    memory = (
+        storage.cache_folder() / "data" / f"{xxhash.xxh3_128_hexdigest(os.fsencode(path.absolute()))}.json"
+    )
+    known = storage.read_json(memory)
+    if known.get("state") == state:
+        return Fingerprint(**known["fingerprint"])
+    found = _read(files)
+    if time.time() - max((file.changed for file in files), default=0) / 1e9 > _YOUNG:
+        storage.try_to_write_json(memory, {"state": state, "fingerprint": vars(found)})
+    return found
+
+
+def describe(reference: str, known: str = "", revision: str = "") -> dict[str, Any]:
+    """What `data.json` says of a dataset.
+
+    Args:
+        reference: a path as it was given, or what else names data: an id of the hub, a URL, a word.
+        known: the fingerprint of its content, where it is no path.
+        revision: of a dataset of the hub, the commit.
+
+    Raises:
+        OSError: it is a path, by what else is known, and cannot be read.
+    """
+    if known or revision:
+        given = {"fingerprint": known, "revision": revision, "how": "content"}
+        return {"path": redaction.text(reference), **{key: value for key, value in given.items() if value}}
+    path = Path(reference).expanduser()
+    return {"path": reference, "absolute": str(path.absolute()), **vars(fingerprint(path))}
+
+
+def record(file: Path, name: str, about: dict[str, Any], attempt: int) -> str | None:
+    """Note down a dataset in `data.json`; returns the fingerprint that it had before, where that is another.
+
+    The record of the first attempt that read it stays; what a later one read is added to it.
+
+    Args:
+        file: `data.json`, made where it is not there.
+        about: by `describe`.
+    """
+    known = storage.read_json(file)
+    first = known.setdefault(name, about)
+    now, before = about.get("fingerprint"), first.get("fingerprint")
+    changed = first.get("changed", [])
+    if now != (changed[-1]["fingerprint"] if changed else before):
+        first["changed"] = [*changed, {"attempt": attempt, "fingerprint": now}]
+    storage.write_json(file, known)
+    return str(before) if now != before else None
+
+
+def _files(path: Path) -> list[_File]:
+    """All files, in the order of their names within the folder."""
+    if not path.is_dir():
+        return [_file("", str(path), path.stat())]
+    found = []
+    for folder, _, names in os.walk(path, followlinks=True, onerror=_refuse):
+        for name in names:
+            place = os.path.join(folder, name)  # noqa: PTH118 - millions of files
+            status = os.stat(place)  # noqa: PTH116
+            if stat.S_ISREG(status.st_mode):
+                found.append(_file(os.path.relpath(place, path), place, status))
+    return sorted(found, key=lambda file: file.name)
+
+
+def _refuse(error: OSError) -> None:
+    raise error
+
+
+def _file(name: str, path: str, status: os.stat_result) -> _File:
+    return _File(name, path, status.st_size, status.st_mtime_ns, status.st_ino)
+
+
+def _state(files: Sequence[_File]) -> str:
+    digest = xxhash.xxh3_128()
+    for file in files:
+        digest.update(
+            f"{file.name}\0{file.size} {file.changed} {file.inode}\0".encode(errors="surrogateescape")
+        )
+    return digest.hexdigest()
+
+
+def _read(files: Sequence[_File]) -> Fingerprint:
+    total = sum(file.size for file in files)
+    digest = xxhash.xxh3_128()
+    for file in files:
+        digest.update(f"{file.name}\0{file.size}\0".encode(errors="surrogateescape"))
+    how: How = "content" if total <= WHOLE else "sampled"
+    if how == "content":
+        for file in files:
+            _add_whole(digest, file)
+    else:
+        _add_blocks(digest, files, total)
+    return Fingerprint(f"xxh3:{digest.hexdigest()}", total, len(files), how)
+
+
+def _add_whole(digest: xxhash.xxh3_128, file: _File) -> None:
+    with open(file.path, "rb", buffering=0) as opened:  # noqa: PTH123
+        while piece := opened.read(_PIECE):
+            digest.update(piece)
+
+
+def _add_blocks(digest: xxhash.xxh3_128, files: Sequence[_File], total: int) -> None:
+    """The blocks that begin at even distances of all bytes; one ends where its file does."""
+    ends = list(itertools.accumulate(file.size for file in files))
+    for number in range(_BLOCKS):
+        at = number * (total - 1) // (_BLOCKS - 1)
+        of = bisect.bisect_right(ends, at)
+        with open(files[of].path, "rb", buffering=0) as opened:  # noqa: PTH123
+            opened.seek(at - ends[of] + files[of].size)
+            digest.update(opened.read(_BLOCK))

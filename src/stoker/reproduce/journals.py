@@ -1,0 +1,166 @@
+"""The metrics of two runs side by side: equal to the last bit, or where they part and how far they drift.
+
+A value equals another if it has the same bits; NaN equals NaN, and 0.0 is not -0.0. What a metric says of
+time and machines is left out, see `run.series.measures_machine`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from stoker.run.series import Series, measures_machine
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How a metric of one run differs from the same metric of another."""
+
+    metric: str
+    first_step: int
+    """The first step at which it differs, or is of one run alone."""
+    before: float | None
+    """Its value there; None where the run has none."""
+    now: float | None
+    points: int
+    """Steps at which both have it."""
+    differing: int
+    """Of these, those at which it differs."""
+    absolute: float
+    """The largest difference."""
+    absolute_step: int | None
+    relative: float
+    """The largest difference as a share of the larger of the two values."""
+    relative_step: int | None
+    lacking: int
+    """Steps at which the first run has it alone."""
+    added: int
+    """Steps at which the second run has it alone."""
+
+
+@dataclass(frozen=True)
+class Compared:
+    """The metrics of two runs over a stretch of steps."""
+
+    steps: int
+    """Steps at which anything was compared."""
+    first: int | None
+    last: int | None
+    metrics: tuple[str, ...]
+    """What was compared."""
+    left_out: tuple[str, ...]
+    """What tells of time and machines."""
+    drifts: tuple[Drift, ...]
+    """Of the metrics that differ, the first to differ first."""
+
+    @property
+    def identical(self) -> bool:
+        """Whether there was something to compare, and all of it is the same to the last bit."""
+        return self.steps > 0 and not self.drifts
+
+
+def compare(
+    before: Mapping[str, Series],
+    now: Mapping[str, Series],
+    *,
+    after: int | None = None,
+    until: int | None = None,
+    leave_out: Callable[[str], bool] = measures_machine,
+) -> Compared:
+    """Compare the metrics of two runs.
+
+    Args:
+        before: metric -> its points, of the first run.
+        now: likewise of the second one.
+        after: only steps past this one count.
+        until: only steps up to this one count.
+        leave_out: whether a metric is none to compare.
+    """
+    names = sorted({*before, *now})
+    wanted = [name for name in names if not leave_out(name)]
+    pairs = {
+        name: (_within(before.get(name), after, until), _within(now.get(name), after, until))
+        for name in wanted
+    }
+    pairs = {name: pair for name, pair in pairs.items() if len(pair[0]) or len(pair[1])}
+    drifts = [drift for name, pair in pairs.items() if (drift := _drift(name, *pair)) is not None]
+    seen = [np.concatenate([a.x, b.x]) for a, b in pairs.values()]
+    steps = np.unique(np.concatenate(seen)) if seen else np.empty(0, np.int64)
+    return Compared(
+        steps=len(steps),
+        first=int(steps[0]) if len(steps) else None,
+        last=int(steps[-1]) if len(steps) else None,
+        metrics=tuple(pairs),
+        left_out=tuple(name for name in names if leave_out(name)),
+        drifts=tuple(
+            sorted(drifts, key=lambda drift: (drift.first_step, drift.metric != "loss", drift.metric))
+        ),
+    )
+
+
+def _within(series: Series | None, after: int | None, until: int | None) -> Series:
+    if series is None:
+        return Series(np.empty(0, np.int64), np.empty(0), np.empty(0))
+    kept = np.ones(len(series), bool)
+    if after is not None:
+        kept &= series.x > after
+    if until is not None:
+        kept &= series.x <= until
+    return Series(series.x[kept], series.y[kept], series.time[kept])
+
+
+def _drift(metric: str, before: Series, now: Series) -> Drift | None:
+    """How they differ; None where they do not."""
+    both, there, here = np.intersect1d(before.x, now.x, assume_unique=True, return_indices=True)
+    a, b = before.y[there], now.y[here]
+    differ = ~_same_bits(a, b)
+    alone = np.setxor1d(before.x, now.x, assume_unique=True)
+    if not differ.any() and not len(alone):
+        return None
+    first = int(np.concatenate([both[differ], alone]).min())
+    absolute, relative = _distances(a[differ], b[differ])
+    at = both[differ]
+    return Drift(
+        metric, first, dict(before.items()).get(first), dict(now.items()).get(first),
+        len(both), int(differ.sum()),
+        *_largest(absolute, at), *_largest(relative, at),
+        lacking=len(before) - len(both), added=len(now) - len(both),
+    )  # fmt: skip
+
+
+def _same_bits(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.bool_]:
+    same: NDArray[np.bool_] = (a.view(np.int64) == b.view(np.int64)) | (np.isnan(a) & np.isnan(b))
+    return same
+
+
+def _distances(
+    a: NDArray[np.float64], b: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Absolute and relative, of values that differ; infinite where one of them is not a finite number."""
+    with np.errstate(all="ignore"):
+        absolute = np.abs(a - b)
+        larger = np.maximum(np.abs(a), np.abs(b))
+        relative = np.divide(absolute, larger, out=np.zeros_like(absolute), where=larger > 0)
+    finite = np.isfinite(a) & np.isfinite(b)
+    return np.where(finite, absolute, math.inf), np.where(finite, relative, math.inf)
+
+
+def _largest(distances: NDArray[np.float64], steps: NDArray[np.int64]) -> tuple[float, int | None]:
+    if not len(distances):
+        return 0.0, None
+    index = int(distances.argmax())
+    return float(distances[index]), int(steps[index])
+
+
+def as_json(compared: Compared) -> dict[str, Any]:
+    """The comparison by name."""
+    return {
+        "identical": compared.identical, "steps": compared.steps, "first": compared.first,
+        "last": compared.last,
+        "metrics": list(compared.metrics), "left_out": list(compared.left_out),
+        "drifts": [vars(drift) for drift in compared.drifts],
+    }  # fmt: skip

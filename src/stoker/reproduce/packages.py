@@ -1,0 +1,156 @@
+"""The installed packages, as a lock that `pip install -r` takes.
+
+Each line has the hash of what is installed in a comment: of the list of files and checksums that an
+installer leaves beside a package (RECORD, https://packaging.python.org/specifications/recording-installed-packages),
+without what differs from place to place. pip's own `--hash` is of an archive that is no longer there.
+What was installed from an address stands as PEP 508 has it, by the file `direct_url.json` of PEP 610.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stoker import machine, redaction, storage
+
+_HEADER = re.compile(r"^(Name|Version):[ \t]*(\S+)", re.MULTILINE)
+_OF_THE_PLACE = ("INSTALLER", "REQUESTED", "RECORD", "direct_url.json", "uv_cache.json")
+_TORCH_INDEX = "https://download.pytorch.org/whl"
+_TORCH_BUILD = re.compile(r"\+(cpu|cu\d+|rocm[\d.]+|xpu)$")
+
+
+@dataclass(frozen=True)
+class Package:
+    """An installed distribution."""
+
+    name: str
+    version: str
+    content: str | None
+    """SHA-256 of what is installed; None where no list of files was left."""
+    origin: dict[str, Any]
+    """PEP 610: where it was installed from; empty where that was an index."""
+
+
+def installed() -> list[Package]:
+    """Every installed distribution, that which is imported where there are several, sorted by name.
+
+    Hashes are remembered in the cache folder for as long as a list of files is not touched.
+    """
+    cache = storage.cache_folder() / "packages.json"
+    known = storage.read_json(cache)
+    hashes: dict[str, Any] = {}
+    seen: dict[str, Package] = {}
+    for folder in _folders():
+        found = _package(folder, known, hashes)
+        if found is not None:
+            seen.setdefault(_normal(found.name), found)
+    if any(known.get(key) != value for key, value in hashes.items()):
+        storage.try_to_write_json(cache, {**known, **hashes})
+    return [seen[name] for name in sorted(seen)]
+
+
+def lock(packages: Sequence[Package]) -> str:
+    """The text of `requirements.txt`."""
+    lines = [f"# Python {sys.version.split()[0]}; a hash is of what was installed, see the documentation"]
+    builds = {match[1] for package in packages if (match := _TORCH_BUILD.search(package.version))}
+    lines += [f"--extra-index-url {_TORCH_INDEX}/{build}" for build in sorted(builds)]
+    lines += [_line(package) for package in packages]
+    return "\n".join(lines) + "\n"
+
+
+def versions(lock: str) -> dict[str, str]:
+    """The versions in a lock by name in lower case, of what is not editable or from an address."""
+    pairs = (line.partition("#")[0].strip().partition("==") for line in lock.splitlines())
+    return {name.lower(): version for name, sign, version in pairs if sign}
+
+
+def _line(package: Package) -> str:
+    hashed = f"  # content sha256:{package.content}" if package.content else ""
+    origin = package.origin
+    url = redaction.text(str(origin.get("url", "")))
+    if origin.get("dir_info", {}).get("editable") or url.startswith("file://"):
+        return f"# {package.name}=={package.version} from {_folder_state(url)}"
+    if "vcs_info" in origin:
+        vcs = origin["vcs_info"]
+        commit = vcs.get("commit_id") or vcs.get("requested_revision", "")
+        return f"{package.name} @ {vcs.get('vcs', 'git')}+{url}@{commit}{hashed}"
+    if url:
+        return f"{package.name} @ {url}{hashed}"
+    return f"{package.name}=={package.version}{hashed}"
+
+
+def _folder_state(url: str) -> str:
+    """A folder that a package was installed from, with the commit that it is at."""
+    folder = url.removeprefix("file://")
+    commit = machine.output(["git", "-C", folder, "rev-parse", "HEAD"])
+    if commit is None:
+        return folder
+    changes = machine.output(["git", "--no-optional-locks", "-C", folder, "status", "--porcelain", "-uno"])
+    return f"{folder}, commit {commit.strip()}{', with uncommitted changes' if changes else ''}"
+
+
+def _folders() -> Iterator[Path]:
+    """What installers left of their packages, in the order in which they are imported."""
+    for entry in dict.fromkeys(sys.path):
+        place = Path(entry)
+        if place.is_dir():
+            yield from sorted(place.glob("*.dist-info"))
+            yield from sorted(place.glob("*.egg-info"))
+
+
+def _package(folder: Path, known: dict[str, Any], hashes: dict[str, Any]) -> Package | None:
+    header = _read(folder / "METADATA") or _read(folder / "PKG-INFO") or _read(folder)
+    fields = dict(reversed(_HEADER.findall(header.partition("\n\n")[0])))
+    if not {"Name", "Version"} <= fields.keys():
+        return None
+    return Package(
+        fields["Name"],
+        fields["Version"],
+        _content(folder / "RECORD", known, hashes),
+        storage.read_json(folder / "direct_url.json"),
+    )
+
+
+def _content(record: Path, known: dict[str, Any], hashes: dict[str, Any]) -> str | None:
+    """The hash of a list of files, from the last time where it is the same list still."""
+    try:
+        status = record.stat()
+    except OSError:
+        return None
+    state = [status.st_mtime_ns, status.st_size]
+    before = known.get(str(record), [None, None])
+    if before[0] != state:
+        before = [state, _hash(_read(record))]
+    hashes[str(record)] = before
+    return str(before[1])
+
+
+def _hash(record: str) -> str:
+    """SHA-256 over `path,hash` lines, sorted, of what is the same wherever it is installed.
+
+    Scripts are not: their first line names the interpreter. Nor is what an installer says of itself.
+    """
+    lines = sorted(
+        f"{row[0]},{row[1]}\n"
+        for row in csv.reader(record.splitlines())
+        if len(row) > 1 and row[1] and not row[0].startswith("../") and Path(row[0]).name not in _OF_THE_PLACE
+    )
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _normal(name: str) -> str:
+    """As PEP 503 has it."""
+    return re.sub(r"[-_.]+", "-", name).lower()

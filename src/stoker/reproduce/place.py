@@ -1,0 +1,79 @@
+"""Where the code of a run stands again: unpacked into a folder, started from the same place within it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from stoker.errors import BadInput
+from stoker.reproduce import differences, provenance
+from stoker.reproduce.code import Code
+
+
+@dataclass(frozen=True)
+class Place:
+    """The code of a run, unpacked."""
+
+    root: Path
+    """Stands for the root that the code was recorded from."""
+    cwd: Path
+    code: Code
+
+    def mapped(self, path: str) -> str:
+        """An absolute path, of what it stands for here where it is in the bundle; else as it is."""
+        within = _within(path, self.code.root)
+        return str(self.root / within) if within is not None and (self.root / within).exists() else path
+
+    def python_path(self, lock: str, recorded: str = "") -> list[str]:
+        """The folders to import from before all others: those of the code that were imported from then.
+
+        Args:
+            lock: the packages of the run, of which some may be used from its code (`pip install -e .`).
+            recorded: the PYTHONPATH of the run.
+        """
+        used = (package.folder.partition(", commit ")[0] for package in differences.locked(lock).values())
+        folders = [Path(folder) for folder in used if folder]
+        sources = [str(f / "src" if self._has(f / "src") else f) for f in folders]
+        wanted = [*recorded.split(os.pathsep), *sources]
+        here = (self.mapped(str(Path(self.code.root, self.code.cwd or ".", path))) for path in wanted if path)
+        return list(dict.fromkeys(path for path in here if Path(path).is_relative_to(self.root)))
+
+    def _has(self, folder: Path) -> bool:
+        within = _within(str(folder), self.code.root)
+        return within is not None and (self.root / within).is_dir()
+
+
+def materialise(record: Path, root: Path, cwd: str) -> Place:
+    """Unpack the code of a run.
+
+    Args:
+        record: the run's provenance folder.
+        root: the folder to unpack into, which is made.
+        cwd: where the run was started, for one that was started outside of its code.
+
+    Raises:
+        BadInput: there is no record of the code, or its bundle is damaged.
+    """
+    code = provenance.read_code(record)
+    root.mkdir(parents=True)
+    if code.bundle is not None:
+        provenance.extract(record, root)
+    elif code.files:
+        raise BadInput(f"{record} has no bundle of the run's code: it cannot be run again from its record")
+    inside = root / code.cwd if code.cwd is not None else Path(cwd)
+    if code.cwd is not None:
+        inside.mkdir(parents=True, exist_ok=True)
+    elif not inside.is_dir():
+        raise BadInput(
+            f"the run was started in {cwd}, outside of its code, and that folder is gone: make it again"
+        )
+    return Place(root, inside, code)
+
+
+def _within(path: str, root: str) -> str | None:
+    """A path relative to a root, if it is within."""
+    try:
+        return str(Path(os.path.realpath(path)).relative_to(os.path.realpath(root)))
+    except ValueError:
+        return None

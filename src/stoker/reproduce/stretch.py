@@ -1,0 +1,92 @@
+"""Which steps of a run one training makes again: of one config, on one number of ranks.
+
+A run that was continued on other ranks, or with a changed config, is not what one training gives: what is
+made again ends where that changed, or begins after it, from a checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from stoker.errors import BadInput
+from stoker.run.view import FINISHED, Attempt, RunView
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Steps of a run, and what they were made with."""
+
+    after: int
+    """The step of the checkpoint that it begins from; 0 for the beginning."""
+    until: int | None
+    """The last step that is made; None where training ends by itself."""
+    config: Mapping[str, Any]
+    world: int
+    """How many ranks trained."""
+    layout: Mapping[str, Any]
+    """How they used the devices, where a Trainer did."""
+    why: str = ""
+    """Why it ends before the run does."""
+
+
+def find(view: RunView, after: int | None = None, steps: int | None = None) -> Stretch:
+    """The longest stretch that one training can make again.
+
+    Args:
+        view: the run.
+        after: the step of one of its checkpoints to begin from; by default its beginning.
+        steps: no more than so many.
+
+    Raises:
+        BadInput: there is nothing to be made again.
+    """
+    if not view.points:
+        raise BadInput(f"{view.directory.id} has logged nothing: there is nothing to compare with")
+    parts = _parts(view)
+    begin = parts[0][0] if after is None else after
+    if view.step <= begin:
+        raise BadInput(f"{view.directory.id} made no step after step {begin}: it ended at step {view.step}")
+    index = max(i for i, (start, _) in enumerate(parts) if start <= begin or i == 0)
+    first = parts[index][1]
+    until, why = None if view.status == FINISHED else view.step, ""
+    for start, attempt in parts[index + 1 :]:
+        why = _changed(view, first, attempt)
+        if why:
+            until = start
+            break
+    if steps is not None and begin + steps < (until or view.step):
+        until, why = begin + steps, ""
+    return Stretch(begin, until, _config(view, first), first.world, first.layout, why)
+
+
+def _parts(view: RunView) -> list[tuple[int, Attempt]]:
+    """The attempts whose steps stand, each with the step that it began after."""
+    parts: list[tuple[int, Attempt]] = []
+    for attempt in view.attempts:
+        start = _began_after(view, attempt) if parts else attempt.resumed_from or 0
+        parts = [part for part in parts if part[0] < start]
+        parts.append((start, attempt))
+    return parts
+
+
+def _began_after(view: RunView, attempt: Attempt) -> int:
+    """A Trainer says where it resumed; a loop of one's own goes on after the last point that it had."""
+    if attempt.resumed_from is not None or attempt.began is not None:
+        return attempt.resumed_from or 0
+    before = (series.x[series.time < attempt.started] for series in view.points.values())
+    return max((int(steps.max()) for steps in before if len(steps)), default=0)
+
+
+def _config(view: RunView, attempt: Attempt) -> dict[str, Any]:
+    return {**view.record["config"], **{key: new for key, (_, new) in attempt.drift.items()}}
+
+
+def _changed(view: RunView, before: Attempt, now: Attempt) -> str:
+    """What changed between two attempts, in words; empty where nothing did."""
+    if before.world != now.world:
+        return f"it went on with {now.world} ranks in place of {before.world}"
+    one, other = _config(view, before), _config(view, now)
+    changes = [f"{key} from {one.get(key)} to {other[key]}" for key in other if one.get(key) != other[key]]
+    return f"it went on with another config: {', '.join(changes)}" if changes else ""

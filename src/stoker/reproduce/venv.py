@@ -1,0 +1,107 @@
+"""A virtual environment from the lock of a run, kept in the cache for the next time.
+
+What the lock has is installed by pip, and nothing else: the lock is complete, so pip resolves nothing. stoker
+itself is the one that asks for it: its lock names a folder at a commit, which pip cannot install.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import logging
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import stoker
+from stoker import machine, storage
+from stoker.errors import BadInput, StokerError
+from stoker.reproduce import differences
+
+log = logging.getLogger("stoker")
+
+_COMPLETE = "complete"
+
+
+def build(lock: str, python: str, cache: Path) -> Path:
+    """The interpreter of a virtual environment in which a lock is installed.
+
+    Args:
+        lock: the text of `requirements.txt`.
+        python: the version that the run had, such as 3.11.2; one of the same minor version is taken.
+        cache: the folder that environments are kept in, by what they are made of.
+
+    Raises:
+        BadInput: no such Python is here.
+        StokerError: pip could not install the lock.
+    """
+    base = _interpreter(python)
+    made_of = f"{machine.output([base, '--version'])}\n{stoker.__file__}\n{lock}"
+    folder = cache / hashlib.sha256(made_of.encode()).hexdigest()[:24]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with storage.locked(folder.with_suffix(".lock")):
+        if not (folder / _COMPLETE).is_file():
+            shutil.rmtree(folder, ignore_errors=True)
+            log.info("building a virtual environment in %s", folder)
+            _create(base, folder, lock)
+            storage.write_atomically(folder / _COMPLETE, b"")
+    return folder / "bin" / "python"
+
+
+def not_installed(lock: str) -> list[str]:
+    """The packages of a lock that were used from a folder, which pip cannot install; but for stoker."""
+    return [
+        f"{p.name} ({p.folder})" for p in differences.locked(lock).values() if p.folder and p.name != "stoker"
+    ]
+
+
+def _interpreter(version: str) -> str:
+    """Raises BadInput."""
+    minor = ".".join(version.split(".")[:2])
+    if minor == f"{sys.version_info.major}.{sys.version_info.minor}":
+        return sys.executable
+    found = shutil.which(f"python{minor}")
+    if found is None:
+        raise BadInput(f"--env: the run had Python {version}, and there is no python{minor} here: install it")
+    return found
+
+
+def _create(base: str, folder: Path, lock: str) -> None:
+    """Raises StokerError, with what pip said."""
+    _run([base, "-m", "venv", str(folder)], "the virtual environment cannot be made")
+    requirements = folder / "requirements.txt"
+    requirements.write_text(lock, encoding="utf-8")
+    python = str(folder / "bin" / "python")
+    _run(
+        [
+            python,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--no-deps",
+            "--disable-pip-version-check",
+            "-r",
+            str(requirements),
+        ],
+        "pip cannot install the lock of the run",
+    )
+    asked = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    _link_stoker(Path((machine.output([python, "-c", asked]) or "").strip()))
+
+
+def _link_stoker(packages: Path) -> None:
+    """Let the environment have this stoker, with what its installer says of it, unless the lock had one."""
+    if (packages / "stoker").exists():
+        return
+    (packages / "stoker").symlink_to(Path(stoker.__file__).parent)
+    about = importlib.metadata.distribution("stoker")._path  # type: ignore[attr-defined]
+    (packages / Path(about).name).symlink_to(about)
+
+
+def _run(command: list[str], failed: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        said = "\n".join((done.stderr or done.stdout).strip().splitlines()[-8:])
+        raise StokerError(f"{failed}:\n{said}")

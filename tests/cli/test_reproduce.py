@@ -1,0 +1,412 @@
+"""`stoker reproduce`, `diff` and `package` as real processes: code unpacked, data and packages compared."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+import zipfile
+from pathlib import Path
+
+import orjson
+import pytest
+
+from conftest import Command, Start
+from support import loaded, wait_for_points
+
+# Randomness in the model, in the data and in the loop; a module of its own that git does not know.
+TRAINED = """
+import random, time
+from dataclasses import dataclass
+import numpy as np, stoker, torch
+from torch import nn
+from torch.nn.functional import mse_loss
+from shapes import width
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    lr: float = 0.01
+    seed: int = 0
+    pause: float = 0.0
+
+class Noisy(torch.utils.data.Dataset):
+    def __len__(self): return 40
+    def __getitem__(self, i):
+        x = torch.full((4,), i / 40) + 0.1 * torch.randn(4) + random.random() + float(np.random.rand())
+        return x, x.sum()[None]
+
+def train(run: stoker.Run, config: Config) -> None:
+    model = nn.Sequential(nn.Linear(4, width), nn.Dropout(0.3), nn.Linear(width, 1))
+    trainer = stoker.Trainer(run, model, optimizer=lambda p: torch.optim.AdamW(p, lr=config.lr),
+        loss=lambda out, batch: (mse_loss(out, batch[1], reduction="sum"), len(out)),
+        training=stoker.Training(checkpoint_every=7))
+    for batch in trainer.steps(trainer.loader(Noisy(), batch_size=8), max_steps=30):
+        run.log(loss=trainer.step(batch), noise=random.random(), samples_per_second=time.perf_counter())
+        time.sleep(config.pause)
+"""
+
+# Without torch, so that a process of it takes no time: a value a step, of a file, a module and a package.
+COUNTED = """
+import time
+from dataclasses import dataclass
+from pathlib import Path
+import stoker
+import factor
+
+@dataclass(frozen=True)
+class Config:
+    data: str = "numbers.txt"
+    steps: int = 6
+    scale: float = 1.0
+    pause: float = 0.0
+    seed: int = 0
+
+def train(run: stoker.Run, config: Config) -> None:
+    try:
+        from answer import value
+    except ImportError:
+        value = 0
+    numbers = [float(line) for line in Path(run.data("numbers", config.data)).read_text().split()]
+    for step in range(run.step + 1, config.steps + 1):
+        time.sleep(config.pause)
+        run.log(loss=numbers[step] * factor.FACTOR * config.scale + value, step=step)
+
+if __name__ == "__main__":
+    stoker.main(train)
+"""
+
+# No recipe: two runs of one experiment in one script, of which either is made again.
+ALONE = """
+import sys, random, stoker
+from factor import FACTOR
+
+for depth in (1, 2):
+    random.seed(depth)
+    with stoker.Run("trees", config={"depth": depth, "words": sys.argv[1:]}) as run:
+        for step in range(5):
+            run.log(accuracy=random.random() * FACTOR)
+"""
+
+
+def git(folder: Path, *arguments: str) -> None:
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+    subprocess.run(["git", *identity, *arguments], cwd=folder, check=True, capture_output=True)
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A repository with a change and a module that are not committed, and data that is ignored."""
+    folder = tmp_path / "project"
+    folder.mkdir()
+    git(folder, "init", "-b", "main")
+    (folder / "count.py").write_text(COUNTED)
+    (folder / "factor.py").write_text("FACTOR = 1.0\n")
+    (folder / ".gitignore").write_text("runs/\n*.txt\n")
+    git(folder, "add", ".")
+    git(folder, "commit", "-m", "first")
+    (folder / "factor.py").write_text("FACTOR = 3.0\n")
+    (folder / "numbers.txt").write_text("\n".join(str(n / 7) for n in range(20)))
+    return folder
+
+
+@pytest.fixture
+def counted(project: Path, stoker: Command) -> Path:
+    """The runs folder of that project, with a run of it."""
+    done = stoker("train", "count.py", "--name", "first", cwd=project)
+    assert done.code == 0, done.err
+    return project / "runs"
+
+
+def test_a_dirty_tree_with_an_untracked_module_is_bit_identical_from_a_clone_without_it(
+    tmp_path: Path, stoker: Command, start: Start
+) -> None:
+    original, clone, runs = tmp_path / "original", tmp_path / "clone", tmp_path / "kept"
+    original.mkdir()
+    git(original, "init", "-b", "main")
+    (original / "trained.py").write_text("raise SystemExit('this was committed, and not what was trained')\n")
+    git(original, "add", ".")
+    git(original, "commit", "-m", "first")
+    (original / "trained.py").write_text(TRAINED)
+    (original / "shapes.py").write_text("width = 8\n")
+    train = ("train", "trained.py", "pause=0.01", "--name", "a", "--runs", str(runs))
+    process = start(*train, cwd=original)
+    wait_for_points(process, runs / "trained/a", 12)
+    process.kill()
+    process.communicate()
+    assert stoker(*train, cwd=original).code == 0
+    assert len(loaded(runs / "trained/a").attempts) == 2
+    git(tmp_path, "clone", str(original), str(clone))
+    shutil.rmtree(original)
+
+    whole = stoker("reproduce", "a", "--runs", str(runs), "--json", cwd=clone)
+    assert whole.code == 0, whole.err
+    assert (whole.answer["identical"], whole.answer["steps"], whole.answer["last"]) == (True, 30, 30)
+    assert whole.answer["metrics"] == ["loss", "noise"]
+    assert whole.answer["left_out"] == ["samples_per_second"]
+    assert "step-00000030" in whole.answer["weights"]["same"]
+    assert "model.safetensors" in whole.answer["weights"]["same"]
+    record = loaded(runs / "trained/a-again").record
+    assert record["parents"][0]["id"] == "a"
+    assert record["recipe"] == loaded(runs / "trained/a").record["recipe"]
+
+    late = stoker("reproduce", "a", "--from", "21", "--steps", "5", "--runs", str(runs), cwd=clone)
+    assert late.code == 0, late.err
+    assert "bit-identical over 5 steps" in late.out
+    assert loaded(runs / "trained/a-again-2").step == 26
+    wrong = stoker("reproduce", "a", "--from", "22", "--runs", str(runs), cwd=clone)
+    assert wrong.code == 2
+    assert "21" in wrong.err
+    assert not (runs / "trained/a-again-3").exists()
+
+
+def test_it_is_again_another_run_when_it_is_made_a_second_time(counted: Path, stoker: Command) -> None:
+    assert stoker("reproduce", "first", cwd=counted.parent).code == 0
+    again = stoker("reproduce", "first-again", "--json", cwd=counted.parent)
+    assert again.code == 0, again.err
+    assert (again.answer["again"], again.answer["identical"]) == ("count/first-again-again", True)
+
+
+def test_what_changed_in_a_package_the_data_and_the_code_is_named(project: Path, stoker: Command) -> None:
+    packages = project.parent / "packages"
+    env = {"PYTHONPATH": os.pathsep.join([str(packages), os.environ.get("PYTHONPATH", "")])}
+    install(packages, "1.0", 1)
+    assert stoker("train", "count.py", "--name", "first", cwd=project, env=env).code == 0
+    shutil.rmtree(packages)
+    install(packages, "2.0", 2)
+    (project / "numbers.txt").write_text("\n".join(str(n / 7 + (n > 3)) for n in range(20)))
+    (project / "factor.py").write_text("FACTOR = 4.0\n")
+    done = stoker("reproduce", "first", cwd=project, env=env)
+    assert done.code == 3, done.err
+    assert "answer: 1.0 → 2.0" in done.out
+    assert "numbers.txt has changed: xxh3:" in done.out
+    assert "changed since where they were: factor.py" in done.out
+    assert "differs from step 1 on" in done.out
+
+    assert stoker("train", "count.py", "scale=2", "--name", "second", cwd=project, env=env).code == 0
+    said = stoker("diff", "first", "second", cwd=project).out
+    for line in ("answer", "-FACTOR = 3.0", "+FACTOR = 4.0", "factor.py changed, +1 -1"):
+        assert line in said
+    found = stoker("diff", "first", "second", "--json", cwd=project).answer
+    assert found["config"] == {"scale": [1.0, 2.0]}
+    assert [change["path"] for change in found["code"]["files"]] == ["factor.py"]
+    assert {"kind": "package", "name": "answer", "before": "1.0", "now": "2.0", "matters": ""} in found[
+        "environment"
+    ]
+    assert found["data"].keys() == {"numbers"}
+    assert found["curves"]["drifts"][0]["first_step"] == 1
+
+
+def test_the_first_step_that_differs_and_how_far_it_drifts_are_said(counted: Path, stoker: Command) -> None:
+    numbers = counted.parent / "numbers.txt"
+    lines = numbers.read_text().split()
+    numbers.write_text("\n".join([*lines[:4], str(float(lines[4]) * 2), *lines[5:]]))
+    answer = stoker("reproduce", "first", "--json", cwd=counted.parent).answer
+    assert not answer["identical"]
+    (drift,) = answer["drifts"]
+    assert (drift["metric"], drift["first_step"], drift["differing"]) == ("loss", 4, 1)
+    assert drift["relative"] == 0.5
+    assert answer["fingerprints"].keys() == {"numbers"}
+    assert stoker("reproduce", "first", "--steps", "3", cwd=counted.parent).code == 0
+
+
+def test_an_environment_is_built_from_the_lock(project: Path, stoker: Command) -> None:
+    installed, wheels = project.parent / "packages", project.parent / "wheels"
+    site = sysconfig.get_path("purelib")  # what stoker itself needs is not in so small a lock
+    ours = os.environ.get("PYTHONPATH", "")
+    env = {"PYTHONPATH": os.pathsep.join([str(installed), ours, site])}
+    install(installed, "1.0", 1)
+    assert stoker("train", "count.py", "--name", "first", cwd=project, env=env).code == 0
+    lock = project / "runs/count/first/provenance/requirements.txt"
+    lines = lock.read_text().splitlines()
+    lock.unlink()
+    lock.write_text("\n".join(line for line in lines if line.startswith("answer==")) + "\n")
+    wheel(wheels, "1.0", 1)
+    env = {"PYTHONPATH": os.pathsep.join([ours, site]), "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(wheels)}
+    without = stoker("reproduce", "first", cwd=project, env=env)
+    assert without.code == 3
+    assert "answer: 1.0 → none" in without.out
+    done = stoker("reproduce", "first", "--env", "--json", cwd=project, env=env)
+    assert done.code == 0, done.err
+    shutil.rmtree(wheels)
+    assert stoker("reproduce", "first", "--env", cwd=project, env=env).code == 0, "it is kept"
+    record = loaded(project / "runs/count" / done.answer["again"].partition("/")[2]).directory.provenance
+    assert "answer==1.0" in (record / "requirements.txt").read_text()
+
+
+def test_a_script_without_a_recipe_is_run_again_as_it_was(project: Path, stoker: Command) -> None:
+    (project / "alone.py").write_text(ALONE)
+    subprocess.run([sys.executable, "alone.py", "-v"], cwd=project, check=True, capture_output=True)
+    (project / "factor.py").write_text("FACTOR = 7.0\n")
+    made = {
+        run.record["config"]["depth"]: run.directory.id
+        for run in map(loaded, (project / "runs/trees").iterdir())
+    }
+    done = stoker("reproduce", made[2], "--json", cwd=project)
+    assert done.code == 0, done.err
+    assert (done.answer["identical"], done.answer["steps"]) == (True, 5)
+    assert loaded(project / "runs/trees" / f"{made[2]}-again").record["config"] == {
+        "depth": 2,
+        "words": ["-v"],
+    }
+    assert len(list((project / "runs/trees").iterdir())) == 3
+    short = stoker("reproduce", made[1], "--steps", "2", cwd=project)
+    assert short.code == 0, short.err
+    assert "bit-identical over 2 steps" in short.out
+    assert stoker("reproduce", made[1], "depth=3", cwd=project).code == 2
+
+
+def test_data_that_has_moved_is_given_anew_and_its_fingerprint_named(counted: Path, stoker: Command) -> None:
+    project = counted.parent
+    known = json.loads((counted / "count/first/provenance/data.json").read_text())["numbers"]["fingerprint"]
+    (project / "numbers.txt").rename(project / "moved.txt")
+    gone = stoker("reproduce", "first", cwd=project)
+    assert gone.code == 2
+    for said in (str(project / "numbers.txt"), known, "data=PATH"):
+        assert said in gone.err
+    assert not (counted / "count/first-again").exists()
+    moved = stoker("reproduce", "first", f"data={project}/moved.txt", "--json", cwd=project)
+    assert moved.code == 0, moved.err
+    assert moved.answer["config"]["data"] == ["numbers.txt", f"{project}/moved.txt"]
+    assert moved.answer["fingerprints"] == {}
+    unknown = stoker("reproduce", "first", "dota=x", cwd=project)
+    assert unknown.code == 2
+    assert "did you mean 'data'" in unknown.err
+
+
+def test_a_damaged_bundle_is_named(counted: Path, stoker: Command) -> None:
+    bundle = counted / "count/first/provenance/code.tar.gz"
+    content = bytearray(bundle.read_bytes())
+    content[len(content) // 2] ^= 1
+    bundle.unlink()
+    bundle.write_bytes(content)
+    for verb in ("reproduce", "package"):
+        done = stoker(verb, "first", cwd=counted.parent)
+        assert done.code == 2
+        assert "code.tar.gz is damaged" in done.err
+    assert not (counted / "count/first-again").exists()
+    assert not (counted.parent / "first-package").exists()
+
+
+def test_on_another_machine_it_goes_on_and_says_what_cannot_be_promised(
+    counted: Path, stoker: Command
+) -> None:
+    file = counted / "count/first/provenance/environment.json"
+    record = orjson.loads(file.read_bytes())
+    file.unlink()
+    file.write_bytes(orjson.dumps({**record, "processor": "Z80", "torch": {"version": "0.4"}}))
+    done = stoker("reproduce", "first", cwd=counted.parent)
+    assert done.code == 0, done.err
+    assert "processor: Z80 → " in done.out
+    assert "no promise" in done.out
+    assert "bit-identical over 6 steps" in done.out
+
+
+def test_a_run_whose_config_was_changed_is_made_again_up_to_there(counted: Path, stoker: Command) -> None:
+    project = counted.parent
+    assert stoker("resume", "first", "steps=9", "scale=2", cwd=project).code == 0
+    done = stoker("reproduce", "first", cwd=project)
+    assert done.code == 0, done.err
+    assert "scale from 1.0 to 2.0" in done.out
+    assert "bit-identical over 6 steps" in done.out
+
+
+def test_told_to_stop_it_passes_that_on(project: Path, stoker: Command, start: Start) -> None:
+    assert stoker("train", "count.py", "pause=0.2", "--name", "first", cwd=project).code == 0
+    process = start("reproduce", "first", cwd=project)
+    run = project / "runs/count/first-again"
+    while not (run / "run.json").exists() and process.poll() is None:
+        time.sleep(0.01)
+    wait_for_points(process, run, 1)
+    process.send_signal(signal.SIGTERM)
+    process.communicate()
+    assert process.returncode == 75
+    assert loaded(run).status == "preempted"
+    assert not loaded(run).directory.alive
+
+
+def test_a_trial_that_was_ended_early_is_made_again_up_to_there(project: Path, stoker: Command) -> None:
+    swept = stoker(
+        "sweep", "count.py", "scale=[1, 2, 3, 4]", "--metric", "loss", "--trials", "4",
+        "--scheduler", "asha-stop", "--least", "1", "--most", "6", "--parallel", "1",
+        "--name", "search", cwd=project,
+    )  # fmt: skip
+    assert swept.code == 0, swept.err
+    runs = {run.name: loaded(run) for run in (project / "runs/search").glob("trial-*")}
+    stopped = next(name for name, run in sorted(runs.items()) if run.status == "stopped")
+    done = stoker("reproduce", stopped, "--json", cwd=project)
+    assert done.code == 0, done.err
+    assert done.answer["steps"] == runs[stopped].step < 6
+
+
+def test_several_ranks_are_several_again(project: Path, stoker: Command) -> None:
+    ranks = COUNTED.replace("* config.scale", "* (1 + run.world.rank)").replace(
+        "step=step)", 'step=step, reduce="sum")'
+    )
+    (project / "count.py").write_text(ranks)
+    assert stoker("train", "count.py", "--nproc", "2", "--name", "both", cwd=project).code == 0
+    done = stoker("reproduce", "both", "--json", cwd=project)
+    assert done.code == 0, done.err
+    again = loaded(project / "runs/count/both-again")
+    assert again.attempts[0].world == 2
+    assert again.points["loss"][1] == pytest.approx(3 * 3 / 7)
+
+
+def test_a_package_runs_anywhere_and_by_mlflow(counted: Path, stoker: Command, tmp_path: Path) -> None:
+    made = stoker("package", "first", "--to", str(tmp_path / "made"), "--json", cwd=counted.parent)
+    assert made.code == 0, made.err
+    assert made.answer["data"]["numbers"]["path"] == "numbers.txt"
+    folder = (tmp_path / "made").rename(tmp_path / "elsewhere")
+    dockerfile = (folder / "Dockerfile").read_text()
+    assert "FROM python:3.11" in dockerfile
+    assert made.answer["data"]["numbers"]["fingerprint"] in (folder / "README.md").read_text()
+    shutil.copy(counted.parent / "numbers.txt", folder / "code")
+    expected = loaded(counted / "count/first").points["loss"].values()
+    shutil.rmtree(counted.parent)
+
+    bin_folder = Path(sys.executable).parent
+    env = {**os.environ, "PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}"}
+    env.pop("PYTHONPATH", None)
+    subprocess.run(["sh", str(folder / "run.sh")], cwd="/", env=env, check=True, capture_output=True)
+    assert list(loaded(folder / "runs/count/first").points["loss"].values()) == list(expected)
+
+    shutil.rmtree(folder / "runs")
+    env["MLFLOW_TRACKING_URI"] = f"sqlite:///{tmp_path}/mlflow.db"
+    mlflow = [str(bin_folder / "mlflow"), "run", str(folder), "--env-manager", "local"]
+    subprocess.run(mlflow, cwd=tmp_path, env=env, check=True, capture_output=True)
+    assert list(loaded(folder / "runs/count/first").points["loss"].values()) == list(expected)
+    assert stoker("package", str(folder / "runs/count/first"), "--to", str(folder), cwd=tmp_path).code == 2
+
+
+def files_of(version: str, value: int) -> dict[str, bytes]:
+    """A distribution, `answer`, that holds one number."""
+    about = f"answer-{version}.dist-info"
+    files = {
+        "answer.py": f"value = {value}\n".encode(),
+        f"{about}/METADATA": f"Metadata-Version: 2.1\nName: answer\nVersion: {version}\n".encode(),
+        f"{about}/WHEEL": b"Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    sums = {
+        name: base64.urlsafe_b64encode(hashlib.sha256(of).digest()).rstrip(b"=") for name, of in files.items()
+    }
+    rows = [f"{name},sha256={digest.decode()},{len(files[name])}" for name, digest in sums.items()]
+    return {**files, f"{about}/RECORD": "\n".join([*rows, f"{about}/RECORD,,"]).encode()}
+
+
+def install(folder: Path, version: str, value: int) -> None:
+    for name, content in files_of(version, value).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+
+
+def wheel(folder: Path, version: str, value: int) -> None:
+    folder.mkdir()
+    with zipfile.ZipFile(folder / f"answer-{version}-py3-none-any.whl", "w") as archive:
+        for name, content in files_of(version, value).items():
+            archive.writestr(name, content)

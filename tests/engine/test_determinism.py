@@ -1,0 +1,129 @@
+"""Deterministic mode: what it sets, what it refuses and where that stands. On GPUs: tests/gpu."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import stoker
+import torch
+from stoker.engine import determinism
+from stoker.errors import StokerError
+from torch import nn
+from torch.nn.functional import max_unpool2d, mse_loss
+
+INDEX = torch.tensor([0, 1])
+
+
+@pytest.fixture(autouse=True)
+def as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The process is what it was, for other tests."""
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = filled
+    torch.backends.cudnn.deterministic = False
+
+
+class Puts(nn.Module):
+    """Uses an operation whose forward pass has no deterministic form."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.linear(x)
+        return y.clone().put_(INDEX, x.flatten()[:2])  # the line
+
+
+class Unpools(nn.Module):
+    """Uses one through a function of torch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.linear(x)[None]
+        return max_unpool2d(y, torch.zeros_like(y, dtype=torch.int64), 1)[0]  # the line
+
+
+class PutsBackward(nn.Module):
+    """Uses one whose backward pass has none: its forward pass is let through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.linear(x)
+        torch.use_deterministic_algorithms(False)
+        y = y.put(INDEX, x.flatten()[:2])  # the line
+        torch.use_deterministic_algorithms(True)
+        return y
+
+
+def _trainer(model: nn.Module, folder: Path, **options: Any) -> tuple[stoker.Run, stoker.Trainer]:
+    run = stoker.Run("e", runs=folder)
+    return run, stoker.Trainer(
+        run, model, optimizer=lambda p: torch.optim.SGD(p, lr=0.1), inputs=lambda x: (x,),
+        loss=lambda out, x: (mse_loss(out, x, reduction="sum"), len(x)),
+        training=stoker.Training(deterministic=True, **options),
+    )  # fmt: skip
+
+
+def _line(model: type[nn.Module]) -> int:
+    """Where a model says that its line is."""
+    lines = list(enumerate(Path(__file__).read_text().splitlines(), start=1))
+    first = next(number for number, line in lines if line.startswith(f"class {model.__name__}("))
+    return next(number for number, line in lines if number > first and line.endswith("# the line"))
+
+
+def test_it_sets_what_decides_over_bits() -> None:
+    determinism.require()
+    assert torch.are_deterministic_algorithms_enabled()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert torch.backends.cudnn.deterministic
+    assert not torch.backends.cudnn.benchmark
+
+
+def test_what_the_environment_says_of_cublas_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    determinism.require()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
+
+
+@pytest.mark.parametrize(
+    ("model", "operation"),
+    [(Puts, "put_"), (Unpools, "max_unpooling2d_forward_out"), (PutsBackward, "put_")],
+    ids=["forward", "within a function of torch", "backward"],
+)
+def test_an_operation_without_such_a_form_is_named_with_the_line_that_calls_it(
+    model: type[nn.Module], operation: str, tmp_path: Path
+) -> None:
+    run, trainer = _trainer(model(), tmp_path)
+    with run, pytest.raises(StokerError) as raised:
+        trainer.step(torch.ones(4, 2))
+    said = str(raised.value)
+    assert said.startswith(f"{operation} has no deterministic form, and deterministic=true asks for one")
+    assert f"it is called at {__file__}:{_line(model)} (" in said
+
+
+def test_a_loop_of_ones_own_is_told_which_operation_it_is(tmp_path: Path) -> None:
+    run, trainer = _trainer(PutsBackward(), tmp_path)
+    with (
+        run,
+        pytest.raises(StokerError, match=r"put_ has no .*; it belongs to the backward"),
+    ):
+        trainer.backward(trainer.forward(torch.ones(4, 2)).sum(), 4)
+
+
+def test_another_error_passes_as_it_is(tmp_path: Path) -> None:
+    run, trainer = _trainer(nn.Linear(3, 2), tmp_path)
+    with run, pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        trainer.step(torch.ones(4, 2))

@@ -1,0 +1,237 @@
+from __future__ import annotations
+
+import base64
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from stoker import redaction
+from stoker.config import drift
+from stoker.redaction import REDACTED
+from stoker.run import journal, media, messages
+
+_PEM = f"-----BEGIN RSA {'PRIVATE'} KEY-----\n{'MIIEabc+' * 20}\n-----END RSA {'PRIVATE'} KEY-----"
+
+
+def _joined(*parts: str) -> str:
+    """A key that only looks like one; in parts, as what searches for secrets would find it in this file."""
+    return "".join(parts)
+
+
+LOOKS = {
+    "aws": _joined("AKIA", "IOSFODNN7EXAMPLE"),
+    "github": _joined("ghp_", "0123456789abcdefABCDEF0123456789abcd"),
+    "github fine": _joined("github_pat_", "11ABCDEFG0123456789012"),
+    "gitlab": _joined("glpat-", "0123456789abcdefghij"),
+    "hugging face": _joined("hf_", "abcdefghijklmnopqrstuvwxyzABCDEFGH"),
+    "openai": _joined("sk-", "proj-0123456789_abcdef-ABCDEF"),
+    "openai old": _joined("sk-", "0123456789abcdefABCDEF0123456789abcdefABCDEF0123"),
+    "anthropic": _joined("sk-", "ant-api03-0123456789abcdef-ABCDEF"),
+    "stripe": _joined("sk_", "live_0123456789abcdef"),
+    "slack": _joined("xoxb-", "123456789012-abcdefABCDEF"),
+    "google": _joined("AIza", "SyA0123456789abcdefghijklmnopqrstuv"),
+    "npm": _joined("npm_", "0123456789abcdefABCDEF0123456789abcd"),
+    "jwt": ".".join(
+        base64.urlsafe_b64encode(part.encode()).decode().rstrip("=")
+        for part in ('{"alg":"HS256","typ":"JWT"}', '{"sub":"1234567890"}', "signature-of-it")
+    ),
+}
+
+
+@pytest.mark.parametrize("name", [
+    "password", "DB_PASSWORD", "PGPASSWORD", "dbPassword", "passphrase", "HF_TOKEN", "token", "api_key",
+    "access_token", "OPENAI_API_KEY", "apiKey", "hub.token", "client_secret", "AWS_SECRET_ACCESS_KEY",
+    "private_key", "credentials", "auth", "MYSQL_PWD", "WANDB_API_KEY", "Authorization",
+    "AZURE_STORAGE_CONNECTION_STRING",
+])  # fmt: skip
+def test_what_such_a_name_holds_is_a_secret(name: str) -> None:
+    assert redaction.is_secret_name(name)
+
+
+@pytest.mark.parametrize("name", [
+    "tokens", "tokenizer", "max_tokens", "pad_token", "eos_token", "token_ids", "num_tokens_per_second",
+    "tokens_per_second", "key", "keys", "num_key_value_heads", "author", "PWD", "OLDPWD", "SSH_AUTH_SOCK",
+    "password_file", "HF_TOKEN_PATH", "bypass", "passes", "secretary", "token_type", "TOKENIZERS_PARALLELISM",
+])  # fmt: skip
+def test_what_only_sounds_like_it_is_none(name: str) -> None:
+    assert not redaction.is_secret_name(name)
+
+
+@pytest.mark.parametrize("key", LOOKS.values(), ids=LOOKS)
+def test_a_well_known_look_is_removed_wherever_it_stands(key: str) -> None:
+    for said in (key, f"x = '{key}'", f"see {key}.", f"https://h/?a={key}&b=1", f"+{key}\n-{key}"):
+        assert key not in redaction.text(said, code=True)
+        assert redaction.text(said, code=True).count(REDACTED) == said.count(key)
+
+
+@pytest.mark.parametrize(("said", "kept"), [
+    ("https://bob:pa55word@host/x?y=1", f"https://bob:{REDACTED}@host/x?y=1"),
+    ("postgresql+psycopg2://bob:s3cret@host/db", f"postgresql+psycopg2://bob:{REDACTED}@host/db"),
+    ("https://0123456789abcdefghijkl@host/x", f"https://{REDACTED}@host/x"),
+    ('password = "hunter2hunter2"', f'password = "{REDACTED}"'),
+    ("+    'api_key': 'hunter2hunter2',", f"+    'api_key': '{REDACTED}',"),
+    ('os.environ["HF_TOKEN"] = "hunter2hunter2"', f'os.environ["HF_TOKEN"] = "{REDACTED}"'),
+    ('environ.setdefault("API_KEY", "hunter2hunter2")', f'environ.setdefault("API_KEY", "{REDACTED}")'),
+    ('token: str = "hunter2hunter2"', f'token: str = "{REDACTED}"'),
+    ('{"a": "{\\"api_key\\": \\"hunter2hunter2\\"}"}', f'{{"a": "{{\\"api_key\\": \\"{REDACTED}\\"}}"}}'),
+    ("Authorization: Bearer abcdefghij1234567890", f"Authorization: Bearer {REDACTED}"),
+    (f"key:\n{_PEM}\nend", f"key:\n-----BEGIN RSA {'PRIVATE'} KEY-----{REDACTED}\nend"),
+])  # fmt: skip
+def test_a_secret_is_known_by_what_stands_around_it(said: str, kept: str) -> None:
+    assert redaction.text(said, code=True) == kept
+
+
+@pytest.mark.parametrize("said", [
+    "git@github.com:a/b.git", "ssh://git@github.com/a/b.git", 'f"postgresql://{user}:{password}@{host}"',
+    'token = tokenizer.decode2(ids)', 'pad_token = "special123"', 'key = "value1234567"',
+    'password = "optional"',
+    "commit 0123456789abcdef0123456789abcdef01234567", "tokens_per_second=123456789a",
+    f"-----BEGIN {'PRIVATE'} KEY-----", "risk-assessment-of-something-long1", "https://host/a:b@c",
+])  # fmt: skip
+def test_what_is_no_secret_stays(said: str) -> None:
+    assert redaction.text(said, code=True) == said
+
+
+def test_an_assignment_without_quotes_counts_where_it_is_no_code() -> None:
+    assert redaction.text("API_KEY=hunter2hunter2\n") == f"API_KEY={REDACTED}\n"
+    assert redaction.text("password: hunter2hunter2") == f"password: {REDACTED}"
+    assert redaction.text("password = other_password2", code=True) == "password = other_password2"
+
+
+def test_the_value_of_a_variable_of_such_a_name_is_removed_wherever_it_turns_up(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("MY_SERVICE_TOKEN", "plain words of it")
+    monkeypatch.setenv("SHORT_TOKEN", "abc")
+    monkeypatch.setenv("TOKEN", str(tmp_path))
+    assert redaction.text("it said: plain words of it!") == f"it said: {REDACTED}!"
+    assert redaction.text(f"abc {tmp_path}") == f"abc {tmp_path}"
+    monkeypatch.delenv("MY_SERVICE_TOKEN")
+    assert redaction.text("plain words of it") == "plain words of it"
+
+
+def test_a_tree_keeps_its_shape_and_numbers() -> None:
+    given = {
+        "db": {"password": "x", "port": 5432},
+        "api_key": None,
+        "token": 7,
+        "credentials": ["a", {"b": "c"}],
+        "urls": ["https://a:pa55word@h"],
+        "lr": 0.1,
+    }
+    assert redaction.tree(given) == {
+        "db": {"password": REDACTED, "port": 5432},
+        "api_key": None,
+        "token": 7,
+        "credentials": [REDACTED, {"b": REDACTED}],
+        "urls": [f"https://a:{REDACTED}@h"],
+        "lr": 0.1,
+    }
+
+
+def test_a_command_keeps_its_words() -> None:
+    words = [
+        "train.py",
+        "lr=0.1",
+        "api_key=x",
+        "--db.password=y",
+        "--token",
+        "z",
+        "--name",
+        "a",
+        "pad_token=w",
+    ]
+    assert redaction.command(words) == [
+        "train.py", "lr=0.1", f"api_key={REDACTED}", f"--db.password={REDACTED}", "--token", REDACTED,
+        "--name", "a", "pad_token=w",
+    ]  # fmt: skip
+
+
+def test_a_file_that_is_no_text_is_as_it_was_unless_it_holds_a_secret(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("MY_SERVICE_TOKEN", "hunter2hunter2")
+    assert redaction.content("a.bin", b"\0\xff") == b"\0\xff"
+    assert redaction.content("a.bin", b"\0\xffhunter2hunter2") is None
+    assert redaction.content("a.txt", b"\xff hunter2hunter2") == b"\xff [REDACTED]"
+
+
+@given(st.binary(max_size=200))
+def test_any_content_without_secrets_is_the_same_bytes(data: bytes) -> None:
+    kept = redaction.content("a.py", data)
+    assert kept is data or kept != data  # it is never copied for nothing, which says that it was changed
+    assert kept is data or b"REDACTED" in (kept or b"REDACTED")
+
+
+@given(st.text(max_size=300))
+def test_what_was_removed_once_stays_as_it_is(said: str) -> None:
+    once = redaction.text(f"{said} password='hunter2hunter2' https://a:pa55word@h")
+    assert redaction.text(once) == once
+
+
+def test_the_journal_keeps_secrets_out_of_all_but_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_SERVICE_TOKEN", "hunter2hunter2")
+    writer = journal.JournalWriter(tmp_path / "control-1.jsonl")
+    writer.append("tags", tags={"api_key": "short", "a": "is hunter2hunter2"})
+    writer.append("note", text="of hunter2hunter2")
+    writer.append("metrics", step=1, values={"token": 1.0})
+    writer.close()
+    tags, note, metrics = journal.read(tmp_path)
+    assert tags["tags"] == {"api_key": REDACTED, "a": f"is {REDACTED}"}
+    assert note["text"] == f"of {REDACTED}"
+    assert metrics["values"] == {"token": 1.0}
+
+
+def test_a_log_keeps_secrets_out_of_messages_and_tracebacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_SERVICE_TOKEN", "hunter2hunter2")
+    log = logging.getLogger("stoker")
+    handlers = messages.write_to(tmp_path / "log")
+    try:
+        log.info("with %s", "hunter2hunter2")
+        try:
+            raise ValueError("hunter2hunter2")
+        except ValueError:
+            log.exception("it failed")
+    finally:
+        for handler in handlers:
+            log.removeHandler(handler)
+            handler.close()
+    said = (tmp_path / "log").read_text()
+    assert "hunter2" not in said
+    assert f"ValueError: {REDACTED}" in said
+
+
+def test_what_is_to_be_looked_at_has_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_SERVICE_TOKEN", "hunter2hunter2")
+    assert media.text("a hunter2hunter2").content == f"a {REDACTED}".encode()
+    rows = [{"said": "hunter2hunter2", "n": 1}, {"said": None, "n": 2}]
+    assert media.read_table(media.table(rows, None).content) == (["said", "n"], [[REDACTED, 1], [None, 2]])
+
+
+def test_two_records_of_one_secret_do_not_differ() -> None:
+    before, now = (redaction.tree({"api_key": key, "lr": 1}) for key in ("a", "b"))
+    assert drift(before, now) == {}
+
+
+def test_what_a_rank_prints_into_its_log_has_no_secrets(tmp_path: Path) -> None:
+    script = (
+        "import os, pathlib, sys; from stoker.launch import ranks\n"
+        f"ranks.log_to(pathlib.Path({str(tmp_path / 'log')!r}))\n"
+        "print('first', os.environ['MY_SERVICE_TOKEN'], 'é')\n"
+        "raise ValueError(os.environ['MY_SERVICE_TOKEN'])\n"
+    )
+    environment = {**os.environ, "MY_SERVICE_TOKEN": "hunter2hunter2"}
+    subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, check=False)
+    said = (tmp_path / "log").read_text(encoding="utf-8")
+    assert f"first {REDACTED} é\n" in said
+    assert f"ValueError: {REDACTED}" in said
+    assert "hunter2" not in said
