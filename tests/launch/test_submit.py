@@ -90,3 +90,14 @@ def test_a_script_of_ones_own_submits_itself(tmp_path: Path) -> None:
     command = [sys.executable, str(script), "--on", "slurm", "--name", "a", "--dry-run"]
     out = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
     assert f"{sys.executable} {script} --name a\n" in out
+
+
+def test_a_secret_in_a_command_is_not_written_into_a_script(stoker: Command, tmp_path: Path) -> None:
+    (tmp_path / "asks.py").write_text(
+        "from dataclasses import dataclass\n\n\n@dataclass(frozen=True)\nclass Config:\n"
+        "    hub_token: str = ''\n\n\ndef train(run, config: Config):\n    pass\n"
+    )
+    done = stoker("train", "asks.py", "hub_token=hf_planted", "--on", "slurm", "--dry-run")
+    assert done.code == 2
+    assert "a secret would be written down with the job" in done.err
+    assert "hf_planted" not in done.out + done.err

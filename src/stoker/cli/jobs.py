@@ -175,7 +175,7 @@ def _changed_code(job: Job) -> list[str]:
 
 
 def _code(code: Any) -> str:
-    if not code:
+    if not code.get("commit"):
         return ""
     return f"{code['commit'][:10]}{' with changes that are not committed' if code['dirty'] else ''}"
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
+from stoker import redaction
 from stoker.cli.output import console, print_json
 from stoker.errors import BadInput
 from stoker.launch import here, jobs, jobspec, targets
@@ -207,6 +208,7 @@ def element(name: str) -> str:
 def send(where: Where, made: JobSpec, *, runs: Path, trains: Sequence[str], json: bool) -> int:
     """Submit a job, or only print what would be; returns the exit code. Raises BadInput, StokerError."""
     target = targets.of(where.on)
+    _check_secrets(made)
     job = jobs.planned(where.on, made, runs, tuple(trains))
     rendered = target.render(job)
     if where.dry_run:
@@ -224,6 +226,16 @@ def send(where: Where, made: JobSpec, *, runs: Path, trains: Sequence[str], json
     out.print(f"it runs the code that is in {made.folder} when it starts", markup=False)
     out.print(f"next: stoker jobs list   stoker jobs logs {known.id} -f   stoker jobs cancel {known.id}")
     return 0
+
+
+def _check_secrets(made: JobSpec) -> None:
+    """Refuse what would stand in a file, and in the cluster's records. Raises BadInput."""
+    for word, shown in zip(made.command, redaction.command(made.command), strict=True):
+        if word != shown:
+            raise BadInput(
+                f"{shown}: a secret would be written down with the job; give it as a variable that the code "
+                "reads: export NAME=..., then --env NAME"
+            )
 
 
 def _check_free(job: Job) -> None:

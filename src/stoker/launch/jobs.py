@@ -46,7 +46,7 @@ class Job:
     by: str = ""
     """Who submitted it, and on which machine: me@login1."""
     code: Mapping[str, Any] = field(default_factory=dict)
-    """The state of its code then, see `provenance.code_state`; a job runs what is there when it starts."""
+    """The state of its code then, see `provenance.summary`; a job runs what is there when it starts."""
     cancelled: bool = False
     """Whether it was cancelled by `stoker jobs cancel`."""
 
@@ -78,7 +78,7 @@ def forget(job: Job) -> None:
 def remember(job: Job, native: str) -> Job:
     """Write down a job that was submitted, with the id that the target has given it."""
     by = f"{getpass.getuser()}@{platform.node()}"
-    code = provenance.code_state(job.spec.folder)
+    code = provenance.summary(provenance.gather(job.spec.folder, job.runs).code)
     known = replace(job, native=native, submitted=time.time(), by=by, code=code)
     write(known)
     return known

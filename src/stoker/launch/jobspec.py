@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from stoker import redaction
 from stoker.duration import clock
 from stoker.errors import BadInput
 
@@ -24,7 +25,6 @@ ELEMENT = "\0element\0"
 _MEMORY = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT])(?:i?B)?", re.IGNORECASE)
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY|ACCESS_KEY|PRIVATE", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +138,7 @@ def environment(given: Sequence[str], here: Mapping[str, str]) -> tuple[dict[str
             if name not in here:
                 raise BadInput(f"--env {name}: it is not set here; export it first, or give {name}=VALUE")
             passed.append(name)
-        elif _SECRET.search(name):
+        elif redaction.is_secret_name(name) or redaction.text(value) != value:
             raise BadInput(
                 f"--env {name}=...: it looks like a secret, and would be written into a file; "
                 f"export {name} here and give --env {name}"
