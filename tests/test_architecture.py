@@ -98,7 +98,8 @@ def test_light_parts_load_nothing_heavy(module: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [("--help",), ("train", "--help"), ("runs", "list"), ("recipes", "show", "llm")]
+    "arguments",
+    [("--help",), ("train", "--help"), ("runs", "list"), ("jobs", "list"), ("recipes", "show", "llm")],
 )
 def test_light_commands_load_nothing_heavy(arguments: tuple[str, ...], tmp_path: Path) -> None:
     code = (

@@ -90,7 +90,7 @@ def _written(folder: Path) -> str:
     return "\n".join(file.read_text() for file in sorted(folder.glob("runs/.jobs/*/*.[lt][ox][gt]")))
 
 
-def test_a_job_that_is_preempted_and_reaches_its_time_limit_ends_in_the_same_bits(
+def test_a_job_that_reaches_its_time_limit_and_is_preempted_ends_in_the_same_bits(
     stoker: Command, folder: Path
 ) -> None:
     note = "note=a \"b\" $HOME 'c' \\ `d` *"
@@ -100,11 +100,14 @@ def test_a_job_that_is_preempted_and_reaches_its_time_limit_ends_in_the_same_bit
     number, run = done.answer["native"], folder / "runs" / "waiting" / "a"
 
     _wait(lambda: _at(run, 19), "the job did not start")
+    _wait(
+        lambda: loaded(run).status == "preempted"
+    )  # by the warning of its time limit: nothing else tells it
+    _slurm("scontrol", "update", f"JobId={number}", "TimeLimit=60")
+    _wait(lambda: _state(number) == "RUNNING" and _at(run, 39))
     node = _slurm("squeue", "--noheader", f"--jobs={number}", "--format=%N")
     _slurm("srun", "--partition=high", f"--nodelist={node}", "--exclusive", "true")  # takes the job's node
     assert loaded(run).status == "preempted", _written(folder)
-    _wait(lambda: _state(number) == "RUNNING" and _at(run, 39))  # where it waits for the time limit
-    _wait(lambda: loaded(run).status == "preempted")
     assert _over(number) == "COMPLETED", _written(folder)
 
     seen = loaded(run)
