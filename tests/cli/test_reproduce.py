@@ -213,7 +213,6 @@ def test_the_first_step_that_differs_and_how_far_it_drifts_are_said(counted: Pat
     assert (drift["metric"], drift["first_step"], drift["differing"]) == ("loss", 4, 1)
     assert drift["relative"] == 0.5
     assert answer["fingerprints"].keys() == {"numbers"}
-    assert stoker("reproduce", "first", "--steps", "3", cwd=counted.parent).code == 0
 
 
 def test_an_environment_is_built_from_the_lock(project: Path, stoker: Command) -> None:

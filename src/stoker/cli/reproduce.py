@@ -89,7 +89,7 @@ def reproduce(
             shutil.rmtree(target.path, ignore_errors=True)
     made = _made(target, code)
     if made.status in _CODES:
-        return _CODES[made.status]
+        return _answer_stopped(made, json)
     left_out = ignore or ()
     outcome = _outcome(seen, made, checked, lambda name: _is_left_out(name, left_out))
     if json:
@@ -97,6 +97,16 @@ def reproduce(
     else:
         reproduction.print_outcome(console(), outcome)
     return 0 if outcome.identical else EXIT_DIFFERS
+
+
+def _answer_stopped(made: RunView, json: bool) -> int:
+    """Say that it was told to stop, and return the exit code."""
+    name = _name(made.directory)
+    if json:
+        print_json({"identical": None, "again": name, "status": made.status, "step": made.step})
+    else:
+        console().print(f"{name} {made.status} at step {made.step}: nothing was compared")
+    return _CODES[made.status]
 
 
 def _checkpoint_of(seen: RunView, start: str | None) -> int | None:
@@ -225,9 +235,10 @@ def _take_checkpoint(seen: RunDirectory, target: RunDirectory, step: int) -> Non
         kept = (
             ", ".join(str(manifest.step_of(path)) for path in manifest.committed(seen.checkpoints)) or "none"
         )
+        why = f"cannot be used: {error}" if source.is_dir() else "is not kept any more"
         raise BadInput(
-            f"{seen.id} begins from the checkpoint of step {step}, which cannot be used: {error}. It has "
-            f"those of step {kept}: say which with --from"
+            f"{seen.id} begins from the checkpoint of step {step}, which {why}. It has those of step {kept}: "
+            "say which with --from"
         ) from error
     shutil.copytree(found.path, target.checkpoints / found.path.name, copy_function=storage.link_or_copy)
 
