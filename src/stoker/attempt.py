@@ -210,11 +210,9 @@ class Run:
         """Record what the run is made from; returns what its record says of it."""
         if known:
             provenance.link(known, self.directory.provenance)
-            return provenance.summary(provenance.read_code(known))
+            return provenance.summary_of(known)
         runs = self.directory.path.parent.parent
-        gathered = provenance.gather(code, runs)
-        provenance.write(self.directory.provenance, gathered, artifacts.store(runs))
-        return provenance.summary(gathered.code)
+        return provenance.record(self.directory.provenance, code, runs, artifacts.store(runs))
 
     # -- what user code calls -----------------------------------------------------------
 
