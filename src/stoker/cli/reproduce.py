@@ -6,7 +6,7 @@ import fnmatch
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +18,15 @@ from stoker.checkpoint.manifest import InvalidCheckpoint
 from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, console, print_json, show_messages
 from stoker.cli.runs.common import RunName
 from stoker.cli.train import Overrides
-from stoker.errors import EXIT_DIFFERS, EXIT_INTERRUPTED, EXIT_PREEMPTED, BadInput, StokerError, nearest
+from stoker.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_DIFFERS,
+    EXIT_INTERRUPTED,
+    EXIT_PREEMPTED,
+    BadInput,
+    StokerError,
+    nearest,
+)
 from stoker.launch import again
 from stoker.report import reproduction
 from stoker.report.reproduction import Checked, Outcome, Weights
@@ -251,7 +259,7 @@ def _made(target: RunDirectory, code: int) -> RunView:
     if not target.exists():
         if code in _CODES.values():
             raise StokerError("it was told to stop before it began")
-        kind = BadInput if code == 2 else StokerError
+        kind = BadInput if code == EXIT_BAD_INPUT else StokerError
         raise kind(f"the run could not be started again (exit code {code}): see what was said above")
     made = view.load(target)
     if made.status in (view.FINISHED, view.STOPPED, *_CODES):
@@ -263,7 +271,7 @@ def _made(target: RunDirectory, code: int) -> RunView:
     )
 
 
-def _outcome(seen: RunView, made: RunView, checked: Checked, leave_out: Any) -> Outcome:
+def _outcome(seen: RunView, made: RunView, checked: Checked, leave_out: Callable[[str], bool]) -> Outcome:
     part = checked.part
     return Outcome(
         checked, str(made.directory.path),
