@@ -225,11 +225,9 @@ class Run:
             provenance.link(known, self.directory.provenance)
             if not (known / provenance.ENVIRONMENT).is_file():  # of a run that is made again
                 provenance.write_environment(self.directory.provenance)
-            return provenance.summary(provenance.read_code(known))
+            return provenance.summary_of(known)
         runs = self.directory.path.parent.parent
-        gathered = provenance.gather(code, runs)
-        provenance.write(self.directory.provenance, gathered, artifacts.store(runs))
-        return provenance.summary(gathered.code)
+        return provenance.record(self.directory.provenance, code, runs, artifacts.store(runs))
 
     # -- what user code calls -----------------------------------------------------------
 

@@ -213,7 +213,6 @@ def test_the_first_step_that_differs_and_how_far_it_drifts_are_said(counted: Pat
     assert (drift["metric"], drift["first_step"], drift["differing"]) == ("loss", 4, 1)
     assert drift["relative"] == 0.5
     assert answer["fingerprints"].keys() == {"numbers"}
-    assert stoker("reproduce", "first", "--steps", "3", cwd=counted.parent).code == 0
 
 
 def test_an_environment_is_built_from_the_lock(project: Path, stoker: Command) -> None:
@@ -317,18 +316,24 @@ def test_a_run_whose_config_was_changed_is_made_again_up_to_there(counted: Path,
     assert "bit-identical over 6 steps" in done.out
 
 
-def test_told_to_stop_it_passes_that_on(project: Path, stoker: Command, start: Start) -> None:
-    assert stoker("train", "count.py", "pause=0.2", "--name", "first", cwd=project).code == 0
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130), (signal.SIGKILL, -9)]
+)
+def test_told_to_stop_or_killed_nothing_trains_on(
+    number: signal.Signals, code: int, project: Path, stoker: Command, start: Start
+) -> None:
+    assert stoker("train", "count.py", "pause=0.1", "--name", "first", cwd=project).code == 0
     process = start("reproduce", "first", cwd=project)
     run = project / "runs/count/first-again"
     while not (run / "run.json").exists() and process.poll() is None:
         time.sleep(0.01)
     wait_for_points(process, run, 1)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     process.communicate()
-    assert process.returncode == 75
-    assert loaded(run).status == "preempted"
-    assert not loaded(run).directory.alive
+    assert process.returncode == code
+    while loaded(run).directory.alive:
+        time.sleep(0.01)
+    assert loaded(run).status == ("interrupted" if number == signal.SIGINT else "preempted")
 
 
 def test_a_trial_that_was_ended_early_is_made_again_up_to_there(project: Path, stoker: Command) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tarfile
@@ -322,9 +323,17 @@ def test_the_environment_has_the_machine_the_interpreter_and_what_counts(
 def test_what_cannot_be_recorded_is_warned_of_and_no_error(
     repository: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    target = tmp_path / "provenance"
+    target, store = tmp_path / "provenance", tmp_path / "store"
     target.mkdir()
-    (tmp_path / "store").write_text("a file where a folder should be")
-    provenance.write(target, provenance.gather(repository), tmp_path / "store")
+    store.write_text("a file where a folder should be")
+    said = provenance.record(target, repository, tmp_path / "runs", store)
     assert "the code of the run is not recorded" in caplog.text
+    assert said["commit"]
     assert (target / provenance.ENVIRONMENT).is_file()
+    assert provenance.summary_of(target) == {}
+
+
+def test_a_file_whose_name_is_not_utf8_is_left_out_by_name(repository: Path, tmp_path: Path) -> None:
+    (Path(os.fsdecode(os.fsencode(repository) + b"/caf\xe9.py"))).write_text("x")
+    _, found = _record(tmp_path, repository)
+    assert [(left.path, left.why) for left in found.left_out] == [("caf\ufffd.py", "its name is not UTF-8")]

@@ -6,7 +6,7 @@ import fnmatch
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +18,15 @@ from stoker.checkpoint.manifest import InvalidCheckpoint
 from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, console, print_json, show_messages
 from stoker.cli.runs.common import RunName
 from stoker.cli.train import Overrides
-from stoker.errors import EXIT_DIFFERS, EXIT_INTERRUPTED, EXIT_PREEMPTED, BadInput, StokerError, nearest
+from stoker.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_DIFFERS,
+    EXIT_INTERRUPTED,
+    EXIT_PREEMPTED,
+    BadInput,
+    StokerError,
+    nearest,
+)
 from stoker.launch import again
 from stoker.report import reproduction
 from stoker.report.reproduction import Checked, Outcome, Weights
@@ -89,7 +97,7 @@ def reproduce(
             shutil.rmtree(target.path, ignore_errors=True)
     made = _made(target, code)
     if made.status in _CODES:
-        return _CODES[made.status]
+        return _answer_stopped(made, json)
     left_out = ignore or ()
     outcome = _outcome(seen, made, checked, lambda name: _is_left_out(name, left_out))
     if json:
@@ -97,6 +105,16 @@ def reproduce(
     else:
         reproduction.print_outcome(console(), outcome)
     return 0 if outcome.identical else EXIT_DIFFERS
+
+
+def _answer_stopped(made: RunView, json: bool) -> int:
+    """Say that it was told to stop, and return the exit code."""
+    name = _name(made.directory)
+    if json:
+        print_json({"identical": None, "again": name, "status": made.status, "step": made.step})
+    else:
+        console().print(f"{name} {made.status} at step {made.step}: nothing was compared")
+    return _CODES[made.status]
 
 
 def _checkpoint_of(seen: RunView, start: str | None) -> int | None:
@@ -225,9 +243,10 @@ def _take_checkpoint(seen: RunDirectory, target: RunDirectory, step: int) -> Non
         kept = (
             ", ".join(str(manifest.step_of(path)) for path in manifest.committed(seen.checkpoints)) or "none"
         )
+        why = f"cannot be used: {error}" if source.is_dir() else "is not kept any more"
         raise BadInput(
-            f"{seen.id} begins from the checkpoint of step {step}, which cannot be used: {error}. It has "
-            f"those of step {kept}: say which with --from"
+            f"{seen.id} begins from the checkpoint of step {step}, which {why}. It has those of step {kept}: "
+            "say which with --from"
         ) from error
     shutil.copytree(found.path, target.checkpoints / found.path.name, copy_function=storage.link_or_copy)
 
@@ -240,7 +259,7 @@ def _made(target: RunDirectory, code: int) -> RunView:
     if not target.exists():
         if code in _CODES.values():
             raise StokerError("it was told to stop before it began")
-        kind = BadInput if code == 2 else StokerError
+        kind = BadInput if code == EXIT_BAD_INPUT else StokerError
         raise kind(f"the run could not be started again (exit code {code}): see what was said above")
     made = view.load(target)
     if made.status in (view.FINISHED, view.STOPPED, *_CODES):
@@ -252,7 +271,7 @@ def _made(target: RunDirectory, code: int) -> RunView:
     )
 
 
-def _outcome(seen: RunView, made: RunView, checked: Checked, leave_out: Any) -> Outcome:
+def _outcome(seen: RunView, made: RunView, checked: Checked, leave_out: Callable[[str], bool]) -> Outcome:
     part = checked.part
     return Outcome(
         checked, str(made.directory.path),

@@ -191,7 +191,7 @@ def _points(drift: Drift) -> str:
     return f"{drift.differing + alone:,} of {drift.points + alone:,}"
 
 
-DRIFT_HEADINGS = ("", "first at", "was", "is", "farthest", "of it", "at step", "points")
+DRIFT_HEADINGS = ("", "first at", "was", "is", "drifts by", "relative", "at step", "points")
 
 
 def _verdict(outcome: Outcome) -> Text:

@@ -101,7 +101,7 @@ def print_difference(console: Console, found: RunDifference) -> None:
         ("", "a", "b"),
         [(k, a or _NOTHING, b or _NOTHING) for k, (a, b) in found.data.items()],
     )
-    headings = ("", "last of a", "last of b", "differs from step", "farthest", "of it", "at step")
+    headings = ("", "last of a", "last of b", "differs from step", "drifts by", "relative", "at step")
     _table(console, "curves", headings, _curves(found))
     console.print()
     for said in found.unknown:

@@ -127,7 +127,9 @@ def _choose(root: Path, paths: Sequence[str]) -> tuple[list[str], list[LeftOut]]
         try:
             status = (root / path).lstat()
         except OSError:
-            continue  # it was deleted, and git is not told yet
+            if "\ufffd" in path:  # as `machine.output` has it
+                left_out.append(LeftOut(path, 0, "its name is not UTF-8"))
+            continue  # else it was deleted, and git is not told yet
         if stat.S_ISLNK(status.st_mode) or stat.S_ISREG(status.st_mode):
             sizes[path] = status.st_size
     total, fitting = 0, set()

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import orjson
 import xxhash
 from stoker import redaction, storage
 
@@ -109,7 +110,7 @@ def record(file: Path, name: str, about: dict[str, Any], attempt: int) -> str | 
     changed = first.get("changed", [])
     if now != (changed[-1]["fingerprint"] if changed else before):
         first["changed"] = [*changed, {"attempt": attempt, "fingerprint": now}]
-    storage.write_json(file, known)
+    storage.write_atomically(file, orjson.dumps(known, option=orjson.OPT_INDENT_2))
     return str(before) if now != before else None
 
 

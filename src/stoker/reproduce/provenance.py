@@ -18,13 +18,15 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import orjson
 from stoker import storage
 from stoker.errors import BadInput
 from stoker.reproduce import bundle, code, environment, packages
 from stoker.reproduce.code import Code
+
+T = TypeVar("T")
 
 log = logging.getLogger("stoker")
 
@@ -59,31 +61,33 @@ def gather(source: Path, runs: Path | None = None) -> Gathered:
     return Gathered(listed, contents, found.diff)
 
 
-def write(target: Path, gathered: Gathered, store: Path) -> None:
-    """Write all but the data into a run's provenance folder; what cannot be written is warned of.
+def record(target: Path, source: Path, runs: Path, store: Path) -> dict[str, Any]:
+    """Record all but the data in a run's provenance folder; returns what `run.json` says of it.
+
+    What cannot be recorded is warned of.
 
     Args:
         target: the folder, which is there.
-        gathered: the code, by `gather`.
+        source, runs: see `gather`.
         store: the folder in which bundles are kept for all runs that share them.
     """
+    gathered = _try("the code", lambda: gather(source, runs))
+    if gathered is not None:
+        write(target, gathered, store)
+        return summary(gathered.code)
+    write_environment(target)
+    return {}
 
-    def write_code() -> None:
-        _write_code(target, gathered, store)
 
-    _try("the code", write_code)
+def write(target: Path, gathered: Gathered, store: Path) -> None:
+    """Write what was gathered, and the environment; see `record`."""
+    _try("the code", lambda: _write_code(target, gathered, store))
     write_environment(target)
 
 
 def write_environment(target: Path) -> None:
     """Write the packages and the machine of this process alone, of a run whose code is another's."""
-
-    def write() -> None:
-        installed = packages.installed()
-        storage.write_atomically(target / REQUIREMENTS, packages.lock(installed).encode())
-        storage.write_atomically(target / ENVIRONMENT, _json(environment.describe(installed)))
-
-    _try("the environment", write)
+    _try("the environment", lambda: _write_environment(target))
 
 
 def link(known: Path, target: Path) -> None:
@@ -91,6 +95,11 @@ def link(known: Path, target: Path) -> None:
     for file in known.iterdir():
         (target / file.name).unlink(missing_ok=True)
         storage.link_or_copy(file, target / file.name)
+
+
+def summary_of(known: Path) -> dict[str, Any]:
+    """As `summary`, of what stands in a provenance folder; empty where that has no code."""
+    return summary(read_code(known)) if is_recorded(known) else {}
 
 
 def summary(found: Code) -> dict[str, Any]:
@@ -152,11 +161,19 @@ def _as_json(found: Code) -> dict[str, Any]:
     return said if found.kind == "git" else {key: said[key] for key in said if key not in _OF_GIT}
 
 
-def _try(what: str, write: Callable[[], None]) -> None:
+def _write_environment(target: Path) -> None:
+    installed = packages.installed()
+    storage.write_atomically(target / REQUIREMENTS, packages.lock(installed).encode())
+    storage.write_atomically(target / ENVIRONMENT, _json(environment.describe(installed)))
+
+
+def _try(what: str, do: Callable[[], T]) -> T | None:
+    """Do it; of what went wrong, whatever that is, there is a warning: no training is lost by it."""
     try:
-        write()
+        return do()
     except Exception as error:
         log.warning("%s of the run is not recorded: %s: %s", what, type(error).__name__, error)
+        return None
 
 
 def _json(value: dict[str, Any]) -> bytes:
