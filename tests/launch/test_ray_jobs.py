@@ -126,7 +126,7 @@ def test_what_would_be_submitted_is_printed_as_ray_takes_it(stoker: Command) -> 
     assert done.code == 0, done.err
     made = json.loads(done.out)
     assert " -m stoker.launch.ray_nodes --nodes 2 --cpus 1 --gpus 1 --folder " in made["entrypoint"]
-    assert "--rendezvous '<rendezvous>'" in made["entrypoint"]
+    assert "--rendezvous '{rendezvous}'" in made["entrypoint"]
 
 
 @pytest.mark.parametrize(

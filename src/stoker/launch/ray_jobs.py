@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 from stoker.errors import BadInput, StokerError, nearest
 from stoker.launch import jobs, jobspec
 from stoker.launch.jobs import Job
-from stoker.launch.jobspec import JobSpec
+from stoker.launch.jobspec import RENDEZVOUS, JobSpec
+from stoker.launch.ray_nodes import MEETING
 from stoker.launch.targets import Line, Status
 
 if TYPE_CHECKING:
@@ -124,7 +125,8 @@ def _submission(job: Job) -> dict[str, Any]:
     }
     flags = [word for name, number in numbers.items() if number for word in (f"--{name}", str(number))]
     flags += [] if sent else ["--folder", str(spec.folder)]
-    words = [spec.command[0], "-m", "stoker.launch.ray_nodes", *flags, "--", *spec.command]
+    command = [MEETING if word == RENDEZVOUS else word for word in spec.command]
+    words = [spec.command[0], "-m", "stoker.launch.ray_nodes", *flags, "--", *command]
     variables = {
         "OMP_NUM_THREADS": str(spec.threads), "RAY_JOB_STOP_WAIT_TIME_S": str(_STOP), "RAY_DEDUP_LOGS": "0",
         "RAY_COLOR_PREFIX": "0", **spec.environment,

@@ -24,7 +24,9 @@ from typing import Any
 import psutil
 from stoker import machine
 from stoker.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED
-from stoker.launch.jobspec import RENDEZVOUS
+
+MEETING = "{rendezvous}"
+"""In a command, as a word of its own: HOST:PORT where the launchers meet."""
 
 _LOOK = 0.2  # seconds between two looks at the launchers
 _PATIENCE = 30.0  # seconds after which it is said that Ray has no room yet
@@ -100,7 +102,7 @@ def run(needs: Needs, command: Sequence[str], folder: str) -> int:
     """Run a command on the nodes of a job until it is done; returns its exit code.
 
     Args:
-        command: of each launcher; may have `RENDEZVOUS` in it.
+        command: of each launcher; may have `MEETING` in it.
         folder: where it runs; empty for where Ray puts it.
     """
     import ray
@@ -148,7 +150,7 @@ def _attempt(needs: Needs, command: Sequence[str], folder: str, told: Sequence[i
         ]
         try:
             meeting = ray.get(nodes[0].place.remote())
-            words = [word.replace(RENDEZVOUS, meeting) for word in command]
+            words = [meeting if word == MEETING else word for word in command]
             ray.get([node.start.remote(words, folder) for node in nodes])
             return _wait(nodes, told)
         except ray.exceptions.RayActorError:
