@@ -443,6 +443,8 @@ def _search(
     record.begin(plan.folder, wanted)
     if plan.whole is not None and study.user_attrs.get("whole") != plan.whole:
         study.set_user_attr("whole", plan.whole)  # of a trial that nothing ends early
+    if "rungs" not in study.user_attrs:
+        study.set_user_attr("rungs", [*rule.lengths(0)][:-1])
     peers = Peers(study, record.uid(plan.folder), plan.first) if wanted.study else None
     return Search(plan, searched, study, kept, rule, workers, peers)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,9 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stoker.errors import BadInput
-from stoker.report import facts, html
+from stoker.report import facts, html, sweep_curves
 from stoker.report.markup import Html, join, number, table, tag
 from stoker.report.sections import section
+from stoker.report.sweep_curves import points_of
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -77,19 +79,25 @@ def _best(study: Study, record: Mapping[str, Any]) -> Html:
     metrics = [metric for metric, _ in _objectives(record)]
     if len(metrics) > 1 and complete:
         return _front(study, metrics)
-    sign = -1.0 if record["goal"].startswith("max") else 1.0
-    reached = [t for t in _own(study) if _points_of(t) and t.state.name != "FAIL"]
-    furthest = max((max(_points_of(t)) for t in reached), default=0)
-    pool = complete or [t for t in reached if max(_points_of(t)) >= furthest]
-    if not pool:
+    best = _best_of(study, record)
+    if best is None:
         return section("Best", tag("p", "No trial has logged it yet."))
-    best = min(pool, key=lambda t: sign * (_values(t, 1)[0] or 0.0))
     rows = [
         ("trial", best.user_attrs.get("run", str(best.number))),
         (metrics[0], facts.number(_values(best, 1)[0])),
         *((key, _said(value)) for key, value in best.params.items()),
     ]  # fmt: skip
     return section("Best", table((), ([tag("td", key, class_="name"), number(value)] for key, value in rows)))
+
+
+def _best_of(study: Study, record: Mapping[str, Any]) -> FrozenTrial | None:
+    """The complete trial with the best value; where none is, of those that are furthest."""
+    sign = -1.0 if record["goal"].startswith("max") else 1.0
+    reached = [t for t in _own(study) if points_of(t) and t.state.name != "FAIL"]
+    furthest = max((max(points_of(t)) for t in reached), default=0)
+    complete = [t for t in _own(study) if t.state.name == "COMPLETE"]
+    pool = complete or [t for t in reached if max(points_of(t)) >= furthest]
+    return min(pool, key=lambda t: sign * (_values(t, 1)[0] or 0.0), default=None)
 
 
 def _front(study: Study, metrics: Sequence[str]) -> Html:
@@ -119,7 +127,7 @@ def _drawn(study: Study, record: Mapping[str, Any], drawings: list[Any]) -> Iter
         warnings.simplefilter("ignore")
         metrics = [metric for metric, _ in _objectives(record)]
         drawn = _figures(study, metrics[0]) if len(metrics) == 1 else _figures_of_several(study, metrics)
-        for title, draw in drawn:
+        for title, draw in itertools.chain(_curves(study, record, metrics), drawn):
             try:
                 figure = json.loads(draw().to_json())
             except (ValueError, RuntimeError, ImportError):  # too few trials, or all alike
@@ -134,13 +142,24 @@ def _drawn(study: Study, record: Mapping[str, Any], drawings: list[Any]) -> Iter
             yield section(title, place)
 
 
+def _curves(
+    study: Study, record: Mapping[str, Any], metrics: Sequence[str]
+) -> Iterator[tuple[str, Callable[[], Any]]]:
+    best = _best_of(study, record) if len(metrics) == 1 else None
+    yield (
+        "Learning curves",
+        lambda: sweep_curves.figure(
+            _own(study), study.user_attrs.get("rungs", ()), best.number if best else None, metrics[0]
+        ),
+    )
+
+
 def _figures(study: Study, metric: str) -> Iterator[tuple[str, Callable[[], Any]]]:
     from optuna import visualization as drawn
     from optuna.importance import PedAnovaImportanceEvaluator
 
     several = len({name for trial in _own(study) for name in trial.params}) > 1
     yield "History", lambda: drawn.plot_optimization_history(study, target_name=metric)
-    yield "Learning curves", lambda: drawn.plot_intermediate_values(study)
     if several:
         yield (
             "What matters",
@@ -219,7 +238,7 @@ def _trials(study: Study, record: Mapping[str, Any]) -> Html:
     names = sorted({name for trial in _own(study) for name in trial.params})
     metrics = [metric for metric, _ in _objectives(record)]
     rows = [
-        [number(str(t.number)), _STATES[t.state.name], number(f"{max(_points_of(t), default=0):,.0f}"),
+        [number(str(t.number)), _STATES[t.state.name], number(f"{max(points_of(t), default=0):,.0f}"),
          *(number(facts.number(value)) for value in _values(t, len(metrics))),
          *(number(_said(t.params.get(name))) for name in names)]
         for t in _own(study)
@@ -245,16 +264,11 @@ def _own(study: Study) -> list[FrozenTrial]:
     return [trial for trial in study.trials if _EARLIER not in trial.user_attrs]
 
 
-def _points_of(trial: FrozenTrial) -> dict[float, float]:
-    """The values by step of what trials end early by."""
-    return dict(trial.user_attrs.get("values") or trial.intermediate_values.items())
-
-
 def _values(trial: FrozenTrial, count: int) -> list[float | None]:
     """The newest value of each objective, as far as it is known."""
     if trial.values is not None:
         return [*trial.values]
-    return [next(reversed(_points_of(trial).values()), None), *[None] * (count - 1)]
+    return [next(reversed(points_of(trial).values()), None), *[None] * (count - 1)]
 
 
 def _params(trial: FrozenTrial) -> str:
