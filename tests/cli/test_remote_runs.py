@@ -164,7 +164,7 @@ def test_two_machines_do_not_train_one_run(
     assert done.code == 2
     assert f"process {process.pid} on {os.uname().nodename} is training" in done.err
     time.sleep(3)
-    listed = stoker("runs", "list", "--runs", url, "--json", env=machine("two"))
+    listed = stoker("runs", "list", url, "--json", env=machine("two"))
     assert listed.code == 0, listed.err
     assert [row["status"] for row in listed.answer["runs"]] == ["running"]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -20,6 +21,10 @@ _ALWAYS_KNOWN = ("id", "experiment", "status", "step", "started", "seconds")
 
 
 def list_(
+    folder: Annotated[
+        Path | None,
+        typer.Argument(metavar="DIR", parser=finding.folder, help="As --runs.", show_default=False),
+    ] = None,
     filter: Annotated[
         str | None,
         typer.Option("--filter", metavar="QUERY", help="e.g. 'val_loss < 0.3 and lr > 1e-4'"),
@@ -39,6 +44,7 @@ def list_(
     status, step, started and seconds, with < <= > >= == != in, and, or, not. Also
     best(val_loss), min(...), max(...). Names with other characters stand in `backticks`.
     """
+    runs = folder or runs
     found = sorted((listed(run) for run in finding.every(runs)), key=started)
     shown, names = chosen(found, filter, sort)
     if json:
