@@ -337,3 +337,13 @@ def test_a_file_whose_name_is_not_utf8_is_left_out_by_name(repository: Path, tmp
     (Path(os.fsdecode(os.fsencode(repository) + b"/caf\xe9.py"))).write_text("x")
     _, found = _record(tmp_path, repository)
     assert [(left.path, left.why) for left in found.left_out] == [("caf\ufffd.py", "its name is not UTF-8")]
+
+
+def test_a_package_whose_sources_are_on_the_path_is_none_that_pip_could_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine.egg-info").mkdir()
+    (tmp_path / "mine.egg-info" / "PKG-INFO").write_text("Metadata-Version: 2.4\nName: mine\nVersion: 1.0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    lines = packages.lock(packages.installed()).splitlines()
+    assert [line for line in lines if "mine==1.0" in line] == [f"# mine==1.0 from {tmp_path}"]

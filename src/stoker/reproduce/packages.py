@@ -21,6 +21,7 @@ from stoker import machine, redaction, storage
 
 _HEADER = re.compile(r"^(Name|Version):[ \t]*(\S+)", re.MULTILINE)
 _OF_THE_PLACE = ("INSTALLER", "REQUESTED", "RECORD", "direct_url.json", "uv_cache.json")
+_INSTALLED = ("site-packages", "dist-packages")
 _TORCH_INDEX = "https://download.pytorch.org/whl"
 _TORCH_BUILD = re.compile(r"\+(cpu|cu\d+|rocm[\d.]+|xpu)$")
 
@@ -113,8 +114,15 @@ def _package(folder: Path, known: dict[str, Any], hashes: dict[str, Any]) -> Pac
         fields["Name"],
         fields["Version"],
         _content(folder / "RECORD", known, hashes),
-        storage.read_json(folder / "direct_url.json"),
+        storage.read_json(folder / "direct_url.json") or _source_of(folder),
     )
+
+
+def _source_of(folder: Path) -> dict[str, Any]:
+    """Where a package is that was not installed at all: its sources are on the path, by PYTHONPATH."""
+    if folder.suffix != ".egg-info" or folder.parent.name in _INSTALLED:
+        return {}
+    return {"url": f"file://{folder.parent}", "dir_info": {"editable": True}}
 
 
 def _content(record: Path, known: dict[str, Any], hashes: dict[str, Any]) -> str | None:
