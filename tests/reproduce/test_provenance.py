@@ -347,3 +347,15 @@ def test_a_package_whose_sources_are_on_the_path_is_none_that_pip_could_install(
     monkeypatch.syspath_prepend(tmp_path)
     lines = packages.lock(packages.installed()).splitlines()
     assert [line for line in lines if "mine==1.0" in line] == [f"# mine==1.0 from {tmp_path}"]
+
+
+def test_what_a_package_brings_for_itself_is_not_in_the_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    brought = tmp_path / "site-packages" / "big" / "thirdparty"
+    (brought / "small-1.0.dist-info").mkdir(parents=True)
+    (brought / "small-1.0.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.4\nName: small\nVersion: 1.0\n"
+    )
+    monkeypatch.syspath_prepend(brought)
+    assert "small==1.0" not in packages.lock(packages.installed())

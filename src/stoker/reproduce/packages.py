@@ -97,10 +97,14 @@ def _folder_state(url: str) -> str:
 
 
 def _folders() -> Iterator[Path]:
-    """What installers left of their packages, in the order in which they are imported."""
+    """What installers left of their packages, in the order in which they are imported.
+
+    Not what a package brings in a folder of its own, and has put on the path, as Ray does.
+    """
     for entry in dict.fromkeys(sys.path):
         place = Path(entry)
-        if place.is_dir():
+        brought = any(parent.name in _INSTALLED for parent in place.parents)
+        if place.is_dir() and not brought:
             yield from sorted(place.glob("*.dist-info"))
             yield from sorted(place.glob("*.egg-info"))
 
