@@ -212,8 +212,14 @@ def test_a_sweep_is_an_array_of_controllers_of_one_study(
         assert done.code == 0, done.err
         number = done.answer["native"]
         _wait(lambda: len(list(folder.glob("runs/s-*/trial-*/run.json"))) >= 2)
-        _slurm("scancel", "--signal=TERM", f"{number}_0")  # as where its node is taken
-        _wait(lambda: "PENDING" in _slurm("squeue", "--noheader", f"--jobs={number}_0", "--format=%T"))
+        # As where their node is taken. Slurm has the last element under the number of the whole array.
+        for element in (f"{number}_0", f"{number}_1"):
+            _slurm("scancel", "--signal=TERM", element)
+            _wait(
+                lambda one=element: (
+                    "PENDING" in _slurm("squeue", "--noheader", f"--jobs={one}", "--format=%T")
+                )
+            )
         assert _over(number) == "COMPLETED", _written(folder)
         found = json.loads(stoker("jobs", "show", number, "--json", cwd=folder).out)
         assert (found["state"], found["runs"]) == ("done", ["s-0", "s-1"])

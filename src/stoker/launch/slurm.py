@@ -131,10 +131,13 @@ _STEP_COMMENT = """\
 # when it takes the nodes back; it ends with 75 then, after a checkpoint."""
 _REQUEUE = """\
 # A job that was cancelled is not RUNNING any more, nor one that Slurm queues again by itself.
-if [ $again = yes ] && [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" = RUNNING ]; then
-    scontrol requeue "$SLURM_JOB_ID"
+if [ $again = yes ] && [ "$(squeue --noheader --jobs={job} --format=%T)" = RUNNING ]; then
+    scontrol requeue {job}
 fi
 exit $code"""
+_ALONE = '"$SLURM_JOB_ID"'
+_OF_ARRAY = '"${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"'
+"""An element: the last one's SLURM_JOB_ID is the number of the whole array."""
 
 
 def _directives(job: Job) -> dict[str, str]:
@@ -210,7 +213,7 @@ def _ending(job: Job) -> list[str]:
         ]
     else:
         found += ["    *) again=no ;;"]
-    return [*found, "esac", _REQUEUE]
+    return [*found, "esac", _REQUEUE.format(job=_OF_ARRAY if spec.elements else _ALONE)]
 
 
 def _word(argument: str) -> str:
