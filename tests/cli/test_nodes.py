@@ -131,6 +131,18 @@ def test_a_rank_that_is_killed_on_one_machine_costs_all_a_restart(machines: Mach
     assert newest.step == 200
 
 
+def test_a_machine_that_is_lost_with_no_restart_left_ends_the_others_as_a_preemption(
+    machines: Machines, tmp_path: Path
+) -> None:
+    """So a cluster's queue starts them again."""
+    together = ("--nodes", "2", "--rendezvous", f"{A}:29511", "--name", "a")
+    stays, lost = [machines.start(name, "train", RECIPE, *SLOW, *together) for name in ("a", "b")]
+    _wait(lambda: points(tmp_path / "runs" / "ranked" / "a") > 20, stays, lost)
+    lost.kill()
+    assert stays.wait(60) == 75, _all_said(machines)
+    assert "is not heard of, so all have ended" in machines.said("a").read_text()
+
+
 def test_what_fails_on_one_machine_ends_all_of_them_with_its_traceback(
     machines: Machines, tmp_path: Path
 ) -> None:

@@ -179,3 +179,16 @@ def test_what_cannot_be_a_job_of_pods_is_refused(given: tuple[str, ...], said: s
     done = stoker("train", RECIPE, "--on", "kubernetes", *given, "--dry-run")
     assert done.code == 2
     assert said in done.err
+
+
+def test_controllers_of_a_study_are_an_indexed_job_of_which_each_may_fail_by_itself(stoker: Command) -> None:
+    searched = str(Path(__file__).parents[1] / "cli" / "searched.py")
+    (job,) = _rendered(
+        stoker, "sweep", searched, "x=uniform(0, 1)", "--name", "s", "--on", "kubernetes",
+        "--controllers", "3", "--storage", "postgresql+psycopg2://db/studies", "--retries", "2", *TWO[-4:],
+    ).values()  # fmt: skip
+    spec = job["spec"]
+    assert (spec["completions"], spec["parallelism"], spec["backoffLimitPerIndex"]) == (3, 3, 2)
+    assert spec["podFailurePolicy"]["rules"][0]["action"] == "FailIndex"
+    (container,) = spec["template"]["spec"]["containers"]
+    assert "s-$(JOB_COMPLETION_INDEX)" in container["command"]

@@ -159,13 +159,17 @@ def _plain_job(job: Job) -> list[dict[str, Any]]:
             "completionMode": "Indexed",
             "completions": pods,
             "parallelism": pods,
-            # A failure of the run ends the pods of all nodes.
-            "backoffLimit": spec.retries * spec.nodes,
+            # A failure of the run ends the pods of all nodes; one of an array's elements is its own.
+            **(
+                {"backoffLimitPerIndex": spec.retries}
+                if spec.elements
+                else {"backoffLimit": spec.retries * spec.nodes}
+            ),
             **_deadline(spec),
             "podReplacementPolicy": "Failed",
             "podFailurePolicy": {
                 "rules": [
-                    _when_exit_code("FailJob", EXIT_BAD_INPUT),
+                    _when_exit_code("FailIndex" if spec.elements else "FailJob", EXIT_BAD_INPUT),
                     _when_exit_code("Ignore", EXIT_PREEMPTED),
                     {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
                 ]

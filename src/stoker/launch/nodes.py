@@ -30,7 +30,7 @@ from typing import Any
 
 import psutil
 from stoker import machine
-from stoker.errors import EXIT_PREEMPTED, BadInput, StokerError
+from stoker.errors import EXIT_FAILED, EXIT_PREEMPTED, BadInput, StokerError
 from stoker.launch.budget import Budget, RankFailed
 
 log = logging.getLogger("stoker")
@@ -252,7 +252,8 @@ class _Host:
         if size and (all_here or settled) and any(member.report.first for member in here):
             self._begin(here, size)
         elif now - self.since > COMING:
-            self._end(1, f"{len(here)} of {self.nodes} machines came within {COMING:.0f} s")
+            code = EXIT_PREEMPTED if self.round else EXIT_FAILED
+            self._end(code, f"{len(here)} of {self.nodes} machines came within {COMING:.0f} s")
 
     def _judge_round(self, now: float) -> None:
         playing = self._playing()
@@ -335,7 +336,10 @@ class _Host:
                 raise self.failure
             self.budget.spend(self.failure)
         except RankFailed as error:
-            self._end(error.exit_code, str(error))
+            gone = bool(lost) and not self.final
+            code = EXIT_PREEMPTED if gone else error.exit_code  # nothing of the training failed
+            said = f"{', '.join(lost)} is not heard of, so all have ended; once it is there again the same "
+            self._end(code, f"{said}command goes on.\n{error}" if gone else str(error))
         else:
             log.warning("%s\nstarting again; restarts left: %d", self.failure, self.budget.left)
 
@@ -389,7 +393,8 @@ class Seat:
                 self._say(round=answer.round, phase=RUNNING, said="", code=0)
                 return answer
             if time.monotonic() - self._heard > COMING:
-                raise StokerError(f"{self._where} does not answer for {COMING:.0f} s")
+                code = EXIT_PREEMPTED if done else EXIT_FAILED
+                self._raise(Answer(code=code, error=f"{self._where} does not answer for {COMING:.0f} s"))
             time.sleep(BEAT / 5)
 
     def finished(self, code: int) -> int:
@@ -458,7 +463,9 @@ class Seat:
                 setattr(self._report, name, value)
 
     def _raise(self, answer: Answer) -> None:
-        raise (BadInput if answer.code == BadInput.exit_code else StokerError)(answer.error)
+        error = (BadInput if answer.code == BadInput.exit_code else StokerError)(answer.error)
+        error.exit_code = answer.code
+        raise error
 
     def _talk(self) -> None:
         while not self._closed.is_set():
