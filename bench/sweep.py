@@ -99,7 +99,7 @@ def ray_tune(trials: int) -> dict[str, float]:
     from ray import tune
 
     begun = time.perf_counter()
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
 
     class Fast(tune.Trainable):
         """As ours; a class, since actors are used again for those alone."""
