@@ -216,6 +216,7 @@ def send(where: Where, made: JobSpec, *, runs: Path, trains: Sequence[str], json
         return 0
     target.check(job)
     _check_free(job)
+    job = jobs.signed(job)
     known = jobs.remember(job, target.submit(job, rendered))
     if json:
         print_json({"job": known.id, "target": known.target, "native": known.native,
