@@ -122,11 +122,14 @@ def test_what_the_cluster_does_not_have_is_refused(
 
 
 def test_what_would_be_submitted_is_printed_as_ray_takes_it(stoker: Command) -> None:
-    done = stoker(*SAME, "--on", "ray", "--nodes", "2", "--gpus", "1", "--name", "a", "--dry-run")
+    done = stoker(
+        *SAME, "--on", "ray", "--nodes", "2", "--gpus", "1", "--name", "a", "--time", "4h", "--dry-run"
+    )
     assert done.code == 0, done.err
     made = json.loads(done.out)
     assert " -m stoker.launch.ray_nodes --nodes 2 --cpus 1 --gpus 1 --folder " in made["entrypoint"]
     assert "--rendezvous '{rendezvous}'" in made["entrypoint"]
+    assert made["entrypoint"].endswith(" --max-time 14400s")  # Ray has no time limit of its own
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,9 @@ def test_a_job_here_has_the_variables_it_was_given(stoker: Command, tmp_path: Pa
         (("--gpus", "99"), "--gpus 99: this machine has"),
         (("--memory", "999TB"), "--memory 1022976G: this machine has"),
         (("--option", "partition=gpu"), "it is for clusters"),
+        (("--retries", "1", "--max-restarts", "2"), "on this machine they are the same; give one of them"),
+        (("--on", "ray", "--time", "4h", "--max-time", "1h"), "on ray they are the same; give one of them"),
+        (("--time", "3", "--dry-run"), "--time '3' is no length of time"),
     ],
 )
 def test_what_cannot_be_submitted_leaves_nothing_behind(

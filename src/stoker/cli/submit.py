@@ -46,7 +46,10 @@ class Where:
     )
     time: Annotated[
         str | None,
-        typer.Option(metavar="TIME", help="Time limit, such as 4h; a job of a cluster goes on after it."),
+        typer.Option(
+            metavar="TIME",
+            help="Time limit, such as 4h; on Slurm and Ray it goes on after it, on Kubernetes it is over.",
+        ),
     ] = None
     retries: Annotated[
         int,

@@ -351,8 +351,18 @@ def _command(job: Job, known: Mapping[str, str]) -> list[str]:
 
 def _by_torchrun(job: Job) -> list[str]:
     """The command under torchrun, which finds in its variables how many ranks there are, and where."""
-    words = _without(_command(job, {}), "--rendezvous", "--nodes", "--nproc", "--max-restarts")
-    return ["torchrun", *words[1:]]
+    words, restarts = _command(job, {}), _value(job.spec.command, "--max-restarts")
+    words = _without(words, "--rendezvous", "--nodes", "--nproc", "--max-restarts")
+    return ["torchrun", *([f"--max-restarts={restarts}"] if restarts else []), *words[1:]]
+
+
+def _value(words: Sequence[str], option: str) -> str:
+    """What an option is given in a command; empty where it is not there."""
+    for word, following in zip(words, (*words[1:], ""), strict=True):
+        name, _, value = word.partition("=")
+        if name == option:
+            return value or following
+    return ""
 
 
 def _without(words: Sequence[str], *options: str) -> list[str]:
@@ -450,16 +460,17 @@ def _check_options(spec: JobSpec) -> None:
         )
     if _kind(spec) != "job" and spec.elements:
         raise BadInput("several controllers are for kind=job: leave out kind, or --controllers")
+    if _kind(spec) == "trainjob" and spec.retries:
+        raise BadInput(
+            f"--retries {spec.retries}: a TrainJob has no such number, its runtime decides; give "
+            "--max-restarts, by which torchrun starts the ranks again, or leave out kind"
+        )
 
 
 def _store(spec: JobSpec) -> str:
     """The URL that runs stand at; empty where they stand in a folder."""
-    for word, following in zip(spec.command, (*spec.command[1:], ""), strict=True):
-        name, _, value = word.partition("=")
-        if name == "--runs":
-            url = value or following
-            return url if "://" in url else ""
-    return ""
+    url = _value(spec.command, "--runs")
+    return url if "://" in url else ""
 
 
 def _check_nodes(spec: JobSpec) -> None:

@@ -125,7 +125,7 @@ def _submission(job: Job) -> dict[str, Any]:
     }
     flags = [word for name, number in numbers.items() if number for word in (f"--{name}", str(number))]
     flags += [] if sent else ["--folder", str(spec.folder)]
-    command = [MEETING if word == RENDEZVOUS else word for word in spec.command]
+    command = [MEETING if word == RENDEZVOUS else word for word in _limited(spec)]
     words = [spec.command[0], "-m", "stoker.launch.ray_nodes", *flags, "--", *command]
     variables = {
         "OMP_NUM_THREADS": str(spec.threads), "RAY_JOB_STOP_WAIT_TIME_S": str(_STOP), "RAY_DEDUP_LOGS": "0",
@@ -140,6 +140,15 @@ def _submission(job: Job) -> dict[str, Any]:
         "runtime_env": environment,
         "metadata": {"stoker-job": job.id},
     }
+
+
+def _limited(spec: JobSpec) -> tuple[str, ...]:
+    """The command with the job's time limit: Ray has none, so the run ends itself, and is started again."""
+    if spec.time is None:
+        return spec.command
+    if any(word.partition("=")[0] == "--max-time" for word in spec.command):
+        raise BadInput("--time and --max-time: on ray they are the same; give one of them")
+    return (*spec.command, "--max-time", f"{round(spec.time)}s")
 
 
 def _check_options(spec: JobSpec) -> None:
