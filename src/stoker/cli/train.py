@@ -227,7 +227,7 @@ def start(
     if launch.command is not None and not where.here:
         return _submit(launch, launch.command, runs.absolute(), experiment, name, json)
     if launch.command is not None and where.dry_run:
-        return submit.print_command(where, _limited(launch, launch.command), nproc=launch.nproc)
+        return submit.print_command(where, _limited(launch, launch.command), nproc=launch.nproc, json=json)
     if launch.nproc == 1 and launch.nodes == ONE and launch.max_restarts == 0:
         return _work(recipe, resolved, job)
     if World.current().size > 1:
