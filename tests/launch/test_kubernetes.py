@@ -141,6 +141,12 @@ def test_it_is_submitted_seen_heard_and_cancelled(stoker: Command, api: Api, tmp
     api.add_pod(f"{name}-0-x", label, "step 1\nstep 2\n")
     said = stoker("jobs", "logs", "a")
     assert f"[{name}-0-x] step 2" in said.out, said.err
+    nothing = stoker("jobs", "logs", "a", "--rank", "3")
+    assert f"rank 3 has written nothing under {tmp_path / 'runs'} yet" in nothing.err
+    logs = tmp_path / "runs" / "ranked" / "a" / "logs"  # as of a claim that is mounted here
+    logs.mkdir(parents=True)
+    (logs / "rank-3.log").write_text("step 3\n")
+    assert stoker("jobs", "logs", "a", "--rank", "3").out == "[rank 3] step 3\n"
     job["status"] = {"conditions": [{"type": "Failed", "status": "True", "reason": "BackoffLimitExceeded"}]}
     assert state() == ("failed", "BackoffLimitExceeded")
     job["status"] = {"active": 2}

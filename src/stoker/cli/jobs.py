@@ -84,7 +84,8 @@ def logs(
             written = True
     if not written:
         status = _states([found])[found.id]
-        log.info("%s has written nothing yet; the job is %s", wanted or found.id, _said(status))
+        where = "" if wanted is None else f" under {found.runs}"
+        log.info("%s has written nothing%s yet; the job is %s", wanted or found.id, where, _said(status))
 
 
 @app.command()

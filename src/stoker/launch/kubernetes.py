@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 from stoker.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, BadInput, StokerError, nearest
-from stoker.launch import jobs, jobspec
+from stoker.launch import jobs, jobspec, tail
 from stoker.launch.jobs import Job
 from stoker.launch.jobspec import ELEMENT, RENDEZVOUS, JobSpec
 from stoker.launch.targets import Line, Status
@@ -108,7 +108,17 @@ def cancel(job: Job, *, at_once: bool) -> None:
 
 
 def lines(job: Job, *, follow: bool) -> Iterator[Line]:
-    """What the pods have written, as the cluster keeps it."""
+    """What the pods have written, as the cluster keeps it; and the ranks, where their logs are here."""
+
+    def over() -> bool:
+        return states([job])[job.id].over
+
+    yield from tail.together(
+        _of_pods(job, follow), tail.lines(lambda: tail.of_ranks(job), over if follow else None)
+    )
+
+
+def _of_pods(job: Job, follow: bool) -> Iterator[Line]:
     command = [
         "logs", "--selector", f"{LABEL}={job.id}", "--prefix", "--all-containers", "--tail=-1",
         "--max-log-requests=64", *(["--follow"] if follow else []), *_namespace(job.spec),

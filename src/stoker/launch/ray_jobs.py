@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from stoker.errors import BadInput, StokerError, nearest
-from stoker.launch import jobs, jobspec
+from stoker.launch import jobs, jobspec, tail
 from stoker.launch.jobs import Job
 from stoker.launch.jobspec import RENDEZVOUS, JobSpec
 from stoker.launch.ray_nodes import MEETING
@@ -101,6 +101,15 @@ def cancel(job: Job, *, at_once: bool) -> None:
 
 def lines(job: Job, *, follow: bool) -> Iterator[Line]:
     """What the launchers have written, as Ray keeps it; and the ranks, where their logs can be seen here."""
+
+    def over() -> bool:
+        return states([job])[job.id].over
+
+    of_ranks = tail.lines(lambda: tail.of_ranks(job), over if follow else None)
+    yield from tail.together(_of_nodes(job, follow), of_ranks)
+
+
+def _of_nodes(job: Job, follow: bool) -> Iterator[Line]:
     client = _client(job.spec)
     if not follow:
         yield from map(_line, client.get_job_logs(job.native).splitlines())
