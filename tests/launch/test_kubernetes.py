@@ -172,6 +172,18 @@ def test_what_a_cluster_cannot_run_is_answered_before_anything_is_written(
     assert not api.of_kind("Job")
 
 
+def test_a_cluster_that_does_not_answer_is_not_one_that_forbids(
+    stoker: Command, api: Api, tmp_path: Path
+) -> None:
+    api.close()
+    done = stoker(*TWO)
+    assert done.code == 2
+    assert "no cluster answers kubectl (" in done.err
+    assert "refused" in done.err
+    assert "memcache.go" not in done.err  # kubectl's log of itself
+    assert not (tmp_path / "runs" / ".jobs").exists()
+
+
 def test_without_kubectl_it_says_so(stoker: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     done = stoker(*TWO)

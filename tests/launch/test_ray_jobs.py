@@ -149,3 +149,20 @@ def test_without_a_cluster_nothing_is_written(
     assert done.code == 2
     assert said in done.err
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"RAY_API_SERVER_ADDRESS": "http://127.0.0.1:1"}, "at RAY_API_SERVER_ADDRESS=http://127.0.0.1:1 ("),
+        ({}, "on this machine, and no address is set ("),
+    ],
+)
+def test_where_no_cluster_answers_it_says_where_it_looked(
+    variables: dict[str, str], said: str, stoker: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    done = stoker(*SAME, "--on", "ray", env=variables)
+    assert done.code == 2
+    assert f"no Ray cluster answers {said}" in done.err

@@ -18,7 +18,7 @@ from stoker.errors import BadInput, StokerError
 from stoker.launch import jobs, jobspec, targets
 from stoker.launch.jobs import Job
 from stoker.launch.targets import Status
-from stoker.run import view
+from stoker.run import finding, view
 from stoker.run.directory import RunDirectory
 from stoker.run.view import RunView
 
@@ -44,7 +44,9 @@ def list_(runs: RunsFolder = DEFAULT_RUNS, json: Json = False) -> None:
     elif known:
         _print(known, states)
     else:
-        console().print(f"no jobs under {runs} yet; submit one: stoker train ... --on slurm", markup=False)
+        console().print(
+            f"no jobs under {finding.shown(runs)} yet; submit one: stoker train ... --on slurm", markup=False
+        )
 
 
 @app.command()

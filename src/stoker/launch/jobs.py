@@ -23,7 +23,7 @@ from stoker import storage
 from stoker.errors import BadInput, nearest
 from stoker.launch.jobspec import JobSpec
 from stoker.reproduce import provenance
-from stoker.run import directory
+from stoker.run import directory, finding
 
 FOLDER = ".jobs"  # in the runs folder
 RECORD = "job.json"
@@ -118,7 +118,9 @@ def find(runs: Path, reference: str) -> Job:
         raise BadInput(f"{reference!r} means several jobs: {', '.join(j.id for j in found[:8])}")
     names = [name for job in known for name in (job.id, job.native, *map(_name, job.trains))]
     hint = nearest(reference, names)
-    raise BadInput(f"no job {reference!r} under {runs}{hint}; `stoker jobs list` shows what there is")
+    raise BadInput(
+        f"no job {reference!r} under {finding.shown(runs)}{hint}; `stoker jobs list` shows what there is"
+    )
 
 
 def _user() -> str:

@@ -34,6 +34,8 @@ _PORT = 29400
 _GRACE = 120  # seconds that a pod has for a checkpoint, once it is told to stop
 _ANSWER = 60.0  # seconds that kubectl may take
 _CONTAINER = "train"
+_OF_LOG = re.compile(r"[IWEF]\d{4} \d{2}:\d{2}:\d{2}")
+"""How a line of klog begins, by which kubectl says what it does."""
 
 _OPTIONS = {
     "image": "what the code is run from",
@@ -58,8 +60,14 @@ def check(job: Job) -> None:
     """Whether kubectl is here, and may make such a job in the cluster. Raises BadInput, StokerError."""
     kind = _kind(job.spec)
     done = _kubectl(["auth", "can-i", "create", _RESOURCES[kind], *_namespace(job.spec)])
-    if done.stdout.strip() != "yes":
-        raise BadInput(f"kubectl may not create {_RESOURCES[kind]} there: {_said(done) or 'no'}")
+    answer = done.stdout.strip()
+    if answer.startswith("no"):
+        raise BadInput(f"kubectl may not create {_RESOURCES[kind]} there: {_said(done) or answer}")
+    if answer != "yes":
+        raise BadInput(
+            f"no cluster answers kubectl ({_said(done) or done.returncode}): set KUBECONFIG, or see `kubectl "
+            "config get-contexts`; --dry-run prints the manifest anywhere"
+        )
     if job.spec.gpus:
         _check_nodes(job.spec)
 
@@ -514,7 +522,8 @@ def _kubectl(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
 
 
 def _said(done: subprocess.CompletedProcess[str]) -> str:
-    return "; ".join(line for line in done.stderr.splitlines() if line)
+    """What kubectl says of why it failed, without the lines of its own log."""
+    return "; ".join(line for line in done.stderr.splitlines() if line and not _OF_LOG.match(line))
 
 
 def _namespace(spec: JobSpec) -> list[str]:

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import importlib.util
 import json
+import os
 import re
 import shlex
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -187,12 +188,19 @@ def _client(spec: JobSpec) -> JobSubmissionClient:
     try:
         return JobSubmissionClient(spec.options.get("address"))
     except (ConnectionError, RuntimeError, ValueError) as error:
-        where = spec.options.get("address", "where Ray's variables say")
         first = str(error).strip().partition("\n")[0]
         raise BadInput(
-            f"no Ray cluster answers at {where} ({first}): give the address of its dashboard, --option "
+            f"no Ray cluster answers {_where(spec)} ({first}): give the address of its dashboard, --option "
             "address=http://HOST:8265; --dry-run prints the job anywhere"
         ) from error
+
+
+def _where(spec: JobSpec) -> str:
+    """Where a cluster is looked for, in Ray's order."""
+    if "address" in spec.options:
+        return f"at {spec.options['address']}"
+    named = (name for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS") if os.environ.get(name))
+    return next((f"at {name}={os.environ[name]}" for name in named), "on this machine, and no address is set")
 
 
 def _nodes(client: JobSubmissionClient) -> list[dict[str, float]]:
