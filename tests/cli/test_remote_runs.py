@@ -241,6 +241,16 @@ def test_a_bucket_that_is_not_there_is_named(stoker: Command, machine: Any, prox
     assert "s3://elsewhere/runs/ranked/a cannot be written to" in done.err
 
 
+def test_where_a_store_has_no_runs_its_url_is_said_and_not_its_copys(
+    stoker: Command, machine: Any, tmp_path: Path
+) -> None:
+    at = ("--runs", "s3://elsewhere/runs")
+    for words in (("runs", "list"), ("runs", "show", "a"), ("jobs", "list"), ("jobs", "show", "a")):
+        done = stoker(*words, *at, env=machine("one"))
+        assert "under s3://elsewhere/runs" in done.out + done.err
+        assert str(tmp_path / "one") not in done.out + done.err
+
+
 def test_a_checkpoint_is_removed_here_and_there(
     stoker: Command, machine: Any, url: str, objects: Objects
 ) -> None:

@@ -41,12 +41,29 @@ def test_bash_hands_on_every_argument_and_variable_as_it_was_given(words: list[s
 def test_a_record_says_what_was_submitted(tmp_path: Path) -> None:
     job = _job(tmp_path, command=("a", RENDEZVOUS), memory=2**30, options={"partition": "gpu"}, passed=("A",))
     jobs.begin(job, "script.sh", "#!/bin/bash\n")
-    known = jobs.remember(job, "42")
+    known = jobs.remember(jobs.signed(job), "42")
+    assert known.by
     assert jobs.every(tmp_path) == [known]
     for name in (job.id, job.id[:15], "42", "a", "digits/a"):
         assert jobs.find(tmp_path, name) == known
     with pytest.raises(BadInput, match="no job '43'"):
         jobs.find(tmp_path, "43")
+
+
+def test_a_user_without_a_name_and_code_that_cannot_be_read_hold_no_job_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.getuid", lambda: 4_999_999)
+
+    def unreadable(_: object) -> None:  # root, who may read any file, runs this too
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("stoker.reproduce.bundle.read", unreadable)
+    job = jobs.signed(_job(tmp_path))
+    assert job.by.startswith("4999999@")
+    assert job.code == {}
 
 
 @pytest.mark.parametrize(

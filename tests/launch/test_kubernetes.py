@@ -47,6 +47,11 @@ def _rendered(stoker: Command, *arguments: str) -> dict[str, dict[str, Any]]:
     return {part["kind"]: part for part in parts}
 
 
+def _without_retries(words: tuple[str, ...]) -> tuple[str, ...]:
+    at = words.index("--retries")
+    return words[:at] + words[at + 2 :]
+
+
 def test_a_job_of_two_nodes_is_two_pods_that_meet_at_the_first(stoker: Command) -> None:
     parts = _rendered(stoker, *TWO, "--env", "NCCL_DEBUG=INFO")
     job, service = parts["Job"], parts["Service"]
@@ -76,7 +81,8 @@ def test_a_pod_that_was_told_to_stop_is_no_failure_and_bad_input_is_final(stoker
 
 @pytest.mark.parametrize("kind", ["pytorchjob", "trainjob"])
 def test_kubeflows_kinds_start_the_ranks_by_torchrun(kind: str, stoker: Command) -> None:
-    (made,) = _rendered(stoker, *TWO, "--option", f"kind={kind}").values()
+    two = TWO if kind == "pytorchjob" else _without_retries(TWO)
+    (made,) = _rendered(stoker, *two, "--option", f"kind={kind}", "--max-restarts", "1").values()
     spec = made["spec"]
     if kind == "trainjob":
         words = spec["trainer"]["command"]
@@ -85,9 +91,15 @@ def test_kubeflows_kinds_start_the_ranks_by_torchrun(kind: str, stoker: Command)
         replicas = spec["pytorchReplicaSpecs"]
         words = replicas["Master"]["template"]["spec"]["containers"][0]["command"]
         assert (spec["nprocPerNode"], replicas["Worker"]["replicas"]) == ("8", 1)
-    assert words[:4] == ["torchrun", "-m", "stoker", "train"]
-    assert not {"--nodes", "--nproc", "--rendezvous"} & {*words}
+    assert words[:5] == ["torchrun", "--max-restarts=1", "-m", "stoker", "train"]
+    assert not {"--nodes", "--nproc", "--rendezvous", "--max-restarts"} & {*words}
     assert words[words.index("--name") + 1] == "a"
+
+
+def test_a_trainjob_that_could_not_be_tried_again_is_refused(stoker: Command) -> None:
+    done = stoker(*TWO, "--option", "kind=trainjob", "--dry-run")
+    assert done.code == 2
+    assert "--retries 2: a TrainJob has no such number" in done.err
 
 
 def test_what_looks_like_a_variable_stays_what_it_is(stoker: Command) -> None:
@@ -129,6 +141,12 @@ def test_it_is_submitted_seen_heard_and_cancelled(stoker: Command, api: Api, tmp
     api.add_pod(f"{name}-0-x", label, "step 1\nstep 2\n")
     said = stoker("jobs", "logs", "a")
     assert f"[{name}-0-x] step 2" in said.out, said.err
+    nothing = stoker("jobs", "logs", "a", "--rank", "3")
+    assert f"rank 3 has written nothing under {tmp_path / 'runs'} yet" in nothing.err
+    logs = tmp_path / "runs" / "ranked" / "a" / "logs"  # as of a claim that is mounted here
+    logs.mkdir(parents=True)
+    (logs / "rank-3.log").write_text("step 3\n")
+    assert stoker("jobs", "logs", "a", "--rank", "3").out == "[rank 3] step 3\n"
     job["status"] = {"conditions": [{"type": "Failed", "status": "True", "reason": "BackoffLimitExceeded"}]}
     assert state() == ("failed", "BackoffLimitExceeded")
     job["status"] = {"active": 2}
@@ -152,6 +170,18 @@ def test_what_a_cluster_cannot_run_is_answered_before_anything_is_written(
     assert "may not create jobs.batch there" in stoker(*TWO).err
     assert not (tmp_path / "runs" / ".jobs").exists()
     assert not api.of_kind("Job")
+
+
+def test_a_cluster_that_does_not_answer_is_not_one_that_forbids(
+    stoker: Command, api: Api, tmp_path: Path
+) -> None:
+    api.close()
+    done = stoker(*TWO)
+    assert done.code == 2
+    assert "no cluster answers kubectl (" in done.err
+    assert "refused" in done.err
+    assert "memcache.go" not in done.err  # kubectl's log of itself
+    assert not (tmp_path / "runs" / ".jobs").exists()
 
 
 def test_without_kubectl_it_says_so(stoker: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

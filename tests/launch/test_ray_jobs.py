@@ -95,7 +95,10 @@ def test_a_run_over_two_nodes_goes_on_to_the_same_bits_when_one_is_lost(
     assert of[0].read_bytes() == of[1].read_bytes()
     said = stoker("jobs", "logs", "a").out
     assert "a node was lost; starting again" in said
-    assert "[node 0] " in said
+    assert "[node 0] " in said or "[node 1] " in said  # whichever rank 0 was on
+    of_one = stoker("jobs", "logs", "a", "--rank", "1", "--follow").out.splitlines()
+    assert of_one
+    assert all(line.startswith("[rank 1] ") for line in of_one)
 
 
 def test_a_job_that_is_cancelled_leaves_a_checkpoint(
@@ -122,11 +125,14 @@ def test_what_the_cluster_does_not_have_is_refused(
 
 
 def test_what_would_be_submitted_is_printed_as_ray_takes_it(stoker: Command) -> None:
-    done = stoker(*SAME, "--on", "ray", "--nodes", "2", "--gpus", "1", "--name", "a", "--dry-run")
+    done = stoker(
+        *SAME, "--on", "ray", "--nodes", "2", "--gpus", "1", "--name", "a", "--time", "4h", "--dry-run"
+    )
     assert done.code == 0, done.err
     made = json.loads(done.out)
     assert " -m stoker.launch.ray_nodes --nodes 2 --cpus 1 --gpus 1 --folder " in made["entrypoint"]
     assert "--rendezvous '{rendezvous}'" in made["entrypoint"]
+    assert made["entrypoint"].endswith(" --max-time 14400s")  # Ray has no time limit of its own
 
 
 @pytest.mark.parametrize(
@@ -143,3 +149,20 @@ def test_without_a_cluster_nothing_is_written(
     assert done.code == 2
     assert said in done.err
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"RAY_API_SERVER_ADDRESS": "http://127.0.0.1:1"}, "at RAY_API_SERVER_ADDRESS=http://127.0.0.1:1 ("),
+        ({}, "on this machine, and no address is set ("),
+    ],
+)
+def test_where_no_cluster_answers_it_says_where_it_looked(
+    variables: dict[str, str], said: str, stoker: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    done = stoker(*SAME, "--on", "ray", env=variables)
+    assert done.code == 2
+    assert f"no Ray cluster answers {said}" in done.err

@@ -37,6 +37,15 @@ def test_a_dry_run_here_prints_the_same_command(stoker: Command, tmp_path: Path)
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("target", ["local", "slurm"])
+def test_a_dry_run_has_an_answer_for_programs_too(target: str, stoker: Command) -> None:
+    asked = ("train", RECIPE, "--name", "a", "--on", target, "--dry-run")
+    answer, printed = stoker(*asked, "--json").answer, stoker(*asked).out
+    assert answer["target"] == target
+    known = r"\.jobs/[\w-]+"  # each is a job of its own
+    assert re.sub(known, "", answer["rendered"]) == re.sub(known, "", printed)
+
+
 def test_a_job_here_has_the_variables_it_was_given(stoker: Command, tmp_path: Path) -> None:
     (tmp_path / "says.py").write_text("import os\n\n\ndef train(run):\n    run.note(os.environ['K'])\n")
     assert stoker("train", "says.py", "--name", "a", "--env", "K=a b").code == 0
@@ -52,6 +61,9 @@ def test_a_job_here_has_the_variables_it_was_given(stoker: Command, tmp_path: Pa
         (("--gpus", "99"), "--gpus 99: this machine has"),
         (("--memory", "999TB"), "--memory 1022976G: this machine has"),
         (("--option", "partition=gpu"), "it is for clusters"),
+        (("--retries", "1", "--max-restarts", "2"), "on this machine they are the same; give one of them"),
+        (("--on", "ray", "--time", "4h", "--max-time", "1h"), "on ray they are the same; give one of them"),
+        (("--time", "3", "--dry-run"), "--time '3' is no length of time"),
     ],
 )
 def test_what_cannot_be_submitted_leaves_nothing_behind(

@@ -18,7 +18,7 @@ from stoker.errors import BadInput, StokerError
 from stoker.launch import jobs, jobspec, targets
 from stoker.launch.jobs import Job
 from stoker.launch.targets import Status
-from stoker.run import view
+from stoker.run import finding, view
 from stoker.run.directory import RunDirectory
 from stoker.run.view import RunView
 
@@ -44,7 +44,9 @@ def list_(runs: RunsFolder = DEFAULT_RUNS, json: Json = False) -> None:
     elif known:
         _print(known, states)
     else:
-        console().print(f"no jobs under {runs} yet; submit one: stoker train ... --on slurm", markup=False)
+        console().print(
+            f"no jobs under {finding.shown(runs)} yet; submit one: stoker train ... --on slurm", markup=False
+        )
 
 
 @app.command()
@@ -84,7 +86,8 @@ def logs(
             written = True
     if not written:
         status = _states([found])[found.id]
-        log.info("%s has written nothing yet; the job is %s", wanted or found.id, _said(status))
+        where = "" if wanted is None else f" under {found.runs}"
+        log.info("%s has written nothing%s yet; the job is %s", wanted or found.id, where, _said(status))
 
 
 @app.command()

@@ -46,7 +46,10 @@ class Where:
     )
     time: Annotated[
         str | None,
-        typer.Option(metavar="TIME", help="Time limit, such as 4h; a job of a cluster goes on after it."),
+        typer.Option(
+            metavar="TIME",
+            help="Time limit, such as 4h; on Slurm and Ray it goes on after it, on Kubernetes it is over.",
+        ),
     ] = None
     retries: Annotated[
         int,
@@ -212,10 +215,10 @@ def send(where: Where, made: JobSpec, *, runs: Path, trains: Sequence[str], json
     job = jobs.planned(where.on, made, runs, tuple(trains))
     rendered = target.render(job)
     if where.dry_run:
-        sys.stdout.write(rendered)
-        return 0
+        return _print_rendered(where.on, rendered, json=json)
     target.check(job)
     _check_free(job)
+    job = jobs.signed(job)
     known = jobs.remember(job, target.submit(job, rendered))
     if json:
         print_json({"job": known.id, "target": known.target, "native": known.native,
@@ -252,9 +255,16 @@ def _check_free(job: Job) -> None:
             )
 
 
-def print_command(where: Where, command: Command, *, nproc: int) -> int:
+def print_command(where: Where, command: Command, *, nproc: int, json: bool) -> int:
     """What `--dry-run` prints of a command that runs here."""
     made = spec(where, command.without(), name=LOCAL, processes=nproc)
     here.check(made)
-    sys.stdout.write(here.render(made))
+    return _print_rendered(LOCAL, here.render(made), json=json)
+
+
+def _print_rendered(target: str, rendered: str, *, json: bool) -> int:
+    if json:
+        print_json({"target": target, "rendered": rendered})
+    else:
+        sys.stdout.write(rendered)
     return 0

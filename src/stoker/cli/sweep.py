@@ -258,7 +258,7 @@ def sweep(
         ranks_at_once = (nproc or 1) * (parallel or 1) // per_gpu or 1
         return _submit(where, folder, wanted, controllers, ranks_at_once, json)
     if where.dry_run:
-        return submit.print_command(where, Command.of_verb("sweep"), nproc=nproc or 1)
+        return submit.print_command(where, Command.of_verb("sweep"), nproc=nproc or 1, json=json)
     places = _Places(where.on, address, parallel, nproc or 1, per_gpu, reuse)
     with _executor(found, places) as workers:
         lock = record.take(folder)

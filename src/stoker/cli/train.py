@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import math
 import random
 import sys
 import time
@@ -226,7 +227,7 @@ def start(
     if launch.command is not None and not where.here:
         return _submit(launch, launch.command, runs.absolute(), experiment, name, json)
     if launch.command is not None and where.dry_run:
-        return submit.print_command(where, _limited(launch, launch.command), nproc=launch.nproc)
+        return submit.print_command(where, _limited(launch, launch.command), nproc=launch.nproc, json=json)
     if launch.nproc == 1 and launch.nodes == ONE and launch.max_restarts == 0:
         return _work(recipe, resolved, job)
     if World.current().size > 1:
@@ -243,14 +244,19 @@ def start(
 
 
 def _with_limits(launch: Launch) -> Launch:
-    """What `--time` and `--retries` of a job are for a launch here."""
+    """What `--time` and `--retries` of a job are for a launch here. Raises BadInput."""
     where = launch.where
     if not where.here:
         return launch
+    if where.retries and launch.max_restarts:
+        raise BadInput(
+            f"--retries {where.retries} and --max-restarts {launch.max_restarts}: on this machine they are "
+            "the same; give one of them"
+        )
     most, limit = launch.max_time, where.time
-    if limit is not None and (most is None or jobspec.time_limit(limit) < _seconds(most)):
+    if limit is not None and (jobspec.time_limit(limit) < (_seconds(most) if most is not None else math.inf)):
         most = limit
-    return dataclasses.replace(launch, max_restarts=max(launch.max_restarts, where.retries), max_time=most)
+    return dataclasses.replace(launch, max_restarts=launch.max_restarts or where.retries, max_time=most)
 
 
 def _limited(launch: Launch, command: Command) -> Command:

@@ -19,6 +19,7 @@ from typing import IO, Annotated
 import typer
 from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, console, print_json
 from stoker.errors import BadInput, StokerError
+from stoker.run import finding
 from stoker.tracking import store
 
 _HOST = "127.0.0.1"
@@ -39,7 +40,7 @@ def ui(
     if not database.is_file():
         elsewhere = store.server_uri()
         hint = f"; runs are tracked at {store.without_credentials(elsewhere)}" if elsewhere else ""
-        raise BadInput(f"nothing is tracked under {runs} yet: start a run first{hint}")
+        raise BadInput(f"nothing is tracked under {finding.shown(runs)} yet: start a run first{hint}")
     _check_free(port)
     with tempfile.TemporaryFile() as output, _serving(runs, port, output) as server:
         url = f"http://{_HOST}:{port}"

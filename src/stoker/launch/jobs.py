@@ -9,6 +9,7 @@ runs/.jobs/<id>/
 from __future__ import annotations
 
 import getpass
+import os
 import platform
 import shutil
 import time
@@ -22,7 +23,7 @@ from stoker import storage
 from stoker.errors import BadInput, nearest
 from stoker.launch.jobspec import JobSpec
 from stoker.reproduce import provenance
-from stoker.run import directory
+from stoker.run import directory, finding
 
 FOLDER = ".jobs"  # in the runs folder
 RECORD = "job.json"
@@ -75,11 +76,15 @@ def forget(job: Job) -> None:
     shutil.rmtree(job.folder, ignore_errors=True)
 
 
+def signed(job: Job) -> Job:
+    """A job with who submits it, and the state of its code: nothing that may fail is left for afterwards."""
+    code = provenance.state(job.spec.folder, job.runs)
+    return replace(job, by=f"{_user()}@{platform.node()}", code=code)
+
+
 def remember(job: Job, native: str) -> Job:
     """Write down a job that was submitted, with the id that the target has given it."""
-    by = f"{getpass.getuser()}@{platform.node()}"
-    code = provenance.summary(provenance.gather(job.spec.folder, job.runs).code)
-    known = replace(job, native=native, submitted=time.time(), by=by, code=code)
+    known = replace(job, native=native, submitted=time.time())
     write(known)
     return known
 
@@ -113,7 +118,17 @@ def find(runs: Path, reference: str) -> Job:
         raise BadInput(f"{reference!r} means several jobs: {', '.join(j.id for j in found[:8])}")
     names = [name for job in known for name in (job.id, job.native, *map(_name, job.trains))]
     hint = nearest(reference, names)
-    raise BadInput(f"no job {reference!r} under {runs}{hint}; `stoker jobs list` shows what there is")
+    raise BadInput(
+        f"no job {reference!r} under {finding.shown(runs)}{hint}; `stoker jobs list` shows what there is"
+    )
+
+
+def _user() -> str:
+    """Who this process runs as: by name, or by number where the system has no name for it."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # OSError since Python 3.13
+        return str(os.getuid())
 
 
 def _name(run: str) -> str:

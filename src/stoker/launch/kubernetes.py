@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 from stoker.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, BadInput, StokerError, nearest
-from stoker.launch import jobs, jobspec
+from stoker.launch import jobs, jobspec, tail
 from stoker.launch.jobs import Job
 from stoker.launch.jobspec import ELEMENT, RENDEZVOUS, JobSpec
 from stoker.launch.targets import Line, Status
@@ -34,6 +34,8 @@ _PORT = 29400
 _GRACE = 120  # seconds that a pod has for a checkpoint, once it is told to stop
 _ANSWER = 60.0  # seconds that kubectl may take
 _CONTAINER = "train"
+_OF_LOG = re.compile(r"[IWEF]\d{4} \d{2}:\d{2}:\d{2}")
+"""How a line of klog begins, by which kubectl says what it does."""
 
 _OPTIONS = {
     "image": "what the code is run from",
@@ -58,8 +60,14 @@ def check(job: Job) -> None:
     """Whether kubectl is here, and may make such a job in the cluster. Raises BadInput, StokerError."""
     kind = _kind(job.spec)
     done = _kubectl(["auth", "can-i", "create", _RESOURCES[kind], *_namespace(job.spec)])
-    if done.stdout.strip() != "yes":
-        raise BadInput(f"kubectl may not create {_RESOURCES[kind]} there: {_said(done) or 'no'}")
+    answer = done.stdout.strip()
+    if answer.startswith("no"):
+        raise BadInput(f"kubectl may not create {_RESOURCES[kind]} there: {_said(done) or answer}")
+    if answer != "yes":
+        raise BadInput(
+            f"no cluster answers kubectl ({_said(done) or done.returncode}): set KUBECONFIG, or see `kubectl "
+            "config get-contexts`; --dry-run prints the manifest anywhere"
+        )
     if job.spec.gpus:
         _check_nodes(job.spec)
 
@@ -108,7 +116,17 @@ def cancel(job: Job, *, at_once: bool) -> None:
 
 
 def lines(job: Job, *, follow: bool) -> Iterator[Line]:
-    """What the pods have written, as the cluster keeps it."""
+    """What the pods have written, as the cluster keeps it; and the ranks, where their logs are here."""
+
+    def over() -> bool:
+        return states([job])[job.id].over
+
+    yield from tail.together(
+        _of_pods(job, follow), tail.lines(lambda: tail.of_ranks(job), over if follow else None)
+    )
+
+
+def _of_pods(job: Job, follow: bool) -> Iterator[Line]:
     command = [
         "logs", "--selector", f"{LABEL}={job.id}", "--prefix", "--all-containers", "--tail=-1",
         "--max-log-requests=64", *(["--follow"] if follow else []), *_namespace(job.spec),
@@ -355,8 +373,18 @@ def _command(job: Job, known: Mapping[str, str]) -> list[str]:
 
 def _by_torchrun(job: Job) -> list[str]:
     """The command under torchrun, which finds in its variables how many ranks there are, and where."""
-    words = _without(_command(job, {}), "--rendezvous", "--nodes", "--nproc", "--max-restarts")
-    return ["torchrun", *words[1:]]
+    words, restarts = _command(job, {}), _value(job.spec.command, "--max-restarts")
+    words = _without(words, "--rendezvous", "--nodes", "--nproc", "--max-restarts")
+    return ["torchrun", *([f"--max-restarts={restarts}"] if restarts else []), *words[1:]]
+
+
+def _value(words: Sequence[str], option: str) -> str:
+    """What an option is given in a command; empty where it is not there."""
+    for word, following in zip(words, (*words[1:], ""), strict=True):
+        name, _, value = word.partition("=")
+        if name == option:
+            return value or following
+    return ""
 
 
 def _without(words: Sequence[str], *options: str) -> list[str]:
@@ -454,16 +482,17 @@ def _check_options(spec: JobSpec) -> None:
         )
     if _kind(spec) != "job" and spec.elements:
         raise BadInput("several controllers are for kind=job: leave out kind, or --controllers")
+    if _kind(spec) == "trainjob" and spec.retries:
+        raise BadInput(
+            f"--retries {spec.retries}: a TrainJob has no such number, its runtime decides; give "
+            "--max-restarts, by which torchrun starts the ranks again, or leave out kind"
+        )
 
 
 def _store(spec: JobSpec) -> str:
     """The URL that runs stand at; empty where they stand in a folder."""
-    for word, following in zip(spec.command, (*spec.command[1:], ""), strict=True):
-        name, _, value = word.partition("=")
-        if name == "--runs":
-            url = value or following
-            return url if "://" in url else ""
-    return ""
+    url = _value(spec.command, "--runs")
+    return url if "://" in url else ""
 
 
 def _check_nodes(spec: JobSpec) -> None:
@@ -497,7 +526,8 @@ def _kubectl(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
 
 
 def _said(done: subprocess.CompletedProcess[str]) -> str:
-    return "; ".join(line for line in done.stderr.splitlines() if line)
+    """What kubectl says of why it failed, without the lines of its own log."""
+    return "; ".join(line for line in done.stderr.splitlines() if line and not _OF_LOG.match(line))
 
 
 def _namespace(spec: JobSpec) -> list[str]:

@@ -10,13 +10,14 @@ import asyncio
 import contextlib
 import importlib.util
 import json
+import os
 import re
 import shlex
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from stoker.errors import BadInput, StokerError, nearest
-from stoker.launch import jobs, jobspec
+from stoker.launch import jobs, jobspec, tail
 from stoker.launch.jobs import Job
 from stoker.launch.jobspec import RENDEZVOUS, JobSpec
 from stoker.launch.ray_nodes import MEETING
@@ -101,6 +102,15 @@ def cancel(job: Job, *, at_once: bool) -> None:
 
 def lines(job: Job, *, follow: bool) -> Iterator[Line]:
     """What the launchers have written, as Ray keeps it; and the ranks, where their logs can be seen here."""
+
+    def over() -> bool:
+        return states([job])[job.id].over
+
+    of_ranks = tail.lines(lambda: tail.of_ranks(job), over if follow else None)
+    yield from tail.together(_of_nodes(job, follow), of_ranks)
+
+
+def _of_nodes(job: Job, follow: bool) -> Iterator[Line]:
     client = _client(job.spec)
     if not follow:
         yield from map(_line, client.get_job_logs(job.native).splitlines())
@@ -125,7 +135,7 @@ def _submission(job: Job) -> dict[str, Any]:
     }
     flags = [word for name, number in numbers.items() if number for word in (f"--{name}", str(number))]
     flags += [] if sent else ["--folder", str(spec.folder)]
-    command = [MEETING if word == RENDEZVOUS else word for word in spec.command]
+    command = [MEETING if word == RENDEZVOUS else word for word in _limited(spec)]
     words = [spec.command[0], "-m", "stoker.launch.ray_nodes", *flags, "--", *command]
     variables = {
         "OMP_NUM_THREADS": str(spec.threads), "RAY_JOB_STOP_WAIT_TIME_S": str(_STOP), "RAY_DEDUP_LOGS": "0",
@@ -140,6 +150,15 @@ def _submission(job: Job) -> dict[str, Any]:
         "runtime_env": environment,
         "metadata": {"stoker-job": job.id},
     }
+
+
+def _limited(spec: JobSpec) -> tuple[str, ...]:
+    """The command with the job's time limit: Ray has none, so the run ends itself, and is started again."""
+    if spec.time is None:
+        return spec.command
+    if any(word.partition("=")[0] == "--max-time" for word in spec.command):
+        raise BadInput("--time and --max-time: on ray they are the same; give one of them")
+    return (*spec.command, "--max-time", f"{round(spec.time)}s")
 
 
 def _check_options(spec: JobSpec) -> None:
@@ -169,12 +188,19 @@ def _client(spec: JobSpec) -> JobSubmissionClient:
     try:
         return JobSubmissionClient(spec.options.get("address"))
     except (ConnectionError, RuntimeError, ValueError) as error:
-        where = spec.options.get("address", "where Ray's variables say")
         first = str(error).strip().partition("\n")[0]
         raise BadInput(
-            f"no Ray cluster answers at {where} ({first}): give the address of its dashboard, --option "
+            f"no Ray cluster answers {_where(spec)} ({first}): give the address of its dashboard, --option "
             "address=http://HOST:8265; --dry-run prints the job anywhere"
         ) from error
+
+
+def _where(spec: JobSpec) -> str:
+    """Where a cluster is looked for, in Ray's order."""
+    if "address" in spec.options:
+        return f"at {spec.options['address']}"
+    named = (name for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS") if os.environ.get(name))
+    return next((f"at {name}={os.environ[name]}" for name in named), "on this machine, and no address is set")
 
 
 def _nodes(client: JobSubmissionClient) -> list[dict[str, float]]:

@@ -115,7 +115,7 @@ def lines(job: Job, *, follow: bool) -> Iterator[Line]:
 
     def files() -> dict[str, Path]:
         own = {file.stem.replace("-", " "): file for file in sorted(job.folder.glob("*.log"))}
-        return own | {name: file for run in job.trains for name, file in _ranks(job.runs / run).items()}
+        return own | tail.of_ranks(job)
 
     def over() -> bool:
         return states([job])[job.id].over
@@ -412,9 +412,3 @@ def _by_attempts(job: Job) -> list[Status]:
         code = file.read_text(encoding="utf-8").split()[-1]
         found.append(Status("done") if code == "0" else Status("failed", f"exit code {code}"))
     return found or [Status("unknown", "Slurm does not know it any more")]
-
-
-def _ranks(run: Path) -> dict[str, Path]:
-    """The logs of a run's ranks."""
-    found = {int(file.stem.removeprefix("rank-")): file for file in run.glob("logs/rank-*.log")}
-    return {f"rank {rank}": found[rank] for rank in sorted(found)}

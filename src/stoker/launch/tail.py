@@ -1,11 +1,14 @@
-"""Files that grow, read as lines."""
+"""What a job writes, as lines: of files that grow, and of several sources at once."""
 
 from __future__ import annotations
 
+import queue
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+from stoker.launch.jobs import Job
 from stoker.launch.targets import Line
 
 _EVERY = 0.5  # seconds
@@ -31,6 +34,44 @@ def lines(files: Callable[[], Mapping[str, Path]], over: Callable[[], bool] | No
             asked, ended = time.monotonic(), over()
         else:
             time.sleep(_EVERY)
+
+
+def of_ranks(job: Job) -> dict[str, Path]:
+    """The logs of the ranks of a job's runs, as far as they stand in its runs folder."""
+    found = {
+        int(file.stem.removeprefix("rank-")): file
+        for run in job.trains
+        for file in (job.runs / run).glob("logs/rank-*.log")
+    }
+    return {f"rank {rank}": found[rank] for rank in sorted(found)}
+
+
+def together(*sources: Iterator[Line]) -> Iterator[Line]:
+    """The lines of several sources as they come, until all have ended; each is read in a thread of its own.
+
+    What one of them raises is raised here.
+    """
+    read: queue.SimpleQueue[Line | Exception | None] = queue.SimpleQueue()
+
+    def drain(source: Iterator[Line]) -> None:
+        try:
+            for line in source:
+                read.put(line)
+            read.put(None)
+        except Exception as error:
+            read.put(error)
+
+    for source in sources:
+        threading.Thread(target=drain, args=(source,), name="tail", daemon=True).start()
+    left = len(sources)
+    while left:
+        found = read.get()
+        if isinstance(found, Exception):
+            raise found
+        if found is None:
+            left -= 1
+        else:
+            yield found
 
 
 class _Reader:

@@ -61,6 +61,16 @@ def gather(source: Path, runs: Path | None = None) -> Gathered:
     return Gathered(listed, contents, found.diff)
 
 
+def state(source: Path, runs: Path) -> dict[str, Any]:
+    """As `summary`, of the code as it is now; empty, with a warning, where that cannot be read.
+
+    Args:
+        source, runs: see `gather`.
+    """
+    gathered = _try("the code", lambda: gather(source, runs))
+    return summary(gathered.code) if gathered is not None else {}
+
+
 def record(target: Path, source: Path, runs: Path, store: Path) -> dict[str, Any]:
     """Record all but the data in a run's provenance folder; returns what `run.json` says of it.
 

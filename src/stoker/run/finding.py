@@ -26,6 +26,12 @@ def folder(name: Path | str) -> Path:
     return object_store.working_copy(str(name)) if object_store.is_url(str(name)) else Path(name)
 
 
+def shown(runs: Path) -> str:
+    """A runs folder as it was named: by its path, or by its URL where it is the working copy of a store."""
+    store = object_store.of(runs.absolute())
+    return store.url if store is not None else str(runs)
+
+
 def locate(runs: Path, experiment: str, run_id: str) -> RunDirectory:
     """The directory of a run by experiment and id, there or not. Raises BadInput on a bad name."""
     checked(experiment, "experiment")
@@ -66,7 +72,7 @@ def find(runs: Path, reference: str) -> RunDirectory:
         names = ", ".join(f"{run.experiment}/{run.id}" for run in matches[:8])
         raise BadInput(f"{reference!r} means several runs: {names}; give more of the name")
     hint = nearest(reference, [run.id for run in everything])
-    raise BadInput(f"no run {reference!r} under {runs}{hint}; `stoker runs list` shows what there is")
+    raise BadInput(f"no run {reference!r} under {shown(runs)}{hint}; `stoker runs list` shows what there is")
 
 
 def _up_to_date(run: RunDirectory) -> RunDirectory:

@@ -52,10 +52,10 @@ def list_(
     elif shown:
         terminal.print_list(console(), shown, datetime.now().astimezone(), names)
     elif found:
-        console().print(f"none of {len(found)} runs under {runs} is so", markup=False)
+        console().print(f"none of {len(found)} runs under {finding.shown(runs)} is so", markup=False)
     else:
         first = "stoker train llm model=tiny data=python-docs max_steps=60"
-        console().print(f"no runs under {runs} yet; start one: {first}", markup=False)
+        console().print(f"no runs under {finding.shown(runs)} yet; start one: {first}", markup=False)
 
 
 def chosen(runs: Sequence[Listed], filter: str | None, sort: str | None) -> tuple[list[Listed], list[str]]:
