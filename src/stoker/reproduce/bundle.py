@@ -13,6 +13,7 @@ import os
 import stat
 import tarfile
 import uuid
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -81,7 +82,7 @@ def pack(target: Path, files: Sequence[File], contents: Mapping[str, bytes], sto
     listed = orjson.dumps([[file.path, file.xxh3, file.mode] for file in files])
     digest = xxhash.xxh3_128_hexdigest(listed)
     kept = store / digest[:2] / f"code-{digest}.tar.gz"
-    if not kept.is_file():
+    if not kept.is_file() or _wrong(kept, files):  # runs link it, so what damages one damages it for all
         kept.parent.mkdir(parents=True, exist_ok=True)
         temporary = store / f".{uuid.uuid4().hex}.tmp"
         try:
@@ -96,11 +97,17 @@ def pack(target: Path, files: Sequence[File], contents: Mapping[str, bytes], sto
     return storage.xxh3(target)
 
 
-def unpack(archive: Path, target: Path, xxh3: str) -> None:
+def unpack(archive: Path, target: Path, xxh3: str, files: Sequence[File]) -> None:
     """Unpack an archive into a folder, nothing of it outside of there.
 
+    Args:
+        archive, target: the archive, and the folder, made where it is not there.
+        xxh3: the checksum that was recorded of the archive.
+        files: what was recorded to be in it.
+
     Raises:
-        BadInput: the archive is not there, or its checksum is another, or something leads out of the folder.
+        BadInput: the archive is not there, or its checksum or that of a file in it is another, or something
+            leads out of the folder.
     """
     try:
         found = storage.xxh3(archive)
@@ -111,6 +118,11 @@ def unpack(archive: Path, target: Path, xxh3: str) -> None:
             f"{archive} is damaged: its XXH3 is {found}, {xxh3} was recorded; copy it from where the run is "
             "whole, or use the commit that code.json names"
         )
+    if wrong := _wrong(archive, files):
+        raise BadInput(
+            f"{archive} is damaged, and was when it was recorded: {wrong[0]} in it is not the file that "
+            "code.json has; copy it from a run of the same code, or use the commit that code.json names"
+        )
     target.mkdir(parents=True, exist_ok=True)
     try:
         with tarfile.open(archive, "r:gz") as members:
@@ -118,6 +130,25 @@ def unpack(archive: Path, target: Path, xxh3: str) -> None:
                 _unpack_member(members, member, target.resolve())
     except (tarfile.TarError, OSError) as error:
         raise BadInput(f"{archive} cannot be unpacked into {target}: {error}") from error
+
+
+def _wrong(archive: Path, files: Sequence[File]) -> list[str]:
+    """The files that an archive has otherwise, or not at all, or alone; its own name where it cannot be read."""
+    expected = {file.path: file.xxh3 for file in files}
+    try:
+        with tarfile.open(archive, "r:gz") as members:
+            found = {member.name: xxhash.xxh3_128_hexdigest(_content(members, member)) for member in members}
+    except (tarfile.TarError, OSError, EOFError, zlib.error):
+        return [archive.name]
+    return sorted(path for path in {*expected, *found} if expected.get(path) != found.get(path))
+
+
+def _content(members: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    """What a file holds, or where a link leads."""
+    if member.issym():
+        return os.fsencode(member.linkname)
+    file = members.extractfile(member)
+    return file.read() if file is not None else b""
 
 
 def _unpack_member(members: tarfile.TarFile, member: tarfile.TarInfo, root: Path) -> None:
@@ -133,8 +164,8 @@ def _unpack_member(members: tarfile.TarFile, member: tarfile.TarInfo, root: Path
     place.parent.mkdir(parents=True, exist_ok=True)
     if member.issym():
         place.symlink_to(member.linkname)
-    elif (content := members.extractfile(member)) is not None:
-        place.write_bytes(content.read())
+    elif member.isfile():
+        place.write_bytes(_content(members, member))
         place.chmod(member.mode & 0o755)
 
 
