@@ -133,7 +133,7 @@ def unpack(archive: Path, target: Path, xxh3: str, files: Sequence[File]) -> Non
 
 
 def _wrong(archive: Path, files: Sequence[File]) -> list[str]:
-    """The files that an archive has otherwise, or not at all, or alone; its own name where it cannot be read."""
+    """The files that an archive has otherwise, or not, or alone; its own name where it cannot be read."""
     expected = {file.path: file.xxh3 for file in files}
     try:
         with tarfile.open(archive, "r:gz") as members:
