@@ -11,7 +11,7 @@ import pytest
 import xxhash
 from stoker import redaction, storage
 from stoker.errors import BadInput
-from stoker.reproduce import bundle, code, packages, provenance
+from stoker.reproduce import bundle, code, inputs, packages, place, provenance
 from stoker.reproduce.code import Code, File
 
 
@@ -91,6 +91,23 @@ def test_the_bundle_has_changed_and_new_files_and_none_that_is_ignored_or_gone(
     assert (tmp_path / "again" / "link").readlink() == Path("train.py")
 
 
+def test_a_link_out_of_the_repository_is_linked_again_unless_what_it_leads_to_has_changed(
+    repository: Path, tmp_path: Path
+) -> None:
+    outside = tmp_path / "outside.txt"
+    outside.write_text("words\n")
+    (repository / "vocab.txt").symlink_to(outside)
+    (repository / "folder").symlink_to(tmp_path)
+    target, found = _record(tmp_path, repository)
+    assert [(left.path, left.bytes) for left in found.left_out] == [("folder", None), ("vocab.txt", 6)]
+    there = place.materialise(target, tmp_path / "again", str(repository))
+    assert inputs.link_left_out(there) == []
+    assert (tmp_path / "again/vocab.txt").read_text() == "words\n"
+    outside.write_text("other words\n")
+    there = place.materialise(target, tmp_path / "later", str(repository))
+    assert inputs.link_left_out(there) == ["vocab.txt"]
+
+
 def test_files_over_the_limits_are_named(
     repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -100,7 +117,7 @@ def test_files_over_the_limits_are_named(
     (repository / "etc").symlink_to("/etc")
     _, found = _record(tmp_path, repository)
     assert [(left.path, left.bytes, left.why) for left in found.left_out] == [
-        ("etc", 0, "a link out of repository, to /etc"),
+        ("etc", None, "a link out of repository, to /etc"),
         ("large.py", 4_990, "over the limit of 64 MiB in all"),
         ("weights.bin", bundle.MOST_OF_A_FILE + 1, "larger than 1 MiB"),
     ]

@@ -234,7 +234,7 @@ def _code(checked: Checked) -> str:
     if checked.changed_since:
         said += f"; changed since where they were: {_some(checked.changed_since)}"
     if checked.lacking:
-        said += f"; left out of the record, and not there any more: {_some(checked.lacking)}"
+        said += f"; left out of the record, and not there any more as they were: {_some(checked.lacking)}"
     return said
 
 

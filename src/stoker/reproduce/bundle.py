@@ -178,7 +178,7 @@ def _choose(root: Path, paths: Sequence[str]) -> tuple[list[str], list[LeftOut]]
             status = (root / path).lstat()
         except OSError:
             if "\ufffd" in path:  # as `machine.output` has it
-                left_out.append(LeftOut(path, 0, "its name is not UTF-8"))
+                left_out.append(LeftOut(path, None, "its name is not UTF-8"))
             continue  # else it was deleted, and git is not told yet
         if stat.S_ISLNK(status.st_mode) or stat.S_ISREG(status.st_mode):
             sizes[path] = status.st_size
@@ -203,7 +203,7 @@ def _read(root: Path, path: str, scan: _Scan) -> _Read | LeftOut:
             return _read_link(root, path)
         data = place.read_bytes()
     except OSError as error:
-        return LeftOut(path, 0, f"cannot be read: {error.strerror}")
+        return LeftOut(path, _size(place), f"cannot be read: {error.strerror}")
     kept = _without_secrets(path, data, scan)
     if kept is None:
         return LeftOut(path, len(data), "no text, and holds a secret")
@@ -227,9 +227,18 @@ def _read_link(root: Path, path: str) -> _Read | LeftOut:
     leads = os.readlink(root / path)  # noqa: PTH115 - as it is written
     resolved = Path(os.path.realpath(root / path))
     if Path(leads).is_absolute() or not resolved.is_relative_to(root):
-        return LeftOut(path, 0, f"a link out of {root.name}, to {redaction.text(leads)}")
+        return LeftOut(path, _size(resolved), f"a link out of {root.name}, to {redaction.text(leads)}")
     data = os.fsencode(leads)
     return _Read(File(path, len(data), xxhash.xxh3_128_hexdigest(data), _LINK), data, is_redacted=False)
+
+
+def _size(file: Path) -> int | None:
+    """Bytes; None of what is no file, or not there."""
+    try:
+        status = file.stat()
+    except OSError:
+        return None
+    return status.st_size if stat.S_ISREG(status.st_mode) else None
 
 
 def _archive(files: Sequence[File], contents: Mapping[str, bytes]) -> bytes:

@@ -49,7 +49,8 @@ def link_left_out(place: Place) -> list[str]:
     lacking = []
     for left in place.code.left_out:
         source, target = Path(place.code.root, left.path), place.root / left.path
-        if not source.exists() or (source.is_file() and source.stat().st_size != left.bytes):
+        known = left.bytes or None  # 0 is what older records say of links and of what could not be read
+        if not source.exists() or (known and source.is_file() and source.stat().st_size != known):
             lacking.append(left.path)
         elif not os.path.lexists(target):
             _link(source, target)
