@@ -94,6 +94,14 @@ for depth in (1, 2):
             run.log(accuracy=random.random() * FACTOR)
 """
 
+READING = """
+import stoker
+
+with stoker.Run("read", config={"data": "numbers.txt"}) as run:
+    run.data("numbers", "numbers.txt")
+    run.log(loss=1.0)
+"""
+
 
 def git(folder: Path, *arguments: str) -> None:
     identity = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
@@ -277,6 +285,33 @@ def test_data_that_has_moved_is_given_anew_and_its_fingerprint_named(counted: Pa
     unknown = stoker("reproduce", "first", "dota=x", cwd=project)
     assert unknown.code == 2
     assert "did you mean 'data'" in unknown.err
+
+
+def test_of_a_project_that_was_moved_the_data_is_found_where_it_is_now(
+    counted: Path, stoker: Command
+) -> None:
+    moved = counted.parent.rename(counted.parent.with_name("moved"))
+    done = stoker("reproduce", "first", "--json", cwd=moved)
+    assert done.code == 0, done.err
+    assert [one["changed"] for one in done.answer["data"]] == [False]
+    (moved / "data").mkdir()
+    (moved / "numbers.txt").rename(moved / "data/numbers.txt")
+    given = stoker("reproduce", "first", "data=data/numbers.txt", cwd=moved)
+    assert given.code == 0, given.err
+    (moved / "data/numbers.txt").rename(moved / "numbers.txt")
+    (moved / "numbers.txt").write_text("1 2 3 4 5 6 7 8")
+    other = stoker("reproduce", "first", cwd=moved)
+    assert other.code == 2, "it is another content, which nobody said is meant"
+
+
+def test_the_data_of_a_script_is_to_be_put_back_as_it_has_no_keys(project: Path, stoker: Command) -> None:
+    (project / "read.py").write_text(READING)
+    subprocess.run([sys.executable, "read.py"], cwd=project, check=True, capture_output=True)
+    (project / "numbers.txt").rename(project / "moved.txt")
+    gone = stoker("reproduce", next((project / "runs/read").iterdir()).name, cwd=project)
+    assert gone.code == 2
+    assert "put it back, or a link to it" in gone.err
+    assert "=PATH" not in gone.err
 
 
 def test_a_damaged_bundle_is_named(counted: Path, stoker: Command) -> None:

@@ -155,11 +155,14 @@ def _prepare(
     record, cwd = seen.directory.provenance, Path(seen.record["cwd"])
     there = place.materialise(record, folder / "code" / again.name_of(record), str(cwd))
     given = _given(part, overrides)
-    lacking = inputs.link_left_out(there)
     recorded = storage.read_json(record / provenance.DATA)
+    overrides = inputs.resolved(overrides, part.config, recorded)
+    lacking = inputs.link_left_out(there)
     kept = {key: value for key, value in part.config.items() if key not in given}
     inputs.link(there, [*inputs.paths_of(kept), *(str(about["path"]) for about in recorded.values())], cwd)
-    data = inputs.check(there, recorded, part.config, given)
+    inputs.link_moved(there, recorded, cwd)
+    has_keys = seen.record["recipe"].get("reference") is not None  # a script's have no use here
+    data = inputs.check(there, recorded, part.config if has_keys else {}, given)
     lock, then = again.read_lock(record), storage.read_json(record / provenance.ENVIRONMENT)
     python = _python(lock, then) if env else sys.executable
     on_gpu, own = _on_gpu(part, then), differences.computing(then.get("variables", {}))
