@@ -196,6 +196,8 @@ def test_what_changed_in_a_package_the_data_and_the_code_is_named(project: Path,
     assert "numbers.txt has changed: xxh3:" in done.out
     assert "changed since where they were: factor.py" in done.out
     assert "differs from step 1 on" in done.out
+    assert "drifts by" in done.out
+    assert "…" not in done.out, "nothing is cut off where there is no terminal"
 
     assert stoker("train", "count.py", "scale=2", "--name", "second", cwd=project, env=env).code == 0
     said = stoker("diff", "first", "second", cwd=project).out

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from stoker.report import facts
-from stoker.report.terminal import plain
+from stoker.report.terminal import plain, print_whole
 from stoker.reproduce import journals
 from stoker.reproduce.code import Code
 from stoker.reproduce.differences import Difference
@@ -100,7 +100,7 @@ def print_outcome(console: Console, outcome: Outcome) -> None:
     console.print()
     console.print(_verdict(outcome))
     if compared.drifts:
-        console.print(_drifts(compared.drifts))
+        print_whole(console, _drifts(compared.drifts))
     elif compared.metrics:
         _pair(console, "compared", _some(compared.metrics))
     _pair(console, "weights", f"the same bits: {_some(weights.same)}" if weights.same else "")
