@@ -175,7 +175,8 @@ def test_a_dirty_tree_with_an_untracked_module_is_bit_identical_from_a_clone_wit
 
 
 def test_it_is_again_another_run_when_it_is_made_a_second_time(counted: Path, stoker: Command) -> None:
-    assert stoker("reproduce", "first", cwd=counted.parent).code == 0
+    by_path = stoker("reproduce", "project/runs/count/first", cwd=counted.parent.parent)
+    assert f"next: stoker diff count/first count/first-again --runs {counted}\n" in by_path.out
     again = stoker("reproduce", "first-again", "--json", cwd=counted.parent)
     assert again.code == 0, again.err
     assert (again.answer["again"], again.answer["identical"]) == ("count/first-again-again", True)
@@ -267,6 +268,7 @@ def test_a_script_without_a_recipe_is_run_again_as_it_was(project: Path, stoker:
     assert len(list((project / "runs/trees").iterdir())) == 3
     short = stoker("reproduce", made[1], "--steps", "2", cwd=project)
     assert short.code == 0, short.err
+    assert short.out.endswith("-again\n"), "the runs stand where they are looked for"
     assert "bit-identical over 2 steps" in short.out
     assert stoker("reproduce", made[1], "depth=3", cwd=project).code == 2
 

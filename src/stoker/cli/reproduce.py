@@ -15,7 +15,7 @@ from stoker import config as configs
 from stoker import storage
 from stoker.checkpoint import manifest
 from stoker.checkpoint.manifest import InvalidCheckpoint
-from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, console, print_json, show_messages
+from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, console, print_json, runs_option, show_messages
 from stoker.cli.runs.common import RunName
 from stoker.cli.train import Overrides
 from stoker.errors import (
@@ -103,7 +103,7 @@ def reproduce(
     if json:
         print_json(reproduction.as_json(outcome))
     else:
-        reproduction.print_outcome(console(), outcome)
+        reproduction.print_outcome(console(), outcome, runs_option(target.path.parent.parent))
     return 0 if outcome.identical else EXIT_DIFFERS
 
 

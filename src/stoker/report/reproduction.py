@@ -94,8 +94,12 @@ def print_checked(console: Console, checked: Checked) -> None:
     console.print()
 
 
-def print_outcome(console: Console, outcome: Outcome) -> None:
-    """Print whether it came to the same, or else where and how far it went another way."""
+def print_outcome(console: Console, outcome: Outcome, options: str = "") -> None:
+    """Print whether it came to the same, or else where and how far it went another way.
+
+    Args:
+        options: what the command that comes next needs to find the runs, with a space before it.
+    """
     compared, weights = outcome.compared, outcome.weights
     console.print()
     console.print(_verdict(outcome))
@@ -114,9 +118,8 @@ def print_outcome(console: Console, outcome: Outcome) -> None:
         for why in causes(outcome):
             _pair(console, "differs too", why, "yellow")
     _pair(console, "run", outcome.path)
-    console.print(
-        Text(f"next: stoker diff {outcome.checked.of} {outcome.checked.name}", "dim"), soft_wrap=True
-    )
+    following = f"next: stoker diff {outcome.checked.of} {outcome.checked.name}{options}"
+    console.print(Text(following, "dim"), soft_wrap=True)
 
 
 def doubts(checked: Checked) -> list[str]:
