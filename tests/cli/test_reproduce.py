@@ -318,6 +318,21 @@ def test_the_data_of_a_script_is_to_be_put_back_as_it_has_no_keys(project: Path,
     assert "=PATH" not in gone.err
 
 
+def test_a_run_that_failed_is_compared_up_to_where_it_failed(project: Path, stoker: Command) -> None:
+    (project / "numbers.txt").write_text("1 2 3 4 oh 6")
+    failing = COUNTED.replace("[float(line) for line in Path(", "Path(").replace(".split()]", ".split()")
+    (project / "count.py").write_text(failing.replace("numbers[step] *", "float(numbers[step]) *"))
+    assert stoker("train", "count.py", "--name", "first", cwd=project).code == 1
+    done = stoker("reproduce", "first", cwd=project)
+    assert done.code == 0, done.err
+    assert "bit-identical over 3 steps" in done.out
+    assert "failed       as it did: " in done.out
+    (project / "numbers.txt").write_text("1 2 oh 4 5 6")
+    earlier = stoker("reproduce", "first", cwd=project)
+    assert earlier.code == 1
+    assert "failed at step 1" in earlier.err
+
+
 def test_a_damaged_bundle_is_named(counted: Path, stoker: Command) -> None:
     bundle = counted / "count/first/provenance/code.tar.gz"
     content = bytearray(bundle.read_bytes())

@@ -95,7 +95,7 @@ def reproduce(
     finally:
         if not target.exists():  # nothing is left behind of what has not begun
             shutil.rmtree(target.path, ignore_errors=True)
-    made = _made(target, code)
+    made = _made(target, code, seen, part)
     if made.status in _CODES:
         return _answer_stopped(made, json)
     left_out = ignore or ()
@@ -257,21 +257,26 @@ def _take_checkpoint(seen: RunDirectory, target: RunDirectory, step: int) -> Non
 # -- after it was trained -------------------------------------------------------------------
 
 
-def _made(target: RunDirectory, code: int) -> RunView:
-    """The run that was made. Raises StokerError where it is not there, or has failed."""
+def _made(target: RunDirectory, code: int, seen: RunView, part: Stretch) -> RunView:
+    """The run that was made. Raises StokerError where it is not there, or has failed as the other did not."""
     if not target.exists():
         if code in _CODES.values():
             raise StokerError("it was told to stop before it began")
         kind = BadInput if code == EXIT_BAD_INPUT else StokerError
         raise kind(f"the run could not be started again (exit code {code}): see what was said above")
     made = view.load(target)
-    if made.status in (view.FINISHED, view.STOPPED, *_CODES):
+    failed_likewise = made.status == seen.status == view.FAILED and made.step >= (part.until or seen.step)
+    if failed_likewise or made.status in (view.FINISHED, view.STOPPED, *_CODES):
         return made
-    last = made.attempts[-1] if made.attempts else None
     raise StokerError(
-        f"{_name(target)} {made.status} at step {made.step}: {(last and last.error) or f'exit code {code}'}; "
+        f"{_name(target)} {made.status} at step {made.step}: {_error(made) or f'exit code {code}'}; "
         f"its log is in {target.logs}"
     )
+
+
+def _error(of: RunView) -> str:
+    """What a run ended with; empty where that was no error."""
+    return (of.attempts[-1].error or "") if of.attempts else ""
 
 
 def _outcome(seen: RunView, made: RunView, checked: Checked, leave_out: Callable[[str], bool]) -> Outcome:
@@ -280,7 +285,7 @@ def _outcome(seen: RunView, made: RunView, checked: Checked, leave_out: Callable
         checked, str(made.directory.path),
         journals.compare(seen.points, made.points, after=part.after, until=part.until, leave_out=leave_out),
         _weights(seen, made, part), configs.drift(part.config, made.record["config"]),
-        _fingerprints(seen, made),
+        _fingerprints(seen, made), (_error(seen), _error(made)) if made.status == view.FAILED else None,
     )  # fmt: skip
 
 

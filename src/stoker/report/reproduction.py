@@ -67,6 +67,8 @@ class Outcome:
     """Keys that were given anew: recorded, given."""
     fingerprints: Mapping[str, tuple[str | None, str | None]]
     """What the runs say that they depend on, where it differs: data, models."""
+    failures: tuple[str, str] | None = None
+    """What each ended with, where both failed past all that is compared."""
 
     @property
     def identical(self) -> bool:
@@ -110,6 +112,10 @@ def print_outcome(console: Console, outcome: Outcome, options: str = "") -> None
     _pair(console, "weights", f"the same bits: {_some(weights.same)}" if weights.same else "")
     _pair(console, "weights", f"other bits: {_some(weights.other)}" if weights.other else "", "red")
     _pair(console, "left out", f"{_some(compared.left_out)}: of the machine" if compared.left_out else "")
+    if outcome.failures is not None:
+        then, again = outcome.failures
+        said = f"as it did: {again}" if then == again else f"by {again}; it did by {then}"
+        _pair(console, "failed", said, "yellow")
     for key, (was, is_) in outcome.config.items():
         _pair(console, "config", f"{key}: {facts.text(was)} → {facts.text(is_)}", "yellow")
     for name, (before, now) in outcome.fingerprints.items():
@@ -152,7 +158,7 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
         "identical": outcome.identical, "run": checked.of, "again": checked.name, "path": outcome.path,
         **{key: value for key, value in journals.as_json(outcome.compared).items() if key != "identical"},
         "weights": asdict(outcome.weights), "config": dict(outcome.config),
-        "fingerprints": dict(outcome.fingerprints), "doubts": doubts(checked),
+        "failures": outcome.failures, "fingerprints": dict(outcome.fingerprints), "doubts": doubts(checked),
         "differences": [asdict(difference) for difference in checked.differences],
         "code": {"commit": checked.code.commit, "files": len(checked.code.files),
                  "changed_since": list(checked.changed_since), "lacking": list(checked.lacking)},
