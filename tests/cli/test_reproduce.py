@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -244,8 +245,18 @@ def test_an_environment_is_built_from_the_lock(project: Path, stoker: Command) -
     assert "answer: 1.0 → none" in without.out
     done = stoker("reproduce", "first", "--env", "--json", cwd=project, env=env)
     assert done.code == 0, done.err
+    assert [one["name"] for one in done.answer["differences"] if one["kind"] == "package"] == []
     shutil.rmtree(wheels)
-    assert stoker("reproduce", "first", "--env", cwd=project, env=env).code == 0, "it is kept"
+    (about,) = Path(done.answer["environment"].partition(",")[0]).parents[1].glob("lib/*/*/answer-*/METADATA")
+    about.write_text(about.read_text().replace("Version: 1.0", "Version: 3.0"))
+    file = lock.with_name("environment.json")
+    recorded = orjson.loads(file.read_bytes())
+    file.unlink()
+    file.write_bytes(orjson.dumps({**recorded, "python": "3.11.0"}))
+    kept = stoker("reproduce", "first", "--env", cwd=project, env=env)
+    assert kept.code == 0, kept.err
+    assert "answer: 1.0 → 3.0" in kept.out, "what is installed there counts, whatever the lock says"
+    assert f"python: 3.11.0 → {platform.python_version()}" in kept.out
     record = loaded(project / "runs/count" / done.answer["again"].partition("/")[2]).directory.provenance
     assert "answer==1.0" in (record / "requirements.txt").read_text()
 

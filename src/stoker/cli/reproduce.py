@@ -6,7 +6,7 @@ import fnmatch
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -166,19 +166,20 @@ def _prepare(
     lock, then = again.read_lock(record), storage.read_json(record / provenance.ENVIRONMENT)
     python = _python(lock, then) if env else sys.executable
     on_gpu, own = _on_gpu(part, then), differences.computing(then.get("variables", {}))
-    now = environment.describe(packages.installed(), {**os.environ, **own})
+    now, has = _now({**os.environ, **own}, python if env else None)
     ranks = min(part.world, len(now["gpus"]) or part.world) if on_gpu else part.world
     if part.after:
         _take_checkpoint(seen.directory, target, part.after)
     starting = again.prepare(
         seen, part, target, there, python=python, ranks=ranks, overrides=overrides, variables=own
     )
-    found = _differences(then, now, lock, on_gpu=on_gpu, env=env)
+    beside = venv.not_installed(lock) if env else {}
+    found = _differences(then, now, lock, has, on_gpu=on_gpu, beside=beside)
     return Checked(
         of=_name(seen.directory), name=_name(target), part=part, code=there.code,
         changed_since=tuple(code_changes.changed_since(there.code)), lacking=tuple(lacking), data=tuple(data),
         packages=len(differences.locked(lock)), variables=own, differences=tuple(found),
-        doubts=tuple(_doubts(part, there, data, lock, ranks=ranks, on_gpu=on_gpu, env=env)),
+        doubts=tuple(_doubts(part, there, data, ranks=ranks, on_gpu=on_gpu, beside=beside)),
         environment=f"{python}, built from the lock" if env else "",
     ), starting  # fmt: skip
 
@@ -204,24 +205,42 @@ def _on_gpu(part: Stretch, then: Mapping[str, Any]) -> bool:
     return part.layout["device"] in gpus if "device" in part.layout else bool(gpus)
 
 
+def _now(variables: Mapping[str, str], python: str | None) -> tuple[dict[str, Any], str]:
+    """This machine with the packages of this process, or with those of an interpreter; and their lock."""
+    if python is not None:
+        return venv.describe(python, variables)
+    installed = packages.installed()
+    return environment.describe(installed, variables), packages.lock(installed)
+
+
 def _differences(
-    then: Mapping[str, Any], now: Mapping[str, Any], lock: str, *, on_gpu: bool, env: bool
-) -> Iterator[Difference]:
-    """What this machine has otherwise than the run had; an environment made of its lock has its packages."""
+    then: Mapping[str, Any], now: Mapping[str, Any], lock: str, has: str,
+    *, on_gpu: bool, beside: Collection[str],
+) -> Iterator[Difference]:  # fmt: skip
+    """What there is now otherwise than the run had it.
+
+    Args:
+        then, now: `environment.json` of both.
+        lock, has: the lock of the run, and that of what is installed now.
+        on_gpu: whether the run computed on a GPU.
+        beside: packages that are no matter of the environment.
+    """
     if not then:
         return
-    if not env:
-        yield from (d for d in differences.packages(lock, packages.lock(packages.installed())) if d.before)
+    for found in differences.packages(lock, has):
+        if found.before and found.name not in beside:
+            yield found
     own = differences.computing(then.get("variables", {}))
     for found in differences.environment(then, now, on_gpu=on_gpu):
         computing = found.kind != "variable" or (found.matters and found.name not in own)
-        if computing and found.name != "memory_bytes" and not (env and found.kind == "python"):
+        if computing and found.name != "memory_bytes":
             yield found
 
 
 def _doubts(
-    part: Stretch, there: Place, data: Sequence[Input], lock: str, *, ranks: int, on_gpu: bool, env: bool
-) -> Iterator[str]:
+    part: Stretch, there: Place, data: Sequence[Input],
+    *, ranks: int, on_gpu: bool, beside: Mapping[str, str],
+) -> Iterator[str]:  # fmt: skip
     """Why equal bits cannot be promised, besides what differs."""
     if ranks != part.world:
         yield f"{ranks} ranks in place of {part.world}: sums over ranks are added in another order"
@@ -232,8 +251,9 @@ def _doubts(
     yield from (f"data {one.name!r} has changed" for one in data if one.changed)
     if there.code.redacted:
         yield f"secrets were removed from the record of {', '.join(there.code.redacted)}"
-    if env and (missing := venv.not_installed(lock)):
-        yield f"pip cannot install what was used from a folder: {', '.join(missing)}"
+    if beside:
+        folders = ", ".join(f"{name} ({folder})" for name, folder in beside.items())
+        yield f"pip cannot install what was used from a folder: {folders}"
 
 
 def _take_checkpoint(seen: RunDirectory, target: RunDirectory, step: int) -> None:
