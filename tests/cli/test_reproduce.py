@@ -451,6 +451,12 @@ def test_a_package_runs_anywhere_and_by_mlflow(counted: Path, stoker: Command, t
     mlflow = [str(bin_folder / "mlflow"), "run", str(folder), "--env-manager", "local"]
     subprocess.run(mlflow, cwd=tmp_path, env=env, check=True, capture_output=True)
     assert list(loaded(folder / "runs/count/first").points["loss"].values()) == list(expected)
+
+    shutil.rmtree(folder / "runs")
+    (folder / "code/numbers.txt").rename(folder / "code/it's $moved.txt")
+    given = ["-P", "data=it's $moved.txt", "-P", "scale=2"]
+    subprocess.run([*mlflow, *given], cwd=tmp_path, env=env, check=True, capture_output=True)
+    assert list(loaded(folder / "runs/count/first").points["loss"].values()) == [2 * y for y in expected]
     assert stoker("package", str(folder / "runs/count/first"), "--to", str(folder), cwd=tmp_path).code == 2
 
 
