@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -94,6 +95,14 @@ for depth in (1, 2):
             run.log(accuracy=random.random() * FACTOR)
 """
 
+READING = """
+import stoker
+
+with stoker.Run("read", config={"data": "numbers.txt"}) as run:
+    run.data("numbers", "numbers.txt")
+    run.log(loss=1.0)
+"""
+
 
 def git(folder: Path, *arguments: str) -> None:
     identity = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
@@ -167,7 +176,8 @@ def test_a_dirty_tree_with_an_untracked_module_is_bit_identical_from_a_clone_wit
 
 
 def test_it_is_again_another_run_when_it_is_made_a_second_time(counted: Path, stoker: Command) -> None:
-    assert stoker("reproduce", "first", cwd=counted.parent).code == 0
+    by_path = stoker("reproduce", "project/runs/count/first", cwd=counted.parent.parent)
+    assert f"next: stoker diff count/first count/first-again --runs {counted}\n" in by_path.out
     again = stoker("reproduce", "first-again", "--json", cwd=counted.parent)
     assert again.code == 0, again.err
     assert (again.answer["again"], again.answer["identical"]) == ("count/first-again-again", True)
@@ -188,6 +198,8 @@ def test_what_changed_in_a_package_the_data_and_the_code_is_named(project: Path,
     assert "numbers.txt has changed: xxh3:" in done.out
     assert "changed since where they were: factor.py" in done.out
     assert "differs from step 1 on" in done.out
+    assert "drifts by" in done.out
+    assert "…" not in done.out, "nothing is cut off where there is no terminal"
 
     assert stoker("train", "count.py", "scale=2", "--name", "second", cwd=project, env=env).code == 0
     said = stoker("diff", "first", "second", cwd=project).out
@@ -233,8 +245,18 @@ def test_an_environment_is_built_from_the_lock(project: Path, stoker: Command) -
     assert "answer: 1.0 → none" in without.out
     done = stoker("reproduce", "first", "--env", "--json", cwd=project, env=env)
     assert done.code == 0, done.err
+    assert [one["name"] for one in done.answer["differences"] if one["kind"] == "package"] == []
     shutil.rmtree(wheels)
-    assert stoker("reproduce", "first", "--env", cwd=project, env=env).code == 0, "it is kept"
+    (about,) = Path(done.answer["environment"].partition(",")[0]).parents[1].glob("lib/*/*/answer-*/METADATA")
+    about.write_text(about.read_text().replace("Version: 1.0", "Version: 3.0"))
+    file = lock.with_name("environment.json")
+    recorded = orjson.loads(file.read_bytes())
+    file.unlink()
+    file.write_bytes(orjson.dumps({**recorded, "python": "3.11.0"}))
+    kept = stoker("reproduce", "first", "--env", cwd=project, env=env)
+    assert kept.code == 0, kept.err
+    assert "answer: 1.0 → 3.0" in kept.out, "what is installed there counts, whatever the lock says"
+    assert f"python: 3.11.0 → {platform.python_version()}" in kept.out
     record = loaded(project / "runs/count" / done.answer["again"].partition("/")[2]).directory.provenance
     assert "answer==1.0" in (record / "requirements.txt").read_text()
 
@@ -257,6 +279,7 @@ def test_a_script_without_a_recipe_is_run_again_as_it_was(project: Path, stoker:
     assert len(list((project / "runs/trees").iterdir())) == 3
     short = stoker("reproduce", made[1], "--steps", "2", cwd=project)
     assert short.code == 0, short.err
+    assert short.out.endswith("-again\n"), "the runs stand where they are looked for"
     assert "bit-identical over 2 steps" in short.out
     assert stoker("reproduce", made[1], "depth=3", cwd=project).code == 2
 
@@ -277,6 +300,48 @@ def test_data_that_has_moved_is_given_anew_and_its_fingerprint_named(counted: Pa
     unknown = stoker("reproduce", "first", "dota=x", cwd=project)
     assert unknown.code == 2
     assert "did you mean 'data'" in unknown.err
+
+
+def test_of_a_project_that_was_moved_the_data_is_found_where_it_is_now(
+    counted: Path, stoker: Command
+) -> None:
+    moved = counted.parent.rename(counted.parent.with_name("moved"))
+    done = stoker("reproduce", "first", "--json", cwd=moved)
+    assert done.code == 0, done.err
+    assert [one["changed"] for one in done.answer["data"]] == [False]
+    (moved / "data").mkdir()
+    (moved / "numbers.txt").rename(moved / "data/numbers.txt")
+    given = stoker("reproduce", "first", "data=data/numbers.txt", cwd=moved)
+    assert given.code == 0, given.err
+    (moved / "data/numbers.txt").rename(moved / "numbers.txt")
+    (moved / "numbers.txt").write_text("1 2 3 4 5 6 7 8")
+    other = stoker("reproduce", "first", cwd=moved)
+    assert other.code == 2, "it is another content, which nobody said is meant"
+
+
+def test_the_data_of_a_script_is_to_be_put_back_as_it_has_no_keys(project: Path, stoker: Command) -> None:
+    (project / "read.py").write_text(READING)
+    subprocess.run([sys.executable, "read.py"], cwd=project, check=True, capture_output=True)
+    (project / "numbers.txt").rename(project / "moved.txt")
+    gone = stoker("reproduce", next((project / "runs/read").iterdir()).name, cwd=project)
+    assert gone.code == 2
+    assert "put it back, or a link to it" in gone.err
+    assert "=PATH" not in gone.err
+
+
+def test_a_run_that_failed_is_compared_up_to_where_it_failed(project: Path, stoker: Command) -> None:
+    (project / "numbers.txt").write_text("1 2 3 4 oh 6")
+    failing = COUNTED.replace("[float(line) for line in Path(", "Path(").replace(".split()]", ".split()")
+    (project / "count.py").write_text(failing.replace("numbers[step] *", "float(numbers[step]) *"))
+    assert stoker("train", "count.py", "--name", "first", cwd=project).code == 1
+    done = stoker("reproduce", "first", cwd=project)
+    assert done.code == 0, done.err
+    assert "bit-identical over 3 steps" in done.out
+    assert "failed       as it did: " in done.out
+    (project / "numbers.txt").write_text("1 2 oh 4 5 6")
+    earlier = stoker("reproduce", "first", cwd=project)
+    assert earlier.code == 1
+    assert "failed at step 1" in earlier.err
 
 
 def test_a_damaged_bundle_is_named(counted: Path, stoker: Command) -> None:
@@ -386,6 +451,12 @@ def test_a_package_runs_anywhere_and_by_mlflow(counted: Path, stoker: Command, t
     mlflow = [str(bin_folder / "mlflow"), "run", str(folder), "--env-manager", "local"]
     subprocess.run(mlflow, cwd=tmp_path, env=env, check=True, capture_output=True)
     assert list(loaded(folder / "runs/count/first").points["loss"].values()) == list(expected)
+
+    shutil.rmtree(folder / "runs")
+    (folder / "code/numbers.txt").rename(folder / "code/it's $moved.txt")
+    given = ["-P", "data=it's $moved.txt", "-P", "scale=2"]
+    subprocess.run([*mlflow, *given], cwd=tmp_path, env=env, check=True, capture_output=True)
+    assert list(loaded(folder / "runs/count/first").points["loss"].values()) == [2 * y for y in expected]
     assert stoker("package", str(folder / "runs/count/first"), "--to", str(folder), cwd=tmp_path).code == 2
 
 

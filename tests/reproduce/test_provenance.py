@@ -9,10 +9,10 @@ from pathlib import Path
 import orjson
 import pytest
 import xxhash
-from stoker import redaction
+from stoker import redaction, storage
 from stoker.errors import BadInput
-from stoker.reproduce import bundle, code, packages, provenance
-from stoker.reproduce.code import Code
+from stoker.reproduce import bundle, code, inputs, packages, place, provenance
+from stoker.reproduce.code import Code, File
 
 
 def _git(folder: Path, *arguments: str) -> str:
@@ -91,6 +91,23 @@ def test_the_bundle_has_changed_and_new_files_and_none_that_is_ignored_or_gone(
     assert (tmp_path / "again" / "link").readlink() == Path("train.py")
 
 
+def test_a_link_out_of_the_repository_is_linked_again_unless_what_it_leads_to_has_changed(
+    repository: Path, tmp_path: Path
+) -> None:
+    outside = tmp_path / "outside.txt"
+    outside.write_text("words\n")
+    (repository / "vocab.txt").symlink_to(outside)
+    (repository / "folder").symlink_to(tmp_path)
+    target, found = _record(tmp_path, repository)
+    assert [(left.path, left.bytes) for left in found.left_out] == [("folder", None), ("vocab.txt", 6)]
+    there = place.materialise(target, tmp_path / "again", str(repository))
+    assert inputs.link_left_out(there) == []
+    assert (tmp_path / "again/vocab.txt").read_text() == "words\n"
+    outside.write_text("other words\n")
+    there = place.materialise(target, tmp_path / "later", str(repository))
+    assert inputs.link_left_out(there) == ["vocab.txt"]
+
+
 def test_files_over_the_limits_are_named(
     repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -100,7 +117,7 @@ def test_files_over_the_limits_are_named(
     (repository / "etc").symlink_to("/etc")
     _, found = _record(tmp_path, repository)
     assert [(left.path, left.bytes, left.why) for left in found.left_out] == [
-        ("etc", 0, "a link out of repository, to /etc"),
+        ("etc", None, "a link out of repository, to /etc"),
         ("large.py", 4_990, "over the limit of 64 MiB in all"),
         ("weights.bin", bundle.MOST_OF_A_FILE + 1, "larger than 1 MiB"),
     ]
@@ -196,6 +213,39 @@ def test_runs_of_the_same_code_share_one_bundle(repository: Path, tmp_path: Path
     assert len(list((tmp_path / "store").glob("*/*"))) == 1
 
 
+def _damage(archive: Path) -> None:
+    """Another bit in the middle, in the same file: all links of it have it."""
+    content = bytearray(archive.read_bytes())
+    content[len(content) // 2] ^= 1
+    archive.chmod(0o644)
+    archive.write_bytes(content)
+
+
+def test_a_damaged_bundle_in_the_store_is_not_linked_but_made_anew(repository: Path, tmp_path: Path) -> None:
+    first, _ = _record(tmp_path, repository)
+    _damage(first / bundle.NAME)
+    second = tmp_path / "second"
+    second.mkdir()
+    provenance.write(second, provenance.gather(repository), tmp_path / "store")
+    provenance.extract(second, tmp_path / "again")
+    assert (tmp_path / "again/train.py").read_text() == "print(1)\n"
+
+
+def test_a_bundle_that_was_damaged_when_it_was_recorded_is_named(repository: Path, tmp_path: Path) -> None:
+    target, found = _record(tmp_path, repository)
+    _write(repository, {"train.py": "print(2)\n"})
+    (tmp_path / "other").mkdir()
+    archive = _record(tmp_path / "other", repository)[0] / bundle.NAME
+    with pytest.raises(BadInput, match=r"damaged.*train\.py in it"):
+        bundle.unpack(archive, tmp_path / "again", storage.xxh3(archive), found.files)
+    _damage(target / bundle.NAME)
+    with pytest.raises(BadInput, match="damaged, and was when it was recorded"):
+        bundle.unpack(
+            target / bundle.NAME, tmp_path / "again", storage.xxh3(target / bundle.NAME), found.files
+        )
+    assert not (tmp_path / "again").exists()
+
+
 def test_what_was_looked_through_once_is_not_again_unless_a_value_is_in_it(
     repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -238,8 +288,9 @@ def test_an_archive_that_leads_out_of_the_folder_is_refused(repository: Path, tm
     archive.unlink()
     with tarfile.open(archive, "w:gz") as members:
         members.add(repository / "train.py", "../outside.py")
+    outside = File("../outside.py", 9, storage.xxh3(repository / "train.py"))
     with pytest.raises(BadInput, match="cannot be unpacked"):
-        bundle.unpack(archive, tmp_path / "again", xxhash.xxh3_128_hexdigest(archive.read_bytes()))
+        bundle.unpack(archive, tmp_path / "again", storage.xxh3(archive), [outside])
     assert not (tmp_path / "outside.py").exists()
     assert found.bundle == bundle.NAME
 

@@ -18,6 +18,7 @@ from stoker.errors import BadInput, StokerError
 from stoker.launch import jobs, jobspec, targets
 from stoker.launch.jobs import Job
 from stoker.launch.targets import Status
+from stoker.report.terminal import print_whole
 from stoker.run import finding, view
 from stoker.run.directory import RunDirectory
 from stoker.run.view import RunView
@@ -146,9 +147,7 @@ def _print(known: Sequence[Job], states: dict[str, Status]) -> None:
             job.id, job.target, job.native, Text(_said(status), _STYLES.get(status.state, "yellow")),
             ", ".join(job.trains), "" if step is None else f"{step:,}", str(job.spec.nodes), _when(job),
         )  # fmt: skip
-    out = console()
-    out.width = max(out.width, table.__rich_measure__(out, out.options.update(max_width=1000)).maximum)
-    out.print(table)
+    print_whole(console(), table)
 
 
 def _facts(job: Job, status: Status) -> list[tuple[str, str]]:

@@ -7,6 +7,8 @@ standard error always.
 from __future__ import annotations
 
 import logging
+import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,6 +16,7 @@ from typing import Annotated, Any
 import orjson
 import typer
 from rich.console import Console
+from stoker import object_store
 from stoker.errors import EXIT_BAD_INPUT
 from stoker.run import finding
 from stoker.world import World
@@ -38,6 +41,15 @@ DEFAULT_RUNS = Path("runs")
 def console() -> Console:
     """Standard output for people; without colours or a width limit where it is not a terminal."""
     return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+
+
+def runs_option(runs: Path) -> str:
+    """What a command needs to look in a runs folder, ` --runs DIR`; empty where it does so by itself."""
+    usual = finding.folder(os.environ.get("STOKER_RUNS") or DEFAULT_RUNS)
+    if runs.resolve() == usual.resolve():
+        return ""
+    store = object_store.of(runs)
+    return f" --runs {shlex.quote(store.url if store is not None else str(runs))}"
 
 
 def print_json(answer: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ import fnmatch
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +15,7 @@ from stoker import config as configs
 from stoker import storage
 from stoker.checkpoint import manifest
 from stoker.checkpoint.manifest import InvalidCheckpoint
-from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, console, print_json, show_messages
+from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, console, print_json, runs_option, show_messages
 from stoker.cli.runs.common import RunName
 from stoker.cli.train import Overrides
 from stoker.errors import (
@@ -95,7 +95,7 @@ def reproduce(
     finally:
         if not target.exists():  # nothing is left behind of what has not begun
             shutil.rmtree(target.path, ignore_errors=True)
-    made = _made(target, code)
+    made = _made(target, code, seen, part)
     if made.status in _CODES:
         return _answer_stopped(made, json)
     left_out = ignore or ()
@@ -103,7 +103,7 @@ def reproduce(
     if json:
         print_json(reproduction.as_json(outcome))
     else:
-        reproduction.print_outcome(console(), outcome)
+        reproduction.print_outcome(console(), outcome, runs_option(target.path.parent.parent))
     return 0 if outcome.identical else EXIT_DIFFERS
 
 
@@ -155,27 +155,31 @@ def _prepare(
     record, cwd = seen.directory.provenance, Path(seen.record["cwd"])
     there = place.materialise(record, folder / "code" / again.name_of(record), str(cwd))
     given = _given(part, overrides)
-    lacking = inputs.link_left_out(there)
     recorded = storage.read_json(record / provenance.DATA)
+    overrides = inputs.resolved(overrides, part.config, recorded)
+    lacking = inputs.link_left_out(there)
     kept = {key: value for key, value in part.config.items() if key not in given}
     inputs.link(there, [*inputs.paths_of(kept), *(str(about["path"]) for about in recorded.values())], cwd)
-    data = inputs.check(there, recorded, part.config, given)
+    inputs.link_moved(there, recorded, cwd)
+    has_keys = seen.record["recipe"].get("reference") is not None  # a script's have no use here
+    data = inputs.check(there, recorded, part.config if has_keys else {}, given)
     lock, then = again.read_lock(record), storage.read_json(record / provenance.ENVIRONMENT)
     python = _python(lock, then) if env else sys.executable
     on_gpu, own = _on_gpu(part, then), differences.computing(then.get("variables", {}))
-    now = environment.describe(packages.installed(), {**os.environ, **own})
+    now, has = _now({**os.environ, **own}, python if env else None)
     ranks = min(part.world, len(now["gpus"]) or part.world) if on_gpu else part.world
     if part.after:
         _take_checkpoint(seen.directory, target, part.after)
     starting = again.prepare(
         seen, part, target, there, python=python, ranks=ranks, overrides=overrides, variables=own
     )
-    found = _differences(then, now, lock, on_gpu=on_gpu, env=env)
+    beside = venv.not_installed(lock) if env else {}
+    found = _differences(then, now, lock, has, on_gpu=on_gpu, beside=beside)
     return Checked(
         of=_name(seen.directory), name=_name(target), part=part, code=there.code,
         changed_since=tuple(code_changes.changed_since(there.code)), lacking=tuple(lacking), data=tuple(data),
         packages=len(differences.locked(lock)), variables=own, differences=tuple(found),
-        doubts=tuple(_doubts(part, there, data, lock, ranks=ranks, on_gpu=on_gpu, env=env)),
+        doubts=tuple(_doubts(part, there, data, ranks=ranks, on_gpu=on_gpu, beside=beside)),
         environment=f"{python}, built from the lock" if env else "",
     ), starting  # fmt: skip
 
@@ -201,24 +205,42 @@ def _on_gpu(part: Stretch, then: Mapping[str, Any]) -> bool:
     return part.layout["device"] in gpus if "device" in part.layout else bool(gpus)
 
 
+def _now(variables: Mapping[str, str], python: str | None) -> tuple[dict[str, Any], str]:
+    """This machine with the packages of this process, or with those of an interpreter; and their lock."""
+    if python is not None:
+        return venv.describe(python, variables)
+    installed = packages.installed()
+    return environment.describe(installed, variables), packages.lock(installed)
+
+
 def _differences(
-    then: Mapping[str, Any], now: Mapping[str, Any], lock: str, *, on_gpu: bool, env: bool
-) -> Iterator[Difference]:
-    """What this machine has otherwise than the run had; an environment made of its lock has its packages."""
+    then: Mapping[str, Any], now: Mapping[str, Any], lock: str, has: str,
+    *, on_gpu: bool, beside: Collection[str],
+) -> Iterator[Difference]:  # fmt: skip
+    """What there is now otherwise than the run had it.
+
+    Args:
+        then, now: `environment.json` of both.
+        lock, has: the lock of the run, and that of what is installed now.
+        on_gpu: whether the run computed on a GPU.
+        beside: packages that are no matter of the environment.
+    """
     if not then:
         return
-    if not env:
-        yield from (d for d in differences.packages(lock, packages.lock(packages.installed())) if d.before)
+    for found in differences.packages(lock, has):
+        if found.before and found.name not in beside:
+            yield found
     own = differences.computing(then.get("variables", {}))
     for found in differences.environment(then, now, on_gpu=on_gpu):
         computing = found.kind != "variable" or (found.matters and found.name not in own)
-        if computing and found.name != "memory_bytes" and not (env and found.kind == "python"):
+        if computing and found.name != "memory_bytes":
             yield found
 
 
 def _doubts(
-    part: Stretch, there: Place, data: Sequence[Input], lock: str, *, ranks: int, on_gpu: bool, env: bool
-) -> Iterator[str]:
+    part: Stretch, there: Place, data: Sequence[Input],
+    *, ranks: int, on_gpu: bool, beside: Mapping[str, str],
+) -> Iterator[str]:  # fmt: skip
     """Why equal bits cannot be promised, besides what differs."""
     if ranks != part.world:
         yield f"{ranks} ranks in place of {part.world}: sums over ranks are added in another order"
@@ -229,8 +251,9 @@ def _doubts(
     yield from (f"data {one.name!r} has changed" for one in data if one.changed)
     if there.code.redacted:
         yield f"secrets were removed from the record of {', '.join(there.code.redacted)}"
-    if env and (missing := venv.not_installed(lock)):
-        yield f"pip cannot install what was used from a folder: {', '.join(missing)}"
+    if beside:
+        folders = ", ".join(f"{name} ({folder})" for name, folder in beside.items())
+        yield f"pip cannot install what was used from a folder: {folders}"
 
 
 def _take_checkpoint(seen: RunDirectory, target: RunDirectory, step: int) -> None:
@@ -254,21 +277,26 @@ def _take_checkpoint(seen: RunDirectory, target: RunDirectory, step: int) -> Non
 # -- after it was trained -------------------------------------------------------------------
 
 
-def _made(target: RunDirectory, code: int) -> RunView:
-    """The run that was made. Raises StokerError where it is not there, or has failed."""
+def _made(target: RunDirectory, code: int, seen: RunView, part: Stretch) -> RunView:
+    """The run that was made. Raises StokerError where it is not there, or has failed as the other did not."""
     if not target.exists():
         if code in _CODES.values():
             raise StokerError("it was told to stop before it began")
         kind = BadInput if code == EXIT_BAD_INPUT else StokerError
         raise kind(f"the run could not be started again (exit code {code}): see what was said above")
     made = view.load(target)
-    if made.status in (view.FINISHED, view.STOPPED, *_CODES):
+    failed_likewise = made.status == seen.status == view.FAILED and made.step >= (part.until or seen.step)
+    if failed_likewise or made.status in (view.FINISHED, view.STOPPED, *_CODES):
         return made
-    last = made.attempts[-1] if made.attempts else None
     raise StokerError(
-        f"{_name(target)} {made.status} at step {made.step}: {(last and last.error) or f'exit code {code}'}; "
+        f"{_name(target)} {made.status} at step {made.step}: {_error(made) or f'exit code {code}'}; "
         f"its log is in {target.logs}"
     )
+
+
+def _error(of: RunView) -> str:
+    """What a run ended with; empty where that was no error."""
+    return (of.attempts[-1].error or "") if of.attempts else ""
 
 
 def _outcome(seen: RunView, made: RunView, checked: Checked, leave_out: Callable[[str], bool]) -> Outcome:
@@ -277,7 +305,7 @@ def _outcome(seen: RunView, made: RunView, checked: Checked, leave_out: Callable
         checked, str(made.directory.path),
         journals.compare(seen.points, made.points, after=part.after, until=part.until, leave_out=leave_out),
         _weights(seen, made, part), configs.drift(part.config, made.record["config"]),
-        _fingerprints(seen, made),
+        _fingerprints(seen, made), (_error(seen), _error(made)) if made.status == view.FAILED else None,
     )  # fmt: skip
 
 

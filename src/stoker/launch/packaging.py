@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import orjson
 import stoker
 import yaml
 from stoker import storage
@@ -34,6 +35,9 @@ from stoker.run.view import RunView
 
 IMAGE = "STOKER_IMAGE"
 """The variable in which a run finds the image that it is in, by name and digest."""
+
+_LONGEST = 500
+"""Characters of a value that is a parameter of an MLflow Project."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,8 @@ def write(seen: RunView, part: Stretch, folder: Path) -> Package:
         tuple(left.path for left in there.code.left_out), tuple(name for name in outside if name != "stoker"),
     )  # fmt: skip
     (folder / "Dockerfile").write_text(_dockerfile(made.image, lock, environment), encoding="utf-8")
-    _write_mlproject(folder, seen, environment)
+    has_keys = seen.record["recipe"].get("reference") is not None
+    _write_mlproject(folder, seen, environment, _parameters(values) if has_keys else {})
     (folder / "README.md").write_text(_readme(made, seen, there, environment), encoding="utf-8")
     return made
 
@@ -185,12 +190,37 @@ def _dockerfile(image: str, lock: str, environment: Mapping[str, Any]) -> str:
     return "\n".join(line for line in lines if line) + "\n"
 
 
-def _write_mlproject(folder: Path, seen: RunView, environment: Mapping[str, Any]) -> None:
+def _parameters(values: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """The keys of a config as MLflow may call them, each with the key and the text of its value.
+
+    MLflow fills them in by `str.format`, in which a dot would mean an attribute. A key is left out whose
+    value a command line would read otherwise than it is, or is too long for it.
+    """
+    named = {key.replace(".", "_"): (key, _text(value)) for key, value in values.items()}
+    return {
+        name: (key, text)
+        for name, (key, text) in named.items()
+        if name.isidentifier() and len(text) <= _LONGEST and (key == name or name not in values)
+        and not (isinstance(values[key], str) and text.lower() in ("null", "none"))
+    }  # fmt: skip
+
+
+def _text(value: Any) -> str:
+    """A value as it is given on the command line."""
+    return value if isinstance(value, str) else orjson.dumps(value).decode()
+
+
+def _write_mlproject(
+    folder: Path, seen: RunView, environment: Mapping[str, Any], parameters: Mapping[str, tuple[str, str]]
+) -> None:
     """The two files of an MLflow Project (https://mlflow.org/docs/latest/ml/projects)."""
+    given = "".join(f" {key}={{{name}}}" for name, (key, _) in parameters.items())
+    declared = {name: {"type": "string", "default": text} for name, (_, text) in parameters.items()}
+    main = {"parameters": declared, "command": f"sh run.sh{given}"} if declared else {"command": "sh run.sh"}
     project = {
         "name": f"{seen.directory.experiment}-{seen.directory.id}",
         "python_env": "python_env.yaml",
-        "entry_points": {"main": {"command": "sh run.sh"}},
+        "entry_points": {"main": main},
     }
     made_of = {
         "python": environment.get("python", ""),
@@ -214,7 +244,7 @@ def _readme(made: Package, seen: RunView, there: Place, environment: Mapping[str
         "```",
         "",
         "or `docker build -t again . && docker run -v ./runs:/run/runs again` (on GPUs with `--gpus all`),",
-        "or `mlflow run . --env-manager local`.",
+        "or `mlflow run . --env-manager local`, where `-P key=value` gives a key anew (with `_` for a dot).",
         "",
         *_needs(made, there),
         "## Recorded",

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from stoker.report import facts
-from stoker.report.terminal import plain
+from stoker.report.terminal import plain, print_whole
 from stoker.reproduce import journals
 from stoker.reproduce.code import Code
 from stoker.reproduce.differences import Difference
@@ -67,6 +67,8 @@ class Outcome:
     """Keys that were given anew: recorded, given."""
     fingerprints: Mapping[str, tuple[str | None, str | None]]
     """What the runs say that they depend on, where it differs: data, models."""
+    failures: tuple[str, str] | None = None
+    """What each ended with, where both failed past all that is compared."""
 
     @property
     def identical(self) -> bool:
@@ -94,18 +96,26 @@ def print_checked(console: Console, checked: Checked) -> None:
     console.print()
 
 
-def print_outcome(console: Console, outcome: Outcome) -> None:
-    """Print whether it came to the same, or else where and how far it went another way."""
+def print_outcome(console: Console, outcome: Outcome, options: str = "") -> None:
+    """Print whether it came to the same, or else where and how far it went another way.
+
+    Args:
+        options: what the command that comes next needs to find the runs, with a space before it.
+    """
     compared, weights = outcome.compared, outcome.weights
     console.print()
     console.print(_verdict(outcome))
     if compared.drifts:
-        console.print(_drifts(compared.drifts))
+        print_whole(console, _drifts(compared.drifts))
     elif compared.metrics:
         _pair(console, "compared", _some(compared.metrics))
     _pair(console, "weights", f"the same bits: {_some(weights.same)}" if weights.same else "")
     _pair(console, "weights", f"other bits: {_some(weights.other)}" if weights.other else "", "red")
     _pair(console, "left out", f"{_some(compared.left_out)}: of the machine" if compared.left_out else "")
+    if outcome.failures is not None:
+        then, again = outcome.failures
+        said = f"as it did: {again}" if then == again else f"by {again}; it did by {then}"
+        _pair(console, "failed", said, "yellow")
     for key, (was, is_) in outcome.config.items():
         _pair(console, "config", f"{key}: {facts.text(was)} → {facts.text(is_)}", "yellow")
     for name, (before, now) in outcome.fingerprints.items():
@@ -114,9 +124,8 @@ def print_outcome(console: Console, outcome: Outcome) -> None:
         for why in causes(outcome):
             _pair(console, "differs too", why, "yellow")
     _pair(console, "run", outcome.path)
-    console.print(
-        Text(f"next: stoker diff {outcome.checked.of} {outcome.checked.name}", "dim"), soft_wrap=True
-    )
+    following = f"next: stoker diff {outcome.checked.of} {outcome.checked.name}{options}"
+    console.print(Text(following, "dim"), soft_wrap=True)
 
 
 def doubts(checked: Checked) -> list[str]:
@@ -149,7 +158,7 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
         "identical": outcome.identical, "run": checked.of, "again": checked.name, "path": outcome.path,
         **{key: value for key, value in journals.as_json(outcome.compared).items() if key != "identical"},
         "weights": asdict(outcome.weights), "config": dict(outcome.config),
-        "fingerprints": dict(outcome.fingerprints), "doubts": doubts(checked),
+        "failures": outcome.failures, "fingerprints": dict(outcome.fingerprints), "doubts": doubts(checked),
         "differences": [asdict(difference) for difference in checked.differences],
         "code": {"commit": checked.code.commit, "files": len(checked.code.files),
                  "changed_since": list(checked.changed_since), "lacking": list(checked.lacking)},
@@ -234,7 +243,7 @@ def _code(checked: Checked) -> str:
     if checked.changed_since:
         said += f"; changed since where they were: {_some(checked.changed_since)}"
     if checked.lacking:
-        said += f"; left out of the record, and not there any more: {_some(checked.lacking)}"
+        said += f"; left out of the record, and not there any more as they were: {_some(checked.lacking)}"
     return said
 
 

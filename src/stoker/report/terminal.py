@@ -55,6 +55,13 @@ class Pending:
     error: str | None
 
 
+def print_whole(console: Console, table: Table) -> None:
+    """Print a table with nothing cut off, however narrow the terminal is, which wraps it then."""
+    widest = table.__rich_measure__(console, console.options.update(max_width=_UNLIMITED)).maximum
+    console.width = max(console.width, widest)
+    console.print(table)
+
+
 def print_list(console: Console, runs: Sequence[Listed], now: datetime, asked: Sequence[str] = ()) -> None:
     """Print a line a run, as wide as the terminal allows; all of it where there is none.
 

@@ -13,6 +13,7 @@ import os
 import stat
 import tarfile
 import uuid
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -81,7 +82,7 @@ def pack(target: Path, files: Sequence[File], contents: Mapping[str, bytes], sto
     listed = orjson.dumps([[file.path, file.xxh3, file.mode] for file in files])
     digest = xxhash.xxh3_128_hexdigest(listed)
     kept = store / digest[:2] / f"code-{digest}.tar.gz"
-    if not kept.is_file():
+    if not kept.is_file() or _wrong(kept, files):  # runs link it, so what damages one damages it for all
         kept.parent.mkdir(parents=True, exist_ok=True)
         temporary = store / f".{uuid.uuid4().hex}.tmp"
         try:
@@ -96,11 +97,17 @@ def pack(target: Path, files: Sequence[File], contents: Mapping[str, bytes], sto
     return storage.xxh3(target)
 
 
-def unpack(archive: Path, target: Path, xxh3: str) -> None:
+def unpack(archive: Path, target: Path, xxh3: str, files: Sequence[File]) -> None:
     """Unpack an archive into a folder, nothing of it outside of there.
 
+    Args:
+        archive, target: the archive, and the folder, made where it is not there.
+        xxh3: the checksum that was recorded of the archive.
+        files: what was recorded to be in it.
+
     Raises:
-        BadInput: the archive is not there, or its checksum is another, or something leads out of the folder.
+        BadInput: the archive is not there, or its checksum or that of a file in it is another, or something
+            leads out of the folder.
     """
     try:
         found = storage.xxh3(archive)
@@ -111,6 +118,11 @@ def unpack(archive: Path, target: Path, xxh3: str) -> None:
             f"{archive} is damaged: its XXH3 is {found}, {xxh3} was recorded; copy it from where the run is "
             "whole, or use the commit that code.json names"
         )
+    if wrong := _wrong(archive, files):
+        raise BadInput(
+            f"{archive} is damaged, and was when it was recorded: {wrong[0]} in it is not the file that "
+            "code.json has; copy it from a run of the same code, or use the commit that code.json names"
+        )
     target.mkdir(parents=True, exist_ok=True)
     try:
         with tarfile.open(archive, "r:gz") as members:
@@ -118,6 +130,25 @@ def unpack(archive: Path, target: Path, xxh3: str) -> None:
                 _unpack_member(members, member, target.resolve())
     except (tarfile.TarError, OSError) as error:
         raise BadInput(f"{archive} cannot be unpacked into {target}: {error}") from error
+
+
+def _wrong(archive: Path, files: Sequence[File]) -> list[str]:
+    """The files that an archive has otherwise, or not, or alone; its own name where it cannot be read."""
+    expected = {file.path: file.xxh3 for file in files}
+    try:
+        with tarfile.open(archive, "r:gz") as members:
+            found = {member.name: xxhash.xxh3_128_hexdigest(_content(members, member)) for member in members}
+    except (tarfile.TarError, OSError, EOFError, zlib.error):
+        return [archive.name]
+    return sorted(path for path in {*expected, *found} if expected.get(path) != found.get(path))
+
+
+def _content(members: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    """What a file holds, or where a link leads."""
+    if member.issym():
+        return os.fsencode(member.linkname)
+    file = members.extractfile(member)
+    return file.read() if file is not None else b""
 
 
 def _unpack_member(members: tarfile.TarFile, member: tarfile.TarInfo, root: Path) -> None:
@@ -133,8 +164,8 @@ def _unpack_member(members: tarfile.TarFile, member: tarfile.TarInfo, root: Path
     place.parent.mkdir(parents=True, exist_ok=True)
     if member.issym():
         place.symlink_to(member.linkname)
-    elif (content := members.extractfile(member)) is not None:
-        place.write_bytes(content.read())
+    elif member.isfile():
+        place.write_bytes(_content(members, member))
         place.chmod(member.mode & 0o755)
 
 
@@ -147,7 +178,7 @@ def _choose(root: Path, paths: Sequence[str]) -> tuple[list[str], list[LeftOut]]
             status = (root / path).lstat()
         except OSError:
             if "\ufffd" in path:  # as `machine.output` has it
-                left_out.append(LeftOut(path, 0, "its name is not UTF-8"))
+                left_out.append(LeftOut(path, None, "its name is not UTF-8"))
             continue  # else it was deleted, and git is not told yet
         if stat.S_ISLNK(status.st_mode) or stat.S_ISREG(status.st_mode):
             sizes[path] = status.st_size
@@ -172,7 +203,7 @@ def _read(root: Path, path: str, scan: _Scan) -> _Read | LeftOut:
             return _read_link(root, path)
         data = place.read_bytes()
     except OSError as error:
-        return LeftOut(path, 0, f"cannot be read: {error.strerror}")
+        return LeftOut(path, _size(place), f"cannot be read: {error.strerror}")
     kept = _without_secrets(path, data, scan)
     if kept is None:
         return LeftOut(path, len(data), "no text, and holds a secret")
@@ -196,9 +227,18 @@ def _read_link(root: Path, path: str) -> _Read | LeftOut:
     leads = os.readlink(root / path)  # noqa: PTH115 - as it is written
     resolved = Path(os.path.realpath(root / path))
     if Path(leads).is_absolute() or not resolved.is_relative_to(root):
-        return LeftOut(path, 0, f"a link out of {root.name}, to {redaction.text(leads)}")
+        return LeftOut(path, _size(resolved), f"a link out of {root.name}, to {redaction.text(leads)}")
     data = os.fsencode(leads)
     return _Read(File(path, len(data), xxhash.xxh3_128_hexdigest(data), _LINK), data, is_redacted=False)
+
+
+def _size(file: Path) -> int | None:
+    """Bytes; None of what is no file, or not there."""
+    try:
+        status = file.stat()
+    except OSError:
+        return None
+    return status.st_size if stat.S_ISREG(status.st_mode) else None
 
 
 def _archive(files: Sequence[File], contents: Mapping[str, bytes]) -> bytes:

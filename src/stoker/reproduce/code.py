@@ -40,7 +40,8 @@ class LeftOut:
     """A file of the code that is not in the bundle, and why."""
 
     path: str
-    bytes: int
+    bytes: int | None
+    """Of a link those of the file that it leads to; None where that is not known."""
     why: str
 
 
@@ -164,7 +165,9 @@ def _list(root: Path, prefix: str = "", depth: int = 0) -> _Listing:
                 found.untracked.extend(inner.untracked)
                 found.unread.extend(inner.unread)
             elif name:
-                found.unread.append(LeftOut(prefix + name.rstrip("/"), 0, "a repository that is not there"))
+                found.unread.append(
+                    LeftOut(prefix + name.rstrip("/"), None, "a repository that is not there")
+                )
     return found
 
 

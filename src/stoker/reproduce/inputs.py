@@ -1,7 +1,8 @@
 """What a run read besides its code: found again, compared with what was recorded, and put where it looks.
 
 Data that the config names by a path relative to the working directory, and files of the code that the record
-left out, are linked into the unpacked code from where they were.
+left out, are linked into the unpacked code from where they were; data that is gone from there, as the project
+was moved, from where the command is given.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ def link_left_out(place: Place) -> list[str]:
     lacking = []
     for left in place.code.left_out:
         source, target = Path(place.code.root, left.path), place.root / left.path
-        if not source.exists() or (source.is_file() and source.stat().st_size != left.bytes):
+        known = left.bytes or None  # 0 is what older records say of links and of what could not be read
+        if not source.exists() or (known and source.is_file() and source.stat().st_size != known):
             lacking.append(left.path)
         elif not os.path.lexists(target):
             _link(source, target)
@@ -71,6 +73,40 @@ def link(place: Place, paths: Iterable[str], cwd: Path) -> None:
             _link(source.resolve(), target)
 
 
+def link_moved(place: Place, recorded: Mapping[str, Mapping[str, Any]], cwd: Path) -> None:
+    """Link data that is gone from where it was, but stands where we are, by the same path and content.
+
+    Args:
+        place: the code.
+        recorded: what `data.json` says.
+        cwd: where the run was started.
+    """
+    for about in recorded.values():
+        path, here = str(about["path"]), Path.cwd() / str(about["path"])
+        gone = "absolute" in about and not Path(path).is_absolute() and not _exists(cwd / path)
+        if gone and _exists(here) and _is(here, str(about["fingerprint"])):
+            link(place, [path], Path.cwd())
+
+
+def resolved(
+    overrides: Iterable[str], config: Mapping[str, Any], recorded: Mapping[str, Mapping[str, Any]]
+) -> list[str]:
+    """`key=value` that are given anew, where paths of data are meant from where we are: absolute then.
+
+    Args:
+        overrides: as they were given.
+        config: the values of the run; a key of which the value names recorded data is one of data.
+        recorded: what `data.json` says.
+    """
+    known = {str(about["path"]) for about in recorded.values()}
+    found = []
+    for override in overrides:
+        key, _, value = override.partition("=")
+        of_data = not known.isdisjoint(paths_of({key: config.get(key)}))
+        found.append(f"{key}={','.join(map(_absolute, value.split(',')))}" if of_data else override)
+    return found
+
+
 def paths_of(values: Mapping[str, Any]) -> Iterator[str]:
     """What may be a path in config values, those of a list and of a mixture (`a.jsonl:3,b.jsonl:1`) each."""
     for value in values.values():
@@ -88,7 +124,7 @@ def check(
     Args:
         place: the code, with what is linked into it.
         recorded: what `data.json` says.
-        config: the values of the run.
+        config: the values of the run that can be given anew.
         given: the keys that are given anew.
 
     Raises:
@@ -131,11 +167,28 @@ def _fingerprint(place: Place, name: str, about: Mapping[str, Any], config: Mapp
         return data.fingerprint(path).fingerprint
     except OSError as error:
         keys = [key for key, value in config.items() if about["path"] in paths_of({key: value})]
+        anew = f"bring it back or say where it is now by {keys[0]}=PATH" if keys else ""
         raise BadInput(
             f"data {name!r} cannot be read: {error.filename or path}: {error.strerror}. It had fingerprint "
-            f"{about['fingerprint']}, {about['bytes']:,} bytes in {about['files']:,} files: bring it back or "
-            f"say where it is now by {keys[0] if keys else 'KEY'}=PATH"
+            f"{about['fingerprint']}, {about['bytes']:,} bytes in {about['files']:,} files: "
+            f"{anew or 'no key of the run names it, so put it back, or a link to it'}"
         ) from error
+
+
+def _is(path: Path, fingerprint: str) -> bool:
+    """Whether data is what was recorded."""
+    try:
+        return data.fingerprint(path).fingerprint == fingerprint
+    except OSError:
+        return False
+
+
+def _absolute(part: str) -> str:
+    """A path, or one of a mixture with its weight, if something stands there; else as it is."""
+    path, separator, weight = part.rpartition(":")
+    if part and _exists(Path(part)):
+        return str(Path(part).absolute())
+    return f"{Path(path).absolute()}:{weight}" if separator and path and _exists(Path(path)) else part
 
 
 def _exists(path: Path) -> bool:

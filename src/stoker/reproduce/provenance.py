@@ -152,7 +152,7 @@ def extract(folder: Path, target: Path) -> Code:
     found = read_code(folder)
     if found.bundle is None or found.bundle_xxh3 is None:
         raise BadInput(f"{folder / CODE} names no bundle: this run has no code of its own")
-    bundle.unpack(folder / found.bundle, target, found.bundle_xxh3)
+    bundle.unpack(folder / found.bundle, target, found.bundle_xxh3, found.files)
     return found
 
 

@@ -12,8 +12,11 @@ import logging
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import orjson
 import stoker
 from stoker import machine, storage
 from stoker.errors import BadInput, StokerError
@@ -22,6 +25,12 @@ from stoker.reproduce import differences
 log = logging.getLogger("stoker")
 
 _COMPLETE = "complete"
+_DESCRIBE = """
+import orjson
+from stoker.reproduce import environment, packages
+installed = packages.installed()
+print(orjson.dumps([environment.describe(installed), packages.lock(installed)]).decode())
+"""
 
 
 def build(lock: str, python: str, cache: Path) -> Path:
@@ -49,11 +58,27 @@ def build(lock: str, python: str, cache: Path) -> Path:
     return folder / "bin" / "python"
 
 
-def not_installed(lock: str) -> list[str]:
-    """The packages of a lock that were used from a folder, which pip cannot install; but for stoker."""
-    return [
-        f"{p.name} ({p.folder})" for p in differences.locked(lock).values() if p.folder and p.name != "stoker"
-    ]
+def describe(python: str, variables: Mapping[str, str]) -> tuple[dict[str, Any], str]:
+    """What a process of an environment would record of itself: `environment.json`, and the lock.
+
+    Args:
+        python: the interpreter.
+        variables: the whole environment of the process.
+
+    Raises:
+        StokerError: stoker does not start in it.
+    """
+    said = _run([python, "-P", "-c", _DESCRIBE], "the environment of the lock cannot run stoker", variables)
+    found, lock = orjson.loads(said.splitlines()[-1])
+    return found, lock
+
+
+def not_installed(lock: str) -> dict[str, str]:
+    """The folder of each package of a lock that was used from one, so that pip cannot install it; not stoker.
+
+    By normalised names.
+    """
+    return {n: p.folder for n, p in differences.locked(lock).items() if p.folder and n != "stoker"}
 
 
 def _interpreter(version: str) -> str:
@@ -100,8 +125,10 @@ def _link_stoker(packages: Path) -> None:
     (packages / Path(about).name).symlink_to(about)
 
 
-def _run(command: list[str], failed: str) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def _run(command: list[str], failed: str, variables: Mapping[str, str] | None = None) -> str:
+    """What it writes to standard output. Raises StokerError."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=variables)
     if done.returncode != 0:
         said = "\n".join((done.stderr or done.stdout).strip().splitlines()[-8:])
         raise StokerError(f"{failed}:\n{said}")
+    return done.stdout
