@@ -47,7 +47,8 @@ LOOKS = {
     "password", "DB_PASSWORD", "PGPASSWORD", "dbPassword", "passphrase", "HF_TOKEN", "token", "api_key",
     "access_token", "OPENAI_API_KEY", "apiKey", "hub.token", "client_secret", "AWS_SECRET_ACCESS_KEY",
     "private_key", "credentials", "auth", "MYSQL_PWD", "WANDB_API_KEY", "Authorization",
-    "AZURE_STORAGE_CONNECTION_STRING",
+    "AZURE_STORAGE_CONNECTION_STRING", "GITHUB_PAT", "MY_PAT", "pw", "db.pw", "pwd", "dbpass", "SSHPASS",
+    "OPENAI_KEY", "WANDB_KEY", "license_key", "JWT", "SENTRY_DSN", "webhook_url",
 ])  # fmt: skip
 def test_what_such_a_name_holds_is_a_secret(name: str) -> None:
     assert redaction.is_secret_name(name)
@@ -57,6 +58,7 @@ def test_what_such_a_name_holds_is_a_secret(name: str) -> None:
     "tokens", "tokenizer", "max_tokens", "pad_token", "eos_token", "token_ids", "num_tokens_per_second",
     "tokens_per_second", "key", "keys", "num_key_value_heads", "author", "PWD", "OLDPWD", "SSH_AUTH_SOCK",
     "password_file", "HF_TOKEN_PATH", "bypass", "passes", "secretary", "token_type", "TOKENIZERS_PARALLELISM",
+    "file_pat", "path", "SORT_KEY", "primary_key", "url", "AuthError", "jwt_algorithm", "compass",
 ])  # fmt: skip
 def test_what_only_sounds_like_it_is_none(name: str) -> None:
     assert not redaction.is_secret_name(name)

@@ -33,13 +33,22 @@ _WORDS = re.compile(
         secrets? | credentials? | creds | auth | authorization | bearer | cookies? | pass | token
         | (?:api|access|private|secret|signing|encryption|account|master|ssh|deploy)[_\-]?keys?
         | connection[_\-]?string | [a-z]+[_\-]pwd
-    )(?:[_.\-]|\d*$)""",
+    )(?:[_.\-]|\d*$)
+    | (?:^|[_.\-])(?:
+        pw | (?-i:pwd) | jwts? | dsn | webhooks?(?:[_\-]?urls?)? | licen[cs]e[_\-]?keys?
+        | (?:db|ssh|user|admin|root|smtp|mail|mysql|pg|redis|ldap|ftp|vnc|proxy)pass
+        | (?:openai|anthropic|wandb|hf|huggingface|gemini|google|gcp|azure|aws|cohere|mistral|groq|together
+            |deepseek|openrouter|replicate|comet|neptune|pinecone|langsmith|langfuse|serp|tavily|stripe|sendgrid|twilio|github
+            |gitlab|slack|sentry|datadog)[_\-]?keys?
+    )\d*$
+    | (?-i:[A-Z0-9]_PAT)$  # a personal access token; `file_pat` is a pattern, `PWD` a folder""",
     re.VERBOSE | re.IGNORECASE,
 )
 _OTHER_THAN_SECRET = re.compile(  # what such a word is only about, or a token of a text
-    r"""(?:^|[_.\-])(?:
+    r"""(?:^|[_.\-])(?<!webhook.)(?:
         file|path|dir|folder|name|env|var|type|kind|method|mode|id|ids|sock|socket|url|uri|endpoint|header|headers
         |count|len|length|limit|size|budget|dim|index|mask|ratio|rate|weight|loss|class|prefix|suffix|expires|required
+        |error|exception|warning|failed|failure|denied
     )$
     | (?:^|[_.\-])tokens$
     | (?:^|[_.\-])(?:pad|eos|bos|unk|sep|cls|mask|image|audio|video|start|end|stop|begin|special|new|next
@@ -92,7 +101,10 @@ _ASSIGNED = (
         r"(?P<name>[\w.\-]{3,100})\\?[\"']?\]?(?:\s*:\s*[\w\[\]. |]{1,40})?\s*(?:[=:]>?|,)?\s*[rbfuRBFU]?\\?$"
     )
 )
-_NAMED = ("pass", "secret", "cred", "auth", "bearer", "cookie", "token", "key", "pwd", "connection")
+_NAMED = (
+    "pass", "secret", "cred", "auth", "bearer", "cookie", "token", "key", "pw", "connection", "_pat", "jwt",
+    "dsn", "webhook",
+)  # fmt: skip
 _FROM_CODE = frozenset({
     ".py", ".pyx", ".pyi", ".c", ".cc", ".cpp", ".cu", ".cuh", ".h", ".hpp", ".rs", ".go", ".js", ".ts",
     ".jl", ".lua", ".java", ".r",
