@@ -3,6 +3,7 @@ from __future__ import annotations
 import base64
 import logging
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -47,7 +48,8 @@ LOOKS = {
     "password", "DB_PASSWORD", "PGPASSWORD", "dbPassword", "passphrase", "HF_TOKEN", "token", "api_key",
     "access_token", "OPENAI_API_KEY", "apiKey", "hub.token", "client_secret", "AWS_SECRET_ACCESS_KEY",
     "private_key", "credentials", "auth", "MYSQL_PWD", "WANDB_API_KEY", "Authorization",
-    "AZURE_STORAGE_CONNECTION_STRING",
+    "AZURE_STORAGE_CONNECTION_STRING", "GITHUB_PAT", "MY_PAT", "pw", "db.pw", "pwd", "dbpass", "SSHPASS",
+    "OPENAI_KEY", "WANDB_KEY", "license_key", "JWT", "SENTRY_DSN", "webhook_url",
 ])  # fmt: skip
 def test_what_such_a_name_holds_is_a_secret(name: str) -> None:
     assert redaction.is_secret_name(name)
@@ -57,6 +59,7 @@ def test_what_such_a_name_holds_is_a_secret(name: str) -> None:
     "tokens", "tokenizer", "max_tokens", "pad_token", "eos_token", "token_ids", "num_tokens_per_second",
     "tokens_per_second", "key", "keys", "num_key_value_heads", "author", "PWD", "OLDPWD", "SSH_AUTH_SOCK",
     "password_file", "HF_TOKEN_PATH", "bypass", "passes", "secretary", "token_type", "TOKENIZERS_PARALLELISM",
+    "file_pat", "path", "SORT_KEY", "primary_key", "url", "AuthError", "jwt_algorithm", "compass",
 ])  # fmt: skip
 def test_what_only_sounds_like_it_is_none(name: str) -> None:
     assert not redaction.is_secret_name(name)
@@ -95,6 +98,91 @@ def test_a_secret_is_known_by_what_stands_around_it(said: str, kept: str) -> Non
 ])  # fmt: skip
 def test_what_is_no_secret_stays(said: str) -> None:
     assert redaction.text(said, code=True) == said
+
+
+SETTINGS = {  # what stands in a file of settings, with the secret between ⟨ and ⟩
+    "a dollar": "DB_PASSWORD=⟨Tr0ub4dor$3cretA⟩\n",
+    "words in quotes": 'PASSWORD="⟨SECRET correct horse 42⟩"\n',
+    "a number sign": "MYSQL_PWD=⟨abcd#ef12345C⟩  # of the database\n",
+    "brackets": "SECRET_KEY='⟨django-insecure-9k(x)2{}7$abD⟩'\n",
+    "only letters": "ALPHA_SECRET=⟨SECRETonlylettersnodigits⟩\n",
+    "exported": "export SSHPASS=⟨Tr0ub4dor&3; x⟩\n",
+    "a YAML list": "credentials:\n  - ⟨SECRETlist1234⟩\n  - user: bob\n    pw: ⟨abc def⟩\nlr: 0.1\n",
+    "the line after": "db:\n  password:\n    ⟨SECRET on the next 1⟩\n  port: 5432\n",
+    "a YAML text": "password: |\n  ⟨SECRET text⟩\nlr: 1\n",
+    "a YAML flow": "db: {user: bob, pw: ⟨flow1234E⟩, port: 1}\n",
+    "JSON": '{"db_password": "⟨p@ss w\\"0rd⟩", "port": 5432}\n',
+    "an address": 'url="mysql://r:⟨pa$s1234J⟩@h/d"\n',
+    "a query": "https://h/d?user=me123&access_token=⟨abcd1234efgh⟩&page=2\n",
+    "an error": "ValueError: token=⟨zzzz1234L⟩\n",
+    "an error within": "OperationalError: cannot connect: host=h password=⟨hunter⟩ port=1\n",
+    "a diff": "-password: ⟨old words⟩\n+password: ⟨new words⟩\n",
+}
+CODE = {
+    "all characters": 'PASSWORD = "⟨p@ss{w0rd}<1>E⟩"\n',
+    "many lines": 'API_KEY = """⟨multi\nline1234G⟩"""\nx = 1\n',
+    "an argument": "connect(token='⟨tok$en12345H⟩', port=1)\n",
+    "a dictionary": 'dict(password="⟨Tr0ub4dor$3cretZ⟩")\n',
+    "a query": 'url = "https://h/d?api_key=⟨abcd1234efgh⟩"\n',
+    "a signature": 'url = "https://h/d?X-Amz-Date=2&X-Amz-Signature=⟨0123abcd4567⟩"\n',
+    "basic": 'headers = {"Authorization": "Basic ⟨dXNlcjpwYXNz⟩"}\n',
+    "a comment": "x = 1  # password: ⟨SECRETcomment99aa⟩\n",
+    "a type": 'api_key: str | None = "⟨short⟩"\n',
+    "camel": 'const dbPassword = "⟨correct horse⟩";\n',
+}
+
+
+def _planted(said: str) -> tuple[str, str]:
+    """A text with its secrets, and what is to be left of it."""
+    return re.sub("[⟨⟩]", "", said), re.sub("⟨[^⟩]*⟩", REDACTED, said)
+
+
+@pytest.mark.parametrize("said", [*SETTINGS.values(), *CODE.values()], ids=[*SETTINGS, *CODE])
+def test_a_secret_is_removed_whatever_its_characters(said: str) -> None:
+    planted, left = _planted(said)
+    found = redaction.text(planted, code=said in CODE.values())
+    assert found == left
+    assert redaction.text(found, code=said in CODE.values()) == left
+
+
+@pytest.mark.parametrize("said", [
+    "pad_token: <|endoftext|>1", '"eos_token": "<|im_end|>12345"', "max_tokens: 4096",
+    "tokenizer: my-tokenizer2",
+    '"tokenizer_class": "LlamaTokenizer2"', "PASSWORD=${DB_PASSWORD}", "password: <your password>",
+    "api_key: ...",
+    "token: null", "password: ${{ secrets.PASSWORD }}", "api_key: $API_KEY", "auth: none",
+    "password: ********",
+    "api_key = os.environ['SERVICE_KEY_2']", "password = getpass.getpass('Password: ')", "password: true",
+    "connect(password=password, token=self.token)", "secrets: inherit",
+    "AuthError: it was refused at step 12",
+    "https://h/d?page=2&sort=key1", "https://h/d?token={token}", "mysql://r:$DB_PASSWORD@h/d",
+    "mysql://{u}:{p}@h",
+    "the token: wait for it", "sort(key=lambda x: x)", '"key": "value12345"', "PWD=/home/me/project1",
+    "Token indices sequence length is longer: 1024", "url: https://host/a?x=1",
+    "#   HF_TOKEN=... stoker train llm --config llama-2-7b",
+])  # fmt: skip
+def test_settings_and_messages_without_secrets_stay(said: str) -> None:
+    assert redaction.text(f"{said}\n") == f"{said}\n"
+
+
+@pytest.mark.parametrize("said", [
+    "rows.sort(key=lambda x: x)", 'token = os.environ["HF_TOKEN"]', 'key = os.environ.get("API_KEY", "")',
+    'tokenizer(text, padding="max_length", return_tensors="pt")', 'tokenizer.pad_token = tokenizer.eos_token',
+    'special_tokens = {"pad_token": "<pad12345>"}', 'token = "the"', 'if token == "<s>":',
+    "def f(token: str) -> str:",
+    'add_argument("--password", help="of the database1")', 'password = f"{user}-{secret}"',
+    'password = "<password>"',
+    'class Auth:\n    """What is asked for 1st."""', "# the token: see tokenizer.decode2(ids)",
+    'api_key = "${API_KEY}"',
+    'for key, token in pairs: yield f"{key}={token}"', 'api_key=config.api_key,', 'password: str = ""',
+])  # fmt: skip
+def test_code_without_secrets_stays(said: str) -> None:
+    assert redaction.text(f"{said}\n", code=True) == f"{said}\n"
+
+
+def test_a_secret_deep_in_a_config_is_kept_out() -> None:
+    redaction.keep_out({"db": {"password": "nested12345I"}, "many": [{"api_key": ["listed12345K"]}]})
+    assert redaction.text("it said nested12345I, listed12345K") == f"it said {REDACTED}, {REDACTED}"
 
 
 def test_an_assignment_without_quotes_counts_where_it_is_no_code() -> None:

@@ -33,13 +33,22 @@ _WORDS = re.compile(
         secrets? | credentials? | creds | auth | authorization | bearer | cookies? | pass | token
         | (?:api|access|private|secret|signing|encryption|account|master|ssh|deploy)[_\-]?keys?
         | connection[_\-]?string | [a-z]+[_\-]pwd
-    )(?:[_.\-]|\d*$)""",
+    )(?:[_.\-]|\d*$)
+    | (?:^|[_.\-])(?:
+        pw | (?-i:pwd) | jwts? | dsn | webhooks?(?:[_\-]?urls?)? | licen[cs]e[_\-]?keys?
+        | (?:db|ssh|user|admin|root|smtp|mail|mysql|pg|redis|ldap|ftp|vnc|proxy)pass
+        | (?:openai|anthropic|wandb|hf|huggingface|gemini|google|gcp|azure|aws|cohere|mistral|groq|together
+            |deepseek|openrouter|replicate|comet|neptune|pinecone|langsmith|langfuse|serp|tavily|stripe|sendgrid|twilio|github
+            |gitlab|slack|sentry|datadog)[_\-]?keys?
+    )\d*$
+    | (?-i:[A-Z0-9]_PAT)$  # a personal access token; `file_pat` is a pattern, `PWD` a folder""",
     re.VERBOSE | re.IGNORECASE,
 )
 _OTHER_THAN_SECRET = re.compile(  # what such a word is only about, or a token of a text
-    r"""(?:^|[_.\-])(?:
+    r"""(?:^|[_.\-])(?<!webhook.)(?:
         file|path|dir|folder|name|env|var|type|kind|method|mode|id|ids|sock|socket|url|uri|endpoint|header|headers
         |count|len|length|limit|size|budget|dim|index|mask|ratio|rate|weight|loss|class|prefix|suffix|expires|required
+        |error|exception|warning|failed|failure|denied
     )$
     | (?:^|[_.\-])tokens$
     | (?:^|[_.\-])(?:pad|eos|bos|unk|sep|cls|mask|image|audio|video|start|end|stop|begin|special|new|next
@@ -77,27 +86,52 @@ _LOOKS: tuple[tuple[tuple[str, ...], re.Pattern[str]], ...] = tuple(
             r"(?P<kept>-----BEGIN[ A-Z0-9_-]{0,100}PRIVATE KEY(?: BLOCK)?-----)"
             r"[\s\S]{64,}?-----END[ A-Z0-9_-]{0,100}PRIVATE KEY(?: BLOCK)?-----",
         ),
-        (("://",), r"(?P<kept>://[^/\s:@'\"<>{}$`\\]*:)[^@/\s'\"<>{}$`\\]+(?=@)"),
         (("://",), r"(?P<kept>https?://)[\w-]{20,}(?=@)"),
         (("earer ",), r"(?P<kept>\b[Bb]earer )(?=[\w.~+/-]*\d)[\w.~+/-]{16,}=*"),
+        (("asic ",), r"(?P<kept>[Aa]uthorization\\?[\"']?\s*[:=,]\s*\\?[\"']?[Bb]asic )[\w.~+/-]{4,}=*"),
     )
 )  # fmt: skip
 
-# A text in quotes, or all that is left of a line, after a sign of assignment: what it is assigned to says
-# whether it is a secret.
-_QUOTED = re.compile(r"(?P<quote>[\"'])(?P<value>[^\"'\s\\{}<>$]{8,})\\?(?P=quote)")
-_BARE = re.compile(r"[=:][ \t]{0,8}(?P<value>[\w+/=~!@%^&*.-]{8,})(?=[ \t\r]*(?:\n|$|[ \t;,&]))")
-_ASSIGNED = (
-    re.compile(  # what stands before a value: `name =`, `"name":`, `name: str =`, `["name"] =`, `("name",`
-        r"(?P<name>[\w.\-]{3,100})\\?[\"']?\]?(?:\s*:\s*[\w\[\]. |]{1,40})?\s*(?:[=:]>?|,)?\s*[rbfuRBFU]?\\?$"
-    )
+# What is assigned to the name of a secret is one, whatever its characters. A name is found by a word in it,
+# together with the sign that follows: `name =`, `"name":`, `name: str =`, `["name"] =`, `("name",`.
+_NAMED = re.compile(
+    r"(?:pass|secret|cred|auth|bearer|cookie|token|key|pw|_pat|jwt|dsn|webhook|connection)[\w.\-]{0,80}+"
+    r"(?P<close>\\?[\"'])?\]?(?:\s*:\s*[\w\[\]. |]{1,40}(?==[^=]))?\s*?(?P<sign>[:=]=|[=:]>?|,)"
 )
-_NAMED = ("pass", "secret", "cred", "auth", "bearer", "cookie", "token", "key", "pwd", "connection")
+_IN_NAMES = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-")
+_STRING = re.compile(
+    r"(?P<space>\s*\(?\s*)(?P<prefix>[rbfuRBFU]{0,2})(?P<open>\\?(?:\"{3}|'{3}|[\"']))"
+    r"(?P<value>(?:(?!(?P=open))(?:\\[\s\S]|[\s\S])){1,4000}?)(?P=open)"
+)
+_LINE = re.compile(r"[ \t]*(?P<value>[^\n]*?)(?:[ \t]+#[^\n]*)?[ \t\r,]*(?:\n|$)")
+_WORD = re.compile(r"[ \t]*(?P<value>(?:\[REDACTED\]|[^\s,;&\"'`<>)\]}\\])+)")
+_BEGINS_LINE = re.compile(r"[+\-]?[\s\"'*>;#-]*(?:(?:export|set|ENV|ARG) )?[\"']?")
+_ITEM = re.compile(r"(?P<lead>[+ -]?[ \t]*)(?P<value>(?:- +)?[^\s#][^\n]*?)[ \t\r]*(?:\n|$)")
+_PAIR = re.compile(r"(?:- +)?[\"']?[\w.\-]+[\"']?:(?:\s|$)")
+_QUERY = re.compile(r"(?P<kept>[?&](?P<name>[\w.\-]{2,64})=)(?P<value>[^\s&\"'`<>#\\;]+)")
+_SIGNS_URL = re.compile(r"(?:^|[_.\-])(?:sig|signature|credential|key|code)$", re.IGNORECASE)
+_IN_URL = re.compile(r"(?P<kept>://[^/\s:@'\"<>]*:)(?P<value>[^@/\s'\"]+)(?=@)")
+
+# What stands for a value that is found elsewhere.
+_FIELD = re.compile(
+    r"\$\{\{.*?\}\}|\$\{[^}]*\}|\$\([^)]*\)|\$[A-Z_][A-Z0-9_]*\b|\$[a-z_]+\b|\{\{.*?\}\}|\{[A-Za-z_][^{}]*\}"
+    r"|<[^<>]*>|%\(\w+\)s|%[sd]"
+)
+_EXPRESSION = re.compile(r"[A-Za-z_][\w.]*(?:\(.*\)|\[.*\]|\(\S*)[\s,;)]*")
+_READ = re.compile(r"[A-Za-z_][A-Za-z_.]*\d?")
+_CERTAIN = re.compile(  # names under which words are secrets too; those under `token` or `auth` need not be
+    r"passw(?:or)?d|passphrase|passcode|(?:^|[_.\-])(?:pwd?|dsn|[a-z]*pass)\d*$|keys?\d*$|webhook|connection|_pat$"
+    r"|(?:client|app)[_\-]secret$|(?-i:[A-Z0-9]_SECRET$)",
+    re.IGNORECASE,
+)
 _FROM_CODE = frozenset({
     ".py", ".pyx", ".pyi", ".c", ".cc", ".cpp", ".cu", ".cuh", ".h", ".hpp", ".rs", ".go", ".js", ".ts",
     ".jl", ".lua", ".java", ".r",
 })  # fmt: skip
-_NO_SECRETS = frozenset({"disabled", "required", "optional", "kerberos", "password", "anonymous"})
+_NO_SECRETS = frozenset({
+    "disabled", "required", "optional", "kerberos", "password", "anonymous", "none", "null", "nil",
+    "true", "false", "str", "string", "bytes", "any", "empty", "undefined", "default",
+})  # fmt: skip
 
 _kept_out: set[str] = set()  # of the process, as its environment is: a secret is one whoever writes
 
@@ -111,15 +145,14 @@ def is_secret_name(name: str) -> bool:
 
 def keep_out(config: Mapping[str, Any]) -> None:
     """Remove the secrets of a config from all that this process writes down from now on."""
-    found = (_texts(value) for name, value in config.items() if is_secret_name(name))
-    _kept_out.update(value for values in found for value in values if _is_distinct(value))
+    _kept_out.update(filter(_is_distinct, _secrets(config)))
 
 
 def text(said: str, *, code: bool = False) -> str:
     """A text without its secrets.
 
     Args:
-        code: it is of a programming language: only what stands in quotes is a value there.
+        code: it is of a programming language: only what stands in quotes, or in a comment, is a value there.
     """
     for value in values():
         if value in said:
@@ -127,11 +160,11 @@ def text(said: str, *, code: bool = False) -> str:
     for starts, look in _LOOKS:
         if any(start in said for start in starts):
             said = look.sub(_without, said)
-    lower = said.lower()
-    if any(word in lower for word in _NAMED):
-        said = _QUOTED.sub(_without_assigned, said)
-        said = said if code else _BARE.sub(_without_assigned, said)
-    return said
+    if "://" in said:
+        said = _IN_URL.sub(_without_value, said)
+    if "=" in said and ("?" in said or "&" in said):
+        said = _QUERY.sub(_without_queried, said)
+    return _without_named(said, code=code)
 
 
 def tree(value: Any) -> Any:
@@ -203,9 +236,12 @@ def holds(data: bytes, values: Sequence[str]) -> bool:
 def rules() -> bytes:
     """What tells the names and looks of this version from those of another."""
     known = [look.pattern for _, look in _LOOKS]
-    patterns = (_WORDS, _OTHER_THAN_SECRET, _CAMEL, _QUOTED, _BARE, _ASSIGNED)
+    patterns = (
+        _WORDS, _OTHER_THAN_SECRET, _CAMEL, _NAMED, _STRING, _LINE, _WORD, _BEGINS_LINE, _ITEM, _PAIR, _QUERY,
+        _SIGNS_URL, _IN_URL, _FIELD, _EXPRESSION, _READ, _CERTAIN,
+    )  # fmt: skip
     known += [pattern.pattern for pattern in patterns]
-    return hashlib.sha256(repr((known, _NAMED, sorted(_FROM_CODE), _BINARY)).encode()).digest()
+    return hashlib.sha256(repr((known, sorted(_NO_SECRETS), sorted(_FROM_CODE), _BINARY)).encode()).digest()
 
 
 def values() -> list[str]:
@@ -232,18 +268,128 @@ def _texts(value: Any) -> Iterable[str]:
             yield from _texts(item)
 
 
+def _secrets(value: Any) -> Iterable[str]:
+    """What stands under the names of secrets in a value of JSON types, at any depth."""
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            yield from _texts(item) if is_secret_name(str(name)) else _secrets(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _secrets(item)
+
+
 def _without(found: re.Match[str]) -> str:
     return f"{found.groupdict().get('kept') or ''}{REDACTED}"
 
 
-def _without_assigned(found: re.Match[str]) -> str:
-    """What was matched, without its value where that is assigned to the name of a secret."""
-    value = found["value"]
-    if not any(c.isdigit() for c in value) or not any(c.isalpha() for c in value):
-        return found[0]  # a word, or a number: examples and keys of dictionaries
-    before = found.string[max(0, found.start() - 160) : found.start()]
-    lower = before.lower()
-    name = _ASSIGNED.search(before) if any(word in lower for word in _NAMED) else None
-    if name is None or not is_secret_name(name["name"]):
-        return found[0]
-    return found[0].replace(value, REDACTED)
+def _without_value(found: re.Match[str]) -> str:
+    return f"{found['kept']}{REDACTED}" if _is_secret(found["value"], certain=True) else found[0]
+
+
+def _without_queried(found: re.Match[str]) -> str:
+    """A pair of a URL's query without its value, where its name is that of a secret or of a signature."""
+    name = found["name"]
+    is_named = is_secret_name(name) or (_SIGNS_URL.search(name) is not None and _is_random(found["value"]))
+    return _without_value(found) if is_named else found[0]
+
+
+def _without_named(said: str, *, code: bool) -> str:
+    """A text without what is assigned to names of secrets in it."""
+    lower = said.lower() if said.isascii() else said.replace("\u0130", "I").lower()  # as long as the text
+    kept, done = [], 0
+    for start, end in sorted(
+        span for found in _NAMED.finditer(lower) for span in _assigned(said, found, code=code)
+    ):
+        if start >= done:
+            kept += [said[done:start], REDACTED]
+        done = max(done, end)
+    return "".join([*kept, said[done:]]) if kept else said
+
+
+def _assigned(said: str, found: re.Match[str], *, code: bool) -> Iterable[tuple[int, int]]:
+    """Where the secrets stand that are assigned to a name, if it is that of one."""
+    start = found.start()
+    while start and said[start - 1] in _IN_NAMES:
+        start -= 1
+    ends = found.start("close") if found["close"] else found.end()
+    name = said[start:ends].rstrip(" \t\n:=>,").partition(":")[0].strip("-.")
+    if len(name) > 100 or not is_secret_name(name) or (found["sign"] == "," and not found["close"]):
+        return ()
+    certain = found["sign"] not in (",", "==") and _CERTAIN.search(_CAMEL.sub("_", name)) is not None
+    string = _STRING.match(said, found.end())
+    if string and not (code and _closes(said, start, found, string)) and _is_literal(string, found["sign"]):
+        is_one = _is_secret(string["value"], certain=certain)
+        return (string.span("value"),) if is_one else ()
+    if found["sign"] in (",", "=="):
+        return ()
+    return _bare(said, start, found, code=code, certain=certain)
+
+
+def _closes(said: str, start: int, found: re.Match[str], string: re.Match[str]) -> bool:
+    """Whether the quote after a sign ends the text that the name stands in: `"password=" + given + ";"`."""
+    if found["close"] or string.start("open") > found.end():
+        return False
+    return said.count(string["open"], said.rfind("\n", 0, start) + 1, start) % 2 == 1
+
+
+def _is_literal(string: re.Match[str], sign: str) -> bool:
+    """Whether what stands in quotes after a sign is its value: no next line's, nothing that is computed."""
+    if "\n" in string["space"] and sign != "=":
+        return False
+    if "\n" in string["value"] and len(string["open"].lstrip("\\")) == 1:
+        return False
+    return not ("f" in string["prefix"].lower() and "{" in string["value"])
+
+
+def _bare(
+    said: str, start: int, found: re.Match[str], *, code: bool, certain: bool
+) -> Iterable[tuple[int, int]]:
+    """Where a value without quotes stands: what is left of the line that its name begins, or a word."""
+    begin = said.rfind("\n", 0, start) + 1
+    before = said[begin:start]
+    if code and not ("#" in before or "//" in before):
+        return
+    if not code and _BEGINS_LINE.fullmatch(before):
+        value = _LINE.match(said, found.end())
+        if value and value["value"] in ("", "|", ">", "|-", ">-") and found["sign"] == ":":
+            yield from _block(said, value.end(), len(before), certain=certain)
+            return
+    else:
+        value = _WORD.match(said, found.end())
+        certain = certain and not code and found["sign"] == "="
+    if value is None or _EXPRESSION.fullmatch(value["value"]):
+        return
+    if value["value"].startswith("..."):  # what is to be filled in, before a command
+        return
+    if _READ.fullmatch(value["value"]) and is_secret_name(value["value"]):
+        return  # `password=password`, `token = config.token`
+    if _is_secret(value["value"], certain=certain):
+        yield value.span("value")
+
+
+def _block(said: str, start: int, column: int, *, certain: bool) -> Iterable[tuple[int, int]]:
+    """Where values stand on the lines after a YAML key: those further in, a list or a text."""
+    while (item := _ITEM.match(said, start)) and (
+        len(item["lead"]) > column or item["value"].startswith("- ")
+    ):
+        if not _PAIR.match(item["value"]) and _is_secret(item["value"], certain=certain):
+            dash = 2 if item["value"].startswith("- ") else 0
+            yield item.start("value") + dash, item.end("value")
+        start = item.end()
+
+
+def _is_secret(value: str, *, certain: bool) -> bool:
+    """Whether a value under the name of a secret is one: it does not stand for one that is elsewhere.
+
+    Args:
+        certain: all values under that name are; else words of a text may stand under it.
+    """
+    left = _FIELD.sub("", value).replace(REDACTED, "")
+    if value.strip("\"' ").lower() in _NO_SECRETS or not any(map(str.isalnum, left)):
+        return False
+    return certain or any(map(_is_random, left.split()))
+
+
+def _is_random(word: str) -> bool:
+    """Whether it is no word of a language: it has letters and digits."""
+    return len(word) >= _LEAST and any(map(str.isalpha, word)) and any(map(str.isdigit, word))
