@@ -172,6 +172,11 @@ def test_a_dirty_tree_with_an_untracked_module_is_bit_identical_from_a_clone_wit
     wrong = stoker("reproduce", "a", "--from", "22", "--runs", str(runs), cwd=clone)
     assert wrong.code == 2
     assert "21" in wrong.err
+    for file in (runs / "trained/a/checkpoints/step-00000021").glob("*.safetensors"):
+        file.write_bytes(b"damaged")
+    damaged = stoker("reproduce", "a", "--from", "21", "--runs", str(runs), cwd=clone)
+    assert damaged.code == 2
+    assert damaged.err.endswith("It has those of step 28: say which with --from\n")
     assert not (runs / "trained/a-again-3").exists()
 
 
@@ -219,6 +224,8 @@ def test_the_first_step_that_differs_and_how_far_it_drifts_are_said(counted: Pat
     numbers = counted.parent / "numbers.txt"
     lines = numbers.read_text().split()
     numbers.write_text("\n".join([*lines[:4], str(float(lines[4]) * 2), *lines[5:]]))
+    ignoring = stoker("reproduce", "first", "--ignore", "lo*", cwd=counted.parent)
+    assert "left out     loss: by --ignore" in ignoring.out
     answer = stoker("reproduce", "first", "--json", cwd=counted.parent).answer
     assert not answer["identical"]
     (drift,) = answer["drifts"]

@@ -121,8 +121,7 @@ def _checkpoint_of(seen: RunView, start: str | None) -> int | None:
     """The step that `--from` means. Raises BadInput where the run has no such checkpoint."""
     if start is None:
         return None
-    steps = [manifest.step_of(path) for path in manifest.committed(seen.directory.checkpoints)]
-    known = [step for step in steps if step < seen.step]
+    known = _steps_to_begin_from(seen)
     if not known:
         raise BadInput(f"--from {start}: {seen.directory.id} has no checkpoint before its last step")
     if start == "latest":
@@ -132,6 +131,12 @@ def _checkpoint_of(seen: RunView, start: str | None) -> int | None:
             f"--from {start}: it has checkpoints of step {', '.join(map(str, known))}; or say latest"
         )
     return int(start)
+
+
+def _steps_to_begin_from(seen: RunView) -> list[int]:
+    """Those of its checkpoints after which it made a step."""
+    steps = [manifest.step_of(path) for path in manifest.committed(seen.directory.checkpoints)]
+    return [step for step in steps if step < seen.step]
 
 
 def _free(of: RunDirectory) -> RunDirectory:
@@ -169,7 +174,7 @@ def _prepare(
     now, has = _now({**os.environ, **own}, python if env else None)
     ranks = min(part.world, len(now["gpus"]) or part.world) if on_gpu else part.world
     if part.after:
-        _take_checkpoint(seen.directory, target, part.after)
+        _take_checkpoint(seen, target, part.after)
     starting = again.prepare(
         seen, part, target, there, python=python, ranks=ranks, overrides=overrides, variables=own
     )
@@ -256,20 +261,18 @@ def _doubts(
         yield f"pip cannot install what was used from a folder: {folders}"
 
 
-def _take_checkpoint(seen: RunDirectory, target: RunDirectory, step: int) -> None:
+def _take_checkpoint(seen: RunView, target: RunDirectory, step: int) -> None:
     """Let the run that is made begin from a checkpoint, in the same files. Raises BadInput."""
-    copy = mirror.of(seen)
-    source = manifest.folder(seen.checkpoints, step)
+    copy = mirror.of(seen.directory)
+    source = manifest.folder(seen.directory.checkpoints, step)
     try:
         found = manifest.mended(source, copy.fetch_checkpoint if copy is not None else None)
     except InvalidCheckpoint as error:
-        kept = (
-            ", ".join(str(manifest.step_of(path)) for path in manifest.committed(seen.checkpoints)) or "none"
-        )
+        others = ", ".join(str(known) for known in _steps_to_begin_from(seen) if known != step)
         why = f"cannot be used: {error}" if source.is_dir() else "is not kept any more"
+        which = f"It has those of step {others}: say which with --from" if others else "It has no other"
         raise BadInput(
-            f"{seen.id} begins from the checkpoint of step {step}, which {why}. It has those of step {kept}: "
-            "say which with --from"
+            f"{seen.directory.id} begins from the checkpoint of step {step}, which {why}. {which}"
         ) from error
     shutil.copytree(found.path, target.checkpoints / found.path.name, copy_function=storage.link_or_copy)
 

@@ -17,6 +17,7 @@ from stoker.reproduce.differences import Difference
 from stoker.reproduce.inputs import Input
 from stoker.reproduce.journals import Compared, Drift
 from stoker.reproduce.stretch import Stretch
+from stoker.run.series import measures_machine
 
 _MOST = 8  # of a kind that are named
 _KINDS = {"python": "python", "package": "packages", "machine": "machine", "variable": "variables"}
@@ -111,7 +112,10 @@ def print_outcome(console: Console, outcome: Outcome, options: str = "") -> None
         _pair(console, "compared", _some(compared.metrics))
     _pair(console, "weights", f"the same bits: {_some(weights.same)}" if weights.same else "")
     _pair(console, "weights", f"other bits: {_some(weights.other)}" if weights.other else "", "red")
-    _pair(console, "left out", f"{_some(compared.left_out)}: of the machine" if compared.left_out else "")
+    of_machine = [name for name in compared.left_out if measures_machine(name)]
+    asked = [name for name in compared.left_out if name not in of_machine]
+    _pair(console, "left out", f"{_some(of_machine)}: of the machine" if of_machine else "")
+    _pair(console, "left out", f"{_some(asked)}: by --ignore" if asked else "")
     if outcome.failures is not None:
         then, again = outcome.failures
         said = f"as it did: {again}" if then == again else f"by {again}; it did by {then}"

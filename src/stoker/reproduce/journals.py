@@ -53,7 +53,7 @@ class Compared:
     metrics: tuple[str, ...]
     """What was compared."""
     left_out: tuple[str, ...]
-    """What tells of time and machines."""
+    """What tells of time and machines, and what was asked to be left out."""
     drifts: tuple[Drift, ...]
     """Of the metrics that differ, the first to differ first."""
 
