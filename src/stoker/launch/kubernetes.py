@@ -77,7 +77,14 @@ def render(job: Job) -> str:
     jobspec.check(job.spec)
     _check_options(job.spec)
     parts = _KINDS[_kind(job.spec)](job)
-    return "---\n".join(yaml.dump(part, Dumper=_Dumper, sort_keys=False, width=100) for part in parts)
+    return "---\n".join(
+        yaml.dump(part, Dumper=_Dumper, sort_keys=False, width=100, allow_unicode=True) for part in parts
+    )
+
+
+def code(job: Job) -> str:
+    """Which code a job runs."""
+    return f"the code that is in the image {job.spec.options['image']}"
 
 
 def submit(job: Job, rendered: str) -> str:
