@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -163,6 +164,15 @@ def test_it_is_submitted_seen_heard_and_cancelled(stoker: Command, api: Api, tmp
     assert json.loads((tmp_path / "runs" / ".jobs" / done.answer["job"] / "job.json").read_text())[
         "cancelled"
     ]
+
+
+def test_the_service_of_a_job_goes_with_it_whoever_deletes_that(stoker: Command, api: Api) -> None:
+    done = stoker(*TWO, "--json")
+    assert done.code == 0, done.err
+    assert len(api.of_kind("Service")) == 1
+    subprocess.run(["kubectl", "delete", f"job/{done.answer['native']}", "--wait=false"], check=True)
+    assert not api.of_kind("Job")
+    assert not api.of_kind("Service")
 
 
 def test_whoever_submits_pods_is_told_that_they_run_the_code_of_their_image(
