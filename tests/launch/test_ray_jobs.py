@@ -101,6 +101,16 @@ def test_a_run_over_two_nodes_goes_on_to_the_same_bits_when_one_is_lost(
     assert all(line.startswith("[rank 1] ") for line in of_one)
 
 
+def test_a_job_that_reaches_its_time_limit_goes_on_after_it(
+    of_two: WithDashboard, stoker: Command, tmp_path: Path
+) -> None:
+    run = tmp_path / "runs" / "ranked" / "t"
+    on = ("--on", "ray", "--option", f"address={of_two.dashboard}", "--env", "STOKER_SINKS=none")
+    assert stoker(*SAME, "pause=0.05", *on, "--name", "t", "--time", "5s").code == 0
+    _wait(lambda: (run / "run.json").is_file() and loaded(run).status == "finished")
+    assert len(loaded(run).attempts) > 1
+
+
 def test_a_job_that_is_cancelled_leaves_a_checkpoint(
     of_two: WithDashboard, stoker: Command, tmp_path: Path
 ) -> None:
