@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import threading
+import uuid
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -137,7 +138,7 @@ class Api:
             return 201, {"kind": kind, "apiVersion": "authorization.k8s.io/v1", **said}
         if method == "POST":
             check(body)
-            body["metadata"].setdefault("namespace", "default")
+            body["metadata"] = {"namespace": "default", **body["metadata"], "uid": str(uuid.uuid4())}
             self.objects[kind, body["metadata"]["name"]] = body
             return 201, body
         if len(rest) > 1:
@@ -146,6 +147,9 @@ class Api:
                 return 404, _status(404, "NotFound")
             if method == "DELETE":
                 del self.objects[kind, rest[1]]
+                self._delete_owned_by(found)
+            if method == "PATCH":  # as a merge patch of metadata
+                found["metadata"] |= body["metadata"]
             return 200, found
         wanted = dict(pair.split("=") for pair in query.get("labelSelector", [""])[0].split(",") if pair)
         items = [o for o in self.of_kind(kind) if wanted.items() <= o["metadata"].get("labels", {}).items()]
@@ -157,6 +161,14 @@ class Api:
             "apiVersion": f"{group}/{version}".strip("/"),
             "metadata": {},
             "items": items,
+        }
+
+    def _delete_owned_by(self, owner: dict[str, Any]) -> None:
+        """As a cluster's garbage collector does."""
+        self.objects = {
+            key: found
+            for key, found in self.objects.items()
+            if owner["metadata"].get("uid", "") not in _owners(found)
         }
 
     def _handler(self) -> type[BaseHTTPRequestHandler]:
@@ -183,10 +195,14 @@ class Api:
                 self.end_headers()
                 self.wfile.write(content)
 
-        for method in ("GET", "POST", "DELETE"):
+        for method in ("GET", "POST", "DELETE", "PATCH"):
             setattr(Handler, f"do_{method}", Handler._do)
 
         return Handler
+
+
+def _owners(found: dict[str, Any]) -> set[str]:
+    return {owner["uid"] for owner in found["metadata"].get("ownerReferences", [])}
 
 
 _TYPES = {str: "text/plain", bytes: "application/com.github.proto-openapi.spec.v2.v1.0+protobuf"}
@@ -211,7 +227,7 @@ def _resources(parts: list[str]) -> dict[str, Any]:
         "resources": [
             {"name": plural, "singularName": kind.lower(), "kind": kind,
              "namespaced": kind not in _OF_CLUSTER,
-             "verbs": ["create", "delete", "get", "list", "deletecollection"]}
+             "verbs": ["create", "delete", "get", "list", "patch", "deletecollection"]}
             for kind, (g, _, plural) in _KINDS.items() if g == group
         ],
     }  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,11 @@ def test_what_looks_like_a_variable_stays_what_it_is(stoker: Command) -> None:
     assert "subdomain" not in job["spec"]["template"]["spec"]
 
 
+def test_a_manifest_has_letters_as_they_were_given(stoker: Command) -> None:
+    one = ("train", RECIPE, "--on", "kubernetes", "--option", "image=a", "--option", "claim=b")
+    assert "café" in stoker(*one, "--env", "PLACE=café", "--dry-run").out
+
+
 def test_a_secret_is_named_and_its_value_is_nowhere(stoker: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_planted")
     refused = stoker(*TWO, "--env", "HF_TOKEN", "--dry-run")
@@ -158,6 +164,22 @@ def test_it_is_submitted_seen_heard_and_cancelled(stoker: Command, api: Api, tmp
     assert json.loads((tmp_path / "runs" / ".jobs" / done.answer["job"] / "job.json").read_text())[
         "cancelled"
     ]
+
+
+def test_the_service_of_a_job_goes_with_it_whoever_deletes_that(stoker: Command, api: Api) -> None:
+    done = stoker(*TWO, "--json")
+    assert done.code == 0, done.err
+    assert len(api.of_kind("Service")) == 1
+    subprocess.run(["kubectl", "delete", f"job/{done.answer['native']}", "--wait=false"], check=True)
+    assert not api.of_kind("Job")
+    assert not api.of_kind("Service")
+
+
+def test_whoever_submits_pods_is_told_that_they_run_the_code_of_their_image(
+    stoker: Command, api: Api
+) -> None:
+    done = stoker(*TWO)
+    assert "it runs the code that is in the image registry/train:1\n" in done.out, done.err
 
 
 def test_what_a_cluster_cannot_run_is_answered_before_anything_is_written(

@@ -101,6 +101,16 @@ def test_a_run_over_two_nodes_goes_on_to_the_same_bits_when_one_is_lost(
     assert all(line.startswith("[rank 1] ") for line in of_one)
 
 
+def test_a_job_that_reaches_its_time_limit_goes_on_after_it(
+    of_two: WithDashboard, stoker: Command, tmp_path: Path
+) -> None:
+    run = tmp_path / "runs" / "ranked" / "t"
+    on = ("--on", "ray", "--option", f"address={of_two.dashboard}", "--env", "STOKER_SINKS=none")
+    assert stoker(*SAME, "pause=0.05", *on, "--name", "t", "--time", "5s").code == 0
+    _wait(lambda: (run / "run.json").is_file() and loaded(run).status == "finished")
+    assert len(loaded(run).attempts) > 1
+
+
 def test_a_job_that_is_cancelled_leaves_a_checkpoint(
     of_two: WithDashboard, stoker: Command, tmp_path: Path
 ) -> None:
@@ -118,9 +128,14 @@ def test_what_the_cluster_does_not_have_is_refused(
     of_two: WithDashboard, stoker: Command, tmp_path: Path
 ) -> None:
     on = ("--on", "ray", "--option", f"address={of_two.dashboard}")
-    done = stoker(*SAME, *on, "--gpus", "2")
-    assert done.code == 2
-    assert "--gpus 2: a node of this cluster has 0 at most" in done.err
+    for asked, said in (
+        (("--gpus", "2"), "--gpus 2: a node of this cluster has 0 at most"),
+        (("--memory", "99TB"), "--memory 101376G: a node of this cluster has "),
+        (("--nodes", "8"), "--nodes 8: this cluster has 2 with what is asked for"),
+    ):
+        done = stoker(*SAME, *on, *asked)
+        assert done.code == 2
+        assert said in done.err
     assert not (tmp_path / "runs" / ".jobs").exists()
 
 
@@ -151,18 +166,7 @@ def test_without_a_cluster_nothing_is_written(
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize(
-    ("variables", "said"),
-    [
-        ({"RAY_API_SERVER_ADDRESS": "http://127.0.0.1:1"}, "at RAY_API_SERVER_ADDRESS=http://127.0.0.1:1 ("),
-        ({}, "on this machine, and no address is set ("),
-    ],
-)
-def test_where_no_cluster_answers_it_says_where_it_looked(
-    variables: dict[str, str], said: str, stoker: Command, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):
-        monkeypatch.delenv(name, raising=False)
-    done = stoker(*SAME, "--on", "ray", env=variables)
+def test_where_no_cluster_answers_it_says_which_variable_it_went_by(stoker: Command) -> None:
+    done = stoker(*SAME, "--on", "ray", env={"RAY_API_SERVER_ADDRESS": "http://127.0.0.1:1"})
     assert done.code == 2
-    assert f"no Ray cluster answers {said}" in done.err
+    assert "no Ray cluster answers at RAY_API_SERVER_ADDRESS=http://127.0.0.1:1 (" in done.err

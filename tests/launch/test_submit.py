@@ -55,7 +55,7 @@ def test_a_job_here_has_the_variables_it_was_given(stoker: Command, tmp_path: Pa
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--on", "slurm"), "sinfo is not found"),
+        (("--on", "slurm"), "sbatch is not found"),
         (("--on", "slurn"), "did you mean 'slurm'?"),
         (("--on", "slurm", "--rendezvous", "a:1", "--nodes", "2"), "the nodes find each other by themselves"),
         (("--gpus", "99"), "--gpus 99: this machine has"),
@@ -63,6 +63,7 @@ def test_a_job_here_has_the_variables_it_was_given(stoker: Command, tmp_path: Pa
         (("--option", "partition=gpu"), "it is for clusters"),
         (("--retries", "1", "--max-restarts", "2"), "on this machine they are the same; give one of them"),
         (("--on", "ray", "--time", "4h", "--max-time", "1h"), "on ray they are the same; give one of them"),
+        (("--on", "slurm", "--option", "partition", "--dry-run"), "give partition=VALUE, or leave it out"),
         (("--time", "3", "--dry-run"), "--time '3' is no length of time"),
     ],
 )

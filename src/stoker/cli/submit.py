@@ -226,7 +226,7 @@ def send(where: Where, made: JobSpec, *, runs: Path, trains: Sequence[str], json
         return 0
     out = console()
     out.print(f"job {known.id} is {known.target}'s {known.native}: {', '.join(known.trains)}", markup=False)
-    out.print(f"it runs the code that is in {made.folder} when it starts", markup=False)
+    out.print(f"it runs {target.code(known)}", markup=False)
     out.print(f"next: stoker jobs list   stoker jobs logs {known.id} -f   stoker jobs cancel {known.id}")
     return 0
 

@@ -11,6 +11,7 @@ What the code is run from is an image; runs stand in an object store, or on a pe
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shutil
 import subprocess
@@ -24,6 +25,8 @@ from stoker.launch import jobs, jobspec, tail
 from stoker.launch.jobs import Job
 from stoker.launch.jobspec import ELEMENT, RENDEZVOUS, JobSpec
 from stoker.launch.targets import Line, Status
+
+log = logging.getLogger("stoker")
 
 MANIFEST = "manifest.yaml"
 RUNS = "/runs"
@@ -77,7 +80,14 @@ def render(job: Job) -> str:
     jobspec.check(job.spec)
     _check_options(job.spec)
     parts = _KINDS[_kind(job.spec)](job)
-    return "---\n".join(yaml.dump(part, Dumper=_Dumper, sort_keys=False, width=100) for part in parts)
+    return "---\n".join(
+        yaml.dump(part, Dumper=_Dumper, sort_keys=False, width=100, allow_unicode=True) for part in parts
+    )
+
+
+def code(job: Job) -> str:
+    """Which code a job runs."""
+    return f"the code that is in the image {job.spec.options['image']}"
 
 
 def submit(job: Job, rendered: str) -> str:
@@ -88,6 +98,8 @@ def submit(job: Job, rendered: str) -> str:
         _kubectl(["delete", "--ignore-not-found", "--filename", str(manifest)])  # the half that was made
         jobs.forget(job)
         raise StokerError(f"the cluster did not take the job: {_said(done)}")
+    if _meets(job.spec) and _kind(job.spec) == "job":
+        _own_service(job)
     return _name(job)
 
 
@@ -162,7 +174,7 @@ def _plain_job(job: Job) -> list[dict[str, Any]]:
     """A Job with a pod for each node or element; and the Service by which nodes find each other."""
     spec, name = job.spec, _name(job)
     pods = spec.elements or spec.nodes
-    together = any(RENDEZVOUS in word for word in spec.command)
+    together = _meets(spec)
     pod = _pod(
         job, _command(job, {RENDEZVOUS: f"{name}-0.{name}:{_PORT}", ELEMENT: "$(JOB_COMPLETION_INDEX)"})
     )
@@ -294,6 +306,22 @@ def _service(job: Job) -> dict[str, Any]:
             "ports": [{"name": "rendezvous", "port": _PORT}],
         },
     }
+
+
+def _own_service(job: Job) -> None:
+    """Have the cluster remove the Service with its Job, whoever deletes that; it works without, too."""
+    name, where = _name(job), _namespace(job.spec)
+    known = _kubectl(["get", f"{_RESOURCES['job']}/{name}", "--output", "jsonpath={.metadata.uid}", *where])
+    owner = {"apiVersion": "batch/v1", "kind": "Job", "name": name, "uid": known.stdout.strip()}
+    patch = json.dumps({"metadata": {"ownerReferences": [owner]}})
+    done = _kubectl(["patch", f"service/{name}", "--type", "merge", "--patch", patch, *where])
+    if done.returncode != 0:
+        log.warning("the service %s stays where others than stoker delete the job: %s", name, _said(done))
+
+
+def _meets(spec: JobSpec) -> bool:
+    """Whether the pods of a job are to find each other."""
+    return any(RENDEZVOUS in word for word in spec.command)
 
 
 def _pod(job: Job, command: Sequence[str], *, container: str = _CONTAINER) -> dict[str, Any]:

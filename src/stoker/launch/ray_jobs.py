@@ -33,6 +33,8 @@ _OPTIONS = {
     "address": "of the cluster's dashboard, such as http://head:8265; by default RAY_API_SERVER_ADDRESS",
     "working-dir": "a folder that is sent to the cluster, where the command runs then",
 }
+_FLAGS = {"GPU": "--gpus", "CPU": "--cpus", "memory": "--memory"}
+"""What a node has in Ray's words, and how it is asked for."""
 _STATES = {
     "PENDING": "queued", "RUNNING": "running", "SUCCEEDED": "done", "FAILED": "failed",
     "STOPPED": "cancelled",
@@ -46,12 +48,18 @@ def check(job: Job) -> None:
     """Whether a cluster answers, and has such nodes. Raises BadInput, StokerError."""
     client = _client(job.spec)
     known = _nodes(client)
-    asked = {"GPU": job.spec.gpus, "CPU": job.spec.cores}
+    if not known:
+        return
+    asked = {"GPU": job.spec.gpus, "CPU": job.spec.cores, "memory": job.spec.memory or 0}
     for name, amount in asked.items():
-        most = int(max((node.get(name, 0) for node in known), default=0))
-        if known and amount > most:
-            flag = "--gpus" if name == "GPU" else "--cpus"
-            raise BadInput(f"{flag} {amount}: a node of this cluster has {most} at most")
+        most = int(max(node.get(name, 0) for node in known))
+        if amount > most:
+            shown = jobspec.shown_memory if name == "memory" else str
+            flag = _FLAGS[name]
+            raise BadInput(f"{flag} {shown(amount)}: a node of this cluster has {shown(most)} at most")
+    fitting = sum(all(node.get(name, 0) >= amount for name, amount in asked.items()) for node in known)
+    if job.spec.nodes > fitting:
+        raise BadInput(f"--nodes {job.spec.nodes}: this cluster has {fitting} with what is asked for")
 
 
 def render(job: Job) -> str:
@@ -59,6 +67,14 @@ def render(job: Job) -> str:
     jobspec.check(job.spec)
     _check_options(job.spec)
     return json.dumps(_submission(job), indent=2) + "\n"
+
+
+def code(job: Job) -> str:
+    """Which code a job runs."""
+    sent = job.spec.options.get("working-dir")
+    if sent:
+        return f"the code that is in {(job.spec.folder / sent).resolve()} now, which was sent to the cluster"
+    return f"the code that is in {job.spec.folder} when it starts"
 
 
 def submit(job: Job, rendered: str) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import subprocess
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -41,6 +42,12 @@ _FLAGS = {
 """Settings of Slurm's that are given by a flag of the command."""
 _OWN = ("chdir", "output", "error", "open-mode", "requeue", "no-requeue", "export", "export-file", "wrap")
 """Settings without which the script would not do what it is for."""
+_SWITCHES = (
+    "contiguous", "disable-stdout-job-summary", "exclusive", "get-user-env", "hold", "ignore-pbs", "nice",
+    "no-kill", "overcommit", "oversubscribe", "propagate", "quiet", "reboot", "spread-job", "stepmgr",
+    "use-min-nodes", "verbose",
+)  # fmt: skip
+"""Settings that mean something without a value (sbatch(1))."""
 _STATES = {
     "PENDING": "queued", "REQUEUED": "queued", "REQUEUE_FED": "queued", "REQUEUE_HOLD": "queued",
     "SPECIAL_EXIT": "queued", "CONFIGURING": "queued", "RESV_DEL_HOLD": "queued", "SUSPENDED": "queued",
@@ -55,6 +62,8 @@ _MOST_TELLING = ("running", "ending", "queued", "failed", "cancelled", "unknown"
 
 def check(job: Job) -> None:
     """Ask Slurm whether it could ever run a job. Raises BadInput."""
+    if shutil.which("sbatch") is None:
+        raise _not_found("sbatch")
     _check_nodes(job.spec)
     done = _call(["sbatch", "--test-only"], given=render(job))
     if done.returncode != 0:
@@ -78,6 +87,11 @@ def render(job: Job) -> str:
         *_ending(job),
     ]
     return "\n".join(parts) + "\n"
+
+
+def code(job: Job) -> str:
+    """Which code a job runs."""
+    return f"the code that is in {job.spec.folder} when it starts"
 
 
 def submit(job: Job, rendered: str) -> str:
@@ -246,7 +260,7 @@ def _clock(seconds: int) -> str:
 
 def _check_options(options: Mapping[str, str]) -> None:
     """Raises BadInput."""
-    for key in options:
+    for key, value in options.items():
         if key in _FLAGS:
             raise BadInput(f"--option {key}: that is what {_FLAGS[key]} is for")
         if key in _OWN:
@@ -255,6 +269,8 @@ def _check_options(options: Mapping[str, str]) -> None:
             )
         if len(key) == 1:
             raise BadInput(f"--option {key}: give its long name, such as partition for p")
+        if not value and key not in _SWITCHES:
+            raise BadInput(f"--option {key}: it has no value; give {key}=VALUE, or leave it out")
 
 
 def _warning(spec: JobSpec) -> int:
@@ -338,12 +354,16 @@ def _call(command: Sequence[str], given: str | None = None) -> subprocess.Comple
             command, input=given, capture_output=True, text=True, timeout=_ANSWER, check=False
         )
     except FileNotFoundError as error:
-        raise BadInput(
-            f"{command[0]} is not found: Slurm's commands are to be on the PATH; log in to a machine that "
-            "has them. --dry-run prints the script anywhere"
-        ) from error
+        raise _not_found(command[0]) from error
     except subprocess.TimeoutExpired as error:
         raise StokerError(f"{command[0]} did not answer within {_ANSWER:.0f} s") from error
+
+
+def _not_found(command: str) -> BadInput:
+    return BadInput(
+        f"{command} is not found: Slurm's commands are to be on the PATH; log in to a machine that has them. "
+        "--dry-run prints the script anywhere"
+    )
 
 
 def _do(command: Sequence[str]) -> None:

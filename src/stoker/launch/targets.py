@@ -51,6 +51,9 @@ class Submits(Protocol):
     def render(self, job: Job) -> str:
         """Exactly what would be submitted, whether the target's client is here or not. Raises BadInput."""
 
+    def code(self, job: Job) -> str:
+        """Which code the job runs, in words for whom submits it."""
+
     def submit(self, job: Job, rendered: str) -> str:
         """Hand a job over; returns the id that the target gives it. Raises StokerError."""
 
