@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -116,6 +117,8 @@ SETTINGS = {  # what stands in a file of settings, with the secret between ⟨ a
     "a query": "https://h/d?user=me123&access_token=⟨abcd1234efgh⟩&page=2\n",
     "an error": "ValueError: token=⟨zzzz1234L⟩\n",
     "an error within": "OperationalError: cannot connect: host=h password=⟨hunter⟩ port=1\n",
+    "a YAML list at the margin": "api_keys:\n- ⟨one⟩\n\n- ⟨two⟩\nname: x\n",
+    "a diff of YAML": " db:\n   password:\n+    ⟨new words⟩\n-    ⟨old words⟩\n   port: 1\n",
     "a diff": "-password: ⟨old words⟩\n+password: ⟨new words⟩\n",
 }
 CODE = {
@@ -178,6 +181,14 @@ def test_settings_and_messages_without_secrets_stay(said: str) -> None:
 ])  # fmt: skip
 def test_code_without_secrets_stays(said: str) -> None:
     assert redaction.text(f"{said}\n", code=True) == f"{said}\n"
+
+
+def test_a_file_of_one_long_line_is_looked_through_in_little_time() -> None:
+    begun = time.process_time()
+    for piece in ('"password":1,', "password: ", "token=a(b) ", "password" + " " * 50, "${{", "https://a:"):
+        redaction.text(piece * 5_000)
+        redaction.text(f"password={piece * 5_000}")
+    assert time.process_time() - begun < 5
 
 
 def test_a_secret_deep_in_a_config_is_kept_out() -> None:
