@@ -1,9 +1,10 @@
-"""What must not be written down: secrets, known by their name, by their look, or by their value.
+"""What must not be written down: secrets, known by their name, look, value or file.
 
 - A name: `password`, `HF_TOKEN`, `db.api_key`. What stands under it is removed.
 - A look: the formats of well-known keys and tokens, of private keys, of URLs with a password. The
   formats are those of gitleaks (https://github.com/gitleaks/gitleaks, `config/gitleaks.toml`) and of
   detect-secrets (https://github.com/Yelp/detect-secrets, `detect_secrets/plugins`).
+- A file: `.env`, `key.pem`, `id_rsa`, where git does not have it.
 - A value: what an environment variable of such a name holds now, or what a config held under such a
   name (`keep_out`), wherever it turns up.
 
@@ -129,6 +130,9 @@ _FROM_CODE = frozenset({
     ".py", ".pyx", ".pyi", ".c", ".cc", ".cpp", ".cu", ".cuh", ".h", ".hpp", ".rs", ".go", ".js", ".ts",
     ".jl", ".lua", ".java", ".r",
 })  # fmt: skip
+_SECRET_FILE = re.compile(
+    r"\.env(?:rc|\..+)?|.+\.(?:pem|p12|pfx|env)|id_(?:rsa|dsa|ecdsa|ed25519)|\.(?:netrc|pgpass|pypirc)"
+)
 _NO_SECRETS = frozenset({
     "disabled", "required", "optional", "kerberos", "password", "anonymous", "none", "null", "nil",
     "true", "false", "str", "string", "bytes", "any", "empty", "undefined", "default",
@@ -226,6 +230,11 @@ def content(path: str, data: bytes) -> bytes | None:
 def is_code(path: str) -> bool:
     """Whether a file is of a programming language, by its ending."""
     return PurePath(path).suffix.lower() in _FROM_CODE
+
+
+def is_secret_file(path: str) -> bool:
+    """Whether a file is one of secrets, by its name: `.env`, `key.pem`, `id_rsa`."""
+    return _SECRET_FILE.fullmatch(PurePath(path).name) is not None
 
 
 def holds(data: bytes, values: Sequence[str]) -> bool:
