@@ -130,6 +130,8 @@ CODE = {
     "a signature": 'url = "https://h/d?X-Amz-Date=2&X-Amz-Signature=⟨0123abcd4567⟩"\n',
     "basic": 'headers = {"Authorization": "Basic ⟨dXNlcjpwYXNz⟩"}\n',
     "a comment": "x = 1  # password: ⟨SECRETcomment99aa⟩\n",
+    "a text": 'raise ValueError("at h: token=⟨zzzz1234L⟩ was refused")\n',
+    "a command": "run('train.py --db.password=⟨abcd1234⟩ lr=1')\n",
     "a type": 'api_key: str | None = "⟨short⟩"\n',
     "camel": 'const dbPassword = "⟨correct horse⟩";\n',
 }
@@ -178,6 +180,10 @@ def test_settings_and_messages_without_secrets_stay(said: str) -> None:
     'class Auth:\n    """What is asked for 1st."""', "# the token: see tokenizer.decode2(ids)",
     'api_key = "${API_KEY}"',
     'for key, token in pairs: yield f"{key}={token}"', 'api_key=config.api_key,', 'password: str = ""',
+    'if host and auth:\n    message = "written for host2host"',
+    'API_KEY = "OPENAI_API_KEY"', 'TOKEN_START = "\\U000f0000"', 'TOKEN_SAMPLE = "a b c d of model_123456"',
+    'call("a", token=decode_v2(x), auth=scheme2basic)', 'print(f"token={token_12345}")',
+    'write("password=" + given + "; port=1")', '_CREDENTIALS = ("NoCredentialsError", "TokenError")',
 ])  # fmt: skip
 def test_code_without_secrets_stays(said: str) -> None:
     assert redaction.text(f"{said}\n", code=True) == f"{said}\n"

@@ -27,6 +27,7 @@ REDACTED = "[REDACTED]"
 
 _LEAST = 8  # characters of a value that is removed wherever it turns up: shorter ones are words
 _BACK = 400  # characters that are looked at before a name, to know what it stands in
+_MOST_WORDS = 4  # of a value where words are none, as in `Basic c2VjcmV0`: more are a text
 _MOST = 4000  # characters of a value that are looked at to know what it is
 _BINARY = 8192  # bytes at the start of a file in which a zero byte says that it is no text, as git has it
 
@@ -100,14 +101,14 @@ _LOOKS: tuple[tuple[tuple[str, ...], re.Pattern[str]], ...] = tuple(
 # that follows: `name =`, `"name":`, `name: str =`, `["name"] =`, `("name",`.
 _NAMED = re.compile(
     r"(?:p(?:ass|at|w)|k(?:en|ey|ie)|c(?:re|onnection)|uth|bearer|jwt|dsn|webhook)[\w.\-]{0,80}+"
-    r"(?P<close>\\?[\"'])?\]?(?:\s*:\s*[\w\[\]. |]{1,40}(?==[^=]))?\s*?(?P<sign>[:=]=|[=:]>?|,)"
+    r"(?P<close>\\?[\"'])?\]?(?:[ \t]*:[ \t]*[\w\[\]. |]{1,40}(?==[^=]))?\s*?(?P<sign>[:=]=|[=:]>?|,)"
 )
 _IN_NAMES = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-")
 _STRING = re.compile(
     r"(?P<space>\s*\(?\s*)(?P<prefix>[rbfuRBFU]{0,2})(?P<open>\\?(?:\"{3}|'{3}|[\"']))"
     r"(?P<value>(?:(?!(?P=open))(?:\\[\s\S]|[\s\S])){1,20000}?)(?P=open)"
 )
-_WORD = re.compile(r"[ \t]*(?P<value>(?:\[REDACTED\]|[^\s,;&\"'`<>)\]}\\])+)")
+_WORD = re.compile(r"[ \t]*(?P<value>(?:\[REDACTED\]|\{[^{}\n]*\}|<[^<>\n]*>|[^\s,;&\"'`<>)\]}\\])+)")
 _BEGINS_LINE = re.compile(r"[+\-]?[\s\"'*>;#-]*(?:(?:export|set|ENV|ARG) )?[\"']?")
 _PAIR = re.compile(r"(?:- +)?[\"']?[\w.\-]+[\"']?:(?:\s|$)")
 _QUERY = re.compile(r"(?P<kept>[?&](?P<name>[\w.\-]{2,64})=)(?P<value>[^\s&\"'`<>#\\;]+)")
@@ -157,7 +158,7 @@ def text(said: str, *, code: bool = False) -> str:
     """A text without its secrets.
 
     Args:
-        code: it is of a programming language: only what stands in quotes, or in a comment, is a value there.
+        code: it is of a programming language: only what stands in quotes or in a comment is a value there.
     """
     for value in values():
         if value in said:
@@ -327,7 +328,8 @@ def _assigned(said: str, found: re.Match[str], *, code: bool) -> Iterable[tuple[
     certain = found["sign"] not in (",", "==") and _CERTAIN.search(_CAMEL.sub("_", name)) is not None
     string = _STRING.match(said, found.end())
     if string and not (code and _closes(said, start, found, string)) and _is_literal(string, found["sign"]):
-        is_one = _is_secret(string["value"], certain=certain)
+        is_name = string["value"].isupper() and _is_found_elsewhere(string["value"])  # of a variable
+        is_one = not is_name and _is_secret(string["value"], certain=certain)
         return (string.span("value"),) if is_one else ()
     if found["sign"] in (",", "=="):
         return ()
@@ -356,7 +358,8 @@ def _bare(
     """Where a value without quotes stands: what is left of the line that its name begins, or a word."""
     begin = max(said.rfind("\n", max(0, start - _BACK), start) + 1, start - _BACK)
     before = said[begin:start]
-    if code and not ("#" in before or "//" in before):
+    is_in_text = found["sign"] == "=" and (before.count('"') % 2 == 1 or before.count("'") % 2 == 1)
+    if code and not (is_in_text or "#" in before or "//" in before):
         return
     if not code and _BEGINS_LINE.fullmatch(before):
         value, span = _line(said, found.end())
@@ -413,9 +416,12 @@ def _is_secret(value: str, *, certain: bool) -> bool:
     left = _FIELD.sub("", value[:_MOST]).replace(REDACTED, "")
     if value.strip("\"' ").lower() in _NO_SECRETS or not any(map(str.isalnum, left)):
         return False
-    return certain or any(map(_is_random, left.split()))
+    words = left.split(None, _MOST_WORDS)
+    return certain or (len(words) <= _MOST_WORDS and any(map(_is_random, words)))
 
 
 def _is_random(word: str) -> bool:
     """Whether it is no word of a language: it has letters and digits."""
-    return len(word) >= _LEAST and any(map(str.isalpha, word)) and any(map(str.isdigit, word))
+    if len(word) < _LEAST or "\\" in word:  # a character that is escaped is one of a text
+        return False
+    return any(map(str.isalpha, word)) and any(map(str.isdigit, word))
