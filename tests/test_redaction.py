@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -116,6 +117,8 @@ SETTINGS = {  # what stands in a file of settings, with the secret between ⟨ a
     "a query": "https://h/d?user=me123&access_token=⟨abcd1234efgh⟩&page=2\n",
     "an error": "ValueError: token=⟨zzzz1234L⟩\n",
     "an error within": "OperationalError: cannot connect: host=h password=⟨hunter⟩ port=1\n",
+    "a YAML list at the margin": "api_keys:\n- ⟨one⟩\n\n- ⟨two⟩\nname: x\n",
+    "a diff of YAML": " db:\n   password:\n+    ⟨new words⟩\n-    ⟨old words⟩\n   port: 1\n",
     "a diff": "-password: ⟨old words⟩\n+password: ⟨new words⟩\n",
 }
 CODE = {
@@ -127,6 +130,8 @@ CODE = {
     "a signature": 'url = "https://h/d?X-Amz-Date=2&X-Amz-Signature=⟨0123abcd4567⟩"\n',
     "basic": 'headers = {"Authorization": "Basic ⟨dXNlcjpwYXNz⟩"}\n',
     "a comment": "x = 1  # password: ⟨SECRETcomment99aa⟩\n",
+    "a text": 'raise ValueError("at h: token=⟨zzzz1234L⟩ was refused")\n',
+    "a command": "run('train.py --db.password=⟨abcd1234⟩ lr=1')\n",
     "a type": 'api_key: str | None = "⟨short⟩"\n',
     "camel": 'const dbPassword = "⟨correct horse⟩";\n',
 }
@@ -175,9 +180,21 @@ def test_settings_and_messages_without_secrets_stay(said: str) -> None:
     'class Auth:\n    """What is asked for 1st."""', "# the token: see tokenizer.decode2(ids)",
     'api_key = "${API_KEY}"',
     'for key, token in pairs: yield f"{key}={token}"', 'api_key=config.api_key,', 'password: str = ""',
+    'if host and auth:\n    message = "written for host2host"',
+    'API_KEY = "OPENAI_API_KEY"', 'TOKEN_START = "\\U000f0000"', 'TOKEN_SAMPLE = "a b c d of model_123456"',
+    'call("a", token=decode_v2(x), auth=scheme2basic)', 'print(f"token={token_12345}")',
+    'write("password=" + given + "; port=1")', '_CREDENTIALS = ("NoCredentialsError", "TokenError")',
 ])  # fmt: skip
 def test_code_without_secrets_stays(said: str) -> None:
     assert redaction.text(f"{said}\n", code=True) == f"{said}\n"
+
+
+def test_a_file_of_one_long_line_is_looked_through_in_little_time() -> None:
+    begun = time.process_time()
+    for piece in ('"password":1,', "password: ", "token=a(b) ", "password" + " " * 50, "${{", "https://a:"):
+        redaction.text(piece * 5_000)
+        redaction.text(f"password={piece * 5_000}")
+    assert time.process_time() - begun < 5
 
 
 def test_a_secret_deep_in_a_config_is_kept_out() -> None:

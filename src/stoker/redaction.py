@@ -1,9 +1,10 @@
-"""What must not be written down: secrets, known by their name, by their look, or by their value.
+"""What must not be written down: secrets, known by their name, look, value or file.
 
 - A name: `password`, `HF_TOKEN`, `db.api_key`. What stands under it is removed.
 - A look: the formats of well-known keys and tokens, of private keys, of URLs with a password. The
   formats are those of gitleaks (https://github.com/gitleaks/gitleaks, `config/gitleaks.toml`) and of
   detect-secrets (https://github.com/Yelp/detect-secrets, `detect_secrets/plugins`).
+- A file: `.env`, `key.pem`, `id_rsa`, where git does not have it.
 - A value: what an environment variable of such a name holds now, or what a config held under such a
   name (`keep_out`), wherever it turns up.
 
@@ -25,6 +26,9 @@ REDACTED = "[REDACTED]"
 """What stands in place of a secret."""
 
 _LEAST = 8  # characters of a value that is removed wherever it turns up: shorter ones are words
+_BACK = 400  # characters that are looked at before a name, to know what it stands in
+_MOST_WORDS = 4  # of a value where words are none, as in `Basic c2VjcmV0`: more are a text
+_MOST = 4000  # characters of a value that are looked at to know what it is
 _BINARY = 8192  # bytes at the start of a file in which a zero byte says that it is no text, as git has it
 
 _WORDS = re.compile(
@@ -92,21 +96,20 @@ _LOOKS: tuple[tuple[tuple[str, ...], re.Pattern[str]], ...] = tuple(
     )
 )  # fmt: skip
 
-# What is assigned to the name of a secret is one, whatever its characters. A name is found by a word in it,
-# together with the sign that follows: `name =`, `"name":`, `name: str =`, `["name"] =`, `("name",`.
+# What is assigned to the name of a secret is one, whatever its characters. A name is found by a part of a
+# word in it (to-ken, s-cre-t, a-uth: what begins with a rare letter is found faster), together with the sign
+# that follows: `name =`, `"name":`, `name: str =`, `["name"] =`, `("name",`.
 _NAMED = re.compile(
-    r"(?:pass|secret|cred|auth|bearer|cookie|token|key|pw|_pat|jwt|dsn|webhook|connection)[\w.\-]{0,80}+"
-    r"(?P<close>\\?[\"'])?\]?(?:\s*:\s*[\w\[\]. |]{1,40}(?==[^=]))?\s*?(?P<sign>[:=]=|[=:]>?|,)"
+    r"(?:p(?:ass|at|w)|k(?:en|ey|ie)|c(?:re|onnection)|uth|bearer|jwt|dsn|webhook)[\w.\-]{0,80}+"
+    r"(?P<close>\\?[\"'])?\]?(?:[ \t]*:[ \t]*[\w\[\]. |]{1,40}(?==[^=]))?\s*?(?P<sign>[:=]=|[=:]>?|,)"
 )
 _IN_NAMES = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-")
 _STRING = re.compile(
     r"(?P<space>\s*\(?\s*)(?P<prefix>[rbfuRBFU]{0,2})(?P<open>\\?(?:\"{3}|'{3}|[\"']))"
-    r"(?P<value>(?:(?!(?P=open))(?:\\[\s\S]|[\s\S])){1,4000}?)(?P=open)"
+    r"(?P<value>(?:(?!(?P=open))(?:\\[\s\S]|[\s\S])){1,20000}?)(?P=open)"
 )
-_LINE = re.compile(r"[ \t]*(?P<value>[^\n]*?)(?:[ \t]+#[^\n]*)?[ \t\r,]*(?:\n|$)")
-_WORD = re.compile(r"[ \t]*(?P<value>(?:\[REDACTED\]|[^\s,;&\"'`<>)\]}\\])+)")
+_WORD = re.compile(r"[ \t]*(?P<value>(?:\[REDACTED\]|\{[^{}\n]*\}|<[^<>\n]*>|[^\s,;&\"'`<>)\]}\\])+)")
 _BEGINS_LINE = re.compile(r"[+\-]?[\s\"'*>;#-]*(?:(?:export|set|ENV|ARG) )?[\"']?")
-_ITEM = re.compile(r"(?P<lead>[+ -]?[ \t]*)(?P<value>(?:- +)?[^\s#][^\n]*?)[ \t\r]*(?:\n|$)")
 _PAIR = re.compile(r"(?:- +)?[\"']?[\w.\-]+[\"']?:(?:\s|$)")
 _QUERY = re.compile(r"(?P<kept>[?&](?P<name>[\w.\-]{2,64})=)(?P<value>[^\s&\"'`<>#\\;]+)")
 _SIGNS_URL = re.compile(r"(?:^|[_.\-])(?:sig|signature|credential|key|code)$", re.IGNORECASE)
@@ -128,6 +131,9 @@ _FROM_CODE = frozenset({
     ".py", ".pyx", ".pyi", ".c", ".cc", ".cpp", ".cu", ".cuh", ".h", ".hpp", ".rs", ".go", ".js", ".ts",
     ".jl", ".lua", ".java", ".r",
 })  # fmt: skip
+_SECRET_FILE = re.compile(
+    r"\.env(?:rc|\..+)?|.+\.(?:pem|p12|pfx|env)|id_(?:rsa|dsa|ecdsa|ed25519)|\.(?:netrc|pgpass|pypirc)"
+)
 _NO_SECRETS = frozenset({
     "disabled", "required", "optional", "kerberos", "password", "anonymous", "none", "null", "nil",
     "true", "false", "str", "string", "bytes", "any", "empty", "undefined", "default",
@@ -152,7 +158,7 @@ def text(said: str, *, code: bool = False) -> str:
     """A text without its secrets.
 
     Args:
-        code: it is of a programming language: only what stands in quotes, or in a comment, is a value there.
+        code: it is of a programming language: only what stands in quotes or in a comment is a value there.
     """
     for value in values():
         if value in said:
@@ -162,7 +168,6 @@ def text(said: str, *, code: bool = False) -> str:
             said = look.sub(_without, said)
     if "://" in said:
         said = _IN_URL.sub(_without_value, said)
-    if "=" in said and ("?" in said or "&" in said):
         said = _QUERY.sub(_without_queried, said)
     return _without_named(said, code=code)
 
@@ -228,6 +233,11 @@ def is_code(path: str) -> bool:
     return PurePath(path).suffix.lower() in _FROM_CODE
 
 
+def is_secret_file(path: str) -> bool:
+    """Whether a file is one of secrets, by its name: `.env`, `key.pem`, `id_rsa`."""
+    return _SECRET_FILE.fullmatch(PurePath(path).name) is not None
+
+
 def holds(data: bytes, values: Sequence[str]) -> bool:
     """Whether one of some values is in a file."""
     return any(value.encode() in data for value in values)
@@ -237,7 +247,7 @@ def rules() -> bytes:
     """What tells the names and looks of this version from those of another."""
     known = [look.pattern for _, look in _LOOKS]
     patterns = (
-        _WORDS, _OTHER_THAN_SECRET, _CAMEL, _NAMED, _STRING, _LINE, _WORD, _BEGINS_LINE, _ITEM, _PAIR, _QUERY,
+        _WORDS, _OTHER_THAN_SECRET, _CAMEL, _NAMED, _STRING, _WORD, _BEGINS_LINE, _PAIR, _QUERY,
         _SIGNS_URL, _IN_URL, _FIELD, _EXPRESSION, _READ, _CERTAIN,
     )  # fmt: skip
     known += [pattern.pattern for pattern in patterns]
@@ -318,7 +328,8 @@ def _assigned(said: str, found: re.Match[str], *, code: bool) -> Iterable[tuple[
     certain = found["sign"] not in (",", "==") and _CERTAIN.search(_CAMEL.sub("_", name)) is not None
     string = _STRING.match(said, found.end())
     if string and not (code and _closes(said, start, found, string)) and _is_literal(string, found["sign"]):
-        is_one = _is_secret(string["value"], certain=certain)
+        is_name = string["value"].isupper() and _is_found_elsewhere(string["value"])  # of a variable
+        is_one = not is_name and _is_secret(string["value"], certain=certain)
         return (string.span("value"),) if is_one else ()
     if found["sign"] in (",", "=="):
         return ()
@@ -329,7 +340,7 @@ def _closes(said: str, start: int, found: re.Match[str], string: re.Match[str]) 
     """Whether the quote after a sign ends the text that the name stands in: `"password=" + given + ";"`."""
     if found["close"] or string.start("open") > found.end():
         return False
-    return said.count(string["open"], said.rfind("\n", 0, start) + 1, start) % 2 == 1
+    return said.count(string["open"], said.rfind("\n", max(0, start - _BACK), start) + 1, start) % 2 == 1
 
 
 def _is_literal(string: re.Match[str], sign: str) -> bool:
@@ -345,37 +356,55 @@ def _bare(
     said: str, start: int, found: re.Match[str], *, code: bool, certain: bool
 ) -> Iterable[tuple[int, int]]:
     """Where a value without quotes stands: what is left of the line that its name begins, or a word."""
-    begin = said.rfind("\n", 0, start) + 1
+    begin = max(said.rfind("\n", max(0, start - _BACK), start) + 1, start - _BACK)
     before = said[begin:start]
-    if code and not ("#" in before or "//" in before):
+    is_in_text = found["sign"] == "=" and (before.count('"') % 2 == 1 or before.count("'") % 2 == 1)
+    if code and not (is_in_text or "#" in before or "//" in before):
         return
     if not code and _BEGINS_LINE.fullmatch(before):
-        value = _LINE.match(said, found.end())
-        if value and value["value"] in ("", "|", ">", "|-", ">-") and found["sign"] == ":":
-            yield from _block(said, value.end(), len(before), certain=certain)
+        value, span = _line(said, found.end())
+        if value in ("", "|", ">", "|-", ">-") and found["sign"] == ":":
+            yield from _block(said, _next_line(said, found.end()), len(before), certain=certain)
             return
     else:
-        value = _WORD.match(said, found.end())
+        word = _WORD.match(said, found.end())
+        value, span = (word["value"], word.span("value")) if word else ("", (0, 0))
         certain = certain and not code and found["sign"] == "="
-    if value is None or _EXPRESSION.fullmatch(value["value"]):
-        return
-    if value["value"].startswith("..."):  # what is to be filled in, before a command
-        return
-    if _READ.fullmatch(value["value"]) and is_secret_name(value["value"]):
-        return  # `password=password`, `token = config.token`
-    if _is_secret(value["value"], certain=certain):
-        yield value.span("value")
+    if not _is_found_elsewhere(value) and _is_secret(value, certain=certain):
+        yield span
+
+
+def _line(said: str, start: int) -> tuple[str, tuple[int, int]]:
+    """What is left of a line, and where it stands, without a comment and the comma of a list."""
+    end = _next_line(said, start)
+    written = said[start:end].partition(" #")[0]
+    value = written.strip(" \t\r\n,")
+    start += len(written) - len(written.lstrip(" \t\r\n,"))
+    return value, (start, start + len(value))
+
+
+def _next_line(said: str, start: int) -> int:
+    end = said.find("\n", start)
+    return end + 1 if end >= 0 else len(said)
+
+
+def _is_found_elsewhere(value: str) -> bool:
+    """Whether it is no value but where one comes from: a call, a name; or what is to be filled in."""
+    if value.startswith("...") or _EXPRESSION.fullmatch(value[:_MOST]):
+        return True
+    return _READ.fullmatch(value) is not None and is_secret_name(value)  # `token = config.token`
 
 
 def _block(said: str, start: int, column: int, *, certain: bool) -> Iterable[tuple[int, int]]:
     """Where values stand on the lines after a YAML key: those further in, a list or a text."""
-    while (item := _ITEM.match(said, start)) and (
-        len(item["lead"]) > column or item["value"].startswith("- ")
-    ):
-        if not _PAIR.match(item["value"]) and _is_secret(item["value"], certain=certain):
-            dash = 2 if item["value"].startswith("- ") else 0
-            yield item.start("value") + dash, item.end("value")
-        start = item.end()
+    while start < len(said):
+        value, (begin, end) = _line(said, start + (said[start] in "+-"))  # of a list, or of a diff
+        in_list = value.startswith("- ")
+        if value and begin - start <= column and not in_list:
+            return
+        if not _PAIR.match(value) and _is_secret(value, certain=certain):
+            yield begin + 2 * in_list, end
+        start = _next_line(said, start)
 
 
 def _is_secret(value: str, *, certain: bool) -> bool:
@@ -384,12 +413,15 @@ def _is_secret(value: str, *, certain: bool) -> bool:
     Args:
         certain: all values under that name are; else words of a text may stand under it.
     """
-    left = _FIELD.sub("", value).replace(REDACTED, "")
+    left = _FIELD.sub("", value[:_MOST]).replace(REDACTED, "")
     if value.strip("\"' ").lower() in _NO_SECRETS or not any(map(str.isalnum, left)):
         return False
-    return certain or any(map(_is_random, left.split()))
+    words = left.split(None, _MOST_WORDS)
+    return certain or (len(words) <= _MOST_WORDS and any(map(_is_random, words)))
 
 
 def _is_random(word: str) -> bool:
     """Whether it is no word of a language: it has letters and digits."""
-    return len(word) >= _LEAST and any(map(str.isalpha, word)) and any(map(str.isdigit, word))
+    if len(word) < _LEAST or "\\" in word:  # a character that is escaped is one of a text
+        return False
+    return any(map(str.isalpha, word)) and any(map(str.isdigit, word))

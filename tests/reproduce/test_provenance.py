@@ -267,6 +267,36 @@ def test_what_was_looked_through_once_is_not_again_unless_a_value_is_in_it(
     assert provenance.gather(repository).contents["plain.yaml"] == b"x: [REDACTED]\n"
 
 
+def test_what_is_removed_from_the_diff_is_removed_from_the_bundle(repository: Path, tmp_path: Path) -> None:
+    _write(repository, {
+        "train.py": "print(1)\n# password: SECRETcomment99aa\nconnect(password='Tr0ub4dor$3cretZ')\n",
+        "gone.py": "password = other_password2\n",
+    })  # fmt: skip
+    target, found = _record(tmp_path, repository)
+    provenance.extract(target, tmp_path / "again")
+    removed = "# password: [REDACTED]\n{}connect(password='[REDACTED]')\n"
+    assert (tmp_path / "again" / "train.py").read_text() == "print(1)\n" + removed.format("")
+    diff = (target / provenance.DIFF).read_text()
+    assert "+" + removed.format("+") in diff
+    assert "+password = other_password2\n" in diff
+    assert found.redacted == ("train.py",)
+
+
+def test_a_new_file_that_is_one_of_secrets_is_left_out_and_one_that_git_has_is_not(
+    repository: Path, tmp_path: Path
+) -> None:
+    _write(repository, {"tracked.env": "LR=1\n"})
+    _git(repository, "add", "tracked.env")
+    names = [".env", ".env.local", "deploy/id_rsa", "key.pem"]
+    _write(repository, dict.fromkeys(names, "x = 1\n") | {"environment.yaml": "x: 1\n"})
+    _, found = _record(tmp_path, repository)
+    assert _paths(found) == ["environment.yaml", "gone.py", "tracked.env", "train.py"]
+    assert [one.path for one in found.left_out] == names
+    assert {(one.bytes, one.why) for one in found.left_out} == {
+        (6, "not in git, and by its name it holds secrets")
+    }
+
+
 def test_a_damaged_bundle_is_named_and_not_unpacked(repository: Path, tmp_path: Path) -> None:
     target, _ = _record(tmp_path, repository)
     archive = target / bundle.NAME

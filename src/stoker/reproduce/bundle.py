@@ -14,7 +14,7 @@ import stat
 import tarfile
 import uuid
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -58,7 +58,8 @@ class _Scan:
 def read(found: Found) -> tuple[Code, Mapping[str, bytes]]:
     """The code with its list of files, and what each holds, without secrets."""
     root = Path(found.code.root)
-    chosen, unfit = _choose(root, found.paths)
+    private = frozenset(filter(redaction.is_secret_file, found.code.untracked))
+    chosen, unfit = _choose(root, found.paths, private)
     scan = _Scan(scanned.known(), redaction.values())
     taken = [_read(root, path, scan) for path in chosen]
     scanned.remember(scan.clean, scan.fresh)
@@ -169,7 +170,7 @@ def _unpack_member(members: tarfile.TarFile, member: tarfile.TarInfo, root: Path
         place.chmod(member.mode & 0o755)
 
 
-def _choose(root: Path, paths: Sequence[str]) -> tuple[list[str], list[LeftOut]]:
+def _choose(root: Path, paths: Sequence[str], private: Set[str]) -> tuple[list[str], list[LeftOut]]:
     """The files that fit, the small ones first where not all do; and those that do not."""
     sizes: dict[str, int] = {}
     left_out = []
@@ -184,7 +185,9 @@ def _choose(root: Path, paths: Sequence[str]) -> tuple[list[str], list[LeftOut]]
             sizes[path] = status.st_size
     total, fitting = 0, set()
     for path, size in sorted(sizes.items(), key=lambda item: item[1]):
-        if size > MOST_OF_A_FILE:
+        if path in private:
+            left_out.append(LeftOut(path, size, "not in git, and by its name it holds secrets"))
+        elif size > MOST_OF_A_FILE:
             left_out.append(LeftOut(path, size, "larger than 1 MiB"))
         elif total + size > MOST_IN_ALL:
             left_out.append(LeftOut(path, size, "over the limit of 64 MiB in all"))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from typing import Any, Literal
 from stoker import machine, redaction
 
 _MOST_DIFF = 16 * 2**20  # bytes of a diff that are kept: the bundle has the files themselves
+_OF_A_FILE = re.compile(r"^(?=diff --git )", re.MULTILINE)
 _DEEPEST = 8  # repositories within repositories
 
 Kind = Literal["git", "modules"]
@@ -180,7 +182,13 @@ def _diff(root: Path) -> bytes:
     if len(said) > _MOST_DIFF:
         more = len(said) - _MOST_DIFF
         said = f"{said[:_MOST_DIFF]}\n... and {more:,} characters more: code.tar.gz has the files\n"
-    return redaction.text(said).encode("utf-8", "surrogateescape")
+    return "".join(map(_without_secrets, _OF_A_FILE.split(said))).encode("utf-8", "surrogateescape")
+
+
+def _without_secrets(changes: str) -> str:
+    """What differs in one file, read by the same rules as that file is for the bundle."""
+    named = changes.partition("\n")[0].rstrip('"')  # `diff --git a/train.py b/train.py`
+    return redaction.text(changes, code=redaction.is_code(named))
 
 
 def _imported(script: Path, folder: Path) -> Iterator[str]:
