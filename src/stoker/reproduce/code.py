@@ -141,6 +141,9 @@ def _modules(script: Path | None, folder: Path) -> Found:
     return Found(code, tuple(sorted(_imported(script, folder))) if script else ())
 
 
+_COMPILED = "--exclude=__pycache__/"  # Python's own, which changes with every change of a source
+
+
 @dataclass
 class _Listing:
     """The files of a repository and of those within it, relative to the outermost."""
@@ -154,7 +157,7 @@ def _list(root: Path, prefix: str = "", depth: int = 0) -> _Listing:
     """What git lists; of submodules, and of repositories that it comes upon, what it lists there."""
     with ThreadPoolExecutor(2) as threads:
         cached = threads.submit(_git, root, "ls-files", "-z", "--cached")
-        others = threads.submit(_git, root, "ls-files", "-z", "--others", "--exclude-standard")
+        others = threads.submit(_git, root, "ls-files", "-z", "--others", "--exclude-standard", _COMPILED)
     found = _Listing()
     for listed, into in ((cached.result(), found.tracked), (others.result(), found.untracked)):
         for name in dict.fromkeys((listed or "").split("\0")):  # one that is unmerged is there thrice
