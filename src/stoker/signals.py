@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import signal
+import sys
 import threading
+from collections.abc import Callable
 from types import FrameType
 
 from stoker.errors import EXIT_PREEMPTED
 
+_PR_SET_PDEATHSIG = 1
 ENDED_BY = (signal.SIGTERM, signal.SIGUSR1)
 """What a scheduler sends, and to all processes at once."""
 
@@ -47,6 +51,18 @@ def end_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=wait, name="end-with-parent", daemon=True).start()
+
+
+def at_parents_death(number: int) -> Callable[[], None] | None:
+    """What gets the process that calls it a signal once its parent is gone, however that ended.
+
+    It outlives exec. By prctl(2), so None elsewhere than on Linux. It is looked up here, and is one system
+    call then, so that a process may make it between fork and exec.
+    """
+    if sys.platform != "linux":
+        return None
+    prctl = ctypes.CDLL(None).prctl
+    return lambda: prctl(_PR_SET_PDEATHSIG, number)
 
 
 def answer_while_starting() -> None:

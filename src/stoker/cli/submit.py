@@ -20,7 +20,7 @@ import typer
 from stoker import redaction
 from stoker.cli.output import console, print_json
 from stoker.errors import BadInput
-from stoker.launch import here, jobs, jobspec, targets
+from stoker.launch import arguments, here, jobs, jobspec, targets
 from stoker.launch.jobs import Job
 from stoker.launch.jobspec import ELEMENT, RENDEZVOUS, JobSpec
 from stoker.launch.targets import LOCAL, TARGETS
@@ -110,13 +110,7 @@ class Command:
         """
         flags = ("--dry-run", "--json", *flags)
         valued = {*_VALUED, *options}
-        kept, rest = [], iter(self.arguments)
-        for argument in rest:
-            if argument in valued:
-                next(rest, None)
-            elif argument not in flags and argument.partition("=")[0] not in valued:
-                kept.append(argument)
-        return dataclasses.replace(self, arguments=tuple(kept))
+        return dataclasses.replace(self, arguments=tuple(arguments.without(self.arguments, valued, flags)))
 
     def with_(self, *arguments: str) -> Command:
         """The command with more arguments."""
@@ -124,15 +118,11 @@ class Command:
 
     def has(self, option: str) -> bool:
         """Whether an option is given."""
-        return any(argument.partition("=")[0] == option for argument in self.arguments)
+        return arguments.has(self.arguments, option)
 
     def value(self, option: str) -> str:
         """What an option is given; empty where it is not."""
-        for argument, following in zip(self.arguments, (*self.arguments[1:], ""), strict=True):
-            name, equals, value = argument.partition("=")
-            if name == option:
-                return value if equals else following
-        return ""
+        return arguments.value(self.arguments, option)
 
     @property
     def words(self) -> tuple[str, ...]:

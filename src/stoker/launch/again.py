@@ -7,12 +7,11 @@ of its own: nothing that this one has imported is in it, and its code comes befo
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -20,7 +19,7 @@ from typing import Any
 
 import yaml
 from stoker import config as configs
-from stoker import redaction, storage
+from stoker import redaction, signals, storage
 from stoker.config import COMMAND_LINE, DEFAULT
 from stoker.errors import BadInput
 from stoker.reproduce import provenance
@@ -34,7 +33,6 @@ from stoker.run.view import RunView
 CONFIG = "config.yaml"
 FOLDER = "again"
 """In the run that is made: the code that it is made from, and what was asked for."""
-_PR_SET_PDEATHSIG = 1
 _OF_A_LAUNCH = (
     "RANK",
     "LOCAL_RANK",
@@ -110,18 +108,10 @@ def run(start: Start) -> int:
     process = subprocess.Popen(
         start.command, cwd=start.cwd, env=dict(start.variables), stdin=subprocess.DEVNULL, stdout=output,
         process_group=0,  # Ctrl-C reaches this process alone, which passes it on once
-        preexec_fn=_ending_with_parent(),  # noqa: PLW1509 - it takes no lock
+        preexec_fn=signals.at_parents_death(signal.SIGTERM),  # noqa: PLW1509 - it takes no lock
     )  # fmt: skip
     with _passing_on(process):
         return process.wait()
-
-
-def _ending_with_parent() -> Callable[[], None] | None:
-    """What a process does first to be told to stop once its parent is gone, however that ended (prctl(2))."""
-    if sys.platform != "linux":
-        return None
-    prctl = ctypes.CDLL(None).prctl  # looked up before the fork, after which it is one system call
-    return lambda: prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 @contextlib.contextmanager

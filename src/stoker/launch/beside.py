@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import sys
 
-_PR_SET_PDEATHSIG = 1  # prctl(2): a signal at the death of the parent; it outlives exec
+from stoker import signals
 
 
 def main() -> None:
     """Become the command."""
     parent, command = int(sys.argv[1]), sys.argv[2:]
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_it = signals.at_parents_death(signal.SIGKILL)
+    if end_with_it is not None:
+        end_with_it()
     if os.getppid() != parent:  # it was gone before
         sys.exit(1)
     os.execvp(command[0], command)

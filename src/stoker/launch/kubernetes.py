@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import logging
 import re
-import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Any
 
 import yaml
 from stoker.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, BadInput, StokerError, nearest
-from stoker.launch import jobs, jobspec, tail
+from stoker.launch import arguments, client, jobs, jobspec, tail
 from stoker.launch.jobs import Job
 from stoker.launch.jobspec import ELEMENT, RENDEZVOUS, JobSpec
 from stoker.launch.targets import Line, Status
@@ -35,8 +34,8 @@ LABEL = "stoker/job"
 
 _PORT = 29400
 _GRACE = 120  # seconds that a pod has for a checkpoint, once it is told to stop
-_ANSWER = 60.0  # seconds that kubectl may take
 _CONTAINER = "train"
+_TOLD_TO_TORCHRUN = ("--rendezvous", "--nodes", "--nproc", "--max-restarts")
 _OF_LOG = re.compile(r"[IWEF]\d{4} \d{2}:\d{2}:\d{2}")
 """How a line of klog begins, by which kubectl says what it does."""
 
@@ -52,6 +51,7 @@ _OPTIONS = {
     "gpu-resource": "nvidia.com/gpu by default",
     "runtime": "the ClusterTrainingRuntime of a trainjob, torch-distributed by default",
 }
+_NEEDS = "it is to be on the PATH, with access to a cluster; --dry-run prints the manifest anywhere"
 _SELECTOR = "node."
 """Before a label that nodes must have, as in `node.accelerator=a100`."""
 
@@ -393,7 +393,7 @@ def _command(job: Job, known: Mapping[str, str]) -> list[str]:
     """
     words = ["python", *(_relative(word, job.spec.folder) for word in job.spec.command[1:])]
     if "claim" in job.spec.options and not _store(job.spec):
-        words = [*_without(words, "--runs"), "--runs", RUNS]
+        words = [*arguments.without(words, ["--runs"]), "--runs", RUNS]
     placeholders = "|".join(map(re.escape, (RENDEZVOUS, ELEMENT)))
     pieces = ([known.get(p) or _literal(p) for p in re.split(f"({placeholders})", word)] for word in words)
     return ["".join(parts) for parts in pieces]
@@ -401,28 +401,9 @@ def _command(job: Job, known: Mapping[str, str]) -> list[str]:
 
 def _by_torchrun(job: Job) -> list[str]:
     """The command under torchrun, which finds in its variables how many ranks there are, and where."""
-    words, restarts = _command(job, {}), _value(job.spec.command, "--max-restarts")
-    words = _without(words, "--rendezvous", "--nodes", "--nproc", "--max-restarts")
+    restarts = arguments.value(job.spec.command, "--max-restarts")
+    words = arguments.without(_command(job, {}), _TOLD_TO_TORCHRUN)
     return ["torchrun", *([f"--max-restarts={restarts}"] if restarts else []), *words[1:]]
-
-
-def _value(words: Sequence[str], option: str) -> str:
-    """What an option is given in a command; empty where it is not there."""
-    for word, following in zip(words, (*words[1:], ""), strict=True):
-        name, _, value = word.partition("=")
-        if name == option:
-            return value or following
-    return ""
-
-
-def _without(words: Sequence[str], *options: str) -> list[str]:
-    kept, rest = [], iter(words)
-    for word in rest:
-        if word in options:
-            next(rest, None)
-        elif word.partition("=")[0] not in options:
-            kept.append(word)
-    return kept
 
 
 def _relative(word: str, folder: Path) -> str:
@@ -519,7 +500,7 @@ def _check_options(spec: JobSpec) -> None:
 
 def _store(spec: JobSpec) -> str:
     """The URL that runs stand at; empty where they stand in a folder."""
-    url = _value(spec.command, "--runs")
+    url = arguments.value(spec.command, "--runs")
     return url if "://" in url else ""
 
 
@@ -540,17 +521,7 @@ def _check_nodes(spec: JobSpec) -> None:
 
 def _kubectl(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
     """Raises BadInput where it is not here, StokerError where nothing answers."""
-    if shutil.which("kubectl") is None:
-        raise BadInput(
-            "kubectl is not found: it is to be on the PATH, with access to a cluster; --dry-run prints the "
-            "manifest anywhere"
-        )
-    try:
-        return subprocess.run(
-            ["kubectl", *command], capture_output=True, text=True, timeout=_ANSWER, check=False
-        )
-    except subprocess.TimeoutExpired as error:
-        raise StokerError(f"kubectl {command[0]} did not answer within {_ANSWER:.0f} s") from error
+    return client.call(["kubectl", *command], _NEEDS)
 
 
 def _said(done: subprocess.CompletedProcess[str]) -> str:

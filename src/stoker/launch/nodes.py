@@ -260,7 +260,7 @@ class _Host:
         self._look_for_failures(now, playing)
         done = all(member.report.phase == DONE for member in playing)
         if self.failed_at is not None and (self.final or now - self.failed_at > _COLLECT):
-            self._over(now, playing)
+            self._over(now)
         elif len(playing) == self.machines and done:
             self._ended(max(member.report.code for member in playing), playing)
         elif self.elastic and not self.changes:
@@ -269,10 +269,13 @@ class _Host:
             if self._size(self.machines + len(ready)) > self.machines:
                 self.changes = f"{', '.join(member.report.host for member in ready)} came"
 
+    def _of_round(self) -> list[_Member]:
+        """The machines of the newest round."""
+        return [member for member in self.members.values() if member.number >= 0]
+
     def _playing(self) -> list[_Member]:
         """Those of the round that have heard of it."""
-        of_round = (member for member in self.members.values() if member.number >= 0)
-        return [member for member in of_round if member.report.round == self.round]
+        return [member for member in self._of_round() if member.report.round == self.round]
 
     def _size(self, here: int) -> int:
         """As many of so many machines as a round may have; 0 for too few."""
@@ -291,8 +294,7 @@ class _Host:
 
     def _look_for_failures(self, now: float, playing: list[_Member]) -> None:
         failed = [member for member in playing if member.report.phase == FAILED]
-        of_round = [member for member in self.members.values() if member.number >= 0]
-        silent = [m.report.host for m in of_round if now - m.heard > SILENCE]
+        silent = [m.report.host for m in self._of_round() if now - m.heard > SILENCE]
         if failed:
             # What ended a rank from outside comes before what that made the others raise.
             first = min(failed, key=lambda m: (m.report.again, m.report.raised, m.heard - m.report.ago))
@@ -322,11 +324,10 @@ class _Host:
         self.failed_at, self.failure = None, None
         self.port, self.id = machine.free_port(), uuid.uuid4().hex
 
-    def _over(self, now: float, playing: list[_Member]) -> None:
+    def _over(self, now: float) -> None:
         """End the round; a restart is spent on it, unless it failed of a machine that may be lost."""
         assert self.failure is not None
-        of_round = [member for member in self.members.values() if member.number >= 0]
-        lost = [member.report.host for member in of_round if now - member.heard > _COLLECT]
+        lost = [member.report.host for member in self._of_round() if now - member.heard > _COLLECT]
         if self.elastic and lost and not self.final:
             self._pause(f"{', '.join(lost)} is not heard of")
             return
@@ -336,10 +337,12 @@ class _Host:
                 raise self.failure
             self.budget.spend(self.failure)
         except RankFailed as error:
-            gone = bool(lost) and not self.final
-            code = EXIT_PREEMPTED if gone else error.exit_code  # nothing of the training failed
-            said = f"{', '.join(lost)} is not heard of, so all have ended; once it is there again the same "
-            self._end(code, f"{said}command goes on.\n{error}" if gone else str(error))
+            if lost and not self.final:  # nothing of the training failed: whoever started it may do so again
+                gone = f"{', '.join(lost)} is not heard of, so all have ended"
+                again = "once it is there again the same command goes on"
+                self._end(EXIT_PREEMPTED, f"{gone}; {again}.\n{error}")
+            else:
+                self._end(error.exit_code, str(error))
         else:
             log.warning("%s\nstarting again; restarts left: %d", self.failure, self.budget.left)
 

@@ -17,7 +17,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from stoker.errors import BadInput, StokerError, nearest
-from stoker.launch import jobs, jobspec, tail
+from stoker.launch import arguments, jobs, jobspec, tail
 from stoker.launch.jobs import Job
 from stoker.launch.jobspec import RENDEZVOUS, JobSpec
 from stoker.launch.ray_nodes import MEETING
@@ -172,7 +172,7 @@ def _limited(spec: JobSpec) -> tuple[str, ...]:
     """The command with the job's time limit: Ray has none, so the run ends itself, and is started again."""
     if spec.time is None:
         return spec.command
-    if any(word.partition("=")[0] == "--max-time" for word in spec.command):
+    if arguments.has(spec.command, "--max-time"):
         raise BadInput("--time and --max-time: on ray they are the same; give one of them")
     return (*spec.command, "--max-time", f"{round(spec.time)}s")
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stoker.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, BadInput, StokerError
-from stoker.launch import jobs, jobspec, tail
+from stoker.launch import client, jobs, jobspec, tail
 from stoker.launch.jobs import Job
 from stoker.launch.jobspec import ELEMENT, RENDEZVOUS, JobSpec
 from stoker.launch.targets import Line, Status
@@ -30,10 +30,13 @@ ATTEMPTS = "attempts.txt"
 """In the job's folder: a line for each time that it ended, with its exit code."""
 
 _WARNING = 120  # seconds before the time limit
-_ANSWER = 60.0  # seconds that Slurm's commands may take
 _STRAGGLERS = 60  # seconds that the other nodes' launchers have to end, once one has
 _FIRST_PORT = 20000  # of ten thousand below those that Linux gives to outgoing connections
 
+_NEEDS = (
+    "Slurm's commands are to be on the PATH; log in to a machine that has them. --dry-run prints the script "
+    "anywhere"
+)
 _FLAGS = {
     "job-name": "--name", "nodes": "--nodes", "ntasks": "--nproc", "ntasks-per-node": "--nproc",
     "cpus-per-task": "--cpus", "mem": "--memory", "time": "--time", "gpus": "--gpus",
@@ -63,7 +66,7 @@ _MOST_TELLING = ("running", "ending", "queued", "failed", "cancelled", "unknown"
 def check(job: Job) -> None:
     """Ask Slurm whether it could ever run a job. Raises BadInput."""
     if shutil.which("sbatch") is None:
-        raise _not_found("sbatch")
+        raise client.not_found("sbatch", _NEEDS)
     _check_nodes(job.spec)
     done = _call(["sbatch", "--test-only"], given=render(job))
     if done.returncode != 0:
@@ -349,21 +352,7 @@ def _gpus(resources: str) -> int:
 
 def _call(command: Sequence[str], given: str | None = None) -> subprocess.CompletedProcess[str]:
     """Run a command of Slurm's. Raises BadInput where it is not here, StokerError where nothing answers."""
-    try:
-        return subprocess.run(
-            command, input=given, capture_output=True, text=True, timeout=_ANSWER, check=False
-        )
-    except FileNotFoundError as error:
-        raise _not_found(command[0]) from error
-    except subprocess.TimeoutExpired as error:
-        raise StokerError(f"{command[0]} did not answer within {_ANSWER:.0f} s") from error
-
-
-def _not_found(command: str) -> BadInput:
-    return BadInput(
-        f"{command} is not found: Slurm's commands are to be on the PATH; log in to a machine that has them. "
-        "--dry-run prints the script anywhere"
-    )
+    return client.call(command, _NEEDS, given)
 
 
 def _do(command: Sequence[str]) -> None:

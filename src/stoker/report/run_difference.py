@@ -6,18 +6,17 @@ equal that is not known.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 from stoker import config as configs
 from stoker import storage
 from stoker.report import facts
 from stoker.report.reproduction import exact, share, step
-from stoker.report.terminal import plain
+from stoker.report.terminal import plain, print_heading, print_section
 from stoker.reproduce import code_changes, differences, inputs, journals, provenance
 from stoker.reproduce.code_changes import Change, CodeChanges
 from stoker.reproduce.differences import Difference
@@ -88,21 +87,23 @@ def print_difference(console: Console, found: RunDifference) -> None:
         console.width = 10_000
     console.print(Text.assemble(("a ", "dim"), (found.names[0], "bold")))
     console.print(Text.assemble(("b ", "dim"), (found.names[1], "bold")))
-    _table(console, "config", ("", "a", "b"), [(k, *map(_value, pair)) for k, pair in found.config.items()])
+    print_section(
+        console, "config", ("", "a", "b"), [(k, *map(_value, pair)) for k, pair in found.config.items()]
+    )
     _print_code(console, found.code)
     for title, kind in _KINDS.items():
         rows = [
             (d.name, d.before or _NOTHING, d.now or _NOTHING) for d in found.environment if d.kind == kind
         ]
-        _table(console, title, ("", "a", "b"), rows)
-    _table(
+        print_section(console, title, ("", "a", "b"), rows)
+    print_section(
         console,
         "data",
         ("", "a", "b"),
         [(k, a or _NOTHING, b or _NOTHING) for k, (a, b) in found.data.items()],
     )
     headings = ("", "last of a", "last of b", "differs from step", "drifts by", "relative", "at step")
-    _table(console, "curves", headings, _curves(found))
+    print_section(console, "curves", headings, _curves(found))
     console.print()
     for said in found.unknown:
         console.print(Text(f"not known: {plain(said)}", "yellow"), soft_wrap=True)
@@ -133,9 +134,9 @@ def _data(view: RunView) -> dict[str, str]:
 def _print_code(console: Console, code: CodeChanges) -> None:
     commits = tuple((c.commit or "")[:12] if c else "" for c in (code.before, code.now))
     if commits[0] != commits[1]:
-        _table(console, "code", ("", "a", "b"), [("commit", *(c or _NOTHING for c in commits))])
+        print_section(console, "code", ("", "a", "b"), [("commit", *(c or _NOTHING for c in commits))])
     elif code.files:
-        _heading(console, "code")
+        print_heading(console, "code")
     for change in code.files:
         console.print(Text(f"  {plain(_said(change))}", "bold"), soft_wrap=True)
         for line in change.lines:
@@ -187,24 +188,6 @@ def _same(found: RunDifference) -> str:
     if equal:
         said.append(f"to the last bit {', '.join(equal)} over {found.curves.steps:,} steps")
     return ", ".join(said)
-
-
-def _table(console: Console, title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    if not rows:
-        return
-    _heading(console, title)
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    table.add_column("")
-    for index, heading in enumerate(headings):
-        table.add_column(heading, overflow="fold", no_wrap=index == 0)
-    for row in rows:
-        table.add_row("", *(Text(plain(cell)) for cell in row))
-    console.print(table)
-
-
-def _heading(console: Console, title: str) -> None:
-    console.print()
-    console.print(Text(title, "bold"))
 
 
 def _value(value: Any) -> str:

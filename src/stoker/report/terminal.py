@@ -106,20 +106,20 @@ def print_run(console: Console, view: RunView, sinks: Sequence[Pending]) -> None
     console.print(Text.assemble((name, "bold"), "  ", (view.status, _STYLES.get(view.status, "yellow"))))
     _print_pairs(console, _summary(view))
     _print_attempts(console, view)
-    _print_section(console, "metrics", _METRICS, _metrics(view))
-    _print_section(console, "config", ("", "value", "source"), _config(view))
-    _print_section(console, "artifacts", ("", "kind", "size", "where"), _artifacts(view))
+    print_section(console, "metrics", _METRICS, _metrics(view))
+    print_section(console, "config", ("", "value", "source"), _config(view))
+    print_section(console, "artifacts", ("", "kind", "size", "where"), _artifacts(view))
     uses = [(use.name, _run_name(use.run)) for use in view.used.values()]
-    _print_section(console, "uses", ("", "made by"), uses)
+    print_section(console, "uses", ("", "made by"), uses)
     users = [(use["name"], _run_name(use["run"])) for use in view.used_by]
-    _print_section(console, "used by", ("", "run"), users)
-    _print_section(console, "logged", ("", "kind", "times"), _media(view))
-    _print_section(console, "sinks", ("", "pending", "where", "error"), [
+    print_section(console, "used by", ("", "run"), users)
+    print_section(console, "logged", ("", "kind", "times"), _media(view))
+    print_section(console, "sinks", ("", "pending", "where", "error"), [
         (sink.sink, f"{sink.events:,} events" if sink.events else "nothing", sink.where, sink.error or "")
         for sink in sinks
     ])  # fmt: skip
     _print_said(console, view)
-    _heading(console, "next")
+    print_heading(console, "next")
     for command in next_commands(view):
         console.print(Text(f"  {command}"), soft_wrap=True)
 
@@ -225,7 +225,7 @@ def _print_attempts(console: Console, view: RunView) -> None:
         status = view.status if attempt is view.attempts[-1] else attempt.status
         begun = "" if attempt.resumed_from is None else str(attempt.resumed_from)
         rows.append((str(attempt.number), started, spent, begun, attempt.host, status))
-    _print_section(console, "attempts", ("", "started", "time", "from step", "host", "ended"), rows)
+    print_section(console, "attempts", ("", "started", "time", "from step", "host", "ended"), rows)
     for attempt in view.attempts:
         for note in facts.attempt_notes(view, attempt):
             console.print(Text(f"  {attempt.number}: {plain(note)}"))
@@ -233,14 +233,14 @@ def _print_attempts(console: Console, view: RunView) -> None:
 
 def _print_said(console: Console, view: RunView) -> None:
     """Params, tags and notes, and what of the journal is damaged."""
-    _print_section(console, "params", ("", "value"), [(k, facts.text(v)) for k, v in view.params.items()])
-    _print_section(console, "tags", ("", "value"), list(view.tags.items()))
+    print_section(console, "params", ("", "value"), [(k, facts.text(v)) for k, v in view.params.items()])
+    print_section(console, "tags", ("", "value"), list(view.tags.items()))
     if view.notes:
-        _heading(console, "notes")
+        print_heading(console, "notes")
         for _, text in view.notes:
             console.print(Text(f"  {plain(text)}"))
     if view.damage:
-        _heading(console, "damage to the journal; everything else was read")
+        print_heading(console, "damage to the journal; everything else was read")
         for damage in view.damage[:_MOST_DAMAGE]:
             console.print(Text(f"  {plain(str(damage))}", "red"), soft_wrap=True)
         if len(view.damage) > _MOST_DAMAGE:
@@ -286,12 +286,13 @@ def _print_pairs(console: Console, pairs: Iterable[tuple[str, str]]) -> None:
             console.print(Text.assemble((f"  {key:12}", "dim"), plain(value)), soft_wrap=True)
 
 
-def _print_section(
+def print_section(
     console: Console, title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]
 ) -> None:
+    """A table under a heading; nothing where it has no rows."""
     if not rows:
         return
-    _heading(console, title)
+    print_heading(console, title)
     table = Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0), header_style="dim")
     table.add_column("")
     for i, heading in enumerate(headings):
@@ -301,7 +302,8 @@ def _print_section(
     console.print(table)
 
 
-def _heading(console: Console, title: str) -> None:
+def print_heading(console: Console, title: str) -> None:
+    """The heading of a part."""
     console.print()
     console.print(Text(title, "bold"))
 

@@ -1,0 +1,35 @@
+"""The options in the words of a command, `--name a` or `--name=a`."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+
+def without(words: Sequence[str], options: Collection[str], flags: Collection[str] = ()) -> list[str]:
+    """The words without these options.
+
+    Args:
+        options: those that have a value.
+        flags: those that have none.
+    """
+    kept, rest = [], iter(words)
+    for word in rest:
+        if word in options:
+            next(rest, None)
+        elif word not in flags and word.partition("=")[0] not in options:
+            kept.append(word)
+    return kept
+
+
+def has(words: Sequence[str], option: str) -> bool:
+    """Whether an option is given."""
+    return any(word.partition("=")[0] == option for word in words)
+
+
+def value(words: Sequence[str], option: str) -> str:
+    """What an option is given; empty where it is not."""
+    for word, following in zip(words, (*words[1:], ""), strict=True):
+        name, equals, given = word.partition("=")
+        if name == option:
+            return given if equals else following
+    return ""
