@@ -15,9 +15,9 @@ from typing import Any
 
 import psutil
 import pytest
-from ray.cluster_utils import Cluster
 
 from conftest import Command, Start
+from ray_machines import Machines, started
 from support import loaded
 
 SEARCHED = str(Path(__file__).parent / "searched.py")
@@ -27,29 +27,10 @@ ASHA = (
     "sweep", SEARCHED, "x=uniform(0, 1)", "kind=[near, far]", "pause=0.1", "--trials", str(_TRIALS),
     "--scheduler", "asha", "--least", "1", "--most", "9", "--parallel", "1", "--json",
 )  # fmt: skip
-_FAST = {
-    "health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_timeout_ms": 1000,
-    "health_check_failure_threshold": 3,
-}  # fmt: skip
 
 
-class OnOneMachine:
-    """A cluster whose machines are raylets of this one, one CPU each."""
-
-    def __init__(self) -> None:
-        head = {"num_cpus": 1, "include_dashboard": False, "_system_config": _FAST}
-        self.cluster = Cluster(initialize_head=True, head_node_args=head)
-
-    @property
-    def address(self) -> str:
-        return str(self.cluster.address)
-
-    def join(self) -> Any:
-        """One more machine."""
-        return self.cluster.add_node(num_cpus=1, wait=True)
-
-    def raylet(self, node: Any) -> psutil.Process:
-        return psutil.Process(node.all_processes["raylet"][0].process.pid)
+class OnOneMachine(Machines):
+    """One that knows what trains on it."""
 
     def trainers(self) -> list[psutil.Process]:
         """The processes that train."""
@@ -73,11 +54,8 @@ def _trains(host: psutil.Process) -> list[psutil.Process]:
 
 @pytest.fixture(scope="module")
 def ray_cluster() -> Iterator[OnOneMachine]:
-    answer = signal.getsignal(signal.SIGTERM)
-    made = OnOneMachine()
-    yield made
-    made.cluster.shutdown()
-    signal.signal(signal.SIGTERM, answer)  # which Ray has taken
+    with started(OnOneMachine) as made:
+        yield made
 
 
 def brief(answer: dict[str, Any]) -> list[tuple[Any, ...]]:

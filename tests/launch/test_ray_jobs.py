@@ -3,55 +3,38 @@
 from __future__ import annotations
 
 import json
-import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-import psutil
 import pytest
-import ray
-from ray.cluster_utils import Cluster
 
 from conftest import Command
+from ray_machines import Machines, started
 from support import loaded, points
 
 RECIPE = str(Path(__file__).parents[1] / "cli" / "ranked.py")
 SAME = ("train", RECIPE, "precision=fp32", "steps=100", "checkpoint_every=20")
-_FAST = {
-    "health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_timeout_ms": 1000,
-    "health_check_failure_threshold": 3,
-}  # fmt: skip
 
 
-class WithDashboard:
-    """A head and one more node, a CPU each."""
+class WithDashboard(Machines):
+    """A head and one more node."""
 
     def __init__(self) -> None:
-        head = {"num_cpus": 1, "include_dashboard": True, "dashboard_port": 0, "_system_config": _FAST}
-        self.cluster = Cluster(initialize_head=True, head_node_args=head)
-        self.dashboard = f"http://{self.cluster.head_node.webui_url}"
+        super().__init__(dashboard=True)
         self.other = self.join()
-
-    def join(self) -> Any:
-        return self.cluster.add_node(num_cpus=1, wait=True)
 
     def lose(self) -> None:
         """All processes of the node that is not the head, as when its power is cut."""
-        raylet = psutil.Process(self.other.all_processes["raylet"][0].process.pid)
+        raylet = self.raylet(self.other)
         for process in [*raylet.children(recursive=True), raylet]:
             process.kill()
 
 
 @pytest.fixture(scope="module")
 def of_two() -> Iterator[WithDashboard]:
-    answer = signal.getsignal(signal.SIGTERM)
-    made = WithDashboard()
-    yield made
-    made.cluster.shutdown()
-    ray.shutdown()
-    signal.signal(signal.SIGTERM, answer)
+    with started(WithDashboard) as made:
+        yield made
 
 
 def _wait(until: Callable[[], bool], seconds: float = 90.0) -> None:

@@ -1,0 +1,60 @@
+"""A Ray cluster whose machines are raylets of this one, one CPU each."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import psutil
+import ray
+from ray.cluster_utils import Cluster
+
+_FAST = {
+    "health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_timeout_ms": 1000,
+    "health_check_failure_threshold": 3,
+}  # fmt: skip
+
+
+class Machines:
+    """The head alone, until others join.
+
+    Args:
+        dashboard: whether it has the one that jobs are handed to.
+    """
+
+    def __init__(self, *, dashboard: bool = False) -> None:
+        head = {"num_cpus": 1, "include_dashboard": dashboard, "dashboard_port": 0, "_system_config": _FAST}
+        self.cluster = Cluster(initialize_head=True, head_node_args=head)
+
+    @property
+    def address(self) -> str:
+        return str(self.cluster.address)
+
+    @property
+    def dashboard(self) -> str:
+        return f"http://{self.cluster.head_node.webui_url}"
+
+    def join(self) -> Any:
+        """One more machine."""
+        return self.cluster.add_node(num_cpus=1, wait=True)
+
+    def raylet(self, node: Any) -> psutil.Process:
+        return psutil.Process(node.all_processes["raylet"][0].process.pid)
+
+
+M = TypeVar("M", bound=Machines)
+
+
+@contextlib.contextmanager
+def started(made: Callable[[], M]) -> Iterator[M]:
+    """Within this block the cluster is there. Ray takes the answer to SIGTERM, which is given back."""
+    answer = signal.getsignal(signal.SIGTERM)
+    machines = made()
+    try:
+        yield machines
+    finally:
+        machines.cluster.shutdown()
+        ray.shutdown()
+        signal.signal(signal.SIGTERM, answer)
