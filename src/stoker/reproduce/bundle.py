@@ -26,6 +26,7 @@ from stoker.reproduce import scanned
 from stoker.reproduce.code import Code, File, Found, LeftOut
 
 NAME = "code.tar.gz"
+_REMEMBERED = 256  # archives that were seen to be whole, in the cache folder
 MOST_OF_A_FILE = 2**20
 """Bytes: a larger file is data, or was built."""
 MOST_IN_ALL = 64 * 2**20
@@ -83,19 +84,31 @@ def pack(target: Path, files: Sequence[File], contents: Mapping[str, bytes], sto
     listed = orjson.dumps([[file.path, file.xxh3, file.mode] for file in files])
     digest = xxhash.xxh3_128_hexdigest(listed)
     kept = store / digest[:2] / f"code-{digest}.tar.gz"
-    if not kept.is_file() or _wrong(kept, files):  # runs link it, so what damages one damages it for all
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        temporary = store / f".{uuid.uuid4().hex}.tmp"
-        try:
-            temporary.write_bytes(_archive(files, contents))
-            temporary.chmod(0o444)
-            storage.sync_file(temporary)
-            temporary.replace(kept)
-        finally:
-            temporary.unlink(missing_ok=True)
+    found = storage.xxh3(kept) if kept.is_file() else ""
+    seen = storage.cache_folder() / "bundles.json"
+    whole = storage.read_json(seen)
+    if not found or found != whole.get(digest):  # runs link it, so what damages one damages it for all
+        if not found or _wrong(kept, files):
+            _put(kept, _archive(files, contents))
+            found = storage.xxh3(kept)
+        newest = list(whole.items())[-_REMEMBERED:]
+        storage.try_to_write_json(seen, {**dict(newest), digest: found})
     target.unlink(missing_ok=True)
     storage.link_or_copy(kept, target)
-    return storage.xxh3(target)
+    return found
+
+
+def _put(kept: Path, content: bytes) -> None:
+    """Write an archive of the store, whole or not at all."""
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    temporary = kept.parent.parent / f".{uuid.uuid4().hex}.tmp"
+    try:
+        temporary.write_bytes(content)
+        temporary.chmod(0o444)
+        storage.sync_file(temporary)
+        temporary.replace(kept)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def unpack(archive: Path, target: Path, xxh3: str, files: Sequence[File]) -> None:
