@@ -17,6 +17,7 @@ class Config(stoker.Training):
     batch_size: int = 16
     steps: int = 60
     pause: float = 0.0
+    pause_from: int = 0
     workers: int = 0
     fail_rank: int = -1
     padding: int = 0
@@ -65,7 +66,8 @@ def train(run: stoker.Run, config: Config) -> None:
         if run.step == config.nan_at and run.world.rank == 0:
             batch[0][0] = math.nan
         run.log(loss=trainer.step(batch))
-        time.sleep(config.pause)
+        if run.step >= config.pause_from:
+            time.sleep(config.pause)
 
 
 if __name__ == "__main__":

@@ -177,11 +177,12 @@ def test_told_to_stop_between_two_attempts_it_ends_as_at_any_other_time(start: S
 def test_a_second_signal_ends_it_at_once_and_the_newest_checkpoint_stays(
     start: Start, stoker: Command, tmp_path: Path
 ) -> None:
-    process = start("train", RECIPE, *SLOW, "pause=6", "checkpoint_every=1", "steps=5000", "--name", "a")
+    slow = (*SLOW, "pause=60", "pause_from=3", "checkpoint_every=1", "steps=5000")
+    process = start("train", RECIPE, *slow, "--name", "a")
     run = tmp_path / "runs" / "ranked" / "a"
-    wait_for_points(process, run, 2)
+    wait_for_points(process, run, 3)
     process.send_signal(signal.SIGTERM)
-    time.sleep(1.2)  # two within a second are one
+    time.sleep(2)  # two within a second are one, as they arrive
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 75, err.decode()

@@ -6,7 +6,6 @@ import itertools
 import json
 import os
 import signal
-import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -133,11 +132,11 @@ def built(settings: dict[str, Any]) -> dict[str, Any]:
     return {k: Duration.parse(v) if k == "checkpoint_every" else v for k, v in made.items()}
 
 
-def gradient(settings: dict[str, Any]) -> dict[str, torch.Tensor]:
+def gradient(folder: Path, name: str, settings: dict[str, Any]) -> dict[str, torch.Tensor]:
     """What one step of plain SGD with a rate of 1 takes from the weights, on rank 0: the gradient."""
     warnings.simplefilter("ignore")
     before = {n: p.detach().clone() for n, p in llama().named_parameters()}
-    with tempfile.TemporaryDirectory() as folder, Run("test", "a", runs=_shared(folder)) as run:
+    with Run("test", name, runs=folder) as run:
         trainer = Trainer(
             run, llama(), optimizer=lambda p: torch.optim.SGD(p, lr=1.0), inputs=inputs, loss=token_loss,
             training=Training(**{"precision": "fp32", **built(settings)}),
@@ -201,12 +200,6 @@ def plain_gradient() -> dict[str, torch.Tensor]:
     total, weight = token_loss(model(**inputs(batch)), batch)
     (total / weight).backward()
     return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-
-
-def _shared(folder: str) -> Path:
-    """One folder for all ranks of a launch."""
-    launch = os.environ.get("TORCHELASTIC_RUN_ID")
-    return Path(folder) if launch is None else Path(tempfile.gettempdir()) / f"stoker-test-{launch}"
 
 
 def measure(folder: Path, name: str, settings: dict[str, Any], samples: int) -> dict[str, float]:

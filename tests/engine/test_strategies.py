@@ -198,14 +198,24 @@ def test_a_resnet_on_the_same_micro_batches_has_one_curve(name: str, folder: Pat
     _assert_same(found, alone, losses=1e-5, weights=1e-4)
 
 
+def _gradient(folder: Path, name: str, size: int, settings: dict[str, Any]) -> dict[str, torch.Tensor]:
+    return ranks.run(strategies_run.gradient, size, folder, folder, f"gradient-{name}", settings)[0]
+
+
+@pytest.fixture(scope="module")
+def gradient_alone(folder: Path) -> dict[str, torch.Tensor]:
+    """Of the single process, the batch not cut."""
+    return _gradient(folder, "alone", 1, {"clip_norm": None})
+
+
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("micro_batch", [8, 4, 2, 1, 3])
-def test_however_a_batch_is_cut_its_gradient_is_the_same(size: int, micro_batch: int, folder: Path) -> None:
+def test_however_a_batch_is_cut_its_gradient_is_the_same(
+    size: int, micro_batch: int, folder: Path, gradient_alone: dict[str, torch.Tensor]
+) -> None:
     """By plain SGD with a rate of 1 the weights after one step are those before less the gradient."""
-    plain = {"clip_norm": None}
-    whole = ranks.run(strategies_run.gradient, 1, folder, plain)[0]
-    cut = ranks.run(strategies_run.gradient, size, folder, {**plain, "micro_batch": micro_batch})[0]
-    for name, gradient in whole.items():
+    cut = _gradient(folder, f"{size}-{micro_batch}", size, {"clip_norm": None, "micro_batch": micro_batch})
+    for name, gradient in gradient_alone.items():
         torch.testing.assert_close(cut[name], gradient, atol=2e-6, rtol=1e-5, msg=name)
 
 
@@ -219,7 +229,7 @@ def test_a_parameter_may_have_a_gradient_on_one_rank_only(folder: Path) -> None:
 def test_gradients_of_a_trainer_are_those_of_plain_torch(folder: Path) -> None:
     """Of the mean over all tokens that count, whatever rows they are in."""
     expected = strategies_run.plain_gradient()
-    for name, gradient in ranks.run(strategies_run.gradient, 2, folder, {"clip_norm": None})[0].items():
+    for name, gradient in _gradient(folder, "two", 2, {"clip_norm": None}).items():
         torch.testing.assert_close(gradient, expected[name], atol=2e-6, rtol=1e-5, msg=name)
 
 
@@ -238,8 +248,6 @@ def test_a_clipped_norm_is_that_of_all_shards_and_stages(folder: Path) -> None:
     norm = torch.sqrt(sum(g.square().sum() for g in expected.values()))
     for name in ("fsdp", "1f1b", "pipeline-x-fsdp", "zero-2", "zero-3"):
         size, settings = STRATEGIES[name]
-        found = ranks.run(strategies_run.gradient, size, folder, {**settings, "clip_norm": norm.item() / 4})[
-            0
-        ]
+        found = _gradient(folder, name, size, {**settings, "clip_norm": norm.item() / 4})
         for key, gradient in expected.items():
             torch.testing.assert_close(found[key], gradient / 4, atol=2e-6, rtol=1e-4, msg=f"{name} {key}")
