@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -57,6 +58,36 @@ def test_a_full_disk_ends_the_run_clearly_and_what_is_there_stays(
     assert whole.code == 0, whole.err
     assert _weights(run) == _weights(tmp_path / "other" / "x" / "b")
     assert list(loaded(run).points["loss"]) == list(range(1, 61))
+
+
+@pytest.mark.parametrize("nproc", ["1", "2"])
+def test_a_disk_that_fills_while_the_journal_is_written_ends_the_run_clearly(
+    nproc: str, small_disk: Path, start: Start, stoker: Command, tmp_path: Path
+) -> None:
+    """Somebody else's file takes what is left: not a line that was written is lost, and it goes on."""
+    same = (*SLOW, "checkpoint_every=1000", "--nproc", nproc)
+    process = start("train", RECIPE, *same, "--name", "a")
+    run = small_disk / "ranked" / "a"
+    wait_for_points(process, run, 30)
+    filler = small_disk / "filler"
+    with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while file.write(bytes(4096)):
+            pass
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1, err.decode()
+    assert "No space left on device" in err.decode()
+    before = dict(loaded(run).points["loss"].items())
+    assert list(before) == list(range(1, len(before) + 1))
+    assert 30 <= len(before) < 200
+    filler.unlink()
+    done = stoker("resume", "a", "pause=0")
+    assert done.code == 0, done.err
+    assert stoker("train", RECIPE, *same, "pause=0", "--name", "whole", "--runs", "other").code == 0
+    whole = tmp_path / "other" / "ranked" / "whole"
+    assert _weights(run) == _weights(whole)
+    after = dict(loaded(run).points["loss"].items())
+    assert after == dict(loaded(whole).points["loss"].items())
+    assert before.items() <= after.items()
 
 
 BAD = {
@@ -137,3 +168,23 @@ def test_a_disk_that_may_only_be_read_is_said_at_once(small_disk: Path, stoker: 
     done = stoker("train", RECIPE, *SLOW, "--name", "a")
     assert done.code == 2
     assert "Read-only file system" in done.err
+
+
+def test_a_run_on_a_disk_that_may_only_be_read_is_shown_and_not_gone_on_with(
+    small_disk: Path, start: Start, stoker: Command
+) -> None:
+    run = small_disk / "ranked" / "a"
+    _cut(start, run)
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    for going_on in (("resume", "a"), ("train", RECIPE, *SLOW, "--name", "a")):
+        done = stoker(*going_on)
+        assert done.code == 2, done.err
+        assert "Read-only file system" in done.err
+        assert "Traceback" not in done.err
+    assert stoker("runs", "list", "--json").answer["runs"][0]["status"] == "preempted"
+    assert stoker("runs", "show", "a").code == 0
+    assert stoker("checkpoints", "verify", "a").code == 0
+    assert stoker("report", "a", "--output", "report.html").code == 0
+    subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True)
+    assert stoker("resume", "a", "pause=0").code == 0
+    assert list(loaded(run).points["loss"]) == list(range(1, 201))
