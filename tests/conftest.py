@@ -15,7 +15,7 @@ from typing import Any
 
 import fsspec
 import pytest
-from stoker import object_store
+from stoker import object_store, storage
 
 import warm
 from servers import Proxy, s3_server
@@ -31,8 +31,12 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache of tokenised data for this session alone."""
-    return tmp_path_factory.mktemp("cache")
+    """A cache for this session alone; `precision=auto` is fp32 by it, whatever this CPU is good at."""
+    from stoker.engine import precision
+
+    folder = tmp_path_factory.mktemp("cache")
+    storage.write_json(folder / "bf16_speed.json", {precision.measured_for(): 1.0})
+    return folder
 
 
 @pytest.fixture(autouse=True)

@@ -263,6 +263,7 @@ class Trainer:
         self._begin_attempt()
         if self.training.on_bad_loss == "rewind":
             self.checkpoint()  # so that there is one to rewind to
+        remembering = self.training.deterministic
         with contextlib.closing(
             Profiler(self.run.profile, self.run.directory.logs, self.world.rank, self.device)
         ) as profiler:
@@ -271,7 +272,9 @@ class Trainer:
                 batch = next(source)
                 self.waited += time.perf_counter() - begun
                 self.run.step = self.steps_done + 1
-                yield batch
+                with determinism.remembering() if remembering else contextlib.nullcontext():
+                    yield batch
+                remembering = False
                 self._rate.step()
                 self.steps_done += 1
                 self._heart.beat(self.steps_done)

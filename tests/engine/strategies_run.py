@@ -171,6 +171,41 @@ def with_a_bad_gradient(folder: Path, name: str, settings: dict[str, Any]) -> li
     return losses
 
 
+class Puts(nn.Module):
+    """Uses an operation whose backward pass has no deterministic form: its forward pass is let through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.linear(x)
+        torch.use_deterministic_algorithms(False)
+        y = y.put(torch.tensor([0, 1]), x.flatten()[:2])  # the line
+        torch.use_deterministic_algorithms(True)
+        return y
+
+
+def without_deterministic_form(folder: Path, name: str, settings: dict[str, Any], own: bool) -> str:
+    """What is said of a step, or of a loop that does its own backward passes, with such an operation."""
+    warnings.simplefilter("ignore")
+    with Run("test", name, runs=folder) as run:
+        trainer = Trainer(
+            run, nn.Sequential(Puts(), Puts()), optimizer=lambda p: torch.optim.SGD(p, lr=0.1),
+            inputs=lambda x: (x,), loss=lambda out, x: (out.square().sum(), len(x)),
+            training=Training(**{"precision": "fp32", "deterministic": True, **built(settings)}),
+        )  # fmt: skip
+        try:
+            for batch in trainer.steps(trainer.loader(torch.ones(16, 4), batch_size=4), max_steps=2):
+                if own:
+                    trainer.backward(trainer.model(batch).square().sum(), 4)
+                else:
+                    trainer.step(batch)
+        except Exception as error:  # a pipeline's first stage hears only that the last one is gone
+            return str(error)
+    return ""
+
+
 def own_loop(folder: Path) -> dict[str, torch.Tensor]:
     """A loop that does its own backward pass; on rank 1 half of the model gets no gradient."""
     model = nn.ModuleDict({"both": nn.Linear(4, 1), "first": nn.Linear(4, 1), "neither": nn.Linear(4, 1)})

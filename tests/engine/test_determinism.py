@@ -9,11 +9,15 @@ from typing import Any
 
 import pytest
 import stoker
+import strategies_run
 import torch
 from stoker.engine import determinism
 from stoker.errors import StokerError
+from test_strategies import STRATEGIES
 from torch import nn
 from torch.nn.functional import max_unpool2d, mse_loss
+
+import ranks
 
 INDEX = torch.tensor([0, 1])
 
@@ -77,10 +81,10 @@ def _trainer(model: nn.Module, folder: Path, **options: Any) -> tuple[stoker.Run
     )  # fmt: skip
 
 
-def _line(model: type[nn.Module]) -> int:
+def _line(model: str, file: str = __file__) -> int:
     """Where a model says that its line is."""
-    lines = list(enumerate(Path(__file__).read_text().splitlines(), start=1))
-    first = next(number for number, line in lines if line.startswith(f"class {model.__name__}("))
+    lines = list(enumerate(Path(file).read_text().splitlines(), start=1))
+    first = next(number for number, line in lines if line.startswith(f"class {model}("))
     return next(number for number, line in lines if number > first and line.endswith("# the line"))
 
 
@@ -111,10 +115,28 @@ def test_an_operation_without_such_a_form_is_named_with_the_line_that_calls_it(
         trainer.step(torch.ones(4, 2))
     said = str(raised.value)
     assert said.startswith(f"{operation} has no deterministic form, and deterministic=true asks for one")
-    assert f"it is called at {__file__}:{_line(model)} (" in said
+    assert f"it is called at {__file__}:{_line(model.__name__)} (" in said
 
 
-def test_a_loop_of_ones_own_is_told_which_operation_it_is(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [
+        *((name, False) for name in ("ddp", "fsdp", "1f1b", "zero-0", "zero-2", "zero-3")),
+        *((name, True) for name in ("single", "ddp", "fsdp")),
+    ],
+)
+def test_it_is_named_under_every_strategy_and_in_a_loop_of_its_own(
+    name: str, own: bool, tmp_path: Path
+) -> None:
+    size, settings = STRATEGIES.get(name, (1, {}))
+    fails = strategies_run.without_deterministic_form
+    said = ranks.run(fails, size, tmp_path, tmp_path, "a", settings, own=own)[-1]
+    line = _line("Puts", strategies_run.__file__)
+    assert "put_ has no deterministic form" in said
+    assert f"it is called at {strategies_run.__file__}:{line} (" in said
+
+
+def test_a_loop_without_steps_is_told_which_operation_it_is(tmp_path: Path) -> None:
     run, trainer = _trainer(PutsBackward(), tmp_path)
     with (
         run,

@@ -64,25 +64,38 @@ def require() -> None:
 
 
 @contextlib.contextmanager
+def remembering() -> Iterator[None]:
+    """Autograd remembers within this block which line an operation of the backward pass belongs to.
+
+    That is slow, so it is for one step: an operation without a deterministic form fails in the first.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Anomaly Detection has been enabled")
+        detecting = torch.autograd.set_detect_anomaly(True, check_nan=False)
+    with detecting:
+        yield
+
+
+@contextlib.contextmanager
 def explained(again: Callable[[], object] | None = None) -> Iterator[None]:
     """Say of an operation without a deterministic form, within this block, where it was called.
 
     Args:
-        again: does once more what is done in this block. Autograd does not know which line an operation of
-            the backward pass belongs to unless it was told to remember, which is slow; so that is done only
-            once it is known that one fails.
+        again: does once more what is done in this block, for an operation of the backward pass that fails in
+            a step whose lines were not remembered.
 
     Raises:
         StokerError: naming the operation, and the line that called it.
     """
+    remembered: list[Place] = []
     try:
-        yield
+        with _told(remembered):
+            yield
     except RuntimeError as error:
-        said = _SAID.match(str(error))
+        said = next((found for e in _causes(error) if (found := _SAID.match(str(e)))), None)
         if said is None:
             raise
-        places = [Place(f.filename, f.lineno or 0) for f in traceback.extract_tb(error.__traceback__)]
-        place = _of_user(places)
+        place = _of_user(remembered) or _of_user(_frames(error))
         if place is None and again is not None:
             place = _of_user(_remembered(again))
         where = f"; it is called at {place}" if place else "; it belongs to the backward pass"
@@ -92,14 +105,48 @@ def explained(again: Callable[[], object] | None = None) -> Iterator[None]:
         ) from error
 
 
+def _frames(error: BaseException) -> list[Place]:
+    frames = (f for e in _causes(error) for f in traceback.extract_tb(e.__traceback__))
+    return [Place(frame.filename, frame.lineno or 0) for frame in frames]
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """An error and what it came of: a pipeline's schedule raises its own of what failed in a stage."""
+    found: BaseException | None = error
+    while found is not None:
+        yield found
+        found = found.__cause__
+
+
 def _remembered(again: Callable[[], object]) -> list[Place]:
-    """The calls of the forward pass that led to what fails in the backward pass, the innermost last."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        with torch.autograd.set_detect_anomaly(True, check_nan=False), contextlib.suppress(RuntimeError):
-            again()
-    said = [str(warning.message) for warning in caught if "forward call that caused" in str(warning.message)]
-    return [Place(frame["file"], int(frame["line"])) for text in said for frame in _FRAME.finditer(text)]
+    found: list[Place] = []
+    with remembering(), contextlib.suppress(RuntimeError), _told(found):
+        again()
+    return found
+
+
+@contextlib.contextmanager
+def _told(found: list[Place]) -> Iterator[None]:
+    """Add what autograd says, within this block, of the forward pass that led to what fails in the backward
+    pass: its calls, the innermost last.
+    """
+    if not torch.is_anomaly_enabled():
+        yield
+        return
+    others = []
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            yield
+    finally:
+        for warning in caught:
+            if "forward call that caused" in str(warning.message):
+                frames = _FRAME.finditer(str(warning.message))
+                found += [Place(frame["file"], int(frame["line"])) for frame in frames]
+            else:
+                others.append(warning)
+    for warning in others:
+        warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
 
 def _of_user(places: list[Place]) -> Place | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import time
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,8 @@ Resolved = Literal["fp32", "bf16", "fp16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 _WORTH_IT = 1.5  # times as fast as fp32, for bf16 to be the default
+_FEWEST_ROUNDS, _MOST_ROUNDS = 5, 100  # of measuring that
+_MEASURED_SECONDS = 0.1  # after the fewest
 
 
 def resolve(precision: Precision, device: torch.device, cache: Path) -> Resolved:
@@ -45,16 +48,20 @@ def bf16_speed(memory: Path) -> float:
 
     Measured where the file `memory` does not say, and written there.
     """
-    key = f"{devices.name(torch.device('cpu'))}, torch {torch.__version__}"
     known = storage.read_json(memory)
+    key = measured_for()
     if key not in known:
         kept = torch.get_rng_state()
-        speed = _seconds_of_layers(False) / _seconds_of_layers(True)
+        known[key] = _measured_speed()
         torch.set_rng_state(kept)
-        log.info("bf16 is %.2g times as fast as fp32 on this CPU, measured once", speed)
-        storage.write_json(memory, {**known, key: speed})
-        known[key] = speed
+        log.info("bf16 is %.2g times as fast as fp32 on this CPU, measured once", known[key])
+        storage.write_json(memory, known)
     return float(known[key])
+
+
+def measured_for() -> str:
+    """What `bf16_speed` depends on."""
+    return f"{devices.name(torch.device('cpu'))}, torch {torch.__version__}"
 
 
 def autocast(precision: Resolved, device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -75,15 +82,23 @@ def _bf16_is_native(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
+def _measured_speed() -> float:
+    """Both in turn, the best time of each, so that what else the machine does slows both or neither."""
+    best = {False: math.inf, True: math.inf}
+    begun = time.perf_counter()
+    for number in range(_MOST_ROUNDS):
+        best = {enabled: min(known, _seconds_of_layers(enabled)) for enabled, known in best.items()}
+        if number >= _FEWEST_ROUNDS and time.perf_counter() - begun > _MEASURED_SECONDS:
+            break
+    return best[False] / best[True]
+
+
 def _seconds_of_layers(enabled: bool) -> float:
     """The forward and backward pass of two linear layers, under autocast to bf16 or not."""
     layers = torch.nn.Sequential(torch.nn.Linear(128, 512), torch.nn.GELU(), torch.nn.Linear(512, 128))
     x = torch.ones(64, 128)
-    best = float("inf")
-    for _ in range(5):  # the first one sets things up
-        begun = time.perf_counter()
-        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            loss = layers(x).sum()
-        loss.backward()
-        best = min(best, time.perf_counter() - begun)
-    return best
+    begun = time.perf_counter()
+    with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+        loss = layers(x).sum()
+    loss.backward()
+    return time.perf_counter() - begun
