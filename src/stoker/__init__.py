@@ -16,13 +16,15 @@ if TYPE_CHECKING:
     from stoker.attempt import Run
     from stoker.duration import Duration
     from stoker.engine.options import Training
+    from stoker.integrations.sweeping import sweep
     from stoker.loop import Trainer
 
-__all__ = ["BadInput", "Duration", "Run", "StokerError", "Trainer", "Training", "main"]
+__all__ = ["BadInput", "Duration", "Run", "StokerError", "Trainer", "Training", "main", "sweep"]
 __version__ = "0.1.0.dev0"
 
 _LAZY = {
     "Run": "attempt", "Trainer": "loop", "Training": "engine.options", "Duration": "duration",
+    "sweep": "integrations.sweeping",
 }  # fmt: skip
 
 

@@ -2,64 +2,39 @@
 
 from __future__ import annotations
 
-import ast
-import contextlib
 import dataclasses
 import functools
 import logging
-import math
-import os
-import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from stoker import config as configs
-from stoker import object_store, recipes
-from stoker.attempt import Run
-from stoker.cli import submit, train
+from stoker import recipes
+from stoker.cli import submit
 from stoker.cli import trials as trials_seen
 from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, show_messages
 from stoker.cli.submit import Command, Where
 from stoker.cli.train import HERE, MaxTime, Nproc
-from stoker.duration import Duration, clock
+from stoker.duration import clock
 from stoker.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, BadInput, StokerError
-from stoker.launch import jobspec, ranks, targets
-from stoker.launch.targets import LOCAL, TARGETS
-from stoker.machine import visible_gpus
+from stoker.launch import jobspec, targets
+from stoker.launch.targets import LOCAL, RAY, TARGETS
 from stoker.recipes import Recipe
-from stoker.run import finding
-from stoker.run.directory import RunDirectory
-from stoker.run.series import guess_goal
 from stoker.stopping import STATUS
-from stoker.tracking import follower
-from stoker.world import World
 
 if TYPE_CHECKING:
-    from optuna.samplers import BaseSampler
-    from stoker.tune.plan import Goal, Objective, Plan
     from stoker.tune.record import Record
-    from stoker.tune.schedulers import Scheduler
-    from stoker.tune.search import Executor, Search
+    from stoker.tune.search import Search
     from stoker.tune.space import Space
-    from stoker.tune.study import Kept
-    from stoker.tune.trial import Job, Link
 
 log = logging.getLogger("stoker")
 
-_FREE_TIMEOUT = 120.0  # of a machine that is lost, a server of files forgets its locks after 90 s, by default
-_SINKS_TIMEOUT = 60.0
-_RAY = "ray"
 _On = Annotated[
     str,
     typer.Option(
-        metavar="|".join(dict.fromkeys((LOCAL, _RAY, *TARGETS))),
+        metavar="|".join(dict.fromkeys((LOCAL, RAY, *TARGETS))),
         help="Where trials run: here, on a Ray cluster, or where the search itself is a job.",
     ),
 ]
@@ -218,69 +193,36 @@ def sweep(
     Every trial is a run in the folder of the sweep, tracked, resumed and reported as any other.
     """
     show_messages()
-    from stoker.tune import plan as plans
-    from stoker.tune import record, schedulers
-    from stoker.tune import study as studies
+    from stoker.cli import searching
 
     _check_where(where, controllers, storage)
-    if object_store.of(runs.absolute()) is not None:
-        raise BadInput("--runs: a search stands on a disk, not in an object store; give a local folder")
     found = recipes.load(recipe)
     searched, tries = _space(found, space or (), config, first or ())
-    objectives = _objectives(metric or [], goal or [])
-    sampler, scheduler = _ways(strategy, sampler, scheduler, several=len(objectives) > 1)
-    _check_ways(sampler, scheduler, lengths=bool(least or most), tries=bool(tries), warm=bool(warm_start))
-    shortest, whole, unit = plans.span(least, most)
-    rule = schedulers.make(scheduler, least=shortest, most=whole, factor=factor, population=trials)
-    if unit == plans.SHARE:
-        _check_shares(searched, rule)
-    name = finding.checked(name or f"{found.name}-sweep")
-    folder = runs.absolute() / (record.free_name(runs, name) if new else name)
-    wanted = record.Record(
-        found.reference, searched.described(), ", ".join(one.metric for one in objectives),
-        ", ".join(one.goal for one in objectives), sampler, _said(scheduler, rule, unit), seed, nproc or 1,
-        tries, warm_start, *((record.shown(storage), study or folder.name) if storage else ("", "")),
+    asked = searching.Asked(
+        recipe=found, space=searched, runs=runs.absolute(), name=name, new=new, metrics=metric or (),
+        goals=goal or (), trials=trials, nproc=nproc or 1, sampler=sampler, scheduler=scheduler,
+        strategy=strategy, least=least, most=most, factor=factor, tries=tries, warm_start=warm_start,
+        seed=seed, max_failures=max_failures, budget=budget, storage=storage, study=study,
     )  # fmt: skip
-    record.check(folder, wanted)
-    if storage and scheduler == "pbt":
-        raise BadInput("--storage: pbt goes on from checkpoints of one folder; leave out --storage")
-    if warm_start and not record.is_sweep(folder):
-        record.check_earlier(runs / warm_start, wanted)
-    if sampler == "grid":
-        trials = min(trials, len(searched.combinations()))
-    if len(tries) > trials:
-        raise BadInput(f"{len(tries)} --try for {trials} trials: give as many --trials, or fewer")
-    spends = plans.Budget.parse(budget) if budget is not None else None
-    counted = plans.unit_of(unit, spends, counts=bool(least or most))
-    drawn_by = studies.sampler(sampler, searched, seed, trials)
+    made = searching.prepare(asked)
     deadline = _deadline(max_time, where)
-    if where.on not in (LOCAL, _RAY):
+    if where.on not in (LOCAL, RAY):
         ranks_at_once = (nproc or 1) * (parallel or 1) // per_gpu or 1
-        return _submit(where, folder, wanted, controllers, ranks_at_once, json)
+        return _submit(where, made.folder, made.record, controllers, ranks_at_once, json)
     if where.dry_run:
         return submit.print_command(where, Command.of_verb("sweep"), nproc=nproc or 1, json=json)
-    places = _Places(where.on, address, parallel, nproc or 1, per_gpu, reuse)
-    with _executor(found, places) as workers:
-        lock = record.take(folder)
-        try:
-            plan = plans.Plan(
-                folder, found.reference, found.config, objectives, trials,
-                record.provenance_of(folder, found.code), seed, nproc or 1, counted, whole,
-                max_failures, spends, deadline,
-            )  # fmt: skip
-            search = _search(plan, searched, _kept(folder, storage), drawn_by, wanted, rule, workers, runs)
-            shipping = follower.spawn_for_sweep(folder) if follower.enabled() else None
-            code, error = _run(search)
-        finally:
-            os.close(lock)
-    _wait_for_sinks(shipping, code)
+    places = searching.Places(where.on, address, parallel, nproc or 1, per_gpu, reuse)
+    with searching.begun(made, places, deadline) as (search, shipping):
+        code, error = _run(search)
+    if code == 0:  # told to stop, it has no time to lose
+        searching.wait_for_sinks(shipping)
     trials_seen.answer(search, json=json, error=error)
     return code
 
 
 def _check_where(where: Where, controllers: int, storage: str) -> None:
     """Raises BadInput."""
-    if where.on == _RAY:
+    if where.on == RAY:
         for name in ("gpus", "cpus", "memory", "time", "retries", "env", "option", "dry_run"):
             if getattr(where, name) != getattr(HERE, name):
                 option = f"--{name.replace('_', '-')}"
@@ -289,7 +231,7 @@ def _check_where(where: Where, controllers: int, storage: str) -> None:
         targets.of(where.on)
     if where.here and where.retries:
         raise BadInput("--retries: a trial that fails is a failed trial; leave it out, see --max-failures")
-    if controllers > 1 and where.on in (LOCAL, _RAY):
+    if controllers > 1 and where.on in (LOCAL, RAY):
         raise BadInput(f"--controllers {controllers}: it is for jobs; give --on {' or '.join(TARGETS)} too")
     if controllers > 1 and not storage:
         raise BadInput(
@@ -341,290 +283,20 @@ def _space(
     from stoker.tune.space import parse, parse_tries
 
     searched = parse(given, recipe.config, recipes.config_file(config))
-    if not searched.parameters:
-        raise BadInput("nothing is searched: give a key a range or choices, such as lr='log(1e-5, 1e-3)'")
     return searched, tuple(searched.params(parse_tries(text)) for text in first)
-
-
-def _check_shares(searched: Space, rule: Scheduler) -> None:
-    """Refuse shares of the data where nothing is trained by such. Raises BadInput."""
-    if not rule.lengths(0):
-        raise BadInput("a share of the data is for asha, asha-stop, hyperband and --strategy staged")
-    if "data_share" not in configs.describe(searched.config):
-        raise BadInput(
-            "a share of the data: the recipe has no key data_share; let its config inherit stoker.Training, "
-            "and give that to its Trainer"
-        )
-    if "data_share" in searched.described():
-        raise BadInput("data_share is given twice, as a key and by --least and --most: leave out the key")
-
-
-def _objectives(metrics: Sequence[str], goals: Sequence[str]) -> tuple[Objective, ...]:
-    """What is to become best. Raises BadInput."""
-    from stoker.tune.plan import Objective
-
-    metrics = metrics or ["val_loss"]
-    ways: Sequence[str | None] = goals or [None] * len(metrics)
-    if len(set(metrics)) < len(metrics):
-        raise BadInput(f"--metric {' --metric '.join(metrics)}: each once")
-    if len(goals) not in (0, len(metrics)):
-        raise BadInput(
-            f"{len(goals)} --goal for {len(metrics)} --metric: give one for each, in the same order"
-        )
-    return tuple(Objective(metric, _goal(metric, way)) for metric, way in zip(metrics, ways, strict=True))
-
-
-def _ways(
-    strategy: str | None, sampler: str | None, scheduler: str | None, *, several: bool
-) -> tuple[str, str]:
-    """The names of the sampler and of the scheduler. Raises BadInput."""
-    from stoker.tune import study as studies
-
-    if strategy is not None:
-        if strategy != studies.STAGED:
-            raise BadInput(f"--strategy {strategy}: there is {studies.STAGED}")
-        if sampler or scheduler:
-            raise BadInput(
-                "--strategy staged has a sampler and a scheduler: leave out --sampler, --scheduler"
-            )
-        return studies.STAGED, studies.STAGED
-    sampler = sampler or "tpe"
-    if several and sampler in studies.SAMPLERS and sampler not in studies.SEVERAL:
-        raise BadInput(
-            f"--sampler {sampler} searches for one metric; for several give {', '.join(studies.SEVERAL)}"
-        )
-    return sampler, scheduler or "none"
-
-
-def _check_ways(sampler: str, scheduler: str, *, lengths: bool, tries: bool, warm: bool) -> None:
-    """Refuse options that a sampler or a scheduler has no use for. Raises BadInput."""
-    from stoker.tune import study as studies
-
-    if scheduler == "none" and lengths:
-        raise BadInput(
-            "--least and --most are for a --scheduler that ends trials early: name one, or leave out"
-        )
-    if tries and sampler == "grid":
-        raise BadInput("--try: a grid has every value; leave it out")
-    if warm and sampler == studies.STAGED:
-        raise BadInput("--warm-start: --strategy staged begins at random; leave out one of the two")
-
-
-def _kept(folder: Path, url: str) -> Kept:
-    from stoker.tune import record
-    from stoker.tune import study as studies
-
-    return studies.Database(url) if url else studies.JournalFile(folder / record.STUDY)
-
-
-def _search(
-    plan: Plan,
-    searched: Space,
-    kept: Kept,
-    drawn_by: BaseSampler,
-    wanted: Record,
-    rule: Scheduler,
-    workers: Executor,
-    runs: Path,
-) -> Search:
-    """The search with its study: a new one, or what there is of it. Raises BadInput."""
-    from stoker.tune import record
-    from stoker.tune import study as studies
-    from stoker.tune.peers import Peers
-    from stoker.tune.search import Search
-
-    goals = [one.goal for one in plan.objectives]
-    study = studies.opened(kept, drawn_by, goals, wanted.study or studies.NAME)
-    if wanted.study:
-        record.check_study(study, wanted)
-    if not study.get_trials(deepcopy=False):
-        with kept.together():
-            _begin(study, wanted.tries, runs / wanted.warm_start if wanted.warm_start else None)
-    record.begin(plan.folder, wanted)
-    if plan.whole is not None and study.user_attrs.get("whole") != plan.whole:
-        study.set_user_attr("whole", plan.whole)  # of a trial that nothing ends early
-    if "rungs" not in study.user_attrs:
-        study.set_user_attr("rungs", [*rule.lengths(0)][:-1])
-    peers = Peers(study, record.uid(plan.folder), plan.first) if wanted.study else None
-    return Search(plan, searched, study, kept, rule, workers, peers)
-
-
-def work(job: Job, link: Link) -> dict[str, Any]:
-    """What each process of a trial does: train its run; returns how that ended."""
-    from stoker.tune.plan import SHARE
-    from stoker.tune.trial import Reporter
-
-    logging.getLogger("stoker").setLevel(logging.DEBUG)
-    recipe = _loaded(job.recipe)
-    resolved: Any = configs.restore(recipe.config, job.values, job.sources)
-    train.check(recipe, resolved.config, World.current().size)
-    if World.current().rank == 0:
-        _wait_until_free(finding.locate(job.runs, job.sweep, job.run))
-    run = Run(
-        job.sweep, job.run, config=resolved.config, runs=job.runs, sources=resolved.sources,
-        recipe={"name": recipe.name, "reference": recipe.reference},
-        seed=int(getattr(resolved.config, "seed", 0)), code=recipe.code,
-        provenance=job.provenance,
-    )  # fmt: skip
-    if job.provenance is not None:
-        run.leave_shipping()
-    if job.tags:
-        run.tag(**job.tags)
-    ranks.log_to(run.directory.logs / f"rank-{run.world.rank}.log")
-    reporter = Reporter(run, job.metrics, job.unit, link, waits=job.waits)
-    run.listen(reporter)
-    _, status = train.work_on(run, recipe, resolved.config, trial=True)
-    if job.unit == SHARE and run.plan.get("data_share") != resolved.config.data_share:
-        raise BadInput("its Trainer is not told the share of the data: give it training=config")
-    return {"status": status, "logged": sorted(reporter.logged), "values": reporter.values}
-
-
-@functools.cache
-def _loaded(reference: str) -> Recipe:
-    """A recipe, once in each process, which may train several trials of it."""
-    return recipes.load(reference)
-
-
-def _begin(study: Any, tries: Sequence[Mapping[str, Any]], earlier: Path | None) -> None:
-    """Let a new study know what it learns from, and what is to be tried first."""
-    from stoker.tune import study as studies
-
-    if earlier is not None:
-        count = studies.learn_from(study, studies.of(earlier), earlier.name)
-        log.info("the sampler learns from %d trials of %s", count, earlier.name)
-    for values in tries:
-        study.enqueue_trial(values)
-
-
-def _wait_until_free(run: RunDirectory) -> None:
-    """A process of a controller that was killed, or on a machine that was lost, may be about to end."""
-    until = time.monotonic() + _FREE_TIMEOUT
-    while run.alive and time.monotonic() < until:
-        time.sleep(0.05)
 
 
 def _run(search: Search) -> tuple[int, str]:
     """Search, answering signals; returns the exit code, and why it cannot go on, where that is so."""
-    told: list[int] = []
+    from stoker.cli.searching import answering_signals
 
-    def stop(number: int, frame: FrameType | None) -> None:
-        if told:
-            raise KeyboardInterrupt
-        told.append(number)
-        sys.stderr.write("\nstopping: trials end with a checkpoint, and the same command goes on\n")
-        search.stop()
-
-    previous = {number: signal.signal(number, stop) for number in STATUS}
     try:
-        with trials_seen.live(search):
+        with answering_signals(search) as told, trials_seen.live(search):
             search.run()
     except StokerError as error:
         return error.exit_code, str(error)
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
     if told:
         return EXIT_INTERRUPTED if STATUS[told[0]] == "interrupted" else EXIT_PREEMPTED, ""
     if search.overspent and not search.over:
         log.info("the time or the budget is used up; the same command with more of it goes on")
     return 0, ""
-
-
-def _said(name: str, rule: Scheduler, unit: str) -> str:
-    """A scheduler with its settings."""
-    settings: dict[str, Any] = dataclasses.asdict(rule)  # type: ignore[call-overload]
-    settings |= settings.pop("asha", {})
-    lengths = {
-        key: Duration(settings.pop(key), unit) for key in ("least", "most", "every") if key in settings
-    }
-    told = [f"{key} {length}" for key, length in lengths.items() if length.count < math.inf]
-    rest = {key: value for key, value in settings.items() if key not in ("promotes", "planned", "finalists")}
-    return ", ".join([name, *told, *(f"{key} {value:g}" for key, value in rest.items())])
-
-
-def _wait_for_sinks(shipping: subprocess.Popen[bytes] | None, code: int) -> None:
-    """Wait until the trackers have all of it, a minute at most; told to stop, it has no time to lose."""
-    if shipping is None or code != 0:
-        return
-    try:
-        missing = shipping.wait(_SINKS_TIMEOUT) != 0
-    except subprocess.TimeoutExpired:
-        missing = True
-    if missing:
-        log.warning("not everything is shipped to the trackers yet; the same command ships what is missing")
-
-
-def _goal(metric: str, goal: str | None) -> Goal:
-    found = goal or guess_goal(metric)
-    if found is None:
-        raise BadInput(f"--metric {metric}: say with --goal min or --goal max which way it is better")
-    if found not in ("min", "max"):
-        raise BadInput(f"--goal {goal}: give min or max")
-    return "min" if found == "min" else "max"
-
-
-@dataclass(frozen=True)
-class _Places:
-    """Where trials run, and how many at a time."""
-
-    on: str
-    address: str | None
-    parallel: int | None
-    ranks: int
-    per_gpu: int
-    reuse: bool
-
-
-@contextlib.contextmanager
-def _executor(recipe: Recipe, where: _Places) -> Iterator[Executor]:
-    """What runs the trials, here or on a cluster. Raises BadInput."""
-    from stoker.tune import local, on_ray
-
-    preload = _preload(recipe)
-    if where.on == _RAY:
-        if where.reuse or where.per_gpu > 1:
-            raise BadInput("--reuse-processes and --per-gpu are for trials on this machine: leave them out")
-        with on_ray.started(
-            work, address=where.address, ranks=where.ranks, parallel=where.parallel, preload=preload
-        ) as workers:
-            yield workers
-        return
-    if where.address is not None:
-        raise BadInput(f"--address {where.address} is of a Ray cluster: give --on ray too, or leave it out")
-    if where.per_gpu > 1 and where.ranks > 1:
-        raise BadInput("--per-gpu: the ranks of one trial do not share a GPU; leave out --per-gpu or --nproc")
-    gpus = visible_gpus() * where.per_gpu
-    parallel = where.parallel or max(1, len(gpus) // where.ranks)
-    _check_gpus(gpus, parallel, where.ranks)
-    yield local.Workers(
-        work, parallel=parallel, ranks=where.ranks, preload=preload, gpus=gpus, reuse=where.reuse
-    )
-
-
-def _check_gpus(gpus: list[str], parallel: int, nproc: int) -> None:
-    if gpus and nproc > len(gpus):
-        raise BadInput(
-            f"--nproc {nproc}: each rank has a GPU, and there are {len(gpus)}; give a smaller --nproc"
-        )
-    if gpus and parallel * nproc > len(gpus):
-        raise BadInput(
-            f"--parallel {parallel} trials of {nproc} rank{'s' if nproc > 1 else ''} need {parallel * nproc} "
-            f"GPUs, and there are {len(gpus)}: give --parallel {max(1, len(gpus) // nproc)}"
-        )
-
-
-def _preload(recipe: Recipe) -> list[str]:
-    """What the server of the trials imports beforehand: what the recipe's module says, and its imports."""
-    tree = ast.parse(recipe.source.read_text(encoding="utf-8"))
-    own = {
-        name
-        for node in tree.body
-        for name in (
-            [alias.name for alias in node.names]
-            if isinstance(node, ast.Import)
-            else [node.module or ""]
-            if isinstance(node, ast.ImportFrom) and node.level == 0
-            else []
-        )
-    }
-    return [*recipe.preload, *sorted(own - {"", "__future__"})]

@@ -161,9 +161,9 @@ def answer(search: Search, *, json: bool, error: str = "") -> None:
         print_json({
             "sweep": str(plan.folder), "metric": plan.first.metric, "goal": plan.first.goal,
             "objectives": [[one.metric, one.goal] for one in plan.objectives], "over": search.over,
-            "best": best and _told(best, search),
+            "best": best and told(best, search),
             "front": [trial.number for trial in search.front] if several else None,
-            "trials": [_told(trial, search) for trial in search.trials.values()], "error": error or None,
+            "trials": [told(trial, search) for trial in search.trials.values()], "error": error or None,
         })  # fmt: skip
         if error:
             log.error("%s", error)
@@ -185,7 +185,8 @@ def answer(search: Search, *, json: bool, error: str = "") -> None:
         log.error("%s", error)
 
 
-def _told(trial: Seen, search: Search) -> dict[str, Any]:
+def told(trial: Seen, search: Search) -> dict[str, Any]:
+    """What a trial came to, for `--json`, once nothing of the search runs."""
     plan = search.plan
     outcome = trial.outcome(plan.objectives)
     state = "paused" if trial.state == "running" else trial.state  # nothing runs any more

@@ -11,7 +11,8 @@ from typing import Any
 
 from stoker import config as configs
 from stoker import object_store
-from stoker.cli import sweep, train
+from stoker.cli import train
+from stoker.cli.trial import train_trial
 from stoker.errors import BadInput
 from stoker.recipes import Recipe
 from stoker.tune import local
@@ -67,7 +68,7 @@ class Training:
     """
 
     def __init__(self, job: Job, *, ranks: int = 1, beside: int = 1, gpus: Sequence[str] = ()) -> None:
-        self._workers = local.Workers(sweep.work, parallel=beside, ranks=ranks, gpus=gpus)
+        self._workers = local.Workers(train_trial, parallel=beside, ranks=ranks, gpus=gpus)
         self._happened: collections.deque[Report | Ended] = collections.deque()
         self._workers.start(job)
 

@@ -13,9 +13,10 @@ from stoker.errors import BadInput, nearest
 from stoker.launch.jobs import Job
 
 LOCAL = "local"
+RAY = "ray"
 TARGETS = {
     "slurm": "stoker.launch.slurm",
-    "ray": "stoker.launch.ray_jobs",
+    RAY: "stoker.launch.ray_jobs",
     "kubernetes": "stoker.launch.kubernetes",
 }
 

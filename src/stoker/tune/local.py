@@ -28,7 +28,7 @@ from stoker import machine, redaction, signals
 from stoker.errors import StokerError, Stopped
 from stoker.tune.trial import Ended, Job, Link, Report
 
-PRELOAD = ("torch", "torch._dynamo", "stoker.loop", "stoker.cli.sweep")
+PRELOAD = ("torch", "torch._dynamo", "stoker.loop", "stoker.cli.trial")
 _GROWN = 1.25
 """How much of the memory at its start a process may hold and still train another trial."""
 _CONTEXT = multiprocessing.get_context("forkserver")

@@ -1,0 +1,369 @@
+"""A search as it is asked for, on a command line or from Python: checked, begun, run."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import dataclasses
+import logging
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from optuna.samplers import BaseSampler
+from stoker import config as configs
+from stoker import object_store
+from stoker.cli.trial import train_trial
+from stoker.duration import Duration
+from stoker.errors import BadInput
+from stoker.launch.targets import LOCAL, RAY
+from stoker.machine import visible_gpus
+from stoker.recipes import Recipe
+from stoker.run import finding
+from stoker.run.series import guess_goal
+from stoker.stopping import STATUS
+from stoker.tracking import follower
+from stoker.tune import local, on_ray, plan, record, schedulers
+from stoker.tune import study as studies
+from stoker.tune.peers import Peers
+from stoker.tune.plan import Budget, Goal, Objective, Plan
+from stoker.tune.record import Record
+from stoker.tune.schedulers import Scheduler
+from stoker.tune.search import Executor, Search
+from stoker.tune.space import Space
+from stoker.tune.study import Kept
+
+log = logging.getLogger("stoker")
+
+_SINKS_TIMEOUT = 60.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What is searched and how, named as the options of `stoker sweep`, which say what each is."""
+
+    recipe: Recipe
+    space: Space
+    runs: Path
+    name: str | None = None
+    new: bool = False
+    metrics: Sequence[str] = ()
+    goals: Sequence[str] = ()
+    trials: int = 20
+    nproc: int = 1
+    sampler: str | None = None
+    scheduler: str | None = None
+    strategy: str | None = None
+    least: str | None = None
+    most: str | None = None
+    factor: int = 3
+    tries: tuple[Mapping[str, Any], ...] = ()
+    """As the space's `params` has them."""
+    warm_start: str = ""
+    seed: int = 0
+    max_failures: int | None = None
+    budget: str | None = None
+    storage: str = ""
+    study: str | None = None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A search that can be begun."""
+
+    asked: Asked
+    record: Record
+    folder: Path
+    """Of the sweep."""
+    objectives: tuple[Objective, ...]
+    trials: int
+    rule: Scheduler
+    sampler: BaseSampler
+    unit: str
+    whole: float | None
+    budget: Budget | None
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where trials run, and how many at a time."""
+
+    on: str = LOCAL
+    address: str | None = None
+    parallel: int | None = None
+    ranks: int = 1
+    per_gpu: int = 1
+    reuse: bool = False
+
+
+def prepare(asked: Asked) -> Prepared:
+    """Check all of it; nothing is written. Raises BadInput."""
+    if object_store.of(asked.runs) is not None:
+        raise BadInput("--runs: a search stands on a disk, not in an object store; give a local folder")
+    searched = asked.space
+    if not searched.parameters:
+        raise BadInput("nothing is searched: give a key a range or choices, such as lr='log(1e-5, 1e-3)'")
+    objectives = _objectives(asked.metrics, asked.goals)
+    sampler, scheduler = _ways(asked, several=len(objectives) > 1)
+    _check_ways(asked, sampler, scheduler)
+    shortest, whole, unit = plan.span(asked.least, asked.most)
+    rule = schedulers.make(
+        scheduler, least=shortest, most=whole, factor=asked.factor, population=asked.trials
+    )
+    if unit == plan.SHARE:
+        _check_shares(searched, rule)
+    name = finding.checked(asked.name or f"{asked.recipe.name}-sweep")
+    folder = asked.runs / (record.free_name(asked.runs, name) if asked.new else name)
+    stored = (record.shown(asked.storage), asked.study or folder.name) if asked.storage else ("", "")
+    wanted = Record(
+        asked.recipe.reference, searched.described(), ", ".join(one.metric for one in objectives),
+        ", ".join(one.goal for one in objectives), sampler, _said(scheduler, rule, unit), asked.seed,
+        asked.nproc, asked.tries, asked.warm_start, *stored,
+    )  # fmt: skip
+    record.check(folder, wanted)
+    if asked.storage and scheduler == "pbt":
+        raise BadInput("--storage: pbt goes on from checkpoints of one folder; leave out --storage")
+    if asked.warm_start and not record.is_sweep(folder):
+        record.check_earlier(asked.runs / asked.warm_start, wanted)
+    trials = min(asked.trials, len(searched.combinations())) if sampler == "grid" else asked.trials
+    if len(asked.tries) > trials:
+        raise BadInput(f"{len(asked.tries)} --try for {trials} trials: give as many --trials, or fewer")
+    budget = Budget.parse(asked.budget) if asked.budget is not None else None
+    counted = plan.unit_of(unit, budget, counts=bool(asked.least or asked.most))
+    drawn_by = studies.sampler(sampler, searched, asked.seed, trials)
+    return Prepared(asked, wanted, folder, objectives, trials, rule, drawn_by, counted, whole, budget)
+
+
+@contextlib.contextmanager
+def begun(
+    made: Prepared, places: Places, deadline: float | None
+) -> Iterator[tuple[Search, subprocess.Popen[bytes] | None]]:
+    """The search, new or gone on with, and the process that ships its trials, if there are trackers.
+
+    No other controller has its folder within this block. Raises BadInput.
+
+    Args:
+        deadline: when it is to stop, by the machine's monotonic clock.
+    """
+    asked = made.asked
+    with _executor(asked.recipe, places) as workers:
+        lock = record.take(made.folder)
+        try:
+            planned = Plan(
+                made.folder, asked.recipe.reference, asked.recipe.config, made.objectives, made.trials,
+                record.provenance_of(made.folder, asked.recipe.code), asked.seed, asked.nproc, made.unit,
+                made.whole, asked.max_failures, made.budget, deadline,
+            )  # fmt: skip
+            search = _search(made, planned, workers)
+            yield search, follower.spawn_for_sweep(made.folder) if follower.enabled() else None
+        finally:
+            os.close(lock)
+
+
+@contextlib.contextmanager
+def answering_signals(search: Search) -> Iterator[list[int]]:
+    """Told to stop within this block, the search does; the signals that told it are in the list.
+
+    A second one raises KeyboardInterrupt. In another thread than the main one nothing is answered.
+    """
+    told: list[int] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if told:
+            raise KeyboardInterrupt
+        told.append(number)
+        sys.stderr.write("\nstopping: trials end with a checkpoint, and the same search goes on\n")
+        search.stop()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield told
+        return
+    previous = {number: signal.signal(number, stop) for number in STATUS}
+    try:
+        yield told
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def wait_for_sinks(shipping: subprocess.Popen[bytes] | None) -> None:
+    """Wait until the trackers have all of it, a minute at most."""
+    if shipping is None:
+        return
+    try:
+        missing = shipping.wait(_SINKS_TIMEOUT) != 0
+    except subprocess.TimeoutExpired:
+        missing = True
+    if missing:
+        log.warning("not everything is shipped to the trackers yet; the same search ships what is missing")
+
+
+def _check_shares(searched: Space, rule: Scheduler) -> None:
+    """Refuse shares of the data where nothing is trained by such. Raises BadInput."""
+    if not rule.lengths(0):
+        raise BadInput("a share of the data is for asha, asha-stop, hyperband and --strategy staged")
+    if "data_share" not in configs.describe(searched.config):
+        raise BadInput(
+            "a share of the data: the recipe has no key data_share; let its config inherit stoker.Training, "
+            "and give that to its Trainer"
+        )
+    if "data_share" in searched.described():
+        raise BadInput("data_share is given twice, as a key and by --least and --most: leave out the key")
+
+
+def _objectives(metrics: Sequence[str], goals: Sequence[str]) -> tuple[Objective, ...]:
+    """What is to become best. Raises BadInput."""
+    metrics = metrics or ["val_loss"]
+    ways: Sequence[str | None] = goals or [None] * len(metrics)
+    if len(set(metrics)) < len(metrics):
+        raise BadInput(f"--metric {' --metric '.join(metrics)}: each once")
+    if len(goals) not in (0, len(metrics)):
+        raise BadInput(
+            f"{len(goals)} --goal for {len(metrics)} --metric: give one for each, in the same order"
+        )
+    return tuple(Objective(metric, _goal(metric, way)) for metric, way in zip(metrics, ways, strict=True))
+
+
+def _goal(metric: str, goal: str | None) -> Goal:
+    found = goal or guess_goal(metric)
+    if found is None:
+        raise BadInput(f"--metric {metric}: say with --goal min or --goal max which way it is better")
+    if found not in ("min", "max"):
+        raise BadInput(f"--goal {goal}: give min or max")
+    return "min" if found == "min" else "max"
+
+
+def _ways(asked: Asked, *, several: bool) -> tuple[str, str]:
+    """The names of the sampler and of the scheduler. Raises BadInput."""
+    if asked.strategy is not None:
+        if asked.strategy != studies.STAGED:
+            raise BadInput(f"--strategy {asked.strategy}: there is {studies.STAGED}")
+        if asked.sampler or asked.scheduler:
+            raise BadInput(
+                "--strategy staged has a sampler and a scheduler: leave out --sampler, --scheduler"
+            )
+        return studies.STAGED, studies.STAGED
+    sampler = asked.sampler or "tpe"
+    if several and sampler in studies.SAMPLERS and sampler not in studies.SEVERAL:
+        raise BadInput(
+            f"--sampler {sampler} searches for one metric; for several give {', '.join(studies.SEVERAL)}"
+        )
+    return sampler, asked.scheduler or "none"
+
+
+def _check_ways(asked: Asked, sampler: str, scheduler: str) -> None:
+    """Refuse options that a sampler or a scheduler has no use for. Raises BadInput."""
+    if scheduler == "none" and (asked.least or asked.most):
+        raise BadInput(
+            "--least and --most are for a --scheduler that ends trials early: name one, or leave out"
+        )
+    if asked.tries and sampler == "grid":
+        raise BadInput("--try: a grid has every value; leave it out")
+    if asked.warm_start and sampler == studies.STAGED:
+        raise BadInput("--warm-start: --strategy staged begins at random; leave out one of the two")
+
+
+def _search(made: Prepared, planned: Plan, workers: Executor) -> Search:
+    """The search with its study: a new one, or what there is of it. Raises BadInput."""
+    asked, wanted = made.asked, made.record
+    kept = _kept(made.folder, asked.storage)
+    goals = [one.goal for one in made.objectives]
+    study = studies.opened(kept, made.sampler, goals, wanted.study or studies.NAME)
+    if wanted.study:
+        record.check_study(study, wanted)
+    if not study.get_trials(deepcopy=False):
+        with kept.together():
+            _begin(study, asked.tries, asked.runs / asked.warm_start if asked.warm_start else None)
+    record.begin(made.folder, wanted)
+    if made.whole is not None and study.user_attrs.get("whole") != made.whole:
+        study.set_user_attr("whole", made.whole)  # of a trial that nothing ends early
+    if "rungs" not in study.user_attrs:
+        study.set_user_attr("rungs", [*made.rule.lengths(0)][:-1])
+    peers = Peers(study, record.uid(made.folder), planned.first) if wanted.study else None
+    return Search(planned, asked.space, study, kept, made.rule, workers, peers)
+
+
+def _kept(folder: Path, url: str) -> Kept:
+    return studies.Database(url) if url else studies.JournalFile(folder / record.STUDY)
+
+
+def _begin(study: Any, tries: Sequence[Mapping[str, Any]], earlier: Path | None) -> None:
+    """Let a new study know what it learns from, and what is to be tried first."""
+    if earlier is not None:
+        count = studies.learn_from(study, studies.of(earlier), earlier.name)
+        log.info("the sampler learns from %d trials of %s", count, earlier.name)
+    for values in tries:
+        study.enqueue_trial(values)
+
+
+def _said(name: str, rule: Scheduler, unit: str) -> str:
+    """A scheduler with its settings."""
+    settings: dict[str, Any] = dataclasses.asdict(rule)  # type: ignore[call-overload]
+    settings |= settings.pop("asha", {})
+    lengths = {
+        key: Duration(settings.pop(key), unit) for key in ("least", "most", "every") if key in settings
+    }
+    told = [f"{key} {length}" for key, length in lengths.items() if length.count < math.inf]
+    rest = {key: value for key, value in settings.items() if key not in ("promotes", "planned", "finalists")}
+    return ", ".join([name, *told, *(f"{key} {value:g}" for key, value in rest.items())])
+
+
+@contextlib.contextmanager
+def _executor(recipe: Recipe, where: Places) -> Iterator[Executor]:
+    """What runs the trials, here or on a cluster. Raises BadInput."""
+    preload = _preload(recipe)
+    if where.on == RAY:
+        if where.reuse or where.per_gpu > 1:
+            raise BadInput("--reuse-processes and --per-gpu are for trials on this machine: leave them out")
+        with on_ray.started(
+            train_trial, address=where.address, ranks=where.ranks, parallel=where.parallel, preload=preload
+        ) as workers:
+            yield workers
+        return
+    if where.address is not None:
+        raise BadInput(f"--address {where.address} is of a Ray cluster: give --on ray too, or leave it out")
+    if where.per_gpu > 1 and where.ranks > 1:
+        raise BadInput("--per-gpu: the ranks of one trial do not share a GPU; leave out --per-gpu or --nproc")
+    gpus = visible_gpus() * where.per_gpu
+    parallel = where.parallel or max(1, len(gpus) // where.ranks)
+    _check_gpus(gpus, parallel, where.ranks)
+    yield local.Workers(
+        train_trial, parallel=parallel, ranks=where.ranks, preload=preload, gpus=gpus, reuse=where.reuse
+    )
+
+
+def _check_gpus(gpus: list[str], parallel: int, nproc: int) -> None:
+    if gpus and nproc > len(gpus):
+        raise BadInput(
+            f"--nproc {nproc}: each rank has a GPU, and there are {len(gpus)}; give a smaller --nproc"
+        )
+    if gpus and parallel * nproc > len(gpus):
+        raise BadInput(
+            f"--parallel {parallel} trials of {nproc} rank{'s' if nproc > 1 else ''} need {parallel * nproc} "
+            f"GPUs, and there are {len(gpus)}: give --parallel {max(1, len(gpus) // nproc)}"
+        )
+
+
+def _preload(recipe: Recipe) -> list[str]:
+    """What the server of the trials imports beforehand: what the recipe's module says, and its imports."""
+    tree = ast.parse(recipe.source.read_text(encoding="utf-8"))
+    own = {
+        name
+        for node in tree.body
+        for name in (
+            [alias.name for alias in node.names]
+            if isinstance(node, ast.Import)
+            else [node.module or ""]
+            if isinstance(node, ast.ImportFrom) and node.level == 0
+            else []
+        )
+    }
+    return [*recipe.preload, *sorted(own - {"", "__future__"})]

@@ -1,0 +1,63 @@
+"""What each process of a trial does."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+from typing import Any
+
+from stoker import config as configs
+from stoker import recipes
+from stoker.attempt import Run
+from stoker.cli import train
+from stoker.errors import BadInput
+from stoker.launch import ranks
+from stoker.recipes import Recipe
+from stoker.run import finding
+from stoker.run.directory import RunDirectory
+from stoker.tune.plan import SHARE
+from stoker.tune.trial import Job, Link, Reporter
+from stoker.world import World
+
+_FREE_TIMEOUT = 120.0  # of a machine that is lost, a server of files forgets its locks after 90 s, by default
+
+
+def train_trial(job: Job, link: Link) -> dict[str, Any]:
+    """Train its run; returns how that ended, as `tune.local.Function` has it."""
+    logging.getLogger("stoker").setLevel(logging.DEBUG)
+    recipe = _loaded(job.recipe)
+    resolved: Any = configs.restore(recipe.config, job.values, job.sources)
+    train.check(recipe, resolved.config, World.current().size)
+    if World.current().rank == 0:
+        _wait_until_free(finding.locate(job.runs, job.sweep, job.run))
+    run = Run(
+        job.sweep, job.run, config=resolved.config, runs=job.runs, sources=resolved.sources,
+        recipe={"name": recipe.name, "reference": recipe.reference},
+        seed=int(getattr(resolved.config, "seed", 0)), code=recipe.code,
+        provenance=job.provenance,
+    )  # fmt: skip
+    if job.provenance is not None:
+        run.leave_shipping()
+    if job.tags:
+        run.tag(**job.tags)
+    ranks.log_to(run.directory.logs / f"rank-{run.world.rank}.log")
+    reporter = Reporter(run, job.metrics, job.unit, link, waits=job.waits)
+    run.listen(reporter)
+    _, status = train.work_on(run, recipe, resolved.config, trial=True)
+    if job.unit == SHARE and run.plan.get("data_share") != resolved.config.data_share:
+        raise BadInput("its Trainer is not told the share of the data: give it training=config")
+    return {"status": status, "logged": sorted(reporter.logged), "values": reporter.values}
+
+
+@functools.cache
+def _loaded(reference: str) -> Recipe:
+    """A recipe, once in each process, which may train several trials of it."""
+    return recipes.load(reference)
+
+
+def _wait_until_free(run: RunDirectory) -> None:
+    """A process of a controller that was killed, or on a machine that was lost, may be about to end."""
+    until = time.monotonic() + _FREE_TIMEOUT
+    while run.alive and time.monotonic() < until:
+        time.sleep(0.05)

@@ -1,0 +1,183 @@
+"""`stoker.sweep`: a search that is begun from Python, and what it came to."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stoker import recipes
+from stoker.cli import searching
+from stoker.cli import trials as trials_seen
+from stoker.duration import clock
+from stoker.errors import BadInput, Stopped
+from stoker.integrations import training
+from stoker.launch.targets import LOCAL, RAY
+from stoker.recipes import Recipe
+from stoker.stopping import STATUS
+from stoker.tune.search import Search
+from stoker.tune.seen import Seen
+from stoker.tune.space import parse_mapping
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a trial came to."""
+
+    number: int
+    state: str
+    """complete, pruned, failed, or paused: it goes on with the search."""
+    params: Mapping[str, Any]
+    """Its values, by config key."""
+    value: float | None
+    """The newest of the first metric."""
+    objectives: Mapping[str, float | None]
+    """The newest of each metric."""
+    run: Path
+    """The directory of its run."""
+    error: str
+    """Of one that failed, with its traceback, else empty."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What a search came to."""
+
+    folder: Path
+    """The runs of its trials stand in it, and `stoker report` takes its name."""
+    trials: tuple[Trial, ...]
+    """In the order in which they were drawn."""
+    best: Trial | None
+    """By the first metric; None where no trial has logged it."""
+    front: tuple[Trial, ...]
+    """Those that no other is better than in every metric; of one metric, the best alone."""
+    over: bool
+    """Whether nothing is left to do; if not, the same call with more time or budget goes on."""
+
+
+def sweep(
+    recipe: str | Path | Callable[..., None],
+    space: Mapping[str, Any],
+    *,
+    metric: str | Sequence[str] = "val_loss",
+    goal: str | Sequence[str] | None = None,
+    trials: int = 20,
+    parallel: int | None = None,
+    nproc: int = 1,
+    per_gpu: int = 1,
+    sampler: str | None = None,
+    scheduler: str | None = None,
+    strategy: str | None = None,
+    least: str | int | None = None,
+    most: str | int | None = None,
+    factor: int = 3,
+    tries: Sequence[Mapping[str, Any]] = (),
+    warm_start: str = "",
+    seed: int = 0,
+    max_failures: int | None = None,
+    budget: str | int | None = None,
+    max_time: str | None = None,
+    name: str | None = None,
+    new: bool = False,
+    storage: str = "",
+    study: str | None = None,
+    on: str = LOCAL,
+    address: str | None = None,
+    reuse_processes: bool = False,
+    runs: Path | str | None = None,
+) -> Sweep:
+    """Search for the best values of a recipe's keys; the same call goes on with it.
+
+    It is `stoker sweep`, and each argument is the option of that name, which `stoker sweep --help` and
+    docs/search.md describe. Ctrl-C and SIGTERM end it with a checkpoint of each trial that runs.
+
+        found = stoker.sweep("image", {"lr": "log(0.01, 1)", "epochs": 2}, metric="val_accuracy", trials=6)
+        print(found.best.params, found.best.run)
+
+    Args:
+        recipe: a shipped recipe, a file with a `train(run, config)` function, or such a function of a file.
+        space: by config key what is searched, written as for the command, and what is the same in all trials.
+        metric: what is to become best; of several, by the first one trials end early.
+        goal: min or max, of each; by default by the metric's name.
+        tries: values that are tried first.
+        on: local or ray.
+        runs: the folder that runs stand under, by default STOKER_RUNS, else `runs`.
+
+    Returns:
+        The trials with the best of them.
+
+    Raises:
+        BadInput: something of it cannot be searched; nothing was started.
+        StokerError: it cannot go on, as after more failed trials than `max_failures`.
+        Stopped: it was told to stop, and has; a SystemExit.
+    """
+    if multiprocessing.parent_process() is not None:
+        raise BadInput(
+            "stoker.sweep is called where a file is imported; call it below if __name__ == '__main__':"
+        )
+    found = _loaded(recipe)
+    searched = parse_mapping(space, found.config)
+    if on not in (LOCAL, RAY):
+        raise BadInput(f"on={on!r}: give {LOCAL} or {RAY}; jobs are submitted by `stoker sweep --on {on}`")
+    asked = searching.Asked(
+        recipe=found, space=searched, runs=training.runs_folder(runs), name=name, new=new,
+        metrics=_several(metric), goals=_several(goal), trials=trials, nproc=nproc, sampler=sampler,
+        scheduler=scheduler, strategy=strategy, least=_text(least), most=_text(most), factor=factor,
+        tries=tuple(searched.params(values) for values in tries), warm_start=warm_start, seed=seed,
+        max_failures=max_failures, budget=_text(budget),
+        storage=storage or os.environ.get("STOKER_STORAGE", ""), study=study,
+    )  # fmt: skip
+    made = searching.prepare(asked)
+    places = searching.Places(on, address, parallel, nproc, per_gpu, reuse_processes)
+    deadline = time.monotonic() + clock(max_time) if max_time is not None else None
+    with searching.begun(made, places, deadline) as (search, shipping):
+        with searching.answering_signals(search) as told, trials_seen.live(search):
+            search.run()
+        if told:
+            raise Stopped(STATUS[told[0]])
+    searching.wait_for_sinks(shipping)
+    return _of(search)
+
+
+def _loaded(recipe: str | Path | Callable[..., None]) -> Recipe:
+    if not callable(recipe):
+        return recipes.load(str(recipe))
+    found = recipes.from_function(recipe)
+    if not found.source.is_file() or not getattr(recipe, "__qualname__", "").isidentifier():
+        raise BadInput(
+            f"{getattr(recipe, '__name__', recipe)}: each trial has a process of its own, which finds a "
+            "function by its file: write it at the top level of one, and give that"
+        )
+    return found
+
+
+def _several(given: str | Sequence[str] | None) -> tuple[str, ...]:
+    return (given,) if isinstance(given, str) else tuple(given or ())
+
+
+def _text(given: str | int | None) -> str | None:
+    return None if given is None else str(given)
+
+
+def _of(search: Search) -> Sweep:
+    by_number = {number: _trial(trial, search) for number, trial in search.trials.items()}
+    best = search.best
+    return Sweep(
+        folder=search.plan.folder,
+        trials=tuple(by_number.values()),
+        best=None if best is None else by_number[best.number],
+        front=tuple(by_number[trial.number] for trial in search.front),
+        over=search.over,
+    )
+
+
+def _trial(trial: Seen, search: Search) -> Trial:
+    told = trials_seen.told(trial, search)
+    return Trial(
+        trial.number, told["state"], trial.params, trial.value, told["objectives"], Path(told["run"]),
+        f"{trial.error}\n{trial.trace}".strip(),
+    )  # fmt: skip

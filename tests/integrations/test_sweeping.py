@@ -1,0 +1,145 @@
+"""`stoker.sweep`: a search from Python is the command's."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from stoker.errors import BadInput, StokerError
+from stoker.integrations.sweeping import Sweep, sweep
+
+from conftest import Command
+from support import loaded
+
+SEARCHED = Path(__file__).parents[1] / "cli" / "searched.py"
+SPACE = {"x": "uniform(0, 1)", "kind": "[near, far]", "steps": 4}
+
+SCRIPT = """
+import json
+import time
+from dataclasses import dataclass
+import stoker
+
+@dataclass(frozen=True)
+class Config:
+    x: float = 0.0
+    pause: float = 0.0
+
+def train(run: stoker.Run, config: Config) -> None:
+    for step in range(run.step + 1, 41):
+        time.sleep(config.pause)
+        run.log(step=step, val_loss=config.x + 1 / step)
+
+if GUARD:
+    space = {"x": "uniform(0, 1)", "pause": PAUSE}
+    found = stoker.sweep(train, space, trials=4, parallel=2, seed=1, name="s")
+    best = found.best and found.best.number
+    print(json.dumps([found.over, best, [[trial.params["x"], trial.error] for trial in found.trials]]))
+"""
+
+
+def _values(found: Sweep) -> list[tuple[Any, ...]]:
+    return [(trial.number, trial.state, trial.params, trial.value) for trial in found.trials]
+
+
+def test_it_is_the_search_of_the_command_and_goes_on(stoker: Command, tmp_path: Path) -> None:
+    asked: dict[str, Any] = {"tries": [{"x": 0.25, "kind": "near"}], "sampler": "random", "seed": 3}
+    found = sweep(str(SEARCHED), SPACE, trials=3, **asked, runs=tmp_path / "here", name="s")
+    assert found.over
+    assert found.best is not None
+    assert found.front == (found.best,)
+    assert found.best.params["x"] == 0.25
+    assert found.best.objectives == {"val_loss": found.best.value}
+    assert loaded(found.best.run).last("val_loss") == found.best.value
+    more = sweep(SEARCHED, SPACE, trials=5, **asked, runs=tmp_path / "here", name="s")
+    assert _values(more)[:3] == _values(found)
+    given = [f"{key}={value}" for key, value in SPACE.items()]
+    options = ("--sampler", "random", "--seed", "3", "--try", "x=0.25,kind=near", "--trials", "5")
+    done = stoker("sweep", str(SEARCHED), *given, *options, "--name", "s", "--json")
+    assert done.code == 0, done.err
+    told = [(t["number"], t["state"], t["params"], t["value"]) for t in done.answer["trials"]]
+    assert told == _values(more)
+    again = stoker(
+        "sweep", str(SEARCHED), *given, *options, "--name", "s", "--json", "--runs", str(tmp_path / "here")
+    )
+    assert again.code == 0, again.err
+    assert len(list((tmp_path / "here" / "s").glob("trial-*"))) == 5, "the command goes on with it"
+
+
+def _script(folder: Path, *, pause: float = 0.0, guard: str = "__name__ == '__main__'") -> list[str]:
+    script = folder / "searches.py"
+    script.write_text(SCRIPT.replace("PAUSE", str(pause)).replace("GUARD", guard), encoding="utf-8")
+    return [sys.executable, str(script)]
+
+
+def test_a_script_searches_over_its_own_function_and_goes_on_after_a_signal(tmp_path: Path) -> None:
+    process = subprocess.Popen(_script(tmp_path, pause=0.05), cwd=tmp_path, stderr=subprocess.PIPE)
+    trials = tmp_path / "runs" / "s"
+    deadline = time.monotonic() + 60
+    while len(list(trials.glob("trial-*/journal"))) < 2:
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err.decode()
+    assert "the same search goes on" in err.decode()
+    script = _script(tmp_path)
+    refused = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True, timeout=100, check=False)
+    assert refused.returncode == 1
+    assert "BadInput" in refused.stderr
+    assert "pause" in refused.stderr, "another space is another search"
+    script = _script(tmp_path, pause=0.05)
+    done = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True, timeout=100, check=True)
+    over, best, drawn = json.loads(done.stdout)
+    assert over
+    assert best == min(range(4), key=lambda number: drawn[number][0])
+    for trial in trials.glob("trial-*"):
+        assert list(loaded(trial).points["val_loss"]) == list(range(1, 41))
+
+
+def test_a_script_without_a_guard_is_told_what_it_lacks(tmp_path: Path) -> None:
+    script = _script(tmp_path, guard="True")
+    done = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True, timeout=100, check=True)
+    _, best, trials = json.loads(done.stdout)
+    assert best is None
+    assert all("call it below if __name__ == '__main__':" in error for _, error in trials)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"space": {"y": "uniform(0, 1)"}}, "y"),
+        ({"space": {"x": 1}}, "nothing is searched"),
+        ({"metric": ["a", "a"]}, "each once"),
+        ({"metric": "cost"}, "say with --goal"),
+        ({"on": "slurm"}, "stoker sweep --on slurm"),
+        ({"least": 2}, "name one"),
+        ({"recipe": lambda run: None}, "write it at the top level"),
+        ({"recipe": "imag"}, "did you mean 'image'"),
+        ({"runs": "s3://bucket/runs"}, "a search stands on a disk"),
+        ({"tries": [{"x": 2}]}, "x"),
+    ],
+)
+def test_what_cannot_be_searched_starts_nothing(arguments: dict[str, Any], said: str, tmp_path: Path) -> None:
+    asked: dict[str, Any] = {"recipe": SEARCHED, "space": SPACE, "runs": tmp_path / "runs"}
+    with pytest.raises(BadInput, match=said):
+        sweep(**{**asked, **arguments})
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_trial_that_fails_says_why(tmp_path: Path) -> None:
+    space = {"x": "uniform(0.6, 0.7)", "fails": "raise"}
+    found = sweep(SEARCHED, space, trials=1, runs=tmp_path)
+    (trial,) = found.trials
+    assert (trial.state, found.best) == ("failed", None)
+    assert "Traceback" in trial.error
+    assert "this one cannot be trained" in trial.error
+    with pytest.raises(StokerError, match="failed"):
+        sweep(SEARCHED, space, trials=3, max_failures=0, runs=tmp_path)
