@@ -25,7 +25,11 @@ class Machines:
     """
 
     def __init__(self, *, dashboard: bool = False) -> None:
-        head = {"num_cpus": 1, "include_dashboard": dashboard, "dashboard_port": 0, "_system_config": _FAST}
+        head = {
+            "num_cpus": 1, "include_dashboard": dashboard, "dashboard_port": 0,
+            "dashboard_agent_listen_port": 0,  # its default is one port for all clusters of a machine
+            "_system_config": _FAST,
+        }  # fmt: skip
         self.cluster = Cluster(initialize_head=True, head_node_args=head)
 
     @property

@@ -47,7 +47,7 @@ def test_two_controllers_share_a_study(start: Start, stoker: Command, database: 
         answers.append(json.loads(out.decode().strip().splitlines()[-1]))
     study = optuna.load_study(study_name="shared", storage=database)
     assert all(trial.state.is_finished() for trial in study.trials)
-    assert 12 <= len(study.trials) <= 13  # both may ask for the last one at once
+    assert len(study.trials) == 12
     own = [[trial["number"] for trial in answer["trials"]] for answer in answers]
     assert min(map(len, own)) >= 1
     assert sorted(own[0] + own[1]) == [trial.number for trial in study.trials]

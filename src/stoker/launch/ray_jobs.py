@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shlex
+import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 SUBMITTED = "job.submitted.json"
 
+_STARTS = 30.0  # seconds that a cluster, which has just been started, may need until it takes jobs
 _STOP = 120  # seconds that a job has for a checkpoint, once it is told to stop
 _OPTIONS = {
     "address": "of the cluster's dashboard, such as http://head:8265; by default RAY_API_SERVER_ADDRESS",
@@ -80,11 +82,16 @@ def code(job: Job) -> str:
 def submit(job: Job, rendered: str) -> str:
     """Hand a job over; returns the id that Ray has it under. Raises StokerError."""
     jobs.begin(job, SUBMITTED, rendered)
-    try:
-        return str(_client(job.spec).submit_job(**json.loads(rendered)))
-    except (RuntimeError, OSError) as error:
-        jobs.forget(job)
-        raise StokerError(f"the cluster did not take the job: {error}") from error
+    client, until = _client(job.spec), time.monotonic() + _STARTS
+    while True:
+        try:
+            return str(client.submit_job(**json.loads(rendered)))
+        except (RuntimeError, OSError) as error:
+            if "No available agent" in str(error) and time.monotonic() < until:
+                time.sleep(1)
+                continue
+            jobs.forget(job)
+            raise StokerError(f"the cluster did not take the job: {error}") from error
 
 
 def states(of: Sequence[Job]) -> dict[str, Status]:

@@ -149,7 +149,10 @@ class Mirror:
                 manifest.unlink()
         for folder in known:
             local = self._run.checkpoints / folder / MANIFEST
-            content = self._store.read(f"{self._key}/checkpoints/{folder}/{MANIFEST}")
+            try:
+                content = self._store.read(f"{self._key}/checkpoints/{folder}/{MANIFEST}")
+            except FileNotFoundError:  # whoever trains the run has newer ones, and removed it since
+                continue
             if not local.is_file() or local.read_bytes() != content:
                 local.parent.mkdir(parents=True, exist_ok=True)
                 storage.write_atomically(local, content)

@@ -77,6 +77,11 @@ class Peers:
         self._look()
         return {trial.number: self._known(trial) for trial in self.trials}
 
+    def look_again(self) -> None:
+        """Read what there is of the others now."""
+        self._read = -_GONE
+        self._look()
+
     @property
     def running(self) -> bool:
         """Whether a trial runs of a controller that is alive."""

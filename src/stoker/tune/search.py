@@ -340,11 +340,16 @@ class Search:
 
     # -- the study -----------------------------------------------------------------------------
 
-    def _ask(self) -> int:
-        """A new trial of the study."""
-        with quiet(), self._kept.together():
-            trial = self._study.ask()
-            params = self._own(trial)
+    def _ask(self) -> int | None:
+        """A new trial of the study; None where another controller has begun the last one just now."""
+        with quiet(), self._kept.alone():
+            if self._peers is not None:
+                self._peers.look_again()
+                if self._begun >= self.plan.trials:
+                    return None
+            with self._kept.together():
+                trial = self._study.ask()
+                params = self._own(trial)
         self.trials[trial.number] = Seen(trial.number, params)
         self._open[trial.number] = trial
         return trial.number

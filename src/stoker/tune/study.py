@@ -23,7 +23,7 @@ from typing import Any, Protocol
 import numpy as np
 import optuna
 from optuna.samplers import BaseSampler
-from optuna.storages import BaseStorage
+from optuna.storages import BaseStorage, RDBStorage
 from optuna.storages.journal import BaseJournalBackend, JournalFileBackend, JournalStorage
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
@@ -44,6 +44,14 @@ EARLIER = "earlier"
 """The attribute of trials that were taken from another search, which is its name."""
 
 
+_MYSQL = ("SELECT GET_LOCK('stoker', 60)", "SELECT RELEASE_LOCK('stoker')")
+_LOCKS = {
+    "postgresql": ("SELECT pg_advisory_lock(7823846)", "SELECT pg_advisory_unlock(7823846)"),
+    "mysql": _MYSQL, "mariadb": _MYSQL,
+}  # fmt: skip
+"""What takes and gives back a lock that all controllers of a database know, by SQLAlchemy's dialect."""
+
+
 class Kept(Protocol):
     """Where a study is kept."""
 
@@ -51,6 +59,10 @@ class Kept(Protocol):
 
     def together(self) -> contextlib.AbstractContextManager[None]:
         """What is written within this block is there whole or not at all, where that can be had."""
+        ...
+
+    def alone(self) -> contextlib.AbstractContextManager[None]:
+        """One controller at a time is within this block, where there may be several."""
         ...
 
     def sync(self) -> None:
@@ -70,7 +82,7 @@ class Database:
 
     def __init__(self, url: str) -> None:
         try:
-            self.storage: BaseStorage = _tables(url)
+            tables = _tables(url)
         except ImportError as error:
             raise BadInput(
                 f"--storage {record.shown(url)}: its driver is not installed: {error}; for PostgreSQL "
@@ -79,21 +91,41 @@ class Database:
         except Exception as error:  # SQLAlchemy's, and those of every driver
             said = str(error).strip().splitlines()[0]
             raise BadInput(f"--storage {record.shown(url)} cannot be used: {said}") from error
+        self.storage: BaseStorage = tables
+        self._engine = tables.engine
 
     def together(self) -> contextlib.AbstractContextManager[None]:
         """Statements are written one by one."""
         return contextlib.nullcontext()
 
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """One controller at a time is within this block, under PostgreSQL, MySQL and MariaDB.
+
+        By a lock of the database's own, which ends with the connection that holds it, however its process
+        ends.
+        """
+        take, give = _LOCKS.get(self._engine.dialect.name, ("", ""))
+        if not take:
+            yield
+            return
+        with self._engine.connect() as connection:
+            connection.exec_driver_sql(take)
+            try:
+                yield
+            finally:
+                connection.exec_driver_sql(give)
+
     def sync(self) -> None:
         """It is there already."""
 
 
-def _tables(url: str, tries: int = 5) -> BaseStorage:
+def _tables(url: str, tries: int = 5) -> RDBStorage:
     """Optuna's tables, which are made where there are none: of several that do so at once, one can."""
     from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError
 
     try:
-        return optuna.storages.RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
+        return RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
     except (IntegrityError, ProgrammingError, OperationalError) as error:
         if tries == 1 or (isinstance(error, OperationalError) and "already exists" not in str(error)):
             raise
@@ -147,6 +179,10 @@ class JournalFile(BaseJournalBackend):
             held, self._held = self._held, None
             if held:
                 self.append_logs(held)
+
+    def alone(self) -> contextlib.AbstractContextManager[None]:
+        """There is one controller, which holds the sweep's folder."""
+        return contextlib.nullcontext()
 
     def sync(self) -> None:
         """Bring it to the disk."""
