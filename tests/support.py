@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
 import time
 from collections.abc import Iterator
@@ -14,6 +15,9 @@ import torch
 from stoker.run import view
 from stoker.run.directory import RunDirectory
 from stoker.run.series import Series
+
+SOAK = bool(os.environ.get("STOKER_SOAK"))
+"""`make soak`: the long form of what is marked so, where CI runs a short one."""
 
 ON_A_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 

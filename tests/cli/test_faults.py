@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import subprocess
 import sys
 import time
@@ -16,9 +15,9 @@ from stoker.checkpoint import manifest
 from test_launch import RECIPE, SLOW, _weights
 
 from conftest import Command, Start
-from support import loaded, wait_for_points
+from support import SOAK, loaded, wait_for_points
 
-SOAK = Path(__file__).parents[2] / "bench" / "soak.py"
+KILLING = Path(__file__).parents[2] / "bench" / "soak.py"
 
 
 @pytest.fixture
@@ -39,7 +38,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_ends_the_run_clearly_and_what_is_there_stays(
     nproc: str, small_disk: Path, stoker: Command, tmp_path: Path
 ) -> None:
-    same = ("train", str(SOAK), "steps=60", "pause=0", "precision=fp32", "--nproc", nproc)
+    same = ("train", str(KILLING), "steps=60", "pause=0", "precision=fp32", "--nproc", nproc)
     often = ("checkpoint_every=5", "keep_checkpoints=50", "--name", "a", "--experiment", "x")
     none = {"STOKER_SINKS": "none"}
     done = stoker(*same, *often, env=none)
@@ -98,7 +97,8 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("name", BAD)
+@pytest.mark.soak
+@pytest.mark.parametrize("name", BAD if SOAK else ("single", "fsdp", "zero-3"))
 def test_a_bad_batch_changes_nothing_under_any_strategy(name: str, stoker: Command, tmp_path: Path) -> None:
     """The last batch is bad: the weights are those of a run that is one step shorter."""
     size, settings = BAD[name]
@@ -116,9 +116,9 @@ def test_a_bad_batch_changes_nothing_under_any_strategy(name: str, stoker: Comma
 
 @pytest.mark.soak
 def test_killed_at_random_nothing_is_lost() -> None:
-    kills = 200 if os.environ.get("STOKER_SOAK") else 6
+    kills = 200 if SOAK else 20
     done = subprocess.run(
-        [sys.executable, str(SOAK), "--kills", str(kills)], capture_output=True, text=True, check=False
+        [sys.executable, str(KILLING), "--kills", str(kills)], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert f"{kills} kills of 2 ranks, seed 0: nothing was lost" in done.stdout

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification
 
 from conftest import Command
-from support import loaded
+from support import SOAK, loaded
 
 LLM = (
     "train", "llm", "model=tiny", "tie_embeddings=false", "precision=fp32", "sequence_length=64",
@@ -48,7 +48,8 @@ def alone(stoker: Command, runs: Path) -> Path:
     return run
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.soak
+@pytest.mark.parametrize("name", STRATEGIES if SOAK else ("pipeline", "zero-3"))
 @pytest.mark.filterwarnings("ignore")
 def test_a_language_model_comes_out_the_same(name: str, alone: Path, stoker: Command, runs: Path) -> None:
     data = f"data={runs.parent / 'pairs.jsonl'}"
@@ -66,7 +67,8 @@ def test_a_language_model_comes_out_the_same(name: str, alone: Path, stoker: Com
         torch.testing.assert_close(model.state_dict()[key], tensor, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["fsdp", "pipeline"])
+@pytest.mark.soak
+@pytest.mark.parametrize("name", ["fsdp", "pipeline"] if SOAK else ["fsdp"])
 @pytest.mark.filterwarnings("ignore")
 def test_an_adapter_comes_out_the_same(name: str, alone: Path, stoker: Command, runs: Path) -> None:
     tune = (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
 import subprocess
@@ -19,11 +18,11 @@ from optuna.storages.journal import JournalFileBackend, JournalStorage
 
 from browser import Browser, needs_chromium
 from conftest import Command, Start
-from support import loaded
+from support import SOAK, loaded
 
 RECIPE = str(Path(__file__).parent / "searched.py")
 SPACE = ("x=uniform(0, 1)", "kind=[near, far]")
-_KILLS = 20 if os.environ.get("STOKER_SOAK") else 6
+_KILLS = 20 if SOAK else 6
 
 
 def trials(sweep: Path) -> list[optuna.trial.FrozenTrial]:

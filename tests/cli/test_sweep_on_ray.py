@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import random
 import signal
 import subprocess
@@ -18,11 +17,11 @@ import pytest
 
 from conftest import Command, Start
 from ray_machines import Machines, started
-from support import loaded
+from support import SOAK, loaded
 
 SEARCHED = str(Path(__file__).parent / "searched.py")
 QUADRATIC = str(Path(__file__).parent / "quadratic.py")
-_KILLS, _TRIALS = (20, 30) if os.environ.get("STOKER_SOAK") else (3, 6)
+_KILLS, _TRIALS = (20, 30) if SOAK else (3, 6)
 ASHA = (
     "sweep", SEARCHED, "x=uniform(0, 1)", "kind=[near, far]", "pause=0.1", "--trials", str(_TRIALS),
     "--scheduler", "asha", "--least", "1", "--most", "9", "--parallel", "1", "--json",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 import random
 import shutil
 import signal
@@ -17,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from support import loaded, wait_for_points
+from support import SOAK, loaded, wait_for_points
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "own_loop.py"
 
@@ -95,7 +94,7 @@ def test_the_plain_twin_runs(tmp_path: Path) -> None:
 def test_killed_at_random_moments_a_run_ends_in_the_same_bits(  # type: ignore[no-untyped-def]
     stoker, start, slow: Path, tmp_path: Path
 ) -> None:
-    kills = 40 if os.environ.get("STOKER_SOAK") else 4
+    kills = 40 if SOAK else 4
     assert stoker("train", str(slow), "--name", "whole").code == 0
     run = tmp_path / "runs" / "slow" / "cut"
     moments = [random.SystemRandom().uniform(-1, 30) for _ in range(kills)]

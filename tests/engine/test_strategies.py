@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,7 @@ import strategies_run
 import torch
 
 import ranks
-
-SOAK = bool(os.environ.get("STOKER_SOAK"))  # `make soak`: all of them, where CI runs some
+from support import SOAK
 
 Trained = tuple[list[float], dict[str, torch.Tensor]]
 

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import families
 import ranks
+from support import SOAK
 
 Trained = tuple[list[float], dict[str, torch.Tensor]]
 CPU = torch.device("cpu")
@@ -91,15 +92,20 @@ def alone(saved: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> d
     }
 
 
+EVERY = [
+    *((kind, s) for kind in ("full", "lora") for s in ("ddp", "fsdp", "pipeline", "zero2", "zero3")),
+    *((kind, s) for kind in ("dora", "qlora") for s in ("ddp", "fsdp", "zero2", "zero3")),
+    ("rslora", "fsdp"),
+]
+FEW = [
+    *(("full", s) for s in ("fsdp", "pipeline", "zero3")), *(("lora", s) for s in ("ddp", "fsdp", "zero3")),
+    ("dora", "fsdp"), ("dora", "zero2"), ("qlora", "fsdp"), ("qlora", "zero3"), ("rslora", "fsdp"),
+]  # fmt: skip
+
+
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft's own
-@pytest.mark.parametrize(
-    ("kind", "strategy"),
-    [
-        *((kind, s) for kind in ("full", "lora") for s in ("ddp", "fsdp", "pipeline", "zero2", "zero3")),
-        *((kind, s) for kind in ("dora", "qlora") for s in ("ddp", "fsdp", "zero2", "zero3")),
-        ("rslora", "fsdp"),
-    ],
-)
+@pytest.mark.soak
+@pytest.mark.parametrize(("kind", "strategy"), EVERY if SOAK else FEW)
 def test_trained_under_every_strategy_it_is_as_in_one_process(
     strategy: str,
     kind: str,

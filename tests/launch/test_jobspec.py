@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stoker import object_store
 from stoker.errors import BadInput
 from stoker.launch import jobs, jobspec, slurm
 from stoker.launch.jobs import Job
@@ -128,3 +130,21 @@ def test_a_script_that_could_not_go_on_is_not_written(fields: dict[str, object],
 )
 def test_gpus_are_counted_as_sinfo_says_them(resources: str, count: int) -> None:
     assert slurm._gpus(resources) == count
+
+
+def test_jobs_of_a_store_are_known_on_every_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def runs_on(machine: str) -> Path:
+        monkeypatch.setenv("STOKER_CACHE", str(tmp_path / machine))
+        return object_store.working_copy(f"file://{tmp_path}/store")
+
+    one = runs_on("one")
+    job = _job(one)
+    jobs.begin(job, "script.sh", "#!/bin/bash\n")
+    (job.folder / "node-0.log").write_text("said\n")
+    known = jobs.remember(jobs.signed(job), "42")
+    two = runs_on("two")
+    assert jobs.every(two) == [dataclasses.replace(known, runs=two)]
+    assert sorted(file.name for file in jobs.find(two, "42").folder.iterdir()) == ["job.json", "script.sh"]
+    jobs.write(dataclasses.replace(jobs.find(two, "42"), cancelled=True))
+    assert jobs.find(runs_on("one"), "42").cancelled
+    assert (job.folder / "node-0.log").read_text() == "said\n"

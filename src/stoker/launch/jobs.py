@@ -9,6 +9,7 @@ runs/.jobs/<id>/
 from __future__ import annotations
 
 import getpass
+import logging
 import os
 import platform
 import shutil
@@ -19,11 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import orjson
-from stoker import storage
+from stoker import object_store, storage
 from stoker.errors import BadInput, nearest
 from stoker.launch.jobspec import JobSpec
+from stoker.object_store import Unreachable
 from stoker.reproduce import provenance
 from stoker.run import directory, finding
+
+log = logging.getLogger("stoker")
 
 FOLDER = ".jobs"  # in the runs folder
 RECORD = "job.json"
@@ -90,16 +94,39 @@ def remember(job: Job, native: str) -> Job:
 
 
 def write(job: Job) -> None:
-    """Write a job's record."""
+    """Write a job's record; where the runs are in an object store, there too, with what was submitted."""
     known = asdict(job) | {"spec": job.spec.to_json(), "runs": str(job.runs)}
     storage.write_atomically(job.folder / RECORD, orjson.dumps(known, option=orjson.OPT_INDENT_2))
+    store = object_store.of(job.runs)
+    if store is not None:
+        try:
+            for file in job.folder.iterdir():
+                if file.suffix not in (".log", ".txt"):  # which the job itself goes on writing
+                    store.put(f"{FOLDER}/{job.id}/{file.name}", file)
+        except Unreachable as error:
+            log.warning("other machines do not see job %s: %s", job.id, error)
 
 
 def every(runs: Path) -> list[Job]:
-    """All jobs of a runs folder, oldest first."""
+    """All jobs of a runs folder, oldest first; of an object store those of other machines too."""
+    _bring(runs)
     records = ((file, storage.read_json(file)) for file in (runs / FOLDER).glob(f"*/{RECORD}"))
     found = [_read(record, runs) for _, record in records if record]
     return sorted(found, key=lambda job: (job.submitted, job.id))
+
+
+def _bring(runs: Path) -> None:
+    """Bring here what other machines have written of jobs into an object store."""
+    store = object_store.of(runs.absolute())
+    if store is None:
+        return
+    try:
+        for key, stored in store.objects(FOLDER).items():
+            file = runs / key
+            if not file.is_file() or (file.name == RECORD and file.stat().st_size != stored.size):
+                store.get(key, file)  # one that was cancelled elsewhere, say
+    except Unreachable as error:
+        log.warning("jobs of other machines are not known now: %s", error)
 
 
 def find(runs: Path, reference: str) -> Job:
