@@ -504,7 +504,7 @@ class Run:
     until: int | None = None
     """The step after which a run that is made again ends, as a stopped one."""
     heart: Heart | None = None
-    """Says how far a Trainer's loop is."""
+    """Says how far the loop is, where somebody looks: a Trainer, or a search whose trial it is."""
     _ended = False
     _finish: Callable[[float], None] | None = None
     _stepped_by_trainer = False

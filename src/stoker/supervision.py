@@ -58,13 +58,14 @@ class Heart:
 
     Args:
         limit: seconds without a step that count as hanging; by default by the run's own step time.
+        at_least: that default is no less.
     """
 
-    def __init__(self, limit: float | None = None) -> None:
+    def __init__(self, limit: float | None = None, at_least: float = _AT_LEAST) -> None:
         folder = os.environ.get(FOLDER)
         self.pulse = Pulse()
         """The newest; another object with each beat."""
-        self._limit = limit
+        self._limit, self._at_least = limit, at_least
         self._step, self._saved = -1, -1
         self._last = 0.0
         self._longest = 0.0
@@ -89,7 +90,7 @@ class Heart:
         self._last = now
         if step is not None:
             self._step, self._begun = step, True
-        limit = self._limit or max(_AT_LEAST, _TIMES * self._longest)
+        limit = self._limit or max(self._at_least, _TIMES * self._longest)
         self._write(now, limit if self._begun else max(_FIRST, limit))
 
     def saved(self, step: int) -> None:

@@ -19,7 +19,8 @@ class Config:
     steps: int = 9
     pause: float = 0.0
     fails: str = ""
-    """raise, nan, exit, kill: at step 3, where x is above a half."""
+    """raise, nan, exit, kill, hang: at step 3, where x is above a half."""
+    hang_limit: stoker.Duration | None = None
     seed: int = 0
 
 
@@ -41,6 +42,8 @@ def _fail(how: str, value: float) -> float:
         return float("nan")
     if how == "exit":
         os._exit(3)
+    if how == "hang":
+        time.sleep(600)
     if how == "kill":
         os.kill(os.getpid(), 9)
     return value

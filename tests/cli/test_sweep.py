@@ -532,6 +532,16 @@ def test_a_population_reaches_what_neither_fixed_setting_does(stoker: Command, t
         assert dict(run.points["first"].items()) == {n: v for n, v in whole.items() if n in own}
 
 
+def test_a_trial_of_a_plain_loop_that_hangs_is_one_failed_trial(stoker: Command) -> None:
+    given = ("sweep", RECIPE, "x=[0.1, 0.9]", "fails=hang", "hang_limit=2s", "--sampler", "grid", "--json")
+    done = stoker(*given)
+    assert done.code == 0, done.err
+    assert {t["params"]["x"]: t["state"] for t in done.answer["trials"]} == {0.1: "complete", 0.9: "failed"}
+    (failed,) = [t for t in done.answer["trials"] if t["state"] == "failed"]
+    assert "it hangs: nothing after step 2" in failed["error"]
+    assert "searched.py" in next(Path(failed["run"]).glob("logs/stacks*/rank-0.txt")).read_text()
+
+
 def test_a_trial_that_hangs_is_one_failed_trial(stoker: Command) -> None:
     recipe = str(Path(__file__).parent / "quadratic.py")
     done = stoker(

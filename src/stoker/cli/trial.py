@@ -11,6 +11,7 @@ from stoker import config as configs
 from stoker import recipes
 from stoker.attempt import Run
 from stoker.cli import train
+from stoker.duration import Duration
 from stoker.errors import BadInput
 from stoker.launch import ranks
 from stoker.recipes import Recipe
@@ -42,7 +43,9 @@ def train_trial(job: Job, link: Link) -> dict[str, Any]:
     if job.tags:
         run.tag(**job.tags)
     ranks.log_to(run.directory.logs / f"rank-{run.world.rank}.log")
-    reporter = Reporter(run, job.metrics, job.unit, link, waits=job.waits)
+    limit = getattr(resolved.config, "hang_limit", None)
+    hangs = limit.seconds if isinstance(limit, Duration) else None
+    reporter = Reporter(run, job.metrics, job.unit, link, waits=job.waits, hang_limit=hangs)
     run.listen(reporter)
     _, status = train.work_on(run, recipe, resolved.config, trial=True)
     if job.unit == SHARE and run.plan.get("data_share") != resolved.config.data_share:

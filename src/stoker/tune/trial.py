@@ -14,6 +14,7 @@ from typing import Any
 from stoker import duration
 from stoker.attempt import Run
 from stoker.errors import EXIT_FAILED, StokerError
+from stoker.supervision import Heart
 from stoker.tune.plan import SHARE
 
 
@@ -70,6 +71,9 @@ class Ended:
     """The newest value of each metric that is searched for."""
 
 
+_SILENT = 1800.0  # seconds: an evaluation may take long, and need not say anything
+
+
 class NotFinite(StokerError):
     """The value that is searched for is NaN or infinite."""
 
@@ -114,12 +118,25 @@ class Reporter:
 
     Args:
         waits: as a job's.
+        hang_limit: seconds without a word after which a loop without a Trainer hangs; by default 20 times its
+            longest silence so far, and half an hour at least.
 
     A run that a Trainer steps stops at the end of the step, on all ranks; any other at once, within
     `run.log`.
     """
 
-    def __init__(self, run: Run, metrics: tuple[str, ...], unit: str, link: Link, *, waits: bool) -> None:
+    def __init__(
+        self,
+        run: Run,
+        metrics: tuple[str, ...],
+        unit: str,
+        link: Link,
+        *,
+        waits: bool,
+        hang_limit: float | None = None,
+    ) -> None:
+        self._heart = run.heart = Heart(hang_limit, at_least=_SILENT)
+        self._heart.begin(run.step)
         self._run, self._metrics, self._unit, self._link, self._waits = run, metrics, unit, link, waits
         self.logged: set[str] = set()
         """The names of all metrics so far."""
@@ -128,6 +145,8 @@ class Reporter:
 
     def __call__(self, step: int, values: Mapping[str, Any]) -> None:
         """Called by the run with what was logged. Raises NotFinite, or Stopped."""
+        if self._run.heart is self._heart:  # a Trainer brings its own
+            self._heart.beat(step)
         self.logged.update(values)
         for metric in self._metrics:
             if metric in values:
