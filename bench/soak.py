@@ -35,7 +35,7 @@ class Config(stoker.Training):
 
     batch_size: int = 16
     steps: int = 400
-    pause: float = 0.005
+    pause: float = 0.01
     dropout: float = 0.1
     workers: int = 1
     seed: int = 0
@@ -80,7 +80,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="stoker-soak-") as folder:
         os.chdir(folder)
         os.environ |= {"OMP_NUM_THREADS": "1", "STOKER_RUNS": folder, "STOKER_SINKS": "mlflow"}
-        steps = 120 * given.kills + 100
+        steps = 50 * given.kills + 100
         whole = _start("whole", steps, given.nproc, "pause=0")
         if whole.wait() != 0:
             raise RuntimeError("the undisturbed run failed")

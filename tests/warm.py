@@ -1,22 +1,26 @@
 """One forkserver for all tests that start processes, which has imported already what they use.
 
 A process has a single forkserver, with the modules and the environment of whoever asks for it
-first: so it is asked for before the first test. Commands are forked from it too: as processes like any
-other, but for the seconds that imports take.
+first: so it is asked for before the first test. Commands are forked from it too, and so is the server that
+a command starts itself (see `Spare`): as processes like any other, but for the seconds that imports take.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
+import fcntl
 import multiprocessing
 import os
+import pickle
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from multiprocessing import forkserver, reduction
+from multiprocessing import forkserver, reduction, util
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
@@ -136,6 +140,72 @@ class Command:
             self._said[number] = pipe.read()
 
 
+class Spare:
+    """A process that becomes the server of processes which its parent starts, where it starts one.
+
+    It is forked before its parent does anything, and has imported what such a server would import. It is the
+    parent's child, has its environment, folder, output and signal mask of the time, and no file of it
+    but those that it is given: as if the parent had executed a new Python.
+    """
+
+    def __init__(self) -> None:
+        self._execute = util.spawnv_passfds
+        self._ours: socket.socket | None
+        self._ours, theirs = socket.socketpair()
+        self._pid = os.fork()
+        if self._pid == 0:
+            _become(theirs)
+        theirs.close()
+
+    def spawn(self, path: bytes, arguments: Sequence[Any], files: Sequence[int]) -> int:
+        """In place of multiprocessing's own function; the second time, and for another process, as that."""
+        if self._ours is None or "multiprocessing.forkserver" not in str(arguments[-1]):
+            return self._execute(path, arguments, files)
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+        asked = (arguments[-1], dict(os.environ), str(Path.cwd()), mask, list(files))
+        try:
+            with self._ours as ours:
+                socket.send_fds(ours, [pickle.dumps(asked)], list(files))
+        except OSError:  # somebody has killed it
+            return self._execute(path, arguments, files)
+        finally:
+            self._ours = None
+        return self._pid
+
+
+def _become(theirs: socket.socket) -> None:
+    """Wait for what to become, and be that until the end; end where nothing comes."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    _close_all_but(theirs.fileno())
+    asked, files, _, _ = socket.recv_fds(theirs, 2**20, 16)
+    if not asked:
+        os._exit(0)
+    theirs.detach()  # what it had is closed below
+    code, environment, folder, mask, wanted = pickle.loads(asked)
+    above = 1 + max([*files, *wanted])
+    kept = [fcntl.fcntl(file, fcntl.F_DUPFD, above) for file in files]  # out of the way of the numbers wanted
+    for file, number in zip(kept, wanted, strict=True):
+        os.dup2(file, number)
+    _close_all_but(*wanted)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    tempfile.tempdir = None
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    try:
+        exec(code, {"__name__": "__main__"})
+    finally:
+        os._exit(0)
+
+
+def _close_all_but(*files: int) -> None:
+    for name in [int(entry.name) for entry in Path("/proc/self/fd").iterdir()]:
+        if name > 2 and name not in files:
+            with contextlib.suppress(OSError):
+                os.close(name)
+
+
 def _command(output: None, environment: dict[str, str], folder: Path, arguments: list[str]) -> None:
     """What `python -m stoker` does."""
     from stoker import __main__
@@ -145,6 +215,7 @@ def _command(output: None, environment: dict[str, str], folder: Path, arguments:
     os.environ.update(environment)
     os.chdir(folder)
     tempfile.tempdir = None  # as its environment says
+    util.spawnv_passfds = Spare().spawn
     sys.argv = [str(__main__.__file__), *arguments]
     try:
         __main__.run()
