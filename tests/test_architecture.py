@@ -26,6 +26,7 @@ FLOORS = (
         "distributed",
         "signals",
         "supervision",
+        "threads",
         "object_store",
     },
     {"run"},

@@ -327,6 +327,21 @@ def _run_on(trainer: Trainer, steps: int) -> list[float]:
     return [trainer.step(batch).item() for batch in trainer.steps(loader, max_steps=steps)]
 
 
+def test_the_newest_checkpoint_is_verified_from_the_opening_of_a_run_on(open_run: Callable[..., Run]) -> None:
+    """While the model is built; what is asked for again is looked at again."""
+    with open_run() as run:
+        assert run.newest_checkpoint() == (None, [])
+        _run_on(_trainer(run, _model()), 5)
+    with open_run() as run:
+        assert run._newest is not None
+        found, _ = run._newest.result(60)
+        assert found is not None
+        assert found.step == 5
+        shutil.rmtree(found.path)
+        assert run.newest_checkpoint() == (found, [])
+        assert run.newest_checkpoint() == (None, [])
+
+
 def test_a_run_whose_checkpoints_are_gone_does_not_begin_anew(open_run: Callable[..., Run]) -> None:
     with open_run() as run:
         _run_on(_trainer(run, _model()), 5)

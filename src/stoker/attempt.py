@@ -22,12 +22,16 @@ import threading
 import time
 import types
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
+from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from stoker import config as configs
+from stoker import threads
+from stoker.checkpoint import manifest
+from stoker.checkpoint.manifest import Checkpoint
 from stoker.errors import EXIT_FAILED, BadInput, Stopped
 from stoker.periodic import Job, Periodic
 from stoker.reproduce import data, provenance
@@ -55,6 +59,9 @@ from stoker.tracking.system import SystemSampler
 from stoker.world import World
 
 log = logging.getLogger("stoker")
+
+Newest = tuple[Checkpoint | None, list[str]]
+"""The newest valid checkpoint, and those passed over, each with the reason."""
 
 _SYNC_SECONDS = 1.0  # what a power cut may take; the death of the process takes nothing
 _SYSTEM_SECONDS = 10.0
@@ -169,6 +176,8 @@ class Run:
             raise
         if self._lease is not None:
             self._lease.keep(self._give_up)
+        if self.continued:
+            self._newest = threads.begun(self._verify, "verify")
         self.attempt, self._journal = journal.start_attempt(self.directory.journal)
         self._logging = messages.write_to(self.directory.logs / "rank-0.log")
         self._append(
@@ -505,6 +514,8 @@ class Run:
     """The step after which a run that is made again ends, as a stopped one."""
     heart: Heart | None = None
     """Says how far the loop is, where somebody looks: a Trainer, or a search whose trial it is."""
+    _newest: Future[Newest] | None = None
+    """The checkpoint that it goes on from, looked for while the model is built."""
     _ended = False
     _finish: Callable[[float], None] | None = None
     _stepped_by_trainer = False
@@ -522,6 +533,20 @@ class Run:
         self._stepped_by_trainer = True
         self._finish = finish
         self.heart = heart
+
+    def newest_checkpoint(self, but: Set[int] = frozenset()) -> Newest:
+        """The checkpoint to go on from.
+
+        A run that is continued begins to verify it when it is opened, while the model is built.
+
+        Args:
+            but: steps whose checkpoints are left out.
+        """
+        ahead, self._newest = self._newest, None
+        return ahead.result() if ahead is not None and not but else self._verify(but)
+
+    def _verify(self, but: Set[int] = frozenset()) -> Newest:
+        return manifest.newest(self.directory.checkpoints, self.mend, but=but)
 
     def event(self, kind: str, /, **fields: Any) -> None:
         """Append an event of the loop: plan, resumed, checkpoint."""

@@ -160,7 +160,7 @@ class Checkpoints:
         """
         found, passed_over = None, list[str]()
         if self._run.world.rank == 0:
-            found, passed_over = manifest.newest(self._folder, self._run.mend, but=but)
+            found, passed_over = self._run.newest_checkpoint(but)
         agreed = distributed.from_rank_zero(None if found is None else found.step)
         if self._run.world.rank > 0 and agreed is not None:
             found = manifest.read(manifest.folder(self._folder, agreed))

@@ -8,7 +8,6 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import os
-import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from typing import Any, cast
 import orjson
 import torch
 from safetensors.torch import save_file
-from stoker import distributed, storage
+from stoker import distributed, storage, threads
 from stoker.checkpoint import manifest, planning, shards
 from stoker.checkpoint.manifest import Checkpoint, File
 from stoker.checkpoint.staging import HostBuffers
@@ -83,7 +82,9 @@ class Saver:
         parts = self._parts(tensors)
         copies = self._buffers.copy({part.name: planning.local(tensors[part.name]) for part in parts})
         encoded = orjson.dumps(values, option=orjson.OPT_SERIALIZE_NUMPY) if self._world.rank == 0 else b""
-        self._writing = _in_thread(lambda: self._write(parts, copies, encoded, about, finite))
+        self._writing = threads.begun(
+            lambda: self._write(parts, copies, encoded, about, finite), "checkpoint"
+        )
 
     def wait(self, timeout: float | None = None, meanwhile: Callable[[], None] = lambda: None) -> None:
         """Until the checkpoint that is on its way is on disk.
@@ -183,22 +184,6 @@ def _check_finite(tensors: Tensors, step: int) -> None:
                 "newest checkpoint is from before. Go on from it with on_bad_loss=skip or rewind, which look "
                 "at every gradient, or change what made it (the learning rate, the data)"
             )
-
-
-def _in_thread(work: Callable[[], None]) -> concurrent.futures.Future[None]:
-    """Do it in a thread that does not keep the process from ending, as those of an executor do."""
-    future: concurrent.futures.Future[None] = concurrent.futures.Future()
-
-    def run() -> None:
-        try:
-            work()
-        except BaseException as error:
-            future.set_exception(error)
-        else:
-            future.set_result(None)
-
-    threading.Thread(target=run, name="checkpoint", daemon=True).start()
-    return future
 
 
 def _error_of(work: Callable[[], None]) -> Exception | None:
