@@ -80,7 +80,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="stoker-soak-") as folder:
         os.chdir(folder)
         os.environ |= {"OMP_NUM_THREADS": "1", "STOKER_RUNS": folder, "STOKER_SINKS": "mlflow"}
-        steps = 50 * given.kills + 100
+        steps = 20 * given.kills + 100
         whole = _start("whole", steps, given.nproc, "pause=0")
         if whole.wait() != 0:
             raise RuntimeError("the undisturbed run failed")
