@@ -472,27 +472,49 @@ def test_batches_that_are_all_bad_end_the_run(open_run: Callable[..., Run]) -> N
             _run_on(trainer, 50)
 
 
-def test_each_checkpoint_is_rewound_to_once(open_run: Callable[..., Run]) -> None:
-    with open_run() as run:
+@pytest.mark.parametrize("stop_after", [None, 10])
+def test_each_checkpoint_is_rewound_to_once(stop_after: int | None, open_run: Callable[..., Run]) -> None:
+    """Also where the run was interrupted between two of them."""
 
+    def train(run: Run, stop_after: int | None = None) -> None:
         def loss(output: torch.Tensor, batch: Any) -> tuple[torch.Tensor, int]:
             total, weight = _loss(output, batch)
             return (total * math.nan if run.step >= 8 else total), weight
 
+        often = Duration(3, "step")
         trainer = _trainer(
-            run,
-            _model(),
-            loss=loss,
-            on_bad_loss="rewind",
-            checkpoint_every=Duration(3, "step"),
-            keep_checkpoints=9,
+            run, _model(), loss=loss, on_bad_loss="rewind", checkpoint_every=often, keep_checkpoints=9
         )
-        with pytest.raises(StokerError, match=r"step 12: there is no checkpoint to rewind to"):
-            _run_on(trainer, 50)
-    rewound = [
-        e for b in journal.read_blocks(run.directory.journal) for e in b.events if e["type"] == "rewound"
-    ]
-    assert [event["to"] for event in rewound] == [6, 3, 9, 0], "that of step 9 was taken meanwhile"
+        for batch in trainer.steps(trainer.loader(_dataset(), batch_size=8), max_steps=50):
+            trainer.step(batch)
+            if trainer.steps_done + 1 == stop_after:
+                break
+
+    if stop_after is not None:
+        with open_run() as run:
+            train(run, stop_after)
+    with (
+        pytest.raises(StokerError, match=r"step 12: there is no checkpoint to rewind to"),
+        open_run() as run,
+    ):
+        train(run)
+    events = [e for b in journal.read_blocks(run.directory.journal) for e in b.events]
+    rewound = {event["step"]: event["to"] for event in events if event["type"] == "rewound"}
+    assert rewound == {8: 6, 9: 3, 10: 9, 11: 0}, "that of step 9 was taken meanwhile"
+
+
+def test_bad_steps_of_a_loop_of_its_own_are_counted_where_they_follow_one_another(
+    open_run: Callable[..., Run],
+) -> None:
+    with open_run() as run:
+        trainer = _trainer(run, _model(), on_bad_loss="skip")
+        loader = trainer.loader(_dataset(), batch_size=8)
+        for batch in trainer.steps(loader, max_steps=30):
+            for part in trainer.micro(batch):
+                total, weight = _loss(trainer.forward(part[0]), part)
+                trainer.backward(total * math.nan if run.step % 2 else total, weight)
+            trainer.update()
+    assert trainer.steps_done == 30
 
 
 def test_memory_that_a_cpu_has_not_is_said_with_what_to_change(open_run: Callable[..., Run]) -> None:
@@ -504,7 +526,7 @@ def test_memory_that_a_cpu_has_not_is_said_with_what_to_change(open_run: Callabl
     with open_run("fixed") as run:
         trainer = _trainer(run, _without_batch_norm(), loss=loss, micro_batch=4)
         with pytest.raises(
-            OutOfMemory, match=r"\d+ bytes were asked for, and .* are free. Give micro_batch=2"
+            OutOfMemory, match=r"[\d,.]+ GiB were asked for, and .* are free. Give micro_batch=2"
         ):
             _run_on(trainer, 2)
     with open_run("auto") as run:

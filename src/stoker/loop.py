@@ -152,7 +152,7 @@ class Trainer:
             self.device.type == "cpu" or training.on_bad_loss != "stop" or training.spike is not None
         )
         self._rewound_to: set[int] = set()
-        self._bad_in_a_row = 0
+        self._bad_in_a_row, self._bad_at = 0, -1
         self._weight: Weight = 0.0
         self._loader: Loader | None = None
         self._data_place: Any = None  # see Loader.place
@@ -374,8 +374,6 @@ class Trainer:
                 wrong = "a gradient is not finite"
         if wrong:
             self._answer_bad_loss(wrong)
-        else:
-            self._bad_in_a_row = 0
         return loss
 
     def _gradients(self, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -415,7 +413,9 @@ class Trainer:
     def _answer_bad_loss(self, wrong: str) -> None:
         """Do as `on_bad_loss` says of the step under way, which has changed nothing. All ranks call it."""
         step, how = self.steps_done + 1, self.training.on_bad_loss
-        self._bad_in_a_row += 1
+        if step != self._bad_at:  # a loop of its own may have several optimizers
+            self._bad_in_a_row = self._bad_in_a_row + 1 if step - self._bad_at == 1 else 1
+            self._bad_at = step
         if how == "stop":
             raise StokerError(
                 f"step {step}: {wrong}; {self._state_of_weights()}. Go on with on_bad_loss=skip or "
@@ -711,6 +711,7 @@ class Trainer:
             "step": self.steps_done, "samples": self.samples_done,
             "history": {n: [(s, journal.encode(v)) for s, v in seen] for n, seen in self._history.items()},
             "losses": self._losses.recent,
+            "bad": [self._bad_in_a_row, self._bad_at], "rewound_to": sorted(self._rewound_to),
             "data": self._data_place if self._loader is None else self._loader.place(self.samples_done),
         }  # fmt: skip
         with self._spending("checkpointing"):
@@ -741,6 +742,8 @@ class Trainer:
                 name: [(s, journal.decode(v)) for s, v in seen] for name, seen in position["history"].items()
             }
             self._losses = LossWatch(self.training.spike, position["losses"])
+            self._bad_in_a_row, self._bad_at = position.get("bad", (0, -1))
+            self._rewound_to = set(position.get("rewound_to", ()))
             self._data_place = position.get("data")
             self._saved_step = self.steps_done
             self._heart.saved(self.steps_done)

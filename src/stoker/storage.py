@@ -7,6 +7,7 @@ whole or not there at all, whatever was killed when.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
@@ -46,6 +47,13 @@ def sync_file(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def said_of_full_disk(error: BaseException) -> str:
+    """What a user is told of an error that is a full disk, or a quota that is used up; else nothing."""
+    if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return ""
+    return f"the disk is full ({error}): make room, then run the same command again"
 
 
 def write_atomically(path: Path, content: bytes) -> None:

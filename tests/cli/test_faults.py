@@ -43,7 +43,9 @@ def test_a_full_disk_ends_the_run_clearly_and_what_is_there_stays(
     none = {"STOKER_SINKS": "none"}
     done = stoker(*same, *often, env=none)
     assert done.code == 1
-    assert "No space left on device" in done.err
+    assert "the disk is full" in done.err
+    assert "make room, then run the same command again" in done.err
+    assert "Traceback" not in done.err
     run = small_disk / "x" / "a"
     kept = manifest.committed(run / "checkpoints")
     assert kept
@@ -74,7 +76,7 @@ def test_a_disk_that_fills_while_the_journal_is_written_ends_the_run_clearly(
             pass
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1, err.decode()
-    assert "No space left on device" in err.decode()
+    assert "the disk is full" in err.decode()
     before = dict(loaded(run).points["loss"].items())
     assert list(before) == list(range(1, len(before) + 1))
     assert 30 <= len(before) < 200
@@ -144,6 +146,22 @@ def test_a_run_that_is_moved_goes_on_where_it_is(start: Start, stoker: Command, 
     assert list(loaded(run).points["loss"]) == list(range(1, 201))
 
 
+def test_a_run_that_is_moved_while_it_trains_says_so_and_goes_on_where_it_is(
+    start: Start, stoker: Command, tmp_path: Path
+) -> None:
+    run = tmp_path / "runs" / "ranked" / "a"
+    process = start("train", RECIPE, *SLOW, "--name", "a")
+    wait_for_points(process, run, 30)
+    run.rename(run.with_name("b"))
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1, err.decode()
+    assert f"{run} is gone: it was moved or deleted while it is trained" in err.decode()
+    assert not run.exists()
+    done = stoker("resume", "b", "pause=0")
+    assert done.code == 0, done.err
+    assert list(loaded(run.with_name("b")).points["loss"]) == list(range(1, 201))
+
+
 def test_a_clock_that_is_set_back_changes_nothing(start: Start, stoker: Command, tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(
         "import os, time\n"
@@ -185,6 +203,9 @@ def test_a_run_on_a_disk_that_may_only_be_read_is_shown_and_not_gone_on_with(
     assert stoker("runs", "show", "a").code == 0
     assert stoker("checkpoints", "verify", "a").code == 0
     assert stoker("report", "a", "--output", "report.html").code == 0
+    removed = stoker("checkpoints", "rm", "a", "20")
+    assert removed.code == 2
+    assert "Read-only file system" in removed.err
     subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True)
     assert stoker("resume", "a", "pause=0").code == 0
     assert list(loaded(run).points["loss"]) == list(range(1, 201))

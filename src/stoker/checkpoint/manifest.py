@@ -21,6 +21,7 @@ from typing import Any
 import orjson
 import xxhash
 from stoker import storage
+from stoker.errors import StokerError
 from stoker.object_store import Unreachable
 from stoker.run import directory
 from stoker.run.series import Goal
@@ -78,9 +79,17 @@ def folder(checkpoints: Path, step: int) -> Path:
 
 
 def begin(path: Path) -> None:
-    """Make the directory of a new checkpoint; what an earlier, unusable save left there goes first."""
+    """Make the directory of a new checkpoint; what an earlier, unusable save left there goes first.
+
+    Raises StokerError where the run's own directory is not there any more.
+    """
     if path.exists():
         remove(path)
+    if not path.parent.parent.exists():
+        raise StokerError(
+            f"{path.parent.parent} is gone: it was moved or deleted while it is trained; "
+            "`stoker resume` goes on with it where it is now"
+        )
     path.mkdir(parents=True)
 
 
@@ -215,7 +224,7 @@ def prune(checkpoints: Path, keep: int, also: Path | None = None, every: int | N
     done = committed(checkpoints)
     stay = {*done[-keep:], also, *(path for path in done if every and step_of(path) % every == 0)}
     for path in folders(checkpoints):
-        if done and path.name < done[-1].name and path not in stay:
+        if done and step_of(path) < step_of(done[-1]) and path not in stay:
             remove(path)
 
 
@@ -248,8 +257,11 @@ def folders(checkpoints: Path) -> list[Path]:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    file = path / NAME
+    if file.exists() and not file.is_file():
+        raise InvalidCheckpoint("its manifest is no file")
     try:
-        manifest = orjson.loads((path / NAME).read_bytes())
+        manifest = orjson.loads(file.read_bytes())
     except FileNotFoundError:
         if (path / _VOID).exists():
             raise InvalidCheckpoint("it is void: the run went on from one before it") from None

@@ -153,16 +153,23 @@ class Saver:
 
         What is no checkpoint by then is removed; one that is stays, whatever failed after it.
         """
-        told = None if error is None else (str(error), isinstance(error, StokerError))
+        number = getattr(error, "errno", None)
+        told = None if error is None else (str(error), isinstance(error, StokerError), number)
         mine = (told, [dataclasses.asdict(file) for file in files])
         answers = distributed.gathered(mine, self._group) if self._world.size > 1 else [mine]
         failed = next((told for told, _ in answers if told is not None), None)
         if failed is None:
             return [file for _, of_rank in answers for file in of_rank]
-        said, for_user = failed
+        said, for_user, number = failed
         if self._world.rank == 0 and not (path / manifest.NAME).exists():
             manifest.remove(path)
-        raise error or (StokerError(said) if for_user else OSError(said))
+        if error is not None:
+            raise error
+        if for_user:
+            raise StokerError(said)
+        of_another = OSError(said)
+        of_another.errno = number  # a full disk is one on every rank
+        raise of_another
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import signal
 import sys
@@ -12,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import typer
+from stoker import storage
 from stoker.cli import (
     bench,
     checkpoints,
@@ -105,8 +105,8 @@ def _failed(error: Exception) -> int:
         code = error.exit_code
     elif isinstance(error, typer.TyperException):  # a flag or an argument that the command does not have
         message, code = error.format_message(), EXIT_BAD_INPUT
-    elif isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        message = f"the disk is full ({error}): make room, then run the same command again"
+    elif full := storage.said_of_full_disk(error):
+        message = full
     else:
         traceback.print_exception(error)
         message = f"{type(error).__name__}: {error}"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import re
+import resource
 from collections.abc import Iterator
 
 import psutil
@@ -26,6 +28,15 @@ def as_on_a_gpu() -> Iterator[None]:
 
 def _said(error: BaseException) -> str:
     """What was asked for, and what was free, on one line."""
-    asked = str(error).partition("you tried to allocate ")[2].partition(".")[0]
-    free = psutil.virtual_memory().available / 2**30
-    return f"{f'{asked} were asked for, and ' if asked else ''}{free:,.1f} GiB of memory are free."
+    asked = re.search(r"you tried to allocate (\d+) bytes", str(error))
+    wanted = f"{int(asked[1]) / 2**30:,.1f} GiB were asked for, and " if asked else ""
+    return f"{wanted}{_free() / 2**30:,.1f} GiB of memory are free."
+
+
+def _free() -> float:
+    """Bytes that this process may still have: of the machine, and below its own limit."""
+    found = float(psutil.virtual_memory().available)
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY:
+        found = min(found, limit - psutil.Process().memory_info().vms)
+    return max(0.0, found)

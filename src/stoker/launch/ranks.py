@@ -21,7 +21,7 @@ from types import FrameType
 from typing import Any
 
 import psutil
-from stoker import machine, redaction, signals, supervision
+from stoker import machine, redaction, signals, storage, supervision
 from stoker.errors import StokerError, Stopped
 
 _PAUSE = 0.08  # seconds; see `main`
@@ -64,8 +64,10 @@ def main(function: Callable[..., int], arguments: Sequence[Any], folder: str) ->
         code, said = caught.exit_code, redaction.text(str(caught))
         end = End(rank, time.time(), code, said, again=caught.again, changed=caught.changed)
     except BaseException as caught:
+        full = storage.said_of_full_disk(caught)
         said = redaction.text(f"{type(caught).__name__}: {caught}")
-        end = End(rank, time.time(), 1, said, redaction.text(traceback.format_exc()), again=True)
+        trace = redaction.text(traceback.format_exc())
+        end = End(rank, time.time(), 1, full or said, "" if full else trace, again=not full)
     _answer_signals(signal.SIG_IGN)
     _write(base, ".json", json.dumps(vars(end)))
     _leave_group(failed=bool(end.error))

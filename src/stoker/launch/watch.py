@@ -117,6 +117,7 @@ class Watch:
         if not slow:
             return ""
         self.signal(supervision.STACKS)
+        self.signal(signal.SIGCONT)  # one that was stopped answers too
         self._over.wait(_STACKS)
         rank, pulse = min(slow.items(), key=lambda pair: pair[1].at)
         said = f"rank {rank} hangs: {pulse.nothing_for(now - pulse.at)}"

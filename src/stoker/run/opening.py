@@ -109,7 +109,10 @@ def lease_of(run: RunDirectory) -> lease.Lease | None:
 @contextlib.contextmanager
 def kept_from_training(run: RunDirectory) -> Iterator[None]:
     """Nobody trains a run within this block, here or elsewhere. Raises BadInput where somebody does."""
-    lock = storage.try_lock(run.lock_file)
+    try:
+        lock = storage.try_lock(run.lock_file)
+    except OSError as error:
+        raise directory.unwritable(run, error) from error
     if lock is None:
         raise BadInput(f"run {run.id!r} is being trained now: stop it first")
     try:
