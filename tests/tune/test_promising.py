@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,11 +42,12 @@ def test_the_region_is_what_the_best_quarter_spans() -> None:
     study = optuna.create_study()
     for n in range(16):
         study.add_trial(trial(10 ** -(1 + n / 4), 2 + n, float(n), 3, TrialState.PRUNED))
-    best = promising.best_of(study)
+    best = promising.best_of(study, 16)
     assert [t.number for t in best] == [0, 1, 2, 3]
     found = promising.region(DISTRIBUTIONS, best)
-    assert found["lr"] == FloatDistribution(10**-1.75, 10**-1, log=True)
-    assert found["layers"] == IntDistribution(2, 5)
+    low, high = found["lr"].low, found["lr"].high
+    assert (low, high) == pytest.approx((10**-2.35, 10**-0.4)), "and a tenth of the whole range on each side"
+    assert found["layers"] == IntDistribution(1, 8)
     assert found["kind"] == DISTRIBUTIONS["kind"]
 
 
@@ -57,14 +59,14 @@ def test_the_best_are_those_that_came_furthest_then_by_value() -> None:
     study.add_trial(trial(0.1, 4, 0.6, 9, TrialState.PRUNED))
     for _ in range(12):
         study.add_trial(trial(0.1, 5, 0.0, 1, TrialState.PRUNED))
-    assert [t.number for t in promising.best_of(study)] == [2, 3, 1, 0]
+    assert [t.number for t in promising.best_of(study, 16)] == [2, 3, 1, 0]
 
 
 def test_few_trials_narrow_nothing() -> None:
     study = optuna.create_study()
     for n in range(12):
         study.add_trial(trial(0.1, 1 + n, float(n), 3, TrialState.PRUNED))
-    assert promising.region(DISTRIBUTIONS, promising.best_of(study)) == DISTRIBUTIONS
+    assert promising.region(DISTRIBUTIONS, promising.best_of(study, 12)) == DISTRIBUTIONS
 
 
 @pytest.mark.parametrize("name", ["tpe", "staged"])
@@ -80,3 +82,55 @@ def test_a_trial_that_waits_at_a_rung_teaches_the_sampler(name: str, tmp_path: P
             asked.report((params["layers"] - 20) ** 2, 1)  # and it is never told how it ended
         drawn.append(abs(params["layers"] - 20))
     assert sum(drawn[30:]) < 0.65 * sum(drawn[:30])
+
+
+@dataclass(frozen=True)
+class Point:
+    x: float = 0.0
+    y: float = 0.0
+
+
+PLANE = parse(["x=uniform(0, 1)", "y=uniform(0, 1)"], Point)
+
+
+def _nearest(name: str, seed: int, folder: Path, optimum: tuple[float, float]) -> float:
+    file = studies.JournalFile(folder / f"{name}-{seed}")
+    study = studies.opened(file, studies.sampler(name, PLANE, seed, trials=40), ["min"])
+    for _ in range(40):
+        with studies.quiet(), file.together():
+            asked = study.ask()
+            drawn = PLANE.suggest(asked)
+        study.tell(asked, (drawn["x"] - optimum[0]) ** 2 + (drawn["y"] - optimum[1]) ** 2)
+    return float(study.best_value)
+
+
+def test_the_second_stage_comes_nearer_than_chance_also_to_a_corner(tmp_path: Path) -> None:
+    for optimum in ((0.97, 0.03), (0.5, 0.5)):
+        folder = tmp_path / str(optimum)
+        folder.mkdir()
+        found = {
+            name: statistics.median(_nearest(name, seed, folder, optimum) for seed in range(5))
+            for name in ("staged", "random")
+        }
+        assert found["staged"] < found["random"] / 5, optimum
+
+
+@pytest.mark.parametrize("name", ["tpe", "gp", "staged"])
+def test_of_several_objectives_too_a_trial_that_waits_or_was_pruned_teaches_the_sampler(
+    name: str, tmp_path: Path
+) -> None:
+    drawn: dict[str, list[float]] = {}
+    for sampler in (name, "random"):
+        file = studies.JournalFile(tmp_path / sampler)
+        study = studies.opened(file, studies.sampler(sampler, PLANE, 0, trials=40), ["min", "min"])
+        drawn[sampler] = []
+        for number in range(40):
+            with studies.quiet(), file.together():
+                asked = study.ask()
+                point = PLANE.suggest(asked)
+                values = [point["x"] + point["y"], 1 - point["x"] + point["y"]]  # the front is at y = 0
+                asked.set_user_attr(promising.NEWEST, {"step": 1, "values": values})
+            drawn[sampler].append(point["y"])
+            if number % 2:
+                study.tell(asked, state=TrialState.PRUNED)
+    assert statistics.mean(drawn[name][-15:]) < statistics.mean(drawn["random"][-15:]) / 1.5

@@ -22,6 +22,7 @@ from stoker.run.view import RunView
 from stoker.tune import forking, seen
 from stoker.tune.peers import Peers
 from stoker.tune.plan import SHARE, Plan
+from stoker.tune.promising import NEWEST
 from stoker.tune.schedulers import Decision, Full, Known, PopulationBased, Scheduler, State, Trials
 from stoker.tune.seen import Seen
 from stoker.tune.space import Space
@@ -473,6 +474,9 @@ class Search:
             open_.set_user_attr("run", trial.run)
         if len(self.plan.objectives) > 1:
             open_.set_user_attr("values", [list(point) for point in trial.values.items()])
+            newest = trial.outcome(self.plan.objectives)
+            if None not in newest:
+                open_.set_user_attr(NEWEST, {"step": trial.step, "values": newest})
             return
         for step, value in trial.values.items():
             if step > trial.written:

@@ -233,6 +233,11 @@ class _Learned(Study):
 
 
 def _as_far(trial: FrozenTrial) -> FrozenTrial:
+    newest = trial.user_attrs.get(promising.NEWEST)
+    if newest and trial.state in (TrialState.RUNNING, TrialState.PRUNED):
+        ended = copy.copy(trial)
+        ended.state, ended.values = TrialState.COMPLETE, newest["values"]  # pruned ones have no values
+        return ended
     if trial.state != TrialState.RUNNING or not trial.intermediate_values:
         return trial
     ended = copy.copy(trial)
@@ -341,7 +346,9 @@ def sampler(name: str, space: Space, seed: int, trials: int = 0) -> Seeded:
         "nsga2": lambda drawn, _: samplers.NSGAIISampler(seed=drawn),
         "nsga3": lambda drawn, _: samplers.NSGAIIISampler(seed=drawn),
         STAGED: lambda drawn, number: (
-            samplers.RandomSampler(seed=drawn) if number < trials // 2 else promising.sampler(drawn)
+            samplers.RandomSampler(seed=drawn)
+            if number < trials // 2
+            else promising.sampler(drawn, trials // 2)
         ),
     }
     return Seeded(makers[name], seed)
