@@ -295,7 +295,8 @@ def test_a_trial_that_dies_at_the_same_step_each_time_is_given_up(
         "    os.kill(os.getpid(), 11)",
     ))  # fmt: skip
     done = stoker("sweep", str(recipe), "x=uniform(0, 1)", "--trials", "1", "--json")
-    assert done.code == 0, done.err
+    assert done.code == 1, "none of its trials came to anything"
+    assert "every trial failed, the first one of: its process was killed by SIGSEGV" in done.err
     (trial,) = done.answer["trials"]
     assert trial["state"] == "failed"
     assert "killed by SIGSEGV" in trial["error"]
@@ -491,6 +492,29 @@ def test_a_metric_that_is_never_logged_ends_it_after_the_first_trial(stoker: Com
     done = stoker("sweep", RECIPE, "x=uniform(0, 1)", "--metric", "val_los", "--trials", "5", "--goal", "min")
     assert done.code == 1
     assert "the recipe never logs val_los: it logs cost, loss, val_loss" in done.err
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (("--max-time", "4x"), "--max-time: '4x' is no length of time"),
+        (("--budget", "1..2h"), "--budget 1..2h"),
+        (("--budget", "0h"), "give a number of hours above 0"),
+        (("--budget", "1e400h"), "give a number of hours above 0"),
+        (("--sampler", "staged"), "give --strategy staged"),
+        (("--scheduler", "staged"), "give --strategy staged"),
+        (("--study", "a"), "a study in --storage; give that too"),
+        (("--storage", "postgresql+psycopg2://u:p@127.0.0.1:9/x"), "cannot be used"),
+    ],
+)
+def test_what_cannot_be_asked_for_is_bad_input_and_starts_nothing(
+    asked: tuple[str, ...], said: str, stoker: Command, tmp_path: Path
+) -> None:
+    refused = stoker("sweep", RECIPE, "x=uniform(0, 1)", "--name", "a", *asked)
+    assert refused.code == 2, refused.err
+    assert said in refused.err
+    assert "Traceback" not in refused.err
+    assert not (tmp_path / "runs" / "a").exists()
 
 
 def test_another_space_in_the_same_folder_is_refused(stoker: Command, tmp_path: Path) -> None:

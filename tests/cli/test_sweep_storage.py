@@ -69,6 +69,18 @@ def test_two_controllers_share_a_study(start: Start, stoker: Command, database: 
     assert "the study shared searches something else: x: uniform(0.0, 1.0) -> uniform(0.0, 2.0)" in other.err
 
 
+def test_a_study_of_the_same_name_is_not_joined_by_chance(
+    stoker: Command, database: str, tmp_path: Path
+) -> None:
+    given = ("sweep", RECIPE, "x=uniform(0, 1)", "--trials", "1", "--storage", database, "--name", "own")
+    assert stoker(*given).code == 0
+    refused = stoker(*given, "--runs", "other")
+    assert refused.code == 2
+    assert "has 1 trials of a search in another folder: give --study own" in refused.err
+    assert not (tmp_path / "other" / "own").exists()
+    assert stoker(*given).code == 0, "the same folder goes on"
+
+
 def test_a_controller_that_is_killed_goes_on_as_it_would_have(
     start: Start, stoker: Command, database: str, tmp_path: Path
 ) -> None:

@@ -124,7 +124,12 @@ def test_a_script_without_a_guard_is_told_what_it_lacks(tmp_path: Path) -> None:
         ({"recipe": lambda run: None}, "write it at the top level"),
         ({"recipe": "imag"}, "did you mean 'image'"),
         ({"runs": "s3://bucket/runs"}, "a search stands on a disk"),
-        ({"tries": [{"x": 2}]}, "x"),
+        ({"tries": {"x": 2}}, "x"),
+        ({"nproc": 0}, "--nproc 0: give a whole number of 1 or more"),
+        ({"trials": "3"}, "--trials 3: give a whole number"),
+        ({"seed": -1}, "--seed -1"),
+        ({"max_failures": -1}, "--max-failures -1"),
+        ({"max_time": "4x"}, "--max-time: '4x'"),
     ],
 )
 def test_what_cannot_be_searched_starts_nothing(arguments: dict[str, Any], said: str, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import dataclasses
 import logging
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from types import FrameType
 from typing import Any
 
 from optuna.samplers import BaseSampler
+from optuna.study import Study
 from stoker import config as configs
 from stoker import object_store
 from stoker.cli.trial import train_trial
@@ -31,9 +33,8 @@ from stoker.run import finding
 from stoker.run.series import guess_goal
 from stoker.stopping import STATUS
 from stoker.tracking import follower
-from stoker.tune import local, on_ray, plan, record, schedulers
+from stoker.tune import local, on_ray, peers, plan, record, schedulers
 from stoker.tune import study as studies
-from stoker.tune.peers import Peers
 from stoker.tune.plan import Budget, Goal, Objective, Plan
 from stoker.tune.record import Record
 from stoker.tune.schedulers import Scheduler
@@ -106,6 +107,7 @@ class Places:
 
 def prepare(asked: Asked) -> Prepared:
     """Check all of it; nothing is written. Raises BadInput."""
+    _check_counts(asked)
     if object_store.of(asked.runs) is not None:
         raise BadInput("--runs: a search stands on a disk, not in an object store; give a local folder")
     searched = asked.space
@@ -155,6 +157,7 @@ def begun(
     """
     asked = made.asked
     with _executor(asked.recipe, places) as workers:
+        there = made.folder.exists()
         lock = record.take(made.folder)
         try:
             planned = Plan(
@@ -162,7 +165,12 @@ def begun(
                 record.provenance_of(made.folder, asked.recipe.code), asked.seed, asked.nproc, made.unit,
                 made.whole, asked.max_failures, made.budget, deadline,
             )  # fmt: skip
-            search = _search(made, planned, workers)
+            try:
+                search = _search(made, planned, workers)
+            except BadInput:
+                if not there:
+                    shutil.rmtree(made.folder)
+                raise
             yield search, follower.spawn_for_sweep(made.folder) if follower.enabled() else None
         finally:
             os.close(lock)
@@ -204,6 +212,17 @@ def wait_for_sinks(shipping: subprocess.Popen[bytes] | None) -> None:
         missing = True
     if missing:
         log.warning("not everything is shipped to the trackers yet; the same search ships what is missing")
+
+
+def _check_counts(asked: Asked) -> None:
+    """Raises BadInput. A command line has seen to most of it."""
+    lowest = {"trials": 1, "nproc": 1, "factor": 2, "seed": 0, "max_failures": 0}
+    for name, low in lowest.items():
+        value = getattr(asked, name)
+        if value is not None and (not isinstance(value, int) or value < low):
+            raise BadInput(f"--{name.replace('_', '-')} {value}: give a whole number of {low} or more")
+    if asked.study and not asked.storage:
+        raise BadInput(f"--study {asked.study}: it is the name of a study in --storage; give that too")
 
 
 def _check_shares(searched: Space, rule: Scheduler) -> None:
@@ -252,6 +271,9 @@ def _ways(asked: Asked, *, several: bool) -> tuple[str, str]:
             )
         return studies.STAGED, studies.STAGED
     sampler = asked.sampler or "tpe"
+    for option, name in (("--sampler", asked.sampler), ("--scheduler", asked.scheduler)):
+        if name == studies.STAGED:
+            raise BadInput(f"{option} {name}: it is a strategy; give --strategy {name}")
     if several and sampler in studies.SAMPLERS and sampler not in studies.SEVERAL:
         raise BadInput(
             f"--sampler {sampler} searches for one metric; for several give {', '.join(studies.SEVERAL)}"
@@ -279,6 +301,8 @@ def _search(made: Prepared, planned: Plan, workers: Executor) -> Search:
     study = studies.opened(kept, made.sampler, goals, wanted.study or studies.NAME)
     if wanted.study:
         record.check_study(study, wanted)
+    if asked.storage and asked.study is None and not record.is_sweep(made.folder):
+        _check_nobodys(study, wanted)
     if not study.get_trials(deepcopy=False):
         with kept.together():
             _begin(study, asked.tries, asked.runs / asked.warm_start if asked.warm_start else None)
@@ -287,8 +311,18 @@ def _search(made: Prepared, planned: Plan, workers: Executor) -> Search:
         study.set_user_attr("whole", made.whole)  # of a trial that nothing ends early
     if "rungs" not in study.user_attrs:
         study.set_user_attr("rungs", [*made.rule.lengths(0)][:-1])
-    peers = Peers(study, record.uid(made.folder), planned.first) if wanted.study else None
-    return Search(planned, asked.space, study, kept, made.rule, workers, peers)
+    others = peers.Peers(study, record.uid(made.folder), planned.first) if wanted.study else None
+    return Search(planned, asked.space, study, kept, made.rule, workers, others)
+
+
+def _check_nobodys(study: Study, wanted: Record) -> None:
+    """Raises BadInput where a study, which is meant to be new, has trials of another folder's search."""
+    count = sum(peers.BY in trial.user_attrs for trial in study.get_trials(deepcopy=False))
+    if count:
+        raise BadInput(
+            f"the study {wanted.study} in {wanted.storage} has {count} trials of a search in another folder: "
+            f"give --study {wanted.study} to search together with it, or another --name"
+        )
 
 
 def _kept(folder: Path, url: str) -> Kept:
@@ -319,6 +353,9 @@ def _said(name: str, rule: Scheduler, unit: str) -> str:
 @contextlib.contextmanager
 def _executor(recipe: Recipe, where: Places) -> Iterator[Executor]:
     """What runs the trials, here or on a cluster. Raises BadInput."""
+    for name, value in (("--parallel", where.parallel), ("--per-gpu", where.per_gpu)):
+        if value is not None and value < 1:
+            raise BadInput(f"{name} {value}: give 1 or more")
     preload = _preload(recipe)
     if where.on == RAY:
         if where.reuse or where.per_gpu > 1:

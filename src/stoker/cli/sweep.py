@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,8 +16,7 @@ from stoker.cli import trials as trials_seen
 from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, show_messages
 from stoker.cli.submit import Command, Where
 from stoker.cli.train import HERE, MaxTime, Nproc
-from stoker.duration import clock
-from stoker.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, BadInput, StokerError
+from stoker.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_PREEMPTED, BadInput, StokerError
 from stoker.launch import jobspec, targets
 from stoker.launch.targets import LOCAL, RAY, TARGETS
 from stoker.recipes import Recipe
@@ -242,9 +240,10 @@ def _check_where(where: Where, controllers: int, storage: str) -> None:
 
 def _deadline(max_time: str | None, where: Where) -> float | None:
     """When the search is to stop here, by the machine's monotonic clock. Raises BadInput."""
-    limits = [clock(max_time)] if max_time is not None else []
-    limits += [jobspec.time_limit(where.time)] if where.here and where.time is not None else []
-    return time.monotonic() + min(limits) if limits else None
+    from stoker.tune import plan
+
+    limits = [jobspec.time_limit(where.time)] if where.here and where.time is not None else []
+    return plan.deadline(max_time, *limits)
 
 
 def _submit(where: Where, folder: Path, wanted: Record, controllers: int, ranks: int, json: bool) -> int:
@@ -297,6 +296,11 @@ def _run(search: Search) -> tuple[int, str]:
         return error.exit_code, str(error)
     if told:
         return EXIT_INTERRUPTED if STATUS[told[0]] == "interrupted" else EXIT_PREEMPTED, ""
+    failed = [trial for trial in search.trials.values() if trial.state == "failed"]
+    if failed and search.over and len(failed) == len(search.trials):
+        said = failed[0].error.partition("\n")[0]
+        name = search.plan.folder.name
+        return EXIT_FAILED, f"every trial failed, the first one of: {said}; see stoker report {name}"
     if search.overspent and not search.over:
         log.info("the time or the budget is used up; the same command with more of it goes on")
     return 0, ""

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, get_args
 
 from rich.console import Console, Group
@@ -126,8 +126,11 @@ def _clock(seconds: float) -> str:
 
 def _counted(trials: Iterable[Seen]) -> str:
     """How many trials are in which state."""
-    counts = Counter(trial.state for trial in trials)
-    return ", ".join(f"{counts[state]} {state}" for state in get_args(State) if counts[state])
+    return _in_words(Counter(trial.state for trial in trials))
+
+
+def _in_words(counts: Mapping[State, int]) -> str:
+    return ", ".join(f"{counts[state]} {state}" for state in get_args(State) if counts.get(state))
 
 
 def _best_so_far(best: Seen | None) -> str:
@@ -169,7 +172,8 @@ def answer(search: Search, *, json: bool, error: str = "") -> None:
             log.error("%s", error)
         return
     out = console()
-    out.print(f"\n{plan.folder.name}: {_counted(search.trials.values()) or 'no trials'}")
+    states = Counter(_ended(trial) for trial in search.trials.values())
+    out.print(f"\n{plan.folder.name}: {_in_words(states) or 'no trials'}")
     if several:
         for trial in search.front:
             params = " ".join(f"{key}={_number(value)}" for key, value in trial.params.items())
@@ -185,13 +189,17 @@ def answer(search: Search, *, json: bool, error: str = "") -> None:
         log.error("%s", error)
 
 
+def _ended(trial: Seen) -> State:
+    """Its state once nothing of the search runs any more."""
+    return "paused" if trial.state == "running" else trial.state
+
+
 def told(trial: Seen, search: Search) -> dict[str, Any]:
     """What a trial came to, for `--json`, once nothing of the search runs."""
     plan = search.plan
     outcome = trial.outcome(plan.objectives)
-    state = "paused" if trial.state == "running" else trial.state  # nothing runs any more
     return {
-        "number": trial.number, "state": state, "params": trial.params, "value": trial.value,
+        "number": trial.number, "state": _ended(trial), "params": trial.params, "value": trial.value,
         "objectives": {one.metric: value for one, value in zip(plan.objectives, outcome, strict=True)},
         "parent": trial.parent,
         "values": [[int(step), value] for step, value in trial.values.items()],

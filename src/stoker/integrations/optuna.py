@@ -59,6 +59,8 @@ def objective(
     Raises:
         BadInput: the recipe or the space cannot be used, or nothing is searched.
     """
+    if nproc < 1 or n_jobs < 1:
+        raise BadInput(f"nproc={nproc}, n_jobs={n_jobs}: give 1 or more")
     found = recipes.load(recipe)
     searched = parse_mapping(space, found.config)
     if not searched.parameters:
@@ -70,6 +72,10 @@ def objective(
 
     def train(trial: optuna.Trial) -> float:
         overrides = searched.overrides(searched.suggest(trial))
+        if len(trial.study.directions) > 1:
+            raise BadInput(
+                "a study of several objectives: this one has one metric; `stoker sweep` has several"
+            )
         experiment = _experiment(trial.study.study_name)
         run = trial.user_attrs.get("run") or f"trial-{trial.number:04d}-{uuid.uuid4().hex[:4]}"
         trial.set_user_attr("run", run)

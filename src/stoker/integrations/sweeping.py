@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +12,12 @@ from typing import Any
 from stoker import recipes
 from stoker.cli import searching
 from stoker.cli import trials as trials_seen
-from stoker.duration import clock
 from stoker.errors import BadInput, Stopped
 from stoker.integrations import training
 from stoker.launch.targets import LOCAL, RAY
 from stoker.recipes import Recipe
 from stoker.stopping import STATUS
+from stoker.tune import plan
 from stoker.tune.search import Search
 from stoker.tune.seen import Seen
 from stoker.tune.space import parse_mapping
@@ -75,7 +74,7 @@ def sweep(
     least: str | int | None = None,
     most: str | int | None = None,
     factor: int = 3,
-    tries: Sequence[Mapping[str, Any]] = (),
+    tries: Mapping[str, Any] | Sequence[Mapping[str, Any]] = (),
     warm_start: str = "",
     seed: int = 0,
     max_failures: int | None = None,
@@ -103,7 +102,7 @@ def sweep(
         space: by config key what is searched, written as for the command, and what is the same in all trials.
         metric: what is to become best; of several, by the first one trials end early.
         goal: min or max, of each; by default by the metric's name.
-        tries: values that are tried first.
+        tries: values that are tried first, of one trial or of several.
         on: local or ray.
         runs: the folder that runs stand under, by default STOKER_RUNS, else `runs`.
 
@@ -127,13 +126,13 @@ def sweep(
         recipe=found, space=searched, runs=training.runs_folder(runs), name=name, new=new,
         metrics=_several(metric), goals=_several(goal), trials=trials, nproc=nproc, sampler=sampler,
         scheduler=scheduler, strategy=strategy, least=_text(least), most=_text(most), factor=factor,
-        tries=tuple(searched.params(values) for values in tries), warm_start=warm_start, seed=seed,
-        max_failures=max_failures, budget=_text(budget),
+        tries=tuple(searched.params(values) for values in _several_values(tries)), warm_start=warm_start,
+        seed=seed, max_failures=max_failures, budget=_text(budget),
         storage=storage or os.environ.get("STOKER_STORAGE", ""), study=study,
     )  # fmt: skip
     made = searching.prepare(asked)
     places = searching.Places(on, address, parallel, nproc, per_gpu, reuse_processes)
-    deadline = time.monotonic() + clock(max_time) if max_time is not None else None
+    deadline = plan.deadline(max_time)
     with searching.begun(made, places, deadline) as (search, shipping):
         with searching.answering_signals(search) as told, trials_seen.live(search):
             search.run()
@@ -157,6 +156,10 @@ def _loaded(recipe: str | Path | Callable[..., None]) -> Recipe:
 
 def _several(given: str | Sequence[str] | None) -> tuple[str, ...]:
     return (given,) if isinstance(given, str) else tuple(given or ())
+
+
+def _several_values(given: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+    return (given,) if isinstance(given, Mapping) else given
 
 
 def _text(given: str | int | None) -> str | None:

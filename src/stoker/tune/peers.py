@@ -21,7 +21,8 @@ from stoker.tune.study import EARLIER
 _BEAT = 5.0  # seconds between two signs of life
 _GONE = 30.0  # seconds without one
 _FRESH = 0.5  # seconds for which what was read of the others is new enough
-_BY = "controller"
+BY = "controller"
+"""The attribute of a trial whose controller it is."""
 
 
 class Peers:
@@ -47,7 +48,7 @@ class Peers:
 
     def mine(self, trial: FrozenTrial) -> bool:
         """Whether a trial is this controller's: also one whose controller was killed before it said so."""
-        owner = trial.user_attrs.get(_BY)
+        owner = trial.user_attrs.get(BY)
         if owner is None and not trial.state.is_finished():  # another may be about to say so
             began = trial.datetime_start
             signs = [sign for key, sign in self._study.user_attrs.items() if key != f"alive:{self._me}"]
@@ -57,8 +58,8 @@ class Peers:
 
     def claim(self, trial: Trial) -> None:
         """Make a trial this controller's."""
-        if trial.user_attrs.get(_BY) != self._me:
-            trial.set_user_attr(_BY, self._me)
+        if trial.user_attrs.get(BY) != self._me:
+            trial.set_user_attr(BY, self._me)
 
     def publish(self, trial: Trial, seen: Seen, *, paused: bool) -> None:
         """Say where a trial is."""
@@ -101,7 +102,7 @@ class Peers:
         self.trials = [
             trial for trial in found
             if trial.state != TrialState.WAITING and EARLIER not in trial.user_attrs
-            and trial.user_attrs.get(_BY) not in (None, self._me)
+            and trial.user_attrs.get(BY) not in (None, self._me)
         ]  # fmt: skip
         for key, sign in self._study.user_attrs.items():
             name = key.removeprefix("alive:")
@@ -119,5 +120,5 @@ class Peers:
         if trial.state.is_finished():
             return ENDED[trial.state]
         paused = trial.user_attrs.get("state", {}).get("paused", False)
-        seen = self._signs.get(trial.user_attrs[_BY], (None, -_GONE))[1]
+        seen = self._signs.get(trial.user_attrs[BY], (None, -_GONE))[1]
         return "pruned" if paused or time.monotonic() - seen >= _GONE else "running"

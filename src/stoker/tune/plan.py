@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from stoker.duration import COUNTED, Duration
+from stoker.duration import COUNTED, Duration, clock
 from stoker.errors import BadInput
 
 Goal = Literal["min", "max"]
@@ -15,7 +17,7 @@ Goal = Literal["min", "max"]
 SHARE = "percent"
 """The unit of a share of the data: each length is a training of its own, on so much of it."""
 _SHARE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*%")
-_BUDGET = re.compile(r"([0-9.]+(?:e[0-9]+)?)\s*(gpuh|h)")
+_BUDGET = re.compile(r"([0-9]+(?:\.[0-9]*)?(?:e[0-9]+)?)\s*(gpuh|h)")
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,10 @@ class Budget:
     def parse(cls, text: str) -> Budget:
         """Read `40gpuh` (a rank has a GPU), `40h`, `300ep`, `1_000_000tok`, `20000`. Raises BadInput."""
         if match := _BUDGET.fullmatch(text.strip().lower()):
-            return cls(float(match[1]), "hour")
+            hours = float(match[1])
+            if not 0 < hours < math.inf:
+                raise BadInput(f"--budget {text}: give a number of hours above 0")
+            return cls(hours, "hour")
         try:
             found = Duration.parse(text)
         except ValueError:
@@ -111,6 +116,18 @@ def unit_of(unit: str, budget: Budget | None, *, counts: bool) -> str:
             f"--budget is counted by {budget.unit}s, --least and --most by {unit}s: give all in one unit"
         )
     return budget.unit
+
+
+def deadline(max_time: str | None, *others: float) -> float | None:
+    """When a search is to stop, by the machine's monotonic clock: after `3h55m`, or other limits in seconds.
+
+    Raises BadInput.
+    """
+    try:
+        limits = [*([clock(max_time)] if max_time is not None else []), *others]
+    except ValueError as error:
+        raise BadInput(f"--max-time: {error}") from error
+    return time.monotonic() + min(limits) if limits else None
 
 
 def _counted(name: str, text: str) -> Duration:
