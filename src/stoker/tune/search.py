@@ -33,6 +33,8 @@ _RESAMPLE = 0.25  # as in the paper's experiments
 _FACTORS = (0.8, 1.2)
 _RESTARTS = 3
 """How often a trial whose process was killed is started again without having come further."""
+_LOOK = 1.0
+"""Seconds after which to look again whether there is room, where there was none for any trial."""
 _OF_A_RUN: dict[str, State] = {
     view.FINISHED: "complete", view.STOPPED: "pruned", view.PAUSED: "paused", view.FAILED: "failed"
 }  # fmt: skip
@@ -125,7 +127,7 @@ class Search:
             while True:
                 self._fill()
                 self._changed()
-                if not self._workers.running and not self._awaits_others:
+                if not self._workers.running and not self._awaits_others and not self._awaits_room:
                     break
                 self._hear()
                 if self.overspent and not self._ending:
@@ -204,7 +206,7 @@ class Search:
         if self._peers is not None:
             self._peers.beat()
         if not self._workers.running:
-            time.sleep(self._peers.patience if self._peers is not None else 0.0)
+            time.sleep(self._peers.patience if self._peers is not None else _LOOK)
         for happened in self._workers.wait(self._left()) if self._workers.running else ():
             if isinstance(happened, Report):
                 self._decide(happened)
@@ -229,6 +231,11 @@ class Search:
         if self._peers is None or self._ending or self.overspent or not self._peers.running:
             return False
         return any(trial.state == "paused" for trial in self.trials.values())
+
+    @property
+    def _awaits_room(self) -> bool:
+        """Whether what is left waits for machines: all that a cluster had may be lost, and others come."""
+        return not (self._workers.free or self._ending or self.overspent or self.over)
 
     @property
     def _begun(self) -> int:
