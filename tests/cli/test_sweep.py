@@ -503,6 +503,9 @@ def test_a_metric_that_is_never_logged_ends_it_after_the_first_trial(stoker: Com
         (("--budget", "1e400h"), "give a number of hours above 0"),
         (("--sampler", "staged"), "give --strategy staged"),
         (("--scheduler", "staged"), "give --strategy staged"),
+        (("--quantile", "0.5"), "are for --scheduler pbt"),
+        (("--scheduler", "pbt", "--least", "2", "--perturb", "2"), "--perturb 2: give two factors"),
+        (("--scheduler", "pbt", "--least", "2", "--resample", "2"), "resample=2: a probability"),
         (("--study", "a"), "a study in --storage; give that too"),
         (("--storage", "postgresql+psycopg2://u:p@127.0.0.1:9/x"), "cannot be used"),
     ],
@@ -554,6 +557,22 @@ def test_a_population_reaches_what_neither_fixed_setting_does(stoker: Command, t
         assert trial["values"][: begun - 1] == donor["values"][: begun - 1]
         assert own[begun] == pytest.approx(trial["values"][begun - 2][1], abs=0.1), "one continuous curve"
         assert dict(run.points["first"].items()) == {n: v for n, v in whole.items() if n in own}
+
+
+def test_how_a_population_explores_can_be_set(stoker: Command) -> None:
+    recipe = str(Path(__file__).parent / "quadratic.py")
+    given = ("h0=uniform(0, 100)", "h1=1.0", "hangs=1000", "precision=fp32", "--metric", "score", "--goal", "max")
+    pbt = ("--sampler", "random", "--trials", "2", "--scheduler", "pbt", "--least", "20", "--most", "80")
+    done = stoker(
+        "sweep", recipe, *given, *pbt, "--try", "h0=1", "--try", "h0=2", "--json",
+        "--quantile", "0.5", "--resample", "0", "--perturb", "0.5,4",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    trials = done.answer["trials"]
+    forked = [trial for trial in trials if trial["parent"] is not None]
+    assert forked, "half of a population of two is replaced"
+    for trial in forked:
+        assert trial["params"]["h0"] / trials[trial["parent"]]["params"]["h0"] in (0.5, 4)
 
 
 def test_a_trial_of_a_plain_loop_that_hangs_is_one_failed_trial(stoker: Command) -> None:

@@ -5,7 +5,7 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 from hypothesis import given
@@ -658,9 +658,11 @@ def test_makes_each_by_its_name() -> None:
         ("median", {"warmup_trials": 0}, "warmup_trials=0"),
         ("pbt", {"least": 0}, "every=0"),
         ("pbt", {"least": 5, "quantile": 0.6}, "quantile=0.6"),
-        ("pbt", {"least": 5, "population": 3}, "population of 4 or more"),
+        ("pbt", {"least": 5, "population": 3}, "give 4 trials or more"),
+        ("pbt", {"least": 5, "resample": -0.1}, "resample=-0.1"),
+        ("pbt", {"least": 5, "factors": (0.0, 2.0)}, "perturb=0,2"),
     ],
 )
-def test_refuses_what_cannot_be(name: str, values: dict[str, float], said: str) -> None:
+def test_refuses_what_cannot_be(name: str, values: dict[str, Any], said: str) -> None:
     with pytest.raises(BadInput, match=said):
-        make(name, **values)  # type: ignore[arg-type]
+        make(name, **values)

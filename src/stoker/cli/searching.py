@@ -66,6 +66,9 @@ class Asked:
     least: str | None = None
     most: str | None = None
     factor: int = 3
+    quantile: float | None = None
+    resample: float | None = None
+    perturb: str | None = None
     tries: tuple[Mapping[str, Any], ...] = ()
     """As the space's `params` has them."""
     warm_start: str = ""
@@ -118,8 +121,9 @@ def prepare(asked: Asked) -> Prepared:
     _check_ways(asked, sampler, scheduler)
     shortest, whole, unit = plan.span(asked.least, asked.most)
     rule = schedulers.make(
-        scheduler, least=shortest, most=whole, factor=asked.factor, population=asked.trials
-    )
+        scheduler, least=shortest, most=whole, factor=asked.factor, population=asked.trials,
+        **_of_population(asked, scheduler),
+    )  # fmt: skip
     if unit == plan.SHARE:
         _check_shares(searched, rule)
     name = finding.checked(asked.name or f"{asked.recipe.name}-sweep")
@@ -223,6 +227,21 @@ def _check_counts(asked: Asked) -> None:
             raise BadInput(f"--{name.replace('_', '-')} {value}: give a whole number of {low} or more")
     if asked.study and not asked.storage:
         raise BadInput(f"--study {asked.study}: it is the name of a study in --storage; give that too")
+
+
+def _of_population(asked: Asked, scheduler: str) -> dict[str, Any]:
+    """What is set of population based training. Raises BadInput."""
+    given = {"quantile": asked.quantile, "resample": asked.resample, "factors": asked.perturb}
+    found: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if found and scheduler != "pbt":
+        raise BadInput("--quantile, --resample and --perturb are for --scheduler pbt; leave them out")
+    if asked.perturb is not None:
+        try:
+            low, high = map(float, asked.perturb.split(","))
+        except ValueError:
+            raise BadInput(f"--perturb {asked.perturb}: give two factors, as 0.8,1.2") from None
+        found["factors"] = (low, high)
+    return found
 
 
 def _check_shares(searched: Space, rule: Scheduler) -> None:
@@ -346,6 +365,7 @@ def _said(name: str, rule: Scheduler, unit: str) -> str:
         key: Duration(settings.pop(key), unit) for key in ("least", "most", "every") if key in settings
     }
     told = [f"{key} {length}" for key, length in lengths.items() if length.count < math.inf]
+    settings |= dict(zip(("lower", "upper"), settings.pop("factors", ()), strict=False))
     rest = {key: value for key, value in settings.items() if key not in ("promotes", "planned", "finalists")}
     return ", ".join([name, *told, *(f"{key} {value:g}" for key, value in rest.items())])
 

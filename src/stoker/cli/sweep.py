@@ -147,6 +147,22 @@ def sweep(
     factor: Annotated[
         int, typer.Option(min=2, help="asha, hyperband: one in so many goes on to the next rung.")
     ] = 3,
+    quantile: Annotated[
+        float | None,
+        typer.Option(help="pbt: the share that is replaced by copies of the best.", show_default="0.25"),
+    ] = None,
+    resample: Annotated[
+        float | None,
+        typer.Option(help="pbt: how likely a copy's value is drawn anew.", show_default="0.25"),
+    ] = None,
+    perturb: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FACTOR,FACTOR",
+            help="pbt: else it is multiplied by one of these.",
+            show_default="0.8,1.2",
+        ),
+    ] = None,
     first: Annotated[
         list[str] | None,
         typer.Option("--try", metavar="KEY=VALUE,...", help="Values that are tried first; may be repeated."),
@@ -199,7 +215,8 @@ def sweep(
     asked = searching.Asked(
         recipe=found, space=searched, runs=runs.absolute(), name=name, new=new, metrics=metric or (),
         goals=goal or (), trials=trials, nproc=nproc or 1, sampler=sampler, scheduler=scheduler,
-        strategy=strategy, least=least, most=most, factor=factor, tries=tries, warm_start=warm_start,
+        strategy=strategy, least=least, most=most, factor=factor, quantile=quantile, resample=resample,
+        perturb=perturb, tries=tries, warm_start=warm_start,
         seed=seed, max_failures=max_failures, budget=budget, storage=storage, study=study,
     )  # fmt: skip
     made = searching.prepare(asked)

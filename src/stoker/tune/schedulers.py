@@ -315,15 +315,19 @@ class PopulationBased(Scheduler):
         population: how many trials there are at a time.
         quantile: the share of the population that is replaced, and the share that it is replaced from.
         most: the resource at which a trial ends; there it goes on to its end and is not replaced.
+        resample: the probability with which a replacement's value is drawn from its whole range.
+        factors: its other values are its donor's times one of these, as in the paper's experiments.
 
     Raises:
-        BadInput: nobody would ever be replaced, or the worst are among the best.
+        BadInput: nobody would ever be replaced, the worst are among the best, or nothing would be changed.
     """
 
     every: float
     population: int
     quantile: float = 0.25
     most: float = math.inf
+    resample: float = 0.25
+    factors: tuple[float, float] = (0.8, 1.2)
 
     def __post_init__(self) -> None:
         if not 0 < self.every < math.inf:
@@ -335,9 +339,13 @@ class PopulationBased(Scheduler):
         if self._size(self.population) < 1:
             least = math.ceil(1 / self.quantile - _ROUNDING)
             raise BadInput(
-                f"population={self.population} with quantile={self.quantile:g} replaces nobody:"
-                f" give a population of {least} or more, or a larger quantile"
+                f"a population of {self.population} trials with quantile={self.quantile:g} replaces nobody:"
+                f" give {least} trials or more, or a larger quantile"
             )
+        if not 0 <= self.resample <= 1:
+            raise BadInput(f"resample={self.resample:g}: a probability, between 0 and 1")
+        if not all(0 < factor < math.inf for factor in self.factors):
+            raise BadInput(f"perturb={self.factors[0]:g},{self.factors[1]:g}: two factors above 0")
 
     def decide(self, trials: Trials, number: int) -> Decision:
         known = trials[number]
@@ -452,6 +460,8 @@ def make(
     warmup_trials: int = 5,
     population: int = 8,
     quantile: float = 0.25,
+    resample: float = 0.25,
+    factors: tuple[float, float] = (0.8, 1.2),
 ) -> Scheduler:
     """Build a scheduler by its name.
 
@@ -463,7 +473,7 @@ def make(
         factor: of asha, asha-stop and hyperband: one in so many goes on at each rung.
         warmup_trials: of median: how many others a trial is compared with at least.
         population: how many trials the search has; of pbt, how many there are at a time.
-        quantile: of pbt: the share of the population that is replaced.
+        quantile, resample, factors: of pbt, see `PopulationBased`.
 
     Raises:
         BadInput: an unknown name, a value that the scheduler cannot do without, or one that is out of range.
@@ -477,7 +487,8 @@ def make(
     if name == "pbt":
         if least is None:
             raise BadInput("pbt needs least: how much of the resource lies between two comparisons")
-        return PopulationBased(least, population, quantile, math.inf if most is None else most)
+        longest = math.inf if most is None else most
+        return PopulationBased(least, population, quantile, longest, resample, factors)
     if most is None:
         raise BadInput(f"{name} needs most: the resource at which a trial ends, as its rungs lie below it")
     if least is None:

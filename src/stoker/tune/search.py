@@ -29,8 +29,6 @@ from stoker.tune.space import Space
 from stoker.tune.study import EARLIER, Kept, quiet
 from stoker.tune.trial import Ended, Job, Report
 
-_RESAMPLE = 0.25  # as in the paper's experiments
-_FACTORS = (0.8, 1.2)
 _RESTARTS = 3
 """How often a trial whose process was killed is started again without having come further."""
 _LOOK = 1.0
@@ -324,10 +322,12 @@ class Search:
 
     def _begin_fork(self, fork: forking.Fork) -> int:
         """A new trial of the study, with values near its donor's."""
+        assert isinstance(self._scheduler, PopulationBased)
         random = np.random.default_rng([self.plan.seed, len(self.trials)])
         near = self._space.perturbed(
-            self.trials[fork.donor].params, random, resample=_RESAMPLE, factors=_FACTORS
-        )
+            self.trials[fork.donor].params, random, resample=self._scheduler.resample,
+            factors=self._scheduler.factors,
+        )  # fmt: skip
         fixed = FixedTrial(self._space.params(near))
         params = self._space.suggest(fixed)
         with quiet(), self._kept.together():
