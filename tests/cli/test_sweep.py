@@ -561,10 +561,10 @@ def test_a_population_reaches_what_neither_fixed_setting_does(stoker: Command, t
 
 def test_how_a_population_explores_can_be_set(stoker: Command) -> None:
     recipe = str(Path(__file__).parent / "quadratic.py")
-    given = ("h0=uniform(0, 100)", "h1=1.0", "hangs=1000", "precision=fp32", "--metric", "score", "--goal", "max")
-    pbt = ("--sampler", "random", "--trials", "2", "--scheduler", "pbt", "--least", "20", "--most", "80")
+    given = ("h0=uniform(0, 100)", "h1=1.0", "hangs=1000", "precision=fp32", "--metric", "score")
+    pbt = ("--goal", "max", "--sampler", "random", "--trials", "2", "--scheduler", "pbt", "--least", "20")
     done = stoker(
-        "sweep", recipe, *given, *pbt, "--try", "h0=1", "--try", "h0=2", "--json",
+        "sweep", recipe, *given, *pbt, "--most", "80", "--try", "h0=1", "--try", "h0=2", "--json",
         "--quantile", "0.5", "--resample", "0", "--perturb", "0.5,4",
     )  # fmt: skip
     assert done.code == 0, done.err
