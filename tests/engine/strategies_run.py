@@ -171,12 +171,12 @@ def with_a_bad_gradient(folder: Path, name: str, settings: dict[str, Any]) -> li
     return losses
 
 
-class Puts(nn.Module):
+class PutsBackward(nn.Module):
     """Uses an operation whose backward pass has no deterministic form: its forward pass is let through."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.linear = nn.Linear(4, 4)
+        self.linear = nn.Linear(2, 2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.linear(x)
@@ -191,12 +191,13 @@ def without_deterministic_form(folder: Path, name: str, settings: dict[str, Any]
     warnings.simplefilter("ignore")
     with Run("test", name, runs=folder) as run:
         trainer = Trainer(
-            run, nn.Sequential(Puts(), Puts()), optimizer=lambda p: torch.optim.SGD(p, lr=0.1),
-            inputs=lambda x: (x,), loss=lambda out, x: (out.square().sum(), len(x)),
+            run, nn.Sequential(PutsBackward(), PutsBackward()),
+            optimizer=lambda p: torch.optim.SGD(p, lr=0.1), inputs=lambda x: (x,),
+            loss=lambda out, x: (out.square().sum(), len(x)),
             training=Training(**{"precision": "fp32", "deterministic": True, **built(settings)}),
         )  # fmt: skip
         try:
-            for batch in trainer.steps(trainer.loader(torch.ones(16, 4), batch_size=4), max_steps=2):
+            for batch in trainer.steps(trainer.loader(torch.ones(16, 2), batch_size=4), max_steps=2):
                 if own:
                     trainer.backward(trainer.model(batch).square().sum(), 4)
                 else:

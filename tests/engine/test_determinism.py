@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ import strategies_run
 import torch
 from stoker.engine import determinism
 from stoker.errors import StokerError
+from strategies_run import PutsBackward
 from test_strategies import STRATEGIES
 from torch import nn
 from torch.nn.functional import max_unpool2d, mse_loss
@@ -57,21 +59,6 @@ class Unpools(nn.Module):
         return max_unpool2d(y, torch.zeros_like(y, dtype=torch.int64), 1)[0]  # the line
 
 
-class PutsBackward(nn.Module):
-    """Uses one whose backward pass has none: its forward pass is let through."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(2, 2)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.linear(x)
-        torch.use_deterministic_algorithms(False)
-        y = y.put(INDEX, x.flatten()[:2])  # the line
-        torch.use_deterministic_algorithms(True)
-        return y
-
-
 def _trainer(model: nn.Module, folder: Path, **options: Any) -> tuple[stoker.Run, stoker.Trainer]:
     run = stoker.Run("e", runs=folder)
     return run, stoker.Trainer(
@@ -81,11 +68,13 @@ def _trainer(model: nn.Module, folder: Path, **options: Any) -> tuple[stoker.Run
     )  # fmt: skip
 
 
-def _line(model: str, file: str = __file__) -> int:
+def _line(model: type[nn.Module]) -> str:
     """Where a model says that its line is."""
-    lines = list(enumerate(Path(file).read_text().splitlines(), start=1))
-    first = next(number for number, line in lines if line.startswith(f"class {model}("))
-    return next(number for number, line in lines if number > first and line.endswith("# the line"))
+    file = inspect.getsourcefile(model)
+    assert file is not None
+    lines, first = inspect.getsourcelines(model)
+    within = next(number for number, line in enumerate(lines) if line.endswith("# the line\n"))
+    return f"{file}:{first + within}"
 
 
 def test_it_sets_what_decides_over_bits() -> None:
@@ -115,7 +104,7 @@ def test_an_operation_without_such_a_form_is_named_with_the_line_that_calls_it(
         trainer.step(torch.ones(4, 2))
     said = str(raised.value)
     assert said.startswith(f"{operation} has no deterministic form, and deterministic=true asks for one")
-    assert f"it is called at {__file__}:{_line(model.__name__)} (" in said
+    assert f"it is called at {_line(model)} (" in said
 
 
 @pytest.mark.parametrize(
@@ -131,9 +120,8 @@ def test_it_is_named_under_every_strategy_and_in_a_loop_of_its_own(
     size, settings = STRATEGIES.get(name, (1, {}))
     fails = strategies_run.without_deterministic_form
     said = ranks.run(fails, size, tmp_path, tmp_path, "a", settings, own=own)[-1]
-    line = _line("Puts", strategies_run.__file__)
     assert "put_ has no deterministic form" in said
-    assert f"it is called at {strategies_run.__file__}:{line} (" in said
+    assert f"it is called at {_line(PutsBackward)} (" in said
 
 
 def test_a_loop_without_steps_is_told_which_operation_it_is(tmp_path: Path) -> None:
