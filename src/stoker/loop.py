@@ -390,11 +390,11 @@ class Trainer:
                     self._step.gradients(parts, self._agreement)
                     return self._agreement.finish()
             except torch.OutOfMemoryError as error:
-                said = self._cut.out_of_memory(error)
                 if not self._cut.take_smaller(batch):
-                    raise OutOfMemory(said) from error
+                    raise OutOfMemory(self._cut.out_of_memory(error, batch)) from error
                 if self.world.size > 1:
-                    raise OutOfMemory(f"{said}; the next start takes {self._cut.size}", less=True) from error
+                    said = f"out of memory on rank {self.world.rank}: {out_of_memory.said(error)}"
+                    raise OutOfMemory(f"{said} The next start takes {self._cut.size}", less=True) from error
                 self._step.clear()
                 if self.device.type == "cuda":
                     torch.cuda.empty_cache()
@@ -405,10 +405,8 @@ class Trainer:
 
         Not where ranks would have to do it together: one that failed alone would wait for the others.
         """
-        if self.strategy in ("single", "ddp") and self._setting.loss is not None:
-            part = next(self.micro(batch))
-            loss, _ = self._setting.loss(self._step.forward(part), part)
-            torch.autograd.grad(loss, list(self._step.weights().values()), allow_unused=True)
+        if rehearsal.works_alone(self._step, self._setting, self.strategy):
+            rehearsal.alone(self._step, self._setting, next(self.micro(batch)))
 
     def _answer_bad_loss(self, wrong: str) -> None:
         """Do as `on_bad_loss` says of the step under way, which has changed nothing. All ranks call it."""

@@ -265,8 +265,8 @@ def test_ranks_that_run_out_of_memory_take_smaller_micro_batches_and_go_on(
     done = stoker(*same, "micro_batch=auto", "fits=2", "checkpoint_every=5", "--name", "a")
     assert done.code == 0, done.err
     assert "out of memory on rank 1: Tried to allocate 2 GiB. 1 GiB is free." in done.err
-    assert "the next start takes 4" in done.err
-    assert "the next start takes 2" in done.err
+    assert "The next start takes 4" in done.err
+    assert "The next start takes 2" in done.err
     assert stoker(*same, "--name", "whole").code == 0
     runs = tmp_path / "runs" / "ranked"
     seen, whole = loaded(runs / "a"), loaded(runs / "whole")
@@ -279,5 +279,5 @@ def test_what_cannot_take_less_memory_is_not_tried_again(stoker: Command, tmp_pa
         "train", RECIPE, "fits=2", "micro_batch=4", "--nproc", "2", "--max-restarts", "3", "--name", "a"
     )
     assert done.code == 1
-    assert "Give micro_batch=2: the result stays the same" in done.err
+    assert "Give micro_batch=2, which was tried and fits: the result stays the same" in done.err
     assert len(loaded(tmp_path / "runs" / "ranked" / "a").attempts) == 1

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from stoker.engine import batches, micro_batch, options, rehearsal
+from stoker.engine import batches, fitting, micro_batch, options, out_of_memory, rehearsal
 from stoker.engine.options import Training
 from stoker.engine.step import Setting, Step
 from stoker.world import World
@@ -52,21 +52,19 @@ class MicroBatches:
         rehearsal.remember(self._step, self._setting, self._world, batch, self.size, self._about())
         return True
 
-    def out_of_memory(self, error: torch.OutOfMemoryError) -> str:
-        """What was asked for, what was free, and the cheapest change that makes it less."""
-        said = str(error).partition(" If reserved")[0].splitlines()[0]
+    def out_of_memory(self, error: torch.OutOfMemoryError, batch: Any = None) -> str:
+        """What was asked for, what was free, and the cheapest change that would fit.
+
+        Args:
+            batch: this rank's share, where its forward and backward pass ran out; none: the update did.
+        """
+        said = f"out of memory on rank {self._world.rank}: {out_of_memory.said(error)}"
+        log.warning("%s Seeing what would fit", said)  # to try that may end the process
+        change = fitting.Change(self._step, self._setting, self._training, self._strategy)
+        if batch is None:
+            return f"{said} {change.of_an_update()}"
         micro = self.size if isinstance(self.size, int) else None
-        if micro != 1:
-            change = (
-                f"micro_batch={micro // 2}" if micro else "a micro_batch (auto finds the largest that fits)"
-            )
-        elif self._training.activation_checkpointing == "none":
-            change = "activation_checkpointing=full"
-        elif self._strategy in ("single", "ddp"):
-            change = "parallel=fsdp over several ranks"
-        else:
-            change = "more ranks, or the strategy's offload"
-        return f"out of memory on rank {self._world.rank}: {said} Give {change}: the result stays the same"
+        return f"{said} {change.of_a_pass(error, batch, self._sizes(batch), micro)}"
 
     def _sizes(self, batch: Any) -> list[int]:
         """The sizes that a micro-batch may have."""

@@ -158,10 +158,7 @@ def check_fits(
     if wanted.total <= has or offloads:
         return
     count = sum(p.numel() for p in model.parameters())
-    fitting = next(
-        (n for n in range(2, 4097) if needed(model, blocks, "fsdp", training, n, moments).total <= 0.8 * has),
-        None,
-    )
+    fitting = ranks_that_hold(model, blocks, training, 0.8 * has, moments)
     raise TooLarge(
         f"a model of {count / 1e9:,.1f} billion parameters needs {size(wanted.total)} a rank under "
         f"parallel={strategy}, before its first activation: {wanted}; a rank here has {size(has)}. "
@@ -171,6 +168,19 @@ def check_fits(
             else "No number of ranks helps"
         )
     )
+
+
+def ranks_that_hold(
+    model: nn.Module,
+    blocks: Iterable[tuple[str, nn.Module]],
+    training: Training,
+    room: float,
+    moments: float = MOMENTS,
+) -> int | None:
+    """The least ranks, 2 or more, that have room for a shard each under FSDP; None where no number has."""
+    found = list(blocks)
+    fits = (n for n in range(2, 4097) if needed(model, found, "fsdp", training, n, moments).total <= room)
+    return next(fits, None)
 
 
 def size(count: float) -> str:

@@ -45,7 +45,7 @@ def find(
     known = distributed.from_rank_zero(storage.read_json(memory).get(_key(about)))
     if known in sizes:
         return int(known)
-    found = _largest(sizes, attempt, device)
+    found = largest(sizes, attempt, device)
     if found is None:
         raise StokerError(
             "micro_batch=auto: not even one sample fits into memory; "
@@ -71,10 +71,18 @@ def of_pipeline(sizes: Sequence[int], share: int, ranks: int) -> int:
     return max(enough, default=min(sizes))
 
 
-def _largest(sizes: Sequence[int], attempt: Callable[[int], None], device: torch.device) -> int | None:
+def largest(
+    sizes: Sequence[int], attempt: Callable[[int], None], device: torch.device, *, alone: bool = False
+) -> int | None:
+    """The largest size that fits, as `find` has it, but nothing is remembered; None where none fits.
+
+    Args:
+        alone: other ranks do not try at the same time.
+    """
+    somewhere = bool if alone else _over_ranks
     tried: list[tuple[int, int]] = []  # samples, bytes at the peak
     for size in sizes:
-        if _over_ranks(_foreseen(tried, size) > _ROOM * _total(device)):
+        if somewhere(_foreseen(tried, size) > _ROOM * _total(device)):
             break
         _reset_peak(device)
         try:
@@ -83,7 +91,7 @@ def _largest(sizes: Sequence[int], attempt: Callable[[int], None], device: torch
             failed = False
         except torch.OutOfMemoryError:
             failed = True
-        if _over_ranks(failed):
+        if somewhere(failed):
             break
         tried.append((size, _peak(device)))
     if device.type == "cuda":

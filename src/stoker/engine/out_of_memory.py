@@ -9,8 +9,11 @@ from collections.abc import Iterator
 
 import psutil
 import torch
+from stoker.engine import memory
 
 _ON_A_CPU = "DefaultCPUAllocator: can't allocate memory"
+_ASKED = re.compile(r"Tried to allocate ([\d.,]+) ([KMG]iB)")  # as torch says it of a GPU, and we of a CPU
+_UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
 @contextlib.contextmanager
@@ -26,11 +29,30 @@ def as_on_a_gpu() -> Iterator[None]:
         raise torch.OutOfMemoryError(_said(error)) from error
 
 
+def said(error: BaseException) -> str:
+    """What was asked for and what was free, as it was raised, in a line that ends with a full stop."""
+    line = str(error).partition(" If reserved")[0].splitlines()[0].rstrip()
+    return line if line.endswith(".") else f"{line}."
+
+
+def numbers(error: BaseException, device: torch.device) -> tuple[float, float, float]:
+    """Bytes that were asked for (0 where it is not said), that are free, and that are held.
+
+    To be called where what the pass that failed has held is not let go yet.
+    """
+    asked = _ASKED.search(str(error))
+    wanted = float(asked[1].replace(",", "")) * _UNITS[asked[2]] if asked else 0.0
+    if device.type == "cuda":
+        held = torch.cuda.memory_allocated(device)
+        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - held
+        return wanted, float(free), float(held)
+    return wanted, _free(), float(psutil.Process().memory_info().rss)
+
+
 def _said(error: BaseException) -> str:
-    """What was asked for, and what was free, on one line."""
     asked = re.search(r"you tried to allocate (\d+) bytes", str(error))
-    wanted = f"{int(asked[1]) / 2**30:,.1f} GiB were asked for, and " if asked else ""
-    return f"{wanted}{_free() / 2**30:,.1f} GiB of memory are free."
+    wanted = f"Tried to allocate {memory.size(int(asked[1]))}. " if asked else ""
+    return f"{wanted}{memory.size(_free())} of memory are free."
 
 
 def _free() -> float:

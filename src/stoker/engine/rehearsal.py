@@ -1,9 +1,10 @@
-"""What is found out before the first step, by passes that leave no trace but in memory."""
+"""What is found out by passes that leave no trace but in memory."""
 
 from __future__ import annotations
 
 import collections
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import torch
 from stoker import storage
 from stoker.engine import batches, device, memory, micro_batch, random_state
 from stoker.engine.agreement import Agreement, Requests
-from stoker.engine.step import Setting, Step
+from stoker.engine.step import PlainStep, Setting, Step
 from stoker.world import World
+from torch import nn
 from torch.distributed.tensor import DTensor
 
 
@@ -90,17 +92,51 @@ def rehearse(step: Step, setting: Setting, world: World, batch: Any, size: int) 
     parts = list(batches.split(batch, size))
     if setting.mesh.size("stage") == 1:  # the next one takes no more; a pipeline holds several
         parts = parts[:1]
-    kept = random_state.capture()
-    buffers = {name: b.clone() for name, b in step.model.named_buffers()}
     divisor, setting.scale.divisor = setting.scale.divisor, setting.scale.divisor or 1.0
     try:
-        step.gradients(parts, Agreement(world, setting.mesh.device, Requests))
+        with _leaving_no_trace(step.model):
+            step.gradients(parts, Agreement(world, setting.mesh.device, Requests))
     finally:
         step.model.zero_grad(set_to_none=True)
-        for name, buffer in step.model.named_buffers():
-            buffer.copy_(buffers[name])
-        random_state.restore(*kept)
         setting.scale.divisor = divisor
+
+
+def works_alone(step: Step, setting: Setting, strategy: str) -> bool:
+    """Whether a rank can do a pass that the others know nothing of: they would not be waited for."""
+    together = setting.mesh.world.size > 1 and any(
+        isinstance(m, nn.SyncBatchNorm) for m in step.model.modules()
+    )
+    return (
+        isinstance(step, PlainStep)
+        and setting.loss is not None
+        and strategy in ("single", "ddp")
+        and not together
+    )
+
+
+def alone(step: Step, setting: Setting, part: Any) -> None:
+    """A forward and backward pass over one micro-batch beside gradients of others, see `works_alone`."""
+    assert setting.loss is not None
+    weights = list(step.weights().values())
+    held = [torch.zeros_like(w) for w in weights] if not getattr(step, "in_backward", False) else []
+    with _leaving_no_trace(step.model):
+        loss, _ = setting.loss(step.forward(part), part)
+        torch.autograd.grad(loss, weights, allow_unused=True)  # no hooks, which would reduce over ranks
+    del held
+
+
+@contextlib.contextmanager
+def _leaving_no_trace(model: nn.Module) -> Iterator[None]:
+    """Random state and buffers are afterwards what they were."""
+    kept = random_state.capture()
+    buffers = {name: b.clone() for name, b in model.named_buffers()}
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                buffer.copy_(buffers[name])
+        random_state.restore(*kept)
 
 
 @torch.no_grad()
