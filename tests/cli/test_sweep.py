@@ -504,10 +504,15 @@ def test_a_metric_that_is_never_logged_ends_it_after_the_first_trial(stoker: Com
         (("--sampler", "staged"), "give --strategy staged"),
         (("--scheduler", "staged"), "give --strategy staged"),
         (("--quantile", "0.5"), "are for --scheduler pbt"),
+        (("--factor", "4"), "--factor is for --scheduler asha, asha-stop, hyperband and --strategy staged"),
         (("--scheduler", "pbt", "--least", "2", "--perturb", "2"), "--perturb 2: give two factors"),
-        (("--scheduler", "pbt", "--least", "2", "--resample", "2"), "resample=2: a probability"),
+        (("--scheduler", "pbt", "--least", "2", "--resample", "2"), "--resample 2: a probability"),
         (("--study", "a"), "a study in --storage; give that too"),
         (("--storage", "postgresql+psycopg2://u:p@127.0.0.1:9/x"), "cannot be used"),
+        (
+            ("--storage", "postgres://u:p@127.0.0.1:9/x"),
+            "postgresql+psycopg2://u:***@127.0.0.1:9/x cannot be",
+        ),
     ],
 )
 def test_what_cannot_be_asked_for_is_bad_input_and_starts_nothing(

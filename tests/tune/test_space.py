@@ -150,7 +150,7 @@ def test_what_is_no_expression_is_fixed_as_it_was_given(override: str) -> None:
         ("model=['a, b]", "the quote in 'a, b] is not closed"),
         ("model=['a' b]", "is not one quoted text"),
         ("batch_size=[1, 2] and more", "and more means nothing there: only a condition may follow"),
-        ("lr=log(1e-5)", "log(...) has 1 values: write log(low, high)"),
+        ("lr=log(1e-5)", "log(...) has 1 value: write log(low, high)"),
         ("lr=log(a, b)", "a is not a number"),
         ("shift=uniform(0, inf)", "inf is not a number"),
         ("lr=log(1e-5, 1e-3, step=2)", "step=2 means nothing in log(...): write log(low, high)"),

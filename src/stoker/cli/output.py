@@ -33,6 +33,16 @@ RunsFolder = Annotated[
         help="The folder that runs stand under, or s3://bucket/folder.",
     ),
 ]
+LocalRunsFolder = Annotated[
+    Path,
+    typer.Option(
+        "--runs",
+        envvar="STOKER_RUNS",
+        metavar="DIR",
+        parser=finding.folder,
+        help="The folder that sweeps stand under; a local one.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, last.")]
 
 DEFAULT_RUNS = Path("runs")

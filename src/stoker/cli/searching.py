@@ -65,7 +65,7 @@ class Asked:
     strategy: str | None = None
     least: str | None = None
     most: str | None = None
-    factor: int = 3
+    factor: int | None = None
     quantile: float | None = None
     resample: float | None = None
     perturb: str | None = None
@@ -111,6 +111,7 @@ class Places:
 def prepare(asked: Asked) -> Prepared:
     """Check all of it; nothing is written. Raises BadInput."""
     _check_counts(asked)
+    asked = dataclasses.replace(asked, storage=studies.full_url(asked.storage))
     if object_store.of(asked.runs) is not None:
         raise BadInput("--runs: a search stands on a disk, not in an object store; give a local folder")
     searched = asked.space
@@ -121,9 +122,8 @@ def prepare(asked: Asked) -> Prepared:
     _check_ways(asked, sampler, scheduler)
     shortest, whole, unit = plan.span(asked.least, asked.most)
     rule = schedulers.make(
-        scheduler, least=shortest, most=whole, factor=asked.factor, population=asked.trials,
-        **_of_population(asked, scheduler),
-    )  # fmt: skip
+        scheduler, least=shortest, most=whole, population=asked.trials, **_settings(asked, scheduler)
+    )
     if unit == plan.SHARE:
         _check_shares(searched, rule)
     name = finding.checked(asked.name or f"{asked.recipe.name}-sweep")
@@ -229,12 +229,16 @@ def _check_counts(asked: Asked) -> None:
         raise BadInput(f"--study {asked.study}: it is the name of a study in --storage; give that too")
 
 
-def _of_population(asked: Asked, scheduler: str) -> dict[str, Any]:
-    """What is set of population based training. Raises BadInput."""
-    given = {"quantile": asked.quantile, "resample": asked.resample, "factors": asked.perturb}
-    found: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    if found and scheduler != "pbt":
+def _settings(asked: Asked, scheduler: str) -> dict[str, Any]:
+    """What is set of a scheduler, beside lengths. Raises BadInput where it is of another one."""
+    halving = {"factor": asked.factor}
+    population = {"quantile": asked.quantile, "resample": asked.resample, "factors": asked.perturb}
+    found: dict[str, Any] = {k: v for k, v in {**halving, **population}.items() if v is not None}
+    if found.keys() & population.keys() and scheduler != "pbt":
         raise BadInput("--quantile, --resample and --perturb are for --scheduler pbt; leave them out")
+    if "factor" in found and scheduler not in schedulers.HALVING:
+        names = ", ".join(schedulers.HALVING[:-1])
+        raise BadInput(f"--factor is for --scheduler {names} and --strategy staged; leave it out")
     if asked.perturb is not None:
         try:
             low, high = map(float, asked.perturb.split(","))

@@ -13,7 +13,7 @@ import typer
 from stoker import recipes
 from stoker.cli import submit
 from stoker.cli import trials as trials_seen
-from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, show_messages
+from stoker.cli.output import DEFAULT_RUNS, Json, LocalRunsFolder, show_messages
 from stoker.cli.submit import Command, Where
 from stoker.cli.train import HERE, MaxTime, Nproc
 from stoker.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_PREEMPTED, BadInput, StokerError
@@ -137,7 +137,7 @@ def sweep(
         str | None,
         typer.Option(
             metavar="DURATION",
-            help="asha, hyperband: the first rung, as 100 (steps), 1ep or 1000000tok; "
+            help="asha, hyperband: the first rung, as 100 (steps), 1ep, 1000000tok, or 10% of the data; "
             "pbt: from one comparison to the next.",
         ),
     ] = None,
@@ -145,8 +145,11 @@ def sweep(
         str | None, typer.Option(metavar="DURATION", help="The length of a whole trial, for those.")
     ] = None,
     factor: Annotated[
-        int, typer.Option(min=2, help="asha, hyperband: one in so many goes on to the next rung.")
-    ] = 3,
+        int | None,
+        typer.Option(
+            min=2, help="asha, hyperband: one in so many goes on to the next rung.", show_default="3"
+        ),
+    ] = None,
     quantile: Annotated[
         float | None,
         typer.Option(help="pbt: the share that is replaced by copies of the best.", show_default="0.25"),
@@ -198,7 +201,7 @@ def sweep(
             help="The study's name there: sweeps of one study search together.", show_default="NAME"
         ),
     ] = None,
-    runs: RunsFolder = DEFAULT_RUNS,
+    runs: LocalRunsFolder = DEFAULT_RUNS,
     json: Json = False,
     where: Where = HERE,
 ) -> int:
@@ -273,7 +276,7 @@ def _submit(where: Where, folder: Path, wanted: Record, controllers: int, ranks:
     from stoker.tune import record
 
     command = Command.of_verb("sweep")
-    if command.has("--storage") and wanted.storage != command.value("--storage"):
+    if command.has("--storage") and record.shown(command.value("--storage")) != command.value("--storage"):
         raise BadInput(
             "--storage: its password would be written into a file; set STOKER_STORAGE here instead, or have "
             "it in ~/.pgpass"

@@ -73,7 +73,7 @@ def sweep(
     strategy: str | None = None,
     least: str | int | None = None,
     most: str | int | None = None,
-    factor: int = 3,
+    factor: int | None = None,
     quantile: float | None = None,
     resample: float | None = None,
     perturb: tuple[float, float] | None = None,

@@ -166,7 +166,7 @@ def whole(value: int | float) -> int:
 
 def _range(name: str, items: list[str]) -> Number:
     if len(items) not in (2, 3):
-        raise ValueError(f"{name}(...) has {len(items)} values: write {FORMS[name]}")
+        raise ValueError(f"{name}(...) has {len(items)} value{'s' * (len(items) != 1)}: write {FORMS[name]}")
     integer = name == "int"
     low, high = (_bound(text, integer) for text in items[:2])
     if len(items) == 2:

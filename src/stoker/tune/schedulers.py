@@ -24,6 +24,8 @@ from stoker.errors import BadInput, nearest
 
 NAMES = ("none", "median", "asha", "asha-stop", "hyperband", "pbt")
 STAGED = "staged"
+HALVING = ("asha", "asha-stop", "hyperband", STAGED)
+"""Those with rungs, at each of which one in `factor` goes on."""
 
 _ONE_FINALIST_IN = 20  # trials
 _ROUNDING = 1e-9  # relative: 0.1 * 3 is more than 0.3 in floats, and a report at 0.3 epochs has reached it
@@ -332,20 +334,20 @@ class PopulationBased(Scheduler):
     def __post_init__(self) -> None:
         if not 0 < self.every < math.inf:
             raise BadInput(
-                f"every={self.every:g}: pbt compares members each so much of the resource: give least above 0"
+                f"--least {self.every:g}: pbt compares members each so much of training; give more than 0"
             )
         if not 0 < self.quantile <= 0.5:
-            raise BadInput(f"quantile={self.quantile:g}: a share above 0, and no more than 0.5")
+            raise BadInput(f"--quantile {self.quantile:g}: a share above 0, and no more than 0.5")
         if self._size(self.population) < 1:
             least = math.ceil(1 / self.quantile - _ROUNDING)
             raise BadInput(
-                f"a population of {self.population} trials with quantile={self.quantile:g} replaces nobody:"
-                f" give {least} trials or more, or a larger quantile"
+                f"--trials {self.population}: a population of so many with --quantile {self.quantile:g} "
+                f"replaces nobody; give {least} trials or more, or a larger --quantile"
             )
         if not 0 <= self.resample <= 1:
-            raise BadInput(f"resample={self.resample:g}: a probability, between 0 and 1")
+            raise BadInput(f"--resample {self.resample:g}: a probability, between 0 and 1")
         if not all(0 < factor < math.inf for factor in self.factors):
-            raise BadInput(f"perturb={self.factors[0]:g},{self.factors[1]:g}: two factors above 0")
+            raise BadInput(f"--perturb {self.factors[0]:g},{self.factors[1]:g}: two factors above 0")
 
     def decide(self, trials: Trials, number: int) -> Decision:
         known = trials[number]
@@ -486,11 +488,11 @@ def make(
         return Median(warmup=least or 0.0, warmup_trials=warmup_trials)
     if name == "pbt":
         if least is None:
-            raise BadInput("pbt needs least: how much of the resource lies between two comparisons")
+            raise BadInput("--scheduler pbt needs --least: how much is trained between two comparisons")
         longest = math.inf if most is None else most
         return PopulationBased(least, population, quantile, longest, resample, factors)
     if most is None:
-        raise BadInput(f"{name} needs most: the resource at which a trial ends, as its rungs lie below it")
+        raise BadInput(f"{_option(name)} needs --most: the length of a whole trial, as rungs lie below it")
     if least is None:
         least = most / max(factor, 1) ** 3
     if name == "hyperband":
@@ -503,16 +505,20 @@ def make(
     return asha
 
 
+def _option(name: str) -> str:
+    return f"--{'strategy' if name == STAGED else 'scheduler'} {name}"
+
+
 def _check_span(least: float, most: float, factor: int) -> None:
     if factor < 2:
-        raise BadInput(f"factor={factor}: one in so many goes on at each rung, so give 2 or more")
+        raise BadInput(f"--factor {factor}: one in so many goes on at each rung, so give 2 or more")
     if not 0 < most < math.inf:
-        raise BadInput(f"most={most:g}: a trial ends at a resource above 0 that it can reach")
+        raise BadInput(f"--most {most:g}: a trial ends after more training than none, and at some time")
     if not least > 0:
-        raise BadInput(f"least={least:g}: the first rung lies at a resource above 0")
+        raise BadInput(f"--least {least:g}: the first rung lies above 0")
     if least > most:
         raise BadInput(
-            f"least={least:g} is above most={most:g}, where a trial ends: lower least or raise most"
+            f"--least {least:g} is above --most {most:g}, where a trial ends: lower --least or raise --most"
         )
 
 

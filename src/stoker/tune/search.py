@@ -7,6 +7,7 @@ it decides is a function of them.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
@@ -29,10 +30,13 @@ from stoker.tune.space import Space
 from stoker.tune.study import EARLIER, Kept, quiet
 from stoker.tune.trial import Ended, Job, Report
 
+log = logging.getLogger("stoker")
+
 _RESTARTS = 3
 """How often a trial whose process was killed is started again without having come further."""
 _LOOK = 1.0
 """Seconds after which to look again whether there is room, where there was none for any trial."""
+_NEARLY = 0.9  # of a whole trial: the last report may come before its end
 _OF_A_RUN: dict[str, State] = {
     view.FINISHED: "complete", view.STOPPED: "pruned", view.PAUSED: "paused", view.FAILED: "failed"
 }  # fmt: skip
@@ -111,6 +115,8 @@ class Search:
         """Optuna's trials that it was not told the end of."""
         self._started: dict[int, float] = {}
         """When the processes of those that run were started."""
+        self._said: set[str] = set()
+        """What was warned of already."""
         for trial in study.get_trials(deepcopy=False):
             if peers is None or peers.mine(trial):
                 self._take_in(trial)
@@ -123,10 +129,12 @@ class Search:
         self._workers.prepare()
         try:
             while True:
-                self._fill()
+                full = self._fill()
                 self._changed()
-                if not self._workers.running and not self._awaits_others and not self._awaits_room:
-                    break
+                if not self._workers.running and not self._awaits_others:
+                    if self.over or not full:
+                        break
+                    self._say_once("room", "no machine has room for a trial now: the search waits for one")
                 self._hear()
                 if self.overspent and not self._ending:
                     self.stop()
@@ -231,25 +239,25 @@ class Search:
         return any(trial.state == "paused" for trial in self.trials.values())
 
     @property
-    def _awaits_room(self) -> bool:
-        """Whether what is left waits for machines: all that a cluster had may be lost, and others come."""
-        return not (self._workers.free or self._ending or self.overspent or self.over)
-
-    @property
     def _begun(self) -> int:
         """How many of the trials that were planned have been begun."""
         own = sum(trial.parent is None for trial in self.trials.values())
         return own + (len(self._peers.trials) if self._peers is not None else 0)
 
-    def _fill(self) -> None:
-        """Start trials as long as there is room and something to be started."""
-        while self._workers.free and not self._ending and not self.overspent:
+    def _fill(self) -> bool:
+        """Start trials as long as there is something to be started; whether it was room that lacked.
+
+        All machines that a cluster had may be lost while no trial runs, and others come.
+        """
+        while not self._ending and not self.overspent:
+            if not self._workers.free:
+                return True
             number = self._next()
             if number is None:
-                return
+                return False
             if self._told_to_end():  # meanwhile
                 self.trials[number].resumes = True
-                return
+                return False
             trial = self.trials[number]
             trial.state, trial.share = "running", self._next_share(trial)
             self._publish(number, paused=False)
@@ -257,6 +265,7 @@ class Search:
             self._started[number] = time.monotonic()
             if self._told_to_end():  # while it started, and it was not
                 self._workers.stop()
+        return False
 
     def _next(self) -> int | None:
         """Which trial is to run now: one that was interrupted, one that is promoted, or a new one."""
@@ -554,14 +563,28 @@ class Search:
                 f"the recipe never logs {', '.join(lacking)}: it logs {logged}; "
                 "name one of these with --metric"
             )
+        trial, whole = self.trials[ended.number], self.plan.whole
+        if ended.status == view.FINISHED and whole is not None and trial.share is None:
+            done = trial.amount(trial.step)
+            if done < _NEARLY * whole:
+                self._say_once(
+                    "short", f"trial {trial.number} was at its end after {done:,.4g} {self.plan.unit}s, and "
+                    f"rungs are laid out over --most {whole:,.4g}: if that is a whole trial, say so",
+                )  # fmt: skip
         self._check_failures()
+
+    def _say_once(self, about: str, warning: str) -> None:
+        if about not in self._said:
+            self._said.add(about)
+            log.warning("%s", warning)
 
     def _check_failures(self) -> None:
         """Raises StokerError where too many trials have failed."""
         failures = [t for t in self.trials.values() if t.state == "failed"]
         if self.plan.max_failures is not None and len(failures) > self.plan.max_failures:
+            some = "1 trial" if len(failures) == 1 else f"{len(failures)} trials"
             raise StokerError(
-                f"{len(failures)} trials failed, more than --max-failures {self.plan.max_failures}; "
+                f"{some} failed, more than --max-failures {self.plan.max_failures}; "
                 f"trial {failures[-1].number}: {failures[-1].error}"
             )
 

@@ -15,6 +15,7 @@ import fcntl
 import json
 import logging
 import os
+import re
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -86,7 +87,7 @@ class Database:
         except ImportError as error:
             raise BadInput(
                 f"--storage {record.shown(url)}: its driver is not installed: {error}; for PostgreSQL "
-                "pip install psycopg2-binary, and write postgresql+psycopg2://..."
+                "pip install psycopg2-binary"
             ) from error
         except Exception as error:  # SQLAlchemy's, and those of every driver
             said = str(error).strip().splitlines()[0]
@@ -118,6 +119,11 @@ class Database:
 
     def sync(self) -> None:
         """It is there already."""
+
+
+def full_url(url: str) -> str:
+    """A database's URL with the driver that stoker installs, where it names none (`postgres://`)."""
+    return re.sub(r"^postgres(ql)?://", "postgresql+psycopg2://", url)
 
 
 def _tables(url: str, tries: int = 5) -> RDBStorage:
