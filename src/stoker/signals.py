@@ -17,6 +17,8 @@ _PR_SET_PDEATHSIG = 1
 ENDED_BY = (signal.SIGTERM, signal.SIGUSR1)
 """What a scheduler sends, and to all processes at once."""
 
+_CLEANED = "ignore:resource_tracker:UserWarning"  # semaphores of ranks that were killed are removed by then
+
 
 def start_forkserver() -> None:
     """Start multiprocessing's server of processes; it and those that it forks hold SIGTERM and SIGUSR1 back.
@@ -28,11 +30,13 @@ def start_forkserver() -> None:
     from multiprocessing import forkserver, resource_tracker  # not before the first signal can be answered
 
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDED_BY)
+    sys.warnoptions.append(_CLEANED)
     try:
         resource_tracker.ensure_running()  # which lets SIGTERM through when it is done
         signal.pthread_sigmask(signal.SIG_BLOCK, ENDED_BY)
         forkserver.ensure_running()
     finally:
+        sys.warnoptions.remove(_CLEANED)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 

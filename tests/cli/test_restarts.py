@@ -10,6 +10,7 @@ import math
 import os
 import signal
 import subprocess
+import sys
 import termios
 import time
 from pathlib import Path
@@ -57,6 +58,19 @@ def test_ranks_that_are_killed_are_started_again_and_come_to_the_same_bits(
     ]  # fmt: skip
     assert len(seen.points["loss"]) == 200
     assert _weights(run) == _weights(whole)
+
+
+def test_what_processes_that_were_killed_have_left_is_removed_in_silence() -> None:
+    """Python's tracker, which removes the semaphores of their workers, says so of each otherwise."""
+    leaving = (
+        "import multiprocessing, os, signal; from stoker import signals; signals.start_forkserver();"
+        "kept = multiprocessing.get_context('forkserver').Semaphore(); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", leaving], check=False, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == -signal.SIGKILL
+    assert done.stderr == ""
 
 
 def test_one_process_is_started_again_too(start: Start, tmp_path: Path) -> None:
