@@ -120,6 +120,10 @@ SETTINGS = {  # what stands in a file of settings, with the secret between ⟨ a
     "a YAML list at the margin": "api_keys:\n- ⟨one⟩\n\n- ⟨two⟩\nname: x\n",
     "a diff of YAML": " db:\n   password:\n+    ⟨new words⟩\n-    ⟨old words⟩\n   port: 1\n",
     "a diff": "-password: ⟨old words⟩\n+password: ⟨new words⟩\n",
+    "an option": "foo --password ⟨abcd1234⟩ --verbose\n",
+    "an option in quotes": "foo --api-key '⟨abcd1234⟩'\n",
+    "curl": "curl -u me:⟨abcd1234⟩ https://h/\n",
+    "mysql": "mysql -u root -p⟨abcd1234⟩ db\n",
 }
 CODE = {
     "all characters": 'PASSWORD = "⟨p@ss{w0rd}<1>E⟩"\n',
@@ -134,6 +138,8 @@ CODE = {
     "a command": "run('train.py --db.password=⟨abcd1234⟩ lr=1')\n",
     "a type": 'api_key: str | None = "⟨short⟩"\n',
     "camel": 'const dbPassword = "⟨correct horse⟩";\n',
+    "an option's default": 'add_argument("--password", type=str,\n    default="⟨correct horse⟩")\n',
+    "in pieces": 'pw = (\n    "⟨abcd⟩"\n    "⟨1234⟩"\n)\nname = "x1234567"\n',
 }
 
 
@@ -165,6 +171,9 @@ def test_a_secret_is_removed_whatever_its_characters(said: str) -> None:
     "the token: wait for it", "sort(key=lambda x: x)", '"key": "value12345"', "PWD=/home/me/project1",
     "Token indices sequence length is longer: 1024", "url: https://host/a?x=1",
     "#   HF_TOKEN=... stoker train llm --config llama-2-7b",
+    "foo --token TOKEN", "foo --password $PASSWORD --x 1abcdefgh", "the --token option",
+    "docker run -u 1000:1000 x", "foo --max-tokens 4096abcd", "mysql -p db", "chown -u root:root x",
+    "mysql -p$PASS",
 ])  # fmt: skip
 def test_settings_and_messages_without_secrets_stay(said: str) -> None:
     assert redaction.text(f"{said}\n") == f"{said}\n"
@@ -183,6 +192,8 @@ def test_settings_and_messages_without_secrets_stay(said: str) -> None:
     'if host and auth:\n    message = "written for host2host"',
     'API_KEY = "OPENAI_API_KEY"', 'TOKEN_START = "\\U000f0000"', 'TOKEN_SAMPLE = "a b c d of model_123456"',
     'call("a", token=decode_v2(x), auth=scheme2basic)', 'print(f"token={token_12345}")',
+    'add_argument("--token", default=None)', 'add_argument("--lr", default="abcd1234")',
+    'add_argument("--password", help="x")\nadd_argument("--name", default="abcd1234")',
     'write("password=" + given + "; port=1")', '_CREDENTIALS = ("NoCredentialsError", "TokenError")',
 ])  # fmt: skip
 def test_code_without_secrets_stays(said: str) -> None:
@@ -218,6 +229,14 @@ def test_the_value_of_a_variable_of_such_a_name_is_removed_wherever_it_turns_up(
     assert redaction.text(f"abc {tmp_path}") == f"abc {tmp_path}"
     monkeypatch.delenv("MY_SERVICE_TOKEN")
     assert redaction.text("plain words of it") == "plain words of it"
+
+
+def test_files_of_logins_are_looked_through_by_their_own_form() -> None:
+    netrc = b"machine h login me password words only\n"
+    assert redaction.content("a/.netrc", netrc) == f"machine h login me password {REDACTED} only\n".encode()
+    assert redaction.content("a/netrc.md", netrc) == netrc
+    pgpass = b"h:5432:db:me:only words\n# h:1:2:3:4\n"
+    assert redaction.content(".pgpass", pgpass) == f"h:5432:db:me:{REDACTED}\n# h:1:2:3:4\n".encode()
 
 
 def test_a_tree_keeps_its_shape_and_numbers() -> None:

@@ -6,16 +6,20 @@ The ranks of a run import this module too.
 import sys
 
 from stoker import signals
+from stoker.errors import EXIT_INTERRUPTED
 
-_TRAINING = ("train", "resume")
+_TRAINING = ("train", "resume", "reproduce")
 
 
 def run() -> None:
     """Answer a scheduler's signals first of all, where the verb trains: loading the rest takes a second."""
     if sys.argv[1:2] and sys.argv[1] in _TRAINING:
         signals.answer_while_starting()
-    from stoker.cli import main
-
+    try:
+        from stoker.cli import main
+    except KeyboardInterrupt:
+        sys.stderr.write("stoker: interrupted\n")
+        sys.exit(EXIT_INTERRUPTED)
     main.run()
 
 

@@ -115,6 +115,36 @@ _QUERY = re.compile(r"(?P<kept>[?&](?P<name>[\w.\-]{2,64})=)(?P<value>[^\s&\"'`<
 _SIGNS_URL = re.compile(r"(?:^|[_.\-])(?:sig|signature|credential|key|code)$", re.IGNORECASE)
 _IN_URL = re.compile(r"(?P<kept>://[^/\s:@'\"<>]*:)(?P<value>[^@/\s'\"]+)(?=@)")
 
+# What a command or a parser of its options is given, with characters that each form has. A value under
+# a "name" is a secret as that is, one without where it is no word.
+_GIVEN: tuple[tuple[tuple[str, ...], re.Pattern[str]], ...] = tuple(
+    (starts, re.compile(pattern))
+    for starts, pattern in (
+        (
+            ("--",),  # --password VALUE
+            r"(?P<kept>--(?<![\w-]--)(?P<name>[A-Za-z][\w\-]{1,60})[ \t]+[\"']?)"
+            r"(?P<value>(?!-)[^\s\"'`<>;|&()\[\]{}\\]+)",
+        ),
+        (
+            ("\"--", "'--"),  # add_argument("--password", default="VALUE")
+            r"(?P<kept>[\"']--(?P<name>[A-Za-z][\w\-]{1,60})[\"'],[^()]{0,300}?\bdefault\s*=\s*[rbuRBU]?[\"'])"
+            r"(?P<value>[^\"'\n]+)",
+        ),
+        (
+            (" -u", "--user"),  # curl -u NAME:VALUE
+            r"(?P<kept>(?:\s-u|--user)[ =]?[\"']?[^\s:\"'@/=]+:)(?P<value>[^\s\"'@/]+)",
+        ),
+        (
+            ("mysql", "mariadb"),  # mysql -pVALUE
+            r"(?P<kept>\b(?:mysql|mariadb)\w*[ \t][^\n|;&]{0,200}?(?<=\s)-p)(?P<value>(?!-)[^\s;|&\"']+)",
+        ),
+    )
+)  # fmt: skip
+_OF_FILES = {  # what is a secret in files of their own form, by their names
+    ".netrc": re.compile(r"(?P<kept>\b(?:password|account)\s+)(?P<value>\S+)"),
+    ".pgpass": re.compile(r"(?m)^(?P<kept>[^#\n][^\n]*:)(?P<value>[^:\n]+)$"),
+}
+
 # What stands for a value that is found elsewhere.
 _FIELD = re.compile(
     r"\$\{\{.*?\}\}|\$\{[^}]*\}|\$\([^)]*\)|\$[A-Z_][A-Z0-9_]*\b|\$[a-z_]+\b|\{\{.*?\}\}|\{[A-Za-z_][^{}]*\}"
@@ -169,6 +199,9 @@ def text(said: str, *, code: bool = False) -> str:
     if "://" in said:
         said = _IN_URL.sub(_without_value, said)
         said = _QUERY.sub(_without_queried, said)
+    for starts, given in _GIVEN:
+        if any(start in said for start in starts):
+            said = given.sub(_without_given, said)
     return _without_named(said, code=code)
 
 
@@ -225,6 +258,8 @@ def content(path: str, data: bytes) -> bytes | None:
         return None if holds(data, values()) else data
     said = data.decode("utf-8", "surrogateescape")
     kept = text(said, code=is_code(path))
+    if own := _OF_FILES.get(PurePath(path).name.replace("_netrc", ".netrc")):
+        kept = own.sub(_without, kept)
     return data if kept == said else kept.encode("utf-8", "surrogateescape")
 
 
@@ -245,7 +280,7 @@ def holds(data: bytes, values: Sequence[str]) -> bool:
 
 def rules() -> bytes:
     """What tells the names and looks of this version from those of another."""
-    known = [look.pattern for _, look in _LOOKS]
+    known = [look.pattern for _, look in (*_LOOKS, *_GIVEN)] + [own.pattern for own in _OF_FILES.values()]
     patterns = (
         _WORDS, _OTHER_THAN_SECRET, _CAMEL, _NAMED, _STRING, _WORD, _BEGINS_LINE, _PAIR, _QUERY,
         _SIGNS_URL, _IN_URL, _FIELD, _EXPRESSION, _READ, _CERTAIN,
@@ -296,6 +331,16 @@ def _without_value(found: re.Match[str]) -> str:
     return f"{found['kept']}{REDACTED}" if _is_secret(found["value"], certain=True) else found[0]
 
 
+def _without_given(found: re.Match[str]) -> str:
+    """What a command is given without its value, where its name is that of a secret, or it is no word."""
+    name = found.groupdict().get("name")
+    if name is not None and not is_secret_name(name):
+        return found[0]
+    certain = name is not None and "default" in found["kept"] and _CERTAIN.search(name) is not None
+    is_one = not _is_found_elsewhere(found["value"]) and _is_secret(found["value"], certain=certain)
+    return _without(found) if is_one else found[0]
+
+
 def _without_queried(found: re.Match[str]) -> str:
     """A pair of a URL's query without its value, where its name is that of a secret or of a signature."""
     name = found["name"]
@@ -330,10 +375,20 @@ def _assigned(said: str, found: re.Match[str], *, code: bool) -> Iterable[tuple[
     if string and not (code and _closes(said, start, found, string)) and _is_literal(string, found["sign"]):
         is_name = string["value"].isupper() and _is_found_elsewhere(string["value"])  # of a variable
         is_one = not is_name and _is_secret(string["value"], certain=certain)
-        return (string.span("value"),) if is_one else ()
+        return _in_pieces(said, string) if is_one else ()
     if found["sign"] in (",", "=="):
         return ()
     return _bare(said, start, found, code=code, certain=certain)
+
+
+def _in_pieces(said: str, string: re.Match[str]) -> Iterable[tuple[int, int]]:
+    """Where a text in quotes stands, and in brackets also those that follow: Python makes one of them."""
+    bracket = "(" in string["space"]
+    piece: re.Match[str] | None = string
+    while piece is not None:
+        yield piece.span("value")
+        piece = _STRING.match(said, piece.end()) if bracket else None
+        piece = None if piece is None or "(" in piece["space"] else piece
 
 
 def _closes(said: str, start: int, found: re.Match[str], string: re.Match[str]) -> bool:

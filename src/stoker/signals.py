@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import multiprocessing
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 
-from stoker.errors import EXIT_PREEMPTED
+from stoker.errors import EXIT_PREEMPTED, Stopped
 
 _PR_SET_PDEATHSIG = 1
 ENDED_BY = (signal.SIGTERM, signal.SIGUSR1)
@@ -67,6 +68,22 @@ def at_parents_death(number: int) -> Callable[[], None] | None:
         return None
     prctl = ctypes.CDLL(None).prctl
     return lambda: prctl(_PR_SET_PDEATHSIG, number)
+
+
+@contextlib.contextmanager
+def raised() -> Iterator[None]:
+    """Within this block they raise Stopped, so that what was begun is taken back. In the main thread only."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Stopped("preempted")
+
+    main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, stop) for number in ENDED_BY} if main else {}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def answer_while_starting() -> None:

@@ -307,6 +307,11 @@ def test_data_that_has_moved_is_given_anew_and_its_fingerprint_named(counted: Pa
     unknown = stoker("reproduce", "first", "dota=x", cwd=project)
     assert unknown.code == 2
     assert "did you mean 'data'" in unknown.err
+    nothing = stoker("reproduce", "first", "data=/not/there", cwd=project)
+    assert nothing.code == 2
+    assert (
+        f"data=/not/there: there is nothing; the run read numbers.txt, of fingerprint {known}" in nothing.err
+    )
 
 
 def test_of_a_project_that_was_moved_the_data_is_found_where_it_is_now(
@@ -408,6 +413,32 @@ def test_told_to_stop_or_killed_nothing_trains_on(
     assert loaded(run).status == ("interrupted" if number == signal.SIGINT else "preempted")
 
 
+@pytest.mark.parametrize(
+    ("there", "number"),
+    [
+        ("", signal.SIGINT),  # it loads its modules
+        ("again", signal.SIGTERM),  # it unpacks the code
+        ("again", signal.SIGINT),
+        ("again/again.json", signal.SIGTERM),  # the process that is to train loads its modules
+        ("again/again.json", signal.SIGINT),
+    ],
+)
+def test_told_to_stop_before_it_has_begun_it_leaves_nothing(
+    there: str, number: signal.Signals, counted: Path, start: Start
+) -> None:
+    process = start("reproduce", "first", cwd=counted.parent)
+    made = counted / "count/first-again"
+    while there and not (made / there).exists():
+        assert process.poll() is None
+        time.sleep(0.001)
+    time.sleep(0.0 if there == "again" else 0.2)
+    process.send_signal(number)
+    _, err = process.communicate()
+    assert process.returncode == (130 if number == signal.SIGINT else 75), err.decode()
+    assert "Traceback" not in err.decode()
+    assert not made.exists()
+
+
 def test_a_trial_that_was_ended_early_is_made_again_up_to_there(project: Path, stoker: Command) -> None:
     swept = stoker(
         "sweep", "count.py", "scale=[1, 2, 3, 4]", "--metric", "loss", "--trials", "4",
@@ -465,6 +496,38 @@ def test_a_package_runs_anywhere_and_by_mlflow(counted: Path, stoker: Command, t
     subprocess.run([*mlflow, *given], cwd=tmp_path, env=env, check=True, capture_output=True)
     assert list(loaded(folder / "runs/count/first").points["loss"].values()) == [2 * y for y in expected]
     assert stoker("package", str(folder / "runs/count/first"), "--to", str(folder), cwd=tmp_path).code == 2
+
+
+def test_a_package_asks_for_the_secrets_that_no_record_has(
+    project: Path, stoker: Command, tmp_path: Path
+) -> None:
+    config = COUNTED.replace("    seed: int = 0", '    seed: int = 0\n    api_key: str = ""')
+    (project / "count.py").write_text(f"{config}\n")
+    assert stoker("train", "count.py", "api_key=abcd1234", "--name", "first", cwd=project).code == 0
+    made = stoker("package", "first", "--to", str(tmp_path / "made"), "--json", cwd=project)
+    assert made.code == 0, made.err
+    assert made.answer["secrets"] == ["api_key"]
+    assert "`./run.sh api_key=...`" in (tmp_path / "made/README.md").read_text()
+    shutil.copy(project / "numbers.txt", tmp_path / "made/code")
+    done = subprocess.run(
+        ["sh", str(tmp_path / "made/run.sh"), "api_key=abcd1234"], check=False, capture_output=True,
+        text=True, env={**os.environ, "PYTHON": sys.executable},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert loaded(tmp_path / "made/runs/count/first").status == "finished"
+
+
+def test_a_package_that_cannot_be_written_is_bad_input_and_takes_no_folder_away(
+    counted: Path, stoker: Command, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    beneath = stoker("package", "first", "--to", str(tmp_path / "file/made"), cwd=counted.parent)
+    assert beneath.code == 2
+    assert "cannot be written: Not a directory" in beneath.err
+    (tmp_path / "mine").mkdir()
+    shutil.rmtree(counted / "count/first/provenance")
+    assert stoker("package", "first", "--to", str(tmp_path / "mine"), cwd=counted.parent).code == 2
+    assert list((tmp_path / "mine").iterdir()) == []
 
 
 def files_of(version: str, value: int) -> dict[str, bytes]:

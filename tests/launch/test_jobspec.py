@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import subprocess
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from stoker.errors import BadInput
 from stoker.launch import jobs, jobspec, slurm
 from stoker.launch.jobs import Job
 from stoker.launch.jobspec import ELEMENT, RENDEZVOUS, JobSpec
+from stoker.object_store import Unreachable
 
 WORDS = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=12)
 
@@ -50,6 +52,38 @@ def test_a_record_says_what_was_submitted(tmp_path: Path) -> None:
         assert jobs.find(tmp_path, name) == known
     with pytest.raises(BadInput, match="no job '43'"):
         jobs.find(tmp_path, "43")
+    with pytest.raises(BadInput, match="give a job's id"):
+        jobs.find(tmp_path, "")
+
+
+def test_a_record_of_another_version_does_not_hide_the_others(tmp_path: Path) -> None:
+    known = []
+    for native in ("1", "2", "3"):
+        job = _job(tmp_path)
+        jobs.begin(job, "script.sh", "")
+        known.append(jobs.remember(job, native))
+    for job, changed in zip(known, ({"newer": 1}, {"spec": None}, {}), strict=True):
+        file = job.folder / jobs.RECORD
+        record = json.loads(file.read_text()) | changed
+        file.write_text(json.dumps({key: value for key, value in record.items() if value is not None}))
+    assert [job.native for job in jobs.every(tmp_path)] == ["1", "3"]
+
+
+def test_without_the_store_it_is_not_said_that_there_are_no_jobs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(self: object, prefix: str = "") -> None:
+        raise Unreachable("it does not answer")
+
+    monkeypatch.setenv("STOKER_CACHE", str(tmp_path / "cache"))
+    runs = object_store.working_copy(f"file://{tmp_path}/store")
+    monkeypatch.setattr(object_store.Store, "objects", away)
+    with pytest.raises(Unreachable):
+        jobs.every(runs)
+    job = _job(runs)
+    jobs.begin(job, "script.sh", "")
+    jobs.remember(job, "42")
+    assert [job.native for job in jobs.every(runs)] == ["42"]
 
 
 def test_a_user_without_a_name_and_code_that_cannot_be_read_hold_no_job_back(

@@ -198,6 +198,35 @@ def test_what_slurm_can_never_run_is_refused_before_anything_is_written(
     assert not list(folder.iterdir())
 
 
+def test_a_job_of_which_slurm_says_nothing_is_not_over(
+    stoker: Command, start: Start, folder: Path, configuration: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = (*SAME, "waits=[20]", "--name", "a", "--on", "slurm")
+    done = stoker(*asked, "--json", cwd=folder)
+    assert done.code == 0, done.err
+    _wait(lambda: _state(done.answer["native"]) == "RUNNING")
+    settings = dict(line.split("=", 1) for line in configuration.read_text().splitlines() if "=" in line)
+    lost = configuration.with_name("lost.conf")
+    lost.write_text(configuration.read_text().replace(
+        f"SlurmctldPort={settings['SlurmctldPort']}", f"SlurmctldPort={servers.free_port()}\nMessageTimeout=2"
+    ))  # fmt: skip
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setenv("SLURM_CONF", str(lost))
+        listed = stoker("jobs", "list", cwd=folder)
+        assert listed.code == 0
+        assert "unknown (slurm does not answer)" in listed.out
+        cancelled = stoker("jobs", "cancel", "a", cwd=folder)
+        assert cancelled.code == 1
+        assert "Slurm does not answer: " in cancelled.err
+        assert stoker(*asked, cwd=folder).code != 0
+        followed = start("jobs", "logs", "a", "--follow", cwd=folder)
+        time.sleep(4)  # it asks every 2 s
+        assert followed.poll() is None
+        followed.kill()
+    assert _state(done.answer["native"]) == "RUNNING"
+    assert stoker("jobs", "cancel", "a", "--now", cwd=folder).code == 0
+
+
 @pytest.mark.skipif(servers.postgres_binaries() is None, reason="PostgreSQL is not installed")
 @pytest.mark.filterwarnings("ignore")  # of SQLAlchemy
 def test_a_sweep_is_an_array_of_controllers_of_one_study(

@@ -65,6 +65,16 @@ def test_a_job_here_has_the_variables_it_was_given(stoker: Command, tmp_path: Pa
         (("--on", "ray", "--time", "4h", "--max-time", "1h"), "on ray they are the same; give one of them"),
         (("--on", "slurm", "--option", "partition", "--dry-run"), "give partition=VALUE, or leave it out"),
         (("--time", "3", "--dry-run"), "--time '3' is no length of time"),
+        (("--on", "slurm", "--option", "job name=x", "--dry-run"), "give KEY=VALUE, such as partition=gpu"),
+        (("--on", "slurm", "--option", "job=x", "--dry-run"), "Slurm would read it as job-name"),
+        (("--on", "slurm", "--option", "comment=a\nb", "--dry-run"), "comment: its value has a line break"),
+        (("--on", "ray", "--option", "working-dir=/nope", "--dry-run"), "there is no such folder to be sent"),
+        (
+            ("--on", "kubernetes", "--option", "image=x y", "--dry-run"),
+            "image=x y: that is no name of an image",
+        ),
+        (("--on", "kubernetes", "--option", "claim=Not_Valid", "--dry-run"), "small letters, digits"),
+        (("--on", "kubernetes", "--option", "node.=x", "--dry-run"), "give node.LABEL=VALUE"),
     ],
 )
 def test_what_cannot_be_submitted_leaves_nothing_behind(

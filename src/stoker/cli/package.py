@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from pathlib import Path
 from typing import Annotated
@@ -30,15 +31,24 @@ def package(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise BadInput(f"{folder} is there already: remove it, or choose another place with --to")
     part = stretch.find(seen)
+    there = folder.exists()
     try:
         made = packaging.write(seen, part, folder)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
+    except BaseException as error:
+        for left in [*folder.iterdir()] if there else [folder]:
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                with contextlib.suppress(OSError):
+                    left.unlink()
+        if isinstance(error, OSError):
+            raise BadInput(f"{folder} cannot be written: {error.strerror or error}") from error
         raise
     if json:
         print_json({
             "folder": str(made.folder), "command": made.command, "image": made.image, "data": made.data,
             "lacking": made.lacking, "not_installed": made.not_installed,
+            "secrets": made.secrets,
         })  # fmt: skip
         return
     out = console()
@@ -47,6 +57,7 @@ def package(
         ("base image", made.image),
         ("data", ", ".join(f"{about['path']} ({about['fingerprint'][:20]})" for about in made.data.values())),
         ("left out", ", ".join(made.lacking)),
+        ("secrets", ", ".join(f"{key}, to be given to run.sh" for key in made.secrets)),
         ("packages", ", ".join(f"{name} was used from a folder" for name in made.not_installed)),
     ):
         if said:

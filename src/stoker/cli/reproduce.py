@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 from stoker import config as configs
-from stoker import storage
+from stoker import signals, storage
 from stoker.checkpoint import manifest
 from stoker.checkpoint.manifest import InvalidCheckpoint
 from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, console, print_json, runs_option, show_messages
@@ -88,13 +88,16 @@ def reproduce(
     part = stretch.find(seen, _checkpoint_of(seen, start), steps)
     target = _free(seen.directory)
     try:
-        checked, starting = _prepare(seen, part, target, overrides or (), env)
-        if not json:
-            reproduction.print_checked(console(), checked)
-        code = again.run(starting)
+        with signals.raised():
+            checked, starting = _prepare(seen, part, target, overrides or (), env)
+            if not json:
+                reproduction.print_checked(console(), checked)
+            code = again.run(starting, target.exists)
     finally:
         if not target.exists():  # nothing is left behind of what has not begun
             shutil.rmtree(target.path, ignore_errors=True)
+    if not target.exists() and code in _CODES.values():
+        return _answer_not_begun(target, code, json)
     made = _made(target, code, seen, part)
     if made.status in _CODES:
         return _answer_stopped(made, json)
@@ -115,6 +118,16 @@ def _answer_stopped(made: RunView, json: bool) -> int:
     else:
         console().print(f"{name} {made.status} at step {made.step}: nothing was compared")
     return _CODES[made.status]
+
+
+def _answer_not_begun(target: RunDirectory, code: int, json: bool) -> int:
+    """The same of one that was told so before it was there; returns the exit code."""
+    if json:
+        status = next(status for status, known in _CODES.items() if known == code)
+        print_json({"identical": None, "again": None, "status": status, "step": 0})
+    else:
+        console().print(f"{target.id} was told to stop before it began: nothing was made")
+    return code
 
 
 def _checkpoint_of(seen: RunView, start: str | None) -> int | None:
@@ -283,8 +296,6 @@ def _take_checkpoint(seen: RunView, target: RunDirectory, step: int) -> None:
 def _made(target: RunDirectory, code: int, seen: RunView, part: Stretch) -> RunView:
     """The run that was made. Raises StokerError where it is not there, or has failed as the other did not."""
     if not target.exists():
-        if code in _CODES.values():
-            raise StokerError("it was told to stop before it began")
         kind = BadInput if code == EXIT_BAD_INPUT else StokerError
         raise kind(f"the run could not be started again (exit code {code}): see what was said above")
     made = view.load(target)

@@ -11,7 +11,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -21,7 +21,7 @@ import yaml
 from stoker import config as configs
 from stoker import redaction, signals, storage
 from stoker.config import COMMAND_LINE, DEFAULT
-from stoker.errors import BadInput
+from stoker.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, BadInput
 from stoker.reproduce import provenance
 from stoker.reproduce.place import Place
 from stoker.reproduce.stretch import Stretch
@@ -33,6 +33,9 @@ from stoker.run.view import RunView
 CONFIG = "config.yaml"
 FOLDER = "again"
 """In the run that is made: the code that it is made from, and what was asked for."""
+_ENDS: dict[int, int] = {
+    signal.SIGTERM: EXIT_PREEMPTED, signal.SIGUSR1: EXIT_PREEMPTED, signal.SIGINT: EXIT_INTERRUPTED
+}  # fmt: skip
 _OF_A_LAUNCH = (
     "RANK",
     "LOCAL_RANK",
@@ -102,27 +105,35 @@ def prepare(
     return Start((python, *words), there.cwd, _environment(there, seen, own), is_script)
 
 
-def run(start: Start) -> int:
-    """Do it, and return its exit code; signals are passed on to it."""
+def run(start: Start, begun: Callable[[], bool]) -> int:
+    """Do it, and return its exit code; signals are passed on to it.
+
+    Args:
+        begun: whether the run is there. Until then it is ended, and the code is that of the signal.
+    """
     output = sys.stderr if start.is_script else subprocess.DEVNULL
     process = subprocess.Popen(
         start.command, cwd=start.cwd, env=dict(start.variables), stdin=subprocess.DEVNULL, stdout=output,
         process_group=0,  # Ctrl-C reaches this process alone, which passes it on once
         preexec_fn=signals.at_parents_death(signal.SIGTERM),  # noqa: PLW1509 - it takes no lock
     )  # fmt: skip
-    with _passing_on(process):
-        return process.wait()
+    with _passing_on(process, begun) as told:
+        code = process.wait()
+    return _ENDS[told[0]] if told and not begun() else code
 
 
 @contextlib.contextmanager
-def _passing_on(process: subprocess.Popen[bytes]) -> Iterator[None]:
-    def pass_on(number: int, frame: FrameType | None) -> None:
-        process.send_signal(number)
+def _passing_on(process: subprocess.Popen[bytes], begun: Callable[[], bool]) -> Iterator[list[int]]:
+    """Those that came are in the list. One that still loads its modules would show where Ctrl-C met it."""
+    told: list[int] = []
 
-    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-    previous = {number: signal.signal(number, pass_on) for number in numbers}
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        told.append(number)
+        process.send_signal(number if begun() else signal.SIGTERM)
+
+    previous = {number: signal.signal(number, pass_on) for number in _ENDS}
     try:
-        yield
+        yield told
     finally:
         if process.poll() is None:
             process.kill()
@@ -138,15 +149,22 @@ def known_values(
     A secret that was a default is found by the code again. Raises BadInput for any other.
     """
     given = {configs.split(override)[0] for override in overrides}
-    kept = {key: value for key, value in config.items() if key not in given}
-    removed = {key for key, value in kept.items() if redaction.holds_redacted(value)}
-    lost = sorted(key for key in removed if sources.get(key, DEFAULT) != DEFAULT)
+    kept, lost = without_secrets({k: v for k, v in config.items() if k not in given}, sources)
     if lost:
         raise BadInput(
             f"{', '.join(lost)}: a secret, which is not recorded; give it again: "
             f"{' '.join(f'{key}=...' for key in lost)}"
         )
-    return {key: value for key, value in kept.items() if key not in removed}
+    return kept
+
+
+def without_secrets(
+    config: Mapping[str, Any], sources: Mapping[str, str]
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """A config without secrets, which no record has, and the keys of those that the code does not have."""
+    removed = {key for key, value in config.items() if redaction.holds_redacted(value)}
+    kept = {key: value for key, value in config.items() if key not in removed}
+    return kept, tuple(sorted(key for key in removed if sources.get(key, DEFAULT) != DEFAULT))
 
 
 def located(reference: str, there: Place) -> str:

@@ -15,7 +15,7 @@ import platform
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -108,15 +108,20 @@ def write(job: Job) -> None:
 
 
 def every(runs: Path) -> list[Job]:
-    """All jobs of a runs folder, oldest first; of an object store those of other machines too."""
+    """All jobs of a runs folder, oldest first; of an object store those of other machines too.
+
+    Raises Unreachable.
+    """
     _bring(runs)
-    records = ((file, storage.read_json(file)) for file in (runs / FOLDER).glob(f"*/{RECORD}"))
-    found = [_read(record, runs) for _, record in records if record]
-    return sorted(found, key=lambda job: (job.submitted, job.id))
+    found = [_read(file, runs) for file in (runs / FOLDER).glob(f"*/{RECORD}")]
+    return sorted((job for job in found if job is not None), key=lambda job: (job.submitted, job.id))
 
 
 def _bring(runs: Path) -> None:
-    """Bring here what other machines have written of jobs into an object store."""
+    """Bring here what other machines have written of jobs into an object store.
+
+    Raises Unreachable where nothing is known without it.
+    """
     store = object_store.of(runs.absolute())
     if store is None:
         return
@@ -126,6 +131,8 @@ def _bring(runs: Path) -> None:
             if not file.is_file() or (file.name == RECORD and file.stat().st_size != stored.size):
                 store.get(key, file)  # one that was cancelled elsewhere, say
     except Unreachable as error:
+        if not any((runs / FOLDER).glob(f"*/{RECORD}")):
+            raise
         log.warning("jobs of other machines are not known now: %s", error)
 
 
@@ -134,6 +141,8 @@ def find(runs: Path, reference: str) -> Job:
 
     Of several jobs that trained one run the newest is meant.
     """
+    if not reference:
+        raise BadInput("give a job's id, the start of one, the cluster's id, or a run's name")
     known = every(runs)
     exact = [job for job in known if reference in (job.id, job.native)]
     named = [job for job in known if any(reference in (run, _name(run)) for run in job.trains)]
@@ -162,7 +171,16 @@ def _name(run: str) -> str:
     return run.rpartition("/")[2]
 
 
-def _read(record: dict[str, Any], runs: Path) -> Job:
-    """A job by its record, wherever the runs folder stands now."""
-    kept = {**record, "spec": JobSpec.from_json(record["spec"]), "trains": tuple(record["trains"])}
-    return Job(**{**kept, "runs": runs.absolute()})
+def _read(file: Path, runs: Path) -> Job | None:
+    """A job by its record, wherever the runs folder stands now; None where there is none that can be read."""
+    record = storage.read_json(file)
+    if not record:
+        return None
+    known = {one.name for one in fields(Job)}  # a newer version may have written more
+    kept = {key: value for key, value in record.items() if key in known}
+    try:
+        spec = JobSpec.from_json(kept["spec"])
+        return Job(**{**kept, "spec": spec, "trains": tuple(kept["trains"]), "runs": runs.absolute()})
+    except (KeyError, TypeError, BadInput) as error:
+        log.warning("%s cannot be read, and is left out: %s", file, error)
+        return None

@@ -25,6 +25,7 @@ ELEMENT = "\0element\0"
 _MEMORY = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT])(?:i?B)?", re.IGNORECASE)
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_SETTING = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]*")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,8 +155,10 @@ def settings(given: Sequence[str]) -> dict[str, str]:
     for text in given:
         key, _, value = text.partition("=")
         key = key.strip().lstrip("-")
-        if not key or key in found:
-            why = "it is given twice" if key else "give KEY=VALUE, such as partition=gpu"
+        if not _SETTING.fullmatch(key) or key in found:
+            why = "it is given twice" if key in found else "give KEY=VALUE, such as partition=gpu"
             raise BadInput(f"--option {text}: {why}")
+        if not value.isprintable():
+            raise BadInput(f"--option {key}: its value has a line break, or another control character")
         found[key] = value
     return found

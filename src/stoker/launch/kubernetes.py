@@ -51,6 +51,9 @@ _OPTIONS = {
     "gpu-resource": "nvidia.com/gpu by default",
     "runtime": "the ClusterTrainingRuntime of a trainjob, torch-distributed by default",
 }
+_NAMES = ("claim", "namespace", "secret", "service-account", "pull-secret", "queue", "runtime")
+_NAME = re.compile(r"[a-z0-9](?:[a-z0-9.-]{0,251}[a-z0-9])?")
+_IMAGE = re.compile(r"[\w./:@+-]*")
 _NEEDS = "it is to be on the PATH, with access to a cluster; --dry-run prints the manifest anywhere"
 _SELECTOR = "node."
 """Before a label that nodes must have, as in `node.accelerator=a100`."""
@@ -468,6 +471,15 @@ def _check_options(spec: JobSpec) -> None:
                 f"--option {key}: there is no such setting{nearest(key, _OPTIONS)}; there are {known}; "
                 "node.LABEL: what nodes must have"
             )
+    for key, value in spec.options.items():
+        if key in _NAMES and not _NAME.fullmatch(value):
+            raise BadInput(
+                f"--option {key}={value}: a name of Kubernetes has small letters, digits, - and . (RFC 1123)"
+            )
+        if key == _SELECTOR:
+            raise BadInput(f"--option {key}={value}: give node.LABEL=VALUE, such as node.accelerator=a100")
+        if key == "image" and not _IMAGE.fullmatch(value):
+            raise BadInput(f"--option image={value}: that is no name of an image")
     if not spec.options.get("image"):
         raise BadInput(
             "--option image=NAME: pods run an image that has stoker and your code in it; `stoker package` "

@@ -16,12 +16,10 @@ import multiprocessing
 import os
 import signal
 import tempfile
-import threading
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import psutil
@@ -71,7 +69,7 @@ def run(
         StokerError: likewise; or RankFailed, for anything else.
     """
     job = _Job(function, tuple(arguments), nproc, tuple(preload))
-    with _stopping():
+    with signals.raised():  # while no ranks are there to be told, it ends as they would
         if machines.most == 1:
             return _alone(job, Budget(max_restarts))
         with nodes.seat(rendezvous, nproc, machines, max_restarts, shared, fits) as seat:
@@ -134,22 +132,6 @@ def _together(job: _Job, seat: nodes.Seat, host: str) -> int:
             else:
                 if code >= 0:
                     return code
-
-
-@contextlib.contextmanager
-def _stopping() -> Iterator[None]:
-    """While no ranks are there to be told, a signal ends this process as it would end them."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise Stopped("preempted")
-
-    main = threading.current_thread() is threading.main_thread()
-    before = {number: signal.signal(number, stop) for number in signals.ENDED_BY} if main else {}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _attempt(job: _Job, place: Place, folder: Path) -> int:

@@ -54,6 +54,8 @@ class Package:
     """Files of the code that the record left out for their size."""
     not_installed: tuple[str, ...]
     """Packages that pip cannot install, and that are not in the code."""
+    secrets: tuple[str, ...]
+    """Keys of the config that were secrets, which no record has."""
 
 
 def write(seen: RunView, part: Stretch, folder: Path) -> Package:
@@ -65,13 +67,14 @@ def write(seen: RunView, part: Stretch, folder: Path) -> Package:
         folder: to be made.
 
     Raises:
-        BadInput: the code was not recorded, its record is damaged, or a secret of the config is not known.
+        BadInput: the code was not recorded, or its record is damaged.
+        OSError: it cannot be written there.
     """
     record = seen.directory.provenance
     there = place.materialise(record, folder / "code", seen.record["cwd"])
     lock, environment = again.read_lock(record), storage.read_json(record / provenance.ENVIRONMENT)
     (folder / "requirements.txt").write_text(lock, encoding="utf-8")
-    values = again.known_values(_decided(part), seen.record["sources"])
+    values, secrets = again.without_secrets(_decided(part), seen.record["sources"])
     (folder / again.CONFIG).write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
     imported = there.python_path(lock, environment.get("variables", {}).get("PYTHONPATH", ""))
     outside = _used_from_elsewhere(lock, there)
@@ -83,6 +86,7 @@ def write(seen: RunView, part: Stretch, folder: Path) -> Package:
     made = Package(
         folder, command, _image(environment), storage.read_json(record / provenance.DATA),
         tuple(left.path for left in there.code.left_out), tuple(name for name in outside if name != "stoker"),
+        secrets,
     )  # fmt: skip
     (folder / "Dockerfile").write_text(_dockerfile(made.image, lock, environment), encoding="utf-8")
     has_keys = seen.record["recipe"].get("reference") is not None
@@ -263,6 +267,7 @@ def _needs(made: Package, there: Place) -> Iterator[str]:
         for name, about in made.data.items()
     ]
     lines += [f"- `code/{path}`, which the record of the code left out" for path in made.lacking]
+    lines += [f"- {key}, a secret, which no record has: `./run.sh {key}=...`" for key in made.secrets]
     lines += [f"- the package {package}, which was used from a folder" for package in made.not_installed]
     if lines:
         yield from ("## Needs", "", *lines, "")

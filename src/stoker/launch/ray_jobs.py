@@ -192,6 +192,9 @@ def _check_options(spec: JobSpec) -> None:
             raise BadInput(
                 f"--option {key}: there is no such setting{nearest(key, _OPTIONS)}; there are {known}"
             )
+    sent = spec.options.get("working-dir", "")
+    if "working-dir" in spec.options and "://" not in sent and not (spec.folder / sent).is_dir():
+        raise BadInput(f"--option working-dir={sent}: there is no such folder to be sent to the cluster")
     if spec.passed:
         raise BadInput(
             f"--env {spec.passed[0]}: Ray shows the variables of a job on its dashboard; set it "

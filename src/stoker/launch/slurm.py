@@ -9,6 +9,7 @@ job as running: one that was cancelled is not any more, nor one that Slurm queue
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shlex
@@ -29,6 +30,9 @@ SCRIPT = "script.sh"
 ATTEMPTS = "attempts.txt"
 """In the job's folder: a line for each time that it ended, with its exit code."""
 
+log = logging.getLogger("stoker")
+
+_FORGOTTEN = "Invalid job id"  # says squeue of a job that is over for long
 _WARNING = 120  # seconds before the time limit
 _STRAGGLERS = 60  # seconds that the other nodes' launchers have to end, once one has
 _FIRST_PORT = 20000  # of ten thousand below those that Linux gives to outgoing connections
@@ -135,7 +139,11 @@ def lines(job: Job, *, follow: bool) -> Iterator[Line]:
         return own | tail.of_ranks(job)
 
     def over() -> bool:
-        return states([job])[job.id].over
+        try:
+            return states([job])[job.id].over
+        except StokerError as error:
+            log.warning("%s; what is written is followed on", error)
+            return False
 
     return tail.lines(files, over if follow else None)
 
@@ -270,8 +278,13 @@ def _check_options(options: Mapping[str, str]) -> None:
             raise BadInput(
                 f"--option {key}: the script sets it itself, so that the job can go on; leave it out"
             )
-        if len(key) == 1:
-            raise BadInput(f"--option {key}: give its long name, such as partition for p")
+        meant = [name for name in (*_FLAGS, *_OWN) if name.startswith(key)]
+        if len(key) == 1 or meant:
+            raise BadInput(
+                f"--option {key}: Slurm would read it as {meant[0]}, which is not given so"
+                if meant
+                else f"--option {key}: give its long name, such as partition for p"
+            )
         if not value and key not in _SWITCHES:
             raise BadInput(f"--option {key}: it has no value; give {key}=VALUE, or leave it out")
 
@@ -369,10 +382,12 @@ def _said(done: subprocess.CompletedProcess[str]) -> str:
 
 
 def _queue(numbers: Sequence[str]) -> dict[str, list[Status]]:
-    """Jobs that squeue knows, by number: the state of each element."""
+    """Jobs that squeue knows, by number: the state of each element. Raises StokerError where none answers."""
     done = _call([
         "squeue", "--noheader", "--array", "--states=all", f"--jobs={','.join(numbers)}", "--format=%F|%T|%r"
     ])  # fmt: skip
+    if done.returncode != 0 and _FORGOTTEN not in done.stderr:
+        raise StokerError(f"Slurm does not answer: {_said(done)}")
     found: dict[str, list[Status]] = {}
     for line in done.stdout.splitlines():
         number, word, reason = line.split("|", 2)

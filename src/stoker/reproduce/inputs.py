@@ -97,13 +97,23 @@ def resolved(
         overrides: as they were given.
         config: the values of the run; a key of which the value names recorded data is one of data.
         recorded: what `data.json` says.
+
+    Raises:
+        BadInput: what can only be a path leads nowhere.
     """
-    known = {str(about["path"]) for about in recorded.values()}
+    known = {str(about["path"]): about for about in recorded.values()}
     found = []
     for override in overrides:
         key, _, value = override.partition("=")
-        of_data = not known.isdisjoint(paths_of({key: config.get(key)}))
-        found.append(f"{key}={','.join(map(_absolute, value.split(',')))}" if of_data else override)
+        had = [known[path] for path in paths_of({key: config.get(key)}) if path in known]
+        parts = value.split(",") if had else []
+        for part in parts:
+            if part.startswith(("/", ".")) and not _stands(part):
+                raise BadInput(
+                    f"{key}={part}: there is nothing; the run read {had[0]['path']}, of fingerprint "
+                    f"{_known(had[0])}"
+                )
+        found.append(f"{key}={','.join(map(_absolute, parts))}" if had else override)
     return found
 
 
@@ -189,6 +199,13 @@ def _absolute(part: str) -> str:
     if part and _exists(Path(part)):
         return str(Path(part).absolute())
     return f"{Path(path).absolute()}:{weight}" if separator and path and _exists(Path(path)) else part
+
+
+def _stands(part: str) -> bool:
+    """Whether there is what a part of a mixture names, with its weight or without; a pattern may match."""
+    return any(sign in part for sign in "*?[") or any(
+        map(_exists, (Path(part), Path(part.rpartition(":")[0] or part)))
+    )
 
 
 def _exists(path: Path) -> bool:

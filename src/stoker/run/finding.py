@@ -60,6 +60,8 @@ def every(runs: Path) -> list[RunDirectory]:
 
 def find(runs: Path, reference: str) -> RunDirectory:
     """The run meant by a path, `experiment/id`, an id, or the start of one. Raises BadInput."""
+    if not reference:
+        raise BadInput("give a run: its id, the start of one, experiment/id, or its path")
     for path in (Path(reference), runs / reference):
         if (path / "run.json").is_file():
             return _up_to_date(RunDirectory(path.absolute()))
