@@ -196,7 +196,7 @@ def controller(trials: int) -> dict[str, float]:
 
     from stoker.tune import schedulers, space, study
     from stoker.tune.plan import Objective, Plan
-    from stoker.tune.search import Search
+    from stoker.tune.search import Executor, Search
     from stoker.tune.trial import Ended, Report
 
     @dataclass(frozen=True)
@@ -206,7 +206,7 @@ def controller(trials: int) -> dict[str, float]:
         dropout: float = 0.0
         kind: str = "a"
 
-    class AtOnce:
+    class AtOnce(Executor):
         """In place of processes: a trial has reported and ended when it is started."""
 
         def __init__(self) -> None:
@@ -231,15 +231,6 @@ def controller(trials: int) -> dict[str, float]:
             said, self._said = self._said, []
             return said
 
-        def answer(self, number: int, decision: str, *, save: bool) -> None:
-            pass
-
-        def kill(self) -> None:
-            pass
-
-        def close(self) -> None:
-            pass
-
     searched = space.parse(
         ["lr=log(1e-5, 1e-1)", "width=int(4, 64, log)", "dropout=uniform(0, 0.5)", "kind=[a, b, c]"], Config
     )
@@ -247,7 +238,7 @@ def controller(trials: int) -> dict[str, float]:
     folder.mkdir(parents=True)
     file = study.JournalFile(folder / "study.journal")
     made = study.opened(file, study.sampler("tpe", searched, 0), ["min"])
-    workers: Any = AtOnce()
+    workers = AtOnce()
     rule = schedulers.make("asha", least=1, most=100)
     plan = Plan(folder, "bench", Config, (Objective("val_loss", "min"),), trials, folder / "provenance")
     Search(plan, searched, made, file, rule, workers).run()
