@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 .PHONY: setup demo test lint bench soak clean help
 
 help:
-	@echo "make demo    set up, then pretrain, fine-tune and test a small language model (about 5 minutes)"
+	@echo "make demo    set up, then pretrain, fine-tune and test a small language model (5 to 10 minutes)"
 	@echo "make test    set up, then run the tests, WORKERS=2 at a time"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   measure against peers, in the same run (two to three hours)"
