@@ -29,6 +29,7 @@ from stoker.data.loader import Collate, Loader
 from stoker.duration import Duration
 from stoker.engine import (
     batches,
+    blocks,
     counting,
     determinism,
     device,
@@ -126,6 +127,7 @@ class Trainer:
         )  # fmt: skip
         self._setting = setting
         model.train()
+        block = blocks.largest(model, self.training.blocks)  # before a strategy gives them other names
         self._step = strategies.lay_out(model, self.strategy, self.training, setting, optimizer, load)
         self.model = self._step.model
         self.optimizers = self._step.optimizers
@@ -138,13 +140,12 @@ class Trainer:
             keep=self.training.keep_checkpoints, every=self.training.keep_every, best=best,
             done=self._heart.saved,
         )  # fmt: skip
-        self.steps_done = 0
-        self.samples_done = 0
+        self.steps_done, self.samples_done = 0, 0
         self.waited = 0.0
         """Seconds that this attempt waited for batches."""
         self._spent = {"evaluating": 0.0, "checkpointing": 0.0}
         self._schedule = schedule
-        self._cut = MicroBatches(self._step, setting, self.training, self.world, self.strategy)
+        self._cut = MicroBatches(self._step, setting, self.training, self.world, self.strategy, block)
         self._history: dict[str, list[tuple[int, float]]] = {}
         self._losses = LossWatch(self.training.spike)
         self._last_loss: torch.Tensor | None = None

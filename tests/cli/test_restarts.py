@@ -293,5 +293,7 @@ def test_what_cannot_take_less_memory_is_not_tried_again(stoker: Command, tmp_pa
         "train", RECIPE, "fits=2", "micro_batch=4", "--nproc", "2", "--max-restarts", "3", "--name", "a"
     )
     assert done.code == 1
-    assert "Give micro_batch=2, which was tried and fits: the result stays the same" in done.err
+    assert (
+        "Give micro_batch=2 or less (auto finds the largest that fits): the result stays the same" in done.err
+    )
     assert len(loaded(tmp_path / "runs" / "ranked" / "a").attempts) == 1

@@ -42,7 +42,8 @@ def apply(blocks: Sequence[tuple[str, nn.Module]], how: str) -> None:
             f"activation_checkpointing={how}: no repeated blocks were found; name their classes with blocks="
         )
     for _, block in blocks[every - 1 :: every]:
-        block.forward = _recomputed(block, block.forward, _contexts(block, selective=kind == "selective"))
+        forward = getattr(block.forward, "recomputes", block.forward)  # not what is in place already
+        block.forward = _recomputed(block, forward, _contexts(block, selective=kind == "selective"))
 
 
 def _recomputed(
@@ -54,6 +55,7 @@ def _recomputed(
             return forward(*args, **kwargs)
         return checkpoint(forward, *args, use_reentrant=False, **contexts, **kwargs)
 
+    run.recomputes = forward  # type: ignore[attr-defined]
     return run
 
 

@@ -43,6 +43,11 @@ def find(model: nn.Module, names: Sequence[str] = ()) -> list[tuple[str, nn.Modu
     return [(name, block) for name, block in found if _parameters(block)]
 
 
+def largest(model: nn.Module, names: Sequence[str] = ()) -> int:
+    """Bytes of the largest block's parameters; 0 where there is none. Raises BadInput as `find` does."""
+    return max((sum(p.nbytes for p in block.parameters()) for _, block in find(model, names)), default=0)
+
+
 def longest(model: nn.Module) -> tuple[str, nn.Module] | None:
     """The list of modules that holds the most parameters, if more than half of all, and its dotted prefix."""
     lists = [

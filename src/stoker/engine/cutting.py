@@ -21,11 +21,14 @@ class MicroBatches:
     Args:
         world: all ranks.
         strategy: as it was chosen, never `auto`.
+        block: bytes of the model's largest repeated block, whole; 0 where it has none.
     """
 
-    def __init__(self, step: Step, setting: Setting, training: Training, world: World, strategy: str) -> None:
+    def __init__(
+        self, step: Step, setting: Setting, training: Training, world: World, strategy: str, block: int
+    ) -> None:
         self._step, self._setting, self._training = step, setting, training
-        self._world, self._strategy = world, strategy
+        self._world, self._strategy, self._block = world, strategy, block
         self.size = training.micro_batch
         """Samples of one; `auto` before the first batch; none: a rank's whole share."""
 
@@ -59,9 +62,11 @@ class MicroBatches:
             batch: this rank's share, where its forward and backward pass ran out; none: the update did.
         """
         said = f"out of memory on rank {self._world.rank}: {out_of_memory.said(error)}"
-        log.warning("%s Seeing what would fit", said)  # to try that may end the process
-        change = fitting.Change(self._step, self._setting, self._training, self._strategy)
-        if batch is None:
+        log.warning("%s", said)  # to try what would fit may end the process
+        change = fitting.Change(
+            self._step, self._setting, self._training, self._world, self._strategy, self._block
+        )
+        if batch is None or self.size == "auto":  # which tries with the state of optimizers in place
             return f"{said} {change.of_an_update()}"
         micro = self.size if isinstance(self.size, int) else None
         return f"{said} {change.of_a_pass(error, batch, self._sizes(batch), micro)}"

@@ -1,4 +1,4 @@
-"""What would fit where memory ran out: tried where a rank can do so alone, else reckoned from what was asked.
+"""What would fit where memory ran out: tried where one process trains, else reckoned from what was asked.
 
 Changes are weighed in the order of what they cost: smaller micro-batches, activations computed
 again, more ranks. None of them changes what a run computes but BatchNorm's statistics.
@@ -6,7 +6,10 @@ again, more ranks. None of them changes what a run computes but BatchNorm's stat
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import gc
+import logging
 import traceback
 from collections.abc import Sequence
 from typing import Any
@@ -14,9 +17,12 @@ from typing import Any
 import torch
 from stoker.engine import activation, batches, blocks, memory, micro_batch, out_of_memory, rehearsal
 from stoker.engine.options import Training
-from stoker.engine.step import Setting, Step
+from stoker.engine.step import PlainStep, Setting, Step
 from stoker.errors import BadInput
+from stoker.world import World
 from torch.nn.modules.batchnorm import _BatchNorm
+
+log = logging.getLogger("stoker")
 
 _ROOM = 0.8  # of a rank's memory for weights, gradients and optimizer state; the rest is activations
 
@@ -26,49 +32,73 @@ class Change:
 
     Args:
         strategy: as it was chosen, never `auto`.
+        block: bytes of the largest repeated block, whole; 0 where the model has none.
     """
 
-    def __init__(self, step: Step, setting: Setting, training: Training, strategy: str) -> None:
-        self._step, self._setting, self._training, self._strategy = step, setting, training, strategy
-        try:
-            self._blocks = blocks.find(step.model, training.blocks)
-        except BadInput:  # a stage of a pipeline may have none of those that were named
-            self._blocks = []
+    def __init__(
+        self, step: Step, setting: Setting, training: Training, world: World, strategy: str, block: int
+    ) -> None:
+        self._step, self._setting, self._training = step, setting, training
+        self._world, self._strategy, self._block = world, strategy, block
 
     def of_a_pass(
         self, error: torch.OutOfMemoryError, batch: Any, sizes: Sequence[int], micro: int | None
     ) -> str:
-        """After a forward or backward pass; in words that begin with `Give`. Forgets the gradients.
+        """After a forward or backward pass; in words that tell what to give. Forgets the gradients.
 
         Args:
             batch: this rank's share of a global batch, where the loader left it.
             sizes: what a micro-batch may have, smallest first.
             micro: samples of the one that did not fit; None: the whole share.
         """
+        if self._training.optimizer_in_backward:  # goes with no micro-batches, and moves weights if tried
+            return self._recomputing() or self.of_an_update()
         smaller = [size for size in sizes if size < (micro or batches.size(batch))]
-        if not rehearsal.works_alone(self._step, self._setting, self._strategy):
-            return self._reckoned(error, smaller, micro or batches.size(batch))
+        reckoned = self._reckoned(error, smaller, micro or batches.size(batch))
+        if self._world.size > 1 or self._setting.loss is None or not isinstance(self._step, PlainStep):
+            return reckoned  # others would have to try at the same time, and wait for the step that failed
+        log.warning("seeing which micro-batch would fit")
         _let_go(error)
         self._step.clear()
-        found = self._largest(batch, smaller)
-        if found is not None:
-            return self._said(f"micro_batch={found}, which was tried and fits")
-        if self._recomputes() and self._largest(batch, [1]) is not None:
-            one = "" if micro == 1 else "micro_batch=1 "
-            return self._said(f"{one}activation_checkpointing=full, which was tried and fits")
-        return self._of_one_sample()
+        try:
+            return self._tried(batch, smaller, micro)
+        except Exception as why:  # of the model's own
+            log.debug("nothing could be tried: %r", why)
+            return reckoned
 
     def of_an_update(self) -> str:
         """Where no activations are left that could be fewer."""
         if self._strategy not in ("single", "ddp"):
             return self._said("more ranks, or the strategy's offload")
-        room = _ROOM * self._has()
-        ranks = memory.ranks_that_hold(self._step.model, self._blocks, self._training, room)
-        return self._said(f"parallel=fsdp over {f'{ranks} such' if ranks else 'more'} ranks")
+        training = dataclasses.replace(self._training, optimizer_in_backward=False)
+        ranks = memory.ranks_that_hold(
+            self._step.model, self._blocks(), training, _ROOM * self._has(), self._moments()
+        )
+        without = "no optimizer_in_backward, and " if self._training.optimizer_in_backward else ""
+        return self._said(f"{without}parallel=fsdp over {f'{ranks} such' if ranks else 'more'} ranks")
+
+    def _tried(self, batch: Any, smaller: Sequence[int], micro: int | None) -> str:
+        """What a pass was seen to fit with."""
+        found = self._largest(batch, smaller)
+        if found is not None:
+            return self._said(f"micro_batch={found}, which was tried and fits")
+        recomputing = self._recomputing(micro)
+        if recomputing:
+            with contextlib.suppress(BadInput):
+                activation.apply(self._blocks(), "full")
+                if self._largest(batch, [1]) is not None:
+                    return recomputing.replace("=full", "=full, which was tried and fits")
+        return self._of_one_sample()
+
+    def _recomputing(self, micro: int | None = 1) -> str:
+        """Activations computed again; empty where they are, or the model has no blocks to compute again."""
+        if self._training.activation_checkpointing == "full" or not self._block:
+            return ""
+        return self._said(f"{'' if micro == 1 else 'micro_batch=1 '}activation_checkpointing=full")
 
     def _of_one_sample(self) -> str:
         """Where the activations of one sample are too many beside the state."""
-        whole = memory.needed(self._step.model, self._blocks, "ddp", self._training, 1).total
+        whole = memory.needed(self._step.model, (), "ddp", self._training, 1, self._moments()).total
         if self._strategy not in ("single", "ddp") or whole > (1 - _ROOM) * self._has():
             return self.of_an_update()
         return (
@@ -78,57 +108,61 @@ class Change:
         )
 
     def _has(self) -> int:
-        mesh = self._setting.mesh
-        return memory.of_a_rank(mesh.device, mesh.world.local_size)
+        return memory.of_a_rank(self._setting.mesh.device, self._world.local_size)
+
+    def _moments(self) -> float:
+        """Bytes that the optimizers keep for each weight."""
+        try:
+            return max(map(rehearsal.kept_for_each, self._step.optimizers.values()))
+        except Exception:  # of one that wraps another, say
+            return memory.MOMENTS
+
+    def _blocks(self) -> list[tuple[str, torch.nn.Module]]:
+        """As the strategy left them, which may have given them other names."""
+        try:
+            return blocks.find(self._step.model, self._training.blocks)
+        except BadInput:
+            return []
 
     def _largest(self, batch: Any, sizes: Sequence[int]) -> int | None:
-        """The largest micro-batch that fits beside the gradients, and the state optimizers will make."""
+        """The largest micro-batch that fits beside the state which optimizers will make."""
 
         def attempt(size: int) -> None:
-            part = next(batches.split(batch, size))
             moved = batches.to_device(
-                part, self._setting.mesh.device, channels_last=self._training.channels_last
+                batch, self._setting.mesh.device, channels_last=self._training.channels_last
             )
-            rehearsal.alone(self._step, self._setting, moved)
+            rehearsal.rehearse(self._step, self._setting, self._world, moved, size)
 
         try:
             with out_of_memory.as_on_a_gpu():
                 held = [rehearsal.state_to_come(o) for o in self._step.optimizers.values()]
         except torch.OutOfMemoryError:
             return None
-        found = micro_batch.largest(sizes, attempt, self._setting.mesh.device, alone=True)
+        found = micro_batch.largest(sizes, attempt, self._setting.mesh.device)
         del held
         return found
 
-    def _recomputes(self) -> bool:
-        """Have blocks compute their activations again from now on; whether they did not before."""
-        if self._training.activation_checkpointing == "full":
-            return False
-        try:
-            activation.apply(self._blocks, "full")
-        except BadInput:
-            return False
-        return True
-
     def _reckoned(self, error: torch.OutOfMemoryError, smaller: Sequence[int], micro: int) -> str:
-        """From what was held, asked for and free, which says how much is needed at least."""
+        """From what was held, asked for and free, which says how much activations take at least."""
         asked, free, held = out_of_memory.numbers(error, self._setting.mesh.device)
-        stays = self._stays()
-        needed, room = held + asked - stays, held + free - stays
-        fitting = [size for size in smaller if needed * size <= room * micro]
+        now, all_of_it = self._state()
+        activations, room = held + asked - now, held + free - all_of_it
+        if room <= 0:
+            return self.of_an_update()
+        fitting = [size for size in smaller if activations * size <= room * micro]
         if fitting:
-            return self._said(f"micro_batch={fitting[-1]} or less (auto finds the largest that fits)")
-        if self._training.activation_checkpointing != "full" and self._blocks:
-            one = "" if micro == 1 else "micro_batch=1 "
-            return self._said(f"{one}activation_checkpointing=full")
-        return self._of_one_sample()
+            auto = "" if self._training.micro_batch == "auto" else " (auto finds the largest that fits)"
+            return self._said(f"micro_batch={fitting[-1]} or less{auto}")
+        return self._recomputing(micro) or self._of_one_sample()
 
-    def _stays(self) -> float:
-        """Bytes that smaller micro-batches do not make less."""
+    def _state(self) -> tuple[float, float]:
+        """Bytes that smaller micro-batches do not make less: those held now, and with those to come."""
         of = memory.by_kind(self._step, self._setting.mesh.device, self._training)
-        state = of["optimizer"] or memory.MOMENTS / 4 * of["gradients"]
-        gathered = max((sum(p.nbytes for p in b.parameters()) for _, b in self._blocks), default=0)
-        return of["weights"] + of["gradients"] + state + (gathered if self._strategy == "fsdp" else 0)
+        gathered = self._block if self._strategy == "fsdp" else 0
+        gradients = memory.held(p.grad for p in self._step.model.parameters() if p.grad is not None)
+        now = of["weights"] + gradients + of["optimizer"] + gathered
+        to_come = of["optimizer"] or self._moments() / 4 * of["gradients"]
+        return now, of["weights"] + of["gradients"] + to_come + gathered
 
     def _said(self, change: str) -> str:
         statistics = any(isinstance(m, _BatchNorm) for m in self._step.model.modules())

@@ -71,18 +71,11 @@ def of_pipeline(sizes: Sequence[int], share: int, ranks: int) -> int:
     return max(enough, default=min(sizes))
 
 
-def largest(
-    sizes: Sequence[int], attempt: Callable[[int], None], device: torch.device, *, alone: bool = False
-) -> int | None:
-    """The largest size that fits, as `find` has it, but nothing is remembered; None where none fits.
-
-    Args:
-        alone: other ranks do not try at the same time.
-    """
-    somewhere = bool if alone else _over_ranks
+def largest(sizes: Sequence[int], attempt: Callable[[int], None], device: torch.device) -> int | None:
+    """The largest size that fits, as `find` has it, but nothing is remembered; None where none fits."""
     tried: list[tuple[int, int]] = []  # samples, bytes at the peak
     for size in sizes:
-        if somewhere(_foreseen(tried, size) > _ROOM * _total(device)):
+        if _over_ranks(_foreseen(tried, size) > _ROOM * _total(device)):
             break
         _reset_peak(device)
         try:
@@ -91,7 +84,7 @@ def largest(
             failed = False
         except torch.OutOfMemoryError:
             failed = True
-        if somewhere(failed):
+        if _over_ranks(failed):
             break
         tried.append((size, _peak(device)))
     if device.type == "cuda":

@@ -13,6 +13,8 @@ from stoker.engine import memory
 
 _ON_A_CPU = "DefaultCPUAllocator: can't allocate memory"
 _ASKED = re.compile(r"Tried to allocate ([\d.,]+) ([KMG]iB)")  # as torch says it of a GPU, and we of a CPU
+_CODE = psutil.Process().memory_info().rss
+"""Bytes of a process that has loaded its modules, and no model."""
 _UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
@@ -36,7 +38,7 @@ def said(error: BaseException) -> str:
 
 
 def numbers(error: BaseException, device: torch.device) -> tuple[float, float, float]:
-    """Bytes that were asked for (0 where it is not said), that are free, and that are held.
+    """Bytes that were asked for (0 where it is not said), that are free, and that are held of a model.
 
     To be called where what the pass that failed has held is not let go yet.
     """
@@ -46,7 +48,7 @@ def numbers(error: BaseException, device: torch.device) -> tuple[float, float, f
         held = torch.cuda.memory_allocated(device)
         free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - held
         return wanted, float(free), float(held)
-    return wanted, _free(), float(psutil.Process().memory_info().rss)
+    return wanted, _free(), max(0.0, float(psutil.Process().memory_info().rss - _CODE))
 
 
 def _said(error: BaseException) -> str:

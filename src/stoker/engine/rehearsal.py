@@ -12,7 +12,7 @@ import torch
 from stoker import storage
 from stoker.engine import batches, device, memory, micro_batch, random_state
 from stoker.engine.agreement import Agreement, Requests
-from stoker.engine.step import PlainStep, Setting, Step
+from stoker.engine.step import Setting, Step
 from stoker.world import World
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -65,12 +65,19 @@ def _about(step: Step, setting: Setting, world: World, batch: Any, about: dict[s
 
 
 def state_to_come(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-    """Memory as large as the state that an optimizer has not made yet, on its parameters' devices.
-
-    How much it keeps an element is seen from a step on a small parameter of no model.
-    """
+    """Memory as large as the state that an optimizer has not made yet, on its parameters' devices."""
     if optimizer.state:
         return []
+    kept = kept_for_each(optimizer)
+    local = [_local(p) for group in optimizer.param_groups for p in group["params"]]
+    return [torch.zeros(int(p.numel() * kept), dtype=torch.uint8, device=p.device).fill_(1) for p in local]
+
+
+def kept_for_each(optimizer: torch.optim.Optimizer) -> float:
+    """Bytes that an optimizer keeps for each element of a large parameter.
+
+    Seen from a step on a small parameter of no model.
+    """
     small = torch.nn.Parameter(torch.zeros(256, 256))
     small.grad = torch.zeros_like(small)
     twin = object.__new__(type(optimizer))  # copy.copy leaves out what a subclass keeps of its own
@@ -78,9 +85,8 @@ def state_to_come(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     twin.state = collections.defaultdict(dict)
     twin.param_groups = [{**optimizer.param_groups[0], "params": [small], "fused": None}]
     twin.step()
-    kept = memory.held(t for t in twin.state[small].values() if isinstance(t, torch.Tensor)) / small.numel()
-    local = [_local(p) for group in optimizer.param_groups for p in group["params"]]
-    return [torch.zeros(int(p.numel() * kept), dtype=torch.uint8, device=p.device).fill_(1) for p in local]
+    held = memory.held(t for t in twin.state[small].values() if isinstance(t, torch.Tensor))
+    return held / small.numel()
 
 
 def _local(parameter: torch.Tensor) -> torch.Tensor:
@@ -90,8 +96,8 @@ def _local(parameter: torch.Tensor) -> torch.Tensor:
 def rehearse(step: Step, setting: Setting, world: World, batch: Any, size: int) -> None:
     """A forward and backward pass in micro-batches of a size."""
     parts = list(batches.split(batch, size))
-    if setting.mesh.size("stage") == 1:  # the next one takes no more; a pipeline holds several
-        parts = parts[:1]
+    if setting.mesh.size("stage") == 1:  # the second has gradients beside it, the next ones take no more
+        parts = parts[:2]
     divisor, setting.scale.divisor = setting.scale.divisor, setting.scale.divisor or 1.0
     try:
         with _leaving_no_trace(step.model):
@@ -106,23 +112,15 @@ def works_alone(step: Step, setting: Setting, strategy: str) -> bool:
     together = setting.mesh.world.size > 1 and any(
         isinstance(m, nn.SyncBatchNorm) for m in step.model.modules()
     )
-    return (
-        isinstance(step, PlainStep)
-        and setting.loss is not None
-        and strategy in ("single", "ddp")
-        and not together
-    )
+    return setting.loss is not None and strategy in ("single", "ddp") and not together
 
 
 def alone(step: Step, setting: Setting, part: Any) -> None:
-    """A forward and backward pass over one micro-batch beside gradients of others, see `works_alone`."""
+    """A forward and backward pass over one micro-batch, see `works_alone`; its gradients go nowhere."""
     assert setting.loss is not None
-    weights = list(step.weights().values())
-    held = [torch.zeros_like(w) for w in weights] if not getattr(step, "in_backward", False) else []
     with _leaving_no_trace(step.model):
         loss, _ = setting.loss(step.forward(part), part)
-        torch.autograd.grad(loss, weights, allow_unused=True)  # no hooks, which would reduce over ranks
-    del held
+        torch.autograd.grad(loss, list(step.weights().values()), allow_unused=True)  # no hooks, which reduce
 
 
 @contextlib.contextmanager
@@ -135,7 +133,8 @@ def _leaving_no_trace(model: nn.Module) -> Iterator[None]:
     finally:
         with torch.no_grad():
             for name, buffer in model.named_buffers():
-                buffer.copy_(buffers[name])
+                if name in buffers:  # a forward pass may make one
+                    buffer.copy_(buffers[name])
         random_state.restore(*kept)
 
 
