@@ -122,8 +122,9 @@ SETTINGS = {  # what stands in a file of settings, with the secret between ⟨ a
     "a diff": "-password: ⟨old words⟩\n+password: ⟨new words⟩\n",
     "an option": "foo --password ⟨abcd1234⟩ --verbose\n",
     "an option in quotes": "foo --api-key '⟨abcd1234⟩'\n",
-    "curl": "curl -u me:⟨abcd1234⟩ https://h/\n",
-    "mysql": "mysql -u root -p⟨abcd1234⟩ db\n",
+    "an option of words": "foo --password '⟨correct horse 12⟩' x\n",
+    "curl": "curl -s \\\n\t-u me:⟨ab/cd@1234⟩ https://h/\n",
+    "mysql": "mysql -u root -p⟨abcd1234⟩ db\nmysqldump -p'⟨abcd1234⟩' db\n",
 }
 CODE = {
     "all characters": 'PASSWORD = "⟨p@ss{w0rd}<1>E⟩"\n',
@@ -173,7 +174,8 @@ def test_a_secret_is_removed_whatever_its_characters(said: str) -> None:
     "#   HF_TOKEN=... stoker train llm --config llama-2-7b",
     "foo --token TOKEN", "foo --password $PASSWORD --x 1abcdefgh", "the --token option",
     "docker run -u 1000:1000 x", "foo --max-tokens 4096abcd", "mysql -p db", "chown -u root:root x",
-    "mysql -p$PASS",
+    "mysql -p$PASS", "rsync -u host:backups20240101 .", "foo --ssh-key ~/.ssh/id_ed25519",
+    "--default-password is needed1",
 ])  # fmt: skip
 def test_settings_and_messages_without_secrets_stay(said: str) -> None:
     assert redaction.text(f"{said}\n") == f"{said}\n"
@@ -235,7 +237,7 @@ def test_files_of_logins_are_looked_through_by_their_own_form() -> None:
     netrc = b"machine h login me password words only\n"
     assert redaction.content("a/.netrc", netrc) == f"machine h login me password {REDACTED} only\n".encode()
     assert redaction.content("a/netrc.md", netrc) == netrc
-    pgpass = b"h:5432:db:me:only words\n# h:1:2:3:4\n"
+    pgpass = b"h:5432:db:me:only\\: words\n# h:1:2:3:4\n"
     assert redaction.content(".pgpass", pgpass) == f"h:5432:db:me:{REDACTED}\n# h:1:2:3:4\n".encode()
 
 

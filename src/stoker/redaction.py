@@ -122,27 +122,29 @@ _GIVEN: tuple[tuple[tuple[str, ...], re.Pattern[str]], ...] = tuple(
     for starts, pattern in (
         (
             ("--",),  # --password VALUE
-            r"(?P<kept>--(?<![\w-]--)(?P<name>[A-Za-z][\w\-]{1,60})[ \t]+[\"']?)"
-            r"(?P<value>(?!-)[^\s\"'`<>;|&()\[\]{}\\]+)",
+            r"(?P<kept>--(?<![\w-]--)(?P<name>[A-Za-z][\w\-]{1,60})[ \t]+)(?P<quote>[\"']?)"
+            r"(?P<value>(?<=[\"'])[^\"'\n]+(?=(?P=quote))|(?<![\"'])(?![-/~.])[^\s\"'`<>;|&)\]}\\]+)",
         ),
         (
             ("\"--", "'--"),  # add_argument("--password", default="VALUE")
-            r"(?P<kept>[\"']--(?P<name>[A-Za-z][\w\-]{1,60})[\"'],[^()]{0,300}?\bdefault\s*=\s*[rbuRBU]?[\"'])"
-            r"(?P<value>[^\"'\n]+)",
+            r"(?P<kept>[\"']--(?P<name>[A-Za-z][\w\-]{1,60})[\"'],[^()]{0,300}?\bdefault\s*=\s*[rbuRBU]?)"
+            r"(?P<quote>[\"'])(?P<value>[^\"'\n]+)",
         ),
         (
-            (" -u", "--user"),  # curl -u NAME:VALUE
-            r"(?P<kept>(?:\s-u|--user)[ =]?[\"']?[^\s:\"'@/=]+:)(?P<value>[^\s\"'@/]+)",
+            ("curl",),  # curl -u NAME:VALUE
+            r"(?P<kept>\bcurl[ \t](?:[^\n|;&]|\\\n){0,300}?\s(?:-u|--user)[ =]?)"
+            r"(?P<quote>[\"']?)(?P<user>[^\s:\"'=]+:)(?P<value>[^\s\"']+)",
         ),
         (
             ("mysql", "mariadb"),  # mysql -pVALUE
-            r"(?P<kept>\b(?:mysql|mariadb)\w*[ \t][^\n|;&]{0,200}?(?<=\s)-p)(?P<value>(?!-)[^\s;|&\"']+)",
+            r"(?P<kept>\b(?:mysql|mariadb)\w*[ \t][^\n|;&]{0,200}?(?<=\s)-p)"
+            r"(?P<quote>[\"']?)(?P<value>(?!-)[^\s;|&\"']+)",
         ),
     )
 )  # fmt: skip
 _OF_FILES = {  # what is a secret in files of their own form, by their names
     ".netrc": re.compile(r"(?P<kept>\b(?:password|account)\s+)(?P<value>\S+)"),
-    ".pgpass": re.compile(r"(?m)^(?P<kept>[^#\n][^\n]*:)(?P<value>[^:\n]+)$"),
+    ".pgpass": re.compile(r"(?m)^(?P<kept>(?!#)(?:(?:\\.|[^:\\\n])*:){4})(?P<value>.+)$"),
 }
 
 # What stands for a value that is found elsewhere.
@@ -333,12 +335,14 @@ def _without_value(found: re.Match[str]) -> str:
 
 def _without_given(found: re.Match[str]) -> str:
     """What a command is given without its value, where its name is that of a secret, or it is no word."""
-    name = found.groupdict().get("name")
+    known = found.groupdict()
+    name = known.get("name")
     if name is not None and not is_secret_name(name):
         return found[0]
-    certain = name is not None and "default" in found["kept"] and _CERTAIN.search(name) is not None
-    is_one = not _is_found_elsewhere(found["value"]) and _is_secret(found["value"], certain=certain)
-    return _without(found) if is_one else found[0]
+    certain = bool(found["quote"]) and name is not None and _CERTAIN.search(name) is not None
+    if _is_found_elsewhere(found["value"]) or not _is_secret(found["value"], certain=certain):
+        return found[0]
+    return f"{found['kept']}{found['quote']}{known.get('user') or ''}{REDACTED}"
 
 
 def _without_queried(found: re.Match[str]) -> str:

@@ -426,14 +426,14 @@ def test_told_to_stop_or_killed_nothing_trains_on(
 def test_told_to_stop_before_it_has_begun_it_leaves_nothing(
     there: str, number: signal.Signals, counted: Path, start: Start
 ) -> None:
-    process = start("reproduce", "first", cwd=counted.parent)
+    process = start("reproduce", "first", cwd=counted.parent, cold=not there)
     made = counted / "count/first-again"
     while there and not (made / there).exists():
         assert process.poll() is None
         time.sleep(0.001)
-    time.sleep(0.0 if there == "again" else 0.2)
+    time.sleep(0.0 if there == "again" else 0.2 if there else 0.3)
     process.send_signal(number)
-    _, err = process.communicate()
+    _, err = process.communicate(timeout=60)
     assert process.returncode == (130 if number == signal.SIGINT else 75), err.decode()
     assert "Traceback" not in err.decode()
     assert not made.exists()

@@ -62,7 +62,11 @@ def test_a_record_of_another_version_does_not_hide_the_others(tmp_path: Path) ->
         job = _job(tmp_path)
         jobs.begin(job, "script.sh", "")
         known.append(jobs.remember(job, native))
-    for job, changed in zip(known, ({"newer": 1}, {"spec": None}, {}), strict=True):
+    for job, changed in zip(
+        known,
+        ({"newer": 1, "spec": {**known[0].spec.to_json(), "newer": 1}}, {"spec": None}, {}),
+        strict=True,
+    ):
         file = job.folder / jobs.RECORD
         record = json.loads(file.read_text()) | changed
         file.write_text(json.dumps({key: value for key, value in record.items() if value is not None}))

@@ -9,6 +9,7 @@ import pytest
 from stoker.tune import schedulers, search
 from stoker.tune import study as studies
 from stoker.tune.plan import Objective, Plan
+from stoker.tune.schedulers import Scheduler
 from stoker.tune.search import Search
 from stoker.tune.trial import Ended, Job, Report
 from test_study import SPACE
@@ -58,14 +59,16 @@ class Cluster:
         pass
 
 
-def _search(folder: Path, cluster: Cluster, trials: int, **planned: object) -> Search:
+def _search(
+    folder: Path, cluster: Cluster, trials: int, rule: Scheduler | None = None, **planned: object
+) -> Search:
     kept = studies.JournalFile(folder / "study.journal")
     study = studies.opened(kept, studies.sampler("random", SPACE, 0), ["min"])
     plan = Plan(
         folder, "recipe", SPACE.config, (Objective("val_loss", "min"),), trials, folder / "provenance",
         **planned,
     )  # fmt: skip
-    return Search(plan, SPACE, study, kept, schedulers.make("none"), cluster)
+    return Search(plan, SPACE, study, kept, rule or schedulers.make("none"), cluster)
 
 
 def test_a_search_waits_where_the_machine_of_its_trial_is_lost_until_there_is_another(
@@ -82,17 +85,19 @@ def test_a_search_waits_where_the_machine_of_its_trial_is_lost_until_there_is_an
     assert caplog.text.count("no machine has room for a trial now") == 1
 
 
-def test_a_search_that_is_over_waits_for_no_machine(tmp_path: Path) -> None:
-    cluster = Cluster([True, True], {})
+def test_a_search_that_is_over_waits_for_no_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search, "_LOOK", 0.001)
+    cluster = Cluster([True, *[False] * 1000], {})
     searched = _search(tmp_path, cluster, 1)
-    cluster._rooms += [False] * 1000
     searched.run()
     assert searched.over
+    assert len(cluster._rooms) > 990
 
 
 def test_trials_that_end_long_before_a_whole_one_are_told_of_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(logging.getLogger("stoker"), "propagate", True)
-    _search(tmp_path, Cluster([], {}), 3, whole=100.0).run()
+    rule = schedulers.make("asha", least=20, most=100)
+    _search(tmp_path, Cluster([], {}), 3, rule, whole=100.0).run()
     assert caplog.text.count("rungs are laid out over --most 100") == 1

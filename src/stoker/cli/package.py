@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from stoker import storage
 from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, console, print_json
 from stoker.cli.runs.common import RunName
 from stoker.errors import BadInput
@@ -35,13 +36,14 @@ def package(
     try:
         made = packaging.write(seen, part, folder)
     except BaseException as error:
+        full = storage.said_of_full_disk(error) if isinstance(error, Exception) else ""
         for left in [*folder.iterdir()] if there else [folder]:
             if left.is_dir():
                 shutil.rmtree(left, ignore_errors=True)
             else:
                 with contextlib.suppress(OSError):
                     left.unlink()
-        if isinstance(error, OSError):
+        if isinstance(error, OSError) and str(error.filename or "").startswith(str(folder)) and not full:
             raise BadInput(f"{folder} cannot be written: {error.strerror or error}") from error
         raise
     if json:

@@ -25,6 +25,7 @@ from stoker.errors import (
     EXIT_PREEMPTED,
     BadInput,
     StokerError,
+    Stopped,
     nearest,
 )
 from stoker.launch import again
@@ -93,6 +94,10 @@ def reproduce(
             if not json:
                 reproduction.print_checked(console(), checked)
             code = again.run(starting, target.exists)
+    except (Stopped, KeyboardInterrupt) as told:
+        if target.exists():
+            raise
+        code = EXIT_INTERRUPTED if isinstance(told, KeyboardInterrupt) else EXIT_PREEMPTED
     finally:
         if not target.exists():  # nothing is left behind of what has not begun
             shutil.rmtree(target.path, ignore_errors=True)

@@ -111,7 +111,6 @@ class Places:
 def prepare(asked: Asked) -> Prepared:
     """Check all of it; nothing is written. Raises BadInput."""
     _check_counts(asked)
-    asked = dataclasses.replace(asked, storage=studies.full_url(asked.storage))
     if object_store.of(asked.runs) is not None:
         raise BadInput("--runs: a search stands on a disk, not in an object store; give a local folder")
     searched = asked.space

@@ -276,7 +276,7 @@ def _submit(where: Where, folder: Path, wanted: Record, controllers: int, ranks:
     from stoker.tune import record
 
     command = Command.of_verb("sweep")
-    if command.has("--storage") and record.shown(command.value("--storage")) != command.value("--storage"):
+    if command.has("--storage") and wanted.storage != command.value("--storage"):
         raise BadInput(
             "--storage: its password would be written into a file; set STOKER_STORAGE here instead, or have "
             "it in ~/.pgpass"

@@ -112,31 +112,40 @@ def run(start: Start, begun: Callable[[], bool]) -> int:
         begun: whether the run is there. Until then it is ended, and the code is that of the signal.
     """
     output = sys.stderr if start.is_script else subprocess.DEVNULL
-    process = subprocess.Popen(
-        start.command, cwd=start.cwd, env=dict(start.variables), stdin=subprocess.DEVNULL, stdout=output,
-        process_group=0,  # Ctrl-C reaches this process alone, which passes it on once
-        preexec_fn=signals.at_parents_death(signal.SIGTERM),  # noqa: PLW1509 - it takes no lock
-    )  # fmt: skip
-    with _passing_on(process, begun) as told:
+    with _passing_on(begun) as (told, process_of):
+        process = subprocess.Popen(
+            start.command, cwd=start.cwd, env=dict(start.variables), stdin=subprocess.DEVNULL, stdout=output,
+            process_group=0,  # Ctrl-C reaches this process alone, which passes it on once
+            preexec_fn=signals.at_parents_death(signal.SIGTERM),  # noqa: PLW1509 - it takes no lock
+        )  # fmt: skip
+        process_of.append(process)
+        if told:  # before there was a process
+            process.terminate()
         code = process.wait()
     return _ENDS[told[0]] if told and not begun() else code
 
 
 @contextlib.contextmanager
-def _passing_on(process: subprocess.Popen[bytes], begun: Callable[[], bool]) -> Iterator[list[int]]:
-    """Those that came are in the list. One that still loads its modules would show where Ctrl-C met it."""
+def _passing_on(begun: Callable[[], bool]) -> Iterator[tuple[list[int], list[subprocess.Popen[bytes]]]]:
+    """Signals that came, and the process that they are passed on to, once there is one.
+
+    One that still loads its modules would show where Ctrl-C met it: it is told to end in another way.
+    """
     told: list[int] = []
+    processes: list[subprocess.Popen[bytes]] = []
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         told.append(number)
-        process.send_signal(number if begun() else signal.SIGTERM)
+        for process in processes:
+            process.send_signal(number if begun() else signal.SIGTERM)
 
     previous = {number: signal.signal(number, pass_on) for number in _ENDS}
     try:
-        yield told
+        yield told, processes
     finally:
-        if process.poll() is None:
-            process.kill()
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
         for number, handler in previous.items():
             signal.signal(number, handler)
 

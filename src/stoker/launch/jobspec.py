@@ -76,9 +76,11 @@ class JobSpec:
 
     @classmethod
     def from_json(cls, known: Mapping[str, Any]) -> JobSpec:
-        """The spec that `to_json` has said."""
+        """The spec that `to_json` has said; what a newer version has said more is passed over."""
+        names = {one.name for one in dataclasses.fields(cls)}
         tuples = {key: tuple(known[key]) for key in ("command", "passed")}
-        return cls(**{**known, **tuples, "folder": Path(known["folder"])})
+        kept = {key: value for key, value in known.items() if key in names}
+        return cls(**{**kept, **tuples, "folder": Path(known["folder"])})
 
 
 def check(spec: JobSpec) -> None:

@@ -138,11 +138,18 @@ def lines(job: Job, *, follow: bool) -> Iterator[Line]:
         own = {file.stem.replace("-", " "): file for file in sorted(job.folder.glob("*.log"))}
         return own | tail.of_ranks(job)
 
+    silent = False
+
     def over() -> bool:
+        nonlocal silent
         try:
             return states([job])[job.id].over
+        except BadInput:  # Slurm's commands are not here
+            raise
         except StokerError as error:
-            log.warning("%s; what is written is followed on", error)
+            if not silent:
+                log.warning("%s; what is written is followed on", error)
+            silent = True
             return False
 
     return tail.lines(files, over if follow else None)
@@ -278,13 +285,11 @@ def _check_options(options: Mapping[str, str]) -> None:
             raise BadInput(
                 f"--option {key}: the script sets it itself, so that the job can go on; leave it out"
             )
-        meant = [name for name in (*_FLAGS, *_OWN) if name.startswith(key)]
-        if len(key) == 1 or meant:
-            raise BadInput(
-                f"--option {key}: Slurm would read it as {meant[0]}, which is not given so"
-                if meant
-                else f"--option {key}: give its long name, such as partition for p"
-            )
+        if len(key) == 1:
+            raise BadInput(f"--option {key}: give its long name, such as partition for p")
+        meant = next((name for name in (*_FLAGS, *_OWN) if name.startswith(key)), "")
+        if meant:
+            raise BadInput(f"--option {key}: Slurm would read it as {meant}, which is not given so")
         if not value and key not in _SWITCHES:
             raise BadInput(f"--option {key}: it has no value; give {key}=VALUE, or leave it out")
 

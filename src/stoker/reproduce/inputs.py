@@ -108,12 +108,13 @@ def resolved(
         had = [known[path] for path in paths_of({key: config.get(key)}) if path in known]
         parts = value.split(",") if had else []
         for part in parts:
-            if part.startswith(("/", ".")) and not _stands(part):
+            if part.startswith(("/", ".")) and not _stands(part) and not _stands(value):
                 raise BadInput(
                     f"{key}={part}: there is nothing; the run read {had[0]['path']}, of fingerprint "
                     f"{_known(had[0])}"
                 )
-        found.append(f"{key}={','.join(map(_absolute, parts))}" if had else override)
+        whole = [value] if had and _stands(value) else parts  # a name may have a comma
+        found.append(f"{key}={','.join(map(_absolute, whole))}" if had else override)
     return found
 
 

@@ -564,12 +564,13 @@ class Search:
                 "name one of these with --metric"
             )
         trial, whole = self.trials[ended.number], self.plan.whole
-        if ended.status == view.FINISHED and whole is not None and trial.share is None:
+        if ended.status == view.FINISHED and whole is not None and self._scheduler.lengths(trial.number):
             done = trial.amount(trial.step)
             if done < _NEARLY * whole:
                 self._say_once(
-                    "short", f"trial {trial.number} was at its end after {done:,.4g} {self.plan.unit}s, and "
-                    f"rungs are laid out over --most {whole:,.4g}: if that is a whole trial, say so",
+                    "short", f"trial {trial.number} was over after its report at {done:,.4g} "
+                    f"{self.plan.unit}s, and rungs are laid out over --most {whole:,.4g}: give the "
+                    "length of a whole trial",
                 )  # fmt: skip
         self._check_failures()
 

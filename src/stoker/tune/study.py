@@ -82,6 +82,7 @@ class Database:
     """
 
     def __init__(self, url: str) -> None:
+        url = re.sub(r"^postgres(ql)?://", "postgresql+psycopg2://", url)  # the driver that stoker installs
         try:
             tables = _tables(url)
         except ImportError as error:
@@ -119,11 +120,6 @@ class Database:
 
     def sync(self) -> None:
         """It is there already."""
-
-
-def full_url(url: str) -> str:
-    """A database's URL with the driver that stoker installs, where it names none (`postgres://`)."""
-    return re.sub(r"^postgres(ql)?://", "postgresql+psycopg2://", url)
 
 
 def _tables(url: str, tries: int = 5) -> RDBStorage:
