@@ -3,12 +3,15 @@
 python bench/gpu_llm.py [--optimizer adafactor|adamw8bit] [--rounds N] [--smoke] [--json FILE]
 
 It needs no network: random weights in the shape of Llama 2 7B, in bf16, on text that is made here and can be
-learnt. torch and transformers are needed, and accelerate for the peer, peft for LoRA, torchao for AdamW with
-8-bit states; what is not installed is left out, and said. Each figure is of a process of its own, ours and
-the peer's in turn. A step is of 16,384 tokens, 4,096 in a forward pass, none of them padding.
+learnt. torch, transformers and what stoker itself needs are to be there; accelerate for the peer, peft for
+LoRA, torchao for AdamW with 8-bit states: what is not installed is left out, and said. Each figure is of a
+process of its own, ours and the peer's in turn. A step is of 16,384 tokens, 4,096 in a forward pass, none of
+them padding.
 
-All of 7B in bf16 with their gradients are 27 GB. AdamW's two moments in float32 would be 54 more, so the
-optimizer is Adafactor, whose are a row and a column of each matrix, or AdamW with 8-bit ones, 13.5 GB.
+Where all weights are trained, ours keeps them and their gradients in float32, 54 GB, and computes in bf16, as
+updates are smaller than one step of bf16; the peer keeps both in bf16, 27 GB. AdamW's two moments in float32
+would be 54 more, so the optimizer is Adafactor, whose are a row and a column of each matrix, or AdamW with
+8-bit ones, 13.5 GB.
 
 `--smoke` goes every way with a tiny model, on a CPU too: its figures say nothing.
 """

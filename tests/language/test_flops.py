@@ -56,3 +56,23 @@ def test_a_peak_says_how_it_is_known() -> None:
     known = device_flops.peak(torch.device("cpu"), "fp32")
     assert known.flops > 1e9
     assert known.source.startswith("measured on ")
+
+
+@pytest.mark.parametrize(
+    ("name", "peak", "sheet"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12, "H100"),
+        ("NVIDIA H100 PCIe", 756e12, "H100 PCIe"),
+        ("NVIDIA A100-SXM4-80GB", 312e12, "A100"),
+        ("Tesla T4", 65e12, "T4"),
+        ("NVIDIA L40", 181e12, "L40"),
+        ("NVIDIA GB200", 2500e12, "GB200"),
+    ],
+)
+def test_the_peak_of_a_gpu_is_that_of_its_data_sheet(name: str, peak: float, sheet: str) -> None:
+    assert device_flops.of_sheet(name, "bf16") == device_flops.Peak(peak, f"data sheet of {sheet}")
+
+
+@pytest.mark.parametrize("name", ["NVIDIA RTX A1000", "NVIDIA T400", "NVIDIA A1001"])
+def test_a_gpu_whose_name_only_contains_another_is_measured(name: str) -> None:
+    assert device_flops.of_sheet(name, "bf16") is None

@@ -8,6 +8,7 @@ computed twice to save memory does not count.
 from __future__ import annotations
 
 import functools
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,9 +29,11 @@ class Peak:
 
 
 # In 10**12 a second, dense, by the vendors' data sheets: bf16 and fp16 on tensor cores, fp32 on plain ones.
-# The first whose name is part of the device's own counts.
+# The first whose name is among the words of the device's own counts.
 _SHEETS: tuple[tuple[str, float, float], ...] = (
+    ("GB200", 2500, 80),
     ("B200", 2250, 75),
+    ("GH200", 989, 67),
     ("H200", 989, 67),
     ("H100 PCIe", 756, 51),
     ("H100 NVL", 835, 60),
@@ -39,6 +42,7 @@ _SHEETS: tuple[tuple[str, float, float], ...] = (
     ("A100", 312, 19.5),
     ("A800", 312, 19.5),
     ("L40S", 362, 91.6),
+    ("L40", 181, 90.5),
     ("L4", 121, 30.3),
     ("A10G", 70, 35),
     ("A10", 125, 31.2),
@@ -54,10 +58,18 @@ def peak(device: torch.device, precision: Resolved) -> Peak:
     """The peak of a device in a precision: from its data sheet, or measured by products of matrices."""
     name = devices.name(device)
     if device.type == "cuda":
-        for known, half, single in _SHEETS:
-            if known in name:
-                return Peak((single if precision == "fp32" else half) * 1e12, f"data sheet of {known}")
+        found = of_sheet(name, precision)
+        if found is not None:
+            return found
     return Peak(_measured(device, DTYPES[precision]), f"measured on {name}, by products of matrices")
+
+
+def of_sheet(name: str, precision: Resolved) -> Peak | None:
+    """The peak of a GPU by its name, from its data sheet; None where that is not known."""
+    for known, half, single in _SHEETS:
+        if re.search(rf"\b{known}\b", name):
+            return Peak((single if precision == "fp32" else half) * 1e12, f"data sheet of {known}")
+    return None
 
 
 def _measured(device: torch.device, dtype: torch.dtype) -> float:
