@@ -152,9 +152,11 @@ class _Handler(BaseHTTPRequestHandler):
         url = f"{self._url(name)}/commit/{commit}"
         self._answer(200, {"success": True, "commitOid": commit, "commitUrl": url, "hookOutput": ""})
 
-    def _about(self, name: str) -> None:
+    def _about(self, name: str, revision: str | None) -> None:
         if name not in self.hub.models:
             return self._answer(404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
+        if revision not in (None, "main", self.hub.commit(name)):
+            return self._answer(404, {"error": "No such revision"}, {"X-Error-Code": "RevisionNotFound"})
         siblings = [{"rfilename": path} for path in self.hub.models[name]]
         about = {"id": name, "modelId": name, "sha": self.hub.commit(name), "siblings": siblings,
                  "private": name in self.hub.private, "tags": [], "downloads": 0,
@@ -247,7 +249,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 _NAME = "([^/]+/[^/]+)"
 _GET = {
-    f"/api/models/{_NAME}(?:/revision/[^/]+)?": "_about",
+    f"/api/models/{_NAME}(?:/revision/([^/]+))?": "_about",
     f"/api/models/{_NAME}/tree/[^/]+(?:/.*)?": "_tree",
     f"/datasets/{_NAME}/resolve/([^/]+)/(.+)": "_file_of_dataset",
     f"/{_NAME}/resolve/[^/]+/(.+)": "_file",

@@ -81,7 +81,7 @@ ASKED = [
     )),
     ("stream", "org/data#two/test_sft"), ("stream", "org/csv"),
     ("labelled", "org/plain"), ("labelled", "org/plain#/test"), ("model", "org/gated-model"),
-    ("mixture", MIXED), ("checked", "org/plain:3,org/data#two:1"),
+    ("model", "org/gated-model@nope"), ("mixture", MIXED), ("checked", "org/plain:3,org/data#two:1"),
 ]  # fmt: skip
 
 
@@ -189,6 +189,11 @@ def test_what_is_gated_says_what_to_set(answers: dict[Any, Any], way: str, name:
     assert said.endswith(
         f"{name} is gated: accept its terms on the hub, and set HF_TOKEN to a token of yours"
     )
+
+
+def test_a_model_has_no_such_revision(answers: dict[Any, Any]) -> None:
+    said = answers["model", "org/gated-model@nope"]
+    assert said == "model org/gated-model has no revision nope: give a branch, a tag or a commit of it"
 
 
 def test_a_dataset_that_is_damaged_says_why(answers: dict[Any, Any]) -> None:

@@ -23,6 +23,7 @@ _NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _ENDINGS = {".jsonl", ".parquet", ".txt", ".json", ".csv", ".tsv", ".md", ".gz", ".zst", ".zip"}
 _ANSWER = 10.0  # seconds
+_SHOWN = 20  # configs or splits in a message
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,7 @@ def _builder(given: str, known: Sequence[str]) -> DatasetBuilder:
         if configs and asked.config not in configs:
             wrong = f"no config {asked.config}" if asked.config else "several configs"
             raise BadInput(
-                f"dataset {asked.name} has {wrong}: give one of {', '.join(configs)}, as in "
+                f"dataset {asked.name} has {wrong}: give one of {_some(configs)}, as in "
                 f"{_written(asked, configs[0])}{nearest(asked.config, configs)}"
             ) from error
         raise BadInput(
@@ -190,10 +191,15 @@ def _split(given: str, builder: DatasetBuilder) -> str:
     names = [str(name) for name in builder.config.data_files or builder.info.splits or ()]
     if names and split not in names:
         raise BadInput(
-            f"dataset {given} has no split {split}: give one of {', '.join(names)}, as in "
+            f"dataset {given} has no split {split}: give one of {_some(names)}, as in "
             f"{_written(asked, asked.config, names[0])}{nearest(asked.split, names)}"
         )
     return split
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
 
 
 def _written(asked: Id, config: str, split: str = "") -> str:
