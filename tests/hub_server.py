@@ -1,4 +1,4 @@
-"""A hub of models on this machine: as much of the Hugging Face hub's interface as pushing and loading use.
+"""A hub of models and datasets on this machine: as much of the Hugging Face hub's interface as is used.
 
 Its client, `huggingface_hub`, is the real one, pointed here by HF_ENDPOINT.
 """
@@ -14,7 +14,7 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import parse_qs, unquote
 
 TOKEN = "hf_of_someone_who_may_write"
 
@@ -25,14 +25,34 @@ class Hub:
     def __init__(self) -> None:
         self.url = ""
         self.models: dict[str, dict[str, bytes]] = {}
+        self.datasets: dict[str, dict[str, bytes]] = {}
+        """By name; another revision than the newest is of a name of its own, `org/name@revision`."""
         self.private: set[str] = set()
+        self.gated: set[str] = set()
+        """Of which everyone sees that they are there, and nobody gets a file."""
         self.objects: dict[str, bytes] = {}
         """Large files, by their SHA-256."""
 
     def commit(self, name: str) -> str:
         """What stands for the state that a model is in."""
-        listed = sorted((path, hashlib.sha1(c).hexdigest()) for path, c in self.models[name].items())
-        return hashlib.sha1(repr(listed).encode()).hexdigest()
+        return _commit_of(self.models[name])
+
+    def dataset_commit(self, name: str) -> str:
+        """The commit of a dataset, by its name or `org/name@revision`."""
+        return _commit_of(self.datasets[name])
+
+    def dataset(self, name: str, revision: str) -> dict[str, bytes] | None:
+        """A dataset's files at a revision, be it a name or a commit."""
+        if revision == "main":
+            return self.datasets.get(name)
+        of_name = [files for key, files in self.datasets.items() if key.partition("@")[0] == name]
+        of_commit = (files for files in of_name if _commit_of(files) == revision)
+        return self.datasets.get(f"{name}@{revision}") or next(of_commit, None)
+
+
+def _commit_of(files: dict[str, bytes]) -> str:
+    listed = sorted((path, hashlib.sha1(content).hexdigest()) for path, content in files.items())
+    return hashlib.sha1(repr(listed).encode()).hexdigest()
 
 
 @contextlib.contextmanager
@@ -61,7 +81,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._route(_GET)
 
     def do_POST(self) -> None:
-        if self.headers.get("Authorization") == f"Bearer {TOKEN}":
+        if "/paths-info/" in self.path or self.headers.get("Authorization") == f"Bearer {TOKEN}":
             self._route(_POST)
         else:
             self._answer(401, {"error": "Invalid username or password."})
@@ -132,12 +152,15 @@ class _Handler(BaseHTTPRequestHandler):
         url = f"{self._url(name)}/commit/{commit}"
         self._answer(200, {"success": True, "commitOid": commit, "commitUrl": url, "hookOutput": ""})
 
-    def _about(self, name: str) -> None:
+    def _about(self, name: str, revision: str | None) -> None:
         if name not in self.hub.models:
             return self._answer(404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
+        if revision not in (None, "main", self.hub.commit(name)):
+            return self._answer(404, {"error": "No such revision"}, {"X-Error-Code": "RevisionNotFound"})
         siblings = [{"rfilename": path} for path in self.hub.models[name]]
         about = {"id": name, "modelId": name, "sha": self.hub.commit(name), "siblings": siblings,
-                 "private": name in self.hub.private, "tags": [], "downloads": 0}  # fmt: skip
+                 "private": name in self.hub.private, "tags": [], "downloads": 0,
+                 "gated": "manual" if name in self.hub.gated else False}  # fmt: skip
         return self._answer(200, about)
 
     def _tree(self, name: str) -> None:
@@ -146,11 +169,71 @@ class _Handler(BaseHTTPRequestHandler):
                            for path, content in files])  # fmt: skip
 
     def _file(self, name: str, path: str) -> None:
-        content = self.hub.models.get(name, {}).get(path)
+        self._send_file(name, self.hub.models.get(name, {}), path)
+
+    def _send_file(self, name: str, files: dict[str, bytes], path: str) -> None:
+        content, commit = files.get(path), {"X-Repo-Commit": _commit_of(files)}
+        if name in self.hub.gated:
+            return self._refuse_gated(name)
         if content is None:
-            return self._answer(404, {"error": "Entry not found"}, {"X-Error-Code": "EntryNotFound"})
-        headers = {"ETag": f'"{_oid(content)}"', "X-Repo-Commit": self.hub.commit(name)}
-        return self._send(200, content, "application/octet-stream", headers)
+            code = {"X-Error-Code": "EntryNotFound"}
+            return self._answer(404, {"error": "Entry not found"}, {**code, **commit})
+        headers = {"ETag": f'"{_oid(content)}"', **commit}
+        asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        if asked is None:
+            return self._send(200, content, "application/octet-stream", headers)
+        first, last = int(asked[1]), int(asked[2]) + 1
+        headers["Content-Range"] = f"bytes {first}-{last - 1}/{len(content)}"
+        return self._send(206, content[first:last], "application/octet-stream", headers)
+
+    def _refuse_gated(self, name: str) -> None:
+        self._answer(403, {"error": f"Access to {name} is restricted"}, {"X-Error-Code": "GatedRepo"})
+
+    def _may(self, name: str) -> None:
+        if name in self.hub.gated:
+            return self._refuse_gated(name)
+        return self._answer(200, {})
+
+    def _dataset(self, name: str, revision: str | None) -> dict[str, bytes] | None:
+        """A dataset's files; None once it was answered that there are none."""
+        files = self.hub.dataset(name, unquote(revision or "main"))
+        if files is None:
+            code = "RevisionNotFound" if name in self.hub.datasets else "RepoNotFound"
+            self._answer(404, {"error": code}, {"X-Error-Code": code})
+        return files
+
+    def _about_dataset(self, name: str, revision: str | None) -> None:
+        files = self._dataset(name, revision)
+        if files is not None:
+            gated = "manual" if name in self.hub.gated else False
+            self._answer(200, {"id": name, "sha": _commit_of(files), "gated": gated, "private": False,
+                               "siblings": [{"rfilename": path} for path in files]})  # fmt: skip
+
+    def _tree_of_dataset(self, name: str, revision: str, folder: str | None) -> None:
+        files = self._dataset(name, revision)
+        if files is not None:
+            below = f"{folder}/" if folder else ""
+            wanted = {path: _listed(path, c) for path, c in files.items() if path.startswith(below)}
+            if "recursive=true" not in self.path.lower():
+                tops = {path: below + path.removeprefix(below).partition("/")[0] for path in wanted}
+                folders = {top: {"type": "directory", "path": top, "size": 0, "oid": "0" * 40}
+                           for path, top in tops.items() if top != path}  # fmt: skip
+                wanted = {**{p: w for p, w in wanted.items() if tops[p] == p}, **folders}
+            self._answer(200, list(wanted.values()))
+
+    def _paths_of_dataset(self, name: str, revision: str) -> None:
+        asked = parse_qs(self._body().decode())["paths"]
+        files = self._dataset(name, revision)
+        if files is not None:
+            found = [_listed(path, files[path]) for path in asked if path in files]
+            folders = [p for p in asked if any(path.startswith(f"{p}/") for path in files)]
+            self._answer(200, [*found, *({"type": "directory", "path": p, "size": 0, "oid": "0" * 40}
+                                         for p in folders)])  # fmt: skip
+
+    def _file_of_dataset(self, name: str, revision: str, path: str) -> None:
+        files = self._dataset(name, revision)
+        if files is not None:
+            self._send_file(name, files, path)
 
     def _answer(self, status: int, about: Any, headers: dict[str, str] | None = None) -> None:
         self._send(status, json.dumps(about).encode(), "application/json", headers or {})
@@ -166,9 +249,13 @@ class _Handler(BaseHTTPRequestHandler):
 
 _NAME = "([^/]+/[^/]+)"
 _GET = {
-    f"/api/models/{_NAME}(?:/revision/[^/]+)?": "_about",
+    f"/api/models/{_NAME}(?:/revision/([^/]+))?": "_about",
     f"/api/models/{_NAME}/tree/[^/]+(?:/.*)?": "_tree",
+    f"/datasets/{_NAME}/resolve/([^/]+)/(.+)": "_file_of_dataset",
     f"/{_NAME}/resolve/[^/]+/(.+)": "_file",
+    f"/api/datasets/{_NAME}(?:/revision/([^/]+))?": "_about_dataset",
+    f"/api/datasets/{_NAME}/tree/([^/]+)(?:/(.*))?": "_tree_of_dataset",
+    f"/api/datasets/{_NAME}/auth-check": "_may",
 }
 _POST = {
     "/api/validate-yaml": "_valid",
@@ -176,7 +263,12 @@ _POST = {
     f"/api/models/{_NAME}/preupload/[^/]+": "_preupload",
     f"/{_NAME}\\.git/info/lfs/objects/batch": "_batch",
     f"/api/models/{_NAME}/commit/[^/]+": "_commit",
+    f"/api/datasets/{_NAME}/paths-info/([^/]+)": "_paths_of_dataset",
 }
+
+
+def _listed(path: str, content: bytes) -> dict[str, Any]:
+    return {"type": "file", "path": path, "size": len(content), "oid": _oid(content)}
 
 
 def _oid(content: bytes) -> str:

@@ -38,7 +38,7 @@ _MOST_PARTS = 9000  # S3 takes 10,000
 _S3 = {"connect_timeout": 10, "read_timeout": 20, "retries": {"mode": "standard", "max_attempts": 3}}
 _S3_ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "FSSPEC_S3_ENDPOINT_URL")
 _FINAL = (FileNotFoundError, FileExistsError, IsADirectoryError)
-_TAGS = ("ETag", "etag", "md5Hash", "mtime", "LastModified")
+_TAGS = ("ETag", "etag", "md5Hash", "blob_id", "mtime", "LastModified")
 _NEEDED = "the credentials must be there, and let their holder list, read, write and delete in this folder"
 _NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "TokenRetrievalError")
 

@@ -291,6 +291,7 @@ def _lines(*records: object) -> str:
         (None, ["sequence_length=0"], "greater than or equal to 2"),
         (None, ["max_steps=10", "epochs=2"], "give one"),
         (None, ["max_steps=10min"], "by the clock"),
+        (None, ["streaming=true", "data_share=0.5"], "data_share=0.5 with streaming=true"),
         (None, ["model=emptydir"], "has no config.json"),
         (None, ["model=./nowhere"], "is not a directory"),
         (None, ["model=tiny2"], "did you mean 'tiny'"),

@@ -10,7 +10,6 @@ from typing import Any
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
-from stoker.data import hub_datasets, records
 from stoker.data.sources import read
 from stoker.errors import BadInput
 
@@ -26,6 +25,12 @@ PAIRS = [
 def write_jsonl(path: Path, records: list[Any]) -> Path:
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path
+
+
+def packed(name: str, content: bytes) -> bytes:
+    """Compressed as the ending says."""
+    codec = {".gz": "gzip", ".zst": "zstd"}.get(Path(name).suffix)
+    return pa.Codec(codec).compress(content, asbytes=True) if codec else content
 
 
 def refused(path: Path | str) -> str:
@@ -95,7 +100,8 @@ def test_a_folder_is_all_the_files_in_it(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_data_is_refused(tmp_path: Path) -> None:
-    assert "is a folder without a .jsonl, .parquet or .txt file" in refused(tmp_path)
+    (tmp_path / "about.json").write_text('{"about": "the data"}')
+    assert "is a folder without a .jsonl, .json, .txt or .parquet file" in refused(tmp_path)
 
 
 CHATS: list[dict[str, Any]] = [
@@ -146,7 +152,7 @@ def test_a_conversation_is_part_of_the_fingerprint(tmp_path: Path) -> None:
 
 def test_an_unknown_ending_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("text\nx\n")
-    assert "ending that is not known: give a .jsonl, .parquet or .txt" in refused(tmp_path / "a.csv")
+    assert "ending that is not known: give a .jsonl, .json, .txt or .parquet" in refused(tmp_path / "a.csv")
 
 
 @pytest.mark.parametrize(
@@ -207,12 +213,34 @@ def test_a_dataset_that_cannot_be_reached_is_refused_with_the_reason(name: str) 
     assert ("did you mean 'python-docs'?" in message) == (name == "python-doc")
 
 
-def test_a_dataset_is_loaded_as_the_hub_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder in the hub's layout goes through the same call as an id."""
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    folder = tmp_path / "dataset"
-    folder.mkdir()
-    write_jsonl(folder / "train.jsonl", [{"question": "q", "answer": "a"}])
-    write_jsonl(folder / "test.jsonl", [{"question": "other", "answer": "a"}])
-    (document,) = records.documents(hub_datasets.rows(str(folder)))
-    assert (document.prompt, document.text) == ("q", "a")
+@pytest.mark.parametrize(
+    "name", ["a.jsonl.gz", "a.jsonl.zst", "a.json", "a.json.gz", "lines.json", "array.json.zst"]
+)
+def test_a_compressed_file_and_a_json_array_read_as_the_same_jsonl(tmp_path: Path, name: str) -> None:
+    records = [{"instruction": f"p{i}", "output": f"c{i} \N{SNOWMAN}"} for i in range(20)]
+    lines = write_jsonl(tmp_path / "plain.jsonl", records)
+    content = lines.read_bytes() if "lines" in name else json.dumps(records, indent=2).encode()
+    content = content if ".json" in Path(name).suffixes else lines.read_bytes()
+    (tmp_path / name).write_bytes(packed(name, content[:100]) + packed(name, content[100:]))
+    assert read(str(tmp_path / name)).documents == read(str(lines)).documents
+
+
+def test_a_text_is_read_compressed_and_in_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "a.txt.gz").write_bytes(packed("a.txt.gz", b"one\n\n\ntwo\n\n\nthree"))
+    assert [document.text for document in read(str(tmp_path)).documents] == ["one", "two", "three"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl.gz", b"no gzip at all", "a.jsonl.gz cannot be unpacked: "),
+        ("a.jsonl.zst", packed("a.zst", b'{"text": "a"}\n' * 500)[:-5], "a.jsonl.zst cannot be unpacked: "),
+        ("a.jsonl.gz", packed("a.gz", b'{"text": "a"}\n' * 500)[:-12], "a.jsonl.gz cannot be unpacked: "),
+        ("a.json", b'[{"text": "a"},\n {text: 2}]', "a.json: not JSON: .* \\(line 2, column 3\\)"),
+        ("a.json", b'[{"text": "a"}, {"text": 2}]', "a.json, record 2: the field 'text' must be a text"),
+        ("a.json", b'{"data": [{"text": "a"}]}', "a.json, record 1: no expected field"),
+    ],
+)
+def test_a_damaged_file_says_what_is_wrong(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    assert re.search(message, refused(tmp_path / name))

@@ -212,6 +212,46 @@ def test_labels_and_estimates_are_those_of_rows(folder: Path, tmp_path: Path) ->
     assert 5 < data.context < 40
 
 
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.json", "a.json.gz"])
+def test_what_is_read_from_its_beginning_only_is_unpacked_once_and_resumed_in_the_same_rows(
+    tmp_path: Path, small_chunks: None, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv("STOKER_CACHE", str(tmp_path / "unpacked"))
+    write(tmp_path / "plain.jsonl", range(500))
+    content = (tmp_path / "plain.jsonl").read_bytes()
+    if ".json" in Path(name).suffixes:
+        content = json.dumps([json.loads(line) for line in content.splitlines()]).encode()
+    codec = {".gz": "gzip", ".zst": "zstd"}.get(Path(name).suffix)
+    file = tmp_path / name
+    file.write_bytes(pa.Codec(codec).compress(content, asbytes=True) if codec else content)
+    found = chunks.find(str(file))
+    assert len(found) > 5
+    read = [d.text for number in range(len(found)) for d in found.documents(number)]
+    assert read == [text(n) for n in range(500)]
+
+    monkeypatch.setattr("stoker.data.compressed.lines", None)  # it is not unpacked again
+    data = opened(found, tmp_path / "one")
+    uninterrupted = rows(data, 0, 500)
+    resumed = opened(chunks.find(str(file)), tmp_path / "another")
+    resumed.go_to(json.loads(json.dumps(data.place(5, 450))))
+    assert resumed._first > 0
+    assert rows(resumed, 450, 500) == uninterrupted[450:]
+
+
+def test_a_file_that_is_unpacked_and_has_changed_is_other_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STOKER_CACHE", str(tmp_path / "cache"))
+    file = tmp_path / "a.json"
+    file.write_text('[{"text": "one"}]')
+    before = chunks.find(str(file))
+    assert [d.text for d in before.documents(0)] == ["one"]
+    file.write_text('[{"text": "two"}]')
+    after = chunks.find(str(file))
+    assert [d.text for d in after.documents(0)] == ["two"]
+    assert before.fingerprint != after.fingerprint
+
+
 @pytest.mark.parametrize("name", ["nothing.jsonl", "nothing.parquet"])
 def test_what_is_not_there_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(BadInput, match="does not exist, or holds no"):

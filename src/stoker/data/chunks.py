@@ -1,7 +1,9 @@
 """Text data as chunks, parts of files that are read each by itself: nothing before one has to be read.
 
 A chunk of a `.jsonl` or `.txt` file are the lines that begin within a range of its bytes; of a `.parquet`
-file it is a row group. Files may be on this machine, in an object store, or in a dataset of the hub.
+file it is a row group. A file that can be read from its beginning only, compressed or a `.json`, is unpacked
+whole into the cache once one of its chunks is read. Files may be on this machine, in an object store, or in a
+dataset of the hub.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import hashlib
 import io
 import itertools
 import re
+import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,18 +24,20 @@ from typing import Any
 
 import orjson
 from stoker import object_store, storage
-from stoker.data import hub_datasets, parquet, records
+from stoker.data import compressed, hub_datasets, parquet, records
 from stoker.data.documents import Document, Message, chop, content_key
 from stoker.data.records import Record
+from stoker.data.tokens import once
 from stoker.errors import BadInput
 from stoker.object_store import Store
 
 SIZE = 2 * 2**20
-"""Bytes of a chunk of a file of lines."""
+"""Bytes of a chunk of a file of lines, at most; about as many of one that is to be unpacked."""
 
 _TAIL = 2**16  # bytes to look for the end of a line in at once
 _TEXT_DOCUMENT = 2000  # characters of a text without borders
 _BORDER = re.compile(r"\n(?:[ \t\f]*\n){2,}")
+_SMALLER = 3  # times, that a compressed file is than its text, about
 _AT_ONCE = 16  # files asked for the number of their row groups
 
 
@@ -47,10 +52,9 @@ class File:
     """Another one where the content is; empty where that is not known."""
     chunks: int
 
-    @property
-    def ending(self) -> str:
-        """Of its name, in lower case."""
-        return Path(self.key).suffix.lower()
+    def bounds(self, part: int) -> tuple[int, int]:
+        """The bytes of a chunk, from and to, of a file of lines."""
+        return part * self.size // self.chunks, (part + 1) * self.size // self.chunks
 
 
 @dataclass(frozen=True)
@@ -58,8 +62,10 @@ class Chunks:
     """The chunks of all files of a folder, in the order of the files' names."""
 
     folder: str
-    """Its URL."""
+    """Its URL; of a dataset of the hub with the commit that is read."""
     files: tuple[File, ...]
+    name: str = ""
+    """Of a dataset of the hub: its id, which the fingerprint is of: another commit may have equal files."""
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -81,7 +87,7 @@ class Chunks:
     @property
     def fingerprint(self) -> str:
         """SHA-256 over what the files are called, their sizes, and what tells their content apart."""
-        about = [self.folder, *((file.key, file.size, file.tag) for file in self.files)]
+        about = [self.name or self.folder, *((file.key, file.size, file.tag) for file in self.files)]
         return hashlib.sha256(repr(about).encode()).hexdigest()
 
     def kept(self, number: int) -> list[Document]:
@@ -104,7 +110,10 @@ class Chunks:
         part = number - (self._ends[place] - file.chunks)
         store, where = Store(self.folder, ""), f"{self.where}/{file.key}"
         try:
-            return list(_READERS[file.ending](store, file, part, where))
+            reader = _READERS[compressed.kind(file.key)]
+            if compressed.must_be_unpacked(file.key):
+                store, file = _unpacked(store, file, where)
+            return list(reader(store, file, part, where))
         except FileNotFoundError as error:
             raise BadInput(f"{where} is gone since the run began") from error
 
@@ -114,24 +123,28 @@ def find(source: str) -> Chunks:
 
     Raises BadInput for what is not there, or holds no file that can be read.
     """
-    folder, name = _where(source)
+    folder, keys = _where(source)
     store = Store(folder, "")
     try:
-        found = _one(store, folder, name) if name else store.objects()
+        found = _some(store, folder, keys) if keys else store.objects()
     except PermissionError as error:
         raise BadInput(f"{source} cannot be read: {error.strerror}") from error
-    wanted = {key: about for key, about in sorted(found.items()) if key.lower().endswith(_ENDINGS)}
-    wanted = _of_training(wanted) if folder.startswith("hf:") else wanted
-    wanted = {key: about for key, about in wanted.items() if about.size > 0}
+    is_data = compressed.kind if keys else compressed.is_data_in_a_folder
+    wanted = {key: about for key, about in sorted(found.items()) if is_data(key) and about.size > 0}
+    if not wanted and folder.startswith("hf:"):
+        raise BadInput(
+            f"{source} has {keys[0]}, and what is read while training is a {compressed.ALLOWED}: "
+            "leave out streaming=true"
+        )
     if not wanted:
-        raise BadInput(f"{source} does not exist, or holds no {', '.join(_ENDINGS)} file with text")
+        raise BadInput(f"{source} does not exist, or holds no {compressed.ALLOWED} with text")
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         counts = pool.map(lambda pair: _count(store, pair[0], pair[1].size), wanted.items())
         files = [
             File(key, about.size, about.tag, count)
             for (key, about), count in zip(wanted.items(), counts, strict=True)
         ]
-    return Chunks(folder, tuple(files))
+    return Chunks(folder, tuple(files), source if folder.startswith("hf:") else "")
 
 
 def texts(content: str) -> Iterator[Document]:
@@ -144,48 +157,68 @@ def texts(content: str) -> Iterator[Document]:
             yield Document(content_key(part), "", part.strip("\n"))
 
 
-def _where(source: str) -> tuple[str, str]:
-    """A folder's URL, and the file in it that is meant, or empty for all."""
+def _where(source: str) -> tuple[str, list[str]]:
+    """A folder's URL, and the files in it that are meant, or none for all."""
     if object_store.is_url(source):
         object_store.check(source)
         folder, _, last = source.rstrip("/").rpartition("/")
-        return (folder, last) if last.lower().endswith(_ENDINGS) else (source.rstrip("/"), "")
+        return (folder, [last]) if compressed.kind(last) else (source.rstrip("/"), [])
     path = Path(source).expanduser().absolute()
     if path.is_dir():
-        return f"file://{path}", ""
+        return f"file://{path}", []
     if path.exists() or hub_datasets.is_a_file_name(source):
-        return f"file://{path.parent}", path.name
+        return f"file://{path.parent}", [path.name]
     hub_datasets.check(source)
-    return f"hf://datasets/{source}", ""
+    return hub_datasets.files(source)
 
 
-def _one(store: Store, folder: str, name: str) -> dict[str, object_store.Stored]:
+def _some(store: Store, folder: str, keys: list[str]) -> dict[str, object_store.Stored]:
     if folder.startswith("file:"):
-        file = Path(folder.removeprefix("file://")) / name
-        if not file.is_file():
-            return {}
-        about = file.stat()
-        return {name: object_store.Stored(about.st_size, str(storage.modified(file)))}
-    return {key: about for key, about in store.objects().items() if key == name}
-
-
-def _of_training(files: dict[str, Any]) -> dict[str, Any]:
-    """Of a dataset of the hub, the files of its train split, where their names say so."""
-    return {key: about for key, about in files.items() if "train" in key.lower()} or files
+        files = {key: Path(folder.removeprefix("file://")) / key for key in keys}
+        abouts = {key: file.stat() for key, file in files.items() if file.is_file()}
+        return {
+            key: object_store.Stored(about.st_size, str(storage.modified(files[key])))
+            for key, about in abouts.items()
+        }
+    meant = set(keys)
+    return {key: about for key, about in store.objects().items() if key in meant}
 
 
 def _count(store: Store, key: str, size: int) -> int:
-    if not key.lower().endswith(".parquet"):
-        return -(-size // SIZE)
+    if compressed.kind(key) != ".parquet":
+        return -(-size * (_SMALLER if compressed.is_compressed(key) else 1) // SIZE)
     with parquet.opened(_file(store, key, size), f"{store.url}/{key}") as file:
         return int(file.num_row_groups)
 
 
+def _unpacked(store: Store, file: File, where: str) -> tuple[Store, File]:
+    """A file that is read from its beginning only, as one of lines in the cache. Raises BadInput."""
+    named = hashlib.sha256(repr((store.url, file.key, file.size, file.tag)).encode()).hexdigest()[:32]
+    target = storage.cache_folder() / "unpacked" / named
+
+    def make() -> None:
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".unpack-") as scratch:
+            packed, made = Path(scratch) / "packed", Path(scratch) / "lines"
+            try:
+                store.get(file.key, packed)
+            except FileNotFoundError as error:
+                raise BadInput(f"{where} is gone since the run began") from error
+            with made.open("wb") as out:
+                out.writelines(compressed.lines(packed, file.key, where))
+            storage.sync_file(made)
+            made.rename(target)
+
+    once(target, make)
+    return Store(f"file://{target.parent}", ""), File(named, target.stat().st_size, "", file.chunks)
+
+
 def _read_jsonl(store: Store, file: File, part: int, where: str) -> Iterator[Document]:
     def parsed() -> Iterator[Record]:
-        at = part * SIZE
+        at, _ = file.bounds(part)
         for number, raw in enumerate(_lines(store, file, part).split(b"\n"), start=1):
-            place = f"{where}, line {number}" + (f" of those that begin behind byte {at}" if at else "")
+            place = f"{where}, {compressed.unit(where)} {number}" + (
+                f" of those that begin behind byte {at}" if at else ""
+            )
             yield from records.from_json(raw, place)
 
     yield from records.documents(parsed())
@@ -204,15 +237,17 @@ def _read_parquet(store: Store, file: File, part: int, where: str) -> Iterator[D
 
 _READERS: dict[str, Callable[[Store, File, int, str], Iterator[Document]]] = {
     ".jsonl": _read_jsonl,
+    ".json": _read_jsonl,
     ".parquet": _read_parquet,
     ".txt": _read_txt,
 }
-_ENDINGS = tuple(_READERS)
 
 
 def _lines(store: Store, file: File, part: int) -> bytes:
     """The lines that begin in a part of a file: each line of a file is of exactly one part."""
-    first, last = part * SIZE, min((part + 1) * SIZE, file.size)
+    first, last = file.bounds(part)
+    if first == last:
+        return b""
     content = store.read(file.key, max(0, first - 1), last)
     if first:
         content = content[content.find(b"\n") + 1 :] if b"\n" in content else b""

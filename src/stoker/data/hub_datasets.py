@@ -1,27 +1,57 @@
-"""Datasets of the Hugging Face hub, by their ids."""
+"""Datasets of the Hugging Face hub, by their ids.
+
+An id may say more than whose it is and what it is called: `org/name@revision` is a branch, a tag or a commit
+of it, `org/name#config` one of its configs, `org/name#config/split` another split than train, and
+`org/name#/split` that of the config that it has where none is named.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stoker.data.records import Record
 from stoker.errors import BadInput, nearest
 
-_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+if TYPE_CHECKING:
+    from datasets import DatasetBuilder
+
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _ENDINGS = {".jsonl", ".parquet", ".txt", ".json", ".csv", ".tsv", ".md", ".gz", ".zst", ".zip"}
 _ANSWER = 10.0  # seconds
+_SHOWN = 20  # configs or splits in a message
+
+
+@dataclass(frozen=True)
+class Id:
+    """What an id names; what it does not say is empty."""
+
+    name: str
+    """`org/name`, or `name` alone."""
+    revision: str
+    config: str
+    split: str
+
+
+def parse(given: str) -> Id:
+    """An id's parts."""
+    where, _, part = given.partition("#")
+    name, _, revision = where.partition("@")
+    config, _, split = part.partition("/")
+    return Id(name, revision, config, split)
 
 
 def is_a_file_name(name: str) -> bool:
     """Whether a name that does not exist here was meant as a file: an id may hold dots too."""
-    return Path(name).suffix.lower() in _ENDINGS or not _ID.fullmatch(name)
+    return Path(name).suffix.lower() in _ENDINGS or not _NAME.fullmatch(parse(name).name)
 
 
-def check(name: str, known: Sequence[str] = ()) -> None:
-    """Ask the hub, at once, whether it has a dataset.
+def check(given: str, known: Sequence[str] = ()) -> None:
+    """Ask the hub, at once, whether it has a dataset, and of that the revision, the config and the split.
 
     Args:
         known: other words that could have been meant.
@@ -35,66 +65,152 @@ def check(name: str, known: Sequence[str] = ()) -> None:
         HFValidationError,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
+        RevisionNotFoundError,
     )
 
+    asked = parse(given)
     try:
-        HfApi().dataset_info(name, timeout=_ANSWER)
+        about = HfApi().dataset_info(asked.name, revision=asked.revision or None, timeout=_ANSWER)
+        if about.gated:  # that it is there is for everyone to see, its files are not
+            HfApi().auth_check(asked.name, repo_type="dataset")
     except OfflineModeIsEnabled:
         return  # what was downloaded before may do
     except GatedRepoError as error:
         raise BadInput(
-            f"dataset {name} is gated: accept its terms on the hub, and set HF_TOKEN to a token of yours"
+            f"dataset {asked.name} is gated: accept its terms on the hub, and set HF_TOKEN to a token of "
+            "yours"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise BadInput(
+            f"dataset {asked.name} has no revision {asked.revision}: give a branch, a tag or a commit of it"
         ) from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise BadInput(
-            f"{name} is no file here, and no dataset of the hub (or private: set HF_TOKEN)"
-            f"{nearest(name, known)}"
+            f"{asked.name} is no file here, and no dataset of the hub (or private: set HF_TOKEN)"
+            f"{nearest(asked.name, known)}"
         ) from error
     except Exception as error:  # of a network, a proxy, a service: there is no list of what they raise
         raise BadInput(
-            f"{name} is no file here, and the hub cannot be reached "
+            f"{asked.name} is no file here, and the hub cannot be reached "
             f"({str(error).splitlines()[0]}). Give a file; or set HF_ENDPOINT to a mirror, HTTPS_PROXY to a "
-            f"proxy, or HF_HUB_OFFLINE=1 where it was downloaded before{nearest(name, known)}"
+            f"proxy, or HF_HUB_OFFLINE=1 where it was downloaded before{nearest(asked.name, known)}"
         ) from error
+    _split(given, _builder(given, known))
 
 
-def read(name: str, known: Sequence[str] = ()) -> Iterator[Record]:
-    """The records of a dataset's train split, once the hub has answered. Raises BadInput, as `check`."""
-    check(name, known)
-    yield from rows(name, known)
+def read(given: str, known: Sequence[str] = ()) -> Iterator[Record]:
+    """The records of a dataset's split, once the hub has answered. Raises BadInput, as `check`."""
+    check(given, known)
+    builder = _builder(given, known)
+    split = _split(given, builder)
+    for number, row in enumerate(_prepared(given, builder, split), start=1):
+        yield f"{given}, row {number}", row
 
 
-def rows(name: str, known: Sequence[str] = ()) -> Iterator[Record]:
-    """The records of the train split of what `datasets` loads. Raises BadInput."""
-    for number, row in enumerate(_loaded(name, known, split="train"), start=1):
-        yield f"{name}, row {number}", row
+def splits(given: str, known: Sequence[str] = ()) -> Mapping[str, Any]:
+    """Every split of a dataset, a `datasets.Dataset` each, by name; of an id with a split that one, as train.
 
-
-def splits(name: str, known: Sequence[str] = ()) -> Mapping[str, Any]:
-    """Every split of what `datasets` loads, a `datasets.Dataset` each, by name. Raises BadInput."""
-    found: Mapping[str, Any] = _loaded(name, known)
+    Raises BadInput.
+    """
+    builder = _builder(given, known)
+    if parse(given).split:
+        return {"train": _prepared(given, builder, _split(given, builder))}
+    found: Mapping[str, Any] = _prepared(given, builder, None)
     return found
 
 
-def revision(name: str) -> str:
+def files(given: str) -> tuple[str, list[str]]:
+    """The URL of the folder that a dataset is, at the commit it stands at, and the files of its split there.
+
+    Raises BadInput, also where the hub is not asked.
+    """
+    builder = _builder(given, ())
+    split = _split(given, builder)
+    if not builder.config.data_files:
+        raise BadInput(f"{given}: a stream is read from the hub, which is offline: leave out streaming=true")
+    folder = f"hf://datasets/{parse(given).name}@{builder.hash}"
+    urls: Sequence[str] = builder.config.data_files[split]
+    elsewhere = [url for url in urls if not url.startswith(f"{folder}/")]
+    if elsewhere:
+        raise BadInput(f"{given} has files elsewhere ({elsewhere[0]}): leave out streaming=true")
+    return folder, [url.removeprefix(f"{folder}/") for url in urls]
+
+
+def revision(given: str) -> str:
     """The commit of a dataset that was loaded last, as the hub's cache has it; empty where it has none."""
     from huggingface_hub import constants
     from huggingface_hub.file_download import repo_folder_name
 
+    asked = parse(given)
+    if _COMMIT.fullmatch(asked.revision):
+        return asked.revision
     try:
-        folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="dataset")
-        return (folder / "refs" / "main").read_text(encoding="ascii").strip()
+        folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=asked.name, repo_type="dataset")
+        return (folder / "refs" / (asked.revision or "main")).read_text(encoding="ascii").strip()
     except (OSError, ValueError):  # also of a name that is no id
         return ""
 
 
-def _loaded(name: str, known: Sequence[str], **which: str) -> Any:
-    from datasets import load_dataset
+def _builder(given: str, known: Sequence[str]) -> DatasetBuilder:
+    """What makes a dataset. Raises BadInput, which names the configs where the one asked for is none."""
+    from datasets import load_dataset_builder
+
+    asked = parse(given)
+    try:
+        found = load_dataset_builder(asked.name, asked.config or None, revision=asked.revision or None)
+    except Exception as error:  # a service and a parser for any format: there is no list of what they raise
+        configs = _configs(asked) if isinstance(error, ValueError) else []
+        if configs and asked.config not in configs:
+            wrong = f"no config {asked.config}" if asked.config else "several configs"
+            raise BadInput(
+                f"dataset {asked.name} has {wrong}: give one of {_some(configs)}, as in "
+                f"{_written(asked, configs[0])}{nearest(asked.config, configs)}"
+            ) from error
+        raise BadInput(
+            f"{given} is no file here, and as a dataset of the hub it cannot be loaded: {error}"
+            f"{nearest(given, known)}"
+        ) from error
+    if asked.revision and not found.config.data_files and found.hash != revision(given):  # of a cache
+        raise BadInput(f"{given}: the hub was not asked, and another revision was downloaded ({found.hash})")
+    return found
+
+
+def _configs(asked: Id) -> list[str]:
+    from datasets import get_dataset_config_names
 
     try:
-        return load_dataset(name, **which)
-    except Exception as error:  # a service and a parser for any format: there is no list of what they raise
+        return list(get_dataset_config_names(asked.name, revision=asked.revision or None))
+    except Exception:  # then it is said why it cannot be loaded
+        return []
+
+
+def _split(given: str, builder: DatasetBuilder) -> str:
+    """The split that is asked for. Raises BadInput, which names those that there are, where it is none."""
+    asked = parse(given)
+    split = asked.split or "train"
+    names = [str(name) for name in builder.config.data_files or builder.info.splits or ()]
+    if names and split not in names:
         raise BadInput(
-            f"{name} is no file here, and as a dataset of the hub it cannot be loaded: {error}"
-            f"{nearest(name, known)}"
-        ) from error
+            f"dataset {given} has no split {split}: give one of {_some(names)}, as in "
+            f"{_written(asked, asked.config, names[0])}{nearest(asked.split, names)}"
+        )
+    return split
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
+
+
+def _written(asked: Id, config: str, split: str = "") -> str:
+    revision = f"@{asked.revision}" if asked.revision else ""
+    return f"{asked.name}{revision}#{config}" + (f"/{split}" if split else "")
+
+
+def _prepared(given: str, builder: DatasetBuilder, split: str | None) -> Any:
+    """A split, or all by name, once it is downloaded. Raises BadInput."""
+    try:
+        builder.download_and_prepare()
+        return builder.as_dataset(split)
+    except Exception as error:  # as of `_builder`
+        raise BadInput(f"dataset {given} cannot be loaded: {error.__cause__ or error}") from error

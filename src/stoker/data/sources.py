@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stoker import object_store
-from stoker.data import chunks, hub_datasets, parquet, python_docs, records
+from stoker.data import chunks, compressed, hub_datasets, parquet, python_docs, records
 from stoker.data.chunks import Chunks
 from stoker.data.documents import Corpus, Document, Splits, make_corpus, split, split_by_place
 from stoker.data.records import Record
@@ -157,16 +157,26 @@ def looked_at(stream: Chunks) -> list[int]:
 
 
 def _with_short_names(found: list[Source]) -> list[Source]:
-    short = [Path(source.name.rstrip("/")).stem for source in found]
+    short = [_short_name(source.name) for source in found]
     return [
         dataclasses.replace(source, name=name if short.count(name) == 1 else f"{name}-{number}")
         for number, (source, name) in enumerate(zip(found, short, strict=True), start=1)
     ]
 
 
+def _short_name(name: str) -> str:
+    if object_store.is_url(name) or is_here(name):
+        last = Path(name.rstrip("/")).name
+        ending = compressed.kind(last)
+        return last[: last.lower().rindex(ending)] if ending else last
+    return hub_datasets.parse(name).name.rpartition("/")[2]
+
+
 def read(source: str) -> Corpus:
-    """Read a corpus: a built in one, a .jsonl, .parquet or .txt file, a folder of these, a URL of either, or
-    a dataset of the hub.
+    """Read a corpus: a built in one, a file, a folder of files, a URL of either, or a dataset of the hub.
+
+    Files are .jsonl, .json, .txt or .parquet, all but the last also with .gz or .zst behind it; of a folder a
+    plain .json is not taken.
 
     Raises BadInput for what does not exist, cannot be read, or holds no text.
     """
@@ -174,9 +184,9 @@ def read(source: str) -> Corpus:
         return make_corpus(BUILT_IN[source](), python_docs.describe(source))
     path = Path(source).expanduser()
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in _READERS)
+        files = sorted(file for file in path.rglob("*") if compressed.is_data_in_a_folder(file.name))
         if not files:
-            raise BadInput(f"{source} is a folder without a .jsonl, .parquet or .txt file")
+            raise BadInput(f"{source} is a folder without a {compressed.ALLOWED}")
         documents = [document for file in files for document in _read_file(file)]
         origin = f"{path.name}, {len(files)} files"
     elif path.exists():
@@ -196,9 +206,9 @@ def read(source: str) -> Corpus:
 
 
 def _read_file(path: Path) -> Iterator[Document]:
-    reader = _READERS.get(path.suffix.lower())
+    reader = _READERS.get(compressed.kind(path.name))
     if reader is None:
-        raise BadInput(f"{path} has an ending that is not known: give a .jsonl, .parquet or .txt file")
+        raise BadInput(f"{path} has an ending that is not known: give a {compressed.ALLOWED}")
     try:
         yield from reader(path)
     except OSError as error:
@@ -206,13 +216,15 @@ def _read_file(path: Path) -> Iterator[Document]:
 
 
 def _read_txt(path: Path) -> Iterator[Document]:
-    yield from chunks.texts(records.decode(path.read_bytes(), str(path)))
+    content = b"".join(compressed.lines(path, path.name, str(path)))
+    yield from chunks.texts(records.decode(content, str(path)))
 
 
 def _read_jsonl(path: Path) -> Iterator[Document]:
-    with path.open("rb") as file:
-        lines = (records.from_json(raw, f"{path}, line {n}") for n, raw in enumerate(file, start=1))
-        yield from records.documents(itertools.chain.from_iterable(lines))
+    lines = compressed.split(compressed.lines(path, path.name, str(path)))
+    unit = compressed.unit(path.name)
+    found = (records.from_json(raw, f"{path}, {unit} {n}") for n, raw in enumerate(lines, start=1))
+    yield from records.documents(itertools.chain.from_iterable(found))
 
 
 def _read_parquet(path: Path) -> Iterator[Document]:
@@ -229,6 +241,7 @@ def _rows(path: Path) -> Iterator[Record]:
 
 _READERS: dict[str, Callable[[Path], Iterator[Document]]] = {
     ".jsonl": _read_jsonl,
+    ".json": _read_jsonl,
     ".parquet": _read_parquet,
     ".txt": _read_txt,
 }

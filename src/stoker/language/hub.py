@@ -12,7 +12,13 @@ from typing import Any
 
 import httpx2
 from huggingface_hub import HfApi, get_token, snapshot_download
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from huggingface_hub.utils._validators import validate_repo_id
 from stoker import object_store, storage
 from stoker.data.tokens import once
@@ -66,6 +72,10 @@ def _from_hub(reference: str, what: str, known: Sequence[str], weights: bool) ->
     except GatedRepoError as error:
         raise BadInput(
             f"{what} {name} is gated: accept its terms on the hub, and set HF_TOKEN to a token of yours"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise BadInput(
+            f"{what} {name} has no revision {revision}: give a branch, a tag or a commit of it"
         ) from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise BadInput(

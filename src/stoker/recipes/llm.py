@@ -38,8 +38,9 @@ class Config(Training):
     model: str = "tiny"
     """A size to start from scratch (tiny, small, base), a directory, s3://bucket/folder, or a hub id."""
     data: str = "python-docs"
-    """python-docs or python-docs-qa (built in), a .jsonl, .parquet or .txt file, a folder of these, a URL
-    such as s3://..., or a hub dataset id: texts, pairs, conversations. Several with weights: a:3,b:1."""
+    """python-docs or python-docs-qa (built in), a .jsonl, .json, .txt or .parquet file, a folder of these, a
+    URL such as s3://..., or a hub dataset: org/name, org/name@revision, org/name#config/split. Texts, pairs,
+    conversations. Several with weights: a:3,b:1."""
     streaming: bool = False
     """Tokenise the data as training comes to it, not beforehand; an epoch is an estimate then."""
     loss_on: Literal["answer", "all"] = "answer"
@@ -102,6 +103,11 @@ class Config(Training):
             raise ValueError(
                 f"quantisation={self.quantisation} is for weights that stay as they are, under LoRA: "
                 + ("DoRA needs them exact" if self.lora.dora else "give a lora.rank")
+            )
+        if self.streaming and self.data_share < 1:
+            raise ValueError(
+                f"data_share={self.data_share:g} with streaming=true: which samples a stream has is known "
+                "once they have come; leave out streaming=true, or train less of it by max_steps"
             )
         for name in ("max_steps", "eval_every"):
             value = getattr(self, name)

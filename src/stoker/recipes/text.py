@@ -38,7 +38,7 @@ class Config(Training):
     """Of a new model; by default 0.1."""
     data: str = "python-docstrings"
     """python-docstrings (built in: which part of the library is it from?), a .jsonl, .csv or .parquet file, a
-    folder of these, or a hub dataset id."""
+    folder of these, or a hub dataset: org/name, org/name@revision, org/name#config."""
     text_column: str = "text"
     """Where a record has its text."""
     label_column: str = "label"

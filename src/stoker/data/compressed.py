@@ -1,0 +1,108 @@
+"""What files of text are, by their names, and those that are read from their beginning only.
+
+These are compressed, or a `.json`, which may be one array, of records, or have a record a line.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from stoker.errors import BadInput
+
+ALLOWED = ".jsonl, .json, .txt or .parquet file (or .jsonl.gz, .jsonl.zst and the like)"
+"""What files of text data may be, for messages."""
+
+_KINDS = (".jsonl", ".json", ".txt", ".parquet")
+_CODECS = {".gz": "gzip", ".zst": "zstd"}
+_BLOCK = 2**20  # bytes
+
+
+def kind(name: str) -> str:
+    """The ending of a file's name, in lower case and without that of a compression; empty of other files."""
+    path = Path(name.lower())
+    inner = Path(path.stem).suffix if path.suffix in _CODECS else path.suffix
+    return inner if inner in _KINDS and (inner == path.suffix or inner != ".parquet") else ""
+
+
+def is_data_in_a_folder(name: str) -> bool:
+    """Whether a file is taken of a folder: a plain .json more often says something about the data."""
+    return kind(name) != "" and not name.lower().endswith(".json")
+
+
+def is_compressed(name: str) -> bool:
+    return name.lower().endswith(tuple(_CODECS))
+
+
+def must_be_unpacked(name: str) -> bool:
+    """Whether a file of data has no lines that could be read without what is before them."""
+    return is_compressed(name) or name.lower().endswith(".json")
+
+
+def unit(name: str) -> str:
+    """What the lines of a file are counted as, once it is one of lines."""
+    return "record" if kind(name) == ".json" else "line"
+
+
+def lines(file: Path, name: str, where: str) -> Iterator[bytes]:
+    """The content of a file as that of one of lines, in pieces: an array's records stand in a line each.
+
+    Args:
+        name: what it is called where it is from.
+        where: what it is called in messages.
+
+    Raises:
+        BadInput: it is damaged, or no JSON.
+        FileNotFoundError: it is not there.
+    """
+    pieces = _blocks(file, name, where)
+    if kind(name) != ".json":
+        yield from pieces
+        return
+    first = next(pieces, b"")
+    if first.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] != b"[":
+        yield from itertools.chain([first], pieces)
+        return
+    for record in _array(b"".join([first, *pieces]), where):
+        yield json.dumps(record).encode() + b"\n"
+
+
+def _blocks(file: Path, name: str, where: str) -> Iterator[bytes]:
+    import pyarrow
+
+    codec = _CODECS.get(Path(name).suffix.lower())
+    with file.open("rb") as raw:
+        stream = io.BufferedReader(pyarrow.CompressedInputStream(raw, codec)) if codec else raw
+        while True:
+            try:
+                piece = stream.read(_BLOCK)
+            except OSError as error:
+                raise BadInput(f"{where} cannot be unpacked: {error}") from error
+            if not piece:
+                return
+            yield piece
+
+
+def _array(content: bytes, where: str) -> list[object]:
+    try:
+        found: list[object] = json.loads(content.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{where}: not UTF-8 at offset {error.start}; convert the file to UTF-8") from error
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}, column {error.colno}"
+        raise BadInput(f"{where}: not JSON: {error.msg} ({place})") from error
+    except RecursionError as error:
+        raise BadInput(f"{where}: not usable JSON: nested too deeply") from error
+    return found
+
+
+def split(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """The lines of a content in pieces."""
+    rest = b""
+    for piece in pieces:
+        *whole, rest = (rest + piece).split(b"\n")
+        yield from whole
+    yield rest
