@@ -41,7 +41,7 @@ def serving() -> Iterator[Hub]:
     hub = Hub()
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
     hub.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
     thread.start()
     try:
         yield hub
@@ -132,9 +132,11 @@ class _Handler(BaseHTTPRequestHandler):
         url = f"{self._url(name)}/commit/{commit}"
         self._answer(200, {"success": True, "commitOid": commit, "commitUrl": url, "hookOutput": ""})
 
-    def _about(self, name: str) -> None:
+    def _about(self, name: str, revision: str | None) -> None:
         if name not in self.hub.models:
             return self._answer(404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
+        if revision not in (None, "main", self.hub.commit(name)):
+            return self._answer(404, {"error": "Invalid rev id"}, {"X-Error-Code": "RevisionNotFound"})
         siblings = [{"rfilename": path} for path in self.hub.models[name]]
         about = {"id": name, "modelId": name, "sha": self.hub.commit(name), "siblings": siblings,
                  "private": name in self.hub.private, "tags": [], "downloads": 0}  # fmt: skip
@@ -166,7 +168,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 _NAME = "([^/]+/[^/]+)"
 _GET = {
-    f"/api/models/{_NAME}(?:/revision/[^/]+)?": "_about",
+    f"/api/models/{_NAME}(?:/revision/([^/]+))?": "_about",
     f"/api/models/{_NAME}/tree/[^/]+(?:/.*)?": "_tree",
     f"/{_NAME}/resolve/[^/]+/(.+)": "_file",
 }
