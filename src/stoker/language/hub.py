@@ -30,6 +30,7 @@ from stoker.data.tokens import once
 from stoker.errors import BadInput, nearest
 
 _DESCRIPTION = ("*.json", "*.jinja", "*.model", "*.txt")
+_OF_A_TOKENIZER = ("tokenizer*", "vocab*", "*.model")
 _ANSWER = 10.0  # seconds
 _NOT_REACHED = "the hub cannot be reached ({}). Set HF_ENDPOINT to a mirror, HTTPS_PROXY to a proxy"
 _OURS = (
@@ -134,6 +135,13 @@ def _from_store(url: str, what: str) -> Path:
             (Path(scratch) / "model").rename(target)
 
     return once(target, fetch)
+
+
+def check_tokenizer(reference: str) -> None:
+    """Raises BadInput where there is no directory of a tokenizer, here or on the hub."""
+    folder = find(reference, "tokenizer", weights=False)
+    if not any(any(folder.glob(pattern)) for pattern in _OF_A_TOKENIZER):
+        raise BadInput(f"tokenizer directory {folder} has no tokenizer.json or tokenizer.model")
 
 
 def push(folder: Path, reference: str, *, private: bool) -> str:
