@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from stoker.data.tokens import PackedDataset
 
 PRELOAD = (
+    "stoker.engine.quiet",
     "peft",
     *(
         f"stoker.language.{room}"
