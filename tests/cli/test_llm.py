@@ -295,6 +295,7 @@ def _lines(*records: object) -> str:
         (None, ["model=emptydir"], "has no config.json"),
         (None, ["model=./nowhere"], "is not a directory"),
         (None, ["model=tiny2"], "did you mean 'tiny'"),
+        (None, ["lora.adapter=emptydir"], "has no adapter_config.json"),
         (None, ["data=someone/some-dataset"], "someone/some-dataset"),
         (None, ["precision=fp8"], "auto, fp32, bf16"),
         (None, ["--runs", "/dev/null/runs"], "cannot be written"),

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import loading_run
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from stoker.errors import BadInput
-from stoker.language import adapters
+from stoker.language import adapters, building, hub, saved_adapters
 from stoker.language.lora import Lora
+from stoker.recipes import llm
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -75,15 +78,159 @@ def test_adapters_of_another_model_are_refused(base: Path, tmp_path: Path) -> No
     deeper = families.save(tmp_path / "deeper", "llama", num_hidden_layers=5)
     with pytest.raises(BadInput, match=r"is for another model: .*layers\.4.* is not on both"):
         filled(deeper, "lora", Lora(adapter=str(folder)))
-    (folder / adapters.BASE).write_text(json.dumps({"model": "org/other", "fingerprint": "0" * 64}))
+    (folder / saved_adapters.BASE).write_text(json.dumps({"model": "org/other", "fingerprint": "0" * 64}))
     with pytest.raises(BadInput, match="trained on another model, org/other"):
         filled(base, "lora", Lora(adapter=str(folder)))
     (folder / "adapter_model.safetensors").write_bytes(b"cut off")
-    (folder / adapters.BASE).unlink()
+    (folder / saved_adapters.BASE).unlink()
     with pytest.raises(BadInput, match="cannot be read"):
         filled(base, "lora", Lora(adapter=str(folder)))
     with pytest.raises(BadInput, match=r"has no adapter_config\.json"):
         filled(base, "lora", Lora(adapter=str(base)))
+
+
+@pytest.mark.filterwarnings("ignore")  # peft's own
+@pytest.mark.parametrize(
+    ("settings", "how", "said"),
+    [
+        ({"modules_to_save": ["lm_head"]}, {}, r"has modules_to_save=\['lm_head'\]: only low-rank matrices"),
+        ({"bias": "all"}, {}, "has bias=all:"),
+        ({"trainable_token_indices": [5, 6]}, {}, r"has trainable_token_indices=\[5, 6\]:"),
+        ({"init_lora_weights": "pissa"}, {}, "has init_lora_weights=pissa:"),
+        (
+            {},
+            {"save_embedding_layers": True},
+            r"has base_model\.model\.lm_head\.weight, .*embed_tokens\.weight:",
+        ),
+    ],
+)
+def test_an_adapter_with_more_than_low_rank_matrices_is_refused(
+    settings: dict[str, Any], how: dict[str, Any], said: str, base: Path, tmp_path: Path
+) -> None:
+    """As saved by peft: the rest of it would be lost without a word."""
+    theirs = saved_by_peft(base, tmp_path / "adapter", settings, **how)
+    with pytest.raises(BadInput, match=said):
+        filled(base, "lora", Lora(adapter=str(theirs)))
+
+
+@pytest.mark.filterwarnings("ignore")  # peft's own
+@pytest.mark.parametrize(
+    "settings", [{"init_lora_weights": "gaussian"}, {"lora_bias": True}, {"rank_pattern": {"q_proj": 2}}]
+)
+def test_an_adapter_of_peft_s_is_gone_on_with(settings: dict[str, Any], base: Path, tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    theirs = saved_by_peft(base, tmp_path / "adapter", settings)
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    expected = logits(PeftModel.from_pretrained(plain, theirs).eval())
+    torch.testing.assert_close(logits(filled(base, "lora", Lora(adapter=str(theirs)))), expected)
+
+
+def saved_by_peft(base: Path, folder: Path, settings: dict[str, Any], **how: Any) -> Path:
+    """An adapter that peft has made and saved, with values that are none of a beginning."""
+    from peft import LoraConfig, get_peft_model
+
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **settings)
+    model = get_peft_model(plain, config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(folder, **how)
+    return folder
+
+
+def test_dora_is_not_gone_on_with_on_a_base_in_4_bits(base: Path, tmp_path: Path) -> None:
+    folder, _ = trained_adapter(base, tmp_path / "adapter", "dora")
+    with pytest.raises(BadInput, match="DoRA needs them exact"):
+        filled(base, "qlora", Lora(adapter=str(folder)))
+    with pytest.raises(BadInput, match="DoRA needs them exact"):
+        launched(model=str(base), quantisation="nf4", lora=Lora(adapter=str(folder)))
+
+
+def launched(**settings: Any) -> None:
+    """What is looked at before any process is started."""
+    llm.check_launch(llm.Config(**settings), 1)
+
+
+def says_it_is_for(adapter: Path, model: str) -> Path:
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": model}))
+    return adapter
+
+
+def test_an_adapter_that_says_that_it_is_for_another_model_of_the_hub_is_refused(
+    base: Path, tmp_path: Path
+) -> None:
+    adapter = says_it_is_for(trained_adapter(base, tmp_path / "adapter", "lora")[0], "org/one")
+    for same in ("org/one", "Org/One@v2", str(base)):
+        saved_adapters.check(adapter, model=same, origin=base, quantised=False)
+    with pytest.raises(BadInput, match="is for another model, org/one: give model=org/one"):
+        saved_adapters.check(adapter, model="org/two@v2", origin=base, quantised=False)
+
+
+@pytest.mark.parametrize(
+    ("said", "warned"), [("org/one", True), ("/home/else/llama", True), ("ORG/base", False), ("HERE", False)]
+)
+def test_an_adapter_warns_where_its_model_may_be_another(
+    said: str, warned: bool, base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "models--org--base" / "snapshots" / "1"
+    shutil.copytree(base, folder)
+    adapter, _ = trained_adapter(folder, tmp_path / "adapter", "lora")
+    says_it_is_for(adapter, said.replace("HERE", str(folder)))
+    filled(folder, "lora", Lora(adapter=str(adapter)))
+    assert (f"says that it is for {said}, and nothing shows" in caplog.text) is warned
+    assert len(caplog.records) == warned
+
+
+def test_a_directory_that_names_its_model_is_that_model(base: Path, tmp_path: Path) -> None:
+    adapter = says_it_is_for(trained_adapter(base, tmp_path / "adapter", "lora")[0], "org/one")
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for name, other in (("org/one", None), ("org/two", "org/one")):
+        (copy / "config.json").write_text(json.dumps({"_name_or_path": name}))
+        assert saved_adapters.other_model(adapter, str(copy), copy) == other
+
+
+def test_what_is_not_there_or_for_another_model_is_said_at_the_launch(base: Path, tmp_path: Path) -> None:
+    adapter, _ = trained_adapter(base, tmp_path / "adapter", "lora")
+    given = Lora(adapter=str(adapter))
+    launched(model=str(base), lora=given)
+    with pytest.raises(BadInput, match=r"lora\.adapter \./nowhere is not a directory"):
+        launched(model=str(base), lora=Lora(adapter="./nowhere"))
+    with pytest.raises(BadInput, match=r"tokenizer \./nowhere is not a directory"):
+        launched(tokenizer="./nowhere")
+    with pytest.raises(BadInput, match=r"tokenizer directory .*adapter has no tokenizer\.json"):
+        launched(tokenizer=str(adapter))
+    launched(tokenizer=str(base))
+    known = {"model": "org/one", "fingerprint": hub.fingerprint(base)}
+    (adapter / saved_adapters.BASE).write_text(json.dumps(known))
+    launched(model=str(base), lora=given)
+    other = families.save(tmp_path / "other", "llama", rms_norm_eps=1e-3)
+    tensor_file = next(other.glob("*.safetensors"))
+    save_file({name: t + 1 for name, t in load_file(tensor_file).items()}, tensor_file, {"format": "pt"})
+    for model in (str(other), "tiny"):
+        with pytest.raises(BadInput, match="was trained on another model, org/one"):
+            launched(model=model, lora=given)
+
+
+def test_weights_are_read_to_be_compared_where_they_are_known_and_by_one_rank(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter, _ = trained_adapter(base, tmp_path / "adapter", "lora")
+    read: list[Path] = []
+    monkeypatch.setattr(hub, "fingerprint", lambda folder: read.append(folder) or "1")
+    language = building.build(str(base), tokenizer=None, vocab_size=300, sequence_length=24, documents=[])
+    adapters.adapted(language, Lora(adapter=str(adapter)))
+    (adapter / saved_adapters.BASE).write_text(json.dumps({"model": "org/one", "fingerprint": "1"}))
+    language = building.build(str(base), tokenizer=None, vocab_size=300, sequence_length=24, documents=[])
+    adapters.adapted(language, Lora(adapter=str(adapter)), compare=False)
+    assert read == []
+    language = building.build(str(base), tokenizer=None, vocab_size=300, sequence_length=24, documents=[])
+    adapters.adapted(language, Lora(adapter=str(adapter)))
+    assert read == [base]
 
 
 def test_names_that_match_no_module_are_refused(base: Path) -> None:

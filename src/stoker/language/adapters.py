@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from stoker.engine.memory import TooLarge
 from stoker.errors import BadInput
-from stoker.language import hub
+from stoker.language import hub, saved_adapters
 from stoker.language.building import Language, Load
+from stoker.language.loading import Quantised
 from stoker.language.lora import Lora, is_adapter
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -28,17 +28,19 @@ from transformers.pytorch_utils import Conv1D
 
 log = logging.getLogger("stoker")
 
-WEIGHTS = "adapter_model.safetensors"
 _LENGTHS = "lora_magnitude_vector"
-BASE = "base_model.json"
-"""Beside an adapter: which model it is for, by name and by its weights' checksums."""
 
 
-def adapted(language: Language, lora: Lora) -> Any:
+def adapted(language: Language, lora: Lora, *, compare: bool = True) -> Any:
     """The model with adapters on it and everything else frozen; the model itself where there are none.
 
+    Args:
+        compare: whether the model's weights are compared with those that the adapter to go on from is for,
+            as far as it knows them. All are read for that, so one rank does it.
+
     Raises:
-        BadInput: no module has a name of `lora.targets`, or the adapter to go on from is for another model.
+        BadInput: no module has a name of `lora.targets`, or the adapter to go on from is for another model,
+            or none that can be gone on with.
     """
     model = language.model
     if not lora.used:
@@ -46,7 +48,7 @@ def adapted(language: Language, lora: Lora) -> Any:
     from peft import get_peft_model
 
     folder = hub.find(lora.adapter, "lora.adapter") if lora.adapter is not None else None
-    config = _config(language, lora) if folder is None else _saved_config(folder, language)
+    config = _config(language, lora) if folder is None else _saved_config(folder, language, compare)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
         warnings.filterwarnings("ignore", message=".*did not match any targeted module")
@@ -106,35 +108,31 @@ def _config(language: Language, lora: Lora) -> Any:
     )  # fmt: skip
 
 
-def _saved_config(folder: Path, language: Language) -> Any:
-    from peft import LoraConfig, PeftConfig
+def _saved_config(folder: Path, language: Language, compare: bool) -> Any:
+    from peft import PeftConfig
 
-    hub.read_json(folder, "adapter_config.json", "lora.adapter")
+    name, origin = (
+        language.config.name_or_path,
+        language.origin if isinstance(language.origin, Path) else None,
+    )
+    quantised = any(isinstance(module, Quantised) for module in language.model.modules())
+    saved_adapters.check(folder, model=name, origin=origin, quantised=quantised)
+    if compare:
+        saved_adapters.check_weights(folder, language.origin)
+        other = saved_adapters.other_model(folder, name, origin)
+        if other is not None and not (folder / saved_adapters.BASE).is_file():
+            log.warning(
+                "lora.adapter=%s says that it is for %s, and nothing shows that %s is that model: "
+                "see that it is",
+                folder, other, name or "a new model",
+            )  # fmt: skip
     try:
         config = PeftConfig.from_pretrained(folder)
     except (ValueError, TypeError, KeyError) as error:
         raise BadInput(f"lora.adapter={folder}: {error}") from error
-    if not isinstance(config, LoraConfig):
-        raise BadInput(f"lora.adapter={folder} is {config.peft_type}: only LoRA can be gone on with")
-    check_base(folder, language.fingerprint)
-    other = config.base_model_name_or_path
-    if not (folder / BASE).is_file() and other not in (None, language.config.name_or_path):
-        log.warning("lora.adapter=%s says that it is for %s, and is put on another model", folder, other)
     config.inference_mode = False
-    config.base_model_name_or_path = language.config.name_or_path
+    config.base_model_name_or_path = name
     return config
-
-
-def check_base(adapter: Path, fingerprint: str) -> None:
-    """Raises BadInput where an adapter in a folder is known to be of a model of another fingerprint."""
-    if not (adapter / BASE).is_file():
-        return
-    base = hub.read_json(adapter, BASE, "adapter")
-    if base.get("fingerprint") not in (None, fingerprint):
-        raise BadInput(
-            f"adapter {adapter} was trained on another model, {base.get('model')}: "
-            "its weights are not those of the model that is given"
-        )
 
 
 def _take(model: Any, folder: Path) -> None:
@@ -142,13 +140,7 @@ def _take(model: Any, folder: Path) -> None:
     from peft import set_peft_model_state_dict
 
     try:
-        tensors = load_file(folder / WEIGHTS)
-    except FileNotFoundError as error:
-        raise BadInput(f"lora.adapter={folder} has no {WEIGHTS}") from error
-    except SafetensorError as error:
-        raise BadInput(f"{folder / WEIGHTS} cannot be read: {error}") from error
-    try:
-        found = set_peft_model_state_dict(model, tensors)
+        found = set_peft_model_state_dict(model, load_file(folder / saved_adapters.WEIGHTS))
     except (RuntimeError, KeyError) as error:
         said = next((line.strip() for line in str(error).splitlines() if "size mismatch" in line), str(error))
         raise BadInput(f"lora.adapter={folder} is for another model: {said}") from error

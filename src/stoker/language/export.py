@@ -7,7 +7,7 @@ from typing import Any
 
 from huggingface_hub import save_torch_state_dict
 from stoker import storage
-from stoker.language import adapters
+from stoker.language import saved_adapters
 from stoker.language.building import Language
 from stoker.loop import Trainer
 
@@ -51,7 +51,7 @@ def _describe(model: Any, language: Language, target: Path) -> None:
     if hasattr(model, "peft_config"):
         model.peft_config["default"].save_pretrained(target)
         base = {"model": language.config.name_or_path, "fingerprint": language.fingerprint}
-        storage.write_json(target / adapters.BASE, base)
+        storage.write_json(target / saved_adapters.BASE, base)
     else:
         language.config.save_pretrained(target)
         language.generation_config.save_pretrained(target)

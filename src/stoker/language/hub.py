@@ -3,19 +3,24 @@ the Hugging Face hub."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import functools
 import hashlib
 import json
+import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import httpx2
-from huggingface_hub import HfApi, get_token, snapshot_download
+from huggingface_hub import HfApi, constants, get_token, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
+    LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -25,6 +30,8 @@ from stoker.data.tokens import once
 from stoker.errors import BadInput, nearest
 
 _DESCRIPTION = ("*.json", "*.jinja", "*.model", "*.txt")
+_OF_A_TOKENIZER = ("tokenizer*", "vocab*", "*.model")
+_ANSWER = 10.0  # seconds
 _NOT_REACHED = "the hub cannot be reached ({}). Set HF_ENDPOINT to a mirror, HTTPS_PROXY to a proxy"
 _OURS = (
     "*.safetensors",
@@ -37,7 +44,9 @@ WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 
 
 def find(reference: str, what: str = "model", *, known: Sequence[str] = (), weights: bool = True) -> Path:
-    """The directory of a model: as given, or brought from where it is (or from what was brought before).
+    """The directory of a model: as given, or brought from where it is.
+
+    Where the hub does not answer within 10 s, what was brought of it before will do.
 
     Args:
         reference: a directory, a URL such as `s3://bucket/folder`, or an id such as `org/name`, or
@@ -47,7 +56,7 @@ def find(reference: str, what: str = "model", *, known: Sequence[str] = (), weig
         weights: whether its weights are brought as well.
 
     Raises:
-        BadInput: there is none, it may not be read, or the hub cannot be reached.
+        BadInput: there is none, it may not be read, it finds no room here, or the hub cannot be reached.
     """
     if object_store.is_url(reference):
         return _from_store(reference, what)
@@ -66,26 +75,47 @@ def _from_hub(reference: str, what: str, known: Sequence[str], weights: bool) ->
         or_size = f", or a size: {', '.join(known)}" if known else ""
         raise BadInput(f"{what} {reference} is not a directory; give a directory, or a hub id{or_size}")
     name, _, revision = reference.partition("@")
-    patterns = [*_DESCRIPTION, *(WEIGHTS if weights else ())]
+    bring = functools.partial(
+        snapshot_download, name, revision=revision or None,
+        allow_patterns=[*_DESCRIPTION, *(WEIGHTS if weights else ())],
+    )  # fmt: skip
     try:
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=patterns))
-    except GatedRepoError as error:
-        raise BadInput(
-            f"{what} {name} is gated: accept its terms on the hub, and set HF_TOKEN to a token of yours"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise BadInput(
-            f"{what} {name} has no revision {revision}: give a branch, a tag or a commit of it"
-        ) from error
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise BadInput(
-            f"{what} {name} is no directory here and not on the hub (or private: set HF_TOKEN)"
-        ) from error
-    except (OSError, HfHubHTTPError) as error:
-        raise BadInput(
-            f"{what} {reference} is no directory here, and {_NOT_REACHED.format(_first_line(error))}, "
-            "or HF_HOME to where a machine with a network has downloaded it; or give a local directory"
-        ) from error
+        HfApi().model_info(name, revision=revision or None, timeout=_ANSWER)
+    except Exception as error:  # of a network, a proxy, a service: there is no list of what they raise
+        if not isinstance(error, RevisionNotFoundError):
+            with contextlib.suppress(LocalEntryNotFoundError, HFValidationError):
+                return Path(bring(local_files_only=True))
+        raise BadInput(_refusal(error, what, reference)) from error
+    try:
+        return Path(bring())
+    except Exception as error:  # and of a disk
+        raise BadInput(_unkept(error, what, reference) or _refusal(error, what, reference)) from error
+
+
+def _refusal(error: Exception, what: str, reference: str) -> str:
+    """What a user is told where a model of the hub was not brought."""
+    name, _, revision = reference.partition("@")
+    if isinstance(error, GatedRepoError):
+        return f"{what} {name} is gated: accept its terms on the hub, and set HF_TOKEN to a token of yours"
+    if isinstance(error, RepositoryNotFoundError | HFValidationError):
+        return f"{what} {name} is no directory here and not on the hub (or private: set HF_TOKEN)"
+    if isinstance(error, RevisionNotFoundError):
+        return f"{what} {name} has no revision {revision}: give a branch, a tag or a commit of it"
+    return (
+        f"{what} {reference} is no directory here, and {_NOT_REACHED.format(_first_line(error))}, "
+        "or HF_HOME to where a machine with a network has downloaded it; or give a local directory"
+    )
+
+
+def _unkept(error: Exception, what: str, reference: str) -> str:
+    """What a user is told where the disk is why a model is not here; else nothing."""
+    of_the_system = isinstance(error, OSError) and error.errno is not None
+    if isinstance(error, ConnectionError) or not (of_the_system or os.strerror(errno.ENOSPC) in str(error)):
+        return ""
+    return (
+        f"{what} {reference} cannot be kept in {constants.HF_HUB_CACHE} ({_first_line(error)}): "
+        "make room there, or set HF_HOME to a folder that has some"
+    )
 
 
 def _from_store(url: str, what: str) -> Path:
@@ -105,6 +135,13 @@ def _from_store(url: str, what: str) -> Path:
             (Path(scratch) / "model").rename(target)
 
     return once(target, fetch)
+
+
+def check_tokenizer(reference: str) -> None:
+    """Raises BadInput where there is no directory of a tokenizer, here or on the hub."""
+    folder = find(reference, "tokenizer", weights=False)
+    if not any(any(folder.glob(pattern)) for pattern in _OF_A_TOKENIZER):
+        raise BadInput(f"tokenizer directory {folder} has no tokenizer.json or tokenizer.model")
 
 
 def push(folder: Path, reference: str, *, private: bool) -> str:
@@ -168,6 +205,12 @@ def read_json(folder: Path, name: str, what: str) -> dict[str, Any]:
 
 
 def fingerprint(folder: Path) -> str:
-    """SHA-256 over the checksums of the weights in a directory."""
-    sums = [storage.xxh3(file) for file in sorted(folder.glob("*.safetensors"))]
+    """SHA-256 over the checksums of the weights in a directory; files are read once, until they change."""
+    files = sorted(folder.glob("*.safetensors"))
+    sums = [_checksum(file, file.stat().st_size, storage.modified(file)) for file in files]
     return hashlib.sha256(" ".join(sums).encode()).hexdigest()
+
+
+@functools.cache
+def _checksum(file: Path, size: int, modified: int) -> str:
+    return storage.xxh3(file)

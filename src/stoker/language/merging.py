@@ -10,7 +10,7 @@ from typing import Any
 from stoker import exports
 from stoker.engine import quiet
 from stoker.errors import BadInput
-from stoker.language import adapters, hub
+from stoker.language import hub, saved_adapters
 
 
 def base_of(adapter: Path) -> str:
@@ -34,7 +34,7 @@ def on_its_base(adapter: Path, base: str | None = None) -> Any:
         BadInput: the model is not there, or is not the one that the adapter was trained on.
     """
     folder = hub.find(base or base_of(adapter), "the adapter's base model")
-    adapters.check_base(adapter, hub.fingerprint(folder))
+    saved_adapters.check_weights(adapter, folder)
     quiet.before_deepspeed()
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -54,7 +54,7 @@ def merge(adapter: Path, target: Path, base: str | None = None) -> None:
         warnings.simplefilter("ignore")  # of adapters on tied weights, whose merging is what is wanted
         merged = model.merge_and_unload(safe_merge=True)
     merged.save_pretrained(target)
-    own = (exports.ADAPTER, adapters.WEIGHTS, adapters.BASE, "README.md")
+    own = (exports.ADAPTER, saved_adapters.WEIGHTS, saved_adapters.BASE, "README.md")
     for file in adapter.iterdir():  # the tokenizer's files
         if file.is_file() and file.name not in own and not (target / file.name).exists():
             shutil.copyfile(file, target / file.name)

@@ -18,11 +18,13 @@ from stoker.attempt import Run
 from stoker.duration import Duration
 from stoker.engine.options import Training
 from stoker.language.lora import Lora
+from stoker.world import World
 
 if TYPE_CHECKING:
     from stoker.data.tokens import PackedDataset
 
 PRELOAD = (
+    "stoker.engine.quiet",
     "peft",
     *(
         f"stoker.language.{room}"
@@ -129,8 +131,12 @@ def check_launch(config: Config, ranks: int) -> None:
     from stoker.language import hub, shape
 
     sources.check(config.data)
-    if config.model not in shape.SIZES:
-        hub.find(config.model, known=tuple(shape.SIZES), weights=False)
+    is_new = config.model in shape.SIZES
+    model = None if is_new else hub.find(config.model, known=tuple(shape.SIZES), weights=False)
+    if config.tokenizer is not None:
+        hub.check_tokenizer(config.tokenizer)
+    if config.lora.adapter is not None:
+        _check_adapter(config, config.lora.adapter, model)
     if config.kernels != "torch":
         from stoker.language import kernels
 
@@ -144,6 +150,18 @@ def check_launch(config: Config, ranks: int) -> None:
         shape.check_stages(
             config.model, stages=(config.pipeline.ranks or ranks) * virtual, tied=config.tie_embeddings
         )
+
+
+def _check_adapter(config: Config, adapter: str, model: Path | None) -> None:
+    """As `check_launch`; the model's directory has not all of its weights yet where it is one of the hub."""
+    from stoker import object_store
+    from stoker.language import hub, saved_adapters
+
+    folder = hub.find(adapter, "lora.adapter")
+    saved_adapters.check(folder, model=config.model, origin=model, quantised=config.quantisation != "none")
+    here = object_store.is_url(config.model) or Path(config.model).expanduser().is_dir()
+    if (model is None or here) and World.current().rank == 0:
+        saved_adapters.check_weights(folder, model or config.model)
 
 
 def train(run: Run, config: Config) -> None:
@@ -193,7 +211,7 @@ def train(run: Run, config: Config) -> None:
     prompts = data.prompts(found, language.tokenizer, config.prompts)
     if config.quantisation == "nf4":
         quantised.convert(language.model)
-    model = adapters.adapted(language, config.lora)
+    model = adapters.adapted(language, config.lora, compare=run.world.rank == 0)
     called = objective.attach(model)
     kernels.use(model, config.kernels)
     needed = flops.per_token(model, context=rows.train.context, labelled=rows.train.labelled)

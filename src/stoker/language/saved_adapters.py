@@ -1,0 +1,120 @@
+"""An adapter that was saved, by what its files say: whether it can be gone on with, and on which model.
+
+Neither peft nor a tensor is needed for it, so that it is known before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from stoker import exports
+from stoker.errors import BadInput
+from stoker.language import hub
+
+WEIGHTS = "adapter_model.safetensors"
+BASE = "base_model.json"
+"""Beside an adapter: which model it is for, by name and by its weights' checksums."""
+
+_MORE = (
+    "modules_to_save", "bias", "trainable_token_indices", "target_parameters", "layer_replication",
+    "alora_invocation_tokens", "use_bdlora", "use_qalora", "arrow_config", "kasa_config", "monteclora_config",
+    "velora_config", "megatron_config",
+)  # fmt: skip
+"""Of peft's LoraConfig: what trains other weights than low-rank matrices, or computes with them otherwise."""
+_BEGINNINGS = (None, True, False, "gaussian", "orthogonal", "eva")
+"""Its `init_lora_weights` that leave the model's own weights as they are."""
+
+
+def check(adapter: Path, *, model: str, origin: Path | None, quantised: bool) -> None:
+    """Refuse an adapter, in a folder, that cannot be gone on with.
+
+    Args:
+        model: what it is to be put on, as it was given.
+        origin: the directory that this is in; None for a new model.
+        quantised: whether the model's weights are kept in 4 bits.
+
+    Raises:
+        BadInput: it is no LoRA, has more than low-rank matrices, does not go with a quantised model, or says
+            that it is for another model of the hub.
+    """
+    config = hub.read_json(adapter, exports.ADAPTER, "lora.adapter")
+    if config.get("peft_type") != "LORA":
+        raise BadInput(f"lora.adapter={adapter} is {config.get('peft_type')}: only LoRA can be gone on with")
+    more = [f"{key}={config[key]}" for key in _MORE if config.get(key) not in (None, False, "none", [], {})]
+    if config.get("init_lora_weights") not in _BEGINNINGS:
+        more.append(f"init_lora_weights={config['init_lora_weights']}")
+    more = more or _other_tensors(adapter)
+    if more:
+        raise BadInput(
+            f"lora.adapter={adapter} has {', '.join(more)}: only low-rank matrices beside a model that stays "
+            "as it is can be gone on with; merge it into its model by peft, and train a new one on that"
+        )
+    if quantised and config.get("use_dora"):
+        raise BadInput(
+            "quantisation is for weights that stay as they are, under LoRA: DoRA needs them exact, and "
+            f"lora.adapter={adapter} is DoRA; leave quantisation out"
+        )
+    other = other_model(adapter, model, origin)
+    if other is not None and _is_id(other) and _is_id(model.partition("@")[0]):
+        raise BadInput(
+            f"lora.adapter={adapter} is for another model, {other}: give model={other}, or a local copy of "
+            f"{model} if it has the same weights"
+        )
+
+
+def check_weights(adapter: Path, origin: Path | str) -> None:
+    """Raises BadInput where an adapter in a folder is known to be for other weights than a model has.
+
+    Args:
+        origin: the directory of the model, whose weights are all read if they are known; or its size.
+    """
+    if not (adapter / BASE).is_file():
+        return
+    base = hub.read_json(adapter, BASE, "adapter")
+    known = base.get("fingerprint")
+    if known is not None and known != (hub.fingerprint(origin) if isinstance(origin, Path) else origin):
+        raise BadInput(
+            f"adapter {adapter} was trained on another model, {base.get('model')}: "
+            "its weights are not those of the model that is given"
+        )
+
+
+def other_model(adapter: Path, model: str, origin: Path | None) -> str | None:
+    """What an adapter says that it is for, where that may be another model than is given; see `check`."""
+    said = hub.read_json(adapter, exports.ADAPTER, "lora.adapter").get("base_model_name_or_path")
+    if not said:
+        return None
+    names = [model.partition("@")[0], *(_names(origin) if origin is not None else ())]
+    if said.casefold() in (name.casefold() for name in names):
+        return None
+    is_same = origin is not None and Path(said).is_dir() and origin.samefile(said)
+    return None if is_same else str(said)
+
+
+def _names(folder: Path) -> Iterator[str]:
+    """What a directory's model is called on the hub, where the directory knows."""
+    yield str(hub.read_json(folder, "config.json", "model").get("_name_or_path"))
+    cached = re.search(r"models--([^/]+)/snapshots/", str(folder))
+    if cached is not None:
+        yield cached.group(1).replace("--", "/")
+
+
+def _is_id(name: str) -> bool:
+    """Whether a name is one of the hub, with whose it is."""
+    return bool(re.fullmatch(r"\w[\w.-]*/[\w.-]+", name)) and not Path(name).is_dir()
+
+
+def _other_tensors(adapter: Path) -> list[str]:
+    """The names of tensors that are no low-rank matrices, or the first of many."""
+    file = adapter / WEIGHTS
+    try:
+        with safe_open(file, framework="np") as reader:
+            names = [name for name in reader.keys() if ".lora_" not in name]  # noqa: SIM118 (it is no dict)
+    except FileNotFoundError as error:
+        raise BadInput(f"lora.adapter={adapter} has no {WEIGHTS}") from error
+    except (OSError, SafetensorError) as error:
+        raise BadInput(f"{file} cannot be read: {error}") from error
+    return names if len(names) <= 3 else [*names[:3], "..."]

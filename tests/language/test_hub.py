@@ -1,0 +1,143 @@
+"""A hub that has a model, one that has not, and what of its kind does not answer; all are real servers."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from huggingface_hub import close_session, constants
+from stoker.errors import BadInput
+from stoker.language import hub
+
+import hub_server
+from hub_server import Hub
+
+Point = Callable[[str], None]
+
+
+@pytest.fixture
+def point_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Point]:
+    """Have this process ask the hub of an address, with a cache of its own."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    close_session()
+
+    def point(url: str) -> None:
+        monkeypatch.setattr(constants, "ENDPOINT", url)
+        template = url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+
+    yield point
+    close_session()
+
+
+@pytest.fixture
+def served(point_at: Point) -> Iterator[Hub]:
+    """A hub with one model."""
+    with hub_server.serving() as made:
+        made.models["org/one"] = {"config.json": b"{}", "model.safetensors": b"w" * 100_000}
+        point_at(made.url)
+        yield made
+
+
+@contextlib.contextmanager
+def listening(answer: bytes | None) -> Iterator[str]:
+    """A server that says this one thing to whoever connects, and hangs up; None: it never says anything."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):
+                while answer is not None:
+                    connection, _ = server.accept()
+                    with connection:
+                        connection.recv(65536)
+                        connection.sendall(answer)
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        yield f"127.0.0.1:{server.getsockname()[1]}"
+        server.shutdown(socket.SHUT_RDWR)
+        thread.join()
+
+
+def test_a_model_is_brought_once_and_serves_where_the_hub_is_gone(served: Hub, point_at: Point) -> None:
+    folder = hub.find("org/one@main")
+    assert (folder / "model.safetensors").read_bytes() == b"w" * 100_000
+    point_at("http://127.0.0.1:9")
+    assert hub.find("org/one@main") == folder
+    with pytest.raises(BadInput, match="cannot be reached"):
+        hub.find("org/two")
+
+
+def test_a_model_that_was_brought_serves_offline(
+    served: Hub, point_at: Point, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.find("org/one", weights=False)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert (hub.find("org/one", weights=False) / "config.json").is_file()
+    with pytest.raises(BadInput, match="offline mode is enabled"):
+        hub.find("org/one")  # its weights were not
+
+
+@pytest.mark.parametrize(
+    ("reference", "said"),
+    [
+        ("org/one@typo", r"model org/one has no revision typo: give a branch"),
+        ("org/two", r"model org/two is no directory here and not on the hub"),
+    ],
+)
+def test_what_a_hub_has_not_is_said(served: Hub, reference: str, said: str) -> None:
+    with pytest.raises(BadInput, match=said):
+        hub.find(reference)
+
+
+def test_a_hub_that_is_silent_is_not_waited_for_and_what_was_brought_serves(
+    served: Hub, point_at: Point, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = hub.find("org/one")
+    monkeypatch.setattr(hub, "_ANSWER", 0.3)
+    with listening(None) as address:
+        point_at(f"http://{address}")
+        began = time.monotonic()
+        with pytest.raises(BadInput, match=r"the hub cannot be reached \(.*timed out\)"):
+            hub.find("org/two")
+        assert time.monotonic() - began < 5
+        assert hub.find("org/one") == folder
+
+
+@pytest.mark.parametrize(
+    "answer", [b"", b"no HTTP\r\n\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n<html"]
+)
+def test_a_hub_that_is_none_cannot_be_reached(point_at: Point, answer: bytes) -> None:
+    with listening(answer) as address:
+        point_at(f"http://{address}")
+        with pytest.raises(BadInput, match=r"the hub cannot be reached \("):
+            hub.find("org/one")
+
+
+def test_a_proxy_that_refuses_cannot_be_passed(point_at: Point, monkeypatch: pytest.MonkeyPatch) -> None:
+    point_at("https://hub.invalid")
+    for name in ("NO_PROXY", "no_proxy", "ALL_PROXY", "all_proxy", "https_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    with listening(b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\n\r\n") as address:
+        monkeypatch.setenv("HTTPS_PROXY", f"http://{address}")
+        with pytest.raises(BadInput, match=r"the hub cannot be reached \(503 Service Unavailable\)"):
+            hub.find("org/one")
+
+
+@pytest.mark.filterwarnings("ignore")  # the hub's client warns too
+def test_a_disk_without_room_is_said_as_that(served: Hub) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))  # bytes of a file
+    try:
+        with pytest.raises(BadInput, match=r"cannot be kept in .*cache \(.*File too large.*HF_HOME"):
+            hub.find("org/one")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
