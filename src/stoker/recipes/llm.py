@@ -170,7 +170,7 @@ def train(run: Run, config: Config) -> None:
         )
         language = building.build(
             config.model,
-            tokenizer=config.tokenizer or adapters.tokenizer_of(config.lora),
+            tokenizer=adapters.tokenizer_for(config.tokenizer, config.lora),
             vocab_size=config.vocab_size,
             sequence_length=config.sequence_length,
             documents=[document for source in found for document in source.splits.train],
