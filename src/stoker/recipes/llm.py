@@ -88,7 +88,7 @@ class Config(Training):
     test: Annotated[float, Gt(0), Lt(0.5)] = 0.05
     """Share of the documents held out for the final test."""
     prompts: tuple[str, ...] = ()
-    """What generations begin with; by default two beginnings of validation documents."""
+    """What is asked, by the chat template where there is one; by default two of the validation documents."""
     generate_tokens: Annotated[int, Ge(1)] = 64
     """Length of a generation."""
     seed: Annotated[int, Ge(0)] = 0
@@ -184,6 +184,7 @@ def train(run: Run, config: Config) -> None:
             packing=packing,
         )  # fmt: skip
     data.say(run, config.data, found, rows, packed=packing, wanted=config.packing)
+    language = dataclasses.replace(language, tokenizer=data.as_asked(found, language.tokenizer))
     prompts = data.prompts(found, language.tokenizer, config.prompts)
     if config.quantisation == "nf4":
         quantised.convert(language.model)
@@ -209,7 +210,6 @@ def train(run: Run, config: Config) -> None:
         )
     if run.world.rank == 0:
         run.fingerprint("model", language.fingerprint)
-    language = dataclasses.replace(language, tokenizer=data.as_asked(found, language.tokenizer))
     export.record_shape(trainer, language, model)
 
     collate = functools.partial(tokens.collate, trimmed=not packing and trainer.strategy != "pipeline")
@@ -222,7 +222,7 @@ def train(run: Run, config: Config) -> None:
 
     def evaluate() -> None:
         run.log(perplexity.validation_metrics(losses_on(rows.validation), rows.validation))
-        generation.log_generations(trainer, language.tokenizer, prompts, config.generate_tokens)
+        generation.log_generations(trainer, language, prompts, config.generate_tokens)
         run.table("memory", trainer.memory(), MEMORY)
 
     if trainer.steps_done == 0 and language.pretrained:
