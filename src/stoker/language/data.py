@@ -366,9 +366,9 @@ def end_of_turn(tokenizer: Any) -> int | None:
         text = _render(tokenizer, (Message("user", "Who?"), Message("assistant", _MARK)))
     except BadInput:  # said where there is a conversation
         return None
-    begin = text.rfind(_MARK) + len(_MARK)
-    token = text[begin : _end_of_turn(tokenizer, text, begin)]
-    return int(tokenizer.convert_tokens_to_ids(token)) if token and _MARK in text else None
+    _, said, after = text.rpartition(_MARK)
+    token = after[: _end_of_turn(tokenizer, after, 0)]
+    return int(tokenizer.convert_tokens_to_ids(token)) if said and token else None
 
 
 def _within(places: Sequence[Span], spans: Sequence[Span], text: str) -> list[bool]:
