@@ -11,16 +11,13 @@ import dataclasses
 import functools
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Lt
 from stoker.attempt import Run
 from stoker.duration import Duration
 from stoker.engine.options import Training
 from stoker.language.lora import Lora
-
-if TYPE_CHECKING:
-    from stoker.data.tokens import PackedDataset
 
 PRELOAD = (
     "peft",
@@ -144,7 +141,7 @@ def train(run: Run, config: Config) -> None:
     """Read and pack the data, build the model, train, test, export."""
     from stoker import distributed
     from stoker.data import sources, tokens
-    from stoker.engine import metrics, optimizers, schedule
+    from stoker.engine import optimizers, schedule
     from stoker.engine.precision import DTYPES
     from stoker.engine.random_state import seed_everything
     from stoker.language import (
@@ -212,23 +209,22 @@ def train(run: Run, config: Config) -> None:
         run.fingerprint("model", language.fingerprint)
     export.record_shape(trainer, language, model)
 
-    collate = functools.partial(tokens.collate, trimmed=not packing and trainer.strategy != "pipeline")
-
-    def losses_on(parts: dict[str, PackedDataset]) -> dict[str, float]:
-        return perplexity.losses(trainer, parts, batch_size=config.batch_size, collate=collate)
-
-    def test_perplexity() -> float:
-        return metrics.perplexity(perplexity.mean(losses_on(rows.test), rows.test))
+    how: dict[str, Any] = {
+        "batch_size": config.batch_size,
+        "collate": functools.partial(tokens.collate, trimmed=not packing and trainer.strategy != "pipeline"),
+    }
 
     def evaluate() -> None:
-        run.log(perplexity.validation_metrics(losses_on(rows.validation), rows.validation))
+        perplexity.log_validation(trainer, rows.validation, flops=needed, **how)
         generation.log_generations(trainer, language, prompts, config.generate_tokens)
         run.table("memory", trainer.memory(), MEMORY)
 
     if trainer.steps_done == 0 and language.pretrained:
-        run.log(base_test_perplexity=test_perplexity())
+        run.log(base_test_perplexity=perplexity.of(trainer, rows.test, **how))
         evaluate()
-    loader = trainer.loader(rows.train, batch_size=config.batch_size, collate=collate)
+    elif trainer.steps_done == 0:
+        perplexity.log_validation(trainer, rows.validation, flops=needed, **how)
+    loader = trainer.loader(rows.train, **how)
     for batch in trainer.steps(loader, max_steps=config.length):
         run.log(loss=trainer.step(batch), lr=trainer.lr)
         if trainer.every(10) or trainer.last:
@@ -237,7 +233,7 @@ def train(run: Run, config: Config) -> None:
             evaluate()
             if config.patience is not None and trainer.stale("val_loss", config.patience):
                 trainer.finish(f"val_loss got no better over {config.patience} evaluations")
-    run.log(test_perplexity=test_perplexity())
+    run.log(test_perplexity=perplexity.of(trainer, rows.test, **how))
     export.export(trainer, language, model)
 
 
