@@ -58,7 +58,7 @@ from stoker.engine.schedule import Schedule
 from stoker.engine.step import LossFunction, OptimizerFactory, Setting, only_loop_of_its_own
 from stoker.engine.timing import Timed, Timing
 from stoker.errors import OutOfMemory, StokerError, Stopped
-from stoker.progress import ProgressDisplay, Rate, Reading
+from stoker.progress import ProgressDisplay, Rate, Reading, short
 from stoker.run import journal, view
 from stoker.run.series import guess_goal
 from stoker.saving import Checkpoints, Saved
@@ -159,7 +159,7 @@ class Trainer:
         self._data_place: Any = None  # see Loader.place
         self._total = 0
         self._rate = Rate()
-        self._saved_at = time.monotonic()
+        self._saved_at, self._began = time.monotonic(), math.inf
         self._saved_step: int | None = None
         self._random: tuple[dict[str, torch.Tensor], dict[str, Any]] | None = None
         self._agreement = Agreement(self.world, self.device, self._asked)
@@ -320,6 +320,7 @@ class Trainer:
                 random_state.of_rank(self.run.seed, self.world.rank, self.steps_done)
             )
         self._saved_at = time.monotonic()
+        self._began = time.perf_counter()
         self._rate.restart()
         self._heart.begin(self.steps_done)
 
@@ -540,6 +541,11 @@ class Trainer:
             return None
         return steps * self._loader.batch_size * (self._loader.tokens_per_sample or 1.0)
 
+    @property
+    def _unit(self) -> str:
+        """What the rate counts."""
+        return "tok" if self._loader is not None and self._loader.tokens_per_sample is not None else "samples"
+
     def performance(self, flops: float | None = None) -> dict[str, float]:
         """How fast this attempt is, to be logged; empty where that is not known yet.
 
@@ -560,6 +566,28 @@ class Trainer:
             found["mfu"] = a_rank * flops / self._peak.flops
         spent = {"waiting_for_data": self.waited, **self._spent}
         return {**found, **{f"seconds_{what}": seconds for what, seconds in spent.items()}}
+
+    def say(self, flops: float | None = None, **metrics: float) -> None:
+        """Rank 0 says what was measured, and how the loop does, in a line. All ranks call it.
+
+        That is the rate and `mfu`, as `performance` has them; the share of the time that this attempt's loop
+        waited for batches; and the peak memory of the rank with the most.
+
+        Args:
+            flops: see `performance`.
+        """
+        most = max(peak for *_, peak in self.memory())
+        found = self.performance(flops)
+        if self.world.rank > 0:
+            return
+        texts = [f"{name} {value:.4g}" for name, value in metrics.items()]
+        if self.rate is not None:
+            a_rank = f" ({short(self.rate / self.world.size)} a rank)" if self.world.size > 1 else ""
+            texts.append(f"{short(self.rate)} {self._unit}/s{a_rank}")
+            texts += [f"mfu {found['mfu']:.1%}"] if "mfu" in found else []
+            share = self.waited / (time.perf_counter() - self._began)
+            texts.append(f"{share:.1%} waiting for data")
+        log.info("step %d: %s, peak memory %.2f GiB", self.run.step, ", ".join(texts), most)
 
     @functools.cached_property
     def _peak(self) -> Peak:
@@ -781,13 +809,12 @@ class Trainer:
 
     def _reading(self) -> Reading:
         steps = self._rate.steps_per_second
-        tokens = self._loader is not None and self._loader.tokens_per_sample is not None
         return Reading(
             step=self.steps_done,
             total=self._total,
             loss=self.run.latest.get("loss"),
             rate=self.rate,
-            unit="tok" if tokens else "samples",
+            unit=self._unit,
             seconds_left=(self._total - self.steps_done) / steps if steps else None,
         )
 

@@ -15,10 +15,12 @@ from stoker import recipes
 from stoker.cli import data, train
 from stoker.data import sources
 from stoker.errors import BadInput
-from stoker.language import building
+from stoker.language import adapters, building
 from stoker.language import data as language_data
 from stoker.run import journal
 from stoker.run.directory import RunDirectory
+
+import families
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -155,6 +157,29 @@ def test_it_is_the_data_that_training_reads(
     before = sorted(cache.iterdir())
     inspected(capsys, *chat)
     assert sorted(cache.iterdir()) == before
+
+
+def test_a_tokenizer_beside_the_adapter_to_go_on_from_is_the_one_that_training_uses(
+    chat: tuple[str, ...], capsys: pytest.CaptureFixture[str], tmp_path: Path, cache: Path
+) -> None:
+    model = families.save(tmp_path / "model", "llama")
+    tokenizer = building.load_tokenizer(str(model))
+    tokenizer.chat_template = CHATML.replace("<|im_end|>", "</turn>")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    given = [value for value in chat if value.startswith(("data=", "sequence_length="))]
+    given += [f"model={model}", f"lora.adapter={tmp_path / 'adapter'}"]
+    config = data._resolved(given, None, Path("runs")).config
+    found = sources.read_all(config.data, validation=config.validation, test=config.test)
+    language = building.build(
+        config.model, tokenizer=adapters.tokenizer_for(config.tokenizer, config.lora),
+        vocab_size=config.vocab_size, sequence_length=96, documents=[],
+    )  # fmt: skip
+    language_data.pack(found, language.tokenizer, sequence_length=96, packing=language.packs)
+    before = sorted(cache.iterdir())
+    answer = inspected(capsys, *given)
+    assert sorted(cache.iterdir()) == before
+    (document, *_) = answer["sources"][0]["samples"][0]["documents"]
+    assert "".join(token["text"] for token in document).rstrip().endswith("</turn>")
 
 
 @pytest.fixture

@@ -228,6 +228,45 @@ def test_a_token_budget_is_counted_in_real_tokens(stoker: Callable[..., Any], ru
     assert fewest <= done.answer["step"] <= fewest / 0.9
 
 
+def test_what_is_measured_while_it_trains_is_logged_and_said(base: Path) -> None:
+    seen = loaded(base)
+    assert list(seen.points["val_perplexity"]) == [0, 30], "before training, and at the end"
+    assert seen.points["val_perplexity"][0] == pytest.approx(4096, rel=0.1)
+    assert seen.points["val_perplexity"][30] == pytest.approx(math.exp(seen.points["val_loss"][30]))
+    assert list(seen.points["tokens_per_second"]) == [10, 20, 30]
+    assert list(seen.points["tokens_per_second_per_gpu"].values()) == list(
+        seen.points["tokens_per_second"].values()
+    )
+    assert 0 < seen.points["mfu"][30] < 1
+    spent = [seen.points[f"seconds_{what}"] for what in ("waiting_for_data", "evaluating", "checkpointing")]
+    assert all(seconds[30] > 0 for seconds in spent)
+    assert spent[0][10] < spent[0][20] < spent[0][30], "so far"
+    (memory,) = pq.read_table(base / "artifacts" / "tables" / "memory" / "step-00000030.parquet").to_pylist()
+    assert memory["optimizer"] == pytest.approx(2 * memory["weights, GiB"], rel=0.01), "AdamW's two moments"
+    said = (base / "logs" / "rank-0.log").read_text()
+    assert re.search(r"step 0: val_perplexity \d+, peak memory [\d.]+ GiB", said)
+    assert re.search(
+        r"step 30: val_perplexity [\d.]+, [\d.]+k? tok/s, mfu [\d.]+%, [\d.]+% waiting for data, peak memory "
+        r"[\d.]+ GiB", said,
+    )  # fmt: skip
+
+
+def test_it_ends_early_where_evaluations_get_no_better_and_each_has_generations(
+    stoker: Callable[..., Any], tmp_path: Path
+) -> None:
+    (tmp_path / "d.jsonl").write_text(_lines(*({"text": f"A line about the number {i}."} for i in range(60))))
+    done = stoker(
+        "train", "llm", "data=d.jsonl", "model=tiny", "vocab_size=300", "sequence_length=64", "batch_size=2",
+        "max_steps=9", "eval_every=1", "patience=2", "lr=1e-30", "generate_tokens=2", "--json",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    assert done.answer["step"] == 3, "the first, and two that are no better"
+    assert "step 3 is the last: val_loss got no better over 2 evaluations" in done.err
+    run = Path(done.answer["run"])
+    assert [len(_generations(run, step)) for step in (1, 2, 3)] == [2, 2, 2]
+    assert list(loaded(run).points["val_loss"]) == [0, 1, 2, 3]
+
+
 def test_training_loads_no_mlflow(base: Path, tmp_path: Path) -> None:
     """Though a follower of it ships to MLflow meanwhile."""
     arguments = ["stoker", *TUNE, "max_steps=1", f"model={base}/artifacts/model"]
@@ -263,11 +302,19 @@ def test_trains_on_files_of_every_form(
         pq.write_table(pa.Table.from_pylist(records), file)
     done = stoker(
         "train", "llm", f"data={file.name}", "model=tiny", "vocab_size=300", "sequence_length=64",
-        "max_steps=2", "batch_size=2", "generate_tokens=4", "--json",
+        "max_steps=2", "batch_size=2", "generate_tokens=4", 'prompts=["What is 7?"]', "--json",
     )  # fmt: skip
     assert done.code == 0, done.err
+    asked = "What is 7?" if "text" in form else "### Question\nWhat is 7?\n\n### Answer\n"
+    assert [row["prompt"] for row in _generations(Path(done.answer["run"]), 2)] == [asked]
     assert np.isfinite(done.answer["metrics"]["test_perplexity"])
     assert Path(done.answer["report"]).is_file()
+
+
+def _generations(run: Path, step: int) -> list[dict[str, Any]]:
+    file = run / "artifacts" / "tables" / "generations" / f"step-{step:08d}.parquet"
+    rows: list[dict[str, Any]] = pq.read_table(file).to_pylist()
+    return rows
 
 
 def _lines(*records: object) -> str:

@@ -284,6 +284,9 @@ def test_generations_begin_with_what_asks_for_an_answer(bare: Any) -> None:
         "<|im_start|>user\nwhat is one<|im_end|>\n<|im_start|>assistant\n",
         "a text of more than eight words in",
     )
+    asked = "<|im_start|>user\nmine<|im_end|>\n<|im_start|>assistant\n"
+    assert data.prompts(found, of(bare, CHATML), ["mine"]) == (asked,)
+    assert data.prompts(found, of(bare, None), ["mine"]) == ("mine",)
 
 
 @pytest.mark.parametrize("kind", ["texts", "pairs", "conversations"])

@@ -118,7 +118,7 @@ def _resolved(given: Sequence[str], file: Path | None, runs: Path) -> Resolved[C
 def _made(config: Config) -> tuple[list[Source], Rows, Any, bool]:
     """The sources, their rows, the tokenizer, and whether documents share rows, as `train` has them."""
     from stoker.data import sources
-    from stoker.language import building
+    from stoker.language import adapters, building
     from stoker.language import data as language_data
 
     found = sources.read_all(
@@ -126,7 +126,7 @@ def _made(config: Config) -> tuple[list[Source], Rows, Any, bool]:
     )
     tokenizer, packs = building.without_model(
         config.model,
-        tokenizer=config.tokenizer,
+        tokenizer=adapters.tokenizer_for(config.tokenizer, config.lora),
         vocab_size=config.vocab_size,
         documents=[document for source in found for document in source.splits.train],
         chat_template=config.chat_template,

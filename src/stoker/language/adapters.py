@@ -65,11 +65,14 @@ def adapted(language: Language, lora: Lora, *, compare: bool = True) -> Any:
     return made
 
 
-def tokenizer_of(lora: Lora) -> str | None:
-    """The tokenizer, with its chat template, that lies beside the adapter to go on from, if one does."""
-    if lora.adapter is None:
-        return None
-    folder = hub.find(lora.adapter, "lora.adapter")
+def tokenizer_for(given: str | None, lora: Lora) -> str | None:
+    """The tokenizer that is given; else, with its chat template, the one beside the adapter to go on from.
+
+    None where there is neither: then it is the model's. Raises BadInput where there is no such adapter.
+    """
+    if given or lora.adapter is None:
+        return given
+    folder = hub.find(lora.adapter, "lora.adapter", weights=False)
     return str(folder) if (folder / "tokenizer.json").is_file() else None
 
 

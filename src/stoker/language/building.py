@@ -19,7 +19,7 @@ import torch
 from stoker.data import tokenizer as tokenizers
 from stoker.data.documents import Document
 from stoker.errors import BadInput
-from stoker.language import attention, hub
+from stoker.language import attention, data, hub
 from stoker.language.loading import Weights
 from stoker.language.shape import SIZES
 from torch import nn
@@ -61,6 +61,7 @@ class Language:
     config: Any
     """The model's config as it is written beside its weights."""
     generation_config: Any
+    """As it is written beside them: a generation ends at its `eos_token_id`, see `stop_tokens`."""
     packs: bool
     """Whether its attention can keep apart several documents in a row."""
     revision: str | None = None
@@ -171,7 +172,18 @@ def load_tokenizer(reference: str) -> Any:
     return tokenizer
 
 
+def stop_tokens(tokenizer: Any, generation_config: Any) -> list[int]:
+    """Where a generation ends: with what ends texts, what ends a turn of the chat template, and what the
+    model's own generation config names.
+    """
+    own = generation_config.eos_token_id
+    ends = [tokenizer.eos_token_id, data.end_of_turn(tokenizer), *(own if isinstance(own, list) else [own])]
+    return list(dict.fromkeys(token for token in ends if token is not None))
+
+
 def _language(model: Any, tokenizer: Any, load: Load | None, origin: Path | str, generation: Any) -> Language:
+    generation = copy.deepcopy(generation)
+    generation.eos_token_id = stop_tokens(tokenizer, generation)
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
     config.dtype = torch.float32

@@ -154,9 +154,13 @@ def _say_what_is_lost(name: str, rows: Sequence[PackedDataset]) -> None:
 def prompts(found: Sequence[Source], tokenizer: Any, given: Sequence[str] = ()) -> tuple[str, ...]:
     """What generations begin with: what is given, else two questions held out, or first words of texts.
 
-    Where the tokenizer begins every text with a token, that is written before what no template wrote.
+    What is given is asked through the chat template, where there is one. Where the tokenizer begins every
+    text with a token, that is written before what no template wrote. Raises BadInput where the template
+    refuses a question.
     """
     begin = tokenizer.bos_token if Encoder(tokenizer, "answer").begin else ""
+    if given and getattr(tokenizer, "chat_template", None):
+        return tuple(_render(tokenizer, (Message("user", text),), to_be_answered=True) for text in given)
     if given:
         return tuple(f"{begin}{text}" for text in given)
     held_out = itertools.chain.from_iterable(source.splits.validation for source in found)
@@ -349,8 +353,22 @@ def _between_others(tokenizer: Any, chat: Sequence[Message], text: str) -> dict[
 
 def _end_of_turn(tokenizer: Any, text: str, end: int) -> int:
     """Behind the special token that follows at once, if one does."""
-    following = (t for t in tokenizer.all_special_tokens if text.startswith(t, end))
+    added = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
+    following = (t for t in (*tokenizer.all_special_tokens, *added) if text.startswith(t, end))
     return end + len(max(following, key=len, default=""))
+
+
+def end_of_turn(tokenizer: Any) -> int | None:
+    """The special token that the chat template writes behind what the assistant says, if it does."""
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    try:
+        text = _render(tokenizer, (Message("user", "Who?"), Message("assistant", _MARK)))
+    except BadInput:  # said where there is a conversation
+        return None
+    _, said, after = text.rpartition(_MARK)
+    token = after[: _end_of_turn(tokenizer, after, 0)]
+    return int(tokenizer.convert_tokens_to_ids(token)) if said and token else None
 
 
 def _within(places: Sequence[Span], spans: Sequence[Span], text: str) -> list[bool]:

@@ -8,25 +8,27 @@ from typing import Any
 
 import torch
 from stoker import distributed
+from stoker.language.building import Language
 from stoker.loop import Trainer
 
 
 @torch.no_grad()
-def generate(trainer: Trainer, tokenizer: Any, prompt: str, length: int) -> str:
+def generate(trainer: Trainer, language: Language, prompt: str, length: int) -> str:
     """The most likely continuation of a prompt, up to `length` tokens. All ranks call it alike."""
     model: Any = trainer.model
+    tokenizer, ends = language.tokenizer, language.generation_config.eos_token_id
     was_training = model.training
     model.eval()
     try:
         encoded = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(trainer.device)
         begun = encoded["input_ids"].shape[1]
         if trainer.strategy == "pipeline":
-            made = _continued(trainer, encoded["input_ids"], length, tokenizer.eos_token_id)
+            made = _continued(trainer, encoded["input_ids"], length, ends)
         else:
             with _cached_attention(model):
                 made = model.generate(
                     **encoded, max_new_tokens=length, do_sample=False, pad_token_id=tokenizer.pad_token_id,
-                    eos_token_id=tokenizer.eos_token_id,
+                    eos_token_id=ends,
                 )  # fmt: skip
     finally:
         model.train(was_training)
@@ -45,7 +47,7 @@ def _cached_attention(model: Any) -> Iterator[None]:
         bare.set_attn_implementation(trained_with)
 
 
-def _continued(trainer: Trainer, ids: torch.Tensor, length: int, end: int) -> torch.Tensor:
+def _continued(trainer: Trainer, ids: torch.Tensor, length: int, ends: Sequence[int]) -> torch.Tensor:
     """Token by token through the stages, which keep no cache; (1, seq) -> (1, seq + at most length)."""
     for _ in range(length):
         positions = torch.arange(ids.shape[1], device=ids.device)[None]
@@ -53,13 +55,13 @@ def _continued(trainer: Trainer, ids: torch.Tensor, length: int, end: int) -> to
         found = None if output is None else int(output.logits[0, -1].argmax())
         token = next(t for t in distributed.gathered(found) if t is not None)
         ids = torch.cat([ids, torch.tensor([[token]], device=ids.device)], dim=1)
-        if token == end:
+        if token in ends:
             break
     return ids
 
 
-def log_generations(trainer: Trainer, tokenizer: Any, prompts: Sequence[str], length: int) -> None:
+def log_generations(trainer: Trainer, language: Language, prompts: Sequence[str], length: int) -> None:
     """Log a table of prompts with their continuations. All ranks call it."""
     with trainer.evaluating():
-        rows = [(prompt, generate(trainer, tokenizer, prompt, length)) for prompt in prompts]
+        rows = [(prompt, generate(trainer, language, prompt, length)) for prompt in prompts]
     trainer.run.table("generations", rows, ["prompt", "completion"])

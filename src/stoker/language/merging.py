@@ -10,7 +10,7 @@ from typing import Any
 from stoker import exports
 from stoker.engine import quiet
 from stoker.errors import BadInput
-from stoker.language import hub, saved_adapters
+from stoker.language import building, hub, saved_adapters
 
 
 def base_of(adapter: Path) -> str:
@@ -53,6 +53,9 @@ def merge(adapter: Path, target: Path, base: str | None = None) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of adapters on tied weights, whose merging is what is wanted
         merged = model.merge_and_unload(safe_merge=True)
+    if (adapter / "tokenizer.json").is_file():
+        tokenizer = building.load_tokenizer(str(adapter))
+        merged.generation_config.eos_token_id = building.stop_tokens(tokenizer, merged.generation_config)
     merged.save_pretrained(target)
     own = (exports.ADAPTER, saved_adapters.WEIGHTS, saved_adapters.BASE, "README.md")
     for file in adapter.iterdir():  # the tokenizer's files

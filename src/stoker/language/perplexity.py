@@ -11,6 +11,11 @@ from stoker.engine.metrics import perplexity
 from stoker.loop import Trainer
 
 
+def of(trainer: Trainer, parts: Mapping[str, PackedDataset], **how: Any) -> float:
+    """The perplexity of all tokens of all parts; see `losses`."""
+    return perplexity(mean(losses(trainer, parts, **how), parts))
+
+
 def losses(trainer: Trainer, parts: Mapping[str, PackedDataset], **how: Any) -> dict[str, float]:
     """The mean loss over the tokens of each part, in nats, exact over ranks. All ranks call it alike.
 
@@ -26,8 +31,15 @@ def mean(losses: Mapping[str, float], parts: Mapping[str, PackedDataset]) -> flo
     return math.fsum(losses[name] * part.loss_tokens for name, part in parts.items()) / tokens
 
 
-def validation_metrics(losses: Mapping[str, float], parts: Mapping[str, PackedDataset]) -> dict[str, float]:
-    """What is logged of an evaluation: of all, and of each source where there are several."""
-    loss = mean(losses, parts)
-    of_each = {f"val_loss/{name}": value for name, value in losses.items()} if len(losses) > 1 else {}
-    return {"val_loss": loss, "val_perplexity": perplexity(loss), **of_each}
+def log_validation(trainer: Trainer, parts: Mapping[str, PackedDataset], *, flops: float, **how: Any) -> None:
+    """Log and say an evaluation: of all parts, and the loss of each where there are several.
+
+    Args:
+        flops: see `Trainer.performance`.
+        how: see `Trainer.evaluate`.
+    """
+    found = losses(trainer, parts, **how)
+    loss = mean(found, parts)
+    of_each = {f"val_loss/{name}": value for name, value in found.items()} if len(found) > 1 else {}
+    trainer.run.log({"val_loss": loss, "val_perplexity": perplexity(loss), **of_each})
+    trainer.say(flops, val_perplexity=perplexity(loss))

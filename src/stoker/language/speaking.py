@@ -23,6 +23,8 @@ class Speaker:
 
     model: Any
     tokenizer: Any
+    stops: list[int]
+    """The tokens that end what it says."""
 
     @property
     def chats(self) -> bool:
@@ -73,7 +75,7 @@ class Speaker:
         started = time.perf_counter()
         made = self.model.generate(
             **encoded, **how, max_new_tokens=min(max_tokens, room), pad_token_id=self.tokenizer.pad_token_id,
-            eos_token_id=self.tokenizer.eos_token_id, streamer=_streamer(self.tokenizer, show),
+            eos_token_id=self.stops, streamer=_streamer(self.tokenizer, show),
         )[0, begun:]  # fmt: skip
         seconds = time.perf_counter() - started
         said = self.tokenizer.decode(made, skip_special_tokens=True)
@@ -98,7 +100,9 @@ def load(folder: Path, base: str | None = None) -> Speaker:
 
         model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return Speaker(model.eval().to(device), building.load_tokenizer(str(folder)))
+    tokenizer = building.load_tokenizer(str(folder))
+    stops = building.stop_tokens(tokenizer, model.generation_config)
+    return Speaker(model.eval().to(device), tokenizer, stops)
 
 
 def _room(model: Any, begun: int) -> int:

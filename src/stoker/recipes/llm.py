@@ -11,7 +11,7 @@ import dataclasses
 import functools
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Lt
 from stoker.attempt import Run
@@ -19,9 +19,6 @@ from stoker.duration import Duration
 from stoker.engine.options import Training
 from stoker.language.lora import Lora
 from stoker.world import World
-
-if TYPE_CHECKING:
-    from stoker.data.tokens import PackedDataset
 
 PRELOAD = (
     "stoker.engine.quiet",
@@ -91,7 +88,7 @@ class Config(Training):
     test: Annotated[float, Gt(0), Lt(0.5)] = 0.05
     """Share of the documents held out for the final test."""
     prompts: tuple[str, ...] = ()
-    """What generations begin with; by default two beginnings of validation documents."""
+    """What is asked, by the chat template where there is one; by default two of the validation documents."""
     generate_tokens: Annotated[int, Ge(1)] = 64
     """Length of a generation."""
     seed: Annotated[int, Ge(0)] = 0
@@ -168,7 +165,7 @@ def train(run: Run, config: Config) -> None:
     """Read and pack the data, build the model, train, test, export."""
     from stoker import distributed
     from stoker.data import sources, tokens
-    from stoker.engine import metrics, optimizers, schedule
+    from stoker.engine import optimizers, schedule
     from stoker.engine.precision import DTYPES
     from stoker.engine.random_state import seed_everything
     from stoker.language import (
@@ -194,7 +191,7 @@ def train(run: Run, config: Config) -> None:
         )
         language = building.build(
             config.model,
-            tokenizer=config.tokenizer or adapters.tokenizer_of(config.lora),
+            tokenizer=adapters.tokenizer_for(config.tokenizer, config.lora),
             vocab_size=config.vocab_size,
             sequence_length=config.sequence_length,
             documents=[document for source in found for document in source.splits.train],
@@ -208,6 +205,7 @@ def train(run: Run, config: Config) -> None:
             packing=packing,
         )  # fmt: skip
     data.say(run, config.data, found, rows, packed=packing, wanted=config.packing)
+    language = dataclasses.replace(language, tokenizer=data.as_asked(found, language.tokenizer))
     prompts = data.prompts(found, language.tokenizer, config.prompts)
     if config.quantisation == "nf4":
         quantised.convert(language.model)
@@ -233,26 +231,24 @@ def train(run: Run, config: Config) -> None:
         )
     if run.world.rank == 0:
         run.fingerprint("model", language.fingerprint)
-    language = dataclasses.replace(language, tokenizer=data.as_asked(found, language.tokenizer))
     export.record_shape(trainer, language, model)
 
-    collate = functools.partial(tokens.collate, trimmed=not packing and trainer.strategy != "pipeline")
-
-    def losses_on(parts: dict[str, PackedDataset]) -> dict[str, float]:
-        return perplexity.losses(trainer, parts, batch_size=config.batch_size, collate=collate)
-
-    def test_perplexity() -> float:
-        return metrics.perplexity(perplexity.mean(losses_on(rows.test), rows.test))
+    how: dict[str, Any] = {
+        "batch_size": config.batch_size,
+        "collate": functools.partial(tokens.collate, trimmed=not packing and trainer.strategy != "pipeline"),
+    }
 
     def evaluate() -> None:
-        run.log(perplexity.validation_metrics(losses_on(rows.validation), rows.validation))
-        generation.log_generations(trainer, language.tokenizer, prompts, config.generate_tokens)
+        perplexity.log_validation(trainer, rows.validation, flops=needed, **how)
+        generation.log_generations(trainer, language, prompts, config.generate_tokens)
         run.table("memory", trainer.memory(), MEMORY)
 
     if trainer.steps_done == 0 and language.pretrained:
-        run.log(base_test_perplexity=test_perplexity())
+        run.log(base_test_perplexity=perplexity.of(trainer, rows.test, **how))
         evaluate()
-    loader = trainer.loader(rows.train, batch_size=config.batch_size, collate=collate)
+    elif trainer.steps_done == 0:
+        perplexity.log_validation(trainer, rows.validation, flops=needed, **how)
+    loader = trainer.loader(rows.train, **how)
     for batch in trainer.steps(loader, max_steps=config.length):
         run.log(loss=trainer.step(batch), lr=trainer.lr)
         if trainer.every(10) or trainer.last:
@@ -261,7 +257,7 @@ def train(run: Run, config: Config) -> None:
             evaluate()
             if config.patience is not None and trainer.stale("val_loss", config.patience):
                 trainer.finish(f"val_loss got no better over {config.patience} evaluations")
-    run.log(test_perplexity=test_perplexity())
+    run.log(test_perplexity=perplexity.of(trainer, rows.test, **how))
     export.export(trainer, language, model)
 
 

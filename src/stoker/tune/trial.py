@@ -121,6 +121,8 @@ class Reporter:
         hang_limit: seconds without a word after which a loop without a Trainer hangs; by default 20 times its
             longest silence so far, and half an hour at least.
 
+    What is measured before a Trainer's first step says nothing of a trial, and is not reported.
+
     A run that a Trainer steps stops at the end of the step, on all ranks; any other at once, within
     `run.log`.
     """
@@ -154,6 +156,8 @@ class Reporter:
                 if not math.isfinite(value):
                     raise NotFinite(f"{metric} is {value} at step {step}")
         if self._metrics[0] not in values or self._unit == SHARE:  # of such a one the last value counts
+            return
+        if self._run.heart is not self._heart and not self._run.plan:  # a Trainer's loop has not begun
             return
         report = {"step": step, "value": self.values[self._metrics[0]], "per_step": self._per_step()}
         if not self._waits:
