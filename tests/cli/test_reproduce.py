@@ -416,7 +416,6 @@ def test_told_to_stop_or_killed_nothing_trains_on(
 @pytest.mark.parametrize(
     ("there", "number"),
     [
-        ("", signal.SIGINT),  # it loads its modules
         ("again", signal.SIGTERM),  # it unpacks the code
         ("again", signal.SIGINT),
         ("again/again.json", signal.SIGTERM),  # the process that is to train loads its modules
@@ -426,17 +425,31 @@ def test_told_to_stop_or_killed_nothing_trains_on(
 def test_told_to_stop_before_it_has_begun_it_leaves_nothing(
     there: str, number: signal.Signals, counted: Path, start: Start
 ) -> None:
-    process = start("reproduce", "first", cwd=counted.parent, cold=not there)
+    process = start("reproduce", "first", cwd=counted.parent)
     made = counted / "count/first-again"
-    while there and not (made / there).exists():
+    while not (made / there).exists():
         assert process.poll() is None
         time.sleep(0.001)
-    time.sleep(0.0 if there == "again" else 0.2 if there else 0.3)
+    time.sleep(0.0 if there == "again" else 0.2)
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == (130 if number == signal.SIGINT else 75), err.decode()
     assert "Traceback" not in err.decode()
     assert not made.exists()
+
+
+def test_a_command_that_is_interrupted_while_it_loads_its_modules_says_so_in_a_line() -> None:
+    loading = (
+        "import sys\n"
+        "class Interrupted:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'stoker.cli.main': raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupted())\n"
+        "from stoker import __main__\n"
+        "__main__.run()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", loading], check=False, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "stoker: interrupted\n")
 
 
 def test_a_trial_that_was_ended_early_is_made_again_up_to_there(project: Path, stoker: Command) -> None:
