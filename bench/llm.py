@@ -533,7 +533,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="stoker-bench-") as folder:
         caches = {"STOKER_CACHE": "stoker", "HF_DATASETS_CACHE": "datasets", "HF_HOME": "hub"}
         os.environ.update({name: str(Path(folder, "cache", of)) for name, of in caches.items()})
-        os.environ["HF_HUB_OFFLINE"] = "1"
+        os.environ |= {"HF_HUB_OFFLINE": "1", "STOKER_SINKS": "none"}
         harness.measure(HERE, "prepare", folder=folder, size=size, batches=batches, share=share)
         for part in (training_rows, memory_rows, padding_rows, tokenising_rows, start_rows):
             began = time.perf_counter()
