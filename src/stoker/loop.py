@@ -127,7 +127,9 @@ class Trainer:
         )  # fmt: skip
         self._setting = setting
         model.train()
-        block = blocks.largest(model, self.training.blocks)  # before a strategy gives them other names
+        block = blocks.largest(
+            blocks.find(model, self.training.blocks)
+        )  # before a strategy gives them other names
         self._step = strategies.lay_out(model, self.strategy, self.training, setting, optimizer, load)
         self.model = self._step.model
         self.optimizers = self._step.optimizers
@@ -395,7 +397,7 @@ class Trainer:
                 if not self._cut.take_smaller(batch):
                     raise OutOfMemory(self._cut.out_of_memory(error, batch)) from error
                 if self.world.size > 1:
-                    said = f"out of memory on rank {self.world.rank}: {out_of_memory.said(error)}"
+                    said = out_of_memory.said(error, self.world.rank)
                     raise OutOfMemory(f"{said} The next start takes {self._cut.size}", less=True) from error
                 self._step.clear()
                 if self.device.type == "cuda":

@@ -23,26 +23,13 @@ from stoker.world import World
 
 log = logging.getLogger("stoker")
 
-RunsFolder = Annotated[
-    Path,
-    typer.Option(
-        "--runs",
-        envvar="STOKER_RUNS",
-        metavar="DIR",
-        parser=finding.folder,
-        help="The folder that runs stand under, or s3://bucket/folder.",
-    ),
-]
-LocalRunsFolder = Annotated[
-    Path,
-    typer.Option(
-        "--runs",
-        envvar="STOKER_RUNS",
-        metavar="DIR",
-        parser=finding.folder,
-        help="The folder that sweeps stand under; a local one.",
-    ),
-]
+
+def _runs_option(help_: str) -> Any:
+    return typer.Option("--runs", envvar="STOKER_RUNS", metavar="DIR", parser=finding.folder, help=help_)
+
+
+RunsFolder = Annotated[Path, _runs_option("The folder that runs stand under, or s3://bucket/folder.")]
+LocalRunsFolder = Annotated[Path, _runs_option("The folder that sweeps stand under; a local one.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, last.")]
 
 DEFAULT_RUNS = Path("runs")

@@ -6,7 +6,7 @@ holds most of its parameters, and within its items again where these hold lists 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from stoker.errors import BadInput
 from torch import nn
@@ -43,9 +43,9 @@ def find(model: nn.Module, names: Sequence[str] = ()) -> list[tuple[str, nn.Modu
     return [(name, block) for name, block in found if _parameters(block)]
 
 
-def largest(model: nn.Module, names: Sequence[str] = ()) -> int:
-    """Bytes of the largest block's parameters; 0 where there is none. Raises BadInput as `find` does."""
-    return max((sum(p.nbytes for p in block.parameters()) for _, block in find(model, names)), default=0)
+def largest(blocks: Iterable[tuple[str, nn.Module]]) -> int:
+    """Bytes of the largest block's parameters; 0 where there are no blocks."""
+    return max((sum(p.nbytes for p in block.parameters()) for _, block in blocks), default=0)
 
 
 def longest(model: nn.Module) -> tuple[str, nn.Module] | None:

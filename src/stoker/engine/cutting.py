@@ -61,7 +61,7 @@ class MicroBatches:
         Args:
             batch: this rank's share, where its forward and backward pass ran out; none: the update did.
         """
-        said = f"out of memory on rank {self._world.rank}: {out_of_memory.said(error)}"
+        said = out_of_memory.said(error, self._world.rank)
         log.warning("%s", said)  # to try what would fit may end the process
         change = fitting.Change(
             self._step, self._setting, self._training, self._world, self._strategy, self._block

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import psutil
 import torch
-from stoker.engine import options
+from stoker.engine import blocks, options
 from stoker.engine.mesh import Mesh
 from stoker.engine.options import Training
 from stoker.engine.step import Step
@@ -105,7 +105,7 @@ MOMENTS = 8.0
 
 def needed(
     model: nn.Module,
-    blocks: Iterable[tuple[str, nn.Module]],
+    found: Iterable[tuple[str, nn.Module]],
     strategy: str,
     training: Training,
     ranks: int,
@@ -114,7 +114,7 @@ def needed(
     """What a rank will need for a model, which may be on the meta device, from the shapes of its parameters.
 
     Args:
-        blocks: what is gathered at once where parameters are sharded.
+        found: the blocks, of which one is gathered at once where parameters are sharded.
         ranks: among which the strategy divides what it divides.
         moments: bytes the optimizer keeps for each weight.
     """
@@ -123,7 +123,7 @@ def needed(
     stage = options.zero_stage(training.deepspeed) if strategy == "deepspeed" else 0
     whole = {"fsdp": 3, "pipeline": 3, "deepspeed": stage}.get(strategy, 0)
     by = [ranks if whole >= least else 1 for least in (3, 2, 1)]  # weights, gradients, optimizer state
-    largest = max((sum(p.nbytes for p in block.parameters()) for _, block in blocks), default=0)
+    largest = blocks.largest(found)
     gathers = strategy == "fsdp" or stage == 3
     largest_one = max((p.numel() for p in model.parameters() if p.requires_grad), default=0)
     together = largest_one if training.optimizer_in_backward else trained
@@ -139,7 +139,7 @@ class TooLarge(BadInput):
 
 def check_fits(
     model: nn.Module,
-    blocks: Iterable[tuple[str, nn.Module]],
+    found: Iterable[tuple[str, nn.Module]],
     strategy: str,
     training: Training,
     mesh: Mesh,
@@ -152,13 +152,13 @@ def check_fits(
     """
     shards = mesh.size("stage") if strategy == "pipeline" else mesh.size("shard")
     divides = {"fsdp": shards, "pipeline": shards, "deepspeed": mesh.world.size}.get(strategy, 1)
-    wanted = needed(model, blocks, strategy, training, divides, moments)
+    wanted = needed(model, found, strategy, training, divides, moments)
     has = of_a_rank(mesh.device, mesh.world.local_size)
     offloads = training.fsdp.offload or training.deepspeed.offload_optimizer
     if wanted.total <= has or offloads:
         return
     count = sum(p.numel() for p in model.parameters())
-    fitting = ranks_that_hold(model, blocks, training, 0.8 * has, moments)
+    fitting = ranks_that_hold(model, found, training, 0.8 * has, moments)
     raise TooLarge(
         f"a model of {count / 1e9:,.1f} billion parameters needs {size(wanted.total)} a rank under "
         f"parallel={strategy}, before its first activation: {wanted}; a rank here has {size(has)}. "
@@ -172,14 +172,14 @@ def check_fits(
 
 def ranks_that_hold(
     model: nn.Module,
-    blocks: Iterable[tuple[str, nn.Module]],
+    found: Iterable[tuple[str, nn.Module]],
     training: Training,
     room: float,
     moments: float = MOMENTS,
 ) -> int | None:
     """The least ranks, 2 or more, that have room for a shard each under FSDP; None where no number has."""
-    found = list(blocks)
-    fits = (n for n in range(2, 4097) if needed(model, found, "fsdp", training, n, moments).total <= room)
+    each = list(found)
+    fits = (n for n in range(2, 4097) if needed(model, each, "fsdp", training, n, moments).total <= room)
     return next(fits, None)
 
 

@@ -31,10 +31,10 @@ def as_on_a_gpu() -> Iterator[None]:
         raise torch.OutOfMemoryError(_said(error)) from error
 
 
-def said(error: BaseException) -> str:
-    """What was asked for and what was free, as it was raised, in a line that ends with a full stop."""
+def said(error: BaseException, rank: int) -> str:
+    """Where, what was asked for and what was free, as it was raised, in a line that ends with a full stop."""
     line = str(error).partition(" If reserved")[0].splitlines()[0].rstrip()
-    return line if line.endswith(".") else f"{line}."
+    return f"out of memory on rank {rank}: {line.removesuffix('.')}."
 
 
 def numbers(error: BaseException, device: torch.device) -> tuple[float, float, float]:
