@@ -97,12 +97,10 @@ def reproduce(
     except (Stopped, KeyboardInterrupt) as told:
         if target.exists():
             raise
-        code = EXIT_INTERRUPTED if isinstance(told, KeyboardInterrupt) else EXIT_PREEMPTED
+        return _answer_not_begun(target, getattr(told, "status", view.INTERRUPTED), json)
     finally:
         if not target.exists():  # nothing is left behind of what has not begun
             shutil.rmtree(target.path, ignore_errors=True)
-    if not target.exists() and code in _CODES.values():
-        return _answer_not_begun(target, code, json)
     made = _made(target, code, seen, part)
     if made.status in _CODES:
         return _answer_stopped(made, json)
@@ -125,14 +123,13 @@ def _answer_stopped(made: RunView, json: bool) -> int:
     return _CODES[made.status]
 
 
-def _answer_not_begun(target: RunDirectory, code: int, json: bool) -> int:
+def _answer_not_begun(target: RunDirectory, status: str, json: bool) -> int:
     """The same of one that was told so before it was there; returns the exit code."""
     if json:
-        status = next(status for status, known in _CODES.items() if known == code)
         print_json({"identical": None, "again": None, "status": status, "step": 0})
     else:
         console().print(f"{target.id} was told to stop before it began: nothing was made")
-    return code
+    return _CODES[status]
 
 
 def _checkpoint_of(seen: RunView, start: str | None) -> int | None:

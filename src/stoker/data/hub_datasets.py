@@ -19,6 +19,10 @@ from stoker.errors import BadInput, nearest
 if TYPE_CHECKING:
     from datasets import DatasetBuilder
 
+GATED = "is gated: accept its terms on the hub, and set HF_TOKEN to a token of yours"
+NO_REVISION = "has no revision {}: give a branch, a tag or a commit of it"
+"""What is said behind the name of a dataset or a model."""
+
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _ENDINGS = {".jsonl", ".parquet", ".txt", ".json", ".csv", ".tsv", ".md", ".gz", ".zst", ".zip"}
@@ -76,14 +80,9 @@ def check(given: str, known: Sequence[str] = ()) -> None:
     except OfflineModeIsEnabled:
         return  # what was downloaded before may do
     except GatedRepoError as error:
-        raise BadInput(
-            f"dataset {asked.name} is gated: accept its terms on the hub, and set HF_TOKEN to a token of "
-            "yours"
-        ) from error
+        raise BadInput(f"dataset {asked.name} {GATED}") from error
     except RevisionNotFoundError as error:
-        raise BadInput(
-            f"dataset {asked.name} has no revision {asked.revision}: give a branch, a tag or a commit of it"
-        ) from error
+        raise BadInput(f"dataset {asked.name} {NO_REVISION.format(asked.revision)}") from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise BadInput(
             f"{asked.name} is no file here, and no dataset of the hub (or private: set HF_TOKEN)"

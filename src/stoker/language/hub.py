@@ -26,6 +26,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils._validators import validate_repo_id
 from stoker import object_store, storage
+from stoker.data import hub_datasets
 from stoker.data.tokens import once
 from stoker.errors import BadInput, nearest
 
@@ -96,11 +97,11 @@ def _refusal(error: Exception, what: str, reference: str) -> str:
     """What a user is told where a model of the hub was not brought."""
     name, _, revision = reference.partition("@")
     if isinstance(error, GatedRepoError):
-        return f"{what} {name} is gated: accept its terms on the hub, and set HF_TOKEN to a token of yours"
+        return f"{what} {name} {hub_datasets.GATED}"
     if isinstance(error, RepositoryNotFoundError | HFValidationError):
         return f"{what} {name} is no directory here and not on the hub (or private: set HF_TOKEN)"
     if isinstance(error, RevisionNotFoundError):
-        return f"{what} {name} has no revision {revision}: give a branch, a tag or a commit of it"
+        return f"{what} {name} {hub_datasets.NO_REVISION.format(revision)}"
     return (
         f"{what} {reference} is no directory here, and {_NOT_REACHED.format(_first_line(error))}, "
         "or HF_HOME to where a machine with a network has downloaded it; or give a local directory"

@@ -21,7 +21,7 @@ import yaml
 from stoker import config as configs
 from stoker import redaction, signals, storage
 from stoker.config import COMMAND_LINE, DEFAULT
-from stoker.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, BadInput
+from stoker.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, BadInput, Stopped
 from stoker.reproduce import provenance
 from stoker.reproduce.place import Place
 from stoker.reproduce.stretch import Stretch
@@ -29,13 +29,13 @@ from stoker.run import again
 from stoker.run.again import Again
 from stoker.run.directory import RunDirectory
 from stoker.run.view import RunView
+from stoker.stopping import STATUS
 
 CONFIG = "config.yaml"
 FOLDER = "again"
 """In the run that is made: the code that it is made from, and what was asked for."""
-_ENDS: dict[int, int] = {
-    signal.SIGTERM: EXIT_PREEMPTED, signal.SIGUSR1: EXIT_PREEMPTED, signal.SIGINT: EXIT_INTERRUPTED
-}  # fmt: skip
+_TOLD = {EXIT_PREEMPTED: "preempted", EXIT_INTERRUPTED: "interrupted"}
+"""What a process was told that ended with one of these codes."""
 _OF_A_LAUNCH = (
     "RANK",
     "LOCAL_RANK",
@@ -109,7 +109,10 @@ def run(start: Start, begun: Callable[[], bool]) -> int:
     """Do it, and return its exit code; signals are passed on to it.
 
     Args:
-        begun: whether the run is there. Until then it is ended, and the code is that of the signal.
+        begun: whether the run is there; until then the process is ended.
+
+    Raises:
+        Stopped: it was told to stop before the run was there.
     """
     output = sys.stderr if start.is_script else subprocess.DEVNULL
     with _passing_on(begun) as (told, process_of):
@@ -122,7 +125,10 @@ def run(start: Start, begun: Callable[[], bool]) -> int:
         if told:  # before there was a process
             process.terminate()
         code = process.wait()
-    return _ENDS[told[0]] if told and not begun() else code
+    status = STATUS[told[0]] if told else _TOLD.get(code)
+    if status is not None and not begun():
+        raise Stopped(status)
+    return code
 
 
 @contextlib.contextmanager
@@ -139,7 +145,7 @@ def _passing_on(begun: Callable[[], bool]) -> Iterator[tuple[list[int], list[sub
         for process in processes:
             process.send_signal(number if begun() else signal.SIGTERM)
 
-    previous = {number: signal.signal(number, pass_on) for number in _ENDS}
+    previous = {number: signal.signal(number, pass_on) for number in STATUS}
     try:
         yield told, processes
     finally:

@@ -15,13 +15,14 @@ import platform
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import orjson
 from stoker import object_store, storage
 from stoker.errors import BadInput, nearest
+from stoker.launch import jobspec
 from stoker.launch.jobspec import JobSpec
 from stoker.object_store import Unreachable
 from stoker.reproduce import provenance
@@ -176,8 +177,7 @@ def _read(file: Path, runs: Path) -> Job | None:
     record = storage.read_json(file)
     if not record:
         return None
-    known = {one.name for one in fields(Job)}  # a newer version may have written more
-    kept = {key: value for key, value in record.items() if key in known}
+    kept = jobspec.known_to(Job, record)
     try:
         spec = JobSpec.from_json(kept["spec"])
         return Job(**{**kept, "spec": spec, "trains": tuple(kept["trains"]), "runs": runs.absolute()})

@@ -77,10 +77,14 @@ class JobSpec:
     @classmethod
     def from_json(cls, known: Mapping[str, Any]) -> JobSpec:
         """The spec that `to_json` has said; what a newer version has said more is passed over."""
-        names = {one.name for one in dataclasses.fields(cls)}
         tuples = {key: tuple(known[key]) for key in ("command", "passed")}
-        kept = {key: value for key, value in known.items() if key in names}
-        return cls(**{**kept, **tuples, "folder": Path(known["folder"])})
+        return cls(**{**known_to(cls, known), **tuples, "folder": Path(known["folder"])})
+
+
+def known_to(of: type[Any], record: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a record a dataclass has fields for: a newer version may have written more."""
+    names = {one.name for one in dataclasses.fields(of)}
+    return {key: value for key, value in record.items() if key in names}
 
 
 def check(spec: JobSpec) -> None:

@@ -106,15 +106,14 @@ def resolved(
     for override in overrides:
         key, _, value = override.partition("=")
         had = [known[path] for path in paths_of({key: config.get(key)}) if path in known]
-        parts = value.split(",") if had else []
-        for part in parts:
-            if part.startswith(("/", ".")) and not _stands(part) and not _stands(value):
+        parts = [value] if not had or _stands(value) else value.split(",")  # a name may have a comma
+        for part in parts if had else ():
+            if part.startswith(("/", ".")) and not _stands(part):
                 raise BadInput(
                     f"{key}={part}: there is nothing; the run read {had[0]['path']}, of fingerprint "
                     f"{_known(had[0])}"
                 )
-        whole = [value] if had and _stands(value) else parts  # a name may have a comma
-        found.append(f"{key}={','.join(map(_absolute, whole))}" if had else override)
+        found.append(f"{key}={','.join(map(_absolute, parts))}" if had else override)
     return found
 
 
