@@ -34,4 +34,4 @@ def test_fine_tuning_7b_runs_small(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     losses = [row for row in rows if row.unit == "nats"]
     assert len(losses) == 4
     for row in losses:  # the peer's, within what bf16 can tell apart
-        assert row.ratio < 0.01
+        assert row.ratio < 0.001

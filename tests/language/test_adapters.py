@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from stoker.errors import BadInput
 from stoker.language import adapters, building, hub, saved_adapters
-from stoker.language.lora import Lora
+from stoker.language.lora import Lora, is_adapter
 from stoker.recipes import llm
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 import families
@@ -274,3 +275,37 @@ def test_gradients_go_through_a_base_in_4_bits_as_through_its_values(base: Path)
     (ours,) = torch.autograd.grad(layer(inputs).square().sum(), inputs)
     (theirs,) = torch.autograd.grad(expected.square().sum(), inputs)
     torch.testing.assert_close(ours, theirs)
+
+
+def test_under_autocast_an_adapter_s_input_is_not_copied_and_all_is_as_peft_has_it(base: Path) -> None:
+    lora = Lora(rank=4, dropout=0.0)  # dropout would scale numbers of another precision
+    layer = next(m for m in filled(base, "lora", lora).modules() if is_adapter(m)).train()
+    layer.get_base_layer().to(torch.bfloat16)
+    torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.1)
+    inputs = torch.randn(3, layer.in_features, dtype=torch.bfloat16, requires_grad=True)
+
+    def trained() -> tuple[list[torch.Tensor], int]:
+        with torch.autocast("cpu", torch.bfloat16), _Copies(inputs.shape) as copies:
+            output = layer(inputs)
+            weights = [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+            found = torch.autograd.grad(output.sum(), [inputs, *weights])
+        return [output, *found], copies.count
+
+    ours, copies = trained()
+    del layer._cast_input_dtype  # the instance's: peft's is that of the class
+    theirs, copies_of_peft = trained()
+    assert (copies, copies_of_peft) == (0, 4)
+    for mine, its in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, its, rtol=0.0, atol=0.0)
+
+
+class _Copies(TorchDispatchMode):
+    """How often a tensor of some shape is copied into another type."""
+
+    def __init__(self, shape: torch.Size) -> None:
+        super().__init__()
+        self.count, self._shape = 0, shape
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._to_copy.default and args[0].shape == self._shape
+        return func(*args, **(kwargs or {}))

@@ -60,6 +60,8 @@ def adapted(language: Language, lora: Lora, *, compare: bool = True) -> Any:
     for layer in made.modules():
         if is_adapter(layer):
             _begin(layer, saved=folder is not None)
+            if not layer.lora_variant:  # DoRA computes with its input besides
+                layer._cast_input_dtype = _as_adapters_take_it
     if folder is not None:
         _take(made, folder)
     return made
@@ -151,6 +153,17 @@ def _take(model: Any, folder: Path) -> None:
     if missing or found.unexpected_keys:
         some = (missing or list(found.unexpected_keys))[0]
         raise BadInput(f"lora.adapter={folder} is for another model: {some} is not on both")
+
+
+def _as_adapters_take_it(given: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    """The input of an adapter, in place of peft's own function, which casts it to the type of the weights.
+
+    Those are float32. Under autocast the product casts it back at once: the input of every linear layer of
+    the model would be copied to float32 and back, and so would its gradient.
+    """
+    if given is None or torch.is_autocast_enabled(given.device.type):
+        return given
+    return given.to(dtype)
 
 
 def _begin(layer: Any, *, saved: bool) -> None:
