@@ -104,9 +104,7 @@ def build(
     folder = hub.find(reference, known=tuple(SIZES))
     config = load_config(folder)
     found = _tokenizer(tokenizer or str(folder), documents, vocab_size, chat_template)
-
-    is_here = Path(reference).expanduser().is_dir()
-    config.name_or_path = str(folder) if is_here else reference.partition("@")[0]
+    config.name_or_path, revision = hub.named(reference, folder)
 
     def make() -> Any:
         return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
@@ -117,7 +115,7 @@ def build(
     _check_fits(reference, model, found, sequence_length)
     generation = _generation_config(folder, model)
     made = _language(model, found, weights.load, folder, generation)
-    return made if is_here else dataclasses.replace(made, revision=reference.partition("@")[2] or None)
+    return dataclasses.replace(made, revision=revision)
 
 
 def without_model(
@@ -143,25 +141,37 @@ def without_model(
     return made, attention.packs(config, bool(kind._supports_attention_backend))
 
 
-def load_config(folder: Path) -> Any:
-    """The config of a model's directory. Raises BadInput."""
+def load_config(
+    folder: Path, kind: Any = AutoModelForCausalLM, no: str = "which is no causal language model"
+) -> Any:
+    """The config of a model's directory. Raises BadInput.
+
+    Args:
+        kind: the auto class of transformers that is to know it.
+        no: what is said of one that it does not know.
+    """
     hub.read_json(folder, "config.json", "model")
     try:
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
-        raise BadInput(f"model {folder} cannot be loaded: {_first_line(error)}") from error
-    if type(config) not in AutoModelForCausalLM._model_mapping:
-        raise BadInput(f"model {folder} is a {config.model_type}, which is no causal language model")
+        raise BadInput(f"model {folder} cannot be loaded: {hub.first_line(error)}") from error
+    if type(config) not in kind._model_mapping:
+        raise BadInput(f"model {folder} is a {config.model_type}, {no}")
     return config
+
+
+def read_tokenizer(reference: str) -> Any:
+    """The tokenizer of a directory or hub id, as it is there. Raises BadInput."""
+    folder = hub.find(reference, "tokenizer", weights=False)
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise BadInput(f"the tokenizer of {reference} cannot be loaded: {hub.first_line(error)}") from error
 
 
 def load_tokenizer(reference: str) -> Any:
     """The tokenizer of a directory or hub id, with a pad token. Raises BadInput."""
-    folder = hub.find(reference, "tokenizer", known=(), weights=False)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise BadInput(f"the tokenizer of {reference} cannot be loaded: {_first_line(error)}") from error
+    tokenizer = read_tokenizer(reference)
     if tokenizer.eos_token_id is None:
         raise BadInput(
             f"the tokenizer of {reference} has no end-of-text token: "
@@ -237,7 +247,8 @@ def _generation_config(folder: Path, model: Any) -> Any:
     try:
         return GenerationConfig.from_pretrained(folder)
     except (OSError, ValueError, json.JSONDecodeError) as error:
-        raise BadInput(f"{folder / 'generation_config.json'} cannot be read: {_first_line(error)}") from error
+        file = folder / "generation_config.json"
+        raise BadInput(f"{file} cannot be read: {hub.first_line(error)}") from error
 
 
 def _check_fits(reference: str, model: Any, tokenizer: Any, sequence_length: int) -> None:
@@ -246,13 +257,14 @@ def _check_fits(reference: str, model: Any, tokenizer: Any, sequence_length: int
         raise BadInput(
             f"sequence_length={sequence_length} is more than the {longest} positions of {reference}"
         )
+    check_vocabulary(reference, model, tokenizer)
+
+
+def check_vocabulary(reference: str, model: Any, tokenizer: Any) -> None:
+    """Raises BadInput where a tokenizer has tokens that a model does not embed."""
     rows = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > rows:
         raise BadInput(
             f"the tokenizer has {len(tokenizer)} tokens, {reference} embeds only {rows}: "
             "they do not belong together"
         )
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
