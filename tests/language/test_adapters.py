@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -214,6 +215,27 @@ def test_what_is_not_there_or_for_another_model_is_said_at_the_launch(base: Path
     for model in (str(other), "tiny"):
         with pytest.raises(BadInput, match="was trained on another model, org/one"):
             launched(model=model, lora=given)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, "cannot be read: .*No such file"),
+        ("", "is empty: give a Jinja template"),
+        ("You are a helpful assistant.", "writes no messages: give a Jinja template"),
+        ("{% for m in messages %}\n{{ m.content }", "is no Jinja template, see its line 2: unexpected '}'"),
+        ("{% for m in messages %}{{ m.content }}", "is no Jinja template, see its line 1: Unexpected end"),
+        ("{% generation %}{% for m in messages %}{% break %}{% endfor %}{% endgeneration %}", None),
+    ],
+)
+def test_a_chat_template_that_is_none_is_said_at_the_launch(
+    text: str | None, said: str | None, tmp_path: Path
+) -> None:
+    file = tmp_path / "chat.jinja"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(BadInput, match=said) if said else contextlib.nullcontext():
+        launched(chat_template=file)
 
 
 def test_weights_are_read_to_be_compared_where_they_are_known_and_by_one_rank(

@@ -20,6 +20,7 @@ from stoker.data import tokenizer as tokenizers
 from stoker.data.documents import Document
 from stoker.errors import BadInput
 from stoker.language import attention, data, hub
+from stoker.language import chat_template as templates
 from stoker.language.loading import Weights
 from stoker.language.shape import SIZES
 from torch import nn
@@ -219,10 +220,11 @@ def _new(size: str, tokenizer: Any, sequence_length: int, tie_embeddings: bool) 
 
 
 def _tokenizer(
-    reference: str | None, documents: Sequence[Document], vocab_size: int, chat_template: Path | None
+    reference: str | None, documents: Sequence[Document], vocab_size: int, template: Path | None
 ) -> Any:
     made = load_tokenizer(reference) if reference else _train_tokenizer(documents, vocab_size)
-    _set_template(made, chat_template)
+    if template is not None:
+        made.chat_template = templates.read(template)
     return made
 
 
@@ -230,15 +232,6 @@ def _train_tokenizer(documents: Sequence[Document], vocab_size: int) -> Any:
     texts = (d.prompt + d.text + "".join(m.content for m in d.messages) for d in documents)
     trained = tokenizers.train_tokenizer(texts, vocab_size)
     return tokenizers.as_transformers(trained, max_length=_LONGEST)
-
-
-def _set_template(tokenizer: Any, file: Path | None) -> None:
-    if file is None:
-        return
-    try:
-        tokenizer.chat_template = file.expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"chat_template={file} cannot be read: {error}") from error
 
 
 def _generation_config(folder: Path, model: Any) -> Any:
