@@ -125,6 +125,28 @@ def write_file(tmp_path: Path) -> Callable[[str, Sequence[str]], Path]:
     return write
 
 
+Point = Callable[[str], None]
+
+
+@pytest.fixture
+def point_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Point]:
+    """Have this process ask the hub of an address, with a cache of its own."""
+    from huggingface_hub import close_session, constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    close_session()
+
+    def point(url: str) -> None:
+        monkeypatch.setattr(constants, "ENDPOINT", url)
+        template = url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+
+    yield point
+    close_session()
+
+
 SECRET = uuid.uuid4().hex  # in no source file: those may stand in the run's record
 
 

@@ -25,29 +25,34 @@ class Hub:
     def __init__(self) -> None:
         self.url = ""
         self.models: dict[str, dict[str, bytes]] = {}
-        self.datasets: dict[str, dict[str, bytes]] = {}
         """By name; another revision than the newest is of a name of its own, `org/name@revision`."""
+        self.datasets: dict[str, dict[str, bytes]] = {}
+        """Likewise."""
         self.private: set[str] = set()
         self.gated: set[str] = set()
         """Of which everyone sees that they are there, and nobody gets a file."""
         self.objects: dict[str, bytes] = {}
         """Large files, by their SHA-256."""
 
-    def commit(self, name: str) -> str:
-        """What stands for the state that a model is in."""
-        return _commit_of(self.models[name])
-
     def dataset_commit(self, name: str) -> str:
         """The commit of a dataset, by its name or `org/name@revision`."""
         return _commit_of(self.datasets[name])
 
+    def model(self, name: str, revision: str) -> dict[str, bytes] | None:
+        """A model's files at a revision, be it a name or a commit."""
+        return _at(self.models, name, revision)
+
     def dataset(self, name: str, revision: str) -> dict[str, bytes] | None:
         """A dataset's files at a revision, be it a name or a commit."""
-        if revision == "main":
-            return self.datasets.get(name)
-        of_name = [files for key, files in self.datasets.items() if key.partition("@")[0] == name]
-        of_commit = (files for files in of_name if _commit_of(files) == revision)
-        return self.datasets.get(f"{name}@{revision}") or next(of_commit, None)
+        return _at(self.datasets, name, revision)
+
+
+def _at(held: dict[str, dict[str, bytes]], name: str, revision: str) -> dict[str, bytes] | None:
+    if revision == "main":
+        return held.get(name)
+    of_name = [files for key, files in held.items() if key.partition("@")[0] == name]
+    of_commit = (files for files in of_name if _commit_of(files) == revision)
+    return held.get(f"{name}@{revision}") or next(of_commit, None)
 
 
 def _commit_of(files: dict[str, bytes]) -> str:
@@ -109,7 +114,22 @@ class _Handler(BaseHTTPRequestHandler):
         self._body()
         self._answer(200, {"errors": [], "warnings": []})
 
-    def _preupload(self, name: str) -> None:
+    def _model(self, name: str, revision: str | None) -> dict[str, bytes] | None:
+        """A model's files; None once it was answered that there are none."""
+        files = self.hub.model(name, unquote(revision or "main"))
+        if files is None:
+            code = "RevisionNotFound" if name in self.hub.models else "RepoNotFound"
+            self._answer(404, {"error": code}, {"X-Error-Code": code})
+        return files
+
+    def _branch(self, name: str, branch: str) -> None:
+        self._body()
+        if f"{name}@{branch}" in self.hub.models:
+            return self._answer(409, {"error": "Reference already exists"})
+        self.hub.models[f"{name}@{branch}"] = dict(self.hub.models[name])
+        return self._answer(200, {})
+
+    def _preupload(self, name: str, revision: str) -> None:
         files = json.loads(self._body())["files"]
         modes = ["lfs" if f["path"].endswith((".safetensors", ".png")) else "regular" for f in files]
         answer = [{"path": f["path"], "uploadMode": mode, "shouldIgnore": False}
@@ -138,8 +158,10 @@ class _Handler(BaseHTTPRequestHandler):
             answer.append(known)
         self._answer(200, {"transfer": "basic", "objects": answer})
 
-    def _commit(self, name: str) -> None:
-        files = self.hub.models[name]
+    def _commit(self, name: str, revision: str) -> None:
+        files = self._model(name, revision)
+        if files is None:
+            return
         for line in map(json.loads, self._body().splitlines()):
             value = line["value"]
             if line["key"] == "file":
@@ -148,28 +170,28 @@ class _Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = self.hub.objects[value["oid"]]
             elif line["key"] == "deletedFile":
                 del files[value["path"]]
-        commit = self.hub.commit(name)
+        commit = _commit_of(files)
         url = f"{self._url(name)}/commit/{commit}"
         self._answer(200, {"success": True, "commitOid": commit, "commitUrl": url, "hookOutput": ""})
 
     def _about(self, name: str, revision: str | None) -> None:
-        if name not in self.hub.models:
-            return self._answer(404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
-        if revision not in (None, "main", self.hub.commit(name)):
-            return self._answer(404, {"error": "No such revision"}, {"X-Error-Code": "RevisionNotFound"})
-        siblings = [{"rfilename": path} for path in self.hub.models[name]]
-        about = {"id": name, "modelId": name, "sha": self.hub.commit(name), "siblings": siblings,
-                 "private": name in self.hub.private, "tags": [], "downloads": 0,
-                 "gated": "manual" if name in self.hub.gated else False}  # fmt: skip
-        return self._answer(200, about)
+        files = self._model(name, revision)
+        if files is not None:
+            self._answer(200, {"id": name, "modelId": name, "sha": _commit_of(files),
+                               "siblings": [{"rfilename": path} for path in files],
+                               "private": name in self.hub.private, "tags": [], "downloads": 0,
+                               "gated": "manual" if name in self.hub.gated else False})  # fmt: skip
 
-    def _tree(self, name: str) -> None:
-        files = self.hub.models[name].items()
-        self._answer(200, [{"type": "file", "path": path, "size": len(content), "oid": _oid(content)}
-                           for path, content in files])  # fmt: skip
+    def _tree(self, name: str, revision: str) -> None:
+        files = self._model(name, revision)
+        if files is not None:
+            self._answer(200, [{"type": "file", "path": path, "size": len(content), "oid": _oid(content)}
+                               for path, content in files.items()])  # fmt: skip
 
-    def _file(self, name: str, path: str) -> None:
-        self._send_file(name, self.hub.models.get(name, {}), path)
+    def _file(self, name: str, revision: str, path: str) -> None:
+        files = self._model(name, revision)
+        if files is not None:
+            self._send_file(name, files, path)
 
     def _send_file(self, name: str, files: dict[str, bytes], path: str) -> None:
         content, commit = files.get(path), {"X-Repo-Commit": _commit_of(files)}
@@ -250,9 +272,9 @@ class _Handler(BaseHTTPRequestHandler):
 _NAME = "([^/]+/[^/]+)"
 _GET = {
     f"/api/models/{_NAME}(?:/revision/([^/]+))?": "_about",
-    f"/api/models/{_NAME}/tree/[^/]+(?:/.*)?": "_tree",
+    f"/api/models/{_NAME}/tree/([^/]+)(?:/.*)?": "_tree",
     f"/datasets/{_NAME}/resolve/([^/]+)/(.+)": "_file_of_dataset",
-    f"/{_NAME}/resolve/[^/]+/(.+)": "_file",
+    f"/{_NAME}/resolve/([^/]+)/(.+)": "_file",
     f"/api/datasets/{_NAME}(?:/revision/([^/]+))?": "_about_dataset",
     f"/api/datasets/{_NAME}/tree/([^/]+)(?:/(.*))?": "_tree_of_dataset",
     f"/api/datasets/{_NAME}/auth-check": "_may",
@@ -260,9 +282,10 @@ _GET = {
 _POST = {
     "/api/validate-yaml": "_valid",
     "/api/repos/create": "_create",
-    f"/api/models/{_NAME}/preupload/[^/]+": "_preupload",
+    f"/api/models/{_NAME}/preupload/([^/]+)": "_preupload",
+    f"/api/models/{_NAME}/branch/([^/]+)": "_branch",
     f"/{_NAME}\\.git/info/lfs/objects/batch": "_batch",
-    f"/api/models/{_NAME}/commit/[^/]+": "_commit",
+    f"/api/models/{_NAME}/commit/([^/]+)": "_commit",
     f"/api/datasets/{_NAME}/paths-info/([^/]+)": "_paths_of_dataset",
 }
 

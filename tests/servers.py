@@ -1,4 +1,4 @@
-"""Real servers for the tests: PostgreSQL, MLflow on it, an S3, and a proxy that misbehaves."""
+"""Real servers for the tests: PostgreSQL, MLflow on it, an S3, and what misbehaves or says nothing."""
 
 from __future__ import annotations
 
@@ -237,3 +237,23 @@ class Proxy:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
+
+
+@contextlib.contextmanager
+def listening(answer: bytes | None) -> Iterator[str]:
+    """A server that says this one thing to whoever connects, and hangs up; None: it never says anything."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):
+                while answer is not None:
+                    connection, _ = server.accept()
+                    with connection:
+                        connection.recv(65536)
+                        connection.sendall(answer)
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        yield f"127.0.0.1:{server.getsockname()[1]}"
+        server.shutdown(socket.SHUT_RDWR)
+        thread.join()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,6 +80,26 @@ def test_bad_values_say_what_is_allowed(override: str, said: str) -> None:
     with pytest.raises(BadInput) as error:
         configs.resolve(Config, [override])
     assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("[who?]", ("who?",)),
+        ("[What is 7?, It's `len`]", ("What is 7?", "It's `len`")),
+        ("[Who: me]", ("Who: me",)),
+        ("[7, yes]", ("7", "yes")),
+        ("[who", ("who",)),
+        ("{a: b}", ("{a: b}",)),
+    ],
+)
+def test_a_list_of_texts_that_yaml_takes_for_something_else_is_said_with_the_quotes_it_needs(
+    given: str, meant: tuple[str, ...]
+) -> None:
+    with pytest.raises(BadInput, match=r"to YAML that is no list of texts, .* for the shell: ") as raised:
+        configs.resolve(Config, [f"lora.targets={given}"])
+    (written,) = shlex.split(str(raised.value).partition("for the shell: ")[2])
+    assert configs.resolve(Config, [written]).config.lora.targets == meant
 
 
 @pytest.mark.parametrize(("given", "expected"), [("[3, 4]", (3, 4)), ("3", (3,)), ("[]", ())])

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
+import shlex
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -261,6 +263,8 @@ def _checked(key: str, leaf: _Leaf, value: Any, source: str) -> Any:
 
 
 def _explain(key: str, leaf: _Leaf, value: Any, source: str, error: ValidationError) -> str:
+    if isinstance(value, str) and typing.get_origin(leaf.type) is tuple and _kinds_of_items(leaf) == {str}:
+        return f"{key}={value} ({source}): {_unquoted(key, value)}"
     reason = error.errors()[0]["msg"].removeprefix("Value error, ")
     reason = reason[0].lower() + reason[1:]
     if isinstance(value, str) and typing.get_origin(leaf.type) is typing.Literal:
@@ -268,6 +272,20 @@ def _explain(key: str, leaf: _Leaf, value: Any, source: str, error: ValidationEr
     has_example = leaf.default not in (dataclasses.MISSING, None, ())
     example = f", for example {key}={_dump(leaf, leaf.default)}" if has_example else ""
     return f"{key}={value} ({source}): {reason}; {key} is {_type_name(leaf.type)}{example}"
+
+
+def _kinds_of_items(leaf: _Leaf) -> frozenset[Any]:
+    return _kinds(typing.get_args(leaf.type)[0])
+
+
+def _unquoted(key: str, value: str) -> str:
+    """What to write for a list of texts that YAML reads as something else, guessed from where commas are."""
+    parts = value[1:].removesuffix("]").split(",") if value.startswith("[") else [value]
+    meant = json.dumps([part.strip(" \"'") for part in parts], ensure_ascii=False)
+    return (
+        "to YAML that is no list of texts, as ?, : and # have a meaning in it, and 7 is a number; quote each "
+        f"text, and the whole for the shell: {shlex.quote(f'{key}={meant}')}"
+    )
 
 
 def _known(key: str, leaves: Mapping[str, _Leaf], source: str) -> None:

@@ -44,6 +44,10 @@ class BadInput(StokerError):
     exit_code = EXIT_BAD_INPUT
 
 
+class BadWorldSize(BadInput):
+    """What the user gave does not go with so many ranks; with another number of them it may."""
+
+
 class Stopped(SystemExit):
     """Training was told to stop and has stopped at a step boundary, after a checkpoint.
 

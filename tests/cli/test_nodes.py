@@ -242,5 +242,22 @@ def test_what_cannot_be_is_refused(arguments: tuple[str, ...], said: str, stoker
     assert said in done.err
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (("data=nowhere.jsonl", "batch_size=8"), "nowhere.jsonl does not exist"),
+        (("lora.adapter=./nowhere", "batch_size=8"), "lora.adapter ./nowhere is not a directory"),
+        (("batch_size=1", "max_steps=1"), "cannot be divided among 3 data-parallel ranks"),
+    ],
+)
+def test_what_no_number_of_machines_could_do_is_not_taken_for_one_too_many(
+    given: tuple[str, ...], said: str, stoker: Command
+) -> None:
+    nodes = ("--nodes", "2:3", "--rendezvous", f"{A}:29511", "--name", "a")
+    done = stoker("train", "llm", *given, *nodes)
+    assert done.code == 2
+    assert said in done.err
+
+
 def _all_said(machines: Machines) -> str:
     return "\n".join(f"{name}: {machines.said(name).read_text()}" for name in ("a", "b"))

@@ -114,6 +114,37 @@ def test_what_is_pushed_to_the_hub_loads_with_plain_transformers_and_peft(
     assert set(done.answer["files"]) == set(hf.models["org/tuned"]), "it is a model now, and no adapter"
 
 
+def test_a_revision_of_the_hub_is_pushed_to_and_the_others_stay_as_they_are(
+    trained: Path, hf: Hub, stoker: Callable[..., Any]
+) -> None:
+    assert stoker("models", "push", "base", "hub:org/base", cwd=trained).code == 0
+    newest = dict(hf.models["org/base"])
+    done = stoker("models", "push", "tuned", "hub:org/base@v2", "--merge", "--json", cwd=trained)
+    assert done.code == 0, done.err
+    there = dict(hf.models["org/base@v2"])
+    assert set(there) == set(done.answer["files"])
+    assert hf.models["org/base"] == newest
+    assert there["model.safetensors"] != newest["model.safetensors"]
+    assert 'from_pretrained("org/base", revision="v2")' in there["README.md"].decode()
+
+    done = stoker(
+        "train", "llm", "data=pairs.jsonl", *COMMON, "model=org/base@v2", "lora.rank=2", "max_steps=1",
+        "--name", "of-v2", cwd=trained,
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    adapter = trained / "runs" / "llm" / "of-v2" / "artifacts" / "adapter"
+    known = json.loads((adapter / "adapter_config.json").read_text())
+    assert (known["base_model_name_or_path"], known["revision"]) == ("org/base", "v2")
+    base = ("--base", "org/base@main")
+    done = stoker("models", "push", "of-v2", "hub:org/base@v2", *base, "--json", cwd=trained)
+    assert done.code == 0, done.err
+    there = hf.models["org/base@v2"]
+    assert set(there) == set(done.answer["files"]), "it is an adapter now, and no model"
+    known = json.loads(there["adapter_config.json"])
+    assert (known["base_model_name_or_path"], known["revision"]) == ("org/base", "main")
+    assert hf.models["org/base"] == newest
+
+
 def test_a_model_of_the_hub_is_fine_tuned_by_its_name(
     trained: Path, hf: Hub, stoker: Callable[..., Any]
 ) -> None:

@@ -179,6 +179,19 @@ def test_rungs_may_be_shares_of_the_data(stoker: Command, start: Start, tmp_path
     assert "the recipe has no key data_share" in refused.err
 
 
+@pytest.mark.parametrize("streaming", ["true", "[true, false]"])
+def test_shares_that_a_recipe_refuses_are_refused_before_anything_is_started(
+    streaming: str, stoker: Command, tmp_path: Path
+) -> None:
+    shares = ("--strategy", "staged", "--least", "10%", "--most", "100%", "--trials", "4")
+    searched = ("sweep", "llm", "lora.rank=int(4, 8)", "quantisation=[none, nf4]", f"streaming={streaming}")
+    refused = stoker(*searched, *shares)
+    assert refused.code == 2
+    assert "data_share=0.1" in refused.err
+    assert "leave out streaming=true" in refused.err
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_loop_that_counts_no_epochs_says_so(stoker: Command) -> None:
     done = stoker("sweep", RECIPE, "x=uniform(0, 1)", "--trials", "1", "--budget", "5ep", "--json")
     assert done.answer["trials"][0]["state"] == "failed"

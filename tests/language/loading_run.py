@@ -6,13 +6,14 @@ import dataclasses
 import json
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from stoker import Run, Trainer, Training
 from stoker.duration import Duration
 from stoker.engine import memory
 from stoker.engine.options import DeepSpeed, Fsdp, Pipeline
+from stoker.engine.precision import DTYPES
 from stoker.engine.random_state import seed_everything
 from stoker.language import adapters, building, loading, objective, quantised
 from stoker.language.loading import bare_name
@@ -45,8 +46,12 @@ KINDS = {
 """By name: what is trained. Of `qlora` the base is kept in 4 bits."""
 
 
-def built(folder: Path, kind: str, lora: Lora | None = None) -> tuple[Any, building.Language]:
-    language = building.build(str(folder), tokenizer=None, vocab_size=300, sequence_length=24, documents=[])
+def built(
+    folder: Path, kind: str, lora: Lora | None = None, dtype: torch.dtype = torch.float32
+) -> tuple[Any, building.Language]:
+    language = building.build(
+        str(folder), tokenizer=None, vocab_size=300, sequence_length=24, documents=[], dtype=dtype
+    )
     seed_everything(0)
     if kind == "qlora":
         quantised.convert(language.model)
@@ -54,15 +59,25 @@ def built(folder: Path, kind: str, lora: Lora | None = None) -> tuple[Any, build
     return model, dataclasses.replace(language, load=adapters.loading(language.load))
 
 
-def trainer(run: Run, folder: Path, strategy: str, kind: str, lr: float = 1e-3) -> tuple[Any, Trainer]:
-    model, language = built(folder, kind)
+def trainer(
+    run: Run,
+    folder: Path,
+    strategy: str,
+    kind: str,
+    lr: float = 1e-3,
+    lora: Lora | None = None,
+    precision: Literal["fp32", "bf16"] = "fp32",
+) -> tuple[Any, Trainer]:
+    model, language = built(folder, kind, lora, DTYPES[precision])
     called = objective.attach(model)
     settings = dict(STRATEGIES[strategy])
     if strategy == "zero3":
         file = run.directory.path.parent / "zero3.json"
         file.write_text(ZERO3_AT_ONCE)
         settings["deepspeed"] = DeepSpeed(stage=3, config=file)
-    training = Training(precision="fp32", checkpoint_every=Duration(1000, "step"), micro_batch=1, **settings)
+    training = Training(
+        precision=precision, checkpoint_every=Duration(1000, "step"), micro_batch=1, **settings
+    )
     return model, Trainer(
         run, model, optimizer=lambda p: torch.optim.AdamW(p, lr=lr), inputs=called.inputs, loss=called.loss,
         training=training, load=language.load,
@@ -96,7 +111,9 @@ def watched_reads() -> list[int]:
     return sizes
 
 
-def train(folder: Path, runs: Path, strategy: str, kind: str, steps: int = 6) -> tuple[list[float], Any]:
+def train(
+    folder: Path, runs: Path, strategy: str, kind: str, steps: int = 6, **how: Any
+) -> tuple[list[float], Any]:
     """The losses of some steps on rows of packed documents, and the trained weights, on rank 0."""
     import families
 
@@ -104,7 +121,7 @@ def train(folder: Path, runs: Path, strategy: str, kind: str, steps: int = 6) ->
     batch = families.documents()
     rows = [{name: tensor[i % 2] for name, tensor in batch.items()} for i in range(16)]
     with Run("test", f"{strategy}-{kind}-train", runs=runs) as run:
-        model, made = trainer(run, folder, strategy, kind)
+        model, made = trainer(run, folder, strategy, kind, **how)
         losses = []
         loader = made.loader(rows, batch_size=4)
         for part in made.steps(loader, max_steps=steps):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from stoker.errors import BadInput
-from stoker.language import adapters, building, hub, saved_adapters
+from stoker.language import adapters, building, hub, merging, saved_adapters
 from stoker.language.lora import Lora, is_adapter
 from stoker.recipes import llm
 from torch import nn
@@ -69,6 +70,54 @@ def test_an_adapter_is_gone_on_with_as_it_was(kind: str, base: Path, tmp_path: P
 def test_a_new_adapter_changes_nothing_yet(kind: str, base: Path) -> None:
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     torch.testing.assert_close(logits(filled(base, kind)), logits(plain.eval()))
+
+
+@pytest.fixture(scope="module")
+def in_4_bits(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The base with weights that 4 bits hold as they are."""
+    from bitsandbytes import functional
+
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    for layer in plain.modules():
+        if type(layer) is nn.Linear and layer is not plain.get_output_embeddings():
+            codes, state = functional.quantize_4bit(layer.weight.data, blocksize=64, quant_type="nf4")
+            layer.weight.data = functional.dequantize_4bit(codes, state)
+    folder = tmp_path_factory.mktemp("models") / "in-4-bits"
+    shutil.copytree(base, folder, ignore=shutil.ignore_patterns("*.safetensors*"))
+    plain.save_pretrained(folder)
+    return folder
+
+
+def merged(adapter: Path, folder: Path) -> torch.Tensor:
+    """The logits of plain transformers with the merged model."""
+    merging.merge(adapter, folder)
+    assert not (folder / "adapter_config.json").exists()
+    return logits(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval())
+
+
+@pytest.mark.parametrize("kind", ["lora", "rslora", "dora", "qlora"])
+def test_merged_an_adapter_is_a_model_of_the_same_logits(
+    kind: str, base: Path, in_4_bits: Path, tmp_path: Path
+) -> None:
+    model = in_4_bits if kind == "qlora" else base
+    adapter, expected = trained_adapter(model, tmp_path / "adapter", kind)
+    torch.testing.assert_close(merged(adapter, tmp_path / "merged"), expected, rtol=1e-4, atol=1e-4)
+    assert (expected - logits(filled(model, kind))).norm() > 0.1 * expected.norm(), (
+        "the adapter does something"
+    )
+
+
+def test_merged_an_adapter_on_4_bits_differs_by_what_they_had_rounded(base: Path, tmp_path: Path) -> None:
+    """It is merged into the plain weights: that differs by at most twice what rounding does without it."""
+    adapter, quantised = trained_adapter(base, tmp_path / "adapter", "qlora")
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    rounding = (logits(filled(base, "qlora")) - logits(plain.eval())).norm()
+    found = merged(adapter, tmp_path / "merged")
+    assert 0 < (found - quantised).norm() < 2 * rounding
+    from peft import PeftModel
+
+    theirs = PeftModel.from_pretrained(plain, adapter).eval()
+    torch.testing.assert_close(found, logits(theirs), rtol=1e-4, atol=1e-4)
 
 
 def test_adapters_of_another_model_are_refused(base: Path, tmp_path: Path) -> None:
@@ -217,6 +266,27 @@ def test_what_is_not_there_or_for_another_model_is_said_at_the_launch(base: Path
             launched(model=model, lora=given)
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, "cannot be read: .*No such file"),
+        ("", "is empty: give a Jinja template"),
+        ("You are a helpful assistant.", "writes no messages: give a Jinja template"),
+        ("{% for m in messages %}\n{{ m.content }", "is no Jinja template, see its line 2: unexpected '}'"),
+        ("{% for m in messages %}{{ m.content }}", "is no Jinja template, see its line 1: Unexpected end"),
+        ("{% generation %}{% for m in messages %}{% break %}{% endfor %}{% endgeneration %}", None),
+    ],
+)
+def test_a_chat_template_that_is_none_is_said_at_the_launch(
+    text: str | None, said: str | None, tmp_path: Path
+) -> None:
+    file = tmp_path / "chat.jinja"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(BadInput, match=said) if said else contextlib.nullcontext():
+        launched(chat_template=file)
+
+
 def test_weights_are_read_to_be_compared_where_they_are_known_and_by_one_rank(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -246,15 +316,9 @@ def test_a_kind_without_a_rank_makes_no_sense() -> None:
         Lora(adapter="somewhere", rank=4)
 
 
-def test_a_base_in_4_bits_is_that_of_bitsandbytes(base: Path) -> None:
+def test_a_base_in_4_bits_is_that_of_bitsandbytes(base: Path, in_4_bits: Path) -> None:
     """The weights as transformers' own 4-bit loading has them: quantised by bitsandbytes, layer by layer."""
-    from bitsandbytes import functional
-
-    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    for layer in plain.modules():
-        if type(layer) is nn.Linear and layer is not plain.get_output_embeddings():
-            codes, state = functional.quantize_4bit(layer.weight.data, blocksize=64, quant_type="nf4")
-            layer.weight.data = functional.dequantize_4bit(codes, state)
+    plain = AutoModelForCausalLM.from_pretrained(in_4_bits, dtype=torch.float32)
     model = filled(base, "qlora")
     torch.testing.assert_close(logits(model), logits(plain.eval()))
     packed = sum(

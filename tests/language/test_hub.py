@@ -2,40 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import resource
-import socket
-import threading
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
-from huggingface_hub import close_session, constants
+from huggingface_hub import constants
 from stoker.errors import BadInput
 from stoker.language import hub
 
 import hub_server
+from conftest import Point
 from hub_server import Hub
-
-Point = Callable[[str], None]
-
-
-@pytest.fixture
-def point_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Point]:
-    """Have this process ask the hub of an address, with a cache of its own."""
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    close_session()
-
-    def point(url: str) -> None:
-        monkeypatch.setattr(constants, "ENDPOINT", url)
-        template = url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-
-    yield point
-    close_session()
+from servers import listening
 
 
 @pytest.fixture
@@ -45,26 +24,6 @@ def served(point_at: Point) -> Iterator[Hub]:
         made.models["org/one"] = {"config.json": b"{}", "model.safetensors": b"w" * 100_000}
         point_at(made.url)
         yield made
-
-
-@contextlib.contextmanager
-def listening(answer: bytes | None) -> Iterator[str]:
-    """A server that says this one thing to whoever connects, and hangs up; None: it never says anything."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-
-        def serve() -> None:
-            with contextlib.suppress(OSError):
-                while answer is not None:
-                    connection, _ = server.accept()
-                    with connection:
-                        connection.recv(65536)
-                        connection.sendall(answer)
-
-        thread = threading.Thread(target=serve, daemon=True)
-        thread.start()
-        yield f"127.0.0.1:{server.getsockname()[1]}"
-        server.shutdown(socket.SHUT_RDWR)
-        thread.join()
 
 
 def test_a_model_is_brought_once_and_serves_where_the_hub_is_gone(served: Hub, point_at: Point) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import loading_run
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from stoker.errors import BadInput
 from stoker.language import building
+from stoker.language.lora import Lora
 from transformers import AutoModelForCausalLM
 
 import families
@@ -99,7 +101,8 @@ EVERY = [
 ]
 FEW = [
     *(("full", s) for s in ("fsdp", "pipeline", "zero3")), *(("lora", s) for s in ("ddp", "fsdp", "zero3")),
-    ("dora", "fsdp"), ("dora", "zero2"), ("qlora", "fsdp"), ("qlora", "zero3"), ("rslora", "fsdp"),
+    ("lora", "zero2"), ("dora", "fsdp"), ("dora", "zero2"), ("qlora", "fsdp"), ("qlora", "zero2"),
+    ("qlora", "zero3"), ("rslora", "fsdp"),
 ]  # fmt: skip
 
 
@@ -123,6 +126,64 @@ def test_trained_under_every_strategy_it_is_as_in_one_process(
         torch.testing.assert_close(trained[name], tensor, rtol=1e-4, atol=1e-4)
     if kind != "full":
         assert_peft_gives_the_same(tmp_path / f"adapter-{strategy}", saved["llama"], expected)
+
+
+@pytest.fixture(scope="module")
+def begun(saved: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter that is no longer what it began as."""
+    model, language = loading_run.built(saved["llama"], "lora")
+    language.load(model, CPU, "")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    folder = tmp_path_factory.mktemp("begun")
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def gone_on(saved: dict[str, Path], begun: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """Losses and weights of one process that goes on with it."""
+    folder = tmp_path_factory.mktemp("gone-on")
+    given = Lora(adapter=str(begun))
+    (found,) = ranks.run(loading_run.train, 1, folder, saved["llama"], folder, "single", "lora", lora=given)
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft's own
+@pytest.mark.parametrize("strategy", ["fsdp", "zero3"])
+def test_an_adapter_is_gone_on_with_under_every_strategy_as_in_one_process(
+    strategy: str,
+    begun: Path,
+    gone_on: Trained,
+    alone: dict[str, Trained],
+    saved: dict[str, Path],
+    tmp_path: Path,
+) -> None:
+    given = Lora(adapter=str(begun))
+    (losses, trained), _ = ranks.run(
+        loading_run.train, 2, tmp_path, saved["llama"], tmp_path, strategy, "lora", lora=given
+    )
+    expected_losses, expected = gone_on
+    assert losses == pytest.approx(expected_losses, rel=1e-5)
+    assert losses[0] != pytest.approx(alone["lora"][0][0], rel=1e-2), "it is no new adapter"
+    for name, tensor in expected.items():
+        torch.testing.assert_close(trained[name], tensor, rtol=1e-4, atol=1e-4)
+    assert_peft_gives_the_same(tmp_path / f"adapter-{strategy}", saved["llama"], expected)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft's own
+def test_in_bf16_an_adapter_learns_when_sharded_and_loads_with_peft(tmp_path: Path) -> None:
+    tiny = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}  # bf16 is slow on most CPUs
+    folder = families.save(tmp_path / "tiny", "llama", **tiny)
+    (losses, trained), _ = ranks.run(
+        loading_run.train, 2, tmp_path, folder, tmp_path, "fsdp", "lora", precision="bf16", lr=0.03
+    )
+    assert all(math.isfinite(loss) for loss in losses)
+    assert losses[-1] < losses[0] * 0.9
+    assert {tensor.dtype for tensor in trained.values()} == {torch.float32}
+    assert_peft_gives_the_same(tmp_path / "adapter-fsdp", folder, trained)
 
 
 def assert_peft_gives_the_same(adapter: Path, base: Path, expected: dict[str, torch.Tensor]) -> None:

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import resource
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from sklearn.metrics import accuracy_score, f1_score
 from stoker import BadInput, recipes
 from stoker.data import order, text_rows
 from stoker.data.labelled import Text, Texts
 from stoker.engine.metrics import Totals
 from stoker.engine.random_state import seed_everything
+from stoker.language import hub
 from stoker.recipes import text, text_model, text_shape
+
+import hub_server
+from conftest import Point
+from hub_server import Hub
+from servers import listening
 
 WORDS = ("forge", "coal", "iron", "spark", "bellows", "anvil")
 
@@ -221,6 +231,8 @@ def test_a_model_of_other_classes_gets_a_new_last_layer_and_keeps_the_rest(tmp_p
         ({"model": "MODEL", "layers": 2}, "layers=2 is of a new model"),
         ({"model": "LLAMA"}, "has no config.json"),
         ({"data": "nowhere.csv"}, "does not exist"),
+        ({"tokenizer": "./nowhere"}, r"tokenizer \./nowhere is not a directory"),
+        ({"model": "MODEL", "tokenizer": "LLAMA"}, r"has no tokenizer\.json"),
     ],
 )
 def test_what_cannot_work_is_said_before_anything_is_started(
@@ -231,6 +243,59 @@ def test_what_cannot_work_is_said_before_anything_is_started(
     config = text.Config(**{key: places.get(str(value), value) for key, value in given.items()})  # type: ignore[arg-type]
     with pytest.raises(BadInput, match=said):
         text.check_launch(config, 2)
+
+
+@pytest.fixture
+def served(point_at: Point, tmp_path: Path) -> Iterator[Hub]:
+    """A hub with one classifier, as `org/one` and, of weights in a pickle alone, `org/pickled`."""
+    folder = save(small(texts_of(30)), tmp_path / "one")
+    files = {file.name: file.read_bytes() for file in folder.iterdir()}
+    torch.save(load_file(folder / "model.safetensors"), tmp_path / "pickle")
+    with hub_server.serving() as made:
+        made.models["org/one"] = files
+        made.models["org/pickled"] = {
+            **{name: content for name, content in files.items() if name != "model.safetensors"},
+            "pytorch_model.bin": (tmp_path / "pickle").read_bytes(),
+        }
+        point_at(made.url)
+        yield made
+
+
+def of_the_hub(name: str) -> text_model.Classifier:
+    return text_model.build(
+        name, texts_of(30), shape=None, dropout=0.1, tokenizer=None, vocab_size=300, max_length=64
+    )
+
+
+def test_a_model_of_the_hub_serves_where_the_hub_says_nothing_any_more(
+    served: Hub, point_at: Point, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = of_the_hub("org/one")
+    assert first.model.config.name_or_path == "org/one"
+    pickled = of_the_hub("org/pickled").model.state_dict()
+    monkeypatch.setattr(hub, "_ANSWER", 0.3)  # seconds
+    with listening(None) as address:
+        point_at(f"http://{address}")
+        began = time.monotonic()
+        again = of_the_hub("org/one")
+        assert time.monotonic() - began < 5
+        with pytest.raises(BadInput, match=r"model org/two .*the hub cannot be reached"):
+            of_the_hub("org/two")
+    for name, tensor in first.model.state_dict().items():
+        assert torch.equal(tensor, again.model.state_dict()[name])
+        assert torch.equal(tensor, pickled[name])
+
+
+@pytest.mark.filterwarnings("ignore")  # the hub's client warns too
+def test_weights_of_the_hub_that_find_no_room_are_said_as_that(served: Hub) -> None:
+    text_model.check("org/one")  # which has its config brought
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(served.models["org/one"]["model.safetensors"]) // 2, hard))
+    try:
+        with pytest.raises(BadInput, match=r"cannot be kept in .*cache \(.*File too large.*HF_HOME"):
+            of_the_hub("org/one")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_more_tokens_than_a_model_has_positions_are_refused(tmp_path: Path) -> None:

@@ -118,9 +118,11 @@ def _resolved(given: Sequence[str], file: Path | None, runs: Path) -> Resolved[C
 def _made(config: Config) -> tuple[list[Source], Rows, Any, bool]:
     """The sources, their rows, the tokenizer, and whether documents share rows, as `train` has them."""
     from stoker.data import sources
-    from stoker.language import adapters, building
+    from stoker.language import adapters, building, chat_template
     from stoker.language import data as language_data
 
+    if config.chat_template is not None:
+        chat_template.read(config.chat_template)  # before all of the data are
     found = sources.read_all(
         config.data, validation=config.validation, test=config.test, streaming=config.streaming
     )

@@ -165,8 +165,9 @@ def push(
         folder.mkdir()
         found = exports.make(seen, folder, which=checkpoint, metric=metric, artifact=artifact)
         ready = sharing.prepare(
-            seen, found, Path(scratch) / "merged", name=destination.name, merge=merge, base=base
-        )
+            seen, found, Path(scratch) / "merged", name=destination.name, revision=destination.revision,
+            merge=merge, base=base,
+        )  # fmt: skip
         where = destination.send(ready, private=not public)
         files = [str(file.relative_to(ready)) for file in storage.files_under(ready)]
     if json:

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import numpy as np
 from optuna.samplers import BaseSampler
 from optuna.study import Study
 from stoker import config as configs
@@ -45,6 +46,7 @@ from stoker.tune.study import Kept
 log = logging.getLogger("stoker")
 
 _SINKS_TIMEOUT = 60.0
+_LOOKED_AT = 10  # points of a space
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,7 +250,10 @@ def _settings(asked: Asked, scheduler: str) -> dict[str, Any]:
 
 
 def _check_shares(searched: Space, rule: Scheduler) -> None:
-    """Refuse shares of the data where nothing is trained by such. Raises BadInput."""
+    """Refuse shares of the data where nothing is trained by such.
+
+    Raises BadInput, also where the recipe's config refuses a share beside some values of the space.
+    """
     if not rule.lengths(0):
         raise BadInput("a share of the data is for asha, asha-stop, hyperband and --strategy staged")
     if "data_share" not in configs.describe(searched.config):
@@ -258,6 +263,15 @@ def _check_shares(searched: Space, rule: Scheduler) -> None:
         )
     if "data_share" in searched.described():
         raise BadInput("data_share is given twice, as a key and by --least and --most: leave out the key")
+    least = f"data_share={rule.lengths(0)[0] / 100}"
+    for seed in range(_LOOKED_AT):
+        drawn = searched.perturbed({}, np.random.default_rng(seed), resample=1.0, factors=(1.0, 1.0))
+        overrides = searched.overrides(drawn)
+        try:
+            configs.resolve(searched.config, overrides)
+        except BadInput:
+            continue  # a trial that fails, of whatever share
+        configs.resolve(searched.config, [*overrides, least])
 
 
 def _objectives(metrics: Sequence[str], goals: Sequence[str]) -> tuple[Objective, ...]:

@@ -32,17 +32,23 @@ class Destination:
     """By which others load it."""
     send: Callable[..., str]
     """`(folder, private=...) -> where it is now`."""
+    revision: str | None = None
+    """Of the hub, where it is not the newest."""
 
 
 def destination(to: str) -> Destination:
     """`hub:org/name`, the URL of a folder in an object store, or a folder here. Raises BadInput."""
     if to.startswith(_HUB):
         reference = to.removeprefix(_HUB)
-        name = reference.partition("@")[0]
+        name, _, revision = reference.partition("@")
         from stoker.language import hub
 
         hub.check_push(name)
-        return Destination(name, lambda folder, private: hub.push(folder, reference, private=private))
+
+        def push(folder: Path, private: bool) -> str:
+            return hub.push(folder, reference, private=private)
+
+        return Destination(name, push, revision or None)
     if object_store.is_url(to):
         object_store.check(to)
 
@@ -66,7 +72,16 @@ def destination(to: str) -> Destination:
     return Destination(str(target), move)
 
 
-def prepare(seen: RunView, made: Exported, merged: Path, *, name: str, merge: bool, base: str | None) -> Path:
+def prepare(
+    seen: RunView,
+    made: Exported,
+    merged: Path,
+    *,
+    name: str,
+    merge: bool,
+    base: str | None,
+    revision: str | None = None,
+) -> Path:
     """The folder to be sent, with its card: the one given, or a new one for a merged model.
 
     Args:
@@ -74,6 +89,7 @@ def prepare(seen: RunView, made: Exported, merged: Path, *, name: str, merge: bo
         name: by which others load it.
         merge: whether an adapter becomes part of its model.
         base: where an adapter's model is.
+        revision: of the hub, where it is not sent to the newest.
 
     Raises:
         BadInput: there is no adapter to be merged, or its model is not where it was.
@@ -97,6 +113,7 @@ def prepare(seen: RunView, made: Exported, merged: Path, *, name: str, merge: bo
         )
     about = card.About(
         name=name,
+        revision=revision,
         kind="adapter" if adapter and not merge else "model",
         step=made.checkpoint.step if made.checkpoint else seen.step,
         base=of,
@@ -114,7 +131,9 @@ def _base(adapter: Path, given: str | None) -> str | None:
     file = adapter / exports.ADAPTER
     config = json.loads(file.read_text(encoding="utf-8"))
     if given is not None:
-        config["base_model_name_or_path"] = given
+        from stoker.language import hub
+
+        config["base_model_name_or_path"], config["revision"] = hub.named(given, Path(given))
         file.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
         beside = adapter / "base_model.json"
         if beside.is_file():

@@ -27,7 +27,7 @@ from stoker.config import Resolved
 from stoker.duration import clock
 from stoker.engine import options
 from stoker.engine.options import Training
-from stoker.errors import EXIT_FAILED, BadInput, Stopped
+from stoker.errors import EXIT_FAILED, BadInput, BadWorldSize, Stopped
 from stoker.launch import alone, jobspec, local, ranks, targets
 from stoker.launch.nodes import ONE, Machines
 from stoker.recipes import Recipe
@@ -326,13 +326,13 @@ def check(recipe: Recipe, config: Any, ranks: int, gpus: int | None = None) -> N
 
 
 def _fits(recipe: Recipe, config: Any, nproc: int, machines: int) -> bool:
-    """Whether so many machines can share the work: the batch, the mesh."""
+    """Whether so many machines can share the work: the batch, the mesh. Raises BadInput where none could."""
     batch = getattr(config, "batch_size", None)
     if isinstance(batch, int) and batch % (nproc * machines):
         return False
     try:
         check(recipe, config, nproc * machines)
-    except BadInput:
+    except BadWorldSize:
         return False
     return True
 

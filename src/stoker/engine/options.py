@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 from stoker.duration import Duration
-from stoker.errors import BadInput
+from stoker.errors import BadInput, BadWorldSize
 
 Strategy = Literal["auto", "single", "ddp", "fsdp", "pipeline", "deepspeed"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -181,7 +181,8 @@ def check(training: Training, *, ranks: int, gpus: int, batch_size: int | None =
         batch_size: samples of a global batch, where it is known.
 
     Raises:
-        BadInput: saying what to change.
+        BadWorldSize: another number of ranks could do it.
+        BadInput: none could. Both say what to change.
     """
     if training.backend == "nccl" and gpus == 0:
         raise BadInput("backend=nccl: there is no GPU here; leave backend to auto, or give gloo")
@@ -190,7 +191,7 @@ def check(training: Training, *, ranks: int, gpus: int, batch_size: int | None =
     if training.fsdp.offload and gpus == 0:
         raise BadInput("fsdp.offload=true: there is no GPU to offload from; leave it out")
     if training.parallel == "single" and ranks > 1:
-        raise BadInput(f"parallel=single is one process, and there are {ranks}: give ddp, or --nproc 1")
+        raise BadWorldSize(f"parallel=single is one process, and there are {ranks}: give ddp, or --nproc 1")
     if training.optimizer_in_backward:
         _check_in_backward(training, ranks)
     if training.parallel in ("fsdp", "auto"):
@@ -219,7 +220,8 @@ def _check_in_backward(training: Training, ranks: int) -> None:
     }
     found = [what for what, is_so in excluded.items() if is_so]
     if found:
-        raise BadInput(
+        kind = BadWorldSize if found == [f"{ranks} ranks"] else BadInput
+        raise kind(
             f"optimizer_in_backward=true moves each weight at once: it does not go with {', '.join(found)}. "
             "Give clip_norm=none, leave the others at their defaults, and run one process"
         )
@@ -243,13 +245,13 @@ def data_ranks(training: Training, ranks: int) -> int:
 
 
 def check_batch(batch_size: int, shares: int) -> None:
-    """Raises BadInput where a global batch cannot be divided, naming the nearest that can."""
+    """Raises BadWorldSize where a global batch cannot be divided, naming the nearest that can."""
     if batch_size < 1:
         raise BadInput(f"batch_size={batch_size}: it must be at least 1")
     if batch_size % shares:
         below = batch_size // shares * shares
         near = f"{below} or {below + shares}" if below else str(shares)
-        raise BadInput(
+        raise BadWorldSize(
             f"batch_size={batch_size} is global, and cannot be divided among {shares} data-parallel ranks: "
             f"the nearest that can is {near}"
         )
@@ -257,7 +259,7 @@ def check_batch(batch_size: int, shares: int) -> None:
 
 def _check_pipeline(training: Training, ranks: int) -> None:
     if ranks < 2:
-        raise BadInput("parallel=pipeline needs two ranks or more: add --nproc 2")
+        raise BadWorldSize("parallel=pipeline needs two ranks or more: add --nproc 2")
     _divides("pipeline.ranks", training.pipeline.ranks, ranks, least=2)
 
 
@@ -276,7 +278,7 @@ def pipeline_micro_batches(schedule: str, share: int, ranks: int) -> list[int]:
 
 
 def check_pipeline_batch(training: Training, share: int, ranks: int) -> None:
-    """Raises BadInput where a pipeline's share of a batch cannot be cut into micro-batches.
+    """Raises BadWorldSize where a pipeline's share of a batch cannot be cut into micro-batches.
 
     Args:
         share: samples of a global batch that one pipeline takes.
@@ -285,13 +287,13 @@ def check_pipeline_batch(training: Training, share: int, ranks: int) -> None:
     schedule, micro = training.pipeline.schedule, training.micro_batch
     fitting = pipeline_micro_batches(schedule, share, ranks)
     if not fitting:
-        raise BadInput(
+        raise BadWorldSize(
             f"a batch of {share} samples is too small for a pipeline of {ranks} ranks and its {schedule} "
             f"schedule, which wants {ranks} micro-batches or more: make batch_size larger, or give "
             "pipeline.schedule=gpipe"
         )
     if isinstance(micro, int) and micro not in fitting:
-        raise BadInput(
+        raise BadWorldSize(
             f"micro_batch={micro} does not cut the {share} samples of a pipeline into micro-batches of one "
             f"size, as many as its {schedule} schedule wants over {ranks} ranks: give one of "
             f"{', '.join(map(str, fitting))}"
@@ -314,7 +316,7 @@ def _check_deepspeed(training: Training) -> None:
 def _divides(key: str, part: int | None, ranks: int, least: int = 1) -> None:
     if part is not None and (part > ranks or ranks % part):
         fitting = ", ".join(str(n) for n in range(least, ranks + 1) if ranks % n == 0)
-        raise BadInput(f"{key}={part} does not divide the {ranks} ranks: give one of {fitting}")
+        raise BadWorldSize(f"{key}={part} does not divide the {ranks} ranks: give one of {fitting}")
 
 
 def zero_stage(chosen: DeepSpeed) -> int:

@@ -20,6 +20,7 @@ from stoker.data import tokenizer as tokenizers
 from stoker.data.documents import Document
 from stoker.errors import BadInput
 from stoker.language import attention, data, hub
+from stoker.language import chat_template as templates
 from stoker.language.loading import Weights
 from stoker.language.shape import SIZES
 from torch import nn
@@ -104,9 +105,7 @@ def build(
     folder = hub.find(reference, known=tuple(SIZES))
     config = load_config(folder)
     found = _tokenizer(tokenizer or str(folder), documents, vocab_size, chat_template)
-
-    is_here = Path(reference).expanduser().is_dir()
-    config.name_or_path = str(folder) if is_here else reference.partition("@")[0]
+    config.name_or_path, revision = hub.named(reference, folder)
 
     def make() -> Any:
         return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
@@ -117,7 +116,7 @@ def build(
     _check_fits(reference, model, found, sequence_length)
     generation = _generation_config(folder, model)
     made = _language(model, found, weights.load, folder, generation)
-    return made if is_here else dataclasses.replace(made, revision=reference.partition("@")[2] or None)
+    return dataclasses.replace(made, revision=revision)
 
 
 def without_model(
@@ -143,25 +142,37 @@ def without_model(
     return made, attention.packs(config, bool(kind._supports_attention_backend))
 
 
-def load_config(folder: Path) -> Any:
-    """The config of a model's directory. Raises BadInput."""
+def load_config(
+    folder: Path, kind: Any = AutoModelForCausalLM, no: str = "which is no causal language model"
+) -> Any:
+    """The config of a model's directory. Raises BadInput.
+
+    Args:
+        kind: the auto class of transformers that is to know it.
+        no: what is said of one that it does not know.
+    """
     hub.read_json(folder, "config.json", "model")
     try:
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
-        raise BadInput(f"model {folder} cannot be loaded: {_first_line(error)}") from error
-    if type(config) not in AutoModelForCausalLM._model_mapping:
-        raise BadInput(f"model {folder} is a {config.model_type}, which is no causal language model")
+        raise BadInput(f"model {folder} cannot be loaded: {hub.first_line(error)}") from error
+    if type(config) not in kind._model_mapping:
+        raise BadInput(f"model {folder} is a {config.model_type}, {no}")
     return config
+
+
+def read_tokenizer(reference: str) -> Any:
+    """The tokenizer of a directory or hub id, as it is there. Raises BadInput."""
+    folder = hub.find(reference, "tokenizer", weights=False)
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise BadInput(f"the tokenizer of {reference} cannot be loaded: {hub.first_line(error)}") from error
 
 
 def load_tokenizer(reference: str) -> Any:
     """The tokenizer of a directory or hub id, with a pad token. Raises BadInput."""
-    folder = hub.find(reference, "tokenizer", known=(), weights=False)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise BadInput(f"the tokenizer of {reference} cannot be loaded: {_first_line(error)}") from error
+    tokenizer = read_tokenizer(reference)
     if tokenizer.eos_token_id is None:
         raise BadInput(
             f"the tokenizer of {reference} has no end-of-text token: "
@@ -209,10 +220,11 @@ def _new(size: str, tokenizer: Any, sequence_length: int, tie_embeddings: bool) 
 
 
 def _tokenizer(
-    reference: str | None, documents: Sequence[Document], vocab_size: int, chat_template: Path | None
+    reference: str | None, documents: Sequence[Document], vocab_size: int, template: Path | None
 ) -> Any:
     made = load_tokenizer(reference) if reference else _train_tokenizer(documents, vocab_size)
-    _set_template(made, chat_template)
+    if template is not None:
+        made.chat_template = templates.read(template)
     return made
 
 
@@ -222,22 +234,14 @@ def _train_tokenizer(documents: Sequence[Document], vocab_size: int) -> Any:
     return tokenizers.as_transformers(trained, max_length=_LONGEST)
 
 
-def _set_template(tokenizer: Any, file: Path | None) -> None:
-    if file is None:
-        return
-    try:
-        tokenizer.chat_template = file.expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"chat_template={file} cannot be read: {error}") from error
-
-
 def _generation_config(folder: Path, model: Any) -> Any:
     if not (folder / "generation_config.json").is_file():
         return model.generation_config
     try:
         return GenerationConfig.from_pretrained(folder)
     except (OSError, ValueError, json.JSONDecodeError) as error:
-        raise BadInput(f"{folder / 'generation_config.json'} cannot be read: {_first_line(error)}") from error
+        file = folder / "generation_config.json"
+        raise BadInput(f"{file} cannot be read: {hub.first_line(error)}") from error
 
 
 def _check_fits(reference: str, model: Any, tokenizer: Any, sequence_length: int) -> None:
@@ -246,13 +250,14 @@ def _check_fits(reference: str, model: Any, tokenizer: Any, sequence_length: int
         raise BadInput(
             f"sequence_length={sequence_length} is more than the {longest} positions of {reference}"
         )
+    check_vocabulary(reference, model, tokenizer)
+
+
+def check_vocabulary(reference: str, model: Any, tokenizer: Any) -> None:
+    """Raises BadInput where a tokenizer has tokens that a model does not embed."""
     rows = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > rows:
         raise BadInput(
             f"the tokenizer has {len(tokenizer)} tokens, {reference} embeds only {rows}: "
             "they do not belong together"
         )
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

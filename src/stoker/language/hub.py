@@ -42,9 +42,17 @@ _OURS = (
     "chat_template.jinja",
 )
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+_PICKLES = ("pytorch_model*.bin",)
 
 
-def find(reference: str, what: str = "model", *, known: Sequence[str] = (), weights: bool = True) -> Path:
+def find(
+    reference: str,
+    what: str = "model",
+    *,
+    known: Sequence[str] = (),
+    weights: bool = True,
+    pickles: bool = False,
+) -> Path:
     """The directory of a model: as given, or brought from where it is.
 
     Where the hub does not answer within 10 s, what was brought of it before will do.
@@ -55,6 +63,7 @@ def find(reference: str, what: str = "model", *, known: Sequence[str] = (), weig
         what: the key by which it was given, for messages.
         known: other words that could have been meant.
         weights: whether its weights are brought as well.
+        pickles: whether also those of a model that the hub has as pickles alone.
 
     Raises:
         BadInput: there is none, it may not be read, it finds no room here, or the hub cannot be reached.
@@ -65,28 +74,28 @@ def find(reference: str, what: str = "model", *, known: Sequence[str] = (), weig
     if path.is_dir():
         return path.absolute()
     try:
-        return _from_hub(reference, what, known, weights)
+        return _from_hub(reference, what, known, weights=weights, pickles=pickles)
     except BadInput as error:
         raise BadInput(f"{error}{nearest(reference, known)}") from error
 
 
-def _from_hub(reference: str, what: str, known: Sequence[str], weights: bool) -> Path:
+def _from_hub(reference: str, what: str, known: Sequence[str], *, weights: bool, pickles: bool) -> Path:
     path = Path(reference).expanduser()
     if path.exists() or reference.startswith((".", "/", "~")) or reference.count("/") > 1:
         or_size = f", or a size: {', '.join(known)}" if known else ""
         raise BadInput(f"{what} {reference} is not a directory; give a directory, or a hub id{or_size}")
     name, _, revision = reference.partition("@")
-    bring = functools.partial(
-        snapshot_download, name, revision=revision or None,
-        allow_patterns=[*_DESCRIPTION, *(WEIGHTS if weights else ())],
-    )  # fmt: skip
+    wanted = [*_DESCRIPTION, *(WEIGHTS if weights else ())]
+    bring = functools.partial(snapshot_download, name, revision=revision or None, allow_patterns=wanted)
     try:
-        HfApi().model_info(name, revision=revision or None, timeout=_ANSWER)
+        about = HfApi().model_info(name, revision=revision or None, timeout=_ANSWER)
     except Exception as error:  # of a network, a proxy, a service: there is no list of what they raise
         if not isinstance(error, RevisionNotFoundError):
             with contextlib.suppress(LocalEntryNotFoundError, HFValidationError):
                 return Path(bring(local_files_only=True))
         raise BadInput(_refusal(error, what, reference)) from error
+    if pickles and not any(file.rfilename.endswith(".safetensors") for file in about.siblings or ()):
+        wanted += _PICKLES
     try:
         return Path(bring())
     except Exception as error:  # and of a disk
@@ -103,7 +112,7 @@ def _refusal(error: Exception, what: str, reference: str) -> str:
     if isinstance(error, RevisionNotFoundError):
         return f"{what} {name} {hub_datasets.NO_REVISION.format(revision)}"
     return (
-        f"{what} {reference} is no directory here, and {_NOT_REACHED.format(_first_line(error))}, "
+        f"{what} {reference} is no directory here, and {_NOT_REACHED.format(first_line(error))}, "
         "or HF_HOME to where a machine with a network has downloaded it; or give a local directory"
     )
 
@@ -114,7 +123,7 @@ def _unkept(error: Exception, what: str, reference: str) -> str:
     if isinstance(error, ConnectionError) or not (of_the_system or os.strerror(errno.ENOSPC) in str(error)):
         return ""
     return (
-        f"{what} {reference} cannot be kept in {constants.HF_HUB_CACHE} ({_first_line(error)}): "
+        f"{what} {reference} cannot be kept in {constants.HF_HUB_CACHE} ({first_line(error)}): "
         "make room there, or set HF_HOME to a folder that has some"
     )
 
@@ -145,6 +154,16 @@ def check_tokenizer(reference: str) -> None:
         raise BadInput(f"tokenizer directory {folder} has no tokenizer.json or tokenizer.model")
 
 
+def named(reference: str, folder: Path) -> tuple[str, str | None]:
+    """By what name a model that was found in a folder is found again, and at which revision of the hub."""
+    if object_store.is_url(reference):
+        return reference, None
+    if Path(reference).expanduser().is_dir():
+        return str(folder), None
+    name, _, revision = reference.partition("@")
+    return name, revision or None
+
+
 def push(folder: Path, reference: str, *, private: bool) -> str:
     """Make a folder's files those of a model on the hub, which is made where it is not there; its address.
 
@@ -169,9 +188,9 @@ def push(folder: Path, reference: str, *, private: bool) -> str:
             delete_patterns=list(_OURS),
         )  # fmt: skip
     except HfHubHTTPError as error:
-        raise BadInput(f"hub:{reference} refuses: {_first_line(error)}; see what HF_TOKEN may do") from error
+        raise BadInput(f"hub:{reference} refuses: {first_line(error)}; see what HF_TOKEN may do") from error
     except (OSError, httpx2.TransportError) as error:
-        raise BadInput(f"hub:{reference}: {_NOT_REACHED.format(_first_line(error))}") from error
+        raise BadInput(f"hub:{reference}: {_NOT_REACHED.format(first_line(error))}") from error
     return str(made)
 
 
@@ -180,14 +199,15 @@ def check_push(name: str) -> None:
     try:
         validate_repo_id(name)
     except HFValidationError as error:
-        raise BadInput(f"hub:{name} cannot be: {_first_line(error)}") from error
+        raise BadInput(f"hub:{name} cannot be: {first_line(error)}") from error
     if "/" not in name:
         raise BadInput(f"hub:{name}: say whose it is, as in hub:org/{name}")
     if get_token() is None:
         raise BadInput(f"hub:{name}: set HF_TOKEN to a token of yours that may write (or `hf auth login`)")
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Of what an error says; what it is where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 

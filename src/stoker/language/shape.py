@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from stoker.errors import BadInput
+from stoker.errors import BadInput, BadWorldSize
 
 # The Llama architecture; heads of 32 or 64, feed-forward of about 8/3 of the hidden size.
 SIZES: dict[str, dict[str, int]] = {
@@ -26,15 +26,21 @@ SIZES: dict[str, dict[str, int]] = {
 
 
 def check_stages(model: str, *, stages: int, tied: bool) -> None:
-    """Raises BadInput where a model is known to have fewer blocks than stages, or tied embeddings.
+    """Refuse a model that is known not to be cut into so many stages.
 
     Args:
         model: a key of SIZES, a local directory, or a hub id, of which nothing is known here.
         tied: whether a new model ties its embeddings.
+
+    Raises:
+        BadWorldSize: it has fewer blocks.
+        BadInput: it ties its embeddings.
     """
     blocks, tied = _known(model, tied)
     if blocks is not None and stages > blocks:
-        raise BadInput(f"{stages} pipeline stages, and {model} has {blocks} blocks: give {blocks} or fewer")
+        raise BadWorldSize(
+            f"{stages} pipeline stages, and {model} has {blocks} blocks: give {blocks} or fewer"
+        )
     if tied:
         change = "tie_embeddings=false" if model in SIZES else "tie_word_embeddings=false in its config.json"
         raise BadInput(

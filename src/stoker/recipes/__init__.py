@@ -34,7 +34,8 @@ class Recipe:
     source: Path
     """The file that defines it."""
     check: Callable[[Any, int], None] | None = None
-    """`check_launch(config, ranks)` of its module: refuses what cannot work, before any rank is started."""
+    """`check_launch(config, ranks)` of its module: refuses what cannot work, before any rank is started; by
+    BadWorldSize where another number of ranks could."""
     preload: tuple[str, ...] = ()
     """`PRELOAD` of its module: what the server of the ranks imports beforehand."""
 

@@ -125,8 +125,10 @@ class Config(Training):
 def check_launch(config: Config, ranks: int) -> None:
     """What can be seen before any process is started. Raises BadInput."""
     from stoker.data import sources
-    from stoker.language import hub, shape
+    from stoker.language import chat_template, hub, shape
 
+    if config.chat_template is not None:
+        chat_template.read(config.chat_template)
     sources.check(config.data)
     is_new = config.model in shape.SIZES
     model = None if is_new else hub.find(config.model, known=tuple(shape.SIZES), weights=False)

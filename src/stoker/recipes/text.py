@@ -114,6 +114,10 @@ def check_launch(config: Config, ranks: int) -> None:
     if config.parallel == "pipeline":
         raise BadInput("parallel=pipeline: an encoder is not cut into stages here; give parallel=ddp or fsdp")
     labelled_sources.check(config.data)
+    if config.tokenizer is not None:
+        from stoker.language import hub
+
+        hub.check_tokenizer(config.tokenizer)
     if config.is_new:
         config.shape  # noqa: B018 (raises where there is none)
         return

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from stoker import object_store
 from stoker.attempt import Run
 from stoker.data import hub_datasets, labelled_sources
 from stoker.data import tokenizer as tokenizers
@@ -20,23 +19,14 @@ from stoker.data.text_rows import Rows
 from stoker.engine import flops, quiet  # noqa: F401 (the import of quiet is its work)
 from stoker.engine.metrics import Mean, Metric, Sum
 from stoker.errors import BadInput
-from stoker.language import hub
+from stoker.language import building, hub
 from stoker.language.data import fingerprint
 from stoker.recipes.text_shape import SIZES, Shape
 from tokenizers.processors import TemplateProcessing
 from torch.nn import functional as F
-from transformers import (
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    BertConfig,
-    BertForSequenceClassification,
-)
-from transformers.utils import logging as transformers_logging
+from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 
 log = logging.getLogger("stoker")
-
-transformers_logging.disable_progress_bar()  # the commands have one of their own
 
 _POSITIONS = 512  # of a new model, unless texts are longer
 
@@ -78,15 +68,17 @@ def build(
     Raises:
         BadInput: there is no such model, it does not load, or its tokenizer does not fit it.
     """
-    named = tokenizer or (reference if shape is None else None)
-    made = _load_tokenizer(named) if named else _train_tokenizer(texts, vocab_size, max_length)
-    encoding = fingerprint(made)
-    if shape is None:
-        classes = _in_order(_config(reference), texts.classes)
-        model = _load(reference, made, classes, max_length)
-    else:
-        classes = texts.classes
+    if shape is not None:
+        made = _load_tokenizer(tokenizer) if tokenizer else _train_tokenizer(texts, vocab_size, max_length)
+        encoding, classes = fingerprint(made), texts.classes
         model = _new(shape, made, classes, max_length, dropout)
+    else:
+        folder = hub.find(reference, known=tuple(SIZES), pickles=True)
+        made = _load_tokenizer(tokenizer or str(folder))
+        encoding, found = fingerprint(made), _config(folder)
+        _check_positions(reference, found, max_length)
+        classes = _in_order(found, texts.classes)
+        model = _load(reference, folder, made, classes)
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
     return Classifier(model, made, encoding, classes, config)
@@ -119,11 +111,7 @@ def say(run: Run, data: str, texts: Texts, rows: Rows, made: Classifier) -> None
 
 def _load_tokenizer(reference: str) -> Any:
     """With a pad token. Raises BadInput."""
-    folder = hub.find(reference, "tokenizer", known=tuple(SIZES), weights=False)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise BadInput(f"the tokenizer of {reference} cannot be loaded: {_first_line(error)}") from error
+    tokenizer = building.read_tokenizer(reference)
     tokenizer.padding_side = tokenizer.truncation_side = "right"
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
@@ -148,7 +136,7 @@ def _train_tokenizer(texts: Texts, vocab_size: int, max_length: int) -> Any:
 
 def check(reference: str) -> None:
     """Refuse a model that is no text classifier, or is not there. Raises BadInput."""
-    _config(reference)
+    _config(hub.find(reference, known=tuple(SIZES), weights=False))
 
 
 def _in_order(config: Any, classes: Sequence[str]) -> tuple[str, ...]:
@@ -168,24 +156,16 @@ def _new(shape: Shape, tokenizer: Any, classes: Sequence[str], max_length: int, 
     return BertForSequenceClassification(config)
 
 
-def _load(reference: str, tokenizer: Any, classes: Sequence[str], max_length: int) -> Any:
+def _load(reference: str, folder: Path, tokenizer: Any, classes: Sequence[str]) -> Any:
     """With a new last layer where the number of classes is another. Raises BadInput."""
-    _check_positions(reference, _config(reference), max_length)
-    name, _, revision = reference.partition("@")
-    here = object_store.is_url(reference) or Path(reference).expanduser().is_dir()
     try:
         model = AutoModelForSequenceClassification.from_pretrained(
-            hub.find(reference) if here else name, revision=None if here else revision or None,
-            **_labels(classes), ignore_mismatched_sizes=True, dtype=torch.float32,
-        )  # fmt: skip
-    except (OSError, ValueError, RuntimeError) as error:
-        raise BadInput(f"model {reference} cannot be loaded: {_first_line(error)}") from error
-    rows = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > rows:
-        raise BadInput(
-            f"the tokenizer has {len(tokenizer)} tokens, {reference} embeds only {rows}: "
-            "they do not belong together"
+            folder, **_labels(classes), ignore_mismatched_sizes=True, dtype=torch.float32
         )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise BadInput(f"model {reference} cannot be loaded: {hub.first_line(error)}") from error
+    building.check_vocabulary(reference, model, tokenizer)
+    model.config.name_or_path, _ = hub.named(reference, folder)
     model.config.pad_token_id = tokenizer.pad_token_id  # by which some models find a text's last token
     return model
 
@@ -195,16 +175,10 @@ def _labels(classes: Sequence[str]) -> dict[str, Any]:
     return {"id2label": names, "label2id": {name: n for n, name in names.items()}}
 
 
-def _config(reference: str) -> Any:
-    folder = hub.find(reference, known=tuple(SIZES), weights=False)
-    hub.read_json(folder, "config.json", "model")
-    try:
-        config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise BadInput(f"model {reference} cannot be loaded: {_first_line(error)}") from error
-    if type(config) not in AutoModelForSequenceClassification._model_mapping:
-        raise BadInput(f"model {reference} is a {config.model_type}, which transformers has no classifier of")
-    return config
+def _config(folder: Path) -> Any:
+    return building.load_config(
+        folder, AutoModelForSequenceClassification, "which transformers has no classifier of"
+    )
 
 
 def _check_positions(reference: str, config: Any, max_length: int) -> None:
@@ -300,7 +274,3 @@ def describe(made: Classifier, target: Path) -> None:
     """Write what stands beside the weights of an export."""
     made.config.save_pretrained(target)
     made.tokenizer.save_pretrained(target)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

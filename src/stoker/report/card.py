@@ -49,6 +49,8 @@ class About:
     """adapter or model."""
     step: int
     """How long it was trained."""
+    revision: str | None = None
+    """Of the hub, where it is not the newest."""
     base: str | None = None
     """The model that an adapter is for, or that was fine-tuned."""
     merged: bool = False
@@ -125,7 +127,7 @@ def _loading(about: About) -> str:
             "from transformers import pipeline",
             "",
             *brought,
-            f'classify = pipeline("text-classification", model="{place}", truncation=True)',
+            f'classify = pipeline("text-classification", model={place}, truncation=True)',
             'print(classify("..."))',
         ])  # fmt: skip
     if about.task != "text-generation":
@@ -149,8 +151,8 @@ def _loading(about: About) -> str:
         *imports,
         "",
         *brought,
-        f'model = {loader}.from_pretrained("{place}")',
-        f'tokenizer = AutoTokenizer.from_pretrained("{place}")',
+        f'model = {loader}.from_pretrained({place})',
+        f'tokenizer = AutoTokenizer.from_pretrained({place})',
         *ask,
         "made = model.generate(**inputs, max_new_tokens=200)",
         'print(tokenizer.decode(made[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
@@ -158,11 +160,11 @@ def _loading(about: About) -> str:
 
 
 def _place(about: About) -> tuple[str, list[str]]:
-    """What a model is loaded by, and a comment where it is to be brought there first."""
+    """What a model is loaded by, as arguments, and a comment where it is to be brought there first."""
     if "://" not in about.name:
-        return about.name, []
+        return f'"{about.name}"' + (f', revision="{about.revision}"' if about.revision else ""), []
     place = f"./{about.name.rstrip('/').rpartition('/')[2]}"
-    return place, [f"# once {about.name} was copied to {place}"]
+    return f'"{place}"', [f"# once {about.name} was copied to {place}"]
 
 
 def _data(view: RunView) -> str:
