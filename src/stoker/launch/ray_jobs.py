@@ -124,12 +124,13 @@ def cancel(job: Job, *, at_once: bool) -> None:
 
 
 def lines(job: Job, *, follow: bool) -> Iterator[Line]:
-    """What the launchers have written, as Ray keeps it; and the ranks, where their logs can be seen here."""
+    """What the launchers have written, as Ray keeps it; and the ranks."""
 
     def over() -> bool:
         return states([job])[job.id].over
 
-    of_ranks = tail.lines(lambda: tail.of_ranks(job), over if follow else None)
+    logs = tail.Logs(job, nodes=False)
+    of_ranks = tail.lines(logs, logs.until(over) if follow else None)
     yield from tail.together(_of_nodes(job, follow), of_ranks)
 
 
