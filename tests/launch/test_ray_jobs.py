@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from conftest import Command
@@ -42,6 +43,13 @@ def _wait(until: Callable[[], bool], seconds: float = 90.0) -> None:
     while not until() and time.monotonic() < deadline:
         time.sleep(0.2)
     assert until()
+
+
+def _writes(process: psutil.Process, run: Path) -> bool:
+    try:
+        return any(file.path.startswith(f"{run}/") for file in process.open_files())
+    except psutil.Error:
+        return False
 
 
 def test_a_run_over_two_nodes_goes_on_to_the_same_bits_when_one_is_lost(
@@ -107,6 +115,21 @@ def test_a_job_that_is_cancelled_leaves_a_checkpoint(
     assert list(run.glob("checkpoints/*/manifest.json"))
 
 
+def test_a_job_that_is_cancelled_at_once_does_not_come_to_the_end_of_its_step(
+    of_two: WithDashboard, stoker: Command, tmp_path: Path
+) -> None:
+    run = tmp_path / "runs" / "ranked" / "n"
+    on = ("--on", "ray", "--option", f"address={of_two.dashboard}", "--env", "STOKER_SINKS=none")
+    assert stoker(*SAME, "pause=100", *on, "--nodes", "2", "--name", "n").code == 0
+    _wait(lambda: points(run) > 0)
+    ranks = [process for process in psutil.process_iter() if _writes(process, run)]
+    assert len(ranks) >= 2
+    assert stoker("jobs", "cancel", "n", "--now").code == 0
+    _wait(lambda: stoker("jobs", "list", "--json").answer["jobs"][0]["state"] == "cancelled", 60)
+    assert not psutil.wait_procs(ranks, timeout=5)[1]
+    assert loaded(run).step == 1
+
+
 def test_what_the_cluster_does_not_have_is_refused(
     of_two: WithDashboard, stoker: Command, tmp_path: Path
 ) -> None:
@@ -128,7 +151,8 @@ def test_what_would_be_submitted_is_printed_as_ray_takes_it(stoker: Command) -> 
     )
     assert done.code == 0, done.err
     made = json.loads(done.out)
-    assert " -m stoker.launch.ray_nodes --nodes 2 --cpus 1 --gpus 1 --folder " in made["entrypoint"]
+    assert " -m stoker.launch.ray_nodes --name ranked-a-" in made["entrypoint"]
+    assert " --nodes 2 --cpus 1 --gpus 1 --folder " in made["entrypoint"]
     assert "--rendezvous '{rendezvous}'" in made["entrypoint"]
     assert made["entrypoint"].endswith(" --max-time 14400s")  # Ray has no time limit of its own
 

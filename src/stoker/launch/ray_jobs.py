@@ -12,6 +12,7 @@ import importlib.util
 import json
 import os
 import re
+import secrets
 import shlex
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -112,14 +113,19 @@ def states(of: Sequence[Job]) -> dict[str, Status]:
 
 
 def cancel(job: Job, *, at_once: bool) -> None:
-    """Tell a job to stop after a checkpoint. Raises BadInput, StokerError."""
-    if at_once:
-        raise BadInput(
-            f"--now: Ray gives a job that is told to stop its time, here {_STOP} s; leave out --now"
-        )
+    """Tell a job to stop after a checkpoint, and end its launchers where it is to be at once.
+
+    Raises BadInput, StokerError.
+    """
+    client = _client(job.spec)
     try:
-        _client(job.spec).stop_job(job.native)
-    except RuntimeError as error:
+        client.stop_job(job.native)
+        if at_once:
+            words = [job.spec.command[0], "-m", "stoker.launch.ray_end", job.native]
+            client.submit_job(
+                entrypoint=shlex.join(words), submission_id=f"{job.native}-now-{secrets.token_hex(2)}"
+            )
+    except (RuntimeError, OSError) as error:
         raise StokerError(f"the cluster does not stop {job.native}: {error}") from error
 
 
@@ -157,7 +163,9 @@ def _submission(job: Job) -> dict[str, Any]:
         "memory": spec.memory,
         "retries": spec.retries,
     }
-    flags = [word for name, number in numbers.items() if number for word in (f"--{name}", str(number))]
+    native = f"{re.sub(r'[^A-Za-z0-9_-]+', '-', spec.name)}-{job.id[-4:]}"
+    flags = ["--name", native]
+    flags += [word for name, number in numbers.items() if number for word in (f"--{name}", str(number))]
     flags += [] if sent else ["--folder", str(spec.folder)]
     command = [MEETING if word == RENDEZVOUS else word for word in _limited(spec)]
     words = [spec.command[0], "-m", "stoker.launch.ray_nodes", *flags, "--", *command]
@@ -170,7 +178,7 @@ def _submission(job: Job) -> dict[str, Any]:
         environment["working_dir"] = str((spec.folder / sent).resolve())
     return {
         "entrypoint": shlex.join(words),
-        "submission_id": f"{re.sub(r'[^A-Za-z0-9_-]+', '-', spec.name)}-{job.id[-4:]}",
+        "submission_id": native,
         "runtime_env": environment,
         "metadata": {"stoker-job": job.id},
     }
