@@ -1,7 +1,8 @@
 """The uploader of a job: a process beside its launchers that brings what all nodes write to the object store.
 
-The nodes share the job's folder, and write their logs there. Whole lines of these are added to copies in
-`logs/`, without secrets; the copies are brought to the store as a run is (`run/uploader.py`), in stretches.
+The nodes share the job's folder, and write their logs there; of a target that keeps these itself, such as
+Ray, a link to them is there (`beside`). Whole lines of these are added to copies in `logs/`, without secrets;
+the copies are brought to the store as a run is (`run/uploader.py`), in stretches.
 Its standard input is held open by those who write; it ends once that is closed and all is in the store,
 some seconds later at the latest. Where it is killed, that of the job's next attempt goes on.
 
@@ -11,13 +12,16 @@ some seconds later at the latest. Where it is killed, that of the job's next att
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import math
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from stoker import object_store, redaction, storage
@@ -25,6 +29,8 @@ from stoker.launch import jobs, ranks
 from stoker.object_store import Store, Stored
 from stoker.run import messages, stretches, uploader
 
+KEPT = "job.log"
+"""In a job's folder: a link to what the target keeps of it."""
 PATIENCE = 30
 """Seconds that a job which has ended is kept by a store which does not answer."""
 
@@ -99,9 +105,38 @@ class InStore:
         return copy
 
 
+@contextlib.contextmanager
+def beside(folder: Path | None, log: Path) -> Iterator[None]:
+    """Within this block a log that is kept elsewhere is brought to the store too, as one of a job.
+
+    What fails of it is said, and stops nothing.
+
+    Args:
+        folder: the job's, in the working copy of an object store; None where its runs are in none.
+        log: a file that this process, or another one, writes.
+    """
+    process = None
+    try:
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            link = folder / KEPT
+            link.unlink(missing_ok=True)
+            link.symlink_to(log)
+            command = [sys.executable, "-P", "-m", "stoker.launch.job_uploader", str(folder)]
+            process = subprocess.Popen(command, stdin=subprocess.PIPE)
+    except OSError as error:
+        sys.stderr.write(f"stoker: {log} is not brought to the object store: {error}\n")
+    try:
+        yield
+    finally:
+        if process is not None:
+            process.communicate()
+
+
 def written(folder: Path) -> list[Path]:
     """The files in a job's folder that its nodes write: how its attempts ended, then their logs."""
-    return [file for suffix in jobs.WRITTEN for file in sorted(folder.glob(f"*{suffix}"))]
+    found = (file for suffix in jobs.WRITTEN for file in sorted(folder.glob(f"*{suffix}")))
+    return [file for file in found if file.is_file()]
 
 
 def _copied(log: Path, copy: Path) -> int:

@@ -19,12 +19,15 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import psutil
 from stoker import machine
 from stoker.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED
+from stoker.launch import job_uploader, jobs
+from stoker.run import finding
 
 MEETING = "{rendezvous}"
 """In a command, as a word of its own: HOST:PORT where the launchers meet."""
@@ -213,10 +216,14 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=0)
     parser.add_argument("--name", required=True)
     parser.add_argument("--folder", default="")
+    parser.add_argument("--logs", nargs=2, metavar=("URL", "JOB"), help="where what is written is brought to")
     parser.add_argument("command", nargs="+")
     given = vars(parser.parse_args())
-    name, command, folder = (given.pop(key) for key in ("name", "command", "folder"))
-    sys.exit(run(name, Needs(**given), command, folder))
+    name, command, folder, logs = (given.pop(key) for key in ("name", "command", "folder", "logs"))
+    job = finding.folder(logs[0]) / jobs.FOLDER / logs[1] if logs else None
+    with job_uploader.beside(job, Path("/proc/self/fd/1").resolve()):  # which Ray keeps
+        code = run(name, Needs(**given), command, folder)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ class Logs:
             file: file for run in self._job.trains for file in (self._job.runs / run).glob("logs/rank-*.log")
         }
         if self._nodes:
-            here |= {file: file for file in self._job.folder.glob("*.log")}
+            here |= {file: file for file in self._job.folder.glob("*.log") if file.is_file()}
         there = {file: stored for file, stored in self.stored().items() if file.suffix == ".log"}
         found = {**there, **here}
         for file, stored in there.items():  # of a rank it may be an old copy that is here
