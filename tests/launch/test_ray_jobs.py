@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from conftest import Command
 from ray_machines import Machines, started
+from servers import Proxy
 from support import loaded, points
 
 RECIPE = str(Path(__file__).parents[1] / "cli" / "ranked.py")
@@ -42,6 +45,13 @@ def _wait(until: Callable[[], bool], seconds: float = 90.0) -> None:
     while not until() and time.monotonic() < deadline:
         time.sleep(0.2)
     assert until()
+
+
+def _writes(process: psutil.Process, run: Path) -> bool:
+    try:
+        return any(file.path.startswith(f"{run}/") for file in process.open_files())
+    except psutil.Error:
+        return False
 
 
 def test_a_run_over_two_nodes_goes_on_to_the_same_bits_when_one_is_lost(
@@ -107,6 +117,44 @@ def test_a_job_that_is_cancelled_leaves_a_checkpoint(
     assert list(run.glob("checkpoints/*/manifest.json"))
 
 
+def test_a_job_that_is_cancelled_at_once_does_not_end_its_step_and_all_it_wrote_is_in_the_store(
+    of_two: WithDashboard, stoker: Command, tmp_path: Path, proxy: Proxy
+) -> None:
+    where = ("--runs", f"s3://bucket/{uuid.uuid4().hex}")
+    cluster = {"RAY_API_SERVER_ADDRESS": of_two.dashboard, "STOKER_CACHE": str(tmp_path / "nodes")}
+    credentials = tmp_path / "credentials"
+    credentials.write_text("[default]\naws_access_key_id=x\naws_secret_access_key=x\n")
+    given = {
+        "AWS_ENDPOINT_URL": proxy.url, "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_SHARED_CREDENTIALS_FILE": str(credentials), "STOKER_CACHE": cluster["STOKER_CACHE"],
+        "STOKER_SINKS": "none",
+    }  # fmt: skip
+    variables = [word for name, value in given.items() for word in ("--env", f"{name}={value}")]
+    on = ("--on", "ray", "--nodes", "2", *where, *variables)
+    done = stoker(*SAME, "pause=100", *on, "--name", "n", "--json", env=cluster)
+    assert done.code == 0, done.err
+    run = Path(done.answer["folder"]).parents[1] / "ranked" / "n"
+    _wait(lambda: points(run) > 0)
+    ranks = [process for process in psutil.process_iter() if _writes(process, run)]
+    assert len(ranks) >= 2
+    assert stoker("jobs", "cancel", "n", "--now", *where, env=cluster).code == 0
+
+    def state() -> str:
+        return str(stoker("jobs", "list", *where, "--json", env=cluster).answer["jobs"][0]["state"])
+
+    _wait(lambda: state() == "cancelled")
+    assert not psutil.wait_procs(ranks, timeout=5)[1]
+    assert loaded(run).step == 1
+
+    gone = {"RAY_API_SERVER_ADDRESS": "http://127.0.0.1:1", "STOKER_CACHE": str(tmp_path / "mine")}
+    there, stored = (stoker("jobs", "logs", "n", *where, env=env) for env in (cluster, gone))
+    assert "what is shown is what was brought to s3://bucket/" in stored.err
+    assert "is machine 0 of 2" in stored.out
+    for source in ("[node ", "[rank 0] ", "[rank 1] "):
+        assert source in stored.out
+    assert sorted(stored.out.splitlines()) == sorted(there.out.splitlines())
+
+
 def test_what_the_cluster_does_not_have_is_refused(
     of_two: WithDashboard, stoker: Command, tmp_path: Path
 ) -> None:
@@ -128,7 +176,8 @@ def test_what_would_be_submitted_is_printed_as_ray_takes_it(stoker: Command) -> 
     )
     assert done.code == 0, done.err
     made = json.loads(done.out)
-    assert " -m stoker.launch.ray_nodes --nodes 2 --cpus 1 --gpus 1 --folder " in made["entrypoint"]
+    assert " -m stoker.launch.ray_nodes --name ranked-a-" in made["entrypoint"]
+    assert " --nodes 2 --cpus 1 --gpus 1 --folder " in made["entrypoint"]
     assert "--rendezvous '{rendezvous}'" in made["entrypoint"]
     assert made["entrypoint"].endswith(" --max-time 14400s")  # Ray has no time limit of its own
 

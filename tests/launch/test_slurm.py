@@ -6,15 +6,17 @@ import json
 import shlex
 import subprocess
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import boto3
 import pytest
 from safetensors.torch import load_file
 
 import servers
 import slurm_cluster
-from conftest import Command, Start
+from conftest import SECRET, Command, Start
 from support import loaded
 
 RECIPE = str(Path(__file__).parent / "waiting.py")
@@ -167,6 +169,56 @@ def test_a_job_that_is_cancelled_leaves_a_checkpoint_and_is_not_queued_again(
     over = stoker("jobs", "cancel", "c", cwd=folder)
     assert over.code == 2
     assert "is over: cancelled" in over.err
+
+
+def _stored(s3: str, url: str) -> dict[str, str]:
+    """What a store has of a runs folder, by key."""
+    prefix = url.removeprefix("s3://bucket/") + "/"
+    client = boto3.client(
+        "s3", endpoint_url=s3, region_name="us-east-1", aws_access_key_id="x", aws_secret_access_key="x"
+    )
+    listed = client.list_objects_v2(Bucket="bucket", Prefix=prefix).get("Contents", [])
+    keys = [about["Key"] for about in listed]
+    read = {key: client.get_object(Bucket="bucket", Key=key)["Body"].read() for key in keys}
+    return {key.removeprefix(prefix): content.decode(errors="replace") for key, content in read.items()}
+
+
+def test_what_nodes_write_to_its_end_is_seen_where_there_is_neither_their_disk_nor_slurm(
+    stoker: Command, start: Start, folder: Path, tmp_path: Path, s3: str, proxy: servers.Proxy
+) -> None:
+    """The store takes no logs for a while, which costs nothing; secrets do not get there."""
+    url = f"s3://bucket/{uuid.uuid4().hex}"
+    nodes, elsewhere = {"STOKER_CACHE": str(tmp_path / "nodes")}, {"STOKER_CACHE": str(tmp_path / "mine")}
+    elsewhere["PATH"] = str(tmp_path)
+    proxy._only = lambda method, path: method == "PUT" and "/logs/node-" in path
+    proxy.mode, proxy.left = "503", 2
+    begin = "    x = torch.randn"
+    tells = "    print('key', __import__('os').environ['AWS_SECRET_ACCESS_KEY'], flush=True)\n"
+    (folder / "tells.py").write_text(Path(RECIPE).read_text().replace(begin, tells + begin))
+    asked = ("train", "tells.py", *SAME[2:], "--nodes", "2", "--name", "b", "--on", "slurm", "--runs", url)
+    done = stoker(*asked, "waits=[20]", "--json", env=nodes, cwd=folder)
+    assert done.code == 0, done.err
+    logs = ("jobs", "logs", "b", "--runs", url)
+    followed = start(*logs, "--follow", env=elsewhere, cwd=folder, cold=True)
+    awaited = {"is machine 0 of 2", "b  step ", "[node ", "[rank 0] ", "[rank 1] ", "key [REDACTED]"}
+    for line in followed.stdout:
+        awaited -= {known for known in awaited if known in line.decode()}
+        if not awaited:
+            break
+    assert not awaited, followed.communicate()[1].decode()
+    assert proxy.seen["503"] == 2
+
+    assert stoker("jobs", "cancel", "b", "--now", "--runs", url, env=nodes, cwd=folder).code == 0
+    assert _over(done.answer["native"]) == "CANCELLED"
+    _, err = followed.communicate(timeout=30)
+    assert followed.returncode == 0, err.decode()
+    assert "tells/b preempted at step 20" in stoker(*logs, env=elsewhere, cwd=folder).out
+    there = _stored(s3, url)
+    assert not [key for key, content in there.items() if SECRET in content]
+    (job,) = (tmp_path / "nodes").glob("stores/*/bucket/*/.jobs/*")
+    for name in ("attempts.txt", "node-0.log", "node-1.log", "slurm.log"):
+        stretches = [there[key] for key in sorted(there) if f"/logs/{name}/" in key]
+        assert "".join(stretches) == (job / name).read_text().replace(SECRET, "[REDACTED]")
 
 
 def test_a_job_that_fails_is_started_again_as_often_as_was_asked_for(stoker: Command, folder: Path) -> None:

@@ -87,7 +87,7 @@ def logs(
             written = True
     if not written:
         status = _states([found])[found.id]
-        where = "" if wanted is None else f" under {found.runs}"
+        where = "" if wanted is None else f" under {finding.shown(found.runs)}"
         log.info("%s has written nothing%s yet; the job is %s", wanted or found.id, where, _said(status))
 
 

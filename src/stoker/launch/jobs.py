@@ -4,6 +4,7 @@ runs/.jobs/<id>/
   job.json        what was submitted, where to, when and from where
   script.sh ...   what the target was handed
   node-0.log ...  what it wrote, where the target keeps that in files
+  logs/           of runs in an object store: these without secrets, as they are brought there
 """
 
 from __future__ import annotations
@@ -32,6 +33,9 @@ log = logging.getLogger("stoker")
 
 FOLDER = ".jobs"  # in the runs folder
 RECORD = "job.json"
+LOGS = "logs"
+WRITTEN = (".txt", ".log")
+"""What the files end in that the job itself writes: how its attempts ended, and its logs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +106,7 @@ def write(job: Job) -> None:
     if store is not None:
         try:
             for file in job.folder.iterdir():
-                if file.suffix not in (".log", ".txt"):  # which the job itself goes on writing
+                if file.is_file() and file.suffix not in WRITTEN:
                     store.put(f"{FOLDER}/{job.id}/{file.name}", file)
         except Unreachable as error:
             log.warning("other machines do not see job %s: %s", job.id, error)
@@ -129,6 +133,8 @@ def _bring(runs: Path) -> None:
     try:
         for key, stored in store.objects(FOLDER).items():
             file = runs / key
+            if key.count("/") > 2:  # of its logs, which are read in the store
+                continue
             if not file.is_file() or (file.name == RECORD and file.stat().st_size != stored.size):
                 store.get(key, file)  # one that was cancelled elsewhere, say
     except Unreachable as error:

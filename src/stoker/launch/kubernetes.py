@@ -131,14 +131,14 @@ def cancel(job: Job, *, at_once: bool) -> None:
 
 
 def lines(job: Job, *, follow: bool) -> Iterator[Line]:
-    """What the pods have written, as the cluster keeps it; and the ranks, where their logs are here."""
+    """What the pods have written, as the cluster keeps it; and the ranks."""
 
     def over() -> bool:
         return states([job])[job.id].over
 
-    yield from tail.together(
-        _of_pods(job, follow), tail.lines(lambda: tail.of_ranks(job), over if follow else None)
-    )
+    logs = tail.Logs(job, nodes=False)
+    of_ranks = tail.lines(logs, logs.until(over) if follow else None)
+    yield from tail.together(_of_pods(job, follow), of_ranks)
 
 
 def _of_pods(job: Job, follow: bool) -> Iterator[Line]:

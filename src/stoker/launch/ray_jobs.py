@@ -10,22 +10,29 @@ import asyncio
 import contextlib
 import importlib.util
 import json
+import logging
 import os
 import re
+import secrets
 import shlex
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stoker import object_store
 from stoker.errors import BadInput, StokerError, nearest
-from stoker.launch import arguments, jobs, jobspec, tail
+from stoker.launch import arguments, job_uploader, jobs, jobspec, tail
 from stoker.launch.jobs import Job
 from stoker.launch.jobspec import RENDEZVOUS, JobSpec
 from stoker.launch.ray_nodes import MEETING
 from stoker.launch.targets import Line, Status
+from stoker.run import finding
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
+
+log = logging.getLogger("stoker")
 
 SUBMITTED = "job.submitted.json"
 
@@ -112,25 +119,46 @@ def states(of: Sequence[Job]) -> dict[str, Status]:
 
 
 def cancel(job: Job, *, at_once: bool) -> None:
-    """Tell a job to stop after a checkpoint. Raises BadInput, StokerError."""
-    if at_once:
-        raise BadInput(
-            f"--now: Ray gives a job that is told to stop its time, here {_STOP} s; leave out --now"
-        )
+    """Tell a job to stop after a checkpoint, and end its launchers where it is to be at once.
+
+    Raises BadInput, StokerError.
+    """
+    client = _client(job.spec)
     try:
-        _client(job.spec).stop_job(job.native)
-    except RuntimeError as error:
+        client.stop_job(job.native)
+        if at_once:
+            words = [job.spec.command[0], "-m", "stoker.launch.ray_end", job.native]
+            client.submit_job(
+                entrypoint=shlex.join(words), submission_id=f"{job.native}-now-{secrets.token_hex(2)}"
+            )
+    except (RuntimeError, OSError) as error:
         raise StokerError(f"the cluster does not stop {job.native}: {error}") from error
 
 
 def lines(job: Job, *, follow: bool) -> Iterator[Line]:
-    """What the launchers have written, as Ray keeps it; and the ranks, where their logs can be seen here."""
+    """What the launchers have written, as Ray keeps it, or else as the object store has it; and the ranks."""
+    stored, why = tail.Logs(job, nodes=True), _why_not_kept(job)
+    if why and stored.text(job_uploader.KEPT):
+        log.warning("%s; what is shown is what was brought to %s", why, finding.shown(job.runs))
+        for line in tail.lines(stored):
+            yield _line(line.text) if line.source == Path(job_uploader.KEPT).stem else line
+        return
 
     def over() -> bool:
         return states([job])[job.id].over
 
-    of_ranks = tail.lines(lambda: tail.of_ranks(job), over if follow else None)
+    logs = tail.Logs(job, nodes=False)
+    of_ranks = tail.lines(logs, logs.until(over) if follow else None)
     yield from tail.together(_of_nodes(job, follow), of_ranks)
+
+
+def _why_not_kept(job: Job) -> str:
+    """Why Ray does not say what a job has written; empty where it does."""
+    try:
+        status = states([job])[job.id]
+    except StokerError as error:
+        return str(error)
+    return status.reason if status.state == "unknown" else ""
 
 
 def _of_nodes(job: Job, follow: bool) -> Iterator[Line]:
@@ -156,8 +184,12 @@ def _submission(job: Job) -> dict[str, Any]:
         "memory": spec.memory,
         "retries": spec.retries,
     }
-    flags = [word for name, number in numbers.items() if number for word in (f"--{name}", str(number))]
+    native = f"{re.sub(r'[^A-Za-z0-9_-]+', '-', spec.name)}-{job.id[-4:]}"
+    flags = ["--name", native]
+    flags += [word for name, number in numbers.items() if number for word in (f"--{name}", str(number))]
     flags += [] if sent else ["--folder", str(spec.folder)]
+    store = object_store.of(job.runs)
+    flags += ["--logs", store.url, job.id] if store is not None else []
     command = [MEETING if word == RENDEZVOUS else word for word in _limited(spec)]
     words = [spec.command[0], "-m", "stoker.launch.ray_nodes", *flags, "--", *command]
     variables = {
@@ -169,7 +201,7 @@ def _submission(job: Job) -> dict[str, Any]:
         environment["working_dir"] = str((spec.folder / sent).resolve())
     return {
         "entrypoint": shlex.join(words),
-        "submission_id": f"{re.sub(r'[^A-Za-z0-9_-]+', '-', spec.name)}-{job.id[-4:]}",
+        "submission_id": native,
         "runtime_env": environment,
         "metadata": {"stoker-job": job.id},
     }

@@ -1,6 +1,6 @@
 """The driver of a job on a Ray cluster: a launcher on each of its nodes, in the places that Ray finds.
 
-    python -m stoker.launch.ray_nodes --nodes 2 --cpus 8 --gpus 8 -- python -m stoker train ...
+    python -m stoker.launch.ray_nodes --name NAME --nodes 2 --cpus 8 --gpus 8 -- python -m stoker train ...
 
 A launcher is what `stoker train` is on any machine: it starts the ranks of its node, and meets the others.
 Its actor stands beside it, starts it, and is what Ray looks after. A node that is lost ends the launchers of
@@ -16,14 +16,18 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import psutil
 from stoker import machine
 from stoker.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED
+from stoker.launch import job_uploader, jobs
+from stoker.run import finding
 
 MEETING = "{rendezvous}"
 """In a command, as a word of its own: HOST:PORT where the launchers meet."""
@@ -98,10 +102,11 @@ class Node:
             psutil.wait_procs(known, timeout=_ENDING)
 
 
-def run(needs: Needs, command: Sequence[str], folder: str) -> int:
+def run(name: str, needs: Needs, command: Sequence[str], folder: str) -> int:
     """Run a command on the nodes of a job until it is done; returns its exit code.
 
     Args:
+        name: of the job; its actors are found by it, see `ray_end`.
         command: of each launcher; may have `MEETING` in it.
         folder: where it runs; empty for where Ray puts it.
     """
@@ -112,7 +117,7 @@ def run(needs: Needs, command: Sequence[str], folder: str) -> int:
     def stop(number: int, frame: FrameType | None) -> None:
         told.append(number)
 
-    ray.init("auto", log_to_driver=True)
+    ray.init("auto", namespace=name, log_to_driver=True)
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
     failures = 0
@@ -142,9 +147,10 @@ def _attempt(needs: Needs, command: Sequence[str], folder: str, told: Sequence[i
         actor = ray.remote(num_cpus=needs.cpus, num_gpus=needs.gpus)(Node)
         nodes = [
             actor.options(
+                name=uuid.uuid4().hex,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(
                     group, placement_group_bundle_index=number
-                )
+                ),
             ).remote(number)
             for number in range(needs.nodes)
         ]
@@ -208,11 +214,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="stoker.launch.ray_nodes", description=__doc__)
     for name in ("nodes", "cpus", "gpus", "memory", "retries"):
         parser.add_argument(f"--{name}", type=int, default=0)
+    parser.add_argument("--name", required=True)
     parser.add_argument("--folder", default="")
+    parser.add_argument("--logs", nargs=2, metavar=("URL", "JOB"), help="where what is written is brought to")
     parser.add_argument("command", nargs="+")
     given = vars(parser.parse_args())
-    command, folder = given.pop("command"), given.pop("folder")
-    sys.exit(run(Needs(**given), command, folder))
+    name, command, folder, logs = (given.pop(key) for key in ("name", "command", "folder", "logs"))
+    job = finding.folder(logs[0]) / jobs.FOLDER / logs[1] if logs else None
+    with job_uploader.beside(job, Path("/proc/self/fd/1").resolve()):  # which Ray keeps
+        code = run(name, Needs(**given), command, folder)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

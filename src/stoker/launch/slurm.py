@@ -20,8 +20,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from stoker import object_store
 from stoker.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, BadInput, StokerError
-from stoker.launch import client, jobs, jobspec, tail
+from stoker.launch import client, job_uploader, jobs, jobspec, tail
 from stoker.launch.jobs import Job
 from stoker.launch.jobspec import ELEMENT, RENDEZVOUS, JobSpec
 from stoker.launch.targets import Line, Status
@@ -34,6 +35,7 @@ log = logging.getLogger("stoker")
 
 _FORGOTTEN = "Invalid job id"  # says squeue of a job that is over for long
 _WARNING = 120  # seconds before the time limit
+_TOLD = (EXIT_PREEMPTED, 138, 143)  # exit codes of what was told to stop
 _STRAGGLERS = 60  # seconds that the other nodes' launchers have to end, once one has
 _FIRST_PORT = 20000  # of ten thousand below those that Linux gives to outgoing connections
 
@@ -81,17 +83,19 @@ def render(job: Job) -> str:
     """The sbatch script. Raises BadInput for settings that it cannot have."""
     spec = job.spec
     jobspec.check(spec)
+    stored = object_store.of(job.runs) is not None
     parts = [
         "#!/bin/bash",
         *(_directive(key, value) for key, value in _directives(job).items()),
         "",
         *_environment(spec),
         *_meeting(spec),
+        *(_uploading(job) if stored else []),
         _STEP_COMMENT.format(warning=_clock(_warning(spec))),
         _step(job),
         "code=$?",
         "",
-        *_ending(job),
+        *_ending(job, stored=stored),
     ]
     return "\n".join(parts) + "\n"
 
@@ -133,11 +137,7 @@ def cancel(job: Job, *, at_once: bool) -> None:
 
 def lines(job: Job, *, follow: bool) -> Iterator[Line]:
     """What the nodes' launchers and the ranks have written."""
-
-    def files() -> dict[str, Path]:
-        own = {file.stem.replace("-", " "): file for file in sorted(job.folder.glob("*.log"))}
-        return own | tail.of_ranks(job)
-
+    logs = tail.Logs(job, nodes=True)
     silent = False
 
     def over() -> bool:
@@ -145,14 +145,16 @@ def lines(job: Job, *, follow: bool) -> Iterator[Line]:
         try:
             return states([job])[job.id].over
         except BadInput:  # Slurm's commands are not here
-            raise
+            if object_store.of(job.runs) is None:
+                raise
+            return _is_over(jobs.find(job.runs, job.id), logs.text(ATTEMPTS))
         except StokerError as error:
             if not silent:
                 log.warning("%s; what is written is followed on", error)
             silent = True
             return False
 
-    return tail.lines(files, over if follow else None)
+    return tail.lines(logs, logs.until(over) if follow else None)
 
 
 # -- the script ----------------------------------------------------------------------------
@@ -161,12 +163,22 @@ _NUMBER = '"$SLURM_ARRAY_TASK_ID"'
 _STEP_COMMENT = """\
 # One process a node, which starts all others. Slurm tells it to stop {warning} before the time limit, and
 # when it takes the nodes back; it ends with 75 then, after a checkpoint."""
+_UPLOADING = """\
+# What all nodes write is brought to the object store meanwhile, until descriptor 3 is closed. So that the
+# end is brought there too, this script outlives what is told to stop.
+exec 3> >({uploader})
+uploader=$!
+trap : TERM
+"""
 _REQUEUE = """\
 # A job that was cancelled is not RUNNING any more, nor one that Slurm queues again by itself.
 if [ $again = yes ] && [ "$(squeue --noheader --jobs={job} --format=%T)" = RUNNING ]; then
     scontrol requeue {job}
-fi
-exit $code"""
+fi"""
+_UPLOADED = """\
+exec 3>&-
+trap '' TERM"""
+_WAIT = "wait $uploader  # {patience} seconds at most"
 _ALONE = '"$SLURM_JOB_ID"'
 _OF_ARRAY = '"${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"'
 """An element: the last one's SLURM_JOB_ID is the number of the whole array."""
@@ -227,9 +239,15 @@ def _step(job: Job) -> str:
     return " \\\n    ".join([" ".join(["srun", *map(_word, flags)]), " ".join(map(_word, spec.command))])
 
 
-def _ending(job: Job) -> list[str]:
+def _uploading(job: Job) -> list[str]:
+    """What brings the logs to the object store, beside the launchers. Of a sweep's array there is none."""
+    words = [job.spec.command[0], "-P", "-m", job_uploader.__name__, str(job.folder)]
+    return [_UPLOADING.format(uploader=" ".join(map(_word, words)))]
+
+
+def _ending(job: Job, *, stored: bool) -> list[str]:
     """What is done once the launchers have ended: the job is queued again, or over."""
-    spec, told = job.spec, f"{EXIT_PREEMPTED} | 138 | 143"
+    spec, told = job.spec, " | ".join(map(str, _TOLD))
     element = f".{_NUMBER}" if spec.elements else ""
     found = [
         f"attempts={shlex.quote(str(job.folder / ATTEMPTS))}{element}",
@@ -245,7 +263,10 @@ def _ending(job: Job) -> list[str]:
         ]
     else:
         found += ["    *) again=no ;;"]
-    return [*found, "esac", _REQUEUE.format(job=_OF_ARRAY if spec.elements else _ALONE)]
+    found += ["esac", *([_UPLOADED] if stored else [])]
+    found += [_REQUEUE.format(job=_OF_ARRAY if spec.elements else _ALONE)]
+    found += [_WAIT.format(patience=job_uploader.PATIENCE)] if stored else []
+    return [*found, "exit $code"]
 
 
 def _word(argument: str) -> str:
@@ -432,6 +453,15 @@ def _status(job: Job, elements: Sequence[Status]) -> Status:
     return Status(
         first.state, ", ".join(f"{counts[state]} {state}" for state in _MOST_TELLING if counts[state])
     )
+
+
+def _is_over(job: Job, attempts: str) -> bool:
+    """Whether a job will do nothing more, by how its attempts ended: as its script decides that."""
+    codes = [int(line.rpartition(" ")[2]) for line in attempts.splitlines()]
+    failed = sum(code not in (0, *_TOLD) for code in codes)
+    if not codes or codes[-1] in _TOLD:
+        return job.cancelled
+    return codes[-1] in (0, EXIT_BAD_INPUT) or failed > job.spec.retries
 
 
 def _by_attempts(job: Job) -> list[Status]:

@@ -1,49 +1,127 @@
-"""What a job writes, as lines: of files that grow, and of several sources at once."""
+"""What a job writes, as lines: of logs that grow, here or in a store, and of several sources at once."""
 
 from __future__ import annotations
 
+import logging
+import math
 import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from stoker import object_store
+from stoker.launch import jobs
 from stoker.launch.jobs import Job
 from stoker.launch.targets import Line
+from stoker.object_store import Store, Unreachable
+from stoker.run import stretches
+from stoker.run.stretches import Stretch
+
+log = logging.getLogger("stoker")
 
 _EVERY = 0.5  # seconds
-_ASKED = 2.0  # seconds between two questions of a cluster, which serves others too
+ASKED = 2.0  # seconds between two questions of a cluster, which serves others too
 
 
-def lines(files: Callable[[], Mapping[str, Path]], over: Callable[[], bool] | None = None) -> Iterator[Line]:
-    """What files have, line by line, each with the name of its file.
+def lines(
+    logs: Callable[[], Mapping[str, Path | InStore]], over: Callable[[], bool] | None = None
+) -> Iterator[Line]:
+    """What logs have, line by line, each with the name of its log.
 
     Args:
-        files: those that are there now, by name; others may come.
+        logs: those that are there now, by name; others may come.
         over: whether they grow no more; None for what they have now.
     """
-    read: dict[Path, _Reader] = {}
+    read: dict[str, _Reader] = {}
     asked, ended = time.monotonic(), over is None
     while True:
-        for name, file in files().items():
-            for text in read.setdefault(file, _Reader(file)).more(whole=ended):
+        for name, written in logs().items():
+            for text in read.setdefault(name, _Reader()).more(written, whole=ended):
                 yield Line(name, text)
         if ended:
             return
-        if over is not None and time.monotonic() - asked >= _ASKED:
+        if over is not None and time.monotonic() - asked >= ASKED:
             asked, ended = time.monotonic(), over()
         else:
             time.sleep(_EVERY)
 
 
-def of_ranks(job: Job) -> dict[str, Path]:
-    """The logs of the ranks of a job's runs, as far as they stand in its runs folder."""
-    found = {
-        int(file.stem.removeprefix("rank-")): file
-        for run in job.trains
-        for file in (job.runs / run).glob("logs/rank-*.log")
-    }
-    return {f"rank {rank}": found[rank] for rank in sorted(found)}
+class Logs:
+    """A job's logs by who wrote them: those that are here, and in an object store those of other machines.
+
+    Args:
+        nodes: whether those of its nodes too, which some targets keep elsewhere.
+    """
+
+    def __init__(self, job: Job, *, nodes: bool) -> None:
+        self._job, self._nodes = job, nodes
+        self._store = object_store.of(job.runs)
+        self._stored: dict[Path, InStore] = {}
+        self._asked = -math.inf
+        self._silent = False
+
+    def __call__(self) -> dict[str, Path | InStore]:
+        here: dict[Path, Path | InStore] = {
+            file: file for run in self._job.trains for file in (self._job.runs / run).glob("logs/rank-*.log")
+        }
+        if self._nodes:
+            here |= {file: file for file in self._job.folder.glob("*.log") if file.is_file()}
+        there = {file: stored for file, stored in self.stored().items() if file.suffix == ".log"}
+        found = {**there, **here}
+        for file, stored in there.items():  # of a rank it may be an old copy that is here
+            if file.parent != self._job.folder and file in here and stored.size > file.stat().st_size:
+                found[file] = stored
+        return {file.stem.replace("-", " "): found[file] for file in sorted(found, key=_order)}
+
+    def stored(self) -> dict[Path, InStore]:
+        """What the store has, by the file that it is of; asked for now and then, as clusters are."""
+        if self._store is not None and time.monotonic() - self._asked >= ASKED:
+            try:
+                self._stored = self._listed(self._store)
+                self._silent = False
+            except Unreachable as error:
+                if not self._silent:
+                    log.warning("%s; what other machines write is not seen now", error)
+                self._silent = True
+            self._asked = time.monotonic()
+        return self._stored
+
+    def until(self, over: Callable[[], bool]) -> Callable[[], bool]:
+        """Whether the job is over; what the store has is asked for once more then."""
+
+        def is_over() -> bool:
+            if not over():
+                return False
+            self._asked = -math.inf
+            return True
+
+        return is_over
+
+    def text(self, name: str) -> str:
+        """What is there of a file that the job's nodes write, here or in the store."""
+        file = self._job.folder / name
+        return (_read(file, 0) or _read(self.stored().get(file, file), 0)).decode(errors="replace")
+
+    def _listed(self, store: Store) -> dict[Path, InStore]:
+        job, found = self._job, {}
+        for run in job.trains:
+            for key, stored in store.objects(f"{run}/logs").items():
+                if Path(key).stem.startswith("rank-"):
+                    found[job.runs / key] = InStore(store, key, stored.size)
+        base = f"{jobs.FOLDER}/{job.id}/{jobs.LOGS}"
+        if self._nodes:
+            for name, of_file in stretches.known(base, store.objects(base)).items():
+                found[job.folder / name] = InStore(store, f"{base}/{name}", of_file[-1].end, tuple(of_file))
+        return found
+
+
+def _order(file: Path) -> list[Any]:
+    """Nodes before ranks, and these by their numbers."""
+    name, _, number = file.stem.partition("-")
+    return [name == "rank", name, int(number) if number.isdecimal() else -1, file]
 
 
 def together(*sources: Iterator[Line]) -> Iterator[Line]:
@@ -74,23 +152,50 @@ def together(*sources: Iterator[Line]) -> Iterator[Line]:
             yield found
 
 
-class _Reader:
-    """A file that is read as it grows."""
+@dataclass(frozen=True)
+class InStore:
+    """A log as an object store has it."""
 
-    def __init__(self, file: Path) -> None:
-        self._file = file
+    store: Store
+    key: str
+    size: int
+    """Bytes."""
+    stretches: tuple[Stretch, ...] = ()
+    """Where it is brought there in stretches; else it is one object."""
+
+    def read(self, first: int) -> bytes:
+        """What it has from a byte on. Raises FileNotFoundError where the store has been written to since."""
+        if first >= self.size:
+            return b""
+        if not self.stretches:
+            return self.store.read(self.key, first, self.size)
+        folder, _, name = self.key.rpartition("/")
+        return b"".join(stretches.read(self.store, folder, name, self.stretches, first))
+
+
+def _read(written: Path | InStore, first: int) -> bytes:
+    """What a log has from a byte on; nothing where that cannot be read now."""
+    try:
+        if isinstance(written, InStore):
+            return written.read(first)
+        with written.open("rb") as file:
+            file.seek(first)
+            return file.read()
+    except (FileNotFoundError, Unreachable):
+        return b""
+
+
+class _Reader:
+    """A log that is read as it grows."""
+
+    def __init__(self) -> None:
         self._at = 0
         self._begun = b""
         """The line of which the end is not there yet."""
 
-    def more(self, *, whole: bool) -> list[str]:
+    def more(self, written: Path | InStore, *, whole: bool) -> list[str]:
         """The lines that have come; with `whole` also one that has no end."""
-        try:
-            with self._file.open("rb") as file:
-                file.seek(self._at)
-                content = file.read()
-        except FileNotFoundError:
-            content = b""
+        content = _read(written, self._at)
         self._at += len(content)
         *lines, self._begun = (self._begun + content).split(b"\n")
         if whole and self._begun:

@@ -2,9 +2,8 @@
 
 A run is trained in the working copy on this machine, and brought to the store from there
 (`run/uploader.py`). A checkpoint's manifest goes last, and the journal goes before it, so what is in the
-store is a run that can be continued at any instant. Journal files only grow: each stretch is an object
-of its own, named by its first byte. What the sinks keep is not brought there: they begin anew from the
-journal.
+store is a run that can be continued at any instant. Journal files only grow, and go there in stretches
+(`run/stretches.py`). What the sinks keep is not brought there: they begin anew from the journal.
 """
 
 from __future__ import annotations
@@ -21,8 +20,9 @@ import orjson
 from stoker import object_store, storage
 from stoker.errors import StokerError
 from stoker.object_store import Store, Stored
-from stoker.run import lease, view
+from stoker.run import lease, stretches, view
 from stoker.run.directory import MANIFEST, RunDirectory
+from stoker.run.stretches import Stretch
 
 log = logging.getLogger("stoker")
 
@@ -30,7 +30,6 @@ Objects = dict[str, Stored]
 
 _KNOWN = "store.known"
 _LISTINGS = 5  # of a run that changes meanwhile
-_STRETCH = 2**26  # bytes of the longest stretch of a journal
 _OWN = (  # not copied file by file
     "sinks", "tensorboard", "wandb", "checkpoints", "journal", "lease", "again"
 )  # fmt: skip
@@ -85,8 +84,8 @@ class Mirror:
         self._fetch_lease(there)
         if newer_there:
             self._void_journals(there)
-        for name, stretches in self._journal(there).items():
-            self._fetch_journal(self._run.journal / name, stretches)
+        for name, of_file in stretches.known("journal", there).items():
+            self._fetch_journal(self._run.journal / name, of_file)
         if newer_there:
             self._fetch_manifests(there)
 
@@ -125,10 +124,10 @@ class Mirror:
 
         An attempt of that machine may have the same number. Their files are kept, under another name.
         """
-        known = self._journal(there)
+        known = stretches.known("journal", there)
         for file in self._run.journal.glob("attempt-*.jsonl"):
-            first = known.get(file.name, [(0, 0)])[0]
-            content = self._store.read(f"{self._key}/journal/{file.name}/{0:015d}") if first[1] else b""
+            first = known.get(file.name, [])[:1]
+            content = b"".join(stretches.read(self._store, f"{self._key}/journal", file.name, first, 0))
             with file.open("rb") as source:
                 same = bool(content) and content.startswith(source.read(len(content)))
             if not same:
@@ -172,17 +171,15 @@ class Mirror:
             with contextlib.suppress(FileNotFoundError):
                 self._store.get(f"{self._key}/{newest}", self._run.path / newest)
 
-    def _fetch_journal(self, file: Path, stretches: list[tuple[int, int]]) -> None:
+    def _fetch_journal(self, file: Path, there: list[Stretch]) -> None:
         """Append to a journal file what was written of it elsewhere."""
         here = file.stat().st_size if file.is_file() else 0
-        missing = [(begin, end) for begin, end in stretches if end > here]
-        if not missing:
+        if not any(stretch.end > here for stretch in there):
             return
         file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("ab") as target:
-            for begin, _ in missing:
-                content = self._store.read(f"{self._key}/journal/{file.name}/{begin:015d}")
-                target.write(content[max(0, target.tell() - begin) :])
+            for content in stretches.read(self._store, f"{self._key}/journal", file.name, there, here):
+                target.write(content)
 
     # -- to the store ----------------------------------------------------------------------
 
@@ -195,9 +192,9 @@ class Mirror:
         for file in self._files():
             self._push_file(file, there)
         self._remember()
-        known = self._journal(there)
+        known = stretches.known("journal", there)
         for file in sorted(self._run.journal.glob("*.jsonl")):
-            self._push_journal(file, known.get(file.name, []), there)
+            stretches.push(self._store, self._key, "journal", file, known.get(file.name, []), there)
         for path in committed:
             self._push_checkpoint(path, there)
         if committed:
@@ -230,29 +227,6 @@ class Mirror:
                 self._store.put(f"{self._key}/{key}", file)
                 there[key] = Stored(mark[0])
                 self._known[key] = [*mark, ""]
-
-    def _push_journal(self, file: Path, stretches: list[tuple[int, int]], there: Objects) -> None:
-        """One more stretch of a journal file, in one with those before it that are no longer than it is.
-
-        So there are as many as the digits of its length, not as many as there were pushes.
-        """
-        end = file.stat().st_size
-        begin = stretches[-1][1] if stretches else 0
-        if end <= begin:
-            return
-        joined = []
-        while stretches and begin - stretches[-1][0] <= end - begin and end - stretches[-1][0] <= _STRETCH:
-            begin = stretches.pop()[0]
-            joined.append(begin)
-        with file.open("rb") as source:
-            source.seek(begin)
-            content = source.read(end - begin)
-        key = f"journal/{file.name}/"
-        self._store.write(f"{self._key}/{key}{begin:015d}", content)
-        there[f"{key}{begin:015d}"] = Stored(len(content))
-        for old in joined:
-            if old != begin:  # its content is in the one before it now
-                self._remove(f"{key}{old:015d}", there)
 
     def _push_checkpoint(self, path: Path, there: Objects) -> None:
         """Bring a checkpoint to the store, its manifest last."""
@@ -312,17 +286,6 @@ class Mirror:
     def forget(self) -> None:
         """Look again at what is in the store: a request may have been done though it seemed to fail."""
         self._there = None
-
-    def _journal(self, there: Objects) -> dict[str, list[tuple[int, int]]]:
-        """The stretches of each journal file in the store, without gaps, as (first byte, end)."""
-        found: dict[str, list[tuple[int, int]]] = {}
-        for key in sorted(key for key in there if key.startswith("journal/")):
-            _, name, begin = key.split("/")
-            stretches = found.setdefault(name, [])
-            known = stretches[-1][1] if stretches else 0
-            if int(begin) <= known < int(begin) + there[key].size:  # what was joined is to go yet
-                stretches.append((int(begin), int(begin) + there[key].size))
-        return found
 
     def _checkpoints(self, there: Objects) -> list[str]:
         """The folders of checkpoints that have a manifest in the store, by step."""

@@ -18,6 +18,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Protocol
 
 from stoker import storage
 from stoker.run import messages, mirror
@@ -27,7 +28,7 @@ from stoker.run.mirror import Lost, Mirror
 log = logging.getLogger("stoker")
 
 INTERVAL = 2.0  # seconds between looks at what is new
-_TRY = 3.0  # seconds that one request is tried for, before it is said that the store does not answer
+TRY = 3.0  # seconds that one request is tried for, before it is said that the store does not answer
 _TRIES = 4
 LONGEST_BACKOFF = 30.0  # seconds between tries of a store that does not answer
 PATIENCE = 600.0  # seconds that such a store is tried for once the trainer is gone
@@ -142,7 +143,36 @@ def wait(run: RunDirectory, patience: float) -> State:
     return state(run)
 
 
-def upload(run: RunDirectory, copy: Mirror, *, once: bool) -> bool:
+class Source(Protocol):
+    """What is brought to a store while it grows: a run, or the logs of a job."""
+
+    @property
+    def path(self) -> Path:
+        """Its folder here, where the uploader says how far it is."""
+
+    @property
+    def trained_here(self) -> bool:
+        """Whether it grows still."""
+
+    def exists(self) -> bool:
+        """Whether there is anything to bring."""
+
+
+class Copy(Protocol):
+    """What of it is in the store."""
+
+    @property
+    def newest(self) -> int | None:
+        """The step of the newest checkpoint there."""
+
+    def push(self) -> None:
+        """Bring there what is new here. Raises Unreachable; Lost where that is not for this machine to do."""
+
+    def forget(self) -> None:
+        """Look again at what is there."""
+
+
+def upload(run: Source, copy: Copy, *, once: bool = False) -> bool:
     """Bring a run to its store until its trainer is gone and all is there; whether all is."""
     failing_since = alone_since = 0.0
     failures = 0
@@ -172,7 +202,7 @@ def upload(run: RunDirectory, copy: Mirror, *, once: bool) -> bool:
     return False
 
 
-def _pause(run: RunDirectory, seconds: float, alive: bool) -> None:
+def _pause(run: Source, seconds: float, alive: bool) -> None:
     """Sleep, unless the trainer ends, or somebody waits."""
     deadline, asked = time.monotonic() + seconds, storage.modified(_wake(run))
     while time.monotonic() < deadline and storage.modified(_wake(run)) == asked:
@@ -181,7 +211,7 @@ def _pause(run: RunDirectory, seconds: float, alive: bool) -> None:
         time.sleep(0.1)
 
 
-def _wake(run: RunDirectory) -> Path:
+def _wake(run: Source) -> Path:
     """Touched by somebody who waits for the uploader."""
     return run.path / "store.wake"
 
@@ -191,7 +221,7 @@ def _turn(run: RunDirectory) -> Path:
     return run.path / "store.lock"
 
 
-def _say(run: RunDirectory, said: State) -> None:
+def _say(run: Source, said: State) -> None:
     with contextlib.suppress(OSError):
         storage.write_json(run.path / "store.json", {**asdict(said), "at": time.time()})
 
@@ -205,7 +235,7 @@ def main() -> int:
     os.nice(19)  # training comes first
     messages.write_to_stderr()
     run = RunDirectory(arguments.run)
-    copy = mirror.of(run, patience=_TRY)
+    copy = mirror.of(run, patience=TRY)
     if copy is None:
         raise SystemExit(f"{run.path} is of no object store")
     if not arguments.once:  # a scheduler signals all processes of a job; this one ends after the trainer

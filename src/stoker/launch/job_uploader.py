@@ -1,0 +1,179 @@
+"""The uploader of a job: a process beside its launchers that brings what all nodes write to the object store.
+
+The nodes share the job's folder, and write their logs there; of a target that keeps these itself, such as
+Ray, a link to them is there (`beside`). Whole lines of these are added to copies in `logs/`, without secrets;
+the copies are brought to the store as a run is (`run/uploader.py`), in stretches.
+Its standard input is held open by those who write; it ends once that is closed and all is in the store,
+some seconds later at the latest. Where it is killed, that of the job's next attempt goes on.
+
+    python -m stoker.launch.job_uploader [--patience SECONDS] JOB_FOLDER
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from stoker import object_store, redaction, storage
+from stoker.launch import jobs, ranks
+from stoker.object_store import Store, Stored
+from stoker.run import messages, stretches, uploader
+
+KEPT = "job.log"
+"""In a job's folder: a link to what the target keeps of it."""
+PATIENCE = 30
+"""Seconds that a job which has ended is kept by a store which does not answer."""
+
+
+class Growing:
+    """The logs of a job here, which grow until standard input is closed.
+
+    Args:
+        folder: the job's.
+        patience: seconds after which this process ends then, whatever it waits for.
+    """
+
+    def __init__(self, folder: Path, patience: float) -> None:
+        self.path = folder / jobs.LOGS
+        self._patience = patience
+        self._whole = threading.Event()
+        threading.Thread(target=self._wait, name="job-over", daemon=True).start()
+
+    @property
+    def trained_here(self) -> bool:
+        return not self._whole.is_set()
+
+    def exists(self) -> bool:
+        return self.path.is_dir()
+
+    def _wait(self) -> None:
+        while os.read(sys.stdin.fileno(), 4096):
+            pass
+        self._whole.set()
+        time.sleep(self._patience)
+        os._exit(1)
+
+
+class InStore:
+    """The logs of a job in its object store."""
+
+    newest: int | None = None
+
+    def __init__(self, folder: Path, store: Store) -> None:
+        self._folder, self._store = folder, store
+        self._base = f"{jobs.FOLDER}/{folder.name}"
+        self._there: dict[str, Stored] | None = None
+        self._copied: dict[str, int] = {}
+        """How many bytes of each log its copy has, by its name."""
+
+    def push(self) -> None:
+        """Bring there what is new here. Raises Unreachable."""
+        copies = [self._copy(log) for log in written(self._folder)]  # what says that it ended first, ...
+        if self._there is None:
+            found = self._store.objects(self._base)
+            self._there = {key.removeprefix(f"{self._base}/"): stored for key, stored in found.items()}
+        known = stretches.known(jobs.LOGS, self._there)
+        for copy in reversed(copies):  # ... and into the store last: then the rest is there
+            of_file = known.get(copy.name, [])
+            stretches.push(self._store, self._base, jobs.LOGS, copy, of_file, self._there)
+
+    def forget(self) -> None:
+        """Look again at what is there."""
+        self._there = None
+
+    def _copy(self, log: Path) -> Path:
+        """Add to the copy of a log the lines that have got their end; returns it."""
+        copy = self._folder / jobs.LOGS / log.name
+        begin = self._copied.pop(log.name, None)  # counted anew where the disk is full, say
+        if begin is None:
+            begin = _copied(log, copy)
+        with log.open("rb") as source, copy.open("ab") as target:
+            source.seek(begin)
+            *lines, _ = source.read().split(b"\n")
+            target.writelines(_without_secrets(line) + b"\n" for line in lines)
+        self._copied[log.name] = begin + sum(len(line) + 1 for line in lines)
+        return copy
+
+
+@contextlib.contextmanager
+def beside(folder: Path | None, log: Path) -> Iterator[None]:
+    """Within this block a log that is kept elsewhere is brought to the store too, as one of a job.
+
+    What fails of it is said, and stops nothing.
+
+    Args:
+        folder: the job's, in the working copy of an object store; None where its runs are in none.
+        log: a file that this process, or another one, writes.
+    """
+    process = None
+    try:
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            link = folder / KEPT
+            link.unlink(missing_ok=True)
+            link.symlink_to(log)
+            command = [sys.executable, "-P", "-m", "stoker.launch.job_uploader", str(folder)]
+            process = subprocess.Popen(command, stdin=subprocess.PIPE)
+    except OSError as error:
+        sys.stderr.write(f"stoker: {log} is not brought to the object store: {error}\n")
+    try:
+        yield
+    finally:
+        if process is not None:
+            process.communicate()
+
+
+def written(folder: Path) -> list[Path]:
+    """The files in a job's folder that its nodes write: how its attempts ended, then their logs."""
+    found = (file for suffix in jobs.WRITTEN for file in sorted(folder.glob(f"*{suffix}")))
+    return [file for file in found if file.is_file()]
+
+
+def _copied(log: Path, copy: Path) -> int:
+    """How many bytes of a log its copy has: as many lines. What is no whole line is taken out of the copy."""
+    content = copy.read_bytes() if copy.is_file() else b""
+    lines = content.count(b"\n")
+    if not content.endswith(b"\n"):
+        copy.write_bytes(content[: content.rfind(b"\n") + 1])
+    with log.open("rb") as source:
+        return sum(len(line) for line, _ in zip(source, range(lines), strict=False))
+
+
+def _without_secrets(line: bytes) -> bytes:
+    text = redaction.text(line.decode("utf-8", "surrogateescape"))
+    return text.encode("utf-8", "surrogateescape")
+
+
+def main() -> int:
+    """The uploader's process. Returns 0 where all is in the store, else 1."""
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):  # meant for those that train
+        signal.signal(number, signal.SIG_IGN)
+    parser = argparse.ArgumentParser(prog="stoker.launch.job_uploader")
+    parser.add_argument("folder", type=Path, help="the job's folder")
+    parser.add_argument("--patience", type=float, default=PATIENCE, help="seconds, see above")
+    given = parser.parse_args()
+    folder: Path = given.folder
+    os.nice(19)
+    store = object_store.of(folder.parent.parent)
+    if store is None:
+        raise SystemExit(f"{folder} is of no object store")
+    logs = Growing(folder, given.patience)
+    ranks.log_to(logs.path / "uploader.log")
+    messages.write_to_stderr()
+    copy = InStore(folder, dataclasses.replace(store, patience=uploader.TRY))
+    with storage.locked(logs.path / "store.lock", timeout=math.inf):  # by one that has its last seconds, say
+        return 0 if uploader.upload(logs, copy) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
