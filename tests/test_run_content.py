@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from stoker import BadInput, Run
+from stoker import BadInput, Run, attempt
 from stoker.run import artifacts, compact, journal, media, view
 from stoker.run.directory import RunDirectory
 
@@ -308,12 +309,14 @@ def test_an_artifact_that_changed_since_it_was_recorded_is_not_used(open_run: Op
 # -- params, tags, notes, the machine ----------------------------------------------------------
 
 
-def test_params_tags_notes_and_the_machine(open_run: Open) -> None:
+def test_params_tags_notes_and_the_machine(open_run: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attempt, "_SYNC_SECONDS", 0.01)
     with open_run(config={"lr": 0.1}) as run:
         run.params(parameters=7)
         run.note("first")
         run.note("second")
         run.log(loss=1.0)
+        _wait_for_the_machine(run)
     seen = _seen(run)
     assert seen.params == {"parameters": 7}
     assert [text for _, text in seen.notes] == ["first", "second"]
@@ -322,15 +325,33 @@ def test_params_tags_notes_and_the_machine(open_run: Open) -> None:
     assert list(seen.points) == ["loss"]
 
 
-def test_a_resume_voids_media_and_points_but_not_what_the_machine_did(open_run: Open) -> None:
+def test_of_a_run_that_is_over_at_once_the_machine_says_nothing(open_run: Open) -> None:
+    with open_run() as run:
+        run.log(loss=1.0)
+    assert _seen(run).system == {}
+
+
+def _wait_for_the_machine(run: Run) -> None:
+    until = time.monotonic() + 20
+    while run._system is None:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def test_a_resume_voids_media_and_points_but_not_what_the_machine_did(
+    open_run: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attempt, "_SYNC_SECONDS", 0.01)
     with open_run() as run:
         for step in range(1, 6):
             run.log(loss=float(step))
             run.text("said", f"step {step}")
+        _wait_for_the_machine(run)
     with open_run() as run:
         run.event("resumed", step=2, passed_over=[])
         assert run.latest == {"loss": 2.0}
         run.log(loss=30.0, step=3)
+        _wait_for_the_machine(run)
     seen = _seen(run)
     assert seen.points["loss"] == {1: 1.0, 2: 2.0, 3: 30.0}
     assert [m.step for m in seen.media] == [1, 2]

@@ -29,7 +29,7 @@ from types import TracebackType
 from typing import Any
 
 from stoker import config as configs
-from stoker import threads
+from stoker import disk, threads
 from stoker.checkpoint import manifest
 from stoker.checkpoint.manifest import Checkpoint
 from stoker.errors import EXIT_FAILED, BadInput, Stopped
@@ -141,6 +141,7 @@ class Run:
         self._follower: subprocess.Popen[bytes] | None = None
         self._periodic: Periodic | None = None
         self._system: SystemSampler | None = None
+        """Of a run that lasts a second: until then there is nothing to be seen."""
         self._warned: set[str] = set()
         self._watches: list[Any] = []
         self._lock = threading.Lock()
@@ -226,6 +227,7 @@ class Run:
             self.directory.prepare()
             record["code"] = self._record_code(code, known)
             self.directory.create(record)
+            disk.bring_soon(self.directory.path)
         return changes
 
     def _record_code(self, code: Path, known: Path | None) -> dict[str, Any]:
@@ -282,6 +284,10 @@ class Run:
     def leave_shipping(self) -> None:
         """Have another process ship this run to its sinks, as that of a search does for its trials."""
         self._sinks = ()
+
+    def leave_to_disk(self) -> None:
+        """End without waiting for the disk: one of many short runs; the process ends with `disk.bring`."""
+        self._waits_for_disk = False
 
     def listen(self, listener: Callable[[int, Mapping[str, Any]], None]) -> None:
         """Be called with every step and the values that were logged at it, on rank 0."""
@@ -516,6 +522,7 @@ class Run:
     """Says how far the loop is, where somebody looks: a Trainer, or a search whose trial it is."""
     _newest: Future[Newest] | None = None
     """The checkpoint that it goes on from, looked for while the model is built."""
+    _waits_for_disk = True
     _ended = False
     _finish: Callable[[float], None] | None = None
     _stepped_by_trainer = False
@@ -573,13 +580,14 @@ class Run:
             self._ended = True
             for watch in self._watches:
                 watch.close()
-            if self._system is not None:
-                self._sample_system()
+            self._sample_system()
             if self._follower is not None:
                 self._warn_of_sinks()
             self._append("attempt_ended", status=status, error=error)
             self._write_arrived(wait=True)
-            self._journal.sync()
+            disk.bring_soon(self._journal.file)
+            if self._waits_for_disk:
+                disk.bring()
 
     def close(self) -> None:
         """Let go of the run. The follower goes on by itself until everything is shipped."""
@@ -623,7 +631,6 @@ class Run:
             self._follower = follower.spawn(self.directory)
             jobs.append(Job(_SINKS_SECONDS, self._warn_of_sinks))
         if self.world.rank == 0:
-            self._system = SystemSampler(self.directory.path)
             jobs.append(Job(_SYSTEM_SECONDS, self._sample_system))
             self._uploads.begin()
             jobs.append(Job(_SINKS_SECONDS, self._uploads.look_after))
@@ -704,11 +711,14 @@ class Run:
     # -- beside the loop ----------------------------------------------------------------
 
     def _sync(self) -> None:
+        if self._system is None and self.world.rank == 0:
+            self._system = SystemSampler(self.directory.path)
         self._write_arrived(wait=False)
         self._journal.sync()
 
     def _sample_system(self) -> None:
-        assert self._system is not None
+        if self._system is None:
+            return
         values = journal.encode_values(self._system.sample())
         with self._lock:
             self._journal.append("system", step=self.step, values=values)

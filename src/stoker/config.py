@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import shlex
 import types
@@ -244,7 +245,7 @@ def _build(cls: type[C], values: Mapping[str, Any], prefix: str = "") -> C:
 
 
 def _checked(key: str, leaf: _Leaf, value: Any, source: str) -> Any:
-    adapter = TypeAdapter[Any](leaf.type)
+    adapter = _adapter(leaf)
     if (
         isinstance(value, str)
         and value.lower() in ("null", "none")
@@ -305,7 +306,20 @@ def _get(config: Any, key: str) -> Any:
 
 
 def _dump(leaf: _Leaf, value: Any) -> Any:
-    return TypeAdapter[Any](leaf.type).dump_python(value, mode="json")
+    return _adapter(leaf).dump_python(value, mode="json")
+
+
+def _adapter(leaf: _Leaf) -> TypeAdapter[Any]:
+    """What checks and writes values of a type; made once, as a search asks for each of its trials."""
+    try:
+        return _adapters(leaf.type)
+    except TypeError:  # its annotations cannot be hashed
+        return TypeAdapter(leaf.type)
+
+
+@functools.lru_cache(1024)
+def _adapters(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
 
 
 def _kinds(kind: Any) -> frozenset[Any]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -20,33 +22,89 @@ class Job:
 
 
 class Periodic:
-    """Does jobs in a thread that ends with the process, or with `close`."""
+    """Does jobs, until `close`, in a daemon thread.
 
-    def __init__(self, jobs: Sequence[Job]) -> None:
-        self._jobs = jobs
-        self._failed: set[Job] = set()
-        self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._work, name="stoker-periodic", daemon=True)
-        self._thread.start()
+    The thread stays for the next one of that name: a process that trains one short trial after another is
+    not to start it for each.
+
+    Args:
+        name: of the thread; jobs of one thread wait for each other.
+    """
+
+    def __init__(self, jobs: Sequence[Job], name: str = "stoker-periodic") -> None:
+        now = time.monotonic()
+        self._tasks = {_Task(job, now + job.seconds) for job in jobs}
+        self._thread = _THREADS.setdefault(name, _Thread(name))
+        self._thread.take(self._tasks)
 
     def close(self) -> None:
         """Let the job under way end, and begin no other."""
-        self._closed.set()
-        if self._thread is not threading.current_thread():
-            self._thread.join()
+        self._thread.drop(self._tasks)
+
+
+@dataclass(eq=False)
+class _Task:
+    job: Job
+    due: float
+    failed: bool = False
+
+    def do(self) -> None:
+        try:
+            self.job.do()
+        except Exception as error:
+            if not self.failed:
+                self.failed = True
+                log.warning("%s: %s", type(error).__name__, error)
+        self.due = time.monotonic() + self.job.seconds
+
+
+class _Thread:
+    """Does what is due, one thing after the other, from the first task on."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._tasks: set[_Task] = set()
+        self._doing: _Task | None = None
+        self._looks_at = 0.0
+        """When it wakes by itself."""
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+
+    def take(self, tasks: set[_Task]) -> None:
+        with self._changed:
+            self._tasks |= tasks
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name=self._name, daemon=True)
+                self._thread.start()
+            elif min(task.due for task in tasks) < self._looks_at:
+                self._changed.notify_all()
+
+    def drop(self, tasks: set[_Task]) -> None:
+        with self._changed:
+            self._tasks -= tasks
+            while self._doing in tasks and self._thread is not threading.current_thread():
+                self._changed.wait()
 
     def _work(self) -> None:
-        due = {job: time.monotonic() + job.seconds for job in self._jobs}
-        while not self._closed.wait(max(0.0, min(due.values()) - time.monotonic())):
-            now = time.monotonic()
-            for job in [job for job in self._jobs if due[job] <= now]:
-                self._do(job)
-                due[job] = time.monotonic() + job.seconds
+        with self._changed:
+            while True:
+                task = min(self._tasks, key=lambda one: one.due, default=None)
+                self._looks_at = task.due if task is not None else math.inf
+                if task is not None and task.due <= time.monotonic():
+                    self._do(task)
+                else:
+                    self._changed.wait(None if task is None else self._looks_at - time.monotonic())
 
-    def _do(self, job: Job) -> None:
+    def _do(self, task: _Task) -> None:
+        self._doing = task
+        self._changed.release()
         try:
-            job.do()
-        except Exception as error:
-            if job not in self._failed:
-                self._failed.add(job)
-                log.warning("%s: %s", type(error).__name__, error)
+            task.do()
+        finally:
+            self._changed.acquire()
+            self._doing = None
+            self._changed.notify_all()
+
+
+_THREADS: dict[str, _Thread] = {}
+os.register_at_fork(after_in_child=_THREADS.clear)  # no thread comes along

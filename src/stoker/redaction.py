@@ -192,7 +192,7 @@ def text(said: str, *, code: bool = False) -> str:
     Args:
         code: it is of a programming language: only what stands in quotes or in a comment is a value there.
     """
-    for value in values():
+    for value in values() if len(said) >= _LEAST else ():
         if value in said:
             said = said.replace(value, REDACTED)
     for starts, look in _LOOKS:
@@ -293,7 +293,7 @@ def rules() -> bytes:
 
 def values() -> list[str]:
     """The secrets that this process knows, the longest first: one may be part of another."""
-    told = (value for name, value in os.environ.items() if is_secret_name(name))
+    told = (os.environ.get(name, "") for name in os.environ if is_secret_name(name))
     return sorted({*filter(_is_distinct, told), *_kept_out}, key=len, reverse=True)
 
 

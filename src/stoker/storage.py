@@ -56,8 +56,12 @@ def said_of_full_disk(error: BaseException) -> str:
     return f"the disk is full ({error}): make room, then run the same command again"
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file whole: beside it first, synced, then renamed into place."""
+def write_atomically(path: Path, content: bytes, *, lasts: bool = True) -> None:
+    """Write a file whole: beside it first, synced, then renamed into place.
+
+    Args:
+        lasts: wait until a power cut cannot take it any more; it never leaves a part of it.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -69,7 +73,8 @@ def write_atomically(path: Path, content: bytes) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
-    sync_directory(path.parent)
+    if lasts:
+        sync_directory(path.parent)
 
 
 def sha256(path: Path) -> str:
@@ -140,7 +145,28 @@ def reach_of_locks(path: Path) -> str:
 
 def _file_system_of(path: Path) -> str:
     """The kind of file system that a path is in, as the kernel names it; empty where it does not say."""
-    inside = f"{_existing(path.resolve())}/"
+    inside = _existing(path.resolve())
+    known = (inside.stat().st_dev, _mounts())
+    if known not in _KINDS:
+        _KINDS.clear()
+        _KINDS[known] = _look_up(inside)
+    return _KINDS[known]
+
+
+_KINDS: dict[tuple[int, bytes], str] = {}
+"""The kind of a device's file system, as long as the same is mounted: to look it up takes a while."""
+
+
+def _mounts() -> bytes:
+    """What is mounted where, as the kernel says it; as long as it says the same, nothing has changed."""
+    try:
+        return Path("/proc/self/mounts").read_bytes()
+    except OSError:
+        return b""
+
+
+def _look_up(path: Path) -> str:
+    inside = f"{path}/"
     mounts = [
         m for m in psutil.disk_partitions(all=True) if inside.startswith(f"{m.mountpoint.rstrip('/')}/")
     ]
@@ -154,14 +180,20 @@ def _existing(path: Path) -> Path:
 
 def release_in_children(descriptor: int) -> None:
     """Close a lock's descriptor in children made by `fork`, which would keep the lock past our death."""
-    identity = os.fstat(descriptor).st_ino
+    _LOCKS[descriptor] = os.fstat(descriptor).st_ino
 
-    def close() -> None:
+
+def _release_locks() -> None:
+    for descriptor, identity in _LOCKS.items():
         with contextlib.suppress(OSError):
             if os.fstat(descriptor).st_ino == identity:  # the number may stand for another file by now
                 os.close(descriptor)
+    _LOCKS.clear()
 
-    os.register_at_fork(after_in_child=close)
+
+_LOCKS: dict[int, int] = {}
+"""Descriptors of locks, and the file that each stood for."""
+os.register_at_fork(after_in_child=_release_locks)
 
 
 def link_or_copy(source: Path | str, target: Path | str) -> None:

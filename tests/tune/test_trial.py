@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Iterator
 from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import torch
 from stoker import Run, Trainer, Training
@@ -16,7 +20,8 @@ def test_what_is_measured_before_the_first_step_is_not_reported(tmp_path: Path) 
     here, there = Pipe()
     dataset = TensorDataset(torch.ones(8, 1))
     with Run("test", "a", runs=tmp_path / "runs") as run:
-        run.listen(Reporter(run, ("val_loss",), "epoch", Link(there), waits=False))
+        reporter = Reporter(run, ("val_loss",), "epoch", Link(there), waits=False)
+        run.listen(reporter)
         trainer = Trainer(
             run, torch.nn.Linear(1, 1), optimizer=torch.optim.SGD,
             loss=lambda output, batch: (output.sum(), len(output)), training=Training(precision="fp32"),
@@ -25,8 +30,35 @@ def test_what_is_measured_before_the_first_step_is_not_reported(tmp_path: Path) 
         for batch in trainer.steps(trainer.loader(dataset, batch_size=4), max_steps=2):
             trainer.step(batch)
             run.log(val_loss=1.0 / run.step)
+    reporter.close()
     there.close()
-    said = [json.loads(here.recv_bytes()) for _ in range(2)]
+    said = [report for message in _messages(here) for report in message["reports"]]
     assert [(report["step"], report["value"], report["per_step"]) for report in said] == [
         (1, 1.0, 0.5), (2, 0.5, 0.5),
     ]  # fmt: skip
+
+
+def test_reports_that_nobody_answers_are_sent_together_and_not_late(tmp_path: Path) -> None:
+    here, there = Pipe()
+    with Run("test", "a", runs=tmp_path / "runs") as run:
+        reporter = Reporter(run, ("val_loss",), "step", Link(there), waits=False)
+        run.listen(reporter)
+        for step in range(1, 101):
+            run.log(val_loss=1.0 / step)
+        assert here.poll(10.0)  # without another report, and before the end
+        time.sleep(0.5)
+        run.log(val_loss=0.0)
+        reporter.close()
+    there.close()
+    said = [message["reports"] for message in _messages(here)]
+    assert [report["step"] for reports in said for report in reports] == list(range(1, 102))
+    assert len(said) < 10
+
+
+def _messages(connection: Connection) -> Iterator[dict[str, Any]]:
+    """Whatever was said until the other end was closed."""
+    try:
+        while True:
+            yield json.loads(connection.recv_bytes())
+    except EOFError:
+        return

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 import time
 from typing import Any
 
@@ -26,7 +25,6 @@ _FREE_TIMEOUT = 120.0  # of a machine that is lost, a server of files forgets it
 
 def train_trial(job: Job, link: Link) -> dict[str, Any]:
     """Train its run; returns how that ended, as `tune.local.Function` has it."""
-    logging.getLogger("stoker").setLevel(logging.DEBUG)
     recipe = _loaded(job.recipe)
     resolved: Any = configs.restore(recipe.config, job.values, job.sources)
     train.check(recipe, resolved.config, World.current().size)
@@ -38,6 +36,7 @@ def train_trial(job: Job, link: Link) -> dict[str, Any]:
         seed=int(getattr(resolved.config, "seed", 0)), code=recipe.code,
         provenance=job.provenance,
     )  # fmt: skip
+    run.leave_to_disk()
     if job.provenance is not None:
         run.leave_shipping()
     if job.tags:
@@ -47,7 +46,10 @@ def train_trial(job: Job, link: Link) -> dict[str, Any]:
     hangs = limit.seconds if isinstance(limit, Duration) else None
     reporter = Reporter(run, job.metrics, job.unit, link, waits=job.waits, hang_limit=hangs)
     run.listen(reporter)
-    _, status = train.work_on(run, recipe, resolved.config, trial=True)
+    try:
+        _, status = train.work_on(run, recipe, resolved.config, trial=True)
+    finally:
+        reporter.close()
     if job.unit == SHARE and run.plan.get("data_share") != resolved.config.data_share:
         raise BadInput("its Trainer is not told the share of the data: give it training=config")
     return {"status": status, "logged": sorted(reporter.logged), "values": reporter.values}

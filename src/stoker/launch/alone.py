@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from stoker import supervision
 from stoker.attempt import Run
 from stoker.errors import EXIT_FAILED
+from stoker.periodic import Job, Periodic
 from stoker.run import journal
 from stoker.supervision import Pulse
 
@@ -42,29 +43,36 @@ def watching(run: Run, say: Callable[[str], None], *, ends: bool) -> Iterator[No
     if supervision.FOLDER in os.environ:
         yield
         return
-    over = threading.Event()
-    threading.Thread(target=_watch, args=(run, say, ends, over), name="watch-self", daemon=True).start()
+    watch = _Watch(run, say, ends=ends)
+    looks = Periodic([Job(_EVERY, watch.look)], "watch-self")
     try:
         yield
     finally:
-        over.set()
+        looks.close()
 
 
-def _watch(run: Run, say: Callable[[str], None], ends: bool, over: threading.Event) -> None:
-    pulse, quiet, looked, warned = Pulse(), 0.0, time.monotonic(), Pulse()
-    while not over.wait(_EVERY):
-        now, before = time.monotonic(), pulse
-        passed = min(now - looked, 2 * _EVERY)  # without the time that Ctrl-Z stopped it
-        looked = now
-        pulse = run.heart.pulse if run.heart is not None else pulse
-        quiet = quiet + passed if pulse is before and not _debugged() else 0.0
-        if not pulse.limit or quiet <= pulse.limit:
-            continue
-        said = pulse.nothing_for(quiet)
-        if ends:
-            _end(run, f"it hangs: {said}", say)
-        elif warned is not pulse:
-            warned = pulse
+class _Watch:
+    """Looks where the loop is, once a second."""
+
+    def __init__(self, run: Run, say: Callable[[str], None], *, ends: bool) -> None:
+        self._run, self._say, self._ends = run, say, ends
+        self._pulse, self._warned = Pulse(), Pulse()
+        self._quiet, self._looked = 0.0, time.monotonic()
+
+    def look(self) -> None:
+        """See whether it has moved since the last look."""
+        run, now, before = self._run, time.monotonic(), self._pulse
+        passed = min(now - self._looked, 2 * _EVERY)  # without the time that Ctrl-Z stopped it
+        self._looked = now
+        self._pulse = pulse = run.heart.pulse if run.heart is not None else before
+        self._quiet = self._quiet + passed if pulse is before and not _debugged() else 0.0
+        if not pulse.limit or self._quiet <= pulse.limit:
+            return
+        said = pulse.nothing_for(self._quiet)
+        if self._ends:
+            _end(run, f"it hangs: {said}", self._say)
+        elif self._warned is not pulse:
+            self._warned = pulse
             log.warning("%s; %s; hang_limit=30min would end it after so long", said, _stacks(run))
 
 

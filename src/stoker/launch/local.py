@@ -37,7 +37,7 @@ log = logging.getLogger("stoker")
 
 _POLL = 0.02  # seconds
 _COMING_UP = 60  # seconds that launchers of several machines have to find each other
-PRELOAD = ("torch", "torch._dynamo", "stoker.loop")
+PRELOAD = ("stoker.preloaded",)
 
 
 def run(

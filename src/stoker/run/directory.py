@@ -119,11 +119,17 @@ class RunDirectory:
             raise unwritable(self, error) from error
 
     def create(self, record: dict[str, Any]) -> None:
-        """Write `run.json`, with which the run exists. Raises BadInput where it cannot be written."""
-        self.prepare()
+        """Write `run.json`, with which the run exists. Raises BadInput where it cannot be written.
+
+        A power cut may take the run, whole, until `path` is synced.
+        """
+        if not self.logs.is_dir():  # made last
+            self.prepare()
         try:
             storage.write_atomically(
-                self.record_file, orjson.dumps({"format": FORMAT, **record}, option=orjson.OPT_INDENT_2)
+                self.record_file,
+                orjson.dumps({"format": FORMAT, **record}, option=orjson.OPT_INDENT_2),
+                lasts=False,
             )
         except OSError as error:
             self.remove()

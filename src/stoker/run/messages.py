@@ -20,7 +20,8 @@ def write_to(file: Path) -> list[logging.Handler]:
     shown = [] if log.hasHandlers() else [_Stderr(logging.WARNING)]
     for added in (handler, *shown):
         log.addHandler(added)
-    log.setLevel(logging.DEBUG)
+    if log.level != logging.DEBUG:  # to set it makes all loggers look up theirs again
+        log.setLevel(logging.DEBUG)
     return [handler, *shown]
 
 

@@ -24,11 +24,11 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import psutil
-from stoker import machine, redaction, signals
+from stoker import disk, machine, redaction, signals
 from stoker.errors import StokerError, Stopped
 from stoker.tune.trial import Ended, Job, Link, Report
 
-PRELOAD = ("torch", "torch._dynamo", "stoker.loop", "stoker.cli.trial")
+PRELOAD = ("stoker.cli.trial", "stoker.preloaded")
 _GROWN = 1.25
 """How much of the memory at its start a process may hold and still train another trial."""
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -58,6 +58,7 @@ class Rank:
 
     Args:
         function: what it does.
+        job: its first trial; None where it waits for one.
         environment: variables that are set in it beside those of this process.
         shares: how many processes share the cores of the machine.
         reuse: whether it may train further trials.
@@ -66,14 +67,14 @@ class Rank:
     def __init__(
         self,
         function: Function,
-        job: Job,
+        job: Job | None,
         environment: Mapping[str, str],
         shares: int,
         name: str,
         *,
         reuse: bool = False,
     ) -> None:
-        self._number = job.number
+        self._number = -1 if job is None else job.number
         self._last: dict[str, Any] | None = None
         self.connection, theirs = _CONTEXT.Pipe()
         self._process = _CONTEXT.Process(
@@ -97,6 +98,11 @@ class Rank:
         """Whether it has ended its trial and waits for another."""
         return self._last is not None and self._last["again"] and self.alive
 
+    def until_it_waits(self) -> None:
+        """Wait until it can begin a trial at once, if it has none yet."""
+        with contextlib.suppress(EOFError, OSError):  # it is gone; that is seen by itself
+            self._last = Link(self.connection).hear()
+
     def go_on(self, job: Job) -> None:
         """Train another trial, where it waits for one."""
         self._number, self._last = job.number, None
@@ -109,7 +115,9 @@ class Rank:
         try:
             while self.connection.poll():
                 said = Link(self.connection).hear()
-                if said["kind"] == "report":
+                if said["kind"] == "reports":
+                    found += [Report(self._number, **one) for one in said["reports"]]
+                elif said["kind"] == "report":
                     del said["kind"]
                     found.append(Report(self._number, **said))
                 else:
@@ -185,7 +193,13 @@ class Workers:
         warm_up(preload)
 
     def prepare(self) -> None:
-        """Wait until the first trial can be started at once: its time is not to be that of imports."""
+        """Wait until the first trials can be started at once: their time is not to be that of imports."""
+        if self._reuse:
+            waiting = [self._begin(None) for _ in range(self._parallel)]
+            for trial in waiting:
+                trial.ranks[0].until_it_waits()
+            self._idle = [trial for trial in waiting if trial.ranks[0].waits]
+            return
         with _without_script():
             nothing = _CONTEXT.Process(target=_nothing)
             nothing.start()
@@ -208,16 +222,21 @@ class Workers:
             over = self._idle.pop()
             over.ranks[0].go_on(job)
             self._trials[job.number] = _Trial(job.number, over.ranks, over.gpus)
-            return
+        else:
+            self._trials[job.number] = self._begin(job)
+
+    def _begin(self, job: Job | None) -> _Trial:
+        """Start the processes of a trial, or one that waits for any."""
+        number = -1 if job is None else job.number
         gpus = [self._gpus.pop(0) for _ in range(self._ranks)] if self._hands_out else []
         common = self._of_a_launch(gpus)
         started = []
         for rank in range(self._ranks):
             place = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if self._ranks > 1 else {}
-            name = f"trial-{job.number}-rank-{rank}"
+            name = f"trial-{number}-rank-{rank}"
             environment, shares = {**common, **place}, self._parallel * self._ranks
             started.append(Rank(self._function, job, environment, shares, name, reuse=self._reuse))
-        self._trials[job.number] = _Trial(job.number, started, gpus)
+        return _Trial(number, started, gpus)
 
     def wait(self, timeout: float | None = None) -> list[Report | Ended]:
         """What happened, once something has, or after so many seconds."""
@@ -251,10 +270,12 @@ class Workers:
         self._send(signal.SIGKILL)
 
     def close(self) -> None:
-        """End the processes that wait for another trial."""
-        for trial in self._idle:
-            for rank in trial.ranks:
-                rank.close()
+        """End the processes that wait for another trial, once what they wrote is on the disk."""
+        ranks = [rank for trial in self._idle for rank in trial.ranks]
+        for rank in ranks:
+            rank.close()
+        for rank in ranks:
+            rank.over()
         self._idle = []
 
     def _send(self, number: signal.Signals) -> None:
@@ -294,7 +315,7 @@ class Workers:
 
 def warm_up(preload: Sequence[str] = ()) -> None:
     """Start the server of processes, which imports these modules besides torch."""
-    _CONTEXT.set_forkserver_preload([*PRELOAD, *preload])
+    _CONTEXT.set_forkserver_preload([*preload, *PRELOAD])
     signals.start_forkserver()
 
 
@@ -345,7 +366,7 @@ def _without_script() -> Iterator[None]:
 
 def _main(
     function: Function,
-    job: Job,
+    job: Job | None,
     connection: Connection,
     environment: Mapping[str, str],
     shares: int,
@@ -360,17 +381,18 @@ def _main(
     machine.share_cores(shares)
     most = _memory() * _GROWN
     again = True
-    while again:
-        try:
-            end = _end_of(function, job, link)
+    try:
+        if job is None:
+            link.tell("waits", again=True)
+        while again:
+            job = connection.recv() if job is None else job
+            end, job = _end_of(function, job, link), None
             again = reuse and end["status"] != "failed" and _memory() < most and not _uses_gpu()
             link.tell("ended", **end, again=again)
-            if again:
-                job = connection.recv()
-        except EOFError:  # there is none
-            break
-        except OSError:  # the controller is gone
-            os._exit(1)
+    except EOFError:  # there is no other
+        pass
+    except OSError:  # the controller is gone
+        os._exit(1)
     _leave(grouped="RANK" in environment)
 
 
@@ -409,6 +431,8 @@ def _end_of(function: Function, job: Job, link: Link) -> dict[str, Any]:
 
 def _leave(*, grouped: bool) -> None:
     """End without what Python does at its end: nothing of this process is needed any more."""
+    with contextlib.suppress(OSError):  # the disk is full, or broken: the trial is over as it is
+        disk.bring()
     if grouped:
         from stoker import distributed
 

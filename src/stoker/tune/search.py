@@ -465,7 +465,8 @@ class Search:
     def _tell(self, trial: Seen, state: State) -> None:
         """Let the study know how a trial ended."""
         trial.state = state
-        if state == "complete" and (run := self._run_of(trial)) is not None:
+        lacks = trial.value is None or any(o.metric not in trial.others for o in self.plan.objectives)
+        if state == "complete" and lacks and (run := self._run_of(trial)) is not None:
             trial.others = {**trial.others, **seen.newest(run, self.plan.objectives)}
         outcome = trial.outcome(self.plan.objectives)
         lacking = [

@@ -257,13 +257,14 @@ class Seeded(BaseSampler):
 
     def __init__(self, make: Callable[[int, int], BaseSampler], seed: int) -> None:
         self._make, self._seed = make, seed
-        self._current: tuple[int, BaseSampler] | None = None
+        self._of_open: dict[int, BaseSampler] = {}
+        """Those of trials that are not over."""
 
     def _of(self, number: int) -> BaseSampler:
-        if self._current is None or self._current[0] != number:
+        if number not in self._of_open:
             drawn = np.random.SeedSequence([self._seed, number]).generate_state(1)
-            self._current = (number, self._make(int(drawn[0]), number))
-        return self._current[1]
+            self._of_open[number] = self._make(int(drawn[0]), number)
+        return self._of_open[number]
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, Any]:
         """See BaseSampler, as for the others."""
@@ -292,6 +293,7 @@ class Seeded(BaseSampler):
     ) -> None:
         """See BaseSampler."""
         self._of(trial.number).after_trial(study, trial, state, values)
+        del self._of_open[trial.number]
 
 
 class _Point(BaseSampler):

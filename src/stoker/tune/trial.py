@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -14,6 +15,8 @@ from typing import Any
 from stoker import duration
 from stoker.attempt import Run
 from stoker.errors import EXIT_FAILED, StokerError
+from stoker.periodic import Job as Timed
+from stoker.periodic import Periodic
 from stoker.supervision import Heart
 from stoker.tune.plan import SHARE
 
@@ -71,6 +74,8 @@ class Ended:
     """The newest value of each metric that is searched for."""
 
 
+_HELD = 0.25
+"""Seconds between messages to a controller that answers none: each of them wakes it."""
 _SILENT = 1800.0  # seconds: an evaluation may take long, and need not say anything
 
 
@@ -140,6 +145,9 @@ class Reporter:
         self._heart = run.heart = Heart(hang_limit, at_least=_SILENT)
         self._heart.begin(run.step)
         self._run, self._metrics, self._unit, self._link, self._waits = run, metrics, unit, link, waits
+        self._held: list[dict[str, float]] = []
+        self._lock = threading.Lock()
+        self._sends = None if waits else Periodic([Timed(_HELD, self._send_held)])
         self.logged: set[str] = set()
         """The names of all metrics so far."""
         self.values: dict[str, float] = {}
@@ -161,13 +169,26 @@ class Reporter:
             return
         report = {"step": step, "value": self.values[self._metrics[0]], "per_step": self._per_step()}
         if not self._waits:
-            self._link.send("report", **report)
+            with self._lock:
+                self._held.append(report)
             return
         answer = self._link.ask("report", **report, metrics={**self._run.latest})
         if answer["save"]:
             self._run.stop.ask_to_save()
         if answer["decision"] != "continue":
             self._run.stop.ask(answer["decision"])
+
+    def close(self) -> None:
+        """Send what is held, once the trial is over."""
+        if self._sends is not None:
+            self._sends.close()
+            self._send_held()
+
+    def _send_held(self) -> None:
+        with self._lock:
+            held, self._held = self._held, []
+        if held:
+            self._link.send("reports", reports=held)
 
     def _per_step(self) -> float:
         """How much of the unit one step is. Raises StokerError where the loop does not say."""

@@ -1,0 +1,42 @@
+"""What is brought to the disk by a thread: soon, or at once where somebody waits for it."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+from stoker import disk
+
+
+@pytest.fixture
+def synced(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The inodes that were brought to the disk, which they are."""
+    found: list[int] = []
+    fsync = os.fsync
+
+    def noting(descriptor: int) -> None:
+        fsync(descriptor)
+        found.append(os.fstat(descriptor).st_ino)
+
+    monkeypatch.setattr(os, "fsync", noting)
+    return found
+
+
+def test_files_and_folders_are_brought_when_it_is_asked_for(tmp_path: Path, synced: list[int]) -> None:
+    file = tmp_path / "a"
+    file.write_text("content", encoding="utf-8")
+    disk.bring_soon(file, tmp_path, tmp_path / "removed since")
+    disk.bring()
+    assert {file.stat().st_ino, tmp_path.stat().st_ino} <= set(synced)
+
+
+def test_they_are_brought_within_a_second_or_so_by_themselves(tmp_path: Path, synced: list[int]) -> None:
+    file = tmp_path / "a"
+    file.touch()
+    disk.bring_soon(file)
+    until = time.monotonic() + 20
+    while file.stat().st_ino not in synced:
+        assert time.monotonic() < until
+        time.sleep(0.05)

@@ -1,0 +1,115 @@
+"""Small jobs beside the loop: done in time, one after the other, until they are closed."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+from stoker.periodic import Job, Periodic
+
+
+def test_jobs_are_done_every_so_many_seconds_until_they_are_closed() -> None:
+    often, seldom = _Count(), _Count()
+    jobs = Periodic([Job(0.02, often), Job(30.0, seldom)])
+    _until(lambda: often.times >= 3)
+    jobs.close()
+    done = often.times
+    time.sleep(0.2)
+    assert (often.times, seldom.times) == (done, 0)
+
+
+def test_those_of_one_name_share_a_thread_and_an_earlier_job_wakes_it() -> None:
+    first, second = _Count(), _Count()
+    long = Periodic([Job(3600.0, first)], "shared")
+    short = Periodic([Job(0.02, second)], "shared")
+    _until(lambda: second.times >= 1)
+    assert [thread.name for thread in threading.enumerate()].count("shared") == 1
+    long.close()
+    short.close()
+    again = Periodic([Job(0.02, first)], "shared")  # the thread has nothing to do then, and is still there
+    _until(lambda: first.times >= 1)
+    again.close()
+    assert [thread.name for thread in threading.enumerate()].count("shared") == 1
+
+
+def test_to_close_waits_for_the_job_under_way() -> None:
+    begun, ended = threading.Event(), threading.Event()
+
+    def slow() -> None:
+        begun.set()
+        time.sleep(0.2)
+        ended.set()
+
+    jobs = Periodic([Job(0.01, slow)], "slow")
+    assert begun.wait(10)
+    jobs.close()
+    assert ended.is_set()
+
+
+def test_a_job_may_close_its_own() -> None:
+    held: list[Periodic] = []
+    done = _Count()
+
+    def once() -> None:
+        done()
+        held[0].close()
+
+    held.append(Periodic([Job(0.05, once)], "once"))
+    _until(lambda: done.times >= 1)
+    time.sleep(0.2)
+    assert done.times == 1
+
+
+def test_what_fails_is_said_once_and_tried_again(caplog: pytest.LogCaptureFixture) -> None:
+    tries = _Count()
+
+    def fail() -> None:
+        tries()
+        raise OSError("no room")
+
+    with caplog.at_level(logging.WARNING, "stoker"):
+        jobs = Periodic([Job(0.01, fail)], "fails")
+        _until(lambda: tries.times >= 3)
+        jobs.close()
+    assert [record.getMessage() for record in caplog.records] == ["OSError: no room"]
+
+
+def test_a_process_made_by_fork_has_a_thread_of_its_own() -> None:
+    jobs = Periodic([Job(3600.0, _Count())], "forked")
+    context = multiprocessing.get_context("fork")
+    answers = context.SimpleQueue()
+    child = context.Process(target=_count_in_child, args=(answers,))
+    child.start()
+    child.join(20)
+    jobs.close()
+    assert child.exitcode == 0
+    assert answers.get() >= 1
+
+
+def _count_in_child(answers: multiprocessing.SimpleQueue[int]) -> None:
+    count = _Count()
+    jobs = Periodic([Job(0.02, count)], "forked")
+    _until(lambda: count.times >= 1)
+    jobs.close()
+    answers.put(count.times)
+
+
+class _Count:
+    """How often it was called."""
+
+    def __init__(self) -> None:
+        self.times = 0
+
+    def __call__(self) -> None:
+        self.times += 1
+
+
+def _until(holds: Callable[[], bool]) -> None:
+    until = time.monotonic() + 10
+    while not holds():
+        assert time.monotonic() < until
+        time.sleep(0.01)
