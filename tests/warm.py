@@ -225,9 +225,9 @@ def _command(
     os.environ.update(environment)
     os.chdir(folder)
     tempfile.tempdir = None  # as its environment says
+    exec(first, {})
     util.spawnv_passfds = Spare().spawn
     sys.argv = [str(__main__.__file__), *arguments]
-    exec(first, {})
     try:
         __main__.run()
     finally:
