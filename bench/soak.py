@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,10 @@ def train(run: stoker.Run, config: Config) -> None:
         time.sleep(config.pause)
 
 
+Start = Callable[[Sequence[str], Mapping[str, str]], Any]
+"""Starts `stoker ARGUMENTS` in an environment; returns what is as a Popen."""
+
+
 def main() -> int:
     """0 where nothing was lost."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -78,14 +83,20 @@ def main() -> int:
     parser.add_argument("--nproc", type=int, default=2, metavar="N")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="stoker-soak-") as folder:
-        os.chdir(folder)
-        os.environ |= {"OMP_NUM_THREADS": "1", "STOKER_RUNS": folder, "STOKER_SINKS": "mlflow"}
-        steps = 20 * given.kills + 100
-        whole = _start("whole", steps, given.nproc, "pause=0")
-        if whole.wait() != 0:
-            raise RuntimeError("the undisturbed run failed")
-        _disturb(steps, given)
-        problems = _compare(Path(folder), steps)
+        output = Path(folder, "output.txt")
+
+        def start(arguments: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+            with output.open("ab") as log:
+                command = [sys.executable, "-m", "stoker", *arguments]
+                return subprocess.Popen(command, env=dict(environment), stdout=log, stderr=log)
+
+        try:
+            problems = soak(
+                Path(folder, "runs"), start, kills=given.kills, seed=given.seed, nproc=given.nproc
+            )
+        except RuntimeError:
+            print(output.read_text()[-3000:], file=sys.stderr)
+            raise
     for problem in problems:
         print(f"seed {given.seed}: {problem}")
     if not problems:
@@ -93,40 +104,50 @@ def main() -> int:
     return int(bool(problems))
 
 
-def _disturb(steps: int, given: argparse.Namespace) -> None:
+def soak(runs: Path, start: Start, *, kills: int, seed: int, nproc: int) -> list[str]:
+    """Train without and with kills, in a folder of runs; returns what tells the two apart, in words.
+
+    Raises RuntimeError where a run ends as it should not.
+    """
+    steps = 20 * kills + 100
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "STOKER_SINKS": "mlflow"}
+
+    def begin(name: str, *more: str) -> Any:
+        arguments = [
+            "train", str(HERE), f"steps={steps}", "precision=fp32", "checkpoint_every=7", "--nproc",
+            str(nproc), "--name", name, "--experiment", "soak", "--runs", str(runs), "--max-restarts", "20",
+            *more,
+        ]  # fmt: skip
+        return start(arguments, environment)
+
+    if begin("whole", "pause=0").wait() != 0:
+        raise RuntimeError("the undisturbed run failed")
+    _disturb(lambda: begin("killed"), kills=kills, seed=seed, nproc=nproc)
+    return _compare(runs, start(["sync", "soak/killed", "--runs", str(runs)], environment), steps)
+
+
+def _disturb(begin: Callable[[], Any], *, kills: int, seed: int, nproc: int) -> None:
     """Train, killing what the seed says when it says, until the run has come to its end."""
-    drawn = random.Random(given.seed)
-    process = _start("killed", steps, given.nproc)
-    for number in range(1, given.kills + 1):
+    drawn = random.Random(seed)
+    process = begin()
+    for number in range(1, kills + 1):
         whom = drawn.choice(["rank", "rank", "rank", "all", "launcher"])
         time.sleep(drawn.uniform(0.0, 1.0))
-        ranks = _ranks(process, given.nproc)
+        ranks = _ranks(process, nproc)
         if whom == "launcher":
             process.kill()
         else:
-            for rank in sorted(ranks) if whom == "all" else [drawn.randrange(given.nproc)]:
+            for rank in sorted(ranks) if whom == "all" else [drawn.randrange(nproc)]:
                 with contextlib.suppress(ProcessLookupError, KeyError):
                     os.kill(ranks[rank], 9)
         if whom == "launcher":
             process.wait()
-            process = _start("killed", steps, given.nproc)
+            process = begin()
         if process.poll() is not None:
-            raise RuntimeError(
-                f"seed {given.seed}: the launcher ended with {process.returncode} at kill {number}"
-            )
-        print(f"kill {number} of {given.kills}: {whom}", flush=True)
+            raise RuntimeError(f"seed {seed}: the launcher ended with {process.returncode} at kill {number}")
+        print(f"kill {number} of {kills}: {whom}", flush=True)
     if process.wait() != 0:
-        raise RuntimeError(f"seed {given.seed}: ended with {process.returncode} after the last kill")
-
-
-def _start(name: str, steps: int, nproc: int, *more: str) -> subprocess.Popen[bytes]:
-    command = [
-        sys.executable, "-m", "stoker", "train", str(HERE), f"steps={steps}", "precision=fp32",
-        "checkpoint_every=7", "--nproc", str(nproc), "--name", name, "--experiment", "soak",
-        "--max-restarts", "20", *more,
-    ]  # fmt: skip
-    with Path(f"{name}.log").open("ab") as log:
-        return subprocess.Popen(command, stdout=log, stderr=log)
+        raise RuntimeError(f"seed {seed}: ended with {process.returncode} after the last kill")
 
 
 def _ranks(process: subprocess.Popen[bytes], count: int) -> dict[int, int]:
@@ -143,10 +164,10 @@ def _ranks(process: subprocess.Popen[bytes], count: int) -> dict[int, int]:
             if len(found) == count:
                 return found
         time.sleep(0.01)
-    raise RuntimeError(f"no ranks within a minute:\n{Path('killed.log').read_text()[-3000:]}")
+    raise RuntimeError("no ranks within a minute")
 
 
-def _compare(folder: Path, steps: int) -> list[str]:
+def _compare(folder: Path, sync: Any, steps: int) -> list[str]:
     """What tells the run that was killed from the other one, in words."""
     from safetensors.numpy import load_file
     from stoker.run import view
@@ -163,15 +184,15 @@ def _compare(folder: Path, steps: int) -> list[str]:
     if points[0] != points[1]:
         differing = [step for step in range(1, steps + 1) if points[0].get(step) != points[1].get(step)]
         problems.append(f"the journals differ at steps {differing[:10]}")
-    problems += _compare_sinks(runs, steps)
-    return problems
+    if sync.wait() != 0:
+        raise RuntimeError(f"stoker sync ended with {sync.returncode}")
+    return problems + _compare_sinks(runs, steps)
 
 
 def _compare_sinks(runs: Any, steps: int) -> list[str]:
     """Whether MLflow has one run of each, with each step once."""
     import mlflow
 
-    subprocess.run([sys.executable, "-m", "stoker", "sync", "soak/killed"], check=True, capture_output=True)
     client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{runs[0].path.parent.parent / 'mlflow.db'}")
     (experiment,) = client.search_experiments(filter_string="name = 'soak'")
     found = client.search_runs([experiment.experiment_id])

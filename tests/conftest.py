@@ -76,17 +76,19 @@ def start(tmp_path: Path) -> Iterator[Start]:
     """Start `stoker ARGUMENTS` in a folder of its own; whatever still runs at the end is killed.
 
     It is forked from a server that has imported torch. `cold`, or where its environment would have it import
-    otherwise, it is a Python that begins with nothing.
+    otherwise, it is a Python that begins with nothing. `first` is Python that a forked one executes before.
     """
     processes: list[Any] = []
 
     def run(
-        *arguments: str, env: dict[str, str] | None = None, cwd: Path | None = None, cold: bool = False
-    ) -> Any:
+        *arguments: str, env: dict[str, str] | None = None, cwd: Path | None = None, cold: bool = False,
+        first: str = "",
+    ) -> Any:  # fmt: skip
         folder, environment = cwd or tmp_path, {**os.environ, **(env or {})}
         if warm.fits(environment) and not cold:
-            processes.append(warm.Command(arguments, environment=environment, folder=folder))
+            processes.append(warm.Command(arguments, environment=environment, folder=folder, first=first))
             return processes[-1]
+        assert not first
         processes.append(subprocess.Popen(
             [sys.executable, "-m", "stoker", *arguments],
             cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,

@@ -82,13 +82,21 @@ def process(target: Callable[..., Any], *arguments: Any) -> ForkServerProcess:
 
 
 class Command:
-    """`stoker ARGUMENTS` as a process, with the methods of a Popen that has pipes for its output."""
+    """`stoker ARGUMENTS` as a process, with the methods of a Popen that has pipes for its output.
 
-    def __init__(self, arguments: Sequence[str], *, environment: Mapping[str, str], folder: Path) -> None:
+    Args:
+        first: Python that it executes before.
+    """
+
+    def __init__(
+        self, arguments: Sequence[str], *, environment: Mapping[str, str], folder: Path, first: str = ""
+    ) -> None:
         self.args = list(arguments)
         pipes = [os.pipe() for _ in range(2)]
         output = _Output(*(writing for _, writing in pipes))
-        self._process = CONTEXT.Process(target=_command, args=(output, dict(environment), folder, self.args))
+        self._process = CONTEXT.Process(
+            target=_command, args=(output, dict(environment), folder, self.args, first)
+        )
         self._process.start()
         self._said: list[bytes] = [b"", b""]
         self._readers = []
@@ -206,7 +214,9 @@ def _close_all_but(*files: int) -> None:
                 os.close(name)
 
 
-def _command(output: None, environment: dict[str, str], folder: Path, arguments: list[str]) -> None:
+def _command(
+    output: None, environment: dict[str, str], folder: Path, arguments: list[str], first: str
+) -> None:
     """What `python -m stoker` does."""
     from stoker import __main__
 
@@ -215,6 +225,7 @@ def _command(output: None, environment: dict[str, str], folder: Path, arguments:
     os.environ.update(environment)
     os.chdir(folder)
     tempfile.tempdir = None  # as its environment says
+    exec(first, {})
     util.spawnv_passfds = Spare().spawn
     sys.argv = [str(__main__.__file__), *arguments]
     try:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -14,7 +12,7 @@ import pytest
 from stoker.checkpoint import manifest
 from test_launch import RECIPE, SLOW, _ranks, _weights
 
-from conftest import Command
+from conftest import Command, Start
 from support import loaded, points
 
 A, B = "10.77.0.1", "10.77.0.2"
@@ -23,19 +21,16 @@ A, B = "10.77.0.1", "10.77.0.2"
 class Machines:
     """Two machines, `a` and `b`, that share a disk."""
 
-    def __init__(self, names: dict[str, str], folder: Path) -> None:
-        self._names, self._folder = names, folder
-        self._processes: list[subprocess.Popen[bytes]] = []
+    def __init__(self, names: dict[str, str], start: Start, folder: Path) -> None:
+        self._names, self._start, self._folder = names, start, folder
+        for machine in names:
+            self.said(machine).touch()
 
     def start(self, machine: str, *arguments: str) -> subprocess.Popen[bytes]:
         """`stoker ARGUMENTS` on a machine; what it says goes to `MACHINE.err`."""
-        with self.said(machine).open("ab") as output:
-            process = subprocess.Popen(
-                ["ip", "netns", "exec", self._names[machine], sys.executable, "-m", "stoker", *arguments],
-                cwd=self._folder, env=dict(os.environ), stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL, stderr=output,
-            )  # fmt: skip
-        self._processes.append(process)
+        process: subprocess.Popen[bytes] = self._start(
+            *arguments, first=_ON_MACHINE.format(name=self._names[machine], file=str(self.said(machine)))
+        )
         return process
 
     def said(self, machine: str) -> Path:
@@ -44,14 +39,19 @@ class Machines:
     def cable(self, state: str) -> None:
         subprocess.run(["ip", "-n", self._names["b"], "link", "set", "eth0", state], check=True)
 
-    def stop(self) -> None:
-        for process in self._processes:
-            process.kill()
-            process.wait()
+
+_ON_MACHINE = """
+import ctypes, os
+libc = ctypes.CDLL(None, use_errno=True)
+if libc.setns(os.open("/run/netns/{name}", os.O_RDONLY), 0x40000000):  # CLONE_NEWNET
+    raise OSError(ctypes.get_errno(), "setns")
+os.dup2(os.open({file!r}, os.O_WRONLY | os.O_APPEND), 2)
+"""
+"""As `ip netns exec` does it."""
 
 
 @pytest.fixture
-def machines(tmp_path: Path) -> Iterator[Machines]:
+def machines(start: Start, tmp_path: Path) -> Iterator[Machines]:
     mark = uuid.uuid4().hex[:6]
     names = {"a": f"stoker-a-{mark}", "b": f"stoker-b-{mark}"}
     try:
@@ -77,9 +77,7 @@ def machines(tmp_path: Path) -> Iterator[Machines]:
                 _ip("-n", name, "link", "set", link, "up")
     except (FileNotFoundError, subprocess.CalledProcessError) as error:
         pytest.skip(f"no right to make network namespaces: {error}")
-    made = Machines(names, tmp_path)
-    yield made
-    made.stop()
+    yield Machines(names, start, tmp_path)
     for name in names.values():
         _ip("netns", "del", name)
 

@@ -176,6 +176,28 @@ def test_a_killed_trainer_is_seen_and_the_follower_is_out_of_the_terminals_reach
     assert "".join(capfd.readouterr()) == ""
 
 
+def test_once_the_trainer_is_gone_nothing_is_put_off_for_its_sake(
+    runs: Path, seen: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has ended while a batch was shipped, for which the sink would pause now if it lived."""
+    monkeypatch.setattr(follower, "SHARE", 1e-4)
+    run = make_run(runs)
+    trainer = Trainer(run)
+    trainer.log(1, loss=1.0)
+
+    class EndsMeanwhile(mlflow_sink.MlflowSink):
+        def ship(self, batch: Any) -> None:
+            super().ship(batch)
+            if run.trained_here:
+                trainer.end("finished")
+
+    monkeypatch.setitem(follower._SINKS, "mlflow", EndsMeanwhile)
+    began = time.monotonic()
+    assert follower.follow(run, "mlflow")
+    assert time.monotonic() - began < DEADLINE, "not as long as a share of a core would take"
+    assert seen(runs).status == "FINISHED"
+
+
 def test_followers_of_several_runs_make_one_embedded_store_together(
     tmp_path: Path, follow: Any, seen: Any
 ) -> None:

@@ -92,6 +92,15 @@ def pids(folder: Path) -> dict[int, int]:
     return {_number(file): int(file.read_text()) for file in folder.glob("rank-*.pid")}
 
 
+def living(folder: Path) -> list[int]:
+    """The ranks of a launch that have neither said how they ended nor are gone."""
+    return [
+        rank
+        for rank, pid in pids(folder).items()
+        if not (folder / f"rank-{rank}.json").exists() and psutil.pid_exists(pid)
+    ]
+
+
 def failed(folder: Path) -> bool:
     """Whether any rank of a launch has said that it failed, or is gone without a word."""
     return any(_has_failed(folder / f"rank-{rank}.json", pid) for rank, pid in pids(folder).items())

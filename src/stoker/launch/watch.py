@@ -19,6 +19,7 @@ from stoker.launch import ranks
 
 _EVERY = 0.1  # seconds
 _LAST_WORDS = 5.0  # seconds that the other ranks have to end, once one has failed
+_WAITING = 0.5  # seconds of these after which those are ended that only wait for others to come up
 _STACKS = 1.0  # seconds that ranks have to write their stacks
 _COMING_UP = 60.0  # seconds that all ranks together have to find each other
 _AT_ONCE = 1.0  # seconds that ranks have to end, once they were told twice
@@ -60,7 +61,7 @@ class Watch:
                 self.abandoned = not self._over.is_set()
                 self._end_all()
             elif ranks.failed(self.folder):
-                self._over.wait(_LAST_WORDS)
+                self._let_end()
                 self._end_all()
 
     def stop(self) -> None:
@@ -95,6 +96,24 @@ class Watch:
         for pid in ranks.pids(self.folder).values():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
+
+    def _let_end(self) -> None:
+        """Give the other ranks time to end by themselves.
+
+        Those that wait, in C code, for one that is gone to come up hear nothing, and have nothing to finish.
+        """
+        busy = begun = time.monotonic()
+        while (now := time.monotonic()) < begun + _LAST_WORDS and not self._over.wait(_EVERY):
+            if not self._all_wait():
+                busy = now
+            elif now - busy > _WAITING:
+                break
+
+    def _all_wait(self) -> bool:
+        """Whether there are ranks that live, and all of them wait for others to come up."""
+        pulses = supervision.read(self.folder)
+        living = ranks.living(self.folder)
+        return bool(living) and all(rank in pulses and pulses[rank].joining for rank in living)
 
     def _end_all(self) -> None:
         while not self._over.is_set():

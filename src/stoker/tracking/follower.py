@@ -133,6 +133,16 @@ def follow(directory: RunDirectory, name: str, *, once: bool = False, patience: 
         os.close(lock)
 
 
+@dataclass(frozen=True)
+class _Outside:
+    """What makes a follower hurry."""
+
+    trained: bool
+    """Whether the trainer lives."""
+    asked: int
+    """When somebody last asked for the sink, see `storage.modified`."""
+
+
 class _Task:
     """What a follower has to do: ship up to `goal` (a position in the journal), or to the run's end."""
 
@@ -167,13 +177,14 @@ class _Task:
         """Ship until complete; False where patience ended first, or the run was removed."""
         failures = 0
         while self._directory.exists():
-            alive = self._directory.trained_here  # asked first: what is read after its death is all
+            before = self._outside()  # asked first: what is read after the trainer's death is all
+            alive = before.trained
             try:
                 began = time.thread_time()
                 if shipper.ship_next():
                     failures = 0
                     if alive and self._goal is None:
-                        self._sleep((time.thread_time() - began) * (1 / SHARE - 1))
+                        self._sleep((time.thread_time() - began) * (1 / SHARE - 1), before)
                     continue
                 if not alive:
                     shipper.conclude()
@@ -186,17 +197,17 @@ class _Task:
                 if self._out_of_patience():
                     return False
             longest = LONGEST_BACKOFF if alive else LONGEST_BACKOFF / 6
-            self._sleep(min(INTERVAL * 2 ** min(failures, 10), longest))
+            self._sleep(min(INTERVAL * 2 ** min(failures, 10), longest), before)
         return False
 
-    def _sleep(self, seconds: float) -> None:
-        """Sleep, unless somebody asks for the sink meanwhile, or the trainer dies."""
-        before, alive = storage.modified(self._wake_file), self._directory.trained_here
+    def _sleep(self, seconds: float, before: _Outside) -> None:
+        """Sleep, unless somebody has asked for the sink since `before`, or the trainer has died."""
         deadline = time.monotonic() + seconds
-        while (left := deadline - time.monotonic()) > 0:
+        while (left := deadline - time.monotonic()) > 0 and self._outside() == before:
             time.sleep(min(left, INTERVAL))
-            if storage.modified(self._wake_file) != before or self._directory.trained_here != alive:
-                break
+
+    def _outside(self) -> _Outside:
+        return _Outside(self._directory.trained_here, storage.modified(self._wake_file))
 
     def _out_of_patience(self) -> bool:
         """Whether the trainer is gone, or was never waited for, and that for too long."""
