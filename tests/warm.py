@@ -39,6 +39,7 @@ _MODULES = [
     "stoker.tracking.mlflow_sink",
     "synthetic_run",
     "ranks",
+    "stoker.preloaded",  # last: what is imported by then is no garbage
 ]
 
 
