@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import time
 from pathlib import Path
@@ -40,3 +41,20 @@ def test_they_are_brought_within_a_second_or_so_by_themselves(tmp_path: Path, sy
     while file.stat().st_ino not in synced:
         assert time.monotonic() < until
         time.sleep(0.05)
+
+
+def test_a_process_made_by_fork_brings_what_is_its_own(tmp_path: Path) -> None:
+    disk.bring_soon(tmp_path)
+    context = multiprocessing.get_context("fork")
+    child = context.Process(target=_bring_in_child, args=(tmp_path,))
+    with disk._BRINGER._one:  # as while the thread brings something
+        child.start()
+    child.join(20)
+    assert child.exitcode == 0
+
+
+def _bring_in_child(folder: Path) -> None:
+    assert not disk._BRINGER._waiting
+    disk.bring_soon(folder)
+    disk.bring()
+    assert not disk._BRINGER._waiting
