@@ -188,7 +188,7 @@ def _progress(folder: Path) -> tuple[int, int]:
 
 def _launch(job: _Job, place: Place, folder: Path) -> dict[int, int]:
     """Start the ranks and wait for them; returns the exit codes of those that were seen to fail first."""
-    multiprocessing.get_context("forkserver").set_forkserver_preload([*PRELOAD, *job.preload])
+    multiprocessing.get_context("forkserver").set_forkserver_preload([*job.preload, *PRELOAD])
     signals.start_forkserver()  # it imports torch while this process does
     from stoker.engine import device
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
