@@ -134,7 +134,7 @@ def beside(folder: Path | None, log: Path) -> Iterator[None]:
 
 
 def written(folder: Path) -> list[Path]:
-    """The files in a job's folder that its nodes write: how its attempts ended, then their logs."""
+    """The files in a job's folder that its nodes write: how its attempts went, then their logs."""
     found = (file for suffix in jobs.WRITTEN for file in sorted(folder.glob(f"*{suffix}")))
     return [file for file in found if file.is_file()]
 

@@ -35,7 +35,7 @@ FOLDER = ".jobs"  # in the runs folder
 RECORD = "job.json"
 LOGS = "logs"
 WRITTEN = (".txt", ".log")
-"""What the files end in that the job itself writes: how its attempts ended, and its logs."""
+"""What the files end in that the job itself writes: how its attempts went, and its logs."""
 
 
 @dataclass(frozen=True, kw_only=True)
