@@ -224,6 +224,8 @@ def test_what_nodes_write_to_its_end_is_seen_where_there_is_neither_their_disk_n
     assert followed.returncode == 0, err.decode()
     assert "tells/b preempted at step 20" in out.decode()
     assert "tells/b preempted at step 20" in stoker(*logs, env=elsewhere, cwd=folder).out
+    listed = stoker("jobs", "list", "--runs", url, "--json", env=elsewhere, cwd=folder)
+    assert listed.answer["jobs"][0]["step"] == 20, listed.err
     there = _stored(s3, url)
     assert not [key for key, content in there.items() if SECRET in content]
     (job,) = (tmp_path / "nodes").glob("stores/*/bucket/*/.jobs/*")
