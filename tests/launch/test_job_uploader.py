@@ -89,6 +89,23 @@ def test_one_that_is_killed_leaves_what_it_brought_and_the_next_one_goes_on(job:
     assert _there(job, "attempts.txt") == (job.folder / "attempts.txt").read_text()
 
 
+def test_a_secret_of_several_lines_does_not_get_there_and_what_follows_is_there_once(
+    job: Job, begin: Begin
+) -> None:
+    key = ["-----BEGIN RSA PRIVATE KEY-----", *("MIIEpAIBAAKCAQEA" * 4,) * 3, "-----END RSA PRIVATE KEY-----"]
+    _write(job, "node-0.log", "\n".join(["begins", *key, "goes on", ""]))
+    for ends in ("preempted\n", "ends\n"):  # the second one finds the copy of the first
+        begin().communicate(timeout=30)
+        _write(job, "node-0.log", ends)
+    begin().communicate(timeout=30)
+    there = _there(job, "node-0.log")
+    assert "MIIEpA" not in there
+    assert [line for line in there.splitlines() if line in ("begins", "goes on", "preempted", "ends")] == [
+        "begins", "goes on", "preempted", "ends"
+    ]  # fmt: skip
+    assert there.count("\n") == (job.folder / "node-0.log").read_text().count("\n")
+
+
 def test_one_outlives_the_signals_that_are_meant_for_those_that_train(job: Job, begin: Begin) -> None:
     _write(job, "node-0.log", "begins\n")
     process = begin()

@@ -186,3 +186,19 @@ def test_jobs_of_a_store_are_known_on_every_machine(tmp_path: Path, monkeypatch:
     jobs.write(dataclasses.replace(jobs.find(two, "42"), cancelled=True))
     assert jobs.find(runs_on("one"), "42").cancelled
     assert (job.folder / "node-0.log").read_text() == "said\n"
+
+
+def test_that_a_job_was_cancelled_is_not_taken_back_where_the_store_could_not_be_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(self: object, key: str, file: Path) -> None:
+        raise Unreachable("it does not answer")
+
+    monkeypatch.setenv("STOKER_CACHE", str(tmp_path / "cache"))
+    job = _job(object_store.working_copy(f"file://{tmp_path}/store"))
+    jobs.begin(job, "script.sh", "")
+    known = jobs.remember(job, "42")
+    with monkeypatch.context() as meanwhile:
+        meanwhile.setattr(object_store.Store, "put", away)
+        jobs.write(dataclasses.replace(known, cancelled=True))
+    assert jobs.find(job.runs, "42").cancelled

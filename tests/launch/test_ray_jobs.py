@@ -89,7 +89,9 @@ def test_a_run_over_two_nodes_goes_on_to_the_same_bits_when_one_is_lost(
     said = stoker("jobs", "logs", "a").out
     assert "a node was lost; starting again" in said
     assert "[node 0] " in said or "[node 1] " in said  # whichever rank 0 was on
-    of_one = stoker("jobs", "logs", "a", "--rank", "1", "--follow").out.splitlines()
+    followed = stoker("jobs", "logs", "a", "--rank", "1", "--follow")
+    assert followed.err == ""
+    of_one = followed.out.splitlines()
     assert of_one
     assert all(line.startswith("[rank 1] ") for line in of_one)
 

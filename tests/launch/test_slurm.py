@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shlex
 import subprocess
@@ -13,6 +14,11 @@ from pathlib import Path
 import boto3
 import pytest
 from safetensors.torch import load_file
+from stoker import object_store
+from stoker.launch import job_uploader, jobs
+from stoker.launch import slurm as slurm_jobs
+from stoker.launch.jobspec import JobSpec
+from stoker.run import finding
 
 import servers
 import slurm_cluster
@@ -116,7 +122,7 @@ def test_a_job_that_reaches_its_time_limit_and_is_preempted_ends_in_the_same_bit
     assert [attempt.resumed_from for attempt in seen.attempts[1:]] == [20, 40]
     assert seen.config["note"] == note.removeprefix("note=")
     attempts = next(folder.glob("runs/.jobs/*/attempts.txt")).read_text().splitlines()
-    assert [line.rpartition(" ")[2] for line in attempts] == ["75", "75", "0"]
+    assert [line.rpartition(" ")[2] for line in attempts] == ["begins", "75", "begins", "75", "begins", "0"]
     assert stoker(*SAME, "--nproc", "2", "--name", "whole", cwd=folder).code == 0
     whole = folder / "runs" / "waiting" / "whole"
     assert _weights(run) == _weights(whole)
@@ -194,7 +200,11 @@ def test_what_nodes_write_to_its_end_is_seen_where_there_is_neither_their_disk_n
     proxy.mode, proxy.left = "503", 2
     begin = "    x = torch.randn"
     tells = "    print('key', __import__('os').environ['AWS_SECRET_ACCESS_KEY'], flush=True)\n"
-    (folder / "tells.py").write_text(Path(RECIPE).read_text().replace(begin, tells + begin))
+    waits = "            time.sleep(0.02)\n"
+    slow = f"{waits}        if run.stop.requested is not None:\n            time.sleep(2)\n"
+    (folder / "tells.py").write_text(
+        Path(RECIPE).read_text().replace(begin, tells + begin).replace(waits, slow)
+    )
     asked = ("train", "tells.py", *SAME[2:], "--nodes", "2", "--name", "b", "--on", "slurm", "--runs", url)
     done = stoker(*asked, "waits=[20]", "--json", env=nodes, cwd=folder)
     assert done.code == 0, done.err
@@ -210,15 +220,64 @@ def test_what_nodes_write_to_its_end_is_seen_where_there_is_neither_their_disk_n
 
     assert stoker("jobs", "cancel", "b", "--now", "--runs", url, env=nodes, cwd=folder).code == 0
     assert _over(done.answer["native"]) == "CANCELLED"
-    _, err = followed.communicate(timeout=30)
+    out, err = followed.communicate(timeout=30)
     assert followed.returncode == 0, err.decode()
+    assert "tells/b preempted at step 20" in out.decode()
     assert "tells/b preempted at step 20" in stoker(*logs, env=elsewhere, cwd=folder).out
+    listed = stoker("jobs", "list", "--runs", url, "--json", env=elsewhere, cwd=folder)
+    assert listed.answer["jobs"][0]["step"] == 20, listed.err
     there = _stored(s3, url)
     assert not [key for key, content in there.items() if SECRET in content]
     (job,) = (tmp_path / "nodes").glob("stores/*/bucket/*/.jobs/*")
     for name in ("attempts.txt", "node-0.log", "node-1.log", "slurm.log"):
         stretches = [there[key] for key in sorted(there) if f"/logs/{name}/" in key]
         assert "".join(stretches) == (job / name).read_text().replace(SECRET, "[REDACTED]")
+
+
+def _in_store(folder: Path, attempts: str, cancelled: bool) -> tuple[jobs.Job, job_uploader.InStore]:
+    """A job that Slurm does not know, with what is brought to the store of what it wrote of its attempts."""
+    runs = object_store.working_copy(f"s3://bucket/{uuid.uuid4().hex}")
+    store = object_store.of(runs)
+    assert store is not None
+    job = jobs.planned("slurm", JobSpec(name="a", command=("python",), folder=folder), runs, ("ranked/a",))
+    (jobs.begin(job, "attempts.txt", attempts).parent / "logs").mkdir()
+    jobs.write(dataclasses.replace(job, native="999999", cancelled=cancelled))
+    there = job_uploader.InStore(job.folder, store)
+    there.push()
+    return job, there
+
+
+@pytest.mark.parametrize(
+    ("written", "cancelled", "state"),
+    [
+        ("n1 begins\nn1 exit code 75\nn2 begins\nn2 exit code 0\n", False, "done"),
+        ("n1 begins\nn1 exit code 3\n", False, "failed"),
+        ("n1 begins\nn1 exit code 75\n", True, "cancelled"),
+        ("n1 begins\nn1 exit code 75\nn2 begins\n", False, "unknown"),
+        ("", True, "cancelled"),
+        ("", False, "unknown"),
+    ],
+)
+def test_how_a_job_was_that_slurm_has_forgotten_is_read_in_the_store_where_the_disk_is_not(
+    written: str, cancelled: bool, state: str, stoker: Command, tmp_path: Path, proxy: servers.Proxy
+) -> None:
+    job, _ = _in_store(tmp_path, written, cancelled)
+    elsewhere = {"STOKER_CACHE": str(tmp_path / "elsewhere")}
+    listed = stoker("jobs", "list", "--runs", finding.shown(job.runs), "--json", env=elsewhere)
+    assert [known["state"] for known in listed.answer["jobs"]] == [state], listed.err
+
+
+def test_a_job_that_was_cancelled_and_killed_is_followed_until_nothing_more_comes(
+    tmp_path: Path, proxy: servers.Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its script could not say that it ended."""
+    monkeypatch.setattr(slurm_jobs, "_QUIET", 1)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    job, there = _in_store(tmp_path, "n1 begins\n", cancelled=True)
+    assert list(slurm_jobs.lines(job, follow=True)) == []
+    (job.folder / "slurm.log").write_text("begins\n")
+    there.push()
+    assert [line.text for line in slurm_jobs.lines(job, follow=True)] == ["begins"]
 
 
 def test_a_job_that_fails_is_started_again_as_often_as_was_asked_for(stoker: Command, folder: Path) -> None:

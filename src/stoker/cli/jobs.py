@@ -8,6 +8,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from datetime import datetime
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -18,8 +19,9 @@ from stoker.errors import BadInput, StokerError
 from stoker.launch import jobs, jobspec, targets
 from stoker.launch.jobs import Job
 from stoker.launch.targets import Status
+from stoker.object_store import Unreachable
 from stoker.report.terminal import print_whole
-from stoker.run import finding, view
+from stoker.run import finding, mirror, view
 from stoker.run.directory import RunDirectory
 from stoker.run.view import RunView
 
@@ -39,6 +41,7 @@ def list_(runs: RunsFolder = DEFAULT_RUNS, json: Json = False) -> None:
     """List the jobs of a runs folder, the newest last."""
     show_messages()
     known = jobs.every(runs)
+    _bring_runs(runs)
     states = _states(known)
     if json:
         print_json({"jobs": [_entry(job, states[job.id]) for job in known]})
@@ -55,6 +58,7 @@ def show(job: JobName, runs: RunsFolder = DEFAULT_RUNS, json: Json = False) -> N
     """Show a job: how it is, what it needs, what was submitted, and the state of its code then."""
     show_messages()
     found = jobs.find(runs, job)
+    _bring_runs(runs)
     status = _states([found])[found.id]
     if json:
         print_json({**_entry(found, status), "spec": found.spec.to_json(), "code": found.code})
@@ -113,6 +117,14 @@ def cancel(
     console().print(f"job {found.id} was {status.state}; it {how}, and is not queued again", markup=False)
 
 
+def _bring_runs(runs: Path) -> None:
+    """Of an object store: bring here how far its runs are."""
+    try:
+        mirror.refresh(runs.absolute())
+    except Unreachable as error:
+        log.warning("how far runs on other machines are is not known now: %s", error)
+
+
 def _states(known: Sequence[Job]) -> dict[str, Status]:
     """How jobs are; where a target does not answer, that is what is known of its jobs."""
     found: dict[str, Status] = {}
@@ -152,9 +164,9 @@ def _print(known: Sequence[Job], states: dict[str, Status]) -> None:
 
 def _facts(job: Job, status: Status) -> list[tuple[str, str]]:
     spec = job.spec
-    needs = [f"{spec.nodes} nodes" if spec.nodes > 1 else "1 node", f"{spec.processes} ranks a node"]
-    needs += [f"{spec.gpus} GPUs"] if spec.gpus else []
-    needs += [f"{spec.cores} cores"]
+    needs = [_count(spec.nodes, "node"), f"{_count(spec.processes, 'rank')} a node"]
+    needs += [_count(spec.gpus, "GPU")] if spec.gpus else []
+    needs += [_count(spec.cores, "core")]
     needs += [jobspec.shown_memory(spec.memory)] if spec.memory is not None else []
     return [
         ("job", f"{job.id}, {job.target}'s {job.native}"),
@@ -165,6 +177,10 @@ def _facts(job: Job, status: Status) -> list[tuple[str, str]]:
         ("code", _code(job.code) or "not in git"),
         ("files", str(job.folder)),
     ]
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _changed_code(job: Job) -> list[str]:

@@ -99,9 +99,9 @@ class InStore:
             begin = _copied(log, copy)
         with log.open("rb") as source, copy.open("ab") as target:
             source.seek(begin)
-            *lines, _ = source.read().split(b"\n")
-            target.writelines(_without_secrets(line) + b"\n" for line in lines)
-        self._copied[log.name] = begin + sum(len(line) + 1 for line in lines)
+            lines, end, _ = source.read().rpartition(b"\n")
+            target.write(_without_secrets(lines + end))
+        self._copied[log.name] = begin + len(lines + end)
         return copy
 
 
@@ -134,7 +134,7 @@ def beside(folder: Path | None, log: Path) -> Iterator[None]:
 
 
 def written(folder: Path) -> list[Path]:
-    """The files in a job's folder that its nodes write: how its attempts ended, then their logs."""
+    """The files in a job's folder that its nodes write: how its attempts went, then their logs."""
     found = (file for suffix in jobs.WRITTEN for file in sorted(folder.glob(f"*{suffix}")))
     return [file for file in found if file.is_file()]
 
@@ -149,9 +149,10 @@ def _copied(log: Path, copy: Path) -> int:
         return sum(len(line) for line, _ in zip(source, range(lines), strict=False))
 
 
-def _without_secrets(line: bytes) -> bytes:
-    text = redaction.text(line.decode("utf-8", "surrogateescape"))
-    return text.encode("utf-8", "surrogateescape")
+def _without_secrets(lines: bytes) -> bytes:
+    """As many lines without secrets, of which one may take several lines, as a private key does."""
+    cleaned = redaction.text(lines.decode("utf-8", "surrogateescape")).encode("utf-8", "surrogateescape")
+    return cleaned + b"\n" * (lines.count(b"\n") - cleaned.count(b"\n"))  # they are counted, see `_copied`
 
 
 def main() -> int:

@@ -25,7 +25,7 @@ from stoker import object_store, storage
 from stoker.errors import BadInput, nearest
 from stoker.launch import jobspec
 from stoker.launch.jobspec import JobSpec
-from stoker.object_store import Unreachable
+from stoker.object_store import Stored, Unreachable
 from stoker.reproduce import provenance
 from stoker.run import directory, finding
 
@@ -35,7 +35,7 @@ FOLDER = ".jobs"  # in the runs folder
 RECORD = "job.json"
 LOGS = "logs"
 WRITTEN = (".txt", ".log")
-"""What the files end in that the job itself writes: how its attempts ended, and its logs."""
+"""What the files end in that the job itself writes: how its attempts went, and its logs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,12 +135,17 @@ def _bring(runs: Path) -> None:
             file = runs / key
             if key.count("/") > 2:  # of its logs, which are read in the store
                 continue
-            if not file.is_file() or (file.name == RECORD and file.stat().st_size != stored.size):
-                store.get(key, file)  # one that was cancelled elsewhere, say
+            if not file.is_file() or (file.name == RECORD and _older(file, stored)):
+                store.get(key, file)
     except Unreachable as error:
         if not any((runs / FOLDER).glob(f"*/{RECORD}")):
             raise
         log.warning("jobs of other machines are not known now: %s", error)
+
+
+def _older(record: Path, stored: Stored) -> bool:
+    """Whether a job was cancelled elsewhere since: nothing else changes a record, nor is that taken back."""
+    return record.stat().st_size != stored.size and not storage.read_json(record).get("cancelled")
 
 
 def find(runs: Path, reference: str) -> Job:

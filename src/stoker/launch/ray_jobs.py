@@ -243,6 +243,9 @@ def _client(spec: JobSpec) -> JobSubmissionClient:
         raise BadInput("--on ray needs Ray, which is not installed: pip install 'stoker[ray]'")
     from ray.job_submission import JobSubmissionClient
 
+    logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(
+        logging.WARNING
+    )  # says when a log is at its end
     try:
         return JobSubmissionClient(spec.options.get("address"))
     except (ConnectionError, RuntimeError, ValueError) as error:

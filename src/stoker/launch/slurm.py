@@ -9,6 +9,7 @@ job as running: one that was cancelled is not any more, nor one that Slurm queue
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
@@ -17,6 +18,7 @@ import shutil
 import subprocess
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,17 +28,21 @@ from stoker.launch import client, job_uploader, jobs, jobspec, tail
 from stoker.launch.jobs import Job
 from stoker.launch.jobspec import ELEMENT, RENDEZVOUS, JobSpec
 from stoker.launch.targets import Line, Status
+from stoker.object_store import Unreachable
 
 SCRIPT = "script.sh"
 ATTEMPTS = "attempts.txt"
-"""In the job's folder: a line for each time that it ended, with its exit code."""
+"""In the job's folder: a line for each time that it began, and that it ended, with its exit code."""
 
 log = logging.getLogger("stoker")
 
+_BEGINS = "begins"
 _FORGOTTEN = "Invalid job id"  # says squeue of a job that is over for long
 _WARNING = 120  # seconds before the time limit
 _TOLD = (EXIT_PREEMPTED, 138, 143)  # exit codes of what was told to stop
+_QUIET = 120  # seconds without a line after which a job that was cancelled is taken for one that was killed
 _STRAGGLERS = 60  # seconds that the other nodes' launchers have to end, once one has
+_AT_ONCE = 8  # requests of a store
 _FIRST_PORT = 20000  # of ten thousand below those that Linux gives to outgoing connections
 
 _NEEDS = (
@@ -91,6 +97,7 @@ def render(job: Job) -> str:
         *_environment(spec),
         *_meeting(spec),
         *(_uploading(job) if stored else []),
+        *_counting(job),
         _STEP_COMMENT.format(warning=_clock(_warning(spec))),
         _step(job),
         "code=$?",
@@ -121,7 +128,8 @@ def states(of: Sequence[Job]) -> dict[str, Status]:
     known = _queue(numbers)
     missing = [number for number in numbers if number not in known]
     known |= _accounting(missing) if missing else {}
-    return {job.id: _status(job, known.get(job.native, [])) for job in of}
+    forgotten = _by_attempts([job for job in of if job.native not in known])
+    return {job.id: _status(job, known.get(job.native) or forgotten[job.id]) for job in of}
 
 
 def cancel(job: Job, *, at_once: bool) -> None:
@@ -147,7 +155,8 @@ def lines(job: Job, *, follow: bool) -> Iterator[Line]:
         except BadInput:  # Slurm's commands are not here
             if object_store.of(job.runs) is None:
                 raise
-            return _is_over(jobs.find(job.runs, job.id), logs.text(ATTEMPTS))
+            known = jobs.find(job.runs, job.id)
+            return _is_over(known, logs.text(ATTEMPTS)) or (known.cancelled and logs.quiet > _QUIET)
         except StokerError as error:
             if not silent:
                 log.warning("%s; what is written is followed on", error)
@@ -245,18 +254,26 @@ def _uploading(job: Job) -> list[str]:
     return [_UPLOADING.format(uploader=" ".join(map(_word, words)))]
 
 
+def _counting(job: Job) -> list[str]:
+    """What says that an attempt begins: one of which no end follows goes on."""
+    element = f".{_NUMBER}" if job.spec.elements else ""
+    return [
+        f"attempts={shlex.quote(str(job.folder / ATTEMPTS))}{element}",
+        f'echo "$(date +%FT%T) $SLURM_JOB_NODELIST {_BEGINS}" >> "$attempts"',
+        "",
+    ]
+
+
 def _ending(job: Job, *, stored: bool) -> list[str]:
     """What is done once the launchers have ended: the job is queued again, or over."""
     spec, told = job.spec, " | ".join(map(str, _TOLD))
-    element = f".{_NUMBER}" if spec.elements else ""
     found = [
-        f"attempts={shlex.quote(str(job.folder / ATTEMPTS))}{element}",
         'echo "$(date +%FT%T) $SLURM_JOB_NODELIST exit code $code" >> "$attempts"',
         "case $code in",
         f"    {told}) again=yes ;;  # told to stop: 138 and 143 are before Python could answer",
     ]
     if spec.retries:
-        failed = f"grep -cvE 'exit code (0|{told.replace(' ', '')})$'"
+        failed = f"grep -cvE '({_BEGINS}|exit code (0|{told.replace(' ', '')}))$'"
         found += [
             f"    0 | {EXIT_BAD_INPUT}) again=no ;;",
             f'    *) [ "$({failed} "$attempts")" -le {spec.retries} ] && again=yes || again=no ;;',
@@ -441,11 +458,11 @@ def _in_our_words(word: str, reason: str) -> Status:
     return Status(state, reason if state == "queued" and reason != "None" else "")
 
 
-def _status(job: Job, elements: Sequence[Status]) -> Status:
-    """How a job is by what Slurm says of its elements."""
-    found = list(elements) or _by_attempts(job)
+def _status(job: Job, found: Sequence[Status]) -> Status:
+    """How a job is by how its elements are."""
     if job.cancelled:
-        found = [Status("cancelled") if status.state == "failed" else status for status in found]
+        lost = ("failed", "unknown")  # one that was queued has written nothing
+        found = [Status("cancelled") if status.state in lost else status for status in found]
     first = min(found, key=lambda status: _MOST_TELLING.index(status.state))
     if len(found) == 1:
         return first
@@ -456,18 +473,42 @@ def _status(job: Job, elements: Sequence[Status]) -> Status:
 
 
 def _is_over(job: Job, attempts: str) -> bool:
-    """Whether a job will do nothing more, by how its attempts ended: as its script decides that."""
-    codes = [int(line.rpartition(" ")[2]) for line in attempts.splitlines()]
-    failed = sum(code not in (0, *_TOLD) for code in codes)
-    if not codes or codes[-1] in _TOLD:
+    """Whether a job will do nothing more, by what it wrote of its attempts: as its script decides that."""
+    lines = attempts.splitlines()
+    if not lines:
         return job.cancelled
+    if lines[-1].endswith(_BEGINS):
+        return False
+    codes = [int(line.rpartition(" ")[2]) for line in lines if not line.endswith(_BEGINS)]
+    if codes[-1] in _TOLD:
+        return job.cancelled
+    failed = sum(code not in (0, *_TOLD) for code in codes)
     return codes[-1] in (0, EXIT_BAD_INPUT) or failed > job.spec.retries
 
 
-def _by_attempts(job: Job) -> list[Status]:
-    """How a job was that Slurm has forgotten, by the last exit code of each of its elements."""
-    found = []
-    for file in sorted(job.folder.glob(f"{ATTEMPTS}*")):
-        code = file.read_text(encoding="utf-8").split()[-1]
-        found.append(Status("done") if code == "0" else Status("failed", f"exit code {code}"))
-    return found or [Status("unknown", "Slurm does not know it any more")]
+def _by_attempts(of: Sequence[Job]) -> dict[str, list[Status]]:
+    """How jobs were that Slurm has forgotten, by `Job.id`: by the last exit code of each element."""
+    with ThreadPoolExecutor(_AT_ONCE) as pool:  # a store takes its time to answer
+        written = list(pool.map(_attempts, of))
+    forgotten = Status("unknown", "Slurm does not know it any more")
+    found = {}
+    for job, elements in zip(of, written, strict=True):
+        codes = [attempts.split()[-1] for attempts in elements if attempts.strip()]
+        found[job.id] = [_ended(code) if code.isdecimal() else forgotten for code in codes] or [forgotten]
+    return found
+
+
+def _attempts(job: Job) -> list[str]:
+    """What a job, or each of its elements, wrote of its attempts: here, else in the store of its runs."""
+    here = [file.read_text(encoding="utf-8") for file in sorted(job.folder.glob(f"{ATTEMPTS}*"))]
+    store = object_store.of(job.runs)
+    if here or store is None:
+        return here
+    with contextlib.suppress(Unreachable):  # that was said when its jobs were looked for
+        stored = tail.of_nodes(job, store).get(job.folder / ATTEMPTS)
+        return [stored.read(0).decode()] if stored is not None else []
+    return []
+
+
+def _ended(code: str) -> Status:
+    return Status("done") if code == "0" else Status("failed", f"exit code {code}")

@@ -62,6 +62,12 @@ class Logs:
         self._stored: dict[Path, InStore] = {}
         self._asked = -math.inf
         self._silent = False
+        self._changed = time.monotonic()
+
+    @property
+    def quiet(self) -> float:
+        """Seconds since the store had anything new, or did not answer."""
+        return time.monotonic() - self._changed
 
     def __call__(self) -> dict[str, Path | InStore]:
         here: dict[Path, Path | InStore] = {
@@ -80,12 +86,14 @@ class Logs:
         """What the store has, by the file that it is of; asked for now and then, as clusters are."""
         if self._store is not None and time.monotonic() - self._asked >= ASKED:
             try:
-                self._stored = self._listed(self._store)
+                found = self._listed(self._store)
+                if found != self._stored:
+                    self._stored, self._changed = found, time.monotonic()
                 self._silent = False
             except Unreachable as error:
                 if not self._silent:
                     log.warning("%s; what other machines write is not seen now", error)
-                self._silent = True
+                self._silent, self._changed = True, time.monotonic()
             self._asked = time.monotonic()
         return self._stored
 
@@ -111,11 +119,16 @@ class Logs:
             for key, stored in store.objects(f"{run}/logs").items():
                 if Path(key).stem.startswith("rank-"):
                     found[job.runs / key] = InStore(store, key, stored.size)
-        base = f"{jobs.FOLDER}/{job.id}/{jobs.LOGS}"
-        if self._nodes:
-            for name, of_file in stretches.known(base, store.objects(base)).items():
-                found[job.folder / name] = InStore(store, f"{base}/{name}", of_file[-1].end, tuple(of_file))
-        return found
+        return found | (of_nodes(job, store) if self._nodes else {})
+
+
+def of_nodes(job: Job, store: Store) -> dict[Path, InStore]:
+    """What a store has of what a job's nodes write, by the file that it is of. Raises Unreachable."""
+    base = f"{jobs.FOLDER}/{job.id}/{jobs.LOGS}"
+    return {
+        job.folder / name: InStore(store, f"{base}/{name}", of_file[-1].end, tuple(of_file))
+        for name, of_file in stretches.known(base, store.objects(base)).items()
+    }
 
 
 def _order(file: Path) -> list[Any]:
