@@ -201,7 +201,7 @@ def test_dora_is_not_gone_on_with_on_a_base_in_4_bits(base: Path, tmp_path: Path
 
 def launched(**settings: Any) -> None:
     """What is looked at before any process is started."""
-    llm.check_launch(llm.Config(**settings), 1)
+    llm.check_launch(llm.Config(**settings))
 
 
 def says_it_is_for(adapter: Path, model: str) -> Path:
