@@ -289,6 +289,19 @@ def test_generations_begin_with_what_asks_for_an_answer(bare: Any) -> None:
     assert data.prompts(found, of(bare, None), ["mine"]) == ("mine",)
 
 
+def test_what_leaves_the_model_no_position_for_an_answer_is_not_asked(bare: Any) -> None:
+    tokenizer = of(bare, None)
+    documents = [Document(key, "what is " * n, "it is") for key, n in (("a", 30), ("b", 1), ("c", 2))]
+    found = [source([], documents, [])]
+    short = tuple(data.PROMPT.format(prompt=document.prompt) for document in documents[1:])
+    positions = len(tokenizer(short[1])["input_ids"]) + 1
+    assert data.prompts(found, tokenizer, positions=positions) == short
+    with pytest.raises(
+        BadInput, match=r"prompts: the one that begins with 'what is .* positions: shorten it"
+    ):
+        data.prompts(found, tokenizer, ["one", "what is " * 30], positions=positions)
+
+
 @pytest.mark.parametrize("kind", ["texts", "pairs", "conversations"])
 def test_padding_is_not_learnt_though_it_is_the_token_that_ends_documents(
     bare: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str

@@ -214,7 +214,9 @@ def train(run: Run, config: Config) -> None:
         )  # fmt: skip
     data.say(run, config.data, found, rows, packed=packing, wanted=config.packing)
     language = dataclasses.replace(language, tokenizer=data.as_asked(found, language.tokenizer))
-    prompts = data.prompts(found, language.tokenizer, config.prompts)
+    prompts = data.prompts(
+        found, language.tokenizer, config.prompts, positions=building.positions(language.config)
+    )
     if config.quantisation == "nf4":
         quantised.convert(language.model)
     model = adapters.adapted(language, config.lora, compare=run.world.rank == 0)
