@@ -220,7 +220,7 @@ def test_answers_that_truncation_removes_are_counted_and_said(
     assert isinstance(rows.train, PackedDataset)
     assert rows.train.statistics.dropped == 1
     assert len(rows.train) == 1
-    assert "1 documents are left out, of whose answers nothing is left" in caplog.text
+    assert "1 document is left out, of whose answer nothing is left" in caplog.text
 
 
 def test_a_conversation_of_which_nothing_said_is_found_again_is_counted(bare: Any, tmp_path: Path) -> None:

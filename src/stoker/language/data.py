@@ -145,10 +145,14 @@ def say(run: Run, data: str, found: Sequence[Source], rows: Rows, *, packed: boo
 def _say_what_is_lost(name: str, rows: Sequence[PackedDataset]) -> None:
     truncated = sum(part.statistics.truncated for part in rows)
     dropped = sum(part.statistics.dropped for part in rows)
-    cut = f"{truncated:,} answers are cut off at {rows[0].sequence_length} tokens" if truncated else ""
-    left_out = f"{dropped:,} documents are left out, of whose answers nothing is left" if dropped else ""
+    cut = f"{_counted(truncated, 'answer')} cut off at {rows[0].sequence_length} tokens" if truncated else ""
+    left_out = f"{_counted(dropped, 'document')} left out, of whose answer nothing is left" if dropped else ""
     if cut or left_out:
         log.warning("%s: %s: raise sequence_length", name, ", and ".join(filter(None, [cut, left_out])))
+
+
+def _counted(count: int, what: str) -> str:
+    return f"1 {what} is" if count == 1 else f"{count:,} {what}s are"
 
 
 def prompts(
