@@ -73,6 +73,7 @@ def test_values_become_what_the_field_is(override: str, expected: dict[str, obje
         ("every=soon", "'soon' is not a duration"),
         ("lr", "'lr' is not an override: write key=value"),
         ("lr=11", "beyond reason"),
+        ("shuffle=flase", "shuffle is true or false, for example shuffle=true"),
         ("sizes=[1, b]", "sizes is a list, each a whole number"),
     ],
 )

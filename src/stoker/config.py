@@ -283,7 +283,9 @@ def _explain(key: str, leaf: _Leaf, value: Any, source: str, error: ValidationEr
     if isinstance(value, str) and typing.get_origin(leaf.type) is typing.Literal:
         reason += nearest(value, [str(a) for a in typing.get_args(leaf.type)])
     has_example = leaf.default not in (dataclasses.MISSING, None, ())
-    example = f", for example {key}={_dump(leaf, leaf.default)}" if has_example else ""
+    default = _dump(leaf, leaf.default) if has_example else None
+    written = json.dumps(default) if isinstance(default, bool) else default
+    example = f", for example {key}={written}" if has_example else ""
     return f"{key}={value} ({source}): {reason}; {key} is {_type_name(leaf.type)}{example}"
 
 

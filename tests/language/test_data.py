@@ -221,6 +221,8 @@ def test_answers_that_truncation_removes_are_counted_and_said(
     assert rows.train.statistics.dropped == 1
     assert len(rows.train) == 1
     assert "1 document is left out, of whose answer nothing is left" in caplog.text
+    with pytest.raises(BadInput, match=r"^validation: no tokens are left of 1 documents"):
+        data.pack([source([short], [long], [short])], tokenizer, sequence_length=32)
 
 
 def test_a_conversation_of_which_nothing_said_is_found_again_is_counted(bare: Any, tmp_path: Path) -> None:

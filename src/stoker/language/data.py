@@ -88,7 +88,10 @@ def pack(
     def packed(source: Source, split: str) -> PackedDataset:
         documents: list[Document] = getattr(source.splits, split)
         corpus = make_corpus(documents, split).fingerprint
-        made = tokens.tokenise(documents, fingerprint=(corpus, encoder.fingerprint), **settings)
+        try:
+            made = tokens.tokenise(documents, fingerprint=(corpus, encoder.fingerprint), **settings)
+        except tokens.NothingLeft as error:
+            raise BadInput(f"{named(source, split)}: {error}") from error
         _say_what_is_lost(named(source, split), [made])
         return made
 
