@@ -73,6 +73,7 @@ def test_values_become_what_the_field_is(override: str, expected: dict[str, obje
         ("every=soon", "'soon' is not a duration"),
         ("lr", "'lr' is not an override: write key=value"),
         ("lr=11", "beyond reason"),
+        ("shuffle=flase", "shuffle is true or false, for example shuffle=true"),
         ("sizes=[1, b]", "sizes is a list, each a whole number"),
     ],
 )
@@ -109,7 +110,7 @@ def test_a_list_of_one_needs_no_brackets(given: str, expected: tuple[int, ...]) 
 
 @pytest.mark.parametrize(
     ("lines", "said"),
-    [(["- a"], "holds a list"), (["lr: [", "x"], "cannot be read"), (["lrr: 1"], "did you mean 'lr'?"),
+    [(["- a"], "holds a list"), (["lr: [", "x"], "line 3: expected"), (["lrr: 1"], "did you mean 'lr'?"),
      (["lr: 1", "name: a", "lr: 2"], "lr is given twice"),
      (["lora: {rank: 1}", "lora.rank: 2"], "lora.rank is given twice")],
 )  # fmt: skip
@@ -117,6 +118,25 @@ def test_bad_files_are_refused(lines: list[str], said: str, write_file: Callable
     with pytest.raises(BadInput, match=r"c\.yaml") as error:
         configs.resolve(Config, [], write_file("c.yaml", lines))
     assert said in str(error.value)
+
+
+@pytest.mark.parametrize("line", ["lora.targets: [who?]", "lora.targets: who: it", "\tlr: 1"])
+def test_a_file_that_is_no_yaml_is_said_in_one_line_with_its_own(
+    line: str, write_file: Callable[..., Path]
+) -> None:
+    with pytest.raises(BadInput, match=r'c\.yaml, line 2: .* needs quotes, as in "who\?"') as error:
+        configs.resolve(Config, [], write_file("c.yaml", ["lr: 1", line]))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "line", ["lora.targets: [who is: it]", "lora.targets: [a, 7]", 'lora.targets: "[b?]"']
+)
+def test_a_list_in_a_file_that_is_not_of_texts_is_said_as_a_file_needs_it(
+    line: str, write_file: Callable[..., Path]
+) -> None:
+    with pytest.raises(BadInput, match=r'quote each text, as in lora\.targets: \["who\?", "7"\]$'):
+        configs.resolve(Config, [], write_file("c.yaml", [line]))
 
 
 def test_missing_file_is_refused(tmp_path: Path) -> None:

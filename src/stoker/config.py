@@ -55,7 +55,7 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode):
                 if key.value in seen:
-                    raise yaml.MarkedYAMLError(
+                    raise yaml.constructor.ConstructorError(
                         problem=f"{key.value} is given twice", problem_mark=key.start_mark
                     )
                 seen.add(key.value)
@@ -186,13 +186,25 @@ def read_yaml(file: Path) -> dict[str, Any]:
         content = yaml.load(file.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
         raise BadInput(f"config file {file} does not exist") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"config file {file} cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise BadInput(f"config file {file}{_said_of(error)}") from error
     if content is None:
         return {}
     if not isinstance(content, dict):
         raise BadInput(f"config file {file} holds a {type(content).__name__}: write key: value lines")
     return content
+
+
+def _said_of(error: yaml.YAMLError) -> str:
+    """Where and why a YAML file is none, and what it may lack."""
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
+        return f" cannot be read: {str(error).splitlines()[0]}"
+    found = f", line {error.problem_mark.line + 1}: {error.problem}"
+    if isinstance(error, yaml.constructor.ConstructorError):
+        return found
+    return f'{found}; a text with ?, :, # or brackets in it needs quotes, as in "who?"; indent by spaces'
 
 
 def flatten(tree: Mapping[Any, Any], source: str, prefix: str = "") -> dict[str, Any]:
@@ -264,14 +276,16 @@ def _checked(key: str, leaf: _Leaf, value: Any, source: str) -> Any:
 
 
 def _explain(key: str, leaf: _Leaf, value: Any, source: str, error: ValidationError) -> str:
-    if isinstance(value, str) and typing.get_origin(leaf.type) is tuple and _kinds_of_items(leaf) == {str}:
-        return f"{key}={value} ({source}): {_unquoted(key, value)}"
+    if typing.get_origin(leaf.type) is tuple and _kinds_of_items(leaf) == {str}:
+        return f"{key}={value} ({source}): {_unquoted(key, value, source)}"
     reason = error.errors()[0]["msg"].removeprefix("Value error, ")
     reason = reason[0].lower() + reason[1:]
     if isinstance(value, str) and typing.get_origin(leaf.type) is typing.Literal:
         reason += nearest(value, [str(a) for a in typing.get_args(leaf.type)])
     has_example = leaf.default not in (dataclasses.MISSING, None, ())
-    example = f", for example {key}={_dump(leaf, leaf.default)}" if has_example else ""
+    default = _dump(leaf, leaf.default) if has_example else None
+    written = json.dumps(default) if isinstance(default, bool) else default
+    example = f", for example {key}={written}" if has_example else ""
     return f"{key}={value} ({source}): {reason}; {key} is {_type_name(leaf.type)}{example}"
 
 
@@ -279,14 +293,18 @@ def _kinds_of_items(leaf: _Leaf) -> frozenset[Any]:
     return _kinds(typing.get_args(leaf.type)[0])
 
 
-def _unquoted(key: str, value: str) -> str:
+def _unquoted(key: str, value: Any, source: str) -> str:
     """What to write for a list of texts that YAML reads as something else, guessed from where commas are."""
-    parts = value[1:].removesuffix("]").split(",") if value.startswith("[") else [value]
-    meant = json.dumps([part.strip(" \"'") for part in parts], ensure_ascii=False)
-    return (
-        "to YAML that is no list of texts, as ?, : and # have a meaning in it, and 7 is a number; quote each "
-        f"text, and the whole for the shell: {shlex.quote(f'{key}={meant}')}"
+    why = (
+        "to YAML that is no list of texts, as ?, : and # have a meaning in it, and 7 is a number; "
+        "quote each text"
     )
+    if source != COMMAND_LINE:
+        return f'{why}, as in {key}: ["who?", "7"]'
+    text = str(value)
+    parts = text[1:].removesuffix("]").split(",") if text.startswith("[") else [text]
+    meant = json.dumps([part.strip(" \"'") for part in parts], ensure_ascii=False)
+    return f"{why}, and the whole for the shell: {shlex.quote(f'{key}={meant}')}"
 
 
 def _known(key: str, leaves: Mapping[str, _Leaf], source: str) -> None:

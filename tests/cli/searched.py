@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import stoker
+from stoker.errors import BadInput
 
 
 @dataclass(frozen=True)
@@ -19,13 +20,15 @@ class Config:
     steps: int = 9
     pause: float = 0.0
     fails: str = ""
-    """raise, nan, exit, kill, hang: at step 3, where x is above a half."""
+    """raise, nan, exit, kill, hang: at step 3, where x is above a half; refuse: there, but at the start."""
     hang_limit: stoker.Duration | None = None
     seed: int = 0
 
 
 def train(run: stoker.Run, config: Config) -> None:
     """Come nearer to (x - 0.3)^2 at each step; goes on where it was."""
+    if config.fails == "refuse" and config.x > 0.5:
+        raise BadInput("this cannot be trained on")
     for step in range(run.step + 1, config.steps + 1):
         time.sleep(config.pause)
         value = (config.x - 0.3) ** 2 + (1.0 if config.kind == "far" else 0.0) + 1.0 / step

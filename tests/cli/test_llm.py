@@ -22,6 +22,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import families
 from support import loaded, wait_for_points
 
 TRAIN = (
@@ -265,6 +266,17 @@ def test_it_ends_early_where_evaluations_get_no_better_and_each_has_generations(
     run = Path(done.answer["run"])
     assert [len(_generations(run, step)) for step in (1, 2, 3)] == [2, 2, 2]
     assert list(loaded(run).points["val_loss"]) == [0, 1, 2, 3]
+
+
+def test_a_generation_ends_with_the_positions_of_the_model(
+    stoker: Callable[..., Any], tmp_path: Path
+) -> None:
+    families.save(tmp_path / "gpt2", "gpt2")  # a token a character, and nothing behind its last position
+    records = ({"prompt": f"{i:03}" * 70, "completion": "yes"} for i in range(20))
+    (tmp_path / "d.jsonl").write_text(_lines(*records))
+    done = stoker("train", "llm", "data=d.jsonl", "model=gpt2", "max_steps=1", "batch_size=2", "--json")
+    assert done.code == 0, done.err
+    assert _generations(Path(done.answer["run"]), 1)
 
 
 def test_training_loads_no_mlflow(base: Path, tmp_path: Path) -> None:

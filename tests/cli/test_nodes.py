@@ -257,5 +257,31 @@ def test_what_no_number_of_machines_could_do_is_not_taken_for_one_too_many(
     assert said in done.err
 
 
+def test_what_is_looked_up_before_a_launch_is_looked_up_once_for_all_numbers_of_machines(
+    stoker: Command, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "own.py"
+    recipe.write_text(_LOOKS_UP)
+    done = stoker("train", str(recipe), "--nodes", "1:4", "--rendezvous", "no.such.host.:1", "--name", "a")
+    assert (done.code, "is not known here" in done.err) == (2, True), done.err
+    assert (tmp_path / "looked-up").read_text() == "once\n"
+
+
+_LOOKS_UP = """
+from pathlib import Path
+
+import stoker
+
+
+def check_launch(config):
+    with (Path(__file__).parent / "looked-up").open("a") as file:
+        file.write("once\\n")
+
+
+def train(run, config: stoker.Training):
+    pass
+"""
+
+
 def _all_said(machines: Machines) -> str:
     return "\n".join(f"{name}: {machines.said(name).read_text()}" for name in ("a", "b"))

@@ -146,14 +146,15 @@ def test_a_revision_of_the_hub_is_pushed_to_and_the_others_stay_as_they_are(
 
 
 def test_a_model_of_the_hub_is_fine_tuned_by_its_name(
-    trained: Path, hf: Hub, stoker: Callable[..., Any]
+    trained: Path, hf: Hub, stoker: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert stoker("models", "push", "base", "hub:org/base", cwd=trained).code == 0
-    done = stoker(
-        "train", "llm", "data=pairs.jsonl", *COMMON, "model=org/base", "lora.rank=2", "max_steps=1",
-        "--name", "of-the-hub", cwd=trained,
-    )  # fmt: skip
+    given = ("train", "llm", "data=pairs.jsonl", *COMMON, "model=org/base", "lora.rank=2", "max_steps=1")
+    done = stoker(*given, "--name", "of-the-hub", cwd=trained)
     assert done.code == 0, done.err
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    done = stoker(*given, "--name", "hub-gone", cwd=trained)  # what was brought serves
+    assert (done.code, "peft" in done.err) == (0, False), done.err
     adapter = trained / "runs" / "llm" / "of-the-hub" / "artifacts" / "adapter"
     assert json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"] == "org/base"
 

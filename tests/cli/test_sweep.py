@@ -289,6 +289,22 @@ def test_too_many_failures_end_it(stoker: Command) -> None:
         assert [t["state"] for t in done.answer["trials"]] == ["failed", "failed"]
 
 
+def test_a_search_whose_first_trials_are_refused_alike_ends(stoker: Command) -> None:
+    given = ("sweep", RECIPE, "x=uniform(0.6, 1)", "fails=refuse", "--trials", "9", "--json")
+    done = stoker(*given)
+    assert done.code == 1
+    assert "5 trials were refused alike: this cannot be trained on" in done.err
+    assert [t["state"] for t in done.answer["trials"]] == ["failed"] * 5
+    assert len(stoker(*given).answer["trials"]) == 9  # the same command goes on
+
+
+def test_a_search_in_which_a_trial_was_not_refused_goes_on(stoker: Command) -> None:
+    given = ("sweep", RECIPE, "x=uniform(0, 1)", "--try", "x=0.1", "fails=refuse", "--trials", "12", "--json")
+    done = stoker(*given)
+    assert (done.code, len(done.answer["trials"])) == (0, 12), done.err
+    assert len([t for t in done.answer["trials"] if t["state"] == "failed"]) >= 5
+
+
 PLAIN = (
     "import os, pathlib, stoker",
     "from dataclasses import dataclass",

@@ -179,6 +179,8 @@ def test_an_empty_dataset_is_refused(tmp_path: Path, name: str, content: str) ->
             '{"instruction", "output"} with an optional "input", or {"messages": [{"role", "content"}]}',
         ),
         ("{}", "no expected field; the record has the fields none; "),
+        ('{"messages": []}', "'messages' must be a list of messages: it is empty"),
+        ('{"conversations": "hi"}', "'conversations' must be a list of messages: not a text"),
         ("[" * 100_000, "not usable JSON: nested too deeply"),
     ],
 )

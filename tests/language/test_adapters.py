@@ -201,7 +201,7 @@ def test_dora_is_not_gone_on_with_on_a_base_in_4_bits(base: Path, tmp_path: Path
 
 def launched(**settings: Any) -> None:
     """What is looked at before any process is started."""
-    llm.check_launch(llm.Config(**settings), 1)
+    llm.check_launch(llm.Config(**settings))
 
 
 def says_it_is_for(adapter: Path, model: str) -> Path:
@@ -304,9 +304,13 @@ def test_weights_are_read_to_be_compared_where_they_are_known_and_by_one_rank(
     assert read == [base]
 
 
-def test_names_that_match_no_module_are_refused(base: Path) -> None:
-    with pytest.raises(BadInput, match=r"lora\.targets=q_proy"):
-        loading_run.built(base, "lora", Lora(rank=4, targets="q_proy"))
+@pytest.mark.parametrize("targets", ["q_proy", "v_proj, q_proy"])
+def test_names_that_match_no_module_are_refused(targets: str, base: Path) -> None:
+    said = (
+        r"lora\.targets: .* no module 'q_proy'; did you mean 'q_proj'\?; its layers are down_proj, .*v_proj$"
+    )
+    with pytest.raises(BadInput, match=said):
+        loading_run.built(base, "lora", Lora(rank=4, targets=targets))
 
 
 def test_a_kind_without_a_rank_makes_no_sense() -> None:

@@ -220,7 +220,9 @@ def test_answers_that_truncation_removes_are_counted_and_said(
     assert isinstance(rows.train, PackedDataset)
     assert rows.train.statistics.dropped == 1
     assert len(rows.train) == 1
-    assert "1 documents are left out, of whose answers nothing is left" in caplog.text
+    assert "1 document is left out, of whose answer nothing is left" in caplog.text
+    with pytest.raises(BadInput, match=r"^validation: no tokens are left of 1 documents"):
+        data.pack([source([short], [long], [short])], tokenizer, sequence_length=32)
 
 
 def test_a_conversation_of_which_nothing_said_is_found_again_is_counted(bare: Any, tmp_path: Path) -> None:
@@ -287,6 +289,19 @@ def test_generations_begin_with_what_asks_for_an_answer(bare: Any) -> None:
     asked = "<|im_start|>user\nmine<|im_end|>\n<|im_start|>assistant\n"
     assert data.prompts(found, of(bare, CHATML), ["mine"]) == (asked,)
     assert data.prompts(found, of(bare, None), ["mine"]) == ("mine",)
+
+
+def test_what_leaves_the_model_no_position_for_an_answer_is_not_asked(bare: Any) -> None:
+    tokenizer = of(bare, None)
+    documents = [Document(key, "what is " * n, "it is") for key, n in (("a", 30), ("b", 1), ("c", 2))]
+    found = [source([], documents, [])]
+    short = tuple(data.PROMPT.format(prompt=document.prompt) for document in documents[1:])
+    positions = len(tokenizer(short[1])["input_ids"]) + 1
+    assert data.prompts(found, tokenizer, positions=positions) == short
+    with pytest.raises(
+        BadInput, match=r"prompts: the one that begins with 'what is .* positions: shorten it"
+    ):
+        data.prompts(found, tokenizer, ["one", "what is " * 30], positions=positions)
 
 
 @pytest.mark.parametrize("kind", ["texts", "pairs", "conversations"])

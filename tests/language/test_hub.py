@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
+from stoker import storage
 from stoker.errors import BadInput
 from stoker.language import hub
 
@@ -100,3 +103,23 @@ def test_a_disk_without_room_is_said_as_that(served: Hub) -> None:
             hub.find("org/one")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_weights_are_read_for_their_checksums_once_until_they_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Path] = []
+    checksum = storage.xxh3
+    monkeypatch.setattr(storage, "xxh3", lambda file: read.append(file) or checksum(file))
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(b"one")
+    first = hub.fingerprint(tmp_path)
+    assert hub.fingerprint(tmp_path) == first
+    assert len(read) == 2  # it was written just now, and may be again within the same tick
+    monkeypatch.setattr(hub, "_SETTLED", -1)
+    assert [hub.fingerprint(tmp_path) for _ in range(3)] == [first] * 3
+    assert len(read) == 3
+    before = weights.stat()
+    weights.write_bytes(b"two")
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))  # as `cp -p` leaves it
+    assert hub.fingerprint(tmp_path) != first

@@ -242,7 +242,7 @@ def test_what_cannot_work_is_said_before_anything_is_started(
     places = {"MODEL": str(save(small(texts_of(30)), tmp_path / "model")), "LLAMA": str(tmp_path / "llama")}
     config = text.Config(**{key: places.get(str(value), value) for key, value in given.items()})  # type: ignore[arg-type]
     with pytest.raises(BadInput, match=said):
-        text.check_launch(config, 2)
+        text.check_launch(config)
 
 
 @pytest.fixture

@@ -31,7 +31,9 @@ def _run(folder: Path) -> RunView:
     writer.append("data", sources=["org/chats, 9 documents"], rows=4, tokens_per_row=31.5)
     for step in range(1, 41):
         writer.append("metrics", step=step, values={"loss": 4.0 / step, "val_loss": 5.0 / step})
+    writer.append("peak", flops=989e12, source="data sheet of H100")
     writer.append("metrics", step=40, values={"test_perplexity": 12.5, "base_test_perplexity": 99.0})
+    writer.append("metrics", step=40, values={"tokens_per_second": 1234.0, "mfu": 0.412})
     writer.append("tags", tags={"fingerprint.data": "d474"})
     writer.append("attempt_ended", status="finished")
     writer.close()
@@ -55,6 +57,7 @@ def test_a_card_says_what_it_is_how_good_and_how_to_load_and_make_it_again(tmp_p
         "| the same before training | 99 |", 'AutoPeftModelForCausalLM.from_pretrained("org/tuned")',
         "apply_chat_template", "- org/chats, 9 documents", "- 4 rows of 31.5 tokens on average",
         "- held out: 10% of the documents for validation, 5% for the test", "content: `d474`",
+        "| tokens a second | 1,234 |", "utilisation | 41.2% of 989 TFLOP/s (data sheet of H100) |",
         "| `lr` | `0.1` |", "git clone git@x:y", "git checkout c0ffee  # and the changes",
         "pip install torch==2.13.0 transformers==5.23.0",
         "stoker train llm lr=0.1", "The seed is 7.", "| 40 | 0.125 |", "![Training and validation loss",

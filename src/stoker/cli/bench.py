@@ -113,7 +113,8 @@ def _measured(
     ways = [("strong", n, base) for n in counts]
     ways += [("weak", n, base * n // least) for n in counts if n > least]
     for _, ranks, batch_size in ways:
-        train.check(recipe, configs.changed(resolved, [f"batch_size={batch_size}"]).config, ranks)
+        train.check_ranks(recipe, configs.changed(resolved, [f"batch_size={batch_size}"]).config, ranks)
+    train.check(recipe, resolved.config, least)
     found: dict[Way, list[dict[str, Any]]] = {way: [] for way in ways}
     for number in range(repeats):
         for way in ways:

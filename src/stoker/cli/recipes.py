@@ -113,6 +113,8 @@ def copy(
 
 
 def _short(default: Any) -> str:
+    if isinstance(default, bool):
+        return str(default).lower()
     return "" if default is None else str(default)
 
 

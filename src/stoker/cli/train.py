@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
 import math
 import random
@@ -217,7 +216,8 @@ def start(
         if finished is not None:
             return _answer(finished, json, "was finished already")
     where, launch = launch.where, _with_limits(launch)
-    machines = _largest(recipe, resolved.config, launch)
+    sizes = _sizes(recipe, resolved.config, launch)
+    machines = max(sizes)
     ranks_in_all = max(launch.nproc * machines, World.current().size)
     check(recipe, resolved.config, ranks_in_all, None if where.here else where.gpus * machines)
     job = Job(
@@ -239,7 +239,7 @@ def start(
     return local.run(
         run_rank, (named,), nproc=launch.nproc, preload=recipe.preload, max_restarts=launch.max_restarts,
         machines=launch.nodes, rendezvous=launch.rendezvous or "", shared=runs.absolute(),
-        fits=functools.partial(_fits, recipe, resolved.config, launch.nproc),
+        sizes=sizes,
     )  # fmt: skip
 
 
@@ -315,14 +315,21 @@ def check(recipe: Recipe, config: Any, ranks: int, gpus: int | None = None) -> N
     Args:
         gpus: where it is to run; by default those of this machine.
     """
+    check_ranks(recipe, config, ranks, gpus)
+    if recipe.check is not None:
+        recipe.check(config)
+
+
+def check_ranks(recipe: Recipe, config: Any, ranks: int, gpus: int | None = None) -> None:
+    """What is quick of `check`, and differs with the number of ranks. Raises BadInput."""
     if isinstance(config, Training):
         options.check(
             options.with_deepspeed_file(config), ranks=ranks,
             gpus=_gpus(config, ranks) if gpus is None else gpus,
             batch_size=getattr(config, "batch_size", None),
         )  # fmt: skip
-    if recipe.check is not None:
-        recipe.check(config, ranks)
+    if recipe.check_ranks is not None:
+        recipe.check_ranks(config, ranks)
 
 
 def _fits(recipe: Recipe, config: Any, nproc: int, machines: int) -> bool:
@@ -331,27 +338,27 @@ def _fits(recipe: Recipe, config: Any, nproc: int, machines: int) -> bool:
     if isinstance(batch, int) and batch % (nproc * machines):
         return False
     try:
-        check(recipe, config, nproc * machines)
+        check_ranks(recipe, config, nproc * machines)
     except BadWorldSize:
         return False
     return True
 
 
-def _largest(recipe: Recipe, config: Any, launch: Launch) -> int:
-    """The number of machines to check a config for: where it may change, the most that can share the work."""
+def _sizes(recipe: Recipe, config: Any, launch: Launch) -> frozenset[int]:
+    """How many machines there may be: where their number may change, those that can share the work."""
     nodes = launch.nodes
     if nodes.least == nodes.most:
-        return nodes.most
+        return frozenset([nodes.most])
     sizes = [n for n in range(nodes.least, nodes.most + 1) if _fits(recipe, config, launch.nproc, n)]
     if not sizes:
-        check(recipe, config, launch.nproc * nodes.most)
+        check_ranks(recipe, config, launch.nproc * nodes.most)
         raise BadInput(
             f"--nodes {nodes}: batch_size={config.batch_size} is shared evenly by none of these numbers of "
             f"machines, with {launch.nproc} ranks each"
         )
     if len(sizes) <= nodes.most - nodes.least:
         log.info("of --nodes %s, %s can share the work evenly", nodes, " or ".join(map(str, sizes)))
-    return max(sizes)
+    return frozenset(sizes)
 
 
 def _check_where(launch: Launch, name: str | None) -> None:

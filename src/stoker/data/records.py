@@ -121,6 +121,10 @@ def _parse(where: str, record: dict[str, Any]) -> tuple[str, str]:
             asked = _field(where, record, prompt) if prompt else ""
             added = _field(where, record, addition) if addition and record.get(addition) else ""
             return (f"{asked}\n\n{added}" if added.strip() else asked), _field(where, record, text)
+    chat = next((turns for turns, _, _ in _CHATS if turns in record), None)
+    if chat is not None:
+        what = "it is empty" if record[chat] == [] else f"not {kind_of(record[chat])}"
+        raise BadInput(f"{where}: {chat!r} must be a list of messages: {what}")
     has = ", ".join(repr(name) for name in record) or "none"
     raise BadInput(f"{where}: no expected field; the record has the fields {has}; allowed are {_FORMS_TEXT}")
 

@@ -169,6 +169,10 @@ def collate(
     return {name: torch.from_numpy(array) for name, array in {**joined, "documents": documents}.items()}
 
 
+class NothingLeft(BadInput):
+    """No document has anything to be learnt."""
+
+
 def tokenise(
     documents: Sequence[Document],
     *,
@@ -197,7 +201,8 @@ def tokenise(
             for. Any number makes the same arrays.
 
     Raises:
-        BadInput: the sequence is too short, no tokens are left, or the cache cannot be written.
+        NothingLeft: no tokens are left.
+        BadInput: the sequence is too short, or the cache cannot be written.
     """
     if sequence_length < 2:
         raise BadInput(
@@ -265,7 +270,7 @@ def write(
         with contextlib.closing(encoding.parts(documents, cut, workers)) as parts:
             pieces = _encode(parts, temporary, _smallest_type(vocab_size))
         if not (len(pieces.lengths) or may_be_empty):
-            raise BadInput(
+            raise NothingLeft(
                 f"no tokens are left of {len(documents)} documents ({pieces.dropped} have nothing to be "
                 f"predicted among their first {sequence_length} tokens): raise sequence_length, or give "
                 "other data"

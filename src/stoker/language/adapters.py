@@ -10,14 +10,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from stoker.engine.memory import TooLarge
-from stoker.errors import BadInput
+from stoker.errors import BadInput, nearest
 from stoker.language import hub, saved_adapters
 from stoker.language.building import Language, Load
 from stoker.language.loading import Quantised
@@ -102,15 +102,31 @@ def loading(load: Load) -> Load:
 
 
 def _config(language: Language, lora: Lora) -> Any:
+    """Raises BadInput where the model lacks a module that is named: of several, peft passes over it."""
     from peft import LoraConfig
 
-    targets = lora.targets
+    targets = [name.strip() for name in lora.targets.split(",")]
+    if targets != ["all-linear"]:
+        _check_targets(language.model, targets)
     return LoraConfig(
         r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, use_rslora=lora.rslora,
         use_dora=lora.dora, task_type="CAUSAL_LM", revision=language.revision,
-        target_modules=targets if targets == "all-linear" else [n.strip() for n in targets.split(",")],
+        target_modules="all-linear" if targets == ["all-linear"] else targets,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in language.model.modules()),
     )  # fmt: skip
+
+
+def _check_targets(model: nn.Module, targets: Sequence[str]) -> None:
+    """Raises BadInput."""
+    modules = dict(model.named_modules())
+    for target in targets:
+        if target not in modules and not any(name.endswith(f".{target}") for name in modules):
+            layers = [n for n, m in modules.items() if isinstance(m, nn.Linear | Conv1D | Quantised)]
+            names = sorted({name.rpartition(".")[2] for name in layers})
+            raise BadInput(
+                f"lora.targets: the model has no module {target!r}{nearest(target, names)}; its layers are "
+                f"{', '.join(names)}"
+            )
 
 
 def _saved_config(folder: Path, language: Language, compare: bool) -> Any:

@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import functools
 import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -244,8 +245,24 @@ def _generation_config(folder: Path, model: Any) -> Any:
         raise BadInput(f"{file} cannot be read: {hub.first_line(error)}") from error
 
 
+def positions(config: Any) -> int | None:
+    """How many tokens a model, by its config, takes at most; None where it does not say."""
+    found: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return found
+
+
+def room(config: Any, begun: int) -> int:
+    """How many tokens may follow so many. Raises BadInput where none may."""
+    most = positions(config)
+    if most is None:
+        return sys.maxsize
+    if begun >= most:
+        raise BadInput(f"the prompt has {begun} tokens, and the model has {most} positions: shorten it")
+    return most - begun
+
+
 def _check_fits(reference: str, model: Any, tokenizer: Any, sequence_length: int) -> None:
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = positions(model.config)
     if longest is not None and sequence_length > longest:
         raise BadInput(
             f"sequence_length={sequence_length} is more than the {longest} positions of {reference}"

@@ -88,7 +88,10 @@ def pack(
     def packed(source: Source, split: str) -> PackedDataset:
         documents: list[Document] = getattr(source.splits, split)
         corpus = make_corpus(documents, split).fingerprint
-        made = tokens.tokenise(documents, fingerprint=(corpus, encoder.fingerprint), **settings)
+        try:
+            made = tokens.tokenise(documents, fingerprint=(corpus, encoder.fingerprint), **settings)
+        except tokens.NothingLeft as error:
+            raise BadInput(f"{named(source, split)}: {error}") from error
         _say_what_is_lost(named(source, split), [made])
         return made
 
@@ -145,27 +148,59 @@ def say(run: Run, data: str, found: Sequence[Source], rows: Rows, *, packed: boo
 def _say_what_is_lost(name: str, rows: Sequence[PackedDataset]) -> None:
     truncated = sum(part.statistics.truncated for part in rows)
     dropped = sum(part.statistics.dropped for part in rows)
-    cut = f"{truncated:,} answers are cut off at {rows[0].sequence_length} tokens" if truncated else ""
-    left_out = f"{dropped:,} documents are left out, of whose answers nothing is left" if dropped else ""
+    cut = f"{_counted(truncated, 'answer')} cut off at {rows[0].sequence_length} tokens" if truncated else ""
+    left_out = f"{_counted(dropped, 'document')} left out, of whose answer nothing is left" if dropped else ""
     if cut or left_out:
         log.warning("%s: %s: raise sequence_length", name, ", and ".join(filter(None, [cut, left_out])))
 
 
-def prompts(found: Sequence[Source], tokenizer: Any, given: Sequence[str] = ()) -> tuple[str, ...]:
+def _counted(count: int, what: str) -> str:
+    return f"1 {what} is" if count == 1 else f"{count:,} {what}s are"
+
+
+def prompts(
+    found: Sequence[Source], tokenizer: Any, given: Sequence[str] = (), positions: int | None = None
+) -> tuple[str, ...]:
     """What generations begin with: what is given, else two questions held out, or first words of texts.
 
     What is given is asked through the chat template, where there is one. Where the tokenizer begins every
-    text with a token, that is written before what no template wrote. Raises BadInput where the template
-    refuses a question.
+    text with a token, that is written before what no template wrote.
+
+    Args:
+        positions: of the model; a question that leaves none for an answer is not taken.
+
+    Raises:
+        BadInput: the template refuses a question, or one that is given leaves no position.
     """
     begin = tokenizer.bos_token if Encoder(tokenizer, "answer").begin else ""
-    if given and getattr(tokenizer, "chat_template", None):
-        return tuple(_render(tokenizer, (Message("user", text),), to_be_answered=True) for text in given)
     if given:
-        return tuple(f"{begin}{text}" for text in given)
+        return tuple(_asked(text, tokenizer, begin, positions) for text in given)
     held_out = itertools.chain.from_iterable(source.splits.validation for source in found)
-    chosen = sorted(held_out, key=lambda document: document.key)[:2]
-    return tuple(_beginning(document, tokenizer, begin) for document in chosen)
+    ordered = sorted(held_out, key=lambda document: document.key)
+    begun = (_beginning(document, tokenizer, begin) for document in ordered)
+    return tuple(itertools.islice((text for text in begun if not _fills(text, tokenizer, positions)), 2))
+
+
+def _asked(text: str, tokenizer: Any, begin: str, positions: int | None) -> str:
+    """What is given, as the model is asked it. Raises BadInput."""
+    if getattr(tokenizer, "chat_template", None):
+        made = _render(tokenizer, (Message("user", text),), to_be_answered=True)
+    else:
+        made = f"{begin}{text}"
+    if count := _fills(made, tokenizer, positions):
+        raise BadInput(
+            f"prompts: the one that begins with {text[:30]!r} has {count} tokens, and the model has "
+            f"{positions} positions: shorten it"
+        )
+    return made
+
+
+def _fills(text: str, tokenizer: Any, positions: int | None) -> int:
+    """The number of tokens of a text that leaves no position behind it; 0 of any other."""
+    if positions is None:
+        return 0
+    count = len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    return count if count >= positions else 0
 
 
 def _beginning(document: Document, tokenizer: Any, begin: str) -> str:

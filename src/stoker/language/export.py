@@ -27,7 +27,8 @@ def export(trainer: Trainer, language: Language, model: Any) -> Path | None:
     name = "adapter" if is_adapter else "model"
     target = trainer.run.directory.artifacts / name
     if is_adapter:
-        model.save_pretrained(target, state_dict=tensors)
+        # Without embeddings, which are not among the tensors: else peft asks the hub about the base's.
+        model.save_pretrained(target, state_dict=tensors, save_embedding_layers=False)
         _describe(model, language, target)
     else:
         _describe(model, language, target)

@@ -8,13 +8,18 @@ from typing import Any
 
 import torch
 from stoker import distributed
+from stoker.language import building
 from stoker.language.building import Language
 from stoker.loop import Trainer
 
 
 @torch.no_grad()
 def generate(trainer: Trainer, language: Language, prompt: str, length: int) -> str:
-    """The most likely continuation of a prompt, up to `length` tokens. All ranks call it alike."""
+    """The most likely continuation of a prompt, up to `length` tokens. All ranks call it alike.
+
+    It ends with the last of the model's positions at the latest. Raises BadInput where the prompt leaves
+    none.
+    """
     model: Any = trainer.model
     tokenizer, ends = language.tokenizer, language.generation_config.eos_token_id
     was_training = model.training
@@ -22,6 +27,7 @@ def generate(trainer: Trainer, language: Language, prompt: str, length: int) -> 
     try:
         encoded = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(trainer.device)
         begun = encoded["input_ids"].shape[1]
+        length = min(length, building.room(language.config, begun))
         if trainer.strategy == "pipeline":
             made = _continued(trainer, encoded["input_ids"], length, ends)
         else:

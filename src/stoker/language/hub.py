@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from stoker.errors import BadInput, nearest
 _DESCRIPTION = ("*.json", "*.jinja", "*.model", "*.txt")
 _OF_A_TOKENIZER = ("tokenizer*", "vocab*", "*.model")
 _ANSWER = 10.0  # seconds
+_SETTLED = 2 * 10**9  # nanoseconds
 _NOT_REACHED = "the hub cannot be reached ({}). Set HF_ENDPOINT to a mirror, HTTPS_PROXY to a proxy"
 _OURS = (
     "*.safetensors",
@@ -226,12 +228,23 @@ def read_json(folder: Path, name: str, what: str) -> dict[str, Any]:
 
 
 def fingerprint(folder: Path) -> str:
-    """SHA-256 over the checksums of the weights in a directory; files are read once, until they change."""
-    files = sorted(folder.glob("*.safetensors"))
-    sums = [_checksum(file, file.stat().st_size, storage.modified(file)) for file in files]
+    """SHA-256 over the checksums of the weights in a directory.
+
+    Files are read once on this machine, until they change: a launcher, its ranks and each restart of them
+    ask for the same. That is seen by what the file system says of them.
+    """
+    sums = [_checksum(file.resolve()) for file in sorted(folder.glob("*.safetensors"))]
     return hashlib.sha256(" ".join(sums).encode()).hexdigest()
 
 
-@functools.cache
-def _checksum(file: Path, size: int, modified: int) -> str:
-    return storage.xxh3(file)
+def _checksum(file: Path) -> str:
+    found = file.stat()
+    state = (str(file), found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+    named = hashlib.sha256(repr(state).encode()).hexdigest()
+    kept = storage.cache_folder() / "checksums" / f"{named}.json"
+    known = storage.read_json(kept).get("xxh3")
+    if known is None:
+        known = storage.xxh3(file)
+        if time.time_ns() - found.st_ctime_ns > _SETTLED:  # else it may change within a tick of the clock
+            storage.try_to_write_json(kept, {"xxh3": known})
+    return str(known)

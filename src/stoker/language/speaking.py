@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -67,7 +66,7 @@ class Speaker:
         begun = encoded["input_ids"].shape[1]
         if begun == 0:
             raise BadInput("the prompt is empty: give --prompt a text")
-        room = _room(self.model, begun)
+        room = building.room(self.model.config, begun)
         how: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         if temperature > 0:
             how = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
@@ -103,16 +102,6 @@ def load(folder: Path, base: str | None = None) -> Speaker:
     tokenizer = building.load_tokenizer(str(folder))
     stops = building.stop_tokens(tokenizer, model.generation_config)
     return Speaker(model.eval().to(device), tokenizer, stops)
-
-
-def _room(model: Any, begun: int) -> int:
-    """How many tokens may follow so many. Raises BadInput where none may."""
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if most is None:
-        return sys.maxsize
-    if begun >= most:
-        raise BadInput(f"the prompt has {begun} tokens, and the model has {most} positions: shorten it")
-    return int(most - begun)
 
 
 def _streamer(tokenizer: Any, show: Callable[[str], None] | None) -> Any:

@@ -50,7 +50,7 @@ def run(
     machines: Machines = ONE,
     rendezvous: str = "",
     shared: Path | None = None,
-    fits: Callable[[int], bool] = lambda machines: True,
+    sizes: frozenset[int] = frozenset([1]),
 ) -> int:
     """Run `function(*arguments)` in `nproc` ranks on each machine; returns the exit code.
 
@@ -60,7 +60,7 @@ def run(
         max_restarts: how often all ranks are started again, see `Budget`, where one was killed, hangs or
             raised anything but a StokerError.
         machines: so many do this together, each called alike.
-        fits: whether so many machines can share the work.
+        sizes: how many machines can share the work, where their number may change.
         rendezvous: HOST:PORT of one of them, where they meet; see `nodes`.
         shared: a folder that these machines are to have in common.
 
@@ -72,7 +72,7 @@ def run(
     with signals.raised():  # while no ranks are there to be told, it ends as they would
         if machines.most == 1:
             return _alone(job, Budget(max_restarts))
-        with nodes.seat(rendezvous, nproc, machines, max_restarts, shared, fits) as seat:
+        with nodes.seat(rendezvous, nproc, machines, max_restarts, sizes, shared) as seat:
             return _together(job, seat, nodes.parsed(rendezvous)[0])
 
 

@@ -22,7 +22,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -490,20 +490,17 @@ def seat(
     nproc: int,
     nodes: Machines,
     max_restarts: int,
+    sizes: frozenset[int],
     shared: Path | None = None,
-    fits: Callable[[int], bool] = lambda machines: True,
 ) -> Iterator[Seat]:
     """Take part; answer to the others where the address is one of this machine. Raises BadInput.
 
     Args:
-        fits: whether so many machines can share the work, where their number may change.
+        sizes: how many machines a round may have.
         shared: a folder that all machines are to have in common.
     """
     address = parsed(rendezvous)
     folder = _id_of(shared) if shared is not None else ""
-    sizes = frozenset(
-        n for n in range(nodes.least, nodes.most + 1) if n == nodes.least == nodes.most or fits(n)
-    )
     host = _Host(nodes, Budget(max_restarts), sizes)
     server = _serve(address, host) if _is_here(address[0]) else None
     place = Seat(address, nproc, nodes, folder, first=server is not None)

@@ -33,9 +33,11 @@ class Recipe:
     config: type[Any]
     source: Path
     """The file that defines it."""
-    check: Callable[[Any, int], None] | None = None
-    """`check_launch(config, ranks)` of its module: refuses what cannot work, before any rank is started; by
-    BadWorldSize where another number of ranks could."""
+    check: Callable[[Any], None] | None = None
+    """`check_launch(config)` of its module: refuses what cannot work, before any rank is started."""
+    check_ranks: Callable[[Any, int], None] | None = None
+    """`check_ranks(config, ranks)` of its module: refuses a number of ranks, by BadWorldSize where another
+    could do it. Quick, as it is asked of each number that there may be."""
     preload: tuple[str, ...] = ()
     """`PRELOAD` of its module: what the server of the ranks imports beforehand."""
 
@@ -91,6 +93,7 @@ def from_function(
         config=_config_class(train),
         source=source,
         check=getattr(module, "check_launch", None),
+        check_ranks=getattr(module, "check_ranks", None),
         preload=tuple(getattr(module, "PRELOAD", ())),
     )
 

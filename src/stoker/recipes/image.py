@@ -77,7 +77,7 @@ class Config(Training):
         return self.max_steps or Duration(self.epochs or 10.0, "epoch")
 
 
-def check_launch(config: Config, ranks: int) -> None:
+def check_launch(config: Config) -> None:
     """What can be seen before any process is started. Raises BadInput."""
     if config.parallel == "pipeline":
         raise BadInput(

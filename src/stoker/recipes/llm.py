@@ -122,7 +122,7 @@ class Config(Training):
         return self.max_steps or Duration(self.epochs or 1.0, "epoch")
 
 
-def check_launch(config: Config, ranks: int) -> None:
+def check_launch(config: Config) -> None:
     """What can be seen before any process is started. Raises BadInput."""
     from stoker.data import sources
     from stoker.language import chat_template, hub, shape
@@ -144,7 +144,13 @@ def check_launch(config: Config, ranks: int) -> None:
         from stoker.language import quantised
 
         quantised.check()
+
+
+def check_ranks(config: Config, ranks: int) -> None:
+    """Raises BadWorldSize where a model is not cut into as many stages; BadInput where into none."""
     if config.parallel == "pipeline":
+        from stoker.language import shape
+
         virtual = config.pipeline.stages_per_rank if config.pipeline.schedule == "interleaved" else 1
         shape.check_stages(
             config.model, stages=(config.pipeline.ranks or ranks) * virtual, tied=config.tie_embeddings
@@ -208,7 +214,9 @@ def train(run: Run, config: Config) -> None:
         )  # fmt: skip
     data.say(run, config.data, found, rows, packed=packing, wanted=config.packing)
     language = dataclasses.replace(language, tokenizer=data.as_asked(found, language.tokenizer))
-    prompts = data.prompts(found, language.tokenizer, config.prompts)
+    prompts = data.prompts(
+        found, language.tokenizer, config.prompts, positions=building.positions(language.config)
+    )
     if config.quantisation == "nf4":
         quantised.convert(language.model)
     model = adapters.adapted(language, config.lora, compare=run.world.rank == 0)

@@ -107,7 +107,7 @@ class Config(Training):
         return self.max_steps or Duration(self.epochs or (5.0 if self.is_new else 3.0), "epoch")
 
 
-def check_launch(config: Config, ranks: int) -> None:
+def check_launch(config: Config) -> None:
     """What can be seen before any process is started. Raises BadInput."""
     from stoker.data import labelled_sources
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import stoker
 from stoker.progress import clock
-from stoker.report import curve_image, facts, plots
+from stoker.report import curve_image, facts, performance, plots
 from stoker.reproduce import packages
 from stoker.run.view import RunView
 
@@ -183,9 +183,10 @@ def _data(view: RunView) -> str:
 
 def _training(view: RunView, about: About) -> str:
     rows = [("steps", f"{about.step:,}"), ("time", clock(view.seconds)), ("devices", facts.layout(view))]
-    for name, known in (("tokens_per_second", "tokens a second"), ("mfu", "model FLOPs utilisation")):
-        value = view.last(name)
-        rows += [(known, facts.number(value))] if value is not None else []
+    found = performance.throughput(view)
+    if found is not None:
+        rows.append((f"{found.unit} a second", facts.number(found.median)))
+        rows.append(("model FLOPs utilisation", performance.utilisation(found)))
     return _table(("", ""), [row for row in rows if row[1]])
 
 

@@ -471,5 +471,9 @@ def _provenance_rows(view: RunView, found: facts.Provenance) -> list[list[str]]:
 
 def _data(about: dict[str, Any]) -> str:
     """A dataset, in words: where it was, how much of it there is, its fingerprint."""
-    size = f", {about['files']:,} files, {facts.size(about['bytes'])}" if about.get("bytes") else ""
+    size = (
+        f", {about['files']:,} file{'s' if about['files'] > 1 else ''}, {facts.size(about['bytes'])}"
+        if about.get("bytes")
+        else ""
+    )
     return f"{about.get('path')}{size}, {about.get('fingerprint')}"

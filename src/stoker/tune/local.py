@@ -25,7 +25,7 @@ from typing import Any
 
 import psutil
 from stoker import disk, machine, redaction, signals
-from stoker.errors import StokerError, Stopped
+from stoker.errors import BadInput, StokerError, Stopped
 from stoker.tune.trial import Ended, Job, Link, Report
 
 PRELOAD = ("stoker.cli.trial", "stoker.preloaded")
@@ -344,7 +344,8 @@ def outcome(number: int, first: Over, failed: Sequence[Over]) -> Ended:
         return Ended(number, "killed", said, logged=logged)
     for end in failed:
         if end.last is not None:
-            return Ended(number, "failed", end.last["error"], end.last["trace"], logged)
+            last = end.last
+            return Ended(number, "failed", last["error"], last["trace"], logged, refused=last["refused"])
         return Ended(number, "failed", f"its process ended with {end.code} and said nothing", logged=logged)
     return Ended(number, known["status"], logged=logged, values=values)
 
@@ -420,10 +421,12 @@ def _end_of(function: Function, job: Job, link: Link) -> dict[str, Any]:
     except Stopped as stopped:  # before there was a run
         return {"status": stopped.status}
     except StokerError as error:
-        return {"status": "failed", "error": redaction.text(str(error)), "trace": ""}
+        refused = isinstance(error, BadInput)
+        return {"status": "failed", "error": redaction.text(str(error)), "trace": "", "refused": refused}
     except BaseException as error:
         return {
             "status": "failed",
+            "refused": False,
             "error": redaction.text(f"{type(error).__name__}: {error}"),
             "trace": redaction.text(traceback.format_exc()),
         }

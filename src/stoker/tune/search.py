@@ -34,6 +34,8 @@ log = logging.getLogger("stoker")
 
 _RESTARTS = 3
 """How often a trial whose process was killed is started again without having come further."""
+_REFUSED = 5
+"""How many trials are refused in the same words, and none logs anything, until others are not tried."""
 _LOOK = 1.0
 """Seconds after which to look again whether there is room, where there was none for any trial."""
 _NEARLY = 0.9  # of a whole trial: the last report may come before its end
@@ -115,6 +117,8 @@ class Search:
         """Optuna's trials that it was not told the end of."""
         self._started: dict[int, float] = {}
         """When the processes of those that run were started."""
+        self._refused: list[str] = []
+        """Why trials were refused, as long as none has logged what is searched for."""
         self._said: set[str] = set()
         """What was warned of already."""
         for trial in study.get_trials(deepcopy=False):
@@ -574,6 +578,7 @@ class Search:
                     "length of a whole trial",
                 )  # fmt: skip
         self._check_failures()
+        self._check_refusals(ended)
 
     def _say_once(self, about: str, warning: str) -> None:
         if about not in self._said:
@@ -588,6 +593,16 @@ class Search:
             raise StokerError(
                 f"{some} failed, more than --max-failures {self.plan.max_failures}; "
                 f"trial {failures[-1].number}: {failures[-1].error}"
+            )
+
+    def _check_refusals(self, ended: Ended) -> None:
+        """Raises StokerError where trials are refused in the same words, and none has logged anything."""
+        if not ended.refused or any(trial.others or trial.values for trial in self.trials.values()):
+            return
+        self._refused.append(ended.error)
+        if self._refused.count(ended.error) == _REFUSED:
+            raise StokerError(
+                f"{_REFUSED} trials were refused alike: {ended.error}; the same search goes on with others"
             )
 
     def _job(self, trial: Seen) -> Job:

@@ -72,6 +72,8 @@ class Ended:
     """The metrics that it has logged."""
     values: Mapping[str, float] = field(default_factory=dict)
     """The newest value of each metric that is searched for."""
+    refused: bool = False
+    """Whether it failed of bad input: it has not begun, and would not if it were tried again."""
 
 
 _HELD = 0.25
