@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
 import sys
-import uuid
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +15,7 @@ import pytest
 from stoker import object_store, storage
 
 import warm
+from commands import SECRET, Command, Done, Point, Start
 from servers import Proxy, s3_server
 
 STARTING = {"cli", "engine", "language", "launch", "tracking", "report", "run"}
@@ -50,25 +48,6 @@ def environment(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for name in ("STOKER_RUNS", "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(name, raising=False)
-
-
-@dataclass(frozen=True)
-class Done:
-    """How a command ended."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def answer(self) -> dict[str, Any]:
-        """The object that --json prints last."""
-        found: dict[str, Any] = json.loads(self.out.strip().splitlines()[-1])
-        return found
-
-
-Command = Callable[..., Done]
-Start = Callable[..., Any]
 
 
 @pytest.fixture
@@ -127,9 +106,6 @@ def write_file(tmp_path: Path) -> Callable[[str, Sequence[str]], Path]:
     return write
 
 
-Point = Callable[[str], None]
-
-
 @pytest.fixture
 def point_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Point]:
     """Have this process ask the hub of an address, with a cache of its own."""
@@ -147,9 +123,6 @@ def point_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Point]
 
     yield point
     close_session()
-
-
-SECRET = uuid.uuid4().hex  # in no source file: those may stand in the run's record
 
 
 @pytest.fixture(scope="session")

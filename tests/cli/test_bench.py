@@ -10,7 +10,7 @@ import pytest
 from stoker.cli import bench
 from stoker.report import scaling
 
-from conftest import Command
+from commands import Command
 
 RECIPE = str(Path(__file__).parent / "ranked.py")
 

@@ -13,7 +13,7 @@ from stoker.checkpoint import manifest
 from stoker.checkpoint.store import export_model, load_tensors, shapes
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from conftest import Command, Start
+from commands import Command, Start
 from support import wait_for_points
 
 LLM = (

@@ -14,7 +14,7 @@ import pytest
 from stoker.checkpoint import manifest
 from test_launch import RECIPE, SLOW, _weights
 
-from conftest import Command, Start
+from commands import Command, Start
 from support import SOAK, loaded, wait_for_points
 
 KILLING = Path(__file__).parents[2] / "bench" / "soak.py"

@@ -13,7 +13,7 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
-from conftest import Command, Start
+from commands import Command, Start
 from support import loaded, wait_for_points
 
 RECIPE = str(Path(__file__).parent / "ranked.py")

@@ -12,7 +12,7 @@ import pytest
 from stoker.checkpoint import manifest
 from test_launch import RECIPE, SLOW, _ranks, _weights
 
-from conftest import Command, Start
+from commands import Command, Start
 from support import loaded, points
 
 A, B = "10.77.0.1", "10.77.0.2"

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification
 
-from conftest import Command
+from commands import Command
 from support import SOAK, loaded
 
 LLM = (

@@ -17,7 +17,7 @@ import pytest
 from stoker.checkpoint import manifest
 from test_launch import RECIPE, SLOW, _weights
 
-from conftest import SECRET, Command, Start
+from commands import SECRET, Command, Start
 from servers import Proxy
 from support import SOAK, loaded, wait_for_points
 

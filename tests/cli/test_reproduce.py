@@ -19,7 +19,7 @@ from pathlib import Path
 import orjson
 import pytest
 
-from conftest import Command, Start
+from commands import Command, Start
 from support import loaded, wait_for_points
 
 # Randomness in the model, in the data and in the loop; a module of its own that git does not know.

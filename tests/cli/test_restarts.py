@@ -22,7 +22,7 @@ from stoker.checkpoint import manifest
 from stoker.launch import alone
 from test_launch import RECIPE, SLOW, _ranks, _weights
 
-from conftest import Command, Start
+from commands import Command, Start
 from support import loaded, wait_for_points
 
 

@@ -18,7 +18,7 @@ import pytest
 from optuna.storages.journal import JournalFileBackend, JournalStorage
 
 from browser import Browser, needs_chromium
-from conftest import Command, Start
+from commands import Command, Start
 from support import SOAK, loaded
 
 RECIPE = str(Path(__file__).parent / "searched.py")

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from conftest import Command, Start
+from commands import Command, Start
 from ray_machines import Machines, started
 from support import SOAK, loaded
 

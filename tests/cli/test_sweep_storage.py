@@ -13,7 +13,7 @@ import optuna
 import pytest
 
 import servers
-from conftest import Command, Start
+from commands import Command, Start
 from support import loaded
 
 RECIPE = str(Path(__file__).parent / "searched.py")

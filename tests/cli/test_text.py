@@ -15,7 +15,7 @@ from stoker.recipes import text
 from stoker.tracking import served
 from transformers import pipeline
 
-from conftest import Command, Start
+from commands import Command, Start
 from support import loaded, wait_for_points
 
 WORDS = {

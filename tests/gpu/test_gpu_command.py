@@ -11,7 +11,7 @@ import pytest
 
 import families
 from cli.test_launch import _ranks
-from conftest import Command, Start
+from commands import Command, Start
 from support import ON_A_GPU, loaded, wait_for_points
 
 pytestmark = ON_A_GPU

@@ -14,7 +14,7 @@ import pytest
 from stoker.errors import BadInput, StokerError
 from stoker.integrations.sweeping import Sweep, sweep
 
-from conftest import Command
+from commands import Command
 from support import loaded
 
 SEARCHED = Path(__file__).parents[1] / "cli" / "searched.py"

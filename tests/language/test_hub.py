@@ -15,7 +15,7 @@ from stoker.errors import BadInput
 from stoker.language import hub
 
 import hub_server
-from conftest import Point
+from commands import Point
 from hub_server import Hub
 from servers import listening
 

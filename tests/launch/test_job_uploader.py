@@ -19,7 +19,7 @@ from stoker.launch.jobspec import JobSpec
 from stoker.object_store import Unreachable
 from stoker.run import stretches
 
-from conftest import SECRET
+from commands import SECRET
 from servers import Proxy
 
 Begin = Callable[..., "subprocess.Popen[bytes]"]

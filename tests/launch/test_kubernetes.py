@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 import kubernetes_api
-from conftest import Command
+from commands import Command
 from kubernetes_api import Api
 
 RECIPE = str(Path(__file__).parents[1] / "cli" / "ranked.py")

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from conftest import Command
+from commands import Command
 from ray_machines import Machines, started
 from servers import Proxy
 from support import loaded, points

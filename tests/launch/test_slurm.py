@@ -22,7 +22,7 @@ from stoker.run import finding
 
 import servers
 import slurm_cluster
-from conftest import SECRET, Command, Start
+from commands import SECRET, Command, Start
 from support import loaded
 
 RECIPE = str(Path(__file__).parent / "waiting.py")

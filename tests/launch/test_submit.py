@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import Command
+from commands import Command
 
 RECIPE = str(Path(__file__).parents[1] / "cli" / "searched.py")
 DOCS = Path(__file__).parents[2] / "docs" / "clusters.md"

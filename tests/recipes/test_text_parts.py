@@ -21,7 +21,7 @@ from stoker.language import hub
 from stoker.recipes import text, text_model, text_shape
 
 import hub_server
-from conftest import Point
+from commands import Point
 from hub_server import Hub
 from servers import listening
 
