@@ -333,7 +333,8 @@ class Run:
 
     def params(self, **values: Any) -> None:
         """Record what the run's config did not know at its start: JSON values by name."""
-        self._append("params", values=values)
+        if values:
+            self._append("params", values=values)
 
     def tag(self, **tags: str) -> None:
         """Set tags; a tag set again is replaced."""
@@ -480,7 +481,12 @@ class Run:
         return view.load(self.directory).summary()
 
     def fingerprint(self, name: str, value: str) -> None:
-        """Record the fingerprint of something the run depends on; warns where it changed since the start."""
+        """Record the fingerprint of something the run depends on; warns where it changed since the start.
+
+        Rank 0 does.
+        """
+        if self.world.rank > 0:
+            return
         tag = f"fingerprint.{name}"
         known = view.load(self.directory).tags.get(tag, value) if self.continued else value
         if known != value:

@@ -12,6 +12,7 @@ import loading_run
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from stoker import config as configs
 from stoker.errors import BadInput
 from stoker.language import adapters, building, hub, merging, saved_adapters
 from stoker.language.lora import Lora, is_adapter
@@ -64,6 +65,13 @@ def test_an_adapter_is_gone_on_with_as_it_was(kind: str, base: Path, tmp_path: P
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trained
     assert all("lora_" in name for name in trained)
+    saved = json.loads((folder / "adapter_config.json").read_text())
+    own = adapters.settings(model, Lora(adapter=str(folder)))
+    assert (own["lora.rank"], own["lora.alpha"]) == (saved["r"], saved["lora_alpha"])
+    assert (own["lora.rslora"], own["lora.dora"]) == (kind == "rslora", kind == "dora")
+    assert set(own["lora.targets"].split(",")) == set(saved["target_modules"])
+    for key, value in own.items():
+        assert configs.checked(llm.Config, key, value) == value
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])

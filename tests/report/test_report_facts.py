@@ -44,6 +44,14 @@ def test_a_value_that_was_set_back_is_the_recorded_one_again() -> None:
     assert (value.value, value.source, value.is_default) == (1, "default", True)
 
 
+def test_what_a_run_has_found_out_about_a_key_is_its_value() -> None:
+    record = {"config": {"rank": 0, "b": 2}, "sources": {"rank": "default", "b": "default"}}
+    found = [
+        (v.key, v.value, v.source) for v in facts.config(_view(record=record, params={"rank": 8, "c": 1}))
+    ]
+    assert found == [("rank", 8, "found out by the run"), ("b", 2, "default")]
+
+
 def test_only_checkpoints_with_a_manifest_count_as_kept(tmp_path: Path) -> None:
     view = _view(tmp_path, checkpoints=[1, 2, 3])
     for step in (2, 3):

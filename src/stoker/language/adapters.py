@@ -67,6 +67,19 @@ def adapted(language: Language, lora: Lora, *, compare: bool = True) -> Any:
     return made
 
 
+def settings(model: Any, lora: Lora) -> dict[str, Any]:
+    """What the adapter that was gone on from has itself, by the keys of the config; nothing of a new one."""
+    if lora.adapter is None:
+        return {}
+    known = model.peft_config["default"]
+    targets = known.target_modules
+    return {
+        "lora.rank": known.r, "lora.alpha": known.lora_alpha, "lora.dropout": known.lora_dropout,
+        "lora.targets": targets if isinstance(targets, str) else ",".join(sorted(targets)),
+        "lora.rslora": known.use_rslora, "lora.dora": known.use_dora,
+    }  # fmt: skip
+
+
 def tokenizer_for(given: str | None, lora: Lora) -> str | None:
     """The tokenizer that is given; else, with its chat template, the one beside the adapter to go on from.
 

@@ -239,8 +239,8 @@ def train(run: Run, config: Config) -> None:
             training=config,
             load=adapters.loading(language.load),
         )
-    if run.world.rank == 0:
-        run.fingerprint("model", language.fingerprint)
+    run.fingerprint("model", language.fingerprint)
+    run.params(**adapters.settings(model, config.lora))
     export.record_shape(trainer, language, model)
 
     how: dict[str, Any] = {

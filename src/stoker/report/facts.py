@@ -22,6 +22,7 @@ from stoker.run.media import read_table
 from stoker.run.series import Summary
 from stoker.run.view import Attempt, Media, RunView
 
+_FOUND_OUT = "found out by the run"
 _TEXT_LIMIT = 400_000  # characters of a diff that are shown; the run's directory has all of it
 
 
@@ -98,13 +99,17 @@ def table_rows(view: RunView, table: Media) -> tuple[list[str], list[list[Any]]]
 
 
 def config(view: RunView) -> list[Value]:
-    """Every config value with its source, those that are not defaults first."""
+    """Every config value with its source, those that are not defaults first.
+
+    What the run found out about a key once it had begun stands in place of what the config said.
+    """
     sources = dict(view.record.get("sources", {}))
     for key, change in view.drift.items():
         since = next(a.number for a in view.attempts if a.drift.get(key) == change)
         sources[key] = f"changed at attempt {since}"
+    sources |= dict.fromkeys(view.config.keys() & view.params.keys(), _FOUND_OUT)
     found = [
-        Value(key, value, sources.get(key, ""), sources.get(key, DEFAULT) == DEFAULT)
+        Value(key, view.params.get(key, value), sources.get(key, ""), sources.get(key, DEFAULT) == DEFAULT)
         for key, value in view.config.items()
     ]
     return sorted(found, key=lambda v: v.is_default)
