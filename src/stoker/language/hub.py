@@ -3,7 +3,6 @@ the Hugging Face hub."""
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import functools
 import hashlib
@@ -11,7 +10,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from stoker.errors import BadInput, nearest
 _DESCRIPTION = ("*.json", "*.jinja", "*.model", "*.txt")
 _OF_A_TOKENIZER = ("tokenizer*", "vocab*", "*.model")
 _ANSWER = 10.0  # seconds
+_SPARED = 60.0  # seconds in which a hub that did not answer is not asked again for what is here
 _SETTLED = 2 * 10**9  # nanoseconds
 _NOT_REACHED = "the hub cannot be reached ({}). Set HF_ENDPOINT to a mirror, HTTPS_PROXY to a proxy"
 _OURS = (
@@ -57,7 +57,8 @@ def find(
 ) -> Path:
     """The directory of a model: as given, or brought from where it is.
 
-    Where the hub does not answer within 10 s, what was brought of it before will do.
+    Where the hub does not answer within 10 s, what was brought of it before will do; for a minute then it is
+    not asked again for that, by no process of the user.
 
     Args:
         reference: a directory, a URL such as `s3://bucket/folder`, or an id such as `org/name`, or
@@ -89,12 +90,15 @@ def _from_hub(reference: str, what: str, known: Sequence[str], *, weights: bool,
     name, _, revision = reference.partition("@")
     wanted = [*_DESCRIPTION, *(WEIGHTS if weights else ())]
     bring = functools.partial(snapshot_download, name, revision=revision or None, allow_patterns=wanted)
+    if time.time() - storage.modified(_silence()) / 1e9 < _SPARED and (here := _brought(bring)) is not None:
+        return here
     try:
         about = HfApi().model_info(name, revision=revision or None, timeout=_ANSWER)
     except Exception as error:  # of a network, a proxy, a service: there is no list of what they raise
-        if not isinstance(error, RevisionNotFoundError):
-            with contextlib.suppress(LocalEntryNotFoundError, HFValidationError):
-                return Path(bring(local_files_only=True))
+        if isinstance(error, httpx2.TimeoutException):
+            storage.try_to_write_json(_silence(), {"hub": constants.ENDPOINT})
+        if not isinstance(error, RevisionNotFoundError) and (here := _brought(bring)) is not None:
+            return here
         raise BadInput(_refusal(error, what, reference)) from error
     if pickles and not any(file.rfilename.endswith(".safetensors") for file in about.siblings or ()):
         wanted += _PICKLES
@@ -102,6 +106,20 @@ def _from_hub(reference: str, what: str, known: Sequence[str], *, weights: bool,
         return Path(bring())
     except Exception as error:  # and of a disk
         raise BadInput(_unkept(error, what, reference) or _refusal(error, what, reference)) from error
+
+
+def _brought(bring: Callable[..., str]) -> Path | None:
+    """What was brought before, if anything."""
+    try:
+        return Path(bring(local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
+
+
+def _silence() -> Path:
+    """A file of this user's that is written whenever the hub does not answer."""
+    hub = hashlib.sha256(constants.ENDPOINT.encode()).hexdigest()[:32]
+    return storage.cache_folder() / "hub" / f"{hub}.silent"
 
 
 def _refusal(error: Exception, what: str, reference: str) -> str:
