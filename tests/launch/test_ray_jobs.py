@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from ray.job_submission import JobSubmissionClient
 
 from commands import Command
 from ray_machines import Machines, started
@@ -155,6 +156,13 @@ def test_a_job_that_is_cancelled_at_once_does_not_end_its_step_and_all_it_wrote_
     for source in ("[node ", "[rank 0] ", "[rank 1] "):
         assert source in stored.out
     assert sorted(stored.out.splitlines()) == sorted(there.out.splitlines())
+
+    (known,) = stoker("jobs", "list", *where, "--json", env=cluster).answer["jobs"]
+    assert JobSubmissionClient(of_two.dashboard).delete_job(known["native"])
+    assert state() == "cancelled"
+    forgotten = stoker("jobs", "logs", "n", *where, env=cluster)
+    assert "the cluster does not have it; what is shown is what was brought to" in forgotten.err
+    assert sorted(forgotten.out.splitlines()) == sorted(there.out.splitlines())
 
 
 def test_what_the_cluster_does_not_have_is_refused(

@@ -172,6 +172,8 @@ def test_a_job_that_is_cancelled_leaves_a_checkpoint_and_is_not_queued_again(
     assert loaded(run).status == "preempted"
     assert (run / "checkpoints" / f"step-{loaded(run).step:08d}" / "manifest.json").is_file()
     assert not (folder / "runs" / "waiting" / "d").exists()
+    said = (folder / "runs" / ".jobs" / running["job"] / "slurm.log").read_text()
+    assert "disabled" not in said  # as Slurm calls to queue again what may not be
     over = stoker("jobs", "cancel", "c", cwd=folder)
     assert over.code == 2
     assert "is over: cancelled" in over.err

@@ -36,6 +36,8 @@ log = logging.getLogger("stoker")
 
 SUBMITTED = "job.submitted.json"
 
+_FORGOTTEN = "the cluster does not have it"
+
 _STARTS = 30.0  # seconds that a cluster, which has just been started, may need until it takes jobs
 _STOP = 120  # seconds that a job has for a checkpoint, once it is told to stop
 _OPTIONS = {
@@ -110,7 +112,7 @@ def states(of: Sequence[Job]) -> dict[str, Status]:
         except RuntimeError as error:
             if "404" not in str(error):
                 raise StokerError(f"the cluster does not answer: {error}") from error
-            found[job.id] = Status("unknown", "the cluster does not have it")
+            found[job.id] = Status("cancelled" if job.cancelled else "unknown", _FORGOTTEN)
             continue
         state = _STATES[str(known.status.value)]
         why = _why(known.message or "") if state == "failed" else ""
@@ -158,7 +160,7 @@ def _why_not_kept(job: Job) -> str:
         status = states([job])[job.id]
     except StokerError as error:
         return str(error)
-    return status.reason if status.state == "unknown" else ""
+    return status.reason if status.reason == _FORGOTTEN else ""
 
 
 def _of_nodes(job: Job, follow: bool) -> Iterator[Line]:

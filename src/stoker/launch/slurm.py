@@ -180,8 +180,9 @@ uploader=$!
 trap : TERM
 """
 _REQUEUE = """\
-# A job that was cancelled is not RUNNING any more, nor one that Slurm queues again by itself.
-if [ $again = yes ] && [ "$(squeue --noheader --jobs={job} --format=%T)" = RUNNING ]; then
+# Not a job that was cancelled, which may not be queued again, nor one that Slurm queues again by itself.
+now=$(scontrol show job {job})
+if [ $again = yes ] && [[ $now == *JobState=RUNNING* && $now == *Requeue=1* ]]; then
     scontrol requeue {job}
 fi"""
 _UPLOADED = """\
