@@ -583,6 +583,8 @@ class Run:
     def end(self, status: str, error: str | None = None) -> None:
         """End the attempt with a status. Artifacts may still be recorded until `close`."""
         if not self._ended:
+            if status == view.FINISHED and self.world.rank == 0 and self.world.size > 1:
+                rendezvous.wait_for_others(self.directory, self.attempt, self.world.size)
             self._ended = True
             for watch in self._watches:
                 watch.close()

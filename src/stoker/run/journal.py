@@ -128,6 +128,11 @@ def start_attempt(journal: Path) -> tuple[int, JournalWriter]:
             number += 1
 
 
+def ranks(journal: Path, attempt: int) -> int:
+    """How many ranks have opened their journals of an attempt."""
+    return sum(int(m[1]) == attempt for m in map(_ATTEMPT.fullmatch, _names(journal)) if m)
+
+
 def newest_attempt(journal: Path) -> tuple[int, Event] | None:
     """The newest attempt and its first event, once it has been written."""
     numbers = [int(m[1]) for m in map(_ATTEMPT.fullmatch, _names(journal)) if m and m[2] == "0"]

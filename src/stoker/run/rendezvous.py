@@ -2,7 +2,7 @@
 
 Rank 0 writes who it is into the lock that it holds, and the same into the first line of its
 journal. A rank that finds both alike, under a lock that is held, has found its attempt, and
-not one that ended before or another launch's.
+not one that ended before or another launch's. So rank 0 does not end before the others are there.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from stoker.run import journal
 from stoker.run.directory import RunDirectory
 
 TIMEOUT = 600.0  # seconds; loading code and data on rank 0 comes first
+_LATE = 5.0  # seconds that rank 0 gives those that are not there when it has ended; some may never come
 _INTERVAL = 0.05
 
 
@@ -37,6 +38,13 @@ def wait(run: RunDirectory, launch: str, timeout: float = TIMEOUT) -> tuple[int,
             return found
         time.sleep(_INTERVAL)
     raise StokerError(f"rank 0 of this launch did not open {run.path} within {timeout:.0f} s")
+
+
+def wait_for_others(run: RunDirectory, attempt: int, size: int, timeout: float = _LATE) -> None:
+    """Wait until all ranks take part in an attempt: none would find one that is over."""
+    deadline = time.monotonic() + timeout
+    while journal.ranks(run.journal, attempt) < size and time.monotonic() < deadline:
+        time.sleep(_INTERVAL)
 
 
 def _begun(run: RunDirectory, launch: str) -> tuple[int, dict[str, Any]] | None:
