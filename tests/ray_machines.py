@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import signal
+import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, TypeVar
 
 import psutil
@@ -25,12 +28,15 @@ class Machines:
     """
 
     def __init__(self, *, dashboard: bool = False) -> None:
+        # By its folder Ray's own jobs tell a cluster from the others on this machine.
+        self.folder = Path(tempfile.mkdtemp(prefix="ray-"))
         head = {
-            "num_cpus": 1, "include_dashboard": dashboard, "dashboard_port": 0,
+            "num_cpus": 1, "temp_dir": str(self.folder), "include_dashboard": dashboard, "dashboard_port": 0,
             "dashboard_agent_listen_port": 0,  # its default is one port for all clusters of a machine
             "_system_config": _FAST,
         }  # fmt: skip
         self.cluster = Cluster(initialize_head=True, head_node_args=head)
+        (self.folder / "ray_current_cluster").write_text(self.address, encoding="utf-8")
 
     @property
     def address(self) -> str:
@@ -42,7 +48,7 @@ class Machines:
 
     def join(self) -> Any:
         """One more machine."""
-        return self.cluster.add_node(num_cpus=1, wait=True)
+        return self.cluster.add_node(num_cpus=1, wait=True, temp_dir=str(self.folder))
 
     def raylet(self, node: Any) -> psutil.Process:
         return psutil.Process(node.all_processes["raylet"][0].process.pid)
@@ -61,4 +67,5 @@ def started(made: Callable[[], M]) -> Iterator[M]:
     finally:
         machines.cluster.shutdown()
         ray.shutdown()
+        shutil.rmtree(machines.folder, ignore_errors=True)
         signal.signal(signal.SIGTERM, answer)
