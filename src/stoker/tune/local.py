@@ -198,7 +198,10 @@ class Workers:
             waiting = [self._begin(None) for _ in range(self._parallel)]
             for trial in waiting:
                 trial.ranks[0].until_it_waits()
-            self._idle = [trial for trial in waiting if trial.ranks[0].waits]
+                if trial.ranks[0].waits:
+                    self._idle.append(trial)
+                else:  # it is gone: another one is started for a trial
+                    self._gpus += trial.gpus
             return
         with _without_script():
             nothing = _CONTEXT.Process(target=_nothing)
