@@ -116,9 +116,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _model(self, name: str, revision: str | None) -> dict[str, bytes] | None:
         """A model's files; None once it was answered that there are none."""
-        files = self.hub.model(name, unquote(revision or "main"))
+        return self._or_not_found(self.hub.model(name, unquote(revision or "main")), name in self.hub.models)
+
+    def _or_not_found(self, files: dict[str, bytes] | None, known: bool) -> dict[str, bytes] | None:
+        """Files that are there; else it is answered that they are not, of something that is known or not."""
         if files is None:
-            code = "RevisionNotFound" if name in self.hub.models else "RepoNotFound"
+            code = "RevisionNotFound" if known else "RepoNotFound"
             self._answer(404, {"error": code}, {"X-Error-Code": code})
         return files
 
@@ -219,10 +222,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _dataset(self, name: str, revision: str | None) -> dict[str, bytes] | None:
         """A dataset's files; None once it was answered that there are none."""
         files = self.hub.dataset(name, unquote(revision or "main"))
-        if files is None:
-            code = "RevisionNotFound" if name in self.hub.datasets else "RepoNotFound"
-            self._answer(404, {"error": code}, {"X-Error-Code": code})
-        return files
+        return self._or_not_found(files, name in self.hub.datasets)
 
     def _about_dataset(self, name: str, revision: str | None) -> None:
         files = self._dataset(name, revision)

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 from stoker import config as configs
 from stoker import recipes
-from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, console, print_json, show_messages
+from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, console, counted, print_json, show_messages
 from stoker.cli.resume import return_to
 from stoker.cli.train import ConfigFile
 from stoker.config import Resolved
@@ -236,13 +236,13 @@ def _token(text: str, learnt: bool, special: bool) -> Token:
 def _print_sample(out: Console, name: str, sample: Sample, whole: bool) -> None:
     tokens = list(itertools.chain.from_iterable(sample.documents))
     said = (
-        f"{_counted(len(sample.documents), 'document')}, {_counted(len(tokens), 'token')}, "
+        f"{counted(len(sample.documents), 'document')}, {counted(len(tokens), 'token')}, "
         f"{sum(token.learnt for token in tokens):,} learnt, {sample.padding:,} of padding"
     )
     out.print()
     out.print(Text.assemble((f"{name}, row {sample.index:,}", "bold"), f": {said}"))
     for number, document in enumerate(sample.documents, start=1):
-        about = f"document {number} of {len(sample.documents)}, {_counted(len(document), 'token')} "
+        about = f"document {number} of {len(sample.documents)}, {counted(len(document), 'token')} "
         out.print(Text(f"{about:-<{min(out.width, 100)}}", "dim"))
         for learnt, group in itertools.groupby(document, lambda token: token.learnt):
             _print_stretch(out, "learnt" if learnt else "masked", list(group), whole)
@@ -380,7 +380,3 @@ def _print_epoch(out: Console, about: Mapping[str, Any]) -> None:
         f"an epoch is {roughly}{epoch['rows']:,} rows, {epoch['tokens']:,} tokens, {epoch['learnt']:,} of "
         f"them learnt: {epoch['steps']:,} steps of batch_size={epoch['batch_size']}"
     )
-
-
-def _counted(count: int, what: str) -> str:
-    return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"

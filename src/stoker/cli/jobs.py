@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 from rich.text import Text
-from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, console, print_json, show_messages
+from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, console, counted, print_json, show_messages
 from stoker.errors import BadInput, StokerError
 from stoker.launch import jobs, jobspec, targets
 from stoker.launch.jobs import Job
@@ -164,9 +164,9 @@ def _print(known: Sequence[Job], states: dict[str, Status]) -> None:
 
 def _facts(job: Job, status: Status) -> list[tuple[str, str]]:
     spec = job.spec
-    needs = [_count(spec.nodes, "node"), f"{_count(spec.processes, 'rank')} a node"]
-    needs += [_count(spec.gpus, "GPU")] if spec.gpus else []
-    needs += [_count(spec.cores, "core")]
+    needs = [counted(spec.nodes, "node"), f"{counted(spec.processes, 'rank')} a node"]
+    needs += [counted(spec.gpus, "GPU")] if spec.gpus else []
+    needs += [counted(spec.cores, "core")]
     needs += [jobspec.shown_memory(spec.memory)] if spec.memory is not None else []
     return [
         ("job", f"{job.id}, {job.target}'s {job.native}"),
@@ -177,10 +177,6 @@ def _facts(job: Job, status: Status) -> list[tuple[str, str]]:
         ("code", _code(job.code) or "not in git"),
         ("files", str(job.folder)),
     ]
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _changed_code(job: Job) -> list[str]:
