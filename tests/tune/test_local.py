@@ -22,7 +22,8 @@ def job(number: int) -> Job:
 
 def sees(job: Job, link: Link) -> dict[str, Any]:
     """Says which GPUs it may use, and what it is told."""
-    answer = link.ask("report", step=1, value=float(job.number), per_step=1.0)
+    link.hold(step=1, value=float(job.number), per_step=1.0)
+    answer = link.ask("reports")
     time.sleep(0.2)
     return {"status": "finished", "logged": [os.environ.get("CUDA_VISIBLE_DEVICES", ""), answer["decision"]]}
 

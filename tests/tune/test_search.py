@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from optuna.trial import TrialState
 from stoker.tune import schedulers, search
 from stoker.tune import study as studies
 from stoker.tune.plan import Objective, Plan
@@ -22,6 +25,8 @@ class Cluster:
         self._rooms, self._ends = rooms, ends
         self._job: Job | None = None
         self.started: list[int] = []
+        self.at_start: Callable[[], None] = lambda: None
+        self.at_wait: Callable[[], None] = lambda: None
 
     def prepare(self) -> None:
         pass
@@ -37,9 +42,11 @@ class Cluster:
     def start(self, job: Job) -> None:
         self._job = job
         self.started.append(job.number)
+        self.at_start()
 
     def wait(self, timeout: float | None = None) -> list[Report | Ended]:
         assert self._job is not None
+        self.at_wait()
         number, self._job = self._job.number, None
         status = self._ends.get(number, []).pop(0) if self._ends.get(number) else "finished"
         if status != "finished":
@@ -60,10 +67,15 @@ class Cluster:
 
 
 def _search(
-    folder: Path, cluster: Cluster, trials: int, rule: Scheduler | None = None, **planned: object
+    folder: Path,
+    cluster: Cluster,
+    trials: int,
+    rule: Scheduler | None = None,
+    sampler: str = "random",
+    **planned: object,
 ) -> Search:
     kept = studies.JournalFile(folder / "study.journal")
-    study = studies.opened(kept, studies.sampler("random", SPACE, 0), ["min"])
+    study = studies.opened(kept, studies.sampler(sampler, SPACE, 0), ["min"])
     plan = Plan(
         folder, "recipe", SPACE.config, (Objective("val_loss", "min"),), trials, folder / "provenance",
         **planned,
@@ -101,3 +113,53 @@ def test_trials_that_end_long_before_a_whole_one_are_told_of_once(
     rule = schedulers.make("asha", least=20, most=100)
     _search(tmp_path, Cluster([], {}), 3, rule, whole=100.0).run()
     assert caplog.text.count("rungs are laid out over --most 100") == 1
+
+
+def _told_at_starts(folder: Path, **asked: object) -> list[int]:
+    """How many ends the study knows of when each of four trials is started."""
+    cluster, told = Cluster([], {}), []
+
+    def look() -> None:
+        known = studies.read(folder / "study.journal").get_trials(states=(TrialState.COMPLETE,))
+        told.append(len(known))
+
+    cluster.at_start = look
+    _search(folder, cluster, 4, **asked).run()
+    assert cluster.started == [0, 1, 2, 3]
+    return told
+
+
+def test_the_next_trial_is_begun_before_the_end_of_the_last_is_taken_in_where_it_is_known_already(
+    tmp_path: Path,
+) -> None:
+    assert _told_at_starts(tmp_path) == [0, 0, 1, 2]
+
+
+@pytest.mark.parametrize("asked", [
+    {"sampler": "tpe"},  # learns
+    {"rule": schedulers.make("median")},  # decides what goes on
+    {"deadline": time.monotonic() + 600},  # may end the search before
+], ids=["sampler", "scheduler", "limit"])  # fmt: skip
+def test_it_is_not_where_what_happened_counts(tmp_path: Path, asked: dict[str, object]) -> None:
+    assert _told_at_starts(tmp_path, **asked) == [0, 1, 2, 3]
+
+
+def test_a_trial_that_was_drawn_and_not_begun_is_begun_when_the_search_goes_on(tmp_path: Path) -> None:
+    cluster = Cluster([], {})
+    stopped = _search(tmp_path, cluster, 4)
+    cluster.at_wait = lambda: stopped.stop() if len(cluster.started) == 2 else None
+    stopped.run()
+    assert cluster.started == list(stopped.trials) == [0, 1]
+    assert not stopped.over
+    assert [trial.state for trial in studies.read(tmp_path / "study.journal").trials] == [
+        TrialState.COMPLETE, TrialState.COMPLETE, TrialState.RUNNING,
+    ]  # fmt: skip
+    after = Cluster([], {})
+    gone_on = _search(tmp_path, after, 4)
+    gone_on.run()
+    assert after.started == [2, 3]
+    assert gone_on.over
+    (tmp_path / "whole").mkdir()
+    whole = _search(tmp_path / "whole", Cluster([], {}), 4)
+    whole.run()
+    assert [trial.params for trial in gone_on.trials.values()] == [t.params for t in whole.trials.values()]

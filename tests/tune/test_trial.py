@@ -18,9 +18,10 @@ from torch.utils.data import TensorDataset
 
 def test_what_is_measured_before_the_first_step_is_not_reported(tmp_path: Path) -> None:
     here, there = Pipe()
+    link = Link(there)
     dataset = TensorDataset(torch.ones(8, 1))
     with Run("test", "a", runs=tmp_path / "runs") as run:
-        reporter = Reporter(run, ("val_loss",), "epoch", Link(there), waits=False)
+        reporter = Reporter(run, ("val_loss",), "epoch", link, waits=False)
         run.listen(reporter)
         trainer = Trainer(
             run, torch.nn.Linear(1, 1), optimizer=torch.optim.SGD,
@@ -31,6 +32,7 @@ def test_what_is_measured_before_the_first_step_is_not_reported(tmp_path: Path) 
             trainer.step(batch)
             run.log(val_loss=1.0 / run.step)
     reporter.close()
+    link.tell("ended")
     there.close()
     said = [report for message in _messages(here) for report in message["reports"]]
     assert [(report["step"], report["value"], report["per_step"]) for report in said] == [
@@ -40,8 +42,9 @@ def test_what_is_measured_before_the_first_step_is_not_reported(tmp_path: Path) 
 
 def test_reports_that_nobody_answers_are_sent_together_and_not_late(tmp_path: Path) -> None:
     here, there = Pipe()
+    link = Link(there)
     with Run("test", "a", runs=tmp_path / "runs") as run:
-        reporter = Reporter(run, ("val_loss",), "step", Link(there), waits=False)
+        reporter = Reporter(run, ("val_loss",), "step", link, waits=False)
         run.listen(reporter)
         for step in range(1, 101):
             run.log(val_loss=1.0 / step)
@@ -49,9 +52,11 @@ def test_reports_that_nobody_answers_are_sent_together_and_not_late(tmp_path: Pa
         time.sleep(0.5)
         run.log(val_loss=0.0)
         reporter.close()
+    link.tell("ended")
     there.close()
-    said = [message["reports"] for message in _messages(here)]
-    assert [report["step"] for reports in said for report in reports] == list(range(1, 102))
+    said = list(_messages(here))
+    assert [report["step"] for one in said for report in one["reports"]] == list(range(1, 102))
+    assert said[-1]["reports"], "the last go with the word that it is over"
     assert len(said) < 10
 
 

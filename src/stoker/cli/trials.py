@@ -36,7 +36,8 @@ def live(search: Search) -> Iterator[None]:
     said: set[int] = {t.number for t in search.trials.values() if t.over}
 
     def say() -> None:
-        over = [trial for trial in search.trials.values() if trial.number not in said and trial.over]
+        over = [search.trials[number] for number in sorted(search.trials.keys() - said)]
+        over = [trial for trial in over if trial.over]
         best = search.best if over else None
         for trial in over:
             said.add(trial.number)

@@ -77,6 +77,7 @@ class Rank:
         self._number = -1 if job is None else job.number
         self._last: dict[str, Any] | None = None
         self.connection, theirs = _CONTEXT.Pipe()
+        self._link = Link(self.connection)
         self._process = _CONTEXT.Process(
             target=_main, args=(function, job, theirs, environment, shares, reuse), name=name
         )
@@ -101,7 +102,7 @@ class Rank:
     def until_it_waits(self) -> None:
         """Wait until it can begin a trial at once, if it has none yet."""
         with contextlib.suppress(EOFError, OSError):  # it is gone; that is seen by itself
-            self._last = Link(self.connection).hear()
+            self._last = self._link.hear()
 
     def go_on(self, job: Job) -> None:
         """Train another trial, where it waits for one."""
@@ -114,13 +115,9 @@ class Rank:
         found = []
         try:
             while self.connection.poll():
-                said = Link(self.connection).hear()
-                if said["kind"] == "reports":
-                    found += [Report(self._number, **one) for one in said["reports"]]
-                elif said["kind"] == "report":
-                    del said["kind"]
-                    found.append(Report(self._number, **said))
-                else:
+                said = self._link.hear()
+                found += [Report(self._number, **one) for one in said["reports"]]
+                if said["kind"] != "reports":
                     self._last = said
         except (EOFError, OSError):
             pass
@@ -129,7 +126,7 @@ class Rank:
     def answer(self, decision: str, *, save: bool) -> None:
         """Answer its report."""
         with contextlib.suppress(OSError):  # it is gone; that is seen by itself
-            Link(self.connection).tell("answer", decision=decision, save=save)
+            self._link.tell("answer", decision=decision, save=save)
 
     def signal(self, number: signal.Signals) -> None:
         """Send it a signal, if it is there."""
@@ -383,7 +380,8 @@ def _main(
     os.environ.update(environment)
     link = Link(connection)
     machine.share_cores(shares)
-    most = _memory() * _GROWN
+    here = psutil.Process()
+    most = here.memory_info().rss * _GROWN
     again = True
     try:
         if job is None:
@@ -391,7 +389,8 @@ def _main(
         while again:
             job = connection.recv() if job is None else job
             end, job = _end_of(function, job, link), None
-            again = reuse and end["status"] != "failed" and _memory() < most and not _uses_gpu()
+            again = reuse and end["status"] != "failed" and not _uses_gpu()
+            again = again and here.memory_info().rss < most
             link.tell("ended", **end, again=again)
     except EOFError:  # there is no other
         pass
@@ -403,11 +402,6 @@ def _main(
 def _nothing() -> None:
     """Of a process that is only to be there."""
     os._exit(0)
-
-
-def _memory() -> int:
-    """Bytes that this process holds."""
-    return int(psutil.Process().memory_info().rss)
 
 
 def _uses_gpu() -> bool:

@@ -91,6 +91,11 @@ class Plan:
         """The one by which trials end early."""
         return self.objectives[0]
 
+    @property
+    def limited(self) -> bool:
+        """Whether the search may be over before all of its trials are begun."""
+        return self.budget is not None or self.deadline is not None
+
 
 def span(least: str | None, most: str | None) -> tuple[float | None, float | None, str]:
     """The first rung and the length of a whole trial, as `1ep` and `9ep`; and their unit. Raises BadInput."""

@@ -21,6 +21,7 @@ from stoker.run import finding, view
 from stoker.run.directory import RunDirectory
 from stoker.run.view import RunView
 from stoker.tune import forking, seen
+from stoker.tune import study as studies
 from stoker.tune.peers import Peers
 from stoker.tune.plan import SHARE, Plan
 from stoker.tune.promising import NEWEST
@@ -110,6 +111,10 @@ class Search:
         self._scheduler, self._workers, self._peers = scheduler, workers, peers
         self._waits = not isinstance(scheduler, Full)
         """Whether a trial waits at each report for what is decided."""
+        self._draws_ahead = not (self._waits or peers or plan.limited or studies.learns(study))
+        """Whether what is begun next depends on nothing that happens before."""
+        self._drawn: Seen | None = None
+        """The trial that is begun as soon as there is room, where it is known already."""
         self._changed: Callable[[], None] = lambda: None
         self._ending = False
         self._table: dict[int, Known] = {}
@@ -168,7 +173,9 @@ class Search:
     @property
     def over(self) -> bool:
         """Whether every trial that was planned has come to its end."""
-        return self._begun >= self.plan.trials and all(trial.over for trial in self.trials.values())
+        if self._drawn is not None or self._begun < self.plan.trials:
+            return False
+        return all(trial.over for trial in self.trials.values())
 
     @property
     def best(self) -> Seen | None:
@@ -217,7 +224,11 @@ class Search:
             self._peers.beat()
         if not self._workers.running:
             time.sleep(self._peers.patience if self._peers is not None else _LOOK)
-        for happened in self._workers.wait(self._left()) if self._workers.running else ():
+        heard = self._workers.wait(self._left()) if self._workers.running else []
+        if self._drawn is not None and self._workers.free and not self._ending:
+            # What was heard is taken in while it runs.
+            self._start(self._begin_drawn())
+        for happened in heard:
             if isinstance(happened, Report):
                 self._decide(happened)
             else:
@@ -245,7 +256,7 @@ class Search:
     @property
     def _begun(self) -> int:
         """How many of the trials that were planned have been begun."""
-        own = sum(trial.parent is None for trial in self.trials.values())
+        own = sum(trial.parent is None for trial in self.trials.values()) + (self._drawn is not None)
         return own + (len(self._peers.trials) if self._peers is not None else 0)
 
     def _fill(self) -> bool:
@@ -255,21 +266,27 @@ class Search:
         """
         while not self._ending and not self.overspent:
             if not self._workers.free:
+                if self._draws_ahead and self._drawn is None and self._begun < self.plan.trials:
+                    self._drawn = self._ask()
                 return True
             number = self._next()
             if number is None:
                 return False
-            if self._told_to_end():  # meanwhile
-                self.trials[number].resumes = True
-                return False
-            trial = self.trials[number]
-            trial.state, trial.share = "running", self._next_share(trial)
-            self._publish(number, paused=False)
-            self._workers.start(self._job(trial))
-            self._started[number] = time.monotonic()
-            if self._told_to_end():  # while it started, and it was not
-                self._workers.stop()
+            self._start(number)
         return False
+
+    def _start(self, number: int) -> None:
+        """Start a trial, unless it was told to end meanwhile."""
+        trial = self.trials[number]
+        if self._told_to_end():
+            trial.resumes = True
+            return
+        trial.state, trial.share = "running", self._next_share(trial)
+        self._publish(number, paused=False)
+        self._workers.start(self._job(trial))
+        self._started[number] = time.monotonic()
+        if self._told_to_end():  # while it started, and it was not
+            self._workers.stop()
 
     def _next(self) -> int | None:
         """Which trial is to run now: one that was interrupted, one that is promoted, or a new one."""
@@ -280,10 +297,19 @@ class Search:
                     return trial.number
         if (forked := self._fork()) is not None:
             return forked
-        promoted = self._scheduler.resumes(self._known())
+        promoted = self._scheduler.resumes(self._known()) if self._waits else None
         if promoted is not None:
             return promoted
-        return self._ask() if self._begun < self.plan.trials else None
+        if self._drawn is None and self._begun < self.plan.trials:
+            self._drawn = self._ask()
+        return self._begin_drawn() if self._drawn is not None else None
+
+    def _begin_drawn(self) -> int:
+        """Have the trial that was drawn be one of this search; returns its number."""
+        drawn, self._drawn = self._drawn, None
+        assert drawn is not None
+        self.trials[drawn.number] = drawn
+        return drawn.number
 
     def _goes_on(self, trial: Seen) -> bool:
         """Whether a trial that was interrupted is to run again.
@@ -361,7 +387,7 @@ class Search:
 
     # -- the study -----------------------------------------------------------------------------
 
-    def _ask(self) -> int | None:
+    def _ask(self) -> Seen | None:
         """A new trial of the study; None where another controller has begun the last one just now."""
         with quiet(), self._kept.alone():
             if self._peers is not None:
@@ -371,9 +397,8 @@ class Search:
             with self._kept.together():
                 trial = self._study.ask()
                 params = self._own(trial)
-        self.trials[trial.number] = Seen(trial.number, params)
         self._open[trial.number] = trial
-        return trial.number
+        return Seen(trial.number, params)
 
     def _own(self, trial: Trial) -> dict[str, Any]:
         """Make a trial this controller's, and draw its values; what was done before is not done again."""
@@ -560,8 +585,10 @@ class Search:
 
     def _check(self, ended: Ended) -> None:
         """Whether it makes sense to go on. Raises StokerError."""
-        known = {metric for t in self.trials.values() for metric in t.others}
-        lacking = [one.metric for one in self.plan.objectives if one.metric not in known | {*ended.logged}]
+        lacking = [one.metric for one in self.plan.objectives if one.metric not in ended.logged]
+        if lacking:
+            known = {metric for trial in self.trials.values() for metric in trial.others}
+            lacking = [metric for metric in lacking if metric not in known]
         if ended.status == view.FINISHED and lacking:
             logged = ", ".join(sorted(ended.logged)) or "nothing"
             raise StokerError(

@@ -253,10 +253,11 @@ class Seeded(BaseSampler):
     Args:
         make: a sampler from a seed and the trial's number.
         seed: of the search.
+        learns: whether what it draws depends on how other trials ended.
     """
 
-    def __init__(self, make: Callable[[int, int], BaseSampler], seed: int) -> None:
-        self._make, self._seed = make, seed
+    def __init__(self, make: Callable[[int, int], BaseSampler], seed: int, *, learns: bool = True) -> None:
+        self._make, self._seed, self.learns = make, seed, learns
         self._of_open: dict[int, BaseSampler] = {}
         """Those of trials that are not over."""
 
@@ -333,7 +334,7 @@ def sampler(name: str, space: Space, seed: int, trials: int = 0) -> Seeded:
     if name == "grid":
         points = space.combinations()
         np.random.default_rng(seed).shuffle(points)
-        return Seeded(lambda _, number: _Point(points[number % len(points)]), seed)
+        return Seeded(lambda _, number: _Point(points[number % len(points)]), seed, learns=False)
     makers: dict[str, Callable[[int, int], BaseSampler]] = {
         "random": lambda drawn, _: samplers.RandomSampler(seed=drawn),
         "qmc": lambda drawn, _: samplers.QMCSampler(
@@ -355,7 +356,12 @@ def sampler(name: str, space: Space, seed: int, trials: int = 0) -> Seeded:
             else promising.sampler(drawn, trials // 2)
         ),
     }
-    return Seeded(makers[name], seed)
+    return Seeded(makers[name], seed, learns=name != "random")
+
+
+def learns(study: Study) -> bool:
+    """Whether the values of a study's next trial depend on how others ended."""
+    return not isinstance(study.sampler, Seeded) or study.sampler.learns
 
 
 def learn_from(study: Study, earlier: Study, name: str) -> int:

@@ -86,14 +86,32 @@ class NotFinite(StokerError):
 
 
 class Link:
-    """What a process of a trial and the controller say to each other, as JSON objects."""
+    """What a process of a trial and the controller say to each other, as JSON objects.
+
+    Each thing that is said wakes the other end: what may wait goes with what is said next.
+    """
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
+        self._held: list[dict[str, Any]] = []
+        self._lock = threading.Lock()
+
+    def hold(self, **report: Any) -> None:
+        """Say a report with what is said next."""
+        with self._lock:
+            self._held.append(report)
+
+    def send_held(self) -> None:
+        """Say the reports that are held, where there are any."""
+        if self._held:
+            self.send("reports")
 
     def tell(self, kind: str, **fields: Any) -> None:
         """Say something to which there is no answer."""
-        self._connection.send_bytes(json.dumps({"kind": kind, **fields}).encode())
+        with self._lock:
+            held, self._held = self._held, []
+            said = {"kind": kind, "reports": held, **fields}
+            self._connection.send_bytes(json.dumps(said).encode())
 
     def ask(self, kind: str, **fields: Any) -> dict[str, Any]:
         """Say something, and wait for the answer.
@@ -147,9 +165,7 @@ class Reporter:
         self._heart = run.heart = Heart(hang_limit, at_least=_SILENT)
         self._heart.begin(run.step)
         self._run, self._metrics, self._unit, self._link, self._waits = run, metrics, unit, link, waits
-        self._held: list[dict[str, float]] = []
-        self._lock = threading.Lock()
-        self._sends = None if waits else Periodic([Timed(_HELD, self._send_held)])
+        self._sends = None if waits else Periodic([Timed(_HELD, link.send_held)])
         self.logged: set[str] = set()
         """The names of all metrics so far."""
         self.values: dict[str, float] = {}
@@ -171,26 +187,19 @@ class Reporter:
             return
         report = {"step": step, "value": self.values[self._metrics[0]], "per_step": self._per_step()}
         if not self._waits:
-            with self._lock:
-                self._held.append(report)
+            self._link.hold(**report)
             return
-        answer = self._link.ask("report", **report, metrics={**self._run.latest})
+        self._link.hold(**report, metrics={**self._run.latest})
+        answer = self._link.ask("reports")
         if answer["save"]:
             self._run.stop.ask_to_save()
         if answer["decision"] != "continue":
             self._run.stop.ask(answer["decision"])
 
     def close(self) -> None:
-        """Send what is held, once the trial is over."""
+        """The trial is over: what is held goes with the word that it is."""
         if self._sends is not None:
             self._sends.close()
-            self._send_held()
-
-    def _send_held(self) -> None:
-        with self._lock:
-            held, self._held = self._held, []
-        if held:
-            self._link.send("reports", reports=held)
 
     def _per_step(self) -> float:
         """How much of the unit one step is. Raises StokerError where the loop does not say."""
