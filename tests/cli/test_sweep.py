@@ -533,7 +533,8 @@ def test_a_metric_that_is_never_logged_ends_it_after_the_first_trial(stoker: Com
         (("--budget", "1e400h"), "give a number of hours above 0"),
         (("--sampler", "staged"), "give --strategy staged"),
         (("--scheduler", "staged"), "give --strategy staged"),
-        (("--quantile", "0.5"), "are for --scheduler pbt"),
+        (("--scheduler", "pb2"), "--scheduler pb2 needs --least"),
+        (("--quantile", "0.5"), "are for --scheduler pbt and pb2"),
         (("--factor", "4"), "--factor is for --scheduler asha, asha-stop, hyperband and --strategy staged"),
         (("--scheduler", "pbt", "--least", "2", "--perturb", "2"), "--perturb 2: give two factors"),
         (("--scheduler", "pbt", "--least", "2", "--resample", "2"), "--resample 2: a probability"),
@@ -608,6 +609,21 @@ def test_how_a_population_explores_can_be_set(stoker: Command) -> None:
     assert forked, "half of a population of two is replaced"
     for trial in forked:
         assert trial["params"]["h0"] / trials[trial["parent"]]["params"]["h0"] in (0.5, 4)
+
+
+def test_a_population_learns_from_what_values_have_gained(stoker: Command) -> None:
+    recipe = str(Path(__file__).parent / "quadratic.py")
+    given = ("h0=uniform(0, 1)", "h1=uniform(0, 1)", "precision=fp32", "--metric", "score", "--goal", "max")
+    done = stoker(
+        "sweep", recipe, *given, "--sampler", "random", "--trials", "4", "--scheduler", "pb2",
+        "--least", "10", "--most", "80", "--json", "--resample", "0", "--perturb", "1,1",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    trials = done.answer["trials"]
+    assert done.answer["best"]["value"] > 1.1
+    forked = [trial for trial in trials if trial["parent"] is not None]
+    assert forked[-1]["params"] != trials[forked[-1]["parent"]]["params"], "else it has its donor's values"
+    assert done.answer["over"]
 
 
 def test_a_trial_of_a_plain_loop_that_hangs_is_one_failed_trial(stoker: Command) -> None:

@@ -639,6 +639,7 @@ def test_makes_each_by_its_name() -> None:
     assert make("hyperband", least=1, most=81, factor=3) == Hyperband(1, 81, 3)
     assert make("pbt", least=5, population=4, quantile=0.5) == PopulationBased(5, 4, 0.5)
     assert make("pbt", least=5, most=50) == PopulationBased(5, 8, 0.25, most=50)
+    assert make("pb2", least=5, most=50) == PopulationBased(5, 8, 0.25, most=50, learns=True)
 
 
 @pytest.mark.parametrize(

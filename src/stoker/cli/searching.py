@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import dataclasses
+import importlib.util
 import logging
 import math
 import os
@@ -125,6 +126,8 @@ def prepare(asked: Asked) -> Prepared:
     rule = schedulers.make(
         scheduler, least=shortest, most=whole, population=asked.trials, **_settings(asked, scheduler)
     )
+    if scheduler == "pb2" and importlib.util.find_spec("sklearn") is None:
+        raise BadInput("--scheduler pb2 needs scikit-learn: pip install scikit-learn")
     if unit == plan.SHARE:
         _check_shares(searched, rule)
     name = finding.checked(asked.name or f"{asked.recipe.name}-sweep")
@@ -136,8 +139,8 @@ def prepare(asked: Asked) -> Prepared:
         asked.nproc, asked.tries, asked.warm_start, *stored,
     )  # fmt: skip
     record.check(folder, wanted)
-    if asked.storage and scheduler == "pbt":
-        raise BadInput("--storage: pbt goes on from checkpoints of one folder; leave out --storage")
+    if asked.storage and scheduler in schedulers.POPULATIONS:
+        raise BadInput(f"--storage: {scheduler} goes on from checkpoints of one folder; leave out --storage")
     if asked.warm_start and not record.is_sweep(folder):
         record.check_earlier(asked.runs / asked.warm_start, wanted)
     trials = min(asked.trials, len(searched.combinations())) if sampler == "grid" else asked.trials
@@ -235,8 +238,9 @@ def _settings(asked: Asked, scheduler: str) -> dict[str, Any]:
     halving = {"factor": asked.factor}
     population = {"quantile": asked.quantile, "resample": asked.resample, "factors": asked.perturb}
     found: dict[str, Any] = {k: v for k, v in {**halving, **population}.items() if v is not None}
-    if found.keys() & population.keys() and scheduler != "pbt":
-        raise BadInput("--quantile, --resample and --perturb are for --scheduler pbt; leave them out")
+    if found.keys() & population.keys() and scheduler not in schedulers.POPULATIONS:
+        names = " and ".join(schedulers.POPULATIONS)
+        raise BadInput(f"--quantile, --resample and --perturb are for --scheduler {names}; leave them out")
     if "factor" in found and scheduler not in schedulers.HALVING:
         names = ", ".join(schedulers.HALVING[:-1])
         raise BadInput(f"--factor is for --scheduler {names} and --strategy staged; leave it out")
@@ -265,8 +269,7 @@ def _check_shares(searched: Space, rule: Scheduler) -> None:
         raise BadInput("data_share is given twice, as a key and by --least and --most: leave out the key")
     least = f"data_share={rule.lengths(0)[0] / 100}"
     for seed in range(_LOOKED_AT):
-        drawn = searched.perturbed({}, np.random.default_rng(seed), resample=1.0, factors=(1.0, 1.0))
-        overrides = searched.overrides(drawn)
+        overrides = searched.overrides(searched.drawn(np.random.default_rng(seed)))
         try:
             configs.resolve(searched.config, overrides)
         except BadInput:
@@ -383,7 +386,8 @@ def _said(name: str, rule: Scheduler, unit: str) -> str:
     }
     told = [f"{key} {length}" for key, length in lengths.items() if length.count < math.inf]
     settings |= dict(zip(("lower", "upper"), settings.pop("factors", ()), strict=False))
-    rest = {key: value for key, value in settings.items() if key not in ("promotes", "planned", "finalists")}
+    unsaid = ("promotes", "planned", "finalists", "learns")
+    rest = {key: value for key, value in settings.items() if key not in unsaid}
     return ", ".join([name, *told, *(f"{key} {value:g}" for key, value in rest.items())])
 
 

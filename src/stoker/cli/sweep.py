@@ -121,7 +121,7 @@ def sweep(
     scheduler: Annotated[
         str | None,
         typer.Option(
-            help="none, median, asha, asha-stop, hyperband or pbt: which trials end early.",
+            help="none, median, asha, asha-stop, hyperband, pbt or pb2: which trials end early.",
             show_default="none",
         ),
     ] = None,
@@ -138,7 +138,7 @@ def sweep(
         typer.Option(
             metavar="DURATION",
             help="asha, hyperband: the first rung, as 100 (steps), 1ep, 1000000tok, or 10% of the data; "
-            "pbt: from one comparison to the next.",
+            "pbt, pb2: from one comparison to the next.",
         ),
     ] = None,
     most: Annotated[
@@ -152,11 +152,14 @@ def sweep(
     ] = None,
     quantile: Annotated[
         float | None,
-        typer.Option(help="pbt: the share that is replaced by copies of the best.", show_default="0.25"),
+        typer.Option(help="pbt, pb2: the share that is replaced by copies of the best.", show_default="0.25"),
     ] = None,
     resample: Annotated[
         float | None,
-        typer.Option(help="pbt: how likely a copy's value is drawn anew.", show_default="0.25"),
+        typer.Option(
+            help="pbt: how likely a copy's value is drawn anew; of pb2, at first.",
+            show_default="0.25",
+        ),
     ] = None,
     perturb: Annotated[
         str | None,

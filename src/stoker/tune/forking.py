@@ -42,7 +42,7 @@ def take_checkpoint(donor: RunDirectory, run: RunDirectory) -> int:
     if found is None:
         raise StokerError(
             f"{donor.id} has no checkpoint that another trial could go on from: "
-            "--scheduler pbt is for recipes that train with a Trainer"
+            "a population is for recipes that train with a Trainer"
         )
     shutil.rmtree(run.path, ignore_errors=True)  # left by a controller that was killed right here
     target = run.checkpoints / found.path.name

@@ -22,10 +22,12 @@ from typing import Literal, Protocol
 
 from stoker.errors import BadInput, nearest
 
-NAMES = ("none", "median", "asha", "asha-stop", "hyperband", "pbt")
+NAMES = ("none", "median", "asha", "asha-stop", "hyperband", "pbt", "pb2")
 STAGED = "staged"
 HALVING = ("asha", "asha-stop", "hyperband", STAGED)
 """Those with rungs, at each of which one in `factor` goes on."""
+POPULATIONS = ("pbt", "pb2")
+"""Those that begin trials from the checkpoints of others."""
 
 _ONE_FINALIST_IN = 20  # trials
 _ROUNDING = 1e-9  # relative: 0.1 * 3 is more than 0.3 in floats, and a report at 0.3 epochs has reached it
@@ -319,6 +321,7 @@ class PopulationBased(Scheduler):
         most: the resource at which a trial ends; there it goes on to its end and is not replaced.
         resample: the probability with which a replacement's value is drawn from its whole range.
         factors: its other values are its donor's times one of these, as in the paper's experiments.
+        learns: its values are chosen by what values have gained so far, see `bandit`, once enough is known.
 
     Raises:
         BadInput: nobody would ever be replaced, the worst are among the best, or nothing would be changed.
@@ -330,11 +333,12 @@ class PopulationBased(Scheduler):
     most: float = math.inf
     resample: float = 0.25
     factors: tuple[float, float] = (0.8, 1.2)
+    learns: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.every < math.inf:
             raise BadInput(
-                f"--least {self.every:g}: pbt compares members each so much of training; give more than 0"
+                f"--least {self.every:g}: members are compared each so much of training; give more than 0"
             )
         if not 0 < self.quantile <= 0.5:
             raise BadInput(f"--quantile {self.quantile:g}: a share above 0, and no more than 0.5")
@@ -351,12 +355,12 @@ class PopulationBased(Scheduler):
 
     def decide(self, trials: Trials, number: int) -> Decision:
         known = trials[number]
-        turn = self._turn(_furthest(known))
-        if turn == self._turn(_furthest_before(known)) or _reaches(_furthest(known), self.most):
+        turn = self.turn(_furthest(known))
+        if turn == self.turn(_furthest_before(known)) or _reaches(_furthest(known), self.most):
             return Decision.CONTINUE
         if self.donor(trials, number) is not None:
             return Decision.STOP
-        behind = any(self._turn(_furthest(trials[other])) < turn for other in _paused(trials))
+        behind = any(self.turn(_furthest(trials[other])) < turn for other in _paused(trials))
         return Decision.PAUSE if behind or len(trials) < self.population else Decision.CONTINUE
 
     def resumes(self, trials: Trials) -> int | None:
@@ -382,15 +386,15 @@ class PopulationBased(Scheduler):
         ranked, size = _ranked(values), self._size(len(values))
         if len(trials) < self.population or number not in ranked[len(ranked) - size :]:
             return None
-        turn = self._turn(_furthest(trials[number]))
+        turn = self.turn(_furthest(trials[number]))
         better = [
             other
             for other in ranked[:size]
-            if _rank(values[other]) < _rank(values[number]) and self._turn(_furthest(trials[other])) >= turn
+            if _rank(values[other]) < _rank(values[number]) and self.turn(_furthest(trials[other])) >= turn
         ]
         return better[number % len(better)] if better else None
 
-    def _turn(self, resource: float) -> int:
+    def turn(self, resource: float) -> int:
         """How many multiples of `every` a resource has reached."""
         return math.floor(resource / self.every * (1 + _ROUNDING))
 
@@ -468,14 +472,14 @@ def make(
     """Build a scheduler by its name.
 
     Args:
-        name: none, median, asha, asha-stop, hyperband or pbt; or staged.
+        name: none, median, asha, asha-stop, hyperband, pbt or pb2; or staged.
         least: the resource before which no trial is stopped. median: 0 by default; asha, asha-stop,
-            hyperband: the first rung, by default `most` / `factor`**3; pbt: between two comparisons.
+            hyperband: the first rung, by default `most` / `factor`**3; pbt, pb2: between two comparisons.
         most: the resource at which a trial ends, in the same unit.
         factor: of asha, asha-stop and hyperband: one in so many goes on at each rung.
         warmup_trials: of median: how many others a trial is compared with at least.
-        population: how many trials the search has; of pbt, how many there are at a time.
-        quantile, resample, factors: of pbt, see `PopulationBased`.
+        population: how many trials the search has; of pbt and pb2, how many there are at a time.
+        quantile, resample, factors: of pbt and pb2, see `PopulationBased`.
 
     Raises:
         BadInput: an unknown name, a value that the scheduler cannot do without, or one that is out of range.
@@ -486,11 +490,11 @@ def make(
         return Full()
     if name == "median":
         return Median(warmup=least or 0.0, warmup_trials=warmup_trials)
-    if name == "pbt":
+    if name in POPULATIONS:
         if least is None:
-            raise BadInput("--scheduler pbt needs --least: how much is trained between two comparisons")
+            raise BadInput(f"--scheduler {name} needs --least: how much is trained between two comparisons")
         longest = math.inf if most is None else most
-        return PopulationBased(least, population, quantile, longest, resample, factors)
+        return PopulationBased(least, population, quantile, longest, resample, factors, name == "pb2")
     if most is None:
         raise BadInput(f"{_option(name)} needs --most: the length of a whole trial, as rungs lie below it")
     if least is None:

@@ -20,7 +20,7 @@ from stoker.errors import StokerError
 from stoker.run import finding, view
 from stoker.run.directory import RunDirectory
 from stoker.run.view import RunView
-from stoker.tune import forking, seen
+from stoker.tune import bandit, forking, seen
 from stoker.tune import study as studies
 from stoker.tune.peers import Peers
 from stoker.tune.plan import SHARE, Plan
@@ -360,14 +360,8 @@ class Search:
         return None
 
     def _begin_fork(self, fork: forking.Fork) -> int:
-        """A new trial of the study, with values near its donor's."""
-        assert isinstance(self._scheduler, PopulationBased)
-        random = np.random.default_rng([self.plan.seed, len(self.trials)])
-        near = self._space.perturbed(
-            self.trials[fork.donor].params, random, resample=self._scheduler.resample,
-            factors=self._scheduler.factors,
-        )  # fmt: skip
-        fixed = FixedTrial(self._space.params(near))
+        """A new trial of the study, with values of its own."""
+        fixed = FixedTrial(self._space.params(self._explored(fork)))
         params = self._space.suggest(fixed)
         with quiet(), self._kept.together():
             # Not enqueued: what is asked for next might be another that waits.
@@ -384,6 +378,26 @@ class Search:
         self._open[trial.number] = trial
         self._inherit(trial.number, fork)
         return trial.number
+
+    def _explored(self, fork: forking.Fork) -> dict[str, Any]:
+        """Values near the donor's, or those from which most is to be expected by what others have gained."""
+        rule = self._scheduler
+        assert isinstance(rule, PopulationBased)
+        random = np.random.default_rng([self.plan.seed, len(self.trials)])
+        donor, trials = self.trials[fork.donor], self.trials.values()
+        if rule.learns:
+            known = [
+                gain for trial in trials
+                for gain in bandit.gains(
+                    trial.params, trial.known(self.plan.first).values, trial.origin[1], rule.every
+                )
+            ]  # fmt: skip
+            pending = [trial.params for trial in trials if not trial.over]
+            turn = rule.turn(donor.amount(fork.step)) + 1
+            found = bandit.chosen(self._space, known, turn, pending, random)
+            if found is not None:
+                return found
+        return self._space.perturbed(donor.params, random, resample=rule.resample, factors=rule.factors)
 
     # -- the study -----------------------------------------------------------------------------
 

@@ -214,6 +214,10 @@ class Space:
             explored |= parameter.spread(value)
         return explored
 
+    def drawn(self, random: np.random.Generator) -> dict[str, Any]:
+        """Values from all of the space."""
+        return self.perturbed({}, random, resample=1.0, factors=(1.0, 1.0))
+
     def described(self) -> dict[str, str]:
         """What is searched and what is fixed by name, in texts that are the same where they mean the same."""
         fixed = {key: text(configs.checked(self.config, key, given)) for key, given in self.fixed.items()}
