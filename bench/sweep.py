@@ -2,15 +2,17 @@
 
 python bench/sweep.py [--quick] [--json FILE]
 
-A trial is 20 reports of a function of a millisecond, in a module that imports torch; two at a time, random
-values, nothing ends early. Trials a second are those between the first one's start and the last one's end:
-what it takes to start a search is a row of its own. Ray and Optuna are at their best documented settings for
-that: actors that are used again, and one process for all of a worker's trials; so is ours, with
---reuse-processes. What a process for each trial costs, which is the default, is a row of its own too.
+A trial is 20 reports of a function that computes for a millisecond in all, in a module that imports torch;
+two at a time, random values, nothing ends early. Trials a second are those between the first one's start and
+the last one's end: what it takes to start a search is a row of its own. Ray and Optuna are at their best
+documented settings for that: actors that are used again, and one process for all of a worker's trials; so is
+ours, with --reuse-processes. What a process for each trial costs, which is the default, is a row of its own
+too.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import statistics
@@ -28,7 +30,6 @@ from harness import Row
 HERE = Path(__file__).resolve()
 TRIALS, REPORTS, SECONDS = 100, 20, 0.001
 RECIPE = """
-import time
 from dataclasses import dataclass
 
 import stoker
@@ -40,9 +41,22 @@ class Config:
 
 def train(run: stoker.Run, config: Config) -> None:
     for step in range(1, {reports} + 1):
-        time.sleep({pause})
+        compute({each})
         run.log(val_loss=(config.x - 0.3) ** 2 + 1.0 / step)
 """
+
+
+def compute(seconds: float) -> None:
+    """What a trial does from one report to the next: so short a sleep would take more than twice as long."""
+    until = time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        pass
+
+
+def with_compute(code: str) -> str:
+    """A module that has `compute`, and goes on so."""
+    here = code.format(reports=REPORTS, each=SECONDS / REPORTS)
+    return f"import time\n\n{inspect.getsource(compute)}\n{here}"
 
 
 def timed(began: list[float], ended: list[float], count: int, whole: float) -> dict[str, float]:
@@ -53,7 +67,7 @@ def timed(began: list[float], ended: list[float], count: int, whole: float) -> d
 
 
 def ours(trials: int, *, sampler: str = "random", reuse: bool = False) -> dict[str, float]:
-    Path("fast.py").write_text(RECIPE.format(reports=REPORTS, pause=SECONDS / REPORTS), encoding="utf-8")
+    Path("fast.py").write_text(with_compute(RECIPE), encoding="utf-8")
     begun = time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, "-m", "stoker", "sweep", "fast.py", "x=uniform(0, 1)", "--trials", str(trials),
@@ -110,7 +124,7 @@ def ray_tune(trials: int) -> dict[str, float]:
             self.reset_config(config)
 
         def step(self) -> dict[str, Any]:
-            time.sleep(SECONDS / REPORTS)
+            compute(SECONDS / REPORTS)
             self.count += 1
             loss = (self.config["x"] - 0.3) ** 2 + 1.0 / self.count
             return {"val_loss": loss, "done": self.count == REPORTS}
@@ -152,7 +166,7 @@ def ray_tune(trials: int) -> dict[str, float]:
 
 
 OPTUNA = """
-import sys, time
+import sys
 import optuna, torch
 from optuna.storages.journal import JournalFileBackend, JournalStorage
 optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -161,7 +175,7 @@ study = optuna.load_study(study_name="fast", sampler=optuna.samplers.RandomSampl
 def objective(trial):
     x = trial.suggest_float("x", 0, 1)
     for step in range(1, {reports} + 1):
-        time.sleep({pause})
+        compute({each})
         value = (x - 0.3) ** 2 + 1.0 / step
         trial.report(value, step)
     return value
@@ -175,7 +189,7 @@ def optuna_processes(trials: int) -> dict[str, float]:
 
     begun = time.perf_counter()
     optuna.create_study(study_name="fast", storage=JournalStorage(JournalFileBackend("fast.journal")))
-    code = OPTUNA.format(reports=REPORTS, pause=SECONDS / REPORTS)
+    code = with_compute(OPTUNA)
     workers = [subprocess.Popen([sys.executable, "-c", code, str(trials // 2)]) for _ in range(2)]
     assert all(worker.wait() == 0 for worker in workers)
     whole = time.perf_counter() - begun
