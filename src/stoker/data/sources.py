@@ -31,6 +31,9 @@ BUILT_IN: dict[str, Callable[[], list[Document]]] = {
 
 
 _SAMPLED = 16  # parts of a stream that are looked at beforehand
+_FIRST = 100  # documents of a file that are looked at before anything is started
+_READ_WHOLE = (".json", ".txt")  # the files whose first document is not there before all of them is
+_SMALL = 16 * 2**20  # bytes of such a file that are read twice gladly
 
 
 @dataclass(frozen=True)
@@ -80,12 +83,25 @@ def read_all(data: str, *, validation: float, test: float, streaming: bool = Fal
 
 
 def check(data: str) -> None:
-    """Refuse what is not there, before any of it is read. Raises BadInput."""
+    """Refuse what is not there, and files here that do not begin as data does. Raises BadInput."""
     for name, _ in _weights(data):
-        if name in BUILT_IN or object_store.is_url(name) or Path(name).expanduser().exists():
+        path = Path(name).expanduser()
+        if name in BUILT_IN or object_store.is_url(name):
+            continue
+        if path.exists():
+            _check_first(name, path)
             continue
         _check_meant_for_hub(name)
         hub_datasets.check(name, tuple(BUILT_IN))
+
+
+def _check_first(source: str, path: Path) -> None:
+    """Read the first documents of a file, or of the first file of a folder. Raises BadInput."""
+    file = next((file for file in _files(source, path) if file.is_file() and file.stat().st_size), None)
+    if file is None or (compressed.kind(file.name) in _READ_WHOLE and file.stat().st_size > _SMALL):
+        return
+    for _ in itertools.islice(_read_file(file), _FIRST):
+        pass
 
 
 def named(data: str) -> list[str]:
@@ -184,9 +200,7 @@ def read(source: str) -> Corpus:
         return make_corpus(BUILT_IN[source](), python_docs.describe(source))
     path = Path(source).expanduser()
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if compressed.is_data_in_a_folder(file.name))
-        if not files:
-            raise BadInput(f"{source} is a folder without a {compressed.ALLOWED}")
+        files = _files(source, path)
         documents = [document for file in files for document in _read_file(file)]
         origin = f"{path.name}, {len(files)} files"
     elif path.exists():
@@ -203,6 +217,16 @@ def read(source: str) -> Corpus:
     if not documents:
         raise BadInput(f"{source} is an empty dataset: it holds no text")
     return make_corpus(documents, f"{origin}, {len(documents):,} documents")
+
+
+def _files(source: str, path: Path) -> list[Path]:
+    """The file at a path, or those of a folder, in order. Raises BadInput for a folder without one."""
+    if not path.is_dir():
+        return [path]
+    files = sorted(file for file in path.rglob("*") if compressed.is_data_in_a_folder(file.name))
+    if not files:
+        raise BadInput(f"{source} is a folder without a {compressed.ALLOWED}")
+    return files
 
 
 def _read_file(path: Path) -> Iterator[Document]:
