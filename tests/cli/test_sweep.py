@@ -504,7 +504,7 @@ def test_it_learns_from_an_earlier_one_and_tries_what_it_is_told(stoker: Command
         (("x=uniform(0, 1)", "--strategy", "stages"), "there is staged"),
         (("x=uniform(0, 1)", "--most", "9"), "for a --scheduler that ends trials early"),
         (("x=uniform(0, 1)", "--name", "../up"), "cannot name a folder"),
-        (("x=uniform(0, 1)", "--trials", "1", "--try", "x=0.1", "--try", "x=0.2"), "2 --try for 1 trials"),
+        (("x=uniform(0, 1)", "--trials", "1", "--try", "x=0.1", "--try", "x=0.2"), "2 --try for 1 trial:"),
         (("x=[0, 1]", "--sampler", "grid", "--try", "x=0"), "a grid has every value"),
         (("x=uniform(0, 1)", "--runs", "/proc/x"), "choose another folder"),
     ],

@@ -128,6 +128,18 @@ def test_of_a_large_file_only_the_beginning_is_looked_at_beforehand(tmp_path: Pa
         sources.check(str(whole))
 
 
+def test_a_source_says_how_much_it_is(tmp_path: Path) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    first = write_jsonl(folder / "a.jsonl", [{"text": f"{i:050}"} for i in range(100)])
+    assert read(str(folder)).description == "texts, 1 file, 100 documents"
+    (streamed,) = sources.read_all(str(first), validation=0.2, test=0.2, streaming=True)
+    assert streamed.description == f"{first}, 6.2 KiB in 1 file, read while training"
+    write_jsonl(folder / "b.jsonl", [{"text": "more"}])
+    assert read(str(folder)).description == "texts, 2 files, 101 documents"
+    assert read(str(folder / "b.jsonl")).description == "b.jsonl, 1 document"
+
+
 CHATS: list[dict[str, Any]] = [
     {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]},
     {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]},

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 from rich.text import Text
-from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, console, counted, print_json, show_messages
+from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, console, print_json, show_messages
 from stoker.errors import BadInput, StokerError
 from stoker.launch import jobs, jobspec, targets
 from stoker.launch.jobs import Job
@@ -24,6 +24,7 @@ from stoker.report.terminal import print_whole
 from stoker.run import finding, mirror, view
 from stoker.run.directory import RunDirectory
 from stoker.run.view import RunView
+from stoker.words import counted
 
 log = logging.getLogger("stoker")
 

@@ -42,6 +42,7 @@ from stoker.tune.schedulers import Scheduler
 from stoker.tune.search import Executor, Search
 from stoker.tune.space import Space
 from stoker.tune.study import Kept
+from stoker.words import counted
 
 log = logging.getLogger("stoker")
 
@@ -142,11 +143,13 @@ def prepare(asked: Asked) -> Prepared:
         record.check_earlier(asked.runs / asked.warm_start, wanted)
     trials = min(asked.trials, len(searched.combinations())) if sampler == "grid" else asked.trials
     if len(asked.tries) > trials:
-        raise BadInput(f"{len(asked.tries)} --try for {trials} trials: give as many --trials, or fewer")
+        raise BadInput(
+            f"{len(asked.tries)} --try for {counted(trials, 'trial')}: give as many --trials, or fewer"
+        )
     budget = Budget.parse(asked.budget) if asked.budget is not None else None
-    counted = plan.unit_of(unit, budget, counts=bool(asked.least or asked.most))
+    counts_by = plan.unit_of(unit, budget, counts=bool(asked.least or asked.most))
     drawn_by = studies.sampler(sampler, searched, asked.seed, trials)
-    return Prepared(asked, wanted, folder, objectives, trials, rule, drawn_by, counted, whole, budget)
+    return Prepared(asked, wanted, folder, objectives, trials, rule, drawn_by, counts_by, whole, budget)
 
 
 @contextlib.contextmanager
@@ -356,8 +359,8 @@ def _check_nobodys(study: Study, wanted: Record) -> None:
     count = sum(peers.BY in trial.user_attrs for trial in study.get_trials(deepcopy=False))
     if count:
         raise BadInput(
-            f"the study {wanted.study} in {wanted.storage} has {count} trials of a search in another folder: "
-            f"give --study {wanted.study} to search together with it, or another --name"
+            f"the study {wanted.study} in {wanted.storage} has {counted(count, 'trial')} of a search in "
+            f"another folder: give --study {wanted.study} to search together with it, or another --name"
         )
 
 
@@ -369,7 +372,7 @@ def _begin(study: Any, tries: Sequence[Mapping[str, Any]], earlier: Path | None)
     """Let a new study know what it learns from, and what is to be tried first."""
     if earlier is not None:
         count = studies.learn_from(study, studies.of(earlier), earlier.name)
-        log.info("the sampler learns from %d trials of %s", count, earlier.name)
+        log.info("the sampler learns from %s of %s", counted(count, "trial"), earlier.name)
     for values in tries:
         study.enqueue_trial(values)
 
@@ -421,7 +424,7 @@ def _check_gpus(gpus: list[str], parallel: int, nproc: int) -> None:
         )
     if gpus and parallel * nproc > len(gpus):
         raise BadInput(
-            f"--parallel {parallel} trials of {nproc} rank{'s' if nproc > 1 else ''} need {parallel * nproc} "
+            f"--parallel {counted(parallel, 'trial')} of {counted(nproc, 'rank')} need {parallel * nproc} "
             f"GPUs, and there are {len(gpus)}: give --parallel {max(1, len(gpus) // nproc)}"
         )
 

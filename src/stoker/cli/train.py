@@ -33,6 +33,7 @@ from stoker.recipes import Recipe
 from stoker.report import html
 from stoker.run import directory, finding, mirror, view
 from stoker.run.view import RunView
+from stoker.words import counted
 from stoker.world import World
 
 log = logging.getLogger("stoker")
@@ -354,7 +355,7 @@ def _sizes(recipe: Recipe, config: Any, launch: Launch) -> frozenset[int]:
         check_ranks(recipe, config, launch.nproc * nodes.most)
         raise BadInput(
             f"--nodes {nodes}: batch_size={config.batch_size} is shared evenly by none of these numbers of "
-            f"machines, with {launch.nproc} ranks each"
+            f"machines, with {counted(launch.nproc, 'rank')} each"
         )
     if len(sizes) <= nodes.most - nodes.least:
         log.info("of --nodes %s, %s can share the work evenly", nodes, " or ".join(map(str, sizes)))

@@ -15,12 +15,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from stoker import object_store
+from stoker import object_store, words
 from stoker.data import chunks, compressed, hub_datasets, parquet, python_docs, records
 from stoker.data.chunks import Chunks
 from stoker.data.documents import Corpus, Document, Splits, make_corpus, split, split_by_place
 from stoker.data.records import Record
 from stoker.errors import BadInput
+from stoker.words import counted
 
 __all__ = ["BUILT_IN", "Corpus", "Document", "Source", "Splits", "read", "read_all", "split"]
 
@@ -151,10 +152,10 @@ def _streamed(name: str, weight: float, validation: float, test: float) -> Sourc
     splits = split_by_place(documents, validation=validation, test=test)
     if not (splits.validation and splits.test):
         raise BadInput(
-            f"{name}: of {len(documents)} documents that were looked at none is held out: raise validation "
-            "and test"
+            f"{name}: of {counted(len(documents), 'document')} that were looked at none is held out: raise "
+            "validation and test"
         )
-    size = f"{found.size / 2**20:,.0f} MiB in {len(found.files)} files"
+    size = f"{words.size(found.size)} in {counted(len(found.files), 'file')}"
     about = f"{name}, {size}, read while training"
     return Source(name, weight, splits, found.fingerprint, about, found, validation + test)
 
@@ -202,21 +203,21 @@ def read(source: str) -> Corpus:
     if path.is_dir():
         files = _files(source, path)
         documents = [document for file in files for document in _read_file(file)]
-        origin = f"{path.name}, {len(files)} files"
+        origin = f"{path.name}, {counted(len(files), 'file')}"
     elif path.exists():
         documents = list(_read_file(path))
         origin = path.name
     elif object_store.is_url(source):
         found = chunks.find(source)
         documents = [document for number in range(len(found)) for document in found.documents(number)]
-        origin = f"{source}, {len(found.files)} files"
+        origin = f"{source}, {counted(len(found.files), 'file')}"
     else:
         _check_meant_for_hub(source)
         documents = list(records.documents(hub_datasets.read(source, tuple(BUILT_IN))))
         origin = f"hub dataset {source}"
     if not documents:
         raise BadInput(f"{source} is an empty dataset: it holds no text")
-    return make_corpus(documents, f"{origin}, {len(documents):,} documents")
+    return make_corpus(documents, f"{origin}, {counted(len(documents), 'document')}")
 
 
 def _files(source: str, path: Path) -> list[Path]:

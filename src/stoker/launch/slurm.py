@@ -29,6 +29,7 @@ from stoker.launch.jobs import Job
 from stoker.launch.jobspec import ELEMENT, RENDEZVOUS, JobSpec
 from stoker.launch.targets import Line, Status
 from stoker.object_store import Unreachable
+from stoker.words import counted
 
 SCRIPT = "script.sh"
 ATTEMPTS = "attempts.txt"
@@ -385,7 +386,7 @@ def _check_nodes(spec: JobSpec) -> None:
             )
     fitting = sum(n.count for n in nodes if all(getattr(n, what) >= x for what, x in asked.items()))
     if spec.nodes > fitting:
-        raise BadInput(f"--nodes {spec.nodes}: {where} has {fitting} nodes with what is asked for")
+        raise BadInput(f"--nodes {spec.nodes}: {where} has {counted(fitting, 'node')} with what is asked for")
 
 
 def _nodes_of(partition: str) -> list[_Nodes]:
