@@ -127,7 +127,7 @@ def _bring_runs(runs: Path) -> None:
 
 
 def _states(known: Sequence[Job]) -> dict[str, Status]:
-    """How jobs are; where a target does not answer, that is what is known of its jobs."""
+    """How jobs are; where a target does not answer, what they wrote themselves has to do."""
     found: dict[str, Status] = {}
     by_target: dict[str, list[Job]] = defaultdict(list)
     for job in known:
@@ -138,6 +138,7 @@ def _states(known: Sequence[Job]) -> dict[str, Status]:
         except StokerError as error:
             log.warning("%s", error)
             found |= {job.id: Status("unknown", f"{name} does not answer") for job in of_target}
+            found |= targets.of(name).ended(of_target)
     return found
 
 

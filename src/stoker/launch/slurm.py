@@ -133,6 +133,16 @@ def states(of: Sequence[Job]) -> dict[str, Status]:
     return {job.id: _status(job, known.get(job.native) or forgotten[job.id]) for job in of}
 
 
+def ended(of: Sequence[Job]) -> dict[str, Status]:
+    """How jobs are that are over by what their scripts have written, by `Job.id`; Slurm is not asked."""
+    found = {}
+    for job, elements in zip(of, _written(of), strict=True):
+        silent = [""] * (max(1, job.spec.elements) - len(elements))
+        if all(_is_over(job, one) for one in (*elements, *silent)):
+            found[job.id] = _status(job, _by_codes(elements))
+    return found
+
+
 def cancel(job: Job, *, at_once: bool) -> None:
     """End a job for good. Raises StokerError."""
     if at_once:
@@ -490,14 +500,20 @@ def _is_over(job: Job, attempts: str) -> bool:
 
 def _by_attempts(of: Sequence[Job]) -> dict[str, list[Status]]:
     """How jobs were that Slurm has forgotten, by `Job.id`: by the last exit code of each element."""
-    with ThreadPoolExecutor(_AT_ONCE) as pool:  # a store takes its time to answer
-        written = list(pool.map(_attempts, of))
+    return {job.id: _by_codes(elements) for job, elements in zip(of, _written(of), strict=True)}
+
+
+def _by_codes(elements: Sequence[str]) -> list[Status]:
+    """How the elements of a job were by what each wrote of its attempts."""
     forgotten = Status("unknown", "Slurm does not know it any more")
-    found = {}
-    for job, elements in zip(of, written, strict=True):
-        codes = [attempts.split()[-1] for attempts in elements if attempts.strip()]
-        found[job.id] = [_ended(code) if code.isdecimal() else forgotten for code in codes] or [forgotten]
-    return found
+    codes = [attempts.split()[-1] for attempts in elements if attempts.strip()]
+    return [_ended(code) if code.isdecimal() else forgotten for code in codes] or [forgotten]
+
+
+def _written(of: Sequence[Job]) -> list[list[str]]:
+    """As `_attempts`, of each job."""
+    with ThreadPoolExecutor(_AT_ONCE) as pool:  # a store takes its time to answer
+        return list(pool.map(_attempts, of))
 
 
 def _attempts(job: Job) -> list[str]:
