@@ -47,7 +47,7 @@ from stoker.words import counted
 log = logging.getLogger("stoker")
 
 _SINKS_TIMEOUT = 60.0
-_LOOKED_AT = 10  # points of a space
+_LOOKED_AT = 10  # points drawn of a space, besides its ends
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +148,7 @@ def prepare(asked: Asked) -> Prepared:
         )
     budget = Budget.parse(asked.budget) if asked.budget is not None else None
     counts_by = plan.unit_of(unit, budget, counts=bool(asked.least or asked.most))
+    _check_points(asked)
     drawn_by = studies.sampler(sampler, searched, asked.seed, trials)
     return Prepared(asked, wanted, folder, objectives, trials, rule, drawn_by, counts_by, whole, budget)
 
@@ -267,14 +268,35 @@ def _check_shares(searched: Space, rule: Scheduler) -> None:
     if "data_share" in searched.described():
         raise BadInput("data_share is given twice, as a key and by --least and --most: leave out the key")
     least = f"data_share={rule.lengths(0)[0] / 100}"
-    for seed in range(_LOOKED_AT):
-        drawn = searched.perturbed({}, np.random.default_rng(seed), resample=1.0, factors=(1.0, 1.0))
-        overrides = searched.overrides(drawn)
+    for overrides in _points(searched):
         try:
             configs.resolve(searched.config, overrides)
         except BadInput:
             continue  # a trial that fails, of whatever share
         configs.resolve(searched.config, [*overrides, least])
+
+
+def _check_points(asked: Asked) -> None:
+    """Refuse a search of which each trial would be refused in the same words. Raises BadInput."""
+    check, refused = asked.recipe.check, set()
+    if check is None:
+        return
+    for overrides in _points(asked.space):
+        try:
+            check(configs.resolve(asked.space.config, overrides).config)
+            return
+        except BadInput as error:
+            refused.add(str(error))
+    if len(refused) == 1:
+        raise BadInput(*refused)
+
+
+def _points(searched: Space) -> Iterator[list[str]]:
+    """Points all over a space, the same each time, as `configs.resolve` takes them."""
+    yield from map(searched.overrides, searched.spanning())
+    for seed in range(_LOOKED_AT):
+        drawn = searched.perturbed({}, np.random.default_rng(seed), resample=1.0, factors=(1.0, 1.0))
+        yield searched.overrides(drawn)
 
 
 def _objectives(metrics: Sequence[str], goals: Sequence[str]) -> tuple[Objective, ...]:
