@@ -30,6 +30,7 @@ FLOORS = (
         "object_store",
         "periodic",
         "disk",
+        "words",
     },
     {"run"},
     {"engine", "data", "checkpoint", "tracking", "reproduce", "stopping", "progress"},

@@ -294,6 +294,31 @@ def test_training_loads_no_mlflow(base: Path, tmp_path: Path) -> None:
     assert (tmp_path / "runs" / "mlflow.db").exists()
 
 
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        (['{"messages": [{"content": "hi"}]}'], "line 1, message 1: has no 'role'; it has 'content'"),
+        (['{"txt": "a"}'], "line 1: no expected field; the record has the fields 'txt'"),
+        (['{"text": "a"}', "{text"], "line 2: not JSON"),
+    ],
+)
+def test_data_that_does_not_begin_as_data_is_refused_before_torch_is_loaded(
+    tmp_path: Path, lines: list[str], said: str
+) -> None:
+    (tmp_path / "d.jsonl").write_text("\n".join(lines) + "\n")
+    code = (
+        "import sys, atexit; atexit.register(lambda: print({'torch', 'transformers'} & set(sys.modules)));"
+        "sys.argv = ['stoker', 'train', 'llm', 'data=d.jsonl']; from stoker.cli.main import run; run()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert f"stoker: error: d.jsonl, {said}" in done.stderr
+    assert done.stdout.strip() == "set()"
+    assert not (tmp_path / "runs").exists()
+
+
 FORMS: list[dict[str, str]] = [
     {"text": "A line about the number {i}, long enough to be learnt from."},
     {"prompt": "What is {i}?", "completion": "It is the number {i}."},

@@ -95,6 +95,7 @@ def test_what_is_pushed_to_the_hub_loads_with_plain_transformers_and_peft(
     assert "base_model_relation: adapter" in card
 
     adapter = trained / "runs" / "llm" / "tuned" / "artifacts" / "adapter"
+    assert not (adapter / "README.md").exists(), "peft's own is a form that nobody has filled in"
     merging.merge(adapter, tmp_path / "merged")
     loaded = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", LOADED_BY_OTHERS, str(tmp_path / "merged")],

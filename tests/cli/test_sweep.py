@@ -17,6 +17,7 @@ import psutil
 import pytest
 from optuna.storages.journal import JournalFileBackend, JournalStorage
 
+import families
 from browser import Browser, needs_chromium
 from commands import Command, Start
 from support import SOAK, loaded
@@ -298,6 +299,39 @@ def test_a_search_whose_first_trials_are_refused_alike_ends(stoker: Command) -> 
     assert len(stoker(*given).answer["trials"]) == 9  # the same command goes on
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (("data=none.jsonl",), "data file none.jsonl does not exist"),
+        (("model=here", "sequence_length=300"), "sequence_length=300 is more than the 256 positions of here"),
+        (("lora.rank=[2, 4]", "lora.targets=q_prj"), "has no module 'q_prj'; did you mean 'q_proj'?"),
+    ],
+)
+def test_what_each_trial_would_be_refused_for_is_said_before_the_first(
+    given: tuple[str, ...], said: str, stoker: Command, tmp_path: Path
+) -> None:
+    families.save(tmp_path / "here", "llama")
+    done = stoker("sweep", "llm", "lr=log(1e-4, 1e-3)", *given, "--trials", "6")
+    assert done.code == 2
+    assert said in done.err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_search_of_which_some_trials_can_begin_is_searched(stoker: Command, tmp_path: Path) -> None:
+    """And those that cannot are failed trials."""
+    (tmp_path / "picky.py").write_text(
+        "from dataclasses import dataclass\nimport stoker\n"
+        "@dataclass(frozen=True)\nclass Config:\n    x: float = 0.0\n"
+        "def check_launch(config):\n"
+        "    if config.x > 1:\n        raise stoker.BadInput('x is too large')\n"
+        "def train(run, config: Config):\n    run.log(val_loss=config.x)\n"
+    )
+    done = stoker("sweep", "picky.py", "x=[0.5, 2, 3]", "--sampler", "grid", "--json")
+    assert [t["state"] for t in done.answer["trials"]].count("failed") == 2, done.err
+    refused = stoker("sweep", "picky.py", "x=[2, 3]", "--sampler", "grid", "--name", "b")
+    assert (refused.code, refused.err) == (2, "stoker: error: x is too large\n")
+
+
 def test_a_search_in_which_a_trial_was_not_refused_goes_on(stoker: Command) -> None:
     given = ("sweep", RECIPE, "x=uniform(0, 1)", "--try", "x=0.1", "fails=refuse", "--trials", "12", "--json")
     done = stoker(*given)
@@ -504,7 +538,7 @@ def test_it_learns_from_an_earlier_one_and_tries_what_it_is_told(stoker: Command
         (("x=uniform(0, 1)", "--strategy", "stages"), "there is staged"),
         (("x=uniform(0, 1)", "--most", "9"), "for a --scheduler that ends trials early"),
         (("x=uniform(0, 1)", "--name", "../up"), "cannot name a folder"),
-        (("x=uniform(0, 1)", "--trials", "1", "--try", "x=0.1", "--try", "x=0.2"), "2 --try for 1 trials"),
+        (("x=uniform(0, 1)", "--trials", "1", "--try", "x=0.1", "--try", "x=0.2"), "2 --try for 1 trial:"),
         (("x=[0, 1]", "--sampler", "grid", "--try", "x=0"), "a grid has every value"),
         (("x=uniform(0, 1)", "--runs", "/proc/x"), "choose another folder"),
     ],

@@ -76,7 +76,7 @@ def test_a_study_of_the_same_name_is_not_joined_by_chance(
     assert stoker(*given).code == 0
     refused = stoker(*given, "--runs", "other")
     assert refused.code == 2
-    assert "has 1 trials of a search in another folder: give --study own" in refused.err
+    assert "has 1 trial of a search in another folder: give --study own" in refused.err
     assert not (tmp_path / "other" / "own").exists()
     assert stoker(*given).code == 0, "the same folder goes on"
 

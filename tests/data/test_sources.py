@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
+from stoker.data import sources
 from stoker.data.sources import read
 from stoker.errors import BadInput
 
@@ -102,6 +103,41 @@ def test_a_folder_is_all_the_files_in_it(tmp_path: Path) -> None:
 def test_a_folder_without_data_is_refused(tmp_path: Path) -> None:
     (tmp_path / "about.json").write_text('{"about": "the data"}')
     assert "is a folder without a .jsonl, .json, .txt or .parquet file" in refused(tmp_path)
+
+
+def test_the_first_file_of_a_folder_that_holds_something_is_looked_at_beforehand(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").touch()
+    (tmp_path / "b.json").write_text('[{"about": "no data, which in a folder is no mistake"}]')
+    (tmp_path / "c.jsonl").write_text('{"txt": "a"}\n')
+    with pytest.raises(BadInput, match=r"c.jsonl, line 1: no expected field"):
+        sources.check(str(tmp_path))
+
+
+def test_of_a_large_file_only_the_beginning_is_looked_at_beforehand(tmp_path: Path) -> None:
+    lines = write_jsonl(tmp_path / "a.jsonl", [{"text": f"{i}"} for i in range(200)])
+    with lines.open("a") as file:
+        file.write("{no JSON\n")
+    sources.check(str(lines))
+    assert "line 201: not JSON" in refused(lines)
+    whole = tmp_path / "a.json"
+    whole.write_bytes(b"[" + b" " * 20 * 2**20)
+    sources.check(str(whole))
+    assert "not JSON" in refused(whole)
+    whole.write_bytes(b"[")
+    with pytest.raises(BadInput, match=r"a\.json: not JSON"):
+        sources.check(str(whole))
+
+
+def test_a_source_says_how_much_it_is(tmp_path: Path) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    first = write_jsonl(folder / "a.jsonl", [{"text": f"{i:050}"} for i in range(100)])
+    assert read(str(folder)).description == "texts, 1 file, 100 documents"
+    (streamed,) = sources.read_all(str(first), validation=0.2, test=0.2, streaming=True)
+    assert streamed.description == f"{first}, 6.2 KiB in 1 file, read while training"
+    write_jsonl(folder / "b.jsonl", [{"text": "more"}])
+    assert read(str(folder)).description == "texts, 2 files, 101 documents"
+    assert read(str(folder / "b.jsonl")).description == "b.jsonl, 1 document"
 
 
 CHATS: list[dict[str, Any]] = [

@@ -3,6 +3,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,6 +41,16 @@ def test_random_state_comes_back_whole_and_through_json() -> None:
     random_state.seed_everything(8)
     random_state.restore(tensors, values)
     assert [_draw() for _ in range(3)] == expected
+
+
+def test_a_process_without_torch_is_seeded_without_it() -> None:
+    code = (
+        "import random, sys, numpy as np; from stoker.engine import random_state;"
+        "random_state.seed_everything(7); print(random.random(), np.random.rand(), 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    random_state.seed_everything(7)
+    assert done.stdout.split() == [str(random.random()), str(float(np.random.rand())), "False"]
 
 
 @pytest.mark.parametrize(

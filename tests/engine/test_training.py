@@ -452,7 +452,7 @@ def test_micro_batches_of_a_pipeline_suit_its_schedule() -> None:
         check("1f1b", 16, 8)
     with pytest.raises(BadInput, match="micro_batch=3 does not cut"):
         check("gpipe", 16, 3)
-    with pytest.raises(BadInput, match=r"a batch of 1 samples is too small for a pipeline of 2 ranks"):
+    with pytest.raises(BadInput, match=r"a batch of 1 sample is too small for a pipeline of 2 ranks"):
         check("1f1b", 2, None)
 
 

@@ -212,6 +212,37 @@ def launched(**settings: Any) -> None:
     llm.check_launch(llm.Config(**settings))
 
 
+@pytest.mark.parametrize(
+    ("family", "targets"),
+    [
+        ("llama", "q_proj,self_attn.v_proj"),
+        ("gpt2", "c_attn, mlp.c_proj"),
+        ("mixtral", "q_proj,mlp"),  # whose files name the layer of experts otherwise
+    ],
+)
+def test_modules_that_a_model_has_are_taken_at_the_launch(family: str, targets: str, tmp_path: Path) -> None:
+    launched(model=str(families.save(tmp_path / "model", family)), lora=Lora(rank=2, targets=targets))
+
+
+@pytest.mark.parametrize("files", ["weights", "config alone"])
+def test_modules_that_a_model_lacks_are_refused_at_the_launch(files: str, tmp_path: Path) -> None:
+    folder = families.save(tmp_path / "model", "llama")
+    if files == "config alone":
+        for file in folder.glob("*.safetensors*"):
+            file.unlink()
+    for model in (str(folder), "tiny"):
+        with pytest.raises(BadInput, match=r"has no module 'q_prj'; did you mean 'q_proj'\?"):
+            launched(model=model, lora=Lora(rank=2, targets="v_proj,q_prj"))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
+def test_rows_longer_than_the_model_are_refused_at_the_launch(family: str, tmp_path: Path) -> None:
+    folder = families.save(tmp_path / "model", family)
+    launched(model=str(folder), sequence_length=256)
+    with pytest.raises(BadInput, match="sequence_length=257 is more than the 256 positions of"):
+        launched(model=str(folder), sequence_length=257)
+
+
 def says_it_is_for(adapter: Path, model: str) -> Path:
     file = adapter / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": model}))

@@ -221,7 +221,7 @@ def test_answers_that_truncation_removes_are_counted_and_said(
     assert rows.train.statistics.dropped == 1
     assert len(rows.train) == 1
     assert "1 document is left out, of whose answer nothing is left" in caplog.text
-    with pytest.raises(BadInput, match=r"^validation: no tokens are left of 1 documents"):
+    with pytest.raises(BadInput, match=r"^validation: no tokens are left of 1 document"):
         data.pack([source([short], [long], [short])], tokenizer, sequence_length=32)
 
 

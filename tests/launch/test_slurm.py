@@ -269,6 +269,43 @@ def test_how_a_job_was_that_slurm_has_forgotten_is_read_in_the_store_where_the_d
     assert [known["state"] for known in listed.answer["jobs"]] == [state], listed.err
 
 
+@pytest.mark.parametrize(
+    ("written", "cancelled", "state", "reason"),
+    [
+        ("n1 begins\nn1 exit code 75\nn2 begins\nn2 exit code 0\n", False, "done", None),
+        ("n1 begins\nn1 exit code 3\n", False, "failed", "exit code 3"),
+        ("n1 begins\nn1 exit code 75\n", True, "cancelled", None),
+        ("", True, "cancelled", None),
+        ("n1 begins\nn1 exit code 75\n", False, "unknown", "slurm does not answer"),
+        ("n1 begins\n", False, "unknown", "slurm does not answer"),
+        ("", False, "unknown", "slurm does not answer"),
+    ],
+)
+def test_how_a_job_ended_is_known_from_the_store_where_slurms_commands_are_not(
+    written: str,
+    cancelled: bool,
+    state: str,
+    reason: str | None,
+    stoker: Command,
+    tmp_path: Path,
+    proxy: servers.Proxy,
+) -> None:
+    job, _ = _in_store(tmp_path, written, cancelled)
+    elsewhere = {"STOKER_CACHE": str(tmp_path / "elsewhere"), "PATH": str(tmp_path)}
+    listed = stoker("jobs", "list", "--runs", finding.shown(job.runs), "--json", env=elsewhere)
+    assert [(known["state"], known["reason"]) for known in listed.answer["jobs"]] == [(state, reason)]
+    assert "squeue is not found" in listed.err
+
+
+def test_an_array_is_over_once_each_element_has_written_that_it_is(tmp_path: Path) -> None:
+    spec = JobSpec(name="a", command=("python",), folder=tmp_path, elements=2)
+    job = jobs.planned("slurm", spec, tmp_path / "runs", ("a-0", "a-1"))
+    jobs.begin(job, f"{slurm_jobs.ATTEMPTS}.0", "n1 begins\nn1 exit code 0\n")
+    assert slurm_jobs.ended([job]) == {}
+    (job.folder / f"{slurm_jobs.ATTEMPTS}.1").write_text("n2 begins\nn2 exit code 1\n")
+    assert slurm_jobs.ended([job])[job.id] == ("failed", "1 failed, 1 done")
+
+
 def test_a_job_that_was_cancelled_and_killed_is_followed_until_nothing_more_comes(
     tmp_path: Path, proxy: servers.Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -513,6 +513,15 @@ def test_exploring_keeps_paired_values_together_and_looks_at_conditions_anew() -
         configs.resolve(Config, space.overrides(values))
 
 
+def test_points_that_span_a_space_have_each_choice_and_both_ends() -> None:
+    space = parse(["lr=log(1e-5, 1e-3)", "lora.rank=int(4, 64)", "lora.targets=[[q], [q, v], [v]]"], Config)
+    points = list(space.spanning())
+    assert [point["lora.targets"] for point in points] == [["q"], ["q", "v"], ["v"]]
+    assert {(point["lr"], point["lora.rank"]) for point in points} == {(1e-5, 4), (1e-3, 64)}
+    beside = parse(["lora.rank=[4, 8]", "lr=log(1e-5, 1e-3) if lora.rank == 8"], Config)
+    assert list(beside.spanning()) == [{"lora.rank": 4}, {"lora.rank": 8, "lr": 1e-3}]
+
+
 def test_drawing_a_whole_number_on_a_log_scale_reaches_both_ends() -> None:
     space = parse(["lora.rank=int(1, 4, log)"], Config)
     random = np.random.default_rng(0)

@@ -26,6 +26,7 @@ from stoker.launch import local
 from stoker.recipes import Recipe
 from stoker.report import scaling as report
 from stoker.run import directory, finding, view
+from stoker.words import counted
 
 Way = tuple[str, int, int]  # strong or weak, ranks, global batch
 
@@ -121,7 +122,7 @@ def _measured(
             scale, ranks, batch_size = way
             log.info(
                 "measuring %s scaling, %s, batch of %d, %d of %d",
-                scale, "1 rank" if ranks == 1 else f"{ranks} ranks", batch_size, number + 1, repeats,
+                scale, counted(ranks, "rank"), batch_size, number + 1, repeats,
             )  # fmt: skip
             config = configs.changed(resolved, [f"batch_size={batch_size}"])
             found[way].append(_one(recipe, config, ranks, steps, batch_size))

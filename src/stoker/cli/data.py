@@ -14,13 +14,14 @@ from rich.table import Table
 from rich.text import Text
 from stoker import config as configs
 from stoker import recipes
-from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, console, counted, print_json, show_messages
+from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, console, print_json, show_messages
 from stoker.cli.resume import return_to
 from stoker.cli.train import ConfigFile
 from stoker.config import Resolved
 from stoker.errors import BadInput
 from stoker.report.terminal import plain
 from stoker.run import finding, view
+from stoker.words import counted
 
 if TYPE_CHECKING:
     from stoker.data.sources import Source
@@ -377,6 +378,7 @@ def _print_epoch(out: Console, about: Mapping[str, Any]) -> None:
     roughly = "about " if epoch["estimated"] else ""
     out.print()
     out.print(
-        f"an epoch is {roughly}{epoch['rows']:,} rows, {epoch['tokens']:,} tokens, {epoch['learnt']:,} of "
-        f"them learnt: {epoch['steps']:,} steps of batch_size={epoch['batch_size']}"
+        f"an epoch is {roughly}{counted(epoch['rows'], 'row')}, {counted(epoch['tokens'], 'token')}, "
+        f"{epoch['learnt']:,} of them learnt: {counted(epoch['steps'], 'step')} of "
+        f"batch_size={epoch['batch_size']}"
     )

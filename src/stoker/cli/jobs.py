@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 from rich.text import Text
-from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, console, counted, print_json, show_messages
+from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, console, print_json, show_messages
 from stoker.errors import BadInput, StokerError
 from stoker.launch import jobs, jobspec, targets
 from stoker.launch.jobs import Job
@@ -24,6 +24,7 @@ from stoker.report.terminal import print_whole
 from stoker.run import finding, mirror, view
 from stoker.run.directory import RunDirectory
 from stoker.run.view import RunView
+from stoker.words import counted
 
 log = logging.getLogger("stoker")
 
@@ -126,7 +127,7 @@ def _bring_runs(runs: Path) -> None:
 
 
 def _states(known: Sequence[Job]) -> dict[str, Status]:
-    """How jobs are; where a target does not answer, that is what is known of its jobs."""
+    """How jobs are; where a target does not answer, what they wrote themselves has to do."""
     found: dict[str, Status] = {}
     by_target: dict[str, list[Job]] = defaultdict(list)
     for job in known:
@@ -137,6 +138,7 @@ def _states(known: Sequence[Job]) -> dict[str, Status]:
         except StokerError as error:
             log.warning("%s", error)
             found |= {job.id: Status("unknown", f"{name} does not answer") for job in of_target}
+            found |= targets.of(name).ended(of_target)
     return found
 
 

@@ -49,11 +49,6 @@ def runs_option(runs: Path) -> str:
     return f" --runs {shlex.quote(store.url if store is not None else str(runs))}"
 
 
-def counted(number: int, what: str) -> str:
-    """So many of something, in words: `1 node`, `12,000 tokens`."""
-    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
-
-
 def print_json(answer: dict[str, Any]) -> None:
     """Print the one object of a `--json` answer. NaN and infinities become null."""
     sys.stdout.write(orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY, default=str).decode() + "\n")

@@ -43,11 +43,12 @@ from stoker.tune.schedulers import Scheduler
 from stoker.tune.search import Executor, Search
 from stoker.tune.space import Space
 from stoker.tune.study import Kept
+from stoker.words import counted
 
 log = logging.getLogger("stoker")
 
 _SINKS_TIMEOUT = 60.0
-_LOOKED_AT = 10  # points of a space
+_LOOKED_AT = 10  # points drawn of a space, besides its ends
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,11 +146,14 @@ def prepare(asked: Asked) -> Prepared:
         record.check_earlier(asked.runs / asked.warm_start, wanted)
     trials = min(asked.trials, len(searched.combinations())) if sampler == "grid" else asked.trials
     if len(asked.tries) > trials:
-        raise BadInput(f"{len(asked.tries)} --try for {trials} trials: give as many --trials, or fewer")
+        raise BadInput(
+            f"{len(asked.tries)} --try for {counted(trials, 'trial')}: give as many --trials, or fewer"
+        )
     budget = Budget.parse(asked.budget) if asked.budget is not None else None
-    counted = plan.unit_of(unit, budget, counts=bool(asked.least or asked.most))
+    counts_by = plan.unit_of(unit, budget, counts=bool(asked.least or asked.most))
+    _check_points(asked)
     drawn_by = studies.sampler(sampler, searched, asked.seed, trials)
-    return Prepared(asked, wanted, folder, objectives, trials, rule, drawn_by, counted, whole, budget)
+    return Prepared(asked, wanted, folder, objectives, trials, rule, drawn_by, counts_by, whole, budget)
 
 
 @contextlib.contextmanager
@@ -268,13 +272,34 @@ def _check_shares(searched: Space, rule: Scheduler) -> None:
     if "data_share" in searched.described():
         raise BadInput("data_share is given twice, as a key and by --least and --most: leave out the key")
     least = f"data_share={rule.lengths(0)[0] / 100}"
-    for seed in range(_LOOKED_AT):
-        overrides = searched.overrides(searched.drawn(np.random.default_rng(seed)))
+    for overrides in _points(searched):
         try:
             configs.resolve(searched.config, overrides)
         except BadInput:
             continue  # a trial that fails, of whatever share
         configs.resolve(searched.config, [*overrides, least])
+
+
+def _check_points(asked: Asked) -> None:
+    """Refuse a search of which each trial would be refused in the same words. Raises BadInput."""
+    check, refused = asked.recipe.check, set()
+    if check is None:
+        return
+    for overrides in _points(asked.space):
+        try:
+            check(configs.resolve(asked.space.config, overrides).config)
+            return
+        except BadInput as error:
+            refused.add(str(error))
+    if len(refused) == 1:
+        raise BadInput(*refused)
+
+
+def _points(searched: Space) -> Iterator[list[str]]:
+    """Points all over a space, the same each time, as `configs.resolve` takes them."""
+    yield from map(searched.overrides, searched.spanning())
+    for seed in range(_LOOKED_AT):
+        yield searched.overrides(searched.drawn(np.random.default_rng(seed)))
 
 
 def _objectives(metrics: Sequence[str], goals: Sequence[str]) -> tuple[Objective, ...]:
@@ -359,8 +384,8 @@ def _check_nobodys(study: Study, wanted: Record) -> None:
     count = sum(peers.BY in trial.user_attrs for trial in study.get_trials(deepcopy=False))
     if count:
         raise BadInput(
-            f"the study {wanted.study} in {wanted.storage} has {count} trials of a search in another folder: "
-            f"give --study {wanted.study} to search together with it, or another --name"
+            f"the study {wanted.study} in {wanted.storage} has {counted(count, 'trial')} of a search in "
+            f"another folder: give --study {wanted.study} to search together with it, or another --name"
         )
 
 
@@ -372,7 +397,7 @@ def _begin(study: Any, tries: Sequence[Mapping[str, Any]], earlier: Path | None)
     """Let a new study know what it learns from, and what is to be tried first."""
     if earlier is not None:
         count = studies.learn_from(study, studies.of(earlier), earlier.name)
-        log.info("the sampler learns from %d trials of %s", count, earlier.name)
+        log.info("the sampler learns from %s of %s", counted(count, "trial"), earlier.name)
     for values in tries:
         study.enqueue_trial(values)
 
@@ -425,7 +450,7 @@ def _check_gpus(gpus: list[str], parallel: int, nproc: int) -> None:
         )
     if gpus and parallel * nproc > len(gpus):
         raise BadInput(
-            f"--parallel {parallel} trials of {nproc} rank{'s' if nproc > 1 else ''} need {parallel * nproc} "
+            f"--parallel {counted(parallel, 'trial')} of {counted(nproc, 'rank')} need {parallel * nproc} "
             f"GPUs, and there are {len(gpus)}: give --parallel {max(1, len(gpus) // nproc)}"
         )
 

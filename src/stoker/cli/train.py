@@ -5,15 +5,12 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-import random
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import typer
 from rich.console import Console
 from stoker import config as configs
@@ -24,7 +21,7 @@ from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, console, print_jso
 from stoker.cli.submit import Command, Where, submittable
 from stoker.config import Resolved
 from stoker.duration import clock
-from stoker.engine import options
+from stoker.engine import options, random_state
 from stoker.engine.options import Training
 from stoker.errors import EXIT_FAILED, BadInput, BadWorldSize, Stopped
 from stoker.launch import alone, jobspec, local, ranks, targets
@@ -33,6 +30,7 @@ from stoker.recipes import Recipe
 from stoker.report import html
 from stoker.run import directory, finding, mirror, view
 from stoker.run.view import RunView
+from stoker.words import counted
 from stoker.world import World
 
 log = logging.getLogger("stoker")
@@ -354,7 +352,7 @@ def _sizes(recipe: Recipe, config: Any, launch: Launch) -> frozenset[int]:
         check_ranks(recipe, config, launch.nproc * nodes.most)
         raise BadInput(
             f"--nodes {nodes}: batch_size={config.batch_size} is shared evenly by none of these numbers of "
-            f"machines, with {launch.nproc} ranks each"
+            f"machines, with {counted(launch.nproc, 'rank')} each"
         )
     if len(sizes) <= nodes.most - nodes.least:
         log.info("of --nodes %s, %s can share the work evenly", nodes, " or ".join(map(str, sizes)))
@@ -416,7 +414,7 @@ def work_on(run: Run, recipe: Recipe, config: Any, *, trial: bool = False) -> tu
     """
     if getattr(config, "deterministic", False):
         machine.keep_cublas_workspaces()  # before the recipe comes to use CUDA
-    _seed(run.seed)
+    random_state.seed_everything(run.seed)  # a recipe that imports torch later seeds it itself
     ends = trial or run.world.size > 1 or getattr(config, "hang_limit", None) is not None
     try:
         with run.stop.handled(), run, alone.watching(run, _say_hanging, ends=ends):
@@ -463,16 +461,6 @@ def _write_report(run: Run) -> None:
         run.artifact(report, kind="report")
     except (BadInput, OSError) as error:
         log.warning("%s; `stoker report %s` writes it later", error, run.directory.id)
-
-
-def _seed(seed: int) -> None:
-    """Seed what is loaded: a recipe that imports torch later seeds it itself."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    if "torch" in sys.modules:
-        from stoker.engine.random_state import seed_everything
-
-        seed_everything(seed)
 
 
 def _finished(found: directory.RunDirectory, resolved: Resolved[Any]) -> RunView | None:

@@ -15,12 +15,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from stoker import object_store
+from stoker import object_store, words
 from stoker.data import chunks, compressed, hub_datasets, parquet, python_docs, records
 from stoker.data.chunks import Chunks
 from stoker.data.documents import Corpus, Document, Splits, make_corpus, split, split_by_place
 from stoker.data.records import Record
 from stoker.errors import BadInput
+from stoker.words import counted
 
 __all__ = ["BUILT_IN", "Corpus", "Document", "Source", "Splits", "read", "read_all", "split"]
 
@@ -31,6 +32,9 @@ BUILT_IN: dict[str, Callable[[], list[Document]]] = {
 
 
 _SAMPLED = 16  # parts of a stream that are looked at beforehand
+_FIRST = 100  # documents of a file that are looked at before anything is started
+_READ_WHOLE = (".json", ".txt")  # the files whose first document is not there before all of them is
+_SMALL = 16 * 2**20  # bytes of such a file that are read twice gladly
 
 
 @dataclass(frozen=True)
@@ -80,12 +84,25 @@ def read_all(data: str, *, validation: float, test: float, streaming: bool = Fal
 
 
 def check(data: str) -> None:
-    """Refuse what is not there, before any of it is read. Raises BadInput."""
+    """Refuse what is not there, and files here that do not begin as data does. Raises BadInput."""
     for name, _ in _weights(data):
-        if name in BUILT_IN or object_store.is_url(name) or Path(name).expanduser().exists():
+        path = Path(name).expanduser()
+        if name in BUILT_IN or object_store.is_url(name):
+            continue
+        if path.exists():
+            _check_first(name, path)
             continue
         _check_meant_for_hub(name)
         hub_datasets.check(name, tuple(BUILT_IN))
+
+
+def _check_first(source: str, path: Path) -> None:
+    """Read the first documents of a file, or of the first file of a folder. Raises BadInput."""
+    file = next((file for file in _files(source, path) if file.is_file() and file.stat().st_size), None)
+    if file is None or (compressed.kind(file.name) in _READ_WHOLE and file.stat().st_size > _SMALL):
+        return
+    for _ in itertools.islice(_read_file(file), _FIRST):
+        pass
 
 
 def named(data: str) -> list[str]:
@@ -135,10 +152,10 @@ def _streamed(name: str, weight: float, validation: float, test: float) -> Sourc
     splits = split_by_place(documents, validation=validation, test=test)
     if not (splits.validation and splits.test):
         raise BadInput(
-            f"{name}: of {len(documents)} documents that were looked at none is held out: raise validation "
-            "and test"
+            f"{name}: of {counted(len(documents), 'document')} that were looked at none is held out: raise "
+            "validation and test"
         )
-    size = f"{found.size / 2**20:,.0f} MiB in {len(found.files)} files"
+    size = f"{words.size(found.size)} in {counted(len(found.files), 'file')}"
     about = f"{name}, {size}, read while training"
     return Source(name, weight, splits, found.fingerprint, about, found, validation + test)
 
@@ -184,25 +201,33 @@ def read(source: str) -> Corpus:
         return make_corpus(BUILT_IN[source](), python_docs.describe(source))
     path = Path(source).expanduser()
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if compressed.is_data_in_a_folder(file.name))
-        if not files:
-            raise BadInput(f"{source} is a folder without a {compressed.ALLOWED}")
+        files = _files(source, path)
         documents = [document for file in files for document in _read_file(file)]
-        origin = f"{path.name}, {len(files)} files"
+        origin = f"{path.name}, {counted(len(files), 'file')}"
     elif path.exists():
         documents = list(_read_file(path))
         origin = path.name
     elif object_store.is_url(source):
         found = chunks.find(source)
         documents = [document for number in range(len(found)) for document in found.documents(number)]
-        origin = f"{source}, {len(found.files)} files"
+        origin = f"{source}, {counted(len(found.files), 'file')}"
     else:
         _check_meant_for_hub(source)
         documents = list(records.documents(hub_datasets.read(source, tuple(BUILT_IN))))
         origin = f"hub dataset {source}"
     if not documents:
         raise BadInput(f"{source} is an empty dataset: it holds no text")
-    return make_corpus(documents, f"{origin}, {len(documents):,} documents")
+    return make_corpus(documents, f"{origin}, {counted(len(documents), 'document')}")
+
+
+def _files(source: str, path: Path) -> list[Path]:
+    """The file at a path, or those of a folder, in order. Raises BadInput for a folder without one."""
+    if not path.is_dir():
+        return [path]
+    files = sorted(file for file in path.rglob("*") if compressed.is_data_in_a_folder(file.name))
+    if not files:
+        raise BadInput(f"{source} is a folder without a {compressed.ALLOWED}")
+    return files
 
 
 def _read_file(path: Path) -> Iterator[Document]:

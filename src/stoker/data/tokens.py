@@ -29,6 +29,7 @@ from stoker.data import encoding
 from stoker.data.documents import Document
 from stoker.data.encoding import Encode, Part
 from stoker.errors import BadInput
+from stoker.words import counted
 
 if TYPE_CHECKING:
     import torch
@@ -271,9 +272,9 @@ def write(
             pieces = _encode(parts, temporary, _smallest_type(vocab_size))
         if not (len(pieces.lengths) or may_be_empty):
             raise NothingLeft(
-                f"no tokens are left of {len(documents)} documents ({pieces.dropped} have nothing to be "
-                f"predicted among their first {sequence_length} tokens): raise sequence_length, or give "
-                "other data"
+                f"no tokens are left of {counted(len(documents), 'document')} ({pieces.dropped} have nothing "
+                f"to be predicted among their first {sequence_length} tokens): raise sequence_length, or "
+                "give other data"
             )
         statistics = _place(pieces, temporary, sequence_length, packing)
         meta = {

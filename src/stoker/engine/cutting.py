@@ -10,6 +10,7 @@ import torch
 from stoker.engine import batches, fitting, micro_batch, options, out_of_memory, rehearsal
 from stoker.engine.options import Training
 from stoker.engine.step import Setting, Step
+from stoker.words import counted
 from stoker.world import World
 
 log = logging.getLogger("stoker")
@@ -38,7 +39,7 @@ class MicroBatches:
             self.size = rehearsal.largest_micro_batch(
                 self._step, self._setting, self._world, batch, self._sizes(batch), self._about()
             )
-            log.info("micro_batch=%d of a share of %d samples", self.size, batches.size(batch))
+            log.info("micro_batch=%d of a share of %s", self.size, counted(batches.size(batch), "sample"))
         if self.size is None and self._strategy == "pipeline":
             share, sizes = batches.size(batch), self._sizes(batch)
             self.size = micro_batch.of_pipeline(sizes, share, self._setting.mesh.size("stage"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from stoker import machine
 from stoker.errors import BadInput
+from stoker.words import counted
 from stoker.world import World
 
 
@@ -26,7 +27,7 @@ def check(ranks: int) -> None:
     gpus = torch.cuda.device_count()
     if 0 < gpus < ranks:
         raise BadInput(
-            f"{ranks} ranks on a machine with {gpus} GPU{'s' if gpus > 1 else ''}: each takes one; "
+            f"{counted(ranks, 'rank')} on a machine with {counted(gpus, 'GPU')}: each takes one; "
             f'give --nproc {gpus}, or CUDA_VISIBLE_DEVICES="" to train on the CPU'
         )
 

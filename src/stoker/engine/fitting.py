@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from stoker import words
 from stoker.engine import activation, batches, blocks, memory, micro_batch, out_of_memory, rehearsal
 from stoker.engine.options import Training
 from stoker.engine.step import PlainStep, Setting, Step
@@ -102,7 +103,7 @@ class Change:
         if self._strategy not in ("single", "ddp") or whole > (1 - _ROOM) * self._has():
             return self.of_an_update()
         return (
-            f"Weights, gradients and optimizer state are {memory.size(whole)} of {memory.size(self._has())}: "
+            f"Weights, gradients and optimizer state are {words.size(whole)} of {words.size(self._has())}: "
             "to shard them makes little room. Give smaller samples, or parallel=pipeline over "
             "several ranks, each of which has some of the layers"
         )

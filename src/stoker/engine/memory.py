@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import psutil
 import torch
+from stoker import words
 from stoker.engine import blocks, options
 from stoker.engine.mesh import Mesh
 from stoker.engine.options import Training
@@ -96,7 +97,7 @@ class Needed:
 
     def __str__(self) -> str:
         parts = {k.replace("optimizer", "optimizer state"): v for k, v in vars(self).items() if v}
-        return ", ".join(f"{name} {size(count)}" for name, count in parts.items())
+        return ", ".join(f"{name} {words.size(count)}" for name, count in parts.items())
 
 
 MOMENTS = 8.0
@@ -160,8 +161,8 @@ def check_fits(
     count = sum(p.numel() for p in model.parameters())
     fitting = ranks_that_hold(model, found, training, 0.8 * has, moments)
     raise TooLarge(
-        f"a model of {count / 1e9:,.1f} billion parameters needs {size(wanted.total)} a rank under "
-        f"parallel={strategy}, before its first activation: {wanted}; a rank here has {size(has)}. "
+        f"a model of {count / 1e9:,.1f} billion parameters needs {words.size(wanted.total)} a rank under "
+        f"parallel={strategy}, before its first activation: {wanted}; a rank here has {words.size(has)}. "
         + (
             f"It would fit with parallel=fsdp on {fitting} such ranks"
             if fitting
@@ -181,8 +182,3 @@ def ranks_that_hold(
     each = list(found)
     fits = (n for n in range(2, 4097) if needed(model, each, "fsdp", training, n, moments).total <= room)
     return next(fits, None)
-
-
-def size(count: float) -> str:
-    """Bytes in words."""
-    return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Gt, Le, Lt
 from stoker.duration import Duration
 from stoker.errors import BadInput, BadWorldSize
+from stoker.words import counted
 
 Strategy = Literal["auto", "single", "ddp", "fsdp", "pipeline", "deepspeed"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -288,15 +289,15 @@ def check_pipeline_batch(training: Training, share: int, ranks: int) -> None:
     fitting = pipeline_micro_batches(schedule, share, ranks)
     if not fitting:
         raise BadWorldSize(
-            f"a batch of {share} samples is too small for a pipeline of {ranks} ranks and its {schedule} "
-            f"schedule, which wants {ranks} micro-batches or more: make batch_size larger, or give "
-            "pipeline.schedule=gpipe"
+            f"a batch of {counted(share, 'sample')} is too small for a pipeline of {ranks} ranks and its "
+            f"{schedule} schedule, which wants {ranks} micro-batches or more: make batch_size larger, or "
+            "give pipeline.schedule=gpipe"
         )
     if isinstance(micro, int) and micro not in fitting:
         raise BadWorldSize(
-            f"micro_batch={micro} does not cut the {share} samples of a pipeline into micro-batches of one "
-            f"size, as many as its {schedule} schedule wants over {ranks} ranks: give one of "
-            f"{', '.join(map(str, fitting))}"
+            f"micro_batch={micro} does not cut the {counted(share, 'sample')} of a pipeline into "
+            f"micro-batches of one size, as many as its {schedule} schedule wants over {ranks} ranks: give "
+            f"one of {', '.join(map(str, fitting))}"
         )
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import psutil
 import torch
-from stoker.engine import memory
+from stoker import words
 
 _ON_A_CPU = "DefaultCPUAllocator: can't allocate memory"
 _ASKED = re.compile(r"Tried to allocate ([\d.,]+) ([KMG]iB)")  # as torch says it of a GPU, and we of a CPU
@@ -53,8 +53,8 @@ def numbers(error: BaseException, device: torch.device) -> tuple[float, float, f
 
 def _said(error: BaseException) -> str:
     asked = re.search(r"you tried to allocate (\d+) bytes", str(error))
-    wanted = f"Tried to allocate {memory.size(int(asked[1]))}. " if asked else ""
-    return f"{wanted}{memory.size(_free())} of memory are free."
+    wanted = f"Tried to allocate {words.size(int(asked[1]))}. " if asked else ""
+    return f"{wanted}{words.size(_free())} of memory are free."
 
 
 def _free() -> float:

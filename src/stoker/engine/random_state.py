@@ -1,22 +1,30 @@
 """The random state of a process: Python's, NumPy's, torch's on CPU and GPU.
 
 Seeded at the start, kept with every checkpoint, and restored last of all, so that nothing
-between restoring and the next step can draw from it.
+between restoring and the next step can draw from it. A process that has not loaded torch is
+seeded without it, so it is imported where it is used.
 """
 
 from __future__ import annotations
 
 import random
-from typing import Any
+import sys
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 
 def seed_everything(seed: int) -> None:
-    """Seed Python, NumPy and torch (every device) with one number."""
+    """Seed Python, NumPy and, where it is loaded, torch (every device) with one number."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
+    if "torch" not in sys.modules:
+        return
+    import torch
+
     if torch.accelerator.is_available():
         torch.manual_seed(seed)
     else:  # the same, without what is noted for devices that may come: half a millisecond of every trial
@@ -30,6 +38,8 @@ def of_rank(seed: int, rank: int, step: int) -> int:
 
 def capture() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """The state as tensors (uint8) and JSON values."""
+    import torch
+
     tensors = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors["cuda"] = torch.cuda.get_rng_state()
@@ -44,6 +54,8 @@ def capture() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 
 def restore(tensors: dict[str, torch.Tensor], values: dict[str, Any]) -> None:
     """Put back what `capture` returned."""
+    import torch
+
     version, words, gauss = values["python"]
     random.setstate((version, tuple(words), gauss))
     name, keys, position, has_gauss, cached = values["numpy"]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from stoker import distributed
+from stoker import distributed, words
 from stoker.engine import activation, blocks, device, memory, options
 from stoker.engine.mesh import Mesh
 from stoker.engine.options import Training
@@ -48,7 +48,7 @@ def choose(model: nn.Module, training: Training, world: World, on: torch.device)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     needed = weights + trained * (4 + 8)  # gradients, and two moments in float32
     has = memory.of_a_rank(on, world.local_size)
-    said = f"weights, gradients and two moments take {memory.size(needed)} of a rank's {memory.size(has)}"
+    said = f"weights, gradients and two moments take {words.size(needed)} of a rank's {words.size(has)}"
     if needed <= _ROOM * has and training.fsdp.shard is None:
         return "ddp", f"{said}: each rank can hold all of them"
     return "fsdp", said if needed > _ROOM * has else "fsdp.shard is set"

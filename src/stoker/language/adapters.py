@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from stoker.errors import BadInput, nearest
 from stoker.language import hub, saved_adapters
 from stoker.language.building import Language, Load
 from stoker.language.loading import Quantised
-from stoker.language.lora import Lora, is_adapter
+from stoker.language.lora import ALL, Lora, is_adapter
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
@@ -118,21 +118,19 @@ def _config(language: Language, lora: Lora) -> Any:
     """Raises BadInput where the model lacks a module that is named: of several, peft passes over it."""
     from peft import LoraConfig
 
-    targets = [name.strip() for name in lora.targets.split(",")]
-    if targets != ["all-linear"]:
-        _check_targets(language.model, targets)
+    check_targets(language.model, lora)
     return LoraConfig(
         r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, use_rslora=lora.rslora,
         use_dora=lora.dora, task_type="CAUSAL_LM", revision=language.revision,
-        target_modules="all-linear" if targets == ["all-linear"] else targets,
+        target_modules=list(lora.names) or ALL,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in language.model.modules()),
     )  # fmt: skip
 
 
-def _check_targets(model: nn.Module, targets: Sequence[str]) -> None:
-    """Raises BadInput."""
+def check_targets(model: nn.Module, lora: Lora) -> None:
+    """Raises BadInput where a model, which may be on the meta device, lacks a module of `lora.targets`."""
     modules = dict(model.named_modules())
-    for target in targets:
+    for target in lora.names:
         if target not in modules and not any(name.endswith(f".{target}") for name in modules):
             layers = [n for n, m in modules.items() if isinstance(m, nn.Linear | Conv1D | Quantised)]
             names = sorted({name.rpartition(".")[2] for name in layers})

@@ -23,7 +23,7 @@ from stoker.errors import BadInput
 from stoker.language import attention, data, hub
 from stoker.language import chat_template as templates
 from stoker.language.loading import Weights
-from stoker.language.shape import SIZES
+from stoker.language.shape import SIZES, check_positions
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -141,6 +141,18 @@ def without_model(
         tokenizer = tokenizer or str(folder)
     made = _tokenizer(tokenizer, documents, vocab_size, chat_template)
     return made, attention.packs(config, bool(kind._supports_attention_backend))
+
+
+def empty(size: str, folder: Path | None) -> Any:
+    """A model on the meta device: its modules, without memory. Raises BadInput.
+
+    Args:
+        size: a key of SIZES, of a new model.
+        folder: of one that is there, with its config; its weights are not touched.
+    """
+    config = LlamaConfig(**SIZES[size]) if folder is None else load_config(folder)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
 
 
 def load_config(
@@ -262,11 +274,7 @@ def room(config: Any, begun: int) -> int:
 
 
 def _check_fits(reference: str, model: Any, tokenizer: Any, sequence_length: int) -> None:
-    longest = positions(model.config)
-    if longest is not None and sequence_length > longest:
-        raise BadInput(
-            f"sequence_length={sequence_length} is more than the {longest} positions of {reference}"
-        )
+    check_positions(reference, positions(model.config), sequence_length)
     check_vocabulary(reference, model, tokenizer)
 
 

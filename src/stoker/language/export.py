@@ -29,6 +29,7 @@ def export(trainer: Trainer, language: Language, model: Any) -> Path | None:
     if is_adapter:
         # Without embeddings, which are not among the tensors: else peft asks the hub about the base's.
         model.save_pretrained(target, state_dict=tensors, save_embedding_layers=False)
+        (target / "README.md").unlink(missing_ok=True)  # a card to fill in; who pushes it writes a real one
         _describe(model, language, target)
     else:
         _describe(model, language, target)

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from annotated_types import Ge, Gt, Lt
 
+ALL = "all-linear"
 _OF_AN_ADAPTER = ("rank", "alpha", "dropout", "targets", "rslora", "dora")
 
 
@@ -21,7 +22,7 @@ class Lora:
     """The adapters are scaled by alpha / rank."""
     dropout: Annotated[float, Ge(0), Lt(1)] = 0.05
     """Share of an adapter's inputs dropped while training."""
-    targets: str = "all-linear"
+    targets: str = ALL
     """Modules that get an adapter: all-linear (but the output layer), or names joined by commas."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank), which suits large ranks (Kalajdzievski 2023, arXiv:2312.03732)."""
@@ -44,6 +45,12 @@ class Lora:
     def used(self) -> bool:
         """Whether adapters are trained; else every weight is."""
         return self.rank > 0 or self.adapter is not None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The modules that get a new adapter, by their names; none where that is all-linear."""
+        names = tuple(name.strip() for name in self.targets.split(","))
+        return () if names == (ALL,) or self.rank == 0 else names
 
 
 def is_adapter(module: Any) -> bool:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+from safetensors import SafetensorError, safe_open
+from stoker import storage
 from stoker.errors import BadInput, BadWorldSize
 
 # The Llama architecture; heads of 32 or 64, feed-forward of about 8/3 of the hidden size.
@@ -49,11 +53,43 @@ def check_stages(model: str, *, stages: int, tied: bool) -> None:
         )
 
 
+def check_positions(model: str, longest: int | None, sequence_length: int) -> None:
+    """Raises BadInput where rows are longer than a model has positions, so far as these are known."""
+    if longest is not None and sequence_length > longest:
+        raise BadInput(f"sequence_length={sequence_length} is more than the {longest} positions of {model}")
+
+
+def positions(folder: Path) -> int | None:
+    """How many tokens a model takes at most, so far as its directory says."""
+    config = _config(folder)
+    config = config.get("text_config", config)
+    found = config.get("max_position_embeddings", config.get("n_positions"))
+    return found if isinstance(found, int) else None
+
+
+def has_modules(folder: Path, names: Sequence[str]) -> bool:
+    """Whether the tensors in a directory show that its model has modules of all these names.
+
+    What they do not show may still be there: some families name and cut tensors otherwise in their files.
+    """
+    tensors = list(_tensors(folder))
+    return all(any(f".{name}." in f".{tensor}" for tensor in tensors) for name in names)
+
+
+def _tensors(folder: Path) -> Iterator[str]:
+    """The names of the tensors in a directory, so far as these can be read."""
+    for file in sorted(folder.glob("*.safetensors")):
+        with contextlib.suppress(OSError, SafetensorError), safe_open(file, framework="np") as reader:
+            yield from reader.keys()
+
+
 def _known(model: str, tied: bool) -> tuple[int | None, bool]:
     if model in SIZES:
         return SIZES[model]["num_hidden_layers"], tied
-    try:
-        config = json.loads((Path(model).expanduser() / "config.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
-        return None, False
+    config = _config(Path(model).expanduser())
     return config.get("num_hidden_layers", config.get("n_layer")), bool(config.get("tie_word_embeddings"))
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """The config in a directory; empty where there is none that can be read."""
+    return storage.read_json(folder / "config.json")

@@ -32,6 +32,7 @@ import psutil
 from stoker import machine
 from stoker.errors import EXIT_FAILED, EXIT_PREEMPTED, BadInput, StokerError
 from stoker.launch.budget import Budget, RankFailed
+from stoker.words import counted
 
 log = logging.getLogger("stoker")
 
@@ -216,8 +217,9 @@ class _Host:
         self.members[report.node] = _Member(report, now)
         self.since = now
         log.info(
-            "%s is here, with %d ranks: %d of %s", report.host, report.nproc, len(self.members), self.nodes
-        )
+            "%s is here, with %s: %d of %s",
+            report.host, counted(report.nproc, "rank"), len(self.members), self.nodes,
+        )  # fmt: skip
         return self.members[report.node]
 
     def _has_room(self, report: Report) -> bool:

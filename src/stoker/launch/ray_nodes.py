@@ -28,6 +28,7 @@ from stoker import machine
 from stoker.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED
 from stoker.launch import job_uploader, jobs
 from stoker.run import finding
+from stoker.words import counted
 
 MEETING = "{rendezvous}"
 """In a command, as a word of its own: HOST:PORT where the launchers meet."""
@@ -176,7 +177,10 @@ def _ready(group: Any, needs: Needs, told: Sequence[int]) -> bool:
             return False
         if not said and time.monotonic() - begun > _PATIENCE:
             said = True
-            _say(f"waiting until the cluster has room for {needs.nodes} nodes with {needs.bundle} each")
+            _say(
+                f"waiting until the cluster has room for {counted(needs.nodes, 'node')} "
+                f"with {needs.bundle} each"
+            )
     return True
 
 

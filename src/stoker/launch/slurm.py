@@ -29,6 +29,7 @@ from stoker.launch.jobs import Job
 from stoker.launch.jobspec import ELEMENT, RENDEZVOUS, JobSpec
 from stoker.launch.targets import Line, Status
 from stoker.object_store import Unreachable
+from stoker.words import counted
 
 SCRIPT = "script.sh"
 ATTEMPTS = "attempts.txt"
@@ -130,6 +131,16 @@ def states(of: Sequence[Job]) -> dict[str, Status]:
     known |= _accounting(missing) if missing else {}
     forgotten = _by_attempts([job for job in of if job.native not in known])
     return {job.id: _status(job, known.get(job.native) or forgotten[job.id]) for job in of}
+
+
+def ended(of: Sequence[Job]) -> dict[str, Status]:
+    """How jobs are that are over by what their scripts have written, by `Job.id`; Slurm is not asked."""
+    found = {}
+    for job, elements in zip(of, _written(of), strict=True):
+        silent = [""] * (max(1, job.spec.elements) - len(elements))
+        if all(_is_over(job, one) for one in (*elements, *silent)):
+            found[job.id] = _status(job, _by_codes(elements))
+    return found
 
 
 def cancel(job: Job, *, at_once: bool) -> None:
@@ -385,7 +396,7 @@ def _check_nodes(spec: JobSpec) -> None:
             )
     fitting = sum(n.count for n in nodes if all(getattr(n, what) >= x for what, x in asked.items()))
     if spec.nodes > fitting:
-        raise BadInput(f"--nodes {spec.nodes}: {where} has {fitting} nodes with what is asked for")
+        raise BadInput(f"--nodes {spec.nodes}: {where} has {counted(fitting, 'node')} with what is asked for")
 
 
 def _nodes_of(partition: str) -> list[_Nodes]:
@@ -489,14 +500,20 @@ def _is_over(job: Job, attempts: str) -> bool:
 
 def _by_attempts(of: Sequence[Job]) -> dict[str, list[Status]]:
     """How jobs were that Slurm has forgotten, by `Job.id`: by the last exit code of each element."""
-    with ThreadPoolExecutor(_AT_ONCE) as pool:  # a store takes its time to answer
-        written = list(pool.map(_attempts, of))
+    return {job.id: _by_codes(elements) for job, elements in zip(of, _written(of), strict=True)}
+
+
+def _by_codes(elements: Sequence[str]) -> list[Status]:
+    """How the elements of a job were by what each wrote of its attempts."""
     forgotten = Status("unknown", "Slurm does not know it any more")
-    found = {}
-    for job, elements in zip(of, written, strict=True):
-        codes = [attempts.split()[-1] for attempts in elements if attempts.strip()]
-        found[job.id] = [_ended(code) if code.isdecimal() else forgotten for code in codes] or [forgotten]
-    return found
+    codes = [attempts.split()[-1] for attempts in elements if attempts.strip()]
+    return [_ended(code) if code.isdecimal() else forgotten for code in codes] or [forgotten]
+
+
+def _written(of: Sequence[Job]) -> list[list[str]]:
+    """As `_attempts`, of each job."""
+    with ThreadPoolExecutor(_AT_ONCE) as pool:  # a store takes its time to answer
+        return list(pool.map(_attempts, of))
 
 
 def _attempts(job: Job) -> list[str]:

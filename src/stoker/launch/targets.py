@@ -65,6 +65,9 @@ class Answers(Protocol):
     def states(self, jobs: Sequence[Job]) -> dict[str, Status]:
         """How jobs are, by `Job.id`. Raises StokerError where the target does not answer."""
 
+    def ended(self, jobs: Sequence[Job]) -> dict[str, Status]:
+        """How jobs ended, of those that have written it down themselves: the target is not asked."""
+
     def cancel(self, job: Job, *, at_once: bool) -> None:
         """End a job for good: after a checkpoint, unless `at_once`. Raises StokerError."""
 

@@ -132,8 +132,11 @@ def check_launch(config: Config) -> None:
     sources.check(config.data)
     is_new = config.model in shape.SIZES
     model = None if is_new else hub.find(config.model, known=tuple(shape.SIZES), weights=False)
+    if model is not None:
+        shape.check_positions(config.model, shape.positions(model), config.sequence_length)
     if config.tokenizer is not None:
         hub.check_tokenizer(config.tokenizer)
+    _check_targets(config, model)
     if config.lora.adapter is not None:
         _check_adapter(config, config.lora.adapter, model)
     if config.kernels != "torch":
@@ -144,6 +147,18 @@ def check_launch(config: Config) -> None:
         from stoker.language import quantised
 
         quantised.check()
+
+
+def _check_targets(config: Config, model: Path | None) -> None:
+    """Raises BadInput. torch is loaded for it only where the model's files do not show its modules."""
+    from stoker.language import shape
+
+    names = config.lora.names
+    if not names or (model is not None and shape.has_modules(model, names)):
+        return
+    from stoker.language import adapters, building
+
+    adapters.check_targets(building.empty(config.model, model), config.lora)
 
 
 def check_ranks(config: Config, ranks: int) -> None:

@@ -17,6 +17,7 @@ from stoker.progress import clock
 from stoker.report import curve_image, facts, performance, plots
 from stoker.reproduce import packages
 from stoker.run.view import RunView
+from stoker.words import counted
 
 PICTURE = "curves.png"
 _EVALUATIONS = 12  # rows of the table of evaluations
@@ -108,7 +109,7 @@ def _summary(view: RunView, about: About) -> str:
     how = f", fine-tuned from {_code(about.base)}" if about.kind != "adapter" and about.base else ""
     merged = ", its LoRA adapter merged into the weights" if about.merged else ""
     run = f"{view.directory.experiment}/{view.directory.id}"
-    steps = "1 step" if about.step == 1 else f"{about.step:,} steps"
+    steps = counted(about.step, "step")
     by = f"trained with stoker {stoker.__version__} as run `{run}`, {steps}"
     return f"{what}{of}{how}{merged}, {by}."
 
@@ -173,7 +174,7 @@ def _data(view: RunView) -> str:
     fingerprint = view.tags.get("fingerprint.data")
     rows, tokens = known.get("rows"), known.get("tokens_per_row")
     if rows and tokens:
-        lines.append(f"- {rows:,} rows of {facts.number(tokens)} tokens on average")
+        lines.append(f"- {counted(rows, 'row')} of {facts.number(tokens)} tokens on average")
     held = [view.config.get(name) for name in ("validation", "test")]
     if known and all(isinstance(share, float) for share in held):
         lines.append(f"- held out: {held[0]:.0%} of the documents for validation, {held[1]:.0%} for the test")

@@ -18,6 +18,7 @@ from stoker.reproduce.inputs import Input
 from stoker.reproduce.journals import Compared, Drift
 from stoker.reproduce.stretch import Stretch
 from stoker.run.series import measures_machine
+from stoker.words import counted
 
 _MOST = 8  # of a kind that are named
 _KINDS = {"python": "python", "package": "packages", "machine": "machine", "variable": "variables"}
@@ -210,19 +211,16 @@ DRIFT_HEADINGS = ("", "first at", "was", "is", "drifts by", "relative", "at step
 def _verdict(outcome: Outcome) -> Text:
     compared = outcome.compared
     if outcome.identical:
-        return Text(f"bit-identical over {_count(compared.steps)}", "bold green")
+        return Text(f"bit-identical over {counted(compared.steps, 'step')}", "bold green")
     if not compared.steps:
         return Text("nothing to compare: no metric that is computed was logged at these steps", "bold yellow")
     if not compared.drifts:
         return Text(
-            f"the metrics are bit-identical over {_count(compared.steps)}, the weights are not", "bold red"
+            f"the metrics are bit-identical over {counted(compared.steps, 'step')}, the weights are not",
+            "bold red",
         )
     first = compared.drifts[0]
     return Text(f"differs from step {first.first_step:,} on, first in {plain(first.metric)}", "bold red")
-
-
-def _count(steps: int) -> str:
-    return "1 step" if steps == 1 else f"{steps:,} steps"
 
 
 def _drifts(drifts: Sequence[Drift]) -> Table:
@@ -243,7 +241,7 @@ def _code(checked: Checked) -> str:
         if code.commit
         else ""
     )
-    said = f"{commit}{len(code.files):,} {'file' if len(code.files) == 1 else 'files'} as recorded"
+    said = f"{commit}{counted(len(code.files), 'file')} as recorded"
     if checked.changed_since:
         said += f"; changed since where they were: {_some(checked.changed_since)}"
     if checked.lacking:

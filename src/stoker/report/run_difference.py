@@ -22,6 +22,7 @@ from stoker.reproduce.code_changes import Change, CodeChanges
 from stoker.reproduce.differences import Difference
 from stoker.reproduce.journals import Compared
 from stoker.run.view import RunView
+from stoker.words import counted
 
 _NOTHING = "–"
 _KINDS = {"packages": "package", "python": "python", "machine": "machine", "variables": "variable"}
@@ -172,9 +173,9 @@ def _same(found: RunDifference) -> str:
     """What is the same, in words."""
     said = []
     if not found.config:
-        said.append(f"config ({found.same_config} keys)")
+        said.append(f"config ({counted(found.same_config, 'key')})")
     if found.code.before and found.code.now and not found.code.files and not found.code.unknown:
-        said.append(f"code ({len(found.code.now.files)} files)")
+        said.append(f"code ({counted(len(found.code.now.files), 'file')})")
     differ = {difference.kind for difference in found.environment}
     known = {said.partition(":")[0] for said in found.unknown}
     said += [
@@ -186,7 +187,7 @@ def _same(found: RunDifference) -> str:
         said.append("data")
     equal = [name for name in found.curves.metrics if name not in {d.metric for d in found.curves.drifts}]
     if equal:
-        said.append(f"to the last bit {', '.join(equal)} over {found.curves.steps:,} steps")
+        said.append(f"to the last bit {', '.join(equal)} over {counted(found.curves.steps, 'step')}")
     return ", ".join(said)
 
 

@@ -13,6 +13,7 @@ from stoker.errors import BadInput
 from stoker.report import assets
 from stoker.report.markup import Html, join, number, table, tag
 from stoker.run.view import RunView
+from stoker.words import counted
 
 _POOR = 0.8
 _MUCH = 0.1  # of a step
@@ -146,7 +147,7 @@ def section(result: Mapping[str, Any]) -> Html:
         "software": f"torch {result['torch']}, stoker {result['stoker']}, {machine['system']}",
         "parallelism": ways,
         "precision": ", ".join(dict.fromkeys(str(row["precision"]) for row in rows)),
-        "measured": f"{result['repeats']} times {result['steps']} steps",
+        "measured": f"{counted(result['repeats'], 'time')} {counted(result['steps'], 'step')}",
     }
     return join([
         tag(

@@ -17,6 +17,7 @@ from stoker.report.markup import Html, details, join, number, table, tag
 from stoker.report.plots import Figure
 from stoker.run.series import Summary
 from stoker.run.view import Media, RunView
+from stoker.words import counted
 
 _TILES = 7
 _MANY_FIGURES = 8  # from there on one wants to look for one by name
@@ -395,7 +396,7 @@ def _run_name(run: dict[str, Any] | None) -> str:
 
 
 def _damaged(count: int) -> str:
-    return f"{count:,} {'line' if count == 1 else 'lines'} of the journal could not be read."
+    return f"{counted(count, 'line')} of the journal could not be read."
 
 
 def _log_switch() -> Html:
@@ -471,9 +472,5 @@ def _provenance_rows(view: RunView, found: facts.Provenance) -> list[list[str]]:
 
 def _data(about: dict[str, Any]) -> str:
     """A dataset, in words: where it was, how much of it there is, its fingerprint."""
-    size = (
-        f", {about['files']:,} file{'s' if about['files'] > 1 else ''}, {facts.size(about['bytes'])}"
-        if about.get("bytes")
-        else ""
-    )
+    size = f", {counted(about['files'], 'file')}, {facts.size(about['bytes'])}" if about.get("bytes") else ""
     return f"{about.get('path')}{size}, {about.get('fingerprint')}"

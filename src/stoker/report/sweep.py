@@ -15,6 +15,7 @@ from stoker.report import facts, html, sweep_curves
 from stoker.report.markup import Html, join, number, table, tag
 from stoker.report.sections import section
 from stoker.report.sweep_curves import points_of
+from stoker.words import counted
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -217,7 +218,7 @@ def _saved(study: Study) -> Html:
     whole = one * len([n for n in done if n])
     what = f"{sum(done):,.6g} {_UNITS.get(unit, unit + 's')} were done of {whole:,.6g}"
     less = f"{1 - sum(done) / max(whole, 1):.0%} less"
-    return section("Ended early", tag("p", f"{len(early)} trials ended early: {what}, {less}."))
+    return section("Ended early", tag("p", f"{counted(len(early), 'trial')} ended early: {what}, {less}."))
 
 
 def _lineage(study: Study) -> Html:

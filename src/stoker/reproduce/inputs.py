@@ -16,6 +16,7 @@ from typing import Any
 from stoker.errors import BadInput
 from stoker.reproduce import data
 from stoker.reproduce.place import Place
+from stoker.words import counted
 
 
 @dataclass(frozen=True)
@@ -180,7 +181,7 @@ def _fingerprint(place: Place, name: str, about: Mapping[str, Any], config: Mapp
         anew = f"bring it back or say where it is now by {keys[0]}=PATH" if keys else ""
         raise BadInput(
             f"data {name!r} cannot be read: {error.filename or path}: {error.strerror}. It had fingerprint "
-            f"{about['fingerprint']}, {about['bytes']:,} bytes in {about['files']:,} files: "
+            f"{about['fingerprint']}, {about['bytes']:,} bytes in {counted(about['files'], 'file')}: "
             f"{anew or 'no key of the run names it, so put it back, or a link to it'}"
         ) from error
 

@@ -30,6 +30,7 @@ from stoker.tune.seen import Seen
 from stoker.tune.space import Space
 from stoker.tune.study import EARLIER, Kept, quiet
 from stoker.tune.trial import Ended, Job, Report
+from stoker.words import counted
 
 log = logging.getLogger("stoker")
 
@@ -630,7 +631,7 @@ class Search:
         """Raises StokerError where too many trials have failed."""
         failures = [t for t in self.trials.values() if t.state == "failed"]
         if self.plan.max_failures is not None and len(failures) > self.plan.max_failures:
-            some = "1 trial" if len(failures) == 1 else f"{len(failures)} trials"
+            some = counted(len(failures), "trial")
             raise StokerError(
                 f"{some} failed, more than --max-failures {self.plan.max_failures}; "
                 f"trial {failures[-1].number}: {failures[-1].error}"

@@ -218,6 +218,20 @@ class Space:
         """Values from all of the space."""
         return self.perturbed({}, random, resample=1.0, factors=(1.0, 1.0))
 
+    def spanning(self) -> Iterator[dict[str, Any]]:
+        """Points in which both ends of each range and each choice stand; of what is drawn beside some values
+        of another parameter, some."""
+        marks = [
+            p.domain.values if isinstance(p.domain, Choice) else (p.domain.low, p.domain.high)
+            for p in self.parameters
+        ]
+        for number in range(max(map(len, marks), default=1)):
+            point: dict[str, Any] = {}
+            for parameter, values in zip(self.parameters, marks, strict=True):
+                if parameter.holds(point):
+                    point |= parameter.spread(values[number % len(values)])
+            yield point
+
     def described(self) -> dict[str, str]:
         """What is searched and what is fixed by name, in texts that are the same where they mean the same."""
         fixed = {key: text(configs.checked(self.config, key, given)) for key, given in self.fixed.items()}

@@ -17,6 +17,7 @@ from stoker.cli.runs.common import RunName
 from stoker.errors import BadInput
 from stoker.run import finding, view
 from stoker.run.directory import RunDirectory
+from stoker.words import counted
 
 Format = Literal["csv", "parquet", "json"]
 Row = dict[str, float | int | None]
@@ -42,7 +43,7 @@ def export(
         if json:
             print_json(answer)
         else:
-            sys.stderr.write(f"{output}: {len(rows)} rows\n")
+            sys.stderr.write(f"{output}: {counted(len(rows), 'row')}\n")
     elif json:
         print_json({"run": str(found.path), "rows": rows})
     else:

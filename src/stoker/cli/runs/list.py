@@ -16,6 +16,7 @@ from stoker.report import terminal
 from stoker.report.terminal import Listed
 from stoker.run import finding
 from stoker.run.query import Query, facts
+from stoker.words import counted
 
 _ALWAYS_KNOWN = ("id", "experiment", "status", "step", "started", "seconds")
 
@@ -52,7 +53,9 @@ def list_(
     elif shown:
         terminal.print_list(console(), shown, datetime.now().astimezone(), names)
     elif found:
-        console().print(f"none of {len(found)} runs under {finding.shown(runs)} is so", markup=False)
+        console().print(
+            f"none of {counted(len(found), 'run')} under {finding.shown(runs)} is so", markup=False
+        )
     else:
         first = "stoker train llm model=tiny data=python-docs max_steps=60"
         console().print(f"no runs under {finding.shown(runs)} yet; start one: {first}", markup=False)

@@ -13,6 +13,7 @@ from stoker.errors import BadInput
 from stoker.report import facts
 from stoker.run import artifacts, finding, mirror, opening
 from stoker.run.directory import RunDirectory
+from stoker.words import counted
 
 
 def remove(
@@ -46,7 +47,7 @@ def _ask(found: list[RunDirectory], sizes: list[int]) -> None:
         raise BadInput("nobody is there to be asked: add --yes to delete")
     for each, size in zip(found, sizes, strict=True):
         console().print(f"  {each.experiment}/{each.id}  {facts.size(size)}", markup=False)
-    typer.confirm(f"delete {len(found)} run{'s' if len(found) > 1 else ''} for ever?", abort=True)
+    typer.confirm(f"delete {counted(len(found), 'run')} for ever?", abort=True)
 
 
 def _delete(run: RunDirectory) -> None:

@@ -1,0 +1,18 @@
+"""Numbers of things, and of bytes, in words."""
+
+from __future__ import annotations
+
+_UNITS = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10}
+
+
+def counted(number: int, what: str) -> str:
+    """So many of something: `1 node`, `12,000 tokens`."""
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
+
+
+def size(count: float) -> str:
+    """Bytes in powers of 1024, as memory is counted: `734 B`, `1.5 KiB`, `62.1 GiB`."""
+    for unit, factor in _UNITS.items():
+        if count >= factor:
+            return f"{count / factor:,.1f} {unit}"
+    return f"{count:,.0f} B"
