@@ -17,7 +17,7 @@ def test_one_thing_is_no_several(number: int, said: str) -> None:
     ("count", "said"),
     [
         (0, "0 B"), (1023, "1,023 B"), (1024, "1.0 KiB"), (2**20, "1.0 MiB"), (1.5 * 2**30, "1.5 GiB"),
-        (2**41, "2,048.0 GiB"),
+        (2**41, "2.0 TiB"),
     ],
 )  # fmt: skip
 def test_bytes_are_said_in_the_largest_unit_that_they_fill(count: float, said: str) -> None:

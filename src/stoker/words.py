@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-_UNITS = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10}
+_UNITS = {"TiB": 2**40, "GiB": 2**30, "MiB": 2**20, "KiB": 2**10}
 
 
 def counted(number: int, what: str) -> str:

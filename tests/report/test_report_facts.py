@@ -82,13 +82,6 @@ def test_numbers_are_short(value: float | None, expected: str) -> None:
     assert facts.number(value) == expected
 
 
-@pytest.mark.parametrize(
-    ("count", "expected"), [(0, "0 B"), (999, "999 B"), (1_234_567, "1.2 MB"), (10**13, "10.0 TB")]
-)
-def test_sizes_have_units(count: int, expected: str) -> None:
-    assert facts.size(count) == expected
-
-
 def test_an_artifact_of_many_files_is_where_they_all_stand() -> None:
     files = [{"path": f"artifacts/adapter/{name}", "size": 5, "sha256": ""} for name in ("a/x", "b")]
     (found,) = facts.artifacts(_view(artifacts={"adapter": {"kind": "adapter", "files": files}}))

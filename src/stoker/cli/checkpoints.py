@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.table import Table
-from stoker import exports
+from stoker import exports, words
 from stoker.checkpoint import manifest
 from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, console, print_json
 from stoker.cli.runs.common import RunName
@@ -151,6 +151,6 @@ def _print(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         losses = [row["metrics"].get(name) for name in ("loss", "val_loss")]
         shown = [facts.number(loss) if loss is not None else "" for loss in losses]
-        size = facts.size(row["bytes"]) if row["bytes"] is not None else ""
+        size = words.size(row["bytes"]) if row["bytes"] is not None else ""
         table.add_row(str(row["step"]), size, *shown, row["problem"] or Path(row["path"]).name)
     console().print(table)

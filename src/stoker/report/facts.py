@@ -199,14 +199,6 @@ def number(value: float | None) -> str:
     return f"{value:.5g}"
 
 
-def size(count: int) -> str:
-    """A number of bytes: `734 B`, `1.2 MB`."""
-    for limit, unit in ((1e3, "B"), (1e6, "kB"), (1e9, "MB"), (1e12, "GB")):
-        if count < limit:
-            return f"{count} B" if unit == "B" else f"{count / limit * 1e3:.1f} {unit}"
-    return f"{count / 1e12:.1f} TB"
-
-
 def text(value: Any) -> str:
     """A JSON value as it is written on the command line: texts bare, the rest as JSON."""
     return value if isinstance(value, str) else orjson.dumps(value, default=str).decode()

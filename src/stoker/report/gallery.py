@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import orjson
+from stoker import words
 from stoker.report import facts
 from stoker.report.markup import Html, tag
 from stoker.run.view import Media, RunView
@@ -82,7 +83,7 @@ def left_out(views: Sequence[RunView], gallery: Gallery) -> Html:
     if not gallery.left_out:
         return Html("")
     count = len(gallery.left_out)
-    size = facts.size(sum(item.bytes for item in gallery.left_out))
+    size = words.size(sum(item.bytes for item in gallery.left_out))
     folders = {
         f"{views[item.run].directory.path}/{Path(item.media.file['path']).parent}"
         for item in gallery.left_out

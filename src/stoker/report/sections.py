@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import stoker
+from stoker import words
 from stoker.progress import clock
 from stoker.report import facts, performance
 from stoker.report.facts import Value
@@ -196,14 +197,14 @@ def artifacts(views: Sequence[RunView], names: Sequence[str]) -> Html:
     headings = [*run_heading(views), "artifact", "kind", "where", "files", "size", "SHA-256", "used by"]
     rows = [
         [*run_cell(views, names, i), tag("td", a.name, class_="name"), a.kind,
-         tag("td", tag("code", a.path)), number(str(a.files)), number(facts.size(a.bytes)),
+         tag("td", tag("code", a.path)), number(str(a.files)), number(words.size(a.bytes)),
          tag("td", _sums(a.sums)), tag("td", ", ".join(_users(view, a.name)))]
         for i, view in enumerate(views)
         for a in facts.artifacts(view)
     ]  # fmt: skip
     used = [
         [*run_cell(views, names, i), tag("td", use.name, class_="name"), _run_name(use.run),
-         number(str(len(use.files))), number(facts.size(sum(f.get("size", 0) for f in use.files))),
+         number(str(len(use.files))), number(words.size(sum(f.get("size", 0) for f in use.files))),
          tag("td", _sums({f.get("path", ""): f.get("sha256", "") for f in use.files}))]
         for i, view in enumerate(views)
         for use in view.used.values()
@@ -459,7 +460,7 @@ def _provenance_rows(view: RunView, found: facts.Provenance) -> list[list[str]]:
         "remote": found.code.get("remote"),
         "code left out": [f"{left['path']} ({left['why']})" for left in found.code.get("left_out", ())],
         **{key.replace("_", " "): value for key, value in machine.items() if key != "memory_bytes"},
-        "memory": facts.size(machine["memory_bytes"]) if "memory_bytes" in machine else None,
+        "memory": words.size(machine["memory_bytes"]) if "memory_bytes" in machine else None,
         **{f"data: {name}": _data(about) for name, about in found.data.items()},
     }
     shown = {key: ", ".join(map(str, v)) if isinstance(v, list) else v for key, v in named.items()}
@@ -472,5 +473,5 @@ def _provenance_rows(view: RunView, found: facts.Provenance) -> list[list[str]]:
 
 def _data(about: dict[str, Any]) -> str:
     """A dataset, in words: where it was, how much of it there is, its fingerprint."""
-    size = f", {counted(about['files'], 'file')}, {facts.size(about['bytes'])}" if about.get("bytes") else ""
+    size = f", {counted(about['files'], 'file')}, {words.size(about['bytes'])}" if about.get("bytes") else ""
     return f"{about.get('path')}{size}, {about.get('fingerprint')}"

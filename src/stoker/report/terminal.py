@@ -17,6 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from stoker import words
 from stoker.progress import clock, short
 from stoker.report import facts, performance
 from stoker.run import query
@@ -277,7 +278,7 @@ def _config(view: RunView) -> list[tuple[str, ...]]:
 
 
 def _artifacts(view: RunView) -> list[tuple[str, ...]]:
-    return [(a.name, a.kind, facts.size(a.bytes), a.path) for a in facts.artifacts(view)]
+    return [(a.name, a.kind, words.size(a.bytes), a.path) for a in facts.artifacts(view)]
 
 
 def _print_pairs(console: Console, pairs: Iterable[tuple[str, str]]) -> None:

@@ -6,11 +6,10 @@ import sys
 from typing import Annotated
 
 import typer
-from stoker import storage
+from stoker import storage, words
 from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, console, print_json
 from stoker.cli.runs.common import RunNames
 from stoker.errors import BadInput
-from stoker.report import facts
 from stoker.run import artifacts, finding, mirror, opening
 from stoker.run.directory import RunDirectory
 from stoker.words import counted
@@ -39,14 +38,14 @@ def remove(
         print_json({"removed": [str(each.path) for each in found], "bytes": sum(sizes) + freed})
         return
     for each, size in zip(found, sizes, strict=True):
-        console().print(f"removed {each.experiment}/{each.id}, {facts.size(size)}", markup=False)
+        console().print(f"removed {each.experiment}/{each.id}, {words.size(size)}", markup=False)
 
 
 def _ask(found: list[RunDirectory], sizes: list[int]) -> None:
     if not sys.stdin.isatty():
         raise BadInput("nobody is there to be asked: add --yes to delete")
     for each, size in zip(found, sizes, strict=True):
-        console().print(f"  {each.experiment}/{each.id}  {facts.size(size)}", markup=False)
+        console().print(f"  {each.experiment}/{each.id}  {words.size(size)}", markup=False)
     typer.confirm(f"delete {counted(len(found), 'run')} for ever?", abort=True)
 
 
