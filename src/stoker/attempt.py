@@ -13,6 +13,7 @@ which is refused before it begins leaves nothing behind. No torch is imported he
 from __future__ import annotations
 
 import collections
+import contextlib
 import logging
 import operator
 import os
@@ -145,7 +146,7 @@ class Run:
         self._warned: set[str] = set()
         self._watches: list[Any] = []
         self._lock = threading.Lock()
-        self._descriptor = -1
+        self._descriptor, self._process = -1, os.getpid()
         self._lease: lease.Lease | None = None
         copy = mirror.of(self.directory)
         self._uploads = Uploads(self.directory, copy if self.world.rank == 0 else None)
@@ -165,26 +166,27 @@ class Run:
     def _lead(self, record: dict[str, Any], code: Path, accept_drift: bool, known: Path | None) -> None:
         """Open or continue the directory and begin an attempt."""
         mark = uuid.uuid4().hex
-        self._descriptor = opening.take(self.directory, rendezvous.Opening(mark, self.world.launch))
-        try:
+        with contextlib.ExitStack() as undo:
+            self._descriptor = opening.take(self.directory, rendezvous.Opening(mark, self.world.launch))
+            undo.callback(os.close, self._descriptor)
             self._lease = opening.lease_of(self.directory)
+            if self._lease is not None:
+                undo.callback(self._lease.release)
             self.continued = self.directory.exists()
             changes = self._open(record, code, accept_drift, known)
-        except BaseException:
             if self._lease is not None:
-                self._lease.release()
-            os.close(self._descriptor)
-            raise
-        if self._lease is not None:
-            self._lease.keep(self._give_up)
-        if self.continued:
-            self._newest = threads.begun(self._verify, "verify")
-        self.attempt, self._journal = journal.start_attempt(self.directory.journal)
-        self._logging = messages.write_to(self.directory.logs / "rank-0.log")
-        self._append(
-            "attempt_started", pid=os.getpid(), host=platform.node(), drift=changes,
-            opening=mark, world=self.world.size, step=self.step,
-        )  # fmt: skip
+                self._lease.keep(self._give_up)
+            if self.continued:
+                self._newest = threads.begun(self._verify, "verify")
+            self.attempt, self._journal = journal.start_attempt(self.directory.journal)
+            undo.callback(self._journal.close)
+            self._logging = messages.write_to(self.directory.logs / "rank-0.log")
+            undo.callback(self._stop_logging)
+            self._append(
+                "attempt_started", pid=os.getpid(), host=platform.node(), drift=changes,
+                opening=mark, world=self.world.size, step=self.step,
+            )  # fmt: skip
+            undo.pop_all()
 
     def _make_again(self, asked: again.Again) -> None:
         """Compute as the run that is made again did, and end where it is to end."""
@@ -213,6 +215,7 @@ class Run:
         """Make or continue the directory; returns what the config drifted by."""
         changes: dict[str, tuple[Any, Any]] = {}
         if self.continued:
+            self.directory.logs.mkdir(exist_ok=True)  # which somebody may have tidied up
             before = view.load(self.directory)
             shared = before.config.keys() & record["config"].keys()  # a key may be new in the code since
             refused = {k: v for k, v in configs.drift(before.config, record["config"]).items() if k in shared}
@@ -499,20 +502,33 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._finish is not None and not self.stop.at_once:
-            try:
-                self._finish(_FINISH_SECONDS)
-            except Exception as unwritten:
-                log.warning("the last checkpoint was not written: %s", unwritten)
-        if isinstance(error, Stopped):
-            self.end(error.status)
-        elif isinstance(error, KeyboardInterrupt):
-            self.end(view.INTERRUPTED)
-        elif error is not None:
-            self.end(view.FAILED, f"{type(error).__name__}: {error}")
-        else:
-            self.end(view.FINISHED)
-        self.close()
+        if self._is_parents:
+            return
+        try:
+            if self._finish is not None and not self.stop.at_once:
+                self._finish_writing(self._finish)
+            if isinstance(error, Stopped):
+                self.end(error.status)
+            elif isinstance(error, KeyboardInterrupt):
+                self.end(view.INTERRUPTED)
+            elif error is not None:
+                self.end(view.FAILED, f"{type(error).__name__}: {error}")
+            else:
+                self.end(view.FINISHED)
+        finally:  # a disk that is full keeps nobody from going on with the run
+            self.close()
+
+    @staticmethod
+    def _finish_writing(finish: Callable[[float], None]) -> None:
+        try:
+            finish(_FINISH_SECONDS)
+        except Exception as unwritten:
+            log.warning("the last checkpoint was not written: %s", unwritten)
+
+    @property
+    def _is_parents(self) -> bool:
+        """Whether this process was made by fork within the run, which is not its own to end then."""
+        return os.getpid() != self._process
 
     # -- what the loop and the commands call ----------------------------------------------
 
@@ -581,8 +597,11 @@ class Run:
         self._journal.sync()
 
     def end(self, status: str, error: str | None = None) -> None:
-        """End the attempt with a status. Artifacts may still be recorded until `close`."""
-        if not self._ended:
+        """End the attempt with a status. Artifacts may still be recorded until `close`.
+
+        Raises OSError where it cannot be written. A process made by fork ends nothing.
+        """
+        if not self._ended and not self._is_parents:
             if status == view.FINISHED and self.world.rank == 0 and self.world.size > 1:
                 rendezvous.wait_for_others(self.directory, self.attempt, self.world.size)
             self._ended = True
@@ -598,14 +617,16 @@ class Run:
                 disk.bring()
 
     def close(self) -> None:
-        """Let go of the run. The follower goes on by itself until everything is shipped."""
+        """Let go of the run. The follower goes on by itself until everything is shipped.
+
+        A process made by fork lets go of nothing.
+        """
+        if self._is_parents:
+            return
         if self._periodic is not None:
             self._periodic.close()
         self._journal.close()
-        for handler in self._logging:
-            log.removeHandler(handler)
-            handler.close()
-        self._logging = []
+        self._stop_logging()
         if self._lease is not None:
             self._lease.end_keeping()  # who takes the lock now may take the lease too: it was ours to the end
         if self._descriptor >= 0:
@@ -617,10 +638,16 @@ class Run:
             self._lease.release()
             self._lease = None
 
+    def _stop_logging(self) -> None:
+        for handler in self._logging:
+            log.removeHandler(handler)
+            handler.close()
+        self._logging = []
+
     def discard_if_unused(self) -> None:
         """Undo the opening: delete a run that this attempt made and never logged to."""
         self.close()
-        if self.world.rank == 0 and not self.continued and not self._used:
+        if self.world.rank == 0 and not self.continued and not self._used and not self._is_parents:
             mirror.remove(self.directory)
 
     def wait_for_sinks(self, timeout: float) -> list[Any]:
@@ -665,16 +692,17 @@ class Run:
         """Write the pending points in order, up to the first that is still on its way."""
         with self._lock:
             while self._pending and (wait or self._pending[0][0].arrived):
-                deferred, step, at, reduce = self._pending.popleft()
-                if isinstance(deferred, DeferredArrays):
-                    self._write_histograms(deferred.read(), step, at)
-                    continue
-                values = deferred.read()
-                self.latest.update(values)
-                fields = {"reduce": reduce} if reduce is not None else {}
-                self._journal.append(
-                    "metrics", time=at, step=step, values=journal.encode_values(values), **fields
-                )
+                self._write(*self._pending[0])
+                self._pending.popleft()  # not before: the disk may be full just now
+
+    def _write(self, deferred: Deferred | DeferredArrays, step: int, at: float, reduce: str | None) -> None:
+        if isinstance(deferred, DeferredArrays):
+            self._write_histograms(deferred.read(), step, at)
+            return
+        values = deferred.read()
+        fields = {"reduce": reduce} if reduce is not None else {}
+        self._journal.append("metrics", time=at, step=step, values=journal.encode_values(values), **fields)
+        self.latest.update(values)
 
     def _write_histograms(self, arrays: Mapping[str, Any], step: int, at: float) -> None:
         for name in (key.removesuffix("/counts") for key in arrays if key.endswith("/counts")):
@@ -719,10 +747,10 @@ class Run:
     # -- beside the loop ----------------------------------------------------------------
 
     def _sync(self) -> None:
-        if self._system is None and self.world.rank == 0:
-            self._system = SystemSampler(self.directory.path)
         self._write_arrived(wait=False)
         self._journal.sync()
+        if self._system is None and self.world.rank == 0:
+            self._system = SystemSampler(self.directory.path)
 
     def _sample_system(self) -> None:
         if self._system is None:
