@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
+import threading
 import time
 from pathlib import Path
 
@@ -41,6 +43,25 @@ def test_they_are_brought_within_a_second_or_so_by_themselves(tmp_path: Path, sy
     while file.stat().st_ino not in synced:
         assert time.monotonic() < until
         time.sleep(0.05)
+
+
+def test_what_the_thread_could_not_bring_is_said_to_who_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsync, asked = os.fsync, threading.Event()
+
+    def failing_once(descriptor: int) -> None:  # as Linux does: it is said once, to whoever asks first
+        if not asked.is_set():
+            asked.set()
+            raise OSError(errno.EIO, "Input/output error")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", failing_once)
+    disk.bring_soon(tmp_path)
+    assert asked.wait(20)
+    with pytest.raises(OSError, match="Input/output"):
+        disk.bring()
+    disk.bring()
 
 
 def test_a_process_made_by_fork_brings_what_is_its_own(tmp_path: Path) -> None:

@@ -108,3 +108,21 @@ def test_a_full_disk_raises_and_keeps_later_events_readable(
     monkeypatch.setattr(os, "write", real)
     writer.append("metrics", step=2)
     assert [e["step"] for e in journal.read(tmp_path)] == [1, 2]
+
+
+def test_what_did_not_come_to_the_disk_is_not_there_for_those_who_ask_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[int] = []
+
+    def failing_once(descriptor: int) -> None:  # as Linux does: it is said once to each open file
+        told.append(descriptor)
+        if len(told) == 1:
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fdatasync", failing_once)
+    writer = _writer(tmp_path)
+    writer.append("metrics", step=1)
+    for _ in range(2):  # the thread that syncs it, and then a checkpoint that refers to it
+        with pytest.raises(OSError, match="Input/output"):
+            writer.sync()

@@ -46,6 +46,7 @@ class JournalWriter:
             file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644
         )
         self._torn = False
+        self._unsynced: OSError | None = None
 
     def append(self, kind: str, /, **fields: Any) -> None:
         """Write one event, stamped with the time in seconds since 1970, without secrets. Raises OSError."""
@@ -77,9 +78,19 @@ class JournalWriter:
         self._torn = False
 
     def sync(self) -> None:
-        """Flush what was appended to disk; may be called from another thread than `append`."""
+        """Flush what was appended to disk; may be called from another thread than `append`.
+
+        Raises OSError, from the first failure on: the kernel tells of one once, and the next flush does not
+        bring to the disk what that one did not.
+        """
+        if self._unsynced is not None:
+            raise OSError(self._unsynced.errno, self._unsynced.strerror, str(self.file))
         if self._descriptor >= 0:
-            os.fdatasync(self._descriptor)
+            try:
+                os.fdatasync(self._descriptor)
+            except OSError as error:
+                self._unsynced = error
+                raise
 
     def close(self) -> None:
         if self._descriptor >= 0:
