@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import subprocess
 import sys
 import threading
@@ -154,3 +155,24 @@ def test_of_two_leases_of_one_number_each_knows_its_own(tmp_path: Path) -> None:
     second.take()
     assert second.standing()
     assert not first.standing()
+
+
+def test_one_that_was_cut_off_is_taken_after_a_while(tmp_path: Path) -> None:
+    _lease(tmp_path, "one").take()
+    (tmp_path / lease.FOLDER / "00000001").write_bytes(b"")
+    begun = time.monotonic()
+    _lease(tmp_path, "one").take()
+    assert time.monotonic() - begun >= 0.5
+
+
+def test_one_that_there_was_no_room_for_is_not_there(tmp_path: Path) -> None:
+    _lease(tmp_path, "one").take()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))  # as on a disk that is full
+    try:
+        with pytest.raises(OSError, match="too large"):
+            _lease(tmp_path, "one").take()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [file.name for file in (tmp_path / lease.FOLDER).iterdir()] == ["00000001"]
+    _lease(tmp_path, "one").take()
