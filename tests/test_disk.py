@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from stoker import disk
+from stoker import Run, disk
 
 
 @pytest.fixture
@@ -79,3 +79,14 @@ def _bring_in_child(folder: Path) -> None:
     disk.bring_soon(folder)
     disk.bring()
     assert not disk._BRINGER._waiting
+
+
+def test_all_names_that_lead_to_a_journal_are_brought_before_a_checkpoint_refers_to_it(
+    tmp_path: Path, synced: list[int]
+) -> None:
+    with Run("test", "a", runs=tmp_path / "runs") as run:
+        run.log(loss=1.0)
+        run.flush()
+        journal = run.directory.journal
+        folders = [journal, *list(journal.parents)[:3]]  # the run's, the experiment's, that of all runs
+        assert {folder.stat().st_ino for folder in folders} <= set(synced)

@@ -180,6 +180,7 @@ class Run:
                 self._newest = threads.begun(self._verify, "verify")
             self.attempt, self._journal = journal.start_attempt(self.directory.journal)
             undo.callback(self._journal.close)
+            disk.bring_soon(self.directory.journal)
             self._logging = messages.write_to(self.directory.logs / "rank-0.log")
             undo.callback(self._stop_logging)
             self._append(
@@ -203,8 +204,9 @@ class Run:
 
     def _join(self) -> None:
         """Take part in the attempt that rank 0 of this launch begins."""
-        self.attempt, begun = rendezvous.wait(self.directory, self.world.launch)
+        self.attempt, begun = rendezvous.wait(self.directory, self.world.launch, self.world.rank)
         self._journal = journal.join_attempt(self.directory.journal, self.attempt, self.world.rank)
+        disk.bring_soon(self.directory.journal)
         self.continued = self.attempt > 1
         self.step = begun["step"]
         self._logging = messages.write_to(self.directory.logs / f"rank-{self.world.rank}.log")
@@ -230,7 +232,7 @@ class Run:
             self.directory.prepare()
             record["code"] = self._record_code(code, known)
             self.directory.create(record)
-            disk.bring_soon(self.directory.path)
+            disk.bring_soon(*(self.directory.path, *self.directory.path.parents)[:3])  # up to the runs folder
         return changes
 
     def _record_code(self, code: Path, known: Path | None) -> dict[str, Any]:
@@ -592,9 +594,13 @@ class Run:
             self._before = {}
 
     def flush(self) -> None:
-        """Write every metric logged so far, waiting for the device, and sync the journal to disk."""
+        """Write every metric logged so far, waiting for the device, and bring the journal to the disk.
+
+        Raises OSError where some of it did not come there, now or before.
+        """
         self._write_arrived(wait=True)
         self._journal.sync()
+        disk.bring()  # by what names it is found
 
     def end(self, status: str, error: str | None = None) -> None:
         """End the attempt with a status. Artifacts may still be recorded until `close`.
@@ -612,9 +618,11 @@ class Run:
                 self._warn_of_sinks()
             self._append("attempt_ended", status=status, error=error)
             self._write_arrived(wait=True)
-            disk.bring_soon(self._journal.file)
             if self._waits_for_disk:
+                self._journal.sync()
                 disk.bring()
+            else:
+                disk.bring_soon(self._journal.file)
 
     def close(self) -> None:
         """Let go of the run. The follower goes on by itself until everything is shipped.

@@ -39,9 +39,7 @@ class Periodic:
 
     def close(self) -> None:
         """Let the job under way end, and begin no other."""
-        if (
-            self._thread in _THREADS.values()
-        ):  # no thread comes along to a process made by fork
+        if self._thread in _THREADS.values():  # no thread comes along to a process made by fork
             self._thread.drop(self._tasks)
 
 

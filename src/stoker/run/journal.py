@@ -149,14 +149,19 @@ def newest_attempt(journal: Path) -> tuple[int, Event] | None:
     numbers = [int(m[1]) for m in map(_ATTEMPT.fullmatch, _names(journal)) if m and m[2] == "0"]
     if not numbers:
         return None
-    with (journal / f"attempt-{max(numbers):04d}.rank-0.jsonl").open("rb") as file:
+    with _file_of(journal, max(numbers), 0).open("rb") as file:
         event = _parse(file.readline())
     return (max(numbers), event) if isinstance(event, dict) else None
 
 
 def join_attempt(journal: Path, attempt: int, rank: int) -> JournalWriter:
     """Open the journal of one rank of an attempt. Raises FileExistsError where it has one."""
-    return JournalWriter(journal / f"attempt-{attempt:04d}.rank-{rank}.jsonl")
+    return JournalWriter(_file_of(journal, attempt, rank))
+
+
+def has_joined(journal: Path, attempt: int, rank: int) -> bool:
+    """Whether a rank has opened its journal of an attempt."""
+    return _file_of(journal, attempt, rank).exists()
 
 
 def control(journal: Path) -> JournalWriter:
@@ -256,6 +261,10 @@ def decode(value: Any) -> float:
 
 def _spell(value: float) -> str:
     return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+
+
+def _file_of(journal: Path, attempt: int, rank: int) -> Path:
+    return journal / f"attempt-{attempt:04d}.rank-{rank}.jsonl"
 
 
 def _writer(name: str) -> tuple[int, int] | None:
