@@ -602,6 +602,14 @@ class Run:
         self._journal.sync()
         disk.bring()  # by what names it is found
 
+    def end_if_lost(self) -> None:
+        """End the process where another machine has taken the run, which may have stood still for long.
+
+        Its checkpoints stand in one folder with those of this one. Raises OSError where that cannot be seen.
+        """
+        if self._lease is not None:
+            self._lease.check(self._give_up)
+
     def end(self, status: str, error: str | None = None) -> None:
         """End the attempt with a status. Artifacts may still be recorded until `close`.
 

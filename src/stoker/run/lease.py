@@ -186,6 +186,14 @@ class Lease:
         self._thread = threading.Thread(target=self._keep, args=(lost,), name="lease", daemon=True)
         self._thread.start()
 
+    def check(self, lost: Callable[[str], None]) -> None:
+        """Look now whether it is another's, in a shared folder: `lost` is called then. Raises OSError.
+
+        A store is not asked: another machine writes to a copy of its own there.
+        """
+        if self._note is None and not self.standing():
+            lost(self._said_of_loss)
+
     def release(self) -> None:
         """Let go of it, so that the next holder need not wait."""
         self.end_keeping()
@@ -270,12 +278,16 @@ class Lease:
         while not self._ended.wait(BEAT):
             try:
                 if not self.standing():
-                    lost(f"another process trains {self._run} now: this one was not heard of for too long")
+                    lost(self._said_of_loss)
                     return
                 self._beat += 1
                 self._place.write(self._number, self._content(), new=False)
             except (StokerError, OSError) as error:
                 log.debug("the lease was not renewed: %s", error)
+
+    @property
+    def _said_of_loss(self) -> str:
+        return f"another process trains {self._run} now: this one was not heard of for too long"
 
     def _content(self, released: bool = False) -> bytes:
         holder = Holder(
