@@ -67,6 +67,7 @@ Newest = tuple[Checkpoint | None, list[str]]
 _SYNC_SECONDS = 1.0  # what a power cut may take; the death of the process takes nothing
 _SYSTEM_SECONDS = 10.0
 _SINKS_SECONDS = 2.0
+_FOLLOWER_SECONDS = 30.0  # from the start of a follower that was killed to that of the next one
 _FINISH_SECONDS = 60.0  # for the checkpoint that is being written when a run fails
 
 
@@ -548,6 +549,7 @@ class Run:
     """The checkpoint that it goes on from, looked for while the model is built."""
     _waits_for_disk = True
     _ended = False
+    _follower_begun = 0.0
     _finish: Callable[[float], None] | None = None
     _stepped_by_trainer = False
     _listener: Callable[[int, Mapping[str, Any]], None] | None = None
@@ -623,6 +625,7 @@ class Run:
                 watch.close()
             self._sample_system()
             if self._follower is not None:
+                self._replace_follower(0.0)
                 self._warn_of_sinks()
             self._append("attempt_ended", status=status, error=error)
             self._write_arrived(wait=True)
@@ -679,8 +682,8 @@ class Run:
         self._used = True
         jobs = [Job(_SYNC_SECONDS, self._sync)]
         if self.world.rank == 0 and self._sinks:
-            self._follower = follower.spawn(self.directory)
-            jobs.append(Job(_SINKS_SECONDS, self._warn_of_sinks))
+            self._begin_follower()
+            jobs.append(Job(_SINKS_SECONDS, self._look_after_sinks))
         if self.world.rank == 0:
             jobs.append(Job(_SYSTEM_SECONDS, self._sample_system))
             self._uploads.begin()
@@ -779,6 +782,20 @@ class Run:
         """End at once: what this process would write is another's to write now."""
         log.error("%s", reason)
         os._exit(EXIT_FAILED)
+
+    def _begin_follower(self) -> None:
+        self._follower, self._follower_begun = follower.spawn(self.directory), time.monotonic()
+
+    def _replace_follower(self, pause: float) -> None:
+        """Start another one where the last was killed, which was begun so many seconds ago."""
+        gone = self._follower is not None and self._follower.poll() is not None
+        if gone and time.monotonic() - self._follower_begun >= pause:
+            log.info("the process that ships to the sinks is gone: another one goes on")
+            self._begin_follower()
+
+    def _look_after_sinks(self) -> None:
+        self._replace_follower(_FOLLOWER_SECONDS)
+        self._warn_of_sinks()
 
     def _warn_of_sinks(self) -> None:
         for name, error in follower.failing(self.directory).items():

@@ -12,6 +12,7 @@ from typing import Any
 
 import orjson
 import pytest
+from stoker import Run
 from stoker.errors import BadInput
 from stoker.run import artifacts
 from stoker.run.directory import RunDirectory
@@ -320,11 +321,32 @@ def test_what_is_shipped_is_on_the_disk_before(tmp_path: Path, monkeypatch: pyte
     sink = _Recording(on_disk)
     shipper = Shipper(run, ledger.file_of(run, "recording"), lambda directory: sink)
     written = []
-    for attempt in range(2):
+    for loss in range(2):
         trainer = Trainer(run)
         for step in range(2):
-            trainer.log(2 * attempt + step, loss=attempt)
+            trainer.log(2 * loss + step, loss=loss)
             written.append(feed.end(run.journal))
             assert shipper.ship_next()
         trainer.die()
     assert sink.left == written
+
+
+@pytest.mark.parametrize("while_it_trains", [True, False])
+def test_a_follower_that_was_killed_has_a_successor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, while_it_trains: bool
+) -> None:
+    monkeypatch.setenv("STOKER_SINKS", "tensorboard")
+    monkeypatch.setattr("stoker.attempt._SINKS_SECONDS", 0.1)
+    monkeypatch.setattr("stoker.attempt._FOLLOWER_SECONDS", 0.0 if while_it_trains else 3600.0)
+    with Run("test", "a", runs=tmp_path) as run:
+        run.log(loss=1.0)
+        of_sink = ledger.file_of(run.directory, "tensorboard")
+        until(lambda: ledger.load(of_sink).pid != 0)
+        killed = ledger.load(of_sink).pid
+        os.kill(killed, signal.SIGKILL)
+        os.waitid(os.P_PID, killed, os.WEXITED | os.WNOWAIT)
+        run.log(loss=2.0)
+        if while_it_trains:
+            until(lambda: ledger.load(of_sink).pid != killed)
+    (state,) = run.wait_for_sinks(DEADLINE)
+    assert (state.pending, state.error) == (0, None)
