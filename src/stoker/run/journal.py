@@ -12,6 +12,7 @@ import contextlib
 import math
 import os
 import re
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -35,7 +36,7 @@ _BLOCK = 1 << 20  # bytes parsed at once
 
 
 class JournalWriter:
-    """Appends events to one file of a journal, each by one write, so that threads may share it.
+    """Appends events to one file of a journal, each by one write; threads may share it.
 
     Raises FileExistsError where the file is another writer's.
     """
@@ -46,6 +47,7 @@ class JournalWriter:
             file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644
         )
         self._torn = False
+        self._one = threading.RLock()  # writes at a time: what a full disk cuts in two is put together
         self._unsynced: OSError | None = None
 
     def append(self, kind: str, /, **fields: Any) -> None:
@@ -58,24 +60,18 @@ class JournalWriter:
     def append_values(self, step: int, values: Mapping[str, float]) -> None:
         """Write finite metric values: the same as `append` would, in less time. Raises OSError."""
         line = _dumps({"type": "metrics", "time": _now(), "step": step, "values": values}, None, _NEWLINE)
-        if self._torn:
-            self._write(line)
-        else:
-            written = os.write(self._descriptor, line)
-            if written < len(line):
-                self._torn = True
-                self._write_rest(line[written:])
+        self._write(line)
 
     def _write(self, line: bytes) -> None:
-        if self._torn:  # a full disk cut the last line short: keep the cut apart from this one
-            line = b"\n" + line
-        self._torn = True
-        self._write_rest(line)
-
-    def _write_rest(self, line: bytes) -> None:
-        while line:
-            line = line[os.write(self._descriptor, line) :]
-        self._torn = False
+        with self._one:
+            if self._torn:  # a full disk cut the last line short: keep the cut apart from this one
+                line = b"\n" + line
+            written = os.write(self._descriptor, line)
+            self._torn = written < len(line)
+            while self._torn:
+                line = line[written:]
+                written = os.write(self._descriptor, line)
+                self._torn = written < len(line)
 
     def sync(self) -> None:
         """Flush what was appended to disk; may be called from another thread than `append`.
