@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
+import resource
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ import pytest
 import torch
 from stoker import BadInput, Run
 from stoker.run import media, view
+from stoker.run.directory import RunDirectory
 
 
 @pytest.fixture
@@ -179,3 +183,73 @@ assert "torch" not in sys.modules
     seen: Any = view.load(Run("digits", "a", runs=tmp_path / "runs", config={"depth": 3}).directory)
     assert seen.points["accuracy"] == {1: 0.0, 2: 1 / 3, 3: 2 / 3}
     assert seen.record["config"] == {"depth": 3}
+
+
+@contextlib.contextmanager
+def no_room() -> Iterator[None]:
+    """No file grows within this block, as on a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_run_whose_end_could_not_be_written_may_be_continued(open_run: Callable[..., Run]) -> None:
+    run = open_run()
+    run.log(loss=1.0)
+    with no_room(), pytest.raises(OSError, match="too large"):
+        run.__exit__(None, None, None)
+    with open_run() as run:
+        run.log(loss=2.0)
+    assert view.load(run.directory).points["loss"] == {1: 1.0, 2: 2.0}
+
+
+def test_a_run_that_could_not_be_opened_may_be_opened_again(open_run: Callable[..., Run]) -> None:
+    with open_run() as run:
+        run.log(loss=1.0)
+    with no_room(), pytest.raises(BadInput, match="cannot be written"):
+        open_run()
+    shutil.rmtree(run.directory.journal)
+    for _ in range(2):  # no attempt can be begun
+        with pytest.raises(FileNotFoundError):
+            open_run()
+    run.directory.journal.mkdir()
+    open_run().close()
+
+
+def test_a_run_whose_logs_were_tidied_up_goes_on(open_run: Callable[..., Run]) -> None:
+    with open_run() as run:
+        run.log(loss=1.0)
+    shutil.rmtree(run.directory.logs)
+    with open_run() as run:
+        run.log(loss=2.0)
+    assert (run.directory.logs / "rank-0.log").exists()
+
+
+def test_a_point_that_there_was_no_room_for_is_written_once_there_is(open_run: Callable[..., Run]) -> None:
+    with open_run() as run:
+        run.log(loss=1.0)
+        with no_room(), pytest.raises(OSError, match="too large"):
+            run.log(loss=torch.tensor(2.0))
+        run.log(loss=3.0)
+    assert view.load(run.directory).points["loss"] == {1: 1.0, 2: 2.0, 3: 3.0}
+
+
+FORKS = """
+import os, sys, stoker
+with stoker.Run("test", "a", runs=sys.argv[1]) as run:
+    run.log(loss=1.0)
+    if os.fork() == 0:
+        sys.exit(3)
+    assert os.wait()[1] >> 8 == 3
+    run.log(loss=2.0)
+    os._exit(0)
+"""
+
+
+def test_a_process_made_by_fork_that_leaves_the_block_ends_nothing(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-c", FORKS, str(tmp_path)], check=True)
+    run = view.load(RunDirectory(tmp_path / "test" / "a"))
+    assert (run.status, run.points["loss"]) == (view.KILLED, {1: 1.0, 2: 2.0})

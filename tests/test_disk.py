@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
+import threading
 import time
 from pathlib import Path
 
 import pytest
-from stoker import disk
+from stoker import Run, disk
 
 
 @pytest.fixture
@@ -43,6 +45,25 @@ def test_they_are_brought_within_a_second_or_so_by_themselves(tmp_path: Path, sy
         time.sleep(0.05)
 
 
+def test_what_the_thread_could_not_bring_is_said_to_who_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsync, asked = os.fsync, threading.Event()
+
+    def failing_once(descriptor: int) -> None:  # as Linux does: it is said once, to whoever asks first
+        if not asked.is_set():
+            asked.set()
+            raise OSError(errno.EIO, "Input/output error")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", failing_once)
+    disk.bring_soon(tmp_path)
+    assert asked.wait(20)
+    with pytest.raises(OSError, match="Input/output"):
+        disk.bring()
+    disk.bring()
+
+
 def test_a_process_made_by_fork_brings_what_is_its_own(tmp_path: Path) -> None:
     disk.bring_soon(tmp_path)
     context = multiprocessing.get_context("fork")
@@ -58,3 +79,14 @@ def _bring_in_child(folder: Path) -> None:
     disk.bring_soon(folder)
     disk.bring()
     assert not disk._BRINGER._waiting
+
+
+def test_all_names_that_lead_to_a_journal_are_brought_before_a_checkpoint_refers_to_it(
+    tmp_path: Path, synced: list[int]
+) -> None:
+    with Run("test", "a", runs=tmp_path / "runs") as run:
+        run.log(loss=1.0)
+        run.flush()
+        journal = run.directory.journal
+        folders = [journal, *list(journal.parents)[:3]]  # the run's, the experiment's, that of all runs
+        assert {folder.stat().st_ino for folder in folders} <= set(synced)

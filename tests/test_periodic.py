@@ -90,6 +90,25 @@ def test_a_process_made_by_fork_has_a_thread_of_its_own() -> None:
     assert answers.get() >= 1
 
 
+def test_a_process_made_by_fork_closes_what_its_parent_is_doing_at_once() -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slow() -> None:
+        begun.set()
+        go_on.wait(60)
+
+    jobs = Periodic([Job(0.01, slow)], "forked while it works")
+    assert begun.wait(10)
+    child = multiprocessing.get_context("fork").Process(target=jobs.close)
+    child.start()
+    child.join(20)
+    ended = child.exitcode
+    child.kill()
+    go_on.set()
+    jobs.close()
+    assert ended == 0
+
+
 def _count_in_child(answers: multiprocessing.SimpleQueue[int]) -> None:
     count = _Count()
     jobs = Periodic([Job(0.02, count)], "forked")

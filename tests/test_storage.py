@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -60,3 +62,41 @@ def test_a_lock_goes_with_its_process_though_a_forked_child_lives(tmp_path: Path
 def test_no_file_no_lock(tmp_path: Path) -> None:
     assert not storage.is_locked(tmp_path / "none")
     assert not (tmp_path / "none").exists()
+
+
+def test_of_two_that_write_a_file_at_once_one_is_last_and_neither_fails(tmp_path: Path) -> None:
+    file, contents = tmp_path / "a", (b"a" * 100_000, b"b" * 100_000)
+
+    def write(content: bytes) -> None:
+        for _ in range(50):
+            storage.write_atomically(file, content)
+            assert file.read_bytes() in contents
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(write, contents))
+    assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_of_several_that_make_a_file_one_does(
+    tmp_path: Path, links: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not links:
+        monkeypatch.setattr(os, "link", _no_links)
+    file = tmp_path / "a"
+
+    def make(number: int) -> bool:
+        try:
+            storage.write_new(file, str(number).encode())
+        except FileExistsError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(make, range(8)))
+    assert [number for number in range(8) if made[number]] == [int(file.read_bytes())]
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def _no_links(source: Path, target: Path) -> None:
+    raise OSError(errno.EPERM, "Operation not permitted")

@@ -13,6 +13,7 @@ which is refused before it begins leaves nothing behind. No torch is imported he
 from __future__ import annotations
 
 import collections
+import contextlib
 import logging
 import operator
 import os
@@ -66,6 +67,7 @@ Newest = tuple[Checkpoint | None, list[str]]
 _SYNC_SECONDS = 1.0  # what a power cut may take; the death of the process takes nothing
 _SYSTEM_SECONDS = 10.0
 _SINKS_SECONDS = 2.0
+_FOLLOWER_SECONDS = 30.0  # from the start of a follower that was killed to that of the next one
 _FINISH_SECONDS = 60.0  # for the checkpoint that is being written when a run fails
 
 
@@ -145,7 +147,7 @@ class Run:
         self._warned: set[str] = set()
         self._watches: list[Any] = []
         self._lock = threading.Lock()
-        self._descriptor = -1
+        self._descriptor, self._process = -1, os.getpid()
         self._lease: lease.Lease | None = None
         copy = mirror.of(self.directory)
         self._uploads = Uploads(self.directory, copy if self.world.rank == 0 else None)
@@ -165,26 +167,28 @@ class Run:
     def _lead(self, record: dict[str, Any], code: Path, accept_drift: bool, known: Path | None) -> None:
         """Open or continue the directory and begin an attempt."""
         mark = uuid.uuid4().hex
-        self._descriptor = opening.take(self.directory, rendezvous.Opening(mark, self.world.launch))
-        try:
+        with contextlib.ExitStack() as undo:
+            self._descriptor = opening.take(self.directory, rendezvous.Opening(mark, self.world.launch))
+            undo.callback(os.close, self._descriptor)
             self._lease = opening.lease_of(self.directory)
+            if self._lease is not None:
+                undo.callback(self._lease.release)
             self.continued = self.directory.exists()
             changes = self._open(record, code, accept_drift, known)
-        except BaseException:
             if self._lease is not None:
-                self._lease.release()
-            os.close(self._descriptor)
-            raise
-        if self._lease is not None:
-            self._lease.keep(self._give_up)
-        if self.continued:
-            self._newest = threads.begun(self._verify, "verify")
-        self.attempt, self._journal = journal.start_attempt(self.directory.journal)
-        self._logging = messages.write_to(self.directory.logs / "rank-0.log")
-        self._append(
-            "attempt_started", pid=os.getpid(), host=platform.node(), drift=changes,
-            opening=mark, world=self.world.size, step=self.step,
-        )  # fmt: skip
+                self._lease.keep(self._give_up)
+            if self.continued:
+                self._newest = threads.begun(self._verify, "verify")
+            self.attempt, self._journal = journal.start_attempt(self.directory.journal)
+            undo.callback(self._journal.close)
+            disk.bring_soon(self.directory.journal)
+            self._logging = messages.write_to(self.directory.logs / "rank-0.log")
+            undo.callback(self._stop_logging)
+            self._append(
+                "attempt_started", pid=os.getpid(), host=platform.node(), drift=changes,
+                opening=mark, world=self.world.size, step=self.step,
+            )  # fmt: skip
+            undo.pop_all()
 
     def _make_again(self, asked: again.Again) -> None:
         """Compute as the run that is made again did, and end where it is to end."""
@@ -201,8 +205,9 @@ class Run:
 
     def _join(self) -> None:
         """Take part in the attempt that rank 0 of this launch begins."""
-        self.attempt, begun = rendezvous.wait(self.directory, self.world.launch)
+        self.attempt, begun = rendezvous.wait(self.directory, self.world.launch, self.world.rank)
         self._journal = journal.join_attempt(self.directory.journal, self.attempt, self.world.rank)
+        disk.bring_soon(self.directory.journal)
         self.continued = self.attempt > 1
         self.step = begun["step"]
         self._logging = messages.write_to(self.directory.logs / f"rank-{self.world.rank}.log")
@@ -213,6 +218,7 @@ class Run:
         """Make or continue the directory; returns what the config drifted by."""
         changes: dict[str, tuple[Any, Any]] = {}
         if self.continued:
+            self.directory.logs.mkdir(exist_ok=True)  # which somebody may have tidied up
             before = view.load(self.directory)
             shared = before.config.keys() & record["config"].keys()  # a key may be new in the code since
             refused = {k: v for k, v in configs.drift(before.config, record["config"]).items() if k in shared}
@@ -227,7 +233,7 @@ class Run:
             self.directory.prepare()
             record["code"] = self._record_code(code, known)
             self.directory.create(record)
-            disk.bring_soon(self.directory.path)
+            disk.bring_soon(*(self.directory.path, *self.directory.path.parents)[:3])  # up to the runs folder
         return changes
 
     def _record_code(self, code: Path, known: Path | None) -> dict[str, Any]:
@@ -499,20 +505,33 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._finish is not None and not self.stop.at_once:
-            try:
-                self._finish(_FINISH_SECONDS)
-            except Exception as unwritten:
-                log.warning("the last checkpoint was not written: %s", unwritten)
-        if isinstance(error, Stopped):
-            self.end(error.status)
-        elif isinstance(error, KeyboardInterrupt):
-            self.end(view.INTERRUPTED)
-        elif error is not None:
-            self.end(view.FAILED, f"{type(error).__name__}: {error}")
-        else:
-            self.end(view.FINISHED)
-        self.close()
+        if self._is_parents:
+            return
+        try:
+            if self._finish is not None and not self.stop.at_once:
+                self._finish_writing(self._finish)
+            if isinstance(error, Stopped):
+                self.end(error.status)
+            elif isinstance(error, KeyboardInterrupt):
+                self.end(view.INTERRUPTED)
+            elif error is not None:
+                self.end(view.FAILED, f"{type(error).__name__}: {error}")
+            else:
+                self.end(view.FINISHED)
+        finally:  # a disk that is full keeps nobody from going on with the run
+            self.close()
+
+    @staticmethod
+    def _finish_writing(finish: Callable[[float], None]) -> None:
+        try:
+            finish(_FINISH_SECONDS)
+        except Exception as unwritten:
+            log.warning("the last checkpoint was not written: %s", unwritten)
+
+    @property
+    def _is_parents(self) -> bool:
+        """Whether this process was made by fork within the run, which is not its own to end then."""
+        return os.getpid() != self._process
 
     # -- what the loop and the commands call ----------------------------------------------
 
@@ -530,6 +549,7 @@ class Run:
     """The checkpoint that it goes on from, looked for while the model is built."""
     _waits_for_disk = True
     _ended = False
+    _follower_begun = 0.0
     _finish: Callable[[float], None] | None = None
     _stepped_by_trainer = False
     _listener: Callable[[int, Mapping[str, Any]], None] | None = None
@@ -576,13 +596,28 @@ class Run:
             self._before = {}
 
     def flush(self) -> None:
-        """Write every metric logged so far, waiting for the device, and sync the journal to disk."""
+        """Write every metric logged so far, waiting for the device, and bring the journal to the disk.
+
+        Raises OSError where some of it did not come there, now or before.
+        """
         self._write_arrived(wait=True)
         self._journal.sync()
+        disk.bring()  # by what names it is found
+
+    def end_if_lost(self) -> None:
+        """End the process where another machine has taken the run, which may have stood still for long.
+
+        Its checkpoints stand in one folder with those of this one. Raises OSError where that cannot be seen.
+        """
+        if self._lease is not None:
+            self._lease.check(self._give_up)
 
     def end(self, status: str, error: str | None = None) -> None:
-        """End the attempt with a status. Artifacts may still be recorded until `close`."""
-        if not self._ended:
+        """End the attempt with a status. Artifacts may still be recorded until `close`.
+
+        Raises OSError where it cannot be written. A process made by fork ends nothing.
+        """
+        if not self._ended and not self._is_parents:
             if status == view.FINISHED and self.world.rank == 0 and self.world.size > 1:
                 rendezvous.wait_for_others(self.directory, self.attempt, self.world.size)
             self._ended = True
@@ -590,22 +625,27 @@ class Run:
                 watch.close()
             self._sample_system()
             if self._follower is not None:
+                self._replace_follower(0.0)
                 self._warn_of_sinks()
             self._append("attempt_ended", status=status, error=error)
             self._write_arrived(wait=True)
-            disk.bring_soon(self._journal.file)
             if self._waits_for_disk:
+                self._journal.sync()
                 disk.bring()
+            else:
+                disk.bring_soon(self._journal.file)
 
     def close(self) -> None:
-        """Let go of the run. The follower goes on by itself until everything is shipped."""
+        """Let go of the run. The follower goes on by itself until everything is shipped.
+
+        A process made by fork lets go of nothing.
+        """
+        if self._is_parents:
+            return
         if self._periodic is not None:
             self._periodic.close()
         self._journal.close()
-        for handler in self._logging:
-            log.removeHandler(handler)
-            handler.close()
-        self._logging = []
+        self._stop_logging()
         if self._lease is not None:
             self._lease.end_keeping()  # who takes the lock now may take the lease too: it was ours to the end
         if self._descriptor >= 0:
@@ -617,10 +657,16 @@ class Run:
             self._lease.release()
             self._lease = None
 
+    def _stop_logging(self) -> None:
+        for handler in self._logging:
+            log.removeHandler(handler)
+            handler.close()
+        self._logging = []
+
     def discard_if_unused(self) -> None:
         """Undo the opening: delete a run that this attempt made and never logged to."""
         self.close()
-        if self.world.rank == 0 and not self.continued and not self._used:
+        if self.world.rank == 0 and not self.continued and not self._used and not self._is_parents:
             mirror.remove(self.directory)
 
     def wait_for_sinks(self, timeout: float) -> list[Any]:
@@ -636,8 +682,8 @@ class Run:
         self._used = True
         jobs = [Job(_SYNC_SECONDS, self._sync)]
         if self.world.rank == 0 and self._sinks:
-            self._follower = follower.spawn(self.directory)
-            jobs.append(Job(_SINKS_SECONDS, self._warn_of_sinks))
+            self._begin_follower()
+            jobs.append(Job(_SINKS_SECONDS, self._look_after_sinks))
         if self.world.rank == 0:
             jobs.append(Job(_SYSTEM_SECONDS, self._sample_system))
             self._uploads.begin()
@@ -665,16 +711,17 @@ class Run:
         """Write the pending points in order, up to the first that is still on its way."""
         with self._lock:
             while self._pending and (wait or self._pending[0][0].arrived):
-                deferred, step, at, reduce = self._pending.popleft()
-                if isinstance(deferred, DeferredArrays):
-                    self._write_histograms(deferred.read(), step, at)
-                    continue
-                values = deferred.read()
-                self.latest.update(values)
-                fields = {"reduce": reduce} if reduce is not None else {}
-                self._journal.append(
-                    "metrics", time=at, step=step, values=journal.encode_values(values), **fields
-                )
+                self._write(*self._pending[0])
+                self._pending.popleft()  # not before: the disk may be full just now
+
+    def _write(self, deferred: Deferred | DeferredArrays, step: int, at: float, reduce: str | None) -> None:
+        if isinstance(deferred, DeferredArrays):
+            self._write_histograms(deferred.read(), step, at)
+            return
+        values = deferred.read()
+        fields = {"reduce": reduce} if reduce is not None else {}
+        self._journal.append("metrics", time=at, step=step, values=journal.encode_values(values), **fields)
+        self.latest.update(values)
 
     def _write_histograms(self, arrays: Mapping[str, Any], step: int, at: float) -> None:
         for name in (key.removesuffix("/counts") for key in arrays if key.endswith("/counts")):
@@ -719,10 +766,10 @@ class Run:
     # -- beside the loop ----------------------------------------------------------------
 
     def _sync(self) -> None:
-        if self._system is None and self.world.rank == 0:
-            self._system = SystemSampler(self.directory.path)
         self._write_arrived(wait=False)
         self._journal.sync()
+        if self._system is None and self.world.rank == 0:
+            self._system = SystemSampler(self.directory.path)
 
     def _sample_system(self) -> None:
         if self._system is None:
@@ -735,6 +782,20 @@ class Run:
         """End at once: what this process would write is another's to write now."""
         log.error("%s", reason)
         os._exit(EXIT_FAILED)
+
+    def _begin_follower(self) -> None:
+        self._follower, self._follower_begun = follower.spawn(self.directory), time.monotonic()
+
+    def _replace_follower(self, pause: float) -> None:
+        """Start another one where the last was killed, which was begun so many seconds ago."""
+        gone = self._follower is not None and self._follower.poll() is not None
+        if gone and time.monotonic() - self._follower_begun >= pause:
+            log.info("the process that ships to the sinks is gone: another one goes on")
+            self._begin_follower()
+
+    def _look_after_sinks(self) -> None:
+        self._replace_follower(_FOLLOWER_SECONDS)
+        self._warn_of_sinks()
 
     def _warn_of_sinks(self) -> None:
         for name, error in follower.failing(self.directory).items():

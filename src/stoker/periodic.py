@@ -39,7 +39,8 @@ class Periodic:
 
     def close(self) -> None:
         """Let the job under way end, and begin no other."""
-        self._thread.drop(self._tasks)
+        if self._thread in _THREADS.values():  # no thread comes along to a process made by fork
+            self._thread.drop(self._tasks)
 
 
 @dataclass(eq=False)

@@ -136,7 +136,9 @@ class Checkpoints:
         self._run, self._saved, self._keep, self._best, self._done = run, saved, keep, best, done
         self._every = every
         self._folder = run.directory.checkpoints
-        self._saver = store.Saver(self._folder, run.world, before=run.flush, done=self._on_disk)
+        self._saver = store.Saver(
+            self._folder, run.world, ours=run.end_if_lost, before=run.flush, done=self._on_disk
+        )
         self.wait = self._saver.wait
         self.restore = saved.restore
 

@@ -87,7 +87,11 @@ class StopRequests:
         """Keep requests for the next step boundary within this block; an error that leaves it comes first."""
         with self.handled():
             self._in_loop = True
-            yield
+            try:
+                yield
+            except GeneratorExit:  # a loop that was left by `break`: there is no boundary any more
+                self._in_loop = False
+                raise
             self._in_loop = False
 
     def _receive(self, number: int, frame: FrameType | None) -> None:

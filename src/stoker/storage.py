@@ -14,6 +14,7 @@ import os
 import platform
 import shutil
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -57,12 +58,12 @@ def said_of_full_disk(error: BaseException) -> str:
 
 
 def write_atomically(path: Path, content: bytes, *, lasts: bool = True) -> None:
-    """Write a file whole: beside it first, synced, then renamed into place.
+    """Write a file whole: beside it first, synced, then renamed into place; of several writers one is last.
 
     Args:
         lasts: wait until a power cut cannot take it any more; it never leaves a part of it.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")  # containers share pids
     try:
         with temporary.open("wb") as file:
             file.write(content)
@@ -75,6 +76,23 @@ def write_atomically(path: Path, content: bytes, *, lasts: bool = True) -> None:
         raise
     if lasts:
         sync_directory(path.parent)
+
+
+def write_new(path: Path, content: bytes) -> None:
+    """Write a file whole where there is none: of several writers one does. Raises FileExistsError."""
+    whole = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+    try:
+        write_atomically(whole, content, lasts=False)
+        try:
+            os.link(whole, path)
+        except FileExistsError:
+            raise
+        except OSError:  # the file system knows no links: there it may be seen while it is written
+            with path.open("xb") as file:
+                file.write(content)
+    finally:
+        with contextlib.suppress(OSError):
+            whole.unlink()
 
 
 def sha256(path: Path) -> str:

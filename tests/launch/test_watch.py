@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -61,3 +62,55 @@ def test_a_rank_that_may_have_something_to_finish_is_given_time(
         with pytest.raises(subprocess.TimeoutExpired):
             works.wait(1)
         assert works.wait(60) == -signal.SIGKILL
+
+
+LAUNCHER = """
+import sys, time
+from pathlib import Path
+from stoker.launch import watch
+watch._ASLEEP = 1.0
+with watch.watching(Path(sys.argv[1]), 1, lambda: "") as watched:
+    print("watches", flush=True)
+    while not watched.verdict:
+        time.sleep(0.05)
+"""
+RANK = """
+import sys, time
+from pathlib import Path
+from stoker import supervision
+supervision.write_stacks_to(Path(sys.argv[1]) / "rank-0.stacks")
+heart = supervision.Heart(limit=2.0)
+for step in range(100_000):
+    heart.beat(step)
+    time.sleep(0.05)
+"""
+
+
+def test_ranks_that_were_stopped_with_their_launcher_do_not_hang(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(supervision.FOLDER, str(tmp_path))
+    works = subprocess.Popen([sys.executable, "-c", RANK, str(tmp_path)])
+    (tmp_path / "rank-0.pid").write_text(str(works.pid))
+    launcher = subprocess.Popen([sys.executable, "-c", LAUNCHER, str(tmp_path)], stdout=subprocess.PIPE)
+    try:
+        assert launcher.stdout is not None
+        assert launcher.stdout.readline() == b"watches\n"
+        while not any(pulse.begun for pulse in supervision.read(tmp_path).values()):
+            time.sleep(0.05)
+        for process in (launcher, works):
+            process.send_signal(signal.SIGSTOP)
+        time.sleep(3.0)
+        launcher.send_signal(signal.SIGCONT)
+        time.sleep(1.0)
+        works.send_signal(signal.SIGCONT)
+        time.sleep(2.0)
+        assert works.poll() is None
+        works.send_signal(signal.SIGSTOP)  # it alone: that is to hang
+        assert works.wait(60) == -signal.SIGKILL
+    finally:
+        for process in (launcher, works):
+            process.kill()
+            process.wait()
+        if launcher.stdout is not None:
+            launcher.stdout.close()

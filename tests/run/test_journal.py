@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -108,3 +109,42 @@ def test_a_full_disk_raises_and_keeps_later_events_readable(
     monkeypatch.setattr(os, "write", real)
     writer.append("metrics", step=2)
     assert [e["step"] for e in journal.read(tmp_path)] == [1, 2]
+
+
+def test_a_line_that_was_cut_in_two_is_put_together_before_another_thread_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer, real, cut = _writer(tmp_path), os.write, threading.Event()
+    other = threading.Thread(target=writer.append, args=("metrics",), kwargs={"step": 2, "values": {}})
+
+    def short_once(descriptor: int, data: bytes) -> int:  # as where a disk is full, and has room again
+        if cut.is_set():
+            return real(descriptor, data)
+        cut.set()
+        written = real(descriptor, data[:10])
+        other.start()
+        other.join(0.5)
+        return written
+
+    monkeypatch.setattr(os, "write", short_once)
+    writer.append_values(1, {"loss": 1.0})
+    other.join()
+    assert [e["step"] for e in journal.read(tmp_path)] == [1, 2]
+
+
+def test_what_did_not_come_to_the_disk_is_not_there_for_those_who_ask_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[int] = []
+
+    def failing_once(descriptor: int) -> None:  # as Linux does: it is said once to each open file
+        told.append(descriptor)
+        if len(told) == 1:
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fdatasync", failing_once)
+    writer = _writer(tmp_path)
+    writer.append("metrics", step=1)
+    for _ in range(2):  # the thread that syncs it, and then a checkpoint that refers to it
+        with pytest.raises(OSError, match="Input/output"):
+            writer.sync()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import resource
+import signal
 import subprocess
 import sys
 import threading
@@ -134,6 +137,48 @@ def test_two_machines_on_a_shared_folder_do_not_train_one_run(shared: tuple[Path
         first.wait()
 
 
+SLEEPER = """
+import os, signal, sys, time, torch, stoker
+from stoker.run import lease
+lease.BEAT, lease.EXPIRES = 3600.0, 0.5  # whoever wakes has not looked yet
+with stoker.Run("x", "a", runs=sys.argv[1]) as run:
+    trainer = stoker.Trainer(
+        run, torch.nn.Linear(2, 1), optimizer=lambda params: torch.optim.SGD(params, lr=0.1),
+        inputs=lambda batch: (batch,), loss=lambda output, batch: (output.sum(), len(batch)),
+        training=stoker.Training(checkpoint_every=1),
+    )
+    for batch in trainer.steps(trainer.loader(torch.zeros(8, 2), batch_size=2), max_steps=6):
+        run.log(loss=trainer.step(batch))
+        if run.step == int(sys.argv[2]):
+            while not (run.directory.checkpoints / f"step-{run.step - 1:08d}" / "manifest.json").exists():
+                time.sleep(0.01)
+            os.kill(os.getpid(), int(sys.argv[3]))
+"""
+
+
+def test_a_holder_that_was_stopped_for_too_long_makes_no_checkpoint_of_what_is_anothers(
+    shared: tuple[Path, Path],
+) -> None:
+    one, two = shared
+    command = [sys.executable, "-c", SLEEPER]
+    first = subprocess.Popen([*command, str(one), "3", str(int(signal.SIGSTOP))], stderr=subprocess.PIPE)
+    try:
+        os.waitpid(first.pid, os.WUNTRACED)
+        second = subprocess.run([*command, str(two), "5", str(int(signal.SIGKILL))], check=False)
+        assert second.returncode == -signal.SIGKILL
+        known = sorted(two.glob("x/a/checkpoints/*/manifest.json"))
+        before = [(file, file.stat().st_mtime_ns) for file in known]
+        assert known[-1].parent.name == "step-00000004"
+        first.send_signal(signal.SIGCONT)
+        _, said = first.communicate(timeout=60)
+    finally:
+        first.kill()
+        first.wait()
+    assert first.returncode == 1
+    assert b"another process trains" in said
+    assert [(f, f.stat().st_mtime_ns) for f in sorted(two.glob("x/a/checkpoints/*/manifest.json"))] == before
+
+
 def test_a_lease_that_somebody_deleted_is_written_again(tmp_path: Path) -> None:
     first = _lease(tmp_path, "one")
     first.take()
@@ -154,3 +199,24 @@ def test_of_two_leases_of_one_number_each_knows_its_own(tmp_path: Path) -> None:
     second.take()
     assert second.standing()
     assert not first.standing()
+
+
+def test_one_that_was_cut_off_is_taken_after_a_while(tmp_path: Path) -> None:
+    _lease(tmp_path, "one").take()
+    (tmp_path / lease.FOLDER / "00000001").write_bytes(b"")
+    begun = time.monotonic()
+    _lease(tmp_path, "one").take()
+    assert time.monotonic() - begun >= 0.5
+
+
+def test_one_that_there_was_no_room_for_is_not_there(tmp_path: Path) -> None:
+    _lease(tmp_path, "one").take()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))  # as on a disk that is full
+    try:
+        with pytest.raises(OSError, match="too large"):
+            _lease(tmp_path, "one").take()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [file.name for file in (tmp_path / lease.FOLDER).iterdir()] == ["00000001"]
+    _lease(tmp_path, "one").take()

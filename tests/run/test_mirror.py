@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from stoker import object_store
-from stoker.run import lease, mirror
+from stoker.run import journal, lease, mirror, stretches
 from stoker.run.directory import RunDirectory
 from stoker.run.mirror import Mirror
+from stoker.tracking import ledger
+from stoker.tracking.feed import Feed
+from stoker.tracking.ledger import Ledger
 
 Machine = Callable[[str], tuple[RunDirectory, lease.Lease]]
 
@@ -128,6 +133,32 @@ def test_what_was_written_here_alone_is_void_where_another_machine_went_on(machi
     }
 
 
+def test_a_sink_reads_anew_what_another_machine_wrote_under_a_name_that_it_has_read(machine: Machine) -> None:
+    first, held = machine("one")
+    held.take()
+    first.create({})
+    (first.journal / "attempt-0001.rank-0.jsonl").write_bytes(b'{"of": "both"}\n')
+    _mirror(first).push()
+    (first.journal / "attempt-0002.rank-0.jsonl").write_bytes(b'{"of": "one, which no store had"}\n')
+    of_sink = ledger.file_of(first, "mlflow")
+    Ledger(run="1", offsets=journal.sizes(first.journal)).save(of_sink)
+    held.release()
+
+    second, other = machine("two")
+    other.take()
+    _mirror(second).fetch(newer_there=True)
+    (second.journal / "attempt-0002.rank-0.jsonl").write_bytes(
+        b'{"type": "note", "time": 1, "text": "two"}\n'
+    )
+    _mirror(second).push()
+    other.release()
+
+    machine("one")
+    _mirror(first).fetch()
+    batch = Feed(first.journal, ledger.load(of_sink).cursor).take()
+    assert batch.notes == ["two"]
+
+
 def test_a_checkpoint_is_removed_there_too(machine: Machine, tmp_path: Path) -> None:
     run, held = machine("one")
     held.take()
@@ -183,3 +214,21 @@ def _read(stretches: Path) -> str:
         assert int(stretch.name) == len(content)
         content += stretch.read_text()
     return content
+
+
+def test_a_journal_is_on_the_disk_before_it_is_in_the_store(
+    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, held = machine("one")
+    held.take()
+    run.create({})
+    file = run.journal / "attempt-0001.rank-0.jsonl"
+    file.write_bytes(b"{}\n")
+    monkeypatch.setattr(os, "fsync", _broken)
+    with pytest.raises(OSError, match="Input/output"):
+        stretches.push(object_store.Store(f"file://{tmp_path / 'store'}", ""), "x", "journal", file, [], {})
+    assert not (tmp_path / "store" / "x").exists()
+
+
+def _broken(descriptor: int) -> None:
+    raise OSError(errno.EIO, "Input/output error")

@@ -110,3 +110,14 @@ def test_the_curve_has_one_point_a_step_whatever_was_killed_when(
         reached = begin + steps
     points = view.load(directory).points.get("loss", {})
     assert list(points) == list(range(1, reached + 1))
+
+
+def test_a_tag_that_was_set_again_stands_though_the_clock_was_set_back(tmp_path: Path) -> None:
+    directory = _run(tmp_path)
+    _attempt(directory, [{"type": "tags", "tags": {"stage": "first", "owner": "a"}, "time": 2000.0}])
+    _attempt(directory, [{"type": "tags", "tags": {"stage": "second"}, "time": 1000.0}])
+    outside = journal.control(directory.journal)
+    outside.append("tags", tags={"stage": "between"}, time=900.0)
+    outside.append("tags", tags={"owner": "b"}, time=3000.0)
+    outside.close()
+    assert view.load(directory).tags == {"stage": "second", "owner": "b"}

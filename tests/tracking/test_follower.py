@@ -12,10 +12,13 @@ from typing import Any
 
 import orjson
 import pytest
+from stoker import Run
 from stoker.errors import BadInput
 from stoker.run import artifacts
 from stoker.run.directory import RunDirectory
 from stoker.tracking import feed, follower, ledger, mlflow_sink, store
+from stoker.tracking.shipper import Shipper
+from stoker.tracking.sink import Batch, Ending, SinkRun
 from synthetic_run import DEADLINE, Trainer, make_run, pending, run_dying_follower, train_until_killed, until
 
 import warm
@@ -281,3 +284,69 @@ def _shipped(run: RunDirectory) -> int:
 def _write(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)
+
+
+class _Recording:
+    """Remembers of every batch how much of the journal a power cut would have left just then."""
+
+    def __init__(self, on_disk: dict[int, int]) -> None:
+        self._on_disk = on_disk
+        self.left: list[int] = []
+
+    def open(self, known: str | None, started: float, mark: Any) -> SinkRun:
+        return SinkRun("1", "here")
+
+    def ship(self, batch: Batch) -> None:
+        self.left.append(sum(self._on_disk.values()))
+
+    def conclude(self, ending: Ending) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def test_what_is_shipped_is_on_the_disk_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(tmp_path / "runs")
+    on_disk: dict[int, int] = {}
+    fsync = os.fsync
+
+    def noting(descriptor: int) -> None:
+        fsync(descriptor)
+        known = os.fstat(descriptor)
+        if known.st_ino in {file.stat().st_ino for file in run.journal.iterdir()}:
+            on_disk[known.st_ino] = known.st_size
+
+    monkeypatch.setattr(os, "fsync", noting)
+    sink = _Recording(on_disk)
+    shipper = Shipper(run, ledger.file_of(run, "recording"), lambda directory: sink)
+    written = []
+    for loss in range(2):
+        trainer = Trainer(run)
+        for step in range(2):
+            trainer.log(2 * loss + step, loss=loss)
+            written.append(feed.end(run.journal))
+            assert shipper.ship_next()
+        trainer.die()
+    assert sink.left == written
+
+
+@pytest.mark.parametrize("while_it_trains", [True, False])
+def test_a_follower_that_was_killed_has_a_successor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, while_it_trains: bool
+) -> None:
+    monkeypatch.setenv("STOKER_SINKS", "tensorboard")
+    monkeypatch.setattr("stoker.attempt._SINKS_SECONDS", 0.1)
+    monkeypatch.setattr("stoker.attempt._FOLLOWER_SECONDS", 0.0 if while_it_trains else 3600.0)
+    with Run("test", "a", runs=tmp_path) as run:
+        run.log(loss=1.0)
+        of_sink = ledger.file_of(run.directory, "tensorboard")
+        until(lambda: ledger.load(of_sink).pid != 0)
+        killed = ledger.load(of_sink).pid
+        os.kill(killed, signal.SIGKILL)
+        os.waitid(os.P_PID, killed, os.WEXITED | os.WNOWAIT)
+        run.log(loss=2.0)
+        if while_it_trains:
+            until(lambda: ledger.load(of_sink).pid != killed)
+    (state,) = run.wait_for_sinks(DEADLINE)
+    assert (state.pending, state.error) == (0, None)

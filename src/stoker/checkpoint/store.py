@@ -45,6 +45,8 @@ class Saver:
     Args:
         folder: where the checkpoints stand, a directory each.
         world: the ranks that take part; all call each method alike.
+        ours: called by the thread of rank 0 before it begins a checkpoint, and again just before what was
+            written becomes one; raises, or ends the process, where the folder is another's by now.
         before: called by the thread of every rank before a checkpoint is made of what it wrote.
         done: called by the thread of rank 0 with each checkpoint that is on disk.
     """
@@ -54,10 +56,12 @@ class Saver:
         folder: Path,
         world: World = ALONE,
         *,
+        ours: Callable[[], None] = lambda: None,
         before: Callable[[], None] = lambda: None,
         done: Callable[[Checkpoint], None] = lambda checkpoint: None,
     ) -> None:
-        self._folder, self._world, self._before, self._done = folder, world, before, done
+        self._folder, self._world = folder, world
+        self._ours, self._before, self._done = ours, before, done
         self._group = distributed.beside_the_loop() if world.size > 1 else None
         self._buffers = HostBuffers()
         self._plan: tuple[planning.Signature, list[planning.Part]] | None = None
@@ -128,7 +132,7 @@ class Saver:
         path = manifest.folder(self._folder, about.step)
         first = self._world.rank == 0
         files: list[File] = []
-        error = _error_of(lambda: manifest.begin(path)) if first else None
+        error = _error_of(lambda: self._begin(path)) if first else None
         self._raise_together(error, path)
 
         def write() -> None:
@@ -140,9 +144,14 @@ class Saver:
         error = _error_of(lambda: self._commit(path, written, values, about)) if first else None
         self._raise_together(error, path)
 
+    def _begin(self, path: Path) -> None:
+        self._ours()
+        manifest.begin(path)
+
     def _commit(self, path: Path, written: list[File], values: bytes, about: About) -> None:
         storage.write_atomically(path / _VALUES, values)
         files = [*written, File.of(path / _VALUES)]
+        self._ours()
         checkpoint = manifest.commit(path, files, world_size=self._world.size, **dataclasses.asdict(about))
         self._done(checkpoint)
 

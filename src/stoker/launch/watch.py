@@ -22,6 +22,7 @@ _LAST_WORDS = 5.0  # seconds that the other ranks have to end, once one has fail
 _WAITING = 0.5  # seconds of these after which those are ended that only wait for others to come up
 _STACKS = 1.0  # seconds that ranks have to write their stacks
 _COMING_UP = 60.0  # seconds that all ranks together have to find each other
+_ASLEEP = 10.0  # seconds between two looks after which this launcher, as its ranks, was stopped meanwhile
 _AT_ONCE = 1.0  # seconds that ranks have to end, once they were told twice
 
 
@@ -45,6 +46,9 @@ class Watch:
     outside: Callable[[], str] = lambda: ""
     """Why they are to be ended for what happens elsewhere; nothing while they are not."""
     _told_at: float = 0.0
+    _looked: float = field(default_factory=time.monotonic)
+    _awake: float = 0.0
+    """Since when it has looked without a pause."""
     _over: threading.Event = field(default_factory=threading.Event)
     _heard: set[int] = field(default_factory=set)
 
@@ -128,11 +132,14 @@ class Watch:
     def _hanging(self) -> str:
         """What is said of ranks that stand still, once they have written their stacks; else nothing."""
         now = time.monotonic()
+        if now - self._looked > _ASLEEP:  # a scheduler stops, and lets go on, all processes of a job
+            self._awake = now
+        self._looked = now
         pulses = supervision.read(self.folder)
         together = len(pulses) == self.count and all(p.joining for p in pulses.values())
-        if together and now - max(p.joining for p in pulses.values()) > _COMING_UP:
+        if together and now - max(self._awake, *(p.joining for p in pulses.values())) > _COMING_UP:
             return f"the ranks did not find each other within {_COMING_UP:.0f} s"
-        slow = {rank: p for rank, p in pulses.items() if p.limit and now - p.at > p.limit}
+        slow = {rank: p for rank, p in pulses.items() if p.limit and now - max(self._awake, p.at) > p.limit}
         if not slow:
             return ""
         self.signal(supervision.STACKS)

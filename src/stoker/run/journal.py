@@ -12,6 +12,7 @@ import contextlib
 import math
 import os
 import re
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -35,7 +36,7 @@ _BLOCK = 1 << 20  # bytes parsed at once
 
 
 class JournalWriter:
-    """Appends events to one file of a journal, each by one write, so that threads may share it.
+    """Appends events to one file of a journal, each by one write; threads may share it.
 
     Raises FileExistsError where the file is another writer's.
     """
@@ -46,6 +47,8 @@ class JournalWriter:
             file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644
         )
         self._torn = False
+        self._one = threading.RLock()  # writes at a time: what a full disk cuts in two is put together
+        self._unsynced: OSError | None = None
 
     def append(self, kind: str, /, **fields: Any) -> None:
         """Write one event, stamped with the time in seconds since 1970, without secrets. Raises OSError."""
@@ -57,29 +60,33 @@ class JournalWriter:
     def append_values(self, step: int, values: Mapping[str, float]) -> None:
         """Write finite metric values: the same as `append` would, in less time. Raises OSError."""
         line = _dumps({"type": "metrics", "time": _now(), "step": step, "values": values}, None, _NEWLINE)
-        if self._torn:
-            self._write(line)
-        else:
-            written = os.write(self._descriptor, line)
-            if written < len(line):
-                self._torn = True
-                self._write_rest(line[written:])
+        self._write(line)
 
     def _write(self, line: bytes) -> None:
-        if self._torn:  # a full disk cut the last line short: keep the cut apart from this one
-            line = b"\n" + line
-        self._torn = True
-        self._write_rest(line)
-
-    def _write_rest(self, line: bytes) -> None:
-        while line:
-            line = line[os.write(self._descriptor, line) :]
-        self._torn = False
+        with self._one:
+            if self._torn:  # a full disk cut the last line short: keep the cut apart from this one
+                line = b"\n" + line
+            written = os.write(self._descriptor, line)
+            self._torn = written < len(line)
+            while self._torn:
+                line = line[written:]
+                written = os.write(self._descriptor, line)
+                self._torn = written < len(line)
 
     def sync(self) -> None:
-        """Flush what was appended to disk; may be called from another thread than `append`."""
+        """Flush what was appended to disk; may be called from another thread than `append`.
+
+        Raises OSError, from the first failure on: the kernel tells of one once, and the next flush does not
+        bring to the disk what that one did not.
+        """
+        if self._unsynced is not None:
+            raise OSError(self._unsynced.errno, self._unsynced.strerror, str(self.file))
         if self._descriptor >= 0:
-            os.fdatasync(self._descriptor)
+            try:
+                os.fdatasync(self._descriptor)
+            except OSError as error:
+                self._unsynced = error
+                raise
 
     def close(self) -> None:
         if self._descriptor >= 0:
@@ -138,14 +145,19 @@ def newest_attempt(journal: Path) -> tuple[int, Event] | None:
     numbers = [int(m[1]) for m in map(_ATTEMPT.fullmatch, _names(journal)) if m and m[2] == "0"]
     if not numbers:
         return None
-    with (journal / f"attempt-{max(numbers):04d}.rank-0.jsonl").open("rb") as file:
+    with _file_of(journal, max(numbers), 0).open("rb") as file:
         event = _parse(file.readline())
     return (max(numbers), event) if isinstance(event, dict) else None
 
 
 def join_attempt(journal: Path, attempt: int, rank: int) -> JournalWriter:
     """Open the journal of one rank of an attempt. Raises FileExistsError where it has one."""
-    return JournalWriter(journal / f"attempt-{attempt:04d}.rank-{rank}.jsonl")
+    return JournalWriter(_file_of(journal, attempt, rank))
+
+
+def has_joined(journal: Path, attempt: int, rank: int) -> bool:
+    """Whether a rank has opened its journal of an attempt."""
+    return _file_of(journal, attempt, rank).exists()
 
 
 def control(journal: Path) -> JournalWriter:
@@ -245,6 +257,10 @@ def decode(value: Any) -> float:
 
 def _spell(value: float) -> str:
     return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+
+
+def _file_of(journal: Path, attempt: int, rank: int) -> Path:
+    return journal / f"attempt-{attempt:04d}.rank-{rank}.jsonl"
 
 
 def _writer(name: str) -> tuple[int, int] | None:

@@ -34,6 +34,7 @@ BEAT = 5.0  # seconds between two writings of a lease
 EXPIRES = 60.0  # seconds that one stands unchanged before it is taken from its holder
 PATIENCE = 10.0  # seconds that a store is tried for
 _LOOK = 0.5
+_UNKNOWN = ""
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,14 @@ class Holder:
     at: float = 0.0
     """When it was written, in seconds since 1970, for people."""
     released: bool = False
+
+    @classmethod
+    def of(cls, content: bytes) -> Holder:
+        """The one that a lease tells of; where that was cut off, one of whom nothing is known."""
+        try:
+            return cls(**orjson.loads(content))
+        except (orjson.JSONDecodeError, TypeError):
+            return cls(_UNKNOWN, "another machine", 0, "")
 
 
 class Place(Protocol):
@@ -81,8 +90,7 @@ class InFolder:
     def write(self, number: int, content: bytes, *, new: bool) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         if new:
-            with self._file(number).open("xb") as file:
-                file.write(content)
+            storage.write_new(self._file(number), content)
         else:
             storage.write_atomically(self._file(number), content)
 
@@ -178,6 +186,14 @@ class Lease:
         self._thread = threading.Thread(target=self._keep, args=(lost,), name="lease", daemon=True)
         self._thread.start()
 
+    def check(self, lost: Callable[[str], None]) -> None:
+        """Look now whether it is another's, in a shared folder: `lost` is called then. Raises OSError.
+
+        A store is not asked: another machine writes to a copy of its own there.
+        """
+        if self._note is None and not self.standing():
+            lost(self._said_of_loss)
+
     def release(self) -> None:
         """Let go of it, so that the next holder need not wait."""
         self.end_keeping()
@@ -205,7 +221,7 @@ class Lease:
         if newest != number:
             return newest < number
         try:
-            return number == 0 or Holder(**orjson.loads(self._place.read(number))).id == of
+            return number == 0 or Holder.of(self._place.read(number)).id in (of, _UNKNOWN)
         except FileNotFoundError:
             return True
 
@@ -236,14 +252,14 @@ class Lease:
         try:
             self._place.write(number, self._content(), new=True)
         except FileExistsError:
-            if Holder(**orjson.loads(self._place.read(number))).id != self._id:
+            if Holder.of(self._place.read(number)).id != self._id:
                 raise
             # ours: it was written, and the answer was lost
 
     def _await_end_of(self, number: int) -> None:
         """Wait until its holder is known to be gone. Raises BadInput where it is not."""
         first = self._place.read(number)
-        holder = Holder(**orjson.loads(first))
+        holder = Holder.of(first)
         if holder.released or holder.locks == self._locks:
             return
         log.info(
@@ -252,7 +268,7 @@ class Lease:
         deadline = time.monotonic() + EXPIRES
         while time.monotonic() < deadline:
             time.sleep(_LOOK)
-            now = Holder(**orjson.loads(self._place.read(number)))
+            now = Holder.of(self._place.read(number))
             if now.released:
                 return
             if now.beat != holder.beat:
@@ -262,12 +278,16 @@ class Lease:
         while not self._ended.wait(BEAT):
             try:
                 if not self.standing():
-                    lost(f"another process trains {self._run} now: this one was not heard of for too long")
+                    lost(self._said_of_loss)
                     return
                 self._beat += 1
                 self._place.write(self._number, self._content(), new=False)
             except (StokerError, OSError) as error:
                 log.debug("the lease was not renewed: %s", error)
+
+    @property
+    def _said_of_loss(self) -> str:
+        return f"another process trains {self._run} now: this one was not heard of for too long"
 
     def _content(self, released: bool = False) -> bytes:
         holder = Holder(

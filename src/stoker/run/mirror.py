@@ -122,7 +122,8 @@ class Mirror:
     def _void_journals(self, there: Objects) -> None:
         """Leave out what attempts here wrote that another machine, which went on, knew nothing of.
 
-        An attempt of that machine may have the same number. Their files are kept, under another name.
+        An attempt of that machine may have the same number. Their files are kept, under another name; sinks
+        begin anew, whose ledgers say how far they have read in a file of that name.
         """
         known = stretches.known("journal", there)
         for file in self._run.journal.glob("attempt-*.jsonl"):
@@ -132,6 +133,8 @@ class Mirror:
                 same = bool(content) and content.startswith(source.read(len(content)))
             if not same:
                 log.warning("%s was written here and is void: another machine went on without it", file.name)
+                for derived in (*self._run.sinks.glob("*.json"), self._run.compacted):
+                    derived.unlink(missing_ok=True)
                 file.replace(file.with_suffix(f".void-{uuid.uuid4().hex[:8]}"))
 
     def _fetch_manifests(self, there: Objects) -> None:

@@ -81,8 +81,12 @@ def take(run: RunDirectory, opening: rendezvous.Opening) -> int:
         raise directory.unwritable(run, error) from error
     if lock is None:
         raise BadInput(f"another process is training {run.path} now")
-    os.ftruncate(lock, 0)
-    os.pwrite(lock, orjson.dumps(dataclasses.asdict(opening)), 0)
+    try:
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, orjson.dumps(dataclasses.asdict(opening)), 0)
+    except OSError as error:
+        os.close(lock)
+        raise directory.unwritable(run, error) from error
     storage.release_in_children(lock)
     return lock
 

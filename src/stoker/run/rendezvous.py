@@ -29,12 +29,15 @@ class Opening:
     launch: str
 
 
-def wait(run: RunDirectory, launch: str, timeout: float = TIMEOUT) -> tuple[int, dict[str, Any]]:
-    """The attempt that rank 0 of this launch began, and its first event. Raises StokerError."""
+def wait(run: RunDirectory, launch: str, rank: int, timeout: float = TIMEOUT) -> tuple[int, dict[str, Any]]:
+    """The attempt that rank 0 of this launch began, and its first event. Raises StokerError.
+
+    One that this rank took part in already is over for it, whatever rank 0 does still: the next one is meant.
+    """
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
         found = _begun(run, launch)
-        if found is not None:
+        if found is not None and not journal.has_joined(run.journal, found[0], rank):
             return found
         time.sleep(_INTERVAL)
     raise StokerError(f"rank 0 of this launch did not open {run.path} within {timeout:.0f} s")

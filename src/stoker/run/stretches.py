@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from stoker import storage
 from stoker.object_store import Store, Stored
 
 _LONGEST = 2**26  # bytes
@@ -44,7 +45,10 @@ def known(folder: str, there: Mapping[str, Stored]) -> dict[str, list[Stretch]]:
 def push(
     store: Store, base: str, folder: str, file: Path, stretches: list[Stretch], there: dict[str, Stored]
 ) -> None:
-    """Bring to the store what a file has more than its stretches there. Raises Unreachable.
+    """Bring to the store what a file has more than its stretches there, once it is on the disk here.
+
+    After a power cut the store would have more of it, and what is written then would be joined to that.
+    Raises Unreachable; OSError where the disk does not take it.
 
     Args:
         base: what the keys of `there` are below.
@@ -55,6 +59,9 @@ def push(
     begin = stretches[-1].end if stretches else 0
     if end <= begin:
         return
+    storage.sync_file(file)
+    if not stretches:
+        storage.sync_directory(file.parent)
     joined = []
     while stretches and begin - stretches[-1].begin <= end - begin and end - stretches[-1].begin <= _LONGEST:
         begin = stretches.pop().begin

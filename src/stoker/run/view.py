@@ -143,12 +143,15 @@ class _Folding:
                 self._system.setdefault(metric, Columns()).append(self._samples, value, event["time"])
             self._samples += 1
         elif kind == "tags":
-            self._tags(event)
+            self._tags(event, from_outside=block.attempt == journal.FROM_OUTSIDE)
 
-    def _tags(self, event: Event) -> None:
-        """A tag that was set later stands, by whichever writer; None takes it away."""
+    def _tags(self, event: Event, *, from_outside: bool) -> None:
+        """A tag that was set later stands, by whichever writer; None takes it away.
+
+        Attempts follow one another, whatever their clocks say; what is added from outside goes by its time.
+        """
         for key, value in event["tags"].items():
-            if event["time"] >= self._tagged.get(key, 0.0):
+            if not from_outside or event["time"] >= self._tagged.get(key, 0.0):
                 self._tagged[key] = event["time"]
                 self._view.tags.pop(key, None)
                 if value is not None:

@@ -11,7 +11,9 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
+from stoker import storage
 from stoker.run.directory import RunDirectory
+from stoker.run.journal import Cursor
 from stoker.tracking import feed, ledger, store
 from stoker.tracking.feed import Feed
 from stoker.tracking.ledger import Ledger
@@ -29,6 +31,8 @@ class Shipper:
         self._create = create
         self._ledger = ledger.load(file)
         self._open: tuple[Sink, Feed] | None = None
+        self._on_disk: dict[str, int] = {}
+        """How long every file of the journal was when it was last brought to the disk."""
         self._ledger.recovered()  # of the last follower's failure
         self._ledger.save(file)
 
@@ -39,12 +43,26 @@ class Shipper:
         batch = source.take()
         if feed.position(source.cursor) == before:
             return False
+        self._bring_to_disk(source.cursor)
         if not batch.empty:
             self._ledger.mark = sink.ship(batch)
         self._ledger.offsets = dict(source.cursor.offsets)
         self._ledger.concluded = False
         self._ledger.save(self._file)
         return True
+
+    def _bring_to_disk(self, cursor: Cursor) -> None:
+        """Have what is about to be shipped survive a power cut: else the next attempt logs it once more.
+
+        And its files would be shorter than the ledger says they were read.
+        """
+        folder = self._directory.journal
+        for name, offset in cursor.offsets.items():
+            if offset > self._on_disk.get(name, 0):
+                with contextlib.suppress(FileNotFoundError):  # it was put aside: another machine went on
+                    self._on_disk[name] = (folder / name).stat().st_size
+                    storage.sync_file(folder / name)
+                    storage.sync_directory(folder)
 
     def conclude(self) -> None:
         """Tell the sink how the run ended. Raises what the sink raises."""
