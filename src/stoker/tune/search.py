@@ -118,6 +118,8 @@ class Search:
         """The trial that is begun as soon as there is room, where it is known already."""
         self._changed: Callable[[], None] = lambda: None
         self._ending = False
+        self._best: Seen | None = None
+        """Of the complete trials."""
         self._table: dict[int, Known] = {}
         self._open: dict[int, Trial] = {}
         """Optuna's trials that it was not told the end of."""
@@ -182,13 +184,21 @@ class Search:
     def best(self) -> Seen | None:
         """The complete trial with the best value; of equals the first. Where none is, of those that are
         furthest."""
+        if self._best is not None:
+            return self._best
         known = [t for t in self.trials.values() if t.value is not None and t.state != "failed"]
-        pool = [t for t in known if t.state == "complete"]
-        if not pool:
-            furthest = max((t.amount(t.step) for t in known), default=0.0)
-            pool = [t for t in known if t.amount(t.step) >= furthest]
-        lower = self.plan.first.lower
-        return min(pool, key=lambda t: (lower(t.value or 0.0), t.number), default=None)
+        furthest = max((t.amount(t.step) for t in known), default=0.0)
+        return min((t for t in known if t.amount(t.step) >= furthest), key=self._order, default=None)
+
+    def _order(self, trial: Seen) -> tuple[float, int]:
+        """What trials with a value are ordered by, the best first."""
+        return self.plan.first.lower(trial.value or 0.0), trial.number
+
+    def _is_over(self, trial: Seen, state: State) -> None:
+        """Take down that a trial has come to its end."""
+        trial.state = state
+        if state == "complete" and trial.value is not None:
+            self._best = min(trial, self._best or trial, key=self._order)
 
     @property
     def front(self) -> list[Seen]:
@@ -459,7 +469,7 @@ class Search:
             self._open[found.number] = open_
             self._take_up(trial, run)
             return
-        trial.state = seen.ENDED[found.state]
+        self._is_over(trial, seen.ENDED[found.state])
         trial.error = str(found.user_attrs.get("error", ""))
         trial.trace = str(found.user_attrs.get("trace", ""))
 
@@ -508,7 +518,6 @@ class Search:
 
     def _tell(self, trial: Seen, state: State) -> None:
         """Let the study know how a trial ended."""
-        trial.state = state
         lacks = trial.value is None or any(o.metric not in trial.others for o in self.plan.objectives)
         if state == "complete" and lacks and (run := self._run_of(trial)) is not None:
             trial.others = {**trial.others, **seen.newest(run, self.plan.objectives)}
@@ -517,7 +526,8 @@ class Search:
             one.metric for one, value in zip(self.plan.objectives, outcome, strict=True) if value is None
         ]
         if state == "complete" and lacking:
-            trial.state, trial.error = "failed", f"it ended without a {', '.join(lacking)}"
+            state, trial.error = "failed", f"it ended without a {', '.join(lacking)}"
+        self._is_over(trial, state)
         with quiet(), self._kept.together():
             open_ = self._open.pop(trial.number)
             self._write_values(trial, open_)
