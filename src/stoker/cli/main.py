@@ -6,7 +6,6 @@ import os
 import signal
 import sys
 import threading
-import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -32,7 +31,9 @@ from stoker.cli import (
     ui,
 )
 from stoker.cli.output import say_error
-from stoker.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, StokerError
+from stoker.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, StokerError, trace_of
+
+_HELP = {"help_option_names": ["-h", "--help"]}
 
 app = typer.Typer(
     name="stoker",
@@ -41,7 +42,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings=_HELP,
 )
 app.command("train")(train.train)
 app.command("resume")(resume.resume)
@@ -69,7 +70,10 @@ def run() -> None:
 
 def main(train_function: Callable[..., None]) -> None:
     """Make a script with a `train(run, config)` function a command: `python my_train.py lr=3e-4 --name a`."""
-    script = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    script = typer.Typer(
+        add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+        context_settings=_HELP,
+    )  # fmt: skip
     script.command()(train.script_command(train_function))
     sys.exit(_exit_code(script))
 
@@ -99,16 +103,16 @@ def _keep_exit_code() -> None:
 
 
 def _failed(error: Exception) -> int:
-    """Say an error: a line for what the user can act on, the whole traceback for all else."""
+    """Say an error: a line for what the user can act on, a traceback for all else."""
     message, code = str(error), EXIT_FAILED
     if isinstance(error, StokerError):
         code = error.exit_code
     elif isinstance(error, typer.TyperException):  # a flag or an argument that the command does not have
-        message, code = error.format_message(), EXIT_BAD_INPUT
+        message, code = error.format_message().replace(": Value error, ", ": "), EXIT_BAD_INPUT
     elif full := storage.said_of_full_disk(error):
         message = full
     else:
-        traceback.print_exception(error)
+        sys.stderr.write(trace_of(error))
         message = f"{type(error).__name__}: {error}"
     say_error(message, code)
     return code
