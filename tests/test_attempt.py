@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import stoker
 import torch
 from stoker import BadInput, Run
 from stoker.run import media, view
@@ -30,6 +31,20 @@ def test_numbers_tensors_and_nested_values_are_logged(open_run: Callable[..., Ru
         "val/loss": [(2, 0.1)], "val/deep/er": [(2, 2)], "g": [(2, 3)],
     }  # fmt: skip
     assert math.isnan(points["f"][1])
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_loss_is_logged_with_its_graph_and_without_a_warning(open_run: Callable[..., Run]) -> None:
+    weight = torch.ones((), requires_grad=True)
+    with open_run() as run:
+        run.log(loss=weight * 2)
+    assert view.load(run.directory).points["loss"] == {1: 2.0}
+
+
+def test_the_names_of_the_package_and_of_a_run_are_seen_at_a_prompt(open_run: Callable[..., Run]) -> None:
+    with open_run() as run:
+        assert repr(run) == "Run('test', 'a')"
+    assert set(stoker.__all__) <= set(dir(stoker))
 
 
 def test_a_tensor_is_logged_as_it_was_when_it_was_logged(open_run: Callable[..., Run]) -> None:
@@ -179,3 +194,21 @@ assert "torch" not in sys.modules
     seen: Any = view.load(Run("digits", "a", runs=tmp_path / "runs", config={"depth": 3}).directory)
     assert seen.points["accuracy"] == {1: 0.0, 2: 1 / 3, 3: 2 / 3}
     assert seen.record["config"] == {"depth": 3}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "way"),
+    [
+        ({"name": "r", "reference": "r.py:train"}, "`stoker resume a note= limit=none`, or"),
+        (None, r"stoker.Run\(..., accept_drift=True\), or"),
+    ],
+)
+def test_a_refused_config_says_empty_values_and_what_to_do(
+    open_run: Callable[..., Run], recipe: dict[str, str] | None, way: str
+) -> None:
+    with open_run(config={"note": "first", "limit": 3}, recipe=recipe) as run:
+        run.log(a=1)
+    with pytest.raises(BadInput, match=f"note was first and is '' now, limit was 3 and is none now.*{way}"):
+        open_run(config={"note": "", "limit": None}, recipe=recipe)
+    with open_run(config={"note": "", "limit": None}, recipe=recipe, accept_drift=True) as run:
+        run.log(a=1)

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import os
+import shlex
 import sys
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -80,7 +81,9 @@ def take(run: RunDirectory, opening: rendezvous.Opening) -> int:
     except OSError as error:
         raise directory.unwritable(run, error) from error
     if lock is None:
-        raise BadInput(f"another process is training {run.path} now")
+        raise BadInput(
+            f"another process is training {run.path} now: wait for it, stop it, or choose another name"
+        )
     os.ftruncate(lock, 0)
     os.pwrite(lock, orjson.dumps(dataclasses.asdict(opening)), 0)
     storage.release_in_children(lock)
@@ -126,10 +129,17 @@ def kept_from_training(run: RunDirectory) -> Iterator[None]:
         os.close(lock)
 
 
-def explain_drift(run: RunDirectory, changes: Mapping[str, tuple[Any, Any]]) -> str:
-    said = ", ".join(f"{key} was {old} and is {new} now" for key, (old, new) in changes.items())
-    overrides = " ".join(f"{key}={new}" for key, (_, new) in changes.items())
-    return (
-        f"run {run.id!r} exists with another config: {said}. "
-        f"Continue it with the change by `stoker resume {run.id} {overrides}`, or choose another --name"
+def explain_drift(run: RunDirectory, changes: Mapping[str, tuple[Any, Any]], has_recipe: bool) -> str:
+    """What of a config is another than it was, and how the run goes on with it."""
+    said = ", ".join(
+        f"{key} was {configs.shown(old)} and is {configs.shown(new)} now"
+        for key, (old, new) in changes.items()
     )
+    overrides = " ".join(
+        f"{key}={shlex.quote(configs.shown(new)) if new != '' else ''}" for key, (_, new) in changes.items()
+    )
+    if has_recipe:
+        way = f"`stoker resume {run.id} {overrides}`, or choose another --name"
+    else:
+        way = "stoker.Run(..., accept_drift=True), or choose another name"
+    return f"run {run.id!r} exists with another config: {said}. Continue it with the change by {way}"
