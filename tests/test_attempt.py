@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import argparse
 import logging
 import math
 import subprocess
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import stoker
 import torch
-from stoker import BadInput, Run
+from stoker import BadInput, Run, Training
 from stoker.run import media, view
 
 
@@ -212,3 +213,31 @@ def test_a_refused_config_says_empty_values_and_what_to_do(
         open_run(config={"note": "", "limit": None}, recipe=recipe)
     with open_run(config={"note": "", "limit": None}, recipe=recipe, accept_drift=True) as run:
         run.log(a=1)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (argparse.Namespace(lr=1), r"config is a Namespace: .*vars\(arguments\)"),
+        (Training, "config is the class Training: "),
+        ({"lr": 0.1, "data": Path("x")}, "config: 'data' is .*Path.*, of a type that is not written down"),
+        ({1: 2}, "config: 1 is 2, .*texts as keys"),
+    ],
+)
+def test_a_config_that_cannot_be_written_down_is_named(
+    open_run: Callable[..., Run], tmp_path: Path, config: Any, said: str
+) -> None:
+    with pytest.raises(TypeError, match=said):
+        open_run(config=config)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("again", [lambda run: run.log(a=2.0), lambda run: run.tag(b="c")])
+def test_logging_to_a_run_that_has_ended_says_so(
+    open_run: Callable[..., Run], again: Callable[[Run], None]
+) -> None:
+    with open_run() as run:
+        run.log(a=1.0)
+    with pytest.raises(ValueError, match="this run has ended: log to it within its `with` block"):
+        again(run)
+    assert view.load(run.directory).points["a"] == {1: 1.0}

@@ -35,9 +35,10 @@ def record(
 ) -> dict[str, Any]:
     """What `run.json` says of a new run; of secrets, that there were some.
 
-    From now on those of the config are kept out of all that this process writes down.
+    From now on those of the config are kept out of all that this process writes down. Raises TypeError for a
+    config that cannot be written down itself.
     """
-    values = configs.record(config) if dataclasses.is_dataclass(config) else dict(config or {})
+    values = _values(config)
     redaction.keep_out(values)
     return {
         "uid": uuid.uuid4().hex,
@@ -52,6 +53,27 @@ def record(
         "seed": seed,
         "parents": list(parents),
     }
+
+
+def _values(config: Any) -> dict[str, Any]:
+    """A config as JSON values by key. Raises TypeError."""
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        return configs.record(config)
+    if config is not None and not isinstance(config, Mapping):
+        kind = f"the class {config.__name__}" if isinstance(config, type) else f"a {type(config).__name__}"
+        raise TypeError(
+            f"config is {kind}: give a dataclass or a dict of JSON values, such as vars(arguments)"
+        )
+    values = dict(config or {})
+    for key, value in values.items():
+        try:
+            orjson.dumps({key: value})
+        except TypeError as error:
+            raise TypeError(
+                f"config: {key!r} is {value!r}, of a type that is not written down ({error}): give texts as "
+                "keys, and as values numbers, texts, truth values, None, or lists and dicts of these"
+            ) from None
+    return values
 
 
 def script() -> Path | None:
