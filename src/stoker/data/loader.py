@@ -18,6 +18,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from multiprocessing.context import BaseContext
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
@@ -26,7 +27,7 @@ import torch
 from stoker import signals
 from stoker.data import order
 from stoker.data.order import fold
-from stoker.errors import BadInput
+from stoker.errors import BadInput, StokerError
 from stoker.world import World
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_worker_info
 
@@ -152,7 +153,7 @@ def evaluation_batches(
 
 
 def _batches(dataset: _SeededDataset, sampler: Iterable[list[Pair]], workers: int) -> Iterator[Any]:
-    return iter(
+    read = iter(
         DataLoader(
             dataset,
             batch_sampler=sampler,
@@ -164,6 +165,20 @@ def _batches(dataset: _SeededDataset, sampler: Iterable[list[Pair]], workers: in
             generator=torch.Generator(),  # else the iterator draws a seed from the global state
         )
     )
+    return map(_or_raise, read)
+
+
+@dataclass(frozen=True)
+class _Refused:
+    """What a worker could not read. DataLoader would make its sentence the end of a worker's traceback."""
+
+    error: StokerError
+
+
+def _or_raise(batch: Any) -> Any:
+    if isinstance(batch, _Refused):
+        raise batch.error
+    return batch
 
 
 def _check(dataset: MapDataset, batch_size: int, world: World) -> None:
@@ -260,6 +275,14 @@ class _SeededDataset(Dataset[Any]):
 
     def __getitems__(self, pairs: list[Pair]) -> Any:
         """The batch of these samples. DataLoader calls this in place of one `__getitem__` a sample."""
+        try:
+            return self._join(pairs)
+        except StokerError as error:
+            if get_worker_info() is None:
+                raise
+            return _Refused(error)
+
+    def _join(self, pairs: list[Pair]) -> Any:
         if not self._draws:
             return self._collate(self._read(pairs))
         with _random_state_kept():
