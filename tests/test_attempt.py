@@ -241,3 +241,12 @@ def test_logging_to_a_run_that_has_ended_says_so(
     with pytest.raises(ValueError, match="this run has ended: log to it within its `with` block"):
         again(run)
     assert view.load(run.directory).points["a"] == {1: 1.0}
+
+
+def test_a_notebook_ends_a_run_without_a_block(open_run: Callable[..., Run]) -> None:
+    run = open_run()
+    run.log(a=1.0)
+    run.end("finished")
+    run.close()
+    assert view.load(run.directory).status == view.FINISHED
+    open_run().close()  # its lock is free
