@@ -335,3 +335,14 @@ def test_a_file_that_is_no_python_is_shown_at_its_line(stoker, tmp_path: Path) -
     assert done.code == 1
     assert done.err.splitlines()[0].strip() == f'File "{tmp_path / "broken.py"}", line 1'
     assert done.err.splitlines()[-1] == "stoker: error: SyntaxError: invalid syntax (broken.py, line 1)"
+
+
+def test_an_error_in_a_worker_is_shown_once_and_ends_with_what_it_was(stoker, slow: Path) -> None:  # type: ignore[no-untyped-def]
+    broken = SLOW.replace(
+        "        x = torch", '        if i == 7: raise ValueError("bad sample")\n        x = torch'
+    )
+    slow.write_text(broken.replace("batch_size=8)", "batch_size=8, workers=1)"))
+    done = stoker("train", str(slow), "pause=0")
+    assert done.code == 1
+    assert done.err.count("Original Traceback") == 1
+    assert done.err.splitlines()[-1] == "stoker: error: ValueError: bad sample"

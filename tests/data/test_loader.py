@@ -220,3 +220,14 @@ def test_what_a_worker_cannot_read_is_said_as_by_the_process_that_trains(workers
     with pytest.raises(BadInput) as refused:
         next(batches)
     assert str(refused.value) == "sample 0 cannot be read"
+
+
+def test_what_cannot_be_handed_to_workers_is_told_where_to_stand() -> None:
+    class Local(Numbers):
+        pass
+
+    with pytest.raises(
+        BadInput, match=r"^workers=2: .*Local.* at the top level of a file, or give workers=0$"
+    ):
+        loader(Local(8), workers=2).batches(0)
+    assert next(loader(Local(8), workers=0, shuffle=False).batches(0)).tolist() == [0, 1, 2, 3]

@@ -102,6 +102,12 @@ def _keep_exit_code() -> None:
             signal.signal(number, signal.SIG_IGN)
 
 
+def _in_a_line(error: Exception) -> str:
+    """What a traceback ends with; that of a loader's worker stands in the message, as another one."""
+    lines = str(error).strip().splitlines() or [""]
+    return lines[-1] if "Original Traceback" in str(error) else f"{type(error).__name__}: {lines[0]}"
+
+
 def _failed(error: Exception) -> int:
     """Say an error: a line for what the user can act on, a traceback for all else."""
     message, code = str(error), EXIT_FAILED
@@ -113,6 +119,6 @@ def _failed(error: Exception) -> int:
         message = full
     else:
         sys.stderr.write(trace_of(error))
-        message = f"{type(error).__name__}: {error}"
+        message = _in_a_line(error)
     say_error(message, code)
     return code

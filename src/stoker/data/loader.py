@@ -13,9 +13,11 @@ from __future__ import annotations
 import functools
 import multiprocessing
 import os
+import pickle
 import random
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -153,18 +155,25 @@ def evaluation_batches(
 
 
 def _batches(dataset: _SeededDataset, sampler: Iterable[list[Pair]], workers: int) -> Iterator[Any]:
-    read = iter(
-        DataLoader(
-            dataset,
-            batch_sampler=sampler,
-            collate_fn=_as_is,
-            num_workers=workers,
-            multiprocessing_context=_worker_context() if workers else None,
-            worker_init_fn=_end_with_trainer,
-            pin_memory=torch.cuda.is_available(),  # so that copies to the GPU overlap with its work
-            generator=torch.Generator(),  # else the iterator draws a seed from the global state
-        )
+    loader = DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=_as_is,
+        num_workers=workers,
+        multiprocessing_context=_worker_context() if workers else None,
+        worker_init_fn=_end_with_trainer,
+        pin_memory=torch.cuda.is_available(),  # so that copies to the GPU overlap with its work
+        generator=torch.Generator(),  # else the iterator draws a seed from the global state
     )
+    try:
+        with warnings.catch_warnings():  # torch's advice is another start method, which may deadlock here
+            warnings.filterwarnings("ignore", "Got pickle error")
+            read = iter(loader)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:  # whichever it is differs by Python
+        raise BadInput(
+            f"workers={workers}: what reads samples cannot be handed to other processes ({error}): have the "
+            "dataset and collate be of classes and functions at the top level of a file, or give workers=0"
+        ) from error
     return map(_or_raise, read)
 
 
