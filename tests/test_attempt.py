@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import argparse
 import contextlib
 import logging
 import math
@@ -13,8 +14,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import stoker
 import torch
-from stoker import BadInput, Run
+from stoker import BadInput, Run, Training
 from stoker.run import media, view
 from stoker.run.directory import RunDirectory
 
@@ -34,6 +36,20 @@ def test_numbers_tensors_and_nested_values_are_logged(open_run: Callable[..., Ru
         "val/loss": [(2, 0.1)], "val/deep/er": [(2, 2)], "g": [(2, 3)],
     }  # fmt: skip
     assert math.isnan(points["f"][1])
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_loss_is_logged_with_its_graph_and_without_a_warning(open_run: Callable[..., Run]) -> None:
+    weight = torch.ones((), requires_grad=True)
+    with open_run() as run:
+        run.log(loss=weight * 2)
+    assert view.load(run.directory).points["loss"] == {1: 2.0}
+
+
+def test_the_names_of_the_package_and_of_a_run_are_seen_at_a_prompt(open_run: Callable[..., Run]) -> None:
+    with open_run() as run:
+        assert repr(run) == "Run('test', 'a')"
+    assert set(stoker.__all__) <= set(dir(stoker))
 
 
 def test_a_tensor_is_logged_as_it_was_when_it_was_logged(open_run: Callable[..., Run]) -> None:
@@ -253,3 +269,58 @@ def test_a_process_made_by_fork_that_leaves_the_block_ends_nothing(tmp_path: Pat
     subprocess.run([sys.executable, "-c", FORKS, str(tmp_path)], check=True)
     run = view.load(RunDirectory(tmp_path / "test" / "a"))
     assert (run.status, run.points["loss"]) == (view.KILLED, {1: 1.0, 2: 2.0})
+
+
+@pytest.mark.parametrize(
+    ("recipe", "way"),
+    [
+        ({"name": "r", "reference": "r.py:train"}, "`stoker resume a note= limit=none`, or"),
+        (None, r"stoker.Run\(..., accept_drift=True\), or"),
+    ],
+)
+def test_a_refused_config_says_empty_values_and_what_to_do(
+    open_run: Callable[..., Run], recipe: dict[str, str] | None, way: str
+) -> None:
+    with open_run(config={"note": "first", "limit": 3}, recipe=recipe) as run:
+        run.log(a=1)
+    with pytest.raises(BadInput, match=f"note was first and is '' now, limit was 3 and is none now.*{way}"):
+        open_run(config={"note": "", "limit": None}, recipe=recipe)
+    with open_run(config={"note": "", "limit": None}, recipe=recipe, accept_drift=True) as run:
+        run.log(a=1)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (argparse.Namespace(lr=1), r"config is a Namespace: .*vars\(arguments\)"),
+        (Training, "config is the class Training: "),
+        ({"lr": 0.1, "data": Path("x")}, "config: 'data' is .*Path.*, of a type that is not written down"),
+        ({1: 2}, "config: 1 is 2, .*texts as keys"),
+    ],
+)
+def test_a_config_that_cannot_be_written_down_is_named(
+    open_run: Callable[..., Run], tmp_path: Path, config: Any, said: str
+) -> None:
+    with pytest.raises(TypeError, match=said):
+        open_run(config=config)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("again", [lambda run: run.log(a=2.0), lambda run: run.tag(b="c")])
+def test_logging_to_a_run_that_has_ended_says_so(
+    open_run: Callable[..., Run], again: Callable[[Run], None]
+) -> None:
+    with open_run() as run:
+        run.log(a=1.0)
+    with pytest.raises(ValueError, match="this run has ended: log to it within its `with` block"):
+        again(run)
+    assert view.load(run.directory).points["a"] == {1: 1.0}
+
+
+def test_a_notebook_ends_a_run_without_a_block(open_run: Callable[..., Run]) -> None:
+    run = open_run()
+    run.log(a=1.0)
+    run.end("finished")
+    run.close()
+    assert view.load(run.directory).status == view.FINISHED
+    open_run().close()  # its lock is free

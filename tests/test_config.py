@@ -1,8 +1,9 @@
 from __future__ import annotations
 
+import enum
 import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -187,3 +188,57 @@ def test_changed_keys_are_drift() -> None:
     after = configs.changed(found, ["lr=1e-4", "lora.rank=2"])
     assert after.config == Config(lr=1e-4, lora=Lora(rank=2))
     assert configs.drift(found.values, after.values) == {"lr": (3e-4, 1e-4), "lora.rank": (0, 2)}
+
+
+class Kind(enum.Enum):
+    SMALL = "small"
+    BIG = "big"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Own:
+    kind: Kind = Kind.SMALL
+    hidden: list[int] = field(default_factory=lambda: [32, 16])
+    weights: dict[str, float] = field(default_factory=dict)
+    steps: list[int] | None = None
+
+
+def test_a_mapping_is_a_value_where_a_key_takes_one(write_file: Callable[[str, Sequence[str]], Path]) -> None:
+    by_file = configs.resolve(Own, [], write_file("c.yaml", ["weights: {a: 1}"]))
+    by_command = configs.resolve(Own, ["weights={a: 1}"])
+    assert by_file.config.weights == by_command.config.weights == {"a": 1.0}
+    assert configs.restore(Own, by_file.values, by_file.sources).config == by_file.config
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        (
+            "hidden=[1, a]",
+            "item 2: input should be a valid integer.*hidden is a list, each a whole number, for",
+        ),
+        ("steps=[1.5]", "item 1: input should be a valid integer"),
+        ("weights={a: b}", "'a': input should be a valid number.*weights is a mapping, each value a number"),
+        (
+            "weights.a=1",
+            r"weights is one key, a mapping, each value a number: write weights='\{a: \.\.\.\}'$",
+        ),
+        ("kind=huge", "input should be 'small' or 'big'; kind is one of small, big, for example kind=small"),
+    ],
+)
+def test_what_is_wrong_within_a_value_is_said_with_its_place(override: str, said: str) -> None:
+    with pytest.raises(BadInput, match=said):
+        configs.resolve(Own, [override])
+
+
+def test_a_path_may_look_like_a_list() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Reads:
+        file: Path = Path()
+
+    assert configs.resolve(Reads, ["file=[a].txt"]).config.file == Path("[a].txt")
+
+
+def test_a_key_of_a_recipe_without_a_config_says_how_it_gets_one() -> None:
+    with pytest.raises(BadInput, match="it takes none, as train has no second parameter"):
+        configs.resolve(make_dataclass("NoConfig", [], frozen=True), ["lr=1"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import logging
 import math
 import shutil
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from stoker import Run, StokerError, Trainer, Training
+from stoker import BadInput, Run, StokerError, Trainer, Training
 from stoker.checkpoint import manifest
 from stoker.duration import Duration
 from stoker.engine import schedule
@@ -545,3 +546,57 @@ def test_a_config_that_the_checkpoint_does_not_fit_changes_nothing_of_the_run(tm
     with pytest.raises(StokerError, match="of another shape"):
         attempt(16, accept=True)
     assert view.load(attempt(8).directory).config == {"width": 8}
+
+
+@pytest.mark.parametrize(
+    ("loss", "said"),
+    [
+        (lambda out, batch: cross_entropy(out, batch[1]), r"a Tensor of the shape \(\): .*two values"),
+        (
+            lambda out, batch: (cross_entropy(out, batch[1], reduction="none"), len(out)),
+            r"\(10,\) and a int: ",
+        ),
+        (lambda out, batch: None, "loss returned a NoneType: "),
+    ],
+)
+def test_a_loss_that_returns_something_else_is_told_what_to_return(
+    open_run: Callable[..., Run], loss: Any, said: str
+) -> None:
+    with open_run() as run:
+        trainer = _trainer(run, _model(), loss=loss)
+        batch = next(trainer.steps(trainer.loader(_dataset(), batch_size=10), max_steps=1))
+        with pytest.raises(TypeError, match=said):
+            trainer.step(batch)
+        run.end(view.FAILED)
+
+
+def test_a_config_that_is_no_training_is_told_to_inherit_from_it(open_run: Callable[..., Run]) -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Config:
+        lr: float = 0.1
+
+    with open_run() as run, pytest.raises(TypeError, match="let Config inherit from it"):
+        Trainer(run, _model(), optimizer=torch.optim.SGD, loss=_loss, training=Config())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("length", [{"epochs": 0}, {"epochs": -1}, {"epochs": math.nan}, {"max_steps": 0}])
+def test_no_length_of_training_is_refused(open_run: Callable[..., Run], length: dict[str, Any]) -> None:
+    with open_run() as run:
+        trainer = _trainer(run, _model())
+        with pytest.raises(BadInput, match="must be more than 0"):
+            next(trainer.steps(trainer.loader(_dataset(), batch_size=10), **length))
+
+
+@pytest.mark.parametrize(("samples", "share", "warns"), [(50, 1.0, False), (40, 1.0, True), (50, 0.5, False)])
+def test_going_on_with_another_number_of_samples_is_said(
+    open_run: Callable[..., Run], caplog: pytest.LogCaptureFixture, samples: int, share: float, warns: bool
+) -> None:
+    caplog.set_level(logging.WARNING, "stoker")
+    logging.getLogger("stoker").propagate = True
+    for size, part, steps in [(50, 1.0, 2), (samples, share, 4)]:
+        with open_run(config=Training(data_share=part), accept_drift=True) as run:
+            trainer = _trainer(run, _model(), data_share=part)
+            for batch in trainer.steps(trainer.loader(_dataset(size), batch_size=10), max_steps=steps):
+                trainer.step(batch)
+    said = "an epoch was 50 samples and is 40 now: the order of samples is another from step 2 on"
+    assert (said in caplog.messages) == warns

@@ -164,6 +164,9 @@ class Run:
             self._make_again(asked)
         log.debug("attempt %d of %s, process %d", self.attempt, self.directory.path, os.getpid())
 
+    def __repr__(self) -> str:
+        return f"Run({self.directory.experiment!r}, {self.directory.id!r})"
+
     def _lead(self, record: dict[str, Any], code: Path, accept_drift: bool, known: Path | None) -> None:
         """Open or continue the directory and begin an attempt."""
         mark = uuid.uuid4().hex
@@ -223,11 +226,13 @@ class Run:
             shared = before.config.keys() & record["config"].keys()  # a key may be new in the code since
             refused = {k: v for k, v in configs.drift(before.config, record["config"]).items() if k in shared}
             if refused and not accept_drift:
-                raise BadInput(opening.explain_drift(self.directory, refused))
+                raise BadInput(opening.explain_drift(self.directory, refused, bool(record["recipe"])))
             changes = configs.drift(before.record["config"], record["config"])
             self.step = before.step
             self.goals.update(before.goals)
             self.layout = before.attempts[-1].layout if before.attempts else {}
+            if before.config.get("data_share") == record["config"].get("data_share"):
+                self.samples_per_epoch = before.samples_per_epoch
             self._before = before.points
         else:
             self.directory.prepare()
@@ -535,6 +540,8 @@ class Run:
 
     # -- what the loop and the commands call ----------------------------------------------
 
+    samples_per_epoch: int | None = None
+    """Samples of an epoch in the attempt before this one, where it was to have the same share of them."""
     plan: Mapping[str, Any] = types.MappingProxyType({})
     """What a Trainer says of the steps that it is going to make: `total_steps`, `samples_per_step`, ..."""
     profile: tuple[int, int] | None = None

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import enum
 import functools
 import json
 import shlex
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -71,7 +72,7 @@ def resolve(cls: type[C], overrides: Iterable[str] = (), file: Path | None = Non
     leaves = _leaves(cls)
     given: dict[str, tuple[Any, str]] = {}
     if file is not None:
-        for key, value in flatten(read_yaml(file), str(file)).items():
+        for key, value in flatten(read_yaml(file), str(file), leaves).items():
             given[key] = (value, str(file))
     for override in overrides:
         key, value = split(override)
@@ -141,6 +142,13 @@ def record(config: Any) -> dict[str, Any]:
     return {key: _dump(leaf, _get(config, key)) for key, leaf in _leaves(type(config)).items()}
 
 
+def shown(value: Any) -> str:
+    """A recorded value as a sentence has it."""
+    if value is None or isinstance(value, bool):
+        return {None: "none", True: "true", False: "false"}[value]
+    return "''" if value == "" else str(value)
+
+
 def drift(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """What differs between two records: key -> (old, new)."""
     return {key: (old.get(key), new.get(key)) for key in {**old, **new} if old.get(key) != new.get(key)}
@@ -207,12 +215,19 @@ def _said_of(error: yaml.YAMLError) -> str:
     return f'{found}; a text with ?, :, # or brackets in it needs quotes, as in "who?"; indent by spaces'
 
 
-def flatten(tree: Mapping[Any, Any], source: str, prefix: str = "") -> dict[str, Any]:
-    """A mapping of nested or dotted keys by dotted key. Raises BadInput for a key given in both ways."""
+def flatten(
+    tree: Mapping[Any, Any], source: str, keys: Container[str] = (), prefix: str = ""
+) -> dict[str, Any]:
+    """A mapping of nested or dotted keys by dotted key. Raises BadInput for a key given in both ways.
+
+    Args:
+        keys: those of the config, where it is known: a mapping that is the value of one stays whole.
+    """
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         name = f"{prefix}{key}"
-        inner = flatten(value, source, f"{name}.") if isinstance(value, Mapping) else {name: value}
+        is_group = isinstance(value, Mapping) and name not in keys
+        inner = flatten(value, source, keys, f"{name}.") if is_group else {name: value}
         for twice in flat.keys() & inner.keys():
             raise BadInput(f"{twice} is given twice ({source}): leave out one of the two")
         flat.update(inner)
@@ -265,21 +280,38 @@ def _checked(key: str, leaf: _Leaf, value: Any, source: str) -> Any:
     ):
         return None
     try:
-        return adapter.validate_python(value)
+        return adapter.validate_python(_read(value, leaf))
     except ValidationError as error:
-        with contextlib.suppress(yaml.YAMLError, ValidationError):
-            if isinstance(value, str) and value[:1] in ("[", "{"):
-                return adapter.validate_python(yaml.safe_load(value))
+        with contextlib.suppress(ValidationError):
+            if _is_bracketed(value):  # as a path may be
+                return adapter.validate_python(value)
             if isinstance(value, str) and typing.get_origin(leaf.type) is tuple:  # a list of one
                 return adapter.validate_python([value])
         raise BadInput(_explain(key, leaf, value, source, error)) from None
 
 
+def _read(value: Any, leaf: _Leaf) -> Any:
+    """A list or mapping that was written as YAML, for a key that does not take it as a text."""
+    if not _is_bracketed(value) or _kinds(leaf.type) & {str, Any}:
+        return value
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError:
+        return value
+
+
+def _is_bracketed(value: Any) -> bool:
+    return isinstance(value, str) and value[:1] in ("[", "{")
+
+
 def _explain(key: str, leaf: _Leaf, value: Any, source: str, error: ValidationError) -> str:
     if typing.get_origin(leaf.type) is tuple and _kinds_of_items(leaf) == {str}:
         return f"{key}={value} ({source}): {_unquoted(key, value, source)}"
-    reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+    first = error.errors()[0]
+    reason = first["msg"].removeprefix("Value error, ")
     reason = reason[0].lower() + reason[1:]
+    if len(_kinds(leaf.type) - {types.NoneType}) == 1:  # else they may name the kind that was tried
+        reason = "".join(f"{_item(place)}: " for place in first["loc"]) + reason
     if isinstance(value, str) and typing.get_origin(leaf.type) is typing.Literal:
         reason += nearest(value, [str(a) for a in typing.get_args(leaf.type)])
     has_example = leaf.default not in (dataclasses.MISSING, None, ())
@@ -287,6 +319,10 @@ def _explain(key: str, leaf: _Leaf, value: Any, source: str, error: ValidationEr
     written = json.dumps(default) if isinstance(default, bool) else default
     example = f", for example {key}={written}" if has_example else ""
     return f"{key}={value} ({source}): {reason}; {key} is {_type_name(leaf.type)}{example}"
+
+
+def _item(place: int | str) -> str:
+    return f"item {place + 1}" if isinstance(place, int) else repr(place)
 
 
 def _kinds_of_items(leaf: _Leaf) -> frozenset[Any]:
@@ -313,6 +349,15 @@ def _known(key: str, leaves: Mapping[str, _Leaf], source: str) -> None:
     inner = [name for name in leaves if name.startswith(f"{key}.")]
     if inner:
         raise BadInput(f"{key} ({source}) is a group of keys: give one of {', '.join(inner)}")
+    for name, leaf in leaves.items():
+        if key.startswith(f"{name}.") and dict in _kinds(leaf.type):
+            written = f"{name}='{{{key.removeprefix(f'{name}.')}: ...}}'"
+            raise BadInput(f"{key} ({source}): {name} is one key, {_type_name(leaf.type)}: write {written}")
+    if not leaves:
+        raise BadInput(
+            f"unknown key {key!r} ({source}); it takes none, as train has no second parameter, config, "
+            "annotated with a config dataclass"
+        )
     hint = nearest(key, leaves)
     raise BadInput(f"unknown key {key!r} ({source}){hint or '; the keys are ' + ', '.join(leaves)}")
 
@@ -354,9 +399,13 @@ def _type_name(kind: Any) -> str:
         kind = typing.get_args(kind)[0]
     if typing.get_origin(kind) is typing.Literal:
         return "one of " + ", ".join(map(str, typing.get_args(kind)))
+    if isinstance(kind, type) and issubclass(kind, enum.Enum):
+        return "one of " + ", ".join(str(member.value) for member in kind)
     arguments = typing.get_args(kind)
-    if typing.get_origin(kind) is tuple:
+    if typing.get_origin(kind) in (tuple, list, set, frozenset):
         return f"a list, each {_type_name(arguments[0])}"
+    if typing.get_origin(kind) is dict:
+        return f"a mapping, each value {_type_name(arguments[1])}"
     if type(None) in arguments:
         return " or ".join(_type_name(k) for k in arguments if k is not type(None)) + " or none"
     names = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text",

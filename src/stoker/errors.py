@@ -7,7 +7,11 @@ An error says what arrived, what is allowed and what to change. Our own bugs are
 from __future__ import annotations
 
 import difflib
+import sysconfig
+import traceback
 from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
@@ -64,3 +68,27 @@ def nearest(name: str, allowed: Iterable[str]) -> str:
     """Return `; did you mean 'x'?` for the nearest allowed name, or an empty string."""
     matches = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.5)
     return f"; did you mean {matches[0]!r}?" if matches else ""
+
+
+def trace_of(error: BaseException) -> str:
+    """The traceback of an error, from the first line of the user's own code on.
+
+    What led there, a command's way to a recipe, says nothing to whoever wrote the recipe. Where no code of
+    the user's is part of it, the error is one of ours, and all of it is shown.
+    """
+    shown = error.__traceback__
+    while shown is not None and not _is_users(shown):
+        shown = shown.tb_next
+    if shown is None and isinstance(error, SyntaxError):  # of the file itself, which has no frame yet
+        return "".join(traceback.format_exception_only(error))
+    return "".join(traceback.format_exception(type(error), error, shown or error.__traceback__))
+
+
+def _is_users(frame: TracebackType) -> bool:
+    """Whether it is neither of this package nor of what is installed, Python itself included."""
+    file = frame.tb_frame.f_code.co_filename
+    if file.startswith("<frozen"):
+        return False
+    paths = sysconfig.get_paths()
+    installed = [Path(__file__).parent, *(Path(paths[name]) for name in ("stdlib", "purelib", "platlib"))]
+    return not any(Path(file).is_relative_to(folder) for folder in installed)

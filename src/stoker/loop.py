@@ -57,7 +57,7 @@ from stoker.engine.profiling import Profiler
 from stoker.engine.schedule import Schedule
 from stoker.engine.step import LossFunction, OptimizerFactory, Setting, only_loop_of_its_own
 from stoker.engine.timing import Timed, Timing
-from stoker.errors import OutOfMemory, StokerError, Stopped
+from stoker.errors import BadInput, OutOfMemory, StokerError, Stopped
 from stoker.progress import ProgressDisplay, Rate, Reading, short
 from stoker.run import journal, view
 from stoker.run.series import guess_goal
@@ -91,6 +91,7 @@ class Trainer:
             no rank ever holds what is not its own.
 
     Raises:
+        TypeError: `training` is no `stoker.Training`.
         BadInput: the model cannot be trained so, or the ranks do not fit.
         StokerError: the newest valid checkpoint is of another model.
     """
@@ -110,7 +111,7 @@ class Trainer:
     ) -> None:
         self.run = run
         self.world = run.world
-        self.training = options.with_deepspeed_file(training)
+        self.training = options.with_deepspeed_file(_known(training))
         options.check(self.training, ranks=self.world.size, gpus=torch.cuda.device_count())
         if self.training.deterministic:
             determinism.require()
@@ -236,11 +237,15 @@ class Trainer:
         Checkpoints are taken between steps, and after the last one. Told to stop (SIGTERM,
         Ctrl-C), it takes one and raises Stopped, which ends the script. The epochs are of
         one endless order, so a batch may span two and every step has a full batch.
+
+        Raises:
+            ValueError: both are given, or neither.
+            BadInput: what is given is no length of a training.
         """
         if (epochs is None) == (max_steps is None):
             raise ValueError("give steps() either epochs or max_steps")
         self._loader = loader
-        duration = Duration.parse(max_steps) if epochs is None else Duration(float(epochs), "epoch")
+        duration = _length(epochs, max_steps)
         self._total = counting.steps_in(duration, loader)
         tokens = loader.tokens_per_sample
         self.run.event(
@@ -248,11 +253,21 @@ class Trainer:
             tokens_per_step=tokens and tokens * loader.batch_size,
             samples_per_epoch=loader.samples_per_epoch, data_share=self.training.data_share,
         )  # fmt: skip
+        self._warn_of_other_samples(loader)
         with self.run.stop.deferred(), self._progress():
             yield from self._remaining(loader)
             requests = self._agreement.requests()
         if requests.stop:  # in the last step's last moment; what follows the loop is left to the next start
             raise Stopped(requests.stop)
+
+    def _warn_of_other_samples(self, loader: Loader) -> None:
+        """A run that goes on with more or fewer samples than it had goes on at none of the places it knew."""
+        before, now = self.run.samples_per_epoch, loader.samples_per_epoch
+        if self.steps_done and before not in (None, now) and self.world.rank == 0:
+            log.warning(
+                "an epoch was %s and is %s now: the order of samples is another from step %d on",
+                f"{before:,} samples", f"{now:,}", self.steps_done,
+            )  # fmt: skip
 
     def _progress(self) -> contextlib.AbstractContextManager[Any]:
         if self.world.rank > 0 or self.run.measure is not None:
@@ -829,3 +844,26 @@ def computed_in(run: Run, training: Training) -> precision.Resolved:
     asked = run.layout.get("precision", "auto") if training.precision == "auto" else training.precision
     found = precision.resolve(asked, device.pick(run.world), storage.cache_folder())
     return cast("precision.Resolved", distributed.from_rank_zero(found))
+
+
+def _known(training: object) -> Training:
+    """Raises TypeError for another config."""
+    if not isinstance(training, Training):
+        name = type(training).__name__
+        raise TypeError(
+            f"training= is of the type {name}, which says nothing of devices, precision and checkpoints: "
+            f"give it a stoker.Training, or let {name} inherit from it"
+        )
+    return training
+
+
+def _length(epochs: float | None, max_steps: Duration | str | int | None) -> Duration:
+    """How long to train, of which one is given. Raises BadInput."""
+    if epochs is not None and not epochs > 0:
+        raise BadInput(f"epochs={epochs}: it must be more than 0")
+    if epochs is not None:
+        return Duration(float(epochs), "epoch")
+    try:
+        return Duration.parse(max_steps)
+    except ValueError as error:
+        raise BadInput(f"max_steps: {error}") from error

@@ -232,7 +232,8 @@ def test_of_several_metrics_it_finds_the_front(stoker: Command, tmp_path: Path) 
     assert "pruned" in {t["state"] for t in early.answer["trials"]}
     report = Path(stoker("report", "searched-sweep", "--json").answer["report"]).read_text(encoding="utf-8")
     assert "Pareto front" in report
-    assert "the smallest val_loss and the smallest cost" in report
+    assert "the smallest val_loss and the smallest cost of searched.py:train, by " in report
+    assert "none, seed" not in report
     refused = stoker(*given, "--name", "cmaes", "--sampler", "cmaes")
     assert refused.code == 2
     assert "searches for one metric" in refused.err

@@ -310,3 +310,39 @@ def test_bad_input_ends_with_2_and_leaves_no_run(  # type: ignore[no-untyped-def
     assert said in done.err
     assert "Traceback" not in done.err
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("ranks", [(), ("--nproc", "2")])
+def test_a_traceback_begins_with_the_users_own_code(stoker, slow: Path, ranks: tuple[str, ...]) -> None:  # type: ignore[no-untyped-def]
+    done = stoker("train", str(slow), "fail_at=3", "pause=0", "--name", "a", *ranks)
+    assert done.code == 1
+    first = done.err.partition("Traceback (most recent call last):\n")[2].splitlines()[0]
+    assert first.strip().startswith(f'File "{slow}", line ')
+    assert "RuntimeError: as asked" in done.err
+
+
+def test_an_import_that_fails_is_shown_at_its_line(stoker, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    (tmp_path / "broken.py").write_text("import stoker\nimport nowhere_to_be_found\n")
+    done = stoker("train", "broken.py")
+    assert done.code == 1
+    assert done.err.splitlines()[1].strip() == f'File "{tmp_path / "broken.py"}", line 2, in <module>'
+    assert len(done.err.splitlines()) == 5
+
+
+def test_a_file_that_is_no_python_is_shown_at_its_line(stoker, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    (tmp_path / "broken.py").write_text("deff train(): pass\n")
+    done = stoker("train", "broken.py")
+    assert done.code == 1
+    assert done.err.splitlines()[0].strip() == f'File "{tmp_path / "broken.py"}", line 1'
+    assert done.err.splitlines()[-1] == "stoker: error: SyntaxError: invalid syntax (broken.py, line 1)"
+
+
+def test_an_error_in_a_worker_is_shown_once_and_ends_with_what_it_was(stoker, slow: Path) -> None:  # type: ignore[no-untyped-def]
+    broken = SLOW.replace(
+        "        x = torch", '        if i == 7: raise ValueError("bad sample")\n        x = torch'
+    )
+    slow.write_text(broken.replace("batch_size=8)", "batch_size=8, workers=1)"))
+    done = stoker("train", str(slow), "pause=0")
+    assert done.code == 1
+    assert done.err.count("Original Traceback") == 1
+    assert done.err.splitlines()[-1] == "stoker: error: ValueError: bad sample"

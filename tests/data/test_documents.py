@@ -42,8 +42,10 @@ def test_no_split_is_empty(count: int, validation: float, test: float) -> None:
 
 
 def test_too_few_documents_are_refused() -> None:
-    with pytest.raises(BadInput, match="2 different documents"):
+    with pytest.raises(BadInput, match="there are 2 different documents among 4: "):
         split([*numbered(2), *numbered(2)])
+    with pytest.raises(BadInput, match="there is 1 different document: "):
+        split(numbered(1))
 
 
 def test_fractions_that_leave_nothing_to_train_on_are_refused() -> None:

@@ -201,7 +201,7 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
         images.read(str(loose))
     broken = _folder(tmp_path / "broken")
     (broken / "cat" / "00.png").write_bytes(b"no image")
-    with pytest.raises(BadInput, match=r"00.png is no image that can be read"):
+    with pytest.raises(BadInput, match=r"00.png is no image that can be read: its 8 bytes are of no format"):
         images.picture(images.read(str(broken)), 0)
     pq.write_table(pa.table({"picture": [b""]}), tmp_path / "x.parquet")
     with pytest.raises(BadInput, match="has no column image and label; it has picture"):

@@ -207,3 +207,27 @@ def test_an_augmentation_does_not_depend_on_the_share() -> None:
     all_of_them = take(loader(Augmented(20), batch_size=10).batches(0), 2)
     drawn = dict(zip(*map(tuple, flat(all_of_them)), strict=True))
     assert all(drawn[index] == row for index, row in zip(*flat(few), strict=True))
+
+
+class Unreadable(Numbers):
+    def __getitem__(self, index: int) -> int:
+        raise BadInput(f"sample {index} cannot be read")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_a_worker_cannot_read_is_said_as_by_the_process_that_trains(workers: int) -> None:
+    batches = loader(Unreadable(8), shuffle=False, workers=workers).batches(0)
+    with pytest.raises(BadInput) as refused:
+        next(batches)
+    assert str(refused.value) == "sample 0 cannot be read"
+
+
+def test_what_cannot_be_handed_to_workers_is_told_where_to_stand() -> None:
+    class Local(Numbers):
+        pass
+
+    with pytest.raises(
+        BadInput, match=r"^workers=2: .*Local.* at the top level of a file, or give workers=0$"
+    ):
+        loader(Local(8), workers=2).batches(0)
+    assert next(loader(Local(8), workers=0, shuffle=False).batches(0)).tolist() == [0, 1, 2, 3]

@@ -6,7 +6,6 @@ import os
 import signal
 import sys
 import threading
-import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -32,7 +31,9 @@ from stoker.cli import (
     ui,
 )
 from stoker.cli.output import say_error
-from stoker.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, StokerError
+from stoker.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, StokerError, trace_of
+
+_HELP = {"help_option_names": ["-h", "--help"]}
 
 app = typer.Typer(
     name="stoker",
@@ -41,7 +42,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings=_HELP,
 )
 app.command("train")(train.train)
 app.command("resume")(resume.resume)
@@ -69,7 +70,10 @@ def run() -> None:
 
 def main(train_function: Callable[..., None]) -> None:
     """Make a script with a `train(run, config)` function a command: `python my_train.py lr=3e-4 --name a`."""
-    script = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    script = typer.Typer(
+        add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+        context_settings=_HELP,
+    )  # fmt: skip
     script.command()(train.script_command(train_function))
     sys.exit(_exit_code(script))
 
@@ -98,17 +102,23 @@ def _keep_exit_code() -> None:
             signal.signal(number, signal.SIG_IGN)
 
 
+def _in_a_line(error: Exception) -> str:
+    """What a traceback ends with; that of a loader's worker stands in the message, as another one."""
+    lines = str(error).strip().splitlines() or [""]
+    return lines[-1] if "Original Traceback" in str(error) else f"{type(error).__name__}: {lines[0]}"
+
+
 def _failed(error: Exception) -> int:
-    """Say an error: a line for what the user can act on, the whole traceback for all else."""
+    """Say an error: a line for what the user can act on, a traceback for all else."""
     message, code = str(error), EXIT_FAILED
     if isinstance(error, StokerError):
         code = error.exit_code
     elif isinstance(error, typer.TyperException):  # a flag or an argument that the command does not have
-        message, code = error.format_message(), EXIT_BAD_INPUT
+        message, code = error.format_message().replace(": Value error, ", ": "), EXIT_BAD_INPUT
     elif full := storage.said_of_full_disk(error):
         message = full
     else:
-        traceback.print_exception(error)
-        message = f"{type(error).__name__}: {error}"
+        sys.stderr.write(trace_of(error))
+        message = _in_a_line(error)
     say_error(message, code)
     return code

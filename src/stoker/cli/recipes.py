@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import enum
 import inspect
 import shutil
 import typing
@@ -115,7 +116,7 @@ def copy(
 def _short(default: Any) -> str:
     if isinstance(default, bool):
         return str(default).lower()
-    return "" if default is None else str(default)
+    return "" if default is None else str(default.value if isinstance(default, enum.Enum) else default)
 
 
 def _own_first(config: type, keys: Mapping[str, Any]) -> dict[str, Any]:

@@ -64,7 +64,7 @@ def resume(
     resolved = configs.restore(recipe.config, seen.config, seen.record["sources"], overrides or ())
     if overrides:
         for key, (old, new) in configs.drift(seen.config, redaction.tree(resolved.values)).items():
-            log.warning("drift: %s was %s and is %s from now on", key, old, new)
+            log.warning("drift: %s was %s and is %s from now on", key, configs.shown(old), configs.shown(new))
     ranks = nproc or max(1, _ranks(seen) // nodes.most)
     launch = Launch(ranks, nodes, rendezvous, max_restarts, max_time, profile, where, command)
     return start(

@@ -504,14 +504,16 @@ def _answer(seen: RunView, json: bool, status: str) -> int:
         return 0
     out = console()
     out.print(f"\n{directory_.experiment}/{directory_.id} {status} at step {seen.step}")
-    for metric, value in seen.newest().items():
-        out.print(f"  {metric:24} {value:.6g}")
-    out.print(f"  {'run':24} {_shortest(directory_.path)}")
+    said = {metric: f"{value:.6g}" for metric, value in seen.newest().items()}
+    said["run"] = _shortest(directory_.path)
     if copy is not None:
-        out.print(f"  {'in the store':24} {copy.where}")
+        said["in the store"] = copy.where
     if report.is_file():
-        out.print(f"  {'report':24} {_shortest(report)}")
-    if status == view.FINISHED:
+        said["report"] = _shortest(report)
+    wide = min(48, max(24, *map(len, said)))
+    for name, value in said.items():
+        out.print(f"  {name:{wide}} {value}")
+    if seen.status == view.FINISHED:
         out.print(f"next: stoker runs show {directory_.id}   stoker runs export {directory_.id}   stoker ui")
     else:
         out.print(f"next: stoker resume {directory_.id}   stoker runs show {directory_.id}")

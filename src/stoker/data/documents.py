@@ -81,9 +81,10 @@ def split(documents: Sequence[Document], validation: float = 0.05, test: float =
         )
     places = sorted({document.key for document in documents}, key=place)
     if len(places) < 3:
+        found = "is 1 different document" if len(places) == 1 else f"are {len(places)} different documents"
+        among = f" among {len(documents):,}" if len(documents) > len(places) else ""
         raise BadInput(
-            f"there {'is 1 document' if len(places) == 1 else f'are {len(places)} different documents'}: "
-            "train, validation and test need at least one each, so give 3 or more"
+            f"there {found}{among}: train, validation and test need at least one each, so give 3 or more"
         )
     tests = _count(places, 0.0, test, most=len(places) - 2)
     validations = _count(places, test, test + validation, most=len(places) - tests - 1)

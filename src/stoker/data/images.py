@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from stoker import storage
 from stoker.data import parquet
 from stoker.data.labelled import SPLITS, split_of
@@ -83,6 +83,11 @@ def picture(source: Source, index: int) -> Image.Image:
     try:
         upright = ImageOps.exif_transpose(Image.open(io.BytesIO(found)))  # as cameras say it is held
         return upright.convert("RGB")
+    except UnidentifiedImageError as error:  # it says where in memory the bytes stood
+        raise BadInput(
+            f"{source.place(index)} is no image that can be read: its {len(found):,} bytes are of no format "
+            "that Pillow knows; mend or remove it"
+        ) from error
     except (OSError, ValueError) as error:
         raise BadInput(f"{source.place(index)} is no image that can be read: {error}") from error
 

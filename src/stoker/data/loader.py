@@ -13,11 +13,14 @@ from __future__ import annotations
 import functools
 import multiprocessing
 import os
+import pickle
 import random
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from multiprocessing.context import BaseContext
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
@@ -26,7 +29,7 @@ import torch
 from stoker import signals
 from stoker.data import order
 from stoker.data.order import fold
-from stoker.errors import BadInput
+from stoker.errors import BadInput, StokerError
 from stoker.world import World
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_worker_info
 
@@ -152,18 +155,39 @@ def evaluation_batches(
 
 
 def _batches(dataset: _SeededDataset, sampler: Iterable[list[Pair]], workers: int) -> Iterator[Any]:
-    return iter(
-        DataLoader(
-            dataset,
-            batch_sampler=sampler,
-            collate_fn=_as_is,
-            num_workers=workers,
-            multiprocessing_context=_worker_context() if workers else None,
-            worker_init_fn=_end_with_trainer,
-            pin_memory=torch.cuda.is_available(),  # so that copies to the GPU overlap with its work
-            generator=torch.Generator(),  # else the iterator draws a seed from the global state
-        )
+    loader = DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=_as_is,
+        num_workers=workers,
+        multiprocessing_context=_worker_context() if workers else None,
+        worker_init_fn=_end_with_trainer,
+        pin_memory=torch.cuda.is_available(),  # so that copies to the GPU overlap with its work
+        generator=torch.Generator(),  # else the iterator draws a seed from the global state
     )
+    try:
+        with warnings.catch_warnings():  # torch's advice is another start method, which may deadlock here
+            warnings.filterwarnings("ignore", "Got pickle error")
+            read = iter(loader)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:  # whichever it is differs by Python
+        raise BadInput(
+            f"workers={workers}: what reads samples cannot be handed to other processes ({error}): have the "
+            "dataset and collate be of classes and functions at the top level of a file, or give workers=0"
+        ) from error
+    return map(_or_raise, read)
+
+
+@dataclass(frozen=True)
+class _Refused:
+    """What a worker could not read. DataLoader would make its sentence the end of a worker's traceback."""
+
+    error: StokerError
+
+
+def _or_raise(batch: Any) -> Any:
+    if isinstance(batch, _Refused):
+        raise batch.error
+    return batch
 
 
 def _check(dataset: MapDataset, batch_size: int, world: World) -> None:
@@ -260,6 +284,14 @@ class _SeededDataset(Dataset[Any]):
 
     def __getitems__(self, pairs: list[Pair]) -> Any:
         """The batch of these samples. DataLoader calls this in place of one `__getitem__` a sample."""
+        try:
+            return self._join(pairs)
+        except StokerError as error:
+            if get_worker_info() is None:
+                raise
+            return _Refused(error)
+
+    def _join(self, pairs: list[Pair]) -> Any:
         if not self._draws:
             return self._collate(self._read(pairs))
         with _random_state_kept():

@@ -135,9 +135,8 @@ class PipelineStep:
         self.model.zero_grad(set_to_none=True)
 
     def _loss(self, output: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
-        assert self._setting.loss is not None
         with self._setting.autocast():
-            loss_sum, weight = self._setting.loss(self._stages[-1].whole(output), self.parts[int(number)])
+            loss_sum, weight = self._setting.loss_of(self._stages[-1].whole(output), self.parts[int(number)])
         self._collected.append((loss_sum.detach(), weight))
         return loss_sum * self._setting.scale.factor
 

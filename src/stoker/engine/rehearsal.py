@@ -117,9 +117,8 @@ def works_alone(step: Step, setting: Setting, strategy: str) -> bool:
 
 def alone(step: Step, setting: Setting, part: Any) -> None:
     """A forward and backward pass over one micro-batch, see `works_alone`; its gradients go nowhere."""
-    assert setting.loss is not None
     with _leaving_no_trace(step.model):
-        loss, _ = setting.loss(step.forward(part), part)
+        loss, _ = setting.loss_of(step.forward(part), part)
         torch.autograd.grad(loss, list(step.weights().values()), allow_unused=True)  # no hooks, which reduce
 
 
@@ -141,8 +140,7 @@ def _leaving_no_trace(model: nn.Module) -> Iterator[None]:
 @torch.no_grad()
 def weight_of(step: Step, setting: Setting, part: Any) -> float:
     """What the loss of a micro-batch weighs; 0 on a rank that does not see the loss."""
-    assert setting.loss is not None
     step.model.eval()
     output = step.forward(part)
     step.model.train()
-    return 0.0 if output is None else float(setting.loss(output, part)[1])
+    return 0.0 if output is None else float(setting.loss_of(output, part)[1])

@@ -86,9 +86,31 @@ class Setting:
         inputs = self.inputs(batch)
         return model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
 
+    def loss_of(self, output: Any, batch: Any) -> tuple[torch.Tensor, Weight]:
+        """The loss of a micro-batch, summed, and its weight. Raises TypeError for what is not these two."""
+        assert self.loss is not None
+        found = self.loss(output, batch)
+        if isinstance(found, tuple | list) and len(found) == 2 and _is_scalar(found[0]):
+            return found[0], found[1]
+        said = " and ".join(map(_said, found)) if isinstance(found, tuple | list) else _said(found)
+        raise TypeError(
+            f"loss returned {said}: it is to return two values, the loss summed over the batch, a scalar, "
+            'and what to divide it by, such as (cross_entropy(output, y, reduction="sum"), len(y))'
+        )
+
     def autocast(self) -> Any:
         """The context of a forward pass."""
         return autocast(self.precision, self.mesh.device)
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.numel() == 1
+
+
+def _said(value: Any) -> str:
+    """A value in words: its type, and of a tensor the shape."""
+    shape = f" of the shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else ""
+    return f"a {type(value).__name__}{shape}"
 
 
 class PlainStep:
@@ -128,14 +150,13 @@ class PlainStep:
 
     def gradients(self, parts: Sequence[Any], agreement: Agreement) -> None:
         """See `Step`. DDP reduces with the last micro-batch; FSDP, which keeps no whole ones, with each."""
-        assert self._setting.loss is not None
         loss_sum: torch.Tensor | None = None
         weight: Weight = 0.0
         for number, part in enumerate(parts, start=1):
             last = number == len(parts)
             self._reduce_next(last)
             with self._context():
-                part_sum, part_weight = self._setting.loss(self._setting.call(self._called, part), part)
+                part_sum, part_weight = self._setting.loss_of(self._setting.call(self._called, part), part)
             loss_sum = part_sum.detach() if loss_sum is None else loss_sum + part_sum.detach()
             weight = weight + part_weight
             if last:

@@ -70,14 +70,13 @@ class DeepSpeedStep:
 
     def gradients(self, parts: Sequence[Any], agreement: Agreement) -> None:
         """See `Step`."""
-        assert self._setting.loss is not None
         loss_sum: torch.Tensor | None = None
         weight: Weight = 0.0
         if self.stage > 0:
             self._optimizer.override_loss_scale(1.0)
         for number, part in enumerate(parts, start=1):
             self._engine.set_gradient_accumulation_boundary(number == len(parts))
-            part_sum, part_weight = self._setting.loss(self._call(part), part)
+            part_sum, part_weight = self._setting.loss_of(self._call(part), part)
             loss_sum = part_sum.detach() if loss_sum is None else loss_sum + part_sum.detach()
             weight = weight + part_weight
             if number == len(parts):

@@ -89,7 +89,7 @@ def trainable(
         BadInput: there is no such recipe, or a fixed value is none of its config's.
     """
     found = recipes.load(recipe)
-    given = configs.flatten(fixed or {}, "fixed")
+    given = configs.flatten(fixed or {}, "fixed", configs.describe(found.config))
     for key, value in given.items():
         configs.checked(found.config, key, value, "fixed")
     spec = _Spec(

@@ -13,7 +13,6 @@ import os
 import signal
 import sys
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from typing import Any
 
 import psutil
 from stoker import machine, redaction, signals, storage, supervision
-from stoker.errors import StokerError, Stopped
+from stoker.errors import StokerError, Stopped, trace_of
 
 _PAUSE = 0.08  # seconds; see `main`
 
@@ -66,7 +65,7 @@ def main(function: Callable[..., int], arguments: Sequence[Any], folder: str) ->
     except BaseException as caught:
         full = storage.said_of_full_disk(caught)
         said = redaction.text(f"{type(caught).__name__}: {caught}")
-        trace = redaction.text(traceback.format_exc())
+        trace = redaction.text(trace_of(caught))
         end = End(rank, time.time(), 1, full or said, "" if full else trace, again=not full)
     _answer_signals(signal.SIG_IGN)
     _write(base, ".json", json.dumps(vars(end)))

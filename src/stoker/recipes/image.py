@@ -20,6 +20,20 @@ PRELOAD = (
     "sklearn.datasets",  # has the digits, and takes longer to import than they take to train an epoch on
 )  # fmt: skip
 
+_DEEP = [256, 512, 1024, 2048]
+_WIDE = [64, 128, 256, 512]
+
+# Widths, depths and kind of layer, as in He et al. 2016, table 1; the tiny one is for images of 32 pixels.
+SIZES: dict[str, dict[str, Any]] = {
+    "resnet-tiny": {
+        "embedding_size": 16, "hidden_sizes": [16, 32, 64], "depths": [1, 1, 1], "layer_type": "basic",
+    },
+    "resnet-18": {"hidden_sizes": _WIDE, "depths": [2, 2, 2, 2], "layer_type": "basic"},
+    "resnet-34": {"hidden_sizes": _WIDE, "depths": [3, 4, 6, 3], "layer_type": "basic"},
+    "resnet-50": {"hidden_sizes": _DEEP, "depths": [3, 4, 6, 3], "layer_type": "bottleneck"},
+    "resnet-101": {"hidden_sizes": _DEEP, "depths": [3, 4, 23, 3], "layer_type": "bottleneck"},
+}  # fmt: skip
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Training):
@@ -84,6 +98,10 @@ def check_launch(config: Config) -> None:
             "parallel=pipeline: a ResNet is not cut into stages, its blocks differ too much in size; "
             "give parallel=ddp or fsdp"
         )
+    if config.model not in SIZES:
+        from stoker.language import hub
+
+        hub.find(config.model, known=tuple(SIZES), weights=False)
 
 
 def train(run: Run, config: Config) -> None:

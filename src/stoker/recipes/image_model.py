@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,23 +12,11 @@ from typing import Any
 import torch
 from stoker.engine import quiet  # noqa: F401 (its import is its work)
 from stoker.engine.metrics import Mean, Metric
-from stoker.errors import BadInput, nearest
+from stoker.errors import BadInput
+from stoker.language import hub
+from stoker.recipes.image import SIZES
 from torch.nn import functional as F
 from transformers import AutoModelForImageClassification, ResNetConfig, ResNetForImageClassification
-
-_DEEP = [256, 512, 1024, 2048]
-_WIDE = [64, 128, 256, 512]
-
-# Widths, depths and kind of layer, as in He et al. 2016, table 1; the tiny one is for images of 32 pixels.
-SIZES: dict[str, dict[str, Any]] = {
-    "resnet-tiny": {
-        "embedding_size": 16, "hidden_sizes": [16, 32, 64], "depths": [1, 1, 1], "layer_type": "basic",
-    },
-    "resnet-18": {"hidden_sizes": _WIDE, "depths": [2, 2, 2, 2], "layer_type": "basic"},
-    "resnet-34": {"hidden_sizes": _WIDE, "depths": [3, 4, 6, 3], "layer_type": "basic"},
-    "resnet-50": {"hidden_sizes": _DEEP, "depths": [3, 4, 6, 3], "layer_type": "bottleneck"},
-    "resnet-101": {"hidden_sizes": _DEEP, "depths": [3, 4, 23, 3], "layer_type": "bottleneck"},
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -44,7 +32,7 @@ def build(reference: str, *, classes: Sequence[str], channels: int, size: int) -
     """A new ResNet of a size, or the model of a directory or hub id with a new last layer where needed.
 
     Raises:
-        BadInput: there is no such model.
+        BadInput: there is no such model, or it does not load.
     """
     names = dict(enumerate(classes))
     labels = {"id2label": names, "label2id": {name: n for n, name in names.items()}}
@@ -52,16 +40,23 @@ def build(reference: str, *, classes: Sequence[str], channels: int, size: int) -
         shape = ResNetConfig(**SIZES[reference], num_channels=channels, **labels)
         model: Any = ResNetForImageClassification(shape)
     else:
-        try:
-            model = AutoModelForImageClassification.from_pretrained(
-                reference, **labels, ignore_mismatched_sizes=True, dtype=torch.float32
-            )
-        except (OSError, ValueError) as error:
-            hint = nearest(reference, SIZES) or f"; sizes to start from are {', '.join(SIZES)}"
-            raise BadInput(f"model {reference} cannot be loaded: {error}{hint}") from error
+        model = _load(reference, labels)
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
     return Classifier(model, config, {"size": size, "num_channels": channels})
+
+
+def _load(reference: str, labels: Mapping[str, Any]) -> Any:
+    """With a new last layer where the number of classes is another. Raises BadInput."""
+    folder = hub.find(reference, known=tuple(SIZES), pickles=True)
+    try:
+        model = AutoModelForImageClassification.from_pretrained(
+            folder, **labels, ignore_mismatched_sizes=True, dtype=torch.float32
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise BadInput(f"model {reference} cannot be loaded: {hub.first_line(error)}") from error
+    model.config.name_or_path, _ = hub.named(reference, folder)
+    return model
 
 
 def inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

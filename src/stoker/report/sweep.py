@@ -68,10 +68,8 @@ def _header(study: Study, record: Mapping[str, Any], name: str) -> Html:
     said = ", ".join(f"{count} {state}" for state, count in counts.items())
     ways = {"min": "smallest", "max": "largest"}
     wanted = " and ".join(f"the {ways[goal]} {metric}" for metric, goal in _objectives(record))
-    about = (
-        f"{wanted} of {record['recipe']}, by {record['sampler']}, {record['scheduler']}, "
-        f"seed {record['seed']}"
-    )
+    by = " and ".join(way for way in (record["sampler"], record["scheduler"]) if way != "none")
+    about = f"{wanted} of {Path(record['recipe']).name}, by {by}, seed {record['seed']}"
     return tag("header", tag("h1", name), tag("p", said), tag("p", about, class_="soft"))
 
 

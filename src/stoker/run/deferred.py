@@ -46,7 +46,7 @@ class Deferred:
         import torch
 
         if value.numel() != 1:
-            raise ValueError(f"{key} has the shape {tuple(value.shape)}: a metric is one number")
+            raise _of_many(key, value.shape)
         self._on_device[key] = value
         host = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
         return host.copy_(value.detach(), non_blocking=True)
@@ -99,14 +99,23 @@ def check_name(name: str) -> None:
 
 
 def _number(key: str, value: Any) -> float:
+    if getattr(value, "requires_grad", False):
+        value = value.detach()  # the loss of a plain loop: torch warns of a number that is taken of one
     try:
         return float(value)
     except (TypeError, ValueError, RuntimeError, OverflowError):
         shape = getattr(value, "shape", ())
         if len(shape):
-            raise ValueError(f"{key} has the shape {tuple(shape)}: a metric is one number") from None
+            raise _of_many(key, shape) from None
         found = f"{key} is of type {type(value).__name__}"
         raise TypeError(f"{found}: a metric is a number, or a tensor of one element") from None
+
+
+def _of_many(key: str, shape: Any) -> ValueError:
+    return ValueError(
+        f"{key} has the shape {tuple(shape)}, and a metric is one number: log its mean, or all of it by "
+        f"run.histogram({key!r}, ...)"
+    )
 
 
 def _recorded_event(values: Mapping[str, Any]) -> Any:

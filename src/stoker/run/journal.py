@@ -51,14 +51,17 @@ class JournalWriter:
         self._unsynced: OSError | None = None
 
     def append(self, kind: str, /, **fields: Any) -> None:
-        """Write one event, stamped with the time in seconds since 1970, without secrets. Raises OSError."""
+        """Write one event, stamped with the time in seconds since 1970, without secrets.
+
+        Raises OSError, and ValueError once it is closed; so does `append_values`.
+        """
         if kind not in _OF_NUMBERS:
             fields = redaction.tree(fields)
         event = {"type": kind, "time": time.time(), **fields}
         self._write(orjson.dumps(event, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE))
 
     def append_values(self, step: int, values: Mapping[str, float]) -> None:
-        """Write finite metric values: the same as `append` would, in less time. Raises OSError."""
+        """Write finite metric values: the same as `append` would, in less time."""
         line = _dumps({"type": "metrics", "time": _now(), "step": step, "values": values}, None, _NEWLINE)
         self._write(line)
 
@@ -66,12 +69,22 @@ class JournalWriter:
         with self._one:
             if self._torn:  # a full disk cut the last line short: keep the cut apart from this one
                 line = b"\n" + line
-            written = os.write(self._descriptor, line)
+            written = self._write_some(line)
             self._torn = written < len(line)
             while self._torn:
                 line = line[written:]
-                written = os.write(self._descriptor, line)
+                written = self._write_some(line)
                 self._torn = written < len(line)
+
+    def _write_some(self, line: bytes) -> int:
+        try:
+            return os.write(self._descriptor, line)
+        except OSError:
+            if self._descriptor < 0:
+                raise ValueError(
+                    "this run has ended: log to it within its `with` block, or open it again by its name"
+                ) from None
+            raise
 
     def sync(self) -> None:
         """Flush what was appended to disk; may be called from another thread than `append`.

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import os
+import shlex
 import sys
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,9 +35,10 @@ def record(
 ) -> dict[str, Any]:
     """What `run.json` says of a new run; of secrets, that there were some.
 
-    From now on those of the config are kept out of all that this process writes down.
+    From now on those of the config are kept out of all that this process writes down. Raises TypeError for a
+    config that cannot be written down itself.
     """
-    values = configs.record(config) if dataclasses.is_dataclass(config) else dict(config or {})
+    values = _values(config)
     redaction.keep_out(values)
     return {
         "uid": uuid.uuid4().hex,
@@ -51,6 +53,27 @@ def record(
         "seed": seed,
         "parents": list(parents),
     }
+
+
+def _values(config: Any) -> dict[str, Any]:
+    """A config as JSON values by key. Raises TypeError."""
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        return configs.record(config)
+    if config is not None and not isinstance(config, Mapping):
+        kind = f"the class {config.__name__}" if isinstance(config, type) else f"a {type(config).__name__}"
+        raise TypeError(
+            f"config is {kind}: give a dataclass or a dict of JSON values, such as vars(arguments)"
+        )
+    values = dict(config or {})
+    for key, value in values.items():
+        try:
+            orjson.dumps({key: value})
+        except TypeError as error:
+            raise TypeError(
+                f"config: {key!r} is {value!r}, of a type that is not written down ({error}): give texts as "
+                "keys, and as values numbers, texts, truth values, None, or lists and dicts of these"
+            ) from None
+    return values
 
 
 def script() -> Path | None:
@@ -80,7 +103,9 @@ def take(run: RunDirectory, opening: rendezvous.Opening) -> int:
     except OSError as error:
         raise directory.unwritable(run, error) from error
     if lock is None:
-        raise BadInput(f"another process is training {run.path} now")
+        raise BadInput(
+            f"another process is training {run.path} now: wait for it, stop it, or choose another name"
+        )
     try:
         os.ftruncate(lock, 0)
         os.pwrite(lock, orjson.dumps(dataclasses.asdict(opening)), 0)
@@ -130,10 +155,17 @@ def kept_from_training(run: RunDirectory) -> Iterator[None]:
         os.close(lock)
 
 
-def explain_drift(run: RunDirectory, changes: Mapping[str, tuple[Any, Any]]) -> str:
-    said = ", ".join(f"{key} was {old} and is {new} now" for key, (old, new) in changes.items())
-    overrides = " ".join(f"{key}={new}" for key, (_, new) in changes.items())
-    return (
-        f"run {run.id!r} exists with another config: {said}. "
-        f"Continue it with the change by `stoker resume {run.id} {overrides}`, or choose another --name"
+def explain_drift(run: RunDirectory, changes: Mapping[str, tuple[Any, Any]], has_recipe: bool) -> str:
+    """What of a config is another than it was, and how the run goes on with it."""
+    said = ", ".join(
+        f"{key} was {configs.shown(old)} and is {configs.shown(new)} now"
+        for key, (old, new) in changes.items()
     )
+    overrides = " ".join(
+        f"{key}={shlex.quote(configs.shown(new)) if new != '' else ''}" for key, (_, new) in changes.items()
+    )
+    if has_recipe:
+        way = f"`stoker resume {run.id} {overrides}`, or choose another --name"
+    else:
+        way = "stoker.Run(..., accept_drift=True), or choose another name"
+    return f"run {run.id!r} exists with another config: {said}. Continue it with the change by {way}"

@@ -15,7 +15,6 @@ import os
 import signal
 import sys
 import threading
-import traceback
 import types
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,7 +24,7 @@ from typing import Any
 
 import psutil
 from stoker import disk, machine, redaction, signals
-from stoker.errors import BadInput, StokerError, Stopped
+from stoker.errors import BadInput, StokerError, Stopped, trace_of
 from stoker.tune.trial import Ended, Job, Link, Report
 
 PRELOAD = ("stoker.cli.trial", "stoker.preloaded")
@@ -425,7 +424,7 @@ def _end_of(function: Function, job: Job, link: Link) -> dict[str, Any]:
             "status": "failed",
             "refused": False,
             "error": redaction.text(f"{type(error).__name__}: {error}"),
-            "trace": redaction.text(traceback.format_exc()),
+            "trace": redaction.text(trace_of(error)),
         }
 
 

@@ -260,7 +260,8 @@ def parse(overrides: Sequence[str], config: type, file: Path | None = None) -> S
 
     Raises BadInput for what cannot be read, and for what the config does not take.
     """
-    content = {} if file is None else configs.flatten(configs.read_yaml(file), str(file))
+    keys = configs.describe(config)
+    content = {} if file is None else configs.flatten(configs.read_yaml(file), str(file), keys)
     below = _entries(config, content.items(), str(file))
     above = _entries(config, map(configs.split, overrides), configs.COMMAND_LINE)
     return _space(config, list({frozenset(entry.keys): entry for entry in (*below, *above)}.values()))
@@ -269,7 +270,9 @@ def parse(overrides: Sequence[str], config: type, file: Path | None = None) -> S
 def parse_mapping(values: Mapping[str, Any], config: type) -> Space:
     """Read a space from a Python mapping of dotted or nested keys; else as `parse`."""
     source = "the mapping"
-    return _space(config, _entries(config, configs.flatten(values, source).items(), source))
+    return _space(
+        config, _entries(config, configs.flatten(values, source, configs.describe(config)).items(), source)
+    )
 
 
 def parse_tries(tries: str) -> dict[str, str]:
