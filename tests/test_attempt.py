@@ -17,7 +17,7 @@ import pytest
 import stoker
 import torch
 from stoker import BadInput, Run, Training
-from stoker.run import media, view
+from stoker.run import finding, media, view
 from stoker.run.directory import RunDirectory
 
 
@@ -106,6 +106,20 @@ def test_how_a_run_ends_is_its_status(
             body()
         directory = open_run("other").directory.__class__(open_run("third").directory.path.parent / "a")
     assert view.load(directory).status == status
+
+
+def test_a_run_whose_record_a_power_cut_emptied_is_none_and_is_begun_anew(
+    open_run: Callable[..., Run], tmp_path: Path
+) -> None:
+    with open_run(config={"lr": 0.1}) as run:
+        run.log(loss=1.0)
+    run.directory.record_file.write_bytes(b"")
+    assert not run.directory.exists()
+    assert finding.every(run.directory.path.parents[1]) == []
+    with open_run(config={"lr": 0.2}) as again:
+        again.log(loss=0.5)
+    assert not again.continued
+    assert view.load(again.directory).config == {"lr": 0.2}
 
 
 def test_tables_tags_and_artifacts_are_recorded(open_run: Callable[..., Run], tmp_path: Path) -> None:

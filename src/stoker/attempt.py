@@ -238,7 +238,6 @@ class Run:
             self.directory.prepare()
             record["code"] = self._record_code(code, known)
             self.directory.create(record)
-            disk.bring_soon(*(self.directory.path, *self.directory.path.parents)[:3])  # up to the runs folder
         return changes
 
     def _record_code(self, code: Path, known: Path | None) -> dict[str, Any]:

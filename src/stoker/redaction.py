@@ -26,6 +26,7 @@ REDACTED = "[REDACTED]"
 """What stands in place of a secret."""
 
 _LEAST = 8  # characters of a value that is removed wherever it turns up: shorter ones are words
+_SHORT = 400  # characters of a text that is remembered without its secrets
 _BACK = 400  # characters that are looked at before a name, to know what it stands in
 _MOST_WORDS = 4  # of a value where words are none, as in `Basic c2VjcmV0`: more are a text
 _MOST = 4000  # characters of a value that are looked at to know what it is
@@ -192,7 +193,12 @@ def text(said: str, *, code: bool = False) -> str:
     Args:
         code: it is of a programming language: only what stands in quotes or in a comment is a value there.
     """
-    for value in values() if len(said) >= _LEAST else ():
+    known = tuple(values()) if len(said) >= _LEAST else ()
+    return (_of_short if len(said) < _SHORT else _without_secrets)(said, known, code)
+
+
+def _without_secrets(said: str, known: tuple[str, ...], code: bool) -> str:
+    for value in known:
         if value in said:
             said = said.replace(value, REDACTED)
     for starts, look in _LOOKS:
@@ -205,6 +211,9 @@ def text(said: str, *, code: bool = False) -> str:
         if any(start in said for start in starts):
             said = given.sub(_without_given, said)
     return _without_named(said, code=code)
+
+
+_of_short = functools.lru_cache(1024)(_without_secrets)  # trials of a search say the same again
 
 
 def tree(value: Any) -> Any:

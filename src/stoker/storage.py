@@ -57,18 +57,20 @@ def said_of_full_disk(error: BaseException) -> str:
     return f"the disk is full ({error}): make room, then run the same command again"
 
 
-def write_atomically(path: Path, content: bytes, *, lasts: bool = True) -> None:
+def write_atomically(path: Path, content: bytes, *, lasts: bool = True, synced: bool = True) -> None:
     """Write a file whole: beside it first, synced, then renamed into place; of several writers one is last.
 
     Args:
         lasts: wait until a power cut cannot take it any more; it never leaves a part of it.
+        synced: else a power cut may leave the file empty, until it is synced by whoever says so.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")  # containers share pids
     try:
         with temporary.open("wb") as file:
             file.write(content)
             file.flush()
-            os.fsync(file.fileno())
+            if synced or lasts:
+                os.fsync(file.fileno())
         temporary.replace(path)
     except BaseException:
         with contextlib.suppress(OSError):

@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import pytest
 from stoker.tune.local import Workers
-from stoker.tune.trial import Ended, Job, Link, Report
+from stoker.tune.trial import Began, Ended, Job, Link, Report
 
 
 def job(number: int) -> Job:
@@ -51,7 +51,7 @@ def searched(workers: Workers, jobs: int) -> list[Ended]:
             if isinstance(happened, Report):
                 assert happened.value == happened.number
                 workers.answer(happened.number, "continue", save=False)
-            else:
+            elif isinstance(happened, Ended):
                 ended.append(happened)
     return ended
 
@@ -118,6 +118,86 @@ def test_a_process_that_is_used_again_is_given_up_once_it_has_grown_or_failed() 
     (process,) = [psutil.Process(int(who[8] or 0))]
     workers.close()
     process.wait(20)
+
+
+def handed_over(workers: Workers, jobs: int) -> list[Ended | Began]:
+    """Run so many jobs to their end, each but the first in the process's hands before it is its turn."""
+    workers.start(job(0))
+    happened: list[Ended | Began] = []
+    given = 1
+    while workers.running:
+        if given < jobs and workers.takes_ahead:
+            workers.ahead(job(given))
+            given += 1
+        happened += [one for one in workers.wait(60) if not isinstance(one, Report)]
+    return happened
+
+
+def test_a_process_goes_on_with_the_trial_in_its_hands_and_another_one_does_where_it_ends() -> None:
+    workers = Workers(says_who, parallel=1, reuse=True)
+    workers.prepare()
+    happened = handed_over(workers, 9)
+    ended = [one for one in happened if isinstance(one, Ended)]
+    assert [one.number for one in happened] == [0, *[number for number in range(1, 9) for _ in "be"]]
+    assert [type(one) for one in happened] == [Ended, *[Began, Ended] * 8]
+    assert [e.status for e in ended] == ["finished"] * 4 + ["failed", "finished", "killed"] + ["finished"] * 2
+    who = [e.logged[0] if e.logged else None for e in ended]
+    assert who[0] == who[1] == who[2]
+    assert who[7] == who[8]
+    assert len({who[2], who[3], who[5], who[7]}) == 4, "it had grown, failed, been killed"
+    assert workers.free
+    assert not workers.takes_ahead
+    workers.close()
+
+
+def reports_late(job: Job, link: Link) -> dict[str, Any]:
+    """What it says last goes with the word that it is over, and the next one begins at once."""
+    link.hold(step=1, value=float(job.number), per_step=1.0)
+    return {"status": "finished"}
+
+
+def test_what_a_trial_reports_is_never_taken_for_the_next_ones() -> None:
+    workers = Workers(reports_late, parallel=1, reuse=True)
+    workers.prepare()
+    workers.start(job(0))
+    found: list[Any] = []
+    given = 1
+    while workers.running:
+        if given < 50 and workers.takes_ahead:
+            workers.ahead(job(given))
+            given += 1
+        if given % 5:
+            time.sleep(0.001)  # both may have spoken by then
+        found += workers.wait(60)
+    assert [one.number for one in found if isinstance(one, Report)] == list(range(50))
+    assert all(one.value == one.number for one in found if isinstance(one, Report))
+    workers.close()
+
+
+def waits_for_its_end(job: Job, link: Link) -> dict[str, Any]:
+    """Ends as a run does that is told to stop."""
+    told: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: told.append(number))
+    link.hold(step=1, value=1.0, per_step=1.0)
+    link.send_held()
+    while not told:
+        time.sleep(0.01)
+    return {"status": "preempted"}
+
+
+def test_what_is_in_a_processs_hands_is_not_begun_once_it_was_told_to_stop() -> None:
+    workers = Workers(waits_for_its_end, parallel=1, reuse=True)
+    workers.prepare()
+    workers.start(job(0))
+    workers.ahead(job(1))
+    assert not workers.takes_ahead
+    assert isinstance(workers.wait(60)[0], Report)
+    workers.stop()
+    found: list[Any] = []
+    while workers.running:
+        found += workers.wait(60)
+    assert [(one.number, one.status) for one in found] == [(0, "preempted")]
+    workers.close()
 
 
 def test_by_default_every_trial_has_a_process_of_its_own() -> None:

@@ -14,15 +14,20 @@ from stoker.tune import study as studies
 from stoker.tune.plan import Objective, Plan
 from stoker.tune.schedulers import Scheduler
 from stoker.tune.search import Search
-from stoker.tune.trial import Ended, Job, Report
+from stoker.tune.trial import Began, Ended, Job, Report
 from test_study import SPACE
 
 
 class Cluster:
-    """Has room for one trial whenever `rooms` says so, a word for each time it is asked; then always."""
+    """Has room for one trial whenever `rooms` says so, a word for each time it is asked; then always.
 
-    def __init__(self, rooms: list[bool], ends: dict[int, list[str]]) -> None:
-        self._rooms, self._ends = rooms, ends
+    With `ahead` it also has one in its hands, and trains that next.
+    """
+
+    def __init__(self, rooms: list[bool], ends: dict[int, list[str]], *, ahead: bool = False) -> None:
+        self._rooms, self._ends, self._takes_ahead = rooms, ends, ahead
+        self._following: Job | None = None
+        self._stopped = False
         self._job: Job | None = None
         self.started: list[int] = []
         self.at_start: Callable[[], None] = lambda: None
@@ -44,20 +49,32 @@ class Cluster:
         self.started.append(job.number)
         self.at_start()
 
-    def wait(self, timeout: float | None = None) -> list[Report | Ended]:
+    @property
+    def takes_ahead(self) -> bool:
+        return self._takes_ahead and self._following is None
+
+    def ahead(self, job: Job) -> None:
+        self._following = job
+
+    def wait(self, timeout: float | None = None) -> list[Report | Ended | Began]:
         assert self._job is not None
         self.at_wait()
         number, self._job = self._job.number, None
         status = self._ends.get(number, []).pop(0) if self._ends.get(number) else "finished"
-        if status != "finished":
-            return [Ended(number, status)]
-        return [Report(number, 10, 1.0 + number), Ended(number, status, logged=("val_loss",))]
+        found: list[Report | Ended | Began] = [Ended(number, status)]
+        if status == "finished":
+            found = [Report(number, 10, 1.0 + number), Ended(number, status, logged=("val_loss",))]
+        if self._following is not None and not self._stopped:
+            following, self._following = self._following, None
+            self.start(following)
+            found.append(Began(following.number))
+        return found
 
     def answer(self, number: int, decision: str, *, save: bool) -> None:
         pass
 
     def stop(self) -> None:
-        pass
+        self._stopped = True
 
     def kill(self) -> None:
         pass
@@ -117,15 +134,17 @@ def test_trials_that_end_long_before_a_whole_one_are_told_of_once(
 
 def _told_at_starts(folder: Path, **asked: object) -> list[int]:
     """How many ends the study knows of when each of four trials is started."""
-    cluster, told = Cluster([], {}), []
+    cluster, told = Cluster([], {}, ahead=True), []
 
     def look() -> None:
         known = studies.read(folder / "study.journal").get_trials(states=(TrialState.COMPLETE,))
         told.append(len(known))
 
     cluster.at_start = look
-    _search(folder, cluster, 4, **asked).run()
-    assert cluster.started == [0, 1, 2, 3]
+    searched = _search(folder, cluster, 4, **asked)
+    searched.run()
+    assert cluster.started == list(searched.trials) == [0, 1, 2, 3]
+    assert searched.over
     return told
 
 
@@ -144,8 +163,16 @@ def test_it_is_not_where_what_happened_counts(tmp_path: Path, asked: dict[str, o
     assert _told_at_starts(tmp_path, **asked) == [0, 1, 2, 3]
 
 
-def test_a_trial_that_was_drawn_and_not_begun_is_begun_when_the_search_goes_on(tmp_path: Path) -> None:
-    cluster = Cluster([], {})
+def test_a_trial_that_was_killed_goes_on_before_others_are_handed_over(tmp_path: Path) -> None:
+    cluster = Cluster([], {1: ["killed"]}, ahead=True)
+    searched = _search(tmp_path, cluster, 6)
+    searched.run()
+    assert cluster.started == [0, 1, 2, 1, 3, 4, 5]
+    assert {trial.state for trial in searched.trials.values()} == {"complete"}
+
+
+def test_a_trial_that_was_handed_over_and_not_begun_is_begun_when_the_search_goes_on(tmp_path: Path) -> None:
+    cluster = Cluster([], {}, ahead=True)
     stopped = _search(tmp_path, cluster, 4)
     cluster.at_wait = lambda: stopped.stop() if len(cluster.started) == 2 else None
     stopped.run()

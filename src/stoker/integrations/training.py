@@ -16,7 +16,7 @@ from stoker.cli.trial import train_trial
 from stoker.errors import BadInput
 from stoker.recipes import Recipe
 from stoker.tune import local
-from stoker.tune.trial import Ended, Job, Report
+from stoker.tune.trial import Began, Ended, Job, Report
 
 _KEPT_WAITING = 60.0  # seconds that a training that is told to stop has for its checkpoint
 
@@ -79,7 +79,8 @@ class Training:
     def look(self, timeout: float | None = None) -> None:
         """Take in what happens, for so many seconds at most, where nothing is there for `next` already."""
         if not self._happened:
-            self._happened.extend(self._workers.wait(timeout))
+            happened = self._workers.wait(timeout)
+            self._happened.extend(one for one in happened if not isinstance(one, Began))
         elif timeout is not None:
             time.sleep(timeout)
 

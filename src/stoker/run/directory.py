@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import orjson
-from stoker import storage
+from stoker import disk, storage
 from stoker.errors import BadInput
 from stoker.run import lease
 
@@ -96,7 +96,11 @@ class RunDirectory:
         return self.trained_here or bool(lease.held_elsewhere(self.path))
 
     def exists(self) -> bool:
-        return self.record_file.is_file()
+        """Whether there is such a run; of an empty record a power cut has taken the content."""
+        try:
+            return self.record_file.stat().st_size > 0
+        except (FileNotFoundError, NotADirectoryError):
+            return False
 
     def record(self) -> dict[str, Any]:
         """What `run.json` says: recipe, config and sources, seed, parents. Raises BadInput."""
@@ -121,7 +125,7 @@ class RunDirectory:
     def create(self, record: dict[str, Any]) -> None:
         """Write `run.json`, with which the run exists. Raises BadInput where it cannot be written.
 
-        A power cut may take the run, whole, until `path` is synced.
+        A power cut may take the run, whole, for a second.
         """
         if not self.logs.is_dir():  # made last
             self.prepare()
@@ -129,8 +133,9 @@ class RunDirectory:
             storage.write_atomically(
                 self.record_file,
                 orjson.dumps({"format": FORMAT, **record}, option=orjson.OPT_INDENT_2),
-                lasts=False,
-            )
+                lasts=False, synced=False,
+            )  # fmt: skip
+            disk.bring_soon(self.record_file, *(self.path, *self.path.parents)[:3])  # up to the runs folder
         except OSError as error:
             self.remove()
             raise unwritable(self, error) from error

@@ -54,8 +54,10 @@ def named(runs: Path, experiment: str, run_id: str) -> RunDirectory:
 def every(runs: Path) -> list[RunDirectory]:
     """All runs under a runs folder, oldest first."""
     _tolerantly(lambda: mirror.refresh(runs), runs)
-    found = [RunDirectory(file.parent) for file in runs.glob("*/*/run.json")]
-    return sorted(found, key=lambda run: (run.record_file.stat().st_mtime_ns, run.id))
+    found = (RunDirectory(file.parent) for file in runs.glob("*/*/run.json"))
+    return sorted(
+        (run for run in found if run.exists()), key=lambda run: (run.record_file.stat().st_mtime_ns, run.id)
+    )
 
 
 def find(runs: Path, reference: str) -> RunDirectory:

@@ -292,7 +292,8 @@ def follow_sweep(folder: Path, patience: float = PATIENCE) -> bool:
 
 
 def _runs(folder: Path) -> list[RunDirectory]:
-    return [RunDirectory(file.parent) for file in sorted(folder.glob("*/run.json"))]
+    found = (RunDirectory(file.parent) for file in sorted(folder.glob("*/run.json")))
+    return [run for run in found if run.exists()]
 
 
 def _complete(run: RunDirectory, name: str) -> bool:

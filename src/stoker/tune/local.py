@@ -25,11 +25,14 @@ from typing import Any
 import psutil
 from stoker import disk, machine, redaction, signals
 from stoker.errors import BadInput, StokerError, Stopped, trace_of
-from stoker.tune.trial import Ended, Job, Link, Report
+from stoker.run import view
+from stoker.tune.trial import Began, Ended, Job, Link, Report
 
 PRELOAD = ("stoker.cli.trial", "stoker.preloaded")
 _GROWN = 1.25
 """How much of the memory at its start a process may hold and still train another trial."""
+_GOES_ON = (view.FINISHED, view.STOPPED, view.PAUSED)
+"""How a trial ends whose process may train another: any other way it failed, or was told to end."""
 _CONTEXT = multiprocessing.get_context("forkserver")
 _SCRIPT = threading.Lock()
 
@@ -103,17 +106,20 @@ class Rank:
         with contextlib.suppress(EOFError, OSError):  # it is gone; that is seen by itself
             self._last = self._link.hear()
 
-    def go_on(self, job: Job) -> None:
-        """Train another trial, where it waits for one."""
-        self._number, self._last = job.number, None
+    def send(self, job: Job) -> None:
+        """Let it have another trial, which it trains once it is done with its own."""
         with contextlib.suppress(OSError):  # it is gone; that is seen by itself
             self.connection.send(job)
 
+    def turn_to(self, job: Job) -> None:
+        """From now on what it says is of the trial that it was sent."""
+        self._number, self._last = job.number, None
+
     def heard(self) -> list[Report]:
-        """What it has reported since it was asked last."""
+        """What it has reported of its trial since it was asked last."""
         found = []
         try:
-            while self.connection.poll():
+            while self._last is None and self.connection.poll():
                 said = self._link.hear()
                 found += [Report(self._number, **one) for one in said["reports"]]
                 if said["kind"] != "reports":
@@ -155,6 +161,8 @@ class _Trial:
     number: int
     ranks: list[Rank]
     gpus: list[str] = field(default_factory=list)
+    following: Job | None = None
+    """What its process trains right after it."""
 
 
 class Workers:
@@ -186,6 +194,7 @@ class Workers:
         """Trials that are over, of processes that wait for another."""
         self._gpus, self._hands_out = list(gpus), bool(gpus)
         self._trials: dict[int, _Trial] = {}
+        self._stopping = False
         warm_up(preload)
 
     def prepare(self) -> None:
@@ -219,10 +228,30 @@ class Workers:
         """Start a trial."""
         if self._idle:
             over = self._idle.pop()
-            over.ranks[0].go_on(job)
-            self._trials[job.number] = _Trial(job.number, over.ranks, over.gpus)
+            over.ranks[0].send(job)
+            self._go_on(over, job)
         else:
             self._trials[job.number] = self._begin(job)
+
+    @property
+    def takes_ahead(self) -> bool:
+        """Whether `ahead` takes one more trial."""
+        lacking = any(trial.following is None for trial in self._trials.values())
+        return self._reuse and not self._stopping and lacking
+
+    def ahead(self, job: Job) -> None:
+        """Have a trial trained by a process that still trains another, right after that; `Began` tells of it.
+
+        Where the process ends, another one trains it.
+        """
+        trial = next(trial for trial in self._trials.values() if trial.following is None)
+        trial.following = job
+        trial.ranks[0].send(job)
+
+    def _go_on(self, over: _Trial, job: Job) -> None:
+        """Take down that the process of a trial that is over trains another one."""
+        over.ranks[0].turn_to(job)
+        self._trials[job.number] = _Trial(job.number, over.ranks, over.gpus)
 
     def _begin(self, job: Job | None) -> _Trial:
         """Start the processes of a trial, or one that waits for any."""
@@ -237,14 +266,14 @@ class Workers:
             started.append(Rank(self._function, job, environment, shares, name, reuse=self._reuse))
         return _Trial(number, started, gpus)
 
-    def wait(self, timeout: float | None = None) -> list[Report | Ended]:
+    def wait(self, timeout: float | None = None) -> list[Report | Ended | Began]:
         """What happened, once something has, or after so many seconds."""
         known = {
             event: (trial, rank)
             for trial in self._trials.values() for rank in trial.ranks for event in rank.events
         }  # fmt: skip
         ready = multiprocessing.connection.wait(list(known), timeout)
-        found: list[Report | Ended] = []
+        found: list[Report | Ended | Began] = []
         touched: dict[int, _Trial] = {}
         for event in ready:
             trial, rank = known[event]
@@ -253,7 +282,22 @@ class Workers:
         for trial in touched.values():
             if (ended := self._ended(trial)) is not None:
                 found.append(ended)
+                found += self._followed(trial)
         return found
+
+    def _followed(self, over: _Trial) -> list[Began]:
+        """Have the trial that is to follow one be trained, by the same process where that goes on."""
+        job = over.following
+        if job is None or (self._stopping and over not in self._idle):
+            return []
+        if over in self._idle:
+            self._idle.remove(over)
+            self._go_on(over, job)
+        else:
+            self._trials[job.number] = self._begin(job)
+        if self._stopping:  # it was told so when it trained the one before
+            self._trials[job.number].ranks[0].signal(signal.SIGTERM)
+        return [Began(job.number)]
 
     def answer(self, number: int, decision: str, *, save: bool) -> None:
         """Tell a trial that has reported what to do, and whether to take a checkpoint."""
@@ -262,6 +306,7 @@ class Workers:
 
     def stop(self) -> None:
         """Tell all trials to stop with a checkpoint; they are waited for by `wait`."""
+        self._stopping = True
         self._send(signal.SIGTERM)
 
     def kill(self) -> None:
@@ -388,7 +433,7 @@ def _main(
         while again:
             job = connection.recv() if job is None else job
             end, job = _end_of(function, job, link), None
-            again = reuse and end["status"] != "failed" and not _uses_gpu()
+            again = reuse and end["status"] in _GOES_ON and not _uses_gpu()
             again = again and here.memory_info().rss < most
             link.tell("ended", **end, again=again)
     except EOFError:  # there is no other

@@ -31,7 +31,7 @@ from stoker import machine
 from stoker.errors import BadInput
 from stoker.tune import local
 from stoker.tune.local import Function, Over
-from stoker.tune.trial import Ended, Job, Report
+from stoker.tune.trial import Began, Ended, Job, Report
 
 if TYPE_CHECKING:
     from ray.util.placement_group import PlacementGroup
@@ -319,14 +319,20 @@ class Workers:
         trial.thread = threading.Thread(target=self._train, args=(trial,), name=name, daemon=True)
         trial.thread.start()
 
-    def wait(self, timeout: float | None = None) -> list[Report | Ended]:
+    takes_ahead = False
+
+    def ahead(self, job: Job) -> None:
+        """See `takes_ahead`."""
+        raise NotImplementedError
+
+    def wait(self, timeout: float | None = None) -> list[Report | Ended | Began]:
         """What happened, once something has; nothing after so many seconds, or if the cluster may have grown.
 
         What no trial has been started on since the last time is given back to the cluster.
         """
         while self._idle:
             _give_back(self._idle.pop())
-        found: list[Report | Ended] = []
+        found: list[Report | Ended | Began] = []
         with contextlib.suppress(queue.Empty):
             found.append(self._events.get(timeout=_GROWN if timeout is None else min(timeout, _GROWN)))
             while True:

@@ -29,7 +29,7 @@ from stoker.tune.schedulers import Decision, Full, Known, PopulationBased, Sched
 from stoker.tune.seen import Seen
 from stoker.tune.space import Space
 from stoker.tune.study import EARLIER, Kept, quiet
-from stoker.tune.trial import Ended, Job, Report
+from stoker.tune.trial import Began, Ended, Job, Report
 from stoker.words import counted
 
 log = logging.getLogger("stoker")
@@ -68,7 +68,16 @@ class Executor(Protocol):
         """Start a trial."""
         ...
 
-    def wait(self, timeout: float | None = None) -> list[Report | Ended]:
+    @property
+    def takes_ahead(self) -> bool:
+        """Whether `ahead` takes one more trial."""
+        ...
+
+    def ahead(self, job: Job) -> None:
+        """Have a trial trained as soon as there is room for it, which `Began` tells of."""
+        ...
+
+    def wait(self, timeout: float | None = None) -> list[Report | Ended | Began]:
         """What happened, once something has, or after so many seconds."""
         ...
 
@@ -112,10 +121,10 @@ class Search:
         self._scheduler, self._workers, self._peers = scheduler, workers, peers
         self._waits = not isinstance(scheduler, Full)
         """Whether a trial waits at each report for what is decided."""
-        self._draws_ahead = not (self._waits or peers or plan.limited or studies.learns(study))
+        self._knows_ahead = not (self._waits or peers or plan.limited or studies.learns(study))
         """Whether what is begun next depends on nothing that happens before."""
-        self._drawn: Seen | None = None
-        """The trial that is begun as soon as there is room, where it is known already."""
+        self._ahead: dict[int, Seen] = {}
+        """Trials that begin as soon as there is room, without another word."""
         self._changed: Callable[[], None] = lambda: None
         self._ending = False
         self._best: Seen | None = None
@@ -176,7 +185,7 @@ class Search:
     @property
     def over(self) -> bool:
         """Whether every trial that was planned has come to its end."""
-        if self._drawn is not None or self._begun < self.plan.trials:
+        if self._ahead or self._begun < self.plan.trials:
             return False
         return all(trial.over for trial in self.trials.values())
 
@@ -235,15 +244,14 @@ class Search:
             self._peers.beat()
         if not self._workers.running:
             time.sleep(self._peers.patience if self._peers is not None else _LOOK)
-        heard = self._workers.wait(self._left()) if self._workers.running else []
-        if self._drawn is not None and self._workers.free and not self._ending:
-            # What was heard is taken in while it runs.
-            self._start(self._begin_drawn())
-        for happened in heard:
+        for happened in self._workers.wait(self._left()) if self._workers.running else ():
             if isinstance(happened, Report):
                 self._decide(happened)
-            else:
+            elif isinstance(happened, Ended):
                 self._end(happened)
+            else:
+                self.trials[happened.number] = self._ahead.pop(happened.number)
+                self._started[happened.number] = time.monotonic()
 
     def _left(self) -> float | None:
         """Seconds after which to look whether there is something to do besides."""
@@ -267,7 +275,7 @@ class Search:
     @property
     def _begun(self) -> int:
         """How many of the trials that were planned have been begun."""
-        own = sum(trial.parent is None for trial in self.trials.values()) + (self._drawn is not None)
+        own = sum(trial.parent is None for trial in self.trials.values()) + len(self._ahead)
         return own + (len(self._peers.trials) if self._peers is not None else 0)
 
     def _fill(self) -> bool:
@@ -277,14 +285,21 @@ class Search:
         """
         while not self._ending and not self.overspent:
             if not self._workers.free:
-                if self._draws_ahead and self._drawn is None and self._begun < self.plan.trials:
-                    self._drawn = self._ask()
+                self._hand_over()
                 return True
             number = self._next()
             if number is None:
                 return False
             self._start(number)
         return False
+
+    def _hand_over(self) -> None:
+        """Let those who train trials have what comes next, where that is known, and none is to go on."""
+        while self._knows_ahead and self._workers.takes_ahead and self._begun < self.plan.trials:
+            if any(trial.resumes for trial in self.trials.values()) or (asked := self._ask()) is None:
+                return
+            self._ahead[asked.number] = asked
+            self._workers.ahead(self._job(asked))
 
     def _start(self, number: int) -> None:
         """Start a trial, unless it was told to end meanwhile."""
@@ -311,16 +326,11 @@ class Search:
         promoted = self._scheduler.resumes(self._known()) if self._waits else None
         if promoted is not None:
             return promoted
-        if self._drawn is None and self._begun < self.plan.trials:
-            self._drawn = self._ask()
-        return self._begin_drawn() if self._drawn is not None else None
-
-    def _begin_drawn(self) -> int:
-        """Have the trial that was drawn be one of this search; returns its number."""
-        drawn, self._drawn = self._drawn, None
-        assert drawn is not None
-        self.trials[drawn.number] = drawn
-        return drawn.number
+        asked = self._ask() if self._begun < self.plan.trials else None
+        if asked is None:
+            return None
+        self.trials[asked.number] = asked
+        return asked.number
 
     def _goes_on(self, trial: Seen) -> bool:
         """Whether a trial that was interrupted is to run again.

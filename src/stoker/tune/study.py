@@ -169,6 +169,9 @@ class JournalFile(BaseJournalBackend):
             if os.write(self._descriptor, lines) < len(lines):  # there was room for some of it only
                 os.ftruncate(self._descriptor, size)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            if size == self._read:  # nobody else has appended: what is there is known
+                self._logs += logs
+                self._read += len(lines)
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:

@@ -47,6 +47,13 @@ class Job:
 
 
 @dataclass(frozen=True)
+class Began:
+    """A trial that was handed over ahead is trained now."""
+
+    number: int
+
+
+@dataclass(frozen=True)
 class Report:
     """A value of the metric, for which a trial waits to be told what to do."""
 
