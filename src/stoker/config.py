@@ -234,12 +234,18 @@ def flatten(
     return flat
 
 
+@functools.lru_cache(64)
+def _hints(cls: type) -> dict[str, Any]:
+    """The types of a config's fields, each annotation of which is text that is evaluated."""
+    return typing.get_type_hints(cls, include_extras=True)
+
+
 def _leaves(cls: type, prefix: str = "") -> dict[str, _Leaf]:
     if not dataclasses.is_dataclass(cls):
         raise BadInput(
             f"{cls.__name__} is not a dataclass: decorate it with @dataclass(frozen=True, kw_only=True)"
         )
-    hints = typing.get_type_hints(cls, include_extras=True)
+    hints = _hints(cls)
     leaves: dict[str, _Leaf] = {}
     for field in dataclasses.fields(cls):
         kind = hints[field.name]
@@ -254,7 +260,7 @@ def _leaves(cls: type, prefix: str = "") -> dict[str, _Leaf]:
 
 
 def _build(cls: type[C], values: Mapping[str, Any], prefix: str = "") -> C:
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)  # type: ignore[arg-type]
     arguments: dict[str, Any] = {}
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         key = prefix + field.name

@@ -165,11 +165,11 @@ def reach_of_locks(path: Path) -> str:
 
 def _file_system_of(path: Path) -> str:
     """The kind of file system that a path is in, as the kernel names it; empty where it does not say."""
-    inside = _existing(path.resolve())
+    inside = _existing(path)
     known = (inside.stat().st_dev, _mounts())
     if known not in _KINDS:
         _KINDS.clear()
-        _KINDS[known] = _look_up(inside)
+        _KINDS[known] = _look_up(inside.resolve())
     return _KINDS[known]
 
 

@@ -109,12 +109,15 @@ def link(known: Path, target: Path) -> None:
 
 def summary_of(known: Path) -> dict[str, Any]:
     """As `summary`, of what stands in a provenance folder; empty where that has no code."""
-    return summary(read_code(known)) if is_recorded(known) else {}
+    return _summary(storage.read_json(known / CODE))
 
 
 def summary(found: Code) -> dict[str, Any]:
     """What `run.json` says of the code: where it was, and its commit."""
-    said = _as_json(found)
+    return _summary(_as_json(found))
+
+
+def _summary(said: Mapping[str, Any]) -> dict[str, Any]:
     return {key: said[key] for key in ("kind", "root", "script", *_OF_GIT) if key in said}
 
 
