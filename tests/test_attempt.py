@@ -6,6 +6,7 @@ import logging
 import math
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -120,6 +121,29 @@ def test_a_run_whose_record_a_power_cut_emptied_is_none_and_is_begun_anew(
         again.log(loss=0.5)
     assert not again.continued
     assert view.load(again.directory).config == {"lr": 0.2}
+
+
+@pytest.mark.parametrize(
+    ("last", "code", "ended"),
+    [
+        ("", 0, (view.FINISHED, None)),
+        ("raise ValueError('no')", 1, (view.FAILED, "ValueError: no")),
+        ("raise KeyboardInterrupt", -signal.SIGINT, (view.INTERRUPTED, None)),
+        ("run.close()", 0, (view.KILLED, None)),
+        ("run.end('stopped'); run.close()", 0, (view.STOPPED, None)),
+        ("os.kill(os.getpid(), 9)", -signal.SIGKILL, (view.KILLED, None)),
+    ],
+)
+def test_a_run_without_a_block_ends_with_the_script(
+    tmp_path: Path, last: str, code: int, ended: tuple[str, str | None]
+) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(f"import os, stoker\nrun = stoker.Run('test', 'a')\nrun.log(loss=1.0)\n{last}\n")
+    done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, check=False, stderr=subprocess.DEVNULL)
+    assert done.returncode == code
+    run = view.load(RunDirectory(tmp_path / "runs" / "test" / "a"))
+    assert (run.status, run.attempts[-1].error) == ended
+    assert run.points["loss"] == {1: 1.0}
 
 
 def test_tables_tags_and_artifacts_are_recorded(open_run: Callable[..., Run], tmp_path: Path) -> None:

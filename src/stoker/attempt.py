@@ -12,6 +12,7 @@ which is refused before it begins leaves nothing behind. No torch is imported he
 
 from __future__ import annotations
 
+import atexit
 import collections
 import contextlib
 import logging
@@ -19,6 +20,7 @@ import operator
 import os
 import platform
 import subprocess
+import sys
 import threading
 import time
 import types
@@ -73,6 +75,8 @@ _FINISH_SECONDS = 60.0  # for the checkpoint that is being written when a run fa
 
 class Run:
     """A run being trained by this process, or by this process and its peers.
+
+    It ends with its `with` block; without one by `end` and `close`, or with the script.
 
     Of several processes (`torchrun`), rank 0 writes the run; the others log the metrics that
     are reduced over ranks, and nothing else of what they say is kept.
@@ -138,8 +142,7 @@ class Run:
         self._before: Mapping[str, Series] = {}
         self._carried: dict[str, Any] = {}
         self._names: set[str] = set()
-        self._highest = 0
-        self._used = False
+        self._highest, self._used = 0, False
         self._follower: subprocess.Popen[bytes] | None = None
         self._periodic: Periodic | None = None
         self._system: SystemSampler | None = None
@@ -162,6 +165,7 @@ class Run:
             self._lead(record, code or opening.script() or Path.cwd(), accept_drift, provenance)
         if asked is not None:
             self._make_again(asked)
+        atexit.register(self._end_with_script)
         log.debug("attempt %d of %s, process %d", self.attempt, self.directory.path, os.getpid())
 
     def __repr__(self) -> str:
@@ -525,6 +529,14 @@ class Run:
         finally:  # a disk that is full keeps nobody from going on with the run
             self.close()
 
+    def _end_with_script(self) -> None:
+        """The process is over and has not closed the run: it ends as the script did, so far as that is known.
+
+        An interactive session goes on after an error.
+        """
+        raised = None if hasattr(sys, "ps1") else getattr(sys, "last_value", None)
+        self.__exit__(None if raised is None else type(raised), raised, None)
+
     @staticmethod
     def _finish_writing(finish: Callable[[float], None]) -> None:
         try:
@@ -648,6 +660,7 @@ class Run:
         """
         if self._is_parents:
             return
+        atexit.unregister(self._end_with_script)
         if self._periodic is not None:
             self._periodic.close()
         self._journal.close()
