@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import traceback
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any
@@ -220,6 +221,22 @@ def test_what_a_worker_cannot_read_is_said_as_by_the_process_that_trains(workers
     with pytest.raises(BadInput) as refused:
         next(batches)
     assert str(refused.value) == "sample 0 cannot be read"
+
+
+class Broken(Numbers):
+    """One of its samples raises."""
+
+    def __getitem__(self, index: int) -> int:
+        if index == 3:
+            raise ZeroDivisionError("no such number")
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_says_which_sample_it_was_raised_for(workers: int) -> None:
+    with pytest.raises(ZeroDivisionError) as raised:
+        take(loader(Broken(8), workers=workers).batches(0), 2)
+    assert "raised for sample 3 of the dataset" in "".join(traceback.format_exception(raised.value))
 
 
 def test_what_cannot_be_handed_to_workers_is_told_where_to_stand() -> None:

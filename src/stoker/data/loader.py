@@ -302,13 +302,19 @@ class _SeededDataset(Dataset[Any]):
     def _read(self, pairs: list[Pair]) -> list[Any]:
         epochs, indices = np.array(pairs).T
         keys = fold(self._seed, epochs, indices).tolist()
-        if isinstance(self.dataset, KeyedDataset):
-            return [self.dataset.read(index, key) for key, (_, index) in zip(keys, pairs, strict=True)]
+        read = self.dataset.read if isinstance(self.dataset, KeyedDataset) else self._read_seeded
         samples = []
         for key, (_, index) in zip(keys, pairs, strict=True):
-            _seed_all(key)
-            samples.append(self.dataset[index])
+            try:
+                samples.append(read(index, key))
+            except Exception as error:
+                error.add_note(f"It was raised for sample {index} of the dataset.")
+                raise
         return samples
+
+    def _read_seeded(self, index: int, key: int) -> Any:
+        _seed_all(key)
+        return self.dataset[index]
 
 
 @contextmanager
