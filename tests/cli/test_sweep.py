@@ -109,6 +109,14 @@ def test_its_report_draws_what_it_has(stoker: Command, tmp_path: Path) -> None:
     assert "least 1, most 9, factor 3" in text
 
 
+def test_a_search_of_which_no_trial_was_trained_to_its_end_says_so(stoker: Command) -> None:
+    given = ("sweep", RECIPE, "x=uniform(0, 1)", "--sampler", "random", "--trials", "2")
+    early = stoker(*given, "--name", "early", "--scheduler", "asha", "--least", "1", "--most", "9")
+    assert "no trial was trained to its end: of 2 trials the best ended early" in " ".join(early.out.split())
+    whole = stoker(*given, "--name", "whole")
+    assert "trained to its end" not in whole.out
+
+
 def test_asha_pauses_promotes_and_gives_up(stoker: Command) -> None:
     done = stoker(
         "sweep", RECIPE, "x=uniform(0, 1)", "--trials", "9", "--scheduler", "asha", "--least", "1",

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 from stoker.cli.output import console, print_json
 from stoker.tune.schedulers import State
+from stoker.words import counted
 
 if TYPE_CHECKING:
     from stoker.tune.search import Search
@@ -184,6 +185,12 @@ def answer(search: Search, *, json: bool, error: str = "") -> None:
         for key, value in best.params.items():
             out.print(f"  {key:24} {_number(value)}")
         out.print(f"  {'trial':24} {plan.folder.name}/{best.run}")
+    if search.over and best is not None and best.state != "complete":
+        many = counted(len(search.trials), "trial")
+        out.print(
+            f"no trial was trained to its end: of {many} the best ended early, at step {best.step:,.0f}; "
+            "the more --trials, the further the best go"
+        )
     if best is not None:
         out.print(f"next: stoker runs show {plan.folder.name}/{best.run}   stoker report {plan.folder.name}")
     if error:
