@@ -102,6 +102,8 @@ class StopRequests:
         self._asked = STATUS[number]
         if not first:
             self.at_once = True
+            if number == signal.SIGINT:
+                sys.stderr.write("\nstopped at once; the same command goes on from the newest checkpoint\n")
             raise KeyboardInterrupt if number == signal.SIGINT else Stopped(self._asked)
         if not self._in_loop:
             raise Stopped(self._asked)
