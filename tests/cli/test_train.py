@@ -148,8 +148,9 @@ def test_a_second_ctrl_c_stops_at_once(start, slow: Path, tmp_path: Path) -> Non
     for _ in range(2):
         process.send_signal(signal.SIGINT)
         time.sleep(0.2)  # two presses, not one signal
-    process.communicate(timeout=20)
+    _, err = process.communicate(timeout=20)
     assert process.returncode == 130
+    assert b"stopped at once; the same command goes on from the newest checkpoint" in err
     assert loaded(run).status == "interrupted"
 
 
