@@ -13,6 +13,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+import venv
 import zipfile
 from pathlib import Path
 
@@ -494,6 +495,14 @@ def test_a_package_runs_anywhere_and_by_mlflow(counted: Path, stoker: Command, t
     bin_folder = Path(sys.executable).parent
     env = {**os.environ, "PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}"}
     env.pop("PYTHONPATH", None)
+    venv.create(tmp_path / "bare")
+    bare = subprocess.run(
+        ["sh", str(folder / "run.sh")], env={**env, "PYTHON": str(tmp_path / "bare/bin/python")}, check=False,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert bare.returncode == 2
+    assert f"pip install --no-deps -r {folder}/requirements.txt" in bare.stderr
+    assert "Traceback" not in bare.stderr
     subprocess.run(["sh", str(folder / "run.sh")], cwd="/", env=env, check=True, capture_output=True)
     assert list(loaded(folder / "runs/count/first").points["loss"].values()) == list(expected)
 

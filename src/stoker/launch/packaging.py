@@ -120,6 +120,17 @@ def _quoted(word: str, folder: Path) -> str:
     return shlex.quote(word) if within == word else f'"$here/{within}"'
 
 
+_CHECKED = (
+    "has=\"from importlib.util import find_spec as f; raise SystemExit(not (f('torch') and f('typer')))\"",
+    'if ! "${PYTHON:-python}" -c "$has"; then',
+    '  echo "run.sh: this environment lacks packages: activate the one that has them, or" >&2',
+    '  echo "  pip install --no-deps -r $here/requirements.txt" >&2',
+    "  exit 2",
+    "fi",
+)
+"""Lines of a script that say what a traceback would hide."""
+
+
 def _write_script(
     file: Path, seen: RunView, there: Place, folder: Path, command: str, imported: Sequence[str],
     environment: Mapping[str, Any],
@@ -135,6 +146,7 @@ def _write_script(
         *(f"export {name}={shlex.quote(value)}" for name, value in variables.items()),
         *([f'export PYTHONPATH="{paths}${{PYTHONPATH:+:$PYTHONPATH}}"'] if paths else []),
         'export STOKER_RUNS="${STOKER_RUNS:-$here/runs}"',
+        *_CHECKED,
         f'cd "$here/{cwd}"',
         f"exec {command}",
     ]
