@@ -437,14 +437,19 @@ def test_a_grid_has_each_point_once_and_qmc_draws_what_is_conditional(stoker: Co
 
 
 @pytest.mark.soak
+@pytest.mark.parametrize(
+    "how",
+    [
+        ("--scheduler", "asha", "--least", "1", "--most", "9"),
+        ("--sampler", "random", "--reuse-processes"),  # the next trial is in a process's hands
+    ],
+    ids=["asha", "ahead"],
+)
 def test_killed_at_random_moments_it_ends_as_it_would_have(
-    start: Start, stoker: Command, tmp_path: Path
+    how: tuple[str, ...], start: Start, stoker: Command, tmp_path: Path
 ) -> None:
     """The controller or a trial, by SIGKILL; one at a time, so that the order is the same."""
-    given = (
-        "sweep", RECIPE, *SPACE, "pause=0.1", "--trials", "8", "--scheduler", "asha", "--least", "1",
-        "--most", "9", "--json",
-    )  # fmt: skip
+    given = ("sweep", RECIPE, *SPACE, "pause=0.1", "--trials", "8", *how, "--json")
     whole = stoker(*given, "--name", "whole")
     assert whole.code == 0, whole.err
     draws = random.Random(0)
