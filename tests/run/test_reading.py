@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import pyarrow as pa
 import pytest
 import stoker
@@ -130,6 +129,15 @@ def test_a_view_says_what_users_need_of_a_run(trained: Trained) -> None:
     assert seen.points["loss"] == {1: 0.5, 2: 0.25}
 
 
+def test_a_living_run_is_read_as_it_is_now(tmp_path: Path) -> None:
+    with Run("digits", "a", runs=tmp_path) as run:
+        for steps in (1, 2):
+            run.log(loss=1.0)
+            (seen,) = stoker.runs("digits", runs=tmp_path)
+            assert (seen.status, seen.metrics().num_rows) == ("running", steps)
+    assert stoker.runs("a", runs=tmp_path)[0].status == "finished"
+
+
 def test_metrics_are_a_table_by_step_in_which_nan_is_not_missing(tmp_path: Path) -> None:
     with Run("digits", "a", runs=tmp_path) as run:
         run.log(loss=math.nan, accuracy=0.5, step=1)
@@ -189,14 +197,18 @@ def test_runs_of_one_name_in_two_folders_are_told_apart_by_their_paths(
     assert reading.table(stoker.runs(*paths))["run"].to_pylist() == [paths[0]] * 2 + [paths[1]] * 2
 
 
-def test_the_frames_of_the_readme(trained: Trained) -> None:
-    trained("digits/a", loss=1.0, lr=0.1)
-    trained("digits/b", loss=4.0, lr=0.2)
-    runs = stoker.runs("digits")
-    overview = pd.DataFrame({run.directory.id: {**run.config, **run.newest()} for run in runs}).T
-    assert overview.loc["b"].to_dict() == {"lr": 0.2, "loss": 2.0}
-    curves = pd.concat({run.directory.id: run.metrics().to_pandas() for run in runs}, names=["run"])
-    assert curves.pivot_table(index="step", columns="run", values="loss")["b"].to_list() == [4.0, 2.0]
+def test_the_lines_of_the_readme_run_as_they_stand(trained: Trained) -> None:
+    trained("image/a", loss=4.0, more={"val_loss": 0.5, "lr": 0.0}, lr=0.2)
+    trained("image/b", loss=1.0, more={"val_loss": 0.1}, lr=0.1)
+    readme = Path(__file__).parents[2] / "README.md"
+    section = readme.read_text().partition("## Read runs from Python")[2]
+    code = section.partition("```python\n")[2].partition("```")[0].replace(".plot()", "")
+    said: dict[str, Any] = {}
+    exec(code.replace("curves.pivot_table", "table = curves.pivot_table"), said)
+    assert list(said["overview"].index) == ["b", "a"]
+    assert said["overview"].loc["a", ("config", "lr")] == 0.2
+    assert said["overview"].loc["a", ("last", "lr")] == 0.0
+    assert said["table"].to_dict("list") == {"a": [4.0, 2.0], "b": [1.0, 0.5]}
 
 
 def test_reading_runs_loads_nothing_heavy(trained: Trained) -> None:
