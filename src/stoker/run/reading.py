@@ -42,8 +42,9 @@ def runs(*references: str | Path, runs: Path | str | None = None) -> list[RunVie
         Each run once, in the order of the references; those of an experiment, and all, oldest first.
 
     Raises:
-        BadInput: a reference means no run, or several that are no experiment; a run that was named cannot be
-            read; or nothing is there.
+        BadInput: a reference means no run, or several that are no experiment; a run cannot be read that was
+            named, or is its experiment's only one; or nothing is there.
+        Unreachable: the object store cannot be reached, and nothing of its runs is known here.
     """
     folder = finding.folder(runs if runs is not None else os.environ.get("STOKER_RUNS") or "runs")
     return read(folder.absolute(), [str(reference) for reference in references])
