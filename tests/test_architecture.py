@@ -44,7 +44,10 @@ FLOORS = (
 )
 # Modules of one floor that may import each other: the words that all others are made of.
 GROUND = FLOORS[0]
-LIGHT = ("stoker", "stoker.attempt", "stoker.cli.main", "stoker.tracking.follower", "stoker.report.html")
+LIGHT = (
+    "stoker", "stoker.attempt", "stoker.cli.main", "stoker.run.reading", "stoker.tracking.follower",
+    "stoker.report.html",
+)  # fmt: skip
 HEAVY = {"torch", "transformers", "mlflow", "datasets", "peft", "plotly", "pyarrow", "sklearn"}
 
 

@@ -18,13 +18,14 @@ if TYPE_CHECKING:
     from stoker.engine.options import Training
     from stoker.integrations.sweeping import sweep
     from stoker.loop import Trainer
+    from stoker.run.reading import runs
 
-__all__ = ["BadInput", "Duration", "Run", "StokerError", "Trainer", "Training", "main", "sweep"]
+__all__ = ["BadInput", "Duration", "Run", "StokerError", "Trainer", "Training", "main", "runs", "sweep"]
 __version__ = "0.1.0.dev0"
 
 _LAZY = {
     "Run": "attempt", "Trainer": "loop", "Training": "engine.options", "Duration": "duration",
-    "sweep": "integrations.sweeping",
+    "sweep": "integrations.sweeping", "runs": "run.reading",
 }  # fmt: skip
 
 

@@ -125,6 +125,10 @@ def test_another_machine_goes_on_where_one_was_stopped(
     assert _weights(_copy(tmp_path, "two", url)) == _weights(_copy(tmp_path, "two", url, "b"))
     listed = stoker("runs", "list", "--runs", url, "--json", env=machine("three"))
     assert {row["id"]: row["status"] for row in listed.answer["runs"]} == {"a": "finished", "b": "finished"}
+    table = stoker(
+        "runs", "export", "ranked", "--runs", url, "--format", "json", "--json", env=machine("four")
+    )
+    assert [row["run"] for row in table.answer["rows"]] == ["ranked/a"] * 200 + ["ranked/b"] * 200
     assert stoker("runs", "rm", "b", "--yes", "--runs", url, env=machine("three")).code == 0
     listed = stoker("runs", "list", "--runs", url, "--json", env=machine("one"))
     assert [row["id"] for row in listed.answer["runs"]] == ["a"]

@@ -157,6 +157,45 @@ def test_a_run_without_metrics_exports_no_rows(cli: Cli, tmp_path: Path, kind: s
         assert content == {"csv": b"step\n", "json": b"[]\n"}[kind]
 
 
+def test_several_runs_are_exported_as_one_table(cli: Cli, three: list[RunDirectory], tmp_path: Path) -> None:
+    rows = _read_csv(cli("export", "c", "a").stdout)
+    assert list(rows[0]) == ["run", "step", "loss", "val_loss"]
+    assert [(row["run"], row["step"]) for row in rows[28:30]] == [("llm/c", "29"), ("llm/a", "1")]
+    assert {row["val_loss"] for row in rows if row["run"] == "llm/c"} == {""}
+    assert cli("export", "llm", "c").stdout == cli("export", "a", "b", "c").stdout
+    answer = json.loads(cli("export", "llm", "--format", "parquet", "-o", "a.parquet", "--json").stdout)
+    assert answer == {
+        "runs": [str(run.path) for run in three], "format": "parquet", "file": "a.parquet", "rows": 87,
+    }  # fmt: skip
+    table = parquet.read_table(tmp_path / "a.parquet")
+    assert [str(kind) for kind in table.schema.types] == ["string", "int64", "double", "double"]
+    answer = json.loads(cli("export", "a", "c", "--format", "json", "--json").stdout)
+    assert answer["rows"][0] == {"run": "llm/a", "step": 1, "loss": 1.0, "val_loss": 0.5}
+    with pytest.raises(BadInput, match=r"-o runs\.csv"):
+        cli("export", "a", "b", "--json")
+
+
+@pytest.mark.parametrize("kind", ["csv", "json", "parquet"])
+def test_config_is_exported_as_columns_if_asked_for(cli: Cli, three: list[RunDirectory], kind: str) -> None:
+    content = cli("export", "llm", "--config", "--format", kind).stdout_bytes
+    if kind == "csv":
+        rows: list[dict[str, Any]] = _read_csv(content.decode())
+    elif kind == "json":
+        rows = json.loads(content)
+    else:
+        rows = parquet.read_table(io.BytesIO(content)).to_pylist()
+    assert list(rows[0]) == ["run", "step", "loss", "val_loss", "config.batch_size", "config.lr"]
+    assert [float(row["config.lr"]) for row in rows] == [1e-4] * 29 + [1e-3] * 29 + [1e-2] * 29
+    assert {str(row["config.batch_size"]) for row in rows} == {"8"}
+    alone = _read_csv(cli("export", "b", "--config").stdout)
+    assert list(alone[0]) == ["step", "loss", "val_loss", "config.batch_size", "config.lr"]
+
+
+def test_what_is_no_run_and_no_experiment_is_not_exported(cli: Cli, three: list[RunDirectory]) -> None:
+    with pytest.raises(BadInput, match="no run or experiment 'lln' under runs; did you mean 'llm'"):
+        cli("export", "a", "lln")
+
+
 def test_list_shows_the_newest_last(cli: Cli, killed_twice: RunDirectory, tmp_path: Path) -> None:
     _log(_create(tmp_path, "older", "digits"), _metrics(1, loss=0.25), began=10)
     lines = cli("list").stdout.splitlines()
@@ -336,6 +375,10 @@ def test_compare_shows_what_differs_first_and_marks_the_best(cli: Cli, three: li
     assert "█" in out
     with pytest.raises(BadInput, match="two runs or more"):
         cli("compare", "a")
+
+
+def test_an_experiment_is_compared_by_its_name(cli: Cli, three: list[RunDirectory]) -> None:
+    assert cli("compare", "llm", "--json").stdout == cli("compare", "a", "b", "c", "--json").stdout
 
 
 def test_tags_and_notes_are_set_from_outside_of_a_living_run_too(cli: Cli, three: list[RunDirectory]) -> None:

@@ -70,8 +70,9 @@ def test_checkpoints_and_media_past_the_resumed_step_are_void(tmp_path: Path) ->
 def test_rows_have_every_metric_by_step(tmp_path: Path) -> None:
     directory = _run(tmp_path)
     _attempt(directory, [*_points(1, 2), {"type": "metrics", "step": 2, "values": {"val": 7.0}}])
-    rows = view.load(directory).rows()
-    assert rows == [{"step": 1, "loss": 1, "val": None}, {"step": 2, "loss": 2, "val": 7}]
+    table = view.load(directory).metrics()
+    assert [str(kind) for kind in table.schema.types] == ["int64", "double", "double"]
+    assert table.to_pylist() == [{"step": 1, "loss": 1, "val": None}, {"step": 2, "loss": 2, "val": 7}]
 
 
 def test_config_is_the_newest_attempts(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from stoker import object_store
@@ -62,21 +62,59 @@ def every(runs: Path) -> list[RunDirectory]:
 
 def find(runs: Path, reference: str) -> RunDirectory:
     """The run meant by a path, `experiment/id`, an id, or the start of one. Raises BadInput."""
+    return _at_path(runs, reference) or _by_id(runs, reference, every(runs))
+
+
+def meant(runs: Path, reference: str, known: Callable[[], Sequence[RunDirectory]]) -> list[RunDirectory]:
+    """The run that `find` finds, or all runs of an experiment, by its name or path, oldest first.
+
+    Args:
+        known: what lists all runs of the folder; not called for the path of a run.
+
+    Raises:
+        BadInput: it means nothing, or several runs that are no experiment.
+    """
+    run = _at_path(runs, reference)
+    if run is not None:
+        return [run]
+    folders = ((runs / reference).absolute(), Path(reference).absolute())
+    members = [run for run in known() if run.path.parent.absolute() in folders]
+    if not members:
+        return [_by_id(runs, reference, known(), or_experiment=True)]
+    others = [run for run in known() if run.id == reference]
+    if others and members != others:
+        name = f"{others[0].experiment}/{reference}"
+        raise BadInput(f"{reference!r} is an experiment and a run: write {reference + '/'!r} or {name!r}")
+    return members
+
+
+def _at_path(runs: Path, reference: str) -> RunDirectory | None:
+    """The run at a path, or below the runs folder. Raises BadInput where nothing is given."""
     if not reference:
         raise BadInput("give a run: its id, the start of one, experiment/id, or its path")
     for path in (Path(reference), runs / reference):
         if (path / "run.json").is_file():
             return _up_to_date(RunDirectory(path.absolute()))
-    everything = every(runs)
-    same = [run for run in everything if run.id == reference]
-    matches = same or [run for run in everything if run.id.startswith(reference)]
+    return None
+
+
+def _by_id(
+    runs: Path, reference: str, known: Sequence[RunDirectory], *, or_experiment: bool = False
+) -> RunDirectory:
+    """The one run whose id it is, or begins with it; or_experiment: what else it could have been."""
+    same = [run for run in known if run.id == reference]
+    matches = same or [run for run in known if run.id.startswith(reference)]
     if len(matches) == 1:
         return _up_to_date(RunDirectory(matches[0].path.absolute()))
     if matches:
-        names = ", ".join(f"{run.experiment}/{run.id}" for run in matches[:8])
-        raise BadInput(f"{reference!r} means several runs: {names}; give more of the name")
-    hint = nearest(reference, [run.id for run in everything])
-    raise BadInput(f"no run {reference!r} under {shown(runs)}{hint}; `stoker runs list` shows what there is")
+        several = ", ".join(f"{run.experiment}/{run.id}" for run in matches[:8])
+        raise BadInput(f"{reference!r} means several runs: {several}; give more of the name")
+    names = [run.id for run in known] + [run.experiment for run in known if or_experiment]
+    what = "run or experiment" if or_experiment else "run"
+    raise BadInput(
+        f"no {what} {reference!r} under {shown(runs)}{nearest(reference, names)}; "
+        "`stoker runs list` shows what there is"
+    )
 
 
 def _up_to_date(run: RunDirectory) -> RunDirectory:

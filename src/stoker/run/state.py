@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
 from stoker.run.directory import RunDirectory
 from stoker.run.journal import Damage, Event
 from stoker.run.series import Goal, Series, Summary, summarise
+
+if TYPE_CHECKING:
+    import pyarrow
 
 FINISHED = "finished"
 FAILED = "failed"
@@ -76,13 +81,20 @@ class Use:
 
 @dataclass
 class RunView:
-    """What a run is now."""
+    """What a run was when it was read, as by `stoker.runs`; a living one goes on meanwhile: read it again."""
 
     directory: RunDirectory
+    """Where it is: `id`, `experiment`, `path`, and the paths below (`artifacts`, `checkpoints`, `logs`)."""
     record: dict[str, Any]
+    """What `run.json` says of its begin: recipe, config and the source of each value, seed, command, code."""
     attempts: list[Attempt] = field(default_factory=list)
+    """The processes that trained it, one after another."""
     points: Mapping[str, Series] = field(default_factory=dict)
-    """metric -> step -> value, in the order of steps."""
+    """metric -> step -> value, in the order of steps, without the points that a resume made void.
+
+    Of a metric, `x` are the steps, `y` the values and `time` when each was logged (seconds since 1970), as
+    arrays of NumPy.
+    """
     system: Mapping[str, Series] = field(default_factory=dict)
     """What the machine did: metric -> sample number, from 0, -> value. A resume voids none."""
     total_steps: int | None = None
@@ -99,7 +111,9 @@ class RunView:
     params: dict[str, Any] = field(default_factory=dict)
     """What the run said of itself besides its config."""
     goals: dict[str, Goal] = field(default_factory=dict)
+    """Which way a metric is better, where the run said so."""
     tags: dict[str, str] = field(default_factory=dict)
+    """As they are now, also those that `stoker runs tag` has set."""
     notes: list[tuple[float, str]] = field(default_factory=list)
     """When and what."""
     damage: list[Damage] = field(default_factory=list)
@@ -107,7 +121,7 @@ class RunView:
 
     @property
     def config(self) -> dict[str, Any]:
-        """The config of the newest attempt: the record's, with what has drifted since."""
+        """The newest attempt's config by dotted key: the record's, with what has drifted since."""
         return {**self.record["config"], **{key: new for key, (_, new) in self.drift.items()}}
 
     @property
@@ -134,6 +148,7 @@ class RunView:
 
     @property
     def started(self) -> float:
+        """When it first began, in seconds since 1970."""
         return self.attempts[0].started if self.attempts else self.directory.record_file.stat().st_mtime
 
     @property
@@ -151,16 +166,33 @@ class RunView:
         return {metric: float(series.y[-1]) for metric, series in sorted(self.points.items())}
 
     def summary(self) -> dict[str, Summary]:
-        """What every metric came to, by name."""
+        """What every metric came to, by name: last, lowest, highest and best value, each with its step."""
         return {
             metric: summarise(metric, series, self.goals)
             for metric, series in sorted(self.points.items())
             if len(series)
         }
 
-    def rows(self) -> list[dict[str, float | int | None]]:
-        """A row a step: `step`, then every metric by name, None where it was not logged."""
+    def metrics(self) -> pyarrow.Table:
+        """A row a step at which something was logged, in the order of steps; a DataFrame by `.to_pandas()`.
+
+        Columns: `step` (int64), then every metric by name (float64), null where it was not logged; NaN and
+        infinities are themselves.
+        """
+        import pyarrow as pa
+
         metrics = sorted(self.points)
-        steps = sorted({step for series in self.points.values() for step in series})
-        found = {metric: dict(self.points[metric].items()) for metric in metrics}
-        return [{"step": s, **{m: found[m].get(s) for m in metrics}} for s in steps]
+        logged = [self.points[metric] for metric in metrics]
+        steps = np.unique(np.concatenate([np.empty(0, np.int64), *(series.x for series in logged)]))
+        columns = [pa.array(steps), *(_aligned(series, steps) for series in logged)]
+        return pa.Table.from_arrays(columns, ["step", *metrics])
+
+
+def _aligned(series: Series, steps: NDArray[np.int64]) -> pyarrow.Array:
+    """A metric's values at steps of which its own are part, null at the others."""
+    import pyarrow as pa
+
+    at = np.searchsorted(steps, series.x)
+    values, missing = np.zeros(len(steps)), np.ones(len(steps), bool)
+    values[at], missing[at] = series.y, False
+    return pa.array(values, mask=missing, from_pandas=False)  # of pandas, NaN would be null too

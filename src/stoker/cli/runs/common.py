@@ -6,9 +6,8 @@ from datetime import UTC, datetime
 from typing import Annotated, Any
 
 import typer
-from stoker.errors import StokerError
 from stoker.report.terminal import Listed
-from stoker.run import view
+from stoker.run import reading
 from stoker.run.directory import RunDirectory
 
 RunName = Annotated[
@@ -19,15 +18,17 @@ RunNames = Annotated[
     list[str],
     typer.Argument(metavar="RUN...", help="Runs: an id, the start of one, experiment/id, or a path."),
 ]
+RunsMeant = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="RUN...",
+        help="Runs: an id, the start of one, experiment/id, or a path; or an experiment: all of its runs.",
+    ),
+]
 
 
 def listed(run: RunDirectory) -> Listed:
-    try:
-        return Listed(run, view.load(run))
-    except (StokerError, OSError, LookupError, TypeError, ValueError) as error:
-        # Whatever is wrong with one run, the others are still listed.
-        reason = str(error) if isinstance(error, StokerError) else f"{run.path}: {error!r}"
-        return Listed(run, None, reason)
+    return Listed(run, *reading.tolerantly(run))
 
 
 def started(run: Listed) -> tuple[float, str]:

@@ -1,4 +1,4 @@
-"""`stoker runs export RUN`: a run's metrics as a table."""
+"""`stoker runs export RUN...`: the metrics of runs as a table."""
 
 from __future__ import annotations
 
@@ -7,87 +7,93 @@ import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import orjson
 import typer
 from stoker import storage
 from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, print_json
-from stoker.cli.runs.common import RunName
+from stoker.cli.runs.common import RunsMeant
 from stoker.errors import BadInput
-from stoker.run import finding, view
-from stoker.run.directory import RunDirectory
+from stoker.run import reading
+from stoker.run.view import RunView
 from stoker.words import counted
 
+if TYPE_CHECKING:
+    import pyarrow
+
 Format = Literal["csv", "parquet", "json"]
-Row = dict[str, float | int | None]
 
 
 def export(
-    run: RunName,
+    run: RunsMeant,
     format: Annotated[Format, typer.Option("--format", help="csv, parquet or json.")] = "csv",
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="The file to write; by default standard output.")
     ] = None,
+    config: Annotated[
+        bool, typer.Option("--config", help="Add config keys and params as columns, e.g. config.lr.")
+    ] = False,
     runs: RunsFolder = DEFAULT_RUNS,
     json: Json = False,
 ) -> None:
-    """Export the metrics of a run: a row a step, `step` first, then the metrics by name."""
-    found = finding.find(runs, run)
+    """Export the metrics of runs: a row a step, `step` first, then the metrics by name.
+
+    Of several runs each row begins with `run`, which is experiment/id; a metric that a run lacks is empty.
+    """
+    views = reading.read(runs, run)
     if output is None:
-        _check_standard_output(format, json, found)
-    rows = view.load(found).rows()
+        _check_standard_output(format, json, views)
+    table = reading.table(views, config=config)
+    paths = [str(seen.directory.path) for seen in views]
+    about: dict[str, Any] = {"run": paths[0]} if len(paths) == 1 else {"runs": paths}
     if output is not None:
-        _write(output, encode(rows, format))
-        answer = {"run": str(found.path), "format": format, "file": str(output), "rows": len(rows)}
+        _write(output, encode(table, format))
         if json:
-            print_json(answer)
+            print_json({**about, "format": format, "file": str(output), "rows": len(table)})
         else:
-            sys.stderr.write(f"{output}: {counted(len(rows), 'row')}\n")
+            sys.stderr.write(f"{output}: {counted(len(table), 'row')}\n")
     elif json:
-        print_json({"run": str(found.path), "rows": rows})
+        print_json({**about, "rows": table.to_pylist()})
     else:
-        sys.stdout.buffer.write(encode(rows, format))
+        sys.stdout.buffer.write(encode(table, format))
         sys.stdout.flush()
 
 
-def encode(rows: Sequence[Row], format: Format) -> bytes:
-    """Rows as CSV (UTF-8, with a header), Parquet, or JSON (a list of objects).
+def encode(table: pyarrow.Table, format: Format) -> bytes:
+    """A table as CSV (UTF-8, with a header), Parquet, or JSON (a list of objects).
 
     Numbers keep their full precision. A value that was not logged is empty in CSV and null
     elsewhere; NaN and infinities are `nan`, `inf`, `-inf` in CSV, themselves in Parquet, and
     null in JSON, which knows none.
     """
     encoders = {"csv": _csv, "parquet": _parquet, "json": _json}
-    return encoders[format](rows)
+    return encoders[format](table)
 
 
-def _csv(rows: Sequence[Row]) -> bytes:
+def _csv(table: pyarrow.Table) -> bytes:
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]) if rows else ["step"], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(table.column_names)
+    writer.writerows(zip(*(column.to_pylist() for column in table.columns), strict=True))
     return text.getvalue().encode()
 
 
-def _parquet(rows: Sequence[Row]) -> bytes:
-    import pyarrow as pa
+def _parquet(table: pyarrow.Table) -> bytes:
     from pyarrow import parquet
 
-    columns = list(rows[0]) if rows else ["step"]
-    types = {column: pa.int64() if column == "step" else pa.float64() for column in columns}
-    arrays = {c: pa.array([row[c] for row in rows], type=types[c], from_pandas=False) for c in columns}
     sink = io.BytesIO()
-    parquet.write_table(pa.table(arrays), sink)
+    parquet.write_table(table, sink)
     return sink.getvalue()
 
 
-def _json(rows: Sequence[Row]) -> bytes:
-    return orjson.dumps(rows, option=orjson.OPT_INDENT_2) + b"\n"
+def _json(table: pyarrow.Table) -> bytes:
+    return orjson.dumps(table.to_pylist(), option=orjson.OPT_INDENT_2) + b"\n"
 
 
-def _check_standard_output(format: Format, json: bool, run: RunDirectory) -> None:
-    suggestion = f"add -o {run.id}.{format}"
+def _check_standard_output(format: Format, json: bool, views: Sequence[RunView]) -> None:
+    name = views[0].directory.id if len(views) == 1 else "runs"
+    suggestion = f"add -o {name}.{format}"
     if json and format != "json":
         raise BadInput(f"with --json, {format} needs a file: {suggestion}")
     if format == "parquet" and sys.stdout.isatty():
