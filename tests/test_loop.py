@@ -527,7 +527,7 @@ def test_memory_that_a_cpu_has_not_is_said_with_what_to_change(open_run: Callabl
     with open_run("fixed") as run:
         trainer = _trainer(run, _without_batch_norm(), loss=loss, micro_batch=4)
         with pytest.raises(
-            OutOfMemory, match=r"Tried to allocate [\d,.]+ GiB\. .* are free\. Give micro_batch=2, which"
+            OutOfMemory, match=r"Tried to allocate [\d,.]+ TiB\. .* are free\. Give micro_batch=2, which"
         ):
             _run_on(trainer, 2)
     with open_run("auto") as run:
