@@ -486,6 +486,8 @@ def test_a_deepspeed_file_is_taken_as_it_is(tmp_path: Path) -> None:
     ("content", "settings", "said"),
     [
         ({"gradient_clipping": 0.5}, {"clip_norm": 1.0}, "set twice: clip_norm=1.0"),
+        ({"gradient_clipping": 0.5}, {"clip_norm": 1.0}, "give clip_norm=0.5, or clip_norm=none to leave it"),
+        ({"gradient_clipping": 0}, {"clip_norm": 1.0}, 'give clip_norm=none, or "auto" in the file'),
         ({"train_micro_batch_size_per_gpu": 4}, {"micro_batch": 2}, "set twice: micro_batch=2"),
         ({"fp16": {"enabled": True}}, {"precision": "bf16"}, "set twice: precision=bf16"),
         ({"optimizer": {"type": "Adam"}}, {}, "sets the optimizer, and so does the run"),

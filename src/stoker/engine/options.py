@@ -406,9 +406,12 @@ def with_deepspeed_file(training: Training) -> Training:
         if value == "auto":
             continue
         if ours not in (None, "auto", value):
+            same = f"{key}={'none' if value is None else value}"
+            if key == "clip_norm" and value is not None:
+                same += ", or clip_norm=none to leave it to the file"
             raise BadInput(
                 f"set twice: {key}={ours}, and {theirs} to {value} in {file}; "
-                f'give {key}={"none" if value is None else value}, or "auto" in the file'
+                f'give {same}, or "auto" in the file'
             )
         changes[key] = value
     return replace(training, **changes)
