@@ -14,7 +14,7 @@ import torch
 from stoker.data.loader import Loader, evaluation_batches
 from stoker.errors import BadInput
 from stoker.world import World
-from torch.utils.data import default_collate
+from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 Sample = dict[str, Any]
 
@@ -248,3 +248,29 @@ def test_what_cannot_be_handed_to_workers_is_told_where_to_stand() -> None:
     ):
         loader(Local(8), workers=2).batches(0)
     assert next(loader(Local(8), workers=0, shuffle=False).batches(0)).tolist() == [0, 1, 2, 3]
+
+
+class Flowing(IterableDataset[int]):
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(8))
+
+
+class FlowingOfKnownLength(Flowing):
+    def __len__(self) -> int:
+        return 8
+
+
+@pytest.mark.parametrize(
+    ("dataset", "said"),
+    [
+        (Flowing(), "Flowing has no __len__, and"),
+        (FlowingOfKnownLength(), "FlowingOfKnownLength is an IterableDataset, and"),
+        (DataLoader([1, 2]), "DataLoader has no __getitem__, and"),  # type: ignore[arg-type]
+        (iter([1, 2]), "list_iterator has no __len__ and no __getitem__, and"),
+    ],
+)
+def test_what_is_not_read_by_index_is_refused_with_what_to_give(dataset: Any, said: str) -> None:
+    with pytest.raises(BadInput, match=f"^{said} .*: give a dataset with __len__ and __getitem__"):
+        loader(dataset)
+    with pytest.raises(BadInput, match=f"^{said} "):
+        next(evaluation_batches(dataset, 4, World()))

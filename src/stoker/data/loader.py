@@ -31,7 +31,7 @@ from stoker.data import order
 from stoker.data.order import fold
 from stoker.errors import BadInput, StokerError
 from stoker.world import World
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_worker_info
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, default_collate, get_worker_info
 
 Collate: TypeAlias = Callable[[list[Any]], Any]
 Pair: TypeAlias = tuple[int, int]  # epoch, dataset index
@@ -79,8 +79,8 @@ class Loader:
             a larger one.
 
     Raises:
-        BadInput: the dataset is empty, the batch size cannot be shared among the ranks, or a share is asked
-            for of a dataset that has none.
+        BadInput: the dataset is empty or is not read by index, the batch size cannot be shared among the
+            ranks, or a share is asked for of a dataset that has none.
     """
 
     def __init__(
@@ -191,6 +191,7 @@ def _or_raise(batch: Any) -> Any:
 
 
 def _check(dataset: MapDataset, batch_size: int, world: World) -> None:
+    _check_indexed(dataset)
     if len(dataset) == 0:
         raise BadInput("the dataset is empty")
     if batch_size < 1:
@@ -200,6 +201,18 @@ def _check(dataset: MapDataset, batch_size: int, world: World) -> None:
             f"batch_size={batch_size} is for all {world.size} ranks together: "
             f"make it a multiple of {world.size}"
         )
+
+
+def _check_indexed(dataset: object) -> None:
+    """Raises BadInput for what can only be gone through, whose samples cannot be found again by an index."""
+    missing = [name for name in ("__len__", "__getitem__") if not hasattr(type(dataset), name)]
+    if not missing and not isinstance(dataset, IterableDataset):
+        return
+    why = f"has no {' and no '.join(missing)}" if missing else "is an IterableDataset"
+    raise BadInput(
+        f"{type(dataset).__name__} {why}, and a loader reads samples by index, in an order that a run can go "
+        "on from: give a dataset with __len__ and __getitem__, such as list(dataset) of a small one"
+    )
 
 
 def _worker_context() -> BaseContext:
