@@ -31,6 +31,8 @@ FLOORS = (
         "periodic",
         "disk",
         "words",
+        "meanings",
+        "other_names",
     },
     {"run"},
     {"engine", "data", "checkpoint", "tracking", "reproduce", "stopping", "progress"},

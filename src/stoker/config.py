@@ -2,8 +2,9 @@
 
 Defaults < YAML file < `key=value` on the command line. Keys are dotted for nested
 dataclasses (`lora.rank=8`). The source of every value is kept. An unknown key is refused
-with the nearest match, a value of the wrong type with what is allowed: nothing that a user
-wrote is ever ignored. Values are checked by pydantic; the dataclass itself stays a plain one.
+with the nearest match, or with what it is called here where other trainers have it, a value of the wrong type
+with what is allowed: nothing that a user wrote is ever ignored. Values are checked by
+pydantic; the dataclass itself stays a plain one.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import enum
 import functools
 import json
 import shlex
+import textwrap
 import types
 import typing
 from collections.abc import Container, Iterable, Mapping
@@ -23,13 +25,17 @@ from typing import Any, Generic, TypeVar
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
-from stoker import redaction
+from stoker import other_names, redaction
 from stoker.errors import BadInput, nearest
+from stoker.meanings import meanings_of
 
 C = TypeVar("C")
 
 DEFAULT = "default"
 COMMAND_LINE = "command line"
+
+_IN_A_ROW = 20  # keys that are listed in one line of a message
+_WIDTH = 96  # of such lines where there are more
 
 
 @dataclass(frozen=True)
@@ -78,7 +84,7 @@ def resolve(cls: type[C], overrides: Iterable[str] = (), file: Path | None = Non
         key, value = split(override)
         given[key] = (value, COMMAND_LINE)
     for key, (_, source) in given.items():
-        _known(key, leaves, source)
+        _known(cls, key, leaves, source)
     values = {key: _checked(key, leaves[key], *pair) for key, pair in given.items()}
     sources = {key: given[key][1] if key in given else DEFAULT for key in leaves}
     config = _build(cls, values)
@@ -102,7 +108,7 @@ def restore(
     recorded = {key: value for key, value in values.items() if key not in given}
     for source, keys in (("the run's record", recorded), (COMMAND_LINE, given)):
         for key in keys:
-            _known(key, leaves, source)
+            _known(cls, key, leaves, source)
     told = {key: sources.get(key, DEFAULT) for key in leaves} | dict.fromkeys(given, COMMAND_LINE)
     recorded = _without_redacted(recorded, told, leaves)
     checked = {key: _checked(key, leaves[key], value, "the run's record") for key, value in recorded.items()}
@@ -165,7 +171,7 @@ def checked(cls: type, key: str, value: Any, source: str = COMMAND_LINE) -> Any:
     Raises BadInput for an unknown key or a value that the key does not take.
     """
     leaves = _leaves(cls)
-    _known(key, leaves, source)
+    _known(cls, key, leaves, source)
     return _dump(leaves[key], _checked(key, leaves[key], value, source))
 
 
@@ -176,7 +182,7 @@ def kinds(cls: type, key: str, source: str = COMMAND_LINE) -> frozenset[Any]:
     unknown key.
     """
     leaves = _leaves(cls)
-    _known(key, leaves, source)
+    _known(cls, key, leaves, source)
     return _kinds(leaves[key].type)
 
 
@@ -349,7 +355,7 @@ def _unquoted(key: str, value: Any, source: str) -> str:
     return f"{why}, and the whole for the shell: {shlex.quote(f'{key}={meant}')}"
 
 
-def _known(key: str, leaves: Mapping[str, _Leaf], source: str) -> None:
+def _known(cls: type, key: str, leaves: Mapping[str, _Leaf], source: str) -> None:
     if key in leaves:
         return
     inner = [name for name in leaves if name.startswith(f"{key}.")]
@@ -364,8 +370,37 @@ def _known(key: str, leaves: Mapping[str, _Leaf], source: str) -> None:
             f"unknown key {key!r} ({source}); it takes none, as train has no second parameter, config, "
             "annotated with a config dataclass"
         )
-    hint = nearest(key, leaves)
-    raise BadInput(f"unknown key {key!r} ({source}){hint or '; the keys are ' + ', '.join(leaves)}")
+    raise BadInput(f"unknown key {key!r} ({source}){_meant(cls, key, leaves)}")
+
+
+def _meant(cls: type, key: str, leaves: Mapping[str, _Leaf]) -> str:
+    """What to give in place of an unknown key, as the end of a sentence; all keys where nothing is near."""
+    if ours := other_names.keys_for(key, leaves):
+        meanings: dict[str, str] = {}
+        with contextlib.suppress(OSError, TypeError, SyntaxError):  # of a class whose source is not there
+            meanings = meanings_of(cls)
+        told = [_with_meaning(name, meanings.get(name, "")) for name in ours]
+        return f"; here it follows from {' and '.join(told)}" if len(told) > 1 else f"; here it is {told[0]}"
+    command = other_names.command_for(key)
+    if command and not nearest(key, leaves, alike=0.8):  # a config of one's own may have such a key
+        return f"; that is no key here: {command}"
+    return nearest(key, leaves) or f"; the keys are{_listed(leaves)}"
+
+
+def _with_meaning(name: str, meaning: str) -> str:
+    return f"{name} ({meaning.removesuffix('.')})" if meaning else name
+
+
+def _listed(keys: Iterable[str]) -> str:
+    """All keys: a few in a row; many on lines of their own, one for each group of them."""
+    keys = list(keys)
+    if len(keys) <= _IN_A_ROW:
+        return " " + ", ".join(keys)
+    groups: dict[str, list[str]] = {"": []}
+    for key in keys:
+        groups.setdefault(key.rpartition(".")[0], []).append(key)
+    lines = [textwrap.wrap(", ".join(names), _WIDTH, break_on_hyphens=False) for names in groups.values()]
+    return "".join(f"\n  {line}" for group in lines for line in group)
 
 
 def _get(config: Any, key: str) -> Any:

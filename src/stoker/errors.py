@@ -64,9 +64,13 @@ class Stopped(SystemExit):
         super().__init__(EXIT_INTERRUPTED if status == "interrupted" else EXIT_PREEMPTED)
 
 
-def nearest(name: str, allowed: Iterable[str]) -> str:
-    """Return `; did you mean 'x'?` for the nearest allowed name, or an empty string."""
-    matches = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.5)
+def nearest(name: str, allowed: Iterable[str], alike: float = 0.5) -> str:
+    """Return `; did you mean 'x'?` for the nearest allowed name, or an empty string.
+
+    Args:
+        alike: how near it must be; 1 is equal, 0 has no letter in common.
+    """
+    matches = difflib.get_close_matches(name, list(allowed), n=1, cutoff=alike)
     return f"; did you mean {matches[0]!r}?" if matches else ""
 
 

@@ -65,11 +65,11 @@ def made(texts: Texts) -> text_model.Classifier:
 
 
 def test_it_is_shipped_with_a_meaning_for_each_of_its_keys() -> None:
-    from stoker.cli.recipes import _meanings
+    from stoker.meanings import meanings_of
 
     recipe = recipes.load("text")
     assert recipe.config is text.Config
-    meanings = _meanings(text.Config)
+    meanings = meanings_of(text.Config)
     assert all(meanings.get(name) for name in text.Config.__annotations__)
 
 

@@ -57,7 +57,8 @@ def print_json(answer: dict[str, Any]) -> None:
 
 def say_error(message: str, code: int) -> None:
     """Say the error that a command ends with, and its exit code."""
-    sys.stderr.write(f"{message}\n" if "\n" in message else f"stoker: error: {message}\n")
+    is_trace = "\n" in message and code != EXIT_BAD_INPUT
+    sys.stderr.write(f"{message}\n" if is_trace else f"stoker: error: {message}\n")
     if "--json" in sys.argv:
         print_json({"error": message, "bad_input": code == EXIT_BAD_INPUT, "exit_code": code})
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import ast
-import dataclasses
 import enum
 import inspect
 import shutil
-import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,6 +16,7 @@ from stoker import config as configs
 from stoker import recipes
 from stoker.cli.output import Json, console, print_json
 from stoker.errors import BadInput, nearest
+from stoker.meanings import meanings_of
 
 app = typer.Typer(help="What can be trained, the keys it takes, and shipped configs.", no_args_is_help=True)
 
@@ -63,7 +61,7 @@ def show(
         return
     found = recipes.load(recipe)
     keys = _own_first(found.config, configs.describe(found.config))
-    meanings = _meanings(found.config)
+    meanings = meanings_of(found.config)
     if json:
         print_json({
             "recipe": found.name, "source": str(found.source),
@@ -123,30 +121,3 @@ def _own_first(config: type, keys: Mapping[str, Any]) -> dict[str, Any]:
     """The recipe's own keys, then those that every recipe has."""
     own = inspect.get_annotations(config)
     return dict(sorted(keys.items(), key=lambda pair: pair[0].partition(".")[0] not in own))
-
-
-def _meanings(config: type, prefix: str = "") -> dict[str, str]:
-    """The docstring under each field of a config and of what it inherits from, by dotted key."""
-    found: dict[str, str] = {}
-    for cls in reversed(config.__mro__):
-        if dataclasses.is_dataclass(cls):
-            found.update({prefix + name: text for name, text in _documented(cls).items()})
-    for name, kind in typing.get_type_hints(config).items():
-        if dataclasses.is_dataclass(kind) and isinstance(kind, type) and not hasattr(kind, "parse"):
-            found.update(_meanings(kind, f"{prefix}{name}."))
-    return found
-
-
-def _documented(cls: type) -> dict[str, str]:
-    """Field -> the docstring under it, read from the source of the class."""
-    module = ast.parse(Path(inspect.getsourcefile(cls) or "").read_text(encoding="utf-8"))
-    body = next(
-        (n.body for n in ast.walk(module) if isinstance(n, ast.ClassDef) and n.name == cls.__name__), []
-    )
-    found: dict[str, str] = {}
-    for statement, after in zip(body, [*body[1:], None], strict=True):
-        if not isinstance(statement, ast.AnnAssign) or not isinstance(statement.target, ast.Name):
-            continue
-        if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
-            found[statement.target.id] = " ".join(str(after.value.value).split())
-    return found

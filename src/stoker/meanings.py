@@ -1,0 +1,36 @@
+"""What the keys of a config mean: the docstrings under its fields, read from the source."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import typing
+from pathlib import Path
+
+
+def meanings_of(config: type, prefix: str = "") -> dict[str, str]:
+    """The docstring under each field of a config and of what it inherits from, by dotted key."""
+    found: dict[str, str] = {}
+    for cls in reversed(config.__mro__):
+        if dataclasses.is_dataclass(cls):
+            found.update({prefix + name: text for name, text in _documented(cls).items()})
+    for name, kind in typing.get_type_hints(config).items():
+        if dataclasses.is_dataclass(kind) and isinstance(kind, type) and not hasattr(kind, "parse"):
+            found.update(meanings_of(kind, f"{prefix}{name}."))
+    return found
+
+
+def _documented(cls: type) -> dict[str, str]:
+    """Field -> the docstring under it, read from the source of the class."""
+    module = ast.parse(Path(inspect.getsourcefile(cls) or "").read_text(encoding="utf-8"))
+    body = next(
+        (n.body for n in ast.walk(module) if isinstance(n, ast.ClassDef) and n.name == cls.__name__), []
+    )
+    found: dict[str, str] = {}
+    for statement, after in zip(body, [*body[1:], None], strict=True):
+        if not isinstance(statement, ast.AnnAssign) or not isinstance(statement.target, ast.Name):
+            continue
+        if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
+            found[statement.target.id] = " ".join(str(after.value.value).split())
+    return found

@@ -1,0 +1,102 @@
+"""What other trainers call the keys and commands here, for those who come from them.
+
+The names are those of transformers' Trainer, TRL, peft, Axolotl, LLaMA-Factory, torchtune and Lightning, of
+which docs/coming-from-trainers.md says more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container
+
+# A key as it is called here, or with the value that is meant; several where both are.
+_KEYS = {
+    "model": "base_model model_name model_name_or_path pretrained_model_name_or_path",
+    "data": "dataset dataset_name dataset_path datasets train_dataset train_file",
+    "tokenizer": "tokenizer_name tokenizer_name_or_path",
+    "chat_template": "chat_template_jinja chat_template_path",
+    "lr": "learning_rate max_lr peak_lr",
+    "schedule": "lr_schedule lr_scheduler lr_scheduler_type scheduler",
+    "warmup": "num_warmup_steps warmup_ratio warmup_steps",
+    "optimizer": "optim optimizer_name",
+    "weight_decay": "wd",
+    "clip_norm": "clip_grad_norm grad_clip gradient_clip_val gradient_clipping max_grad_norm",
+    "epochs": "max_epochs n_epochs num_epochs num_train_epochs",
+    "max_steps": "max_iters max_train_steps num_steps num_training_steps total_steps",
+    "batch_size": "global_batch_size train_batch_size",
+    "batch_size micro_batch": (
+        "accumulate_grad_batches grad_accum_steps gradient_accumulation_steps micro_batch_size "
+        "per_device_batch_size per_device_train_batch_size per_gpu_train_batch_size"
+    ),
+    "micro_batch=auto": "auto_find_batch_size",
+    "sequence_length": (
+        "block_size context_length cutoff_len max_len max_length max_seq_len max_seq_length model_max_length "
+        "seq_len seq_length sequence_len"
+    ),
+    "packing": "neat_packing packed sample_packing",
+    "loss_on": (
+        "assistant_only_loss completion_only_loss train_on_input train_on_inputs train_on_prompt "
+        "train_on_responses_only"
+    ),
+    "lora.rank": "lora.r lora_r lora_rank peft_config.r r",
+    "lora.alpha": "lora.lora_alpha lora_alpha peft_config.lora_alpha",
+    "lora.dropout": "lora.lora_dropout lora_dropout peft_config.lora_dropout",
+    "lora.targets": (
+        "lora.target_modules lora_target lora_target_linear lora_target_modules peft_config.target_modules "
+        "target_modules"
+    ),
+    "lora.rslora": "lora_use_rslora peft_use_rslora use_rslora",
+    "lora.dora": "lora_use_dora peft_use_dora use_dora",
+    "lora.adapter": "adapter_name_or_path lora_model_dir",
+    "quantisation=nf4": "load_in_4bit qlora quantization quantization_bit",
+    "precision": "dtype mixed_precision torch_dtype",
+    "precision=bf16": "bf16",
+    "precision=fp16": "fp16",
+    "activation_checkpointing=full": "enable_activation_checkpointing gradient_checkpointing",
+    "compile": "torch_compile",
+    "kernels=liger": "use_liger use_liger_kernel",
+    "parallel": "distributed_strategy strategy",
+    "ddp.find_unused_parameters": "ddp_find_unused_parameters find_unused_parameters",
+    "eval_every": "eval_frequency eval_interval eval_steps evals_per_epoch val_check_interval",
+    "patience": "early_stopping_patience",
+    "validation": "val_set_size val_size validation_split",
+    "checkpoint_every": "save_every save_interval save_steps saves_per_epoch",
+    "keep_checkpoints": "save_total_limit",
+    "data_share": "limit_train_batches",
+    "deterministic": "full_determinism use_deterministic_algorithms",
+    "seed": "data_seed manual_seed random_seed random_state",
+}
+_COMMANDS = {
+    "output_dir": "a run is written to a folder of its own under --runs DIR, called --name NAME",
+    "run_name": "the option is --name NAME",
+    "resume_from_checkpoint": (
+        "the same command with the same --name NAME goes on from the newest checkpoint, and so does "
+        "`stoker resume RUN`"
+    ),
+    "report_to": "trackers are named by a variable, as in STOKER_SINKS=wandb",
+    "logging_steps": "it needs none: whatever is logged is kept, and recipes log every step",
+    "num_processes": "the option is --nproc N",
+    "num_machines": "the option is --nodes N",
+    "push_to_hub": "a run that has ended is pushed by `stoker models push RUN hub:org/name`",
+}
+_SAME = {
+    "output_dir": "default_root_dir logging_dir out_dir",
+    "resume_from_checkpoint": "auto_resume_from_checkpoints ckpt_path resume",
+    "report_to": "logger use_wandb wandb_project",
+    "logging_steps": "log_every_n_steps log_interval logging_strategy",
+    "num_processes": "devices gpus n_gpus nproc nproc_per_node num_gpus",
+    "num_machines": "nnodes num_nodes",
+    "push_to_hub": "hub_model_id",
+}
+_OURS = {name: key for key, names in _KEYS.items() for name in names.split()}
+_OPTIONS = _COMMANDS | {name: _COMMANDS[key] for key, names in _SAME.items() for name in names.split()}
+
+
+def keys_for(name: str, keys: Container[str]) -> tuple[str, ...]:
+    """What is called so elsewhere: `lr`, or with its value `precision=bf16`; empty where not all are keys."""
+    found = tuple(_OURS.get(name, "").split())
+    return found if all(key.partition("=")[0] in keys for key in found) else ()
+
+
+def command_for(name: str) -> str:
+    """Which option or command does what a key elsewhere does, as a clause; empty where none is known."""
+    return _OPTIONS.get(name, "")

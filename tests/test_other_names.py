@@ -1,0 +1,82 @@
+"""What is answered to who types the key of another trainer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, make_dataclass
+
+import pytest
+from stoker import config, other_names
+from stoker.errors import BadInput
+from stoker.recipes import llm
+
+
+@dataclass(frozen=True, kw_only=True)
+class Own:
+    lr: float = 0.1
+    """How far a step goes."""
+    length: int = 4
+    out_dirs: str = "out"
+
+
+def said(cls: type, override: str) -> str:
+    with pytest.raises(BadInput) as caught:
+        config.resolve(cls, [override])
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        (
+            "learning_rate=2e-4",
+            "unknown key 'learning_rate' (command line); here it is lr (Peak learning rate;",
+        ),
+        (
+            "per_device_train_batch_size=4",
+            "here it follows from batch_size (Rows of a step, over all ranks) and micro_batch (Samples a",
+        ),
+        ("warmup_ratio=0.1", "here it is warmup (Share of the steps over which"),
+        ("lora.r=8", "here it is lora.rank (Rank of the adapters"),
+        ("bf16=true", "here it is precision=bf16"),
+        ("output_dir=out", "that is no key here: a run is written to a folder of its own under --runs DIR"),
+        ("resume_from_checkpoint=true", "that is no key here: the same command with the same --name NAME"),
+        ("batch_sise=4", "did you mean 'batch_size'?"),
+    ],
+)
+def test_a_name_of_another_trainer_is_answered_with_what_takes_its_place(
+    override: str, expected: str
+) -> None:
+    assert expected in said(llm.Config, override)
+
+
+def test_of_a_config_of_one_s_own_only_its_own_keys_are_named_with_its_own_words() -> None:
+    assert said(Own, "learning_rate=1").endswith("; here it is lr (How far a step goes)")
+    assert said(Own, "max_length=4").endswith("; did you mean 'length'?")
+    assert said(Own, "gradient_accumulation_steps=4").endswith("; the keys are lr, length, out_dirs")
+    assert said(Own, "out_dir=a").endswith("; did you mean 'out_dirs'?")
+    assert "--runs DIR" in said(Own, "default_root_dir=a")
+
+
+def test_of_a_class_whose_source_is_not_there_the_key_is_named_all_the_same() -> None:
+    made = make_dataclass("C", [("lr", float, 1.0)])
+    made.__module__ = "builtins"
+    assert said(made, "learning_rate=1").endswith("; here it is lr")
+
+
+def test_many_keys_are_listed_on_lines_with_those_of_a_group_together() -> None:
+    lines = said(llm.Config, "frobnicate=1").splitlines()
+    assert "  ema.decay, ema.warmup" in lines
+    assert max(map(len, lines)) < 100
+    listed = {name.strip(" ,") for line in lines[1:] for name in line.split(", ")}
+    assert listed == set(config.describe(llm.Config))
+
+
+def test_every_name_leads_to_a_key_of_the_language_recipe_and_is_none_itself() -> None:
+    keys = config.describe(llm.Config)
+    ours = {name: other_names.keys_for(name, keys) for name in other_names._OURS}
+    assert len(ours) > 100
+    assert all(ours.values())
+    assert not (ours.keys() | other_names._OPTIONS.keys()) & keys.keys()
+    assert not ours.keys() & other_names._OPTIONS.keys()
+    for given in {given for names in ours.values() for given in names if "=" in given}:
+        assert config.checked(llm.Config, *given.split("=")) is not None
