@@ -282,3 +282,51 @@ def test_a_text_is_read_compressed_and_in_a_folder(tmp_path: Path) -> None:
 def test_a_damaged_file_says_what_is_wrong(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(content)
     assert re.search(message, refused(tmp_path / name))
+
+
+TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+BRIEF = {"role": "system", "content": "be brief"}
+
+
+def test_a_system_field_of_a_conversation_is_its_first_message(tmp_path: Path) -> None:
+    beside = write_jsonl(tmp_path / "a.jsonl", [{"messages": TURNS, "system": "be brief"}])
+    within = write_jsonl(tmp_path / "b.jsonl", [{"messages": [BRIEF, *TURNS]}])
+    assert read(str(beside)).documents == read(str(within)).documents
+    own = write_jsonl(tmp_path / "c.jsonl", [{"messages": [BRIEF, *TURNS], "system": "be long"}])
+    assert read(str(own)).documents == read(str(within)).documents
+
+
+@pytest.mark.parametrize("record", PAIRS)
+def test_a_system_field_of_a_pair_is_its_system_prompt_and_leaves_its_split(
+    tmp_path: Path, record: dict[str, Any]
+) -> None:
+    plain, told = (
+        read(str(write_jsonl(tmp_path / "a.jsonl", [{**record, "system": said}])))
+        for said in ("", "be brief")
+    )
+    (before,), (after,) = plain.documents, told.documents
+    assert (before.system, after.system) == ("", "be brief")
+    assert before.key == after.key
+    assert plain.fingerprint != told.fingerprint
+
+
+def test_a_system_field_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", [{"messages": TURNS, "system": {"a": 1}}])
+    assert refused(file).endswith("line 1: the field 'system' must be a text, not an object")
+
+
+@pytest.mark.parametrize(
+    ("record", "unread"),
+    [
+        ({"messages": TURNS, "tools": [{"name": "f"}], "id": 3, "source": "web"}, ("tools",)),
+        ({"messages": TURNS, "tools": [], "history": None, "system": "s"}, ()),
+        ({"instruction": "a", "input": "c", "output": "b", "history": [["a", "b"]]}, ("history",)),
+        ({"question": "a", "answer": "b", "input": "c", "context": "d"}, ("context", "input")),
+        ({"text": "a", "system": "s", "url": "u", "score": 1}, ("system",)),
+    ],
+)
+def test_fields_that_mean_something_and_are_not_read_are_noted(
+    tmp_path: Path, record: dict[str, Any], unread: tuple[str, ...]
+) -> None:
+    (document,) = read(str(write_jsonl(tmp_path / "a.jsonl", [record]))).documents
+    assert document.unread == unread

@@ -103,6 +103,20 @@ def test_lines_of_any_lengths_are_each_of_one_part(
     assert all(not part or part.endswith(b"\n") for part in parts[:-1] if any(parts[parts.index(part) + 1 :]))
 
 
+def test_what_is_kept_of_a_part_is_all_of_its_documents(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STOKER_CACHE", str(tmp_path / "cache"))
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    made = [{"messages": turns, "tools": ["f"]}, {"prompt": "a", "completion": "b", "system": "be brief"}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in made))
+    found = chunks.find(str(tmp_path / "a.jsonl"))
+    documents = found.kept(0)
+    assert (documents[0].unread, documents[1].system) == (("tools",), "be brief")
+    monkeypatch.setattr(chunks.Chunks, "documents", None)  # it is read from the cache
+    assert found.kept(0) == documents
+
+
 def test_an_epoch_has_each_document_once_but_for_those_held_out(folder: Path, tmp_path: Path) -> None:
     found = chunks.find(str(folder))
     data = opened(found, tmp_path / "cache")

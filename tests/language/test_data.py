@@ -321,3 +321,33 @@ def test_padding_is_not_learnt_though_it_is_the_token_that_ends_documents(
     assert row["input_ids"][real - 1] == row["labels"][real - 1] == tokenizer.eos_token_id
     assert (row["input_ids"][real:] == tokenizer.eos_token_id).all()
     assert (row["labels"][real:] == -100).all()
+
+
+def test_a_system_prompt_of_a_pair_is_asked_by_the_template_and_as_its_export_asks_it(bare: Any) -> None:
+    pair = Document("k", "what is one", "it is 1", system="be brief")
+    chat = Document("c", "", "", (Message("system", "be brief"), *CHAT[:1], Message("assistant", "it is 1")))
+    encoded = [Encoder(of(bare, CHATML), "answer")([document]) for document in (pair, chat)]
+    (by_field,), (by_message,) = encoded
+    assert (by_field.ids, by_field.has_loss) == (by_message.ids, by_message.has_loss)
+    without = of(bare, None)
+    (plain,) = Encoder(without, "answer")([pair])
+    splits = Splits([pair], [], [])
+    exported = data.as_asked([Source("s", 1.0, splits, "", "")], without)
+    (as_chat,) = Encoder(exported, "answer")([chat])
+    assert plain.ids == as_chat.ids
+    assert learnt(without, pair) == ["it is 1<|endoftext|>"]
+
+
+def test_fields_that_are_not_read_are_warned_of_once_a_source(
+    bare: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("STOKER_CACHE", str(tmp_path))
+    pairs = [
+        Document(f"k{n}", "what is one", f"it is {n}", unread=("tools",) if n % 2 else ("history",))
+        for n in range(6)
+    ]
+    splits = Splits(pairs[:4], pairs[4:5], pairs[5:])
+    with caplog.at_level("WARNING", "stoker"):
+        data.pack([Source("a", 1.0, splits, "f", "a")], of(bare, None), sequence_length=64)
+    (said,) = [record.getMessage() for record in caplog.records if "not read" in record.getMessage()]
+    assert said.startswith("data: a: the fields history, tools of its records are not read: write")

@@ -33,6 +33,10 @@ class Document:
     """The plain text, or the answer; empty for a conversation."""
     messages: tuple[Message, ...] = ()
     """The turns of a conversation; empty for anything else."""
+    system: str = ""
+    """The system prompt of a pair; that of a conversation is one of its messages."""
+    unread: tuple[str, ...] = ()
+    """Fields of its record that mean something to other trainers, and are nothing of this document."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,8 @@ def make_corpus(documents: list[Document], description: str) -> Corpus:
     """A corpus of these documents, named by their content."""
     digest = hashlib.sha256()
     for document in documents:
-        for part in (document.key, document.prompt, document.text, *itertools.chain(*document.messages)):
+        parts = (document.key, document.prompt, document.text, *itertools.chain(*document.messages))
+        for part in (*parts, "system", document.system) if document.system else parts:
             content = part.encode()
             digest.update(len(content).to_bytes(8, "little"))
             digest.update(content)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from stoker.data.documents import Document, Message, content_key
@@ -34,6 +34,11 @@ _CHATS = (
     ("conversation", "role", "content"),
 )
 _NOT_TRAINED_ON = ("tool_calls", "function_call", "reasoning_content")
+_MEANT = (
+    "system", "history", "tools", "functions", "context", "input", "documents", "images", "image", "audios",
+    "audio", "videos", "video", "rejected", "chosen", "reasoning_content", "thinking",
+)  # fmt: skip
+"""Fields that others train on. What else stands in a record, such as an id or a source, tells about it."""
 _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
 """What others call those whom chat templates call user and assistant."""
 
@@ -60,11 +65,25 @@ def documents(records: Iterable[Record]) -> Iterator[Document]:
             )
         messages = _messages(where, record)
         if messages:
-            yield Document(content_key(*itertools.chain(*messages)), "", "", messages)
+            unread = _unread(record, read=("system",))
+            yield Document(content_key(*itertools.chain(*messages)), "", "", messages, unread=unread)
             continue
-        prompt, text = _parse(where, record)
+        prompt, text, read = _parse(where, record)
+        system = _system(where, record) if prompt else ""
         if text.strip():
-            yield Document(content_key(prompt, text), prompt, text)
+            unread = _unread(record, read=(*read, "system") if prompt else read)
+            yield Document(content_key(prompt, text), prompt, text, (), system, unread)
+
+
+def _unread(record: dict[str, Any], read: Sequence[str]) -> tuple[str, ...]:
+    """Which fields that mean something hold something, and are not among those that are read."""
+    return tuple(name for name in _MEANT if record.get(name) and name not in read)
+
+
+def _system(where: str, record: dict[str, Any]) -> str:
+    """The system prompt that stands in a field of its own; empty where none does. Raises BadInput."""
+    said = _field(where, record, "system") if record.get("system") else ""
+    return said if said.strip() else ""
 
 
 def _messages(where: str, record: dict[str, Any]) -> tuple[Message, ...]:
@@ -73,6 +92,9 @@ def _messages(where: str, record: dict[str, Any]) -> tuple[Message, ...]:
     if not said:
         return ()
     found = [_message(f"{where}, message {n}", m, role, content) for n, m in enumerate(said, start=1)]
+    system = _system(where, record)
+    if system and all(message.role != "system" for message in found):  # else it says so itself
+        found.insert(0, Message("system", system))
     if not any(message.role == "assistant" and message.content.strip() for message in found):
         raise BadInput(f"{where}: no message of the role assistant says anything: there is nothing to learn")
     return tuple(found)
@@ -114,13 +136,14 @@ def _message(where: str, message: Any, role: str, content: str) -> Message:
     return Message(_ROLES.get(speaker, speaker), _field(where, message, content))
 
 
-def _parse(where: str, record: dict[str, Any]) -> tuple[str, str]:
-    """A record's prompt (empty for plain text) and text. Raises BadInput."""
+def _parse(where: str, record: dict[str, Any]) -> tuple[str, str, tuple[str, ...]]:
+    """A record's prompt (empty for plain text), its text, and the fields they are of. Raises BadInput."""
     for prompt, addition, text in _FORMS:
         if text in record and (prompt is None or prompt in record):
             asked = _field(where, record, prompt) if prompt else ""
             added = _field(where, record, addition) if addition and record.get(addition) else ""
-            return (f"{asked}\n\n{added}" if added.strip() else asked), _field(where, record, text)
+            read = tuple(filter(None, (prompt, addition, text)))
+            return (f"{asked}\n\n{added}" if added.strip() else asked), _field(where, record, text), read
     chat = next((turns for turns, _, _ in _CHATS if turns in record), None)
     if chat is not None:
         what = "it is empty" if record[chat] == [] else f"not {kind_of(record[chat])}"

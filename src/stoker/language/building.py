@@ -242,7 +242,7 @@ def _tokenizer(
 
 
 def _train_tokenizer(documents: Sequence[Document], vocab_size: int) -> Any:
-    texts = (d.prompt + d.text + "".join(m.content for m in d.messages) for d in documents)
+    texts = (d.system + d.prompt + d.text + "".join(m.content for m in d.messages) for d in documents)
     trained = tokenizers.train_tokenizer(texts, vocab_size)
     return tokenizers.as_transformers(trained, max_length=_LONGEST)
 

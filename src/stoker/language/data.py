@@ -79,6 +79,7 @@ def pack(
     Raises:
         BadInput: a tokenizer does not do for the documents, or nothing is left of them.
     """
+    _warn_of_unread(found)
     encoder = Encoder(tokenizer, loss_on)
     settings: dict[str, Any] = {
         "encode": encoder, "pad_id": tokenizer.pad_token_id, "vocab_size": len(tokenizer),
@@ -145,6 +146,20 @@ def say(run: Run, data: str, found: Sequence[Source], rows: Rows, *, packed: boo
         log.warning("the model's attention cannot keep documents apart: each has rows of its own")
 
 
+def _warn_of_unread(found: Sequence[Source]) -> None:
+    """Name the fields of each source's records that other trainers learn from, and this does not."""
+    for source in found:
+        documents = itertools.chain(source.splits.train, source.splits.validation, source.splits.test)
+        names = dict.fromkeys(name for document in documents for name in document.unread)
+        if names:
+            fields = "the field" if len(names) == 1 else "the fields"
+            log.warning(
+                "data: %s: %s %s of its records %s not read: write what is to be learnt of it into the "
+                "prompt or the messages, or leave it out",
+                source.name, fields, ", ".join(names), "is" if len(names) == 1 else "are",
+            )  # fmt: skip
+
+
 def _say_what_is_lost(name: str, rows: Sequence[PackedDataset]) -> None:
     truncated = sum(part.statistics.truncated for part in rows)
     dropped = sum(part.statistics.dropped for part in rows)
@@ -209,7 +224,13 @@ def _beginning(document: Document, tokenizer: Any, begin: str) -> str:
     if asked:
         return _render(tokenizer, asked, to_be_answered=True)
     text = messages[0].content if messages else document.text
-    return begin + (PROMPT.format(prompt=document.prompt) if document.prompt else " ".join(text.split()[:8]))
+    return begin + (_plainly_asked(document) if document.prompt else " ".join(text.split()[:8]))
+
+
+def _plainly_asked(document: Document) -> str:
+    """A pair's prompt without a chat template: as the one of the export writes it."""
+    before = f"{document.system}\n\n" if document.system else ""
+    return before + PROMPT.format(prompt=document.prompt)
 
 
 def as_asked(found: Sequence[Source], tokenizer: Any) -> Any:
@@ -265,7 +286,7 @@ class Encoder:
         return [text.ids for text in encoded]
 
     def _plain(self, documents: Sequence[Document]) -> Iterator[Encoded]:
-        asked = iter(self._ids([PROMPT.format(prompt=d.prompt) for d in documents if d.prompt]))
+        asked = iter(self._ids([_plainly_asked(d) for d in documents if d.prompt]))
         for document, text in zip(documents, self._ids([d.text for d in documents]), strict=True):
             prompt = next(asked) if document.prompt else []
             ids = [*self.begin, *prompt, *text, self._tokenizer.eos_token_id]
@@ -309,7 +330,8 @@ def _as_messages(document: Document, tokenizer: Any) -> tuple[Message, ...]:
         )
     if document.messages or not (document.prompt and has_template):
         return document.messages
-    return Message("user", document.prompt), Message("assistant", document.text)
+    system = (Message("system", document.system),) if document.system else ()
+    return *system, Message("user", document.prompt), Message("assistant", document.text)
 
 
 def _render(tokenizer: Any, chat: Sequence[Message], *, to_be_answered: bool = False) -> str:
