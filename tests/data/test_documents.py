@@ -35,9 +35,10 @@ def test_documents_of_one_key_stay_together() -> None:
 
 @settings(max_examples=50)
 @given(count=st.integers(3, 40), validation=st.floats(0, 0.45), test=st.floats(0, 0.45))
-def test_no_split_is_empty(count: int, validation: float, test: float) -> None:
+def test_no_split_is_empty_but_one_of_a_share_of_0(count: int, validation: float, test: float) -> None:
     splits = split(numbered(count), validation, test)
-    assert min(len(splits.train), len(splits.validation), len(splits.test)) >= 1
+    assert len(splits.train) >= 1
+    assert [bool(splits.validation), bool(splits.test)] == [validation > 0, test > 0]
     assert len(splits.train) + len(splits.validation) + len(splits.test) == count
 
 
@@ -46,6 +47,9 @@ def test_too_few_documents_are_refused() -> None:
         split([*numbered(2), *numbered(2)])
     with pytest.raises(BadInput, match="there is 1 different document: "):
         split(numbered(1))
+    with pytest.raises(BadInput, match="train and test need at least one each, so give 2 or more"):
+        split(numbered(1), validation=0.0)
+    assert split(numbered(1), validation=0.0, test=0.0).train == numbered(1)
 
 
 def test_fractions_that_leave_nothing_to_train_on_are_refused() -> None:

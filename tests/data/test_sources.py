@@ -128,6 +128,53 @@ def test_of_a_large_file_only_the_beginning_is_looked_at_beforehand(tmp_path: Pa
         sources.check(str(whole))
 
 
+def test_what_is_evaluated_on_is_read_whole_and_nothing_is_held_out_for_it(tmp_path: Path) -> None:
+    names = {}
+    for name, numbers in {"data": range(40), "held": range(35, 45), "other": range(100, 103)}.items():
+        names[name] = str(tmp_path / f"{name}.jsonl")
+        Path(names[name]).write_text("".join(json.dumps({"text": f"text {n}"}) + "\n" for n in numbers))
+    shares = {"validation": 0.2, "test": 0.2}
+    both = f"{names['held']},{names['other']}"
+    for streaming in (False, True):
+        found = sources.read_all(names["data"], **shares, streaming=streaming, validation_data=both)
+        assert [(s.key, s.name) for s in found] == [
+            ("data", "data"), ("validation_data", "held"), ("validation_data", "other"),
+        ]  # fmt: skip
+        trained, held, other = (source.splits for source in found)
+        assert [trained.validation, held.train, held.test, other.train, other.test] == [[]] * 5
+        assert len(trained.train) + len(trained.test) == 40
+        assert trained.test
+        assert found[0].held_out == (0.2 if streaming else 0)
+        assert (len(held.validation), len(other.validation)) == (10, 3)
+        documents = {document.text for document in trained.train}
+        assert sources.repeated(found) == {
+            "validation_data": sum(document.text in documents for document in held.validation)
+        }
+        alone = sources.read_all(
+            names["data"], **shares, streaming=streaming, validation_data=names["held"],
+            test_data=names["other"],
+        )  # fmt: skip
+        assert len(alone[0].splits.train) == 40
+        assert alone[0].held_out == 0
+        assert alone[0].fingerprint == found[0].fingerprint
+        assert len(alone[2].splits.test) == 3
+        assert sources.repeated(alone) == {"validation_data": 5}
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ("a.jsonl:3,b.jsonl", "validation_data=a.jsonl:3,b.jsonl: what is evaluated on has no weights, so "
+         "write validation_data=a.jsonl,b.jsonl"),
+        ("a.jsonl,", "validation_data=a.jsonl,: a name is missing; write a.jsonl,b.jsonl"),
+        ("nowhere.jsonl", "nowhere.jsonl does not exist"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_evaluated_on_is_refused_by_its_key(data: str, said: str) -> None:
+    with pytest.raises(BadInput, match=re.escape(said)):
+        sources.check(data, "validation_data")
+
+
 def test_a_source_says_how_much_it_is(tmp_path: Path) -> None:
     folder = tmp_path / "texts"
     folder.mkdir()

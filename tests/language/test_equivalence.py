@@ -59,7 +59,10 @@ def plain(base: Path) -> Any:
 
 def rows_of(config: llm.Config) -> Rows:
     """The rows that the recipe trains on and measures."""
-    found = sources.read_all(config.data, validation=config.validation, test=config.test)
+    found = sources.read_all(
+        config.data, validation=config.validation, test=config.test, validation_data=config.validation_data,
+        test_data=config.test_data,
+    )  # fmt: skip
     language = building.build(config.model, tokenizer=None, vocab_size=300, sequence_length=ROW, documents=[])
     return data.pack(
         found, language.tokenizer, sequence_length=ROW, loss_on=config.loss_on, packing=config.packing
@@ -124,6 +127,27 @@ def test_perplexity_is_that_of_plain_transformers(
         held_out = [document for row in part for document in documents_of(tokens.collate([row]), known)]
         expected = equivalence_run.perplexity(plain(base).eval(), held_out)
         assert found[metric][0] == pytest.approx(expected, rel=1e-4)
+
+
+def test_perplexity_on_data_of_one_s_own_is_that_of_plain_transformers(base: Path, tmp_path: Path) -> None:
+    lines = equivalence_run.conversations(tmp_path / "all.jsonl", 90).read_text().splitlines(keepends=True)
+    files = {"data": lines[:60], "validation_data": lines[60:77], "test_data": lines[77:]}
+    for name, part in files.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(part))
+    own = {name: str(tmp_path / f"{name}.jsonl") for name in files}
+    config = equivalence_run.config(
+        base, Path(own.pop("data")), max_steps=Duration(1, "step"), lora=Lora(rank=2), **own,
+        validation=llm.Config.validation, test=llm.Config.test,
+    )  # fmt: skip
+    found = equivalence_run.recipe(tmp_path, config, "own")
+    for metric, file in (("val_perplexity", "validation_data"), ("base_test_perplexity", "test_data")):
+        known = equivalence_run.tokenised(base, tmp_path / f"{file}.jsonl", answers_only=True)
+        assert len(known) == len(files[file])
+        expected = equivalence_run.perplexity(plain(base).eval(), known.items())
+        assert found[metric][0] == pytest.approx(expected, rel=1e-4)
+    trained = [ids for row in rows_of(config).train for ids in equivalence_run.pieces(tokens.collate([row]))]
+    known = equivalence_run.tokenised(base, tmp_path / "data.jsonl", answers_only=True)
+    assert sorted(trained) == sorted(known), "all of data, and nothing else"
 
 
 def test_adapters_on_7b_are_sharded_whole_with_what_they_are_on(tmp_path: Path) -> None:

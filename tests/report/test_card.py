@@ -40,6 +40,21 @@ def _run(folder: Path) -> RunView:
     return view.load(directory)
 
 
+def test_a_card_says_what_was_evaluated_on(tmp_path: Path) -> None:
+    run = _run(tmp_path)
+    run.attempts[-1].data["validation_data"] = ["held.jsonl, 4 documents", "org/held, 2 documents"]
+    run.tags["fingerprint.validation_data"] = "e5"
+    about = card.About(name="org/tuned", kind="model", step=40, base="", task="text-generation", chat=False)
+    (tmp_path / "out").mkdir()
+    card.write(run, tmp_path / "out", about)
+    text = (tmp_path / "out" / "README.md").read_text()
+    for said in (
+        "- held out: 5% of the documents for the test\n", "- for validation: held.jsonl, 4 documents\n",
+        "- for validation: org/held, 2 documents\n", "- fingerprint of what is for validation: `e5`\n",
+    ):  # fmt: skip
+        assert said in text, said
+
+
 def test_a_card_says_what_it_is_how_good_and_how_to_load_and_make_it_again(tmp_path: Path) -> None:
     about = card.About(
         name="org/tuned", kind="adapter", step=40, base="org/base", task="text-generation", chat=True

@@ -73,19 +73,18 @@ def inspect(
     found, rows, tokenizer, packing = _made(resolved.config)
     from stoker.language import inspection
 
+    evaluated = [source for source in found if source.key != "data"]
+    found = [source for source in found if source.key == "data"]
     parts = [inspection.packed(part) for part in inspection.parts_of(rows)]
     numbers = [
-        {
-            "train": inspection.numbers(part),
-            "validation": inspection.numbers([rows.validation[source.name]]),
-            "test": inspection.numbers([rows.test[source.name]]),
-        }
+        {"train": inspection.numbers(part), **_held_out(source, rows)}
         for source, part in zip(found, parts, strict=True)
     ]
     shown = [inspection.samples(part, tokenizer, samples, resolved.config.seed) for part in parts]
     about = _about(resolved.config, rows, tokenizer, packing)
     if json:
-        print_json(_answer(about, found, rows, numbers, shown))
+        evaluation = [_evaluated(source, _held_out(source, rows)) for source in evaluated]
+        print_json({**_answer(about, found, rows, numbers, shown), "evaluation": evaluation})
         return
     out = console()
     if not out.is_terminal:
@@ -94,6 +93,8 @@ def inspect(
     _print_about(out, about)
     for source, own in zip(found, numbers, strict=True):
         _print_numbers(out, source, own, resolved.config.sequence_length)
+    for source in evaluated:
+        _print_numbers(out, source, _held_out(source, rows), resolved.config.sequence_length)
     if len(found) > 1:
         _print_mixture(out, found, rows)
     _print_epoch(out, about)
@@ -125,8 +126,10 @@ def _made(config: Config) -> tuple[list[Source], Rows, Any, bool]:
     if config.chat_template is not None:
         chat_template.read(config.chat_template)  # before all of the data are
     found = sources.read_all(
-        config.data, validation=config.validation, test=config.test, streaming=config.streaming
-    )
+        config.data, validation=config.validation, test=config.test, streaming=config.streaming,
+        validation_data=config.validation_data, test_data=config.test_data,
+    )  # fmt: skip
+    language_data.warn_of_repeated(found)
     tokenizer, packs = building.without_model(
         config.model,
         tokenizer=adapters.tokenizer_for(config.tokenizer, config.lora),
@@ -139,6 +142,18 @@ def _made(config: Config) -> tuple[list[Source], Rows, Any, bool]:
         found, tokenizer, sequence_length=config.sequence_length, loss_on=config.loss_on, packing=packing
     )
     return found, rows, tokenizer, packing
+
+
+def _held_out(source: Source, rows: Rows) -> dict[str, Numbers]:
+    """The numbers of the splits of a source that are evaluated on, by their names."""
+    from stoker.language import inspection
+
+    splits = {"validation": source.splits.validation, "test": source.splits.test}
+    return {
+        split: inspection.numbers([getattr(rows, split)[source.name]])
+        for split, documents in splits.items()
+        if documents
+    }
 
 
 def _about(config: Config, rows: Rows, tokenizer: Any, packing: bool) -> dict[str, Any]:
@@ -181,6 +196,13 @@ def _answer(
             }
             for source, share, own, samples in zip(found, shares, numbers, shown, strict=True)
         ],
+    }  # fmt: skip
+
+
+def _evaluated(source: Source, splits: Mapping[str, Numbers]) -> dict[str, Any]:
+    return {
+        "key": source.key, "name": source.name, "description": source.description,
+        "fingerprint": source.fingerprint, "splits": {split: asdict(part) for split, part in splits.items()},
     }  # fmt: skip
 
 
@@ -321,7 +343,8 @@ def _print_numbers(out: Console, source: Source, splits: Mapping[str, Numbers], 
     for heading, cells in _lines(list(splits.values())):
         table.add_row(Text(heading, "dim"), *cells)
     out.print(table)
-    _print_histogram(out, splits["train"], row)
+    split, first = next(iter(splits.items()))
+    _print_histogram(out, split, first, row)
 
 
 def _lines(splits: Sequence[Numbers]) -> list[tuple[str, list[str]]]:
@@ -345,8 +368,8 @@ def _lines(splits: Sequence[Numbers]) -> list[tuple[str, list[str]]]:
     ]
 
 
-def _print_histogram(out: Console, numbers: Numbers, row: int) -> None:
-    out.print(Text("tokens a document, train", "dim"))
+def _print_histogram(out: Console, split: str, numbers: Numbers, row: int) -> None:
+    out.print(Text(f"tokens a document, {split}", "dim"))
     most = max(count for _, _, count in numbers.histogram)
     width = max(len(f"{begin:,} - {end:,}") for begin, end, _ in numbers.histogram)
     for begin, end, count in numbers.histogram:

@@ -75,9 +75,9 @@ def content_key(*parts: str) -> str:
 
 
 def split(documents: Sequence[Document], validation: float = 0.05, test: float = 0.05) -> Splits:
-    """Divide documents into three parts, none of them empty, of about these fractions.
+    """Divide documents into three parts of about these fractions, of which only one of 0 is empty.
 
-    Raises BadInput where there are fewer than three different keys, or no fraction is left
+    Raises BadInput where there are fewer different keys than parts, or no fraction is left
     for training.
     """
     if validation < 0 or test < 0 or validation + test >= 1:
@@ -85,14 +85,18 @@ def split(documents: Sequence[Document], validation: float = 0.05, test: float =
             f"validation={validation} and test={test} must be 0 or more and leave some to train on"
         )
     places = sorted({document.key for document in documents}, key=place)
-    if len(places) < 3:
+    parts = ["train", *(["validation"] if validation else []), *(["test"] if test else [])]
+    if len(places) < len(parts):
         found = "is 1 different document" if len(places) == 1 else f"are {len(places)} different documents"
         among = f" among {len(documents):,}" if len(documents) > len(places) else ""
         raise BadInput(
-            f"there {found}{among}: train, validation and test need at least one each, so give 3 or more"
+            f"there {found}{among}: {', '.join(parts[:-1])} and {parts[-1]} need at least one each, so give "
+            f"{len(parts)} or more"
         )
-    tests = _count(places, 0.0, test, most=len(places) - 2)
-    validations = _count(places, test, test + validation, most=len(places) - tests - 1)
+    most = len(places) - (2 if validation else 1)
+    tests = _count(places, 0.0, test, most) if test else 0
+    most = len(places) - tests - 1
+    validations = _count(places, test, test + validation, most) if validation else 0
     in_test, in_validation = set(places[:tests]), set(places[tests : tests + validations])
     return Splits(
         train=[d for d in documents if d.key not in in_test and d.key not in in_validation],

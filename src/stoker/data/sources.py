@@ -11,9 +11,11 @@ import dataclasses
 import hashlib
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from stoker import object_store, words
 from stoker.data import chunks, compressed, hub_datasets, parquet, python_docs, records
@@ -36,13 +38,16 @@ _FIRST = 100  # documents of a file that are looked at before anything is starte
 _READ_WHOLE = (".json", ".txt")  # the files whose first document is not there before all of them is
 _SMALL = 16 * 2**20  # bytes of such a file that are read twice gladly
 
+Key = Literal["data", "validation_data", "test_data"]
+"""The key of the config that names data: what it is for."""
+
 
 @dataclass(frozen=True)
 class Source:
-    """Data for training, by itself or among others."""
+    """Data for training or evaluation, by itself or among others."""
 
     name: str
-    """Short, and unlike that of the others."""
+    """Short, and unlike that of the others of its key."""
     weight: float
     splits: Splits
     """Of a stream: those of the parts that were looked at."""
@@ -52,20 +57,59 @@ class Source:
     """What is to be read while training, where that is not all in `splits`."""
     held_out: float = 0.0
     """Of a stream: the documents whose place is below it are for validation and test."""
+    key: Key = "data"
+    """Of any but `data` all documents are in the split that is evaluated."""
 
 
-def read_all(data: str, *, validation: float, test: float, streaming: bool = False) -> list[Source]:
-    """Read what is named as `a`, as `a,b`, or with weights as `a:3,b:1`.
+def read_all(
+    data: str,
+    *,
+    validation: float,
+    test: float,
+    streaming: bool = False,
+    validation_data: str | None = None,
+    test_data: str | None = None,
+) -> list[Source]:
+    """Read what is named as `a`, as `a,b`, or with weights as `a:3,b:1`: what is trained on comes first.
 
-    Several without weights are one, of all of their documents.
+    Several without weights are one, of all of their documents; but each of those that are evaluated on is
+    one of its own.
 
     Args:
         validation, test: the shares of the documents that are held out, see `documents.split`.
         streaming: leave what is not built in to be read while training.
+        validation_data, test_data: what is evaluated on in place of that share of `data`, read whole.
 
     Raises:
-        BadInput: as `read`, or for weights that are none.
+        BadInput: as `read`, or for weights that are none, or of what is evaluated on.
     """
+    found = _trained_on(
+        data,
+        validation=0.0 if validation_data is not None else validation,
+        test=0.0 if test_data is not None else test,
+        streaming=streaming,
+    )
+    if validation_data is not None:
+        found += _evaluated_on(validation_data, "validation_data")
+    if test_data is not None:
+        found += _evaluated_on(test_data, "test_data")
+    return found
+
+
+def _evaluated_on(data: str, key: Key) -> list[Source]:
+    found = []
+    for name in named(data, key):
+        corpus = read(name)
+        splits = Splits(
+            train=[],
+            validation=corpus.documents if key == "validation_data" else [],
+            test=corpus.documents if key == "test_data" else [],
+        )
+        found.append(Source(name, 1.0, splits, corpus.fingerprint, corpus.description, key=key))
+    return _with_short_names(found)
+
+
+def _trained_on(data: str, *, validation: float, test: float, streaming: bool) -> list[Source]:
     named = _weights(data)
     if len(named) > 1 and not streaming and all(weight is None for _, weight in named):
         corpora = [read(name) for name, _ in named]
@@ -83,9 +127,9 @@ def read_all(data: str, *, validation: float, test: float, streaming: bool = Fal
     return _with_short_names(found)
 
 
-def check(data: str) -> None:
+def check(data: str, key: Key = "data") -> None:
     """Refuse what is not there, and files here that do not begin as data does. Raises BadInput."""
-    for name, _ in _weights(data):
+    for name in named(data, key):
         path = Path(name).expanduser()
         if name in BUILT_IN or object_store.is_url(name):
             continue
@@ -105,9 +149,13 @@ def _check_first(source: str, path: Path) -> None:
         pass
 
 
-def named(data: str) -> list[str]:
+def named(data: str, key: Key = "data") -> list[str]:
     """What is named as `a`, as `a,b`, or with weights, each as it was given. Raises BadInput."""
-    return [name for name, _ in _weights(data)]
+    found = _weights(data, key)
+    if key != "data" and any(weight is not None for _, weight in found):
+        names = ",".join(name for name, _ in found)
+        raise BadInput(f"{key}={data}: what is evaluated on has no weights, so write {key}={names}")
+    return [name for name, _ in found]
 
 
 def is_here(name: str) -> bool:
@@ -120,7 +168,7 @@ def _check_meant_for_hub(name: str) -> None:
         raise BadInput(f"data file {name} does not exist")
 
 
-def _weights(data: str) -> list[tuple[str, float | None]]:
+def _weights(data: str, key: Key = "data") -> list[tuple[str, float | None]]:
     if Path(data).expanduser().exists():
         return [(data, None)]
     found: list[tuple[str, float | None]] = []
@@ -134,10 +182,11 @@ def _weights(data: str) -> list[tuple[str, float | None]]:
         except ValueError:
             weight = math.nan
         if not (0 < weight < math.inf):
-            raise BadInput(f"data={data}: {given!r} is no weight: give a number above 0, as in {name}:3")
+            raise BadInput(f"{key}={data}: {given!r} is no weight: give a number above 0, as in {name}:3")
         found.append((name, weight))
     if any(not name for name, _ in found):
-        raise BadInput(f"data={data}: a name is missing; write a.jsonl:3,b.jsonl:1")
+        write = "a.jsonl:3,b.jsonl:1" if key == "data" else "a.jsonl,b.jsonl"
+        raise BadInput(f"{key}={data}: a name is missing; write {write}")
     return found
 
 
@@ -150,10 +199,11 @@ def _streamed(name: str, weight: float, validation: float, test: float) -> Sourc
     found = chunks.find(name)
     documents = [document for number in looked_at(found) for document in found.kept(number)]
     splits = split_by_place(documents, validation=validation, test=test)
-    if not (splits.validation and splits.test):
+    if (validation and not splits.validation) or (test and not splits.test):
+        raised = " and ".join(key for key, share in (("validation", validation), ("test", test)) if share)
         raise BadInput(
             f"{name}: of {counted(len(documents), 'document')} that were looked at none is held out: raise "
-            "validation and test"
+            f"{raised}"
         )
     size = f"{words.size(found.size)} in {counted(len(found.files), 'file')}"
     about = f"{name}, {size}, read while training"
@@ -165,6 +215,21 @@ def fingerprint(found: Sequence[Source]) -> str:
     if len(found) == 1:
         return found[0].fingerprint
     return hashlib.sha256(repr([(s.fingerprint, s.weight) for s in found]).encode()).hexdigest()
+
+
+def repeated(found: Sequence[Source]) -> dict[Key, int]:
+    """How many documents of each key that is evaluated on are trained on word for word; of a stream those
+    are known that were looked at."""
+    evaluated = [
+        (source.key, (document.prompt, document.text, document.messages))
+        for source in found
+        if source.key != "data"
+        for document in (*source.splits.validation, *source.splits.test)
+    ]
+    wanted = {said for _, said in evaluated}
+    trained = (document for source in found for document in source.splits.train if wanted)
+    seen = wanted.intersection((document.prompt, document.text, document.messages) for document in trained)
+    return dict(Counter(key for key, said in evaluated if said in seen))
 
 
 def looked_at(stream: Chunks) -> list[int]:

@@ -12,7 +12,7 @@ import hashlib
 import itertools
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -97,7 +97,8 @@ def pack(
         return made
 
     def named(source: Source, split: str) -> str:
-        return f"{source.name}, {split}" if len(found) > 1 else split
+        alone = sum(other.key == source.key for other in found) == 1
+        return split if alone else f"{source.name}, {split}"
 
     def trained_on(source: Source) -> PackedDataset | Stream:
         if source.stream is None:
@@ -109,39 +110,56 @@ def pack(
         _say_what_is_lost(named(source, "of what was looked at"), made.looked_at())
         return made
 
-    parts = [trained_on(source) for source in found]
+    trained = [source for source in found if source.key == "data"]
+    parts = [trained_on(source) for source in trained]
     return Rows(
-        train=Mixture(parts, [source.weight for source in found]) if len(parts) > 1 else parts[0],
-        validation={source.name: packed(source, "validation") for source in found},
-        test={source.name: packed(source, "test") for source in found},
+        train=Mixture(parts, [source.weight for source in trained]) if len(parts) > 1 else parts[0],
+        validation={s.name: packed(s, "validation") for s in found if s.splits.validation},
+        test={s.name: packed(s, "test") for s in found if s.splits.test},
         encoding=encoder.fingerprint,
     )
 
 
-def _record(run: Run, names: Sequence[str], found: Sequence[Source]) -> None:
-    """Record each dataset under its own name; a lone one is called `data`."""
+def _record(run: Run, key: sources.Key, names: Sequence[str], found: Sequence[Source]) -> None:
+    """Record each dataset of a key under its own name; a lone one is called as the key."""
     each = [source.fingerprint for source in found]
     if len(each) != len(names):  # they were read as one
         each = [sources.fingerprint(found)] * len(names)
     for name, fingerprint in zip(names, each, strict=True):
-        called = name if len(names) > 1 else "data"
+        own = name if key == "data" else f"{key} {name}"  # the same may be named by several keys
+        called = own if len(names) > 1 else key
         if sources.is_here(name):
             run.data(called, name)
         else:
             run.data(called, name, fingerprint=f"sha256:{fingerprint}", revision=hub_datasets.revision(name))
 
 
-def say(run: Run, data: str, found: Sequence[Source], rows: Rows, *, packed: bool, wanted: bool) -> None:
-    """Record what the data is, named as in the config, and say it on rank 0."""
-    about = [source.description for source in found]
-    run.fingerprint("data", sources.fingerprint(found))
+def say(
+    run: Run,
+    given: Mapping[sources.Key, str],
+    found: Sequence[Source],
+    rows: Rows,
+    *,
+    packed: bool,
+    wanted: bool,
+) -> None:
+    """Record what the data of each key is, named as in the config, and say it on rank 0."""
+    of_keys = {key: [source for source in found if source.key == key] for key in given}
+    for key, own in of_keys.items():
+        run.fingerprint(key, sources.fingerprint(own))
+        _record(run, key, sources.named(given[key], key), own)
     run.fingerprint("encoding", rows.encoding)
-    _record(run, sources.named(data), found)
-    run.event("data", sources=about, rows=len(rows.train), tokens_per_row=rows.train.tokens_per_sample)
+    about = {
+        "sources" if key == "data" else key: [source.description for source in own]
+        for key, own in of_keys.items()
+    }
+    run.event("data", **about, rows=len(rows.train), tokens_per_row=rows.train.tokens_per_sample)
     if run.world.rank > 0:
         return
-    for source, description in zip(found, about, strict=True):
-        log.info("data: %s%s", description, f", weight {source.weight:g}" if len(found) > 1 else "")
+    for source in found:
+        weighed = source.key == "data" and len(of_keys["data"]) > 1
+        log.info("%s: %s%s", source.key, source.description, f", weight {source.weight:g}" if weighed else "")
+    warn_of_repeated(found)
     if wanted and not packed:
         log.warning("the model's attention cannot keep documents apart: each has rows of its own")
 
@@ -154,10 +172,19 @@ def _warn_of_unread(found: Sequence[Source]) -> None:
         if names:
             fields = "the field" if len(names) == 1 else "the fields"
             log.warning(
-                "data: %s: %s %s of its records %s not read: write what is to be learnt of it into the "
+                "%s: %s: %s %s of its records %s not read: write what is to be learnt of it into the "
                 "prompt or the messages, or leave it out",
-                source.name, fields, ", ".join(names), "is" if len(names) == 1 else "are",
+                source.key, source.name, fields, ", ".join(names), "is" if len(names) == 1 else "are",
             )  # fmt: skip
+
+
+def warn_of_repeated(found: Sequence[Source]) -> None:
+    """Say how much of what is evaluated on is trained on too."""
+    for key, count in sources.repeated(found).items():
+        log.warning(
+            "%s: %s in data too, word for word, and trained on: take out what is in both",
+            key, _counted(count, "document"),
+        )  # fmt: skip
 
 
 def _say_what_is_lost(name: str, rows: Sequence[PackedDataset]) -> None:

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Lt
 from stoker.attempt import Run
@@ -19,6 +19,9 @@ from stoker.duration import Duration
 from stoker.engine.options import Training
 from stoker.language.lora import Lora
 from stoker.world import World
+
+if TYPE_CHECKING:
+    from stoker.data import sources
 
 PRELOAD = (
     "stoker.engine.quiet",
@@ -40,6 +43,11 @@ class Config(Training):
     """python-docs or python-docs-qa (built in), a .jsonl, .json, .txt or .parquet file, a folder of these, a
     URL such as s3://..., or a hub dataset: org/name, org/name@revision, org/name#config/split. Texts, pairs,
     conversations. Several with weights: a:3,b:1."""
+    validation_data: str | None = None
+    """As data, to be evaluated on while training in place of the share `validation` of data. Of several, a,b,
+    each has a loss of its own."""
+    test_data: str | None = None
+    """As data, for the final test in place of the share `test` of data."""
     streaming: bool = False
     """Tokenise the data as training comes to it, not beforehand; an epoch is an estimate then."""
     loss_on: Literal["answer", "all"] = "answer"
@@ -96,6 +104,13 @@ class Config(Training):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for share in ("validation", "test"):
+            value = getattr(self, share)
+            if getattr(self, f"{share}_data") is not None and value != getattr(Config, share):
+                raise ValueError(
+                    f"{share}={value:g} is the share of data to hold out, and with {share}_data none is: "
+                    "give one of the two"
+                )
         if self.max_steps is not None and self.epochs is not None:
             raise ValueError(f"max_steps={self.max_steps} and epochs={self.epochs} are both given: give one")
         if self.quantisation != "none" and (not self.lora.used or self.lora.dora):
@@ -117,6 +132,16 @@ class Config(Training):
                 )
 
     @property
+    def named(self) -> dict[sources.Key, str]:
+        """What names data, by the key that does."""
+        found: dict[sources.Key, str] = {"data": self.data}
+        if self.validation_data is not None:
+            found["validation_data"] = self.validation_data
+        if self.test_data is not None:
+            found["test_data"] = self.test_data
+        return found
+
+    @property
     def length(self) -> Duration:
         """How long to train."""
         return self.max_steps or Duration(self.epochs or 1.0, "epoch")
@@ -129,7 +154,8 @@ def check_launch(config: Config) -> None:
 
     if config.chat_template is not None:
         chat_template.read(config.chat_template)
-    sources.check(config.data)
+    for key, data in config.named.items():
+        sources.check(data, key)
     is_new = config.model in shape.SIZES
     model = None if is_new else hub.find(config.model, known=tuple(shape.SIZES), weights=False)
     if model is not None:
@@ -210,8 +236,9 @@ def train(run: Run, config: Config) -> None:
     frozen = DTYPES[computed_in(run, config)] if config.lora.used else DTYPES["fp32"]
     with distributed.rank_zero_first(run.world):
         found = sources.read_all(
-            config.data, validation=config.validation, test=config.test, streaming=config.streaming
-        )
+            config.data, validation=config.validation, test=config.test, streaming=config.streaming,
+            validation_data=config.validation_data, test_data=config.test_data,
+        )  # fmt: skip
         language = building.build(
             config.model,
             tokenizer=adapters.tokenizer_for(config.tokenizer, config.lora),
@@ -227,7 +254,7 @@ def train(run: Run, config: Config) -> None:
             found, language.tokenizer, sequence_length=config.sequence_length, loss_on=config.loss_on,
             packing=packing,
         )  # fmt: skip
-    data.say(run, config.data, found, rows, packed=packing, wanted=config.packing)
+    data.say(run, config.named, found, rows, packed=packing, wanted=config.packing)
     language = dataclasses.replace(language, tokenizer=data.as_asked(found, language.tokenizer))
     prompts = data.prompts(
         found, language.tokenizer, config.prompts, positions=building.positions(language.config)

@@ -22,6 +22,7 @@ from stoker.words import counted
 PICTURE = "curves.png"
 _EVALUATIONS = 12  # rows of the table of evaluations
 _VERSIONS = ("torch", "transformers", "peft", "tokenizers", "safetensors")
+_USES = {"validation": "for validation", "test": "for the test"}
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _KINDS = {
     "text-generation": "A causal language model",
@@ -175,10 +176,15 @@ def _data(view: RunView) -> str:
     rows, tokens = known.get("rows"), known.get("tokens_per_row")
     if rows and tokens:
         lines.append(f"- {counted(rows, 'row')} of {facts.number(tokens)} tokens on average")
-    held = [view.config.get(name) for name in ("validation", "test")]
-    if known and all(isinstance(share, float) for share in held):
-        lines.append(f"- held out: {held[0]:.0%} of the documents for validation, {held[1]:.0%} for the test")
+    held = {use: view.config.get(use) for use in _USES if f"{use}_data" not in known}
+    if known and held and all(isinstance(share, float) for share in held.values()):
+        said = ", ".join(f"{share:.0%} {_USES[use]}" for use, share in held.items())
+        lines.append(f"- held out: {said.replace('%', '% of the documents', 1)}")
     lines += [f"- fingerprint of the content: `{fingerprint}`"] if fingerprint else []
+    for use, said in _USES.items():
+        lines += [f"- {said}: {source}" for source in known.get(f"{use}_data", [])]
+        own = view.tags.get(f"fingerprint.{use}_data")
+        lines += [f"- fingerprint of what is {said}: `{own}`"] if own else []
     return "\n".join(lines)
 
 
