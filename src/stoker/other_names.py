@@ -12,6 +12,7 @@ from collections.abc import Container
 _KEYS = {
     "model": "base_model model_name model_name_or_path pretrained_model_name_or_path",
     "data": "dataset dataset_name dataset_path datasets train_dataset train_file",
+    "validation_data": "eval_data eval_dataset test_datasets val_dataset validation_dataset validation_file",
     "tokenizer": "tokenizer_name tokenizer_name_or_path",
     "chat_template": "chat_template_jinja chat_template_path",
     "lr": "learning_rate max_lr peak_lr",
