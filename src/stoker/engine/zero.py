@@ -54,6 +54,7 @@ class DeepSpeedStep:
             raise BadInput("parallel=deepspeed has precision=fp16 on GPUs only: give bf16 or fp32")
         self._setting = setting
         made = build_optimizers(model, make)["main"]
+        made.param_groups = [group for group in made.param_groups if group["params"]]  # it flattens each
         known = {p: name for name, p in model.named_parameters()}
         self._names = [[known[p] for p in group["params"]] for group in made.param_groups]
         parameters = sum(_shape(p).numel() for p in model.parameters() if p.requires_grad)
