@@ -132,20 +132,19 @@ def decaying(
     weight_decay: float,
     steps: int,
     frozen: bool = False,
-    decay_all: bool = False,
 ) -> dict[str, torch.Tensor]:
     """The weights after some steps of a recipe's AdamW, on rank 0; a run that is there goes on.
 
     `frozen`: what has one dimension is not trained, as where there are adapters.
-    """  # fmt: skip
+    """
     warnings.simplefilter("ignore")
     model = llama()
     for p in model.parameters():
         p.requires_grad_(p.dim() > 1 or not frozen)
     with Run("test", name, runs=folder) as run:
         trainer = Trainer(
-            run, model, inputs=inputs, loss=token_loss, training=Training(precision="fp32", **built(settings)),
-            optimizer=optimizers.factory("adamw", lr=0.1, weight_decay=weight_decay, decay_all=decay_all),
+            run, model, optimizer=optimizers.factory("adamw", lr=0.1, weight_decay=weight_decay),
+            inputs=inputs, loss=token_loss, training=Training(**{"precision": "fp32", **built(settings)}),
         )  # fmt: skip
         for batch in trainer.steps(trainer.loader(Rows(), batch_size=8), max_steps=steps):
             run.log(loss=trainer.step(batch))

@@ -92,13 +92,11 @@ def test_a_strategy_has_the_curve_and_the_weights_of_one_process(
     _assert_same(_train(folder, name, size, "llama", settings)[0], alone, losses=1e-5, weights=1e-4)
 
 
-DECAYED = {
+PLAIN = ("ddp", "fsdp", "1f1b", "interleaved", "zero-0", "zero-1", "zero-2", "zero-3")
+DECAYED: dict[str, tuple[int, dict[str, Any]]] = {
     "single": (1, {}),
     "in-backward": (1, {"optimizer_in_backward": True}),
-    **{
-        n: STRATEGIES[n]
-        for n in ("ddp", "fsdp", "1f1b", "interleaved", "zero-0", "zero-1", "zero-2", "zero-3")
-    },
+    **{name: STRATEGIES[name] for name in PLAIN},
 }
 
 

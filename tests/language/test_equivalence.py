@@ -111,7 +111,7 @@ def test_every_weight_on_every_token_has_the_curve_of_transformers(
 def test_decay_betas_eps_and_a_warm_up_in_steps_are_those_of_transformers(
     base: Path, chats: Path, tmp_path: Path
 ) -> None:
-    """Of its schedules the one whose warm-up, as ours, does not begin with a rate of 0: in a peak that stays."""
+    """Of its schedules the one whose warm-up, as ours, does not begin at 0; the peak stays."""
     config = equivalence_run.config(
         base, chats, packing=False, loss_on="all", weight_decay=0.1, betas=(0.9, 0.95), eps=1e-6, warmup=10,
         schedule="constant",
