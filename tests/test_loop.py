@@ -16,7 +16,7 @@ import torch
 from stoker import BadInput, Run, StokerError, Trainer, Training
 from stoker.checkpoint import manifest
 from stoker.duration import Duration
-from stoker.engine import schedule
+from stoker.engine import optimizers, schedule
 from stoker.engine.random_state import seed_everything
 from stoker.errors import OutOfMemory
 from stoker.run import journal, view
@@ -177,6 +177,41 @@ def test_a_checkpoint_of_another_model_names_what_differs(open_run: Callable[...
         _trainer(run, other)
     assert "unexpected: model.4.bias, model.4.weight" in str(error.value)
     assert "of another shape: model.0.weight (16, 6) -> (17, 6)" in str(error.value)
+
+
+def test_a_checkpoint_with_weight_decay_on_norms_too_goes_on(
+    open_run: Callable[..., Run], caplog: pytest.LogCaptureFixture
+) -> None:
+    def trained(run: Run, steps: int, **settings: Any) -> Trainer:
+        make = optimizers.factory("adamw", lr=0.05, **settings)
+        trainer = _trainer(run, _model(), optimizer=make)
+        for batch in trainer.steps(trainer.loader(_dataset(), batch_size=8), max_steps=steps):
+            run.log(loss=trainer.step(batch))
+        return trainer
+
+    with open_run("whole") as run:
+        whole = trained(run, 8, weight_decay=0.5, decay_all=True).state_dict()
+    for name in ("same", "less", "more"):
+        with open_run(name) as run:
+            trained(run, 4, weight_decay=0.0 if name == "more" else 0.5, decay_all=True)
+    with open_run("same") as run:
+        again = trained(run, 8, weight_decay=0.5, decay_all=True).state_dict()
+        assert all(torch.equal(again[n], t) for n, t in whole.items())
+    assert "weight decay is of other parameters" not in caplog.text
+    with open_run("more") as run:  # the user's change
+        assert _decays(trained(run, 8, weight_decay=0.5)) == [0.5, 0.0]
+    assert "weight decay is of other parameters" not in caplog.text
+    with open_run("less") as run:
+        trainer = trained(run, 6, weight_decay=0.5)
+        assert _decays(trainer) == [0.5, 0.0]
+        assert {g["initial_lr"] for g in trainer.optimizer.param_groups} == {0.05}
+    assert "weight decay is of other parameters" in caplog.text
+    with open_run("less") as run:
+        assert _decays(trained(run, 8, weight_decay=0.5, decay_all=True)) == [0.5]
+
+
+def _decays(trainer: Trainer) -> list[float]:
+    return [group["weight_decay"] for group in trainer.optimizer.param_groups]
 
 
 def test_a_checkpoint_of_another_optimizer_is_refused(open_run: Callable[..., Run]) -> None:

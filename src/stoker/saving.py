@@ -113,10 +113,9 @@ class Saved:
             self.ema.take()
         for name, buffer in state.saved_buffers(step.model).items():
             buffer.copy_(tensors[f"model.{name}"])
-        saved = values["optimizers"]["main"]["groups"]
-        for group, before in zip(step.optimizers["main"].param_groups, saved, strict=True):
-            group.update({k: state.as_before(group.get(k), v) for k, v in before.items() if k != "params"})
-        state.keep_changes(step.optimizers["main"], self.built["main"], values["built"]["main"])
+        saved, then = values["optimizers"]["main"]["groups"], values["built"]["main"]
+        names = [group["params"] for group in step.groups()]
+        state.restore_groups(step.optimizers["main"], names, saved, self.built["main"], then)
         return tensors, values
 
 

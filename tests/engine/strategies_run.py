@@ -14,7 +14,7 @@ import torch
 from stoker import Run, Trainer, Training
 from stoker.duration import Duration
 from stoker.engine import memory as measured
-from stoker.engine import options
+from stoker.engine import optimizers, options
 from stoker.engine.metrics import Max, Mean, Metric, Perplexity, Sum
 from stoker.engine.random_state import seed_everything
 from torch import nn
@@ -122,6 +122,33 @@ def train(
                 losses.append(trainer.evaluate(torch.utils.data.Subset(Rows(), range(8)), batch_size=4))
         weights = {n: t for n, t in trainer.state_dict().items() if "running" not in n and "tracked" not in n}
     return losses, weights
+
+
+def decaying(
+    folder: Path,
+    name: str,
+    settings: dict[str, Any],
+    *,
+    weight_decay: float,
+    steps: int,
+    frozen: bool = False,
+) -> dict[str, torch.Tensor]:
+    """The weights after some steps of a recipe's AdamW, on rank 0; a run that is there goes on.
+
+    `frozen`: what has one dimension is not trained, as where there are adapters.
+    """
+    warnings.simplefilter("ignore")
+    model = llama()
+    for p in model.parameters():
+        p.requires_grad_(p.dim() > 1 or not frozen)
+    with Run("test", name, runs=folder) as run:
+        trainer = Trainer(
+            run, model, optimizer=optimizers.factory("adamw", lr=0.1, weight_decay=weight_decay),
+            inputs=inputs, loss=token_loss, training=Training(**{"precision": "fp32", **built(settings)}),
+        )  # fmt: skip
+        for batch in trainer.steps(trainer.loader(Rows(), batch_size=8), max_steps=steps):
+            run.log(loss=trainer.step(batch))
+        return trainer.state_dict()
 
 
 def built(settings: dict[str, Any]) -> dict[str, Any]:

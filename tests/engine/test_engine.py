@@ -92,6 +92,9 @@ def test_schedules_warm_up_and_come_down() -> None:
     assert factors[10] == 1.0
     assert all(a > b for a, b in itertools.pairwise(factors[10:]))
     assert cosine(100, 100) == pytest.approx(0.1)
+    in_steps = schedule.build("cosine", warmup=10, floor=0.1)
+    assert [in_steps(step, 100) for step in range(100)] == factors
+    assert in_steps(9, 1000) < 1.0 == in_steps(10, 1000)
     assert schedule.build("linear")(50, 100) == 0.5
     assert schedule.build("constant")(99, 100) == 1.0
     assert schedule.build("cosine", warmup=0.5)(0, 1) == 1.0

@@ -92,6 +92,36 @@ def test_a_strategy_has_the_curve_and_the_weights_of_one_process(
     _assert_same(_train(folder, name, size, "llama", settings)[0], alone, losses=1e-5, weights=1e-4)
 
 
+PLAIN = ("ddp", "fsdp", "1f1b", "interleaved", "zero-0", "zero-1", "zero-2", "zero-3")
+DECAYED: dict[str, tuple[int, dict[str, Any]]] = {
+    "single": (1, {}),
+    "in-backward": (1, {"optimizer_in_backward": True}),
+    **{name: STRATEGIES[name] for name in PLAIN},
+}
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["all", "matrices"])
+@pytest.mark.parametrize("name", DECAYED)
+def test_weight_decay_leaves_out_norms_under_every_strategy(name: str, frozen: bool, tmp_path: Path) -> None:
+    size, settings = DECAYED[name]
+
+    def weights(run: str, weight_decay: float, steps: int) -> dict[str, torch.Tensor]:
+        return ranks.run(
+            strategies_run.decaying, size, tmp_path, tmp_path, run, settings,
+            weight_decay=weight_decay, steps=steps, frozen=frozen,
+        )[0]  # fmt: skip
+
+    with_decay, without = weights("decay", 0.9, 1), weights("none", 0.0, 1)
+    names = {n for n, p in strategies_run.llama().named_parameters() if p.dim() > 1}
+    moved = {n for n in without if not torch.allclose(with_decay[n], without[n], rtol=0, atol=1e-5)}
+    assert moved == names
+
+    whole = weights("whole", 0.9, 4)
+    again = weights("decay", 0.9, 4)
+    for n, tensor in whole.items():
+        assert torch.equal(again[n], tensor), n
+
+
 # One product in bf16 is off by up to 2**-9 of itself, in fp16 by 2**-12; the loss, a mean over many, by less.
 # The weights follow AdamW, which moves each by up to lr a step whatever its gradient's size.
 HALF = {"bf16": 1e-3, "fp16": 1e-4}

@@ -376,12 +376,26 @@ def test_wsd_is_stable_and_then_goes_down() -> None:
 
 @pytest.mark.parametrize("name", ["adamw", "sgd", "adafactor", "adamw8bit"])
 @pytest.mark.filterwarnings("ignore")
+def test_weight_decay_shrinks_matrices_alone_unless_all_is_asked_for(name: Any) -> None:
+    for decay_all in (False, True):
+        matrix, vector = (torch.nn.Parameter(torch.ones(*shape)) for shape in ((128, 128), (128,)))
+        make = optimizers.factory(name, lr=0.1, weight_decay=0.5, decay_all=decay_all)
+        for parameters in ([matrix, vector], [torch.nn.Parameter(torch.ones(128, 128))]):
+            for p in parameters:
+                p.grad = torch.zeros_like(p)
+            make(parameters).step()
+        assert float(matrix.detach().max()) < 1
+        assert (float(vector.detach().max()) < 1) == decay_all
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "adafactor", "adamw8bit"])
+@pytest.mark.filterwarnings("ignore")
 def test_every_optimizer_brings_the_loss_down_and_resumes(name: Any, open_run: Callable[..., Run]) -> None:
     def train(run: Run, steps: int) -> list[float]:
         trainer = Trainer(
             run,
             llama(),
-            optimizer=optimizers.factory(name, lr=0.1 if name == "sgd" else 1e-2),
+            optimizer=optimizers.factory(name, lr=0.1 if name == "sgd" else 1e-2, weight_decay=0.1),
             inputs=inputs,
             loss=token_loss,
             training=Training(precision="fp32"),

@@ -175,20 +175,23 @@ def padded(documents: Sequence[Document]) -> dict[str, torch.Tensor]:
     }
 
 
-def hf_trainer(model: Any, steps: Sequence[Sequence[Document]], folder: Path, lr: float) -> list[float]:
+def hf_trainer(
+    model: Any, steps: Sequence[Sequence[Document]], folder: Path, lr: float, **settings: Any
+) -> list[float]:
     """The losses of transformers' Trainer, with schedule, optimizer and clipping of its own."""
     from transformers import Trainer, TrainingArguments
 
     trainer = Trainer(
         model=model, train_dataset=[{"documents": step} for step in steps],
         data_collator=lambda items: padded(items[0]["documents"]),
-        args=TrainingArguments(
-            output_dir=str(folder), max_steps=len(steps), per_device_train_batch_size=1, learning_rate=lr,
-            lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs={"min_lr_rate": 0.1}, adam_beta2=0.95,
-            weight_decay=0.0, max_grad_norm=1.0, train_sampling_strategy="sequential", logging_steps=1,
-            remove_unused_columns=False, report_to=[], save_strategy="no", disable_tqdm=True, use_cpu=True,
-            dataloader_pin_memory=False,
-        ),
+        args=TrainingArguments(**{
+            "output_dir": str(folder), "max_steps": len(steps), "per_device_train_batch_size": 1,
+            "learning_rate": lr, "lr_scheduler_type": "cosine_with_min_lr",
+            "lr_scheduler_kwargs": {"min_lr_rate": 0.1}, "adam_beta2": 0.95, "weight_decay": 0.0,
+            "max_grad_norm": 1.0, "train_sampling_strategy": "sequential", "logging_steps": 1,
+            "remove_unused_columns": False, "report_to": [], "save_strategy": "no", "disable_tqdm": True,
+            "use_cpu": True, "dataloader_pin_memory": False, **settings,
+        }),
     )  # fmt: skip
     trainer.train()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

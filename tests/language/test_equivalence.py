@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,27 @@ def test_every_weight_on_every_token_has_the_curve_of_transformers(
     expected = equivalence_run.hf_trainer(plain(base), steps, tmp_path / "hf", config.lr or 0.0)
     assert list(found.values()) == pytest.approx(expected, abs=1e-5)
     assert expected[-1] < expected[0] - 0.5
+
+
+def test_decay_betas_eps_and_a_warm_up_in_steps_are_those_of_transformers(
+    base: Path, chats: Path, tmp_path: Path
+) -> None:
+    """Of its schedules the one whose warm-up, as ours, does not begin at 0; the peak stays."""
+    config = equivalence_run.config(
+        base, chats, packing=False, loss_on="all", weight_decay=0.1, betas=(0.9, 0.95), eps=1e-6, warmup=10,
+        schedule="constant",
+    )  # fmt: skip
+    found = equivalence_run.recipe(tmp_path, config, "settings")
+    steps = documents_of_steps(config, equivalence_run.tokenised(base, chats, answers_only=False))
+    expected = equivalence_run.hf_trainer(
+        plain(base), steps, tmp_path / "hf", config.lr or 0.0, weight_decay=0.1, adam_beta1=0.9,
+        adam_beta2=0.95, adam_epsilon=1e-6, warmup_steps=11, lr_scheduler_type="cosine_warmup_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": 1.0},
+    )  # fmt: skip
+    assert list(found["lr"].values())[:2] == pytest.approx([1e-3 / 11, 2e-3 / 11])
+    assert list(found["loss"].values()) == pytest.approx(expected, abs=1e-4)
+    everywhere = equivalence_run.recipe(tmp_path, dataclasses.replace(config, decay_all=True), "everywhere")
+    assert list(everywhere["loss"].values()) != pytest.approx(expected, abs=1e-3)
 
 
 @pytest.mark.parametrize("size", [1, 2])

@@ -7,6 +7,7 @@ same source again, so a LoRA checkpoint is as small as its adapter.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -17,6 +18,8 @@ from stoker.checkpoint.store import ALONE, Tensors
 from stoker.errors import StokerError
 from stoker.world import World
 from torch.distributed.tensor import DTensor
+
+log = logging.getLogger("stoker")
 
 Groups = list[dict[str, Any]]
 
@@ -71,9 +74,24 @@ def load(
     store.load_tensors(checkpoint, {**model_now, **others}, world)
     for name, optimizer in optimizers.items():
         held = inside(others, f"optimizer.{name}.")
-        _restore_optimizer(model, optimizer, held, values["optimizers"][name], elsewhere)
-        keep_changes(optimizer, built[name], values["built"][name])
+        saved = values["optimizers"][name]
+        names = _names_of_groups(model, optimizer)
+        restore_groups(optimizer, names, saved["groups"], built[name], values["built"][name], elsewhere)
+        _restore_state(model, optimizer, {**held, **saved["state"]})
     return others, values
+
+
+def _say_regrouped(names: list[list[str]], before: list[list[str]], built: Groups, then: Groups) -> None:
+    now, was = _decayed(names, built), _decayed(before, then)
+    if now and was and now != was and World.current().rank == 0:
+        log.warning(
+            "weight decay is of other parameters than when the checkpoint was taken: to have it on norms and "
+            "biases too, as before they were left out, give a recipe decay_all=true"
+        )
+
+
+def _decayed(names: list[list[str]], made: Groups) -> set[str]:
+    return {name for group, of in zip(made, names, strict=True) if group.get("weight_decay") for name in of}
 
 
 def load_whole(checkpoint: Checkpoint, world: World) -> tuple[Tensors, dict[str, Any]]:
@@ -107,10 +125,55 @@ def kind_of(optimizer: Any) -> str:
     return type(getattr(optimizer, "optimizer", optimizer)).__name__
 
 
-def keep_changes(optimizer: torch.optim.Optimizer, built: Groups, then: Groups) -> None:
-    """Hyperparameters that differ from what the optimizer was made with before are the user's change."""
-    for group, now, before in zip(optimizer.param_groups, built, then, strict=True):
-        group.update({key: value for key, value in now.items() if plain(value) != before.get(key)})
+def restore_groups(
+    optimizer: torch.optim.Optimizer,
+    names: list[list[str]],
+    saved: Groups,
+    built: Groups,
+    then: Groups,
+    elsewhere: frozenset[str] = frozenset(),
+) -> None:
+    """Put back hyperparameters; those that differ from what they were made with are the user's change.
+
+    Where the same parameters are grouped in another way by their weight decay, and by nothing else,
+    each group goes on with the weight decay that it was made with.
+
+    Args:
+        names: the parameters of each group.
+        saved: the groups of the checkpoint.
+        built: what the groups were made with now.
+        then: what they were made with when the checkpoint was taken.
+        elsewhere: names of parameters that only other ranks hold.
+
+    Raises:
+        StokerError: the groups are others.
+    """
+    before = [[n for n in group["params"] if n not in elsewhere] for group in saved]
+    left_out = {"params"}
+    if [set(group) for group in names] != [set(group) for group in before]:
+        _compare_regrouped(names, before, built, then)
+        _say_regrouped(names, before, built, then)
+        left_out.add("weight_decay")
+        saved, then = [saved[0]] * len(names), [then[0]] * len(names)
+    for group, was, now, made in zip(optimizer.param_groups, saved, built, then, strict=True):
+        group.update({k: as_before(group.get(k), v) for k, v in was.items() if k not in left_out})
+        group.update({k: v for k, v in now.items() if k not in left_out and plain(v) != made.get(k)})
+
+
+def _compare_regrouped(names: list[list[str]], before: list[list[str]], built: Groups, then: Groups) -> None:
+    """Raises StokerError where groups differ by more than which parameters decay."""
+
+    def others(groups: Groups) -> list[dict[str, Any]]:
+        return [{k: v for k, v in group.items() if k != "weight_decay"} for group in groups]
+
+    same = sorted(n for group in names for n in group) == sorted(n for group in before for n in group)
+    uniform = all(made == others(groups)[0] for groups in (built, then) for made in others(groups))
+    by_decay = all(len({g.get("weight_decay") for g in groups}) == len(groups) for groups in (built, then))
+    if not (same and uniform and by_decay):
+        raise StokerError(
+            f"the checkpoint's optimizer has groups of {[len(g) for g in before]} parameters, "
+            f"this one of {[len(g) for g in names]}, or with other names: the model or its optimizer changed"
+        )
 
 
 def joined(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -225,32 +288,24 @@ def optimizer_state(
     return tensors, {"kind": kind_of(optimizer), "state": scalars, "groups": groups}
 
 
-def _restore_optimizer(
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    tensors: Tensors,
-    values: Mapping[str, Any],
-    elsewhere: frozenset[str],
+def _restore_state(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]
 ) -> None:
+    """Put back an optimizer's state (`<parameter>.<key>`), after its groups."""
     parameters = dict(model.named_parameters())
-    names = {parameter: name for name, parameter in parameters.items()}
-    now = [[names[p] for p in group["params"]] for group in optimizer.param_groups]
-    before = [[n for n in group["params"] if n not in elsewhere] for group in values["groups"]]
-    if now != before:
-        raise StokerError(
-            f"the checkpoint's optimizer has groups of {[len(g) for g in before]} parameters, "
-            f"this one of {[len(g) for g in now]}, or with other names: the model or its optimizer changed"
-        )
-    for group, saved in zip(optimizer.param_groups, values["groups"], strict=True):
-        group.update({key: as_before(group.get(key), v) for key, v in saved.items() if key != "params"})
     optimizer.state.clear()
     group_of = {p: group for group in optimizer.param_groups for p in group["params"]}
-    for full_name, value in {**tensors, **values["state"]}.items():
+    for full_name, value in state.items():
         name, _, key = full_name.rpartition(".")
         if name not in parameters:  # another rank's
             continue
         parameter = parameters[name]
         optimizer.state[parameter][key] = _beside(parameter, group_of[parameter], key, value)
+
+
+def _names_of_groups(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list[list[str]]:
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return [[names[p] for p in group["params"]] for group in optimizer.param_groups]
 
 
 def _beside(parameter: torch.nn.Parameter, group: Mapping[str, Any], key: str, value: Any) -> Any:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import torch
 from stoker.errors import BadInput
@@ -19,7 +19,9 @@ def factory(
     *,
     lr: float,
     weight_decay: float = 0.0,
+    decay_all: bool = False,
     betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
     momentum: float = 0.9,
 ) -> Factory:
     """What makes the optimizer of a list of parameters.
@@ -28,12 +30,39 @@ def factory(
     adafactor: Shazeer & Stern 2018 (arXiv:1804.04235). adamw8bit: states in 8 bits by block,
     Dettmers et al. 2022 (arXiv:2110.02861), by torchao or bitsandbytes.
 
+    Args:
+        decay_all: whether weight decay is of norms and biases too, see `groups`.
+        betas: of adamw and adamw8bit, as `eps` is.
+        momentum: of sgd.
+
     Raises:
         BadInput: the extra that has it is not installed.
     """
+    make = _of_groups(name, lr=lr, weight_decay=weight_decay, betas=betas, eps=eps, momentum=momentum)
+    return lambda ps: make(ps if decay_all or weight_decay == 0 else groups(ps))
+
+
+def groups(parameters: Parameters) -> list[dict[str, Any]]:
+    """Two groups: what decays, and without weight decay what has one dimension or none, as norms and biases.
+
+    One of them may be empty: the stages of a pipeline have the same groups, whatever is in them.
+    """
+    decayed = [p for p in parameters if _dimensions(p) > 1]
+    others = [p for p in parameters if _dimensions(p) <= 1]
+    return [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+
+
+def _dimensions(parameter: torch.nn.Parameter) -> int:
+    """Of the whole parameter: one that DeepSpeed has cut up is an empty vector."""
+    return len(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def _of_groups(
+    name: Name, *, lr: float, weight_decay: float, betas: tuple[float, float], eps: float, momentum: float
+) -> Callable[[Any], torch.optim.Optimizer]:
     if name == "adamw":
         return lambda ps: torch.optim.AdamW(
-            ps, lr=lr, betas=betas, weight_decay=weight_decay, fused=_fusable(ps)
+            ps, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=_fusable(ps)
         )
     if name == "sgd":
         nesterov = momentum > 0
@@ -42,21 +71,22 @@ def factory(
         )
     if name == "adafactor":
         return lambda ps: torch.optim.Adafactor(ps, lr=lr, weight_decay=weight_decay)
-    return _adamw8bit(lr, betas, weight_decay)
+    return _adamw8bit(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
 
 
-def _adamw8bit(lr: float, betas: tuple[float, float], weight_decay: float) -> Factory:
+def _adamw8bit(**settings: Any) -> Callable[[Any], torch.optim.Optimizer]:
     if importlib.util.find_spec("torchao") is not None:
         from torchao.optim import AdamW8bit
 
-        return lambda ps: AdamW8bit(ps, lr=lr, betas=betas, weight_decay=weight_decay)
+        return lambda ps: AdamW8bit(ps, **settings)
     if importlib.util.find_spec("bitsandbytes") is not None and torch.cuda.is_available():
         import bitsandbytes
 
-        return lambda ps: bitsandbytes.optim.AdamW8bit(ps, lr=lr, betas=betas, weight_decay=weight_decay)
+        return lambda ps: bitsandbytes.optim.AdamW8bit(ps, **settings)
     raise BadInput("optimizer=adamw8bit needs torchao: pip install 'stoker[quantisation]'")
 
 
-def _fusable(parameters: Parameters) -> bool:
-    """Whether torch's fused kernels take these parameters: floating point, on CPU or GPU."""
+def _fusable(given: Sequence[Any]) -> bool:
+    """Whether torch's fused kernels take these parameters, or groups: floating point, on CPU or GPU."""
+    parameters = [p for one in given for p in (one["params"] if isinstance(one, dict) else [one])]
     return all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)

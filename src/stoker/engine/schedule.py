@@ -13,14 +13,15 @@ Shape = Literal["constant", "linear", "cosine", "wsd"]
 
 
 def build(shape: Shape, *, warmup: float = 0.0, floor: float = 0.0, decay: float = 0.2) -> Schedule:
-    """Linear warm-up over the share `warmup` of the steps, then constant, or down to `floor`.
+    """Linear warm-up, then constant, or down to the share `floor` of the peak.
 
+    `warmup` is a share of the steps where it is below 1, and from 1 on their number.
     `wsd` (warm-up, stable, decay; Hu et al. 2024, arXiv:2404.06395) stays constant and goes down
     linearly over the share `decay` of the steps at the end.
     """
 
     def factor(step: int, total: int) -> float:
-        warmup_steps = round(warmup * total)
+        warmup_steps = round(warmup * total) if warmup < 1 else int(warmup)
         if step < warmup_steps:
             return (step + 1) / (warmup_steps + 1)
         if shape == "wsd":

@@ -54,6 +54,7 @@ class DeepSpeedStep:
             raise BadInput("parallel=deepspeed has precision=fp16 on GPUs only: give bf16 or fp32")
         self._setting = setting
         made = build_optimizers(model, make)["main"]
+        made.param_groups = [group for group in made.param_groups if group["params"]]  # it flattens each
         known = {p: name for name, p in model.named_parameters()}
         self._names = [[known[p] for p in group["params"]] for group in made.param_groups]
         parameters = sum(_shape(p).numel() for p in model.parameters() if p.requires_grad)
@@ -151,6 +152,8 @@ class DeepSpeedStep:
         from deepspeed.utils import safe_get_full_optimizer_state
 
         state = {}
+        if self._keys():
+            self._link_state()
         for name, p in self._trained():
             for key in self._keys():
                 state[f"{name}.{key}"] = self._whole(p, lambda p, k=key: safe_get_full_optimizer_state(p, k))
@@ -196,9 +199,13 @@ class DeepSpeedStep:
             partition.grad = None
         for group, rate in zip(zero.param_groups, rates, strict=True):
             group["lr"] = rate
-        if self.stage < 3:  # the first of these steps has linked what the others made since
-            zero._hp_optimizer_states_linked = False
-            zero._lazy_init_hp_params_optimizer_state()
+        self._link_state()
+
+    def _link_state(self) -> None:
+        """Let DeepSpeed find the state of all groups: it looks once, after its step of the first."""
+        if self.stage < 3:
+            self._optimizer._hp_optimizer_states_linked = False
+            self._optimizer._lazy_init_hp_params_optimizer_state()
 
     def _partitions(self) -> list[torch.Tensor]:
         """This rank's float32 weights, flat, one a group of the optimizer."""

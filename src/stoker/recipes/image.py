@@ -9,9 +9,10 @@ import functools
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge, Gt, Lt
+from annotated_types import Ge, Gt, Le, Lt
 from stoker.attempt import Run
 from stoker.duration import Duration
+from stoker.engine.keys import Betas, Warmup
 from stoker.engine.options import Training
 from stoker.errors import BadInput
 
@@ -51,18 +52,26 @@ class Config(Training):
     """Processes a rank that read, decode and augment; any number gives the same batches."""
     optimizer: Literal["adamw", "sgd", "adafactor", "adamw8bit"] = "sgd"
     """SGD with Nesterov momentum, AdamW, Adafactor, or AdamW with 8-bit states."""
+    betas: Betas = (0.9, 0.999)
+    """Decay of the means that AdamW, in 8 bits too, keeps of the gradient and of its square."""
+    eps: Annotated[float, Gt(0)] = 1e-8
+    """What AdamW, in 8 bits too, adds to the root of the latter."""
     lr: Annotated[float, Gt(0)] = 0.1
     """Peak learning rate."""
     momentum: Annotated[float, Ge(0), Lt(1)] = 0.9
     """Of SGD."""
     weight_decay: Annotated[float, Ge(0)] = 5e-4
     """L2 penalty of SGD; decoupled for AdamW."""
+    decay_all: bool = False
+    """Weight decay of norms and biases too, and of all else that has one dimension."""
     label_smoothing: Annotated[float, Ge(0), Lt(1)] = 0.1
     """Share of the target that is spread over all classes, while training."""
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
     """How the learning rate goes down after the warm-up."""
-    warmup: Annotated[float, Ge(0), Lt(1)] = 0.05
-    """Share of the steps over which the learning rate goes up."""
+    warmup: Warmup = 0.05
+    """Over which the learning rate goes up: a share of the steps, such as 0.05, or how many, such as 100."""
+    min_lr: Annotated[float, Ge(0), Le(1)] = 0.0
+    """Share of the peak that cosine, linear and wsd end at."""
     max_steps: Duration | None = None
     """How long to train: 100 (steps) or 2ep."""
     epochs: Annotated[float, Gt(0)] | None = None
@@ -134,11 +143,17 @@ def train(run: Run, config: Config) -> None:
         run,
         made.model,
         optimizer=optimizers.factory(
-            config.optimizer, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
+            config.optimizer,
+            lr=config.lr,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+            decay_all=config.decay_all,
+            betas=config.betas,
+            eps=config.eps,
         ),
         inputs=image_model.inputs,
         loss=image_model.loss(config.label_smoothing),
-        schedule=schedule.build(config.schedule, warmup=config.warmup),
+        schedule=schedule.build(config.schedule, warmup=config.warmup, floor=config.min_lr),
         training=config,
         best="val_accuracy",
     )

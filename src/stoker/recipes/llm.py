@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from annotated_types import Ge, Gt, Lt
+from annotated_types import Ge, Gt, Le, Lt
 from stoker.attempt import Run
 from stoker.duration import Duration
+from stoker.engine.keys import Betas, Warmup
 from stoker.engine.options import Training
 from stoker.language.lora import Lora
 from stoker.world import World
@@ -69,12 +70,20 @@ class Config(Training):
     """Peak learning rate; by default 3e-3 from scratch, 2e-4 with LoRA, 2e-5 for every weight."""
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
     """How the learning rate goes down after the warm-up."""
-    warmup: Annotated[float, Ge(0), Lt(1)] = 0.05
-    """Share of the steps over which the learning rate goes up."""
+    warmup: Warmup = 0.05
+    """Over which the learning rate goes up: a share of the steps, such as 0.05, or how many, such as 100."""
+    min_lr: Annotated[float, Ge(0), Le(1)] = 0.1
+    """Share of the peak that cosine, linear and wsd end at."""
     weight_decay: Annotated[float, Ge(0)] = 0.01
     """AdamW's decoupled weight decay."""
+    decay_all: bool = False
+    """Weight decay of norms and biases too, and of all else that has one dimension."""
     optimizer: Literal["adamw", "sgd", "adafactor", "adamw8bit"] = "adamw"
     """AdamW, SGD with momentum, Adafactor, or AdamW with 8-bit states (extra `quantisation`)."""
+    betas: Betas = (0.9, 0.95)
+    """Decay of the means that AdamW, in 8 bits too, keeps of the gradient and of its square."""
+    eps: Annotated[float, Gt(0)] = 1e-8
+    """What AdamW, in 8 bits too, adds to the root of the latter."""
     clip_norm: Annotated[float, Gt(0)] | None = 1.0
     """Largest global L2 norm of the gradient; larger ones are scaled down to it."""
     max_steps: Duration | None = None
@@ -272,12 +281,14 @@ def train(run: Run, config: Config) -> None:
             optimizer=optimizers.factory(
                 config.optimizer,
                 lr=config.lr or default_lr(config.lora.used, language.pretrained),
-                betas=(0.9, 0.95),
                 weight_decay=config.weight_decay,
+                decay_all=config.decay_all,
+                betas=config.betas,
+                eps=config.eps,
             ),
             inputs=called.inputs,
             loss=called.loss,
-            schedule=schedule.build(config.schedule, warmup=config.warmup, floor=0.1),
+            schedule=schedule.build(config.schedule, warmup=config.warmup, floor=config.min_lr),
             training=config,
             load=adapters.loading(language.load),
         )

@@ -9,9 +9,10 @@ import functools
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Gt, Lt
+from annotated_types import Ge, Gt, Le, Lt
 from stoker.attempt import Run
 from stoker.duration import Duration
+from stoker.engine.keys import Betas, Warmup
 from stoker.engine.options import Training
 from stoker.errors import BadInput, nearest
 from stoker.recipes.text_shape import SIZES, Shape, shape
@@ -53,12 +54,20 @@ class Config(Training):
     """Peak learning rate; by default 1e-3 from scratch, 5e-5 for a model that is loaded."""
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "linear"
     """How the learning rate goes down after the warm-up."""
-    warmup: Annotated[float, Ge(0), Lt(1)] = 0.1
-    """Share of the steps over which the learning rate goes up."""
+    warmup: Warmup = 0.1
+    """Over which the learning rate goes up: a share of the steps, such as 0.1, or how many, such as 100."""
+    min_lr: Annotated[float, Ge(0), Le(1)] = 0.0
+    """Share of the peak that cosine, linear and wsd end at."""
     weight_decay: Annotated[float, Ge(0)] = 0.01
     """AdamW's decoupled weight decay."""
+    decay_all: bool = False
+    """Weight decay of norms and biases too, and of all else that has one dimension."""
     optimizer: Literal["adamw", "sgd", "adafactor", "adamw8bit"] = "adamw"
     """AdamW, SGD with momentum, Adafactor, or AdamW with 8-bit states (extra `quantisation`)."""
+    betas: Betas = (0.9, 0.999)
+    """Decay of the means that AdamW, in 8 bits too, keeps of the gradient and of its square."""
+    eps: Annotated[float, Gt(0)] = 1e-8
+    """What AdamW, in 8 bits too, adds to the root of the latter."""
     label_smoothing: Annotated[float, Ge(0), Lt(1)] = 0.0
     """Share of the target that is spread over all classes, while training."""
     clip_norm: Annotated[float, Gt(0)] | None = 1.0
@@ -172,10 +181,13 @@ def train(run: Run, config: Config) -> None:
             config.optimizer,
             lr=config.lr or (1e-3 if config.is_new else 5e-5),
             weight_decay=config.weight_decay,
+            decay_all=config.decay_all,
+            betas=config.betas,
+            eps=config.eps,
         ),
         inputs=text_model.inputs,
         loss=text_model.loss(config.label_smoothing),
-        schedule=schedule.build(config.schedule, warmup=config.warmup),
+        schedule=schedule.build(config.schedule, warmup=config.warmup, floor=config.min_lr),
         training=config,
         best="val_accuracy",
     )
