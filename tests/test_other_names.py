@@ -35,7 +35,7 @@ def said(cls: type, override: str) -> str:
             "per_device_train_batch_size=4",
             "here it follows from batch_size (Rows of a step, over all ranks) and micro_batch (Samples a",
         ),
-        ("warmup_ratio=0.1", "here it is warmup (Share of the steps over which"),
+        ("warmup_ratio=0.1", "here it is warmup (Over which the learning rate goes up: a share of the steps"),
         ("lora.r=8", "here it is lora.rank (Rank of the adapters"),
         ("bf16=true", "here it is precision=bf16"),
         ("output_dir=out", "that is no key here: a run is written to a folder of its own under --runs DIR"),
