@@ -104,8 +104,10 @@ def _keep_exit_code() -> None:
 
 def _in_a_line(error: Exception) -> str:
     """What a traceback ends with; that of a loader's worker stands in the message, as another one."""
-    lines = str(error).strip().splitlines() or [""]
-    return lines[-1] if "Original Traceback" in str(error) else f"{type(error).__name__}: {lines[0]}"
+    lines, name = str(error).strip().splitlines() or [""], type(error).__name__
+    if "Original Traceback" not in str(error):
+        return f"{name}: {lines[0]}"
+    return next((line for line in reversed(lines) if name in line.partition(":")[0]), lines[-1])
 
 
 def _failed(error: Exception) -> int:
