@@ -153,9 +153,12 @@ class Search:
                 full = self._fill()
                 self._changed()
                 if not self._workers.running and not self._awaits_others:
-                    if self.over or not full:
+                    if full and not self.over:
+                        self._say_once(
+                            "room", "no machine has room for a trial now: the search waits for one"
+                        )
+                    elif self._gives_up():
                         break
-                    self._say_once("room", "no machine has room for a trial now: the search waits for one")
                 self._hear()
                 if self.overspent and not self._ending:
                     self.stop()
@@ -164,10 +167,15 @@ class Search:
             raise
         finally:
             self._workers.close()
-        if not self._ending and not self.overspent:
-            for number in self._scheduler.given_up(self._known()):
-                self._tell(self.trials[number], "pruned")
         self._kept.sync()
+
+    def _gives_up(self) -> bool:
+        """Have what will never go on be over; False where some may, as another controller goes on."""
+        if self._ending or self.overspent:
+            return True
+        for number in self._scheduler.given_up(self._known()):
+            self._tell(self.trials[number], "pruned")
+        return self._peers is None or all(trial.over for trial in self.trials.values())
 
     def on_change(self, call: Callable[[], None]) -> None:
         """Have something called after everything that happens."""
