@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from stoker.tune import bandit, space
 from stoker.tune.bandit import Gain
+from stoker.tune.schedulers import PopulationBased
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Config:
     kind: str = "a"
 
 
+TURN = PopulationBased(every=10, population=8).turn
 SPACE = space.parse(["lr=log(1e-5, 1e-1)", "x=uniform(0, 1) if kind != c", "kind=[a, b, c]"], Config)
 
 
@@ -81,7 +83,7 @@ def test_nothing_is_chosen_of_too_little_and_a_member_that_diverged_counts_as_th
 
 def test_a_member_gains_from_one_comparison_to_the_next_and_not_what_its_donor_did() -> None:
     curve = {5.0: 9.0, 10.0: 8.0, 15.0: 6.5, 20.0: 6.0, 30.0: 3.0, 40.0: 2.5}
-    own = [(gain.turn, gain.gain) for gain in bandit.gains({"x": 0.5}, curve, 10.0, 10.0)]
+    own = [(gain.turn, gain.gain) for gain in bandit.gains({"x": 0.5}, curve, 10.0, TURN)]
     assert own == [(2, 2.0), (3, 3.0), (4, 0.5)]
-    assert [gain.turn for gain in bandit.gains({"x": 0.5}, curve, 20.0, 10.0)] == [3, 4]
-    assert bandit.gains({}, {3.0: 1.0, 7.0: 0.5}, 0.0, 10.0) == []
+    assert [gain.turn for gain in bandit.gains({"x": 0.5}, curve, 20.0, TURN)] == [3, 4]
+    assert bandit.gains({}, {3.0: 1.0, 7.0: 0.5}, 0.0, TURN) == []

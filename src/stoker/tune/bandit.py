@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,21 +38,22 @@ class Gain:
     """How much smaller the objective, of which smaller is better, has become; NaN where it diverged."""
 
 
-def gains(values: Mapping[str, Any], curve: Mapping[float, float], begins: float, every: float) -> list[Gain]:
+def gains(
+    values: Mapping[str, Any], curve: Mapping[float, float], begins: float, turn: Callable[[float], int]
+) -> list[Gain]:
     """What one member has gained from each comparison to the next.
 
     Args:
         values: it trains with these.
         curve: its objective by resource, smaller is better, with what its donor did before.
         begins: the resource from which it trains itself.
-        every: the resource between two comparisons.
+        turn: how many comparisons a resource has reached.
     """
     firsts: dict[int, float] = {}
     for resource, value in curve.items():
         if resource >= begins * (1 - 1e-9):
-            firsts.setdefault(math.floor(resource / every * (1 + 1e-9)), value)
-    pairs = ((turn, firsts[turn - 1] - value) for turn, value in firsts.items() if turn - 1 in firsts)
-    return [Gain(turn, values, gain) for turn, gain in pairs]
+            firsts.setdefault(turn(resource), value)
+    return [Gain(at, values, firsts[at - 1] - value) for at, value in firsts.items() if at - 1 in firsts]
 
 
 def chosen(

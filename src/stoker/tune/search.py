@@ -418,7 +418,7 @@ class Search:
             known = [
                 gain for trial in trials
                 for gain in bandit.gains(
-                    trial.params, trial.known(self.plan.first).values, trial.origin[1], rule.every
+                    trial.params, trial.known(self.plan.first).values, trial.origin[1], rule.turn
                 )
             ]  # fmt: skip
             pending = [trial.params for trial in trials if not trial.over]
