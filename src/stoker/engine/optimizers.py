@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from stoker.errors import BadInput
@@ -12,6 +12,29 @@ from stoker.errors import BadInput
 Name = Literal["adamw", "sgd", "adafactor", "adamw8bit"]
 Parameters = list[torch.nn.Parameter]
 Factory = Callable[[Parameters], torch.optim.Optimizer]
+
+
+class Keys(Protocol):
+    """What a recipe's config says of its optimizer, as `factory` takes it."""
+
+    @property
+    def optimizer(self) -> Name: ...
+    @property
+    def weight_decay(self) -> float: ...
+    @property
+    def decay_all(self) -> bool: ...
+    @property
+    def betas(self) -> tuple[float, float]: ...
+    @property
+    def eps(self) -> float: ...
+
+
+def asked_for(config: Keys, *, lr: float, momentum: float = 0.9) -> Factory:
+    """The `factory` that a recipe's config asks for."""
+    return factory(
+        config.optimizer, lr=lr, weight_decay=config.weight_decay, decay_all=config.decay_all,
+        betas=config.betas, eps=config.eps, momentum=momentum,
+    )  # fmt: skip
 
 
 def factory(

@@ -142,15 +142,7 @@ def train(run: Run, config: Config) -> None:
     trainer = Trainer(
         run,
         made.model,
-        optimizer=optimizers.factory(
-            config.optimizer,
-            lr=config.lr,
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
-            decay_all=config.decay_all,
-            betas=config.betas,
-            eps=config.eps,
-        ),
+        optimizer=optimizers.asked_for(config, lr=config.lr, momentum=config.momentum),
         inputs=image_model.inputs,
         loss=image_model.loss(config.label_smoothing),
         schedule=schedule.build(config.schedule, warmup=config.warmup, floor=config.min_lr),

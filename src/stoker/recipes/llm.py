@@ -278,13 +278,8 @@ def train(run: Run, config: Config) -> None:
         trainer = Trainer(
             run,
             model,
-            optimizer=optimizers.factory(
-                config.optimizer,
-                lr=config.lr or default_lr(config.lora.used, language.pretrained),
-                weight_decay=config.weight_decay,
-                decay_all=config.decay_all,
-                betas=config.betas,
-                eps=config.eps,
+            optimizer=optimizers.asked_for(
+                config, lr=config.lr or default_lr(config.lora.used, language.pretrained)
             ),
             inputs=called.inputs,
             loss=called.loss,

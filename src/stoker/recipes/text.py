@@ -177,14 +177,7 @@ def train(run: Run, config: Config) -> None:
     trainer = Trainer(
         run,
         made.model,
-        optimizer=optimizers.factory(
-            config.optimizer,
-            lr=config.lr or (1e-3 if config.is_new else 5e-5),
-            weight_decay=config.weight_decay,
-            decay_all=config.decay_all,
-            betas=config.betas,
-            eps=config.eps,
-        ),
+        optimizer=optimizers.asked_for(config, lr=config.lr or (1e-3 if config.is_new else 5e-5)),
         inputs=text_model.inputs,
         loss=text_model.loss(config.label_smoothing),
         schedule=schedule.build(config.schedule, warmup=config.warmup, floor=config.min_lr),
