@@ -8,6 +8,7 @@ what is quoted is the median over such pairs.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -15,7 +16,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,15 +61,24 @@ takes it again, a page fault at a time, in some steps and not in others: up to 2
 by where things happen to lie."""
 
 
-def measure(script: Path, what: str, variables: Mapping[str, str] | None = None, **options: Any) -> Any:
+def measure(
+    script: Path,
+    what: str,
+    variables: Mapping[str, str] | None = None,
+    *,
+    within: Path | None = None,
+    **options: Any,
+) -> Any:
     """Run `script --measure WHAT` in a process and a folder of its own; returns what it answers.
 
     The answer is the last line of its standard output, as JSON.
 
     Args:
         variables: of its environment, beside this one's.
+        within: a folder in which its own stays; by default that is removed. Where many files were removed,
+            ext4 takes ten times as long to make one, for five minutes.
     """
-    with tempfile.TemporaryDirectory(prefix="stoker-bench-") as folder:
+    with _folder(within) as folder:
         command = [sys.executable, str(script), "--measure", what, "--options", json.dumps(options)]
         done = subprocess.run(
             command,
@@ -83,6 +93,15 @@ def measure(script: Path, what: str, variables: Mapping[str, str] | None = None,
             f"{what} ended with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-4000:]}"
         )
     return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+@contextlib.contextmanager
+def _folder(within: Path | None) -> Iterator[str]:
+    if within is not None:
+        yield tempfile.mkdtemp(dir=within)
+        return
+    with tempfile.TemporaryDirectory(prefix="stoker-bench-") as folder:
+        yield folder
 
 
 def answer_measure(measures: dict[str, Callable[..., Any]]) -> bool:

@@ -18,6 +18,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -350,11 +351,14 @@ def main() -> None:
     asked = harness.arguments(__doc__ or "")
     os.environ.setdefault("STOKER_SINKS", "none")
 
-    def run(what: str, **options: Any) -> Any:
-        print(what, options, file=sys.stderr)
-        return harness.measure(HERE, what, **options)
+    with tempfile.TemporaryDirectory(prefix="stoker-bench-") as folder:
 
-    harness.report(table(run, asked.quick), asked.json)
+        def run(what: str, **options: Any) -> Any:
+            print(what, options, file=sys.stderr)
+            return harness.measure(HERE, what, within=Path(folder), **options)
+
+        rows = table(run, asked.quick)
+    harness.report(rows, asked.json)
 
 
 if __name__ == "__main__":

@@ -166,7 +166,6 @@ class Run:
         if asked is not None:
             self._make_again(asked)
         atexit.register(self._end_with_script)
-        log.debug("attempt %d of %s, process %d", self.attempt, self.directory.path, os.getpid())
 
     def __repr__(self) -> str:
         return f"Run({self.directory.experiment!r}, {self.directory.id!r})"
@@ -191,6 +190,8 @@ class Run:
             disk.bring_soon(self.directory.journal)
             self._logging = messages.write_to(self.directory.logs / "rank-0.log")
             undo.callback(self._stop_logging)
+            if self.continued:  # where the log has an earlier one's messages
+                log.debug("attempt %d of %s, process %d", self.attempt, self.directory.path, os.getpid())
             self._append(
                 "attempt_started", pid=os.getpid(), host=platform.node(), drift=changes,
                 opening=mark, world=self.world.size, step=self.step,

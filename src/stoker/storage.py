@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import hashlib
 import os
 import platform
@@ -166,7 +167,7 @@ def reach_of_locks(path: Path) -> str:
 def _file_system_of(path: Path) -> str:
     """The kind of file system that a path is in, as the kernel names it; empty where it does not say."""
     inside = _existing(path)
-    known = (inside.stat().st_dev, _mounts())
+    known = (inside.stat().st_dev, _mounts(int(time.monotonic())))
     if known not in _KINDS:
         _KINDS.clear()
         _KINDS[known] = _look_up(inside.resolve())
@@ -177,8 +178,10 @@ _KINDS: dict[tuple[int, bytes], str] = {}
 """The kind of a device's file system, as long as the same is mounted: to look it up takes a while."""
 
 
-def _mounts() -> bytes:
-    """What is mounted where, as the kernel says it; as long as it says the same, nothing has changed."""
+@functools.lru_cache(1)
+def _mounts(second: int) -> bytes:
+    """What is mounted where, as the kernel says it in a second of the clock; while it says the same, nothing
+    has changed."""
     try:
         return Path("/proc/self/mounts").read_bytes()
     except OSError:

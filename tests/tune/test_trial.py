@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from multiprocessing import Pipe
@@ -64,6 +63,6 @@ def _messages(connection: Connection) -> Iterator[dict[str, Any]]:
     """Whatever was said until the other end was closed."""
     try:
         while True:
-            yield json.loads(connection.recv_bytes())
+            yield connection.recv()
     except EOFError:
         return

@@ -90,7 +90,10 @@ def begin(path: Path) -> None:
             f"{path.parent.parent} is gone: it was moved or deleted while it is trained; "
             "`stoker resume` goes on with it where it is now"
         )
-    path.mkdir(parents=True)
+    if not path.parent.exists():
+        path.parent.mkdir(exist_ok=True)
+        storage.sync_directory(path.parent.parent)
+    path.mkdir()
 
 
 def commit(

@@ -64,5 +64,5 @@ def _loaded(reference: str) -> Recipe:
 def _wait_until_free(run: RunDirectory) -> None:
     """A process of a controller that was killed, or on a machine that was lost, may be about to end."""
     until = time.monotonic() + _FREE_TIMEOUT
-    while run.alive and time.monotonic() < until:
+    while run.path.exists() and run.alive and time.monotonic() < until:
         time.sleep(0.05)

@@ -14,6 +14,7 @@ all of it; see `redaction`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -109,7 +110,14 @@ def link(known: Path, target: Path) -> None:
 
 def summary_of(known: Path) -> dict[str, Any]:
     """As `summary`, of what stands in a provenance folder; empty where that has no code."""
-    return _summary(storage.read_json(known / CODE))
+    file = known / CODE
+    return dict(_summary_at(file, storage.modified(file)))
+
+
+@functools.lru_cache(16)
+def _summary_at(file: Path, modified: int) -> Mapping[str, Any]:
+    """Of a file as it was modified last, which all trials of a search have."""
+    return _summary(storage.read_json(file))
 
 
 def summary(found: Code) -> dict[str, Any]:

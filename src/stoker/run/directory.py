@@ -12,6 +12,7 @@ runs/<experiment>/<run-id>/
 
 from __future__ import annotations
 
+import functools
 import shutil
 import time
 import uuid
@@ -39,48 +40,48 @@ class RunDirectory:
 
     path: Path
 
-    @property
+    @functools.cached_property
     def id(self) -> str:
         return self.path.name
 
-    @property
+    @functools.cached_property
     def experiment(self) -> str:
         return self.path.parent.name
 
-    @property
+    @functools.cached_property
     def record_file(self) -> Path:
         return self.path / "run.json"
 
-    @property
+    @functools.cached_property
     def journal(self) -> Path:
         return self.path / "journal"
 
-    @property
+    @functools.cached_property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
-    @property
+    @functools.cached_property
     def artifacts(self) -> Path:
         return self.path / "artifacts"
 
-    @property
+    @functools.cached_property
     def provenance(self) -> Path:
         return self.path / "provenance"
 
-    @property
+    @functools.cached_property
     def sinks(self) -> Path:
         return self.path / "sinks"
 
-    @property
+    @functools.cached_property
     def compacted(self) -> Path:
         """A copy of the view of a run that has ended; see `run/compact.py`."""
         return self.path / "compacted.safetensors"
 
-    @property
+    @functools.cached_property
     def logs(self) -> Path:
         return self.path / "logs"
 
-    @property
+    @functools.cached_property
     def lock_file(self) -> Path:
         """Locked by the process that trains this run, for as long as it lives."""
         return self.path / "attempt.lock"
@@ -141,10 +142,8 @@ class RunDirectory:
             raise unwritable(self, error) from error
 
     def make_folders(self) -> None:
-        """Make the directory and its folders. Raises OSError."""
-        for folder in (
-            self.journal, self.checkpoints, self.artifacts, self.provenance, self.sinks, self.logs
-        ):  # fmt: skip
+        """Make the directory and its folders, but for those of what may never be. Raises OSError."""
+        for folder in (self.journal, self.artifacts, self.provenance, self.logs):
             folder.mkdir(parents=True, exist_ok=True)
 
     def remove(self) -> None:

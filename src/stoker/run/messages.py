@@ -15,7 +15,7 @@ _FORMAT = "%(asctime)s %(levelname)s %(message)s"
 
 def write_to(file: Path) -> list[logging.Handler]:
     """Write the library's messages to the rank's log, and warnings to a script that shows none itself."""
-    handler = logging.FileHandler(file, encoding="utf-8")
+    handler = logging.FileHandler(file, encoding="utf-8", delay=True)
     handler.setFormatter(_WithoutSecrets(_FORMAT))
     shown = [] if log.hasHandlers() else [_Stderr(logging.WARNING)]
     for added in (handler, *shown):

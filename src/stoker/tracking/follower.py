@@ -157,6 +157,7 @@ class _Task:
 
     def take_turn(self) -> int | None:
         """Wait for another follower of this run to end: a lock, or None where no more is to be done."""
+        self._directory.sinks.mkdir(exist_ok=True)
         while (lock := storage.try_lock(self._lock_file)) is None:
             if self._goal is not None and self._alone_since is None:
                 self._wake_file.touch()  # somebody waits: the other one is to try now

@@ -54,6 +54,7 @@ class Ledger:
     def save(self, file: Path) -> None:
         """Write the ledger, without secrets that an error may quote. Raises OSError."""
         self.pid = os.getpid()
+        file.parent.mkdir(exist_ok=True)
         storage.write_atomically(file, orjson.dumps(redaction.tree(asdict(self)), option=orjson.OPT_INDENT_2))
 
 

@@ -23,7 +23,8 @@ from typing import Any, Protocol
 
 import numpy as np
 import optuna
-from optuna.samplers import BaseSampler
+import orjson
+from optuna.samplers import BaseSampler, RandomSampler
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.storages.journal import BaseJournalBackend, JournalFileBackend, JournalStorage
 from optuna.study import Study, StudyDirection
@@ -163,7 +164,7 @@ class JournalFile(BaseJournalBackend):
         if self._held is not None:
             self._held += logs
             return
-        lines = "".join(json.dumps(entry, separators=(",", ":")) + "\n" for entry in logs).encode()
+        lines = b"".join(_line(entry) for entry in logs)
         with self._locked():
             size = os.fstat(self._descriptor).st_size
             if os.write(self._descriptor, lines) < len(lines):  # there was room for some of it only
@@ -194,8 +195,10 @@ class JournalFile(BaseJournalBackend):
         os.fsync(self._descriptor)
 
     def _take_in(self) -> None:
+        if self._held is not None:  # within `together` others are not looked for
+            return
         size = os.fstat(self._descriptor).st_size
-        if size <= self._read or self._held is not None:  # within `together` others are not looked for
+        if size <= self._read:
             return
         found = os.pread(self._descriptor, size - self._read, self._read)
         whole = found[: found.rfind(b"\n") + 1]
@@ -215,6 +218,17 @@ class JournalFile(BaseJournalBackend):
             yield
         finally:
             fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+
+
+def _line(entry: dict[str, Any]) -> bytes:
+    """An entry as a line of the journal; by orjson but for what only `json` writes as Optuna does, as NaN."""
+    try:
+        line = orjson.dumps(entry, option=orjson.OPT_APPEND_NEWLINE)
+    except TypeError:
+        line = b"null"
+    if b"null" in line:
+        return f"{json.dumps(entry, separators=(',', ':'))}\n".encode()
+    return line
 
 
 class _Learned(Study):
@@ -338,8 +352,9 @@ def sampler(name: str, space: Space, seed: int, trials: int = 0) -> Seeded:
         points = space.combinations()
         np.random.default_rng(seed).shuffle(points)
         return Seeded(lambda _, number: _Point(points[number % len(points)]), seed, learns=False)
+    anew = samplers.RandomSampler()
     makers: dict[str, Callable[[int, int], BaseSampler]] = {
-        "random": lambda drawn, _: samplers.RandomSampler(seed=drawn),
+        "random": lambda drawn, _: _again(anew, drawn),
         "qmc": lambda drawn, _: samplers.QMCSampler(
             seed=seed,
             scramble=True,
@@ -354,12 +369,16 @@ def sampler(name: str, space: Space, seed: int, trials: int = 0) -> Seeded:
         "nsga2": lambda drawn, _: samplers.NSGAIISampler(seed=drawn),
         "nsga3": lambda drawn, _: samplers.NSGAIIISampler(seed=drawn),
         STAGED: lambda drawn, number: (
-            samplers.RandomSampler(seed=drawn)
-            if number < trials // 2
-            else promising.sampler(drawn, trials // 2)
+            _again(anew, drawn) if number < trials // 2 else promising.sampler(drawn, trials // 2)
         ),
     }
     return Seeded(makers[name], seed, learns=name != "random")
+
+
+def _again(random: RandomSampler, seed: int) -> RandomSampler:
+    """The same sampler as one that is made with this seed, of which making the generator takes the most."""
+    random._rng.rng.seed(seed)
+    return random
 
 
 def learns(study: Study) -> bool:

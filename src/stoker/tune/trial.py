@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
+import pickle
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -93,7 +93,7 @@ class NotFinite(StokerError):
 
 
 class Link:
-    """What a process of a trial and the controller say to each other, as JSON objects.
+    """What a process of a trial and the controller say to each other, each of them a dict.
 
     Each thing that is said wakes the other end: what may wait goes with what is said next.
     """
@@ -117,8 +117,7 @@ class Link:
         """Say something to which there is no answer."""
         with self._lock:
             held, self._held = self._held, []
-            said = {"kind": kind, "reports": held, **fields}
-            self._connection.send_bytes(json.dumps(said).encode())
+            self._connection.send_bytes(pickle.dumps({"kind": kind, "reports": held, **fields}))
 
     def ask(self, kind: str, **fields: Any) -> dict[str, Any]:
         """Say something, and wait for the answer.
@@ -141,7 +140,7 @@ class Link:
 
     def hear(self) -> dict[str, Any]:
         """What the other end says next. Raises EOFError where it is gone."""
-        found: dict[str, Any] = json.loads(self._connection.recv_bytes())
+        found: dict[str, Any] = self._connection.recv()
         return found
 
 
