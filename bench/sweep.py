@@ -294,7 +294,7 @@ def digits(trials: int, early: bool) -> dict[str, float]:
 
 
 def table(run: Callable[..., Any], quick: bool) -> list[Row]:
-    trials, pairs = (20, 1) if quick else (TRIALS, 3)
+    trials, pairs = (20, 1) if quick else (TRIALS, 9)
     rates: dict[str, list[dict[str, float]]] = {
         "ours": [], "a process each": [], "ray_tune": [], "optuna_processes": []
     }  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import time
@@ -121,16 +122,23 @@ def test_a_process_that_is_used_again_is_given_up_once_it_has_grown_or_failed() 
 
 
 def handed_over(workers: Workers, jobs: int) -> list[Ended | Began]:
-    """Run so many jobs to their end, each but the first in the process's hands before it is its turn."""
+    """Run so many jobs to their end, all but the first two in the process's hands before it is their turn."""
     workers.start(job(0))
-    happened: list[Ended | Began] = []
-    given = 1
+    assert not workers.takes_ahead, "nobody knows yet how long trials take"
+    happened = ends(workers)
+    workers.start(job(1))
+    given = 2
     while workers.running:
-        if given < jobs and workers.takes_ahead:
+        while given < jobs and workers.takes_ahead:
             workers.ahead(job(given))
             given += 1
-        happened += [one for one in workers.wait(60) if not isinstance(one, Report)]
+        happened += ends(workers)
     return happened
+
+
+def ends(workers: Workers) -> list[Ended | Began]:
+    """What happened, but for reports."""
+    return [one for one in workers.wait(60) if not isinstance(one, Report)]
 
 
 def test_a_process_goes_on_with_the_trial_in_its_hands_and_another_one_does_where_it_ends() -> None:
@@ -138,8 +146,8 @@ def test_a_process_goes_on_with_the_trial_in_its_hands_and_another_one_does_wher
     workers.prepare()
     happened = handed_over(workers, 9)
     ended = [one for one in happened if isinstance(one, Ended)]
-    assert [one.number for one in happened] == [0, *[number for number in range(1, 9) for _ in "be"]]
-    assert [type(one) for one in happened] == [Ended, *[Began, Ended] * 8]
+    assert [one.number for one in happened] == [0, 1, *[number for number in range(2, 9) for _ in "be"]]
+    assert [type(one) for one in happened] == [Ended, Ended, *[Began, Ended] * 7]
     assert [e.status for e in ended] == ["finished"] * 4 + ["failed", "finished", "killed"] + ["finished"] * 2
     who = [e.logged[0] if e.logged else None for e in ended]
     assert who[0] == who[1] == who[2]
@@ -160,10 +168,11 @@ def test_what_a_trial_reports_is_never_taken_for_the_next_ones() -> None:
     workers = Workers(reports_late, parallel=1, reuse=True)
     workers.prepare()
     workers.start(job(0))
-    found: list[Any] = []
-    given = 1
+    found: list[Any] = workers.wait(60)
+    workers.start(job(1))
+    given = 2
     while workers.running:
-        if given < 50 and workers.takes_ahead:
+        while given < 50 and workers.takes_ahead:
             workers.ahead(job(given))
             given += 1
         if given % 5:
@@ -175,7 +184,9 @@ def test_what_a_trial_reports_is_never_taken_for_the_next_ones() -> None:
 
 
 def waits_for_its_end(job: Job, link: Link) -> dict[str, Any]:
-    """Ends as a run does that is told to stop."""
+    """Ends as a run does that is told to stop; but the first one at once."""
+    if job.number == 0:
+        return {"status": "finished"}
     told: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _: told.append(number))
     link.hold(step=1, value=1.0, per_step=1.0)
@@ -189,15 +200,49 @@ def test_what_is_in_a_processs_hands_is_not_begun_once_it_was_told_to_stop() -> 
     workers = Workers(waits_for_its_end, parallel=1, reuse=True)
     workers.prepare()
     workers.start(job(0))
-    workers.ahead(job(1))
+    assert [type(one) for one in workers.wait(60)] == [Ended]
+    workers.start(job(1))
+    workers.ahead(job(2))
+    workers.ahead(job(3))
     assert not workers.takes_ahead
     assert isinstance(workers.wait(60)[0], Report)
     workers.stop()
     found: list[Any] = []
     while workers.running:
         found += workers.wait(60)
-    assert [(one.number, one.status) for one in found] == [(0, "preempted")]
+    assert [(one.number, one.status) for one in found] == [(1, "preempted")]
     workers.close()
+
+
+def test_nothing_is_put_behind_a_trial_that_takes_long() -> None:
+    workers = Workers(waits_for_its_end, parallel=2, reuse=True)
+    workers.prepare()
+    workers.start(job(0))
+    assert [type(one) for one in workers.wait(60)] == [Ended]
+    workers.start(job(1))
+    assert workers.takes_ahead
+    assert isinstance(workers.wait(60)[0], Report)
+    assert workers.wait(1.1) == []
+    assert not workers.takes_ahead, "it has run for longer than a short one"
+    workers.start(job(2))
+    assert workers.takes_ahead, "behind the other one"
+    workers.stop()
+    while workers.running:
+        workers.wait(60)
+    workers.close()
+
+
+def test_a_process_that_waits_for_its_first_trial_is_ready_for_it(tmp_path: Path) -> None:
+    workers = Workers(says_who, parallel=2, reuse=True, ready=functools.partial(notes_who, tmp_path))
+    workers.prepare()
+    ready = {file.name for file in tmp_path.iterdir()}
+    assert len(ready) == 2
+    assert {one.logged[0] for one in searched(workers, 2)} <= ready
+    workers.close()
+
+
+def notes_who(folder: Path) -> None:
+    (folder / str(os.getpid())).touch()
 
 
 def test_by_default_every_trial_has_a_process_of_its_own() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import logging
 import math
@@ -25,7 +26,7 @@ from optuna.samplers import BaseSampler
 from optuna.study import Study
 from stoker import config as configs
 from stoker import object_store
-from stoker.cli.trial import train_trial
+from stoker.cli.trial import loaded, train_trial
 from stoker.duration import Duration
 from stoker.errors import BadInput
 from stoker.launch.targets import LOCAL, RAY
@@ -439,8 +440,9 @@ def _executor(recipe: Recipe, where: Places) -> Iterator[Executor]:
     parallel = where.parallel or max(1, len(gpus) // where.ranks)
     _check_gpus(gpus, parallel, where.ranks)
     yield local.Workers(
-        train_trial, parallel=parallel, ranks=where.ranks, preload=preload, gpus=gpus, reuse=where.reuse
-    )
+        train_trial, parallel=parallel, ranks=where.ranks, preload=preload, gpus=gpus, reuse=where.reuse,
+        ready=functools.partial(loaded, recipe.reference),
+    )  # fmt: skip
 
 
 def _check_gpus(gpus: list[str], parallel: int, nproc: int) -> None:

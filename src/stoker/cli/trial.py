@@ -25,7 +25,7 @@ _FREE_TIMEOUT = 120.0  # of a machine that is lost, a server of files forgets it
 
 def train_trial(job: Job, link: Link) -> dict[str, Any]:
     """Train its run; returns how that ended, as `tune.local.Function` has it."""
-    recipe = _loaded(job.recipe)
+    recipe = loaded(job.recipe)
     resolved: Any = configs.restore(recipe.config, job.values, job.sources)
     train.check(recipe, resolved.config, World.current().size)
     if World.current().rank == 0:
@@ -56,7 +56,7 @@ def train_trial(job: Job, link: Link) -> dict[str, Any]:
 
 
 @functools.cache
-def _loaded(reference: str) -> Recipe:
+def loaded(reference: str) -> Recipe:
     """A recipe, once in each process, which may train several trials of it."""
     return recipes.load(reference)
 

@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import types
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,6 +32,10 @@ from stoker.tune.trial import Began, Ended, Job, Link, Report
 PRELOAD = ("stoker.cli.trial", "stoker.preloaded")
 _GROWN = 1.25
 """How much of the memory at its start a process may hold and still train another trial."""
+_AHEAD = 2
+"""Trials that a process has in its hands besides its own, so that it never waits for the controller."""
+_SHORT = 1.0
+"""Seconds that a trial takes at most behind which another one is put: it is not begun anywhere else."""
 _GOES_ON = (view.FINISHED, view.STOPPED, view.PAUSED)
 """How a trial ends whose process may train another: any other way it failed, or was told to end."""
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -64,6 +69,7 @@ class Rank:
         environment: variables that are set in it beside those of this process.
         shares: how many processes share the cores of the machine.
         reuse: whether it may train further trials.
+        ready: what it does before it waits for one.
     """
 
     def __init__(
@@ -75,13 +81,14 @@ class Rank:
         name: str,
         *,
         reuse: bool = False,
+        ready: Callable[[], object] = dict,
     ) -> None:
         self._number = -1 if job is None else job.number
         self._last: dict[str, Any] | None = None
         self.connection, theirs = _CONTEXT.Pipe()
         self._link = Link(self.connection)
         self._process = _CONTEXT.Process(
-            target=_main, args=(function, job, theirs, environment, shares, reuse), name=name
+            target=_main, args=(function, job, theirs, environment, shares, reuse, ready), name=name
         )
         with _without_script():
             self._process.start()
@@ -161,8 +168,14 @@ class _Trial:
     number: int
     ranks: list[Rank]
     gpus: list[str] = field(default_factory=list)
-    following: Job | None = None
+    following: list[Job] = field(default_factory=list)
     """What its process trains right after it."""
+    begun: float = field(default_factory=time.monotonic)
+
+    @property
+    def lasts(self) -> float:
+        """For how many seconds it has run."""
+        return time.monotonic() - self.begun
 
 
 class Workers:
@@ -176,6 +189,7 @@ class Workers:
         gpus: those that are handed out, one a rank, as CUDA_VISIBLE_DEVICES names them; one that comes
             twice is shared by two. Without any, trials see the GPUs that this process sees.
         reuse: a process trains further trials, if they are of one rank.
+        ready: what a process does that waits for its first trial.
     """
 
     def __init__(
@@ -187,14 +201,17 @@ class Workers:
         preload: Sequence[str] = (),
         gpus: Sequence[str] = (),
         reuse: bool = False,
+        ready: Callable[[], object] = dict,
     ) -> None:
-        self._function, self._parallel, self._ranks = function, parallel, ranks
+        self._function, self._parallel, self._ranks, self._ready = function, parallel, ranks, ready
         self._reuse = reuse and ranks == 1
         self._idle: list[_Trial] = []
         """Trials that are over, of processes that wait for another."""
         self._gpus, self._hands_out = list(gpus), bool(gpus)
         self._trials: dict[int, _Trial] = {}
         self._stopping = False
+        self._short = False
+        """Whether the trial that ended last was."""
         warm_up(preload)
 
     def prepare(self) -> None:
@@ -235,23 +252,31 @@ class Workers:
 
     @property
     def takes_ahead(self) -> bool:
-        """Whether `ahead` takes one more trial."""
-        lacking = any(trial.following is None for trial in self._trials.values())
-        return self._reuse and not self._stopping and lacking
+        """Whether `ahead` takes one more trial: where trials are short."""
+        return self._has_least_ahead is not None
 
     def ahead(self, job: Job) -> None:
         """Have a trial trained by a process that still trains another, right after that; `Began` tells of it.
 
         Where the process ends, another one trains it.
         """
-        trial = next(trial for trial in self._trials.values() if trial.following is None)
-        trial.following = job
+        trial = self._has_least_ahead
+        assert trial is not None
+        trial.following.append(job)
         trial.ranks[0].send(job)
 
-    def _go_on(self, over: _Trial, job: Job) -> None:
+    @property
+    def _has_least_ahead(self) -> _Trial | None:
+        """The trial behind which the next one comes, where one may."""
+        if not (self._reuse and self._short) or self._stopping:
+            return None
+        able = [t for t in self._trials.values() if len(t.following) < _AHEAD and t.lasts < _SHORT]
+        return min(able, key=lambda trial: len(trial.following), default=None)
+
+    def _go_on(self, over: _Trial, job: Job, following: Sequence[Job] = ()) -> None:
         """Take down that the process of a trial that is over trains another one."""
         over.ranks[0].turn_to(job)
-        self._trials[job.number] = _Trial(job.number, over.ranks, over.gpus)
+        self._trials[job.number] = _Trial(job.number, over.ranks, over.gpus, list(following))
 
     def _begin(self, job: Job | None) -> _Trial:
         """Start the processes of a trial, or one that waits for any."""
@@ -263,7 +288,9 @@ class Workers:
             place = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if self._ranks > 1 else {}
             name = f"trial-{number}-rank-{rank}"
             environment, shares = {**common, **place}, self._parallel * self._ranks
-            started.append(Rank(self._function, job, environment, shares, name, reuse=self._reuse))
+            started.append(
+                Rank(self._function, job, environment, shares, name, reuse=self._reuse, ready=self._ready)
+            )
         return _Trial(number, started, gpus)
 
     def wait(self, timeout: float | None = None) -> list[Report | Ended | Began]:
@@ -287,14 +314,17 @@ class Workers:
 
     def _followed(self, over: _Trial) -> list[Began]:
         """Have the trial that is to follow one be trained, by the same process where that goes on."""
-        job = over.following
-        if job is None or (self._stopping and over not in self._idle):
+        if not over.following or (self._stopping and over not in self._idle):
             return []
+        job, *others = over.following
         if over in self._idle:
             self._idle.remove(over)
-            self._go_on(over, job)
+            self._go_on(over, job, others)
         else:
-            self._trials[job.number] = self._begin(job)
+            self._trials[job.number] = begun = self._begin(job)
+            begun.following = others
+            for other in others:
+                begun.ranks[0].send(other)
         if self._stopping:  # it was told so when it trained the one before
             self._trials[job.number].ranks[0].signal(signal.SIGTERM)
         return [Began(job.number)]
@@ -337,6 +367,7 @@ class Workers:
     def _ended(self, trial: _Trial) -> Ended | None:
         """How a trial ended, once none of its processes is left; one that fails takes the others with it."""
         if trial.ranks[0].waits:
+            self._short = trial.lasts < _SHORT
             del self._trials[trial.number]
             self._idle.append(trial)
             return outcome(trial.number, trial.ranks[0].end, [])
@@ -416,6 +447,7 @@ def _main(
     environment: Mapping[str, str],
     shares: int,
     reuse: bool,
+    ready: Callable[[], object],
 ) -> None:
     """What each process of a trial does."""
     os.setsid()  # Ctrl-C reaches the controller alone, which passes it on once
@@ -429,6 +461,7 @@ def _main(
     again = True
     try:
         if job is None:
+            ready()
             link.tell("waits", again=True)
         while again:
             job = connection.recv() if job is None else job

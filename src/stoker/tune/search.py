@@ -657,8 +657,10 @@ class Search:
 
     def _check_failures(self) -> None:
         """Raises StokerError where too many trials have failed."""
+        if self.plan.max_failures is None:
+            return
         failures = [t for t in self.trials.values() if t.state == "failed"]
-        if self.plan.max_failures is not None and len(failures) > self.plan.max_failures:
+        if len(failures) > self.plan.max_failures:
             some = counted(len(failures), "trial")
             raise StokerError(
                 f"{some} failed, more than --max-failures {self.plan.max_failures}; "

@@ -21,9 +21,9 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Se
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import optuna
 import orjson
+from numpy.random import SeedSequence, default_rng  # which numpy imports when it is asked for
 from optuna.samplers import BaseSampler, RandomSampler
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.storages.journal import BaseJournalBackend, JournalFileBackend, JournalStorage
@@ -280,7 +280,7 @@ class Seeded(BaseSampler):
 
     def _of(self, number: int) -> BaseSampler:
         if number not in self._of_open:
-            drawn = np.random.SeedSequence([self._seed, number]).generate_state(1)
+            drawn = SeedSequence([self._seed, number]).generate_state(1)
             self._of_open[number] = self._make(int(drawn[0]), number)
         return self._of_open[number]
 
@@ -350,7 +350,7 @@ def sampler(name: str, space: Space, seed: int, trials: int = 0) -> Seeded:
         raise BadInput(f"--sampler {name}: give one of {', '.join(SAMPLERS)}{nearest(name, SAMPLERS)}")
     if name == "grid":
         points = space.combinations()
-        np.random.default_rng(seed).shuffle(points)
+        default_rng(seed).shuffle(points)
         return Seeded(lambda _, number: _Point(points[number % len(points)]), seed, learns=False)
     anew = samplers.RandomSampler()
     makers: dict[str, Callable[[int, int], BaseSampler]] = {
