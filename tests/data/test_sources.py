@@ -202,7 +202,7 @@ CHATS: list[dict[str, Any]] = [
 def test_conversations_are_read_in_every_form(tmp_path: Path, record: dict[str, Any]) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps(record) + "\n")
     (document,) = read(str(tmp_path / "a.jsonl")).documents
-    assert [tuple(m) for m in document.messages] == [("user", "hi"), ("assistant", "ho")]
+    assert [m.parts for m in document.messages] == [("user", "hi"), ("assistant", "ho")]
     assert (document.prompt, document.text) == ("", "")
 
 
@@ -365,7 +365,8 @@ def test_a_system_field_that_is_no_text_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("record", "unread"),
     [
-        ({"messages": TURNS, "tools": [{"name": "f"}], "id": 3, "source": "web"}, ("tools",)),
+        ({"messages": TURNS, "functions": [{"name": "f"}], "id": 3, "source": "web"}, ("functions",)),
+        ({"instruction": "a", "output": "b", "tools": [{"name": "f"}]}, ("tools",)),
         ({"messages": TURNS, "tools": [], "history": None, "system": "s"}, ()),
         ({"instruction": "a", "input": "c", "output": "b", "history": [["a", "b"]]}, ("history",)),
         ({"question": "a", "answer": "b", "input": "c", "context": "d"}, ("context", "input")),

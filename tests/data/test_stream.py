@@ -108,11 +108,11 @@ def test_what_is_kept_of_a_part_is_all_of_its_documents(
 ) -> None:
     monkeypatch.setenv("STOKER_CACHE", str(tmp_path / "cache"))
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    made = [{"messages": turns, "tools": ["f"]}, {"prompt": "a", "completion": "b", "system": "be brief"}]
+    made = [{"messages": turns, "functions": ["f"]}, {"prompt": "a", "completion": "b", "system": "be brief"}]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in made))
     found = chunks.find(str(tmp_path / "a.jsonl"))
     documents = found.kept(0)
-    assert (documents[0].unread, documents[1].system) == (("tools",), "be brief")
+    assert (documents[0].unread, documents[1].system) == (("functions",), "be brief")
     monkeypatch.setattr(chunks.Chunks, "documents", None)  # it is read from the cache
     assert found.kept(0) == documents
 

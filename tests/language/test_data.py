@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import multiprocessing
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,98 @@ def test_what_a_template_marks_as_the_assistant_s_is_learnt_and_nothing_else(bar
     critic = Document("c", "", "", (Message("critic", "no"), Message("assistant", "yes")))
     with pytest.raises(BadInput, match="refuses a conversation of the roles critic, assistant: no critics"):
         learnt(tokenizer, critic)
+
+
+# Tools, calls and thoughts as Qwen 3 writes them: a last answer always thinks, an earlier one never does.
+CALLS = (
+    "{% if tools %}<|im_start|>{% for t in tools %}{{ t | tojson }}{% endfor %}<|im_end|>\n{% endif %}"
+    "{% set ns = namespace(asked=0) %}"
+    "{% for m in messages %}{% if m.role == 'user' %}{% set ns.asked = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' and loop.index0 > ns.asked and (loop.last or m.reasoning_content) %}"
+    "<think>\n{{ m.reasoning_content }}\n</think>\n\n{% endif %}{{ m.content }}"
+    "{% for call in m.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CALLED = '{"tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": 2}}}]}'
+WRITTEN = '<tool_call>{"name": "add", "arguments": {"a": 1, "b": 2}}</tool_call><|im_end|>'
+
+
+def thinks(thought: str, more: str = "{}") -> str:
+    return json.dumps({"reasoning_content": thought, **json.loads(more)})
+
+
+@pytest.mark.parametrize(
+    ("chat", "expected"),
+    [
+        (
+            (Message("user", "one and two"), Message("assistant", "", CALLED)),
+            [f"<think>\n\n</think>\n\n{WRITTEN}"],
+        ),
+        (
+            (
+                Message("user", "one and two"), Message("assistant", "", CALLED), Message("tool", "3"),
+                Message("assistant", "it is 3"),
+            ),
+            [WRITTEN, "<think>\n\n</think>\n\nit is 3<|im_end|>"],
+        ),
+        (
+            (
+                Message("user", "one and two"), Message("assistant", "ok", thinks("what is it", CALLED)),
+                Message("tool", "3"), Message("assistant", "it is 3", thinks("one")),
+            ),
+            [
+                f"<think>\nwhat is it\n</think>\n\nok{WRITTEN}",
+                "<think>\none\n</think>\n\nit is 3<|im_end|>",
+            ],
+        ),
+        (
+            (
+                Message("user", "one and two"), Message("assistant", "ok", thinks("what is it", CALLED)),
+                Message("tool", "3"), Message("assistant", "it is 3", thinks("one")),
+                Message("user", "and one"), Message("assistant", "4", thinks("two")),
+            ),
+            [f"ok{WRITTEN}", "it is 3<|im_end|>", "<think>\ntwo\n</think>\n\n4<|im_end|>"],
+        ),
+    ],
+    ids=["a call", "an answer", "thoughts", "earlier thoughts"],
+)  # fmt: skip
+def test_calls_and_thoughts_are_learnt_and_what_tools_say_is_not(
+    bare: Any, chat: tuple[Message, ...], expected: list[str]
+) -> None:
+    tokenizer = of(bare, CALLS)
+    tools = '[{"type": "function", "function": {"name": "add"}}]'
+    assert learnt(tokenizer, Document("k", "", "", chat, tools=tools)) == expected
+    (encoded,) = Encoder(tokenizer, "all")([Document("k", "", "", chat, tools=tools)])
+    messages = [{**m._asdict(), **json.loads(m.more or "{}")} for m in chat]
+    as_others = tokenizer.apply_chat_template(
+        messages, tools=json.loads(tools), tokenize=True, return_dict=False
+    )
+    assert encoded.ids == as_others
+
+
+def test_a_template_marks_calls_too_each_with_the_tools_of_its_conversation(bare: Any) -> None:
+    marks = (
+        "{% for t in tools or [] %}{{ t | tojson }}\n{% endfor %}"
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
+        "{%- generation %}{{ m.content }}{{ m.tool_calls[0].function.name if m.tool_calls }}<|im_end|>"
+        "{% endgeneration -%}{% else %}{{ m.content }}<|im_end|>{% endif %}\n{% endfor %}"
+    )
+    chat = (Message("user", "one"), Message("assistant", "", CALLED))
+    documents = [Document("k", "", "", chat, tools=tools) for tools in ("", '[{"name": "one"}]')]
+    tokenizer = of(bare, marks)
+    assert [learnt(tokenizer, document) for document in documents] == [["add<|im_end|>"]] * 2
+    texts = [tokenizer.decode(ids) for ids, _ in Encoder(tokenizer, "answer")(documents)]
+    assert [text.startswith('{"name": "one"}') for text in texts] == [False, True]
+
+
+@pytest.mark.parametrize(("more", "name"), [(CALLED, "tool_calls"), (thinks("hm"), "reasoning_content")])
+def test_what_a_template_does_not_write_is_refused_not_left_out(bare: Any, more: str, name: str) -> None:
+    chat = (Message("user", "one"), Message("assistant", "it", more))
+    with pytest.raises(
+        BadInput, match=f"conversations with {name}, of which the chat template writes nothing"
+    ):
+        learnt(of(bare, CHATML), Document("k", "", "", chat))
 
 
 def test_the_first_word_is_learnt_though_its_space_is_the_template_s(bare: Any) -> None:
@@ -351,3 +444,16 @@ def test_fields_that_are_not_read_are_warned_of_once_a_source(
         data.pack([Source("a", 1.0, splits, "f", "a")], of(bare, None), sequence_length=64)
     (said,) = [record.getMessage() for record in caplog.records if "not read" in record.getMessage()]
     assert said.startswith("data: a: the fields history, tools of its records are not read: write")
+
+
+def test_tools_that_the_template_does_not_write_are_warned_of(
+    bare: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("STOKER_CACHE", str(tmp_path))
+    chats = [Document(f"k{n}", "", "", CHAT, tools='[{"name": "add"}]') for n in range(3)]
+    splits = Splits(chats[:1], chats[1:2], chats[2:])
+    for template, warned in ((CHATML, True), (CALLS, False)):
+        caplog.clear()
+        with caplog.at_level("WARNING", "stoker"):
+            data.pack([Source("a", 1.0, splits, "f", "a")], of(bare, template), sequence_length=64)
+        assert ("the field tools of its records is not read" in caplog.text) == warned

@@ -92,18 +92,18 @@ class Chunks:
 
     def kept(self, number: int) -> list[Document]:
         """As `documents`, of one of the few chunks that every start looks at: they are kept in the cache."""
-        file = storage.cache_folder() / f"parts-2-{self.fingerprint[:32]}" / f"{number}.json"
+        file = storage.cache_folder() / f"parts-3-{self.fingerprint[:32]}" / f"{number}.json"
         with contextlib.suppress(OSError, orjson.JSONDecodeError):
             found = orjson.loads(file.read_bytes())
             return [
-                Document(k, p, t, tuple(Message(*m) for m in said), system, tuple(unread))
-                for k, p, t, said, system, unread in found
+                Document(k, p, t, tuple(Message(*m) for m in said), system, tools, tuple(unread))
+                for k, p, t, said, system, tools, unread in found
             ]
         documents = self.documents(number)
         with contextlib.suppress(OSError):  # then they are read again
             file.parent.mkdir(parents=True, exist_ok=True)
             about = [
-                (d.key, d.prompt, d.text, [tuple(m) for m in d.messages], d.system, d.unread)
+                (d.key, d.prompt, d.text, [tuple(m) for m in d.messages], d.system, d.tools, d.unread)
                 for d in documents
             ]
             storage.write_atomically(file, orjson.dumps(about))

@@ -20,6 +20,13 @@ class Message(NamedTuple):
 
     role: str
     content: str
+    more: str = ""
+    """What else there is of it (`tool_calls`, `reasoning_content`, ...), as a JSON object; mostly empty."""
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """All texts that it is of."""
+        return self if self.more else self[:2]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +42,8 @@ class Document:
     """The turns of a conversation; empty for anything else."""
     system: str = ""
     """The system prompt of a pair; that of a conversation is one of its messages."""
+    tools: str = ""
+    """What the assistant of a conversation may call, as a JSON array of schemas; mostly empty."""
     unread: tuple[str, ...] = ()
     """Fields of its record that mean something to other trainers, and are nothing of this document."""
 
@@ -61,8 +70,12 @@ def make_corpus(documents: list[Document], description: str) -> Corpus:
     """A corpus of these documents, named by their content."""
     digest = hashlib.sha256()
     for document in documents:
-        parts = (document.key, document.prompt, document.text, *itertools.chain(*document.messages))
-        for part in (*parts, "system", document.system) if document.system else parts:
+        said = itertools.chain.from_iterable(message.parts for message in document.messages)
+        parts = [document.key, document.prompt, document.text, *said]
+        for name in ("system", "tools"):
+            if own := getattr(document, name):
+                parts += name, own
+        for part in parts:
             content = part.encode()
             digest.update(len(content).to_bytes(8, "little"))
             digest.update(content)

@@ -99,8 +99,8 @@ def parts(documents: Sequence[Document], cut: Cut, workers: int | None = None) -
 
 
 def _size(document: Document) -> int:
-    said = sum(len(message.content) for message in document.messages)
-    return len(document.system) + len(document.prompt) + len(document.text) + said
+    said = sum(len(message.content) + len(message.more) for message in document.messages)
+    return len(document.tools) + len(document.system) + len(document.prompt) + len(document.text) + said
 
 
 def _paying(characters: int) -> int:

@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from stoker.data import called
 from stoker.data.documents import Document, Message, content_key
 from stoker.errors import BadInput
 
@@ -33,14 +34,16 @@ _CHATS = (
     ("conversations", "from", "value"),
     ("conversation", "role", "content"),
 )
-_NOT_TRAINED_ON = ("tool_calls", "function_call", "reasoning_content")
 _MEANT = (
     "system", "history", "tools", "functions", "context", "input", "documents", "images", "image", "audios",
     "audio", "videos", "video", "rejected", "chosen", "reasoning_content", "thinking",
 )  # fmt: skip
 """Fields that others train on. What else stands in a record, such as an id or a source, tells about it."""
-_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
-"""What others call those whom chat templates call user and assistant."""
+_ROLES = {
+    "human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "function": "tool",
+    "observation": "tool", "tool_response": "tool", "ipython": "tool",
+}  # fmt: skip
+"""What others call those whom chat templates call user, assistant and tool."""
 
 
 def from_json(line: bytes, where: str) -> Iterator[Record]:
@@ -65,14 +68,16 @@ def documents(records: Iterable[Record]) -> Iterator[Document]:
             )
         messages = _messages(where, record)
         if messages:
-            unread = _unread(record, read=("system",))
-            yield Document(content_key(*itertools.chain(*messages)), "", "", messages, unread=unread)
+            unread = _unread(record, read=("system", "tools"))
+            key = content_key(*itertools.chain.from_iterable(message.parts for message in messages))
+            tools = called.schemas(where, record.get("tools"))
+            yield Document(key, "", "", messages, tools=tools, unread=unread)
             continue
         prompt, text, read = _parse(where, record)
         system = _system(where, record) if prompt else ""
         if text.strip():
             unread = _unread(record, read=(*read, "system") if prompt else read)
-            yield Document(content_key(prompt, text), prompt, text, (), system, unread)
+            yield Document(content_key(prompt, text), prompt, text, (), system, unread=unread)
 
 
 def _unread(record: dict[str, Any], read: Sequence[str]) -> tuple[str, ...]:
@@ -95,7 +100,7 @@ def _messages(where: str, record: dict[str, Any]) -> tuple[Message, ...]:
     system = _system(where, record)
     if system and all(message.role != "system" for message in found):  # else it says so itself
         found.insert(0, Message("system", system))
-    if not any(message.role == "assistant" and message.content.strip() for message in found):
+    if not any(m.role == "assistant" and (m.content.strip() or m.more) for m in found):
         raise BadInput(f"{where}: no message of the role assistant says anything: there is nothing to learn")
     return tuple(found)
 
@@ -114,16 +119,11 @@ def _turns(record: dict[str, Any]) -> tuple[list[Any], str, str]:
 def _message(where: str, message: Any, role: str, content: str) -> Message:
     if not isinstance(message, dict):
         raise BadInput(f"{where}: must be an object with {role!r} and {content!r}, not {kind_of(message)}")
+    message = called.as_calls(where, message, role, content)
     for name in (role, content):
         if name not in message:
             has = ", ".join(repr(key) for key in message) or "no fields"
             raise BadInput(f"{where}: has no {name!r}; it has {has}")
-    unused = next((key for key in _NOT_TRAINED_ON if message.get(key)), None)
-    if unused is not None:
-        raise BadInput(
-            f"{where}: has {unused!r}, which is not trained on here: leave such conversations out, or write "
-            f"it into {content!r} as the model is to say it"
-        )
     said = message[content]
     if isinstance(said, list):  # parts, of which only texts can be learnt from
         texts = [
@@ -132,8 +132,9 @@ def _message(where: str, message: Any, role: str, content: str) -> Message:
         if len(texts) < len(said):
             raise BadInput(f"{where}: {content!r} has a part that is no text")
         message = {**message, content: "".join(texts)}
-    speaker = _field(where, message, role)
-    return Message(_ROLES.get(speaker, speaker), _field(where, message, content))
+    said_by = _field(where, message, role)
+    speaker = _ROLES.get(said_by, said_by)
+    return Message(speaker, _field(where, message, content), called.more(where, message, speaker))
 
 
 def _parse(where: str, record: dict[str, Any]) -> tuple[str, str, tuple[str, ...]]:

@@ -10,11 +10,12 @@ import bisect
 import copy
 import hashlib
 import itertools
+import json
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from jinja2 import TemplateError
 from stoker import storage
@@ -47,8 +48,23 @@ _PROMPT_AS_TEMPLATE = """\
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _MARK = "5f3a9c"  # which no conversation has
 
+_THOUGHT = frozenset({"reasoning_content", "reasoning", "thinking"})
+"""What templates call what was thought; transformers gives them all of these where a message has one."""
+
 LossOn = Literal["answer", "all"]
 Span = tuple[int, int]
+
+
+class _Chat(NamedTuple):
+    """A conversation as a template is given it."""
+
+    messages: tuple[Message, ...]
+    tools: str = ""
+    """As a document's."""
+
+    def until(self, number: int) -> _Chat:
+        """Its first messages."""
+        return self._replace(messages=self.messages[:number])
 
 
 @dataclass(frozen=True)
@@ -79,7 +95,7 @@ def pack(
     Raises:
         BadInput: a tokenizer does not do for the documents, or nothing is left of them.
     """
-    _warn_of_unread(found)
+    _warn_of_unread(found, tokenizer)
     encoder = Encoder(tokenizer, loss_on)
     settings: dict[str, Any] = {
         "encode": encoder, "pad_id": tokenizer.pad_token_id, "vocab_size": len(tokenizer),
@@ -164,11 +180,14 @@ def say(
         log.warning("the model's attention cannot keep documents apart: each has rows of its own")
 
 
-def _warn_of_unread(found: Sequence[Source]) -> None:
+def _warn_of_unread(found: Sequence[Source], tokenizer: Any) -> None:
     """Name the fields of each source's records that other trainers learn from, and this does not."""
     for source in found:
-        documents = itertools.chain(source.splits.train, source.splits.validation, source.splits.test)
+        documents = [*source.splits.train, *source.splits.validation, *source.splits.test]
         names = dict.fromkeys(name for document in documents for name in document.unread)
+        called = next((document.tools for document in documents if document.tools), "")
+        if called and "tools" not in _template(tokenizer, called):
+            names["tools"] = None
         if names:
             fields = "the field" if len(names) == 1 else "the fields"
             log.warning(
@@ -226,7 +245,7 @@ def prompts(
 def _asked(text: str, tokenizer: Any, begin: str, positions: int | None) -> str:
     """What is given, as the model is asked it. Raises BadInput."""
     if getattr(tokenizer, "chat_template", None):
-        made = _render(tokenizer, (Message("user", text),), to_be_answered=True)
+        made = _render(tokenizer, _Chat((Message("user", text),)), to_be_answered=True)
     else:
         made = f"{begin}{text}"
     if count := _fills(made, tokenizer, positions):
@@ -246,11 +265,11 @@ def _fills(text: str, tokenizer: Any, positions: int | None) -> int:
 
 
 def _beginning(document: Document, tokenizer: Any, begin: str) -> str:
-    messages = _as_messages(document, tokenizer)
-    asked = list(itertools.takewhile(lambda message: message.role != "assistant", messages))
+    chat = _as_chat(document, tokenizer)
+    asked = tuple(itertools.takewhile(lambda message: message.role != "assistant", chat.messages))
     if asked:
-        return _render(tokenizer, asked, to_be_answered=True)
-    text = messages[0].content if messages else document.text
+        return _render(tokenizer, chat._replace(messages=asked), to_be_answered=True)
+    text = chat.messages[0].content if chat.messages else document.text
     return begin + (_plainly_asked(document) if document.prompt else " ".join(text.split()[:8]))
 
 
@@ -294,11 +313,11 @@ class Encoder:
 
     def __call__(self, documents: Sequence[Document]) -> Iterator[Encoded]:
         """The tokens of each document. Raises BadInput."""
-        chats = [_as_messages(document, self._tokenizer) for document in documents]
-        rendered = iter(self._chats([chat for chat in chats if chat]))
-        plain = iter(self._plain([d for d, chat in zip(documents, chats, strict=True) if not chat]))
+        chats = [_as_chat(document, self._tokenizer) for document in documents]
+        rendered = iter(self._chats([chat for chat in chats if chat.messages]))
+        plain = iter(self._plain([d for d, chat in zip(documents, chats, strict=True) if not chat.messages]))
         for chat in chats:
-            yield next(rendered if chat else plain)
+            yield next(rendered if chat.messages else plain)
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         if not texts:
@@ -323,7 +342,7 @@ class Encoder:
             silent = len(self.begin) + len(prompt) if self._loss_on == "answer" else 0
             yield Encoded(ids, [False] * silent + [bool(text)] * (len(ids) - silent))
 
-    def _chats(self, chats: Sequence[Sequence[Message]]) -> Iterator[Encoded]:
+    def _chats(self, chats: Sequence[_Chat]) -> Iterator[Encoded]:
         if not chats:
             return
         if not self._tokenizer.is_fast:
@@ -347,53 +366,93 @@ class Encoder:
             yield Encoded(ids, _within(places, spans, text))
 
 
-def _as_messages(document: Document, tokenizer: Any) -> tuple[Message, ...]:
-    """A document as a conversation, if it is one or can be made one; else empty. Raises BadInput."""
+def _as_chat(document: Document, tokenizer: Any) -> _Chat:
+    """A document as a conversation, without messages where it neither is one nor can be. Raises BadInput."""
     has_template = bool(getattr(tokenizer, "chat_template", None))
     if document.messages and not has_template:
         raise BadInput(
             "the data has conversations, and the tokenizer has no chat template: give chat_template=FILE (a "
             "Jinja template), tokenizer= of a model that has one, or data of prompts and completions"
         )
-    if document.messages or not (document.prompt and has_template):
-        return document.messages
+    if document.messages:
+        return _checked(_Chat(document.messages, document.tools), tokenizer)
+    if not (document.prompt and has_template):
+        return _Chat(())
     system = (Message("system", document.system),) if document.system else ()
-    return *system, Message("user", document.prompt), Message("assistant", document.text)
+    return _Chat((*system, Message("user", document.prompt), Message("assistant", document.text)))
 
 
-def _render(tokenizer: Any, chat: Sequence[Message], *, to_be_answered: bool = False) -> str:
+def _checked(chat: _Chat, tokenizer: Any) -> _Chat:
+    """The same, if its template writes all that its messages have. Raises BadInput."""
+    had = {name for message in chat.messages if message.more for name in json.loads(message.more)}
+    if not had & {"tool_calls", *_THOUGHT}:
+        return chat
+    template = _template(tokenizer, chat.tools)
+    unwritten = had & {"tool_calls"} if "tool_calls" not in template else set()
+    if not any(name in template for name in _THOUGHT):
+        unwritten |= had & _THOUGHT
+    if unwritten:
+        raise BadInput(
+            f"the data has conversations with {' and '.join(sorted(unwritten))}, of which the chat template "
+            "writes nothing: give chat_template=FILE of one that does, or leave such conversations out"
+        )
+    return chat
+
+
+def _template(tokenizer: Any, tools: str) -> str:
+    """The template that writes a conversation, or one with tools; empty where there is none."""
+    if not getattr(tokenizer, "chat_template", None):
+        return ""
+    template: str = tokenizer.get_chat_template(tools=json.loads(tools) if tools else None)
+    return template
+
+
+def _as_given(chat: _Chat) -> dict[str, Any]:
+    """A conversation as transformers takes it."""
+    messages = [
+        {"role": m.role, "content": m.content, **(json.loads(m.more) if m.more else {})}
+        for m in chat.messages
+    ]
+    return {"conversation": messages, "tools": json.loads(chat.tools) if chat.tools else None}
+
+
+def _render(tokenizer: Any, chat: _Chat, *, to_be_answered: bool = False) -> str:
     """A conversation as its template writes it. Raises BadInput where that refuses it."""
     try:
         text: str = tokenizer.apply_chat_template(
-            [message._asdict() for message in chat], tokenize=False, add_generation_prompt=to_be_answered
+            **_as_given(chat), tokenize=False, add_generation_prompt=to_be_answered
         )
     except TemplateError as error:
-        roles = ", ".join(message.role for message in chat)
+        roles = ", ".join(message.role for message in chat.messages)
         raise BadInput(f"the chat template refuses a conversation of the roles {roles}: {error}") from error
     return text
 
 
-def _marked(tokenizer: Any, chats: Sequence[Sequence[Message]]) -> list[tuple[str, list[Span]]] | None:
+def _marked(tokenizer: Any, chats: Sequence[_Chat]) -> list[tuple[str, list[Span]]] | None:
     """Each conversation as its template writes it, and what of it that marks as the assistant's.
 
     None where the template marks nothing (`{% generation %}`), or refuses one of them.
     """
-    template = tokenizer.get_chat_template()
-    if not _GENERATION.search(template):
+    if not all(_GENERATION.search(_template(tokenizer, tools)) for tools in {chat.tools for chat in chats}):
         return None
     from transformers.utils.chat_template_utils import render_jinja_template
 
+    found = []
     try:
-        texts, spans = render_jinja_template(
-            [[message._asdict() for message in chat] for chat in chats], chat_template=template,
-            return_assistant_tokens_mask=True, **tokenizer.special_tokens_map,
-        )  # fmt: skip
+        for chat in chats:
+            given = _as_given(chat)
+            (text,), (spans,) = render_jinja_template(
+                [given["conversation"]], tools=given["tools"],
+                chat_template=_template(tokenizer, chat.tools), return_assistant_tokens_mask=True,
+                **tokenizer.special_tokens_map,
+            )  # fmt: skip
+            found.append((text, spans))
     except TemplateError:  # which of them, and why, is said where they are written one by one
         return None
-    return list(zip(texts, spans, strict=True))
+    return found
 
 
-def _answers(tokenizer: Any, chat: Sequence[Message], text: str) -> list[Span]:
+def _answers(tokenizer: Any, chat: _Chat, text: str) -> list[Span]:
     """Where in its text the assistant speaks, with what ends each turn: characters, from and to.
 
     A turn begins behind what the template writes to have it answered, and ends with what the template
@@ -402,11 +461,12 @@ def _answers(tokenizer: Any, chat: Sequence[Message], text: str) -> list[Span]:
     """
     spans: list[Span] = []
     between: dict[int, Span] | None = None
-    for number, message in enumerate(chat):
+    for number, message in enumerate(chat.messages):
         if message.role != "assistant":
             continue
-        before = _render(tokenizer, chat[:number], to_be_answered=True) if number else ""
-        until = text if number == len(chat) - 1 else _render(tokenizer, chat[: number + 1])
+        before = _render(tokenizer, chat.until(number), to_be_answered=True) if number else ""
+        last = number == len(chat.messages) - 1
+        until = text if last else _render(tokenizer, chat.until(number + 1))
         if number and text.startswith(before) and text.startswith(until):
             spans.append((len(before), len(until.rstrip())))
             continue
@@ -417,22 +477,37 @@ def _answers(tokenizer: Any, chat: Sequence[Message], text: str) -> list[Span]:
     return spans
 
 
-def _between_others(tokenizer: Any, chat: Sequence[Message], text: str) -> dict[int, Span]:
-    """Where each message of the assistant is, by what the template writes around a word in its place.
+def _between_others(tokenizer: Any, chat: _Chat, text: str) -> dict[int, Span]:
+    """Where each message of the assistant is, by what the template writes around words in its place.
 
     Empty where the text is not that with the answers in these places: then nobody knows where they are.
     """
-    answers = [number for number, message in enumerate(chat) if message.role == "assistant"]
-    marks = {number: f"answer-{number}-{_MARK}" for number in answers}
-    written = _render(tokenizer, [m._replace(content=marks.get(n, m.content)) for n, m in enumerate(chat)])
-    if any(written.count(mark) != 1 for mark in marks.values()):
+    answers = [number for number, message in enumerate(chat.messages) if message.role == "assistant"]
+    others = list(chat.messages)
+    for number in answers:
+        others[number] = _with_marks(others[number], number)
+    written = _render(tokenizer, chat._replace(messages=tuple(others)))
+    if any(written.count(f"answer-{number}-{_MARK}") != 1 for number in answers):
         return {}
-    around = re.split("|".join(map(re.escape, marks.values())), written)
+    marks = list(re.finditer(rf"(?:thought|answer)-(\d+)-{_MARK}", written))
+    places = [0, *itertools.chain.from_iterable(mark.span() for mark in marks), len(written)]
+    around = [written[begin:end] for begin, end in zip(places[::2], places[1::2], strict=True)]
     found = re.fullmatch("(.*?)".join(map(re.escape, around)), text, re.DOTALL)
     if found is None:
         return {}
-    spans = {number: found.span(group) for group, number in enumerate(answers, start=1)}
+    spans: dict[int, Span] = {}
+    for group, mark in enumerate(marks, start=1):
+        number = int(mark[1])
+        begin = spans[number][0] if number in spans else found.start(group)
+        spans[number] = (begin, found.end(group))
     return {number: (begin, _end_of_turn(tokenizer, text, end)) for number, (begin, end) in spans.items()}
+
+
+def _with_marks(message: Message, number: int) -> Message:
+    """A message of the assistant with words in place of what it thinks and of what it says, and calls."""
+    thought = f"thought-{number}-{_MARK}"
+    more = {name: thought for name in json.loads(message.more or "{}") if name in _THOUGHT}
+    return Message("assistant", f"answer-{number}-{_MARK}", json.dumps(more) if more else "")
 
 
 def _end_of_turn(tokenizer: Any, text: str, end: int) -> int:
@@ -447,7 +522,7 @@ def end_of_turn(tokenizer: Any) -> int | None:
     if not getattr(tokenizer, "chat_template", None):
         return None
     try:
-        text = _render(tokenizer, (Message("user", "Who?"), Message("assistant", _MARK)))
+        text = _render(tokenizer, _Chat((Message("user", "Who?"), Message("assistant", _MARK))))
     except BadInput:  # said where there is a conversation
         return None
     _, said, after = text.rpartition(_MARK)

@@ -1,0 +1,102 @@
+"""What a conversation has besides words: the tools there are, calls of them, and what was thought.
+
+All of it is kept as the chat templates of transformers take it
+(https://huggingface.co/docs/transformers/chat_extras): a call is `{"type": "function", "function": {"name",
+"arguments"}}` with the arguments as an object. OpenAI writes these as a text of JSON, ShareGPT has a turn of
+`function_call` for each, and columns of Parquet have null where a field is not there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from stoker.errors import BadInput
+
+_CALLS = ("function_call", "tool_call")
+"""What others call a turn, or a field of one, that is a call."""
+_THOUGHT = ("reasoning_content", "reasoning", "thinking")
+"""What else others write of what the assistant says; a template that reads one of them is given all."""
+_OF_A_TOOL = ("name", "tool_call_id")
+
+
+def schemas(where: str, tools: Any) -> str:
+    """The tools of a record as a JSON array; empty where there are none. Raises BadInput."""
+    found = _read(where, "'tools'", tools) if isinstance(tools, str) and tools.strip() else tools
+    if not found or (isinstance(found, str) and not found.strip()):
+        return ""
+    if not isinstance(found, list) or not all(isinstance(tool, dict) for tool in found):
+        raise BadInput(f"{where}: 'tools' must be a list of JSON schemas, or a text of one")
+    return _dumps([_wrapped(tool) for tool in _without_null(found)])
+
+
+def as_calls(where: str, message: Mapping[str, Any], role: str, content: str) -> Mapping[str, Any]:
+    """A message whose calls stand under `tool_calls`, and which has its content. Raises BadInput."""
+    if message.get(role) in _CALLS and isinstance(message.get(content), str):
+        calls = _read(where, repr(content), message[content])
+        return {role: "assistant", content: "", "tool_calls": calls if isinstance(calls, list) else [calls]}
+    field = next((name for name in _CALLS if message.get(name)), None)
+    if field is not None and not message.get("tool_calls"):
+        message = {**message, "tool_calls": [message[field]]}
+    if message.get("tool_calls") and message.get(content) is None:
+        message = {**message, content: ""}
+    return message
+
+
+def more(where: str, message: Mapping[str, Any], speaker: str) -> str:
+    """What else a template is given of a message, as a JSON object; mostly empty. Raises BadInput."""
+    found: dict[str, Any] = {}
+    if speaker == "tool":
+        found = {name: message[name] for name in _OF_A_TOOL if message.get(name)}
+    if speaker == "assistant":
+        found = {name: message[name] for name in _THOUGHT if message.get(name)}
+        unsaid = next((name for name, said in found.items() if not isinstance(said, str)), None)
+        if unsaid is not None:
+            raise BadInput(f"{where}: the field {unsaid!r} must be a text")
+        if message.get("tool_calls"):
+            found["tool_calls"] = _calls(where, message["tool_calls"])
+    return _dumps(found) if found else ""
+
+
+def _calls(where: str, calls: Any) -> list[dict[str, Any]]:
+    if not isinstance(calls, list):
+        raise BadInput(f"{where}: 'tool_calls' must be a list of calls")
+    found = []
+    for call in calls:
+        one = _wrapped(call) if isinstance(call, dict) else {}
+        function = one.get("function")
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise BadInput(
+                f'{where}: a call must be {{"function": {{"name": ..., "arguments": {{...}}}}}}: {call!r:.80}'
+            )
+        arguments = function.get("arguments", {})
+        if isinstance(arguments, str):
+            arguments = _read(where, "'arguments' of a call", arguments or "{}")
+        else:
+            arguments = _without_null(arguments)
+        found.append({**_without_null(one), "function": {**_without_null(function), "arguments": arguments}})
+    return found
+
+
+def _wrapped(function: dict[str, Any]) -> dict[str, Any]:
+    """A function as one of the kinds of tools that there may be."""
+    return function if "function" in function else {"type": "function", "function": function}
+
+
+def _read(where: str, what: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise BadInput(f"{where}: {what} must be JSON: {text!r:.80}") from error
+
+
+def _without_null(value: Any) -> Any:
+    """Without the fields that are null: a column of Parquet has all fields that any of its records has."""
+    if isinstance(value, dict):
+        return {key: _without_null(item) for key, item in value.items() if item is not None}
+    return [_without_null(item) for item in value] if isinstance(value, list) else value
+
+
+def _dumps(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)

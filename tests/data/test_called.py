@@ -1,0 +1,137 @@
+"""Conversations with tools: every form that others write calls in is one and the same document."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+from stoker.data import chunks
+from stoker.data.documents import Document, Message
+from stoker.data.sources import read
+from stoker.errors import BadInput
+
+WEATHER = {"name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}
+TOOLS = [{"type": "function", "function": WEATHER}]
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Bern"}}}
+AS_TEXT = {"type": "function", "function": {"name": "weather", "arguments": '{"city": "Bern"}'}}
+ASKED, FOUND, SAID = (
+    {"role": "user", "content": "is it warm"}, {"role": "tool", "name": "weather", "content": "3 C"},
+    {"role": "assistant", "content": "no"},
+)  # fmt: skip
+EXPECTED = (
+    Message("user", "is it warm"),
+    Message("assistant", "", json.dumps({"tool_calls": [CALL]})),
+    Message("tool", "3 C", '{"name": "weather"}'),
+    Message("assistant", "no"),
+)
+
+
+def write_jsonl(file: Path, records: list[Any]) -> Path:
+    file.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return file
+
+
+def conversation(call: dict[str, Any], tools: Any = TOOLS) -> dict[str, Any]:
+    return {"messages": [ASKED, {"role": "assistant", **call}, FOUND, SAID], "tools": tools}
+
+
+def only(file: Path) -> Document:
+    (document,) = read(str(file)).documents
+    return document
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        conversation({"content": "", "tool_calls": [CALL]}),
+        conversation({"content": None, "tool_calls": [AS_TEXT]}, json.dumps(TOOLS)),
+        conversation({"tool_calls": [CALL["function"]]}, [WEATHER]),
+        conversation({"content": "", "function_call": AS_TEXT["function"]}),
+    ],
+    ids=["transformers", "OpenAI", "bare", "one call"],
+)
+def test_a_call_is_read_as_it_is_written_by_others(tmp_path: Path, record: dict[str, Any]) -> None:
+    document = only(write_jsonl(tmp_path / "a.jsonl", [record]))
+    assert document.messages == EXPECTED
+    assert json.loads(document.tools) == TOOLS
+    assert document.unread == ()
+
+
+def test_turns_of_calls_and_observations_are_read(tmp_path: Path) -> None:
+    turns = [
+        {"from": "human", "value": "is it warm"},
+        {"from": "function_call", "value": '{"name": "weather", "arguments": {"city": "Bern"}}'},
+        {"from": "observation", "value": "3 C"},
+        {"from": "gpt", "value": "no"},
+    ]
+    document = only(write_jsonl(tmp_path / "a.jsonl", [{"conversations": turns, "tools": "[]"}]))
+    assert document.messages == (*EXPECTED[:2], Message("tool", "3 C"), EXPECTED[3])
+    assert document.tools == ""
+
+
+def test_what_a_column_has_no_value_for_is_left_out(tmp_path: Path) -> None:
+    time = {"type": "function", "function": {"name": "time", "arguments": {"zone": "CET"}}}
+    record = conversation({"content": "", "tool_calls": [CALL, time]})
+    parquet.write_table(pa.Table.from_pylist([record]), tmp_path / "a.parquet")
+    stored = parquet.read_table(tmp_path / "a.parquet").to_pylist()[0]["messages"][1]["tool_calls"][0]
+    assert stored["function"]["arguments"] == {"city": "Bern", "zone": None}
+    found = json.loads(only(tmp_path / "a.parquet").messages[1].more)
+    assert found == {"tool_calls": [CALL, time]}
+
+
+def test_what_was_thought_is_kept_beside_what_is_said(tmp_path: Path) -> None:
+    turns = [ASKED, {**SAID, "reasoning_content": "3 C is cold"}]
+    document = only(write_jsonl(tmp_path / "a.jsonl", [{"messages": turns}]))
+    assert document.messages[1] == Message("assistant", "no", '{"reasoning_content": "3 C is cold"}')
+
+
+def test_other_calls_and_other_tools_are_other_data_and_plain_conversations_as_they_were(
+    tmp_path: Path,
+) -> None:
+    plain = {"messages": [ASKED, SAID]}
+    other = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Thun"}}}
+    records = [
+        plain, conversation({"tool_calls": [CALL]}), conversation({"tool_calls": [other]}),
+        conversation({"tool_calls": [CALL]}, []),
+    ]  # fmt: skip
+    found = [read(str(write_jsonl(tmp_path / "a.jsonl", [record]))) for record in records]
+    assert len({corpus.fingerprint for corpus in found}) == 4
+    keys = [corpus.documents[0].key for corpus in found]
+    assert keys[1] == keys[3], "a document stays in its split"
+    assert len(set(keys)) == 3
+
+
+def test_they_are_the_same_streamed_and_from_the_cache(tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", [conversation({"tool_calls": [CALL]})])
+    stream = chunks.find(str(file))
+    assert [stream.kept(0), stream.kept(0)] == [read(str(file)).documents] * 2
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        (conversation({"tool_calls": [{"function": {"arguments": {}}}]}), "message 2: a call must be"),
+        (
+            conversation({"tool_calls": {"name": "weather"}}),
+            "message 2: 'tool_calls' must be a list of calls",
+        ),
+        (
+            conversation({"tool_calls": [{"name": "weather", "arguments": "Bern"}]}),
+            "message 2: 'arguments' of a call must be JSON: 'Bern'",
+        ),
+        (conversation({"tool_calls": [CALL]}, "weather"), "line 1: 'tools' must be JSON: 'weather'"),
+        (conversation({"tool_calls": [CALL]}, ["weather"]), "'tools' must be a list of JSON schemas"),
+        ({"conversations": [{"from": "function_call", "value": "weather()"}]}, "'value' must be JSON"),
+        ({"messages": [ASKED, {**SAID, "thinking": ["3"]}]}, "the field 'thinking' must be a text"),
+    ],
+)
+def test_calls_that_cannot_be_read_are_refused_with_where(
+    tmp_path: Path, record: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(BadInput, match=r"a\.jsonl, line 1") as refused:
+        read(str(write_jsonl(tmp_path / "a.jsonl", [record])))
+    assert message in str(refused.value)
