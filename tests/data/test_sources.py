@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
-from stoker.data import sources
+from stoker.data import chunks, sources
 from stoker.data.sources import read
 from stoker.errors import BadInput
 
@@ -329,6 +331,47 @@ def test_a_text_is_read_compressed_and_in_a_folder(tmp_path: Path) -> None:
 def test_a_damaged_file_says_what_is_wrong(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(content)
     assert re.search(message, refused(tmp_path / name))
+
+
+REPLIES = [{"q": f"what is {n}", "a": f"it is {n}", "who": "be brief", "text": "other"} for n in range(40)]
+NAMED = {"prompt": "q", "completion": "a", "system": "who"}
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "a.json.gz"])
+def test_fields_are_read_under_the_names_that_the_data_have(tmp_path: Path, name: str) -> None:
+    lines = write_jsonl(tmp_path / "lines.jsonl", REPLIES)
+    if name == "a.parquet":
+        parquet.write_table(pa.Table.from_pylist(REPLIES), tmp_path / name)
+    else:
+        (tmp_path / name).write_bytes(packed(name, lines.read_bytes()))
+    found = read(str(tmp_path / name), NAMED).documents
+    assert [(d.prompt, d.text, d.system) for d in found] == [(r["q"], r["a"], r["who"]) for r in REPLIES]
+    stream = chunks.find(str(tmp_path / name), NAMED)
+    assert [document for number in range(len(stream)) for document in stream.kept(number)] == found
+    assert stream.fingerprint != chunks.find(str(tmp_path / name)).fingerprint
+    assert pickle.loads(pickle.dumps(stream)) == stream  # its readers are other processes
+
+
+def test_what_is_named_is_read_of_all_data_and_nothing_else_of_them(tmp_path: Path) -> None:
+    trained, held = (write_jsonl(tmp_path / f"{name}.jsonl", REPLIES) for name in ("a", "b"))
+    found = sources.read_all(
+        str(trained), validation=0.1, test=0.1, validation_data=str(held), columns={"text": "a"}
+    )
+    documents = [d for source in found for d in (*source.splits.train, *source.splits.validation)]
+    assert {(d.prompt, d.system) for d in documents} == {("", "")}
+    assert {d.text for d in documents} == {record["a"] for record in REPLIES}
+
+
+def test_names_that_nothing_has_are_refused(tmp_path: Path) -> None:
+    file = str(write_jsonl(tmp_path / "a.jsonl", REPLIES))
+    with pytest.raises(
+        BadInput, match=r"line 1: no field 'b', which columns names; .* 'q', 'a'"
+    ):
+        read(file, {"prompt": "q", "completion": "b"})
+    for looks in (sources.check, functools.partial(sources.read_all, validation=0.1, test=0.1)):
+        with pytest.raises(BadInput, match="no form of record has 'prompts'; did you mean 'prompt'"):
+            looks(file, columns={"prompts": "q", "completion": "a"})  # type: ignore[operator]
+    assert read(file, {"text": "a", "system": "persona"}).documents  # what may be there need not
 
 
 TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]

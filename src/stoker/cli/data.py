@@ -127,7 +127,7 @@ def _made(config: Config) -> tuple[list[Source], Rows, Any, bool]:
         chat_template.read(config.chat_template)  # before all of the data are
     found = sources.read_all(
         config.data, validation=config.validation, test=config.test, streaming=config.streaming,
-        validation_data=config.validation_data, test_data=config.test_data,
+        validation_data=config.validation_data, test_data=config.test_data, columns=config.columns,
     )  # fmt: skip
     language_data.warn_of_repeated(found)
     tokenizer, packs = building.without_model(

@@ -18,7 +18,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ import orjson
 from stoker import object_store, storage
 from stoker.data import compressed, hub_datasets, parquet, records
 from stoker.data.documents import Document, Message, chop, content_key
-from stoker.data.records import Record
+from stoker.data.records import NO_COLUMNS, Columns, Record
 from stoker.data.tokens import once
 from stoker.errors import BadInput
 from stoker.object_store import Store
@@ -66,6 +66,8 @@ class Chunks:
     files: tuple[File, ...]
     name: str = ""
     """Of a dataset of the hub: its id, which the fingerprint is of: another commit may have equal files."""
+    columns: Columns = field(default_factory=dict, hash=False)
+    """As those of `records.documents`."""
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -87,7 +89,8 @@ class Chunks:
     @property
     def fingerprint(self) -> str:
         """SHA-256 over what the files are called, their sizes, and what tells their content apart."""
-        about = [self.name or self.folder, *((file.key, file.size, file.tag) for file in self.files)]
+        columns = [sorted(self.columns.items())] if self.columns else []
+        about = [self.name or self.folder, *((f.key, f.size, f.tag) for f in self.files), *columns]
         return hashlib.sha256(repr(about).encode()).hexdigest()
 
     def kept(self, number: int) -> list[Document]:
@@ -119,13 +122,16 @@ class Chunks:
             reader = _READERS[compressed.kind(file.key)]
             if compressed.must_be_unpacked(file.key):
                 store, file = _unpacked(store, file, where)
-            return list(reader(store, file, part, where))
+            return list(reader(store, file, part, where, self.columns))
         except FileNotFoundError as error:
             raise BadInput(f"{where} is gone since the run began") from error
 
 
-def find(source: str) -> Chunks:
+def find(source: str, columns: Columns = NO_COLUMNS) -> Chunks:
     """The chunks of a file, a folder, a URL, or a dataset of the hub, by its id.
+
+    Args:
+        columns: as those of `records.documents`.
 
     Raises BadInput for what is not there, or holds no file that can be read.
     """
@@ -150,7 +156,7 @@ def find(source: str) -> Chunks:
             File(key, about.size, about.tag, count)
             for (key, about), count in zip(wanted.items(), counts, strict=True)
         ]
-    return Chunks(folder, tuple(files), source if folder.startswith("hf:") else "")
+    return Chunks(folder, tuple(files), source if folder.startswith("hf:") else "", dict(columns))
 
 
 def texts(content: str) -> Iterator[Document]:
@@ -218,7 +224,7 @@ def _unpacked(store: Store, file: File, where: str) -> tuple[Store, File]:
     return Store(f"file://{target.parent}", ""), File(named, target.stat().st_size, "", file.chunks)
 
 
-def _read_jsonl(store: Store, file: File, part: int, where: str) -> Iterator[Document]:
+def _read_jsonl(store: Store, file: File, part: int, where: str, columns: Columns) -> Iterator[Document]:
     def parsed() -> Iterator[Record]:
         at, _ = file.bounds(part)
         for number, raw in enumerate(_lines(store, file, part).split(b"\n"), start=1):
@@ -227,21 +233,21 @@ def _read_jsonl(store: Store, file: File, part: int, where: str) -> Iterator[Doc
             )
             yield from records.from_json(raw, place)
 
-    yield from records.documents(parsed())
+    yield from records.documents(parsed(), columns)
 
 
-def _read_txt(store: Store, file: File, part: int, where: str) -> Iterator[Document]:
+def _read_txt(store: Store, file: File, part: int, where: str, columns: Columns) -> Iterator[Document]:
     yield from texts(records.decode(_lines(store, file, part), where))
 
 
-def _read_parquet(store: Store, file: File, part: int, where: str) -> Iterator[Document]:
+def _read_parquet(store: Store, file: File, part: int, where: str, columns: Columns) -> Iterator[Document]:
     with parquet.opened(_file(store, file.key, file.size), where) as opened:
         rows = opened.read_row_group(part).to_pylist()
     places = (f"{where}, row {number} of row group {part + 1}" for number in itertools.count(1))
-    yield from records.documents(zip(places, rows, strict=False))
+    yield from records.documents(zip(places, rows, strict=False), columns)
 
 
-_READERS: dict[str, Callable[[Store, File, int, str], Iterator[Document]]] = {
+_READERS: dict[str, Callable[[Store, File, int, str, Columns], Iterator[Document]]] = {
     ".jsonl": _read_jsonl,
     ".json": _read_jsonl,
     ".parquet": _read_parquet,

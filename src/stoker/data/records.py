@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from stoker.data import called
 from stoker.data.documents import Document, Message, content_key
-from stoker.errors import BadInput
+from stoker.errors import BadInput, nearest
 
 Record = tuple[str, Any]  # where it stands, and what stands there
+Columns = Mapping[str, str]  # a field of the forms below -> what a record calls it
+NO_COLUMNS: Columns = MappingProxyType({})
 
 # (prompt, optional addition to the prompt, text). Pairs first: sets of pairs often carry a
 # rendering of the whole as "text" too.
@@ -34,6 +37,10 @@ _CHATS = (
     ("conversations", "from", "value"),
     ("conversation", "role", "content"),
 )
+_FIELDS = ("text", "prompt", "completion", "question", "answer", "instruction", "input", "output", "messages",
+           "system", "tools")  # fmt: skip
+"""What `columns` may name."""
+_OPTIONAL = ("input", "system", "tools")
 _MEANT = (
     "system", "history", "tools", "functions", "context", "input", "documents", "images", "image", "audios",
     "audio", "videos", "video", "rejected", "chosen", "reasoning_content", "thinking",
@@ -59,13 +66,29 @@ def from_json(line: bytes, where: str) -> Iterator[Record]:
         raise BadInput(f"{where}: not usable JSON: nested too deeply") from error
 
 
-def documents(records: Iterable[Record]) -> Iterator[Document]:
-    """The documents of records; one whose text is blank has nothing to learn from and is left out."""
-    for where, record in records:
-        if not isinstance(record, dict):
+def check_columns(columns: Columns) -> None:
+    """Refuse names of fields that are not read. Raises BadInput."""
+    unknown = next((name for name in columns if name not in _FIELDS), None)
+    if unknown is not None:
+        raise BadInput(
+            f"columns: no form of record has {unknown!r}{nearest(unknown, _FIELDS)}; what may be called "
+            f"otherwise is {', '.join(_FIELDS)}"
+        )
+
+
+def documents(records: Iterable[Record], columns: Columns = NO_COLUMNS) -> Iterator[Document]:
+    """The documents of records; one whose text is blank has nothing to learn from and is left out.
+
+    Args:
+        columns: under which names a record has its fields; by default those of the forms. Where some are
+            given, others are not read.
+    """
+    for where, found in records:
+        if not isinstance(found, dict):
             raise BadInput(
-                f'{where}: a record must be a JSON object such as {{"text": ...}}, not {kind_of(record)}'
+                f'{where}: a record must be a JSON object such as {{"text": ...}}, not {kind_of(found)}'
             )
+        record = _renamed(where, found, columns) if columns else found
         messages = _messages(where, record)
         if messages:
             unread = _unread(record, read=("system", "tools"))
@@ -78,6 +101,15 @@ def documents(records: Iterable[Record]) -> Iterator[Document]:
         if text.strip():
             unread = _unread(record, read=(*read, "system") if prompt else read)
             yield Document(content_key(prompt, text), prompt, text, (), system, unread=unread)
+
+
+def _renamed(where: str, record: dict[str, Any], columns: Columns) -> dict[str, Any]:
+    """What `columns` names of a record, under the names of the forms. Raises BadInput."""
+    lacking = next((n for own, n in columns.items() if n not in record and own not in _OPTIONAL), None)
+    if lacking is not None:
+        has = ", ".join(map(repr, record)) or "none"
+        raise BadInput(f"{where}: no field {lacking!r}, which columns names; the record has the fields {has}")
+    return {own: record[name] for own, name in columns.items() if name in record}
 
 
 def _unread(record: dict[str, Any], read: Sequence[str]) -> tuple[str, ...]:
@@ -150,7 +182,10 @@ def _parse(where: str, record: dict[str, Any]) -> tuple[str, str, tuple[str, ...
         what = "it is empty" if record[chat] == [] else f"not {kind_of(record[chat])}"
         raise BadInput(f"{where}: {chat!r} must be a list of messages: {what}")
     has = ", ".join(repr(name) for name in record) or "none"
-    raise BadInput(f"{where}: no expected field; the record has the fields {has}; allowed are {_FORMS_TEXT}")
+    raise BadInput(
+        f"{where}: no expected field; the record has the fields {has}; allowed are {_FORMS_TEXT}, or say by "
+        "columns what it calls them, as in columns='{text: body}'"
+    )
 
 
 def _field(where: str, record: dict[str, Any], name: str) -> str:

@@ -21,7 +21,7 @@ from stoker import object_store, words
 from stoker.data import chunks, compressed, hub_datasets, parquet, python_docs, records
 from stoker.data.chunks import Chunks
 from stoker.data.documents import Corpus, Document, Splits, make_corpus, split, split_by_place
-from stoker.data.records import Record
+from stoker.data.records import NO_COLUMNS, Columns, Record
 from stoker.errors import BadInput
 from stoker.words import counted
 
@@ -69,6 +69,7 @@ def read_all(
     streaming: bool = False,
     validation_data: str | None = None,
     test_data: str | None = None,
+    columns: Columns = NO_COLUMNS,
 ) -> list[Source]:
     """Read what is named as `a`, as `a,b`, or with weights as `a:3,b:1`: what is trained on comes first.
 
@@ -79,27 +80,30 @@ def read_all(
         validation, test: the shares of the documents that are held out, see `documents.split`.
         streaming: leave what is not built in to be read while training.
         validation_data, test_data: what is evaluated on in place of that share of `data`, read whole.
+        columns: as those of `records.documents`, of all that is not built in.
 
     Raises:
         BadInput: as `read`, or for weights that are none, or of what is evaluated on.
     """
+    records.check_columns(columns)
     found = _trained_on(
         data,
         validation=0.0 if validation_data is not None else validation,
         test=0.0 if test_data is not None else test,
         streaming=streaming,
+        columns=columns,
     )
     if validation_data is not None:
-        found += _evaluated_on(validation_data, "validation_data")
+        found += _evaluated_on(validation_data, "validation_data", columns)
     if test_data is not None:
-        found += _evaluated_on(test_data, "test_data")
+        found += _evaluated_on(test_data, "test_data", columns)
     return found
 
 
-def _evaluated_on(data: str, key: Key) -> list[Source]:
+def _evaluated_on(data: str, key: Key, columns: Columns) -> list[Source]:
     found = []
     for name in named(data, key):
-        corpus = read(name)
+        corpus = read(name, columns)
         splits = Splits(
             train=[],
             validation=corpus.documents if key == "validation_data" else [],
@@ -109,10 +113,12 @@ def _evaluated_on(data: str, key: Key) -> list[Source]:
     return _with_short_names(found)
 
 
-def _trained_on(data: str, *, validation: float, test: float, streaming: bool) -> list[Source]:
+def _trained_on(
+    data: str, *, validation: float, test: float, streaming: bool, columns: Columns
+) -> list[Source]:
     named = _weights(data)
     if len(named) > 1 and not streaming and all(weight is None for _, weight in named):
-        corpora = [read(name) for name, _ in named]
+        corpora = [read(name, columns) for name, _ in named]
         documents = [document for corpus in corpora for document in corpus.documents]
         corpus = make_corpus(documents, "; ".join(corpus.description for corpus in corpora))
         return [_whole(data, 1.0, corpus, validation, test)]
@@ -121,31 +127,32 @@ def _trained_on(data: str, *, validation: float, test: float, streaming: bool) -
     found = []
     for name, weight in named:
         if streaming and name not in BUILT_IN:
-            found.append(_streamed(name, weight or 1.0, validation, test))
+            found.append(_streamed(name, weight or 1.0, validation, test, columns))
         else:
-            found.append(_whole(name, weight or 1.0, read(name), validation, test))
+            found.append(_whole(name, weight or 1.0, read(name, columns), validation, test))
     return _with_short_names(found)
 
 
-def check(data: str, key: Key = "data") -> None:
+def check(data: str, key: Key = "data", columns: Columns = NO_COLUMNS) -> None:
     """Refuse what is not there, and files here that do not begin as data does. Raises BadInput."""
+    records.check_columns(columns)
     for name in named(data, key):
         path = Path(name).expanduser()
         if name in BUILT_IN or object_store.is_url(name):
             continue
         if path.exists():
-            _check_first(name, path)
+            _check_first(name, path, columns)
             continue
         _check_meant_for_hub(name)
         hub_datasets.check(name, tuple(BUILT_IN))
 
 
-def _check_first(source: str, path: Path) -> None:
+def _check_first(source: str, path: Path, columns: Columns) -> None:
     """Read the first documents of a file, or of the first file of a folder. Raises BadInput."""
     file = next((file for file in _files(source, path) if file.is_file() and file.stat().st_size), None)
     if file is None or (compressed.kind(file.name) in _READ_WHOLE and file.stat().st_size > _SMALL):
         return
-    for _ in itertools.islice(_read_file(file), _FIRST):
+    for _ in itertools.islice(_read_file(file, columns), _FIRST):
         pass
 
 
@@ -195,8 +202,8 @@ def _whole(name: str, weight: float, corpus: Corpus, validation: float, test: fl
     return Source(name, weight, splits, corpus.fingerprint, corpus.description)
 
 
-def _streamed(name: str, weight: float, validation: float, test: float) -> Source:
-    found = chunks.find(name)
+def _streamed(name: str, weight: float, validation: float, test: float, columns: Columns) -> Source:
+    found = chunks.find(name, columns)
     documents = [document for number in looked_at(found) for document in found.kept(number)]
     splits = split_by_place(documents, validation=validation, test=test)
     if (validation and not splits.validation) or (test and not splits.test):
@@ -254,11 +261,14 @@ def _short_name(name: str) -> str:
     return hub_datasets.parse(name).name.rpartition("/")[2]
 
 
-def read(source: str) -> Corpus:
+def read(source: str, columns: Columns = NO_COLUMNS) -> Corpus:
     """Read a corpus: a built in one, a file, a folder of files, a URL of either, or a dataset of the hub.
 
     Files are .jsonl, .json, .txt or .parquet, all but the last also with .gz or .zst behind it; of a folder a
     plain .json is not taken.
+
+    Args:
+        columns: as those of `records.documents`.
 
     Raises BadInput for what does not exist, cannot be read, or holds no text.
     """
@@ -267,18 +277,18 @@ def read(source: str) -> Corpus:
     path = Path(source).expanduser()
     if path.is_dir():
         files = _files(source, path)
-        documents = [document for file in files for document in _read_file(file)]
+        documents = [document for file in files for document in _read_file(file, columns)]
         origin = f"{path.name}, {counted(len(files), 'file')}"
     elif path.exists():
-        documents = list(_read_file(path))
+        documents = list(_read_file(path, columns))
         origin = path.name
     elif object_store.is_url(source):
-        found = chunks.find(source)
+        found = chunks.find(source, columns)
         documents = [document for number in range(len(found)) for document in found.documents(number)]
         origin = f"{source}, {counted(len(found.files), 'file')}"
     else:
         _check_meant_for_hub(source)
-        documents = list(records.documents(hub_datasets.read(source, tuple(BUILT_IN))))
+        documents = list(records.documents(hub_datasets.read(source, tuple(BUILT_IN)), columns))
         origin = f"hub dataset {source}"
     if not documents:
         raise BadInput(f"{source} is an empty dataset: it holds no text")
@@ -295,30 +305,30 @@ def _files(source: str, path: Path) -> list[Path]:
     return files
 
 
-def _read_file(path: Path) -> Iterator[Document]:
+def _read_file(path: Path, columns: Columns) -> Iterator[Document]:
     reader = _READERS.get(compressed.kind(path.name))
     if reader is None:
         raise BadInput(f"{path} has an ending that is not known: give a {compressed.ALLOWED}")
     try:
-        yield from reader(path)
+        yield from reader(path, columns)
     except OSError as error:
         raise BadInput(f"{path} cannot be read: {error.strerror}") from error
 
 
-def _read_txt(path: Path) -> Iterator[Document]:
+def _read_txt(path: Path, columns: Columns) -> Iterator[Document]:
     content = b"".join(compressed.lines(path, path.name, str(path)))
     yield from chunks.texts(records.decode(content, str(path)))
 
 
-def _read_jsonl(path: Path) -> Iterator[Document]:
+def _read_jsonl(path: Path, columns: Columns) -> Iterator[Document]:
     lines = compressed.split(compressed.lines(path, path.name, str(path)))
     unit = compressed.unit(path.name)
     found = (records.from_json(raw, f"{path}, {unit} {n}") for n, raw in enumerate(lines, start=1))
-    yield from records.documents(itertools.chain.from_iterable(found))
+    yield from records.documents(itertools.chain.from_iterable(found), columns)
 
 
-def _read_parquet(path: Path) -> Iterator[Document]:
-    yield from records.documents(_rows(path))
+def _read_parquet(path: Path, columns: Columns) -> Iterator[Document]:
+    yield from records.documents(_rows(path), columns)
 
 
 def _rows(path: Path) -> Iterator[Record]:
@@ -329,7 +339,7 @@ def _rows(path: Path) -> Iterator[Record]:
                 yield f"{path}, row {next(number)}", row
 
 
-_READERS: dict[str, Callable[[Path], Iterator[Document]]] = {
+_READERS: dict[str, Callable[[Path, Columns], Iterator[Document]]] = {
     ".jsonl": _read_jsonl,
     ".json": _read_jsonl,
     ".parquet": _read_parquet,

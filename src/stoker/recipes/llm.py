@@ -49,6 +49,9 @@ class Config(Training):
     each has a loss of its own."""
     test_data: str | None = None
     """As data, for the final test in place of the share `test` of data."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """What the data call the fields that are read, and only these are: {text: body}, {prompt: q, completion:
+    a}."""
     streaming: bool = False
     """Tokenise the data as training comes to it, not beforehand; an epoch is an estimate then."""
     loss_on: Literal["answer", "all"] = "answer"
@@ -164,7 +167,7 @@ def check_launch(config: Config) -> None:
     if config.chat_template is not None:
         chat_template.read(config.chat_template)
     for key, data in config.named.items():
-        sources.check(data, key)
+        sources.check(data, key, config.columns)
     is_new = config.model in shape.SIZES
     model = None if is_new else hub.find(config.model, known=tuple(shape.SIZES), weights=False)
     if model is not None:
@@ -246,7 +249,7 @@ def train(run: Run, config: Config) -> None:
     with distributed.rank_zero_first(run.world):
         found = sources.read_all(
             config.data, validation=config.validation, test=config.test, streaming=config.streaming,
-            validation_data=config.validation_data, test_data=config.test_data,
+            validation_data=config.validation_data, test_data=config.test_data, columns=config.columns,
         )  # fmt: skip
         language = building.build(
             config.model,
