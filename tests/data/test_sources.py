@@ -364,9 +364,7 @@ def test_what_is_named_is_read_of_all_data_and_nothing_else_of_them(tmp_path: Pa
 
 def test_names_that_nothing_has_are_refused(tmp_path: Path) -> None:
     file = str(write_jsonl(tmp_path / "a.jsonl", REPLIES))
-    with pytest.raises(
-        BadInput, match=r"line 1: no field 'b', which columns names; .* 'q', 'a'"
-    ):
+    with pytest.raises(BadInput, match=r"line 1: no field 'b', which columns names; .* 'q', 'a'"):
         read(file, {"prompt": "q", "completion": "b"})
     for looks in (sources.check, functools.partial(sources.read_all, validation=0.1, test=0.1)):
         with pytest.raises(BadInput, match="no form of record has 'prompts'; did you mean 'prompt'"):
