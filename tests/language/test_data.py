@@ -141,7 +141,8 @@ CALLS = (
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 CALLED = '{"tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": 2}}}]}'
-WRITTEN = '<tool_call>{"name": "add", "arguments": {"a": 1, "b": 2}}</tool_call><|im_end|>'
+CALL_AS_JSON = '{"name": "add", "arguments": {"a": 1, "b": 2}}'
+WRITTEN = f"<tool_call>{CALL_AS_JSON}</tool_call><|im_end|>"
 
 
 def thinks(thought: str, more: str = "{}") -> str:
@@ -201,15 +202,66 @@ def test_a_template_marks_calls_too_each_with_the_tools_of_its_conversation(bare
     marks = (
         "{% for t in tools or [] %}{{ t | tojson }}\n{% endfor %}"
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
-        "{%- generation %}{{ m.content }}{{ m.tool_calls[0].function.name if m.tool_calls }}<|im_end|>"
+        "{%- generation %}{{ m.content }}{{ m.tool_calls[0].function | tojson if m.tool_calls }}<|im_end|>"
         "{% endgeneration -%}{% else %}{{ m.content }}<|im_end|>{% endif %}\n{% endfor %}"
     )
     chat = (Message("user", "one"), Message("assistant", "", CALLED))
     documents = [Document("k", "", "", chat, tools=tools) for tools in ("", '[{"name": "one"}]')]
     tokenizer = of(bare, marks)
-    assert [learnt(tokenizer, document) for document in documents] == [["add<|im_end|>"]] * 2
+    assert [learnt(tokenizer, document) for document in documents] == [[CALL_AS_JSON + "<|im_end|>"]] * 2
     texts = [tokenizer.decode(ids) for ids, _ in Encoder(tokenizer, "answer")(documents)]
     assert [text.startswith('{"name": "one"}') for text in texts] == [False, True]
+
+
+# As DeepSeek: a call's arguments are a text; and what is said beside it is all that is written.
+AS_TEXT = (
+    "{% for m in messages %}{% if m.tool_calls and not m.content %}<|im_start|>assistant\n"
+    "{{ m.tool_calls[0].function.name + '(' + m.tool_calls[0].function.arguments + ')' }}<|im_end|>\n"
+    "{% else %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_calls_are_given_as_a_template_takes_them(bare: Any) -> None:
+    tokenizer = of(bare, AS_TEXT)
+    chat = (Message("user", "one and two"), Message("assistant", "", CALLED), Message("tool", "3"))
+    said = Document("k", "", "", (*chat, Message("assistant", "it is 3")))
+    assert learnt(tokenizer, said) == ['add({"a": 1, "b": 2})<|im_end|>', "it is 3<|im_end|>"]
+    beside = Document("k", "", "", (*chat[:1], Message("assistant", "ok", CALLED)))
+    with pytest.raises(BadInput, match="conversations with tool_calls beside what is said, of which"):
+        learnt(tokenizer, beside)
+
+
+# As Gemma 4: what a tool says stands in the turn of the assistant, before what that says beside its call.
+WITHIN = (
+    "{% for m in messages %}{% set following = loop.nextitem %}{% if m.role == 'assistant' %}"
+    "<|im_start|>assistant\n{% for c in m.tool_calls or [] %}call {{ c.function | tojson }} "
+    "{{ following.content if following }} {% endfor %}{{ m.content }}<|im_end|>\n"
+    "{% elif m.role != 'tool' %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_what_a_tool_says_is_not_learnt_within_a_turn_either(bare: Any) -> None:
+    chat = (
+        Message("user", "one and two"), Message("assistant", "ok", CALLED), Message("tool", "number 3"),
+        Message("assistant", "it is 3"),
+    )  # fmt: skip
+    found = learnt(of(bare, WITHIN), Document("k", "", "", chat))
+    assert found == [f"call {CALL_AS_JSON}", " ok<|im_end|>", "it is 3<|im_end|>"]
+
+
+# As gpt-oss: what an earlier answer begins with is the template's, and the model's to write.
+CHANNELS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}final: {% endif %}"
+    "{{ m.content }}{{ '<|endoftext|>' if loop.last else '<|im_end|>' }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_what_the_template_begins_an_answer_with_is_learnt_in_every_turn(bare: Any) -> None:
+    found = learnt(of(bare, CHANNELS), Document("k", "", "", CHAT))
+    assert found == ["final: it is 1<|im_end|>", "final: it is 2<|endoftext|>"]
 
 
 @pytest.mark.parametrize(("more", "name"), [(CALLED, "tool_calls"), (thinks("hm"), "reasoning_content")])

@@ -20,7 +20,7 @@ import torch
 from stoker.data import tokenizer as tokenizers
 from stoker.data.documents import Document
 from stoker.errors import BadInput
-from stoker.language import attention, data, hub
+from stoker.language import attention, conversation, hub
 from stoker.language import chat_template as templates
 from stoker.language.loading import Weights
 from stoker.language.shape import SIZES, check_positions
@@ -201,7 +201,11 @@ def stop_tokens(tokenizer: Any, generation_config: Any) -> list[int]:
     model's own generation config names.
     """
     own = generation_config.eos_token_id
-    ends = [tokenizer.eos_token_id, data.end_of_turn(tokenizer), *(own if isinstance(own, list) else [own])]
+    ends = [
+        tokenizer.eos_token_id,
+        conversation.end_of_turn(tokenizer),
+        *(own if isinstance(own, list) else [own]),
+    ]
     return list(dict.fromkeys(token for token in ends if token is not None))
 
 

@@ -10,14 +10,11 @@ import bisect
 import copy
 import hashlib
 import itertools
-import json
 import logging
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-from jinja2 import TemplateError
 from stoker import storage
 from stoker.attempt import Run
 from stoker.data import hub_datasets, sources, tokens
@@ -28,6 +25,8 @@ from stoker.data.sources import Source
 from stoker.data.stream import Stream
 from stoker.data.tokens import PackedDataset
 from stoker.errors import BadInput
+from stoker.language import conversation
+from stoker.language.conversation import Chat, Span
 
 log = logging.getLogger("stoker")
 
@@ -45,26 +44,7 @@ _PROMPT_AS_TEMPLATE = """\
 {%- endif -%}
 {%- endfor -%}"""
 
-_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_MARK = "5f3a9c"  # which no conversation has
-
-_THOUGHT = frozenset({"reasoning_content", "reasoning", "thinking"})
-"""What templates call what was thought; transformers gives them all of these where a message has one."""
-
 LossOn = Literal["answer", "all"]
-Span = tuple[int, int]
-
-
-class _Chat(NamedTuple):
-    """A conversation as a template is given it."""
-
-    messages: tuple[Message, ...]
-    tools: str = ""
-    """As a document's."""
-
-    def until(self, number: int) -> _Chat:
-        """Its first messages."""
-        return self._replace(messages=self.messages[:number])
 
 
 @dataclass(frozen=True)
@@ -186,7 +166,7 @@ def _warn_of_unread(found: Sequence[Source], tokenizer: Any) -> None:
         documents = [*source.splits.train, *source.splits.validation, *source.splits.test]
         names = dict.fromkeys(name for document in documents for name in document.unread)
         called = next((document.tools for document in documents if document.tools), "")
-        if called and "tools" not in _template(tokenizer, called):
+        if called and "tools" not in conversation.template(tokenizer, called):
             names["tools"] = None
         if names:
             fields = "the field" if len(names) == 1 else "the fields"
@@ -245,7 +225,7 @@ def prompts(
 def _asked(text: str, tokenizer: Any, begin: str, positions: int | None) -> str:
     """What is given, as the model is asked it. Raises BadInput."""
     if getattr(tokenizer, "chat_template", None):
-        made = _render(tokenizer, _Chat((Message("user", text),)), to_be_answered=True)
+        made = conversation.render(tokenizer, Chat((Message("user", text),)), to_be_answered=True)
     else:
         made = f"{begin}{text}"
     if count := _fills(made, tokenizer, positions):
@@ -265,10 +245,10 @@ def _fills(text: str, tokenizer: Any, positions: int | None) -> int:
 
 
 def _beginning(document: Document, tokenizer: Any, begin: str) -> str:
-    chat = _as_chat(document, tokenizer)
+    chat = conversation.of(document, tokenizer)
     asked = tuple(itertools.takewhile(lambda message: message.role != "assistant", chat.messages))
     if asked:
-        return _render(tokenizer, chat._replace(messages=asked), to_be_answered=True)
+        return conversation.render(tokenizer, chat._replace(messages=asked), to_be_answered=True)
     text = chat.messages[0].content if chat.messages else document.text
     return begin + (_plainly_asked(document) if document.prompt else " ".join(text.split()[:8]))
 
@@ -313,7 +293,7 @@ class Encoder:
 
     def __call__(self, documents: Sequence[Document]) -> Iterator[Encoded]:
         """The tokens of each document. Raises BadInput."""
-        chats = [_as_chat(document, self._tokenizer) for document in documents]
+        chats = [conversation.of(document, self._tokenizer) for document in documents]
         rendered = iter(self._chats([chat for chat in chats if chat.messages]))
         plain = iter(self._plain([d for d, chat in zip(documents, chats, strict=True) if not chat.messages]))
         for chat in chats:
@@ -342,192 +322,26 @@ class Encoder:
             silent = len(self.begin) + len(prompt) if self._loss_on == "answer" else 0
             yield Encoded(ids, [False] * silent + [bool(text)] * (len(ids) - silent))
 
-    def _chats(self, chats: Sequence[_Chat]) -> Iterator[Encoded]:
+    def _chats(self, chats: Sequence[Chat]) -> Iterator[Encoded]:
         if not chats:
             return
         if not self._tokenizer.is_fast:
             raise BadInput(
                 "conversations need a fast tokenizer (tokenizer.json), which knows places in the text"
             )
-        marked = _marked(self._tokenizer, chats) if self._loss_on == "answer" else None
-        texts = [text for text, _ in marked] if marked else [_render(self._tokenizer, chat) for chat in chats]
+        texts = [conversation.render(self._tokenizer, chat) for chat in chats]
         encoded = self._tokenizer(
             texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False,
             return_token_type_ids=False, verbose=False,
         )  # fmt: skip
-        for number, (ids, places) in enumerate(
-            zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+        for chat, text, ids, places in zip(
+            chats, texts, encoded["input_ids"], encoded["offset_mapping"], strict=True
         ):
             if self._loss_on == "all":
                 yield Encoded(ids, [True] * len(ids))
-                continue
-            text = texts[number]
-            spans = marked[number][1] if marked else _answers(self._tokenizer, chats[number], text)
-            yield Encoded(ids, _within(places, spans, text))
-
-
-def _as_chat(document: Document, tokenizer: Any) -> _Chat:
-    """A document as a conversation, without messages where it neither is one nor can be. Raises BadInput."""
-    has_template = bool(getattr(tokenizer, "chat_template", None))
-    if document.messages and not has_template:
-        raise BadInput(
-            "the data has conversations, and the tokenizer has no chat template: give chat_template=FILE (a "
-            "Jinja template), tokenizer= of a model that has one, or data of prompts and completions"
-        )
-    if document.messages:
-        return _checked(_Chat(document.messages, document.tools), tokenizer)
-    if not (document.prompt and has_template):
-        return _Chat(())
-    system = (Message("system", document.system),) if document.system else ()
-    return _Chat((*system, Message("user", document.prompt), Message("assistant", document.text)))
-
-
-def _checked(chat: _Chat, tokenizer: Any) -> _Chat:
-    """The same, if its template writes all that its messages have. Raises BadInput."""
-    had = {name for message in chat.messages if message.more for name in json.loads(message.more)}
-    if not had & {"tool_calls", *_THOUGHT}:
-        return chat
-    template = _template(tokenizer, chat.tools)
-    unwritten = had & {"tool_calls"} if "tool_calls" not in template else set()
-    if not any(name in template for name in _THOUGHT):
-        unwritten |= had & _THOUGHT
-    if unwritten:
-        raise BadInput(
-            f"the data has conversations with {' and '.join(sorted(unwritten))}, of which the chat template "
-            "writes nothing: give chat_template=FILE of one that does, or leave such conversations out"
-        )
-    return chat
-
-
-def _template(tokenizer: Any, tools: str) -> str:
-    """The template that writes a conversation, or one with tools; empty where there is none."""
-    if not getattr(tokenizer, "chat_template", None):
-        return ""
-    template: str = tokenizer.get_chat_template(tools=json.loads(tools) if tools else None)
-    return template
-
-
-def _as_given(chat: _Chat) -> dict[str, Any]:
-    """A conversation as transformers takes it."""
-    messages = [
-        {"role": m.role, "content": m.content, **(json.loads(m.more) if m.more else {})}
-        for m in chat.messages
-    ]
-    return {"conversation": messages, "tools": json.loads(chat.tools) if chat.tools else None}
-
-
-def _render(tokenizer: Any, chat: _Chat, *, to_be_answered: bool = False) -> str:
-    """A conversation as its template writes it. Raises BadInput where that refuses it."""
-    try:
-        text: str = tokenizer.apply_chat_template(
-            **_as_given(chat), tokenize=False, add_generation_prompt=to_be_answered
-        )
-    except TemplateError as error:
-        roles = ", ".join(message.role for message in chat.messages)
-        raise BadInput(f"the chat template refuses a conversation of the roles {roles}: {error}") from error
-    return text
-
-
-def _marked(tokenizer: Any, chats: Sequence[_Chat]) -> list[tuple[str, list[Span]]] | None:
-    """Each conversation as its template writes it, and what of it that marks as the assistant's.
-
-    None where the template marks nothing (`{% generation %}`), or refuses one of them.
-    """
-    if not all(_GENERATION.search(_template(tokenizer, tools)) for tools in {chat.tools for chat in chats}):
-        return None
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    found = []
-    try:
-        for chat in chats:
-            given = _as_given(chat)
-            (text,), (spans,) = render_jinja_template(
-                [given["conversation"]], tools=given["tools"],
-                chat_template=_template(tokenizer, chat.tools), return_assistant_tokens_mask=True,
-                **tokenizer.special_tokens_map,
-            )  # fmt: skip
-            found.append((text, spans))
-    except TemplateError:  # which of them, and why, is said where they are written one by one
-        return None
-    return found
-
-
-def _answers(tokenizer: Any, chat: _Chat, text: str) -> list[Span]:
-    """Where in its text the assistant speaks, with what ends each turn: characters, from and to.
-
-    A turn begins behind what the template writes to have it answered, and ends with what the template
-    writes of the conversation up to it. Where one of these is not a beginning of the whole text (some
-    templates leave out of earlier turns what was only thought), see `_between_others`.
-    """
-    spans: list[Span] = []
-    between: dict[int, Span] | None = None
-    for number, message in enumerate(chat.messages):
-        if message.role != "assistant":
-            continue
-        before = _render(tokenizer, chat.until(number), to_be_answered=True) if number else ""
-        last = number == len(chat.messages) - 1
-        until = text if last else _render(tokenizer, chat.until(number + 1))
-        if number and text.startswith(before) and text.startswith(until):
-            spans.append((len(before), len(until.rstrip())))
-            continue
-        between = _between_others(tokenizer, chat, text) if between is None else between
-        if number not in between:
-            return []
-        spans.append(between[number])
-    return spans
-
-
-def _between_others(tokenizer: Any, chat: _Chat, text: str) -> dict[int, Span]:
-    """Where each message of the assistant is, by what the template writes around words in its place.
-
-    Empty where the text is not that with the answers in these places: then nobody knows where they are.
-    """
-    answers = [number for number, message in enumerate(chat.messages) if message.role == "assistant"]
-    others = list(chat.messages)
-    for number in answers:
-        others[number] = _with_marks(others[number], number)
-    written = _render(tokenizer, chat._replace(messages=tuple(others)))
-    if any(written.count(f"answer-{number}-{_MARK}") != 1 for number in answers):
-        return {}
-    marks = list(re.finditer(rf"(?:thought|answer)-(\d+)-{_MARK}", written))
-    places = [0, *itertools.chain.from_iterable(mark.span() for mark in marks), len(written)]
-    around = [written[begin:end] for begin, end in zip(places[::2], places[1::2], strict=True)]
-    found = re.fullmatch("(.*?)".join(map(re.escape, around)), text, re.DOTALL)
-    if found is None:
-        return {}
-    spans: dict[int, Span] = {}
-    for group, mark in enumerate(marks, start=1):
-        number = int(mark[1])
-        begin = spans[number][0] if number in spans else found.start(group)
-        spans[number] = (begin, found.end(group))
-    return {number: (begin, _end_of_turn(tokenizer, text, end)) for number, (begin, end) in spans.items()}
-
-
-def _with_marks(message: Message, number: int) -> Message:
-    """A message of the assistant with words in place of what it thinks and of what it says, and calls."""
-    thought = f"thought-{number}-{_MARK}"
-    more = {name: thought for name in json.loads(message.more or "{}") if name in _THOUGHT}
-    return Message("assistant", f"answer-{number}-{_MARK}", json.dumps(more) if more else "")
-
-
-def _end_of_turn(tokenizer: Any, text: str, end: int) -> int:
-    """Behind the special token that follows at once, if one does."""
-    added = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
-    following = (t for t in (*tokenizer.all_special_tokens, *added) if text.startswith(t, end))
-    return end + len(max(following, key=len, default=""))
-
-
-def end_of_turn(tokenizer: Any) -> int | None:
-    """The special token that the chat template writes behind what the assistant says, if it does."""
-    if not getattr(tokenizer, "chat_template", None):
-        return None
-    try:
-        text = _render(tokenizer, _Chat((Message("user", "Who?"), Message("assistant", _MARK))))
-    except BadInput:  # said where there is a conversation
-        return None
-    _, said, after = text.rpartition(_MARK)
-    token = after[: _end_of_turn(tokenizer, after, 0)]
-    return int(tokenizer.convert_tokens_to_ids(token)) if said and token else None
+            else:
+                spans = conversation.answers(self._tokenizer, chat, text)
+                yield Encoded(ids, _within(places, spans, text))
 
 
 def _within(places: Sequence[Span], spans: Sequence[Span], text: str) -> list[bool]:

@@ -1,0 +1,295 @@
+"""A conversation as its chat template writes it, and what of that is the assistant's.
+
+Where the assistant speaks is found by what the template writes itself, in whatever way it does: no template
+is known by its name.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from jinja2 import TemplateError
+from stoker.data.documents import Document, Message
+from stoker.errors import BadInput
+
+Span = tuple[int, int]
+
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_MARK = "5f3a9c"  # which no conversation has
+
+_THOUGHT = frozenset({"reasoning_content", "reasoning", "thinking"})
+"""What templates call what was thought; transformers gives them all of these where a message has one."""
+
+_REFUSALS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
+"""What a template raises that does not do for a conversation, by itself or as Python does within it."""
+
+
+class Chat(NamedTuple):
+    """A conversation as a template is given it."""
+
+    messages: tuple[Message, ...]
+    tools: str = ""
+    """As a document's."""
+
+    def until(self, number: int) -> Chat:
+        """Its first messages."""
+        return self._replace(messages=self.messages[:number])
+
+
+def of(document: Document, tokenizer: Any) -> Chat:
+    """A document as a conversation, without messages where it neither is one nor can be. Raises BadInput."""
+    has_template = bool(getattr(tokenizer, "chat_template", None))
+    if document.messages and not has_template:
+        raise BadInput(
+            "the data has conversations, and the tokenizer has no chat template: give chat_template=FILE (a "
+            "Jinja template), tokenizer= of a model that has one, or data of prompts and completions"
+        )
+    if document.messages:
+        return _checked(Chat(document.messages, document.tools), tokenizer)
+    if not (document.prompt and has_template):
+        return Chat(())
+    system = (Message("system", document.system),) if document.system else ()
+    return Chat((*system, Message("user", document.prompt), Message("assistant", document.text)))
+
+
+def _checked(chat: Chat, tokenizer: Any) -> Chat:
+    """The same, if its template writes all that its messages have. Raises BadInput."""
+    had = {name for message in chat.messages if message.more for name in json.loads(message.more)}
+    writes = template(tokenizer, chat.tools) if had else ""
+    unwritten = had & _THOUGHT if not any(name in writes for name in _THOUGHT) else set()
+    if "tool_calls" in had:
+        form = _form_of_calls(writes, tuple(tokenizer.special_tokens_map.items()))
+        beside = any(message.content and "tool_calls" in message.more for message in chat.messages)
+        if form is None:
+            unwritten |= {"tool_calls"}
+        elif beside and not form.beside_words:
+            unwritten |= {"tool_calls beside what is said"}
+    if unwritten:
+        raise BadInput(
+            f"the data has conversations with {' and '.join(sorted(unwritten))}, of which the chat template "
+            "writes nothing: give chat_template=FILE of one that does, or leave such conversations out"
+        )
+    return chat
+
+
+class _Form(NamedTuple):
+    """How a template takes calls; most take them as transformers documents it."""
+
+    as_text: bool = False
+    """Whether arguments are a text of JSON."""
+    beside_words: bool = True
+    """Whether calls are written where something is said too."""
+
+
+@functools.lru_cache(64)
+def _form_of_calls(template: str, special: tuple[tuple[str, str], ...]) -> _Form | None:
+    """The form in which a template writes calls at all, which is tried; None where it writes none."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    called = {"name": f"f{_MARK}", "arguments": {"a": _MARK}}
+    call = {"id": "abcdefghi", "type": "function", "function": called}
+    tool = {"type": "function", "function": {"name": "f", "description": "f", "parameters": {}}}
+
+    def is_written(said: str, form: _Form) -> bool:
+        told = json.dumps({"name": "f", "tool_call_id": "abcdefghi"})
+        calls = Message("assistant", said, json.dumps({"tool_calls": [call]}))
+        chat = Chat(
+            (Message("user", "a"), calls, Message("tool", "b", told), Message("assistant", "c")),
+            json.dumps([tool]),
+        )
+        given = _as_given(chat, form)
+        try:
+            ((text,), _) = render_jinja_template(
+                [given["conversation"]], tools=given["tools"], chat_template=template, **dict(special)
+            )
+        except _REFUSALS:
+            return False
+        return str(text).count(_MARK) >= len(("name", "argument"))
+
+    for form in (_Form(), _Form(as_text=True)):
+        if is_written("", form):
+            return form._replace(beside_words=is_written("d", form))
+    return None
+
+
+def template(tokenizer: Any, tools: str) -> str:
+    """The template that writes a conversation, or one with tools; empty where there is none."""
+    if not getattr(tokenizer, "chat_template", None):
+        return ""
+    found: str = tokenizer.get_chat_template(tools=json.loads(tools) if tools else None)
+    return found
+
+
+def _given(tokenizer: Any, chat: Chat) -> dict[str, Any]:
+    """A conversation as transformers takes it, and as its template takes calls."""
+    form = None
+    if any("tool_calls" in message.more for message in chat.messages):
+        special = tuple(tokenizer.special_tokens_map.items())
+        form = _form_of_calls(template(tokenizer, chat.tools), special)
+    return _as_given(chat, form or _Form())
+
+
+def _as_given(chat: Chat, form: _Form) -> dict[str, Any]:
+    messages = []
+    for message in chat.messages:
+        made = {"role": message.role, "content": message.content, **json.loads(message.more or "{}")}
+        for call in made.get("tool_calls", ()) if form.as_text else ():
+            call["function"]["arguments"] = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+        messages.append(made)
+    return {"conversation": messages, "tools": json.loads(chat.tools) if chat.tools else None}
+
+
+def render(tokenizer: Any, chat: Chat, *, to_be_answered: bool = False) -> str:
+    """A conversation as its template writes it. Raises BadInput where that refuses it."""
+    try:
+        text: str = tokenizer.apply_chat_template(
+            **_given(tokenizer, chat), tokenize=False, add_generation_prompt=to_be_answered
+        )
+    except _REFUSALS as error:
+        roles = ", ".join(message.role for message in chat.messages)
+        raise BadInput(f"the chat template refuses a conversation of the roles {roles}: {error}") from error
+    return text
+
+
+def answers(tokenizer: Any, chat: Chat, text: str) -> list[Span]:
+    """Where in its text the assistant speaks, with what ends each turn: characters, from and to.
+
+    That is what the template marks so (`{% generation %}`), where it marks something. What tools say is none
+    of it, wherever the template writes that.
+    """
+    if _GENERATION.search(template(tokenizer, chat.tools)):
+        return _marked(tokenizer, chat)
+    spans = _turns(tokenizer, chat, text)
+    heard = [m.content.strip() for m in chat.messages if m.role == "tool" and m.content.strip()]
+    if any(said in text[begin:end] for said in heard for begin, end in spans):
+        return _without(spans, _of_tools(tokenizer, chat, text))  # Gemma 4 has it within a turn
+    return spans
+
+
+def _marked(tokenizer: Any, chat: Chat) -> list[Span]:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    given = _given(tokenizer, chat)
+    _, (spans,) = render_jinja_template(
+        [given["conversation"]], tools=given["tools"], chat_template=template(tokenizer, chat.tools),
+        return_assistant_tokens_mask=True, **tokenizer.special_tokens_map,
+    )  # fmt: skip
+    return list(spans)
+
+
+def _turns(tokenizer: Any, chat: Chat, text: str) -> list[Span]:
+    """Where the assistant's turns are.
+
+    A turn begins behind what the template writes to have it answered, and ends with what the template
+    writes of the conversation up to it. Where one of these is not a beginning of the whole text (some
+    templates leave out of earlier turns what was only thought), see `_between_others`.
+    """
+    spans: list[Span] = []
+    between: dict[int, Span] | None = None
+    for number, message in enumerate(chat.messages):
+        if message.role != "assistant":
+            continue
+        before = render(tokenizer, chat.until(number), to_be_answered=True) if number else ""
+        last = number == len(chat.messages) - 1
+        until = text if last else render(tokenizer, chat.until(number + 1))
+        if number and text.startswith(before) and text.startswith(until):
+            spans.append((len(before), len(until.rstrip())))
+            continue
+        between = _between_others(tokenizer, chat, text) if between is None else between
+        if number not in between:
+            return []
+        spans.append(between[number])
+    return spans
+
+
+def _between_others(tokenizer: Any, chat: Chat, text: str) -> dict[int, Span]:
+    """Where each message of the assistant is, by what the template writes around words in its place.
+
+    Empty where the text is not that with the answers in these places: then nobody knows where they are.
+    """
+    said = [number for number, message in enumerate(chat.messages) if message.role == "assistant"]
+    others = list(chat.messages)
+    for number in said:
+        others[number] = _with_marks(others[number], number)
+    written = render(tokenizer, chat._replace(messages=tuple(others)))
+    if any(written.count(f"answer-{number}-{_MARK}") != 1 for number in said):
+        return {}
+    asks = _asks(tokenizer, chat, said[0])
+    spans: dict[int, Span] = {}
+    last = 0
+    for number, (begin, end) in _in_place_of(written, text):
+        place = text.rfind(asks, last, begin) if asks and number not in spans else -1
+        first = spans[number][0] if number in spans else place + len(asks) if place >= 0 else begin
+        last = _end_of_turn(tokenizer, text, end)
+        spans[number] = (first, last)
+    return spans
+
+
+def _asks(tokenizer: Any, chat: Chat, number: int) -> str:
+    """What the template writes to have the first message of the assistant answered."""
+    before = chat.until(number)
+    if not number:
+        return ""
+    plain, asking = render(tokenizer, before), render(tokenizer, before, to_be_answered=True)
+    return asking.removeprefix(plain) if asking.startswith(plain) else ""
+
+
+def _in_place_of(written: str, text: str) -> list[tuple[int, Span]]:
+    """What of a text stands where another has marks, each with the number of its message; else empty."""
+    marks = list(re.finditer(rf"[a-z]+-(\d+)-{_MARK}", written))
+    places = [0, *itertools.chain.from_iterable(mark.span() for mark in marks), len(written)]
+    around = [written[begin:end] for begin, end in zip(places[::2], places[1::2], strict=True)]
+    found = re.fullmatch("(.*?)".join(map(re.escape, around)), text, re.DOTALL)
+    return [(int(mark[1]), found.span(n)) for n, mark in enumerate(marks, start=1)] if found else []
+
+
+def _of_tools(tokenizer: Any, chat: Chat, text: str) -> list[Span]:
+    """Where in a text stands what tools say, with the space before it, as far as that can be known."""
+    others = [
+        m._replace(content=f"tool-{number}-{_MARK}") if m.role == "tool" else m
+        for number, m in enumerate(chat.messages)
+    ]
+    written = render(tokenizer, chat._replace(messages=tuple(others)))
+    return [(len(text[:begin].rstrip()), end) for _, (begin, end) in _in_place_of(written, text)]
+
+
+def _without(spans: Sequence[Span], others: Sequence[Span]) -> list[Span]:
+    """Spans without what of others is within them."""
+    found: list[Span] = []
+    for begin, end in spans:
+        within = [other for other in others if begin <= other[0] and other[1] <= end]
+        begins, ends = [last for _, last in within], [first for first, _ in within]
+        found += zip([begin, *begins], [*ends, end], strict=True)
+    return found
+
+
+def _with_marks(message: Message, number: int) -> Message:
+    """A message of the assistant with words in place of what it thinks and of what it says, and calls."""
+    thought = f"thought-{number}-{_MARK}"
+    more = {name: thought for name in json.loads(message.more or "{}") if name in _THOUGHT}
+    return Message("assistant", f"answer-{number}-{_MARK}", json.dumps(more) if more else "")
+
+
+def _end_of_turn(tokenizer: Any, text: str, end: int) -> int:
+    """Behind the special token that follows at once, if one does."""
+    added = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
+    following = (t for t in (*tokenizer.all_special_tokens, *added) if text.startswith(t, end))
+    return end + len(max(following, key=len, default=""))
+
+
+def end_of_turn(tokenizer: Any) -> int | None:
+    """The special token that the chat template writes behind what the assistant says, if it does."""
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    try:
+        text = render(tokenizer, Chat((Message("user", "Who?"), Message("assistant", _MARK))))
+    except BadInput:  # said where there is a conversation
+        return None
+    _, said, after = text.rpartition(_MARK)
+    token = after[: _end_of_turn(tokenizer, after, 0)]
+    return int(tokenizer.convert_tokens_to_ids(token)) if said and token else None
