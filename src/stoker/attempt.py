@@ -190,13 +190,17 @@ class Run:
             disk.bring_soon(self.directory.journal)
             self._logging = messages.write_to(self.directory.logs / "rank-0.log")
             undo.callback(self._stop_logging)
-            if self.continued:  # where the log has an earlier one's messages
-                log.debug("attempt %d of %s, process %d", self.attempt, self.directory.path, os.getpid())
+            self._note_attempt()
             self._append(
                 "attempt_started", pid=os.getpid(), host=platform.node(), drift=changes,
                 opening=mark, world=self.world.size, step=self.step,
             )  # fmt: skip
             undo.pop_all()
+
+    def _note_attempt(self) -> None:
+        """Say in the log where an attempt begins, or which process is which."""
+        if self.continued or self.world.size > 1:
+            log.debug("attempt %d of %s, process %d", self.attempt, self.directory.path, os.getpid())
 
     def _make_again(self, asked: again.Again) -> None:
         """Compute as the run that is made again did, and end where it is to end."""
@@ -219,6 +223,7 @@ class Run:
         self.continued = self.attempt > 1
         self.step = begun["step"]
         self._logging = messages.write_to(self.directory.logs / f"rank-{self.world.rank}.log")
+        self._note_attempt()
 
     def _open(
         self, record: dict[str, Any], code: Path, accept_drift: bool, known: Path | None

@@ -179,6 +179,7 @@ class Checkpoints:
         self._run.event("checkpoint", step=saved.step, path=relative, bytes=saved.bytes)
         goal = self._run.goals.get(self._best) or guess_goal(self._best)
         best = manifest.best(self._folder, self._best, goal) if goal else None
+        self._run.end_if_lost()  # it may have stood still since it wrote this one
         manifest.prune(self._folder, self._keep, best, self._every)
         self._done(saved.step)
         log.debug("checkpoint of step %d, %d bytes", saved.step, saved.bytes)
