@@ -63,8 +63,8 @@ def _checked(chat: Chat, tokenizer: Any) -> Chat:
     writes = template(tokenizer, chat.tools) if had else ""
     unwritten = had & _THOUGHT if not any(name in writes for name in _THOUGHT) else set()
     if "tool_calls" in had:
-        form = _form_of_calls(writes, tuple(tokenizer.special_tokens_map.items()))
-        beside = any(message.content and "tool_calls" in message.more for message in chat.messages)
+        form = _form_of_calls(writes, json.dumps(tokenizer.special_tokens_map, default=str))
+        beside = any(message.content and _calls(message) for message in chat.messages)
         if form is None:
             unwritten |= {"tool_calls"}
         elif beside and not form.beside_words:
@@ -87,8 +87,12 @@ class _Form(NamedTuple):
 
 
 @functools.lru_cache(64)
-def _form_of_calls(template: str, special: tuple[tuple[str, str], ...]) -> _Form | None:
-    """The form in which a template writes calls at all, which is tried; None where it writes none."""
+def _form_of_calls(template: str, special: str) -> _Form | None:
+    """The form in which a template writes calls at all, which is tried; None where it writes none.
+
+    Args:
+        special: the special tokens that it knows, as a JSON object.
+    """
     from transformers.utils.chat_template_utils import render_jinja_template
 
     called = {"name": f"f{_MARK}", "arguments": {"a": _MARK}}
@@ -105,7 +109,7 @@ def _form_of_calls(template: str, special: tuple[tuple[str, str], ...]) -> _Form
         given = _as_given(chat, form)
         try:
             ((text,), _) = render_jinja_template(
-                [given["conversation"]], tools=given["tools"], chat_template=template, **dict(special)
+                [given["conversation"]], tools=given["tools"], chat_template=template, **json.loads(special)
             )
         except _REFUSALS:
             return False
@@ -128,10 +132,15 @@ def template(tokenizer: Any, tools: str) -> str:
 def _given(tokenizer: Any, chat: Chat) -> dict[str, Any]:
     """A conversation as transformers takes it, and as its template takes calls."""
     form = None
-    if any("tool_calls" in message.more for message in chat.messages):
-        special = tuple(tokenizer.special_tokens_map.items())
+    if any(map(_calls, chat.messages)):
+        special = json.dumps(tokenizer.special_tokens_map, default=str)
         form = _form_of_calls(template(tokenizer, chat.tools), special)
     return _as_given(chat, form or _Form())
+
+
+def _calls(message: Message) -> bool:
+    """Whether a message has calls."""
+    return bool(message.more) and "tool_calls" in json.loads(message.more)
 
 
 def _as_given(chat: Chat, form: _Form) -> dict[str, Any]:
