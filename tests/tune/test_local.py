@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import signal
@@ -155,6 +156,40 @@ def test_a_process_goes_on_with_the_trial_in_its_hands_and_another_one_does_wher
     assert len({who[2], who[3], who[5], who[7]}) == 4, "it had grown, failed, been killed"
     assert workers.free
     assert not workers.takes_ahead
+    workers.close()
+
+
+def goes_with_the_third(job: Job, link: Link) -> dict[str, Any]:
+    """Trains three at once, of which the last one fails, and notes each."""
+    with (job.runs / "begun").open("a") as file:
+        file.write(f"{job.number}\n")
+    if job.number == 3:
+        raise RuntimeError("no")
+    link.hold(step=1, value=float(job.number), per_step=1.0)
+    return {"status": "finished"}
+
+
+def test_what_a_process_had_done_when_it_ended_is_heard_and_not_done_again(tmp_path: Path) -> None:
+    workers = Workers(goes_with_the_third, parallel=1, reuse=True)
+    workers.prepare()
+    workers.start(dataclasses.replace(job(0), runs=tmp_path))
+    found: list[Any] = workers.wait(60)
+    workers.start(dataclasses.replace(job(1), runs=tmp_path))
+    for number in (2, 3):
+        workers.ahead(dataclasses.replace(job(number), runs=tmp_path))
+    deadline = time.monotonic() + 60
+    while (tmp_path / "begun").read_text().count("3") < 1 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.5)  # it has ended, and all is to be heard now
+    while workers.running:
+        found += workers.wait(60)
+    assert (tmp_path / "begun").read_text().split() == ["0", "1", "2", "3"]
+    said = [(type(one).__name__, one.number) for one in found]
+    assert said == [
+        ("Report", 0), ("Ended", 0), ("Report", 1), ("Ended", 1), ("Began", 2), ("Report", 2), ("Ended", 2),
+        ("Began", 3), ("Ended", 3),
+    ]  # fmt: skip
+    assert [one.status for one in found if isinstance(one, Ended)] == ["finished"] * 3 + ["failed"]
     workers.close()
 
 

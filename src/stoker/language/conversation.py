@@ -210,33 +210,58 @@ def _turns(tokenizer: Any, chat: Chat, text: str) -> list[Span]:
             spans.append((len(before), len(until.rstrip())))
             continue
         between = _between_others(tokenizer, chat, text) if between is None else between
-        if number not in between:
-            return []
-        spans.append(between[number])
+        if number in between:
+            spans.append(between[number])
     return spans
 
 
 def _between_others(tokenizer: Any, chat: Chat, text: str) -> dict[int, Span]:
-    """Where each message of the assistant is, by what the template writes around words in its place.
+    """Where messages of the assistant are, by what the template writes around words in their place.
 
-    Empty where the text is not that with the answers in these places: then nobody knows where they are.
+    Empty where the text is not that with other words in these places: then nobody knows where they are.
     """
     said = [number for number, message in enumerate(chat.messages) if message.role == "assistant"]
-    others = list(chat.messages)
-    for number in said:
-        others[number] = _with_marks(others[number], number)
-    written = render(tokenizer, chat._replace(messages=tuple(others)))
-    if any(written.count(f"answer-{number}-{_MARK}") != 1 for number in said):
+    marked = [_with_marks(m, n) if m.role == "assistant" else m for n, m in enumerate(chat.messages)]
+    others = chat._replace(messages=tuple(marked))
+    try:
+        found = _in_place_of(render(tokenizer, others), text)
+    except BadInput:  # it looks into what was replaced
         return {}
     asks = _asks(tokenizer, chat, said[0])
     spans: dict[int, Span] = {}
     last = 0
-    for number, (begin, end) in _in_place_of(written, text):
-        place = text.rfind(asks, last, begin) if asks and number not in spans else -1
-        first = spans[number][0] if number in spans else place + len(asks) if place >= 0 else begin
+    for number in said:
+        own = [span for mark, span in found if int(mark.split("-")[1]) == number]
+        if not own:
+            continue
+        begin, end = _behind(asks, text, last, own[0][0]), own[-1][1]
+        if _calls(chat.messages[number]):
+            end = _end_of_calls(tokenizer, others.until(number + 1), text, end)
         last = _end_of_turn(tokenizer, text, end)
-        spans[number] = (first, last)
+        spans[number] = (begin, last)
     return spans
+
+
+def _behind(asks: str, text: str, last: int, begin: int) -> int:
+    """Where a turn begins that has words at some place: behind what asks for it, or most of that.
+
+    Some templates ask for an answer with a thought begun, and write none in earlier turns.
+    """
+    sizes = range(len(asks), len(asks) // 2, -1)
+    whole = [size for size in sizes if size == len(asks) or asks[size - 1] in "\n>]"]
+    places = ((text.rfind(asks[:size], last, begin), size) for size in whole)
+    return next((place + size for place, size in places if place >= 0), begin)
+
+
+def _end_of_calls(tokenizer: Any, others: Chat, text: str, end: int) -> int:
+    """Where calls end that are written behind a mark of theirs: as long as the text is that of them alone."""
+    try:
+        alone = render(tokenizer, others)
+    except BadInput:
+        return end
+    tail = alone[alone.rindex(_MARK) + len(_MARK) :].rstrip()
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(tail, text[end:], strict=False))
+    return end + sum(1 for _ in same)
 
 
 def _asks(tokenizer: Any, chat: Chat, number: int) -> str:
@@ -248,13 +273,17 @@ def _asks(tokenizer: Any, chat: Chat, number: int) -> str:
     return asking.removeprefix(plain) if asking.startswith(plain) else ""
 
 
-def _in_place_of(written: str, text: str) -> list[tuple[int, Span]]:
-    """What of a text stands where another has marks, each with the number of its message; else empty."""
-    marks = list(re.finditer(rf"[a-z]+-(\d+)-{_MARK}", written))
+def _in_place_of(written: str, text: str) -> list[tuple[str, Span]]:
+    """What of a text stands where another has marks for the first time; empty where the rest is another."""
+    marks = list(re.finditer(rf"[a-z]+-\d+(?:-\d+)?-{_MARK}", written))
     places = [0, *itertools.chain.from_iterable(mark.span() for mark in marks), len(written)]
     around = [written[begin:end] for begin, end in zip(places[::2], places[1::2], strict=True)]
     found = re.fullmatch("(.*?)".join(map(re.escape, around)), text, re.DOTALL)
-    return [(int(mark[1]), found.span(n)) for n, mark in enumerate(marks, start=1)] if found else []
+    first: dict[str, Span] = {}
+    for group, mark in enumerate(marks if found else [], start=1):
+        assert found is not None
+        first.setdefault(mark[0], found.span(group))
+    return list(first.items())
 
 
 def _of_tools(tokenizer: Any, chat: Chat, text: str) -> list[Span]:
@@ -278,10 +307,14 @@ def _without(spans: Sequence[Span], others: Sequence[Span]) -> list[Span]:
 
 
 def _with_marks(message: Message, number: int) -> Message:
-    """A message of the assistant with words in place of what it thinks and of what it says, and calls."""
-    thought = f"thought-{number}-{_MARK}"
-    more = {name: thought for name in json.loads(message.more or "{}") if name in _THOUGHT}
-    return Message("assistant", f"answer-{number}-{_MARK}", json.dumps(more) if more else "")
+    """A message of the assistant with words in place of what it thinks, what it says, and what it calls."""
+    more = json.loads(message.more or "{}")
+    for name in more.keys() & _THOUGHT:
+        more[name] = f"thought-{number}-{_MARK}"
+    for place, call in enumerate(more.get("tool_calls", ())):
+        call["function"]["name"] = f"call-{number}-{place}-{_MARK}"
+    said = f"answer-{number}-{_MARK}" if message.content or "tool_calls" not in more else ""
+    return Message("assistant", said, json.dumps(more) if more else "")
 
 
 def _end_of_turn(tokenizer: Any, text: str, end: int) -> int:

@@ -108,6 +108,11 @@ class Rank:
         """Whether it has ended its trial and waits for another."""
         return self._last is not None and self._last["again"] and self.alive
 
+    @property
+    def ended(self) -> bool:
+        """Whether it has said how its trial ended."""
+        return self._last is not None
+
     def until_it_waits(self) -> None:
         """Wait until it can begin a trial at once, if it has none yet."""
         with contextlib.suppress(EOFError, OSError):  # it is gone; that is seen by itself
@@ -170,6 +175,8 @@ class _Trial:
     gpus: list[str] = field(default_factory=list)
     following: list[Job] = field(default_factory=list)
     """What its process trains right after it."""
+    heard: list[Report | Ended | Began] = field(default_factory=list)
+    """What a process that is gone had said of those."""
     begun: float = field(default_factory=time.monotonic)
 
     @property
@@ -312,10 +319,10 @@ class Workers:
                 found += self._followed(trial)
         return found
 
-    def _followed(self, over: _Trial) -> list[Began]:
+    def _followed(self, over: _Trial) -> list[Report | Ended | Began]:
         """Have the trial that is to follow one be trained, by the same process where that goes on."""
         if not over.following or (self._stopping and over not in self._idle):
-            return []
+            return over.heard
         job, *others = over.following
         if over in self._idle:
             self._idle.remove(over)
@@ -327,7 +334,7 @@ class Workers:
                 begun.ranks[0].send(other)
         if self._stopping:  # it was told so when it trained the one before
             self._trials[job.number].ranks[0].signal(signal.SIGTERM)
-        return [Began(job.number)]
+        return [*over.heard, Began(job.number)]
 
     def answer(self, number: int, decision: str, *, save: bool) -> None:
         """Tell a trial that has reported what to do, and whether to take a checkpoint."""
@@ -380,12 +387,28 @@ class Workers:
         elif len(over) < len(trial.ranks):
             return None
         first = trial.ranks[0].over()
+        self._hear_out(trial)
         for rank in trial.ranks:
             rank.over()
             rank.close()
         del self._trials[trial.number]
         self._gpus += trial.gpus
         return outcome(trial.number, first, failed)
+
+    @staticmethod
+    def _hear_out(trial: _Trial) -> None:
+        """Take down what a process that is gone has trained to its end besides: nobody is to do it again."""
+        rank = trial.ranks[0]
+        while trial.following:
+            job = trial.following[0]
+            rank.turn_to(job)
+            reports = rank.heard()
+            if not rank.ended:
+                return
+            end = rank.end
+            ended = outcome(job.number, end, [end] if end.failed else [])
+            trial.heard += [Began(job.number), *reports, ended]
+            del trial.following[0]
 
 
 def warm_up(preload: Sequence[str] = ()) -> None:
