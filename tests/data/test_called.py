@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from pathlib import Path
 from typing import Any
@@ -111,9 +112,52 @@ def test_they_are_the_same_streamed_and_from_the_cache(tmp_path: Path) -> None:
     assert [stream.kept(0), stream.kept(0)] == [read(str(file)).documents] * 2
 
 
+def test_a_null_that_is_meant_is_kept_and_an_object_of_nulls_is_none(tmp_path: Path) -> None:
+    call = {"name": "f", "arguments": {"a": None, "b": 1}}
+    turns = [{"from": "function_call", "value": json.dumps(call)}, {"from": "gpt", "value": "no"}]
+    found = [
+        json.loads(only(write_jsonl(tmp_path / "a.jsonl", [record])).messages[at].more)["tool_calls"][0]
+        for record, at in ((conversation({"tool_calls": [call]}), 1), ({"conversations": turns}, 0))
+    ]
+    assert [one["function"] for one in found] == [call, call]
+    nothing = {"name": None, "arguments": None}
+    said = {
+        "role": "assistant",
+        "content": "no",
+        "function_call": nothing,
+        "tool_calls": [{"function": nothing}],
+    }
+    messages = [{**ASKED, "function_call": None, "tool_calls": None}, said]
+    rows = [{"messages": messages}, conversation({"content": "", "function_call": call, "tool_calls": None})]
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    first, second = read(str(tmp_path / "a.parquet")).documents
+    assert first.messages == (EXPECTED[0], EXPECTED[3])
+    assert json.loads(second.messages[1].more)["tool_calls"][0]["function"]["arguments"] == {"b": 1}
+
+
+def test_columns_of_times_and_maps_and_calls_without_arguments_are_read(tmp_path: Path) -> None:
+    def arguments(given: Any, kind: pa.DataType) -> Any:
+        call = pa.struct([("function", pa.struct([("name", pa.string()), ("arguments", kind)]))])
+        message = pa.struct([("role", pa.string()), ("content", pa.string()), ("tool_calls", pa.list_(call))])
+        made = [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": given}}]}]
+        table = pa.table({"messages": pa.array([made], pa.list_(message))})
+        parquet.write_table(table, tmp_path / "a.parquet")
+        said = json.loads(only(tmp_path / "a.parquet").messages[0].more)
+        return said["tool_calls"][0]["function"]["arguments"]
+
+    day = datetime.datetime(2026, 1, 2, 3, 4)
+    assert arguments({"at": day}, pa.struct([("at", pa.timestamp("s"))])) == {"at": "2026-01-02T03:04:00"}
+    assert arguments([("a", "b")], pa.map_(pa.string(), pa.string())) == {"a": "b"}
+    assert arguments(None, pa.struct([("a", pa.string())])) == {}
+
+
 @pytest.mark.parametrize(
     ("record", "message"),
     [
+        (conversation({"tool_calls": [{"name": "f", "arguments": "3"}]}), "must be an object: 3"),
+        (conversation({"tool_calls": [{"name": "f", "arguments": {"a": "\ud83d"}}]}), "is not valid Unicode"),
+        (conversation({"tool_calls": [CALL]}, [{"name": "\ud83d"}]), "'tools': is not valid Unicode"),
+        ({"messages": [ASKED, {**SAID, "thinking": "\ud83d"}]}, "message 2: is not valid Unicode"),
         (conversation({"tool_calls": [{"function": {"arguments": {}}}]}), "message 2: a call must be"),
         (
             conversation({"tool_calls": {"name": "weather"}}),

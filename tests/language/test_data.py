@@ -232,6 +232,35 @@ def test_calls_are_given_as_a_template_takes_them(bare: Any) -> None:
         learnt(tokenizer, beside)
 
 
+def test_arguments_are_never_learnt_as_python_has_them(bare: Any) -> None:
+    plainly = AS_TEXT.replace(" + '(' + ", " ~ '(' ~ ").replace(" + ')'", " ~ ')'")
+    called = json.dumps({"tool_calls": [{"function": {"name": "add", "arguments": {"a": True}}}]})
+    chat = (Message("user", "one and two"), Message("assistant", "", called))
+    assert learnt(of(bare, plainly), Document("k", "", "", chat)) == ['add({"a": true})<|im_end|>']
+    two = json.dumps({"tool_calls": json.loads(CALLED)["tool_calls"] * 2})
+    with pytest.raises(BadInput, match="conversations with several tool_calls in a message, of which"):
+        learnt(of(bare, plainly), Document("k", "", "", (chat[0], Message("assistant", "", two))))
+
+
+# As gpt-oss: what a tool says needs the call that it looks back at, and the last answer ends in its own way.
+LOOKS_BACK = (
+    "{% for m in messages %}{% if m.role == 'tool' %}{% if not loop.previtem.tool_calls %}"
+    "{{ raise_exception('no call') }}{% endif %}<|im_start|>{{ loop.previtem.tool_calls[0].function.name }}\n"
+    "{{ m.content }}<|im_end|>\n{% else %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}"
+    "{{ '<|endoftext|>' if loop.last else '<|im_end|>' }}\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+)
+
+
+def test_calls_of_earlier_turns_are_found_where_tools_look_back_at_them(bare: Any) -> None:
+    turn = (Message("user", "one"), Message("assistant", "", CALLED), Message("tool", "3"))
+    chat = (*turn, Message("assistant", "it is 3"), *turn, Message("assistant", "it is 3 too"))
+    found = learnt(of(bare, LOOKS_BACK), Document("k", "", "", chat))
+    called = f"{CALL_AS_JSON}<|im_end|>"
+    assert found == [called, "it is 3<|im_end|>", called, "it is 3 too<|endoftext|>"]
+
+
 # As Gemma 4: what a tool says stands in the turn of the assistant, before what that says beside its call.
 WITHIN = (
     "{% for m in messages %}{% set following = loop.nextitem %}{% if m.role == 'assistant' %}"
@@ -267,10 +296,11 @@ def test_what_the_template_begins_an_answer_with_is_learnt_in_every_turn(bare: A
 @pytest.mark.parametrize(("more", "name"), [(CALLED, "tool_calls"), (thinks("hm"), "reasoning_content")])
 def test_what_a_template_does_not_write_is_refused_not_left_out(bare: Any, more: str, name: str) -> None:
     chat = (Message("user", "one"), Message("assistant", "it", more))
-    with pytest.raises(
-        BadInput, match=f"conversations with {name}, of which the chat template writes nothing"
-    ):
-        learnt(of(bare, CHATML), Document("k", "", "", chat))
+    for template in (CHATML, CHATML + "{% if enable_thinking %}<think>{% endif %}{# tool_calls #}"):
+        with pytest.raises(
+            BadInput, match=f"conversations with {name}, of which the chat template writes no"
+        ):
+            learnt(of(bare, template), Document("k", "", "", chat))
 
 
 def test_the_first_word_is_learnt_though_its_space_is_the_template_s(bare: Any) -> None:

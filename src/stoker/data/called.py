@@ -8,6 +8,7 @@ All of it is kept as the chat templates of transformers take it
 
 from __future__ import annotations
 
+import datetime
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -28,7 +29,7 @@ def schemas(where: str, tools: Any) -> str:
         return ""
     if not isinstance(found, list) or not all(isinstance(tool, dict) for tool in found):
         raise BadInput(f"{where}: 'tools' must be a list of JSON schemas, or a text of one")
-    return _dumps([_wrapped(tool) for tool in _without_null(found)])
+    return _dumps(f"{where}: 'tools'", [_wrapped(tool) for tool in found])
 
 
 def as_calls(where: str, message: Mapping[str, Any], role: str, content: str) -> Mapping[str, Any]:
@@ -56,7 +57,26 @@ def more(where: str, message: Mapping[str, Any], speaker: str) -> str:
             raise BadInput(f"{where}: the field {unsaid!r} must be a text")
         if message.get("tool_calls"):
             found["tool_calls"] = _calls(where, message["tool_calls"])
-    return _dumps(found) if found else ""
+    return _dumps(where, found) if found else ""
+
+
+def of_a_column(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of a table as a record: what is nested in it without the fields that others have."""
+    return {name: _without_null(v) if isinstance(v, dict | list) else v for name, v in row.items()}
+
+
+def _without_null(value: Any) -> Any:
+    """Without the fields that are null: a column of Parquet has all fields that any of its records has.
+
+    Of an object that has nothing else, None.
+    """
+    if isinstance(value, dict):
+        kept = {key: _without_null(item) for key, item in value.items()}
+        kept = {key: item for key, item in kept.items() if item is not None}
+        return kept if kept or not value else None
+    if isinstance(value, list):
+        return [made for item in value if (made := _without_null(item)) is not None or item is None]
+    return value
 
 
 def _calls(where: str, calls: Any) -> list[dict[str, Any]]:
@@ -70,13 +90,19 @@ def _calls(where: str, calls: Any) -> list[dict[str, Any]]:
             raise BadInput(
                 f'{where}: a call must be {{"function": {{"name": ..., "arguments": {{...}}}}}}: {call!r:.80}'
             )
-        arguments = function.get("arguments", {})
-        if isinstance(arguments, str):
-            arguments = _read(where, "'arguments' of a call", arguments or "{}")
-        else:
-            arguments = _without_null(arguments)
-        found.append({**_without_null(one), "function": {**_without_null(function), "arguments": arguments}})
+        found.append({**one, "function": {**function, "arguments": _arguments(where, function)}})
     return found
+
+
+def _arguments(where: str, function: dict[str, Any]) -> dict[str, Any]:
+    found = function.get("arguments")
+    if isinstance(found, str):
+        found = _read(where, "'arguments' of a call", found or "{}")
+    if isinstance(found, list) and all(isinstance(pair, tuple) for pair in found):  # a map of Arrow's
+        found = dict(found)
+    if found is not None and not isinstance(found, dict):
+        raise BadInput(f"{where}: 'arguments' of a call must be an object: {found!r:.80}")
+    return found or {}
 
 
 def _wrapped(function: dict[str, Any]) -> dict[str, Any]:
@@ -91,12 +117,19 @@ def _read(where: str, what: str, text: str) -> Any:
         raise BadInput(f"{where}: {what} must be JSON: {text!r:.80}") from error
 
 
-def _without_null(value: Any) -> Any:
-    """Without the fields that are null: a column of Parquet has all fields that any of its records has."""
-    if isinstance(value, dict):
-        return {key: _without_null(item) for key, item in value.items() if item is not None}
-    return [_without_null(item) for item in value] if isinstance(value, list) else value
+def _dumps(where: str, value: Any) -> str:
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=_of_a_column)
+        text.encode()
+    except TypeError as error:
+        raise BadInput(f"{where}: {error}") from error
+    except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can spell
+        raise BadInput(f"{where}: is not valid Unicode: {error.reason}") from error
+    return text
 
 
-def _dumps(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
+def _of_a_column(value: Any) -> Any:
+    """A value that a column may have and JSON has not: a time. Raises TypeError."""
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
+    raise TypeError(f"a {type(value).__name__} is no value of JSON")

@@ -24,7 +24,7 @@ from typing import Any
 
 import orjson
 from stoker import object_store, storage
-from stoker.data import compressed, hub_datasets, parquet, records
+from stoker.data import called, compressed, hub_datasets, parquet, records
 from stoker.data.documents import Document, Message, chop, content_key
 from stoker.data.records import NO_COLUMNS, Columns, Record
 from stoker.data.tokens import once
@@ -242,7 +242,7 @@ def _read_txt(store: Store, file: File, part: int, where: str, columns: Columns)
 
 def _read_parquet(store: Store, file: File, part: int, where: str, columns: Columns) -> Iterator[Document]:
     with parquet.opened(_file(store, file.key, file.size), where) as opened:
-        rows = opened.read_row_group(part).to_pylist()
+        rows = map(called.of_a_column, opened.read_row_group(part).to_pylist())
     places = (f"{where}, row {number} of row group {part + 1}" for number in itertools.count(1))
     yield from records.documents(zip(places, rows, strict=False), columns)
 

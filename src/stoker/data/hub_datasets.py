@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stoker.data import called
 from stoker.data.records import Record
 from stoker.errors import BadInput, nearest
 
@@ -103,7 +104,7 @@ def read(given: str, known: Sequence[str] = ()) -> Iterator[Record]:
     builder = _builder(given, known)
     split = _split(given, builder)
     for number, row in enumerate(_prepared(given, builder, split), start=1):
-        yield f"{given}, row {number}", row
+        yield f"{given}, row {number}", called.of_a_column(row)
 
 
 def splits(given: str, known: Sequence[str] = ()) -> Mapping[str, Any]:

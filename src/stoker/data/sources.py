@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from stoker import object_store, words
-from stoker.data import chunks, compressed, hub_datasets, parquet, python_docs, records
+from stoker.data import called, chunks, compressed, hub_datasets, parquet, python_docs, records
 from stoker.data.chunks import Chunks
 from stoker.data.documents import Corpus, Document, Splits, make_corpus, split, split_by_place
 from stoker.data.records import NO_COLUMNS, Columns, Record
@@ -336,7 +336,7 @@ def _rows(path: Path) -> Iterator[Record]:
     with parquet.opened(path, str(path)) as file:
         for batch in file.iter_batches():
             for row in batch.to_pylist():
-                yield f"{path}, row {next(number)}", row
+                yield f"{path}, row {next(number)}", called.of_a_column(row)
 
 
 _READERS: dict[str, Callable[[Path, Columns], Iterator[Document]]] = {

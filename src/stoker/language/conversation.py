@@ -61,14 +61,16 @@ def _checked(chat: Chat, tokenizer: Any) -> Chat:
     """The same, if its template writes all that its messages have. Raises BadInput."""
     had = {name for message in chat.messages if message.more for name in json.loads(message.more)}
     writes = template(tokenizer, chat.tools) if had else ""
-    unwritten = had & _THOUGHT if not any(name in writes for name in _THOUGHT) else set()
+    special = json.dumps(tokenizer.special_tokens_map, default=str)
+    unwritten = had & _THOUGHT if had & _THOUGHT and not _writes_thoughts(writes, special) else set()
     if "tool_calls" in had:
-        form = _form_of_calls(writes, json.dumps(tokenizer.special_tokens_map, default=str))
-        beside = any(message.content and _calls(message) for message in chat.messages)
+        form = _form_of_calls(writes, special)
         if form is None:
             unwritten |= {"tool_calls"}
-        elif beside and not form.beside_words:
+        elif not form.beside_words and any(m.content and _calls(m) for m in chat.messages):
             unwritten |= {"tool_calls beside what is said"}
+        elif not form.several and any(_calls(message) > 1 for message in chat.messages):
+            unwritten |= {"several tool_calls in a message"}
     if unwritten:
         raise BadInput(
             f"the data has conversations with {' and '.join(sorted(unwritten))}, of which the chat template "
@@ -84,6 +86,8 @@ class _Form(NamedTuple):
     """Whether arguments are a text of JSON."""
     beside_words: bool = True
     """Whether calls are written where something is said too."""
+    several: bool = True
+    """Whether all calls of a message are."""
 
 
 @functools.lru_cache(64)
@@ -93,32 +97,68 @@ def _form_of_calls(template: str, special: str) -> _Form | None:
     Args:
         special: the special tokens that it knows, as a JSON object.
     """
+    for form in (_Form(), _Form(as_text=True)):
+        text = _tried(template, special, "", form, calls=1)
+        if (
+            text.count(_MARK) >= len(("name", "argument")) and f"'a': '{_MARK}'" not in text
+        ):  # as JSON, not Python's
+            beside = _tried(template, special, "d", form, calls=1).count(_MARK) >= len(("name", "argument"))
+            several = _tried(template, special, "", form, calls=2).count(_MARK) > text.count(_MARK)
+            return form._replace(beside_words=beside, several=several)
+    return None
+
+
+@functools.lru_cache(64)
+def _writes_thoughts(template: str, special: str) -> bool:
+    """Whether a template writes what was thought before a last answer, or before a call; it is tried."""
+    form = _form_of_calls(template, special) or _Form()
+    thought = json.dumps({"reasoning_content": _MARK})
+    plain = Chat((Message("user", "a"), Message("assistant", "b", thought)))
+    calling = (
+        Message("user", "a"),
+        Message("assistant", "", _call(1, thought)),
+        _TOLD,
+        Message("assistant", "c"),
+    )
+    chats = (plain, Chat(calling, json.dumps([_TOOL])))
+    least = (1, len(("name", "argument", "thought")))
+    return any(_try(template, special, c, form).count(_MARK) >= n for c, n in zip(chats, least, strict=True))
+
+
+_TOOL = {"type": "function", "function": {"name": "f", "description": "f", "parameters": {}}}
+_TOLD = Message("tool", "b", json.dumps({"name": "f", "tool_call_id": "abcdefghi"}))
+
+
+def _call(count: int, more: str = "{}") -> str:
+    """So many calls, with marks for name and argument, beside what else there is of a message."""
+    called = {"name": f"f{_MARK}", "arguments": {"a": _MARK}}
+    calls = [{"id": "abcdefghi", "type": "function", "function": called}] * count
+    return json.dumps({**json.loads(more), "tool_calls": calls})
+
+
+def _tried(template: str, special: str, said: str, form: _Form, *, calls: int) -> str:
+    """What a template writes of a call and its answer; empty where it refuses them."""
+    told = (_TOLD,) * calls
+    messages = (
+        Message("user", "a"),
+        Message("assistant", said, _call(calls)),
+        *told,
+        Message("assistant", "c"),
+    )
+    return _try(template, special, Chat(messages, json.dumps([_TOOL])), form)
+
+
+def _try(template: str, special: str, chat: Chat, form: _Form) -> str:
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    called = {"name": f"f{_MARK}", "arguments": {"a": _MARK}}
-    call = {"id": "abcdefghi", "type": "function", "function": called}
-    tool = {"type": "function", "function": {"name": "f", "description": "f", "parameters": {}}}
-
-    def is_written(said: str, form: _Form) -> bool:
-        told = json.dumps({"name": "f", "tool_call_id": "abcdefghi"})
-        calls = Message("assistant", said, json.dumps({"tool_calls": [call]}))
-        chat = Chat(
-            (Message("user", "a"), calls, Message("tool", "b", told), Message("assistant", "c")),
-            json.dumps([tool]),
+    given = _as_given(chat, form)
+    try:
+        ((text,), _) = render_jinja_template(
+            [given["conversation"]], tools=given["tools"], chat_template=template, **json.loads(special)
         )
-        given = _as_given(chat, form)
-        try:
-            ((text,), _) = render_jinja_template(
-                [given["conversation"]], tools=given["tools"], chat_template=template, **json.loads(special)
-            )
-        except _REFUSALS:
-            return False
-        return str(text).count(_MARK) >= len(("name", "argument"))
-
-    for form in (_Form(), _Form(as_text=True)):
-        if is_written("", form):
-            return form._replace(beside_words=is_written("d", form))
-    return None
+    except _REFUSALS:
+        return ""
+    return str(text)
 
 
 def template(tokenizer: Any, tools: str) -> str:
@@ -138,9 +178,9 @@ def _given(tokenizer: Any, chat: Chat) -> dict[str, Any]:
     return _as_given(chat, form or _Form())
 
 
-def _calls(message: Message) -> bool:
-    """Whether a message has calls."""
-    return bool(message.more) and "tool_calls" in json.loads(message.more)
+def _calls(message: Message) -> int:
+    """How many calls a message has."""
+    return len(json.loads(message.more).get("tool_calls", ())) if message.more else 0
 
 
 def _as_given(chat: Chat, form: _Form) -> dict[str, Any]:
