@@ -231,12 +231,18 @@ def waits_for_its_end(job: Job, link: Link) -> dict[str, Any]:
     return {"status": "preempted"}
 
 
-def test_what_is_in_a_processs_hands_is_not_begun_once_it_was_told_to_stop() -> None:
-    workers = Workers(waits_for_its_end, parallel=1, reuse=True)
+def behind_a_short_one(parallel: int) -> Workers:
+    """One trial has ended at once, and the next one waits for its end."""
+    workers = Workers(waits_for_its_end, parallel=parallel, reuse=True)
     workers.prepare()
     workers.start(job(0))
     assert [type(one) for one in workers.wait(60)] == [Ended]
     workers.start(job(1))
+    return workers
+
+
+def test_what_is_in_a_processs_hands_is_not_begun_once_it_was_told_to_stop() -> None:
+    workers = behind_a_short_one(parallel=1)
     workers.ahead(job(2))
     workers.ahead(job(3))
     assert not workers.takes_ahead
@@ -250,11 +256,7 @@ def test_what_is_in_a_processs_hands_is_not_begun_once_it_was_told_to_stop() -> 
 
 
 def test_nothing_is_put_behind_a_trial_that_takes_long() -> None:
-    workers = Workers(waits_for_its_end, parallel=2, reuse=True)
-    workers.prepare()
-    workers.start(job(0))
-    assert [type(one) for one in workers.wait(60)] == [Ended]
-    workers.start(job(1))
+    workers = behind_a_short_one(parallel=2)
     assert workers.takes_ahead
     assert isinstance(workers.wait(60)[0], Report)
     assert workers.wait(1.1) == []

@@ -17,8 +17,8 @@ from stoker.errors import BadInput
 
 _CALLS = ("function_call", "tool_call")
 """What others call a turn, or a field of one, that is a call."""
-_THOUGHT = ("reasoning_content", "reasoning", "thinking")
-"""What else others write of what the assistant says; a template that reads one of them is given all."""
+THOUGHT = frozenset({"reasoning_content", "reasoning", "thinking"})
+"""What others call what was thought; transformers gives a template all of these where a message has one."""
 _OF_A_TOOL = ("name", "tool_call_id")
 
 
@@ -51,7 +51,7 @@ def more(where: str, message: Mapping[str, Any], speaker: str) -> str:
     if speaker == "tool":
         found = {name: message[name] for name in _OF_A_TOOL if message.get(name)}
     if speaker == "assistant":
-        found = {name: message[name] for name in _THOUGHT if message.get(name)}
+        found = {name: message[name] for name in sorted(THOUGHT) if message.get(name)}
         unsaid = next((name for name, said in found.items() if not isinstance(said, str)), None)
         if unsaid is not None:
             raise BadInput(f"{where}: the field {unsaid!r} must be a text")
@@ -119,7 +119,7 @@ def _read(where: str, what: str, text: str) -> Any:
 
 def _dumps(where: str, value: Any) -> str:
     try:
-        text = json.dumps(value, ensure_ascii=False, default=_of_a_column)
+        text = json.dumps(value, ensure_ascii=False, default=_as_json)
         text.encode()
     except TypeError as error:
         raise BadInput(f"{where}: {error}") from error
@@ -128,7 +128,7 @@ def _dumps(where: str, value: Any) -> str:
     return text
 
 
-def _of_a_column(value: Any) -> Any:
+def _as_json(value: Any) -> Any:
     """A value that a column may have and JSON has not: a time. Raises TypeError."""
     if isinstance(value, datetime.date | datetime.time):
         return value.isoformat()

@@ -37,8 +37,7 @@ _CHATS = (
     ("conversations", "from", "value"),
     ("conversation", "role", "content"),
 )
-_FIELDS = ("text", "prompt", "completion", "question", "answer", "instruction", "input", "output", "messages",
-           "system", "tools")  # fmt: skip
+_FIELDS = (*dict.fromkeys(name for form in _FORMS for name in form if name), "messages", "system", "tools")
 """What `columns` may name."""
 _OPTIONAL = ("input", "system", "tools")
 _MEANT = (

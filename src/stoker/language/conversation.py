@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
+from stoker.data import called
 from stoker.data.documents import Document, Message
 from stoker.errors import BadInput
 
@@ -21,9 +22,6 @@ Span = tuple[int, int]
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _MARK = "5f3a9c"  # which no conversation has
-
-_THOUGHT = frozenset({"reasoning_content", "reasoning", "thinking"})
-"""What templates call what was thought; transformers gives them all of these where a message has one."""
 
 _REFUSALS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
 """What a template raises that does not do for a conversation, by itself or as Python does within it."""
@@ -60,11 +58,11 @@ def of(document: Document, tokenizer: Any) -> Chat:
 def _checked(chat: Chat, tokenizer: Any) -> Chat:
     """The same, if its template writes all that its messages have. Raises BadInput."""
     had = {name for message in chat.messages if message.more for name in json.loads(message.more)}
-    writes = template(tokenizer, chat.tools) if had else ""
-    special = json.dumps(tokenizer.special_tokens_map, default=str)
-    unwritten = had & _THOUGHT if had & _THOUGHT and not _writes_thoughts(writes, special) else set()
+    tried = _to_be_tried(tokenizer, chat) if had else ("", "")
+    thought = had & called.THOUGHT
+    unwritten = set(thought) if thought and not _writes_thoughts(*tried) else set()
     if "tool_calls" in had:
-        form = _form_of_calls(writes, special)
+        form = _form_of_calls(*tried)
         if form is None:
             unwritten |= {"tool_calls"}
         elif not form.beside_words and any(m.content and _calls(m) for m in chat.messages):
@@ -131,8 +129,8 @@ _TOLD = Message("tool", "b", json.dumps({"name": "f", "tool_call_id": "abcdefghi
 
 def _call(count: int, more: str = "{}") -> str:
     """So many calls, with marks for name and argument, beside what else there is of a message."""
-    called = {"name": f"f{_MARK}", "arguments": {"a": _MARK}}
-    calls = [{"id": "abcdefghi", "type": "function", "function": called}] * count
+    function = {"name": f"f{_MARK}", "arguments": {"a": _MARK}}
+    calls = [{"id": "abcdefghi", "type": "function", "function": function}] * count
     return json.dumps({**json.loads(more), "tool_calls": calls})
 
 
@@ -171,11 +169,13 @@ def template(tokenizer: Any, tools: str) -> str:
 
 def _given(tokenizer: Any, chat: Chat) -> dict[str, Any]:
     """A conversation as transformers takes it, and as its template takes calls."""
-    form = None
-    if any(map(_calls, chat.messages)):
-        special = json.dumps(tokenizer.special_tokens_map, default=str)
-        form = _form_of_calls(template(tokenizer, chat.tools), special)
+    form = _form_of_calls(*_to_be_tried(tokenizer, chat)) if any(map(_calls, chat.messages)) else None
     return _as_given(chat, form or _Form())
+
+
+def _to_be_tried(tokenizer: Any, chat: Chat) -> tuple[str, str]:
+    """The template of a conversation, and the special tokens that it knows, as a JSON object."""
+    return template(tokenizer, chat.tools), json.dumps(tokenizer.special_tokens_map, default=str)
 
 
 def _calls(message: Message) -> int:
@@ -349,7 +349,7 @@ def _without(spans: Sequence[Span], others: Sequence[Span]) -> list[Span]:
 def _with_marks(message: Message, number: int) -> Message:
     """A message of the assistant with words in place of what it thinks, what it says, and what it calls."""
     more = json.loads(message.more or "{}")
-    for name in more.keys() & _THOUGHT:
+    for name in more.keys() & called.THOUGHT:
         more[name] = f"thought-{number}-{_MARK}"
     for place, call in enumerate(more.get("tool_calls", ())):
         call["function"]["name"] = f"call-{number}-{place}-{_MARK}"
