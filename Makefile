@@ -1,6 +1,6 @@
 # Everything a newcomer and CI run. `make demo` and `make test` set up what they need.
 PYTHON ?= python3
-WORKERS ?= 2
+WORKERS ?= 3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 
 help:
 	@echo "make demo    set up, then pretrain, fine-tune and test a small language model (5 to 10 minutes)"
-	@echo "make test    set up, then run the tests, WORKERS=2 at a time"
+	@echo "make test    set up, then run the tests, WORKERS=3 at a time"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   measure against peers, in the same run (two to three hours)"
 	@echo "make soak    the long form of the tests that run small in 'make test'"
