@@ -46,27 +46,25 @@ from stoker.engine import (
     whole,
 )
 from stoker.engine.agreement import Agreement, Requests, Weight
-from stoker.engine.bad_loss import LossWatch
+from stoker.engine.bad_loss import MOST_IN_A_ROW, LossWatch
 from stoker.engine.cutting import MicroBatches
 from stoker.engine.ema import Ema
 from stoker.engine.flops import Peak, peak
 from stoker.engine.loss_scale import LossScale
 from stoker.engine.metrics import Mean, Metric
 from stoker.engine.options import Training
+from stoker.engine.pace import Pace
 from stoker.engine.profiling import Profiler
 from stoker.engine.schedule import Schedule
 from stoker.engine.step import LossFunction, OptimizerFactory, Setting, only_loop_of_its_own
 from stoker.engine.timing import Timed, Timing
 from stoker.errors import BadInput, OutOfMemory, StokerError, Stopped
-from stoker.progress import ProgressDisplay, Rate, Reading, short
+from stoker.progress import ProgressDisplay, Reading, short
 from stoker.run import journal, view
 from stoker.run.series import guess_goal
 from stoker.saving import Checkpoints, Saved
 
 log = logging.getLogger("stoker")
-
-
-_MOST_IN_A_ROW = 10  # bad losses, of which all are left out
 
 
 class Trainer:
@@ -144,25 +142,17 @@ class Trainer:
             done=self._heart.saved,
         )  # fmt: skip
         self.steps_done, self.samples_done = 0, 0
-        self.waited = 0.0
-        """Seconds that this attempt waited for batches."""
-        self._spent = {"evaluating": 0.0, "checkpointing": 0.0}
+        self._pace = Pace(self.world.size)
         self._schedule = schedule
         self._cut = MicroBatches(self._step, setting, self.training, self.world, self.strategy, block)
         self._history: dict[str, list[tuple[int, float]]] = {}
-        self._losses = LossWatch(self.training.spike)
-        self._last_loss: torch.Tensor | None = None
-        self._looks_at_losses = (  # else only before a checkpoint: to look at one is to wait for the GPU
-            self.device.type == "cpu" or training.on_bad_loss != "stop" or training.spike is not None
-        )
-        self._rewound_to: set[int] = set()
-        self._bad_in_a_row, self._bad_at = 0, -1
+        at_once = self.device.type == "cpu" or training.on_bad_loss != "stop" or training.spike is not None
+        self._losses = LossWatch(self.training.spike, at_once=at_once)
         self._weight: Weight = 0.0
         self._loader: Loader | None = None
         self._data_place: Any = None  # see Loader.place
         self._total = 0
-        self._rate = Rate()
-        self._saved_at, self._began = time.monotonic(), math.inf
+        self._saved_at = time.monotonic()
         self._saved_step: int | None = None
         self._random: tuple[dict[str, torch.Tensor], dict[str, Any]] | None = None
         self._agreement = Agreement(self.world, self.device, self._asked)
@@ -248,6 +238,7 @@ class Trainer:
         duration = _length(epochs, max_steps)
         self._total = counting.steps_in(duration, loader)
         tokens = loader.tokens_per_sample
+        self._pace.count(loader.batch_size, tokens)
         self.run.event(
             "plan", total_steps=self._total, samples_per_step=loader.batch_size,
             tokens_per_step=tokens and tokens * loader.batch_size,
@@ -286,19 +277,18 @@ class Trainer:
             Profiler(self.run.profile, self.run.directory.logs, self.world.rank, self.device)
         ) as profiler:
             while self.steps_done < self._total:
-                begun = time.perf_counter()
-                batch = next(source)
-                self.waited += time.perf_counter() - begun
+                with self._pace.waiting():
+                    batch = next(source)
                 self.run.step = self.steps_done + 1
                 with determinism.remembering() if remembering else contextlib.nullcontext():
                     yield batch
                 remembering = False
-                self._rate.step()
+                self._pace.step()
                 self.steps_done += 1
                 self._heart.beat(self.steps_done)
                 self.samples_done += loader.batch_size
                 profiler.step(self.steps_done)
-                if timing is not None and (timed := timing.step(self.waited)):
+                if timing is not None and (timed := timing.step(self._pace.waited)):
                     self._write_timing(timed)
                     raise Stopped("measured")
                 requests = self._agreement.requests()
@@ -337,8 +327,7 @@ class Trainer:
                 random_state.of_rank(self.run.seed, self.world.rank, self.steps_done)
             )
         self._saved_at = time.monotonic()
-        self._began = time.perf_counter()
-        self._rate.restart()
+        self._pace.begin()
         self._heart.begin(self.steps_done)
 
     def _asked(self) -> Requests:
@@ -385,8 +374,7 @@ class Trainer:
                 self._set_rates(self.optimizer)
             loss_sum, weight = self._gradients(batch)
             loss = loss_sum / gradients.divisor(weight)
-            self._last_loss = loss.detach()
-            wrong = self._losses.judge(loss.item()) if self._looks_at_losses else ""
+            wrong = self._losses.see(loss)
             if wrong:
                 self._step.clear()
             elif not self._update(self.optimizer, weight) and not self._scale.enabled:
@@ -430,17 +418,15 @@ class Trainer:
     def _answer_bad_loss(self, wrong: str) -> None:
         """Do as `on_bad_loss` says of the step under way, which has changed nothing. All ranks call it."""
         step, how = self.steps_done + 1, self.training.on_bad_loss
-        if step != self._bad_at:  # a loop of its own may have several optimizers
-            self._bad_in_a_row = self._bad_in_a_row + 1 if step - self._bad_at == 1 else 1
-            self._bad_at = step
+        too_many = self._losses.count(step)
         if how == "stop":
             raise StokerError(
                 f"step {step}: {wrong}; {self._state_of_weights()}. Go on with on_bad_loss=skip or "
                 "rewind, or change what made it (the learning rate, the data)"
             )
-        if self._bad_in_a_row > _MOST_IN_A_ROW:
+        if too_many:
             raise StokerError(
-                f"step {step}: {wrong}, as in the {_MOST_IN_A_ROW} steps before, so it is not the batches; "
+                f"step {step}: {wrong}, as in the {MOST_IN_A_ROW} steps before, so it is not the batches; "
                 f"{self._state_of_weights()}. Go on from the newest checkpoint with another learning rate"
             )
         first = self.samples_done
@@ -466,12 +452,11 @@ class Trainer:
         To each once: where the newest has led to a bad loss before, the one before it is taken.
         """
         self._finish_saving()
-        found, _ = self._newest(but=self._rewound_to)
+        found, _ = self._newest(but=self._losses.rewound_to)
         if found is None:
             raise StokerError(f"step {step}: there is no checkpoint to rewind to that was not tried already")
         position, _ = self._checkpoints.restore(found)
-        self._rewound_to.add(found.step)
-        self._losses = LossWatch(self.training.spike, position["losses"])
+        self._losses.rewind(found.step, position)
         self.run.event("rewound", step=step, to=found.step)
         if self.world.rank == 0:
             log.warning("the weights are those of step %d again", found.step)
@@ -553,15 +538,12 @@ class Trainer:
     @property
     def rate(self) -> float | None:
         """Tokens (where the dataset counts them) or samples a second over all ranks, over the last steps."""
-        steps = self._rate.steps_per_second
-        if steps is None or self._loader is None:
-            return None
-        return steps * self._loader.batch_size * (self._loader.tokens_per_sample or 1.0)
+        return self._pace.rate
 
     @property
     def _unit(self) -> str:
-        """What the rate counts."""
-        return "tok" if self._loader is not None and self._loader.tokens_per_sample is not None else "samples"
+        """What the rate counts, in short."""
+        return "tok" if self._pace.unit == "tokens" else self._pace.unit
 
     def performance(self, flops: float | None = None) -> dict[str, float]:
         """How fast this attempt is, to be logged; empty where that is not known yet.
@@ -573,16 +555,10 @@ class Trainer:
         Args:
             flops: operations that the training needs for a token, or a sample.
         """
-        rate = self.rate
-        if rate is None or self._loader is None:
-            return {}
-        unit = "tokens" if self._loader.tokens_per_sample else "samples"
-        a_rank = rate / self.world.size
-        found = {f"{unit}_per_second": rate, f"{unit}_per_second_per_gpu": a_rank}
-        if flops is not None:
+        found, a_rank = self._pace.metrics(), self._pace.rate_of_a_rank
+        if flops is not None and a_rank is not None:
             found["mfu"] = a_rank * flops / self._peak.flops
-        spent = {"waiting_for_data": self.waited, **self._spent}
-        return {**found, **{f"seconds_{what}": seconds for what, seconds in spent.items()}}
+        return found
 
     def say(self, flops: float | None = None, **metrics: float) -> None:
         """Rank 0 says what was measured, and how the loop does, in a line. All ranks call it.
@@ -599,11 +575,11 @@ class Trainer:
             return
         texts = [f"{name} {value:.4g}" for name, value in metrics.items()]
         if self.rate is not None:
-            a_rank = f" ({short(self.rate / self.world.size)} a rank)" if self.world.size > 1 else ""
+            share = self.rate / self.world.size
+            a_rank = f" ({short(share)} a rank)" if self.world.size > 1 else ""
             texts.append(f"{short(self.rate)} {self._unit}/s{a_rank}")
             texts += [f"mfu {found['mfu']:.1%}"] if "mfu" in found else []
-            share = self.waited / (time.perf_counter() - self._began)
-            texts.append(f"{share:.1%} waiting for data")
+            texts.append(f"{self._pace.share_waited:.1%} waiting for data")
         log.info("step %d: %s, peak memory %.2f GiB", self.run.step, ", ".join(texts), most)
 
     @functools.cached_property
@@ -629,20 +605,16 @@ class Trainer:
 
     @contextlib.contextmanager
     def _spending(self, what: str) -> Iterator[None]:
-        """What is done within is no part of a step, and its time is told apart."""
-        begun = time.perf_counter()
-        yield
-        seconds = time.perf_counter() - begun
-        self._spent[what] += seconds
-        self._rate.leave_out(seconds)
+        """See `Pace.spending`; says so in the journal."""
+        with self._pace.spending(what):
+            yield
         self._say_spent()
 
     def _say_spent(self, *, over: bool = False) -> None:
         """Where the time of this attempt went so far, for the report. Of an attempt that is killed it is
         known by this until its last checkpoint, and what came after is done again.
         """
-        spent = {"waiting": self.waited, **self._spent}
-        self.run.event("spent", step=self.run.step, over=over, seconds=spent)
+        self.run.event("spent", step=self.run.step, over=over, seconds=self._pace.spent)
 
     # -- evaluation -------------------------------------------------------------------------
 
@@ -747,15 +719,12 @@ class Trainer:
         """
         if self._saved_step == self.steps_done:
             return
-        if not self._looks_at_losses and self._last_loss is not None:
-            wrong = self._losses.judge(self._last_loss.item())
-            if wrong:
-                raise StokerError(f"by step {self.steps_done} {wrong}: what came of it is not saved")
+        if wrong := self._losses.look():
+            raise StokerError(f"by step {self.steps_done} {wrong}: what came of it is not saved")
         position = {
             "step": self.steps_done, "samples": self.samples_done,
             "history": {n: [(s, journal.encode(v)) for s, v in seen] for n, seen in self._history.items()},
-            "losses": self._losses.recent,
-            "bad": [self._bad_in_a_row, self._bad_at], "rewound_to": sorted(self._rewound_to),
+            **self._losses.state(),
             "data": self._data_place if self._loader is None else self._loader.place(self.samples_done),
         }  # fmt: skip
         with self._spending("checkpointing"):
@@ -785,9 +754,7 @@ class Trainer:
             self._history = {
                 name: [(s, journal.decode(v)) for s, v in seen] for name, seen in position["history"].items()
             }
-            self._losses = LossWatch(self.training.spike, position["losses"])
-            self._bad_in_a_row, self._bad_at = position.get("bad", (0, -1))
-            self._rewound_to = set(position.get("rewound_to", ()))
+            self._losses.restore(position)
             self._data_place = position.get("data")
             self._saved_step = self.steps_done
             self._heart.saved(self.steps_done)
@@ -825,14 +792,13 @@ class Trainer:
             )
 
     def _reading(self) -> Reading:
-        steps = self._rate.steps_per_second
         return Reading(
             step=self.steps_done,
             total=self._total,
             loss=self.run.latest.get("loss"),
             rate=self.rate,
             unit=self._unit,
-            seconds_left=(self._total - self.steps_done) / steps if steps else None,
+            seconds_left=self._pace.seconds_for(self._total - self.steps_done),
         )
 
 
