@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from stoker import BadInput, Run, StokerError, Trainer, Training
-from stoker.checkpoint import manifest
+from stoker.checkpoint import manifest, store
 from stoker.duration import Duration
 from stoker.engine import optimizers, schedule
 from stoker.engine.random_state import seed_everything
@@ -318,6 +318,69 @@ def test_old_checkpoints_go_and_the_last_stays(open_run: Callable[..., Run]) -> 
 def test_a_frozen_model_is_refused(open_run: Callable[..., Run]) -> None:
     with open_run() as run, pytest.raises(ValueError, match="no parameter to train"):
         _trainer(run, _model().requires_grad_(False))
+
+
+class _WithTeacher(nn.Module):
+    """A part that is trained, one that follows it by hand, and one that nobody touches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.student, self.teacher, self.still = _model(), _model(), _model()
+        self.teacher.requires_grad_(False)
+        self.still.requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.student(x) + self.teacher(x) + self.still(x)  # type: ignore[no-any-return]
+
+
+def _follow(teacher: nn.Module, student: nn.Module) -> None:
+    with torch.no_grad():
+        for mean, value in zip(teacher.parameters(), student.parameters(), strict=True):
+            mean.data.lerp_(value.data, 0.3)
+
+
+def test_a_frozen_part_that_is_moved_by_hand_goes_on_where_it_was_and_one_that_stays_is_not_saved(
+    open_run: Callable[..., Run],
+) -> None:
+    def train(name: str, steps: int) -> nn.Module:
+        with open_run(name) as run:
+            model = _WithTeacher()
+            trainer = _trainer(run, model)
+            for batch in trainer.steps(trainer.loader(_dataset(), batch_size=8), max_steps=steps):
+                run.log(loss=trainer.step(batch))
+                _follow(model.teacher, model.student)
+        (*_, newest) = sorted(run.directory.checkpoints.iterdir())
+        saved = store.shapes(manifest.read(newest)).keys()
+        assert {"model.student.0.weight", "model.teacher.0.weight"} <= saved
+        assert "model.still.0.weight" not in saved
+        return model
+
+    whole = train("whole", 9).state_dict()
+    train("cut", 5)
+    resumed = train("cut", 9).state_dict()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+@pytest.mark.parametrize("begins", ["frozen", "trained"])
+def test_what_is_frozen_or_thawed_on_the_way_is_so_after_a_restart(
+    open_run: Callable[..., Run], begins: str
+) -> None:
+    def train(name: str, steps: int) -> nn.Module:
+        with open_run(name) as run:
+            model = _model()
+            model[0].requires_grad_(begins == "trained")
+            trainer = _trainer(run, model, optimizer=lambda _: torch.optim.SGD(model.parameters(), lr=0.1))
+            for batch in trainer.steps(trainer.loader(_dataset(), batch_size=8), max_steps=steps):
+                if run.step == 3:
+                    model[0].requires_grad_(begins == "frozen")
+                run.log(loss=trainer.step(batch))
+        return model
+
+    whole = train("whole", 9)
+    train("cut", 5)
+    resumed = train("cut", 9)
+    assert resumed[0].weight.requires_grad == (begins == "frozen")  # type: ignore[index, union-attr]
+    assert all(torch.equal(t, resumed.state_dict()[name]) for name, t in whole.state_dict().items())
 
 
 def test_a_run_has_one_trainer(open_run: Callable[..., Run]) -> None:

@@ -25,6 +25,7 @@ import torch
 from stoker import distributed, evaluation, storage, supervision
 from stoker.attempt import Run
 from stoker.checkpoint import manifest, planning, state
+from stoker.checkpoint.frozen import Frozen
 from stoker.data.loader import Collate, Loader
 from stoker.duration import Duration
 from stoker.engine import (
@@ -137,7 +138,7 @@ class Trainer:
         limit = self.training.hang_limit
         self._heart = supervision.Heart(limit.seconds if limit is not None else None)
         self._checkpoints = Checkpoints(
-            run, Saved(self.world, self._step, built, self._scale, self._ema),
+            run, Saved(self.world, self._step, built, Frozen(self.model), self._scale, self._ema),
             keep=self.training.keep_checkpoints, every=self.training.keep_every, best=best,
             done=self._heart.saved,
         )  # fmt: skip

@@ -15,6 +15,7 @@ import torch
 from stoker import distributed
 from stoker.attempt import Run
 from stoker.checkpoint import manifest, state, store
+from stoker.checkpoint.frozen import Frozen
 from stoker.checkpoint.store import Tensors
 from stoker.engine import random_state
 from stoker.engine.ema import Ema
@@ -28,11 +29,13 @@ log = logging.getLogger("stoker")
 
 @dataclass(frozen=True)
 class Saved:
-    """All that a run is resumed from. `built`: the hyperparameters its optimizers were made with."""
+    """All that a run is resumed from."""
 
     world: World
     step: Step
     built: Mapping[str, state.Groups]
+    """The hyperparameters that its optimizers were made with."""
+    frozen: Frozen
     scale: LossScale
     ema: Ema | None
 
@@ -42,9 +45,10 @@ class Saved:
         tensors.update({f"ema.{name}": t for name, t in self._averaged().items()})
         drawn, random = random_state.capture()
         tensors.update({f"random.{self.world.rank}.{key}": t for key, t in drawn.items()})
-        parts = distributed.gathered({**values, "random": random})
+        parts = distributed.gathered({**values, "random": random, "turned": self.frozen.turned()})
         joined = state.joined(parts)
         joined["random"] = [part["random"] for part in parts]
+        joined["turned"] = {name: trained for part in parts for name, trained in part["turned"].items()}
         return tensors, {**joined, "scale": self.scale.state(), "position": dict(position)}
 
     def restore(self, checkpoint: manifest.Checkpoint) -> tuple[dict[str, Any], Any]:
@@ -54,6 +58,7 @@ class Saved:
         """
         tensors, values = self._put(checkpoint)
         self.scale.restore(values["scale"])
+        self.frozen.turn(values.get("turned", {}))
         rank = self.world.rank
         random = None
         if rank < len(values["random"]):
@@ -64,10 +69,12 @@ class Saved:
         from stoker.engine.zero import DeepSpeedStep
 
         if not isinstance(self.step, DeepSpeedStep) or self.step.stage == 0:
-            return state.capture(self.step.model, self.step.optimizers, self.built)
+            return state.capture(self.step.model, self.step.optimizers, self.built, self.frozen.kept())
         parameters, held, counts = self.step.capture()
         buffers = state.saved_buffers(self.step.model)
-        tensors = {f"model.{n}": t for n, t in {**parameters, **buffers}.items()}
+        kept = self.frozen.kept()
+        frozen = {n: self.step.whole(p) for n, p in self.step.model.named_parameters() if n in kept}
+        tensors = {f"model.{n}": t for n, t in {**parameters, **frozen, **buffers}.items()}
         tensors.update({f"optimizer.main.{n}": t for n, t in held.items()})
         tensors.update({f"optimizer.main.{n}.step": torch.tensor(counts["step"]) for n in parameters})
         groups = self.step.groups()
@@ -93,7 +100,7 @@ class Saved:
 
         step = self.step
         if not isinstance(step, DeepSpeedStep) or step.stage == 0:
-            own = frozenset(state.model_tensors(step.model))
+            own = frozenset(n for n, _ in (*step.model.named_parameters(), *step.model.named_buffers()))
             everywhere = frozenset(n for names in distributed.gathered(sorted(own)) for n in names)
             tensors, values = state.load(
                 checkpoint, step.model, step.optimizers, self.built, self.world, everywhere - own
@@ -113,6 +120,9 @@ class Saved:
             self.ema.take()
         for name, buffer in state.saved_buffers(step.model).items():
             buffer.copy_(tensors[f"model.{name}"])
+        for name, p in step.model.named_parameters():
+            if not p.requires_grad and f"model.{name}" in tensors:
+                step.use(p, tensors[f"model.{name}"])
         saved, then = values["optimizers"]["main"]["groups"], values["built"]["main"]
         names = [group["params"] for group in step.groups()]
         state.restore_groups(step.optimizers["main"], names, saved, self.built["main"], then)
