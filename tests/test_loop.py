@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from stoker import BadInput, Run, StokerError, Trainer, Training
 from stoker.checkpoint import manifest, store
 from stoker.duration import Duration
@@ -698,3 +699,88 @@ def test_going_on_with_another_number_of_samples_is_said(
                 trainer.step(batch)
     said = "an epoch was 50 samples and is 40 now: the order of samples is another from step 2 on"
     assert (said in caplog.messages) == warns
+
+
+def test_a_loop_that_is_left_is_saved_as_it_is_and_one_that_failed_is_not(
+    open_run: Callable[..., Run], caplog: pytest.LogCaptureFixture
+) -> None:
+    def train(name: str, leave: Callable[[], bool]) -> nn.Module:
+        with open_run(name) as run:
+            model = _model()
+            trainer = _trainer(run, model)
+            for batch in trainer.steps(trainer.loader(_dataset(), batch_size=8), max_steps=9):
+                run.log(loss=trainer.step(batch))
+                if run.step == 4 and leave():
+                    break
+        return model
+
+    with caplog.at_level(logging.INFO):
+        model = train("left", lambda: True)
+    assert "the loop was left at step 4 of 9" in caplog.text
+    with open_run("left") as run:
+        assert run.step == 4
+        (saved, _) = run.newest_checkpoint()
+        assert saved is not None
+        assert (saved.step, saved.samples) == (4, 32)
+        weights = load_file(store.export_model(saved, run.directory.artifacts / "model.safetensors"))
+    assert torch.equal(weights["0.weight"], model.state_dict()["0.weight"])
+    with pytest.raises(ZeroDivisionError):
+        train("failed", lambda: bool(1 / 0))
+    assert not list((run.directory.path.parent / "failed").glob("checkpoints/*/manifest.json"))
+
+
+def test_a_loop_that_is_left_before_its_step_is_saved_without_it(open_run: Callable[..., Run]) -> None:
+    with open_run() as run:
+        trainer = _trainer(run, _model())
+        for batch in trainer.steps(trainer.loader(_dataset(), batch_size=8), max_steps=9):
+            if run.step == 4:
+                break
+            run.log(loss=trainer.step(batch))
+    (saved, _) = run.newest_checkpoint()
+    assert saved is not None
+    assert (saved.step, saved.samples) == (3, 24)
+
+
+def test_a_second_loop_with_nothing_left_is_refused_and_one_that_goes_further_is_not(
+    open_run: Callable[..., Run],
+) -> None:
+    with open_run() as run:
+        trainer = _trainer(run, _model())
+        loader = trainer.loader(_dataset(), batch_size=8)
+        for steps in (2, 5):
+            for batch in trainer.steps(loader, max_steps=steps):
+                trainer.step(batch)
+        assert trainer.steps_done == 5
+        with pytest.raises(
+            ValueError, match=r"steps\(\) of 3 .*the run is at step 5, .*counts from its start"
+        ):
+            next(trainer.steps(loader, max_steps=3))
+    with open_run() as run:  # which comes to loops that are over
+        trainer = _trainer(run, _model())
+        loader = trainer.loader(_dataset(), batch_size=8)
+        assert [list(trainer.steps(loader, max_steps=steps)) for steps in (2, 5)] == [[], []]
+
+
+@pytest.mark.parametrize("goal", ["min", "max"])
+def test_the_best_is_of_the_weights_that_were_measured(open_run: Callable[..., Run], goal: Any) -> None:
+    values = {2: 3.0, 4: 1.0, 6: 2.0, 8: 0.5, 10: 0.7}
+    measured = {}
+
+    def train(until: int) -> None:
+        with open_run() as run:
+            run.goal(score=goal)
+            model = _model()
+            trainer = _trainer(run, model, best="score", checkpoint_best=True, keep_checkpoints=1)
+            for batch in trainer.steps(trainer.loader(_dataset(), batch_size=8), max_steps=until):
+                run.log(loss=trainer.step(batch))
+                if run.step in values:
+                    run.log(score=values[run.step] * (1 if goal == "min" else -1))
+                    measured[run.step] = copy.deepcopy(model.state_dict())
+
+    train(5)
+    train(11)
+    found = manifest.best(open_run().directory.checkpoints, "score", goal)
+    assert found is not None
+    assert manifest.step_of(found) == 8
+    weights = load_file(store.export_model(manifest.read(found), found.parent / "best.safetensors"))
+    assert torch.equal(weights["0.weight"], measured[8]["0.weight"])

@@ -472,6 +472,16 @@ class Run:
     ) -> None:
         if self._is_parents:
             return
+        if error is None:
+            try:
+                self.conclude()
+            except BaseException as failed:
+                self._leave(failed)
+                raise
+        self._leave(error)
+
+    def _leave(self, error: BaseException | None) -> None:
+        """End as an error says, or the lack of one, and let go of the run."""
         try:
             if self._finish is not None and not self.stop.at_once:
                 self._finish_writing(self._finish)
@@ -492,7 +502,10 @@ class Run:
         An interactive session goes on after an error.
         """
         raised = None if hasattr(sys, "ps1") else getattr(sys, "last_value", None)
-        self.__exit__(None if raised is None else type(raised), raised, None)
+        if raised is None and self.stop.requested is not None:  # by a SystemExit, of which nothing is kept
+            raised = Stopped(self.stop.requested)
+        if not self._is_parents:
+            self._leave(raised)
 
     @staticmethod
     def _finish_writing(finish: Callable[[float], None]) -> None:
@@ -525,21 +538,30 @@ class Run:
     _waits_for_disk = True
     _ended = False
     _finish: Callable[[float], None] | None = None
+    _conclude: Callable[[], None] | None = None
     _stepped_by_trainer = False
     _listener: Callable[[int, Mapping[str, Any]], None] | None = None
 
-    def take_over_steps(self, finish: Callable[[float], None], heart: Heart) -> None:
+    def take_over_steps(
+        self, finish: Callable[[float], None], conclude: Callable[[], None], heart: Heart
+    ) -> None:
         """From now on a Trainer says which step it is. Raises ValueError where one does already.
 
         Args:
             finish: waits up to so many seconds for what the Trainer still writes, however the run ends.
+            conclude: saves what a loop left that was ended early, where no error ended it.
             heart: says how far the Trainer's loop is.
         """
         if self._stepped_by_trainer:
             raise ValueError("a run has one Trainer: its checkpoints are that one's")
         self._stepped_by_trainer = True
-        self._finish = finish
+        self._finish, self._conclude = finish, conclude
         self.heart = heart
+
+    def conclude(self) -> None:
+        """What is trained is over, and no error ended it: a Trainer saves what its loop left."""
+        if self._conclude is not None and not self._ended:
+            self._conclude()
 
     def newest_checkpoint(self, but: Set[int] = frozenset()) -> Newest:
         """The checkpoint to go on from.

@@ -157,7 +157,12 @@ class Trainer:
         self._saved_step: int | None = None
         self._random: tuple[dict[str, torch.Tensor], dict[str, Any]] | None = None
         self._agreement = Agreement(self.world, self.device, self._asked)
-        run.take_over_steps(self._checkpoints.wait, self._heart)
+        self._in_body = False
+        """Whether the script has a batch in its hands."""
+        self._updated = 0
+        """The newest step whose update was made in this attempt."""
+        self._may_be_best = False
+        run.take_over_steps(self._checkpoints.wait, self._conclude, self._heart)
         supervision.say_where(run.directory.path)
         self._say(why)
         self._restore()
@@ -230,14 +235,20 @@ class Trainer:
         one endless order, so a batch may span two and every step has a full batch.
 
         Raises:
-            ValueError: both are given, or neither.
+            ValueError: both are given, or neither; or a loop before this one in the same script came as far.
             BadInput: what is given is no length of a training.
         """
         if (epochs is None) == (max_steps is None):
             raise ValueError("give steps() either epochs or max_steps")
-        self._loader = loader
+        again, self._loader = self._loader is not None, loader
         duration = _length(epochs, max_steps)
         self._total = counting.steps_in(duration, loader)
+        if again and self._updated and self.steps_done >= self._total:
+            raise ValueError(
+                f"steps() of {duration} has nothing left to do: the run is at step {self.steps_done}, and a "
+                'length counts from its start. Give one loop all of it (trainer.every("1ep") says where an '
+                "epoch ends), or this one the sum of both"
+            )
         tokens = loader.tokens_per_sample
         self._pace.count(loader.batch_size, tokens)
         self.run.event(
@@ -281,9 +292,10 @@ class Trainer:
                 with self._pace.waiting():
                     batch = next(source)
                 self.run.step = self.steps_done + 1
+                self._in_body = True
                 with determinism.remembering() if remembering else contextlib.nullcontext():
                     yield batch
-                remembering = False
+                self._in_body = remembering = False
                 self._pace.step()
                 self.steps_done += 1
                 self._heart.beat(self.steps_done)
@@ -295,13 +307,27 @@ class Trainer:
                 requests = self._agreement.requests()
                 if requests.failed:
                     self._checkpoints.wait()  # raises
-                if requests.save or self._checkpoint_due():
+                if requests.save or self._checkpoint_due() or self._is_best():
                     self.checkpoint()
                 stop = requests.stop or (view.STOPPED if self.steps_done == self.run.until else None)
                 if stop:
                     self._end_loop()
                     raise Stopped(stop)
             self.run.step = self.steps_done
+        self.checkpoint()
+        self._end_loop()
+
+    def _conclude(self) -> None:
+        """The script is over without an error: save what a loop left that it ended by `break`."""
+        if not self._in_body:
+            return
+        self._in_body = False
+        if self._updated == self.steps_done + 1:
+            self._agreement.requests()  # what was begun with the step
+            assert self._loader is not None
+            self.steps_done, self.samples_done = self._updated, self.samples_done + self._loader.batch_size
+        if self.world.rank == 0:
+            log.info("the loop was left at step %d of %d", self.steps_done, self._total)
         self.checkpoint()
         self._end_loop()
 
@@ -353,7 +379,9 @@ class Trainer:
         assert self._loader is not None, "every() is asked within the loop of steps()"
         if self.run.measure is not None:
             return False
-        return counting.completes(parsed, self._loader, self.steps_done, self.samples_done)
+        completes = counting.completes(parsed, self._loader, self.steps_done, self.samples_done)
+        self._may_be_best |= completes
+        return completes
 
     @property
     def last(self) -> bool:
@@ -495,6 +523,7 @@ class Trainer:
 
     def _update(self, optimizer: torch.optim.Optimizer, weight: torch.Tensor) -> bool:
         self._set_rates(optimizer)
+        self._updated = self.steps_done + 1
         stepped = self._step.update(optimizer, weight)
         if self._ema is not None and stepped:
             several = len(self.optimizers) > 1
@@ -659,6 +688,7 @@ class Trainer:
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
         """What is done within counts as evaluation, not as training; the model has its averaged weights."""
+        self._may_be_best = True
         with self.averaged(), self._spending("evaluating"):
             yield
 
@@ -744,6 +774,16 @@ class Trainer:
         assert self._loader is not None
         begun = self.samples_done - self._loader.batch_size
         return counting.completes(every, self._loader, self.steps_done - 1, begun)
+
+    def _is_best(self) -> bool:
+        """Whether the best metric so far came of this step's weights, and they are to be saved for it.
+
+        Ranks ask rank 0 where something was measured in this step, which is so on all or none.
+        """
+        asked, self._may_be_best = self._may_be_best, False
+        if not self.training.checkpoint_best or not (asked or self.world.size == 1):
+            return False
+        return bool(distributed.from_rank_zero(self.world.rank == 0 and self._checkpoints.improves()))
 
     def _restore(self) -> None:
         found, passed_over = self._newest()

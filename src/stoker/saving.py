@@ -7,6 +7,7 @@ nothing of how it was made.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,7 @@ from stoker.engine import random_state
 from stoker.engine.ema import Ema
 from stoker.engine.loss_scale import LossScale
 from stoker.engine.step import Step
-from stoker.run.series import guess_goal
+from stoker.run.series import Goal, guess_goal
 from stoker.world import World
 
 log = logging.getLogger("stoker")
@@ -148,12 +149,15 @@ class Checkpoints:
         self._saver = store.Saver(
             self._folder, run.world, ours=run.end_if_lost, before=run.flush, done=self._on_disk
         )
+        self._best_saved: float | None = None
         self.wait = self._saver.wait
         self.restore = saved.restore
 
     def save(self, position: Mapping[str, Any]) -> None:
         """Begin to write one of the state as it is, at a position: `step`, `samples`, whatever else."""
         tensors, values = self._saved.capture(position)
+        if self._run.world.rank == 0 and self.improves():
+            self._best_saved = self._run.latest[self._best]
         about = store.About(position["step"], position["samples"], dict(self._run.latest))
         trained = (n for n, p in self._saved.step.model.named_parameters() if p.requires_grad)
         self._saver.save(tensors, values, about, finite=frozenset(f"model.{name}" for name in trained))
@@ -183,6 +187,19 @@ class Checkpoints:
             for path in manifest.committed(self._folder):
                 if manifest.step_of(path) > step:
                     manifest.void(path)
+
+    def improves(self) -> bool:
+        """Whether the metric that the best goes by is better now than at any that was saved; rank 0 knows."""
+        value = self._run.latest.get(self._best)
+        goal = self._run.goals.get(self._best) or guess_goal(self._best)
+        if value is None or goal is None or math.isnan(value):
+            return False
+        known = self._best_saved if self._best_saved is not None else self._best_on_disk(goal)
+        return known is None or (value < known if goal == "min" else value > known)
+
+    def _best_on_disk(self, goal: Goal) -> float | None:
+        found = manifest.best(self._folder, self._best, goal)
+        return None if found is None else manifest.metrics(found).get(self._best)
 
     def _on_disk(self, saved: manifest.Checkpoint) -> None:
         relative = str(saved.path.relative_to(self._run.directory.path))
