@@ -235,6 +235,7 @@ class Trainer:
         if (epochs is None) == (max_steps is None):
             raise ValueError("give steps() either epochs or max_steps")
         self._loader = loader
+        self._cut.share = loader.batch_size // self.mesh.data.size
         duration = _length(epochs, max_steps)
         self._total = counting.steps_in(duration, loader)
         tokens = loader.tokens_per_sample
