@@ -384,3 +384,20 @@ def test_code_that_has_changed_since_the_run_began_is_said_once_and_recorded(
     assert [list(attempt.code) for attempt in seen.attempts] == [[], [], ["train.py"], ["train.py"], []]
     notes = [facts.attempt_notes(seen, attempt) for attempt in seen.attempts]
     assert notes == [[], [], ["code: train.py changed"], [], ["code: as at the run's begin again"]]
+
+
+def test_a_continued_run_that_logs_without_a_step_says_where_it_goes_on(
+    open_run: Callable[..., Run], caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, options in (("named", {"step": 3}), ("counted", {})):
+        with open_run(name) as run:
+            run.log(a=1)
+            run.log(a=2)
+        assert "is continued" not in caplog.text
+        with open_run(name) as run:
+            run.log({"a": 3}, **options)
+            run.log({"a": 4}, **options)
+    assert [message for message in caplog.messages if "is continued" in message] == [
+        "run 'counted' is continued, at step 3: begin the loop at run.step, or take another name for a run "
+        "that begins anew"
+    ]

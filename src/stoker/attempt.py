@@ -229,6 +229,7 @@ class Run:
                 raise BadInput(opening.explain_drift(self.directory, refused, bool(record["recipe"])))
             changes = configs.drift(before.record["config"], record["config"])
             self.step = before.step
+            self._goes_on_behind = self.step > 0
             self.goals.update(before.goals)
             self.layout = before.attempts[-1].layout if before.attempts else {}
             self._code_before = before.attempts[-1].code if before.attempts else {}
@@ -293,11 +294,23 @@ class Run:
         """
         flat = {**values, **metrics} if values and metrics else values or metrics
         if step is None:
+            if self._goes_on_behind:
+                self._warn_of_going_on()
             self.step += not self._stepped_by_trainer
             step = self.step
         self._recorder.log(flat, step, reduce)
         if self._listener is not None:
             self._listener(step, flat)
+
+    def _warn_of_going_on(self) -> None:
+        """Of a run that is continued by its name, and may begin anew in its own loop."""
+        self._goes_on_behind = False
+        if not self._stepped_by_trainer and self.heart is None:
+            log.warning(
+                "run %r is continued, at step %d: begin the loop at run.step, or take another name for a run "
+                "that begins anew",
+                self.directory.id, self.step + 1,
+            )  # fmt: skip
 
     def leave_shipping(self) -> None:
         """Have another process ship this run to its sinks, as that of a search does for its trials."""
@@ -541,6 +554,8 @@ class Run:
     _ended = False
     _finish: Callable[[float], None] | None = None
     _stepped_by_trainer = False
+    _goes_on_behind = False
+    """Whether it is continued, and nothing was logged yet without a step."""
     _listener: Callable[[int, Mapping[str, Any]], None] | None = None
 
     def take_over_steps(self, finish: Callable[[float], None], heart: Heart) -> None:
