@@ -208,12 +208,14 @@ class Trainer:
             options.check_deepspeed_batch(
                 self.training, batch_size=batch_size, ranks=self.world.size, parts=parts
             )
-        if self.world.rank == 0:
-            strategies.warn_of_batch_norm(self.model, share=share, training=self.training)
-        return Loader(
+        loader = Loader(
             dataset, batch_size=batch_size, world=self.mesh.data, seed=self.run.seed,
             workers=workers, collate=collate, shuffle=shuffle, share=self.training.data_share,
         )  # fmt: skip
+        if self.world.rank == 0:
+            strategies.warn_of_batch_norm(self.model, share=share, training=self.training)
+            loader.warn_of_repeats()
+        return loader
 
     def steps(
         self,

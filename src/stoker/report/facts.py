@@ -133,7 +133,7 @@ def artifacts(view: RunView) -> list[Artifact]:
 
 
 def attempt_notes(view: RunView, attempt: Attempt) -> list[str]:
-    """What is worth knowing about an attempt: its error, checkpoints passed over, config and code that changed."""
+    """What is worth knowing of an attempt: its error, checkpoints passed over, changed config and code."""
     last = next((a for a in reversed(view.attempts) if a.number < attempt.number), None)
     before, code = (last.drift, last.code) if last is not None else ({}, {})
     changes = [
