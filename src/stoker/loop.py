@@ -473,6 +473,10 @@ class Trainer:
         """The model's output for a batch on the device."""
         return self._step.forward(batch)
 
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """The context of `forward`: a submodule that is called within it computes in the run's precision."""
+        return only_loop_of_its_own(self._step).context()
+
     def backward(self, loss_sum: torch.Tensor, weight: Weight) -> None:
         """Add the gradient of a summed loss; `update` divides by the weights added up.
 
