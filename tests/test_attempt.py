@@ -18,7 +18,7 @@ import pytest
 import stoker
 import torch
 from stoker import BadInput, Run, Training
-from stoker.report import facts
+from stoker.report import facts, run_difference
 from stoker.run import finding, media, view
 from stoker.run.directory import RunDirectory
 
@@ -382,6 +382,8 @@ def test_code_that_has_changed_since_the_run_began_is_said_once_and_recorded(
     assert "(train.py)" in warned[2][0]
     seen = view.load(run.directory)
     assert [list(attempt.code) for attempt in seen.attempts] == [[], [], ["train.py"], ["train.py"], []]
+    unknown = run_difference.compare(seen, seen).unknown
+    assert "code: a went on with another at attempt 3: train.py changed" in unknown
     notes = [facts.attempt_notes(seen, attempt) for attempt in seen.attempts]
     assert notes == [[], [], ["code: train.py changed"], [], ["code: as at the run's begin again"]]
 
