@@ -391,6 +391,22 @@ def test_a_run_has_one_trainer(open_run: Callable[..., Run]) -> None:
             _trainer(run, _model())
 
 
+def test_a_submodule_called_by_itself_computes_in_the_precision_of_a_forward_pass(
+    open_run: Callable[..., Run],
+) -> None:
+    for precision, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        with open_run(precision) as run:
+            model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+            trainer = Trainer(
+                run, model, optimizer=lambda p: torch.optim.SGD(p, lr=0.1),
+                training=Training(precision=precision),
+            )  # fmt: skip
+            x = torch.ones(1, 2)
+            assert trainer.model[0](x).dtype == torch.float32
+            with trainer.autocast():
+                assert trainer.model[0](x).dtype == trainer.forward((x,)).dtype == dtype
+
+
 def test_bf16_keeps_float32_weights(open_run: Callable[..., Run]) -> None:
     with open_run() as run:
         model = _model()

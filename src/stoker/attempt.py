@@ -27,7 +27,7 @@ from types import TracebackType
 from typing import Any
 
 from stoker import config as configs
-from stoker import disk, threads
+from stoker import disk, threads, words
 from stoker.checkpoint import manifest
 from stoker.checkpoint.manifest import Checkpoint
 from stoker.errors import EXIT_FAILED, BadInput, Stopped
@@ -132,6 +132,7 @@ class Run:
         sinks = follower.enabled()
         self._shipping = Shipping(self.directory, sinks if self.world.rank == 0 else ())
         self._before: Mapping[str, Series] = {}
+        self._code_before: Mapping[str, str | None] = {}
         self._periodic: Periodic | None = None
         self._system: SystemSampler | None = None
         """Of a run that lasts a second: until then there is nothing to be seen."""
@@ -178,9 +179,10 @@ class Run:
             self._logging = messages.write_to(self.directory.logs / "rank-0.log")
             undo.callback(self._stop_logging)
             self._note_attempt()
+            other = self._other_code(code) if self.continued and known is None else {}
             self._recorder.event(
                 "attempt_started", pid=os.getpid(), host=platform.node(), drift=changes,
-                opening=mark, world=self.world.size, step=self.step,
+                opening=mark, world=self.world.size, step=self.step, **({"code": other} if other else {}),
             )  # fmt: skip
             undo.pop_all()
 
@@ -227,8 +229,10 @@ class Run:
                 raise BadInput(opening.explain_drift(self.directory, refused, bool(record["recipe"])))
             changes = configs.drift(before.record["config"], record["config"])
             self.step = before.step
+            self._goes_on_behind = self.step > 0
             self.goals.update(before.goals)
             self.layout = before.attempts[-1].layout if before.attempts else {}
+            self._code_before = before.attempts[-1].code if before.attempts else {}
             if before.config.get("data_share") == record["config"].get("data_share"):
                 self.samples_per_epoch = before.samples_per_epoch
             self._before = before.points
@@ -237,6 +241,18 @@ class Run:
             record["code"] = self._record_code(code, known)
             self.directory.create(record)
         return changes
+
+    def _other_code(self, code: Path) -> dict[str, str | None]:
+        """The files of code that are others than those the run began with; says so, where that is news."""
+        from stoker.reproduce import code_changes
+
+        changed = code_changes.since_begun(self.directory.provenance, code)
+        if changed and changed != self._code_before:
+            log.warning(
+                "the code is not what it was when the run began (%s): what comes now is of the new one",
+                words.some(list(changed)),
+            )  # fmt: skip
+        return changed
 
     def _record_code(self, code: Path, known: Path | None) -> dict[str, Any]:
         """Record what the run is made from; returns what its record says of it."""
@@ -278,11 +294,23 @@ class Run:
         """
         flat = {**values, **metrics} if values and metrics else values or metrics
         if step is None:
+            if self._goes_on_behind:
+                self._warn_of_going_on()
             self.step += not self._stepped_by_trainer
             step = self.step
         self._recorder.log(flat, step, reduce)
         if self._listener is not None:
             self._listener(step, flat)
+
+    def _warn_of_going_on(self) -> None:
+        """Of a run that is continued by its name, and may begin anew in its own loop."""
+        self._goes_on_behind = False
+        if not self._stepped_by_trainer and self.heart is None:
+            log.warning(
+                "run %r is continued, at step %d: begin the loop at run.step, or take another name for a run "
+                "that begins anew",
+                self.directory.id, self.step + 1,
+            )  # fmt: skip
 
     def leave_shipping(self) -> None:
         """Have another process ship this run to its sinks, as that of a search does for its trials."""
@@ -540,6 +568,8 @@ class Run:
     _finish: Callable[[float], None] | None = None
     _conclude: Callable[[], None] | None = None
     _stepped_by_trainer = False
+    _goes_on_behind = False
+    """Whether it is continued, and nothing was logged yet without a step."""
     _listener: Callable[[int, Mapping[str, Any]], None] | None = None
 
     def take_over_steps(

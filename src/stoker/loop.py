@@ -214,12 +214,14 @@ class Trainer:
             options.check_deepspeed_batch(
                 self.training, batch_size=batch_size, ranks=self.world.size, parts=parts
             )
-        if self.world.rank == 0:
-            strategies.warn_of_batch_norm(self.model, share=share, training=self.training)
-        return Loader(
+        loader = Loader(
             dataset, batch_size=batch_size, world=self.mesh.data, seed=self.run.seed,
             workers=workers, collate=collate, shuffle=shuffle, share=self.training.data_share,
         )  # fmt: skip
+        if self.world.rank == 0:
+            strategies.warn_of_batch_norm(self.model, share=share, training=self.training)
+            loader.warn_of_repeats()
+        return loader
 
     def steps(
         self,
@@ -241,6 +243,7 @@ class Trainer:
         if (epochs is None) == (max_steps is None):
             raise ValueError("give steps() either epochs or max_steps")
         again, self._loader = self._loader is not None, loader
+        self._cut.share = loader.batch_size // self.mesh.data.size
         duration = _length(epochs, max_steps)
         self._total = counting.steps_in(duration, loader)
         if again and self._updated and self.steps_done >= self._total:
@@ -498,6 +501,10 @@ class Trainer:
     def forward(self, batch: Any) -> Any:
         """The model's output for a batch on the device."""
         return self._step.forward(batch)
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """The context of `forward`: a submodule that is called within it computes in the run's precision."""
+        return only_loop_of_its_own(self._step).context()
 
     def backward(self, loss_sum: torch.Tensor, weight: Weight) -> None:
         """Add the gradient of a summed loss; `update` divides by the weights added up.

@@ -155,7 +155,7 @@ class PlainStep:
         for number, part in enumerate(parts, start=1):
             last = number == len(parts)
             self._reduce_next(last)
-            with self._context():
+            with self.context():
                 part_sum, part_weight = self._setting.loss_of(self._setting.call(self._called, part), part)
             loss_sum = part_sum.detach() if loss_sum is None else loss_sum + part_sum.detach()
             weight = weight + part_weight
@@ -169,7 +169,7 @@ class PlainStep:
 
     def forward(self, batch: Any) -> Any:
         """See `Step`; with gradients where they are enabled, for a loop that does its own backward."""
-        with self._context():
+        with self.context():
             return self._setting.call(self.model, batch)
 
     def weights(self) -> dict[str, torch.Tensor]:
@@ -210,7 +210,8 @@ class PlainStep:
             loss_sum = loss_sum * self._setting.scale.factor
         torch.autograd.backward(loss_sum)
 
-    def _context(self) -> Any:
+    def context(self) -> contextlib.AbstractContextManager[Any]:
+        """What a forward pass computes its precision in, where the strategy does not see to that itself."""
         return contextlib.nullcontext() if self._casts else self._setting.autocast()
 
     def _reduce_next(self, reduce: bool) -> None:
