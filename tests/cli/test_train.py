@@ -347,3 +347,78 @@ def test_an_error_in_a_worker_is_shown_once_and_ends_with_what_it_was(stoker, sl
     assert done.code == 1
     assert done.err.count("Original Traceback") == 1
     assert done.err.splitlines()[-1] == "stoker: error: ValueError: bad sample"
+
+
+UNUSED = """
+import stoker
+import torch
+from torch import nn
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.spare = nn.Linear(2, 1), nn.Linear(2, 1)
+
+    def forward(self, x):
+        return self.used(x)
+
+
+def train(run, config: stoker.Training) -> None:
+    trainer = stoker.Trainer(
+        run, Model(), training=config, optimizer=torch.optim.Adam, loss=lambda o, b: (o.sum(), len(o))
+    )
+    for batch in trainer.steps(trainer.loader(torch.ones(8, 2), batch_size=4), max_steps=3):
+        run.log(loss=trainer.step(batch))
+"""
+
+
+def test_parameters_without_part_in_the_loss_are_named_with_the_key_that_lets_them_be(  # type: ignore[no-untyped-def]
+    stoker, tmp_path: Path
+) -> None:
+    (tmp_path / "unused.py").write_text(UNUSED)
+    done = stoker("train", "unused.py", "--nproc", "2", "--name", "a")
+    assert done.code == 1
+    said = "stoker: error: parameters (spare.weight, spare.bias) had no part in the loss"
+    assert said in done.err
+    assert "add ddp.find_unused_parameters=true" in done.err
+    assert "Traceback" not in done.err
+    again = stoker("train", "unused.py", "--nproc", "2", "--name", "b", "ddp.find_unused_parameters=true")
+    assert again.code == 0, again.err
+
+
+CONFIG = """
+from dataclasses import dataclass
+
+import stoker
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(stoker.Training):
+    lr: float = 0.1
+
+
+"""
+
+
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        ("def train(config: Config): pass", "train(config): the first that it is given is the run: write "
+         "def train(run, config: Config)"),
+        ("def train(c: Config, run): pass", "train(c, run): the first that it is given is the run"),
+        ("def train(config): pass", "write def train(run, config: Config)"),
+        ("def train(): pass", "train(): the first that it is given is the run"),
+        ("@dataclass\nclass Own(Config): pass", "line 12: a dataclass inherits from a frozen one, as "
+         "stoker.Training is: decorate it with @dataclass(frozen=True, kw_only=True)"),
+    ],
+)  # fmt: skip
+def test_a_script_that_is_written_otherwise_than_it_is_called_is_told_how(  # type: ignore[no-untyped-def]
+    stoker, tmp_path: Path, written: str, said: str
+) -> None:
+    (tmp_path / "own.py").write_text(CONFIG + written)
+    done = stoker("train", "own.py")
+    assert done.code == 2, done.err
+    assert said in done.err
+    assert "Traceback" not in done.err
+    assert not (tmp_path / "runs").exists()
