@@ -135,12 +135,11 @@ def _explain_not_frozen(file: Path, error: TypeError) -> None:
     """Raises BadInput where a config that is not frozen inherits from one that is, as `Training` is."""
     if "cannot inherit non-frozen dataclass" not in str(error):
         return
-    line = next(
-        (f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(file)), None
-    )
+    frames = traceback.extract_tb(error.__traceback__)
+    line = next((frame.lineno for frame in frames if frame.filename == str(file)), None)
     raise BadInput(
-        f"{file}, line {line}: a dataclass inherits from a frozen one, as stoker.Training is: decorate it with "
-        "@dataclass(frozen=True, kw_only=True)"
+        f"{file}, line {line}: a dataclass inherits from a frozen one, as stoker.Training is: decorate it "
+        "with @dataclass(frozen=True, kw_only=True)"
     ) from error
 
 
