@@ -300,6 +300,17 @@ def test_the_exported_table_is_the_curve(stoker, slow: Path, tmp_path: Path) -> 
         (("train", "slow.py", "--config", "none.yaml"), "config file none.yaml does not exist"),
         (("train", "slow.py", "--runs", "/dev/null/runs"), "cannot be written"),
         (("train", "slow.py", "--runs", "s3://a:b@bucket"), "leave credentials out of the URL"),
+        (("train", "slow.py", "--lr", "0.2"), "No such option: --lr; write lr=0.2"),
+        (
+            ("train", "slow.py", "--fail-at=3"),
+            "No such option: --fail-at; write fail_at=3",
+        ),
+        (("train", "slow.py", "--nam", "a"), "No such option: --nam (Possible options: "),
+        (
+            ("train", "slow.py", "--output_dir", "a"),
+            "a folder of its own under --runs DIR",
+        ),
+        (("train", "slow.py", "--verbose"), "No such option: --verbose"),
         (("resume", "nothing"), "no run 'nothing'"),
     ],
 )
@@ -422,3 +433,15 @@ def test_a_script_that_is_written_otherwise_than_it_is_called_is_told_how(  # ty
     assert said in done.err
     assert "Traceback" not in done.err
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_script_of_any_name_has_an_experiment_and_one_that_is_given_is_kept_or_refused(  # type: ignore[no-untyped-def]
+    stoker, slow: Path, tmp_path: Path
+) -> None:
+    slow.rename(tmp_path / "train ít.py")
+    done = stoker("train", "train ít.py", "pause=0", "--name", "a", "--nproc", "2")
+    assert done.code == 0, done.err
+    assert (tmp_path / "runs" / "train-it" / "a" / "run.json").is_file()
+    refused = stoker("train", "train ít.py", "--experiment", "train ít")
+    assert refused.code == 2
+    assert "experiment 'train ít' cannot name a folder" in refused.err

@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from stoker.errors import BadInput, nearest
+from stoker.run import finding
 
 SHIPPED = {
     "llm": "stoker.recipes.llm:train",
@@ -90,7 +91,7 @@ def from_function(
     source = Path(inspect.getsourcefile(train) or "").absolute()
     module = sys.modules.get(train.__module__)
     return Recipe(
-        name=name or source.stem,
+        name=name or finding.folder_name(source.stem),
         reference=reference or f"{source}:{train.__name__}",
         train=train,
         config=_config_class(train),
