@@ -209,9 +209,23 @@ def test_a_key_that_is_new_since_is_no_drift(open_run: Callable[..., Run]) -> No
     assert view.load(run.directory).status == "finished"
 
 
-def test_two_processes_cannot_train_one_run(open_run: Callable[..., Run]) -> None:
-    with open_run(), pytest.raises(BadInput, match="another process"):
-        open_run()
+def test_a_run_that_this_process_has_open_is_to_be_closed_before_it_is_opened_again(
+    open_run: Callable[..., Run],
+) -> None:
+    run = open_run()
+    for _ in range(2):  # a notebook's cell that is run again, and again
+        with pytest.raises(BadInput, match=r"this process itself has .* open: call run.close\(\)"):
+            open_run()
+    run.close()
+    with open_run() as again:
+        assert again.continued
+
+
+def test_two_processes_cannot_train_one_run(open_run: Callable[..., Run], tmp_path: Path) -> None:
+    code = f"import stoker; stoker.Run('test', 'a', runs={str(tmp_path / 'runs')!r})"
+    with open_run():
+        done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert "another process is training" in done.stderr
 
 
 def test_an_unused_run_is_discarded_and_a_used_one_kept(open_run: Callable[..., Run]) -> None:

@@ -23,7 +23,7 @@ from stoker.errors import OutOfMemory
 from stoker.run import journal, view
 from torch import nn
 from torch.nn.functional import cross_entropy
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 
 def _dataset(size: int = 50) -> TensorDataset:
@@ -800,3 +800,69 @@ def test_the_best_is_of_the_weights_that_were_measured(open_run: Callable[..., R
     assert manifest.step_of(found) == 8
     weights = load_file(store.export_model(manifest.read(found), found.parent / "best.safetensors"))
     assert torch.equal(weights["0.weight"], measured[8]["0.weight"])
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"optimizer": torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.1)},
+         "optimizer= is an object of the type SGD.*optimizer=lambda parameters: SGD"),
+        ({"optimizer": {"0": "adam"}}, "optimizer= is 'adam' for '0'.*optimizer={'0': lambda parameters"),
+        ({"loss": nn.CrossEntropyLoss()}, r"loss= is .* CrossEntropyLoss: give .*\(output, batch\) -> \(sum"),
+        ({"loss": cross_entropy}, r"loss= is cross_entropy: give a function \(output, batch\)"),
+        ({"schedule": "cosine"}, r"schedule= is 'cosine': give a function \(step, total steps\)"),
+        ({"schedule": lambda step: 1.0}, "schedule= is <lambda>, which does not take these two"),
+    ],
+)  # fmt: skip
+def test_an_argument_of_another_kind_is_refused_with_what_to_give(
+    given: dict[str, Any], said: str, open_run: Callable[..., Run]
+) -> None:
+    with open_run() as run, pytest.raises(BadInput, match=said):
+        Trainer(run, _model(), **{"optimizer": torch.optim.Adam, "loss": _loss, **given})
+
+
+def test_a_loss_that_is_a_module_of_ones_own_is_taken(open_run: Callable[..., Run]) -> None:
+    class Loss(nn.Module):
+        def forward(self, output: torch.Tensor, batch: Any) -> tuple[torch.Tensor, int]:
+            return _loss(output, batch)
+
+    with open_run() as run:
+        trainer = Trainer(run, _model(), optimizer=torch.optim.Adam, loss=Loss())
+        assert len(_run_on(trainer, 2)) == 2
+
+
+def test_batches_come_of_steps_over_a_loader_of_the_trainer(open_run: Callable[..., Run]) -> None:
+    with open_run() as run:
+        trainer = _trainer(run, _model())
+        with pytest.raises(BadInput, match=r"given a DataLoader.*make a loader .*trainer.loader\(dataset"):
+            next(trainer.steps(DataLoader(_dataset()), epochs=1))  # type: ignore[arg-type]
+        with pytest.raises(BadInput, match=r"for batch in trainer.steps\(loader, epochs="):
+            next(iter(trainer.loader(_dataset(), batch_size=10)))
+
+
+class _OfItems(nn.Module):
+    def __init__(self, fails: bool = False) -> None:
+        super().__init__()
+        self.layer, self.fails = nn.Linear(2, 1), fails
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.fails:
+            raise TypeError("of its own")
+        return self.layer(x)
+
+
+def test_a_model_that_takes_not_all_of_a_batch_is_to_be_told_which(open_run: Callable[..., Run]) -> None:
+    samples = [{"x": torch.ones(2), "y": torch.ones(1)} for _ in range(4)]
+    with open_run() as run:
+        trainer = Trainer(run, _OfItems(), optimizer=torch.optim.Adam, loss=_loss)
+        said = r'_OfItems is called with x, y, .* and takes x: .*inputs=lambda batch: \{"x": batch\["x"\]\}'
+        with pytest.raises(BadInput, match=said):
+            trainer.step(next(trainer.steps(trainer.loader(samples, batch_size=2), epochs=1)))
+
+
+def test_an_error_of_a_models_own_stays_what_it_is(open_run: Callable[..., Run]) -> None:
+    samples = [{"x": torch.ones(2)} for _ in range(4)]
+    with open_run() as run:
+        trainer = Trainer(run, _OfItems(fails=True), optimizer=torch.optim.Adam, loss=_loss)
+        with pytest.raises(TypeError, match="of its own"):
+            trainer.step(next(trainer.steps(trainer.loader(samples, batch_size=2), epochs=1)))

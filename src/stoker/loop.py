@@ -29,6 +29,7 @@ from stoker.checkpoint.frozen import Frozen
 from stoker.data.loader import Collate, Loader
 from stoker.duration import Duration
 from stoker.engine import (
+    arguments,
     batches,
     blocks,
     counting,
@@ -91,7 +92,7 @@ class Trainer:
 
     Raises:
         TypeError: `training` is no `stoker.Training`.
-        BadInput: the model cannot be trained so, or the ranks do not fit.
+        BadInput: the model cannot be trained so, an argument is of another kind, or the ranks do not fit.
         StokerError: the newest valid checkpoint is of another model.
     """
 
@@ -111,6 +112,7 @@ class Trainer:
         self.run = run
         self.world = run.world
         self.training = options.with_deepspeed_file(_known(training))
+        arguments.check(optimizer, loss, schedule)
         options.check(self.training, ranks=self.world.size, gpus=torch.cuda.device_count())
         if self.training.deterministic:
             determinism.require()
@@ -238,10 +240,11 @@ class Trainer:
 
         Raises:
             ValueError: both are given, or neither; or a loop before this one in the same script came as far.
-            BadInput: what is given is no length of a training.
+            BadInput: what is given is no length of a training, or no loader.
         """
         if (epochs is None) == (max_steps is None):
             raise ValueError("give steps() either epochs or max_steps")
+        _check_loader(loader)
         again, self._loader = self._loader is not None, loader
         self._cut.share = loader.batch_size // self.mesh.data.size
         duration = _length(epochs, max_steps)
@@ -869,6 +872,15 @@ def _known(training: object) -> Training:
             f"give it a stoker.Training, or let {name} inherit from it"
         )
     return training
+
+
+def _check_loader(loader: object) -> None:
+    """Raises BadInput for what is no Loader: another iterable begins at its start alone."""
+    if not isinstance(loader, Loader):
+        raise BadInput(
+            f"trainer.steps() was given a {type(loader).__name__}, which cannot go on from where a run was: "
+            "make a loader of the dataset by trainer.loader(dataset, batch_size=...)"
+        )
 
 
 def _length(epochs: float | None, max_steps: Duration | str | int | None) -> Duration:

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.context import BaseContext
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Any, NoReturn, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import torch
@@ -109,6 +109,12 @@ class Loader:
         self._world = world
         self._order_seed = seed if shuffle else None
         self._dataset = _SeededDataset(dataset, seed, collate or default_collate)
+
+    def __iter__(self) -> NoReturn:
+        raise BadInput(
+            "a loader has no end and no place of its own: go through "
+            "`for batch in trainer.steps(loader, epochs=...)`, which begins where the run was"
+        )
 
     def batches(self, start_sample: int, place: Any = None) -> Iterator[Any]:
         """This rank's share of each global batch from a global sample position on, without end.
