@@ -131,13 +131,17 @@ def test_accumulation_does_not_change_the_result(open_run: Callable[..., Run], m
     torch.testing.assert_close(weights[1], weights[0], rtol=1e-4, atol=1e-6)
 
 
-def _train(run: Run, stop_after: int | None = None, **options: Any) -> nn.Module:
+class _Dies(Exception):
+    """What ends a script in the middle of a step."""
+
+
+def _train(run: Run, dies_in: int | None = None, **options: Any) -> nn.Module:
     model = _model(dropout=0.5)
     trainer = _trainer(run, model, checkpoint_every=4, **options)
     for batch in trainer.steps(trainer.loader(_dataset(), batch_size=8), max_steps=15):
         run.log(loss=trainer.step(batch))
-        if trainer.steps_done + 1 == stop_after:
-            break
+        if run.step == dies_in:
+            raise _Dies
     return model
 
 
@@ -145,8 +149,8 @@ def test_resuming_gives_the_same_bits(open_run: Callable[..., Run]) -> None:
     with open_run("whole") as run:
         whole = _train(run)
     for stop in (6, 11):
-        with open_run("cut") as run:
-            _train(run, stop_after=stop)
+        with pytest.raises(_Dies), open_run("cut") as run:
+            _train(run, dies_in=stop)
     with open_run("cut") as run:
         resumed = _train(run)
     for name, tensor in whole.state_dict().items():
@@ -160,8 +164,8 @@ def test_resuming_gives_the_same_bits(open_run: Callable[..., Run]) -> None:
 
 
 def test_a_changed_learning_rate_wins_over_the_saved_one(open_run: Callable[..., Run]) -> None:
-    with open_run() as run:
-        _train(run, stop_after=6, lr=0.01)
+    with pytest.raises(_Dies), open_run() as run:
+        _train(run, dies_in=6, lr=0.01)
     with open_run() as run:
         trainer = _trainer(run, _model(), lr=0.5)
         assert trainer.steps_done == 4
@@ -588,11 +592,11 @@ def test_batches_that_are_all_bad_end_the_run(open_run: Callable[..., Run]) -> N
             _run_on(trainer, 50)
 
 
-@pytest.mark.parametrize("stop_after", [None, 10])
-def test_each_checkpoint_is_rewound_to_once(stop_after: int | None, open_run: Callable[..., Run]) -> None:
+@pytest.mark.parametrize("dies_in", [None, 10])
+def test_each_checkpoint_is_rewound_to_once(dies_in: int | None, open_run: Callable[..., Run]) -> None:
     """Also where the run was interrupted between two of them."""
 
-    def train(run: Run, stop_after: int | None = None) -> None:
+    def train(run: Run, dies_in: int | None = None) -> None:
         def loss(output: torch.Tensor, batch: Any) -> tuple[torch.Tensor, int]:
             total, weight = _loss(output, batch)
             return (total * math.nan if run.step >= 8 else total), weight
@@ -603,12 +607,12 @@ def test_each_checkpoint_is_rewound_to_once(stop_after: int | None, open_run: Ca
         )
         for batch in trainer.steps(trainer.loader(_dataset(), batch_size=8), max_steps=50):
             trainer.step(batch)
-            if trainer.steps_done + 1 == stop_after:
-                break
+            if run.step == dies_in:
+                raise _Dies
 
-    if stop_after is not None:
-        with open_run() as run:
-            train(run, stop_after)
+    if dies_in is not None:
+        with pytest.raises(_Dies), open_run() as run:
+            train(run, dies_in)
     with (
         pytest.raises(StokerError, match=r"step 12: there is no checkpoint to rewind to"),
         open_run() as run,

@@ -19,7 +19,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Set
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from stoker import distributed, evaluation, storage, supervision
@@ -159,15 +159,14 @@ class Trainer:
         self._saved_step: int | None = None
         self._random: tuple[dict[str, torch.Tensor], dict[str, Any]] | None = None
         self._agreement = Agreement(self.world, self.device, self._asked)
-        self._in_body = False
-        """Whether the script has a batch in its hands."""
-        self._updated = 0
-        """The newest step whose update was made in this attempt."""
+        self._batch_is: Literal["", "handed out", "computed", "trained on"] = ""
+        """What the script has done so far with the batch in its hands; empty: it has none."""
         self._may_be_best = False
         run.take_over_steps(self._checkpoints.wait, self._conclude, self._heart)
         supervision.say_where(run.directory.path)
         self._say(why)
         self._restore()
+        self._restored_step = self.steps_done
 
     def _average(self) -> Ema | None:
         if self.training.ema.decay is None:
@@ -249,7 +248,7 @@ class Trainer:
         self._cut.share = loader.batch_size // self.mesh.data.size
         duration = _length(epochs, max_steps)
         self._total = counting.steps_in(duration, loader)
-        if again and self._updated and self.steps_done >= self._total:
+        if again and self._restored_step < self.steps_done >= self._total:
             raise ValueError(
                 f"steps() of {duration} has nothing left to do: the run is at step {self.steps_done}, and a "
                 'length counts from its start. Give one loop all of it (trainer.every("1ep") says where an '
@@ -298,10 +297,11 @@ class Trainer:
                 with self._pace.waiting():
                     batch = next(source)
                 self.run.step = self.steps_done + 1
-                self._in_body = True
+                self._batch_is = "handed out"
                 with determinism.remembering() if remembering else contextlib.nullcontext():
                     yield batch
-                self._in_body = remembering = False
+                remembering = False
+                self._batch_is = ""
                 self._pace.step()
                 self.steps_done += 1
                 self._heart.beat(self.steps_done)
@@ -325,13 +325,14 @@ class Trainer:
 
     def _conclude(self) -> None:
         """The script is over without an error: save what a loop left that it ended by `break`."""
-        if not self._in_body:
+        if self._batch_is in ("", "computed"):  # a step that failed half-way, and was not to end the script
             return
-        self._in_body = False
-        if self._updated == self.steps_done + 1:
+        if self._batch_is == "trained on":
             self._agreement.requests()  # what was begun with the step
             assert self._loader is not None
-            self.steps_done, self.samples_done = self._updated, self.samples_done + self._loader.batch_size
+            self.steps_done += 1
+            self.samples_done += self._loader.batch_size
+        self._batch_is = ""
         if self.world.rank == 0:
             log.info("the loop was left at step %d of %d", self.steps_done, self._total)
         self.checkpoint()
@@ -416,7 +417,12 @@ class Trainer:
                 wrong = "a gradient is not finite"
         if wrong:
             self._answer_bad_loss(wrong)
+        self._note("trained on")
         return loss
+
+    def _note(self, done: Literal["computed", "trained on"]) -> None:
+        if self._batch_is:
+            self._batch_is = done
 
     def _gradients(self, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Add up the gradients of a global batch; its loss and weight.
@@ -498,6 +504,7 @@ class Trainer:
 
     def micro(self, batch: Any) -> Iterator[Any]:
         """This rank's share of a batch on the device, in micro-batches."""
+        self._note("computed")
         on_device = batches.to_device(batch, self.device, channels_last=self.training.channels_last)
         return self._cut.of(on_device)
 
@@ -515,6 +522,7 @@ class Trainer:
         Raises StokerError where an operation has no deterministic form under `deterministic=true`.
         """
         step = only_loop_of_its_own(self._step)
+        self._note("computed")
         if self._scale.enabled and self._scale.divisor is None:
             self._scale.fit(self._over_ranks(weight))
         with determinism.explained():
@@ -530,10 +538,10 @@ class Trainer:
         self._weight = 0.0
         if not stepped and not self._scale.enabled:
             self._answer_bad_loss("a gradient is not finite")
+        self._note("trained on")
 
     def _update(self, optimizer: torch.optim.Optimizer, weight: torch.Tensor) -> bool:
         self._set_rates(optimizer)
-        self._updated = self.steps_done + 1
         stepped = self._step.update(optimizer, weight)
         if self._ema is not None and stepped:
             several = len(self.optimizers) > 1

@@ -18,7 +18,7 @@ from stoker.attempt import Run
 from stoker.checkpoint import manifest, state, store
 from stoker.checkpoint.frozen import Frozen
 from stoker.checkpoint.store import Tensors
-from stoker.engine import random_state
+from stoker.engine import random_state, strategies
 from stoker.engine.ema import Ema
 from stoker.engine.loss_scale import LossScale
 from stoker.engine.step import Step
@@ -42,6 +42,7 @@ class Saved:
 
     def capture(self, position: Mapping[str, Any]) -> tuple[Tensors, dict[str, Any]]:
         """This rank's tensors, and the values of all ranks as one. All ranks call it."""
+        strategies.gather_no_more(self.step.model)
         tensors, values = self._model()
         tensors.update({f"ema.{name}": t for name, t in self._averaged().items()})
         drawn, random = random_state.capture()
