@@ -46,14 +46,16 @@ def logits(model: Any) -> torch.Tensor:
     return found
 
 
-def trained_adapter(base: Path, folder: Path, kind: str) -> tuple[Path, torch.Tensor]:
+def trained_adapter(
+    base: Path, folder: Path, kind: str, lora: Lora | None = None
+) -> tuple[Path, torch.Tensor]:
     """An adapter whose weights are not those it began with, saved; and the logits with it."""
-    model = filled(base, kind)
+    model = filled(base, kind, lora)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, save_embedding_layers=False)
     return folder, logits(model)
 
 
@@ -113,6 +115,14 @@ def test_merged_an_adapter_is_a_model_of_the_same_logits(
     assert (expected - logits(filled(model, kind))).norm() > 0.1 * expected.norm(), (
         "the adapter does something"
     )
+
+
+@pytest.mark.filterwarnings("ignore:.*tie")  # peft's own
+@pytest.mark.parametrize("targets", ["q_proj,lm_head", "q_proj,embed_tokens", "embed_tokens,lm_head"])
+def test_merged_an_adapter_on_tied_weights_changes_that_end_alone(targets: str, tmp_path: Path) -> None:
+    tied = families.save(tmp_path / "tied", "llama", tie_word_embeddings=True)
+    adapter, expected = trained_adapter(tied, tmp_path / "adapter", "lora", Lora(rank=4, targets=targets))
+    torch.testing.assert_close(merged(adapter, tmp_path / "merged"), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_merged_an_adapter_on_4_bits_differs_by_what_they_had_rounded(base: Path, tmp_path: Path) -> None:

@@ -32,9 +32,13 @@ class Lora:
     """An adapter to go on from, a directory or hub id: its rank, alpha and targets are its own."""
 
     def __post_init__(self) -> None:
-        if not self.used and (self.rslora or self.dora):
-            raise ValueError("lora.rslora and lora.dora are kinds of adapters: give them a lora.rank")
         own = [name for name in _OF_AN_ADAPTER if getattr(self, name) != getattr(type(self), name)]
+        if own and not self.used:
+            said = ", ".join(f"lora.{name}" for name in own)
+            raise ValueError(
+                f"{said} without lora.rank: with a rank of 0 every weight is trained, by no adapter. Give "
+                f"lora.rank, such as 16, or leave out {said}"
+            )
         if self.adapter is not None and own:
             raise ValueError(
                 f"lora.adapter={self.adapter} has its own {', '.join(own)}: leave out "

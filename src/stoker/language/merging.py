@@ -10,7 +10,8 @@ from typing import Any
 from stoker import exports
 from stoker.engine import quiet
 from stoker.errors import BadInput
-from stoker.language import building, hub, saved_adapters
+from stoker.language import building, hub, lora, saved_adapters
+from torch import nn
 
 
 def base_of(adapter: Path) -> str:
@@ -44,14 +45,31 @@ def on_its_base(adapter: Path, base: str | None = None) -> Any:
         return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder, dtype="auto"), adapter)
 
 
+def _untie(model: Any) -> None:
+    """Give the output layer weights of its own where it shares them with an embedding and one has an adapter.
+
+    Merged into weights that both have, it would change the other as well.
+    """
+    bare = model.get_base_model()
+    embedding, head = bare.get_input_embeddings(), bare.get_output_embeddings()
+    if head is None or not (lora.is_adapter(embedding) or lora.is_adapter(head)):
+        return
+    head = getattr(head, "base_layer", head)
+    if head.weight is getattr(embedding, "base_layer", embedding).weight:
+        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+        bare.config.get_text_config().tie_word_embeddings = False
+        bare.config.tie_word_embeddings = False
+
+
 def merge(adapter: Path, target: Path, base: str | None = None) -> None:
     """Write the model with an adapter merged into its weights, and the tokenizer, into an empty folder.
 
     See `on_its_base`. Raises BadInput.
     """
     model = on_its_base(adapter, base)
+    _untie(model)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of adapters on tied weights, whose merging is what is wanted
+        warnings.simplefilter("ignore")  # of adapters on tied weights, which are so no longer
         merged = model.merge_and_unload(safe_merge=True)
     if (adapter / "tokenizer.json").is_file():
         tokenizer = building.load_tokenizer(str(adapter))
