@@ -39,6 +39,7 @@ _KEYS = {
         "assistant_only_loss completion_only_loss train_on_input train_on_inputs train_on_prompt "
         "train_on_responses_only"
     ),
+    "loss_on=last": "last_turn_only mask_history train_on_last_turn_only",
     "lora.rank": "lora.r lora_r lora_rank peft_config.r r",
     "lora.alpha": "lora.lora_alpha lora_alpha peft_config.lora_alpha",
     "lora.dropout": "lora.lora_dropout lora_dropout peft_config.lora_dropout",

@@ -179,3 +179,20 @@ def test_calls_that_cannot_be_read_are_refused_with_where(
     with pytest.raises(BadInput, match=r"a\.jsonl, line 1") as refused:
         read(str(write_jsonl(tmp_path / "a.jsonl", [record])))
     assert message in str(refused.value)
+
+
+@pytest.mark.parametrize("field", [{"weight": 0}, {"weight": 0.0}, {"train": False}])
+def test_a_message_that_says_so_is_not_to_be_learnt(tmp_path: Path, field: dict[str, Any]) -> None:
+    said = [ASKED, {**SAID, **field}, ASKED, {**SAID, "weight": 1, "train": True}]
+    found = only(write_jsonl(tmp_path / "a.jsonl", [{"messages": said}]))
+    assert [message.more for message in found.messages] == ["", '{"silent": true}', "", ""]
+    sharegpt = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", **field}]
+    found = only(write_jsonl(tmp_path / "b.jsonl", [{"conversations": sharegpt}]))
+    assert found.messages[1].more == '{"silent": true}'
+
+
+@pytest.mark.parametrize("field", [{"weight": 0.5}, {"train": "no"}])
+def test_half_a_weight_is_refused(tmp_path: Path, field: dict[str, Any]) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", [{"messages": [ASKED, {**SAID, **field}]}])
+    with pytest.raises(BadInput, match=r"message 2: its (weight|train) is .*: a message is learnt"):
+        read(str(file))

@@ -82,6 +82,26 @@ def test_what_the_assistant_says_is_learnt_with_what_ends_it(
     assert learnt(tokenizer, Document("k", "", "", CHAT)) == expected
 
 
+MARKED = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}"
+    "{{ m.content }}<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("template", [CHATML, LLAMA2, THINKING, MARKED])
+def test_turns_that_are_not_to_be_learnt_are_not(bare: Any, template: str) -> None:
+    tokenizer = of(bare, template)
+    first, last = learnt(tokenizer, Document("k", "", "", CHAT))
+    assert "it is 1" in first
+    assert "it is 2" in last
+    assert learnt(tokenizer, Document("k", "", "", CHAT), "last") == [last]
+    silent = CHAT[3]._replace(more='{"silent": true}')
+    assert learnt(tokenizer, Document("k", "", "", (*CHAT[:3], silent))) == [first]
+    assert learnt(tokenizer, Document("k", "", "", (*CHAT[:3], silent)), "last") == []
+    assert len(learnt(tokenizer, Document("k", "", "", (*CHAT[:3], silent)), "all")) == 1
+
+
 # Thoughts are cut out of earlier turns, whose header is written otherwise than the one that asks.
 CUTS = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"

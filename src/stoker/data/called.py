@@ -17,6 +17,8 @@ from stoker.errors import BadInput
 
 _CALLS = ("function_call", "tool_call")
 """What others call a turn, or a field of one, that is a call."""
+SILENT = "silent"
+"""Of a message of the assistant that is not to be learnt."""
 THOUGHT = frozenset({"reasoning_content", "reasoning", "thinking"})
 """What others call what was thought; transformers gives a template all of these where a message has one."""
 _OF_A_TOOL = ("name", "tool_call_id")
@@ -57,7 +59,19 @@ def more(where: str, message: Mapping[str, Any], speaker: str) -> str:
             raise BadInput(f"{where}: the field {unsaid!r} must be a text")
         if message.get("tool_calls"):
             found["tool_calls"] = _calls(where, message["tool_calls"])
+        if _is_silent(where, message):
+            found[SILENT] = True
     return _dumps(where, found) if found else ""
+
+
+def _is_silent(where: str, message: Mapping[str, Any]) -> bool:
+    """Whether a message says that it is not to be learnt: by OpenAI's `weight`, or Axolotl's `train`."""
+    weight, train = message.get("weight"), message.get("train")
+    if weight not in (None, 0, 1):
+        raise BadInput(f"{where}: its weight is {weight!r}: a message is learnt (1) or not (0)")
+    if train not in (None, True, False):
+        raise BadInput(f"{where}: its train is {train!r}: a message is learnt (true) or not (false)")
+    return weight == 0 or train is False
 
 
 def of_a_column(row: dict[str, Any]) -> dict[str, Any]:

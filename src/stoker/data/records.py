@@ -41,8 +41,8 @@ _FIELDS = (*dict.fromkeys(name for form in _FORMS for name in form if name), "me
 """What `columns` may name."""
 _OPTIONAL = ("input", "system", "tools")
 _MEANT = (
-    "system", "history", "tools", "functions", "context", "input", "documents", "images", "image", "audios",
-    "audio", "videos", "video", "rejected", "chosen", "reasoning_content", "thinking",
+    "system", "system_prompt", "history", "tools", "functions", "context", "input", "documents", "images",
+    "image", "audios", "audio", "videos", "video", "rejected", "chosen", "reasoning_content", "thinking",
 )  # fmt: skip
 """Fields that others train on. What else stands in a record, such as an id or a source, tells about it."""
 _ROLES = {

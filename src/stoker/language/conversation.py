@@ -187,6 +187,7 @@ def _as_given(chat: Chat, form: _Form) -> dict[str, Any]:
     messages = []
     for message in chat.messages:
         made = {"role": message.role, "content": message.content, **json.loads(message.more or "{}")}
+        made.pop(called.SILENT, None)
         for call in made.get("tool_calls", ()) if form.as_text else ():
             call["function"]["arguments"] = json.dumps(call["function"]["arguments"], ensure_ascii=False)
         messages.append(made)
@@ -205,15 +206,25 @@ def render(tokenizer: Any, chat: Chat, *, to_be_answered: bool = False) -> str:
     return text
 
 
-def answers(tokenizer: Any, chat: Chat, text: str) -> list[Span]:
+def answers(tokenizer: Any, chat: Chat, text: str, *, last: bool = False) -> list[Span]:
     """Where in its text the assistant speaks, with what ends each turn: characters, from and to.
 
     That is what the template marks so (`{% generation %}`), where it marks something. What tools say is none
-    of it, wherever the template writes that.
+    of it, wherever the template writes that, and neither are turns that are not to be learnt.
+
+    Args:
+        last: of its turns the last alone.
     """
+    said = [number for number, message in enumerate(chat.messages) if message.role == "assistant"]
+    wanted = set(said[-1:] if last else said)
+    wanted -= {n for n in said if called.SILENT in json.loads(chat.messages[n].more or "{}")}
     if _GENERATION.search(template(tokenizer, chat.tools)):
-        return _marked(tokenizer, chat)
-    spans = _turns(tokenizer, chat, text)
+        marked = _marked(tokenizer, chat)
+        if len(wanted) == len(said):
+            return marked
+        own = [span for number, span in _turns(tokenizer, chat, text).items() if number in wanted]
+        return [(a, b) for a, b in marked if any(a < end and begin < b for begin, end in own)]
+    spans = [span for number, span in _turns(tokenizer, chat, text).items() if number in wanted]
     heard = [m.content.strip() for m in chat.messages if m.role == "tool" and m.content.strip()]
     if any(said in text[begin:end] for said in heard for begin, end in spans):
         return _without(spans, _of_tools(tokenizer, chat, text))  # Gemma 4 has it within a turn
@@ -231,14 +242,14 @@ def _marked(tokenizer: Any, chat: Chat) -> list[Span]:
     return list(spans)
 
 
-def _turns(tokenizer: Any, chat: Chat, text: str) -> list[Span]:
-    """Where the assistant's turns are.
+def _turns(tokenizer: Any, chat: Chat, text: str) -> dict[int, Span]:
+    """Where the assistant's turns are, by the numbers of their messages.
 
     A turn begins behind what the template writes to have it answered, and ends with what the template
     writes of the conversation up to it. Where one of these is not a beginning of the whole text (some
     templates leave out of earlier turns what was only thought), see `_between_others`.
     """
-    spans: list[Span] = []
+    spans: dict[int, Span] = {}
     between: dict[int, Span] | None = None
     for number, message in enumerate(chat.messages):
         if message.role != "assistant":
@@ -247,11 +258,11 @@ def _turns(tokenizer: Any, chat: Chat, text: str) -> list[Span]:
         last = number == len(chat.messages) - 1
         until = text if last else render(tokenizer, chat.until(number + 1))
         if number and text.startswith(before) and text.startswith(until):
-            spans.append((len(before), len(until.rstrip())))
+            spans[number] = (len(before), len(until.rstrip()))
             continue
         between = _between_others(tokenizer, chat, text) if between is None else between
         if number in between:
-            spans.append(between[number])
+            spans[number] = between[number]
     return spans
 
 

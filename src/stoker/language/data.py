@@ -44,7 +44,7 @@ _PROMPT_AS_TEMPLATE = """\
 {%- endif -%}
 {%- endfor -%}"""
 
-LossOn = Literal["answer", "all"]
+LossOn = Literal["answer", "last", "all"]
 
 
 @dataclass(frozen=True)
@@ -275,7 +275,7 @@ class Encoder:
 
     Args:
         tokenizer: a fast one, where there are conversations, or pairs and a chat template.
-        loss_on: answer: what the assistant says; all: every token but the first.
+        loss_on: answer: what the assistant says; last: its last turn; all: every token but the first.
     """
 
     def __init__(self, tokenizer: Any, loss_on: LossOn) -> None:
@@ -319,7 +319,7 @@ class Encoder:
             if not document.prompt:
                 yield Encoded(ids if text else [], None)
                 continue
-            silent = len(self.begin) + len(prompt) if self._loss_on == "answer" else 0
+            silent = len(self.begin) + len(prompt) if self._loss_on != "all" else 0
             yield Encoded(ids, [False] * silent + [bool(text)] * (len(ids) - silent))
 
     def _chats(self, chats: Sequence[Chat]) -> Iterator[Encoded]:
@@ -340,7 +340,8 @@ class Encoder:
             if self._loss_on == "all":
                 yield Encoded(ids, [True] * len(ids))
             else:
-                spans = conversation.answers(self._tokenizer, chat, text)
+                last = self._loss_on == "last"
+                spans = conversation.answers(self._tokenizer, chat, text, last=last)
                 yield Encoded(ids, _within(places, spans, text))
 
 

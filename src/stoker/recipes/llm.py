@@ -54,8 +54,8 @@ class Config(Training):
     a}."""
     streaming: bool = False
     """Tokenise the data as training comes to it, not beforehand; an epoch is an estimate then."""
-    loss_on: Literal["answer", "all"] = "answer"
-    """Of pairs and conversations: learn what the assistant says, or everything."""
+    loss_on: Literal["answer", "last", "all"] = "answer"
+    """Of pairs and conversations: learn what the assistant says, its last turn alone, or everything."""
     chat_template: Path | None = None
     """A file with the Jinja template of conversations; by default the tokenizer's own."""
     tokenizer: str | None = None
