@@ -108,6 +108,15 @@ CUTS = (
     "{{ m.content.split('</think>')[-1] | trim }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
 )
+# As Qwen 3 does: a last answer has its thought, or an empty one; earlier ones have none.
+PARTS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' %}{% set thought = m.content.split('</think>')[0].split('<think>')[-1]"
+    " if '</think>' in m.content else '' %}"
+    "{% if loop.last %}<think>\n{{ thought | trim }}\n</think>\n\n{% endif %}"
+    "{{ m.content.split('</think>')[-1] | trim }}{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 SYSTEM_LAST = (  # as Mistral's: what the system says stands with the last user
     "{% for m in messages %}{% if m.role == 'user' %}[INST] "
     "{% if loop.last or messages[loop.index0 + 1:] | selectattr('role', 'equalto', 'user') | list == [] %}"
@@ -122,6 +131,16 @@ SYSTEM_LAST = (  # as Mistral's: what the system says stands with the last user
         (CUTS, ("say yes or no", "yes", "and is it no", "no"), ["yes<|im_end|>", "no<|im_end|>"]),
         (CUTS, ("one", "<think>two</think> 1"), ["1<|im_end|>"]),
         (CUTS, ("one", "<think>hm</think> one", "two", "one two"), ["one<|im_end|>", "one two<|im_end|>"]),
+        (
+            PARTS,
+            ("one", "two", "what", "<think>\nis it\n</think>\n\nit is"),
+            ["two<|im_end|>", "<think>\nis it\n</think>\n\nit is<|im_end|>"],
+        ),
+        (
+            PARTS,
+            ("one", "<think>hm</think>two", "what", "<think>is it</think>it is"),
+            ["two<|im_end|>", "<think>\nis it\n</think>\n\nit is<|im_end|>"],
+        ),
         (SYSTEM_LAST, ("is it ok", "ok", "and no", "no"), ["ok<|endoftext|>", " no<|endoftext|>"]),
     ],
 )

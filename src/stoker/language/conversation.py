@@ -21,6 +21,7 @@ from stoker.errors import BadInput
 Span = tuple[int, int]
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_THOUGHT_INLINE = re.compile(r"(\s*<think>).*(</think>\s*)(.*)", re.DOTALL)
 _MARK = "5f3a9c"  # which no conversation has
 
 _REFUSALS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
@@ -365,6 +366,9 @@ def _with_marks(message: Message, number: int) -> Message:
     for place, call in enumerate(more.get("tool_calls", ())):
         call["function"]["name"] = f"call-{number}-{place}-{_MARK}"
     said = f"answer-{number}-{_MARK}" if message.content or "tool_calls" not in more else ""
+    if inline := _THOUGHT_INLINE.fullmatch(message.content):
+        begins, ends, answer = inline.groups()
+        said = f"{begins}thought-{number}-{_MARK}{ends}{said if answer else ''}"
     return Message("assistant", said, json.dumps(more) if more else "")
 
 
