@@ -125,6 +125,21 @@ def test_merged_an_adapter_on_tied_weights_changes_that_end_alone(targets: str, 
     torch.testing.assert_close(merged(adapter, tmp_path / "merged"), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_a_model_that_says_how_to_sample_and_not_to_is_exported_and_merged(
+    base: Path, tmp_path: Path
+) -> None:
+    """As many models of old have it, and transformers does not write it."""
+    folder = shutil.copytree(base, tmp_path / "base")
+    (folder / "generation_config.json").write_text('{"temperature": 0.9, "top_p": 0.6}')
+    _, language = loading_run.built(folder, "lora")
+    language.generation_config.save_pretrained(tmp_path / "exported")
+    adapter, _ = trained_adapter(folder, tmp_path / "adapter", "lora")
+    merged(adapter, tmp_path / "merged")
+    for written in ("exported", "merged"):
+        found = json.loads((tmp_path / written / "generation_config.json").read_text())
+        assert (found["temperature"], found["top_p"], found["do_sample"]) == (0.9, 0.6, True)
+
+
 def test_merged_an_adapter_on_4_bits_differs_by_what_they_had_rounded(base: Path, tmp_path: Path) -> None:
     """It is merged into the plain weights: that differs by at most twice what rounding does without it."""
     adapter, quantised = trained_adapter(base, tmp_path / "adapter", "qlora")
@@ -426,3 +441,11 @@ class _Copies(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.count += func is torch.ops.aten._to_copy.default and args[0].shape == self._shape
         return func(*args, **(kwargs or {}))
+
+
+def test_experts_take_no_dropout_which_is_said_by_our_key(tmp_path: Path) -> None:
+    experts = families.save(tmp_path / "mixtral", "mixtral")
+    with pytest.raises(BadInput, match=r"lora.dropout=0.05: the experts of a mixtral.*give lora.dropout=0"):
+        loading_run.built(experts, "lora", Lora(rank=4))
+    model, _ = loading_run.built(experts, "lora", Lora(rank=4, dropout=0.0))
+    assert any("experts" in name for name, p in model.named_parameters() if p.requires_grad)

@@ -54,7 +54,13 @@ def adapted(language: Language, lora: Lora, *, compare: bool = True) -> Any:
         warnings.filterwarnings("ignore", message=".*did not match any targeted module")
         try:
             made = get_peft_model(model, config)
-        except ValueError as error:  # names that match no module
+        except ValueError as error:  # names that match no module, or modules that take no such adapter
+            if "lora_dropout" in str(error):
+                raise BadInput(
+                    f"lora.dropout={lora.dropout}: the experts of a {model.config.model_type}, many of whose "
+                    "weights are one, take adapters without dropout alone: give lora.dropout=0, or "
+                    "lora.targets without them"
+                ) from error
             given = f"lora.targets={lora.targets}" if folder is None else f"lora.adapter={lora.adapter}"
             raise BadInput(f"{given}: {error}") from error
     for layer in made.modules():

@@ -209,8 +209,21 @@ def stop_tokens(tokenizer: Any, generation_config: Any) -> list[int]:
     return list(dict.fromkeys(token for token in ends if token is not None))
 
 
+def that_is_written(generation_config: Any) -> Any:
+    """A generation config that can be written.
+
+    transformers reads one that says how to sample but not that it is to, and refuses to write it.
+    """
+    made = copy.deepcopy(generation_config)
+    try:
+        made.validate(strict=True)
+    except ValueError:
+        made.do_sample = True
+    return made
+
+
 def _language(model: Any, tokenizer: Any, load: Load | None, origin: Path | str, generation: Any) -> Language:
-    generation = copy.deepcopy(generation)
+    generation = that_is_written(generation)
     generation.eos_token_id = stop_tokens(tokenizer, generation)
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]

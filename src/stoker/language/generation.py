@@ -25,7 +25,9 @@ def generate(trainer: Trainer, language: Language, prompt: str, length: int) -> 
     was_training = model.training
     model.eval()
     try:
-        encoded = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(trainer.device)
+        encoded = tokenizer(
+            prompt, return_tensors="pt", add_special_tokens=False, return_token_type_ids=False
+        ).to(trainer.device)
         begun = encoded["input_ids"].shape[1]
         length = min(length, building.room(language.config, begun))
         if trainer.strategy == "pipeline":

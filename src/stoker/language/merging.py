@@ -71,6 +71,7 @@ def merge(adapter: Path, target: Path, base: str | None = None) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of adapters on tied weights, which are so no longer
         merged = model.merge_and_unload(safe_merge=True)
+    merged.generation_config = building.that_is_written(merged.generation_config)
     if (adapter / "tokenizer.json").is_file():
         tokenizer = building.load_tokenizer(str(adapter))
         merged.generation_config.eos_token_id = building.stop_tokens(tokenizer, merged.generation_config)
