@@ -48,7 +48,8 @@ def test_asha_stops_trials_and_one_that_is_killed_goes_on_from_its_checkpoint(tm
     kills = KillsOnce(1.0, 17)
     results = tune.Tuner(
         trainable(RECIPE, FIXED, metric="score", runs=tmp_path / "runs"),
-        param_space={"h0": tune.grid_search([1.0, 0.1, 0.2]), "h1": 1.0},
+        # Two run at a time; the last, which begins when another is done, is the worst, so that it is stopped.
+        param_space={"h0": tune.grid_search([1.0, 0.2, 0.1]), "h1": 1.0},
         tune_config=tune.TuneConfig(
             metric="score", mode="max", reuse_actors=True,
             scheduler=ASHAScheduler(time_attr="step", max_t=80, grace_period=5, reduction_factor=2),
