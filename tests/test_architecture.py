@@ -33,6 +33,7 @@ FLOORS = (
         "words",
         "meanings",
         "other_names",
+        "unknown_keys",
     },
     {"run"},
     {"engine", "data", "checkpoint", "tracking", "reproduce", "stopping", "progress"},

@@ -18,6 +18,7 @@ import pytest
 import stoker
 import torch
 from stoker import BadInput, Run, Training
+from stoker.report import facts, run_difference
 from stoker.run import finding, media, view
 from stoker.run.directory import RunDirectory
 
@@ -208,9 +209,23 @@ def test_a_key_that_is_new_since_is_no_drift(open_run: Callable[..., Run]) -> No
     assert view.load(run.directory).status == "finished"
 
 
-def test_two_processes_cannot_train_one_run(open_run: Callable[..., Run]) -> None:
-    with open_run(), pytest.raises(BadInput, match="another process"):
-        open_run()
+def test_a_run_that_this_process_has_open_is_to_be_closed_before_it_is_opened_again(
+    open_run: Callable[..., Run],
+) -> None:
+    run = open_run()
+    for _ in range(2):  # a notebook's cell that is run again, and again
+        with pytest.raises(BadInput, match=r"this process itself has .* open: call run.close\(\)"):
+            open_run()
+    run.close()
+    with open_run() as again:
+        assert again.continued
+
+
+def test_two_processes_cannot_train_one_run(open_run: Callable[..., Run], tmp_path: Path) -> None:
+    code = f"import stoker; stoker.Run('test', 'a', runs={str(tmp_path / 'runs')!r})"
+    with open_run():
+        done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert "another process is training" in done.stderr
 
 
 def test_an_unused_run_is_discarded_and_a_used_one_kept(open_run: Callable[..., Run]) -> None:
@@ -362,3 +377,43 @@ def test_a_notebook_ends_a_run_without_a_block(open_run: Callable[..., Run]) -> 
     run.close()
     assert view.load(run.directory).status == view.FINISHED
     open_run().close()  # its lock is free
+
+
+def test_code_that_has_changed_since_the_run_began_is_said_once_and_recorded(
+    open_run: Callable[..., Run], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    script = tmp_path / "code/train.py"
+    script.parent.mkdir()
+    texts = ["import os\n", "import os\n", "import sys\n", "import sys\n", "import os\n"]
+    warned = []
+    for text in texts:
+        script.write_text(text)
+        caplog.clear()
+        with open_run(code=script) as run:
+            run.log(a=1)
+        warned.append([r.getMessage() for r in caplog.records if "the code is not" in r.getMessage()])
+    assert [len(said) for said in warned] == [0, 0, 1, 0, 0]
+    assert "(train.py)" in warned[2][0]
+    seen = view.load(run.directory)
+    assert [list(attempt.code) for attempt in seen.attempts] == [[], [], ["train.py"], ["train.py"], []]
+    unknown = run_difference.compare(seen, seen).unknown
+    assert "code: a went on with another at attempt 3: train.py changed" in unknown
+    notes = [facts.attempt_notes(seen, attempt) for attempt in seen.attempts]
+    assert notes == [[], [], ["code: train.py changed"], [], ["code: as at the run's begin again"]]
+
+
+def test_a_continued_run_that_logs_without_a_step_says_where_it_goes_on(
+    open_run: Callable[..., Run], caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, options in (("named", {"step": 3}), ("counted", {})):
+        with open_run(name) as run:
+            run.log(a=1)
+            run.log(a=2)
+        assert "is continued" not in caplog.text
+        with open_run(name) as run:
+            run.log({"a": 3}, **options)
+            run.log({"a": 4}, **options)
+    assert [message for message in caplog.messages if "is continued" in message] == [
+        "run 'counted' is continued, at step 3: begin the loop at run.step, or take another name for a run "
+        "that begins anew"
+    ]

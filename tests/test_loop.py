@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from stoker import BadInput, Run, StokerError, Trainer, Training
-from stoker.checkpoint import manifest
+from stoker.checkpoint import manifest, store
 from stoker.duration import Duration
 from stoker.engine import optimizers, schedule
 from stoker.engine.random_state import seed_everything
@@ -22,7 +23,7 @@ from stoker.errors import OutOfMemory
 from stoker.run import journal, view
 from torch import nn
 from torch.nn.functional import cross_entropy
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 
 def _dataset(size: int = 50) -> TensorDataset:
@@ -130,13 +131,17 @@ def test_accumulation_does_not_change_the_result(open_run: Callable[..., Run], m
     torch.testing.assert_close(weights[1], weights[0], rtol=1e-4, atol=1e-6)
 
 
-def _train(run: Run, stop_after: int | None = None, **options: Any) -> nn.Module:
+class _Dies(Exception):
+    """What ends a script in the middle of a step."""
+
+
+def _train(run: Run, dies_in: int | None = None, **options: Any) -> nn.Module:
     model = _model(dropout=0.5)
     trainer = _trainer(run, model, checkpoint_every=4, **options)
     for batch in trainer.steps(trainer.loader(_dataset(), batch_size=8), max_steps=15):
         run.log(loss=trainer.step(batch))
-        if trainer.steps_done + 1 == stop_after:
-            break
+        if run.step == dies_in:
+            raise _Dies
     return model
 
 
@@ -144,8 +149,8 @@ def test_resuming_gives_the_same_bits(open_run: Callable[..., Run]) -> None:
     with open_run("whole") as run:
         whole = _train(run)
     for stop in (6, 11):
-        with open_run("cut") as run:
-            _train(run, stop_after=stop)
+        with pytest.raises(_Dies), open_run("cut") as run:
+            _train(run, dies_in=stop)
     with open_run("cut") as run:
         resumed = _train(run)
     for name, tensor in whole.state_dict().items():
@@ -159,8 +164,8 @@ def test_resuming_gives_the_same_bits(open_run: Callable[..., Run]) -> None:
 
 
 def test_a_changed_learning_rate_wins_over_the_saved_one(open_run: Callable[..., Run]) -> None:
-    with open_run() as run:
-        _train(run, stop_after=6, lr=0.01)
+    with pytest.raises(_Dies), open_run() as run:
+        _train(run, dies_in=6, lr=0.01)
     with open_run() as run:
         trainer = _trainer(run, _model(), lr=0.5)
         assert trainer.steps_done == 4
@@ -320,11 +325,90 @@ def test_a_frozen_model_is_refused(open_run: Callable[..., Run]) -> None:
         _trainer(run, _model().requires_grad_(False))
 
 
+class _WithTeacher(nn.Module):
+    """A part that is trained, one that follows it by hand, and one that nobody touches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.student, self.teacher, self.still = _model(), _model(), _model()
+        self.teacher.requires_grad_(False)
+        self.still.requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.student(x) + self.teacher(x) + self.still(x)  # type: ignore[no-any-return]
+
+
+def _follow(teacher: nn.Module, student: nn.Module) -> None:
+    with torch.no_grad():
+        for mean, value in zip(teacher.parameters(), student.parameters(), strict=True):
+            mean.data.lerp_(value.data, 0.3)
+
+
+def test_a_frozen_part_that_is_moved_by_hand_goes_on_where_it_was_and_one_that_stays_is_not_saved(
+    open_run: Callable[..., Run],
+) -> None:
+    def train(name: str, steps: int) -> nn.Module:
+        with open_run(name) as run:
+            model = _WithTeacher()
+            trainer = _trainer(run, model)
+            for batch in trainer.steps(trainer.loader(_dataset(), batch_size=8), max_steps=steps):
+                run.log(loss=trainer.step(batch))
+                _follow(model.teacher, model.student)
+        (*_, newest) = sorted(run.directory.checkpoints.iterdir())
+        saved = store.shapes(manifest.read(newest)).keys()
+        assert {"model.student.0.weight", "model.teacher.0.weight"} <= saved
+        assert "model.still.0.weight" not in saved
+        return model
+
+    whole = train("whole", 9).state_dict()
+    train("cut", 5)
+    resumed = train("cut", 9).state_dict()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+@pytest.mark.parametrize("begins", ["frozen", "trained"])
+def test_what_is_frozen_or_thawed_on_the_way_is_so_after_a_restart(
+    open_run: Callable[..., Run], begins: str
+) -> None:
+    def train(name: str, steps: int) -> nn.Module:
+        with open_run(name) as run:
+            model = _model()
+            model[0].requires_grad_(begins == "trained")
+            trainer = _trainer(run, model, optimizer=lambda _: torch.optim.SGD(model.parameters(), lr=0.1))
+            for batch in trainer.steps(trainer.loader(_dataset(), batch_size=8), max_steps=steps):
+                if run.step == 3:
+                    model[0].requires_grad_(begins == "frozen")
+                run.log(loss=trainer.step(batch))
+        return model
+
+    whole = train("whole", 9)
+    train("cut", 5)
+    resumed = train("cut", 9)
+    assert resumed[0].weight.requires_grad == (begins == "frozen")  # type: ignore[index, union-attr]
+    assert all(torch.equal(t, resumed.state_dict()[name]) for name, t in whole.state_dict().items())
+
+
 def test_a_run_has_one_trainer(open_run: Callable[..., Run]) -> None:
     with open_run() as run:
         _trainer(run, _model())
         with pytest.raises(ValueError, match="one Trainer"):
             _trainer(run, _model())
+
+
+def test_a_submodule_called_by_itself_computes_in_the_precision_of_a_forward_pass(
+    open_run: Callable[..., Run],
+) -> None:
+    for precision, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        with open_run(precision) as run:
+            model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+            trainer = Trainer(
+                run, model, optimizer=lambda p: torch.optim.SGD(p, lr=0.1),
+                training=Training(precision=precision),
+            )  # fmt: skip
+            x = torch.ones(1, 2)
+            assert trainer.model[0](x).dtype == torch.float32
+            with trainer.autocast():
+                assert trainer.model[0](x).dtype == trainer.forward((x,)).dtype == dtype
 
 
 def test_bf16_keeps_float32_weights(open_run: Callable[..., Run]) -> None:
@@ -508,11 +592,11 @@ def test_batches_that_are_all_bad_end_the_run(open_run: Callable[..., Run]) -> N
             _run_on(trainer, 50)
 
 
-@pytest.mark.parametrize("stop_after", [None, 10])
-def test_each_checkpoint_is_rewound_to_once(stop_after: int | None, open_run: Callable[..., Run]) -> None:
+@pytest.mark.parametrize("dies_in", [None, 10])
+def test_each_checkpoint_is_rewound_to_once(dies_in: int | None, open_run: Callable[..., Run]) -> None:
     """Also where the run was interrupted between two of them."""
 
-    def train(run: Run, stop_after: int | None = None) -> None:
+    def train(run: Run, dies_in: int | None = None) -> None:
         def loss(output: torch.Tensor, batch: Any) -> tuple[torch.Tensor, int]:
             total, weight = _loss(output, batch)
             return (total * math.nan if run.step >= 8 else total), weight
@@ -523,12 +607,12 @@ def test_each_checkpoint_is_rewound_to_once(stop_after: int | None, open_run: Ca
         )
         for batch in trainer.steps(trainer.loader(_dataset(), batch_size=8), max_steps=50):
             trainer.step(batch)
-            if trainer.steps_done + 1 == stop_after:
-                break
+            if run.step == dies_in:
+                raise _Dies
 
-    if stop_after is not None:
-        with open_run() as run:
-            train(run, stop_after)
+    if dies_in is not None:
+        with pytest.raises(_Dies), open_run() as run:
+            train(run, dies_in)
     with (
         pytest.raises(StokerError, match=r"step 12: there is no checkpoint to rewind to"),
         open_run() as run,
@@ -635,3 +719,154 @@ def test_going_on_with_another_number_of_samples_is_said(
                 trainer.step(batch)
     said = "an epoch was 50 samples and is 40 now: the order of samples is another from step 2 on"
     assert (said in caplog.messages) == warns
+
+
+def test_a_loop_that_is_left_is_saved_as_it_is_and_one_that_failed_is_not(
+    open_run: Callable[..., Run], caplog: pytest.LogCaptureFixture
+) -> None:
+    def train(name: str, leave: Callable[[], bool]) -> nn.Module:
+        with open_run(name) as run:
+            model = _model()
+            trainer = _trainer(run, model)
+            for batch in trainer.steps(trainer.loader(_dataset(), batch_size=8), max_steps=9):
+                run.log(loss=trainer.step(batch))
+                if run.step == 4 and leave():
+                    break
+        return model
+
+    with caplog.at_level(logging.INFO):
+        model = train("left", lambda: True)
+    assert "the loop was left at step 4 of 9" in caplog.text
+    with open_run("left") as run:
+        assert run.step == 4
+        (saved, _) = run.newest_checkpoint()
+        assert saved is not None
+        assert (saved.step, saved.samples) == (4, 32)
+        weights = load_file(store.export_model(saved, run.directory.artifacts / "model.safetensors"))
+    assert torch.equal(weights["0.weight"], model.state_dict()["0.weight"])
+    with pytest.raises(ZeroDivisionError):
+        train("failed", lambda: bool(1 / 0))
+    assert not list((run.directory.path.parent / "failed").glob("checkpoints/*/manifest.json"))
+
+
+def test_a_loop_that_is_left_before_its_step_is_saved_without_it(open_run: Callable[..., Run]) -> None:
+    with open_run() as run:
+        trainer = _trainer(run, _model())
+        for batch in trainer.steps(trainer.loader(_dataset(), batch_size=8), max_steps=9):
+            if run.step == 4:
+                break
+            run.log(loss=trainer.step(batch))
+    (saved, _) = run.newest_checkpoint()
+    assert saved is not None
+    assert (saved.step, saved.samples) == (3, 24)
+
+
+def test_a_second_loop_with_nothing_left_is_refused_and_one_that_goes_further_is_not(
+    open_run: Callable[..., Run],
+) -> None:
+    with open_run() as run:
+        trainer = _trainer(run, _model())
+        loader = trainer.loader(_dataset(), batch_size=8)
+        for steps in (2, 5):
+            for batch in trainer.steps(loader, max_steps=steps):
+                trainer.step(batch)
+        assert trainer.steps_done == 5
+        with pytest.raises(
+            ValueError, match=r"steps\(\) of 3 .*the run is at step 5, .*counts from its start"
+        ):
+            next(trainer.steps(loader, max_steps=3))
+    with open_run() as run:  # which comes to loops that are over
+        trainer = _trainer(run, _model())
+        loader = trainer.loader(_dataset(), batch_size=8)
+        assert [list(trainer.steps(loader, max_steps=steps)) for steps in (2, 5)] == [[], []]
+
+
+@pytest.mark.parametrize("goal", ["min", "max"])
+def test_the_best_is_of_the_weights_that_were_measured(open_run: Callable[..., Run], goal: Any) -> None:
+    values = {2: 3.0, 4: 1.0, 6: 2.0, 8: 0.5, 10: 0.7}
+    measured = {}
+
+    def train(until: int) -> None:
+        with open_run() as run:
+            run.goal(score=goal)
+            model = _model()
+            trainer = _trainer(run, model, best="score", checkpoint_best=True, keep_checkpoints=1)
+            for batch in trainer.steps(trainer.loader(_dataset(), batch_size=8), max_steps=until):
+                run.log(loss=trainer.step(batch))
+                if run.step in values:
+                    run.log(score=values[run.step] * (1 if goal == "min" else -1))
+                    measured[run.step] = copy.deepcopy(model.state_dict())
+
+    train(5)
+    train(11)
+    found = manifest.best(open_run().directory.checkpoints, "score", goal)
+    assert found is not None
+    assert manifest.step_of(found) == 8
+    weights = load_file(store.export_model(manifest.read(found), found.parent / "best.safetensors"))
+    assert torch.equal(weights["0.weight"], measured[8]["0.weight"])
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"optimizer": torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.1)},
+         "optimizer= is an object of the type SGD.*optimizer=lambda parameters: SGD"),
+        ({"optimizer": {"0": "adam"}}, "optimizer= is 'adam' for '0'.*optimizer={'0': lambda parameters"),
+        ({"loss": nn.CrossEntropyLoss()}, r"loss= is .* CrossEntropyLoss: give .*\(output, batch\) -> \(sum"),
+        ({"loss": cross_entropy}, r"loss= is cross_entropy: give a function \(output, batch\)"),
+        ({"schedule": "cosine"}, r"schedule= is 'cosine': give a function \(step, total steps\)"),
+        ({"schedule": lambda step: 1.0}, "schedule= is <lambda>, which does not take these two"),
+    ],
+)  # fmt: skip
+def test_an_argument_of_another_kind_is_refused_with_what_to_give(
+    given: dict[str, Any], said: str, open_run: Callable[..., Run]
+) -> None:
+    with open_run() as run, pytest.raises(BadInput, match=said):
+        Trainer(run, _model(), **{"optimizer": torch.optim.Adam, "loss": _loss, **given})
+
+
+def test_a_loss_that_is_a_module_of_ones_own_is_taken(open_run: Callable[..., Run]) -> None:
+    class Loss(nn.Module):
+        def forward(self, output: torch.Tensor, batch: Any) -> tuple[torch.Tensor, int]:
+            return _loss(output, batch)
+
+    with open_run() as run:
+        trainer = Trainer(run, _model(), optimizer=torch.optim.Adam, loss=Loss())
+        assert len(_run_on(trainer, 2)) == 2
+
+
+def test_batches_come_of_steps_over_a_loader_of_the_trainer(open_run: Callable[..., Run]) -> None:
+    with open_run() as run:
+        trainer = _trainer(run, _model())
+        with pytest.raises(BadInput, match=r"given a DataLoader.*make a loader .*trainer.loader\(dataset"):
+            next(trainer.steps(DataLoader(_dataset()), epochs=1))  # type: ignore[arg-type]
+        with pytest.raises(BadInput, match=r"for batch in trainer.steps\(loader, epochs="):
+            next(iter(trainer.loader(_dataset(), batch_size=10)))
+
+
+class _OfItems(nn.Module):
+    def __init__(self, fails: bool = False) -> None:
+        super().__init__()
+        self.layer, self.fails = nn.Linear(2, 1), fails
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.fails:
+            raise TypeError("of its own")
+        return self.layer(x)
+
+
+def test_a_model_that_takes_not_all_of_a_batch_is_to_be_told_which(open_run: Callable[..., Run]) -> None:
+    samples = [{"x": torch.ones(2), "y": torch.ones(1)} for _ in range(4)]
+    with open_run() as run:
+        trainer = Trainer(run, _OfItems(), optimizer=torch.optim.Adam, loss=_loss)
+        said = r'_OfItems is called with x, y, .* and takes x: .*inputs=lambda batch: \{"x": batch\["x"\]\}'
+        with pytest.raises(BadInput, match=said):
+            trainer.step(next(trainer.steps(trainer.loader(samples, batch_size=2), epochs=1)))
+
+
+def test_an_error_of_a_models_own_stays_what_it_is(open_run: Callable[..., Run]) -> None:
+    samples = [{"x": torch.ones(2)} for _ in range(4)]
+    with open_run() as run:
+        trainer = Trainer(run, _OfItems(fails=True), optimizer=torch.optim.Adam, loss=_loss)
+        with pytest.raises(TypeError, match="of its own"):
+            trainer.step(next(trainer.steps(trainer.loader(samples, batch_size=2), epochs=1)))

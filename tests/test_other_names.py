@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, make_dataclass
 
 import pytest
-from stoker import config, other_names
+from stoker import Training, config, other_names
 from stoker.errors import BadInput
 from stoker.recipes import llm
 
@@ -16,6 +16,12 @@ class Own:
     """How far a step goes."""
     length: int = 4
     out_dirs: str = "out"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Script(Training):
+    lr: float = 0.1
+    size: int = 4
 
 
 def said(cls: type, override: str) -> str:
@@ -63,12 +69,26 @@ def test_of_a_class_whose_source_is_not_there_the_key_is_named_all_the_same() ->
     assert said(made, "learning_rate=1").endswith("; here it is lr")
 
 
-def test_many_keys_are_listed_on_lines_with_those_of_a_group_together() -> None:
-    lines = said(llm.Config, "frobnicate=1").splitlines()
-    assert "  ema.decay, ema.warmup" in lines
-    assert max(map(len, lines)) < 100
-    listed = {name.strip(" ,") for line in lines[1:] for name in line.split(", ")}
-    assert listed == set(config.describe(llm.Config))
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("learning=1", "; here it is lr (Peak learning rate"),
+        ("gradient_accum=2", "; here it follows from batch_size ("),
+        ("momentum=1", "; the nearest by meaning: optimizer (AdamW, SGD with momentum"),
+    ],
+)
+def test_what_is_near_in_no_letters_is_found_by_its_beginning_and_by_its_words(
+    override: str, expected: str
+) -> None:
+    assert expected in said(llm.Config, override)
+
+
+def test_of_many_keys_those_of_the_config_itself_are_named_and_how_all_are_seen() -> None:
+    found = said(Script, "frobnicate=1")
+    assert "; its own keys are lr, size; `stoker recipes show RECIPE`" in found
+    assert found.endswith(f"shows all {len(config.describe(Script))}")
+    assert "`stoker recipes show RECIPE`" in said(llm.Config, "frobnicate=1")
+    assert len(said(llm.Config, "frobnicate=1")) < 200
 
 
 def test_every_name_leads_to_a_key_of_the_language_recipe_and_is_none_itself() -> None:

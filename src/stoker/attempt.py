@@ -13,16 +13,11 @@ which is refused before it begins leaves nothing behind. No torch is imported he
 from __future__ import annotations
 
 import atexit
-import collections
 import contextlib
 import logging
-import operator
 import os
 import platform
-import subprocess
 import sys
-import threading
-import time
 import types
 import uuid
 from collections.abc import Callable, Mapping, Sequence, Set
@@ -32,7 +27,7 @@ from types import TracebackType
 from typing import Any
 
 from stoker import config as configs
-from stoker import disk, threads
+from stoker import disk, threads, words
 from stoker.checkpoint import manifest
 from stoker.checkpoint.manifest import Checkpoint
 from stoker.errors import EXIT_FAILED, BadInput, Stopped
@@ -51,13 +46,14 @@ from stoker.run import (
     rendezvous,
     view,
 )
-from stoker.run.deferred import Deferred, DeferredArrays, check_name, flatten
-from stoker.run.reduction import WAYS, How
+from stoker.run.recorder import Recorder
+from stoker.run.reduction import How
 from stoker.run.series import Goal, Series, Summary
 from stoker.run.uploader import Uploads
 from stoker.stopping import StopRequests
 from stoker.supervision import Heart
 from stoker.tracking import follower
+from stoker.tracking.shipping import Shipping
 from stoker.tracking.system import SystemSampler
 from stoker.world import World
 
@@ -69,7 +65,6 @@ Newest = tuple[Checkpoint | None, list[str]]
 _SYNC_SECONDS = 1.0  # what a power cut may take; the death of the process takes nothing
 _SYSTEM_SECONDS = 10.0
 _SINKS_SECONDS = 2.0
-_FOLLOWER_SECONDS = 30.0  # from the start of a follower that was killed to that of the next one
 _FINISH_SECONDS = 60.0  # for the checkpoint that is being written when a run fails
 
 
@@ -127,8 +122,6 @@ class Run:
         self.seed = seed
         self.step = 0
         """The step that values are logged at; a Trainer moves it."""
-        self.latest: dict[str, float] = {}
-        """The newest value of every metric that this process wrote."""
         self.goals: dict[str, Goal] = {}
         """Which way metrics are better, as far as it was said."""
         self.layout: dict[str, Any] = {}
@@ -136,20 +129,14 @@ class Run:
         self.stop = StopRequests()
         self.made: set[str] = set()
         """The kinds of artifacts that were recorded in this attempt."""
-        self._sinks = follower.enabled()
-        self._pending: collections.deque[tuple[Deferred | DeferredArrays, int, float, str | None]]
-        self._pending = collections.deque()
+        sinks = follower.enabled()
+        self._shipping = Shipping(self.directory, sinks if self.world.rank == 0 else ())
         self._before: Mapping[str, Series] = {}
-        self._carried: dict[str, Any] = {}
-        self._names: set[str] = set()
-        self._highest, self._used = 0, False
-        self._follower: subprocess.Popen[bytes] | None = None
+        self._code_before: Mapping[str, str | None] = {}
         self._periodic: Periodic | None = None
         self._system: SystemSampler | None = None
         """Of a run that lasts a second: until then there is nothing to be seen."""
-        self._warned: set[str] = set()
         self._watches: list[Any] = []
-        self._lock = threading.Lock()
         self._descriptor, self._process = -1, os.getpid()
         self._lease: lease.Lease | None = None
         copy = mirror.of(self.directory)
@@ -185,15 +172,17 @@ class Run:
                 self._lease.keep(self._give_up)
             if self.continued:
                 self._newest = threads.begun(self._verify, "verify")
-            self.attempt, self._journal = journal.start_attempt(self.directory.journal)
-            undo.callback(self._journal.close)
+            self.attempt, writer = journal.start_attempt(self.directory.journal)
+            undo.callback(writer.close)
+            self._recorder = Recorder(writer, self.world, self._begin)
             disk.bring_soon(self.directory.journal)
             self._logging = messages.write_to(self.directory.logs / "rank-0.log")
             undo.callback(self._stop_logging)
             self._note_attempt()
-            self._append(
+            other = self._other_code(code) if self.continued and known is None else {}
+            self._recorder.event(
                 "attempt_started", pid=os.getpid(), host=platform.node(), drift=changes,
-                opening=mark, world=self.world.size, step=self.step,
+                opening=mark, world=self.world.size, step=self.step, **({"code": other} if other else {}),
             )  # fmt: skip
             undo.pop_all()
 
@@ -218,7 +207,8 @@ class Run:
     def _join(self) -> None:
         """Take part in the attempt that rank 0 of this launch begins."""
         self.attempt, begun = rendezvous.wait(self.directory, self.world.launch, self.world.rank)
-        self._journal = journal.join_attempt(self.directory.journal, self.attempt, self.world.rank)
+        writer = journal.join_attempt(self.directory.journal, self.attempt, self.world.rank)
+        self._recorder = Recorder(writer, self.world, self._begin)
         disk.bring_soon(self.directory.journal)
         self.continued = self.attempt > 1
         self.step = begun["step"]
@@ -239,8 +229,10 @@ class Run:
                 raise BadInput(opening.explain_drift(self.directory, refused, bool(record["recipe"])))
             changes = configs.drift(before.record["config"], record["config"])
             self.step = before.step
+            self._goes_on_behind = self.step > 0
             self.goals.update(before.goals)
             self.layout = before.attempts[-1].layout if before.attempts else {}
+            self._code_before = before.attempts[-1].code if before.attempts else {}
             if before.config.get("data_share") == record["config"].get("data_share"):
                 self.samples_per_epoch = before.samples_per_epoch
             self._before = before.points
@@ -249,6 +241,18 @@ class Run:
             record["code"] = self._record_code(code, known)
             self.directory.create(record)
         return changes
+
+    def _other_code(self, code: Path) -> dict[str, str | None]:
+        """The files of code that are others than those the run began with; says so, where that is news."""
+        from stoker.reproduce import code_changes
+
+        changed = code_changes.since_begun(self.directory.provenance, code)
+        if changed and changed != self._code_before:
+            log.warning(
+                "the code is not what it was when the run began (%s): what comes now is of the new one",
+                words.some(list(changed)),
+            )  # fmt: skip
+        return changed
 
     def _record_code(self, code: Path, known: Path | None) -> dict[str, Any]:
         """Record what the run is made from; returns what its record says of it."""
@@ -290,20 +294,27 @@ class Run:
         """
         flat = {**values, **metrics} if values and metrics else values or metrics
         if step is None:
+            if self._goes_on_behind:
+                self._warn_of_going_on()
             self.step += not self._stepped_by_trainer
             step = self.step
-        if reduce is None and self._is_plain(flat, step):
-            self._highest = step
-            self._journal.append_values(step, flat)
-            self.latest.update(flat)
-        else:
-            self._log_any(flat, step, reduce)
+        self._recorder.log(flat, step, reduce)
         if self._listener is not None:
             self._listener(step, flat)
 
+    def _warn_of_going_on(self) -> None:
+        """Of a run that is continued by its name, and may begin anew in its own loop."""
+        self._goes_on_behind = False
+        if not self._stepped_by_trainer and self.heart is None:
+            log.warning(
+                "run %r is continued, at step %d: begin the loop at run.step, or take another name for a run "
+                "that begins anew",
+                self.directory.id, self.step + 1,
+            )  # fmt: skip
+
     def leave_shipping(self) -> None:
         """Have another process ship this run to its sinks, as that of a search does for its trials."""
-        self._sinks = ()
+        self._shipping = Shipping(self.directory, ())
 
     def leave_to_disk(self) -> None:
         """End without waiting for the disk: one of many short runs; the process ends with `disk.bring`."""
@@ -314,55 +325,18 @@ class Run:
         if self.world.rank == 0:
             self._listener = listener
 
-    def _is_plain(self, values: Mapping[str, Any], step: int) -> bool:
-        """Whether there is nothing to do but to write: known names, finite floats, nothing on its way.
-
-        Most calls are so, and a call must cost next to nothing.
-        """
-        if type(step) is not int or step < self._highest or type(values) is not dict:
-            return False
-        if self._pending or self._carried or not (self._used and values.keys() <= self._names):
-            return False
-        for value in values.values():  # noqa: SIM110 - all() with a generator takes twice as long
-            if type(value) is not float or value - value != 0.0:  # which NaN and infinities are not
-                return False
-        return True
-
-    def _log_any(self, values: Mapping[str, Any], step: int, reduce: How | None) -> None:
-        flat = flatten(values)
-        if not flat.keys() <= self._names:
-            self._check_names(flat)
-        deferred = Deferred(flat)
-        if reduce is not None and reduce not in WAYS:
-            raise ValueError(f"reduce={reduce!r}: give one of {', '.join(WAYS)}")
-        if isinstance(step, bool) or not hasattr(step, "__index__"):
-            raise TypeError(f"step={step!r}: a step is a whole number")
-        step = operator.index(step)
-        if self.world.rank > 0 and reduce is None:
-            return
-        if not self._used:
-            self._begin()
-        if step < self._highest:
-            self._warn_of_going_back(flat, step)
-        else:
-            self._highest = step
-        self._pending.append((deferred, step, time.time(), reduce if self.world.size > 1 else None))
-        if self._carried:
-            self._log_carried(step)
-        self._write_arrived(wait=False)
-
     def params(self, **values: Any) -> None:
         """Record what the run's config did not know at its start: JSON values by name."""
         if values:
-            self._append("params", values=values)
+            self._recorder.event("params", values=values)
 
     def tag(self, **tags: str) -> None:
         """Set tags; a tag set again is replaced."""
-        self._append("tags", tags={key: str(value) for key, value in tags.items()})
+        self._recorder.event("tags", tags={key: str(value) for key, value in tags.items()})
 
     def note(self, text: str) -> None:
         """Add a note in words."""
-        self._append("note", text=text)
+        self._recorder.event("note", text=text)
 
     def goal(self, **goals: Goal) -> None:
         """Say which way metrics are better: `run.goal(score="max", distance="min")`.
@@ -373,7 +347,7 @@ class Run:
             if goal not in ("min", "max"):
                 raise ValueError(f"{metric}={goal!r}: a goal is 'min' or 'max'")
         self.goals.update(goals)
-        self._append("goals", goals=goals)
+        self._recorder.event("goals", goals=goals)
 
     def table(self, name: str, rows: Any, columns: Sequence[str] | None = None) -> None:
         """Log a table at the current step, kept as Parquet.
@@ -413,7 +387,7 @@ class Run:
         from stoker.run import media
 
         about = media.histogram(values, bins)
-        self._append("media", kind="histogram", name=name, step=self.step, about=about)
+        self._recorder.event("media", kind="histogram", name=name, step=self.step, about=about)
 
     def artifact(self, path: Path | str, name: str | None = None, kind: str = "file") -> Path:
         """Record a file or folder that the run made, with checksums; returns where it stands in the run.
@@ -433,7 +407,7 @@ class Run:
             source = artifacts.bring_in(self.directory, source, name)
         files = artifacts.describe(self.directory, source)
         relative = str(source.resolve().relative_to(self.directory.path.resolve()))
-        self._append("artifact", name=name, kind=kind, path=relative, files=files)
+        self._recorder.event("artifact", name=name, kind=kind, path=relative, files=files)
         self.made.add(kind)
         return source
 
@@ -448,7 +422,7 @@ class Run:
         """
         found = lineage.resolve(self.directory.path.parent.parent, artifact)
         if self.world.rank == 0:
-            self._append("used", name=found.name, run=found.maker, files=found.files)
+            self._recorder.event("used", name=found.name, run=found.maker, files=found.files)
             lineage.tell_maker(found, self.directory, self.directory.record()["uid"])
         return found.path
 
@@ -492,12 +466,17 @@ class Run:
         """
         from stoker.engine.watch import Watch
 
-        self._watches.append(Watch(model, every, bins if histograms else 0, self._carry))
+        self._watches.append(Watch(model, every, bins if histograms else 0, self._recorder.carry))
+
+    @property
+    def latest(self) -> dict[str, float]:
+        """The newest value of every metric that this process wrote."""
+        return self._recorder.latest
 
     @property
     def summary(self) -> dict[str, Summary]:
         """What every metric of the run came to so far: last, min, max, best."""
-        self._write_arrived(wait=True)
+        self._recorder.write_arrived(wait=True)
         return view.load(self.directory).summary()
 
     def fingerprint(self, name: str, value: str) -> None:
@@ -521,6 +500,16 @@ class Run:
     ) -> None:
         if self._is_parents:
             return
+        if error is None:
+            try:
+                self.conclude()
+            except BaseException as failed:
+                self._leave(failed)
+                raise
+        self._leave(error)
+
+    def _leave(self, error: BaseException | None) -> None:
+        """End as an error says, or the lack of one, and let go of the run."""
         try:
             if self._finish is not None and not self.stop.at_once:
                 self._finish_writing(self._finish)
@@ -541,7 +530,10 @@ class Run:
         An interactive session goes on after an error.
         """
         raised = None if hasattr(sys, "ps1") else getattr(sys, "last_value", None)
-        self.__exit__(None if raised is None else type(raised), raised, None)
+        if raised is None and self.stop.requested is not None:  # by a SystemExit, of which nothing is kept
+            raised = Stopped(self.stop.requested)
+        if not self._is_parents:
+            self._leave(raised)
 
     @staticmethod
     def _finish_writing(finish: Callable[[float], None]) -> None:
@@ -573,23 +565,33 @@ class Run:
     """The checkpoint that it goes on from, looked for while the model is built."""
     _waits_for_disk = True
     _ended = False
-    _follower_begun = 0.0
     _finish: Callable[[float], None] | None = None
+    _conclude: Callable[[], None] | None = None
     _stepped_by_trainer = False
+    _goes_on_behind = False
+    """Whether it is continued, and nothing was logged yet without a step."""
     _listener: Callable[[int, Mapping[str, Any]], None] | None = None
 
-    def take_over_steps(self, finish: Callable[[float], None], heart: Heart) -> None:
+    def take_over_steps(
+        self, finish: Callable[[float], None], conclude: Callable[[], None], heart: Heart
+    ) -> None:
         """From now on a Trainer says which step it is. Raises ValueError where one does already.
 
         Args:
             finish: waits up to so many seconds for what the Trainer still writes, however the run ends.
+            conclude: saves what a loop left that was ended early, where no error ended it.
             heart: says how far the Trainer's loop is.
         """
         if self._stepped_by_trainer:
             raise ValueError("a run has one Trainer: its checkpoints are that one's")
         self._stepped_by_trainer = True
-        self._finish = finish
+        self._finish, self._conclude = finish, conclude
         self.heart = heart
+
+    def conclude(self) -> None:
+        """What is trained is over, and no error ended it: a Trainer saves what its loop left."""
+        if self._conclude is not None and not self._ended:
+            self._conclude()
 
     def newest_checkpoint(self, but: Set[int] = frozenset()) -> Newest:
         """The checkpoint to go on from.
@@ -607,16 +609,15 @@ class Run:
 
     def event(self, kind: str, /, **fields: Any) -> None:
         """Append an event of the loop: plan, resumed, checkpoint."""
-        self._append(kind, **fields)
+        self._recorder.event(kind, **fields)
         if kind == "plan":
             self.plan = fields
         if kind == "checkpoint":
             self._uploads.begin()
         if kind == "resumed":
-            self._highest = fields["step"]
-            self.latest = {
-                name: s.until(self._highest) for name, s in self._before.items() if s.x[0] <= self._highest
-            }
+            step = fields["step"]
+            newest = {name: s.until(step) for name, s in self._before.items() if s.x[0] <= step}
+            self._recorder.go_on_from(step, newest)
             self._before = {}
 
     def flush(self) -> None:
@@ -624,8 +625,8 @@ class Run:
 
         Raises OSError where some of it did not come there, now or before.
         """
-        self._write_arrived(wait=True)
-        self._journal.sync()
+        self._recorder.write_arrived(wait=True)
+        self._recorder.sync()
         disk.bring()  # by what names it is found
 
     def end_if_lost(self) -> None:
@@ -648,16 +649,14 @@ class Run:
             for watch in self._watches:
                 watch.close()
             self._sample_system()
-            if self._follower is not None:
-                self._replace_follower(0.0)
-                self._warn_of_sinks()
-            self._append("attempt_ended", status=status, error=error)
-            self._write_arrived(wait=True)
+            self._shipping.finish()
+            self._recorder.event("attempt_ended", status=status, error=error)
+            self._recorder.write_arrived(wait=True)
             if self._waits_for_disk:
-                self._journal.sync()
+                self._recorder.sync()
                 disk.bring()
             else:
-                disk.bring_soon(self._journal.file)
+                disk.bring_soon(self._recorder.file)
 
     def close(self) -> None:
         """Let go of the run. The follower goes on by itself until everything is shipped.
@@ -669,14 +668,14 @@ class Run:
         atexit.unregister(self._end_with_script)
         if self._periodic is not None:
             self._periodic.close()
-        self._journal.close()
+        self._recorder.close()
         self._stop_logging()
         if self._lease is not None:
             self._lease.end_keeping()  # who takes the lock now may take the lease too: it was ours to the end
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
-            if (self._used or self.continued) and not self.stop.at_once:
+            if (self._recorder.used or self.continued) and not self.stop.at_once:
                 self._uploads.finish()
         if self._lease is not None:
             self._lease.release()
@@ -691,36 +690,27 @@ class Run:
     def discard_if_unused(self) -> None:
         """Undo the opening: delete a run that this attempt made and never logged to."""
         self.close()
-        if self.world.rank == 0 and not self.continued and not self._used and not self._is_parents:
+        if self.world.rank == 0 and not self.continued and not self._recorder.used and not self._is_parents:
             mirror.remove(self.directory)
 
     def wait_for_sinks(self, timeout: float) -> list[Any]:
         """After `close`: wait for the follower up to `timeout` seconds; returns each sink's state."""
-        if self._follower is None:
-            return []
-        return list(follower.wait(self.directory, self._follower, timeout))
+        return list(self._shipping.wait(timeout))
 
     # -- the journal --------------------------------------------------------------------
 
     def _begin(self) -> None:
         """The first metric: from now on there is something to ship and to look after."""
-        self._used = True
         jobs = [Job(_SYNC_SECONDS, self._sync)]
-        if self.world.rank == 0 and self._sinks:
-            self._begin_follower()
-            jobs.append(Job(_SINKS_SECONDS, self._look_after_sinks))
         if self.world.rank == 0:
-            jobs.append(Job(_SYSTEM_SECONDS, self._sample_system))
+            self._shipping.begin()
             self._uploads.begin()
-            jobs.append(Job(_SINKS_SECONDS, self._uploads.look_after))
+            jobs += [
+                Job(_SINKS_SECONDS, self._shipping.look_after),
+                Job(_SYSTEM_SECONDS, self._sample_system),
+                Job(_SINKS_SECONDS, self._uploads.look_after),
+            ]
         self._periodic = Periodic(jobs)
-
-    def _append(self, kind: str, /, **fields: Any) -> None:
-        if self.world.rank > 0:
-            return
-        self._write_arrived(wait=True)
-        with self._lock:
-            self._journal.append(kind, **fields)
 
     def _media(self, kind: str, name: str, encode: Callable[[], Any]) -> None:
         """Write what is to be looked at as a file, and say so."""
@@ -730,103 +720,22 @@ class Run:
 
         encoded = encode()
         file = media.write(self.directory, kind, name, self.step, encoded)
-        self._append("media", kind=kind, name=name, step=self.step, file=file, about=encoded.about)
-
-    def _write_arrived(self, wait: bool) -> None:
-        """Write the pending points in order, up to the first that is still on its way."""
-        with self._lock:
-            while self._pending and (wait or self._pending[0][0].arrived):
-                self._write(*self._pending[0])
-                self._pending.popleft()  # not before: the disk may be full just now
-
-    def _write(self, deferred: Deferred | DeferredArrays, step: int, at: float, reduce: str | None) -> None:
-        if isinstance(deferred, DeferredArrays):
-            self._write_histograms(deferred.read(), step, at)
-            return
-        values = deferred.read()
-        fields = {"reduce": reduce} if reduce is not None else {}
-        self._journal.append("metrics", time=at, step=step, values=journal.encode_values(values), **fields)
-        self.latest.update(values)
-
-    def _write_histograms(self, arrays: Mapping[str, Any], step: int, at: float) -> None:
-        for name in (key.removesuffix("/counts") for key in arrays if key.endswith("/counts")):
-            low, high = float(arrays[f"{name}/low"]), float(arrays[f"{name}/high"])
-            counts = arrays[f"{name}/counts"].tolist()
-            edges = [low + (high - low) * i / len(counts) for i in range(len(counts) + 1)]
-            about = {"edges": edges, "counts": counts}
-            self._journal.append("media", time=at, kind="histogram", name=name, step=step, about=about)
-
-    def _carry(self, norms: Mapping[str, Any], histograms: Mapping[str, tuple[Any, ...]]) -> None:
-        """Keep what a watch saw for the next `log`, whose step it belongs to."""
-        if self.world.rank == 0:
-            self._carried = {"norms": norms, "histograms": histograms}
-
-    def _log_carried(self, step: int) -> None:
-        norms, histograms = self._carried["norms"], self._carried["histograms"]
-        self._carried = {}
-        at = time.time()
-        self._pending.append((Deferred(norms), step, at, None))
-        if histograms:
-            parts = ("low", "high", "counts")
-            tensors = {
-                f"{n}/{part}": t for n, h in histograms.items() for part, t in zip(parts, h, strict=True)
-            }
-            self._pending.append((DeferredArrays(tensors), step, at, None))
-
-    def _check_names(self, values: Mapping[str, Any]) -> None:
-        if "step" in values:
-            raise ValueError("'step' is where a metric is logged, not one: pass it as run.log(..., step=)")
-        for name in values:
-            check_name(name)
-        self._names.update(values)
-
-    def _warn_of_going_back(self, values: Mapping[str, Any], step: int) -> None:
-        if "going back" not in self._warned:
-            self._warned.add("going back")
-            log.warning(
-                "%s: logged at step %d after step %d; kept at its step, unless that has a point already",
-                ", ".join(list(values)[:3]), step, self._highest,
-            )  # fmt: skip
+        self._recorder.event("media", kind=kind, name=name, step=self.step, file=file, about=encoded.about)
 
     # -- beside the loop ----------------------------------------------------------------
 
     def _sync(self) -> None:
-        self._write_arrived(wait=False)
-        self._journal.sync()
+        self._recorder.write_arrived(wait=False)
+        self._recorder.sync()
         if self._system is None and self.world.rank == 0:
             self._system = SystemSampler(self.directory.path)
 
     def _sample_system(self) -> None:
         if self._system is None:
             return
-        values = journal.encode_values(self._system.sample())
-        with self._lock:
-            self._journal.append("system", step=self.step, values=values)
+        self._recorder.system(self.step, self._system.sample())
 
     def _give_up(self, reason: str) -> None:
         """End at once: what this process would write is another's to write now."""
         log.error("%s", reason)
         os._exit(EXIT_FAILED)
-
-    def _begin_follower(self) -> None:
-        self._follower, self._follower_begun = follower.spawn(self.directory), time.monotonic()
-
-    def _replace_follower(self, pause: float) -> None:
-        """Start another one where the last was killed, which was begun so many seconds ago."""
-        gone = self._follower is not None and self._follower.poll() is not None
-        if gone and time.monotonic() - self._follower_begun >= pause:
-            log.info("the process that ships to the sinks is gone: another one goes on")
-            self._begin_follower()
-
-    def _look_after_sinks(self) -> None:
-        self._replace_follower(_FOLLOWER_SECONDS)
-        self._warn_of_sinks()
-
-    def _warn_of_sinks(self) -> None:
-        for name, error in follower.failing(self.directory).items():
-            if name not in self._warned:
-                self._warned.add(name)
-                log.warning(
-                    "%s takes nothing now (%s); training goes on, and `stoker sync %s` or the next "
-                    "start ships what it lacks", name, error, self.directory.id,
-                )  # fmt: skip

@@ -15,7 +15,6 @@ import enum
 import functools
 import json
 import shlex
-import textwrap
 import types
 import typing
 from collections.abc import Container, Iterable, Mapping
@@ -25,17 +24,13 @@ from typing import Any, Generic, TypeVar
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
-from stoker import other_names, redaction
+from stoker import redaction, unknown_keys
 from stoker.errors import BadInput, nearest
-from stoker.meanings import meanings_of
 
 C = TypeVar("C")
 
 DEFAULT = "default"
 COMMAND_LINE = "command line"
-
-_IN_A_ROW = 20  # keys that are listed in one line of a message
-_WIDTH = 96  # of such lines where there are more
 
 
 @dataclass(frozen=True)
@@ -370,37 +365,7 @@ def _known(cls: type, key: str, leaves: Mapping[str, _Leaf], source: str) -> Non
             f"unknown key {key!r} ({source}); it takes none, as train has no second parameter, config, "
             "annotated with a config dataclass"
         )
-    raise BadInput(f"unknown key {key!r} ({source}){_meant(cls, key, leaves)}")
-
-
-def _meant(cls: type, key: str, leaves: Mapping[str, _Leaf]) -> str:
-    """What to give in place of an unknown key, as the end of a sentence; all keys where nothing is near."""
-    if ours := other_names.keys_for(key, leaves):
-        meanings: dict[str, str] = {}
-        with contextlib.suppress(OSError, TypeError, SyntaxError):  # of a class whose source is not there
-            meanings = meanings_of(cls)
-        told = [_with_meaning(name, meanings.get(name, "")) for name in ours]
-        return f"; here it follows from {' and '.join(told)}" if len(told) > 1 else f"; here it is {told[0]}"
-    command = other_names.command_for(key)
-    if command and not nearest(key, leaves, alike=0.8):  # a config of one's own may have such a key
-        return f"; that is no key here: {command}"
-    return nearest(key, leaves) or f"; the keys are{_listed(leaves)}"
-
-
-def _with_meaning(name: str, meaning: str) -> str:
-    return f"{name} ({meaning.removesuffix('.')})" if meaning else name
-
-
-def _listed(keys: Iterable[str]) -> str:
-    """All keys: a few in a row; many on lines of their own, one for each group of them."""
-    keys = list(keys)
-    if len(keys) <= _IN_A_ROW:
-        return " " + ", ".join(keys)
-    groups: dict[str, list[str]] = {"": []}
-    for key in keys:
-        groups.setdefault(key.rpartition(".")[0], []).append(key)
-    lines = [textwrap.wrap(", ".join(names), _WIDTH, break_on_hyphens=False) for names in groups.values()]
-    return "".join(f"\n  {line}" for group in lines for line in group)
+    raise BadInput(f"unknown key {key!r} ({source}){unknown_keys.meant(cls, key, leaves)}")
 
 
 def _get(config: Any, key: str) -> Any:

@@ -19,15 +19,17 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Set
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from stoker import distributed, evaluation, storage, supervision
 from stoker.attempt import Run
 from stoker.checkpoint import manifest, planning, state
+from stoker.checkpoint.frozen import Frozen
 from stoker.data.loader import Collate, Loader
 from stoker.duration import Duration
 from stoker.engine import (
+    arguments,
     batches,
     blocks,
     counting,
@@ -46,27 +48,25 @@ from stoker.engine import (
     whole,
 )
 from stoker.engine.agreement import Agreement, Requests, Weight
-from stoker.engine.bad_loss import LossWatch
+from stoker.engine.bad_loss import MOST_IN_A_ROW, LossWatch
 from stoker.engine.cutting import MicroBatches
 from stoker.engine.ema import Ema
 from stoker.engine.flops import Peak, peak
 from stoker.engine.loss_scale import LossScale
 from stoker.engine.metrics import Mean, Metric
 from stoker.engine.options import Training
+from stoker.engine.pace import Pace
 from stoker.engine.profiling import Profiler
 from stoker.engine.schedule import Schedule
 from stoker.engine.step import LossFunction, OptimizerFactory, Setting, only_loop_of_its_own
 from stoker.engine.timing import Timed, Timing
 from stoker.errors import BadInput, OutOfMemory, StokerError, Stopped
-from stoker.progress import ProgressDisplay, Rate, Reading, short
+from stoker.progress import ProgressDisplay, Reading, short
 from stoker.run import journal, view
 from stoker.run.series import guess_goal
 from stoker.saving import Checkpoints, Saved
 
 log = logging.getLogger("stoker")
-
-
-_MOST_IN_A_ROW = 10  # bad losses, of which all are left out
 
 
 class Trainer:
@@ -92,7 +92,7 @@ class Trainer:
 
     Raises:
         TypeError: `training` is no `stoker.Training`.
-        BadInput: the model cannot be trained so, or the ranks do not fit.
+        BadInput: the model cannot be trained so, an argument is of another kind, or the ranks do not fit.
         StokerError: the newest valid checkpoint is of another model.
     """
 
@@ -112,6 +112,7 @@ class Trainer:
         self.run = run
         self.world = run.world
         self.training = options.with_deepspeed_file(_known(training))
+        arguments.check(optimizer, loss, schedule)
         options.check(self.training, ranks=self.world.size, gpus=torch.cuda.device_count())
         if self.training.deterministic:
             determinism.require()
@@ -139,37 +140,33 @@ class Trainer:
         limit = self.training.hang_limit
         self._heart = supervision.Heart(limit.seconds if limit is not None else None)
         self._checkpoints = Checkpoints(
-            run, Saved(self.world, self._step, built, self._scale, self._ema),
+            run, Saved(self.world, self._step, built, Frozen(self.model), self._scale, self._ema),
             keep=self.training.keep_checkpoints, every=self.training.keep_every, best=best,
             done=self._heart.saved,
         )  # fmt: skip
         self.steps_done, self.samples_done = 0, 0
-        self.waited = 0.0
-        """Seconds that this attempt waited for batches."""
-        self._spent = {"evaluating": 0.0, "checkpointing": 0.0}
+        self._pace = Pace(self.world.size)
         self._schedule = schedule
         self._cut = MicroBatches(self._step, setting, self.training, self.world, self.strategy, block)
         self._history: dict[str, list[tuple[int, float]]] = {}
-        self._losses = LossWatch(self.training.spike)
-        self._last_loss: torch.Tensor | None = None
-        self._looks_at_losses = (  # else only before a checkpoint: to look at one is to wait for the GPU
-            self.device.type == "cpu" or training.on_bad_loss != "stop" or training.spike is not None
-        )
-        self._rewound_to: set[int] = set()
-        self._bad_in_a_row, self._bad_at = 0, -1
+        at_once = self.device.type == "cpu" or training.on_bad_loss != "stop" or training.spike is not None
+        self._losses = LossWatch(self.training.spike, at_once=at_once)
         self._weight: Weight = 0.0
         self._loader: Loader | None = None
         self._data_place: Any = None  # see Loader.place
         self._total = 0
-        self._rate = Rate()
-        self._saved_at, self._began = time.monotonic(), math.inf
+        self._saved_at = time.monotonic()
         self._saved_step: int | None = None
         self._random: tuple[dict[str, torch.Tensor], dict[str, Any]] | None = None
         self._agreement = Agreement(self.world, self.device, self._asked)
-        run.take_over_steps(self._checkpoints.wait, self._heart)
+        self._batch_is: Literal["", "handed out", "computed", "trained on"] = ""
+        """What the script has done so far with the batch in its hands; empty: it has none."""
+        self._may_be_best = False
+        run.take_over_steps(self._checkpoints.wait, self._conclude, self._heart)
         supervision.say_where(run.directory.path)
         self._say(why)
         self._restore()
+        self._restored_step = self.steps_done
 
     def _average(self) -> Ema | None:
         if self.training.ema.decay is None:
@@ -218,12 +215,14 @@ class Trainer:
             options.check_deepspeed_batch(
                 self.training, batch_size=batch_size, ranks=self.world.size, parts=parts
             )
-        if self.world.rank == 0:
-            strategies.warn_of_batch_norm(self.model, share=share, training=self.training)
-        return Loader(
+        loader = Loader(
             dataset, batch_size=batch_size, world=self.mesh.data, seed=self.run.seed,
             workers=workers, collate=collate, shuffle=shuffle, share=self.training.data_share,
         )  # fmt: skip
+        if self.world.rank == 0:
+            strategies.warn_of_batch_norm(self.model, share=share, training=self.training)
+            loader.warn_of_repeats()
+        return loader
 
     def steps(
         self,
@@ -239,15 +238,24 @@ class Trainer:
         one endless order, so a batch may span two and every step has a full batch.
 
         Raises:
-            ValueError: both are given, or neither.
-            BadInput: what is given is no length of a training.
+            ValueError: both are given, or neither; or a loop before this one in the same script came as far.
+            BadInput: what is given is no length of a training, or no loader.
         """
         if (epochs is None) == (max_steps is None):
             raise ValueError("give steps() either epochs or max_steps")
-        self._loader = loader
+        _check_loader(loader)
+        again, self._loader = self._loader is not None, loader
+        self._cut.share = loader.batch_size // self.mesh.data.size
         duration = _length(epochs, max_steps)
         self._total = counting.steps_in(duration, loader)
+        if again and self._restored_step < self.steps_done >= self._total:
+            raise ValueError(
+                f"steps() of {duration} has nothing left to do: the run is at step {self.steps_done}, and a "
+                'length counts from its start. Give one loop all of it (trainer.every("1ep") says where an '
+                "epoch ends), or this one the sum of both"
+            )
         tokens = loader.tokens_per_sample
+        self._pace.count(loader.batch_size, tokens)
         self.run.event(
             "plan", total_steps=self._total, samples_per_step=loader.batch_size,
             tokens_per_step=tokens and tokens * loader.batch_size,
@@ -286,31 +294,47 @@ class Trainer:
             Profiler(self.run.profile, self.run.directory.logs, self.world.rank, self.device)
         ) as profiler:
             while self.steps_done < self._total:
-                begun = time.perf_counter()
-                batch = next(source)
-                self.waited += time.perf_counter() - begun
+                with self._pace.waiting():
+                    batch = next(source)
                 self.run.step = self.steps_done + 1
+                self._batch_is = "handed out"
                 with determinism.remembering() if remembering else contextlib.nullcontext():
                     yield batch
                 remembering = False
-                self._rate.step()
+                self._batch_is = ""
+                self._pace.step()
                 self.steps_done += 1
                 self._heart.beat(self.steps_done)
                 self.samples_done += loader.batch_size
                 profiler.step(self.steps_done)
-                if timing is not None and (timed := timing.step(self.waited)):
+                if timing is not None and (timed := timing.step(self._pace.waited)):
                     self._write_timing(timed)
                     raise Stopped("measured")
                 requests = self._agreement.requests()
                 if requests.failed:
                     self._checkpoints.wait()  # raises
-                if requests.save or self._checkpoint_due():
+                if requests.save or self._checkpoint_due() or self._is_best():
                     self.checkpoint()
                 stop = requests.stop or (view.STOPPED if self.steps_done == self.run.until else None)
                 if stop:
                     self._end_loop()
                     raise Stopped(stop)
             self.run.step = self.steps_done
+        self.checkpoint()
+        self._end_loop()
+
+    def _conclude(self) -> None:
+        """The script is over without an error: save what a loop left that it ended by `break`."""
+        if self._batch_is in ("", "computed"):  # a step that failed half-way, and was not to end the script
+            return
+        if self._batch_is == "trained on":
+            self._agreement.requests()  # what was begun with the step
+            assert self._loader is not None
+            self.steps_done += 1
+            self.samples_done += self._loader.batch_size
+        self._batch_is = ""
+        if self.world.rank == 0:
+            log.info("the loop was left at step %d of %d", self.steps_done, self._total)
         self.checkpoint()
         self._end_loop()
 
@@ -337,8 +361,7 @@ class Trainer:
                 random_state.of_rank(self.run.seed, self.world.rank, self.steps_done)
             )
         self._saved_at = time.monotonic()
-        self._began = time.perf_counter()
-        self._rate.restart()
+        self._pace.begin()
         self._heart.begin(self.steps_done)
 
     def _asked(self) -> Requests:
@@ -363,7 +386,9 @@ class Trainer:
         assert self._loader is not None, "every() is asked within the loop of steps()"
         if self.run.measure is not None:
             return False
-        return counting.completes(parsed, self._loader, self.steps_done, self.samples_done)
+        completes = counting.completes(parsed, self._loader, self.steps_done, self.samples_done)
+        self._may_be_best |= completes
+        return completes
 
     @property
     def last(self) -> bool:
@@ -385,15 +410,19 @@ class Trainer:
                 self._set_rates(self.optimizer)
             loss_sum, weight = self._gradients(batch)
             loss = loss_sum / gradients.divisor(weight)
-            self._last_loss = loss.detach()
-            wrong = self._losses.judge(loss.item()) if self._looks_at_losses else ""
+            wrong = self._losses.see(loss)
             if wrong:
                 self._step.clear()
             elif not self._update(self.optimizer, weight) and not self._scale.enabled:
                 wrong = "a gradient is not finite"
         if wrong:
             self._answer_bad_loss(wrong)
+        self._note("trained on")
         return loss
+
+    def _note(self, done: Literal["computed", "trained on"]) -> None:
+        if self._batch_is:
+            self._batch_is = done
 
     def _gradients(self, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Add up the gradients of a global batch; its loss and weight.
@@ -430,17 +459,15 @@ class Trainer:
     def _answer_bad_loss(self, wrong: str) -> None:
         """Do as `on_bad_loss` says of the step under way, which has changed nothing. All ranks call it."""
         step, how = self.steps_done + 1, self.training.on_bad_loss
-        if step != self._bad_at:  # a loop of its own may have several optimizers
-            self._bad_in_a_row = self._bad_in_a_row + 1 if step - self._bad_at == 1 else 1
-            self._bad_at = step
+        too_many = self._losses.count(step)
         if how == "stop":
             raise StokerError(
                 f"step {step}: {wrong}; {self._state_of_weights()}. Go on with on_bad_loss=skip or "
                 "rewind, or change what made it (the learning rate, the data)"
             )
-        if self._bad_in_a_row > _MOST_IN_A_ROW:
+        if too_many:
             raise StokerError(
-                f"step {step}: {wrong}, as in the {_MOST_IN_A_ROW} steps before, so it is not the batches; "
+                f"step {step}: {wrong}, as in the {MOST_IN_A_ROW} steps before, so it is not the batches; "
                 f"{self._state_of_weights()}. Go on from the newest checkpoint with another learning rate"
             )
         first = self.samples_done
@@ -466,18 +493,18 @@ class Trainer:
         To each once: where the newest has led to a bad loss before, the one before it is taken.
         """
         self._finish_saving()
-        found, _ = self._newest(but=self._rewound_to)
+        found, _ = self._newest(but=self._losses.rewound_to)
         if found is None:
             raise StokerError(f"step {step}: there is no checkpoint to rewind to that was not tried already")
         position, _ = self._checkpoints.restore(found)
-        self._rewound_to.add(found.step)
-        self._losses = LossWatch(self.training.spike, position["losses"])
+        self._losses.rewind(found.step, position)
         self.run.event("rewound", step=step, to=found.step)
         if self.world.rank == 0:
             log.warning("the weights are those of step %d again", found.step)
 
     def micro(self, batch: Any) -> Iterator[Any]:
         """This rank's share of a batch on the device, in micro-batches."""
+        self._note("computed")
         on_device = batches.to_device(batch, self.device, channels_last=self.training.channels_last)
         return self._cut.of(on_device)
 
@@ -485,12 +512,17 @@ class Trainer:
         """The model's output for a batch on the device."""
         return self._step.forward(batch)
 
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """The context of `forward`: a submodule that is called within it computes in the run's precision."""
+        return only_loop_of_its_own(self._step).context()
+
     def backward(self, loss_sum: torch.Tensor, weight: Weight) -> None:
         """Add the gradient of a summed loss; `update` divides by the weights added up.
 
         Raises StokerError where an operation has no deterministic form under `deterministic=true`.
         """
         step = only_loop_of_its_own(self._step)
+        self._note("computed")
         if self._scale.enabled and self._scale.divisor is None:
             self._scale.fit(self._over_ranks(weight))
         with determinism.explained():
@@ -506,6 +538,7 @@ class Trainer:
         self._weight = 0.0
         if not stepped and not self._scale.enabled:
             self._answer_bad_loss("a gradient is not finite")
+        self._note("trained on")
 
     def _update(self, optimizer: torch.optim.Optimizer, weight: torch.Tensor) -> bool:
         self._set_rates(optimizer)
@@ -553,15 +586,12 @@ class Trainer:
     @property
     def rate(self) -> float | None:
         """Tokens (where the dataset counts them) or samples a second over all ranks, over the last steps."""
-        steps = self._rate.steps_per_second
-        if steps is None or self._loader is None:
-            return None
-        return steps * self._loader.batch_size * (self._loader.tokens_per_sample or 1.0)
+        return self._pace.rate
 
     @property
     def _unit(self) -> str:
-        """What the rate counts."""
-        return "tok" if self._loader is not None and self._loader.tokens_per_sample is not None else "samples"
+        """What the rate counts, in short."""
+        return "tok" if self._pace.unit == "tokens" else self._pace.unit
 
     def performance(self, flops: float | None = None) -> dict[str, float]:
         """How fast this attempt is, to be logged; empty where that is not known yet.
@@ -573,16 +603,10 @@ class Trainer:
         Args:
             flops: operations that the training needs for a token, or a sample.
         """
-        rate = self.rate
-        if rate is None or self._loader is None:
-            return {}
-        unit = "tokens" if self._loader.tokens_per_sample else "samples"
-        a_rank = rate / self.world.size
-        found = {f"{unit}_per_second": rate, f"{unit}_per_second_per_gpu": a_rank}
-        if flops is not None:
+        found, a_rank = self._pace.metrics(), self._pace.rate_of_a_rank
+        if flops is not None and a_rank is not None:
             found["mfu"] = a_rank * flops / self._peak.flops
-        spent = {"waiting_for_data": self.waited, **self._spent}
-        return {**found, **{f"seconds_{what}": seconds for what, seconds in spent.items()}}
+        return found
 
     def say(self, flops: float | None = None, **metrics: float) -> None:
         """Rank 0 says what was measured, and how the loop does, in a line. All ranks call it.
@@ -599,11 +623,11 @@ class Trainer:
             return
         texts = [f"{name} {value:.4g}" for name, value in metrics.items()]
         if self.rate is not None:
-            a_rank = f" ({short(self.rate / self.world.size)} a rank)" if self.world.size > 1 else ""
+            share = self.rate / self.world.size
+            a_rank = f" ({short(share)} a rank)" if self.world.size > 1 else ""
             texts.append(f"{short(self.rate)} {self._unit}/s{a_rank}")
             texts += [f"mfu {found['mfu']:.1%}"] if "mfu" in found else []
-            share = self.waited / (time.perf_counter() - self._began)
-            texts.append(f"{share:.1%} waiting for data")
+            texts.append(f"{self._pace.share_waited:.1%} waiting for data")
         log.info("step %d: %s, peak memory %.2f GiB", self.run.step, ", ".join(texts), most)
 
     @functools.cached_property
@@ -629,20 +653,16 @@ class Trainer:
 
     @contextlib.contextmanager
     def _spending(self, what: str) -> Iterator[None]:
-        """What is done within is no part of a step, and its time is told apart."""
-        begun = time.perf_counter()
-        yield
-        seconds = time.perf_counter() - begun
-        self._spent[what] += seconds
-        self._rate.leave_out(seconds)
+        """See `Pace.spending`; says so in the journal."""
+        with self._pace.spending(what):
+            yield
         self._say_spent()
 
     def _say_spent(self, *, over: bool = False) -> None:
         """Where the time of this attempt went so far, for the report. Of an attempt that is killed it is
         known by this until its last checkpoint, and what came after is done again.
         """
-        spent = {"waiting": self.waited, **self._spent}
-        self.run.event("spent", step=self.run.step, over=over, seconds=spent)
+        self.run.event("spent", step=self.run.step, over=over, seconds=self._pace.spent)
 
     # -- evaluation -------------------------------------------------------------------------
 
@@ -686,6 +706,7 @@ class Trainer:
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
         """What is done within counts as evaluation, not as training; the model has its averaged weights."""
+        self._may_be_best = True
         with self.averaged(), self._spending("evaluating"):
             yield
 
@@ -747,15 +768,12 @@ class Trainer:
         """
         if self._saved_step == self.steps_done:
             return
-        if not self._looks_at_losses and self._last_loss is not None:
-            wrong = self._losses.judge(self._last_loss.item())
-            if wrong:
-                raise StokerError(f"by step {self.steps_done} {wrong}: what came of it is not saved")
+        if wrong := self._losses.look():
+            raise StokerError(f"by step {self.steps_done} {wrong}: what came of it is not saved")
         position = {
             "step": self.steps_done, "samples": self.samples_done,
             "history": {n: [(s, journal.encode(v)) for s, v in seen] for n, seen in self._history.items()},
-            "losses": self._losses.recent,
-            "bad": [self._bad_in_a_row, self._bad_at], "rewound_to": sorted(self._rewound_to),
+            **self._losses.state(),
             "data": self._data_place if self._loader is None else self._loader.place(self.samples_done),
         }  # fmt: skip
         with self._spending("checkpointing"):
@@ -775,6 +793,16 @@ class Trainer:
         begun = self.samples_done - self._loader.batch_size
         return counting.completes(every, self._loader, self.steps_done - 1, begun)
 
+    def _is_best(self) -> bool:
+        """Whether the best metric so far came of this step's weights, and they are to be saved for it.
+
+        Ranks ask rank 0 where something was measured in this step, which is so on all or none.
+        """
+        asked, self._may_be_best = self._may_be_best, False
+        if not self.training.checkpoint_best or not (asked or self.world.size == 1):
+            return False
+        return bool(distributed.from_rank_zero(self.world.rank == 0 and self._checkpoints.improves()))
+
     def _restore(self) -> None:
         found, passed_over = self._newest()
         if found is None and self.run.continued:
@@ -785,9 +813,7 @@ class Trainer:
             self._history = {
                 name: [(s, journal.decode(v)) for s, v in seen] for name, seen in position["history"].items()
             }
-            self._losses = LossWatch(self.training.spike, position["losses"])
-            self._bad_in_a_row, self._bad_at = position.get("bad", (0, -1))
-            self._rewound_to = set(position.get("rewound_to", ()))
+            self._losses.restore(position)
             self._data_place = position.get("data")
             self._saved_step = self.steps_done
             self._heart.saved(self.steps_done)
@@ -825,14 +851,13 @@ class Trainer:
             )
 
     def _reading(self) -> Reading:
-        steps = self._rate.steps_per_second
         return Reading(
             step=self.steps_done,
             total=self._total,
             loss=self.run.latest.get("loss"),
             rate=self.rate,
             unit=self._unit,
-            seconds_left=(self._total - self.steps_done) / steps if steps else None,
+            seconds_left=self._pace.seconds_for(self._total - self.steps_done),
         )
 
 
@@ -855,6 +880,15 @@ def _known(training: object) -> Training:
             f"give it a stoker.Training, or let {name} inherit from it"
         )
     return training
+
+
+def _check_loader(loader: object) -> None:
+    """Raises BadInput for what is no Loader: another iterable begins at its start alone."""
+    if not isinstance(loader, Loader):
+        raise BadInput(
+            f"trainer.steps() was given a {type(loader).__name__}, which cannot go on from where a run was: "
+            "make a loader of the dataset by trainer.loader(dataset, batch_size=...)"
+        )
 
 
 def _length(epochs: float | None, max_steps: Duration | str | int | None) -> Duration:

@@ -92,6 +92,8 @@ _SAME = {
 _OURS = {name: key for key, names in _KEYS.items() for name in names.split()}
 _OPTIONS = _COMMANDS | {name: _COMMANDS[key] for key, names in _SAME.items() for name in names.split()}
 
+_LEAST = 5  # letters that tell which name is begun
+
 
 def keys_for(name: str, keys: Container[str]) -> tuple[str, ...]:
     """What is called so elsewhere: `lr`, or with its value `precision=bf16`; empty where not all are keys."""
@@ -102,3 +104,10 @@ def keys_for(name: str, keys: Container[str]) -> tuple[str, ...]:
 def command_for(name: str) -> str:
     """Which option or command does what a key elsewhere does, as a clause; empty where none is known."""
     return _OPTIONS.get(name, "")
+
+
+def begun(name: str) -> str:
+    """What a key elsewhere is called of which this is the beginning, as `gradient_accum`; empty for none."""
+    if len(name) < _LEAST:
+        return ""
+    return min((known for known in _OURS if known.startswith(name)), key=len, default="")

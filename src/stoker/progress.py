@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
@@ -95,34 +94,6 @@ class ProgressDisplay:
                     "  ".join([f"{self._title}  step {now.step}/{now.total}", *now.texts()]) + "\n"
                 )
                 sys.stderr.flush()
-
-
-class Rate:
-    """Steps a second over the last steps, leaving out time spent on anything else."""
-
-    def __init__(self, window: int = 20, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._seconds: list[float] = []
-        self._window, self._clock = window, clock
-        self._mark = clock()
-
-    def restart(self) -> None:
-        """What went on since the last mark was not a step."""
-        self._mark = self._clock()
-
-    def leave_out(self, seconds: float) -> None:
-        """So much of the time since the last step was spent on something else."""
-        self._mark += seconds
-
-    def step(self) -> None:
-        """A step is done."""
-        now = self._clock()
-        self._seconds = [*self._seconds[-self._window + 1 :], now - self._mark]
-        self._mark = now
-
-    @property
-    def steps_per_second(self) -> float | None:
-        total = sum(self._seconds)
-        return len(self._seconds) / total if total > 0 else None
 
 
 def short(number: float) -> str:

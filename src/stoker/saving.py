@@ -7,6 +7,7 @@ nothing of how it was made.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
@@ -15,12 +16,13 @@ import torch
 from stoker import distributed
 from stoker.attempt import Run
 from stoker.checkpoint import manifest, state, store
+from stoker.checkpoint.frozen import Frozen
 from stoker.checkpoint.store import Tensors
-from stoker.engine import random_state
+from stoker.engine import random_state, strategies
 from stoker.engine.ema import Ema
 from stoker.engine.loss_scale import LossScale
 from stoker.engine.step import Step
-from stoker.run.series import guess_goal
+from stoker.run.series import Goal, guess_goal
 from stoker.world import World
 
 log = logging.getLogger("stoker")
@@ -28,23 +30,27 @@ log = logging.getLogger("stoker")
 
 @dataclass(frozen=True)
 class Saved:
-    """All that a run is resumed from. `built`: the hyperparameters its optimizers were made with."""
+    """All that a run is resumed from."""
 
     world: World
     step: Step
     built: Mapping[str, state.Groups]
+    """The hyperparameters that its optimizers were made with."""
+    frozen: Frozen
     scale: LossScale
     ema: Ema | None
 
     def capture(self, position: Mapping[str, Any]) -> tuple[Tensors, dict[str, Any]]:
         """This rank's tensors, and the values of all ranks as one. All ranks call it."""
+        strategies.gather_no_more(self.step.model)
         tensors, values = self._model()
         tensors.update({f"ema.{name}": t for name, t in self._averaged().items()})
         drawn, random = random_state.capture()
         tensors.update({f"random.{self.world.rank}.{key}": t for key, t in drawn.items()})
-        parts = distributed.gathered({**values, "random": random})
+        parts = distributed.gathered({**values, "random": random, "turned": self.frozen.turned()})
         joined = state.joined(parts)
         joined["random"] = [part["random"] for part in parts]
+        joined["turned"] = {name: trained for part in parts for name, trained in part["turned"].items()}
         return tensors, {**joined, "scale": self.scale.state(), "position": dict(position)}
 
     def restore(self, checkpoint: manifest.Checkpoint) -> tuple[dict[str, Any], Any]:
@@ -54,6 +60,7 @@ class Saved:
         """
         tensors, values = self._put(checkpoint)
         self.scale.restore(values["scale"])
+        self.frozen.turn(values.get("turned", {}))
         rank = self.world.rank
         random = None
         if rank < len(values["random"]):
@@ -64,10 +71,12 @@ class Saved:
         from stoker.engine.zero import DeepSpeedStep
 
         if not isinstance(self.step, DeepSpeedStep) or self.step.stage == 0:
-            return state.capture(self.step.model, self.step.optimizers, self.built)
+            return state.capture(self.step.model, self.step.optimizers, self.built, self.frozen.kept())
         parameters, held, counts = self.step.capture()
         buffers = state.saved_buffers(self.step.model)
-        tensors = {f"model.{n}": t for n, t in {**parameters, **buffers}.items()}
+        kept = self.frozen.kept()
+        frozen = {n: self.step.whole(p) for n, p in self.step.model.named_parameters() if n in kept}
+        tensors = {f"model.{n}": t for n, t in {**parameters, **frozen, **buffers}.items()}
         tensors.update({f"optimizer.main.{n}": t for n, t in held.items()})
         tensors.update({f"optimizer.main.{n}.step": torch.tensor(counts["step"]) for n in parameters})
         groups = self.step.groups()
@@ -93,7 +102,7 @@ class Saved:
 
         step = self.step
         if not isinstance(step, DeepSpeedStep) or step.stage == 0:
-            own = frozenset(state.model_tensors(step.model))
+            own = frozenset(n for n, _ in (*step.model.named_parameters(), *step.model.named_buffers()))
             everywhere = frozenset(n for names in distributed.gathered(sorted(own)) for n in names)
             tensors, values = state.load(
                 checkpoint, step.model, step.optimizers, self.built, self.world, everywhere - own
@@ -113,6 +122,9 @@ class Saved:
             self.ema.take()
         for name, buffer in state.saved_buffers(step.model).items():
             buffer.copy_(tensors[f"model.{name}"])
+        for name, p in step.model.named_parameters():
+            if not p.requires_grad and f"model.{name}" in tensors:
+                step.use(p, tensors[f"model.{name}"])
         saved, then = values["optimizers"]["main"]["groups"], values["built"]["main"]
         names = [group["params"] for group in step.groups()]
         state.restore_groups(step.optimizers["main"], names, saved, self.built["main"], then)
@@ -138,12 +150,15 @@ class Checkpoints:
         self._saver = store.Saver(
             self._folder, run.world, ours=run.end_if_lost, before=run.flush, done=self._on_disk
         )
+        self._best_saved: float | None = None
         self.wait = self._saver.wait
         self.restore = saved.restore
 
     def save(self, position: Mapping[str, Any]) -> None:
         """Begin to write one of the state as it is, at a position: `step`, `samples`, whatever else."""
         tensors, values = self._saved.capture(position)
+        if self._run.world.rank == 0 and self.improves():
+            self._best_saved = self._run.latest[self._best]
         about = store.About(position["step"], position["samples"], dict(self._run.latest))
         trained = (n for n, p in self._saved.step.model.named_parameters() if p.requires_grad)
         self._saver.save(tensors, values, about, finite=frozenset(f"model.{name}" for name in trained))
@@ -173,6 +188,19 @@ class Checkpoints:
             for path in manifest.committed(self._folder):
                 if manifest.step_of(path) > step:
                     manifest.void(path)
+
+    def improves(self) -> bool:
+        """Whether the metric that the best goes by is better now than at any that was saved; rank 0 knows."""
+        value = self._run.latest.get(self._best)
+        goal = self._run.goals.get(self._best) or guess_goal(self._best)
+        if value is None or goal is None or math.isnan(value):
+            return False
+        known = self._best_saved if self._best_saved is not None else self._best_on_disk(goal)
+        return known is None or (value < known if goal == "min" else value > known)
+
+    def _best_on_disk(self, goal: Goal) -> float | None:
+        found = manifest.best(self._folder, self._best, goal)
+        return None if found is None else manifest.metrics(found).get(self._best)
 
     def _on_disk(self, saved: manifest.Checkpoint) -> None:
         relative = str(saved.path.relative_to(self._run.directory.path))

@@ -206,6 +206,15 @@ def release_in_children(descriptor: int) -> None:
     _LOCKS[descriptor] = os.fstat(descriptor).st_ino
 
 
+def held_here(path: Path) -> bool:
+    """Whether this very process holds the lock of a file, which it has said to `release_in_children`."""
+    for descriptor in _LOCKS:
+        with contextlib.suppress(OSError):  # it was closed since
+            if os.path.samestat(os.fstat(descriptor), path.stat()):
+                return True
+    return False
+
+
 def _release_locks() -> None:
     for descriptor, identity in _LOCKS.items():
         with contextlib.suppress(OSError):

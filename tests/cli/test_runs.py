@@ -204,6 +204,17 @@ def test_list_shows_the_newest_last(cli: Cli, killed_twice: RunDirectory, tmp_pa
     assert lines[2].split()[1:3] == ["finished", "7/7"]
 
 
+@pytest.mark.parametrize("reference", ["digits", "runs/digits"])
+def test_an_experiment_is_listed_by_its_name(
+    cli: Cli, three: list[RunDirectory], tmp_path: Path, reference: str
+) -> None:
+    _log(_create(tmp_path, "d", "digits"), _metrics(1, loss=0.25))
+    (tmp_path / "digits").mkdir()  # a folder without runs, such as the script's
+    assert _ids(cli("list", reference, "--json").stdout) == ["d"]
+    assert _ids(cli("list", "llm", "--sort", "-lr", "--json").stdout) == ["c", "b", "a"]
+    assert "no runs under nothing yet" in cli("list", "nothing").stdout
+
+
 def test_list_as_json_has_the_newest_of_each_metric(cli: Cli, killed_twice: RunDirectory) -> None:
     (run,) = json.loads(cli("list", "--json").stdout)["runs"]
     assert run == {

@@ -300,6 +300,17 @@ def test_the_exported_table_is_the_curve(stoker, slow: Path, tmp_path: Path) -> 
         (("train", "slow.py", "--config", "none.yaml"), "config file none.yaml does not exist"),
         (("train", "slow.py", "--runs", "/dev/null/runs"), "cannot be written"),
         (("train", "slow.py", "--runs", "s3://a:b@bucket"), "leave credentials out of the URL"),
+        (("train", "slow.py", "--lr", "0.2"), "No such option: --lr; write lr=0.2"),
+        (
+            ("train", "slow.py", "--fail-at=3"),
+            "No such option: --fail-at; write fail_at=3",
+        ),
+        (("train", "slow.py", "--nam", "a"), "No such option: --nam (Possible options: "),
+        (
+            ("train", "slow.py", "--output_dir", "a"),
+            "a folder of its own under --runs DIR",
+        ),
+        (("train", "slow.py", "--verbose"), "No such option: --verbose"),
         (("resume", "nothing"), "no run 'nothing'"),
     ],
 )
@@ -347,3 +358,90 @@ def test_an_error_in_a_worker_is_shown_once_and_ends_with_what_it_was(stoker, sl
     assert done.code == 1
     assert done.err.count("Original Traceback") == 1
     assert done.err.splitlines()[-1] == "stoker: error: ValueError: bad sample"
+
+
+UNUSED = """
+import stoker
+import torch
+from torch import nn
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.spare = nn.Linear(2, 1), nn.Linear(2, 1)
+
+    def forward(self, x):
+        return self.used(x)
+
+
+def train(run, config: stoker.Training) -> None:
+    trainer = stoker.Trainer(
+        run, Model(), training=config, optimizer=torch.optim.Adam, loss=lambda o, b: (o.sum(), len(o))
+    )
+    for batch in trainer.steps(trainer.loader(torch.ones(8, 2), batch_size=4), max_steps=3):
+        run.log(loss=trainer.step(batch))
+"""
+
+
+def test_parameters_without_part_in_the_loss_are_named_with_the_key_that_lets_them_be(  # type: ignore[no-untyped-def]
+    stoker, tmp_path: Path
+) -> None:
+    (tmp_path / "unused.py").write_text(UNUSED)
+    done = stoker("train", "unused.py", "--nproc", "2", "--name", "a")
+    assert done.code == 1
+    said = "stoker: error: parameters (spare.weight, spare.bias) had no part in the loss"
+    assert said in done.err
+    assert "add ddp.find_unused_parameters=true" in done.err
+    assert "Traceback" not in done.err
+    again = stoker("train", "unused.py", "--nproc", "2", "--name", "b", "ddp.find_unused_parameters=true")
+    assert again.code == 0, again.err
+
+
+CONFIG = """
+from dataclasses import dataclass
+
+import stoker
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(stoker.Training):
+    lr: float = 0.1
+
+
+"""
+
+
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        ("def train(config: Config): pass", "train(config): the first that it is given is the run: write "
+         "def train(run, config: Config)"),
+        ("def train(c: Config, run): pass", "train(c, run): the first that it is given is the run"),
+        ("def train(config): pass", "write def train(run, config: Config)"),
+        ("def train(): pass", "train(): the first that it is given is the run"),
+        ("@dataclass\nclass Own(Config): pass", "line 12: a dataclass inherits from a frozen one, as "
+         "stoker.Training is: decorate it with @dataclass(frozen=True, kw_only=True)"),
+    ],
+)  # fmt: skip
+def test_a_script_that_is_written_otherwise_than_it_is_called_is_told_how(  # type: ignore[no-untyped-def]
+    stoker, tmp_path: Path, written: str, said: str
+) -> None:
+    (tmp_path / "own.py").write_text(CONFIG + written)
+    done = stoker("train", "own.py")
+    assert done.code == 2, done.err
+    assert said in done.err
+    assert "Traceback" not in done.err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_script_of_any_name_has_an_experiment_and_one_that_is_given_is_kept_or_refused(  # type: ignore[no-untyped-def]
+    stoker, slow: Path, tmp_path: Path
+) -> None:
+    slow.rename(tmp_path / "train ít.py")
+    done = stoker("train", "train ít.py", "pause=0", "--name", "a", "--nproc", "2")
+    assert done.code == 0, done.err
+    assert (tmp_path / "runs" / "train-it" / "a" / "run.json").is_file()
+    refused = stoker("train", "train ít.py", "--experiment", "train ít")
+    assert refused.code == 2
+    assert "experiment 'train ít' cannot name a folder" in refused.err

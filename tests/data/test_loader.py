@@ -76,6 +76,14 @@ def test_the_global_batches_are_the_same_for_every_world(size: int) -> None:
     assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
 
 
+@pytest.mark.parametrize(("samples", "warned"), [(7, True), (8, False)])
+def test_a_dataset_smaller_than_a_batch_is_warned_of(
+    samples: int, warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    Loader(list(range(samples)), batch_size=8, world=World(), seed=0).warn_of_repeats()
+    assert ("batch_size=8 is more than the 7 samples of an epoch" in caplog.text) == warned
+
+
 def test_each_epoch_holds_each_sample_once_and_a_batch_may_span_two() -> None:
     seen = torch.cat(take(loader(Numbers(10)).batches(0), 5)).tolist()
     assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from stoker import storage
+from stoker import BadInput, storage
 from stoker.engine import batches, precision, random_state, schedule
 
 
@@ -83,6 +84,49 @@ def test_a_batch_of_any_shape_is_split_by_samples(batch: Any) -> None:
 def test_a_batch_without_tensors_is_refused() -> None:
     with pytest.raises(ValueError, match="holds no tensor"):
         batches.size({"x": 1})
+
+
+def test_what_has_an_item_for_each_sample_is_cut_with_the_tensors() -> None:
+    names = [f"{n}.png" for n in range(7)]
+    batch = {
+        "x": torch.arange(7), "names": names, "in": {"boxes": tuple([n] * 2 for n in range(7))},
+        "array": np.arange(7), "classes": ["cat", "dog"], "kind": "samples", "scale": torch.tensor(0.5),
+        "field": Named(torch.arange(14).reshape(7, 2), names),
+    }  # fmt: skip
+    first, second = batches.split(batch, 4)
+    for part, few in ((first, range(4)), (second, range(4, 7))):
+        kept = slice(few.start, few.stop)
+        assert part["x"].tolist() == part["array"].tolist() == list(few)
+        assert part["names"] == list(part["field"].y) == names[kept]
+        assert part["in"]["boxes"] == tuple([n] * 2 for n in few)
+        assert (part["classes"], part["kind"], part["scale"].item()) == (["cat", "dog"], "samples", 0.5)
+    first = next(batches.split(Fields(torch.arange(7), "samples"), 4))
+    assert first.label == "samples", "a text is no list, though it has as many letters"
+
+
+@pytest.mark.parametrize(
+    ("shapes", "share"),
+    [(((11, 16), (13, 16)), 16), (((11, 16), (11, 16)), 16), (((4, 1), (16, 1)), None), ((), 16)],
+    ids=["time first", "one time first", "no share known", "no tensor with a dim"],
+)
+def test_a_batch_that_does_not_have_samples_first_is_whole_or_refused(
+    shapes: tuple[tuple[int, ...], ...], share: int | None
+) -> None:
+    batch = [torch.tensor(0.5), *map(torch.zeros, shapes)]
+    samples = batches.size(batch, share)
+    assert samples == (share or 4)
+    assert list(batches.split(batch, None, share)) == [batch]
+    assert list(batches.split(batch, samples, share)) == [batch]
+    said = re.escape(", ".join(map(str, shapes))) or "no tensor"
+    with pytest.raises(BadInput, match=rf"micro_batch=3: .*{said}: have collate put samples first"):
+        list(batches.split(batch, 3, share))
+
+
+def test_samples_that_a_collate_function_joins_or_multiplies_are_cut_all_the_same() -> None:
+    views = torch.zeros(32, 3, 8, 8), torch.zeros(32)
+    assert [len(x) for x, _ in batches.split(views, 8, share=16)] == [8] * 4
+    rows = {"input_ids": torch.zeros(6, 128), "documents": torch.zeros(6, 4)}
+    assert [len(part["documents"]) for part in batches.split(rows, 4, share=16)] == [4, 2]
 
 
 def test_schedules_warm_up_and_come_down() -> None:

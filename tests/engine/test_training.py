@@ -320,6 +320,34 @@ def test_memory_that_an_optimizer_is_going_to_take_is_known(name: Any, expected:
     assert rehearsal.state_to_come(optimizer) == []
 
 
+@pytest.mark.parametrize("micro", [None, "auto", 4, 2])
+def test_a_batch_with_time_first_is_cut_at_no_time(micro: Any, open_run: Callable[..., Run]) -> None:
+    seen = []
+
+    def loss(output: torch.Tensor, batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, int]:
+        seen.append([tuple(part.shape) for part in batch])
+        return output.sum(), batch[0].shape[1]
+
+    def time_first(samples: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.stack(samples, dim=1), torch.stack(samples, dim=1)
+
+    with open_run() as run:
+        trainer = Trainer(
+            run, nn.Linear(4, 1), optimizer=lambda p: torch.optim.SGD(p, lr=0.1), loss=loss,
+            training=Training(precision="fp32", micro_batch=micro),
+        )  # fmt: skip
+        loader = trainer.loader(list(torch.ones(8, 6, 4)), batch_size=4, collate=time_first)
+        for batch in trainer.steps(loader, max_steps=2):
+            if micro == 2:
+                with pytest.raises(
+                    BadInput, match=r"micro_batch=2: .* of the shapes \(6, 4, 4\), \(6, 4, 4\)"
+                ):
+                    trainer.step(batch)
+                return
+            trainer.step(batch)
+    assert seen == [[(6, 4, 4), (6, 4, 4)]] * 2
+
+
 SIZES = (1, 2, 3, 4, 6, 12)
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import orjson
 import pytest
+from stoker.engine.pace import Rate
 from stoker.errors import BadInput
-from stoker.progress import Rate
 from stoker.report import html, performance, performance_section, scaling
 from stoker.report.performance import Memory, RankMemory
 from stoker.run import journal, media, view

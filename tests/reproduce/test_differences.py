@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import shutil
 from pathlib import Path
 
 import pytest
@@ -128,3 +130,24 @@ def test_files_that_are_others_where_they_were_are_named(tmp_path: Path) -> None
     (tmp_path / "one/a.py").write_bytes(b"changed\n")
     (tmp_path / "one/b.py").unlink()
     assert code_changes.changed_since(provenance.read_code(record)) == ["a.py", "b.py"]
+
+
+def test_code_that_goes_on_as_another_is_seen_where_it_stands(tmp_path: Path) -> None:
+    files = {"train.py": b"import a\n", "lib/a.py": b"x\n", "b.py": b"y\n", "notes.md": b"z\n"}
+    recorded = provenance.read_code(_recorded(tmp_path, "one", files))
+    recorded = dataclasses.replace(recorded, script="train.py")
+    here, copy = tmp_path / "one", tmp_path / "copy"
+    shutil.copytree(here, copy)
+    for source in (here / "train.py", here, copy / "train.py", copy, tmp_path / "elsewhere"):
+        assert code_changes.changed_for(recorded, source) == {}
+    for root in (here, copy):
+        (root / "lib/a.py").write_bytes(b"changed\n")
+        (root / "notes.md").write_bytes(b"no code\n")
+        (root / "b.py").unlink()
+        (root / "other.py").write_bytes(b"")
+    found = code_changes.changed_for(recorded, here / "train.py")
+    assert list(found) == ["lib/a.py", "b.py"]
+    assert found["b.py"] is None
+    assert list(code_changes.changed_for(recorded, here / "other.py")) == ["lib/a.py", "b.py", "other.py"]
+    assert list(code_changes.changed_for(recorded, copy / "train.py")) == ["lib/a.py"], "it need not have all"
+    assert code_changes.since_begun(tmp_path / "unrecorded", here) == {}

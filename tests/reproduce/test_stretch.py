@@ -39,12 +39,16 @@ def test_attempts_that_changed_nothing_are_one_stretch() -> None:
     assert _said(stretch.find(view)) == (0, None, {"lr": 1.0}, 1)
 
 
-def test_it_ends_where_the_config_or_the_ranks_changed() -> None:
+def test_it_ends_where_the_config_the_code_or_the_ranks_changed() -> None:
     drifted = _view({}, {"resumed_from": 10, "drift": {"lr": [1.0, 2.0]}})
     first = stretch.find(drifted)
     assert _said(first) == (0, 10, {"lr": 1.0}, 1)
     assert "lr from 1.0 to 2.0" in first.why
     assert _said(stretch.find(drifted, after=10)) == (10, None, {"lr": 2.0}, 1)
+    other = {"code": {"train.py": "another"}}
+    edited = _view({}, {"resumed_from": 10, **other}, {"resumed_from": 20, **other})
+    assert (stretch.find(edited).until, stretch.find(edited, after=10).until) == (10, None)
+    assert stretch.find(edited).why == "it went on with other code: train.py"
     grown = _view({}, {"resumed_from": 10, "world": 4})
     assert "4 ranks in place of 1" in stretch.find(grown).why
     assert _said(stretch.find(grown, after=20)) == (20, None, {"lr": 1.0}, 4)

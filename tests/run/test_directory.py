@@ -72,3 +72,17 @@ def test_a_record_of_another_format_is_refused(tmp_path: Path) -> None:
     run.record_file.write_text('{"format": 99}')
     with pytest.raises(BadInput, match="another version"):
         run.record()
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [("my_train", "my_train"), ("train it", "train-it"), ("_übung (2)", "ubung-2"), ("a" * 200, "a" * 100)],
+)
+def test_a_folder_is_named_as_near_to_a_text_as_one_can_be(text: str, name: str) -> None:
+    assert finding.folder_name(text) == name
+
+
+def test_texts_without_a_letter_that_can_stand_in_a_name_are_told_apart() -> None:
+    names = {finding.folder_name(text) for text in ("训练", "測試")}
+    assert len(names) == 2
+    assert all(finding.checked(name).startswith("script-") for name in names)

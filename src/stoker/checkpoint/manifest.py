@@ -209,11 +209,17 @@ def best(checkpoints: Path, metric: str, goal: Goal) -> Path | None:
     values: dict[Path, float] = {}
     for path in committed(checkpoints):
         with contextlib.suppress(InvalidCheckpoint):
-            value = _read(path).get("metrics", {}).get(metric)
+            value = metrics(path).get(metric)
             if value is not None:
                 values[path] = value
     pick = min if goal == "min" else max
     return pick(values, key=lambda path: values[path], default=None)
+
+
+def metrics(path: Path) -> dict[str, float]:
+    """The newest value of every metric when a checkpoint was taken. Raises InvalidCheckpoint."""
+    found: dict[str, float] = _read(path).get("metrics", {})
+    return found
 
 
 def prune(checkpoints: Path, keep: int, also: Path | None = None, every: int | None = None) -> None:

@@ -1,14 +1,15 @@
 """What must be restored, in one place: trainable parameters, buffers, optimizer state.
 
 Tensors and JSON values are kept apart, so that nothing needs a pickle. Names are the
-model's own parameter names. Frozen parameters are not saved: the model is built from the
-same source again, so a LoRA checkpoint is as small as its adapter.
+model's own parameter names. Frozen parameters are not saved, but for those that changed all the
+same (`frozen`): the model is built from the same source again, so a LoRA checkpoint is as small
+as its adapter.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any, cast
 
 import torch
@@ -25,13 +26,18 @@ Groups = list[dict[str, Any]]
 
 
 def capture(
-    model: torch.nn.Module, optimizers: Mapping[str, torch.optim.Optimizer], built: Mapping[str, Groups]
+    model: torch.nn.Module,
+    optimizers: Mapping[str, torch.optim.Optimizer],
+    built: Mapping[str, Groups],
+    frozen: Set[str] = frozenset(),
 ) -> tuple[Tensors, dict[str, Any]]:
     """The state of a model and its optimizers: tensors by name, and JSON values.
 
-    `built` holds the hyperparameters that the optimizers were made with, see `hyperparameters`.
+    Args:
+        built: the hyperparameters that the optimizers were made with, see `hyperparameters`.
+        frozen: the parameters that are saved although they are not trained.
     """
-    tensors = {f"model.{name}": t for name, t in model_tensors(model).items()}
+    tensors = {f"model.{name}": t for name, t in model_tensors(model, frozen).items()}
     values: dict[str, Any] = {}
     for name, optimizer in optimizers.items():
         held, values[name] = optimizer_state(model, optimizer)
@@ -59,7 +65,8 @@ def load(
         StokerError: the checkpoint is of another model or other optimizers.
     """
     specs = store.shapes(checkpoint)
-    model_now = {f"model.{name}": t for name, t in model_tensors(model).items()}
+    there = {name.removeprefix("model.") for name in specs if name.startswith("model.")}
+    model_now = {f"model.{name}": t for name, t in model_tensors(model, there).items()}
     _compare(
         {name: t.shape for name, t in model_now.items()},
         {
@@ -255,9 +262,13 @@ def inside(tensors: Mapping[str, torch.Tensor], prefix: str) -> Tensors:
     return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 
-def model_tensors(model: torch.nn.Module) -> Tensors:
-    """Trainable parameters and saved buffers by name, sharing the model's memory; a tied one once."""
-    tensors = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+def model_tensors(model: torch.nn.Module, frozen: Set[str] = frozenset()) -> Tensors:
+    """Trainable parameters and saved buffers by name, sharing the model's memory; a tied one once.
+
+    Args:
+        frozen: names of others that are wanted, too.
+    """
+    tensors = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad or n in frozen}
     return {**tensors, **saved_buffers(model)}
 
 

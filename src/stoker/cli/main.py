@@ -6,11 +6,11 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import typer
-from stoker import storage
+from stoker import other_names, storage
 from stoker.cli import (
     bench,
     checkpoints,
@@ -31,8 +31,11 @@ from stoker.cli import (
     ui,
 )
 from stoker.cli.output import say_error
-from stoker.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, StokerError, trace_of
+from stoker.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, StokerError, nearest, trace_of
+from stoker.launch import arguments
 
+_NO_SUCH = "No such option"  # what the error of an unknown one begins with
+_MISSPELT = 0.75  # how much alike an option is to the one that was meant
 _HELP = {"help_option_names": ["-h", "--help"]}
 
 app = typer.Typer(
@@ -110,13 +113,32 @@ def _in_a_line(error: Exception) -> str:
     return next((line for line in reversed(lines) if name in line.partition(":")[0]), lines[-1])
 
 
+def _key_as_option(error: typer.TyperException, words: Sequence[str]) -> str:
+    """What is said of a config key that is given as an option, `--lr 0.1`; empty for any other mistake."""
+    option, context = getattr(error, "option_name", ""), getattr(error, "ctx", None)
+    if not error.format_message().startswith(_NO_SUCH) or context is None:
+        return ""
+    parameters = context.command.params
+    takes_keys = any("[KEY=" in str(parameter.metavar) for parameter in parameters)
+    known = [name for parameter in parameters for name in parameter.opts]
+    if not takes_keys or nearest(option, known, alike=_MISSPELT):
+        return ""
+    key = option.removeprefix("--").replace("-", "_")
+    if other := other_names.command_for(key):
+        return f"{_NO_SUCH}: {option}; {other}"
+    value = arguments.value(words, option)
+    is_value = value and not value.startswith("--") and "=" not in value
+    return f"{_NO_SUCH}: {option}; write {key}={value}" if is_value else ""
+
+
 def _failed(error: Exception) -> int:
     """Say an error: a line for what the user can act on, a traceback for all else."""
     message, code = str(error), EXIT_FAILED
     if isinstance(error, StokerError):
         code = error.exit_code
     elif isinstance(error, typer.TyperException):  # a flag or an argument that the command does not have
-        message, code = error.format_message().replace(": Value error, ", ": "), EXIT_BAD_INPUT
+        said = _key_as_option(error, sys.argv[1:]) or error.format_message()
+        message, code = said.replace(": Value error, ", ": "), EXIT_BAD_INPUT
     elif full := storage.said_of_full_disk(error):
         message = full
     else:

@@ -420,6 +420,7 @@ def work_on(run: Run, recipe: Recipe, config: Any, *, trial: bool = False) -> tu
         with run.stop.handled(), run, alone.watching(run, _say_hanging, ends=ends):
             arguments = (run, config) if recipe.config.__name__ != "NoConfig" else (run,)
             recipe.train(*arguments)
+            run.conclude()
             if run.world.rank == 0:
                 _export_weights(run)
             run.end(view.FINISHED)

@@ -11,6 +11,7 @@ keeps a generator of its own is outside of this.
 from __future__ import annotations
 
 import functools
+import logging
 import multiprocessing
 import os
 import pickle
@@ -22,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.context import BaseContext
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Any, NoReturn, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import torch
@@ -30,8 +31,11 @@ from stoker import signals
 from stoker.data import order
 from stoker.data.order import fold
 from stoker.errors import BadInput, StokerError
+from stoker.words import counted
 from stoker.world import World
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, default_collate, get_worker_info
+
+log = logging.getLogger("stoker")
 
 Collate: TypeAlias = Callable[[list[Any]], Any]
 Pair: TypeAlias = tuple[int, int]  # epoch, dataset index
@@ -106,6 +110,12 @@ class Loader:
         self._order_seed = seed if shuffle else None
         self._dataset = _SeededDataset(dataset, seed, collate or default_collate)
 
+    def __iter__(self) -> NoReturn:
+        raise BadInput(
+            "a loader has no end and no place of its own: go through "
+            "`for batch in trainer.steps(loader, epochs=...)`, which begins where the run was"
+        )
+
     def batches(self, start_sample: int, place: Any = None) -> Iterator[Any]:
         """This rank's share of each global batch from a global sample position on, without end.
 
@@ -120,6 +130,15 @@ class Loader:
             start_sample, self.batch_size, self._world,
         )  # fmt: skip
         return _batches(self._dataset, sampler, self.workers)
+
+    def warn_of_repeats(self) -> None:
+        """Say so where an epoch has fewer samples than a batch, which then has the same ones again."""
+        if self.samples_per_epoch < self.batch_size:
+            log.warning(
+                "batch_size=%d is more than the %s of an epoch: every batch has the same ones several times, "
+                "and an epoch is no whole step; give batch_size=%d or less, or more data",
+                self.batch_size, counted(self.samples_per_epoch, "sample"), self.samples_per_epoch,
+            )  # fmt: skip
 
     def place(self, sample: int) -> Any:
         """What a dataset with an order of its own needs to find a sample's position again; else None."""

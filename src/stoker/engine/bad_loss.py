@@ -5,23 +5,46 @@ from __future__ import annotations
 import collections
 import math
 import statistics
-from collections.abc import Iterable
+from collections.abc import Mapping
+from typing import Any
 
+import torch
+
+MOST_IN_A_ROW = 10  # bad steps, of which all are left out
 _WINDOW = 100  # steps whose median a spike is measured by
 _ENOUGH = 10
 
 
 class LossWatch:
-    """Judges the losses of a run, one after the other; the same on every rank.
+    """Judges the losses of a run, one after the other, and remembers what came of bad ones.
+
+    The same on every rank, and saved with checkpoints.
 
     Args:
-        spike: a loss of so many times the running median is bad; none: only one that is not finite.
-        recent: the last losses of the attempt before this one.
+        spike: a loss of so many times the running median is bad; None: only one that is not finite.
+        at_once: look at every loss within its step. Else only before a checkpoint, since on a GPU to look
+            at one is to wait for all that was computed.
     """
 
-    def __init__(self, spike: float | None, recent: Iterable[float] = ()) -> None:
-        self._spike = spike
-        self._recent = collections.deque(recent, maxlen=_WINDOW)
+    def __init__(self, spike: float | None, *, at_once: bool = True) -> None:
+        self._spike, self._at_once = spike, at_once
+        self._recent: collections.deque[float] = collections.deque(maxlen=_WINDOW)
+        self._unseen: torch.Tensor | None = None
+        self._in_a_row, self._bad_step = 0, -1
+        self.rewound_to: set[int] = set()
+        """The steps to whose checkpoints the run was put back."""
+
+    def see(self, loss: torch.Tensor) -> str:
+        """What is wrong with a step's loss, a scalar, in words; empty where nothing is, or nobody looks."""
+        if not self._at_once:
+            self._unseen = loss.detach()
+            return ""
+        return self.judge(loss.item())
+
+    def look(self) -> str:
+        """What is wrong with the newest loss, where `see` did not look at it."""
+        unseen, self._unseen = self._unseen, None
+        return "" if unseen is None else self.judge(unseen.item())
 
     def judge(self, loss: float) -> str:
         """What is wrong with a loss, in words; empty where nothing is, and then it counts for the next."""
@@ -34,7 +57,35 @@ class LossWatch:
         self._recent.append(loss)
         return ""
 
-    @property
-    def recent(self) -> list[float]:
-        """The last good losses, to be saved."""
-        return list(self._recent)
+    def count(self, step: int) -> bool:
+        """Count a bad step; whether there were so many in a row that it is not the batches.
+
+        A step of a loop of one's own may have several bad gradients, which count once.
+        """
+        if step != self._bad_step:
+            self._in_a_row = self._in_a_row + 1 if step - self._bad_step == 1 else 1
+            self._bad_step = step
+        return self._in_a_row > MOST_IN_A_ROW
+
+    def rewind(self, step: int, saved: Mapping[str, Any]) -> None:
+        """The run is put back to the checkpoint of a step, whose `state` was this."""
+        self.rewound_to.add(step)
+        self._remember(saved)
+
+    def state(self) -> dict[str, Any]:
+        """What is saved: the last good losses, and what came of bad ones."""
+        return {
+            "losses": list(self._recent),
+            "bad": [self._in_a_row, self._bad_step],
+            "rewound_to": sorted(self.rewound_to),
+        }
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """Go on from what `state` was. Checkpoints of old have no more than the losses."""
+        self._remember(saved)
+        self._in_a_row, self._bad_step = saved.get("bad", (0, -1))
+        self.rewound_to = set(saved.get("rewound_to", ()))
+
+    def _remember(self, saved: Mapping[str, Any]) -> None:
+        self._recent = collections.deque(saved["losses"], maxlen=_WINDOW)
+        self._unseen = None

@@ -1,24 +1,43 @@
-"""Batches of any shape: dicts, tuples, named tuples and dataclasses of tensors.
+"""Batches of any shape: dicts, tuples, named tuples and dataclasses of tensors, and of what goes with these.
 
-The first dim of every tensor counts samples.
+The first dim of every tensor counts samples; one without dims belongs to all of them. So does whatever is no
+tensor, but for lists and arrays that have an item for each sample, such as its file's name.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from stoker.errors import BadInput
 from torch.utils import _pytree as pytree
 
+_MOST_SHAPES = 4  # that are said of a batch
 
-def _map(function: Callable[[torch.Tensor], Any], batch: Any) -> Any:
+
+def _map(
+    function: Callable[[torch.Tensor], Any], batch: Any, rows: Callable[[Any], Any] | None = None
+) -> Any:
+    """The batch with another of each tensor.
+
+    Args:
+        rows: given what is no tensor, and no container of any: what takes its place, or None.
+    """
     if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
-        fields = {f.name: _map(function, getattr(batch, f.name)) for f in dataclasses.fields(batch)}
+        fields = {f.name: _map(function, getattr(batch, f.name), rows) for f in dataclasses.fields(batch)}
         return dataclasses.replace(batch, **fields)
-    return pytree.tree_map_only(torch.Tensor, function, batch)
+    if rows is None:
+        return pytree.tree_map_only(torch.Tensor, function, batch)
+
+    def other(node: Any) -> Any:
+        if isinstance(node, torch.Tensor):
+            return function(node)
+        return node if (cut := rows(node)) is None else cut
+
+    return pytree.tree_map(other, batch, is_leaf=lambda node: rows(node) is not None)
 
 
 def for_each_tensor(function: Callable[[torch.Tensor], Any], batch: Any) -> None:
@@ -47,25 +66,95 @@ def to_device(batch: Any, device: torch.device, *, channels_last: bool = False) 
     return _map(move, batch)
 
 
-def size(batch: Any) -> int:
-    """The number of samples: the first dim of its first tensor. Raises ValueError where it has none."""
-    sizes: list[int] = []
-    _map(lambda tensor: sizes.append(len(tensor)), batch)
-    if not sizes:
+def size(batch: Any, share: int | None = None) -> int:
+    """The number of samples: the first dim of its tensors, of which those without dims have none.
+
+    Args:
+        share: how many the loader put into it, where that is known: the number of a batch whose tensors do
+            not have samples first.
+
+    Raises:
+        ValueError: no tensor has a dim, and the share is not known.
+    """
+    tensors = _with_dims(batch)
+    if share is not None and not _has_samples_first(tensors, share):
+        return share
+    if not tensors:
         raise ValueError(
             f"a batch of type {type(batch).__name__} holds no tensor: its samples cannot be counted"
         )
-    return sizes[0]
+    return tensors[0].size(0)
 
 
-def split(batch: Any, micro_batch: int | None) -> Iterator[Any]:
-    """The batch in parts of at most `micro_batch` samples (None: whole)."""
-    if micro_batch is None:
+def can_be_cut(batch: Any, share: int | None = None) -> bool:
+    """Whether a batch has samples first, see `size`."""
+    return _has_samples_first(_with_dims(batch), share)
+
+
+def split(batch: Any, micro_batch: int | None, share: int | None = None) -> Iterator[Any]:
+    """The batch in parts of at most `micro_batch` samples (None: whole).
+
+    Args:
+        share: see `size`.
+
+    Raises:
+        BadInput: it is to be cut, and does not have samples first.
+    """
+    if micro_batch is None or (samples := size(batch, share)) <= micro_batch:
         yield batch
         return
-    for start in range(0, size(batch), micro_batch):
-        part = slice(start, start + micro_batch)
-        yield _map(operator.itemgetter(part), batch)
+    if not can_be_cut(batch, share):
+        raise BadInput(_cannot_be_cut(batch, micro_batch, samples, share))
+    for start in range(0, samples, micro_batch):
+        yield _part(batch, slice(start, start + micro_batch), samples)
+
+
+def _part(batch: Any, part: slice, samples: int) -> Any:
+    def rows(node: Any) -> Any:
+        return node[part] if _is_of_rows(node, samples) else None
+
+    return _map(lambda tensor: tensor[part] if tensor.dim() else tensor, batch, rows)
+
+
+def _is_of_rows(node: Any, samples: int) -> bool:
+    """Whether something has an item for each sample, and none of these is, or holds, a tensor."""
+    if isinstance(node, np.ndarray):
+        return node.ndim > 0 and len(node) == samples
+    if type(node) not in (list, tuple) or len(node) != samples:  # a named tuple has fields
+        return False
+    return not any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(node))
+
+
+def _with_dims(batch: Any) -> list[torch.Tensor]:
+    """Its tensors that have a dim, in order."""
+    found: list[torch.Tensor] = []
+    for_each_tensor(lambda tensor: found.append(tensor) if tensor.dim() else None, batch)
+    return found
+
+
+def _has_samples_first(tensors: Sequence[torch.Tensor], share: int | None) -> bool:
+    """Whether the first dims are one number, and not all of them of something else, before the samples.
+
+    A first dim that is no share is one of samples nonetheless where a collate function joins or multiplies
+    them: only where all tensors have the share behind it, it is not.
+    """
+    if len({tensor.size(0) for tensor in tensors}) != 1:
+        return False
+    if share is None or tensors[0].size(0) == share:
+        return True
+    return not all(tensor.dim() > 1 and tensor.size(1) == share for tensor in tensors)
+
+
+def _cannot_be_cut(batch: Any, micro_batch: int, samples: int, share: int | None) -> str:
+    said = [str(tuple(tensor.shape)) for tensor in _with_dims(batch)]
+    more = f" and {len(said) - _MOST_SHAPES} more" if len(said) > _MOST_SHAPES else ""
+    shapes = f"tensors of the shapes {', '.join(said[:_MOST_SHAPES])}{more}" if said else "no tensor"
+    whole = f", or at least {samples}" if share is not None else ""
+    return (
+        f"micro_batch={micro_batch}: a batch is cut along the first dim of its tensors, which must be that "
+        f"of samples in all of them, and this one has {shapes}: have collate put samples first "
+        f"(batch_first=True), or give no micro_batch{whole}"
+    )
 
 
 def default_inputs(batch: Any) -> dict[str, Any] | tuple[Any, ...]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from stoker import distributed
 from stoker.engine import batches, fitting, micro_batch, options, out_of_memory, rehearsal
 from stoker.engine.options import Training
 from stoker.engine.step import Setting, Step
@@ -32,18 +33,26 @@ class MicroBatches:
         self._world, self._strategy, self._block = world, strategy, block
         self.size = training.micro_batch
         """Samples of one; `auto` before the first batch; none: a rank's whole share."""
+        self.share: int | None = None
+        """Samples that the loader puts into a rank's share, once that is known."""
 
     def of(self, batch: Any) -> Iterator[Any]:
-        """A batch on the device, cut."""
+        """A batch on the device, cut. Raises BadInput where it must be and cannot, see `batches.split`."""
         if self.size == "auto":
-            self.size = rehearsal.largest_micro_batch(
-                self._step, self._setting, self._world, batch, self._sizes(batch), self._about()
-            )
-            log.info("micro_batch=%d of a share of %s", self.size, counted(batches.size(batch), "sample"))
+            self.size = self._found(batch)
+            log.info("micro_batch=%d of a share of %s", self.size, counted(self._samples(batch), "sample"))
         if self.size is None and self._strategy == "pipeline":
-            share, sizes = batches.size(batch), self._sizes(batch)
+            share, sizes = self._samples(batch), self._sizes(batch)
             self.size = micro_batch.of_pipeline(sizes, share, self._setting.mesh.size("stage"))
-        return batches.split(batch, self.size)
+        return batches.split(batch, self.size, self.share)
+
+    def _found(self, batch: Any) -> int:
+        """The largest size that fits; whole, where the batch of a rank cannot be cut. All ranks call it."""
+        if not all(distributed.gathered(batches.can_be_cut(batch, self.share))):
+            return self._samples(batch)
+        return rehearsal.largest_micro_batch(
+            self._step, self._setting, self._world, batch, self._sizes(batch), self._about()
+        )
 
     def take_smaller(self, batch: Any) -> bool:
         """Halve an automatic size, and remember that; False where it cannot be."""
@@ -69,14 +78,19 @@ class MicroBatches:
         )
         if batch is None or self.size == "auto":  # which tries with the state of optimizers in place
             return f"{said} {change.of_an_update()}"
-        micro = self.size if isinstance(self.size, int) else None
+        micro = self.size if isinstance(self.size, int) else self._samples(batch)
         return f"{said} {change.of_a_pass(error, batch, self._sizes(batch), micro)}"
 
     def _sizes(self, batch: Any) -> list[int]:
         """The sizes that a micro-batch may have."""
         schedule = self._training.pipeline.schedule if self._strategy == "pipeline" else "gpipe"
-        ranks = self._setting.mesh.size("stage")
-        return options.pipeline_micro_batches(schedule, batches.size(batch), ranks)
+        ranks, samples = self._setting.mesh.size("stage"), self._samples(batch)
+        if ranks == 1 and not batches.can_be_cut(batch, self.share):
+            return [samples]
+        return options.pipeline_micro_batches(schedule, samples, ranks)
+
+    def _samples(self, batch: Any) -> int:
+        return batches.size(batch, self.share)
 
     def _about(self) -> dict[str, Any]:
         return {"strategy": self._strategy, **options.of_memory(self._training)}

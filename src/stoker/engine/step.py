@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from stoker.engine import gradients
+from stoker.engine import arguments, gradients
 from stoker.engine.agreement import Agreement, Weight
 from stoker.engine.in_backward import attach
 from stoker.engine.loss_scale import LossScale
@@ -82,9 +82,15 @@ class Setting:
     """Whether gradients that are not finite are looked for in any case; else where it costs nothing."""
 
     def call(self, model: nn.Module, batch: Any) -> Any:
-        """The output of a model for a batch."""
+        """The output of a model for a batch. Raises BadInput where it does not take what a batch has."""
         inputs = self.inputs(batch)
-        return model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
+        if not isinstance(inputs, Mapping):
+            return model(*inputs)
+        try:
+            return model(**inputs)
+        except TypeError as error:
+            arguments.explain_inputs(model, inputs, error)
+            raise
 
     def loss_of(self, output: Any, batch: Any) -> tuple[torch.Tensor, Weight]:
         """The loss of a micro-batch, summed, and its weight. Raises TypeError for what is not these two."""
@@ -155,8 +161,8 @@ class PlainStep:
         for number, part in enumerate(parts, start=1):
             last = number == len(parts)
             self._reduce_next(last)
-            with self._context():
-                part_sum, part_weight = self._setting.loss_of(self._setting.call(self._called, part), part)
+            with self.context():
+                part_sum, part_weight = self._setting.loss_of(self._call(part), part)
             loss_sum = part_sum.detach() if loss_sum is None else loss_sum + part_sum.detach()
             weight = weight + part_weight
             if last:
@@ -167,9 +173,18 @@ class PlainStep:
                 self._backward(part_sum / gradients.divisor(torch.as_tensor(part_weight)))
         self._reduced = True
 
+    def _call(self, part: Any) -> Any:
+        """The output in training. Raises StokerError where DDP waits for gradients that do not come."""
+        try:
+            return self._setting.call(self._called, part)
+        except RuntimeError as error:
+            if self._ddp is not None:
+                arguments.explain_unused(self.model, error)
+            raise
+
     def forward(self, batch: Any) -> Any:
         """See `Step`; with gradients where they are enabled, for a loop that does its own backward."""
-        with self._context():
+        with self.context():
             return self._setting.call(self.model, batch)
 
     def weights(self) -> dict[str, torch.Tensor]:
@@ -210,7 +225,8 @@ class PlainStep:
             loss_sum = loss_sum * self._setting.scale.factor
         torch.autograd.backward(loss_sum)
 
-    def _context(self) -> Any:
+    def context(self) -> contextlib.AbstractContextManager[Any]:
+        """What a forward pass computes its precision in, where the strategy does not see to that itself."""
         return contextlib.nullcontext() if self._casts else self._setting.autocast()
 
     def _reduce_next(self, reduce: bool) -> None:

@@ -195,6 +195,13 @@ def _shard_again(root: nn.Module, inputs: Any, output: Any) -> None:
         cast(FSDPModule, root).reshard()
 
 
+def gather_no_more(model: nn.Module) -> None:
+    """Let go of what FSDP has gathered and keeps, as behind a generation: parameters are shards again."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def compile_blocks(model: nn.Module, found: Blocks) -> None:
     """Compile each block by itself: all of one class share one compilation. Without blocks, the model."""
     for module in [block for _, block in found] or [model]:

@@ -132,7 +132,7 @@ class DeepSpeedStep:
         """See `Step`."""
         if self.stage > 0:
             for name, value in self.whole_weights().items():
-                self._use(self.model.get_parameter(name), value)
+                self.use(self.model.get_parameter(name), value)
 
     def whole(self, tensor: torch.Tensor) -> torch.Tensor:
         """A parameter or buffer, whole, on the CPU: float32 where it is trained. All ranks call it."""
@@ -171,7 +171,7 @@ class DeepSpeedStep:
 
         for name, p in self._trained():
             safe_set_full_fp32_param(p, parameters[name].to(self._setting.mesh.device))
-            self._use(p, parameters[name])
+            self.use(p, parameters[name])
 
     def restore_state(self, state: Tensors) -> None:
         """Put back the optimizer state that `capture` returned, with step counts (`name.step`)."""
@@ -213,7 +213,7 @@ class DeepSpeedStep:
         flat = zero.single_partition_of_fp32_groups if self.stage < 3 else zero.fp32_partitioned_groups_flat
         return list(flat)
 
-    def _use(self, parameter: nn.Parameter, value: torch.Tensor) -> None:
+    def use(self, parameter: nn.Parameter, value: torch.Tensor) -> None:
         """Let the forward pass use a value: it has a copy of its own of the float32 weights."""
         with self._gathered(parameter):
             parameter.data.copy_(value)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import importlib
 import importlib.util
 import inspect
 import sys
+import traceback
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, make_dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from stoker.errors import BadInput, nearest
+from stoker.run import finding
 
 SHIPPED = {
     "llm": "stoker.recipes.llm:train",
@@ -87,7 +91,7 @@ def from_function(
     source = Path(inspect.getsourcefile(train) or "").absolute()
     module = sys.modules.get(train.__module__)
     return Recipe(
-        name=name or source.stem,
+        name=name or finding.folder_name(source.stem),
         reference=reference or f"{source}:{train.__name__}",
         train=train,
         config=_config_class(train),
@@ -120,12 +124,44 @@ def _import_file(file: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.path.insert(0, str(file.parent))
     sys.modules[file.stem] = module
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except TypeError as error:
+        _explain_not_frozen(file, error)
+        raise
     return module
+
+
+def _explain_not_frozen(file: Path, error: TypeError) -> None:
+    """Raises BadInput where a config that is not frozen inherits from one that is, as `Training` is."""
+    if "cannot inherit non-frozen dataclass" not in str(error):
+        return
+    frames = traceback.extract_tb(error.__traceback__)
+    line = next((frame.lineno for frame in frames if frame.filename == str(file)), None)
+    raise BadInput(
+        f"{file}, line {line}: a dataclass inherits from a frozen one, as stoker.Training is: decorate it "
+        "with @dataclass(frozen=True, kw_only=True)"
+    ) from error
+
+
+def _check_run_is_first(train: Callable[..., None], parameters: Sequence[str]) -> None:
+    """Raises BadInput for a function that takes no run, or takes it after its config."""
+    kind: Any = None
+    with contextlib.suppress(NameError):  # of what is imported for type checkers alone
+        kind = typing.get_type_hints(train).get(parameters[0]) if parameters else None
+    takes_config = dataclasses.is_dataclass(kind) or parameters == ["config"]
+    if parameters and not takes_config:
+        return
+    config = kind.__name__ if isinstance(kind, type) else "Config"
+    raise BadInput(
+        f"{train.__name__}({', '.join(parameters)}): the first that it is given is the run: write "
+        f"def {train.__name__}(run, config: {config})"
+    )
 
 
 def _config_class(train: Callable[..., None]) -> type:
     parameters = list(inspect.signature(train).parameters)
+    _check_run_is_first(train, parameters)
     if len(parameters) < 2:
         return make_dataclass("NoConfig", [], frozen=True)
     hints: dict[str, Any] = typing.get_type_hints(train)

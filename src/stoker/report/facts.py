@@ -21,6 +21,7 @@ from stoker.run.directory import RunDirectory
 from stoker.run.media import read_table
 from stoker.run.series import Summary
 from stoker.run.view import Attempt, Media, RunView
+from stoker.words import some
 
 _FOUND_OUT = "found out by the run"
 _TEXT_LIMIT = 400_000  # characters of a diff that are shown; the run's directory has all of it
@@ -132,14 +133,18 @@ def artifacts(view: RunView) -> list[Artifact]:
 
 
 def attempt_notes(view: RunView, attempt: Attempt) -> list[str]:
-    """What is worth knowing about an attempt: its error, checkpoints passed over, config changed with it."""
-    before = next((a.drift for a in reversed(view.attempts) if a.number < attempt.number), {})
+    """What is worth knowing of an attempt: its error, checkpoints passed over, changed config and code."""
+    last = next((a for a in reversed(view.attempts) if a.number < attempt.number), None)
+    before, code = (last.drift, last.code) if last is not None else ({}, {})
     changes = [
         f"{key}: {text(change[0])} → {text(change[1])}"
         for key, change in attempt.drift.items()
         if before.get(key) != change
     ]
     passed_over = [f"passed over {checkpoint}" for checkpoint in attempt.passed_over]
+    if attempt.code != code:
+        now = f"{some(list(attempt.code))} changed" if attempt.code else "as at the run's begin again"
+        changes.append(f"code: {now}")
     return [*([attempt.error] if attempt.error else []), *passed_over, *changes]
 
 

@@ -18,7 +18,7 @@ from stoker.reproduce.inputs import Input
 from stoker.reproduce.journals import Compared, Drift
 from stoker.reproduce.stretch import Stretch
 from stoker.run.series import measures_machine
-from stoker.words import counted
+from stoker.words import counted, some
 
 _MOST = 8  # of a kind that are named
 _KINDS = {"python": "python", "package": "packages", "machine": "machine", "variable": "variables"}
@@ -110,13 +110,13 @@ def print_outcome(console: Console, outcome: Outcome, options: str = "") -> None
     if compared.drifts:
         print_whole(console, _drifts(compared.drifts))
     elif compared.metrics:
-        _pair(console, "compared", _some(compared.metrics))
-    _pair(console, "weights", f"the same bits: {_some(weights.same)}" if weights.same else "")
-    _pair(console, "weights", f"other bits: {_some(weights.other)}" if weights.other else "", "red")
+        _pair(console, "compared", some(compared.metrics))
+    _pair(console, "weights", f"the same bits: {some(weights.same)}" if weights.same else "")
+    _pair(console, "weights", f"other bits: {some(weights.other)}" if weights.other else "", "red")
     of_machine = [name for name in compared.left_out if measures_machine(name)]
     asked = [name for name in compared.left_out if name not in of_machine]
-    _pair(console, "left out", f"{_some(of_machine)}: of the machine" if of_machine else "")
-    _pair(console, "left out", f"{_some(asked)}: by --ignore" if asked else "")
+    _pair(console, "left out", f"{some(of_machine)}: of the machine" if of_machine else "")
+    _pair(console, "left out", f"{some(asked)}: by --ignore" if asked else "")
     if outcome.failures is not None:
         then, again = outcome.failures
         said = f"as it did: {again}" if then == again else f"by {again}; it did by {then}"
@@ -139,7 +139,7 @@ def doubts(checked: Checked) -> list[str]:
     for difference in checked.differences:
         if difference.matters:
             by_reason.setdefault(difference.matters, []).append(difference.name)
-    return [*(f"{_some(names)} differs: {reason}" for reason, names in by_reason.items()), *checked.doubts]
+    return [*(f"{some(names)} differs: {reason}" for reason, names in by_reason.items()), *checked.doubts]
 
 
 def causes(outcome: Outcome) -> list[str]:
@@ -243,9 +243,9 @@ def _code(checked: Checked) -> str:
     )
     said = f"{commit}{counted(len(code.files), 'file')} as recorded"
     if checked.changed_since:
-        said += f"; changed since where they were: {_some(checked.changed_since)}"
+        said += f"; changed since where they were: {some(checked.changed_since)}"
     if checked.lacking:
-        said += f"; left out of the record, and not there any more as they were: {_some(checked.lacking)}"
+        said += f"; left out of the record, and not there any more as they were: {some(checked.lacking)}"
     return said
 
 
@@ -265,11 +265,6 @@ def _print_differences(console: Console, label: str, found: Sequence[Difference]
 
 def _ranked(found: Iterable[Difference]) -> list[Difference]:
     return sorted(found, key=lambda difference: not difference.matters)
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _MOST} more" if len(names) > _MOST else ""
-    return ", ".join(names[:_MOST]) + more
 
 
 def _pair(console: Console, label: str, said: str, style: str = "") -> None:

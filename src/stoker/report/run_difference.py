@@ -22,7 +22,7 @@ from stoker.reproduce.code_changes import Change, CodeChanges
 from stoker.reproduce.differences import Difference
 from stoker.reproduce.journals import Compared
 from stoker.run.view import RunView
-from stoker.words import counted
+from stoker.words import counted, some
 
 _NOTHING = "–"
 _KINDS = {"packages": "package", "python": "python", "machine": "machine", "variables": "variable"}
@@ -61,7 +61,7 @@ def compare(before: RunView, now: RunView) -> RunDifference:
     return RunDifference(
         (_name(before), _name(now)), (before, now), config, len({*values[0], *values[1]}) - len(config), code,
         tuple(found), differ, len(pairs) - len(differ), journals.compare(before.points, now.points),
-        (*([f"code: {code.unknown}"] if code.unknown else []), *unknown),
+        (*([f"code: {code.unknown}"] if code.unknown else []), *_edited(before), *_edited(now), *unknown),
     )  # fmt: skip
 
 
@@ -110,6 +110,15 @@ def print_difference(console: Console, found: RunDifference) -> None:
         console.print(Text(f"not known: {plain(said)}", "yellow"), soft_wrap=True)
     if same := _same(found):
         console.print(Text(f"the same: {same}", "dim"), soft_wrap=True)
+
+
+def _edited(view: RunView) -> list[str]:
+    """Of a run that went on with other code than is recorded: that it did."""
+    attempt = next((attempt for attempt in view.attempts if attempt.code), None)
+    if attempt is None:
+        return []
+    files = some(list(attempt.code))
+    return [f"code: {view.directory.id} went on with another at attempt {attempt.number}: {files} changed"]
 
 
 def _environment(before: RunView, now: RunView) -> tuple[list[Difference], list[str]]:
@@ -174,10 +183,10 @@ def _same(found: RunDifference) -> str:
     said = []
     if not found.config:
         said.append(f"config ({counted(found.same_config, 'key')})")
-    if found.code.before and found.code.now and not found.code.files and not found.code.unknown:
+    known = {said.partition(":")[0] for said in found.unknown}
+    if found.code.before and found.code.now and not found.code.files and "code" not in known:
         said.append(f"code ({counted(len(found.code.now.files), 'file')})")
     differ = {difference.kind for difference in found.environment}
-    known = {said.partition(":")[0] for said in found.unknown}
     said += [
         title
         for title, kind in _KINDS.items()

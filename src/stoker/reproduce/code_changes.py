@@ -6,12 +6,15 @@ A file of one content under two names was renamed. Lines are compared by difflib
 from __future__ import annotations
 
 import difflib
+import os
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from stoker import storage
+import xxhash
+from stoker import redaction, storage
 from stoker.errors import BadInput
 from stoker.reproduce import provenance
 from stoker.reproduce.code import Code, File
@@ -82,8 +85,63 @@ def changed_since(code: Code) -> list[str]:
     root = Path(code.root)
     if not root.is_dir():
         return []
-    comparable = (file for file in code.files if file.path not in code.redacted and file.mode != "120000")
-    return [file.path for file in comparable if _sum(root / file.path) != file.xxh3]
+    return [file.path for file in _comparable(code) if _sum(root / file.path) != file.xxh3]
+
+
+def since_begun(folder: Path, source: Path) -> dict[str, str | None]:
+    """As `changed_for`, of the code that stands in a provenance folder; empty where there is none."""
+    try:
+        return changed_for(provenance.read_code(folder), source)
+    except (BadInput, OSError):
+        return {}
+
+
+def changed_for(code: Code, source: Path) -> dict[str, str | None]:
+    """The files of programming languages that are others than a run recorded, for who goes on with it.
+
+    Quick, as at the start of a run: what is new is not looked for, but whatever imports it has changed.
+
+    Args:
+        source: the script that goes on with it, which may stand in another copy of the code; or a folder.
+
+    Returns:
+        The path of each in the code, with its XXH3; None of one that is gone.
+    """
+    source = Path(os.path.realpath(source))
+    root = _root_of(code, source)
+    if root is None:
+        return {}
+    found: dict[str, str | None] = {}
+    for file in _comparable(code):
+        if redaction.is_code(file.path) and (now := _quick_sum(root / file.path)) != file.xxh3:
+            found[file.path] = now
+    if root != Path(code.root):  # a copy need not have all of it
+        found = {path: now for path, now in found.items() if now is not None}
+    if code.script and source.is_file() and source != root / code.script:
+        found[os.path.relpath(source, root)] = _quick_sum(source)
+    return found
+
+
+def _root_of(code: Code, source: Path) -> Path | None:
+    """Where the code stands that a script or a folder belongs to; None where that is another's."""
+    script = Path(code.script or ".").parts
+    if script and source.is_file() and source.parts[-len(script) :] == script:
+        return source.parents[len(script) - 1]
+    return Path(code.root) if source.is_relative_to(code.root) else None
+
+
+def _comparable(code: Code) -> Iterator[File]:
+    """The files whose content is recorded as it was on disk."""
+    redacted = frozenset(code.redacted)
+    return (file for file in code.files if file.path not in redacted and file.mode != "120000")
+
+
+def _quick_sum(file: Path) -> str | None:
+    """As `_sum`, of a file that is small enough to be in a bundle."""
+    try:
+        return xxhash.xxh3_128_hexdigest(file.read_bytes())
+    except OSError:
+        return None
 
 
 def _sum(file: Path) -> str | None:

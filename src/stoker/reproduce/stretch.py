@@ -1,7 +1,7 @@
 """Which steps of a run one training makes again: of one config, on one number of ranks.
 
-A run that was continued on other ranks, or with a changed config, is not what one training gives: what is
-made again ends where that changed, or begins after it, from a checkpoint.
+A run that was continued on other ranks, or with a changed config or other code, is not what one training
+gives: what is made again ends where that changed, or begins after it, from a checkpoint.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from stoker import words
 from stoker.errors import BadInput
 from stoker.run.view import FINISHED, Attempt, RunView
 
@@ -89,4 +90,9 @@ def _changed(view: RunView, before: Attempt, now: Attempt) -> str:
         return f"it went on with {now.world} ranks in place of {before.world}"
     one, other = _config(view, before), _config(view, now)
     changes = [f"{key} from {one.get(key)} to {other[key]}" for key in other if one.get(key) != other[key]]
-    return f"it went on with another config: {', '.join(changes)}" if changes else ""
+    if changes:
+        return f"it went on with another config: {', '.join(changes)}"
+    other_files = [
+        path for path in {**before.code, **now.code} if before.code.get(path) != now.code.get(path)
+    ]
+    return f"it went on with other code: {words.some(other_files)}" if other_files else ""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import re
+import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from stoker.run.directory import RunDirectory
 log = logging.getLogger("stoker")
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_LONGEST = 100  # characters of a name that is made of another
 
 
 def folder(name: Path | str) -> Path:
@@ -44,6 +47,18 @@ def checked(name: str, what: str = "name") -> str:
     if not _NAME.fullmatch(name):
         raise BadInput(f"{what} {name!r} cannot name a folder: use letters, digits, '.', '_' and '-'")
     return name
+
+
+def folder_name(text: str) -> str:
+    """A name that can be a folder's, as near to a text as one is: `train it` is `train-it`.
+
+    One of another script has a hash in place of its letters, so that two of them are not one.
+    """
+    if _NAME.fullmatch(text):
+        return text
+    ascii_ = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", ascii_).strip("-._")[:_LONGEST]
+    return name or f"script-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def named(runs: Path, experiment: str, run_id: str) -> RunDirectory:
@@ -77,15 +92,20 @@ def meant(runs: Path, reference: str, known: Callable[[], Sequence[RunDirectory]
     run = _at_path(runs, reference)
     if run is not None:
         return [run]
-    folders = ((runs / reference).absolute(), Path(reference).absolute())
-    members = [run for run in known() if run.path.parent.absolute() in folders]
-    if not members:
+    found = members(runs, reference, known())
+    if not found:
         return [_by_id(runs, reference, known(), or_experiment=True)]
     others = [run for run in known() if run.id == reference]
-    if others and members != others:
+    if others and found != others:
         name = f"{others[0].experiment}/{reference}"
         raise BadInput(f"{reference!r} is an experiment and a run: write {reference + '/'!r} or {name!r}")
-    return members
+    return found
+
+
+def members(runs: Path, experiment: str, known: Sequence[RunDirectory]) -> list[RunDirectory]:
+    """Those of the known runs that are of an experiment, by its name or path."""
+    folders = ((runs / experiment).absolute(), Path(experiment).absolute())
+    return [run for run in known if run.path.parent.absolute() in folders]
 
 
 def _at_path(runs: Path, reference: str) -> RunDirectory | None:

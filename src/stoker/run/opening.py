@@ -102,6 +102,11 @@ def take(run: RunDirectory, opening: rendezvous.Opening) -> int:
         lock = storage.try_lock(run.lock_file)
     except OSError as error:
         raise directory.unwritable(run, error) from error
+    if lock is None and storage.held_here(run.lock_file):
+        raise BadInput(
+            f"this process itself has {run.path} open: call run.close() of the one opened before, or open "
+            "runs by `with stoker.Run(...) as run:`, which closes them"
+        )
     if lock is None:
         raise BadInput(
             f"another process is training {run.path} now: wait for it, stop it, or choose another name"

@@ -50,6 +50,8 @@ class Attempt:
     """What the loop had spent its time on: `time`, `step`, `seconds` by what for, whether it was `over`."""
     drift: dict[str, Any] = field(default_factory=dict)
     """Config keys that differ from the run's record: key -> [old, new]."""
+    code: dict[str, str | None] = field(default_factory=dict)
+    """Files of code that are others than those of the run's begin: path -> XXH3, None where it is gone."""
     ended: float | None = None
     last_event: float = 0.0
     status: str = KILLED

@@ -15,6 +15,7 @@ from stoker.errors import BadInput
 from stoker.report import terminal
 from stoker.report.terminal import Listed
 from stoker.run import finding
+from stoker.run.directory import RunDirectory
 from stoker.run.query import Query, facts
 from stoker.words import counted
 
@@ -24,7 +25,12 @@ _ALWAYS_KNOWN = ("id", "experiment", "status", "step", "started", "seconds")
 def list_(
     folder: Annotated[
         Path | None,
-        typer.Argument(metavar="DIR", parser=finding.folder, help="As --runs.", show_default=False),
+        typer.Argument(
+            metavar="[DIR|EXPERIMENT]",
+            parser=finding.folder,
+            show_default=False,
+            help="As --runs; or an experiment, or a sweep: all of its runs.",
+        ),
     ] = None,
     filter: Annotated[
         str | None,
@@ -45,8 +51,8 @@ def list_(
     status, step, started and seconds, with < <= > >= == != in, and, or, not. Also
     best(val_loss), min(...), max(...). Names with other characters stand in `backticks`.
     """
-    runs = folder or runs
-    found = sorted((listed(run) for run in finding.every(runs)), key=started)
+    runs, meant = _meant(runs, folder)
+    found = sorted(map(listed, meant), key=started)
     shown, names = chosen(found, filter, sort)
     if json:
         print_json({"runs": [entry(run) for run in shown]})
@@ -59,6 +65,13 @@ def list_(
     else:
         first = "stoker train llm model=tiny data=python-docs max_steps=60"
         console().print(f"no runs under {finding.shown(runs)} yet; start one: {first}", markup=False)
+
+
+def _meant(runs: Path, folder: Path | None) -> tuple[Path, list[RunDirectory]]:
+    """The folder that is listed and its runs: of a runs folder, or else of an experiment."""
+    within = finding.every(folder or runs)
+    members = finding.members(runs, str(folder), finding.every(runs)) if folder and not within else []
+    return (members[0].path.parent, members) if members else (folder or runs, within)
 
 
 def chosen(runs: Sequence[Listed], filter: str | None, sort: str | None) -> tuple[list[Listed], list[str]]:

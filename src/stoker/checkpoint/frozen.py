@@ -1,0 +1,67 @@
+"""Which parameters are to be saved although nothing trains them now.
+
+Most frozen ones never change, and come from where they came from at the start. But some are moved by hand (a
+target network, a mean teacher), and some are frozen for a while alone, or thawed later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from stoker import distributed
+from stoker.checkpoint.planning import local
+from torch import nn
+
+_PROBED = 64  # values of each parameter
+
+
+class Frozen:
+    """The parameters of a model as they were when it was built, after it was laid out and filled.
+
+    That one changed is seen by values of it at even distances.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._trained = {name: p.requires_grad for name, p in model.named_parameters()}
+        self._kept = {name for name, trained in self._trained.items() if trained}
+        self._before = {
+            name: found
+            for name, p in model.named_parameters()
+            if not p.requires_grad and (found := _probe(p)) is not None
+        }
+
+    def kept(self) -> frozenset[str]:
+        """Names of those that are frozen now, and were trained, or have changed. All ranks call it."""
+        changed = {name for name, p in self._frozen() if self._has_changed(name, p)}
+        self._kept |= {name for names in distributed.gathered(sorted(changed)) for name in names}
+        return frozenset(name for name, _ in self._frozen() if name in self._kept)
+
+    def turned(self) -> dict[str, bool]:
+        """Those that were frozen, or thawed, since: whether each is trained now."""
+        now = {name: p.requires_grad for name, p in self._model.named_parameters()}
+        return {name: trained for name, trained in now.items() if trained != self._trained[name]}
+
+    def turn(self, turned: Mapping[str, bool]) -> None:
+        """Freeze and thaw those of them that this rank has."""
+        for name, parameter in self._model.named_parameters():
+            parameter.requires_grad_(turned.get(name, parameter.requires_grad))
+
+    def _frozen(self) -> list[tuple[str, nn.Parameter]]:
+        return [(name, p) for name, p in self._model.named_parameters() if not p.requires_grad]
+
+    def _has_changed(self, name: str, parameter: nn.Parameter) -> bool:
+        if name in self._kept or name not in self._before:
+            return False
+        now = _probe(parameter)
+        return now is not None and not torch.equal(now, self._before[name])
+
+
+def _probe(parameter: nn.Parameter) -> torch.Tensor | None:
+    """Some of the values that this rank holds of a parameter; None of one that is quantised."""
+    held = local(getattr(parameter, "ds_tensor", parameter).detach())  # ds_tensor: DeepSpeed's part of it
+    if type(held) is not torch.Tensor or not held.is_floating_point() or held.is_meta:
+        return None
+    flat = held.reshape(-1)
+    return flat[:: max(1, flat.numel() // _PROBED)][: _PROBED + 1].clone()

@@ -1,0 +1,113 @@
+"""What a Trainer is given, judged before anything is made of it: what is written for a loop of plain PyTorch
+has other arguments, which fail later with words that name none of them."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from stoker.errors import BadInput, StokerError
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+_UNUSED = "Expected to have finished reduction"  # what DDP's error begins with
+_NAMED = 4  # parameters that a message names
+
+
+def check(optimizer: object, loss: object, schedule: object) -> None:
+    """Raises BadInput for what is of another kind than Trainer takes."""
+    for name, make in optimizer.items() if isinstance(optimizer, Mapping) else [("", optimizer)]:
+        _check_optimizer(name, make)
+    if loss is not None:
+        _check_loss(loss)
+    if schedule is not None:
+        _check_schedule(schedule)
+
+
+def _check_optimizer(name: str, make: object) -> None:
+    if callable(make) and not isinstance(make, torch.optim.Optimizer):
+        return
+    kind = type(make).__name__ if isinstance(make, torch.optim.Optimizer) else "SGD"
+    written = f"lambda parameters: {kind}(parameters, lr=...)"
+    raise BadInput(
+        f"optimizer= is {_said(make)}{f' for {name!r}' if name else ''}, and the optimizer is made after the "
+        f"model was laid out: give the function that makes it, optimizer="
+        f"{f'{{{name!r}: {written}, ...}}' if name else written}"
+    )
+
+
+def _check_loss(loss: object) -> None:
+    of_torch = isinstance(loss, nn.modules.loss._Loss) or (
+        getattr(loss, "__module__", None) == "torch.nn.functional"
+    )
+    if callable(loss) and not of_torch:
+        return
+    raise BadInput(
+        f"loss= is {_said(loss)}: give a function (output, batch) -> (sum, weight), the loss summed over the "
+        "batch and what to divide it by, such as "
+        'lambda output, batch: (cross_entropy(output, batch[1], reduction="sum"), len(batch[1]))'
+    )
+
+
+def _check_schedule(schedule: object) -> None:
+    if callable(schedule) and _takes(schedule, 0, 1):
+        return
+    said = f"{_said(schedule)}, which does not take these two" if callable(schedule) else _said(schedule)
+    raise BadInput(
+        f"schedule= is {said}: give a function (step, total steps) -> factor of the learning rate, such as "
+        'stoker.engine.schedule.build("cosine", warmup=0.05)'
+    )
+
+
+def explain_inputs(model: nn.Module, inputs: Mapping[str, Any], error: TypeError) -> None:
+    """Raises BadInput where a model was called with items of a batch that it has no parameters for."""
+    called = model.module if isinstance(model, DistributedDataParallel) else model
+    if _takes(called.forward, **inputs):
+        return
+    taken = inspect.signature(called.forward).parameters
+    ours = [key for key in inputs if key in taken]
+    given = ", ".join(f'"{key}": batch["{key}"]' for key in ours or list(inputs)[:1])
+    name = type(called).__name__
+    raise BadInput(
+        f"{name} is called with {', '.join(inputs)}, the items of a batch, and takes {', '.join(taken)}: say "
+        f"which it is called with by Trainer(..., inputs=lambda batch: {{{given}}})"
+    ) from error
+
+
+def explain_unused(model: nn.Module, error: RuntimeError) -> None:
+    """Raises StokerError where DDP waited for gradients of parameters that the loss does not depend on."""
+    if not str(error).startswith(_UNUSED):
+        return
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    found = re.search(r"did not receive grad for rank \d+:((?: \d+)+)", str(error))
+    unused = [names[int(i)] for i in found[1].split() if int(i) < len(names)] if found else []
+    more = f" and {len(unused) - _NAMED} more" if len(unused) > _NAMED else ""
+    said = f" ({', '.join(unused[:_NAMED])}{more})" if unused else ""
+    raise StokerError(
+        f"parameters{said} had no part in the loss of the step before, and the ranks wait for their "
+        "gradients: add ddp.find_unused_parameters=true, or freeze them with requires_grad_(False)"
+    ) from error
+
+
+def _takes(function: Callable[..., Any], /, *arguments: Any, **named: Any) -> bool:
+    """Whether it can be called so; of one that does not say what it takes, it is believed."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return True
+    try:
+        signature.bind(*arguments, **named)
+    except TypeError:
+        return False
+    return True
+
+
+def _said(value: object) -> str:
+    """A value in words: a text or a function by itself, all else by its type."""
+    if isinstance(value, str):
+        return repr(value)
+    name = getattr(value, "__name__", None)
+    return f"{name}" if callable(value) and name else f"an object of the type {type(value).__name__}"

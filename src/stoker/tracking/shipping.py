@@ -1,0 +1,65 @@
+"""What the process that trains does for its run's sinks: it sees to it that a follower ships to them."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import time
+from collections.abc import Sequence
+
+from stoker.run.directory import RunDirectory
+from stoker.tracking import follower
+from stoker.tracking.follower import SinkState
+
+log = logging.getLogger("stoker")
+
+_PAUSE = 30.0  # seconds from the start of a follower that was killed to that of the next one
+
+
+class Shipping:
+    """The follower of one run.
+
+    Args:
+        run: the run.
+        sinks: where it is shipped to; to none, and all of this does nothing.
+    """
+
+    def __init__(self, run: RunDirectory, sinks: Sequence[str]) -> None:
+        self._run, self._sinks = run, sinks
+        self._process: subprocess.Popen[bytes] | None = None
+        self._begun = 0.0
+        self._warned: set[str] = set()
+
+    def begin(self) -> None:
+        """There is something to ship."""
+        if self._sinks:
+            self._process, self._begun = follower.spawn(self._run), time.monotonic()
+
+    def look_after(self) -> None:
+        """Start another follower where the last one was killed; say once of a sink that it takes nothing."""
+        self._look(_PAUSE)
+
+    def finish(self) -> None:
+        """The run is about to end: what it still says is to be shipped by somebody."""
+        self._look(0.0)
+
+    def wait(self, timeout: float) -> list[SinkState]:
+        """Once the run is closed: wait for the follower up to `timeout` seconds; each sink's state."""
+        return follower.wait(self._run, self._process, timeout) if self._process is not None else []
+
+    def _look(self, pause: float) -> None:
+        if self._process is None:
+            return
+        if self._process.poll() is not None and time.monotonic() - self._begun >= pause:
+            log.info("the process that ships to the sinks is gone: another one goes on")
+            self.begin()
+        self._warn()
+
+    def _warn(self) -> None:
+        for name, error in follower.failing(self._run).items():
+            if name not in self._warned:
+                self._warned.add(name)
+                log.warning(
+                    "%s takes nothing now (%s); training goes on, and `stoker sync %s` or the next "
+                    "start ships what it lacks", name, error, self._run.id,
+                )  # fmt: skip
