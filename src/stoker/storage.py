@@ -25,6 +25,7 @@ import psutil
 import xxhash
 
 _PIECE = 2**20  # bytes that are read at once
+_LEAST_PIECE = 2**12  # of a small file, for which no more is cleared
 
 # File systems that one machine has to itself.
 _OWN_DISKS = frozenset({
@@ -110,8 +111,9 @@ def xxh3(path: Path) -> str:
     It finds what a disk or a network gets wrong, as fast as memory is read; not what somebody forges.
     """
     digest = xxhash.xxh3_128()
-    buffer = memoryview(bytearray(_PIECE))
     with path.open("rb", buffering=0) as file:  # not mapped: a page that cannot be read would end the process
+        size = os.fstat(file.fileno()).st_size
+        buffer = memoryview(bytearray(min(max(size, _LEAST_PIECE), _PIECE)))
         while count := file.readinto(buffer):
             digest.update(buffer[:count])
     return digest.hexdigest()

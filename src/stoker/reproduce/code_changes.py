@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import xxhash
 from stoker import redaction, storage
 from stoker.errors import BadInput
 from stoker.reproduce import provenance
@@ -113,12 +112,12 @@ def changed_for(code: Code, source: Path) -> dict[str, str | None]:
         return {}
     found: dict[str, str | None] = {}
     for file in _comparable(code):
-        if redaction.is_code(file.path) and (now := _quick_sum(root / file.path)) != file.xxh3:
+        if redaction.is_code(file.path) and (now := _sum(root / file.path)) != file.xxh3:
             found[file.path] = now
     if root != Path(code.root):  # a copy need not have all of it
         found = {path: now for path, now in found.items() if now is not None}
     if code.script and source.is_file() and source != root / code.script:
-        found[os.path.relpath(source, root)] = _quick_sum(source)
+        found[os.path.relpath(source, root)] = _sum(source)
     return found
 
 
@@ -134,14 +133,6 @@ def _comparable(code: Code) -> Iterator[File]:
     """The files whose content is recorded as it was on disk."""
     redacted = frozenset(code.redacted)
     return (file for file in code.files if file.path not in redacted and file.mode != "120000")
-
-
-def _quick_sum(file: Path) -> str | None:
-    """As `_sum`, of a file that is small enough to be in a bundle."""
-    try:
-        return xxhash.xxh3_128_hexdigest(file.read_bytes())
-    except OSError:
-        return None
 
 
 def _sum(file: Path) -> str | None:
