@@ -47,11 +47,13 @@ def said(cls: type, override: str) -> str:
         ("output_dir=out", "that is no key here: a run is written to a folder of its own under --runs DIR"),
         ("resume_from_checkpoint=true", "that is no key here: the same command with the same --name NAME"),
         ("batch_sise=4", "did you mean 'batch_size'?"),
+        # near in no letters: by the beginning of a name, and by the words of a meaning
+        ("learning=1", "; here it is lr (Peak learning rate"),
+        ("gradient_accum=2", "; here it follows from batch_size ("),
+        ("momentum=1", "; the nearest by meaning: optimizer (AdamW, SGD with momentum"),
     ],
 )
-def test_a_name_of_another_trainer_is_answered_with_what_takes_its_place(
-    override: str, expected: str
-) -> None:
+def test_a_name_that_is_no_key_is_answered_with_what_takes_its_place(override: str, expected: str) -> None:
     assert expected in said(llm.Config, override)
 
 
@@ -67,20 +69,6 @@ def test_of_a_class_whose_source_is_not_there_the_key_is_named_all_the_same() ->
     made = make_dataclass("C", [("lr", float, 1.0)])
     made.__module__ = "builtins"
     assert said(made, "learning_rate=1").endswith("; here it is lr")
-
-
-@pytest.mark.parametrize(
-    ("override", "expected"),
-    [
-        ("learning=1", "; here it is lr (Peak learning rate"),
-        ("gradient_accum=2", "; here it follows from batch_size ("),
-        ("momentum=1", "; the nearest by meaning: optimizer (AdamW, SGD with momentum"),
-    ],
-)
-def test_what_is_near_in_no_letters_is_found_by_its_beginning_and_by_its_words(
-    override: str, expected: str
-) -> None:
-    assert expected in said(llm.Config, override)
 
 
 def test_of_many_keys_those_of_the_config_itself_are_named_and_how_all_are_seen() -> None:
