@@ -695,7 +695,7 @@ class Run:
 
     def wait_for_sinks(self, timeout: float) -> list[Any]:
         """After `close`: wait for the follower up to `timeout` seconds; returns each sink's state."""
-        return list(self._shipping.wait(timeout))
+        return self._shipping.wait(timeout)
 
     # -- the journal --------------------------------------------------------------------
 

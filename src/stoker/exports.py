@@ -15,7 +15,7 @@ from stoker.checkpoint import manifest
 from stoker.errors import BadInput, nearest
 from stoker.run import mirror
 from stoker.run.journal import Event
-from stoker.run.series import guess_goal
+from stoker.run.series import goal_of
 from stoker.run.view import RunView
 
 ADAPTER = "adapter_config.json"
@@ -113,7 +113,7 @@ def mend(seen: RunView) -> Callable[[Path], None] | None:
 
 
 def _best(seen: RunView, metric: str) -> Path:
-    goal = seen.goals.get(metric) or guess_goal(metric)
+    goal = goal_of(metric, seen.goals)
     if goal is None:
         raise BadInput(f"nobody said which way {metric!r} is better: run.goal({metric}='min') or 'max' does")
     path = manifest.best(seen.directory.checkpoints, metric, goal)

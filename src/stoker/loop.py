@@ -63,7 +63,7 @@ from stoker.engine.timing import Timed, Timing
 from stoker.errors import BadInput, OutOfMemory, StokerError, Stopped
 from stoker.progress import ProgressDisplay, Reading, short
 from stoker.run import journal, view
-from stoker.run.series import guess_goal
+from stoker.run.series import goal_of
 from stoker.saving import Checkpoints, Saved
 
 log = logging.getLogger("stoker")
@@ -623,8 +623,8 @@ class Trainer:
             return
         texts = [f"{name} {value:.4g}" for name, value in metrics.items()]
         if self.rate is not None:
-            share = self.rate / self.world.size
-            a_rank = f" ({short(share)} a rank)" if self.world.size > 1 else ""
+            of_a_rank = self.rate / self.world.size
+            a_rank = f" ({short(of_a_rank)} a rank)" if self.world.size > 1 else ""
             texts.append(f"{short(self.rate)} {self._unit}/s{a_rank}")
             texts += [f"mfu {found['mfu']:.1%}"] if "mfu" in found else []
             texts.append(f"{self._pace.share_waited:.1%} waiting for data")
@@ -742,7 +742,7 @@ class Trainer:
     def _is_stale(self, metric: str, patience: int, min_delta: float) -> bool:
         if self.world.rank > 0:
             return False
-        goal = self.run.goals.get(metric) or guess_goal(metric)
+        goal = goal_of(metric, self.run.goals)
         if metric not in self.run.latest or goal is None:
             why = "is not logged" if goal else "may be better high or low: say run.goal(...)"
             raise ValueError(f"stale({metric!r}): it {why}")

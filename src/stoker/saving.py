@@ -22,7 +22,7 @@ from stoker.engine import random_state, strategies
 from stoker.engine.ema import Ema
 from stoker.engine.loss_scale import LossScale
 from stoker.engine.step import Step
-from stoker.run.series import Goal, guess_goal
+from stoker.run.series import goal_of
 from stoker.world import World
 
 log = logging.getLogger("stoker")
@@ -192,20 +192,18 @@ class Checkpoints:
     def improves(self) -> bool:
         """Whether the metric that the best goes by is better now than at any that was saved; rank 0 knows."""
         value = self._run.latest.get(self._best)
-        goal = self._run.goals.get(self._best) or guess_goal(self._best)
+        goal = goal_of(self._best, self._run.goals)
         if value is None or goal is None or math.isnan(value):
             return False
-        known = self._best_saved if self._best_saved is not None else self._best_on_disk(goal)
+        if self._best_saved is None and (there := manifest.best(self._folder, self._best, goal)):
+            self._best_saved = manifest.metrics(there)[self._best]
+        known = self._best_saved
         return known is None or (value < known if goal == "min" else value > known)
-
-    def _best_on_disk(self, goal: Goal) -> float | None:
-        found = manifest.best(self._folder, self._best, goal)
-        return None if found is None else manifest.metrics(found).get(self._best)
 
     def _on_disk(self, saved: manifest.Checkpoint) -> None:
         relative = str(saved.path.relative_to(self._run.directory.path))
         self._run.event("checkpoint", step=saved.step, path=relative, bytes=saved.bytes)
-        goal = self._run.goals.get(self._best) or guess_goal(self._best)
+        goal = goal_of(self._best, self._run.goals)
         best = manifest.best(self._folder, self._best, goal) if goal else None
         self._run.end_if_lost()  # it may have stood still since it wrote this one
         manifest.prune(self._folder, self._keep, best, self._every)

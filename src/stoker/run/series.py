@@ -149,8 +149,13 @@ def summarise(name: str, series: Series, goals: Mapping[str, Goal]) -> Summary:
         min_step=None if low is None else int(series.x[low]),
         max=None if high is None else float(series.y[high]),
         max_step=None if high is None else int(series.x[high]),
-        goal=goals.get(name) or guess_goal(name),
+        goal=goal_of(name, goals),
     )
+
+
+def goal_of(name: str, said: Mapping[str, Goal]) -> Goal | None:
+    """Which way a metric is better: as was said, else by its name; None where neither tells."""
+    return said.get(name) or guess_goal(name)
 
 
 def guess_goal(name: str) -> Goal | None:
