@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence, Set
 from typing import Any, cast
 
 import torch
+from stoker import words
 from stoker.checkpoint import store
 from stoker.checkpoint.manifest import Checkpoint
 from stoker.checkpoint.store import ALONE, Tensors
@@ -23,6 +24,8 @@ from torch.distributed.tensor import DTensor
 log = logging.getLogger("stoker")
 
 Groups = list[dict[str, Any]]
+
+_NAMED = 5  # tensors of a kind that a message names
 
 
 def capture(
@@ -65,15 +68,11 @@ def load(
         StokerError: the checkpoint is of another model or other optimizers.
     """
     specs = store.shapes(checkpoint)
-    there = {name.removeprefix("model.") for name in specs if name.startswith("model.")}
-    model_now = {f"model.{name}": t for name, t in model_tensors(model, there).items()}
+    of_model = {n.removeprefix("model."): shape for n, (shape, _) in specs.items() if n.startswith("model.")}
+    model_now = {f"model.{name}": t for name, t in model_tensors(model, of_model.keys()).items()}
     _compare(
         {name: t.shape for name, t in model_now.items()},
-        {
-            name: shape
-            for name, (shape, _) in specs.items()
-            if name.startswith("model.") and name.removeprefix("model.") not in elsewhere
-        },
+        {f"model.{name}": shape for name, shape in of_model.items() if name not in elsewhere},
     )
     values = store.load_values(checkpoint)
     compare_optimizers(values, optimizers)
@@ -339,14 +338,9 @@ def _compare(expected: Mapping[str, torch.Size], found: Mapping[str, torch.Size]
         f"{n} {tuple(found[n])} -> {tuple(s)}" for n, s in expected.items() if n in found and found[n] != s
     ]
     problems = [("missing", missing), ("unexpected", unexpected), ("of another shape", shapes)]
-    said = [f"{what}: {_some(names)}" for what, names in problems if names]
+    said = [f"{what}: {words.some(names, _NAMED)}" for what, names in problems if names]
     if said:
         raise StokerError("the checkpoint is of another model; tensors " + "; ".join(said))
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return ", ".join(names[:5]) + more
 
 
 def as_before(current: Any, saved: Any) -> Any:

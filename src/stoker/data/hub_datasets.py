@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from stoker.data import called
 from stoker.data.records import Record
 from stoker.errors import BadInput, nearest
+from stoker.words import some
 
 if TYPE_CHECKING:
     from datasets import DatasetBuilder
@@ -163,7 +164,7 @@ def _builder(given: str, known: Sequence[str]) -> DatasetBuilder:
         if configs and asked.config not in configs:
             wrong = f"no config {asked.config}" if asked.config else "several configs"
             raise BadInput(
-                f"dataset {asked.name} has {wrong}: give one of {_some(configs)}, as in "
+                f"dataset {asked.name} has {wrong}: give one of {some(configs, _SHOWN)}, as in "
                 f"{_written(asked, configs[0])}{nearest(asked.config, configs)}"
             ) from error
         raise BadInput(
@@ -191,15 +192,10 @@ def _split(given: str, builder: DatasetBuilder) -> str:
     names = [str(name) for name in builder.config.data_files or builder.info.splits or ()]
     if names and split not in names:
         raise BadInput(
-            f"dataset {given} has no split {split}: give one of {_some(names)}, as in "
+            f"dataset {given} has no split {split}: give one of {some(names, _SHOWN)}, as in "
             f"{_written(asked, asked.config, names[0])}{nearest(asked.split, names)}"
         )
     return split
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
 
 
 def _written(asked: Id, config: str, split: str = "") -> str:

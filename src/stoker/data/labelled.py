@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from stoker.data.documents import place
 from stoker.errors import BadInput
+from stoker.words import some
 
 SPLITS = {
     "train": "train",
@@ -153,14 +154,9 @@ def _check(found: Texts) -> None:
         if unseen:
             raise BadInput(
                 f"{found.description}: the {name} split has the label {unseen[0]!r}, and no text to train on "
-                f"has it; these are {_some(classes)}"
+                f"has it; these are {some(classes)}"
             )
 
 
 def _unseen(part: Iterable[Text], classes: Sequence[str]) -> list[str]:
     return sorted({text.label for text in part} - set(classes))
-
-
-def _some(names: Sequence[str], most: int = 8) -> str:
-    shown = ", ".join(names[:most])
-    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from stoker.errors import BadInput, StokerError
+from stoker.words import some
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -84,8 +85,7 @@ def explain_unused(model: nn.Module, error: RuntimeError) -> None:
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     found = re.search(r"did not receive grad for rank \d+:((?: \d+)+)", str(error))
     unused = [names[int(i)] for i in found[1].split() if int(i) < len(names)] if found else []
-    more = f" and {len(unused) - _NAMED} more" if len(unused) > _NAMED else ""
-    said = f" ({', '.join(unused[:_NAMED])}{more})" if unused else ""
+    said = f" ({some(unused, _NAMED)})" if unused else ""
     raise StokerError(
         f"parameters{said} had no part in the loss of the step before, and the ranks wait for their "
         "gradients: add ddp.find_unused_parameters=true, or freeze them with requires_grad_(False)"

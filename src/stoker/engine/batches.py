@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from stoker.errors import BadInput
+from stoker.words import some
 from torch.utils import _pytree as pytree
 
 _MOST_SHAPES = 4  # that are said of a batch
@@ -147,8 +148,7 @@ def _has_samples_first(tensors: Sequence[torch.Tensor], share: int | None) -> bo
 
 def _cannot_be_cut(batch: Any, micro_batch: int, samples: int, share: int | None) -> str:
     said = [str(tuple(tensor.shape)) for tensor in _with_dims(batch)]
-    more = f" and {len(said) - _MOST_SHAPES} more" if len(said) > _MOST_SHAPES else ""
-    shapes = f"tensors of the shapes {', '.join(said[:_MOST_SHAPES])}{more}" if said else "no tensor"
+    shapes = f"tensors of the shapes {some(said, _MOST_SHAPES)}" if said else "no tensor"
     whole = f", or at least {samples}" if share is not None else ""
     return (
         f"micro_batch={micro_batch}: a batch is cut along the first dim of its tensors, which must be that "
