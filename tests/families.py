@@ -16,6 +16,11 @@ _SMALL: dict[str, Any] = {
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
     "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1,
 }  # fmt: skip
+_ROPE = {
+    "rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [1.0 + 0.5 * n for n in range(8)],
+    "short_mscale": 1.1, "long_mscale": 1.3,
+}  # fmt: skip
+_LONG: dict[str, Any] = {"original_max_position_embeddings": 8, "rope_parameters": _ROPE}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {}),
     "mistral": ("MistralConfig", {"sliding_window": 5}),
@@ -26,6 +31,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3": ("Gemma3TextConfig", {"head_dim": 8, "sliding_window": 5}),
     "gpt2": ("GPT2Config", {"n_embd": 64, "n_layer": 4, "n_head": 4, "n_positions": 256}),
     "phi3": ("Phi3Config", {}),
+    "phi3-long": ("Phi3Config", _LONG),
+    "phimoe": ("PhimoeConfig", {**_LONG, "num_local_experts": 4}),
     "mixtral": ("MixtralConfig", {"num_local_experts": 4}),
 }
 """By name: the config's class, and what it has beside the sizes."""

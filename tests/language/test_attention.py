@@ -12,6 +12,8 @@ from torch.nn import functional as F
 
 import families
 
+WITH_EXPERTS = {"mixtral", "phimoe"}
+
 
 def packed(family: str, **settings: Any) -> tuple[Any, objective.Objective]:
     made = families.model(family, **settings).eval()
@@ -32,13 +34,14 @@ def test_packed_documents_have_the_loss_and_the_gradients_of_each_alone(family: 
     made, called = packed(family)
     total, count = called.loss(made(**called.inputs(batch)), batch)
     ours = gradients(made, total)
-    plain = families.alone(made, batch)
-    theirs = gradients(made, plain)
+    other = families.model(family).eval()
+    plain = families.alone(other, batch)
+    theirs = gradients(other, plain)
     assert total.item() == pytest.approx(plain.item(), rel=1e-6)
     assert count == (batch["labels"][:, 1:] != -100).sum()
     largest = max(g.abs().max().item() for g in theirs)
     for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6 * largest)
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-6 * largest)
 
 
 @pytest.mark.parametrize("family", families.FAMILIES)
@@ -52,7 +55,7 @@ def test_a_change_in_one_document_moves_no_logit_of_its_neighbours(family: str) 
         inputs["input_ids"][0, 7:16] = 50  # the second document of the first row
         after = made(**called.inputs(inputs)).logits
     for same in ((0, slice(7)), (0, slice(16, None)), (1, slice(None))):
-        if family == "mixtral":  # experts compute all documents' tokens in products of other shapes
+        if family in WITH_EXPERTS:  # these compute all documents' tokens in products of other shapes
             torch.testing.assert_close(before[same], after[same], rtol=1e-5, atol=1e-6)
         else:
             assert torch.equal(before[same], after[same])

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from stoker.data.tokens import NO_LOSS
-from stoker.language import attention
+from stoker.language import attention, rotary
 from stoker.language.cross_entropy import linear_cross_entropy
 from torch import nn
 from torch.nn import functional as F
@@ -53,12 +53,15 @@ class Objective:
 
 
 def attach(model: Any) -> Objective:
-    """Let a causal model of transformers, bare or with adapters, compute its loss in its output layer.
+    """Let a causal model of transformers, bare or with adapters, compute its loss in its output layer, and
+    turn each document of a row by its own length alone (`rotary`).
 
     Where the logits are more than what that layer gives (capped, scaled, of an adapter), it stays as it is.
     """
     bare = model.get_base_model() if hasattr(model, "peft_config") else model
     packs = bare.config._attn_implementation == attention.NAME
+    if packs:
+        rotary.by_document(bare)
     head = bare.get_output_embeddings()
     if type(head) is not nn.Linear or not _ends_with_head(bare):
         return Objective(in_head=False, packs=packs)
@@ -90,7 +93,10 @@ def _following(labels: torch.Tensor) -> torch.Tensor:
 
 
 def _ends_with_head(model: Any) -> bool:
-    """Whether a model's logits are what its output layer gives, neither scaled nor capped."""
+    """Whether a model's logits are what its output layer gives, neither scaled nor capped.
+
+    False of one that cannot be tried without values (Phi MoE looks at its positions).
+    """
     if model.config._attn_implementation != attention.NAME:  # others look at values, which are not there
         return False
     config = copy.deepcopy(model.config)
@@ -99,5 +105,8 @@ def _ends_with_head(model: Any) -> bool:
         tried = type(model)._from_config(config, dtype=torch.bfloat16).eval()
         given: list[Any] = []
         tried.get_output_embeddings().register_forward_hook(lambda *called: given.append(called[2]))
-        output = tried(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=False)
+        try:
+            output = tried(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=False)
+        except RuntimeError:
+            return False
     return bool(given) and output.logits is given[-1]
