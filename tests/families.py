@@ -34,6 +34,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3-long": ("Phi3Config", _LONG),
     "phimoe": ("PhimoeConfig", {**_LONG, "num_local_experts": 4}),
     "mixtral": ("MixtralConfig", {"num_local_experts": 4}),
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        {"num_experts": 4, "moe_intermediate_size": 32, "mlp_only_layers": [0], "num_experts_per_tok": 2},
+    ),
 }
 """By name: the config's class, and what it has beside the sizes."""
 
@@ -41,6 +45,21 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 def config(family: str, **settings: Any) -> Any:
     kind, own = FAMILIES[family]
     return getattr(transformers, kind)(**{**_SMALL, **own, **settings})
+
+
+def that_sees(folder: Path) -> Path:
+    """The directory of a small Gemma 3 with eyes."""
+    words = config("gemma3").to_dict()
+    eyes = {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "image_size": 28, "patch_size": 14,
+    }  # fmt: skip
+    seed_everything(7)
+    made = transformers.Gemma3ForConditionalGeneration(
+        transformers.Gemma3Config(text_config=words, vision_config=eyes, mm_tokens_per_image=4)
+    )
+    made.save_pretrained(folder)
+    return with_tokenizer(folder)
 
 
 def model(family: str, **settings: Any) -> Any:
@@ -55,9 +74,13 @@ def model(family: str, **settings: Any) -> Any:
 
 def save(folder: Path, family: str, **settings: Any) -> Path:
     """Its directory, in several files and with a tokenizer."""
+    model(family, **settings).save_pretrained(folder, max_shard_size="20KB")
+    return with_tokenizer(folder)
+
+
+def with_tokenizer(folder: Path) -> Path:
     from stoker.data import tokenizer
 
-    model(family, **settings).save_pretrained(folder, max_shard_size="20KB")
     trained = tokenizer.train_tokenizer(["no text"], 300)
     tokenizer.as_transformers(trained, max_length=256).save_pretrained(folder)
     return folder

@@ -15,7 +15,7 @@ from stoker.engine import memory
 from stoker.engine.options import DeepSpeed, Fsdp, Pipeline
 from stoker.engine.precision import DTYPES
 from stoker.engine.random_state import seed_everything
-from stoker.language import adapters, building, loading, objective, quantised
+from stoker.language import adapters, building, loading, objective, quantised, targets
 from stoker.language.loading import bare_name
 from stoker.language.lora import Lora
 from torch.distributed.tensor import DTensor
@@ -53,6 +53,7 @@ def built(
         str(folder), tokenizer=None, vocab_size=300, sequence_length=24, documents=[], dtype=dtype
     )
     seed_everything(0)
+    targets.freeze_what_no_text_goes_through(language.model)
     if kind == "qlora":
         quantised.convert(language.model)
     model = adapters.adapted(language, lora or KINDS[kind])

@@ -242,7 +242,7 @@ def launched(**settings: Any) -> None:
     [
         ("llama", "q_proj,self_attn.v_proj"),
         ("gpt2", "c_attn, mlp.c_proj"),
-        ("mixtral", "q_proj,mlp"),  # whose files name the layer of experts otherwise
+        ("mixtral", "all-linear, gate_up_proj"),  # whose files name the weights of experts otherwise
     ],
 )
 def test_modules_that_a_model_has_are_taken_at_the_launch(family: str, targets: str, tmp_path: Path) -> None:
@@ -256,7 +256,7 @@ def test_modules_that_a_model_lacks_are_refused_at_the_launch(files: str, tmp_pa
         for file in folder.glob("*.safetensors*"):
             file.unlink()
     for model in (str(folder), "tiny"):
-        with pytest.raises(BadInput, match=r"has no module 'q_prj'; did you mean 'q_proj'\?"):
+        with pytest.raises(BadInput, match=r"has no layer 'q_prj'; did you mean 'q_proj'\?"):
             launched(model=model, lora=Lora(rank=2, targets="v_proj,q_prj"))
 
 
@@ -371,7 +371,7 @@ def test_weights_are_read_to_be_compared_where_they_are_known_and_by_one_rank(
 @pytest.mark.parametrize("targets", ["q_proy", "v_proj, q_proy"])
 def test_names_that_match_no_module_are_refused(targets: str, base: Path) -> None:
     said = (
-        r"lora\.targets: .* no module 'q_proy'; did you mean 'q_proj'\?; its layers are down_proj, .*v_proj$"
+        r"lora\.targets: .* no layer 'q_proy'; did you mean 'q_proj'\?; its layers are down_proj, .*v_proj$"
     )
     with pytest.raises(BadInput, match=said):
         loading_run.built(base, "lora", Lora(rank=4, targets=targets))
@@ -441,11 +441,3 @@ class _Copies(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.count += func is torch.ops.aten._to_copy.default and args[0].shape == self._shape
         return func(*args, **(kwargs or {}))
-
-
-def test_experts_take_no_dropout_which_is_said_by_our_key(tmp_path: Path) -> None:
-    experts = families.save(tmp_path / "mixtral", "mixtral")
-    with pytest.raises(BadInput, match=r"lora.dropout=0.05: the experts of a mixtral.*give lora.dropout=0"):
-        loading_run.built(experts, "lora", Lora(rank=4))
-    model, _ = loading_run.built(experts, "lora", Lora(rank=4, dropout=0.0))
-    assert any("experts" in name for name, p in model.named_parameters() if p.requires_grad)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import families
 
-WITH_EXPERTS = {"mixtral", "phimoe"}
+WITH_EXPERTS = {"mixtral", "phimoe", "qwen3_moe"}
 
 
 def packed(family: str, **settings: Any) -> tuple[Any, objective.Objective]:

@@ -115,6 +115,7 @@ def test_everything_a_run_records_arrives_and_a_lost_ledger_changes_nothing(
         trainer.log(step, loss=value, **{"top-1 (%)": step, "top-1 [%]": -step})
     trainer.table("generations", 4, [{"prompt": "a"}, {"prompt": None}])
     trainer.journal.append("tags", tags={"fingerprint.data": "abc", "note": "y" * 9000})
+    trainer.journal.append("params", values={"lr": 0.2, "more": 1, "key3": 3})
     _write(run.artifacts / "adapter" / "deep" / "weights", b"123")
     _write(run.artifacts / "report.html", b"<html>")
     _write(run.artifacts / "big", b"")
@@ -134,7 +135,10 @@ def test_everything_a_run_records_arrives_and_a_lost_ledger_changes_nothing(
         mlflow = seen(tmp_path / "my runs")
         data = mlflow.run.data
         assert data.params["lr"] == "0.1"
-        assert len(data.params) == 152
+        assert data.tags["stoker.params.lr"] == "0.2", "a param of MLflow's is written once"
+        assert data.params["more"] == "1"
+        assert len(data.params) == 153
+        assert [name for name in data.tags if name.startswith("stoker.params.")] == ["stoker.params.lr"]
         assert data.params["long"] == "x" * 6000
         assert data.tags["fingerprint.data"] == "abc"
         assert data.tags["mlflow.source.git.commit"] == "c0ffee"

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from stoker.engine.memory import TooLarge
-from stoker.errors import BadInput, nearest
-from stoker.language import hub, saved_adapters
+from stoker.errors import BadInput
+from stoker.language import hub, saved_adapters, targets
 from stoker.language.building import Language, Load
 from stoker.language.loading import Quantised
-from stoker.language.lora import ALL, Lora, is_adapter
+from stoker.language.lora import Lora, is_adapter
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
@@ -54,7 +54,7 @@ def adapted(language: Language, lora: Lora, *, compare: bool = True) -> Any:
         warnings.filterwarnings("ignore", message=".*did not match any targeted module")
         try:
             made = get_peft_model(model, config)
-        except ValueError as error:  # names that match no module, or modules that take no such adapter
+        except ValueError as error:  # modules that take no such adapter
             if "lora_dropout" in str(error):
                 raise BadInput(
                     f"lora.dropout={lora.dropout}: the experts of a {model.config.model_type}, many of whose "
@@ -78,10 +78,9 @@ def settings(model: Any, lora: Lora) -> dict[str, Any]:
     if lora.adapter is None:
         return {}
     known = model.peft_config["default"]
-    targets = known.target_modules
     return {
         "lora.rank": known.r, "lora.alpha": known.lora_alpha, "lora.dropout": known.lora_dropout,
-        "lora.targets": targets if isinstance(targets, str) else ",".join(sorted(targets)),
+        "lora.targets": ",".join(targets.names(known)),
         "lora.rslora": known.use_rslora, "lora.dora": known.use_dora,
     }  # fmt: skip
 
@@ -121,29 +120,15 @@ def loading(load: Load) -> Load:
 
 
 def _config(language: Language, lora: Lora) -> Any:
-    """Raises BadInput where the model lacks a module that is named: of several, peft passes over it."""
     from peft import LoraConfig
 
-    check_targets(language.model, lora)
+    modules, parameters = targets.resolve(language.model, lora)
     return LoraConfig(
         r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, use_rslora=lora.rslora,
         use_dora=lora.dora, task_type="CAUSAL_LM", revision=language.revision,
-        target_modules=list(lora.names) or ALL,
+        target_modules=modules, target_parameters=parameters or None,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in language.model.modules()),
     )  # fmt: skip
-
-
-def check_targets(model: nn.Module, lora: Lora) -> None:
-    """Raises BadInput where a model, which may be on the meta device, lacks a module of `lora.targets`."""
-    modules = dict(model.named_modules())
-    for target in lora.names:
-        if target not in modules and not any(name.endswith(f".{target}") for name in modules):
-            layers = [n for n, m in modules.items() if isinstance(m, nn.Linear | Conv1D | Quantised)]
-            names = sorted({name.rpartition(".")[2] for name in layers})
-            raise BadInput(
-                f"lora.targets: the model has no module {target!r}{nearest(target, names)}; its layers are "
-                f"{', '.join(names)}"
-            )
 
 
 def _saved_config(folder: Path, language: Language, compare: bool) -> Any:

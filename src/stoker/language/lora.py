@@ -23,7 +23,8 @@ class Lora:
     dropout: Annotated[float, Ge(0), Lt(1)] = 0.05
     """Share of an adapter's inputs dropped while training."""
     targets: str = ALL
-    """Modules that get an adapter: all-linear (but the output layer), or names joined by commas."""
+    """Modules that get an adapter, names joined by commas: all-linear (but the output layer), or their own.
+    Experts' weights by name."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank), which suits large ranks (Kalajdzievski 2023, arXiv:2312.03732)."""
     dora: bool = False
@@ -51,10 +52,18 @@ class Lora:
         return self.rank > 0 or self.adapter is not None
 
     @property
+    def all_linear(self) -> bool:
+        """Whether every linear layer gets a new adapter."""
+        return self.rank > 0 and ALL in self._targets
+
+    @property
     def names(self) -> tuple[str, ...]:
-        """The modules that get a new adapter, by their names; none where that is all-linear."""
-        names = tuple(name.strip() for name in self.targets.split(","))
-        return () if names == (ALL,) or self.rank == 0 else names
+        """What gets a new adapter by its name, beside `all_linear`."""
+        return tuple(name for name in self._targets if name != ALL) if self.rank > 0 else ()
+
+    @property
+    def _targets(self) -> tuple[str, ...]:
+        return tuple(name.strip() for name in self.targets.split(","))
 
 
 def is_adapter(module: Any) -> bool:

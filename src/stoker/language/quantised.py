@@ -8,13 +8,18 @@ those of transformers' `BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_typ
 from __future__ import annotations
 
 import importlib.util
+import logging
 from typing import Any
 
 import torch
 from stoker.errors import BadInput
+from stoker.language import targets
 from stoker.language.loading import Quantised
+from stoker.world import World
 from torch import nn
 from torch.distributed.tensor import DTensor
+
+log = logging.getLogger("stoker")
 
 _BLOCK = 64  # weights that share a scale
 
@@ -27,6 +32,8 @@ def check() -> None:
 
 def convert(model: Any) -> None:
     """Let a model on the meta device keep the weights of its linear layers in 4 bits, but for the head's.
+
+    Experts of a mixture, many of whose weights are one tensor, stay as they are, which is said.
 
     Raises:
         BadInput: bitsandbytes is not installed, or there is nothing that can be kept so.
@@ -44,6 +51,12 @@ def convert(model: Any) -> None:
             f"quantisation=nf4: a {type(model).__name__} of these sizes has no linear layer whose rows are "
             f"of a multiple of {_BLOCK} weights"
         )
+    left = sum(weight.nbytes for weight in targets.experts(model).values())
+    if left and World.current().rank == 0:
+        log.warning(
+            "quantisation=nf4: the experts of a %s are no linear layers, and stay in %s, %.1f GiB of them",
+            model.config.model_type, str(model.dtype).removeprefix("torch."), left / 2**30,
+        )  # fmt: skip
 
 
 class Linear4bit(Quantised, nn.Linear):

@@ -19,9 +19,9 @@ BASE = "base_model.json"
 """Beside an adapter: which model it is for, by name and by its weights' checksums."""
 
 _MORE = (
-    "modules_to_save", "bias", "trainable_token_indices", "target_parameters", "layer_replication",
-    "alora_invocation_tokens", "use_bdlora", "use_qalora", "arrow_config", "kasa_config", "monteclora_config",
-    "velora_config", "megatron_config",
+    "modules_to_save", "bias", "trainable_token_indices", "layer_replication", "alora_invocation_tokens",
+    "use_bdlora", "use_qalora", "arrow_config", "kasa_config", "monteclora_config", "velora_config",
+    "megatron_config",
 )  # fmt: skip
 """Of peft's LoraConfig: what trains other weights than low-rank matrices, or computes with them otherwise."""
 _BEGINNINGS = (None, True, False, "gaussian", "orthogonal", "eva")

@@ -23,6 +23,7 @@ from stoker.world import World
 
 if TYPE_CHECKING:
     from stoker.data import sources
+    from stoker.language.building import Language
 
 PRELOAD = (
     "stoker.engine.quiet",
@@ -194,9 +195,9 @@ def _check_targets(config: Config, model: Path | None) -> None:
     names = config.lora.names
     if not names or (model is not None and shape.has_modules(model, names)):
         return
-    from stoker.language import adapters, building
+    from stoker.language import building, targets
 
-    adapters.check_targets(building.empty(config.model, model), config.lora)
+    targets.resolve(building.empty(config.model, model), config.lora)
 
 
 def check_ranks(config: Config, ranks: int) -> None:
@@ -239,7 +240,6 @@ def train(run: Run, config: Config) -> None:
         kernels,
         objective,
         perplexity,
-        quantised,
     )  # fmt: skip
     from stoker.loop import Trainer, computed_in
 
@@ -271,9 +271,7 @@ def train(run: Run, config: Config) -> None:
     prompts = data.prompts(
         found, language.tokenizer, config.prompts, positions=building.positions(language.config)
     )
-    if config.quantisation == "nf4":
-        quantised.convert(language.model)
-    model = adapters.adapted(language, config.lora, compare=run.world.rank == 0)
+    model = _as_trained(run, language, config)
     called = objective.attach(model)
     kernels.use(model, config.kernels)
     needed = flops.per_token(model, context=rows.train.context, labelled=rows.train.labelled)
@@ -320,6 +318,18 @@ def train(run: Run, config: Config) -> None:
                 trainer.finish(f"val_loss got no better over {config.patience} evaluations")
     run.log(test_perplexity=perplexity.of(trainer, rows.test, **how))
     export.export(trainer, language, model)
+
+
+def _as_trained(run: Run, language: Language, config: Config) -> Any:
+    """The model with its adapters, in 4 bits where these are asked for, frozen where no text goes through."""
+    from stoker.language import adapters, quantised, targets
+
+    targets.freeze_what_no_text_goes_through(language.model)
+    if config.quantisation == "nf4":
+        quantised.convert(language.model)
+    model = adapters.adapted(language, config.lora, compare=run.world.rank == 0)
+    targets.say(run, model)
+    return model
 
 
 MEMORY = ("rank", "weights, GiB", "gradients", "optimizer", "activations and others", "peak")

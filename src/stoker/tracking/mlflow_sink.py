@@ -79,8 +79,8 @@ class MlflowSink:
             self._ship_media(event)
         places = [self._ship_artifact(name, event["files"]) for name, event in batch.artifacts.items()]
         kept = {name: value for name, value in batch.tags.items() if value is not None}
-        params = {name: str(value) for name, value in batch.params.items()}
-        self._log_texts(params, {**kept, **{k: v for place in places for k, v in place.items()}})
+        params, changed = self._new_params(batch.params)
+        self._log_texts(params, {**kept, **changed, **{k: v for place in places for k, v in place.items()}})
         for name in batch.tags.keys() - kept.keys():
             self._delete_tag(key(name))
         if batch.notes:
@@ -175,6 +175,18 @@ class MlflowSink:
 
     def _params(self) -> dict[str, str]:
         return {name: str(value) for name, value in self._record["config"].items()}
+
+    def _new_params(self, values: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, str]]:
+        """Values as params; as tags those of which the run has another value, as which a param stays."""
+        known = self._mlflow.get_run(self._run).data.params if values else {}
+        texts = {name: str(value) for name, value in values.items()}
+        has_other = {
+            n for n, v in texts.items() if known.get(key(n), v)[:_LONGEST_PARAM] != v[:_LONGEST_PARAM]
+        }
+        return (
+            {name: value for name, value in texts.items() if name not in has_other},
+            {f"stoker.params.{name}": texts[name] for name in has_other},
+        )
 
     def _tags(self) -> dict[str, str]:
         code, recipe = self._record.get("code") or {}, self._record.get("recipe") or {}

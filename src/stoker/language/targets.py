@@ -1,0 +1,178 @@
+"""What of a model is trained: what text goes through, and of that the layers that adapters are put on."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from stoker.attempt import Run
+from stoker.errors import BadInput, nearest
+from stoker.language.loading import Quantised
+from stoker.language.lora import Lora
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+from transformers.pytorch_utils import Conv1D
+
+log = logging.getLogger("stoker")
+
+_OTHER_SENSES = ("vision", "visual", "image", "audio", "speech")
+_TAKES_ONE = (nn.Linear, nn.Embedding, _ConvNd, Conv1D, Quantised)
+_ROUTERS = ("router", "gate", "gating")
+
+
+def freeze_what_no_text_goes_through(model: Any) -> None:
+    """Of a model that sees or hears as well: no text gives these parts a gradient."""
+    is_of_text = _of_text(model)
+    for name, parameter in model.named_parameters():
+        if not is_of_text(name):
+            parameter.requires_grad_(False)
+
+
+def experts(model: Any) -> dict[str, nn.Parameter]:
+    """The weights of a mixture's experts, many of which are one tensor (experts, a, b), by name."""
+    is_of_text = _of_text(model)
+    return {
+        f"{place}.{name}": parameter
+        for place, module in model.named_modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() == 3 and not isinstance(module, _ConvNd) and is_of_text(place)
+    }
+
+
+def resolve(model: Any, lora: Lora) -> tuple[list[str], list[str]]:
+    """What new adapters are put on: the names of modules, and of experts' weights, as peft takes them.
+
+    A name is that of all modules and weights which it ends. `all-linear` is every linear layer that text
+    goes through, but the output layer and what chooses among experts. Experts are taken by name alone: peft
+    computes all of their weights anew at every step.
+
+    Args:
+        model: bare; it may be on the meta device.
+
+    Raises:
+        BadInput: there is nothing of a name, or peft cannot put an adapter on it.
+    """
+    is_of_text = _of_text(model)
+    modules = {name: module for name, module in model.named_modules() if is_of_text(name)}
+    weights = experts(model)
+    chosen = set(_linear(model)) if lora.all_linear else set()
+    parameters = []
+    for target in lora.names:
+        found = [n for n, module in modules.items() if _ends(n, target) and isinstance(module, _TAKES_ONE)]
+        chosen.update(found)
+        if any(_ends(name, target) for name in weights):
+            parameters.append(target)
+        elif not found:
+            known = _last_parts([*_layers(model), *weights])
+            raise BadInput(
+                f"lora.targets: the model has no layer {target!r}{nearest(target, known)}; its layers are "
+                f"{', '.join(known)}"
+            )
+    kept = _kept_by_peft(model, _short(chosen, dict(model.named_modules()))) if chosen else []
+    for target in set(lora.names).difference(parameters):
+        if not any(_ends(name, target) or _ends(target, name) for name in kept):
+            raise BadInput(
+                f"lora.targets: peft takes {target!r} of a {model.config.model_type} for a part of its "
+                f"experts: leave it out, or give the names of the experts' weights, "
+                f"{','.join(_last_parts(weights))}"
+            )
+    return sorted(kept), parameters
+
+
+def names(adapter: Any) -> list[str]:
+    """What an adapter, by peft's config of it, is put on."""
+    on = adapter.target_modules
+    return [on] if isinstance(on, str) else sorted({*on, *(adapter.target_parameters or ())})
+
+
+def say(run: Run, model: Any) -> None:
+    """Record how much of a model is trained, and say it on rank 0. It is whole yet, and may be meta."""
+    entries, trained = _counted(model)
+    run.params(parameters=entries, trained_parameters=trained)
+    if run.world.rank > 0:
+        return
+    adapter = model.peft_config["default"] if hasattr(model, "peft_config") else None
+    share = "all" if trained == entries else f"{trained:,} ({trained / entries:.2%})"
+    how = (
+        f", as adapters of rank {adapter.r} on {', '.join(_last_parts(names(adapter)))}"
+        if adapter is not None
+        else ""
+    )
+    log.info("model: %s parameters, of which %s are trained%s", f"{entries:,}", share, how)
+
+
+def _counted(model: nn.Module) -> tuple[int, int]:
+    """How many parameters a model has, tied ones once, and how many of them are trained."""
+    found: dict[int, tuple[int, bool]] = {}
+    for module in model.modules():
+        own = dict(module.named_parameters(recurse=False))
+        if isinstance(module, Quantised):  # its others are bytes
+            found[id(module)] = (module.plain().numel(), False)
+            own = {"bias": own["bias"]} if "bias" in own else {}
+        found.update({id(p): (p.numel(), p.requires_grad) for p in own.values()})
+    return sum(count for count, _ in found.values()), sum(
+        count for count, trained in found.values() if trained
+    )
+
+
+def _of_text(model: Any) -> Callable[[str], bool]:
+    """Tells by its name whether text goes through a part of a model."""
+    through = (model.get_decoder(), model.get_output_embeddings())
+    places = [name for name, module in model.named_modules() if any(module is part for part in through)]
+    alone = model.config.get_text_config() is model.config
+
+    def is_of_text(name: str) -> bool:
+        if any(word in name for word in _OTHER_SENSES):
+            return False
+        return alone or any(not place or name == place or name.startswith(f"{place}.") for place in places)
+
+    return is_of_text
+
+
+def _layers(model: Any) -> list[str]:
+    """The names of the layers that text goes through and that take adapters."""
+    is_of_text = _of_text(model)
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D | Quantised) and is_of_text(name)
+    ]
+
+
+def _linear(model: Any) -> list[str]:
+    head, mixture = model.get_output_embeddings(), bool(experts(model))
+    return [
+        name
+        for name in _layers(model)
+        if model.get_submodule(name) is not head
+        and not (mixture and any(part in _ROUTERS for part in name.split(".")))
+    ]
+
+
+def _short(chosen: set[str], names: Iterable[str]) -> list[str]:
+    """Names by their last part, where these are the names of nothing else."""
+    last = set(_last_parts(chosen))
+    same = all(name in chosen for name in names if name.rpartition(".")[2] in last)
+    return sorted(last if same else chosen)
+
+
+def _last_parts(names: Iterable[str]) -> list[str]:
+    return sorted({name.rpartition(".")[2] for name in names})
+
+
+def _kept_by_peft(model: Any, names: list[str]) -> list[str]:
+    """Of names of modules those that peft does not take for parts of experts, which have had such names."""
+    from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    config = LoraConfig(target_modules=names)
+    try:
+        convert_peft_config_for_transformers(config, model=model, conversions=None)
+    except ValueError as error:  # some of what is one weight now
+        raise BadInput(f"lora.targets: {error}") from error
+    return list(config.target_modules or ())
+
+
+def _ends(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")

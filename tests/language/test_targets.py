@@ -1,0 +1,111 @@
+"""Which layers adapters are put on: of mixtures of experts, and of models that see as well."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import loading_run
+import pytest
+import torch
+from stoker.errors import BadInput
+from stoker.language import targets
+from stoker.language.lora import Lora
+from transformers import AutoModelForCausalLM
+
+import families
+import ranks
+
+CPU = torch.device("cpu")
+ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft's own
+
+
+def trained(model: Any) -> set[str]:
+    """What adapters are on, by the last part of its name."""
+    names = [n.partition(".lora_")[0] for n, p in model.named_parameters() if p.requires_grad]
+    return {name.removesuffix(".base_layer").rpartition(".")[2] for name in names}
+
+
+@pytest.mark.parametrize("family", ["mixtral", "phimoe", "qwen3_moe"])
+def test_of_a_mixture_all_linear_is_neither_what_chooses_nor_experts(family: str) -> None:
+    model = families.model(family)
+    names, weights = targets.resolve(model, Lora(rank=4))
+    assert {*names} == ATTENTION
+    assert not weights
+    assert {name.rpartition(".")[2] for name in targets.experts(model)} == {"gate_up_proj", "down_proj"}
+
+
+@pytest.mark.parametrize(
+    ("family", "named", "said"),
+    [
+        ("mixtral", "w1", "no layer 'w1'; its layers are down_proj, gate_up_proj, k_proj"),
+        ("mixtral", "mlp", "no layer 'mlp'"),
+        ("qwen3_moe", "q_proj,gate_proj,up_proj", "takes '(gate|up)_proj' of a qwen3_moe for a part of its"),
+        (
+            "qwen3_moe",
+            "up_proj",
+            "lora.targets: Cannot convert PEFT target.* up_proj without also .* gate_proj",
+        ),
+    ],
+)
+def test_names_of_what_is_no_layer_or_what_peft_cannot_take_are_refused(
+    family: str, named: str, said: str
+) -> None:
+    with pytest.raises(BadInput, match=said):
+        targets.resolve(families.model(family), Lora(rank=4, targets=named))
+
+
+@pytest.mark.filterwarnings("ignore")  # peft's own
+def test_an_adapter_on_experts_loads_with_peft_and_is_gone_on_with(tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    base = families.save(tmp_path / "mixtral", "mixtral")
+    with pytest.raises(BadInput, match=r"lora.dropout=0.05: the experts of a mixtral.*give lora.dropout=0"):
+        loading_run.built(base, "lora", Lora(rank=4, targets="gate_up_proj"))
+    on = Lora(rank=4, dropout=0.0, targets="all-linear, gate_up_proj, experts.down_proj")
+    model, language = loading_run.built(base, "lora", on)
+    language.load(model, CPU, "")
+    assert trained(model) == {*ATTENTION, "experts"}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    gone_on, language = loading_run.built(base, "lora", Lora(adapter=str(tmp_path / "adapter")))
+    language.load(gone_on, CPU, "")
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    theirs = PeftModel.from_pretrained(plain, tmp_path / "adapter")
+    expected = logits(model)
+    torch.testing.assert_close(logits(gone_on), expected)
+    torch.testing.assert_close(logits(theirs), expected)
+    assert trained(gone_on) == trained(model)
+
+
+def logits(model: Any) -> torch.Tensor:
+    model.eval().get_base_model().set_attn_implementation("eager")
+    with torch.no_grad():
+        found: torch.Tensor = model(input_ids=families.documents()["input_ids"]).logits
+    return found
+
+
+def test_experts_that_stay_as_they_are_beside_4_bits_are_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    base = families.save(tmp_path / "mixtral", "mixtral")
+    with caplog.at_level(logging.WARNING, logger="stoker"):
+        loading_run.built(base, "qlora")
+    assert "the experts of a mixtral are no linear layers, and stay in float32" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_of_a_model_that_sees_what_text_goes_through_is_trained_alone(kind: str, tmp_path: Path) -> None:
+    """On two ranks, of which each waits for the gradients of all that is trained."""
+    base = families.that_sees(tmp_path / "gemma")
+    model, _ = loading_run.built(base, kind)
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert names
+    assert all("language_model" in name or "lm_head" in name for name in names)
+    (losses, _), _ = ranks.run(loading_run.train, 2, tmp_path, base, tmp_path, "ddp", kind)
+    assert losses[-1] < losses[0]
