@@ -412,6 +412,23 @@ def test_conversations_without_a_template_are_refused(bare: Any) -> None:
         list(Encoder(of(bare, None), "answer")([Document("k", "", "", CHAT)]))
 
 
+@pytest.mark.parametrize(("end", "said"), [("<|im_end|>", False), ("<end>", True), ("", False)])
+def test_turns_that_end_with_words_are_warned_of(
+    end: str, said: bool, bare: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """No generation ends there: the words are many tokens, and the token that ends texts is not learnt."""
+    monkeypatch.setenv("STOKER_CACHE", str(tmp_path))
+    tokenizer = of(bare, THINKING.replace("<|im_end|>", end))
+    for documents, wanted in (([Document("k", "", "", CHAT)], said), ([Document("k", "", "a text")], False)):
+        caplog.clear()
+        with caplog.at_level("WARNING", "stoker"):
+            data.pack([source(documents, documents, documents)], tokenizer, sequence_length=256)
+        assert (
+            "ends what the assistant says with '<end>', which is no special token" in caplog.text
+        ) == wanted
+
+
 def test_what_a_template_refuses_is_said(bare: Any) -> None:
     chat = (Message("critic", "no"), Message("assistant", "yes"))
     with pytest.raises(BadInput, match="refuses a conversation of the roles critic, assistant: only user"):

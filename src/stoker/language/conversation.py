@@ -381,12 +381,24 @@ def _end_of_turn(tokenizer: Any, text: str, end: int) -> int:
 
 def end_of_turn(tokenizer: Any) -> int | None:
     """The special token that the chat template writes behind what the assistant says, if it does."""
+    after = _behind_what_is_said(tokenizer)
+    token = after[: _end_of_turn(tokenizer, after, 0)]
+    return int(tokenizer.convert_tokens_to_ids(token)) if token else None
+
+
+def end_in_words(tokenizer: Any) -> str | None:
+    """What the chat template writes behind what the assistant says, where no special token begins it."""
+    after = _behind_what_is_said(tokenizer).strip()
+    return after if after and not _end_of_turn(tokenizer, after, 0) else None
+
+
+def _behind_what_is_said(tokenizer: Any) -> str:
+    """What the chat template writes behind an answer; empty where there is none, or it refuses one."""
     if not getattr(tokenizer, "chat_template", None):
-        return None
+        return ""
     try:
         text = render(tokenizer, Chat((Message("user", "Who?"), Message("assistant", _MARK))))
     except BadInput:  # said where there is a conversation
-        return None
+        return ""
     _, said, after = text.rpartition(_MARK)
-    token = after[: _end_of_turn(tokenizer, after, 0)]
-    return int(tokenizer.convert_tokens_to_ids(token)) if said and token else None
+    return after if said else ""

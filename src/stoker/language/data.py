@@ -76,6 +76,7 @@ def pack(
         BadInput: a tokenizer does not do for the documents, or nothing is left of them.
     """
     _warn_of_unread(found, tokenizer)
+    _warn_of_endless_turns(found, tokenizer)
     encoder = Encoder(tokenizer, loss_on)
     settings: dict[str, Any] = {
         "encode": encoder, "pad_id": tokenizer.pad_token_id, "vocab_size": len(tokenizer),
@@ -175,6 +176,20 @@ def _warn_of_unread(found: Sequence[Source], tokenizer: Any) -> None:
                 "prompt or the messages, or leave it out",
                 source.key, source.name, fields, ", ".join(names), "is" if len(names) == 1 else "are",
             )  # fmt: skip
+
+
+def _warn_of_endless_turns(found: Sequence[Source], tokenizer: Any) -> None:
+    """Say where the chat template ends turns with words, at which no generation ends."""
+    documents = itertools.chain.from_iterable(source.splits.train for source in found)
+    is_written = any(source.stream for source in found) or any(d.prompt or d.messages for d in documents)
+    words = conversation.end_in_words(tokenizer) if is_written else None
+    if words is not None:
+        log.warning(
+            "the chat template ends what the assistant says with %r, which is no special token of the "
+            "tokenizer: generations will not end there. Give a tokenizer that has it, or a chat_template "
+            "that ends turns with eos_token, %r",
+            words.splitlines()[0], tokenizer.eos_token,
+        )  # fmt: skip
 
 
 def warn_of_repeated(found: Sequence[Source]) -> None:
