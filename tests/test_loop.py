@@ -781,8 +781,13 @@ def test_a_second_loop_with_nothing_left_is_refused_and_one_that_goes_further_is
         assert [list(trainer.steps(loader, max_steps=steps)) for steps in (2, 5)] == [[], []]
 
 
-@pytest.mark.parametrize("goal", ["min", "max"])
-def test_the_best_is_of_the_weights_that_were_measured(open_run: Callable[..., Run], goal: Any) -> None:
+@pytest.mark.parametrize(("goal", "asked", "watched", "best"), [
+    ("min", True, False, 8), ("max", True, False, 8), ("min", None, True, 8), ("min", None, False, 11),
+    ("min", False, True, 11),
+])  # fmt: skip
+def test_the_best_is_of_the_weights_that_were_measured_where_asked_or_watched(
+    open_run: Callable[..., Run], goal: Any, asked: bool | None, watched: bool, best: int
+) -> None:
     values = {2: 3.0, 4: 1.0, 6: 2.0, 8: 0.5, 10: 0.7}
     measured = {}
 
@@ -790,20 +795,22 @@ def test_the_best_is_of_the_weights_that_were_measured(open_run: Callable[..., R
         with open_run() as run:
             run.goal(score=goal)
             model = _model()
-            trainer = _trainer(run, model, best="score", checkpoint_best=True, keep_checkpoints=1)
+            trainer = _trainer(run, model, best="score", checkpoint_best=asked, keep_checkpoints=1)
             for batch in trainer.steps(trainer.loader(_dataset(), batch_size=8), max_steps=until):
                 run.log(loss=trainer.step(batch))
                 if run.step in values:
                     run.log(score=values[run.step] * (1 if goal == "min" else -1))
                     measured[run.step] = copy.deepcopy(model.state_dict())
+                    assert not (watched and trainer.stale("score", patience=9))
 
     train(5)
     train(11)
     found = manifest.best(open_run().directory.checkpoints, "score", goal)
     assert found is not None
-    assert manifest.step_of(found) == 8
-    weights = load_file(store.export_model(manifest.read(found), found.parent / "best.safetensors"))
-    assert torch.equal(weights["0.weight"], measured[8]["0.weight"])
+    assert manifest.step_of(found) == best
+    if best in measured:
+        weights = load_file(store.export_model(manifest.read(found), found.parent / "best.safetensors"))
+        assert torch.equal(weights["0.weight"], measured[best]["0.weight"])
 
 
 @pytest.mark.parametrize(

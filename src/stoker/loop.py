@@ -162,6 +162,7 @@ class Trainer:
         self._batch_is: Literal["", "handed out", "computed", "trained on"] = ""
         """What the script has done so far with the batch in its hands; empty: it has none."""
         self._may_be_best = False
+        self._keeps_best = bool(self.training.checkpoint_best)
         run.take_over_steps(self._checkpoints.wait, self._conclude, self._heart)
         supervision.say_where(run.directory.path)
         self._say(why)
@@ -729,7 +730,8 @@ class Trainer:
         """Whether a metric got no better over its last `patience` values; the same on every rank.
 
         Ask once after each evaluation, and end the loop with `finish`. What was seen so far is saved
-        with checkpoints, so a resumed run decides as an uninterrupted one.
+        with checkpoints, so a resumed run decides as an uninterrupted one. Where it is the metric that the
+        best checkpoint goes by, one is taken whenever it is better than ever (`checkpoint_best`).
 
         Args:
             min_delta: how much better counts as better.
@@ -737,6 +739,8 @@ class Trainer:
         Raises:
             ValueError: the metric was not logged, or it is not known which way it is better.
         """
+        if metric == self._checkpoints.best and self.training.checkpoint_best is None:
+            self._keeps_best = True
         return bool(distributed.from_rank_zero(self._is_stale(metric, patience, min_delta)))
 
     def _is_stale(self, metric: str, patience: int, min_delta: float) -> bool:
@@ -799,7 +803,7 @@ class Trainer:
         Ranks ask rank 0 where something was measured in this step, which is so on all or none.
         """
         asked, self._may_be_best = self._may_be_best, False
-        if not self.training.checkpoint_best or not (asked or self.world.size == 1):
+        if not self._keeps_best or not (asked or self.world.size == 1):
             return False
         return bool(distributed.from_rank_zero(self.world.rank == 0 and self._checkpoints.improves()))
 

@@ -144,7 +144,7 @@ class Checkpoints:
     def __init__(
         self, run: Run, saved: Saved, *, keep: int, every: int | None, best: str, done: Callable[[int], None]
     ) -> None:
-        self._run, self._saved, self._keep, self._best, self._done = run, saved, keep, best, done
+        self._run, self._saved, self._keep, self.best, self._done = run, saved, keep, best, done
         self._every = every
         self._folder = run.directory.checkpoints
         self._saver = store.Saver(
@@ -158,7 +158,7 @@ class Checkpoints:
         """Begin to write one of the state as it is, at a position: `step`, `samples`, whatever else."""
         tensors, values = self._saved.capture(position)
         if self._run.world.rank == 0 and self.improves():
-            self._best_saved = self._run.latest[self._best]
+            self._best_saved = self._run.latest[self.best]
         about = store.About(position["step"], position["samples"], dict(self._run.latest))
         trained = (n for n, p in self._saved.step.model.named_parameters() if p.requires_grad)
         self._saver.save(tensors, values, about, finite=frozenset(f"model.{name}" for name in trained))
@@ -191,20 +191,20 @@ class Checkpoints:
 
     def improves(self) -> bool:
         """Whether the metric that the best goes by is better now than at any that was saved; rank 0 knows."""
-        value = self._run.latest.get(self._best)
-        goal = goal_of(self._best, self._run.goals)
+        value = self._run.latest.get(self.best)
+        goal = goal_of(self.best, self._run.goals)
         if value is None or goal is None or math.isnan(value):
             return False
-        if self._best_saved is None and (there := manifest.best(self._folder, self._best, goal)):
-            self._best_saved = manifest.metrics(there)[self._best]
+        if self._best_saved is None and (there := manifest.best(self._folder, self.best, goal)):
+            self._best_saved = manifest.metrics(there)[self.best]
         known = self._best_saved
         return known is None or (value < known if goal == "min" else value > known)
 
     def _on_disk(self, saved: manifest.Checkpoint) -> None:
         relative = str(saved.path.relative_to(self._run.directory.path))
         self._run.event("checkpoint", step=saved.step, path=relative, bytes=saved.bytes)
-        goal = goal_of(self._best, self._run.goals)
-        best = manifest.best(self._folder, self._best, goal) if goal else None
+        goal = goal_of(self.best, self._run.goals)
+        best = manifest.best(self._folder, self.best, goal) if goal else None
         self._run.end_if_lost()  # it may have stood still since it wrote this one
         manifest.prune(self._folder, self._keep, best, self._every)
         self._done(saved.step)

@@ -130,9 +130,9 @@ class Training:
     """BatchNorm's statistics over all ranks; GPU only."""
     checkpoint_every: Duration = Duration(10, "minute")
     """How much training a kill can cost; 10min, 500, 1ep. The result does not depend on it."""
-    checkpoint_best: bool = False
-    """Take one as well whenever the metric that the best goes by (val_loss) is better than ever: it is of the
-    very weights that were measured then, else it is one of those that are taken anyway."""
+    checkpoint_best: bool | None = None
+    """Take one as well whenever the metric that the best goes by (val_loss) is better than ever, of the very
+    weights that were measured; else the best is one of those that are taken anyway. none: with patience."""
     keep_checkpoints: Annotated[int, Ge(1)] = 3
     """How many of the newest checkpoints are kept; the best is kept as well."""
     keep_every: Annotated[int, Ge(1)] | None = None

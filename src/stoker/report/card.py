@@ -116,10 +116,20 @@ def _summary(view: RunView, about: About) -> str:
 
 
 def _results(view: RunView, about: About) -> str:
-    """Of a checkpoint what was measured by then; the test is of the final weights alone."""
+    """Of a checkpoint what was measured by then, and when; the test is of the final weights alone."""
     of_these = view.newest() if about.metrics is None else about.metrics
-    found = {known: of_these[name] for name, known in _RESULTS.items() if name in of_these}
-    return _table(("measure", "value"), [(known, facts.number(value)) for known, value in found.items()])
+    rows = [
+        (known, facts.number(of_these[name]), _measured(view, name, about.step))
+        for name, known in _RESULTS.items()
+        if name in of_these
+    ]
+    return _table(("measure", "value", "of step"), rows)
+
+
+def _measured(view: RunView, name: str, until: int) -> str:
+    """The last step, up to one, at which a metric was logged."""
+    steps = [int(step) for step in view.points[name] if step <= until] if name in view.points else []
+    return f"{max(steps):,}" if steps else ""
 
 
 def _loading(about: About) -> str:
