@@ -629,7 +629,8 @@ class Trainer:
             texts.append(f"{short(self.rate)} {self._unit}/s{a_rank}")
             texts += [f"mfu {found['mfu']:.1%}"] if "mfu" in found else []
             texts.append(f"{self._pace.share_waited:.1%} waiting for data")
-        log.info("step %d: %s, peak memory %.2f GiB", self.run.step, ", ".join(texts), most)
+        texts.append(f"peak memory {most:.2f} GiB")
+        log.info("step %d: %s", self.run.step, ", ".join(texts))
 
     @functools.cached_property
     def _peak(self) -> Peak:

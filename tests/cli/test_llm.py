@@ -276,6 +276,25 @@ def test_it_ends_early_where_evaluations_get_no_better_and_each_has_generations(
     assert list(loaded(run).points["val_loss"]) == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_with_nothing_held_out_all_is_trained_on_and_nothing_measured(
+    streaming: bool, stoker: Callable[..., Any], tmp_path: Path
+) -> None:
+    (tmp_path / "d.jsonl").write_text(_lines(*({"text": f"A line about the number {i}."} for i in range(60))))
+    done = stoker(
+        "train", "llm", "data=d.jsonl", "model=tiny", "vocab_size=300", "sequence_length=64", "batch_size=2",
+        "max_steps=2", "validation=0", "test=0", f"streaming={streaming}", "--json",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    view = loaded(Path(done.answer["run"]))
+    assert {"val_loss", "test_perplexity"}.isdisjoint(view.points)
+    assert len(view.points["loss"]) == 2
+    assert view.artifacts["model"]
+    refused = stoker("train", "llm", "data=d.jsonl", "validation=0", "patience=2")
+    assert refused.code == 2
+    assert "patience=2 watches val_loss, and with validation=0 nothing is held out" in refused.err
+
+
 def test_a_generation_ends_with_the_positions_of_the_model(
     stoker: Callable[..., Any], tmp_path: Path
 ) -> None:

@@ -69,7 +69,9 @@ def _continued(trainer: Trainer, ids: torch.Tensor, length: int, ends: Sequence[
 
 
 def log_generations(trainer: Trainer, language: Language, prompts: Sequence[str], length: int) -> None:
-    """Log a table of prompts with their continuations. All ranks call it."""
+    """Log a table of prompts with their continuations, where there are prompts. All ranks call it."""
+    if not prompts:
+        return
     with trainer.evaluating():
         rows = [(prompt, generate(trainer, language, prompt, length)) for prompt in prompts]
     trainer.run.table("generations", rows, ["prompt", "completion"])

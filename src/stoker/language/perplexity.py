@@ -11,9 +11,10 @@ from stoker.engine.metrics import perplexity
 from stoker.loop import Trainer
 
 
-def of(trainer: Trainer, parts: Mapping[str, PackedDataset], **how: Any) -> float:
-    """The perplexity of all tokens of all parts; see `losses`."""
-    return perplexity(mean(losses(trainer, parts, **how), parts))
+def log(trainer: Trainer, name: str, parts: Mapping[str, PackedDataset], **how: Any) -> None:
+    """Log the perplexity of all tokens of all parts, where there are some; see `losses`."""
+    if parts:
+        trainer.run.log({name: perplexity(mean(losses(trainer, parts, **how), parts))})
 
 
 def losses(trainer: Trainer, parts: Mapping[str, PackedDataset], **how: Any) -> dict[str, float]:
@@ -32,12 +33,16 @@ def mean(losses: Mapping[str, float], parts: Mapping[str, PackedDataset]) -> flo
 
 
 def log_validation(trainer: Trainer, parts: Mapping[str, PackedDataset], *, flops: float, **how: Any) -> None:
-    """Log and say an evaluation: of all parts, and the loss of each where there are several.
+    """Log and say an evaluation: of all parts, and the loss of each where there are several. Of none: how the
+    loop does is said alone.
 
     Args:
         flops: see `Trainer.performance`.
         how: see `Trainer.evaluate`.
     """
+    if not parts:
+        trainer.say(flops)
+        return
     found = losses(trainer, parts, **how)
     loss = mean(found, parts)
     of_each = {f"val_loss/{name}": value for name, value in found.items()} if len(found) > 1 else {}

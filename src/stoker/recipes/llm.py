@@ -104,10 +104,10 @@ class Config(Training):
     """Perplexity on the validation documents, and generations."""
     patience: Annotated[int, Ge(1)] | None = None
     """End early once val_loss got no better over so many evaluations; none: never."""
-    validation: Annotated[float, Gt(0), Lt(0.5)] = 0.05
-    """Share of the documents held out for evaluation while training."""
-    test: Annotated[float, Gt(0), Lt(0.5)] = 0.05
-    """Share of the documents held out for the final test."""
+    validation: Annotated[float, Ge(0), Lt(0.5)] = 0.05
+    """Share of the documents held out for evaluation while training; 0: none."""
+    test: Annotated[float, Ge(0), Lt(0.5)] = 0.05
+    """Share of the documents held out for the final test; 0: none."""
     prompts: tuple[str, ...] = ()
     """What is asked, by the chat template where there is one; by default two of the validation documents."""
     generate_tokens: Annotated[int, Ge(1)] = 64
@@ -124,6 +124,11 @@ class Config(Training):
                     f"{share}={value:g} is the share of data to hold out, and with {share}_data none is: "
                     "give one of the two"
                 )
+        if self.patience is not None and not self.validation:
+            raise ValueError(
+                f"patience={self.patience} watches val_loss, and with validation=0 nothing is held out: give "
+                "validation a share, or leave patience out"
+            )
         if self.max_steps is not None and self.epochs is not None:
             raise ValueError(f"max_steps={self.max_steps} and epochs={self.epochs} are both given: give one")
         if self.quantisation != "none" and (not self.lora.used or self.lora.dora):
@@ -303,7 +308,7 @@ def train(run: Run, config: Config) -> None:
         run.table("memory", trainer.memory(), MEMORY)
 
     if trainer.steps_done == 0 and language.pretrained:
-        run.log(base_test_perplexity=perplexity.of(trainer, rows.test, **how))
+        perplexity.log(trainer, "base_test_perplexity", rows.test, **how)
         evaluate()
     elif trainer.steps_done == 0:
         perplexity.log_validation(trainer, rows.validation, flops=needed, **how)
@@ -316,7 +321,7 @@ def train(run: Run, config: Config) -> None:
             evaluate()
             if config.patience is not None and trainer.stale("val_loss", config.patience):
                 trainer.finish(f"val_loss got no better over {config.patience} evaluations")
-    run.log(test_perplexity=perplexity.of(trainer, rows.test, **how))
+    perplexity.log(trainer, "test_perplexity", rows.test, **how)
     export.export(trainer, language, model)
 
 
