@@ -212,7 +212,17 @@ def test_an_experiment_is_listed_by_its_name(
     (tmp_path / "digits").mkdir()  # a folder without runs, such as the script's
     assert _ids(cli("list", reference, "--json").stdout) == ["d"]
     assert _ids(cli("list", "llm", "--sort", "-lr", "--json").stdout) == ["c", "b", "a"]
-    assert "no runs under nothing yet" in cli("list", "nothing").stdout
+    with pytest.raises(BadInput, match=r"did you mean 'digits'\?; the experiments of runs are digits, llm$"):
+        cli("list", "digit")
+
+
+def test_what_runs_are_judged_by_has_a_column(cli: Cli, three: list[RunDirectory], tmp_path: Path) -> None:
+    assert cli("list").stdout.split()[:7] == ["run", "status", "step", "loss", "val_loss", "started", "time"]
+    _log(_create(tmp_path, "d", "digits"), _metrics(1, val_accuracy=0.75), _metrics(2, reward=3.5),
+         ("goals", {"goals": {"reward": "max"}}))  # fmt: skip
+    head, *lines = (line.split() for line in cli("list").stdout.splitlines())
+    assert head[3:7] == ["loss", "val_loss", "val_accuracy", "reward"]
+    assert next(line for line in lines if line[0] == "digits/d")[3:5] == ["0.75", "3.5"]
 
 
 def test_list_as_json_has_the_newest_of_each_metric(cli: Cli, killed_twice: RunDirectory) -> None:

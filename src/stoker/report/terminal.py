@@ -66,12 +66,13 @@ def print_whole(console: Console, table: Table) -> None:
 def print_list(console: Console, runs: Sequence[Listed], now: datetime, asked: Sequence[str] = ()) -> None:
     """Print a line a run, as wide as the terminal allows; all of it where there is none.
 
-    What was `asked` for in a query stands in columns of its own.
+    What was `asked` for in a query stands in columns of its own, and so does what runs are judged by.
     """
     more = [name for name in asked if name not in (*COLUMNS, "id", "experiment", "seconds")]
-    all_columns = (*COLUMNS[:-2], *more, *COLUMNS[-2:])
-    lines = [_line(run, now, more) for run in runs]
-    columns = fitting(lines, console.width if console.is_terminal else None, all_columns)
+    judged = [name for name in _judged_by(runs) if name not in (*COLUMNS, *more)]
+    all_columns = (*COLUMNS[:-2], *more, *judged, *COLUMNS[-2:])
+    lines = [_line(run, now, [*more, *judged]) for run in runs]
+    columns = fitting(lines, console.width if console.is_terminal else None, all_columns, judged)
     table = Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0))
     for column in columns:
         right = column not in ("run", "status", "started")
@@ -89,10 +90,22 @@ def print_list(console: Console, runs: Sequence[Listed], now: datetime, asked: S
             console.print(Text(f"damaged: {plain(run.error)}", "red"), soft_wrap=True)
 
 
-def fitting(lines: Iterable[Sequence[str]], width: int | None, columns: Sequence[str] = COLUMNS) -> list[str]:
+def _judged_by(runs: Sequence[Listed]) -> list[str]:
+    """Accuracy, where some run measures it, and the metrics that scripts have named goals of."""
+    views = [run.view for run in runs if run.view is not None]
+    accuracy = ["val_accuracy"] if any("val_accuracy" in view.points for view in views) else []
+    return list(dict.fromkeys([*accuracy, *(name for view in views for name in view.goals)]))
+
+
+def fitting(
+    lines: Iterable[Sequence[str]],
+    width: int | None,
+    columns: Sequence[str] = COLUMNS,
+    droppable: Sequence[str] = (),
+) -> list[str]:
     """The columns that fit into `width` characters; the run's name, and what was asked for, always stay."""
     rows, left = list(lines), list(columns)
-    for column in _DROPPED_FIRST:
+    for column in (*reversed(droppable), *_DROPPED_FIRST):
         if width is None or _width(rows, left, columns) <= width:
             break
         left.remove(column)

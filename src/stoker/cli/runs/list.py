@@ -11,13 +11,13 @@ from typing import Annotated, Any
 import typer
 from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, console, print_json
 from stoker.cli.runs.common import entry, listed, started
-from stoker.errors import BadInput
+from stoker.errors import BadInput, nearest
 from stoker.report import terminal
 from stoker.report.terminal import Listed
 from stoker.run import finding
 from stoker.run.directory import RunDirectory
 from stoker.run.query import Query, facts
-from stoker.words import counted
+from stoker.words import counted, some
 
 _ALWAYS_KNOWN = ("id", "experiment", "status", "step", "started", "seconds")
 
@@ -68,10 +68,24 @@ def list_(
 
 
 def _meant(runs: Path, folder: Path | None) -> tuple[Path, list[RunDirectory]]:
-    """The folder that is listed and its runs: of a runs folder, or else of an experiment."""
+    """The folder that is listed and its runs: of a runs folder, or else of an experiment.
+
+    Raises BadInput where there is neither, and experiments that could be meant.
+    """
     within = finding.every(folder or runs)
-    members = finding.members(runs, str(folder), finding.every(runs)) if folder and not within else []
-    return (members[0].path.parent, members) if members else (folder or runs, within)
+    if within or folder is None:
+        return folder or runs, within
+    known = finding.every(runs)
+    members = finding.members(runs, str(folder), known)
+    if members:
+        return members[0].path.parent, members
+    names = sorted({run.experiment for run in known})
+    if names and not folder.is_dir():
+        raise BadInput(
+            f"{folder} is no experiment and no folder of runs{nearest(str(folder), names)}; the experiments "
+            f"of {finding.shown(runs)} are {some(names)}"
+        )
+    return folder, within
 
 
 def chosen(runs: Sequence[Listed], filter: str | None, sort: str | None) -> tuple[list[Listed], list[str]]:
