@@ -25,16 +25,17 @@ class SystemSampler:
 
     def sample(self) -> dict[str, float]:
         """Percentages, bytes, bytes a second, watts and degrees Celsius, as the names say."""
-        memory, disk = psutil.virtual_memory(), psutil.disk_usage(str(self._folder))
+        memory = psutil.virtual_memory()
         found = {
             "cpu_percent": psutil.cpu_percent(),
             "process_cpu_percent": self._process.cpu_percent(),
             "memory_percent": memory.percent,
             "memory_used_bytes": memory.total - memory.available,
             "process_memory_bytes": self._process.memory_info().rss,
-            "disk_used_percent": disk.percent,
-            "disk_free_bytes": disk.free,
         }
+        with contextlib.suppress(FileNotFoundError):  # the folder is gone: whoever writes there says so
+            disk = psutil.disk_usage(str(self._folder))
+            found |= {"disk_used_percent": disk.percent, "disk_free_bytes": disk.free}
         counters, now = self._counters(), time.monotonic()
         seconds = max(now - self._at, 1e-3)
         for name, count in counters.items():
