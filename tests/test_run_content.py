@@ -19,6 +19,7 @@ from PIL import Image
 from stoker import BadInput, Run, attempt
 from stoker.run import artifacts, compact, journal, media, view
 from stoker.run.directory import RunDirectory
+from stoker.tracking.system import SystemSampler
 
 Open = Callable[..., Run]
 
@@ -323,6 +324,12 @@ def test_params_tags_notes_and_the_machine(open_run: Open, monkeypatch: pytest.M
     assert set(seen.system) >= {"cpu_percent", "memory_percent", "process_memory_bytes", "disk_free_bytes"}
     assert 0 < seen.system["memory_percent"][0] <= 100
     assert list(seen.points) == ["loss"]
+
+
+def test_of_a_folder_that_is_gone_the_machine_is_still_known(tmp_path: Path) -> None:
+    found = SystemSampler(tmp_path / "gone").sample()
+    assert "memory_percent" in found
+    assert "disk_free_bytes" not in found
 
 
 def test_of_a_run_that_is_over_at_once_the_machine_says_nothing(open_run: Open) -> None:
