@@ -5,6 +5,7 @@ A folder is made of it, whole and checked, for whoever registers, pushes, merges
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -158,7 +159,7 @@ def put_weights(checkpoint: manifest.Checkpoint, folder: Path) -> None:
     trained = load_file(store.export_model(checkpoint, folder / ".checkpoint.safetensors"))
     (folder / ".checkpoint.safetensors").unlink()
     there = sorted(folder.rglob("*.safetensors"))
-    plain = {name.replace(".default.", "."): t for name, t in trained.items()}  # PEFT's adapter name
+    plain = {re.sub(r"(\.modules_to_save)?\.default\.", ".", n): t for n, t in trained.items()}  # as PEFT's
     if not there:
         file = folder / ("adapter_model.safetensors" if is_adapter(folder) else "model.safetensors")
         save_file(plain if is_adapter(folder) else trained, file, {"format": "pt"})

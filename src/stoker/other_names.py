@@ -47,6 +47,10 @@ _KEYS = {
         "lora.target_modules lora_target lora_target_linear lora_target_modules peft_config.target_modules "
         "target_modules"
     ),
+    "lora.modules_to_save": (
+        "additional_target lora_modules_to_save modules_to_save peft_config.modules_to_save"
+    ),
+    "add_tokens": "additional_special_tokens new_special_tokens resize_vocab special_tokens",
     "lora.rslora": "lora_use_rslora peft_use_rslora use_rslora",
     "lora.dora": "lora_use_dora peft_use_dora use_dora",
     "lora.adapter": "adapter_name_or_path lora_model_dir",

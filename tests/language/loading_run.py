@@ -47,10 +47,10 @@ KINDS = {
 
 
 def built(
-    folder: Path, kind: str, lora: Lora | None = None, dtype: torch.dtype = torch.float32
+    folder: Path, kind: str, lora: Lora | None = None, dtype: torch.dtype = torch.float32, **how: Any
 ) -> tuple[Any, building.Language]:
     language = building.build(
-        str(folder), tokenizer=None, vocab_size=300, sequence_length=24, documents=[], dtype=dtype
+        str(folder), tokenizer=None, vocab_size=300, sequence_length=24, documents=[], dtype=dtype, **how
     )
     seed_everything(0)
     targets.freeze_what_no_text_goes_through(language.model)

@@ -176,8 +176,7 @@ def test_adapters_of_another_model_are_refused(base: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("settings", "how", "said"),
     [
-        ({"modules_to_save": ["lm_head"]}, {}, r"has modules_to_save=\['lm_head'\]: only low-rank matrices"),
-        ({"bias": "all"}, {}, "has bias=all:"),
+        ({"bias": "all"}, {}, "has bias=all: only low-rank matrices"),
         ({"trainable_token_indices": [5, 6]}, {}, r"has trainable_token_indices=\[5, 6\]:"),
         ({"init_lora_weights": "pissa"}, {}, "has init_lora_weights=pissa:"),
         (
@@ -198,7 +197,13 @@ def test_an_adapter_with_more_than_low_rank_matrices_is_refused(
 
 @pytest.mark.filterwarnings("ignore")  # peft's own
 @pytest.mark.parametrize(
-    "settings", [{"init_lora_weights": "gaussian"}, {"lora_bias": True}, {"rank_pattern": {"q_proj": 2}}]
+    "settings",
+    [
+        {"init_lora_weights": "gaussian"},
+        {"lora_bias": True},
+        {"rank_pattern": {"q_proj": 2}},
+        {"modules_to_save": ["lm_head", "embed_tokens"]},
+    ],
 )
 def test_an_adapter_of_peft_s_is_gone_on_with(settings: dict[str, Any], base: Path, tmp_path: Path) -> None:
     from peft import PeftModel

@@ -136,6 +136,7 @@ def _made(config: Config) -> tuple[list[Source], Rows, Any, bool]:
         vocab_size=config.vocab_size,
         documents=[document for source in found for document in source.splits.train],
         chat_template=config.chat_template,
+        add_tokens=config.add_tokens,
     )
     packing = config.packing and packs
     rows = language_data.pack(

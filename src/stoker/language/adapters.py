@@ -16,12 +16,13 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from stoker import exports
 from stoker.engine.memory import TooLarge
 from stoker.errors import BadInput
 from stoker.language import hub, saved_adapters, targets
 from stoker.language.building import Language, Load
 from stoker.language.loading import Quantised
-from stoker.language.lora import Lora, is_adapter
+from stoker.language.lora import Lora, as_trained, is_adapter, is_of_adapter
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
@@ -64,6 +65,8 @@ def adapted(language: Language, lora: Lora, *, compare: bool = True) -> Any:
             given = f"lora.targets={lora.targets}" if folder is None else f"lora.adapter={lora.adapter}"
             raise BadInput(f"{given}: {error}") from error
     for layer in made.modules():
+        if as_trained(layer) is not layer:
+            _begin_whole(as_trained(layer), saved=folder is not None)
         if is_adapter(layer):
             _begin(layer, saved=folder is not None)
             if not layer.lora_variant:  # DoRA computes with its input besides
@@ -81,6 +84,7 @@ def settings(model: Any, lora: Lora) -> dict[str, Any]:
     return {
         "lora.rank": known.r, "lora.alpha": known.lora_alpha, "lora.dropout": known.lora_dropout,
         "lora.targets": ",".join(targets.names(known)),
+        "lora.modules_to_save": ",".join(sorted(known.modules_to_save or ())),
         "lora.rslora": known.use_rslora, "lora.dora": known.use_dora,
     }  # fmt: skip
 
@@ -94,6 +98,14 @@ def tokenizer_for(given: str | None, lora: Lora) -> str | None:
         return given
     folder = hub.find(lora.adapter, "lora.adapter", weights=False)
     return str(folder) if (folder / "tokenizer.json").is_file() else None
+
+
+def brings_tokens(lora: Lora) -> bool:
+    """Whether the adapter to go on from may have tokens that its model lacks. Raises BadInput."""
+    if lora.adapter is None:
+        return False
+    folder = hub.find(lora.adapter, "lora.adapter", weights=False)
+    return bool(hub.read_json(folder, exports.ADAPTER, "lora.adapter").get("modules_to_save"))
 
 
 @contextlib.contextmanager
@@ -127,6 +139,7 @@ def _config(language: Language, lora: Lora) -> Any:
         r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, use_rslora=lora.rslora,
         use_dora=lora.dora, task_type="CAUSAL_LM", revision=language.revision,
         target_modules=modules, target_parameters=parameters or None,
+        modules_to_save=targets.whole(language.model, lora, grown=language.grown) or None,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in language.model.modules()),
     )  # fmt: skip
 
@@ -167,7 +180,7 @@ def _take(model: Any, folder: Path) -> None:
     except (RuntimeError, KeyError) as error:
         said = next((line.strip() for line in str(error).splitlines() if "size mismatch" in line), str(error))
         raise BadInput(f"lora.adapter={folder} is for another model: {said}") from error
-    missing = [name for name in found.missing_keys if ".lora_" in name]
+    missing = [name for name in found.missing_keys if is_of_adapter(name)]
     if missing or found.unexpected_keys:
         some = (missing or list(found.unexpected_keys))[0]
         raise BadInput(f"lora.adapter={folder} is for another model: {some} is not on both")
@@ -182,6 +195,13 @@ def _as_adapters_take_it(given: torch.Tensor | None, dtype: torch.dtype) -> torc
     if given is None or torch.is_autocast_enabled(given.device.type):
         return given
     return given.to(dtype)
+
+
+def _begin_whole(module: nn.Module, *, saved: bool) -> None:
+    """Train a copy of a module in full precision; it is filled with its original, or comes from a file."""
+    module.to(torch.float32)
+    if saved and any(p.is_meta for p in module.parameters()):
+        module.to_empty(device=torch.device("cpu"))
 
 
 def _begin(layer: Any, *, saved: bool) -> None:

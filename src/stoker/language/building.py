@@ -24,6 +24,7 @@ from stoker.language import attention, conversation, hub
 from stoker.language import chat_template as templates
 from stoker.language.loading import Weights
 from stoker.language.shape import SIZES, check_positions
+from tokenizers import AddedToken
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -68,6 +69,8 @@ class Language:
     """Whether its attention can keep apart several documents in a row."""
     revision: str | None = None
     """Of the hub, where one was asked for."""
+    grown: bool = False
+    """Whether it has tokens whose embeddings have learnt nothing yet."""
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -85,6 +88,8 @@ def build(
     tie_embeddings: bool = True,
     dtype: torch.dtype = torch.float32,
     chat_template: Path | None = None,
+    add_tokens: Sequence[str] = (),
+    grows: bool = False,
 ) -> Language:
     """A new model of a size, or the one of a directory or hub id.
 
@@ -96,28 +101,34 @@ def build(
         tie_embeddings: of a new model, whether it predicts with its embeddings.
         dtype: of the weights of a model that is loaded.
         chat_template: a file with what the tokenizer writes conversations by, in place of its own.
+        add_tokens: special tokens that the tokenizer is to have; the model gets embeddings for them.
+        grows: it gets them for all tokens of the tokenizer.
 
     Raises:
         BadInput: there is no such model, it does not load, or its tokenizer does not fit it.
     """
     if reference in SIZES:
-        made = _tokenizer(tokenizer, documents, vocab_size, chat_template)
+        made = _tokenizer(tokenizer, documents, vocab_size, chat_template, add_tokens)
         return _new(reference, made, sequence_length, tie_embeddings)
     folder = hub.find(reference, known=tuple(SIZES))
     config = load_config(folder)
-    found = _tokenizer(tokenizer or str(folder), documents, vocab_size, chat_template)
+    found = _tokenizer(tokenizer or str(folder), documents, vocab_size, chat_template, add_tokens)
     config.name_or_path, revision = hub.named(reference, folder)
+    text = config.get_text_config()
+    grown = (grows or bool(add_tokens)) and len(found) > text.vocab_size
+    if grown:
+        text.vocab_size = len(found)
 
     def make() -> Any:
         return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
 
-    weights = Weights(folder, make)
+    weights = Weights(folder, make, grown=grown)
     with torch.device("meta"):
         model = make()
     _check_fits(reference, model, found, sequence_length)
     generation = _generation_config(folder, model)
     made = _language(model, found, weights.load, folder, generation)
-    return dataclasses.replace(made, revision=revision)
+    return dataclasses.replace(made, revision=revision, grown=grown or bool(add_tokens))
 
 
 def without_model(
@@ -127,6 +138,7 @@ def without_model(
     vocab_size: int,
     documents: Sequence[Document],
     chat_template: Path | None = None,
+    add_tokens: Sequence[str] = (),
 ) -> tuple[Any, bool]:
     """The tokenizer that `build` finds or trains, and whether its model packs; no weights are touched.
 
@@ -139,7 +151,7 @@ def without_model(
         config = load_config(folder)
         kind = AutoModelForCausalLM._model_mapping[type(config)]
         tokenizer = tokenizer or str(folder)
-    made = _tokenizer(tokenizer, documents, vocab_size, chat_template)
+    made = _tokenizer(tokenizer, documents, vocab_size, chat_template, add_tokens)
     return made, attention.packs(config, bool(kind._supports_attention_backend))
 
 
@@ -250,9 +262,14 @@ def _new(size: str, tokenizer: Any, sequence_length: int, tie_embeddings: bool) 
 
 
 def _tokenizer(
-    reference: str | None, documents: Sequence[Document], vocab_size: int, template: Path | None
+    reference: str | None,
+    documents: Sequence[Document],
+    vocab_size: int,
+    template: Path | None,
+    add_tokens: Sequence[str],
 ) -> Any:
     made = load_tokenizer(reference) if reference else _train_tokenizer(documents, vocab_size)
+    made.add_tokens([AddedToken(text, special=True, normalized=False) for text in add_tokens])
     if template is not None:
         made.chat_template = templates.read(template)
     return made

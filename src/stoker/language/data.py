@@ -186,7 +186,7 @@ def _warn_of_endless_turns(found: Sequence[Source], tokenizer: Any) -> None:
     if words is not None:
         log.warning(
             "the chat template ends what the assistant says with %r, which is no special token of the "
-            "tokenizer: generations will not end there. Give a tokenizer that has it, or a chat_template "
+            "tokenizer: generations will not end there. Let it be one by add_tokens, or give a chat_template "
             "that ends turns with eos_token, %r",
             words.splitlines()[0], tokenizer.eos_token,
         )  # fmt: skip

@@ -9,6 +9,7 @@ from huggingface_hub import save_torch_state_dict
 from stoker import storage
 from stoker.language import saved_adapters
 from stoker.language.building import Language
+from stoker.language.lora import is_of_adapter
 from stoker.loop import Trainer
 
 
@@ -21,7 +22,7 @@ def export(trainer: Trainer, language: Language, model: Any) -> Path | None:
         model: as it was given to the Trainer: of a pipeline a rank keeps but a part.
     """
     is_adapter = hasattr(model, "peft_config")
-    tensors = trainer.state_dict((lambda name: "lora_" in name) if is_adapter else (lambda name: True))
+    tensors = trainer.state_dict(is_of_adapter if is_adapter else (lambda name: True))
     if trainer.world.rank > 0:
         return None
     name = "adapter" if is_adapter else "model"

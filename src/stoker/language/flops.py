@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from stoker.language.lora import is_adapter
+from stoker.language.lora import as_trained, is_adapter
 from stoker.language.quantised import Linear4bit
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -24,10 +24,11 @@ def per_token(model: Any, *, context: float, labelled: float = 1.0) -> float:
         labelled: the share of tokens that have a label: only these are projected onto the vocabulary.
     """
     bare = model.get_base_model() if hasattr(model, "peft_config") else model
-    head = bare.get_output_embeddings()
+    head = as_trained(bare.get_output_embeddings())
+    unused = {id(m.original_module) for m in model.modules() if as_trained(m) is not m}
     total = 0.0
     for module in model.modules():
-        if is_adapter(module):
+        if is_adapter(module) or id(module) in unused:
             continue
         entries, trained = _product(module)
         total += (6 if trained else 4) * entries * (labelled if module is head else _active(bare, module))

@@ -33,6 +33,8 @@ from transformers.modeling_utils import LoadStateDictConfig
 Build = Callable[[], Any]
 """Makes the bare model; within `torch.device("meta")` without memory for it."""
 
+_ROWS_AT_ONCE = 8192
+
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
@@ -64,12 +66,13 @@ class Weights:
     Args:
         folder: holds `model.safetensors`, or several such files and their index.
         build: makes the bare model that they belong to.
+        grown: the model has more tokens than the files: their embeddings are made, see `_Grown`.
 
     Raises:
         BadInput: there are none, or a file is damaged.
     """
 
-    def __init__(self, folder: Path, build: Build) -> None:
+    def __init__(self, folder: Path, build: Build, *, grown: bool = False) -> None:
         self._folder, self._build = folder, build
         self._files = _files(folder)
         keys = [(key, file) for file in self._files for key in _keys(file)]
@@ -79,6 +82,7 @@ class Weights:
         renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
         converters = [m for m in mapping if isinstance(m, WeightConverter)]
         expected = skeleton.state_dict()
+        self._grown = _of_tokens(skeleton) if grown else frozenset()
         self._found: dict[str, list[tuple[str, Path]]] = {}  # by a name in the model, what it is made of
         self._fused: dict[str, tuple[str, ...]] = {}
         for key, file in sorted(keys, key=lambda pair: dot_natural_key(pair[0])):
@@ -108,10 +112,17 @@ class Weights:
         with contextlib.ExitStack() as opened:
             readers = {f: opened.enter_context(_opened(f)) for f in self._files}
             for names in _by_block(self._wanted(slots)):
-                slices = {k: readers[f].get_slice(k) for name in names for k, f in self._found[name]}
+                slices = {
+                    key: self._slice(readers[file].get_slice(key), name, skeleton)
+                    for name in names
+                    for key, file in self._found[name]
+                }
                 for name, value in self._read(skeleton, names, slots, slices, device).items():
                     _put(slots[name], value)
         _initialise_buffers(model, skeleton, device, prefix)
+
+    def _slice(self, there: Any, name: str, skeleton: Any) -> Any:
+        return _Grown(there, len(_get(skeleton, name))) if name in self._grown else there
 
     def _wanted(self, slots: Mapping[str, _Slot]) -> list[str]:
         """The names of what must be read, by which files know it. Raises BadInput where some is missing."""
@@ -156,6 +167,57 @@ class Weights:
         return read
 
 
+class _Grown:
+    """A tensor of a file as one of more rows: what it does not have is the mean of what it has.
+
+    So an added token begins as likely as others are (Hewitt 2021, "Initializing new word embeddings for
+    pretrained language models"). It is read as safetensors' slices are.
+    """
+
+    def __init__(self, there: Any, rows: int) -> None:
+        self._there, self._rows = there, rows
+
+    def get_shape(self) -> list[int]:
+        """Of the larger one."""
+        return [max(self._rows, self._had), *self._there.get_shape()[1:]]
+
+    def get_dtype(self) -> str:
+        """As the file has it."""
+        return str(self._there.get_dtype())
+
+    @property
+    def _had(self) -> int:
+        return int(self._there.get_shape()[0])
+
+    def __getitem__(self, key: Any) -> torch.Tensor:
+        """All of it, by an ellipsis; or rows, and perhaps columns, by slices."""
+        rows, *others = (slice(None),) if key is ... else key if isinstance(key, tuple) else (key,)
+        begin, end, _ = rows.indices(self.get_shape()[0])
+        own: torch.Tensor = self._there[(slice(min(begin, self._had), min(end, self._had)), *others)]
+        more = end - max(begin, self._had)
+        if more <= 0:
+            return own
+        return torch.cat(
+            [own, self._mean().to(own.dtype)[(slice(0, 1), *others)].expand(more, *own.shape[1:])]
+        )
+
+    def _mean(self) -> torch.Tensor:
+        """The mean of the rows there are: (1, ...)."""
+        parts = (self._there[first : first + _ROWS_AT_ONCE] for first in range(0, self._had, _ROWS_AT_ONCE))
+        return torch.stack([part.double().sum(0) for part in parts]).sum(0)[None] / self._had
+
+
+def _of_tokens(model: Any) -> frozenset[str]:
+    """The names of what has a row for each token."""
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    return frozenset(
+        f"{place}.{name}"
+        for place, module in model.named_modules(remove_duplicate=False)
+        if any(module is end for end in ends)
+        for name, _ in module.named_parameters(recurse=False)
+    )
+
+
 def bare_name(name: str) -> str:
     """`base_model.model.lm_head.modules_to_save.default.weight` is `lm_head.weight` of the bare model."""
     bare = re.sub(r"\.(base_layer|original_module|modules_to_save\.[^.]+)(?=\.|$)", "", name)
@@ -198,7 +260,7 @@ def _put(slot: _Slot, value: torch.Tensor) -> None:
         if isinstance(old, nn.Parameter):
             fresh = made.get(id(old))
             if fresh is None:
-                copied = value.clone() if made or not value.is_cuda else value
+                copied = (value.clone() if made or not value.is_cuda else value).to(old.dtype)
                 fresh = made[id(old)] = nn.Parameter(copied, requires_grad=old.requires_grad)
             module._parameters[key] = fresh  # type: ignore[assignment]
         else:

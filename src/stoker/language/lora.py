@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from annotated_types import Ge, Gt, Lt
 
 ALL = "all-linear"
-_OF_AN_ADAPTER = ("rank", "alpha", "dropout", "targets", "rslora", "dora")
+_OF_AN_ADAPTER = ("rank", "alpha", "dropout", "targets", "modules_to_save", "rslora", "dora")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +25,8 @@ class Lora:
     targets: str = ALL
     """Modules that get an adapter, names joined by commas: all-linear (but the output layer), or their own.
     Experts' weights by name."""
+    modules_to_save: str = ""
+    """Modules that are trained whole beside the adapters, names joined by commas: embed_tokens,lm_head."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank), which suits large ranks (Kalajdzievski 2023, arXiv:2312.03732)."""
     dora: bool = False
@@ -62,8 +64,32 @@ class Lora:
         return tuple(name for name in self._targets if name != ALL) if self.rank > 0 else ()
 
     @property
+    def trained_whole(self) -> tuple[str, ...]:
+        """The names of `modules_to_save`."""
+        return _split(self.modules_to_save)
+
+    @property
     def _targets(self) -> tuple[str, ...]:
-        return tuple(name.strip() for name in self.targets.split(","))
+        return _split(self.targets)
+
+
+def _split(names: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in names.split(",") if name.strip())
+
+
+def as_trained(module: Any) -> Any:
+    """A module, or the copy of it that is trained in its place, beside adapters (`modules_to_save`)."""
+    return module.modules_to_save[module.active_adapter] if _is_kept_twice(module) else module
+
+
+def is_of_adapter(name: str) -> bool:
+    """Whether a tensor of a model with adapters is one of theirs, by its name."""
+    return ".lora_" in name or ".modules_to_save." in name
+
+
+def _is_kept_twice(module: Any) -> bool:
+    peft = sys.modules.get("peft.utils.other")
+    return peft is not None and isinstance(module, peft.ModulesToSaveWrapper)
 
 
 def is_adapter(module: Any) -> bool:

@@ -40,9 +40,20 @@ def on_its_base(adapter: Path, base: str | None = None) -> Any:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    _grow(model, adapter)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of adapters on tied weights
-        return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder, dtype="auto"), adapter)
+        return PeftModel.from_pretrained(model, adapter)
+
+
+def _grow(model: Any, adapter: Path) -> None:
+    """Give a model the tokens that its adapter brings, with embeddings of its own for them."""
+    whole = hub.read_json(adapter, exports.ADAPTER, "adapter").get("modules_to_save")
+    if whole and (adapter / "tokenizer.json").is_file():
+        tokens = len(building.read_tokenizer(str(adapter)))
+        if tokens > model.get_input_embeddings().num_embeddings:
+            model.resize_token_embeddings(tokens, mean_resizing=False)
 
 
 def _untie(model: Any) -> None:
@@ -57,8 +68,14 @@ def _untie(model: Any) -> None:
     head = getattr(head, "base_layer", head)
     if head.weight is getattr(embedding, "base_layer", embedding).weight:
         head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
-        bare.config.get_text_config().tie_word_embeddings = False
-        bare.config.tie_word_embeddings = False
+
+
+def _say_untied(model: Any) -> None:
+    """Let the config of a model, whose output layer has weights of its own now, say so."""
+    head = model.get_output_embeddings()
+    if head is not None and head.weight is not model.get_input_embeddings().weight:
+        model.config.get_text_config().tie_word_embeddings = False
+        model.config.tie_word_embeddings = False
 
 
 def merge(adapter: Path, target: Path, base: str | None = None) -> None:
@@ -71,6 +88,7 @@ def merge(adapter: Path, target: Path, base: str | None = None) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of adapters on tied weights, which are so no longer
         merged = model.merge_and_unload(safe_merge=True)
+    _say_untied(merged)
     merged.generation_config = building.that_is_written(merged.generation_config)
     if (adapter / "tokenizer.json").is_file():
         tokenizer = building.load_tokenizer(str(adapter))

@@ -16,6 +16,7 @@ import torch
 from stoker.data.tokens import NO_LOSS
 from stoker.language import attention, rotary
 from stoker.language.cross_entropy import linear_cross_entropy
+from stoker.language.lora import as_trained
 from torch import nn
 from torch.nn import functional as F
 
@@ -62,7 +63,7 @@ def attach(model: Any) -> Objective:
     packs = bare.config._attn_implementation == attention.NAME
     if packs:
         rotary.by_document(bare)
-    head = bare.get_output_embeddings()
+    head = as_trained(bare.get_output_embeddings())
     if type(head) is not nn.Linear or not _ends_with_head(bare):
         return Objective(in_head=False, packs=packs)
     plain = head.forward

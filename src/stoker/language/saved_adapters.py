@@ -6,7 +6,7 @@ Neither peft nor a tensor is needed for it, so that it is known before anything 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -19,7 +19,7 @@ BASE = "base_model.json"
 """Beside an adapter: which model it is for, by name and by its weights' checksums."""
 
 _MORE = (
-    "modules_to_save", "bias", "trainable_token_indices", "layer_replication", "alora_invocation_tokens",
+    "bias", "trainable_token_indices", "layer_replication", "alora_invocation_tokens",
     "use_bdlora", "use_qalora", "arrow_config", "kasa_config", "monteclora_config", "velora_config",
     "megatron_config",
 )  # fmt: skip
@@ -37,8 +37,8 @@ def check(adapter: Path, *, model: str, origin: Path | None, quantised: bool) ->
         quantised: whether the model's weights are kept in 4 bits.
 
     Raises:
-        BadInput: it is no LoRA, has more than low-rank matrices, does not go with a quantised model, or says
-            that it is for another model of the hub.
+        BadInput: it is no LoRA, has more than low-rank matrices and modules trained whole, does not go with a
+            quantised model, or says that it is for another model of the hub.
     """
     config = hub.read_json(adapter, exports.ADAPTER, "lora.adapter")
     if config.get("peft_type") != "LORA":
@@ -46,11 +46,12 @@ def check(adapter: Path, *, model: str, origin: Path | None, quantised: bool) ->
     more = [f"{key}={config[key]}" for key in _MORE if config.get(key) not in (None, False, "none", [], {})]
     if config.get("init_lora_weights") not in _BEGINNINGS:
         more.append(f"init_lora_weights={config['init_lora_weights']}")
-    more = more or _other_tensors(adapter)
+    more = more or _other_tensors(adapter, config.get("modules_to_save") or ())
     if more:
         raise BadInput(
-            f"lora.adapter={adapter} has {', '.join(more)}: only low-rank matrices beside a model that stays "
-            "as it is can be gone on with; merge it into its model by peft, and train a new one on that"
+            f"lora.adapter={adapter} has {', '.join(more)}: only low-rank matrices, and modules trained "
+            "whole, beside a model that stays as it is can be gone on with; merge it into its model by peft, "
+            "and train a new one on that"
         )
     if quantised and config.get("use_dora"):
         raise BadInput(
@@ -107,12 +108,13 @@ def _is_id(name: str) -> bool:
     return bool(re.fullmatch(r"\w[\w.-]*/[\w.-]+", name)) and not Path(name).is_dir()
 
 
-def _other_tensors(adapter: Path) -> list[str]:
-    """The names of tensors that are no low-rank matrices, or the first of many."""
+def _other_tensors(adapter: Path, whole: Sequence[str]) -> list[str]:
+    """The names of tensors that are neither low-rank matrices nor of modules trained whole; of many, some."""
     file = adapter / WEIGHTS
     try:
         with safe_open(file, framework="np") as reader:
-            names = [name for name in reader.keys() if ".lora_" not in name]  # noqa: SIM118 (it is no dict)
+            known = (".lora_", *(f".{name}." for name in whole))
+            names = [n for n in reader.keys() if not any(part in n for part in known)]  # noqa: SIM118 (no dict)
     except FileNotFoundError as error:
         raise BadInput(f"lora.adapter={adapter} has no {WEIGHTS}") from error
     except (OSError, SafetensorError) as error:

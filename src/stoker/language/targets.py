@@ -94,11 +94,10 @@ def say(run: Run, model: Any) -> None:
         return
     adapter = model.peft_config["default"] if hasattr(model, "peft_config") else None
     share = "all" if trained == entries else f"{trained:,} ({trained / entries:.2%})"
-    how = (
-        f", as adapters of rank {adapter.r} on {', '.join(_last_parts(names(adapter)))}"
-        if adapter is not None
-        else ""
-    )
+    how = ""
+    if adapter is not None:
+        how = f", as adapters of rank {adapter.r} on {', '.join(_last_parts(names(adapter)))}"
+        how += "".join(f", {name} whole" for name in sorted(adapter.modules_to_save or ()))
     log.info("model: %s parameters, of which %s are trained%s", f"{entries:,}", share, how)
 
 
@@ -114,6 +113,30 @@ def _counted(model: nn.Module) -> tuple[int, int]:
     return sum(count for count, _ in found.values()), sum(
         count for count, trained in found.values() if trained
     )
+
+
+def whole(model: Any, lora: Lora, *, grown: bool) -> list[str]:
+    """The names of the modules that are trained whole beside new adapters.
+
+    Args:
+        grown: the model has tokens that have learnt nothing: what embeds and predicts them is among these.
+
+    Raises:
+        BadInput: the model has no such module, or keeps it in 4 bits.
+    """
+    modules = {n: module for n, module in model.named_modules() if any(True for _ in module.parameters())}
+    for name in lora.trained_whole:
+        found = [module for place, module in modules.items() if _ends(place, name)]
+        if not found:
+            near = nearest(name, _last_parts(modules))
+            raise BadInput(f"lora.modules_to_save: the model has no module {name!r}{near}")
+        if any(isinstance(part, Quantised) for module in found for part in module.modules()):
+            raise BadInput(
+                f"lora.modules_to_save: {name} is kept in 4 bits, and is not trained: leave it out"
+            )
+    ends = (model.get_input_embeddings(), model.get_output_embeddings()) if grown else ()
+    of_tokens = [place for place, module in modules.items() if any(module is end for end in ends)]
+    return sorted({*lora.trained_whole, *_last_parts(of_tokens)})
 
 
 def _of_text(model: Any) -> Callable[[str], bool]:

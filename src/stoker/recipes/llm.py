@@ -61,6 +61,9 @@ class Config(Training):
     """A file with the Jinja template of conversations; by default the tokenizer's own."""
     tokenizer: str | None = None
     """A directory or hub id; by default the model's own, and for a new model one trained on the data."""
+    add_tokens: tuple[str, ...] = ()
+    """Special tokens that the tokenizer is to have, such as ["<|im_start|>", "<|im_end|>"]; the model gets an
+    embedding for each, which begins as the mean of all and is trained."""
     vocab_size: Annotated[int, Ge(300)] = 4096
     """Entries of a tokenizer that is trained here."""
     tie_embeddings: bool = True
@@ -141,6 +144,8 @@ class Config(Training):
                 f"data_share={self.data_share:g} with streaming=true: which samples a stream has is known "
                 "once they have come; leave out streaming=true, or train less of it by max_steps"
             )
+        if not all(text.strip() for text in self.add_tokens):
+            raise ValueError("add_tokens: a token of spaces or of nothing cannot be added")
         for name in ("max_steps", "eval_every"):
             value = getattr(self, name)
             if value is not None and value.seconds is not None:
@@ -265,6 +270,8 @@ def train(run: Run, config: Config) -> None:
             tie_embeddings=config.tie_embeddings,
             dtype=frozen,
             chat_template=config.chat_template,
+            add_tokens=config.add_tokens,
+            grows=adapters.brings_tokens(config.lora),
         )
         packing = config.packing and language.packs
         rows = data.pack(
