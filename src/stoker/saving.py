@@ -1,4 +1,5 @@
-"""What a Trainer saves and restores: the model, its optimizers, the average, the position, randomness.
+"""What a Trainer saves and restores: the model, its optimizers, the average, the position, randomness,
+and what a script registered.
 
 Tensors stand under the parameters' own names whatever the strategy, so that a checkpoint says
 nothing of how it was made.
@@ -17,6 +18,7 @@ from stoker import distributed
 from stoker.attempt import Run
 from stoker.checkpoint import manifest, state, store
 from stoker.checkpoint.frozen import Frozen
+from stoker.checkpoint.stateful import Registered
 from stoker.checkpoint.store import Tensors
 from stoker.engine import random_state, strategies
 from stoker.engine.ema import Ema
@@ -39,18 +41,23 @@ class Saved:
     frozen: Frozen
     scale: LossScale
     ema: Ema | None
+    registered: Registered
 
     def capture(self, position: Mapping[str, Any]) -> tuple[Tensors, dict[str, Any]]:
         """This rank's tensors, and the values of all ranks as one. All ranks call it."""
         strategies.gather_no_more(self.step.model)
         tensors, values = self._model()
         tensors.update({f"ema.{name}": t for name, t in self._averaged().items()})
+        own, registered = self.registered.capture()
+        tensors.update(own)
         drawn, random = random_state.capture()
         tensors.update({f"random.{self.world.rank}.{key}": t for key, t in drawn.items()})
         parts = distributed.gathered({**values, "random": random, "turned": self.frozen.turned()})
         joined = state.joined(parts)
         joined["random"] = [part["random"] for part in parts]
         joined["turned"] = {name: trained for part in parts for name, trained in part["turned"].items()}
+        if registered:
+            joined["registered"] = registered
         return tensors, {**joined, "scale": self.scale.state(), "position": dict(position)}
 
     def restore(self, checkpoint: manifest.Checkpoint) -> tuple[dict[str, Any], Any]:
@@ -61,6 +68,7 @@ class Saved:
         tensors, values = self._put(checkpoint)
         self.scale.restore(values["scale"])
         self.frozen.turn(values.get("turned", {}))
+        self.registered.restore(checkpoint, values.get("registered", {}))
         rank = self.world.rank
         random = None
         if rank < len(values["random"]):
