@@ -146,7 +146,7 @@ class Trainer:
         self._checkpoints = Checkpoints(
             run,
             Saved(
-                self.world, self._step, built, Frozen(self.model), self._scale, self._ema, self._registered
+                self.mesh, self._step, built, Frozen(self.model), self._scale, self._ema, self._registered
             ),
             keep=self.training.keep_checkpoints, every=self.training.keep_every, best=best,
             done=self._heart.saved,

@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from stoker import distributed
 from stoker.attempt import Run
-from stoker.checkpoint import manifest, state, store
+from stoker.checkpoint import copies, manifest, state, store
 from stoker.checkpoint.frozen import Frozen
 from stoker.checkpoint.stateful import Registered
 from stoker.checkpoint.store import Tensors
 from stoker.engine import random_state, strategies
 from stoker.engine.ema import Ema
 from stoker.engine.loss_scale import LossScale
+from stoker.engine.mesh import Mesh
 from stoker.engine.step import Step
 from stoker.run.series import goal_of
 from stoker.world import World
@@ -34,7 +35,7 @@ log = logging.getLogger("stoker")
 class Saved:
     """All that a run is resumed from."""
 
-    world: World
+    mesh: Mesh
     step: Step
     built: Mapping[str, state.Groups]
     """The hyperparameters that its optimizers were made with."""
@@ -43,9 +44,19 @@ class Saved:
     ema: Ema | None
     registered: Registered
 
+    @property
+    def world(self) -> World:
+        """The ranks."""
+        return self.mesh.world
+
     def capture(self, position: Mapping[str, Any]) -> tuple[Tensors, dict[str, Any]]:
         """This rank's tensors, and the values of all ranks as one. All ranks call it."""
         strategies.gather_no_more(self.step.model)
+        copies.check(
+            self.step.model,
+            distributed.gathered(copies.held(self.step.model, self._part())),
+            position["step"],
+        )
         tensors, values = self._model()
         tensors.update({f"ema.{name}": t for name, t in self._averaged().items()})
         own, registered = self.registered.capture()
@@ -74,6 +85,14 @@ class Saved:
         if rank < len(values["random"]):
             random = (state.inside(tensors, f"random.{rank}."), values["random"][rank])
         return values["position"], random
+
+    def _part(self) -> tuple[int, ...]:
+        """Which part of the model this rank holds. DeepSpeed cuts up weights, and moves them by itself."""
+        from stoker.engine.zero import DeepSpeedStep
+
+        if isinstance(self.step, DeepSpeedStep):
+            return (self.world.rank,)
+        return self.mesh.stage, self.mesh.shard
 
     def _model(self) -> tuple[Tensors, dict[str, Any]]:
         from stoker.engine.zero import DeepSpeedStep
