@@ -11,11 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from stoker import BadInput, Run, StokerError, Trainer, Training
-from stoker.checkpoint import manifest, store
+from stoker.checkpoint import manifest, store, trees
 from stoker.duration import Duration
 from stoker.engine import optimizers, schedule
 from stoker.engine.random_state import seed_everything
@@ -23,6 +24,8 @@ from stoker.errors import OutOfMemory
 from stoker.run import journal, view
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.optim import lr_scheduler
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, TensorDataset
 
 
@@ -161,6 +164,154 @@ def test_resuming_gives_the_same_bits(open_run: Callable[..., Run]) -> None:
         seen.points["loss"]
         == view.load(run.directory.__class__(run.directory.path.parent / "whole")).points["loss"]
     )
+
+
+class _Curriculum:
+    """What a script may keep beside its model: numbers, tensors, a generator's state."""
+
+    def __init__(self) -> None:
+        self.random = np.random.default_rng(1)
+        self.drawn = np.zeros(3)
+        self.mean = torch.zeros(6)
+        self.hardest: tuple[int, float] = (0, math.inf)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**vars(self), "random": self.random.bit_generator.state}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.random.bit_generator.state = state.pop("random")
+        vars(self).update(state)
+
+    def see(self, batch: Any, loss: float) -> None:
+        self.drawn[self.random.integers(3)] += loss
+        self.mean.lerp_(batch[0].mean(dim=0), 0.1)
+        self.hardest = min(self.hardest, (int(self.random.integers(9)), loss))
+
+
+def _sequence(optimizer: torch.optim.Optimizer) -> lr_scheduler.LRScheduler:
+    parts = [lr_scheduler.LinearLR(optimizer, 0.1, 1.0, 3), lr_scheduler.CosineAnnealingLR(optimizer, 12)]
+    return lr_scheduler.SequentialLR(optimizer, parts, [3])
+
+
+SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], lr_scheduler.LRScheduler]] = {
+    "plateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, factor=0.5, patience=0),
+    "lambda": lambda o: lr_scheduler.LambdaLR(o, lambda step: 0.9**step),
+    "steps": lambda o: lr_scheduler.MultiStepLR(o, [3, 7]),
+    "one cycle": lambda o: lr_scheduler.OneCycleLR(o, 0.1, total_steps=20),
+    "cyclic": lambda o: lr_scheduler.CyclicLR(o, 0.01, 0.1, 5, cycle_momentum=False),
+    "sequence": _sequence,
+}
+
+
+def _train_with_states(run: Run, scheduler: str, dies_in: int | None = None) -> tuple[list[float], Any]:
+    trainer = _trainer(run, _model(dropout=0.5), checkpoint_every=4)
+    states = {"scheduler": SCHEDULERS[scheduler](trainer.optimizer), "curriculum": _Curriculum()}
+    temperature = nn.Parameter(torch.ones(()))
+    other = torch.optim.Adam([temperature], lr=0.1)
+    trainer.register_for_checkpointing(**states, other=other, ema=(ema := AveragedModel(trainer.model)))
+    rates = []
+    for batch in trainer.steps(trainer.loader(_dataset(), batch_size=8), max_steps=15):
+        rates.append(trainer.lr)
+        loss = trainer.step(batch).item()
+        if run.step == dies_in:
+            raise _Dies
+        temperature.grad = torch.tensor(loss)
+        other.step()
+        ema.update_parameters(trainer.model)
+        states["curriculum"].see(batch, loss)
+        states["scheduler"].step(*([loss] if scheduler == "plateau" else []))
+    held = [s.state_dict() for s in (*states.values(), other, ema)]
+    return rates, trees.apart([trainer.state_dict(), held])
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_what_a_script_registers_is_restored_to_the_same_bits(
+    scheduler: str, open_run: Callable[..., Run]
+) -> None:
+    with open_run("whole") as run:
+        rates, whole = _train_with_states(run, scheduler)
+    assert len(set(rates)) > 2
+    for stop in (6, 11):
+        with pytest.raises(_Dies), open_run("cut") as run:
+            _train_with_states(run, scheduler, dies_in=stop)
+    with open_run("cut") as run:
+        rest, resumed = _train_with_states(run, scheduler)
+    assert rest == rates[8:]
+    assert resumed[0] == whole[0]
+    assert all(torch.equal(tensor, resumed[1][at]) for at, tensor in whole[1].items())
+
+
+def test_a_state_that_came_later_or_went_is_named(
+    open_run: Callable[..., Run], caplog: pytest.LogCaptureFixture
+) -> None:
+    def train(steps: int, *names: str) -> None:
+        with open_run() as run:
+            trainer = _trainer(run, _model())
+            trainer.register_for_checkpointing(**{name: _Curriculum() for name in names})
+            for batch in trainer.steps(trainer.loader(_dataset(), batch_size=8), max_steps=steps):
+                trainer.step(batch)
+
+    train(1, "first", "second")
+    assert "state of" not in caplog.text
+    train(2, "second", "third")
+    assert "the checkpoint has no state of third, which begins anew" in caplog.text
+    assert "the checkpoint has a state of first, which is not registered any more" in caplog.text
+    caplog.clear()
+    train(3, "second", "third")
+    assert "state of" not in caplog.text
+
+
+def test_a_state_that_cannot_be_saved_is_refused_where_it_is_registered(open_run: Callable[..., Run]) -> None:
+    class Rules(_Curriculum):
+        def state_dict(self) -> dict[str, Any]:
+            return {"rules": [1, lambda: 2]}
+
+    with open_run() as run:
+        trainer = _trainer(run, _model(), schedule=schedule.build("cosine"))
+        with pytest.raises(BadInput, match=r"of easy has .*<lambda> at \['rules'\]\[1\], and"):
+            trainer.register_for_checkpointing(easy=Rules())
+        with pytest.raises(BadInput, match="it is an object of the type list: what is registered has"):
+            trainer.register_for_checkpointing(it=[])
+        with pytest.raises(BadInput, match="it is the class _Curriculum"):
+            trainer.register_for_checkpointing(it=_Curriculum)
+        trainer.register_for_checkpointing(it=_Curriculum())
+        with pytest.raises(BadInput, match="it is registered already"):
+            trainer.register_for_checkpointing(it=_Curriculum())
+        with pytest.raises(ValueError, match="falls and schedule= would both set the learning rate"):
+            trainer.register_for_checkpointing(falls=SCHEDULERS["lambda"](trainer.optimizer))
+        for _ in trainer.steps(trainer.loader(_dataset(), batch_size=8), max_steps=1):
+            with pytest.raises(ValueError, match="within a step"):
+                trainer.register_for_checkpointing(late=_Curriculum())
+
+
+def test_a_changed_rate_that_a_scheduler_does_not_know_is_said(
+    open_run: Callable[..., Run], caplog: pytest.LogCaptureFixture
+) -> None:
+    for steps, lr in ((1, 0.01), (2, 0.5)):
+        with open_run() as run:
+            trainer = _trainer(run, _model(), lr=lr)
+            trainer.register_for_checkpointing(falls=SCHEDULERS["steps"](trainer.optimizer))
+            for batch in trainer.steps(trainer.loader(_dataset(), batch_size=8), max_steps=steps):
+                trainer.step(batch)
+    assert "the learning rate is [0.5] now, and falls goes on from [0.01]" in caplog.text
+
+
+def test_a_rewind_puts_registered_states_back_with_the_weights(open_run: Callable[..., Run]) -> None:
+    with open_run() as run:
+        spoilt = {5}
+
+        def loss(output: torch.Tensor, batch: Any) -> tuple[torch.Tensor, int]:
+            total, weight = _loss(output, batch)
+            return (total * math.nan if spoilt and run.step in spoilt else total), weight
+
+        trainer = _trainer(run, _model(), loss=loss, on_bad_loss="rewind", checkpoint_every=3)
+        trainer.register_for_checkpointing(curriculum=(curriculum := _Curriculum()))
+        seen = []
+        for batch in trainer.steps(trainer.loader(_dataset(), batch_size=8), max_steps=6):
+            trainer.step(batch)
+            seen.append(float(curriculum.drawn.sum()))
+            curriculum.see(batch, 1.0)
+    assert seen == [0.0, 1.0, 2.0, 3.0, 3.0, 4.0]
 
 
 def test_a_changed_learning_rate_wins_over_the_saved_one(open_run: Callable[..., Run]) -> None:

@@ -26,6 +26,7 @@ from stoker import distributed, evaluation, storage, supervision
 from stoker.attempt import Run
 from stoker.checkpoint import manifest, planning, state
 from stoker.checkpoint.frozen import Frozen
+from stoker.checkpoint.stateful import Registered
 from stoker.data.loader import Collate, Loader
 from stoker.duration import Duration
 from stoker.engine import (
@@ -65,6 +66,8 @@ from stoker.progress import ProgressDisplay, Reading, short
 from stoker.run import journal, view
 from stoker.run.series import goal_of
 from stoker.saving import Checkpoints, Saved
+from torch.distributed.checkpoint.stateful import Stateful
+from torch.optim.lr_scheduler import LRScheduler
 
 log = logging.getLogger("stoker")
 
@@ -139,8 +142,12 @@ class Trainer:
         built = {name: state.hyperparameters(o) for name, o in self.optimizers.items()}
         limit = self.training.hang_limit
         self._heart = supervision.Heart(limit.seconds if limit is not None else None)
+        self._registered = Registered(self.world, self.device, self.optimizers)
         self._checkpoints = Checkpoints(
-            run, Saved(self.world, self._step, built, Frozen(self.model), self._scale, self._ema),
+            run,
+            Saved(
+                self.mesh, self._step, built, Frozen(self.model), self._scale, self._ema, self._registered
+            ),
             keep=self.training.keep_checkpoints, every=self.training.keep_every, best=best,
             done=self._heart.saved,
         )  # fmt: skip
@@ -161,8 +168,7 @@ class Trainer:
         self._agreement = Agreement(self.world, self.device, self._asked)
         self._batch_is: Literal["", "handed out", "computed", "trained on"] = ""
         """What the script has done so far with the batch in its hands; empty: it has none."""
-        self._may_be_best = False
-        self._keeps_best = bool(self.training.checkpoint_best)
+        self._may_be_best, self._keeps_best = False, bool(self.training.checkpoint_best)
         run.take_over_steps(self._checkpoints.wait, self._conclude, self._heart)
         supervision.say_where(run.directory.path)
         self._say(why)
@@ -189,6 +195,41 @@ class Trainer:
             device=device.name(self.device), data_ranks=self.mesh.data.size,
             memory_bytes=memory.of_a_rank(self.device, self.world.local_size),
         )  # fmt: skip
+
+    def register_for_checkpointing(self, **states: Stateful) -> None:
+        """Save the state of these with every checkpoint, and restore it now, where the run goes on from one.
+
+        That is whatever has `state_dict()` and `load_state_dict()`: a scheduler of torch's for
+        `trainer.optimizer`, a curriculum, an average, an optimizer of what is not the model's. A state is
+        made of tensors, NumPy arrays, numbers, texts, and lists, tuples, sets and dicts of these. One that is
+        the same on all ranks is restored on any number of them; of one that differs each rank has its own.
+
+        Called before the loop of steps: `trainer.register_for_checkpointing(scheduler=scheduler)`.
+
+        Raises:
+            ValueError: called within a step, or with a scheduler of the rate that `schedule` sets.
+            BadInput: an object has no state, a name is taken, or a state holds what no checkpoint can.
+        """
+        if self._batch_is:
+            raise ValueError("register_for_checkpointing() within a step: call it before the loop of steps")
+        ours = [getattr(o, "optimizer", o) for o in self.optimizers.values()]  # of ZeRO's, what it wraps
+        schedulers = {n: s for n, s in states.items() if isinstance(s, LRScheduler) and s.optimizer in ours}
+        if schedulers and self._schedule is not None:
+            raise ValueError(
+                f"{next(iter(schedulers))} and schedule= would both set the learning rate: leave one out"
+            )
+        self._registered.add(states)
+        for name, scheduler in schedulers.items():
+            self._warn_of_another_rate(name, scheduler)
+
+    def _warn_of_another_rate(self, name: str, scheduler: LRScheduler) -> None:
+        """A rate that was changed since is in the optimizer, and not in what a scheduler remembers of it."""
+        now = [group.get("initial_lr") for group in scheduler.optimizer.param_groups]
+        began = getattr(scheduler, "base_lrs", now)  # none where it goes by the rate as it is
+        if began != now and self.world.rank == 0:
+            log.warning(
+                "the learning rate is %s now, and %s goes on from %s, as its state has it", now, name, began
+            )
 
     # -- the loop ---------------------------------------------------------------------------
 
@@ -288,6 +329,8 @@ class Trainer:
         self._data_place = None
         timing = Timing(self.run.measure, self.device) if self.run.measure is not None else None
         self._begin_attempt()
+        if self.steps_done < self._total:
+            self._registered.begin()
         if self.training.on_bad_loss == "rewind":
             self.checkpoint()  # so that there is one to rewind to
         remembering = self.training.deterministic

@@ -1,4 +1,5 @@
-"""What a Trainer saves and restores: the model, its optimizers, the average, the position, randomness.
+"""What a Trainer saves and restores: the model, its optimizers, the average, the position, randomness,
+and what a script registered.
 
 Tensors stand under the parameters' own names whatever the strategy, so that a checkpoint says
 nothing of how it was made.
@@ -15,12 +16,14 @@ from typing import Any
 import torch
 from stoker import distributed
 from stoker.attempt import Run
-from stoker.checkpoint import manifest, state, store
+from stoker.checkpoint import copies, manifest, state, store
 from stoker.checkpoint.frozen import Frozen
+from stoker.checkpoint.stateful import Registered
 from stoker.checkpoint.store import Tensors
 from stoker.engine import random_state, strategies
 from stoker.engine.ema import Ema
 from stoker.engine.loss_scale import LossScale
+from stoker.engine.mesh import Mesh
 from stoker.engine.step import Step
 from stoker.run.series import goal_of
 from stoker.world import World
@@ -32,25 +35,40 @@ log = logging.getLogger("stoker")
 class Saved:
     """All that a run is resumed from."""
 
-    world: World
+    mesh: Mesh
     step: Step
     built: Mapping[str, state.Groups]
     """The hyperparameters that its optimizers were made with."""
     frozen: Frozen
     scale: LossScale
     ema: Ema | None
+    registered: Registered
+
+    @property
+    def world(self) -> World:
+        """The ranks."""
+        return self.mesh.world
 
     def capture(self, position: Mapping[str, Any]) -> tuple[Tensors, dict[str, Any]]:
         """This rank's tensors, and the values of all ranks as one. All ranks call it."""
         strategies.gather_no_more(self.step.model)
+        copies.check(
+            self.step.model,
+            distributed.gathered(copies.held(self.step.model, self._part())),
+            position["step"],
+        )
         tensors, values = self._model()
         tensors.update({f"ema.{name}": t for name, t in self._averaged().items()})
+        own, registered = self.registered.capture()
+        tensors.update(own)
         drawn, random = random_state.capture()
         tensors.update({f"random.{self.world.rank}.{key}": t for key, t in drawn.items()})
         parts = distributed.gathered({**values, "random": random, "turned": self.frozen.turned()})
         joined = state.joined(parts)
         joined["random"] = [part["random"] for part in parts]
         joined["turned"] = {name: trained for part in parts for name, trained in part["turned"].items()}
+        if registered:
+            joined["registered"] = registered
         return tensors, {**joined, "scale": self.scale.state(), "position": dict(position)}
 
     def restore(self, checkpoint: manifest.Checkpoint) -> tuple[dict[str, Any], Any]:
@@ -61,11 +79,20 @@ class Saved:
         tensors, values = self._put(checkpoint)
         self.scale.restore(values["scale"])
         self.frozen.turn(values.get("turned", {}))
+        self.registered.restore(checkpoint, values.get("registered", {}))
         rank = self.world.rank
         random = None
         if rank < len(values["random"]):
             random = (state.inside(tensors, f"random.{rank}."), values["random"][rank])
         return values["position"], random
+
+    def _part(self) -> tuple[int, ...]:
+        """Which part of the model this rank holds. DeepSpeed cuts up weights, and moves them by itself."""
+        from stoker.engine.zero import DeepSpeedStep
+
+        if isinstance(self.step, DeepSpeedStep):
+            return (self.world.rank,)
+        return self.mesh.stage, self.mesh.shard
 
     def _model(self) -> tuple[Tensors, dict[str, Any]]:
         from stoker.engine.zero import DeepSpeedStep

@@ -11,8 +11,10 @@ from __future__ import annotations
 import faulthandler
 import mmap
 import os
+import re
 import signal
 import struct
+import sysconfig
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,6 +153,29 @@ def read(folder: Path) -> dict[int, Pulse]:
         if len(content) == _LAYOUT.size:
             found[int(file.stem.removeprefix("rank-"))] = Pulse(*_LAYOUT.unpack(content))
     return found
+
+
+def place(stacks: str) -> str:
+    """Where a process is, by its stacks as `write_stacks_to` has them: `train.py:31 (in evaluate)`.
+
+    That is the innermost line of the main thread that is neither a library's nor ours, and what it called.
+    Nothing where there is no such line.
+    """
+    main = stacks.rpartition("(most recent call first):")[2]  # it is the last one
+    called = ""
+    for file, line, name in _FRAME.findall(main):
+        if not file.startswith(_LIBRARIES):
+            return f"{Path(file).name}:{line}{called}"
+        called = f" (in {name})"
+    return ""
+
+
+_FRAME = re.compile(r'File "(.*)", line (\d+) in (.*)')
+_LIBRARIES = (
+    *{sysconfig.get_path(kind) for kind in ("stdlib", "platlib", "purelib")},
+    str(Path(__file__).parent),
+    "<frozen",
+)
 
 
 def stacks_folder(logs: Path) -> Path:

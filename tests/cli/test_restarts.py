@@ -111,7 +111,10 @@ def test_ranks_that_stand_still_leave_their_stacks_and_are_started_again(
         "--nproc", "2", "--name", "a", "--max-restarts", "1",
     )  # fmt: skip
     assert done.code == 0, done.err
-    assert "hangs: nothing after step 19 for" in done.err
+    assert "2 ranks hang: nothing after step 19 for" in done.err
+    slept, stepped = (_line_of(text) for text in ("time.sleep(600)", "trainer.step(batch)"))
+    assert f"rank 1 at ranked.py:{slept}" in done.err
+    assert f"rank 0 at ranked.py:{stepped} (in step)" in done.err
     run = tmp_path / "runs" / "ranked" / "a"
     (folder,) = (run / "logs").glob("stacks-*")
     stacks = {file.name: file.read_text() for file in folder.iterdir()}
@@ -121,10 +124,17 @@ def test_ranks_that_stand_still_leave_their_stacks_and_are_started_again(
     assert _weights(run) == _weights(whole)
 
 
+def _line_of(text: str) -> int:
+    """The number of the recipe's line that has a text."""
+    lines = Path(RECIPE).read_text(encoding="utf-8").splitlines()
+    return next(number for number, line in enumerate(lines, start=1) if text in line)
+
+
 def test_a_process_alone_that_stands_still_leaves_its_stacks(stoker: Command, tmp_path: Path) -> None:
     done = stoker("train", RECIPE, "deaf_rank=0", "hang_limit=2s", "--name", "a", "--json")
     assert done.code == 1
     assert "it hangs: nothing after step 19 for" in done.err
+    assert f"; it is at ranked.py:{_line_of('time.sleep(600)')}; the stacks" in done.err
     assert done.answer["exit_code"] == 1
     run = tmp_path / "runs" / "ranked" / "a"
     (file,) = (run / "logs").glob("stacks-*/rank-0.txt")

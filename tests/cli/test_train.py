@@ -19,6 +19,7 @@ import pytest
 from support import SOAK, loaded, wait_for_points
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "own_loop.py"
+PLATEAU = EXAMPLE.with_name("plateau.py")
 
 # Slow enough to be hit in the middle, with randomness in the model, in the data and in the loop.
 SLOW = """
@@ -88,6 +89,24 @@ def test_the_example_differs_from_plain_pytorch_by_under_15_lines() -> None:
 
 def test_the_plain_twin_runs(tmp_path: Path) -> None:
     subprocess.run([sys.executable, str(EXAMPLE.with_name("own_loop_plain.py"))], cwd=tmp_path, check=True)
+
+
+def test_the_example_with_a_scheduler_of_torchs_is_killed_and_goes_on(  # type: ignore[no-untyped-def]
+    stoker, start, tmp_path: Path
+) -> None:
+    command = ("train", str(PLATEAU), "patience=0", "epochs=6", "lr=0.3", "checkpoint_every=40")
+    assert stoker(*command, "--name", "whole").code == 0
+    run = tmp_path / "runs" / "plateau" / "cut"
+    process = start(*command, "--name", "cut")
+    wait_for_points(process, run, 100)
+    process.kill()
+    process.wait()
+    done = stoker(*command, "--name", "cut")
+    assert done.code == 0, done.err
+    whole, cut = loaded(run.with_name("whole")), loaded(run)
+    assert cut.points == whole.points
+    assert cut.attempts[-1].resumed_from in (40, 80, 120)
+    assert len(set(cut.points["lr"].values())) > 1
 
 
 @pytest.mark.soak

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from stoker import supervision
 from stoker.launch import watch
 
@@ -114,3 +116,33 @@ def test_ranks_that_were_stopped_with_their_launcher_do_not_hang(
             process.wait()
         if launcher.stdout is not None:
             launcher.stdout.close()
+
+
+STACKS = """\
+Thread 0x00007f0000000001 (most recent call first):
+  File "{here}/other.py", line 3 in of_a_thread
+
+Current thread 0x00007f0000000002 (most recent call first):
+{frames}"""
+LIBRARY = Path(supervision.__file__).parent
+
+
+@pytest.mark.parametrize(
+    ("frames", "said"),
+    [
+        (
+            [
+                f'"{torch.__file__}", line 9 in wait',
+                f'"{LIBRARY}/loop.py", line 9 in step',
+                '"/a b/train.py", line 31 in evaluate',
+            ],
+            "train.py:31 (in step)",
+        ),
+        (['"/a b/train.py", line 31 in evaluate', '"/a b/train.py", line 50 in <module>'], "train.py:31"),
+        ([f'"{LIBRARY}/loop.py", line 9 in steps', f'"{os.__file__}", line 1 in system'], ""),
+        ([], ""),
+    ],
+)
+def test_a_place_is_the_innermost_line_of_the_users(frames: list[str], said: str, tmp_path: Path) -> None:
+    lines = "".join(f"  File {frame}\n" for frame in frames)
+    assert supervision.place(STACKS.format(here=tmp_path, frames=lines)) == said

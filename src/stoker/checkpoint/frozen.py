@@ -29,7 +29,7 @@ class Frozen:
         self._before = {
             name: found
             for name, p in model.named_parameters()
-            if not p.requires_grad and (found := _probe(p)) is not None
+            if not p.requires_grad and (found := probe(p)) is not None
         }
 
     def kept(self) -> frozenset[str]:
@@ -54,11 +54,11 @@ class Frozen:
     def _has_changed(self, name: str, parameter: nn.Parameter) -> bool:
         if name in self._kept or name not in self._before:
             return False
-        now = _probe(parameter)
+        now = probe(parameter)
         return now is not None and not torch.equal(now, self._before[name])
 
 
-def _probe(parameter: nn.Parameter) -> torch.Tensor | None:
+def probe(parameter: nn.Parameter) -> torch.Tensor | None:
     """Some of the values that this rank holds of a parameter; None of one that is quantised."""
     held = local(getattr(parameter, "ds_tensor", parameter).detach())  # ds_tensor: DeepSpeed's part of it
     if type(held) is not torch.Tensor or not held.is_floating_point() or held.is_meta:

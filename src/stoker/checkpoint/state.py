@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import torch
 from stoker import words
-from stoker.checkpoint import store
+from stoker.checkpoint import stateful, store
 from stoker.checkpoint.manifest import Checkpoint
 from stoker.checkpoint.store import ALONE, Tensors
 from stoker.errors import StokerError
@@ -58,8 +58,9 @@ def load(
 ) -> tuple[Tensors, dict[str, Any]]:
     """Put a checkpoint into a model and its optimizers; returns its other tensors, and its values.
 
-    Of the others those of parameters that other ranks hold, and other ranks' random state, are
-    left out. A hyperparameter that the user has changed since wins over the saved one.
+    Of the others those of parameters that other ranks hold, other ranks' random state, and what is
+    registered (`stateful`) are left out. A hyperparameter that the user has changed since wins over the
+    saved one.
 
     Args:
         elsewhere: names of the model's tensors that only other ranks hold.
@@ -101,10 +102,10 @@ def _decayed(names: list[list[str]], made: Groups) -> set[str]:
 
 
 def load_whole(checkpoint: Checkpoint, world: World) -> tuple[Tensors, dict[str, Any]]:
-    """All tensors of a checkpoint, whole, and its values; each rank reads for itself."""
+    """The tensors that `load` puts back or returns, whole, and the values; each rank reads for itself."""
     specs = store.shapes(checkpoint)
     tensors = {
-        name: torch.empty(s, dtype=d) for name, (s, d) in specs.items() if not _is_of_another(name, world)
+        name: torch.empty(s, dtype=d) for name, (s, d) in specs.items() if not _is_left_out(name, world)
     }
     store.load_tensors(checkpoint, tensors)
     return tensors, store.load_values(checkpoint)
@@ -216,7 +217,7 @@ def _others(
     prefixes = ("ema.", *(f"optimizer.{name}." for name in sorted(optimizers, key=len, reverse=True)))
     found: Tensors = {}
     for name, (shape, dtype) in specs.items():
-        if name.startswith("model.") or _is_of_another(name, world):
+        if name.startswith("model.") or _is_left_out(name, world):
             continue
         owner = _owner(name, prefixes)
         if owner is None:
@@ -240,8 +241,10 @@ def _owner(name: str, prefixes: Sequence[str]) -> str | None:
     return name.removeprefix(prefix) if prefix == "ema." else name.removeprefix(prefix).rpartition(".")[0]
 
 
-def _is_of_another(name: str, world: World) -> bool:
-    return name.startswith("random.") and not name.startswith(f"random.{world.rank}.")
+def _is_left_out(name: str, world: World) -> bool:
+    """Whether a tensor is another rank's random state, or of what is registered, which reads it itself."""
+    of_another = name.startswith("random.") and not name.startswith(f"random.{world.rank}.")
+    return of_another or name.startswith((f"{stateful.PREFIX}.", f"{stateful.PREFIX}["))
 
 
 def _beside_shard(parameter: torch.nn.Parameter, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:

@@ -40,12 +40,17 @@ class Mesh:
         return 0 if self.axes is None else self.axes.get_local_rank("stage")
 
     @property
+    def shard(self) -> int:
+        """This rank's place among those that share one copy of the model."""
+        return 0 if self.axes is None else self.axes.get_local_rank("shard")
+
+    @property
     def data(self) -> World:
         """The world as the data sees it: whose share of a global batch this rank reads."""
         if self.axes is None:
             return self.world
         ranks = self.size("replicate") * self.size("shard")
-        place = self.axes.get_local_rank("replicate") * self.size("shard") + self.axes.get_local_rank("shard")
+        place = self.axes.get_local_rank("replicate") * self.size("shard") + self.shard
         return replace(self.world, rank=place, size=ranks)
 
     @property

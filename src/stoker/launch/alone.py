@@ -77,11 +77,13 @@ class _Watch:
 
 
 def _stacks(run: Run) -> str:
-    """Write the stacks of all threads; where they are, in words."""
+    """Write the stacks of all threads; where it is, and they are, in words."""
     folder = supervision.stacks_folder(run.directory.logs)
-    with (folder / f"rank-{run.world.rank}.txt").open("w", encoding="utf-8") as file:
-        faulthandler.dump_traceback(file, all_threads=True)
-    return f"the stacks of its threads are in {folder}"
+    file = folder / f"rank-{run.world.rank}.txt"
+    with file.open("w", encoding="utf-8") as opened:
+        faulthandler.dump_traceback(opened, all_threads=True)
+    place = supervision.place(file.read_text(encoding="utf-8", errors="replace"))
+    return f"{f'it is at {place}; ' if place else ''}the stacks of its threads are in {folder}"
 
 
 def _end(run: Run, said: str, say: Callable[[str], None]) -> None:

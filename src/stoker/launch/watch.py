@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-from stoker import stopping, supervision
+from stoker import stopping, supervision, words
 from stoker.errors import Stopped
 from stoker.launch import ranks
 
@@ -23,6 +23,7 @@ _WAITING = 0.5  # seconds of these after which those are ended that only wait fo
 _STACKS = 1.0  # seconds that ranks have to write their stacks
 _COMING_UP = 60.0  # seconds that all ranks together have to find each other
 _ASLEEP = 10.0  # seconds between two looks after which this launcher, as its ranks, was stopped meanwhile
+_NAMED = 4  # places, and ranks at each, that a message names
 _AT_ONCE = 1.0  # seconds that ranks have to end, once they were told twice
 
 
@@ -145,9 +146,11 @@ class Watch:
         self.signal(supervision.STACKS)
         self.signal(signal.SIGCONT)  # one that was stopped answers too
         self._over.wait(_STACKS)
-        rank, pulse = min(slow.items(), key=lambda pair: pair[1].at)
-        said = f"rank {rank} hangs: {pulse.nothing_for(now - pulse.at)}"
-        return f"{said}; the stacks of all ranks are in {self._keep_stacks()}"
+        pulse = min(slow.values(), key=lambda pulse: pulse.at)
+        who = f"rank {min(slow)} hangs" if len(slow) == 1 else f"{len(slow)} ranks hang"
+        folder = self._keep_stacks()
+        said = f"{who}: {pulse.nothing_for(now - pulse.at)}{_places(folder)}"
+        return f"{said}; the stacks of all ranks are in {folder}"
 
     def _keep_stacks(self) -> Path:
         """Move the stacks to the run's logs; returns where they are."""
@@ -156,6 +159,19 @@ class Watch:
         for stacks in self.folder.glob("rank-*.stacks"):
             shutil.copy(stacks, target / f"{stacks.stem}.txt")
         return target
+
+
+def _places(folder: Path) -> str:
+    """Where the ranks are, in words, by their stacks; those that are at the same place, together."""
+    ranks_at: dict[str, list[str]] = {}
+    for file in sorted(folder.glob("rank-*.txt"), key=lambda file: int(file.stem.removeprefix("rank-"))):
+        if place := supervision.place(file.read_text(encoding="utf-8", errors="replace")):
+            ranks_at.setdefault(place, []).append(file.stem.removeprefix("rank-"))
+    if not ranks_at:
+        return ""
+    said = [f"rank{'s' if len(at) > 1 else ''} {words.some(at, _NAMED)} at {p}" for p, at in ranks_at.items()]
+    why = " (what one of them alone calls, and all take part in, waits without end)" if len(said) > 1 else ""
+    return f"; {words.some(said, _NAMED)}{why}"
 
 
 @contextlib.contextmanager

@@ -1,0 +1,184 @@
+"""State of a script's own that is saved and restored with the rest.
+
+That is of whatever has `state_dict()` and `load_state_dict()`, as torch's schedulers, optimizers and modules
+have (`Stateful` of torch.distributed.checkpoint). What is the same on all ranks is saved once, and restored
+on any number of them; what differs is each rank's own.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import xxhash
+from stoker import distributed
+from stoker.checkpoint import store, trees
+from stoker.checkpoint.manifest import Checkpoint
+from stoker.checkpoint.store import Tensors
+from stoker.errors import BadInput, StokerError
+from stoker.world import World
+from torch.distributed.checkpoint.stateful import Stateful
+
+log = logging.getLogger("stoker")
+
+PREFIX = "registered"
+"""What the names of its tensors in a checkpoint begin with."""
+
+
+class Registered:
+    """What a script has registered, by name.
+
+    Args:
+        world: the ranks; each registers for itself.
+        device: where tensors are put back that were not on the CPU.
+        optimizers: whose rates are put back after a scheduler's, which sets them anew as it is made.
+    """
+
+    def __init__(
+        self, world: World, device: torch.device, optimizers: Mapping[str, torch.optim.Optimizer]
+    ) -> None:
+        self._world, self._device, self._optimizers = world, device, optimizers
+        self._objects: dict[str, Stateful] = {}
+        self._checkpoint: Checkpoint | None = None
+        self._held: dict[str, Any] = {}
+        self._groups: dict[str, list[dict[str, Any]]] = {}
+
+    def add(self, objects: Mapping[str, Stateful]) -> None:
+        """Save these with every checkpoint from now on, and restore them from the one that was restored.
+
+        Raises BadInput for what cannot be saved.
+        """
+        for name, given in objects.items():
+            if name in self._objects:
+                raise BadInput(f"{name} is registered already: give each state a name of its own")
+            check(name, given)
+        self._objects.update(objects)
+        if self._checkpoint is None:
+            return
+        found = [name for name in objects if self._put(name)]
+        for name, groups in self._groups.items() if found else ():
+            for group, was in zip(self._optimizers[name].param_groups, groups, strict=True):
+                group.update(copy.deepcopy(was))
+
+    def capture(self) -> tuple[Tensors, dict[str, Any]]:
+        """This rank's tensors as they are named in a checkpoint, and the values of all ranks. All call it."""
+        taken = {name: _apart(name, given) for name, given in self._objects.items()}
+        if self._world.size > 1:
+            taken = {n: (v, {at: t.cpu() for at, t in tensors.items()}) for n, (v, tensors) in taken.items()}
+        sums = {n: {at: _sum(t) for at, t in tensors.items()} for n, (_, tensors) in taken.items()}
+        parts = distributed.gathered({n: (values, sums[n]) for n, (values, _) in taken.items()})
+        known = list(dict.fromkeys(name for part in parts for name in part))
+        joined = {name: _joined([part.get(name) for part in parts]) for name in known}
+        found: Tensors = {}
+        for name, (_, tensors) in taken.items():
+            prefix = _prefix(name, None if "all" in joined[name] else self._world.rank)
+            found.update({f"{prefix}{at}": tensor for at, tensor in tensors.items()})
+        return found, joined
+
+    def restore(self, checkpoint: Checkpoint, held: Mapping[str, Any]) -> None:
+        """Put back what is registered, and what will be until training begins.
+
+        Args:
+            held: what a checkpoint's values have of `capture`.
+        """
+        self._checkpoint, self._held = checkpoint, dict(held)
+        self._groups = {
+            name: [copy.deepcopy({k: v for k, v in g.items() if k != "params"}) for g in made.param_groups]
+            for name, made in self._optimizers.items()
+        }
+        for name in self._objects:
+            self._put(name)
+
+    def begin(self) -> None:
+        """Training begins: what is registered later begins with it. Says what nobody asked back."""
+        lost = [name for name in self._held if name not in self._objects]
+        if lost and self._world.rank == 0:
+            log.warning(
+                "the checkpoint has a state of %s, which is not registered any more: the next has none",
+                ", ".join(lost),
+            )
+        self._checkpoint, self._held, self._groups = None, {}, {}
+
+    def _put(self, name: str) -> bool:
+        """Whether there was one."""
+        assert self._checkpoint is not None
+        held = self._held.get(name)
+        if held is None:
+            if self._world.rank == 0:
+                log.warning("the checkpoint has no state of %s, which begins anew", name)
+            return False
+        rank = None if "all" in held else self._world.rank
+        if rank == 0 and held["of"] != self._world.size:
+            log.warning(
+                "the state of %s was not the same on all of the %d ranks, and now there are %d: those that "
+                "there were before have their own, others begin anew", name, held["of"], self._world.size,
+            )  # fmt: skip
+        if rank is not None and str(rank) not in held["ranks"]:
+            return False
+        values = held["all"] if rank is None else held["ranks"][str(rank)]
+        tensors = _read(self._checkpoint, values, _prefix(name, rank), self._device)
+        self._objects[name].load_state_dict(trees.together(values, tensors))
+        return True
+
+
+def check(name: str, given: object) -> None:
+    """Raises BadInput for what a checkpoint cannot hold."""
+    if isinstance(given, type) or not isinstance(given, Stateful):
+        raise BadInput(
+            f"{name} is {'the class' if isinstance(given, type) else 'an object of the type'} "
+            f"{getattr(given, '__name__', type(given).__name__)}: what is registered has state_dict(), which "
+            "returns what is to be restored, and load_state_dict(state), which puts it back"
+        )
+    try:
+        trees.apart(given.state_dict())
+    except trees.Unsavable as error:
+        raise BadInput(_said(name, error)) from None
+
+
+def _apart(name: str, given: Stateful) -> tuple[Any, Tensors]:
+    """Raises StokerError for what has come into a state since it was registered."""
+    try:
+        return trees.apart(given.state_dict())
+    except trees.Unsavable as error:
+        raise StokerError(_said(name, error)) from None
+
+
+def _said(name: str, error: trees.Unsavable) -> str:
+    return (
+        f"the state of {name} has {error}, and a checkpoint holds {trees.ALLOWED}: leave it out of "
+        "state_dict(), and let load_state_dict() make it anew"
+    )
+
+
+def _joined(of_ranks: Sequence[tuple[Any, dict[str, str]] | None]) -> dict[str, Any]:
+    """One state, where it is the same on all ranks, to the bits of its tensors; else that of each."""
+    if all(one == of_ranks[0] for one in of_ranks) and of_ranks[0] is not None:
+        return {"all": of_ranks[0][0]}
+    own = {str(rank): one[0] for rank, one in enumerate(of_ranks) if one is not None}
+    return {"ranks": own, "of": len(of_ranks)}
+
+
+def _prefix(name: str, rank: int | None) -> str:
+    """What the names of a state's tensors begin with; with a rank, where each has its own."""
+    return f"{PREFIX}.{name}" if rank is None else f"{PREFIX}[{rank}].{name}"
+
+
+def _sum(tensor: torch.Tensor) -> str:
+    flat = tensor.contiguous().reshape(-1)
+    return xxhash.xxh3_128_hexdigest(flat.view(torch.uint8).numpy().data) if flat.numel() else ""
+
+
+def _read(checkpoint: Checkpoint, values: Any, prefix: str, device: torch.device) -> Tensors:
+    """The tensors of a state by their places, where they were."""
+    found = list(trees.leaves(values))
+    into = {
+        f"{prefix}{leaf['at']}": torch.empty(leaf["shape"], dtype=getattr(torch, leaf["dtype"]))
+        for _, leaf in found
+    }
+    if into:
+        store.load_tensors(checkpoint, into)
+    on = {leaf["at"]: torch.device("cpu") if leaf.get("on", "cpu") == "cpu" else device for _, leaf in found}
+    return {at: into[f"{prefix}{at}"].to(where) for at, where in on.items()}
