@@ -263,6 +263,10 @@ def test_modules_that_a_model_lacks_are_refused_at_the_launch(files: str, tmp_pa
     for model in (str(folder), "tiny"):
         with pytest.raises(BadInput, match=r"has no layer 'q_prj'; did you mean 'q_proj'\?"):
             launched(model=model, lora=Lora(rank=2, targets="v_proj,q_prj"))
+        with pytest.raises(
+            BadInput, match=r"modules_to_save: the model has no module 'lm_haed'; did you mean"
+        ):
+            launched(model=model, lora=Lora(rank=2, modules_to_save="lm_haed"))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])

@@ -70,8 +70,9 @@ def resolve(model: Any, lora: Lora) -> tuple[list[str], list[str]]:
                 f"{', '.join(known)}"
             )
     kept = _kept_by_peft(model, _short(chosen, dict(model.named_modules()))) if chosen else []
-    for target in set(lora.names).difference(parameters):
-        if not any(_ends(name, target) or _ends(target, name) for name in kept):
+    for target in lora.names:
+        is_kept = any(_ends(name, target) or _ends(target, name) for name in kept)
+        if not is_kept and target not in parameters:
             raise BadInput(
                 f"lora.targets: peft takes {target!r} of a {model.config.model_type} for a part of its "
                 f"experts: leave it out, or give the names of the experts' weights, "
@@ -110,9 +111,8 @@ def _counted(model: nn.Module) -> tuple[int, int]:
             found[id(module)] = (module.plain().numel(), False)
             own = {"bias": own["bias"]} if "bias" in own else {}
         found.update({id(p): (p.numel(), p.requires_grad) for p in own.values()})
-    return sum(count for count, _ in found.values()), sum(
-        count for count, trained in found.values() if trained
-    )
+    entries = sum(count for count, _ in found.values())
+    return entries, sum(count for count, is_trained in found.values() if is_trained)
 
 
 def whole(model: Any, lora: Lora, *, grown: bool) -> list[str]:

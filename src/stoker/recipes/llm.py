@@ -202,12 +202,14 @@ def _check_targets(config: Config, model: Path | None) -> None:
     """Raises BadInput. torch is loaded for it only where the model's files do not show its modules."""
     from stoker.language import shape
 
-    names = config.lora.names
+    names = (*config.lora.names, *config.lora.trained_whole)
     if not names or (model is not None and shape.has_modules(model, names)):
         return
     from stoker.language import building, targets
 
-    targets.resolve(building.empty(config.model, model), config.lora)
+    empty = building.empty(config.model, model)
+    targets.resolve(empty, config.lora)
+    targets.whole(empty, config.lora, grown=False)
 
 
 def check_ranks(config: Config, ranks: int) -> None:
