@@ -139,8 +139,20 @@ def test_of_a_stream_it_is_said_how_much_was_looked_at(
     answer = inspected(capsys, *SMALL, f"data={texts}", "streaming=true", "validation=0.2", "test=0.2")
     (source,) = answer["sources"]
     assert source["looked_at"] == {"parts": 1, "of": 1}
+    assert source["left_out"] == []
     assert answer["epoch"]["estimated"]
     assert source["samples"][0]["documents"]
+
+
+def test_records_of_which_nothing_can_be_learnt_are_counted_by_source(
+    texts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with texts.open("a") as more:
+        more.write('{"prompt": "a", "completion": " "}\n')
+    (source,) = inspected(capsys, *SMALL, f"data={texts}")["sources"]
+    assert source["left_out"] == [
+        {"records": 1, "of": 201, "first": f"{texts}, line 201", "lacking": "no answer"}
+    ]
 
 
 def test_it_is_the_data_that_training_reads(

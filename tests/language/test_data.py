@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from stoker.data import encoding, tokens
+from stoker.data import encoding, sources, tokens
 from stoker.data import tokenizer as tokenizers
 from stoker.data.documents import Document, Message, Splits
 from stoker.data.sources import Source
@@ -565,6 +565,26 @@ def test_fields_that_are_not_read_are_warned_of_once_a_source(
         data.pack([Source("a", 1.0, splits, "f", "a")], of(bare, None), sequence_length=64)
     (said,) = [record.getMessage() for record in caplog.records if "not read" in record.getMessage()]
     assert said.startswith("data: a: the fields history, tools of its records are not read: write")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_records_of_which_nothing_can_be_learnt_are_said_once_a_source(
+    bare: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    streaming: bool,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("STOKER_CACHE", str(tmp_path))
+    file = tmp_path / "a.jsonl"
+    pairs = [{"prompt": f"what is {n}", "completion": "it is 1" * (n % 10 > 0)} for n in range(1, 41)]
+    file.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    found = sources.read_all(str(file), validation=0.2, test=0.2, streaming=streaming)
+    with caplog.at_level("WARNING", "stoker"):
+        data.pack(found, of(bare, CHATML), sequence_length=64)
+    (said,) = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
+    looked_at = " that were looked at" if streaming else ""
+    assert said.endswith(
+        f": 4 records are left out of 40{looked_at}, having nothing to be learnt: the first, {file}, "
+        "line 10, has no answer"
+    )
 
 
 def test_tools_that_the_template_does_not_write_are_warned_of(

@@ -191,6 +191,7 @@ def _answer(
             {
                 "name": source.name, "description": source.description, "fingerprint": source.fingerprint,
                 "weight": source.weight, **share, "looked_at": _looked_at(source),
+                "left_out": [left._asdict() for left in source.left_out],
                 "splits": {split: asdict(part) for split, part in own.items()},
                 "samples": [_as_json(sample) for sample in samples],
             }
@@ -202,7 +203,8 @@ def _answer(
 def _evaluated(source: Source, splits: Mapping[str, Numbers]) -> dict[str, Any]:
     return {
         "key": source.key, "name": source.name, "description": source.description,
-        "fingerprint": source.fingerprint, "splits": {split: asdict(part) for split, part in splits.items()},
+        "fingerprint": source.fingerprint, "left_out": [left._asdict() for left in source.left_out],
+        "splits": {split: asdict(part) for split, part in splits.items()},
     }  # fmt: skip
 
 

@@ -206,7 +206,7 @@ class Stream:
 
     def _make(self, chunk: int, folder: Path) -> None:
         read = self.chunks.kept if chunk in self._sampled else self.chunks.documents
-        documents = [d for d in read(chunk) if place(d.key) >= self.held_out]
+        documents = [d for d in read(chunk) if place(d.key) >= self.held_out and not d.lacking]
         tokens.write(documents, folder, **self._settings)
 
     def _prepare(self, chunks: Sequence[int]) -> None:

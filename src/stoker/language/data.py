@@ -76,6 +76,7 @@ def pack(
         BadInput: a tokenizer does not do for the documents, or nothing is left of them.
     """
     _warn_of_unread(found, tokenizer)
+    _warn_of_left_out(found)
     encoder = Encoder(tokenizer, loss_on)
     settings: dict[str, Any] = {
         "encode": encoder, "pad_id": tokenizer.pad_token_id, "vocab_size": len(tokenizer),
@@ -174,6 +175,17 @@ def _warn_of_unread(found: Sequence[Source], tokenizer: Any) -> None:
                 "%s: %s: %s %s of its records %s not read: write what is to be learnt of it into the "
                 "prompt or the messages, or leave it out",
                 source.key, source.name, fields, ", ".join(names), "is" if len(names) == 1 else "are",
+            )  # fmt: skip
+
+
+def _warn_of_left_out(found: Sequence[Source]) -> None:
+    """Say of how many records of each source nothing can be learnt, and where the first of them stands."""
+    for source in found:
+        for left in source.left_out:
+            log.warning(
+                "%s: %s: %s left out of %s%s, having nothing to be learnt: the first, %s, has %s",
+                source.key, source.name, _counted(left.records, "record"), f"{left.of:,}",
+                " that were looked at" if source.stream else "", left.first, left.lacking,
             )  # fmt: skip
 
 
