@@ -5,10 +5,13 @@ from __future__ import annotations
 import copy
 import json
 import multiprocessing
+import re
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 from stoker.data import encoding, sources, tokens
 from stoker.data import tokenizer as tokenizers
 from stoker.data.documents import Document, Message, Splits
@@ -416,6 +419,45 @@ def test_what_a_template_refuses_is_said(bare: Any) -> None:
     chat = (Message("critic", "no"), Message("assistant", "yes"))
     with pytest.raises(BadInput, match="refuses a conversation of the roles critic, assistant: only user"):
         list(Encoder(of(bare, LLAMA2), "answer")([Document("k", "", "", chat)]))
+
+
+LOOKS_WITHIN = "{% for m in messages %}{{ m.content.a.b if m.role == 'system' }}{% endfor %}" + CHATML
+SAID = {"role": "user", "content": "no"}, {"role": "assistant", "content": "yes"}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("ending", "record", "template", "said"),
+    [
+        (
+            "jsonl", {"messages": [{"role": "critic", "content": "no"}, SAID[1]]}, LLAMA2,
+            "refuses a conversation of the roles critic, assistant: only user and assistant speak; change",
+        ),
+        (
+            "jsonl", {"prompt": "one", "completion": "two", "system": "three"}, LOOKS_WITHIN,
+            "refuses a conversation of the roles system, user, assistant: 'str object' has no attribute 'a'",
+        ),
+        (
+            "parquet", {"messages": [SAID[0], {**SAID[1], "reasoning_content": "hm"}]}, CHATML,
+            "the data has conversations with reasoning_content, of which the chat template writes nothing",
+        ),
+    ],
+)  # fmt: skip
+def test_where_stands_what_a_template_refuses_is_said(
+    bare: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str, record: dict[str, Any],
+    template: str, said: str, streaming: bool,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("STOKER_CACHE", str(tmp_path / "cache"))
+    file = tmp_path / f"a.{ending}"
+    records = [*[{"messages": list(SAID)}] * 6, record, *[{"messages": list(SAID)}] * 3]
+    if ending == "jsonl":
+        file.write_text("".join(json.dumps(each) + "\n" for each in records))
+    else:
+        parquet.write_table(pa.Table.from_pylist(records), file)
+    found = sources.read_all(str(file), validation=0, test=0, streaming=streaming)
+    place = "line 7" if ending == "jsonl" else f"row 7{' of row group 1' * streaming}"
+    with pytest.raises(BadInput, match=re.escape(f"{file}, {place}: ") + f".*{said}"):
+        data.pack(found, of(bare, template), sequence_length=64)
 
 
 def source(*splits: list[Document]) -> Source:
