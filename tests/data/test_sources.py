@@ -256,9 +256,9 @@ UNLEARNABLE: list[tuple[dict[str, Any], str]] = [
     ({"text": " \n"}, "no text"),
     ({"prompt": "a", "completion": ""}, "no answer"),
     ({"messages": []}, "no text"),
-    (said_in_turn("a", ""), "no message of the role assistant that says anything (it has the roles user, "),
-    (said_in_turn("a"), "no message of the role assistant that says anything (it has the roles user)"),
-    ({"messages": [{"role": "assistant", "content": "", "train": False}]}, "no message of the role "),
+    (said_in_turn("a", ""), "nothing that the assistant says"),
+    (said_in_turn("a"), "no message of the role assistant (it has the roles user)"),
+    ({"messages": [{"role": "assistant", "content": "", "train": False}]}, "nothing that the assistant says"),
 ]
 
 
@@ -273,7 +273,7 @@ def test_records_of_which_nothing_can_be_learnt_are_left_out_and_counted(
     assert len(found.splits.train) == 20
     (left,) = found.left_out
     assert (left.records, left.of, left.first) == (2, 22, f"{file}, line 4")
-    assert left.lacking.startswith(lacking)
+    assert left.lacking == lacking
     file = write_jsonl(tmp_path / "b.jsonl", [record] * 3)
     said = re.escape(f"nothing can be learnt of 3 records; the first, {file}, line 1, has {lacking}")
     with pytest.raises(BadInput, match=said):

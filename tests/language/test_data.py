@@ -481,14 +481,30 @@ def test_answers_that_truncation_removes_are_counted_and_said(
         data.pack([source([short], [long], [short])], tokenizer, sequence_length=32)
 
 
-def test_a_conversation_of_which_nothing_said_is_found_again_is_counted(bare: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_conversation_of_which_nothing_said_is_found_again_is_counted_and_what_helps_is_said(
+    bare: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    streaming: bool,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("STOKER_CACHE", str(tmp_path / "cache"))
     loud = (
         "{{ messages | length }} turns{% for m in messages %}<|im_start|>{{ m.content | upper }}{% endfor %}"
     )
-    encode = Encoder(of(bare, loud), "answer")
-    chats = [Document(str(n), "", "", CHAT) for n in range(2)]
-    with pytest.raises(BadInput, match=r"of 2 documents \(2 have nothing to be predicted"):
-        packed(tmp_path, chats, encode)
+    file = tmp_path / "a.jsonl"
+    chat = json.dumps({"messages": [{"role": m.role, "content": m.content} for m in CHAT]}) + "\n"
+    helps = "no turn of the assistant that is to be learnt is found: where the chat template writes one, mark"
+
+    def packed_of(lines: str) -> None:
+        file.write_text(lines)
+        found = sources.read_all(str(file), validation=0, test=0, streaming=streaming)
+        data.pack(found, of(bare, loud), sequence_length=64)
+
+    with caplog.at_level("WARNING", "stoker"):
+        packed_of(f'{chat}{{"text": "it is 1"}}\n{chat}')
+    assert f"2 documents are left out, in which {helps}" in caplog.text
+    assert "raise sequence_length" not in caplog.text
+    with pytest.raises(BadInput, match=rf"of 2 documents \(.* 2 nothing at all\): give .*; in 2 {helps}"):
+        packed_of(chat * 2)
 
 
 def packed(cache: Path, documents: list[Document], encode: Encoder, **settings: Any) -> PackedDataset:

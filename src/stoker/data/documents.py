@@ -63,8 +63,10 @@ class Document:
         if any(message.role == "assistant" and not message.is_empty for message in self.messages):
             return ""
         if self.messages:
-            roles = ", ".join(dict.fromkeys(message.role for message in self.messages))
-            return f"no message of the role assistant that says anything (it has the roles {roles})"
+            roles = dict.fromkeys(message.role for message in self.messages)
+            if "assistant" in roles:
+                return "nothing that the assistant says"
+            return f"no message of the role assistant (it has the roles {', '.join(roles)})"
         if self.text.strip():
             return ""
         return "no answer" if self.prompt else "no text"
