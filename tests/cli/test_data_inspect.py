@@ -86,6 +86,7 @@ def test_what_is_learnt_of_a_conversation_is_shown_and_counted(
             assert masked.startswith("<|im_start|>user\nhow much is ")
         assert sum(map(len, sample["documents"])) + sample["padding"] == 96
     assert numbers["dropped"] == numbers["longer"] > 3
+    assert numbers["unfound"] == 0
     assert numbers["documents"] == sum(count for _, _, count in numbers["histogram"])
     assert numbers["quantiles"]["1"] > 96 > numbers["quantiles"]["0.5"]
     assert answer["epoch"]["rows"] == numbers["rows"]
@@ -101,6 +102,7 @@ def test_masked_and_learnt_are_told_apart_without_colours(
     learnt = next(line for line in text.splitlines() if line.startswith("learnt   "))
     assert learnt.replace("│", "").startswith("learnt   it is ")
     assert "left out, no answer left" in text
+    assert "left out, no turn found" in text
     assert "longer than a row" in text
     assert "steps of batch_size=8" in text
 
@@ -139,8 +141,20 @@ def test_of_a_stream_it_is_said_how_much_was_looked_at(
     answer = inspected(capsys, *SMALL, f"data={texts}", "streaming=true", "validation=0.2", "test=0.2")
     (source,) = answer["sources"]
     assert source["looked_at"] == {"parts": 1, "of": 1}
+    assert source["left_out"] == []
     assert answer["epoch"]["estimated"]
     assert source["samples"][0]["documents"]
+
+
+def test_records_of_which_nothing_can_be_learnt_are_counted_by_source(
+    texts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with texts.open("a") as more:
+        more.write('{"prompt": "a", "completion": " "}\n')
+    (source,) = inspected(capsys, *SMALL, f"data={texts}")["sources"]
+    assert source["left_out"] == [
+        {"records": 1, "of": 201, "first": f"{texts}, line 201", "lacking": "no answer"}
+    ]
 
 
 def test_it_is_the_data_that_training_reads(

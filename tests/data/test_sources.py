@@ -219,7 +219,6 @@ def test_conversations_are_read_in_every_form(tmp_path: Path, record: dict[str, 
         ([{"role": "user", "content": 3}], "message 1: the field 'content' must be a text, not a number (3)"),
         ([{"role": "user", "content": [{"type": "image"}]}], "has a part that is no text"),
         (["hi"], "message 1: must be an object with 'role' and 'content', not a text"),
-        ([{"role": "user", "content": "hi"}], "no message of the role assistant says anything"),
     ],
 )
 def test_a_bad_message_is_named(tmp_path: Path, messages: list[Any], said: str) -> None:
@@ -241,11 +240,55 @@ def test_an_unknown_ending_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "content"), [("a.jsonl", ""), ("a.txt", " \n"), ("b.jsonl", '{"text": ""}\n')]
+    ("name", "content"), [("a.jsonl", ""), ("a.txt", " \n"), ("b.jsonl", '\n{"text": ""}\n')]
 )
 def test_an_empty_dataset_is_refused(tmp_path: Path, name: str, content: str) -> None:
     (tmp_path / name).write_text(content)
     assert "is an empty dataset" in refused(tmp_path / name)
+
+
+def said_in_turn(*said: str) -> dict[str, Any]:
+    roles = ["user", "assistant"] * len(said)
+    return {"messages": [{"role": r, "content": text} for r, text in zip(roles, said, strict=False)]}
+
+
+UNLEARNABLE: list[tuple[dict[str, Any], str]] = [
+    ({"text": " \n"}, "no text"),
+    ({"prompt": "a", "completion": ""}, "no answer"),
+    ({"messages": []}, "no text"),
+    (said_in_turn("a", ""), "nothing that the assistant says"),
+    (said_in_turn("a"), "no message of the role assistant (it has the roles user)"),
+    ({"messages": [{"role": "assistant", "content": "", "train": False}]}, "nothing that the assistant says"),
+]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(("record", "lacking"), UNLEARNABLE)
+def test_records_of_which_nothing_can_be_learnt_are_left_out_and_counted(
+    tmp_path: Path, record: dict[str, Any], lacking: str, streaming: bool
+) -> None:
+    fine = [said_in_turn("a", f"{n}", "b", "") for n in range(20)]
+    file = write_jsonl(tmp_path / "a.jsonl", [*fine[:3], record, record, *fine[3:]])
+    (found,) = sources.read_all(str(file), validation=0, test=0, streaming=streaming)
+    assert len(found.splits.train) == 20
+    (left,) = found.left_out
+    assert (left.records, left.of, left.first) == (2, 22, f"{file}, line 4")
+    assert left.lacking == lacking
+    file = write_jsonl(tmp_path / "b.jsonl", [record] * 3)
+    said = re.escape(f"nothing can be learnt of 3 records; the first, {file}, line 1, has {lacking}")
+    with pytest.raises(BadInput, match=said):
+        sources.read_all(str(file), validation=0, test=0, streaming=streaming)
+
+
+def test_what_is_left_out_is_said_of_each_file_and_of_what_is_evaluated_on(tmp_path: Path) -> None:
+    both = [write_jsonl(tmp_path / f"{name}.jsonl", [{"text": name}, {"text": ""}]) for name in "ab"]
+    rows = [{"prompt": "a", "completion": text} for text in ("b", "", "c")]
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "c.parquet")
+    trained, held = sources.read_all(
+        f"{both[0]},{both[1]}", validation=0, test=0, validation_data=str(tmp_path / "c.parquet")
+    )
+    assert [left.first for left in trained.left_out] == [f"{file}, line 2" for file in both]
+    assert held.left_out == ((1, 3, f"{tmp_path / 'c.parquet'}, row 2", "no answer"),)
 
 
 @pytest.mark.parametrize(
@@ -264,7 +307,6 @@ def test_an_empty_dataset_is_refused(tmp_path: Path, name: str, content: str) ->
             '{"instruction", "output"} with an optional "input", or {"messages": [{"role", "content"}]}',
         ),
         ("{}", "no expected field; the record has the fields none; "),
-        ('{"messages": []}', "'messages' must be a list of messages: it is empty"),
         ('{"conversations": "hi"}', "'conversations' must be a list of messages: not a text"),
         ("[" * 100_000, "not usable JSON: nested too deeply"),
     ],

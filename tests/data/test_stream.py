@@ -112,9 +112,27 @@ def test_what_is_kept_of_a_part_is_all_of_its_documents(
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in made))
     found = chunks.find(str(tmp_path / "a.jsonl"))
     documents = found.kept(0)
+    where = [document.where for document in documents]
+    assert where == [f"{tmp_path / 'a.jsonl'}, line {n}" for n in (1, 2)]
     assert (documents[0].unread, documents[1].system) == (("functions",), "be brief")
     monkeypatch.setattr(chunks.Chunks, "documents", None)  # it is read from the cache
     assert found.kept(0) == documents
+    assert [document.where for document in found.kept(0)] == where
+
+
+def test_what_comes_later_of_which_nothing_can_be_learnt_is_left_out(
+    tmp_path: Path, small_chunks: None
+) -> None:
+    file = tmp_path / "a.jsonl"
+    write(file, range(100))
+    silent = {"messages": [{"role": "user", "content": "a" * 50}, {"role": "assistant", "content": ""}]}
+    blank = {"prompt": "a", "completion": "   "}
+    with file.open("a") as more:
+        more.write(f"{json.dumps(silent)}\n{json.dumps(blank)}\n" * 50)
+    data = opened(chunks.find(str(file)), tmp_path / "cache", sampled=[0], held_out=0)
+    _, indices = data.order(5, np.arange(2 * len(data)))
+    seen = {document for index in indices.tolist() for document in documents_in(data[index])}
+    assert seen == {text(n) for n in range(100)}
 
 
 def test_an_epoch_has_each_document_once_but_for_those_held_out(folder: Path, tmp_path: Path) -> None:

@@ -96,6 +96,20 @@ def test_an_answer_is_truncated_and_a_prompt_that_fills_a_row_is_dropped(tmp_pat
     assert (dataset.statistics.truncated, dataset.statistics.dropped) == (2, 1)
 
 
+def test_what_was_cut_off_is_told_from_what_was_not_found(tmp_path: Path) -> None:
+    silent = [Encoded([1, 2, 3, 4], [False] * 4), Encoded([1, 2, 3, 4], [False] * 3 + [True])]
+    given = {"pad_id": EOS, "vocab_size": 27, "sequence_length": 3, "cache": tmp_path, "fingerprint": ()}
+    found = [*silent, silent[0], Encoded([1, 2, 3], None)]
+    documents = [Document(str(n), "", "text") for n in range(len(found))]
+    statistics = tokenise(documents, encode=lambda _: found, **given).statistics
+    assert (statistics.rows, statistics.dropped, statistics.unfound) == (1, 1, 2)
+    said = "nothing to be predicted among their first 3 tokens, 2 nothing at all"
+    with pytest.raises(BadInput, match=f"{said}.: raise sequence_length"):
+        tokenise(documents[:3], encode=lambda _: found[:3], **{**given, "fingerprint": (1,)})
+    with pytest.raises(BadInput, match=r"2 nothing at all\): give other data"):
+        tokenise(documents[:2], encode=lambda _: [silent[0]] * 2, **{**given, "fingerprint": (2,)})
+
+
 def test_texts_without_tokens_are_skipped(tmp_path: Path) -> None:
     dataset = packed(tmp_path, [("", ""), ("a", ""), ("", "b")])
     assert dataset.statistics.tokens == 2

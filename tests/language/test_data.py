@@ -5,11 +5,14 @@ from __future__ import annotations
 import copy
 import json
 import multiprocessing
+import re
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
-from stoker.data import encoding, tokens
+from pyarrow import parquet
+from stoker.data import encoding, sources, tokens
 from stoker.data import tokenizer as tokenizers
 from stoker.data.documents import Document, Message, Splits
 from stoker.data.sources import Source
@@ -435,6 +438,45 @@ def test_what_a_template_refuses_is_said(bare: Any) -> None:
         list(Encoder(of(bare, LLAMA2), "answer")([Document("k", "", "", chat)]))
 
 
+LOOKS_WITHIN = "{% for m in messages %}{{ m.content.a.b if m.role == 'system' }}{% endfor %}" + CHATML
+SAID = {"role": "user", "content": "no"}, {"role": "assistant", "content": "yes"}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("ending", "record", "template", "said"),
+    [
+        (
+            "jsonl", {"messages": [{"role": "critic", "content": "no"}, SAID[1]]}, LLAMA2,
+            "refuses a conversation of the roles critic, assistant: only user and assistant speak; change",
+        ),
+        (
+            "jsonl", {"prompt": "one", "completion": "two", "system": "three"}, LOOKS_WITHIN,
+            "refuses a conversation of the roles system, user, assistant: 'str object' has no attribute 'a'",
+        ),
+        (
+            "parquet", {"messages": [SAID[0], {**SAID[1], "reasoning_content": "hm"}]}, CHATML,
+            "the data has conversations with reasoning_content, of which the chat template writes nothing",
+        ),
+    ],
+)  # fmt: skip
+def test_where_stands_what_a_template_refuses_is_said(
+    bare: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str, record: dict[str, Any],
+    template: str, said: str, streaming: bool,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("STOKER_CACHE", str(tmp_path / "cache"))
+    file = tmp_path / f"a.{ending}"
+    records = [*[{"messages": list(SAID)}] * 6, record, *[{"messages": list(SAID)}] * 3]
+    if ending == "jsonl":
+        file.write_text("".join(json.dumps(each) + "\n" for each in records))
+    else:
+        parquet.write_table(pa.Table.from_pylist(records), file)
+    found = sources.read_all(str(file), validation=0, test=0, streaming=streaming)
+    place = "line 7" if ending == "jsonl" else f"row 7{' of row group 1' * streaming}"
+    with pytest.raises(BadInput, match=re.escape(f"{file}, {place}: ") + f".*{said}"):
+        data.pack(found, of(bare, template), sequence_length=64)
+
+
 def source(*splits: list[Document]) -> Source:
     return Source("made", 1.0, Splits(*splits), fingerprint="made", description="made")
 
@@ -456,14 +498,30 @@ def test_answers_that_truncation_removes_are_counted_and_said(
         data.pack([source([short], [long], [short])], tokenizer, sequence_length=32)
 
 
-def test_a_conversation_of_which_nothing_said_is_found_again_is_counted(bare: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_conversation_of_which_nothing_said_is_found_again_is_counted_and_what_helps_is_said(
+    bare: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    streaming: bool,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("STOKER_CACHE", str(tmp_path / "cache"))
     loud = (
         "{{ messages | length }} turns{% for m in messages %}<|im_start|>{{ m.content | upper }}{% endfor %}"
     )
-    encode = Encoder(of(bare, loud), "answer")
-    chats = [Document(str(n), "", "", CHAT) for n in range(2)]
-    with pytest.raises(BadInput, match=r"of 2 documents \(2 have nothing to be predicted"):
-        packed(tmp_path, chats, encode)
+    file = tmp_path / "a.jsonl"
+    chat = json.dumps({"messages": [{"role": m.role, "content": m.content} for m in CHAT]}) + "\n"
+    helps = "no turn of the assistant that is to be learnt is found: where the chat template writes one, mark"
+
+    def packed_of(lines: str) -> None:
+        file.write_text(lines)
+        found = sources.read_all(str(file), validation=0, test=0, streaming=streaming)
+        data.pack(found, of(bare, loud), sequence_length=64)
+
+    with caplog.at_level("WARNING", "stoker"):
+        packed_of(f'{chat}{{"text": "it is 1"}}\n{chat}')
+    assert f"2 documents are left out, in which {helps}" in caplog.text
+    assert "raise sequence_length" not in caplog.text
+    with pytest.raises(BadInput, match=rf"of 2 documents \(.* 2 nothing at all\): give .*; in 2 {helps}"):
+        packed_of(chat * 2)
 
 
 def packed(cache: Path, documents: list[Document], encode: Encoder, **settings: Any) -> PackedDataset:
@@ -582,6 +640,26 @@ def test_fields_that_are_not_read_are_warned_of_once_a_source(
         data.pack([Source("a", 1.0, splits, "f", "a")], of(bare, None), sequence_length=64)
     (said,) = [record.getMessage() for record in caplog.records if "not read" in record.getMessage()]
     assert said.startswith("data: a: the fields history, tools of its records are not read: write")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_records_of_which_nothing_can_be_learnt_are_said_once_a_source(
+    bare: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    streaming: bool,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("STOKER_CACHE", str(tmp_path))
+    file = tmp_path / "a.jsonl"
+    pairs = [{"prompt": f"what is {n}", "completion": "it is 1" * (n % 10 > 0)} for n in range(1, 41)]
+    file.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    found = sources.read_all(str(file), validation=0.2, test=0.2, streaming=streaming)
+    with caplog.at_level("WARNING", "stoker"):
+        data.pack(found, of(bare, CHATML), sequence_length=64)
+    (said,) = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
+    looked_at = " that were looked at" if streaming else ""
+    assert said.endswith(
+        f": 4 records are left out of 40{looked_at}, having nothing to be learnt: the first, {file}, "
+        "line 10, has no answer"
+    )
 
 
 def test_tools_that_the_template_does_not_write_are_warned_of(

@@ -192,6 +192,7 @@ def _answer(
             {
                 "name": source.name, "description": source.description, "fingerprint": source.fingerprint,
                 "weight": source.weight, **share, "looked_at": _looked_at(source),
+                "left_out": [left._asdict() for left in source.left_out],
                 "splits": {split: asdict(part) for split, part in own.items()},
                 "samples": [_as_json(sample) for sample in samples],
             }
@@ -203,7 +204,8 @@ def _answer(
 def _evaluated(source: Source, splits: Mapping[str, Numbers]) -> dict[str, Any]:
     return {
         "key": source.key, "name": source.name, "description": source.description,
-        "fingerprint": source.fingerprint, "splits": {split: asdict(part) for split, part in splits.items()},
+        "fingerprint": source.fingerprint, "left_out": [left._asdict() for left in source.left_out],
+        "splits": {split: asdict(part) for split, part in splits.items()},
     }  # fmt: skip
 
 
@@ -362,6 +364,7 @@ def _lines(splits: Sequence[Numbers]) -> list[tuple[str, list[str]]]:
         ("longer than a row", [f"{n.longer:,}" for n in splits]),
         ("answers cut off", [f"{n.truncated:,}" for n in splits]),
         ("left out, no answer left", [f"{n.dropped:,}" for n in splits]),
+        ("left out, no turn found", [f"{n.unfound:,}" for n in splits]),
         ("tokens a document, median", quantile("0.5")),
         ("  5% have at most", quantile("0.05")),
         ("  95% have at most", quantile("0.95")),

@@ -95,25 +95,28 @@ class Chunks:
 
     def kept(self, number: int) -> list[Document]:
         """As `documents`, of one of the few chunks that every start looks at: they are kept in the cache."""
-        file = storage.cache_folder() / f"parts-3-{self.fingerprint[:32]}" / f"{number}.json"
+        file = storage.cache_folder() / f"parts-4-{self.fingerprint[:32]}" / f"{number}.json"
         with contextlib.suppress(OSError, orjson.JSONDecodeError):
             found = orjson.loads(file.read_bytes())
             return [
-                Document(k, p, t, tuple(Message(*m) for m in said), system, tools, tuple(unread))
-                for k, p, t, said, system, tools, unread in found
+                Document(k, p, t, tuple(Message(*m) for m in said), system, tools, tuple(unread), where)
+                for k, p, t, said, system, tools, unread, where in found
             ]
         documents = self.documents(number)
         with contextlib.suppress(OSError):  # then they are read again
             file.parent.mkdir(parents=True, exist_ok=True)
             about = [
-                (d.key, d.prompt, d.text, [tuple(m) for m in d.messages], d.system, d.tools, d.unread)
+                (d.key, d.prompt, d.text, list(map(tuple, d.messages)), d.system, d.tools, d.unread, d.where)
                 for d in documents
             ]
             storage.write_atomically(file, orjson.dumps(about))
         return documents
 
     def documents(self, number: int) -> list[Document]:
-        """What a chunk holds. Raises BadInput for what cannot be read, Unreachable where it is not got at."""
+        """What a chunk holds, that of which nothing can be learnt too.
+
+        Raises BadInput for what cannot be read, Unreachable where it is not got at.
+        """
         place = bisect.bisect_right(self._ends, number)
         file = self.files[place]
         part = number - (self._ends[place] - file.chunks)

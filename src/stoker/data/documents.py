@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from stoker.data import called
 from stoker.errors import BadInput
+from stoker.words import counted
 
 
 class Message(NamedTuple):
@@ -27,6 +30,11 @@ class Message(NamedTuple):
     def parts(self) -> tuple[str, ...]:
         """All texts that it is of."""
         return self if self.more else self[:2]
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is said, thought or called in it."""
+        return not self.content.strip() and set(json.loads(self.more or "{}")) <= {called.SILENT}
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +54,34 @@ class Document:
     """What the assistant of a conversation may call, as a JSON array of schemas; mostly empty."""
     unread: tuple[str, ...] = ()
     """Fields of its record that mean something to other trainers, and are nothing of this document."""
+    where: str = field(default="", compare=False)
+    """Where its record stands, for people; empty where it has none."""
+
+    @property
+    def lacking(self) -> str:
+        """What it has not, where nothing can be learnt of it: it is left out. Empty for any other."""
+        if any(message.role == "assistant" and not message.is_empty for message in self.messages):
+            return ""
+        if self.messages:
+            roles = dict.fromkeys(message.role for message in self.messages)
+            if "assistant" in roles:
+                return "nothing that the assistant says"
+            return f"no message of the role assistant (it has the roles {', '.join(roles)})"
+        if self.text.strip():
+            return ""
+        return "no answer" if self.prompt else "no text"
+
+
+class LeftOut(NamedTuple):
+    """Records that were left out, as nothing can be learnt of them."""
+
+    records: int
+    of: int
+    """How many records there are."""
+    first: str
+    """Where the first of them stands."""
+    lacking: str
+    """What that one has not."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +91,8 @@ class Corpus:
     documents: list[Document]
     fingerprint: str
     description: str
+    left_out: tuple[LeftOut, ...] = ()
+    """One for each of the data that it is of, where there is any."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +104,7 @@ class Splits:
     test: list[Document]
 
 
-def make_corpus(documents: list[Document], description: str) -> Corpus:
+def make_corpus(documents: list[Document], description: str, left_out: tuple[LeftOut, ...] = ()) -> Corpus:
     """A corpus of these documents, named by their content."""
     digest = hashlib.sha256()
     for document in documents:
@@ -79,12 +117,37 @@ def make_corpus(documents: list[Document], description: str) -> Corpus:
             content = part.encode()
             digest.update(len(content).to_bytes(8, "little"))
             digest.update(content)
-    return Corpus(documents, digest.hexdigest(), description)
+    return Corpus(documents, digest.hexdigest(), description, left_out)
 
 
 def content_key(*parts: str) -> str:
     """The key of a document that has no name of its own: a hash of its content."""
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+
+
+def learnable(documents: Sequence[Document], source: str) -> tuple[list[Document], tuple[LeftOut, ...]]:
+    """Those of which something can be learnt, and what there is of others.
+
+    Args:
+        source: what they are of, for people.
+
+    Raises:
+        BadInput: there are none.
+    """
+    kept: list[Document] = []
+    others: list[Document] = []
+    for document in documents:
+        (others if document.lacking else kept).append(document)
+    if not kept and not others:
+        raise BadInput(f"{source} is an empty dataset: it holds no text")
+    if not kept:
+        raise BadInput(
+            f"{source} is an empty dataset: nothing can be learnt of {counted(len(others), 'record')}; the "
+            f"first, {others[0].where}, has {others[0].lacking}"
+        )
+    if not others:
+        return kept, ()
+    return kept, (LeftOut(len(others), len(documents), others[0].where, others[0].lacking),)
 
 
 def split(documents: Sequence[Document], validation: float = 0.05, test: float = 0.05) -> Splits:

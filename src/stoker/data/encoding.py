@@ -61,7 +61,9 @@ class Part(NamedTuple):
     truncated: int
     """Pairs and conversations that were cut off."""
     dropped: int
-    """Those of which nothing to be predicted is left, or was found at all."""
+    """Those of which nothing to be predicted is left then."""
+    unfound: int
+    """Those in which nothing to be predicted was found at all."""
 
 
 Cut = Callable[[Sequence[Document]], Part]

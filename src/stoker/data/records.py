@@ -76,7 +76,7 @@ def check_columns(columns: Columns) -> None:
 
 
 def documents(records: Iterable[Record], columns: Columns = NO_COLUMNS) -> Iterator[Document]:
-    """The documents of records; one whose text is blank has nothing to learn from and is left out.
+    """The documents of records, those of which nothing can be learnt too (see `Document.lacking`).
 
     Args:
         columns: under which names a record has its fields; by default those of the forms. Where some are
@@ -93,13 +93,13 @@ def documents(records: Iterable[Record], columns: Columns = NO_COLUMNS) -> Itera
             unread = _unread(record, read=("system", "tools"))
             key = content_key(*itertools.chain.from_iterable(message.parts for message in messages))
             tools = called.schemas(where, record.get("tools"))
-            yield Document(key, "", "", messages, tools=tools, unread=unread)
+            yield Document(key, "", "", messages, tools=tools, unread=unread, where=where)
             continue
         prompt, text, read = _parse(where, record)
         system = _system(where, record) if prompt else ""
-        if text.strip():
-            unread = _unread(record, read=(*read, "system") if prompt else read)
-            yield Document(content_key(prompt, text), prompt, text, (), system, unread=unread)
+        unread = _unread(record, read=(*read, "system") if prompt else read)
+        key = content_key(prompt, text)
+        yield Document(key, prompt, text, (), system, unread=unread, where=where)
 
 
 def _renamed(where: str, record: dict[str, Any], columns: Columns) -> dict[str, Any]:
@@ -131,8 +131,6 @@ def _messages(where: str, record: dict[str, Any]) -> tuple[Message, ...]:
     system = _system(where, record)
     if system and all(message.role != "system" for message in found):  # else it says so itself
         found.insert(0, Message("system", system))
-    if not any(m.role == "assistant" and (m.content.strip() or m.more) for m in found):
-        raise BadInput(f"{where}: no message of the role assistant says anything: there is nothing to learn")
     return tuple(found)
 
 
@@ -177,9 +175,10 @@ def _parse(where: str, record: dict[str, Any]) -> tuple[str, str, tuple[str, ...
             read = tuple(filter(None, (prompt, addition, text)))
             return (f"{asked}\n\n{added}" if added.strip() else asked), _field(where, record, text), read
     chat = next((turns for turns, _, _ in _CHATS if turns in record), None)
+    if chat is not None and record[chat] == []:
+        return "", "", ()
     if chat is not None:
-        what = "it is empty" if record[chat] == [] else f"not {kind_of(record[chat])}"
-        raise BadInput(f"{where}: {chat!r} must be a list of messages: {what}")
+        raise BadInput(f"{where}: {chat!r} must be a list of messages: not {kind_of(record[chat])}")
     has = ", ".join(repr(name) for name in record) or "none"
     raise BadInput(
         f"{where}: no expected field; the record has the fields {has}; allowed are {_FORMS_TEXT}, or say by "

@@ -20,7 +20,16 @@ from typing import Literal
 from stoker import object_store, words
 from stoker.data import called, chunks, compressed, hub_datasets, parquet, python_docs, records
 from stoker.data.chunks import Chunks
-from stoker.data.documents import Corpus, Document, Splits, make_corpus, split, split_by_place
+from stoker.data.documents import (
+    Corpus,
+    Document,
+    LeftOut,
+    Splits,
+    learnable,
+    make_corpus,
+    split,
+    split_by_place,
+)
 from stoker.data.records import NO_COLUMNS, Columns, Record
 from stoker.errors import BadInput
 from stoker.words import counted
@@ -59,6 +68,8 @@ class Source:
     """Of a stream: the documents whose place is below it are for validation and test."""
     key: Key = "data"
     """Of any but `data` all documents are in the split that is evaluated."""
+    left_out: tuple[LeftOut, ...] = ()
+    """As of a corpus; of a stream, among what was looked at."""
 
 
 def read_all(
@@ -109,7 +120,10 @@ def _evaluated_on(data: str, key: Key, columns: Columns) -> list[Source]:
             validation=corpus.documents if key == "validation_data" else [],
             test=corpus.documents if key == "test_data" else [],
         )
-        found.append(Source(name, 1.0, splits, corpus.fingerprint, corpus.description, key=key))
+        left_out = corpus.left_out
+        found.append(
+            Source(name, 1.0, splits, corpus.fingerprint, corpus.description, key=key, left_out=left_out)
+        )
     return _with_short_names(found)
 
 
@@ -120,7 +134,8 @@ def _trained_on(
     if len(named) > 1 and not streaming and all(weight is None for _, weight in named):
         corpora = [read(name, columns) for name, _ in named]
         documents = [document for corpus in corpora for document in corpus.documents]
-        corpus = make_corpus(documents, "; ".join(corpus.description for corpus in corpora))
+        left_out = tuple(each for corpus in corpora for each in corpus.left_out)
+        corpus = make_corpus(documents, "; ".join(corpus.description for corpus in corpora), left_out)
         return [_whole(data, 1.0, corpus, validation, test)]
     if len(named) > 1 and any(weight is None for _, weight in named):
         raise BadInput(f"data={data}: give each a weight, such as {named[0][0]}:3,{named[1][0]}:1")
@@ -199,12 +214,13 @@ def _weights(data: str, key: Key = "data") -> list[tuple[str, float | None]]:
 
 def _whole(name: str, weight: float, corpus: Corpus, validation: float, test: float) -> Source:
     splits = split(corpus.documents, validation=validation, test=test)
-    return Source(name, weight, splits, corpus.fingerprint, corpus.description)
+    return Source(name, weight, splits, corpus.fingerprint, corpus.description, left_out=corpus.left_out)
 
 
 def _streamed(name: str, weight: float, validation: float, test: float, columns: Columns) -> Source:
     found = chunks.find(name, columns)
-    documents = [document for number in looked_at(found) for document in found.kept(number)]
+    looked = [document for number in looked_at(found) for document in found.kept(number)]
+    documents, left_out = learnable(looked, f"what was looked at of {name}")
     splits = split_by_place(documents, validation=validation, test=test)
     if (validation and not splits.validation) or (test and not splits.test):
         raised = " and ".join(key for key, share in (("validation", validation), ("test", test)) if share)
@@ -214,7 +230,8 @@ def _streamed(name: str, weight: float, validation: float, test: float, columns:
         )
     size = f"{words.size(found.size)} in {counted(len(found.files), 'file')}"
     about = f"{name}, {size}, read while training"
-    return Source(name, weight, splits, found.fingerprint, about, found, validation + test)
+    held_out = validation + test
+    return Source(name, weight, splits, found.fingerprint, about, found, held_out, left_out=left_out)
 
 
 def fingerprint(found: Sequence[Source]) -> str:
@@ -270,7 +287,7 @@ def read(source: str, columns: Columns = NO_COLUMNS) -> Corpus:
     Args:
         columns: as those of `records.documents`.
 
-    Raises BadInput for what does not exist, cannot be read, or holds no text.
+    Raises BadInput for what does not exist, cannot be read, or holds nothing to be learnt.
     """
     if source in BUILT_IN:
         return make_corpus(BUILT_IN[source](), python_docs.describe(source))
@@ -290,9 +307,8 @@ def read(source: str, columns: Columns = NO_COLUMNS) -> Corpus:
         _check_meant_for_hub(source)
         documents = list(records.documents(hub_datasets.read(source, tuple(BUILT_IN)), columns))
         origin = f"hub dataset {source}"
-    if not documents:
-        raise BadInput(f"{source} is an empty dataset: it holds no text")
-    return make_corpus(documents, f"{origin}, {counted(len(documents), 'document')}")
+    kept, left_out = learnable(documents, source)
+    return make_corpus(kept, f"{origin}, {counted(len(kept), 'document')}", left_out)
 
 
 def _files(source: str, path: Path) -> list[Path]:

@@ -28,7 +28,7 @@ from stoker.data.chunks import Chunks
 from stoker.data.documents import place
 from stoker.data.encoding import Encode
 from stoker.data.order import Positions, fold, order, permute
-from stoker.data.tokens import PackedDataset
+from stoker.data.tokens import NothingLeft, PackedDataset
 from stoker.errors import BadInput, StokerError
 
 GROUP = 8
@@ -106,7 +106,11 @@ class Stream:
         return [self._open(number) for number in self._sampled]
 
     def _estimate(self, found: Sequence[PackedDataset]) -> None:
+        lost = [chunk.statistics for chunk in found if not len(chunk)]
         looked_at, found = len(found), [chunk for chunk in found if len(chunk)]
+        if not found and (documents := sum(each.documents for each in lost)):
+            dropped, unfound = sum(each.dropped for each in lost), sum(each.unfound for each in lost)
+            raise NothingLeft(documents, dropped, unfound, self.sequence_length)
         if not found:
             raise BadInput(f"{self.chunks.where}: {looked_at} parts were looked at, and none has text")
         rows = sum(len(chunk) for chunk in found)
@@ -206,7 +210,7 @@ class Stream:
 
     def _make(self, chunk: int, folder: Path) -> None:
         read = self.chunks.kept if chunk in self._sampled else self.chunks.documents
-        documents = [d for d in read(chunk) if place(d.key) >= self.held_out]
+        documents = [d for d in read(chunk) if place(d.key) >= self.held_out and not d.lacking]
         tokens.write(documents, folder, **self._settings)
 
     def _prepare(self, chunks: Sequence[int]) -> None:

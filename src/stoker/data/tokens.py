@@ -34,7 +34,7 @@ from stoker.words import counted
 if TYPE_CHECKING:
     import torch
 
-FORMAT = 5
+FORMAT = 6
 """Part of the fingerprint: raise it when the arrays, or what they hold for the same input, change."""
 
 NO_LOSS = -100
@@ -59,7 +59,9 @@ class Statistics:
     truncated: int
     """Pairs and conversations that were cut off at the end of a row."""
     dropped: int
-    """Those of which nothing to be predicted is left then, or was found at all."""
+    """Those of which nothing to be predicted is left then."""
+    unfound: int
+    """Those in which nothing to be predicted was found at all."""
     efficiency: float
     """Real tokens among all tokens of all rows."""
 
@@ -171,7 +173,20 @@ def collate(
 
 
 class NothingLeft(BadInput):
-    """No document has anything to be learnt."""
+    """No document has anything to be learnt.
+
+    Args:
+        documents: how many there are.
+        dropped, unfound: as those of the statistics.
+    """
+
+    def __init__(self, documents: int, dropped: int, unfound: int, sequence_length: int) -> None:
+        self.unfound = unfound
+        super().__init__(
+            f"no tokens are left of {counted(documents, 'document')} ({dropped} have nothing to be predicted "
+            f"among their first {sequence_length} tokens, {unfound} nothing at all): "
+            f"{'raise sequence_length, or ' if dropped else ''}give other data"
+        )
 
 
 def tokenise(
@@ -271,11 +286,7 @@ def write(
         with contextlib.closing(encoding.parts(documents, cut, workers)) as parts:
             pieces = _encode(parts, temporary, _smallest_type(vocab_size))
         if not (len(pieces.lengths) or may_be_empty):
-            raise NothingLeft(
-                f"no tokens are left of {counted(len(documents), 'document')} ({pieces.dropped} have nothing "
-                f"to be predicted among their first {sequence_length} tokens): raise sequence_length, or "
-                "give other data"
-            )
+            raise NothingLeft(len(documents), pieces.dropped, pieces.unfound, sequence_length)
         statistics = _place(pieces, temporary, sequence_length, packing)
         meta = {
             "format": FORMAT, "sequence_length": sequence_length, "pad_id": pad_id,
@@ -296,7 +307,7 @@ def _cut(
     tokens, has_loss = [np.empty(0, dtype)], [np.empty(0, np.bool_)]
     sizes: list[int] = []
     pieces: list[int] = []
-    truncated = dropped = 0
+    truncated = dropped = unfound = 0
     for ids, predicted in encode(documents):
         count = len(ids)
         sizes.append(count)
@@ -307,8 +318,11 @@ def _cut(
         else:
             kept = min(count, length)
             own = np.fromiter(predicted, np.bool_, count)
+            if not own[1:].any():
+                unfound += count > 0
+                continue
             if not own[1:kept].any():
-                dropped += count > 0
+                dropped += 1
                 continue
             truncated += count > length
             has_loss.append(own[:kept])
@@ -317,13 +331,14 @@ def _cut(
     lengths = np.array(pieces, dtype=np.int32)
     joined = np.concatenate(has_loss)
     joined[_bounds(lengths)[:-1]] = False  # no token of another document predicts the first
-    return Part(np.concatenate(tokens), joined, lengths, np.array(sizes, np.int32), truncated, dropped)
+    joined_sizes = np.array(sizes, np.int32)
+    return Part(np.concatenate(tokens), joined, lengths, joined_sizes, truncated, dropped, unfound)
 
 
 def _encode(parts: Iterable[Part], folder: Path, dtype: type[np.unsignedinteger[Any]]) -> Part:
     """All parts as one, in their order, whose tokens are on disk."""
     lengths, sizes = [np.empty(0, np.int32)], [np.empty(0, np.int32)]
-    truncated = dropped = 0
+    truncated = dropped = unfound = 0
     with (folder / "encoded").open("wb") as tokens, (folder / "predicted").open("wb") as has_loss:
         for part in parts:
             tokens.write(part.tokens.data)
@@ -332,9 +347,10 @@ def _encode(parts: Iterable[Part], folder: Path, dtype: type[np.unsignedinteger[
             sizes.append(part.sizes)
             truncated += part.truncated
             dropped += part.dropped
+            unfound += part.unfound
     return Part(
         _mapped(folder / "encoded", dtype), _mapped(folder / "predicted", np.bool_),
-        np.concatenate(lengths), np.concatenate(sizes), truncated, dropped,
+        np.concatenate(lengths), np.concatenate(sizes), truncated, dropped, unfound,
     )  # fmt: skip
 
 
@@ -365,6 +381,7 @@ def _place(pieces: Part, folder: Path, sequence_length: int, packing: bool) -> S
         loss_tokens=int(np.count_nonzero(pieces.has_loss)),
         truncated=pieces.truncated,
         dropped=pieces.dropped,
+        unfound=pieces.unfound,
         efficiency=len(pieces.tokens) / max(1, len(rows) * sequence_length),
     )
     (folder / "encoded").unlink()

@@ -33,7 +33,8 @@ class Chat(NamedTuple):
 
     messages: tuple[Message, ...]
     tools: str = ""
-    """As a document's."""
+    where: str = ""
+    """Both as a document's."""
 
     def until(self, number: int) -> Chat:
         """Its first messages."""
@@ -49,11 +50,12 @@ def of(document: Document, tokenizer: Any) -> Chat:
             "Jinja template), tokenizer= of a model that has one, or data of prompts and completions"
         )
     if document.messages:
-        return _checked(Chat(document.messages, document.tools), tokenizer)
+        return _checked(Chat(document.messages, document.tools, document.where), tokenizer)
     if not (document.prompt and has_template):
         return Chat(())
     system = (Message("system", document.system),) if document.system else ()
-    return Chat((*system, Message("user", document.prompt), Message("assistant", document.text)))
+    turns = (*system, Message("user", document.prompt), Message("assistant", document.text))
+    return Chat(turns, where=document.where)
 
 
 def _checked(chat: Chat, tokenizer: Any) -> Chat:
@@ -72,10 +74,15 @@ def _checked(chat: Chat, tokenizer: Any) -> Chat:
             unwritten |= {"several tool_calls in a message"}
     if unwritten:
         raise BadInput(
-            f"the data has conversations with {' and '.join(sorted(unwritten))}, of which the chat template "
-            "writes nothing: give chat_template=FILE of one that does, or leave such conversations out"
+            f"{_at(chat)}the data has conversations with {' and '.join(sorted(unwritten))}, of which the "
+            "chat template writes nothing: give chat_template=FILE of one that does, or leave such "
+            "conversations out"
         )
     return chat
+
+
+def _at(chat: Chat) -> str:
+    return f"{chat.where}: " if chat.where else ""
 
 
 class _Form(NamedTuple):
@@ -203,7 +210,11 @@ def render(tokenizer: Any, chat: Chat, *, to_be_answered: bool = False) -> str:
         )
     except _REFUSALS as error:
         roles = ", ".join(message.role for message in chat.messages)
-        raise BadInput(f"the chat template refuses a conversation of the roles {roles}: {error}") from error
+        hint = "; change it, leave it out, or give chat_template=FILE of one that takes it"
+        raise BadInput(
+            f"{_at(chat)}the chat template refuses a conversation of the roles {roles}: {error}"
+            f"{hint if chat.where else ''}"
+        ) from error
     return text
 
 

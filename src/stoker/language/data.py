@@ -7,6 +7,7 @@ learnt is what the assistant says, with the token that ends it, or everything.
 from __future__ import annotations
 
 import bisect
+import contextlib
 import copy
 import hashlib
 import itertools
@@ -44,6 +45,11 @@ _PROMPT_AS_TEMPLATE = """\
 {%- endif -%}
 {%- endfor -%}"""
 
+_UNFOUND = (
+    "no turn of the assistant that is to be learnt is found: where the chat template writes one, mark it "
+    "there by {% generation %} (chat_template=FILE)"
+)
+
 LossOn = Literal["answer", "last", "all"]
 
 
@@ -76,6 +82,7 @@ def pack(
         BadInput: a tokenizer does not do for the documents, or nothing is left of them.
     """
     _warn_of_unread(found, tokenizer)
+    _warn_of_left_out(found)
     _warn_of_endless_turns(found, tokenizer)
     encoder = Encoder(tokenizer, loss_on)
     settings: dict[str, Any] = {
@@ -86,10 +93,8 @@ def pack(
     def packed(source: Source, split: str) -> PackedDataset:
         documents: list[Document] = getattr(source.splits, split)
         corpus = make_corpus(documents, split).fingerprint
-        try:
+        with _naming(named(source, split)):
             made = tokens.tokenise(documents, fingerprint=(corpus, encoder.fingerprint), **settings)
-        except tokens.NothingLeft as error:
-            raise BadInput(f"{named(source, split)}: {error}") from error
         _say_what_is_lost(named(source, split), [made])
         return made
 
@@ -100,11 +105,13 @@ def pack(
     def trained_on(source: Source) -> PackedDataset | Stream:
         if source.stream is None:
             return packed(source, "train")
-        made = Stream(
-            source.stream, held_out=source.held_out, sampled=sources.looked_at(source.stream),
-            fingerprint=(source.fingerprint, encoder.fingerprint), **settings,
-        )  # fmt: skip
-        _say_what_is_lost(named(source, "of what was looked at"), made.looked_at())
+        name = named(source, "of what was looked at")
+        with _naming(name):
+            made = Stream(
+                source.stream, held_out=source.held_out, sampled=sources.looked_at(source.stream),
+                fingerprint=(source.fingerprint, encoder.fingerprint), **settings,
+            )  # fmt: skip
+        _say_what_is_lost(name, made.looked_at())
         return made
 
     trained = [source for source in found if source.key == "data"]
@@ -115,6 +122,16 @@ def pack(
         test={s.name: packed(s, "test") for s in found if s.splits.test},
         encoding=encoder.fingerprint,
     )
+
+
+@contextlib.contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Where nothing is left of documents, name them, and say what helps."""
+    try:
+        yield
+    except tokens.NothingLeft as error:
+        unfound = f"; in {error.unfound:,} {_UNFOUND}" if error.unfound else ""
+        raise BadInput(f"{name}: {error}{unfound}") from error
 
 
 def _record(run: Run, key: sources.Key, names: Sequence[str], found: Sequence[Source]) -> None:
@@ -192,6 +209,17 @@ def _warn_of_endless_turns(found: Sequence[Source], tokenizer: Any) -> None:
         )  # fmt: skip
 
 
+def _warn_of_left_out(found: Sequence[Source]) -> None:
+    """Say of how many records of each source nothing can be learnt, and where the first of them stands."""
+    for source in found:
+        for left in source.left_out:
+            log.warning(
+                "%s: %s: %s left out of %s%s, having nothing to be learnt: the first, %s, has %s",
+                source.key, source.name, _counted(left.records, "record"), f"{left.of:,}",
+                " that were looked at" if source.stream else "", left.first, left.lacking,
+            )  # fmt: skip
+
+
 def warn_of_repeated(found: Sequence[Source]) -> None:
     """Say how much of what is evaluated on is trained on too."""
     for key, count in sources.repeated(found).items():
@@ -208,6 +236,9 @@ def _say_what_is_lost(name: str, rows: Sequence[PackedDataset]) -> None:
     left_out = f"{_counted(dropped, 'document')} left out, of whose answer nothing is left" if dropped else ""
     if cut or left_out:
         log.warning("%s: %s: raise sequence_length", name, ", and ".join(filter(None, [cut, left_out])))
+    unfound = sum(part.statistics.unfound for part in rows)
+    if unfound:
+        log.warning("%s: %s left out, in which %s", name, _counted(unfound, "document"), _UNFOUND)
 
 
 def _counted(count: int, what: str) -> str:

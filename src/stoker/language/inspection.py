@@ -58,6 +58,8 @@ class Numbers:
     """Pairs and conversations that were cut off at the end of a row."""
     dropped: int
     """Those of which nothing to be learnt is left then."""
+    unfound: int
+    """Those in which nothing to be learnt was found at all."""
     padding: float
     """The share of all places of all rows that no token has."""
     quantiles: dict[str, int]
@@ -92,6 +94,7 @@ def numbers(found: Sequence[PackedDataset]) -> Numbers:
         learnt=sum(s.loss_tokens for s in statistics),
         truncated=sum(s.truncated for s in statistics),
         dropped=sum(s.dropped for s in statistics),
+        unfound=sum(s.unfound for s in statistics),
         padding=1 - tokens / max(1, rows * row),
         quantiles={f"{share:g}": int(lengths[round(share * (len(lengths) - 1))]) for share in QUANTILES},
         longer=int((lengths > row).sum()),
