@@ -7,17 +7,21 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from stoker import storage
 from stoker.checkpoint import manifest
 from stoker.errors import BadInput, nearest
-from stoker.run import mirror
+from stoker.run import artifacts, mirror
 from stoker.run.journal import Event
 from stoker.run.series import goal_of
 from stoker.run.view import RunView
+
+if TYPE_CHECKING:
+    import torch
 
 ADAPTER = "adapter_config.json"
 """The file by which a folder is known to be an adapter's."""
@@ -151,6 +155,49 @@ def copy(seen: RunView, artifact: Event, folder: Path) -> None:
         shutil.copyfile(place, target)
 
 
+def as_in_files(folder: Path, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of a model by the names, and in the pieces, that files of its kind have.
+
+    In memory transformers has the experts of a mixture in one tensor; files, which other programs read, have
+    each by itself.
+
+    Args:
+        folder: has the model's config; other models than causal language models are left as they are.
+        tensors: is empty afterwards, where they become others: no more than a few are there twice.
+    """
+    if artifacts.task_of(folder) != "text-generation":
+        return tensors
+    import torch
+    from transformers.core_model_loading import revert_weight_conversion
+
+    made = dict(revert_weight_conversion(_without_memory(folder), tensors))
+    tensors.clear()
+    for name, tensor in made.items():
+        is_part = tensor.untyped_storage().nbytes() > tensor.nbytes
+        made[name] = tensor.clone(memory_format=torch.contiguous_format) if is_part else tensor.contiguous()
+    return made
+
+
+def _without_memory(folder: Path) -> Any:
+    """The model of a folder's config, on the meta device."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+
+
+def _check_whole(folder: Path, trained: Mapping[str, torch.Tensor]) -> None:
+    """Raises BadInput where a language model has more than what was trained, which no file here has."""
+    if artifacts.task_of(folder) == "text-generation":
+        lacks = [name for name, _ in _without_memory(folder).named_parameters() if name not in trained]
+        if lacks:
+            raise BadInput(
+                f"a checkpoint has what was trained alone, and the model has {lacks[0]} besides: it can be "
+                "exported once the run has ended, whose own export has all of it"
+            )
+
+
 def put_weights(checkpoint: manifest.Checkpoint, folder: Path) -> None:
     """Put a checkpoint's weights in place of the exported ones, under the names that those have."""
     from safetensors.torch import load_file, save_file
@@ -159,10 +206,15 @@ def put_weights(checkpoint: manifest.Checkpoint, folder: Path) -> None:
     trained = load_file(store.export_model(checkpoint, folder / ".checkpoint.safetensors"))
     (folder / ".checkpoint.safetensors").unlink()
     there = sorted(folder.rglob("*.safetensors"))
-    plain = {re.sub(r"(\.modules_to_save)?\.default\.", ".", n): t for n, t in trained.items()}  # as PEFT's
+    if is_adapter(folder):  # by peft's names
+        plain = {re.sub(r"(\.modules_to_save)?\.default\.", ".", name): t for name, t in trained.items()}
+    else:
+        if not there:
+            _check_whole(folder, trained)
+        plain = as_in_files(folder, trained)
     if not there:
         file = folder / ("adapter_model.safetensors" if is_adapter(folder) else "model.safetensors")
-        save_file(plain if is_adapter(folder) else trained, file, {"format": "pt"})
+        save_file(plain, file, {"format": "pt"})
         file.chmod(0o644)
         return
     known = {name for file in there for name in load_file(file)}

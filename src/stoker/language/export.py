@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import save_torch_state_dict
-from stoker import storage
+from stoker import exports, storage
 from stoker.language import saved_adapters
 from stoker.language.building import Language
 from stoker.language.lora import is_of_adapter
 from stoker.loop import Trainer
+
+_OF_SENSES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+"""What is beside a model that also sees or hears: how it is given what is no text."""
 
 
 def export(trainer: Trainer, language: Language, model: Any) -> Path | None:
@@ -34,7 +38,7 @@ def export(trainer: Trainer, language: Language, model: Any) -> Path | None:
         _describe(model, language, target)
     else:
         _describe(model, language, target)
-        save_torch_state_dict(tensors, target)
+        save_torch_state_dict(exports.as_in_files(target, tensors), target)
     return trainer.run.artifact(target, kind=name)
 
 
@@ -58,4 +62,8 @@ def _describe(model: Any, language: Language, target: Path) -> None:
     else:
         language.config.save_pretrained(target)
         language.generation_config.save_pretrained(target)
+        for name in _OF_SENSES:
+            file = Path(language.origin, name)  # of a new model there is none
+            if file.is_file():
+                shutil.copyfile(file, target / name)
     language.tokenizer.save_pretrained(target)
