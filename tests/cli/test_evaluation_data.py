@@ -116,8 +116,8 @@ def test_what_was_changed_since_the_run_began_is_said(
         ),
         (["test_data=nowhere.jsonl"], "nowhere.jsonl does not exist"),
         (["validation_data=pairs.jsonl:2"], "what is evaluated on has no weights"),
-        (["validation_data=pairs.jsonl", "test=0"], "greater than 0"),
-        (["validation=0"], "greater than 0"),
+        (["validation_data=pairs.jsonl", "test=-0.1"], "greater than or equal to 0"),
+        (["validation=0.5"], "less than 0.5"),
     ],
 )
 def test_what_makes_no_sense_together_is_refused_before_anything_starts(
