@@ -107,7 +107,8 @@ def test_what_is_pushed_to_the_hub_loads_with_plain_transformers_and_peft(
     assert found["base"] > 0.1
     assert found["text"] == "### Question\nWhat is 7?\n\n### Answer\n"
     speaker = speaking.load(adapter)
-    assert speaker.answer(speaker.ask("What is 7?"), max_tokens=8)["text"] == found["said"]
+    text = speaker.ask([{"role": "user", "content": "What is 7?"}])
+    assert speaker.answer(text, max_tokens=8)["text"] == found["said"]
 
     done = stoker("models", "push", "tuned", "hub:org/tuned", "--merge", "--json", cwd=trained)
     assert done.code == 0, done.err
@@ -188,6 +189,38 @@ def test_prompts_come_from_a_pipe(trained: Path) -> None:
     assert done.stdout.decode() == speaker.answer("It is", max_tokens=12)["text"] + "\n"
 
 
+@pytest.mark.parametrize("kind", ["model", "adapter"])
+def test_a_model_that_is_no_run_is_asked_as_one(
+    kind: str, trained: Path, stoker: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Its folder, as anyone may have it, and what stands under an id of the hub."""
+    run = "base" if kind == "model" else "tuned"
+    asked = ("-p", "What is 7?", "--max-tokens", "8", "--json")
+    of_run = stoker("generate", run, *asked, cwd=trained).answer
+    folder = str(trained / "runs" / "llm" / run / "artifacts" / kind)
+    of_folder = stoker("generate", folder, *asked, cwd=tmp_path).answer
+    assert of_folder["model"] == folder
+    assert [a["text"] for a in of_folder["answers"]] == [a["text"] for a in of_run["answers"]]
+
+
+def test_a_model_of_the_hub_is_asked(trained: Path, hf: Hub, stoker: Callable[..., Any]) -> None:
+    assert stoker("models", "push", "base", "hub:org/base", "--public", cwd=trained).code == 0
+    asked = ("-p", "What is 7?", "--max-tokens", "8", "--json")
+    there = stoker("generate", "org/base", *asked, cwd=trained).answer
+    here = stoker("generate", "base", *asked, cwd=trained).answer
+    assert [a["text"] for a in there["answers"]] == [a["text"] for a in here["answers"]]
+
+
+def test_of_the_likeliest_token_alone_nothing_is_drawn(trained: Path) -> None:
+    speaker = speaking.load(trained / "runs" / "llm" / "base" / "artifacts" / "model")
+    plain = speaker.answer("It is", max_tokens=12)["text"]
+    assert speaker.answer("It is", max_tokens=12, temperature=1.0, top_k=1)["text"] == plain
+    fresh = speaker.tokenizer(
+        "It is " + speaker.answer("It is", max_tokens=30, repetition_penalty=1e6)["text"]
+    )
+    assert len(set(fresh["input_ids"])) > 20, "what was said is not said again"
+
+
 def test_what_is_drawn_is_the_seed_s_alone(trained: Path) -> None:
     speaker = speaking.load(trained / "runs" / "llm" / "base" / "artifacts" / "model")
 
@@ -208,6 +241,14 @@ def test_what_is_drawn_is_the_seed_s_alone(trained: Path) -> None:
         (("models", "push", "base", "s3://me:pw@bucket/x"), "leave credentials out"),
         (("models", "push", "base", "."), "is there already"),
         (("generate", "base", "-p", ""), "--prompt is empty"),
+        (("generate", "base", "-p", "x", "--top-k", "4"), "give --temperature too"),
+        (("generate", "nobody", "-p", "x"), "no run 'nobody' under runs"),
+        (("generate", "llm/nobody", "-p", "x"), "no run 'llm/nobody' under runs"),
+        (
+            ("generate", "runs/llm/base/artifacts/model", "-p", "x", "--checkpoint", "last"),
+            "is for a run, and",
+        ),
+        (("generate", "runs/llm/base/checkpoints", "-p", "x"), "holds no language model"),
         (("generate", "tuned", "-p", "x", "--checkpoint", "4"), "give best, last, or one of the steps 3, 6"),
     ],
 )

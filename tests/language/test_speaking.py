@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
+import select
+import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -56,6 +63,9 @@ def says_next(model: Any, following: dict[int, int]) -> None:
         model.lm_head.weight[after] += 10 * embedded / embedded.norm()
 
 
+WHO = [{"role": "user", "content": "who?"}]
+
+
 @pytest.fixture
 def template(write_file: Callable[..., Path]) -> Path:
     return write_file("chatml.jinja", [CHATML])
@@ -89,7 +99,7 @@ def test_what_is_generated_ends_where_a_turn_of_the_template_does_also_for_who_l
     said = AutoModelForCausalLM.from_pretrained(made / "model").generate(**asked, max_new_tokens=8)
     assert tokenizer.decode(said[0]) == f"{ASKED}me<|im_end|>"
     speaker = speaking.load(made / "model")
-    answer = speaker.answer(speaker.ask("who?"), rendered=True, max_tokens=8)
+    answer = speaker.answer(speaker.ask(WHO), rendered=True, max_tokens=8)
     assert (answer["text"], answer["tokens"]) == ("me", 2)
 
 
@@ -106,7 +116,7 @@ def test_an_adapter_says_no_more_than_its_own_template_s_turn_and_neither_does_i
     tokenizer.chat_template = CHATML
     tokenizer.save_pretrained(adapter)
     speaker = speaking.load(adapter)
-    assert speaker.answer(speaker.ask("who?"), rendered=True, max_tokens=8)["text"] == "me"
+    assert speaker.answer(speaker.ask(WHO), rendered=True, max_tokens=8)["text"] == "me"
     merging.merge(adapter, tmp_path / "merged")
     assert ends(tmp_path / "merged") == speaker.stops == [
         END_OF_TEXT, tokenizer.convert_tokens_to_ids("<|im_end|>"), LEFT
@@ -131,3 +141,41 @@ def test_a_turn_ends_with_the_special_token_that_the_template_writes_if_it_write
     expected = [tokenizer.convert_tokens_to_ids(s) if isinstance(s, str) else s for s in stops]
     assert building.stop_tokens(tokenizer, GenerationConfig()) == expected
     assert building.stop_tokens(tokenizer, GenerationConfig(eos_token_id=LEFT)) == [*expected, LEFT]
+
+
+def test_on_a_terminal_a_conversation_goes_on_until_it_is_begun_anew_or_full(
+    model: Path, template: Path, tmp_path: Path
+) -> None:
+    """What the model is given is told by how many positions it has taken: of these it has 256."""
+    folder = tmp_path / "chat"
+    shutil.copytree(model, folder)
+    tokenizer = building.load_tokenizer(str(folder))
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained(folder)
+    mine, other = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "stoker", "generate", str(folder), "--system", "be me"],
+        stdin=other, stdout=other, stderr=other, cwd=tmp_path, env={**os.environ, "TERM": "dumb"},
+    )  # fmt: skip
+    os.close(other)
+    seen = ""
+
+    def until(text: str, after: int) -> int:
+        nonlocal seen
+        limit = time.monotonic() + 120
+        while text not in seen[after:]:
+            assert time.monotonic() < limit, seen
+            if select.select([mine], [], [], 1)[0]:
+                seen += os.read(mine, 4096).decode()
+        return seen.index(text, after) + len(text)
+
+    at = until("> ", until("/new begins anew, Ctrl-D ends", 0))
+    for line, answer in (("who?", "me"), ("who? " * 30, "me"), ("x" * 150, "the conversation begins anew"),
+                         ("who?", "me"), ("/new", "> "), ("x" * 150, "me")):  # fmt: skip
+        os.write(mine, f"{line}\n".encode())
+        at = until(answer, until(line[-5:], at))
+        at = at if answer == "> " else until("> ", at)
+    os.write(mine, b"\x04")
+    assert process.wait(60) == 0
+    os.close(mine)
+    assert "256 positions: shorten it; the conversation begins anew" in seen

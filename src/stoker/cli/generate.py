@@ -1,30 +1,45 @@
-"""`stoker generate RUN --prompt ...`: what the model that a run made has to say."""
+"""`stoker generate RUN --prompt ...`: what a model has to say, one that a run made or any other."""
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from stoker import exports
+from stoker import exports, object_store
 from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, print_json
-from stoker.cli.runs.common import RunName
 from stoker.errors import BadInput
 from stoker.run import finding, view
+from stoker.run.view import RunView
+
+if TYPE_CHECKING:
+    from stoker.language.speaking import Speaker
+
+_ANEW = "/new"
+Answer = Callable[[str], dict[str, Any]]
+"""What follows a text that the model is given, see `Speaker.answer`."""
 
 
 def generate(
-    run: RunName,
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN|MODEL",
+            help="A run: its id, the start of one, experiment/id, or its path. Or a model or an adapter: a "
+            "directory, s3://bucket/folder, or a hub id.",
+        ),
+    ],
     prompt: Annotated[
         list[str] | None,
         typer.Option(
             "-p",
             "--prompt",
-            help="What to answer or continue; several times for several. "
-            "By default standard input, a prompt a line on a terminal.",
+            help="What to answer or continue; several times for several. By default standard input; on a "
+            "terminal a conversation.",
         ),
     ] = None,
     system: Annotated[
@@ -43,10 +58,20 @@ def generate(
         float,
         typer.Option("--top-p", min=0.01, max=1.0, help="Draw from the likeliest tokens of this share."),
     ] = 1.0,
+    top_k: Annotated[
+        int,
+        typer.Option("--top-k", min=0, metavar="N", help="Draw from the N likeliest tokens; 0: all."),
+    ] = 0,
+    repetition_penalty: Annotated[
+        float | None,
+        typer.Option(min=0.01, help="Above 1, what was there before is less likely; by default the model's."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
     checkpoint: Annotated[
         str | None,
-        typer.Option("--checkpoint", metavar="WHICH", help="best, last, or a step; by default the export."),
+        typer.Option(
+            "--checkpoint", metavar="WHICH", help="Of a run: best, last, or a step; by default its export."
+        ),
     ] = None,
     base: Annotated[
         str | None, typer.Option("--base", metavar="MODEL", help="Where the adapter's model is now.")
@@ -54,31 +79,93 @@ def generate(
     runs: RunsFolder = DEFAULT_RUNS,
     json: Json = False,
 ) -> None:
-    """Let the model that a run made answer or continue prompts."""
-    seen = view.load(finding.find(runs, run))
+    """Let a model answer or continue prompts: what a run made, or any other."""
     if prompt is not None and not all(one.strip() for one in prompt):
         raise BadInput("--prompt is empty: give it a text")
-    with tempfile.TemporaryDirectory(prefix="stoker-model-") as scratch:
-        folder = None if checkpoint else exports.as_it_stands(seen)
-        folder = folder or exports.make(seen, Path(scratch), which=checkpoint).folder
+    if (top_p < 1 or top_k) and not temperature:
+        raise BadInput("--top-p and --top-k are for what is drawn: give --temperature too, such as 0.7")
+    with _meant(model, runs, checkpoint) as (folder, named):
         from stoker.language import speaking
 
         speaker = speaking.load(folder, base)
-        if (raw or not speaker.chats) and system is not None:
+        chats = speaker.chats and not raw
+        if system is not None and not chats:
             raise BadInput("--system is for models whose tokenizer has a chat template, and not with --raw")
-        asked = prompt if prompt is not None else _from_input()
-        answers = []
-        for one in asked:
-            text = one if raw else speaker.ask(one, system)
+
+        def answer(text: str) -> dict[str, Any]:
             said = speaker.answer(
-                text, rendered=speaker.chats and not raw, max_tokens=max_tokens,
-                temperature=temperature, top_p=top_p, seed=seed, show=None if json else _write,
+                text, rendered=chats, max_tokens=max_tokens, temperature=temperature, top_p=top_p,
+                top_k=top_k, repetition_penalty=repetition_penalty, seed=seed, show=None if json else _write,
             )  # fmt: skip
-            answers.append({"prompt": one, **said})
             if not json:
                 _write("\n")
+            return said
+
+        before = [] if system is None else [_message("system", system)]
+        if prompt is None and chats and sys.stdin.isatty():
+            answers = list(_conversation(speaker, before, answer))
+        else:
+            asked = prompt if prompt is not None else _from_input()
+            answers = [
+                {"prompt": one, **answer(speaker.ask([*before, _message("user", one)]) if chats else one)}
+                for one in asked
+            ]
     if json:
-        print_json({"run": f"{seen.directory.experiment}/{seen.directory.id}", "answers": answers})
+        print_json({**named, "answers": answers})
+
+
+@contextlib.contextmanager
+def _meant(reference: str, runs: Path, checkpoint: str | None) -> Iterator[tuple[Path, dict[str, str]]]:
+    """A folder with the model that is meant, and how JSON names it. Raises BadInput."""
+    seen = _run(reference, runs)
+    if seen is None:
+        if checkpoint is not None:
+            raise BadInput(f"--checkpoint {checkpoint} is for a run, and {reference} is a model")
+        from stoker.language import hub
+
+        yield hub.find(reference), {"model": reference}
+        return
+    with tempfile.TemporaryDirectory(prefix="stoker-model-") as scratch:
+        folder = None if checkpoint else exports.as_it_stands(seen)
+        folder = folder or exports.make(seen, Path(scratch), which=checkpoint).folder
+        yield folder, {"run": f"{seen.directory.experiment}/{seen.directory.id}"}
+
+
+def _run(reference: str, runs: Path) -> RunView | None:
+    """The run that is meant; None where a model is. Raises BadInput where it can be neither."""
+    try:
+        return view.load(finding.find(runs, reference))
+    except BadInput:
+        owner, _, name = reference.partition("/")
+        of_hub = bool(name) and owner not in {run.experiment for run in finding.every(runs)}
+        if of_hub or object_store.is_url(reference) or Path(reference).expanduser().is_dir():
+            return None
+        raise
+
+
+def _conversation(
+    speaker: Speaker, before: Sequence[dict[str, str]], answer: Answer
+) -> Iterator[dict[str, Any]]:
+    """What is said to each line of a terminal, with all that was said before it."""
+    sys.stderr.write(f"{_ANEW} begins anew, Ctrl-D ends\n")
+    messages = list(before)
+    for asked in _from_input():
+        if asked.strip() == _ANEW:
+            messages = list(before)
+            continue
+        messages.append(_message("user", asked))
+        try:
+            said = answer(speaker.ask(messages))
+        except BadInput as error:  # there is no room for it
+            messages = list(before)
+            sys.stderr.write(f"{error}; the conversation begins anew\n")
+            continue
+        messages.append(_message("assistant", said["text"]))
+        yield {"prompt": asked, **said}
+
+
+def _message(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
 
 
 def _from_input() -> Iterator[str]:

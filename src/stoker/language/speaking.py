@@ -1,9 +1,9 @@
-"""An exported model that answers prompts: loaded as its users load it, by transformers and peft alone."""
+"""A model that answers prompts, loaded as users load what is exported: by transformers and peft alone."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from stoker import exports
 from stoker.engine import quiet
 from stoker.errors import BadInput
-from stoker.language import building, merging
+from stoker.language import building, conversation, merging
 from stoker.run import artifacts
 
 
@@ -30,13 +30,21 @@ class Speaker:
         """Whether its tokenizer has a chat template."""
         return bool(self.tokenizer.chat_template)
 
-    def ask(self, prompt: str, system: str | None = None) -> str:
-        """What the model is given to have a prompt answered; the prompt itself where it does not chat."""
-        if not self.chats:
-            return prompt
-        messages = [{"role": "system", "content": system}] if system is not None else []
-        messages.append({"role": "user", "content": prompt})
-        made: str = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    def ask(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """What a model that chats is given to have a conversation answered.
+
+        Args:
+            messages: each with its `role` and `content`.
+
+        Raises:
+            BadInput: its chat template refuses them.
+        """
+        try:
+            made: str = self.tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=True
+            )
+        except conversation.REFUSALS as error:
+            raise BadInput(f"the model's chat template refuses this: {error}") from error
         return made
 
     @torch.no_grad()
@@ -48,6 +56,8 @@ class Speaker:
         max_tokens: int,
         temperature: float = 0.0,
         top_p: float = 1.0,
+        top_k: int = 0,
+        repetition_penalty: float | None = None,
         seed: int = 0,
         show: Callable[[str], None] | None = None,
     ) -> dict[str, Any]:
@@ -56,6 +66,8 @@ class Speaker:
         Args:
             rendered: whether a chat template wrote it, with all that begins it.
             temperature: 0 takes the likeliest token each time.
+            top_k: 0 draws from all tokens.
+            repetition_penalty: see transformers' `GenerationConfig`; None: as the model's own has it.
             show: is given what is said as it is said.
 
         Raises:
@@ -69,12 +81,15 @@ class Speaker:
         room = building.room(self.model.config, begun)
         how: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         if temperature > 0:
-            how = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+            how = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}
+        if repetition_penalty is not None:
+            how["repetition_penalty"] = repetition_penalty
         torch.manual_seed(seed)
         started = time.perf_counter()
         made = self.model.generate(
-            **encoded, **how, max_new_tokens=min(max_tokens, room), pad_token_id=self.tokenizer.pad_token_id,
-            eos_token_id=self.stops, streamer=_streamer(self.tokenizer, show),
+            **encoded, **how, max_new_tokens=min(max_tokens, room),
+            pad_token_id=self.tokenizer.pad_token_id, eos_token_id=self.stops,
+            streamer=_streamer(self.tokenizer, show),
         )[0, begun:]  # fmt: skip
         seconds = time.perf_counter() - started
         said = self.tokenizer.decode(made, skip_special_tokens=True)
@@ -82,7 +97,7 @@ class Speaker:
 
 
 def load(folder: Path, base: str | None = None) -> Speaker:
-    """Load what a run exported. Raises BadInput where it is no language model, or its base is not there.
+    """Load a language model. Raises BadInput where it is none, or the base of an adapter is not there.
 
     Args:
         folder: holds a model or an adapter, with its tokenizer.
@@ -90,7 +105,7 @@ def load(folder: Path, base: str | None = None) -> Speaker:
     """
     adapter = exports.is_adapter(folder)
     if artifacts.task_of(folder) != "text-generation":
-        raise BadInput("this run has not trained a language model: there is nothing that it could say")
+        raise BadInput(f"{folder} holds no language model: there is nothing that it could say")
     if adapter:
         model = merging.on_its_base(folder, base)
     else:
