@@ -5,6 +5,7 @@ A folder is made of it, whole and checked, for whoever registers, pushes, merges
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 ADAPTER = "adapter_config.json"
 """The file by which a folder is known to be an adapter's."""
+_CONFIG = "config.json"
 KINDS = ("model", "adapter")
 _SHAPE = "shape"  # all of an export but its weights; see `language.export.record_shape`
 
@@ -176,6 +178,33 @@ def as_in_files(folder: Path, tensors: dict[str, torch.Tensor]) -> dict[str, tor
         is_part = tensor.untyped_storage().nbytes() > tensor.nbytes
         made[name] = tensor.clone(memory_format=torch.contiguous_format) if is_part else tensor.contiguous()
     return made
+
+
+def cast(folder: Path, precision: str) -> None:
+    """Write the weights of a folder anew, in fp32, bf16 or fp16; its config says so.
+
+    Raises BadInput where one is too large for that.
+    """
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    for file in sorted(folder.rglob("*.safetensors")):
+        held = load_file(file)
+        tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in held.items()}
+        lost = next(
+            (n for n, t in tensors.items() if not t.isfinite().all() and held[n].isfinite().all()), None
+        )
+        if lost is not None:
+            raise BadInput(f"--dtype {precision}: {lost} has values beyond what that holds: give bf16")
+        save_file(tensors, file, {"format": "pt"})
+        file.chmod(0o644)
+    if config := storage.read_json(folder / _CONFIG):
+        name = str(dtype).removeprefix("torch.")
+        parts = [config, *(part for part in config.values() if isinstance(part, dict) and "dtype" in part)]
+        for part in parts:
+            part["dtype"] = name
+        (folder / _CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _without_memory(folder: Path) -> Any:

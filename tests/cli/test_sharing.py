@@ -13,9 +13,12 @@ from typing import Any
 
 import fsspec
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
+from stoker import exports
 from stoker.errors import BadInput
 from stoker.language import hub, merging, speaking
+from transformers import AutoModelForCausalLM
 
 import hub_server
 from hub_server import Hub
@@ -179,6 +182,28 @@ def test_a_store_and_a_folder_take_the_same_files(
     assert stored[weights] != files[weights].read_bytes(), "those of step 3, and those of the end"
     assert "3 steps" in stored["README.md"].decode()
     assert "6 steps" in files["README.md"].read_text()
+
+
+@pytest.mark.parametrize("name", ["base", "tuned"])
+def test_weights_are_pushed_in_the_precision_that_is_asked_for(
+    name: str, trained: Path, stoker: Callable[..., Any], tmp_path: Path
+) -> None:
+    for dtype in ("bf16", "fp16"):
+        merge = ("--merge",) if name == "tuned" else ()
+        done = stoker("models", "push", name, str(tmp_path / dtype), "--dtype", dtype, *merge, cwd=trained)
+        assert done.code == 0, done.err
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / dtype, dtype="auto")
+        assert {p.dtype for p in loaded.parameters()} == {
+            {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+        }
+    plain = tmp_path / "plain"
+    assert stoker("models", "push", name, str(plain), *merge, cwd=trained).code == 0
+    (one, other) = (load_file(folder / "model.safetensors") for folder in (plain, tmp_path / "bf16"))
+    assert all(torch.equal(other[key], tensor.bfloat16()) for key, tensor in one.items())
+    one[next(iter(one))].fill_(1e6)
+    save_file(one, plain / "model.safetensors")
+    with pytest.raises(BadInput, match="has values beyond what that holds: give bf16"):
+        exports.cast(plain, "fp16")
 
 
 def test_prompts_come_from_a_pipe(trained: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.table import Table
@@ -149,6 +149,10 @@ def push(
             "--base", metavar="MODEL", help="Where the adapter's model is, for others: a hub id or a folder."
         ),
     ] = None,
+    dtype: Annotated[
+        Literal["fp32", "bf16", "fp16"] | None,
+        typer.Option(help="Write weights in this precision; by default as they are."),
+    ] = None,
     public: Annotated[bool, typer.Option("--public", help="A new one on the hub is for everybody.")] = False,
     checkpoint: OfCheckpoint = None,
     metric: ByMetric = "val_loss",
@@ -168,6 +172,8 @@ def push(
             seen, found, Path(scratch) / "merged", name=destination.name, revision=destination.revision,
             merge=merge, base=base,
         )  # fmt: skip
+        if dtype is not None:
+            exports.cast(ready, dtype)
         where = destination.send(ready, private=not public)
         files = [str(file.relative_to(ready)) for file in storage.files_under(ready)]
     if json:
