@@ -313,7 +313,7 @@ def test_a_search_whose_first_trials_are_refused_alike_ends(stoker: Command) -> 
     [
         (("data=none.jsonl",), "data file none.jsonl does not exist"),
         (("model=here", "sequence_length=300"), "sequence_length=300 is more than the 256 positions of here"),
-        (("lora.rank=[2, 4]", "lora.targets=q_prj"), "has no module 'q_prj'; did you mean 'q_proj'?"),
+        (("lora.rank=[2, 4]", "lora.targets=q_prj"), "has no layer 'q_prj'; did you mean 'q_proj'?"),
     ],
 )
 def test_what_each_trial_would_be_refused_for_is_said_before_the_first(

@@ -79,7 +79,7 @@ ASKED = [
     *(("read", name) for name in (
         "org/data", "org/data#on", "org/data#two", "org/plain@nope", "org/nothing", "org/broken",
     )),
-    ("stream", "org/data#two/test_sft"), ("stream", "org/csv"),
+    ("stream", "org/data#two/test_sft"), ("stream", "org/arrow"),
     ("labelled", "org/plain"), ("labelled", "org/plain#/test"), ("model", "org/gated-model"),
     ("model", "org/gated-model@nope"), ("mixture", MIXED), ("checked", "org/plain:3,org/data#two:1"),
 ]  # fmt: skip
@@ -107,7 +107,7 @@ def hub() -> Iterator[hub_server.Hub]:
                 f"data/{split}-00000-of-00001.jsonl": lines(*(f"{split} {n}" for n in range(60)))
                 for split in ("train_sft", "test_sft")
             },
-            "org/csv": {"train.csv": b"text\na\n"},
+            "org/arrow": {"train.arrow": b"ARROW1"},
         }  # fmt: skip
         made.models["org/gated-model"] = {"config.json": b"{}"}
         made.gated |= {"org/gated", "org/gated-model"}
@@ -201,8 +201,8 @@ def test_a_dataset_that_is_damaged_says_why(answers: dict[Any, Any]) -> None:
 
 
 def test_a_dataset_that_cannot_be_streamed_says_so(answers: dict[Any, Any]) -> None:
-    said = answers["stream", "org/csv"]
-    assert said.startswith("org/csv has train.csv, ")
+    said = answers["stream", "org/arrow"]
+    assert said.startswith("org/arrow has train.arrow, ")
     assert said.endswith("leave out streaming=true")
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import functools
+import io
 import json
 import pickle
 import re
@@ -104,7 +106,7 @@ def test_a_folder_is_all_the_files_in_it(tmp_path: Path) -> None:
 
 def test_a_folder_without_data_is_refused(tmp_path: Path) -> None:
     (tmp_path / "about.json").write_text('{"about": "the data"}')
-    assert "is a folder without a .jsonl, .json, .txt or .parquet file" in refused(tmp_path)
+    assert "is a folder without a .jsonl, .json, .csv, .tsv, .txt or .parquet file" in refused(tmp_path)
 
 
 def test_the_first_file_of_a_folder_that_holds_something_is_looked_at_beforehand(tmp_path: Path) -> None:
@@ -235,8 +237,8 @@ def test_a_conversation_is_part_of_the_fingerprint(tmp_path: Path) -> None:
 
 
 def test_an_unknown_ending_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_text("text\nx\n")
-    assert "ending that is not known: give a .jsonl, .json, .txt or .parquet" in refused(tmp_path / "a.csv")
+    (tmp_path / "a.xlsx").write_text("text\nx\n")
+    assert "ending that is not known: give a .jsonl, .json, .csv, .tsv, .txt" in refused(tmp_path / "a.xlsx")
 
 
 @pytest.mark.parametrize(
@@ -352,6 +354,32 @@ def test_a_compressed_file_and_a_json_array_read_as_the_same_jsonl(tmp_path: Pat
     content = content if ".json" in Path(name).suffixes else lines.read_bytes()
     (tmp_path / name).write_bytes(packed(name, content[:100]) + packed(name, content[100:]))
     assert read(str(tmp_path / name)).documents == read(str(lines)).documents
+
+
+@pytest.mark.parametrize(("name", "delimiter"), [("a.csv", ","), ("a.tsv", "\t"), ("a.csv.gz", ",")])
+def test_a_table_reads_as_the_same_jsonl(tmp_path: Path, name: str, delimiter: str) -> None:
+    records = [{"prompt": f'p "{i}",\t{i}', "completion": f"c{i}\n\N{SNOWMAN}"} for i in range(20)]
+    lines = write_jsonl(tmp_path / "plain.jsonl", records)
+    table = io.StringIO(newline="")
+    writer = csv.DictWriter(table, ["prompt", "completion"], delimiter=delimiter)
+    writer.writeheader()
+    writer.writerows(records)
+    (tmp_path / name).write_bytes(packed(name, b"\xef\xbb\xbf" + table.getvalue().encode()))
+    assert read(str(tmp_path / name)).documents == read(str(lines)).documents
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"text\na\nb,c\n", "a.csv, record 2: has more fields than the first line names"),
+        (b'text\n"a\n', "a.csv, line 1: no CSV that can be read: unexpected end of data"),
+        (b"text\ncaf\xe9\n", "a.csv: not UTF-8 at offset 8"),
+        (b"prompt,completion\na\n", "a.csv, record 1: "),
+    ],
+)
+def test_a_table_that_cannot_be_read_is_refused(content: bytes, said: str, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(content)
+    assert said in refused(tmp_path / "a.csv")
 
 
 def test_a_text_is_read_compressed_and_in_a_folder(tmp_path: Path) -> None:

@@ -244,7 +244,7 @@ def test_labels_and_estimates_are_those_of_rows(folder: Path, tmp_path: Path) ->
     assert 5 < data.context < 40
 
 
-@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.json", "a.json.gz"])
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.json", "a.json.gz", "a.csv"])
 def test_what_is_read_from_its_beginning_only_is_unpacked_once_and_resumed_in_the_same_rows(
     tmp_path: Path, small_chunks: None, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -253,6 +253,8 @@ def test_what_is_read_from_its_beginning_only_is_unpacked_once_and_resumed_in_th
     content = (tmp_path / "plain.jsonl").read_bytes()
     if ".json" in Path(name).suffixes:
         content = json.dumps([json.loads(line) for line in content.splitlines()]).encode()
+    if name == "a.csv":
+        content = "\n".join(["text", *(f'"{text(n)}"' for n in range(500))]).encode()
     codec = {".gz": "gzip", ".zst": "zstd"}.get(Path(name).suffix)
     file = tmp_path / name
     file.write_bytes(pa.Codec(codec).compress(content, asbytes=True) if codec else content)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -11,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 from stoker.run.directory import RunDirectory
-from stoker.tracking import follower, ledger, wandb_files
+from stoker.tracking import follower, ledger, wandb_files, wandb_sink
 from stoker.tracking.shipper import Shipper
 from stoker.tracking.sink import SinkRun
 from stoker.tracking.wandb_sink import WandbSink
@@ -96,3 +98,16 @@ def test_a_file_cut_anywhere_is_read_up_to_there(tmp_path: Path) -> None:
         file.write_bytes(content[:cut])
         rows = list(wandb_files.history(file))
         assert rows == whole[: len(rows)]
+
+
+def test_what_the_process_of_a_killed_follower_still_writes_is_waited_for(tmp_path: Path) -> None:
+    file = tmp_path / "run-a.wandb"
+    code = (
+        "import sys, time; f = open(sys.argv[1], 'wb'); print(1, flush=True); time.sleep(1); f.write(b'last')"
+    )
+    writer = subprocess.Popen([sys.executable, "-c", code, str(file)], stdout=subprocess.PIPE)
+    assert writer.stdout is not None
+    writer.stdout.readline()
+    wandb_sink._wait_for_its_writer([file])
+    assert file.read_bytes() == b"last"
+    writer.communicate()

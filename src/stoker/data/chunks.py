@@ -253,6 +253,8 @@ def _read_parquet(store: Store, file: File, part: int, where: str, columns: Colu
 _READERS: dict[str, Callable[[Store, File, int, str, Columns], Iterator[Document]]] = {
     ".jsonl": _read_jsonl,
     ".json": _read_jsonl,
+    ".csv": _read_jsonl,
+    ".tsv": _read_jsonl,
     ".parquet": _read_parquet,
     ".txt": _read_txt,
 }

@@ -1,10 +1,12 @@
 """What files of text are, by their names, and those that are read from their beginning only.
 
-These are compressed, or a `.json`, which may be one array, of records, or have a record a line.
+These are compressed, or a `.json`, which may be one array, of records, or have a record a line; or a `.csv`
+or `.tsv`, whose first line names the fields of its records.
 """
 
 from __future__ import annotations
 
+import csv
 import io
 import itertools
 import json
@@ -13,12 +15,14 @@ from pathlib import Path
 
 from stoker.errors import BadInput
 
-ALLOWED = ".jsonl, .json, .txt or .parquet file (or .jsonl.gz, .jsonl.zst and the like)"
+ALLOWED = ".jsonl, .json, .csv, .tsv, .txt or .parquet file (or .jsonl.gz, .jsonl.zst and the like)"
 """What files of text data may be, for messages."""
 
-_KINDS = (".jsonl", ".json", ".txt", ".parquet")
+_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+_KINDS = (".jsonl", ".json", ".txt", ".parquet", *_DELIMITERS)
 _CODECS = {".gz": "gzip", ".zst": "zstd"}
 _BLOCK = 2**20  # bytes
+_LONGEST_FIELD = 2**31 - 1
 
 
 def kind(name: str) -> str:
@@ -39,26 +43,30 @@ def is_compressed(name: str) -> bool:
 
 def must_be_unpacked(name: str) -> bool:
     """Whether a file of data has no lines that could be read without what is before them."""
-    return is_compressed(name) or name.lower().endswith(".json")
+    return is_compressed(name) or kind(name) in (".json", *_DELIMITERS)
 
 
 def unit(name: str) -> str:
     """What the lines of a file are counted as, once it is one of lines."""
-    return "record" if kind(name) == ".json" else "line"
+    return "record" if kind(name) in (".json", *_DELIMITERS) else "line"
 
 
 def lines(file: Path, name: str, where: str) -> Iterator[bytes]:
-    """The content of a file as that of one of lines, in pieces: an array's records stand in a line each.
+    """The content of a file as that of one of lines, in pieces: records of an array or table have one each.
 
     Args:
         name: what it is called where it is from.
         where: what it is called in messages.
 
     Raises:
-        BadInput: it is damaged, or no JSON.
+        BadInput: it is damaged, or no JSON or table.
         FileNotFoundError: it is not there.
     """
     pieces = _blocks(file, name, where)
+    if kind(name) in _DELIMITERS:
+        for row in _rows(b"".join(pieces), where, _DELIMITERS[kind(name)]):
+            yield json.dumps(row).encode() + b"\n"
+        return
     if kind(name) != ".json":
         yield from pieces
         return
@@ -88,15 +96,32 @@ def _blocks(file: Path, name: str, where: str) -> Iterator[bytes]:
 
 def _array(content: bytes, where: str) -> list[object]:
     try:
-        found: list[object] = json.loads(content.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{where}: not UTF-8 at offset {error.start}; convert the file to UTF-8") from error
+        found: list[object] = json.loads(_text(content, where))
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, column {error.colno}"
         raise BadInput(f"{where}: not JSON: {error.msg} ({place})") from error
     except RecursionError as error:
         raise BadInput(f"{where}: not usable JSON: nested too deeply") from error
     return found
+
+
+def _rows(content: bytes, where: str, delimiter: str) -> Iterator[dict[str, str]]:
+    csv.field_size_limit(_LONGEST_FIELD)
+    rows = csv.DictReader(io.StringIO(_text(content, where), newline=""), delimiter=delimiter, strict=True)
+    try:
+        for number, row in enumerate(rows, start=1):
+            if None in row:
+                raise BadInput(f"{where}, record {number}: has more fields than the first line names")
+            yield {name: value for name, value in row.items() if value is not None}
+    except csv.Error as error:
+        raise BadInput(f"{where}, line {rows.line_num}: no CSV that can be read: {error}") from error
+
+
+def _text(content: bytes, where: str) -> str:
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{where}: not UTF-8 at offset {error.start}; convert the file to UTF-8") from error
 
 
 def split(pieces: Iterable[bytes]) -> Iterator[bytes]:

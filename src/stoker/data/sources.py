@@ -44,7 +44,7 @@ BUILT_IN: dict[str, Callable[[], list[Document]]] = {
 
 _SAMPLED = 16  # parts of a stream that are looked at beforehand
 _FIRST = 100  # documents of a file that are looked at before anything is started
-_READ_WHOLE = (".json", ".txt")  # the files whose first document is not there before all of them is
+_READ_WHOLE = (".json", ".txt", ".csv", ".tsv")  # whose first document is not there before all of them is
 _SMALL = 16 * 2**20  # bytes of such a file that are read twice gladly
 
 Key = Literal["data", "validation_data", "test_data"]
@@ -281,8 +281,8 @@ def _short_name(name: str) -> str:
 def read(source: str, columns: Columns = NO_COLUMNS) -> Corpus:
     """Read a corpus: a built in one, a file, a folder of files, a URL of either, or a dataset of the hub.
 
-    Files are .jsonl, .json, .txt or .parquet, all but the last also with .gz or .zst behind it; of a folder a
-    plain .json is not taken.
+    Files are .jsonl, .json, .csv, .tsv, .txt or .parquet, all but the last also with .gz or .zst behind it;
+    of a folder a plain .json is not taken.
 
     Args:
         columns: as those of `records.documents`.
@@ -358,6 +358,8 @@ def _rows(path: Path) -> Iterator[Record]:
 _READERS: dict[str, Callable[[Path, Columns], Iterator[Document]]] = {
     ".jsonl": _read_jsonl,
     ".json": _read_jsonl,
+    ".csv": _read_jsonl,
+    ".tsv": _read_jsonl,
     ".parquet": _read_parquet,
     ".txt": _read_txt,
 }

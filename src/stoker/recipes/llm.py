@@ -42,9 +42,9 @@ class Config(Training):
     model: str = "tiny"
     """A size to start from scratch (tiny, small, base), a directory, s3://bucket/folder, or a hub id."""
     data: str = "python-docs"
-    """python-docs or python-docs-qa (built in), a .jsonl, .json, .txt or .parquet file, a folder of these, a
-    URL such as s3://..., or a hub dataset: org/name, org/name@revision, org/name#config/split. Texts, pairs,
-    conversations. Several with weights: a:3,b:1."""
+    """python-docs or python-docs-qa (built in), a .jsonl, .json, .csv, .txt or .parquet file, a folder of
+    these, a URL such as s3://..., or a hub dataset: org/name, org/name@revision, org/name#config/split.
+    Texts, pairs, conversations. Several with weights: a:3,b:1."""
     validation_data: str | None = None
     """As data, to be evaluated on while training in place of the share `validation` of data. Of several, a,b,
     each has a loss of its own."""

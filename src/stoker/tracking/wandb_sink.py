@@ -10,15 +10,17 @@ offline; the files stand in the run's directory, and `wandb sync` uploads them.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import wandb
 from requests.utils import get_netrc_auth
 from stoker.run import media, view
@@ -31,6 +33,7 @@ log = logging.getLogger(__name__)
 
 LARGEST_ARTIFACT = 512 * 2**20  # bytes; what is larger stays where it is, and the summary says where
 _LARGEST_TABLE = 10_000  # rows, what W&B shows
+_WRITER_SECONDS = 10.0
 _FLUSH_SECONDS = 1.0  # what W&B keeps in memory of an offline run; by default a quarter of a minute
 _START_TIMEOUT = 30.0
 _STEP = "step"
@@ -56,6 +59,7 @@ class WandbSink:
         online = _mode() == "online"
         if not online:
             files = wandb_files.of_run(self._directory.path, self._id)
+            _wait_for_its_writer(files)
             self._present = set(_points_in(files))
             _wait_for_another_second(files)
         self._run = wandb.init(
@@ -184,6 +188,22 @@ def _rows(points: Iterable[Point]) -> Iterator[dict[str, Any]]:
     for (step, at, is_system), group in itertools.groupby(points, call):
         row = {point.metric: point.value for point in group}
         yield {**row, _SAMPLE if is_system else _STEP: step, "_timestamp": at}
+
+
+def _wait_for_its_writer(files: Sequence[Path]) -> None:
+    """W&B's own process outlives whoever was killed, and writes what it was told last: then it lets go."""
+    until = time.monotonic() + _WRITER_SECONDS
+    while files and time.monotonic() < until and _is_open(files[-1]):
+        time.sleep(0.1)
+
+
+def _is_open(file: Path) -> bool:
+    """Whether some process of this machine that can be looked into has a file open."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if any(Path(held.path) == file.resolve() for held in process.open_files()):
+                return True
+    return False
 
 
 def _wait_for_another_second(files: Iterable[Path]) -> None:
