@@ -194,6 +194,8 @@ def test_a_source_says_how_much_it_is(tmp_path: Path) -> None:
 CHATS: list[dict[str, Any]] = [
     {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]},
     {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]},
+    {"conversations": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]},
+    {"messages": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]},
     {"prompt": [{"role": "user", "content": "hi"}], "completion": [{"role": "assistant", "content": "ho"}]},
     {"messages": [
         {"role": "user", "content": [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]},
@@ -317,6 +319,36 @@ def test_a_bad_line_is_named_with_what_is_wrong(tmp_path: Path, line: str, messa
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "fine"}\n' + line + "\n")
     assert refused(path).startswith(f"{path}, line 2: {message}")
+
+
+@pytest.mark.parametrize(
+    ("record", "columns", "read_as"),
+    [
+        ({"query": "a", "response": "b"}, "{prompt: query, completion: response}", ("a", "b", "")),
+        (
+            {"instruction": "a", "context": "c", "response": "b"},
+            "{instruction: instruction, input: context, output: response}", ("a\n\nc", "b", ""),
+        ),
+        (
+            {"system_prompt": "s", "question": "a", "response": "b"},
+            "{prompt: question, completion: response, system: system_prompt}", ("a", "b", "s"),
+        ),
+        ({"content": "b", "repository": "x"}, "{text: content}", ("", "b", "")),
+        (
+            {"chosen": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], "rejected": []},
+            "{messages: chosen}", ("", "", ""),
+        ),
+    ],
+)  # fmt: skip
+def test_a_record_of_another_form_is_answered_with_the_columns_that_would_read_it(
+    tmp_path: Path, record: dict[str, Any], columns: str, read_as: tuple[str, str, str]
+) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [record])
+    assert refused(path).endswith(f"as in columns='{columns}'")
+    named = dict(pair.split(": ") for pair in columns.strip("{}").split(", "))
+    (document,) = read(str(path), named).documents
+    assert (document.prompt, document.text, document.system) == read_as
+    assert bool(document.messages) == ("messages" in named)
 
 
 def test_text_that_is_not_utf8_is_refused(tmp_path: Path) -> None:

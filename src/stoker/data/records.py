@@ -31,12 +31,14 @@ _FORMS_TEXT = (
     '{"text"}, {"prompt", "completion"}, {"question", "answer"}, '
     '{"instruction", "output"} with an optional "input", or {"messages": [{"role", "content"}]}'
 )
-# (list of turns, who speaks, what is said), as chat data has them.
-_CHATS = (
-    ("messages", "role", "content"),
-    ("conversations", "from", "value"),
-    ("conversation", "role", "content"),
-)
+_CHATS = ("messages", "conversations", "conversation")
+"""Lists of turns, as chat data has them."""
+_SPOKEN = (("role", "content"), ("from", "value"))
+"""Who speaks in a turn, and what is said."""
+_LIKE_PROMPTS = ("prompt", "question", "instruction", "query", "problem", "input")
+_LIKE_ANSWERS = ("completion", "response", "answer", "output", "solution", "chosen", "reply", "target")
+_LIKE_TEXTS = ("content", "body", "raw_content", "document", "article", "code")
+_LIKE_SYSTEM = ("system_prompt", "system_message")
 _FIELDS = (*dict.fromkeys(name for form in _FORMS for name in form if name), "messages", "system", "tools")
 """What `columns` may name."""
 _OPTIONAL = ("input", "system", "tools")
@@ -136,13 +138,19 @@ def _messages(where: str, record: dict[str, Any]) -> tuple[Message, ...]:
 
 def _turns(record: dict[str, Any]) -> tuple[list[Any], str, str]:
     """The turns of a record's conversation, and the fields of each: who speaks, and what."""
-    for turns, role, content in _CHATS:
+    for turns in _CHATS:
         if isinstance(record.get(turns), list):
-            return record[turns], role, content
+            return record[turns], *_spoken(record[turns])
     prompt, completion = record.get("prompt"), record.get("completion")
     if isinstance(prompt, list) and isinstance(completion, list):
         return [*prompt, *completion], "role", "content"
     return [], "", ""
+
+
+def _spoken(turns: list[Any]) -> tuple[str, str]:
+    """The fields of turns, as the first has them."""
+    first = turns[0] if turns and isinstance(turns[0], dict) else {}
+    return next((names for names in _SPOKEN if names[0] in first), _SPOKEN[0])
 
 
 def _message(where: str, message: Any, role: str, content: str) -> Message:
@@ -174,7 +182,7 @@ def _parse(where: str, record: dict[str, Any]) -> tuple[str, str, tuple[str, ...
             added = _field(where, record, addition) if addition and record.get(addition) else ""
             read = tuple(filter(None, (prompt, addition, text)))
             return (f"{asked}\n\n{added}" if added.strip() else asked), _field(where, record, text), read
-    chat = next((turns for turns, _, _ in _CHATS if turns in record), None)
+    chat = next((turns for turns in _CHATS if turns in record), None)
     if chat is not None and record[chat] == []:
         return "", "", ()
     if chat is not None:
@@ -182,8 +190,34 @@ def _parse(where: str, record: dict[str, Any]) -> tuple[str, str, tuple[str, ...
     has = ", ".join(repr(name) for name in record) or "none"
     raise BadInput(
         f"{where}: no expected field; the record has the fields {has}; allowed are {_FORMS_TEXT}, or say by "
-        "columns what it calls them, as in columns='{text: body}'"
+        f"columns what it calls them, as in columns='{_columns_for(record)}'"
     )
+
+
+def _columns_for(record: dict[str, Any]) -> str:
+    """What `columns` may be to have a record read, by what its fields are called."""
+
+    def first(names: Iterable[str]) -> str | None:
+        return next((name for name in names if name in record), None)
+
+    turns = next((name for name, value in record.items() if _is_chat(value)), None)
+    prompt, answer = first(_LIKE_PROMPTS), first(_LIKE_ANSWERS)
+    found: dict[str, str | None] = {"text": first(_LIKE_TEXTS) or "body"}
+    if turns:
+        found = {"messages": turns}
+    elif prompt and answer and "context" in record:
+        found = {"instruction": prompt, "input": "context", "output": answer}
+    elif prompt and answer:
+        found = {"prompt": prompt, "completion": answer}
+    if "text" not in found:
+        found["system"] = first(_LIKE_SYSTEM)
+    return "{" + ", ".join(f"{own}: {name}" for own, name in found.items() if name) + "}"
+
+
+def _is_chat(value: Any) -> bool:
+    """Whether a field's value looks like a list of turns."""
+    first = value[0] if isinstance(value, list) and value else None
+    return isinstance(first, dict) and any(speaker in first for speaker, _ in _SPOKEN)
 
 
 def _field(where: str, record: dict[str, Any], name: str) -> str:
