@@ -290,6 +290,7 @@ def test_with_nothing_held_out_all_is_trained_on_and_nothing_measured(
     assert {"val_loss", "test_perplexity"}.isdisjoint(view.points)
     assert len(view.points["loss"]) == 2
     assert view.artifacts["model"]
+    assert view.params["lr"] == 3e-3, "that of a new model, where none is given"
     refused = stoker("train", "llm", "data=d.jsonl", "validation=0", "patience=2")
     assert refused.code == 2
     assert "patience=2 watches val_loss, and with validation=0 nothing is held out" in refused.err

@@ -109,13 +109,14 @@ def test_attempts_are_one_mlflow_run_in_which_the_first_point_of_a_step_stands(
 def test_everything_a_run_records_arrives_and_a_lost_ledger_changes_nothing(
     tmp_path: Path, finish: Any, seen: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = make_run(tmp_path / "my runs", long="x" * 9000, **{f"key{i}": i for i in range(150)})
+    many = {f"key{i}": i for i in range(150)}
+    run = make_run(tmp_path / "my runs", long="x" * 9000, found_out=None, **many)
     trainer = Trainer(run)
     for step, value in enumerate([1.0, math.nan, math.inf, -math.inf, 2.0]):
         trainer.log(step, loss=value, **{"top-1 (%)": step, "top-1 [%]": -step})
     trainer.table("generations", 4, [{"prompt": "a"}, {"prompt": None}])
     trainer.journal.append("tags", tags={"fingerprint.data": "abc", "note": "y" * 9000})
-    trainer.journal.append("params", values={"lr": 0.2, "more": 1, "key3": 3})
+    trainer.journal.append("params", values={"lr": 0.2, "more": 1, "key3": 3, "found_out": 5})
     _write(run.artifacts / "adapter" / "deep" / "weights", b"123")
     _write(run.artifacts / "report.html", b"<html>")
     _write(run.artifacts / "big", b"")
@@ -137,7 +138,8 @@ def test_everything_a_run_records_arrives_and_a_lost_ledger_changes_nothing(
         assert data.params["lr"] == "0.1"
         assert data.tags["stoker.params.lr"] == "0.2", "a param of MLflow's is written once"
         assert data.params["more"] == "1"
-        assert len(data.params) == 153
+        assert data.params["found_out"] == "5"
+        assert len(data.params) == 154
         assert [name for name in data.tags if name.startswith("stoker.params.")] == ["stoker.params.lr"]
         assert data.params["long"] == "x" * 6000
         assert data.tags["fingerprint.data"] == "abc"

@@ -288,14 +288,13 @@ def train(run: Run, config: Config) -> None:
     model = _as_trained(run, language, config)
     called = objective.attach(model)
     kernels.use(model, config.kernels)
+    lr = config.lr or default_lr(config.lora.used, language.pretrained)
     needed = flops.per_token(model, context=rows.train.context, labelled=rows.train.labelled)
     with adapters.advising(config.lora, config.quantisation):
         trainer = Trainer(
             run,
             model,
-            optimizer=optimizers.asked_for(
-                config, lr=config.lr or default_lr(config.lora.used, language.pretrained)
-            ),
+            optimizer=optimizers.asked_for(config, lr=lr),
             inputs=called.inputs,
             loss=called.loss,
             schedule=schedule.build(config.schedule, warmup=config.warmup, floor=config.min_lr),
@@ -303,7 +302,7 @@ def train(run: Run, config: Config) -> None:
             load=adapters.loading(language.load),
         )
     run.fingerprint("model", language.fingerprint)
-    run.params(**adapters.settings(model, config.lora))
+    run.params(**adapters.settings(model, config.lora), **({} if config.lr else {"lr": lr}))
     export.record_shape(trainer, language, model)
 
     how: dict[str, Any] = {

@@ -174,7 +174,8 @@ class MlflowSink:
             raise
 
     def _params(self) -> dict[str, str]:
-        return {name: str(value) for name, value in self._record["config"].items()}
+        """The config, but for what is none: the run may find out what it is, and a param is written once."""
+        return {name: str(value) for name, value in self._record["config"].items() if value is not None}
 
     def _new_params(self, values: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, str]]:
         """Values as params; as tags those of which the run has another value, as which a param stays."""
