@@ -473,6 +473,10 @@ class Run:
         """The newest value of every metric that this process wrote."""
         return self._recorder.latest
 
+    def measured_at(self, metric: str) -> int | None:
+        """The step of the newest value of a metric that this attempt wrote in this process."""
+        return self._recorder.measured.get(metric)
+
     @property
     def summary(self) -> dict[str, Summary]:
         """What every metric of the run came to so far: last, min, max, best."""

@@ -826,7 +826,7 @@ class Trainer:
         }  # fmt: skip
         with self._spending("checkpointing"):
             self._finish_saving()
-            self._checkpoints.save(position)
+            self._checkpoints.save(position, exact=self._keeps_best)
         self._saved_at, self._saved_step = time.monotonic(), self.steps_done
 
     def _finish_saving(self) -> None:

@@ -181,12 +181,19 @@ class Checkpoints:
         self.wait = self._saver.wait
         self.restore = saved.restore
 
-    def save(self, position: Mapping[str, Any]) -> None:
-        """Begin to write one of the state as it is, at a position: `step`, `samples`, whatever else."""
+    def save(self, position: Mapping[str, Any], *, exact: bool = False) -> None:
+        """Begin to write one of the state as it is, at a position: `step`, `samples`, whatever else.
+
+        Args:
+            exact: it is the best by what was measured of these very weights alone.
+        """
         tensors, values = self._saved.capture(position)
         if self._run.world.rank == 0 and self.improves():
             self._best_saved = self._run.latest[self.best]
-        about = store.About(position["step"], position["samples"], dict(self._run.latest))
+        metrics = dict(self._run.latest)
+        if exact and self._run.measured_at(self.best) != position["step"]:
+            metrics.pop(self.best, None)
+        about = store.About(position["step"], position["samples"], metrics)
         trained = (n for n, p in self._saved.step.model.named_parameters() if p.requires_grad)
         self._saver.save(tensors, values, about, finite=frozenset(f"model.{name}" for name in trained))
 
@@ -217,10 +224,13 @@ class Checkpoints:
                     manifest.void(path)
 
     def improves(self) -> bool:
-        """Whether the metric that the best goes by is better now than at any that was saved; rank 0 knows."""
+        """Whether the metric that the best goes by, measured at this step, is better than at any that was
+        saved; rank 0 knows.
+        """
         value = self._run.latest.get(self.best)
         goal = goal_of(self.best, self._run.goals)
-        if value is None or goal is None or math.isnan(value):
+        is_old = self._run.measured_at(self.best) != self._run.step
+        if value is None or goal is None or is_old or math.isnan(value):
             return False
         if self._best_saved is None and (there := manifest.best(self._folder, self.best, goal)):
             self._best_saved = manifest.metrics(there)[self.best]

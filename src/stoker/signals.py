@@ -16,6 +16,9 @@ from stoker.errors import EXIT_PREEMPTED, Stopped
 
 _PR_SET_PDEATHSIG = 1
 _WITH_PARENT = "end-with-parent"
+_CLOSING = (
+    0.5  # seconds in which the pipes to all children of a process that is gone are closed, on a busy machine
+)
 ENDED_BY = (signal.SIGTERM, signal.SIGUSR1)
 """What a scheduler sends, and to all processes at once."""
 
@@ -63,8 +66,10 @@ def end_if_parent_is_gone() -> None:
     """End this process now where `end_with_parent` is about to: other ranks may be gone before it has."""
     parent = multiprocessing.parent_process()
     is_to_end = any(thread.name == _WITH_PARENT for thread in threading.enumerate())
-    if is_to_end and parent is not None and not parent.is_alive():
-        os._exit(1)
+    if is_to_end and parent is not None:
+        parent.join(_CLOSING)
+        if not parent.is_alive():
+            os._exit(1)
 
 
 def at_parents_death(number: int) -> Callable[[], None] | None:

@@ -50,13 +50,17 @@ def test_each_part_of_a_grown_tensor_is_of_its_rows_and_their_mean(tmp_path: Pat
     save_file({"there": there}, tmp_path / "file.safetensors")
     whole = torch.cat([there, there.double().mean(0).float().expand(4, 3)])
     with safe_open(tmp_path / "file.safetensors", framework="pt") as file:
-        grown = _Grown(file.get_slice("there"), 15)
+        grown = _Grown(file.get_slice("there"), 15, 20)
         assert grown.get_shape() == [15, 3]
         assert torch.equal(grown[...], whole)
         for begin in range(16):
             for end in range(begin, 16):
                 assert torch.equal(grown[begin:end], whole[begin:end])
                 assert torch.equal(grown[begin:end, 1:2], whole[begin:end, 1:2])
+        spare = _Grown(file.get_slice("there"), 11, 8)
+        assert torch.equal(
+            spare[...], torch.cat([there[:8], there[:8].double().mean(0).float().expand(3, 3)])
+        )
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
@@ -86,9 +90,20 @@ def test_added_tokens_begin_as_the_mean_and_are_trained(
 
 def test_a_model_with_rows_to_spare_stays_as_large(tmp_path: Path) -> None:
     base = families.save(tmp_path / "model", "llama")
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     model, language = loading_run.built(base, "lora", add_tokens=TOKENS)
+    language.load(model, CPU, "")
     assert model.get_base_model().config.vocab_size == families.VOCABULARY
-    assert language.grown, "what these tokens have learnt is nothing, and they are trained"
+    known = len(language.tokenizer) - 2
+    for spare, before in zip(ends_of(model), ends_of(plain), strict=True):
+        assert torch.equal(spare[:known], before[:known])
+        torch.testing.assert_close(spare[known], before[:known].mean(0))
+
+
+def test_tokens_that_there_are_already_cost_nothing(bases: dict[str, Path]) -> None:
+    model, language = loading_run.built(bases["llama"], "lora", add_tokens=("<|endoftext|>",))
+    assert not language.added_tokens
+    assert not model.peft_config["default"].modules_to_save
 
 
 def test_what_is_trained_whole_takes_operations_once(bases: dict[str, Path]) -> None:
@@ -115,6 +130,11 @@ def test_what_cannot_be_trained_whole_is_refused(
 ) -> None:
     with pytest.raises(BadInput, match=said):
         loading_run.built(bases["llama"], kind, Lora(rank=4, modules_to_save=name))
+
+
+def test_an_adapter_that_is_gone_on_from_gets_no_tokens() -> None:
+    with pytest.raises(ValueError, match="has the tokens that it was trained with, and gets no others"):
+        llm.Config(add_tokens=TOKENS, lora=Lora(adapter="somewhere"))
 
 
 def test_a_token_of_nothing_is_refused() -> None:

@@ -167,7 +167,7 @@ def _prefix(name: str, rank: int | None) -> str:
 
 
 def _sum(tensor: torch.Tensor) -> str:
-    flat = tensor.contiguous().reshape(-1)
+    flat = tensor.cpu().contiguous().reshape(-1)
     return xxhash.xxh3_128_hexdigest(flat.view(torch.uint8).numpy().data) if flat.numel() else ""
 
 

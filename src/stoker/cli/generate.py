@@ -136,6 +136,8 @@ def _run(reference: str, runs: Path) -> RunView | None:
     try:
         return view.load(finding.find(runs, reference))
     except BadInput:
+        if (Path(reference).expanduser() / "run.json").exists():  # a run that cannot be read
+            raise
         owner, _, name = reference.partition("/")
         of_hub = bool(name) and owner not in {run.experiment for run in finding.every(runs)}
         if of_hub or object_store.is_url(reference) or Path(reference).expanduser().is_dir():

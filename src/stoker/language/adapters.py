@@ -139,7 +139,7 @@ def _config(language: Language, lora: Lora) -> Any:
         r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, use_rslora=lora.rslora,
         use_dora=lora.dora, task_type="CAUSAL_LM", revision=language.revision,
         target_modules=modules, target_parameters=parameters or None,
-        modules_to_save=targets.whole(language.model, lora, grown=language.grown) or None,
+        modules_to_save=targets.whole(language.model, lora, grown=language.added_tokens > 0) or None,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in language.model.modules()),
     )  # fmt: skip
 

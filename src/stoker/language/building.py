@@ -69,8 +69,8 @@ class Language:
     """Whether its attention can keep apart several documents in a row."""
     revision: str | None = None
     """Of the hub, where one was asked for."""
-    grown: bool = False
-    """Whether it has tokens whose embeddings have learnt nothing yet."""
+    added_tokens: int = 0
+    """How many tokens it has whose embeddings have learnt nothing yet."""
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -108,27 +108,27 @@ def build(
         BadInput: there is no such model, it does not load, or its tokenizer does not fit it.
     """
     if reference in SIZES:
-        made = _tokenizer(tokenizer, documents, vocab_size, chat_template, add_tokens)
+        made, _ = _tokenizer(tokenizer, documents, vocab_size, chat_template, add_tokens)
         return _new(reference, made, sequence_length, tie_embeddings)
     folder = hub.find(reference, known=tuple(SIZES))
     config = load_config(folder)
-    found = _tokenizer(tokenizer or str(folder), documents, vocab_size, chat_template, add_tokens)
+    found, added = _tokenizer(tokenizer or str(folder), documents, vocab_size, chat_template, add_tokens)
     config.name_or_path, revision = hub.named(reference, folder)
     text = config.get_text_config()
-    grown = (grows or bool(add_tokens)) and len(found) > text.vocab_size
-    if grown:
-        text.vocab_size = len(found)
+    known = len(found) - added if added else sys.maxsize if grows else None
+    if known is not None:
+        text.vocab_size = max(text.vocab_size, len(found))
 
     def make() -> Any:
         return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
 
-    weights = Weights(folder, make, grown=grown)
+    weights = Weights(folder, make, tokens=known)
     with torch.device("meta"):
         model = make()
     _check_fits(reference, model, found, sequence_length)
     generation = _generation_config(folder, model)
     made = _language(model, found, weights.load, folder, generation)
-    return dataclasses.replace(made, revision=revision, grown=grown or bool(add_tokens))
+    return dataclasses.replace(made, revision=revision, added_tokens=added)
 
 
 def without_model(
@@ -151,7 +151,7 @@ def without_model(
         config = load_config(folder)
         kind = AutoModelForCausalLM._model_mapping[type(config)]
         tokenizer = tokenizer or str(folder)
-    made = _tokenizer(tokenizer, documents, vocab_size, chat_template, add_tokens)
+    made, _ = _tokenizer(tokenizer, documents, vocab_size, chat_template, add_tokens)
     return made, attention.packs(config, bool(kind._supports_attention_backend))
 
 
@@ -267,12 +267,13 @@ def _tokenizer(
     vocab_size: int,
     template: Path | None,
     add_tokens: Sequence[str],
-) -> Any:
+) -> tuple[Any, int]:
+    """The tokenizer, and how many tokens it has got here."""
     made = load_tokenizer(reference) if reference else _train_tokenizer(documents, vocab_size)
-    made.add_tokens([AddedToken(text, special=True, normalized=False) for text in add_tokens])
+    added = made.add_tokens([AddedToken(text, special=True, normalized=False) for text in add_tokens])
     if template is not None:
         made.chat_template = templates.read(template)
-    return made
+    return made, added
 
 
 def _train_tokenizer(documents: Sequence[Document], vocab_size: int) -> Any:

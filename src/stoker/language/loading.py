@@ -9,6 +9,7 @@ is loaded at a time, so that nothing stands in memory twice but one block.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -66,14 +67,15 @@ class Weights:
     Args:
         folder: holds `model.safetensors`, or several such files and their index.
         build: makes the bare model that they belong to.
-        grown: the model has more tokens than the files: their embeddings are made, see `_Grown`.
+        tokens: how many of the model's tokens the files know, at most; the embeddings of others are made, see
+            `_Grown`. None: all are there.
 
     Raises:
         BadInput: there are none, or a file is damaged.
     """
 
-    def __init__(self, folder: Path, build: Build, *, grown: bool = False) -> None:
-        self._folder, self._build = folder, build
+    def __init__(self, folder: Path, build: Build, *, tokens: int | None = None) -> None:
+        self._folder, self._build, self._tokens = folder, build, tokens
         self._files = _files(folder)
         keys = [(key, file) for file in self._files for key in _keys(file)]
         with torch.device("meta"):
@@ -82,7 +84,7 @@ class Weights:
         renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
         converters = [m for m in mapping if isinstance(m, WeightConverter)]
         expected = skeleton.state_dict()
-        self._grown = _of_tokens(skeleton) if grown else frozenset()
+        self._grown = _of_tokens(skeleton) if tokens is not None else frozenset()
         self._found: dict[str, list[tuple[str, Path]]] = {}  # by a name in the model, what it is made of
         self._fused: dict[str, tuple[str, ...]] = {}
         for key, file in sorted(keys, key=lambda pair: dot_natural_key(pair[0])):
@@ -122,7 +124,9 @@ class Weights:
         _initialise_buffers(model, skeleton, device, prefix)
 
     def _slice(self, there: Any, name: str, skeleton: Any) -> Any:
-        return _Grown(there, len(_get(skeleton, name))) if name in self._grown else there
+        if self._tokens is None or name not in self._grown:
+            return there
+        return _Grown(there, len(_get(skeleton, name)), self._tokens)
 
     def _wanted(self, slots: Mapping[str, _Slot]) -> list[str]:
         """The names of what must be read, by which files know it. Raises BadInput where some is missing."""
@@ -168,33 +172,29 @@ class Weights:
 
 
 class _Grown:
-    """A tensor of a file as one of more rows: what it does not have is the mean of what it has.
+    """A tensor of a file as one of more rows, of which some are known: the others are the mean of these.
 
     So an added token begins as likely as others are (Hewitt 2021, "Initializing new word embeddings for
     pretrained language models"). It is read as safetensors' slices are.
     """
 
-    def __init__(self, there: Any, rows: int) -> None:
-        self._there, self._rows = there, rows
+    def __init__(self, there: Any, rows: int, known: int) -> None:
+        self._there, self._rows, self._known = there, rows, min(known, there.get_shape()[0])
 
     def get_shape(self) -> list[int]:
         """Of the larger one."""
-        return [max(self._rows, self._had), *self._there.get_shape()[1:]]
+        return [self._rows, *self._there.get_shape()[1:]]
 
     def get_dtype(self) -> str:
         """As the file has it."""
         return str(self._there.get_dtype())
 
-    @property
-    def _had(self) -> int:
-        return int(self._there.get_shape()[0])
-
     def __getitem__(self, key: Any) -> torch.Tensor:
         """All of it, by an ellipsis; or rows, and perhaps columns, by slices."""
         rows, *others = (slice(None),) if key is ... else key if isinstance(key, tuple) else (key,)
-        begin, end, _ = rows.indices(self.get_shape()[0])
-        own: torch.Tensor = self._there[(slice(min(begin, self._had), min(end, self._had)), *others)]
-        more = end - max(begin, self._had)
+        begin, end, _ = rows.indices(self._rows)
+        own: torch.Tensor = self._there[(slice(min(begin, self._known), min(end, self._known)), *others)]
+        more = end - max(begin, self._known)
         if more <= 0:
             return own
         return torch.cat(
@@ -202,9 +202,11 @@ class _Grown:
         )
 
     def _mean(self) -> torch.Tensor:
-        """The mean of the rows there are: (1, ...)."""
-        parts = (self._there[first : first + _ROWS_AT_ONCE] for first in range(0, self._had, _ROWS_AT_ONCE))
-        return torch.stack([part.double().sum(0) for part in parts]).sum(0)[None] / self._had
+        """The mean of the rows that are known: (1, ...)."""
+        bounds = [*range(0, self._known, _ROWS_AT_ONCE), self._known]
+        parts = (self._there[first:last] for first, last in itertools.pairwise(bounds))
+        total: torch.Tensor = torch.stack([part.double().sum(0) for part in parts]).sum(0)[None]
+        return total / self._known
 
 
 def _of_tokens(model: Any) -> frozenset[str]:

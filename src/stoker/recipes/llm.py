@@ -122,12 +122,12 @@ class Config(Training):
         super().__post_init__()
         for share in ("validation", "test"):
             value = getattr(self, share)
-            if getattr(self, f"{share}_data") is not None and value != getattr(Config, share):
+            if getattr(self, f"{share}_data") is not None and value not in (0, getattr(Config, share)):
                 raise ValueError(
                     f"{share}={value:g} is the share of data to hold out, and with {share}_data none is: "
                     "give one of the two"
                 )
-        if self.patience is not None and not self.validation:
+        if self.patience is not None and not self.validation and self.validation_data is None:
             raise ValueError(
                 f"patience={self.patience} watches val_loss, and with validation=0 nothing is held out: give "
                 "validation a share, or leave patience out"
@@ -143,6 +143,11 @@ class Config(Training):
             raise ValueError(
                 f"data_share={self.data_share:g} with streaming=true: which samples a stream has is known "
                 "once they have come; leave out streaming=true, or train less of it by max_steps"
+            )
+        if self.add_tokens and self.lora.adapter is not None:
+            raise ValueError(
+                f"lora.adapter={self.lora.adapter} has the tokens that it was trained with, and gets no others: "
+                "leave out add_tokens, or train a new adapter"
             )
         if not all(text.strip() for text in self.add_tokens):
             raise ValueError("add_tokens: a token of spaces or of nothing cannot be added")

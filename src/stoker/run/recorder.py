@@ -35,6 +35,7 @@ class Recorder:
     def __init__(self, writer: journal.JournalWriter, world: World, begin: Callable[[], None]) -> None:
         self._writer, self._world, self._begin = writer, world, begin
         self.latest: dict[str, float] = {}
+        self.measured: dict[str, int] = {}
         """The newest value of every metric."""
         self.used = False
         """Whether a metric was logged."""
@@ -56,6 +57,7 @@ class Recorder:
             self._highest = step
             self._writer.append_values(step, values)
             self.latest.update(values)
+            self.measured.update(dict.fromkeys(values, step))
         else:
             self._log_any(values, step, reduce)
 
@@ -153,6 +155,7 @@ class Recorder:
         fields = {"reduce": reduce} if reduce is not None else {}
         self._writer.append("metrics", time=at, step=step, values=journal.encode_values(values), **fields)
         self.latest.update(values)
+        self.measured.update(dict.fromkeys(values, step))
 
     def _write_histograms(self, arrays: Mapping[str, Any], step: int, at: float) -> None:
         for name in (key.removesuffix("/counts") for key in arrays if key.endswith("/counts")):

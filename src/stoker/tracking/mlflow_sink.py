@@ -179,7 +179,8 @@ class MlflowSink:
 
     def _new_params(self, values: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, str]]:
         """Values as params; as tags those of which the run has another value, as which a param stays."""
-        known = self._mlflow.get_run(self._run).data.params if values else {}
+        run = self._mlflow.get_run(self._run) if values else None
+        known = run.data.params if run is not None else {}
         texts = {name: str(value) for name, value in values.items()}
         has_other = {
             n for n, v in texts.items() if known.get(key(n), v)[:_LONGEST_PARAM] != v[:_LONGEST_PARAM]
