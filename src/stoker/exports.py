@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 ADAPTER = "adapter_config.json"
 """The file by which a folder is known to be an adapter's."""
-_CONFIG = "config.json"
+_CONFIG, _INDEX = "config.json", "model.safetensors.index.json"
 KINDS = ("model", "adapter")
 _SHAPE = "shape"  # all of an export but its weights; see `language.export.record_shape`
 
@@ -165,19 +165,33 @@ def as_in_files(folder: Path, tensors: dict[str, torch.Tensor]) -> dict[str, tor
 
     Args:
         folder: has the model's config; other models than causal language models are left as they are.
-        tensors: is empty afterwards, where they become others: no more than a few are there twice.
+        tensors: is empty afterwards, where they become others: those of a block are there twice at a time.
     """
     if artifacts.task_of(folder) != "text-generation":
         return tensors
     import torch
     from transformers.core_model_loading import revert_weight_conversion
 
-    made = dict(revert_weight_conversion(_without_memory(folder), tensors))
-    tensors.clear()
-    for name, tensor in made.items():
-        is_part = tensor.untyped_storage().nbytes() > tensor.nbytes
-        made[name] = tensor.clone(memory_format=torch.contiguous_format) if is_part else tensor.contiguous()
+    model, made = _without_memory(folder), dict[str, torch.Tensor]()
+    blocks: dict[str, list[str]] = {}
+    for name in tensors:
+        number = re.match(r"(.*?\.\d+)\.", name)
+        blocks.setdefault(number[1] if number else "", []).append(name)
+    for names in blocks.values():
+        for name, tensor in revert_weight_conversion(
+            model, {name: tensors.pop(name) for name in names}
+        ).items():
+            is_part = tensor.untyped_storage().nbytes() > tensor.nbytes
+            made[name] = (
+                tensor.clone(memory_format=torch.contiguous_format) if is_part else tensor.contiguous()
+            )
     return made
+
+
+def _by_peft(name: str) -> str:
+    """What peft calls a tensor of an adapter in a file, by its name in the model."""
+    name = name.removesuffix(".weight") if ".lora_magnitude_vector." in name else name
+    return re.sub(r"(\.modules_to_save)?\.default(?=\.|$)", "", name)
 
 
 def cast(folder: Path, precision: str) -> None:
@@ -189,6 +203,7 @@ def cast(folder: Path, precision: str) -> None:
     from safetensors.torch import load_file, save_file
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    total = 0
     for file in sorted(folder.rglob("*.safetensors")):
         held = load_file(file)
         tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in held.items()}
@@ -199,6 +214,10 @@ def cast(folder: Path, precision: str) -> None:
             raise BadInput(f"--dtype {precision}: {lost} has values beyond what that holds: give bf16")
         save_file(tensors, file, {"format": "pt"})
         file.chmod(0o644)
+        total += sum(tensor.nbytes for tensor in tensors.values())
+    if index := storage.read_json(folder / _INDEX):
+        index["metadata"]["total_size"] = total
+        (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     if config := storage.read_json(folder / _CONFIG):
         name = str(dtype).removeprefix("torch.")
         parts = [config, *(part for part in config.values() if isinstance(part, dict) and "dtype" in part)]
@@ -235,8 +254,8 @@ def put_weights(checkpoint: manifest.Checkpoint, folder: Path) -> None:
     trained = load_file(store.export_model(checkpoint, folder / ".checkpoint.safetensors"))
     (folder / ".checkpoint.safetensors").unlink()
     there = sorted(folder.rglob("*.safetensors"))
-    if is_adapter(folder):  # by peft's names
-        plain = {re.sub(r"(\.modules_to_save)?\.default\.", ".", name): t for name, t in trained.items()}
+    if is_adapter(folder):
+        plain = {_by_peft(name): tensor for name, tensor in trained.items()}
     else:
         if not there:
             _check_whole(folder, trained)

@@ -13,9 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from stoker import config as configs
+from stoker import exports
 from stoker.errors import BadInput
 from stoker.language import adapters, building, hub, merging, saved_adapters
-from stoker.language.lora import Lora, is_adapter
+from stoker.language.lora import Lora, is_adapter, is_of_adapter
 from stoker.recipes import llm
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -450,3 +451,17 @@ class _Copies(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.count += func is torch.ops.aten._to_copy.default and args[0].shape == self._shape
         return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.filterwarnings("ignore")  # peft's own
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"dora": True}, {"targets": "q_proj,embed_tokens"}, {"modules_to_save": "lm_head,embed_tokens"}],
+)
+def test_a_checkpoint_s_tensors_are_found_by_the_names_that_peft_saves(
+    settings: dict[str, Any], base: Path, tmp_path: Path
+) -> None:
+    model = filled(base, "lora", Lora(rank=4, dropout=0.0, **settings))
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    of_adapter = [name for name in model.state_dict() if is_of_adapter(name)]
+    assert {exports._by_peft(name) for name in of_adapter} == {*load_file(tmp_path / saved_adapters.WEIGHTS)}

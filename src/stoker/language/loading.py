@@ -206,7 +206,7 @@ class _Grown:
         bounds = [*range(0, self._known, _ROWS_AT_ONCE), self._known]
         parts = (self._there[first:last] for first, last in itertools.pairwise(bounds))
         total: torch.Tensor = torch.stack([part.double().sum(0) for part in parts]).sum(0)[None]
-        return total / self._known
+        return total.div(self._known)
 
 
 def _of_tokens(model: Any) -> frozenset[str]:

@@ -146,8 +146,8 @@ class Config(Training):
             )
         if self.add_tokens and self.lora.adapter is not None:
             raise ValueError(
-                f"lora.adapter={self.lora.adapter} has the tokens that it was trained with, and gets no others: "
-                "leave out add_tokens, or train a new adapter"
+                f"lora.adapter={self.lora.adapter} has the tokens that it was trained with, and gets no "
+                "others: leave out add_tokens, or train a new adapter"
             )
         if not all(text.strip() for text in self.add_tokens):
             raise ValueError("add_tokens: a token of spaces or of nothing cannot be added")
