@@ -226,7 +226,7 @@ def _train_with_states(run: Run, scheduler: str, dies_in: int | None = None) -> 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_what_a_script_registers_is_restored_to_the_same_bits(
-    scheduler: str, open_run: Callable[..., Run]
+    scheduler: str, open_run: Callable[..., Run], caplog: pytest.LogCaptureFixture
 ) -> None:
     with open_run("whole") as run:
         rates, whole = _train_with_states(run, scheduler)
@@ -238,6 +238,7 @@ def test_what_a_script_registers_is_restored_to_the_same_bits(
         rest, resumed = _train_with_states(run, scheduler)
     assert rest == rates[8:]
     assert resumed[0] == whole[0]
+    assert "the learning rate is" not in caplog.text, "it is what it was"
     assert all(torch.equal(tensor, resumed[1][at]) for at, tensor in whole[1].items())
 
 

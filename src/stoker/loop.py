@@ -218,18 +218,15 @@ class Trainer:
             raise ValueError(
                 f"{next(iter(schedulers))} and schedule= would both set the learning rate: leave one out"
             )
+        follow = {name: s for name, s in schedulers.items() if _rates(s)[0] == _rates(s)[1]}
         self._registered.add(states)
-        for name, scheduler in schedulers.items():
-            self._warn_of_another_rate(name, scheduler)
-
-    def _warn_of_another_rate(self, name: str, scheduler: LRScheduler) -> None:
-        """A rate that was changed since is in the optimizer, and not in what a scheduler remembers of it."""
-        now = [group.get("initial_lr") for group in scheduler.optimizer.param_groups]
-        began = getattr(scheduler, "base_lrs", now)  # none where it goes by the rate as it is
-        if began != now and self.world.rank == 0:
-            log.warning(
-                "the learning rate is %s now, and %s goes on from %s, as its state has it", now, name, began
-            )
+        for name, scheduler in follow.items() if self.world.rank == 0 else ():
+            now, began = _rates(scheduler)
+            if began != now:  # it was changed since, which what the scheduler remembers does not know
+                log.warning(
+                    "the learning rate is %s now, and %s goes on from %s, as its state has it",
+                    now, name, began,
+                )  # fmt: skip
 
     # -- the loop ---------------------------------------------------------------------------
 
@@ -949,3 +946,9 @@ def _length(epochs: float | None, max_steps: Duration | str | int | None) -> Dur
         return Duration.parse(max_steps)
     except ValueError as error:
         raise BadInput(f"max_steps: {error}") from error
+
+
+def _rates(scheduler: LRScheduler) -> tuple[list[Any], list[Any]]:
+    """The rates that a scheduler's optimizer began with, and those that it goes by itself, if it has such."""
+    began = [group.get("initial_lr") for group in scheduler.optimizer.param_groups]
+    return began, list(getattr(scheduler, "base_lrs", began))
