@@ -405,7 +405,7 @@ def test_a_table_reads_as_the_same_jsonl(tmp_path: Path, name: str, delimiter: s
     [
         (b"text\na\nb,c\n", "a.csv, record 2: has more fields than the first line names"),
         (b'text\n"a\n', "a.csv, line 1: no CSV that can be read: unexpected end of data"),
-        (b"text\ncaf\xe9\n", "a.csv: not UTF-8 at offset 8"),
+        (b"text\ncaf\xe9\n", "a.csv: not UTF-8 behind record 0"),
         (b"prompt,completion\na\n", "a.csv, record 1: "),
     ],
 )

@@ -6,12 +6,14 @@ or `.tsv`, whose first line names the fields of its records.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import itertools
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import IO
 
 from stoker.errors import BadInput
 
@@ -62,11 +64,11 @@ def lines(file: Path, name: str, where: str) -> Iterator[bytes]:
         BadInput: it is damaged, or no JSON or table.
         FileNotFoundError: it is not there.
     """
-    pieces = _blocks(file, name, where)
     if kind(name) in _DELIMITERS:
-        for row in _rows(b"".join(pieces), where, _DELIMITERS[kind(name)]):
+        for row in _rows(file, name, where):
             yield json.dumps(row).encode() + b"\n"
         return
+    pieces = _blocks(file, name, where)
     if kind(name) != ".json":
         yield from pieces
         return
@@ -79,11 +81,7 @@ def lines(file: Path, name: str, where: str) -> Iterator[bytes]:
 
 
 def _blocks(file: Path, name: str, where: str) -> Iterator[bytes]:
-    import pyarrow
-
-    codec = _CODECS.get(Path(name).suffix.lower())
-    with file.open("rb") as raw:
-        stream = io.BufferedReader(pyarrow.CompressedInputStream(raw, codec)) if codec else raw
+    with _opened(file, name) as stream:
         while True:
             try:
                 piece = stream.read(_BLOCK)
@@ -94,9 +92,20 @@ def _blocks(file: Path, name: str, where: str) -> Iterator[bytes]:
             yield piece
 
 
+@contextlib.contextmanager
+def _opened(file: Path, name: str) -> Iterator[IO[bytes]]:
+    import pyarrow
+
+    codec = _CODECS.get(Path(name).suffix.lower())
+    with file.open("rb") as raw:
+        yield io.BufferedReader(pyarrow.CompressedInputStream(raw, codec)) if codec else raw
+
+
 def _array(content: bytes, where: str) -> list[object]:
     try:
-        found: list[object] = json.loads(_text(content, where))
+        found: list[object] = json.loads(content.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{where}: not UTF-8 at offset {error.start}; convert the file to UTF-8") from error
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, column {error.colno}"
         raise BadInput(f"{where}: not JSON: {error.msg} ({place})") from error
@@ -105,23 +114,24 @@ def _array(content: bytes, where: str) -> list[object]:
     return found
 
 
-def _rows(content: bytes, where: str, delimiter: str) -> Iterator[dict[str, str]]:
+def _rows(file: Path, name: str, where: str) -> Iterator[dict[str, str]]:
+    """The rows of a table, as they are read; the first names the fields."""
     csv.field_size_limit(_LONGEST_FIELD)
-    rows = csv.DictReader(io.StringIO(_text(content, where), newline=""), delimiter=delimiter, strict=True)
-    try:
-        for number, row in enumerate(rows, start=1):
-            if None in row:
-                raise BadInput(f"{where}, record {number}: has more fields than the first line names")
-            yield {name: value for name, value in row.items() if value is not None}
-    except csv.Error as error:
-        raise BadInput(f"{where}, line {rows.line_num}: no CSV that can be read: {error}") from error
-
-
-def _text(content: bytes, where: str) -> str:
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{where}: not UTF-8 at offset {error.start}; convert the file to UTF-8") from error
+    number = 0
+    with _opened(file, name) as stream:
+        text = io.TextIOWrapper(stream, "utf-8-sig", newline="")
+        rows = csv.DictReader(text, delimiter=_DELIMITERS[kind(name)], strict=True)
+        try:
+            for number, row in enumerate(rows, start=1):
+                if None in row:
+                    raise BadInput(f"{where}, record {number}: has more fields than the first line names")
+                yield {name: value for name, value in row.items() if value is not None}
+        except csv.Error as error:
+            raise BadInput(f"{where}, line {rows.line_num}: no CSV that can be read: {error}") from error
+        except UnicodeDecodeError as error:
+            raise BadInput(f"{where}: not UTF-8 behind record {number}; convert the file to UTF-8") from error
+        except OSError as error:
+            raise BadInput(f"{where} cannot be unpacked: {error}") from error
 
 
 def split(pieces: Iterable[bytes]) -> Iterator[bytes]:

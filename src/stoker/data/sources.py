@@ -44,7 +44,7 @@ BUILT_IN: dict[str, Callable[[], list[Document]]] = {
 
 _SAMPLED = 16  # parts of a stream that are looked at beforehand
 _FIRST = 100  # documents of a file that are looked at before anything is started
-_READ_WHOLE = (".json", ".txt", ".csv", ".tsv")  # whose first document is not there before all of them is
+_READ_WHOLE = (".json", ".txt")  # the files whose first document is not there before all of them is
 _SMALL = 16 * 2**20  # bytes of such a file that are read twice gladly
 
 Key = Literal["data", "validation_data", "test_data"]
