@@ -23,8 +23,8 @@ class Lora:
     dropout: Annotated[float, Ge(0), Lt(1)] = 0.05
     """Share of an adapter's inputs dropped while training."""
     targets: str = ALL
-    """Modules that get an adapter, names joined by commas: all-linear (but the output layer), or their own.
-    Experts' weights by name."""
+    """Modules that get an adapter: all-linear, which is every linear layer but the output layer, or names
+    joined by commas, such as q_proj,v_proj. Experts by their weights: all-linear,gate_up_proj,down_proj."""
     modules_to_save: str = ""
     """Modules that are trained whole beside the adapters, names joined by commas: embed_tokens,lm_head."""
     rslora: bool = False

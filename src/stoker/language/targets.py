@@ -103,7 +103,7 @@ def say(run: Run, model: Any) -> None:
 
 
 def _counted(model: nn.Module) -> tuple[int, int]:
-    """How many parameters a model has, tied ones once, and how many of them are trained."""
+    """How many parameters a model has with its adapters, tied ones once, and how many of them are trained."""
     found: dict[int, tuple[int, bool]] = {}
     for module in model.modules():
         own = dict(module.named_parameters(recurse=False))

@@ -179,11 +179,14 @@ class MlflowSink:
 
     def _new_params(self, values: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, str]]:
         """Values as params; as tags those of which the run has another value, as which a param stays."""
-        run = self._mlflow.get_run(self._run) if values else None
-        known = run.data.params if run is not None else {}
-        texts = {name: str(value) for name, value in values.items()}
+        if not values:
+            return {}, {}
+        known = self._mlflow.get_run(self._run).data
+        texts = {name: str(value)[:_LONGEST_PARAM] for name, value in values.items()}
         has_other = {
-            n for n, v in texts.items() if known.get(key(n), v)[:_LONGEST_PARAM] != v[:_LONGEST_PARAM]
+            name
+            for name, text in texts.items()
+            if known.params.get(key(name), text) != text or key(f"stoker.params.{name}") in known.tags
         }
         return (
             {name: value for name, value in texts.items() if name not in has_other},
