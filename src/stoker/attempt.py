@@ -522,7 +522,8 @@ class Run:
             elif isinstance(error, KeyboardInterrupt):
                 self.end(view.INTERRUPTED)
             elif error is not None:
-                signals.end_if_parent_is_gone()  # then that is why
+                if isinstance(error, RuntimeError) and "onnection" in str(error):  # to another rank: gloo's
+                    signals.end_if_parent_is_gone(within=0.5)
                 self.end(view.FAILED, f"{type(error).__name__}: {error}")
             else:
                 self.end(view.FINISHED)

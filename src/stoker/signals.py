@@ -16,9 +16,6 @@ from stoker.errors import EXIT_PREEMPTED, Stopped
 
 _PR_SET_PDEATHSIG = 1
 _WITH_PARENT = "end-with-parent"
-_CLOSING = (
-    0.5  # seconds in which the pipes to all children of a process that is gone are closed, on a busy machine
-)
 ENDED_BY = (signal.SIGTERM, signal.SIGUSR1)
 """What a scheduler sends, and to all processes at once."""
 
@@ -62,12 +59,17 @@ def end_with_parent() -> None:
     threading.Thread(target=wait, name=_WITH_PARENT, daemon=True).start()
 
 
-def end_if_parent_is_gone() -> None:
-    """End this process now where `end_with_parent` is about to: other ranks may be gone before it has."""
+def end_if_parent_is_gone(within: float) -> None:
+    """End this process now where `end_with_parent` is about to: other ranks may be gone before it has.
+
+    Args:
+        within: seconds; on a busy machine the pipes to the children of a process that is gone are not all
+            closed at once.
+    """
     parent = multiprocessing.parent_process()
     is_to_end = any(thread.name == _WITH_PARENT for thread in threading.enumerate())
     if is_to_end and parent is not None:
-        parent.join(_CLOSING)
+        parent.join(within)
         if not parent.is_alive():
             os._exit(1)
 
