@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from stoker.data import tokenizer as tokenizers
+from stoker.errors import BadInput
 from stoker.language import building, merging, speaking
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -112,6 +113,9 @@ def test_an_adapter_says_no_more_than_its_own_template_s_turn_and_neither_does_i
     adapter = tmp_path / "adapter"
     config = LoraConfig(r=2, target_modules=["q_proj"], base_model_name_or_path=str(model))
     get_peft_model(AutoModelForCausalLM.from_pretrained(model), config).save_pretrained(adapter)
+    assert (
+        speaking.load(adapter).tokenizer.get_vocab() == speaking.load(model).tokenizer.get_vocab()
+    )  # its base's
     tokenizer = building.load_tokenizer(str(model))
     tokenizer.chat_template = CHATML
     tokenizer.save_pretrained(adapter)
@@ -121,6 +125,31 @@ def test_an_adapter_says_no_more_than_its_own_template_s_turn_and_neither_does_i
     assert ends(tmp_path / "merged") == speaker.stops == [
         END_OF_TEXT, tokenizer.convert_tokens_to_ids("<|im_end|>"), LEFT
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("model.safetensors", None, "cannot be loaded"),
+        ("model.safetensors", "cut off", "cannot be loaded"),
+        ("config.json", None, "holds no language model"),
+        ("config.json", "{", "cannot be read"),
+    ],
+)
+def test_a_directory_that_is_damaged_is_refused(
+    file: str, content: str | None, said: str, model: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(model, tmp_path / "model")
+    (tmp_path / "model" / file).unlink()
+    if content is not None:
+        (tmp_path / "model" / file).write_text(content)
+    with pytest.raises(BadInput, match=said):
+        speaking.load(tmp_path / "model")
+
+
+def test_a_whole_model_has_no_base(model: Path) -> None:
+    with pytest.raises(BadInput, match="--base is for adapters"):
+        speaking.load(model, str(model))
 
 
 @pytest.mark.parametrize(

@@ -170,8 +170,13 @@ def _from_store(url: str, what: str) -> Path:
 def check_tokenizer(reference: str) -> None:
     """Raises BadInput where there is no directory of a tokenizer, here or on the hub."""
     folder = find(reference, "tokenizer", weights=False)
-    if not any(any(folder.glob(pattern)) for pattern in _OF_A_TOKENIZER):
+    if not has_tokenizer(folder):
         raise BadInput(f"tokenizer directory {folder} has no tokenizer.json or tokenizer.model")
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a directory has files of a tokenizer."""
+    return any(any(folder.glob(pattern)) for pattern in _OF_A_TOKENIZER)
 
 
 def named(reference: str, folder: Path) -> tuple[str, str | None]:

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from stoker import exports
 from stoker.engine import quiet
 from stoker.errors import BadInput
-from stoker.language import building, conversation, merging
+from stoker.language import building, conversation, hub, merging
 from stoker.run import artifacts
 
 
@@ -100,23 +101,33 @@ def load(folder: Path, base: str | None = None) -> Speaker:
     """Load a language model. Raises BadInput where it is none, or the base of an adapter is not there.
 
     Args:
-        folder: holds a model or an adapter, with its tokenizer.
+        folder: holds a model or an adapter, with its tokenizer; an adapter without one has its base's.
         base: where an adapter's model is, if not where it was.
     """
     adapter = exports.is_adapter(folder)
+    if base is not None and not adapter:
+        raise BadInput("--base is for adapters, and this is a whole model: leave it out")
+    if not adapter and (folder / "config.json").is_file():
+        building.load_config(folder)
     if artifacts.task_of(folder) != "text-generation":
         raise BadInput(f"{folder} holds no language model: there is nothing that it could say")
-    if adapter:
-        model = merging.on_its_base(folder, base)
-    else:
-        quiet.before_deepspeed()
-        from transformers import AutoModelForCausalLM
-
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    model = merging.on_its_base(folder, base) if adapter else _whole(folder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = building.load_tokenizer(str(folder))
+    own = not adapter or hub.has_tokenizer(folder)
+    tokenizer = building.load_tokenizer(str(folder) if own else base or merging.base_of(folder))
     stops = building.stop_tokens(tokenizer, model.generation_config)
     return Speaker(model.eval().to(device), tokenizer, stops)
+
+
+def _whole(folder: Path) -> Any:
+    """A model that is no adapter. Raises BadInput where its files are not there, or damaged."""
+    quiet.before_deepspeed()
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise BadInput(f"model {folder} cannot be loaded: {hub.first_line(error)}") from error
 
 
 def _streamer(tokenizer: Any, show: Callable[[str], None] | None) -> Any:
