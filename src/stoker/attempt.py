@@ -27,7 +27,7 @@ from types import TracebackType
 from typing import Any
 
 from stoker import config as configs
-from stoker import disk, signals, threads, words
+from stoker import disk, threads, words
 from stoker.checkpoint import manifest
 from stoker.checkpoint.manifest import Checkpoint
 from stoker.errors import EXIT_FAILED, BadInput, Stopped
@@ -522,8 +522,6 @@ class Run:
             elif isinstance(error, KeyboardInterrupt):
                 self.end(view.INTERRUPTED)
             elif error is not None:
-                if isinstance(error, RuntimeError) and "onnection" in str(error):  # to another rank: gloo's
-                    signals.end_if_parent_is_gone(within=0.5)
                 self.end(view.FAILED, f"{type(error).__name__}: {error}")
             else:
                 self.end(view.FINISHED)

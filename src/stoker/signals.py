@@ -15,7 +15,6 @@ from types import FrameType
 from stoker.errors import EXIT_PREEMPTED, Stopped
 
 _PR_SET_PDEATHSIG = 1
-_WITH_PARENT = "end-with-parent"
 ENDED_BY = (signal.SIGTERM, signal.SIGUSR1)
 """What a scheduler sends, and to all processes at once."""
 
@@ -56,22 +55,7 @@ def end_with_parent() -> None:
         parent.join()
         os._exit(1)
 
-    threading.Thread(target=wait, name=_WITH_PARENT, daemon=True).start()
-
-
-def end_if_parent_is_gone(within: float) -> None:
-    """End this process now where `end_with_parent` is about to: other ranks may be gone before it has.
-
-    Args:
-        within: seconds; on a busy machine the pipes to the children of a process that is gone are not all
-            closed at once.
-    """
-    parent = multiprocessing.parent_process()
-    is_to_end = any(thread.name == _WITH_PARENT for thread in threading.enumerate())
-    if is_to_end and parent is not None:
-        parent.join(within)
-        if not parent.is_alive():
-            os._exit(1)
+    threading.Thread(target=wait, name="end-with-parent", daemon=True).start()
 
 
 def at_parents_death(number: int) -> Callable[[], None] | None:

@@ -183,7 +183,7 @@ def test_ranks_end_with_their_launcher(start: Start, tmp_path: Path) -> None:
     assert len(ranks) == 2
     process.kill()
     assert not psutil.wait_procs(ranks, timeout=10)[1], "none is alive"
-    assert loaded(run).status == "killed"
+    assert loaded(run).status in ("killed", "failed")  # of a rank that has lost the other before it ended
 
 
 def test_a_script_starts_ranks_of_itself(tmp_path: Path) -> None:
