@@ -473,9 +473,14 @@ class Run:
         """The newest value of every metric that this process wrote."""
         return self._recorder.latest
 
-    def measured_at(self, metric: str) -> int | None:
-        """The step of the newest value of a metric that this attempt wrote in this process."""
-        return self._recorder.measured.get(metric)
+    def follow(self, metric: str) -> None:
+        """Keep the step of the newest value of a metric: `followed_at`."""
+        self._recorder.followed = metric
+
+    @property
+    def followed_at(self) -> int | None:
+        """The step of the newest value that this attempt wrote of the metric that is followed."""
+        return self._recorder.followed_at
 
     @property
     def summary(self) -> dict[str, Summary]:

@@ -173,6 +173,7 @@ class Checkpoints:
     ) -> None:
         self._run, self._saved, self._keep, self.best, self._done = run, saved, keep, best, done
         self._every = every
+        run.follow(best)
         self._folder = run.directory.checkpoints
         self._saver = store.Saver(
             self._folder, run.world, ours=run.end_if_lost, before=run.flush, done=self._on_disk
@@ -191,7 +192,7 @@ class Checkpoints:
         if self._run.world.rank == 0 and self.improves():
             self._best_saved = self._run.latest[self.best]
         metrics = dict(self._run.latest)
-        if exact and self._run.measured_at(self.best) != position["step"]:
+        if exact and self._run.followed_at != position["step"]:
             metrics.pop(self.best, None)
         about = store.About(position["step"], position["samples"], metrics)
         trained = (n for n, p in self._saved.step.model.named_parameters() if p.requires_grad)
@@ -229,7 +230,7 @@ class Checkpoints:
         """
         value = self._run.latest.get(self.best)
         goal = goal_of(self.best, self._run.goals)
-        is_old = self._run.measured_at(self.best) != self._run.step
+        is_old = self._run.followed_at != self._run.step
         if value is None or goal is None or is_old or math.isnan(value):
             return False
         if self._best_saved is None and (there := manifest.best(self._folder, self.best, goal)):

@@ -35,8 +35,10 @@ class Recorder:
     def __init__(self, writer: journal.JournalWriter, world: World, begin: Callable[[], None]) -> None:
         self._writer, self._world, self._begin = writer, world, begin
         self.latest: dict[str, float] = {}
-        self.measured: dict[str, int] = {}
         """The newest value of every metric."""
+        self.followed: str | None = None
+        """A metric of which the step of its newest value is kept as well."""
+        self.followed_at: int | None = None
         self.used = False
         """Whether a metric was logged."""
         self._pending: collections.deque[tuple[Deferred | DeferredArrays, int, float, str | None]]
@@ -57,7 +59,8 @@ class Recorder:
             self._highest = step
             self._writer.append_values(step, values)
             self.latest.update(values)
-            self.measured.update(dict.fromkeys(values, step))
+            if self.followed in values:
+                self.followed_at = step
         else:
             self._log_any(values, step, reduce)
 
@@ -155,7 +158,8 @@ class Recorder:
         fields = {"reduce": reduce} if reduce is not None else {}
         self._writer.append("metrics", time=at, step=step, values=journal.encode_values(values), **fields)
         self.latest.update(values)
-        self.measured.update(dict.fromkeys(values, step))
+        if self.followed in values:
+            self.followed_at = step
 
     def _write_histograms(self, arrays: Mapping[str, Any], step: int, at: float) -> None:
         for name in (key.removesuffix("/counts") for key in arrays if key.endswith("/counts")):
