@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -157,7 +157,9 @@ def copy(seen: RunView, artifact: Event, folder: Path) -> None:
         shutil.copyfile(place, target)
 
 
-def as_in_files(folder: Path, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def as_in_files(
+    folder: Path, tensors: dict[str, torch.Tensor], *, alone: bool = False
+) -> dict[str, torch.Tensor]:
     """The tensors of a model by the names, and in the pieces, that files of its kind have.
 
     In memory transformers has the experts of a mixture in one tensor; files, which other programs read, have
@@ -166,26 +168,47 @@ def as_in_files(folder: Path, tensors: dict[str, torch.Tensor]) -> dict[str, tor
     Args:
         folder: has the model's config; other models than causal language models are left as they are.
         tensors: is empty afterwards, where they become others: those of a block are there twice at a time.
+        alone: nothing else is written of the model.
+
+    Raises:
+        BadInput: alone they are not all of it.
     """
     if artifacts.task_of(folder) != "text-generation":
         return tensors
     import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.core_model_loading import revert_weight_conversion
 
-    model, made = _without_memory(folder), dict[str, torch.Tensor]()
-    blocks: dict[str, list[str]] = {}
-    for name in tensors:
-        number = re.match(r"(.*?\.\d+)\.", name)
-        blocks.setdefault(number[1] if number else "", []).append(name)
-    for names in blocks.values():
-        for name, tensor in revert_weight_conversion(
-            model, {name: tensors.pop(name) for name in names}
-        ).items():
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    if alone:
+        _check_whole(model, tensors)
+    made: dict[str, torch.Tensor] = {}
+    for names in by_block(tensors):
+        converted = revert_weight_conversion(model, {name: tensors.pop(name) for name in names})
+        for name, tensor in converted.items():
             is_part = tensor.untyped_storage().nbytes() > tensor.nbytes
-            made[name] = (
-                tensor.clone(memory_format=torch.contiguous_format) if is_part else tensor.contiguous()
-            )
+            made[name] = (tensor.clone() if is_part else tensor).contiguous()
     return made
+
+
+def _check_whole(model: Any, trained: Mapping[str, torch.Tensor]) -> None:
+    """Raises BadInput where a model has more than what was trained, which no file has then."""
+    lacks = [name for name, _ in model.named_parameters() if name not in trained]
+    if lacks:
+        raise BadInput(
+            f"a checkpoint has what was trained alone, and the model has {lacks[0]} besides: it can be "
+            "exported once the run has ended, whose own export has all of it"
+        )
+
+
+def by_block(names: Iterable[str]) -> list[list[str]]:
+    """Names of tensors by the number of the block that they are in; what is in none comes together."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        number = re.match(r"(.*?\.\d+)\.", name)
+        found.setdefault(number[1] if number else "", []).append(name)
+    return list(found.values())
 
 
 def _by_peft(name: str) -> str:
@@ -199,11 +222,10 @@ def cast(folder: Path, precision: str) -> None:
 
     Raises BadInput where one is too large for that.
     """
-    import torch
     from safetensors.torch import load_file, save_file
+    from stoker.engine.precision import DTYPES
 
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    total = 0
+    dtype, total = DTYPES[precision], 0
     for file in sorted(folder.rglob("*.safetensors")):
         held = load_file(file)
         tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in held.items()}
@@ -226,26 +248,6 @@ def cast(folder: Path, precision: str) -> None:
         (folder / _CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _without_memory(folder: Path) -> Any:
-    """The model of a folder's config, on the meta device."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
-
-
-def _check_whole(folder: Path, trained: Mapping[str, torch.Tensor]) -> None:
-    """Raises BadInput where a language model has more than what was trained, which no file here has."""
-    if artifacts.task_of(folder) == "text-generation":
-        lacks = [name for name, _ in _without_memory(folder).named_parameters() if name not in trained]
-        if lacks:
-            raise BadInput(
-                f"a checkpoint has what was trained alone, and the model has {lacks[0]} besides: it can be "
-                "exported once the run has ended, whose own export has all of it"
-            )
-
-
 def put_weights(checkpoint: manifest.Checkpoint, folder: Path) -> None:
     """Put a checkpoint's weights in place of the exported ones, under the names that those have."""
     from safetensors.torch import load_file, save_file
@@ -257,9 +259,7 @@ def put_weights(checkpoint: manifest.Checkpoint, folder: Path) -> None:
     if is_adapter(folder):
         plain = {_by_peft(name): tensor for name, tensor in trained.items()}
     else:
-        if not there:
-            _check_whole(folder, trained)
-        plain = as_in_files(folder, trained)
+        plain = as_in_files(folder, trained, alone=not there)
     if not there:
         file = folder / ("adapter_model.safetensors" if is_adapter(folder) else "model.safetensors")
         save_file(plain, file, {"format": "pt"})

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from stoker.errors import BadInput
+from stoker.exports import by_block
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -113,7 +114,7 @@ class Weights:
             skeleton = self._build()
         with contextlib.ExitStack() as opened:
             readers = {f: opened.enter_context(_opened(f)) for f in self._files}
-            for names in _by_block(self._wanted(slots)):
+            for names in by_block(self._wanted(slots)):
                 slices = {
                     key: self._slice(readers[file].get_slice(key), name, skeleton)
                     for name in names
@@ -267,15 +268,6 @@ def _put(slot: _Slot, value: torch.Tensor) -> None:
             module._parameters[key] = fresh  # type: ignore[assignment]
         else:
             module._buffers[key] = value
-
-
-def _by_block(names: Sequence[str]) -> list[list[str]]:
-    """Names by the number of the block that they are in; what is in none comes first."""
-    found: dict[str, list[str]] = {}
-    for name in names:
-        number = re.match(r"(.*?\.\d+)\.", name)
-        found.setdefault(number.group(1) if number else "", []).append(name)
-    return list(found.values())
 
 
 def _initialise_buffers(model: nn.Module, skeleton: Any, device: torch.device, prefix: str) -> None:
