@@ -24,7 +24,7 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _THOUGHT_INLINE = re.compile(r"(\s*<think>).*(</think>\s*)(.*)", re.DOTALL)
 _MARK = "5f3a9c"  # which no conversation has
 
-REFUSALS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
+_REFUSALS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
 """What a template raises that does not do for a conversation, by itself or as Python does within it."""
 
 
@@ -162,7 +162,7 @@ def _try(template: str, special: str, chat: Chat, form: _Form) -> str:
         ((text,), _) = render_jinja_template(
             [given["conversation"]], tools=given["tools"], chat_template=template, **json.loads(special)
         )
-    except REFUSALS:
+    except _REFUSALS:
         return ""
     return str(text)
 
@@ -208,7 +208,7 @@ def render(tokenizer: Any, chat: Chat, *, to_be_answered: bool = False) -> str:
         text: str = tokenizer.apply_chat_template(
             **_given(tokenizer, chat), tokenize=False, add_generation_prompt=to_be_answered
         )
-    except REFUSALS as error:
+    except _REFUSALS as error:
         roles = ", ".join(message.role for message in chat.messages)
         hint = "; change it, leave it out, or give chat_template=FILE of one that takes it"
         raise BadInput(

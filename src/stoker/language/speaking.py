@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from stoker import exports
+from stoker.data.documents import Message
 from stoker.engine import quiet
 from stoker.errors import BadInput
 from stoker.language import building, conversation, hub, merging
+from stoker.language.conversation import Chat
 from stoker.run import artifacts
 
 
@@ -40,13 +42,8 @@ class Speaker:
         Raises:
             BadInput: its chat template refuses them.
         """
-        try:
-            made: str = self.tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=True
-            )
-        except conversation.REFUSALS as error:
-            raise BadInput(f"the model's chat template refuses this: {error}") from error
-        return made
+        chat = Chat(tuple(Message(message["role"], message["content"]) for message in messages))
+        return conversation.render(self.tokenizer, chat, to_be_answered=True)
 
     @torch.no_grad()
     def answer(

@@ -17,7 +17,8 @@ from transformers.pytorch_utils import Conv1D
 log = logging.getLogger("stoker")
 
 _OTHER_SENSES = ("vision", "visual", "image", "audio", "speech")
-_TAKES_ONE = (nn.Linear, nn.Embedding, _ConvNd, Conv1D, Quantised)
+_LAYERS = (nn.Linear, Conv1D, Quantised)
+_TAKES_ONE = (*_LAYERS, nn.Embedding, _ConvNd)
 _ROUTERS = ("router", "gate", "gating")
 
 
@@ -55,16 +56,19 @@ def resolve(model: Any, lora: Lora) -> tuple[list[str], list[str]]:
     """
     is_of_text = _of_text(model)
     modules = {name: module for name, module in model.named_modules() if is_of_text(name)}
+    layers = [name for name, module in modules.items() if isinstance(module, _LAYERS)]
     weights = experts(model)
-    chosen = set(_linear(model)) if lora.all_linear else set()
-    parameters = []
+    chosen, parameters = set[str](), []
+    if lora.all_linear:
+        head = model.get_output_embeddings()
+        chosen = {n for n in layers if modules[n] is not head and not (weights and _chooses(n))}
     for target in lora.names:
         found = [n for n, module in modules.items() if _ends(n, target) and isinstance(module, _TAKES_ONE)]
         chosen.update(found)
         if any(_ends(name, target) for name in weights):
             parameters.append(target)
         elif not found:
-            known = _last_parts([*_layers(model), *weights])
+            known = _last_parts([*layers, *weights])
             raise BadInput(
                 f"lora.targets: the model has no layer {target!r}{nearest(target, known)}; its layers are "
                 f"{', '.join(known)}"
@@ -153,24 +157,9 @@ def _of_text(model: Any) -> Callable[[str], bool]:
     return is_of_text
 
 
-def _layers(model: Any) -> list[str]:
-    """The names of the layers that text goes through and that take adapters."""
-    is_of_text = _of_text(model)
-    return [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D | Quantised) and is_of_text(name)
-    ]
-
-
-def _linear(model: Any) -> list[str]:
-    head, mixture = model.get_output_embeddings(), bool(experts(model))
-    return [
-        name
-        for name in _layers(model)
-        if model.get_submodule(name) is not head
-        and not (mixture and any(part in _ROUTERS for part in name.split(".")))
-    ]
+def _chooses(name: str) -> bool:
+    """Whether a layer of a mixture, by its name, chooses among experts."""
+    return any(part in _ROUTERS for part in name.split("."))
 
 
 def _short(chosen: set[str], names: Iterable[str]) -> list[str]:
