@@ -11,7 +11,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from stoker import distributed
@@ -27,6 +27,9 @@ from stoker.engine.mesh import Mesh
 from stoker.engine.step import Step
 from stoker.run.series import goal_of
 from stoker.world import World
+
+if TYPE_CHECKING:
+    from stoker.engine.zero import DeepSpeedStep
 
 log = logging.getLogger("stoker")
 
@@ -88,25 +91,27 @@ class Saved:
 
     def _part(self) -> tuple[int, ...]:
         """Which part of the model this rank holds. DeepSpeed cuts up weights, and moves them by itself."""
+        return (self.mesh.stage, self.mesh.shard) if self._zero is None else (self.world.rank,)
+
+    @property
+    def _zero(self) -> DeepSpeedStep | None:
+        """The step, where it is DeepSpeed's."""
         from stoker.engine.zero import DeepSpeedStep
 
-        if isinstance(self.step, DeepSpeedStep):
-            return (self.world.rank,)
-        return self.mesh.stage, self.mesh.shard
+        return self.step if isinstance(self.step, DeepSpeedStep) else None
 
     def _model(self) -> tuple[Tensors, dict[str, Any]]:
-        from stoker.engine.zero import DeepSpeedStep
-
-        if not isinstance(self.step, DeepSpeedStep) or self.step.stage == 0:
+        zero = self._zero
+        if zero is None or zero.stage == 0:
             return state.capture(self.step.model, self.step.optimizers, self.built, self.frozen.kept())
-        parameters, held, counts = self.step.capture()
+        parameters, held, counts = zero.capture()
         buffers = state.saved_buffers(self.step.model)
         kept = self.frozen.kept()
-        frozen = {n: self.step.whole(p) for n, p in self.step.model.named_parameters() if n in kept}
+        frozen = {n: zero.whole(p) for n, p in self.step.model.named_parameters() if n in kept}
         tensors = {f"model.{n}": t for n, t in {**parameters, **frozen, **buffers}.items()}
         tensors.update({f"optimizer.main.{n}": t for n, t in held.items()})
         tensors.update({f"optimizer.main.{n}.step": torch.tensor(counts["step"]) for n in parameters})
-        groups = self.step.groups()
+        groups = zero.groups()
         kind = state.kind_of(self.step.optimizers["main"])
         main = {"kind": kind, "state": {}, "groups": groups}
         values = {"optimizers": {"main": main}, "built": dict(self.built)}
@@ -114,21 +119,18 @@ class Saved:
 
     def _averaged(self) -> Tensors:
         """The averages by the parameters' names, as the model's tensors are captured."""
-        from stoker.engine.zero import DeepSpeedStep
-
+        zero = self._zero
         if self.ema is None:
             return {}
-        if not isinstance(self.step, DeepSpeedStep) or self.step.stage == 0:
+        if zero is None or zero.stage == 0:
             return self.ema.values
         with self.ema.in_place():
-            weights = self.step.whole_weights()
+            weights = zero.whole_weights()
         return weights if self.world.rank == 0 else {}
 
     def _put(self, checkpoint: manifest.Checkpoint) -> tuple[Tensors, dict[str, Any]]:
-        from stoker.engine.zero import DeepSpeedStep
-
-        step = self.step
-        if not isinstance(step, DeepSpeedStep) or step.stage == 0:
+        step, zero = self.step, self._zero
+        if zero is None or zero.stage == 0:
             own = frozenset(n for n, _ in (*step.model.named_parameters(), *step.model.named_buffers()))
             everywhere = frozenset(n for names in distributed.gathered(sorted(own)) for n in names)
             tensors, values = state.load(
@@ -139,22 +141,22 @@ class Saved:
             return tensors, values
         tensors, values = state.load_whole(checkpoint, self.world)
         state.compare_optimizers(values, self.step.optimizers)
-        step.restore_state(state.inside(tensors, "optimizer.main."))
+        zero.restore_state(state.inside(tensors, "optimizer.main."))
         averaged = state.inside(tensors, "ema.")
         if self.ema is not None and averaged:
-            step.restore_weights(averaged)
+            zero.restore_weights(averaged)
             self.ema.take()
-        step.restore_weights(state.inside(tensors, "model."))
+        zero.restore_weights(state.inside(tensors, "model."))
         if self.ema is not None and not averaged:
             self.ema.take()
-        for name, buffer in state.saved_buffers(step.model).items():
+        for name, buffer in state.saved_buffers(zero.model).items():
             buffer.copy_(tensors[f"model.{name}"])
-        for name, p in step.model.named_parameters():
+        for name, p in zero.model.named_parameters():
             if not p.requires_grad and f"model.{name}" in tensors:
-                step.use(p, tensors[f"model.{name}"])
+                zero.use(p, tensors[f"model.{name}"])
         saved, then = values["optimizers"]["main"]["groups"], values["built"]["main"]
-        names = [group["params"] for group in step.groups()]
-        state.restore_groups(step.optimizers["main"], names, saved, self.built["main"], then)
+        names = [group["params"] for group in zero.groups()]
+        state.restore_groups(zero.optimizers["main"], names, saved, self.built["main"], then)
         return tensors, values
 
 

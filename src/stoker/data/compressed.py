@@ -21,7 +21,8 @@ ALLOWED = ".jsonl, .json, .csv, .tsv, .txt or .parquet file (or .jsonl.gz, .json
 """What files of text data may be, for messages."""
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
-_KINDS = (".jsonl", ".json", ".txt", ".parquet", *_DELIMITERS)
+_OF_RECORDS = (".json", *_DELIMITERS)
+_KINDS = (".jsonl", ".txt", ".parquet", *_OF_RECORDS)
 _CODECS = {".gz": "gzip", ".zst": "zstd"}
 _BLOCK = 2**20  # bytes
 _LONGEST_FIELD = 2**31 - 1
@@ -45,12 +46,12 @@ def is_compressed(name: str) -> bool:
 
 def must_be_unpacked(name: str) -> bool:
     """Whether a file of data has no lines that could be read without what is before them."""
-    return is_compressed(name) or kind(name) in (".json", *_DELIMITERS)
+    return is_compressed(name) or kind(name) in _OF_RECORDS
 
 
 def unit(name: str) -> str:
     """What the lines of a file are counted as, once it is one of lines."""
-    return "record" if kind(name) in (".json", *_DELIMITERS) else "line"
+    return "record" if kind(name) in _OF_RECORDS else "line"
 
 
 def lines(file: Path, name: str, where: str) -> Iterator[bytes]:
@@ -125,7 +126,7 @@ def _rows(file: Path, name: str, where: str) -> Iterator[dict[str, str]]:
             for number, row in enumerate(rows, start=1):
                 if None in row:
                     raise BadInput(f"{where}, record {number}: has more fields than the first line names")
-                yield {name: value for name, value in row.items() if value is not None}
+                yield {field: value for field, value in row.items() if value is not None}
         except csv.Error as error:
             raise BadInput(f"{where}, line {rows.line_num}: no CSV that can be read: {error}") from error
         except UnicodeDecodeError as error:

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from stoker import exports
 from stoker.engine.memory import TooLarge
 from stoker.errors import BadInput
 from stoker.language import hub, saved_adapters, targets
@@ -105,7 +104,7 @@ def brings_tokens(lora: Lora) -> bool:
     if lora.adapter is None:
         return False
     folder = hub.find(lora.adapter, "lora.adapter", weights=False)
-    return bool(hub.read_json(folder, exports.ADAPTER, "lora.adapter").get("modules_to_save"))
+    return bool(saved_adapters.trained_whole(folder, "lora.adapter"))
 
 
 @contextlib.contextmanager

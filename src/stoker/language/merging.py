@@ -49,8 +49,7 @@ def on_its_base(adapter: Path, base: str | None = None) -> Any:
 
 def _grow(model: Any, adapter: Path) -> None:
     """Give a model the tokens that its adapter brings, with embeddings of its own for them."""
-    whole = hub.read_json(adapter, exports.ADAPTER, "adapter").get("modules_to_save")
-    if whole and (adapter / "tokenizer.json").is_file():
+    if saved_adapters.trained_whole(adapter) and (adapter / "tokenizer.json").is_file():
         tokens = len(building.read_tokenizer(str(adapter)))
         if tokens > model.get_input_embeddings().num_embeddings:
             model.resize_token_embeddings(tokens, mean_resizing=False)

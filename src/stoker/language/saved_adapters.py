@@ -66,6 +66,14 @@ def check(adapter: Path, *, model: str, origin: Path | None, quantised: bool) ->
         )
 
 
+def trained_whole(adapter: Path, what: str = "adapter") -> list[str]:
+    """The modules that were trained whole beside an adapter in a folder: they may have tokens of their own.
+
+    Raises BadInput, by the name of `what` it is.
+    """
+    return list(hub.read_json(adapter, exports.ADAPTER, what).get("modules_to_save") or ())
+
+
 def check_weights(adapter: Path, origin: Path | str) -> None:
     """Raises BadInput where an adapter in a folder is known to be for other weights than a model has.
 

@@ -199,9 +199,10 @@ def _wait_for_its_writer(files: Sequence[Path]) -> None:
 
 def _is_open(file: Path) -> bool:
     """Whether some process of this machine that can be looked into has a file open."""
+    path = str(file.resolve())
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
-            if any(Path(held.path) == file.resolve() for held in process.open_files()):
+            if any(held.path == path for held in process.open_files()):
                 return True
     return False
 
