@@ -31,6 +31,9 @@ def join(world: World, backend: str = "auto", *, alone: bool = False) -> None:
     """
     if dist.is_initialized() or (world.size == 1 and not alone):
         return
+    if world.planned:
+        _imagine(world)
+        return
     gpu = torch.cuda.is_available() and backend != "gloo"
     if backend == "nccl" and not gpu:
         raise BadInput("backend=nccl: there is no GPU here; leave backend to auto, or give gloo")
@@ -42,6 +45,18 @@ def join(world: World, backend: str = "auto", *, alone: bool = False) -> None:
     )  # fmt: skip
     supervision.joining(False)
     atexit.register(leave)
+
+
+def _imagine(world: World) -> None:
+    """A group of ranks that are not there: what is sent goes nowhere."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # which makes the backend known
+
+    dist.init_process_group("fake", rank=world.rank, world_size=world.size, store=FakeStore())
+
+
+def _are_there() -> bool:
+    """Whether there are other ranks that answer."""
+    return dist.is_initialized() and dist.get_backend() != "fake"
 
 
 def leave() -> None:
@@ -64,7 +79,7 @@ def rank_zero_first(world: World) -> Iterator[None]:
 
 def from_rank_zero(value: Any) -> Any:
     """A small value (None, or of JSON's types) of rank 0, on every rank."""
-    if not dist.is_initialized():
+    if not _are_there():
         return value
     held = [value]
     dist.broadcast_object_list(held, src=0, device=torch.device("cpu"))
@@ -75,14 +90,16 @@ def gathered(value: Any, group: Any = None) -> list[Any]:
     """A small value of each rank of a group (by default all), in the order of ranks, on every rank."""
     if not dist.is_initialized():
         return [value]
-    held: list[Any] = [None] * dist.get_world_size(group)
+    held: list[Any] = [value] * dist.get_world_size(group)
+    if not _are_there():
+        return held
     dist.all_gather_object(held, value, group=group)
     return held
 
 
 def beside_the_loop() -> Any:
     """A process group of all ranks for a thread of its own, by gloo; none for a single process."""
-    return dist.new_group(backend="gloo", timeout=_TIMEOUT) if dist.is_initialized() else None
+    return dist.new_group(backend="gloo", timeout=_TIMEOUT) if _are_there() else None
 
 
 def barrier() -> None:

@@ -7,6 +7,7 @@ An error says what arrived, what is allowed and what to change. Our own bugs are
 from __future__ import annotations
 
 import difflib
+import linecache
 import sysconfig
 import traceback
 from collections.abc import Iterable
@@ -86,6 +87,17 @@ def trace_of(error: BaseException) -> str:
     if shown is None and isinstance(error, SyntaxError):  # of the file itself, which has no frame yet
         return "".join(traceback.format_exception_only(error))
     return "".join(traceback.format_exception(type(error), error, shown or error.__traceback__))
+
+
+def line_of(error: BaseException) -> str:
+    """The user's own line that an error came of, `my_train.py:31: loss.item()`; empty where none is."""
+    found, frame = "", error.__traceback__
+    while frame is not None:
+        if _is_users(frame):
+            file, number = frame.tb_frame.f_code.co_filename, frame.tb_lineno
+            found = f"{Path(file).name}:{number}: {linecache.getline(file, number).strip()}"
+        frame = frame.tb_next
+    return found
 
 
 def _is_users(frame: TracebackType) -> bool:

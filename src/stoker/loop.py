@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import logging
 import math
 import time
@@ -38,6 +39,7 @@ from stoker.engine import (
     device,
     early_stopping,
     gradients,
+    imagined,
     memory,
     mesh,
     options,
@@ -116,10 +118,11 @@ class Trainer:
         self.world = run.world
         self.training = options.with_deepspeed_file(_known(training))
         arguments.check(optimizer, loss, schedule)
-        options.check(self.training, ranks=self.world.size, gpus=torch.cuda.device_count())
+        options.check(self.training, ranks=self.world.size, gpus=device.count(self.world))
         if self.training.deterministic:
             determinism.require()
         self.device = device.pick(self.world)
+        self._imagination, model, load = imagined.of(self.world, model, load)
         self.strategy, why = strategies.choose(model, self.training, self.world, self.device)
         distributed.join(self.world, training.backend, alone=self.strategy not in ("single", "pipeline"))
         self.mesh = mesh.build(self.world, self.device, self.training, self.strategy)
@@ -136,8 +139,7 @@ class Trainer:
             blocks.find(model, self.training.blocks)
         )  # before a strategy gives them other names
         self._step = strategies.lay_out(model, self.strategy, self.training, setting, optimizer, load)
-        self.model = self._step.model
-        self.optimizers = self._step.optimizers
+        self.model, self.optimizers = self._step.model, self._step.optimizers
         self._ema = self._average()
         built = {name: state.hyperparameters(o) for name, o in self.optimizers.items()}
         limit = self.training.hang_limit
@@ -176,9 +178,11 @@ class Trainer:
         self._restored_step = self.steps_done
 
     def _average(self) -> Ema | None:
-        if self.training.ema.decay is None:
-            return None
-        return Ema(self._step.weights(), self.training.ema, self._step.publish)
+        decays = self.training.ema.decay is not None
+        ema = Ema(self._step.weights(), self.training.ema, self._step.publish) if decays else None
+        if self._imagination is not None:
+            self._imagination.holds(self._step, ema, self.training, self.strategy)
+        return ema
 
     def _say(self, why: str) -> None:
         if self.world.rank == 0:
@@ -193,7 +197,7 @@ class Trainer:
         self.run.event(
             "layout", parallel=self.strategy, why=why, precision=self.precision, ranks=self.world.size,
             device=device.name(self.device), data_ranks=self.mesh.data.size,
-            memory_bytes=memory.of_a_rank(self.device, self.world.local_size),
+            memory_bytes=memory.of_a_rank(self.device, self.world),
         )  # fmt: skip
 
     def register_for_checkpointing(self, **states: Stateful) -> None:
@@ -287,6 +291,8 @@ class Trainer:
         self._cut.share = loader.batch_size // self.mesh.data.size
         duration = _length(epochs, max_steps)
         self._total = counting.steps_in(duration, loader)
+        if self._imagination is not None:
+            self._total = max(self._total, imagined.STEPS + 1)
         if again and self._restored_step < self.steps_done >= self._total:
             raise ValueError(
                 f"steps() of {duration} has nothing left to do: the run is at step {self.steps_done}, and a "
@@ -317,7 +323,7 @@ class Trainer:
             )  # fmt: skip
 
     def _progress(self) -> contextlib.AbstractContextManager[Any]:
-        if self.world.rank > 0 or self.run.measure is not None:
+        if self.world.rank > 0 or self.run.measure is not None or self._imagination is not None:
             return contextlib.nullcontext()
         return ProgressDisplay(self.run.directory.id, self._reading)
 
@@ -340,7 +346,7 @@ class Trainer:
                 self.run.step = self.steps_done + 1
                 self._batch_is = "handed out"
                 with determinism.remembering() if remembering else contextlib.nullcontext():
-                    yield batch
+                    yield from self._handed_out(batch)
                 remembering = False
                 self._batch_is = ""
                 self._pace.step()
@@ -348,6 +354,9 @@ class Trainer:
                 self._heart.beat(self.steps_done)
                 self.samples_done += loader.batch_size
                 profiler.step(self.steps_done)
+                if self._imagination is not None and self.steps_done == imagined.STEPS:
+                    self._write_plan(batch)
+                    raise Stopped("planned")
                 if timing is not None and (timed := timing.step(self._pace.waited)):
                     self._write_timing(timed)
                     raise Stopped("measured")
@@ -363,6 +372,26 @@ class Trainer:
             self.run.step = self.steps_done
         self.checkpoint()
         self._end_loop()
+
+    def _handed_out(self, batch: Any) -> Iterator[Any]:
+        """A batch for the body of the loop; in a plan one without values, and what is made of it followed."""
+        if self._imagination is None:
+            yield batch
+            return
+        without_values = self._imagination.batch(batch)
+        with self._imagination.step():
+            yield without_values
+
+    def _write_plan(self, batch: Any) -> None:
+        """What a step takes, of ranks that are not there, for `stoker plan`."""
+        assert self._imagination is not None
+        share = batches.size(batch, self._cut.share)
+        about = {
+            "parallel": self.strategy, "precision": self.precision, "ranks": self.world.size,
+            "memory": self.world.planned, "share": share, "micro_batch": self._cut.size or share,
+        }  # fmt: skip
+        found = self._imagination.result(offloaded=self.strategy == "fsdp" and self.training.fsdp.offload)
+        storage.write_json(self.run.directory.logs / imagined.FILE, {**about, **found})
 
     def _conclude(self) -> None:
         """The script is over without an error: save what a loop left that it ended by `break`."""
@@ -417,7 +446,7 @@ class Trainer:
     def every(self, duration: Duration | str | int) -> bool:
         """Whether the step under way completes another such duration, e.g. `"1ep"`, `100`, `"1000000tok"`.
 
-        Never in a run that is measured (`stoker bench`): what is timed are the steps alone.
+        Never in a run that is measured or planned (`stoker bench`, `stoker plan`): it is about steps alone.
         """
         parsed = Duration.parse(duration)
         if parsed.seconds is not None:
@@ -425,7 +454,7 @@ class Trainer:
                 f"every({str(parsed)!r}) depends on the machine's speed: count in steps, epochs or tokens"
             )
         assert self._loader is not None, "every() is asked within the loop of steps()"
-        if self.run.measure is not None:
+        if self.run.measure is not None or self._imagination is not None:
             return False
         completes = counting.completes(parsed, self._loader, self.steps_done, self.samples_done)
         self._may_be_best |= completes
@@ -547,7 +576,8 @@ class Trainer:
         """This rank's share of a batch on the device, in micro-batches."""
         self._note("computed")
         on_device = batches.to_device(batch, self.device, channels_last=self.training.channels_last)
-        return self._cut.of(on_device)
+        parts = self._cut.of(on_device)
+        return parts if self._imagination is None else itertools.islice(parts, imagined.PARTS)
 
     def forward(self, batch: Any) -> Any:
         """The model's output for a batch on the device."""
@@ -713,6 +743,8 @@ class Trainer:
         loss = self._setting.loss
         if loss is None:
             raise ValueError("evaluate() needs the Trainer's loss")
+        if self._imagination is not None:
+            return math.nan
         measured = self.measure(
             dataset, lambda output, batch: {"loss": Mean(*loss(output, batch))},
             batch_size=batch_size, collate=collate,
@@ -737,6 +769,8 @@ class Trainer:
             batch_size: samples of a batch over all ranks; rounded up to a multiple of the ranks.
             workers: processes that read samples; by default as many as the loader has.
         """
+        if self._imagination is not None:
+            return imagined.Unknown()
         if workers is None:
             workers = self._loader.workers if self._loader is not None else 0
         with self.evaluating():
@@ -912,6 +946,8 @@ def computed_in(run: Run, training: Training) -> precision.Resolved:
     The same on every rank and in every attempt, also where `precision=auto` measures.
     """
     asked = run.layout.get("precision", "auto") if training.precision == "auto" else training.precision
+    if asked == "auto" and run.world.planned:
+        return "bf16"  # of what is rented
     found = precision.resolve(asked, device.pick(run.world), storage.cache_folder())
     return cast("precision.Resolved", distributed.from_rank_zero(found))
 

@@ -8,6 +8,9 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+PLANNED = "STOKER_PLANNED"
+"""The variable that says that ranks are not there, see `World.planned`."""
+
 
 @dataclass(frozen=True)
 class World:
@@ -22,6 +25,8 @@ class World:
     """What all ranks of one launch share and no other launch has; empty for one process."""
     job: str = ""
     """What the relaunches of one job share, where its launcher gave it a name of its own."""
+    planned: int = 0
+    """Of ranks that are not there, as `stoker plan` has them: bytes of memory that each would have."""
 
     @classmethod
     def current(cls) -> World:
@@ -42,4 +47,5 @@ class World:
             local_size=int(known("LOCAL_WORLD_SIZE", str(size))),
             launch="/".join(parts) if size > 1 else "",
             job="" if job == "none" else job,
+            planned=int(known(PLANNED, "0")),
         )

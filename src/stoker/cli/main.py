@@ -20,6 +20,7 @@ from stoker.cli import (
     jobs,
     models,
     package,
+    plan,
     recipes,
     report,
     reproduce,
@@ -53,6 +54,7 @@ app.command("sweep")(sweep.sweep)
 app.add_typer(runs.app, name="runs")
 app.add_typer(jobs.app, name="jobs")
 app.command("reproduce")(reproduce.reproduce)
+app.command("plan")(plan.plan)
 app.command("diff")(diff.diff)
 app.command("package")(package.package)
 app.command("report")(report.report)

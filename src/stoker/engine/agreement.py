@@ -56,7 +56,8 @@ class Agreement:
     """
 
     def __init__(self, world: World, device: torch.device, ask: Callable[[], Requests]) -> None:
-        self._world, self._device, self._ask = world, device, ask
+        self._alone = world.size == 1 or world.planned > 0  # ranks that are not there ask for nothing
+        self._device, self._ask = device, ask
         self._loss: torch.Tensor | None = None
         self._asked: torch.Tensor | None = None
         self._work: list[Any] = []
@@ -64,7 +65,7 @@ class Agreement:
 
     def start(self, loss_sum: torch.Tensor, weight: Weight) -> None:
         """Begin to add up; every rank calls it once a step."""
-        if self._world.size == 1:
+        if self._alone:
             self._held = (loss_sum, weight)
             return
         flags = torch.tensor(astuple(self._ask()), dtype=torch.float64, device="cpu")
@@ -79,7 +80,7 @@ class Agreement:
 
     def finish(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss and the weight over all ranks, scalars on the device; a float32 loss."""
-        if self._world.size == 1:
+        if self._alone:
             assert self._held is not None
             loss_sum, weight = self._held
             return loss_sum, weight if isinstance(weight, torch.Tensor) else self._scalar(weight).float()
@@ -89,7 +90,7 @@ class Agreement:
 
     def requests(self) -> Requests:
         """What all ranks do after this step, the same on each."""
-        if self._world.size == 1:
+        if self._alone:
             return self._ask()
         if self._asked is None:  # a step without an update
             self.start(torch.zeros((), device=self._device), 0.0)

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 _MOST_SHAPES = 4  # that are said of a batch
 
 
-def _map(
+def map_tensors(
     function: Callable[[torch.Tensor], Any], batch: Any, rows: Callable[[Any], Any] | None = None
 ) -> Any:
     """The batch with another of each tensor.
@@ -28,7 +28,9 @@ def _map(
         rows: given what is no tensor, and no container of any: what takes its place, or None.
     """
     if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
-        fields = {f.name: _map(function, getattr(batch, f.name), rows) for f in dataclasses.fields(batch)}
+        fields = {
+            f.name: map_tensors(function, getattr(batch, f.name), rows) for f in dataclasses.fields(batch)
+        }
         return dataclasses.replace(batch, **fields)
     if rows is None:
         return pytree.tree_map_only(torch.Tensor, function, batch)
@@ -43,7 +45,7 @@ def _map(
 
 def for_each_tensor(function: Callable[[torch.Tensor], Any], batch: Any) -> None:
     """Call a function with every tensor of a batch, in order."""
-    _map(lambda tensor: (function(tensor), tensor)[1], batch)
+    map_tensors(lambda tensor: (function(tensor), tensor)[1], batch)
 
 
 def shapes(batch: Any) -> list[str]:
@@ -64,7 +66,7 @@ def to_device(batch: Any, device: torch.device, *, channels_last: bool = False) 
             else moved
         )
 
-    return _map(move, batch)
+    return map_tensors(move, batch)
 
 
 def size(batch: Any, share: int | None = None) -> int:
@@ -114,7 +116,7 @@ def _part(batch: Any, part: slice, samples: int) -> Any:
     def rows(node: Any) -> Any:
         return node[part] if _is_of_rows(node, samples) else None
 
-    return _map(lambda tensor: tensor[part] if tensor.dim() else tensor, batch, rows)
+    return map_tensors(lambda tensor: tensor[part] if tensor.dim() else tensor, batch, rows)
 
 
 def _is_of_rows(node: Any, samples: int) -> bool:

@@ -14,12 +14,17 @@ def pick(world: World) -> torch.device:
 
     Raises BadInput where there are fewer GPUs than ranks on this machine.
     """
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and not world.planned:
         check(world.local_size)
         device = torch.device("cuda", world.local_rank)
         torch.cuda.set_device(device)  # NCCL and many kernels take the current one
         return device
     return torch.device("cpu")
+
+
+def count(world: World) -> int:
+    """GPUs of this machine; in a plan as many as there are ranks."""
+    return world.size if world.planned else torch.cuda.device_count()
 
 
 def check(ranks: int) -> None:

@@ -109,7 +109,7 @@ class Change:
         )
 
     def _has(self) -> int:
-        return memory.of_a_rank(self._setting.mesh.device, self._world.local_size)
+        return memory.of_a_rank(self._setting.mesh.device, self._world)
 
     def _moments(self) -> float:
         """Bytes that the optimizers keep for each weight."""

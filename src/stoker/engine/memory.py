@@ -14,7 +14,9 @@ from stoker.engine.mesh import Mesh
 from stoker.engine.options import Training
 from stoker.engine.step import Step
 from stoker.errors import BadInput
+from stoker.world import World
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 
 
@@ -22,9 +24,11 @@ def held(tensors: Iterable[torch.Tensor]) -> int:
     """Bytes of the storages behind tensors, each once; of sharded ones the shards of this rank."""
     sizes: dict[int, int] = {}
     for local in _plain(tensors):
+        if isinstance(local, FakeTensor):
+            continue
         try:
             storage = local.untyped_storage()
-        except (NotImplementedError, RuntimeError):  # a tensor that is only a wrapper, or a fake one
+        except (NotImplementedError, RuntimeError):  # a tensor that is only a wrapper
             continue
         if storage.data_ptr():
             sizes[storage.data_ptr()] = storage.nbytes()
@@ -69,15 +73,13 @@ def by_kind(step: Step, device: torch.device, training: Training) -> dict[str, i
     }
 
 
-def of_a_rank(device: torch.device, ranks: int) -> int:
-    """Bytes that a rank may have: its GPU's, or its share of this machine's.
-
-    Args:
-        ranks: of this machine.
-    """
+def of_a_rank(device: torch.device, world: World) -> int:
+    """Bytes that a rank may have: its GPU's, or its share of this machine's."""
+    if world.planned:
+        return world.planned
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
-    return int(psutil.virtual_memory().total // ranks)
+    return int(psutil.virtual_memory().total // world.local_size)
 
 
 @dataclass(frozen=True)
@@ -154,7 +156,7 @@ def check_fits(
     shards = mesh.size("stage") if strategy == "pipeline" else mesh.size("shard")
     divides = {"fsdp": shards, "pipeline": shards, "deepspeed": mesh.world.size}.get(strategy, 1)
     wanted = needed(model, found, strategy, training, divides, moments)
-    has = of_a_rank(mesh.device, mesh.world.local_size)
+    has = of_a_rank(mesh.device, mesh.world)
     offloads = training.fsdp.offload or training.deepspeed.offload_optimizer
     if wanted.total <= has or offloads:
         return

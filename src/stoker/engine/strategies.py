@@ -47,7 +47,7 @@ def choose(model: nn.Module, training: Training, world: World, on: torch.device)
     weights = sum(p.nbytes for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     needed = weights + trained * (4 + 8)  # gradients, and two moments in float32
-    has = memory.of_a_rank(on, world.local_size)
+    has = memory.of_a_rank(on, world)
     said = f"weights, gradients and two moments take {words.size(needed)} of a rank's {words.size(has)}"
     if needed <= _ROOM * has and training.fsdp.shard is None:
         return "ddp", f"{said}: each rank can hold all of them"
@@ -69,10 +69,11 @@ def lay_out(
     """
     found = blocks.find(model, training.blocks)
     _prepare(model, strategy, training, setting.mesh)
-    if any(p.is_meta for p in model.parameters()):
+    planned = setting.mesh.world.planned > 0
+    if any(p.is_meta for p in model.parameters()) and not planned:
         memory.check_fits(model, found, strategy, training, setting.mesh, _moments(make))
     activation.apply(found, training.activation_checkpointing)
-    if training.compile:
+    if training.compile and not planned:
         compile_blocks(model, found)
     distributed.copy_from_rank_zero(model)
     return _STRATEGIES[strategy](Layout(model, found, training, setting, make, load))
@@ -112,7 +113,9 @@ def single(given: Layout) -> Step:
 def ddp(given: Layout) -> Step:
     """Every rank has the whole model; gradients are averaged while the backward pass goes on."""
     given.load(given.model, given.setting.mesh.device, "")
-    called = data_parallel(given.model, given.training, given.setting.mesh)
+    mesh = given.setting.mesh
+    # Of ranks that are not there nothing is reduced; gradients live in the buckets as they do without.
+    called = given.model if mesh.world.planned else data_parallel(given.model, given.training, mesh)
     return PlainStep(given.setting, given.model, build_optimizers(given.model, given.make), called=called)
 
 

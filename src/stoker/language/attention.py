@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 from transformers import AttentionInterface
 
@@ -84,7 +85,7 @@ def _lengths(
     documents: torch.Tensor | None, position_ids: torch.Tensor | None, query: torch.Tensor
 ) -> Iterator[list[int]]:
     rows, _, seq, _ = query.shape
-    if query.is_meta:  # shapes alone are asked for
+    if query.is_meta or isinstance(query, FakeTensor):  # shapes alone are asked for
         return ([seq] for _ in range(rows))
     if documents is not None:
         return ([n for n in row if n] for row in documents.tolist())

@@ -90,6 +90,7 @@ def build(
     chat_template: Path | None = None,
     add_tokens: Sequence[str] = (),
     grows: bool = False,
+    planned: bool = False,
 ) -> Language:
     """A new model of a size, or the one of a directory or hub id.
 
@@ -103,6 +104,7 @@ def build(
         chat_template: a file with what the tokenizer writes conversations by, in place of its own.
         add_tokens: special tokens that the tokenizer is to have; the model gets embeddings for them.
         grows: it gets them for all tokens of the tokenizer.
+        planned: it is not to be filled: its weights need not be there.
 
     Raises:
         BadInput: there is no such model, it does not load, or its tokenizer does not fit it.
@@ -110,7 +112,7 @@ def build(
     if reference in SIZES:
         made, _ = _tokenizer(tokenizer, documents, vocab_size, chat_template, add_tokens)
         return _new(reference, made, sequence_length, tie_embeddings)
-    folder = hub.find(reference, known=tuple(SIZES))
+    folder = hub.find(reference, known=tuple(SIZES), weights=not planned)
     config = load_config(folder)
     found, added = _tokenizer(tokenizer or str(folder), documents, vocab_size, chat_template, add_tokens)
     config.name_or_path, revision = hub.named(reference, folder)
@@ -122,12 +124,12 @@ def build(
     def make() -> Any:
         return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
 
-    weights = Weights(folder, make, tokens=known)
+    load = _nothing if planned else Weights(folder, make, tokens=known).load
     with torch.device("meta"):
         model = make()
     _check_fits(reference, model, found, sequence_length)
     generation = _generation_config(folder, model)
-    made = _language(model, found, weights.load, folder, generation)
+    made = _language(model, found, load, folder, generation)
     return dataclasses.replace(made, revision=revision, added_tokens=added)
 
 

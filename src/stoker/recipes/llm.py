@@ -279,6 +279,7 @@ def train(run: Run, config: Config) -> None:
             chat_template=config.chat_template,
             add_tokens=config.add_tokens,
             grows=adapters.brings_tokens(config.lora),
+            planned=run.world.planned > 0,
         )
         packing = config.packing and language.packs
         rows = data.pack(
@@ -306,9 +307,10 @@ def train(run: Run, config: Config) -> None:
             training=config,
             load=adapters.loading(language.load),
         )
-    run.fingerprint("model", language.fingerprint)
+    if not run.world.planned:  # whose weights may not be here
+        run.fingerprint("model", language.fingerprint)
+        export.record_shape(trainer, language, model)
     run.params(**adapters.settings(model, config.lora), **({} if config.lr else {"lr": lr}))
-    export.record_shape(trainer, language, model)
 
     how: dict[str, Any] = {
         "batch_size": config.batch_size,

@@ -1,0 +1,139 @@
+"""Every allocation of a stretch of code, written down as it is made and let go, and the peak of them.
+
+Storages are followed, not tensors: a view takes no memory. What is on the meta device takes none either.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Set
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+Key = int
+"""Of a storage; no two have the same, one after the other neither."""
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The moment at which the most was held."""
+
+    total: int
+    """Bytes."""
+    held: Mapping[Key, int]
+    """Bytes by storage."""
+    moment: str
+    """What was being done, as `Allocations` was told."""
+
+
+class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Within it every operation's results are followed until they are let go.
+
+    Args:
+        moment: says what is being done.
+    """
+
+    def __init__(self, moment: Callable[[], str] = lambda: "") -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._moment = moment
+        self._known: dict[int, tuple[Key, weakref.ref[torch.UntypedStorage]]] = {}  # by address
+        self._bytes: dict[Key, int] = {}
+        self._begun: dict[Key, int] = {}  # what was held when the changes began
+        self._changes: list[tuple[Key, int, str]] = []  # a storage, its bytes from then on, the moment
+        self.resized: set[Key] = set()
+        """Storages whose size was changed, as FSDP's are that hold what it gathers."""
+
+    def begin(self) -> None:
+        """From here on is what `peak` is asked of."""
+        self._begun, self._changes = dict(self._bytes), []
+
+    def peak(self, but: Set[Key] = frozenset()) -> Peak:
+        """Since it was begun.
+
+        Args:
+            but: storages that do not count.
+        """
+        held = {key: size for key, size in self._begun.items() if key not in but}
+        now = most = sum(held.values())
+        at, moment, known = 0, self._moment(), dict(held)
+        for number, (key, size, when) in enumerate(self._changes, start=1):
+            if key in but:
+                continue
+            now += size - known.get(key, 0)
+            known[key] = size
+            if now > most:
+                most, at, moment = now, number, when
+        for key, size, _ in self._changes[:at]:
+            if key not in but:
+                held[key] = size
+        return Peak(most, {key: size for key, size in held.items() if size}, moment)
+
+    def follow(self, tensors: Iterable[torch.Tensor]) -> set[Key]:
+        """The storages of tensors, which are followed from here on; of sharded ones this rank's shards."""
+        return {self._see(storage) for tensor in tensors for storage in _storages(tensor)}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # what it does to its shards comes here by itself
+        result = self.call(function, args, kwargs or {})
+        for tensor in pytree.tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.follow([tensor])
+        return result
+
+    def call(self, function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """What an operation gives."""
+        return function(*args, **kwargs)
+
+    def __enter__(self) -> Allocations:
+        resize = self._resize = torch.UntypedStorage.resize_
+
+        def resized(storage: torch.UntypedStorage, size: int) -> Any:
+            found = resize(storage, size)
+            if storage._cdata in self._known:  # which no operation tells of
+                self.resized.add(self._see(storage))
+            return found
+
+        torch.UntypedStorage.resize_ = resized  # type: ignore[method-assign, assignment]
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+
+    def _see(self, storage: torch.UntypedStorage) -> Key:
+        address = storage._cdata
+        if address not in self._known:
+            key = len(self._bytes)
+            self._bytes[key] = 0
+            self._known[address] = key, weakref.ref(storage, lambda _: self._gone(address))
+        key, _ = self._known[address]
+        self._change(key, storage.nbytes())
+        return key
+
+    def _gone(self, address: int) -> None:
+        key, _ = self._known.pop(address)
+        self._change(key, 0)
+
+    def _change(self, key: Key, size: int) -> None:
+        if size != self._bytes[key]:
+            self._bytes[key] = size
+            self._changes.append((key, size, self._moment()))
+
+
+def _storages(tensor: torch.Tensor) -> Iterable[torch.UntypedStorage]:
+    """Those with memory: of a sharded tensor its shard's, of a wrapper those of what it holds."""
+    if isinstance(tensor, DTensor):
+        yield from _storages(tensor.to_local())
+    elif hasattr(tensor, "__tensor_flatten__"):
+        names, _ = tensor.__tensor_flatten__()
+        for name in names:
+            yield from _storages(getattr(tensor, name))
+    elif tensor.device.type != "meta" and tensor.layout is torch.strided:
+        yield tensor.untyped_storage()

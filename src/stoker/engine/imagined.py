@@ -1,0 +1,251 @@
+"""Steps of ranks that are not there: tensors without values, of which only what they take is known.
+
+The model and its batches are torch's fake tensors, and the ranks a process group that moves nothing: a step
+goes the way that it would go, over every operation of the model, the loss, the strategy and the optimizer.
+What asks for values is given the answer that takes the most memory: every mask is true, every number is one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from stoker.engine import batches
+from stoker.engine.allocations import Allocations, Key
+from stoker.engine.ema import Ema
+from stoker.engine.options import Training
+from stoker.engine.step import Step
+from stoker.engine.strategies import Load
+from stoker.world import World
+from torch import nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+STEPS = 2
+"""How many steps are gone: in the second there is all that the first one makes, as the optimizer's state."""
+
+PARTS = 2
+"""How many micro-batches of each are gone through: the second has gradients beside it, more take no more."""
+
+FILE = "plan.json"
+"""Among a run's logs: what `Imagination.result` says, and of what."""
+
+KINDS = ("weights", "gradients", "optimizer", "gathered", "activations")
+"""What memory is for. Activations are what is left: what a forward pass keeps, temporaries, the batch."""
+
+NEEDS_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
+"""What is raised where values are asked for, and no answer takes the most memory."""
+
+_aten = torch.ops.aten
+
+
+class Unknown(dict[str, float]):
+    """What is measured of tensors without values: NaN, whatever is asked for."""
+
+    def __missing__(self, name: str) -> float:
+        return math.nan
+
+
+def of(world: World, model: nn.Module, load: Load) -> tuple[Imagination | None, nn.Module, Load]:
+    """Of ranks that are not there: what imagines them, the model on the meta device, and what fills it."""
+    if not world.planned:
+        return None, model, load
+    made = Imagination()
+    return made, model.to("meta"), made.load
+
+
+class Imagination:
+    """Where tensors have no values, and what they would take is followed."""
+
+    def __init__(self) -> None:
+        self._fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self._allocations = _WithoutValues(self._moment)
+        self._updating = False
+        self._optimizers: dict[int, Optimizer] = {}
+        self._weights: set[Key] = set()
+        self._gradients: set[Key] = set()
+        self._buckets: list[torch.Tensor] = []
+
+    def load(self, model: nn.Module, device: torch.device, prefix: str) -> None:
+        """Let what of a model is on the meta device be there, on a device, below a dotted prefix."""
+        made: dict[int, torch.Tensor] = {}
+        with self._fake:
+            for name, module in model.named_modules():
+                if f"{name}.".startswith(prefix):
+                    for tensors in (module._parameters, module._buffers):
+                        for key, tensor in tensors.items():
+                            if tensor is not None and _is_empty(tensor):
+                                tensors[key] = made.setdefault(id(tensor), _there(tensor, device))
+
+    def holds(self, step: Step, ema: Ema | None, training: Training, strategy: str) -> None:
+        """A step holds its weights, their averages, and what DDP reduces gradients in."""
+        averages = ema.values.values() if ema is not None else ()
+        held = [*step.model.parameters(), *step.model.buffers(), *averages]
+        self._weights |= self._allocations.follow(held)
+        if strategy == "ddp":
+            self._hold_buckets(step.weights().values(), training.ddp.gradient_as_bucket_view)
+
+    def _hold_buckets(self, parameters: Iterable[torch.Tensor], as_gradients: bool) -> None:
+        """
+        Args:
+            as_gradients: each gradient is moved there as soon as it is known, and not kept beside it.
+        """
+        for parameter in parameters:
+            with self._fake:
+                bucket = torch.empty_like(parameter, requires_grad=False)
+            self._gradients |= self._allocations.follow([bucket])
+            self._buckets.append(bucket)
+            if as_gradients:
+                put: Any = parameter.register_post_accumulate_grad_hook
+                put(functools.partial(_put_into, bucket))
+
+    def batch(self, given: Any) -> Any:
+        """A batch without values."""
+        return batches.map_tensors(self._fake.from_tensor, given)
+
+    @contextlib.contextmanager
+    def step(self) -> Iterator[None]:
+        """A step is within."""
+        hooks = (
+            register_optimizer_step_pre_hook(self._before_update),
+            register_optimizer_step_post_hook(self._after_update),
+        )
+        try:
+            with torch.compiler.set_stance("force_eager"), self._fake, self._allocations:
+                self._allocations.begin()
+                yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def result(self, *, offloaded: bool = False) -> dict[str, Any]:
+        """Of the last step: the peak in bytes, when it was, and what it was for, see KINDS.
+
+        Args:
+            offloaded: weights, gradients and optimizer state are in the host's memory, and do not count.
+        """
+        state = (t for o in self._optimizers.values() for of in o.state.values() for t in of.values())
+        known = {
+            "weights": self._weights,
+            "optimizer": self._allocations.follow(t for t in state if isinstance(t, torch.Tensor)),
+            "gradients": self._gradients,
+        }
+        peak = self._allocations.peak(but=set().union(*known.values()) if offloaded else set())
+        known["gathered"] = self._allocations.resized
+        by_kind = dict.fromkeys(KINDS, 0)
+        for key, size in peak.held.items():
+            by_kind[next((kind for kind, keys in known.items() if key in keys), "activations")] += size
+        return {"peak": peak.total, "moment": peak.moment, **by_kind}
+
+    def _moment(self) -> str:
+        if self._updating:
+            return "update"
+        return "forward" if torch._C._current_graph_task_id() == -1 else "backward"
+
+    def _before_update(self, optimizer: Optimizer, *_: Any) -> None:
+        self._updating = True
+        self._optimizers[id(optimizer)] = optimizer
+        parameters = (p for group in optimizer.param_groups for p in group["params"])
+        self._gradients |= self._allocations.follow(p.grad for p in parameters if p.grad is not None)
+
+    def _after_update(self, *_: Any) -> None:
+        self._updating = False
+
+
+class _WithoutValues(Allocations):  # type: ignore[no-untyped-call]
+    """Answers what asks fake tensors for values."""
+
+    def call(self, function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        if args and isinstance(args[0], FakeTensor) and function in _ANSWERS:
+            return _ANSWERS[function](function, *args, **kwargs)
+        return function(*args, **kwargs)
+
+
+def _number(_: Any, tensor: torch.Tensor) -> bool | float | int:
+    if tensor.dtype is torch.bool:
+        return True
+    return 1.0 if tensor.is_floating_point() else 1
+
+
+def _nonzero(_: Any, tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.new_empty((tensor.numel(), tensor.dim()), dtype=torch.long)
+
+
+def _selected(_: Any, tensor: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return tensor.new_empty(torch.logical_and(tensor, mask).numel())
+
+
+def _indexed(function: Any, tensor: torch.Tensor, indices: Any, *others: Any) -> Any:
+    return function(tensor, _without_masks(indices), *others)
+
+
+def _pinned(_: Any, tensor: torch.Tensor, *__: Any) -> torch.Tensor:
+    return torch.empty_like(tensor)
+
+
+def _grouped(function: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """A product of experts, of which torch knows the shape in bf16 alone."""
+    half = [a.bfloat16() if isinstance(a, FakeTensor) and a.is_floating_point() else a for a in args]
+    found: torch.Tensor = function(*half, **kwargs).to(args[0].dtype)
+    return found
+
+
+_ANSWERS: dict[Any, Callable[..., Any]] = {
+    _aten._local_scalar_dense.default: _number,
+    _aten.equal.default: lambda *_: True,
+    _aten.nonzero.default: _nonzero,
+    _aten.masked_select.default: _selected,
+    _aten.index.Tensor: _indexed,
+    _aten.index_put.default: _indexed,
+    _aten.index_put_.default: _indexed,
+    _aten._pin_memory.default: _pinned,
+    _aten._grouped_mm.default: _grouped,
+}
+
+
+def _without_masks(indices: Any) -> list[Any]:
+    """Indices, with what a mask that is true everywhere chooses in place of each mask."""
+    found: list[Any] = []
+    for index in indices:
+        if index is not None and index.dtype in (torch.bool, torch.uint8):
+            found += [index.new_empty(index.numel(), dtype=torch.long) for _ in range(index.dim())]
+        else:
+            found.append(index)
+    return found
+
+
+def _put_into(bucket: torch.Tensor, parameter: torch.Tensor) -> None:
+    parameter.grad = bucket
+
+
+def _is_empty(tensor: torch.Tensor) -> bool:
+    return _local(tensor).is_meta
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _there(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor on a device, without values, for one on the meta device."""
+    made: torch.Tensor
+    if isinstance(tensor, DTensor):
+        local = torch.empty_like(tensor.to_local(), device=device)
+        made = DTensor.from_local(
+            local, tensor.device_mesh, tensor.placements, run_check=False,
+            shape=tensor.shape, stride=tensor.stride(),
+        )  # fmt: skip
+    else:
+        made = torch.empty_like(tensor, device=device)
+    return nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
