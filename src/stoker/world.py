@@ -43,3 +43,12 @@ class World:
             launch="/".join(parts) if size > 1 else "",
             job="" if job == "none" else job,
         )
+
+
+def slurm_job() -> str:
+    """The Slurm job that this process is in, in words; empty outside of one."""
+    known = os.environ.get
+    number = known("SLURM_JOB_ID", "")
+    if not number:
+        return ""
+    return f"Slurm job {number}, on node {known('SLURM_NODEID', '0')} of {known('SLURM_JOB_NUM_NODES', '1')}"
