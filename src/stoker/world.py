@@ -8,6 +8,11 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+_OF_A_LAUNCH = (
+    "RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_",
+    "TORCHELASTIC_",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class World:
@@ -43,6 +48,11 @@ class World:
             launch="/".join(parts) if size > 1 else "",
             job="" if job == "none" else job,
         )
+
+
+def environment_of_no_rank() -> dict[str, str]:
+    """This process's environment, without what says which rank of which launch it is."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(_OF_A_LAUNCH)}
 
 
 def slurm_job() -> str:

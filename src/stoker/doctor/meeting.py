@@ -6,7 +6,7 @@ is ended with all that it has started.
 
 from __future__ import annotations
 
-import os
+import contextlib
 import signal
 import subprocess
 import sys
@@ -19,10 +19,9 @@ import psutil
 from stoker import machine, signals, storage
 from stoker.doctor.findings import Finding, ok, problem, said
 from stoker.errors import StokerError
-from stoker.world import World
+from stoker.world import World, environment_of_no_rank
 
 LIMIT = 120.0  # seconds that ranks have, from their start to their end
-_OF_A_LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _PROGRAM = "import sys; from stoker.doctor import meeting; sys.exit(meeting.main(*sys.argv[1:]))"
 _SHORT = "sd-"  # of a folder in which sockets are made, whose whole paths have about a hundred characters
 _TOO_LONG = "AF_UNIX path too long"
@@ -78,9 +77,8 @@ def _started(backend: str, ranks: int, answer: Path, output: Path) -> subprocess
 
 def _environment(backend: str, folder: str) -> Mapping[str, str]:
     """Ours, as of a process which is no rank. By gloo nobody sees a GPU: each rank would want one."""
-    mine = {name: value for name, value in os.environ.items() if name not in _OF_A_LAUNCH}
     hidden = {"CUDA_VISIBLE_DEVICES": ""} if backend == "gloo" else {}
-    return {**mine, **hidden, "TMPDIR": folder}
+    return {**environment_of_no_rank(), **hidden, "TMPDIR": folder}
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -92,7 +90,8 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.kill()
     process.wait()
     for one in family:
-        one.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.kill()
     psutil.wait_procs(family, timeout=5)
 
 
