@@ -110,6 +110,10 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: Any) -> None:
         """Say nothing."""
 
+    def _whoami(self) -> None:
+        known = self.headers.get("Authorization") == f"Bearer {TOKEN}"
+        self._answer(*((200, {"name": "someone"}) if known else (401, {"error": "Invalid username"})))
+
     def _valid(self) -> None:
         self._body()
         self._answer(200, {"errors": [], "warnings": []})
@@ -271,6 +275,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 _NAME = "([^/]+/[^/]+)"
 _GET = {
+    "/api/whoami-v2": "_whoami",
     f"/api/models/{_NAME}(?:/revision/([^/]+))?": "_about",
     f"/api/models/{_NAME}/tree/([^/]+)(?:/.*)?": "_tree",
     f"/datasets/{_NAME}/resolve/([^/]+)/(.+)": "_file_of_dataset",

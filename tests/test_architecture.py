@@ -42,6 +42,7 @@ FLOORS = (
     {"loop"},
     {"language", "preloaded"},
     {"recipes", "report", "launch", "tune"},
+    {"doctor"},
     {"cli"},
     {"integrations"},
 )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import socket
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 
@@ -46,6 +47,69 @@ def keep_cublas_workspaces() -> None:
 def has_cublas_workspaces() -> bool:
     """Whether the environment says which workspaces cuBLAS has."""
     return _CUBLAS in os.environ
+
+
+_MEMBERSHIP = Path("/proc/self/cgroup")
+_CGROUPS = Path("/sys/fs/cgroup")
+
+
+def usable_cores() -> int:
+    """The cores that this process may use: fewer than all of them by its affinity or its cgroup's limit."""
+    everywhere = os.cpu_count() or 1
+    mine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else everywhere
+    return max(1, min(mine, math.ceil(limits().cores or mine)))
+
+
+class Limits(NamedTuple):
+    """What a container, or a scheduler's job, may have; None for what nothing limits."""
+
+    cores: float | None
+    memory: int | None
+    """Bytes."""
+
+
+def limits(membership: Path = _MEMBERSHIP, mounted: Path = _CGROUPS) -> Limits:
+    """The limits of this process's cgroup and of all above it, of either version.
+
+    https://docs.kernel.org/admin-guide/cgroup-v2.html, `cpu.max` and `memory.max`; in version 1
+    `cpu.cfs_quota_us` and `memory.limit_in_bytes`.
+    """
+    cores: list[float] = []
+    memory: list[int] = []
+    for controllers, path in _cgroups(membership):
+        root = mounted / controllers
+        for folder in _up(root, path):
+            quota = _words(folder / "cpu.max") or [
+                *_words(folder / "cpu.cfs_quota_us"), *_words(folder / "cpu.cfs_period_us"),
+            ]  # fmt: skip
+            if len(quota) == 2 and quota[0] not in ("max", "-1"):
+                cores.append(int(quota[0]) / int(quota[1]))
+            most = _words(folder / "memory.max") or _words(folder / "memory.limit_in_bytes")
+            if most and most[0] != "max" and int(most[0]) < psutil.virtual_memory().total:
+                memory.append(int(most[0]))
+    return Limits(min(cores, default=None), min(memory, default=None))
+
+
+def _cgroups(membership: Path) -> list[tuple[str, str]]:
+    """The cgroups that this process is in: the controllers, which are none in version 2, and the path."""
+    try:
+        lines = membership.read_text(encoding="ascii").splitlines()
+    except OSError:
+        return []
+    return [(controllers, path) for _, controllers, path in (line.split(":", 2) for line in lines)]
+
+
+def _up(root: Path, path: str) -> list[Path]:
+    """A cgroup's folder and those above it; within a container some of them are not to be seen."""
+    folder = root / path.lstrip("/")
+    return [folder, *(above for above in folder.parents if above.is_relative_to(root))]
+
+
+def _words(file: Path) -> list[str]:
+    try:
+        return file.read_text(encoding="ascii").split()
+    except OSError:
+        return []
 
 
 def processor() -> str:

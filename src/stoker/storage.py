@@ -163,12 +163,12 @@ def reach_of_locks(path: Path) -> str:
         kernel = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:
         kernel = f"{platform.node()}@{psutil.boot_time():.0f}"
-    return f"{kernel}:{_existing(path).stat().st_dev}"
+    return f"{kernel}:{existing(path).stat().st_dev}"
 
 
 def _file_system_of(path: Path) -> str:
     """The kind of file system that a path is in, as the kernel names it; empty where it does not say."""
-    inside = _existing(path)
+    inside = existing(path)
     known = (inside.stat().st_dev, _mounts(int(time.monotonic())))
     if known not in _KINDS:
         _KINDS.clear()
@@ -199,7 +199,8 @@ def _look_up(path: Path) -> str:
     return mounts[-1].fstype if mounts else ""
 
 
-def _existing(path: Path) -> Path:
+def existing(path: Path) -> Path:
+    """The path itself, or the folder nearest above it that there is."""
     return next(p for p in (path, *path.parents) if p.exists())
 
 

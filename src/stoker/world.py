@@ -10,6 +10,10 @@ from dataclasses import dataclass
 
 PLANNED = "STOKER_PLANNED"
 """The variable that says that ranks are not there, see `World.planned`."""
+_OF_A_LAUNCH = (
+    "RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_",
+    "TORCHELASTIC_",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -49,3 +53,17 @@ class World:
             job="" if job == "none" else job,
             planned=int(known(PLANNED, "0")),
         )
+
+
+def environment_of_no_rank() -> dict[str, str]:
+    """This process's environment, without what says which rank of which launch it is."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(_OF_A_LAUNCH)}
+
+
+def slurm_job() -> str:
+    """The Slurm job that this process is in, in words; empty outside of one."""
+    known = os.environ.get
+    number = known("SLURM_JOB_ID", "")
+    if not number:
+        return ""
+    return f"Slurm job {number}, on node {known('SLURM_NODEID', '0')} of {known('SLURM_JOB_NUM_NODES', '1')}"

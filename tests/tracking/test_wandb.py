@@ -9,9 +9,11 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import psutil
 import pytest
+import wandb
 from stoker.run.directory import RunDirectory
 from stoker.tracking import follower, ledger, wandb_files, wandb_sink
 from stoker.tracking.shipper import Shipper
@@ -111,3 +113,18 @@ def test_what_the_process_of_a_killed_follower_still_writes_is_waited_for(tmp_pa
     wandb_sink._wait_for_its_writer([file])
     assert file.read_bytes() == b"last"
     writer.communicate()
+
+
+def test_a_key_that_wandb_login_has_kept_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = tmp_path / "netrc"
+    monkeypatch.setenv("NETRC", str(kept))
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    kept.write_text("")
+    assert (wandb_sink.key(), wandb_sink.mode()) == ("", "offline")
+    for url in (wandb.Settings().base_url, "https://api.wandb.ai"):
+        host = urlsplit(url).netloc
+        kept.write_text(f"machine {host}\n  login user\n  password of-{host}\n")
+        assert (wandb_sink.key(), wandb_sink.mode()) == (f"of-{host}", "online")
+    monkeypatch.setenv("WANDB_BASE_URL", "https://another.example")
+    assert wandb_sink.mode() == "offline"

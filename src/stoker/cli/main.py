@@ -16,6 +16,7 @@ from stoker.cli import (
     checkpoints,
     data,
     diff,
+    doctor,
     generate,
     jobs,
     models,
@@ -66,6 +67,7 @@ app.add_typer(recipes.app, name="recipes")
 app.add_typer(bench.app, name="bench")
 app.command("ui")(ui.ui)
 app.command("sync")(sync.sync)
+app.command("doctor")(doctor.doctor)
 
 
 def run() -> None:

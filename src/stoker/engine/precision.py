@@ -19,7 +19,10 @@ log = logging.getLogger("stoker")
 Resolved = Literal["fp32", "bf16", "fp16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-_WORTH_IT = 1.5  # times as fast as fp32, for bf16 to be the default
+SPEED = "bf16_speed.json"
+"""The file of the cache that says how fast bf16 is."""
+WORTH_IT = 1.5
+"""Times as fast as fp32, for bf16 to be the default on a CPU."""
 _FEWEST_ROUNDS, _MOST_ROUNDS = 5, 100  # of measuring that
 _MEASURED_SECONDS = 0.1  # after the fewest
 
@@ -30,32 +33,33 @@ def resolve(precision: Precision, device: torch.device, cache: Path) -> Resolved
     A GPU that has bf16 is fast at it. Of CPUs some are and on others it is hundreds of times
     slower than fp32: there it is measured once, and remembered in `cache`.
     """
-    if precision == "fp16" and _bf16_is_native(device):
+    if precision == "fp16" and bf16_is_native(device):
         log.warning("precision=fp16: this GPU has bf16, which is as fast and needs no loss scaling")
     if device.type == "cpu" and precision in ("auto", "bf16"):
-        speed = bf16_speed(cache / "bf16_speed.json")
+        speed = bf16_speed(cache / SPEED)
         if precision == "bf16" and speed < 0.5:
             log.warning("precision=bf16: layers take %.0f times as long as in fp32 on this CPU", 1 / speed)
         if precision == "auto":
-            return "bf16" if speed >= _WORTH_IT else "fp32"
+            return "bf16" if speed >= WORTH_IT else "fp32"
     if precision != "auto":
         return precision
-    return "bf16" if _bf16_is_native(device) else "fp32"
+    return "bf16" if bf16_is_native(device) else "fp32"
 
 
-def bf16_speed(memory: Path) -> float:
+def bf16_speed(memory: Path, *, kept: bool = True) -> float:
     """How many times as fast as in fp32 layers are in bf16 on this CPU. Draws no random number.
 
-    Measured where the file `memory` does not say, and written there.
+    Measured where the file `memory` does not say, and written there, if it is to be kept.
     """
     known = storage.read_json(memory)
     key = measured_for()
     if key not in known:
-        kept = torch.get_rng_state()
+        state = torch.get_rng_state()
         known[key] = _measured_speed()
-        torch.set_rng_state(kept)
-        log.info("bf16 is %.2g times as fast as fp32 on this CPU, measured once", known[key])
-        storage.write_json(memory, known)
+        torch.set_rng_state(state)
+        if kept:
+            log.info("bf16 is %.2g times as fast as fp32 on this CPU, measured once", known[key])
+            storage.write_json(memory, known)
     return float(known[key])
 
 
@@ -78,7 +82,8 @@ def use_tf32(allowed: bool) -> None:
         torch.backends.cudnn.allow_tf32 = allowed
 
 
-def _bf16_is_native(device: torch.device) -> bool:
+def bf16_is_native(device: torch.device) -> bool:
+    """Whether the GPU that is the current one computes in bf16 by itself; False for a CPU."""
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 

@@ -30,22 +30,13 @@ from stoker.run.again import Again
 from stoker.run.directory import RunDirectory
 from stoker.run.view import RunView
 from stoker.stopping import STATUS
+from stoker.world import environment_of_no_rank
 
 CONFIG = "config.yaml"
 FOLDER = "again"
 """In the run that is made: the code that it is made from, and what was asked for."""
 _TOLD = {EXIT_PREEMPTED: "preempted", EXIT_INTERRUPTED: "interrupted"}
 """What a process was told that ended with one of these codes."""
-_OF_A_LAUNCH = (
-    "RANK",
-    "LOCAL_RANK",
-    "GROUP_RANK",
-    "ROLE_RANK",
-    "WORLD_SIZE",
-    "LOCAL_WORLD_SIZE",
-    "MASTER_",
-    "TORCHELASTIC_",
-)
 
 
 @dataclass(frozen=True)
@@ -233,8 +224,7 @@ def _environment(there: Place, seen: RunView, own: Mapping[str, str]) -> dict[st
     reference = seen.record["recipe"].get("reference") or ""
     imported = ":" in reference and ".py" not in reference  # a module, which may stand where it is started
     folders = [*first, *([str(there.cwd)] if imported else []), *(path for path in ours if path)]
-    variables = {k: v for k, v in os.environ.items() if not k.startswith(_OF_A_LAUNCH)}
-    return {**variables, **own, "PYTHONPATH": os.pathsep.join(folders)}
+    return {**environment_of_no_rank(), **own, "PYTHONPATH": os.pathsep.join(folders)}
 
 
 def name_of(record: Path) -> str:

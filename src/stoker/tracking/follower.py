@@ -61,14 +61,25 @@ def enabled() -> tuple[str, ...]:
 
     Raises BadInput for one that is unknown or not installed.
     """
-    names = tuple(name.strip() for name in os.environ.get("STOKER_SINKS", "mlflow").split(","))
+    names = named()
     for name in names:
-        if name not in {*_SINKS, "none", ""}:
-            hint = nearest(name, _SINKS)
-            raise BadInput(f"STOKER_SINKS names {name!r}{hint}; give {', '.join(_SINKS)}, or none")
-        if name in _SINKS and importlib.util.find_spec(name) is None:
-            raise BadInput(f"STOKER_SINKS names {name}, which is not installed: pip install 'stoker[{name}]'")
-    return tuple(dict.fromkeys(name for name in names if name in _SINKS))
+        check(name)
+    return names
+
+
+def named() -> tuple[str, ...]:
+    """As `enabled`, whether there are such sinks or not."""
+    names = (name.strip() for name in os.environ.get("STOKER_SINKS", "mlflow").split(","))
+    return tuple(dict.fromkeys(name for name in names if name not in ("none", "")))
+
+
+def check(name: str) -> None:
+    """Raises BadInput for a sink that is unknown or not installed."""
+    if name not in _SINKS:
+        hint = nearest(name, _SINKS)
+        raise BadInput(f"STOKER_SINKS names {name!r}{hint}; give {', '.join(_SINKS)}, or none")
+    if importlib.util.find_spec(name) is None:
+        raise BadInput(f"STOKER_SINKS names {name}, which is not installed: pip install 'stoker[{name}]'")
 
 
 def spawn(directory: RunDirectory, once: bool = False) -> subprocess.Popen[bytes]:

@@ -36,6 +36,7 @@ _LARGEST_TABLE = 10_000  # rows, what W&B shows
 _WRITER_SECONDS = 10.0
 _FLUSH_SECONDS = 1.0  # what W&B keeps in memory of an offline run; by default a quarter of a minute
 _START_TIMEOUT = 30.0
+_BEFORE = "https://api.wandb.ai"  # under which older versions of W&B keep the key of the same server
 _STEP = "step"
 _SAMPLE = f"{SYSTEM}sample"
 _REFUSED = re.compile(r"[^\w.\-]")
@@ -56,7 +57,7 @@ class WandbSink:
     def open(self, known: str | None, started: float, mark: Any) -> SinkRun:
         """Begin or go on with the W&B run, and learn what it has."""
         self._artifacts = set((mark or {}).get("artifacts", []))
-        online = _mode() == "online"
+        online = mode() == "online"
         if not online:
             files = wandb_files.of_run(self._directory.path, self._id)
             _wait_for_its_writer(files)
@@ -160,13 +161,24 @@ class WandbSink:
         self._artifacts.add(identity)
 
 
-def _mode() -> str:
+def mode() -> str:
     """online or offline: as WANDB_MODE says, else by whether there is a key."""
     asked = os.environ.get("WANDB_MODE", "").lower()
     if asked in ("online", "offline"):
         return asked
-    url = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
-    return "online" if os.environ.get("WANDB_API_KEY") or get_netrc_auth(url) else "offline"
+    return "online" if key() else "offline"
+
+
+def server() -> str:
+    """Where W&B is."""
+    return str(os.environ.get("WANDB_BASE_URL") or wandb.Settings().base_url)
+
+
+def key() -> str:
+    """The key of the environment, else what `wandb login` has kept; empty where there is none."""
+    places = (server(),) if os.environ.get("WANDB_BASE_URL") else (server(), _BEFORE)
+    kept = (get_netrc_auth(place) for place in places)
+    return os.environ.get("WANDB_API_KEY") or next((str(one[1]) for one in kept if one), "")
 
 
 def _settings(started: float) -> Any:

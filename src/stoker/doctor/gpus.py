@@ -1,0 +1,163 @@
+"""What computes: the GPUs, whether this torch reaches them, and how fast they are; else the CPU."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from stoker import machine, storage, words
+from stoker.doctor.findings import Finding, note, ok, problem, said
+
+_LIST = ("nvidia-smi", "-L")
+_NVIDIA, _DISPLAY = "0x10de", "0x03"  # of PCI: a vendor, and the class of what draws or computes
+_BUS = Path("/sys/bus/pci/devices")
+_TAKEN = 0.1  # the share of a GPU's memory that is not worth a word
+_WHERE = "https://pytorch.org/get-started/locally has the line for pip"
+
+
+def check() -> Iterator[Finding]:
+    """The GPUs, each with a small computation; without any, the CPU."""
+    try:
+        import torch
+    except Exception as error:  # a library that it needs is of another version, or not there
+        yield problem(f"torch cannot be imported ({said(error)}): pip install --force-reinstall torch")
+        return
+    driver = _driver()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what is said here better
+        reached = torch.cuda.is_available()
+    if reached:
+        yield ok(f"torch is built for {_built()}; {_shown(driver)}")
+        for number in range(torch.cuda.device_count()):
+            yield _gpu(number)
+        return
+    if driver.gpus:
+        yield why_not(driver, torch.version.cuda, os.environ.get("CUDA_VISIBLE_DEVICES"))
+    elif _on_bus():
+        yield note(
+            "there is an NVIDIA GPU in this machine, and no driver answers: install one; in a container, "
+            "start it with the GPU (docker run --gpus all)"
+        )
+    yield _cpu()
+
+
+class Driver(NamedTuple):
+    """What the NVIDIA driver says, without torch."""
+
+    gpus: Sequence[str] = ()
+    """By name and memory."""
+    version: str = ""
+    cuda: str = ""
+    """The newest CUDA that it runs; empty where it does not say."""
+
+
+def _driver() -> Driver:
+    about = machine.hardware()
+    if about["gpus"]:
+        return Driver(about["gpus"], about["driver"], about["cuda"])
+    listed = machine.output(list(_LIST)) or ""
+    lines = [line.partition(": ")[2].partition(" (")[0] for line in listed.splitlines()]
+    return Driver([line for line in lines if line])
+
+
+def _shown(driver: Driver) -> str:
+    if not driver.version:
+        return "the driver says nothing of itself"
+    return f"driver {driver.version} runs CUDA up to {driver.cuda}"
+
+
+def _built() -> str:
+    import torch
+
+    return f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}"
+
+
+def why_not(driver: Driver, built_for: str | None, visible: str | None) -> Finding:
+    """Why torch does not reach GPUs that the driver has.
+
+    Args:
+        built_for: the CUDA that torch was built for; None for a build without.
+        visible: CUDA_VISIBLE_DEVICES, or None where it is not set.
+    """
+    have = words.some(driver.gpus, 2)
+    if built_for is None:
+        which = f"one for CUDA {driver.cuda} or older" if driver.cuda else "one for CUDA"
+        return problem(f"there is a GPU ({have}), and torch is built for the CPU: install {which}; {_WHERE}")
+    if driver.cuda and _major(driver.cuda) < _major(built_for):
+        return problem(
+            f"driver {driver.version} is too old: it runs CUDA {driver.cuda}, and torch is built for CUDA "
+            f"{built_for}: update the driver, or install torch for CUDA {driver.cuda} or older; {_WHERE}"
+        )
+    if visible is not None:
+        return note(f"CUDA_VISIBLE_DEVICES={visible!r} hides the GPUs ({have}): unset it to train on them")
+    return problem(
+        f"torch does not reach the GPUs ({have}): {_refusal()}; see what `nvidia-smi` says of them"
+    )
+
+
+def _major(version: str) -> int:
+    return int(version.partition(".")[0])
+
+
+def _refusal() -> str:
+    import torch
+
+    try:
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+    except Exception as error:
+        return said(error)
+    return "it does not say why"
+
+
+def _gpu(number: int) -> Finding:
+    """A GPU, having computed something."""
+    import torch
+    from stoker.engine import flops, precision
+
+    device = torch.device("cuda", number)
+    name = torch.cuda.get_device_name(device)
+    try:
+        with torch.cuda.device(device):
+            native = precision.bf16_is_native(device)
+            torch.ones(8, device=device).sum().item()
+            free, total = torch.cuda.mem_get_info(device)
+            peak = flops.peak(device, "bf16" if native else "fp32")
+    except RuntimeError as error:
+        return problem(
+            f"GPU {number}, {name}, does not compute ({said(error)}): see what `nvidia-smi` says of it, and "
+            f"whether this torch is built for it; {_WHERE}"
+        )
+    known = "bf16" if native else "no bf16: fp32, or precision=fp16"
+    memory = f"{words.size(free)} of {words.size(total)} free"
+    text = f"GPU {number}: {name}, {memory}; {known}, {peak.flops / 1e12:.4g} TFLOP/s ({peak.source})"
+    if free < (1 - _TAKEN) * total:
+        return note(f"{text}; other processes hold memory of it, and `nvidia-smi` lists them")
+    return ok(text)
+
+
+def _cpu() -> Finding:
+    from stoker.engine import precision
+
+    speed = precision.bf16_speed(storage.cache_folder() / precision.SPEED, kept=False)
+    usual = "bf16" if speed >= precision.WORTH_IT else "fp32"
+    return ok(
+        f"no GPU: ranks compute on the CPU, in {usual} by default: bf16 is {speed:.2g} times as fast as fp32"
+    )
+
+
+def _on_bus(devices: Path = _BUS) -> bool:
+    """Whether there is an NVIDIA GPU on the PCI bus, whatever the driver says."""
+
+    def says(device: Path, name: str) -> str:
+        try:
+            return (device / name).read_text(encoding="ascii").strip()
+        except OSError:
+            return ""
+
+    return any(
+        says(device, "vendor") == _NVIDIA and says(device, "class").startswith(_DISPLAY)
+        for device in devices.glob("*")
+    )

@@ -1,0 +1,54 @@
+"""What jobs can be submitted to from here, and what this process was started by."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+from stoker import threads
+from stoker.doctor.findings import Finding, note, ok, said
+from stoker.errors import StokerError
+from stoker.launch import jobs, targets
+from stoker.launch.jobspec import JobSpec
+from stoker.world import World, slurm_job
+
+_ANSWER = 15.0  # seconds
+_BRIEF = re.compile(r"; | \(")  # what ends the first part of an error: who submits a job is told the rest
+_CLIENTS: Mapping[str, Callable[[], object]] = {
+    "slurm": functools.partial(shutil.which, "sbatch"),
+    targets.RAY: functools.partial(importlib.util.find_spec, "ray"),
+    "kubernetes": functools.partial(shutil.which, "kubectl"),
+}
+"""What finds a target's client."""
+
+
+def check() -> Iterator[Finding]:
+    """Each target whose client is here is asked whether it would take a small job, which is not submitted."""
+    job, world = slurm_job(), World.current()
+    if job:
+        yield ok(f"this process is in {job}")
+    if world.size > 1:
+        yield ok(f"this process is rank {world.rank} of {world.size}, as torchrun and its kin start them")
+    absent = [name for name in targets.TARGETS if not _CLIENTS[name]()]
+    for name in targets.TARGETS:
+        if name not in absent:
+            yield _asked(name)
+    if absent:
+        yield ok(f"no client of {', '.join(absent)}, which only --on {'|'.join(absent)} needs")
+
+
+def _asked(name: str) -> Finding:
+    spec = JobSpec(name="doctor", command=("true",), folder=Path.cwd())
+    job = jobs.planned(name, spec, Path("runs"), ())
+    asking = threads.begun(lambda: targets.of(name).check(job), f"doctor-{name}")
+    try:
+        asking.result(_ANSWER)
+    except TimeoutError:
+        return note(f"--on {name}: nothing answered within {_ANSWER:.0f} s")
+    except StokerError as error:
+        return note(f"--on {name}: {_BRIEF.split(said(error))[0]}")
+    return ok(f"--on {name}: a cluster answers, and would take a job")

@@ -1,0 +1,126 @@
+"""Whether ranks of this machine can meet: a process group of them, started as a training starts its own.
+
+That is done in a process of its own, with a folder of its own for temporary files: one that hangs in C code
+is ended with all that it has started.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import psutil
+from stoker import machine, signals, storage
+from stoker.doctor.findings import Finding, ok, problem, said
+from stoker.errors import StokerError
+from stoker.world import World, environment_of_no_rank
+
+LIMIT = 120.0  # seconds that ranks have, from their start to their end
+_PROGRAM = "import sys; from stoker.doctor import meeting; sys.exit(meeting.main(*sys.argv[1:]))"
+_SHORT = "sd-"  # of a folder in which sockets are made, whose whole paths have about a hundred characters
+_TOO_LONG = "AF_UNIX path too long"
+_NUMBERS = 2**18  # of a sum over ranks: 1 MiB
+_HINTS = {
+    "gloo": "set GLOO_SOCKET_IFNAME to an interface of this machine (`ip link` lists them), such as lo",
+    "nccl": "NCCL_DEBUG=INFO says more, and NCCL_P2P_DISABLE=1 goes around a bad link between GPUs",
+}
+_NAMES = {"gloo": "gloo", "nccl": "NCCL, a GPU each,"}
+
+
+def check(limit: float = LIMIT) -> Iterator[Finding]:
+    """Two ranks by gloo; and a rank for each GPU by NCCL, where there are several."""
+    yield meet("gloo", 2, limit)
+    gpus = len(machine.visible_gpus())
+    if gpus > 1:
+        yield meet("nccl", gpus, limit)
+
+
+def meet(backend: str, ranks: int, limit: float) -> Finding:
+    """Start ranks and have them add something up; `limit`: seconds from their start to their end."""
+    who = f"{ranks} ranks by {_NAMES[backend]}"
+    begun = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix=_SHORT) as folder:
+        answer, output = Path(folder) / "answer.json", Path(folder) / "output.txt"
+        process = _started(backend, ranks, answer, output)
+        try:
+            process.wait(limit)
+        except subprocess.TimeoutExpired:
+            return problem(f"{who} did not meet within {limit:.0f} s: {_HINTS[backend]}")
+        finally:
+            _end(process)
+        told = storage.read_json(answer)
+        last = output.read_text(encoding="utf-8", errors="replace").strip().rpartition("\n")[2]
+    if "seconds" in told:
+        seconds = time.monotonic() - begun
+        return ok(f"{who} meet in {told['seconds']:.2f} s; with their start and end that is {seconds:.1f} s")
+    reason = told.get("error") or last or f"they were gone with exit code {process.returncode}"
+    hint = "set TMPDIR to a folder of a shorter path" if _TOO_LONG in reason else _HINTS[backend]
+    return problem(f"{who} do not meet ({reason}): {hint}")
+
+
+def _started(backend: str, ranks: int, answer: Path, output: Path) -> subprocess.Popen[bytes]:
+    """The process that starts the ranks."""
+    with output.open("wb") as file:
+        return subprocess.Popen(
+            [sys.executable, "-P", "-c", _PROGRAM, backend, str(ranks), str(answer)],
+            env=_environment(backend, str(output.parent)),
+            stdin=subprocess.DEVNULL, stdout=file, stderr=file,
+            start_new_session=True,  # Ctrl-C is for this process alone
+        )  # fmt: skip
+
+
+def _environment(backend: str, folder: str) -> Mapping[str, str]:
+    """Ours, as of a process which is no rank. By gloo nobody sees a GPU: each rank would want one."""
+    hidden = {"CUDA_VISIBLE_DEVICES": ""} if backend == "gloo" else {}
+    return {**environment_of_no_rank(), **hidden, "TMPDIR": folder}
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a process with all that it has started, and wait until they are gone."""
+    try:
+        family = psutil.Process(process.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        family = []
+    process.kill()
+    process.wait()
+    for one in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.kill()
+    psutil.wait_procs(family, timeout=5)
+
+
+def _rank(backend: str, answer: str) -> int:
+    """What each rank does."""
+    import torch
+    from stoker import distributed
+    from stoker.engine import device as devices
+
+    world = World.current()
+    begun = time.perf_counter()
+    device = devices.pick(world) if backend == "nccl" else torch.device("cpu")
+    distributed.join(world, backend)
+    total = distributed.all_reduce(torch.ones(_NUMBERS, device=device))
+    if not torch.all(total == world.size):
+        raise RuntimeError(f"the sum of {world.size} ones is {total[0].item()}")
+    if world.rank == 0:
+        storage.write_json(Path(answer), {"seconds": time.perf_counter() - begun})
+    return 0
+
+
+def main(backend: str, ranks: str, answer: str) -> int:
+    """The process that starts the ranks; what they say is in the file `answer`."""
+    from stoker.launch import local
+
+    if (end_with_parent := signals.at_parents_death(signal.SIGKILL)) is not None:
+        end_with_parent()
+    try:
+        return local.run(_rank, (backend, answer), nproc=int(ranks))
+    except StokerError as error:
+        storage.write_json(Path(answer), {"error": getattr(error, "brief", "") or said(error)})
+        return error.exit_code
