@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -9,6 +10,10 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+# Before torch is imported, of which this process has one thread too: beside other workers of pytest, threads
+# that wait for each other at the end of each operation keep the cores that they wait for.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import fsspec
 import pytest
@@ -140,7 +145,10 @@ def proxy(s3: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "someone")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    monkeypatch.setenv("FSSPEC_S3", '{"config_kwargs": {"read_timeout": 1, "connect_timeout": 1}}')
+    # No patience of the driver's own: what is tried again is by ours, and by s3fs.
+    monkeypatch.setenv("FSSPEC_S3", json.dumps({"config_kwargs": {
+        "read_timeout": 1, "connect_timeout": 1, "retries": {"mode": "standard", "max_attempts": 1}
+    }}))  # fmt: skip
     monkeypatch.setattr(object_store, "_away_until", {})
     object_store._file_system.cache_clear()  # of another test's server and credentials
     fsspec.get_filesystem_class("s3").clear_instance_cache()

@@ -36,6 +36,7 @@ _MODULES = [
     "deepspeed",
     "stoker.loop",
     "stoker.cli.main",
+    "peft",
     "stoker.tracking.mlflow_sink",
     "synthetic_run",
     "ranks",

@@ -195,7 +195,7 @@ def test_a_store_that_stays_away_costs_nothing_and_is_said_to(
 ) -> None:
     """It answers nothing from step 50 on; the run trains to its end, and goes there later."""
     env = machine("one")
-    same = ("train", RECIPE, *SLOW, "pause=0.1", "--name", "a", "--runs", url)
+    same = ("train", RECIPE, *SLOW, "pause=0.1", "pause_from=50", "--name", "a", "--runs", url)
     short = "" if SOAK else "from stoker.run import uploader; uploader.FINISH_PATIENCE = 5.0"
     process = start(*same, env=env, first=short)
     _wait_for_copy(tmp_path, url, process)
