@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping, Set
 from typing import Any, Literal, cast
 
 import torch
-from stoker import distributed, evaluation, storage, supervision
+from stoker import distributed, evaluation, storage, supervision, words
 from stoker.attempt import Run
 from stoker.checkpoint import manifest, planning, state
 from stoker.checkpoint.frozen import Frozen
@@ -392,6 +392,7 @@ class Trainer:
         }  # fmt: skip
         found = self._imagination.result(offloaded=self.strategy == "fsdp" and self.training.fsdp.offload)
         storage.write_json(self.run.directory.logs / imagined.FILE, {**about, **found})
+        imagined.remember(self.run.directory, self.world.size, found["peak"])
 
     def _conclude(self) -> None:
         """The script is over without an error: save what a loop left that it ended by `break`."""
@@ -413,6 +414,20 @@ class Trainer:
             self._finish_saving()
         self._say_spent(over=True)
         self._heart.pause()
+        self._compare_with_plan()
+
+    def _compare_with_plan(self) -> None:
+        """Say how near a plan of this config came, if there was one. On a CPU the peak is not of tensors."""
+        if self.device.type != "cuda" or self.world.rank > 0:
+            return
+        planned = imagined.remembered(self.run.directory, self.world.size)
+        if planned is not None:
+            peak = memory.peak(self.device)
+            self.run.event("planned", peak=planned, measured=peak)
+            log.info(
+                "peak memory %s; the plan was %s (%+.1f%%)",
+                words.size(peak), words.size(planned), 100 * (planned / peak - 1),
+            )  # fmt: skip
 
     def _write_timing(self, timed: Timed) -> None:
         assert self._loader is not None

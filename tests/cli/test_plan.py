@@ -9,6 +9,8 @@ import pytest
 from stoker import recipes
 from stoker.cli import plan
 from stoker.config import resolve
+from stoker.engine import imagined
+from stoker.run.directory import RunDirectory
 from transformers import LlamaConfig
 
 import families
@@ -168,6 +170,17 @@ def test_a_loop_of_one_s_own_is_planned_until_it_asks_for_values(stoker: Command
     assert "asks.py:23: print(trainer.model(torch.zeros(1, 8)).sum().item()) asks for some" in done.err
     none = _script(tmp_path / "none.py", before="return")
     assert "ended before its second step" in stoker("plan", str(none)).err
+
+
+def test_a_run_of_the_same_config_knows_what_was_planned(stoker: Command, tmp_path: Path) -> None:
+    script = str(_script(tmp_path / "planned_first.py"))
+    plan = stoker("plan", script, "precision=fp32", "--json").answer
+    assert stoker("train", script, "precision=fp32", "--name", "same").code == 0
+    assert stoker("train", script, "precision=bf16", "--name", "another").code == 0
+    same, another = (RunDirectory(tmp_path / "runs" / "planned_first" / name) for name in ("same", "another"))
+    assert imagined.remembered(same, 1) == plan["peak"]
+    assert imagined.remembered(same, 2) is None
+    assert imagined.remembered(another, 1) is None
 
 
 def _script(file: Path, before: str = "", within: str = "run.log(loss=trainer.step(batch))") -> Path:

@@ -94,6 +94,15 @@ def test_a_profile_and_what_the_gpu_does_are_kept(stoker: Command, tmp_path: Pat
     assert report.code == 0, report.err
 
 
+def test_a_run_says_how_near_its_plan_came(stoker: Command, tmp_path: Path) -> None:
+    given = "llm", *SMALL, "precision=bf16"
+    assert stoker("plan", *given).code == 0
+    done = stoker("train", *given, "--name", "planned")
+    assert "; the plan was " in done.err
+    events = loaded(tmp_path / "runs" / "llm" / "planned").directory.journal.glob("*.jsonl")
+    assert any('"planned"' in file.read_text() for file in events)
+
+
 def test_more_ranks_than_gpus_are_refused(stoker: Command) -> None:
     done = stoker("train", "llm", *SMALL, "batch_size=64", "--nproc", "64")
     assert done.code == 2

@@ -127,7 +127,7 @@ class Asked:
             run = Run(
                 "plan", "plan", config=resolved.config, runs=Path(folder), sources=resolved.sources,
                 recipe={"name": self.recipe.name, "reference": self.recipe.reference},
-                seed=int(getattr(resolved.config, "seed", 0)),
+                seed=int(getattr(resolved.config, "seed", 0)), code=self.recipe.code,
             )  # fmt: skip
             with _explained(self.recipe):
                 train.work_on(run, self.recipe, resolved.config, trial=True)

@@ -9,17 +9,21 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
+import json
 import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+from stoker import storage
 from stoker.engine import batches
 from stoker.engine.allocations import Allocations, Key
 from stoker.engine.ema import Ema
 from stoker.engine.options import Training
 from stoker.engine.step import Step
 from stoker.engine.strategies import Load
+from stoker.run.directory import RunDirectory
 from stoker.world import World
 from torch import nn
 from torch._subclasses.fake_tensor import (
@@ -48,6 +52,27 @@ NEEDS_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
 """What is raised where values are asked for, and no answer takes the most memory."""
 
 _aten = torch.ops.aten
+
+
+_REMEMBERED = "plans.json"
+
+
+def remember(run: RunDirectory, ranks: int, peak: int) -> None:
+    """Let runs of the recipe and config of this one know its peak, in bytes."""
+    file = storage.cache_folder() / _REMEMBERED
+    storage.write_json(file, {**storage.read_json(file), _key(run, ranks): peak})
+
+
+def remembered(run: RunDirectory, ranks: int) -> int | None:
+    """The peak that a plan has found for a run's recipe and config, on so many ranks; None without one."""
+    found: int | None = storage.read_json(storage.cache_folder() / _REMEMBERED).get(_key(run, ranks))
+    return found
+
+
+def _key(run: RunDirectory, ranks: int) -> str:
+    record = run.record()
+    about = {"recipe": record["recipe"], "config": record["config"], "ranks": ranks}
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
 
 class Unknown(dict[str, float]):
