@@ -51,7 +51,7 @@ def _imagine(world: World) -> None:
     """A group of ranks that are not there: what is sent goes nowhere."""
     from torch.testing._internal.distributed.fake_pg import FakeStore  # which makes the backend known
 
-    dist.init_process_group("fake", rank=world.rank, world_size=world.size, store=FakeStore())
+    dist.init_process_group("fake", rank=world.planned_rank, world_size=world.size, store=FakeStore())
 
 
 def _are_there() -> bool:

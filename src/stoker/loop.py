@@ -388,7 +388,8 @@ class Trainer:
         share = batches.size(batch, self._cut.share)
         about = {
             "parallel": self.strategy, "precision": self.precision, "ranks": self.world.size,
-            "memory": self.world.planned, "share": share, "micro_batch": self._cut.size or share,
+            "rank": self.world.planned_rank, "memory": self.world.planned, "share": share,
+            "micro_batch": self._cut.size or share,
         }  # fmt: skip
         found = self._imagination.result(offloaded=self.strategy == "fsdp" and self.training.fsdp.offload)
         storage.write_json(self.run.directory.logs / imagined.FILE, {**about, **found})
@@ -592,7 +593,9 @@ class Trainer:
         self._note("computed")
         on_device = batches.to_device(batch, self.device, channels_last=self.training.channels_last)
         parts = self._cut.of(on_device)
-        return parts if self._imagination is None else itertools.islice(parts, imagined.PARTS)
+        if self._imagination is None or self.strategy == "pipeline":
+            return parts
+        return itertools.islice(parts, imagined.PARTS)
 
     def forward(self, batch: Any) -> Any:
         """The model's output for a batch on the device."""

@@ -9,7 +9,8 @@ import os
 from dataclasses import dataclass
 
 PLANNED = "STOKER_PLANNED"
-"""The variable that says that ranks are not there, see `World.planned`."""
+PLANNED_RANK = "STOKER_PLANNED_RANK"
+"""The variables that say that ranks are not there, and which is planned, see `World.planned`."""
 _OF_A_LAUNCH = (
     "RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_",
     "TORCHELASTIC_",
@@ -31,6 +32,8 @@ class World:
     """What the relaunches of one job share, where its launcher gave it a name of its own."""
     planned: int = 0
     """Of ranks that are not there, as `stoker plan` has them: bytes of memory that each would have."""
+    planned_rank: int = 0
+    """The one of them whose share of the model this is; all else here is done as rank 0."""
 
     @classmethod
     def current(cls) -> World:
@@ -52,6 +55,7 @@ class World:
             launch="/".join(parts) if size > 1 else "",
             job="" if job == "none" else job,
             planned=int(known(PLANNED, "0")),
+            planned_rank=int(known(PLANNED_RANK, "0")),
         )
 
 

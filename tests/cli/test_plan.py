@@ -135,6 +135,14 @@ def test_sharded_weights_are_a_rank_s_part_of_them(stoker: Command, llama: list[
     assert not Path("runs").exists()
 
 
+def test_of_a_pipeline_the_stage_that_takes_the_most_is_said(stoker: Command, llama: list[str]) -> None:
+    stages = "parallel=pipeline", "batch_size=8", "micro_batch=1", "--nproc", "2"
+    found = stoker("plan", "llm", *llama, *stages, "--json").answer
+    assert found["rank"] == 1, "which has the logits"
+    assert found["weights"] == pytest.approx(666_914_816 * 4 / 2, rel=0.01)
+    assert "its stage of rank 1 takes the most" in stoker("plan", "llm", *llama, *stages).out
+
+
 def test_the_cheapest_change_that_makes_it_fit_is_said(stoker: Command, llama: list[str]) -> None:
     lora = "lora.rank=8", "batch_size=4", "precision=bf16"
     done = stoker("plan", "llm", *llama, *lora, "--memory", "3GB", "--json")
@@ -194,7 +202,6 @@ def _script(file: Path, before: str = "", within: str = "run.log(loss=trainer.st
         (["text", "--memory", "lots"], "--memory lots: give what a GPU has, such as 80GB or 24GiB"),
         (["text", "--memory", "0GB"], "--memory 0GB: give what a GPU has"),
         (["text", "parallel=deepspeed"], "parallel=fsdp shards what ZeRO 3 does"),
-        (["text", "parallel=pipeline", "--nproc", "2"], "parallel=pipeline cannot be planned"),
         (["text", "batch_size=7", "--nproc", "2"], "the nearest that can is 6 or 8"),
         (["text", "batch=7"], "did you mean"),
         (["txet"], "did you mean 'text'"),

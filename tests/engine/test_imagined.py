@@ -13,6 +13,7 @@ import pytest
 import stoker
 import torch
 from stoker.engine.allocations import Allocations
+from stoker.engine.options import Pipeline
 from stoker.errors import Stopped
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -60,10 +61,17 @@ def loss(output: torch.Tensor, batch: Any) -> tuple[torch.Tensor, int]:
     return cross_entropy(output, batch[1], reduction="sum"), len(batch[1])
 
 
+def in_a_row() -> nn.Sequential:
+    """The same, as a pipeline cuts it."""
+    net = Net()
+    return nn.Sequential(net.enter, *net.blocks, nn.Flatten(), nn.Linear(128 * 256, 10))
+
+
 def trainer_of(run: stoker.Run, settings: dict[str, Any]) -> stoker.Trainer:
     torch.manual_seed(0)
+    model = in_a_row() if settings.get("parallel") == "pipeline" else Net()
     return stoker.Trainer(
-        run, Net(), optimizer=lambda ps: torch.optim.AdamW(ps, lr=1e-3), loss=loss,
+        run, model, optimizer=lambda ps: torch.optim.AdamW(ps, lr=1e-3), loss=loss,
         training=Config(**settings),
     )  # fmt: skip
 
@@ -73,16 +81,16 @@ def batches_of(trainer: stoker.Trainer) -> Iterator[Any]:
 
 
 def really(folder: Path, settings: dict[str, Any]) -> int:
-    """Bytes at the peak of a rank's second step: what it holds before, and what the allocator gives."""
+    """Bytes at the peak of a rank's first two steps: what it holds before, and what the allocator gives."""
     with stoker.Run("test", "real", runs=folder, config=None) as run:
         trainer = trainer_of(run, settings)
-        for number, batch in enumerate(batches_of(trainer)):
-            if number != 1:
-                trainer.step(batch)
-                continue
-            before = held(trainer)
-            with torch.profiler.profile(profile_memory=True) as profile:
-                trainer.step(batch)
+        batches = batches_of(trainer)
+        first, before = next(batches), held(trainer)
+        with torch.profiler.profile(profile_memory=True) as profile:
+            trainer.step(first)
+            trainer.step(next(batches))
+        for batch in batches:
+            trainer.step(batch)
     now = most = 0
     for event in profile.profiler.kineto_results.events():  # type: ignore[union-attr]
         if event.name() == "[memory]":
@@ -92,16 +100,18 @@ def really(folder: Path, settings: dict[str, Any]) -> int:
 
 
 def held(trainer: stoker.Trainer) -> int:
-    state = [t for of in trainer.optimizer.state.values() for t in of.values() if isinstance(t, torch.Tensor)]
-    everything = [*trainer.model.parameters(), *trainer.model.buffers(), *state]
+    everything = [*trainer.model.parameters(), *trainer.model.buffers()]
     local = [t.to_local() if isinstance(t, DTensor) else t for t in everything]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in local}.values())
 
 
-def imagined(folder: Path, settings: dict[str, Any], size: int) -> dict[str, Any]:
-    """What a plan of so many ranks says."""
-    os.environ.update(WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size), STOKER_PLANNED=str(2**34))
-    run = stoker.Run("test", "planned", runs=folder, config=None)
+def imagined(folder: Path, settings: dict[str, Any], size: int, rank: int = 0) -> dict[str, Any]:
+    """What a plan of so many ranks says of one."""
+    os.environ.update(
+        WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size), STOKER_PLANNED=str(2**34),
+        STOKER_PLANNED_RANK=str(rank),
+    )  # fmt: skip
+    run = stoker.Run("test", f"planned-{rank}", runs=folder, config=None)
     with pytest.raises(Stopped) as stopped:
         _train(run, settings)
     assert stopped.value.status == "planned"
@@ -133,8 +143,8 @@ def _train(run: stoker.Run, settings: dict[str, Any]) -> None:
 def test_the_peak_is_that_of_a_real_step(settings: dict[str, Any], size: int, tmp_path: Path) -> None:
     real, *_ = ranks.run(really, size, tmp_path, tmp_path, settings)
     (plan,) = ranks.run(imagined, 1, tmp_path, tmp_path, settings, size)
-    # When FSDP lets go of what it has reduced depends on when the other rank was there.
-    near = 0.05 if settings.get("parallel") == "fsdp" else 0.02
+    # Under FSDP gloo makes copies of its own of what it reduces, as NCCL does not.
+    near = 0.1 if settings.get("parallel") == "fsdp" else 0.02
     assert plan["peak"] == pytest.approx(real, rel=near)
     kinds = ("weights", "gradients", "optimizer", "gathered", "activations")
     assert sum(plan[kind] for kind in kinds) == plan["peak"]
@@ -142,6 +152,19 @@ def test_the_peak_is_that_of_a_real_step(settings: dict[str, Any], size: int, tm
     share = size if settings.get("parallel") == "fsdp" else 1
     assert plan["weights"] == pytest.approx(whole / share, rel=0.01)
     assert plan["optimizer"] == pytest.approx(2 * whole / share, rel=0.01)
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
+def test_each_stage_of_a_pipeline_is_planned_as_it_is(schedule: str, tmp_path: Path) -> None:
+    settings = {
+        "precision": "fp32", "parallel": "pipeline", "micro_batch": 2,
+        "pipeline": Pipeline(schedule=schedule),
+    }  # fmt: skip
+    real = ranks.run(really, 2, tmp_path, tmp_path, settings)
+    plans = [ranks.run(imagined, 1, tmp_path, tmp_path, settings, 2, rank)[0] for rank in range(2)]
+    assert [plan["rank"] for plan in plans] == [0, 1]
+    for plan, measured in zip(plans, real, strict=True):
+        assert plan["peak"] == pytest.approx(measured, rel=0.03)
 
 
 def test_what_is_let_go_is_not_held_at_the_peak() -> None:

@@ -29,7 +29,7 @@ from stoker.config import Resolved
 from stoker.engine import options
 from stoker.errors import EXIT_FAILED, BadInput, line_of
 from stoker.recipes import Recipe
-from stoker.world import PLANNED
+from stoker.world import PLANNED, PLANNED_RANK
 
 log = logging.getLogger("stoker")
 
@@ -50,6 +50,8 @@ class Plan:
     parallel: str
     precision: str
     ranks: int
+    rank: int
+    """The one that takes the most: of a pipeline, the first of a stage."""
     memory: int
     """What each of them has."""
     share: int
@@ -123,7 +125,12 @@ class Asked:
         _check(resolved.config)
         ranks = ranks or self.nproc * self.nodes
         train.check(self.recipe, resolved.config, ranks, ranks)
-        with tempfile.TemporaryDirectory(prefix="stoker-plan-") as folder, _imagined(self, ranks):
+        made = [self._one(resolved, ranks, rank) for rank in _unlike(resolved.config, ranks)]
+        return max(made, key=lambda plan: plan.peak)
+
+    def _one(self, resolved: Resolved[Any], ranks: int, rank: int) -> Plan:
+        """What a rank of them takes."""
+        with tempfile.TemporaryDirectory(prefix="stoker-plan-") as folder, _imagined(self, ranks, rank):
             run = Run(
                 "plan", "plan", config=resolved.config, runs=Path(folder), sources=resolved.sources,
                 recipe={"name": self.recipe.name, "reference": self.recipe.reference},
@@ -229,29 +236,31 @@ def _is_automatic(resolved: Resolved[Any]) -> bool:
 
 
 def _check(config: Any) -> None:
-    """Raises BadInput for strategies whose step goes through what cannot be imagined."""
+    """Raises BadInput for a strategy whose step goes through what cannot be imagined."""
     parallel = config.parallel if isinstance(config, options.Training) else ""
     if parallel == "deepspeed":
         raise BadInput(
             "parallel=deepspeed cannot be planned: DeepSpeed's engine asks tensors for values. parallel=fsdp "
             "shards what ZeRO 3 does, and with fsdp.reshard_after_forward=false what ZeRO 2 does"
         )
-    if parallel == "pipeline":
-        raise BadInput(
-            "parallel=pipeline cannot be planned: what a stage takes depends on what the others send it. "
-            "Plan parallel=fsdp, which shares out the same weights"
-        )
+
+
+def _unlike(config: Any, ranks: int) -> range:
+    """Ranks that stand for all others: the first of each stage of a pipeline, else the first."""
+    if not isinstance(config, options.Training) or config.parallel != "pipeline":
+        return range(1)
+    return range(0, ranks, ranks // (config.pipeline.ranks or ranks))
 
 
 @contextlib.contextmanager
-def _imagined(asked: Asked, ranks: int) -> Iterator[None]:
-    """This process is the first of so many ranks, of which the others are not there."""
+def _imagined(asked: Asked, ranks: int, rank: int) -> Iterator[None]:
+    """This process is one of so many ranks, of which the others are not there."""
     from stoker import distributed
 
     local = min(asked.nproc, ranks)
     place = {
         "RANK": "0", "WORLD_SIZE": str(ranks), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": str(local),
-        PLANNED: str(asked.memory), "STOKER_SINKS": "none",
+        PLANNED: str(asked.memory), PLANNED_RANK: str(rank), "STOKER_SINKS": "none",
     }  # fmt: skip
     before = {name: os.environ.get(name) for name in place}
     os.environ.update(place)
@@ -308,6 +317,8 @@ def _show(recipe: str, made: Plan, advice: tuple[Changes, Plan] | None) -> None:
             table.add_row(f"  {text}", words.size(size))
     table.add_row(f"  at the peak, {_MOMENTS[made.moment]}", words.size(made.peak))
     out.print(table)
+    if made.parallel == "pipeline":
+        out.print(f"\nits stage of rank {made.rank} takes the most")
     share = made.peak / made.memory
     if made.fits:
         out.print(f"\nit fits: {share:.0%} of a rank's memory")

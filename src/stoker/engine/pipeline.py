@@ -29,6 +29,7 @@ from stoker.engine.step import (
 from stoker.errors import BadInput
 from torch import nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
+from torch.utils._python_dispatch import _disable_current_modes
 
 _SCHEDULES: dict[str, Any] = {
     "gpipe": ScheduleGPipe, "1f1b": Schedule1F1B, "interleaved": ScheduleInterleaved1F1B,
@@ -58,10 +59,14 @@ class PipelineStep:
         self._held = list(range(self._mesh.stage, self._count, self._ranks))
         self.model = stages.take(model, made, self._held)
         device.move(self.model, self._mesh.device)
-        load(self.model, self._mesh.device, "")
-        self._stages = [
-            _Stage(stages.take(model, made, [n]), n, self._count, made.prefix, self) for n in self._held
+        planned = self._mesh.world.planned > 0  # the other ranks are not there: this one has their stages too
+        load(model if planned else self.model, self._mesh.device, "")
+        known = [
+            _Stage(stages.take(model, made, [n]), n, self._count, made.prefix, self)
+            for n in (range(self._count) if planned else self._held)
         ]
+        self._stages = [stage for stage in known if stage.index in self._held]
+        self._imagined = known if planned else []
         del model
         self._called = [self._data_parallel(stage, training) for stage in self._stages]
         self.optimizers = build_optimizers(self.model, make)
@@ -136,7 +141,7 @@ class PipelineStep:
 
     def _loss(self, output: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
         with self._setting.autocast():
-            loss_sum, weight = self._setting.loss_of(self._stages[-1].whole(output), self.parts[int(number)])
+            loss_sum, weight = self._setting.loss_of(self._stages[-1].whole(output), self.part(number))
         self._collected.append((loss_sum.detach(), weight))
         return loss_sum * self._setting.scale.factor
 
@@ -157,9 +162,25 @@ class PipelineStep:
         parts = self.parts
         was_training = self.model.training
         self.model.eval()  # draws no random number, changes no statistics
-        self.forward(parts[0])
+        if self._imagined:
+            self._imagine()
+        else:
+            self.forward(parts[0])
         self.model.train(was_training)
         self.parts = parts
+
+    @torch.no_grad()
+    def _imagine(self) -> None:
+        """As `forward`, in a plan: through the stages of ranks that are not there, which send nothing."""
+        received = None
+        with _disable_current_modes():  # their weights are not this rank's, and not to be followed
+            for stage in self._imagined:
+                stage.seen = (received, stage(received, torch.zeros(1, dtype=torch.long)))
+                received = stage.seen[1]
+
+    def part(self, number: torch.Tensor) -> Any:
+        """A micro-batch of the step under way; in a plan, which has no numbers, any."""
+        return self.parts[0] if self._imagined else self.parts[int(number)]
 
     def _pipeline_stage(self, stage: _Stage, called: nn.Module) -> PipelineStage:
         received, output = stage.seen
@@ -209,7 +230,7 @@ class _Stage(nn.Module):
 
     def forward(self, received: torch.Tensor | None, number: torch.Tensor) -> Any:
         step = self._step[0]
-        inputs = step._setting.inputs(step.parts[int(number)])
+        inputs = step._setting.inputs(step.part(number))
         with contextlib.nullcontext() if self.casts else step._setting.autocast():
             return self._output(inputs, received)
 
