@@ -35,6 +35,7 @@ from torch._subclasses.fake_tensor import (
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils._python_dispatch import _disable_current_modes
 
 STEPS = 2
 """How many steps are gone: in the second there is all that the first one makes, as the optimizer's state."""
@@ -186,6 +187,13 @@ class Imagination:
 
     def _after_update(self, *_: Any) -> None:
         self._updating = False
+
+
+@contextlib.contextmanager
+def unfollowed() -> Iterator[None]:
+    """What is done within, in a step, is not of this rank."""
+    with _disable_current_modes(), _WithoutValues():
+        yield
 
 
 class _WithoutValues(Allocations):  # type: ignore[no-untyped-call]

@@ -29,7 +29,6 @@ from stoker.engine.step import (
 from stoker.errors import BadInput
 from torch import nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
-from torch.utils._python_dispatch import _disable_current_modes
 
 _SCHEDULES: dict[str, Any] = {
     "gpipe": ScheduleGPipe, "1f1b": Schedule1F1B, "interleaved": ScheduleInterleaved1F1B,
@@ -172,8 +171,10 @@ class PipelineStep:
     @torch.no_grad()
     def _imagine(self) -> None:
         """As `forward`, in a plan: through the stages of ranks that are not there, which send nothing."""
+        from stoker.engine import imagined
+
         received = None
-        with _disable_current_modes():  # their weights are not this rank's, and not to be followed
+        with imagined.unfollowed():  # their weights are not this rank's, and not to be followed
             for stage in self._imagined:
                 stage.seen = (received, stage(received, torch.zeros(1, dtype=torch.long)))
                 received = stage.seen[1]
