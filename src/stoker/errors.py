@@ -16,7 +16,7 @@ from types import TracebackType
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
-EXIT_DIFFERS = 3  # of `stoker reproduce`: it ran, and the result is another
+EXIT_DIFFERS = 3  # of `stoker reproduce`: the result is another; of `stoker plan`: it does not fit
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: what Slurm and others take as "requeue me"
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 

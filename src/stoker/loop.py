@@ -816,6 +816,8 @@ class Trainer:
         Args:
             wanted: whether a tensor of this name is; the same on every rank.
         """
+        if self._imagination is not None:
+            return {}
         with self.averaged():
             return whole.state_dict(self._step, self.mesh, wanted)
 
@@ -863,7 +865,7 @@ class Trainer:
         Training goes on once it is copied to host memory, while a thread writes it; `steps` waits
         for the last one. Raises OSError where the one before could not be written (a full disk).
         """
-        if self._saved_step == self.steps_done:
+        if self._saved_step == self.steps_done or self._imagination is not None:
             return
         if wrong := self._losses.look():
             raise StokerError(f"by step {self.steps_done} {wrong}: what came of it is not saved")

@@ -27,7 +27,7 @@ from stoker.cli.output import Json, console, print_json, show_messages
 from stoker.cli.train import ConfigFile, Overrides
 from stoker.config import Resolved
 from stoker.engine import options
-from stoker.errors import EXIT_FAILED, BadInput, line_of
+from stoker.errors import EXIT_DIFFERS, BadInput, line_of
 from stoker.recipes import Recipe
 from stoker.world import PLANNED, PLANNED_RANK
 
@@ -36,7 +36,7 @@ log = logging.getLogger("stoker")
 ROOM = 0.9
 """Of a rank's memory, what a step may take: CUDA itself, its libraries and gaps between tensors take some."""
 
-_UNITS = {"": 1, "M": 2**20, "G": 2**30, "MI": 2**20, "GI": 2**30}
+_UNITS = {"M": 2**20, "G": 2**30, "MI": 2**20, "GI": 2**30}
 _MOST_RANKS = 1024
 
 Changes = tuple[str, ...]
@@ -79,7 +79,7 @@ def plan(
     nproc: Annotated[int, typer.Option("--nproc", min=1, metavar="N", help="Ranks of a machine.")] = 1,
     nodes: Annotated[int, typer.Option("--nodes", min=1, metavar="N", help="Machines.")] = 1,
     memory: Annotated[
-        str, typer.Option("--memory", metavar="SIZE", help="What a GPU has, such as 80GB or 24GiB.")
+        str, typer.Option("--memory", metavar="SIZE", help="What a GPU has, as it is sold: 80GB, 24GB.")
     ] = "80GB",
     json: Json = False,
 ) -> int:
@@ -87,13 +87,13 @@ def plan(
 
     The recipe runs as it is up to its second step, on this machine's CPU, with tensors that have shapes and
     no values: no GPU is needed, no weights are read, and a model of any size is planned in seconds. Where a
-    step does not fit, the cheapest change that makes it fit is looked for. Exit code 1: it does not fit.
+    step does not fit, the cheapest change that makes it fit is looked for. Exit code 3: it does not fit.
     """
     show_messages(logging.ERROR)
     warnings.filterwarnings("ignore")  # of tensors without values; what a training warns of it says itself
     has = _bytes(memory)
     found = recipes.load(recipe)
-    resolved = configs.resolve(found.config, overrides or (), config)
+    resolved = configs.resolve(found.config, overrides or (), recipes.config_file(config))
     asked = Asked(found, resolved, nproc, nodes, has)
     with _working() as say:
         say(f"a step of {found.name}")
@@ -106,7 +106,7 @@ def plan(
         })  # fmt: skip
     else:
         _show(found.name, made, advice)
-    return 0 if made.fits else EXIT_FAILED
+    return 0 if made.fits else EXIT_DIFFERS
 
 
 @dataclass(frozen=True)
@@ -121,6 +121,8 @@ class Asked:
 
     def plan(self, changes: Changes = (), ranks: int | None = None) -> Plan:
         """Of the config with some changes, on so many ranks. Raises BadInput."""
+        if getattr(self.resolved.config, "kernels", "torch") != "torch":
+            changes = (*changes, "kernels=torch")  # the others take a GPU
         resolved = configs.changed(self.resolved, changes)
         _check(resolved.config)
         ranks = ranks or self.nproc * self.nodes
@@ -152,8 +154,8 @@ class Asked:
     def what_fits(self, made: Plan, say: Any) -> tuple[Changes, Plan] | None:
         """The cheapest change with which what does not fit would: none changes what a run computes.
 
-        In this order: smaller micro-batches; activations computed again in the backward pass; sharded
-        weights; more ranks.
+        In this order: smaller micro-batches; weights sharded over the ranks that there are; activations
+        computed again in the backward pass; more ranks.
         """
         for changes, ranks in self._candidates(made):
             say(", ".join((*changes, *([f"{ranks} ranks"] if ranks != made.ranks else []))))
@@ -162,7 +164,7 @@ class Asked:
             except BadInput as error:
                 log.debug("%s: %s", changes, error)
                 continue
-            if found.fits and found.share == 1:
+            if found.fits and (found.share == 1 or _is_automatic(self.resolved)):
                 return _but_micro_batch(changes), found
             if found.fits:
                 return self._largest(changes, found, made.micro_batch) or (changes, found)
@@ -172,18 +174,25 @@ class Asked:
         config = self.resolved.config
         if not isinstance(config, options.Training):
             return
-        smallest: Changes = ("micro_batch=1",) if made.micro_batch > 1 else ()
-        if smallest:
-            yield smallest, made.ranks
-        recomputed: Changes = (*smallest, "activation_checkpointing=full")
-        if config.activation_checkpointing != "full":
-            yield recomputed, made.ranks
-        sharded: Changes = recomputed if made.parallel == "fsdp" else (*recomputed, "parallel=fsdp")
-        if made.parallel in ("single", "ddp", "fsdp"):
-            ranks = made.ranks if made.parallel == "ddp" else made.ranks * 2
-            while ranks <= _MOST_RANKS:
-                yield sharded, ranks
-                ranks *= 2
+        smallest = made.micro_batch > 1 or config.micro_batch == "auto"
+        small: Changes = ("micro_batch=1",) if smallest else ()
+        again: Changes = (
+            ("activation_checkpointing=full",) if config.activation_checkpointing != "full" else ()
+        )
+        sharded: Changes = (
+            *(() if made.parallel == "fsdp" else ("parallel=fsdp",)),
+            *(("fsdp.shard=null",) if config.fsdp.shard is not None else ()),
+        )
+        here = sharded if made.ranks > 1 and made.parallel in ("ddp", "fsdp") else ()
+        tried = [small, (*small, *here), (*small, *again), (*small, *again, *here)]
+        yield from ((changes, made.ranks) for changes in dict.fromkeys(tried) if changes)
+        ranks = 2 * made.ranks
+        while made.parallel in ("single", "ddp", "fsdp") and ranks <= _MOST_RANKS:
+            yield from (
+                (changes, ranks)
+                for changes in dict.fromkeys([(*small, *sharded), (*small, *again, *sharded)])
+            )
+            ranks *= 2
 
     def _largest(self, changes: Changes, fits: Plan, given: int | None = None) -> tuple[Changes, Plan] | None:
         """The largest micro-batch that fits, where the smallest does; None where there is no other.
@@ -224,6 +233,7 @@ def _explained(recipe: Recipe) -> Iterator[None]:
             error.__traceback__
         )  # a loop that was left is over with them, and what it entered
         if not isinstance(error, imagined.NEEDS_VALUES):
+            error.add_note("(In a plan tensors have no values: every number is one, every mask is true.)")
             raise
         raise BadInput(
             f"tensors have no values in a plan, and {place} asks for some ({error}); "
@@ -277,13 +287,13 @@ def _imagined(asked: Asked, ranks: int, rank: int) -> Iterator[None]:
 
 def _bytes(size: str) -> int:
     """`80GB` or `24GiB` in bytes. Raises BadInput."""
-    found = re.fullmatch(r"([\d.]+) *([kmgt]?i?)b?", size.strip(), re.IGNORECASE)
+    found = re.fullmatch(r"([\d.]+) *([mg]i?)b?", size.strip(), re.IGNORECASE)
     try:
         count = float(found[1]) * _UNITS[found[2].upper()] if found else 0.0
     except (ValueError, KeyError):
         count = 0.0
     if count < 2**20:
-        raise BadInput(f"--memory {size}: give what a GPU has, such as 80GB or 24GiB")
+        raise BadInput(f"--memory {size}: give what a GPU has, such as 80GB or 24GB")
     return int(count)
 
 
@@ -298,7 +308,7 @@ def _working() -> Iterator[Any]:
 
 
 _ROWS = {
-    "weights": "weights, buffers", "gradients": "gradients", "optimizer": "optimizer state",
+    "weights": "weights, averages, buffers", "gradients": "gradients", "optimizer": "optimizer state",
     "gathered": "gathered weights of blocks", "activations": "activations and temporaries",
 }  # fmt: skip
 _MOMENTS = {"forward": "in the forward pass", "backward": "in the backward pass", "update": "in the update"}
@@ -308,14 +318,15 @@ def _show(recipe: str, made: Plan, advice: tuple[Changes, Plan] | None) -> None:
     out = console()
     micro = f"micro_batch={made.micro_batch} of a share of {words.counted(made.share, 'sample')}"
     out.print(f"{recipe}: parallel={made.parallel} precision={made.precision} {micro}")
-    out.print(f"a step of {words.counted(made.ranks, 'rank')} with {words.size(made.memory)} each takes\n")
+    ranks = f"{words.counted(made.ranks, 'rank')} with {words.size(made.memory)} each"
+    out.print(f"a step of {ranks} holds the most {_MOMENTS[made.moment]}\n")
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(justify="right", no_wrap=True)
     for kind, text in _ROWS.items():
         if size := getattr(made, kind):
             table.add_row(f"  {text}", words.size(size))
-    table.add_row(f"  at the peak, {_MOMENTS[made.moment]}", words.size(made.peak))
+    table.add_row("  in all", words.size(made.peak))
     out.print(table)
     if made.parallel == "pipeline":
         out.print(f"\nits stage of rank {made.rank} takes the most")

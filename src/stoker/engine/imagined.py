@@ -2,7 +2,8 @@
 
 The model and its batches are torch's fake tensors, and the ranks a process group that moves nothing: a step
 goes the way that it would go, over every operation of the model, the loss, the strategy and the optimizer.
-What asks for values is given the answer that takes the most memory: every mask is true, every number is one.
+What asks for values is given the answer that takes the most memory: every mask is true, every number is one,
+and finite.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_leaves
 
 STEPS = 2
 """How many steps are gone: in the second there is all that the first one makes, as the optimizer's state."""
@@ -88,7 +90,24 @@ def of(world: World, model: nn.Module, load: Load) -> tuple[Imagination | None, 
     if not world.planned:
         return None, model, load
     made = Imagination()
-    return made, model.to("meta"), made.load
+    _replace(model, "", lambda tensor: tensor if tensor.is_meta else tensor.to("meta"))
+    return made, model, made.load
+
+
+def _replace(model: nn.Module, prefix: str, made: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Put others in place of parameters and buffers below a dotted prefix; what is shared stays shared."""
+    known: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # with the old one, whose id stays its own
+    for name, module in model.named_modules():
+        held = (module._parameters, module._buffers) if f"{name}.".startswith(prefix) else ()
+        for tensors in held:
+            for key, old in tensors.items():
+                if old is None:
+                    continue
+                if id(old) not in known:
+                    new = made(old)
+                    is_parameter = isinstance(old, nn.Parameter) and not isinstance(new, nn.Parameter)
+                    known[id(old)] = old, nn.Parameter(new, old.requires_grad) if is_parameter else new
+                tensors[key] = known[id(old)][1]
 
 
 class Imagination:
@@ -99,28 +118,28 @@ class Imagination:
         self._allocations = _WithoutValues(self._moment)
         self._updating = False
         self._optimizers: dict[int, Optimizer] = {}
+        self._model, self._held = nn.Module(), list[torch.Tensor]()
         self._weights: set[Key] = set()
         self._gradients: set[Key] = set()
         self._buckets: list[torch.Tensor] = []
 
     def load(self, model: nn.Module, device: torch.device, prefix: str) -> None:
         """Let what of a model is on the meta device be there, on a device, below a dotted prefix."""
-        made: dict[int, torch.Tensor] = {}
         with self._fake:
-            for name, module in model.named_modules():
-                if f"{name}.".startswith(prefix):
-                    for tensors in (module._parameters, module._buffers):
-                        for key, tensor in tensors.items():
-                            if tensor is not None and _is_empty(tensor):
-                                tensors[key] = made.setdefault(id(tensor), _there(tensor, device))
+            _replace(model, prefix, lambda tensor: _there(tensor, device) if _is_empty(tensor) else tensor)
 
     def holds(self, step: Step, ema: Ema | None, training: Training, strategy: str) -> None:
         """A step holds its weights, their averages, and what DDP reduces gradients in."""
-        averages = ema.values.values() if ema is not None else ()
-        held = [*step.model.parameters(), *step.model.buffers(), *averages]
-        self._weights |= self._allocations.follow(held)
+        self._held = [*(ema.values.values() if ema is not None else ())]
+        self._model = step.model
+        self._follow_weights()
         if strategy == "ddp":
             self._hold_buckets(step.weights().values(), training.ddp.gradient_as_bucket_view)
+
+    def _follow_weights(self) -> None:
+        """Of which FSDP may have made others: its shards in the host's memory."""
+        held = [*self._model.parameters(), *self._model.buffers(), *self._held]
+        self._weights |= self._allocations.follow(held)
 
     def _hold_buckets(self, parameters: Iterable[torch.Tensor], as_gradients: bool) -> None:
         """
@@ -149,6 +168,7 @@ class Imagination:
         )
         try:
             with torch.compiler.set_stance("force_eager"), self._fake, self._allocations:
+                self._follow_weights()
                 self._allocations.begin()
                 yield
         finally:
@@ -161,7 +181,7 @@ class Imagination:
         Args:
             offloaded: weights, gradients and optimizer state are in the host's memory, and do not count.
         """
-        state = (t for o in self._optimizers.values() for of in o.state.values() for t in of.values())
+        state = (t for o in self._optimizers.values() for of in o.state.values() for t in tree_leaves(of))
         known = {
             "weights": self._weights,
             "optimizer": self._allocations.follow(t for t in state if isinstance(t, torch.Tensor)),
@@ -182,6 +202,9 @@ class Imagination:
     def _before_update(self, optimizer: Optimizer, *_: Any) -> None:
         self._updating = True
         self._optimizers[id(optimizer)] = optimizer
+        for group in optimizer.param_groups:
+            if group.get("foreach", False) is None and not group.get("fused"):
+                group["foreach"] = True  # torch's default on a GPU, which takes more memory than on a CPU
         parameters = (p for group in optimizer.param_groups for p in group["params"])
         self._gradients |= self._allocations.follow(p.grad for p in parameters if p.grad is not None)
 
@@ -200,14 +223,34 @@ class _WithoutValues(Allocations):  # type: ignore[no-untyped-call]
     """Answers what asks fake tensors for values."""
 
     def call(self, function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        if args and isinstance(args[0], FakeTensor) and function in _ANSWERS:
+        if not args or not isinstance(args[0], FakeTensor):
+            return function(*args, **kwargs)
+        if function in _ANSWERS:
             return _ANSWERS[function](function, *args, **kwargs)
-        return function(*args, **kwargs)
+        result = function(*args, **kwargs)
+        if _asks_for_what_is_not_finite(function, args):
+            result._stoker_is_false = True
+        return result
+
+
+def _asks_for_what_is_not_finite(function: Any, args: Any) -> bool:
+    """Whether it is `isnan` or `isinf`, of which torch makes comparisons, or any of such answers."""
+    if function is _aten.ne.Tensor:
+        return args[0] is args[1]
+    if function is _aten.eq.Scalar:
+        return bool(args[1] == math.inf)
+    of_answers = function in (
+        _aten.any.default,
+        _aten.any.dim,
+        _aten.logical_or.default,
+        _aten.bitwise_or.Tensor,
+    )
+    return of_answers and all(hasattr(a, "_stoker_is_false") for a in args if isinstance(a, FakeTensor))
 
 
 def _number(_: Any, tensor: torch.Tensor) -> bool | float | int:
     if tensor.dtype is torch.bool:
-        return True
+        return not hasattr(tensor, "_stoker_is_false")
     return 1.0 if tensor.is_floating_point() else 1
 
 
@@ -281,4 +324,4 @@ def _there(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
         )  # fmt: skip
     else:
         made = torch.empty_like(tensor, device=device)
-    return nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
+    return made
