@@ -234,18 +234,11 @@ class _WithoutValues(Allocations):  # type: ignore[no-untyped-call]
 
 
 def _asks_for_what_is_not_finite(function: Any, args: Any) -> bool:
-    """Whether it is `isnan` or `isinf`, of which torch makes comparisons, or any of such answers."""
-    if function is _aten.ne.Tensor:
-        return args[0] is args[1]
-    if function is _aten.eq.Scalar:
-        return bool(args[1] == math.inf)
-    of_answers = function in (
-        _aten.any.default,
-        _aten.any.dim,
-        _aten.logical_or.default,
-        _aten.bitwise_or.Tensor,
-    )
-    return of_answers and all(hasattr(a, "_stoker_is_false") for a in args if isinstance(a, FakeTensor))
+    """Whether it asks where values are not finite, or whether any are."""
+    if function in (_aten.isnan.default, _aten.isinf.default):
+        return True
+    any_of = function in (_aten.any.default, _aten.any.dim, _aten.logical_or.default, _aten.bitwise_or.Tensor)
+    return any_of and all(hasattr(a, "_stoker_is_false") for a in args if isinstance(a, FakeTensor))
 
 
 def _number(_: Any, tensor: torch.Tensor) -> bool | float | int:
