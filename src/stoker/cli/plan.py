@@ -188,10 +188,8 @@ class Asked:
         yield from ((changes, made.ranks) for changes in dict.fromkeys(tried) if changes)
         ranks = 2 * made.ranks
         while made.parallel in ("single", "ddp", "fsdp") and ranks <= _MOST_RANKS:
-            yield from (
-                (changes, ranks)
-                for changes in dict.fromkeys([(*small, *sharded), (*small, *again, *sharded)])
-            )
+            tried = [(*small, *sharded), (*small, *again, *sharded)]
+            yield from ((changes, ranks) for changes in dict.fromkeys(tried))
             ranks *= 2
 
     def _largest(self, changes: Changes, fits: Plan, given: int | None = None) -> tuple[Changes, Plan] | None:
@@ -229,9 +227,8 @@ def _explained(recipe: Recipe) -> Iterator[None]:
         yield
     except Exception as error:
         place = line_of(error) or recipe.name
-        traceback.clear_frames(
-            error.__traceback__
-        )  # a loop that was left is over with them, and what it entered
+        # With its frames a loop that was left is over, and what it has entered is left.
+        traceback.clear_frames(error.__traceback__)
         if not isinstance(error, imagined.NEEDS_VALUES):
             error.add_note("(In a plan tensors have no values: every number is one, every mask is true.)")
             raise

@@ -55,8 +55,6 @@ NEEDS_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
 """What is raised where values are asked for, and no answer takes the most memory."""
 
 _aten = torch.ops.aten
-
-
 _REMEMBERED = "plans.json"
 
 
@@ -308,13 +306,11 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
 
 def _there(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A tensor on a device, without values, for one on the meta device."""
-    made: torch.Tensor
-    if isinstance(tensor, DTensor):
-        local = torch.empty_like(tensor.to_local(), device=device)
-        made = DTensor.from_local(
-            local, tensor.device_mesh, tensor.placements, run_check=False,
-            shape=tensor.shape, stride=tensor.stride(),
-        )  # fmt: skip
-    else:
-        made = torch.empty_like(tensor, device=device)
+    if not isinstance(tensor, DTensor):
+        return torch.empty_like(tensor, device=device)
+    local = torch.empty_like(tensor.to_local(), device=device)
+    made: torch.Tensor = DTensor.from_local(
+        local, tensor.device_mesh, tensor.placements, run_check=False,
+        shape=tensor.shape, stride=tensor.stride(),
+    )  # fmt: skip
     return made
