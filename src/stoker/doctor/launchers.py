@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -28,6 +29,7 @@ _CLIENTS: Mapping[str, Callable[[], object]] = {
 
 def check() -> Iterator[Finding]:
     """Each target whose client is here is asked whether it would take a small job, which is not submitted."""
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what it logs of a cluster is said here
     job, world = slurm_job(), World.current()
     if job:
         yield ok(f"this process is in {job}")
