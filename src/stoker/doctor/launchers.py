@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import os
@@ -29,7 +30,6 @@ _CLIENTS: Mapping[str, Callable[[], object]] = {
 
 def check() -> Iterator[Finding]:
     """Each target whose client is here is asked whether it would take a small job, which is not submitted."""
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what it logs of a cluster is said here
     job, world = slurm_job(), World.current()
     if job:
         yield ok(f"this process is in {job}")
@@ -38,9 +38,24 @@ def check() -> Iterator[Finding]:
     absent = [name for name in targets.TARGETS if not _CLIENTS[name]()]
     for name in targets.TARGETS:
         if name not in absent:
-            yield _asked(name)
+            with _silent():  # what libraries in C++ print of a cluster is said here
+                found = _asked(name)
+            yield found
     if absent:
         yield ok(f"no client of {', '.join(absent)}, which only --on {'|'.join(absent)} needs")
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Nothing is written to this process's standard error."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _asked(name: str) -> Finding:

@@ -248,6 +248,7 @@ def _client(spec: JobSpec) -> JobSubmissionClient:
     """Raises BadInput where Ray is not installed, or nothing answers there."""
     if importlib.util.find_spec("ray") is None:
         raise BadInput("--on ray needs Ray, which is not installed: pip install 'stoker[ray]'")
+    from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
     logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(
@@ -255,6 +256,11 @@ def _client(spec: JobSpec) -> JobSubmissionClient:
     )  # says when a log is at its end
     try:
         return JobSubmissionClient(spec.options.get("address"))
+    except AuthenticationError as error:
+        raise BadInput(
+            f"Ray asks for a token ({_where(spec)}): set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or the file "
+            "~/.ray/auth_token to that of the cluster"
+        ) from error
     except (ConnectionError, RuntimeError, ValueError) as error:
         first = str(error).strip().partition("\n")[0]
         raise BadInput(
