@@ -258,8 +258,8 @@ def _client(spec: JobSpec) -> JobSubmissionClient:
         return JobSubmissionClient(spec.options.get("address"))
     except AuthenticationError as error:
         raise BadInput(
-            f"Ray asks for a token ({_where(spec)}): set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or the file "
-            "~/.ray/auth_token to that of the cluster"
+            "Ray asks for a token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or the file ~/.ray/auth_token "
+            "to that of the cluster"
         ) from error
     except (ConnectionError, RuntimeError, ValueError) as error:
         first = str(error).strip().partition("\n")[0]
