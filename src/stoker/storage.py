@@ -11,12 +11,13 @@ import errno
 import fcntl
 import functools
 import hashlib
+import json
 import os
 import platform
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -266,6 +267,20 @@ def locked(path: Path, timeout: float = 600.0) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def remembered(file: Path, about: Mapping[str, Any]) -> Any:
+    """What `remember` was told of the same; None where it was not."""
+    return read_json(file).get(_key(about))
+
+
+def remember(file: Path, about: Mapping[str, Any], value: Any) -> None:
+    """Keep a value of JSON's types by all that it depends on, in a file of such."""
+    write_json(file, {**read_json(file), _key(about): value})
+
+
+def _key(about: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
+_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT])(?:i?B)?", re.IGNORECASE)
 _UNITS = {"TiB": 2**40, "GiB": 2**30, "MiB": 2**20, "KiB": 2**10}
 
 
@@ -24,3 +26,9 @@ def size(count: float) -> str:
         if count >= factor:
             return f"{count / factor:,.1f} {unit}"
     return f"{count:,.0f} B"
+
+
+def parsed_size(text: str) -> int:
+    """Bytes of `64GB`, `512M` or `1.5TiB`, in powers of 1024 as memory is sold; 0 of what is no size."""
+    match = _SIZE.fullmatch(text.strip())
+    return round(float(match[1]) * _UNITS[f"{match[2].upper()}iB"]) if match else 0

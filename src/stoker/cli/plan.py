@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import logging
 import os
-import re
 import tempfile
 import traceback
 import warnings
@@ -36,7 +35,7 @@ log = logging.getLogger("stoker")
 ROOM = 0.9
 """Of a rank's memory, what a step may take: CUDA itself, its libraries and gaps between tensors take some."""
 
-_UNITS = {"M": 2**20, "G": 2**30, "MI": 2**20, "GI": 2**30}
+_LEAST = 2**20  # bytes that a GPU has
 _MOST_RANKS = 1024
 
 Changes = tuple[str, ...]
@@ -132,6 +131,8 @@ class Asked:
 
     def _one(self, resolved: Resolved[Any], ranks: int, rank: int) -> Plan:
         """What a rank of them takes."""
+        from stoker.engine import imagined
+
         with tempfile.TemporaryDirectory(prefix="stoker-plan-") as folder, _imagined(self, ranks, rank):
             run = Run(
                 "plan", "plan", config=resolved.config, runs=Path(folder), sources=resolved.sources,
@@ -140,7 +141,7 @@ class Asked:
             )  # fmt: skip
             with _explained(self.recipe):
                 train.work_on(run, self.recipe, resolved.config, trial=True)
-            found = storage.read_json(run.directory.logs / "plan.json")
+            found = storage.read_json(run.directory.logs / imagined.FILE)
         if not found:
             raise BadInput(f"{self.recipe.name} ended before its second step, and made none to plan")
         return Plan(**found)
@@ -283,15 +284,11 @@ def _imagined(asked: Asked, ranks: int, rank: int) -> Iterator[None]:
 
 
 def _bytes(size: str) -> int:
-    """`80GB` or `24GiB` in bytes. Raises BadInput."""
-    found = re.fullmatch(r"([\d.]+) *([mg]i?)b?", size.strip(), re.IGNORECASE)
-    try:
-        count = float(found[1]) * _UNITS[found[2].upper()] if found else 0.0
-    except (ValueError, KeyError):
-        count = 0.0
-    if count < 2**20:
+    """Raises BadInput."""
+    count = words.parsed_size(size)
+    if count < _LEAST:
         raise BadInput(f"--memory {size}: give what a GPU has, such as 80GB or 24GB")
-    return int(count)
+    return count
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from stoker.engine import memory
 from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -81,9 +82,7 @@ class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # what it does to its shards comes here by itself
         result = self.call(function, args, kwargs or {})
-        for tensor in pytree.tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                self.follow([tensor])
+        self.follow(leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor))
         return result
 
     def call(self, function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -129,11 +128,6 @@ class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def _storages(tensor: torch.Tensor) -> Iterable[torch.UntypedStorage]:
     """Those with memory: of a sharded tensor its shard's, of a wrapper those of what it holds."""
-    if isinstance(tensor, DTensor):
-        yield from _storages(tensor.to_local())
-    elif hasattr(tensor, "__tensor_flatten__"):
-        names, _ = tensor.__tensor_flatten__()
-        for name in names:
-            yield from _storages(getattr(tensor, name))
-    elif tensor.device.type != "meta" and tensor.layout is torch.strided:
-        yield tensor.untyped_storage()
+    for held in memory.plain([tensor]):
+        if held.device.type != "meta" and held.layout is torch.strided:
+            yield held.untyped_storage()

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from stoker.engine import options
-from torch.distributed.tensor import DTensor
+from stoker.engine.gradients import local
 
 
 class Ema:
@@ -38,7 +38,7 @@ class Ema:
     def restore(self, values: Mapping[str, torch.Tensor]) -> None:
         """Put back values that were saved; without any, the average begins with the weights as they are."""
         for name, value in (values or self._weights).items():
-            _local(self.values[name]).copy_(_local(value))
+            local(self.values[name]).copy_(local(value))
 
     @torch.no_grad()
     def update(self, step: int, moved: Iterable[torch.Tensor] | None = None) -> None:
@@ -51,8 +51,8 @@ class Ema:
         only = None if moved is None else {id(w) for w in moved}
         names = [n for n, w in self._weights.items() if only is None or id(w) in only]
         torch._foreach_lerp_(
-            [_local(self.values[n]) for n in names],
-            [_local(self._weights[n].detach()).float() for n in names],
+            [local(self.values[n]) for n in names],
+            [local(self._weights[n].detach()).float() for n in names],
             1.0 - decay,
         )
 
@@ -70,9 +70,5 @@ class Ema:
 
     def _put(self, values: dict[str, torch.Tensor]) -> None:
         for name, weight in self._weights.items():
-            _local(weight.detach()).copy_(_local(values[name]))
+            local(weight.detach()).copy_(local(values[name]))
         self._publish()
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -41,8 +41,8 @@ def norm(gradients: list[torch.Tensor], stages: Any = None) -> torch.Tensor:
 def scale(gradients: list[torch.Tensor], factor: torch.Tensor | float) -> None:
     """Multiply every gradient in place; those in host memory too, where FSDP keeps its shards there."""
     if gradients:
-        local = [_local(g) for g in gradients]
-        torch._foreach_mul_(local, factor.to(local[0].device) if isinstance(factor, torch.Tensor) else factor)
+        held = [local(g) for g in gradients]
+        torch._foreach_mul_(held, factor.to(held[0].device) if isinstance(factor, torch.Tensor) else factor)
 
 
 def clipped(factor: torch.Tensor, norm: torch.Tensor, clip_norm: float | None) -> torch.Tensor:
@@ -97,5 +97,6 @@ def _buckets(gradients: list[torch.Tensor]) -> Iterable[list[torch.Tensor]]:
         yield bucket
 
 
-def _local(tensor: torch.Tensor) -> torch.Tensor:
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of a tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from stoker import storage
 from stoker.engine import batches
 from stoker.engine.allocations import Allocations, Key
 from stoker.engine.ema import Ema
+from stoker.engine.gradients import local
 from stoker.engine.options import Training
 from stoker.engine.step import Step
 from stoker.engine.strategies import Load
@@ -55,25 +55,26 @@ NEEDS_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
 """What is raised where values are asked for, and no answer takes the most memory."""
 
 _aten = torch.ops.aten
-_REMEMBERED = "plans.json"
 
 
 def remember(run: RunDirectory, ranks: int, peak: int) -> None:
     """Let runs of the recipe and config of this one know its peak, in bytes."""
-    file = storage.cache_folder() / _REMEMBERED
-    storage.write_json(file, {**storage.read_json(file), _key(run, ranks): peak})
+    storage.remember(_memory(), _about(run, ranks), peak)
 
 
 def remembered(run: RunDirectory, ranks: int) -> int | None:
     """The peak that a plan has found for a run's recipe and config, on so many ranks; None without one."""
-    found: int | None = storage.read_json(storage.cache_folder() / _REMEMBERED).get(_key(run, ranks))
+    found: int | None = storage.remembered(_memory(), _about(run, ranks))
     return found
 
 
-def _key(run: RunDirectory, ranks: int) -> str:
+def _memory() -> Path:
+    return storage.cache_folder() / "plans.json"
+
+
+def _about(run: RunDirectory, ranks: int) -> dict[str, Any]:
     record = run.record()
-    about = {"recipe": record["recipe"], "config": record["config"], "ranks": ranks}
-    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+    return {"recipe": record["recipe"], "config": record["config"], "ranks": ranks}
 
 
 class Unknown(dict[str, float]):
@@ -124,7 +125,9 @@ class Imagination:
     def load(self, model: nn.Module, device: torch.device, prefix: str) -> None:
         """Let what of a model is on the meta device be there, on a device, below a dotted prefix."""
         with self._fake:
-            _replace(model, prefix, lambda tensor: _there(tensor, device) if _is_empty(tensor) else tensor)
+            _replace(
+                model, prefix, lambda tensor: _there(tensor, device) if local(tensor).is_meta else tensor
+            )
 
     def holds(self, step: Step, ema: Ema | None, training: Training, strategy: str) -> None:
         """A step holds its weights, their averages, and what DDP reduces gradients in."""
@@ -296,21 +299,12 @@ def _put_into(bucket: torch.Tensor, parameter: torch.Tensor) -> None:
     parameter.grad = bucket
 
 
-def _is_empty(tensor: torch.Tensor) -> bool:
-    return _local(tensor).is_meta
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def _there(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A tensor on a device, without values, for one on the meta device."""
     if not isinstance(tensor, DTensor):
         return torch.empty_like(tensor, device=device)
-    local = torch.empty_like(tensor.to_local(), device=device)
     made: torch.Tensor = DTensor.from_local(
-        local, tensor.device_mesh, tensor.placements, run_check=False,
-        shape=tensor.shape, stride=tensor.stride(),
+        torch.empty_like(tensor.to_local(), device=device), tensor.device_mesh, tensor.placements,
+        run_check=False, shape=tensor.shape, stride=tensor.stride(),
     )  # fmt: skip
     return made

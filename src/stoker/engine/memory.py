@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 def held(tensors: Iterable[torch.Tensor]) -> int:
     """Bytes of the storages behind tensors, each once; of sharded ones the shards of this rank."""
     sizes: dict[int, int] = {}
-    for local in _plain(tensors):
+    for local in plain(tensors):
         if isinstance(local, FakeTensor):
             continue
         try:
@@ -35,14 +35,14 @@ def held(tensors: Iterable[torch.Tensor]) -> int:
     return sum(sizes.values())
 
 
-def _plain(tensors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+def plain(tensors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
     """The shards of this rank, and what a wrapper of several tensors holds, as torchao's 8-bit states are."""
     for tensor in tensors:
         if isinstance(tensor, DTensor):
-            yield from _plain([tensor.to_local()])
+            yield from plain([tensor.to_local()])
         elif hasattr(tensor, "__tensor_flatten__"):
             names, _ = tensor.__tensor_flatten__()
-            yield from _plain(getattr(tensor, name) for name in names)
+            yield from plain(getattr(tensor, name) for name in names)
         else:
             yield tensor
 
@@ -67,7 +67,7 @@ def by_kind(step: Step, device: torch.device, training: Training) -> dict[str, i
     kept = (t for state in states for of in state for t in of.values() if isinstance(t, torch.Tensor))
     return {
         "weights": held([*step.model.parameters(), *step.model.buffers(), *own]),
-        "gradients": together(4 * t.numel() for t in _plain(own)),
+        "gradients": together(4 * t.numel() for t in plain(own)),
         "optimizer": held(kept),
         "peak": peak(device),
     }

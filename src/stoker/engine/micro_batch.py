@@ -7,8 +7,6 @@ out is rare: a rank that does in the middle of a collective would leave the othe
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,7 +40,7 @@ def find(
     Raises:
         StokerError: not even one sample fits.
     """
-    known = distributed.from_rank_zero(storage.read_json(memory).get(_key(about)))
+    known = distributed.from_rank_zero(storage.remembered(memory, about))
     if known in sizes:
         return int(known)
     found = largest(sizes, attempt, device)
@@ -58,11 +56,7 @@ def find(
 
 def remember(size: int, *, memory: Path, about: Mapping[str, Any]) -> None:
     """Let `find` know a size."""
-    storage.write_json(memory, {**storage.read_json(memory), _key(about): size})
-
-
-def _key(about: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+    storage.remember(memory, about, size)
 
 
 def of_pipeline(sizes: Sequence[int], share: int, ranks: int) -> int:

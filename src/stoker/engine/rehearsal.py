@@ -12,10 +12,10 @@ import torch
 from stoker import storage
 from stoker.engine import batches, device, memory, micro_batch, random_state
 from stoker.engine.agreement import Agreement, Requests
+from stoker.engine.gradients import local
 from stoker.engine.step import Setting, Step
 from stoker.world import World
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 
 def largest_micro_batch(
@@ -69,8 +69,8 @@ def state_to_come(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     if optimizer.state:
         return []
     kept = kept_for_each(optimizer)
-    local = [_local(p) for group in optimizer.param_groups for p in group["params"]]
-    return [torch.zeros(int(p.numel() * kept), dtype=torch.uint8, device=p.device).fill_(1) for p in local]
+    held = [local(p) for group in optimizer.param_groups for p in group["params"]]
+    return [torch.zeros(int(p.numel() * kept), dtype=torch.uint8, device=p.device).fill_(1) for p in held]
 
 
 def kept_for_each(optimizer: torch.optim.Optimizer) -> float:
@@ -87,10 +87,6 @@ def kept_for_each(optimizer: torch.optim.Optimizer) -> float:
     twin.step()
     held = memory.held(t for t in twin.state[small].values() if isinstance(t, torch.Tensor))
     return held / small.numel()
-
-
-def _local(parameter: torch.Tensor) -> torch.Tensor:
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 def rehearse(step: Step, setting: Setting, world: World, batch: Any, size: int) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stoker import redaction
+from stoker import redaction, words
 from stoker.duration import clock
 from stoker.errors import BadInput
 
@@ -22,8 +22,7 @@ RENDEZVOUS = "\0rendezvous\0"
 ELEMENT = "\0element\0"
 """In a command: the number of this element of an array of jobs, from 0."""
 
-_MEMORY = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT])(?:i?B)?", re.IGNORECASE)
-_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_LEAST_MEMORY = 2**20  # bytes
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _SETTING = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]*")
 
@@ -106,9 +105,8 @@ def memory(text: str) -> int:
 
     Raises BadInput.
     """
-    match = _MEMORY.fullmatch(text.strip())
-    amount = round(float(match[1]) * _UNITS[match[2].upper()]) if match else 0
-    if amount < _UNITS["M"]:
+    amount = words.parsed_size(text)
+    if amount < _LEAST_MEMORY:
         raise BadInput(f"--memory {text}: give the memory of each machine, such as 64GB or 512MB")
     return amount
 
