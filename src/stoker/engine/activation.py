@@ -12,17 +12,21 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.attention.varlen  # has its operation known
 from stoker.engine import options
 from stoker.errors import BadInput
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-_PRODUCTS = (  # what costs more to compute again than to keep
-    "mm", "addmm", "bmm", "baddbmm", "linear", "convolution",
-    "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention",
-    "_scaled_dot_product_cudnn_attention", "_scaled_dot_product_flash_attention_for_cpu",
-)  # fmt: skip
+_PRODUCTS = {  # what costs more to compute again than to keep, by who has it
+    "aten": (
+        "mm", "addmm", "bmm", "baddbmm", "linear", "convolution", "_grouped_mm",
+        "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_cudnn_attention", "_scaled_dot_product_flash_attention_for_cpu",
+    ),
+    "torch_attn": ("_varlen_attn",),
+}  # fmt: skip
 
 
 def apply(blocks: Sequence[tuple[str, nn.Module]], how: str) -> None:
@@ -87,7 +91,9 @@ def _statistics_kept(norms: Sequence[_BatchNorm], within: Any) -> Iterator[None]
 
 
 def _selective() -> Any:
-    packets = [getattr(torch.ops.aten, name, None) for name in _PRODUCTS]
+    packets = [
+        getattr(getattr(torch.ops, of), name, None) for of, names in _PRODUCTS.items() for name in names
+    ]
     kept = {getattr(packet, overload) for packet in packets if packet for overload in packet.overloads()}
 
     def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

@@ -77,7 +77,7 @@ def _measured(device: torch.device, dtype: torch.dtype) -> float:
     best = 0.0
     for size in (128, 256, 512, 1024, 4096):
         left = right = torch.ones(size, size, dtype=dtype, device=device)
-        seconds = min(_seconds(left, right) for _ in range(10 if size < 1024 else 3))  # a core may be busy
+        seconds = min(_seconds(left, right) for _ in range(10 if size < 1024 else 3))
         best = max(best, 2 * size**3 / seconds)
         if seconds > 0.01:
             break
@@ -85,12 +85,14 @@ def _measured(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def _seconds(left: torch.Tensor, right: torch.Tensor) -> float:
-    if left.is_cuda:
-        torch.cuda.synchronize(left.device)
+    if not left.is_cuda:
+        begun = time.thread_time()  # nothing of what others take of this core, which may be busy
+        left @ right
+        return time.thread_time() - begun
+    torch.cuda.synchronize(left.device)
     begun = time.perf_counter()
     left @ right
-    if left.is_cuda:
-        torch.cuda.synchronize(left.device)
+    torch.cuda.synchronize(left.device)
     return time.perf_counter() - begun
 
 

@@ -8,7 +8,8 @@ torch's causal attention a document, which computes nothing that is masked.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -71,14 +72,27 @@ def attend(
     dropped = dropout if module.training else 0.0
     if _varlen_takes(query, dropped, softcap) and documents is not None:
         return _varlen(query, key, value, documents, scaling, window), None
-    lengths = _lengths(documents, position_ids, query)
+    one = functools.partial(_attend_one, scaling=scaling, dropout=dropped, window=window, softcap=softcap)
+    return _one_by_one(query, key, value, documents, position_ids, one), None
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # how many calls there are, values tell
+def _one_by_one(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    documents: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """A call of `attend` a document."""
     rows = []
-    for q, k, v, sizes in zip(query, key, value, lengths, strict=True):
+    for q, k, v, sizes in zip(query, key, value, _lengths(documents, position_ids, query), strict=True):
         rest = query.shape[2] - sum(sizes)
         parts = zip(*(tensor.split([*sizes, rest], dim=1)[:-1] for tensor in (q, k, v)), strict=True)
-        done = [_attend_one(a, b, c, scaling, dropped, window, softcap) for a, b, c in parts]
+        done = [attend(a, b, c) for a, b, c in parts]
         rows.append(torch.cat([*done, v.new_zeros(q.shape[0], rest, v.shape[2])], dim=1))
-    return torch.stack(rows).transpose(1, 2).contiguous(), None
+    return torch.stack(rows).transpose(1, 2).contiguous()
 
 
 def _lengths(
@@ -102,6 +116,7 @@ def _attend_one(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
+    *,
     scaling: float | None,
     dropout: float,
     window: int | None,
