@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import datetime
+import enum
 import logging
 import math
 import resource
@@ -357,6 +359,25 @@ def test_a_config_that_cannot_be_written_down_is_named(
     with pytest.raises(TypeError, match=said):
         open_run(config=config)
     assert not (tmp_path / "runs").exists()
+
+
+class Kind(enum.Enum):
+    SMALL = "small"
+
+
+def test_a_config_of_values_that_json_has_not_is_the_same_when_it_is_read_again(
+    open_run: Callable[..., Run],
+) -> None:
+    config = {
+        "limit": math.inf, "least": -math.inf, "none": math.nan, "day": datetime.date(2026, 1, 1),
+        "kind": Kind.SMALL, "betas": (0.9, math.inf), "inner": {"limit": math.inf},
+    }  # fmt: skip
+    for attempt in (1, 2):
+        with open_run(config=config) as run:
+            assert run.attempt == attempt
+            run.log(a=1.0)
+    with pytest.raises(BadInput, match=r"limit was inf and is 1\.0 now"):
+        open_run(config={**config, "limit": 1.0})
 
 
 @pytest.mark.parametrize("again", [lambda run: run.log(a=2.0), lambda run: run.tag(b="c")])

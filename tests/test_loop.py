@@ -415,6 +415,14 @@ def test_several_optimizers_are_the_plain_loop(open_run: Callable[..., Run]) -> 
         torch.testing.assert_close(model.state_dict()[name], tensor, rtol=1e-5, atol=1e-7)
 
 
+def test_what_a_script_keeps_in_evaluation_mode_stays_so(open_run: Callable[..., Run]) -> None:
+    with open_run() as run:
+        trainer = _trainer(run, _model())
+        trainer.model[1].eval()
+        trainer.evaluate(_dataset(), batch_size=8)
+        assert [module.training for module in trainer.model] == [True, False, True, True, True]
+
+
 def test_evaluation_weighs_every_sample_once_and_leaves_no_trace(open_run: Callable[..., Run]) -> None:
     dataset = _dataset(21)
     with open_run() as run:

@@ -298,6 +298,11 @@ class Run:
                 self._warn_of_going_on()
             self.step += not self._stepped_by_trainer
             step = self.step
+        if reduce is not None and self.world.size > 1 and not self._compared.isdisjoint(flat):
+            raise ValueError(
+                f"trials are compared by {', '.join(self._compared)}, of which each rank has a value of its "
+                f"own with reduce={reduce!r}: log what trainer.evaluate or trainer.measure gives"
+            )
         self._recorder.log(flat, step, reduce)
         if self._listener is not None:
             self._listener(step, flat)
@@ -320,8 +325,15 @@ class Run:
         """End without waiting for the disk: one of many short runs; the process ends with `disk.bring`."""
         self._waits_for_disk = False
 
-    def listen(self, listener: Callable[[int, Mapping[str, Any]], None]) -> None:
-        """Be called with every step and the values that were logged at it, on rank 0."""
+    def listen(
+        self, listener: Callable[[int, Mapping[str, Any]], None], compared: Sequence[str] = ()
+    ) -> None:
+        """Be called with every step and the values that were logged at it, on rank 0.
+
+        Args:
+            compared: metrics that the listener goes by: each logged value is to be that of all ranks.
+        """
+        self._compared = frozenset(compared)
         if self.world.rank == 0:
             self._listener = listener
 
@@ -470,8 +482,21 @@ class Run:
 
     @property
     def latest(self) -> dict[str, float]:
-        """The newest value of every metric that this process wrote."""
+        """The newest value of every metric that this process wrote.
+
+        Of one that is reduced over ranks it is there once they have agreed, see `agree`.
+        """
         return self._recorder.latest
+
+    @property
+    def unreduced(self) -> dict[str, tuple[int, float, How]]:
+        """Of metrics that are reduced over ranks: the step, this rank's newest value, and how."""
+        self._recorder.write_arrived(wait=True)
+        return self._recorder.unreduced
+
+    def agree(self, of_ranks: Sequence[Mapping[str, tuple[int, float, How]]]) -> None:
+        """Take what each rank has `unreduced`."""
+        self._recorder.agree(of_ranks)
 
     def follow(self, metric: str) -> None:
         """Keep the step of the newest value of a metric: `followed_at`."""
@@ -580,6 +605,7 @@ class Run:
     _goes_on_behind = False
     """Whether it is continued, and nothing was logged yet without a step."""
     _listener: Callable[[int, Mapping[str, Any]], None] | None = None
+    _compared: frozenset[str] = frozenset()
 
     def take_over_steps(
         self, finish: Callable[[float], None], conclude: Callable[[], None], heart: Heart

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from stoker.data.loader import Collate, evaluation_batches
-from stoker.engine import batches
+from stoker.engine import batches, modes
 from stoker.engine.metrics import Metric, Totals
 from stoker.engine.step import Setting, Step
 
@@ -35,9 +35,7 @@ def measure(
     totals = Totals()
     shares = setting.mesh.data
     size = -(-batch_size // shares.size) * shares.size
-    was_training = step.model.training
-    step.model.eval()
-    try:
+    with modes.evaluating(step.model):
         for batch, counts in evaluation_batches(dataset, size, shares, collate, workers):
             on_device = batches.to_device(batch, setting.mesh.device, channels_last=channels_last)
             output = step.forward(on_device)
@@ -46,5 +44,3 @@ def measure(
                     totals.add(metrics(output, on_device), counts)
             meanwhile()
         return totals.over_ranks()
-    finally:
-        step.model.train(was_training)

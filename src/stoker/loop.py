@@ -44,6 +44,7 @@ from stoker.engine import (
     mesh,
     options,
     out_of_memory,
+    position,
     precision,
     random_state,
     rehearsal,
@@ -65,7 +66,7 @@ from stoker.engine.step import LossFunction, OptimizerFactory, Setting, only_loo
 from stoker.engine.timing import Timed, Timing
 from stoker.errors import BadInput, OutOfMemory, StokerError, Stopped
 from stoker.progress import ProgressDisplay, Reading, short
-from stoker.run import journal, view
+from stoker.run import view
 from stoker.run.series import goal_of
 from stoker.saving import Checkpoints, Saved
 from torch.distributed.checkpoint.stateful import Stateful
@@ -153,16 +154,14 @@ class Trainer:
             keep=self.training.keep_checkpoints, every=self.training.keep_every, best=best,
             done=self._heart.saved,
         )  # fmt: skip
-        self.steps_done, self.samples_done = 0, 0
+        self._at = position.Position()
         self._pace = Pace(self.world.size)
         self._schedule = schedule
         self._cut = MicroBatches(self._step, setting, self.training, self.world, self.strategy, block)
-        self._history: dict[str, list[tuple[int, float]]] = {}
         at_once = self.device.type == "cpu" or training.on_bad_loss != "stop" or training.spike is not None
         self._losses = LossWatch(self.training.spike, at_once=at_once)
         self._weight: Weight = 0.0
         self._loader: Loader | None = None
-        self._data_place: Any = None  # see Loader.place
         self._total = 0
         self._saved_at = time.monotonic()
         self._saved_step: int | None = None
@@ -232,6 +231,16 @@ class Trainer:
                     now, name, began,
                 )  # fmt: skip
 
+    @property
+    def steps_done(self) -> int:
+        """Steps of the run so far."""
+        return self._at.step
+
+    @property
+    def samples_done(self) -> int:
+        """Samples that these were of, over all ranks."""
+        return self._at.samples
+
     # -- the loop ---------------------------------------------------------------------------
 
     def loader(
@@ -293,6 +302,10 @@ class Trainer:
         self._total = counting.steps_in(duration, loader)
         if self._imagination is not None:
             self._total = max(self._total, imagined.STEPS + 1)
+        if self._total in self._at.ended:
+            self._total = self._at.ended[self._total]
+            if self.steps_done >= self._total and self.world.rank == 0:
+                log.info("it was ended after step %d: given another length, it goes on", self._total)
         if again and self._restored_step < self.steps_done >= self._total:
             raise ValueError(
                 f"steps() of {duration} has nothing left to do: the run is at step {self.steps_done}, and a "
@@ -328,8 +341,8 @@ class Trainer:
         return ProgressDisplay(self.run.directory.id, self._reading)
 
     def _remaining(self, loader: Loader) -> Iterator[Any]:
-        source = loader.batches(self.samples_done, self._data_place)
-        self._data_place = None
+        source = loader.batches(self.samples_done, self._at.data)
+        self._at.data = None
         timing = Timing(self.run.measure, self.device) if self.run.measure is not None else None
         self._begin_attempt()
         if self.steps_done < self._total:
@@ -350,9 +363,8 @@ class Trainer:
                 remembering = False
                 self._batch_is = ""
                 self._pace.step()
-                self.steps_done += 1
+                self._at.move(loader.batch_size)
                 self._heart.beat(self.steps_done)
-                self.samples_done += loader.batch_size
                 profiler.step(self.steps_done)
                 if self._imagination is not None and self.steps_done == imagined.STEPS:
                     self._write_plan(batch)
@@ -402,8 +414,7 @@ class Trainer:
         if self._batch_is == "trained on":
             self._agreement.requests()  # what was begun with the step
             assert self._loader is not None
-            self.steps_done += 1
-            self.samples_done += self._loader.batch_size
+            self._at.move(self._loader.batch_size)
         self._batch_is = ""
         if self.world.rank == 0:
             log.info("the loop was left at step %d of %d", self.steps_done, self._total)
@@ -582,8 +593,8 @@ class Trainer:
         found, _ = self._newest(but=self._losses.rewound_to)
         if found is None:
             raise StokerError(f"step {step}: there is no checkpoint to rewind to that was not tried already")
-        position, _ = self._checkpoints.restore(found)
-        self._losses.rewind(found.step, position)
+        saved, _ = self._checkpoints.restore(found)
+        self._losses.rewind(found.step, saved)
         self.run.event("rewound", step=step, to=found.step)
         if self.world.rank == 0:
             log.warning("the weights are those of step %d again", found.step)
@@ -836,6 +847,7 @@ class Trainer:
         """
         if metric == self._checkpoints.best and self.training.checkpoint_best is None:
             self._keeps_best = True
+        self._agree_on_metrics()
         return bool(distributed.from_rank_zero(self._is_stale(metric, patience, min_delta)))
 
     def _is_stale(self, metric: str, patience: int, min_delta: float) -> bool:
@@ -845,14 +857,17 @@ class Trainer:
         if metric not in self.run.latest or goal is None:
             why = "is not logged" if goal else "may be better high or low: say run.goal(...)"
             raise ValueError(f"stale({metric!r}): it {why}")
-        seen = self._history.setdefault(metric, [])
+        seen = self._at.history.setdefault(metric, [])
         seen.append((self.run.step, self.run.latest[metric]))
         return early_stopping.stale([value for _, value in seen], goal, patience, min_delta)
 
     def finish(self, reason: str = "finished early") -> None:
-        """Let the step under way be the last one. Called on every rank alike."""
+        """Let the step under way be the last one. Called on every rank alike.
+
+        Whoever continues the run finds it ended, unless `steps` is given another length.
+        """
         if self.steps_done + 1 < self._total:
-            self._total = self.steps_done + 1
+            self._total = self._at.end(self._total)
             self.run.event("finish", step=self._total, reason=reason)
             if self.world.rank == 0:
                 log.info("step %d is the last: %s", self._total, reason)
@@ -869,15 +884,12 @@ class Trainer:
             return
         if wrong := self._losses.look():
             raise StokerError(f"by step {self.steps_done} {wrong}: what came of it is not saved")
-        position = {
-            "step": self.steps_done, "samples": self.samples_done,
-            "history": {n: [(s, journal.encode(v)) for s, v in seen] for n, seen in self._history.items()},
-            **self._losses.state(),
-            "data": self._data_place if self._loader is None else self._loader.place(self.samples_done),
-        }  # fmt: skip
+        if self._loader is not None:
+            self._at.data = self._loader.place(self.samples_done)
+        self._agree_on_metrics()
         with self._spending("checkpointing"):
             self._finish_saving()
-            self._checkpoints.save(position, exact=self._keeps_best)
+            self._checkpoints.save({**self._at.written(), **self._losses.state()}, exact=self._keeps_best)
         self._saved_at, self._saved_step = time.monotonic(), self.steps_done
 
     def _finish_saving(self) -> None:
@@ -900,20 +912,24 @@ class Trainer:
         asked, self._may_be_best = self._may_be_best, False
         if not self._keeps_best or not (asked or self.world.size == 1):
             return False
+        self._agree_on_metrics()
         return bool(distributed.from_rank_zero(self.world.rank == 0 and self._checkpoints.improves()))
+
+    def _agree_on_metrics(self) -> None:
+        """Have `run.latest` hold what ranks have logged to be reduced, which no rank knows by itself."""
+        if self.world.size > 1:
+            self.run.agree(distributed.gathered(self.run.unreduced))
 
     def _restore(self) -> None:
         found, passed_over = self._newest()
         if found is None and self.run.continued:
             self._begin_anew(passed_over)
         if found is not None:
-            position, self._random = self._checkpoints.restore(found)
-            self.steps_done, self.samples_done = position["step"], position["samples"]
-            self._history = {
-                name: [(s, journal.decode(v)) for s, v in seen] for name, seen in position["history"].items()
-            }
-            self._losses.restore(position)
-            self._data_place = position.get("data")
+            saved, self._random = self._checkpoints.restore(found)
+            self._at = position.read(saved)
+            if not self.run.continued:  # it goes on from another run, which may have ended early
+                self._at.ended.clear()
+            self._losses.restore(saved)
             self._saved_step = self.steps_done
             self._heart.saved(self.steps_done)
             if self.world.rank == 0:

@@ -256,6 +256,35 @@ def own_loop(folder: Path) -> dict[str, torch.Tensor]:
         return trainer.state_dict()
 
 
+def of_several_updates(folder: Path) -> tuple[list[int], list[bool], dict[str, float]]:
+    """Two updates a step, a metric that each rank has a value of, and a checkpoint that rank 0 is asked for.
+
+    The steps of checkpoints, whether the metric was stale after each, and its newest values.
+    """
+    model = nn.ModuleDict({"one": nn.Linear(4, 1), "two": nn.Linear(4, 1)})
+    make = lambda p: torch.optim.SGD(p, lr=0.01)  # noqa: E731
+    with Run("test", "several", runs=folder) as run:
+        trainer = Trainer(
+            run, model, optimizer={"one": make, "two": make},
+            training=Training(precision="fp32", keep_checkpoints=9, checkpoint_best=False),
+        )  # fmt: skip
+        data = torch.utils.data.TensorDataset(torch.ones(8, 4))
+        stale = []
+        for batch in trainer.steps(trainer.loader(data, batch_size=8), max_steps=4):
+            if run.step == 2 and run.world.rank == 0:
+                run.stop.ask_to_save()
+            for name in ("one", "two"):
+                for (x,) in trainer.micro(batch):
+                    trainer.backward(model[name](x).sum(), len(x))
+                trainer.update(trainer.optimizers[name])
+            own = (-1.0 if run.world.rank == 0 else 2.0) * run.step  # better on rank 0 alone
+            run.log(val_loss=own, reduce="mean")
+            stale.append(trainer.stale("val_loss", patience=1))
+        latest = dict(run.latest)
+    steps = sorted(int(path.name[5:]) for path in run.directory.checkpoints.glob("step-*"))
+    return steps, stale, latest
+
+
 def plain_gradient() -> dict[str, torch.Tensor]:
     """The same in plain PyTorch: the gradient of the mean over the tokens of the first eight rows."""
     model = llama()

@@ -255,6 +255,12 @@ def test_a_parameter_may_have_a_gradient_on_one_rank_only(folder: Path) -> None:
         torch.testing.assert_close(found[1][name], tensor, msg=name)
 
 
+def test_ranks_agree_after_each_update_of_a_step_and_on_metrics_that_are_reduced(tmp_path: Path) -> None:
+    first, second = ranks.run(strategies_run.of_several_updates, 2, tmp_path, tmp_path)
+    assert first[:2] == second[:2] == ([2, 4], [False, True, True, True])
+    assert first[2] == {"val_loss": 2.0}, "the mean of -4 and 8"
+
+
 def test_gradients_of_a_trainer_are_those_of_plain_torch(folder: Path) -> None:
     """Of the mean over all tokens that count, whatever rows they are in."""
     expected = strategies_run.plain_gradient()

@@ -381,6 +381,26 @@ def test_training_ends_early_once_nothing_gets_better(floor: float, open_run: Ca
         _trainer(run).stale("val_loss", 3)
 
 
+def test_what_ended_early_has_ended_for_whoever_continues_it(
+    open_run: Callable[..., Run], caplog: pytest.LogCaptureFixture
+) -> None:
+    """As a kill while the model is exported does; another length is a wish to go on."""
+
+    def steps_of(length: int) -> int:
+        with open_run() as run:
+            trainer = _trainer(run)
+            for batch in trainer.steps(trainer.loader(Rows(), batch_size=8), max_steps=length):
+                run.log(loss=trainer.step(batch))
+                if run.step == 3:
+                    trainer.finish("no better")
+            return trainer.steps_done
+
+    with caplog.at_level("INFO", logger="stoker"):
+        assert [steps_of(6) for _ in range(3)] == [3, 3, 3]
+    assert caplog.text.count("it was ended after step 3: given another length, it goes on") == 2
+    assert [steps_of(8), steps_of(8)] == [8, 8]
+
+
 def test_auto_takes_the_simplest_strategy_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     model = llama()

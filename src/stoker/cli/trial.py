@@ -45,7 +45,7 @@ def train_trial(job: Job, link: Link) -> dict[str, Any]:
     limit = getattr(resolved.config, "hang_limit", None)
     hangs = limit.seconds if isinstance(limit, Duration) else None
     reporter = Reporter(run, job.metrics, job.unit, link, waits=job.waits, hang_limit=hangs)
-    run.listen(reporter)
+    run.listen(reporter, job.metrics)
     try:
         _, status = train.work_on(run, recipe, resolved.config, trial=True)
     finally:

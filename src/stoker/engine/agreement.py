@@ -64,11 +64,13 @@ class Agreement:
         self._held: tuple[torch.Tensor, Weight] | None = None
 
     def start(self, loss_sum: torch.Tensor, weight: Weight) -> None:
-        """Begin to add up; every rank calls it once a step."""
+        """Begin to add up; every rank calls it once an update, of which a step may have several."""
         if self._alone:
             self._held = (loss_sum, weight)
             return
         flags = torch.tensor(astuple(self._ask()), dtype=torch.float64, device="cpu")
+        if self._asked is not None:  # with an update before, in this step
+            flags += self._over_ranks()
         sums = torch.stack([self._scalar(loss_sum), self._scalar(weight)])
         if self._device.type == "cpu":  # one reduction for both
             both = torch.cat([sums, flags])
@@ -94,12 +96,16 @@ class Agreement:
             return self._ask()
         if self._asked is None:  # a step without an update
             self.start(torch.zeros((), device=self._device), 0.0)
+        asked = (self._over_ranks() > 0).tolist()
+        self._asked = None
+        return Requests(*asked)
+
+    def _over_ranks(self) -> torch.Tensor:
+        """How many ranks were asked for each."""
         for work in self._work:
             work.wait()
         assert self._asked is not None
-        asked = (self._asked > 0).tolist()
-        self._asked = None
-        return Requests(*asked)
+        return self._asked
 
     def _scalar(self, value: Weight) -> torch.Tensor:
         if isinstance(value, torch.Tensor):

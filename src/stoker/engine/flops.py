@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 from stoker.engine import device as devices
+from stoker.engine import modes
 from stoker.engine.precision import DTYPES, Resolved
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -106,9 +107,6 @@ def of_forward(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> int:
         model: is left as it is; on the meta device, with inputs there, nothing is computed.
         inputs: what it is called with.
     """
-    was_training = model.training
-    model.eval()
-    with FlopCounterMode(display=False) as counter:
+    with modes.evaluating(model), FlopCounterMode(display=False) as counter:
         model(**inputs)
-    model.train(was_training)
     return int(counter.get_total_flops())

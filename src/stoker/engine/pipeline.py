@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from stoker import distributed
-from stoker.engine import batches, blocks, device, stages
+from stoker.engine import batches, blocks, device, modes, stages
 from stoker.engine.agreement import Agreement, Weight
 from stoker.engine.options import Training
 from stoker.engine.step import (
@@ -159,13 +159,11 @@ class PipelineStep:
     def _measure(self) -> None:
         """Send the first micro-batch through the stages, to see the shapes of what they exchange."""
         parts = self.parts
-        was_training = self.model.training
-        self.model.eval()  # draws no random number, changes no statistics
-        if self._imagined:
-            self._imagine()
-        else:
-            self.forward(parts[0])
-        self.model.train(was_training)
+        with modes.evaluating(self.model):  # draws no random number, changes no statistics
+            if self._imagined:
+                self._imagine()
+            else:
+                self.forward(parts[0])
         self.parts = parts
 
     @torch.no_grad()

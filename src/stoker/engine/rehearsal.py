@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from stoker import storage
-from stoker.engine import batches, device, memory, micro_batch, random_state
+from stoker.engine import batches, device, memory, micro_batch, modes, random_state
 from stoker.engine.agreement import Agreement, Requests
 from stoker.engine.gradients import local
 from stoker.engine.step import Setting, Step
@@ -136,7 +136,6 @@ def _leaving_no_trace(model: nn.Module) -> Iterator[None]:
 @torch.no_grad()
 def weight_of(step: Step, setting: Setting, part: Any) -> float:
     """What the loss of a micro-batch weighs; 0 on a rank that does not see the loss."""
-    step.model.eval()
-    output = step.forward(part)
-    step.model.train()
+    with modes.evaluating(step.model):
+        output = step.forward(part)
     return 0.0 if output is None else float(setting.loss_of(output, part)[1])

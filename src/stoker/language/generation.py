@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from stoker import distributed
+from stoker.engine import modes
 from stoker.language import building
 from stoker.language.building import Language
 from stoker.loop import Trainer
@@ -22,9 +23,7 @@ def generate(trainer: Trainer, language: Language, prompt: str, length: int) -> 
     """
     model: Any = trainer.model
     tokenizer, ends = language.tokenizer, language.generation_config.eos_token_id
-    was_training = model.training
-    model.eval()
-    try:
+    with modes.evaluating(model):
         encoded = tokenizer(
             prompt, return_tensors="pt", add_special_tokens=False, return_token_type_ids=False
         ).to(trainer.device)
@@ -38,8 +37,6 @@ def generate(trainer: Trainer, language: Language, prompt: str, length: int) -> 
                     **encoded, max_new_tokens=length, do_sample=False, pad_token_id=tokenizer.pad_token_id,
                     eos_token_id=ends,
                 )  # fmt: skip
-    finally:
-        model.train(was_training)
     return str(tokenizer.decode(made[0, begun:], skip_special_tokens=True))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import math
 import os
 import shlex
 import sys
@@ -56,9 +57,9 @@ def record(
 
 
 def _values(config: Any) -> dict[str, Any]:
-    """A config as JSON values by key. Raises TypeError."""
+    """A config as the values by key that JSON gives back. Raises TypeError."""
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
-        return configs.record(config)
+        return _as_read(configs.record(config))
     if config is not None and not isinstance(config, Mapping):
         kind = f"the class {config.__name__}" if isinstance(config, type) else f"a {type(config).__name__}"
         raise TypeError(
@@ -73,7 +74,21 @@ def _values(config: Any) -> dict[str, Any]:
                 f"config: {key!r} is {value!r}, of a type that is not written down ({error}): give texts as "
                 "keys, and as values numbers, texts, truth values, None, or lists and dicts of these"
             ) from None
-    return values
+    return _as_read(values)
+
+
+def _as_read(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values as they are read again: dates as texts, and as texts the numbers that JSON does not have."""
+    found: dict[str, Any] = orjson.loads(orjson.dumps(_spelled(values)))
+    return found
+
+
+def _spelled(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if isinstance(value, dict):
+        return {key: _spelled(inner) for key, inner in value.items()}
+    return [_spelled(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
 def script() -> Path | None:

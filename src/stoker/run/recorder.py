@@ -11,13 +11,13 @@ import logging
 import operator
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from stoker.run import journal
 from stoker.run.deferred import Deferred, DeferredArrays, check_name, flatten
-from stoker.run.reduction import WAYS, How
+from stoker.run.reduction import WAYS, How, reduced
 from stoker.world import World
 
 log = logging.getLogger("stoker")
@@ -35,13 +35,15 @@ class Recorder:
     def __init__(self, writer: journal.JournalWriter, world: World, begin: Callable[[], None]) -> None:
         self._writer, self._world, self._begin = writer, world, begin
         self.latest: dict[str, float] = {}
-        """The newest value of every metric."""
+        """The newest value of every metric; of one that is reduced over ranks, once they have agreed."""
+        self.unreduced: dict[str, tuple[int, float, How]] = {}
+        """Of metrics that are: the step, this rank's own newest value, and how. See `agree`."""
         self.followed: str | None = None
         """A metric of which the step of its newest value is kept as well."""
         self.followed_at: int | None = None
         self.used = False
         """Whether a metric was logged."""
-        self._pending: collections.deque[tuple[Deferred | DeferredArrays, int, float, str | None]]
+        self._pending: collections.deque[tuple[Deferred | DeferredArrays, int, float, How | None]]
         self._pending = collections.deque()
         self._carried: tuple[Mapping[str, Any], Mapping[str, tuple[Any, ...]]] | None = None
         self._names: set[str] = set()
@@ -58,9 +60,7 @@ class Recorder:
         if reduce is None and self._is_plain(values, step):
             self._highest = step
             self._writer.append_values(step, values)
-            self.latest.update(values)
-            if self.followed in values:
-                self.followed_at = step
+            self._is_latest(values, step)
         else:
             self._log_any(values, step, reduce)
 
@@ -86,6 +86,14 @@ class Recorder:
         """The attempt resumed from a step, at which these were the newest values."""
         self._highest = step
         self.latest = dict(latest)
+
+    def agree(self, of_ranks: Sequence[Mapping[str, tuple[int, float, How]]]) -> None:
+        """Take what each rank has `unreduced`: what all have of the same step is their newest value."""
+        for name, (step, _, how) in of_ranks[0].items():
+            found = [own[name] for own in of_ranks if name in own]
+            if len(found) == len(of_ranks) and {at for at, *_ in found} == {step}:
+                self._is_latest({name: reduced(how, [value for _, value, _ in found])}, step)
+        self.unreduced.clear()
 
     def write_arrived(self, wait: bool) -> None:
         """Write the pending points in order, up to the first that is still on its way."""
@@ -150,13 +158,19 @@ class Recorder:
             }
             self._pending.append((DeferredArrays(tensors), step, at, None))
 
-    def _write(self, deferred: Deferred | DeferredArrays, step: int, at: float, reduce: str | None) -> None:
+    def _write(self, deferred: Deferred | DeferredArrays, step: int, at: float, reduce: How | None) -> None:
         if isinstance(deferred, DeferredArrays):
             self._write_histograms(deferred.read(), step, at)
             return
         values = deferred.read()
         fields = {"reduce": reduce} if reduce is not None else {}
         self._writer.append("metrics", time=at, step=step, values=journal.encode_values(values), **fields)
+        if reduce is None:
+            self._is_latest(values, step)
+        else:
+            self.unreduced.update({name: (step, value, reduce) for name, value in values.items()})
+
+    def _is_latest(self, values: Mapping[str, float], step: int) -> None:
         self.latest.update(values)
         if self.followed in values:
             self.followed_at = step

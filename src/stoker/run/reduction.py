@@ -23,6 +23,11 @@ _REDUCE: dict[str, Callable[[Sequence[float]], float]] = {
 WAYS = get_args(How)
 
 
+def reduced(how: How, values: Sequence[float]) -> float:
+    """The values of all ranks, in their order, as one."""
+    return _REDUCE[how](values)
+
+
 class Reduction:
     """The values of one attempt that wait for other ranks."""
 
