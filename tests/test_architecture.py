@@ -38,7 +38,7 @@ FLOORS = (
     {"run"},
     {"engine", "data", "checkpoint", "tracking", "reproduce", "stopping", "progress"},
     {"attempt"},
-    {"saving", "evaluation", "exports"},
+    {"saving", "evaluation", "exports", "gauge"},
     {"loop"},
     {"language", "preloaded"},
     {"recipes", "report", "launch", "tune"},

@@ -704,7 +704,7 @@ def test_weights_that_are_not_finite_are_not_saved(open_run: Callable[..., Run])
 
         return _trainer(run, _model(), loss=loss, checkpoint_every=Duration(5, "step"), **settings)
 
-    with open_run() as run, pytest.raises(StokerError, match=r"weights are not finite since a step before"):
+    with open_run() as run, pytest.raises(StokerError, match=r"an earlier gradient was not finite"):
         _run_on(spoils(run), 12)
     assert [path.name for path in manifest.committed(run.directory.checkpoints)] == ["step-00000005"]
     with open_run("late") as run, pytest.raises(StokerError, match=r"step 7: .* is not finite any more"):

@@ -13,25 +13,24 @@ batch was cut.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import functools
 import itertools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, cast
 
 import torch
-from stoker import distributed, evaluation, storage, supervision, words
+from stoker import distributed, evaluation, storage, supervision
 from stoker.attempt import Run
-from stoker.checkpoint import manifest, planning, state
+from stoker.checkpoint import state
 from stoker.checkpoint.frozen import Frozen
 from stoker.checkpoint.stateful import Registered
 from stoker.data.loader import Collate, Loader
 from stoker.duration import Duration
 from stoker.engine import (
     arguments,
+    bad_loss,
     batches,
     blocks,
     counting,
@@ -52,20 +51,18 @@ from stoker.engine import (
     whole,
 )
 from stoker.engine.agreement import Agreement, Requests, Weight
-from stoker.engine.bad_loss import MOST_IN_A_ROW, LossWatch
 from stoker.engine.cutting import MicroBatches
 from stoker.engine.ema import Ema
-from stoker.engine.flops import Peak, peak
 from stoker.engine.loss_scale import LossScale
 from stoker.engine.metrics import Mean, Metric
 from stoker.engine.options import Training
-from stoker.engine.pace import Pace
 from stoker.engine.profiling import Profiler
 from stoker.engine.schedule import Schedule
 from stoker.engine.step import LossFunction, OptimizerFactory, Setting, only_loop_of_its_own
-from stoker.engine.timing import Timed, Timing
+from stoker.engine.timing import Timing
 from stoker.errors import BadInput, OutOfMemory, StokerError, Stopped
-from stoker.progress import ProgressDisplay, Reading, short
+from stoker.gauge import Gauge
+from stoker.progress import ProgressDisplay, Reading
 from stoker.run import view
 from stoker.run.series import goal_of
 from stoker.saving import Checkpoints, Saved
@@ -155,11 +152,11 @@ class Trainer:
             done=self._heart.saved,
         )  # fmt: skip
         self._at = position.Position()
-        self._pace = Pace(self.world.size)
+        self._gauge = Gauge(run, self._step, self.device, self.training, self.precision)
         self._schedule = schedule
         self._cut = MicroBatches(self._step, setting, self.training, self.world, self.strategy, block)
         at_once = self.device.type == "cpu" or training.on_bad_loss != "stop" or training.spike is not None
-        self._losses = LossWatch(self.training.spike, at_once=at_once)
+        self._losses = bad_loss.LossWatch(self.training.spike, at_once=at_once)
         self._weight: Weight = 0.0
         self._loader: Loader | None = None
         self._total = 0
@@ -313,7 +310,7 @@ class Trainer:
                 "epoch ends), or this one the sum of both"
             )
         tokens = loader.tokens_per_sample
-        self._pace.count(loader.batch_size, tokens)
+        self._gauge.pace.count(loader.batch_size, tokens)
         self.run.event(
             "plan", total_steps=self._total, samples_per_step=loader.batch_size,
             tokens_per_step=tokens and tokens * loader.batch_size,
@@ -343,6 +340,7 @@ class Trainer:
     def _remaining(self, loader: Loader) -> Iterator[Any]:
         source = loader.batches(self.samples_done, self._at.data)
         self._at.data = None
+        pace = self._gauge.pace
         timing = Timing(self.run.measure, self.device) if self.run.measure is not None else None
         self._begin_attempt()
         if self.steps_done < self._total:
@@ -354,7 +352,7 @@ class Trainer:
             Profiler(self.run.profile, self.run.directory.logs, self.world.rank, self.device)
         ) as profiler:
             while self.steps_done < self._total:
-                with self._pace.waiting():
+                with pace.waiting():
                     batch = next(source)
                 self.run.step = self.steps_done + 1
                 self._batch_is = "handed out"
@@ -362,15 +360,15 @@ class Trainer:
                     yield from self._handed_out(batch)
                 remembering = False
                 self._batch_is = ""
-                self._pace.step()
+                pace.step()
                 self._at.move(loader.batch_size)
                 self._heart.beat(self.steps_done)
                 profiler.step(self.steps_done)
                 if self._imagination is not None and self.steps_done == imagined.STEPS:
                     self._write_plan(batch)
                     raise Stopped("planned")
-                if timing is not None and (timed := timing.step(self._pace.waited)):
-                    self._write_timing(timed)
+                if timing is not None and (timed := timing.step(pace.waited)):
+                    self._gauge.write_timing(timed, loader)
                     raise Stopped("measured")
                 requests = self._agreement.requests()
                 if requests.failed:
@@ -422,31 +420,10 @@ class Trainer:
         self._end_loop()
 
     def _end_loop(self) -> None:
-        with self._spending("checkpointing"):
+        with self._gauge.spending("checkpointing"):
             self._finish_saving()
-        self._say_spent(over=True)
+        self._gauge.over()
         self._heart.pause()
-        self._compare_with_plan()
-
-    def _compare_with_plan(self) -> None:
-        """Say how near a plan of this config came, if there was one. On a CPU the peak is not of tensors."""
-        if self.device.type != "cuda" or self.world.rank > 0:
-            return
-        planned = imagined.remembered(self.run.directory, self.world.size)
-        if planned is not None:
-            peak = memory.peak(self.device)
-            self.run.event("planned", peak=planned, measured=peak)
-            log.info(
-                "peak memory %s; the plan was %s (%+.1f%%)",
-                words.size(peak), words.size(planned), 100 * (planned / peak - 1),
-            )  # fmt: skip
-
-    def _write_timing(self, timed: Timed) -> None:
-        assert self._loader is not None
-        tokens = self._loader.tokens_per_sample
-        about = {"unit": "tok" if tokens else "samples", "units_per_sample": tokens or 1.0}
-        file = self.run.directory.logs / f"timing-rank-{self.world.rank}.json"
-        storage.write_json(file, {**dataclasses.asdict(timed), **about})
 
     def _begin_attempt(self) -> None:
         if self._random is not None:  # last of all, so that nothing before the next step draws from it
@@ -458,7 +435,7 @@ class Trainer:
                 random_state.of_rank(self.run.seed, self.world.rank, self.steps_done)
             )
         self._saved_at = time.monotonic()
-        self._pace.begin()
+        self._gauge.pace.begin()
         self._heart.begin(self.steps_done)
 
     def _asked(self) -> Requests:
@@ -557,16 +534,8 @@ class Trainer:
         """Do as `on_bad_loss` says of the step under way, which has changed nothing. All ranks call it."""
         step, how = self.steps_done + 1, self.training.on_bad_loss
         too_many = self._losses.count(step)
-        if how == "stop":
-            raise StokerError(
-                f"step {step}: {wrong}; {self._state_of_weights()}. Go on with on_bad_loss=skip or "
-                "rewind, or change what made it (the learning rate, the data)"
-            )
-        if too_many:
-            raise StokerError(
-                f"step {step}: {wrong}, as in the {MOST_IN_A_ROW} steps before, so it is not the batches; "
-                f"{self._state_of_weights()}. Go on from the newest checkpoint with another learning rate"
-            )
+        if how == "stop" or too_many:
+            raise StokerError(bad_loss.explained(step, wrong, self._step.weights(), too_many=too_many))
         first = self.samples_done
         last = first + (self._loader.batch_size if self._loader is not None else 1) - 1
         self.run.event("skipped", step=step, samples=[first, last], reason=wrong)
@@ -575,22 +544,13 @@ class Trainer:
         if how == "rewind":
             self._rewind(step)
 
-    def _state_of_weights(self) -> str:
-        """In words. A gradient that nobody looked at may have spoilt them, which the next loss shows."""
-        finite = all(bool(t.isfinite().all()) for t in map(planning.local, self._step.weights().values()))
-        if all(distributed.gathered(finite)):
-            return "the weights are those before it"
-        return (
-            "the weights are not finite since a step before, whose gradient was not; the newest checkpoint is"
-        )
-
     def _rewind(self, step: int) -> None:
         """Put the weights, and all that goes with them, back to the newest checkpoint; the data goes on.
 
         To each once: where the newest has led to a bad loss before, the one before it is taken.
         """
         self._finish_saving()
-        found, _ = self._newest(but=self._losses.rewound_to)
+        found, _ = self._checkpoints.newest(but=self._losses.rewound_to)
         if found is None:
             raise StokerError(f"step {step}: there is no checkpoint to rewind to that was not tried already")
         saved, _ = self._checkpoints.restore(found)
@@ -686,12 +646,7 @@ class Trainer:
     @property
     def rate(self) -> float | None:
         """Tokens (where the dataset counts them) or samples a second over all ranks, over the last steps."""
-        return self._pace.rate
-
-    @property
-    def _unit(self) -> str:
-        """What the rate counts, in short."""
-        return "tok" if self._pace.unit == "tokens" else self._pace.unit
+        return self._gauge.pace.rate
 
     def performance(self, flops: float | None = None) -> dict[str, float]:
         """How fast this attempt is, to be logged; empty where that is not known yet.
@@ -703,10 +658,7 @@ class Trainer:
         Args:
             flops: operations that the training needs for a token, or a sample.
         """
-        found, a_rank = self._pace.metrics(), self._pace.rate_of_a_rank
-        if flops is not None and a_rank is not None:
-            found["mfu"] = a_rank * flops / self._peak.flops
-        return found
+        return self._gauge.performance(flops)
 
     def say(self, flops: float | None = None, **metrics: float) -> None:
         """Rank 0 says what was measured, and how the loop does, in a line. All ranks call it.
@@ -717,53 +669,14 @@ class Trainer:
         Args:
             flops: see `performance`.
         """
-        most = max(peak for *_, peak in self.memory())
-        found = self.performance(flops)
-        if self.world.rank > 0:
-            return
-        texts = [f"{name} {value:.4g}" for name, value in metrics.items()]
-        if self.rate is not None:
-            of_a_rank = self.rate / self.world.size
-            a_rank = f" ({short(of_a_rank)} a rank)" if self.world.size > 1 else ""
-            texts.append(f"{short(self.rate)} {self._unit}/s{a_rank}")
-            texts += [f"mfu {found['mfu']:.1%}"] if "mfu" in found else []
-            texts.append(f"{self._pace.share_waited:.1%} waiting for data")
-        texts.append(f"peak memory {most:.2f} GiB")
-        log.info("step %d: %s", self.run.step, ", ".join(texts))
-
-    @functools.cached_property
-    def _peak(self) -> Peak:
-        """What `mfu` is a share of, said once."""
-        found = peak(self.device, self.precision)
-        self.run.event("peak", flops=found.flops, source=found.source)
-        if self.world.rank == 0:
-            log.info("mfu is of %.1f TFLOP/s in %s (%s)", found.flops / 1e12, self.precision, found.source)
-        return found
+        self._gauge.say(flops, metrics)
 
     def memory(self) -> list[tuple[int, float, float, float, float, float]]:
         """A row a rank, in GiB: rank, weights, gradients, optimizer state, the rest of the peak, the peak.
 
         All ranks call it. On CPUs the peak is that of the process.
         """
-        own = memory.by_kind(self._step, self.device, self.training)
-        found = []
-        for rank, kinds in enumerate(distributed.gathered(own)):
-            *known, most = (kinds[kind] / 2**30 for kind in ("weights", "gradients", "optimizer", "peak"))
-            found.append((rank, *known, max(0.0, most - sum(known)), most))
-        return found
-
-    @contextlib.contextmanager
-    def _spending(self, what: str) -> Iterator[None]:
-        """See `Pace.spending`; says so in the journal."""
-        with self._pace.spending(what):
-            yield
-        self._say_spent()
-
-    def _say_spent(self, *, over: bool = False) -> None:
-        """Where the time of this attempt went so far, for the report. Of an attempt that is killed it is
-        known by this until its last checkpoint, and what came after is done again.
-        """
-        self.run.event("spent", step=self.run.step, over=over, seconds=self._pace.spent)
+        return self._gauge.memory()
 
     # -- evaluation -------------------------------------------------------------------------
 
@@ -812,7 +725,7 @@ class Trainer:
     def evaluating(self) -> Iterator[None]:
         """What is done within counts as evaluation, not as training; the model has its averaged weights."""
         self._may_be_best = True
-        with self.averaged(), self._spending("evaluating"):
+        with self.averaged(), self._gauge.spending("evaluating"):
             yield
 
     def averaged(self) -> contextlib.AbstractContextManager[None]:
@@ -887,7 +800,7 @@ class Trainer:
         if self._loader is not None:
             self._at.data = self._loader.place(self.samples_done)
         self._agree_on_metrics()
-        with self._spending("checkpointing"):
+        with self._gauge.spending("checkpointing"):
             self._finish_saving()
             self._checkpoints.save({**self._at.written(), **self._losses.state()}, exact=self._keeps_best)
         self._saved_at, self._saved_step = time.monotonic(), self.steps_done
@@ -921,9 +834,9 @@ class Trainer:
             self.run.agree(distributed.gathered(self.run.unreduced))
 
     def _restore(self) -> None:
-        found, passed_over = self._newest()
+        found, passed_over = self._checkpoints.newest()
         if found is None and self.run.continued:
-            self._begin_anew(passed_over)
+            self._checkpoints.check_none_lost(passed_over)
         if found is not None:
             saved, self._random = self._checkpoints.restore(found)
             self._at = position.read(saved)
@@ -941,38 +854,14 @@ class Trainer:
         elif found is not None:  # another run's: it was put there for this one to begin from
             self.run.event("begun_from", step=self.steps_done)
 
-    def _newest(self, but: Set[int] = frozenset()) -> tuple[manifest.Checkpoint | None, list[str]]:
-        """See `Checkpoints.newest`; says which were passed over."""
-        found, passed_over = self._checkpoints.newest(but)
-        for reason in passed_over:  # on rank 0 alone
-            log.warning("passed over checkpoint %s", reason)
-        return found, passed_over
-
-    def _begin_anew(self, passed_over: list[str]) -> None:
-        """Go on without a checkpoint, where there was none yet. All ranks call it. Raises StokerError."""
-        known = view.load(self.run.directory).checkpoints if self.world.rank == 0 else None
-        lost = distributed.from_rank_zero(known)
-        if not lost:
-            return
-        said = "; ".join(passed_over) or f"{self.run.directory.checkpoints} holds none"
-        if self.run.mend is None:
-            raise StokerError(
-                f"run {self.run.directory.id} had checkpoints, the last of step {lost[-1]}, and none can be "
-                f"used ({said}). Bring them back (is a disk not mounted?), or start a run of another name"
-            )
-        if self.world.rank == 0:
-            log.warning(
-                "none of its checkpoints, the last of step %d, came to the store: it begins anew", lost[-1]
-            )
-
     def _reading(self) -> Reading:
         return Reading(
             step=self.steps_done,
             total=self._total,
             loss=self.run.latest.get("loss"),
             rate=self.rate,
-            unit=self._unit,
-            seconds_left=self._pace.seconds_for(self._total - self.steps_done),
+            unit=self._gauge.unit,
+            seconds_left=self._gauge.pace.seconds_for(self._total - self.steps_done),
         )
 
 

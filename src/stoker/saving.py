@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,8 @@ from stoker.engine.ema import Ema
 from stoker.engine.loss_scale import LossScale
 from stoker.engine.mesh import Mesh
 from stoker.engine.step import Step
+from stoker.errors import StokerError
+from stoker.run import view
 from stoker.run.series import goal_of
 from stoker.world import World
 
@@ -206,7 +208,7 @@ class Checkpoints:
         return self._saver.failed
 
     def newest(self, but: Set[int] = frozenset()) -> tuple[manifest.Checkpoint | None, list[str]]:
-        """The newest one that rank 0 finds valid, on every rank; and, on rank 0, those passed over.
+        """The newest one that rank 0 finds valid, on every rank; and, on rank 0, those passed over, said.
 
         Args:
             but: steps whose checkpoints are left out.
@@ -214,10 +216,34 @@ class Checkpoints:
         found, passed_over = None, list[str]()
         if self._run.world.rank == 0:
             found, passed_over = self._run.newest_checkpoint(but)
+        for reason in passed_over:
+            log.warning("passed over checkpoint %s", reason)
         agreed = distributed.from_rank_zero(None if found is None else found.step)
         if self._run.world.rank > 0 and agreed is not None:
             found = manifest.read(manifest.folder(self._folder, agreed))
         return found, passed_over
+
+    def check_none_lost(self, passed_over: Sequence[str]) -> None:
+        """A run may go on without a checkpoint where it had none yet. All ranks call it. Raises StokerError.
+
+        Args:
+            passed_over: as `newest` gave them.
+        """
+        run = self._run
+        known = view.load(run.directory).checkpoints if run.world.rank == 0 else None
+        lost = distributed.from_rank_zero(known)
+        if not lost:
+            return
+        said = "; ".join(passed_over) or f"{self._folder} holds none"
+        if run.mend is None:
+            raise StokerError(
+                f"run {run.directory.id} had checkpoints, the last of step {lost[-1]}, and none can be "
+                f"used ({said}). Bring them back (is a disk not mounted?), or start a run of another name"
+            )
+        if run.world.rank == 0:
+            log.warning(
+                "none of its checkpoints, the last of step %d, came to the store: it begins anew", lost[-1]
+            )
 
     def void_after(self, step: int) -> None:
         """From now on the run is what it was at a step: what was saved later is none of its checkpoints."""

@@ -81,3 +81,10 @@ def test_what_ships_is_listed_shown_and_copied(stoker: Any, tmp_path: Path) -> N
     assert (tmp_path / "qwen-0.5b-full.yaml").read_text() == recipes.configs()["qwen-0.5b-full"].read_text()
     again = stoker("recipes", "copy", "qwen-0.5b-full")
     assert (again.code, "is there already" in again.err) == (2, True)
+
+
+@pytest.mark.parametrize("recipe", recipes.SHIPPED)
+@pytest.mark.parametrize("key", ["max_steps", "eval_every"])
+def test_lengths_are_the_same_on_every_machine(recipe: str, key: str) -> None:
+    with pytest.raises(BadInput, match=f"{key}=10min .* by the clock"):
+        config.resolve(recipes.load(recipe).config, overrides=[f"{key}=10min"])

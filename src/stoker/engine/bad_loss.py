@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from stoker import distributed
+from stoker.engine.gradients import local
 
 MOST_IN_A_ROW = 10  # bad steps, of which all are left out
 _WINDOW = 100  # steps whose median a spike is measured by
@@ -89,3 +91,25 @@ class LossWatch:
     def _remember(self, saved: Mapping[str, Any]) -> None:
         self._recent = collections.deque(saved["losses"], maxlen=_WINDOW)
         self._unseen = None
+
+
+def explained(step: int, wrong: str, weights: Mapping[str, torch.Tensor], *, too_many: bool) -> str:
+    """Why a run ends with a bad step that has changed no weight, and what to do. All ranks call it.
+
+    Args:
+        too_many: it was one of so many in a row that it is not the batches.
+    """
+    # A gradient that nobody looked at may have spoilt them before, which the next loss shows.
+    finite = all(bool(tensor.isfinite().all()) for tensor in map(local, weights.values()))
+    now = "the weights are those before it"
+    if not all(distributed.gathered(finite)):
+        now = "an earlier gradient was not finite, and the weights are not since; the newest checkpoint is"
+    if too_many:
+        return (
+            f"step {step}: {wrong}, as in the {MOST_IN_A_ROW} steps before, so it is not the batches; {now}. "
+            "Go on from the newest checkpoint with another learning rate"
+        )
+    return (
+        f"step {step}: {wrong}; {now}. Go on with on_bad_loss=skip or rewind, or change what made it "
+        "(the learning rate, the data)"
+    )

@@ -1,4 +1,4 @@
-"""Types of the keys about optimizers that the recipes share; nothing here loads torch."""
+"""Types of keys that the recipes share; nothing here loads torch."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 from annotated_types import Ge, Lt
 from pydantic import AfterValidator, BeforeValidator
+from stoker.duration import Duration
 
 
 def _parts(value: Any) -> Any:
@@ -19,8 +20,18 @@ def _steps_or_share(value: float) -> float:
     return value
 
 
+def _counted(value: Duration) -> Duration:
+    if value.seconds is not None:
+        raise ValueError(
+            f"{value} is by the clock, which differs between machines: count in steps, ep or tok"
+        )
+    return value
+
+
 Beta = Annotated[float, Ge(0), Lt(1)]
 Betas = Annotated[tuple[Beta, Beta], BeforeValidator(_parts)]
 """Two numbers: `0.9,0.95`, or a list."""
 Warmup = Annotated[float, Ge(0), AfterValidator(_steps_or_share)]
 """Below 1 a share of the steps, from 1 on their number."""
+Length = Annotated[Duration, AfterValidator(_counted)]
+"""Of training, the same on every machine: `100`, `2ep`, `1000000tok`."""

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Gt, Le, Lt
 from stoker.attempt import Run
 from stoker.duration import Duration
-from stoker.engine.keys import Betas, Warmup
+from stoker.engine.keys import Betas, Length, Warmup
 from stoker.engine.options import Training
 from stoker.errors import BadInput
 
@@ -72,13 +72,13 @@ class Config(Training):
     """Over which the learning rate goes up: a share of the steps, such as 0.05, or how many, such as 100."""
     min_lr: Annotated[float, Ge(0), Le(1)] = 0.0
     """Share of the peak that cosine, linear and wsd end at."""
-    max_steps: Duration | None = None
+    max_steps: Length | None = None
     """How long to train: 100 (steps) or 2ep."""
     epochs: Annotated[float, Gt(0)] | None = None
     """The same in epochs; 10 where neither is given."""
     batch_size: Annotated[int, Ge(1)] = 64
     """Images of a step, over all ranks."""
-    eval_every: Duration = Duration(1, "epoch")
+    eval_every: Length = Duration(1, "epoch")
     """Accuracy on the validation images."""
     patience: Annotated[int, Ge(1)] | None = None
     """End early once val_accuracy got no better over so many evaluations; none: never."""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from annotated_types import Ge, Gt, Le, Lt
 from stoker.attempt import Run
 from stoker.duration import Duration
-from stoker.engine.keys import Betas, Warmup
+from stoker.engine.keys import Betas, Length, Warmup
 from stoker.engine.options import Training
 from stoker.language.lora import Lora
 from stoker.world import World
@@ -93,7 +93,7 @@ class Config(Training):
     """What AdamW, in 8 bits too, adds to the root of the latter."""
     clip_norm: Annotated[float, Gt(0)] | None = 1.0
     """Largest global L2 norm of the gradient; larger ones are scaled down to it."""
-    max_steps: Duration | None = None
+    max_steps: Length | None = None
     """How long to train: 100 (steps), 2ep or 1000000tok."""
     epochs: Annotated[float, Gt(0)] | None = None
     """The same in epochs; 1 where neither is given."""
@@ -103,7 +103,7 @@ class Config(Training):
     """Tokens of a row."""
     packing: bool = True
     """Whether documents share rows, none of them seeing another."""
-    eval_every: Duration = Duration(1, "epoch")
+    eval_every: Length = Duration(1, "epoch")
     """Perplexity on the validation documents, and generations."""
     patience: Annotated[int, Ge(1)] | None = None
     """End early once val_loss got no better over so many evaluations; none: never."""
@@ -151,13 +151,6 @@ class Config(Training):
             )
         if not all(text.strip() for text in self.add_tokens):
             raise ValueError("add_tokens: a token of spaces or of nothing cannot be added")
-        for name in ("max_steps", "eval_every"):
-            value = getattr(self, name)
-            if value is not None and value.seconds is not None:
-                raise ValueError(
-                    f"{name}={value} is by the clock, which differs between machines: "
-                    "count in steps, ep or tok"
-                )
 
     @property
     def named(self) -> dict[sources.Key, str]:

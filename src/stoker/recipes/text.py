@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Gt, Le, Lt
 from stoker.attempt import Run
 from stoker.duration import Duration
-from stoker.engine.keys import Betas, Warmup
+from stoker.engine.keys import Betas, Length, Warmup
 from stoker.engine.options import Training
 from stoker.errors import BadInput, nearest
 from stoker.recipes.text_shape import SIZES, Shape, shape
@@ -72,13 +72,13 @@ class Config(Training):
     """Share of the target that is spread over all classes, while training."""
     clip_norm: Annotated[float, Gt(0)] | None = 1.0
     """Largest global L2 norm of the gradient; larger ones are scaled down to it."""
-    max_steps: Duration | None = None
+    max_steps: Length | None = None
     """How long to train: 100 (steps), 2ep or 1000000tok."""
     epochs: Annotated[float, Gt(0)] | None = None
     """The same in epochs; where neither is given 5 from scratch, 3 for a model that is loaded."""
     batch_size: Annotated[int, Ge(1)] = 32
     """Texts of a step, over all ranks."""
-    eval_every: Duration = Duration(1, "epoch")
+    eval_every: Length = Duration(1, "epoch")
     """Accuracy and macro F1 on the validation texts."""
     patience: Annotated[int, Ge(1)] | None = None
     """End early once val_accuracy got no better over so many evaluations; none: never."""

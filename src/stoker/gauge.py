@@ -1,0 +1,126 @@
+"""How a training loop does: how fast it is, what it uses of devices and memory, where its time goes.
+
+Nothing of it changes what is trained. It is told of the loop, and tells the terminal and the journal.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import logging
+from collections.abc import Iterator, Mapping
+
+import torch
+from stoker import distributed, storage, words
+from stoker.attempt import Run
+from stoker.data.loader import Loader
+from stoker.engine import flops as operations
+from stoker.engine import imagined, memory
+from stoker.engine.options import Training
+from stoker.engine.pace import Pace
+from stoker.engine.precision import Resolved
+from stoker.engine.step import Step
+from stoker.engine.timing import Timed
+from stoker.progress import short
+
+log = logging.getLogger("stoker")
+
+
+class Gauge:
+    """Of one attempt's loop.
+
+    Args:
+        step: whose model and optimizers take memory.
+    """
+
+    def __init__(
+        self, run: Run, step: Step, device: torch.device, training: Training, precision: Resolved
+    ) -> None:
+        self._run, self._step, self._device = run, step, device
+        self._training, self._precision = training, precision
+        self.pace = Pace(run.world.size)
+
+    @property
+    def unit(self) -> str:
+        """What the rate counts, in short."""
+        return "tok" if self.pace.unit == "tokens" else self.pace.unit
+
+    def performance(self, flops: float | None) -> dict[str, float]:
+        """See `Trainer.performance`."""
+        found, a_rank = self.pace.metrics(), self.pace.rate_of_a_rank
+        if flops is not None and a_rank is not None:
+            found["mfu"] = a_rank * flops / self._peak.flops
+        return found
+
+    def say(self, flops: float | None, metrics: Mapping[str, float]) -> None:
+        """See `Trainer.say`."""
+        most = max(peak for *_, peak in self.memory())
+        found, world = self.performance(flops), self._run.world
+        if world.rank > 0:
+            return
+        texts = [f"{name} {value:.4g}" for name, value in metrics.items()]
+        rate, of_a_rank = self.pace.rate, self.pace.rate_of_a_rank
+        if rate is not None and of_a_rank is not None:
+            a_rank = f" ({short(of_a_rank)} a rank)" if world.size > 1 else ""
+            texts.append(f"{short(rate)} {self.unit}/s{a_rank}")
+            texts += [f"mfu {found['mfu']:.1%}"] if "mfu" in found else []
+            texts.append(f"{self.pace.share_waited:.1%} waiting for data")
+        texts.append(f"peak memory {most:.2f} GiB")
+        log.info("step %d: %s", self._run.step, ", ".join(texts))
+
+    @functools.cached_property
+    def _peak(self) -> operations.Peak:
+        """What `mfu` is a share of, said once."""
+        found = operations.peak(self._device, self._precision)
+        self._run.event("peak", flops=found.flops, source=found.source)
+        if self._run.world.rank == 0:
+            log.info("mfu is of %.1f TFLOP/s in %s (%s)", found.flops / 1e12, self._precision, found.source)
+        return found
+
+    def memory(self) -> list[tuple[int, float, float, float, float, float]]:
+        """See `Trainer.memory`."""
+        own = memory.by_kind(self._step, self._device, self._training)
+        found = []
+        for rank, kinds in enumerate(distributed.gathered(own)):
+            *known, most = (kinds[kind] / 2**30 for kind in ("weights", "gradients", "optimizer", "peak"))
+            found.append((rank, *known, max(0.0, most - sum(known)), most))
+        return found
+
+    @contextlib.contextmanager
+    def spending(self, what: str) -> Iterator[None]:
+        """See `Pace.spending`; says so in the journal."""
+        with self.pace.spending(what):
+            yield
+        self._say_spent(over=False)
+
+    def over(self) -> None:
+        """The loop has ended."""
+        self._say_spent(over=True)
+        if self._device.type == "cuda" and self._run.world.rank == 0:  # on a CPU the peak is not of tensors
+            self._compare_with_plan()
+
+    def _say_spent(self, *, over: bool) -> None:
+        """Where the time of this attempt went so far, for the report. Of an attempt that is killed it is
+        known by this until its last checkpoint, and what came after is done again.
+        """
+        self._run.event("spent", step=self._run.step, over=over, seconds=self.pace.spent)
+
+    def _compare_with_plan(self) -> None:
+        """Say how near a plan of this config came, if there was one."""
+        planned = imagined.remembered(self._run.directory, self._run.world.size)
+        if planned is None:
+            return
+        peak = memory.peak(self._device)
+        self._run.event("planned", peak=planned, measured=peak)
+        log.info(
+            "peak memory %s; the plan was %s (%+.1f%%)",
+            words.size(peak), words.size(planned), 100 * (planned / peak - 1),
+        )  # fmt: skip
+
+    def write_timing(self, timed: Timed, loader: Loader) -> None:
+        """Write down what `stoker bench` reads of this rank."""
+        tokens = loader.tokens_per_sample
+        about = {"unit": "tok" if tokens else "samples", "units_per_sample": tokens or 1.0}
+        file = self._run.directory.logs / f"timing-rank-{self._run.world.rank}.json"
+        storage.write_json(file, {**dataclasses.asdict(timed), **about})
