@@ -877,7 +877,7 @@ def test_going_on_with_another_number_of_samples_is_said(
             trainer = _trainer(run, _model(), data_share=part)
             for batch in trainer.steps(trainer.loader(_dataset(size), batch_size=10), max_steps=steps):
                 trainer.step(batch)
-    said = "an epoch was 50 samples and is 40 now: the order of samples is another from step 2 on"
+    said = "an epoch was 50 samples and is 40 now: from step 2 on the samples come in a different order"
     assert (said in caplog.messages) == warns
 
 

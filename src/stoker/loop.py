@@ -189,7 +189,7 @@ class Trainer:
             )  # fmt: skip
         unused = options.unused(self.training, self.strategy)
         if unused and self.world.rank == 0:
-            log.warning("parallel=%s has no use for what is set of %s", self.strategy, ", ".join(unused))
+            log.warning("parallel=%s: these settings are not used: %s", self.strategy, ", ".join(unused))
         self.run.event(
             "layout", parallel=self.strategy, why=why, precision=self.precision, ranks=self.world.size,
             device=device.name(self.device), data_ranks=self.mesh.data.size,
@@ -328,7 +328,7 @@ class Trainer:
         before, now = self.run.samples_per_epoch, loader.samples_per_epoch
         if self.steps_done and before not in (None, now) and self.world.rank == 0:
             log.warning(
-                "an epoch was %s and is %s now: the order of samples is another from step %d on",
+                "an epoch was %s and is %s now: from step %d on the samples come in a different order",
                 f"{before:,} samples", f"{now:,}", self.steps_done,
             )  # fmt: skip
 

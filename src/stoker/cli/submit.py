@@ -215,7 +215,10 @@ def send(where: Where, made: JobSpec, *, runs: Path, trains: Sequence[str], json
                     "runs": list(known.trains), "folder": str(known.folder)})  # fmt: skip
         return 0
     out = console()
-    out.print(f"job {known.id} is {known.target}'s {known.native}: {', '.join(known.trains)}", markup=False)
+    out.print(
+        f"submitted job {known.id} ({known.target}: {known.native}), which trains {', '.join(known.trains)}",
+        markup=False,
+    )
     out.print(f"it runs {target.code(known)}", markup=False)
     out.print(f"next: stoker jobs list   stoker jobs logs {known.id} -f   stoker jobs cancel {known.id}")
     return 0

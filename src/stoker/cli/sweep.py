@@ -71,7 +71,7 @@ def sweep(
     metric: Annotated[
         list[str] | None,
         typer.Option(
-            help="What is to become best; several may be given, and by the first one trials end early.",
+            help="What is to become best; several may be given, of which early stopping goes by the first.",
             show_default="val_loss",
         ),
     ] = None,

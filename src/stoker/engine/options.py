@@ -306,7 +306,7 @@ def check_pipeline_batch(training: Training, share: int, ranks: int) -> None:
 
 def _check_deepspeed(training: Training) -> None:
     if training.micro_batch == "auto":
-        raise BadInput("micro_batch=auto is not there under parallel=deepspeed: give a number")
+        raise BadInput("micro_batch=auto does not work with parallel=deepspeed: give a number")
     if importlib.util.find_spec("deepspeed") is None:
         raise BadInput("parallel=deepspeed needs deepspeed: pip install 'stoker[deepspeed]'")
     chosen = training.deepspeed

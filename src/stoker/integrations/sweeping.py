@@ -103,7 +103,7 @@ def sweep(
     Args:
         recipe: a shipped recipe, a file with a `train(run, config)` function, or such a function of a file.
         space: by config key what is searched, written as for the command, and what is the same in all trials.
-        metric: what is to become best; of several, by the first one trials end early.
+        metric: what is to become best; of several, early stopping goes by the first.
         goal: min or max, of each; by default by the metric's name.
         tries: values that are tried first, of one trial or of several.
         on: local or ray.

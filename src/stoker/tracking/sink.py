@@ -43,7 +43,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Ending:
-    """How a run ended: `status` is finished, failed, preempted, interrupted or killed; `time` is when."""
+    """How a run ended: `status` as in `run.view`; `time` is when."""
 
     status: str
     time: float
