@@ -184,6 +184,14 @@ def test_a_loop_of_one_s_own_is_planned_until_it_asks_for_values(stoker: Command
     pieces = "for part in trainer.micro(batch): trainer.backward(*loss(trainer.model(part[0]), part)); "
     pieces = pieces.rstrip("; ") + "\n        trainer.update()"
     assert "it fits" in stoker("plan", str(_script(tmp_path / "pieces.py", within=pieces))).out
+    kept = tmp_path / "kept.pt"
+    kept.write_bytes(b"of a real run")
+    looks = (
+        "made = trainer.step(batch); print(f'{made:.3f}', made.numpy(), torch.tensor([made, 2.0]))\n"
+        f"        torch.save(trainer.model.state_dict(), {str(kept)!r})"
+    )
+    assert "it fits" in stoker("plan", str(_script(tmp_path / "looks.py", within=looks))).out
+    assert kept.read_bytes() == b"of a real run"
     asks = _script(tmp_path / "asks.py", before="print(trainer.model(torch.zeros(1, 8)).sum().item())")
     done = stoker("plan", str(asks))
     assert done.code == 2

@@ -11,10 +11,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import unittest.mock
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from stoker import storage
 from stoker.engine import batches
@@ -36,8 +38,9 @@ from torch._subclasses.fake_tensor import (
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 STEPS = 2
 """How many steps are gone: in the second there is all that the first one makes, as the optimizer's state."""
@@ -168,7 +171,8 @@ class Imagination:
             register_optimizer_step_post_hook(self._after_update),
         )
         try:
-            with torch.compiler.set_stance("force_eager"), self._fake, self._allocations:
+            stance = torch.compiler.set_stance("force_eager")
+            with stance, _nothing_is_written(), self._fake, self._allocations, _AsPython():
                 self._follow_weights()
                 self._allocations.begin()
                 yield
@@ -211,6 +215,43 @@ class Imagination:
 
     def _after_update(self, *_: Any) -> None:
         self._updating = False
+
+
+@contextlib.contextmanager
+def _nothing_is_written() -> Iterator[None]:
+    """A loop's own `torch.save` does nothing: the file may be there, with values."""
+    with unittest.mock.patch.object(torch, "save", return_value=None):
+        yield
+
+
+class _AsPython(TorchFunctionMode):
+    """Answers what asks fake tensors for values without an operation: formats, arrays, lists of numbers."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function in _OF_LISTS and isinstance(args[0], list | tuple):
+            args = tree_map_only(FakeTensor, lambda tensor: _array(tensor).tolist(), args)
+        elif function in _OF_ONE and isinstance(args[0], FakeTensor):
+            return _OF_ONE[function](*args, **kwargs)
+        return function(*args, **kwargs)
+
+
+def _array(tensor: torch.Tensor, *_: Any, **__: Any) -> Any:
+    return np.ones(tuple(tensor.shape), _named(tensor.dtype))
+
+
+def _named(dtype: torch.dtype) -> str:
+    return "float32" if dtype is torch.bfloat16 else str(dtype).removeprefix("torch.")
+
+
+_OF_ONE: dict[Any, Callable[..., Any]] = {
+    torch.Tensor.__format__: lambda tensor, how: format(_array(tensor).item(), how),
+    torch.Tensor.numpy: _array,
+    torch.Tensor.__array__: _array,
+}
+_OF_LISTS = {torch.tensor, torch.as_tensor}
 
 
 @contextlib.contextmanager
