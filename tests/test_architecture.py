@@ -31,6 +31,7 @@ FLOORS = (
         "periodic",
         "disk",
         "words",
+        "terminal",
         "meanings",
         "other_names",
         "unknown_keys",

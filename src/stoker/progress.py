@@ -6,7 +6,6 @@ waits for the device nor slows a step.
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from stoker import terminal
 
 _LINE_EVERY = 10.0  # seconds between plain lines
 _REFRESH_EVERY = 0.25
@@ -90,10 +90,7 @@ class ProgressDisplay:
             now = self._read()
             if now.step != shown:
                 shown = now.step
-                sys.stderr.write(
-                    "  ".join([f"{self._title}  step {now.step}/{now.total}", *now.texts()]) + "\n"
-                )
-                sys.stderr.flush()
+                terminal.say("  ".join([f"{self._title}  step {now.step}/{now.total}", *now.texts()]) + "\n")
 
 
 def short(number: float) -> str:

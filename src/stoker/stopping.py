@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
+from stoker import terminal
 from stoker.errors import Stopped
 
 STATUS: dict[int, str] = {
@@ -103,12 +103,12 @@ class StopRequests:
         if not first:
             self.at_once = True
             if number == signal.SIGINT:
-                sys.stderr.write("\nstopped at once; the same command goes on from the newest checkpoint\n")
+                terminal.say("\nstopped at once; the same command goes on from the newest checkpoint\n")
             raise KeyboardInterrupt if number == signal.SIGINT else Stopped(self._asked)
         if not self._in_loop:
             raise Stopped(self._asked)
         if number == signal.SIGINT:
-            sys.stderr.write("\nstopping after this step, with a checkpoint; Ctrl-C again stops at once\n")
+            terminal.say("\nstopping after this step, with a checkpoint; Ctrl-C again stops at once\n")
 
 
 def is_another(number: int, before: float) -> bool:

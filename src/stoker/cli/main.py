@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import typer
-from stoker import other_names, storage
+from stoker import other_names, storage, terminal
 from stoker.cli import (
     bench,
     checkpoints,
@@ -38,6 +38,7 @@ from stoker.launch import arguments
 
 _NO_SUCH = "No such option"  # what the error of an unknown one begins with
 _MISSPELT = 0.75  # how much alike an option is to the one that was meant
+_OUTLIVE = ("train", "resume", "reproduce", "sweep", "bench")  # which go on when nobody looks any more
 _HELP = {"help_option_names": ["-h", "--help"]}
 
 app = typer.Typer(
@@ -72,6 +73,8 @@ app.command("doctor")(doctor.doctor)
 
 def run() -> None:
     """The `stoker` command."""
+    if sys.argv[1:2] and sys.argv[1] in _OUTLIVE:
+        terminal.outlive()
     sys.exit(_exit_code(app))
 
 
@@ -82,15 +85,17 @@ def main(train_function: Callable[..., None]) -> None:
         context_settings=_HELP,
     )  # fmt: skip
     script.command()(train.script_command(train_function))
+    terminal.outlive()
     sys.exit(_exit_code(script))
 
 
 def _exit_code(command: typer.Typer) -> int:
     """Run a command and turn how it ended into an exit code, with the error said once."""
+    sys.stdout, sys.stderr = sys.stdout or terminal.open_nowhere(), sys.stderr or terminal.open_nowhere()
     try:
         code: Any = command(standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
-        sys.stderr.write("stoker: interrupted\n")
+        terminal.say("stoker: interrupted\n")
         return EXIT_INTERRUPTED
     except BrokenPipeError:  # `stoker runs export RUN | head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -146,7 +151,7 @@ def _failed(error: Exception) -> int:
     elif full := storage.said_of_full_disk(error):
         message = full
     else:
-        sys.stderr.write(trace_of(error))
+        terminal.say(trace_of(error))
         message = _in_a_line(error)
     say_error(message, code)
     return code

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import orjson
 import typer
 from rich.console import Console
-from stoker import object_store
+from stoker import object_store, terminal
 from stoker.errors import EXIT_BAD_INPUT
 from stoker.run import finding
 from stoker.world import World
@@ -58,7 +58,7 @@ def print_json(answer: dict[str, Any]) -> None:
 def say_error(message: str, code: int) -> None:
     """Say the error that a command ends with, and its exit code."""
     is_trace = "\n" in message and code != EXIT_BAD_INPUT
-    sys.stderr.write(f"{message}\n" if is_trace else f"stoker: error: {message}\n")
+    terminal.say(f"{message}\n" if is_trace else f"stoker: error: {message}\n")
     if "--json" in sys.argv:
         print_json({"error": message, "bad_input": code == EXIT_BAD_INPUT, "exit_code": code})
 
@@ -68,7 +68,7 @@ class _StderrHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         prefix = "stoker: " if record.levelno < logging.WARNING else f"stoker: {record.levelname.lower()}: "
-        sys.stderr.write(f"{prefix}{record.getMessage()}\n")
+        terminal.say(f"{prefix}{record.getMessage()}\n")
 
 
 def show_messages(level: int = logging.INFO) -> None:

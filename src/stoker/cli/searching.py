@@ -13,7 +13,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ import numpy as np
 from optuna.samplers import BaseSampler
 from optuna.study import Study
 from stoker import config as configs
-from stoker import object_store
+from stoker import object_store, terminal
 from stoker.cli.trial import loaded, train_trial
 from stoker.duration import Duration
 from stoker.errors import BadInput
@@ -201,7 +200,7 @@ def answering_signals(search: Search) -> Iterator[list[int]]:
         if told:
             raise KeyboardInterrupt
         told.append(number)
-        sys.stderr.write("\nstopping: trials end with a checkpoint, and the same search goes on\n")
+        terminal.say("\nstopping: trials end with a checkpoint, and the same search goes on\n")
         search.stop()
 
     if threading.current_thread() is not threading.main_thread():

@@ -20,7 +20,7 @@ from types import FrameType
 from typing import Any
 
 import psutil
-from stoker import machine, redaction, signals, storage, supervision
+from stoker import machine, redaction, signals, storage, supervision, terminal
 from stoker.errors import StokerError, Stopped, trace_of
 
 _PAUSE = 0.08  # seconds; see `main`
@@ -54,6 +54,8 @@ def main(function: Callable[..., int], arguments: Sequence[Any], folder: str) ->
     machine.share_cores(int(os.environ["LOCAL_WORLD_SIZE"]))
     if rank > 0:
         log_to(base.with_suffix(".out"))
+    else:
+        terminal.outlive()
     try:
         end = End(rank, time.time(), function(*arguments))
     except Stopped as stopped:  # also what elastic tells the others, once one has failed
@@ -130,7 +132,7 @@ class _WithoutSecrets(io.TextIOWrapper):
     """Standard output or error, by its descriptor, without secrets."""
 
     def __init__(self, descriptor: int) -> None:
-        raw = open(descriptor, "wb", buffering=0, closefd=False)  # noqa: SIM115 - for as long as the process
+        raw: Any = terminal.Outlived(descriptor)
         super().__init__(raw, encoding="utf-8", errors="backslashreplace", write_through=True)
 
     def write(self, said: str) -> int:

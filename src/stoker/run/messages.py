@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-import sys
 from pathlib import Path
 
-from stoker import redaction
+from stoker import redaction, terminal
 
 log = logging.getLogger("stoker")
 
@@ -43,4 +42,4 @@ class _Stderr(logging.Handler):
     """Writes to what standard error is at the time."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        sys.stderr.write(f"stoker: {record.levelname.lower()}: {record.getMessage()}\n")
+        terminal.say(f"stoker: {record.levelname.lower()}: {record.getMessage()}\n")

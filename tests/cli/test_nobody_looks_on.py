@@ -1,0 +1,105 @@
+"""What is said has no reader any more: a training goes on, or ends as it was told to."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from stoker.run import view
+from stoker.run.directory import RunDirectory
+
+SCRIPT = """
+import time
+import stoker
+import torch
+
+
+def train(run: stoker.Run, config: stoker.Training) -> None:
+    trainer = stoker.Trainer(
+        run, torch.nn.Linear(1, 1), optimizer=lambda p: torch.optim.SGD(p, lr=0.1),
+        loss=lambda output, batch: (output.sum(), len(output)), training=config,
+    )
+    data = torch.utils.data.TensorDataset(torch.ones(8, 1))
+    for batch in trainer.steps(trainer.loader(data, batch_size=4), max_steps=STEPS):
+        run.log(loss=trainer.step(batch))
+        print("step", run.step, flush=True)
+        time.sleep(0.02)
+"""
+
+
+@pytest.fixture
+def begin(tmp_path: Path) -> Iterator[Callable[..., Any]]:
+    """Start a training of so many steps, of whose process what it writes to is given."""
+    processes: list[subprocess.Popen[bytes]] = []
+
+    def run(steps: int, *options: str, to: Any) -> subprocess.Popen[bytes]:
+        (tmp_path / "loop.py").write_text(SCRIPT.replace("STEPS", str(steps)))
+        command = [sys.executable, "-m", "stoker", "train", "loop.py", "--name", "a", *options]
+        processes.append(
+            subprocess.Popen(
+                command, cwd=tmp_path, stdin=subprocess.DEVNULL, stdout=to, stderr=to, process_group=0
+            )
+        )
+        return processes[-1]
+
+    yield run
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def folded(tmp_path: Path) -> view.RunView:
+    return view.load(RunDirectory(tmp_path / "runs" / "loop" / "a"))
+
+
+def until_it_trains(tmp_path: Path) -> None:
+    limit = time.monotonic() + 120
+    while time.monotonic() < limit:
+        with contextlib.suppress(Exception):
+            if folded(tmp_path).step >= 3:
+                return
+        time.sleep(0.05)
+    raise AssertionError("it did not begin")
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(
+    ("number", "code", "status"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 75, "preempted")]
+)
+def test_a_signal_that_ends_the_reader_too_leaves_a_checkpoint(
+    number: int, code: int, status: str, ranks: int, begin: Callable[..., Any], tmp_path: Path
+) -> None:
+    """As Ctrl-C does of `stoker train ... | tee log`."""
+    reading, writing = os.pipe()
+    process = begin(10_000, "--nproc", str(ranks), to=writing)
+    os.close(writing)
+    until_it_trains(tmp_path)
+    os.close(reading)
+    os.kill(process.pid, number)
+    assert process.wait(60) == code
+    found = folded(tmp_path)
+    assert (found.status, found.checkpoints) == (status, [found.step])
+
+
+@pytest.mark.parametrize("to", ["a terminal that is closed", "/dev/full"])
+def test_it_trains_on_where_nothing_can_be_said(to: str, begin: Callable[..., Any], tmp_path: Path) -> None:
+    if to.startswith("/"):
+        with Path(to).open("w") as full:
+            process = begin(20, to=full)
+    else:
+        mine, its = os.openpty()
+        process = begin(100, to=its)
+        os.close(its)
+        until_it_trains(tmp_path)
+        os.close(mine)
+    assert process.wait(60) == 0
+    assert folded(tmp_path).status == "finished"
