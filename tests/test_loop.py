@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import logging
@@ -939,6 +940,43 @@ def test_a_second_loop_with_nothing_left_is_refused_and_one_that_goes_further_is
         trainer = _trainer(run, _model())
         loader = trainer.loader(_dataset(), batch_size=8)
         assert [list(trainer.steps(loader, max_steps=steps)) for steps in (2, 5)] == [[], []]
+
+
+def test_several_loops_resume_in_the_one_that_the_run_was_in(
+    open_run: Callable[..., Run], caplog: pytest.LogCaptureFixture
+) -> None:
+    """With the random state that it had there, also where something was drawn between the loops."""
+
+    def weights(run: Run, until: int) -> dict[str, torch.Tensor]:
+        trainer = _trainer(run, _model(dropout=0.5), checkpoint_every=Duration(1, "step"))
+        for size, steps in ((50, 3), (40, 6), (50, 9)):
+            torch.randn(size)
+            for batch in trainer.steps(trainer.loader(_dataset(size), batch_size=8), max_steps=steps):
+                trainer.step(batch)
+                if run.step == until:
+                    run.stop.ask("preempted")
+        return trainer.state_dict()
+
+    with open_run("whole") as run:
+        whole = weights(run, 99)
+    for until in (2, 3, 5, 6, 8):
+        with contextlib.suppress(SystemExit), open_run(f"cut-{until}") as run:
+            weights(run, until)
+        with caplog.at_level(logging.WARNING, "stoker"), open_run(f"cut-{until}") as run:
+            found = weights(run, 99)
+        assert all(torch.equal(found[name], tensor) for name, tensor in whole.items()), until
+    assert "different order" not in caplog.text
+
+
+def test_a_length_in_epochs_is_of_samples_whatever_the_batches_are(open_run: Callable[..., Run]) -> None:
+    for size, left_at in ((10, 100), (25, 0)):
+        with open_run() as run:
+            trainer = _trainer(run, _model())
+            for batch in trainer.steps(trainer.loader(_dataset(50), batch_size=size), epochs=3):
+                trainer.step(batch)
+                if trainer.samples_done + size == left_at:
+                    break
+    assert (trainer.steps_done, trainer.samples_done) == (12, 150)
 
 
 @pytest.mark.parametrize(("goal", "asked", "watched", "best"), [

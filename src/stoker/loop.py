@@ -162,6 +162,7 @@ class Trainer:
         self._total = 0
         self._saved_at = time.monotonic()
         self._saved_step: int | None = None
+        self._begun = False
         self._random: tuple[dict[str, torch.Tensor], dict[str, Any]] | None = None
         self._agreement = Agreement(self.world, self.device, self._asked)
         self._batch_is: Literal["", "handed out", "computed", "trained on"] = ""
@@ -296,7 +297,7 @@ class Trainer:
         again, self._loader = self._loader is not None, loader
         self._cut.share = loader.batch_size // self.mesh.data.size
         duration = _length(epochs, max_steps)
-        self._total = counting.steps_in(duration, loader)
+        self._total = counting.steps_in(duration, loader, self.steps_done, self.samples_done)
         if self._imagination is not None:
             self._total = max(self._total, imagined.STEPS + 1)
         if self._total in self._at.ended:
@@ -316,7 +317,6 @@ class Trainer:
             tokens_per_step=tokens and tokens * loader.batch_size,
             samples_per_epoch=loader.samples_per_epoch, data_share=self.training.data_share,
         )  # fmt: skip
-        self._warn_of_other_samples(loader)
         with self.run.stop.deferred(), self._progress():
             yield from self._remaining(loader)
             requests = self._agreement.requests()
@@ -333,18 +333,21 @@ class Trainer:
             )  # fmt: skip
 
     def _progress(self) -> contextlib.AbstractContextManager[Any]:
-        if self.world.rank > 0 or self.run.measure is not None or self._imagination is not None:
+        unseen = self.world.rank > 0 or self.run.measure is not None or self._imagination is not None
+        if unseen or self.steps_done > self._total:  # of a loop before the one that the run is in
             return contextlib.nullcontext()
         return ProgressDisplay(self.run.directory.id, self._reading)
 
     def _remaining(self, loader: Loader) -> Iterator[Any]:
-        source = loader.batches(self.samples_done, self._at.data)
-        self._at.data = None
         pace = self._gauge.pace
         timing = Timing(self.run.measure, self.device) if self.run.measure is not None else None
-        self._begin_attempt()
+        if self.steps_done <= self._total:  # else the run is in a loop behind this one
+            source = loader.batches(self.samples_done, self._at.data)
+            self._at.data = None
+            self._begin_attempt(loader)
         if self.steps_done < self._total:
             self._registered.begin()
+        self._begin_loop()
         if self.training.on_bad_loss == "rewind":
             self.checkpoint()  # so that there is one to rewind to
         remembering = self.training.deterministic
@@ -425,7 +428,12 @@ class Trainer:
         self._gauge.over()
         self._heart.pause()
 
-    def _begin_attempt(self) -> None:
+    def _begin_attempt(self, loader: Loader) -> None:
+        """The attempt begins where the run was, whichever loop of the script that is in."""
+        if self._begun:
+            return
+        self._begun = True
+        self._warn_of_other_samples(loader)
         if self._random is not None:  # last of all, so that nothing before the next step draws from it
             random_state.restore(*self._random)
             self._random = None
@@ -434,6 +442,8 @@ class Trainer:
             random_state.seed_everything(
                 random_state.of_rank(self.run.seed, self.world.rank, self.steps_done)
             )
+
+    def _begin_loop(self) -> None:
         self._saved_at = time.monotonic()
         self._gauge.pace.begin()
         self._heart.begin(self.steps_done)

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from optuna.trial import TrialState
-from stoker.tune import schedulers, search
+from stoker import Run, Trainer, Training
+from stoker.duration import Duration
+from stoker.run.directory import RunDirectory
+from stoker.tune import forking, schedulers, search
 from stoker.tune import study as studies
 from stoker.tune.plan import Objective, Plan
 from stoker.tune.schedulers import Scheduler
@@ -190,3 +195,77 @@ def test_a_trial_that_was_handed_over_and_not_begun_is_begun_when_the_search_goe
     whole = _search(tmp_path / "whole", Cluster([], {}), 4)
     whole.run()
     assert [trial.params for trial in gone_on.trials.values()] == [t.params for t in whole.trials.values()]
+
+
+class Script:
+    """Room for all; each thing that happens is written down beforehand."""
+
+    takes_ahead = False
+
+    def __init__(self, events: list[Report | Ended]) -> None:
+        self._events = events
+        self.running: list[int] = []
+
+    free = property(lambda self: len(self.running) < 4)
+
+    def prepare(self) -> None:
+        pass
+
+    def start(self, job: Job) -> None:
+        self.running.append(job.number)
+        if job.number == 4:  # the one that is begun in another's place
+            self._events.append(Ended(4, "finished", logged=("val_loss",)))
+
+    def wait(self, timeout: float | None = None) -> list[Report | Ended]:
+        event = self._events.pop(0)
+        if isinstance(event, Ended):
+            self.running.remove(event.number)
+        return [event]
+
+    def answer(self, number: int, decision: str, *, save: bool) -> None:
+        pass
+
+    stop = kill = close = prepare
+
+
+def test_a_member_that_is_stopped_is_replaced_though_its_donor_ends_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[tuple[str, bool]] = []
+    monkeypatch.setattr(
+        forking, "take_checkpoint", lambda donor, run, *, ended: taken.append((donor.id, ended)) or 30
+    )
+    firsts = [Report(number, 10, value) for number, value in enumerate((3.0, 2.0, 4.0, 1.0))]
+    stopped = [
+        Report(3, 20, 1.0),
+        Report(2, 20, 4.0),
+        Ended(3, "finished", logged=("val_loss",)),
+        Ended(2, "stopped"),
+    ]
+    rest = [Ended(number, "finished", logged=("val_loss",)) for number in (0, 1)]
+    rule = schedulers.make("pbt", least=10, most=40, population=4)
+    found = _search(tmp_path, Script([*firsts, *stopped, *rest]), 4, rule)  # type: ignore[arg-type]
+    found.run()
+    assert taken == [("trial-0003", True)]
+    assert {number: trial.state for number, trial in found.trials.items()} == {
+        0: "complete", 1: "complete", 2: "pruned", 3: "complete", 4: "complete",
+    }  # fmt: skip
+
+
+def test_of_a_donor_that_has_ended_the_checkpoint_before_its_end_is_taken(tmp_path: Path) -> None:
+    with Run("sweep", "trial-0000", runs=tmp_path) as run:
+        trainer = Trainer(
+            run, torch.nn.Linear(1, 1), optimizer=lambda p: torch.optim.SGD(p, lr=0.1),
+            loss=lambda output, batch: (output.sum(), len(output)),
+            training=Training(precision="fp32", checkpoint_every=Duration(2, "step")),
+        )  # fmt: skip
+        data = torch.utils.data.TensorDataset(torch.ones(8, 1))
+        for batch in trainer.steps(trainer.loader(data, batch_size=4), max_steps=5):
+            trainer.step(batch)
+    begun = RunDirectory(tmp_path / "sweep" / "trial-0001")
+    for ended, step in ((False, 5), (True, 4)):
+        assert forking.take_checkpoint(run.directory, begun, ended=ended) == step
+        assert [path.name for path in begun.checkpoints.iterdir()] == [f"step-{step:08d}"]
+    for earlier in ("step-00000002", "step-00000004"):
+        shutil.rmtree(run.directory.checkpoints / earlier, ignore_errors=True)
+    assert forking.take_checkpoint(run.directory, begun, ended=True) is None

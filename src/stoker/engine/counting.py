@@ -16,8 +16,10 @@ class Counted(Protocol):
     tokens_per_sample: float | None
 
 
-def steps_in(duration: Duration, loader: Counted) -> int:
-    """How many steps a duration is, rounded up.
+def steps_in(duration: Duration, loader: Counted, steps: int = 0, samples: int = 0) -> int:
+    """How many steps a duration is, rounded up, of which so many, of so many samples, are done.
+
+    Those may have been of batches of another size.
 
     Raises ValueError for one by the clock, or in tokens where the dataset does not count any.
     """
@@ -28,7 +30,8 @@ def steps_in(duration: Duration, loader: Counted) -> int:
     if unit is None:
         raise ValueError(f"{duration} cannot be counted here: {_why_not(duration)}")
     # Rounded down by a hair first: 3 epochs of 10 samples are 30, not 30.000000000000004.
-    return max(1, math.ceil(duration.count / unit / loader.batch_size - 1e-9))
+    left = math.ceil((duration.count / unit - samples) / loader.batch_size - 1e-9)
+    return max(1, steps + max(0, left))
 
 
 def completes(every: Duration, loader: Counted, steps: int, samples: int) -> bool:

@@ -33,12 +33,19 @@ def of(trial: FrozenTrial) -> Fork | None:
     return Fork(**known) if known else None
 
 
-def take_checkpoint(donor: RunDirectory, run: RunDirectory) -> int:
+def take_checkpoint(donor: RunDirectory, run: RunDirectory, *, ended: bool) -> int | None:
     """Let a run that is to begin have the newest checkpoint of another, in the same files; returns its step.
 
-    Raises StokerError where there is none.
+    Args:
+        ended: the other one came to its end, behind which there is nothing to train: the newest before it is
+            taken, and None is returned where there is none.
+
+    Raises StokerError where there is none at all.
     """
-    found, _ = manifest.newest(donor.checkpoints)
+    steps = [manifest.step_of(path) for path in manifest.committed(donor.checkpoints)]
+    found, _ = manifest.newest(donor.checkpoints, but={max(steps)} if ended and steps else set())
+    if found is None and ended and steps:
+        return None
     if found is None:
         raise StokerError(
             f"{donor.id} has no checkpoint that another trial could go on from: "

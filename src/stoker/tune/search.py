@@ -361,7 +361,7 @@ class Search:
 
     def _continues(self, trial: Seen) -> bool:
         """Whether a trial, which no process trains now, is to go on at once; else it waits or is over."""
-        decision = self._scheduler.decide(self._known(), trial.number)
+        decision = self._decision(trial)
         if decision is Decision.PAUSE:
             self._pause(trial)
         elif decision is Decision.STOP:
@@ -379,12 +379,17 @@ class Search:
         replaced = {trial.replaces for trial in self.trials.values()}
         for trial in self.trials.values():
             if trial.state == "pruned" and trial.number not in replaced:
-                donor = self._scheduler.donor(self._known(), trial.number)
-                if donor is not None:
-                    number = len(self._study.get_trials(deepcopy=False))
-                    step = forking.take_checkpoint(
-                        self._directory(seen.run_id(donor)), self._directory(seen.run_id(number))
-                    )
+                donor = trial.donor
+                if donor is None:  # a controller before this one stopped it
+                    donor = self._scheduler.donor(self._known(), trial.number)
+                if donor is None:
+                    continue
+                number = len(self._study.get_trials(deepcopy=False))
+                step = forking.take_checkpoint(
+                    self._directory(seen.run_id(donor)), self._directory(seen.run_id(number)),
+                    ended=self.trials[donor].state == "complete",
+                )  # fmt: skip
+                if step is not None:
                     return self._begin_fork(forking.Fork(donor, trial.number, step))
         return None
 
@@ -594,9 +599,17 @@ class Search:
         self._publish(report.number, paused=False)
         if not self._waits:
             return
-        decision = self._scheduler.decide(self._known(), report.number)
+        decision = self._decision(trial)
         saves = isinstance(self._scheduler, PopulationBased)  # others may go on from there
         self._workers.answer(report.number, _ANSWERS[decision], save=saves)
+
+    def _decision(self, trial: Seen) -> Decision:
+        """What becomes of a trial; of one that another replaces, it is known from which one that begins."""
+        known = self._known()
+        decision = self._scheduler.decide(known, trial.number)
+        if decision is Decision.STOP and isinstance(self._scheduler, PopulationBased):
+            trial.donor = self._scheduler.donor(known, trial.number)
+        return decision
 
     def _end(self, ended: Ended) -> None:
         trial = self.trials[ended.number]

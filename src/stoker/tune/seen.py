@@ -51,6 +51,8 @@ class Seen:
     """Whether it is to go on from where its process, or an earlier controller, ended."""
     share: float | None = None
     """The share of the data, in percent, that it was trained on last or is now, where that is what counts."""
+    donor: int | None = None
+    """Of one that population based training stops: the trial that another is to begin from in its place."""
     parent: int | None = None
     """The trial from whose checkpoint it began, under population based training."""
     replaces: int | None = None
