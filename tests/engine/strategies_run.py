@@ -151,6 +151,24 @@ def decaying(
         return trainer.state_dict()
 
 
+def by_name(
+    folder: Path, name: str, settings: dict[str, Any], optimizer: Any, steps: int
+) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Losses up to a step with a recipe's optimizer, and the weights on rank 0; a run may go on."""
+    warnings.simplefilter("ignore")
+    lr = 0.1 if optimizer == "sgd" else 0.01
+    with Run("test", name, runs=folder) as run:
+        trainer = Trainer(
+            run, llama(), optimizer=optimizers.factory(optimizer, lr=lr, weight_decay=0.1),
+            inputs=inputs, loss=token_loss, training=Training(**{"precision": "fp32", **built(settings)}),
+        )  # fmt: skip
+        losses = []
+        for batch in trainer.steps(trainer.loader(Rows(), batch_size=8), max_steps=steps):
+            losses.append(trainer.step(batch).item())
+            run.log(loss=losses[-1])
+        return losses, trainer.state_dict()
+
+
 def built(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings with their groups as dataclasses, and durations."""
     groups = {"ddp": options.Ddp, "fsdp": options.Fsdp, "pipeline": options.Pipeline,

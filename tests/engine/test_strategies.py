@@ -123,6 +123,38 @@ def test_weight_decay_leaves_out_norms_under_every_strategy(name: str, frozen: b
         assert torch.equal(again[n], tensor), n
 
 
+BY_SHARDS = ("fsdp", "pipeline-x-fsdp", *(("fsdp-hybrid", "ddp", "1f1b") if SOAK else ()))
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("optimizer", ["sgd", "adafactor"])
+def test_every_optimizer_has_the_curve_of_one_process_and_goes_on_under_another_strategy(
+    optimizer: str, tmp_path: Path
+) -> None:
+    run = strategies_run.by_name
+    alone = ranks.run(run, 1, tmp_path, tmp_path, "alone", {}, optimizer, 8)[0]
+    for name in BY_SHARDS:
+        size, settings = STRATEGIES[name]
+        first = ranks.run(run, size, tmp_path, tmp_path, name, settings, optimizer, 4)[0]
+        rest = ranks.run(run, 1, tmp_path, tmp_path, name, {}, optimizer, 8)[0]
+        _assert_same((first[0] + rest[0], rest[1]), alone, losses=1e-5, weights=1e-4)
+        begun = ranks.run(run, 1, tmp_path, tmp_path, f"to-{name}", {}, optimizer, 4)[0]
+        rest = ranks.run(run, size, tmp_path, tmp_path, f"to-{name}", settings, optimizer, 8)[0]
+        _assert_same((begun[0] + rest[0], rest[1]), alone, losses=1e-5, weights=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "said"),
+    [("adafactor", "goes by the rows and columns"), ("adamw8bit", "states have 8 bits")],
+)
+def test_an_optimizer_that_deepspeed_would_make_another_is_refused(
+    optimizer: str, said: str, tmp_path: Path
+) -> None:
+    size, settings = STRATEGIES["zero-2"]
+    with pytest.raises(AssertionError, match=f"BadInput: parallel=deepspeed .*{said}"):
+        ranks.run(strategies_run.by_name, size, tmp_path, tmp_path, "a", settings, optimizer, 4)
+
+
 # One product in bf16 is off by up to 2**-9 of itself, in fp16 by 2**-12; the loss, a mean over many, by less.
 # The weights follow AdamW, which moves each by up to lr a step whatever its gradient's size.
 HALF = {"bf16": 1e-3, "fp16": 1e-4}

@@ -7,7 +7,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol
 
 import torch
+from stoker.engine.adafactor import Adafactor
 from stoker.errors import BadInput
+from torch.distributed.tensor import DTensor
 
 Name = Literal["adamw", "sgd", "adafactor", "adamw8bit"]
 Parameters = list[torch.nn.Parameter]
@@ -90,10 +92,15 @@ def _of_groups(
     if name == "sgd":
         nesterov = momentum > 0
         return lambda ps: torch.optim.SGD(
-            ps, lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay, fused=_fusable(ps)
+            ps,
+            lr=lr,
+            momentum=momentum,
+            nesterov=nesterov,
+            weight_decay=weight_decay,
+            fused=_fusable(ps) and not _sharded(ps),  # which torch's fused SGD does not take
         )
     if name == "adafactor":
-        return lambda ps: torch.optim.Adafactor(ps, lr=lr, weight_decay=weight_decay)
+        return lambda ps: Adafactor(ps, lr=lr, weight_decay=weight_decay)
     return _adamw8bit(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
 
 
@@ -111,5 +118,12 @@ def _adamw8bit(**settings: Any) -> Callable[[Any], torch.optim.Optimizer]:
 
 def _fusable(given: Sequence[Any]) -> bool:
     """Whether torch's fused kernels take these parameters, or groups: floating point, on CPU or GPU."""
-    parameters = [p for one in given for p in (one["params"] if isinstance(one, dict) else [one])]
-    return all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
+    return all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in _flat(given))
+
+
+def _sharded(given: Sequence[Any]) -> bool:
+    return any(isinstance(p, DTensor) for p in _flat(given))
+
+
+def _flat(given: Sequence[Any]) -> list[Any]:
+    return [p for one in given for p in (one["params"] if isinstance(one, dict) else [one])]

@@ -54,6 +54,7 @@ class DeepSpeedStep:
             raise BadInput("parallel=deepspeed has precision=fp16 on GPUs only: give bf16 or fp32")
         self._setting = setting
         made = build_optimizers(model, make)["main"]
+        _check_optimizer(made)
         made.param_groups = [group for group in made.param_groups if group["params"]]  # it flattens each
         known = {p: name for name, p in model.named_parameters()}
         self._names = [[known[p] for p in group["params"]] for group in made.param_groups]
@@ -279,6 +280,20 @@ def partition(
 
 
 _BUCKET = 500_000_000  # elements, DeepSpeed's own; it sets aside as much memory whatever the model's size
+
+
+def _check_optimizer(made: torch.optim.Optimizer) -> None:
+    """Raises BadInput for one that is another under DeepSpeed, which makes one vector of all parameters."""
+    if isinstance(made, torch.optim.Adafactor):
+        raise BadInput(
+            "parallel=deepspeed makes one vector of all parameters, and Adafactor goes by the rows and "
+            "columns of matrices: give parallel=fsdp, or optimizer=adamw"
+        )
+    if type(made).__module__.startswith(("torchao.", "bitsandbytes.")):
+        raise BadInput(
+            "parallel=deepspeed cannot save an optimizer whose states have 8 bits: give parallel=fsdp, or "
+            "optimizer=adamw"
+        )
 
 
 def config(training: Training, setting: Setting, parameters: int) -> dict[str, Any]:

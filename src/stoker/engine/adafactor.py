@@ -1,0 +1,52 @@
+"""Adafactor (Shazeer & Stern 2018, arXiv:1804.04235) by torch, of sharded parameters too.
+
+It keeps a mean of each row and of each column of a matrix. torch computes them of whole matrices alone, and
+so a matrix that is sharded is gathered with its gradient while it is stepped, one after the other; each rank
+keeps its shard of what comes of it. The means are the same on every rank, and are small.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor, Replicate
+from torch.optim._adafactor import adafactor
+
+
+class Adafactor(torch.optim.Adafactor):
+    """See above; its arguments are torch's."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """See `torch.optim.Optimizer.step`."""
+        if not any(isinstance(p, DTensor) for group in self.param_groups for p in group["params"]):
+            return super().step(closure)  # type: ignore[no-untyped-call]
+        loss = closure() if closure is not None else None
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._step_whole(parameter, group)
+        return loss
+
+    def _step_whole(self, parameter: Any, group: dict[str, Any]) -> None:
+        whole = nn.Parameter(parameter.full_tensor())
+        whole.grad = parameter.grad.full_tensor()
+        self.state[whole] = {key: _whole(value) for key, value in self.state.pop(parameter, {}).items()}
+        held: tuple[list[Any], ...] = ([], [], [], [], [], [])
+        self._init_group({**group, "params": [whole]}, *held)
+        eps1, eps2 = group["eps"]
+        settings = {name: group[name] for name in ("d", "lr", "beta2_decay", "weight_decay", "maximize")}
+        update: Callable[..., None] = adafactor
+        update(*held, **settings, eps1=eps1, eps2=eps2, foreach=False)
+        self.state[parameter] = self.state.pop(whole)
+        mesh = parameter.device_mesh
+        everywhere = DTensor.from_local(whole.detach(), mesh, [Replicate()] * mesh.ndim, run_check=False)
+        parameter.copy_(everywhere.redistribute(placements=parameter.placements))
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    """What a checkpoint was restored to: the means of a vector, which are as long, come back sharded."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
