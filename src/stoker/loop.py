@@ -653,6 +653,20 @@ class Trainer:
         """The learning rate of the first optimizer's first group."""
         return float(next(iter(self.optimizers.values())).param_groups[0]["lr"])
 
+    def step_metrics(self) -> dict[str, Any]:
+        """What the step under way is, to be logged with its loss.
+
+        The learning rate (`lr`); the L2 norm of the gradient before clipping (`grad_norm`), where clip_norm
+        or the precision asks for it; the epochs (`epoch`), and where the dataset counts them the tokens
+        (`tokens`), that the run has trained on with it.
+        """
+        assert self._loader is not None, "step_metrics() is asked within the loop of steps()"
+        samples, tokens = self.samples_done + self._loader.batch_size, self._loader.tokens_per_sample
+        found: dict[str, Any] = {"lr": self.lr, "epoch": samples / self._loader.samples_per_epoch}
+        if self._step.norm is not None:
+            found["grad_norm"] = self._step.norm
+        return found if tokens is None else {**found, "tokens": samples * tokens}
+
     @property
     def rate(self) -> float | None:
         """Tokens (where the dataset counts them) or samples a second over all ranks, over the last steps."""

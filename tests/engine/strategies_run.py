@@ -116,7 +116,7 @@ def train(
             if run.step == die_at:
                 os.kill(os.getpid(), signal.SIGKILL)
             loss = trainer.step(batch)
-            run.log(loss=loss)
+            run.log(loss=loss, **trainer.step_metrics())
             losses.append(loss.item())
             if run.step == evaluate_at:
                 losses.append(trainer.evaluate(torch.utils.data.Subset(Rows(), range(8)), batch_size=4))

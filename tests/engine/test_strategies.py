@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import strategies_run
 import torch
+from stoker.run import view
+from stoker.run.directory import RunDirectory
 
 import ranks
 from support import SOAK
@@ -90,6 +92,14 @@ def test_a_strategy_has_the_curve_and_the_weights_of_one_process(
 ) -> None:
     size, settings = STRATEGIES[name]
     _assert_same(_train(folder, name, size, "llama", settings)[0], alone, losses=1e-5, weights=1e-4)
+    norms, epochs = _logged(folder, name)
+    assert norms == pytest.approx(_logged(folder, "alone")[0], rel=1e-3)
+    assert epochs == [step * 8 / 64 for step in range(1, 21)]
+
+
+def _logged(folder: Path, name: str) -> list[list[float]]:
+    points = view.load(RunDirectory(folder / "test" / name)).points
+    return [list(dict(points[metric].items()).values()) for metric in ("grad_norm", "epoch")]
 
 
 PLAIN = ("fsdp", "interleaved", "zero-2", "zero-3", *(("ddp", "1f1b", "zero-0", "zero-1") if SOAK else ()))

@@ -69,6 +69,7 @@ class PipelineStep:
         del model
         self._called = [self._data_parallel(stage, training) for stage in self._stages]
         self.optimizers = build_optimizers(self.model, make)
+        self.norm: torch.Tensor | float | None = None
         self._schedule_class = _SCHEDULES[training.pipeline.schedule]
         self._schedules: dict[tuple[int, Shapes], Any] = {}
         self._statistics = running_statistics(self.model) if self._mesh.data.size > 1 else []
@@ -129,7 +130,7 @@ class PipelineStep:
     def update(self, optimizer: torch.optim.Optimizer, weight: torch.Tensor) -> bool:
         """See `Step`."""
         found = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        stepped = apply(found, optimizer, weight, self._setting)
+        stepped, self.norm = apply(found, optimizer, weight, self._setting)
         self.clear()
         average_statistics(self._statistics, self._mesh)
         return stepped

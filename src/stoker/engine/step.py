@@ -67,6 +67,11 @@ class Step(Protocol):
         """Forget the gradients that were added up."""
         ...
 
+    @property
+    def norm(self) -> torch.Tensor | float | None:
+        """The L2 norm of the last update's gradient, before clipping; None where nothing asked for it."""
+        ...
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -140,6 +145,7 @@ class PlainStep:
         in_backward: bool = False,
     ) -> None:
         self.in_backward = in_backward
+        self.norm: torch.Tensor | float | None = None
         if in_backward:
             for optimizer in optimizers.values():
                 attach(optimizer)
@@ -210,7 +216,7 @@ class PlainStep:
             gradients.agree(updated, group)
             gradients.average(gradients.of(updated), group)
         found = gradients.of(updated)
-        stepped = apply(found, optimizer, weight, setting)
+        stepped, self.norm = apply(found, optimizer, weight, setting)
         self.clear()
         average_statistics(self._statistics, setting.mesh)
         return stepped
@@ -240,11 +246,14 @@ class PlainStep:
 
 def apply(
     found: list[torch.Tensor], optimizer: torch.optim.Optimizer, weight: torch.Tensor, setting: Setting
-) -> bool:
+) -> tuple[bool, torch.Tensor | None]:
     """Make gradients of sums, averaged over the data ranks, those of the mean; clip; step.
 
-    Returns False where nothing was changed: fp16 overflowed, or a gradient was seen not to be finite.
+    Returns:
+        False where nothing was changed: fp16 overflowed, or a gradient was seen not to be finite. And the
+        norm of the mean's gradient before clipping, where it was asked for.
     """
+    mean = None
     factor = gradients.reciprocal(weight) * (setting.mesh.data.size / setting.scale.factor)
     if setting.clip_norm is not None or setting.scale.enabled or setting.guarded:
         norm = gradients.norm(found, setting.mesh.group("stage"))
@@ -252,13 +261,14 @@ def apply(
             overflowed = not bool(norm.isfinite())
             setting.scale.update(overflowed)
             if overflowed:
-                return False
+                return False, None
         elif (setting.guarded or norm.device.type == "cpu") and not bool(norm.isfinite()):
-            return False
+            return False, None
+        mean = norm * factor
         factor = gradients.clipped(factor, norm, setting.clip_norm)
     gradients.scale(found, factor)
     optimizer.step()
-    return True
+    return True, mean
 
 
 def build_optimizers(

@@ -67,6 +67,7 @@ class DeepSpeedStep:
                 dist_init_required=False,
             )
         self.model = model
+        self.norm: torch.Tensor | float | None = None
         self.optimizers = {"main": self._optimizer}
         self._statistics = running_statistics(model) if setting.mesh.data.size > 1 else []
 
@@ -94,7 +95,8 @@ class DeepSpeedStep:
         setting = self._setting
         average_statistics(self._statistics, setting.mesh)
         if self.stage == 0:
-            stepped = apply(gradients.of(self.model.parameters()), self._optimizer, weight, setting)
+            found = gradients.of(self.model.parameters())
+            stepped, self.norm = apply(found, self._optimizer, weight, setting)
             self.clear()
             return stepped
         factor = gradients.reciprocal(weight) * (setting.mesh.data.size / setting.scale.factor)
@@ -102,6 +104,7 @@ class DeepSpeedStep:
         self._engine.step()
         overflowed = bool(self._optimizer.overflow)
         setting.scale.update(overflowed)
+        self.norm = None if overflowed or setting.clip_norm is None else self._optimizer._global_grad_norm
         return not overflowed
 
     def clear(self) -> None:

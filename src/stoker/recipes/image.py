@@ -158,7 +158,7 @@ def train(run: Run, config: Config) -> None:
 
     loader = trainer.loader(training, batch_size=config.batch_size, workers=config.workers)
     for batch in trainer.steps(loader, max_steps=config.length):
-        run.log(loss=trainer.step(batch), lr=trainer.lr)
+        run.log(loss=trainer.step(batch), **trainer.step_metrics())
         if trainer.every(10) or trainer.last:
             run.log(trainer.performance())
         if trainer.every(config.eval_every) or trainer.last:

@@ -322,7 +322,7 @@ def train(run: Run, config: Config) -> None:
         perplexity.log_validation(trainer, rows.validation, flops=needed, **how)
     loader = trainer.loader(rows.train, **how)
     for batch in trainer.steps(loader, max_steps=config.length):
-        run.log(loss=trainer.step(batch), lr=trainer.lr)
+        run.log(loss=trainer.step(batch), **trainer.step_metrics())
         if trainer.every(10) or trainer.last:
             run.log(trainer.performance(needed))
         if trainer.every(config.eval_every) or trainer.last:

@@ -198,7 +198,7 @@ def train(run: Run, config: Config) -> None:
         run.log(size)
     loader = trainer.loader(rows.train, batch_size=config.batch_size, collate=collate)
     for batch in trainer.steps(loader, max_steps=config.length):
-        run.log(loss=trainer.step(batch), lr=trainer.lr)
+        run.log(loss=trainer.step(batch), **trainer.step_metrics())
         if trainer.every(10) or trainer.last:
             run.log(trainer.performance(needed))
         if trainer.every(config.eval_every) or trainer.last:
