@@ -73,7 +73,7 @@ def bring_in(directory: RunDirectory, source: Path, name: str) -> Path:
         raise FileNotFoundError(source)
     place = directory.artifacts / name
     place.parent.mkdir(parents=True, exist_ok=True)
-    staged = place.with_name(f".{place.name}.{uuid.uuid4().hex[:8]}")
+    staged = storage.unfinished(place)
     try:
         if source.is_dir():
             staged.mkdir()
