@@ -27,6 +27,10 @@ from servers import mlflow_server, postgres, postgres_binaries
 pytestmark = pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")  # MLflow's own
 
 SCRIPT = Path(__file__).with_name("digits_run.py")
+MEDIA = [
+    ("figures/answers", 7), ("histograms/weights", 7), ("images/digit", 7), ("tables/answers", 7),
+    ("texts/sample", 7),
+]  # fmt: skip
 NOTICED_WITHIN = 10.0  # seconds, in which a run whose process died is marked so
 
 
@@ -40,7 +44,7 @@ class Reader(Protocol):
     def tags(self) -> dict[str, str]: ...
     def has_artifact(self) -> bool: ...
     def table(self) -> list[list[Any]]: ...
-    def kinds(self) -> set[str]: ...
+    def media(self) -> list[tuple[str, int]]: ...
     def status(self) -> str: ...
 
 
@@ -78,8 +82,12 @@ class MlflowReader:
         file = seen.client.download_artifacts(seen.run.info.run_id, "tables/answers/step-00000007.json")
         return [list(row) for row in json.loads(Path(file).read_text())["data"]]
 
-    def kinds(self) -> set[str]:
-        return set(self._seen.artifacts()) & {"tables", "images", "texts", "histograms"}
+    def media(self) -> list[tuple[str, int]]:
+        seen = self._seen
+        kinds = {kind.partition("/")[0] for kind, _ in MEDIA} & set(seen.artifacts())
+        files = [file for kind in kinds for name in seen.artifacts(kind) for file in seen.artifacts(name)]
+        steps = {file.partition(".")[0].rpartition("/step-")[::2] for file in files}
+        return sorted((name, int(step)) for name, step in steps)
 
     def status(self) -> str:
         return {"FINISHED": "finished", "KILLED": "killed", "RUNNING": "running"}[self._seen.status]
@@ -126,16 +134,17 @@ class TensorBoardReader:
         return "artifacts/weights/deep.bin" in self._texts("stoker/artifacts/weights")[-1]
 
     def table(self) -> list[list[Any]]:
-        (shown,) = self._texts("answers")
+        (shown,) = self._texts("tables/answers")
         rows = [line.strip("|").split("|") for line in shown.strip().splitlines()[2:]]
         return [[None if cell == "null" else cell for cell in row[:1]] + [float(row[1])] for row in rows]
 
-    def kinds(self) -> set[str]:
-        tags = self._events().Tags()
-        found = {"images"} if "digit" in tags["images"] else set()
-        found |= {"histograms"} if "weights" in tags["histograms"] else set()
-        found |= {"tables"} if "answers" in tags["tensors"] else set()
-        return found | ({"texts"} if "sample" in tags["tensors"] else set())
+    def media(self) -> list[tuple[str, int]]:
+        events = self._events()
+        read = {"images": events.Images, "histograms": events.Histograms, "tensors": events.Tensors}
+        tags = [(tag, of) for kind, of in read.items() for tag in events.Tags()[kind]]
+        return sorted(
+            (tag, event.step) for tag, of in tags if not tag.startswith(("stoker/", "_")) for event in of(tag)
+        )
 
     def status(self) -> str:
         said = self._texts("stoker/status")
@@ -194,14 +203,12 @@ class WandbReader:
         return "deep.bin" in names
 
     def table(self) -> list[list[Any]]:
-        path = self._media("answers")["path"]
+        path = self._media("tables/answers")["path"]
         (file,) = self._directory.path.glob(f"wandb/offline-run-*/files/{path}")
         return [list(row) for row in json.loads(file.read_text())["data"]]
 
-    def kinds(self) -> set[str]:
-        kinds = {"table-file": "tables", "image-file": "images", "histogram": "histograms"}
-        found = {kinds[self._media(name)["_type"]] for name in ("answers", "digit", "weights")}
-        return found | ({"texts"} if self._media("sample")["_type"] == "table-file" else set())
+    def media(self) -> list[tuple[str, int]]:
+        return sorted((key, row["step"]) for row in self._rows() for key in row if isinstance(row[key], dict))
 
     def status(self) -> str:
         exits, said = [], "running"
@@ -321,8 +328,20 @@ def test_three_attempts_with_two_kills_arrive_as_one_run(
     assert reader.tags()["team"] == "blue"
     assert reader.has_artifact()
     assert reader.table() == [["why", 0.5], [None, 1.0]]
-    assert reader.kinds() == {"tables", "images", "texts", "histograms"}
+    assert reader.points("answers") == [(7, 0.5)]
+    assert reader.media() == MEDIA
     assert reader.status() == "finished"
+
+
+def test_a_point_a_table_and_a_figure_of_one_name_at_one_step_all_arrive_once(
+    tmp_path: Path, reader: Reader, train: Callable[..., subprocess.Popen[bytes]]
+) -> None:
+    train("1", "3", "--finish").wait(DEADLINE)
+    until(lambda: _pending(tmp_path) == 0)
+    assert reader.points("answers") == [(7, 0.5)]
+    assert [(name, step) for name, step in reader.media() if name.endswith("/answers")] == [
+        ("figures/answers", 7), ("tables/answers", 7),
+    ]  # fmt: skip
 
 
 def test_what_is_said_of_an_ended_run_arrives_too(

@@ -7,6 +7,7 @@ the same to the last bit.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -57,6 +58,11 @@ class SinkRun:
     where: str
     anew: bool = False
     """Whether the sink wants the whole journal again: it knows best what it has."""
+
+
+def key(media: Mapping[str, Any]) -> str:
+    """What a media event is called where metrics have names too, and one name may be of all kinds."""
+    return f"{media['kind']}s/{media['name']}"
 
 
 class Sink(Protocol):

@@ -18,6 +18,7 @@ from typing import Any
 import orjson
 from stoker.run import media
 from stoker.run.directory import RunDirectory
+from stoker.tracking import sink
 from stoker.tracking.sink import Batch, Ending, SinkRun
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import HistogramProto, Summary
@@ -116,7 +117,7 @@ class TensorBoardSink:
 
     def _shown(self, event: Mapping[str, Any]) -> Any:
         """A media event as TensorBoard shows it; None for what is gone or cannot be shown."""
-        name, about = event["name"], event["about"]
+        name, about = sink.key(event), event["about"]
         if event["kind"] == "histogram":
             return _histogram(name, about)
         file = self._directory.path / event["file"]["path"]
