@@ -396,6 +396,29 @@ def test_a_watch_sees_gradients_and_parameters_without_a_trainer(open_run: Open)
     assert len(first["edges"]) == 5
 
 
+def test_a_watch_sees_what_each_optimizer_of_a_step_does(open_run: Open) -> None:
+    model = torch.nn.ModuleDict({name: torch.nn.Linear(2, 1, bias=False) for name in ("a", "b")})
+    optimizers = [torch.optim.SGD(part.parameters(), lr=0.0) for part in model.values()]
+    with open_run() as run:
+        run.watch(model, every=1, histograms=True)
+        for together in (True, True, False):
+            for (name, part), optimizer in zip(model.items(), optimizers, strict=True):
+                optimizer.zero_grad()
+                (part(torch.ones(1, 2)).sum() * {"a": 3.0, "b": 4.0}[name] / 2**0.5).backward()
+                optimizer.step()
+                if not together:
+                    run.log({f"loss_{name}": 1.0})
+            if together:
+                run.log(loss=1.0)
+    seen = _seen(run)
+    assert seen.points["gradients/a.weight"] == pytest.approx({1: 3.0, 2: 3.0, 3: 3.0})
+    assert seen.points["gradients/b.weight"] == pytest.approx({1: 4.0, 2: 4.0, 4: 4.0})
+    assert seen.points["gradient_norm"] == pytest.approx({1: 5.0, 2: 5.0, 3: 3.0, 4: 5.0})
+    assert {(m.name, m.step) for m in seen.media if m.step == 1} == {
+        (f"{kind}/{name}.weight", 1) for kind in ("gradients", "parameters") for name in ("a", "b")
+    }
+
+
 @pytest.mark.parametrize(
     "values", [[1.0, 2.0, 2.0, 5.0], [3.0, 3.0], [0.0, math.nan, 1.0, math.inf], [math.nan]]
 )
