@@ -42,6 +42,7 @@ class Reader(Protocol):
     def points(self, metric: str) -> list[tuple[int, float]]: ...
     def params(self) -> dict[str, str]: ...
     def tags(self) -> dict[str, str]: ...
+    def notes(self) -> str: ...
     def has_artifact(self) -> bool: ...
     def table(self) -> list[list[Any]]: ...
     def media(self) -> list[tuple[str, int]]: ...
@@ -73,6 +74,9 @@ class MlflowReader:
 
     def tags(self) -> dict[str, str]:
         return dict(self._seen.run.data.tags)
+
+    def notes(self) -> str:
+        return str(self._seen.run.data.tags["mlflow.note.content"])
 
     def has_artifact(self) -> bool:
         return self._seen.artifacts("weights") == ["weights/deep.bin"]
@@ -129,6 +133,9 @@ class TensorBoardReader:
 
     def tags(self) -> dict[str, str]:
         return {"team": self._texts("stoker/tags/team")[-1]}
+
+    def notes(self) -> str:
+        return self._texts("stoker/notes")[-1]
 
     def has_artifact(self) -> bool:
         return "artifacts/weights/deep.bin" in self._texts("stoker/artifacts/weights")[-1]
@@ -191,6 +198,11 @@ class WandbReader:
 
     def tags(self) -> dict[str, str]:
         return dict(self._config()["tags"])
+
+    def notes(self) -> str:
+        records = [record for file in self._files() for record in wandb_files.records(file)]
+        said = [record.run.notes for record in records if record.WhichOneof("record_type") == "run"]
+        return str([notes for notes in said if notes][-1])
 
     def has_artifact(self) -> bool:
         names = {
@@ -326,6 +338,7 @@ def test_three_attempts_with_two_kills_arrive_as_one_run(
     assert reader.params()["lr"] == "0.1"
     assert reader.params()["parameters"] == "1234"
     assert reader.tags()["team"] == "blue"
+    assert reader.notes() == "a note\n\nof two paragraphs\n\nanother"
     assert reader.has_artifact()
     assert reader.table() == [["why", 0.5], [None, 1.0]]
     assert reader.points("answers") == [(7, 0.5)]

@@ -35,6 +35,7 @@ class Batch:
     """None takes a tag away."""
     params: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    """All notes of the run, the newest last, where there is a new one; else none."""
     attempt_started: bool = False
 
     @property

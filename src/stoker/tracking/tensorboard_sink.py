@@ -137,7 +137,7 @@ def _said(batch: Batch) -> list[tuple[str, str]]:
     """What a batch says in words."""
     said = [(f"stoker/params/{name}", str(value)) for name, value in batch.params.items()]
     said += [(f"stoker/tags/{name}", value or "(taken away)") for name, value in batch.tags.items()]
-    said += [("stoker/notes", note) for note in batch.notes]
+    said += [("stoker/notes", "\n\n".join(batch.notes))] if batch.notes else []
     for name, event in batch.artifacts.items():
         files = "\n".join(f"|{f['path']}|{f['size']}|`{f['sha256']}`|" for f in event["files"])
         said.append((f"stoker/artifacts/{name}", f"|file|bytes|SHA-256|\n|-|-|-|\n{files}"))

@@ -93,8 +93,7 @@ class WandbSink:
         if batch.tags:
             self._set_tags(batch.tags)
         if batch.notes:
-            before = [line for line in (self._run.notes or "").split("\n\n") if line]
-            self._run.notes = "\n\n".join([*before, *(n for n in batch.notes if n not in before)])
+            self._run.notes = "\n\n".join(batch.notes)
         for row in _rows(point for point in batch.points if self._is_new(point.metric, point.step)):
             self._run.log(row)
         for event in batch.media:
