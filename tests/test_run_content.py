@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from stoker import BadInput, Run, attempt
+from stoker import BadInput, Run, attempt, storage
 from stoker.run import artifacts, compact, journal, media, view
 from stoker.run.directory import RunDirectory
 from stoker.tracking.system import SystemSampler
@@ -229,6 +229,29 @@ def test_an_artifact_of_two_runs_is_stored_once_and_collected_with_the_last(
         RunDirectory(runs / "test" / name).remove()
     assert artifacts.collect_garbage(runs, older_than=0) >= 100_000  # the code of the runs is shared too
     assert not list(artifacts.store(runs).glob("*/*"))
+
+
+def test_content_that_is_collected_just_when_it_is_linked_is_stored_again(
+    open_run: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, runs = tmp_path / "data", tmp_path / "runs"
+    data.write_bytes(b"x")
+    with open_run("a") as run:
+        run.artifact(data)
+    RunDirectory(runs / "test" / "a").remove()
+    link, collected = storage.link_or_copy, []
+
+    def just_before(source: Path, target: Path) -> None:
+        if not collected:
+            collected.append(artifacts.collect_garbage(runs, older_than=0))
+        link(source, target)
+
+    with open_run("b") as run:
+        monkeypatch.setattr(storage, "link_or_copy", just_before)
+        place = run.artifact(data)
+    assert collected
+    assert place.read_bytes() == b"x"
+    assert place.stat().st_nlink == 2
 
 
 def test_a_folder_logged_again_is_replaced_and_every_version_is_on_record(
