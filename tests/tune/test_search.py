@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from optuna.trial import TrialState
+from stoker import Run
 from stoker.tune import schedulers, search
 from stoker.tune import study as studies
-from stoker.tune.plan import Objective, Plan
+from stoker.tune.plan import SHARE, Objective, Plan
 from stoker.tune.schedulers import Scheduler
 from stoker.tune.search import Search
+from stoker.tune.seen import Seen
 from stoker.tune.trial import Began, Ended, Job, Report
 from test_study import SPACE
 
@@ -190,3 +193,14 @@ def test_a_trial_that_was_handed_over_and_not_begun_is_begun_when_the_search_goe
     whole = _search(tmp_path / "whole", Cluster([], {}), 4)
     whole.run()
     assert [trial.params for trial in gone_on.trials.values()] == [t.params for t in whole.trials.values()]
+
+
+def test_what_is_taken_in_of_a_training_on_a_share_is_a_number(tmp_path: Path) -> None:
+    rule = schedulers.make("asha", least=50, most=100, factor=2)
+    searched = _search(tmp_path, Cluster([], {}), 1, rule, unit=SHARE)
+    with Run(tmp_path.name, "trial-0000-on-50", runs=tmp_path.parent) as run:
+        for step, value in enumerate((2.0, 1.0, math.nan), 1):  # as a mean over ranks may be
+            run.log(step=step, val_loss=value)
+    trial = Seen(0, {})
+    assert searched._run_of_shares(trial) is None
+    assert trial.values == {50.0: 1.0}
