@@ -24,7 +24,7 @@ def test_refuses_what_is_no_duration(text: object) -> None:
         Duration.parse(text)
 
 
-@pytest.mark.parametrize("text", ["100", "2ep", "1000000tok", "5000samples", "10min", "0.5ep"])
+@pytest.mark.parametrize("text", ["100", "2ep", "1000000tok", "5000samples", "10min", "0.5ep", "1e-05ep"])
 def test_prints_as_it_is_read(text: str) -> None:
     assert Duration.parse(str(Duration.parse(text))) == Duration.parse(text)
     assert str(Duration.parse(text)) == text

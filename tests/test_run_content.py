@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from stoker import BadInput, Run, attempt
+from stoker import BadInput, Run, attempt, storage
 from stoker.run import artifacts, compact, journal, media, view
 from stoker.run.directory import RunDirectory
 from stoker.tracking.system import SystemSampler
@@ -231,6 +231,29 @@ def test_an_artifact_of_two_runs_is_stored_once_and_collected_with_the_last(
     assert not list(artifacts.store(runs).glob("*/*"))
 
 
+def test_content_that_is_collected_just_when_it_is_linked_is_stored_again(
+    open_run: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, runs = tmp_path / "data", tmp_path / "runs"
+    data.write_bytes(b"x")
+    with open_run("a") as run:
+        run.artifact(data)
+    RunDirectory(runs / "test" / "a").remove()
+    link, collected = storage.link_or_copy, []
+
+    def just_before(source: Path, target: Path) -> None:
+        if not collected:
+            collected.append(artifacts.collect_garbage(runs, older_than=0))
+        link(source, target)
+
+    with open_run("b") as run:
+        monkeypatch.setattr(storage, "link_or_copy", just_before)
+        place = run.artifact(data)
+    assert collected
+    assert place.read_bytes() == b"x"
+    assert place.stat().st_nlink == 2
+
+
 def test_a_folder_logged_again_is_replaced_and_every_version_is_on_record(
     open_run: Open, tmp_path: Path
 ) -> None:
@@ -394,6 +417,29 @@ def test_a_watch_sees_gradients_and_parameters_without_a_trainer(open_run: Open)
     first = histograms["parameters/weight", 1]
     assert sum(first["counts"]) == 6
     assert len(first["edges"]) == 5
+
+
+def test_a_watch_sees_what_each_optimizer_of_a_step_does(open_run: Open) -> None:
+    model = torch.nn.ModuleDict({name: torch.nn.Linear(2, 1, bias=False) for name in ("a", "b")})
+    optimizers = [torch.optim.SGD(part.parameters(), lr=0.0) for part in model.values()]
+    with open_run() as run:
+        run.watch(model, every=1, histograms=True)
+        for together in (True, True, False):
+            for (name, part), optimizer in zip(model.items(), optimizers, strict=True):
+                optimizer.zero_grad()
+                (part(torch.ones(1, 2)).sum() * {"a": 3.0, "b": 4.0}[name] / 2**0.5).backward()
+                optimizer.step()
+                if not together:
+                    run.log({f"loss_{name}": 1.0})
+            if together:
+                run.log(loss=1.0)
+    seen = _seen(run)
+    assert seen.points["gradients/a.weight"] == pytest.approx({1: 3.0, 2: 3.0, 3: 3.0})
+    assert seen.points["gradients/b.weight"] == pytest.approx({1: 4.0, 2: 4.0, 4: 4.0})
+    assert seen.points["gradient_norm"] == pytest.approx({1: 5.0, 2: 5.0, 3: 3.0, 4: 5.0})
+    assert {(m.name, m.step) for m in seen.media if m.step == 1} == {
+        (f"{kind}/{name}.weight", 1) for kind in ("gradients", "parameters") for name in ("a", "b")
+    }
 
 
 @pytest.mark.parametrize(

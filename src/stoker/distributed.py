@@ -15,6 +15,7 @@ from stoker.errors import BadInput
 from stoker.world import World
 
 _TIMEOUT = datetime.timedelta(minutes=30)
+_TIMEOUT_BEFORE_STEPS = datetime.timedelta(hours=48)  # data may be tokenised for hours
 
 
 def join(world: World, backend: str = "auto", *, alone: bool = False) -> None:
@@ -67,14 +68,20 @@ def leave() -> None:
 
 @contextlib.contextmanager
 def rank_zero_first(world: World) -> Iterator[None]:
-    """Rank 0 goes through the block alone, the others after it: what it caches, they find."""
+    """Rank 0 goes through the block alone, the others after it: what it caches, they find.
+
+    Nobody leaves before all have been through, which may take hours: where ranks share no cache, the
+    others work as long. A rank that dies ends the wait of the others at once.
+    """
+    group = _by_gloo(_TIMEOUT_BEFORE_STEPS)
     if world.rank > 0:
-        _wait()
+        _wait(group)
     try:
         yield
     finally:
         if world.rank == 0:
-            _wait()
+            _wait(group)
+    _wait(group)
 
 
 def from_rank_zero(value: Any) -> Any:
@@ -99,7 +106,11 @@ def gathered(value: Any, group: Any = None) -> list[Any]:
 
 def beside_the_loop() -> Any:
     """A process group of all ranks for a thread of its own, by gloo; none for a single process."""
-    return dist.new_group(backend="gloo", timeout=_TIMEOUT) if _are_there() else None
+    return _by_gloo(_TIMEOUT)
+
+
+def _by_gloo(timeout: datetime.timedelta) -> Any:
+    return dist.new_group(backend="gloo", timeout=timeout) if _are_there() else None
 
 
 def barrier() -> None:
@@ -116,10 +127,10 @@ def copy_from_rank_zero(model: torch.nn.Module) -> None:
                 dist.broadcast(tensor.detach(), src=0)
 
 
-def _wait() -> None:
+def _wait(group: Any = None) -> None:
     if dist.is_initialized():
         # A reduction of a CPU tensor, since a barrier of a group with NCCL would want a GPU.
-        dist.all_reduce(torch.zeros(1))
+        dist.all_reduce(torch.zeros(1), group=group)
 
 
 def all_reduce(tensor: torch.Tensor, op: Any = None, group: Any = None) -> torch.Tensor:

@@ -28,7 +28,7 @@ _SECONDS = {"second": 1.0, "minute": 60.0, "hour": 3600.0}
 COUNTED = ("step", "sample", "token", "epoch")
 """Units that are points of the training itself."""
 _WHOLE = ("step", "token", "sample")
-_PATTERN = re.compile(r"([0-9][0-9_]*(?:\.[0-9]+)?(?:e[0-9]+)?)\s*([a-z]*)")
+_PATTERN = re.compile(r"([0-9][0-9_]*(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?)\s*([a-z]*)")
 
 
 _CLOCK = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m(?:in)?)?(?:(\d+)s)?")

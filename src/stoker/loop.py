@@ -665,7 +665,7 @@ class Trainer:
         found: dict[str, Any] = {"lr": self.lr, "epoch": samples / self._loader.samples_per_epoch}
         if self._step.norm is not None:
             found["grad_norm"] = self._step.norm
-        return found if tokens is None else {**found, "tokens": samples * tokens}
+        return found if tokens is None else {**found, "tokens": round(samples * tokens)}
 
     @property
     def rate(self) -> float | None:

@@ -167,7 +167,7 @@ class Store:
     def get(self, key: str, file: Path) -> None:
         """Bring an object here; the file is there whole or not at all. Raises FileNotFoundError."""
         file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_name(f".{file.name}.{uuid.uuid4().hex[:12]}.part")
+        part = storage.unfinished(file)
         try:
             parts = {"callback": _Parts()}
             self._try(lambda fs: _watched(fs, STALL, "get_file", self._path(key), str(part), **parts), key)

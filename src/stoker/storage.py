@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import time
 import uuid
@@ -27,6 +28,7 @@ import xxhash
 
 _PIECE = 2**20  # bytes that are read at once
 _LEAST_PIECE = 2**12  # of a small file, for which no more is cleared
+_UNFINISHED = re.compile(r"\..+\.[0-9a-f]{12}\.tmp")
 
 # File systems that one machine has to itself.
 _OWN_DISKS = frozenset({
@@ -60,6 +62,16 @@ def said_of_full_disk(error: BaseException) -> str:
     return f"the disk is full ({error}): make room, then run the same command again"
 
 
+def unfinished(path: Path) -> Path:
+    """A name beside a path for what is renamed to it once it is whole; of no other writer."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")  # containers share pids
+
+
+def is_unfinished(path: Path) -> bool:
+    """Whether a path has a name of `unfinished`, or is below one: it is being written, or a kill left it."""
+    return any(_UNFINISHED.fullmatch(part) for part in path.parts)
+
+
 def write_atomically(path: Path, content: bytes, *, lasts: bool = True, synced: bool = True) -> None:
     """Write a file whole: beside it first, synced, then renamed into place; of several writers one is last.
 
@@ -67,7 +79,7 @@ def write_atomically(path: Path, content: bytes, *, lasts: bool = True, synced: 
         lasts: wait until a power cut cannot take it any more; it never leaves a part of it.
         synced: else a power cut may leave the file empty, until it is synced by whoever says so.
     """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")  # containers share pids
+    temporary = unfinished(path)
     try:
         with temporary.open("wb") as file:
             file.write(content)
@@ -85,7 +97,7 @@ def write_atomically(path: Path, content: bytes, *, lasts: bool = True, synced: 
 
 def write_new(path: Path, content: bytes) -> None:
     """Write a file whole where there is none: of several writers one does. Raises FileExistsError."""
-    whole = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+    whole = unfinished(path)
     try:
         write_atomically(whole, content, lasts=False)
         try:

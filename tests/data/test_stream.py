@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -184,6 +185,27 @@ def test_only_the_newest_chunks_are_kept_and_the_others_are_made_again(
     assert [row for begin in range(0, 600, 50) for row in rows(data, begin, begin + 50)] == expected
     data._clear()
     assert len([p for p in next((tmp_path / "few").iterdir()).iterdir() if p.is_dir()]) <= 3
+
+
+@pytest.mark.timeout(60)
+def test_a_chunk_whose_removal_was_cut_short_is_made_again(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = chunks.find(str(folder))
+    monkeypatch.setattr(Stream, "_prepare", lambda self, chunks: None)
+    data = opened(found, tmp_path)
+    expected = rows(data, 0, 50)
+
+    def cut_short(path: Path, **options: Any) -> None:
+        (path / "meta.json").unlink()
+
+    with monkeypatch.context() as killed:
+        killed.setattr(stream, "_KEPT", 0)
+        killed.setattr(shutil, "rmtree", cut_short)
+        data._clear()
+    assert rows(opened(found, tmp_path), 0, 50) == expected
+    data._clear()
+    assert not list(tmp_path.rglob(".*.gone"))
 
 
 def test_a_loader_resumes_a_mixture_with_a_stream(folder: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import strategies_run
 import torch
-from stoker.engine.metrics import Max, Mean, Perplexity, Sum, Totals
+from stoker.engine.metrics import Max, Mean, Perplexity, Sum, Totals, _joined
 
 import ranks
 
@@ -28,6 +28,19 @@ def test_a_mean_of_nothing_is_not_a_number_and_a_large_perplexity_is_infinite() 
     found = totals.over_ranks()
     assert math.isnan(found["a"])
     assert found["p"] == math.inf
+
+
+@pytest.mark.parametrize("values", [[math.nan], [1.0, math.nan], [math.nan, 1.0]])
+def test_the_largest_of_values_of_which_one_is_not_a_number_is_none(values: list[float]) -> None:
+    totals = Totals()
+    for value in values:
+        totals.add({"m": Max(value)})
+    assert math.isnan(totals.over_ranks()["m"])
+    assert math.isnan(_joined([("Max", value, 0.0) for value in values]))
+
+
+def test_sums_of_ranks_that_are_infinite_are_not_a_number() -> None:
+    assert math.isnan(_joined([("Mean", math.inf, 1.0), ("Mean", -math.inf, 1.0)]))
 
 
 def _measured(settings: dict[str, Any], folder: Path, name: str, samples: int) -> list[dict[str, float]]:

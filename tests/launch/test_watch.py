@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -82,9 +83,10 @@ from pathlib import Path
 from stoker import supervision
 supervision.write_stacks_to(Path(sys.argv[1]) / "rank-0.stacks")
 heart = supervision.Heart(limit=2.0)
-for step in range(100_000):
+for step in range(int(sys.argv[2])):
     heart.beat(step)
     time.sleep(0.05)
+time.sleep(600)
 """
 
 
@@ -92,7 +94,7 @@ def test_ranks_that_were_stopped_with_their_launcher_do_not_hang(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(supervision.FOLDER, str(tmp_path))
-    works = subprocess.Popen([sys.executable, "-c", RANK, str(tmp_path)])
+    works = subprocess.Popen([sys.executable, "-c", RANK, str(tmp_path), "100000"])
     (tmp_path / "rank-0.pid").write_text(str(works.pid))
     launcher = subprocess.Popen([sys.executable, "-c", LAUNCHER, str(tmp_path)], stdout=subprocess.PIPE)
     try:
@@ -116,6 +118,37 @@ def test_ranks_that_were_stopped_with_their_launcher_do_not_hang(
             process.wait()
         if launcher.stdout is not None:
             launcher.stdout.close()
+
+
+def test_ranks_that_hang_are_ended_where_their_stacks_cannot_be_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(supervision.FOLDER, str(tmp_path))
+    (tmp_path / supervision.RUN).write_text(str(tmp_path / supervision.RUN))  # a file: no folder can be below
+    hangs = subprocess.Popen([sys.executable, "-c", RANK, str(tmp_path), "1"])
+    (tmp_path / "rank-0.pid").write_text(str(hangs.pid))
+    try:
+        with watch.watching(tmp_path, 1, lambda: "") as watched:
+            assert hangs.wait(60) == -signal.SIGKILL
+        assert "rank 0 hangs: " in watched.verdict
+        assert "could not be kept ([Errno 20] Not a directory" in watched.verdict
+    finally:
+        hangs.kill()
+        hangs.wait()
+
+
+def test_a_signal_is_passed_on_whatever_else_goes_wrong(rank: Rank, tmp_path: Path) -> None:
+    wrong = threading.Event()
+
+    def outside() -> str:
+        wrong.set()
+        raise OSError("no space left")
+
+    works = rank(0, "works")
+    with watch.watching(tmp_path, 1, outside):
+        assert wrong.wait(60)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert works.wait(60) == -signal.SIGTERM
 
 
 STACKS = """\

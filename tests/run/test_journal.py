@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from stoker.run import journal
 from stoker.run.journal import Cursor, JournalWriter
+from stoker.tracking import feed
 
 
 def _writer(folder: Path, attempt: int = 1) -> JournalWriter:
@@ -44,6 +45,21 @@ def test_any_cut_loses_the_last_event_only(tmp_path: Path, cut: int) -> None:
         writer.append("metrics", step=step)
     writer.file.write_bytes(writer.file.read_bytes()[:-cut])
     assert [e["step"] for e in journal.read(tmp_path)] == [0, 1]
+
+
+@pytest.mark.parametrize("last", ["", "torn", "x" * 10_000, "no event\n", "no event\n" + "x" * 4096, "\n"])
+def test_where_a_reader_comes_to_is_known_without_reading(
+    last: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer, cursor = _writer(tmp_path), Cursor()
+    for step in range(3):
+        writer.append("metrics", step=step)
+    _writer(tmp_path, 2)
+    with writer.file.open("a") as file:
+        file.write(last)
+    assert len(list(journal.read(tmp_path, cursor))) == 3
+    monkeypatch.delattr(journal, "_parse")
+    assert sum(journal.ends(tmp_path).values()) == feed.end(tmp_path) == feed.position(cursor)
 
 
 def test_a_cursor_continues_where_a_limit_stopped(tmp_path: Path) -> None:

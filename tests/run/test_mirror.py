@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from stoker import object_store
-from stoker.run import journal, lease, mirror, stretches
+from stoker import object_store, storage
+from stoker.run import artifacts, journal, lease, mirror, stretches
 from stoker.run.directory import RunDirectory
 from stoker.run.mirror import Mirror
 from stoker.tracking import ledger
@@ -53,6 +53,26 @@ def test_an_artifact_that_was_made_anew_goes_there_though_its_size_is_the_same(
         model.write_bytes(content)
         _mirror(run).push()
     assert (tmp_path / "store/experiment/a/artifacts/model.safetensors").read_bytes() == b"new weights"
+
+
+def test_an_artifact_goes_there_whatever_its_files_are_called(machine: Machine, tmp_path: Path) -> None:
+    run, held = machine("one")
+    held.take()
+    run.create({})
+    names = {".gitattributes", ".config/settings", "store.json", "attempt.lock", "sinks/a", "weights.tmp"}
+    made = tmp_path / "made"
+    for name in names:
+        (made / name).parent.mkdir(parents=True, exist_ok=True)
+        (made / name).write_text(name)
+    artifacts.bring_in(run, made, "model")
+    storage.unfinished(run.artifacts / "other").write_text("half of it")
+    unfinished = storage.unfinished(run.artifacts / "folder")
+    unfinished.mkdir()
+    (unfinished / "a").write_text("half of it")
+    _mirror(run).push()
+    there = tmp_path / "store/experiment/a/artifacts"
+    found = {file.relative_to(there).as_posix() for file in storage.files_under(there)}
+    assert found == {f"model/{name}" for name in names}
 
 
 def test_what_is_the_same_is_not_sent_again(machine: Machine, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from stoker import storage
-from stoker.run import journal, view
+from stoker.run import journal, series, view
 from stoker.run.directory import RunDirectory
 
 
@@ -73,6 +73,18 @@ def test_rows_have_every_metric_by_step(tmp_path: Path) -> None:
     table = view.load(directory).metrics()
     assert [str(kind) for kind in table.schema.types] == ["int64", "double", "double"]
     assert table.to_pylist() == [{"step": 1, "loss": 1, "val": None}, {"step": 2, "loss": 2, "val": 7}]
+
+
+@pytest.mark.parametrize(
+    ("name", "goal"),
+    [
+        ("loss", "min"), ("val/loss", "min"), ("loss/train", "min"), ("error_rate", "min"),
+        ("top1_accuracy", "max"), ("loss_scale", None), ("loss/weight", None), ("precision_bits", None),
+        ("learning_rate", None),
+    ],
+)  # fmt: skip
+def test_which_way_a_metric_is_better_is_guessed_of_measures_alone(name: str, goal: str | None) -> None:
+    assert series.guess_goal(name) == goal
 
 
 def test_config_is_the_newest_attempts(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import stoker
+from plotly import graph_objects
 
 
 def main() -> None:
@@ -42,10 +43,13 @@ def main() -> None:
 
 def log_everything(run: stoker.Run) -> None:
     run.step = 7
+    run.log(answers=0.5, step=7)
     run.params(parameters=1234)
     run.tag(team="blue")
-    run.note("a note")
+    run.note("a note\n\nof two paragraphs")
+    run.note("another")
     run.table("answers", [{"question": "why", "score": 0.5}, {"question": None, "score": 1.0}])
+    run.figure("answers", graph_objects.Figure())
     run.image("digit", np.arange(64, dtype=np.uint8).reshape(8, 8), caption="a digit")
     run.text("sample", "once upon a time")
     run.histogram("weights", np.linspace(-1, 1, 100), bins=4)

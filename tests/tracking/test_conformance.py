@@ -27,6 +27,10 @@ from servers import mlflow_server, postgres, postgres_binaries
 pytestmark = pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")  # MLflow's own
 
 SCRIPT = Path(__file__).with_name("digits_run.py")
+MEDIA = [
+    ("figures/answers", 7), ("histograms/weights", 7), ("images/digit", 7), ("tables/answers", 7),
+    ("texts/sample", 7),
+]  # fmt: skip
 NOTICED_WITHIN = 10.0  # seconds, in which a run whose process died is marked so
 
 
@@ -38,9 +42,10 @@ class Reader(Protocol):
     def points(self, metric: str) -> list[tuple[int, float]]: ...
     def params(self) -> dict[str, str]: ...
     def tags(self) -> dict[str, str]: ...
+    def notes(self) -> str: ...
     def has_artifact(self) -> bool: ...
     def table(self) -> list[list[Any]]: ...
-    def kinds(self) -> set[str]: ...
+    def media(self) -> list[tuple[str, int]]: ...
     def status(self) -> str: ...
 
 
@@ -70,6 +75,9 @@ class MlflowReader:
     def tags(self) -> dict[str, str]:
         return dict(self._seen.run.data.tags)
 
+    def notes(self) -> str:
+        return str(self._seen.run.data.tags["mlflow.note.content"])
+
     def has_artifact(self) -> bool:
         return self._seen.artifacts("weights") == ["weights/deep.bin"]
 
@@ -78,8 +86,12 @@ class MlflowReader:
         file = seen.client.download_artifacts(seen.run.info.run_id, "tables/answers/step-00000007.json")
         return [list(row) for row in json.loads(Path(file).read_text())["data"]]
 
-    def kinds(self) -> set[str]:
-        return set(self._seen.artifacts()) & {"tables", "images", "texts", "histograms"}
+    def media(self) -> list[tuple[str, int]]:
+        seen = self._seen
+        kinds = {kind.partition("/")[0] for kind, _ in MEDIA} & set(seen.artifacts())
+        files = [file for kind in kinds for name in seen.artifacts(kind) for file in seen.artifacts(name)]
+        steps = {file.partition(".")[0].rpartition("/step-")[::2] for file in files}
+        return sorted((name, int(step)) for name, step in steps)
 
     def status(self) -> str:
         return {"FINISHED": "finished", "KILLED": "killed", "RUNNING": "running"}[self._seen.status]
@@ -122,20 +134,24 @@ class TensorBoardReader:
     def tags(self) -> dict[str, str]:
         return {"team": self._texts("stoker/tags/team")[-1]}
 
+    def notes(self) -> str:
+        return self._texts("stoker/notes")[-1]
+
     def has_artifact(self) -> bool:
         return "artifacts/weights/deep.bin" in self._texts("stoker/artifacts/weights")[-1]
 
     def table(self) -> list[list[Any]]:
-        (shown,) = self._texts("answers")
+        (shown,) = self._texts("tables/answers")
         rows = [line.strip("|").split("|") for line in shown.strip().splitlines()[2:]]
         return [[None if cell == "null" else cell for cell in row[:1]] + [float(row[1])] for row in rows]
 
-    def kinds(self) -> set[str]:
-        tags = self._events().Tags()
-        found = {"images"} if "digit" in tags["images"] else set()
-        found |= {"histograms"} if "weights" in tags["histograms"] else set()
-        found |= {"tables"} if "answers" in tags["tensors"] else set()
-        return found | ({"texts"} if "sample" in tags["tensors"] else set())
+    def media(self) -> list[tuple[str, int]]:
+        events = self._events()
+        read = {"images": events.Images, "histograms": events.Histograms, "tensors": events.Tensors}
+        tags = [(tag, of) for kind, of in read.items() for tag in events.Tags()[kind]]
+        return sorted(
+            (tag, event.step) for tag, of in tags if not tag.startswith(("stoker/", "_")) for event in of(tag)
+        )
 
     def status(self) -> str:
         said = self._texts("stoker/status")
@@ -183,6 +199,11 @@ class WandbReader:
     def tags(self) -> dict[str, str]:
         return dict(self._config()["tags"])
 
+    def notes(self) -> str:
+        records = [record for file in self._files() for record in wandb_files.records(file)]
+        said = [record.run.notes for record in records if record.WhichOneof("record_type") == "run"]
+        return str([notes for notes in said if notes][-1])
+
     def has_artifact(self) -> bool:
         names = {
             entry.path
@@ -194,14 +215,12 @@ class WandbReader:
         return "deep.bin" in names
 
     def table(self) -> list[list[Any]]:
-        path = self._media("answers")["path"]
+        path = self._media("tables/answers")["path"]
         (file,) = self._directory.path.glob(f"wandb/offline-run-*/files/{path}")
         return [list(row) for row in json.loads(file.read_text())["data"]]
 
-    def kinds(self) -> set[str]:
-        kinds = {"table-file": "tables", "image-file": "images", "histogram": "histograms"}
-        found = {kinds[self._media(name)["_type"]] for name in ("answers", "digit", "weights")}
-        return found | ({"texts"} if self._media("sample")["_type"] == "table-file" else set())
+    def media(self) -> list[tuple[str, int]]:
+        return sorted((key, row["step"]) for row in self._rows() for key in row if isinstance(row[key], dict))
 
     def status(self) -> str:
         exits, said = [], "running"
@@ -319,10 +338,23 @@ def test_three_attempts_with_two_kills_arrive_as_one_run(
     assert reader.params()["lr"] == "0.1"
     assert reader.params()["parameters"] == "1234"
     assert reader.tags()["team"] == "blue"
+    assert reader.notes() == "a note\n\nof two paragraphs\n\nanother"
     assert reader.has_artifact()
     assert reader.table() == [["why", 0.5], [None, 1.0]]
-    assert reader.kinds() == {"tables", "images", "texts", "histograms"}
+    assert reader.points("answers") == [(7, 0.5)]
+    assert reader.media() == MEDIA
     assert reader.status() == "finished"
+
+
+def test_a_point_a_table_and_a_figure_of_one_name_at_one_step_all_arrive_once(
+    tmp_path: Path, reader: Reader, train: Callable[..., subprocess.Popen[bytes]]
+) -> None:
+    train("1", "3", "--finish").wait(DEADLINE)
+    until(lambda: _pending(tmp_path) == 0)
+    assert reader.points("answers") == [(7, 0.5)]
+    assert [(name, step) for name, step in reader.media() if name.endswith("/answers")] == [
+        ("figures/answers", 7), ("tables/answers", 7),
+    ]  # fmt: skip
 
 
 def test_what_is_said_of_an_ended_run_arrives_too(

@@ -116,6 +116,8 @@ def test_everything_a_run_records_arrives_and_a_lost_ledger_changes_nothing(
         trainer.log(step, loss=value, **{"top-1 (%)": step, "top-1 [%]": -step})
     trainer.table("generations", 4, [{"prompt": "a"}, {"prompt": None}])
     trainer.journal.append("tags", tags={"fingerprint.data": "abc", "note": "y" * 9000})
+    for text in ("z" * 5000, "two\n\nparagraphs", "the newest"):
+        trainer.journal.append("note", text=text)
     trainer.journal.append("params", values={"lr": 0.2, "more": 1, "key3": 3, "found_out": 5})
     _write(run.artifacts / "adapter" / "deep" / "weights", b"123")
     _write(run.artifacts / "report.html", b"<html>")
@@ -143,6 +145,8 @@ def test_everything_a_run_records_arrives_and_a_lost_ledger_changes_nothing(
         assert [name for name in data.tags if name.startswith("stoker.params.")] == ["stoker.params.lr"]
         assert data.params["long"] == "x" * 6000
         assert data.tags["fingerprint.data"] == "abc"
+        notes = data.tags["mlflow.note.content"]
+        assert (len(notes), notes.lstrip("z")) == (5000, "\n\ntwo\n\nparagraphs\n\nthe newest")
         assert data.tags["mlflow.source.git.commit"] == "c0ffee"
         assert data.tags["mlflow.source.name"] == "examples/own_loop.py"
         assert data.tags["mlflow.runName"] == "a"

@@ -77,9 +77,9 @@ def test_a_batch_that_may_or_may_not_have_arrived_arrives_once(
     assert len(files) <= 2  # one, where the first had not come to making it
     rows = [row for file in files for row in wandb_files.history(file)]
     seen = Counter(
-        (key, row["step"]) for row in rows for key in row if key in ("loss", "accuracy", "answers")
+        (key, row["step"]) for row in rows for key in row if key in ("loss", "accuracy", "tables/answers")
     )
-    wanted = {(key, step) for key in ("loss", "accuracy") for step in range(1, 121)} | {("answers", 3)}
+    wanted = {(key, step) for key in ("loss", "accuracy") for step in range(1, 121)} | {("tables/answers", 3)}
     assert seen == Counter(wanted)
     assert {row["step"]: row["loss"] for row in rows if "loss" in row} == {s: s for s in range(1, 121)}
 

@@ -26,7 +26,7 @@ from stoker.tune.schedulers import (
 )
 
 CONTINUE, PAUSE, STOP = Decision.CONTINUE, Decision.PAUSE, Decision.STOP
-NAN, INF = math.nan, math.inf
+INF = math.inf
 State = Literal["running", "paused", "pruned", "complete", "failed"]
 
 
@@ -40,7 +40,7 @@ def table(*trials: Known) -> dict[int, Known]:
 
 # Few different values, so that there are ties; losses[trial][rung].
 LOSSES = st.lists(
-    st.lists(st.sampled_from([0.0, 1.0, 2.0, 3.0, 4.0, 5.0, -INF, INF, NAN]), min_size=5, max_size=5),
+    st.lists(st.sampled_from([0.0, 1.0, 2.0, 3.0, 4.0, 5.0, -INF, INF]), min_size=5, max_size=5),
     min_size=1,
     max_size=40,
 )
@@ -73,8 +73,8 @@ class Paper:
         return self.begun - 1, 0
 
     def top_k(self, k: int) -> list[int]:
-        finite = sorted((loss, t) for t, loss in self.rung[k].items() if not math.isnan(loss))
-        return [t for _, t in finite[: len(self.rung[k]) // self.eta]]
+        ranked = sorted((loss, t) for t, loss in self.rung[k].items())
+        return [t for _, t in ranked[: len(ranked) // self.eta]]
 
     def left(self) -> list[int]:
         """Those that wait at the rung that they reached last."""
@@ -167,13 +167,9 @@ def test_stopping_keeps_the_best_share_of_what_a_rung_has_seen(
         rung, loss = rungs[running[t]], losses[t][running[t]]
         seen[rung][t] = loss
         trials[t] = replace(trials[t], values={**trials[t].values, rung: loss})
-        ahead = sum(
-            math.isnan(loss) or (other, number) < (loss, t)
-            for number, other in seen[rung].items()
-            if number != t and not math.isnan(other)
-        )
+        ahead = sum((other, number) < (loss, t) for number, other in seen[rung].items())
         count = len(seen[rung])
-        goes_on = not math.isnan(loss) and (count < factor or ahead < count // factor)
+        goes_on = count < factor or ahead < count // factor
         assert scheduler.decide(trials, t) is (CONTINUE if goes_on else STOP)
         running[t] += 1
         if not goes_on or running[t] == len(rungs):
@@ -212,8 +208,7 @@ def test_stages_end_with_the_best_at_the_highest_rungs_and_no_other(
         assert len(coarse) == len(losses), "every trial was begun before the first whole training"
     heights = {n: sum(rung in trial.values for rung in rungs[:3]) for n, trial in ours.trials.items()}
     standing = {n: (-heights[n], losses[n][heights[n] - 1], n) for n in ours.trials}
-    judged = [n for n in standing if not math.isnan(standing[n][1])]
-    assert whole == set(sorted(judged, key=standing.__getitem__)[:finalists])
+    assert whole == set(sorted(standing, key=standing.__getitem__)[:finalists])
 
 
 def test_rungs_are_those_of_the_papers_example() -> None:
@@ -288,23 +283,6 @@ def test_a_trial_at_its_end_is_neither_paused_nor_promoted() -> None:
         others = [known(n, {1: 0.0, 3: 0.0, 9: 0.0}, "complete") for n in range(3)]
         assert asha.decide(table(*others, known(3, {9: 5.0})), 3) is CONTINUE
         assert asha.resumes(table(*others, known(3, {9: -5.0}, "paused"))) is None
-
-
-def test_what_diverged_is_never_promoted_but_was_seen() -> None:
-    asha = Asha(1, 9, 3)
-    diverged = [known(n, {1: NAN}, "paused") for n in range(3)]
-    assert asha.resumes(table(*diverged)) is None
-    others = [known(n, {1: float(n)}, "paused") for n in (3, 4, 5)]
-    trials = table(*diverged, *others)
-    assert asha.resumes(trials) == 3
-    assert asha.resumes({**trials, 3: known(3, {1: 3.0})}) == 4
-    assert asha.resumes({**trials, 3: known(3, {1: 3.0}), 4: known(4, {1: 4.0})}) is None
-
-
-def test_what_diverged_stops_at_a_rung_that_has_seen_few() -> None:
-    stops = Asha(1, 9, 3, promotes=False)
-    assert stops.decide(table(known(0, {1: NAN})), 0) is STOP
-    assert stops.decide(table(known(0, {1: INF})), 0) is CONTINUE
 
 
 def test_equal_values_rank_by_the_trials_number() -> None:
@@ -382,7 +360,7 @@ def test_a_bracket_decides_among_its_own_trials() -> None:
 def test_the_bracket_without_rungs_stops_nothing() -> None:
     hyperband = Hyperband(1, 9, 3)
     number = hyperband.brackets(17).index(0)
-    values = {float(resource): NAN for resource in range(1, 10)}
+    values = {float(resource): INF for resource in range(1, 10)}
     trials = {n: known(n, {1: 0.0}) for n in range(17)} | {number: known(number, values)}
     assert hyperband.decide(trials, number) is CONTINUE
 
@@ -409,9 +387,6 @@ HAND = (
         ({10: 8.1, 20: 8.1, 30: 6.0}, CONTINUE),
         ({10: 6.5, 20: 6.5, 30: 6.1}, STOP),
         ({10: 7.9, 40: 0.0}, CONTINUE),  # nobody else has got as far
-        ({10: NAN}, STOP),
-        ({10: 7.9, 20: NAN}, STOP),
-        ({10: 6.9, 20: NAN}, CONTINUE),
     ],
 )
 def test_the_median_rule_decides_as_computed_by_hand(values: dict[float, float], decision: Decision) -> None:
@@ -433,12 +408,6 @@ def test_the_median_rule_asks_only_those_that_have_got_as_far() -> None:
     assert Median(warmup_trials=4).decide(trials, 3) is CONTINUE
 
 
-def test_what_diverged_is_a_bad_average_and_no_more() -> None:
-    diverged = [known(n, {10: NAN}, "pruned") for n in (4, 5, 6, 7)]
-    assert Median(warmup_trials=3).decide(table(*HAND, *diverged, known(3, {10: 99.0})), 3) is CONTINUE
-    assert Median(warmup_trials=3).decide(table(*HAND, *diverged[:2], known(3, {10: 99.0})), 3) is STOP
-
-
 @pytest.mark.parametrize("scheduler", [Full(), Median()])
 def test_what_was_paused_goes_on_where_nothing_pauses(scheduler: Scheduler) -> None:
     trials = table(known(3, {1: 9.0}, "paused"), known(1, {1: 9.0}, "paused"), known(0, {1: 0.0}))
@@ -448,7 +417,7 @@ def test_what_was_paused_goes_on_where_nothing_pauses(scheduler: Scheduler) -> N
 
 
 def test_without_a_scheduler_everything_goes_on() -> None:
-    trials = table(*(known(n, {1: 0.0}) for n in range(9)), known(9, {1: NAN}))
+    trials = table(*(known(n, {1: 0.0}) for n in range(9)), known(9, {1: INF}))
     assert Full().decide(trials, 9) is CONTINUE
 
 
@@ -501,10 +470,6 @@ def test_nobody_is_replaced_before_the_population_is_begun() -> None:
 def test_nobody_is_replaced_by_one_that_is_no_better() -> None:
     equal = {n: known(n, {10: 1.0}) for n in range(8)}
     assert [PBT.decide(equal, n) for n in range(8)] == [CONTINUE] * 8
-    diverged = {n: known(n, {10: NAN}) for n in range(8)}
-    assert [PBT.decide(diverged, n) for n in range(8)] == [CONTINUE] * 8
-    one = {**diverged, 3: known(3, {10: INF})}
-    assert [PBT.donor(one, n) for n in range(8)] == [None] * 6 + [3, 3]
 
 
 def test_a_replacement_never_begins_further_back() -> None:
@@ -534,8 +499,7 @@ def test_a_member_that_is_ahead_waits_for_those_behind() -> None:
 def test_the_member_with_the_least_resource_resumes_then_the_best() -> None:
     paused = {n: known(n, {10: float(n), 20: -float(n)}, "paused") for n in range(8)}
     assert PBT.resumes(paused) == 7
-    assert PBT.resumes({**paused, 7: known(7, {20: NAN}, "paused")}) == 6
-    assert PBT.resumes({**paused, 2: known(2, {19: NAN}, "paused")}) == 2
+    assert PBT.resumes({**paused, 2: known(2, {19: 9.0}, "paused")}) == 2
 
 
 @pytest.mark.parametrize("workers", [1, 3, 8, 11])
@@ -590,7 +554,7 @@ def _begin(pbt: PopulationBased, trials: dict[int, Known], workers: int) -> Iter
 TABLES = st.dictionaries(
     st.integers(0, 30),
     st.tuples(
-        st.lists(st.sampled_from([0.0, 1.0, 2.5, -1.0, INF, NAN]), max_size=12),
+        st.lists(st.sampled_from([0.0, 1.0, 2.5, -1.0, INF]), max_size=12),
         st.sampled_from(["running", "paused", "pruned", "complete", "failed"]),
     ),
     min_size=1,
@@ -653,7 +617,7 @@ def test_makes_each_by_its_name() -> None:
         ("hyperband", {"least": 10, "most": 9}, "--least 10 is above --most 9"),
         ("asha-stop", {"most": INF}, "--most inf"),
         ("asha", {"least": 0, "most": 9}, "--least 0"),
-        ("asha", {"most": NAN}, "nan"),
+        ("asha", {"most": math.nan}, "nan"),
         ("asha", {"most": 9, "factor": 1}, "--factor 1"),
         ("asha", {"most": 9, "factor": 0}, "--factor 0"),
         ("median", {"warmup_trials": 0}, "warmup_trials=0"),

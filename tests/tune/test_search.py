@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 import time
 from collections.abc import Callable
@@ -16,9 +17,10 @@ from stoker.duration import Duration
 from stoker.run.directory import RunDirectory
 from stoker.tune import forking, schedulers, search
 from stoker.tune import study as studies
-from stoker.tune.plan import Objective, Plan
+from stoker.tune.plan import SHARE, Objective, Plan
 from stoker.tune.schedulers import Scheduler
 from stoker.tune.search import Search
+from stoker.tune.seen import Seen
 from stoker.tune.trial import Began, Ended, Job, Report
 from test_study import SPACE
 
@@ -269,3 +271,14 @@ def test_of_a_donor_that_has_ended_the_checkpoint_before_its_end_is_taken(tmp_pa
     for earlier in ("step-00000002", "step-00000004"):
         shutil.rmtree(run.directory.checkpoints / earlier, ignore_errors=True)
     assert forking.take_checkpoint(run.directory, begun, ended=True) is None
+
+
+def test_what_is_taken_in_of_a_training_on_a_share_is_a_number(tmp_path: Path) -> None:
+    rule = schedulers.make("asha", least=50, most=100, factor=2)
+    searched = _search(tmp_path, Cluster([], {}), 1, rule, unit=SHARE)
+    with Run(tmp_path.name, "trial-0000-on-50", runs=tmp_path.parent) as run:
+        for step, value in enumerate((2.0, 1.0, math.nan), 1):  # as a mean over ranks may be
+            run.log(step=step, val_loss=value)
+    trial = Seen(0, {})
+    assert searched._run_of_shares(trial) is None
+    assert trial.values == {50.0: 1.0}

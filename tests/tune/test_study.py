@@ -76,6 +76,18 @@ def test_what_belongs_together_is_there_whole_or_not_at_all(tmp_path: Path) -> N
     assert (tmp_path / "study.journal").read_bytes() == before
 
 
+def test_what_raises_halfway_leaves_nothing_and_the_study_goes_on(tmp_path: Path) -> None:
+    file, study = opened(tmp_path)
+    draw(file, study)
+    before = (tmp_path / "study.journal").read_bytes()
+    with pytest.raises(ValueError, match="choices"), file.together():
+        study.ask().suggest_categorical("x", [])
+    assert (tmp_path / "study.journal").read_bytes() == before
+    drawn = draw(file, study)
+    assert [trial.params for trial in study.trials][1:] == [drawn]
+    assert [trial.params for trial in opened(tmp_path)[1].trials][1:] == [drawn]
+
+
 def test_an_entry_that_a_power_cut_has_torn_is_cut_off(tmp_path: Path) -> None:
     file, study = opened(tmp_path)
     draw(file, study)

@@ -15,6 +15,7 @@ import hashlib
 import os
 import shutil
 import threading
+import uuid
 from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
@@ -231,4 +232,7 @@ class Stream:
             reverse=True,
         )
         for folder in made[_KEPT:]:
-            shutil.rmtree(folder, ignore_errors=True)
+            with contextlib.suppress(FileNotFoundError):  # another run was first
+                folder.rename(self._cache / f".{uuid.uuid4().hex[:12]}.gone")
+        for gone in self._cache.glob(".*.gone"):  # also what a killed process had begun to remove
+            shutil.rmtree(gone, ignore_errors=True)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from stoker.run.reduction import reduced
 
 Number = torch.Tensor | float
 
@@ -38,7 +39,7 @@ class Sum:
 
 @dataclass(frozen=True)
 class Max:
-    """The largest value over batches and ranks."""
+    """The largest value over batches and ranks; NaN where one is."""
 
     value: Number
 
@@ -58,7 +59,7 @@ class Totals:
             kind = type(metric)
             _, total, weight = self._held.get(name, (kind, -math.inf if kind is Max else 0.0, 0.0))
             if counts and isinstance(metric, Max):
-                total = max(total, float(metric.value))
+                total = reduced("max", (total, float(metric.value)))
             elif counts and not isinstance(metric, Max):
                 total += float(metric.total)
                 weight += 0.0 if isinstance(metric, Sum) else float(metric.weight)
@@ -82,11 +83,11 @@ def _joined(parts: list[tuple[str, float, float]]) -> float:
     """One metric of all ranks, always added up in the order of ranks."""
     kind = parts[0][0]
     if kind == "Max":
-        return max(total for _, total, _ in parts)
-    total = math.fsum(total for _, total, _ in parts)
+        return reduced("max", [total for _, total, _ in parts])
+    total = reduced("sum", [total for _, total, _ in parts])
     if kind == "Sum":
         return total
-    weight = math.fsum(weight for _, _, weight in parts)
+    weight = reduced("sum", [weight for _, _, weight in parts])
     mean = total / weight if weight else math.nan
     if kind == "Perplexity":
         return perplexity(mean)

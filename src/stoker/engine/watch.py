@@ -22,8 +22,9 @@ class Watch:
         model: every parameter that trains is watched, under its name.
         every: optimizer steps from one look to the next; the first step is looked at.
         bins: of each histogram; 0 for none.
-        take: is given the norms (scalar tensors by name: `gradients/NAME`, `parameters/NAME`,
-            and `gradient_norm` over all) and the histograms (name -> lowest, highest, counts).
+        take: is given of each optimizer the norms (scalar tensors by name: `gradients/NAME`,
+            `parameters/NAME`, and `gradient_norm` over all, of other optimizers too that have stepped since
+            this one did) and the histograms (name -> lowest, highest, counts).
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class Watch:
         self._bins = bins
         self._take = take
         self._steps: dict[int, int] = {}  # of each optimizer, by its id
+        self._of_step: dict[int, list[torch.Tensor]] = {}  # norms of gradients, of each optimizer
         self._hook = register_optimizer_step_pre_hook(self._before_step)
 
     def close(self) -> None:
@@ -54,22 +56,20 @@ class Watch:
         step = self._steps.get(id(optimizer), 0)
         self._steps[id(optimizer)] = step + 1
         if step % self._every == 0:
-            self._take(self._norms(owned), self._histograms(owned) if self._bins else {})
+            if id(optimizer) in self._of_step:  # the first of the next step
+                self._of_step.clear()
+            gradients = {f"gradients/{self._names[p]}": _norm(p.grad) for p in owned if p.grad is not None}
+            self._of_step[id(optimizer)] = list(gradients.values())
+            parameters = {f"parameters/{self._names[p]}": _norm(p.detach()) for p in owned}
+            histograms = self._histograms(owned) if self._bins else {}
+            self._take({**gradients, **self._over_all(), **parameters}, histograms)
 
-    def _norms(self, parameters: list[torch.nn.Parameter]) -> Values:
-        with_gradient = [p for p in parameters if p.grad is not None]
-        gradients = [_whole(p.grad) for p in with_gradient if p.grad is not None]
-        found = {}
-        if gradients:
-            norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients]
-            found = {f"gradients/{self._names[p]}": n for p, n in zip(with_gradient, norms, strict=True)}
-            found["gradient_norm"] = torch.linalg.vector_norm(
-                torch.stack([n.to(norms[0].device) for n in norms])
-            )
-        for p in parameters:
-            norm = torch.linalg.vector_norm(_whole(p.detach()), dtype=torch.float32)
-            found[f"parameters/{self._names[p]}"] = norm
-        return found
+    def _over_all(self) -> Values:
+        norms = [norm for of_optimizer in self._of_step.values() for norm in of_optimizer]
+        if not norms:
+            return {}
+        on_one_device = torch.stack([norm.to(norms[0].device) for norm in norms])
+        return {"gradient_norm": torch.linalg.vector_norm(on_one_device)}
 
     def _histograms(self, parameters: list[torch.nn.Parameter]) -> Mapping[str, tuple[torch.Tensor, ...]]:
         found: dict[str, tuple[torch.Tensor, ...]] = {}
@@ -94,6 +94,11 @@ def histogram(values: torch.Tensor, bins: int) -> tuple[torch.Tensor, torch.Tens
     counts = torch.zeros(bins, dtype=torch.float64, device=flat.device)
     counts.scatter_add_(0, place, finite.double())
     return low, high, counts
+
+
+def _norm(tensor: torch.Tensor) -> torch.Tensor:
+    norm: torch.Tensor = torch.linalg.vector_norm(_whole(tensor), dtype=torch.float32)
+    return norm
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:

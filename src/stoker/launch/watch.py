@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
 import signal
@@ -16,6 +17,8 @@ from types import FrameType
 from stoker import stopping, supervision, words
 from stoker.errors import Stopped
 from stoker.launch import ranks
+
+log = logging.getLogger("stoker")
 
 _EVERY = 0.1  # seconds
 _LAST_WORDS = 5.0  # seconds that the other ranks have to end, once one has failed
@@ -54,20 +57,28 @@ class Watch:
     _heard: set[int] = field(default_factory=set)
 
     def run(self) -> None:
-        """Watch until it is over; in a thread."""
+        """Watch until it is over, whatever goes wrong meanwhile; in a thread."""
+        said = ""
         while not self._over.wait(_EVERY):
-            self.verdict = self._hanging() or self.outside()
-            if self.told or self.ask_to_stop:
-                self._tell(self.told or signal.SIGUSR1)
-            if self.verdict:
-                self._end_all()
-            elif self._stopped_before_all_came_up():
-                self._over.wait(_LAST_WORDS)
-                self.abandoned = not self._over.is_set()
-                self._end_all()
-            elif ranks.failed(self.folder):
-                self._let_end()
-                self._end_all()
+            try:
+                self._look()
+            except Exception as error:
+                if said != (said := f"{type(error).__name__}: {error}"):
+                    log.warning("the ranks are watched in part: %s", said)
+
+    def _look(self) -> None:
+        if self.told or self.ask_to_stop:
+            self._tell(self.told or signal.SIGUSR1)
+        self.verdict = self._hanging() or self.outside()
+        if self.verdict:
+            self._end_all()
+        elif self._stopped_before_all_came_up():
+            self._over.wait(_LAST_WORDS)
+            self.abandoned = not self._over.is_set()
+            self._end_all()
+        elif ranks.failed(self.folder):
+            self._let_end()
+            self._end_all()
 
     def stop(self) -> None:
         """There is nothing left to watch."""
@@ -148,9 +159,12 @@ class Watch:
         self._over.wait(_STACKS)
         pulse = min(slow.values(), key=lambda pulse: pulse.at)
         who = f"rank {min(slow)} hangs" if len(slow) == 1 else f"{len(slow)} ranks hang"
-        folder = self._keep_stacks()
-        said = f"{who}: {pulse.nothing_for(now - pulse.at)}{_places(folder)}"
-        return f"{said}; the stacks of all ranks are in {folder}"
+        said = f"{who}: {pulse.nothing_for(now - pulse.at)}"
+        try:
+            folder = self._keep_stacks()
+            return f"{said}{_places(folder)}; the stacks of all ranks are in {folder}"
+        except OSError as error:  # they are to be ended all the same
+            return f"{said}; the stacks of the ranks could not be kept ({error})"
 
     def _keep_stacks(self) -> Path:
         """Move the stacks to the run's logs; returns where they are."""

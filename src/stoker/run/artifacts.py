@@ -73,16 +73,16 @@ def bring_in(directory: RunDirectory, source: Path, name: str) -> Path:
         raise FileNotFoundError(source)
     place = directory.artifacts / name
     place.parent.mkdir(parents=True, exist_ok=True)
-    staged = place.with_name(f".{place.name}.{uuid.uuid4().hex[:8]}")
+    staged = storage.unfinished(place)
     try:
         if source.is_dir():
             staged.mkdir()
             for file in storage.files_under(source):
                 target = staged / file.relative_to(source)
                 target.parent.mkdir(parents=True, exist_ok=True)
-                _link(_stored(directory, file), target)
+                _link(store(directory.path.parent.parent), file, target)
         else:
-            _link(_stored(directory, source), staged)
+            _link(store(directory.path.parent.parent), source, staged)
         _replace(staged, place)
     finally:
         remove(staged)
@@ -112,27 +112,24 @@ def collect_garbage(runs: Path, older_than: float = 3600.0) -> int:
     return freed
 
 
-def _stored(directory: RunDirectory, file: Path) -> Path:
-    """The file's content in the store, put there where it was not."""
-    kept = store(directory.path.parent.parent)
+def _link(kept: Path, file: Path, target: Path) -> None:
+    """Link a file's content in the store, put there where it was not, to a place in the run."""
     kept.mkdir(exist_ok=True)
     temporary = kept / f".{uuid.uuid4().hex}.tmp"
     try:
         shutil.copyfile(file, temporary)  # first: what is hashed is what is kept, whoever writes to it now
         digest = storage.sha256(temporary)
         place = kept / digest[:2] / digest
-        if not place.exists():
+        try:
+            storage.link_or_copy(place, target)
+        except FileNotFoundError:  # also where it was collected just now
             temporary.chmod(0o444)
             storage.sync_file(temporary)
             place.parent.mkdir(exist_ok=True)
             temporary.replace(place)
+            storage.link_or_copy(place, target)
     finally:
         temporary.unlink(missing_ok=True)
-    return place
-
-
-def _link(stored: Path, target: Path) -> None:
-    storage.link_or_copy(stored, target)
     storage.sync_directory(target.parent)
 
 

@@ -33,6 +33,7 @@ _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 _dumps, _now, _NEWLINE = orjson.dumps, time.time, orjson.OPT_APPEND_NEWLINE  # looked up once
 _OF_NUMBERS = frozenset({"metrics", "system", "spent"})  # which can hold no secret, and are many
 _BLOCK = 1 << 20  # bytes parsed at once
+_TAIL = 1 << 12  # bytes in which the last line's end is looked for
 
 
 class JournalWriter:
@@ -242,6 +243,23 @@ def read_blocks(journal: Path) -> Iterator[Block]:
 def sizes(journal: Path) -> dict[str, int]:
     """The bytes of every journal file by name: as long as they are the same, so is the journal."""
     return {name: (journal / name).stat().st_size for name in _names(journal) if _writer(name)}
+
+
+def ends(journal: Path) -> dict[str, int]:
+    """Where a reader of all that a journal holds comes to in each file: behind its last whole line."""
+    return {name: _end(journal / name) for name in _names(journal) if _writer(name)}
+
+
+def _end(file: Path) -> int:
+    with file.open("rb") as opened:
+        end = opened.seek(0, os.SEEK_END)
+        while end > 0:
+            begin = max(0, end - _TAIL)
+            opened.seek(begin)
+            if newline := opened.read(end - begin).rfind(b"\n") + 1:
+                return begin + newline
+            end = begin
+    return 0
 
 
 def encode_values(values: Mapping[str, float]) -> dict[str, float | str]:

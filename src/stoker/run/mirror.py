@@ -30,10 +30,12 @@ Objects = dict[str, Stored]
 
 _KNOWN = "store.known"
 _LISTINGS = 5  # of a run that changes meanwhile
-_OWN = (  # not copied file by file
+_OWN = (  # folders that are not copied file by file
     "sinks", "tensorboard", "wandb", "checkpoints", "journal", "lease", "again"
 )  # fmt: skip
-_DERIVED = ("attempt.lock", "compacted.safetensors", "store.json", "store.lock", "store.wake", _KNOWN)
+_DERIVED = (  # files beside run.json that are of this machine
+    "attempt.lock", "compacted.safetensors", "store.json", "store.lock", "store.wake", _KNOWN
+)  # fmt: skip
 
 
 class Lost(StokerError):
@@ -218,8 +220,7 @@ class Mirror:
     def _files(self) -> Iterator[Path]:
         """What is copied file by file: small things, and what the run made."""
         for file in storage.files_under(self._run.path):
-            first, *rest = file.relative_to(self._run.path).parts
-            if not (first in _OWN and rest) and file.name not in _DERIVED and not file.name.startswith("."):
+            if _is_copied(file.relative_to(self._run.path)):
                 yield file
 
     def _push_file(self, file: Path, there: Objects) -> None:
@@ -332,6 +333,14 @@ def refresh(runs: Path) -> None:
         run = RunDirectory(runs / place)
         if "run.json" in there and not run.trained_here:
             Mirror(run, store, there).fetch()
+
+
+def _is_copied(path: Path) -> bool:
+    """Whether a file of a run is copied by itself: what it made may have any name, but not be on its way."""
+    first, *rest = path.parts
+    if not rest:
+        return first not in _DERIVED and not first.startswith(".")
+    return first not in _OWN and not storage.is_unfinished(path)
 
 
 def _manifest_first(keys: Iterable[str]) -> list[str]:

@@ -78,9 +78,10 @@ class Recorder:
             self._writer.append("system", step=step, values=journal.encode_values(values))
 
     def carry(self, norms: Mapping[str, Any], histograms: Mapping[str, tuple[Any, ...]]) -> None:
-        """Keep what a watch saw for the next `log`, whose step it belongs to."""
+        """Keep what a watch saw for the next `log`, whose step it belongs to; of a name the newest."""
         if self._world.rank == 0:
-            self._carried = norms, histograms
+            before, shown_before = self._carried or ({}, {})
+            self._carried = {**before, **norms}, {**shown_before, **histograms}
 
     def go_on_from(self, step: int, latest: Mapping[str, float]) -> None:
         """The attempt resumed from a step, at which these were the newest values."""

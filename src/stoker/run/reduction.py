@@ -23,8 +23,8 @@ _REDUCE: dict[str, Callable[[Sequence[float]], float]] = {
 WAYS = get_args(How)
 
 
-def reduced(how: How, values: Sequence[float]) -> float:
-    """The values of all ranks, in their order, as one."""
+def reduced(how: str, values: Sequence[float]) -> float:
+    """Values as one; NaN where one of them is. Raises KeyError for an unknown way."""
     return _REDUCE[how](values)
 
 
@@ -45,6 +45,6 @@ class Reduction:
             of_ranks = self._waiting.setdefault((metric, step), {})
             of_ranks.setdefault(rank, value)
             if len(of_ranks) == self._world:
-                complete[metric] = _REDUCE[how]([of_ranks[r] for r in sorted(of_ranks)])
+                complete[metric] = reduced(how, [of_ranks[r] for r in sorted(of_ranks)])
                 del self._waiting[metric, step]
         return complete

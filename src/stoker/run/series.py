@@ -27,6 +27,8 @@ _BETTER_HIGH = (
     "reward",
     "iou",
 )
+_SETTINGS = ("scale", "weight", "weights", "bits")
+"""How names end of what belongs to a measure and is none: `loss_scale`."""
 
 OF_THE_LOOP = re.compile(
     r"(tokens|samples)_per_second(_per_gpu)?|mfu|seconds_(waiting_for_data|evaluating|checkpointing)"
@@ -161,6 +163,8 @@ def goal_of(name: str, said: Mapping[str, Goal]) -> Goal | None:
 def guess_goal(name: str) -> Goal | None:
     """Which way a metric is better by its name: a `loss` when low, an `accuracy` when high."""
     words = _words(name)
+    if words[-1] in _SETTINGS:
+        return None
     if any(word in words for word in _BETTER_LOW) or words[-1].endswith("loss"):
         return "min"
     return "max" if any(word in words for word in _BETTER_HIGH) else None

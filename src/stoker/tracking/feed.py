@@ -33,6 +33,7 @@ class Feed:
         self.cursor = Cursor()
         self._points: dict[str, set[int]] = {}
         self._media: set[tuple[str, str, int]] = set()
+        self._notes: list[tuple[float, str]] = []
         self._samples = 0
         self._attempt = 0
         self._reduction = Reduction(1)
@@ -69,6 +70,9 @@ class Feed:
                 if key not in self._media:
                     self._media.add(key)
                     batch.media.append({"file": None, "about": {}, **event})
+            elif kind == "note":
+                self._notes.append((event["time"], event["text"]))
+                batch.notes = [text for _, text in sorted(self._notes)]
             elif kind == "attempt_started":
                 self._ending = None
                 batch.attempt_started = True
@@ -114,10 +118,7 @@ def position(cursor: Cursor) -> int:
 
 def end(folder: Path) -> int:
     """The position behind everything that a journal holds now."""
-    cursor = Cursor()
-    for _ in journal.read(folder, cursor):
-        pass
-    return position(cursor)
+    return sum(journal.ends(folder).values())
 
 
 def started(directory: RunDirectory) -> float:
@@ -135,8 +136,6 @@ def _add_other(event: Event, batch: Batch) -> None:
         batch.tags.update(event["tags"])
     elif kind == "params":
         batch.params.update(event["values"])
-    elif kind == "note":
-        batch.notes.append(event["text"])
     elif kind == "used" and event["run"] is not None:
         batch.tags[f"stoker.used.{event['name']}"] = f"{event['run']['experiment']}/{event['run']['id']}"
 

@@ -83,8 +83,8 @@ class MlflowSink:
         self._log_texts(params, {**kept, **changed, **{k: v for place in places for k, v in place.items()}})
         for name in batch.tags.keys() - kept.keys():
             self._delete_tag(key(name))
-        if batch.notes:
-            self._add_notes(batch.notes)
+        if batch.notes:  # the run's description, which MLflow shows on top
+            self._mlflow.set_tag(self._run, _NOTE, "\n\n".join(batch.notes)[-_LONGEST_TAG:])
 
     def conclude(self, ending: Ending) -> None:
         """Set the MLflow run's final status and end time."""
@@ -234,13 +234,6 @@ class MlflowSink:
         if file.name.endswith(".plotly.json"):
             name = file.name.removesuffix(".plotly.json")
             self._mlflow.log_text(self._run, plotly_page(file.read_text()), f"{folder}/{name}.html")
-
-    def _add_notes(self, notes: Sequence[str]) -> None:
-        """The run's description, which MLflow shows on top, is all its notes."""
-        before = self._mlflow.get_run(self._run).data.tags.get(_NOTE, "")
-        lines = [line for line in before.split("\n\n") if line]
-        added = [note for note in notes if note not in lines]  # one that was shipped before a crash is there
-        self._mlflow.set_tag(self._run, _NOTE, "\n\n".join([*lines, *added])[:_LONGEST_TAG])
 
     def _delete_tag(self, name: str) -> None:
         with contextlib.suppress(MlflowException):  # it is not there, or not any more

@@ -15,7 +15,7 @@ import shutil
 import tempfile
 import uuid
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
@@ -92,17 +92,24 @@ class Registry:
     def models(self) -> list[Version]:
         """Every version of every model, by name, the newest first."""
         with self._said():
-            names = [model.name for model in self._client.search_registered_models()]
-            return [version for name in names for version in self._versions(name)]
+            return [version for name in self._names() for version in self._versions(name)]
 
     def versions(self, name: str) -> list[Version]:
         """The versions of a model, the newest first. Raises BadInput where there is none of that name."""
+        from mlflow.exceptions import MlflowException
+
         with self._said():
-            names = [model.name for model in self._client.search_registered_models()]
-            if name not in names:
-                known = f"; there are: {', '.join(names)}" if names else "; none is registered yet"
-                raise BadInput(f"no model {name!r}{nearest(name, names) or known}")
-            return self._versions(name)
+            try:
+                return self._versions(name)
+            except MlflowException as error:
+                if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                    raise
+            names = self._names()
+            known = f"; there are: {', '.join(names)}" if names else "; none is registered yet"
+            raise BadInput(f"no model {name!r}{nearest(name, names) or known}")
+
+    def _names(self) -> list[str]:
+        return [model.name for model in _all(self._client.search_registered_models)]
 
     def version(self, reference: str) -> Version:
         """The version meant by `NAME@3`, `NAME@production`, or `NAME` for the newest. Raises BadInput."""
@@ -180,7 +187,7 @@ class Registry:
         aliases: dict[int, list[str]] = {}
         for alias, number in self._client.get_registered_model(name).aliases.items():
             aliases.setdefault(int(number), []).append(alias)
-        found = self._client.search_model_versions(f"name='{name}'")
+        found = _all(self._client.search_model_versions, filter_string=f"name='{name}'")
         versions = [_version(one, sorted(aliases.get(int(one.version), []))) for one in found]
         return sorted(versions, key=lambda v: -v.version)
 
@@ -202,6 +209,17 @@ class Registry:
             where = store.without_credentials(self._uri)
             said = store.without_credentials(str(error)).splitlines()[0]
             raise StokerError(f"the registry at {where} refuses: {said}") from error
+
+
+def _all(search: Callable[..., Any], **query: str) -> Iterator[Any]:
+    """What a search of MLflow's finds, of which an answer has one page."""
+    token = None
+    while True:
+        page = search(**query, page_token=token)
+        yield from page
+        token = page.token
+        if not token:
+            return
 
 
 def _packed(folder: Path, target: Path, kind: str) -> Path:

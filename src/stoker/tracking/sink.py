@@ -7,6 +7,7 @@ the same to the last bit.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -34,6 +35,7 @@ class Batch:
     """None takes a tag away."""
     params: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    """All notes of the run, the newest last, where there is a new one; else none."""
     attempt_started: bool = False
 
     @property
@@ -57,6 +59,11 @@ class SinkRun:
     where: str
     anew: bool = False
     """Whether the sink wants the whole journal again: it knows best what it has."""
+
+
+def key(media: Mapping[str, Any]) -> str:
+    """What a media event is called where metrics have names too, and one name may be of all kinds."""
+    return f"{media['kind']}s/{media['name']}"
 
 
 class Sink(Protocol):

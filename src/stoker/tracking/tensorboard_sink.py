@@ -18,6 +18,7 @@ from typing import Any
 import orjson
 from stoker.run import media
 from stoker.run.directory import RunDirectory
+from stoker.tracking import sink
 from stoker.tracking.sink import Batch, Ending, SinkRun
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import HistogramProto, Summary
@@ -116,7 +117,7 @@ class TensorBoardSink:
 
     def _shown(self, event: Mapping[str, Any]) -> Any:
         """A media event as TensorBoard shows it; None for what is gone or cannot be shown."""
-        name, about = event["name"], event["about"]
+        name, about = sink.key(event), event["about"]
         if event["kind"] == "histogram":
             return _histogram(name, about)
         file = self._directory.path / event["file"]["path"]
@@ -136,7 +137,7 @@ def _said(batch: Batch) -> list[tuple[str, str]]:
     """What a batch says in words."""
     said = [(f"stoker/params/{name}", str(value)) for name, value in batch.params.items()]
     said += [(f"stoker/tags/{name}", value or "(taken away)") for name, value in batch.tags.items()]
-    said += [("stoker/notes", note) for note in batch.notes]
+    said += [("stoker/notes", "\n\n".join(batch.notes))] if batch.notes else []
     for name, event in batch.artifacts.items():
         files = "\n".join(f"|{f['path']}|{f['size']}|`{f['sha256']}`|" for f in event["files"])
         said.append((f"stoker/artifacts/{name}", f"|file|bytes|SHA-256|\n|-|-|-|\n{files}"))

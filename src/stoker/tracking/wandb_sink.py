@@ -25,7 +25,7 @@ import wandb
 from requests.utils import get_netrc_auth
 from stoker.run import media, view
 from stoker.run.directory import SWEEP, RunDirectory
-from stoker.tracking import wandb_files
+from stoker.tracking import sink, wandb_files
 from stoker.tracking.feed import SYSTEM
 from stoker.tracking.sink import Batch, Ending, Point, SinkRun
 
@@ -93,12 +93,11 @@ class WandbSink:
         if batch.tags:
             self._set_tags(batch.tags)
         if batch.notes:
-            before = [line for line in (self._run.notes or "").split("\n\n") if line]
-            self._run.notes = "\n\n".join([*before, *(n for n in batch.notes if n not in before)])
+            self._run.notes = "\n\n".join(batch.notes)
         for row in _rows(point for point in batch.points if self._is_new(point.metric, point.step)):
             self._run.log(row)
         for event in batch.media:
-            if self._is_new(event["name"], event["step"]):
+            if self._is_new(sink.key(event), event["step"]):
                 self._ship_media(event)
         for name, event in batch.artifacts.items():
             self._ship_artifact(name, event)
@@ -136,7 +135,7 @@ class WandbSink:
         if shown is None:
             log.warning("%s %s is gone, and was not shipped", event["kind"], event["name"])
             return
-        self._run.log({event["name"]: shown, _STEP: event["step"], "_timestamp": event["time"]})
+        self._run.log({sink.key(event): shown, _STEP: event["step"], "_timestamp": event["time"]})
 
     def _ship_artifact(self, name: str, event: Mapping[str, Any]) -> None:
         files = [(file, self._directory.path / file["path"]) for file in event["files"]]

@@ -35,7 +35,7 @@ class Gain:
     values: Mapping[str, Any]
     """By config key."""
     gain: float
-    """How much smaller the objective, of which smaller is better, has become; NaN where it diverged."""
+    """How much smaller the objective, of which smaller is better, has become."""
 
 
 def gains(
@@ -72,12 +72,10 @@ def chosen(
         random: of this choice alone.
     """
     known = sorted(known, key=lambda one: one.turn)[-_NEWEST:]
-    finite = [one.gain for one in known if math.isfinite(one.gain)]
-    if len(finite) < _LEAST:
+    if len(known) < _LEAST:
         return None
     places = np.array([_place(space, one.values, one.turn) for one in known])  # (gains, 1 + parameters)
-    worst = min(finite)
-    gained = np.array([one.gain if math.isfinite(one.gain) else worst for one in known])  # (gains,)
+    gained = np.array([one.gain for one in known])  # (gains,)
     drawn = [space.drawn(random) for _ in range(_DRAWN)]
     candidates = np.array([_place(space, values, turn) for values in drawn])  # (drawn, 1 + parameters)
     taken = [_place(space, values, turn) for values in pending]

@@ -6,8 +6,8 @@ and puts the answer into the table as the trial's state. Whenever there is room 
 asks `resumes`, and begins a new trial where there is none. Once it will begin no more and none
 runs, what `given_up` names is over.
 
-Smaller is better in all of this. NaN (a trial that diverged) ranks last, equal values rank by the
-trial's number.
+Smaller is better in all of this, and equal values rank by the trial's number. All are numbers: a trial
+whose value is NaN or infinite has failed.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class Median(Scheduler):
     The median stopping rule of Vizier (Golovin et al. 2017, KDD). A trial is compared at the resource
     it has got to, by what was reported up to there, with the others that have got as far.
     Vizier takes only completed trials for the others; here one that still runs or was stopped later
-    counts too, as many searches begin all their trials at once. NaN counts as infinity.
+    counts too, as many searches begin all their trials at once.
 
     Args:
         warmup: no trial is stopped before this resource.
@@ -137,7 +137,7 @@ class Median(Scheduler):
         ]
         if not _reaches(now, self.warmup) or len(others) < self.warmup_trials:
             return Decision.CONTINUE
-        worse = min(map(_worst_if_nan, _up_to(trials[number], now))) > statistics.median(others)
+        worse = min(_up_to(trials[number], now)) > statistics.median(others)
         return Decision.STOP if worse else Decision.CONTINUE
 
     def resumes(self, trials: Trials) -> int | None:
@@ -156,7 +156,7 @@ class Asha(Scheduler):
     paper's `get_job` promotes. If that is the very trial that has just reported, it is told to
     continue, which saves a checkpoint and a start. Without, it is the stopping variant, which needs
     no checkpoints: a trial is stopped at a rung unless it is among the best 1/`factor` seen there
-    so far, and goes on while fewer than `factor` have been seen. NaN never goes beyond a rung.
+    so far, and goes on while fewer than `factor` have been seen.
 
     Args:
         least: the resource of the first rung.
@@ -194,8 +194,7 @@ class Asha(Scheduler):
             at_rung = {**trials, number: replace(known, state="paused")}
             return Decision.CONTINUE if self.resumes(at_rung) == number else Decision.PAUSE
         seen = _values_at(trials, self.rungs[height - 1])
-        few = len(seen) < self.factor and not math.isnan(seen[number])
-        return Decision.CONTINUE if few or number in self._best(seen) else Decision.STOP
+        return Decision.CONTINUE if len(seen) < self.factor or number in self._best(seen) else Decision.STOP
 
     def resumes(self, trials: Trials) -> int | None:
         furthest = {number: _furthest(trials[number]) for number in _paused(trials)}
@@ -215,9 +214,8 @@ class Asha(Scheduler):
         return sum(_reaches(resource, rung) for rung in self.rungs)
 
     def _best(self, seen: Mapping[int, float]) -> list[int]:
-        """The best 1/`factor` of the trials at a rung, best first, without those that diverged."""
-        best = _ranked(seen)[: len(seen) // self.factor]
-        return [number for number in best if not math.isnan(seen[number])]
+        """The best 1/`factor` of the trials at a rung, best first."""
+        return _ranked(seen)[: len(seen) // self.factor]
 
 
 @dataclass(frozen=True)
@@ -368,7 +366,7 @@ class PopulationBased(Scheduler):
             return None
         return min(
             _paused(trials),
-            key=lambda number: (_furthest(trials[number]), _rank(_newest_value(trials[number])), number),
+            key=lambda number: (_furthest(trials[number]), _newest_value(trials[number]), number),
             default=None,
         )
 
@@ -390,7 +388,7 @@ class PopulationBased(Scheduler):
         better = [
             other
             for other in ranked[:size]
-            if _rank(values[other]) < _rank(values[number]) and self.turn(_furthest(trials[other])) >= turn
+            if values[other] < values[number] and self.turn(_furthest(trials[other])) >= turn
         ]
         return better[number % len(better)] if better else None
 
@@ -450,7 +448,7 @@ class Staged(Scheduler):
         values = {n: trials[n].at(rungs[-1]) for n, rungs in reached.items() if rungs}
         judged = {
             n: value for n, value in values.items()
-            if value is not None and not math.isnan(value) and trials[n].state != "failed"
+            if value is not None and trials[n].state != "failed"
         }  # fmt: skip
         ranked = sorted(judged, key=lambda n: (-len(reached[n]), judged[n], n))[: self.finalists]
         others = any(known.state == "running" for n, known in trials.items() if n not in ranked)
@@ -531,7 +529,7 @@ def _reaches(resource: float, mark: float) -> bool:
 
 
 def _newest_value(known: Known) -> float:
-    return [math.nan, *known.values.values()][-1]
+    return [math.inf, *known.values.values()][-1]
 
 
 def _furthest(known: Known) -> float:
@@ -550,11 +548,7 @@ def _up_to(known: Known, resource: float) -> list[float]:
 
 
 def _average(values: list[float]) -> float:
-    return _worst_if_nan(sum(values) / len(values))
-
-
-def _worst_if_nan(value: float) -> float:
-    return math.inf if math.isnan(value) else value
+    return sum(values) / len(values)
 
 
 def _values_at(trials: Trials, rung: float) -> dict[int, float]:
@@ -567,11 +561,6 @@ def _paused(trials: Trials) -> list[int]:
     return sorted(number for number, known in trials.items() if known.state == "paused")
 
 
-def _rank(value: float) -> tuple[bool, float]:
-    """What values are ordered by: NaN is neither above nor below anything, so it would upset a sort."""
-    return (True, 0.0) if math.isnan(value) else (False, value)
-
-
 def _ranked(values: Mapping[int, float]) -> list[int]:
     """The numbers of trials, best value first."""
-    return sorted(values, key=lambda number: (_rank(values[number]), number))
+    return sorted(values, key=lambda number: (values[number], number))

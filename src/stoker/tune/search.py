@@ -504,10 +504,10 @@ class Search:
             if run is None:
                 return None
             trial.spent += seen.spent(run)
-            value = run.last(self.plan.first.metric)
-            if run.status != view.FINISHED or value is None:
+            values = list(seen.points(run, self.plan.first.metric).values())
+            if run.status != view.FINISHED or not values:
                 return run
-            trial.values[share] = value
+            trial.values[share] = values[-1]
             trial.others = seen.newest(run, self.plan.objectives)
         return None
 

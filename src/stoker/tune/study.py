@@ -151,7 +151,8 @@ class JournalFile(BaseJournalBackend):
         self._held: list[dict[str, Any]] | None = None
         with self._locked():
             self._cut_torn_line()
-        self.storage: BaseStorage = JournalStorage(self)
+        self._optunas = JournalStorage(self)
+        self.storage: BaseStorage = self._optunas
 
     def read_logs(self, log_number_from: int) -> Iterable[dict[str, Any]]:
         """The entries from a number on."""
@@ -176,15 +177,18 @@ class JournalFile(BaseJournalBackend):
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """What is appended within this block is there whole or not at all."""
+        """What is appended within this block is there whole, or not at all where that raises."""
         self._take_in()
         self._held = []
         try:
             yield
-        finally:
             held, self._held = self._held, None
             if held:
                 self.append_logs(held)
+        except BaseException:
+            self._held = None
+            JournalStorage.__init__(self._optunas, self)  # anew: it has read what is not there
+            raise
 
     def alone(self) -> contextlib.AbstractContextManager[None]:
         """There is one controller, which holds the sweep's folder."""

@@ -184,9 +184,10 @@ class Reporter:
         self.logged.update(values)
         for metric in self._metrics:
             if metric in values:
-                self.values[metric] = value = float(values[metric])
+                value = float(values[metric])
                 if not math.isfinite(value):
                     raise NotFinite(f"{metric} is {value} at step {step}")
+                self.values[metric] = value
         if self._metrics[0] not in values or self._unit == SHARE:  # of such a one the last value counts
             return
         if self._run.heart is not self._heart and not self._run.plan:  # a Trainer's loop has not begun

@@ -1,0 +1,52 @@
+"""What ranks do together outside of steps: real processes, with gloo between them."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+from stoker import distributed
+from stoker.world import World
+
+import ranks
+
+_LIMIT = 1.0  # s, of the group that steps use
+
+
+def prepare(slow: int) -> None:
+    """Have one rank take longer over its part than a step may."""
+    world = World.current()
+    distributed.join(world)
+    dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=_LIMIT))
+    with distributed.rank_zero_first(world):
+        if world.rank == slow:
+            time.sleep(2 * _LIMIT)
+    distributed.barrier()
+
+
+def lose_rank_zero() -> str:
+    """Kill rank 0 while the other waits for it; what that one is told."""
+    world = World.current()
+    distributed.join(world)
+    try:
+        with distributed.rank_zero_first(world):
+            os.kill(os.getpid(), signal.SIGKILL)
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("slow", [0, 1])
+def test_ranks_wait_for_one_that_takes_longer_than_a_step_may(slow: int, tmp_path: Path) -> None:
+    assert ranks.run(prepare, 2, tmp_path, slow) == [None, None]
+
+
+def test_a_rank_that_waits_for_rank_zero_ends_when_that_is_killed(tmp_path: Path) -> None:
+    died, told = ranks.run(lose_rank_zero, 2, tmp_path)
+    assert died is None
+    assert "onnection" in told
