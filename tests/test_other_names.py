@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, make_dataclass
+from pathlib import Path
 
 import pytest
 from stoker import Training, config, other_names
@@ -88,3 +89,43 @@ def test_every_name_leads_to_a_key_of_the_language_recipe_and_is_none_itself() -
     assert not ours.keys() & other_names._OPTIONS.keys()
     for given in {given for names in ours.values() for given in names if "=" in given}:
         assert config.checked(llm.Config, *given.split("=")) is not None
+
+
+def test_all_keys_of_another_trainers_file_are_answered_at_once(tmp_path: Path) -> None:
+    file = tmp_path / "axolotl.yml"
+    file.write_text(
+        "base_model: a\nsequence_len: 64\nflash_attention: true\nadapter: lora\nwandb_project: p\nlr: 0.1\n"
+    )
+    with pytest.raises(BadInput) as caught:
+        config.resolve(llm.Config, file=file)
+    first, *lines = str(caught.value).splitlines()
+    assert first == f"5 unknown keys ({file}):"
+    assert [line.split(":")[0].strip() for line in lines] == [
+        "base_model", "sequence_len", "flash_attention", "adapter", "wandb_project",
+    ]  # fmt: skip
+    assert lines[1] == "  sequence_len: here it is sequence_length (Tokens of a row)"
+    assert "lora.rank=16" in lines[3]
+    assert "WANDB_PROJECT" in lines[4]
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ("data: [a.jsonl, org/name]", "a.jsonl,org/name"),
+        ("data: {a.jsonl: 3, org/name: 1.5}", "a.jsonl:3,org/name:1.5"),
+        ("data: a.jsonl:3,org/name:1.5", "a.jsonl:3,org/name:1.5"),
+    ],
+)
+def test_data_may_be_a_list_or_a_mapping(written: str, read: str, tmp_path: Path) -> None:
+    (tmp_path / "a.yml").write_text(f"{written}\nlora: {{rank: 4, targets: [q_proj, v_proj]}}\n")
+    found = config.resolve(llm.Config, file=tmp_path / "a.yml").config
+    assert (found.data, found.lora.targets) == (read, "q_proj,v_proj")
+    key, _, value = written.partition(": ")
+    assert config.resolve(llm.Config, [f"{key}={value}"]).config.data == read
+
+
+@pytest.mark.parametrize("written", ["[{path: a, type: b}]", "{a: b}"])
+def test_sources_written_as_elsewhere_are_refused_in_a_sentence(written: str, tmp_path: Path) -> None:
+    (tmp_path / "a.yml").write_text(f"data: {written}\n")
+    with pytest.raises(BadInput, match=r"give each (as a text, as in \[one|a weight, as in \{one: 3)"):
+        config.resolve(llm.Config, file=tmp_path / "a.yml")

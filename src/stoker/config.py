@@ -78,8 +78,7 @@ def resolve(cls: type[C], overrides: Iterable[str] = (), file: Path | None = Non
     for override in overrides:
         key, value = split(override)
         given[key] = (value, COMMAND_LINE)
-    for key, (_, source) in given.items():
-        _known(cls, key, leaves, source)
+    _all_known(cls, {key: source for key, (_, source) in given.items()}, leaves)
     values = {key: _checked(key, leaves[key], *pair) for key, pair in given.items()}
     sources = {key: given[key][1] if key in given else DEFAULT for key in leaves}
     config = _build(cls, values)
@@ -348,6 +347,25 @@ def _unquoted(key: str, value: Any, source: str) -> str:
     parts = text[1:].removesuffix("]").split(",") if text.startswith("[") else [text]
     meant = json.dumps([part.strip(" \"'") for part in parts], ensure_ascii=False)
     return f"{why}, and the whole for the shell: {shlex.quote(f'{key}={meant}')}"
+
+
+def _all_known(cls: type, sources: Mapping[str, str], leaves: Mapping[str, _Leaf]) -> None:
+    """Raises BadInput that says all of several keys that there are not, as another trainer's file has."""
+    wrong: dict[str, BadInput] = {}
+    for key, source in sources.items():
+        try:
+            _known(cls, key, leaves, source)
+        except BadInput as error:
+            wrong[key] = error
+    if len(wrong) == 1:
+        raise next(iter(wrong.values()))
+    if wrong:
+        said = [str(e).replace(f"unknown key {key!r} ", f"{key} ", 1) for key, e in wrong.items()]
+        of_one = {sources[key] for key in wrong}
+        if len(of_one) == 1:
+            (source,) = of_one
+            said = [line.replace(f" ({source}); ", ": ", 1) for line in said]
+        raise BadInput("\n  ".join([f"{len(wrong)} unknown keys ({', '.join(sorted(of_one))}):", *said]))
 
 
 def _known(cls: type, key: str, leaves: Mapping[str, _Leaf], source: str) -> None:

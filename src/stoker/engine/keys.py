@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Annotated, Any
 
+import yaml
 from annotated_types import Ge, Lt
 from pydantic import AfterValidator, BeforeValidator
 from stoker.duration import Duration
@@ -28,6 +30,34 @@ def _counted(value: Duration) -> Duration:
     return value
 
 
+def _joined(value: Any) -> Any:
+    """Names in a list as one text: `a,b`."""
+    value = _read(value)
+    if isinstance(value, list) and all(isinstance(name, str) for name in value):
+        return ",".join(value)
+    if isinstance(value, list):
+        raise ValueError("give each as a text, as in [one, other]")
+    return value
+
+
+def _weighted(value: Any) -> Any:
+    """Names with weights as one text: `a:3,b:1`; else as they are."""
+    value = _read(value)
+    if isinstance(value, dict) and all(isinstance(weight, int | float) for weight in value.values()):
+        return ",".join(f"{name}:{weight}" for name, weight in value.items())
+    if isinstance(value, dict):
+        raise ValueError("give each a weight, as in {one: 3, other: 1}")
+    return _joined(value)
+
+
+def _read(value: Any) -> Any:
+    """A list or mapping that was written on a command line."""
+    if isinstance(value, str) and value[:1] + value[-1:] in ("[]", "{}"):
+        with contextlib.suppress(yaml.YAMLError):
+            return yaml.safe_load(value)
+    return value
+
+
 Beta = Annotated[float, Ge(0), Lt(1)]
 Betas = Annotated[tuple[Beta, Beta], BeforeValidator(_parts)]
 """Two numbers: `0.9,0.95`, or a list."""
@@ -35,3 +65,7 @@ Warmup = Annotated[float, Ge(0), AfterValidator(_steps_or_share)]
 """Below 1 a share of the steps, from 1 on their number."""
 Length = Annotated[Duration, AfterValidator(_counted)]
 """Of training, the same on every machine: `100`, `2ep`, `1000000tok`."""
+Names = Annotated[str, BeforeValidator(_joined)]
+"""Names joined by commas, or a list of them: `q_proj,v_proj`."""
+Weighted = Annotated[str, BeforeValidator(_weighted)]
+"""As names; or with weights: `a:3,b:1`, or a mapping of them."""

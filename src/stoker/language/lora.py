@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from annotated_types import Ge, Gt, Lt
+from stoker.engine.keys import Names
 
 ALL = "all-linear"
 _OF_AN_ADAPTER = ("rank", "alpha", "dropout", "targets", "modules_to_save", "rslora", "dora")
@@ -22,10 +23,10 @@ class Lora:
     """The adapters are scaled by alpha / rank."""
     dropout: Annotated[float, Ge(0), Lt(1)] = 0.05
     """Share of an adapter's inputs dropped while training."""
-    targets: str = ALL
+    targets: Names = ALL
     """Modules that get an adapter: all-linear, which is every linear layer but the output layer, or names
     joined by commas, such as q_proj,v_proj. Experts by their weights: all-linear,gate_up_proj,down_proj."""
-    modules_to_save: str = ""
+    modules_to_save: Names = ""
     """Modules that are trained whole beside the adapters, names joined by commas: embed_tokens,lm_head."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank), which suits large ranks (Kalajdzievski 2023, arXiv:2312.03732)."""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from annotated_types import Ge, Gt, Le, Lt
 from stoker.attempt import Run
 from stoker.duration import Duration
-from stoker.engine.keys import Betas, Length, Warmup
+from stoker.engine.keys import Betas, Length, Names, Warmup, Weighted
 from stoker.engine.options import Training
 from stoker.language.lora import Lora
 from stoker.world import World
@@ -41,14 +41,14 @@ class Config(Training):
 
     model: str = "tiny"
     """A size to start from scratch (tiny, small, base), a directory, s3://bucket/folder, or a hub id."""
-    data: str = "python-docs"
+    data: Weighted = "python-docs"
     """python-docs or python-docs-qa (built in), a .jsonl, .json, .csv, .txt or .parquet file, a folder of
     these, a URL such as s3://..., or a hub dataset: org/name, org/name@revision, org/name#config/split.
     Texts, pairs, conversations. Several with weights: a:3,b:1."""
-    validation_data: str | None = None
+    validation_data: Names | None = None
     """As data, to be evaluated on while training in place of the share `validation` of data. Of several, a,b,
     each has a loss of its own."""
-    test_data: str | None = None
+    test_data: Names | None = None
     """As data, for the final test in place of the share `test` of data."""
     columns: dict[str, str] = field(default_factory=dict)
     """What the data call the fields that are read, and only these are: {text: body}, {prompt: q, completion:
