@@ -57,6 +57,8 @@ _KEYS = {
     "lora.rslora": "lora_use_rslora peft_use_rslora use_rslora",
     "lora.dora": "lora_use_dora peft_use_dora use_dora",
     "lora.adapter": "adapter_name_or_path lora_model_dir",
+    "train_only": "unfrozen_parameters freeze_trainable_modules",
+    "neftune": "neftune_noise_alpha noisy_embedding_alpha",
     "quantisation=nf4": "load_in_4bit qlora quantization quantization_bit",
     "precision": "dtype mixed_precision torch_dtype",
     "precision=bf16": "bf16",
@@ -109,7 +111,7 @@ _COMMANDS = {
     "system_prompt": "it is part of a record, its field `system` or a first message of the role `system`",
     "model_type": "it needs none: it is known from the model's files",
     "trust_remote_code": "there is none: code of a hub is never run here",
-    "neftune_noise_alpha": "there is nothing like it here",
+    "rope_scaling": "there is nothing like it here",
 }
 _SAME = {
     "output_dir": "default_root_dir logging_dir out_dir",
@@ -129,9 +131,9 @@ _SAME = {
     "dataset_split": "split train_split",
     "model_revision": "revision",
     "eos_token": "bos_token pad_token unk_token",
-    "neftune_noise_alpha": (
+    "rope_scaling": (
         "fp8 init_lora_weights label_smoothing_factor load_in_8bit loraplus_lr_ratio peft_init_lora_weights "
-        "roles_to_train rope_scaling"
+        "roles_to_train"
     ),
     "logging_steps": "log_every_n_steps log_interval logging_strategy",
     "num_processes": "devices gpus n_gpus nproc nproc_per_node num_gpus",

@@ -9,6 +9,7 @@ from typing import Any
 import loading_run
 import pytest
 import torch
+from safetensors.torch import load_file
 from stoker.errors import BadInput
 from stoker.language import targets
 from stoker.language.lora import Lora
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 import families
 import ranks
+from commands import Command
 
 CPU = torch.device("cpu")
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -109,3 +111,45 @@ def test_of_a_model_that_sees_what_text_goes_through_is_trained_alone(kind: str,
     assert all("language_model" in name or "lm_head" in name for name in names)
     (losses, _), _ = ranks.run(loading_run.train, 2, tmp_path, base, tmp_path, "ddp", kind)
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize(
+    ("family", "patterns", "trained"),
+    [
+        ("llama", [r"layers\.3\."], {"model.layers.3"}),
+        ("llama", [r"layers\.[01]\.self", "lm_head"], {"model.layers.0", "model.layers.1", "lm_head.weight"}),
+        ("qwen2", ["lm_head"], {"model.embed_tokens.weight"}),  # which is the same one
+    ],
+)
+def test_weights_are_trained_by_patterns_of_their_names(
+    family: str, patterns: list[str], trained: set[str]
+) -> None:
+    made = families.model(family)
+    targets.train_only(made, patterns)
+    names = [name for name, p in made.named_parameters() if p.requires_grad]
+    assert names
+    assert all(any(name.startswith(one) for one in trained) for name in names)
+    assert all(any(name.startswith(one) for name in names) for one in trained)
+
+
+def test_a_pattern_that_is_in_no_name_is_refused_with_those_that_there_are() -> None:
+    with pytest.raises(BadInput, match=r"no weight has 'lm_haed' in its name; did you mean 'lm_head'"):
+        targets.train_only(families.model("llama"), ["layers", "lm_haed"])
+
+
+def test_what_is_not_trained_is_exported_as_it_was(stoker: Command, tmp_path: Path) -> None:
+    folder = families.save(tmp_path / "m", "llama")
+    (tmp_path / "d.jsonl").write_text('{"text": "one two three four five six"}\n' * 40)
+    given = ("model=m", "data=d.jsonl", "sequence_length=32", "max_steps=3", "precision=fp32")
+    given += ("validation=0", "test=0")
+    done = stoker("train", "llm", *given, "--name", "a", "train_only=[layers.3]", "neftune=5")
+    assert "are trained" in done.err, done.err
+    before = load_file_of(folder)
+    after = load_file_of(tmp_path / "runs" / "llm" / "a" / "artifacts" / "model")
+    moved = {name for name, tensor in before.items() if not torch.equal(after[name], tensor)}
+    assert moved
+    assert all("layers.3." in name for name in moved)
+
+
+def load_file_of(folder: Path) -> dict[str, torch.Tensor]:
+    return {n: t for file in folder.glob("*.safetensors") for n, t in load_file(file).items()}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from stoker.attempt import Run
@@ -28,6 +29,26 @@ def freeze_what_no_text_goes_through(model: Any) -> None:
     for name, parameter in model.named_parameters():
         if not is_of_text(name):
             parameter.requires_grad_(False)
+
+
+def train_only(model: Any, patterns: Sequence[str]) -> None:
+    """Freeze all weights in whose names none of some regular expressions is found; none of these: nothing.
+
+    Of tied weights any name counts. Raises BadInput for one that is found in no name.
+    """
+    if not patterns:
+        return
+    named = list(model.named_parameters(remove_duplicate=False))
+    for pattern in patterns:
+        if not any(re.search(pattern, name) for name, _ in named):
+            known = _last_parts(name.rpartition(".")[0] for name, _ in named)
+            raise BadInput(
+                f"train_only: no weight has {pattern!r} in its name{nearest(pattern, known)}; names are such "
+                f"as {named[0][0]}, and the last parts of their modules {', '.join(known)}"
+            )
+    found = {id(p) for name, p in named if any(re.search(pattern, name) for pattern in patterns)}
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.requires_grad and id(parameter) in found)
 
 
 def experts(model: Any) -> dict[str, nn.Parameter]:

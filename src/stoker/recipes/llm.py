@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -69,6 +70,11 @@ class Config(Training):
     tie_embeddings: bool = True
     """Of a new model: one matrix embeds tokens and predicts them. A pipeline needs false."""
     lora: Lora = field(default_factory=Lora)
+    train_only: tuple[str, ...] = ()
+    """Without adapters: train those weights alone in whose names one of these patterns is found, such as
+    ["layers.(30|31)", lm_head]; all others stay as they are."""
+    neftune: Annotated[float, Ge(0)] = 0.0
+    """Noise on the embeddings while training, as NEFTune's alpha (arXiv:2310.05914), such as 5; 0: none."""
     quantisation: Literal["none", "nf4"] = "none"
     """Keep the frozen weights in 4 bits (QLoRA; extra `quantisation`)."""
     kernels: Literal["torch", "liger"] = "torch"
@@ -149,6 +155,16 @@ class Config(Training):
                 f"lora.adapter={self.lora.adapter} has the tokens that it was trained with, and gets no "
                 "others: leave out add_tokens, or train a new adapter"
             )
+        if self.train_only and self.lora.used:
+            raise ValueError(
+                "train_only with lora: adapters are what is trained, see lora.targets and "
+                "lora.modules_to_save; leave out one of the two"
+            )
+        for pattern in self.train_only:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"train_only: {pattern} is no regular expression: {error}") from error
         if not all(text.strip() for text in self.add_tokens):
             raise ValueError("add_tokens: a token of spaces or of nothing cannot be added")
 
@@ -200,6 +216,10 @@ def _check_targets(config: Config, model: Path | None) -> None:
     """Raises BadInput. torch is loaded for it only where the model's files do not show its modules."""
     from stoker.language import shape
 
+    if config.train_only:
+        from stoker.language import building, targets
+
+        targets.train_only(building.empty(config.model, model), config.train_only)
     names = (*config.lora.names, *config.lora.trained_whole)
     if not names or (model is not None and shape.has_modules(model, names)):
         return
@@ -335,12 +355,14 @@ def train(run: Run, config: Config) -> None:
 
 def _as_trained(run: Run, language: Language, config: Config) -> Any:
     """The model with its adapters, in 4 bits where these are asked for, frozen where no text goes through."""
-    from stoker.language import adapters, quantised, targets
+    from stoker.language import adapters, noise, quantised, targets
 
     targets.freeze_what_no_text_goes_through(language.model)
+    targets.train_only(language.model, config.train_only)
     if config.quantisation == "nf4":
         quantised.convert(language.model)
     model = adapters.adapted(language, config.lora, compare=run.world.rank == 0)
+    noise.add(model, config.neftune)
     targets.say(run, model)
     return model
 
