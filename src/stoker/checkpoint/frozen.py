@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import torch
 from stoker import distributed
-from stoker.checkpoint.planning import local
+from stoker.checkpoint.planning import local, real
 from torch import nn
 
 _PROBED = 64  # values of each parameter
@@ -61,7 +61,7 @@ class Frozen:
 def probe(parameter: nn.Parameter) -> torch.Tensor | None:
     """Some of the values that this rank holds of a parameter; None of one that is quantised."""
     held = local(getattr(parameter, "ds_tensor", parameter).detach())  # ds_tensor: DeepSpeed's part of it
-    if type(held) is not torch.Tensor or not held.is_floating_point() or held.is_meta:
+    if type(held) is not torch.Tensor or held.is_meta or not real(held).is_floating_point():
         return None
-    flat = held.reshape(-1)
+    flat = real(held).reshape(-1)
     return flat[:: max(1, flat.numel() // _PROBED)][: _PROBED + 1].clone()
