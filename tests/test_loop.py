@@ -548,6 +548,31 @@ def test_what_is_frozen_or_thawed_on_the_way_is_so_after_a_restart(
     assert all(torch.equal(t, resumed.state_dict()[name]) for name, t in whole.state_dict().items())
 
 
+@pytest.mark.parametrize("given", ["a group", "parameters"])
+def test_what_an_optimizer_is_given_on_the_way_it_has_after_a_restart(
+    open_run: Callable[..., Run], given: str
+) -> None:
+    def train(name: str, steps: int) -> nn.Module:
+        with open_run(name) as run:
+            model = _model()
+            model[0].requires_grad_(False)
+            trainer = _trainer(run, model, schedule=lambda step, total: 1 / (1 + step))
+            for batch in trainer.steps(trainer.loader(_dataset(), batch_size=8), max_steps=steps):
+                if run.step == 3:
+                    thawed = list(model[0].requires_grad_(True).parameters())
+                    if given == "a group":
+                        trainer.optimizer.add_param_group({"params": thawed, "lr": 0.1})
+                    else:
+                        trainer.optimizer.param_groups[0]["params"] += thawed
+                run.log(loss=trainer.step(batch))
+        return model
+
+    whole = train("whole", 9)
+    train("cut", 5)
+    resumed = train("cut", 9)
+    assert all(torch.equal(t, resumed.state_dict()[name]) for name, t in whole.state_dict().items())
+
+
 def test_a_run_has_one_trainer(open_run: Callable[..., Run]) -> None:
     with open_run() as run:
         _trainer(run, _model())

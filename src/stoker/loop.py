@@ -611,8 +611,9 @@ class Trainer:
 
     def _set_rates(self, optimizer: torch.optim.Optimizer) -> None:
         if self._schedule is not None:
+            factor = self._schedule(self.steps_done, self._total)
             for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * self._schedule(self.steps_done, self._total)
+                group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
 
     def _fit_scale(self, parts: list[Any]) -> None:
         """Before the first step in fp16: see how much a global batch weighs."""

@@ -79,13 +79,35 @@ def load(
     compare_optimizers(values, optimizers)
     others = _others(specs, model, optimizers, world, elsewhere)
     store.load_tensors(checkpoint, {**model_now, **others}, world)
+    thawed = {n for n, trained in values.get("turned", {}).items() if trained}
     for name, optimizer in optimizers.items():
         held = inside(others, f"optimizer.{name}.")
         saved = values["optimizers"][name]
+        _give_what_came(model, optimizer, saved["groups"], len(values["built"][name]), thawed)
         names = _names_of_groups(model, optimizer)
         restore_groups(optimizer, names, saved["groups"], built[name], values["built"][name], elsewhere)
         _restore_state(model, optimizer, {**held, **saved["state"]})
     return others, values
+
+
+def _give_what_came(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, saved: Groups, made: int, thawed: Set[str]
+) -> None:
+    """Give an optimizer what it was given on the way: whole groups, and parameters that were thawed.
+
+    Args:
+        saved: the groups of the checkpoint.
+        made: how many of them it was made with.
+        thawed: names of parameters that were frozen when it was made.
+    """
+    parameters = dict(model.named_parameters())
+    known = {name for group in _names_of_groups(model, optimizer) for name in group}
+    for number, group in enumerate(saved):
+        new = [n for n in group["params"] if n in parameters and n not in known]
+        if number >= max(made, len(optimizer.param_groups)):
+            optimizer.add_param_group({"params": [parameters[n] for n in new]})
+        elif number < len(optimizer.param_groups):
+            optimizer.param_groups[number]["params"] += [parameters[n] for n in new if n in thawed]
 
 
 def _say_regrouped(names: list[list[str]], before: list[list[str]], built: Groups, then: Groups) -> None:
@@ -143,7 +165,8 @@ def restore_groups(
     """Put back hyperparameters; those that differ from what they were made with are the user's change.
 
     Where the same parameters are grouped in another way by their weight decay, and by nothing else,
-    each group goes on with the weight decay that it was made with.
+    each group goes on with the weight decay that it was made with. Groups that came on the way, with none
+    of which it was made, have what was saved of them.
 
     Args:
         names: the parameters of each group.
@@ -162,6 +185,7 @@ def restore_groups(
         _say_regrouped(names, before, built, then)
         left_out.add("weight_decay")
         saved, then = [saved[0]] * len(names), [then[0]] * len(names)
+    built, then = ([*made, *({} for _ in saved[len(made) :])] for made in (built, then))
     for group, was, now, made in zip(optimizer.param_groups, saved, built, then, strict=True):
         group.update({k: as_before(group.get(k), v) for k, v in was.items() if k not in left_out})
         group.update({k: v for k, v in now.items() if k not in left_out and plain(v) != made.get(k)})
