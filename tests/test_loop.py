@@ -573,6 +573,36 @@ def test_what_an_optimizer_is_given_on_the_way_it_has_after_a_restart(
     assert all(torch.equal(t, resumed.state_dict()[name]) for name, t in whole.state_dict().items())
 
 
+class _Remembering(nn.Module):
+    """Keeps the mean of each batch that it was trained on, and the mean of these."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = _model()
+        self.register_buffer("means", torch.zeros(0, 6))
+        self.register_buffer("center", None)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.means = torch.cat([self.means, x.mean(0, keepdim=True)])
+        self.center = self.means.mean(0)
+        return self.inner(x - self.center)  # type: ignore[no-any-return]
+
+
+def test_a_buffer_that_grows_or_comes_goes_on_as_it_was(open_run: Callable[..., Run]) -> None:
+    def train(name: str, steps: int) -> nn.Module:
+        with open_run(name) as run:
+            model = _Remembering()
+            trainer = _trainer(run, model)
+            for batch in trainer.steps(trainer.loader(_dataset(), batch_size=8), max_steps=steps):
+                run.log(loss=trainer.step(batch))
+        return model
+
+    whole = train("whole", 9)
+    train("cut", 5)
+    resumed = train("cut", 9)
+    assert all(torch.equal(t, resumed.state_dict()[name]) for name, t in whole.state_dict().items())
+
+
 def test_a_run_has_one_trainer(open_run: Callable[..., Run]) -> None:
     with open_run() as run:
         _trainer(run, _model())

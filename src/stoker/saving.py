@@ -151,6 +151,7 @@ class Saved:
         zero.restore_weights(state.inside(tensors, "model."))
         if self.ema is not None and not averaged:
             self.ema.take()
+        state.fit_buffers(zero.model, {name: (t.shape, t.dtype) for name, t in tensors.items()})
         for name, buffer in state.saved_buffers(zero.model).items():
             buffer.copy_(tensors[f"model.{name}"])
         for name, p in zero.model.named_parameters():

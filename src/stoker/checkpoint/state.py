@@ -70,6 +70,7 @@ def load(
     """
     specs = store.shapes(checkpoint)
     of_model = {n.removeprefix("model."): shape for n, (shape, _) in specs.items() if n.startswith("model.")}
+    fit_buffers(model, specs)
     model_now = {f"model.{name}": t for name, t in model_tensors(model, of_model.keys()).items()}
     _compare(
         {name: t.shape for name, t in model_now.items()},
@@ -302,6 +303,21 @@ def saved_buffers(model: torch.nn.Module) -> Tensors:
     """The buffers that a model's state holds, sharing its memory."""
     saved = model.state_dict(keep_vars=True)
     return {name: b.detach() for name, b in model.named_buffers() if name in saved}
+
+
+def fit_buffers(model: torch.nn.Module, specs: Mapping[str, tuple[torch.Size, torch.dtype]]) -> None:
+    """Give the buffers of a model the shapes they were saved with: one may have grown, or have been None.
+
+    Args:
+        specs: the shape and dtype of every tensor of a checkpoint.
+    """
+    for prefix, module in model.named_modules():
+        for name, buffer in list(module._buffers.items()):
+            full_name = f"{prefix}.{name}".removeprefix(".")
+            shape, dtype = specs.get(f"model.{full_name}", (None, None))
+            if shape is not None and (buffer is None or buffer.shape != shape):
+                beside = next(model.parameters()) if buffer is None else buffer
+                setattr(module, name, torch.empty(shape, dtype=dtype, device=beside.device))
 
 
 def optimizer_state(
