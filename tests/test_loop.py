@@ -548,29 +548,47 @@ def test_what_is_frozen_or_thawed_on_the_way_is_so_after_a_restart(
     assert all(torch.equal(t, resumed.state_dict()[name]) for name, t in whole.state_dict().items())
 
 
-@pytest.mark.parametrize("given", ["a group", "parameters"])
-def test_what_an_optimizer_is_given_on_the_way_it_has_after_a_restart(
-    open_run: Callable[..., Run], given: str
+def _assert_goes_on(
+    open_run: Callable[..., Run],
+    make: Callable[[], nn.Module],
+    on_the_way: Callable[[Trainer], None] = lambda trainer: None,
+    **options: Any,
 ) -> None:
-    def train(name: str, steps: int) -> nn.Module:
+    """A run that is cut, and goes on, has the weights of one that is not; in step 3 something is changed."""
+
+    def train(name: str, steps: int) -> dict[str, torch.Tensor]:
         with open_run(name) as run:
-            model = _model()
-            model[0].requires_grad_(False)
-            trainer = _trainer(run, model, schedule=lambda step, total: 1 / (1 + step))
+            trainer = _trainer(run, make(), **options)
             for batch in trainer.steps(trainer.loader(_dataset(), batch_size=8), max_steps=steps):
                 if run.step == 3:
-                    thawed = list(model[0].requires_grad_(True).parameters())
-                    if given == "a group":
-                        trainer.optimizer.add_param_group({"params": thawed, "lr": 0.1})
-                    else:
-                        trainer.optimizer.param_groups[0]["params"] += thawed
+                    on_the_way(trainer)
                 run.log(loss=trainer.step(batch))
-        return model
+        return trainer.model.state_dict()
 
     whole = train("whole", 9)
     train("cut", 5)
     resumed = train("cut", 9)
-    assert all(torch.equal(t, resumed.state_dict()[name]) for name, t in whole.state_dict().items())
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+@pytest.mark.parametrize("given", ["a group", "parameters"])
+def test_what_an_optimizer_is_given_on_the_way_it_has_after_a_restart(
+    open_run: Callable[..., Run], given: str
+) -> None:
+    def half_frozen() -> nn.Module:
+        model = _model()
+        model[0].requires_grad_(False)
+        return model
+
+    def thaw(trainer: Trainer) -> None:
+        thawed = list(trainer.model[0].requires_grad_(True).parameters())
+        if given == "a group":
+            trainer.optimizer.add_param_group({"params": thawed, "lr": 0.1})
+        else:
+            trainer.optimizer.param_groups[0]["params"] += thawed
+
+    _assert_goes_on(open_run, half_frozen, thaw, schedule=lambda step, total: 1 / (1 + step))
 
 
 class _Remembering(nn.Module):
@@ -589,18 +607,30 @@ class _Remembering(nn.Module):
 
 
 def test_a_buffer_that_grows_or_comes_goes_on_as_it_was(open_run: Callable[..., Run]) -> None:
-    def train(name: str, steps: int) -> nn.Module:
-        with open_run(name) as run:
-            model = _Remembering()
-            trainer = _trainer(run, model)
-            for batch in trainer.steps(trainer.loader(_dataset(), batch_size=8), max_steps=steps):
-                run.log(loss=trainer.step(batch))
-        return model
+    _assert_goes_on(open_run, _Remembering)
 
-    whole = train("whole", 9)
-    train("cut", 5)
-    resumed = train("cut", 9)
-    assert all(torch.equal(t, resumed.state_dict()[name]) for name, t in whole.state_dict().items())
+
+class _Shampooish(torch.optim.Optimizer):
+    """Keeps more than tensors of a parameter: a matrix for each of its dims, by what it does with them."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        super().__init__(parameters, {"lr": 0.1})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                sizes = state.setdefault(
+                    "sizes", {"per.dim": [torch.zeros(n, n) for n in p.shape], 1: (0, 1)}
+                )
+                for matrix in sizes["per.dim"]:
+                    matrix.mul_(0.9).add_(p.grad.abs().mean())
+                p.sub_(group["lr"] * p.grad / (1 + sum(matrix.mean() for matrix in sizes["per.dim"])))
+
+
+def test_an_optimizer_that_keeps_lists_of_tensors_goes_on_with_them(open_run: Callable[..., Run]) -> None:
+    _assert_goes_on(open_run, _model, optimizer=_Shampooish)
 
 
 def test_a_run_has_one_trainer(open_run: Callable[..., Run]) -> None:
