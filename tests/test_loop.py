@@ -24,6 +24,7 @@ from stoker.errors import OutOfMemory
 from stoker.run import journal, view
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.nn.utils import prune
 from torch.optim import lr_scheduler
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, TensorDataset
@@ -631,6 +632,18 @@ class _Shampooish(torch.optim.Optimizer):
 
 def test_an_optimizer_that_keeps_lists_of_tensors_goes_on_with_them(open_run: Callable[..., Run]) -> None:
     _assert_goes_on(open_run, _model, optimizer=_Shampooish)
+
+
+def test_what_a_model_is_made_of_does_not_change_on_the_way_but_a_mask_may(
+    open_run: Callable[..., Run], tmp_path: Path
+) -> None:
+    def prune_some(trainer: Trainer) -> None:
+        prune.l1_unstructured(trainer.model[0], "weight", amount=0.3)
+
+    with pytest.raises(StokerError, match=r"(?s)0.weight_mask, 0.weight_orig new, 0.weight gone.*identity"):
+        _assert_goes_on(open_run, _model, prune_some)
+    shutil.rmtree(tmp_path / "runs")
+    _assert_goes_on(open_run, lambda: nn.Sequential(prune.identity(_model()[0], "weight")), prune_some)
 
 
 def test_a_run_has_one_trainer(open_run: Callable[..., Run]) -> None:

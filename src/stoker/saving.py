@@ -57,6 +57,7 @@ class Saved:
     def capture(self, position: Mapping[str, Any]) -> tuple[Tensors, dict[str, Any]]:
         """This rank's tensors, and the values of all ranks as one. All ranks call it."""
         strategies.gather_no_more(self.step.model)
+        self.frozen.check(position["step"])
         copies.check(
             self.step.model,
             distributed.gathered(copies.held(self.step.model, self._part())),

@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from stoker import distributed
+from stoker import distributed, words
 from stoker.checkpoint.planning import local, real
+from stoker.errors import StokerError
 from torch import nn
 
+_NAMED = 5  # that a message names
 _PROBED = 64  # values of each parameter
 
 
@@ -24,6 +26,7 @@ class Frozen:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
+        self._names = _names(model)
         self._trained = {name: p.requires_grad for name, p in model.named_parameters()}
         self._kept = {name for name, trained in self._trained.items() if trained}
         self._before = {
@@ -31,6 +34,19 @@ class Frozen:
             for name, p in model.named_parameters()
             if not p.requires_grad and (found := probe(p)) is not None
         }
+
+    def check(self, step: int) -> None:
+        """Raises StokerError where the model has other parameters or buffers than it was built with."""
+        now = _names(self._model)
+        changed = [("new", now - self._names), ("gone", self._names - now)]
+        said = [f"{words.some(sorted(names), _NAMED)} {what}" for what, names in changed if names]
+        if said:
+            raise StokerError(
+                f"step {step}: the model is not made as it was when the Trainer was ({', '.join(said)}), so "
+                "one that the same script builds could not take up this checkpoint, which is not saved. "
+                "Change what a model is made of before the Trainer is made; for torch's pruning call "
+                "prune.identity(module, name) there: a mask may change on the way"
+            )
 
     def kept(self) -> frozenset[str]:
         """Names of those that are frozen now, and were trained, or have changed. All ranks call it."""
@@ -56,6 +72,16 @@ class Frozen:
             return False
         now = probe(parameter)
         return now is not None and not torch.equal(now, self._before[name])
+
+
+def _names(model: nn.Module) -> set[str]:
+    """Of parameters, and of buffers that are saved, those that are None too."""
+    buffers = {
+        f"{prefix}.{name}".removeprefix(".")
+        for prefix, module in model.named_modules()
+        for name in module._buffers.keys() - module._non_persistent_buffers_set
+    }
+    return buffers | {name for name, _ in model.named_parameters()}
 
 
 def probe(parameter: nn.Parameter) -> torch.Tensor | None:
