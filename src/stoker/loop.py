@@ -23,7 +23,7 @@ from typing import Any, Literal, cast
 import torch
 from stoker import distributed, evaluation, storage, supervision
 from stoker.attempt import Run
-from stoker.checkpoint import state
+from stoker.checkpoint import state, stateful
 from stoker.checkpoint.frozen import Frozen
 from stoker.checkpoint.stateful import Registered
 from stoker.data.loader import Collate, Loader
@@ -143,6 +143,7 @@ class Trainer:
         limit = self.training.hang_limit
         self._heart = supervision.Heart(limit.seconds if limit is not None else None)
         self._registered = Registered(self.world, self.device, self.optimizers)
+        self._registered.add(stateful.extra(self.model))
         self._checkpoints = Checkpoints(
             run,
             Saved(
