@@ -560,6 +560,7 @@ def _assert_goes_on(
     def train(name: str, steps: int) -> dict[str, Any]:
         with open_run(name) as run:
             trainer = _trainer(run, make(), **options)
+            trainer.model.train()  # as many a script does
             for batch in trainer.steps(trainer.loader(_dataset(), batch_size=8), max_steps=steps):
                 if run.step == 3:
                     on_the_way(trainer)
@@ -569,6 +570,25 @@ def _assert_goes_on(
     whole = train("whole", 9)
     train("cut", 5)
     torch.testing.assert_close(train("cut", 9), whole, rtol=0, atol=0)
+
+
+def test_what_is_put_in_evaluation_mode_on_the_way_is_so_after_a_restart(
+    open_run: Callable[..., Run],
+) -> None:
+    _assert_goes_on(open_run, lambda: _model(dropout=0.5), lambda trainer: trainer.model[3].eval())
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_a_mode_that_a_script_sets_before_its_loop_is_the_one_that_it_sets_now(
+    open_run: Callable[..., Run], trains: bool
+) -> None:
+    for mode, steps in ((not trains, 3), (trains, 5)):
+        with open_run() as run:
+            trainer = _trainer(run, _model())
+            trainer.model[3].train(mode)
+            for batch in trainer.steps(trainer.loader(_dataset(), batch_size=8), max_steps=steps):
+                assert trainer.model[3].training == mode
+                trainer.step(batch)
 
 
 @pytest.mark.parametrize("given", ["a group", "parameters"])

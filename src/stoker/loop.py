@@ -25,6 +25,7 @@ from stoker import distributed, evaluation, storage, supervision
 from stoker.attempt import Run
 from stoker.checkpoint import state, stateful
 from stoker.checkpoint.frozen import Frozen
+from stoker.checkpoint.modes import Modes
 from stoker.checkpoint.stateful import Registered
 from stoker.data.loader import Collate, Loader
 from stoker.duration import Duration
@@ -144,10 +145,12 @@ class Trainer:
         self._heart = supervision.Heart(limit.seconds if limit is not None else None)
         self._registered = Registered(self.world, self.device, self.optimizers)
         self._registered.add(stateful.extra(self.model))
+        self._modes = Modes(self.model)
         self._checkpoints = Checkpoints(
             run,
             Saved(
-                self.mesh, self._step, built, Frozen(self.model), self._scale, self._ema, self._registered
+                self.mesh, self._step, built, Frozen(self.model), self._modes, self._scale, self._ema,
+                self._registered,
             ),
             keep=self.training.keep_checkpoints, every=self.training.keep_every, best=best,
             done=self._heart.saved,
@@ -346,6 +349,7 @@ class Trainer:
         self._begin_attempt()
         if self.steps_done < self._total:
             self._registered.begin()
+            self._modes.begin()
         if self.training.on_bad_loss == "rewind":
             self.checkpoint()  # so that there is one to rewind to
         remembering = self.training.deterministic
