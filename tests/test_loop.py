@@ -572,6 +572,26 @@ def _assert_goes_on(
     torch.testing.assert_close(train("cut", 9), whole, rtol=0, atol=0)
 
 
+class _Prototypes(nn.Module):
+    """A frozen table of which a row is moved, and frozen values that nobody moves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = _model()
+        self.table = nn.Parameter(torch.zeros(6003)[3:].view(1000, 6), requires_grad=False)
+        self.none = nn.Parameter(torch.empty(0), requires_grad=False)
+        self.scale = nn.Parameter(torch.ones(()), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            self.table[7].lerp_(x.mean(0), 0.1)
+        return self.inner(self.scale * (x - self.table[7]))  # type: ignore[no-any-return]
+
+
+def test_a_frozen_table_of_which_a_row_is_moved_goes_on_as_it_was(open_run: Callable[..., Run]) -> None:
+    _assert_goes_on(open_run, _Prototypes)
+
+
 def test_what_is_put_in_evaluation_mode_on_the_way_is_so_after_a_restart(
     open_run: Callable[..., Run],
 ) -> None:
