@@ -706,6 +706,46 @@ def test_what_a_model_is_made_of_does_not_change_on_the_way_but_a_mask_may(
     _assert_goes_on(open_run, lambda: nn.Sequential(prune.identity(_model()[0], "weight")), prune_some)
 
 
+@pytest.mark.parametrize("ends", ["killed", "told to stop"])
+def test_a_checkpoint_waits_for_the_update_of_gradients_that_several_steps_add_up(
+    open_run: Callable[..., Run], ends: str
+) -> None:
+    def train(name: str, ends_in: int | None = None) -> tuple[int, dict[str, torch.Tensor]]:
+        with open_run(name) as run:
+            trainer = _trainer(run, _model(dropout=0.5), checkpoint_every=3)
+            began = trainer.steps_done
+            for batch in trainer.steps(trainer.loader(_dataset(), batch_size=8), max_steps=12):
+                trainer.backward(*_loss(trainer.forward(batch), batch))
+                if run.step % 4 == 0:
+                    trainer.update()
+                if run.step == ends_in and ends == "killed":
+                    raise _Dies
+                if run.step == ends_in:
+                    run.stop.ask("paused")
+        return began, trainer.model.state_dict()
+
+    _, whole = train("whole")
+    with pytest.raises((_Dies, SystemExit)):
+        train("cut", ends_in=7)
+    began, resumed = train("cut")
+    assert began == (4 if ends == "killed" else 8)
+    torch.testing.assert_close(resumed, whole, rtol=0, atol=0)
+
+
+def test_a_loop_that_steps_its_optimizer_by_itself_is_saved_when_it_is_due(
+    open_run: Callable[..., Run],
+) -> None:
+    with open_run() as run:
+        trainer = _trainer(run, _model(), checkpoint_every=3)
+        for batch in trainer.steps(trainer.loader(_dataset(), batch_size=8), max_steps=4):
+            trainer.optimizer.zero_grad()
+            trainer.backward(*_loss(trainer.forward(batch), batch))
+            trainer.optimizer.step()
+    assert [path.name for path in sorted(run.directory.checkpoints.iterdir())] == [
+        "step-00000003", "step-00000004",
+    ]  # fmt: skip
+
+
 def test_a_run_has_one_trainer(open_run: Callable[..., Run]) -> None:
     with open_run() as run:
         _trainer(run, _model())

@@ -59,7 +59,7 @@ from stoker.engine.metrics import Mean, Metric
 from stoker.engine.options import Training
 from stoker.engine.profiling import Profiler
 from stoker.engine.schedule import Schedule
-from stoker.engine.step import LossFunction, OptimizerFactory, Setting, only_loop_of_its_own
+from stoker.engine.step import LossFunction, OptimizerFactory, PlainStep, Setting, only_loop_of_its_own
 from stoker.engine.timing import Timing
 from stoker.errors import BadInput, OutOfMemory, StokerError, Stopped
 from stoker.gauge import Gauge
@@ -352,7 +352,7 @@ class Trainer:
             self._modes.begin()
         if self.training.on_bad_loss == "rewind":
             self.checkpoint()  # so that there is one to rewind to
-        remembering = self.training.deterministic
+        remembering, due = self.training.deterministic, False
         with contextlib.closing(
             Profiler(self.run.profile, self.run.directory.logs, self.world.rank, self.device)
         ) as profiler:
@@ -378,15 +378,24 @@ class Trainer:
                 requests = self._agreement.requests()
                 if requests.failed:
                     self._checkpoints.wait()  # raises
-                if requests.save or self._checkpoint_due() or self._is_best():
+                due = due or requests.save or self._checkpoint_due() or self._is_best()
+                waits = self._adding_up  # for the update that uses what no checkpoint has
+                if due and not waits:
                     self.checkpoint()
-                stop = requests.stop or (view.STOPPED if self.steps_done == self.run.until else None)
+                    due = False
+                stop = None if waits else requests.stop
+                stop = stop or (view.STOPPED if self.steps_done == self.run.until else None)
                 if stop:
                     self._end_loop()
                     raise Stopped(stop)
             self.run.step = self.steps_done
         self.checkpoint()
         self._end_loop()
+
+    @property
+    def _adding_up(self) -> bool:
+        """Whether a loop of one's own has gradients that no update has used, of this step or of several."""
+        return isinstance(self._step, PlainStep) and self._step.adding_up
 
     def _handed_out(self, batch: Any) -> Iterator[Any]:
         """A batch for the body of the loop; in a plan one without values, and what is made of it followed."""
@@ -796,6 +805,8 @@ class Trainer:
     def checkpoint(self) -> None:
         """Save everything that a resumed run needs, at a step boundary, on all ranks together.
 
+        All but gradients that are added up over several steps: those that `steps` takes wait for the update.
+
         Training goes on once it is copied to host memory, while a thread writes it; `steps` waits
         for the last one. Raises OSError where the one before could not be written (a full disk).
         """
@@ -803,6 +814,8 @@ class Trainer:
             return
         if wrong := self._losses.look():
             raise StokerError(f"by step {self.steps_done} {wrong}: what came of it is not saved")
+        if self._adding_up and self.world.rank == 0:
+            log.warning("step %d is saved without the gradients that no update has used yet", self.steps_done)
         if self._loader is not None:
             self._at.data = self._loader.place(self.samples_done)
         self._agree_on_metrics()

@@ -145,6 +145,10 @@ class PlainStep:
                 attach(optimizer)
         self.model = model
         self.optimizers = optimizers
+        self.adding_up = False
+        """Whether there are gradients of a loop of one's own that no optimizer has used."""
+        for optimizer in optimizers.values():
+            optimizer.register_step_post_hook(self._used)
         self._setting = setting
         self._called = called or model
         self._parameters = list(model.parameters())  # which takes as long to find as to clear
@@ -197,7 +201,7 @@ class PlainStep:
     def backward(self, loss_sum: torch.Tensor) -> None:
         """The backward pass of a loop of one's own; its gradients are reduced by `update`."""
         self._backward(loss_sum)
-        self._reduced = False
+        self._reduced, self.adding_up = False, True
 
     def update(self, optimizer: torch.optim.Optimizer, weight: torch.Tensor) -> bool:
         """See `Step`."""
@@ -217,8 +221,12 @@ class PlainStep:
 
     def clear(self) -> None:
         """See `Step`."""
+        self.adding_up = False
         for parameter in self._parameters:
             parameter.grad = None
+
+    def _used(self, *_: Any) -> None:
+        self.adding_up = False
 
     def _backward(self, loss_sum: torch.Tensor) -> None:
         if self._setting.scale.enabled:
