@@ -140,9 +140,7 @@ class PlainStep:
         in_backward: bool = False,
     ) -> None:
         self.in_backward = in_backward
-        if in_backward:
-            for optimizer in optimizers.values():
-                attach(optimizer)
+        self._move_on = [attach(optimizer) for optimizer in optimizers.values()] if in_backward else []
         self.model = model
         self.optimizers = optimizers
         self.adding_up = False
@@ -207,6 +205,8 @@ class PlainStep:
         """See `Step`."""
         setting = self._setting
         if self.in_backward:
+            for move_on in self._move_on:
+                move_on()
             return True
         updated = [p for group in optimizer.param_groups for p in group["params"]]
         if self._ddp is not None and not self._reduced:
