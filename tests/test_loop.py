@@ -25,6 +25,7 @@ from stoker.errors import OutOfMemory
 from stoker.run import journal, view
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.nn.utils import prune
 from torch.optim import lr_scheduler
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, TensorDataset
@@ -547,6 +548,203 @@ def test_what_is_frozen_or_thawed_on_the_way_is_so_after_a_restart(
     resumed = train("cut", 9)
     assert resumed[0].weight.requires_grad == (begins == "frozen")  # type: ignore[index, union-attr]
     assert all(torch.equal(t, resumed.state_dict()[name]) for name, t in whole.state_dict().items())
+
+
+def _assert_goes_on(
+    open_run: Callable[..., Run],
+    make: Callable[[], nn.Module],
+    on_the_way: Callable[[Trainer], None] = lambda trainer: None,
+    **options: Any,
+) -> None:
+    """A run that is cut, and goes on, has the weights of one that is not; in step 3 something is changed."""
+
+    def train(name: str, steps: int) -> dict[str, Any]:
+        with open_run(name) as run:
+            trainer = _trainer(run, make(), **options)
+            trainer.model.train()  # as many a script does
+            for batch in trainer.steps(trainer.loader(_dataset(), batch_size=8), max_steps=steps):
+                if run.step == 3:
+                    on_the_way(trainer)
+                run.log(loss=trainer.step(batch))
+        return trainer.model.state_dict()
+
+    whole = train("whole", 9)
+    train("cut", 5)
+    torch.testing.assert_close(train("cut", 9), whole, rtol=0, atol=0)
+
+
+class _Prototypes(nn.Module):
+    """A frozen table of which a row is moved, and frozen values that nobody moves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = _model()
+        self.table = nn.Parameter(torch.zeros(6003)[3:].view(1000, 6), requires_grad=False)
+        self.none = nn.Parameter(torch.empty(0), requires_grad=False)
+        self.scale = nn.Parameter(torch.ones(()), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            self.table[7].lerp_(x.mean(0), 0.1)
+        return self.inner(self.scale * (x - self.table[7]))  # type: ignore[no-any-return]
+
+
+def test_a_frozen_table_of_which_a_row_is_moved_goes_on_as_it_was(open_run: Callable[..., Run]) -> None:
+    _assert_goes_on(open_run, _Prototypes)
+
+
+def test_what_is_put_in_evaluation_mode_on_the_way_is_so_after_a_restart(
+    open_run: Callable[..., Run],
+) -> None:
+    _assert_goes_on(open_run, lambda: _model(dropout=0.5), lambda trainer: trainer.model[3].eval())
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_a_mode_that_a_script_sets_before_its_loop_is_the_one_that_it_sets_now(
+    open_run: Callable[..., Run], trains: bool
+) -> None:
+    for mode, steps in ((not trains, 3), (trains, 5)):
+        with open_run() as run:
+            trainer = _trainer(run, _model())
+            trainer.model[3].train(mode)
+            for batch in trainer.steps(trainer.loader(_dataset(), batch_size=8), max_steps=steps):
+                assert trainer.model[3].training == mode
+                trainer.step(batch)
+
+
+@pytest.mark.parametrize("given", ["a group", "parameters"])
+def test_what_an_optimizer_is_given_on_the_way_it_has_after_a_restart(
+    open_run: Callable[..., Run], given: str
+) -> None:
+    def half_frozen() -> nn.Module:
+        model = _model()
+        model[0].requires_grad_(False)
+        return model
+
+    def thaw(trainer: Trainer) -> None:
+        thawed = list(trainer.model[0].requires_grad_(True).parameters())
+        if given == "a group":
+            trainer.optimizer.add_param_group({"params": thawed, "lr": 0.1})
+        else:
+            trainer.optimizer.param_groups[0]["params"] += thawed
+
+    _assert_goes_on(open_run, half_frozen, thaw, schedule=lambda step, total: 1 / (1 + step))
+
+
+class _Remembering(nn.Module):
+    """Keeps the mean of each batch that it was trained on, and the mean of these."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = _model()
+        self.register_buffer("means", torch.zeros(0, 6))
+        self.register_buffer("center", None)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.means = torch.cat([self.means, x.mean(0, keepdim=True)])
+        self.center = self.means.mean(0)
+        return self.inner(x - self.center)  # type: ignore[no-any-return]
+
+
+def test_a_buffer_that_grows_or_comes_goes_on_as_it_was(open_run: Callable[..., Run]) -> None:
+    _assert_goes_on(open_run, _Remembering)
+
+
+class _Counting(nn.Module):
+    """Keeps a number, and a tensor, beside its buffers, as torch has it for modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.seen, self.mean = _model(), 0, torch.zeros(6)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return {"seen": self.seen, "mean": self.mean}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self.seen, self.mean = state["seen"], state["mean"]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen, self.mean = self.seen + 1, self.mean.lerp(x.mean(0), 0.1)
+        return self.inner(x - self.mean) / self.seen  # type: ignore[no-any-return]
+
+
+def test_the_extra_state_of_a_module_goes_on_as_it_was(open_run: Callable[..., Run]) -> None:
+    _assert_goes_on(open_run, lambda: nn.Sequential(_Counting()))
+
+
+class _Shampooish(torch.optim.Optimizer):
+    """Keeps more than tensors of a parameter: a matrix for each of its dims, by what it does with them."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        super().__init__(parameters, {"lr": 0.1})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                sizes = state.setdefault(
+                    "sizes", {"per.dim": [torch.zeros(n, n) for n in p.shape], 1: (0, 1)}
+                )
+                for matrix in sizes["per.dim"]:
+                    matrix.mul_(0.9).add_(p.grad.abs().mean())
+                p.sub_(group["lr"] * p.grad / (1 + sum(matrix.mean() for matrix in sizes["per.dim"])))
+
+
+def test_an_optimizer_that_keeps_lists_of_tensors_goes_on_with_them(open_run: Callable[..., Run]) -> None:
+    _assert_goes_on(open_run, _model, optimizer=_Shampooish)
+
+
+def test_what_a_model_is_made_of_does_not_change_on_the_way_but_a_mask_may(
+    open_run: Callable[..., Run], tmp_path: Path
+) -> None:
+    def prune_some(trainer: Trainer) -> None:
+        prune.l1_unstructured(trainer.model[0], "weight", amount=0.3)
+
+    with pytest.raises(StokerError, match=r"(?s)0.weight_mask, 0.weight_orig new, 0.weight gone.*identity"):
+        _assert_goes_on(open_run, _model, prune_some)
+    shutil.rmtree(tmp_path / "runs")
+    _assert_goes_on(open_run, lambda: nn.Sequential(prune.identity(_model()[0], "weight")), prune_some)
+
+
+@pytest.mark.parametrize("ends", ["killed", "told to stop"])
+def test_a_checkpoint_waits_for_the_update_of_gradients_that_several_steps_add_up(
+    open_run: Callable[..., Run], ends: str
+) -> None:
+    def train(name: str, ends_in: int | None = None) -> tuple[int, dict[str, torch.Tensor]]:
+        with open_run(name) as run:
+            trainer = _trainer(run, _model(dropout=0.5), checkpoint_every=3)
+            began = trainer.steps_done
+            for batch in trainer.steps(trainer.loader(_dataset(), batch_size=8), max_steps=12):
+                trainer.backward(*_loss(trainer.forward(batch), batch))
+                if run.step % 4 == 0:
+                    trainer.update()
+                if run.step == ends_in and ends == "killed":
+                    raise _Dies
+                if run.step == ends_in:
+                    run.stop.ask("paused")
+        return began, trainer.model.state_dict()
+
+    _, whole = train("whole")
+    with pytest.raises((_Dies, SystemExit)):
+        train("cut", ends_in=7)
+    began, resumed = train("cut")
+    assert began == (4 if ends == "killed" else 8)
+    torch.testing.assert_close(resumed, whole, rtol=0, atol=0)
+
+
+def test_a_loop_that_steps_its_optimizer_by_itself_is_saved_when_it_is_due(
+    open_run: Callable[..., Run],
+) -> None:
+    with open_run() as run:
+        trainer = _trainer(run, _model(), checkpoint_every=3)
+        for batch in trainer.steps(trainer.loader(_dataset(), batch_size=8), max_steps=4):
+            trainer.optimizer.zero_grad()
+            trainer.backward(*_loss(trainer.forward(batch), batch))
+            trainer.optimizer.step()
+    assert [path.name for path in sorted(run.directory.checkpoints.iterdir())] == [
+        "step-00000003", "step-00000004",
+    ]  # fmt: skip
 
 
 def test_a_run_has_one_trainer(open_run: Callable[..., Run]) -> None:

@@ -23,8 +23,9 @@ from typing import Any, Literal, cast
 import torch
 from stoker import distributed, evaluation, storage, supervision
 from stoker.attempt import Run
-from stoker.checkpoint import state
+from stoker.checkpoint import state, stateful
 from stoker.checkpoint.frozen import Frozen
+from stoker.checkpoint.modes import Modes
 from stoker.checkpoint.stateful import Registered
 from stoker.data.loader import Collate, Loader
 from stoker.duration import Duration
@@ -58,7 +59,7 @@ from stoker.engine.metrics import Mean, Metric
 from stoker.engine.options import Training
 from stoker.engine.profiling import Profiler
 from stoker.engine.schedule import Schedule
-from stoker.engine.step import LossFunction, OptimizerFactory, Setting, only_loop_of_its_own
+from stoker.engine.step import LossFunction, OptimizerFactory, PlainStep, Setting, only_loop_of_its_own
 from stoker.engine.timing import Timing
 from stoker.errors import BadInput, OutOfMemory, StokerError, Stopped
 from stoker.gauge import Gauge
@@ -143,10 +144,13 @@ class Trainer:
         limit = self.training.hang_limit
         self._heart = supervision.Heart(limit.seconds if limit is not None else None)
         self._registered = Registered(self.world, self.device, self.optimizers)
+        self._registered.add(stateful.extra(self.model))
+        self._modes = Modes(self.model)
         self._checkpoints = Checkpoints(
             run,
             Saved(
-                self.mesh, self._step, built, Frozen(self.model), self._scale, self._ema, self._registered
+                self.mesh, self._step, built, Frozen(self.model), self._modes, self._scale, self._ema,
+                self._registered,
             ),
             keep=self.training.keep_checkpoints, every=self.training.keep_every, best=best,
             done=self._heart.saved,
@@ -160,9 +164,8 @@ class Trainer:
         self._weight: Weight = 0.0
         self._loader: Loader | None = None
         self._total = 0
-        self._saved_at = time.monotonic()
+        self._saved_at, self._begun = time.monotonic(), False
         self._saved_step: int | None = None
-        self._begun = False
         self._random: tuple[dict[str, torch.Tensor], dict[str, Any]] | None = None
         self._agreement = Agreement(self.world, self.device, self._asked)
         self._batch_is: Literal["", "handed out", "computed", "trained on"] = ""
@@ -347,10 +350,11 @@ class Trainer:
             self._begin_attempt(loader)
         if self.steps_done < self._total:
             self._registered.begin()
+            self._modes.begin()
         self._begin_loop()
         if self.training.on_bad_loss == "rewind":
             self.checkpoint()  # so that there is one to rewind to
-        remembering = self.training.deterministic
+        remembering, due = self.training.deterministic, False
         with contextlib.closing(
             Profiler(self.run.profile, self.run.directory.logs, self.world.rank, self.device)
         ) as profiler:
@@ -376,15 +380,24 @@ class Trainer:
                 requests = self._agreement.requests()
                 if requests.failed:
                     self._checkpoints.wait()  # raises
-                if requests.save or self._checkpoint_due() or self._is_best():
+                due = due or requests.save or self._checkpoint_due() or self._is_best()
+                waits = self._adding_up  # for the update that uses what no checkpoint has
+                if due and not waits:
                     self.checkpoint()
-                stop = requests.stop or (view.STOPPED if self.steps_done == self.run.until else None)
+                    due = False
+                stop = None if waits else requests.stop
+                stop = stop or (view.STOPPED if self.steps_done == self.run.until else None)
                 if stop:
                     self._end_loop()
                     raise Stopped(stop)
             self.run.step = self.steps_done
         self.checkpoint()
         self._end_loop()
+
+    @property
+    def _adding_up(self) -> bool:
+        """Whether a loop of one's own has gradients that no update has used, of this step or of several."""
+        return isinstance(self._step, PlainStep) and self._step.adding_up
 
     def _handed_out(self, batch: Any) -> Iterator[Any]:
         """A batch for the body of the loop; in a plan one without values, and what is made of it followed."""
@@ -621,8 +634,9 @@ class Trainer:
 
     def _set_rates(self, optimizer: torch.optim.Optimizer) -> None:
         if self._schedule is not None:
+            factor = self._schedule(self.steps_done, self._total)
             for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * self._schedule(self.steps_done, self._total)
+                group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
 
     def _fit_scale(self, parts: list[Any]) -> None:
         """Before the first step in fp16: see how much a global batch weighs."""
@@ -814,6 +828,8 @@ class Trainer:
     def checkpoint(self) -> None:
         """Save everything that a resumed run needs, at a step boundary, on all ranks together.
 
+        All but gradients that are added up over several steps: those that `steps` takes wait for the update.
+
         Training goes on once it is copied to host memory, while a thread writes it; `steps` waits
         for the last one. Raises OSError where the one before could not be written (a full disk).
         """
@@ -821,6 +837,8 @@ class Trainer:
             return
         if wrong := self._losses.look():
             raise StokerError(f"by step {self.steps_done} {wrong}: what came of it is not saved")
+        if self._adding_up and self.world.rank == 0:
+            log.warning("step %d is saved without the gradients that no update has used yet", self.steps_done)
         if self._loader is not None:
             self._at.data = self._loader.place(self.samples_done)
         self._agree_on_metrics()

@@ -18,6 +18,7 @@ from stoker import distributed
 from stoker.attempt import Run
 from stoker.checkpoint import copies, manifest, state, store
 from stoker.checkpoint.frozen import Frozen
+from stoker.checkpoint.modes import Modes
 from stoker.checkpoint.stateful import Registered
 from stoker.checkpoint.store import Tensors
 from stoker.engine import random_state, strategies
@@ -45,6 +46,7 @@ class Saved:
     built: Mapping[str, state.Groups]
     """The hyperparameters that its optimizers were made with."""
     frozen: Frozen
+    modes: Modes
     scale: LossScale
     ema: Ema | None
     registered: Registered
@@ -57,6 +59,7 @@ class Saved:
     def capture(self, position: Mapping[str, Any]) -> tuple[Tensors, dict[str, Any]]:
         """This rank's tensors, and the values of all ranks as one. All ranks call it."""
         strategies.gather_no_more(self.step.model)
+        self.frozen.check(position["step"])
         copies.check(
             self.step.model,
             distributed.gathered(copies.held(self.step.model, self._part())),
@@ -68,10 +71,12 @@ class Saved:
         tensors.update(own)
         drawn, random = random_state.capture()
         tensors.update({f"random.{self.world.rank}.{key}": t for key, t in drawn.items()})
-        parts = distributed.gathered({**values, "random": random, "turned": self.frozen.turned()})
+        changed = {"turned": self.frozen.turned(), "modes": self.modes.changed()}
+        parts = distributed.gathered({**values, "random": random, **changed})
         joined = state.joined(parts)
         joined["random"] = [part["random"] for part in parts]
-        joined["turned"] = {name: trained for part in parts for name, trained in part["turned"].items()}
+        for key in changed:
+            joined[key] = {name: value for part in parts for name, value in part[key].items()}
         if registered:
             joined["registered"] = registered
         return tensors, {**joined, "scale": self.scale.state(), "position": dict(position)}
@@ -84,6 +89,7 @@ class Saved:
         tensors, values = self._put(checkpoint)
         self.scale.restore(values["scale"])
         self.frozen.turn(values.get("turned", {}))
+        self.modes.restore(values.get("modes", {}))
         self.registered.restore(checkpoint, values.get("registered", {}))
         rank = self.world.rank
         random = None
@@ -151,6 +157,7 @@ class Saved:
         zero.restore_weights(state.inside(tensors, "model."))
         if self.ema is not None and not averaged:
             self.ema.take()
+        state.fit_buffers(zero.model, {name: (t.shape, t.dtype) for name, t in tensors.items()})
         for name, buffer in state.saved_buffers(zero.model).items():
             buffer.copy_(tensors[f"model.{name}"])
         for name, p in zero.model.named_parameters():

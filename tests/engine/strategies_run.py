@@ -19,7 +19,7 @@ from stoker.engine.metrics import Max, Mean, Metric, Perplexity, Sum
 from stoker.engine.random_state import seed_everything
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, TensorDataset
 from transformers import LlamaConfig, LlamaForCausalLM, ResNetConfig, ResNetForImageClassification
 
 VOCABULARY = 64
@@ -390,3 +390,42 @@ def _optimizer_state(step: Any) -> int:
     states = [t for held in inner.state.values() for t in held.values() if isinstance(t, torch.Tensor)]
     masters = list(inner.state) if inner is not step.optimizers["main"] else []
     return measured.held([*states, *masters])
+
+
+class Fourier(nn.Module):
+    """A layer with complex weights, and one with float64 beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        seed_everything(0)
+        self.filter = nn.Parameter(torch.randn(9, dtype=torch.complex64))
+        self.bias = nn.Parameter(torch.zeros(16, dtype=torch.float64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.fft.irfft(torch.fft.rfft(x) * self.filter, n=16) + self.bias
+
+
+def squares(output: torch.Tensor, batch: Any) -> tuple[torch.Tensor, int]:
+    return (output - batch[1]).square().sum(), len(output)
+
+
+def shifted() -> TensorDataset:
+    """Rows, and the same turned by some places, which is what a phase does."""
+    x = torch.randn(32, 16, generator=torch.Generator().manual_seed(1))
+    return TensorDataset(x, x.roll(5, 1))
+
+
+def complex_weights(
+    folder: Path, name: str, steps: int, **settings: Any
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The weights of a run, and their averages, after some steps; one that is there goes on."""
+    with Run("test", name, runs=folder) as run:
+        trainer = Trainer(
+            run, Fourier(), optimizer=lambda p: torch.optim.Adam(p, lr=0.1), loss=squares,
+            training=Training(
+                precision="fp32", clip_norm=1.0, ema=options.Ema(decay=0.5, warmup=False), **settings
+            ),
+        )  # fmt: skip
+        for batch in trainer.steps(trainer.loader(shifted(), batch_size=32), max_steps=steps):
+            run.log(loss=trainer.step(batch))
+        return {n: p.detach().clone() for n, p in trainer.model.named_parameters()}, trainer.state_dict()

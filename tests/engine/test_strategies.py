@@ -328,3 +328,30 @@ def test_a_clipped_norm_is_that_of_all_shards_and_stages(folder: Path) -> None:
         found = _gradient(folder, name, size, {**settings, "clip_norm": norm.item() / 4})
         for key, gradient in expected.items():
             torch.testing.assert_close(found[key], gradient / 4, atol=2e-6, rtol=1e-4, msg=f"{name} {key}")
+
+
+@pytest.mark.parametrize(("size", "parallel"), [(1, "single"), (2, "ddp")])
+def test_complex_weights_are_those_of_plain_torch_and_go_on(size: int, parallel: str, tmp_path: Path) -> None:
+    plain = strategies_run.Fourier()
+    optimizer = torch.optim.Adam(plain.parameters(), lr=0.1)
+    averages = [p.detach().clone() for p in plain.parameters()]
+    x, y = strategies_run.shifted().tensors
+    for _ in range(6):
+        optimizer.zero_grad()
+        (plain(x) - y).square().sum().div(len(x)).backward()
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+        optimizer.step()
+        averages = [a.lerp(p.detach(), 0.5) for a, p in zip(averages, plain.parameters(), strict=True)]
+    for steps in (3, 6):
+        found = ranks.run(
+            strategies_run.complex_weights, size, tmp_path, tmp_path, "a", steps, parallel=parallel
+        )
+    for (name, expected), average in zip(plain.named_parameters(), averages, strict=True):
+        torch.testing.assert_close(found[0][0][name], expected.detach(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found[0][1][name], average, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("parallel", ["fsdp", "deepspeed"])
+def test_complex_weights_are_refused_where_they_would_lose_a_part(parallel: str, tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="filter is complex"):
+        ranks.run(strategies_run.complex_weights, 1, tmp_path, tmp_path, "a", 1, parallel=parallel)

@@ -86,6 +86,39 @@ def test_an_optimizer_in_the_backward_pass_changes_no_loss_and_keeps_no_gradient
             assert torch.equal(tensor, whole[name]), name
 
 
+class _Harmonic(torch.optim.Optimizer):
+    """Counts its steps in its groups, as schedule-free optimizers do, and makes ever smaller ones."""
+
+    def __init__(self, parameters: list[torch.nn.Parameter]) -> None:
+        super().__init__(parameters, {"lr": 0.1, "steps": 0})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            group["steps"] += 1
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.sub_(p.grad, alpha=group["lr"] / group["steps"])
+
+
+def test_what_an_optimizer_counts_in_its_groups_it_counts_in_the_backward_pass_too(
+    open_run: Callable[..., Run],
+) -> None:
+    def train(name: str, steps: int, in_backward: bool) -> list[float]:
+        with open_run(name) as run:
+            trainer = Trainer(
+                run, llama(), optimizer=_Harmonic, inputs=inputs, loss=token_loss,
+                training=Training(precision="fp32", optimizer_in_backward=in_backward),
+            )  # fmt: skip
+            losses = _losses(trainer, steps)
+            assert trainer.optimizer.param_groups[0]["steps"] == steps
+        return losses
+
+    plain = train("plain", 6, in_backward=False)
+    cut = [*train("cut", 4, in_backward=True), *train("cut", 6, in_backward=True)]
+    assert cut == pytest.approx(plain, rel=1e-6)
+
+
 def test_an_optimizer_in_the_backward_pass_leaves_weights_as_they_are_where_the_loss_is_bad(
     open_run: Callable[..., Run],
 ) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Hashable, Sequence
 import torch
 import xxhash
 from stoker import distributed
-from stoker.checkpoint.frozen import probe
+from stoker.checkpoint import frozen
 from stoker.errors import StokerError
 from stoker.world import World
 from torch import nn
@@ -28,6 +28,7 @@ _ROUNDING = (
     1e-4  # of a parameter's largest value: what unlike devices make of the same gradients is far below
 )
 _APART = 1e-2
+_PROBED = 64  # values of each parameter
 
 
 def held(model: nn.Module, part: Hashable) -> Held:
@@ -64,8 +65,13 @@ def check(model: nn.Module, of_ranks: Sequence[Held], step: int) -> None:
 
 
 def _probes(model: nn.Module) -> dict[str, torch.Tensor]:
-    found = {name: probe(p) for name, p in model.named_parameters() if p.requires_grad}
-    return {name: values.float().cpu() for name, values in found.items() if values is not None}
+    found = {name: frozen.held(p) for name, p in model.named_parameters() if p.requires_grad}
+    return {name: _probe(values).float().cpu() for name, values in found.items() if values is not None}
+
+
+def _probe(values: torch.Tensor) -> torch.Tensor:
+    flat = values.reshape(-1)
+    return flat[:: max(1, flat.numel() // _PROBED)][: _PROBED + 1]
 
 
 def _apart(ours: torch.Tensor, theirs: torch.Tensor) -> float:

@@ -49,6 +49,11 @@ def parts(tensors: Mapping[str, torch.Tensor], rank: int, group: Any = None) -> 
     return found
 
 
+def real(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor as real numbers: of one that is complex the two parts, in a dim of their own."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """What this rank holds of a tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

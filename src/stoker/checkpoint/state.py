@@ -9,12 +9,13 @@ as its adapter.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping, Sequence, Set
 from typing import Any, cast
 
 import torch
 from stoker import words
-from stoker.checkpoint import stateful, store
+from stoker.checkpoint import stateful, store, trees
 from stoker.checkpoint.manifest import Checkpoint
 from stoker.checkpoint.store import ALONE, Tensors
 from stoker.errors import StokerError
@@ -70,6 +71,7 @@ def load(
     """
     specs = store.shapes(checkpoint)
     of_model = {n.removeprefix("model."): shape for n, (shape, _) in specs.items() if n.startswith("model.")}
+    fit_buffers(model, specs)
     model_now = {f"model.{name}": t for name, t in model_tensors(model, of_model.keys()).items()}
     _compare(
         {name: t.shape for name, t in model_now.items()},
@@ -79,13 +81,35 @@ def load(
     compare_optimizers(values, optimizers)
     others = _others(specs, model, optimizers, world, elsewhere)
     store.load_tensors(checkpoint, {**model_now, **others}, world)
+    thawed = {n for n, trained in values.get("turned", {}).items() if trained}
     for name, optimizer in optimizers.items():
         held = inside(others, f"optimizer.{name}.")
         saved = values["optimizers"][name]
+        _give_what_came(model, optimizer, saved["groups"], len(values["built"][name]), thawed)
         names = _names_of_groups(model, optimizer)
         restore_groups(optimizer, names, saved["groups"], built[name], values["built"][name], elsewhere)
-        _restore_state(model, optimizer, {**held, **saved["state"]})
+        _restore_state(model, optimizer, held, saved["state"])
     return others, values
+
+
+def _give_what_came(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, saved: Groups, made: int, thawed: Set[str]
+) -> None:
+    """Give an optimizer what it was given on the way: whole groups, and parameters that were thawed.
+
+    Args:
+        saved: the groups of the checkpoint.
+        made: how many of them it was made with.
+        thawed: names of parameters that were frozen when it was made.
+    """
+    parameters = dict(model.named_parameters())
+    known = {name for group in _names_of_groups(model, optimizer) for name in group}
+    for number, group in enumerate(saved):
+        new = [n for n in group["params"] if n in parameters and n not in known]
+        if number >= max(made, len(optimizer.param_groups)):
+            optimizer.add_param_group({"params": [parameters[n] for n in new]})
+        elif number < len(optimizer.param_groups):
+            optimizer.param_groups[number]["params"] += [parameters[n] for n in new if n in thawed]
 
 
 def _say_regrouped(names: list[list[str]], before: list[list[str]], built: Groups, then: Groups) -> None:
@@ -143,7 +167,8 @@ def restore_groups(
     """Put back hyperparameters; those that differ from what they were made with are the user's change.
 
     Where the same parameters are grouped in another way by their weight decay, and by nothing else,
-    each group goes on with the weight decay that it was made with.
+    each group goes on with the weight decay that it was made with. Groups that came on the way, with none
+    of which it was made, have what was saved of them.
 
     Args:
         names: the parameters of each group.
@@ -162,6 +187,7 @@ def restore_groups(
         _say_regrouped(names, before, built, then)
         left_out.add("weight_decay")
         saved, then = [saved[0]] * len(names), [then[0]] * len(names)
+    built, then = ([*made, *({} for _ in saved[len(made) :])] for made in (built, then))
     for group, was, now, made in zip(optimizer.param_groups, saved, built, then, strict=True):
         group.update({k: as_before(group.get(k), v) for k, v in was.items() if k not in left_out})
         group.update({k: v for k, v in now.items() if k not in left_out and plain(v) != made.get(k)})
@@ -238,7 +264,14 @@ def _owner(name: str, prefixes: Sequence[str]) -> str | None:
     prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
     if prefix is None:
         return None
-    return name.removeprefix(prefix) if prefix == "ema." else name.removeprefix(prefix).rpartition(".")[0]
+    return name.removeprefix(prefix) if prefix == "ema." else _parted(name.removeprefix(prefix))[0]
+
+
+def _parted(name: str) -> tuple[str, str, str]:
+    """Parameter, key, and place within a value, of what an optimizer keeps: `0.weight`, `GG`, `[1]`."""
+    found = re.fullmatch(r"(.*?)\.([^.\[]+)((?:\[.*\])?)", name)
+    assert found is not None, name
+    return found[1], found[2], found[3]
 
 
 def _is_left_out(name: str, world: World) -> bool:
@@ -280,17 +313,39 @@ def saved_buffers(model: torch.nn.Module) -> Tensors:
     return {name: b.detach() for name, b in model.named_buffers() if name in saved}
 
 
+def fit_buffers(model: torch.nn.Module, specs: Mapping[str, tuple[torch.Size, torch.dtype]]) -> None:
+    """Give the buffers of a model the shapes they were saved with: one may have grown, or have been None.
+
+    Args:
+        specs: the shape and dtype of every tensor of a checkpoint.
+    """
+    for prefix, module in model.named_modules():
+        for name, buffer in list(module._buffers.items()):
+            full_name = f"{prefix}.{name}".removeprefix(".")
+            shape, dtype = specs.get(f"model.{full_name}", (None, None))
+            if shape is not None and (buffer is None or buffer.shape != shape):
+                beside = next(model.parameters()) if buffer is None else buffer
+                setattr(module, name, torch.empty(shape, dtype=dtype, device=beside.device))
+
+
 def optimizer_state(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[Tensors, dict[str, Any]]:
-    """An optimizer's state: tensors as `<parameter>.<key>`, and the rest as JSON values."""
+    """An optimizer's state: tensors as `<parameter>.<key>`, and the rest as JSON values.
+
+    Raises StokerError for what a checkpoint cannot hold.
+    """
     names = {parameter: name for name, parameter in model.named_parameters()}
     tensors: Tensors = {}
     scalars: dict[str, Any] = {}
     for parameter, state in cast("Mapping[torch.nn.Parameter, Any]", optimizer.state).items():
         for key, value in state.items():
-            kept = tensors if isinstance(value, torch.Tensor) else scalars
-            kept[f"{names[parameter]}.{key}"] = value
+            name = f"{names[parameter]}.{key}"
+            if isinstance(value, torch.Tensor):
+                tensors[name] = value
+            else:
+                scalars[name], inner = _apart(name, value)
+                tensors.update({f"{name}{at}": tensor for at, tensor in inner.items()})
     groups = [
         {
             **{k: plain(v) for k, v in group.items()},
@@ -301,19 +356,41 @@ def optimizer_state(
     return tensors, {"kind": kind_of(optimizer), "state": scalars, "groups": groups}
 
 
+def _apart(name: str, value: Any) -> tuple[Any, Tensors]:
+    """What an optimizer keeps that is no tensor, as `trees.apart`. Raises StokerError."""
+    try:
+        return trees.apart(value)
+    except trees.Unsavable as error:
+        raise StokerError(
+            f"what the optimizer keeps as {name} has {error}, and a checkpoint holds {trees.ALLOWED}"
+        ) from None
+
+
 def _restore_state(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, tensors: Tensors, values: Mapping[str, Any]
 ) -> None:
     """Put back an optimizer's state (`<parameter>.<key>`), after its groups."""
     parameters = dict(model.named_parameters())
     optimizer.state.clear()
     group_of = {p: group for group in optimizer.param_groups for p in group["params"]}
-    for full_name, value in state.items():
-        name, _, key = full_name.rpartition(".")
-        if name not in parameters:  # another rank's
-            continue
-        parameter = parameters[name]
-        optimizer.state[parameter][key] = _beside(parameter, group_of[parameter], key, value)
+    for full_name, tensor in tensors.items():
+        name, key, within = _parted(full_name)
+        if name in parameters and not within:  # else another rank's, or of a value
+            parameter = parameters[name]
+            optimizer.state[parameter][key] = _beside(parameter, group_of[parameter], key, tensor)
+    for full_name, value in values.items():
+        name, key, _ = _parted(full_name)
+        if name in parameters:
+            parameter = parameters[name]
+            optimizer.state[parameter][key] = _together(full_name, value, tensors, parameter.device)
+
+
+def _together(name: str, value: Any, tensors: Tensors, device: torch.device) -> Any:
+    """What an optimizer keeps that is no tensor, of what `_apart` made of it."""
+    found = {leaf["at"]: leaf.get("on", "cpu") for _, leaf in trees.leaves(value)}
+    return trees.together(
+        value, {at: tensors[f"{name}{at}"].to("cpu" if on == "cpu" else device) for at, on in found.items()}
+    )
 
 
 def _names_of_groups(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list[list[str]]:
@@ -321,12 +398,12 @@ def _names_of_groups(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -
     return [[names[p] for p in group["params"]] for group in optimizer.param_groups]
 
 
-def _beside(parameter: torch.nn.Parameter, group: Mapping[str, Any], key: str, value: Any) -> Any:
+def _beside(
+    parameter: torch.nn.Parameter, group: Mapping[str, Any], key: str, value: torch.Tensor
+) -> torch.Tensor:
     """State lies on its parameter's device, but for step counters, as `Optimizer.load_state_dict` has it:
     they stay on the CPU unless the step is fused or captured in a graph.
     """
-    if not isinstance(value, torch.Tensor):
-        return value
     if key != "step":
         return value.to(parameter.device)
     on_device = group.get("fused") or group.get("capturable")

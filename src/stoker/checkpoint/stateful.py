@@ -124,6 +124,20 @@ class Registered:
         return True
 
 
+class _Extra:
+    """What a module keeps beside its tensors, as torch has it: `get_extra_state` and `set_extra_state`."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self.state_dict, self.load_state_dict = module.get_extra_state, module.set_extra_state
+
+
+def extra(model: torch.nn.Module) -> dict[str, Stateful]:
+    """The extra states of a model's modules, by the names that they have in its `state_dict()`."""
+    none = torch.nn.Module.get_extra_state
+    having = {name: m for name, m in model.named_modules() if type(m).get_extra_state is not none}
+    return {f"{name}._extra_state".removeprefix("."): _Extra(module) for name, module in having.items()}
+
+
 def check(name: str, given: object) -> None:
     """Raises BadInput for what a checkpoint cannot hold."""
     if isinstance(given, type) or not isinstance(given, Stateful):

@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import orjson
 import torch
+from safetensors.torch import _TYPES as DTYPES
 from safetensors.torch import save_file
 from stoker import distributed, storage, threads
 from stoker.checkpoint import manifest, planning, shards
@@ -23,7 +24,7 @@ from stoker.checkpoint.manifest import Checkpoint, File
 from stoker.checkpoint.staging import HostBuffers
 from stoker.errors import StokerError
 from stoker.world import World
-from torch.distributed.checkpoint import state_dict_loader
+from torch.distributed.checkpoint import _hf_utils, state_dict_loader
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -33,6 +34,9 @@ Tensors = dict[str, torch.Tensor]
 ALONE = World()
 
 _VALUES = "state.json"
+
+# Of what torch's reader lacks, complex numbers among it, it would say float32.
+_hf_utils.DTYPE_MAP.update(cast("dict[str, torch.dtype]", DTYPES))
 
 
 class Saver:
@@ -194,7 +198,7 @@ class About:
 def _check_finite(tensors: Tensors, step: int) -> None:
     """Raises StokerError."""
     for name, tensor in tensors.items():
-        if tensor.numel() and not all(bound.isfinite() for bound in torch.aminmax(tensor)):
+        if tensor.numel() and not all(bound.isfinite() for bound in torch.aminmax(planning.real(tensor))):
             raise StokerError(
                 f"step {step}: {name.removeprefix('model.')} is not finite any more, so it is not saved: the "
                 "newest checkpoint is from before. Go on from it with on_bad_loss=skip or rewind, which look "

@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import torch
 from stoker.engine import options
 from stoker.engine.gradients import local
+from stoker.engine.precision import wide
 
 
 class Ema:
-    """The average of the weights that are trained, in float32, each where its weight's shard is.
+    """The average of the weights that are trained, in float32 at least, each where its weight's shard is.
 
     Args:
         weights: by name, see `Step.weights`.
@@ -27,7 +28,7 @@ class Ema:
         assert settings.decay is not None
         self._decay, self._warmup = settings.decay, settings.warmup
         self._weights, self._publish = dict(weights), publish
-        self.values = {n: w.detach().clone().float() for n, w in self._weights.items()}
+        self.values = {n: w.detach().clone().to(wide(w.dtype)) for n, w in self._weights.items()}
         """By name, what is saved with a checkpoint."""
 
     def take(self) -> None:
@@ -52,7 +53,7 @@ class Ema:
         names = [n for n, w in self._weights.items() if only is None or id(w) in only]
         torch._foreach_lerp_(
             [local(self.values[n]) for n in names],
-            [local(self._weights[n].detach()).float() for n in names],
+            [local(self._weights[n].detach()).to(wide(self._weights[n].dtype)) for n in names],
             1.0 - decay,
         )
 

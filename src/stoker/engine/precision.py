@@ -1,4 +1,4 @@
-"""The precision a forward pass computes in; weights, and what the optimizer adds up, stay in float32."""
+"""The precision a forward pass computes in; weights, and what the optimizer adds up, are float32 at least."""
 
 from __future__ import annotations
 
@@ -44,6 +44,11 @@ def resolve(precision: Precision, device: torch.device, cache: Path) -> Resolved
     if precision != "auto":
         return precision
     return "bf16" if bf16_is_native(device) else "fp32"
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What weights of a type are kept in, and averaged: float32 in place of narrower ones."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def bf16_speed(memory: Path, *, kept: bool = True) -> float:

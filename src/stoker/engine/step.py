@@ -146,11 +146,13 @@ class PlainStep:
     ) -> None:
         self.in_backward = in_backward
         self.norm: torch.Tensor | float | None = None
-        if in_backward:
-            for optimizer in optimizers.values():
-                attach(optimizer)
+        self._move_on = [attach(optimizer) for optimizer in optimizers.values()] if in_backward else []
         self.model = model
         self.optimizers = optimizers
+        self.adding_up = False
+        """Whether there are gradients of a loop of one's own that no optimizer has used."""
+        for optimizer in optimizers.values():
+            optimizer.register_step_post_hook(self._used)
         self._setting = setting
         self._called = called or model
         self._parameters = list(model.parameters())  # which takes as long to find as to clear
@@ -203,12 +205,14 @@ class PlainStep:
     def backward(self, loss_sum: torch.Tensor) -> None:
         """The backward pass of a loop of one's own; its gradients are reduced by `update`."""
         self._backward(loss_sum)
-        self._reduced = False
+        self._reduced, self.adding_up = False, True
 
     def update(self, optimizer: torch.optim.Optimizer, weight: torch.Tensor) -> bool:
         """See `Step`."""
         setting = self._setting
         if self.in_backward:
+            for move_on in self._move_on:
+                move_on()
             return True
         updated = [p for group in optimizer.param_groups for p in group["params"]]
         if self._ddp is not None and not self._reduced:
@@ -223,8 +227,12 @@ class PlainStep:
 
     def clear(self) -> None:
         """See `Step`."""
+        self.adding_up = False
         for parameter in self._parameters:
             parameter.grad = None
+
+    def _used(self, *_: Any) -> None:
+        self.adding_up = False
 
     def _backward(self, loss_sum: torch.Tensor) -> None:
         if self._setting.scale.enabled:

@@ -12,11 +12,12 @@ from typing import Any, cast
 
 import torch
 from stoker import distributed, words
-from stoker.engine import activation, blocks, device, memory, options
+from stoker.engine import activation, blocks, device, memory, options, precision
 from stoker.engine.mesh import Mesh
 from stoker.engine.options import Training
 from stoker.engine.precision import DTYPES
-from stoker.engine.step import OptimizerFactory, PlainStep, Setting, Step, build_optimizers, trainable
+from stoker.engine.step import OptimizerFactory, PlainStep, Setting, Step, build_optimizers
+from stoker.errors import BadInput
 from stoker.world import World
 from torch import nn
 from torch.distributed.fsdp import (
@@ -139,6 +140,7 @@ def deepspeed(given: Layout) -> Step:
     """DeepSpeed's ZeRO."""
     from stoker.engine.zero import DeepSpeedStep, partition
 
+    _check_real(given.model, "DeepSpeed")
     if options.zero_stage(given.training.deepspeed) == 3:
         partition(given.model, given.blocks, given.training, given.setting, given.load)
     given.load(given.model, given.setting.mesh.device, "")
@@ -170,6 +172,7 @@ def shard(
 ) -> bool:
     """FSDP2 by block, then the rest of each root (by default of the model). Whether it casts by itself."""
     mesh = setting.mesh
+    _check_real(model, "FSDP")
     # BatchNorm wants its parameters and statistics in one dtype: there autocast does the casting.
     casts = setting.precision != "fp32" and not any(_is_batch_norm(m) for m in model.modules())
     dtype = DTYPES[setting.precision] if casts else None
@@ -190,6 +193,13 @@ def shard(
         if hasattr(root, "generate"):  # calls what is inside of it, past the hooks of the root
             register_fsdp_forward_method(root, "generate")
     return casts
+
+
+def _check_real(model: nn.Module, by: str) -> None:
+    """Raises BadInput where a weight is complex: of sums in float32 there are the real parts alone."""
+    found = [name for name, p in model.named_parameters() if p.is_complex()]
+    if found:
+        raise BadInput(f"{found[0]} is complex, and {by} trains real weights: use parallel=single or ddp")
 
 
 def _shard_again(root: nn.Module, inputs: Any, output: Any) -> None:
@@ -218,9 +228,11 @@ def _prepare(model: nn.Module, strategy: str, training: Training, mesh: Mesh) ->
     if training.sync_batchnorm and mesh.data.size > 1:
         group = mesh.data_axes.get_group() if mesh.data_axes.ndim == 1 else None
         nn.SyncBatchNorm.convert_sync_batchnorm(model, group)  # type: ignore[no-untyped-call]
-    if any(p.requires_grad and p.dtype not in (torch.float32, torch.float64) for p in model.parameters()):
-        for p in trainable(model):
-            p.data = p.data.float()  # master weights: an update may be far below one step of bf16
+    for p in model.parameters():
+        if p.requires_grad:  # master weights: an update may be far below one step of bf16
+            p.data = p.data.to(precision.wide(p.dtype))
+        if p.requires_grad and p.dtype == torch.complex128:  # which safetensors has not
+            raise BadInput("a weight is complex128, and checkpoints hold none of it: use complex64")
     if strategy != "pipeline":
         device.move(model, mesh.device)
 

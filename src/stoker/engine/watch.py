@@ -85,7 +85,7 @@ def histogram(values: torch.Tensor, bins: int) -> tuple[torch.Tensor, torch.Tens
 
     `torch.histc` would wait for the device to learn the range.
     """
-    flat = values.flatten().float()
+    flat = (torch.view_as_real(values) if values.is_complex() else values).flatten().float()
     finite = flat.isfinite()
     low = torch.where(finite, flat, torch.inf).amin()
     high = torch.where(finite, flat, -torch.inf).amax()
