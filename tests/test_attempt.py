@@ -284,7 +284,7 @@ def test_a_run_that_could_not_be_opened_may_be_opened_again(open_run: Callable[.
         open_run()
     shutil.rmtree(run.directory.journal)
     for _ in range(2):  # no attempt can be begun
-        with pytest.raises(FileNotFoundError):
+        with pytest.raises(BadInput, match="has no journal any more"):
             open_run()
     run.directory.journal.mkdir()
     open_run().close()

@@ -221,6 +221,11 @@ class Run:
         """Make or continue the directory; returns what the config drifted by."""
         changes: dict[str, tuple[Any, Any]] = {}
         if self.continued:
+            if not self.directory.journal.is_dir():
+                raise BadInput(
+                    f"{self.directory.path} has no journal any more, which is all that is known of the run: "
+                    "bring it back, or take another name"
+                )
             self.directory.logs.mkdir(exist_ok=True)  # which somebody may have tidied up
             before = view.load(self.directory)
             shared = before.config.keys() & record["config"].keys()  # a key may be new in the code since

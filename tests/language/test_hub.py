@@ -130,3 +130,15 @@ def test_weights_are_read_for_their_checksums_once_until_they_change(
     weights.write_bytes(b"two")
     os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))  # as `cp -p` leaves it
     assert hub.fingerprint(tmp_path) != first
+
+
+def test_the_folder_of_a_run_is_what_it_has_exported(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "llm" / "a"
+    (run / "artifacts" / "model").mkdir(parents=True)
+    (run / "run.json").write_text("{}")
+    assert hub.find(str(run)) == run / "artifacts" / "model"
+    with pytest.raises(BadInput, match=r"is a run that has exported no adapter: of it there is the model"):
+        hub.find(str(run), "lora.adapter")
+    (run / "artifacts" / "model").rmdir()
+    with pytest.raises(BadInput, match=r"no model: it has exported nothing yet"):
+        hub.find(str(run))

@@ -61,8 +61,8 @@ def find(
     not asked again for that, by no process of the user.
 
     Args:
-        reference: a directory, a URL such as `s3://bucket/folder`, or an id such as `org/name`, or
-            `org/name@revision`.
+        reference: a directory, of a run the one of what it has exported; a URL such as `s3://bucket/folder`;
+            or an id such as `org/name`, or `org/name@revision`.
         what: the key by which it was given, for messages.
         known: other words that could have been meant.
         weights: whether its weights are brought as well.
@@ -75,11 +75,23 @@ def find(
         return _from_store(reference, what)
     path = Path(reference).expanduser()
     if path.is_dir():
-        return path.absolute()
+        return _exported(path.absolute(), what)
     try:
         return _from_hub(reference, what, known, weights=weights, pickles=pickles)
     except BadInput as error:
         raise BadInput(f"{error}{nearest(reference, known)}") from error
+
+
+def _exported(folder: Path, what: str) -> Path:
+    """The folder itself, or of a run what it has exported. Raises BadInput where it has not."""
+    if not (folder / "run.json").is_file():
+        return folder
+    names = ("adapter", "model") if what == "lora.adapter" else ("model", "adapter")
+    wanted, other = (folder / "artifacts" / name for name in names)
+    if wanted.is_dir():
+        return wanted
+    has = f"of it there is the {other.name}, {other}" if other.is_dir() else "it has exported nothing yet"
+    raise BadInput(f"{what} {folder} is a run that has exported no {names[0]}: {has}")
 
 
 def _from_hub(reference: str, what: str, known: Sequence[str], *, weights: bool, pickles: bool) -> Path:
