@@ -79,3 +79,17 @@ def test_of_a_model_that_sees_the_files_of_its_eyes_come_along(
         BadInput, match=r"the model has model\.vision_tower.*can be exported once the run has"
     ):
         exports.put_weights(checkpoint, shape)
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float32])
+def test_that_an_export_is_twice_as_large_as_its_base_is_said(
+    kind: torch.dtype, stoker: Callable[..., Any], tmp_path: Path
+) -> None:
+    base = families.with_tokenizer(tmp_path / "base")
+    families.model("llama").to(kind).save_pretrained(base)
+    (tmp_path / "d.jsonl").write_text('{"text": "a text of some words"}\n' * 20)
+    small = ("data=d.jsonl", "sequence_length=32", "batch_size=2", "max_steps=1", "validation=0", "test=0")
+    done = stoker("train", "llm", f"model={base}", *small, "--name", "a")
+    assert ("`stoker models push a DEST --dtype bf16`" in done.err) == (kind is torch.bfloat16), done.err
+    made = weights(tmp_path / "runs" / "llm" / "a" / "artifacts" / "model")
+    assert {tensor.dtype for tensor in made.values()} == {torch.float32}

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import save_torch_state_dict
-from stoker import exports, storage
+from stoker import exports, storage, words
 from stoker.language import saved_adapters
 from stoker.language.building import Language
 from stoker.language.lora import is_of_adapter
 from stoker.loop import Trainer
+
+log = logging.getLogger("stoker")
 
 _OF_SENSES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 """What is beside a model that also sees or hears: how it is given what is no text."""
@@ -38,8 +41,23 @@ def export(trainer: Trainer, language: Language, model: Any) -> Path | None:
         _describe(model, language, target)
     else:
         _describe(model, language, target)
+        size = sum(tensor.nbytes for tensor in tensors.values())
         save_torch_state_dict(exports.as_in_files(target, tensors), target)
+        _say_twice_as_large(language, trainer.run.directory.id, size)
     return trainer.run.artifact(target, kind=name)
+
+
+def _say_twice_as_large(language: Language, run: str, size: int) -> None:
+    """Of a model whose files had 16 bits a weight: what is exported has 32, as it was trained."""
+    if not isinstance(language.origin, Path):
+        return
+    config = storage.read_json(language.origin / "config.json") or {}
+    kind = config.get("dtype") or config.get("torch_dtype")
+    if kind in ("bfloat16", "float16"):
+        log.info(
+            "the export has its weights in float32, as they were trained: %s. `stoker models push %s DEST "
+            "--dtype bf16` writes half as much", words.size(size), run,
+        )  # fmt: skip
 
 
 def record_shape(trainer: Trainer, language: Language, model: Any) -> None:
