@@ -12,9 +12,9 @@ from typing import Any
 
 import orjson
 import pytest
-from stoker import Run
+from stoker import Run, storage
 from stoker.errors import BadInput
-from stoker.run import artifacts
+from stoker.run import artifacts, view
 from stoker.run.directory import RunDirectory
 from stoker.tracking import feed, follower, ledger, mlflow_sink, store
 from stoker.tracking.shipper import Shipper
@@ -270,6 +270,62 @@ def test_a_feed_that_begins_at_a_cursor_gives_the_batches_of_one_that_never_stop
     assert taken == [(s, 0 if s < 700 else 1 if s < 1000 else 2) for s in range(1300)]
 
 
+def test_a_rebuild_that_is_killed_is_gone_on_with(runs: Path, finish: Any, seen: Any) -> None:
+    run = make_run(runs)
+    for value in (1, 2):
+        trainer = Trainer(run)
+        trainer.resume(0)
+        trainer.log(1, loss=value)
+        trainer.end("finished")
+    run.sinks.mkdir()
+    with (
+        storage.locked(ledger.lock_of(run, "mlflow")),
+        pytest.raises(BadInput, match="is being shipped to mlflow now"),
+    ):
+        follower.rebuild(run)
+    finish(run)
+    assert seen(runs).points("loss") == [(1, 1)]
+    follower.rebuild(run)
+    for word in ("open", "ship", "conclude"):
+        process = warm.process(run_dying_follower, run.path, word)
+        process.start()
+        process.join(DEADLINE)
+        assert process.exitcode == -signal.SIGKILL
+    finish(run)
+    assert len(seen(runs).runs) == 2
+    assert seen(runs).points("loss") == [(1, 2)]
+    ledger.file_of(run, "mlflow").unlink()
+    finish(run)
+    assert len(seen(runs).runs) == 2, "the one that stands is found by its tags"
+
+
+def test_a_feed_gives_the_fold_of_what_was_there_when_it_was_rebuilt_and_first_points_of_the_rest(
+    tmp_path: Path,
+) -> None:
+    run = make_run(tmp_path / "runs")
+    for attempt, resumed in enumerate([0, 300, 100, 200]):
+        if attempt == 3:
+            folded = feed.whole(run.journal)
+            view_then = view.load(run)
+        trainer = Trainer(run)
+        trainer.resume(resumed)
+        trainer.table("answers", resumed + 50, [{"attempt": attempt}])
+        for step in range(resumed + 1, resumed + 700):
+            trainer.log(step, loss=attempt)
+        trainer.die()
+    whole, taken, shown = feed.Feed(run.journal, feed.Cursor(), folded), [], []
+    while feed.position(whole.cursor) < feed.end(run.journal):
+        resumed_feed = feed.Feed(run.journal, whole.cursor, folded)
+        batch = whole.take()
+        assert resumed_feed.take() == batch
+        taken += [(point.step, point.value) for point in batch.points]
+        shown += [event["step"] for event in batch.media]
+    then = view_then.points["loss"]
+    assert taken == [*then.items(), *((s, 3) for s in range(800, 900))]
+    assert (then[100], then[101]) == (0, 2), "the second attempt is void altogether"
+    assert shown == [50, 150, 250]
+
+
 def test_no_name_that_mlflow_refuses_reaches_it() -> None:
     names = ["loss", "val/loss", "a b:c", "ä", "a(b", "a[b", "", ".", "/a", "a//b", "../a", "a/", "x" * 300]
     keys = [mlflow_sink.key(name) for name in names]
@@ -299,7 +355,7 @@ class _Recording:
         self._on_disk = on_disk
         self.left: list[int] = []
 
-    def open(self, known: str | None, started: float, mark: Any) -> SinkRun:
+    def open(self, known: str | None, started: float, mark: Any, edition: str) -> SinkRun:
         return SinkRun("1", "here")
 
     def ship(self, batch: Batch) -> None:

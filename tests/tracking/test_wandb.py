@@ -35,8 +35,8 @@ def _ship_and_die(path: Path, wait: float, whom: str) -> None:
     directory = RunDirectory(path)
 
     class Dying(WandbSink):
-        def open(self, known: str | None, started: float, mark: object) -> SinkRun:
-            opened = super().open(known, started, mark)
+        def open(self, known: str | None, started: float, mark: object, edition: str) -> SinkRun:
+            opened = super().open(known, started, mark, edition)
             shipped = self.ship
 
             def ship(batch: object) -> None:
