@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -270,6 +271,32 @@ def test_a_feed_that_begins_at_a_cursor_gives_the_batches_of_one_that_never_stop
     assert taken == [(s, 0 if s < 700 else 1 if s < 1000 else 2) for s in range(1300)]
 
 
+def test_a_copy_has_an_mlflow_run_of_its_own_and_a_run_that_was_renamed_keeps_its(
+    runs: Path, finish: Any, seen: Any
+) -> None:
+    run = make_run(runs)
+    _log(run, 1, 2)
+    finish(run)
+    original = seen(runs).run.info.run_id
+    renamed = RunDirectory(run.path.rename(run.path.with_name("b")))
+    _log(renamed, 3)
+    finish(renamed)
+    assert seen(runs).run.info.run_id == original
+    copies = [RunDirectory(run.path.with_name(name)) for name in ("a", "c")]
+    for copy in copies:
+        shutil.copytree(renamed.path, copy.path)
+    for one in (*copies, renamed):
+        _log(one, 4)
+        finish(one)
+    finish(copies[0])
+    found = {one.data.tags["mlflow.runName"]: one.info.run_id for one in seen(runs).runs}
+    assert sorted(found) == ["a", "b", "c"]
+    assert found["b"] == original
+    for mlflow_run in found.values():
+        history = seen(runs).client.get_metric_history(mlflow_run, "loss")
+        assert sorted(point.step for point in history) == [1, 2, 3, 4]
+
+
 def test_a_rebuild_that_is_killed_is_gone_on_with(runs: Path, finish: Any, seen: Any) -> None:
     run = make_run(runs)
     for value in (1, 2):
@@ -341,6 +368,13 @@ def test_following_leaves_training_without_mlflow() -> None:
 
 def _shipped(run: RunDirectory) -> int:
     return feed.position(ledger.load(ledger.file_of(run, "mlflow")).cursor)
+
+
+def _log(run: RunDirectory, *steps: int) -> None:
+    trainer = Trainer(run)
+    for step in steps:
+        trainer.log(step, loss=step)
+    trainer.end("finished")
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -24,7 +24,7 @@ from stoker import storage
 from stoker.errors import StokerError
 from stoker.run import media, view
 from stoker.run.directory import SWEEP, RunDirectory
-from stoker.tracking import store
+from stoker.tracking import identity, store
 from stoker.tracking.sink import Batch, Ending, SinkRun
 
 log = logging.getLogger(__name__)
@@ -38,6 +38,7 @@ _LONGEST_KEY = 250
 _LARGEST_SHOWN_TABLE = 10_000  # rows; a larger one is there as Parquet alone
 _NOTE = "mlflow.note.content"
 _PARENT = "mlflow.parentRunId"
+_IDENTITY = "stoker.run"
 _EDITION = "stoker.edition"
 _REPLACED = "stoker.replaced_by"
 _REFUSED = re.compile(r"[^\w./\- :]")
@@ -118,7 +119,7 @@ class MlflowSink:
     @property
     def _identity(self) -> str:
         """What finds the MLflow run again where its id was lost: no other run has it."""
-        return f"{self._directory.experiment}/{self._directory.id}@{self._record['uid']}"
+        return identity.of(self._directory)
 
     def _located(self, known: str | None, edition: str) -> tuple[str, str] | None:
         """The experiment and id of the run that the ledger names, where this store has it."""
@@ -132,18 +133,23 @@ class MlflowSink:
             raise
         if edition and run.data.tags.get(_EDITION) != edition:
             return None  # this one is to be replaced
+        who = run.data.tags.get(_IDENTITY, self._identity)
+        if identity.is_anothers(who, self._directory):
+            return None  # ours is a copy, and so is its ledger
         if run.info.lifecycle_stage == LifecycleStage.DELETED:
             self._experiment()  # says so where all of it was deleted
             raise StokerError(
                 f"its run {known} was deleted in MLflow: "
                 f"restore it there, or have `{self._rebuild}` make another"
             )
+        if who != self._identity:
+            self._mlflow.set_tag(known, _IDENTITY, self._identity)  # it was renamed
         return run.info.experiment_id, known
 
     def _found_or_made(self, started: float, edition: str) -> tuple[str, str]:
         """The run that stands for ours, found by its tags; the one that an edition replaces is marked."""
         experiment = self._experiment(restored=bool(edition))
-        query = f"tags.`stoker.run` = '{self._identity}'"
+        query = f"tags.`{_IDENTITY}` = '{self._identity}'"
         found = {run.info.run_id: run.data.tags for run in self._mlflow.search_runs([experiment], query)}
         standing = {run: tags for run, tags in found.items() if _REPLACED not in tags}
         mine = [run for run, tags in standing.items() if not edition or tags.get(_EDITION) == edition]
@@ -153,7 +159,7 @@ class MlflowSink:
         return experiment, run
 
     def _made(self, experiment: str, started: float, edition: str) -> str:
-        tags = {"stoker.run": self._identity, **({_EDITION: edition} if edition else {})}
+        tags = {_IDENTITY: self._identity, **({_EDITION: edition} if edition else {})}
         made = self._mlflow.create_run(
             experiment, start_time=int(started * 1000), tags=tags, run_name=self._directory.id
         )

@@ -11,6 +11,7 @@ offline; the files stand in the run's directory, and `wandb sync` uploads them.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
 import logging
 import os
@@ -25,7 +26,7 @@ import wandb
 from requests.utils import get_netrc_auth
 from stoker.run import media, view
 from stoker.run.directory import SWEEP, RunDirectory
-from stoker.tracking import wandb_files
+from stoker.tracking import identity, wandb_files
 from stoker.tracking.feed import SYSTEM
 from stoker.tracking.sink import Batch, Ending, Point, SinkRun
 
@@ -49,7 +50,7 @@ class WandbSink:
     def __init__(self, directory: RunDirectory) -> None:
         self._directory = directory
         self._record = directory.record()
-        self._id = str(self._record["uid"])[:32]
+        self._id = ""
         self._run: Any = None
         self._present: set[tuple[str, int]] = set()
         self._artifacts: set[str] = set()
@@ -57,10 +58,10 @@ class WandbSink:
     def open(self, known: str | None, started: float, mark: Any, edition: str) -> SinkRun:
         """Begin or go on with the W&B run, and learn what it has."""
         self._artifacts = set((mark or {}).get("artifacts", []))
-        if edition:
-            self._id = f"{self._id}-{edition}"
-            if known not in (None, self._id):
-                self._mark_replaced(known, started)
+        base = self._base(known)
+        self._id = f"{base}-{edition}" if edition else base
+        if known is not None and known.startswith(base) and not known.endswith(edition):
+            self._mark_replaced(known, started)
         self._run, online = self._begun(self._id, started), mode() == "online"
         if online and self._run.resumed:
             self._present = set(_points_on_server(self._run))
@@ -69,6 +70,13 @@ class WandbSink:
         self._run.config.update(self._about(), allow_val_change=True)
         where = self._run.url if online else str(self._directory.path / "wandb")
         return SinkRun(self._id, where, anew=known is not None)
+
+    def _base(self, known: str | None) -> str:
+        """What our ids begin with: the uid, and of a copy what tells it from its original."""
+        uid = str(self._record["uid"])[:32]
+        own = f"{uid}-{hashlib.sha256(identity.of(self._directory).encode()).hexdigest()[:8]}"
+        is_copy = identity.is_anothers(identity.recorded(self._record), self._directory)
+        return own if is_copy or (known or "").startswith(own) else uid
 
     def _begun(self, run: str, started: float) -> Any:
         """W&B's run of an id, begun or gone on with; of an offline one, what it has is read."""
