@@ -271,6 +271,39 @@ def test_a_feed_that_begins_at_a_cursor_gives_the_batches_of_one_that_never_stop
     assert taken == [(s, 0 if s < 700 else 1 if s < 1000 else 2) for s in range(1300)]
 
 
+@pytest.mark.parametrize("copied", [False, True])
+def test_artifacts_stand_in_the_runs_folder_wherever_it_is_moved_to(
+    runs: Path, finish: Any, seen: Any, copied: bool
+) -> None:
+    run = make_run(runs)
+    _log_artifact(run, "one")
+    finish(run)
+    elsewhere = runs.parent / "other place" / "runs"
+    elsewhere.parent.mkdir()
+    (shutil.copytree if copied else shutil.move)(runs, elsewhere)
+    before = _files(runs) if copied else []
+    moved = RunDirectory(elsewhere / run.experiment / run.id)
+    _log_artifact(moved, "two")
+    finish(moved)
+    mlflow = seen(elsewhere)
+    assert mlflow.artifacts() == ["one", "two"]
+    assert [file.name for file in _files(elsewhere) if file.is_file()] == ["one", "two"]
+    assert (_files(runs) if runs.exists() else []) == before
+
+
+def test_a_runs_folder_that_has_two_paths_is_not_taken_for_one_that_was_moved(
+    runs: Path, finish: Any, seen: Any
+) -> None:
+    run = make_run(runs)
+    _log_artifact(run, "one")
+    finish(run)
+    before = seen(runs).run.info.artifact_uri
+    link = runs.with_name("link")
+    link.symlink_to(runs)
+    store.settle(link)
+    assert seen(runs).run.info.artifact_uri == before
+
+
 def test_a_copy_has_an_mlflow_run_of_its_own_and_a_run_that_was_renamed_keeps_its(
     runs: Path, finish: Any, seen: Any
 ) -> None:
@@ -375,6 +408,18 @@ def _log(run: RunDirectory, *steps: int) -> None:
     for step in steps:
         trainer.log(step, loss=step)
     trainer.end("finished")
+
+
+def _log_artifact(run: RunDirectory, name: str) -> None:
+    _write(run.artifacts / name, name.encode())
+    trainer = Trainer(run)
+    files = artifacts.describe(run, run.artifacts / name)
+    trainer.journal.append("artifact", name=name, kind="file", files=files)
+    trainer.end("finished")
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted((folder / "mlartifacts").rglob("*"))
 
 
 def _write(path: Path, content: bytes) -> None:

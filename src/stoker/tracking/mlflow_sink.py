@@ -109,6 +109,7 @@ class MlflowSink:
         if store.server_uri() is None:
             with storage.locked(store.lock_file(self._runs)):
                 make_store(store.database(self._runs))
+                store.settle(self._runs)
         return MlflowClient(self._uri)
 
     @property
