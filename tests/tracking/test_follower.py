@@ -291,6 +291,19 @@ def test_artifacts_stand_in_the_runs_folder_wherever_it_is_moved_to(
     assert (_files(runs) if runs.exists() else []) == before
 
 
+@pytest.mark.parametrize("name", ["what?", "100%41", "a #&=+ä:@"])
+def test_a_runs_folder_may_have_any_name(tmp_path: Path, finish: Any, seen: Any, name: str) -> None:
+    runs = tmp_path / "parent" / name / "runs"
+    run = make_run(runs)
+    _log_artifact(run, "one")
+    finish(run)
+    assert seen(runs).artifacts() == ["one"]
+    assert seen(runs).status == "FINISHED"
+    assert [file.name for file in _files(runs) if file.is_file()] == ["one"]
+    assert store.database(runs).is_file()
+    assert [path.name for path in (tmp_path / "parent").iterdir()] == [name]
+
+
 def test_a_runs_folder_that_has_two_paths_is_not_taken_for_one_that_was_moved(
     runs: Path, finish: Any, seen: Any
 ) -> None:

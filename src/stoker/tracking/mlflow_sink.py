@@ -321,7 +321,7 @@ def make_store(database: Path) -> None:
     fresh = database.with_name(f".{database.name}.new")
     for leftover in (fresh, fresh.with_name(f"{fresh.name}-journal")):
         leftover.unlink(missing_ok=True)
-    MlflowClient(f"sqlite:///{fresh}").search_experiments(max_results=1)
+    MlflowClient(store.sqlite_uri(fresh)).search_experiments(max_results=1)
     storage.sync_file(fresh)
     fresh.replace(database)
     storage.sync_directory(database.parent)

@@ -79,7 +79,19 @@ def lock_file(runs: Path) -> Path:
 
 def embedded_uri(runs: Path) -> str:
     """The embedded store as MLflow names it."""
-    return f"sqlite:///{database(runs)}"
+    return sqlite_uri(database(runs))
+
+
+def sqlite_uri(file: Path) -> str:
+    """A database file as MLflow names it; escaped where its path has what means something in a URI.
+
+    Such a one names its driver too, since of any other MLflow makes the folder by its escaped name.
+    """
+    if not set("?%") & set(str(file)):
+        return f"sqlite:///{file}"
+    from sqlalchemy import URL
+
+    return URL.create("sqlite+pysqlite", database=str(file)).render_as_string()
 
 
 def server_uri() -> str | None:
