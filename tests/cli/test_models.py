@@ -73,6 +73,12 @@ def test_versions_are_registered_promoted_pulled_and_load_with_mlflow(
     listed = {v["version"]: v["stage"] for v in stoker("models", "list", "--json").answer["models"]}
     assert listed == {1: "archived", 2: "production"}
 
+    (tmp_path / "runs").rename(tmp_path / "moved")
+    moved = stoker("models", "pull", "fraud@1", "-o", "from-moved", "--runs", "moved", "--json").answer
+    assert load_file(Path(moved["folder"]) / "model.safetensors")["w"].tolist() == [20.0, 20.0]
+    (tmp_path / "moved").rename(tmp_path / "runs")
+    assert stoker("models", "pull", "fraud@2").code == 0  # and back
+
     loaded = _loaded(tmp_path / "runs", "fraud@production")
     assert loaded.tensors()["w"].tolist() == [10.0, 10.0]
     with pytest.raises(TypeError, match="load_state_dict"):

@@ -68,7 +68,8 @@ class Seen:
 
     @property
     def run(self) -> Any:
-        (run,) = self.runs
+        """The one that stands: no rebuild has replaced it."""
+        (run,) = (run for run in self.runs if "stoker.replaced_by" not in run.data.tags)
         return run
 
     @property
@@ -84,13 +85,13 @@ class Seen:
         return sorted(file.path for file in self.client.list_artifacts(self.run.info.run_id, folder))
 
 
-def make_run(runs: Path, name: str = "a", **config: Any) -> RunDirectory:
-    directory = RunDirectory(runs / "digits" / name)
+def make_run(runs: Path, name: str = "a", experiment: str = "digits", **config: Any) -> RunDirectory:
+    directory = RunDirectory(runs / experiment / name)
     directory.create(
         {
             "uid": f"uid-of-{name}",
             "id": name,
-            "experiment": "digits",
+            "experiment": experiment,
             "config": {"lr": 0.1, **config},
             "recipe": {"name": "cnn", "reference": "examples/own_loop.py"},
             "code": {"commit": "c0ffee", "branch": "main", "remote": None, "dirty": True},
@@ -122,8 +123,8 @@ class DyingSink:
         self._sink = MlflowSink(directory)
         self._word = word
 
-    def open(self, known: str | None, started: float, mark: Any) -> SinkRun:
-        return self._die_after("open", self._sink.open(known, started, mark))
+    def open(self, known: str | None, started: float, mark: Any, edition: str) -> SinkRun:
+        return self._die_after("open", self._sink.open(known, started, mark, edition))
 
     def ship(self, batch: Batch) -> None:
         self._die_after("ship", self._sink.ship(batch))

@@ -19,8 +19,8 @@ from typing import Any, Protocol
 import psutil
 import pytest
 from stoker.run.directory import RunDirectory
-from stoker.tracking import follower, wandb_files
-from synthetic_run import DEADLINE, Seen, until
+from stoker.tracking import follower, ledger, wandb_files
+from synthetic_run import DEADLINE, Seen, Trainer, make_run, until
 
 from servers import mlflow_server, postgres, postgres_binaries
 
@@ -38,6 +38,7 @@ class Reader(Protocol):
     """A sink's content, read with the sink's own tools, after the fact."""
 
     def runs(self) -> int: ...
+    def replaced(self) -> int: ...
     def metrics(self) -> set[str]: ...
     def points(self, metric: str) -> list[tuple[int, float]]: ...
     def params(self) -> dict[str, str]: ...
@@ -62,6 +63,10 @@ class MlflowReader:
 
     def runs(self) -> int:
         return len(self._seen.runs)
+
+    def replaced(self) -> int:
+        seen = self._seen
+        return sum(run.data.tags.get("stoker.replaced_by") == seen.run.info.run_id for run in seen.runs)
 
     def metrics(self) -> set[str]:
         return set(self._seen.run.data.metrics)
@@ -117,7 +122,10 @@ class TensorBoardReader:
         return [event.tensor_proto.string_val[0].decode() for event in events.Tensors(tag)]
 
     def runs(self) -> int:
-        return 1 if self._folder.is_dir() else 0
+        return self._folder.is_dir() + self.replaced()
+
+    def replaced(self) -> int:
+        return len([*self._folder.parent.glob("tensorboard.replaced_by.*")])
 
     def metrics(self) -> set[str]:
         return set(self._events().Tags()["scalars"])
@@ -165,14 +173,18 @@ class WandbReader:
         self._directory = run
 
     def _files(self) -> list[Path]:
-        return sorted(self._directory.path.glob("wandb/offline-run-*/*.wandb"))
+        return wandb_files.of_run(self._directory.path, self._standing())
+
+    def _standing(self) -> str:
+        """The id of the run that the last rebuild made."""
+        return ledger.load(ledger.file_of(self._directory, "wandb")).run or ""
 
     def _rows(self) -> list[dict[str, Any]]:
         return [row for file in self._files() for row in wandb_files.history(file)]
 
-    def _config(self) -> dict[str, Any]:
+    def _config(self, files: list[Path] | None = None) -> dict[str, Any]:
         config: dict[str, Any] = {}
-        for file in self._files():
+        for file in files or self._files():
             for record in wandb_files.records(file):
                 kind = record.WhichOneof("record_type")
                 updates = record.run.config.update if kind == "run" else record.config.update
@@ -184,7 +196,11 @@ class WandbReader:
         return dict(found)
 
     def runs(self) -> int:
-        return len({file.name for file in self._files()})
+        return len({file.name for file in self._directory.path.glob("wandb/offline-run-*/*.wandb")})
+
+    def replaced(self) -> int:
+        files = self._directory.path.glob("wandb/offline-run-*/*.wandb")
+        return sum(self._config([file])["stoker"].get("replaced_by") == self._standing() for file in files)
 
     def metrics(self) -> set[str]:
         return {key for row in self._rows() for key in row}
@@ -369,3 +385,80 @@ def test_what_is_said_of_an_ended_run_arrives_too(
     assert reader.tags()["team"] == "red"
     assert reader.points("loss") == before
     assert reader.status() == "finished"
+
+
+def test_a_run_that_is_rebuilt_has_what_the_view_has_and_the_old_one_is_marked(
+    tmp_path: Path, reader: Reader, train: Callable[..., subprocess.Popen[bytes]], stoker: Any
+) -> None:
+    first = train("1", "40")
+    refused = stoker("sync", "a", "--rebuild")
+    assert refused.code == 2
+    assert "is being trained now" in refused.err
+    until(lambda: _pending(tmp_path) == 0)
+    first.kill()
+    train("31", "50", "--resume", "30", "--finish").wait(DEADLINE)
+    until(lambda: _pending(tmp_path) == 0)
+    until(lambda: not _followers(tmp_path))
+    assert reader.points("loss")[39] == (40, 1040)
+
+    (said,) = stoker("sync", "a", "--rebuild", "--json").answer["sinks"]
+    assert said["rebuilt"]
+    assert said["replaced"]
+    assert (reader.runs(), reader.replaced()) == (2, 1)
+    of_attempt = {s: 1 if s <= 30 else 2 for s in range(1, 51)}
+    assert reader.points("loss") == [(s, 1000 * n + s) for s, n in of_attempt.items()]
+    assert (reader.params()["lr"], reader.params()["parameters"]) == ("0.1", "1234")
+    assert reader.tags()["team"] == "blue"
+    assert reader.has_artifact()
+    assert reader.table() == [["why", 0.5], [None, 1.0]]
+    assert reader.status() == "finished"
+
+    train("41", "60", "--resume", "40", "--finish").wait(DEADLINE)  # it goes on in the new one
+    until(lambda: _pending(tmp_path) == 0)
+    until(lambda: not _followers(tmp_path))
+    assert (reader.runs(), reader.replaced()) == (2, 1)
+    assert [s for s, _ in reader.points("loss")] == list(range(1, 61))
+    assert (dict(reader.points("loss"))[50], dict(reader.points("loss"))[60]) == (2050, 3060)
+    assert reader.status() == "finished"
+    assert "made anew, in place of" in stoker("sync", "a", "--rebuild").out
+    assert dict(reader.points("loss"))[50] == 3050
+
+
+@pytest.mark.parametrize("whole_experiment", [False, True])
+def test_what_was_deleted_in_mlflow_is_made_anew(
+    tmp_path: Path,
+    mlflow_on_postgres: str,
+    stoker: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    whole_experiment: bool,
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_on_postgres)
+    experiment = f"deleted-{whole_experiment}"
+    runs = [_ended_run(tmp_path / "runs", experiment, name) for name in ("a", "b")]
+    assert stoker("sync", "a").code == 0
+    before = Seen(mlflow_on_postgres, experiment)
+    if whole_experiment:
+        before.client.delete_experiment(before.run.info.experiment_id)
+    else:
+        before.client.delete_run(before.run.info.run_id)
+    Trainer(runs[0]).end("stopped")
+    for name in ("a", "b") if whole_experiment else ("a",):
+        stuck = stoker("sync", name)
+        assert stuck.code == 1
+        assert f"stoker sync {experiment}/{name} --rebuild" in stuck.err
+        assert f"experiment {experiment!r} was deleted" in stuck.err or not whole_experiment
+    for name in ("a", "b"):
+        assert stoker("sync", name, "--rebuild").code == 0
+    seen = Seen(mlflow_on_postgres, experiment)
+    standing = [run for run in seen.runs if "stoker.replaced_by" not in run.data.tags]
+    assert sorted(run.data.tags["mlflow.runName"] for run in standing) == ["a", "b"]
+    assert before.run.info.run_id not in {run.info.run_id for run in standing}
+    assert all(run.data.metrics == {"loss": 1.0} for run in standing)
+
+
+def _ended_run(runs: Path, experiment: str, name: str) -> RunDirectory:
+    run = make_run(runs, name, experiment=experiment)
+    trainer = Trainer(run)
+    trainer.log(1, loss=1.0)
+    trainer.end("finished")
+    return run

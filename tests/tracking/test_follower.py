@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,9 +13,9 @@ from typing import Any
 
 import orjson
 import pytest
-from stoker import Run
+from stoker import Run, storage
 from stoker.errors import BadInput
-from stoker.run import artifacts
+from stoker.run import artifacts, view
 from stoker.run.directory import RunDirectory
 from stoker.tracking import feed, follower, ledger, mlflow_sink, store
 from stoker.tracking.shipper import Shipper
@@ -274,6 +275,134 @@ def test_a_feed_that_begins_at_a_cursor_gives_the_batches_of_one_that_never_stop
     assert taken == [(s, 0 if s < 700 else 1 if s < 1000 else 2) for s in range(1300)]
 
 
+@pytest.mark.parametrize("copied", [False, True])
+def test_artifacts_stand_in_the_runs_folder_wherever_it_is_moved_to(
+    runs: Path, finish: Any, seen: Any, copied: bool
+) -> None:
+    run = make_run(runs)
+    _log_artifact(run, "one")
+    finish(run)
+    elsewhere = runs.parent / "other place" / "runs"
+    elsewhere.parent.mkdir()
+    (shutil.copytree if copied else shutil.move)(runs, elsewhere)
+    before = _files(runs) if copied else []
+    moved = RunDirectory(elsewhere / run.experiment / run.id)
+    _log_artifact(moved, "two")
+    finish(moved)
+    mlflow = seen(elsewhere)
+    assert mlflow.artifacts() == ["one", "two"]
+    assert [file.name for file in _files(elsewhere) if file.is_file()] == ["one", "two"]
+    assert (_files(runs) if runs.exists() else []) == before
+
+
+@pytest.mark.parametrize("name", ["what?", "100%41", "a #&=+ä:@"])
+def test_a_runs_folder_may_have_any_name(tmp_path: Path, finish: Any, seen: Any, name: str) -> None:
+    runs = tmp_path / "parent" / name / "runs"
+    run = make_run(runs)
+    _log_artifact(run, "one")
+    finish(run)
+    assert seen(runs).artifacts() == ["one"]
+    assert seen(runs).status == "FINISHED"
+    assert [file.name for file in _files(runs) if file.is_file()] == ["one"]
+    assert store.database(runs).is_file()
+    assert [path.name for path in (tmp_path / "parent").iterdir()] == [name]
+
+
+def test_a_runs_folder_that_has_two_paths_is_not_taken_for_one_that_was_moved(
+    runs: Path, finish: Any, seen: Any
+) -> None:
+    run = make_run(runs)
+    _log_artifact(run, "one")
+    finish(run)
+    before = seen(runs).run.info.artifact_uri
+    link = runs.with_name("link")
+    link.symlink_to(runs)
+    store.settle(link)
+    assert seen(runs).run.info.artifact_uri == before
+
+
+def test_a_copy_has_an_mlflow_run_of_its_own_and_a_run_that_was_renamed_keeps_its(
+    runs: Path, finish: Any, seen: Any
+) -> None:
+    run = make_run(runs)
+    _log(run, 1, 2)
+    finish(run)
+    original = seen(runs).run.info.run_id
+    renamed = RunDirectory(run.path.rename(run.path.with_name("b")))
+    _log(renamed, 3)
+    finish(renamed)
+    assert seen(runs).run.info.run_id == original
+    copies = [RunDirectory(run.path.with_name(name)) for name in ("a", "c")]
+    for copy in copies:
+        shutil.copytree(renamed.path, copy.path)
+    for one in (*copies, renamed):
+        _log(one, 4)
+        finish(one)
+    finish(copies[0])
+    found = {one.data.tags["mlflow.runName"]: one.info.run_id for one in seen(runs).runs}
+    assert sorted(found) == ["a", "b", "c"]
+    assert found["b"] == original
+    for mlflow_run in found.values():
+        history = seen(runs).client.get_metric_history(mlflow_run, "loss")
+        assert sorted(point.step for point in history) == [1, 2, 3, 4]
+
+
+def test_a_rebuild_that_is_killed_is_gone_on_with(runs: Path, finish: Any, seen: Any) -> None:
+    run = make_run(runs)
+    for value in (1, 2):
+        trainer = Trainer(run)
+        trainer.resume(0)
+        trainer.log(1, loss=value)
+        trainer.end("finished")
+    run.sinks.mkdir()
+    with (
+        storage.locked(ledger.lock_of(run, "mlflow")),
+        pytest.raises(BadInput, match="is being shipped to mlflow now"),
+    ):
+        follower.rebuild(run)
+    finish(run)
+    assert seen(runs).points("loss") == [(1, 1)]
+    follower.rebuild(run)
+    for word in ("open", "ship", "conclude"):
+        process = warm.process(run_dying_follower, run.path, word)
+        process.start()
+        process.join(DEADLINE)
+        assert process.exitcode == -signal.SIGKILL
+    finish(run)
+    assert len(seen(runs).runs) == 2
+    assert seen(runs).points("loss") == [(1, 2)]
+    ledger.file_of(run, "mlflow").unlink()
+    finish(run)
+    assert len(seen(runs).runs) == 2, "the one that stands is found by its tags"
+
+
+def test_a_feed_gives_the_fold_of_what_was_there_when_it_was_rebuilt_and_first_points_of_the_rest(
+    tmp_path: Path,
+) -> None:
+    run = make_run(tmp_path / "runs")
+    for attempt, resumed in enumerate([0, 300, 100, 200]):
+        if attempt == 3:
+            folded = feed.whole(run.journal)
+            view_then = view.load(run)
+        trainer = Trainer(run)
+        trainer.resume(resumed)
+        trainer.table("answers", resumed + 50, [{"attempt": attempt}])
+        for step in range(resumed + 1, resumed + 700):
+            trainer.log(step, loss=attempt)
+        trainer.die()
+    whole, taken, shown = feed.Feed(run.journal, feed.Cursor(), folded), [], []
+    while feed.position(whole.cursor) < feed.end(run.journal):
+        resumed_feed = feed.Feed(run.journal, whole.cursor, folded)
+        batch = whole.take()
+        assert resumed_feed.take() == batch
+        taken += [(point.step, point.value) for point in batch.points]
+        shown += [event["step"] for event in batch.media]
+    then = view_then.points["loss"]
+    assert taken == [*then.items(), *((s, 3) for s in range(800, 900))]
+    assert (then[100], then[101]) == (0, 2), "the second attempt is void altogether"
+    assert shown == [50, 150, 250]
+
+
 def test_no_name_that_mlflow_refuses_reaches_it() -> None:
     names = ["loss", "val/loss", "a b:c", "ä", "a(b", "a[b", "", ".", "/a", "a//b", "../a", "a/", "x" * 300]
     keys = [mlflow_sink.key(name) for name in names]
@@ -291,6 +420,25 @@ def _shipped(run: RunDirectory) -> int:
     return feed.position(ledger.load(ledger.file_of(run, "mlflow")).cursor)
 
 
+def _log(run: RunDirectory, *steps: int) -> None:
+    trainer = Trainer(run)
+    for step in steps:
+        trainer.log(step, loss=step)
+    trainer.end("finished")
+
+
+def _log_artifact(run: RunDirectory, name: str) -> None:
+    _write(run.artifacts / name, name.encode())
+    trainer = Trainer(run)
+    files = artifacts.describe(run, run.artifacts / name)
+    trainer.journal.append("artifact", name=name, kind="file", files=files)
+    trainer.end("finished")
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted((folder / "mlartifacts").rglob("*"))
+
+
 def _write(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)
@@ -303,7 +451,7 @@ class _Recording:
         self._on_disk = on_disk
         self.left: list[int] = []
 
-    def open(self, known: str | None, started: float, mark: Any) -> SinkRun:
+    def open(self, known: str | None, started: float, mark: Any, edition: str) -> SinkRun:
         return SinkRun("1", "here")
 
     def ship(self, batch: Batch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -35,8 +36,8 @@ def _ship_and_die(path: Path, wait: float, whom: str) -> None:
     directory = RunDirectory(path)
 
     class Dying(WandbSink):
-        def open(self, known: str | None, started: float, mark: object) -> SinkRun:
-            opened = super().open(known, started, mark)
+        def open(self, known: str | None, started: float, mark: object, edition: str) -> SinkRun:
+            opened = super().open(known, started, mark, edition)
             shipped = self.ship
 
             def ship(batch: object) -> None:
@@ -82,6 +83,24 @@ def test_a_batch_that_may_or_may_not_have_arrived_arrives_once(
     wanted = {(key, step) for key in ("loss", "accuracy") for step in range(1, 121)} | {("tables/answers", 3)}
     assert seen == Counter(wanted)
     assert {row["step"]: row["loss"] for row in rows if "loss" in row} == {s: s for s in range(1, 121)}
+
+
+def test_a_copy_has_a_run_of_its_own(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "runs")
+    copy = RunDirectory(run.path.with_name("b"))
+    for step in (1, 2):
+        for one in (run, copy) if copy.exists() else (run,):
+            trainer = Trainer(one)
+            trainer.log(step, loss=step)
+            trainer.end("finished")
+            assert follower.spawn(one).wait(DEADLINE) == 0
+        if not copy.exists():
+            shutil.copytree(run.path, copy.path)
+    ids = [ledger.load(ledger.file_of(one, "wandb")).run for one in (run, copy)]
+    assert ids[0] == "uid-of-a" != ids[1]
+    for one, its in zip((run, copy), ids, strict=True):
+        rows = [row for file in wandb_files.of_run(one.path, str(its)) for row in wandb_files.history(file)]
+        assert [row["step"] for row in rows] == [1, 2]
 
 
 def test_a_file_cut_anywhere_is_read_up_to_there(tmp_path: Path) -> None:

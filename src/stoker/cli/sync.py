@@ -1,4 +1,4 @@
-"""`stoker sync RUN`: ship to the sinks what is pending now."""
+"""`stoker sync RUN`: ship to the sinks what is pending now, or all of it anew."""
 
 from __future__ import annotations
 
@@ -20,28 +20,39 @@ def sync(
         str,
         typer.Argument(metavar="RUN", help="A run's id, the start of one, experiment/id, or its path."),
     ],
+    rebuild: Annotated[
+        bool,
+        typer.Option("--rebuild", help="Make the run anew in every tracker, and mark the old one."),
+    ] = False,
     runs: RunsFolder = DEFAULT_RUNS,
     json: Json = False,
 ) -> None:
     """Ship what MLflow, and an object store that the runs are in, have not got yet, and wait until they have.
 
     MLflow is the server that MLFLOW_TRACKING_URI names, else the store in the runs folder.
+
+    With --rebuild the run is made anew in every tracker: without the points that a resumed attempt made
+    void, and where it, or its experiment, was deleted in MLflow. The one before is marked as replaced.
     """
     found = finding.find(runs, run)
     copied = _upload(found)
-    if not follower.enabled() and not copied:
+    if not follower.enabled() and (rebuild or not copied):
         raise BadInput("STOKER_SINKS=none turns every sink off: unset it to ship this run")
+    replaced = follower.rebuild(found) if rebuild else {}
     before = {sink.name: sink.pending for sink in follower.state(found)}
     code = _ship(found)
     sinks = follower.state(found)
     if code != 0:
         raise StokerError(_explain(found, sinks))
     if json:
-        print_json({"run": str(found.path), "sinks": [_answer(sink, before) for sink in sinks]})
+        print_json({"run": str(found.path), "sinks": [_answer(sink, before, replaced) for sink in sinks]})
     else:
         for sink in sinks:
-            shipped = before[sink.name] - sink.pending
-            console().print(f"{sink.name}: {max(shipped, 0)} events shipped to {sink.where}", markup=False)
+            shipped = max(before[sink.name] - sink.pending, 0)
+            console().print(
+                f"{sink.name}: {_anew(sink.name, replaced)}{shipped} events shipped to {sink.where}",
+                markup=False,
+            )
 
 
 def _upload(found: RunDirectory) -> bool:
@@ -70,8 +81,16 @@ def _ship(found: RunDirectory) -> int:
             process.wait(10)
 
 
-def _answer(sink: SinkState, before: dict[str, int]) -> dict[str, object]:
-    return {**vars(sink), "shipped": max(before[sink.name] - sink.pending, 0)}
+def _answer(sink: SinkState, before: dict[str, int], replaced: dict[str, str | None]) -> dict[str, object]:
+    anew = {"rebuilt": sink.name in replaced, "replaced": replaced.get(sink.name)}
+    return {**vars(sink), "shipped": max(before[sink.name] - sink.pending, 0), **anew}
+
+
+def _anew(sink: str, replaced: dict[str, str | None]) -> str:
+    if sink not in replaced:
+        return ""
+    before = replaced[sink]
+    return f"made anew, in place of {before}: " if before else "made anew: "
 
 
 def _explain(found: RunDirectory, sinks: list[SinkState]) -> str:

@@ -42,6 +42,7 @@ def ui(
         hint = f"; runs are tracked at {store.without_credentials(elsewhere)}" if elsewhere else ""
         raise BadInput(f"nothing is tracked under {finding.shown(runs)} yet: start a run first{hint}")
     _check_free(port)
+    store.settle(runs)
     with tempfile.TemporaryFile() as output, _serving(runs, port, output) as server:
         url = f"http://{_HOST}:{port}"
         _wait_until_it_answers(server, url, output)

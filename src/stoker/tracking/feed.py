@@ -3,12 +3,15 @@
 A point ships as soon as it is logged, so the first one of a metric and step stands: what a
 later attempt logs again at that step is left out. Which points those are is a function of
 the journal alone. A follower that starts anew reads it up to where the last one came, and
-goes on with the very batches that the last one would have made.
+goes on with the very batches that the last one would have made. A run that is made anew in
+its sink is the fold up to there: what a later attempt made void is left out as well.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
+import math
 from pathlib import Path
 
 from stoker.run import journal, view
@@ -26,11 +29,15 @@ _SHIPPED = {"metrics", "system", "media", "artifact", "used", "tags", "params", 
 
 
 class Feed:
-    """Reads a journal from `cursor` on; `cursor` moves with every batch taken."""
+    """Reads a journal from `cursor` on; `cursor` moves with every batch taken.
 
-    def __init__(self, folder: Path, cursor: Cursor) -> None:
+    Up to `folded` it gives what the view has, else of each point the first.
+    """
+
+    def __init__(self, folder: Path, cursor: Cursor, folded: Cursor | None = None) -> None:
         self._folder = folder
         self.cursor = Cursor()
+        self._stand = _standing(folder, folded or Cursor())
         self._points: dict[str, set[int]] = {}
         self._media: set[tuple[str, str, int]] = set()
         self._notes: list[tuple[float, str]] = []
@@ -65,9 +72,11 @@ class Feed:
                 self._add_points(event, batch)
             elif kind == "system":
                 self._add_system(event, batch)
+            elif _resumes(event):
+                self._stand = self._stand[1:] or self._stand
             elif kind == "media":
                 key = (event["kind"], event["name"], event["step"])
-                if key not in self._media:
+                if key not in self._media and event["step"] <= self._stand[0]:
                     self._media.add(key)
                     batch.media.append({"file": None, "about": {}, **event})
             elif kind == "note":
@@ -94,6 +103,8 @@ class Feed:
         step, values = event["step"], journal.decode_values(event["values"])
         if "reduce" in event:
             values = self._reduction.add(event["reduce"], step, values, event["rank"])
+        if step > self._stand[0]:
+            return
         for metric, value in values.items():
             steps = self._points.setdefault(metric, set())
             if step not in steps:
@@ -121,11 +132,30 @@ def end(folder: Path) -> int:
     return sum(journal.ends(folder).values())
 
 
+def whole(folder: Path) -> Cursor:
+    """The cursor behind everything that a journal holds now."""
+    cursor = Cursor()
+    for _ in journal.read(folder, cursor):
+        pass
+    return cursor
+
+
 def started(directory: RunDirectory) -> float:
     """When a run's first attempt began, in seconds since 1970; when it was made, where none did."""
     for event in journal.read(directory.journal, limit=1):
         return float(event["time"])
     return directory.record_file.stat().st_mtime
+
+
+def _standing(folder: Path, folded: Cursor) -> list[float]:
+    """The last step that no later attempt made void: at first, then after each time that one resumed."""
+    events = journal.read(folder, Cursor(), until=folded)
+    steps = [event["step"] for event in events if _resumes(event)]
+    return [*itertools.accumulate([math.inf, *reversed(steps)], min)][::-1]
+
+
+def _resumes(event: Event) -> bool:
+    return event.get("type") == "resumed" and isinstance(event.get("step"), int)
 
 
 def _add_other(event: Event, batch: Batch) -> None:

@@ -21,6 +21,7 @@ import os
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from stoker.errors import BadInput, nearest
 from stoker.run import messages
 from stoker.run.directory import SWEEP_LOCK, RunDirectory
 from stoker.tracking import feed, ledger, store
+from stoker.tracking.ledger import Ledger
 from stoker.tracking.shipper import Shipper
 from stoker.tracking.sink import Sink
 
@@ -124,6 +126,31 @@ def wait(directory: RunDirectory, process: subprocess.Popen[bytes], timeout: flo
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(0.1)
     return state(directory)
+
+
+def rebuild(directory: RunDirectory) -> dict[str, str | None]:
+    """Have the next follower make the run anew in every sink; the id that it had in each.
+
+    All of that is in the ledgers, so whatever is killed then, the next follower goes on with it.
+    Raises BadInput while the run is trained or followed.
+    """
+    directory.sinks.mkdir(exist_ok=True)
+    with contextlib.ExitStack() as held:
+        for name in enabled():
+            lock = storage.try_lock(ledger.lock_of(directory, name))
+            if lock is not None:
+                held.callback(os.close, lock)
+            if lock is None or directory.alive:
+                doing = "trained" if directory.alive else f"shipped to {name}"
+                raise BadInput(f"run {directory.id!r} is being {doing} now: rebuild it once that has ended")
+        now = dict(feed.whole(directory.journal).offsets)
+        return {name: _begin_anew(ledger.file_of(directory, name), now) for name in enabled()}
+
+
+def _begin_anew(file: Path, now: dict[str, int]) -> str | None:
+    known = ledger.load(file)
+    Ledger(run=known.run, edition=uuid.uuid4().hex[:8], folded=now).save(file)
+    return known.run
 
 
 def follow(directory: RunDirectory, name: str, *, once: bool = False, patience: float = PATIENCE) -> bool:

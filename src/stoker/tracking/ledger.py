@@ -38,6 +38,14 @@ class Ledger:
     """Since when the sink has been failing, in seconds since 1970."""
     pid: int = 0
     """The follower that wrote this."""
+    edition: str = ""
+    """Which of the runs that the sink has of this one: another since each `stoker sync --rebuild`."""
+    folded: dict[str, int] = field(default_factory=dict)
+    """The cursor up to which that run is the fold: what was void by then is left out."""
+
+    def begun(self, run: str | None) -> Ledger:
+        """The ledger of a run in the sink that has nothing of the journal yet."""
+        return Ledger(run=run, edition=self.edition, folded=self.folded)
 
     @property
     def cursor(self) -> Cursor:

@@ -18,12 +18,13 @@ from typing import Any, TypeVar
 
 import orjson
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, RunTag
+from mlflow.entities import LifecycleStage, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from stoker import storage
+from stoker.errors import StokerError
 from stoker.run import media, view
 from stoker.run.directory import SWEEP, RunDirectory
-from stoker.tracking import store
+from stoker.tracking import identity, store
 from stoker.tracking.sink import Batch, Ending, SinkRun
 
 log = logging.getLogger(__name__)
@@ -37,6 +38,9 @@ _LONGEST_KEY = 250
 _LARGEST_SHOWN_TABLE = 10_000  # rows; a larger one is there as Parquet alone
 _NOTE = "mlflow.note.content"
 _PARENT = "mlflow.parentRunId"
+_IDENTITY = "stoker.run"
+_EDITION = "stoker.edition"
+_REPLACED = "stoker.replaced_by"
 _REFUSED = re.compile(r"[^\w./\- :]")
 _STATUS = {view.FINISHED: "FINISHED", view.FAILED: "FAILED"}  # all others are KILLED
 
@@ -57,10 +61,10 @@ class MlflowSink:
         self._client: MlflowClient | None = None
         self._run = ""
 
-    def open(self, known: str | None, started: float, mark: Any) -> SinkRun:
+    def open(self, known: str | None, started: float, mark: Any, edition: str) -> SinkRun:
         """Find the MLflow run by its id or by its tag, or make it; ship params and tags of the record."""
         self._client = self._connected()
-        experiment, self._run = self._located(known) or self._found_or_made(started)
+        experiment, self._run = self._located(known, edition) or self._found_or_made(started, edition)
         parent = self._sweep(experiment)
         self._log_texts(self._params(), {**self._tags(), **({_PARENT: parent} if parent else {})})
         where = store.without_credentials(self._uri).rstrip("/")
@@ -105,6 +109,7 @@ class MlflowSink:
         if store.server_uri() is None:
             with storage.locked(store.lock_file(self._runs)):
                 make_store(store.database(self._runs))
+                store.settle(self._runs)
         return MlflowClient(self._uri)
 
     @property
@@ -115,31 +120,55 @@ class MlflowSink:
     @property
     def _identity(self) -> str:
         """What finds the MLflow run again where its id was lost: no other run has it."""
-        return f"{self._directory.experiment}/{self._directory.id}@{self._record['uid']}"
+        return identity.of(self._directory)
 
-    def _located(self, known: str | None) -> tuple[str, str] | None:
+    def _located(self, known: str | None, edition: str) -> tuple[str, str] | None:
         """The experiment and id of the run that the ledger names, where this store has it."""
         if known is None:
             return None
         try:
-            return self._mlflow.get_run(known).info.experiment_id, known
+            run = self._mlflow.get_run(known)
         except MlflowException as error:
             if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                 return None  # another store than last time
             raise
+        if edition and run.data.tags.get(_EDITION) != edition:
+            return None  # this one is to be replaced
+        who = run.data.tags.get(_IDENTITY, self._identity)
+        if identity.is_anothers(who, self._directory):
+            return None  # ours is a copy, and so is its ledger
+        if run.info.lifecycle_stage == LifecycleStage.DELETED:
+            self._experiment()  # says so where all of it was deleted
+            raise StokerError(
+                f"its run {known} was deleted in MLflow: "
+                f"restore it there, or have `{self._rebuild}` make another"
+            )
+        if who != self._identity:
+            self._mlflow.set_tag(known, _IDENTITY, self._identity)  # it was renamed
+        return run.info.experiment_id, known
 
-    def _found_or_made(self, started: float) -> tuple[str, str]:
-        experiment = self._experiment()
-        query = f"tags.`stoker.run` = '{self._identity}'"
-        for run in self._mlflow.search_runs([experiment], query, max_results=1):
-            return experiment, run.info.run_id
+    def _found_or_made(self, started: float, edition: str) -> tuple[str, str]:
+        """The run that stands for ours, found by its tags; the one that an edition replaces is marked."""
+        experiment = self._experiment(restored=bool(edition))
+        query = f"tags.`{_IDENTITY}` = '{self._identity}'"
+        found = {run.info.run_id: run.data.tags for run in self._mlflow.search_runs([experiment], query)}
+        standing = {run: tags for run, tags in found.items() if _REPLACED not in tags}
+        mine = [run for run, tags in standing.items() if not edition or tags.get(_EDITION) == edition]
+        run = mine[0] if mine else self._made(experiment, started, edition)
+        for other in standing.keys() - {run} if edition else ():
+            self._mlflow.set_tag(other, _REPLACED, run)
+        return experiment, run
+
+    def _made(self, experiment: str, started: float, edition: str) -> str:
+        tags = {_IDENTITY: self._identity, **({_EDITION: edition} if edition else {})}
         made = self._mlflow.create_run(
-            experiment,
-            start_time=int(started * 1000),
-            tags={"stoker.run": self._identity},
-            run_name=self._directory.id,
+            experiment, start_time=int(started * 1000), tags=tags, run_name=self._directory.id
         )
-        return experiment, made.info.run_id
+        return str(made.info.run_id)
+
+    @property
+    def _rebuild(self) -> str:
+        return f"stoker sync {self._directory.experiment}/{self._directory.id} --rebuild"
 
     def _sweep(self, experiment: str) -> str | None:
         """The MLflow run of the search that this run is a trial of: its parent, found by its tag, or made."""
@@ -159,10 +188,21 @@ class MlflowSink:
         self._mlflow.log_batch(made.info.run_id, params=params[:_TEXTS_PER_REQUEST])
         return str(made.info.run_id)
 
-    def _experiment(self) -> str:
+    def _experiment(self, *, restored: bool = False) -> str:
+        """The experiment of this name, found or made. Raises StokerError for one that was deleted.
+
+        With `restored` that one is restored: MLflow lets no other have its name.
+        """
         name = self._directory.experiment
         found = self._mlflow.get_experiment_by_name(name)
         if found is not None:
+            if found.lifecycle_stage == LifecycleStage.DELETED:
+                if not restored:
+                    raise StokerError(
+                        f"its experiment {name!r} was deleted in MLflow: restore it there, or have "
+                        f"`{self._rebuild}` restore it"
+                    )
+                self._mlflow.restore_experiment(found.experiment_id)
             return str(found.experiment_id)
         root = None if store.server_uri() else (store.artifacts(self._runs) / name).as_uri()
         try:
@@ -274,7 +314,7 @@ def make_store(database: Path) -> None:
     fresh = database.with_name(f".{database.name}.new")
     for leftover in (fresh, fresh.with_name(f"{fresh.name}-journal")):
         leftover.unlink(missing_ok=True)
-    MlflowClient(f"sqlite:///{fresh}").search_experiments(max_results=1)
+    MlflowClient(store.sqlite_uri(fresh)).search_experiments(max_results=1)
     storage.sync_file(fresh)
     fresh.replace(database)
     storage.sync_directory(database.parent)

@@ -161,6 +161,8 @@ class Registry:
             raise BadInput(f"nothing is tracked under {self._runs} yet: start a run first")
         from mlflow import MlflowClient
 
+        if store.server_uri() is None:
+            store.settle(self._runs)
         return MlflowClient(self._uri, self._uri)
 
     def _shipped(self, run: RunDirectory) -> str:

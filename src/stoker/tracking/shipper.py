@@ -12,11 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from stoker import storage
+from stoker.errors import StokerError
 from stoker.run.directory import RunDirectory
 from stoker.run.journal import Cursor
 from stoker.tracking import feed, ledger, store
 from stoker.tracking.feed import Feed
-from stoker.tracking.ledger import Ledger
 from stoker.tracking.sink import Sink
 
 log = logging.getLogger(__name__)
@@ -74,7 +74,8 @@ class Shipper:
     def failed(self, error: Exception, report: bool) -> None:
         """Begin again after an error; `report`: note it down for people to see."""
         self.close()
-        reason = store.without_credentials(f"{type(error).__name__}: {error}")
+        kind = "" if isinstance(error, StokerError) else f"{type(error).__name__}: "
+        reason = store.without_credentials(f"{kind}{error}")
         log.warning("%s: %s", self._directory.id, reason)
         if report:
             self._ledger.failed(reason)
@@ -101,10 +102,11 @@ class Shipper:
 
     def _opened_feed(self, sink: Sink) -> Feed:
         """Open the sink, and the journal from where it is."""
-        run = sink.open(self._ledger.run, feed.started(self._directory), self._ledger.mark)
-        if run.id != self._ledger.run or run.anew:  # nothing of this journal is there yet, or who knows
-            self._ledger = Ledger(run=run.id)
+        known = self._ledger
+        run = sink.open(known.run, feed.started(self._directory), known.mark, known.edition)
+        if run.id != known.run or run.anew:  # nothing of this journal is there yet, or who knows
+            self._ledger = known.begun(run.id)
         self._ledger.where = run.where
         self._ledger.recovered()
         self._ledger.save(self._file)
-        return Feed(self._directory.journal, self._ledger.cursor)
+        return Feed(self._directory.journal, self._ledger.cursor, Cursor(dict(self._ledger.folded)))

@@ -73,8 +73,10 @@ class Sink(Protocol):
     mark: what `ship` returns is kept with how far it was, and handed to `open`.
     """
 
-    def open(self, known: str | None, started: float, mark: Any) -> SinkRun:
+    def open(self, known: str | None, started: float, mark: Any, edition: str) -> SinkRun:
         """Find the run by the id it had (`known`) or by its identity, or make it; ship its record.
+
+        Where it is of another `edition` than this, it stays, marked as replaced, and another is made.
 
         `mark` is what the last `ship` that was noted down returned: whatever came to the sink
         after it will be shipped again.

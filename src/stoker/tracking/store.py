@@ -6,9 +6,14 @@ here imports mlflow.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 import re
+import sqlite3
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -19,6 +24,16 @@ QUIET = {
 
 IMPATIENT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
 """MLflow's own retries take minutes, in which nobody would learn that a server is down."""
+
+_PLACES = (
+    ("experiments", "artifact_location"),
+    ("runs", "artifact_uri"),
+    ("logged_models", "artifact_location"),
+    ("model_versions", "source"),
+    ("model_versions", "storage_location"),
+)
+"""The tables and columns of MLflow's database that say where artifacts are."""
+_PATIENCE = 30.0  # seconds, for the database while another process writes to it
 
 _CREDENTIALS = re.compile(r"(?<=://)[^/\s]+@")
 
@@ -33,6 +48,30 @@ def artifacts(runs: Path) -> Path:
     return runs.absolute() / "mlartifacts"
 
 
+def settle(runs: Path) -> None:
+    """Have the embedded store look for its artifacts where they are now: beside it.
+
+    MLflow notes down their absolute place once, and the runs folder may have been moved or copied since.
+    """
+    here = artifacts(runs).as_uri()
+    with contextlib.closing(sqlite3.connect(database(runs), timeout=_PATIENCE)) as store, store:
+        locations = [str(row[0]) for row in store.execute("SELECT artifact_location FROM experiments")]
+        places = {location.rpartition("/")[0] for location in locations}
+        moved = [p for p in places if p.endswith("/mlartifacts") and p != here and not _is_in(p, runs)]
+        for place, (table, column) in itertools.product(moved, _PLACES):
+            store.execute(
+                f"UPDATE {table} SET {column} = :here || substr({column}, length(:place) + 1) "
+                f"WHERE substr({column}, 1, length(:place) + 1) = :place || '/'",
+                {"here": here, "place": place},
+            )
+
+
+def _is_in(place: str, runs: Path) -> bool:
+    """Whether artifacts, by their URI, are in this runs folder, by whichever of its paths."""
+    parent = Path(url2pathname(urlsplit(place).path)).parent
+    return parent.exists() and parent.samefile(runs)
+
+
 def lock_file(runs: Path) -> Path:
     """Locked while the embedded store is made."""
     return runs.absolute() / ".mlflow.db.lock"
@@ -40,7 +79,19 @@ def lock_file(runs: Path) -> Path:
 
 def embedded_uri(runs: Path) -> str:
     """The embedded store as MLflow names it."""
-    return f"sqlite:///{database(runs)}"
+    return sqlite_uri(database(runs))
+
+
+def sqlite_uri(file: Path) -> str:
+    """A database file as MLflow names it; escaped where its path has what means something in a URI.
+
+    Such a one names its driver too, since of any other MLflow makes the folder by its escaped name.
+    """
+    if not set("?%") & set(str(file)):
+        return f"sqlite:///{file}"
+    from sqlalchemy import URL
+
+    return URL.create("sqlite+pysqlite", database=str(file)).render_as_string()
 
 
 def server_uri() -> str | None:

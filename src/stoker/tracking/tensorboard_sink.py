@@ -45,8 +45,11 @@ class TensorBoardSink:
         self._writer: EventFileWriter | None = None
         self._lines = 0
 
-    def open(self, known: str | None, started: float, mark: Any) -> SinkRun:
+    def open(self, known: str | None, started: float, mark: Any, edition: str) -> SinkRun:
         """Cut the files of earlier followers to what was noted down, and begin a new one."""
+        run = f"{self._record['uid']}-{edition}" if edition else self._record["uid"]
+        if edition and known != run:
+            self._put_aside(edition)
         self._folder.mkdir(exist_ok=True)
         sizes = dict((mark or {}).get("sizes", {})) if known is not None else {}
         self._lines = (mark or {}).get("lines", 0) if known is not None else 0
@@ -58,7 +61,7 @@ class TensorBoardSink:
         self._writer = EventFileWriter(str(self._folder), flush_secs=_FLUSH_SECONDS)
         if not sizes:
             self._write_config(started)
-        return SinkRun(self._record["uid"], str(self._folder))
+        return SinkRun(run, str(self._folder))
 
     def ship(self, batch: Batch) -> Any:
         """Write a batch and flush it to disk; returns how long every file is now."""
@@ -82,6 +85,12 @@ class TensorBoardSink:
         if self._writer is not None:
             writer, self._writer = self._writer, None
             writer.close()
+
+    def _put_aside(self, edition: str) -> None:
+        """Keep the files that others are to replace, under a name that TensorBoard shows, once."""
+        aside = self._folder.with_name(f"tensorboard.replaced_by.{edition}")
+        if self._folder.is_dir() and not aside.exists():
+            self._folder.rename(aside)
 
     def _flushed(self) -> dict[str, Any]:
         self._open_writer.flush()

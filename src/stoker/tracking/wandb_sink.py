@@ -11,6 +11,7 @@ offline; the files stand in the run's directory, and `wandb sync` uploads them.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
 import logging
 import os
@@ -25,7 +26,7 @@ import wandb
 from requests.utils import get_netrc_auth
 from stoker.run import media, view
 from stoker.run.directory import SWEEP, RunDirectory
-from stoker.tracking import sink, wandb_files
+from stoker.tracking import identity, sink, wandb_files
 from stoker.tracking.feed import SYSTEM
 from stoker.tracking.sink import Batch, Ending, Point, SinkRun
 
@@ -49,22 +50,44 @@ class WandbSink:
     def __init__(self, directory: RunDirectory) -> None:
         self._directory = directory
         self._record = directory.record()
-        self._id = str(self._record["uid"])[:32]
+        self._id = ""
         self._run: Any = None
         self._present: set[tuple[str, int]] = set()
         self._artifacts: set[str] = set()
 
-    def open(self, known: str | None, started: float, mark: Any) -> SinkRun:
+    def open(self, known: str | None, started: float, mark: Any, edition: str) -> SinkRun:
         """Begin or go on with the W&B run, and learn what it has."""
         self._artifacts = set((mark or {}).get("artifacts", []))
+        base = self._base(known)
+        self._id = f"{base}-{edition}" if edition else base
+        if known is not None and known.startswith(base) and not known.endswith(edition):
+            self._mark_replaced(known, started)
+        self._run, online = self._begun(self._id, started), mode() == "online"
+        if online and self._run.resumed:
+            self._present = set(_points_on_server(self._run))
+        self._run.define_metric("*", step_metric=_STEP)
+        self._run.define_metric(f"{SYSTEM}*", step_metric=_SAMPLE)
+        self._run.config.update(self._about(), allow_val_change=True)
+        where = self._run.url if online else str(self._directory.path / "wandb")
+        return SinkRun(self._id, where, anew=known is not None)
+
+    def _base(self, known: str | None) -> str:
+        """What our ids begin with: the uid, and of a copy what tells it from its original."""
+        uid = str(self._record["uid"])[:32]
+        own = f"{uid}-{hashlib.sha256(identity.of(self._directory).encode()).hexdigest()[:8]}"
+        is_copy = identity.is_anothers(identity.recorded(self._record), self._directory)
+        return own if is_copy or (known or "").startswith(own) else uid
+
+    def _begun(self, run: str, started: float) -> Any:
+        """W&B's run of an id, begun or gone on with; of an offline one, what it has is read."""
         online = mode() == "online"
         if not online:
-            files = wandb_files.of_run(self._directory.path, self._id)
+            files = wandb_files.of_run(self._directory.path, run)
             _wait_for_its_writer(files)
             self._present = set(_points_in(files))
             _wait_for_another_second(files)
-        self._run = wandb.init(
-            id=self._id,
+        return wandb.init(
+            id=run,
             name=self._directory.id,
             project=os.environ.get("WANDB_PROJECT") or self._directory.experiment,
             group=self._directory.experiment if (self._directory.path.parent / SWEEP).is_file() else None,
@@ -75,16 +98,18 @@ class WandbSink:
             reinit="create_new",  # another thread of this process may have a run of its own
             settings=_settings(started),
         )
-        if online and self._run.resumed:
-            self._present = set(_points_on_server(self._run))
-        self._run.define_metric("*", step_metric=_STEP)
-        self._run.define_metric(f"{SYSTEM}*", step_metric=_SAMPLE)
-        code = self._record.get("code") or {}
-        self._run.config.update(
-            {"stoker": {"path": str(self._directory.path), **code}}, allow_val_change=True
-        )
-        where = self._run.url if online else str(self._directory.path / "wandb")
-        return SinkRun(self._id, where, anew=known is not None)
+
+    def _about(self) -> dict[str, Any]:
+        return {"stoker": {"path": str(self._directory.path), **(self._record.get("code") or {})}}
+
+    def _mark_replaced(self, run: str, started: float) -> None:
+        """Say of a run, in its config, which one stands for ours now."""
+        about = self._about()
+        about["stoker"]["replaced_by"] = self._id
+        with contextlib.suppress(wandb.Error):  # it was deleted there
+            replaced = self._begun(run, started)
+            replaced.config.update(about, allow_val_change=True)
+            replaced.finish()
 
     def ship(self, batch: Batch) -> Any:
         """Add the points, media and artifacts that are not there, and set config, tags and notes."""
