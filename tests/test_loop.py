@@ -746,6 +746,14 @@ def test_a_loop_that_steps_its_optimizer_by_itself_is_saved_when_it_is_due(
     ]  # fmt: skip
 
 
+def test_a_parameter_that_is_not_the_models_has_no_name_in_a_checkpoint(open_run: Callable[..., Run]) -> None:
+    def give_another(trainer: Trainer) -> None:
+        trainer.optimizer.add_param_group({"params": nn.Linear(2, 3).parameters()})
+
+    with pytest.raises(StokerError, match=r"shape \(3, 2\) which is not the model's.*a part of the model"):
+        _assert_goes_on(open_run, _model, give_another)
+
+
 def test_a_run_has_one_trainer(open_run: Callable[..., Run]) -> None:
     with open_run() as run:
         _trainer(run, _model())
