@@ -555,8 +555,10 @@ def _assert_goes_on(
     make: Callable[[], nn.Module],
     on_the_way: Callable[[Trainer], None] = lambda trainer: None,
     **options: Any,
-) -> None:
-    """A run that is cut, and goes on, has the weights of one that is not; in step 3 something is changed."""
+) -> dict[str, Any]:
+    """A run that is cut, and goes on, has the weights of one that is not, which are returned; in step 3
+    something is changed.
+    """
 
     def train(name: str, steps: int) -> dict[str, Any]:
         with open_run(name) as run:
@@ -571,6 +573,7 @@ def _assert_goes_on(
     whole = train("whole", 9)
     train("cut", 5)
     torch.testing.assert_close(train("cut", 9), whole, rtol=0, atol=0)
+    return whole
 
 
 class _Prototypes(nn.Module):
@@ -612,9 +615,10 @@ def test_a_mode_that_a_script_sets_before_its_loop_is_the_one_that_it_sets_now(
                 trainer.step(batch)
 
 
+@pytest.mark.parametrize("in_backward", [False, True])
 @pytest.mark.parametrize("given", ["a group", "parameters"])
 def test_what_an_optimizer_is_given_on_the_way_it_has_after_a_restart(
-    open_run: Callable[..., Run], given: str
+    open_run: Callable[..., Run], given: str, in_backward: bool
 ) -> None:
     def half_frozen() -> nn.Module:
         model = _model()
@@ -628,7 +632,11 @@ def test_what_an_optimizer_is_given_on_the_way_it_has_after_a_restart(
         else:
             trainer.optimizer.param_groups[0]["params"] += thawed
 
-    _assert_goes_on(open_run, half_frozen, thaw, schedule=lambda step, total: 1 / (1 + step))
+    whole = _assert_goes_on(
+        open_run, half_frozen, thaw, schedule=lambda step, total: 1 / (1 + step),
+        optimizer_in_backward=in_backward,
+    )  # fmt: skip
+    assert not torch.equal(whole["0.weight"], _model()[0].weight)
 
 
 class _Remembering(nn.Module):
@@ -745,6 +753,14 @@ def test_a_loop_that_steps_its_optimizer_by_itself_is_saved_when_it_is_due(
     assert [path.name for path in sorted(run.directory.checkpoints.iterdir())] == [
         "step-00000003", "step-00000004",
     ]  # fmt: skip
+
+
+def test_a_parameter_that_is_not_the_models_has_no_name_in_a_checkpoint(open_run: Callable[..., Run]) -> None:
+    def give_another(trainer: Trainer) -> None:
+        trainer.optimizer.add_param_group({"params": nn.Linear(2, 3).parameters()})
+
+    with pytest.raises(StokerError, match=r"shape \(3, 2\) which is not the model's.*a part of the model"):
+        _assert_goes_on(open_run, _model, give_another)
 
 
 def test_a_run_has_one_trainer(open_run: Callable[..., Run]) -> None:

@@ -335,6 +335,7 @@ def optimizer_state(
 
     Raises StokerError for what a checkpoint cannot hold.
     """
+    of_groups = _names_of_groups(model, optimizer)
     names = {parameter: name for name, parameter in model.named_parameters()}
     tensors: Tensors = {}
     scalars: dict[str, Any] = {}
@@ -347,11 +348,8 @@ def optimizer_state(
                 scalars[name], inner = _apart(name, value)
                 tensors.update({f"{name}{at}": tensor for at, tensor in inner.items()})
     groups = [
-        {
-            **{k: plain(v) for k, v in group.items()},
-            "params": [names[parameter] for parameter in group["params"]],
-        }
-        for group in optimizer.param_groups
+        {**{k: plain(v) for k, v in group.items()}, "params": of_group}
+        for group, of_group in zip(optimizer.param_groups, of_groups, strict=True)
     ]
     return tensors, {"kind": kind_of(optimizer), "state": scalars, "groups": groups}
 
@@ -394,7 +392,15 @@ def _together(name: str, value: Any, tensors: Tensors, device: torch.device) -> 
 
 
 def _names_of_groups(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list[list[str]]:
+    """The parameters of each group. Raises StokerError where one is not the model's."""
     names = {parameter: name for name, parameter in model.named_parameters()}
+    foreign = [p for group in optimizer.param_groups for p in group["params"] if p not in names]
+    if foreign:
+        raise StokerError(
+            f"the optimizer has a parameter of the shape {tuple(foreign[0].shape)} which is not the model's, "
+            "so a checkpoint has no name for it: make the module that has it a part of the model, or give it "
+            "an optimizer of its own, and register both for checkpointing"
+        )
     return [[names[p] for p in group["params"]] for group in optimizer.param_groups]
 
 

@@ -7,42 +7,47 @@ moves is not to be had with it: clipping by the global norm, accumulation, a red
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
 
-def attach(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
-    """Let an optimizer step each of its parameters in the backward pass, and free its gradient.
+class InBackward:
+    """Lets an optimizer step each of its parameters in the backward pass, and frees its gradient.
 
     It stays one optimizer, with one state and its groups: what changes these, or saves them, need not know.
-    What it counts in a group (its steps, say) is one number for all of its parameters: it moves on where what
-    is returned is called, after the backward pass.
+    What it counts in a group (its steps, say) is one number for all of its parameters, which moves on once a
+    backward pass is over.
     """
-    moved: list[dict[str, Any]] = [{} for _ in optimizer.param_groups]
-    for group, after in zip(optimizer.param_groups, moved, strict=True):
-        for parameter in group["params"]:
-            parameter.register_post_accumulate_grad_hook(_stepping(optimizer, group, after))
 
-    def move_on() -> None:
-        for group, after in zip(optimizer.param_groups, moved, strict=False):  # some may have come since
-            group.update(after)
-            after.clear()
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
+        self._attached: set[torch.Tensor] = set()
+        self._counted: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        self.begin()
 
-    return move_on
+    def begin(self) -> None:
+        """A backward pass is to come, which steps what the optimizer was given since the last one, too."""
+        for group in self._optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter not in self._attached:
+                    self._attached.add(parameter)
+                    parameter.register_post_accumulate_grad_hook(lambda p, group=group: self._step(p, group))
 
+    def end(self) -> None:
+        """It is over."""
+        for group, counted in self._counted:
+            group.update(counted)
+        self._counted.clear()
 
-def _stepping(optimizer: torch.optim.Optimizer, group: dict[str, Any], after: dict[str, Any]) -> Any:
-    def step(parameter: torch.Tensor) -> None:
-        every = optimizer.param_groups
+    def _step(self, parameter: torch.Tensor, group: dict[str, Any]) -> None:
+        every = self._optimizer.param_groups
         alone = {**group, "params": [parameter]}
-        optimizer.param_groups = [alone]
+        self._optimizer.param_groups = [alone]
         try:
-            optimizer.step()
+            self._optimizer.step()
         finally:
-            optimizer.param_groups = every
-        after.update({k: v for k, v in alone.items() if k != "params" and v is not group.get(k)})
+            self._optimizer.param_groups = every
+        changed = {k: v for k, v in alone.items() if k != "params" and v is not group.get(k)}
+        self._counted.append((group, changed))
         parameter.grad = None
-
-    return step

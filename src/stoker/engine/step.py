@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from stoker.engine import arguments, gradients
 from stoker.engine.agreement import Agreement, Weight
-from stoker.engine.in_backward import attach
+from stoker.engine.in_backward import InBackward
 from stoker.engine.loss_scale import LossScale
 from stoker.engine.mesh import Mesh
 from stoker.engine.precision import Resolved, autocast
@@ -146,7 +146,9 @@ class PlainStep:
     ) -> None:
         self.in_backward = in_backward
         self.norm: torch.Tensor | float | None = None
-        self._move_on = [attach(optimizer) for optimizer in optimizers.values()] if in_backward else []
+        self._in_backward = (
+            [InBackward(optimizer) for optimizer in optimizers.values()] if in_backward else []
+        )
         self.model = model
         self.optimizers = optimizers
         self.adding_up = False
@@ -164,6 +166,8 @@ class PlainStep:
 
     def gradients(self, parts: Sequence[Any], agreement: Agreement) -> None:
         """See `Step`. DDP reduces with the last micro-batch; FSDP, which keeps no whole ones, with each."""
+        for one in self._in_backward:
+            one.begin()
         loss_sum: torch.Tensor | None = None
         weight: Weight = 0.0
         for number, part in enumerate(parts, start=1):
@@ -211,8 +215,8 @@ class PlainStep:
         """See `Step`."""
         setting = self._setting
         if self.in_backward:
-            for move_on in self._move_on:
-                move_on()
+            for one in self._in_backward:
+                one.end()
             return True
         updated = [p for group in optimizer.param_groups for p in group["params"]]
         if self._ddp is not None and not self._reduced:

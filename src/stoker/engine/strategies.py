@@ -228,11 +228,13 @@ def _prepare(model: nn.Module, strategy: str, training: Training, mesh: Mesh) ->
     if training.sync_batchnorm and mesh.data.size > 1:
         group = mesh.data_axes.get_group() if mesh.data_axes.ndim == 1 else None
         nn.SyncBatchNorm.convert_sync_batchnorm(model, group)  # type: ignore[no-untyped-call]
-    for p in model.parameters():
-        if p.requires_grad:  # master weights: an update may be far below one step of bf16
-            p.data = p.data.to(precision.wide(p.dtype))
+    for name, p in model.named_parameters():
+        if p.requires_grad and precision.wide(p.dtype) != p.dtype:
+            p.data = p.data.to(
+                precision.wide(p.dtype)
+            )  # master weights: an update may be far below a step of bf16
         if p.requires_grad and p.dtype == torch.complex128:  # which safetensors has not
-            raise BadInput("a weight is complex128, and checkpoints hold none of it: use complex64")
+            raise BadInput(f"{name} is complex128, and checkpoints hold none of it: use complex64")
     if strategy != "pipeline":
         device.move(model, mesh.device)
 
