@@ -17,11 +17,13 @@ from jinja2 import TemplateError
 from stoker.data import called
 from stoker.data.documents import Document, Message
 from stoker.errors import BadInput
+from stoker.language import chat_template
 
 Span = tuple[int, int]
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _THOUGHT_INLINE = re.compile(r"(\s*<think>).*(</think>\s*)(.*)", re.DOTALL)
+_LIKE_TOKENS = re.compile(r"<\|[^<>|\s]+\|>|</?\w+>|\[/?[A-Z_]+\]")
 _MARK = "5f3a9c"  # which no conversation has
 
 _REFUSALS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
@@ -46,8 +48,8 @@ def of(document: Document, tokenizer: Any) -> Chat:
     has_template = bool(getattr(tokenizer, "chat_template", None))
     if document.messages and not has_template:
         raise BadInput(
-            "the data has conversations, and the tokenizer has no chat template: give chat_template=FILE (a "
-            "Jinja template), tokenizer= of a model that has one, or data of prompts and completions"
+            "the data has conversations, and the tokenizer has no chat template: give chat_template=, "
+            f"{chat_template.ALLOWED}; or data of prompts and completions"
         )
     if document.messages:
         return _checked(Chat(document.messages, document.tools, document.where), tokenizer)
@@ -403,13 +405,24 @@ def end_in_words(tokenizer: Any) -> str | None:
     return after if after and not _end_of_turn(tokenizer, after, 0) else None
 
 
+def tokens_in_words(tokenizer: Any) -> list[str]:
+    """What the chat template writes as if it were tokens, and the tokenizer has none of, in order."""
+    asked = _of_one_turn(tokenizer)
+    own = {*map(str, tokenizer.added_tokens_decoder.values()), *tokenizer.all_special_tokens}
+    return [text for text in dict.fromkeys(_LIKE_TOKENS.findall(asked)) if text not in own]
+
+
 def _behind_what_is_said(tokenizer: Any) -> str:
     """What the chat template writes behind an answer; empty where there is none, or it refuses one."""
+    _, said, after = _of_one_turn(tokenizer).rpartition(_MARK)
+    return after if said else ""
+
+
+def _of_one_turn(tokenizer: Any) -> str:
+    """What the chat template writes of a question and its answer; empty as there."""
     if not getattr(tokenizer, "chat_template", None):
         return ""
     try:
-        text = render(tokenizer, Chat((Message("user", "Who?"), Message("assistant", _MARK))))
+        return render(tokenizer, Chat((Message("user", "Who?"), Message("assistant", _MARK))))
     except BadInput:  # said where there is a conversation
         return ""
-    _, said, after = text.rpartition(_MARK)
-    return after if said else ""

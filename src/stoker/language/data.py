@@ -11,7 +11,9 @@ import contextlib
 import copy
 import hashlib
 import itertools
+import json
 import logging
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -26,7 +28,7 @@ from stoker.data.sources import Source
 from stoker.data.stream import Stream
 from stoker.data.tokens import PackedDataset
 from stoker.errors import BadInput
-from stoker.language import conversation
+from stoker.language import chat_template, conversation
 from stoker.language.conversation import Chat, Span
 
 log = logging.getLogger("stoker")
@@ -201,11 +203,15 @@ def _warn_of_endless_turns(found: Sequence[Source], tokenizer: Any) -> None:
     is_written = any(source.stream for source in found) or any(d.prompt or d.messages for d in documents)
     words = conversation.end_in_words(tokenizer) if is_written else None
     if words is not None:
+        end = words.splitlines()[0]
+        lacking = conversation.tokens_in_words(tokenizer)
+        meant = lacking if end.startswith(tuple(lacking)) else [*lacking, end]
         log.warning(
             "the chat template ends what the assistant says with %r, which is no special token of the "
-            "tokenizer: generations will not end there. Let it be one by add_tokens, or give a chat_template "
-            "that ends turns with eos_token, %r",
-            words.splitlines()[0], tokenizer.eos_token,
+            "tokenizer: generations will not end there. Let it be one by %s, or give a chat_template that "
+            "ends turns with eos_token, %r, such as %s",
+            end, shlex.quote(f"add_tokens={json.dumps(meant)}"), tokenizer.eos_token,
+            " or ".join(chat_template.ENDED_BY_EOS),
         )  # fmt: skip
 
 
@@ -326,8 +332,7 @@ class Encoder:
 
     def __init__(self, tokenizer: Any, loss_on: LossOn) -> None:
         self._tokenizer, self._loss_on = tokenizer, loss_on
-        first = tokenizer("").get("input_ids", [])
-        self.begin = list(first[:1]) if tokenizer.bos_token_id in first[:1] else []
+        self.begin = [tokenizer.bos_token_id] if chat_template.begins(tokenizer) else []
         """What the tokenizer itself begins every text with."""
 
     @property

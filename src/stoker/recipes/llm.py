@@ -57,8 +57,9 @@ class Config(Training):
     """Tokenise the data as training comes to it, not beforehand; an epoch is an estimate then."""
     loss_on: Literal["answer", "last", "all"] = "answer"
     """Of pairs and conversations: learn what the assistant says, its last turn alone, or everything."""
-    chat_template: Path | None = None
-    """A file with the Jinja template of conversations; by default the tokenizer's own."""
+    chat_template: str | None = None
+    """How conversations are written: chatml, llama3, gemma, mistral, alpaca, a directory or hub id whose
+    tokenizer has one, or a file of Jinja; by default the tokenizer's own."""
     tokenizer: str | None = None
     """A directory or hub id; by default the model's own, and for a new model one trained on the data."""
     add_tokens: tuple[str, ...] = ()
