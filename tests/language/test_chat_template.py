@@ -9,12 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
+from stoker.cli import generate
 from stoker.data import sources
 from stoker.data import tokenizer as tokenizers
 from stoker.data.documents import Document, Message
 from stoker.errors import BadInput
-from stoker.language import building, chat_template, conversation, data
+from stoker.language import building, chat_template, conversation, data, speaking
 from stoker.language.conversation import Chat
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
@@ -215,3 +217,130 @@ def test_a_base_model_is_trained_on_conversations_by_a_name_and_exported_asked_a
     assert asked.code == 0, asked.err
     again = stoker(*common, f"chat_template={made}", "--name", "b")
     assert again.code == 0, again.err
+
+
+ASKS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"
+    "{% endif %}"
+)
+"""What asks for an answer says whether to think, as Qwen 3's does."""
+STYLED = (
+    "{% for m in messages %}{{ style | default('plain') }} {{ m.role }}: {% if m.role == 'assistant' %}"
+    "{% generation %}{{ m.content + eos_token }}{% endgeneration %}{% else %}{{ m.content }}\n{% endif %}"
+    "{% endfor %}"
+)
+
+
+def styled(bare: Any, template: str = STYLED) -> Any:
+    made = copy.deepcopy(bare)
+    made.chat_template = template
+    return made
+
+
+def read(tmp_path: Path, *lines: dict[str, Any], **how: Any) -> list[sources.Source]:
+    file = tmp_path / "a.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return sources.read_all(str(file), validation=0, test=0, **how)
+
+
+CHAT = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("record", [CHAT, {"prompt": "a", "completion": "b"}])
+def test_what_a_template_is_given_is_the_record_s_own_else_the_config_s(
+    bare: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record: dict[str, Any], streaming: bool
+) -> None:
+    monkeypatch.setenv("STOKER_CACHE", str(tmp_path / "cache"))
+    own = ({}, {"chat_template_kwargs": {"style": "curt"}}, {"chat_template_kwargs": '{"style": "long"}'})
+    for _ in range(2):  # of what is kept, too
+        (found,) = read(tmp_path, *({**record, **each} for each in own), streaming=streaming)
+        tokenizer = styled(bare)
+        documents = found.splits.train
+        for values, default in (({}, "plain"), ({"style": "old"}, "old")):
+            made = data.Encoder(tokenizer, "answer", values)(documents)
+            texts = [tokenizer.decode(encoded.ids) for encoded in made]
+            expected = [f"{style} user: a\n{style} assistant: b</s>" for style in (default, "curt", "long")]
+            assert texts == expected
+
+
+def test_what_a_template_is_given_is_part_of_what_is_kept_and_without_it_nothing_is_another(
+    bare: Any, tmp_path: Path
+) -> None:
+    tokenizer = styled(bare)
+    plain = data.Encoder(tokenizer, "answer").fingerprint
+    assert data.Encoder(tokenizer, "answer", {}).fingerprint == plain
+    both = {data.Encoder(tokenizer, "answer", {"style": style}).fingerprint for style in ("old", "new")}
+    assert len(both | {plain}) == 3
+    own = [read(tmp_path, {**CHAT, "chat_template_kwargs": {"style": s}})[0].fingerprint for s in ("a", "b")]
+    assert own[0] != own[1]
+
+
+def test_prompts_are_asked_with_what_the_template_is_given(bare: Any, tmp_path: Path) -> None:
+    tokenizer = styled(bare, ASKS)
+    silent, thinking = {"enable_thinking": False}, "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
+    quiet = f"{thinking}<think>\n\n</think>\n\n"
+    assert data.prompts([], tokenizer, ["a"]) == (thinking,)
+    assert data.prompts([], tokenizer, ["a"], values=silent) == (quiet,)
+    (found,) = read(tmp_path, CHAT, {**CHAT, "chat_template_kwargs": {"enable_thinking": True}})
+    for document, expected in zip(found.splits.train, (quiet, thinking), strict=True):
+        held_out = sources.Source("a", 1.0, sources.Splits([], [document], []), "f", "d")
+        assert data.prompts([held_out], tokenizer, values=silent) == (expected,)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ([1], "a.jsonl, line 1: 'chat_template_kwargs' must be an object such as"),
+        (
+            {"tools": []},
+            "a.jsonl, line 1: chat_template_kwargs: 'tools' is no value that a template is given",
+        ),
+        ("{style", "a.jsonl, line 1: 'chat_template_kwargs' must be JSON"),
+    ],
+)
+def test_what_no_template_can_be_given_is_refused(given: Any, said: str, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=said):
+        read(tmp_path, {**CHAT, "chat_template_kwargs": given})
+
+
+def test_what_transformers_itself_takes_is_refused_of_a_config_and_of_a_command(
+    stoker: Callable[..., Any], tmp_path: Path
+) -> None:
+    done = stoker("train", "llm", "chat_template_kwargs={tokenize: true}")
+    assert done.code == 2
+    assert "chat_template_kwargs: 'tokenize' is no value" in done.err
+    for given, said in (("tokenize=true", "'tokenize' is no value"), ("quiet", "write KEY=VALUE")):
+        done = stoker("generate", str(tmp_path), "--template-value", given)
+        assert done.code == 2
+        assert said in done.err
+
+
+def test_a_run_is_asked_with_what_it_was_trained_with_unless_something_else_is_said(
+    stoker: Callable[..., Any],
+    tmp_path: Path,
+    write_file: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = families.save(tmp_path / "base", "llama")
+    write_file("mine.jinja", [STYLED])
+    write_file("chat.jsonl", [json.dumps(CHAT | {"id": n}) for n in range(8)])
+    done = stoker(
+        "train", "llm", f"model={model}", "data=chat.jsonl", "sequence_length=64", "batch_size=2",
+        "max_steps=1", "generate_tokens=1", "validation=0", "test=0", "chat_template=mine.jinja",
+        'prompts=["a"]', "chat_template_kwargs={style: curt}", "--name", "a",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    tables = tmp_path / "runs" / "llm" / "a" / "artifacts" / "tables" / "generations"
+    (row,) = pq.read_table(tables / "step-00000001.parquet").to_pylist()
+    assert row["prompt"] == "curt user: a\n"
+
+    asked: list[str] = []
+    answer = {"text": "", "tokens": 0, "tokens_per_second": 0.0}
+    monkeypatch.setattr(speaking.Speaker, "answer", lambda self, text, **how: asked.append(text) or answer)
+    monkeypatch.chdir(tmp_path)
+    generate.generate("a", ["a"], json=True)
+    generate.generate("a", ["a"], template_value=["style=long", "n=1"], json=True)
+    assert asked == ["curt user: a\n", "long user: a\n"]

@@ -140,8 +140,9 @@ def _made(config: Config) -> tuple[list[Source], Rows, Any, bool]:
     )
     packing = config.packing and packs
     rows = language_data.pack(
-        found, tokenizer, sequence_length=config.sequence_length, loss_on=config.loss_on, packing=packing
-    )
+        found, tokenizer, sequence_length=config.sequence_length, loss_on=config.loss_on, packing=packing,
+        values=config.chat_template_kwargs,
+    )  # fmt: skip
     return found, rows, tokenizer, packing
 
 

@@ -52,6 +52,8 @@ class Document:
     """The system prompt of a pair; that of a conversation is one of its messages."""
     tools: str = ""
     """What the assistant of a conversation may call, as a JSON array of schemas; mostly empty."""
+    template_values: str = ""
+    """What its chat template is given beside it, as a JSON object; mostly empty."""
     unread: tuple[str, ...] = ()
     """Fields of its record that mean something to other trainers, and are nothing of this document."""
     where: str = field(default="", compare=False)
@@ -110,7 +112,7 @@ def make_corpus(documents: list[Document], description: str, left_out: tuple[Lef
     for document in documents:
         said = itertools.chain.from_iterable(message.parts for message in document.messages)
         parts = [document.key, document.prompt, document.text, *said]
-        for name in ("system", "tools"):
+        for name in ("system", "tools", "template_values"):
             if own := getattr(document, name):
                 parts += name, own
         for part in parts:

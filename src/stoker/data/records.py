@@ -39,9 +39,15 @@ _LIKE_PROMPTS = ("prompt", "question", "instruction", "query", "problem", "input
 _LIKE_ANSWERS = ("completion", "response", "answer", "output", "solution", "chosen", "reply", "target")
 _LIKE_TEXTS = ("content", "body", "raw_content", "document", "article", "code")
 _LIKE_SYSTEM = ("system_prompt", "system_message")
-_FIELDS = (*dict.fromkeys(name for form in _FORMS for name in form if name), "messages", "system", "tools")
+_FIELDS = (
+    *dict.fromkeys(name for form in _FORMS for name in form if name),
+    "messages",
+    "system",
+    "tools",
+    called.VALUES,
+)
 """What `columns` may name."""
-_OPTIONAL = ("input", "system", "tools")
+_OPTIONAL = ("input", "system", "tools", called.VALUES)
 _MEANT = (
     "system", "system_prompt", "history", "tools", "functions", "context", "input", "documents", "images",
     "image", "audios", "audio", "videos", "video", "rejected", "chosen", "reasoning_content", "thinking",
@@ -91,17 +97,29 @@ def documents(records: Iterable[Record], columns: Columns = NO_COLUMNS) -> Itera
             )
         record = _renamed(where, found, columns) if columns else found
         messages = _messages(where, record)
+        values = called.values(where, record.get(called.VALUES))
         if messages:
             unread = _unread(record, read=("system", "tools"))
             key = content_key(*itertools.chain.from_iterable(message.parts for message in messages))
             tools = called.schemas(where, record.get("tools"))
-            yield Document(key, "", "", messages, tools=tools, unread=unread, where=where)
+            yield Document(
+                key, "", "", messages, tools=tools, template_values=values, unread=unread, where=where
+            )
             continue
         prompt, text, read = _parse(where, record)
         system = _system(where, record) if prompt else ""
         unread = _unread(record, read=(*read, "system") if prompt else read)
         key = content_key(prompt, text)
-        yield Document(key, prompt, text, (), system, unread=unread, where=where)
+        yield Document(
+            key,
+            prompt,
+            text,
+            (),
+            system,
+            template_values=values if prompt else "",
+            unread=unread,
+            where=where,
+        )
 
 
 def _renamed(where: str, record: dict[str, Any], columns: Columns) -> dict[str, Any]:

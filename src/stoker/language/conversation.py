@@ -10,7 +10,8 @@ import functools
 import itertools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
@@ -20,6 +21,7 @@ from stoker.errors import BadInput
 from stoker.language import chat_template
 
 Span = tuple[int, int]
+NO_VALUES: Mapping[str, Any] = MappingProxyType({})
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _THOUGHT_INLINE = re.compile(r"(\s*<think>).*(</think>\s*)(.*)", re.DOTALL)
@@ -36,15 +38,20 @@ class Chat(NamedTuple):
     messages: tuple[Message, ...]
     tools: str = ""
     where: str = ""
-    """Both as a document's."""
+    values: str = ""
+    """All as a document's."""
 
     def until(self, number: int) -> Chat:
         """Its first messages."""
         return self._replace(messages=self.messages[:number])
 
 
-def of(document: Document, tokenizer: Any) -> Chat:
-    """A document as a conversation, without messages where it neither is one nor can be. Raises BadInput."""
+def of(document: Document, tokenizer: Any, values: Mapping[str, Any] = NO_VALUES) -> Chat:
+    """A document as a conversation, without messages where it neither is one nor can be. Raises BadInput.
+
+    Args:
+        values: what the template is given beside it, where the document does not say otherwise.
+    """
     has_template = bool(getattr(tokenizer, "chat_template", None))
     if document.messages and not has_template:
         raise BadInput(
@@ -52,12 +59,25 @@ def of(document: Document, tokenizer: Any) -> Chat:
             f"{chat_template.ALLOWED}; or data of prompts and completions"
         )
     if document.messages:
-        return _checked(Chat(document.messages, document.tools, document.where), tokenizer)
+        given = as_text({**values, **_values(document.template_values)})
+        return _checked(Chat(document.messages, document.tools, document.where, given), tokenizer)
     if not (document.prompt and has_template):
         return Chat(())
     system = (Message("system", document.system),) if document.system else ()
     turns = (*system, Message("user", document.prompt), Message("assistant", document.text))
-    return Chat(turns, where=document.where)
+    given = as_text({**values, **_values(document.template_values)})
+    return Chat(turns, where=document.where, values=given)
+
+
+def as_text(values: Mapping[str, Any]) -> str:
+    """What a template is given beside a conversation, as a chat has it."""
+    return json.dumps(values, sort_keys=True, default=str) if values else ""
+
+
+def _values(text: str) -> dict[str, Any]:
+    """The same read again."""
+    found: dict[str, Any] = json.loads(text) if text else {}
+    return found
 
 
 def _checked(chat: Chat, tokenizer: Any) -> Chat:
@@ -103,7 +123,7 @@ def _form_of_calls(template: str, special: str) -> _Form | None:
     """The form in which a template writes calls at all, which is tried; None where it writes none.
 
     Args:
-        special: the special tokens that it knows, as a JSON object.
+        special: the special tokens that it knows, and what else it is given, as a JSON object.
     """
     for form in (_Form(), _Form(as_text=True)):
         text = _tried(template, special, "", form, calls=1)
@@ -184,8 +204,9 @@ def _given(tokenizer: Any, chat: Chat) -> dict[str, Any]:
 
 
 def _to_be_tried(tokenizer: Any, chat: Chat) -> tuple[str, str]:
-    """The template of a conversation, and the special tokens that it knows, as a JSON object."""
-    return template(tokenizer, chat.tools), json.dumps(tokenizer.special_tokens_map, default=str)
+    """The template of a conversation, and the special tokens and values that it knows, as a JSON object."""
+    known = {**tokenizer.special_tokens_map, **_values(chat.values)}
+    return template(tokenizer, chat.tools), json.dumps(known, default=str)
 
 
 def _calls(message: Message) -> int:
@@ -208,7 +229,10 @@ def render(tokenizer: Any, chat: Chat, *, to_be_answered: bool = False) -> str:
     """A conversation as its template writes it. Raises BadInput where that refuses it."""
     try:
         text: str = tokenizer.apply_chat_template(
-            **_given(tokenizer, chat), tokenize=False, add_generation_prompt=to_be_answered
+            **_given(tokenizer, chat),
+            tokenize=False,
+            add_generation_prompt=to_be_answered,
+            **_values(chat.values),
         )
     except _REFUSALS as error:
         roles = ", ".join(message.role for message in chat.messages)
@@ -251,7 +275,7 @@ def _marked(tokenizer: Any, chat: Chat) -> list[Span]:
     given = _given(tokenizer, chat)
     _, (spans,) = render_jinja_template(
         [given["conversation"]], tools=given["tools"], chat_template=template(tokenizer, chat.tools),
-        return_assistant_tokens_mask=True, **tokenizer.special_tokens_map,
+        return_assistant_tokens_mask=True, **{**tokenizer.special_tokens_map, **_values(chat.values)},
     )  # fmt: skip
     return list(spans)
 

@@ -29,7 +29,7 @@ from stoker.data.stream import Stream
 from stoker.data.tokens import PackedDataset
 from stoker.errors import BadInput
 from stoker.language import chat_template, conversation
-from stoker.language.conversation import Chat, Span
+from stoker.language.conversation import NO_VALUES, Chat, Span
 
 log = logging.getLogger("stoker")
 
@@ -74,11 +74,13 @@ def pack(
     sequence_length: int,
     loss_on: LossOn = "answer",
     packing: bool = True,
+    values: Mapping[str, Any] = NO_VALUES,
 ) -> Rows:
     """Tokenise and pack each source, once for the same content, tokenizer and settings.
 
     Args:
         packing: whether documents share rows.
+        values: what the chat template is given beside each, see `conversation.of`.
 
     Raises:
         BadInput: a tokenizer does not do for the documents, or nothing is left of them.
@@ -86,7 +88,7 @@ def pack(
     _warn_of_unread(found, tokenizer)
     _warn_of_left_out(found)
     _warn_of_endless_turns(found, tokenizer)
-    encoder = Encoder(tokenizer, loss_on)
+    encoder = Encoder(tokenizer, loss_on, values)
     settings: dict[str, Any] = {
         "encode": encoder, "pad_id": tokenizer.pad_token_id, "vocab_size": len(tokenizer),
         "sequence_length": sequence_length, "packing": packing, "cache": storage.cache_folder(),
@@ -252,7 +254,11 @@ def _counted(count: int, what: str) -> str:
 
 
 def prompts(
-    found: Sequence[Source], tokenizer: Any, given: Sequence[str] = (), positions: int | None = None
+    found: Sequence[Source],
+    tokenizer: Any,
+    given: Sequence[str] = (),
+    positions: int | None = None,
+    values: Mapping[str, Any] = NO_VALUES,
 ) -> tuple[str, ...]:
     """What generations begin with: what is given, else two questions held out, or first words of texts.
 
@@ -261,23 +267,25 @@ def prompts(
 
     Args:
         positions: of the model; a question that leaves none for an answer is not taken.
+        values: see `pack`.
 
     Raises:
         BadInput: the template refuses a question, or one that is given leaves no position.
     """
     begin = tokenizer.bos_token if Encoder(tokenizer, "answer").begin else ""
     if given:
-        return tuple(_asked(text, tokenizer, begin, positions) for text in given)
+        return tuple(_asked(text, tokenizer, begin, positions, values) for text in given)
     held_out = itertools.chain.from_iterable(source.splits.validation for source in found)
     ordered = sorted(held_out, key=lambda document: document.key)
-    begun = (_beginning(document, tokenizer, begin) for document in ordered)
+    begun = (_beginning(document, tokenizer, begin, values) for document in ordered)
     return tuple(itertools.islice((text for text in begun if not _fills(text, tokenizer, positions)), 2))
 
 
-def _asked(text: str, tokenizer: Any, begin: str, positions: int | None) -> str:
+def _asked(text: str, tokenizer: Any, begin: str, positions: int | None, values: Mapping[str, Any]) -> str:
     """What is given, as the model is asked it. Raises BadInput."""
     if getattr(tokenizer, "chat_template", None):
-        made = conversation.render(tokenizer, Chat((Message("user", text),)), to_be_answered=True)
+        chat = Chat((Message("user", text),), values=conversation.as_text(values))
+        made = conversation.render(tokenizer, chat, to_be_answered=True)
     else:
         made = f"{begin}{text}"
     if count := _fills(made, tokenizer, positions):
@@ -296,8 +304,8 @@ def _fills(text: str, tokenizer: Any, positions: int | None) -> int:
     return count if count >= positions else 0
 
 
-def _beginning(document: Document, tokenizer: Any, begin: str) -> str:
-    chat = conversation.of(document, tokenizer)
+def _beginning(document: Document, tokenizer: Any, begin: str, values: Mapping[str, Any]) -> str:
+    chat = conversation.of(document, tokenizer, values)
     asked = tuple(itertools.takewhile(lambda message: message.role != "assistant", chat.messages))
     if asked:
         return conversation.render(tokenizer, chat._replace(messages=asked), to_be_answered=True)
@@ -328,10 +336,11 @@ class Encoder:
     Args:
         tokenizer: a fast one, where there are conversations, or pairs and a chat template.
         loss_on: answer: what the assistant says; last: its last turn; all: every token but the first.
+        values: see `pack`.
     """
 
-    def __init__(self, tokenizer: Any, loss_on: LossOn) -> None:
-        self._tokenizer, self._loss_on = tokenizer, loss_on
+    def __init__(self, tokenizer: Any, loss_on: LossOn, values: Mapping[str, Any] = NO_VALUES) -> None:
+        self._tokenizer, self._loss_on, self._values = tokenizer, loss_on, dict(values)
         self.begin = [tokenizer.bos_token_id] if chat_template.begins(tokenizer) else []
         """What the tokenizer itself begins every text with."""
 
@@ -339,12 +348,13 @@ class Encoder:
     def fingerprint(self) -> str:
         """SHA-256 of all that decides what tokens a document becomes."""
         template = getattr(self._tokenizer, "chat_template", None)
-        parts = (fingerprint(self._tokenizer), PROMPT, str(template), self._loss_on, str(self.begin))
+        own = [conversation.as_text(self._values)] if self._values else []
+        parts = (fingerprint(self._tokenizer), PROMPT, str(template), self._loss_on, str(self.begin), *own)
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
     def __call__(self, documents: Sequence[Document]) -> Iterator[Encoded]:
         """The tokens of each document. Raises BadInput."""
-        chats = [conversation.of(document, self._tokenizer) for document in documents]
+        chats = [conversation.of(document, self._tokenizer, self._values) for document in documents]
         rendered = iter(self._chats([chat for chat in chats if chat.messages]))
         plain = iter(self._plain([d for d, chat in zip(documents, chats, strict=True) if not chat.messages]))
         for chat in chats:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 from stoker.attempt import Run
+from stoker.data.called import VALUES, check_values
 from stoker.duration import Duration
 from stoker.engine.keys import Betas, Length, Warmup
 from stoker.engine.options import Training
@@ -60,6 +61,9 @@ class Config(Training):
     chat_template: str | None = None
     """How conversations are written: chatml, llama3, gemma, mistral, alpaca, a directory or hub id whose
     tokenizer has one, or a file of Jinja; by default the tokenizer's own."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """What the template is given beside each conversation, where its record has no other: {enable_thinking:
+    false}."""
     tokenizer: str | None = None
     """A directory or hub id; by default the model's own, and for a new model one trained on the data."""
     add_tokens: tuple[str, ...] = ()
@@ -121,6 +125,7 @@ class Config(Training):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_values(VALUES, self.chat_template_kwargs)
         for share in ("validation", "test"):
             value = getattr(self, share)
             if getattr(self, f"{share}_data") is not None and value not in (0, getattr(Config, share)):
@@ -278,13 +283,14 @@ def train(run: Run, config: Config) -> None:
         packing = config.packing and language.packs
         rows = data.pack(
             found, language.tokenizer, sequence_length=config.sequence_length, loss_on=config.loss_on,
-            packing=packing,
+            packing=packing, values=config.chat_template_kwargs,
         )  # fmt: skip
     data.say(run, config.named, found, rows, packed=packing, wanted=config.packing)
     language = dataclasses.replace(language, tokenizer=data.as_asked(found, language.tokenizer))
     prompts = data.prompts(
-        found, language.tokenizer, config.prompts, positions=building.positions(language.config)
-    )
+        found, language.tokenizer, config.prompts, positions=building.positions(language.config),
+        values=config.chat_template_kwargs,
+    )  # fmt: skip
     model = _as_trained(run, language, config)
     called = objective.attach(model)
     kernels.use(model, config.kernels)
