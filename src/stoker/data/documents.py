@@ -17,6 +17,9 @@ from stoker.data import called
 from stoker.errors import BadInput
 from stoker.words import counted
 
+ROLES = ("system", "developer", "user", "assistant", "tool")
+"""Who speaks in a conversation, as chat templates call them; some know others too."""
+
 
 class Message(NamedTuple):
     """A turn of a conversation."""
@@ -72,6 +75,11 @@ class Document:
         if self.text.strip():
             return ""
         return "no answer" if self.prompt else "no text"
+
+    @property
+    def unknown_roles(self) -> tuple[str, ...]:
+        """The roles of its messages that are none of ROLES."""
+        return tuple(dict.fromkeys(message.role for message in self.messages if message.role not in ROLES))
 
 
 class LeftOut(NamedTuple):
@@ -142,6 +150,13 @@ def learnable(documents: Sequence[Document], source: str) -> tuple[list[Document
         (others if document.lacking else kept).append(document)
     if not kept and not others:
         raise BadInput(f"{source} is an empty dataset: it holds no text")
+    stranger = next((document for document in others if document.unknown_roles), None)
+    if not kept and stranger is not None:
+        raise BadInput(
+            f"{source}: the assistant says nothing in {counted(len(others), 'record')}, and nobody knows the "
+            f"roles {', '.join(stranger.unknown_roles)} of {stranger.where}: call who speaks system, user "
+            "(or human), assistant (or gpt, ai, bot, model) and tool"
+        )
     if not kept:
         raise BadInput(
             f"{source} is an empty dataset: nothing can be learnt of {counted(len(others), 'record')}; the "
