@@ -30,6 +30,7 @@ from stoker.data.tokens import PackedDataset
 from stoker.errors import BadInput
 from stoker.language import chat_template, conversation
 from stoker.language.conversation import NO_VALUES, Chat, Span
+from stoker.words import counted
 
 log = logging.getLogger("stoker")
 
@@ -51,6 +52,8 @@ _UNFOUND = (
     "no turn of the assistant that is to be learnt is found: where the chat template writes one, mark it "
     "there by {% generation %} (chat_template=FILE)"
 )
+
+_OFTEN = 4  # times that an epoch goes through a source
 
 LossOn = Literal["answer", "last", "all"]
 
@@ -174,12 +177,42 @@ def say(
     run.event("data", **about, rows=len(rows.train), tokens_per_row=rows.train.tokens_per_sample)
     if run.world.rank > 0:
         return
+    passes = iter(rows.train.passes if isinstance(rows.train, Mixture) else ())
     for source in found:
-        weighed = source.key == "data" and len(of_keys["data"]) > 1
-        log.info("%s: %s%s", source.key, source.description, f", weight {source.weight:g}" if weighed else "")
+        often = next(passes, None) if source.key == "data" else None
+        _say_source(source, often)
+    log.info("%s", _divided(found))
     warn_of_repeated(found)
     if wanted and not packed:
         log.warning("the model's attention cannot keep documents apart: each has rows of its own")
+
+
+def _say_source(source: Source, passes: float | None) -> None:
+    """Say what a source is; of several by weight how often an epoch goes through it."""
+    if passes is None:
+        log.info("%s: %s", source.key, source.description)
+        return
+    log.info(
+        "%s: %s, weight %g: passed %.3g times in an epoch",
+        source.key, source.description, source.weight, passes,
+    )  # fmt: skip
+    if passes > _OFTEN:
+        log.warning(
+            "%s: %s is passed %.3g times in an epoch, and may be learnt by heart: lower its weight, or give "
+            "more of it",
+            source.key, source.name, passes,
+        )  # fmt: skip
+
+
+def _divided(found: Sequence[Source]) -> str:
+    """How many documents there are for what; of a stream, of those that were looked at."""
+    uses = {
+        use: sum(len(getattr(source.splits, split)) for source in found)
+        for split, use in (("train", "trained on"), ("validation", "validation"), ("test", "test"))
+    }
+    parts = ", ".join(f"{count:,} {use}" for use, count in uses.items() if count or use == "trained on")
+    looked_at = " that were looked at" if any(source.stream for source in found) else ""
+    return f"{counted(sum(uses.values()), 'document')}{looked_at}: {parts}"
 
 
 def _warn_of_unread(found: Sequence[Source], tokenizer: Any) -> None:
