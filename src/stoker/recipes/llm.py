@@ -108,8 +108,8 @@ class Config(Training):
     """Tokens of a row."""
     packing: bool = True
     """Whether documents share rows, none of them seeing another."""
-    eval_every: Length = Duration(1, "epoch")
-    """Perplexity on the validation documents, and generations."""
+    eval_every: Length | None = Duration(1, "epoch")
+    """Perplexity on the validation documents, and generations; none: before and after training alone."""
     patience: Annotated[int, Ge(1)] | None = None
     """End early once val_loss got no better over so many evaluations; none: never."""
     validation: Annotated[float, Ge(0), Lt(0.5)] = 0.05
@@ -118,8 +118,8 @@ class Config(Training):
     """Share of the documents held out for the final test; 0: none."""
     prompts: tuple[str, ...] = ()
     """What is asked, by the chat template where there is one; by default two of the validation documents."""
-    generate_tokens: Annotated[int, Ge(1)] = 64
-    """Length of a generation."""
+    generate_tokens: Annotated[int, Ge(0)] = 64
+    """Length of a generation; 0: none are made."""
     seed: Annotated[int, Ge(0)] = 0
     """Of the weights, the order of the data, and dropout."""
 
@@ -137,6 +137,15 @@ class Config(Training):
             raise ValueError(
                 f"patience={self.patience} watches val_loss, and with validation=0 nothing is held out: give "
                 "validation a share, or leave patience out"
+            )
+        if self.patience is not None and self.eval_every is None:
+            raise ValueError(
+                f"patience={self.patience} counts the evaluations while training, and with eval_every=none "
+                "there are none: give eval_every a length, or leave patience out"
+            )
+        if self.prompts and not self.generate_tokens:
+            raise ValueError(
+                "prompts are given, and with generate_tokens=0 none is asked: leave out one of the two"
             )
         if self.max_steps is not None and self.epochs is not None:
             raise ValueError(f"max_steps={self.max_steps} and epochs={self.epochs} are both given: give one")
@@ -332,7 +341,7 @@ def train(run: Run, config: Config) -> None:
         run.log(loss=trainer.step(batch), **trainer.step_metrics())
         if trainer.every(10) or trainer.last:
             run.log(trainer.performance(needed))
-        if trainer.every(config.eval_every) or trainer.last:
+        if (config.eval_every is not None and trainer.every(config.eval_every)) or trainer.last:
             evaluate()
             if config.patience is not None and trainer.stale("val_loss", config.patience):
                 trainer.finish(f"val_loss got no better over {config.patience} evaluations")
