@@ -16,12 +16,14 @@ from stoker.data import sources
 from stoker.data import tokenizer as tokenizers
 from stoker.data.documents import Document, Message
 from stoker.errors import BadInput
-from stoker.language import building, chat_template, conversation, data, speaking
+from stoker.language import building, chat_template, conversation, data, hub, speaking
 from stoker.language.conversation import Chat
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 import families
+import hub_server
+from commands import Point
 
 SAID = (
     Message("system", "Be brief."), Message("user", "what is one "), Message("assistant", "it is 1"),
@@ -169,17 +171,32 @@ def test_a_template_of_another_model_is_its_tokenizer_s(bare: Any, tmp_path: Pat
     with_template(bare, "gemma").save_pretrained(tmp_path / "theirs")
     assert chat_template.read(str(tmp_path / "theirs")) == with_template(bare, "gemma").chat_template
     bare.save_pretrained(tmp_path / "none")
-    with pytest.raises(BadInput, match="the tokenizer there has none: give one of chatml, llama3"):
+    with pytest.raises(BadInput, match="the tokenizer there has none: give chat_template=chatml"):
         chat_template.read(str(tmp_path / "none"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(BadInput, match="the tokenizer there cannot be loaded"):
         chat_template.read(str(tmp_path / "empty"))
 
 
+def test_a_template_of_the_hub_is_brought_without_the_weights(
+    bare: Any, tmp_path: Path, point_at: Point
+) -> None:
+    with_template(bare, "gemma").save_pretrained(tmp_path / "theirs")
+    with hub_server.serving() as served:
+        served.models["org/one"] = {f.name: f.read_bytes() for f in (tmp_path / "theirs").iterdir()}
+        served.models["org/one"]["model.safetensors"] = b"w"
+        point_at(served.url)
+        assert chat_template.read("org/one@main") == with_template(bare, "gemma").chat_template
+        assert not list(hub.find("org/one@main", weights=False).glob("*.safetensors"))
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ("chatmll", "is no file here, and no name; did you mean 'chatml'.*give one of chatml, llama3"),
+        (
+            "chatmll",
+            "is no file here, and no name; did you mean 'chatml'.*give chat_template=chatml .or llama3",
+        ),
         ("mine.jinja", "mine.jinja cannot be read: .*No such file"),
         ("their/mine.jinja", "mine.jinja cannot be read: .*No such file"),
         ("org/one", "chat_template org/one is no directory here"),
@@ -202,7 +219,7 @@ def test_a_base_model_is_trained_on_conversations_by_a_name_and_exported_asked_a
               "generate_tokens=2", "max_steps=1")  # fmt: skip
     refused = stoker(*common)
     assert refused.code == 2
-    assert "give chat_template=, one of chatml, llama3, gemma, mistral, alpaca" in refused.err
+    assert "give chat_template=chatml (or llama3, gemma, mistral, alpaca; a model or folder" in refused.err
     new = (*common, "chat_template=chatml", f"add_tokens={json.dumps(TOKENS['chatml'])}")
     assert stoker("data", "inspect", *new[2:], "--json").code == 0
     done = stoker(*new, "--name", "a")

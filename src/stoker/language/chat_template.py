@@ -17,7 +17,10 @@ NAMES = ("chatml", "llama3", "gemma", "mistral", "alpaca")
 """Those that ship. They write what begins every text as the tokenizer has it, see `of`."""
 ENDED_BY_EOS = ("mistral", "alpaca")
 """Those that end what the assistant says with what ends a text, which every tokenizer has."""
-ALLOWED = f"one of {', '.join(NAMES)}, the file of a Jinja template, or a model that has one"
+ALLOWED = (
+    f"chat_template={NAMES[0]} (or {', '.join(NAMES[1:])}; a model or folder that has one; a file of Jinja)"
+)
+"""What to write, for people."""
 
 _FOLDER = Path(__file__).with_name("templates")
 _OF_FILES = (".jinja", ".jinja2", ".j2", ".txt", ".json")
@@ -37,7 +40,7 @@ def read(given: str) -> Template:
         return _of_file(path)
     if "/" not in given:
         raise BadInput(
-            f"chat_template={given} is no file here, and no name{nearest(given, NAMES)}: give {ALLOWED}"
+            f"chat_template={given} is no file here, and no name{nearest(given, NAMES)}; give {ALLOWED}"
         )
     return _of_tokenizer(given)
 

@@ -55,8 +55,8 @@ def of(document: Document, tokenizer: Any, values: Mapping[str, Any] = NO_VALUES
     has_template = bool(getattr(tokenizer, "chat_template", None))
     if document.messages and not has_template:
         raise BadInput(
-            "the data has conversations, and the tokenizer has no chat template: give chat_template=, "
-            f"{chat_template.ALLOWED}; or data of prompts and completions"
+            "the data has conversations, and the tokenizer has no chat template: give "
+            f"{chat_template.ALLOWED}, or data of prompts and completions"
         )
     if document.messages:
         given = as_text({**values, **_values(document.template_values)})

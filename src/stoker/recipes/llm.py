@@ -53,7 +53,7 @@ class Config(Training):
     """As data, for the final test in place of the share `test` of data."""
     columns: dict[str, str] = field(default_factory=dict)
     """What the data call the fields that are read, and only these are: {text: body}, {prompt: q, completion:
-    a}."""
+    a}, {messages: dialog, role: speaker, content: utterance}."""
     streaming: bool = False
     """Tokenise the data as training comes to it, not beforehand; an epoch is an estimate then."""
     loss_on: Literal["answer", "last", "all"] = "answer"
