@@ -14,8 +14,12 @@ _KEYS = {
     "data": "dataset dataset_name dataset_path datasets train_dataset train_file",
     "validation_data": "eval_data eval_dataset test_datasets val_dataset validation_dataset validation_file",
     "tokenizer": "tokenizer_name tokenizer_name_or_path",
-    "columns": "dataset_text_field field_instruction field_messages field_output text_column text_field",
-    "chat_template": "chat_template_jinja chat_template_path",
+    "columns": (
+        "dataset_text_field field_instruction field_messages field_output message_field_content "
+        "message_field_role message_property_mappings text_column text_field"
+    ),
+    "chat_template": "chat_template_jinja chat_template_path prompt_template template",
+    "chat_template_kwargs": "enable_thinking",
     "lr": "learning_rate max_lr peak_lr",
     "schedule": "lr_schedule lr_scheduler lr_scheduler_type scheduler",
     "warmup": "num_warmup_steps warmup_ratio warmup_steps",

@@ -230,7 +230,7 @@ def test_a_run_is_named_in_place_of_its_values(
 def test_what_cannot_be_trained_on_is_refused_alike(
     chat: tuple[str, ...], write_file: Callable[[str, Sequence[str]], Path]
 ) -> None:
-    with pytest.raises(BadInput, match="has no chat template: give chat_template=FILE"):
+    with pytest.raises(BadInput, match="has no chat template: give chat_template=chatml"):
         data.inspect([value for value in chat if not value.startswith("chat_template")])
     silent = write_file("silent.jsonl", [json.dumps({"messages": [{"content": "who says so"}]})])
     with pytest.raises(BadInput, match=r"line 1, message 1: has no 'role'; it has 'content'"):

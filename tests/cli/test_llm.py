@@ -21,7 +21,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
+from stoker import config as configs
 from stoker.data import python_docs
+from stoker.errors import BadInput
+from stoker.recipes.llm import Config
 
 import families
 from support import loaded, wait_for_points
@@ -178,7 +181,6 @@ def test_the_loss_is_that_of_plain_pytorch_on_the_same_rows(
     from stoker.data.tokens import collate
     from stoker.engine.random_state import seed_everything
     from stoker.language import building, data
-    from stoker.recipes.llm import Config
     from stoker.world import World
 
     config = Config(seed=1, data=reference, validation=0.05, test=0.05)
@@ -305,6 +307,42 @@ def test_with_nothing_held_out_all_is_trained_on_and_nothing_measured(
     refused = stoker("train", "llm", "data=d.jsonl", "validation=0", "patience=2")
     assert refused.code == 2
     assert "patience=2 watches val_loss, and with validation=0 nothing is held out" in refused.err
+
+
+def test_without_generations_and_evaluations_while_training_the_first_and_the_last_are_there(
+    stoker: Callable[..., Any], tmp_path: Path
+) -> None:
+    (tmp_path / "d.jsonl").write_text(_lines(*({"prompt": f"{i}?", "completion": f"{i}"} for i in range(40))))
+    done = stoker(
+        "train", "llm", "data=d.jsonl", "vocab_size=300", "batch_size=2", "sequence_length=64", "epochs=2",
+        "packing=false", "generate_tokens=0", "eval_every=none", "--name", "a", "--json",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    view = loaded(Path(done.answer["run"]))
+    last = max(view.points["loss"])
+    assert list(view.points["val_loss"]) == [0, last]
+    assert list(view.points["test_perplexity"]) == [last]
+    assert not (Path(done.answer["run"]) / "artifacts" / "tables" / "generations").exists()
+    resumed = stoker("resume", "a", f"max_steps={last + 1}", "epochs=none")
+    assert resumed.code == 0, resumed.err
+    assert list(loaded(Path(done.answer["run"])).points["val_loss"]) == [0, last, last + 1]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (
+            ("eval_every=none", "patience=2"),
+            "patience=2 counts the evaluations while training, and with eval_",
+        ),
+        (("generate_tokens=0", "prompts=who"), "prompts are given, and with generate_tokens=0 none is asked"),
+    ],
+)
+def test_what_is_asked_of_evaluations_that_are_turned_off_is_refused(
+    given: tuple[str, ...], said: str
+) -> None:
+    with pytest.raises(BadInput, match=said):
+        configs.resolve(Config, given)
 
 
 def test_a_generation_ends_with_the_positions_of_the_model(

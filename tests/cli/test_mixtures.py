@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -113,3 +114,35 @@ def test_weights_that_are_none_are_refused(stoker: Callable[..., Any], tmp_path:
     done = stoker(*SMALL, f"data={weights}", "max_steps=1", "--runs", str(tmp_path / "runs"))
     assert done.code == 2
     assert "weight" in done.err
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_how_many_documents_are_for_what_and_how_often_each_source_comes_is_said(
+    stoker: Callable[..., Any], tmp_path: Path, two: tuple[Path, Path], streaming: bool
+) -> None:
+    few = two[1].read_text().splitlines()[:40]
+    two[1].write_text("\n".join(few) + "\n")
+    common = (
+        *SMALL, "max_steps=1", "generate_tokens=1", f"streaming={str(streaming).lower()}", "--runs",
+        str(tmp_path / "runs"),
+    )  # fmt: skip
+    done = stoker(*common, f"data={two[0]}:1,{two[1]}:1", "--name", "often")
+    assert done.code == 0, done.err
+    looked_at = " that were looked at" if streaming else ""
+    found = re.search(
+        rf"640 documents{looked_at}: (\d+) trained on, (\d+) validation, (\d+) test\n", done.err
+    )
+    assert found is not None
+    assert sum(map(int, found.groups())) == 640
+    assert min(map(int, found.groups())) > 1
+    times = [float(text) for text in re.findall(r", weight 1: passed ([\d.]+) times in an epoch", done.err)]
+    assert len(times) == 2
+    assert times[0] < 1
+    assert times[1] > 4
+    assert f"data: letters is passed {times[1]:.3g} times in an epoch, and may be learnt by heart" in done.err
+    assert "data: numbers is passed" not in done.err
+
+    done = stoker(*common, f"data={two[0]}", "validation=0", "test=0", "--name", "all")
+    assert done.code == 0, done.err
+    assert f"600 documents{looked_at}: 600 trained on\n" in done.err
+    assert "times in an epoch" not in done.err

@@ -197,6 +197,9 @@ CHATS: list[dict[str, Any]] = [
     {"conversations": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]},
     {"messages": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]},
     {"prompt": [{"role": "user", "content": "hi"}], "completion": [{"role": "assistant", "content": "ho"}]},
+    {"messages": [{"role": "User", "content": "hi"}, {"role": "AI", "content": "ho"}]},
+    {"conversation": [{"from": "HUMAN", "value": "hi"}, {"from": "Bot", "value": "ho"}]},
+    {"messages": [{"role": "human", "content": "hi"}, {"role": "model", "content": "ho"}]},
     {"messages": [
         {"role": "user", "content": [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]},
         {"role": "assistant", "content": "ho"},
@@ -220,6 +223,11 @@ def test_conversations_are_read_in_every_form(tmp_path: Path, record: dict[str, 
             "line 1, message 1: has no 'role'; it has 'content'",
         ),
         ([{"role": "assistant", "text": "ho"}], "line 1, message 1: has no 'content'"),
+        (
+            [{"speaker": "user", "utterance": "hi"}],
+            "message 1: has no 'role'; it has 'speaker', 'utterance'; say by columns what it calls them, as "
+            "in columns='{messages: ..., role: speaker, content: utterance}'",
+        ),
         ([{"role": "user", "content": 3}], "message 1: the field 'content' must be a text, not a number (3)"),
         ([{"role": "user", "content": [{"type": "image"}]}], "has a part that is no text"),
         (["hi"], "message 1: must be an object with 'role' and 'content', not a text"),
@@ -452,6 +460,56 @@ def test_fields_are_read_under_the_names_that_the_data_have(tmp_path: Path, name
     assert [document for number in range(len(stream)) for document in stream.kept(number)] == found
     assert stream.fingerprint != chunks.find(str(tmp_path / name)).fingerprint
     assert pickle.loads(pickle.dumps(stream)) == stream  # its readers are other processes
+
+
+DIALOGS = [
+    {
+        "dialog": [
+            {"speaker": "Human", "utterance": f"what is {n}"},
+            {"speaker": "bot", "utterance": f"it is {n}", "weight": n % 2},
+        ],
+        "persona": "be brief",
+    }
+    for n in range(4)
+]
+OF_DIALOGS = {"messages": "dialog", "role": "speaker", "content": "utterance", "system": "persona"}
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_turns_are_read_under_the_names_that_the_data_have(tmp_path: Path, name: str) -> None:
+    if name == "a.parquet":
+        parquet.write_table(pa.Table.from_pylist(DIALOGS), tmp_path / name)
+    else:
+        write_jsonl(tmp_path / name, DIALOGS)
+    found = read(str(tmp_path / name), OF_DIALOGS).documents
+    assert len(found) == 4
+    for n, document in enumerate(found):
+        silent = () if n % 2 else ('{"silent": true}',)
+        assert [message.parts for message in document.messages] == [
+            ("system", "be brief"), ("user", f"what is {n}"), ("assistant", f"it is {n}", *silent)
+        ]  # fmt: skip
+    stream = chunks.find(str(tmp_path / name), OF_DIALOGS)
+    assert [document for number in range(len(stream)) for document in stream.kept(number)] == found
+    pairs = [{"a": [turn], "b": [answer]} for turn, answer in (record["dialog"] for record in DIALOGS)]
+    columns = {"prompt": "a", "completion": "b", "role": "speaker", "content": "utterance"}
+    (document, *_) = read(str(write_jsonl(tmp_path / "b.jsonl", pairs)), columns).documents
+    assert [message.role for message in document.messages] == ["user", "assistant"]
+
+
+def test_turns_of_other_names_are_answered_with_the_columns_that_read_them(tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", DIALOGS)
+    assert "as in columns='{messages: dialog, role: speaker, content: utterance}'" in refused(file)
+    with pytest.raises(BadInput, match="columns: 'role' is a field of messages: name these too"):
+        sources.check(str(file), columns={"text": "persona", "role": "speaker"})
+
+
+def test_roles_that_nobody_knows_are_said(tmp_path: Path) -> None:
+    turns = [{"role": role, "content": "a"} for role in ("hero", "user", "Narrator")]
+    file = write_jsonl(tmp_path / "a.jsonl", [{"text": ""}, {"messages": turns}, {"messages": turns[:1]}])
+    assert (
+        f"the assistant says nothing in 3 records, and nobody knows the roles hero, Narrator of {file}, line "
+        "2: call who speaks system, user (or human), assistant (or gpt, ai, bot, model) and tool"
+    ) in refused(file)
 
 
 def test_what_is_named_is_read_of_all_data_and_nothing_else_of_them(tmp_path: Path) -> None:

@@ -358,7 +358,7 @@ def test_a_chat_template_that_is_none_is_said_at_the_launch(
     if text is not None:
         file.write_text(text)
     with pytest.raises(BadInput, match=said) if said else contextlib.nullcontext():
-        launched(chat_template=file)
+        launched(chat_template=str(file))
 
 
 def test_weights_are_read_to_be_compared_where_they_are_known_and_by_one_rank(

@@ -411,7 +411,7 @@ def test_a_first_token_begins_what_has_no_template_where_the_tokenizer_adds_one(
 
 
 def test_conversations_without_a_template_are_refused(bare: Any) -> None:
-    with pytest.raises(BadInput, match="has no chat template: give chat_template=FILE"):
+    with pytest.raises(BadInput, match="has no chat template: give chat_template=chatml"):
         list(Encoder(of(bare, None), "answer")([Document("k", "", "", CHAT)]))
 
 

@@ -140,8 +140,9 @@ def _made(config: Config) -> tuple[list[Source], Rows, Any, bool]:
     )
     packing = config.packing and packs
     rows = language_data.pack(
-        found, tokenizer, sequence_length=config.sequence_length, loss_on=config.loss_on, packing=packing
-    )
+        found, tokenizer, sequence_length=config.sequence_length, loss_on=config.loss_on, packing=packing,
+        values=config.chat_template_kwargs,
+    )  # fmt: skip
     return found, rows, tokenizer, packing
 
 
@@ -231,8 +232,8 @@ def _shares(found: Sequence[Source], rows: Rows) -> list[dict[str, float]]:
         return [{"share": 1.0, "rows_per_epoch": len(rows.train), "passes": 1.0}]
     length = len(rows.train)
     return [
-        {"share": share, "rows_per_epoch": round(share * length), "passes": share * length / len(part)}
-        for share, part in zip(rows.train.shares, rows.train.parts, strict=True)
+        {"share": share, "rows_per_epoch": round(share * length), "passes": passes}
+        for share, passes in zip(rows.train.shares, rows.train.passes, strict=True)
     ]
 
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+import yaml
 from stoker import exports, object_store
 from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, print_json
+from stoker.data import called
 from stoker.errors import BadInput
 from stoker.run import finding, view
 from stoker.run.view import RunView
@@ -48,6 +50,15 @@ def generate(
     raw: Annotated[
         bool, typer.Option("--raw", help="Continue the prompt as it is, without a chat template.")
     ] = False,
+    template_value: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--template-value",
+            metavar="KEY=VALUE",
+            help="What the chat template is given, such as enable_thinking=false; several times for several. "
+            "By default what the run was trained with.",
+        ),
+    ] = None,
     max_tokens: Annotated[
         int, typer.Option("--max-tokens", min=1, metavar="N", help="At most so many.")
     ] = 256,
@@ -84,13 +95,19 @@ def generate(
         raise BadInput("--prompt is empty: give it a text")
     if (top_p < 1 or top_k) and not temperature:
         raise BadInput("--top-p and --top-k are for what is drawn: give --temperature too, such as 0.7")
-    with _meant(model, runs, checkpoint) as (folder, named):
+    values = _values(template_value or ())
+    with _meant(model, runs, checkpoint) as (folder, named, trained_with):
         from stoker.language import speaking
 
         speaker = speaking.load(folder, base)
         chats = speaker.chats and not raw
         if system is not None and not chats:
             raise BadInput("--system is for models whose tokenizer has a chat template, and not with --raw")
+        if values and not chats:
+            raise BadInput(
+                "--template-value is for models whose tokenizer has a chat template, and not with --raw"
+            )
+        values = {**trained_with, **values}
 
         def answer(text: str) -> dict[str, Any]:
             said = speaker.answer(
@@ -103,32 +120,56 @@ def generate(
 
         before = [] if system is None else [_message("system", system)]
         if prompt is None and chats and sys.stdin.isatty():
-            answers = list(_conversation(speaker, before, answer))
+            answers = list(_conversation(speaker, before, values, answer))
         else:
             asked = prompt if prompt is not None else _from_input()
             answers = [
-                {"prompt": one, **answer(speaker.ask([*before, _message("user", one)]) if chats else one)}
+                {
+                    "prompt": one,
+                    **answer(speaker.ask([*before, _message("user", one)], values) if chats else one),
+                }
                 for one in asked
             ]
     if json:
         print_json({**named, "answers": answers})
 
 
+def _values(given: Sequence[str]) -> dict[str, Any]:
+    """What the chat template is given, each as YAML reads it. Raises BadInput."""
+    found: dict[str, Any] = {}
+    for one in given:
+        key, separator, text = one.partition("=")
+        if not separator or not key:
+            raise BadInput(f"--template-value {one}: write KEY=VALUE, for example enable_thinking=false")
+        try:
+            found[key] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            found[key] = text
+    called.check_values("--template-value", found)
+    return found
+
+
 @contextlib.contextmanager
-def _meant(reference: str, runs: Path, checkpoint: str | None) -> Iterator[tuple[Path, dict[str, str]]]:
-    """A folder with the model that is meant, and how JSON names it. Raises BadInput."""
+def _meant(
+    reference: str, runs: Path, checkpoint: str | None
+) -> Iterator[tuple[Path, dict[str, str], dict[str, Any]]]:
+    """A folder with the model that is meant, how JSON names it, and what a run's template was given.
+
+    Raises BadInput.
+    """
     seen = _run(reference, runs)
     if seen is None:
         if checkpoint is not None:
             raise BadInput(f"--checkpoint {checkpoint} is for a run, and {reference} is a model")
         from stoker.language import hub
 
-        yield hub.find(reference), {"model": reference}
+        yield hub.find(reference), {"model": reference}, {}
         return
     with tempfile.TemporaryDirectory(prefix="stoker-model-") as scratch:
         folder = None if checkpoint else exports.as_it_stands(seen)
         folder = folder or exports.make(seen, Path(scratch), which=checkpoint).folder
-        yield folder, {"run": f"{seen.directory.experiment}/{seen.directory.id}"}
+        named = {"run": f"{seen.directory.experiment}/{seen.directory.id}"}
+        yield folder, named, dict(seen.config.get(called.VALUES, {}))
 
 
 def _run(reference: str, runs: Path) -> RunView | None:
@@ -146,7 +187,7 @@ def _run(reference: str, runs: Path) -> RunView | None:
 
 
 def _conversation(
-    speaker: Speaker, before: Sequence[dict[str, str]], answer: Answer
+    speaker: Speaker, before: Sequence[dict[str, str]], values: Mapping[str, Any], answer: Answer
 ) -> Iterator[dict[str, Any]]:
     """What is said to each line of a terminal, with all that was said before it."""
     sys.stderr.write(f"{_ANEW} begins anew, Ctrl-D ends\n")
@@ -157,7 +198,7 @@ def _conversation(
             continue
         messages.append(_message("user", asked))
         try:
-            said = answer(speaker.ask(messages))
+            said = answer(speaker.ask(messages, values))
         except BadInput as error:  # there is no room for it
             messages = list(before)
             sys.stderr.write(f"{error}; the conversation begins anew\n")

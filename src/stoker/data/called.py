@@ -1,4 +1,4 @@
-"""What a conversation has besides words: the tools there are, calls of them, and what was thought.
+"""What a conversation has besides words: tools, calls of them, thoughts, and what its template is given.
 
 All of it is kept as the chat templates of transformers take it
 (https://huggingface.co/docs/transformers/chat_extras): a call is `{"type": "function", "function": {"name",
@@ -22,6 +22,14 @@ SILENT = "silent"
 THOUGHT = frozenset({"reasoning_content", "reasoning", "thinking"})
 """What others call what was thought; transformers gives a template all of these where a message has one."""
 _OF_A_TOOL = ("name", "tool_call_id")
+VALUES = "chat_template_kwargs"
+"""What a template is given beside a conversation, such as {"enable_thinking": false}."""
+_NO_VALUES = frozenset({
+    "conversation", "conversations", "messages", "tools", "chat_template", "add_generation_prompt",
+    "continue_final_message", "tokenize", "sanitize_control_tokens", "padding", "truncation", "max_length",
+    "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs",
+})  # fmt: skip
+"""What transformers' `apply_chat_template` itself takes, or gives a template."""
 
 
 def schemas(where: str, tools: Any) -> str:
@@ -32,6 +40,24 @@ def schemas(where: str, tools: Any) -> str:
     if not isinstance(found, list) or not all(isinstance(tool, dict) for tool in found):
         raise BadInput(f"{where}: 'tools' must be a list of JSON schemas, or a text of one")
     return _dumps(f"{where}: 'tools'", [_wrapped(tool) for tool in found])
+
+
+def values(where: str, given: Any) -> str:
+    """What a record has its template be given, as a JSON object; empty where nothing. Raises BadInput."""
+    found = _read(where, repr(VALUES), given) if isinstance(given, str) and given.strip() else given
+    if not found or (isinstance(found, str) and not found.strip()):
+        return ""
+    if not isinstance(found, dict):
+        raise BadInput(f'{where}: {VALUES!r} must be an object such as {{"enable_thinking": false}}')
+    check_values(f"{where}: {VALUES}", found)
+    return _dumps(f"{where}: {VALUES!r}", found)
+
+
+def check_values(what: str, given: Mapping[str, Any]) -> None:
+    """Raises BadInput where something is named that a template has anyway, or does not see."""
+    taken = next((name for name in given if name in _NO_VALUES), None)
+    if taken is not None:
+        raise BadInput(f"{what}: {taken!r} is no value that a template is given beside a conversation")
 
 
 def as_calls(where: str, message: Mapping[str, Any], role: str, content: str) -> Mapping[str, Any]:

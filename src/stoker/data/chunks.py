@@ -95,20 +95,23 @@ class Chunks:
 
     def kept(self, number: int) -> list[Document]:
         """As `documents`, of one of the few chunks that every start looks at: they are kept in the cache."""
-        file = storage.cache_folder() / f"parts-4-{self.fingerprint[:32]}" / f"{number}.json"
+        file = storage.cache_folder() / f"parts-5-{self.fingerprint[:32]}" / f"{number}.json"
         with contextlib.suppress(OSError, orjson.JSONDecodeError):
             found = orjson.loads(file.read_bytes())
             return [
-                Document(k, p, t, tuple(Message(*m) for m in said), system, tools, tuple(unread), where)
-                for k, p, t, said, system, tools, unread, where in found
+                Document(
+                    k, p, t, tuple(Message(*m) for m in said), system, tools, values, tuple(unread), where
+                )
+                for k, p, t, said, system, tools, values, unread, where in found
             ]
         documents = self.documents(number)
         with contextlib.suppress(OSError):  # then they are read again
             file.parent.mkdir(parents=True, exist_ok=True)
             about = [
-                (d.key, d.prompt, d.text, list(map(tuple, d.messages)), d.system, d.tools, d.unread, d.where)
+                (d.key, d.prompt, d.text, list(map(tuple, d.messages)), d.system, d.tools, d.template_values,
+                 d.unread, d.where)
                 for d in documents
-            ]
+            ]  # fmt: skip
             storage.write_atomically(file, orjson.dumps(about))
         return documents
 

@@ -17,6 +17,9 @@ from stoker.data import called
 from stoker.errors import BadInput
 from stoker.words import counted
 
+ROLES = ("system", "developer", "user", "assistant", "tool")
+"""Who speaks in a conversation, as chat templates call them; some know others too."""
+
 
 class Message(NamedTuple):
     """A turn of a conversation."""
@@ -52,6 +55,8 @@ class Document:
     """The system prompt of a pair; that of a conversation is one of its messages."""
     tools: str = ""
     """What the assistant of a conversation may call, as a JSON array of schemas; mostly empty."""
+    template_values: str = ""
+    """What its chat template is given beside it, as a JSON object; mostly empty."""
     unread: tuple[str, ...] = ()
     """Fields of its record that mean something to other trainers, and are nothing of this document."""
     where: str = field(default="", compare=False)
@@ -70,6 +75,11 @@ class Document:
         if self.text.strip():
             return ""
         return "no answer" if self.prompt else "no text"
+
+    @property
+    def unknown_roles(self) -> tuple[str, ...]:
+        """The roles of its messages that are none of ROLES."""
+        return tuple(dict.fromkeys(message.role for message in self.messages if message.role not in ROLES))
 
 
 class LeftOut(NamedTuple):
@@ -110,7 +120,7 @@ def make_corpus(documents: list[Document], description: str, left_out: tuple[Lef
     for document in documents:
         said = itertools.chain.from_iterable(message.parts for message in document.messages)
         parts = [document.key, document.prompt, document.text, *said]
-        for name in ("system", "tools"):
+        for name in ("system", "tools", "template_values"):
             if own := getattr(document, name):
                 parts += name, own
         for part in parts:
@@ -140,6 +150,13 @@ def learnable(documents: Sequence[Document], source: str) -> tuple[list[Document
         (others if document.lacking else kept).append(document)
     if not kept and not others:
         raise BadInput(f"{source} is an empty dataset: it holds no text")
+    stranger = next((document for document in others if document.unknown_roles), None)
+    if not kept and stranger is not None:
+        raise BadInput(
+            f"{source}: the assistant says nothing in {counted(len(others), 'record')}, and nobody knows the "
+            f"roles {', '.join(stranger.unknown_roles)} of {stranger.where}: call who speaks system, user "
+            "(or human), assistant (or gpt, ai, bot, model) and tool"
+        )
     if not kept:
         raise BadInput(
             f"{source} is an empty dataset: nothing can be learnt of {counted(len(others), 'record')}; the "

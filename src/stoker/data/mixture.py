@@ -42,6 +42,11 @@ class Mixture:
         return sum(len(part) for part in self.parts)
 
     @property
+    def passes(self) -> list[float]:
+        """How often an epoch goes through each part."""
+        return [share * len(self) / len(part) for share, part in zip(self.shares, self.parts, strict=True)]
+
+    @property
     def tokens_per_sample(self) -> float:
         """The mean number of real tokens in a row."""
         return float(np.average([part.tokens_per_sample for part in self.parts], weights=self.shares))

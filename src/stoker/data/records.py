@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 from stoker.data import called
-from stoker.data.documents import Document, Message, content_key
+from stoker.data.documents import ROLES, Document, Message, content_key
 from stoker.errors import BadInput, nearest
 
 Record = tuple[str, Any]  # where it stands, and what stands there
@@ -39,19 +39,24 @@ _LIKE_PROMPTS = ("prompt", "question", "instruction", "query", "problem", "input
 _LIKE_ANSWERS = ("completion", "response", "answer", "output", "solution", "chosen", "reply", "target")
 _LIKE_TEXTS = ("content", "body", "raw_content", "document", "article", "code")
 _LIKE_SYSTEM = ("system_prompt", "system_message")
-_FIELDS = (*dict.fromkeys(name for form in _FORMS for name in form if name), "messages", "system", "tools")
+_LIKE_SPEAKERS = ("role", "from", "speaker", "author", "sender", "who", "name")
+_LIKE_SAID = ("content", "value", "utterance", "text", "message", "body", "said")
+_OF_TURNS = ("role", "content")
+_OF_FORMS = tuple(dict.fromkeys(name for form in _FORMS for name in form if name))
+_FIELDS = (*_OF_FORMS, "messages", *_OF_TURNS, "system", "tools", called.VALUES)
 """What `columns` may name."""
-_OPTIONAL = ("input", "system", "tools")
+_OPTIONAL = ("input", "system", "tools", called.VALUES)
 _MEANT = (
     "system", "system_prompt", "history", "tools", "functions", "context", "input", "documents", "images",
     "image", "audios", "audio", "videos", "video", "rejected", "chosen", "reasoning_content", "thinking",
 )  # fmt: skip
 """Fields that others train on. What else stands in a record, such as an id or a source, tells about it."""
 _ROLES = {
-    "human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "function": "tool",
-    "observation": "tool", "tool_response": "tool", "ipython": "tool",
+    **{role: role for role in ROLES},
+    "human": "user", "gpt": "assistant", "ai": "assistant", "bot": "assistant", "model": "assistant",
+    "function": "tool", "observation": "tool", "tool_response": "tool", "ipython": "tool",
 }  # fmt: skip
-"""What others call those whom chat templates call user, assistant and tool."""
+"""What others call those whom chat templates call user, assistant and tool; in any case of letters."""
 
 
 def from_json(line: bytes, where: str) -> Iterator[Record]:
@@ -75,6 +80,12 @@ def check_columns(columns: Columns) -> None:
             f"columns: no form of record has {unknown!r}{nearest(unknown, _FIELDS)}; what may be called "
             f"otherwise is {', '.join(_FIELDS)}"
         )
+    of_turns = next((name for name in _OF_TURNS if name in columns), None)
+    if of_turns is not None and "messages" not in columns and "completion" not in columns:
+        raise BadInput(
+            f"columns: {of_turns!r} is a field of messages: name these too, as in columns='{{messages: "
+            f"messages, {of_turns}: {columns[of_turns]}}}'"
+        )
 
 
 def documents(records: Iterable[Record], columns: Columns = NO_COLUMNS) -> Iterator[Document]:
@@ -90,27 +101,40 @@ def documents(records: Iterable[Record], columns: Columns = NO_COLUMNS) -> Itera
                 f'{where}: a record must be a JSON object such as {{"text": ...}}, not {kind_of(found)}'
             )
         record = _renamed(where, found, columns) if columns else found
-        messages = _messages(where, record)
+        messages = _messages(where, record, columns)
+        values = called.values(where, record.get(called.VALUES))
         if messages:
             unread = _unread(record, read=("system", "tools"))
             key = content_key(*itertools.chain.from_iterable(message.parts for message in messages))
             tools = called.schemas(where, record.get("tools"))
-            yield Document(key, "", "", messages, tools=tools, unread=unread, where=where)
+            yield Document(
+                key, "", "", messages, tools=tools, template_values=values, unread=unread, where=where
+            )
             continue
         prompt, text, read = _parse(where, record)
         system = _system(where, record) if prompt else ""
         unread = _unread(record, read=(*read, "system") if prompt else read)
         key = content_key(prompt, text)
-        yield Document(key, prompt, text, (), system, unread=unread, where=where)
+        yield Document(
+            key,
+            prompt,
+            text,
+            (),
+            system,
+            template_values=values if prompt else "",
+            unread=unread,
+            where=where,
+        )
 
 
 def _renamed(where: str, record: dict[str, Any], columns: Columns) -> dict[str, Any]:
     """What `columns` names of a record, under the names of the forms. Raises BadInput."""
-    lacking = next((n for own, n in columns.items() if n not in record and own not in _OPTIONAL), None)
+    of_record = {own: name for own, name in columns.items() if own not in _OF_TURNS}
+    lacking = next((n for own, n in of_record.items() if n not in record and own not in _OPTIONAL), None)
     if lacking is not None:
         has = ", ".join(map(repr, record)) or "none"
         raise BadInput(f"{where}: no field {lacking!r}, which columns names; the record has the fields {has}")
-    return {own: record[name] for own, name in columns.items() if name in record}
+    return {own: record[name] for own, name in of_record.items() if name in record}
 
 
 def _unread(record: dict[str, Any], read: Sequence[str]) -> tuple[str, ...]:
@@ -124,9 +148,9 @@ def _system(where: str, record: dict[str, Any]) -> str:
     return said if said.strip() else ""
 
 
-def _messages(where: str, record: dict[str, Any]) -> tuple[Message, ...]:
+def _messages(where: str, record: dict[str, Any], columns: Columns) -> tuple[Message, ...]:
     """A record's conversation; empty where it is none. Raises BadInput."""
-    said, role, content = _turns(record)
+    said, role, content = _turns(record, columns)
     if not said:
         return ()
     found = [_message(f"{where}, message {n}", m, role, content) for n, m in enumerate(said, start=1)]
@@ -136,14 +160,15 @@ def _messages(where: str, record: dict[str, Any]) -> tuple[Message, ...]:
     return tuple(found)
 
 
-def _turns(record: dict[str, Any]) -> tuple[list[Any], str, str]:
+def _turns(record: dict[str, Any], columns: Columns) -> tuple[list[Any], str, str]:
     """The turns of a record's conversation, and the fields of each: who speaks, and what."""
     for turns in _CHATS:
         if isinstance(record.get(turns), list):
-            return record[turns], *_spoken(record[turns])
+            role, content = _spoken(record[turns])
+            return record[turns], columns.get("role", role), columns.get("content", content)
     prompt, completion = record.get("prompt"), record.get("completion")
     if isinstance(prompt, list) and isinstance(completion, list):
-        return [*prompt, *completion], "role", "content"
+        return [*prompt, *completion], columns.get("role", "role"), columns.get("content", "content")
     return [], "", ""
 
 
@@ -160,7 +185,7 @@ def _message(where: str, message: Any, role: str, content: str) -> Message:
     for name in (role, content):
         if name not in message:
             has = ", ".join(repr(key) for key in message) or "no fields"
-            raise BadInput(f"{where}: has no {name!r}; it has {has}")
+            raise BadInput(f"{where}: has no {name!r}; it has {has}{_columns_for_turns(message)}")
     said = message[content]
     if isinstance(said, list):  # parts, of which only texts can be learnt from
         texts = [
@@ -170,7 +195,7 @@ def _message(where: str, message: Any, role: str, content: str) -> Message:
             raise BadInput(f"{where}: {content!r} has a part that is no text")
         message = {**message, content: "".join(texts)}
     said_by = _field(where, message, role)
-    speaker = _ROLES.get(said_by, said_by)
+    speaker = _ROLES.get(said_by.strip().lower(), said_by)
     return Message(speaker, _field(where, message, content), called.more(where, message, speaker))
 
 
@@ -204,7 +229,7 @@ def _columns_for(record: dict[str, Any]) -> str:
     prompt, answer = first(_LIKE_PROMPTS), first(_LIKE_ANSWERS)
     found: dict[str, str | None] = {"text": first(_LIKE_TEXTS) or "body"}
     if turns:
-        found = {"messages": turns}
+        found = {"messages": turns, **_fields_of_turn(record[turns][0])}
     elif prompt and answer and "context" in record:
         found = {"instruction": prompt, "input": "context", "output": answer}
     elif prompt and answer:
@@ -214,10 +239,30 @@ def _columns_for(record: dict[str, Any]) -> str:
     return "{" + ", ".join(f"{own}: {name}" for own, name in found.items() if name) + "}"
 
 
+def _columns_for_turns(message: Mapping[str, Any]) -> str:
+    """What `columns` may be to have a message read, for the end of a sentence; empty where nobody knows."""
+    fields = ", ".join(f"{own}: {name}" for own, name in _fields_of_turn(message).items())
+    return (
+        f"; say by columns what it calls them, as in columns='{{messages: ..., {fields}}}'" if fields else ""
+    )
+
+
+def _fields_of_turn(message: Mapping[str, Any]) -> dict[str, str]:
+    """Who speaks in a turn and what is said, by what its fields are called; empty where that is as usual."""
+    role, content = (
+        next((name for name in names if name in message), None) for names in (_LIKE_SPEAKERS, _LIKE_SAID)
+    )
+    if role is None or content is None or (role, content) in _SPOKEN:
+        return {}
+    return {"role": role, "content": content}
+
+
 def _is_chat(value: Any) -> bool:
     """Whether a field's value looks like a list of turns."""
     first = value[0] if isinstance(value, list) and value else None
-    return isinstance(first, dict) and any(speaker in first for speaker, _ in _SPOKEN)
+    if not isinstance(first, dict):
+        return False
+    return any(speaker in first for speaker, _ in _SPOKEN) or bool(_fields_of_turn(first))
 
 
 def _field(where: str, record: dict[str, Any], name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from typing import Annotated, Any
 
 import yaml
@@ -58,6 +59,15 @@ def _read(value: Any) -> Any:
     return value
 
 
+def _patterns(value: tuple[str, ...]) -> tuple[str, ...]:
+    for pattern in value:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"{pattern} is no regular expression: {error}") from error
+    return value
+
+
 Beta = Annotated[float, Ge(0), Lt(1)]
 Betas = Annotated[tuple[Beta, Beta], BeforeValidator(_parts)]
 """Two numbers: `0.9,0.95`, or a list."""
@@ -69,3 +79,5 @@ Names = Annotated[str, BeforeValidator(_joined)]
 """Names joined by commas, or a list of them: `q_proj,v_proj`."""
 Weighted = Annotated[str, BeforeValidator(_weighted)]
 """As names; or with weights: `a:3,b:1`, or a mapping of them."""
+Patterns = Annotated[tuple[str, ...], AfterValidator(_patterns)]
+"""Regular expressions."""

@@ -87,7 +87,7 @@ def build(
     documents: Sequence[Document],
     tie_embeddings: bool = True,
     dtype: torch.dtype = torch.float32,
-    chat_template: Path | None = None,
+    chat_template: str | None = None,
     add_tokens: Sequence[str] = (),
     grows: bool = False,
     planned: bool = False,
@@ -101,7 +101,7 @@ def build(
         sequence_length: the longest row, in tokens.
         tie_embeddings: of a new model, whether it predicts with its embeddings.
         dtype: of the weights of a model that is loaded.
-        chat_template: a file with what the tokenizer writes conversations by, in place of its own.
+        chat_template: see `chat_template.read`; None: the tokenizer's own.
         add_tokens: special tokens that the tokenizer is to have; the model gets embeddings for them.
         grows: it gets them for all tokens of the tokenizer.
         planned: it is not to be filled: its weights need not be there.
@@ -139,7 +139,7 @@ def without_model(
     tokenizer: str | None,
     vocab_size: int,
     documents: Sequence[Document],
-    chat_template: Path | None = None,
+    chat_template: str | None = None,
     add_tokens: Sequence[str] = (),
 ) -> tuple[Any, bool]:
     """The tokenizer that `build` finds or trains, and whether its model packs; no weights are touched.
@@ -267,14 +267,14 @@ def _tokenizer(
     reference: str | None,
     documents: Sequence[Document],
     vocab_size: int,
-    template: Path | None,
+    template: str | None,
     add_tokens: Sequence[str],
 ) -> tuple[Any, int]:
     """The tokenizer, and how many tokens it has got here."""
     made = load_tokenizer(reference) if reference else _train_tokenizer(documents, vocab_size)
     added = made.add_tokens([AddedToken(text, special=True, normalized=False) for text in add_tokens])
     if template is not None:
-        made.chat_template = templates.read(template)
+        made.chat_template = templates.of(template, made)
     return made, added
 
 

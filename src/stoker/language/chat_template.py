@@ -1,17 +1,80 @@
-"""A file with a chat template: Jinja, as transformers renders it, that writes a conversation's messages."""
+"""What writes a conversation's messages: Jinja, as transformers renders it, of a name, a model or a file."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from jinja2 import TemplateSyntaxError, meta
-from stoker.errors import BadInput
+from stoker import object_store
+from stoker.errors import BadInput, nearest
+from stoker.language import hub
+
+Template = str | dict[str, str]
+"""One for all conversations, or several by name, as some tokenizers have them."""
+
+NAMES = ("chatml", "llama3", "gemma", "mistral", "alpaca")
+"""Those that ship. They write what begins every text as the tokenizer has it, see `of`."""
+ENDED_BY_EOS = ("mistral", "alpaca")
+"""Those that end what the assistant says with what ends a text, which every tokenizer has."""
+ALLOWED = (
+    f"chat_template={NAMES[0]} (or {', '.join(NAMES[1:])}; a model or folder that has one; a file of Jinja)"
+)
+"""What to write, for people."""
+
+_FOLDER = Path(__file__).with_name("templates")
+_OF_FILES = (".jinja", ".jinja2", ".j2", ".txt", ".json")
 
 
-def read(file: Path) -> str:
-    """The template of a file. Raises BadInput where it is not there, is no Jinja, or writes no messages."""
+def read(given: str) -> Template:
+    """The template of a name, of a directory's or hub id's tokenizer, or of a file.
+
+    Raises BadInput where it is not there, is no Jinja, or writes no messages.
+    """
+    if given in NAMES:
+        return (_FOLDER / f"{given}.jinja").read_text(encoding="utf-8")
+    path = Path(given).expanduser()
+    if object_store.is_url(given) or path.is_dir():
+        return _of_tokenizer(given)
+    if path.exists() or path.suffix in _OF_FILES or given.startswith((".", "/", "~")):
+        return _of_file(path)
+    if "/" not in given:
+        raise BadInput(
+            f"chat_template={given} is no file here, and no name{nearest(given, NAMES)}; give {ALLOWED}"
+        )
+    return _of_tokenizer(given)
+
+
+def of(given: str, tokenizer: Any) -> Template:
+    """The same, as a tokenizer is to have it: one that ships begins as that tokenizer begins every text."""
+    found = read(given)
+    begun = given in NAMES and begins(tokenizer)
+    return f"{{{{ bos_token }}}}{found}" if begun else found
+
+
+def begins(tokenizer: Any) -> bool:
+    """Whether a tokenizer itself begins every text with its bos_token."""
+    return tokenizer.bos_token_id in tokenizer("").get("input_ids", [])[:1]
+
+
+def _of_tokenizer(reference: str) -> Template:
+    folder = hub.find(reference, "chat_template", weights=False)
+    from transformers import AutoTokenizer
+
     try:
-        text = file.expanduser().read_text(encoding="utf-8")
+        found: Template | None = AutoTokenizer.from_pretrained(folder).chat_template
+    except (OSError, ValueError, KeyError) as error:
+        raise BadInput(
+            f"chat_template={reference}: the tokenizer there cannot be loaded: {hub.first_line(error)}"
+        ) from error
+    if not found:
+        raise BadInput(f"chat_template={reference}: the tokenizer there has none: give {ALLOWED}")
+    return found
+
+
+def _of_file(file: Path) -> str:
+    try:
+        text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"chat_template={file} cannot be read: {error}") from error
     from transformers.utils.chat_template_utils import _compile_jinja_template

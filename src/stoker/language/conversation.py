@@ -10,18 +10,22 @@ import functools
 import itertools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
 from stoker.data import called
 from stoker.data.documents import Document, Message
 from stoker.errors import BadInput
+from stoker.language import chat_template
 
 Span = tuple[int, int]
+NO_VALUES: Mapping[str, Any] = MappingProxyType({})
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _THOUGHT_INLINE = re.compile(r"(\s*<think>).*(</think>\s*)(.*)", re.DOTALL)
+_LIKE_TOKENS = re.compile(r"<\|[^<>|\s]+\|>|</?\w+>|\[/?[A-Z_]+\]")
 _MARK = "5f3a9c"  # which no conversation has
 
 _REFUSALS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
@@ -34,28 +38,46 @@ class Chat(NamedTuple):
     messages: tuple[Message, ...]
     tools: str = ""
     where: str = ""
-    """Both as a document's."""
+    values: str = ""
+    """All as a document's."""
 
     def until(self, number: int) -> Chat:
         """Its first messages."""
         return self._replace(messages=self.messages[:number])
 
 
-def of(document: Document, tokenizer: Any) -> Chat:
-    """A document as a conversation, without messages where it neither is one nor can be. Raises BadInput."""
+def of(document: Document, tokenizer: Any, values: Mapping[str, Any] = NO_VALUES) -> Chat:
+    """A document as a conversation, without messages where it neither is one nor can be. Raises BadInput.
+
+    Args:
+        values: what the template is given beside it, where the document does not say otherwise.
+    """
     has_template = bool(getattr(tokenizer, "chat_template", None))
     if document.messages and not has_template:
         raise BadInput(
-            "the data has conversations, and the tokenizer has no chat template: give chat_template=FILE (a "
-            "Jinja template), tokenizer= of a model that has one, or data of prompts and completions"
+            "the data has conversations, and the tokenizer has no chat template: give "
+            f"{chat_template.ALLOWED}, or data of prompts and completions"
         )
     if document.messages:
-        return _checked(Chat(document.messages, document.tools, document.where), tokenizer)
+        given = as_text({**values, **_values(document.template_values)})
+        return _checked(Chat(document.messages, document.tools, document.where, given), tokenizer)
     if not (document.prompt and has_template):
         return Chat(())
     system = (Message("system", document.system),) if document.system else ()
     turns = (*system, Message("user", document.prompt), Message("assistant", document.text))
-    return Chat(turns, where=document.where)
+    given = as_text({**values, **_values(document.template_values)})
+    return Chat(turns, where=document.where, values=given)
+
+
+def as_text(values: Mapping[str, Any]) -> str:
+    """What a template is given beside a conversation, as a chat has it."""
+    return json.dumps(values, sort_keys=True, default=str) if values else ""
+
+
+def _values(text: str) -> dict[str, Any]:
+    """The same read again."""
+    found: dict[str, Any] = json.loads(text) if text else {}
+    return found
 
 
 def _checked(chat: Chat, tokenizer: Any) -> Chat:
@@ -101,7 +123,7 @@ def _form_of_calls(template: str, special: str) -> _Form | None:
     """The form in which a template writes calls at all, which is tried; None where it writes none.
 
     Args:
-        special: the special tokens that it knows, as a JSON object.
+        special: the special tokens that it knows, and what else it is given, as a JSON object.
     """
     for form in (_Form(), _Form(as_text=True)):
         text = _tried(template, special, "", form, calls=1)
@@ -182,8 +204,9 @@ def _given(tokenizer: Any, chat: Chat) -> dict[str, Any]:
 
 
 def _to_be_tried(tokenizer: Any, chat: Chat) -> tuple[str, str]:
-    """The template of a conversation, and the special tokens that it knows, as a JSON object."""
-    return template(tokenizer, chat.tools), json.dumps(tokenizer.special_tokens_map, default=str)
+    """The template of a conversation, and the special tokens and values that it knows, as a JSON object."""
+    known = {**tokenizer.special_tokens_map, **_values(chat.values)}
+    return template(tokenizer, chat.tools), json.dumps(known, default=str)
 
 
 def _calls(message: Message) -> int:
@@ -206,7 +229,10 @@ def render(tokenizer: Any, chat: Chat, *, to_be_answered: bool = False) -> str:
     """A conversation as its template writes it. Raises BadInput where that refuses it."""
     try:
         text: str = tokenizer.apply_chat_template(
-            **_given(tokenizer, chat), tokenize=False, add_generation_prompt=to_be_answered
+            **_given(tokenizer, chat),
+            tokenize=False,
+            add_generation_prompt=to_be_answered,
+            **_values(chat.values),
         )
     except _REFUSALS as error:
         roles = ", ".join(message.role for message in chat.messages)
@@ -249,7 +275,7 @@ def _marked(tokenizer: Any, chat: Chat) -> list[Span]:
     given = _given(tokenizer, chat)
     _, (spans,) = render_jinja_template(
         [given["conversation"]], tools=given["tools"], chat_template=template(tokenizer, chat.tools),
-        return_assistant_tokens_mask=True, **tokenizer.special_tokens_map,
+        return_assistant_tokens_mask=True, **{**tokenizer.special_tokens_map, **_values(chat.values)},
     )  # fmt: skip
     return list(spans)
 
@@ -403,13 +429,24 @@ def end_in_words(tokenizer: Any) -> str | None:
     return after if after and not _end_of_turn(tokenizer, after, 0) else None
 
 
+def tokens_in_words(tokenizer: Any) -> list[str]:
+    """What the chat template writes as if it were tokens, and the tokenizer has none of, in order."""
+    asked = _of_one_turn(tokenizer)
+    own = {*map(str, tokenizer.added_tokens_decoder.values()), *tokenizer.all_special_tokens}
+    return [text for text in dict.fromkeys(_LIKE_TOKENS.findall(asked)) if text not in own]
+
+
 def _behind_what_is_said(tokenizer: Any) -> str:
     """What the chat template writes behind an answer; empty where there is none, or it refuses one."""
+    _, said, after = _of_one_turn(tokenizer).rpartition(_MARK)
+    return after if said else ""
+
+
+def _of_one_turn(tokenizer: Any) -> str:
+    """What the chat template writes of a question and its answer; empty as there."""
     if not getattr(tokenizer, "chat_template", None):
         return ""
     try:
-        text = render(tokenizer, Chat((Message("user", "Who?"), Message("assistant", _MARK))))
+        return render(tokenizer, Chat((Message("user", "Who?"), Message("assistant", _MARK))))
     except BadInput:  # said where there is a conversation
         return ""
-    _, said, after = text.rpartition(_MARK)
-    return after if said else ""

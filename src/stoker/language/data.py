@@ -11,7 +11,9 @@ import contextlib
 import copy
 import hashlib
 import itertools
+import json
 import logging
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -26,8 +28,9 @@ from stoker.data.sources import Source
 from stoker.data.stream import Stream
 from stoker.data.tokens import PackedDataset
 from stoker.errors import BadInput
-from stoker.language import conversation
-from stoker.language.conversation import Chat, Span
+from stoker.language import chat_template, conversation
+from stoker.language.conversation import NO_VALUES, Chat, Span
+from stoker.words import counted
 
 log = logging.getLogger("stoker")
 
@@ -49,6 +52,8 @@ _UNFOUND = (
     "no turn of the assistant that is to be learnt is found: where the chat template writes one, mark it "
     "there by {% generation %} (chat_template=FILE)"
 )
+
+_OFTEN = 4  # times that an epoch goes through a source
 
 LossOn = Literal["answer", "last", "all"]
 
@@ -72,11 +77,13 @@ def pack(
     sequence_length: int,
     loss_on: LossOn = "answer",
     packing: bool = True,
+    values: Mapping[str, Any] = NO_VALUES,
 ) -> Rows:
     """Tokenise and pack each source, once for the same content, tokenizer and settings.
 
     Args:
         packing: whether documents share rows.
+        values: what the chat template is given beside each, see `conversation.of`.
 
     Raises:
         BadInput: a tokenizer does not do for the documents, or nothing is left of them.
@@ -84,7 +91,7 @@ def pack(
     _warn_of_unread(found, tokenizer)
     _warn_of_left_out(found)
     _warn_of_endless_turns(found, tokenizer)
-    encoder = Encoder(tokenizer, loss_on)
+    encoder = Encoder(tokenizer, loss_on, values)
     settings: dict[str, Any] = {
         "encode": encoder, "pad_id": tokenizer.pad_token_id, "vocab_size": len(tokenizer),
         "sequence_length": sequence_length, "packing": packing, "cache": storage.cache_folder(),
@@ -170,12 +177,42 @@ def say(
     run.event("data", **about, rows=len(rows.train), tokens_per_row=rows.train.tokens_per_sample)
     if run.world.rank > 0:
         return
+    passes = iter(rows.train.passes if isinstance(rows.train, Mixture) else ())
     for source in found:
-        weighed = source.key == "data" and len(of_keys["data"]) > 1
-        log.info("%s: %s%s", source.key, source.description, f", weight {source.weight:g}" if weighed else "")
+        often = next(passes, None) if source.key == "data" else None
+        _say_source(source, often)
+    log.info("%s", _divided(found))
     warn_of_repeated(found)
     if wanted and not packed:
         log.warning("the model's attention cannot keep documents apart: each has rows of its own")
+
+
+def _say_source(source: Source, passes: float | None) -> None:
+    """Say what a source is; of several by weight how often an epoch goes through it."""
+    if passes is None:
+        log.info("%s: %s", source.key, source.description)
+        return
+    log.info(
+        "%s: %s, weight %g: passed %.3g times in an epoch",
+        source.key, source.description, source.weight, passes,
+    )  # fmt: skip
+    if passes > _OFTEN:
+        log.warning(
+            "%s: %s is passed %.3g times in an epoch, and may be learnt by heart: lower its weight, or give "
+            "more of it",
+            source.key, source.name, passes,
+        )  # fmt: skip
+
+
+def _divided(found: Sequence[Source]) -> str:
+    """How many documents there are for what; of a stream, of those that were looked at."""
+    uses = {
+        use: sum(len(getattr(source.splits, split)) for source in found)
+        for split, use in (("train", "trained on"), ("validation", "validation"), ("test", "test"))
+    }
+    parts = ", ".join(f"{count:,} {use}" for use, count in uses.items() if count or use == "trained on")
+    looked_at = " that were looked at" if any(source.stream for source in found) else ""
+    return f"{counted(sum(uses.values()), 'document')}{looked_at}: {parts}"
 
 
 def _warn_of_unread(found: Sequence[Source], tokenizer: Any) -> None:
@@ -201,11 +238,15 @@ def _warn_of_endless_turns(found: Sequence[Source], tokenizer: Any) -> None:
     is_written = any(source.stream for source in found) or any(d.prompt or d.messages for d in documents)
     words = conversation.end_in_words(tokenizer) if is_written else None
     if words is not None:
+        end = words.splitlines()[0]
+        lacking = conversation.tokens_in_words(tokenizer)
+        meant = lacking if end.startswith(tuple(lacking)) else [*lacking, end]
         log.warning(
             "the chat template ends what the assistant says with %r, which is no special token of the "
-            "tokenizer: generations will not end there. Let it be one by add_tokens, or give a chat_template "
-            "that ends turns with eos_token, %r",
-            words.splitlines()[0], tokenizer.eos_token,
+            "tokenizer: generations will not end there. Let it be one by %s, or give a chat_template that "
+            "ends turns with eos_token, %r, such as %s",
+            end, shlex.quote(f"add_tokens={json.dumps(meant)}"), tokenizer.eos_token,
+            " or ".join(chat_template.ENDED_BY_EOS),
         )  # fmt: skip
 
 
@@ -246,7 +287,11 @@ def _counted(count: int, what: str) -> str:
 
 
 def prompts(
-    found: Sequence[Source], tokenizer: Any, given: Sequence[str] = (), positions: int | None = None
+    found: Sequence[Source],
+    tokenizer: Any,
+    given: Sequence[str] = (),
+    positions: int | None = None,
+    values: Mapping[str, Any] = NO_VALUES,
 ) -> tuple[str, ...]:
     """What generations begin with: what is given, else two questions held out, or first words of texts.
 
@@ -255,23 +300,25 @@ def prompts(
 
     Args:
         positions: of the model; a question that leaves none for an answer is not taken.
+        values: see `pack`.
 
     Raises:
         BadInput: the template refuses a question, or one that is given leaves no position.
     """
     begin = tokenizer.bos_token if Encoder(tokenizer, "answer").begin else ""
     if given:
-        return tuple(_asked(text, tokenizer, begin, positions) for text in given)
+        return tuple(_asked(text, tokenizer, begin, positions, values) for text in given)
     held_out = itertools.chain.from_iterable(source.splits.validation for source in found)
     ordered = sorted(held_out, key=lambda document: document.key)
-    begun = (_beginning(document, tokenizer, begin) for document in ordered)
+    begun = (_beginning(document, tokenizer, begin, values) for document in ordered)
     return tuple(itertools.islice((text for text in begun if not _fills(text, tokenizer, positions)), 2))
 
 
-def _asked(text: str, tokenizer: Any, begin: str, positions: int | None) -> str:
+def _asked(text: str, tokenizer: Any, begin: str, positions: int | None, values: Mapping[str, Any]) -> str:
     """What is given, as the model is asked it. Raises BadInput."""
     if getattr(tokenizer, "chat_template", None):
-        made = conversation.render(tokenizer, Chat((Message("user", text),)), to_be_answered=True)
+        chat = Chat((Message("user", text),), values=conversation.as_text(values))
+        made = conversation.render(tokenizer, chat, to_be_answered=True)
     else:
         made = f"{begin}{text}"
     if count := _fills(made, tokenizer, positions):
@@ -290,8 +337,8 @@ def _fills(text: str, tokenizer: Any, positions: int | None) -> int:
     return count if count >= positions else 0
 
 
-def _beginning(document: Document, tokenizer: Any, begin: str) -> str:
-    chat = conversation.of(document, tokenizer)
+def _beginning(document: Document, tokenizer: Any, begin: str, values: Mapping[str, Any]) -> str:
+    chat = conversation.of(document, tokenizer, values)
     asked = tuple(itertools.takewhile(lambda message: message.role != "assistant", chat.messages))
     if asked:
         return conversation.render(tokenizer, chat._replace(messages=asked), to_be_answered=True)
@@ -322,24 +369,25 @@ class Encoder:
     Args:
         tokenizer: a fast one, where there are conversations, or pairs and a chat template.
         loss_on: answer: what the assistant says; last: its last turn; all: every token but the first.
+        values: see `pack`.
     """
 
-    def __init__(self, tokenizer: Any, loss_on: LossOn) -> None:
-        self._tokenizer, self._loss_on = tokenizer, loss_on
-        first = tokenizer("").get("input_ids", [])
-        self.begin = list(first[:1]) if tokenizer.bos_token_id in first[:1] else []
+    def __init__(self, tokenizer: Any, loss_on: LossOn, values: Mapping[str, Any] = NO_VALUES) -> None:
+        self._tokenizer, self._loss_on, self._values = tokenizer, loss_on, dict(values)
+        self.begin = [tokenizer.bos_token_id] if chat_template.begins(tokenizer) else []
         """What the tokenizer itself begins every text with."""
 
     @property
     def fingerprint(self) -> str:
         """SHA-256 of all that decides what tokens a document becomes."""
         template = getattr(self._tokenizer, "chat_template", None)
-        parts = (fingerprint(self._tokenizer), PROMPT, str(template), self._loss_on, str(self.begin))
+        own = [conversation.as_text(self._values)] if self._values else []
+        parts = (fingerprint(self._tokenizer), PROMPT, str(template), self._loss_on, str(self.begin), *own)
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
     def __call__(self, documents: Sequence[Document]) -> Iterator[Encoded]:
         """The tokens of each document. Raises BadInput."""
-        chats = [conversation.of(document, self._tokenizer) for document in documents]
+        chats = [conversation.of(document, self._tokenizer, self._values) for document in documents]
         rendered = iter(self._chats([chat for chat in chats if chat.messages]))
         plain = iter(self._plain([d for d, chat in zip(documents, chats, strict=True) if not chat.messages]))
         for chat in chats:

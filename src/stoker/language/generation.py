@@ -66,8 +66,8 @@ def _continued(trainer: Trainer, ids: torch.Tensor, length: int, ends: Sequence[
 
 
 def log_generations(trainer: Trainer, language: Language, prompts: Sequence[str], length: int) -> None:
-    """Log a table of prompts with their continuations, where there are prompts. All ranks call it."""
-    if not prompts or trainer.world.planned:
+    """Log a table of prompts with their continuations, where there are some of both. All ranks call it."""
+    if not (prompts and length) or trainer.world.planned:
         return
     with trainer.evaluating():
         rows = [(prompt, generate(trainer, language, prompt, length)) for prompt in prompts]

@@ -15,7 +15,7 @@ from stoker.data.documents import Message
 from stoker.engine import quiet
 from stoker.errors import BadInput
 from stoker.language import building, conversation, hub, merging
-from stoker.language.conversation import Chat
+from stoker.language.conversation import NO_VALUES, Chat
 from stoker.run import artifacts
 
 
@@ -33,16 +33,18 @@ class Speaker:
         """Whether its tokenizer has a chat template."""
         return bool(self.tokenizer.chat_template)
 
-    def ask(self, messages: Sequence[Mapping[str, str]]) -> str:
+    def ask(self, messages: Sequence[Mapping[str, str]], values: Mapping[str, Any] = NO_VALUES) -> str:
         """What a model that chats is given to have a conversation answered.
 
         Args:
             messages: each with its `role` and `content`.
+            values: what the template is given beside them.
 
         Raises:
             BadInput: its chat template refuses them.
         """
-        chat = Chat(tuple(Message(message["role"], message["content"]) for message in messages))
+        said = tuple(Message(message["role"], message["content"]) for message in messages)
+        chat = Chat(said, values=conversation.as_text(values))
         return conversation.render(self.tokenizer, chat, to_be_answered=True)
 
     @torch.no_grad()

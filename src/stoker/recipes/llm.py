@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 from stoker.attempt import Run
+from stoker.data.called import VALUES, check_values
 from stoker.duration import Duration
-from stoker.engine.keys import Betas, Length, Names, Warmup, Weighted
+from stoker.engine.keys import Betas, Length, Names, Patterns, Warmup, Weighted
 from stoker.engine.options import Training
 from stoker.language.lora import Lora
 from stoker.world import World
@@ -53,13 +53,17 @@ class Config(Training):
     """As data, for the final test in place of the share `test` of data."""
     columns: dict[str, str] = field(default_factory=dict)
     """What the data call the fields that are read, and only these are: {text: body}, {prompt: q, completion:
-    a}."""
+    a}, {messages: dialog, role: speaker, content: utterance}."""
     streaming: bool = False
     """Tokenise the data as training comes to it, not beforehand; an epoch is an estimate then."""
     loss_on: Literal["answer", "last", "all"] = "answer"
     """Of pairs and conversations: learn what the assistant says, its last turn alone, or everything."""
-    chat_template: Path | None = None
-    """A file with the Jinja template of conversations; by default the tokenizer's own."""
+    chat_template: str | None = None
+    """How conversations are written: chatml, llama3, gemma, mistral, alpaca, a directory or hub id whose
+    tokenizer has one, or a file of Jinja; by default the tokenizer's own."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """What the template is given beside each conversation, where its record has no other: {enable_thinking:
+    false}."""
     tokenizer: str | None = None
     """A directory or hub id; by default the model's own, and for a new model one trained on the data."""
     add_tokens: tuple[str, ...] = ()
@@ -70,7 +74,7 @@ class Config(Training):
     tie_embeddings: bool = True
     """Of a new model: one matrix embeds tokens and predicts them. A pipeline needs false."""
     lora: Lora = field(default_factory=Lora)
-    train_only: tuple[str, ...] = ()
+    train_only: Patterns = ()
     """Without adapters: train those weights alone in whose names one of these patterns is found, such as
     ["layers.(30|31)", lm_head]; all others stay as they are."""
     neftune: Annotated[float, Ge(0)] = 0.0
@@ -109,8 +113,8 @@ class Config(Training):
     """Tokens of a row."""
     packing: bool = True
     """Whether documents share rows, none of them seeing another."""
-    eval_every: Length = Duration(1, "epoch")
-    """Perplexity on the validation documents, and generations."""
+    eval_every: Length | None = Duration(1, "epoch")
+    """Perplexity on the validation documents, and generations; none: before and after training alone."""
     patience: Annotated[int, Ge(1)] | None = None
     """End early once val_loss got no better over so many evaluations; none: never."""
     validation: Annotated[float, Ge(0), Lt(0.5)] = 0.05
@@ -119,13 +123,14 @@ class Config(Training):
     """Share of the documents held out for the final test; 0: none."""
     prompts: tuple[str, ...] = ()
     """What is asked, by the chat template where there is one; by default two of the validation documents."""
-    generate_tokens: Annotated[int, Ge(1)] = 64
-    """Length of a generation."""
+    generate_tokens: Annotated[int, Ge(0)] = 64
+    """Length of a generation; 0: none are made."""
     seed: Annotated[int, Ge(0)] = 0
     """Of the weights, the order of the data, and dropout."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_values(VALUES, self.chat_template_kwargs)
         for share in ("validation", "test"):
             value = getattr(self, share)
             if getattr(self, f"{share}_data") is not None and value not in (0, getattr(Config, share)):
@@ -137,6 +142,15 @@ class Config(Training):
             raise ValueError(
                 f"patience={self.patience} watches val_loss, and with validation=0 nothing is held out: give "
                 "validation a share, or leave patience out"
+            )
+        if self.patience is not None and self.eval_every is None:
+            raise ValueError(
+                f"patience={self.patience} counts the evaluations while training, and with eval_every=none "
+                "there are none: give eval_every a length, or leave patience out"
+            )
+        if self.prompts and not self.generate_tokens:
+            raise ValueError(
+                "prompts are given, and with generate_tokens=0 none is asked: leave out one of the two"
             )
         if self.max_steps is not None and self.epochs is not None:
             raise ValueError(f"max_steps={self.max_steps} and epochs={self.epochs} are both given: give one")
@@ -160,11 +174,6 @@ class Config(Training):
                 "train_only with lora: adapters are what is trained, see lora.targets and "
                 "lora.modules_to_save; leave out one of the two"
             )
-        for pattern in self.train_only:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"train_only: {pattern} is no regular expression: {error}") from error
         if not all(text.strip() for text in self.add_tokens):
             raise ValueError("add_tokens: a token of spaces or of nothing cannot be added")
 
@@ -297,13 +306,14 @@ def train(run: Run, config: Config) -> None:
         packing = config.packing and language.packs
         rows = data.pack(
             found, language.tokenizer, sequence_length=config.sequence_length, loss_on=config.loss_on,
-            packing=packing,
+            packing=packing, values=config.chat_template_kwargs,
         )  # fmt: skip
     data.say(run, config.named, found, rows, packed=packing, wanted=config.packing)
     language = dataclasses.replace(language, tokenizer=data.as_asked(found, language.tokenizer))
     prompts = data.prompts(
-        found, language.tokenizer, config.prompts, positions=building.positions(language.config)
-    )
+        found, language.tokenizer, config.prompts, positions=building.positions(language.config),
+        values=config.chat_template_kwargs,
+    )  # fmt: skip
     model = _as_trained(run, language, config)
     called = objective.attach(model)
     kernels.use(model, config.kernels)
@@ -345,7 +355,7 @@ def train(run: Run, config: Config) -> None:
         run.log(loss=trainer.step(batch), **trainer.step_metrics())
         if trainer.every(10) or trainer.last:
             run.log(trainer.performance(needed))
-        if trainer.every(config.eval_every) or trainer.last:
+        if (config.eval_every is not None and trainer.every(config.eval_every)) or trainer.last:
             evaluate()
             if config.patience is not None and trainer.stale("val_loss", config.patience):
                 trainer.finish(f"val_loss got no better over {config.patience} evaluations")
