@@ -152,7 +152,7 @@ def test_an_adapter_with_tokens_of_its_own_is_the_same_sharded_and_can_be_used_w
     pairs = [{"prompt": f"what is {n}?", "completion": f"it is {n}"} for n in range(40)]
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     common = ("train", "llm", f"model={bases['qwen2']}", "data=d.jsonl", "sequence_length=64", "batch_size=4",
-              "max_steps=3", "lr=0.01", "generate_tokens=2")  # fmt: skip
+              "max_steps=3", "lr=0.01", "generate_tokens=0", "test=0")  # fmt: skip
     new = (*common, "chat_template=chatml.jinja", f"add_tokens={json.dumps(TOKENS)}", "lora.rank=4",
            "lora.dropout=0")  # fmt: skip
     made = []
