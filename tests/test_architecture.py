@@ -32,6 +32,7 @@ FLOORS = (
         "disk",
         "words",
         "terminal",
+        "tensors",
         "meanings",
         "other_names",
         "unknown_keys",

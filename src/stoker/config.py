@@ -298,7 +298,12 @@ def _checked(key: str, leaf: _Leaf, value: Any, source: str) -> Any:
 
 def _read(value: Any, leaf: _Leaf) -> Any:
     """A list or mapping that was written as YAML, for a key that does not take it as a text."""
-    if not _is_bracketed(value) or _kinds(leaf.type) & {str, Any}:
+    return value if _kinds(leaf.type) & {str, Any} else unwritten(value)
+
+
+def unwritten(value: Any) -> Any:
+    """The list or mapping that a text is in YAML; any other value as it is."""
+    if not _is_bracketed(value):
         return value
     try:
         return yaml.safe_load(value)
@@ -351,39 +356,39 @@ def _unquoted(key: str, value: Any, source: str) -> str:
 
 def _all_known(cls: type, sources: Mapping[str, str], leaves: Mapping[str, _Leaf]) -> None:
     """Raises BadInput that says all of several keys that there are not, as another trainer's file has."""
-    wrong: dict[str, BadInput] = {}
-    for key, source in sources.items():
-        try:
-            _known(cls, key, leaves, source)
-        except BadInput as error:
-            wrong[key] = error
+    wrong = [key for key in sources if key not in leaves]
     if len(wrong) == 1:
-        raise next(iter(wrong.values()))
+        _known(cls, wrong[0], leaves, sources[wrong[0]])
     if wrong:
-        said = [str(e).replace(f"unknown key {key!r} ", f"{key} ", 1) for key, e in wrong.items()]
-        of_one = {sources[key] for key in wrong}
-        if len(of_one) == 1:
-            (source,) = of_one
-            said = [line.replace(f" ({source}); ", ": ", 1) for line in said]
-        raise BadInput("\n  ".join([f"{len(wrong)} unknown keys ({', '.join(sorted(of_one))}):", *said]))
+        files = sorted({sources[key] for key in wrong})
+        lines = []
+        for key in wrong:
+            why = _why(cls, key, leaves)[1]
+            if len(files) > 1:
+                lines.append(f"{key} ({sources[key]}){why}")
+            else:
+                lines.append(f"{key}: {why[2:]}" if why.startswith("; ") else f"{key}{why}")
+        raise BadInput("\n  ".join([f"{len(wrong)} unknown keys ({', '.join(files)}):", *lines]))
 
 
 def _known(cls: type, key: str, leaves: Mapping[str, _Leaf], source: str) -> None:
-    if key in leaves:
-        return
+    """Raises BadInput for a key that there is not."""
+    if key not in leaves:
+        named, why = _why(cls, key, leaves)
+        raise BadInput(f"{named} ({source}){why}")
+
+
+def _why(cls: type, key: str, leaves: Mapping[str, _Leaf]) -> tuple[str, str]:
+    """How a key that there is not is named, and the end of the sentence about it."""
     inner = [name for name in leaves if name.startswith(f"{key}.")]
     if inner:
-        raise BadInput(f"{key} ({source}) is a group of keys: give one of {', '.join(inner)}")
+        return key, f" is a group of keys: give one of {', '.join(inner)}"
     for name, leaf in leaves.items():
         if key.startswith(f"{name}.") and dict in _kinds(leaf.type):
             written = f"{name}='{{{key.removeprefix(f'{name}.')}: ...}}'"
-            raise BadInput(f"{key} ({source}): {name} is one key, {_type_name(leaf.type)}: write {written}")
-    if not leaves:
-        raise BadInput(
-            f"unknown key {key!r} ({source}); it takes none, as train has no second parameter, config, "
-            "annotated with a config dataclass"
-        )
-    raise BadInput(f"unknown key {key!r} ({source}){unknown_keys.meant(cls, key, leaves)}")
+            return key, f": {name} is one key, {_type_name(leaf.type)}: write {written}"
+    why = "; it takes none, as train has no second parameter, config, annotated with a config dataclass"
+    return f"unknown key {key!r}", unknown_keys.meant(cls, key, leaves) if leaves else why
 
 
 def _get(config: Any, key: str) -> Any:

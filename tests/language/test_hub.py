@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
-from stoker import storage
+from stoker import Run, storage
 from stoker.errors import BadInput
 from stoker.language import hub
 
@@ -133,12 +133,14 @@ def test_weights_are_read_for_their_checksums_once_until_they_change(
 
 
 def test_the_folder_of_a_run_is_what_it_has_exported(tmp_path: Path) -> None:
-    run = tmp_path / "runs" / "llm" / "a"
-    (run / "artifacts" / "model").mkdir(parents=True)
-    (run / "run.json").write_text("{}")
-    assert hub.find(str(run)) == run / "artifacts" / "model"
+    with Run("llm", "a", runs=tmp_path) as run:
+        run.log(loss=1.0)
+        with pytest.raises(BadInput, match=r"no model: it has exported nothing yet"):
+            hub.find(str(run.directory.path))
+        made = run.directory.artifacts / "model"
+        made.mkdir(parents=True)
+        (made / "config.json").write_text("{}")
+        run.artifact(made, kind="model")
+    assert hub.find(str(run.directory.path)) == made
     with pytest.raises(BadInput, match=r"is a run that has exported no adapter: of it there is the model"):
-        hub.find(str(run), "lora.adapter")
-    (run / "artifacts" / "model").rmdir()
-    with pytest.raises(BadInput, match=r"no model: it has exported nothing yet"):
-        hub.find(str(run))
+        hub.find(str(run.directory.path), "lora.adapter")

@@ -15,7 +15,7 @@ import orjson
 import pytest
 from stoker import Run, storage
 from stoker.errors import BadInput
-from stoker.run import artifacts, view
+from stoker.run import artifacts, journal, view
 from stoker.run.directory import RunDirectory
 from stoker.tracking import feed, follower, ledger, mlflow_sink, store
 from stoker.tracking.shipper import Shipper
@@ -382,7 +382,7 @@ def test_a_feed_gives_the_fold_of_what_was_there_when_it_was_rebuilt_and_first_p
     run = make_run(tmp_path / "runs")
     for attempt, resumed in enumerate([0, 300, 100, 200]):
         if attempt == 3:
-            folded = feed.whole(run.journal)
+            folded = feed.Cursor(journal.ends(run.journal))
             view_then = view.load(run)
         trainer = Trainer(run)
         trainer.resume(resumed)

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 
 import torch
 from stoker import distributed, words
-from stoker.checkpoint.planning import local, real
 from stoker.errors import StokerError
+from stoker.tensors import local, real
 from torch import nn
 
 _NAMED = 5  # that a message names

@@ -14,7 +14,6 @@ import torch
 from stoker import distributed
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.planner import SavePlan
-from torch.distributed.tensor import DTensor
 
 Signature = tuple[tuple[Any, ...], ...]
 
@@ -47,13 +46,3 @@ def parts(tensors: Mapping[str, torch.Tensor], rank: int, group: Any = None) -> 
         assert item.tensor_data is not None
         found.append(Part(item.index.fqn, tuple(item.tensor_data.chunk.offsets)))
     return found
-
-
-def real(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor as real numbers: of one that is complex the two parts, in a dim of their own."""
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
-
-
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    """What this rank holds of a tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -23,6 +23,7 @@ from stoker.checkpoint import manifest, planning, shards
 from stoker.checkpoint.manifest import Checkpoint, File
 from stoker.checkpoint.staging import HostBuffers
 from stoker.errors import StokerError
+from stoker.tensors import local, real
 from stoker.world import World
 from torch.distributed.checkpoint import _hf_utils, state_dict_loader
 from torch.distributed.checkpoint.filesystem import FileSystem
@@ -88,7 +89,7 @@ class Saver:
         """
         self.wait()
         parts = self._parts(tensors)
-        copies = self._buffers.copy({part.name: planning.local(tensors[part.name]) for part in parts})
+        copies = self._buffers.copy({part.name: local(tensors[part.name]) for part in parts})
         encoded = orjson.dumps(values, option=orjson.OPT_SERIALIZE_NUMPY) if self._world.rank == 0 else b""
         self._writing = threads.begun(
             lambda: self._write(parts, copies, encoded, about, finite), "checkpoint"
@@ -198,7 +199,7 @@ class About:
 def _check_finite(tensors: Tensors, step: int) -> None:
     """Raises StokerError."""
     for name, tensor in tensors.items():
-        if tensor.numel() and not all(bound.isfinite() for bound in torch.aminmax(planning.real(tensor))):
+        if tensor.numel() and not all(bound.isfinite() for bound in torch.aminmax(real(tensor))):
             raise StokerError(
                 f"step {step}: {name.removeprefix('model.')} is not finite any more, so it is not saved: the "
                 "newest checkpoint is from before. Go on from it with on_bad_loss=skip or rewind, which look "

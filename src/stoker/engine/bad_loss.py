@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from stoker import distributed
-from stoker.engine.gradients import local
+from stoker.tensors import local
 
 MOST_IN_A_ROW = 10  # bad steps, of which all are left out
 _WINDOW = 100  # steps whose median a spike is measured by

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from stoker.engine import options
-from stoker.engine.gradients import local
 from stoker.engine.precision import wide
+from stoker.tensors import local
 
 
 class Ema:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from stoker.tensors import local
 from torch.distributed.tensor import DTensor
 
 _BUCKET = 25 * 2**20  # bytes that are reduced at once
@@ -95,8 +96,3 @@ def _buckets(gradients: list[torch.Tensor]) -> Iterable[list[torch.Tensor]]:
         size += gradient.nbytes
     if bucket:
         yield bucket
-
-
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    """What this rank holds of a tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -22,11 +22,11 @@ from stoker import storage
 from stoker.engine import batches
 from stoker.engine.allocations import Allocations, Key
 from stoker.engine.ema import Ema
-from stoker.engine.gradients import local
 from stoker.engine.options import Training
 from stoker.engine.step import Step
 from stoker.engine.strategies import Load
 from stoker.run.directory import RunDirectory
+from stoker.tensors import local
 from stoker.world import World
 from torch import nn
 from torch._subclasses.fake_tensor import (

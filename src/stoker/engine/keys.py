@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 from typing import Annotated, Any
 
-import yaml
 from annotated_types import Ge, Lt
 from pydantic import AfterValidator, BeforeValidator
+from stoker import config
 from stoker.duration import Duration
 
 
@@ -33,7 +32,7 @@ def _counted(value: Duration) -> Duration:
 
 def _joined(value: Any) -> Any:
     """Names in a list as one text: `a,b`."""
-    value = _read(value)
+    value = config.unwritten(value)
     if isinstance(value, list) and all(isinstance(name, str) for name in value):
         return ",".join(value)
     if isinstance(value, list):
@@ -43,20 +42,12 @@ def _joined(value: Any) -> Any:
 
 def _weighted(value: Any) -> Any:
     """Names with weights as one text: `a:3,b:1`; else as they are."""
-    value = _read(value)
+    value = config.unwritten(value)
     if isinstance(value, dict) and all(isinstance(weight, int | float) for weight in value.values()):
         return ",".join(f"{name}:{weight}" for name, weight in value.items())
     if isinstance(value, dict):
         raise ValueError("give each a weight, as in {one: 3, other: 1}")
     return _joined(value)
-
-
-def _read(value: Any) -> Any:
-    """A list or mapping that was written on a command line."""
-    if isinstance(value, str) and value[:1] + value[-1:] in ("[]", "{}"):
-        with contextlib.suppress(yaml.YAMLError):
-            return yaml.safe_load(value)
-    return value
 
 
 def _patterns(value: tuple[str, ...]) -> tuple[str, ...]:

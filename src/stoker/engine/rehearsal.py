@@ -12,8 +12,8 @@ import torch
 from stoker import storage
 from stoker.engine import batches, device, memory, micro_batch, modes, random_state
 from stoker.engine.agreement import Agreement, Requests
-from stoker.engine.gradients import local
 from stoker.engine.step import Setting, Step
+from stoker.tensors import local
 from stoker.world import World
 from torch import nn
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from stoker.tensors import real
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 Values = Mapping[str, torch.Tensor]
@@ -85,7 +86,7 @@ def histogram(values: torch.Tensor, bins: int) -> tuple[torch.Tensor, torch.Tens
 
     `torch.histc` would wait for the device to learn the range.
     """
-    flat = (torch.view_as_real(values) if values.is_complex() else values).flatten().float()
+    flat = real(values).flatten().float()
     finite = flat.isfinite()
     low = torch.where(finite, flat, torch.inf).amin()
     high = torch.where(finite, flat, -torch.inf).amax()

@@ -25,10 +25,12 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.utils._validators import validate_repo_id
-from stoker import object_store, storage
+from stoker import exports, object_store, storage
 from stoker.data import hub_datasets
 from stoker.data.tokens import once
 from stoker.errors import BadInput, nearest
+from stoker.run import view
+from stoker.run.directory import RunDirectory
 
 _DESCRIPTION = ("*.json", "*.jinja", "*.model", "*.txt")
 _OF_A_TOKENIZER = ("tokenizer*", "vocab*", "*.model")
@@ -84,14 +86,18 @@ def find(
 
 def _exported(folder: Path, what: str) -> Path:
     """The folder itself, or of a run what it has exported. Raises BadInput where it has not."""
-    if not (folder / "run.json").is_file():
+    run = RunDirectory(folder)
+    if not run.exists():
         return folder
-    names = ("adapter", "model") if what == "lora.adapter" else ("model", "adapter")
-    wanted, other = (folder / "artifacts" / name for name in names)
-    if wanted.is_dir():
-        return wanted
-    has = f"of it there is the {other.name}, {other}" if other.is_dir() else "it has exported nothing yet"
-    raise BadInput(f"{what} {folder} is a run that has exported no {names[0]}: {has}")
+    found, wanted = exports.as_it_stands(view.load(run)), "adapter" if what == "lora.adapter" else "model"
+    if found is None:
+        raise BadInput(f"{what} {folder} is a run that has exported no {wanted}: it has exported nothing yet")
+    kind = "adapter" if exports.is_adapter(found) else "model"
+    if kind != wanted:
+        raise BadInput(
+            f"{what} {folder} is a run that has exported no {wanted}: of it there is the {kind}, {found}"
+        )
+    return found
 
 
 def _from_hub(reference: str, what: str, known: Sequence[str], *, weights: bool, pickles: bool) -> Path:

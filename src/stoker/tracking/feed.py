@@ -132,14 +132,6 @@ def end(folder: Path) -> int:
     return sum(journal.ends(folder).values())
 
 
-def whole(folder: Path) -> Cursor:
-    """The cursor behind everything that a journal holds now."""
-    cursor = Cursor()
-    for _ in journal.read(folder, cursor):
-        pass
-    return cursor
-
-
 def started(directory: RunDirectory) -> float:
     """When a run's first attempt began, in seconds since 1970; when it was made, where none did."""
     for event in journal.read(directory.journal, limit=1):

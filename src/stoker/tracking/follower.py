@@ -29,7 +29,7 @@ from pathlib import Path
 
 from stoker import storage
 from stoker.errors import BadInput, nearest
-from stoker.run import messages
+from stoker.run import journal, messages
 from stoker.run.directory import SWEEP_LOCK, RunDirectory
 from stoker.tracking import feed, ledger, store
 from stoker.tracking.ledger import Ledger
@@ -143,7 +143,7 @@ def rebuild(directory: RunDirectory) -> dict[str, str | None]:
             if lock is None or directory.alive:
                 doing = "trained" if directory.alive else f"shipped to {name}"
                 raise BadInput(f"run {directory.id!r} is being {doing} now: rebuild it once that has ended")
-        now = dict(feed.whole(directory.journal).offsets)
+        now = journal.ends(directory.journal)
         return {name: _begin_anew(ledger.file_of(directory, name), now) for name in enabled()}
 
 
