@@ -36,6 +36,8 @@ MEETING = "{rendezvous}"
 _LOOK = 0.2  # seconds between two looks at the launchers
 _PATIENCE = 30.0  # seconds after which it is said that Ray has no room yet
 _ENDING = 30.0  # seconds in which the launchers that are left end
+_QUIET = 1.0  # seconds without a line of theirs, after which there are no more
+_LAST_LINES = 10.0  # seconds after which there are none in any case
 _LOST = -1
 
 
@@ -122,15 +124,20 @@ def run(name: str, needs: Needs, command: Sequence[str], folder: str) -> int:
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
     failures = 0
-    while True:
-        code = _attempt(needs, command, folder, told)
-        if code in (0, EXIT_BAD_INPUT) or told:
-            return code if code != _LOST else EXIT_PREEMPTED
-        failures += code not in (_LOST, EXIT_PREEMPTED)
-        if failures > needs.retries:
-            return code
-        why = {_LOST: "a node was lost", EXIT_PREEMPTED: "it was told to stop"}.get(code, f"exit code {code}")
-        _say(f"{why}; starting again, retries left: {needs.retries - failures}")
+    try:
+        while True:
+            code = _attempt(needs, command, folder, told)
+            if code in (0, EXIT_BAD_INPUT) or told:
+                return code if code != _LOST else EXIT_PREEMPTED
+            failures += code not in (_LOST, EXIT_PREEMPTED)
+            if failures > needs.retries:
+                return code
+            known = {_LOST: "a node was lost", EXIT_PREEMPTED: "it was told to stop"}
+            why = known.get(code, f"exit code {code}")
+            _say(f"{why}; starting again, retries left: {needs.retries - failures}")
+    finally:
+        _wait_for_last_lines()
+        ray.shutdown()  # what would bring more of them has ended when this returns
 
 
 def _attempt(needs: Needs, command: Sequence[str], folder: str, told: Sequence[int]) -> int:
@@ -206,6 +213,20 @@ def _end(nodes: Sequence[Any]) -> None:
     for node in nodes:
         with contextlib.suppress(ray.exceptions.RayError):
             ray.get(node.end.remote(), timeout=2 * _ENDING)
+
+
+def _wait_for_last_lines() -> None:
+    """Until what the launchers wrote is here: Ray brings it some time after it was written, or never.
+
+    This process's output is the file in which Ray keeps it.
+    """
+    begun = changed = time.monotonic()
+    size = os.fstat(sys.stdout.fileno()).st_size
+    while (now := time.monotonic()) - changed < _QUIET and now - begun < _LAST_LINES:
+        time.sleep(_LOOK)
+        before, size = size, os.fstat(sys.stdout.fileno()).st_size
+        if size != before:
+            changed = now
 
 
 def _say(text: str) -> None:
