@@ -53,8 +53,12 @@ def fits(environment: Mapping[str, str]) -> bool:
 
 
 def _at_import(environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables that are looked at when modules are imported."""
-    return {name: value for name, value in environment.items() if name.startswith(("PYTHON", "HF_"))}
+    """The variables that are looked at when modules are imported; a test's Ray sets one that is not."""
+    return {
+        name: value
+        for name, value in environment.items()
+        if name.startswith(("PYTHON", "HF_")) and name != "PYTHONBREAKPOINT"
+    }
 
 
 def start() -> None:
