@@ -25,10 +25,11 @@ def _ranks(launcher: subprocess.Popen[bytes]) -> list[psutil.Process]:
     import tempfile
 
     found = {}
-    children = {process.pid: process for process in psutil.Process(launcher.pid).children(recursive=True)}
+    known = psutil.Process(launcher.pid)
+    children = {process.pid: process for process in known.children(recursive=True)}
     for file in Path(tempfile.gettempdir()).glob("stoker-launch-*/rank-*.pid"):
         pid = int(file.read_text())
-        if pid in children:
+        if pid in children and file.stat().st_mtime >= known.create_time():  # of this one
             found[int(file.stem.removeprefix("rank-"))] = children[pid]
     return [found[rank] for rank in sorted(found)]
 
