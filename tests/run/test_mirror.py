@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from stoker import object_store, storage
-from stoker.run import artifacts, journal, lease, mirror, stretches
+from stoker.run import artifacts, journal, lease, mirror, stretches, uploader
 from stoker.run.directory import RunDirectory
 from stoker.run.mirror import Mirror
 from stoker.tracking import ledger
@@ -53,6 +53,22 @@ def test_an_artifact_that_was_made_anew_goes_there_though_its_size_is_the_same(
         model.write_bytes(content)
         _mirror(run).push()
     assert (tmp_path / "store/experiment/a/artifacts/model.safetensors").read_bytes() == b"new weights"
+
+
+def test_what_other_ranks_of_a_run_that_was_killed_say_last_goes_there(
+    machine: Machine, tmp_path: Path
+) -> None:
+    run, held = machine("one")
+    held.take()
+    run.create({})
+    started = {"type": "attempt_started", "time": 1.0, "pid": 1, "host": "one", "world": 2, "step": 0}
+    (run.journal / "attempt-0001.rank-0.jsonl").write_text(json.dumps(started) + "\n")
+    process = uploader.spawn(run)
+    while uploader.state(run).behind:
+        assert process.poll() is None
+    (run.logs / "rank-1.log").write_text("stopped at once\n")
+    assert process.wait() == 0
+    assert (tmp_path / "store/experiment/a/logs/rank-1.log").read_text() == "stopped at once\n"
 
 
 def test_an_artifact_goes_there_whatever_its_files_are_called(machine: Machine, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Protocol
 
 from stoker import storage
-from stoker.run import messages, mirror
+from stoker.run import messages, mirror, view
 from stoker.run.directory import RunDirectory
 from stoker.run.mirror import Lost, Mirror
 
@@ -34,6 +34,7 @@ LONGEST_BACKOFF = 30.0  # seconds between tries of a store that does not answer
 PATIENCE = 600.0  # seconds that such a store is tried for once the trainer is gone
 ONCE_PATIENCE = 10.0  # and by `stoker sync`, where somebody waits for the answer
 FINISH_PATIENCE = 30.0  # and that a run waits for it which has ended
+LAST_WORDS = 3.0  # seconds in which the other ranks notice that one was killed, and say so in their logs
 
 
 @dataclass(frozen=True)
@@ -244,7 +245,11 @@ def main() -> int:
     lock = storage.try_lock(_turn(run))
     if lock is None:  # another one does it
         return 0
-    return 0 if upload(run, copy, once=arguments.once) else 1
+    whole = upload(run, copy, once=arguments.once)
+    if whole and not arguments.once and view.load(run).status == view.KILLED:
+        time.sleep(LAST_WORDS)
+        whole = upload(run, copy, once=True)
+    return 0 if whole else 1
 
 
 if __name__ == "__main__":
