@@ -5,12 +5,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: setup demo test lint bench soak clean help
+.PHONY: setup demo test lint docs bench soak clean help
 
 help:
 	@echo "make demo    set up, then pretrain, fine-tune and test a small language model (5 to 10 minutes)"
 	@echo "make test    set up, then run the tests, WORKERS=3 at a time"
 	@echo "make lint    ruff and mypy"
+	@echo "make docs    the documentation as pages, build/docs/index.html"
 	@echo "make bench   measure against peers, in the same run (two to three hours)"
 	@echo "make soak    the long form of the tests that run small in 'make test'"
 	@echo "make clean   remove $(VENV) and caches; runs stay"
@@ -46,6 +47,9 @@ lint: setup
 	$(BIN)/ruff check --no-cache .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: setup
+	$(BIN)/python -m sphinx -W --keep-going -q docs build/docs
 
 soak: setup
 	STOKER_SOAK=1 $(BIN)/python -m pytest -m soak --timeout 3600

@@ -5,7 +5,6 @@ from __future__ import annotations
 import enum
 import inspect
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -60,23 +59,29 @@ def show(
         _show_config(recipe, shipped, json)
         return
     found = recipes.load(recipe)
-    keys = _own_first(found.config, configs.describe(found.config))
-    meanings = meanings_of(found.config)
     if json:
+        described, meanings = _described(found.config), meanings_of(found.config)
         print_json({
             "recipe": found.name, "source": str(found.source),
             "keys": {
                 key: {"type": kind, "default": default, "meaning": meanings.get(key, "")}
-                for key, (kind, default) in keys.items()
+                for key, (kind, default) in described.items()
             },
         })  # fmt: skip
         return
     table = Table(box=None, pad_edge=False)
     for heading in ("key", "default", "meaning"):
         table.add_column(heading, overflow="fold")
-    for key, (kind, default) in keys.items():
-        table.add_row(key, _short(default), meanings.get(key) or kind)
+    for row in keys(found.config):
+        table.add_row(*row)
     console().print(table)
+
+
+def keys(config: type) -> list[tuple[str, str, str]]:
+    """The keys of a config, each with its default and its meaning; the recipe's own come first."""
+    meanings = meanings_of(config)
+    described = _described(config)
+    return [(key, _short(default), meanings.get(key) or kind) for key, (kind, default) in described.items()]
 
 
 def _show_config(name: str, file: Path, json: bool) -> None:
@@ -117,7 +122,8 @@ def _short(default: Any) -> str:
     return "" if default is None else str(default.value if isinstance(default, enum.Enum) else default)
 
 
-def _own_first(config: type, keys: Mapping[str, Any]) -> dict[str, Any]:
-    """The recipe's own keys, then those that every recipe has."""
+def _described(config: type) -> dict[str, tuple[str, Any]]:
+    """The type and the default of the recipe's own keys, then of those that every recipe has."""
     own = inspect.get_annotations(config)
+    keys = configs.describe(config)
     return dict(sorted(keys.items(), key=lambda pair: pair[0].partition(".")[0] not in own))
