@@ -425,6 +425,16 @@ def test_what_a_script_keeps_in_evaluation_mode_stays_so(open_run: Callable[...,
         assert [module.training for module in trainer.model] == [True, False, True, True, True]
 
 
+def test_without_an_optimizer_it_evaluates_and_does_not_train(open_run: Callable[..., Run]) -> None:
+    with open_run("a") as run:
+        trained = _trainer(run, _model()).evaluate(_dataset(), batch_size=7)
+    with open_run("b") as run:
+        trainer = _trainer(run, _model().requires_grad_(False), optimizer=None)
+        assert trainer.evaluate(_dataset(), batch_size=7) == trained
+        with pytest.raises(ValueError, match="has no optimizer"):
+            next(iter(trainer.steps(trainer.loader(_dataset(), batch_size=5), epochs=1)))
+
+
 def test_evaluation_weighs_every_sample_once_and_leaves_no_trace(open_run: Callable[..., Run]) -> None:
     dataset = _dataset(21)
     with open_run() as run:

@@ -72,6 +72,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 log = logging.getLogger("stoker")
 
+_NO_OPTIMIZER = "this Trainer has no optimizer (optimizer=None): it evaluates, but cannot train"
+
 
 class Trainer:
     """One training loop over one model.
@@ -81,6 +83,7 @@ class Trainer:
         model: laid out over this run's devices; keep using `trainer.model`.
         optimizer: makes the optimizer from the model's trainable parameters, after the model was
             laid out; for several, a dict from the name of a submodule to what makes its optimizer.
+            None for a model that is evaluated alone (`evaluate`, `measure`), with any of its weights frozen.
         loss: `(output, batch) -> (sum, weight)`: the loss summed over a micro-batch, a scalar
             tensor, and what to divide it by (samples, or tokens), a number or scalar tensor.
             Not needed by a loop that calls `backward` itself.
@@ -105,7 +108,7 @@ class Trainer:
         run: Run,
         model: torch.nn.Module,
         *,
-        optimizer: OptimizerFactory | Mapping[str, OptimizerFactory],
+        optimizer: OptimizerFactory | Mapping[str, OptimizerFactory] | None,
         loss: LossFunction | None = None,
         inputs: Callable[[Any], Any] = batches.default_inputs,
         schedule: Schedule | None = None,
@@ -137,7 +140,7 @@ class Trainer:
         block = blocks.largest(
             blocks.find(model, self.training.blocks)
         )  # before a strategy gives them other names
-        self._step = strategies.lay_out(model, self.strategy, self.training, setting, optimizer, load)
+        self._step = strategies.lay_out(model, self.strategy, self.training, setting, optimizer or {}, load)
         self.model, self.optimizers = self._step.model, self._step.optimizers
         self._ema = self._average()
         built = {name: state.hyperparameters(o) for name, o in self.optimizers.items()}
@@ -296,6 +299,8 @@ class Trainer:
         """
         if (epochs is None) == (max_steps is None):
             raise ValueError("give steps() either epochs or max_steps")
+        if not self.optimizers:
+            raise ValueError(_NO_OPTIMIZER)
         _check_loader(loader)
         again, self._loader = self._loader is not None, loader
         self._cut.share = loader.batch_size // self.mesh.data.size
@@ -658,6 +663,8 @@ class Trainer:
     @property
     def optimizer(self) -> torch.optim.Optimizer:
         """The only optimizer. Raises ValueError where there are several."""
+        if not self.optimizers:
+            raise ValueError(_NO_OPTIMIZER)
         if len(self.optimizers) != 1:
             raise ValueError(f"there are several optimizers: name one of {', '.join(self.optimizers)}")
         return next(iter(self.optimizers.values()))

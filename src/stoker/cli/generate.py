@@ -157,7 +157,7 @@ def _meant(
 
     Raises BadInput.
     """
-    seen = _run(reference, runs)
+    seen = run_meant(reference, runs)
     if seen is None:
         if checkpoint is not None:
             raise BadInput(f"--checkpoint {checkpoint} is for a run, and {reference} is a model")
@@ -172,7 +172,7 @@ def _meant(
         yield folder, named, dict(seen.config.get(called.VALUES, {}))
 
 
-def _run(reference: str, runs: Path) -> RunView | None:
+def run_meant(reference: str, runs: Path) -> RunView | None:
     """The run that is meant; None where a model is. Raises BadInput where it can be neither."""
     try:
         return view.load(finding.find(runs, reference))

@@ -17,6 +17,7 @@ from stoker.cli import (
     data,
     diff,
     doctor,
+    evaluate,
     generate,
     jobs,
     models,
@@ -60,6 +61,7 @@ app.command("plan")(plan.plan)
 app.command("diff")(diff.diff)
 app.command("package")(package.package)
 app.command("report")(report.report)
+app.command("evaluate")(evaluate.evaluate)
 app.command("generate")(generate.generate)
 app.add_typer(data.app, name="data")
 app.add_typer(checkpoints.app, name="checkpoints")

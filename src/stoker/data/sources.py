@@ -111,6 +111,12 @@ def read_all(
     return found
 
 
+def read_evaluated(data: str, columns: Columns = NO_COLUMNS) -> list[Source]:
+    """Read what is named as `a` or `a,b`, each a source of its own. Raises BadInput, as `read_all`."""
+    records.check_columns(columns)
+    return _evaluated_on(data, "validation_data", columns)
+
+
 def _evaluated_on(data: str, key: Key, columns: Columns) -> list[Source]:
     found = []
     for name in named(data, key):

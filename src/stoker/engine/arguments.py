@@ -20,8 +20,9 @@ _NAMED = 4  # parameters that a message names
 
 def check(optimizer: object, loss: object, schedule: object) -> None:
     """Raises BadInput for what is of another kind than Trainer takes."""
-    for name, make in optimizer.items() if isinstance(optimizer, Mapping) else [("", optimizer)]:
-        _check_optimizer(name, make)
+    if optimizer is not None:
+        for name, make in optimizer.items() if isinstance(optimizer, Mapping) else [("", optimizer)]:
+            _check_optimizer(name, make)
     if loss is not None:
         _check_loss(loss)
     if schedule is not None:

@@ -115,8 +115,10 @@ def ddp(given: Layout) -> Step:
     """Every rank has the whole model; gradients are averaged while the backward pass goes on."""
     given.load(given.model, given.setting.mesh.device, "")
     mesh = given.setting.mesh
+    trained = any(p.requires_grad for p in given.model.parameters())
     # Of ranks that are not there nothing is reduced; gradients live in the buckets as they do without.
-    called = given.model if mesh.world.planned else data_parallel(given.model, given.training, mesh)
+    reduces = trained and not mesh.world.planned
+    called = data_parallel(given.model, given.training, mesh) if reduces else given.model
     return PlainStep(given.setting, given.model, build_optimizers(given.model, given.make), called=called)
 
 

@@ -14,7 +14,7 @@ import itertools
 import json
 import logging
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -88,31 +88,14 @@ def pack(
     Raises:
         BadInput: a tokenizer does not do for the documents, or nothing is left of them.
     """
-    _warn_of_unread(found, tokenizer)
-    _warn_of_left_out(found)
-    _warn_of_endless_turns(found, tokenizer)
     encoder = Encoder(tokenizer, loss_on, values)
-    settings: dict[str, Any] = {
-        "encode": encoder, "pad_id": tokenizer.pad_token_id, "vocab_size": len(tokenizer),
-        "sequence_length": sequence_length, "packing": packing, "cache": storage.cache_folder(),
-    }  # fmt: skip
-
-    def packed(source: Source, split: str) -> PackedDataset:
-        documents: list[Document] = getattr(source.splits, split)
-        corpus = make_corpus(documents, split).fingerprint
-        with _naming(named(source, split)):
-            made = tokens.tokenise(documents, fingerprint=(corpus, encoder.fingerprint), **settings)
-        _say_what_is_lost(named(source, split), [made])
-        return made
-
-    def named(source: Source, split: str) -> str:
-        alone = sum(other.key == source.key for other in found) == 1
-        return split if alone else f"{source.name}, {split}"
+    settings = _settings(encoder, tokenizer, sequence_length, packing)
+    packed = _packer(found, tokenizer, encoder, settings)
 
     def trained_on(source: Source) -> PackedDataset | Stream:
         if source.stream is None:
             return packed(source, "train")
-        name = named(source, "of what was looked at")
+        name = _named(found, source, "of what was looked at")
         with _naming(name):
             made = Stream(
                 source.stream, held_out=source.held_out, sampled=sources.looked_at(source.stream),
@@ -129,6 +112,54 @@ def pack(
         test={s.name: packed(s, "test") for s in found if s.splits.test},
         encoding=encoder.fingerprint,
     )
+
+
+def pack_evaluated(
+    found: Sequence[Source],
+    tokenizer: Any,
+    *,
+    sequence_length: int,
+    loss_on: LossOn = "answer",
+    packing: bool = True,
+    values: Mapping[str, Any] = NO_VALUES,
+) -> dict[str, PackedDataset]:
+    """The rows of what is evaluated on alone, by the name of its source; see `pack`."""
+    encoder = Encoder(tokenizer, loss_on, values)
+    packed = _packer(found, tokenizer, encoder, _settings(encoder, tokenizer, sequence_length, packing))
+    return {source.name: packed(source, "validation") for source in found}
+
+
+def _settings(encoder: Encoder, tokenizer: Any, sequence_length: int, packing: bool) -> dict[str, Any]:
+    """How tokens are made, as `tokens.tokenise` and `Stream` take it."""
+    return {
+        "encode": encoder, "pad_id": tokenizer.pad_token_id, "vocab_size": len(tokenizer),
+        "sequence_length": sequence_length, "packing": packing, "cache": storage.cache_folder(),
+    }  # fmt: skip
+
+
+def _packer(
+    found: Sequence[Source], tokenizer: Any, encoder: Encoder, settings: Mapping[str, Any]
+) -> Callable[[Source, str], PackedDataset]:
+    """What packs a split of one of these sources; what is wrong with all of them is said first."""
+    _warn_of_unread(found, tokenizer)
+    _warn_of_left_out(found)
+    _warn_of_endless_turns(found, tokenizer)
+
+    def packed(source: Source, split: str) -> PackedDataset:
+        documents: list[Document] = getattr(source.splits, split)
+        corpus = make_corpus(documents, split).fingerprint
+        with _naming(_named(found, source, split)):
+            made = tokens.tokenise(documents, fingerprint=(corpus, encoder.fingerprint), **settings)
+        _say_what_is_lost(_named(found, source, split), [made])
+        return made
+
+    return packed
+
+
+def _named(found: Sequence[Source], source: Source, split: str) -> str:
+    """A split, with the name of its source where its key has several."""
+    alone = sum(other.key == source.key for other in found) == 1
+    return split if alone else f"{source.name}, {split}"
 
 
 @contextlib.contextmanager
@@ -185,6 +216,15 @@ def say(
     warn_of_repeated(found)
     if wanted and not packed:
         log.warning("the model's attention cannot keep documents apart: each has rows of its own")
+
+
+def say_evaluated(run: Run, given: str, found: Sequence[Source]) -> None:
+    """Record what is evaluated on, named as in the config, and say it on rank 0."""
+    run.fingerprint("data", sources.fingerprint(found))
+    _record(run, "data", sources.named(given, "validation_data"), found)
+    run.event("data", sources=[source.description for source in found])
+    for source in found if run.world.rank == 0 else ():
+        log.info("%s", source.description)
 
 
 def _say_source(source: Source, passes: float | None) -> None:

@@ -17,6 +17,16 @@ def log(trainer: Trainer, name: str, parts: Mapping[str, PackedDataset], **how: 
         trainer.run.log({name: perplexity(mean(losses(trainer, parts, **how), parts))})
 
 
+def log_test(trainer: Trainer, parts: Mapping[str, PackedDataset], **how: Any) -> None:
+    """Log the loss and the perplexity of all tokens, and those of each part if there are several."""
+    found = losses(trainer, parts, **how)
+    loss = mean(found, parts)
+    trainer.run.log(test_loss=loss, test_perplexity=perplexity(loss))
+    if len(found) > 1:
+        trainer.run.log({f"test_loss/{name}": value for name, value in found.items()})
+        trainer.run.log({f"test_perplexity/{name}": perplexity(value) for name, value in found.items()})
+
+
 def losses(trainer: Trainer, parts: Mapping[str, PackedDataset], **how: Any) -> dict[str, float]:
     """The mean loss over the tokens of each part, in nats, exact over ranks. All ranks call it alike.
 

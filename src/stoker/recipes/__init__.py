@@ -23,6 +23,7 @@ SHIPPED = {
     "llm": "stoker.recipes.llm:train",
     "image": "stoker.recipes.image:train",
     "text": "stoker.recipes.text:train",
+    "evaluation": "stoker.recipes.evaluation:train",
 }
 
 

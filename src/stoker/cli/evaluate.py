@@ -1,0 +1,64 @@
+"""`stoker evaluate RUN|MODEL data=...`: loss and perplexity of a model on data, as a run of its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from stoker import config as configs
+from stoker import exports, recipes
+from stoker.cli import train
+from stoker.cli.generate import run_meant
+from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder
+from stoker.errors import BadInput
+
+_AS_TRAINED = ("columns", "loss_on", "chat_template_kwargs", "quantisation", "sequence_length", "packing")
+"""What an evaluation of a run reads as the run did."""
+
+
+def evaluate(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN|MODEL",
+            help="A run: its id, the start of one, experiment/id, or its path. Or a model or an adapter: a "
+            "directory, s3://bucket/folder, or a hub id.",
+        ),
+    ],
+    overrides: train.Overrides = None,
+    name: train.Name = None,
+    experiment: train.Experiment = None,
+    nproc: train.Nproc = None,
+    runs: RunsFolder = DEFAULT_RUNS,
+    json: Json = False,
+) -> int:
+    """Measure the loss and perplexity of a model or an adapter on data=..., and let it answer prompts.
+
+    The evaluation is a run itself. `stoker recipes show evaluation` lists the keys. If a run is evaluated,
+    its own columns, loss_on, sequence_length and the like are the defaults.
+    """
+    recipe = recipes.load("evaluation")
+    values, origin = _of_run(model, runs)
+    resolved = configs.restore(recipe.config, values, dict.fromkeys(values, origin), overrides or ())
+    return train.start(
+        recipe, resolved, train.Launch(nproc or 1), runs=runs, name=name, experiment=experiment, json=json
+    )
+
+
+def _of_run(reference: str, runs: Path) -> tuple[dict[str, Any], str]:
+    """What is evaluated, with how its data were read if it is a run's, and what these values come from.
+
+    Raises BadInput if the run has exported nothing.
+    """
+    seen = run_meant(reference, runs)
+    if seen is None:
+        return {"model": reference}, configs.COMMAND_LINE
+    folder, named = exports.as_it_stands(seen), f"{seen.directory.experiment}/{seen.directory.id}"
+    if folder is None:
+        raise BadInput(
+            f"run {named} has exported no model yet: export a checkpoint of it with `stoker checkpoints "
+            f"export {seen.directory.id}`, and evaluate that folder"
+        )
+    own = {key: seen.config[key] for key in _AS_TRAINED if key in seen.config}
+    return {**own, "model": str(folder)}, f"run {named}"

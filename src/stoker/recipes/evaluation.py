@@ -1,0 +1,165 @@
+"""Evaluate a causal language model, or an adapter, on data: loss and perplexity of each source, and answers.
+
+Nothing is trained: the weights are laid out over the ranks without gradients or an optimizer, and every token
+that training would learn is predicted once.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge
+from stoker.attempt import Run
+from stoker.data.called import VALUES, check_values
+from stoker.engine.keys import Names
+from stoker.engine.options import Fsdp, Training
+from stoker.errors import BadInput
+from stoker.language.lora import Lora
+from stoker.recipes.llm import MEMORY
+
+PRELOAD = (
+    "stoker.engine.quiet",
+    "peft",
+    *(f"stoker.language.{room}" for room in ("adapters", "building", "data", "generation", "objective")),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Keys of `stoker evaluate`."""
+
+    model: str
+    """A model or an adapter: a directory, s3://bucket/folder, or a hub id."""
+    base: str | None = None
+    """The base model of an adapter, if it has moved since the adapter was trained."""
+    data: Names
+    """What is evaluated on, as `stoker train llm` takes data. Several, a,b, have a loss each."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Names of fields in the data, as `stoker train llm` takes them."""
+    loss_on: Literal["answer", "last", "all"] = "answer"
+    """Of pairs and conversations: what the assistant says, its last turn alone, or everything."""
+    chat_template: str | None = None
+    """As `stoker train llm` takes it; by default the tokenizer's own."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Values that the chat template gets with each conversation."""
+    quantisation: Literal["none", "nf4"] = "none"
+    """Hold the weights in 4 bits, as QLoRA trained an adapter's base (extra `quantisation`)."""
+    tokenizer: str | None = None
+    """A directory or hub id; by default the adapter's or the model's own."""
+    sequence_length: Annotated[int, Ge(2)] = 1024
+    """Tokens of a row; longer documents are cut there, and how many is said."""
+    packing: bool = True
+    """Whether documents share rows, none of them attending to another."""
+    batch_size: Annotated[int, Ge(1)] = 8
+    """Rows of a forward pass, over all ranks."""
+    prompts: tuple[str, ...] = ()
+    """What the model is asked; by default two documents of the data."""
+    generate_tokens: Annotated[int, Ge(0)] = 64
+    """Length of an answer; 0: nothing is asked."""
+    parallel: Literal["auto", "single", "ddp", "fsdp"] = "auto"
+    """How several ranks hold the model: each its own copy (ddp), or sharded (fsdp). auto: as fits."""
+    fsdp: Fsdp = field(default_factory=Fsdp)
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """What is computed in, and what frozen weights are held in; auto: bf16 where it is fast."""
+    backend: Literal["auto", "nccl", "gloo"] = "auto"
+    """What ranks communicate with: nccl between GPUs, gloo between CPUs."""
+
+    def __post_init__(self) -> None:
+        check_values(VALUES, self.chat_template_kwargs)
+        if self.prompts and not self.generate_tokens:
+            raise ValueError("prompts and generate_tokens=0: leave out one of the two")
+
+    @property
+    def layout(self) -> Training:
+        """How the model is laid out, as a Trainer takes it."""
+        return Training(
+            parallel=self.parallel, fsdp=self.fsdp, precision=self.precision, backend=self.backend
+        )
+
+
+def check_launch(config: Config) -> None:
+    """What can be seen before any process is started. Raises BadInput."""
+    from stoker.data import sources
+    from stoker.language import chat_template, hub
+
+    if config.chat_template is not None:
+        chat_template.read(config.chat_template)
+    sources.check(config.data, "validation_data", config.columns)
+    if config.tokenizer is not None:
+        hub.check_tokenizer(config.tokenizer)
+    _meant(config, weights=False)
+    if config.quantisation != "none":
+        from stoker.language import quantised
+
+        quantised.check()
+
+
+def train(run: Run, config: Config) -> None:
+    """Read and pack the data, lay out the model, predict every token once, and ask the prompts."""
+    from stoker import distributed
+    from stoker.data import sources, tokens
+    from stoker.engine.precision import DTYPES
+    from stoker.language import adapters, building, data, generation, objective, perplexity, quantised
+    from stoker.loop import Trainer, computed_in
+
+    distributed.join(run.world, config.backend)
+    precision = computed_in(run, config.layout)
+    with distributed.rank_zero_first(run.world):
+        model, lora = _meant(config)
+        found = sources.read_evaluated(config.data, config.columns)
+        language = building.build(
+            model,
+            tokenizer=adapters.tokenizer_for(config.tokenizer, lora),
+            sequence_length=config.sequence_length,
+            dtype=DTYPES[precision],
+            chat_template=config.chat_template,
+            grows=adapters.brings_tokens(lora),
+        )
+        packing = config.packing and language.packs
+        rows = data.pack_evaluated(
+            found, language.tokenizer, sequence_length=config.sequence_length, loss_on=config.loss_on,
+            packing=packing, values=config.chat_template_kwargs,
+        )  # fmt: skip
+    data.say_evaluated(run, config.data, found)
+    prompts = data.prompts(
+        found, language.tokenizer, config.prompts, positions=building.positions(language.config),
+        values=config.chat_template_kwargs,
+    )  # fmt: skip
+    if config.quantisation == "nf4":
+        quantised.convert(language.model)
+    evaluated = adapters.adapted(language, lora, compare=run.world.rank == 0).requires_grad_(False)
+    called = objective.attach(evaluated)
+    trainer = Trainer(
+        run, evaluated, optimizer=None, inputs=called.inputs, loss=called.loss,
+        training=config.layout,
+        load=adapters.loading(language.load),
+    )  # fmt: skip
+    run.fingerprint("model", language.fingerprint)
+    perplexity.log_test(
+        trainer, rows, batch_size=config.batch_size,
+        collate=functools.partial(tokens.collate, trimmed=not packing),
+    )  # fmt: skip
+    generation.log_generations(trainer, language, prompts, config.generate_tokens)
+    run.table("memory", trainer.memory(), MEMORY)
+
+
+def _meant(config: Config, *, weights: bool = True) -> tuple[str, Lora]:
+    """The model, and the adapter on it where one is evaluated. Raises BadInput.
+
+    Args:
+        weights: whether those of a model of the hub are to be brought.
+    """
+    from stoker import exports
+    from stoker.language import hub, merging, saved_adapters
+
+    folder = hub.find(config.model, weights=weights)
+    if not exports.is_adapter(folder):
+        if config.base is not None:
+            raise BadInput(f"base={config.base} is for adapters, and {config.model} is a whole model")
+        return config.model, Lora()
+    base = config.base or merging.base_of(folder)
+    origin = hub.find(base, "the adapter's base model", weights=weights)
+    saved_adapters.check(folder, model=base, origin=origin, quantised=config.quantisation != "none")
+    return base, Lora(adapter=str(folder))

@@ -1,0 +1,64 @@
+"""`stoker evaluate`: what training measured is measured again, on any number of ranks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from commands import Command
+from support import loaded
+
+SMALL = ("train", "llm", "vocab_size=300", "sequence_length=64", "batch_size=4", "max_steps=3", "lr=0.01")
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    for name, about in (("a", "letters"), ("b", "numbers")):
+        lines = [json.dumps({"text": f"{n} of {about}: " + about * (n % 5 + 1)}) for n in range(40)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    return tmp_path
+
+
+def test_a_model_and_an_adapter_have_the_loss_that_training_measured(stoker: Command, files: Path) -> None:
+    held_out = ("data=a.jsonl", "validation_data=a.jsonl,b.jsonl", "test=0", "generate_tokens=2")
+    for name, more in (("whole", ()), ("adapter", ("model=runs/llm/whole", "lora.rank=4"))):
+        done = stoker(*SMALL, *held_out, *more, "--name", name)
+        assert done.code == 0, done.err
+        trained = loaded(files / "runs" / "llm" / name).newest()
+        for ranks, layout in ((1, "auto"), (2, "ddp" if name == "whole" else "fsdp")):
+            done = stoker(
+                "evaluate", name, "data=a.jsonl,b.jsonl", f"parallel={layout}", "generate_tokens=2",
+                "--nproc", str(ranks), "--name", f"{name}-{layout}", "--json",
+            )  # fmt: skip
+            assert done.code == 0, done.err
+            found: dict[str, Any] = done.answer["metrics"]
+            assert found["test_loss"] == pytest.approx(trained["val_loss"], rel=1e-5)
+            assert found["test_loss/b"] == pytest.approx(trained["val_loss/b"], rel=1e-5)
+            assert found["test_perplexity"] == pytest.approx(trained["val_perplexity"], rel=1e-5)
+    seen = loaded(files / "runs" / "evaluation" / "adapter-fsdp")
+    assert seen.status == "finished"
+    assert seen.directory.record()["sources"]["sequence_length"] == "run llm/adapter"
+    assert seen.config["sequence_length"] == 64
+    assert {media.name for media in seen.media} == {"generations", "memory"}
+    moved = stoker("evaluate", "runs/llm/adapter/artifacts/adapter", "data=b.jsonl", "base=runs/llm/whole")
+    assert moved.code == 0, moved.err
+
+
+def test_what_cannot_be_evaluated_is_refused_before_anything_is_started(stoker: Command, files: Path) -> None:
+    assert stoker(*SMALL, "data=a.jsonl", "--name", "a").code == 0
+    (files / "runs" / "llm" / "a" / "artifacts" / "model").rename(files / "moved")
+    for arguments, said in (
+        (("a", "data=b.jsonl"), "run llm/a has exported no model yet"),
+        (("moved",), "data needs a value"),
+        (("moved", "data=c.jsonl"), "c.jsonl does not exist"),
+        (("moved", "data=a.jsonl:2,b.jsonl:1"), "has no weights"),
+        (("moved", "data=b.jsonl", "base=moved"), "is a whole model"),
+        (("moved", "data=b.jsonl", "parallel=pipeline"), "parallel"),
+        (("nowhere", "data=b.jsonl"), "no run 'nowhere'"),
+    ):
+        done = stoker("evaluate", *arguments)
+        assert (done.code, said in done.err) == (2, True), done.err
+    assert not (files / "runs" / "evaluation").exists()
