@@ -1,7 +1,7 @@
 """The main job, offline: pretrain a small language model, fine-tune it with LoRA, and test both.
 
-Everything is done by `stoker` commands, which are printed as they run. Killed at any moment,
-the same `make demo` goes on where it was. What is given as `key=value` is for both trainings.
+Everything is done with `stoker` commands, which are printed as they run. If it is killed at any moment,
+the same `make demo` resumes from where it stopped. A `key=value` argument applies to both trainings.
 """
 
 import json
@@ -24,7 +24,7 @@ FINETUNE = [
 
 
 def stoker(arguments: list[str]) -> dict:
-    """Run a command with its progress shown, and return its --json answer."""
+    """Run a command, showing its progress, and return its --json answer."""
     arguments = [*arguments, "--runs", str(RUNS)]
     print(f"\n$ stoker {' '.join(arguments)}", flush=True)
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""A small CNN on scikit-learn's digits in plain PyTorch: what `own_loop.py` is made from."""
+"""A small CNN on scikit-learn's digits in plain PyTorch: the starting point of `own_loop.py`."""
 
 from dataclasses import dataclass
 
@@ -19,7 +19,7 @@ class Config:
 
 
 def digits() -> tuple[TensorDataset, TensorDataset]:
-    """1,797 images of 8 x 8 pixels: (1, 8, 8) floats in 0..1 with their digit; the last 297 held out."""
+    """1,797 images of 8 x 8 pixels: (1, 8, 8) floats in 0..1 with their digit; the last 297 are held out."""
     found = load_digits()
     images = torch.tensor(found.images, dtype=torch.float32)[:, None] / 16
     labels = torch.tensor(found.target)

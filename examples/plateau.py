@@ -1,4 +1,4 @@
-"""A learning rate that falls where the loss no longer does: a scheduler of torch's, in every checkpoint."""
+"""A learning rate that drops when the loss stalls: one of torch's schedulers, saved in every checkpoint."""
 
 from dataclasses import dataclass
 

@@ -197,11 +197,11 @@ def test_runs_of_one_name_in_two_folders_are_told_apart_by_their_paths(
     assert reading.table(stoker.runs(*paths))["run"].to_pylist() == [paths[0]] * 2 + [paths[1]] * 2
 
 
-def test_the_lines_of_the_readme_run_as_they_stand(trained: Trained) -> None:
+def test_the_lines_of_the_docs_run_as_they_stand(trained: Trained) -> None:
     trained("image/a", loss=4.0, more={"val_loss": 0.5, "lr": 0.0}, lr=0.2)
     trained("image/b", loss=1.0, more={"val_loss": 0.1}, lr=0.1)
-    readme = Path(__file__).parents[2] / "README.md"
-    section = readme.read_text().partition("## Read runs from Python")[2]
+    page = Path(__file__).parents[2] / "docs" / "tracking.md"
+    section = page.read_text().partition("## Read runs from Python")[2]
     code = section.partition("```python\n")[2].partition("```")[0].replace(".plot()", "")
     said: dict[str, Any] = {}
     exec(code.replace("curves.pivot_table", "table = curves.pivot_table"), said)
