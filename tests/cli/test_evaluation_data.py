@@ -108,11 +108,11 @@ def test_what_was_changed_since_the_run_began_is_said(
     [
         (
             ["validation_data=pairs.jsonl", "validation=0.1"],
-            "validation=0.1 is the share of data to hold out, and with validation_data none is: give one",
+            "validation=0.1 is the share of data to hold out, but validation_data replaces it",
         ),
         (
             ["test_data=pairs.jsonl", "test=0.1"],
-            "test=0.1 is the share of data to hold out, and with test_data none is: give one",
+            "test=0.1 is the share of data to hold out, but test_data replaces it",
         ),
         (["test_data=nowhere.jsonl"], "nowhere.jsonl does not exist"),
         (["validation_data=pairs.jsonl:2"], "what is evaluated on has no weights"),

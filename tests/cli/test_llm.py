@@ -283,7 +283,7 @@ def test_it_ends_early_where_evaluations_get_no_better_and_each_has_generations(
     )  # fmt: skip
     assert done.code == 0, done.err
     assert done.answer["step"] == 3, "the first, and two that are no better"
-    assert "step 3 is the last: val_loss got no better over 2 evaluations" in done.err
+    assert "step 3 is the last: val_loss did not improve for 2 evaluations" in done.err
     run = Path(done.answer["run"])
     assert [len(_generations(run, step)) for step in (1, 2, 3)] == [2, 2, 2]
     assert list(loaded(run).points["val_loss"]) == [0, 1, 2, 3]
@@ -306,7 +306,7 @@ def test_with_nothing_held_out_all_is_trained_on_and_nothing_measured(
     assert view.params["lr"] == 3e-3, "that of a new model, where none is given"
     refused = stoker("train", "llm", "data=d.jsonl", "validation=0", "patience=2")
     assert refused.code == 2
-    assert "patience=2 watches val_loss, and with validation=0 nothing is held out" in refused.err
+    assert "patience=2 watches val_loss, but with validation=0 nothing is held out" in refused.err
 
 
 def test_without_generations_and_evaluations_while_training_the_first_and_the_last_are_there(
@@ -333,9 +333,12 @@ def test_without_generations_and_evaluations_while_training_the_first_and_the_la
     [
         (
             ("eval_every=none", "patience=2"),
-            "patience=2 counts the evaluations while training, and with eval_",
+            "patience=2 counts evaluations during training, but with eval_",
         ),
-        (("generate_tokens=0", "prompts=who"), "prompts are given, and with generate_tokens=0 none is asked"),
+        (
+            ("generate_tokens=0", "prompts=who"),
+            "prompts are given, but generate_tokens=0 makes no generations",
+        ),
     ],
 )
 def test_what_is_asked_of_evaluations_that_are_turned_off_is_refused(

@@ -228,7 +228,7 @@ def _worlds(run: Path) -> list[int]:
         (("--rendezvous", f"{A}:29511"), "say how many with --nodes"),
         (
             ("--nodes", "2:3", "batch_size=1", "--rendezvous", f"{A}:29511", "--name", "a"),
-            "cannot be divided among 3 data-parallel ranks",
+            "cannot be divided evenly among 3 data-parallel ranks",
         ),
         (("--nodes", "4:1"), "such as 2, or the least and the most, such as 1:4"),
         (("--nodes", "2", "--rendezvous", "no.such.host.:1", "--name", "a"), "is not known here"),
@@ -245,7 +245,7 @@ def test_what_cannot_be_is_refused(arguments: tuple[str, ...], said: str, stoker
     [
         (("data=nowhere.jsonl", "batch_size=8"), "nowhere.jsonl does not exist"),
         (("lora.adapter=./nowhere", "batch_size=8"), "lora.adapter ./nowhere is not a directory"),
-        (("batch_size=1", "max_steps=1"), "cannot be divided among 3 data-parallel ranks"),
+        (("batch_size=1", "max_steps=1"), "cannot be divided evenly among 3 data-parallel ranks"),
     ],
 )
 def test_what_no_number_of_machines_could_do_is_not_taken_for_one_too_many(

@@ -78,7 +78,7 @@ def test_a_shape_is_that_of_its_size_but_for_what_is_given() -> None:
     assert text_shape.shape("bert-medium", layers=1) == text_shape.Shape(1, 512, 8, 2048)
     for width in (1, 32, 96, 200, 257):
         assert width % text_shape.shape("bert-tiny", width=width).heads == 0
-    with pytest.raises(BadInput, match="heads=3 does not divide the width of 32: give one of 1, 2, 4"):
+    with pytest.raises(BadInput, match="heads=3 does not divide the width 32 evenly: use one of 1, 2, 4"):
         text_shape.shape("bert-tiny", width=32, heads=3)
 
 
