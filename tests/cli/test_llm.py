@@ -454,7 +454,7 @@ def _lines(*records: object) -> str:
         (None, ["batchsize=4"], "did you mean 'batch_size'?"),
         (None, ["sequence_length=0"], "greater than or equal to 2"),
         (None, ["max_steps=10", "epochs=2"], "give one"),
-        (None, ["max_steps=10min"], "by the clock"),
+        (None, ["max_steps=10min"], "is a time, which differs"),
         (None, ["streaming=true", "data_share=0.5"], "data_share=0.5 with streaming=true"),
         (None, ["model=emptydir"], "has no config.json"),
         (None, ["model=./nowhere"], "is not a directory"),
