@@ -204,7 +204,7 @@ def test_a_script_starts_ranks_of_itself(tmp_path: Path) -> None:
         (["sync_batchnorm=true"], "works on GPUs only"),
         (["fsdp.offload=true"], "no GPU to offload from"),
         (["parallel=single", "--nproc", "2"], "parallel=single runs one process"),
-        (["parallel=fsdp", "fsdp.shard=3", "--nproc", "4"], "not divide the 4 ranks evenly: use one of 1, 2, 4"),
+        (["parallel=fsdp", "fsdp.shard=3", "--nproc", "4"], "the 4 ranks evenly: use one of 1, 2, 4"),
         (["parallel=pipeline"], "parallel=pipeline needs at least two ranks"),
         (["parallel=pipeline", "pipeline.ranks=2", "--nproc", "3"], "does not divide the 3 ranks"),
         (["activation_checkpointing=half"], "give none, full, selective"),

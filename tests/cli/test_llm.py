@@ -378,7 +378,7 @@ def test_training_loads_no_mlflow(base: Path, tmp_path: Path) -> None:
     ("lines", "said"),
     [
         (['{"messages": [{"content": "hi"}]}'], "line 1, message 1: has no 'role'; it has 'content'"),
-        (['{"txt": "a"}'], "line 1: no expected field; the record has the fields 'txt'"),
+        (['{"txt": "a"}'], "line 1: no known field; the record's fields are 'txt'"),
         (['{"text": "a"}', "{text"], "line 2: not JSON"),
     ],
 )
@@ -506,9 +506,9 @@ def test_a_model_that_the_machine_cannot_hold_is_refused_before_it_is_loaded(
     model = sparse_llama(tmp_path / "large", 32 * (1 + psutil.virtual_memory().total // (90 * 2**30)))
     done = stoker("train", "llm", f"model={model}", "data=python-docs-qa", "precision=fp32", "--json")
     assert done.code == 2, done.err
-    assert re.search(r"billion parameters needs [\d.,]+ GiB a rank under parallel=single", done.err)
+    assert re.search(r"billion parameters needs [\d.,]+ GiB per rank with parallel=single", done.err)
     assert re.search(
         r"weights \S+ GiB, gradients \S+ GiB, optimizer state \S+ GiB; a rank here has", done.err
     )
-    assert "train adapters alone with lora.rank=16" in done.err
+    assert "train only adapters with lora.rank=16" in done.err
     assert not (tmp_path / "runs").exists()

@@ -98,7 +98,7 @@ def test_what_fails_at_the_same_step_again_is_given_up_with_both_tracebacks(
 def test_what_the_user_must_change_is_not_tried_again(stoker: Command, tmp_path: Path) -> None:
     done = stoker("train", RECIPE, "nan_at=20", "--nproc", "2", "--name", "a", "--max-restarts", "5")
     assert done.code == 1
-    assert "step 20: the loss is nan; the weights are those before it" in done.err
+    assert "step 20: the loss is nan; the weights are those from before this step" in done.err
     assert "starting again" not in done.err
     assert len(loaded(tmp_path / "runs" / "ranked" / "a").attempts) == 1
 

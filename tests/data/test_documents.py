@@ -53,7 +53,7 @@ def test_too_few_documents_are_refused() -> None:
 
 
 def test_fractions_that_leave_nothing_to_train_on_are_refused() -> None:
-    with pytest.raises(BadInput, match="leave some to train on"):
+    with pytest.raises(BadInput, match="leave data to train on"):
         split(numbered(10), validation=0.5, test=0.5)
 
 

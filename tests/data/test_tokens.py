@@ -103,10 +103,10 @@ def test_what_was_cut_off_is_told_from_what_was_not_found(tmp_path: Path) -> Non
     documents = [Document(str(n), "", "text") for n in range(len(found))]
     statistics = tokenise(documents, encode=lambda _: found, **given).statistics
     assert (statistics.rows, statistics.dropped, statistics.unfound) == (1, 1, 2)
-    said = "nothing to be predicted among their first 3 tokens, 2 nothing at all"
+    said = "nothing to predict in their first 3 tokens, 2 nothing at all"
     with pytest.raises(BadInput, match=f"{said}.: raise sequence_length"):
         tokenise(documents[:3], encode=lambda _: found[:3], **{**given, "fingerprint": (1,)})
-    with pytest.raises(BadInput, match=r"2 nothing at all\): give other data"):
+    with pytest.raises(BadInput, match=r"2 nothing at all\): use different data"):
         tokenise(documents[:2], encode=lambda _: [silent[0]] * 2, **{**given, "fingerprint": (2,)})
 
 
@@ -260,7 +260,7 @@ def test_a_sequence_too_short_to_predict_anything_is_refused(tmp_path: Path, len
 
 
 def test_nothing_left_is_refused_and_leaves_no_dataset(tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match=r"no tokens are left of 2 documents \(1 have nothing to be predicted"):
+    with pytest.raises(BadInput, match=r"no tokens are left of 2 documents \(1 have nothing to predict"):
         packed(tmp_path, [("", ""), ("abcdefgh", "i")])
     assert not [p for p in tmp_path.iterdir() if p.is_dir()]
 

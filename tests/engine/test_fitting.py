@@ -104,7 +104,7 @@ def test_the_cheapest_change_that_fits_was_tried(
 @pytest.mark.parametrize(
     ("has", "change"),
     [
-        (2**34, "to shard them makes little room. Give smaller samples, or parallel=pipeline"),
+        (2**34, "so sharding them would free little memory. Use smaller samples, or parallel=pipeline"),
         (None, r"Give parallel=fsdp over \d+ such ranks: the result stays the same"),
     ],
 )
@@ -233,7 +233,7 @@ def test_with_the_optimizer_in_the_backward_pass_nothing_is_tried_that_moves_wei
         ({}, "Give activation_checkpointing=full: "),
         (
             {"activation_checkpointing": "full"},
-            r"Give no optimizer_in_backward, and parallel=fsdp over \d+ such",
+            r"Use optimizer_in_backward=false and parallel=fsdp over \d+ such",
         ),
     ):
         with open_run(f"run-{len(set_already)}") as run:

@@ -75,7 +75,7 @@ def test_an_optimizer_in_the_backward_pass_changes_no_loss_and_keeps_no_gradient
         assert _losses(trainer) == pytest.approx(plain, rel=1e-6)
         assert kept == [0] * 4 * len(parameters)
         whole = trainer.state_dict()
-        with pytest.raises(StokerError, match=r"use that, or leave it out"):
+        with pytest.raises(StokerError, match=r"use that method, or omit"):
             trainer.backward(torch.zeros(()), 1.0)
     shutil.rmtree(run.directory.checkpoints / "step-00000004")
     with open_run() as run:
@@ -129,7 +129,7 @@ def test_an_optimizer_in_the_backward_pass_leaves_weights_as_they_are_where_the_
             training=Training(precision="fp32", optimizer_in_backward=True),
         )  # fmt: skip
         before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
-        with pytest.raises(StokerError, match="the weights are those before it"):
+        with pytest.raises(StokerError, match="the weights are those from before this step"):
             _losses(trainer)
         assert all(torch.equal(p, before[name]) for name, p in trainer.model.named_parameters())
 
@@ -150,7 +150,7 @@ def test_compiled_blocks_change_no_loss(plain: list[float], open_run: Callable[.
 
 
 def test_blocks_to_recompute_must_exist(open_run: Callable[..., Run]) -> None:
-    with open_run() as run, pytest.raises(BadInput, match="no repeated blocks were found"):
+    with open_run() as run, pytest.raises(BadInput, match="no repeated blocks found"):
         Trainer(
             run, nn.Linear(2, 2), optimizer=torch.optim.AdamW,
             training=Training(activation_checkpointing="full"),
@@ -372,9 +372,7 @@ def test_a_batch_with_time_first_is_cut_at_no_time(micro: Any, open_run: Callabl
         loader = trainer.loader(list(torch.ones(8, 6, 4)), batch_size=4, collate=time_first)
         for batch in trainer.steps(loader, max_steps=2):
             if micro == 2:
-                with pytest.raises(
-                    BadInput, match=r"micro_batch=2: .* of the shapes \(6, 4, 4\), \(6, 4, 4\)"
-                ):
+                with pytest.raises(BadInput, match=r"micro_batch=2: .* of shape \(6, 4, 4\), \(6, 4, 4\)"):
                     trainer.step(batch)
                 return
             trainer.step(batch)
@@ -438,7 +436,7 @@ def test_auto_takes_the_simplest_strategy_that_fits(monkeypatch: pytest.MonkeyPa
     cpu = torch.device("cpu")
     model = llama()
     chosen, why = strategies.choose(model, Training(), World(), cpu)
-    assert (chosen, why) == ("single", "there is one process")
+    assert (chosen, why) == ("single", "there is only one process")
     assert strategies.choose(model, Training(), World(0, 4), cpu)[0] == "ddp"
     monkeypatch.setattr(memory, "of_a_rank", lambda device, ranks: 2**20)
     chosen, why = strategies.choose(model, Training(), World(0, 4), cpu)
@@ -506,7 +504,7 @@ def test_batch_norm_and_micro_batches_are_warned_of(
     loader()
     assert "BatchNorm" not in caplog.text
     loader(micro_batch=16)
-    assert "BatchNorm takes its statistics from micro-batches of 16 samples" in caplog.text
+    assert "BatchNorm computes its statistics on micro-batches of 16 samples" in caplog.text
 
 
 def test_channels_last_changes_no_loss(open_run: Callable[..., Run]) -> None:
@@ -634,7 +632,9 @@ def test_settings_of_another_strategy_are_noticed() -> None:
 def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     device.check(2)
-    with pytest.raises(BadInput, match=r"3 ranks on a machine with 2 GPUs: each takes one; give --nproc 2"):
+    with pytest.raises(
+        BadInput, match=r"3 ranks on a machine with 2 GPUs: each rank needs its own; use --nproc 2"
+    ):
         device.check(3)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     device.check(3)

@@ -122,7 +122,7 @@ def test_what_is_trained_whole_takes_operations_once(bases: dict[str, Path]) -> 
             "lm_haed",
             "lora.modules_to_save: the model has no module 'lm_haed'; did you mean 'lm_head'",
         ),
-        ("qlora", "q_proj", "q_proj is kept in 4 bits, and is not trained"),
+        ("qlora", "q_proj", "q_proj is kept in 4 bits and cannot be trained"),
     ],
 )
 def test_what_cannot_be_trained_whole_is_refused(

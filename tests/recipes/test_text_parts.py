@@ -292,7 +292,7 @@ def test_weights_of_the_hub_that_find_no_room_are_said_as_that(served: Hub) -> N
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(served.models["org/one"]["model.safetensors"]) // 2, hard))
     try:
-        with pytest.raises(BadInput, match=r"cannot be kept in .*cache \(.*File too large.*HF_HOME"):
+        with pytest.raises(BadInput, match=r"cannot be stored in .*cache \(.*File too large.*HF_HOME"):
             of_the_hub("org/one")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

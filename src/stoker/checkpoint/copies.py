@@ -50,15 +50,13 @@ def check(model: nn.Module, of_ranks: Sequence[Held], step: int) -> None:
         for first, rank in others
         for name, ours in values[first].items()
     )
-    said = (
-        f"{name} differs between ranks {first} and {rank}, which train one model, by {share:.2%} of its size"
-    )
+    said = f"{name} differs between ranks {first} and {rank}, which hold copies, by {share:.2%} of its size"
     if share > _APART:
         raise StokerError(
-            f"step {step}: {said}, so it is not saved. A loop of your own adds up gradients over ranks by "
-            "trainer.backward(loss_sum, weight) and trainer.update(), in place of loss.backward() and "
-            "optimizer.step(); weights that are changed by hand are changed alike on all ranks, whose random "
-            "numbers are their own"
+            f"step {step}: {said}, so no checkpoint is saved. In your own loop, use "
+            "trainer.backward(loss_sum, weight) and trainer.update() instead of loss.backward() and "
+            "optimizer.step(), so that gradients are summed over ranks. If you change weights by hand, "
+            "change them identically on all ranks; random numbers differ between ranks"
         )
     if share > _ROUNDING and World.current().rank == 0:
         log.warning("step %d: %s", step, said)

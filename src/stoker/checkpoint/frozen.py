@@ -41,10 +41,10 @@ class Frozen:
         said = [f"{words.some(sorted(names), _NAMED)} {what}" for what, names in changed if names]
         if said:
             raise StokerError(
-                f"step {step}: the model is not made as it was when the Trainer was ({', '.join(said)}), so "
-                "one that the same script builds could not take up this checkpoint, which is not saved. "
-                "Change what a model is made of before the Trainer is made; for torch's pruning call "
-                "prune.identity(module, name) there: a mask may change on the way"
+                f"step {step}: the model's structure has changed since the Trainer was created "
+                f"({', '.join(said)}), so a model built by the same script could not load this checkpoint, "
+                "which is not saved. Change the structure before creating the Trainer; for torch's pruning "
+                "call prune.identity(module, name) there, since a mask can change during training"
             )
 
     def kept(self) -> frozenset[str]:

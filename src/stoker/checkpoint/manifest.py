@@ -87,8 +87,8 @@ def begin(path: Path) -> None:
         remove(path)
     if not path.parent.parent.exists():
         raise StokerError(
-            f"{path.parent.parent} is gone: it was moved or deleted while it is trained; "
-            "`stoker resume` goes on with it where it is now"
+            f"{path.parent.parent} is gone: it was moved or deleted during training; "
+            "`stoker resume` continues it from its new place"
         )
     if not path.parent.exists():
         path.parent.mkdir(exist_ok=True)
@@ -141,9 +141,9 @@ def _files(manifest: Mapping[str, Any]) -> list[File]:
         files = [File(**entry) for entry in manifest["files"]]
         outside = [file.path for file in files if Path(file.path).name != file.path]
     except TypeError as error:
-        raise InvalidCheckpoint(f"its manifest has files that are none: {error}") from error
+        raise InvalidCheckpoint(f"its manifest has invalid file entries: {error}") from error
     if outside:
-        raise InvalidCheckpoint(f"its manifest has a file that is not beside it: {outside[0]}")
+        raise InvalidCheckpoint(f"its manifest names a file outside its directory: {outside[0]}")
     return files
 
 
@@ -174,7 +174,7 @@ def mended(path: Path, mend: Callable[[Path], None] | None) -> Checkpoint:
         try:
             mend(path)
         except Unreachable as error:
-            raise InvalidCheckpoint(f"{reason}; in its store it is out of reach ({error})") from error
+            raise InvalidCheckpoint(f"{reason}; its object store cannot be reached ({error})") from error
     return verify(path)
 
 
@@ -268,24 +268,24 @@ def folders(checkpoints: Path) -> list[Path]:
 def _read(path: Path) -> dict[str, Any]:
     file = path / NAME
     if file.exists() and not file.is_file():
-        raise InvalidCheckpoint("its manifest is no file")
+        raise InvalidCheckpoint("its manifest is not a file")
     try:
         manifest = orjson.loads(file.read_bytes())
     except FileNotFoundError:
         if (path / _VOID).exists():
-            raise InvalidCheckpoint("it is void: the run went on from one before it") from None
-        raise InvalidCheckpoint("it has no manifest: saving it was not finished") from None
+            raise InvalidCheckpoint("it is void: the run continued from an earlier one") from None
+        raise InvalidCheckpoint("it has no manifest: saving it did not finish") from None
     except (OSError, orjson.JSONDecodeError) as error:
         raise InvalidCheckpoint(f"its manifest cannot be read: {error}") from error
     if not isinstance(manifest, dict) or manifest.get("format") not in _READABLE:
-        raise InvalidCheckpoint(f"its manifest is not of format {FORMAT}")
+        raise InvalidCheckpoint(f"its manifest is not in format {FORMAT}")
     if ("xxh3" in manifest or manifest["format"] == FORMAT) and manifest.get("xxh3") != _checksum(manifest):
         raise InvalidCheckpoint("its manifest does not match its own checksum")
     wrong = [key for key, kind in _KEYS.items() if not isinstance(manifest.get(key), kind)]
     if wrong or not manifest["files"]:
         raise InvalidCheckpoint(f"its manifest has no {', '.join(wrong or ['files'])}")
     if manifest["step"] != step_of(path):
-        raise InvalidCheckpoint(f"its manifest is of step {manifest['step']}")
+        raise InvalidCheckpoint(f"its manifest is for step {manifest['step']}")
     return manifest
 
 

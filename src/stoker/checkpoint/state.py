@@ -116,8 +116,8 @@ def _say_regrouped(names: list[list[str]], before: list[list[str]], built: Group
     now, was = _decayed(names, built), _decayed(before, then)
     if now and was and now != was and World.current().rank == 0:
         log.warning(
-            "weight decay is of other parameters than when the checkpoint was taken: to have it on norms and "
-            "biases too, as before they were left out, give a recipe decay_all=true"
+            "weight decay applies to different parameters than when the checkpoint was saved: to apply it to "
+            "norms and biases too, as earlier versions did, set a recipe's decay_all=true"
         )
 
 
@@ -141,13 +141,13 @@ def compare_optimizers(values: Mapping[str, Any], optimizers: Mapping[str, Any])
     now = {name: kind_of(optimizer) for name, optimizer in optimizers.items()}
     if saved.keys() != now.keys():
         raise StokerError(
-            f"the checkpoint's optimizers are {', '.join(saved)}, and now there are {', '.join(now)}"
+            f"the checkpoint's optimizers are {', '.join(saved)}, but now they are {', '.join(now)}"
         )
     for name, kind in saved.items():
         if kind not in (None, now[name]):
             raise StokerError(
-                f"the checkpoint's optimizer is {kind}, and now it is {now[name]}, whose state is another: "
-                "go on with the one before, or start a run of another name from its weights"
+                f"the checkpoint's optimizer is {kind}, but now it is {now[name]}, whose state is different: "
+                "resume with the same optimizer, or start a run with a new name from its weights"
             )
 
 
@@ -204,8 +204,8 @@ def _compare_regrouped(names: list[list[str]], before: list[list[str]], built: G
     by_decay = all(len({g.get("weight_decay") for g in groups}) == len(groups) for groups in (built, then))
     if not (same and uniform and by_decay):
         raise StokerError(
-            f"the checkpoint's optimizer has groups of {[len(g) for g in before]} parameters, "
-            f"this one of {[len(g) for g in names]}, or with other names: the model or its optimizer changed"
+            f"the checkpoint's optimizer has groups of {[len(g) for g in before]} parameters, this one of "
+            f"{[len(g) for g in names]}, or with different names: the model or its optimizer has changed"
         )
 
 
@@ -251,7 +251,7 @@ def _others(
         elif owner in parameters:
             found[name] = _beside_shard(parameters[owner], shape, dtype)
         elif owner not in elsewhere:
-            raise StokerError(f"the checkpoint has {name}, and the model has no parameter {owner}")
+            raise StokerError(f"the checkpoint has {name}, but the model has no parameter {owner}")
     return found
 
 
@@ -360,7 +360,7 @@ def _apart(name: str, value: Any) -> tuple[Any, Tensors]:
         return trees.apart(value)
     except trees.Unsavable as error:
         raise StokerError(
-            f"what the optimizer keeps as {name} has {error}, and a checkpoint holds {trees.ALLOWED}"
+            f"the optimizer state {name} has {error}, but a checkpoint can hold only {trees.ALLOWED}"
         ) from None
 
 
@@ -397,9 +397,9 @@ def _names_of_groups(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -
     foreign = [p for group in optimizer.param_groups for p in group["params"] if p not in names]
     if foreign:
         raise StokerError(
-            f"the optimizer has a parameter of the shape {tuple(foreign[0].shape)} which is not the model's, "
-            "so a checkpoint has no name for it: make the module that has it a part of the model, or give it "
-            "an optimizer of its own, and register both for checkpointing"
+            f"the optimizer has a parameter of shape {tuple(foreign[0].shape)} that is not the model's, so a "
+            "checkpoint has no name for it: make its module part of the model, or give it a separate "
+            "optimizer, and register both for checkpointing"
         )
     return [[names[p] for p in group["params"]] for group in optimizer.param_groups]
 
@@ -423,10 +423,10 @@ def _compare(expected: Mapping[str, torch.Size], found: Mapping[str, torch.Size]
     shapes = [
         f"{n} {tuple(found[n])} -> {tuple(s)}" for n, s in expected.items() if n in found and found[n] != s
     ]
-    problems = [("missing", missing), ("unexpected", unexpected), ("of another shape", shapes)]
+    problems = [("missing", missing), ("unexpected", unexpected), ("with a different shape", shapes)]
     said = [f"{what}: {words.some(names, _NAMED)}" for what, names in problems if names]
     if said:
-        raise StokerError("the checkpoint is of another model; tensors " + "; ".join(said))
+        raise StokerError("the checkpoint is from a different model; tensors " + "; ".join(said))
 
 
 def as_before(current: Any, saved: Any) -> Any:

@@ -53,7 +53,7 @@ class Registered:
         """
         for name, given in objects.items():
             if name in self._objects:
-                raise BadInput(f"{name} is registered already: give each state a name of its own")
+                raise BadInput(f"{name} is already registered: give each state its own name")
             check(name, given)
         self._objects.update(objects)
         if self._checkpoint is None:
@@ -97,7 +97,7 @@ class Registered:
         lost = [name for name in self._held if name not in self._objects]
         if lost and self._world.rank == 0:
             log.warning(
-                "the checkpoint has a state of %s, which is not registered any more: the next has none",
+                "the checkpoint has state for %s, which is no longer registered: the next one will not",
                 ", ".join(lost),
             )
         self._checkpoint, self._held, self._groups = None, {}, {}
@@ -108,13 +108,13 @@ class Registered:
         held = self._held.get(name)
         if held is None:
             if self._world.rank == 0:
-                log.warning("the checkpoint has no state of %s, which begins anew", name)
+                log.warning("the checkpoint has no state for %s, which starts from scratch", name)
             return False
         rank = None if "all" in held else self._world.rank
         if rank == 0 and held["of"] != self._world.size:
             log.warning(
-                "the state of %s was not the same on all of the %d ranks, and now there are %d: those that "
-                "there were before have their own, others begin anew", name, held["of"], self._world.size,
+                "the state of %s differed between the %d ranks, and now there are %d: ranks that existed "
+                "before get their own state, others start from scratch", name, held["of"], self._world.size,
             )  # fmt: skip
         if rank is not None and str(rank) not in held["ranks"]:
             return False
@@ -142,9 +142,9 @@ def check(name: str, given: object) -> None:
     """Raises BadInput for what a checkpoint cannot hold."""
     if isinstance(given, type) or not isinstance(given, Stateful):
         raise BadInput(
-            f"{name} is {'the class' if isinstance(given, type) else 'an object of the type'} "
-            f"{getattr(given, '__name__', type(given).__name__)}: what is registered has state_dict(), which "
-            "returns what is to be restored, and load_state_dict(state), which puts it back"
+            f"{name} is {'the class' if isinstance(given, type) else 'an object of type'} "
+            f"{getattr(given, '__name__', type(given).__name__)}: it must have state_dict(), which returns "
+            "the state to restore, and load_state_dict(state), which restores it"
         )
     try:
         trees.apart(given.state_dict())
@@ -162,8 +162,8 @@ def _apart(name: str, given: Stateful) -> tuple[Any, Tensors]:
 
 def _said(name: str, error: trees.Unsavable) -> str:
     return (
-        f"the state of {name} has {error}, and a checkpoint holds {trees.ALLOWED}: leave it out of "
-        "state_dict(), and let load_state_dict() make it anew"
+        f"the state of {name} has {error}, but a checkpoint can hold only {trees.ALLOWED}: leave it out of "
+        "state_dict(), and recreate it in load_state_dict()"
     )
 
 

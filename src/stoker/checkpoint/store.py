@@ -201,9 +201,9 @@ def _check_finite(tensors: Tensors, step: int) -> None:
     for name, tensor in tensors.items():
         if tensor.numel() and not all(bound.isfinite() for bound in torch.aminmax(real(tensor))):
             raise StokerError(
-                f"step {step}: {name.removeprefix('model.')} is not finite any more, so it is not saved: the "
-                "newest checkpoint is from before. Go on from it with on_bad_loss=skip or rewind, which look "
-                "at every gradient, or change what made it (the learning rate, the data)"
+                f"step {step}: {name.removeprefix('model.')} is no longer finite, so no checkpoint is saved; "
+                "the newest one is from before. Resume from it with on_bad_loss=skip or rewind, which check "
+                "every gradient, or change what caused it (the learning rate, the data)"
             )
 
 

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 Tensors = dict[str, torch.Tensor]
 
 ALLOWED = (
-    "tensors, NumPy arrays, numbers, texts, True, False, None, and lists, tuples, deques, sets, dicts and "
+    "tensors, NumPy arrays, numbers, strings, True, False, None, and lists, tuples, deques, sets, dicts and "
     "Counters of these"
 )
 
@@ -135,7 +135,7 @@ def _sequence(values: Any, at: str, tensors: Tensors) -> Any:
 def _items(mapping: Mapping[Any, Any], at: str, tensors: Tensors) -> Any:
     for key in mapping:
         if type(key) not in _KEYS and not isinstance(key, np.generic):
-            raise Unsavable(f"a key of the type {type(key).__name__}{_where(at)}")
+            raise Unsavable(f"a key of type {type(key).__name__}{_where(at)}")
     held = {key: _apart(value, f"{at}[{key!r}]", tensors) for key, value in mapping.items()}
     if all(type(key) is str for key in held):
         return held
@@ -150,8 +150,8 @@ def _tensor(value: Any, at: str) -> torch.Tensor:
         found = value.detach()
     elif isinstance(value, DTensor):
         raise Unsavable(
-            f"a tensor that is sharded over ranks{_where(at)} (an optimizer of the model's own parameters is "
-            "given to Trainer(optimizer=...), an average of them is ema.decay=0.999)"
+            f"a tensor that is sharded over ranks{_where(at)} (pass an optimizer of the model's parameters "
+            "to Trainer(optimizer=...); for an average of them set ema.decay=0.999)"
         )
     else:
         raise Unsavable(f"{_said(value)}{_where(at)}")
@@ -174,4 +174,4 @@ def _where(at: str) -> str:
 
 def _said(value: object) -> str:
     name = getattr(value, "__qualname__", None)
-    return f"{name}" if callable(value) and name else f"an object of the type {type(value).__name__}"
+    return f"{name}" if callable(value) and name else f"an object of type {type(value).__name__}"

@@ -38,7 +38,7 @@ def schemas(where: str, tools: Any) -> str:
     if not found or (isinstance(found, str) and not found.strip()):
         return ""
     if not isinstance(found, list) or not all(isinstance(tool, dict) for tool in found):
-        raise BadInput(f"{where}: 'tools' must be a list of JSON schemas, or a text of one")
+        raise BadInput(f"{where}: 'tools' must be a list of JSON schemas, or such a list as a JSON string")
     return _dumps(f"{where}: 'tools'", [_wrapped(tool) for tool in found])
 
 
@@ -57,7 +57,7 @@ def check_values(what: str, given: Mapping[str, Any]) -> None:
     """Raises BadInput where something is named that a template has anyway, or does not see."""
     taken = next((name for name in given if name in _NO_VALUES), None)
     if taken is not None:
-        raise BadInput(f"{what}: {taken!r} is no value that a template is given beside a conversation")
+        raise BadInput(f"{what}: {taken!r} cannot be passed to the chat template")
 
 
 def as_calls(where: str, message: Mapping[str, Any], role: str, content: str) -> Mapping[str, Any]:
@@ -82,7 +82,7 @@ def more(where: str, message: Mapping[str, Any], speaker: str) -> str:
         found = {name: message[name] for name in sorted(THOUGHT) if message.get(name)}
         unsaid = next((name for name, said in found.items() if not isinstance(said, str)), None)
         if unsaid is not None:
-            raise BadInput(f"{where}: the field {unsaid!r} must be a text")
+            raise BadInput(f"{where}: the field {unsaid!r} must be a string")
         if message.get("tool_calls"):
             found["tool_calls"] = _calls(where, message["tool_calls"])
         if _is_silent(where, message):
@@ -94,9 +94,9 @@ def _is_silent(where: str, message: Mapping[str, Any]) -> bool:
     """Whether a message says that it is not to be learnt: by OpenAI's `weight`, or Axolotl's `train`."""
     weight, train = message.get("weight"), message.get("train")
     if weight not in (None, 0, 1):
-        raise BadInput(f"{where}: its weight is {weight!r}: a message is learnt (1) or not (0)")
+        raise BadInput(f"{where}: its weight is {weight!r}: must be 1 (learn the message) or 0 (do not)")
     if train not in (None, True, False):
-        raise BadInput(f"{where}: its train is {train!r}: a message is learnt (true) or not (false)")
+        raise BadInput(f"{where}: its train is {train!r}: must be true (learn the message) or false (do not)")
     return weight == 0 or train is False
 
 
@@ -164,7 +164,7 @@ def _dumps(where: str, value: Any) -> str:
     except TypeError as error:
         raise BadInput(f"{where}: {error}") from error
     except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can spell
-        raise BadInput(f"{where}: is not valid Unicode: {error.reason}") from error
+        raise BadInput(f"{where}: not valid Unicode: {error.reason}") from error
     return text
 
 
@@ -172,4 +172,4 @@ def _as_json(value: Any) -> Any:
     """A value that a column may have and JSON has not: a time. Raises TypeError."""
     if isinstance(value, datetime.date | datetime.time):
         return value.isoformat()
-    raise TypeError(f"a {type(value).__name__} is no value of JSON")
+    raise TypeError(f"a {type(value).__name__} is not a JSON value")

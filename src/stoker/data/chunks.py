@@ -130,7 +130,7 @@ class Chunks:
                 store, file = _unpacked(store, file, where)
             return list(reader(store, file, part, where, self.columns))
         except FileNotFoundError as error:
-            raise BadInput(f"{where} is gone since the run began") from error
+            raise BadInput(f"{where} has disappeared since the run began") from error
 
 
 def find(source: str, columns: Columns = NO_COLUMNS) -> Chunks:
@@ -151,11 +151,10 @@ def find(source: str, columns: Columns = NO_COLUMNS) -> Chunks:
     wanted = {key: about for key, about in sorted(found.items()) if is_data(key) and about.size > 0}
     if not wanted and folder.startswith("hf:"):
         raise BadInput(
-            f"{source} has {keys[0]}, and what is read while training is a {compressed.ALLOWED}: "
-            "leave out streaming=true"
+            f"{source} has {keys[0]}, but streaming reads only a {compressed.ALLOWED}: omit streaming=true"
         )
     if not wanted:
-        raise BadInput(f"{source} does not exist, or holds no {compressed.ALLOWED} with text")
+        raise BadInput(f"{source} does not exist, or contains no {compressed.ALLOWED} with text")
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         counts = pool.map(lambda pair: _count(store, pair[0], pair[1].size), wanted.items())
         files = [
@@ -220,7 +219,7 @@ def _unpacked(store: Store, file: File, where: str) -> tuple[Store, File]:
             try:
                 store.get(file.key, packed)
             except FileNotFoundError as error:
-                raise BadInput(f"{where} is gone since the run began") from error
+                raise BadInput(f"{where} has disappeared since the run began") from error
             with made.open("wb") as out:
                 out.writelines(compressed.lines(packed, file.key, where))
             storage.sync_file(made)
@@ -235,7 +234,7 @@ def _read_jsonl(store: Store, file: File, part: int, where: str, columns: Column
         at, _ = file.bounds(part)
         for number, raw in enumerate(_lines(store, file, part).split(b"\n"), start=1):
             place = f"{where}, {compressed.unit(where)} {number}" + (
-                f" of those that begin behind byte {at}" if at else ""
+                f" of those that start after byte {at}" if at else ""
             )
             yield from records.from_json(raw, place)
 

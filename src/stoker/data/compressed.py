@@ -87,7 +87,7 @@ def _blocks(file: Path, name: str, where: str) -> Iterator[bytes]:
             try:
                 piece = stream.read(_BLOCK)
             except OSError as error:
-                raise BadInput(f"{where} cannot be unpacked: {error}") from error
+                raise BadInput(f"{where} cannot be decompressed: {error}") from error
             if not piece:
                 return
             yield piece
@@ -125,14 +125,14 @@ def _rows(file: Path, name: str, where: str) -> Iterator[dict[str, str]]:
         try:
             for number, row in enumerate(rows, start=1):
                 if None in row:
-                    raise BadInput(f"{where}, record {number}: has more fields than the first line names")
+                    raise BadInput(f"{where}, record {number}: more fields than the header line names")
                 yield {field: value for field, value in row.items() if value is not None}
         except csv.Error as error:
-            raise BadInput(f"{where}, line {rows.line_num}: no CSV that can be read: {error}") from error
+            raise BadInput(f"{where}, line {rows.line_num}: not valid CSV: {error}") from error
         except UnicodeDecodeError as error:
-            raise BadInput(f"{where}: not UTF-8 behind record {number}; convert the file to UTF-8") from error
+            raise BadInput(f"{where}: not UTF-8 after record {number}; convert the file to UTF-8") from error
         except OSError as error:
-            raise BadInput(f"{where} cannot be unpacked: {error}") from error
+            raise BadInput(f"{where} cannot be decompressed: {error}") from error
 
 
 def split(pieces: Iterable[bytes]) -> Iterator[bytes]:

@@ -71,7 +71,7 @@ class Document:
             roles = dict.fromkeys(message.role for message in self.messages)
             if "assistant" in roles:
                 return "nothing that the assistant says"
-            return f"no message of the role assistant (it has the roles {', '.join(roles)})"
+            return f"no message with the role assistant (its roles are {', '.join(roles)})"
         if self.text.strip():
             return ""
         return "no answer" if self.prompt else "no text"
@@ -149,17 +149,17 @@ def learnable(documents: Sequence[Document], source: str) -> tuple[list[Document
     for document in documents:
         (others if document.lacking else kept).append(document)
     if not kept and not others:
-        raise BadInput(f"{source} is an empty dataset: it holds no text")
+        raise BadInput(f"{source} is an empty dataset: it contains no text")
     stranger = next((document for document in others if document.unknown_roles), None)
     if not kept and stranger is not None:
         raise BadInput(
-            f"{source}: the assistant says nothing in {counted(len(others), 'record')}, and nobody knows the "
-            f"roles {', '.join(stranger.unknown_roles)} of {stranger.where}: call who speaks system, user "
+            f"{source}: the assistant says nothing in {counted(len(others), 'record')}, and {stranger.where} "
+            f"has the unknown roles {', '.join(stranger.unknown_roles)}: name the roles system, user "
             "(or human), assistant (or gpt, ai, bot, model) and tool"
         )
     if not kept:
         raise BadInput(
-            f"{source} is an empty dataset: nothing can be learnt of {counted(len(others), 'record')}; the "
+            f"{source} is an empty dataset: nothing can be learnt from {counted(len(others), 'record')}; the "
             f"first, {others[0].where}, has {others[0].lacking}"
         )
     if not others:
@@ -175,7 +175,7 @@ def split(documents: Sequence[Document], validation: float = 0.05, test: float =
     """
     if validation < 0 or test < 0 or validation + test >= 1:
         raise BadInput(
-            f"validation={validation} and test={test} must be 0 or more and leave some to train on"
+            f"validation={validation} and test={test}: must be at least 0, and leave data to train on"
         )
     places = sorted({document.key for document in documents}, key=place)
     parts = ["train", *(["validation"] if validation else []), *(["test"] if test else [])]
@@ -184,7 +184,7 @@ def split(documents: Sequence[Document], validation: float = 0.05, test: float =
         among = f" among {len(documents):,}" if len(documents) > len(places) else ""
         raise BadInput(
             f"there {found}{among}: {', '.join(parts[:-1])} and {parts[-1]} need at least one each, so give "
-            f"{len(parts)} or more"
+            f"at least {len(parts)}"
         )
     most = len(places) - (2 if validation else 1)
     tests = _count(places, 0.0, test, most) if test else 0

@@ -145,8 +145,8 @@ def _by_several(
         except (EOFError, OSError) as error:
             process.join()
             raise StokerError(
-                f"a process that tokenises ended with {process.exitcode}: where memory ran out, free some, "
-                "or train with streaming=true"
+                f"a tokenising process ended with exit code {process.exitcode}: if memory ran out, free "
+                "some, or train with streaming=true"
             ) from error
         finally:
             idle.put((process, connection))

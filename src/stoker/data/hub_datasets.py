@@ -21,8 +21,8 @@ from stoker.words import some
 if TYPE_CHECKING:
     from datasets import DatasetBuilder
 
-GATED = "is gated: accept its terms on the hub, and set HF_TOKEN to a token of yours"
-NO_REVISION = "has no revision {}: give a branch, a tag or a commit of it"
+GATED = "is gated: accept its terms on the hub, and set HF_TOKEN to one of your tokens"
+NO_REVISION = "has no revision {}: give one of its branches, tags or commits"
 """What is said behind the name of a dataset or a model."""
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -87,14 +87,14 @@ def check(given: str, known: Sequence[str] = ()) -> None:
         raise BadInput(f"dataset {asked.name} {NO_REVISION.format(asked.revision)}") from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise BadInput(
-            f"{asked.name} is no file here, and no dataset of the hub (or private: set HF_TOKEN)"
+            f"{asked.name} is neither a local file nor a dataset on the hub (if it is private, set HF_TOKEN)"
             f"{nearest(asked.name, known)}"
         ) from error
     except Exception as error:  # of a network, a proxy, a service: there is no list of what they raise
         raise BadInput(
-            f"{asked.name} is no file here, and the hub cannot be reached "
+            f"{asked.name} is not a local file, and the hub cannot be reached "
             f"({str(error).splitlines()[0]}). Give a file; or set HF_ENDPOINT to a mirror, HTTPS_PROXY to a "
-            f"proxy, or HF_HUB_OFFLINE=1 where it was downloaded before{nearest(asked.name, known)}"
+            f"proxy, or HF_HUB_OFFLINE=1 if it was downloaded before{nearest(asked.name, known)}"
         ) from error
     _split(given, _builder(given, known))
 
@@ -128,12 +128,12 @@ def files(given: str) -> tuple[str, list[str]]:
     builder = _builder(given, ())
     split = _split(given, builder)
     if not builder.config.data_files:
-        raise BadInput(f"{given}: a stream is read from the hub, which is offline: leave out streaming=true")
+        raise BadInput(f"{given}: streaming reads from the hub, which is offline: omit streaming=true")
     folder = f"hf://datasets/{parse(given).name}@{builder.hash}"
     urls: Sequence[str] = builder.config.data_files[split]
     elsewhere = [url for url in urls if not url.startswith(f"{folder}/")]
     if elsewhere:
-        raise BadInput(f"{given} has files elsewhere ({elsewhere[0]}): leave out streaming=true")
+        raise BadInput(f"{given} has files outside the hub ({elsewhere[0]}): omit streaming=true")
     return folder, [url.removeprefix(f"{folder}/") for url in urls]
 
 
@@ -164,15 +164,17 @@ def _builder(given: str, known: Sequence[str]) -> DatasetBuilder:
         if configs and asked.config not in configs:
             wrong = f"no config {asked.config}" if asked.config else "several configs"
             raise BadInput(
-                f"dataset {asked.name} has {wrong}: give one of {some(configs, _SHOWN)}, as in "
+                f"dataset {asked.name} has {wrong}: use one of {some(configs, _SHOWN)}, as in "
                 f"{_written(asked, configs[0])}{nearest(asked.config, configs)}"
             ) from error
         raise BadInput(
-            f"{given} is no file here, and as a dataset of the hub it cannot be loaded: {error}"
+            f"{given} is not a local file, and cannot be loaded as a hub dataset: {error}"
             f"{nearest(given, known)}"
         ) from error
     if asked.revision and not found.config.data_files and found.hash != revision(given):  # of a cache
-        raise BadInput(f"{given}: the hub was not asked, and another revision was downloaded ({found.hash})")
+        raise BadInput(
+            f"{given}: the hub was not asked, and the downloaded revision is a different one ({found.hash})"
+        )
     return found
 
 
@@ -192,7 +194,7 @@ def _split(given: str, builder: DatasetBuilder) -> str:
     names = [str(name) for name in builder.config.data_files or builder.info.splits or ()]
     if names and split not in names:
         raise BadInput(
-            f"dataset {given} has no split {split}: give one of {some(names, _SHOWN)}, as in "
+            f"dataset {given} has no split {split}: use one of {some(names, _SHOWN)}, as in "
             f"{_written(asked, asked.config, names[0])}{nearest(asked.split, names)}"
         )
     return split

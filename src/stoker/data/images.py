@@ -85,11 +85,11 @@ def picture(source: Source, index: int) -> Image.Image:
         return upright.convert("RGB")
     except UnidentifiedImageError as error:  # it says where in memory the bytes stood
         raise BadInput(
-            f"{source.place(index)} is no image that can be read: its {len(found):,} bytes are of no format "
-            "that Pillow knows; mend or remove it"
+            f"{source.place(index)} is not a readable image: its {len(found):,} bytes are in no format that "
+            "Pillow supports; fix or remove it"
         ) from error
     except (OSError, ValueError) as error:
-        raise BadInput(f"{source.place(index)} is no image that can be read: {error}") from error
+        raise BadInput(f"{source.place(index)} is not a readable image: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def split(source: Source, *, validation: float, test: float, seed: int = 0) -> S
             count = max(1, round(share * len(everything)))
             held[name], shuffled = shuffled[:count], shuffled[count:]
     if min(len(shuffled), len(held["validation"]), len(held["test"])) == 0:
-        raise BadInput(f"{len(source.labels)} images are too few to train, validate and test on")
+        raise BadInput(f"{len(source.labels)} images are too few for training, validation and test")
     return Splits(np.sort(shuffled), np.sort(held["validation"]), np.sort(held["test"]))
 
 
@@ -195,14 +195,14 @@ class _Files:
 def _folder(path: Path, files: list[Path]) -> Source:
     """A folder a class, under `train`, `val` and `test` where there are such; known by names and sizes."""
     if not files:
-        raise BadInput(f"data={path} holds no images: {', '.join(SUFFIXES)} in a folder a class")
+        raise BadInput(f"data={path} contains no images: give {', '.join(SUFFIXES)} in one folder per class")
     parts = [file.relative_to(path).parts for file in files]
     tops = {p[0] for p in parts}
     has_splits = tops <= set(SPLITS) and (len(tops) > 1 or all(len(p) > 2 for p in parts))
     depth = 1 if has_splits else 0
     loose = next((file for file, p in zip(files, parts, strict=True) if len(p) < depth + 2), None)
     if loose is not None:
-        raise BadInput(f"{loose} has no label: images stand in a folder a class")
+        raise BadInput(f"{loose} has no label: images must be in one folder per class")
     names = [p[depth] for p in parts]
     classes = tuple(sorted(set(names)))
     given = _given([SPLITS[p[0]] for p in parts]) if has_splits else {}
@@ -226,7 +226,7 @@ class _Rows:
         cell = self.rows.data.column("image")[index].as_py()
         found = cell.get("bytes") if isinstance(cell, dict) else cell
         if not isinstance(found, bytes):
-            raise BadInput(f"{self.place(index)} holds no bytes of an image")
+            raise BadInput(f"{self.place(index)} contains no image bytes")
         return found
 
     def place(self, index: int) -> str:
@@ -309,7 +309,7 @@ def _tars(files: list[Path]) -> Source:
             members.append((number, image.offset_data, image.size, image.name))
             names.append(_tar_label(file, key, parts))
     if not members:
-        raise BadInput(f"{', '.join(map(str, files[:3]))} hold no images")
+        raise BadInput(f"{', '.join(map(str, files[:3]))}: no images found")
     classes = _classes(names)
     listing = [f"{files[n].name} {offset} {size} {name}" for n, offset, size, name in members]
     found = _hash("\n".join(listing).encode(), "\n".join(names).encode())
@@ -327,7 +327,7 @@ def _samples(file: Path) -> dict[str, dict[str, tarfile.TarInfo]]:
                 if member.isfile() and dot:
                     found.setdefault(f"{folder}/{key}", {})[suffix] = member
     except tarfile.TarError as error:
-        raise BadInput(f"{file} is no uncompressed tar file: {error}") from error
+        raise BadInput(f"{file} is not an uncompressed tar file: {error}") from error
     return found
 
 

@@ -135,26 +135,26 @@ def _check(found: Texts) -> None:
     classes = found.classes
     if 1 < len(classes) == len(found.train):
         raise BadInput(
-            f"{found.description}: each of the {len(classes)} texts has a label of its own: is label_column "
-            "the right one?"
+            f"{found.description}: each of the {len(classes)} texts has a different label: is label_column "
+            "correct?"
         )
     empty = next((name for name, part in parts.items() if not part), None)
     if empty is not None:
         raise BadInput(
-            f"{found.description}: {count} texts are too few to train, validate and test on, the {empty} "
-            "split would be empty: give more, or a larger share"
+            f"{found.description}: {count} texts are too few for training, validation and test, the {empty} "
+            "split would be empty: give more texts, or a larger share"
         )
     if len(classes) < 2:
         raise BadInput(
-            f"{found.description}: every text to train on has the label {classes[0]!r}: there is nothing to "
-            "tell apart; is label_column the right one?"
+            f"{found.description}: every training text has the label {classes[0]!r}, so there is nothing to "
+            "learn: is label_column correct?"
         )
     for name in ("validation", "test"):
         unseen = _unseen(parts[name], classes)
         if unseen:
             raise BadInput(
-                f"{found.description}: the {name} split has the label {unseen[0]!r}, and no text to train on "
-                f"has it; these are {some(classes)}"
+                f"{found.description}: the {name} split has the label {unseen[0]!r}, but the training texts "
+                f"have only {some(classes)}"
             )
 
 

@@ -40,7 +40,7 @@ def check(data: str) -> None:
     if data in BUILT_IN or Path(data).expanduser().exists():
         return
     if object_store.is_url(data):
-        raise BadInput(f"data={data}: labelled texts are read from files here: copy it to a folder first")
+        raise BadInput(f"data={data}: labelled texts are read from local files: copy it to a folder first")
     if hub_datasets.is_a_file_name(data):
         raise BadInput(f"data={data} does not exist{nearest(data, BUILT_IN)}")
     hub_datasets.check(data, tuple(BUILT_IN))
@@ -79,7 +79,7 @@ def read(data: str, columns: Columns, *, validation: float, test: float) -> Text
 def _described(name: str, read_in: dict[str, list[Text]], given: dict[str, list[Text]]) -> str:
     count = sum(map(len, given.values()))
     if count == 0:
-        raise BadInput(f"{name} is an empty dataset: it holds no text")
+        raise BadInput(f"{name} is an empty dataset: it contains no text")
     blank = sum(map(len, read_in.values())) - count
     return f"{name}, {count:,} texts" + (f" ({blank:,} blank ones are left out)" if blank else "")
 
@@ -98,8 +98,8 @@ def _of_files(path: Path, columns: Columns) -> dict[str, Iterable[Text]]:
         splits = ["train"] * len(files)
     elif "" in splits:
         raise BadInput(
-            f"{files[splits.index('')]} is of no split, and others are: name it train, validation or test, "
-            "or put it elsewhere"
+            f"{files[splits.index('')]} belongs to no split, but other files do: name it train, validation "
+            "or test, or move it elsewhere"
         )
     of = {name: [f for f, s in zip(files, splits, strict=True) if s == name] for name in set(splits)}
     return {
@@ -111,7 +111,7 @@ def _of_files(path: Path, columns: Columns) -> dict[str, Iterable[Text]]:
 def _of_file(path: Path, columns: Columns) -> Iterator[Text]:
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
-        raise BadInput(f"{path} has an ending that is not known: give a {_ENDINGS} file")
+        raise BadInput(f"{path} has an unknown file extension: give a {_ENDINGS} file")
     try:
         yield from reader(path, columns)
     except OSError as error:
@@ -134,7 +134,7 @@ def _of_csv(path: Path, columns: Columns) -> Iterator[Text]:
         for row in rows:
             yield _text(f"{path}, line {rows.line_num}", row, columns)
     except csv.Error as error:
-        raise BadInput(f"{path}, line {rows.line_num}: no CSV that can be read: {error}") from error
+        raise BadInput(f"{path}, line {rows.line_num}: not valid CSV: {error}") from error
 
 
 def _of_parquet(path: Path, columns: Columns) -> Iterator[Text]:
@@ -194,7 +194,7 @@ def _text(where: str, record: dict[str, Any], columns: Columns, classes: Sequenc
             raise _no_column(where, column, key, [str(name) for name in record if name is not None])
     text = record[columns.text]
     if not isinstance(text, str):
-        raise BadInput(f"{where}: {columns.text!r} must be a text, not {records.kind_of(text)}")
+        raise BadInput(f"{where}: {columns.text!r} must be a string, not {records.kind_of(text)}")
     try:
         text.encode()
     except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can spell
@@ -205,20 +205,20 @@ def _text(where: str, record: dict[str, Any], columns: Columns, classes: Sequenc
 def _label(where: str, value: Any, columns: Columns, classes: Sequence[str]) -> str:
     if isinstance(value, int) and not isinstance(value, bool) and classes:
         if not 0 <= value < len(classes):
-            raise BadInput(f"{where}: the label is {value}, and the dataset has {len(classes)} classes")
+            raise BadInput(f"{where}: the label is {value}, but the dataset has {len(classes)} classes")
         return str(classes[value])
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, int) or (isinstance(value, str) and value.strip()):
         return str(value).strip()
     raise BadInput(
-        f"{where}: {columns.label!r} must be a text, a whole number, or true or false, not "
-        f"{'an empty text' if value == '' else records.kind_of(value)}"
+        f"{where}: {columns.label!r} must be a string, a whole number, or true or false, not "
+        f"{'an empty string' if value == '' else records.kind_of(value)}"
     )
 
 
 def _no_column(where: str, column: str, key: str, names: Sequence[str]) -> BadInput:
     has = ", ".join(map(repr, names)) or "none"
     return BadInput(
-        f"{where}: there is no column {column!r}: give {key}=; it has {has}{nearest(column, names)}"
+        f"{where}: no column {column!r}: set {key}=; its columns are {has}{nearest(column, names)}"
     )

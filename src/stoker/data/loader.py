@@ -112,8 +112,8 @@ class Loader:
 
     def __iter__(self) -> NoReturn:
         raise BadInput(
-            "a loader has no end and no place of its own: go through "
-            "`for batch in trainer.steps(loader, epochs=...)`, which begins where the run was"
+            "a loader has no end and no position of its own: iterate with "
+            "`for batch in trainer.steps(loader, epochs=...)`, which resumes where the run stopped"
         )
 
     def batches(self, start_sample: int, place: Any = None) -> Iterator[Any]:
@@ -135,8 +135,8 @@ class Loader:
         """Say so where an epoch has fewer samples than a batch, which then has the same ones again."""
         if self.samples_per_epoch < self.batch_size:
             log.warning(
-                "batch_size=%d is more than the %s of an epoch: every batch has the same ones several times, "
-                "and an epoch is no whole step; give batch_size=%d or less, or more data",
+                "batch_size=%d is larger than an epoch of %s: every batch contains samples several times, "
+                "and an epoch is less than a step; use batch_size=%d or less, or more data",
                 self.batch_size, counted(self.samples_per_epoch, "sample"), self.samples_per_epoch,
             )  # fmt: skip
 
@@ -190,8 +190,8 @@ def _batches(dataset: _SeededDataset, sampler: Iterable[list[Pair]], workers: in
             read = iter(loader)
     except (pickle.PicklingError, AttributeError, TypeError) as error:  # whichever it is differs by Python
         raise BadInput(
-            f"workers={workers}: what reads samples cannot be handed to other processes ({error}): have the "
-            "dataset and collate be of classes and functions at the top level of a file, or give workers=0"
+            f"workers={workers}: the dataset or collate cannot be sent to other processes ({error}): define "
+            "their classes and functions at the top level of a file, or use workers=0"
         ) from error
     return map(_or_raise, read)
 
@@ -214,10 +214,10 @@ def _check(dataset: MapDataset, batch_size: int, world: World) -> None:
     if len(dataset) == 0:
         raise BadInput("the dataset is empty")
     if batch_size < 1:
-        raise BadInput(f"batch_size={batch_size}: it must be at least 1")
+        raise BadInput(f"batch_size={batch_size}: must be at least 1")
     if batch_size % world.size:
         raise BadInput(
-            f"batch_size={batch_size} is for all {world.size} ranks together: "
+            f"batch_size={batch_size} is the total over {world.size} ranks: "
             f"make it a multiple of {world.size}"
         )
 
@@ -229,8 +229,8 @@ def _check_indexed(dataset: object) -> None:
         return
     why = f"has no {' and no '.join(missing)}" if missing else "is an IterableDataset"
     raise BadInput(
-        f"{type(dataset).__name__} {why}, and a loader reads samples by index, in an order that a run can go "
-        "on from: give a dataset with __len__ and __getitem__, such as list(dataset) of a small one"
+        f"{type(dataset).__name__} {why}, but a loader reads samples by index, so that a run can resume at "
+        "any position: give a dataset with __len__ and __getitem__, such as list(dataset) for a small one"
     )
 
 
@@ -340,7 +340,7 @@ class _SeededDataset(Dataset[Any]):
             try:
                 samples.append(read(index, key))
             except Exception as error:
-                error.add_note(f"It was raised for sample {index} of the dataset.")
+                error.add_note(f"Raised for sample {index} of the dataset.")
                 raise
         return samples
 

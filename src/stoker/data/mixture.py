@@ -95,7 +95,7 @@ class Mixture:
     def part(self, seed: int, share: float) -> Mixture:
         """There is none: how often each part comes is said by the weights. Raises BadInput."""
         raise BadInput(
-            f"data_share={share:g}: a mixture has no share of its samples; train less of it by max_steps"
+            f"data_share={share:g} does not work with a mixture: shorten training with max_steps instead"
         )
 
     def _seed(self, seed: int, number: int) -> int:

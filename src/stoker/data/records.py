@@ -77,13 +77,13 @@ def check_columns(columns: Columns) -> None:
     unknown = next((name for name in columns if name not in _FIELDS), None)
     if unknown is not None:
         raise BadInput(
-            f"columns: no form of record has {unknown!r}{nearest(unknown, _FIELDS)}; what may be called "
-            f"otherwise is {', '.join(_FIELDS)}"
+            f"columns: no record format has a field {unknown!r}{nearest(unknown, _FIELDS)}; the fields are "
+            f"{', '.join(_FIELDS)}"
         )
     of_turns = next((name for name in _OF_TURNS if name in columns), None)
     if of_turns is not None and "messages" not in columns and "completion" not in columns:
         raise BadInput(
-            f"columns: {of_turns!r} is a field of messages: name these too, as in columns='{{messages: "
+            f"columns: {of_turns!r} is a field of messages: name messages too, as in columns='{{messages: "
             f"messages, {of_turns}: {columns[of_turns]}}}'"
         )
 
@@ -133,7 +133,7 @@ def _renamed(where: str, record: dict[str, Any], columns: Columns) -> dict[str, 
     lacking = next((n for own, n in of_record.items() if n not in record and own not in _OPTIONAL), None)
     if lacking is not None:
         has = ", ".join(map(repr, record)) or "none"
-        raise BadInput(f"{where}: no field {lacking!r}, which columns names; the record has the fields {has}")
+        raise BadInput(f"{where}: no field {lacking!r}, which columns names; the record's fields are {has}")
     return {own: record[name] for own, name in of_record.items() if name in record}
 
 
@@ -185,14 +185,14 @@ def _message(where: str, message: Any, role: str, content: str) -> Message:
     for name in (role, content):
         if name not in message:
             has = ", ".join(repr(key) for key in message) or "no fields"
-            raise BadInput(f"{where}: has no {name!r}; it has {has}{_columns_for_turns(message)}")
+            raise BadInput(f"{where}: has no {name!r}; its fields are {has}{_columns_for_turns(message)}")
     said = message[content]
     if isinstance(said, list):  # parts, of which only texts can be learnt from
         texts = [
             part["text"] for part in said if isinstance(part, dict) and isinstance(part.get("text"), str)
         ]
         if len(texts) < len(said):
-            raise BadInput(f"{where}: {content!r} has a part that is no text")
+            raise BadInput(f"{where}: {content!r} has a part that is not text")
         message = {**message, content: "".join(texts)}
     said_by = _field(where, message, role)
     speaker = _ROLES.get(said_by.strip().lower(), said_by)
@@ -211,11 +211,11 @@ def _parse(where: str, record: dict[str, Any]) -> tuple[str, str, tuple[str, ...
     if chat is not None and record[chat] == []:
         return "", "", ()
     if chat is not None:
-        raise BadInput(f"{where}: {chat!r} must be a list of messages: not {kind_of(record[chat])}")
+        raise BadInput(f"{where}: {chat!r} must be a list of messages, not {kind_of(record[chat])}")
     has = ", ".join(repr(name) for name in record) or "none"
     raise BadInput(
-        f"{where}: no expected field; the record has the fields {has}; allowed are {_FORMS_TEXT}, or say by "
-        f"columns what it calls them, as in columns='{_columns_for(record)}'"
+        f"{where}: no known field; the record's fields are {has}; known formats are {_FORMS_TEXT}; map other "
+        f"names with columns, as in columns='{_columns_for(record)}'"
     )
 
 
@@ -242,9 +242,7 @@ def _columns_for(record: dict[str, Any]) -> str:
 def _columns_for_turns(message: Mapping[str, Any]) -> str:
     """What `columns` may be to have a message read, for the end of a sentence; empty where nobody knows."""
     fields = ", ".join(f"{own}: {name}" for own, name in _fields_of_turn(message).items())
-    return (
-        f"; say by columns what it calls them, as in columns='{{messages: ..., {fields}}}'" if fields else ""
-    )
+    return f"; map its names with columns, as in columns='{{messages: ..., {fields}}}'" if fields else ""
 
 
 def _fields_of_turn(message: Mapping[str, Any]) -> dict[str, str]:
@@ -268,7 +266,7 @@ def _is_chat(value: Any) -> bool:
 def _field(where: str, record: dict[str, Any], name: str) -> str:
     value = record[name]
     if not isinstance(value, str):
-        raise BadInput(f"{where}: the field {name!r} must be a text, not {kind_of(value)}")
+        raise BadInput(f"{where}: the field {name!r} must be a string, not {kind_of(value)}")
     try:
         value.encode()
     except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can spell
@@ -277,7 +275,7 @@ def _field(where: str, record: dict[str, Any], name: str) -> str:
 
 
 def kind_of(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
+    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
     return names.get(
         type(value), f"a number ({value})" if isinstance(value, int | float) else "something else"
     )

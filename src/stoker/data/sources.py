@@ -138,7 +138,7 @@ def _trained_on(
         corpus = make_corpus(documents, "; ".join(corpus.description for corpus in corpora), left_out)
         return [_whole(data, 1.0, corpus, validation, test)]
     if len(named) > 1 and any(weight is None for _, weight in named):
-        raise BadInput(f"data={data}: give each a weight, such as {named[0][0]}:3,{named[1][0]}:1")
+        raise BadInput(f"data={data}: every source needs a weight, as in {named[0][0]}:3,{named[1][0]}:1")
     found = []
     for name, weight in named:
         if streaming and name not in BUILT_IN:
@@ -176,7 +176,7 @@ def named(data: str, key: Key = "data") -> list[str]:
     found = _weights(data, key)
     if key != "data" and any(weight is not None for _, weight in found):
         names = ",".join(name for name, _ in found)
-        raise BadInput(f"{key}={data}: what is evaluated on has no weights, so write {key}={names}")
+        raise BadInput(f"{key}={data}: evaluation data takes no weights: use {key}={names}")
     return [name for name, _ in found]
 
 
@@ -204,11 +204,11 @@ def _weights(data: str, key: Key = "data") -> list[tuple[str, float | None]]:
         except ValueError:
             weight = math.nan
         if not (0 < weight < math.inf):
-            raise BadInput(f"{key}={data}: {given!r} is no weight: give a number above 0, as in {name}:3")
+            raise BadInput(f"{key}={data}: {given!r} is not a weight: use a number above 0, as in {name}:3")
         found.append((name, weight))
     if any(not name for name, _ in found):
         write = "a.jsonl:3,b.jsonl:1" if key == "data" else "a.jsonl,b.jsonl"
-        raise BadInput(f"{key}={data}: a name is missing; write {write}")
+        raise BadInput(f"{key}={data}: a name is missing: write {write}")
     return found
 
 
@@ -220,12 +220,12 @@ def _whole(name: str, weight: float, corpus: Corpus, validation: float, test: fl
 def _streamed(name: str, weight: float, validation: float, test: float, columns: Columns) -> Source:
     found = chunks.find(name, columns)
     looked = [document for number in looked_at(found) for document in found.kept(number)]
-    documents, left_out = learnable(looked, f"what was looked at of {name}")
+    documents, left_out = learnable(looked, f"the sampled part of {name}")
     splits = split_by_place(documents, validation=validation, test=test)
     if (validation and not splits.validation) or (test and not splits.test):
         raised = " and ".join(key for key, share in (("validation", validation), ("test", test)) if share)
         raise BadInput(
-            f"{name}: of {counted(len(documents), 'document')} that were looked at none is held out: raise "
+            f"{name}: none of the {counted(len(documents), 'document')} sampled would be held out: increase "
             f"{raised}"
         )
     size = f"{words.size(found.size)} in {counted(len(found.files), 'file')}"
@@ -324,7 +324,7 @@ def _files(source: str, path: Path) -> list[Path]:
 def _read_file(path: Path, columns: Columns) -> Iterator[Document]:
     reader = _READERS.get(compressed.kind(path.name))
     if reader is None:
-        raise BadInput(f"{path} has an ending that is not known: give a {compressed.ALLOWED}")
+        raise BadInput(f"{path} has an unknown file extension: give a {compressed.ALLOWED}")
     try:
         yield from reader(path, columns)
     except OSError as error:

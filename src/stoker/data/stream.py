@@ -113,7 +113,7 @@ class Stream:
             dropped, unfound = sum(each.dropped for each in lost), sum(each.unfound for each in lost)
             raise NothingLeft(documents, dropped, unfound, self.sequence_length)
         if not found:
-            raise BadInput(f"{self.chunks.where}: {looked_at} parts were looked at, and none has text")
+            raise BadInput(f"{self.chunks.where}: looked at {looked_at} parts, and none contains text")
         rows = sum(len(chunk) for chunk in found)
         weights = [chunk.statistics.tokens for chunk in found]
         self._length = max(1, round(rows / looked_at * len(self.chunks)))
@@ -171,7 +171,7 @@ class Stream:
     def part(self, seed: int, share: float) -> Stream:
         """There is none: which samples it has is known once they have come. Raises BadInput."""
         raise BadInput(
-            f"data_share={share:g}: a stream has no share of its samples; train less of it by max_steps"
+            f"data_share={share:g} does not work with a stream: shorten training with max_steps instead"
         )
 
     def _go_to(self, group: int, rows: int) -> None:

@@ -27,7 +27,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """
     if vocab_size < _SMALLEST:
         raise BadInput(
-            f"vocab_size={vocab_size}: it must be at least {_SMALLEST}, for every byte and 2 special tokens"
+            f"vocab_size={vocab_size}: must be at least {_SMALLEST}, for all bytes and 2 special tokens"
         )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -183,9 +183,9 @@ class NothingLeft(BadInput):
     def __init__(self, documents: int, dropped: int, unfound: int, sequence_length: int) -> None:
         self.unfound = unfound
         super().__init__(
-            f"no tokens are left of {counted(documents, 'document')} ({dropped} have nothing to be predicted "
-            f"among their first {sequence_length} tokens, {unfound} nothing at all): "
-            f"{'raise sequence_length, or ' if dropped else ''}give other data"
+            f"no tokens are left of {counted(documents, 'document')} ({dropped} have nothing to predict in "
+            f"their first {sequence_length} tokens, {unfound} nothing at all): "
+            f"{'increase sequence_length, or ' if dropped else ''}use different data"
         )
 
 
@@ -222,7 +222,7 @@ def tokenise(
     """
     if sequence_length < 2:
         raise BadInput(
-            f"sequence_length={sequence_length}: it must be at least 2, as each token predicts the next"
+            f"sequence_length={sequence_length}: must be at least 2, since each token predicts the next"
         )
     parts = (FORMAT, sequence_length, pad_id, vocab_size, packing, *fingerprint)
     folder = cache / hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
@@ -251,8 +251,8 @@ def once(folder: Path, make: Callable[[], None], lock: Path | None = None) -> Pa
                 make()
     except OSError as error:
         raise BadInput(
-            f"the cache {folder.parent} cannot be written ({error.strerror}): "
-            "set STOKER_CACHE to another folder"
+            f"the cache {folder.parent} is not writable ({error.strerror}): "
+            "set STOKER_CACHE to a different folder"
         ) from error
     return folder
 

@@ -43,7 +43,7 @@ def apply(blocks: Sequence[tuple[str, nn.Module]], how: str) -> None:
         return
     if not blocks:
         raise BadInput(
-            f"activation_checkpointing={how}: no repeated blocks were found; name their classes with blocks="
+            f"activation_checkpointing={how}: no repeated blocks found; name their classes with blocks="
         )
     for _, block in blocks[every - 1 :: every]:
         forward = getattr(block.forward, "recomputes", block.forward)  # not what is in place already

@@ -34,8 +34,8 @@ def _check_optimizer(name: str, make: object) -> None:
     kind = type(make).__name__ if isinstance(make, torch.optim.Optimizer) else "SGD"
     written = f"lambda parameters: {kind}(parameters, lr=...)"
     raise BadInput(
-        f"optimizer= is {_said(make)}{f' for {name!r}' if name else ''}, and the optimizer is made after the "
-        f"model was laid out: give the function that makes it, optimizer="
+        f"optimizer= is {_said(make)}{f' for {name!r}' if name else ''}, but the optimizer is created after "
+        f"the model is parallelised: give a function that creates it, optimizer="
         f"{f'{{{name!r}: {written}, ...}}' if name else written}"
     )
 
@@ -47,8 +47,8 @@ def _check_loss(loss: object) -> None:
     if callable(loss) and not of_torch:
         return
     raise BadInput(
-        f"loss= is {_said(loss)}: give a function (output, batch) -> (sum, weight), the loss summed over the "
-        "batch and what to divide it by, such as "
+        f"loss= is {_said(loss)}: give a function (output, batch) -> (sum, weight) that returns the loss "
+        "summed over the batch and what to divide it by, such as "
         'lambda output, batch: (cross_entropy(output, batch[1], reduction="sum"), len(batch[1]))'
     )
 
@@ -56,9 +56,9 @@ def _check_loss(loss: object) -> None:
 def _check_schedule(schedule: object) -> None:
     if callable(schedule) and _takes(schedule, 0, 1):
         return
-    said = f"{_said(schedule)}, which does not take these two" if callable(schedule) else _said(schedule)
+    said = f"{_said(schedule)}, which does not take these" if callable(schedule) else _said(schedule)
     raise BadInput(
-        f"schedule= is {said}: give a function (step, total steps) -> factor of the learning rate, such as "
+        f"schedule= is {said}: give a function (step, total steps) -> learning rate factor, such as "
         'stoker.engine.schedule.build("cosine", warmup=0.05)'
     )
 
@@ -73,8 +73,8 @@ def explain_inputs(model: nn.Module, inputs: Mapping[str, Any], error: TypeError
     given = ", ".join(f'"{key}": batch["{key}"]' for key in ours or list(inputs)[:1])
     name = type(called).__name__
     raise BadInput(
-        f"{name} is called with {', '.join(inputs)}, the items of a batch, and takes {', '.join(taken)}: say "
-        f"which it is called with by Trainer(..., inputs=lambda batch: {{{given}}})"
+        f"{name} was called with {', '.join(inputs)}, the items of a batch, but takes {', '.join(taken)}: "
+        f"select its arguments with Trainer(..., inputs=lambda batch: {{{given}}})"
     ) from error
 
 
@@ -87,8 +87,8 @@ def explain_unused(model: nn.Module, error: RuntimeError) -> None:
     unused = [names[int(i)] for i in found[1].split() if int(i) < len(names)] if found else []
     said = f" ({some(unused, _NAMED)})" if unused else ""
     raise StokerError(
-        f"parameters{said} had no part in the loss of the step before, and the ranks wait for their "
-        "gradients: add ddp.find_unused_parameters=true, or freeze them with requires_grad_(False)"
+        f"parameters{said} did not contribute to the loss of the previous step, and the ranks are waiting "
+        "for their gradients: add ddp.find_unused_parameters=true, or freeze them with requires_grad_(False)"
     ) from error
 
 
@@ -110,4 +110,4 @@ def _said(value: object) -> str:
     if isinstance(value, str):
         return repr(value)
     name = getattr(value, "__name__", None)
-    return f"{name}" if callable(value) and name else f"an object of the type {type(value).__name__}"
+    return f"{name}" if callable(value) and name else f"an object of type {type(value).__name__}"

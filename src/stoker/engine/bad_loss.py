@@ -101,15 +101,15 @@ def explained(step: int, wrong: str, weights: Mapping[str, torch.Tensor], *, too
     """
     # A gradient that nobody looked at may have spoilt them before, which the next loss shows.
     finite = all(bool(tensor.isfinite().all()) for tensor in map(local, weights.values()))
-    now = "the weights are those before it"
+    now = "the weights are those from before this step"
     if not all(distributed.gathered(finite)):
-        now = "an earlier gradient was not finite, and the weights are not since; the newest checkpoint is"
+        now = "the weights are not finite since an earlier bad gradient, but the newest checkpoint is"
     if too_many:
         return (
-            f"step {step}: {wrong}, as in the {MOST_IN_A_ROW} steps before, so it is not the batches; {now}. "
-            "Go on from the newest checkpoint with another learning rate"
+            f"step {step}: {wrong}, as in the {MOST_IN_A_ROW} steps before, so the batches are not the "
+            f"cause; {now}. Resume from the newest checkpoint with a different learning rate"
         )
     return (
-        f"step {step}: {wrong}; {now}. Go on with on_bad_loss=skip or rewind, or change what made it "
+        f"step {step}: {wrong}; {now}. Resume with on_bad_loss=skip or rewind, or change what caused it "
         "(the learning rate, the data)"
     )

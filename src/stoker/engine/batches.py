@@ -84,7 +84,7 @@ def size(batch: Any, share: int | None = None) -> int:
         return share
     if not tensors:
         raise ValueError(
-            f"a batch of type {type(batch).__name__} holds no tensor: its samples cannot be counted"
+            f"a batch of type {type(batch).__name__} contains no tensor, so its samples cannot be counted"
         )
     return tensors[0].size(0)
 
@@ -150,12 +150,12 @@ def _has_samples_first(tensors: Sequence[torch.Tensor], share: int | None) -> bo
 
 def _cannot_be_cut(batch: Any, micro_batch: int, samples: int, share: int | None) -> str:
     said = [str(tuple(tensor.shape)) for tensor in _with_dims(batch)]
-    shapes = f"tensors of the shapes {some(said, _MOST_SHAPES)}" if said else "no tensor"
+    shapes = f"tensors of shape {some(said, _MOST_SHAPES)}" if said else "no tensors"
     whole = f", or at least {samples}" if share is not None else ""
     return (
-        f"micro_batch={micro_batch}: a batch is cut along the first dim of its tensors, which must be that "
-        f"of samples in all of them, and this one has {shapes}: have collate put samples first "
-        f"(batch_first=True), or give no micro_batch{whole}"
+        f"micro_batch={micro_batch}: a batch is split along the first dim of its tensors, which must be the "
+        f"sample dim in all of them, but this batch has {shapes}: make collate put samples first "
+        f"(batch_first=True), or omit micro_batch{whole}"
     )
 
 

@@ -60,5 +60,5 @@ def _whole(ratio: float) -> int:
 
 def _why_not(duration: Duration) -> str:
     if duration.unit == "token":
-        return "the dataset does not say how many tokens a sample has; count in steps or epochs"
-    return "it is by the clock, which differs from machine to machine; count in steps or epochs"
+        return "the dataset does not report how many tokens a sample has; use steps or epochs"
+    return "it is a time, which differs between machines; use steps or epochs"

@@ -40,7 +40,9 @@ class MicroBatches:
         """A batch on the device, cut. Raises BadInput where it must be and cannot, see `batches.split`."""
         if self.size == "auto":
             self.size = self._found(batch)
-            log.info("micro_batch=%d of a share of %s", self.size, counted(self._samples(batch), "sample"))
+            log.info(
+                "micro_batch=%d of a rank's share of %s", self.size, counted(self._samples(batch), "sample")
+            )
         if self.size is None and self._strategy == "pipeline":
             share, sizes = self._samples(batch), self._sizes(batch)
             self.size = micro_batch.of_pipeline(sizes, share, self._setting.mesh.size("stage"))

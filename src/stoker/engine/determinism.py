@@ -53,8 +53,8 @@ def require() -> None:
     """
     if torch.cuda.is_initialized() and not machine.has_cublas_workspaces():  # type: ignore[no-untyped-call]
         log.warning(
-            "CUDA was used before the Trainer was made: what cuBLAS does may differ in its last bits; set "
-            "CUBLAS_WORKSPACE_CONFIG=:4096:8 in the environment"
+            "CUDA was used before the Trainer was created, so cuBLAS results may differ in their last bits: "
+            "set CUBLAS_WORKSPACE_CONFIG=:4096:8 in the environment"
         )
     machine.keep_cublas_workspaces()
     torch.use_deterministic_algorithms(True)
@@ -98,10 +98,10 @@ def explained(again: Callable[[], object] | None = None) -> Iterator[None]:
         place = _of_user(remembered) or _of_user(_frames(error))
         if place is None and again is not None:
             place = _of_user(_remembered(again))
-        where = f"; it is called at {place}" if place else "; it belongs to the backward pass"
+        where = f"; it is called at {place}" if place else "; it is part of the backward pass"
         raise StokerError(
-            f"{said['operation']} has no deterministic form, and deterministic=true asks for one{where}. "
-            "Use another operation there, or deterministic=false"
+            f"{said['operation']} has no deterministic form, but deterministic=true requires one{where}. "
+            "Use a different operation there, or deterministic=false"
         ) from error
 
 

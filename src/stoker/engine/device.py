@@ -32,8 +32,8 @@ def check(ranks: int) -> None:
     gpus = torch.cuda.device_count()
     if 0 < gpus < ranks:
         raise BadInput(
-            f"{counted(ranks, 'rank')} on a machine with {counted(gpus, 'GPU')}: each takes one; "
-            f'give --nproc {gpus}, or CUDA_VISIBLE_DEVICES="" to train on the CPU'
+            f"{counted(ranks, 'rank')} on a machine with {counted(gpus, 'GPU')}: each rank needs its own; "
+            f'use --nproc {gpus}, or CUDA_VISIBLE_DEVICES="" to train on the CPU'
         )
 
 

@@ -58,13 +58,13 @@ class Change:
         reckoned = self._reckoned(error, smaller, micro or batches.size(batch))
         if self._world.size > 1 or self._setting.loss is None or not isinstance(self._step, PlainStep):
             return reckoned  # others would have to try at the same time, and wait for the step that failed
-        log.warning("seeing which micro-batch would fit")
+        log.warning("trying which micro-batch would fit")
         _let_go(error)
         self._step.clear()
         try:
             return self._tried(batch, smaller, micro)
         except Exception as why:  # of the model's own
-            log.debug("nothing could be tried: %r", why)
+            log.debug("trying smaller micro-batches failed: %r", why)
             return reckoned
 
     def of_an_update(self) -> str:
@@ -75,7 +75,7 @@ class Change:
         ranks = memory.ranks_that_hold(
             self._step.model, self._blocks(), training, _ROOM * self._has(), self._moments()
         )
-        without = "no optimizer_in_backward, and " if self._training.optimizer_in_backward else ""
+        without = "optimizer_in_backward=false and " if self._training.optimizer_in_backward else ""
         return self._said(f"{without}parallel=fsdp over {f'{ranks} such' if ranks else 'more'} ranks")
 
     def _tried(self, batch: Any, smaller: Sequence[int], micro: int | None) -> str:
@@ -103,9 +103,9 @@ class Change:
         if self._strategy not in ("single", "ddp") or whole > (1 - _ROOM) * self._has():
             return self.of_an_update()
         return (
-            f"Weights, gradients and optimizer state are {words.size(whole)} of {words.size(self._has())}: "
-            "to shard them makes little room. Give smaller samples, or parallel=pipeline over "
-            "several ranks, each of which has some of the layers"
+            f"Weights, gradients and optimizer state take only {words.size(whole)} of "
+            f"{words.size(self._has())}, so sharding them would free little memory. Use smaller samples, or "
+            "parallel=pipeline over several ranks, each of which holds some of the layers"
         )
 
     def _has(self) -> int:
@@ -167,7 +167,7 @@ class Change:
 
     def _said(self, change: str) -> str:
         statistics = any(isinstance(m, _BatchNorm) for m in self._step.model.modules())
-        return f"Give {change}" + ("" if statistics else ": the result stays the same")
+        return f"Use {change}" + ("" if statistics else ": the result stays the same")
 
 
 def _let_go(error: BaseException | None) -> None:

@@ -62,7 +62,7 @@ def peak(device: torch.device, precision: Resolved) -> Peak:
         found = of_sheet(name, precision)
         if found is not None:
             return found
-    return Peak(_measured(device, DTYPES[precision]), f"measured on {name}, by products of matrices")
+    return Peak(_measured(device, DTYPES[precision]), f"measured on {name} with matrix products")
 
 
 def of_sheet(name: str, precision: Resolved) -> Peak | None:

@@ -163,12 +163,12 @@ def check_fits(
     count = sum(p.numel() for p in model.parameters())
     fitting = ranks_that_hold(model, found, training, 0.8 * has, moments)
     raise TooLarge(
-        f"a model of {count / 1e9:,.1f} billion parameters needs {words.size(wanted.total)} a rank under "
-        f"parallel={strategy}, before its first activation: {wanted}; a rank here has {words.size(has)}. "
+        f"a model with {count / 1e9:,.1f} billion parameters needs {words.size(wanted.total)} per rank with "
+        f"parallel={strategy}, before any activations: {wanted}; a rank here has {words.size(has)}. "
         + (
             f"It would fit with parallel=fsdp on {fitting} such ranks"
             if fitting
-            else "No number of ranks helps"
+            else "No number of ranks would be enough"
         )
     )
 

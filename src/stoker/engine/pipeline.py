@@ -49,7 +49,7 @@ class PipelineStep:
         load: Callable[[nn.Module, torch.device, str], None],
     ) -> None:
         if isinstance(make, Mapping):
-            raise BadInput("parallel=pipeline takes one optimizer for the whole model, not one a submodule")
+            raise BadInput("parallel=pipeline takes one optimizer for the model, not one per submodule")
         self._setting, self._mesh = setting, setting.mesh
         self._ranks = self._mesh.size("stage")
         virtual = training.pipeline.stages_per_rank if training.pipeline.schedule == "interleaved" else 1
@@ -94,8 +94,8 @@ class PipelineStep:
         shapes = [_shapes(part) for part in parts]
         if len(set(shapes)) > 1:
             raise BadInput(
-                "parallel=pipeline needs micro-batches of one shape: choose micro_batch so that it divides "
-                f"a rank's share of the batch ({[s[0][0][0] for s in shapes if s]} samples now)"
+                "parallel=pipeline needs micro-batches of equal shape: choose micro_batch so that it divides "
+                f"a rank's share of the batch (currently {[s[0][0][0] for s in shapes if s]} samples)"
             )
         self.parts, self._collected = parts, []
         schedule = self._schedule(len(parts), shapes[0])

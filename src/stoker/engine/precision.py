@@ -34,11 +34,11 @@ def resolve(precision: Precision, device: torch.device, cache: Path) -> Resolved
     slower than fp32: there it is measured once, and remembered in `cache`.
     """
     if precision == "fp16" and bf16_is_native(device):
-        log.warning("precision=fp16: this GPU has bf16, which is as fast and needs no loss scaling")
+        log.warning("precision=fp16: this GPU supports bf16, which is as fast and needs no loss scaling")
     if device.type == "cpu" and precision in ("auto", "bf16"):
         speed = bf16_speed(cache / SPEED)
         if precision == "bf16" and speed < 0.5:
-            log.warning("precision=bf16: layers take %.0f times as long as in fp32 on this CPU", 1 / speed)
+            log.warning("precision=bf16: on this CPU, layers take %.0f times as long as in fp32", 1 / speed)
         if precision == "auto":
             return "bf16" if speed >= WORTH_IT else "fp32"
     if precision != "auto":
@@ -63,7 +63,7 @@ def bf16_speed(memory: Path, *, kept: bool = True) -> float:
         known[key] = _measured_speed()
         torch.set_rng_state(state)
         if kept:
-            log.info("bf16 is %.2g times as fast as fp32 on this CPU, measured once", known[key])
+            log.info("bf16 is %.2g times as fast as fp32 on this CPU (measured once)", known[key])
             storage.write_json(memory, known)
     return float(known[key])
 

@@ -49,7 +49,7 @@ class Profiler:
             self._write()
         elif self._steps is not None and self._rank == 0:
             log.warning(
-                "nothing was profiled: the loop ended before step %d, or began after it", self._steps[0]
+                "nothing was profiled: the loop ended before step %d, or started after it", self._steps[0]
             )
 
     def _write(self) -> None:
@@ -61,7 +61,7 @@ class Profiler:
         table = summary(averages, gpu=self._device.type == "cuda")
         name.with_suffix(".txt").write_text(table + "\n", encoding="utf-8")
         if self._rank == 0:
-            log.info("profiled: %s opens in ui.perfetto.dev\n%s", name.with_suffix(".json"), table)
+            log.info("profiled: open %s in ui.perfetto.dev\n%s", name.with_suffix(".json"), table)
         self._profile = None
         self._steps = None
 

@@ -43,7 +43,7 @@ def balance(costs: Sequence[int], stages: int) -> tuple[range, ...]:
     """
     count = len(costs)
     if stages > count:
-        raise BadInput(f"{stages} pipeline stages, and the model has {count} blocks: give {count} or fewer")
+        raise BadInput(f"{stages} pipeline stages, but the model has {count} blocks: use {count} or fewer")
     sums = [0, *itertools.accumulate(costs)]
     best: list[list[tuple[int, list[int]]]] = [[(sums[n], [n]) for n in range(count + 1)]]
     for stage in range(1, stages):
@@ -70,8 +70,8 @@ def cut(model: nn.Module, stages: int) -> Cut:
     family = getattr(getattr(model, "config", None), "model_type", None)
     if found is None or (not isinstance(model, nn.Sequential) and family not in FAMILIES):
         raise BadInput(
-            f"parallel=pipeline cannot cut a {type(model).__name__}: it takes an nn.Sequential, or a causal "
-            f"language model of the families {', '.join(FAMILIES)}; use ddp or fsdp for others"
+            f"parallel=pipeline cannot split a {type(model).__name__}: it supports nn.Sequential, and causal "
+            f"language models of the families {', '.join(FAMILIES)}; use ddp or fsdp for others"
         )
     prefix, modules = found
     costs = [sum(p.numel() for p in block.parameters()) for block in modules.children()]
@@ -162,6 +162,6 @@ def _check_shared(model: nn.Module, made: Cut) -> None:
     shared = next((names[key] for key, stages in places.items() if len(stages) > 1), None)
     if shared is not None:
         raise BadInput(
-            f"stages would share a parameter, {' = '.join(sorted(set(shared)))}: "
-            "untie them (tie_word_embeddings=false), or use ddp or fsdp"
+            f"pipeline stages would share a parameter, {' = '.join(sorted(set(shared)))}: "
+            "untie it (tie_word_embeddings=false), or use ddp or fsdp"
         )

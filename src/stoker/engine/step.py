@@ -105,8 +105,8 @@ class Setting:
             return found[0], found[1]
         said = " and ".join(map(_said, found)) if isinstance(found, tuple | list) else _said(found)
         raise TypeError(
-            f"loss returned {said}: it is to return two values, the loss summed over the batch, a scalar, "
-            'and what to divide it by, such as (cross_entropy(output, y, reduction="sum"), len(y))'
+            f"loss returned {said}: it must return two values, a scalar loss summed over the batch and what "
+            'to divide it by, such as (cross_entropy(output, y, reduction="sum"), len(y))'
         )
 
     def autocast(self) -> Any:
@@ -120,7 +120,7 @@ def _is_scalar(value: Any) -> bool:
 
 def _said(value: Any) -> str:
     """A value in words: its type, and of a tensor the shape."""
-    shape = f" of the shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else ""
+    shape = f" of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else ""
     return f"a {type(value).__name__}{shape}"
 
 
@@ -304,9 +304,7 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
     """The parameters that are trained. Raises ValueError where there are none."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
-        raise ValueError(
-            f"{type(model).__name__} has no parameter to train: every one has requires_grad=False"
-        )
+        raise ValueError(f"{type(model).__name__} has no trainable parameters: all have requires_grad=False")
     return parameters
 
 
@@ -338,7 +336,8 @@ def only_loop_of_its_own(step: Step) -> PlainStep:
         return step
     if isinstance(step, PlainStep):
         raise StokerError(
-            "optimizer_in_backward=true moves weights within trainer.step(batch): use that, or leave it out"
+            "optimizer_in_backward=true updates weights inside trainer.step(batch): use that method, or omit "
+            "the setting"
         )
     raise StokerError(
         f"{type(step).__name__} drives forward and backward itself: use trainer.step(batch), "

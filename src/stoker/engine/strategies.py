@@ -44,14 +44,14 @@ def choose(model: nn.Module, training: Training, world: World, on: torch.device)
     if training.parallel != "auto":
         return training.parallel, "as set"
     if world.size == 1:
-        return "single", "there is one process"
+        return "single", "there is only one process"
     weights = sum(p.nbytes for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     needed = weights + trained * (4 + 8)  # gradients, and two moments in float32
     has = memory.of_a_rank(on, world)
-    said = f"weights, gradients and two moments take {words.size(needed)} of a rank's {words.size(has)}"
+    said = f"weights, gradients and two moments need {words.size(needed)} of a rank's {words.size(has)}"
     if needed <= _ROOM * has and training.fsdp.shard is None:
-        return "ddp", f"{said}: each rank can hold all of them"
+        return "ddp", f"{said}: each rank can hold the whole model"
     return "fsdp", said if needed > _ROOM * has else "fsdp.shard is set"
 
 
@@ -199,7 +199,7 @@ def _check_real(model: nn.Module, by: str) -> None:
     """Raises BadInput where a weight is complex: of sums in float32 there are the real parts alone."""
     found = [name for name, p in model.named_parameters() if p.is_complex()]
     if found:
-        raise BadInput(f"{found[0]} is complex, and {by} trains real weights: use parallel=single or ddp")
+        raise BadInput(f"{found[0]} is complex, but {by} needs real weights: use parallel=single or ddp")
 
 
 def _shard_again(root: nn.Module, inputs: Any, output: Any) -> None:
@@ -234,7 +234,7 @@ def _prepare(model: nn.Module, strategy: str, training: Training, mesh: Mesh) ->
                 precision.wide(p.dtype)
             )  # master weights: an update may be far below a step of bf16
         if p.requires_grad and p.dtype == torch.complex128:  # which safetensors has not
-            raise BadInput(f"{name} is complex128, and checkpoints hold none of it: use complex64")
+            raise BadInput(f"{name} is complex128, which checkpoints do not support: use complex64")
     if strategy != "pipeline":
         device.move(model, mesh.device)
 
@@ -250,7 +250,7 @@ def warn_of_batch_norm(model: nn.Module, *, share: int, training: Training) -> N
     micro = share if training.micro_batch in (None, "auto") else min(share, int(training.micro_batch))
     if micro < share or micro < _FEW:
         log.warning(
-            "BatchNorm takes its statistics from micro-batches of %d samples, not from the global batch: "
+            "BatchNorm computes its statistics on micro-batches of %d samples, not on the global batch: "
             "the result depends on micro_batch and on the number of ranks",
             micro,
         )

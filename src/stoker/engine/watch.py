@@ -36,7 +36,7 @@ class Watch:
         take: Callable[[Values, Mapping[str, tuple[torch.Tensor, ...]]], None],
     ) -> None:
         if every < 1:
-            raise ValueError(f"every={every}: watch a model every 1 step or more")
+            raise ValueError(f"every={every}: must be at least 1 step")
         self._names = {p: name for name, p in model.named_parameters() if p.requires_grad}
         self._every = every
         self._bins = bins

@@ -45,13 +45,13 @@ class DeepSpeedStep:
         make: OptimizerFactory | Mapping[str, OptimizerFactory],
     ) -> None:
         if isinstance(make, Mapping):
-            raise BadInput("parallel=deepspeed takes one optimizer for the whole model, not one a submodule")
+            raise BadInput("parallel=deepspeed takes one optimizer for the model, not one per submodule")
         _quieten()
         import deepspeed
 
         self.stage = options.zero_stage(training.deepspeed)
         if setting.precision == "fp16" and self.stage > 0 and setting.mesh.device.type == "cpu":
-            raise BadInput("parallel=deepspeed has precision=fp16 on GPUs only: give bf16 or fp32")
+            raise BadInput("parallel=deepspeed supports precision=fp16 on GPUs only: use bf16 or fp32")
         self._setting = setting
         made = build_optimizers(model, make)["main"]
         _check_optimizer(made)
@@ -289,12 +289,12 @@ def _check_optimizer(made: torch.optim.Optimizer) -> None:
     """Raises BadInput for one that is another under DeepSpeed, which makes one vector of all parameters."""
     if isinstance(made, torch.optim.Adafactor):
         raise BadInput(
-            "parallel=deepspeed makes one vector of all parameters, and Adafactor goes by the rows and "
-            "columns of matrices: give parallel=fsdp, or optimizer=adamw"
+            "parallel=deepspeed flattens all parameters into one vector, but Adafactor needs the rows and "
+            "columns of matrices: use parallel=fsdp, or optimizer=adamw"
         )
     if type(made).__module__.startswith(("torchao.", "bitsandbytes.")):
         raise BadInput(
-            "parallel=deepspeed cannot save an optimizer whose states have 8 bits: give parallel=fsdp, or "
+            "parallel=deepspeed cannot save an optimizer with 8-bit states: use parallel=fsdp, or "
             "optimizer=adamw"
         )
 

@@ -57,9 +57,9 @@ def adapted(language: Language, lora: Lora, *, compare: bool = True) -> Any:
         except ValueError as error:  # modules that take no such adapter
             if "lora_dropout" in str(error):
                 raise BadInput(
-                    f"lora.dropout={lora.dropout}: the experts of a {model.config.model_type}, many of whose "
-                    "weights are one, take adapters without dropout alone: give lora.dropout=0, or "
-                    "lora.targets without them"
+                    f"lora.dropout={lora.dropout}: the experts of a {model.config.model_type} are fused into "
+                    "one weight, so their adapters cannot use dropout: set lora.dropout=0, or leave them out "
+                    "of lora.targets"
                 ) from error
             given = f"lora.targets={lora.targets}" if folder is None else f"lora.adapter={lora.adapter}"
             raise BadInput(f"{given}: {error}") from error
@@ -114,7 +114,7 @@ def advising(lora: Lora, quantisation: str) -> Iterator[None]:
         yield
     except TooLarge as error:
         frozen = "quantisation=nf4 to keep the frozen weights in 4 bits"
-        smaller = frozen if lora.used else f"train adapters alone with lora.rank=16, and with {frozen}"
+        smaller = frozen if lora.used else f"train only adapters with lora.rank=16, and use {frozen}"
         raise BadInput(f"{error}; or {smaller}" if quantisation == "none" else str(error)) from error
 
 
@@ -158,7 +158,7 @@ def _saved_config(folder: Path, language: Language, compare: bool) -> Any:
         if other is not None and not (folder / saved_adapters.BASE).is_file():
             log.warning(
                 "lora.adapter=%s says that it is for %s, and nothing shows that %s is that model: "
-                "see that it is",
+                "make sure that it is",
                 folder, other, name or "a new model",
             )  # fmt: skip
     try:
@@ -178,11 +178,11 @@ def _take(model: Any, folder: Path) -> None:
         found = set_peft_model_state_dict(model, load_file(folder / saved_adapters.WEIGHTS))
     except (RuntimeError, KeyError) as error:
         said = next((line.strip() for line in str(error).splitlines() if "size mismatch" in line), str(error))
-        raise BadInput(f"lora.adapter={folder} is for another model: {said}") from error
+        raise BadInput(f"lora.adapter={folder} is for a different model: {said}") from error
     missing = [name for name in found.missing_keys if is_of_adapter(name)]
     if missing or found.unexpected_keys:
         some = (missing or list(found.unexpected_keys))[0]
-        raise BadInput(f"lora.adapter={folder} is for another model: {some} is not on both")
+        raise BadInput(f"lora.adapter={folder} is for a different model: {some} is not in both")
 
 
 def _as_adapters_take_it(given: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:

@@ -170,7 +170,7 @@ def empty(size: str, folder: Path | None) -> Any:
 
 
 def load_config(
-    folder: Path, kind: Any = AutoModelForCausalLM, no: str = "which is no causal language model"
+    folder: Path, kind: Any = AutoModelForCausalLM, no: str = "which is not a causal language model"
 ) -> Any:
     """The config of a model's directory. Raises BadInput.
 
@@ -306,7 +306,7 @@ def room(config: Any, begun: int) -> int:
     if most is None:
         return sys.maxsize
     if begun >= most:
-        raise BadInput(f"the prompt has {begun} tokens, and the model has {most} positions: shorten it")
+        raise BadInput(f"the prompt has {begun} tokens, but the model has {most} positions: shorten it")
     return most - begun
 
 
@@ -320,6 +320,6 @@ def check_vocabulary(reference: str, model: Any, tokenizer: Any) -> None:
     rows = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > rows:
         raise BadInput(
-            f"the tokenizer has {len(tokenizer)} tokens, {reference} embeds only {rows}: "
+            f"the tokenizer has {len(tokenizer)} tokens, but {reference} has embeddings for only {rows}: "
             "they do not belong together"
         )

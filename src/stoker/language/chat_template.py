@@ -18,7 +18,7 @@ NAMES = ("chatml", "llama3", "gemma", "mistral", "alpaca")
 ENDED_BY_EOS = ("mistral", "alpaca")
 """Those that end what the assistant says with what ends a text, which every tokenizer has."""
 ALLOWED = (
-    f"chat_template={NAMES[0]} (or {', '.join(NAMES[1:])}; a model or folder that has one; a file of Jinja)"
+    f"chat_template={NAMES[0]} (or {', '.join(NAMES[1:])}; a model or folder that has one; a Jinja file)"
 )
 """What to write, for people."""
 
@@ -40,7 +40,8 @@ def read(given: str) -> Template:
         return _of_file(path)
     if "/" not in given:
         raise BadInput(
-            f"chat_template={given} is no file here, and no name{nearest(given, NAMES)}; give {ALLOWED}"
+            f"chat_template={given} is neither a local file nor a known name{nearest(given, NAMES)}; "
+            f"give {ALLOWED}"
         )
     return _of_tokenizer(given)
 
@@ -65,10 +66,10 @@ def _of_tokenizer(reference: str) -> Template:
         found: Template | None = AutoTokenizer.from_pretrained(folder).chat_template
     except (OSError, ValueError, KeyError) as error:
         raise BadInput(
-            f"chat_template={reference}: the tokenizer there cannot be loaded: {hub.first_line(error)}"
+            f"chat_template={reference}: its tokenizer cannot be loaded: {hub.first_line(error)}"
         ) from error
     if not found:
-        raise BadInput(f"chat_template={reference}: the tokenizer there has none: give {ALLOWED}")
+        raise BadInput(f"chat_template={reference}: its tokenizer has no chat template: give {ALLOWED}")
     return found
 
 
@@ -84,11 +85,11 @@ def _of_file(file: Path) -> str:
         names = meta.find_undeclared_variables(environment.parse(text))
     except TemplateSyntaxError as error:
         raise BadInput(
-            f"chat_template={file} is no Jinja template, see its line {error.lineno}: {error.message}"
+            f"chat_template={file} is not a valid Jinja template, line {error.lineno}: {error.message}"
         ) from error
     if "messages" not in names:
         raise BadInput(
             f"chat_template={file} {'is empty' if not text.strip() else 'writes no messages'}: give a Jinja "
-            "template that goes through `messages`, each with `role` and `content`"
+            "template that iterates over `messages`, each with `role` and `content`"
         )
     return text

@@ -55,8 +55,8 @@ def of(document: Document, tokenizer: Any, values: Mapping[str, Any] = NO_VALUES
     has_template = bool(getattr(tokenizer, "chat_template", None))
     if document.messages and not has_template:
         raise BadInput(
-            "the data has conversations, and the tokenizer has no chat template: give "
-            f"{chat_template.ALLOWED}, or data of prompts and completions"
+            "the data has conversations, but the tokenizer has no chat template: give "
+            f"{chat_template.ALLOWED}, or data with prompts and completions"
         )
     if document.messages:
         given = as_text({**values, **_values(document.template_values)})
@@ -91,14 +91,14 @@ def _checked(chat: Chat, tokenizer: Any) -> Chat:
         if form is None:
             unwritten |= {"tool_calls"}
         elif not form.beside_words and any(m.content and _calls(m) for m in chat.messages):
-            unwritten |= {"tool_calls beside what is said"}
+            unwritten |= {"tool_calls next to content"}
         elif not form.several and any(_calls(message) > 1 for message in chat.messages):
             unwritten |= {"several tool_calls in a message"}
     if unwritten:
         raise BadInput(
-            f"{_at(chat)}the data has conversations with {' and '.join(sorted(unwritten))}, of which the "
-            "chat template writes nothing: give chat_template=FILE of one that does, or leave such "
-            "conversations out"
+            f"{_at(chat)}the data has conversations with {' and '.join(sorted(unwritten))}, which the chat "
+            "template does not write: give chat_template=FILE with a template that does, or remove these "
+            "conversations"
         )
     return chat
 
@@ -236,9 +236,9 @@ def render(tokenizer: Any, chat: Chat, *, to_be_answered: bool = False) -> str:
         )
     except _REFUSALS as error:
         roles = ", ".join(message.role for message in chat.messages)
-        hint = "; change it, leave it out, or give chat_template=FILE of one that takes it"
+        hint = "; change it, remove it, or give chat_template=FILE with a template that accepts it"
         raise BadInput(
-            f"{_at(chat)}the chat template refuses a conversation of the roles {roles}: {error}"
+            f"{_at(chat)}the chat template refuses a conversation with the roles {roles}: {error}"
             f"{hint if chat.where else ''}"
         ) from error
     return text

@@ -49,8 +49,8 @@ _PROMPT_AS_TEMPLATE = """\
 {%- endfor -%}"""
 
 _UNFOUND = (
-    "no turn of the assistant that is to be learnt is found: where the chat template writes one, mark it "
-    "there by {% generation %} (chat_template=FILE)"
+    "no assistant turn to learn was found: mark where the chat template writes one with "
+    "{% generation %} (chat_template=FILE)"
 )
 
 _OFTEN = 4  # times that an epoch goes through a source
@@ -184,7 +184,7 @@ def say(
     log.info("%s", _divided(found))
     warn_of_repeated(found)
     if wanted and not packed:
-        log.warning("the model's attention cannot keep documents apart: each has rows of its own")
+        log.warning("the model's attention cannot separate documents: each document gets its own rows")
 
 
 def _say_source(source: Source, passes: float | None) -> None:
@@ -193,13 +193,12 @@ def _say_source(source: Source, passes: float | None) -> None:
         log.info("%s: %s", source.key, source.description)
         return
     log.info(
-        "%s: %s, weight %g: passed %.3g times in an epoch",
+        "%s: %s, weight %g: seen %.3g times per epoch",
         source.key, source.description, source.weight, passes,
     )  # fmt: skip
     if passes > _OFTEN:
         log.warning(
-            "%s: %s is passed %.3g times in an epoch, and may be learnt by heart: lower its weight, or give "
-            "more of it",
+            "%s: %s is seen %.3g times per epoch and may be memorised: lower its weight, or give more of it",
             source.key, source.name, passes,
         )  # fmt: skip
 
@@ -211,7 +210,7 @@ def _divided(found: Sequence[Source]) -> str:
         for split, use in (("train", "trained on"), ("validation", "validation"), ("test", "test"))
     }
     parts = ", ".join(f"{count:,} {use}" for use, count in uses.items() if count or use == "trained on")
-    looked_at = " that were looked at" if any(source.stream for source in found) else ""
+    looked_at = " sampled" if any(source.stream for source in found) else ""
     return f"{counted(sum(uses.values()), 'document')}{looked_at}: {parts}"
 
 
@@ -226,8 +225,8 @@ def _warn_of_unread(found: Sequence[Source], tokenizer: Any) -> None:
         if names:
             fields = "the field" if len(names) == 1 else "the fields"
             log.warning(
-                "%s: %s: %s %s of its records %s not read: write what is to be learnt of it into the "
-                "prompt or the messages, or leave it out",
+                "%s: %s: %s %s of its records %s not read: move what should be learnt into the prompt or "
+                "the messages, or remove it",
                 source.key, source.name, fields, ", ".join(names), "is" if len(names) == 1 else "are",
             )  # fmt: skip
 
@@ -242,9 +241,9 @@ def _warn_of_endless_turns(found: Sequence[Source], tokenizer: Any) -> None:
         lacking = conversation.tokens_in_words(tokenizer)
         meant = lacking if end.startswith(tuple(lacking)) else [*lacking, end]
         log.warning(
-            "the chat template ends what the assistant says with %r, which is no special token of the "
-            "tokenizer: generations will not end there. Let it be one by %s, or give a chat_template that "
-            "ends turns with eos_token, %r, such as %s",
+            "the chat template ends assistant turns with %r, which is not a special token of the tokenizer, "
+            "so generations will not end there. Make it one with %s, or use a chat_template that ends turns "
+            "with eos_token, %r, such as %s",
             end, shlex.quote(f"add_tokens={json.dumps(meant)}"), tokenizer.eos_token,
             " or ".join(chat_template.ENDED_BY_EOS),
         )  # fmt: skip
@@ -255,9 +254,9 @@ def _warn_of_left_out(found: Sequence[Source]) -> None:
     for source in found:
         for left in source.left_out:
             log.warning(
-                "%s: %s: %s left out of %s%s, having nothing to be learnt: the first, %s, has %s",
+                "%s: %s: %s left out of %s%s, with nothing to learn: the first, %s, has %s",
                 source.key, source.name, _counted(left.records, "record"), f"{left.of:,}",
-                " that were looked at" if source.stream else "", left.first, left.lacking,
+                " sampled" if source.stream else "", left.first, left.lacking,
             )  # fmt: skip
 
 
@@ -265,7 +264,7 @@ def warn_of_repeated(found: Sequence[Source]) -> None:
     """Say how much of what is evaluated on is trained on too."""
     for key, count in sources.repeated(found).items():
         log.warning(
-            "%s: %s in data too, word for word, and trained on: take out what is in both",
+            "%s: %s also in data, word for word, and trained on: remove the duplicates from one of the two",
             key, _counted(count, "document"),
         )  # fmt: skip
 
@@ -274,12 +273,14 @@ def _say_what_is_lost(name: str, rows: Sequence[PackedDataset]) -> None:
     truncated = sum(part.statistics.truncated for part in rows)
     dropped = sum(part.statistics.dropped for part in rows)
     cut = f"{_counted(truncated, 'answer')} cut off at {rows[0].sequence_length} tokens" if truncated else ""
-    left_out = f"{_counted(dropped, 'document')} left out, of whose answer nothing is left" if dropped else ""
+    left_out = (
+        f"{_counted(dropped, 'document')} left out, as nothing remains of the answer" if dropped else ""
+    )
     if cut or left_out:
-        log.warning("%s: %s: raise sequence_length", name, ", and ".join(filter(None, [cut, left_out])))
+        log.warning("%s: %s: increase sequence_length", name, ", and ".join(filter(None, [cut, left_out])))
     unfound = sum(part.statistics.unfound for part in rows)
     if unfound:
-        log.warning("%s: %s left out, in which %s", name, _counted(unfound, "document"), _UNFOUND)
+        log.warning("%s: %s left out, since %s", name, _counted(unfound, "document"), _UNFOUND)
 
 
 def _counted(count: int, what: str) -> str:
@@ -323,7 +324,7 @@ def _asked(text: str, tokenizer: Any, begin: str, positions: int | None, values:
         made = f"{begin}{text}"
     if count := _fills(made, tokenizer, positions):
         raise BadInput(
-            f"prompts: the one that begins with {text[:30]!r} has {count} tokens, and the model has "
+            f"prompts: the one that begins with {text[:30]!r} has {count} tokens, but the model has "
             f"{positions} positions: shorten it"
         )
     return made
@@ -421,7 +422,7 @@ class Encoder:
             return
         if not self._tokenizer.is_fast:
             raise BadInput(
-                "conversations need a fast tokenizer (tokenizer.json), which knows places in the text"
+                "conversations need a fast tokenizer (tokenizer.json), which reports positions in the text"
             )
         texts = [conversation.render(self._tokenizer, chat) for chat in chats]
         encoded = self._tokenizer(

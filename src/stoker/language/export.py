@@ -55,7 +55,7 @@ def _say_twice_as_large(language: Language, run: str, size: int) -> None:
     kind = config.get("dtype") or config.get("torch_dtype")
     if kind in ("bfloat16", "float16"):
         log.info(
-            "the export has its weights in float32, as they were trained: %s. `stoker models push %s DEST "
+            "the exported weights are in float32, as they were trained: %s. `stoker models push %s DEST "
             "--dtype bf16` writes half as much", words.size(size), run,
         )  # fmt: skip
 

@@ -91,11 +91,11 @@ def _exported(folder: Path, what: str) -> Path:
         return folder
     found, wanted = exports.as_it_stands(view.load(run)), "adapter" if what == "lora.adapter" else "model"
     if found is None:
-        raise BadInput(f"{what} {folder} is a run that has exported no {wanted}: it has exported nothing yet")
+        raise BadInput(f"{what} {folder} is a run without an exported {wanted}: it has exported nothing yet")
     kind = "adapter" if exports.is_adapter(found) else "model"
     if kind != wanted:
         raise BadInput(
-            f"{what} {folder} is a run that has exported no {wanted}: of it there is the {kind}, {found}"
+            f"{what} {folder} is a run without an exported {wanted}: it exported the {kind} {found}"
         )
     return found
 
@@ -104,7 +104,7 @@ def _from_hub(reference: str, what: str, known: Sequence[str], *, weights: bool,
     path = Path(reference).expanduser()
     if path.exists() or reference.startswith((".", "/", "~")) or reference.count("/") > 1:
         or_size = f", or a size: {', '.join(known)}" if known else ""
-        raise BadInput(f"{what} {reference} is not a directory; give a directory, or a hub id{or_size}")
+        raise BadInput(f"{what} {reference} is not a directory: give a directory, or a hub id{or_size}")
     name, _, revision = reference.partition("@")
     wanted = [*_DESCRIPTION, *(WEIGHTS if weights else ())]
     bring = functools.partial(snapshot_download, name, revision=revision or None, allow_patterns=wanted)
@@ -146,11 +146,11 @@ def _refusal(error: Exception, what: str, reference: str) -> str:
     if isinstance(error, GatedRepoError):
         return f"{what} {name} {hub_datasets.GATED}"
     if isinstance(error, RepositoryNotFoundError | HFValidationError):
-        return f"{what} {name} is no directory here and not on the hub (or private: set HF_TOKEN)"
+        return f"{what} {name} is neither a local directory nor on the hub (if it is private, set HF_TOKEN)"
     if isinstance(error, RevisionNotFoundError):
         return f"{what} {name} {hub_datasets.NO_REVISION.format(revision)}"
     return (
-        f"{what} {reference} is no directory here, and {_NOT_REACHED.format(first_line(error))}, "
+        f"{what} {reference} is not a local directory, and {_NOT_REACHED.format(first_line(error))}, "
         "or HF_HOME to where a machine with a network has downloaded it; or give a local directory"
     )
 
@@ -161,8 +161,8 @@ def _unkept(error: Exception, what: str, reference: str) -> str:
     if isinstance(error, ConnectionError) or not (of_the_system or os.strerror(errno.ENOSPC) in str(error)):
         return ""
     return (
-        f"{what} {reference} cannot be kept in {constants.HF_HUB_CACHE} ({first_line(error)}): "
-        "make room there, or set HF_HOME to a folder that has some"
+        f"{what} {reference} cannot be stored in {constants.HF_HUB_CACHE} ({first_line(error)}): "
+        "free space there, or set HF_HOME to a folder with enough"
     )
 
 
@@ -172,7 +172,7 @@ def _from_store(url: str, what: str) -> Path:
     store = object_store.Store(url.rstrip("/"), "")
     found = store.objects()
     if not found:
-        raise BadInput(f"{what} {url} holds nothing: give the folder that the model's files are in")
+        raise BadInput(f"{what} {url} is empty: give the folder that contains the model's files")
     named = hashlib.sha256(repr((url, sorted(found.items()))).encode()).hexdigest()[:32]
     target = storage.cache_folder() / "models" / named
 
@@ -231,7 +231,9 @@ def push(folder: Path, reference: str, *, private: bool) -> str:
             delete_patterns=list(_OURS),
         )  # fmt: skip
     except HfHubHTTPError as error:
-        raise BadInput(f"hub:{reference} refuses: {first_line(error)}; see what HF_TOKEN may do") from error
+        raise BadInput(
+            f"hub:{reference} refuses: {first_line(error)}; check what HF_TOKEN is allowed to do"
+        ) from error
     except (OSError, httpx2.TransportError) as error:
         raise BadInput(f"hub:{reference}: {_NOT_REACHED.format(first_line(error))}") from error
     return str(made)
@@ -242,11 +244,11 @@ def check_push(name: str) -> None:
     try:
         validate_repo_id(name)
     except HFValidationError as error:
-        raise BadInput(f"hub:{name} cannot be: {first_line(error)}") from error
+        raise BadInput(f"hub:{name} is not a valid name: {first_line(error)}") from error
     if "/" not in name:
-        raise BadInput(f"hub:{name}: say whose it is, as in hub:org/{name}")
+        raise BadInput(f"hub:{name}: give the owner too, as in hub:org/{name}")
     if get_token() is None:
-        raise BadInput(f"hub:{name}: set HF_TOKEN to a token of yours that may write (or `hf auth login`)")
+        raise BadInput(f"hub:{name}: set HF_TOKEN to a token with write access (or run `hf auth login`)")
 
 
 def first_line(error: Exception) -> str:
@@ -260,11 +262,11 @@ def read_json(folder: Path, name: str, what: str) -> dict[str, Any]:
         content = json.loads((folder / name).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         held = ", ".join(sorted(p.name for p in folder.glob("*"))[:8]) or "nothing"
-        raise BadInput(f"{what} directory {folder} has no {name}; it holds {held}") from error
+        raise BadInput(f"{what} directory {folder} has no {name}; it contains {held}") from error
     except (OSError, ValueError) as error:
         raise BadInput(f"{folder / name} cannot be read: {error}") from error
     if not isinstance(content, dict):
-        raise BadInput(f"{folder / name} holds a {type(content).__name__}: it must be an object")
+        raise BadInput(f"{folder / name} contains a {type(content).__name__}: must be an object")
     return content
 
 

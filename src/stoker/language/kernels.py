@@ -20,7 +20,7 @@ def check(kernels: Kernels) -> None:
     if kernels == "torch":
         return
     if not torch.cuda.is_available():
-        raise BadInput("kernels=liger: they are written for GPUs, and there is none here; leave it out")
+        raise BadInput("kernels=liger needs a GPU, and this machine has none: omit it")
     if importlib.util.find_spec("liger_kernel") is None:
         raise BadInput("kernels=liger needs liger-kernel: pip install 'stoker[liger]'")
 
@@ -39,7 +39,7 @@ def use(model: Any, kernels: Kernels) -> None:
     known = monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN
     if bare.config.model_type not in known:
         raise BadInput(
-            f"kernels=liger has none for a {bare.config.model_type}; it has some for "
+            f"kernels=liger does not support a {bare.config.model_type}; it supports "
             f"{', '.join(sorted(known))}"
         )
     monkey_patch._apply_liger_kernel_to_instance(bare, cross_entropy=False, fused_linear_cross_entropy=False)

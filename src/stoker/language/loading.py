@@ -137,7 +137,9 @@ class Weights:
         missing = [name for name, slot in slots.items() if id(slot.tensor) not in there]
         if missing:
             some = ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else "")
-            raise BadInput(f"the weights in {self._folder} lack {len(missing)} tensors of the model: {some}")
+            raise BadInput(
+                f"the weights in {self._folder} lack {len(missing)} of the model's tensors: {some}"
+            )
         return list(dict.fromkeys(known.values()))
 
     def _read(
@@ -165,7 +167,7 @@ class Weights:
                 f"the weights in {self._folder}: {name} is {tuple(found)}, the model's is {tuple(expected)}"
             )
         for name, said in info.conversion_errors.items():
-            raise BadInput(f"the weights in {self._folder}: {name} cannot be made: {said}")
+            raise BadInput(f"the weights in {self._folder}: {name} cannot be created: {said}")
         read = {name: _get(skeleton, name).detach() for name in made}
         for name in made:
             _set(skeleton, name, slots[name].tensor.detach().to("meta"))
@@ -310,14 +312,14 @@ def _files(folder: Path) -> list[Path]:
         try:
             names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
         except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise BadInput(f"{folder / INDEX} is no index of weights: {error}") from error
+            raise BadInput(f"{folder / INDEX} is not a valid weight index: {error}") from error
         files = [folder / Path(name).name for name in names]
     else:
         files = [folder / SINGLE]
     missing = next((file for file in files if not file.is_file()), None)
     if missing is not None:
         others = sorted(p.name for p in folder.glob("*.bin"))
-        hint = f"; {others[0]} is a pickle, which is not read: convert it to safetensors" if others else ""
+        hint = f"; {others[0]} is a pickle, which is never read: convert it to safetensors" if others else ""
         raise BadInput(f"model directory {folder} has no {missing.name}{hint}")
     return files
 

@@ -48,13 +48,13 @@ def convert(model: Any) -> None:
                 found += 1
     if not found:
         raise BadInput(
-            f"quantisation=nf4: a {type(model).__name__} of these sizes has no linear layer whose rows are "
-            f"of a multiple of {_BLOCK} weights"
+            f"quantisation=nf4: a {type(model).__name__} of this size has no linear layer whose row length "
+            f"is a multiple of {_BLOCK}"
         )
     left = sum(weight.nbytes for weight in targets.experts(model).values())
     if left and World.current().rank == 0:
         log.warning(
-            "quantisation=nf4: the experts of a %s are no linear layers, and stay in %s, %.1f GiB of them",
+            "quantisation=nf4: the experts of a %s are not linear layers and stay in %s: %.1f GiB",
             model.config.model_type, str(model.dtype).removeprefix("torch."), left / 2**30,
         )  # fmt: skip
 

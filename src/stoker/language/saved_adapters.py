@@ -42,27 +42,27 @@ def check(adapter: Path, *, model: str, origin: Path | None, quantised: bool) ->
     """
     config = hub.read_json(adapter, exports.ADAPTER, "lora.adapter")
     if config.get("peft_type") != "LORA":
-        raise BadInput(f"lora.adapter={adapter} is {config.get('peft_type')}: only LoRA can be gone on with")
+        raise BadInput(f"lora.adapter={adapter} is {config.get('peft_type')}: only LoRA can be continued")
     more = [f"{key}={config[key]}" for key in _MORE if config.get(key) not in (None, False, "none", [], {})]
     if config.get("init_lora_weights") not in _BEGINNINGS:
         more.append(f"init_lora_weights={config['init_lora_weights']}")
     more = more or _other_tensors(adapter, config.get("modules_to_save") or ())
     if more:
         raise BadInput(
-            f"lora.adapter={adapter} has {', '.join(more)}: only low-rank matrices, and modules trained "
-            "whole, beside a model that stays as it is can be gone on with; merge it into its model by peft, "
-            "and train a new one on that"
+            f"lora.adapter={adapter} has {', '.join(more)}: only low-rank matrices and fully trained modules "
+            "on top of an unchanged model can be continued; merge the adapter into its model with peft, and "
+            "train a new one on the result"
         )
     if quantised and config.get("use_dora"):
         raise BadInput(
-            "quantisation is for weights that stay as they are, under LoRA: DoRA needs them exact, and "
-            f"lora.adapter={adapter} is DoRA; leave quantisation out"
+            "quantisation is for weights frozen under LoRA, but DoRA needs them in full precision, and "
+            f"lora.adapter={adapter} is DoRA: omit quantisation"
         )
     other = other_model(adapter, model, origin)
     if other is not None and _is_id(other) and _is_id(model.partition("@")[0]):
         raise BadInput(
-            f"lora.adapter={adapter} is for another model, {other}: give model={other}, or a local copy of "
-            f"{model} if it has the same weights"
+            f"lora.adapter={adapter} is for a different model, {other}: set model={other}, or give a local "
+            f"copy of {model} if it has the same weights"
         )
 
 
@@ -86,8 +86,8 @@ def check_weights(adapter: Path, origin: Path | str) -> None:
     known = base.get("fingerprint")
     if known is not None and known != (hub.fingerprint(origin) if isinstance(origin, Path) else origin):
         raise BadInput(
-            f"adapter {adapter} was trained on another model, {base.get('model')}: "
-            "its weights are not those of the model that is given"
+            f"adapter {adapter} was trained on a different model, {base.get('model')}, whose weights are not "
+            "those of the given model"
         )
 
 

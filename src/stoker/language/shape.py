@@ -43,12 +43,12 @@ def check_stages(model: str, *, stages: int, tied: bool) -> None:
     blocks, tied = _known(model, tied)
     if blocks is not None and stages > blocks:
         raise BadWorldSize(
-            f"{stages} pipeline stages, and {model} has {blocks} blocks: give {blocks} or fewer"
+            f"{stages} pipeline stages, but {model} has {blocks} blocks: use {blocks} or fewer"
         )
     if tied:
         change = "tie_embeddings=false" if model in SIZES else "tie_word_embeddings=false in its config.json"
         raise BadInput(
-            f"{model} ties its embeddings, which would be on the first stage and on the last: "
+            f"{model} ties its embeddings, which would be on both the first and the last stage: "
             f"set {change}, or use parallel=ddp or fsdp"
         )
 

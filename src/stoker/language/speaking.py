@@ -77,7 +77,7 @@ class Speaker:
         encoded = {name: encoded[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
         begun = encoded["input_ids"].shape[1]
         if begun == 0:
-            raise BadInput("the prompt is empty: give --prompt a text")
+            raise BadInput("the prompt is empty: give --prompt some text")
         room = building.room(self.model.config, begun)
         how: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         if temperature > 0:
@@ -105,11 +105,11 @@ def load(folder: Path, base: str | None = None) -> Speaker:
     """
     adapter = exports.is_adapter(folder)
     if base is not None and not adapter:
-        raise BadInput("--base is for adapters, and this is a whole model: leave it out")
+        raise BadInput("--base is for adapters, but this is a whole model: omit it")
     if not adapter and (folder / "config.json").is_file():
         building.load_config(folder)
     if artifacts.task_of(folder) != "text-generation":
-        raise BadInput(f"{folder} holds no language model: there is nothing that it could say")
+        raise BadInput(f"{folder} contains no language model, so it cannot generate text")
     model = merging.on_its_base(folder, base) if adapter else _whole(folder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     own = not adapter or hub.has_tokenizer(folder)

@@ -43,8 +43,8 @@ def train_only(model: Any, patterns: Sequence[str]) -> None:
         if not any(re.search(pattern, name) for name, _ in named):
             known = _last_parts(name.rpartition(".")[0] for name, _ in named)
             raise BadInput(
-                f"train_only: no weight has {pattern!r} in its name{nearest(pattern, known)}; names are such "
-                f"as {named[0][0]}, and the last parts of their modules {', '.join(known)}"
+                f"train_only: no weight's name matches {pattern!r}{nearest(pattern, known)}; a name is for "
+                f"example {named[0][0]}, and their modules end in {', '.join(known)}"
             )
     found = {id(p) for name, p in named if any(re.search(pattern, name) for pattern in patterns)}
     for parameter in model.parameters():
@@ -99,8 +99,8 @@ def resolve(model: Any, lora: Lora) -> tuple[list[str], list[str]]:
         is_kept = any(_ends(name, target) or _ends(target, name) for name in kept)
         if not is_kept and target not in parameters:
             raise BadInput(
-                f"lora.targets: peft takes {target!r} of a {model.config.model_type} for a part of its "
-                f"experts: leave it out, or give the names of the experts' weights, "
+                f"lora.targets: in a {model.config.model_type}, peft treats {target!r} as part of the "
+                f"experts: omit it, or give the names of the experts' weights, "
                 f"{','.join(_last_parts(weights))}"
             )
     return sorted(kept), parameters
@@ -122,7 +122,7 @@ def say(run: Run, model: Any) -> None:
     share = "all" if trained == entries else f"{trained:,} ({trained / entries:.2%})"
     how = ""
     if adapter is not None:
-        how = f", as adapters of rank {adapter.r} on {', '.join(_last_parts(names(adapter)))}"
+        how = f", as rank-{adapter.r} adapters on {', '.join(_last_parts(names(adapter)))}"
         how += "".join(f", {name} whole" for name in sorted(adapter.modules_to_save or ()))
     log.info("model: %s parameters, of which %s are trained%s", f"{entries:,}", share, how)
 
@@ -156,9 +156,7 @@ def whole(model: Any, lora: Lora, *, grown: bool) -> list[str]:
             near = nearest(name, _last_parts(modules))
             raise BadInput(f"lora.modules_to_save: the model has no module {name!r}{near}")
         if any(isinstance(part, Quantised) for module in found for part in module.modules()):
-            raise BadInput(
-                f"lora.modules_to_save: {name} is kept in 4 bits, and is not trained: leave it out"
-            )
+            raise BadInput(f"lora.modules_to_save: {name} is kept in 4 bits and cannot be trained: omit it")
     ends = (model.get_input_embeddings(), model.get_output_embeddings()) if grown else ()
     of_tokens = [place for place, module in modules.items() if any(module is end for end in ends)]
     return sorted({*lora.trained_whole, *_last_parts(of_tokens)})
