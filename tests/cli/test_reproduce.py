@@ -311,7 +311,7 @@ def test_data_that_has_moved_is_given_anew_and_its_fingerprint_named(counted: Pa
     nothing = stoker("reproduce", "first", "data=/not/there", cwd=project)
     assert nothing.code == 2
     assert (
-        f"data=/not/there: there is nothing; the run read numbers.txt, of fingerprint {known}" in nothing.err
+        f"data=/not/there does not exist; the run read numbers.txt, with fingerprint {known}" in nothing.err
     )
 
 

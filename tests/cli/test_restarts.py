@@ -234,8 +234,8 @@ def test_a_second_signal_ends_ranks_that_cannot_hear_it(start: Start, tmp_path: 
             with contextlib.suppress(psutil.NoSuchProcess):
                 rank.kill()
     assert process.returncode == 75, err.decode()
-    assert "told to stop twice: it ends at once" in err.decode()
-    assert loaded(run).attempts[-1].error == "told to stop twice, its ranks were ended at once"
+    assert "told to stop twice: ending at once" in err.decode()
+    assert loaded(run).attempts[-1].error == "told to stop twice, so its ranks were ended at once"
     newest, passed_over = manifest.newest(run / "checkpoints")
     assert newest is not None
     assert (newest.step >= 20, passed_over) == (True, [])

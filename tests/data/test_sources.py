@@ -513,7 +513,8 @@ def test_roles_that_nobody_knows_are_said(tmp_path: Path) -> None:
     file = write_jsonl(tmp_path / "a.jsonl", [{"text": ""}, {"messages": turns}, {"messages": turns[:1]}])
     assert (
         f"the assistant says nothing in 3 records, and {file}, line 2 "
-        "has the unknown roles hero, Narrator: name the roles system, user (or human), assistant (or gpt, ai, bot, model) and tool"
+        "has the unknown roles hero, Narrator: name the roles system, user (or human), "
+        "assistant (or gpt, ai, bot, model) and tool"
     ) in refused(file)
 
 

@@ -56,7 +56,7 @@ def test_a_job_here_has_the_variables_it_was_given(stoker: Command, tmp_path: Pa
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--on", "slurm"), "sbatch is not found"),
+        (("--on", "slurm"), "sbatch not found"),
         (("--on", "slurn"), "did you mean 'slurm'?"),
         (("--on", "slurm", "--rendezvous", "a:1", "--nodes", "2"), "the nodes find each other by themselves"),
         (("--gpus", "99"), "--gpus 99: this machine has"),
@@ -68,13 +68,16 @@ def test_a_job_here_has_the_variables_it_was_given(stoker: Command, tmp_path: Pa
         (("--time", "3", "--dry-run"), "--time '3' is no length of time"),
         (("--on", "slurm", "--option", "job name=x", "--dry-run"), "give KEY=VALUE, such as partition=gpu"),
         (("--on", "slurm", "--option", "job=x", "--dry-run"), "Slurm would read it as job-name"),
-        (("--on", "slurm", "--option", "comment=a\nb", "--dry-run"), "comment: its value has a line break"),
-        (("--on", "ray", "--option", "working-dir=/nope", "--dry-run"), "there is no such folder to be sent"),
+        (
+            ("--on", "slurm", "--option", "comment=a\nb", "--dry-run"),
+            "comment: its value contains a line break",
+        ),
+        (("--on", "ray", "--option", "working-dir=/nope", "--dry-run"), "the folder does not exist"),
         (
             ("--on", "kubernetes", "--option", "image=x y", "--dry-run"),
-            "image=x y: that is no name of an image",
+            "image=x y: not a valid image name",
         ),
-        (("--on", "kubernetes", "--option", "claim=Not_Valid", "--dry-run"), "small letters, digits"),
+        (("--on", "kubernetes", "--option", "claim=Not_Valid", "--dry-run"), "lower-case letters, digits"),
         (("--on", "kubernetes", "--option", "node.=x", "--dry-run"), "give node.LABEL=VALUE"),
     ],
 )

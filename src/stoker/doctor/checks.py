@@ -22,7 +22,7 @@ class Check:
     find: Callable[[], Iterator[Finding]]
     limit: float | None = 30.0
     """Seconds that it may take to its next finding; None: it sees to that itself."""
-    hint: str = "run it again when the machine is less busy"
+    hint: str = "try again when the machine is less busy"
     """What to do where nothing came for so long."""
 
 
@@ -34,12 +34,12 @@ def of(runs: str) -> tuple[Check, ...]:
     return (
         Check("software", software.check, hint=_HANGS),
         Check("machine", hardware.check),
-        Check("compute", gpus.check, limit=120.0, hint="`nvidia-smi` may say which GPU hangs"),
+        Check("compute", gpus.check, limit=120.0, hint="`nvidia-smi` may show which GPU hangs"),
         Check("ranks", meeting.check, limit=None),
-        Check("runs", functools.partial(folders.runs, runs), hint=f"{_HANGS}; give another --runs"),
+        Check("runs", functools.partial(folders.runs, runs), hint=f"{_HANGS}; use a different --runs"),
         Check("disk", folders.others, hint=_HANGS),
         Check("trackers", functools.partial(trackers.check, runs)),
-        Check("hub", hub.check, hint="set HF_HUB_OFFLINE=1 where there is no network"),
+        Check("hub", hub.check, hint="set HF_HUB_OFFLINE=1 if there is no network"),
         Check("launchers", launchers.check, limit=None),
     )
 
@@ -54,7 +54,7 @@ def made(check: Check) -> Iterator[Finding]:
         yield _without_secrets(problem(said(error)))
     except Exception as error:
         yield _without_secrets(
-            problem(f"this could not be looked at ({type(error).__name__}: {said(error)}): please report it")
+            problem(f"this check failed itself ({type(error).__name__}: {said(error)}): please report it")
         )
 
 
@@ -68,7 +68,7 @@ def _bounded(check: Check, limit: float) -> Iterator[Finding]:
         except TimeoutError:
             if waiting.done():
                 raise
-            yield problem(f"nothing came back within {limit:.0f} s: {check.hint}")
+            yield problem(f"no answer within {limit:.0f} s: {check.hint}")
             return
         if finding is None:
             return

@@ -32,9 +32,9 @@ def check() -> Iterator[Finding]:
     """Each target whose client is here is asked whether it would take a small job, which is not submitted."""
     job, world = slurm_job(), World.current()
     if job:
-        yield ok(f"this process is in {job}")
+        yield ok(f"this process runs in {job}")
     if world.size > 1:
-        yield ok(f"this process is rank {world.rank} of {world.size}, as torchrun and its kin start them")
+        yield ok(f"this process is rank {world.rank} of {world.size}, started by torchrun or the like")
     absent = [name for name in targets.TARGETS if not _CLIENTS[name]()]
     for name in targets.TARGETS:
         if name not in absent:
@@ -42,7 +42,7 @@ def check() -> Iterator[Finding]:
                 found = _asked(name)
             yield found
     if absent:
-        yield ok(f"no client of {', '.join(absent)}, which only --on {'|'.join(absent)} needs")
+        yield ok(f"no client for {', '.join(absent)}, needed only for --on {'|'.join(absent)}")
 
 
 @contextlib.contextmanager
@@ -65,7 +65,7 @@ def _asked(name: str) -> Finding:
     try:
         asking.result(_ANSWER)
     except TimeoutError:
-        return note(f"--on {name}: nothing answered within {_ANSWER:.0f} s")
+        return note(f"--on {name}: no answer within {_ANSWER:.0f} s")
     except StokerError as error:
         return note(f"--on {name}: {_BRIEF.split(said(error))[0]}")
-    return ok(f"--on {name}: a cluster answers, and would take a job")
+    return ok(f"--on {name}: a cluster answers, and would accept a job")

@@ -28,9 +28,9 @@ _TOO_LONG = "AF_UNIX path too long"
 _NUMBERS = 2**18  # of a sum over ranks: 1 MiB
 _HINTS = {
     "gloo": "set GLOO_SOCKET_IFNAME to an interface of this machine (`ip link` lists them), such as lo",
-    "nccl": "NCCL_DEBUG=INFO says more, and NCCL_P2P_DISABLE=1 goes around a bad link between GPUs",
+    "nccl": "NCCL_DEBUG=INFO shows more, and NCCL_P2P_DISABLE=1 avoids a bad link between GPUs",
 }
-_NAMES = {"gloo": "gloo", "nccl": "NCCL, a GPU each,"}
+_NAMES = {"gloo": "gloo", "nccl": "NCCL, one GPU each,"}
 
 
 def check(limit: float = LIMIT) -> Iterator[Finding]:
@@ -43,7 +43,7 @@ def check(limit: float = LIMIT) -> Iterator[Finding]:
 
 def meet(backend: str, ranks: int, limit: float) -> Finding:
     """Start ranks and have them add something up; `limit`: seconds from their start to their end."""
-    who = f"{ranks} ranks by {_NAMES[backend]}"
+    who = f"{ranks} ranks with {_NAMES[backend]}"
     begun = time.monotonic()
     with tempfile.TemporaryDirectory(prefix=_SHORT) as folder:
         answer, output = Path(folder) / "answer.json", Path(folder) / "output.txt"
@@ -51,17 +51,17 @@ def meet(backend: str, ranks: int, limit: float) -> Finding:
         try:
             process.wait(limit)
         except subprocess.TimeoutExpired:
-            return problem(f"{who} did not meet within {limit:.0f} s: {_HINTS[backend]}")
+            return problem(f"{who} did not connect within {limit:.0f} s: {_HINTS[backend]}")
         finally:
             _end(process)
         told = storage.read_json(answer)
         last = output.read_text(encoding="utf-8", errors="replace").strip().rpartition("\n")[2]
     if "seconds" in told:
         seconds = time.monotonic() - begun
-        return ok(f"{who} meet in {told['seconds']:.2f} s; with their start and end that is {seconds:.1f} s")
-    reason = told.get("error") or last or f"they were gone with exit code {process.returncode}"
-    hint = "set TMPDIR to a folder of a shorter path" if _TOO_LONG in reason else _HINTS[backend]
-    return problem(f"{who} do not meet ({reason}): {hint}")
+        return ok(f"{who} connect in {told['seconds']:.2f} s, or {seconds:.1f} s with their start and end")
+    reason = told.get("error") or last or f"they ended with exit code {process.returncode}"
+    hint = "set TMPDIR to a folder with a shorter path" if _TOO_LONG in reason else _HINTS[backend]
+    return problem(f"{who} do not connect ({reason}): {hint}")
 
 
 def _started(backend: str, ranks: int, answer: Path, output: Path) -> subprocess.Popen[bytes]:

@@ -23,13 +23,13 @@ def check() -> Iterator[Finding]:
     python = f"Python {platform.python_version()} in {sys.prefix}"
     own = version(_NAME)
     if own is None:
-        yield problem(f"{python} has no package stoker, so nothing says what it needs: pip install stoker")
+        yield problem(f"{python} has no package stoker, so its needs are unknown: pip install stoker")
         return
     yield ok(f"stoker {own}, torch {version('torch') or 'none'}, {python}")
     required = [Requirement(text) for text in importlib.metadata.requires(_NAME) or ()]
     for wanted in itertools.filterfalse(_fits, _with("", required)):
         yield problem(
-            f"{_have(wanted)}, and stoker needs {_pip(wanted)}: pip install {shlex.quote(_pip(wanted))}"
+            f"{_have(wanted)}, but stoker needs {_pip(wanted)}: pip install {shlex.quote(_pip(wanted))}"
         )
     yield from _extras(required)
 
@@ -52,9 +52,7 @@ def _extras(required: list[Requirement]) -> Iterator[Finding]:
     if missing := [name for name in names if name not in here]:
         why = [_have(one) for name in missing for one in wanted[name] if version(one.name) and not _fits(one)]
         hint = f" ({'; '.join(dict.fromkeys(why))})" if why else ""
-        yield note(
-            f"extras that are not here: {', '.join(missing)}{hint}; pip install 'stoker[{missing[0]}]'"
-        )
+        yield note(f"extras not installed: {', '.join(missing)}{hint}; pip install 'stoker[{missing[0]}]'")
 
 
 def _with(extra: str, required: list[Requirement]) -> list[Requirement]:

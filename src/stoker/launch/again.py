@@ -73,7 +73,7 @@ def prepare(
     folder = target.path / FOLDER
     words, is_script = command(seen, there, ranks)
     if is_script and overrides:
-        raise BadInput(f"{overrides[0]}: the run was made by a script without a recipe, which has no keys")
+        raise BadInput(f"{overrides[0]}: the run is from a script without a recipe, which has no keys")
     if not is_script:
         values = known_values(part.config, seen.record["sources"], overrides)
         storage.write_atomically(folder / CONFIG, yaml.safe_dump(values, sort_keys=False).encode())
@@ -158,7 +158,7 @@ def known_values(
     kept, lost = without_secrets({k: v for k, v in config.items() if k not in given}, sources)
     if lost:
         raise BadInput(
-            f"{', '.join(lost)}: a secret, which is not recorded; give it again: "
+            f"{', '.join(lost)}: secrets are not recorded; give it again: "
             f"{' '.join(f'{key}=...' for key in lost)}"
         )
     return kept
@@ -180,7 +180,7 @@ def located(reference: str, there: Place) -> str:
         return reference
     found = there.mapped(file)
     if not Path(found).is_file():
-        raise BadInput(f"{file} is not in the record of the run's code, and not there any more")
+        raise BadInput(f"{file} is not in the record of the run's code, and no longer exists")
     return f"{found}{separator}{function}"
 
 
@@ -203,12 +203,12 @@ def _script(seen: RunView, there: Place, ranks: int) -> list[str]:
         script = Path(there.mapped(str(Path(seen.record["cwd"], words[0]))))
     if script is None or script.suffix != ".py" or not script.is_file():
         raise BadInput(
-            f"{seen.directory.id} was made by {' '.join(words) or 'a command that is not known'}, which is "
-            "no script in the record of its code: it cannot be started again"
+            f"{seen.directory.id} was started with {' '.join(words) or 'an unknown command'}, which is not a "
+            "script in the record of its code: it cannot be started again"
         )
     if redaction.holds_redacted(words):
         raise BadInput(
-            f"the command of {seen.directory.id} held a secret, which is not recorded: run it yourself"
+            f"the command of {seen.directory.id} contained a secret, which is not recorded: run it yourself"
         )
     several = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     arguments = (there.mapped(word) if word.startswith("/") else word for word in words[1:])

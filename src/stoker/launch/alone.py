@@ -73,7 +73,7 @@ class _Watch:
             _end(run, f"it hangs: {said}", self._say)
         elif self._warned is not pulse:
             self._warned = pulse
-            log.warning("%s; %s; hang_limit=30min would end it after so long", said, _stacks(run))
+            log.warning("%s; %s; to end such a run, set for example hang_limit=30min", said, _stacks(run))
 
 
 def _stacks(run: Run) -> str:
@@ -83,7 +83,7 @@ def _stacks(run: Run) -> str:
     with file.open("w", encoding="utf-8") as opened:
         faulthandler.dump_traceback(opened, all_threads=True)
     place = supervision.place(file.read_text(encoding="utf-8", errors="replace"))
-    return f"{f'it is at {place}; ' if place else ''}the stacks of its threads are in {folder}"
+    return f"{f'it is at {place}; ' if place else ''}the stacks of all threads are in {folder}"
 
 
 def _end(run: Run, said: str, say: Callable[[str], None]) -> None:

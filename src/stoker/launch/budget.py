@@ -41,7 +41,7 @@ class Budget:
             where = f"at step {failure.step + 1}" if failure.step >= 0 else "before its first step"
             raise RankFailed(
                 f"it fails {where} every time, so it is not started again.\n"
-                f"The first time {before}\nThe second time {failure}"
+                f"The first time: {before}\nThe second time: {failure}"
             )
         if self.left == 0:
             raise failure

@@ -33,4 +33,4 @@ def call(command: Sequence[str], needs: str, given: str | None = None) -> subpro
 
 def not_found(client: str, needs: str) -> BadInput:
     """The error of a client that is not here."""
-    return BadInput(f"{client} is not found: {needs}")
+    return BadInput(f"{client} not found: {needs}")

@@ -19,7 +19,7 @@ def check(spec: JobSpec) -> None:
     total = psutil.virtual_memory().total
     if spec.gpus > gpus:
         raise BadInput(
-            f"--gpus {spec.gpus}: this machine has {gpus or 'none'}; leave it out, or ask a cluster"
+            f"--gpus {spec.gpus}: this machine has {gpus or 'none'}; omit it, or use a cluster with --on"
         )
     if spec.cores > cores and spec.cpus is not None:
         raise BadInput(f"--cpus {spec.cpus}: this machine has {cores}")
@@ -27,7 +27,7 @@ def check(spec: JobSpec) -> None:
         have = jobspec.shown_memory(total)
         raise BadInput(f"--memory {jobspec.shown_memory(spec.memory)}: this machine has {have}")
     if spec.options:
-        raise BadInput(f"--option {next(iter(spec.options))}: it is for clusters; leave it out, or give --on")
+        raise BadInput(f"--option {next(iter(spec.options))} is for clusters: omit it, or add --on")
 
 
 def environment(spec: JobSpec) -> dict[str, str]:

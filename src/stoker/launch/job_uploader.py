@@ -125,7 +125,7 @@ def beside(folder: Path | None, log: Path) -> Iterator[None]:
             command = [sys.executable, "-P", "-m", "stoker.launch.job_uploader", str(folder)]
             process = subprocess.Popen(command, stdin=subprocess.PIPE)
     except OSError as error:
-        sys.stderr.write(f"stoker: {log} is not brought to the object store: {error}\n")
+        sys.stderr.write(f"stoker: {log} is not uploaded to the object store: {error}\n")
     try:
         yield
     finally:
@@ -161,13 +161,13 @@ def main() -> int:
         signal.signal(number, signal.SIG_IGN)
     parser = argparse.ArgumentParser(prog="stoker.launch.job_uploader")
     parser.add_argument("folder", type=Path, help="the job's folder")
-    parser.add_argument("--patience", type=float, default=PATIENCE, help="seconds, see above")
+    parser.add_argument("--patience", type=float, default=PATIENCE, help="in seconds")
     given = parser.parse_args()
     folder: Path = given.folder
     os.nice(19)
     store = object_store.of(folder.parent.parent)
     if store is None:
-        raise SystemExit(f"{folder} is of no object store")
+        raise SystemExit(f"{folder} does not belong to an object store")
     logs = Growing(folder, given.patience)
     ranks.log_to(logs.path / "uploader.log")
     messages.write_to_stderr()

@@ -109,7 +109,7 @@ def write(job: Job) -> None:
                 if file.is_file() and file.suffix not in WRITTEN:
                     store.put(f"{FOLDER}/{job.id}/{file.name}", file)
         except Unreachable as error:
-            log.warning("other machines do not see job %s: %s", job.id, error)
+            log.warning("other machines cannot see job %s yet: %s", job.id, error)
 
 
 def every(runs: Path) -> list[Job]:
@@ -140,7 +140,7 @@ def _bring(runs: Path) -> None:
     except Unreachable as error:
         if not any((runs / FOLDER).glob(f"*/{RECORD}")):
             raise
-        log.warning("jobs of other machines are not known now: %s", error)
+        log.warning("jobs submitted from other machines are not shown: %s", error)
 
 
 def _older(record: Path, stored: Stored) -> bool:
@@ -154,7 +154,7 @@ def find(runs: Path, reference: str) -> Job:
     Of several jobs that trained one run the newest is meant.
     """
     if not reference:
-        raise BadInput("give a job's id, the start of one, the cluster's id, or a run's name")
+        raise BadInput("give a job's id, the start of its id, the cluster's id, or a run's name")
     known = every(runs)
     exact = [job for job in known if reference in (job.id, job.native)]
     named = [job for job in known if any(reference in (run, _name(run)) for run in job.trains)]
@@ -163,11 +163,11 @@ def find(runs: Path, reference: str) -> Job:
     if len(found) == 1:
         return found[0]
     if found:
-        raise BadInput(f"{reference!r} means several jobs: {', '.join(j.id for j in found[:8])}")
+        raise BadInput(f"{reference!r} matches several jobs: {', '.join(j.id for j in found[:8])}")
     names = [name for job in known for name in (job.id, job.native, *map(_name, job.trains))]
     hint = nearest(reference, names)
     raise BadInput(
-        f"no job {reference!r} under {finding.shown(runs)}{hint}; `stoker jobs list` shows what there is"
+        f"no job {reference!r} under {finding.shown(runs)}{hint}; `stoker jobs list` shows all jobs"
     )
 
 
@@ -193,5 +193,5 @@ def _read(file: Path, runs: Path) -> Job | None:
         spec = JobSpec.from_json(kept["spec"])
         return Job(**{**kept, "spec": spec, "trains": tuple(kept["trains"]), "runs": runs.absolute()})
     except (KeyError, TypeError, BadInput) as error:
-        log.warning("%s cannot be read, and is left out: %s", file, error)
+        log.warning("%s cannot be read and is ignored: %s", file, error)
         return None

@@ -90,12 +90,12 @@ def check(spec: JobSpec) -> None:
     """Refuse what no target could run. Raises BadInput."""
     if spec.gpus and spec.gpus < spec.processes:
         raise BadInput(
-            f"--nproc {spec.processes}: each rank has a GPU, and --gpus is {spec.gpus}; "
-            f"give --gpus {spec.processes}, or a smaller --nproc"
+            f"--nproc {spec.processes}: each rank needs a GPU, but --gpus is {spec.gpus}; "
+            f"use --gpus {spec.processes}, or a smaller --nproc"
         )
     if spec.cores < spec.processes:
         raise BadInput(
-            f"--cpus {spec.cores} for --nproc {spec.processes}: give a core a rank at least, "
+            f"--cpus {spec.cores} for --nproc {spec.processes}: each rank needs at least one core: use "
             f"--cpus {spec.processes} or more"
         )
 
@@ -107,7 +107,7 @@ def memory(text: str) -> int:
     """
     amount = words.parsed_size(text)
     if amount < _LEAST_MEMORY:
-        raise BadInput(f"--memory {text}: give the memory of each machine, such as 64GB or 512MB")
+        raise BadInput(f"--memory {text}: give the memory per machine, such as 64GB or 512MB")
     return amount
 
 
@@ -138,15 +138,15 @@ def environment(given: Sequence[str], here: Mapping[str, str]) -> tuple[dict[str
     for text in given:
         name, equals, value = text.partition("=")
         if not _VARIABLE.fullmatch(name):
-            raise BadInput(f"--env {text}: give NAME=VALUE, or the NAME of a variable that is set here")
+            raise BadInput(f"--env {text}: give NAME=VALUE, or the NAME of a variable that is set")
         if not equals:
             if name not in here:
-                raise BadInput(f"--env {name}: it is not set here; export it first, or give {name}=VALUE")
+                raise BadInput(f"--env {name}: not set; export it first, or give {name}=VALUE")
             passed.append(name)
         elif redaction.is_secret_name(name) or redaction.text(value) != value:
             raise BadInput(
-                f"--env {name}=...: it looks like a secret, and would be written into a file; "
-                f"export {name} here and give --env {name}"
+                f"--env {name}=...: this looks like a secret, and would be written to a file; "
+                f"export {name} and use --env {name}"
             )
         else:
             written[name] = value
@@ -163,6 +163,6 @@ def settings(given: Sequence[str]) -> dict[str, str]:
             why = "it is given twice" if key in found else "give KEY=VALUE, such as partition=gpu"
             raise BadInput(f"--option {text}: {why}")
         if not value.isprintable():
-            raise BadInput(f"--option {key}: its value has a line break, or another control character")
+            raise BadInput(f"--option {key}: its value contains a line break or another control character")
         found[key] = value
     return found

@@ -40,13 +40,13 @@ _OF_LOG = re.compile(r"[IWEF]\d{4} \d{2}:\d{2}:\d{2}")
 """How a line of klog begins, by which kubectl says what it does."""
 
 _OPTIONS = {
-    "image": "what the code is run from",
+    "image": "the container image with the code",
     "kind": "job, pytorchjob or trainjob",
-    "claim": "the persistent volume claim that runs stand on",
-    "namespace": "where the job is",
-    "secret": "the Secret that has the variables of --env NAME",
-    "service-account": "whom the pods act as",
-    "pull-secret": "the Secret by which the image is pulled",
+    "claim": "the persistent volume claim that holds the runs",
+    "namespace": "the namespace of the job",
+    "secret": "the Secret with the variables of --env NAME",
+    "service-account": "the service account of the pods",
+    "pull-secret": "the Secret for pulling the image",
     "queue": "Kueue's queue",
     "gpu-resource": "nvidia.com/gpu by default",
     "runtime": "the ClusterTrainingRuntime of a trainjob, torch-distributed by default",
@@ -54,7 +54,7 @@ _OPTIONS = {
 _NAMES = ("claim", "namespace", "secret", "service-account", "pull-secret", "queue", "runtime")
 _NAME = re.compile(r"[a-z0-9](?:[a-z0-9.-]{0,251}[a-z0-9])?")
 _IMAGE = re.compile(r"[\w./:@+-]*")
-_NEEDS = "it is to be on the PATH, with access to a cluster; --dry-run prints the manifest anywhere"
+_NEEDS = "it must be on the PATH, with access to a cluster; --dry-run prints the manifest anywhere"
 _SELECTOR = "node."
 """Before a label that nodes must have, as in `node.accelerator=a100`."""
 
@@ -71,8 +71,8 @@ def check(job: Job) -> None:
         raise BadInput(f"kubectl may not create {_RESOURCES[kind]} there: {_said(done) or answer}")
     if answer != "yes":
         raise BadInput(
-            f"no cluster answers kubectl ({_said(done) or done.returncode}): set KUBECONFIG, or see `kubectl "
-            "config get-contexts`; --dry-run prints the manifest anywhere"
+            f"no cluster answers kubectl ({_said(done) or done.returncode}): set KUBECONFIG, or check "
+            "`kubectl config get-contexts`; --dry-run prints the manifest anywhere"
         )
     if job.spec.gpus:
         _check_nodes(job.spec)
@@ -90,7 +90,7 @@ def render(job: Job) -> str:
 
 def code(job: Job) -> str:
     """Which code a job runs."""
-    return f"the code that is in the image {job.spec.options['image']}"
+    return f"the code in the image {job.spec.options['image']}"
 
 
 def submit(job: Job, rendered: str) -> str:
@@ -100,7 +100,7 @@ def submit(job: Job, rendered: str) -> str:
     if done.returncode != 0:
         _kubectl(["delete", "--ignore-not-found", "--filename", str(manifest)])  # the half that was made
         jobs.forget(job)
-        raise StokerError(f"the cluster did not take the job: {_said(done)}")
+        raise StokerError(f"the cluster did not accept the job: {_said(done)}")
     if _meets(job.spec) and _kind(job.spec) == "job":
         _own_service(job)
     return _name(job)
@@ -324,7 +324,9 @@ def _own_service(job: Job) -> None:
     patch = json.dumps({"metadata": {"ownerReferences": [owner]}})
     done = _kubectl(["patch", f"service/{name}", "--type", "merge", "--patch", patch, *where])
     if done.returncode != 0:
-        log.warning("the service %s stays where others than stoker delete the job: %s", name, _said(done))
+        log.warning(
+            "the service %s will not be removed if the job is deleted without stoker: %s", name, _said(done)
+        )
 
 
 def _meets(spec: JobSpec) -> bool:
@@ -463,7 +465,7 @@ def _kind(spec: JobSpec) -> str:
     """Raises BadInput."""
     kind = spec.options.get("kind", "job").lower()
     if kind not in _KINDS:
-        raise BadInput(f"--option kind={kind}: give {', '.join(_KINDS)}{nearest(kind, _KINDS)}")
+        raise BadInput(f"--option kind={kind}: must be one of {', '.join(_KINDS)}{nearest(kind, _KINDS)}")
     return kind
 
 
@@ -473,26 +475,27 @@ def _check_options(spec: JobSpec) -> None:
         if key not in _OPTIONS and not key.startswith(_SELECTOR):
             known = "; ".join(f"{name}: {what}" for name, what in _OPTIONS.items())
             raise BadInput(
-                f"--option {key}: there is no such setting{nearest(key, _OPTIONS)}; there are {known}; "
-                "node.LABEL: what nodes must have"
+                f"--option {key}: no such setting{nearest(key, _OPTIONS)}; the settings are {known}; "
+                "node.LABEL: a label that nodes must have"
             )
     for key, value in spec.options.items():
         if key in _NAMES and not _NAME.fullmatch(value):
             raise BadInput(
-                f"--option {key}={value}: a name of Kubernetes has small letters, digits, - and . (RFC 1123)"
+                f"--option {key}={value}: a Kubernetes name has only lower-case letters, digits, - and . "
+                "(RFC 1123)"
             )
         if key == _SELECTOR:
             raise BadInput(f"--option {key}={value}: give node.LABEL=VALUE, such as node.accelerator=a100")
         if key == "image" and not _IMAGE.fullmatch(value):
-            raise BadInput(f"--option image={value}: that is no name of an image")
+            raise BadInput(f"--option image={value}: not a valid image name")
     if not spec.options.get("image"):
         raise BadInput(
-            "--option image=NAME: pods run an image that has stoker and your code in it; `stoker package` "
-            "writes a Dockerfile for one"
+            "--option image=NAME is missing: pods run an image that contains stoker and your code; `stoker "
+            "package` writes a Dockerfile for one"
         )
     if not _store(spec) and "claim" not in spec.options:
         raise BadInput(
-            "runs would stand inside the pods and be gone with them: give --runs s3://bucket/folder, or "
+            "runs would be stored inside the pods and be lost with them: give --runs s3://bucket/folder, or "
             "--option claim=NAME, a persistent volume claim"
         )
     if _store(spec) and spec.nodes > 1 and "claim" not in spec.options:
@@ -503,15 +506,15 @@ def _check_options(spec: JobSpec) -> None:
     if spec.passed and "secret" not in spec.options:
         keys = " ".join(f'--from-literal={name}="${name}"' for name in spec.passed)
         raise BadInput(
-            f"--env {spec.passed[0]}: its value is written nowhere, so pods take it from a Secret: "
-            f"kubectl create secret generic NAME {keys}, then --option secret=NAME"
+            f"--env {spec.passed[0]}: its value is not written to a file, so pods need it from a Secret: run "
+            f"kubectl create secret generic NAME {keys}, then add --option secret=NAME"
         )
     if _kind(spec) != "job" and spec.elements:
-        raise BadInput("several controllers are for kind=job: leave out kind, or --controllers")
+        raise BadInput("several controllers need kind=job: omit kind, or --controllers")
     if _kind(spec) == "trainjob" and spec.retries:
         raise BadInput(
-            f"--retries {spec.retries}: a TrainJob has no such number, its runtime decides; give "
-            "--max-restarts, by which torchrun starts the ranks again, or leave out kind"
+            f"--retries {spec.retries}: a TrainJob has no such setting, its runtime decides; use "
+            "--max-restarts, with which torchrun restarts the ranks, or omit kind"
         )
 
 
@@ -530,7 +533,7 @@ def _check_nodes(spec: JobSpec) -> None:
     nodes = json.loads(done.stdout)["items"]
     most = max((int(node["status"].get("allocatable", {}).get(resource, 0)) for node in nodes), default=0)
     if nodes and spec.gpus > most:
-        raise BadInput(f"--gpus {spec.gpus}: a node of this cluster has {most} {resource} at most")
+        raise BadInput(f"--gpus {spec.gpus}: a node of this cluster has at most {most} {resource}")
 
 
 # -- kubectl ---------------------------------------------------------------------------------
@@ -561,7 +564,7 @@ _ENDED = {"Complete": "done", "Succeeded": "done", "SuccessCriteriaMet": "done",
 def _status(job: Job, known: Mapping[str, Any] | None) -> Status:
     """How a job is by its object, of any kind; that of one which was deleted is gone."""
     if known is None:
-        return Status("cancelled") if job.cancelled else Status("unknown", "the cluster does not have it")
+        return Status("cancelled") if job.cancelled else Status("unknown", "not found in the cluster")
     said = known.get("status") or {}
     for condition in said.get("conditions") or []:
         if condition.get("status") == "True" and condition.get("type") in _ENDED:

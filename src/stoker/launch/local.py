@@ -156,8 +156,8 @@ def _attempt(job: _Job, place: Place, folder: Path) -> int:
     ends = ranks.ends(folder)
     if watch.at_once:
         if len(ends) < job.nproc:
-            _tell_run(folder, "told to stop twice, its ranks were ended at once")
-        log.warning("told to stop twice: it ends at once, and the newest checkpoint stays")
+            _tell_run(folder, "told to stop twice, so its ranks were ended at once")
+        log.warning("told to stop twice: ending at once; the newest checkpoint remains")
         raise Stopped(STATUS[watch.told])
     if watch.abandoned:
         return max(end.code or 0 for end in ends.values())
@@ -235,9 +235,9 @@ def _raise_first(ends: dict[int, ranks.End], failed: dict[int, int], watch: Watc
     silent = sorted(failed.keys() - ends.keys())  # not those that were ended for another's failure
     if silent:
         code = failed[silent[0]]
-        name = f"killed by {signal.Signals(-code).name}" if code < 0 else f"gone with exit code {code}"
+        name = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         hint = ": it may have run out of memory" if code == -signal.SIGKILL else ""
-        raise RankFailed(f"rank {silent[0]} was {name}{hint}{_last_output(watch.folder, silent[0])}")
+        raise RankFailed(f"rank {silent[0]} {name}{hint}{_last_output(watch.folder, silent[0])}")
     errors = sorted((end for end in ends.values() if end.error), key=lambda end: end.at)
     if errors:
         first = errors[0]

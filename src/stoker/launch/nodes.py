@@ -47,8 +47,8 @@ _GOODBYE = 5.0  # seconds that the others have to hear how it ended
 _MARK = ".shared"
 _LOOKS = 50
 _NOT_SHARED = (
-    "the runs folder of {host} is another one than that of the machines which are here: give --runs a folder "
-    "that all of them share; of an object store, its working copy is below STOKER_CACHE"
+    "the runs folder of {host} is not the one that the other machines use: set --runs to a folder that they "
+    "all share; for an object store, share its working copy, which is below STOKER_CACHE"
 )
 
 WAITING, RUNNING, FAILED, DONE, GONE = "waiting", "running", "failed", "done", "gone"
@@ -68,9 +68,7 @@ class Machines:
         least, colon, most = text.partition(":")
         most = most if colon else least
         if not (least.isdecimal() and most.isdecimal() and 1 <= int(least) <= int(most)):
-            raise BadInput(
-                f"--nodes {text}: give a number, such as 2, or the least and the most, such as 1:4"
-            )
+            raise BadInput(f"--nodes {text}: give a number, such as 2, or a minimum and maximum, such as 1:4")
         return cls(int(least), int(most))
 
     def __str__(self) -> str:
@@ -199,7 +197,7 @@ class _Host:
         if any(member.report.folder != report.folder for member in self.members.values()):
             return _NOT_SHARED.format(host=report.host)
         full = report.node not in self.members and not (self._has_room(report) or self._make_room())
-        return f"all {self.nodes.most} machines are here already" if full and not report.leaving else ""
+        return f"all {self.nodes.most} machines have already joined" if full and not report.leaving else ""
 
     def _plays(self, member: _Member | None) -> bool:
         """Whether a machine is part of the round that is going on."""
@@ -217,7 +215,7 @@ class _Host:
         self.members[report.node] = _Member(report, now)
         self.since = now
         log.info(
-            "%s is here, with %s: %d of %s",
+            "%s joined with %s: %d of %s",
             report.host, counted(report.nproc, "rank"), len(self.members), self.nodes,
         )  # fmt: skip
         return self.members[report.node]
@@ -255,7 +253,7 @@ class _Host:
             self._begin(here, size)
         elif now - self.since > COMING:
             code = EXIT_PREEMPTED if self.round else EXIT_FAILED
-            self._end(code, f"{len(here)} of {self.nodes} machines came within {COMING:.0f} s")
+            self._end(code, f"only {len(here)} of {self.nodes} machines joined within {COMING:.0f} s")
 
     def _judge_round(self, now: float) -> None:
         playing = self._playing()
@@ -269,7 +267,7 @@ class _Host:
             others = [member for member in self.members.values() if member.number < 0]
             ready = [member for member in others if now - member.heard < SILENCE]
             if self._size(self.machines + len(ready)) > self.machines:
-                self.changes = f"{', '.join(member.report.host for member in ready)} came"
+                self.changes = f"{', '.join(member.report.host for member in ready)} joined"
 
     def _of_round(self) -> list[_Member]:
         """The machines of the newest round."""
@@ -304,7 +302,7 @@ class _Host:
             self.failure.raised, self.failure.exit_code = first.report.raised, first.report.code or 1
             self.failure.changed = first.report.changed
         elif silent:
-            said = f"nothing was heard of {', '.join(silent)} for {SILENCE:.0f} s"
+            said = f"no message from {', '.join(silent)} for {SILENCE:.0f} s"
             self.failure, self.final = RankFailed(said), False
         if self.failure is not None:
             self.failed_at = now if self.failed_at is None else self.failed_at
@@ -320,7 +318,7 @@ class _Host:
             member.number = number
             log.info("%s is machine %d of %d", member.report.host, number, size)
         for member in ordered[size:]:
-            log.info("%s waits: %d machines cannot share the work", member.report.host, len(here))
+            log.info("%s is waiting: the work cannot be shared by %d machines", member.report.host, len(here))
         self.round += 1
         self.machines, self.running, self.over, self.changes = size, True, "", ""
         self.failed_at, self.failure = None, None
@@ -331,7 +329,7 @@ class _Host:
         assert self.failure is not None
         lost = [member.report.host for member in self._of_round() if now - member.heard > _COLLECT]
         if self.elastic and lost and not self.final:
-            self._pause(f"{', '.join(lost)} is not heard of")
+            self._pause(f"{', '.join(lost)} does not respond")
             return
         self._pause(str(self.failure), quiet=True)
         try:
@@ -340,8 +338,8 @@ class _Host:
             self.budget.spend(self.failure)
         except RankFailed as error:
             if lost and not self.final:  # nothing of the training failed: whoever started it may do so again
-                gone = f"{', '.join(lost)} is not heard of, so all have ended"
-                again = "once it is there again the same command goes on"
+                gone = f"{', '.join(lost)} does not respond, so all machines have ended"
+                again = "once it is back, the same command resumes"
                 self._end(EXIT_PREEMPTED, f"{gone}; {again}.\n{error}")
             else:
                 self._end(error.exit_code, str(error))
@@ -352,7 +350,7 @@ class _Host:
         """The round is over; the next one is to come."""
         self.running, self.over, self.since = False, why, time.monotonic()
         if not quiet:
-            log.info("%s: going on with those that are here", why)
+            log.info("%s: continuing with the machines that are available", why)
 
     def _end(self, code: int, error: str) -> None:
         self.answer = Answer(self.round, self.over, ended=True, code=code, error=error)
@@ -387,7 +385,7 @@ class Seat:
         self._say(phase=WAITING)
         done = self._report.round
         if self.why_over() and not self._answer.ended:
-            log.info("%s; waiting for the others to begin again", self.why_over())
+            log.info("%s; waiting for the others to start again", self.why_over())
         while True:
             answer = self._answer
             if answer.error:
@@ -447,7 +445,7 @@ class Seat:
         if answer.ended:
             return answer.error or "it has ended"
         if answer.over or answer.round > self._report.round:
-            return answer.over or "the others have begun anew"
+            return answer.over or "the others have started again"
         return f"{self._where} does not answer for {silence:.0f} s" if silence > SILENCE else ""
 
     def close(self) -> None:
@@ -529,7 +527,7 @@ def _id_of(folder: Path) -> str:
                 return found
             time.sleep(0.1)
     except OSError as error:
-        raise BadInput(f"{folder} cannot be written to: {error.strerror}") from error
+        raise BadInput(f"{folder} is not writable: {error.strerror}") from error
     return ""
 
 
@@ -538,12 +536,12 @@ def parsed(rendezvous: str) -> tuple[str, int]:
     host, _, port = rendezvous.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise BadInput(
-            f"--rendezvous {rendezvous}: give HOST:PORT of one of the machines, such as node0:29500"
+            f"--rendezvous {rendezvous}: give the HOST:PORT of one of the machines, such as node0:29500"
         )
     try:
         socket.getaddrinfo(host, int(port))
     except OSError as error:
-        raise BadInput(f"--rendezvous {rendezvous}: {host} is not known here: {error}") from error
+        raise BadInput(f"--rendezvous {rendezvous}: cannot resolve {host}: {error}") from error
     return host, int(port)
 
 
@@ -599,7 +597,7 @@ def _let_others_hear(host: _Host) -> None:
     """Before this machine ends: until all others know how it ended."""
     if host.answer is None:
         with host.lock:
-            host._end(1, f"{platform.node()}, where the machines meet, has ended")
+            host._end(1, f"{platform.node()}, the rendezvous machine, has ended")
     deadline = time.monotonic() + _GOODBYE
     while time.monotonic() < deadline and host.told < host.members.keys():
         time.sleep(BEAT / 5)

@@ -140,7 +140,7 @@ def _write_script(
     paths = ":".join(f"$here/{Path(path).relative_to(folder)}" for path in imported)
     lines = [
         "#!/bin/sh",
-        f"# Trains {seen.directory.experiment}/{seen.directory.id} again; takes what its command takes.",
+        f"# Trains {seen.directory.experiment}/{seen.directory.id} again; takes its command's arguments.",
         "set -eu",
         'here=$(CDPATH= cd -- "$(dirname -- "$0")" && pwd)',
         *(f"export {name}={shlex.quote(value)}" for name, value in variables.items()),
@@ -179,8 +179,8 @@ def _image(environment: Mapping[str, Any]) -> str:
 
 def _dockerfile(image: str, lock: str, environment: Mapping[str, Any]) -> str:
     known = IMAGE in environment.get("variables", {})
-    said = "The image that the run was in" if known else "Python as the run had it; the run names no image"
-    by = "" if "@sha256:" in image else ". By tag: it may change"
+    said = "The image of the run" if known else "The Python version of the run, which recorded no image"
+    by = "" if "@sha256:" in image else ". Named by tag, so it may change"
     tools = [
         "gcc libc6-dev" if "triton" in differences.locked(lock) else "",
         "git" if "@ git+" in lock else "",
@@ -252,15 +252,15 @@ def _readme(made: Package, seen: RunView, there: Place, environment: Mapping[str
     return "\n".join([
         f"# {name}",
         "",
-        f"A training run with all that it was made from. It ended at step {seen.step:,}.",
+        f"A training run with everything needed to repeat it. It ended at step {seen.step:,}.",
         "",
         "```sh",
-        "pip install --no-deps -r requirements.txt   # once, in an environment of its own",
-        "./run.sh                                    # trains; the run is then below runs/",
+        "pip install --no-deps -r requirements.txt   # once, in a separate environment",
+        "./run.sh                                    # trains; the new run is then under runs/",
         "```",
         "",
         "or `docker build -t again . && docker run -v ./runs:/run/runs again` (on GPUs with `--gpus all`),",
-        "or `mlflow run . --env-manager local`, where `-P key=value` gives a key anew (with `_` for a dot).",
+        "or `mlflow run . --env-manager local`, where `-P key=value` overrides a key (with `_` for a dot).",
         "",
         *_needs(made, there),
         "## Recorded",
@@ -274,13 +274,13 @@ def _needs(made: Package, there: Place) -> Iterator[str]:
     """What is not in the folder."""
     folder = there.cwd.relative_to(made.folder) if there.cwd.is_relative_to(made.folder) else Path("code")
     lines = [
-        f"- {name}: `{about['path']}` (relative to `{folder}`, or give its key anew: `./run.sh key=PATH`), "
+        f"- {name}: `{about['path']}` (relative to `{folder}`, or override its key: `./run.sh key=PATH`), "
         f"{about.get('bytes', 0):,} bytes, fingerprint `{about['fingerprint']}`"
         for name, about in made.data.items()
     ]
-    lines += [f"- `code/{path}`, which the record of the code left out" for path in made.lacking]
-    lines += [f"- {key}, a secret, which no record has: `./run.sh {key}=...`" for key in made.secrets]
-    lines += [f"- the package {package}, which was used from a folder" for package in made.not_installed]
+    lines += [f"- `code/{path}`, which the record of the code does not include" for path in made.lacking]
+    lines += [f"- {key}, a secret, which is never recorded: `./run.sh {key}=...`" for key in made.secrets]
+    lines += [f"- the package {package}, which was imported from a folder" for package in made.not_installed]
     if lines:
         yield from ("## Needs", "", *lines, "")
 

@@ -36,13 +36,13 @@ log = logging.getLogger("stoker")
 
 SUBMITTED = "job.submitted.json"
 
-_FORGOTTEN = "the cluster does not have it"
+_FORGOTTEN = "not found in the cluster"
 
 _STARTS = 30.0  # seconds that a cluster, which has just been started, may need until it takes jobs
 _STOP = 120  # seconds that a job has for a checkpoint, once it is told to stop
 _OPTIONS = {
-    "address": "of the cluster's dashboard, such as http://head:8265; by default RAY_API_SERVER_ADDRESS",
-    "working-dir": "a folder that is sent to the cluster, where the command runs then",
+    "address": "the cluster's dashboard, such as http://head:8265; default: RAY_API_SERVER_ADDRESS",
+    "working-dir": "a folder to upload to the cluster, in which the command then runs",
 }
 _FLAGS = {"GPU": "--gpus", "CPU": "--cpus", "memory": "--memory"}
 """What a node has in Ray's words, and how it is asked for."""
@@ -67,10 +67,10 @@ def check(job: Job) -> None:
         if amount > most:
             shown = jobspec.shown_memory if name == "memory" else str
             flag = _FLAGS[name]
-            raise BadInput(f"{flag} {shown(amount)}: a node of this cluster has {shown(most)} at most")
+            raise BadInput(f"{flag} {shown(amount)}: a node of this cluster has at most {shown(most)}")
     fitting = sum(all(node.get(name, 0) >= amount for name, amount in asked.items()) for node in known)
     if job.spec.nodes > fitting:
-        raise BadInput(f"--nodes {job.spec.nodes}: this cluster has {fitting} with what is asked for")
+        raise BadInput(f"--nodes {job.spec.nodes}: this cluster has {fitting} with the requested resources")
 
 
 def render(job: Job) -> str:
@@ -84,8 +84,8 @@ def code(job: Job) -> str:
     """Which code a job runs."""
     sent = job.spec.options.get("working-dir")
     if sent:
-        return f"the code that is in {(job.spec.folder / sent).resolve()} now, which was sent to the cluster"
-    return f"the code that is in {job.spec.folder} when it starts"
+        return f"the present code in {(job.spec.folder / sent).resolve()}, which was sent to the cluster"
+    return f"the code in {job.spec.folder} at the time it starts"
 
 
 def submit(job: Job, rendered: str) -> str:
@@ -100,7 +100,7 @@ def submit(job: Job, rendered: str) -> str:
                 time.sleep(1)
                 continue
             jobs.forget(job)
-            raise StokerError(f"the cluster did not take the job: {error}") from error
+            raise StokerError(f"the cluster did not accept the job: {error}") from error
 
 
 def states(of: Sequence[Job]) -> dict[str, Status]:
@@ -139,14 +139,14 @@ def cancel(job: Job, *, at_once: bool) -> None:
                 entrypoint=shlex.join(words), submission_id=f"{job.native}-now-{secrets.token_hex(2)}"
             )
     except (RuntimeError, OSError) as error:
-        raise StokerError(f"the cluster does not stop {job.native}: {error}") from error
+        raise StokerError(f"the cluster did not stop {job.native}: {error}") from error
 
 
 def lines(job: Job, *, follow: bool) -> Iterator[Line]:
     """What the launchers have written, as Ray keeps it, or else as the object store has it; and the ranks."""
     stored, why = tail.Logs(job, nodes=True), _why_not_kept(job)
     if why and stored.text(job_uploader.KEPT):
-        log.warning("%s; what is shown is what was brought to %s", why, finding.shown(job.runs))
+        log.warning("%s; showing the logs that were uploaded to %s", why, finding.shown(job.runs))
         for line in tail.lines(stored):
             yield _line(line.text) if line.source == Path(job_uploader.KEPT).stem else line
         return
@@ -219,7 +219,7 @@ def _limited(spec: JobSpec) -> tuple[str, ...]:
     if spec.time is None:
         return spec.command
     if arguments.has(spec.command, "--max-time"):
-        raise BadInput("--time and --max-time: on ray they are the same; give one of them")
+        raise BadInput("--time and --max-time: on ray they are the same; give only one of them")
     return (*spec.command, "--max-time", f"{round(spec.time)}s")
 
 
@@ -229,15 +229,15 @@ def _check_options(spec: JobSpec) -> None:
         if key not in _OPTIONS:
             known = "; ".join(f"{name}: {what}" for name, what in _OPTIONS.items())
             raise BadInput(
-                f"--option {key}: there is no such setting{nearest(key, _OPTIONS)}; there are {known}"
+                f"--option {key}: no such setting{nearest(key, _OPTIONS)}; the settings are {known}"
             )
     sent = spec.options.get("working-dir", "")
     if "working-dir" in spec.options and "://" not in sent and not (spec.folder / sent).is_dir():
-        raise BadInput(f"--option working-dir={sent}: there is no such folder to be sent to the cluster")
+        raise BadInput(f"--option working-dir={sent}: the folder does not exist")
     if spec.passed:
         raise BadInput(
-            f"--env {spec.passed[0]}: Ray shows the variables of a job on its dashboard; set it "
-            "on the machines, where Ray is started"
+            f"--env {spec.passed[0]}: Ray shows the variables of a job on its dashboard; set it instead "
+            "on the machines, before Ray is started"
         )
 
 
@@ -258,13 +258,13 @@ def _client(spec: JobSpec) -> JobSubmissionClient:
         return JobSubmissionClient(spec.options.get("address"))
     except AuthenticationError as error:
         raise BadInput(
-            "Ray asks for a token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or the file ~/.ray/auth_token "
-            "to that of the cluster"
+            "Ray asks for a token: set RAY_AUTH_MODE=token, and set RAY_AUTH_TOKEN or the file "
+            "~/.ray/auth_token to the cluster's token"
         ) from error
     except (ConnectionError, RuntimeError, ValueError) as error:
         first = str(error).strip().partition("\n")[0]
         raise BadInput(
-            f"no Ray cluster answers {_where(spec)} ({first}): give the address of its dashboard, --option "
+            f"no Ray cluster answers {_where(spec)} ({first}): give its dashboard's address with --option "
             "address=http://HOST:8265; --dry-run prints the job anywhere"
         ) from error
 

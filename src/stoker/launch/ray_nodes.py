@@ -185,7 +185,7 @@ def _ready(group: Any, needs: Needs, told: Sequence[int]) -> bool:
         if not said and time.monotonic() - begun > _PATIENCE:
             said = True
             _say(
-                f"waiting until the cluster has room for {counted(needs.nodes, 'node')} "
+                f"waiting for the cluster to have room for {counted(needs.nodes, 'node')} "
                 f"with {needs.bundle} each"
             )
     return True
@@ -241,7 +241,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=0)
     parser.add_argument("--name", required=True)
     parser.add_argument("--folder", default="")
-    parser.add_argument("--logs", nargs=2, metavar=("URL", "JOB"), help="where what is written is brought to")
+    parser.add_argument("--logs", nargs=2, metavar=("URL", "JOB"), help="where to upload the output")
     parser.add_argument("command", nargs="+")
     given = vars(parser.parse_args())
     name, command, folder, logs = (given.pop(key) for key in ("name", "command", "folder", "logs"))

@@ -47,7 +47,7 @@ _AT_ONCE = 8  # requests of a store
 _FIRST_PORT = 20000  # of ten thousand below those that Linux gives to outgoing connections
 
 _NEEDS = (
-    "Slurm's commands are to be on the PATH; log in to a machine that has them. --dry-run prints the script "
+    "Slurm's commands must be on the PATH; log in to a machine that has them. --dry-run prints the script "
     "anywhere"
 )
 _FLAGS = {
@@ -110,7 +110,7 @@ def render(job: Job) -> str:
 
 def code(job: Job) -> str:
     """Which code a job runs."""
-    return f"the code that is in {job.spec.folder} when it starts"
+    return f"the code in {job.spec.folder} at the time it starts"
 
 
 def submit(job: Job, rendered: str) -> str:
@@ -119,7 +119,7 @@ def submit(job: Job, rendered: str) -> str:
     done = _call(["sbatch", "--parsable", str(script)])
     if done.returncode != 0:
         jobs.forget(job)
-        raise StokerError(f"sbatch did not take the job: {_said(done)}")
+        raise StokerError(f"sbatch did not accept the job: {_said(done)}")
     return done.stdout.strip().partition(";")[0]
 
 
@@ -170,7 +170,7 @@ def lines(job: Job, *, follow: bool) -> Iterator[Line]:
             return _is_over(known, logs.text(ATTEMPTS)) or (known.cancelled and logs.quiet > _QUIET)
         except StokerError as error:
             if not silent:
-                log.warning("%s; what is written is followed on", error)
+                log.warning("%s; still following the logs", error)
             silent = True
             return False
 
@@ -181,17 +181,17 @@ def lines(job: Job, *, follow: bool) -> Iterator[Line]:
 
 _NUMBER = '"$SLURM_ARRAY_TASK_ID"'
 _STEP_COMMENT = """\
-# One process a node, which starts all others. Slurm tells it to stop {warning} before the time limit, and
-# when it takes the nodes back; it ends with 75 then, after a checkpoint."""
+# One process per node, which starts all others. Slurm tells it to stop {warning} before the time limit, and
+# when it takes the nodes back; it then saves a checkpoint and ends with exit code 75."""
 _UPLOADING = """\
-# What all nodes write is brought to the object store meanwhile, until descriptor 3 is closed. So that the
-# end is brought there too, this script outlives what is told to stop.
+# Uploads the output of all nodes to the object store until descriptor 3 is closed. This script ignores
+# SIGTERM and outlives the launchers, so that their last lines are uploaded too.
 exec 3> >({uploader})
 uploader=$!
 trap : TERM
 """
 _REQUEUE = """\
-# Not a job that was cancelled, which may not be queued again, nor one that Slurm queues again by itself.
+# Requeue the job, unless it was cancelled, or Slurm requeues it by itself.
 now=$(scontrol show job {job})
 if [ $again = yes ] && [[ $now == *JobState=RUNNING* && $now == *Requeue=1* ]]; then
     scontrol requeue {job}
@@ -244,7 +244,7 @@ def _meeting(spec: JobSpec) -> list[str]:
     if not any(RENDEZVOUS in argument for argument in spec.command):
         return []
     return [
-        "# The launchers meet on the first node, where this script runs, at a port of this job's own.",
+        "# The launchers meet on the first node, where this script runs, at a port specific to this job.",
         f"rendezvous=$(hostname):$(({_FIRST_PORT} + SLURM_JOB_ID % 10000))",
         "",
     ]
@@ -282,7 +282,7 @@ def _ending(job: Job, *, stored: bool) -> list[str]:
     found = [
         'echo "$(date +%FT%T) $SLURM_JOB_NODELIST exit code $code" >> "$attempts"',
         "case $code in",
-        f"    {told}) again=yes ;;  # told to stop: 138 and 143 are before Python could answer",
+        f"    {told}) again=yes ;;  # told to stop; 138 and 143: before Python could handle the signal",
     ]
     if spec.retries:
         failed = f"grep -cvE '({_BEGINS}|exit code (0|{told.replace(' ', '')}))$'"
@@ -330,18 +330,18 @@ def _check_options(options: Mapping[str, str]) -> None:
     """Raises BadInput."""
     for key, value in options.items():
         if key in _FLAGS:
-            raise BadInput(f"--option {key}: that is what {_FLAGS[key]} is for")
+            raise BadInput(f"--option {key}: use {_FLAGS[key]} instead")
         if key in _OWN:
             raise BadInput(
-                f"--option {key}: the script sets it itself, so that the job can go on; leave it out"
+                f"--option {key}: the script sets this itself, so that the job can resume; omit it"
             )
         if len(key) == 1:
-            raise BadInput(f"--option {key}: give its long name, such as partition for p")
+            raise BadInput(f"--option {key}: use its long name, such as partition for p")
         meant = next((name for name in (*_FLAGS, *_OWN) if name.startswith(key)), "")
         if meant:
-            raise BadInput(f"--option {key}: Slurm would read it as {meant}, which is not given so")
+            raise BadInput(f"--option {key}: Slurm would read it as {meant}, which cannot be set this way")
         if not value and key not in _SWITCHES:
-            raise BadInput(f"--option {key}: it has no value; give {key}=VALUE, or leave it out")
+            raise BadInput(f"--option {key}: no value; give {key}=VALUE, or omit it")
 
 
 def _warning(spec: JobSpec) -> int:
@@ -362,8 +362,8 @@ def _check_warning(spec: JobSpec) -> None:
     warning = _warning(spec)
     if spec.time is not None and spec.time <= warning:
         raise BadInput(
-            f"--time {_days(spec.time)}: Slurm tells it to stop {_clock(warning)} before that; give a longer "
-            "--time, or --option signal=USR1@SECONDS for a later warning"
+            f"--time {_days(spec.time)}: Slurm tells the job to stop {_clock(warning)} before that; use a "
+            "longer --time, or --option signal=USR1@SECONDS for a later warning"
         )
 
 
@@ -391,12 +391,14 @@ def _check_nodes(spec: JobSpec) -> None:
         if amount > most:
             said, there = (jobspec.shown_memory(n) if what == "memory" else str(n) for n in (amount, most))
             raise BadInput(
-                f"--{what} {said}: a node of {where} has {there} at most; ask for less a node, or for "
-                "another partition with --option partition=NAME"
+                f"--{what} {said}: a node of {where} has at most {there}; request less per node, or a "
+                "different partition with --option partition=NAME"
             )
     fitting = sum(n.count for n in nodes if all(getattr(n, what) >= x for what, x in asked.items()))
     if spec.nodes > fitting:
-        raise BadInput(f"--nodes {spec.nodes}: {where} has {counted(fitting, 'node')} with what is asked for")
+        raise BadInput(
+            f"--nodes {spec.nodes}: {where} has {counted(fitting, 'node')} with the requested resources"
+        )
 
 
 def _nodes_of(partition: str) -> list[_Nodes]:
@@ -505,7 +507,7 @@ def _by_attempts(of: Sequence[Job]) -> dict[str, list[Status]]:
 
 def _by_codes(elements: Sequence[str]) -> list[Status]:
     """How the elements of a job were by what each wrote of its attempts."""
-    forgotten = Status("unknown", "Slurm does not know it any more")
+    forgotten = Status("unknown", "Slurm no longer knows it")
     codes = [attempts.split()[-1] for attempts in elements if attempts.strip()]
     return [_ended(code) if code.isdecimal() else forgotten for code in codes] or [forgotten]
 

@@ -92,7 +92,7 @@ class Logs:
                 self._silent = False
             except Unreachable as error:
                 if not self._silent:
-                    log.warning("%s; what other machines write is not seen now", error)
+                    log.warning("%s; the output of other machines is not shown at the moment", error)
                 self._silent, self._changed = True, time.monotonic()
             self._asked = time.monotonic()
         return self._stored

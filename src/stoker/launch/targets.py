@@ -83,5 +83,5 @@ def of(name: str) -> Target:
     """The target of a name. Raises BadInput."""
     if name not in TARGETS:
         allowed = (LOCAL, *TARGETS)
-        raise BadInput(f"--on {name}: give {', '.join(allowed)}{nearest(name, allowed)}")
+        raise BadInput(f"--on {name}: must be one of {', '.join(allowed)}{nearest(name, allowed)}")
     return cast(Target, importlib.import_module(TARGETS[name]))

@@ -64,7 +64,7 @@ class Watch:
                 self._look()
             except Exception as error:
                 if said != (said := f"{type(error).__name__}: {error}"):
-                    log.warning("the ranks are watched in part: %s", said)
+                    log.warning("the ranks are watched only partly: %s", said)
 
     def _look(self) -> None:
         if self.told or self.ask_to_stop:
@@ -164,7 +164,7 @@ class Watch:
             folder = self._keep_stacks()
             return f"{said}{_places(folder)}; the stacks of all ranks are in {folder}"
         except OSError as error:  # they are to be ended all the same
-            return f"{said}; the stacks of the ranks could not be kept ({error})"
+            return f"{said}; the stacks of the ranks could not be saved ({error})"
 
     def _keep_stacks(self) -> Path:
         """Move the stacks to the run's logs; returns where they are."""
@@ -184,7 +184,7 @@ def _places(folder: Path) -> str:
     if not ranks_at:
         return ""
     said = [f"rank{'s' if len(at) > 1 else ''} {words.some(at, _NAMED)} at {p}" for p, at in ranks_at.items()]
-    why = " (what one of them alone calls, and all take part in, waits without end)" if len(said) > 1 else ""
+    why = " (a collective that not all ranks call waits for ever)" if len(said) > 1 else ""
     return f"; {words.some(said, _NAMED)}{why}"
 
 

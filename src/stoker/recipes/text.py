@@ -33,8 +33,8 @@ class Config(Training):
     width: Annotated[int, Ge(1)] | None = None
     """Hidden size of a new model, instead of its size's default."""
     heads: Annotated[int, Ge(1)] | None = None
-    """Attention heads of a new model; default: heads of width 64, or the nearest number that divides the
-    width."""
+    """Attention heads of a new model; default: one per 64 of the width, or the next smaller number that
+    divides it."""
     feed_forward: Annotated[int, Ge(1)] | None = None
     """Units in the feed-forward layers of a new model; default: 4 times the width."""
     dropout: Annotated[float, Ge(0), Lt(1)] | None = None

@@ -38,8 +38,8 @@ def shape(
 ) -> Shape:
     """The shape of a size, with the given values instead of the size's own.
 
-    By default heads are 64 wide, or as close to that as divides the width, and the feed-forward layer has 4
-    times the width.
+    By default heads are 64 wide, or the next larger size that divides the width, and the feed-forward layer
+    has 4 times the width.
 
     Args:
         model: a key of SIZES.

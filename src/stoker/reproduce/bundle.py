@@ -129,13 +129,13 @@ def unpack(archive: Path, target: Path, xxh3: str, files: Sequence[File]) -> Non
         raise BadInput(f"the code of the run cannot be read: {archive}: {error.strerror}") from error
     if found != xxh3:
         raise BadInput(
-            f"{archive} is damaged: its XXH3 is {found}, {xxh3} was recorded; copy it from where the run is "
-            "whole, or use the commit that code.json names"
+            f"{archive} is damaged: its XXH3 is {found}, but {xxh3} was recorded; restore it from an intact "
+            "copy of the run, or use the commit that code.json names"
         )
     if wrong := _wrong(archive, files):
         raise BadInput(
-            f"{archive} is damaged, and was when it was recorded: {wrong[0]} in it is not the file that "
-            "code.json has; copy it from a run of the same code, or use the commit that code.json names"
+            f"{archive} was already damaged when it was recorded: {wrong[0]} in it is not the file that "
+            "code.json lists; copy it from a run of the same code, or use the commit that code.json names"
         )
     target.mkdir(parents=True, exist_ok=True)
     try:
@@ -174,7 +174,7 @@ def _unpack_member(members: tarfile.TarFile, member: tarfile.TarInfo, root: Path
     leads_to = place.parent / member.linkname if member.issym() else place
     inside = [Path(os.path.normpath(path)) for path in (place, leads_to)] + [place.parent.resolve()]
     if not all(path.is_relative_to(root) for path in inside):
-        raise tarfile.TarError(f"{member.name} leads out of it")
+        raise tarfile.TarError(f"{member.name} points outside the archive")
     place.parent.mkdir(parents=True, exist_ok=True)
     if member.issym():
         place.symlink_to(member.linkname)
@@ -199,11 +199,11 @@ def _choose(root: Path, paths: Sequence[str], private: Set[str]) -> tuple[list[s
     total, fitting = 0, set()
     for path, size in sorted(sizes.items(), key=lambda item: item[1]):
         if path in private:
-            left_out.append(LeftOut(path, size, "not in git, and by its name it holds secrets"))
+            left_out.append(LeftOut(path, size, "not in git, and its name suggests secrets"))
         elif size > MOST_OF_A_FILE:
             left_out.append(LeftOut(path, size, "larger than 1 MiB"))
         elif total + size > MOST_IN_ALL:
-            left_out.append(LeftOut(path, size, "over the limit of 64 MiB in all"))
+            left_out.append(LeftOut(path, size, "over the total limit of 64 MiB"))
         else:
             total += size
             fitting.add(path)
@@ -222,7 +222,7 @@ def _read(root: Path, path: str, scan: _Scan) -> _Read | LeftOut:
         return LeftOut(path, _size(place), f"cannot be read: {error.strerror}")
     kept = _without_secrets(path, data, scan)
     if kept is None:
-        return LeftOut(path, len(data), "no text, and holds a secret")
+        return LeftOut(path, len(data), "not text, and contains a secret")
     permissions = "100755" if mode & stat.S_IXUSR else "100644"
     file = File(path, len(kept), xxhash.xxh3_128_hexdigest(kept), permissions)
     return _Read(file, kept, kept is not data)
@@ -243,7 +243,7 @@ def _read_link(root: Path, path: str) -> _Read | LeftOut:
     leads = os.readlink(root / path)  # noqa: PTH115 - as it is written
     resolved = Path(os.path.realpath(root / path))
     if Path(leads).is_absolute() or not resolved.is_relative_to(root):
-        return LeftOut(path, _size(resolved), f"a link out of {root.name}, to {redaction.text(leads)}")
+        return LeftOut(path, _size(resolved), f"a link out of {root.name} to {redaction.text(leads)}")
     data = os.fsencode(leads)
     return _Read(File(path, len(data), xxhash.xxh3_128_hexdigest(data), _LINK), data, is_redacted=False)
 

@@ -171,7 +171,7 @@ def _list(root: Path, prefix: str = "", depth: int = 0) -> _Listing:
                 found.unread.extend(inner.unread)
             elif name:
                 found.unread.append(
-                    LeftOut(prefix + name.rstrip("/"), None, "a repository that is not there")
+                    LeftOut(prefix + name.rstrip("/"), None, "a repository that is not checked out")
                 )
     return found
 
@@ -184,7 +184,7 @@ def _diff(root: Path) -> bytes:
     said = said or ""
     if len(said) > _MOST_DIFF:
         more = len(said) - _MOST_DIFF
-        said = f"{said[:_MOST_DIFF]}\n... and {more:,} characters more: code.tar.gz has the files\n"
+        said = f"{said[:_MOST_DIFF]}\n... and {more:,} more characters: code.tar.gz has the files\n"
     return "".join(map(_without_secrets, _OF_A_FILE.split(said))).encode("utf-8", "surrogateescape")
 
 

@@ -92,7 +92,7 @@ def packages(before: str, now: str) -> list[Difference]:
                 f"{was.said} with content {was.content[:12]}",
                 f"{is_.said} with content {is_.content[:12]}",
             )
-        matters = "its kernels may add in another order" if was and _KERNELS.fullmatch(name) else ""
+        matters = "its kernels may add in a different order" if was and _KERNELS.fullmatch(name) else ""
         found.append(Difference("package", name, *said, matters))
     return found
 
@@ -139,10 +139,10 @@ def _variables(before: Mapping[str, str], now: Mapping[str, str]) -> Iterator[Di
 
 def _judged(difference: Difference, on_gpu: bool) -> Difference:
     why = {
-        "processor": "" if on_gpu else "the processor decides which kernels compute",
+        "processor": "" if on_gpu else "the processor decides which kernels run",
         "cores": "" if on_gpu else "sums are split over as many threads as there are cores",
-        "gpus": "the GPU decides which kernels compute" if on_gpu else "",
-        "cudnn": "its kernels may add in another order" if on_gpu else "",
+        "gpus": "the GPU decides which kernels run" if on_gpu else "",
+        "cudnn": "its kernels may add in a different order" if on_gpu else "",
     }.get(difference.name, "")
     if difference.kind == "variable" and computing({difference.name: ""}):
         why = "it decides how kernels compute"

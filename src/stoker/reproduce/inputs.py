@@ -40,10 +40,10 @@ class Input:
     def said(self) -> str:
         """In words."""
         if self.now is None:
-            return f"{self.path}, compared once it is read"
+            return f"{self.path}, compared when it is read"
         if self.changed:
-            return f"{self.path} has changed: {self.before} was recorded, it is {self.now}"
-        return f"{self.path} as recorded{', of which a sample was compared' if self.sampled else ''}"
+            return f"{self.path} has changed: {self.before} was recorded, now it is {self.now}"
+        return f"{self.path} as recorded{' (a sample was compared)' if self.sampled else ''}"
 
 
 def link_left_out(place: Place) -> list[str]:
@@ -111,7 +111,7 @@ def resolved(
         for part in parts if had else ():
             if part.startswith(("/", ".")) and not _stands(part):
                 raise BadInput(
-                    f"{key}={part}: there is nothing; the run read {had[0]['path']}, of fingerprint "
+                    f"{key}={part} does not exist; the run read {had[0]['path']}, with fingerprint "
                     f"{_known(had[0])}"
                 )
         found.append(f"{key}={','.join(map(_absolute, parts))}" if had else override)
@@ -178,11 +178,11 @@ def _fingerprint(place: Place, name: str, about: Mapping[str, Any], config: Mapp
         return data.fingerprint(path).fingerprint
     except OSError as error:
         keys = [key for key, value in config.items() if about["path"] in paths_of({key: value})]
-        anew = f"bring it back or say where it is now by {keys[0]}=PATH" if keys else ""
+        anew = f"restore it, or give its new location with {keys[0]}=PATH" if keys else ""
         raise BadInput(
             f"data {name!r} cannot be read: {error.filename or path}: {error.strerror}. It had fingerprint "
             f"{about['fingerprint']}, {about['bytes']:,} bytes in {counted(about['files'], 'file')}: "
-            f"{anew or 'no key of the run names it, so put it back, or a link to it'}"
+            f"{anew or 'no key of the run names it, so restore it, or put a link to it there'}"
         ) from error
 
 

@@ -60,13 +60,13 @@ def materialise(record: Path, root: Path, cwd: str) -> Place:
     if code.bundle is not None:
         provenance.extract(record, root)
     elif code.files:
-        raise BadInput(f"{record} has no bundle of the run's code: it cannot be run again from its record")
+        raise BadInput(f"{record} contains no bundle of the run's code, so the run cannot be repeated")
     inside = root / code.cwd if code.cwd is not None else Path(cwd)
     if code.cwd is not None:
         inside.mkdir(parents=True, exist_ok=True)
     elif not inside.is_dir():
         raise BadInput(
-            f"the run was started in {cwd}, outside of its code, and that folder is gone: make it again"
+            f"the run was started in {cwd}, outside its code, and that folder is gone: create it again"
         )
     return Place(root, inside, code)
 

@@ -162,7 +162,7 @@ def extract(folder: Path, target: Path) -> Code:
     """
     found = read_code(folder)
     if found.bundle is None or found.bundle_xxh3 is None:
-        raise BadInput(f"{folder / CODE} names no bundle: this run has no code of its own")
+        raise BadInput(f"{folder / CODE} names no bundle: the code of this run was not recorded")
     bundle.unpack(folder / found.bundle, target, found.bundle_xxh3, found.files)
     return found
 
@@ -193,7 +193,7 @@ def _try(what: str, do: Callable[[], T]) -> T | None:
     try:
         return do()
     except Exception as error:
-        log.warning("%s of the run is not recorded: %s: %s", what, type(error).__name__, error)
+        log.warning("%s of the run was not recorded: %s: %s", what, type(error).__name__, error)
         return None
 
 

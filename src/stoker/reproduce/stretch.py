@@ -44,11 +44,11 @@ def find(view: RunView, after: int | None = None, steps: int | None = None) -> S
         BadInput: there is nothing to be made again.
     """
     if not view.points:
-        raise BadInput(f"{view.directory.id} has logged nothing: there is nothing to compare with")
+        raise BadInput(f"{view.directory.id} has logged nothing, so there is nothing to compare with")
     parts = _parts(view)
     begin = parts[0][0] if after is None else after
     if view.step <= begin:
-        raise BadInput(f"{view.directory.id} made no step after step {begin}: it ended at step {view.step}")
+        raise BadInput(f"{view.directory.id} has no step after step {begin}: it ended at step {view.step}")
     index = max(i for i, (start, _) in enumerate(parts) if start <= begin or i == 0)
     first = parts[index][1]
     until, why = None if view.status == FINISHED else view.step, ""
@@ -87,12 +87,12 @@ def _config(view: RunView, attempt: Attempt) -> dict[str, Any]:
 def _changed(view: RunView, before: Attempt, now: Attempt) -> str:
     """What changed between two attempts, in words; empty where nothing did."""
     if before.world != now.world:
-        return f"it went on with {now.world} ranks in place of {before.world}"
+        return f"it resumed with {now.world} ranks instead of {before.world}"
     one, other = _config(view, before), _config(view, now)
     changes = [f"{key} from {one.get(key)} to {other[key]}" for key in other if one.get(key) != other[key]]
     if changes:
-        return f"it went on with another config: {', '.join(changes)}"
+        return f"it resumed with a different config: {', '.join(changes)}"
     other_files = [
         path for path in {**before.code, **now.code} if before.code.get(path) != now.code.get(path)
     ]
-    return f"it went on with other code: {words.some(other_files)}" if other_files else ""
+    return f"it resumed with different code: {words.some(other_files)}" if other_files else ""

@@ -88,13 +88,13 @@ def _interpreter(version: str) -> str:
         return sys.executable
     found = shutil.which(f"python{minor}")
     if found is None:
-        raise BadInput(f"--env: the run had Python {version}, and there is no python{minor} here: install it")
+        raise BadInput(f"--env: the run used Python {version}, but there is no python{minor}: install it")
     return found
 
 
 def _create(base: str, folder: Path, lock: str) -> None:
     """Raises StokerError, with what pip said."""
-    _run([base, "-m", "venv", str(folder)], "the virtual environment cannot be made")
+    _run([base, "-m", "venv", str(folder)], "the virtual environment cannot be created")
     requirements = folder / "requirements.txt"
     requirements.write_text(lock, encoding="utf-8")
     python = str(folder / "bin" / "python")
@@ -110,7 +110,7 @@ def _create(base: str, folder: Path, lock: str) -> None:
             "-r",
             str(requirements),
         ],
-        "pip cannot install the lock of the run",
+        "pip cannot install the run's lock",
     )
     asked = "import sysconfig; print(sysconfig.get_path('purelib'))"
     _link_stoker(Path((machine.output([python, "-c", asked]) or "").strip()))
