@@ -1,4 +1,4 @@
-"""Train an image classifier: a ResNet (He et al. 2016, arXiv:1512.03385) of a given size, or a loaded model.
+"""Train an image classifier: a new ResNet (He et al. 2016, arXiv:1512.03385), or a loaded model.
 
 Decoding and augmentation run in workers and depend only on (seed, epoch, sample).
 """

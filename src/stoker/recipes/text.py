@@ -1,5 +1,4 @@
-"""Train a text classifier: an encoder (BERT) of a given size, or a loaded model; logs accuracy and model
-size.
+"""Train a text classifier: a new encoder (BERT), or a loaded model; logs its accuracy and size.
 
 Each text is tokenised once. A batch holds texts of similar length and is padded to its longest text.
 """
