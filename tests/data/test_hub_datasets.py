@@ -168,9 +168,9 @@ def test_streams_are_told_apart_by_what_their_files_hold(answers: dict[Any, Any]
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("org/data", "has several configs: give one of one, two, three, as in org/data#one"),
-        ("org/data#on", "give one of one, two, three, as in org/data#one; did you mean 'one'?"),
-        ("org/data#two", "has no split train: give one of train_sft, test_sft, as in org/data#two/train_sft"),
+        ("org/data", "has several configs: use one of one, two, three, as in org/data#one"),
+        ("org/data#on", "use one of one, two, three, as in org/data#one; did you mean 'one'?"),
+        ("org/data#two", "has no split train: use one of train_sft, test_sft, as in org/data#two/train_sft"),
         ("org/plain@nope", "has no revision nope: give one of its branches, tags or commits"),
         ("org/nothing", "is neither a local file nor a dataset on the hub (if it is private, set HF_TOKEN)"),
     ],

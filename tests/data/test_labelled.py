@@ -158,10 +158,10 @@ def test_what_cannot_be_learnt_from_is_said(tmp_path: Path) -> None:
 
     assert "is an empty dataset" in said("empty.csv", "")
     assert "is an empty dataset" in said("blank.csv", "text,label\n  ,a\n")
-    assert "no column 'text': give text_column=; it has 'txt', 'label'; did you mean 'txt'?" in said(
+    assert "no column 'text': set text_column=; its columns are 'txt', 'label'; did you mean 'txt'?" in said(
         "other.csv", "txt,label\na,b\n"
     )
-    assert "give label_column=" in said("other.csv", "text,kind\na,b\n")
+    assert "set label_column=" in said("other.csv", "text,kind\na,b\n")
     assert "line 3: 'label' must be a string, a whole number, or true or false, not null" in said(
         "short.csv", "text,label\na,b\nc\n"
     )
@@ -180,7 +180,7 @@ def test_a_label_that_is_only_tested_is_refused(tmp_path: Path) -> None:
     write_csv(tmp_path / "train.csv", ROWS)
     write_csv(tmp_path / "test.csv", [("a", "steel")])
     assert "the test split has the label 'steel', but the training texts have only" in refused(tmp_path)
-    assert "these are coal, iron" in refused(tmp_path)
+    assert "have only coal, iron" in refused(tmp_path)
 
 
 def test_a_file_of_no_split_among_files_of_splits_is_refused(tmp_path: Path) -> None:

@@ -271,10 +271,10 @@ class FlowingOfKnownLength(Flowing):
 @pytest.mark.parametrize(
     ("dataset", "said"),
     [
-        (Flowing(), "Flowing has no __len__, and"),
-        (FlowingOfKnownLength(), "FlowingOfKnownLength is an IterableDataset, and"),
-        (DataLoader([1, 2]), "DataLoader has no __getitem__, and"),  # type: ignore[arg-type]
-        (iter([1, 2]), "list_iterator has no __len__ and no __getitem__, and"),
+        (Flowing(), "Flowing has no __len__, but"),
+        (FlowingOfKnownLength(), "FlowingOfKnownLength is an IterableDataset, but"),
+        (DataLoader([1, 2]), "DataLoader has no __getitem__, but"),  # type: ignore[arg-type]
+        (iter([1, 2]), "list_iterator has no __len__ and no __getitem__, but"),
     ],
 )
 def test_what_is_not_read_by_index_is_refused_with_what_to_give(dataset: Any, said: str) -> None:

@@ -233,7 +233,7 @@ def test_conversations_are_read_in_every_form(tmp_path: Path, record: dict[str, 
             "message 1: the field 'content' must be a string, not a number (3)",
         ),
         ([{"role": "user", "content": [{"type": "image"}]}], "has a part that is not text"),
-        (["hi"], "message 1: must be an object with 'role' and 'content', not a text"),
+        (["hi"], "message 1: must be an object with 'role' and 'content', not a string"),
     ],
 )
 def test_a_bad_message_is_named(tmp_path: Path, messages: list[Any], said: str) -> None:
@@ -322,7 +322,7 @@ def test_what_is_left_out_is_said_of_each_file_and_of_what_is_evaluated_on(tmp_p
             '{"instruction", "output"} with an optional "input", or {"messages": [{"role", "content"}]}',
         ),
         ("{}", "no known field; the record's fields are none; "),
-        ('{"conversations": "hi"}', "'conversations' must be a list of messages: not a text"),
+        ('{"conversations": "hi"}', "'conversations' must be a list of messages, not a string"),
         ("[" * 100_000, "not usable JSON: nested too deeply"),
     ],
 )
@@ -435,9 +435,13 @@ def test_a_text_is_read_compressed_and_in_a_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl.gz", b"no gzip at all", "a.jsonl.gz cannot be unpacked: "),
-        ("a.jsonl.zst", packed("a.zst", b'{"text": "a"}\n' * 500)[:-5], "a.jsonl.zst cannot be unpacked: "),
-        ("a.jsonl.gz", packed("a.gz", b'{"text": "a"}\n' * 500)[:-12], "a.jsonl.gz cannot be unpacked: "),
+        ("a.jsonl.gz", b"no gzip at all", "a.jsonl.gz cannot be decompressed: "),
+        (
+            "a.jsonl.zst",
+            packed("a.zst", b'{"text": "a"}\n' * 500)[:-5],
+            "a.jsonl.zst cannot be decompressed: ",
+        ),
+        ("a.jsonl.gz", packed("a.gz", b'{"text": "a"}\n' * 500)[:-12], "a.jsonl.gz cannot be decompressed: "),
         ("a.json", b'[{"text": "a"},\n {text: 2}]', "a.json: not JSON: .* \\(line 2, column 3\\)"),
         ("a.json", b'[{"text": "a"}, {"text": 2}]', "a.json, record 2: the field 'text' must be a string"),
         ("a.json", b'{"data": [{"text": "a"}]}', "a.json, record 1: no known field"),

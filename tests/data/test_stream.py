@@ -312,7 +312,7 @@ def test_a_file_that_is_unpacked_and_has_changed_is_other_data(
 def test_what_is_not_there_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(BadInput, match="does not exist, or contains no"):
         chunks.find(str(tmp_path / name))
-    with pytest.raises(BadInput, match="holds no"):
+    with pytest.raises(BadInput, match="contains no"):
         chunks.find(str(tmp_path))
 
 

@@ -1,5 +1,7 @@
-"""What a Trainer is given, judged before anything is made of it: what is written for a loop of plain PyTorch
-has other arguments, which fail later with words that name none of them."""
+"""Checks of the Trainer's arguments, before anything is built from them.
+
+Arguments written for a loop of plain PyTorch differ, and would fail later with errors that name none of them.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +16,12 @@ from stoker.words import some
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-_UNUSED = "Expected to have finished reduction"  # what DDP's error begins with
-_NAMED = 4  # parameters that a message names
+_UNUSED = "Expected to have finished reduction"  # the beginning of DDP's error
+_NAMED = 4  # parameters named in a message
 
 
 def check(optimizer: object, loss: object, schedule: object) -> None:
-    """Raises BadInput for what is of another kind than Trainer takes."""
+    """Raises BadInput for arguments of a kind that Trainer does not take."""
     for name, make in optimizer.items() if isinstance(optimizer, Mapping) else [("", optimizer)]:
         _check_optimizer(name, make)
     if loss is not None:
@@ -64,7 +66,7 @@ def _check_schedule(schedule: object) -> None:
 
 
 def explain_inputs(model: nn.Module, inputs: Mapping[str, Any], error: TypeError) -> None:
-    """Raises BadInput where a model was called with items of a batch that it has no parameters for."""
+    """Raises BadInput if a model was called with batch items that it has no parameters for."""
     called = model.module if isinstance(model, DistributedDataParallel) else model
     if _takes(called.forward, **inputs):
         return
@@ -79,7 +81,7 @@ def explain_inputs(model: nn.Module, inputs: Mapping[str, Any], error: TypeError
 
 
 def explain_unused(model: nn.Module, error: RuntimeError) -> None:
-    """Raises StokerError where DDP waited for gradients of parameters that the loss does not depend on."""
+    """Raises StokerError if DDP waited for gradients of parameters that the loss does not depend on."""
     if not str(error).startswith(_UNUSED):
         return
     names = [name for name, p in model.named_parameters() if p.requires_grad]
@@ -93,7 +95,7 @@ def explain_unused(model: nn.Module, error: RuntimeError) -> None:
 
 
 def _takes(function: Callable[..., Any], /, *arguments: Any, **named: Any) -> bool:
-    """Whether it can be called so; of one that does not say what it takes, it is believed."""
+    """Whether the function can be called like this; assumed so if it has no signature."""
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):
@@ -106,7 +108,7 @@ def _takes(function: Callable[..., Any], /, *arguments: Any, **named: Any) -> bo
 
 
 def _said(value: object) -> str:
-    """A value in words: a text or a function by itself, all else by its type."""
+    """A value for a message: a string or function by its name, anything else by its type."""
     if isinstance(value, str):
         return repr(value)
     name = getattr(value, "__name__", None)
