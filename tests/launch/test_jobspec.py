@@ -147,7 +147,7 @@ def test_a_variable_that_cannot_be_written_is_refused(text: str, said: str) -> N
         ({"options": {"output": "x"}}, "the script sets this"),
         ({"options": {"p": "gpu"}}, "use its long name"),
         ({"options": {"signal": "KILL@9"}}, "give USR1@SECONDS"),
-        ({"gpus": 1, "processes": 2}, "each rank has a GPU"),
+        ({"gpus": 1, "processes": 2}, "each rank needs a GPU"),
         ({"cpus": 1, "processes": 2}, "each rank needs at least one core"),
     ],
 )

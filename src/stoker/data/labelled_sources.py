@@ -1,7 +1,7 @@
-"""Reading labelled texts: the built-in ones, local files, datasets of the hub.
+"""Reads labelled texts: the built-in ones, local files, hub datasets.
 
-A record has a text and a label, in two columns that are named. Input that cannot be read is refused with the
-file, the line and what was expected.
+A record has a text and a label, in two named columns. Input that cannot be read is refused with the file, the
+line and what was expected.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from stoker.errors import BadInput, nearest
 
 BUILT_IN: dict[str, Callable[[], list[Text]]] = {"python-docstrings": python_parts.texts}
 
-_MANY = sys.maxsize  # characters of a field of a CSV file
+_MANY = sys.maxsize  # characters per field of a CSV file
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Where a record has its text and its label."""
+    """The names of a record's text and label columns."""
 
     text: str
     label: str
 
 
 def check(data: str) -> None:
-    """Refuse what is not there, before any of it is read. Raises BadInput."""
+    """Raises BadInput if the data does not exist, before any of it is read."""
     if data in BUILT_IN or Path(data).expanduser().exists():
         return
     if object_store.is_url(data):
@@ -47,21 +47,21 @@ def check(data: str) -> None:
 
 
 def is_here(data: str) -> bool:
-    """Whether data is files of this machine."""
+    """Whether the data consists of local files."""
     return data not in BUILT_IN and Path(data).expanduser().exists()
 
 
 def read(data: str, columns: Columns, *, validation: float, test: float) -> Texts:
-    """The texts of `python-docstrings`, of a .jsonl, .csv or .parquet file, a folder of these, or of the hub.
+    """The texts of `python-docstrings`, a .jsonl, .csv or .parquet file, a folder of these, or the hub.
 
-    Files of a folder may be of splits, as `train.csv`, `test-00000.parquet` or `validation/a.jsonl` are.
-    A blank text says nothing and is left out.
+    Files of a folder can belong to splits, as in `train.csv`, `test-00000.parquet` or `validation/a.jsonl`.
+    Blank texts are left out.
 
     Args:
-        validation, test: the shares that are held out, where the data has no such split.
+        validation, test: the shares to hold out if the data has no such split.
 
     Raises:
-        BadInput: there is none, it cannot be read, or it cannot be learnt from; see `labelled.divided`.
+        BadInput: it does not exist, cannot be read, or cannot be learnt from; see `labelled.divided`.
     """
     check(data)
     if data in BUILT_IN:
@@ -151,7 +151,7 @@ def _of_parquet(path: Path, columns: Columns) -> Iterator[Text]:
 
 
 def _class_names(schema: Any, label: str) -> Sequence[str]:
-    """What the numbers of a column stand for, where `datasets` has written that into the file."""
+    """The names of a label column's numbers, if `datasets` has written them into the file."""
     if b"huggingface" not in (schema.metadata or {}):
         return ()
     from datasets import Features
@@ -171,7 +171,7 @@ _ENDINGS = ".jsonl, .csv or .parquet"
 
 
 def of_hub(name: str, columns: Columns) -> dict[str, Iterable[Text]]:
-    """The splits of a dataset of the hub; one whose labels are withheld (all -1) is as if it were not."""
+    """The splits of a hub dataset, except those whose labels are withheld (all -1)."""
     found: dict[str, Iterable[Text]] = {}
     for split, rows in hub_datasets.splits(name, tuple(BUILT_IN)).items():
         if split not in SPLITS:
@@ -197,7 +197,7 @@ def _text(where: str, record: dict[str, Any], columns: Columns, classes: Sequenc
         raise BadInput(f"{where}: {columns.text!r} must be a string, not {records.kind_of(text)}")
     try:
         text.encode()
-    except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can spell
+    except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can contain
         raise BadInput(f"{where}: {columns.text!r} is not valid Unicode: {error.reason}") from error
     return Text(text, _label(where, record[columns.label], columns, classes), content_key(text))
 

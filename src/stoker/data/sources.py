@@ -1,8 +1,8 @@
-"""Reading text data into documents: built-in corpora, local files, datasets of the hub.
+"""Reads text data into documents: built-in corpora, local files, hub datasets.
 
-Every source ends in the same `Document`s. A record is read by the fields it has, in any of
-the forms that instruction data comes in. Input that cannot be read is refused with the file,
-the line and what was expected.
+Every source produces the same kind of `Document`. A record is interpreted by its fields, in any of the
+usual formats of instruction data. Input that cannot be read is refused with the file, the line and what
+was expected.
 """
 
 from __future__ import annotations
@@ -42,34 +42,34 @@ BUILT_IN: dict[str, Callable[[], list[Document]]] = {
 }
 
 
-_SAMPLED = 16  # parts of a stream that are looked at beforehand
-_FIRST = 100  # documents of a file that are looked at before anything is started
-_READ_WHOLE = (".json", ".txt")  # the files whose first document is not there before all of them is
-_SMALL = 16 * 2**20  # bytes of such a file that are read twice gladly
+_SAMPLED = 16  # parts of a stream that are sampled in advance
+_FIRST = 100  # documents of a file that are checked before anything is started
+_READ_WHOLE = (".json", ".txt")  # files that must be read whole to get their first document
+_SMALL = 16 * 2**20  # bytes up to which such a file may be read twice
 
 Key = Literal["data", "validation_data", "test_data"]
-"""The key of the config that names data: what it is for."""
+"""The config key that names data, and thereby its purpose."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """Data for training or evaluation, by itself or among others."""
+    """One source of data for training or evaluation."""
 
     name: str
-    """Short, and unlike that of the others of its key."""
+    """Short, and unique among the sources of its key."""
     weight: float
     splits: Splits
-    """Of a stream: those of the parts that were looked at."""
+    """For a stream: those of the sampled parts."""
     fingerprint: str
     description: str
     stream: Chunks | None = None
-    """What is to be read while training, where that is not all in `splits`."""
+    """The data to read during training, if not everything is in `splits`."""
     held_out: float = 0.0
-    """Of a stream: the documents whose place is below it are for validation and test."""
+    """For a stream: documents whose place is below this are for validation and test."""
     key: Key = "data"
-    """Of any but `data` all documents are in the split that is evaluated."""
+    """For any key but `data`, all documents are in the split that is evaluated."""
     left_out: tuple[LeftOut, ...] = ()
-    """As of a corpus; of a stream, among what was looked at."""
+    """As in a corpus; for a stream, among the sampled parts."""
 
 
 def read_all(
@@ -82,19 +82,18 @@ def read_all(
     test_data: str | None = None,
     columns: Columns = NO_COLUMNS,
 ) -> list[Source]:
-    """Read what is named as `a`, as `a,b`, or with weights as `a:3,b:1`: what is trained on comes first.
+    """Read data named as `a`, as `a,b`, or with weights as `a:3,b:1`; the training data comes first.
 
-    Several without weights are one, of all of their documents; but each of those that are evaluated on is
-    one of its own.
+    Several sources without weights are combined into one; but evaluation sources always remain separate.
 
     Args:
-        validation, test: the shares of the documents that are held out, see `documents.split`.
-        streaming: leave what is not built in to be read while training.
-        validation_data, test_data: what is evaluated on in place of that share of `data`, read whole.
-        columns: as those of `records.documents`, of all that is not built in.
+        validation, test: the shares of the documents to hold out, see `documents.split`.
+        streaming: leave everything that is not built in to be read during training.
+        validation_data, test_data: evaluation data that replaces that share of `data`; read whole.
+        columns: see `records.documents`; for everything that is not built in.
 
     Raises:
-        BadInput: as `read`, or for weights that are none, or of what is evaluated on.
+        BadInput: as for `read`, or for invalid weights, or weights on evaluation data.
     """
     records.check_columns(columns)
     found = _trained_on(
@@ -149,7 +148,7 @@ def _trained_on(
 
 
 def check(data: str, key: Key = "data", columns: Columns = NO_COLUMNS) -> None:
-    """Refuse what is not there, and files here that do not begin as data does. Raises BadInput."""
+    """Raises BadInput for data that does not exist, and local files that do not begin as data does."""
     records.check_columns(columns)
     for name in named(data, key):
         path = Path(name).expanduser()
@@ -172,7 +171,7 @@ def _check_first(source: str, path: Path, columns: Columns) -> None:
 
 
 def named(data: str, key: Key = "data") -> list[str]:
-    """What is named as `a`, as `a,b`, or with weights, each as it was given. Raises BadInput."""
+    """The names in `a`, `a,b`, or `a:3,b:1`, as given. Raises BadInput."""
     found = _weights(data, key)
     if key != "data" and any(weight is not None for _, weight in found):
         names = ",".join(name for name, _ in found)
@@ -181,7 +180,7 @@ def named(data: str, key: Key = "data") -> list[str]:
 
 
 def is_here(name: str) -> bool:
-    """Whether what is named is files of this machine."""
+    """Whether a name refers to local files."""
     return name not in BUILT_IN and Path(name).expanduser().exists()
 
 
@@ -235,15 +234,17 @@ def _streamed(name: str, weight: float, validation: float, test: float, columns:
 
 
 def fingerprint(found: Sequence[Source]) -> str:
-    """SHA-256 of the content of all of them, with their weights where there are several."""
+    """SHA-256 of the content of all sources, with their weights if there are several."""
     if len(found) == 1:
         return found[0].fingerprint
     return hashlib.sha256(repr([(s.fingerprint, s.weight) for s in found]).encode()).hexdigest()
 
 
 def repeated(found: Sequence[Source]) -> dict[Key, int]:
-    """How many documents of each key that is evaluated on are trained on word for word; of a stream those
-    are known that were looked at."""
+    """The number of evaluation documents per key that are also trained on, word for word.
+
+    For a stream, only the sampled documents are known.
+    """
     evaluated = [
         (source.key, (document.prompt, document.text, document.messages))
         for source in found
@@ -257,7 +258,7 @@ def repeated(found: Sequence[Source]) -> dict[Key, int]:
 
 
 def looked_at(stream: Chunks) -> list[int]:
-    """The parts of a stream that are read beforehand: a few, evenly spread over all."""
+    """The parts of a stream that are sampled in advance: a few, evenly spread."""
     most = min(_SAMPLED, len(stream))
     return [number * len(stream) // most for number in range(most)]
 
@@ -279,15 +280,15 @@ def _short_name(name: str) -> str:
 
 
 def read(source: str, columns: Columns = NO_COLUMNS) -> Corpus:
-    """Read a corpus: a built in one, a file, a folder of files, a URL of either, or a dataset of the hub.
+    """Read a corpus: a built-in one, a file, a folder of files, a URL of either, or a hub dataset.
 
-    Files are .jsonl, .json, .csv, .tsv, .txt or .parquet, all but the last also with .gz or .zst behind it;
-    of a folder a plain .json is not taken.
+    Files are .jsonl, .json, .csv, .tsv, .txt or .parquet, all but the last also with .gz or .zst appended;
+    a plain .json in a folder is ignored.
 
     Args:
-        columns: as those of `records.documents`.
+        columns: see `records.documents`.
 
-    Raises BadInput for what does not exist, cannot be read, or holds nothing to be learnt.
+    Raises BadInput if it does not exist, cannot be read, or contains nothing to learn.
     """
     if source in BUILT_IN:
         return make_corpus(BUILT_IN[source](), python_docs.describe(source))
@@ -312,7 +313,7 @@ def read(source: str, columns: Columns = NO_COLUMNS) -> Corpus:
 
 
 def _files(source: str, path: Path) -> list[Path]:
-    """The file at a path, or those of a folder, in order. Raises BadInput for a folder without one."""
+    """The file at a path, or those of a folder, in order. Raises BadInput for a folder without any."""
     if not path.is_dir():
         return [path]
     files = sorted(file for file in path.rglob("*") if compressed.is_data_in_a_folder(file.name))
