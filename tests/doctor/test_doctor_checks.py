@@ -421,7 +421,7 @@ def test_wandb_is_asked_whether_it_knows_the_key(tmp_path: Path, monkeypatch: py
         monkeypatch.delenv(name, raising=False)
     (found,) = trackers.check("runs")
     assert found.state == "note"
-    assert "offline as there is no key" in found.text
+    assert "offline as there is no API key" in found.text
     monkeypatch.setenv("WANDB_API_KEY", SECRET)
     answers = {
         _http("200 OK", b'{"data": {"viewer": {"username": "me"}}}'): ("ok", "which accepts the key"),

@@ -187,7 +187,7 @@ def test_what_a_cluster_cannot_run_is_answered_before_anything_is_written(
 ) -> None:
     more = stoker(*TWO, "--gpus", "16")
     assert more.code == 2, more.err
-    assert "--gpus 16: a node of this cluster has 8 nvidia.com/gpu at most" in more.err
+    assert "--gpus 16: a node of this cluster has at most 8 nvidia.com/gpu" in more.err
     api.allowed = False
     assert "may not create jobs.batch there" in stoker(*TWO).err
     assert not (tmp_path / "runs" / ".jobs").exists()

@@ -228,7 +228,7 @@ def test_a_model_of_other_classes_gets_a_new_last_layer_and_keeps_the_rest(tmp_p
         ({"parallel": "pipeline"}, "parallel=ddp or fsdp"),
         ({"width": 32, "heads": 5}, "heads=5 does not divide"),
         ({"model": "bert-tinny"}, "did you mean 'bert-tiny'"),
-        ({"model": "MODEL", "layers": 2}, "layers=2 is of a new model"),
+        ({"model": "MODEL", "layers": 2}, "layers=2 is for new models"),
         ({"model": "LLAMA"}, "has no config.json"),
         ({"data": "nowhere.csv"}, "does not exist"),
         ({"tokenizer": "./nowhere"}, r"tokenizer \./nowhere is not a directory"),

@@ -117,7 +117,7 @@ def test_files_over_the_limits_are_named(
     (repository / "etc").symlink_to("/etc")
     _, found = _record(tmp_path, repository)
     assert [(left.path, left.bytes, left.why) for left in found.left_out] == [
-        ("etc", None, "a link out of repository, to /etc"),
+        ("etc", None, "a link out of repository to /etc"),
         ("large.py", 4_990, "over the total limit of 64 MiB"),
         ("weights.bin", bundle.MOST_OF_A_FILE + 1, "larger than 1 MiB"),
     ]
