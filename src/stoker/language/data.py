@@ -1,7 +1,8 @@
-"""The data of the language recipe: documents, their splits, and packed rows of tokens.
+"""The data of the llm recipe: documents, their splits, and packed rows of tokens.
 
-A conversation goes through the tokenizer's own chat template, and so does a pair where there is one. What is
-learnt is what the assistant says, with the token that ends it, or everything.
+Conversations are written with the tokenizer's chat template, and so are pairs if there is one. The model
+learns
+what the assistant says, with the token that ends it, or everything.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from stoker.words import counted
 log = logging.getLogger("stoker")
 
 PROMPT = "### Question\n{prompt}\n\n### Answer\n"
-"""How a pair is asked where the tokenizer has no chat template."""
+"""The format of a pair's prompt if the tokenizer has no chat template."""
 
 _PROMPT_AS_TEMPLATE = """\
 {%- for message in messages -%}
@@ -53,21 +54,21 @@ _UNFOUND = (
     "{% generation %} (chat_template=FILE)"
 )
 
-_OFTEN = 4  # times that an epoch goes through a source
+_OFTEN = 4  # passes over a source per epoch
 
 LossOn = Literal["answer", "last", "all"]
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of tokens for each use."""
+    """Rows of tokens for each split."""
 
     train: PackedDataset | Stream | Mixture
     validation: dict[str, PackedDataset]
-    """By the name of their source."""
+    """By source name."""
     test: dict[str, PackedDataset]
     encoding: str
-    """The fingerprint of how documents became tokens."""
+    """The fingerprint of the tokenisation."""
 
 
 def pack(
@@ -83,10 +84,10 @@ def pack(
 
     Args:
         packing: whether documents share rows.
-        values: what the chat template is given beside each, see `conversation.of`.
+        values: values for the chat template, see `conversation.of`.
 
     Raises:
-        BadInput: a tokenizer does not do for the documents, or nothing is left of them.
+        BadInput: the tokenizer does not support the documents, or nothing is left of them.
     """
     _warn_of_unread(found, tokenizer)
     _warn_of_left_out(found)
@@ -133,7 +134,7 @@ def pack(
 
 @contextlib.contextmanager
 def _naming(name: str) -> Iterator[None]:
-    """Where nothing is left of documents, name them, and say what helps."""
+    """If nothing is left of the documents, add their source to the error, and what helps."""
     try:
         yield
     except tokens.NothingLeft as error:
@@ -142,12 +143,12 @@ def _naming(name: str) -> Iterator[None]:
 
 
 def _record(run: Run, key: sources.Key, names: Sequence[str], found: Sequence[Source]) -> None:
-    """Record each dataset of a key under its own name; a lone one is called as the key."""
+    """Record each dataset of a key under its own name; a single one is named like the key."""
     each = [source.fingerprint for source in found]
     if len(each) != len(names):  # they were read as one
         each = [sources.fingerprint(found)] * len(names)
     for name, fingerprint in zip(names, each, strict=True):
-        own = name if key == "data" else f"{key} {name}"  # the same may be named by several keys
+        own = name if key == "data" else f"{key} {name}"  # several keys can name the same
         called = own if len(names) > 1 else key
         if sources.is_here(name):
             run.data(called, name)
@@ -164,7 +165,7 @@ def say(
     packed: bool,
     wanted: bool,
 ) -> None:
-    """Record what the data of each key is, named as in the config, and say it on rank 0."""
+    """Record what the data of each key is, named as in the config, and log it on rank 0."""
     of_keys = {key: [source for source in found if source.key == key] for key in given}
     for key, own in of_keys.items():
         run.fingerprint(key, sources.fingerprint(own))
@@ -188,7 +189,7 @@ def say(
 
 
 def _say_source(source: Source, passes: float | None) -> None:
-    """Say what a source is; of several by weight how often an epoch goes through it."""
+    """Log a source; in a weighted mixture, also how many times an epoch goes through it."""
     if passes is None:
         log.info("%s: %s", source.key, source.description)
         return
@@ -204,7 +205,7 @@ def _say_source(source: Source, passes: float | None) -> None:
 
 
 def _divided(found: Sequence[Source]) -> str:
-    """How many documents there are for what; of a stream, of those that were looked at."""
+    """The number of documents per split; for a stream, of those that were sampled."""
     uses = {
         use: sum(len(getattr(source.splits, split)) for source in found)
         for split, use in (("train", "trained on"), ("validation", "validation"), ("test", "test"))
@@ -215,7 +216,7 @@ def _divided(found: Sequence[Source]) -> str:
 
 
 def _warn_of_unread(found: Sequence[Source], tokenizer: Any) -> None:
-    """Name the fields of each source's records that other trainers learn from, and this does not."""
+    """Warn of fields in a source's records that other trainers learn from, but this one does not read."""
     for source in found:
         documents = [*source.splits.train, *source.splits.validation, *source.splits.test]
         names = dict.fromkeys(name for document in documents for name in document.unread)
@@ -232,7 +233,7 @@ def _warn_of_unread(found: Sequence[Source], tokenizer: Any) -> None:
 
 
 def _warn_of_endless_turns(found: Sequence[Source], tokenizer: Any) -> None:
-    """Say where the chat template ends turns with words, at which no generation ends."""
+    """Warn if the chat template ends turns with plain words, at which no generation ends."""
     documents = itertools.chain.from_iterable(source.splits.train for source in found)
     is_written = any(source.stream for source in found) or any(d.prompt or d.messages for d in documents)
     words = conversation.end_in_words(tokenizer) if is_written else None
@@ -250,7 +251,7 @@ def _warn_of_endless_turns(found: Sequence[Source], tokenizer: Any) -> None:
 
 
 def _warn_of_left_out(found: Sequence[Source]) -> None:
-    """Say of how many records of each source nothing can be learnt, and where the first of them stands."""
+    """Warn of records from which nothing can be learnt, with the location of the first."""
     for source in found:
         for left in source.left_out:
             log.warning(
@@ -261,7 +262,7 @@ def _warn_of_left_out(found: Sequence[Source]) -> None:
 
 
 def warn_of_repeated(found: Sequence[Source]) -> None:
-    """Say how much of what is evaluated on is trained on too."""
+    """Warn of evaluation documents that are also trained on."""
     for key, count in sources.repeated(found).items():
         log.warning(
             "%s: %s also in data, word for word, and trained on: remove the duplicates from one of the two",
@@ -294,17 +295,18 @@ def prompts(
     positions: int | None = None,
     values: Mapping[str, Any] = NO_VALUES,
 ) -> tuple[str, ...]:
-    """What generations begin with: what is given, else two questions held out, or first words of texts.
+    """The beginnings of generations: those given, else two held-out questions, or the first words of texts.
 
-    What is given is asked through the chat template, where there is one. Where the tokenizer begins every
-    text with a token, that is written before what no template wrote.
+    Given prompts go through the chat template, if there is one. If the tokenizer begins every text with a
+    token, it
+    is added to prompts that no template wrote.
 
     Args:
-        positions: of the model; a question that leaves none for an answer is not taken.
+        positions: the model's; a question that leaves no position for an answer is not used.
         values: see `pack`.
 
     Raises:
-        BadInput: the template refuses a question, or one that is given leaves no position.
+        BadInput: the template refuses a question, or a given one leaves no position.
     """
     begin = tokenizer.bos_token if Encoder(tokenizer, "answer").begin else ""
     if given:
@@ -316,7 +318,7 @@ def prompts(
 
 
 def _asked(text: str, tokenizer: Any, begin: str, positions: int | None, values: Mapping[str, Any]) -> str:
-    """What is given, as the model is asked it. Raises BadInput."""
+    """A given prompt as the model is asked it. Raises BadInput."""
     if getattr(tokenizer, "chat_template", None):
         chat = Chat((Message("user", text),), values=conversation.as_text(values))
         made = conversation.render(tokenizer, chat, to_be_answered=True)
@@ -331,7 +333,7 @@ def _asked(text: str, tokenizer: Any, begin: str, positions: int | None, values:
 
 
 def _fills(text: str, tokenizer: Any, positions: int | None) -> int:
-    """The number of tokens of a text that leaves no position behind it; 0 of any other."""
+    """The number of tokens of a text that leaves no free position; otherwise 0."""
     if positions is None:
         return 0
     count = len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
@@ -348,13 +350,13 @@ def _beginning(document: Document, tokenizer: Any, begin: str, values: Mapping[s
 
 
 def _plainly_asked(document: Document) -> str:
-    """A pair's prompt without a chat template: as the one of the export writes it."""
+    """A pair's prompt without a chat template, as the exported template writes it."""
     before = f"{document.system}\n\n" if document.system else ""
     return before + PROMPT.format(prompt=document.prompt)
 
 
 def as_asked(found: Sequence[Source], tokenizer: Any) -> Any:
-    """The tokenizer as it is exported: where pairs were asked by PROMPT, that is its chat template."""
+    """The tokenizer as exported: if pairs were asked with PROMPT, this becomes its chat template."""
     documents = itertools.chain.from_iterable(source.splits.train for source in found)
     if getattr(tokenizer, "chat_template", None) or not any(document.prompt for document in documents):
         return tokenizer
@@ -365,10 +367,10 @@ def as_asked(found: Sequence[Source], tokenizer: Any) -> Any:
 
 
 class Encoder:
-    """Documents as tokens, and which of them are to be predicted.
+    """Turns documents into tokens, and marks which of them are predicted.
 
     Args:
-        tokenizer: a fast one, where there are conversations, or pairs and a chat template.
+        tokenizer: a fast one, if there are conversations, or pairs and a chat template.
         loss_on: answer: what the assistant says; last: its last turn; all: every token but the first.
         values: see `pack`.
     """
@@ -376,11 +378,11 @@ class Encoder:
     def __init__(self, tokenizer: Any, loss_on: LossOn, values: Mapping[str, Any] = NO_VALUES) -> None:
         self._tokenizer, self._loss_on, self._values = tokenizer, loss_on, dict(values)
         self.begin = [tokenizer.bos_token_id] if chat_template.begins(tokenizer) else []
-        """What the tokenizer itself begins every text with."""
+        """The token with which the tokenizer itself begins every text."""
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of all that decides what tokens a document becomes."""
+        """SHA-256 of everything that determines how a document is tokenised."""
         template = getattr(self._tokenizer, "chat_template", None)
         own = [conversation.as_text(self._values)] if self._values else []
         parts = (fingerprint(self._tokenizer), PROMPT, str(template), self._loss_on, str(self.begin), *own)
@@ -402,7 +404,7 @@ class Encoder:
                 "input_ids"
             ]
             return found
-        self._tokenizer("")  # sets its backend as such calls have it: it neither cuts nor pads
+        self._tokenizer("")  # configures its backend for such calls, without truncation or padding
         encoded = self._tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [text.ids for text in encoded]
 
@@ -443,7 +445,7 @@ class Encoder:
 def _within(places: Sequence[Span], spans: Sequence[Span], text: str) -> list[bool]:
     """Whether each token begins in one of the spans, which are in order.
 
-    One that begins with the white space before a span is of it too: " the" where a space was written.
+    A token that begins with the whitespace before a span counts too: " the" where a space was written.
     """
     found = [False] * len(places)
     for begin, end in spans:
@@ -455,7 +457,7 @@ def _within(places: Sequence[Span], spans: Sequence[Span], text: str) -> list[bo
 
 
 def _is_its_backend(tokenizer: Any) -> bool:
-    """Whether a tokenizer adds nothing to its backend, which can make ids alone, and faster."""
+    """Whether a tokenizer adds nothing to its backend, which can then produce ids alone, and faster."""
     from transformers import PreTrainedTokenizerFast
 
     return (
@@ -466,7 +468,7 @@ def _is_its_backend(tokenizer: Any) -> bool:
 
 
 def fingerprint(tokenizer: Any) -> str:
-    """SHA-256 of all that decides how a text is tokenised."""
+    """SHA-256 of everything that determines how a text is tokenised."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     content = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
     return hashlib.sha256(content.encode()).hexdigest()

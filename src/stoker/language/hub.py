@@ -1,5 +1,4 @@
-"""Where a model, an adapter or a tokenizer is: a local directory, a folder of an object store, or an id on
-the Hugging Face hub."""
+"""Locates a model, an adapter or a tokenizer: a local directory, an object store's folder, or a hub id."""
 
 from __future__ import annotations
 
@@ -35,7 +34,7 @@ from stoker.run.directory import RunDirectory
 _DESCRIPTION = ("*.json", "*.jinja", "*.model", "*.txt")
 _OF_A_TOKENIZER = ("tokenizer*", "vocab*", "*.model")
 _ANSWER = 10.0  # seconds
-_SPARED = 60.0  # seconds in which a hub that did not answer is not asked again for what is here
+_SPARED = 60.0  # seconds for which a hub that did not answer is not asked again for what is already here
 _SETTLED = 2 * 10**9  # nanoseconds
 _NOT_REACHED = "the hub cannot be reached ({}). Set HF_ENDPOINT to a mirror, HTTPS_PROXY to a proxy"
 _OURS = (
@@ -57,21 +56,22 @@ def find(
     weights: bool = True,
     pickles: bool = False,
 ) -> Path:
-    """The directory of a model: as given, or brought from where it is.
+    """The directory of a model: as given, or downloaded.
 
-    Where the hub does not answer within 10 s, what was brought of it before will do; for a minute then it is
-    not asked again for that, by no process of the user.
+    If the hub does not answer within 10 s, an earlier download is used; for a minute after that, no process
+    of the
+    user asks it again for what is already here.
 
     Args:
-        reference: a directory, of a run the one of what it has exported; a URL such as `s3://bucket/folder`;
-            or an id such as `org/name`, or `org/name@revision`.
+        reference: a directory, where that of a run stands for what the run has exported; a URL such as
+            `s3://bucket/folder`; or an id such as `org/name`, or `org/name@revision`.
         what: the key by which it was given, for messages.
         known: other words that could have been meant.
-        weights: whether its weights are brought as well.
-        pickles: whether also those of a model that the hub has as pickles alone.
+        weights: whether to download its weights too.
+        pickles: whether to download them even if the hub has them only as pickles.
 
     Raises:
-        BadInput: there is none, it may not be read, it finds no room here, or the hub cannot be reached.
+        BadInput: it does not exist, access is not allowed, there is no space, or the hub cannot be reached.
     """
     if object_store.is_url(reference):
         return _from_store(reference, what)
@@ -85,7 +85,7 @@ def find(
 
 
 def _exported(folder: Path, what: str) -> Path:
-    """The folder itself, or of a run what it has exported. Raises BadInput where it has not."""
+    """The folder itself, or what a run has exported. Raises BadInput if a run has not."""
     run = RunDirectory(folder)
     if not run.exists():
         return folder
@@ -112,7 +112,7 @@ def _from_hub(reference: str, what: str, known: Sequence[str], *, weights: bool,
         return here
     try:
         about = HfApi().model_info(name, revision=revision or None, timeout=_ANSWER)
-    except Exception as error:  # of a network, a proxy, a service: there is no list of what they raise
+    except Exception as error:  # network, proxy and service raise all kinds of errors
         if isinstance(error, httpx2.TimeoutException):
             storage.try_to_write_json(_silence(), {"hub": constants.ENDPOINT})
         if not isinstance(error, RevisionNotFoundError) and (here := _brought(bring)) is not None:
@@ -122,12 +122,12 @@ def _from_hub(reference: str, what: str, known: Sequence[str], *, weights: bool,
         wanted += _PICKLES
     try:
         return Path(bring())
-    except Exception as error:  # and of a disk
+    except Exception as error:  # and so does a disk
         raise BadInput(_unkept(error, what, reference) or _refusal(error, what, reference)) from error
 
 
 def _brought(bring: Callable[..., str]) -> Path | None:
-    """What was brought before, if anything."""
+    """An earlier download, if there is one."""
     try:
         return Path(bring(local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError):
@@ -135,13 +135,13 @@ def _brought(bring: Callable[..., str]) -> Path | None:
 
 
 def _silence() -> Path:
-    """A file of this user's that is written whenever the hub does not answer."""
+    """A file of this user that is written whenever the hub does not answer."""
     hub = hashlib.sha256(constants.ENDPOINT.encode()).hexdigest()[:32]
     return storage.cache_folder() / "hub" / f"{hub}.silent"
 
 
 def _refusal(error: Exception, what: str, reference: str) -> str:
-    """What a user is told where a model of the hub was not brought."""
+    """The message if a model could not be downloaded from the hub."""
     name, _, revision = reference.partition("@")
     if isinstance(error, GatedRepoError):
         return f"{what} {name} {hub_datasets.GATED}"
@@ -156,7 +156,7 @@ def _refusal(error: Exception, what: str, reference: str) -> str:
 
 
 def _unkept(error: Exception, what: str, reference: str) -> str:
-    """What a user is told where the disk is why a model is not here; else nothing."""
+    """The message if the disk is the reason that a model could not be downloaded; otherwise empty."""
     of_the_system = isinstance(error, OSError) and error.errno is not None
     if isinstance(error, ConnectionError) or not (of_the_system or os.strerror(errno.ENOSPC) in str(error)):
         return ""
@@ -167,7 +167,7 @@ def _unkept(error: Exception, what: str, reference: str) -> str:
 
 
 def _from_store(url: str, what: str) -> Path:
-    """A folder of an object store, brought here once for the same content. Raises BadInput, Unreachable."""
+    """A folder of an object store, downloaded once per content. Raises BadInput, Unreachable."""
     object_store.check(url)
     store = object_store.Store(url.rstrip("/"), "")
     found = store.objects()
@@ -186,19 +186,19 @@ def _from_store(url: str, what: str) -> Path:
 
 
 def check_tokenizer(reference: str) -> None:
-    """Raises BadInput where there is no directory of a tokenizer, here or on the hub."""
+    """Raises BadInput if there is no tokenizer directory, local or on the hub."""
     folder = find(reference, "tokenizer", weights=False)
     if not has_tokenizer(folder):
         raise BadInput(f"tokenizer directory {folder} has no tokenizer.json or tokenizer.model")
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether a directory has files of a tokenizer."""
+    """Whether a directory has tokenizer files."""
     return any(any(folder.glob(pattern)) for pattern in _OF_A_TOKENIZER)
 
 
 def named(reference: str, folder: Path) -> tuple[str, str | None]:
-    """By what name a model that was found in a folder is found again, and at which revision of the hub."""
+    """The name, and the hub revision, under which a model found in a folder can be found again."""
     if object_store.is_url(reference):
         return reference, None
     if Path(reference).expanduser().is_dir():
@@ -208,16 +208,16 @@ def named(reference: str, folder: Path) -> tuple[str, str | None]:
 
 
 def push(folder: Path, reference: str, *, private: bool) -> str:
-    """Make a folder's files those of a model on the hub, which is made where it is not there; its address.
+    """Upload a folder as a model on the hub, creating the model if needed; returns its address.
 
-    What is there of another form of the model (whole, or an adapter) is removed, all in one commit.
+    Files of a different form of the model (full, or an adapter) are removed, all in one commit.
 
     Args:
         reference: `org/name`, or `org/name@revision`.
-        private: whether a new one is private; one that is there stays what it is.
+        private: whether a new model is private; an existing one is not changed.
 
     Raises:
-        BadInput: the name is none, there is no token, it does not suffice, or the hub cannot be reached.
+        BadInput: the name is invalid, the token is missing or insufficient, or the hub cannot be reached.
     """
     name, _, revision = reference.partition("@")
     check_push(name)
@@ -240,7 +240,7 @@ def push(folder: Path, reference: str, *, private: bool) -> str:
 
 
 def check_push(name: str) -> None:
-    """Raises BadInput where nothing can be pushed to a model of this name, or there is no token."""
+    """Raises BadInput if nothing can be pushed to a model of this name, or there is no token."""
     try:
         validate_repo_id(name)
     except HFValidationError as error:
@@ -252,12 +252,12 @@ def check_push(name: str) -> None:
 
 
 def first_line(error: Exception) -> str:
-    """Of what an error says; what it is where it says nothing."""
+    """The first line of an error's message, or its type if it has no message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def read_json(folder: Path, name: str, what: str) -> dict[str, Any]:
-    """A JSON file of a model's directory. Raises BadInput where it is not there, or is none."""
+    """A JSON file of a model's directory. Raises BadInput if it does not exist, or is invalid."""
     try:
         content = json.loads((folder / name).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -273,8 +273,9 @@ def read_json(folder: Path, name: str, what: str) -> dict[str, Any]:
 def fingerprint(folder: Path) -> str:
     """SHA-256 over the checksums of the weights in a directory.
 
-    Files are read once on this machine, until they change: a launcher, its ranks and each restart of them
-    ask for the same. That is seen by what the file system says of them.
+    Files are read once on this machine until they change, since a launcher, its ranks and each restart of
+    them ask
+    for the same ones. Changes are detected from the file's metadata.
     """
     sums = [_checksum(file.resolve()) for file in sorted(folder.glob("*.safetensors"))]
     return hashlib.sha256(" ".join(sums).encode()).hexdigest()
@@ -288,6 +289,8 @@ def _checksum(file: Path) -> str:
     known = storage.read_json(kept).get("xxh3")
     if known is None:
         known = storage.xxh3(file)
-        if time.time_ns() - found.st_ctime_ns > _SETTLED:  # else it may change within a tick of the clock
+        if (
+            time.time_ns() - found.st_ctime_ns > _SETTLED
+        ):  # otherwise it could change within a tick of the clock
             storage.try_to_write_json(kept, {"xxh3": known})
     return str(known)
