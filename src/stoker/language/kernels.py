@@ -1,7 +1,7 @@
-"""Fused kernels of liger-kernel (Hsu et al. 2024, arXiv:2410.10989) in place of a model's own, on GPUs.
+"""Replaces parts of a model with liger-kernel's fused kernels (Hsu et al. 2024, arXiv:2410.10989), on GPUs.
 
 Norms, rotary embeddings and feed-forward layers are replaced; the loss stays ours (`cross_entropy`), and so
-does attention. What the kernels compute is the same to rounding.
+does attention. The kernels' results are the same up to rounding.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Kernels = Literal["torch", "liger"]
 
 
 def check(kernels: Kernels) -> None:
-    """Raises BadInput where there is no GPU to run them, or liger-kernel is not installed."""
+    """Raises BadInput if there is no GPU to run them, or liger-kernel is not installed."""
     if kernels == "torch":
         return
     if not torch.cuda.is_available():
@@ -26,9 +26,9 @@ def check(kernels: Kernels) -> None:
 
 
 def use(model: Any, kernels: Kernels) -> None:
-    """Let a causal model of transformers, bare or with adapters, use them. Raises BadInput.
+    """Make a transformers causal model, with or without adapters, use the kernels. Raises BadInput.
 
-    It may be on the meta device. Nothing of it may be called there any more: they run on GPUs alone.
+    The model can be on the meta device, but cannot be called there any more: the kernels run only on GPUs.
     """
     check(kernels)
     if kernels == "torch":
