@@ -280,7 +280,7 @@ def test_arguments_are_never_learnt_as_python_has_them(bare: Any) -> None:
     chat = (Message("user", "one and two"), Message("assistant", "", called))
     assert learnt(of(bare, plainly), Document("k", "", "", chat)) == ['add({"a": true})<|im_end|>']
     two = json.dumps({"tool_calls": json.loads(CALLED)["tool_calls"] * 2})
-    with pytest.raises(BadInput, match="conversations with several tool_calls in a message, of which"):
+    with pytest.raises(BadInput, match="conversations with several tool_calls in a message, which"):
         learnt(of(bare, plainly), Document("k", "", "", (chat[0], Message("assistant", "", two))))
 
 
@@ -489,7 +489,7 @@ def test_answers_that_truncation_removes_are_counted_and_said(
     assert isinstance(rows.train, PackedDataset)
     assert rows.train.statistics.dropped == 1
     assert len(rows.train) == 1
-    assert "1 document is left out, as no answer is left" in caplog.text
+    assert "1 document is left out, as nothing remains of the answer" in caplog.text
     with pytest.raises(BadInput, match=r"^validation: no tokens are left of 1 document"):
         data.pack([source([short], [long], [short])], tokenizer, sequence_length=32)
 
@@ -516,7 +516,7 @@ def test_a_conversation_of_which_nothing_said_is_found_again_is_counted_and_what
         packed_of(f'{chat}{{"text": "it is 1"}}\n{chat}')
     assert f"2 documents are left out, since {helps}" in caplog.text
     assert "raise sequence_length" not in caplog.text
-    with pytest.raises(BadInput, match=rf"of 2 documents \(.* 2 nothing at all\): give .*; in 2 {helps}"):
+    with pytest.raises(BadInput, match=rf"of 2 documents \(.* 2 nothing at all\): use .*;  in 2 {helps}"):
         packed_of(chat * 2)
 
 

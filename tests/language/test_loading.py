@@ -218,7 +218,7 @@ def test_what_is_wrong_with_the_files_is_said(tmp_path: Path) -> None:
     tensors = load_file(first)
     name = next(iter(tensors))
     save_file({n: t for n, t in tensors.items() if n != name}, first, {"format": "pt"})
-    with pytest.raises(BadInput, match=rf"lack 1 model tensors: {name}"):
+    with pytest.raises(BadInput, match=rf"lack 1 of the model's tensors: {name}"):
         build(folder)
     save_file({**tensors, name: tensors[name][:-1].clone()}, first, {"format": "pt"})
     with pytest.raises(BadInput, match=f"{name} is"):

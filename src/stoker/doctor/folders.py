@@ -1,6 +1,6 @@
-"""Where runs and caches stand: whether they can be written, what is left there, whether a lock holds.
+"""Where runs and caches are stored: whether they are writable, how much space is left, whether locks work.
 
-What is tried is tried in a folder, or under a key, of its own that is removed again.
+Tests are made in a separate folder, or under a separate key, which is removed again.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from stoker.object_store import Store
 
 _PREFIX = ".stoker-doctor-"
 _LEAST, _ENOUGH = 2**30, 10 * 2**30  # bytes free
-_WRITTEN = b"\0" * 2**20  # enough that a quota which is used up refuses it
+_WRITTEN = b"\0" * 2**20  # enough for an exhausted quota to refuse it
 _SYNCS = 5
 _SLOW = 0.1  # seconds until a small file is on disk
 _NO_LOCKS = (
@@ -33,7 +33,7 @@ _OTHER_RUNS = "set --runs, or STOKER_RUNS, to a writable folder"
 
 
 def runs(place: str) -> Iterator[Finding]:
-    """The folder that runs stand under, which is not made; or the one of an object store."""
+    """The folder for runs, which is not created; or that of an object store."""
     if object_store.is_url(place):
         yield from _stored(place)
         return
@@ -59,7 +59,7 @@ def runs(place: str) -> Iterator[Finding]:
 
 
 def others() -> Iterator[Finding]:
-    """What else is written: what is brought from the hub, what can be made again, temporary files."""
+    """Other places that are written: the hub's cache, stoker's cache, temporary files."""
     from huggingface_hub import constants
 
     hub, own = Path(constants.HF_HUB_CACHE).absolute(), storage.cache_folder().absolute()
@@ -79,13 +79,13 @@ def others() -> Iterator[Finding]:
 
 
 def _temporary() -> Path:
-    """Where temporary files go. Python looks for another place where that one cannot be written."""
+    """The folder for temporary files. Python uses a different one if this is not writable."""
     return Path(os.environ.get("TMPDIR") or tempfile.gettempdir()).absolute()
 
 
 @contextlib.contextmanager
 def _tried(path: Path) -> Iterator[Path]:
-    """A new folder in one, or where that would be made. Raises OSError."""
+    """A new folder inside one, or inside the closest existing parent. Raises OSError."""
     with tempfile.TemporaryDirectory(prefix=_PREFIX, dir=storage.existing(path)) as folder:
         yield Path(folder)
 
@@ -105,7 +105,7 @@ def _with_room(path: Path, text: str, hint: str) -> Finding:
 
 
 def _lock(file: Path) -> str:
-    """Why the lock of a file is none; empty where it holds."""
+    """Why locking a file does not work; empty if it does."""
     try:
         descriptor = storage.try_lock(file)
         if descriptor is None:
@@ -120,7 +120,7 @@ def _lock(file: Path) -> str:
 
 
 def _sync(file: Path) -> float:
-    """Seconds until a small file lasts, the median of a few."""
+    """Seconds until a small file is on disk, the median of a few."""
     seconds = []
     for _ in range(_SYNCS):
         begun = time.perf_counter()
@@ -130,7 +130,7 @@ def _sync(file: Path) -> float:
 
 
 def _stored(url: str) -> Iterator[Finding]:
-    """A folder of an object store, in which an object is written, read, found, written again, removed."""
+    """A folder of an object store, tested by writing, reading, listing and removing an object."""
     folder = f"{_PREFIX}{uuid.uuid4().hex}"
     try:
         object_store.check(url)

@@ -1,4 +1,4 @@
-"""What computes: the GPUs, whether this torch reaches them, and how fast they are; else the CPU."""
+"""What computes: the GPUs, whether torch can use them, and how fast they are; otherwise the CPU."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from stoker import machine, storage, words
 from stoker.doctor.findings import Finding, note, ok, problem, said
 
 _LIST = ("nvidia-smi", "-L")
-_NVIDIA, _DISPLAY = "0x10de", "0x03"  # of PCI: a vendor, and the class of what draws or computes
+_NVIDIA, _DISPLAY = "0x10de", "0x03"  # PCI ids: a vendor, and the class of display and compute devices
 _BUS = Path("/sys/bus/pci/devices")
-_TAKEN = 0.1  # the share of a GPU's memory that is not worth a word
+_TAKEN = 0.1  # a share of a GPU's memory too small to mention
 _WHERE = "https://pytorch.org/get-started/locally shows the pip command"
 
 
 def check() -> Iterator[Finding]:
-    """The GPUs, each with a small computation; without any, the CPU."""
+    """The GPUs, each tested with a small computation; without any, the CPU."""
     try:
         import torch
-    except Exception as error:  # a library that it needs is of another version, or not there
+    except Exception as error:  # a library that it needs has the wrong version, or is missing
         yield problem(f"torch cannot be imported ({said(error)}): pip install --force-reinstall torch")
         return
     driver = _driver()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of what is said here better
+        warnings.simplefilter("ignore")  # the findings replace these
         reached = torch.cuda.is_available()
     if reached:
         yield ok(f"torch is built for {_built()}; {_shown(driver)}")
@@ -45,13 +45,13 @@ def check() -> Iterator[Finding]:
 
 
 class Driver(NamedTuple):
-    """What the NVIDIA driver says, without torch."""
+    """What the NVIDIA driver reports, without torch."""
 
     gpus: Sequence[str] = ()
     """By name and memory."""
     version: str = ""
     cuda: str = ""
-    """The newest CUDA that it runs; empty where it does not say."""
+    """The newest CUDA that it supports; empty if unknown."""
 
 
 def _driver() -> Driver:
@@ -76,11 +76,11 @@ def _built() -> str:
 
 
 def why_not(driver: Driver, built_for: str | None, visible: str | None) -> Finding:
-    """Why torch does not reach GPUs that the driver has.
+    """Why torch cannot use GPUs that the driver has.
 
     Args:
-        built_for: the CUDA that torch was built for; None for a build without.
-        visible: CUDA_VISIBLE_DEVICES, or None where it is not set.
+        built_for: the CUDA version that torch was built for; None for a build without CUDA.
+        visible: CUDA_VISIBLE_DEVICES, or None if it is not set.
     """
     have = words.some(driver.gpus, 2)
     if built_for is None:
@@ -111,7 +111,7 @@ def _refusal() -> str:
 
 
 def _gpu(number: int) -> Finding:
-    """A GPU, having computed something."""
+    """A GPU, after a small computation."""
     import torch
     from stoker.engine import flops, precision
 

@@ -1,4 +1,4 @@
-"""The processor, memory, and what the system allows a process."""
+"""The processor, memory, and the limits of a process."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from stoker import machine, words
 from stoker.doctor.findings import Finding, note, ok, problem
 
 _SHARED = Path("/dev/shm")
-_LEAST_SHARED = 256 * 2**20  # bytes; Docker gives 64 MiB by itself
+_LEAST_SHARED = 256 * 2**20  # bytes; Docker's default is 64 MiB
 _FEW_FILES, _ENOUGH_FILES = 512, 4096
-_RAISED = 65536  # open files that are recommended
+_RAISED = 65536  # recommended number of open files
 _COMPILERS = ("cc", "gcc", "clang")
 
 
@@ -60,7 +60,7 @@ def _open_files(now: int, most: int) -> Finding:
 
 
 def _shared_memory() -> Finding:
-    """Loaders' workers hand batches over in it, and NCCL what ranks of one machine send each other."""
+    """Used by loader workers to pass batches, and by NCCL between ranks on one machine."""
     disk = psutil.disk_usage(str(_SHARED))
     if disk.total < _LEAST_SHARED:
         return problem(

@@ -1,4 +1,4 @@
-"""The Hugging Face hub: whether it answers, and to whom."""
+"""The Hugging Face hub: whether it answers, and accepts the token."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _REFUSED = (401, 403)
 
 
 def check() -> Iterator[Finding]:
-    """Whether the hub is asked at all, answers, and knows the token, where there is one."""
+    """Whether the hub is used at all, answers, and accepts the token, if there is one."""
     from huggingface_hub import constants, get_token
 
     token = get_token()

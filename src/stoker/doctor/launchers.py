@@ -1,4 +1,4 @@
-"""What jobs can be submitted to from here, and what this process was started by."""
+"""The targets that jobs can be submitted to from here, and what started this process."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from stoker.launch.jobspec import JobSpec
 from stoker.world import World, slurm_job
 
 _ANSWER = 15.0  # seconds
-_BRIEF = re.compile(r"; | \(")  # what ends the first part of an error: who submits a job is told the rest
+_BRIEF = re.compile(r"; | \(")  # ends the first part of an error: the rest is for those who submit a job
 _CLIENTS: Mapping[str, Callable[[], object]] = {
     "slurm": functools.partial(shutil.which, "sbatch"),
     targets.RAY: functools.partial(importlib.util.find_spec, "ray"),
@@ -29,7 +29,7 @@ _CLIENTS: Mapping[str, Callable[[], object]] = {
 
 
 def check() -> Iterator[Finding]:
-    """Each target whose client is here is asked whether it would take a small job, which is not submitted."""
+    """Ask each target whose client is installed whether it would accept a small job; submit nothing."""
     job, world = slurm_job(), World.current()
     if job:
         yield ok(f"this process runs in {job}")
@@ -38,7 +38,7 @@ def check() -> Iterator[Finding]:
     absent = [name for name in targets.TARGETS if not _CLIENTS[name]()]
     for name in targets.TARGETS:
         if name not in absent:
-            with _silent():  # what libraries in C++ print of a cluster is said here
+            with _silent():  # what C++ libraries print about a cluster is reported here
                 found = _asked(name)
             yield found
     if absent:
@@ -47,7 +47,7 @@ def check() -> Iterator[Finding]:
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """Nothing is written to this process's standard error."""
+    """Discard what is written to this process's standard error."""
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     try:

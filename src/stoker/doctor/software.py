@@ -1,4 +1,4 @@
-"""What is installed, by what the package says of itself."""
+"""What is installed, compared with the package's own metadata."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SHOWN = 3  # packages of an extra whose versions are shown
 
 
 def check() -> Iterator[Finding]:
-    """Versions; what does not go with them; the extras."""
+    """Versions; incompatible packages; the extras."""
     python = f"Python {platform.python_version()} in {sys.prefix}"
     own = version(_NAME)
     if own is None:
@@ -35,7 +35,7 @@ def check() -> Iterator[Finding]:
 
 
 def version(name: str) -> str | None:
-    """The version of a package; None where it is not installed."""
+    """The version of a package; None if it is not installed."""
     try:
         return importlib.metadata.version(name)
     except PackageNotFoundError:
@@ -56,7 +56,7 @@ def _extras(required: list[Requirement]) -> Iterator[Finding]:
 
 
 def _with(extra: str, required: list[Requirement]) -> list[Requirement]:
-    """Those of what the package may require that this machine needs for an extra or, for "", for none."""
+    """The requirements that apply on this machine to an extra or, for "", without any."""
     return [one for one in required if one.marker is None or one.marker.evaluate({"extra": extra})]
 
 

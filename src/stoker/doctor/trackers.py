@@ -19,7 +19,7 @@ _OF_SYSTEM = re.compile(r"\[Errno -?\d+\] [\w ]+")
 
 
 def check(runs: str) -> Iterator[Finding]:
-    """Each sink; `runs` is where the embedded store stands."""
+    """Each sink; `runs` is where the embedded store is."""
     names = follower.named()
     if not names:
         yield ok("STOKER_SINKS=none: runs are not sent to any tracker; `stoker sync` can do it later")
@@ -29,7 +29,7 @@ def check(runs: str) -> Iterator[Finding]:
             yield _SINKS[name](runs)
         except BadInput as error:
             yield problem(said(error))
-        except Exception as error:  # of imports: a library that it needs is of another version
+        except Exception as error:  # import errors: a library that it needs has the wrong version
             yield problem(
                 f"{name} cannot be used ({type(error).__name__}: {said(error)}): pip install "
                 f"--force-reinstall {name}, or remove it from STOKER_SINKS"
@@ -68,7 +68,7 @@ def _hint_for(error: str, shown: str) -> str:
             f"{shown} refuses access ({error}): set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, "
             "or MLFLOW_TRACKING_TOKEN"
         )
-    of_system = _OF_SYSTEM.search(error)  # the rest is of those who passed it on
+    of_system = _OF_SYSTEM.search(error)  # the rest was added by the layers above
     reason = of_system[0] if of_system else error
     return f"{shown} does not answer as MLflow ({reason}): start the server, or correct MLFLOW_TRACKING_URI"
 

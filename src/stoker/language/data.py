@@ -113,7 +113,7 @@ def pack(
     def trained_on(source: Source) -> PackedDataset | Stream:
         if source.stream is None:
             return packed(source, "train")
-        name = named(source, "of what was looked at")
+        name = named(source, "sampled part")
         with _naming(name):
             made = Stream(
                 source.stream, held_out=source.held_out, sampled=sources.looked_at(source.stream),

@@ -1,4 +1,4 @@
-"""The target `local`: a job in the foreground of this machine, without a record."""
+"""The target `local`: a foreground job on this machine, without a record."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from stoker.launch.jobspec import JobSpec
 
 
 def check(spec: JobSpec) -> None:
-    """Refuse what this machine does not have. Raises BadInput."""
+    """Raises BadInput if this machine lacks the requested resources."""
     jobspec.check(spec)
     gpus, cores = len(machine.visible_gpus()) if spec.gpus else 0, os.cpu_count() or 1
     total = psutil.virtual_memory().total
@@ -31,7 +31,7 @@ def check(spec: JobSpec) -> None:
 
 
 def environment(spec: JobSpec) -> dict[str, str]:
-    """The variables of a job here: its own, and what keeps it to the cores and GPUs that it asks for."""
+    """The variables of a local job: its own, and those that limit it to its cores and GPUs."""
     found = dict(spec.environment)
     if spec.cpus is not None:
         found.setdefault("OMP_NUM_THREADS", str(spec.threads))
@@ -41,6 +41,6 @@ def environment(spec: JobSpec) -> dict[str, str]:
 
 
 def render(spec: JobSpec) -> str:
-    """The job as a line for a shell."""
+    """The job as a shell command."""
     variables = [f"{name}={value}" for name, value in environment(spec).items()]
     return shlex.join([*(["env", *variables] if variables else []), *spec.command]) + "\n"
