@@ -271,7 +271,7 @@ def test_a_state_that_cannot_be_saved_is_refused_where_it_is_registered(open_run
 
     with open_run() as run:
         trainer = _trainer(run, _model(), schedule=schedule.build("cosine"))
-        with pytest.raises(BadInput, match=r"of easy has .*<lambda> at \['rules'\]\[1\], and"):
+        with pytest.raises(BadInput, match=r"of easy has .*<lambda> at \['rules'\]\[1\], but"):
             trainer.register_for_checkpointing(easy=Rules())
         with pytest.raises(BadInput, match="it is an object of type list: it must have"):
             trainer.register_for_checkpointing(it=[])
@@ -878,7 +878,7 @@ def test_optimizers_whose_names_have_dots_go_on_with_their_state(open_run: Calla
     ("now", "said"),
     [
         (lambda p: torch.optim.SGD(p, lr=0.1), "optimizer is AdamW, but now it is SGD"),
-        ({"0": torch.optim.AdamW}, "optimizers are main, and now there are 0"),
+        ({"0": torch.optim.AdamW}, "optimizers are main, but now they are 0"),
     ],
 )
 def test_a_checkpoint_of_other_optimizers_is_refused(
@@ -1024,7 +1024,7 @@ def test_memory_that_a_cpu_has_not_is_said_with_what_to_change(open_run: Callabl
     with open_run("fixed") as run:
         trainer = _trainer(run, _without_batch_norm(), loss=loss, micro_batch=4)
         with pytest.raises(
-            OutOfMemory, match=r"Tried to allocate [\d,.]+ TiB\. .* are free\. Give micro_batch=2, which"
+            OutOfMemory, match=r"Tried to allocate [\d,.]+ TiB\. .* are free\. Use micro_batch=2, which"
         ):
             _run_on(trainer, 2)
     with open_run("auto") as run:

@@ -305,6 +305,6 @@ def test_what_cannot_take_less_memory_is_not_tried_again(stoker: Command, tmp_pa
     )
     assert done.code == 1
     assert (
-        "Give micro_batch=2 or less (auto finds the largest that fits): the result stays the same" in done.err
+        "Use micro_batch=2 or less (auto finds the largest that fits): the result stays the same" in done.err
     )
     assert len(loaded(tmp_path / "runs" / "ranked" / "a").attempts) == 1

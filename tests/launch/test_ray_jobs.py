@@ -173,7 +173,7 @@ def test_what_the_cluster_does_not_have_is_refused(
 ) -> None:
     on = ("--on", "ray", "--option", f"address={of_two.dashboard}")
     for asked, said in (
-        (("--gpus", "2"), "--gpus 2: a node of this cluster has 0 at most"),
+        (("--gpus", "2"), "--gpus 2: a node of this cluster has at most 0"),
         (("--memory", "99TB"), "--memory 101376G: a node of this cluster has "),
         (("--nodes", "8"), "--nodes 8: this cluster has 2 with the requested resources"),
     ):

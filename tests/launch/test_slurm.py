@@ -332,8 +332,8 @@ def test_a_job_that_fails_is_started_again_as_often_as_was_asked_for(stoker: Com
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
-        (("--gpus", "3"), "--gpus 3: a node of the default partition has 2 at most"),
-        (("--memory", "64GB"), "--memory 64G: a node of the default partition has 2000M at most"),
+        (("--gpus", "3"), "--gpus 3: a node of the default partition has at most 2"),
+        (("--memory", "64GB"), "--memory 64G: a node of the default partition has at most 2000M"),
         (("--nodes", "4"), "--nodes 4: the default partition has 2 nodes with the requested resources"),
         (("--option", "partition=nope"), "invalid partition specified: nope"),
         (("--option", "nosuch=1"), "unrecognized option '--nosuch=1'"),
