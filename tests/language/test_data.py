@@ -516,7 +516,7 @@ def test_a_conversation_of_which_nothing_said_is_found_again_is_counted_and_what
         packed_of(f'{chat}{{"text": "it is 1"}}\n{chat}')
     assert f"2 documents are left out, since {helps}" in caplog.text
     assert "increase sequence_length" not in caplog.text
-    with pytest.raises(BadInput, match=rf"of 2 documents \(.* 2 nothing at all\): use .*;  in 2 {helps}"):
+    with pytest.raises(BadInput, match=rf"of 2 documents \(.* 2 nothing at all\): use .*; in 2 {helps}"):
         packed_of(chat * 2)
 
 

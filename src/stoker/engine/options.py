@@ -129,7 +129,7 @@ class Training:
     clip_norm: Annotated[float, Gt(0)] | None = None
     """Maximum global L2 norm of the gradient; larger gradients are scaled down to it."""
     optimizer_in_backward: bool = False
-    """Step each weight as soon as its gradient is computed, so that all gradients are never in memory at
+    """Step each weight as soon as its gradient is computed, so that the gradients are never all in memory at
     once. Requires one process, no gradient accumulation, and clip_norm=none."""
     ema: Ema = field(default_factory=Ema)
     channels_last: bool = False
