@@ -151,7 +151,7 @@ def evaluation_batches(
     """This rank's share of a dataset in order, each sample exactly once over all ranks.
 
     Every rank gets the same number of batches, since all ranks run a sharded model together: a rank for
-    which the last global batch has no samples gets the first sample of the dataset, which does not count.
+    which the last global batch has no samples gets the first sample of that batch, which does not count.
 
     Args:
         batch_size: samples per batch over all ranks; the last batch is smaller.

@@ -152,7 +152,7 @@ def _has_samples_first(tensors: Sequence[torch.Tensor], share: int | None) -> bo
 def _cannot_be_cut(batch: Any, micro_batch: int, samples: int, share: int | None) -> str:
     said = [str(tuple(tensor.shape)) for tensor in _with_dims(batch)]
     shapes = f"tensors of shape {some(said, _MOST_SHAPES)}" if said else "no tensors"
-    whole = f", or at least {samples}" if share is not None else ""
+    whole = f", or set it to at least {samples}" if share is not None else ""
     return (
         f"micro_batch={micro_batch}: a batch is split along the first dim of its tensors, which must be the "
         f"sample dim in all of them, but this batch has {shapes}: make collate put samples first "

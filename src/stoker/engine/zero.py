@@ -153,7 +153,7 @@ class DeepSpeedStep:
         with self._gathered(tensor):
             return tensor.detach().cpu().clone()
 
-    # -- what is saved: whole tensors under the parameters' names, as every strategy saves them ----
+    # -- what is saved: full tensors under the parameters' names, as in every strategy ----------
 
     def capture(self) -> tuple[Tensors, Tensors, dict[str, Any]]:
         """Full parameters, optimizer state (`name.key`) and the step count, on the CPU of all ranks."""

@@ -63,7 +63,7 @@ def find(
     user asks it again for what is already here.
 
     Args:
-        reference: a directory, where that of a run stands for what the run has exported; a URL such as
+        reference: a directory (a run's directory means what the run has exported); a URL such as
             `s3://bucket/folder`; or an id such as `org/name`, or `org/name@revision`.
         what: the key by which it was given, for messages.
         known: other words that could have been meant.

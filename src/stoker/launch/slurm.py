@@ -327,7 +327,7 @@ def _clock(seconds: int) -> str:
     return f"{seconds // 60} minutes" if seconds % 60 == 0 and seconds > 60 else f"{seconds} seconds"
 
 
-# -- what cannot be ------------------------------------------------------------------------
+# -- checks --------------------------------------------------------------------------------
 
 
 def _check_options(options: Mapping[str, str]) -> None:
