@@ -117,7 +117,7 @@ def test_a_batch_that_does_not_have_samples_first_is_whole_or_refused(
     assert samples == (share or 4)
     assert list(batches.split(batch, None, share)) == [batch]
     assert list(batches.split(batch, samples, share)) == [batch]
-    said = re.escape(", ".join(map(str, shapes))) or "no tensor"
+    said = re.escape(", ".join(map(str, shapes))) or "no tensors"
     with pytest.raises(BadInput, match=rf"micro_batch=3: .*{said}: make collate put samples first"):
         list(batches.split(batch, 3, share))
 

@@ -579,8 +579,8 @@ def test_a_deepspeed_file_is_taken_as_it_is(tmp_path: Path) -> None:
     ("content", "settings", "said"),
     [
         ({"gradient_clipping": 0.5}, {"clip_norm": 1.0}, "set twice: clip_norm=1.0"),
-        ({"gradient_clipping": 0.5}, {"clip_norm": 1.0}, "give clip_norm=0.5, or clip_norm=none to leave it"),
-        ({"gradient_clipping": 0}, {"clip_norm": 1.0}, 'give clip_norm=none, or "auto" in the file'),
+        ({"gradient_clipping": 0.5}, {"clip_norm": 1.0}, "use clip_norm=0.5, or clip_norm=none to leave it"),
+        ({"gradient_clipping": 0}, {"clip_norm": 1.0}, 'use clip_norm=none, or "auto" in the file'),
         ({"train_micro_batch_size_per_gpu": 4}, {"micro_batch": 2}, "set twice: micro_batch=2"),
         ({"fp16": {"enabled": True}}, {"precision": "bf16"}, "set twice: precision=bf16"),
         ({"optimizer": {"type": "Adam"}}, {}, "sets the optimizer, and so does the run"),
@@ -642,7 +642,7 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_deepspeed_file_with_another_stage_or_batch_is_refused(tmp_path: Path) -> None:
     chosen = _file(tmp_path, zero_optimization={"stage": 3}, train_batch_size=64)
-    with pytest.raises(BadInput, match=r"the ZeRO stage is set twice: deepspeed.stage=2, and 3"):
+    with pytest.raises(BadInput, match=r"the ZeRO stage is set twice: deepspeed.stage=2, but 3"):
         options.zero_stage(dataclasses.replace(chosen, stage=2))
     training = Training(parallel="deepspeed", deepspeed=chosen)
     with pytest.raises(BadInput, match="sets train_batch_size to 64, but the run uses 32"):
