@@ -377,7 +377,7 @@ def test_training_loads_no_mlflow(base: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("lines", "said"),
     [
-        (['{"messages": [{"content": "hi"}]}'], "line 1, message 1: has no 'role'; it has 'content'"),
+        (['{"messages": [{"content": "hi"}]}'], "line 1, message 1: has no 'role'; its fields are 'content'"),
         (['{"txt": "a"}'], "line 1: no known field; the record's fields are 'txt'"),
         (['{"text": "a"}', "{text"], "line 2: not JSON"),
     ],
@@ -448,12 +448,12 @@ def _lines(*records: object) -> str:
         (
             _lines({"text": "a"}, {"body": "b", "title": "t"}),
             ["data=d.jsonl"],
-            "the fields 'body'",
+            "the record's fields are 'body'",
         ),
         (None, ["lr=abc"], "lr=abc"),
         (None, ["batchsize=4"], "did you mean 'batch_size'?"),
         (None, ["sequence_length=0"], "greater than or equal to 2"),
-        (None, ["max_steps=10", "epochs=2"], "give one"),
+        (None, ["max_steps=10", "epochs=2"], "give only one"),
         (None, ["max_steps=10min"], "is a time, which differs"),
         (None, ["streaming=true", "data_share=0.5"], "data_share=0.5 with streaming=true"),
         (None, ["model=emptydir"], "has no config.json"),

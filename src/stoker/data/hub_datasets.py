@@ -171,9 +171,7 @@ def _builder(given: str, known: Sequence[str]) -> DatasetBuilder:
             f"{given} is not a local file, and cannot be loaded as a hub dataset: {error}"
             f"{nearest(given, known)}"
         ) from error
-    if (
-        asked.revision and not found.config.data_files and found.hash != revision(given)
-    ):  # loaded from a cache
+    if asked.revision and not found.config.data_files and found.hash != revision(given):  # from a cache
         raise BadInput(
             f"{given}: the hub was not asked, and the downloaded revision is a different one ({found.hash})"
         )

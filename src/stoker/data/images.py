@@ -80,9 +80,7 @@ def picture(source: Source, index: int) -> Image.Image:
     if isinstance(found, Image.Image):
         return found
     try:
-        upright = ImageOps.exif_transpose(
-            Image.open(io.BytesIO(found))
-        )  # as the camera's orientation tag says
+        upright = ImageOps.exif_transpose(Image.open(io.BytesIO(found)))  # by its orientation tag
         return upright.convert("RGB")
     except UnidentifiedImageError as error:  # its message contains only a memory address
         raise BadInput(

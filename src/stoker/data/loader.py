@@ -188,11 +188,7 @@ def _batches(dataset: _SeededDataset, sampler: Iterable[list[Pair]], workers: in
         with warnings.catch_warnings():  # torch recommends a different start method, which can deadlock here
             warnings.filterwarnings("ignore", "Got pickle error")
             read = iter(loader)
-    except (
-        pickle.PicklingError,
-        AttributeError,
-        TypeError,
-    ) as error:  # which of these depends on the Python version
+    except (pickle.PicklingError, AttributeError, TypeError) as error:  # which one depends on Python
         raise BadInput(
             f"workers={workers}: the dataset or collate cannot be sent to other processes ({error}): define "
             "their classes and functions at the top level of a file, or use workers=0"

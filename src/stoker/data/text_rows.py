@@ -96,9 +96,8 @@ class TextRows:
         count = int(batches[-1]) + 1
         turns = permute(np.arange(count), count, fold(seed, epoch, stretch, _BATCHES))
         found = np.empty_like(shuffled)
-        found[np.argsort(turns[batches], kind="stable")] = np.sort(
-            shuffled
-        )  # the index order is the length order
+        # The index order is the length order.
+        found[np.argsort(turns[batches], kind="stable")] = np.sort(shuffled)
         return first, found
 
     def place(self, seed: int, position: int) -> None:
@@ -172,9 +171,7 @@ def tokenise(
 
 def _write(folder: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
     """Write arrays into a new folder, atomically."""
-    temporary = folder.with_name(
-        f".{folder.name}.tmp"
-    )  # under the lock: only a killed process can have left one
+    temporary = folder.with_name(f".{folder.name}.tmp")  # may exist: left by a killed process
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     for name, array in arrays.items():

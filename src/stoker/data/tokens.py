@@ -278,9 +278,7 @@ def write(
     Args:
         may_be_empty: whether no rows are allowed; otherwise BadInput is raised.
     """
-    temporary = folder.with_name(
-        f".{folder.name}.tmp"
-    )  # under the lock: only a killed process can have left one
+    temporary = folder.with_name(f".{folder.name}.tmp")  # may exist: left by a killed process
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     cut = functools.partial(_cut, encode=encode, length=sequence_length, dtype=_smallest_type(vocab_size))

@@ -12,9 +12,7 @@ import torch
 from stoker import words
 
 _ON_A_CPU = "DefaultCPUAllocator: can't allocate memory"
-_ASKED = re.compile(
-    r"Tried to allocate ([\d.,]+) ([KMG]iB)"
-)  # as torch writes it for a GPU, and this module for a CPU
+_ASKED = re.compile(r"Tried to allocate ([\d.,]+) ([KMG]iB)")  # torch's text for a GPU, ours for a CPU
 _CODE = psutil.Process().memory_info().rss
 """Bytes of a process that has loaded its modules, but no model."""
 _UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}

@@ -115,9 +115,7 @@ def alone(step: Step, setting: Setting, part: Any) -> None:
     """A forward and backward pass over one micro-batch, see `works_alone`; its gradients are discarded."""
     with _leaving_no_trace(step.model):
         loss, _ = setting.loss_of(step.forward(part), part)
-        torch.autograd.grad(
-            loss, list(step.weights().values()), allow_unused=True
-        )  # without the hooks that reduce
+        torch.autograd.grad(loss, list(step.weights().values()), allow_unused=True)  # skips reducing hooks
 
 
 @contextlib.contextmanager

@@ -223,10 +223,7 @@ def compile_blocks(model: nn.Module, found: Blocks) -> None:
 
 def _prepare(model: nn.Module, strategy: str, training: Training, mesh: Mesh) -> None:
     """Move weights to the device (a pipeline moves its own stages); set memory layout and BatchNorm."""
-    if training.channels_last and strategy in (
-        "single",
-        "ddp",
-    ):  # shards are contiguous: then the inputs' layout decides
+    if training.channels_last and strategy in ("single", "ddp"):  # for contiguous shards, inputs decide
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if training.sync_batchnorm and mesh.data.size > 1:
         group = mesh.data_axes.get_group() if mesh.data_axes.ndim == 1 else None

@@ -38,9 +38,7 @@ def export(trainer: Trainer, language: Language, model: Any) -> Path | None:
         # Without embeddings, which are not among the tensors: otherwise peft asks the hub about the base
         # model's.
         model.save_pretrained(target, state_dict=tensors, save_embedding_layers=False)
-        (target / "README.md").unlink(
-            missing_ok=True
-        )  # a template to fill in; pushing writes a real model card
+        (target / "README.md").unlink(missing_ok=True)  # only a template; pushing writes a model card
         _describe(model, language, target)
     else:
         _describe(model, language, target)

@@ -289,8 +289,6 @@ def _checksum(file: Path) -> str:
     known = storage.read_json(kept).get("xxh3")
     if known is None:
         known = storage.xxh3(file)
-        if (
-            time.time_ns() - found.st_ctime_ns > _SETTLED
-        ):  # otherwise it could change within a tick of the clock
+        if time.time_ns() - found.st_ctime_ns > _SETTLED:  # else it could change within a clock tick
             storage.try_to_write_json(kept, {"xxh3": known})
     return str(known)

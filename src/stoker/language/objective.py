@@ -99,9 +99,7 @@ def _ends_with_head(model: Any) -> bool:
 
     False for a model that cannot be tried without values (Phi MoE looks at its positions).
     """
-    if (
-        model.config._attn_implementation != attention.NAME
-    ):  # other attention functions look at values, which do not exist
+    if model.config._attn_implementation != attention.NAME:  # others look at values, which do not exist
         return False
     config = copy.deepcopy(model.config)
     config.pad_token_id = None  # some models look for it among the tokens

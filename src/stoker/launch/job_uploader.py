@@ -177,9 +177,7 @@ def main() -> int:
     ranks.log_to(logs.path / "uploader.log")
     messages.write_to_stderr()
     copy = InStore(folder, dataclasses.replace(store, patience=uploader.TRY))
-    with storage.locked(
-        logs.path / "store.lock", timeout=math.inf
-    ):  # held, for example, by one in its last seconds
+    with storage.locked(logs.path / "store.lock", timeout=math.inf):  # by one in its last seconds, say
         return 0 if uploader.upload(logs, copy) else 1
 
 

@@ -198,10 +198,7 @@ def _launch(job: _Job, place: Place, folder: Path) -> dict[int, int]:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    for name in (
-        "torch.distributed.elastic",
-        "torch.multiprocessing",
-    ):  # their messages are replaced by better ones here
+    for name in ("torch.distributed.elastic", "torch.multiprocessing"):  # better messages follow here
         logging.getLogger(name).setLevel(logging.CRITICAL)
     config = LaunchConfig(
         min_nodes=place.machines, max_nodes=place.machines, nproc_per_node=job.nproc,

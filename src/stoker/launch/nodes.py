@@ -343,9 +343,7 @@ class _Host:
                 raise self.failure
             self.budget.spend(self.failure)
         except RankFailed as error:
-            if (
-                lost and not self.final
-            ):  # the training itself did not fail: whoever started it may start it again
+            if lost and not self.final:  # training itself did not fail: it can be started again
                 gone = f"{', '.join(lost)} does not respond, so all machines have ended"
                 again = "once it is back, the same command resumes"
                 self._end(EXIT_PREEMPTED, f"{gone}; {again}.\n{error}")
