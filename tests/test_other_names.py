@@ -40,9 +40,9 @@ def said(cls: type, override: str) -> str:
         ),
         (
             "per_device_train_batch_size=4",
-            "here it follows from batch_size (Rows of a step, over all ranks) and micro_batch (Samples a",
+            "here it follows from batch_size (Rows per step, over all ranks) and micro_batch (Samples per",
         ),
-        ("warmup_ratio=0.1", "here it is warmup (Over which the learning rate goes up: a share of the steps"),
+        ("warmup_ratio=0.1", "here it is warmup (Length of the learning-rate warm-up: a share of the steps"),
         ("lora.r=8", "here it is lora.rank (Rank of the adapters"),
         ("bf16=true", "here it is precision=bf16"),
         ("output_dir=out", "that is no key here: a run is written to a folder of its own under --runs DIR"),
@@ -103,7 +103,7 @@ def test_all_keys_of_another_trainers_file_are_answered_at_once(tmp_path: Path) 
     assert [line.split(":")[0].strip() for line in lines] == [
         "base_model", "sequence_len", "flash_attention", "adapter", "wandb_project",
     ]  # fmt: skip
-    assert lines[1] == "  sequence_len: here it is sequence_length (Tokens of a row)"
+    assert lines[1] == "  sequence_len: here it is sequence_length (Tokens per row)"
     assert "lora.rank=16" in lines[3]
     assert "WANDB_PROJECT" in lines[4]
 
@@ -127,5 +127,7 @@ def test_data_may_be_a_list_or_a_mapping(written: str, read: str, tmp_path: Path
 @pytest.mark.parametrize("written", ["[{path: a, type: b}]", "{a: b}"])
 def test_sources_written_as_elsewhere_are_refused_in_a_sentence(written: str, tmp_path: Path) -> None:
     (tmp_path / "a.yml").write_text(f"data: {written}\n")
-    with pytest.raises(BadInput, match=r"give each (as a text, as in \[one|a weight, as in \{one: 3)"):
+    with pytest.raises(
+        BadInput, match=r"every (item must be a string, as in \[|name needs a weight, as in \{)"
+    ):
         config.resolve(llm.Config, file=tmp_path / "a.yml")

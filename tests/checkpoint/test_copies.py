@@ -16,8 +16,8 @@ def test_weights_that_come_apart_are_not_saved(how: str, tmp_path: Path) -> None
     said = ranks.run(copies_run.train, 2, tmp_path, tmp_path, how)
     assert said[0] == said[1]
     assert said[0].startswith("step 2: ")
-    assert "differs between ranks 0 and 1, which train one model, by " in said[0]
-    assert "trainer.backward(loss_sum, weight) and trainer.update(), in place of loss.backward()" in said[0]
+    assert "differs between ranks 0 and 1, which hold copies, by " in said[0]
+    assert "trainer.backward(loss_sum, weight) and trainer.update() instead of loss.backward()" in said[0]
     assert manifest.newest(tmp_path / "runs" / "test" / how / "checkpoints")[0] is None
 
 
@@ -33,5 +33,5 @@ def test_weights_that_come_apart_are_not_saved(how: str, tmp_path: Path) -> None
 def test_what_is_one_model_is_saved(how: str, settings: dict[str, object], size: int, tmp_path: Path) -> None:
     assert ranks.run(copies_run.train, size, tmp_path, tmp_path, how, **settings) == [""] * size
     log = (tmp_path / "runs" / "test" / how / "logs" / "rank-0.log").read_text()
-    said = "step 2: weight differs between ranks 0 and 1, which train one model, by 0."
+    said = "step 2: weight differs between ranks 0 and 1, which hold copies, by 0."
     assert (said in log) == (how == "rounding")

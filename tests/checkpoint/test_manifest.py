@@ -82,7 +82,7 @@ def _other_format(path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
-        (_file_elsewhere, "not beside it"), (_of_another_step, "is of step 60"),
+        (_file_elsewhere, "outside its directory"), (_of_another_step, "is for step 60"),
         (_without_files, "has no files"), (_without_metrics, "has no metrics"), (_empty, "no manifest"),
         (_no_manifest, "no manifest"), (_torn_manifest, "cannot be read"), (_missing_shard, "is missing"),
         (_truncated_shard, "has 5 bytes, not 7"), (_flipped_bit, "checksum"), (_other_format, "format"),
@@ -134,8 +134,8 @@ def test_one_that_cannot_be_mended_now_is_passed_over(tmp_path: Path) -> None:
     assert found is not None
     assert found.step == 20
     assert passed_over == [
-        "step-00000040: it has no manifest: saving it was not finished; "
-        "in its store it is out of reach (s3://bucket: no answer)"
+        "step-00000040: it has no manifest: saving it did not finish; "
+        "its object store cannot be reached (s3://bucket: no answer)"
     ]
 
 

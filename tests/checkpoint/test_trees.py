@@ -78,14 +78,14 @@ def test_what_was_written_before_is_read() -> None:
     ("state", "said"),
     [
         ({"rules": [0, len]}, r"len at \['rules'\]\[1\]"),
-        ({"at": {1: object()}}, r"an object of the type object at \['at'\]\[1\]"),
-        (object(), "an object of the type object$"),
-        ({"k": {frozenset(): 1}}, r"a key of the type frozenset at \['k'\]"),
+        ({"at": {1: object()}}, r"an object of type object at \['at'\]\[1\]"),
+        (object(), "an object of type object$"),
+        ({"k": {frozenset(): 1}}, r"a key of type frozenset at \['k'\]"),
         ({"x": np.array(["a"])}, r"an array of <U1 at \['x'\]"),
         ({"x": torch.ones(2).to_sparse()}, r"a tensor \(torch.sparse_coo, torch.float32\) at \['x'\]"),
         ({"x": torch.ones(1, device="meta")}, r"a tensor \(meta\) at \['x'\]"),
         ({"x": np.array([1j])}, r"a tensor \(torch.strided, torch.complex128\) at \['x'\]"),
-        ({"x": collections.defaultdict(int)}, r"an object of the type defaultdict at \['x'\]"),
+        ({"x": collections.defaultdict(int)}, r"an object of type defaultdict at \['x'\]"),
     ],
 )
 def test_what_cannot_be_saved_is_named_with_its_place(state: Any, said: str) -> None:

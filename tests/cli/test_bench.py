@@ -51,7 +51,7 @@ def test_a_recipe_is_measured_by_the_number_of_ranks(stoker: Command, tmp_path: 
     ("arguments", "said"),
     [
         (["--nproc", "1,x"], "give numbers of ranks joined by commas"),
-        (["batch_size=15"], "nearest that can is 14 or 16"),
+        (["batch_size=15"], "nearest size that can is 14 or 16"),
         (["--steps", "500"], "ended before 508 steps, of which 500 are measured"),
         (["-o", "rows.json"], "name the page, such as rows.html"),
         (["-o", "/proc/nothing/x.html"], "cannot be written"),

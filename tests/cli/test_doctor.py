@@ -56,7 +56,7 @@ def test_a_machine_is_looked_at_in_order_and_left_as_it_was(
     assert summary[:2] == ([str(count), f"problem{'s' * (count > 1)},"] if count else ["no", "problem,"])
     said = {area: (state, text) for state, area, text in rows}
     assert said["ranks"][0] == "ok"
-    assert said["ranks"][1].startswith("2 ranks by gloo meet in")
+    assert said["ranks"][1].startswith("2 ranks with gloo connect in")
     assert said["hub"][1].startswith("HF_HUB_OFFLINE is set")
     assert not _left(tmp_path, alone)
     assert not done.err
@@ -78,7 +78,7 @@ def test_problems_say_what_to_do_without_secrets_as_json_and_by_the_exit_code(
     found = {row["area"]: row["text"] for row in done.answer["findings"] if row["state"] == "problem"}
     assert "nowhere0" in found["ranks"]
     assert "set GLOO_SOCKET_IFNAME to an interface of this machine" in found["ranks"]
-    assert "give --runs, or STOKER_RUNS, a folder that can be" in found["runs"]
+    assert "set --runs, or STOKER_RUNS, to a writable folder" in found["runs"]
     assert "start the server, or correct MLFLOW_TRACKING_URI" in found["trackers"]
     assert done.answer["problems"] >= len(found)
     assert _left(tmp_path, alone) == [tmp_path / "file"]

@@ -41,7 +41,7 @@ def test_it_is_evaluated_on_alike_before_and_after_a_kill(
     )  # fmt: skip
     whole = stoker(*command, "--name", "whole")
     assert whole.code == 0, whole.err
-    assert "validation_data: 8 documents are in data too, word for word, and trained on" in whole.err
+    assert "validation_data: 8 documents are also in data, word for word, and trained on" in whole.err
     assert "test_data: pairs.jsonl, 9 documents" in whole.err
     cut = files / "runs" / "llm" / "cut"
     process = start(*command, "--name", "cut")
@@ -108,14 +108,14 @@ def test_what_was_changed_since_the_run_began_is_said(
     [
         (
             ["validation_data=pairs.jsonl", "validation=0.1"],
-            "validation=0.1 is the share of data to hold out, and with validation_data none is: give one",
+            "validation=0.1 is the share of data to hold out, but validation_data replaces it",
         ),
         (
             ["test_data=pairs.jsonl", "test=0.1"],
-            "test=0.1 is the share of data to hold out, and with test_data none is: give one",
+            "test=0.1 is the share of data to hold out, but test_data replaces it",
         ),
         (["test_data=nowhere.jsonl"], "nowhere.jsonl does not exist"),
-        (["validation_data=pairs.jsonl:2"], "what is evaluated on has no weights"),
+        (["validation_data=pairs.jsonl:2"], "evaluation data takes no weights"),
         (["validation_data=pairs.jsonl", "test=-0.1"], "greater than or equal to 0"),
         (["validation=0.5"], "less than 0.5"),
     ],

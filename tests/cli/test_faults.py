@@ -158,7 +158,7 @@ def test_a_run_that_is_moved_while_it_trains_says_so_and_goes_on_where_it_is(
     run.rename(run.with_name("b"))
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1, err.decode()
-    assert f"{run} is gone: it was moved or deleted while it is trained" in err.decode()
+    assert f"{run} is gone: it was moved or deleted during training" in err.decode()
     assert "Traceback" not in err.decode()
     assert not run.exists()
     done = stoker("resume", "b", "pause=0")

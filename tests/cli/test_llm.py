@@ -283,7 +283,7 @@ def test_it_ends_early_where_evaluations_get_no_better_and_each_has_generations(
     )  # fmt: skip
     assert done.code == 0, done.err
     assert done.answer["step"] == 3, "the first, and two that are no better"
-    assert "step 3 is the last: val_loss got no better over 2 evaluations" in done.err
+    assert "step 3 is the last: val_loss did not improve for 2 evaluations" in done.err
     run = Path(done.answer["run"])
     assert [len(_generations(run, step)) for step in (1, 2, 3)] == [2, 2, 2]
     assert list(loaded(run).points["val_loss"]) == [0, 1, 2, 3]
@@ -306,7 +306,7 @@ def test_with_nothing_held_out_all_is_trained_on_and_nothing_measured(
     assert view.params["lr"] == 3e-3, "that of a new model, where none is given"
     refused = stoker("train", "llm", "data=d.jsonl", "validation=0", "patience=2")
     assert refused.code == 2
-    assert "patience=2 watches val_loss, and with validation=0 nothing is held out" in refused.err
+    assert "patience=2 watches val_loss, but with validation=0 nothing is held out" in refused.err
 
 
 def test_without_generations_and_evaluations_while_training_the_first_and_the_last_are_there(
@@ -333,9 +333,12 @@ def test_without_generations_and_evaluations_while_training_the_first_and_the_la
     [
         (
             ("eval_every=none", "patience=2"),
-            "patience=2 counts the evaluations while training, and with eval_",
+            "patience=2 counts evaluations during training, but with eval_",
         ),
-        (("generate_tokens=0", "prompts=who"), "prompts are given, and with generate_tokens=0 none is asked"),
+        (
+            ("generate_tokens=0", "prompts=who"),
+            "prompts are given, but generate_tokens=0 makes no generations",
+        ),
     ],
 )
 def test_what_is_asked_of_evaluations_that_are_turned_off_is_refused(
@@ -374,8 +377,8 @@ def test_training_loads_no_mlflow(base: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("lines", "said"),
     [
-        (['{"messages": [{"content": "hi"}]}'], "line 1, message 1: has no 'role'; it has 'content'"),
-        (['{"txt": "a"}'], "line 1: no expected field; the record has the fields 'txt'"),
+        (['{"messages": [{"content": "hi"}]}'], "line 1, message 1: has no 'role'; its fields are 'content'"),
+        (['{"txt": "a"}'], "line 1: no known field; the record's fields are 'txt'"),
         (['{"text": "a"}', "{text"], "line 2: not JSON"),
     ],
 )
@@ -445,13 +448,13 @@ def _lines(*records: object) -> str:
         (
             _lines({"text": "a"}, {"body": "b", "title": "t"}),
             ["data=d.jsonl"],
-            "the fields 'body'",
+            "the record's fields are 'body'",
         ),
         (None, ["lr=abc"], "lr=abc"),
         (None, ["batchsize=4"], "did you mean 'batch_size'?"),
         (None, ["sequence_length=0"], "greater than or equal to 2"),
-        (None, ["max_steps=10", "epochs=2"], "give one"),
-        (None, ["max_steps=10min"], "by the clock"),
+        (None, ["max_steps=10", "epochs=2"], "give only one"),
+        (None, ["max_steps=10min"], "is a time, which differs"),
         (None, ["streaming=true", "data_share=0.5"], "data_share=0.5 with streaming=true"),
         (None, ["model=emptydir"], "has no config.json"),
         (None, ["model=./nowhere"], "is not a directory"),
@@ -503,9 +506,9 @@ def test_a_model_that_the_machine_cannot_hold_is_refused_before_it_is_loaded(
     model = sparse_llama(tmp_path / "large", 32 * (1 + psutil.virtual_memory().total // (90 * 2**30)))
     done = stoker("train", "llm", f"model={model}", "data=python-docs-qa", "precision=fp32", "--json")
     assert done.code == 2, done.err
-    assert re.search(r"billion parameters needs [\d.,]+ GiB a rank under parallel=single", done.err)
+    assert re.search(r"billion parameters needs [\d.,]+ GiB per rank with parallel=single", done.err)
     assert re.search(
         r"weights \S+ GiB, gradients \S+ GiB, optimizer state \S+ GiB; a rank here has", done.err
     )
-    assert "train adapters alone with lora.rank=16" in done.err
+    assert "train only adapters with lora.rank=16" in done.err
     assert not (tmp_path / "runs").exists()

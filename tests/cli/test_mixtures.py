@@ -128,21 +128,21 @@ def test_how_many_documents_are_for_what_and_how_often_each_source_comes_is_said
     )  # fmt: skip
     done = stoker(*common, f"data={two[0]}:1,{two[1]}:1", "--name", "often")
     assert done.code == 0, done.err
-    looked_at = " that were looked at" if streaming else ""
+    looked_at = " sampled" if streaming else ""
     found = re.search(
         rf"640 documents{looked_at}: (\d+) trained on, (\d+) validation, (\d+) test\n", done.err
     )
     assert found is not None
     assert sum(map(int, found.groups())) == 640
     assert min(map(int, found.groups())) > 1
-    times = [float(text) for text in re.findall(r", weight 1: passed ([\d.]+) times in an epoch", done.err)]
+    times = [float(text) for text in re.findall(r", weight 1: seen ([\d.]+) times per epoch", done.err)]
     assert len(times) == 2
     assert times[0] < 1
     assert times[1] > 4
-    assert f"data: letters is passed {times[1]:.3g} times in an epoch, and may be learnt by heart" in done.err
+    assert f"data: letters is seen {times[1]:.3g} times per epoch and may be memorised" in done.err
     assert "data: numbers is passed" not in done.err
 
     done = stoker(*common, f"data={two[0]}", "validation=0", "test=0", "--name", "all")
     assert done.code == 0, done.err
     assert f"600 documents{looked_at}: 600 trained on\n" in done.err
-    assert "times in an epoch" not in done.err
+    assert "times per epoch" not in done.err

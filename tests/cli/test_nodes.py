@@ -103,7 +103,7 @@ def test_a_machine_that_is_cut_off_is_noticed_and_all_go_on_to_the_same_bits(
     processes = [machines.start(name, *same, *together) for name in ("a", "b")]
     _wait(lambda: points(run) > 50, *processes)
     machines.cable("down")
-    _wait(lambda: "nothing was heard of" in machines.said("a").read_text(), *processes)
+    _wait(lambda: "no message from" in machines.said("a").read_text(), *processes)
     _wait(lambda: "does not answer" in machines.said("b").read_text(), *processes)
     machines.cable("up")
     assert [process.wait(120) for process in processes] == [0, 0], _all_said(machines)
@@ -138,7 +138,7 @@ def test_a_machine_that_is_lost_with_no_restart_left_ends_the_others_as_a_preemp
     _wait(lambda: points(tmp_path / "runs" / "ranked" / "a") > 20, stays, lost)
     lost.kill()
     assert stays.wait(60) == 75, _all_said(machines)
-    assert "is not heard of, so all have ended" in machines.said("a").read_text()
+    assert "does not respond, so all machines have ended" in machines.said("a").read_text()
 
 
 def test_what_fails_on_one_machine_ends_all_of_them_with_its_traceback(
@@ -162,7 +162,7 @@ def test_machines_that_share_no_folder_are_told(machines: Machines, tmp_path: Pa
     # The one that comes second is told; where that is the one where they meet, the other loses it.
     _wait(lambda: any(process.poll() == 2 for process in processes))
     told = next(n for n, process in enumerate(processes) if process.poll() == 2)
-    assert "is another one than that of the machines which are here" in machines.said("ab"[told]).read_text()
+    assert "is not the one that the other machines use" in machines.said("ab"[told]).read_text()
 
 
 def test_a_machine_told_to_stop_stops_all_after_a_checkpoint(machines: Machines, tmp_path: Path) -> None:
@@ -224,14 +224,14 @@ def _worlds(run: Path) -> list[int]:
     [
         (("--nodes", "2", "--name", "a"), "say where they meet with --rendezvous HOST:PORT"),
         (("--nodes", "2", "--rendezvous", f"{A}:29511"), "give it a --name for them to agree on"),
-        (("--nodes", "2", "--rendezvous", A, "--name", "a"), "give HOST:PORT"),
+        (("--nodes", "2", "--rendezvous", A, "--name", "a"), "give the HOST:PORT"),
         (("--rendezvous", f"{A}:29511"), "say how many with --nodes"),
         (
             ("--nodes", "2:3", "batch_size=1", "--rendezvous", f"{A}:29511", "--name", "a"),
-            "cannot be divided among 3 data-parallel ranks",
+            "cannot be divided evenly among 3 data-parallel ranks",
         ),
-        (("--nodes", "4:1"), "such as 2, or the least and the most, such as 1:4"),
-        (("--nodes", "2", "--rendezvous", "no.such.host.:1", "--name", "a"), "is not known here"),
+        (("--nodes", "4:1"), "such as 2, or a minimum and maximum, such as 1:4"),
+        (("--nodes", "2", "--rendezvous", "no.such.host.:1", "--name", "a"), "cannot resolve"),
     ],
 )
 def test_what_cannot_be_is_refused(arguments: tuple[str, ...], said: str, stoker: Command) -> None:
@@ -245,7 +245,7 @@ def test_what_cannot_be_is_refused(arguments: tuple[str, ...], said: str, stoker
     [
         (("data=nowhere.jsonl", "batch_size=8"), "nowhere.jsonl does not exist"),
         (("lora.adapter=./nowhere", "batch_size=8"), "lora.adapter ./nowhere is not a directory"),
-        (("batch_size=1", "max_steps=1"), "cannot be divided among 3 data-parallel ranks"),
+        (("batch_size=1", "max_steps=1"), "cannot be divided evenly among 3 data-parallel ranks"),
     ],
 )
 def test_what_no_number_of_machines_could_do_is_not_taken_for_one_too_many(
@@ -263,7 +263,7 @@ def test_what_is_looked_up_before_a_launch_is_looked_up_once_for_all_numbers_of_
     recipe = tmp_path / "own.py"
     recipe.write_text(_LOOKS_UP)
     done = stoker("train", str(recipe), "--nodes", "1:4", "--rendezvous", "no.such.host.:1", "--name", "a")
-    assert (done.code, "is not known here" in done.err) == (2, True), done.err
+    assert (done.code, "cannot resolve" in done.err) == (2, True), done.err
     assert (tmp_path / "looked-up").read_text() == "once\n"
 
 

@@ -230,7 +230,7 @@ def _script(file: Path, before: str = "", within: str = "run.log(loss=trainer.st
         (["text", "--memory", "lots"], "--memory lots: give what a GPU has, such as 80GB or 24GB"),
         (["text", "--memory", "0GB"], "--memory 0GB: give what a GPU has"),
         (["text", "parallel=deepspeed"], "parallel=fsdp shards what ZeRO 3 does"),
-        (["text", "batch_size=7", "--nproc", "2"], "the nearest that can is 6 or 8"),
+        (["text", "batch_size=7", "--nproc", "2"], "the nearest size that can is 6 or 8"),
         (["text", "batch=7"], "did you mean"),
         (["txet"], "did you mean 'text'"),
     ],

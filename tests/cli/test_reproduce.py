@@ -311,7 +311,7 @@ def test_data_that_has_moved_is_given_anew_and_its_fingerprint_named(counted: Pa
     nothing = stoker("reproduce", "first", "data=/not/there", cwd=project)
     assert nothing.code == 2
     assert (
-        f"data=/not/there: there is nothing; the run read numbers.txt, of fingerprint {known}" in nothing.err
+        f"data=/not/there does not exist; the run read numbers.txt, with fingerprint {known}" in nothing.err
     )
 
 
@@ -338,7 +338,7 @@ def test_the_data_of_a_script_is_to_be_put_back_as_it_has_no_keys(project: Path,
     (project / "numbers.txt").rename(project / "moved.txt")
     gone = stoker("reproduce", next((project / "runs/read").iterdir()).name, cwd=project)
     assert gone.code == 2
-    assert "put it back, or a link to it" in gone.err
+    assert "restore it, or put a link to it" in gone.err
     assert "=PATH" not in gone.err
 
 

@@ -98,7 +98,7 @@ def test_what_fails_at_the_same_step_again_is_given_up_with_both_tracebacks(
 def test_what_the_user_must_change_is_not_tried_again(stoker: Command, tmp_path: Path) -> None:
     done = stoker("train", RECIPE, "nan_at=20", "--nproc", "2", "--name", "a", "--max-restarts", "5")
     assert done.code == 1
-    assert "step 20: the loss is nan; the weights are those before it" in done.err
+    assert "step 20: the loss is nan; the weights are those from before this step" in done.err
     assert "starting again" not in done.err
     assert len(loaded(tmp_path / "runs" / "ranked" / "a").attempts) == 1
 
@@ -234,8 +234,8 @@ def test_a_second_signal_ends_ranks_that_cannot_hear_it(start: Start, tmp_path: 
             with contextlib.suppress(psutil.NoSuchProcess):
                 rank.kill()
     assert process.returncode == 75, err.decode()
-    assert "told to stop twice: it ends at once" in err.decode()
-    assert loaded(run).attempts[-1].error == "told to stop twice, its ranks were ended at once"
+    assert "told to stop twice: ending at once" in err.decode()
+    assert loaded(run).attempts[-1].error == "told to stop twice, so its ranks were ended at once"
     newest, passed_over = manifest.newest(run / "checkpoints")
     assert newest is not None
     assert (newest.step >= 20, passed_over) == (True, [])
@@ -305,6 +305,6 @@ def test_what_cannot_take_less_memory_is_not_tried_again(stoker: Command, tmp_pa
     )
     assert done.code == 1
     assert (
-        "Give micro_batch=2 or less (auto finds the largest that fits): the result stays the same" in done.err
+        "Use micro_batch=2 or less (auto finds the largest that fits): the result stays the same" in done.err
     )
     assert len(loaded(tmp_path / "runs" / "ranked" / "a").attempts) == 1

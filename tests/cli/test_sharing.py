@@ -273,7 +273,7 @@ def test_what_is_drawn_is_the_seed_s_alone(trained: Path) -> None:
             ("generate", "runs/llm/base/artifacts/model", "-p", "x", "--checkpoint", "last"),
             "is for a run, and",
         ),
-        (("generate", "runs/llm/base/checkpoints", "-p", "x"), "holds no language model"),
+        (("generate", "runs/llm/base/checkpoints", "-p", "x"), "contains no language model"),
         (("generate", "tuned", "-p", "x", "--checkpoint", "4"), "give best, last, or one of the steps 3, 6"),
     ],
 )
@@ -295,7 +295,7 @@ def test_an_adapter_is_not_merged_into_another_model(trained: Path, tmp_path: Pa
     tensors = {name: t + 1 for name, t in load_file(other / "model.safetensors").items()}
     save_file(tensors, other / "model.safetensors", {"format": "pt"})
     for refused in (speaking.load, lambda a, base: merging.merge(a, tmp_path / "merged", base)):
-        with pytest.raises(BadInput, match="was trained on another model"):
+        with pytest.raises(BadInput, match="was trained on a different model"):
             refused(adapter, str(other))
     with pytest.raises(BadInput, match="is not a directory"):
         speaking.load(adapter, "./gone")

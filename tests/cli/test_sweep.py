@@ -198,7 +198,7 @@ def test_shares_that_a_recipe_refuses_are_refused_before_anything_is_started(
     refused = stoker(*searched, *shares)
     assert refused.code == 2
     assert "data_share=0.1" in refused.err
-    assert "leave out streaming=true" in refused.err
+    assert "omit streaming=true" in refused.err
     assert not (tmp_path / "runs").exists()
 
 

@@ -148,15 +148,15 @@ def test_it_is_shared_with_the_card_of_a_classifier_and_has_nothing_to_say(
     assert 'pipeline("text-classification", model="org/trades", truncation=True)' in card
     assert "| macro F1 on the test set |" in card
     assert served._load_pyfunc(str(folder)).predict(["the anvil and the forge"]) == ["smith"]
-    with pytest.raises(BadInput, match="holds no language model"):
+    with pytest.raises(BadInput, match="contains no language model"):
         speaking.load(folder)
 
 
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["width=32", "heads=5"], "heads=5 does not divide the width of 32: give one of 1, 2, 4, 8"),
-        (["parallel=pipeline", "--nproc", "2"], "give parallel=ddp or fsdp"),
+        (["width=32", "heads=5"], "heads=5 does not divide the width 32 evenly: use one of 1, 2, 4, 8"),
+        (["parallel=pipeline", "--nproc", "2"], "use parallel=ddp or fsdp"),
     ],
 )
 def test_bad_input_ends_with_2_and_leaves_no_run(

@@ -409,7 +409,7 @@ def test_parameters_without_part_in_the_loss_are_named_with_the_key_that_lets_th
     (tmp_path / "unused.py").write_text(UNUSED)
     done = stoker("train", "unused.py", "--nproc", "2", "--name", "a")
     assert done.code == 1
-    said = "stoker: error: parameters (spare.weight, spare.bias) had no part in the loss"
+    said = "stoker: error: parameters (spare.weight, spare.bias) did not contribute to the loss"
     assert said in done.err
     assert "add ddp.find_unused_parameters=true" in done.err
     assert "Traceback" not in done.err
@@ -434,13 +434,14 @@ class Config(stoker.Training):
 @pytest.mark.parametrize(
     ("written", "said"),
     [
-        ("def train(config: Config): pass", "train(config): the first that it is given is the run: write "
+        ("def train(config: Config): pass", "train(config): the first parameter must be the run: write "
          "def train(run, config: Config)"),
-        ("def train(c: Config, run): pass", "train(c, run): the first that it is given is the run"),
+        ("def train(c: Config, run): pass", "train(c, run): the first parameter must be the run"),
         ("def train(config): pass", "write def train(run, config: Config)"),
-        ("def train(): pass", "train(): the first that it is given is the run"),
-        ("@dataclass\nclass Own(Config): pass", "line 12: a dataclass inherits from a frozen one, as "
-         "stoker.Training is: decorate it with @dataclass(frozen=True, kw_only=True)"),
+        ("def train(): pass", "train(): the first parameter must be the run"),
+        ("@dataclass\nclass Own(Config): pass", "line 12: a dataclass that inherits from a frozen one, "
+         "such as stoker.Training, must be frozen too: decorate it "
+         "with @dataclass(frozen=True, kw_only=True)"),
     ],
 )  # fmt: skip
 def test_a_script_that_is_written_otherwise_than_it_is_called_is_told_how(  # type: ignore[no-untyped-def]

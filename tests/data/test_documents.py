@@ -47,13 +47,13 @@ def test_too_few_documents_are_refused() -> None:
         split([*numbered(2), *numbered(2)])
     with pytest.raises(BadInput, match="there is 1 different document: "):
         split(numbered(1))
-    with pytest.raises(BadInput, match="train and test need at least one each, so give 2 or more"):
+    with pytest.raises(BadInput, match="train and test need at least one each, so give at least 2"):
         split(numbered(1), validation=0.0)
     assert split(numbered(1), validation=0.0, test=0.0).train == numbered(1)
 
 
 def test_fractions_that_leave_nothing_to_train_on_are_refused() -> None:
-    with pytest.raises(BadInput, match="leave some to train on"):
+    with pytest.raises(BadInput, match="leave data to train on"):
         split(numbered(10), validation=0.5, test=0.5)
 
 

@@ -168,11 +168,11 @@ def test_streams_are_told_apart_by_what_their_files_hold(answers: dict[Any, Any]
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("org/data", "has several configs: give one of one, two, three, as in org/data#one"),
-        ("org/data#on", "give one of one, two, three, as in org/data#one; did you mean 'one'?"),
-        ("org/data#two", "has no split train: give one of train_sft, test_sft, as in org/data#two/train_sft"),
-        ("org/plain@nope", "has no revision nope: give a branch, a tag or a commit of it"),
-        ("org/nothing", "is no file here, and no dataset of the hub (or private: set HF_TOKEN)"),
+        ("org/data", "has several configs: use one of one, two, three, as in org/data#one"),
+        ("org/data#on", "use one of one, two, three, as in org/data#one; did you mean 'one'?"),
+        ("org/data#two", "has no split train: use one of train_sft, test_sft, as in org/data#two/train_sft"),
+        ("org/plain@nope", "has no revision nope: give one of its branches, tags or commits"),
+        ("org/nothing", "is neither a local file nor a dataset on the hub (if it is private, set HF_TOKEN)"),
     ],
 )  # fmt: skip
 def test_what_is_not_there_is_refused_with_what_is(answers: dict[Any, Any], name: str, message: str) -> None:
@@ -187,13 +187,13 @@ def test_what_is_not_there_is_refused_with_what_is(answers: dict[Any, Any], name
 def test_what_is_gated_says_what_to_set(answers: dict[Any, Any], way: str, name: str) -> None:
     said = answers[way, name]
     assert said.endswith(
-        f"{name} is gated: accept its terms on the hub, and set HF_TOKEN to a token of yours"
+        f"{name} is gated: accept its terms on the hub, and set HF_TOKEN to one of your tokens"
     )
 
 
 def test_a_model_has_no_such_revision(answers: dict[Any, Any]) -> None:
     said = answers["model", "org/gated-model@nope"]
-    assert said == "model org/gated-model has no revision nope: give a branch, a tag or a commit of it"
+    assert said == "model org/gated-model has no revision nope: give one of its branches, tags or commits"
 
 
 def test_a_dataset_that_is_damaged_says_why(answers: dict[Any, Any]) -> None:
@@ -203,7 +203,7 @@ def test_a_dataset_that_is_damaged_says_why(answers: dict[Any, Any]) -> None:
 def test_a_dataset_that_cannot_be_streamed_says_so(answers: dict[Any, Any]) -> None:
     said = answers["stream", "org/arrow"]
     assert said.startswith("org/arrow has train.arrow, ")
-    assert said.endswith("leave out streaming=true")
+    assert said.endswith("omit streaming=true")
 
 
 def test_labelled_texts_have_the_splits_of_the_hub_or_the_one_that_is_named(answers: dict[Any, Any]) -> None:
@@ -217,8 +217,10 @@ def test_offline_reads_what_was_downloaded_and_no_other_revision_for_it(
     calls = [("read", "org/data#one/test"), ("read", "org/plain@nope"), ("stream", "org/plain")]
     known, other, stream = asked(hub, home, calls, offline="1").values()
     assert known["texts"] == ["one, test"]
-    assert other.startswith("org/plain@nope: the hub was not asked, and another revision was downloaded")
-    assert stream.endswith("leave out streaming=true")
+    assert other.startswith(
+        "org/plain@nope: the hub was not asked, and the downloaded revision is a different one"
+    )
+    assert stream.endswith("omit streaming=true")
 
 
 @pytest.mark.parametrize(

@@ -158,35 +158,35 @@ def test_what_cannot_be_learnt_from_is_said(tmp_path: Path) -> None:
 
     assert "is an empty dataset" in said("empty.csv", "")
     assert "is an empty dataset" in said("blank.csv", "text,label\n  ,a\n")
-    assert "no column 'text': give text_column=; it has 'txt', 'label'; did you mean 'txt'?" in said(
+    assert "no column 'text': set text_column=; its columns are 'txt', 'label'; did you mean 'txt'?" in said(
         "other.csv", "txt,label\na,b\n"
     )
-    assert "give label_column=" in said("other.csv", "text,kind\na,b\n")
-    assert "line 3: 'label' must be a text, a whole number, or true or false, not null" in said(
+    assert "set label_column=" in said("other.csv", "text,kind\na,b\n")
+    assert "line 3: 'label' must be a string, a whole number, or true or false, not null" in said(
         "short.csv", "text,label\na,b\nc\n"
     )
     assert "not a number (0.5)" in said("float.jsonl", '{"text": "a", "label": 0.5}\n')
-    assert "line 1: 'text' must be a text, not a list" in said("list.jsonl", '{"text": [], "label": 1}\n')
+    assert "line 1: 'text' must be a string, not a list" in said("list.jsonl", '{"text": [], "label": 1}\n')
     assert "line 1: not JSON" in said("bad.jsonl", "{\n")
     assert "too few" in said("few.csv", "text,label\na,x\nb,x\nc,y\n")
     one = "".join(f"text {n},only\n" for n in range(30))
-    assert "every text to train on has the label 'only'" in said("one.csv", f"text,label\n{one}")
+    assert "every training text has the label 'only'" in said("one.csv", f"text,label\n{one}")
     own = "".join(f"text {n},{n}\n" for n in range(30))
-    assert "each of the 30 texts has a label of its own" in said("own.csv", f"text,label\n{own}")
-    assert "ending that is not known" in said("a.docx", "x")
+    assert "each of the 30 texts has a different label" in said("own.csv", f"text,label\n{own}")
+    assert "unknown file extension" in said("a.docx", "x")
 
 
 def test_a_label_that_is_only_tested_is_refused(tmp_path: Path) -> None:
     write_csv(tmp_path / "train.csv", ROWS)
     write_csv(tmp_path / "test.csv", [("a", "steel")])
-    assert "the test split has the label 'steel', and no text to train on has it" in refused(tmp_path)
-    assert "these are coal, iron" in refused(tmp_path)
+    assert "the test split has the label 'steel', but the training texts have only" in refused(tmp_path)
+    assert "have only coal, iron" in refused(tmp_path)
 
 
 def test_a_file_of_no_split_among_files_of_splits_is_refused(tmp_path: Path) -> None:
     write_csv(tmp_path / "train.csv", ROWS)
     write_csv(tmp_path / "more.csv", ROWS)
-    assert "more.csv is of no split, and others are" in refused(tmp_path)
+    assert "more.csv belongs to no split, but other files do" in refused(tmp_path)
 
 
 def test_a_name_that_is_nearly_a_built_in_one_is_told(tmp_path: Path) -> None:

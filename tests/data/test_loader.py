@@ -81,7 +81,7 @@ def test_a_dataset_smaller_than_a_batch_is_warned_of(
     samples: int, warned: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     Loader(list(range(samples)), batch_size=8, world=World(), seed=0).warn_of_repeats()
-    assert ("batch_size=8 is more than the 7 samples of an epoch" in caplog.text) == warned
+    assert ("batch_size=8 is larger than an epoch of 7 samples" in caplog.text) == warned
 
 
 def test_each_epoch_holds_each_sample_once_and_a_batch_may_span_two() -> None:
@@ -156,8 +156,8 @@ def test_a_loader_says_what_an_epoch_is() -> None:
     ("size", "batch_size", "ranks", "message"),
     [
         (0, 4, 1, "the dataset is empty"),
-        (4, 0, 1, "batch_size=0: it must be at least 1"),
-        (4, 3, 2, "batch_size=3 is for all 2 ranks together: make it a multiple of 2"),
+        (4, 0, 1, "batch_size=0: must be at least 1"),
+        (4, 3, 2, "batch_size=3 is the total over 2 ranks: make it a multiple of 2"),
     ],
 )
 def test_what_cannot_be_loaded_is_refused(size: int, batch_size: int, ranks: int, message: str) -> None:
@@ -244,7 +244,7 @@ class Broken(Numbers):
 def test_an_error_says_which_sample_it_was_raised_for(workers: int) -> None:
     with pytest.raises(ZeroDivisionError) as raised:
         take(loader(Broken(8), workers=workers).batches(0), 2)
-    assert "raised for sample 3 of the dataset" in "".join(traceback.format_exception(raised.value))
+    assert "Raised for sample 3 of the dataset" in "".join(traceback.format_exception(raised.value))
 
 
 def test_what_cannot_be_handed_to_workers_is_told_where_to_stand() -> None:
@@ -252,7 +252,7 @@ def test_what_cannot_be_handed_to_workers_is_told_where_to_stand() -> None:
         pass
 
     with pytest.raises(
-        BadInput, match=r"^workers=2: .*Local.* at the top level of a file, or give workers=0$"
+        BadInput, match=r"^workers=2: .*Local.* at the top level of a file, or use workers=0$"
     ):
         loader(Local(8), workers=2).batches(0)
     assert next(loader(Local(8), workers=0, shuffle=False).batches(0)).tolist() == [0, 1, 2, 3]
@@ -271,10 +271,10 @@ class FlowingOfKnownLength(Flowing):
 @pytest.mark.parametrize(
     ("dataset", "said"),
     [
-        (Flowing(), "Flowing has no __len__, and"),
-        (FlowingOfKnownLength(), "FlowingOfKnownLength is an IterableDataset, and"),
-        (DataLoader([1, 2]), "DataLoader has no __getitem__, and"),  # type: ignore[arg-type]
-        (iter([1, 2]), "list_iterator has no __len__ and no __getitem__, and"),
+        (Flowing(), "Flowing has no __len__, but"),
+        (FlowingOfKnownLength(), "FlowingOfKnownLength is an IterableDataset, but"),
+        (DataLoader([1, 2]), "DataLoader has no __getitem__, but"),  # type: ignore[arg-type]
+        (iter([1, 2]), "list_iterator has no __len__ and no __getitem__, but"),
     ],
 )
 def test_what_is_not_read_by_index_is_refused_with_what_to_give(dataset: Any, said: str) -> None:

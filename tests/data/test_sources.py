@@ -113,7 +113,7 @@ def test_the_first_file_of_a_folder_that_holds_something_is_looked_at_beforehand
     (tmp_path / "a.jsonl").touch()
     (tmp_path / "b.json").write_text('[{"about": "no data, which in a folder is no mistake"}]')
     (tmp_path / "c.jsonl").write_text('{"txt": "a"}\n')
-    with pytest.raises(BadInput, match=r"c.jsonl, line 1: no expected field"):
+    with pytest.raises(BadInput, match=r"c.jsonl, line 1: no known field"):
         sources.check(str(tmp_path))
 
 
@@ -168,9 +168,9 @@ def test_what_is_evaluated_on_is_read_whole_and_nothing_is_held_out_for_it(tmp_p
 @pytest.mark.parametrize(
     ("data", "said"),
     [
-        ("a.jsonl:3,b.jsonl", "validation_data=a.jsonl:3,b.jsonl: what is evaluated on has no weights, so "
-         "write validation_data=a.jsonl,b.jsonl"),
-        ("a.jsonl,", "validation_data=a.jsonl,: a name is missing; write a.jsonl,b.jsonl"),
+        ("a.jsonl:3,b.jsonl", "validation_data=a.jsonl:3,b.jsonl: evaluation data takes no weights: "
+         "use validation_data=a.jsonl,b.jsonl"),
+        ("a.jsonl,", "validation_data=a.jsonl,: a name is missing: write a.jsonl,b.jsonl"),
         ("nowhere.jsonl", "nowhere.jsonl does not exist"),
     ],
 )  # fmt: skip
@@ -220,17 +220,20 @@ def test_conversations_are_read_in_every_form(tmp_path: Path, record: dict[str, 
     [
         (
             [{"content": "hi"}, {"role": "assistant", "content": "ho"}],
-            "line 1, message 1: has no 'role'; it has 'content'",
+            "line 1, message 1: has no 'role'; its fields are 'content'",
         ),
         ([{"role": "assistant", "text": "ho"}], "line 1, message 1: has no 'content'"),
         (
             [{"speaker": "user", "utterance": "hi"}],
-            "message 1: has no 'role'; it has 'speaker', 'utterance'; say by columns what it calls them, as "
+            "message 1: has no 'role'; its fields are 'speaker', 'utterance'; map its names with columns, as "
             "in columns='{messages: ..., role: speaker, content: utterance}'",
         ),
-        ([{"role": "user", "content": 3}], "message 1: the field 'content' must be a text, not a number (3)"),
-        ([{"role": "user", "content": [{"type": "image"}]}], "has a part that is no text"),
-        (["hi"], "message 1: must be an object with 'role' and 'content', not a text"),
+        (
+            [{"role": "user", "content": 3}],
+            "message 1: the field 'content' must be a string, not a number (3)",
+        ),
+        ([{"role": "user", "content": [{"type": "image"}]}], "has a part that is not text"),
+        (["hi"], "message 1: must be an object with 'role' and 'content', not a string"),
     ],
 )
 def test_a_bad_message_is_named(tmp_path: Path, messages: list[Any], said: str) -> None:
@@ -248,7 +251,7 @@ def test_a_conversation_is_part_of_the_fingerprint(tmp_path: Path) -> None:
 
 def test_an_unknown_ending_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.xlsx").write_text("text\nx\n")
-    assert "ending that is not known: give a .jsonl, .json, .csv, .tsv, .txt" in refused(tmp_path / "a.xlsx")
+    assert "unknown file extension: give a .jsonl, .json, .csv, .tsv, .txt" in refused(tmp_path / "a.xlsx")
 
 
 @pytest.mark.parametrize(
@@ -269,7 +272,7 @@ UNLEARNABLE: list[tuple[dict[str, Any], str]] = [
     ({"prompt": "a", "completion": ""}, "no answer"),
     ({"messages": []}, "no text"),
     (said_in_turn("a", ""), "nothing that the assistant says"),
-    (said_in_turn("a"), "no message of the role assistant (it has the roles user)"),
+    (said_in_turn("a"), "no message with the role assistant (its roles are user)"),
     ({"messages": [{"role": "assistant", "content": "", "train": False}]}, "nothing that the assistant says"),
 ]
 
@@ -287,7 +290,7 @@ def test_records_of_which_nothing_can_be_learnt_are_left_out_and_counted(
     assert (left.records, left.of, left.first) == (2, 22, f"{file}, line 4")
     assert left.lacking == lacking
     file = write_jsonl(tmp_path / "b.jsonl", [record] * 3)
-    said = re.escape(f"nothing can be learnt of 3 records; the first, {file}, line 1, has {lacking}")
+    said = re.escape(f"nothing can be learnt from 3 records; the first, {file}, line 1, has {lacking}")
     with pytest.raises(BadInput, match=said):
         sources.read_all(str(file), validation=0, test=0, streaming=streaming)
 
@@ -309,17 +312,17 @@ def test_what_is_left_out_is_said_of_each_file_and_of_what_is_evaluated_on(tmp_p
         ("{text: 1}", "not JSON: Expecting property name enclosed in double quotes (column 2)"),
         ('["text"]', 'a record must be a JSON object such as {"text": ...}, not a list'),
         ("3", 'a record must be a JSON object such as {"text": ...}, not a number (3)'),
-        ('{"text": 3}', "the field 'text' must be a text, not a number (3)"),
-        ('{"prompt": "a", "completion": null}', "the field 'completion' must be a text, not null"),
+        ('{"text": 3}', "the field 'text' must be a string, not a number (3)"),
+        ('{"prompt": "a", "completion": null}', "the field 'completion' must be a string, not null"),
         ('{"text": "\\ud800"}', "the field 'text' is not valid Unicode: surrogates not allowed"),
         (
             '{"body": "a", "prompt": "b"}',
-            "no expected field; the record has the fields 'body', 'prompt'; allowed are "
+            "no known field; the record's fields are 'body', 'prompt'; known formats are "
             '{"text"}, {"prompt", "completion"}, {"question", "answer"}, '
             '{"instruction", "output"} with an optional "input", or {"messages": [{"role", "content"}]}',
         ),
-        ("{}", "no expected field; the record has the fields none; "),
-        ('{"conversations": "hi"}', "'conversations' must be a list of messages: not a text"),
+        ("{}", "no known field; the record's fields are none; "),
+        ('{"conversations": "hi"}', "'conversations' must be a list of messages, not a string"),
         ("[" * 100_000, "not usable JSON: nested too deeply"),
     ],
 )
@@ -373,14 +376,16 @@ def test_a_parquet_file_that_is_none_is_refused(tmp_path: Path) -> None:
 
 def test_a_parquet_row_without_a_text_is_named(tmp_path: Path) -> None:
     parquet.write_table(pa.table({"text": ["a", None]}), tmp_path / "a.parquet")
-    assert "a.parquet, row 2: the field 'text' must be a text, not null" in refused(tmp_path / "a.parquet")
+    assert "a.parquet, row 2: the field 'text' must be a string, not null" in refused(tmp_path / "a.parquet")
 
 
 @pytest.mark.parametrize("name", ["org/no-such-dataset", "python-doc"])
 def test_a_dataset_that_cannot_be_reached_is_refused_with_the_reason(name: str) -> None:
     message = refused(name)
-    assert f"{name} is no file here" in message
-    assert re.search("hub it cannot be loaded: .|hub cannot be reached \\(.", message)  # offline, or asked
+    assert f"{name} is not a local file" in message
+    assert re.search(
+        "cannot be loaded as a hub dataset: .|hub cannot be reached \\(.", message
+    )  # offline, or asked
     assert ("did you mean 'python-docs'?" in message) == (name == "python-doc")
 
 
@@ -411,9 +416,9 @@ def test_a_table_reads_as_the_same_jsonl(tmp_path: Path, name: str, delimiter: s
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"text\na\nb,c\n", "a.csv, record 2: has more fields than the first line names"),
-        (b'text\n"a\n', "a.csv, line 1: no CSV that can be read: unexpected end of data"),
-        (b"text\ncaf\xe9\n", "a.csv: not UTF-8 behind record 0"),
+        (b"text\na\nb,c\n", "a.csv, record 2: more fields than the header line names"),
+        (b'text\n"a\n', "a.csv, line 1: not valid CSV: unexpected end of data"),
+        (b"text\ncaf\xe9\n", "a.csv: not UTF-8 after record 0"),
         (b"prompt,completion\na\n", "a.csv, record 1: "),
     ],
 )
@@ -430,12 +435,16 @@ def test_a_text_is_read_compressed_and_in_a_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl.gz", b"no gzip at all", "a.jsonl.gz cannot be unpacked: "),
-        ("a.jsonl.zst", packed("a.zst", b'{"text": "a"}\n' * 500)[:-5], "a.jsonl.zst cannot be unpacked: "),
-        ("a.jsonl.gz", packed("a.gz", b'{"text": "a"}\n' * 500)[:-12], "a.jsonl.gz cannot be unpacked: "),
+        ("a.jsonl.gz", b"no gzip at all", "a.jsonl.gz cannot be decompressed: "),
+        (
+            "a.jsonl.zst",
+            packed("a.zst", b'{"text": "a"}\n' * 500)[:-5],
+            "a.jsonl.zst cannot be decompressed: ",
+        ),
+        ("a.jsonl.gz", packed("a.gz", b'{"text": "a"}\n' * 500)[:-12], "a.jsonl.gz cannot be decompressed: "),
         ("a.json", b'[{"text": "a"},\n {text: 2}]', "a.json: not JSON: .* \\(line 2, column 3\\)"),
-        ("a.json", b'[{"text": "a"}, {"text": 2}]', "a.json, record 2: the field 'text' must be a text"),
-        ("a.json", b'{"data": [{"text": "a"}]}', "a.json, record 1: no expected field"),
+        ("a.json", b'[{"text": "a"}, {"text": 2}]', "a.json, record 2: the field 'text' must be a string"),
+        ("a.json", b'{"data": [{"text": "a"}]}', "a.json, record 1: no known field"),
     ],
 )
 def test_a_damaged_file_says_what_is_wrong(tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -499,7 +508,7 @@ def test_turns_are_read_under_the_names_that_the_data_have(tmp_path: Path, name:
 def test_turns_of_other_names_are_answered_with_the_columns_that_read_them(tmp_path: Path) -> None:
     file = write_jsonl(tmp_path / "a.jsonl", DIALOGS)
     assert "as in columns='{messages: dialog, role: speaker, content: utterance}'" in refused(file)
-    with pytest.raises(BadInput, match="columns: 'role' is a field of messages: name these too"):
+    with pytest.raises(BadInput, match="columns: 'role' is a field of messages: name messages too"):
         sources.check(str(file), columns={"text": "persona", "role": "speaker"})
 
 
@@ -507,8 +516,9 @@ def test_roles_that_nobody_knows_are_said(tmp_path: Path) -> None:
     turns = [{"role": role, "content": "a"} for role in ("hero", "user", "Narrator")]
     file = write_jsonl(tmp_path / "a.jsonl", [{"text": ""}, {"messages": turns}, {"messages": turns[:1]}])
     assert (
-        f"the assistant says nothing in 3 records, and nobody knows the roles hero, Narrator of {file}, line "
-        "2: call who speaks system, user (or human), assistant (or gpt, ai, bot, model) and tool"
+        f"the assistant says nothing in 3 records, and {file}, line 2 "
+        "has the unknown roles hero, Narrator: name the roles system, user (or human), "
+        "assistant (or gpt, ai, bot, model) and tool"
     ) in refused(file)
 
 
@@ -527,7 +537,7 @@ def test_names_that_nothing_has_are_refused(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"line 1: no field 'b', which columns names; .* 'q', 'a'"):
         read(file, {"prompt": "q", "completion": "b"})
     for looks in (sources.check, functools.partial(sources.read_all, validation=0.1, test=0.1)):
-        with pytest.raises(BadInput, match="no form of record has 'prompts'; did you mean 'prompt'"):
+        with pytest.raises(BadInput, match="no record format has a field 'prompts'; did you mean 'prompt'"):
             looks(file, columns={"prompts": "q", "completion": "a"})  # type: ignore[operator]
     assert read(file, {"text": "a", "system": "persona"}).documents  # what may be there need not
 
@@ -560,7 +570,7 @@ def test_a_system_field_of_a_pair_is_its_system_prompt_and_leaves_its_split(
 
 def test_a_system_field_that_is_no_text_is_refused(tmp_path: Path) -> None:
     file = write_jsonl(tmp_path / "a.jsonl", [{"messages": TURNS, "system": {"a": 1}}])
-    assert refused(file).endswith("line 1: the field 'system' must be a text, not an object")
+    assert refused(file).endswith("line 1: the field 'system' must be a string, not an object")
 
 
 @pytest.mark.parametrize(

@@ -310,9 +310,9 @@ def test_a_file_that_is_unpacked_and_has_changed_is_other_data(
 
 @pytest.mark.parametrize("name", ["nothing.jsonl", "nothing.parquet"])
 def test_what_is_not_there_is_refused(tmp_path: Path, name: str) -> None:
-    with pytest.raises(BadInput, match="does not exist, or holds no"):
+    with pytest.raises(BadInput, match="does not exist, or contains no"):
         chunks.find(str(tmp_path / name))
-    with pytest.raises(BadInput, match="holds no"):
+    with pytest.raises(BadInput, match="contains no"):
         chunks.find(str(tmp_path))
 
 
@@ -322,11 +322,11 @@ def test_a_bad_line_is_named(tmp_path: Path, small_chunks: None) -> None:
     with file.open("a") as more:
         more.write("{no json\n")
     found = chunks.find(str(file))
-    with pytest.raises(BadInput, match=r"a.jsonl, line \d+ of those that begin behind byte \d+: not JSON"):
+    with pytest.raises(BadInput, match=r"a.jsonl, line \d+ of those that start after byte \d+: not JSON"):
         found.documents(len(found) - 1)
 
 
 def test_no_tokens_in_what_is_looked_at_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", range(3))
-    with pytest.raises(BadInput, match="2 parts were looked at, and none has text"):
+    with pytest.raises(BadInput, match="looked at 2 parts, and none contains text"):
         opened(chunks.find(str(tmp_path / "a.jsonl")), tmp_path / "cache", held_out=1.1)

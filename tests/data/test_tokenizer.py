@@ -43,5 +43,5 @@ def test_every_text_comes_back_as_it_was(tmp_path: Path) -> None:
 
 
 def test_a_vocabulary_too_small_for_every_byte_is_refused() -> None:
-    with pytest.raises(BadInput, match="vocab_size=257: it must be at least 258"):
+    with pytest.raises(BadInput, match="vocab_size=257: must be at least 258"):
         train_tokenizer(["text"], 257)

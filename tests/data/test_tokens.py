@@ -103,10 +103,10 @@ def test_what_was_cut_off_is_told_from_what_was_not_found(tmp_path: Path) -> Non
     documents = [Document(str(n), "", "text") for n in range(len(found))]
     statistics = tokenise(documents, encode=lambda _: found, **given).statistics
     assert (statistics.rows, statistics.dropped, statistics.unfound) == (1, 1, 2)
-    said = "nothing to be predicted among their first 3 tokens, 2 nothing at all"
-    with pytest.raises(BadInput, match=f"{said}.: raise sequence_length"):
+    said = "nothing to predict in their first 3 tokens, 2 nothing at all"
+    with pytest.raises(BadInput, match=f"{said}.: increase sequence_length"):
         tokenise(documents[:3], encode=lambda _: found[:3], **{**given, "fingerprint": (1,)})
-    with pytest.raises(BadInput, match=r"2 nothing at all\): give other data"):
+    with pytest.raises(BadInput, match=r"2 nothing at all\): use different data"):
         tokenise(documents[:2], encode=lambda _: [silent[0]] * 2, **{**given, "fingerprint": (2,)})
 
 
@@ -255,19 +255,19 @@ def test_two_processes_at_once_make_one_dataset(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("length", [-1, 0, 1])
 def test_a_sequence_too_short_to_predict_anything_is_refused(tmp_path: Path, length: int) -> None:
-    with pytest.raises(BadInput, match=f"sequence_length={length}: it must be at least 2"):
+    with pytest.raises(BadInput, match=f"sequence_length={length}: must be at least 2"):
         packed(tmp_path, [("", "abc")], length=length)
 
 
 def test_nothing_left_is_refused_and_leaves_no_dataset(tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match=r"no tokens are left of 2 documents \(1 have nothing to be predicted"):
+    with pytest.raises(BadInput, match=r"no tokens are left of 2 documents \(1 have nothing to predict"):
         packed(tmp_path, [("", ""), ("abcdefgh", "i")])
     assert not [p for p in tmp_path.iterdir() if p.is_dir()]
 
 
 def test_a_cache_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(BadInput, match=r"cannot be written \(.*\): set STOKER_CACHE"):
+    with pytest.raises(BadInput, match=r"is not writable \(.*\): set STOKER_CACHE"):
         packed(tmp_path / "file" / "cache", [("", "abc")])
 
 

@@ -62,7 +62,7 @@ def test_a_check_that_hangs_is_given_up_with_what_to_do() -> None:
     before, after = checks.made(Check("a", hanging, limit=0.2, hint="look at the disk"))
     over.set()
     assert before == ok("before")
-    assert (after.state, after.text) == ("problem", "nothing came back within 0 s: look at the disk")
+    assert (after.state, after.text) == ("problem", "no answer within 0 s: look at the disk")
 
 
 @pytest.mark.parametrize("limit", [None, 5.0])
@@ -104,7 +104,7 @@ def test_a_package_of_another_version_is_a_problem_and_an_extras_is_one_that_is_
     _installed(tmp_path, "s3fs", "2024.1.0")
     monkeypatch.syspath_prepend(tmp_path)
     (problem,) = problems(software.check())
-    assert problem.startswith("transformers 4.57.0, and stoker needs transformers")
+    assert problem.startswith("transformers 4.57.0, but stoker needs transformers")
     assert "pip install 'transformers" in problem
     (note,) = [finding.text for finding in software.check() if finding.state == "note"]
     assert "s3" in note.partition(":")[2]
@@ -186,7 +186,9 @@ def test_a_gpu_beside_a_torch_for_the_cpu_is_a_problem(
     assert not problems(gpus.check())
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     (problem,) = problems(gpus.check())
-    assert "there is a GPU (NVIDIA H100 80GB HBM3), and torch is built for the CPU: install one" in problem
+    assert (
+        "there is a GPU (NVIDIA H100 80GB HBM3), but torch is built for the CPU: install a build" in problem
+    )
 
 
 @NO_GPU
@@ -202,8 +204,14 @@ def test_without_a_gpu_what_the_cpu_does_is_said_and_not_kept(
 @pytest.mark.parametrize(
     ("built_for", "cuda", "visible", "state", "said"),
     [
-        ("13.0", "12.2", None, "problem", "is too old: it runs CUDA 12.2, and torch is built for CUDA 13.0"),
-        (None, "12.2", None, "problem", "install one for CUDA 12.2 or older"),
+        (
+            "13.0",
+            "12.2",
+            None,
+            "problem",
+            "is too old: it supports CUDA 12.2, but torch is built for CUDA 13.0",
+        ),
+        (None, "12.2", None, "problem", "install a build for CUDA 12.2 or older"),
         ("12.8", "12.2", "", "note", "CUDA_VISIBLE_DEVICES='' hides the GPUs (A, B and 1 more)"),
     ],
 )
@@ -236,7 +244,7 @@ def test_ranks_that_take_too_long_are_ended_with_all_they_started(monkeypatch: p
         found = meeting.meet("gloo", 2, limit=1.0)
         assert not list(Path(folder).iterdir())
     assert found.state == "problem"
-    assert "did not meet within 1 s: set GLOO_SOCKET_IFNAME" in found.text
+    assert "did not connect within 1 s: set GLOO_SOCKET_IFNAME" in found.text
     assert not [p.pid for p in psutil.process_iter() if p.pid != os.getpid() and _has(p, mark)]
 
 
@@ -246,7 +254,7 @@ def test_a_path_that_is_too_long_for_sockets_is_named(
     (long := tmp_path / ("long" * 20)).mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(long))
     found = meeting.meet("gloo", 2, limit=60.0)
-    assert (found.state, "set TMPDIR to a folder of a shorter path" in found.text) == ("problem", True)
+    assert (found.state, "set TMPDIR to a folder with a shorter path" in found.text) == ("problem", True)
 
 
 def _has(process: psutil.Process, mark: str) -> bool:
@@ -281,7 +289,7 @@ def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
 def test_a_runs_folder_is_tried_where_it_would_be_made(tmp_path: Path) -> None:
     found = list(folders.runs(str(tmp_path / "a" / "runs")))
     assert not problems(iter(found))
-    assert f"{tmp_path / 'a' / 'runs'} can be written, on a disk of this machine, locks hold" in found[0].text
+    assert f"{tmp_path / 'a' / 'runs'} is writable, on a local disk, locks work" in found[0].text
     assert "is on disk after" in found[1].text
     assert not list(tmp_path.iterdir())
 
@@ -291,7 +299,7 @@ def test_a_runs_folder_that_cannot_be_written_is_a_problem(
 ) -> None:
     (tmp_path / "file").touch()
     (problem,) = problems(folders.runs(str(tmp_path / "file" / "runs")))
-    assert f"(Not a directory, of {tmp_path / 'file'}): give --runs, or STOKER_RUNS" in problem
+    assert f"(Not a directory, of {tmp_path / 'file'}): set --runs, or STOKER_RUNS" in problem
     (problem,) = problems(folders.runs(str(disk("size=512k"))))
     assert "(No space left on device)" in problem
     (problem,) = problems(folders.runs(str(disk("size=5m"))))
@@ -302,13 +310,13 @@ def test_a_runs_folder_that_cannot_be_written_is_a_problem(
 
 @pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
 @pytest.mark.parametrize(
-    ("answer", "reason"), [("error=ENOLCK", "No locks available"), ("retval=0", "a second one was given")]
+    ("answer", "reason"), [("error=ENOLCK", "No locks available"), ("retval=0", "a second lock was granted")]
 )
 def test_a_file_system_without_locks_is_a_problem(answer: str, reason: str, tmp_path: Path) -> None:
     """The kernel is made to answer as such a file system does."""
     without = ["strace", "-qq", "-o", "/dev/null", "-e", f"inject=flock:{answer}"]
     said = ran(without, "folders", "runs", str(tmp_path)).splitlines()[0]
-    assert said.startswith(f"problem no lock holds in {tmp_path} ({reason})")
+    assert said.startswith(f"problem locks do not work in {tmp_path} ({reason})")
     assert not list(tmp_path.iterdir())
 
 
@@ -333,7 +341,7 @@ def test_an_object_store_is_used_and_left_as_it_was(proxy: Proxy, cache: Path) -
     before = sorted(cache.rglob("*"))
     (finding,) = folders.runs("s3://bucket/doctor/")
     assert finding.state == "ok"
-    assert "s3://bucket/doctor is written, listed, read and deleted in" in finding.text
+    assert "s3://bucket/doctor: write, list, read and delete work" in finding.text
     assert not _objects()
     assert tuple(m for m in ("PUT", "DELETE") if m in {method for method, _ in proxy.log}) == (
         "PUT",
@@ -352,7 +360,7 @@ def test_an_object_store_that_refuses_is_a_problem(
     assert SECRET not in problem
     proxy.mode = "ok"
     (problem,) = problems(folders.runs("s3://nowhere/doctor"))
-    assert "there is no such bucket: make it, or correct --runs" in problem
+    assert "the bucket does not exist: create it, or correct --runs" in problem
     (problem,) = problems(folders.runs("s3://me:pw@bucket/doctor"))
     assert "leave credentials out of the URL" in problem
     once = {"config_kwargs": {"retries": {"max_attempts": 0}}}
@@ -413,13 +421,13 @@ def test_wandb_is_asked_whether_it_knows_the_key(tmp_path: Path, monkeypatch: py
         monkeypatch.delenv(name, raising=False)
     (found,) = trackers.check("runs")
     assert found.state == "note"
-    assert "offline as there is no key" in found.text
+    assert "offline as there is no API key" in found.text
     monkeypatch.setenv("WANDB_API_KEY", SECRET)
     answers = {
-        _http("200 OK", b'{"data": {"viewer": {"username": "me"}}}'): ("ok", "which knows the key"),
-        _http("200 OK", b'{"data": {"viewer": null}}'): ("problem", "refuses the key"),
-        _http("401 Unauthorized", b"no"): ("problem", "refuses the key"),
-        _http("200 OK", b"<html>"): ("problem", "does not answer as W&B does"),
+        _http("200 OK", b'{"data": {"viewer": {"username": "me"}}}'): ("ok", "which accepts the key"),
+        _http("200 OK", b'{"data": {"viewer": null}}'): ("problem", "rejects the key"),
+        _http("401 Unauthorized", b"no"): ("problem", "rejects the key"),
+        _http("200 OK", b"<html>"): ("problem", "does not answer like W&B"),
         b"": ("problem", "does not answer ("),
     }
     for answer, (state, said) in answers.items():
@@ -430,7 +438,7 @@ def test_wandb_is_asked_whether_it_knows_the_key(tmp_path: Path, monkeypatch: py
         assert SECRET not in found.text
     monkeypatch.setenv("WANDB_MODE", "offline")
     (found,) = trackers.check("runs")
-    assert (found.state, "offline: files stand in each run" in found.text) == ("ok", True)
+    assert (found.state, "offline: each run keeps its files" in found.text) == ("ok", True)
 
 
 # -- the hub, and launchers ------------------------------------------------------------------
@@ -448,14 +456,14 @@ def test_the_hub_is_asked_whether_it_knows_the_token(
         assert (found.state, f"{served.url} answers; no token is set" in found.text) == ("ok", True)
         monkeypatch.setenv("HF_TOKEN", hub_server.TOKEN)
         (found,) = hub.check()
-        assert (found.state, "knows the token" in found.text) == ("ok", True)
+        assert (found.state, "accepts the token" in found.text) == ("ok", True)
         assert hub_server.TOKEN not in found.text
         monkeypatch.setenv("HF_TOKEN", SECRET)
         (found,) = hub.check()
-        assert (found.state, "refuses the token: set HF_TOKEN" in found.text) == ("problem", True)
+        assert (found.state, "rejects the token: set HF_TOKEN" in found.text) == ("problem", True)
     point_at(f"http://127.0.0.1:{free_port()}")
     (found,) = hub.check()
-    assert (found.state, "set HF_HUB_OFFLINE=1 where" in found.text) == ("problem", True)
+    assert (found.state, "set HF_HUB_OFFLINE=1 if" in found.text) == ("problem", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     (found,) = hub.check()
     assert (found.state, found.text.startswith("HF_HUB_OFFLINE is set")) == ("note", True)
@@ -465,17 +473,17 @@ def test_clusters_that_can_be_asked_are_asked(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setitem(sys.modules, "ray", None)
     (found,) = launchers.check()
-    assert found == ok("no client of slurm, ray, kubernetes, which only --on slurm|ray|kubernetes needs")
+    assert found == ok("no client for slurm, ray, kubernetes, needed only for --on slurm|ray|kubernetes")
     (tmp_path / "kubectl").write_text("#!/bin/sh\necho yes\n")
     (tmp_path / "kubectl").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     monkeypatch.setattr(launchers, "_CLIENTS", {**launchers._CLIENTS, "slurm": lambda: None})
     first, _ = launchers.check()
-    assert first == ok("--on kubernetes: a cluster answers, and would take a job")
+    assert first == ok("--on kubernetes: a cluster answers, and would accept a job")
     (tmp_path / "kubectl").write_text("#!/bin/sh\nexec sleep 30\n")
     monkeypatch.setattr(launchers, "_ANSWER", 0.2)
     first, _ = launchers.check()
-    assert (first.state, "nothing answered within 0 s" in first.text) == ("note", True)
+    assert (first.state, "no answer within 0 s" in first.text) == ("note", True)
     for child in psutil.Process().children():
         if child.name() == "sleep":
             child.kill()
@@ -488,5 +496,5 @@ def test_what_started_this_process_is_said(monkeypatch: pytest.MonkeyPatch) -> N
     for name, value in {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
     job, rank, _ = [finding.text for finding in launchers.check()]
-    assert job == "this process is in Slurm job 12, on node 1 of 2"
+    assert job == "this process runs in Slurm job 12, on node 1 of 2"
     assert rank.startswith("this process is rank 3 of 4")

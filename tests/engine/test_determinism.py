@@ -103,7 +103,7 @@ def test_an_operation_without_such_a_form_is_named_with_the_line_that_calls_it(
     with run, pytest.raises(StokerError) as raised:
         trainer.step(torch.ones(4, 2))
     said = str(raised.value)
-    assert said.startswith(f"{operation} has no deterministic form, and deterministic=true asks for one")
+    assert said.startswith(f"{operation} has no deterministic form, but deterministic=true requires one")
     assert f"it is called at {_line(model)} (" in said
 
 
@@ -128,7 +128,7 @@ def test_a_loop_without_steps_is_told_which_operation_it_is(tmp_path: Path) -> N
     run, trainer = _trainer(PutsBackward(), tmp_path)
     with (
         run,
-        pytest.raises(StokerError, match=r"put_ has no .*; it belongs to the backward"),
+        pytest.raises(StokerError, match=r"put_ has no .*; it is part of the backward"),
     ):
         trainer.backward(trainer.forward(torch.ones(4, 2)).sum(), 4)
 

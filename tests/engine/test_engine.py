@@ -82,7 +82,7 @@ def test_a_batch_of_any_shape_is_split_by_samples(batch: Any) -> None:
 
 
 def test_a_batch_without_tensors_is_refused() -> None:
-    with pytest.raises(ValueError, match="holds no tensor"):
+    with pytest.raises(ValueError, match="contains no tensor"):
         batches.size({"x": 1})
 
 
@@ -117,8 +117,8 @@ def test_a_batch_that_does_not_have_samples_first_is_whole_or_refused(
     assert samples == (share or 4)
     assert list(batches.split(batch, None, share)) == [batch]
     assert list(batches.split(batch, samples, share)) == [batch]
-    said = re.escape(", ".join(map(str, shapes))) or "no tensor"
-    with pytest.raises(BadInput, match=rf"micro_batch=3: .*{said}: have collate put samples first"):
+    said = re.escape(", ".join(map(str, shapes))) or "no tensors"
+    with pytest.raises(BadInput, match=rf"micro_batch=3: .*{said}: make collate put samples first"):
         list(batches.split(batch, 3, share))
 
 

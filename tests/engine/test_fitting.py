@@ -92,7 +92,7 @@ def test_the_cheapest_change_that_fits_was_tried(
         assert all(torch.equal(p, before[name]) for name, p in trainer.model.named_parameters())
     assert str(failed.value) == (
         "out of memory on rank 0: Tried to allocate 2.00 GiB. 1.00 GiB is free. "
-        f"Give {change}, which was tried and fits: the result stays the same"
+        f"Use {change}, which was tried and fits: the result stays the same"
     )
     given = dict(part.split("=") for part in change.split())
     if "micro_batch" in given:
@@ -104,8 +104,8 @@ def test_the_cheapest_change_that_fits_was_tried(
 @pytest.mark.parametrize(
     ("has", "change"),
     [
-        (2**34, "to shard them makes little room. Give smaller samples, or parallel=pipeline"),
-        (None, r"Give parallel=fsdp over \d+ such ranks: the result stays the same"),
+        (2**34, "so sharding them would free little memory. Use smaller samples, or parallel=pipeline"),
+        (None, r"Use parallel=fsdp over \d+ such ranks: the result stays the same"),
     ],
 )
 def test_where_nothing_of_one_rank_fits_it_is_said_what_more_ranks_would_do(
@@ -126,7 +126,7 @@ def test_an_update_that_runs_out_is_not_answered_with_smaller_micro_batches(
 
     monkeypatch.setattr(torch.optim.AdamW, "step", run_out)
     monkeypatch.setattr(memory, "of_a_rank", lambda device, ranks: 2**22)
-    with open_run() as run, pytest.raises(OutOfMemory, match=r"20.00 MiB. Give parallel=fsdp over \d+ such"):
+    with open_run() as run, pytest.raises(OutOfMemory, match=r"20.00 MiB. Use parallel=fsdp over \d+ such"):
         _train(_trainer(run))
 
 
@@ -175,7 +175,7 @@ def test_of_a_real_shortage_the_sizes_and_a_micro_batch_that_fits_are_said(
             _train(trainer(run))
         said = str(failed.value)
         assert re.search(r"rank 0: Tried to allocate [\d.]+ MiB\. ", said)
-        size = int(said.partition("Give micro_batch=")[2].partition(",")[0])
+        size = int(said.partition("Use micro_batch=")[2].partition(",")[0])
         assert size in (1, 2, 4)
     with _address_space_of(500 * 2**20), open_run("again") as run:  # beside what the first has left in pieces
         assert len(_train(trainer(run, micro_batch=size))) == 2
@@ -189,7 +189,7 @@ GIB = 2**30
     [
         (3.5, "micro_batch=2 or less (auto finds"),
         (1.5, "micro_batch=1 or less"),
-        (0.5, "Give micro_batch=1 activation_checkpointing=full"),
+        (0.5, "Use micro_batch=1 activation_checkpointing=full"),
     ],
 )
 def test_where_ranks_would_have_to_try_together_it_is_reckoned(
@@ -230,10 +230,10 @@ def test_with_the_optimizer_in_the_backward_pass_nothing_is_tried_that_moves_wei
 ) -> None:
     monkeypatch.setattr(memory, "of_a_rank", lambda device, ranks: 2**20)
     for set_already, change in (
-        ({}, "Give activation_checkpointing=full: "),
+        ({}, "Use activation_checkpointing=full: "),
         (
             {"activation_checkpointing": "full"},
-            r"Give no optimizer_in_backward, and parallel=fsdp over \d+ such",
+            r"Use optimizer_in_backward=false and parallel=fsdp over \d+ such",
         ),
     ):
         with open_run(f"run-{len(set_already)}") as run:
@@ -257,7 +257,7 @@ def test_what_a_model_raises_when_it_is_tried_does_not_hide_that_memory_ran_out(
         trainer.model.register_forward_pre_hook(
             lambda module, args, kwargs: raised(**kwargs), with_kwargs=True
         )
-        with pytest.raises(OutOfMemory, match=r"2\.00 GiB\. Give micro_batch=4 or less"):
+        with pytest.raises(OutOfMemory, match=r"2\.00 GiB\. Use micro_batch=4 or less"):
             _train(trainer)
 
 

@@ -83,7 +83,9 @@ def test_the_estimate_is_what_ranks_hold_in_the_end(tmp_path: Any) -> None:
 
 def test_a_model_too_large_for_the_machine_is_refused_with_an_estimate() -> None:
     model = llama_7b()
-    with pytest.raises(memory.TooLarge, match=r"6\.7 billion parameters needs 100\.4 GiB a rank") as refused:
+    with pytest.raises(
+        memory.TooLarge, match=r"6\.7 billion parameters needs 100\.4 GiB per rank"
+    ) as refused:
         memory.check_fits(
             model, blocks.find(model), "single", Training(), mesh.Mesh(World(local_size=8), CPU)
         )

@@ -82,14 +82,14 @@ def test_a_sequential_is_cut_with_the_names_it_has() -> None:
 @pytest.mark.parametrize(
     ("model", "count", "said"),
     [
-        (llama, 5, "5 pipeline stages, and the model has 4 blocks: give 4 or fewer"),
+        (llama, 5, "5 pipeline stages, but the model has 4 blocks: use 4 or fewer"),
         (
             lambda: llama(tied=True),
             2,
             "stages would share a parameter, lm_head.weight = model.embed_tokens.weight",
         ),
-        (resnet, 2, "cannot cut a ResNetForImageClassification"),
-        (lambda: nn.Linear(2, 2), 2, "cannot cut a Linear"),
+        (resnet, 2, "cannot split a ResNetForImageClassification"),
+        (lambda: nn.Linear(2, 2), 2, "cannot split a Linear"),
     ],
 )
 def test_what_cannot_be_cut_is_refused(model: Any, count: int, said: str) -> None:

@@ -155,7 +155,7 @@ def test_every_optimizer_has_the_curve_of_one_process_and_goes_on_under_another_
 
 @pytest.mark.parametrize(
     ("optimizer", "said"),
-    [("adafactor", "goes by the rows and columns"), ("adamw8bit", "states have 8 bits")],
+    [("adafactor", "needs the rows and columns"), ("adamw8bit", "with 8-bit states")],
 )
 def test_an_optimizer_that_deepspeed_would_make_another_is_refused(
     optimizer: str, said: str, tmp_path: Path

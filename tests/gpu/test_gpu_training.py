@@ -211,7 +211,7 @@ def test_the_micro_batch_that_fits_is_found_by_running_out(
     with open_run("larger") as run:
         trainer = trainer_of(run, micro_batch=twice)
         batch = next(iter(trainer.steps(trainer.loader(Long(), batch_size=128), max_steps=2)))
-        with pytest.raises(OutOfMemory, match=r"Give micro_batch=\d+, which was tried") as failed:
+        with pytest.raises(OutOfMemory, match=r"Use micro_batch=\d+, which was tried") as failed:
             trainer.step(batch)
     fits = int(str(failed.value).partition("micro_batch=")[2].partition(",")[0])
     assert fits < twice

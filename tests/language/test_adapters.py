@@ -157,13 +157,13 @@ def test_merged_an_adapter_on_4_bits_differs_by_what_they_had_rounded(base: Path
 def test_adapters_of_another_model_are_refused(base: Path, tmp_path: Path) -> None:
     folder, _ = trained_adapter(base, tmp_path / "adapter", "lora")
     wider = families.save(tmp_path / "wider", "llama", hidden_size=128)
-    with pytest.raises(BadInput, match="is for another model: size mismatch"):
+    with pytest.raises(BadInput, match="is for a different model: size mismatch"):
         filled(wider, "lora", Lora(adapter=str(folder)))
     deeper = families.save(tmp_path / "deeper", "llama", num_hidden_layers=5)
-    with pytest.raises(BadInput, match=r"is for another model: .*layers\.4.* is not on both"):
+    with pytest.raises(BadInput, match=r"is for a different model: .*layers\.4.* is not in both"):
         filled(deeper, "lora", Lora(adapter=str(folder)))
     (folder / saved_adapters.BASE).write_text(json.dumps({"model": "org/other", "fingerprint": "0" * 64}))
-    with pytest.raises(BadInput, match="trained on another model, org/other"):
+    with pytest.raises(BadInput, match="trained on a different model, org/other"):
         filled(base, "lora", Lora(adapter=str(folder)))
     (folder / "adapter_model.safetensors").write_bytes(b"cut off")
     (folder / saved_adapters.BASE).unlink()
@@ -232,9 +232,9 @@ def saved_by_peft(base: Path, folder: Path, settings: dict[str, Any], **how: Any
 
 def test_dora_is_not_gone_on_with_on_a_base_in_4_bits(base: Path, tmp_path: Path) -> None:
     folder, _ = trained_adapter(base, tmp_path / "adapter", "dora")
-    with pytest.raises(BadInput, match="DoRA needs them exact"):
+    with pytest.raises(BadInput, match="DoRA needs them in full precision"):
         filled(base, "qlora", Lora(adapter=str(folder)))
-    with pytest.raises(BadInput, match="DoRA needs them exact"):
+    with pytest.raises(BadInput, match="DoRA needs them in full precision"):
         launched(model=str(base), quantisation="nf4", lora=Lora(adapter=str(folder)))
 
 
@@ -290,7 +290,7 @@ def test_an_adapter_that_says_that_it_is_for_another_model_of_the_hub_is_refused
     adapter = says_it_is_for(trained_adapter(base, tmp_path / "adapter", "lora")[0], "org/one")
     for same in ("org/one", "Org/One@v2", str(base)):
         saved_adapters.check(adapter, model=same, origin=base, quantised=False)
-    with pytest.raises(BadInput, match="is for another model, org/one: give model=org/one"):
+    with pytest.raises(BadInput, match="is for a different model, org/one: set model=org/one"):
         saved_adapters.check(adapter, model="org/two@v2", origin=base, quantised=False)
 
 
@@ -336,7 +336,7 @@ def test_what_is_not_there_or_for_another_model_is_said_at_the_launch(base: Path
     tensor_file = next(other.glob("*.safetensors"))
     save_file({name: t + 1 for name, t in load_file(tensor_file).items()}, tensor_file, {"format": "pt"})
     for model in (str(other), "tiny"):
-        with pytest.raises(BadInput, match="was trained on another model, org/one"):
+        with pytest.raises(BadInput, match="was trained on a different model, org/one"):
             launched(model=model, lora=given)
 
 
@@ -346,8 +346,8 @@ def test_what_is_not_there_or_for_another_model_is_said_at_the_launch(base: Path
         (None, "cannot be read: .*No such file"),
         ("", "is empty: give a Jinja template"),
         ("You are a helpful assistant.", "writes no messages: give a Jinja template"),
-        ("{% for m in messages %}\n{{ m.content }", "is no Jinja template, see its line 2: unexpected '}'"),
-        ("{% for m in messages %}{{ m.content }}", "is no Jinja template, see its line 1: Unexpected end"),
+        ("{% for m in messages %}\n{{ m.content }", "is not a valid Jinja template, line 2: unexpected '}'"),
+        ("{% for m in messages %}{{ m.content }}", "is not a valid Jinja template, line 1: Unexpected end"),
         ("{% generation %}{% for m in messages %}{% break %}{% endfor %}{% endgeneration %}", None),
     ],
 )
@@ -388,7 +388,7 @@ def test_names_that_match_no_module_are_refused(targets: str, base: Path) -> Non
 
 
 def test_settings_of_adapters_without_a_rank_make_no_sense() -> None:
-    with pytest.raises(ValueError, match=r"lora\.alpha, lora\.dora without lora\.rank: .* Give lora\.rank"):
+    with pytest.raises(ValueError, match=r"lora\.alpha, lora\.dora without lora\.rank: .*Set lora\.rank"):
         Lora(dora=True, alpha=32.0)
     with pytest.raises(ValueError, match=r"has its own rank: leave out lora\.rank"):
         Lora(adapter="somewhere", rank=4)

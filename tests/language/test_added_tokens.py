@@ -122,7 +122,7 @@ def test_what_is_trained_whole_takes_operations_once(bases: dict[str, Path]) -> 
             "lm_haed",
             "lora.modules_to_save: the model has no module 'lm_haed'; did you mean 'lm_head'",
         ),
-        ("qlora", "q_proj", "q_proj is kept in 4 bits, and is not trained"),
+        ("qlora", "q_proj", "q_proj is kept in 4 bits and cannot be trained"),
     ],
 )
 def test_what_cannot_be_trained_whole_is_refused(
@@ -133,12 +133,14 @@ def test_what_cannot_be_trained_whole_is_refused(
 
 
 def test_an_adapter_that_is_gone_on_from_gets_no_tokens() -> None:
-    with pytest.raises(ValueError, match="has the tokens that it was trained with, and gets no others"):
+    with pytest.raises(
+        ValueError, match="keeps the tokens that it was trained with, and cannot get new ones"
+    ):
         llm.Config(add_tokens=TOKENS, lora=Lora(adapter="somewhere"))
 
 
 def test_a_token_of_nothing_is_refused() -> None:
-    with pytest.raises(ValueError, match="add_tokens: a token of spaces or of nothing"):
+    with pytest.raises(ValueError, match="add_tokens: an empty or blank token"):
         llm.Config(add_tokens=("<a>", " "))
 
 

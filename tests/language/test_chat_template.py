@@ -128,7 +128,9 @@ def test_alpaca_without_a_system_prompt_has_its_own(bare: Any) -> None:
 
 @pytest.mark.parametrize(("name", "role"), [("gemma", "user"), ("mistral", "user"), ("alpaca", "critic")])
 def test_a_named_template_refuses_what_its_models_have_not_seen(bare: Any, name: str, role: str) -> None:
-    with pytest.raises(BadInput, match=f"the chat template refuses a conversation of the roles user, {role}"):
+    with pytest.raises(
+        BadInput, match=f"the chat template refuses a conversation with the roles user, {role}"
+    ):
         conversation.render(with_template(bare, name), Chat((Message("user", "a"), Message(role, "b"))))
 
 
@@ -142,7 +144,7 @@ def test_a_tokenizer_that_lacks_what_ends_turns_is_answered_with_the_tokens_to_a
     tokenizer = with_template(bare, name)
     with caplog.at_level("WARNING", "stoker"):
         data.pack(found, tokenizer, sequence_length=256)
-    meant = f"Let it be one by 'add_tokens={json.dumps(TOKENS.get(name))}', or give a chat_template"
+    meant = f"Make it one with 'add_tokens={json.dumps(TOKENS.get(name))}', or use a chat_template"
     assert (meant in caplog.text) == (name in TOKENS)
     caplog.clear()
     tokenizer.add_special_tokens({"additional_special_tokens": TOKENS.get(name, [])})
@@ -156,10 +158,10 @@ def test_a_template_of_another_model_is_its_tokenizer_s(bare: Any, tmp_path: Pat
     with_template(bare, "gemma").save_pretrained(tmp_path / "theirs")
     assert chat_template.read(str(tmp_path / "theirs")) == with_template(bare, "gemma").chat_template
     bare.save_pretrained(tmp_path / "none")
-    with pytest.raises(BadInput, match="the tokenizer there has none: give chat_template=chatml"):
+    with pytest.raises(BadInput, match="its tokenizer has no chat template: give chat_template=chatml"):
         chat_template.read(str(tmp_path / "none"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(BadInput, match="the tokenizer there cannot be loaded"):
+    with pytest.raises(BadInput, match="its tokenizer cannot be loaded"):
         chat_template.read(str(tmp_path / "empty"))
 
 
@@ -180,11 +182,11 @@ def test_a_template_of_the_hub_is_brought_without_the_weights(
     [
         (
             "chatmll",
-            "is no file here, and no name; did you mean 'chatml'.*give chat_template=chatml .or llama3",
+            "is neither a local file nor a known name; did you mean 'chatml'.*give chat_template=chatml .or",
         ),
         ("mine.jinja", "mine.jinja cannot be read: .*No such file"),
         ("their/mine.jinja", "mine.jinja cannot be read: .*No such file"),
-        ("org/one", "chat_template org/one is no directory here"),
+        ("org/one", "chat_template org/one is not a local directory"),
     ],
 )
 def test_what_is_no_template_is_answered_with_what_there_is(given: str, said: str) -> None:
@@ -298,7 +300,7 @@ def test_prompts_are_asked_with_what_the_template_is_given(bare: Any, tmp_path: 
         ([1], "a.jsonl, line 1: 'chat_template_kwargs' must be an object such as"),
         (
             {"tools": []},
-            "a.jsonl, line 1: chat_template_kwargs: 'tools' is no value that a template is given",
+            "a.jsonl, line 1: chat_template_kwargs: 'tools' cannot be passed to the chat template",
         ),
         ("{style", "a.jsonl, line 1: 'chat_template_kwargs' must be JSON"),
     ],
@@ -313,8 +315,8 @@ def test_what_transformers_itself_takes_is_refused_of_a_config_and_of_a_command(
 ) -> None:
     done = stoker("train", "llm", "chat_template_kwargs={tokenize: true}")
     assert done.code == 2
-    assert "chat_template_kwargs: 'tokenize' is no value" in done.err
-    for given, said in (("tokenize=true", "'tokenize' is no value"), ("quiet", "write KEY=VALUE")):
+    assert "chat_template_kwargs: 'tokenize' cannot be passed" in done.err
+    for given, said in (("tokenize=true", "'tokenize' cannot be passed"), ("quiet", "write KEY=VALUE")):
         done = stoker("generate", str(tmp_path), "--template-value", given)
         assert done.code == 2
         assert said in done.err

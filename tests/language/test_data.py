@@ -167,7 +167,7 @@ def test_what_a_template_marks_as_the_assistant_s_is_learnt_and_nothing_else(bar
     tokenizer = of(bare, marks)
     assert learnt(tokenizer, Document("k", "", "", CHAT)) == ["it is 1<|im_end|>", "it is 2<|im_end|>"]
     critic = Document("c", "", "", (Message("critic", "no"), Message("assistant", "yes")))
-    with pytest.raises(BadInput, match="refuses a conversation of the roles critic, assistant: no critics"):
+    with pytest.raises(BadInput, match="refuses a conversation with the roles critic, assistant: no critics"):
         learnt(tokenizer, critic)
 
 
@@ -270,7 +270,7 @@ def test_calls_are_given_as_a_template_takes_them(bare: Any) -> None:
     said = Document("k", "", "", (*chat, Message("assistant", "it is 3")))
     assert learnt(tokenizer, said) == ['add({"a": 1, "b": 2})<|im_end|>', "it is 3<|im_end|>"]
     beside = Document("k", "", "", (*chat[:1], Message("assistant", "ok", CALLED)))
-    with pytest.raises(BadInput, match="conversations with tool_calls beside what is said, of which"):
+    with pytest.raises(BadInput, match="conversations with tool_calls next to content, which"):
         learnt(tokenizer, beside)
 
 
@@ -280,7 +280,7 @@ def test_arguments_are_never_learnt_as_python_has_them(bare: Any) -> None:
     chat = (Message("user", "one and two"), Message("assistant", "", called))
     assert learnt(of(bare, plainly), Document("k", "", "", chat)) == ['add({"a": true})<|im_end|>']
     two = json.dumps({"tool_calls": json.loads(CALLED)["tool_calls"] * 2})
-    with pytest.raises(BadInput, match="conversations with several tool_calls in a message, of which"):
+    with pytest.raises(BadInput, match="conversations with several tool_calls in a message, which"):
         learnt(of(bare, plainly), Document("k", "", "", (chat[0], Message("assistant", "", two))))
 
 
@@ -339,9 +339,7 @@ def test_what_the_template_begins_an_answer_with_is_learnt_in_every_turn(bare: A
 def test_what_a_template_does_not_write_is_refused_not_left_out(bare: Any, more: str, name: str) -> None:
     chat = (Message("user", "one"), Message("assistant", "it", more))
     for template in (CHATML, CHATML + "{% if enable_thinking %}<think>{% endif %}{# tool_calls #}"):
-        with pytest.raises(
-            BadInput, match=f"conversations with {name}, of which the chat template writes no"
-        ):
+        with pytest.raises(BadInput, match=f"conversations with {name}, which the chat template does no"):
             learnt(of(bare, template), Document("k", "", "", chat))
 
 
@@ -427,14 +425,12 @@ def test_turns_that_end_with_words_are_warned_of(
         caplog.clear()
         with caplog.at_level("WARNING", "stoker"):
             data.pack([source(documents, documents, documents)], tokenizer, sequence_length=256)
-        assert (
-            "ends what the assistant says with '<end>', which is no special token" in caplog.text
-        ) == wanted
+        assert ("ends assistant turns with '<end>', which is not a special token" in caplog.text) == wanted
 
 
 def test_what_a_template_refuses_is_said(bare: Any) -> None:
     chat = (Message("critic", "no"), Message("assistant", "yes"))
-    with pytest.raises(BadInput, match="refuses a conversation of the roles critic, assistant: only user"):
+    with pytest.raises(BadInput, match="refuses a conversation with the roles critic, assistant: only user"):
         list(Encoder(of(bare, LLAMA2), "answer")([Document("k", "", "", chat)]))
 
 
@@ -448,15 +444,15 @@ SAID = {"role": "user", "content": "no"}, {"role": "assistant", "content": "yes"
     [
         (
             "jsonl", {"messages": [{"role": "critic", "content": "no"}, SAID[1]]}, LLAMA2,
-            "refuses a conversation of the roles critic, assistant: only user and assistant speak; change",
+            "refuses a conversation with the roles critic, assistant: only user and assistant speak; change",
         ),
         (
             "jsonl", {"prompt": "one", "completion": "two", "system": "three"}, LOOKS_WITHIN,
-            "refuses a conversation of the roles system, user, assistant: 'str object' has no attribute 'a'",
+            "a conversation with the roles system, user, assistant: 'str object' has no attribute 'a'",
         ),
         (
             "parquet", {"messages": [SAID[0], {**SAID[1], "reasoning_content": "hm"}]}, CHATML,
-            "the data has conversations with reasoning_content, of which the chat template writes nothing",
+            "the data has conversations with reasoning_content, which the chat template does not write",
         ),
     ],
 )  # fmt: skip
@@ -493,7 +489,7 @@ def test_answers_that_truncation_removes_are_counted_and_said(
     assert isinstance(rows.train, PackedDataset)
     assert rows.train.statistics.dropped == 1
     assert len(rows.train) == 1
-    assert "1 document is left out, of whose answer nothing is left" in caplog.text
+    assert "1 document is left out, as nothing remains of the answer" in caplog.text
     with pytest.raises(BadInput, match=r"^validation: no tokens are left of 1 document"):
         data.pack([source([short], [long], [short])], tokenizer, sequence_length=32)
 
@@ -509,7 +505,7 @@ def test_a_conversation_of_which_nothing_said_is_found_again_is_counted_and_what
     )
     file = tmp_path / "a.jsonl"
     chat = json.dumps({"messages": [{"role": m.role, "content": m.content} for m in CHAT]}) + "\n"
-    helps = "no turn of the assistant that is to be learnt is found: where the chat template writes one, mark"
+    helps = "no assistant turn to learn was found: mark where"
 
     def packed_of(lines: str) -> None:
         file.write_text(lines)
@@ -518,9 +514,9 @@ def test_a_conversation_of_which_nothing_said_is_found_again_is_counted_and_what
 
     with caplog.at_level("WARNING", "stoker"):
         packed_of(f'{chat}{{"text": "it is 1"}}\n{chat}')
-    assert f"2 documents are left out, in which {helps}" in caplog.text
-    assert "raise sequence_length" not in caplog.text
-    with pytest.raises(BadInput, match=rf"of 2 documents \(.* 2 nothing at all\): give .*; in 2 {helps}"):
+    assert f"2 documents are left out, since {helps}" in caplog.text
+    assert "increase sequence_length" not in caplog.text
+    with pytest.raises(BadInput, match=rf"of 2 documents \(.* 2 nothing at all\): use .*; in 2 {helps}"):
         packed_of(chat * 2)
 
 
@@ -639,7 +635,7 @@ def test_fields_that_are_not_read_are_warned_of_once_a_source(
     with caplog.at_level("WARNING", "stoker"):
         data.pack([Source("a", 1.0, splits, "f", "a")], of(bare, None), sequence_length=64)
     (said,) = [record.getMessage() for record in caplog.records if "not read" in record.getMessage()]
-    assert said.startswith("data: a: the fields history, tools of its records are not read: write")
+    assert said.startswith("data: a: the fields history, tools of its records are not read: move")
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -655,9 +651,9 @@ def test_records_of_which_nothing_can_be_learnt_are_said_once_a_source(
     with caplog.at_level("WARNING", "stoker"):
         data.pack(found, of(bare, CHATML), sequence_length=64)
     (said,) = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
-    looked_at = " that were looked at" if streaming else ""
+    looked_at = " sampled" if streaming else ""
     assert said.endswith(
-        f": 4 records are left out of 40{looked_at}, having nothing to be learnt: the first, {file}, "
+        f": 4 records are left out of 40{looked_at}, with nothing to learn: the first, {file}, "
         "line 10, has no answer"
     )
 

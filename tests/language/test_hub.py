@@ -51,8 +51,8 @@ def test_a_model_that_was_brought_serves_offline(
 @pytest.mark.parametrize(
     ("reference", "said"),
     [
-        ("org/one@typo", r"model org/one has no revision typo: give a branch"),
-        ("org/two", r"model org/two is no directory here and not on the hub"),
+        ("org/one@typo", r"model org/one has no revision typo: give one of its branches"),
+        ("org/two", r"model org/two is neither a local directory nor on the hub"),
     ],
 )
 def test_what_a_hub_has_not_is_said(served: Hub, reference: str, said: str) -> None:
@@ -106,7 +106,7 @@ def test_a_disk_without_room_is_said_as_that(served: Hub) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))  # bytes of a file
     try:
-        with pytest.raises(BadInput, match=r"cannot be kept in .*cache \(.*File too large.*HF_HOME"):
+        with pytest.raises(BadInput, match=r"cannot be stored in .*cache \(.*File too large.*HF_HOME"):
             hub.find("org/one")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -135,12 +135,12 @@ def test_weights_are_read_for_their_checksums_once_until_they_change(
 def test_the_folder_of_a_run_is_what_it_has_exported(tmp_path: Path) -> None:
     with Run("llm", "a", runs=tmp_path) as run:
         run.log(loss=1.0)
-        with pytest.raises(BadInput, match=r"no model: it has exported nothing yet"):
+        with pytest.raises(BadInput, match=r"an exported model: it has exported nothing yet"):
             hub.find(str(run.directory.path))
         made = run.directory.artifacts / "model"
         made.mkdir(parents=True)
         (made / "config.json").write_text("{}")
         run.artifact(made, kind="model")
     assert hub.find(str(run.directory.path)) == made
-    with pytest.raises(BadInput, match=r"is a run that has exported no adapter: of it there is the model"):
+    with pytest.raises(BadInput, match=r"is a run without an exported adapter: it exported the model"):
         hub.find(str(run.directory.path), "lora.adapter")

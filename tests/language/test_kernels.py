@@ -19,5 +19,5 @@ def test_they_are_refused_where_they_cannot_run() -> None:
     assert model.model.norm.forward == forward
     if torch.cuda.is_available() and importlib.util.find_spec("liger_kernel"):
         pytest.skip("here they can run")
-    with pytest.raises(BadInput, match=r"there is none here|pip install 'stoker\[liger\]'"):
+    with pytest.raises(BadInput, match=r"this machine has none|pip install 'stoker\[liger\]'"):
         kernels.use(model, "liger")

@@ -218,7 +218,7 @@ def test_what_is_wrong_with_the_files_is_said(tmp_path: Path) -> None:
     tensors = load_file(first)
     name = next(iter(tensors))
     save_file({n: t for n, t in tensors.items() if n != name}, first, {"format": "pt"})
-    with pytest.raises(BadInput, match=rf"lack 1 tensors of the model: {name}"):
+    with pytest.raises(BadInput, match=rf"lack 1 of the model's tensors: {name}"):
         build(folder)
     save_file({**tensors, name: tensors[name][:-1].clone()}, first, {"format": "pt"})
     with pytest.raises(BadInput, match=f"{name} is"):
@@ -231,7 +231,7 @@ def test_what_is_wrong_with_the_files_is_said(tmp_path: Path) -> None:
         build(folder)
     index.unlink()
     (folder / "pytorch_model.bin").write_bytes(b"a pickle")
-    with pytest.raises(BadInput, match="is a pickle, which is not read"):
+    with pytest.raises(BadInput, match="is a pickle, which is never read"):
         build(folder)
 
 
@@ -241,7 +241,7 @@ def test_a_model_that_is_none_is_refused(tmp_path: Path) -> None:
     (folder / "config.json").write_text(
         json.dumps({**config, "model_type": "vit", "architectures": ["ViTModel"]})
     )
-    with pytest.raises(BadInput, match="a vit, which is no causal language model"):
+    with pytest.raises(BadInput, match="a vit, which is not a causal language model"):
         build(folder)
     (folder / "config.json").write_text("{")
     with pytest.raises(BadInput, match="cannot be read"):

@@ -132,7 +132,7 @@ def test_an_adapter_says_no_more_than_its_own_template_s_turn_and_neither_does_i
     [
         ("model.safetensors", None, "cannot be loaded"),
         ("model.safetensors", "cut off", "cannot be loaded"),
-        ("config.json", None, "holds no language model"),
+        ("config.json", None, "contains no language model"),
         ("config.json", "{", "cannot be read"),
     ],
 )

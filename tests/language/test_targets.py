@@ -44,7 +44,7 @@ def test_of_a_mixture_all_linear_is_neither_what_chooses_nor_experts(family: str
     [
         ("mixtral", "w1", "no layer 'w1'; its layers are down_proj, gate_up_proj, k_proj"),
         ("mixtral", "mlp", "no layer 'mlp'"),
-        ("qwen3_moe", "q_proj,gate_proj,up_proj", "takes '(gate|up)_proj' of a qwen3_moe for a part of its"),
+        ("qwen3_moe", "q_proj,gate_proj,up_proj", "peft treats '(gate|up)_proj' as part of the"),
         (
             "qwen3_moe",
             "up_proj",
@@ -64,7 +64,7 @@ def test_an_adapter_on_experts_loads_with_peft_and_is_gone_on_with(tmp_path: Pat
     from peft import PeftModel
 
     base = families.save(tmp_path / "mixtral", "mixtral")
-    with pytest.raises(BadInput, match=r"lora.dropout=0.05: the experts of a mixtral.*give lora.dropout=0"):
+    with pytest.raises(BadInput, match=r"lora.dropout=0.05: the experts of a mixtral.*set lora.dropout=0"):
         loading_run.built(base, "lora", Lora(rank=4, targets="gate_up_proj"))
     on = Lora(rank=4, dropout=0.0, targets="all-linear, gate_up_proj, experts.down_proj")
     model, language = loading_run.built(base, "lora", on)
@@ -98,7 +98,7 @@ def test_experts_that_stay_as_they_are_beside_4_bits_are_said(
     base = families.save(tmp_path / "mixtral", "mixtral")
     with caplog.at_level(logging.WARNING, logger="stoker"):
         loading_run.built(base, "qlora")
-    assert "the experts of a mixtral are no linear layers, and stay in float32" in caplog.text
+    assert "the experts of a mixtral are not linear layers and stay in float32" in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
@@ -133,7 +133,7 @@ def test_weights_are_trained_by_patterns_of_their_names(
 
 
 def test_a_pattern_that_is_in_no_name_is_refused_with_those_that_there_are() -> None:
-    with pytest.raises(BadInput, match=r"no weight has 'lm_haed' in its name; did you mean 'lm_head'"):
+    with pytest.raises(BadInput, match=r"no weight's name matches 'lm_haed'; did you mean 'lm_head'"):
         targets.train_only(families.model("llama"), ["layers", "lm_haed"])
 
 

@@ -129,7 +129,7 @@ def test_a_variable_without_a_value_is_passed_on_and_not_written_down() -> None:
     [
         ("HF_TOKEN=x", "looks like a secret"),
         ("AWS_SECRET_ACCESS_KEY=x", "looks like a secret"),
-        ("NOT_SET", "not set here"),
+        ("NOT_SET", "not set; export"),
         ("1A=b", "give NAME=VALUE"),
         ("=b", "give NAME=VALUE"),
     ],
@@ -142,13 +142,13 @@ def test_a_variable_that_cannot_be_written_is_refused(text: str, said: str) -> N
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"time": 120.0}, "--time 00:02:00: Slurm tells it to stop 2 minutes before that"),
-        ({"options": {"nodes": "2"}}, "that is what --nodes is for"),
-        ({"options": {"output": "x"}}, "the script sets it"),
-        ({"options": {"p": "gpu"}}, "give its long name"),
+        ({"time": 120.0}, "--time 00:02:00: Slurm tells the job to stop 2 minutes before that"),
+        ({"options": {"nodes": "2"}}, "use --nodes instead"),
+        ({"options": {"output": "x"}}, "the script sets this"),
+        ({"options": {"p": "gpu"}}, "use its long name"),
         ({"options": {"signal": "KILL@9"}}, "give USR1@SECONDS"),
-        ({"gpus": 1, "processes": 2}, "each rank has a GPU"),
-        ({"cpus": 1, "processes": 2}, "give a core a rank"),
+        ({"gpus": 1, "processes": 2}, "each rank needs a GPU"),
+        ({"cpus": 1, "processes": 2}, "each rank needs at least one core"),
     ],
 )
 def test_a_script_that_could_not_go_on_is_not_written(fields: dict[str, object], said: str) -> None:

@@ -100,7 +100,7 @@ def test_kubeflows_kinds_start_the_ranks_by_torchrun(kind: str, stoker: Command)
 def test_a_trainjob_that_could_not_be_tried_again_is_refused(stoker: Command) -> None:
     done = stoker(*TWO, "--option", "kind=trainjob", "--dry-run")
     assert done.code == 2
-    assert "--retries 2: a TrainJob has no such number" in done.err
+    assert "--retries 2: a TrainJob has no such setting" in done.err
 
 
 def test_what_looks_like_a_variable_stays_what_it_is(stoker: Command) -> None:
@@ -179,7 +179,7 @@ def test_whoever_submits_pods_is_told_that_they_run_the_code_of_their_image(
     stoker: Command, api: Api
 ) -> None:
     done = stoker(*TWO)
-    assert "it runs the code that is in the image registry/train:1\n" in done.out, done.err
+    assert "it runs the code in the image registry/train:1\n" in done.out, done.err
 
 
 def test_what_a_cluster_cannot_run_is_answered_before_anything_is_written(
@@ -187,7 +187,7 @@ def test_what_a_cluster_cannot_run_is_answered_before_anything_is_written(
 ) -> None:
     more = stoker(*TWO, "--gpus", "16")
     assert more.code == 2, more.err
-    assert "--gpus 16: a node of this cluster has 8 nvidia.com/gpu at most" in more.err
+    assert "--gpus 16: a node of this cluster has at most 8 nvidia.com/gpu" in more.err
     api.allowed = False
     assert "may not create jobs.batch there" in stoker(*TWO).err
     assert not (tmp_path / "runs" / ".jobs").exists()
@@ -210,7 +210,7 @@ def test_without_kubectl_it_says_so(stoker: Command, tmp_path: Path, monkeypatch
     monkeypatch.setenv("PATH", str(tmp_path))
     done = stoker(*TWO)
     assert done.code == 2
-    assert "kubectl is not found" in done.err
+    assert "kubectl not found" in done.err
     assert not (tmp_path / "runs").exists()
 
 
@@ -218,7 +218,7 @@ def test_without_kubectl_it_says_so(stoker: Command, tmp_path: Path, monkeypatch
     ("given", "said"),
     [
         (("--option", "claim=runs"), "--option image=NAME"),
-        (("--option", "image=a"), "runs would stand inside the pods"),
+        (("--option", "image=a"), "runs would be stored inside the pods"),
         (("--option", "image=a", "--option", "clam=runs"), "did you mean 'claim'"),
         (
             ("--option", "image=a", "--option", "claim=b", "--option", "kind=trainjbo"),

@@ -154,7 +154,7 @@ def test_a_job_that_is_cancelled_at_once_does_not_end_its_step_and_all_it_wrote_
     deadline = time.monotonic() + 90  # what brings a run to the store outlives the ranks that were killed
     while len(stored.out) < len(there.out) and time.monotonic() < deadline:
         stored = stoker("jobs", "logs", "n", *where, env=gone)
-    assert "what is shown is what was brought to s3://bucket/" in stored.err
+    assert "showing the logs that were uploaded to s3://bucket/" in stored.err
     assert "is machine 0 of 2" in stored.out
     for source in ("[node ", "[rank 0] ", "[rank 1] "):
         assert source in stored.out
@@ -164,7 +164,7 @@ def test_a_job_that_is_cancelled_at_once_does_not_end_its_step_and_all_it_wrote_
     assert JobSubmissionClient(of_two.dashboard).delete_job(known["native"])
     assert state() == "cancelled"
     forgotten = stoker("jobs", "logs", "n", *where, env=cluster)
-    assert "the cluster does not have it; what is shown is what was brought to" in forgotten.err
+    assert "not found in the cluster; showing the logs that were uploaded to" in forgotten.err
     assert sorted(forgotten.out.splitlines()) == sorted(there.out.splitlines())
 
 
@@ -173,9 +173,9 @@ def test_what_the_cluster_does_not_have_is_refused(
 ) -> None:
     on = ("--on", "ray", "--option", f"address={of_two.dashboard}")
     for asked, said in (
-        (("--gpus", "2"), "--gpus 2: a node of this cluster has 0 at most"),
+        (("--gpus", "2"), "--gpus 2: a node of this cluster has at most 0"),
         (("--memory", "99TB"), "--memory 101376G: a node of this cluster has "),
-        (("--nodes", "8"), "--nodes 8: this cluster has 2 with what is asked for"),
+        (("--nodes", "8"), "--nodes 8: this cluster has 2 with the requested resources"),
     ):
         done = stoker(*SAME, *on, *asked)
         assert done.code == 2

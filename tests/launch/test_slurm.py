@@ -294,7 +294,7 @@ def test_how_a_job_ended_is_known_from_the_store_where_slurms_commands_are_not(
     elsewhere = {"STOKER_CACHE": str(tmp_path / "elsewhere"), "PATH": str(tmp_path)}
     listed = stoker("jobs", "list", "--runs", finding.shown(job.runs), "--json", env=elsewhere)
     assert [(known["state"], known["reason"]) for known in listed.answer["jobs"]] == [(state, reason)]
-    assert "squeue is not found" in listed.err
+    assert "squeue not found" in listed.err
 
 
 def test_an_array_is_over_once_each_element_has_written_that_it_is(tmp_path: Path) -> None:
@@ -332,9 +332,9 @@ def test_a_job_that_fails_is_started_again_as_often_as_was_asked_for(stoker: Com
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
-        (("--gpus", "3"), "--gpus 3: a node of the default partition has 2 at most"),
-        (("--memory", "64GB"), "--memory 64G: a node of the default partition has 2000M at most"),
-        (("--nodes", "4"), "--nodes 4: the default partition has 2 nodes with what is asked for"),
+        (("--gpus", "3"), "--gpus 3: a node of the default partition has at most 2"),
+        (("--memory", "64GB"), "--memory 64G: a node of the default partition has at most 2000M"),
+        (("--nodes", "4"), "--nodes 4: the default partition has 2 nodes with the requested resources"),
         (("--option", "partition=nope"), "invalid partition specified: nope"),
         (("--option", "nosuch=1"), "unrecognized option '--nosuch=1'"),
     ],

@@ -131,7 +131,7 @@ def test_ranks_that_hang_are_ended_where_their_stacks_cannot_be_kept(
         with watch.watching(tmp_path, 1, lambda: "") as watched:
             assert hangs.wait(60) == -signal.SIGKILL
         assert "rank 0 hangs: " in watched.verdict
-        assert "could not be kept ([Errno 20] Not a directory" in watched.verdict
+        assert "could not be saved ([Errno 20] Not a directory" in watched.verdict
     finally:
         hangs.kill()
         hangs.wait()

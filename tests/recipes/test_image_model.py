@@ -58,7 +58,9 @@ def test_a_model_of_the_hub_serves_where_the_hub_says_nothing_any_more(
 
 @pytest.mark.parametrize("model", ["org/two", "./nowhere"])
 def test_a_model_that_is_not_there_is_refused_before_anything_is_started(served: Hub, model: str) -> None:
-    with pytest.raises(BadInput, match=f"model {model} is no"):
+    with pytest.raises(
+        BadInput, match=f"model {model} is (neither a local directory nor on|not a directory)"
+    ):
         image.check_launch(image.Config(model=model))
     image.check_launch(image.Config(model="org/one"))
     image.check_launch(image.Config(model="resnet-50"))

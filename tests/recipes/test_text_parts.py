@@ -78,7 +78,7 @@ def test_a_shape_is_that_of_its_size_but_for_what_is_given() -> None:
     assert text_shape.shape("bert-medium", layers=1) == text_shape.Shape(1, 512, 8, 2048)
     for width in (1, 32, 96, 200, 257):
         assert width % text_shape.shape("bert-tiny", width=width).heads == 0
-    with pytest.raises(BadInput, match="heads=3 does not divide the width of 32: give one of 1, 2, 4"):
+    with pytest.raises(BadInput, match="heads=3 does not divide the width 32 evenly: use one of 1, 2, 4"):
         text_shape.shape("bert-tiny", width=32, heads=3)
 
 
@@ -228,7 +228,7 @@ def test_a_model_of_other_classes_gets_a_new_last_layer_and_keeps_the_rest(tmp_p
         ({"parallel": "pipeline"}, "parallel=ddp or fsdp"),
         ({"width": 32, "heads": 5}, "heads=5 does not divide"),
         ({"model": "bert-tinny"}, "did you mean 'bert-tiny'"),
-        ({"model": "MODEL", "layers": 2}, "layers=2 is of a new model"),
+        ({"model": "MODEL", "layers": 2}, "layers=2 is for new models"),
         ({"model": "LLAMA"}, "has no config.json"),
         ({"data": "nowhere.csv"}, "does not exist"),
         ({"tokenizer": "./nowhere"}, r"tokenizer \./nowhere is not a directory"),
@@ -292,7 +292,7 @@ def test_weights_of_the_hub_that_find_no_room_are_said_as_that(served: Hub) -> N
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(served.models["org/one"]["model.safetensors"]) // 2, hard))
     try:
-        with pytest.raises(BadInput, match=r"cannot be kept in .*cache \(.*File too large.*HF_HOME"):
+        with pytest.raises(BadInput, match=r"cannot be stored in .*cache \(.*File too large.*HF_HOME"):
             of_the_hub("org/one")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

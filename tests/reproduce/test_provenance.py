@@ -117,8 +117,8 @@ def test_files_over_the_limits_are_named(
     (repository / "etc").symlink_to("/etc")
     _, found = _record(tmp_path, repository)
     assert [(left.path, left.bytes, left.why) for left in found.left_out] == [
-        ("etc", None, "a link out of repository, to /etc"),
-        ("large.py", 4_990, "over the limit of 64 MiB in all"),
+        ("etc", None, "a link out of repository to /etc"),
+        ("large.py", 4_990, "over the total limit of 64 MiB"),
         ("weights.bin", bundle.MOST_OF_A_FILE + 1, "larger than 1 MiB"),
     ]
     assert _paths(found) == ["gone.py", "outside.py", "train.py"]
@@ -199,7 +199,7 @@ def test_outside_of_git_the_script_and_what_it_imports_from_its_folder_is_record
 def test_outside_of_git_a_folder_has_no_code_of_its_own(tmp_path: Path) -> None:
     target, found = _record(tmp_path, tmp_path)
     assert (found.kind, found.files, found.bundle) == ("modules", (), None)
-    with pytest.raises(BadInput, match="no code of its own"):
+    with pytest.raises(BadInput, match="the code of this run was not recorded"):
         provenance.extract(target, tmp_path / "again")
 
 
@@ -239,7 +239,7 @@ def test_a_bundle_that_was_damaged_when_it_was_recorded_is_named(repository: Pat
     with pytest.raises(BadInput, match=r"damaged.*train\.py in it"):
         bundle.unpack(archive, tmp_path / "again", storage.xxh3(archive), found.files)
     _damage(target / bundle.NAME)
-    with pytest.raises(BadInput, match="damaged, and was when it was recorded"):
+    with pytest.raises(BadInput, match="was already damaged when it was recorded"):
         bundle.unpack(
             target / bundle.NAME, tmp_path / "again", storage.xxh3(target / bundle.NAME), found.files
         )
@@ -293,7 +293,7 @@ def test_a_new_file_that_is_one_of_secrets_is_left_out_and_one_that_git_has_is_n
     assert _paths(found) == ["environment.yaml", "gone.py", "tracked.env", "train.py"]
     assert [one.path for one in found.left_out] == names
     assert {(one.bytes, one.why) for one in found.left_out} == {
-        (6, "not in git, and by its name it holds secrets")
+        (6, "not in git, and its name suggests secrets")
     }
 
 
@@ -408,7 +408,7 @@ def test_what_cannot_be_recorded_is_warned_of_and_no_error(
     target.mkdir()
     store.write_text("a file where a folder should be")
     said = provenance.record(target, repository, tmp_path / "runs", store)
-    assert "the code of the run is not recorded" in caplog.text
+    assert "the code of the run was not recorded" in caplog.text
     assert said["commit"]
     assert (target / provenance.ENVIRONMENT).is_file()
     assert provenance.summary_of(target) == {}

@@ -48,9 +48,9 @@ def test_it_ends_where_the_config_the_code_or_the_ranks_changed() -> None:
     other = {"code": {"train.py": "another"}}
     edited = _view({}, {"resumed_from": 10, **other}, {"resumed_from": 20, **other})
     assert (stretch.find(edited).until, stretch.find(edited, after=10).until) == (10, None)
-    assert stretch.find(edited).why == "it went on with other code: train.py"
+    assert stretch.find(edited).why == "it resumed with different code: train.py"
     grown = _view({}, {"resumed_from": 10, "world": 4})
-    assert "4 ranks in place of 1" in stretch.find(grown).why
+    assert "4 ranks instead of 1" in stretch.find(grown).why
     assert _said(stretch.find(grown, after=20)) == (20, None, {"lr": 1.0}, 4)
 
 

@@ -1,1 +1,1 @@
-"""Checkpoints: directories of safetensors and JSON, valid once their manifest stands."""
+"""Checkpoints: directories of safetensors and JSON, valid once their manifest is written."""

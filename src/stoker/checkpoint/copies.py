@@ -1,8 +1,10 @@
-"""Whether ranks that hold the same parameters hold the same values of them: a checkpoint has one of each.
+"""Checks that ranks holding copies of the same parameters have the same values: a checkpoint stores only one.
 
-What parts them is a mistake: a loop that calls `loss.backward()` and `optimizer.step()` by itself, so that no
-rank hears of another's gradients, or weights that are drawn anew, by random numbers that are each rank's own.
-Looked at are values at even distances, which takes a few milliseconds.
+If they diverge, the cause is a mistake: a loop that calls `loss.backward()` and `optimizer.step()` itself, so
+that
+gradients are not reduced over ranks, or weights that are drawn with random numbers, which differ between
+ranks.
+The check compares evenly spaced values, which takes a few milliseconds.
 """
 
 from __future__ import annotations
@@ -22,23 +24,22 @@ from torch import nn
 log = logging.getLogger("stoker")
 
 Held = tuple[Hashable, str]
-"""Which part of the model a rank has, the same for those that have the same; and a checksum of its values."""
+"""The part of the model that a rank holds, equal for ranks with the same part; and a checksum of its
+values."""
 
-_ROUNDING = (
-    1e-4  # of a parameter's largest value: what unlike devices make of the same gradients is far below
-)
+_ROUNDING = 1e-4  # of a parameter's largest value: the differences between unlike devices are far below this
 _APART = 1e-2
-_PROBED = 64  # values of each parameter
+_PROBED = 64  # values per parameter
 
 
 def held(model: nn.Module, part: Hashable) -> Held:
-    """What this rank holds of a model."""
+    """The part that this rank holds of a model, with its checksum."""
     values = list(_probes(model).values())
     return part, xxhash.xxh3_128_hexdigest(torch.cat(values).numpy().data) if values else ""
 
 
 def check(model: nn.Module, of_ranks: Sequence[Held], step: int) -> None:
-    """Raises StokerError where ranks have come apart. All ranks call it, with what all of them hold."""
+    """Raises StokerError if ranks have diverged. All ranks call it, with what all of them hold."""
     firsts = {part: rank for rank, (part, _) in reversed(list(enumerate(of_ranks)))}
     pairs = [(firsts[part], rank) for rank, (part, _) in enumerate(of_ranks)]
     others = [(first, rank) for first, rank in pairs if of_ranks[first] != of_ranks[rank]]
@@ -50,15 +51,13 @@ def check(model: nn.Module, of_ranks: Sequence[Held], step: int) -> None:
         for first, rank in others
         for name, ours in values[first].items()
     )
-    said = (
-        f"{name} differs between ranks {first} and {rank}, which train one model, by {share:.2%} of its size"
-    )
+    said = f"{name} differs between ranks {first} and {rank}, which hold copies, by {share:.2%} of its size"
     if share > _APART:
         raise StokerError(
-            f"step {step}: {said}, so it is not saved. A loop of your own adds up gradients over ranks by "
-            "trainer.backward(loss_sum, weight) and trainer.update(), in place of loss.backward() and "
-            "optimizer.step(); weights that are changed by hand are changed alike on all ranks, whose random "
-            "numbers are their own"
+            f"step {step}: {said}, so no checkpoint is saved. In your own loop, use "
+            "trainer.backward(loss_sum, weight) and trainer.update() instead of loss.backward() and "
+            "optimizer.step(), so that gradients are summed over ranks. If you change weights by hand, "
+            "change them identically on all ranks; random numbers differ between ranks"
         )
     if share > _ROUNDING and World.current().rank == 0:
         log.warning("step %d: %s", step, said)
@@ -75,7 +74,7 @@ def _probe(values: torch.Tensor) -> torch.Tensor:
 
 
 def _apart(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    """How far apart two ranks' values of a parameter are, as a share of the largest of them."""
+    """The largest difference between two ranks' values of a parameter, as a share of its largest value."""
     largest = max(ours.abs().max().item(), theirs.abs().max().item()) if ours.numel() else 0.0
     share = (ours - theirs).abs().max().item() / largest if largest else 0.0
     return math.inf if math.isnan(share) else share

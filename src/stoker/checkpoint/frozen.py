@@ -1,7 +1,8 @@
-"""Which parameters are to be saved although nothing trains them now.
+"""Which parameters must be saved although they are not trained at the moment.
 
-Most frozen ones never change, and come from where they came from at the start. But some are moved by hand (a
-target network, a mean teacher), and some are frozen for a while alone, or thawed later.
+Most frozen parameters never change, and are loaded again from where they came from. But some are changed by
+hand
+(a target network, a mean teacher), and some are frozen only for a while, or unfrozen later.
 """
 
 from __future__ import annotations
@@ -14,15 +15,16 @@ from stoker.errors import StokerError
 from stoker.tensors import local, real
 from torch import nn
 
-_NAMED = 5  # that a message names
-_STRETCHES = 64  # of each parameter, with a checksum each
+_NAMED = 5  # names in a message
+_STRETCHES = 64  # per parameter, each with a checksum
 
 
 class Frozen:
-    """The parameters of a model as they were when it was built, after it was laid out and filled.
+    """The parameters of a model at the time it was built, after it was laid out and filled.
 
-    That one changed is seen by checksums, for which it is read once: 14 GB in some milliseconds on a GPU, and
-    in a few seconds on a CPU.
+    Changes are detected with checksums, for which each parameter is read once: 14 GB take some milliseconds
+    on a GPU,
+    and a few seconds on a CPU.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -35,31 +37,31 @@ class Frozen:
         }
 
     def check(self, step: int) -> None:
-        """Raises StokerError where the model has other parameters or buffers than it was built with."""
+        """Raises StokerError if the model has different parameters or buffers than when it was built."""
         now = _names(self._model)
         changed = [("new", now - self._names), ("gone", self._names - now)]
         said = [f"{words.some(sorted(names), _NAMED)} {what}" for what, names in changed if names]
         if said:
             raise StokerError(
-                f"step {step}: the model is not made as it was when the Trainer was ({', '.join(said)}), so "
-                "one that the same script builds could not take up this checkpoint, which is not saved. "
-                "Change what a model is made of before the Trainer is made; for torch's pruning call "
-                "prune.identity(module, name) there: a mask may change on the way"
+                f"step {step}: the model's structure has changed since the Trainer was created "
+                f"({', '.join(said)}), so a model built by the same script could not load this checkpoint, "
+                "which is not saved. Change the structure before creating the Trainer; for torch's pruning "
+                "call prune.identity(module, name) there, since a mask can change during training"
             )
 
     def kept(self) -> frozenset[str]:
-        """Names of those that are frozen now, and were trained, or have changed. All ranks call it."""
+        """Names of frozen parameters that were trained before, or have changed. All ranks call it."""
         changed = {name for name, p in self._frozen() if self._has_changed(name, p)}
         self._kept |= {name for names in distributed.gathered(sorted(changed)) for name in names}
         return frozenset(name for name, _ in self._frozen() if name in self._kept)
 
     def turned(self) -> dict[str, bool]:
-        """Those that were frozen, or thawed, since: whether each is trained now."""
+        """Parameters that were frozen or unfrozen since: whether each is trained now."""
         now = {name: p.requires_grad for name, p in self._model.named_parameters()}
         return {name: trained for name, trained in now.items() if trained != self._trained[name]}
 
     def turn(self, turned: Mapping[str, bool]) -> None:
-        """Freeze and thaw those of them that this rank has."""
+        """Freeze and unfreeze those of them that this rank has."""
         for name, parameter in self._model.named_parameters():
             parameter.requires_grad_(turned.get(name, parameter.requires_grad))
 
@@ -74,7 +76,7 @@ class Frozen:
 
 
 def _names(model: nn.Module) -> set[str]:
-    """Of parameters, and of buffers that are saved, those that are None too."""
+    """The names of parameters, and of saved buffers, including those that are None."""
     buffers = {
         f"{prefix}.{name}".removeprefix(".")
         for prefix, module in model.named_modules()
@@ -84,19 +86,19 @@ def _names(model: nn.Module) -> set[str]:
 
 
 def held(parameter: nn.Parameter) -> torch.Tensor | None:
-    """What this rank holds of a parameter, as real numbers; None of one that is quantised."""
-    values = local(getattr(parameter, "ds_tensor", parameter).detach())  # ds_tensor: DeepSpeed's part of it
+    """This rank's part of a parameter as real numbers; None if it is quantised."""
+    values = local(getattr(parameter, "ds_tensor", parameter).detach())  # ds_tensor: DeepSpeed's partition
     if type(values) is not torch.Tensor or values.is_meta or not real(values).is_floating_point():
         return None
     return real(values)
 
 
 def _checksums(values: torch.Tensor) -> torch.Tensor:
-    """The sum of the words of each stretch, which a change of one value changes, and the bytes left over."""
+    """The sum of the words of each stretch, so that any single change changes it, and the remaining bytes."""
     flat = values.reshape(-1).view(torch.uint8)
     if flat.storage_offset() % 8:
         flat = flat.clone()
-    stretch = flat.numel() // 8 // _STRETCHES  # words of it
+    stretch = flat.numel() // 8 // _STRETCHES  # in words
     end = 8 * stretch * _STRETCHES
     sums = flat[:end].view(torch.int64).view(_STRETCHES, stretch).sum(1)
     return torch.cat([sums.view(torch.uint8), flat[end:]])

@@ -1,8 +1,10 @@
-"""The manifest: what makes a directory a checkpoint.
+"""The manifest: the file that makes a directory a checkpoint.
 
-It lists every file with its size and checksum, has one of its own, and is written last, after all
-of them are on disk. A directory without a valid one does not exist for a reader, so a save that was
-killed, a disk that was full and a bit that flipped are all passed over the same way.
+It lists every file with its size and checksum, has a checksum itself, and is written last, after all files
+are on
+disk. A directory without a valid manifest does not exist for readers, so an interrupted save, a full disk and
+a
+flipped bit are all handled in the same way: the checkpoint is passed over.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from stoker.run import directory
 from stoker.run.series import Goal
 
 FORMAT = 3
-_READABLE = (2, FORMAT)  # 2 had no checksum of its own
+_READABLE = (2, FORMAT)  # format 2 had no checksum for the manifest itself
 NAME = directory.MANIFEST
 _VOID = "void-manifest.json"
 _THREADS = 2
@@ -35,7 +37,7 @@ _FOLDER = re.compile(r"step-(\d{8,})")
 
 
 class InvalidCheckpoint(Exception):
-    """Why a directory is no checkpoint that may be used."""
+    """Why a directory is not a usable checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -48,47 +50,47 @@ class File:
 
     @classmethod
     def of(cls, file: Path) -> File:
-        """A file as it is now."""
+        """Describe a file as it is now."""
         return cls(file.name, file.stat().st_size, storage.xxh3(file))
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint whose every file was verified."""
+    """A checkpoint whose files were all verified."""
 
     path: Path
     step: int
     samples: int
-    """Samples of the global order that were trained on."""
+    """Samples, in the global order, that were trained on."""
     bytes: int
     files: frozenset[str]
-    """The names of its files; others in its folder are not of it."""
+    """The names of its files; other files in its directory do not belong to it."""
     metrics: dict[str, float] = field(default_factory=dict)
-    """The newest value of every metric when it was taken."""
+    """The newest value of every metric when it was saved."""
 
     @classmethod
     def of(cls, path: Path, manifest: Mapping[str, Any], files: Sequence[File]) -> Checkpoint:
-        """The one that a manifest is of."""
+        """The checkpoint that a manifest describes."""
         size, names = sum(file.size for file in files), frozenset(file.path for file in files)
         return cls(path, manifest["step"], manifest["samples"], size, names, manifest["metrics"])
 
 
 def folder(checkpoints: Path, step: int) -> Path:
-    """Where the checkpoint of a step stands: `step-00000500`."""
+    """The directory of the checkpoint of a step: `step-00000500`."""
     return checkpoints / f"step-{step:08d}"
 
 
 def begin(path: Path) -> None:
-    """Make the directory of a new checkpoint; what an earlier, unusable save left there goes first.
+    """Create the directory of a new checkpoint, after removing remains of an earlier, unusable save.
 
-    Raises StokerError where the run's own directory is not there any more.
+    Raises StokerError if the run's own directory no longer exists.
     """
     if path.exists():
         remove(path)
     if not path.parent.parent.exists():
         raise StokerError(
-            f"{path.parent.parent} is gone: it was moved or deleted while it is trained; "
-            "`stoker resume` goes on with it where it is now"
+            f"{path.parent.parent} is gone: it was moved or deleted during training; "
+            "`stoker resume` continues it from its new place"
         )
     if not path.parent.exists():
         path.parent.mkdir(exist_ok=True)
@@ -105,7 +107,7 @@ def commit(
     world_size: int,
     metrics: Mapping[str, float] | None = None,
 ) -> Checkpoint:
-    """Make a directory whose files are on disk a checkpoint, by its manifest."""
+    """Write the manifest, which makes a directory whose files are on disk a checkpoint."""
     known = {name: value for name, value in (metrics or {}).items() if math.isfinite(value)}
     manifest: dict[str, Any] = {
         "format": FORMAT, "step": step, "samples": samples, "world_size": world_size, "metrics": known,
@@ -126,7 +128,7 @@ def verify(path: Path) -> Checkpoint:
 
 
 def read(path: Path) -> Checkpoint:
-    """A checkpoint as its manifest says, of which nothing else is checked. Raises InvalidCheckpoint."""
+    """A checkpoint according to its manifest, without checking its files. Raises InvalidCheckpoint."""
     manifest = _read(path)
     return Checkpoint.of(path, manifest, _files(manifest))
 
@@ -141,9 +143,9 @@ def _files(manifest: Mapping[str, Any]) -> list[File]:
         files = [File(**entry) for entry in manifest["files"]]
         outside = [file.path for file in files if Path(file.path).name != file.path]
     except TypeError as error:
-        raise InvalidCheckpoint(f"its manifest has files that are none: {error}") from error
+        raise InvalidCheckpoint(f"its manifest has invalid file entries: {error}") from error
     if outside:
-        raise InvalidCheckpoint(f"its manifest has a file that is not beside it: {outside[0]}")
+        raise InvalidCheckpoint(f"its manifest names a file outside its directory: {outside[0]}")
     return files
 
 
@@ -156,15 +158,15 @@ def _verify(path: Path, known: File) -> None:
             raise InvalidCheckpoint(f"{known.path} has {file.stat().st_size} bytes, not {known.size}")
         if storage.xxh3(file) != known.xxh3:
             raise InvalidCheckpoint(f"{known.path} does not match its checksum")
-    except OSError as error:  # of the disk
+    except OSError as error:  # from the disk
         raise InvalidCheckpoint(f"{known.path} cannot be read: {error.strerror}") from error
 
 
 def mended(path: Path, mend: Callable[[Path], None] | None) -> Checkpoint:
-    """Verify a checkpoint; where it is damaged, mend it and verify it again. Raises InvalidCheckpoint.
+    """Verify a checkpoint; if it is damaged, repair it and verify it again. Raises InvalidCheckpoint.
 
     Args:
-        mend: puts the files of a checkpoint in place that are not as its manifest says.
+        mend: restores the files of a checkpoint that do not match its manifest.
     """
     try:
         return verify(path)
@@ -174,17 +176,17 @@ def mended(path: Path, mend: Callable[[Path], None] | None) -> Checkpoint:
         try:
             mend(path)
         except Unreachable as error:
-            raise InvalidCheckpoint(f"{reason}; in its store it is out of reach ({error})") from error
+            raise InvalidCheckpoint(f"{reason}; its object store cannot be reached ({error})") from error
     return verify(path)
 
 
 def newest(
     checkpoints: Path, mend: Callable[[Path], None] | None = None, but: Set[int] = frozenset()
 ) -> tuple[Checkpoint | None, list[str]]:
-    """The newest valid checkpoint, and those passed over, each with the reason; see `mended`.
+    """The newest valid checkpoint, and those passed over with the reasons; see `mended`.
 
     Args:
-        but: steps whose checkpoints are left out.
+        but: steps whose checkpoints are ignored.
     """
     passed_over: list[str] = []
     for path in reversed(folders(checkpoints)):
@@ -198,7 +200,7 @@ def newest(
 
 
 def void(path: Path) -> None:
-    """Make a checkpoint none: the run goes on from one before it. Nothing of it is deleted yet."""
+    """Invalidate a checkpoint because the run continues from an earlier one. Nothing is deleted yet."""
     with contextlib.suppress(FileNotFoundError):
         (path / NAME).rename(path / _VOID)
         storage.sync_directory(path)
@@ -217,18 +219,18 @@ def best(checkpoints: Path, metric: str, goal: Goal) -> Path | None:
 
 
 def metrics(path: Path) -> dict[str, float]:
-    """The newest value of every metric when a checkpoint was taken. Raises InvalidCheckpoint."""
+    """The newest value of every metric when a checkpoint was saved. Raises InvalidCheckpoint."""
     found: dict[str, float] = _read(path).get("metrics", {})
     return found
 
 
 def prune(checkpoints: Path, keep: int, also: Path | None = None, every: int | None = None) -> None:
-    """Delete old checkpoints, and what saving was not finished before the newest.
+    """Delete old checkpoints, and unfinished saves older than the newest checkpoint.
 
     Args:
-        keep: so many of the newest committed ones stay.
-        also: this one stays.
-        every: those of a step that this divides stay.
+        keep: the number of newest committed checkpoints to keep.
+        also: another checkpoint to keep.
+        every: keep checkpoints whose step is a multiple of this.
     """
     done = committed(checkpoints)
     stay = {*done[-keep:], also, *(path for path in done if every and step_of(path) % every == 0)}
@@ -238,17 +240,17 @@ def prune(checkpoints: Path, keep: int, also: Path | None = None, every: int | N
 
 
 def step_of(path: Path) -> int:
-    """The step of a checkpoint, by the name of its directory."""
+    """The step of a checkpoint, from the name of its directory."""
     return int(path.name.removeprefix("step-"))
 
 
 def committed(checkpoints: Path) -> list[Path]:
-    """The checkpoints that have a manifest, by step; nothing else of them was checked."""
+    """The checkpoints that have a manifest, by step; nothing else is checked."""
     return [path for path in folders(checkpoints) if (path / NAME).is_file()]
 
 
 def remove(path: Path) -> None:
-    """Delete a checkpoint; its manifest first, so that it is none while its files go. Of a link, the link."""
+    """Delete a checkpoint, manifest first, so that it becomes invalid at once. Of a link, only the link."""
     if path.is_symlink():
         path.unlink()
         return
@@ -258,7 +260,7 @@ def remove(path: Path) -> None:
 
 
 def folders(checkpoints: Path) -> list[Path]:
-    """Every directory of a step, finished or not, by step."""
+    """Every step directory, finished or not, by step."""
     if not checkpoints.is_dir():
         return []
     found = [(int(m[1]), p) for p in checkpoints.iterdir() if (m := _FOLDER.fullmatch(p.name))]
@@ -268,24 +270,24 @@ def folders(checkpoints: Path) -> list[Path]:
 def _read(path: Path) -> dict[str, Any]:
     file = path / NAME
     if file.exists() and not file.is_file():
-        raise InvalidCheckpoint("its manifest is no file")
+        raise InvalidCheckpoint("its manifest is not a file")
     try:
         manifest = orjson.loads(file.read_bytes())
     except FileNotFoundError:
         if (path / _VOID).exists():
-            raise InvalidCheckpoint("it is void: the run went on from one before it") from None
-        raise InvalidCheckpoint("it has no manifest: saving it was not finished") from None
+            raise InvalidCheckpoint("it is void: the run continued from an earlier one") from None
+        raise InvalidCheckpoint("it has no manifest: saving it did not finish") from None
     except (OSError, orjson.JSONDecodeError) as error:
         raise InvalidCheckpoint(f"its manifest cannot be read: {error}") from error
     if not isinstance(manifest, dict) or manifest.get("format") not in _READABLE:
-        raise InvalidCheckpoint(f"its manifest is not of format {FORMAT}")
+        raise InvalidCheckpoint(f"its manifest is not in format {FORMAT}")
     if ("xxh3" in manifest or manifest["format"] == FORMAT) and manifest.get("xxh3") != _checksum(manifest):
         raise InvalidCheckpoint("its manifest does not match its own checksum")
     wrong = [key for key, kind in _KEYS.items() if not isinstance(manifest.get(key), kind)]
     if wrong or not manifest["files"]:
         raise InvalidCheckpoint(f"its manifest has no {', '.join(wrong or ['files'])}")
     if manifest["step"] != step_of(path):
-        raise InvalidCheckpoint(f"its manifest is of step {manifest['step']}")
+        raise InvalidCheckpoint(f"its manifest is for step {manifest['step']}")
     return manifest
 
 
@@ -293,6 +295,6 @@ _KEYS: dict[str, type] = {"step": int, "samples": int, "metrics": dict, "files":
 
 
 def _checksum(manifest: Mapping[str, Any]) -> str:
-    """Of all that a manifest says but for this."""
+    """The checksum of everything in a manifest except itself."""
     said = {key: value for key, value in manifest.items() if key != "xxh3"}
     return xxhash.xxh3_128_hexdigest(orjson.dumps(said, option=orjson.OPT_SORT_KEYS))

@@ -1,4 +1,4 @@
-"""Which modules are in another mode, training or evaluation, than when training began."""
+"""Tracks which modules have a different mode (training or evaluation) than when training began."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from torch import nn
 
 
 class Modes:
-    """The modes of a model's modules, as a loop has changed them on its way.
+    """The modes of a model's modules, as changed by a loop during training.
 
-    What a script has set before its loop is what it sets at each start, so what it changed since is put back
-    when training begins, behind that.
+    What a script sets before its loop, it sets again at each start, so only later changes are restored, when
+    training begins.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -20,20 +20,20 @@ class Modes:
         self._saved: dict[str, bool] = {}
 
     def begin(self) -> None:
-        """Training begins."""
+        """Record the modes when training begins."""
         if self._first is None:
             self._first = _modes(self._model)
             self._put()
 
     def changed(self) -> dict[str, bool]:
-        """Modules whose mode is another than when training began: whether it is training mode."""
+        """Modules whose mode has changed since training began: whether it is training mode."""
         first = self._first
         if first is None:
             return self._saved
         return {n: mode for n, mode in _modes(self._model).items() if mode != first.get(n, mode)}
 
     def restore(self, changed: Mapping[str, bool]) -> None:
-        """Put back what `changed` returned, once training begins."""
+        """Restore what `changed` returned, when training begins."""
         self._saved = dict(changed)
         if self._first is not None:
             self._put()

@@ -1,7 +1,8 @@
-"""Which rank writes which part of which tensor: the planning of torch.distributed.checkpoint.
+"""Decides which rank writes which part of which tensor: the planning of torch.distributed.checkpoint.
 
-A plan depends on names, shapes and placements alone, so one is made for a training, not for every
-checkpoint. Of a tensor that several ranks hold, one of them writes it, and the work is shared out.
+A plan depends only on names, shapes and placements, so it is made once per training, not for every
+checkpoint. If
+several ranks hold a tensor, one of them writes it, and the work is balanced.
 """
 
 from __future__ import annotations
@@ -20,22 +21,22 @@ Signature = tuple[tuple[Any, ...], ...]
 
 @dataclass(frozen=True)
 class Part:
-    """What this rank writes of a tensor: all that it holds of it."""
+    """The part of a tensor that this rank writes: all that it holds of it."""
 
     name: str
     offsets: tuple[int, ...]
-    """Where it begins in the whole tensor, by dim."""
+    """Its start in the full tensor, by dim."""
 
 
 def signature(tensors: Mapping[str, torch.Tensor]) -> Signature:
-    """What a plan depends on, as far as this rank sees it."""
+    """What a plan depends on, as far as this rank knows."""
     return tuple((name, t.shape, t.dtype, getattr(t, "placements", None)) for name, t in tensors.items())
 
 
 def parts(tensors: Mapping[str, torch.Tensor], rank: int, group: Any = None) -> list[Part]:
     """The parts that this rank writes; all ranks of the group call it, each with its tensors.
 
-    Raises ValueError where ranks hold different tensors under one name.
+    Raises ValueError if ranks hold different tensors under the same name.
     """
     planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     planner.set_up_planner(dict(tensors), is_coordinator=rank == 0)

@@ -1,7 +1,8 @@
-"""A rank's shards: safetensors files of at most half a GiB, with a checksum each.
+"""A rank's shards: safetensors files of at most half a GiB, each with a checksum.
 
-They have the layout of torch's `HuggingFaceStorageWriter(save_distributed=True)`, whose reader
-reads them: beside the tensors stands where each begins in the whole one.
+Their layout is that of torch's `HuggingFaceStorageWriter(save_distributed=True)`, whose reader is used: next
+to
+the tensors they record where each begins in the full one.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from torch.distributed.checkpoint._hf_utils import (
     SAVED_OFFSETS_KEY,
 )
 
-_FILE = 2**29  # bytes; several files are written, and verified, side by side
+_FILE = 2**29  # bytes; several files are written, and verified, in parallel
 _THREADS = 2
 
 
@@ -49,9 +50,9 @@ def _write(file: Path, parts: Sequence[Part], tensors: Mapping[str, torch.Tensor
     }  # fmt: skip
     try:
         save_file({part.name: tensors[part.name] for part in parts}, file, about)
-    except SafetensorError as error:  # a full disk, say
+    except SafetensorError as error:  # for example, a full disk
         raise _os_error(error, file) from error
-    file.chmod(file.parent.stat().st_mode & 0o666)  # as the umask has it; safetensors gives 600
+    file.chmod(file.parent.stat().st_mode & 0o666)  # permissions by umask; safetensors sets 600
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         synced = pool.submit(storage.sync_file, file)  # the disk writes while the checksum is computed
         known = File.of(file)
@@ -60,7 +61,7 @@ def _write(file: Path, parts: Sequence[Part], tensors: Mapping[str, torch.Tensor
 
 
 def _os_error(error: SafetensorError, file: Path) -> OSError:
-    """What the disk said: safetensors has it in its text alone, `... (os error 28)`."""
+    """The disk's error, which safetensors reports only in its text, `... (os error 28)`."""
     number = re.search(r"os error (\d+)", str(error))
     if number is None:
         return OSError(errno.EIO, str(error), str(file))
@@ -68,7 +69,7 @@ def _os_error(error: SafetensorError, file: Path) -> OSError:
 
 
 def _divided(parts: Sequence[Part], tensors: Mapping[str, torch.Tensor]) -> Iterator[list[Part]]:
-    """The parts in groups of at most `_FILE` bytes, a larger tensor by itself."""
+    """The parts in groups of at most `_FILE` bytes; a larger tensor gets its own group."""
     group: list[Part] = []
     size = 0
     for part in parts:

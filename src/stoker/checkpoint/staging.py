@@ -1,4 +1,4 @@
-"""Host memory that the state is copied to, so that training goes on while it is written."""
+"""Host memory that the state is copied to, so that training continues while it is written."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import torch
 
 
 class HostBuffers:
-    """Memory by name, taken once and used for every checkpoint; pinned where there is a GPU."""
+    """Memory by name, allocated once and used for every checkpoint; pinned if there is a GPU."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, torch.Tensor] = {}
 
     @torch.no_grad()
     def copy(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Copies of the tensors, contiguous; they stand until the next call."""
+        """Contiguous copies of the tensors; they are valid until the next call."""
         self._buffers = {name: self._room(name, tensor) for name, tensor in tensors.items()}
         devices = {tensor.device for tensor in tensors.values() if tensor.device.type == "cuda"}
         for name, tensor in tensors.items():

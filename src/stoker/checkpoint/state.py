@@ -1,9 +1,8 @@
-"""What must be restored, in one place: trainable parameters, buffers, optimizer state.
+"""Everything that must be restored, in one place: trainable parameters, buffers, optimizer state.
 
-Tensors and JSON values are kept apart, so that nothing needs a pickle. Names are the
-model's own parameter names. Frozen parameters are not saved, but for those that changed all the
-same (`frozen`): the model is built from the same source again, so a LoRA checkpoint is as small
-as its adapter.
+Tensors and JSON values are kept separate, so that no pickle is needed. Names are the model's own parameter
+names. Frozen parameters are not saved, unless they have changed (`frozen`), since the model is built from the
+same source again: a LoRA checkpoint is as small as its adapter.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ log = logging.getLogger("stoker")
 
 Groups = list[dict[str, Any]]
 
-_NAMED = 5  # tensors of a kind that a message names
+_NAMED = 5  # names of each kind in a message
 
 
 def capture(
@@ -38,8 +37,8 @@ def capture(
     """The state of a model and its optimizers: tensors by name, and JSON values.
 
     Args:
-        built: the hyperparameters that the optimizers were made with, see `hyperparameters`.
-        frozen: the parameters that are saved although they are not trained.
+        built: the hyperparameters that the optimizers were created with, see `hyperparameters`.
+        frozen: the parameters to save although they are not trained.
     """
     tensors = {f"model.{name}": t for name, t in model_tensors(model, frozen).items()}
     values: dict[str, Any] = {}
@@ -57,17 +56,17 @@ def load(
     world: World = ALONE,
     elsewhere: frozenset[str] = frozenset(),
 ) -> tuple[Tensors, dict[str, Any]]:
-    """Put a checkpoint into a model and its optimizers; returns its other tensors, and its values.
+    """Load a checkpoint into a model and its optimizers; returns its other tensors, and its values.
 
-    Of the others those of parameters that other ranks hold, other ranks' random state, and what is
-    registered (`stateful`) are left out. A hyperparameter that the user has changed since wins over the
-    saved one.
+    Not included in the other tensors are parameters that other ranks hold, other ranks' random state, and
+    registered
+    states (`stateful`). A hyperparameter that the user has changed since overrides the saved one.
 
     Args:
         elsewhere: names of the model's tensors that only other ranks hold.
 
     Raises:
-        StokerError: the checkpoint is of another model or other optimizers.
+        StokerError: the checkpoint is from a different model or different optimizers.
     """
     specs = store.shapes(checkpoint)
     of_model = {n.removeprefix("model."): shape for n, (shape, _) in specs.items() if n.startswith("model.")}
@@ -95,12 +94,12 @@ def load(
 def _give_what_came(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer, saved: Groups, made: int, thawed: Set[str]
 ) -> None:
-    """Give an optimizer what it was given on the way: whole groups, and parameters that were thawed.
+    """Give an optimizer what was added during training: whole groups, and unfrozen parameters.
 
     Args:
         saved: the groups of the checkpoint.
-        made: how many of them it was made with.
-        thawed: names of parameters that were frozen when it was made.
+        made: how many of them it was created with.
+        thawed: names of parameters that were frozen when it was created.
     """
     parameters = dict(model.named_parameters())
     known = {name for group in _names_of_groups(model, optimizer) for name in group}
@@ -116,8 +115,8 @@ def _say_regrouped(names: list[list[str]], before: list[list[str]], built: Group
     now, was = _decayed(names, built), _decayed(before, then)
     if now and was and now != was and World.current().rank == 0:
         log.warning(
-            "weight decay is of other parameters than when the checkpoint was taken: to have it on norms and "
-            "biases too, as before they were left out, give a recipe decay_all=true"
+            "weight decay applies to different parameters than when the checkpoint was saved: to apply it to "
+            "norms and biases too, as earlier versions did, set a recipe's decay_all=true"
         )
 
 
@@ -126,7 +125,7 @@ def _decayed(names: list[list[str]], made: Groups) -> set[str]:
 
 
 def load_whole(checkpoint: Checkpoint, world: World) -> tuple[Tensors, dict[str, Any]]:
-    """The tensors that `load` puts back or returns, whole, and the values; each rank reads for itself."""
+    """The tensors that `load` restores or returns, in full, and the values; each rank reads separately."""
     specs = store.shapes(checkpoint)
     tensors = {
         name: torch.empty(s, dtype=d) for name, (s, d) in specs.items() if not _is_left_out(name, world)
@@ -136,23 +135,23 @@ def load_whole(checkpoint: Checkpoint, world: World) -> tuple[Tensors, dict[str,
 
 
 def compare_optimizers(values: Mapping[str, Any], optimizers: Mapping[str, Any]) -> None:
-    """Raises StokerError where a checkpoint's values are of optimizers of other names or kinds than these."""
+    """Raises StokerError if a checkpoint's optimizers have different names or kinds than these."""
     saved = {name: held.get("kind") for name, held in values["optimizers"].items()}
     now = {name: kind_of(optimizer) for name, optimizer in optimizers.items()}
     if saved.keys() != now.keys():
         raise StokerError(
-            f"the checkpoint's optimizers are {', '.join(saved)}, and now there are {', '.join(now)}"
+            f"the checkpoint's optimizers are {', '.join(saved)}, but now they are {', '.join(now)}"
         )
     for name, kind in saved.items():
         if kind not in (None, now[name]):
             raise StokerError(
-                f"the checkpoint's optimizer is {kind}, and now it is {now[name]}, whose state is another: "
-                "go on with the one before, or start a run of another name from its weights"
+                f"the checkpoint's optimizer is {kind}, but now it is {now[name]}, whose state is different: "
+                "resume with the same optimizer, or start a run with a new name from its weights"
             )
 
 
 def kind_of(optimizer: Any) -> str:
-    """The class of an optimizer; of one that DeepSpeed wraps, of that."""
+    """The class of an optimizer; for one that DeepSpeed wraps, of the wrapped one."""
     return type(getattr(optimizer, "optimizer", optimizer)).__name__
 
 
@@ -164,21 +163,21 @@ def restore_groups(
     then: Groups,
     elsewhere: frozenset[str] = frozenset(),
 ) -> None:
-    """Put back hyperparameters; those that differ from what they were made with are the user's change.
+    """Restore hyperparameters; those that differ from the ones they were created with are the user's change.
 
-    Where the same parameters are grouped in another way by their weight decay, and by nothing else,
-    each group goes on with the weight decay that it was made with. Groups that came on the way, with none
-    of which it was made, have what was saved of them.
+    If the same parameters are grouped differently only because of weight decay, each group keeps the weight
+    decay
+    that it was created with. Groups that were added during training get all their saved values.
 
     Args:
         names: the parameters of each group.
         saved: the groups of the checkpoint.
-        built: what the groups were made with now.
-        then: what they were made with when the checkpoint was taken.
+        built: what the groups were created with now.
+        then: what they were created with when the checkpoint was saved.
         elsewhere: names of parameters that only other ranks hold.
 
     Raises:
-        StokerError: the groups are others.
+        StokerError: the groups differ.
     """
     before = [[n for n in group["params"] if n not in elsewhere] for group in saved]
     left_out = {"params"}
@@ -194,7 +193,7 @@ def restore_groups(
 
 
 def _compare_regrouped(names: list[list[str]], before: list[list[str]], built: Groups, then: Groups) -> None:
-    """Raises StokerError where groups differ by more than which parameters decay."""
+    """Raises StokerError if groups differ by more than which parameters decay."""
 
     def others(groups: Groups) -> list[dict[str, Any]]:
         return [{k: v for k, v in group.items() if k != "weight_decay"} for group in groups]
@@ -204,13 +203,13 @@ def _compare_regrouped(names: list[list[str]], before: list[list[str]], built: G
     by_decay = all(len({g.get("weight_decay") for g in groups}) == len(groups) for groups in (built, then))
     if not (same and uniform and by_decay):
         raise StokerError(
-            f"the checkpoint's optimizer has groups of {[len(g) for g in before]} parameters, "
-            f"this one of {[len(g) for g in names]}, or with other names: the model or its optimizer changed"
+            f"the checkpoint's optimizer has groups of {[len(g) for g in before]} parameters, this one of "
+            f"{[len(g) for g in names]}, or with different names: the model or its optimizer has changed"
         )
 
 
 def joined(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The values of all ranks as one: each holds the optimizer's state of its own parameters."""
+    """The values of all ranks combined: each holds the optimizer state of its own parameters."""
     first = dict(parts[0])
     first["optimizers"] = {
         name: {
@@ -238,7 +237,7 @@ def _others(
     world: World,
     elsewhere: frozenset[str],
 ) -> Tensors:
-    """Where this rank's part of all but the model's own tensors is loaded to. Raises StokerError."""
+    """Target tensors for this rank's part of everything but the model's own tensors. Raises StokerError."""
     parameters = dict(model.named_parameters())
     prefixes = ("ema.", *(f"optimizer.{name}." for name in sorted(optimizers, key=len, reverse=True)))
     found: Tensors = {}
@@ -251,15 +250,15 @@ def _others(
         elif owner in parameters:
             found[name] = _beside_shard(parameters[owner], shape, dtype)
         elif owner not in elsewhere:
-            raise StokerError(f"the checkpoint has {name}, and the model has no parameter {owner}")
+            raise StokerError(f"the checkpoint has {name}, but the model has no parameter {owner}")
     return found
 
 
 def _owner(name: str, prefixes: Sequence[str]) -> str | None:
-    """The parameter whose optimizer state or average a tensor is: `optimizer.main.NAME.key`, `ema.NAME`.
+    """The parameter that a state or average tensor belongs to: `optimizer.main.NAME.key`, `ema.NAME`.
 
     Args:
-        prefixes: what these begin with; an optimizer's name may have dots, as its parameters' have.
+        prefixes: the possible beginnings; the names of optimizers and parameters can contain dots.
     """
     prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
     if prefix is None:
@@ -268,53 +267,53 @@ def _owner(name: str, prefixes: Sequence[str]) -> str | None:
 
 
 def _parted(name: str) -> tuple[str, str, str]:
-    """Parameter, key, and place within a value, of what an optimizer keeps: `0.weight`, `GG`, `[1]`."""
+    """Parameter, key, and place within a value, of an optimizer's state: `0.weight`, `GG`, `[1]`."""
     found = re.fullmatch(r"(.*?)\.([^.\[]+)((?:\[.*\])?)", name)
     assert found is not None, name
     return found[1], found[2], found[3]
 
 
 def _is_left_out(name: str, world: World) -> bool:
-    """Whether a tensor is another rank's random state, or of what is registered, which reads it itself."""
+    """Whether a tensor is another rank's random state, or belongs to a registered state, which reads it."""
     of_another = name.startswith("random.") and not name.startswith(f"random.{world.rank}.")
     return of_another or name.startswith((f"{stateful.PREFIX}.", f"{stateful.PREFIX}["))
 
 
 def _beside_shard(parameter: torch.nn.Parameter, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
-    """Room for a tensor of a parameter: sharded as the parameter is, where it is and the shapes agree."""
+    """Memory for a tensor of a parameter: sharded like the parameter if their shapes agree."""
     if isinstance(parameter, DTensor) and parameter.shape == shape:
         return torch.zeros_like(parameter.detach(), dtype=dtype)
     return torch.empty(shape, dtype=dtype)
 
 
 def hyperparameters(optimizer: torch.optim.Optimizer) -> Groups:
-    """An optimizer's hyperparameters, a dict a group."""
+    """An optimizer's hyperparameters, one dict per group."""
     return [{k: plain(v) for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
 
 
 def inside(tensors: Mapping[str, torch.Tensor], prefix: str) -> Tensors:
-    """The tensors whose names begin with a prefix, without it."""
+    """The tensors whose names begin with a prefix, without the prefix."""
     return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 
 def model_tensors(model: torch.nn.Module, frozen: Set[str] = frozenset()) -> Tensors:
-    """Trainable parameters and saved buffers by name, sharing the model's memory; a tied one once.
+    """Trainable parameters and saved buffers by name, sharing the model's memory; tied ones once.
 
     Args:
-        frozen: names of others that are wanted, too.
+        frozen: names of other parameters to include.
     """
     tensors = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad or n in frozen}
     return {**tensors, **saved_buffers(model)}
 
 
 def saved_buffers(model: torch.nn.Module) -> Tensors:
-    """The buffers that a model's state holds, sharing its memory."""
+    """The buffers in a model's state, sharing its memory."""
     saved = model.state_dict(keep_vars=True)
     return {name: b.detach() for name, b in model.named_buffers() if name in saved}
 
 
 def fit_buffers(model: torch.nn.Module, specs: Mapping[str, tuple[torch.Size, torch.dtype]]) -> None:
-    """Give the buffers of a model the shapes they were saved with: one may have grown, or have been None.
+    """Give a model's buffers the shapes they were saved with: one may have grown, or have been None.
 
     Args:
         specs: the shape and dtype of every tensor of a checkpoint.
@@ -333,7 +332,7 @@ def optimizer_state(
 ) -> tuple[Tensors, dict[str, Any]]:
     """An optimizer's state: tensors as `<parameter>.<key>`, and the rest as JSON values.
 
-    Raises StokerError for what a checkpoint cannot hold.
+    Raises StokerError for values that a checkpoint cannot hold.
     """
     of_groups = _names_of_groups(model, optimizer)
     names = {parameter: name for name, parameter in model.named_parameters()}
@@ -355,25 +354,25 @@ def optimizer_state(
 
 
 def _apart(name: str, value: Any) -> tuple[Any, Tensors]:
-    """What an optimizer keeps that is no tensor, as `trees.apart`. Raises StokerError."""
+    """An optimizer's state that is not a tensor, like `trees.apart`. Raises StokerError."""
     try:
         return trees.apart(value)
     except trees.Unsavable as error:
         raise StokerError(
-            f"what the optimizer keeps as {name} has {error}, and a checkpoint holds {trees.ALLOWED}"
+            f"the optimizer state {name} has {error}, but a checkpoint can hold only {trees.ALLOWED}"
         ) from None
 
 
 def _restore_state(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer, tensors: Tensors, values: Mapping[str, Any]
 ) -> None:
-    """Put back an optimizer's state (`<parameter>.<key>`), after its groups."""
+    """Restore an optimizer's state (`<parameter>.<key>`), after its groups."""
     parameters = dict(model.named_parameters())
     optimizer.state.clear()
     group_of = {p: group for group in optimizer.param_groups for p in group["params"]}
     for full_name, tensor in tensors.items():
         name, key, within = _parted(full_name)
-        if name in parameters and not within:  # else another rank's, or of a value
+        if name in parameters and not within:  # otherwise another rank's, or part of a value
             parameter = parameters[name]
             optimizer.state[parameter][key] = _beside(parameter, group_of[parameter], key, tensor)
     for full_name, value in values.items():
@@ -384,7 +383,7 @@ def _restore_state(
 
 
 def _together(name: str, value: Any, tensors: Tensors, device: torch.device) -> Any:
-    """What an optimizer keeps that is no tensor, of what `_apart` made of it."""
+    """Reassemble what `_apart` split."""
     found = {leaf["at"]: leaf.get("on", "cpu") for _, leaf in trees.leaves(value)}
     return trees.together(
         value, {at: tensors[f"{name}{at}"].to("cpu" if on == "cpu" else device) for at, on in found.items()}
@@ -392,14 +391,14 @@ def _together(name: str, value: Any, tensors: Tensors, device: torch.device) -> 
 
 
 def _names_of_groups(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list[list[str]]:
-    """The parameters of each group. Raises StokerError where one is not the model's."""
+    """The parameters of each group. Raises StokerError if one is not the model's."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     foreign = [p for group in optimizer.param_groups for p in group["params"] if p not in names]
     if foreign:
         raise StokerError(
-            f"the optimizer has a parameter of the shape {tuple(foreign[0].shape)} which is not the model's, "
-            "so a checkpoint has no name for it: make the module that has it a part of the model, or give it "
-            "an optimizer of its own, and register both for checkpointing"
+            f"the optimizer has a parameter of shape {tuple(foreign[0].shape)} that is not the model's, so a "
+            "checkpoint has no name for it: make its module part of the model, or give it a separate "
+            "optimizer, and register both for checkpointing"
         )
     return [[names[p] for p in group["params"]] for group in optimizer.param_groups]
 
@@ -407,8 +406,9 @@ def _names_of_groups(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -
 def _beside(
     parameter: torch.nn.Parameter, group: Mapping[str, Any], key: str, value: torch.Tensor
 ) -> torch.Tensor:
-    """State lies on its parameter's device, but for step counters, as `Optimizer.load_state_dict` has it:
-    they stay on the CPU unless the step is fused or captured in a graph.
+    """Move state to its parameter's device, as `Optimizer.load_state_dict` does.
+
+    Step counters stay on the CPU unless the step is fused or captured in a graph.
     """
     if key != "step":
         return value.to(parameter.device)
@@ -417,21 +417,21 @@ def _beside(
 
 
 def _compare(expected: Mapping[str, torch.Size], found: Mapping[str, torch.Size]) -> None:
-    """Raises StokerError naming tensors that are missing, unexpected, or of another shape."""
+    """Raises StokerError naming tensors that are missing, unexpected, or differ in shape."""
     missing = sorted(expected.keys() - found.keys())
     unexpected = sorted(found.keys() - expected.keys())
     shapes = [
         f"{n} {tuple(found[n])} -> {tuple(s)}" for n, s in expected.items() if n in found and found[n] != s
     ]
-    problems = [("missing", missing), ("unexpected", unexpected), ("of another shape", shapes)]
+    problems = [("missing", missing), ("unexpected", unexpected), ("with a different shape", shapes)]
     said = [f"{what}: {words.some(names, _NAMED)}" for what, names in problems if names]
     if said:
-        raise StokerError("the checkpoint is of another model; tensors " + "; ".join(said))
+        raise StokerError("the checkpoint is from a different model; tensors " + "; ".join(said))
 
 
 def as_before(current: Any, saved: Any) -> Any:
-    """JSON has no tuples: betas come back as the type that the optimizer has."""
-    if isinstance(current, torch.Tensor):  # torchao keeps its learning rate in one
+    """Convert a value to the optimizer's type: JSON has no tuples, which betas are."""
+    if isinstance(current, torch.Tensor):  # torchao stores its learning rate in one
         return torch.as_tensor(saved, dtype=current.dtype, device=current.device)
     return tuple(saved) if isinstance(current, tuple) else saved
 

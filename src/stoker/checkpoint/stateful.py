@@ -1,8 +1,10 @@
-"""State of a script's own that is saved and restored with the rest.
+"""A script's own state that is saved and restored with the rest.
 
-That is of whatever has `state_dict()` and `load_state_dict()`, as torch's schedulers, optimizers and modules
-have (`Stateful` of torch.distributed.checkpoint). What is the same on all ranks is saved once, and restored
-on any number of them; what differs is each rank's own.
+It is any object with `state_dict()` and `load_state_dict()`, such as torch's schedulers, optimizers and
+modules
+(`Stateful` in torch.distributed.checkpoint). State that is the same on all ranks is saved once, and restored
+on
+any number of them; state that differs is saved per rank.
 """
 
 from __future__ import annotations
@@ -25,16 +27,16 @@ from torch.distributed.checkpoint.stateful import Stateful
 log = logging.getLogger("stoker")
 
 PREFIX = "registered"
-"""What the names of its tensors in a checkpoint begin with."""
+"""Prefix of its tensors' names in a checkpoint."""
 
 
 class Registered:
-    """What a script has registered, by name.
+    """The objects that a script has registered, by name.
 
     Args:
-        world: the ranks; each registers for itself.
-        device: where tensors are put back that were not on the CPU.
-        optimizers: whose rates are put back after a scheduler's, which sets them anew as it is made.
+        world: the ranks; each registers its own objects.
+        device: where tensors are restored that were not on the CPU.
+        optimizers: their learning rates are restored after a scheduler's creation, which resets them.
     """
 
     def __init__(
@@ -49,11 +51,11 @@ class Registered:
     def add(self, objects: Mapping[str, Stateful]) -> None:
         """Save these with every checkpoint from now on, and restore them from the one that was restored.
 
-        Raises BadInput for what cannot be saved.
+        Raises BadInput for objects that cannot be saved.
         """
         for name, given in objects.items():
             if name in self._objects:
-                raise BadInput(f"{name} is registered already: give each state a name of its own")
+                raise BadInput(f"{name} is already registered: give each state its own name")
             check(name, given)
         self._objects.update(objects)
         if self._checkpoint is None:
@@ -64,7 +66,7 @@ class Registered:
                 group.update(copy.deepcopy(was))
 
     def capture(self) -> tuple[Tensors, dict[str, Any]]:
-        """This rank's tensors as they are named in a checkpoint, and the values of all ranks. All call it."""
+        """This rank's tensors by their checkpoint names, and the values of all ranks. All ranks call it."""
         taken = {name: _apart(name, given) for name, given in self._objects.items()}
         if self._world.size > 1:
             taken = {n: (v, {at: t.cpu() for at, t in tensors.items()}) for n, (v, tensors) in taken.items()}
@@ -79,10 +81,10 @@ class Registered:
         return found, joined
 
     def restore(self, checkpoint: Checkpoint, held: Mapping[str, Any]) -> None:
-        """Put back what is registered, and what will be until training begins.
+        """Restore what is registered now, and what will be registered before training begins.
 
         Args:
-            held: what a checkpoint's values have of `capture`.
+            held: the part of a checkpoint's values from `capture`.
         """
         self._checkpoint, self._held = checkpoint, dict(held)
         self._groups = {
@@ -93,28 +95,28 @@ class Registered:
             self._put(name)
 
     def begin(self) -> None:
-        """Training begins: what is registered later begins with it. Says what nobody asked back."""
+        """Training begins: later registered objects start fresh. Warns of saved states not restored."""
         lost = [name for name in self._held if name not in self._objects]
         if lost and self._world.rank == 0:
             log.warning(
-                "the checkpoint has a state of %s, which is not registered any more: the next has none",
+                "the checkpoint has state for %s, which is no longer registered: the next one will not",
                 ", ".join(lost),
             )
         self._checkpoint, self._held, self._groups = None, {}, {}
 
     def _put(self, name: str) -> bool:
-        """Whether there was one."""
+        """Whether the checkpoint has a state for it."""
         assert self._checkpoint is not None
         held = self._held.get(name)
         if held is None:
             if self._world.rank == 0:
-                log.warning("the checkpoint has no state of %s, which begins anew", name)
+                log.warning("the checkpoint has no state for %s, which starts from scratch", name)
             return False
         rank = None if "all" in held else self._world.rank
         if rank == 0 and held["of"] != self._world.size:
             log.warning(
-                "the state of %s was not the same on all of the %d ranks, and now there are %d: those that "
-                "there were before have their own, others begin anew", name, held["of"], self._world.size,
+                "the state of %s differed between the %d ranks, and now there are %d: ranks that existed "
+                "before get their own state, others start from scratch", name, held["of"], self._world.size,
             )  # fmt: skip
         if rank is not None and str(rank) not in held["ranks"]:
             return False
@@ -125,26 +127,26 @@ class Registered:
 
 
 class _Extra:
-    """What a module keeps beside its tensors, as torch has it: `get_extra_state` and `set_extra_state`."""
+    """A module's extra state, as in torch: `get_extra_state` and `set_extra_state`."""
 
     def __init__(self, module: torch.nn.Module) -> None:
         self.state_dict, self.load_state_dict = module.get_extra_state, module.set_extra_state
 
 
 def extra(model: torch.nn.Module) -> dict[str, Stateful]:
-    """The extra states of a model's modules, by the names that they have in its `state_dict()`."""
+    """The extra states of a model's modules, by their names in its `state_dict()`."""
     none = torch.nn.Module.get_extra_state
     having = {name: m for name, m in model.named_modules() if type(m).get_extra_state is not none}
     return {f"{name}._extra_state".removeprefix("."): _Extra(module) for name, module in having.items()}
 
 
 def check(name: str, given: object) -> None:
-    """Raises BadInput for what a checkpoint cannot hold."""
+    """Raises BadInput for an object that a checkpoint cannot hold."""
     if isinstance(given, type) or not isinstance(given, Stateful):
         raise BadInput(
-            f"{name} is {'the class' if isinstance(given, type) else 'an object of the type'} "
-            f"{getattr(given, '__name__', type(given).__name__)}: what is registered has state_dict(), which "
-            "returns what is to be restored, and load_state_dict(state), which puts it back"
+            f"{name} is {'the class' if isinstance(given, type) else 'an object of type'} "
+            f"{getattr(given, '__name__', type(given).__name__)}: it must have state_dict(), which returns "
+            "the state to restore, and load_state_dict(state), which restores it"
         )
     try:
         trees.apart(given.state_dict())
@@ -153,7 +155,7 @@ def check(name: str, given: object) -> None:
 
 
 def _apart(name: str, given: Stateful) -> tuple[Any, Tensors]:
-    """Raises StokerError for what has come into a state since it was registered."""
+    """Raises StokerError for a value that was added to a state after it was registered."""
     try:
         return trees.apart(given.state_dict())
     except trees.Unsavable as error:
@@ -162,13 +164,13 @@ def _apart(name: str, given: Stateful) -> tuple[Any, Tensors]:
 
 def _said(name: str, error: trees.Unsavable) -> str:
     return (
-        f"the state of {name} has {error}, and a checkpoint holds {trees.ALLOWED}: leave it out of "
-        "state_dict(), and let load_state_dict() make it anew"
+        f"the state of {name} has {error}, but a checkpoint can hold only {trees.ALLOWED}: leave it out of "
+        "state_dict(), and recreate it in load_state_dict()"
     )
 
 
 def _joined(of_ranks: Sequence[tuple[Any, dict[str, str]] | None]) -> dict[str, Any]:
-    """One state, where it is the same on all ranks, to the bits of its tensors; else that of each."""
+    """A single state if it is bit-identical on all ranks; otherwise the state of each rank."""
     if all(one == of_ranks[0] for one in of_ranks) and of_ranks[0] is not None:
         return {"all": of_ranks[0][0]}
     own = {str(rank): one[0] for rank, one in enumerate(of_ranks) if one is not None}
@@ -176,7 +178,7 @@ def _joined(of_ranks: Sequence[tuple[Any, dict[str, str]] | None]) -> dict[str, 
 
 
 def _prefix(name: str, rank: int | None) -> str:
-    """What the names of a state's tensors begin with; with a rank, where each has its own."""
+    """The prefix of a state's tensors; with a rank if each rank has its own."""
     return f"{PREFIX}.{name}" if rank is None else f"{PREFIX}[{rank}].{name}"
 
 
@@ -186,7 +188,7 @@ def _sum(tensor: torch.Tensor) -> str:
 
 
 def _read(checkpoint: Checkpoint, values: Any, prefix: str, device: torch.device) -> Tensors:
-    """The tensors of a state by their places, where they were."""
+    """The tensors of a state by their places, on their original devices."""
     found = list(trees.leaves(values))
     into = {
         f"{prefix}{leaf['at']}": torch.empty(leaf["shape"], dtype=getattr(torch, leaf["dtype"]))

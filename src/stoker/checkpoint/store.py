@@ -1,6 +1,6 @@
 """Saving and loading: torch.distributed.checkpoint with safetensors shards, and JSON.
 
-No pickle is read on any path. Tensors are loaded in place, into memory the model has.
+No code path reads a pickle. Tensors are loaded in place, into the model's existing memory.
 """
 
 from __future__ import annotations
@@ -36,23 +36,24 @@ ALONE = World()
 
 _VALUES = "state.json"
 
-# Of what torch's reader lacks, complex numbers among it, it would say float32.
+# For types that torch's reader does not know, such as complex numbers, it would assume float32.
 _hf_utils.DTYPE_MAP.update(cast("dict[str, torch.dtype]", DTYPES))
 
 
 class Saver:
-    """Writes checkpoints beside the training loop, all ranks together.
+    """Writes checkpoints alongside the training loop, all ranks together.
 
-    The loop is stopped while the state is copied to host memory; a thread writes it. One checkpoint
-    is on its way at a time: the next one waits for it. A tensor that several ranks hold is written by
-    one of them.
+    The loop is stopped while the state is copied to host memory; a thread then writes it. Only one checkpoint
+    is written at a time: the next one waits for it. A tensor that several ranks hold is written by one of
+    them.
 
     Args:
-        folder: where the checkpoints stand, a directory each.
-        world: the ranks that take part; all call each method alike.
-        ours: called by the thread of rank 0 before it begins a checkpoint, and again just before what was
-            written becomes one; raises, or ends the process, where the folder is another's by now.
-        before: called by the thread of every rank before a checkpoint is made of what it wrote.
+        folder: contains the checkpoints, one directory each.
+        world: the ranks that take part; all make the same calls.
+        ours: called by the thread of rank 0 before it begins a checkpoint, and again just before the manifest
+            is
+            written; raises, or ends the process, if the folder now belongs to another process.
+        before: called by the thread of every rank before what it wrote becomes a checkpoint.
         done: called by the thread of rank 0 with each checkpoint that is on disk.
     """
 
@@ -79,13 +80,13 @@ class Saver:
         about: About,
         finite: frozenset[str] = frozenset(),
     ) -> None:
-        """Begin to write a checkpoint of these tensors, and of rank 0's JSON values.
+        """Start writing a checkpoint of these tensors, and of rank 0's JSON values.
 
-        When it returns, the tensors may be changed. Raises OSError where the one before could not be
-        written, StokerError where it was not to be.
+        When it returns, the tensors can be changed. Raises OSError if the previous checkpoint could not be
+        written, StokerError if it was refused.
 
         Args:
-            finite: names of tensors that make it no checkpoint where they hold a NaN or an infinity.
+            finite: names of tensors that must not contain NaN or infinity; otherwise no checkpoint is made.
         """
         self.wait()
         parts = self._parts(tensors)
@@ -96,9 +97,9 @@ class Saver:
         )
 
     def wait(self, timeout: float | None = None, meanwhile: Callable[[], None] = lambda: None) -> None:
-        """Until the checkpoint that is on its way is on disk.
+        """Wait until the current checkpoint is on disk.
 
-        Raises OSError, on all ranks, where it could not be written; TimeoutError after `timeout` seconds.
+        Raises OSError on all ranks if it could not be written; TimeoutError after `timeout` seconds.
 
         Args:
             meanwhile: called every second.
@@ -114,12 +115,12 @@ class Saver:
 
     @property
     def failed(self) -> bool:
-        """Whether the checkpoint that was on its way could not be written; `wait` says why."""
+        """Whether the current checkpoint could not be written; `wait` raises the reason."""
         writing = self._writing
         return writing is not None and writing.done() and writing.exception() is not None
 
     def _parts(self, tensors: Tensors) -> list[planning.Part]:
-        """What this rank writes; planned anew where tensors have come or changed on any rank."""
+        """What this rank writes; planned again if tensors were added or changed on any rank."""
         signature = planning.signature(tensors)
         known = self._plan is not None and self._plan[0] == signature
         if self._plan is None or not all(distributed.gathered(known, self._group)):
@@ -163,9 +164,10 @@ class Saver:
     def _raise_together(
         self, error: Exception | None, path: Path, files: Sequence[File] = ()
     ) -> list[dict[str, Any]]:
-        """Raise on all ranks what one has failed of; else the files of all ranks.
+        """Raise on all ranks what failed on one; otherwise return the files of all ranks.
 
-        What is no checkpoint by then is removed; one that is stays, whatever failed after it.
+        A checkpoint that is not committed by then is removed; a committed one stays, whatever failed after
+        it.
         """
         number = getattr(error, "errno", None)
         told = None if error is None else (str(error), isinstance(error, StokerError), number)
@@ -182,17 +184,17 @@ class Saver:
         if for_user:
             raise StokerError(said)
         of_another = OSError(said)
-        of_another.errno = number  # a full disk is one on every rank
+        of_another.errno = number  # a full disk affects every rank
         raise of_another
 
 
 @dataclass(frozen=True)
 class About:
-    """What a checkpoint is of, as its manifest says."""
+    """What the manifest says about a checkpoint."""
 
     step: int
     samples: int
-    """Samples of the global order that were trained on."""
+    """Samples, in the global order, that were trained on."""
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -201,14 +203,14 @@ def _check_finite(tensors: Tensors, step: int) -> None:
     for name, tensor in tensors.items():
         if tensor.numel() and not all(bound.isfinite() for bound in torch.aminmax(real(tensor))):
             raise StokerError(
-                f"step {step}: {name.removeprefix('model.')} is not finite any more, so it is not saved: the "
-                "newest checkpoint is from before. Go on from it with on_bad_loss=skip or rewind, which look "
-                "at every gradient, or change what made it (the learning rate, the data)"
+                f"step {step}: {name.removeprefix('model.')} is no longer finite, so no checkpoint is saved; "
+                "the newest one is from before. Resume from it with on_bad_loss=skip or rewind, which check "
+                "every gradient, or change what caused it (the learning rate, the data)"
             )
 
 
 def _error_of(work: Callable[[], None]) -> Exception | None:
-    """What went wrong: the other ranks are to hear of it before it is raised."""
+    """The error, if any: the other ranks must be told before it is raised."""
     try:
         work()
     except Exception as error:
@@ -217,7 +219,7 @@ def _error_of(work: Callable[[], None]) -> Exception | None:
 
 
 def shapes(checkpoint: Checkpoint) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    """The shape and dtype of every tensor, whole, from the headers of the shards."""
+    """The full shape and dtype of every tensor, from the headers of the shards."""
     metadata = _reader(checkpoint).read_metadata()
     return {
         name: (m.size, m.properties.dtype)
@@ -238,14 +240,14 @@ def load_tensors(checkpoint: Checkpoint, into: Tensors, world: World = ALONE) ->
 
 
 def _reader(checkpoint: Checkpoint) -> HuggingFaceStorageReader:
-    """torch's reader, of the files that were verified: it takes all there are in the folder."""
+    """torch's reader, restricted to the verified files: it would read everything in the folder."""
     reader = HuggingFaceStorageReader(str(checkpoint.path))
     reader.fs = _OnlyThese(checkpoint.files)
     return reader
 
 
 class _OnlyThese(FileSystem):
-    """A file system whose folders have but these files."""
+    """A file system whose folders contain only these files."""
 
     def __init__(self, names: frozenset[str]) -> None:
         self._names = names
@@ -262,7 +264,7 @@ def load_values(checkpoint: Checkpoint) -> dict[str, Any]:
 def export_model(checkpoint: Checkpoint, target: Path) -> Path:
     """Write the model's tensors of a checkpoint to one safetensors file, under the model's own names.
 
-    Where weights are averaged (`ema.decay`), the averages: by them a checkpoint is the best.
+    If weights are averaged (`ema.decay`), the averages are written: they determine which checkpoint is best.
     """
     there = shapes(checkpoint)
     names = [name.removeprefix("model.") for name in there if name.startswith("model.")]
@@ -270,5 +272,5 @@ def export_model(checkpoint: Checkpoint, target: Path) -> Path:
     into = {source: torch.empty(there[source][0], dtype=there[source][1]) for source in sources.values()}
     load_tensors(checkpoint, into)
     save_file({name: into[source] for name, source in sources.items()}, target)
-    target.chmod(target.parent.stat().st_mode & 0o666)  # as the umask has it; safetensors gives 600
+    target.chmod(target.parent.stat().st_mode & 0o666)  # permissions by umask; safetensors sets 600
     return target

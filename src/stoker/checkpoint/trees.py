@@ -1,7 +1,8 @@
-"""What a `state_dict()` returns, as a checkpoint holds it: values for JSON, and tensors by their place in it.
+"""Stores what a `state_dict()` returns: values as JSON, and tensors separately, by their place in it.
 
-JSON's numbers, texts and lists stand for themselves; whatever else there is, is an object of one key, which
-says what it is: `{"tuple": [1, 2]}`. So what is put together again is of the same types, to the same bits.
+JSON's numbers, strings and lists represent themselves; anything else is an object with one key, which names
+the
+type: `{"tuple": [1, 2]}`. So the reassembled state has the same types and is bit-identical.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch.distributed.tensor import DTensor
 Tensors = dict[str, torch.Tensor]
 
 ALLOWED = (
-    "tensors, NumPy arrays, numbers, texts, True, False, None, and lists, tuples, deques, sets, dicts and "
+    "tensors, NumPy arrays, numbers, strings, True, False, None, and lists, tuples, deques, sets, dicts and "
     "Counters of these"
 )
 
@@ -29,16 +30,16 @@ _MAPPINGS: dict[type, str] = {
     dict: "dict", collections.OrderedDict: "OrderedDict", collections.Counter: "Counter",
 }  # fmt: skip
 _KEYS = (*_SCALARS, tuple)
-_INTEGERS = range(-(2**63), 2**64)  # what JSON is written and read with to the last digit
+_INTEGERS = range(-(2**63), 2**64)  # integers that JSON is written and read with exactly
 _UNKNOWN = (torch.complex128, torch.complex32)  # to safetensors
 
 
 class Unsavable(Exception):
-    """What of a state a checkpoint cannot hold, and where it stands."""
+    """A part of a state that a checkpoint cannot hold, and its place."""
 
 
 def apart(tree: Any) -> tuple[Any, Tensors]:
-    """A state as values for JSON, and its tensors by their places (`['shadow'][0]`), sharing their memory.
+    """A state as JSON values, and its tensors by place (`['shadow'][0]`), sharing their memory.
 
     Raises Unsavable.
     """
@@ -47,7 +48,7 @@ def apart(tree: Any) -> tuple[Any, Tensors]:
 
 
 def together(values: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
-    """The state that `apart` made these of."""
+    """Reassemble the state that `apart` split."""
     if isinstance(values, list):
         return [together(value, tensors) for value in values]
     if not isinstance(values, dict):
@@ -58,7 +59,7 @@ def together(values: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
 
 def _read_mapping(kind: Callable[[Any], Any]) -> Callable[[Any, Any], Any]:
     def read(held: Any, tensors: Any) -> Any:
-        if isinstance(held, dict):  # whose keys are texts
+        if isinstance(held, dict):  # its keys are strings
             return kind({key: together(value, tensors) for key, value in held.items()})
         return kind({together(key, tensors): together(value, tensors) for key, value in held})
 
@@ -82,8 +83,11 @@ _READ: dict[str, Callable[[Any, Any], Any]] = {
 
 
 def leaves(values: Any) -> Iterator[tuple[str, dict[str, Any]]]:
-    """What values for JSON say of each tensor: `at` its place, of a `dtype` and `shape`, `on` a device, and
-    whether it is a `tensor` or a NumPy `array`.
+    """The description of each tensor in JSON values.
+
+    It has its place `at`, its `dtype` and `shape`, the device it was `on`, and whether it is a `tensor` or a
+    NumPy
+    `array`.
     """
     if isinstance(values, dict):
         for kind, held in values.items():
@@ -127,7 +131,7 @@ def _sequence(values: Any, at: str, tensors: Tensors) -> Any:
         return held
     if isinstance(values, collections.deque):
         return {"deque": [values.maxlen, held]}
-    if not isinstance(values, tuple):  # the order of a set is chance, and another on each rank
+    if not isinstance(values, tuple):  # a set's order is arbitrary, and differs between ranks
         held.sort(key=orjson.dumps)
     return {_SEQUENCES[type(values)]: held}
 
@@ -135,7 +139,7 @@ def _sequence(values: Any, at: str, tensors: Tensors) -> Any:
 def _items(mapping: Mapping[Any, Any], at: str, tensors: Tensors) -> Any:
     for key in mapping:
         if type(key) not in _KEYS and not isinstance(key, np.generic):
-            raise Unsavable(f"a key of the type {type(key).__name__}{_where(at)}")
+            raise Unsavable(f"a key of type {type(key).__name__}{_where(at)}")
     held = {key: _apart(value, f"{at}[{key!r}]", tensors) for key, value in mapping.items()}
     if all(type(key) is str for key in held):
         return held
@@ -143,15 +147,15 @@ def _items(mapping: Mapping[Any, Any], at: str, tensors: Tensors) -> Any:
 
 
 def _tensor(value: Any, at: str) -> torch.Tensor:
-    """A tensor, or an array, as what is saved of it. Raises Unsavable."""
+    """The data to save for a tensor or an array. Raises Unsavable."""
     if type(value) is np.ndarray:
         found = _of_array(value, at)
     elif type(value) in (torch.Tensor, torch.nn.Parameter):
         found = value.detach()
     elif isinstance(value, DTensor):
         raise Unsavable(
-            f"a tensor that is sharded over ranks{_where(at)} (an optimizer of the model's own parameters is "
-            "given to Trainer(optimizer=...), an average of them is ema.decay=0.999)"
+            f"a tensor that is sharded over ranks{_where(at)} (pass an optimizer of the model's parameters "
+            "to Trainer(optimizer=...); for an average of them set ema.decay=0.999)"
         )
     else:
         raise Unsavable(f"{_said(value)}{_where(at)}")
@@ -174,4 +178,4 @@ def _where(at: str) -> str:
 
 def _said(value: object) -> str:
     name = getattr(value, "__qualname__", None)
-    return f"{name}" if callable(value) and name else f"an object of the type {type(value).__name__}"
+    return f"{name}" if callable(value) and name else f"an object of type {type(value).__name__}"

@@ -1,7 +1,7 @@
-"""Images made into tensors, for training at random and for evaluation always alike.
+"""Turns images into tensors: randomly for training, always the same way for evaluation.
 
-A transform is a function of the image and a key, which the loader makes of (seed, epoch, sample):
-neither workers nor restarts change it, and no global generator is touched.
+A transform is a function of the image and a key, which the loader derives from (seed, epoch, sample):
+neither workers nor restarts change it, and no global generator is used.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from PIL import Image
 from stoker.data.order import uniforms
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-"""Mean and deviation of its channels."""
+"""Mean and standard deviation of its channels."""
 
-_SMALL = 32  # pixels: as on CIFAR up to here, as on ImageNet above
+_SMALL = 32  # pixels: augment as for CIFAR up to this size, as for ImageNet above
 
 
 @dataclass(frozen=True)
 class Augment:
-    """For training: a random crop, resized, and a flip.
+    """For training: a random resized crop, and a flip.
 
-    Of large images a crop of 8 to 100% of the area (Szegedy et al. 2015, arXiv:1409.4842); of small
-    ones a shift by up to an eighth of the size (He et al. 2016, arXiv:1512.03385).
+    Large images are cropped to 8 to 100% of the area (Szegedy et al. 2015, arXiv:1409.4842); small ones
+    are shifted by up to an eighth of the size (He et al. 2016, arXiv:1512.03385).
     """
 
     size: int
@@ -51,7 +51,7 @@ class Augment:
         width, height = image.size
         for _ in range(10):
             area = width * height * (0.08 + 0.92 * next(drawn))
-            ratio = (4 / 3) ** (2 * next(drawn) - 1)  # from 3:4 to 4:3, evenly by logarithm
+            ratio = (4 / 3) ** (2 * next(drawn) - 1)  # from 3:4 to 4:3, log-uniformly
             w, h = round((area * ratio) ** 0.5), round((area / ratio) ** 0.5)
             if 0 < w <= width and 0 < h <= height:
                 x, y = _whole(drawn, 0, width - w), _whole(drawn, 0, height - h)
@@ -66,14 +66,14 @@ class Augment:
 
 @dataclass(frozen=True)
 class Evaluate:
-    """For evaluation: the centre, of large images at 224/256 of the short side."""
+    """For evaluation: a centre crop; for large images, 224/256 of the short side."""
 
     size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
     def __call__(self, image: Image.Image, key: int = 0) -> torch.Tensor:
-        """The same whatever the key."""
+        """The same for any key."""
         if self.size <= _SMALL:
             image = image.resize((self.size, self.size), Image.Resampling.BILINEAR)
         else:
@@ -82,7 +82,7 @@ class Evaluate:
 
 
 def to_tensor(image: Image.Image, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
-    """(channels, height, width), float32, normalised: 0..1 less the mean, by the deviation."""
+    """(channels, height, width), float32, scaled to 0..1 and normalised by mean and standard deviation."""
     pixels: NDArray[np.float32] = np.asarray(image, dtype=np.float32) / np.float32(255)
     if pixels.ndim == 2:
         pixels = pixels[:, :, None]  # (height, width, channels)
@@ -91,12 +91,12 @@ def to_tensor(image: Image.Image, mean: Sequence[float], std: Sequence[float]) -
 
 
 def _whole(drawn: Iterator[float], low: int, high: int) -> int:
-    """A whole number from `low` to `high`, both included."""
+    """A whole number from `low` to `high`, both inclusive."""
     return low + int(next(drawn) * (high - low + 1))
 
 
 def _centred(image: Image.Image, size: int, share: float) -> Image.Image:
-    """The middle square that is `share` of the short side, resized."""
+    """The central square with `share` of the short side, resized."""
     width, height = image.size
     side = min(width, height) * share
     x, y = (width - side) / 2, (height - side) / 2

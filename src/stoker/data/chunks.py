@@ -1,9 +1,9 @@
-"""Text data as chunks, parts of files that are read each by itself: nothing before one has to be read.
+"""Text data as chunks: parts of files that can be read independently, without what comes before them.
 
-A chunk of a `.jsonl` or `.txt` file are the lines that begin within a range of its bytes; of a `.parquet`
-file it is a row group. A file that can be read from its beginning only, compressed or a `.json`, is unpacked
-whole into the cache once one of its chunks is read. Files may be on this machine, in an object store, or in a
-dataset of the hub.
+A chunk of a `.jsonl` or `.txt` file is the lines that begin within a range of its bytes; a chunk of a
+`.parquet` file is a row group. A file that can only be read from its beginning (compressed, or a `.json`) is
+unpacked into the cache as a whole when one of its chunks is first read. Files can be on this machine, in an
+object store, or in a hub dataset.
 """
 
 from __future__ import annotations
@@ -32,28 +32,28 @@ from stoker.errors import BadInput
 from stoker.object_store import Store
 
 SIZE = 2 * 2**20
-"""Bytes of a chunk of a file of lines, at most; about as many of one that is to be unpacked."""
+"""Maximum bytes per chunk of a file of lines; the approximate size for a file that must be unpacked."""
 
-_TAIL = 2**16  # bytes to look for the end of a line in at once
-_TEXT_DOCUMENT = 2000  # characters of a text without borders
+_TAIL = 2**16  # bytes read at once when looking for the end of a line
+_TEXT_DOCUMENT = 2000  # characters, for a text without separators
 _BORDER = re.compile(r"\n(?:[ \t\f]*\n){2,}")
-_SMALLER = 3  # times, that a compressed file is than its text, about
-_AT_ONCE = 16  # files asked for the number of their row groups
+_SMALLER = 3  # approximate compression ratio of a text
+_AT_ONCE = 16  # files that are asked for their number of row groups at once
 
 
 @dataclass(frozen=True)
 class File:
-    """A file as it stands in a folder."""
+    """A file in a folder."""
 
     key: str
     size: int
     """In bytes."""
     tag: str
-    """Another one where the content is; empty where that is not known."""
+    """Changes with the content; empty if unknown."""
     chunks: int
 
     def bounds(self, part: int) -> tuple[int, int]:
-        """The bytes of a chunk, from and to, of a file of lines."""
+        """The start and end byte of a chunk in a file of lines."""
         return part * self.size // self.chunks, (part + 1) * self.size // self.chunks
 
 
@@ -62,12 +62,12 @@ class Chunks:
     """The chunks of all files of a folder, in the order of the files' names."""
 
     folder: str
-    """Its URL; of a dataset of the hub with the commit that is read."""
+    """Its URL; for a hub dataset, including the commit that is read."""
     files: tuple[File, ...]
     name: str = ""
-    """Of a dataset of the hub: its id, which the fingerprint is of: another commit may have equal files."""
+    """The id of a hub dataset, which the fingerprint uses: a different commit can have the same files."""
     columns: Columns = field(default_factory=dict, hash=False)
-    """As those of `records.documents`."""
+    """See `records.documents`."""
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -78,7 +78,7 @@ class Chunks:
 
     @property
     def where(self) -> str:
-        """The folder for people: a path, where it is on this machine."""
+        """The folder for messages: a path if it is on this machine."""
         return self.folder.removeprefix("file://")
 
     @property
@@ -88,13 +88,13 @@ class Chunks:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over what the files are called, their sizes, and what tells their content apart."""
+        """SHA-256 of the names and sizes of the files, and of what identifies their content."""
         columns = [sorted(self.columns.items())] if self.columns else []
         about = [self.name or self.folder, *((f.key, f.size, f.tag) for f in self.files), *columns]
         return hashlib.sha256(repr(about).encode()).hexdigest()
 
     def kept(self, number: int) -> list[Document]:
-        """As `documents`, of one of the few chunks that every start looks at: they are kept in the cache."""
+        """Like `documents`, for the few chunks that every start looks at: kept in the cache."""
         file = storage.cache_folder() / f"parts-5-{self.fingerprint[:32]}" / f"{number}.json"
         with contextlib.suppress(OSError, orjson.JSONDecodeError):
             found = orjson.loads(file.read_bytes())
@@ -105,7 +105,7 @@ class Chunks:
                 for k, p, t, said, system, tools, values, unread, where in found
             ]
         documents = self.documents(number)
-        with contextlib.suppress(OSError):  # then they are read again
+        with contextlib.suppress(OSError):  # on failure they are read again
             file.parent.mkdir(parents=True, exist_ok=True)
             about = [
                 (d.key, d.prompt, d.text, list(map(tuple, d.messages)), d.system, d.tools, d.template_values,
@@ -116,9 +116,9 @@ class Chunks:
         return documents
 
     def documents(self, number: int) -> list[Document]:
-        """What a chunk holds, that of which nothing can be learnt too.
+        """The documents in a chunk, including those from which nothing can be learnt.
 
-        Raises BadInput for what cannot be read, Unreachable where it is not got at.
+        Raises BadInput if it cannot be read, Unreachable if it cannot be accessed.
         """
         place = bisect.bisect_right(self._ends, number)
         file = self.files[place]
@@ -130,16 +130,16 @@ class Chunks:
                 store, file = _unpacked(store, file, where)
             return list(reader(store, file, part, where, self.columns))
         except FileNotFoundError as error:
-            raise BadInput(f"{where} is gone since the run began") from error
+            raise BadInput(f"{where} has disappeared since the run began") from error
 
 
 def find(source: str, columns: Columns = NO_COLUMNS) -> Chunks:
-    """The chunks of a file, a folder, a URL, or a dataset of the hub, by its id.
+    """The chunks of a file, a folder, a URL, or a hub dataset by its id.
 
     Args:
-        columns: as those of `records.documents`.
+        columns: see `records.documents`.
 
-    Raises BadInput for what is not there, or holds no file that can be read.
+    Raises BadInput if the source does not exist or has no readable file.
     """
     folder, keys = _where(source)
     store = Store(folder, "")
@@ -151,11 +151,10 @@ def find(source: str, columns: Columns = NO_COLUMNS) -> Chunks:
     wanted = {key: about for key, about in sorted(found.items()) if is_data(key) and about.size > 0}
     if not wanted and folder.startswith("hf:"):
         raise BadInput(
-            f"{source} has {keys[0]}, and what is read while training is a {compressed.ALLOWED}: "
-            "leave out streaming=true"
+            f"{source} has {keys[0]}, but streaming reads only a {compressed.ALLOWED}: omit streaming=true"
         )
     if not wanted:
-        raise BadInput(f"{source} does not exist, or holds no {compressed.ALLOWED} with text")
+        raise BadInput(f"{source} does not exist, or contains no {compressed.ALLOWED} with text")
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         counts = pool.map(lambda pair: _count(store, pair[0], pair[1].size), wanted.items())
         files = [
@@ -166,9 +165,9 @@ def find(source: str, columns: Columns = NO_COLUMNS) -> Chunks:
 
 
 def texts(content: str) -> Iterator[Document]:
-    """The documents of a text: what two blank lines or more part, else pieces of some length."""
+    """The documents of a text, separated by two or more blank lines; otherwise pieces of a certain length."""
     parts = _BORDER.split(content.replace("\r\n", "\n"))
-    if len(parts) < 3:  # no borders to speak of
+    if len(parts) < 3:  # hardly any separators
         parts = chop(content.replace("\r\n", "\n"), _TEXT_DOCUMENT)
     for part in parts:
         if part.strip():
@@ -176,7 +175,7 @@ def texts(content: str) -> Iterator[Document]:
 
 
 def _where(source: str) -> tuple[str, list[str]]:
-    """A folder's URL, and the files in it that are meant, or none for all."""
+    """The URL of a folder, and the files in it that are meant, or none for all files."""
     if object_store.is_url(source):
         object_store.check(source)
         folder, _, last = source.rstrip("/").rpartition("/")
@@ -210,7 +209,7 @@ def _count(store: Store, key: str, size: int) -> int:
 
 
 def _unpacked(store: Store, file: File, where: str) -> tuple[Store, File]:
-    """A file that is read from its beginning only, as one of lines in the cache. Raises BadInput."""
+    """A file that can only be read from its beginning, as a file of lines in the cache. Raises BadInput."""
     named = hashlib.sha256(repr((store.url, file.key, file.size, file.tag)).encode()).hexdigest()[:32]
     target = storage.cache_folder() / "unpacked" / named
 
@@ -220,7 +219,7 @@ def _unpacked(store: Store, file: File, where: str) -> tuple[Store, File]:
             try:
                 store.get(file.key, packed)
             except FileNotFoundError as error:
-                raise BadInput(f"{where} is gone since the run began") from error
+                raise BadInput(f"{where} has disappeared since the run began") from error
             with made.open("wb") as out:
                 out.writelines(compressed.lines(packed, file.key, where))
             storage.sync_file(made)
@@ -235,7 +234,7 @@ def _read_jsonl(store: Store, file: File, part: int, where: str, columns: Column
         at, _ = file.bounds(part)
         for number, raw in enumerate(_lines(store, file, part).split(b"\n"), start=1):
             place = f"{where}, {compressed.unit(where)} {number}" + (
-                f" of those that begin behind byte {at}" if at else ""
+                f" of those that start after byte {at}" if at else ""
             )
             yield from records.from_json(raw, place)
 
@@ -264,7 +263,7 @@ _READERS: dict[str, Callable[[Store, File, int, str, Columns], Iterator[Document
 
 
 def _lines(store: Store, file: File, part: int) -> bytes:
-    """The lines that begin in a part of a file: each line of a file is of exactly one part."""
+    """The lines that begin in a part of a file: each line belongs to exactly one part."""
     first, last = file.bounds(part)
     if first == last:
         return b""
@@ -283,7 +282,7 @@ def _file(store: Store, key: str, size: int) -> io.BufferedReader:
 
 
 class _Ranges(io.RawIOBase):
-    """A file of a store, of which is brought what is read."""
+    """A file in a store, of which only what is read is downloaded."""
 
     def __init__(self, store: Store, key: str, size: int) -> None:
         self._store, self._key, self._size = store, key, size

@@ -1,7 +1,7 @@
-"""What files of text are, by their names, and those that are read from their beginning only.
+"""The kinds of text data files, by name, and files that can only be read from their beginning.
 
-These are compressed, or a `.json`, which may be one array, of records, or have a record a line; or a `.csv`
-or `.tsv`, whose first line names the fields of its records.
+These are compressed files; `.json` files, which contain one array of records or one record per line; and
+`.csv` or `.tsv` files, whose first line names the fields of the records.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import IO
 from stoker.errors import BadInput
 
 ALLOWED = ".jsonl, .json, .csv, .tsv, .txt or .parquet file (or .jsonl.gz, .jsonl.zst and the like)"
-"""What files of text data may be, for messages."""
+"""The allowed kinds of text data files, for messages."""
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _OF_RECORDS = (".json", *_DELIMITERS)
@@ -29,14 +29,14 @@ _LONGEST_FIELD = 2**31 - 1
 
 
 def kind(name: str) -> str:
-    """The ending of a file's name, in lower case and without that of a compression; empty of other files."""
+    """The extension of a file, in lower case, without that of a compression; empty for other files."""
     path = Path(name.lower())
     inner = Path(path.stem).suffix if path.suffix in _CODECS else path.suffix
     return inner if inner in _KINDS and (inner == path.suffix or inner != ".parquet") else ""
 
 
 def is_data_in_a_folder(name: str) -> bool:
-    """Whether a file is taken of a folder: a plain .json more often says something about the data."""
+    """Whether to read a file of a folder as data: a plain .json more often describes the data."""
     return kind(name) != "" and not name.lower().endswith(".json")
 
 
@@ -45,25 +45,25 @@ def is_compressed(name: str) -> bool:
 
 
 def must_be_unpacked(name: str) -> bool:
-    """Whether a file of data has no lines that could be read without what is before them."""
+    """Whether a data file has no lines that can be read without what comes before them."""
     return is_compressed(name) or kind(name) in _OF_RECORDS
 
 
 def unit(name: str) -> str:
-    """What the lines of a file are counted as, once it is one of lines."""
+    """The unit in which the lines of a file are counted once it is a file of lines."""
     return "record" if kind(name) in _OF_RECORDS else "line"
 
 
 def lines(file: Path, name: str, where: str) -> Iterator[bytes]:
-    """The content of a file as that of one of lines, in pieces: records of an array or table have one each.
+    """The content of a file as lines, in pieces, with one line per record of an array or table.
 
     Args:
-        name: what it is called where it is from.
-        where: what it is called in messages.
+        name: its original name.
+        where: its name in messages.
 
     Raises:
-        BadInput: it is damaged, or no JSON or table.
-        FileNotFoundError: it is not there.
+        BadInput: it is damaged, or not valid JSON or CSV.
+        FileNotFoundError: it does not exist.
     """
     if kind(name) in _DELIMITERS:
         for row in _rows(file, name, where):
@@ -87,7 +87,7 @@ def _blocks(file: Path, name: str, where: str) -> Iterator[bytes]:
             try:
                 piece = stream.read(_BLOCK)
             except OSError as error:
-                raise BadInput(f"{where} cannot be unpacked: {error}") from error
+                raise BadInput(f"{where} cannot be decompressed: {error}") from error
             if not piece:
                 return
             yield piece
@@ -116,7 +116,7 @@ def _array(content: bytes, where: str) -> list[object]:
 
 
 def _rows(file: Path, name: str, where: str) -> Iterator[dict[str, str]]:
-    """The rows of a table, as they are read; the first names the fields."""
+    """The rows of a table, read lazily; the first line names the fields."""
     csv.field_size_limit(_LONGEST_FIELD)
     number = 0
     with _opened(file, name) as stream:
@@ -125,18 +125,18 @@ def _rows(file: Path, name: str, where: str) -> Iterator[dict[str, str]]:
         try:
             for number, row in enumerate(rows, start=1):
                 if None in row:
-                    raise BadInput(f"{where}, record {number}: has more fields than the first line names")
+                    raise BadInput(f"{where}, record {number}: more fields than the header line names")
                 yield {field: value for field, value in row.items() if value is not None}
         except csv.Error as error:
-            raise BadInput(f"{where}, line {rows.line_num}: no CSV that can be read: {error}") from error
+            raise BadInput(f"{where}, line {rows.line_num}: not valid CSV: {error}") from error
         except UnicodeDecodeError as error:
-            raise BadInput(f"{where}: not UTF-8 behind record {number}; convert the file to UTF-8") from error
+            raise BadInput(f"{where}: not UTF-8 after record {number}; convert the file to UTF-8") from error
         except OSError as error:
-            raise BadInput(f"{where} cannot be unpacked: {error}") from error
+            raise BadInput(f"{where} cannot be decompressed: {error}") from error
 
 
 def split(pieces: Iterable[bytes]) -> Iterator[bytes]:
-    """The lines of a content in pieces."""
+    """The lines of content that comes in pieces."""
     rest = b""
     for piece in pieces:
         *whole, rest = (rest + piece).split(b"\n")

@@ -1,7 +1,7 @@
 """Documents, and their division into train, validation and test.
 
-The split of a document is decided by a hash of its key, not by its place: it stays the same
-when documents are added, and documents with one key are never in two splits.
+The split of a document is decided by a hash of its key, not by its position: it stays the same
+when documents are added, and documents with the same key are never in two splits.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from stoker.errors import BadInput
 from stoker.words import counted
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-"""Who speaks in a conversation, as chat templates call them; some know others too."""
+"""The roles in a conversation, as chat templates call them; some templates know others too."""
 
 
 class Message(NamedTuple):
@@ -27,16 +27,16 @@ class Message(NamedTuple):
     role: str
     content: str
     more: str = ""
-    """What else there is of it (`tool_calls`, `reasoning_content`, ...), as a JSON object; mostly empty."""
+    """Its other parts (`tool_calls`, `reasoning_content`, ...), as a JSON object; usually empty."""
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """All texts that it is of."""
+        """All texts that it consists of."""
         return self if self.more else self[:2]
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing is said, thought or called in it."""
+        """Whether it contains no content, reasoning or calls."""
         return not self.content.strip() and set(json.loads(self.more or "{}")) <= {called.SILENT}
 
 
@@ -46,63 +46,63 @@ class Document:
 
     key: str
     prompt: str
-    """Empty for plain text, and for a conversation."""
+    """Empty for plain text and for a conversation."""
     text: str
     """The plain text, or the answer; empty for a conversation."""
     messages: tuple[Message, ...] = ()
     """The turns of a conversation; empty for anything else."""
     system: str = ""
-    """The system prompt of a pair; that of a conversation is one of its messages."""
+    """The system prompt of a pair; in a conversation it is one of the messages."""
     tools: str = ""
-    """What the assistant of a conversation may call, as a JSON array of schemas; mostly empty."""
+    """The tools that the assistant of a conversation can call, as a JSON array of schemas; usually empty."""
     template_values: str = ""
-    """What its chat template is given beside it, as a JSON object; mostly empty."""
+    """Values for its chat template, as a JSON object; usually empty."""
     unread: tuple[str, ...] = ()
-    """Fields of its record that mean something to other trainers, and are nothing of this document."""
+    """Fields of its record that other trainers use, but that are not part of this document."""
     where: str = field(default="", compare=False)
-    """Where its record stands, for people; empty where it has none."""
+    """The location of its record, for messages; empty if there is none."""
 
     @property
     def lacking(self) -> str:
-        """What it has not, where nothing can be learnt of it: it is left out. Empty for any other."""
+        """What is missing, if nothing can be learnt from the document and it is left out; otherwise empty."""
         if any(message.role == "assistant" and not message.is_empty for message in self.messages):
             return ""
         if self.messages:
             roles = dict.fromkeys(message.role for message in self.messages)
             if "assistant" in roles:
                 return "nothing that the assistant says"
-            return f"no message of the role assistant (it has the roles {', '.join(roles)})"
+            return f"no message with the role assistant (its roles are {', '.join(roles)})"
         if self.text.strip():
             return ""
         return "no answer" if self.prompt else "no text"
 
     @property
     def unknown_roles(self) -> tuple[str, ...]:
-        """The roles of its messages that are none of ROLES."""
+        """The roles of its messages that are not in ROLES."""
         return tuple(dict.fromkeys(message.role for message in self.messages if message.role not in ROLES))
 
 
 class LeftOut(NamedTuple):
-    """Records that were left out, as nothing can be learnt of them."""
+    """Records that were left out because nothing can be learnt from them."""
 
     records: int
     of: int
-    """How many records there are."""
+    """The total number of records."""
     first: str
-    """Where the first of them stands."""
+    """The location of the first one."""
     lacking: str
-    """What that one has not."""
+    """What the first one lacks."""
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents with the SHA-256 of their content and a line on where they are from."""
+    """Documents with the SHA-256 of their content and a description of their origin."""
 
     documents: list[Document]
     fingerprint: str
     description: str
     left_out: tuple[LeftOut, ...] = ()
-    """One for each of the data that it is of, where there is any."""
+    """One entry per source that has any."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class Splits:
 
 
 def make_corpus(documents: list[Document], description: str, left_out: tuple[LeftOut, ...] = ()) -> Corpus:
-    """A corpus of these documents, named by their content."""
+    """A corpus of these documents, identified by their content."""
     digest = hashlib.sha256()
     for document in documents:
         said = itertools.chain.from_iterable(message.parts for message in document.messages)
@@ -131,35 +131,35 @@ def make_corpus(documents: list[Document], description: str, left_out: tuple[Lef
 
 
 def content_key(*parts: str) -> str:
-    """The key of a document that has no name of its own: a hash of its content."""
+    """The key of a document that has no name: a hash of its content."""
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
 
 def learnable(documents: Sequence[Document], source: str) -> tuple[list[Document], tuple[LeftOut, ...]]:
-    """Those of which something can be learnt, and what there is of others.
+    """Separate the documents from which something can be learnt, and summarise the others.
 
     Args:
-        source: what they are of, for people.
+        source: their origin, for messages.
 
     Raises:
-        BadInput: there are none.
+        BadInput: nothing can be learnt from any of them.
     """
     kept: list[Document] = []
     others: list[Document] = []
     for document in documents:
         (others if document.lacking else kept).append(document)
     if not kept and not others:
-        raise BadInput(f"{source} is an empty dataset: it holds no text")
+        raise BadInput(f"{source} is an empty dataset: it contains no text")
     stranger = next((document for document in others if document.unknown_roles), None)
     if not kept and stranger is not None:
         raise BadInput(
-            f"{source}: the assistant says nothing in {counted(len(others), 'record')}, and nobody knows the "
-            f"roles {', '.join(stranger.unknown_roles)} of {stranger.where}: call who speaks system, user "
+            f"{source}: the assistant says nothing in {counted(len(others), 'record')}, and {stranger.where} "
+            f"has the unknown roles {', '.join(stranger.unknown_roles)}: name the roles system, user "
             "(or human), assistant (or gpt, ai, bot, model) and tool"
         )
     if not kept:
         raise BadInput(
-            f"{source} is an empty dataset: nothing can be learnt of {counted(len(others), 'record')}; the "
+            f"{source} is an empty dataset: nothing can be learnt from {counted(len(others), 'record')}; the "
             f"first, {others[0].where}, has {others[0].lacking}"
         )
     if not others:
@@ -168,14 +168,14 @@ def learnable(documents: Sequence[Document], source: str) -> tuple[list[Document
 
 
 def split(documents: Sequence[Document], validation: float = 0.05, test: float = 0.05) -> Splits:
-    """Divide documents into three parts of about these fractions, of which only one of 0 is empty.
+    """Divide documents into three parts of about these fractions; only a part with fraction 0 is empty.
 
-    Raises BadInput where there are fewer different keys than parts, or no fraction is left
-    for training.
+    Raises BadInput if there are fewer different keys than parts, or if nothing would be left for
+    training.
     """
     if validation < 0 or test < 0 or validation + test >= 1:
         raise BadInput(
-            f"validation={validation} and test={test} must be 0 or more and leave some to train on"
+            f"validation={validation} and test={test}: must be at least 0, and leave data to train on"
         )
     places = sorted({document.key for document in documents}, key=place)
     parts = ["train", *(["validation"] if validation else []), *(["test"] if test else [])]
@@ -184,7 +184,7 @@ def split(documents: Sequence[Document], validation: float = 0.05, test: float =
         among = f" among {len(documents):,}" if len(documents) > len(places) else ""
         raise BadInput(
             f"there {found}{among}: {', '.join(parts[:-1])} and {parts[-1]} need at least one each, so give "
-            f"{len(parts)} or more"
+            f"at least {len(parts)}"
         )
     most = len(places) - (2 if validation else 1)
     tests = _count(places, 0.0, test, most) if test else 0
@@ -199,7 +199,7 @@ def split(documents: Sequence[Document], validation: float = 0.05, test: float =
 
 
 def split_by_place(documents: Sequence[Document], *, validation: float, test: float) -> Splits:
-    """Divide documents as `split` does, but by the places of their keys alone: of some of a whole."""
+    """Divide part of a corpus like `split`, but only by the places of the keys."""
     bounds = {"test": (0.0, test), "validation": (test, test + validation), "train": (test + validation, 1.0)}
     return Splits(
         **{
@@ -210,7 +210,7 @@ def split_by_place(documents: Sequence[Document], *, validation: float, test: fl
 
 
 def place(key: str) -> float:
-    """A key's fixed place in [0, 1), by which its split is decided."""
+    """A key's fixed place in [0, 1), which decides its split."""
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:6], "big") / 2**48
 
 
@@ -219,8 +219,10 @@ def _count(places: Sequence[str], low: float, high: float, most: int) -> int:
 
 
 def chop(text: str, limit: int) -> list[str]:
-    """Cut a text into parts of at most `limit` characters: between paragraphs where it can be,
-    else after a sentence, a line, a word."""
+    """Cut a text into parts of at most `limit` characters.
+
+    Cuts are made between paragraphs if possible, else after a sentence, a line or a word.
+    """
     parts: list[str] = []
     rest = text.strip("\n")
     begin = 0
@@ -234,7 +236,7 @@ def chop(text: str, limit: int) -> list[str]:
 
 
 def _cut(text: str, begin: int, limit: int) -> int:
-    """Where the part that begins there is to end, at most `limit` characters on."""
+    """The end of the part that begins at `begin`, at most `limit` characters later."""
     for border, kept in (("\n\n", 0), (".\n", 1), ("\n", 0), (" ", 0)):
         at = text.rfind(border, begin + 1, begin + limit - kept + len(border))
         if at > 0:

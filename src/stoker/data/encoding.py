@@ -1,8 +1,8 @@
-"""Documents as tokens, a batch at a time: in this process, or in several where there are many documents.
+"""Encodes documents as tokens in batches: in this process, or in several if there are many documents.
 
-Each process has a tokenizer of its own, since threads help only what of it is not Python. The batches are
-those that one process would encode, and their answers come in their order: what comes out does not depend
-on who did what.
+Each process has its own tokenizer, since threads speed up only what is not Python. The batches are the same
+as
+with one process, and the results come in their order, so the output does not depend on who did what.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from stoker.errors import StokerError
 
 log = logging.getLogger("stoker")
 
-_DOCUMENTS = 1024  # of a batch, at most
-_CHARACTERS = 2**20  # of a batch, or one document
-_ALONE = 16 * 2**20  # characters that one process encodes sooner than several are started
-_EACH = 4 * 2**20  # characters for which another process pays
+_DOCUMENTS = 1024  # per batch, at most
+_CHARACTERS = 2**20  # per batch, or a single document
+_ALONE = 16 * 2**20  # characters up to which one process is enough
+_EACH = 4 * 2**20  # characters per process for which starting it pays off
 _SAY_EVERY = 10.0  # seconds
 
 
@@ -42,7 +42,7 @@ class Encoded(NamedTuple):
 
     ids: Sequence[int]
     has_loss: Sequence[bool] | None
-    """Which tokens are to be predicted; None: all, as of a plain text, which may be cut into pieces."""
+    """Which tokens are predicted; None: all, as in plain text, which may be cut into pieces."""
 
 
 Encode = Callable[[Sequence[Document]], Iterable[Encoded]]
@@ -53,29 +53,29 @@ class Part(NamedTuple):
 
     tokens: NDArray[np.unsignedinteger[Any]]
     has_loss: NDArray[np.bool_]
-    """As `tokens`, (n,)."""
+    """Like `tokens`, (n,)."""
     lengths: NDArray[np.int32]
-    """Of the pieces, which follow one another: (pieces,)."""
+    """Lengths of the consecutive pieces: (pieces,)."""
     sizes: NDArray[np.int32]
-    """Of the documents before they were cut, in tokens: (documents,)."""
+    """Lengths of the documents in tokens before they were cut: (documents,)."""
     truncated: int
-    """Pairs and conversations that were cut off."""
+    """Pairs and conversations that were truncated."""
     dropped: int
-    """Those of which nothing to be predicted is left then."""
+    """Those of which nothing to predict was left."""
     unfound: int
-    """Those in which nothing to be predicted was found at all."""
+    """Those in which nothing to predict was found at all."""
 
 
 Cut = Callable[[Sequence[Document]], Part]
 
 
 def parts(documents: Sequence[Document], cut: Cut, workers: int | None = None) -> Generator[Part]:
-    """What `cut` makes of some documents at a time, in their order; says how far it is, where it takes long.
+    """Apply `cut` to the documents in batches, in order; logs progress if it takes long.
 
     Args:
-        cut: is pickled, where several processes do it.
-        workers: how many, 1 being this one; by default as many as there are cores, where the documents are
-            worth it.
+        cut: is pickled if several processes are used.
+        workers: number of processes, 1 being this one; default: as many as there are cores, if the documents
+            are worth it.
 
     Raises:
         StokerError: one of the processes ended.
@@ -112,7 +112,7 @@ def _paying(characters: int) -> int:
 
 
 def _batches(characters: Sequence[int]) -> Iterator[range]:
-    """Ranges of documents of some number and size."""
+    """Ranges of documents with a limited number and size."""
     begin = size = 0
     for number, count in enumerate(characters):
         if number > begin and (number - begin == _DOCUMENTS or size + count > _CHARACTERS):
@@ -127,10 +127,11 @@ def _batches(characters: Sequence[int]) -> Iterator[range]:
 def _by_several(
     documents: Sequence[Document], batches: Sequence[range], cut: Cut, workers: int
 ) -> Iterator[Iterator[Part]]:
-    """The parts in their order, made by other processes.
+    """The parts in order, made by other processes.
 
-    A thread waits for each of them, which is all that it does. Where this process is killed they find their
-    pipe closed, and end; an executor's would wait for ever.
+    One thread per process waits for its answers, and does nothing else. If this process is killed, the others
+    find
+    their pipe closed, and end; those of an executor would wait for ever.
     """
     started = [_start(cut) for _ in range(workers)]
     idle: queue.SimpleQueue[tuple[SpawnProcess, Connection]] = queue.SimpleQueue()
@@ -145,8 +146,8 @@ def _by_several(
         except (EOFError, OSError) as error:
             process.join()
             raise StokerError(
-                f"a process that tokenises ended with {process.exitcode}: where memory ran out, free some, "
-                "or train with streaming=true"
+                f"a tokenising process ended with exit code {process.exitcode}: if memory ran out, free "
+                "some, or train with streaming=true"
             ) from error
         finally:
             idle.put((process, connection))
@@ -179,14 +180,14 @@ def _in_order(
 
 
 def _start(cut: Cut) -> tuple[SpawnProcess, Connection]:
-    """A process that answers on a pipe; spawned, so that neither threads nor a GPU are in it."""
+    """A process that answers on a pipe; spawned, so that it inherits neither threads nor a GPU."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_answer, args=(theirs, cut), daemon=True)
-    resource_tracker.ensure_running()  # which would let SIGTERM and SIGINT through, were it to start below
+    resource_tracker.ensure_running()  # started below, it would let SIGTERM and SIGINT through
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (*signals.ENDED_BY, signal.SIGINT))
     try:
-        process.start()  # it holds back what is meant for the process that trains
+        process.start()  # it blocks signals that are meant for the training process
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     theirs.close()
@@ -194,7 +195,7 @@ def _start(cut: Cut) -> tuple[SpawnProcess, Connection]:
 
 
 def _answer(connection: Connection, cut: Cut) -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process for each core
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is one process per core
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         while True:
             documents = connection.recv()

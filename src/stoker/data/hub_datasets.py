@@ -1,8 +1,8 @@
-"""Datasets of the Hugging Face hub, by their ids.
+"""Datasets on the Hugging Face hub, by their ids.
 
-An id may say more than whose it is and what it is called: `org/name@revision` is a branch, a tag or a commit
-of it, `org/name#config` one of its configs, `org/name#config/split` another split than train, and
-`org/name#/split` that of the config that it has where none is named.
+An id can say more than owner and name: `org/name@revision` is a branch, a tag or a commit, `org/name#config`
+one of its configs, `org/name#config/split` a split other than train, and `org/name#/split` a split of the
+default config.
 """
 
 from __future__ import annotations
@@ -21,30 +21,30 @@ from stoker.words import some
 if TYPE_CHECKING:
     from datasets import DatasetBuilder
 
-GATED = "is gated: accept its terms on the hub, and set HF_TOKEN to a token of yours"
-NO_REVISION = "has no revision {}: give a branch, a tag or a commit of it"
-"""What is said behind the name of a dataset or a model."""
+GATED = "is gated: accept its terms on the hub, and set HF_TOKEN to one of your tokens"
+NO_REVISION = "has no revision {}: give one of its branches, tags or commits"
+"""Follows the name of a dataset or a model in messages."""
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _ENDINGS = {".jsonl", ".parquet", ".txt", ".json", ".csv", ".tsv", ".md", ".gz", ".zst", ".zip"}
 _ANSWER = 10.0  # seconds
-_SHOWN = 20  # configs or splits in a message
+_SHOWN = 20  # configs or splits listed in a message
 
 
 @dataclass(frozen=True)
 class Id:
-    """What an id names; what it does not say is empty."""
+    """The parts of an id; those not given are empty."""
 
     name: str
-    """`org/name`, or `name` alone."""
+    """`org/name`, or just `name`."""
     revision: str
     config: str
     split: str
 
 
 def parse(given: str) -> Id:
-    """An id's parts."""
+    """Split an id into its parts."""
     where, _, part = given.partition("#")
     name, _, revision = where.partition("@")
     config, _, split = part.partition("/")
@@ -52,18 +52,18 @@ def parse(given: str) -> Id:
 
 
 def is_a_file_name(name: str) -> bool:
-    """Whether a name that does not exist here was meant as a file: an id may hold dots too."""
+    """Whether a name that does not exist here was meant as a file: ids can contain dots too."""
     return Path(name).suffix.lower() in _ENDINGS or not _NAME.fullmatch(parse(name).name)
 
 
 def check(given: str, known: Sequence[str] = ()) -> None:
-    """Ask the hub, at once, whether it has a dataset, and of that the revision, the config and the split.
+    """Ask the hub whether a dataset exists, with its revision, config and split.
 
     Args:
         known: other words that could have been meant.
 
     Raises:
-        BadInput: it has none, it may not be read, or the hub cannot be reached.
+        BadInput: it does not exist, access is not allowed, or the hub cannot be reached.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import (
@@ -77,30 +77,30 @@ def check(given: str, known: Sequence[str] = ()) -> None:
     asked = parse(given)
     try:
         about = HfApi().dataset_info(asked.name, revision=asked.revision or None, timeout=_ANSWER)
-        if about.gated:  # that it is there is for everyone to see, its files are not
+        if about.gated:  # its existence is public, its files are not
             HfApi().auth_check(asked.name, repo_type="dataset")
     except OfflineModeIsEnabled:
-        return  # what was downloaded before may do
+        return  # an earlier download may be enough
     except GatedRepoError as error:
         raise BadInput(f"dataset {asked.name} {GATED}") from error
     except RevisionNotFoundError as error:
         raise BadInput(f"dataset {asked.name} {NO_REVISION.format(asked.revision)}") from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise BadInput(
-            f"{asked.name} is no file here, and no dataset of the hub (or private: set HF_TOKEN)"
+            f"{asked.name} is neither a local file nor a dataset on the hub (if it is private, set HF_TOKEN)"
             f"{nearest(asked.name, known)}"
         ) from error
-    except Exception as error:  # of a network, a proxy, a service: there is no list of what they raise
+    except Exception as error:  # network, proxy and service raise all kinds of errors
         raise BadInput(
-            f"{asked.name} is no file here, and the hub cannot be reached "
+            f"{asked.name} is not a local file, and the hub cannot be reached "
             f"({str(error).splitlines()[0]}). Give a file; or set HF_ENDPOINT to a mirror, HTTPS_PROXY to a "
-            f"proxy, or HF_HUB_OFFLINE=1 where it was downloaded before{nearest(asked.name, known)}"
+            f"proxy, or HF_HUB_OFFLINE=1 if it was downloaded before{nearest(asked.name, known)}"
         ) from error
     _split(given, _builder(given, known))
 
 
 def read(given: str, known: Sequence[str] = ()) -> Iterator[Record]:
-    """The records of a dataset's split, once the hub has answered. Raises BadInput, as `check`."""
+    """The records of a dataset's split, after the hub has answered. Raises BadInput like `check`."""
     check(given, known)
     builder = _builder(given, known)
     split = _split(given, builder)
@@ -109,7 +109,7 @@ def read(given: str, known: Sequence[str] = ()) -> Iterator[Record]:
 
 
 def splits(given: str, known: Sequence[str] = ()) -> Mapping[str, Any]:
-    """Every split of a dataset, a `datasets.Dataset` each, by name; of an id with a split that one, as train.
+    """The splits of a dataset by name, each a `datasets.Dataset`; an id with a split gives it as train.
 
     Raises BadInput.
     """
@@ -121,24 +121,24 @@ def splits(given: str, known: Sequence[str] = ()) -> Mapping[str, Any]:
 
 
 def files(given: str) -> tuple[str, list[str]]:
-    """The URL of the folder that a dataset is, at the commit it stands at, and the files of its split there.
+    """The URL of a dataset's folder at its current commit, and the files of the split in it.
 
-    Raises BadInput, also where the hub is not asked.
+    Raises BadInput, also if the hub is not asked.
     """
     builder = _builder(given, ())
     split = _split(given, builder)
     if not builder.config.data_files:
-        raise BadInput(f"{given}: a stream is read from the hub, which is offline: leave out streaming=true")
+        raise BadInput(f"{given}: streaming reads from the hub, which is offline: omit streaming=true")
     folder = f"hf://datasets/{parse(given).name}@{builder.hash}"
     urls: Sequence[str] = builder.config.data_files[split]
     elsewhere = [url for url in urls if not url.startswith(f"{folder}/")]
     if elsewhere:
-        raise BadInput(f"{given} has files elsewhere ({elsewhere[0]}): leave out streaming=true")
+        raise BadInput(f"{given} has files outside the hub ({elsewhere[0]}): omit streaming=true")
     return folder, [url.removeprefix(f"{folder}/") for url in urls]
 
 
 def revision(given: str) -> str:
-    """The commit of a dataset that was loaded last, as the hub's cache has it; empty where it has none."""
+    """The commit of a dataset loaded last, according to the hub's cache; empty if it is not there."""
     from huggingface_hub import constants
     from huggingface_hub.file_download import repo_folder_name
 
@@ -148,31 +148,33 @@ def revision(given: str) -> str:
     try:
         folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=asked.name, repo_type="dataset")
         return (folder / "refs" / (asked.revision or "main")).read_text(encoding="ascii").strip()
-    except (OSError, ValueError):  # also of a name that is no id
+    except (OSError, ValueError):  # also for a name that is not an id
         return ""
 
 
 def _builder(given: str, known: Sequence[str]) -> DatasetBuilder:
-    """What makes a dataset. Raises BadInput, which names the configs where the one asked for is none."""
+    """The builder of a dataset. Raises BadInput, listing the configs if the requested one does not exist."""
     from datasets import load_dataset_builder
 
     asked = parse(given)
     try:
         found = load_dataset_builder(asked.name, asked.config or None, revision=asked.revision or None)
-    except Exception as error:  # a service and a parser for any format: there is no list of what they raise
+    except Exception as error:  # a service and parsers for many formats raise all kinds of errors
         configs = _configs(asked) if isinstance(error, ValueError) else []
         if configs and asked.config not in configs:
             wrong = f"no config {asked.config}" if asked.config else "several configs"
             raise BadInput(
-                f"dataset {asked.name} has {wrong}: give one of {some(configs, _SHOWN)}, as in "
+                f"dataset {asked.name} has {wrong}: use one of {some(configs, _SHOWN)}, as in "
                 f"{_written(asked, configs[0])}{nearest(asked.config, configs)}"
             ) from error
         raise BadInput(
-            f"{given} is no file here, and as a dataset of the hub it cannot be loaded: {error}"
+            f"{given} is not a local file, and cannot be loaded as a hub dataset: {error}"
             f"{nearest(given, known)}"
         ) from error
-    if asked.revision and not found.config.data_files and found.hash != revision(given):  # of a cache
-        raise BadInput(f"{given}: the hub was not asked, and another revision was downloaded ({found.hash})")
+    if asked.revision and not found.config.data_files and found.hash != revision(given):  # from a cache
+        raise BadInput(
+            f"{given}: the hub was not asked, and the downloaded revision is a different one ({found.hash})"
+        )
     return found
 
 
@@ -181,18 +183,18 @@ def _configs(asked: Id) -> list[str]:
 
     try:
         return list(get_dataset_config_names(asked.name, revision=asked.revision or None))
-    except Exception:  # then it is said why it cannot be loaded
+    except Exception:  # then the error says why the dataset cannot be loaded
         return []
 
 
 def _split(given: str, builder: DatasetBuilder) -> str:
-    """The split that is asked for. Raises BadInput, which names those that there are, where it is none."""
+    """The requested split. Raises BadInput, listing the existing ones, if it does not exist."""
     asked = parse(given)
     split = asked.split or "train"
     names = [str(name) for name in builder.config.data_files or builder.info.splits or ()]
     if names and split not in names:
         raise BadInput(
-            f"dataset {given} has no split {split}: give one of {some(names, _SHOWN)}, as in "
+            f"dataset {given} has no split {split}: use one of {some(names, _SHOWN)}, as in "
             f"{_written(asked, asked.config, names[0])}{nearest(asked.split, names)}"
         )
     return split
@@ -204,9 +206,9 @@ def _written(asked: Id, config: str, split: str = "") -> str:
 
 
 def _prepared(given: str, builder: DatasetBuilder, split: str | None) -> Any:
-    """A split, or all by name, once it is downloaded. Raises BadInput."""
+    """A split, or all splits by name, after downloading. Raises BadInput."""
     try:
         builder.download_and_prepare()
         return builder.as_dataset(split)
-    except Exception as error:  # as of `_builder`
+    except Exception as error:  # as in `_builder`
         raise BadInput(f"dataset {given} cannot be loaded: {error.__cause__ or error}") from error

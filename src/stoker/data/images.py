@@ -1,9 +1,8 @@
 """Labelled images: folders, Parquet files, WebDataset tar shards, and scikit-learn's digits.
 
-A source only knows where each image is: opening one reads names, headers and labels, and any
-image is read by itself, so that resuming in the middle of an epoch costs what starting does.
-Only Parquet, which cannot be read row by row, is copied once, into the cache. Decoding runs in
-the loader's workers.
+A source only knows where each image is: opening it reads names, headers and labels, and each image is
+read separately, so that resuming in the middle of an epoch costs no more than starting. Only Parquet,
+which cannot be read row by row, is copied once, into the cache. Decoding runs in the loader's workers.
 """
 
 from __future__ import annotations
@@ -39,28 +38,28 @@ class Source(Protocol):
     labels: Numbers
     classes: tuple[str, ...]
     given: dict[str, Numbers]
-    """Splits that the source itself has, by name; empty where it has none."""
+    """The splits that the source itself has, by name; empty if it has none."""
     fingerprint: str
 
     def raw(self, index: int) -> bytes | Image.Image:
-        """The file's bytes, or a picture."""
+        """The file's bytes, or a decoded picture."""
         ...
 
     def place(self, index: int) -> str:
-        """Where the image is, for messages."""
+        """The location of the image, for messages."""
         ...
 
 
 def read(reference: str) -> Source:
     """The images of `digits`, a folder, a .parquet or .tar file, or a folder of these.
 
-    A folder of images has a folder a class; there may be `train`, `val` and `test` above them, and
-    files may stand in such folders or have such names (`train-00000.parquet`). Parquet files have an
+    A folder of images has one subfolder per class; there can be `train`, `val` and `test` folders above
+    these, and files can be in such folders or have such names (`train-00000.parquet`). Parquet files have an
     `image` column, bytes or a struct with `bytes`, and a `label` column. Samples of a tar shard are
-    `KEY.jpg` (or another kind) with `KEY.cls`, or `KEY.json` with a "label".
+    `KEY.jpg` (or another image type) with `KEY.cls`, or `KEY.json` with a "label".
 
     Raises:
-        BadInput: there are none, or one has no label.
+        BadInput: there are no images, or one has no label.
     """
     if reference == "digits":
         return _digits()
@@ -76,25 +75,25 @@ def read(reference: str) -> Source:
 
 
 def picture(source: Source, index: int) -> Image.Image:
-    """A decoded image. Raises BadInput, naming its place, where it cannot be read."""
+    """A decoded image. Raises BadInput, naming its location, if it cannot be read."""
     found = source.raw(index)
     if isinstance(found, Image.Image):
         return found
     try:
-        upright = ImageOps.exif_transpose(Image.open(io.BytesIO(found)))  # as cameras say it is held
+        upright = ImageOps.exif_transpose(Image.open(io.BytesIO(found)))  # by its orientation tag
         return upright.convert("RGB")
-    except UnidentifiedImageError as error:  # it says where in memory the bytes stood
+    except UnidentifiedImageError as error:  # its message contains only a memory address
         raise BadInput(
-            f"{source.place(index)} is no image that can be read: its {len(found):,} bytes are of no format "
-            "that Pillow knows; mend or remove it"
+            f"{source.place(index)} is not a readable image: its {len(found):,} bytes are in no format that "
+            "Pillow supports; fix or remove it"
         ) from error
     except (OSError, ValueError) as error:
-        raise BadInput(f"{source.place(index)} is no image that can be read: {error}") from error
+        raise BadInput(f"{source.place(index)} is not a readable image: {error}") from error
 
 
 @dataclass(frozen=True)
 class Splits:
-    """The samples of each use, as numbers of the source's images."""
+    """The samples of each split, as indices of the source's images."""
 
     train: Numbers
     validation: Numbers
@@ -102,11 +101,10 @@ class Splits:
 
 
 def split(source: Source, *, validation: float, test: float, seed: int = 0) -> Splits:
-    """The source's own splits, and what it lacks held out by a permutation that is the seed's alone.
+    """The source's own splits; missing ones are held out by a permutation that depends only on the seed.
 
     Args:
-        validation: share of the images that is held out while training, where the source has no
-            `val` folder.
+        validation: share of the images held out during training, if the source has no `val` folder.
         test: likewise for the final test.
     """
     held = dict(source.given)
@@ -117,7 +115,7 @@ def split(source: Source, *, validation: float, test: float, seed: int = 0) -> S
             count = max(1, round(share * len(everything)))
             held[name], shuffled = shuffled[:count], shuffled[count:]
     if min(len(shuffled), len(held["validation"]), len(held["test"])) == 0:
-        raise BadInput(f"{len(source.labels)} images are too few to train, validate and test on")
+        raise BadInput(f"{len(source.labels)} images are too few for training, validation and test")
     return Splits(np.sort(shuffled), np.sort(held["validation"]), np.sort(held["test"]))
 
 
@@ -139,7 +137,7 @@ class Images(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         return self.read(index, random.getrandbits(64))
 
     def read(self, index: int, key: int) -> dict[str, torch.Tensor]:
-        """A sample, its augmentation a function of the key."""
+        """A sample, augmented as a function of the key."""
         number = int(self._numbers[index])
         pixels = self._transform(picture(self._source, number), key)
         return {"pixel_values": pixels, "labels": torch.tensor(int(self._source.labels[number]))}
@@ -177,7 +175,7 @@ def _digits() -> Source:
 
 @dataclass
 class _Files:
-    """Image files of their own."""
+    """Images in separate files."""
 
     files: list[Path]
     labels: Numbers
@@ -193,16 +191,16 @@ class _Files:
 
 
 def _folder(path: Path, files: list[Path]) -> Source:
-    """A folder a class, under `train`, `val` and `test` where there are such; known by names and sizes."""
+    """One folder per class, possibly below `train`, `val` and `test`; fingerprinted by names and sizes."""
     if not files:
-        raise BadInput(f"data={path} holds no images: {', '.join(SUFFIXES)} in a folder a class")
+        raise BadInput(f"data={path} contains no images: give {', '.join(SUFFIXES)} in one folder per class")
     parts = [file.relative_to(path).parts for file in files]
     tops = {p[0] for p in parts}
     has_splits = tops <= set(SPLITS) and (len(tops) > 1 or all(len(p) > 2 for p in parts))
     depth = 1 if has_splits else 0
     loose = next((file for file, p in zip(files, parts, strict=True) if len(p) < depth + 2), None)
     if loose is not None:
-        raise BadInput(f"{loose} has no label: images stand in a folder a class")
+        raise BadInput(f"{loose} has no label: images must be in one folder per class")
     names = [p[depth] for p in parts]
     classes = tuple(sorted(set(names)))
     given = _given([SPLITS[p[0]] for p in parts]) if has_splits else {}
@@ -212,7 +210,7 @@ def _folder(path: Path, files: list[Path]) -> Source:
 
 @dataclass
 class _Rows:
-    """Rows of a `datasets.Dataset`, memory-mapped: any of them is read by itself."""
+    """Rows of a memory-mapped `datasets.Dataset`, each of which can be read separately."""
 
     rows: Any
     files: list[tuple[int, Path]]
@@ -226,7 +224,7 @@ class _Rows:
         cell = self.rows.data.column("image")[index].as_py()
         found = cell.get("bytes") if isinstance(cell, dict) else cell
         if not isinstance(found, bytes):
-            raise BadInput(f"{self.place(index)} holds no bytes of an image")
+            raise BadInput(f"{self.place(index)} contains no image bytes")
         return found
 
     def place(self, index: int) -> str:
@@ -235,7 +233,7 @@ class _Rows:
 
 
 def _parquets(files: list[Path]) -> Source:
-    """A row group of Parquet cannot be read in part: the files are converted to Arrow once, in the cache."""
+    """Rows of a Parquet group cannot be read separately: the files are converted to Arrow once, cached."""
     labels: list[Any] = []
     starts = []
     for file in files:
@@ -251,7 +249,7 @@ def _parquets(files: list[Path]) -> Source:
         first, file = max(pair for pair in starts if pair[0] <= bad)
         raise BadInput(f"{file}, row {bad - first} has no label")
     rows = _as_arrow(files)
-    named = tuple(getattr(rows.features["label"], "names", None) or ())  # of a dataset of the hub
+    named = tuple(getattr(rows.features["label"], "names", None) or ())  # for a hub dataset
     names = [named[label] if named and isinstance(label, int) else str(label) for label in labels]
     classes = named or _classes(names)
     listing = [f"{file.name} {file.stat().st_size}" for file in files]
@@ -277,7 +275,7 @@ def _as_arrow(files: list[Path]) -> Any:
 
 @dataclass
 class _Tars:
-    """Members of tar shards, by where their bytes are."""
+    """Members of tar shards, by the position of their bytes."""
 
     files: list[Path]
     members: list[tuple[int, int, int, str]]
@@ -299,7 +297,7 @@ class _Tars:
 
 
 def _tars(files: list[Path]) -> Source:
-    """Shards of WebDataset: files of one sample stand together, and share all before the first dot."""
+    """WebDataset shards: the files of a sample are adjacent, and share everything before the first dot."""
     members, names = [], []
     for number, file in enumerate(files):
         for key, parts in _samples(file).items():
@@ -309,7 +307,7 @@ def _tars(files: list[Path]) -> Source:
             members.append((number, image.offset_data, image.size, image.name))
             names.append(_tar_label(file, key, parts))
     if not members:
-        raise BadInput(f"{', '.join(map(str, files[:3]))} hold no images")
+        raise BadInput(f"{', '.join(map(str, files[:3]))}: no images found")
     classes = _classes(names)
     listing = [f"{files[n].name} {offset} {size} {name}" for n, offset, size, name in members]
     found = _hash("\n".join(listing).encode(), "\n".join(names).encode())
@@ -327,7 +325,7 @@ def _samples(file: Path) -> dict[str, dict[str, tarfile.TarInfo]]:
                 if member.isfile() and dot:
                     found.setdefault(f"{folder}/{key}", {})[suffix] = member
     except tarfile.TarError as error:
-        raise BadInput(f"{file} is no uncompressed tar file: {error}") from error
+        raise BadInput(f"{file} is not an uncompressed tar file: {error}") from error
     return found
 
 
@@ -344,7 +342,7 @@ def _tar_label(file: Path, key: str, parts: dict[str, tarfile.TarInfo]) -> str:
 
 
 def _given(splits: list[str]) -> dict[str, Numbers]:
-    """The images of each split; none where not all say one, or all say the same."""
+    """The images of each split; none unless all files name a split, and not all the same."""
     if "" in splits or len(set(splits)) < 2:
         return {}
     of = np.array(splits)
@@ -352,7 +350,7 @@ def _given(splits: list[str]) -> dict[str, Numbers]:
 
 
 def _classes(names: list[str]) -> tuple[str, ...]:
-    """Labels in order: numbers as numbers, from 0 to the highest; else by name."""
+    """Labels in order: numeric labels from 0 to the highest; otherwise by name."""
     if all(name.isdecimal() for name in names):
         return tuple(str(n) for n in range(max(map(int, names)) + 1))
     return tuple(sorted(set(names)))

@@ -1,7 +1,7 @@
 """Labelled texts, and their division into train, validation and test.
 
-Texts of one group (one module, one document; by default equal texts) are never in two splits. Which split a
-group is in is decided by a hash of its name, label by label, so that every split has its share of each.
+Texts of one group (one module, one document; by default equal texts) are never in two splits. The split of a
+group is decided by a hash of its name, label by label, so that every split has its share of each label.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SPLITS = {
     "dev": "validation",
     "test": "test",
 }
-"""What files and folders of a split are called."""
+"""Names of files and folders, by split."""
 
 
 class Text(NamedTuple):
@@ -35,7 +35,7 @@ class Text(NamedTuple):
     text: str
     label: str
     group: str
-    """Texts of one group are in one split."""
+    """Texts of one group are in the same split."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Texts:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The labels in order: whole numbers as such, else by name."""
+        """The labels in order: whole numbers numerically, others by name."""
         names = {text.label for text in self.train}
         as_numbers = all(re.fullmatch(r"-?\d+", name) for name in names)
         return tuple(sorted(names, key=int) if as_numbers else sorted(names))
@@ -68,13 +68,13 @@ class Texts:
 
     @property
     def repeated(self) -> int:
-        """How many of the test's texts stand in the train split as well, where the dataset is split so."""
+        """The number of test texts that are also in the train split, if the dataset comes with splits."""
         known = {text.group for text in self.train}
         return sum(text.group in known for text in self.test)
 
 
 def split_of(file: Path) -> str:
-    """The split of a file, as hubs name it: `train-00000-of-00002.parquet`, `val/0001.tar`; or ""."""
+    """The split of a file, by hub conventions: `train-00000-of-00002.parquet`, `val/0001.tar`; or ""."""
     words = [re.split(r"[-_.]", file.name)[0], file.parent.name]
     return next((SPLITS[word] for word in words if word in SPLITS), "")
 
@@ -82,14 +82,14 @@ def split_of(file: Path) -> str:
 def divided(
     given: Mapping[str, Sequence[Text]], *, validation: float, test: float, description: str
 ) -> Texts:
-    """The given splits, and what they lack held out of the train split.
+    """The given splits; missing ones are held out from the train split.
 
     Args:
-        given: by the names of splits; "train" alone where there are none.
-        validation, test: shares of the texts that are held out, where there is no such split.
+        given: texts by split; only "train" if there are no splits.
+        validation, test: shares of the texts to hold out if there is no such split.
 
     Raises:
-        BadInput: a split would be empty, there is one label alone, or one that is not in the train split.
+        BadInput: a split would be empty, there is only one label, or a label is not in the train split.
     """
     if not given.get("train"):
         raise BadInput(f"{description}: there is nothing to train on")
@@ -106,9 +106,9 @@ def divided(
 
 
 def held_out(texts: Sequence[Text], shares: Mapping[str, float]) -> dict[str, list[Text]]:
-    """Divide texts into "train" and parts of about these shares, of each label and by whole groups.
+    """Divide texts into "train" and parts of about these shares, per label and by whole groups.
 
-    In a fixed order, each group goes to the part that lacks most, where it fits into that, else to train.
+    In a fixed order, each group goes to the part with the most room if it fits, else to train.
     """
     sizes = Counter(text.group for text in texts)
     groups: defaultdict[str, list[str]] = defaultdict(list)
@@ -118,7 +118,7 @@ def held_out(texts: Sequence[Text], shares: Mapping[str, float]) -> dict[str, li
     for names in groups.values():
         total = sum(sizes[name] for name in names)
         room = {part: round(share * total) for part, share in shares.items()}
-        for name in sorted(names, key=place)[:-1]:  # one stays, whatever the shares
+        for name in sorted(names, key=place)[:-1]:  # one stays in train, whatever the shares
             fitting = [part for part, left in room.items() if sizes[name] <= left]
             if fitting:
                 part_of[name] = max(fitting, key=room.__getitem__)
@@ -135,26 +135,26 @@ def _check(found: Texts) -> None:
     classes = found.classes
     if 1 < len(classes) == len(found.train):
         raise BadInput(
-            f"{found.description}: each of the {len(classes)} texts has a label of its own: is label_column "
-            "the right one?"
+            f"{found.description}: each of the {len(classes)} texts has a different label: is label_column "
+            "correct?"
         )
     empty = next((name for name, part in parts.items() if not part), None)
     if empty is not None:
         raise BadInput(
-            f"{found.description}: {count} texts are too few to train, validate and test on, the {empty} "
-            "split would be empty: give more, or a larger share"
+            f"{found.description}: {count} texts are too few for training, validation and test, the {empty} "
+            "split would be empty: give more texts, or a larger share"
         )
     if len(classes) < 2:
         raise BadInput(
-            f"{found.description}: every text to train on has the label {classes[0]!r}: there is nothing to "
-            "tell apart; is label_column the right one?"
+            f"{found.description}: every training text has the label {classes[0]!r}, so there is nothing to "
+            "learn: is label_column correct?"
         )
     for name in ("validation", "test"):
         unseen = _unseen(parts[name], classes)
         if unseen:
             raise BadInput(
-                f"{found.description}: the {name} split has the label {unseen[0]!r}, and no text to train on "
-                f"has it; these are {some(classes)}"
+                f"{found.description}: the {name} split has the label {unseen[0]!r}, but the training texts "
+                f"have only {some(classes)}"
             )
 
 

@@ -1,7 +1,7 @@
-"""Reading labelled texts: the built-in ones, local files, datasets of the hub.
+"""Reads labelled texts: the built-in ones, local files, hub datasets.
 
-A record has a text and a label, in two columns that are named. Input that cannot be read is refused with the
-file, the line and what was expected.
+A record has a text and a label, in two named columns. Input that cannot be read is refused with the file, the
+line and what was expected.
 """
 
 from __future__ import annotations
@@ -24,44 +24,44 @@ from stoker.errors import BadInput, nearest
 
 BUILT_IN: dict[str, Callable[[], list[Text]]] = {"python-docstrings": python_parts.texts}
 
-_MANY = sys.maxsize  # characters of a field of a CSV file
+_MANY = sys.maxsize  # characters per field of a CSV file
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Where a record has its text and its label."""
+    """The names of a record's text and label columns."""
 
     text: str
     label: str
 
 
 def check(data: str) -> None:
-    """Refuse what is not there, before any of it is read. Raises BadInput."""
+    """Raises BadInput if the data does not exist, before any of it is read."""
     if data in BUILT_IN or Path(data).expanduser().exists():
         return
     if object_store.is_url(data):
-        raise BadInput(f"data={data}: labelled texts are read from files here: copy it to a folder first")
+        raise BadInput(f"data={data}: labelled texts are read from local files: copy it to a folder first")
     if hub_datasets.is_a_file_name(data):
         raise BadInput(f"data={data} does not exist{nearest(data, BUILT_IN)}")
     hub_datasets.check(data, tuple(BUILT_IN))
 
 
 def is_here(data: str) -> bool:
-    """Whether data is files of this machine."""
+    """Whether the data consists of local files."""
     return data not in BUILT_IN and Path(data).expanduser().exists()
 
 
 def read(data: str, columns: Columns, *, validation: float, test: float) -> Texts:
-    """The texts of `python-docstrings`, of a .jsonl, .csv or .parquet file, a folder of these, or of the hub.
+    """The texts of `python-docstrings`, a .jsonl, .csv or .parquet file, a folder of these, or the hub.
 
-    Files of a folder may be of splits, as `train.csv`, `test-00000.parquet` or `validation/a.jsonl` are.
-    A blank text says nothing and is left out.
+    Files of a folder can belong to splits, as in `train.csv`, `test-00000.parquet` or `validation/a.jsonl`.
+    Blank texts are left out.
 
     Args:
-        validation, test: the shares that are held out, where the data has no such split.
+        validation, test: the shares to hold out if the data has no such split.
 
     Raises:
-        BadInput: there is none, it cannot be read, or it cannot be learnt from; see `labelled.divided`.
+        BadInput: it does not exist, cannot be read, or cannot be learnt from; see `labelled.divided`.
     """
     check(data)
     if data in BUILT_IN:
@@ -79,7 +79,7 @@ def read(data: str, columns: Columns, *, validation: float, test: float) -> Text
 def _described(name: str, read_in: dict[str, list[Text]], given: dict[str, list[Text]]) -> str:
     count = sum(map(len, given.values()))
     if count == 0:
-        raise BadInput(f"{name} is an empty dataset: it holds no text")
+        raise BadInput(f"{name} is an empty dataset: it contains no text")
     blank = sum(map(len, read_in.values())) - count
     return f"{name}, {count:,} texts" + (f" ({blank:,} blank ones are left out)" if blank else "")
 
@@ -98,8 +98,8 @@ def _of_files(path: Path, columns: Columns) -> dict[str, Iterable[Text]]:
         splits = ["train"] * len(files)
     elif "" in splits:
         raise BadInput(
-            f"{files[splits.index('')]} is of no split, and others are: name it train, validation or test, "
-            "or put it elsewhere"
+            f"{files[splits.index('')]} belongs to no split, but other files do: name it train, validation "
+            "or test, or move it elsewhere"
         )
     of = {name: [f for f, s in zip(files, splits, strict=True) if s == name] for name in set(splits)}
     return {
@@ -111,7 +111,7 @@ def _of_files(path: Path, columns: Columns) -> dict[str, Iterable[Text]]:
 def _of_file(path: Path, columns: Columns) -> Iterator[Text]:
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
-        raise BadInput(f"{path} has an ending that is not known: give a {_ENDINGS} file")
+        raise BadInput(f"{path} has an unknown file extension: give a {_ENDINGS} file")
     try:
         yield from reader(path, columns)
     except OSError as error:
@@ -134,7 +134,7 @@ def _of_csv(path: Path, columns: Columns) -> Iterator[Text]:
         for row in rows:
             yield _text(f"{path}, line {rows.line_num}", row, columns)
     except csv.Error as error:
-        raise BadInput(f"{path}, line {rows.line_num}: no CSV that can be read: {error}") from error
+        raise BadInput(f"{path}, line {rows.line_num}: not valid CSV: {error}") from error
 
 
 def _of_parquet(path: Path, columns: Columns) -> Iterator[Text]:
@@ -151,7 +151,7 @@ def _of_parquet(path: Path, columns: Columns) -> Iterator[Text]:
 
 
 def _class_names(schema: Any, label: str) -> Sequence[str]:
-    """What the numbers of a column stand for, where `datasets` has written that into the file."""
+    """The names of a label column's numbers, if `datasets` has written them into the file."""
     if b"huggingface" not in (schema.metadata or {}):
         return ()
     from datasets import Features
@@ -171,7 +171,7 @@ _ENDINGS = ".jsonl, .csv or .parquet"
 
 
 def of_hub(name: str, columns: Columns) -> dict[str, Iterable[Text]]:
-    """The splits of a dataset of the hub; one whose labels are withheld (all -1) is as if it were not."""
+    """The splits of a hub dataset, except those whose labels are withheld (all -1)."""
     found: dict[str, Iterable[Text]] = {}
     for split, rows in hub_datasets.splits(name, tuple(BUILT_IN)).items():
         if split not in SPLITS:
@@ -194,10 +194,10 @@ def _text(where: str, record: dict[str, Any], columns: Columns, classes: Sequenc
             raise _no_column(where, column, key, [str(name) for name in record if name is not None])
     text = record[columns.text]
     if not isinstance(text, str):
-        raise BadInput(f"{where}: {columns.text!r} must be a text, not {records.kind_of(text)}")
+        raise BadInput(f"{where}: {columns.text!r} must be a string, not {records.kind_of(text)}")
     try:
         text.encode()
-    except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can spell
+    except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can contain
         raise BadInput(f"{where}: {columns.text!r} is not valid Unicode: {error.reason}") from error
     return Text(text, _label(where, record[columns.label], columns, classes), content_key(text))
 
@@ -205,20 +205,20 @@ def _text(where: str, record: dict[str, Any], columns: Columns, classes: Sequenc
 def _label(where: str, value: Any, columns: Columns, classes: Sequence[str]) -> str:
     if isinstance(value, int) and not isinstance(value, bool) and classes:
         if not 0 <= value < len(classes):
-            raise BadInput(f"{where}: the label is {value}, and the dataset has {len(classes)} classes")
+            raise BadInput(f"{where}: the label is {value}, but the dataset has {len(classes)} classes")
         return str(classes[value])
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, int) or (isinstance(value, str) and value.strip()):
         return str(value).strip()
     raise BadInput(
-        f"{where}: {columns.label!r} must be a text, a whole number, or true or false, not "
-        f"{'an empty text' if value == '' else records.kind_of(value)}"
+        f"{where}: {columns.label!r} must be a string, a whole number, or true or false, not "
+        f"{'an empty string' if value == '' else records.kind_of(value)}"
     )
 
 
 def _no_column(where: str, column: str, key: str, names: Sequence[str]) -> BadInput:
     has = ", ".join(map(repr, names)) or "none"
     return BadInput(
-        f"{where}: there is no column {column!r}: give {key}=; it has {has}{nearest(column, names)}"
+        f"{where}: no column {column!r}: set {key}=; its columns are {has}{nearest(column, names)}"
     )

@@ -1,11 +1,11 @@
 """The loader: this rank's share of each global batch, endless, from any sample position.
 
-Which samples make a batch is a pure function of (seed, position), see `order`. Randomness of
-an augmentation is a function of (seed, epoch, sample): a dataset that has `read(index, key)` is
-given a key made of them; for any other Python's, NumPy's and torch's CPU generators are seeded
-before each sample is read and put back after the batch. So the number of workers, ranks and
-restarts changes no sample, and loading never touches the global random state. A dataset that
-keeps a generator of its own is outside of this.
+Which samples make up a batch is a pure function of (seed, position), see `order`. The randomness of an
+augmentation is a function of (seed, epoch, sample): a dataset with `read(index, key)` receives a key
+derived from them; for any other dataset, Python's, NumPy's and torch's CPU generators are seeded before
+each sample is read and restored after the batch. So the number of workers, ranks and restarts changes no
+sample, and loading never touches the global random state. A dataset that keeps its own generator is not
+covered by this.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ log = logging.getLogger("stoker")
 Collate: TypeAlias = Callable[[list[Any]], Any]
 Pair: TypeAlias = tuple[int, int]  # epoch, dataset index
 
-_COLLATE = 1  # salt: a collate function draws other numbers than the samples it joins
-_AHEAD = 512  # samples whose order is computed at once, which costs little more than that of one
+_COLLATE = 1  # salt: a collate function draws different numbers than the samples it joins
+_AHEAD = 512  # samples whose order is computed at once, which costs little more than for one
 
 
 class MapDataset(Protocol):
-    """What can be loaded: a number of samples, each read by its index."""
+    """A dataset that can be loaded: a number of samples, each read by its index."""
 
     def __len__(self) -> int: ...
 
@@ -54,17 +54,17 @@ class MapDataset(Protocol):
 
 @runtime_checkable
 class TokenDataset(Protocol):
-    """A dataset that knows its mean number of tokens a sample, so that durations in tokens can be counted."""
+    """A dataset that knows its mean number of tokens per sample, so that durations can be given in tokens."""
 
     tokens_per_sample: float
 
 
 @runtime_checkable
 class KeyedDataset(Protocol):
-    """A dataset that is told its randomness, and draws from no global generator."""
+    """A dataset that is given its randomness, and draws from no global generator."""
 
     def read(self, index: int, key: int, /) -> Any:
-        """A sample; whatever is random of it is a function of the key, a number of 64 bits."""
+        """A sample; any randomness is a function of the key, a 64-bit number."""
         ...
 
 
@@ -72,19 +72,19 @@ class Loader:
     """Global batches of a map-style dataset, this rank's share of each.
 
     Args:
-        batch_size: samples of a global batch, over all ranks.
-        world: whose share is loaded.
-        seed: of the order and of augmentations.
-        workers: processes that read samples; 0 reads in this one.
-        collate: joins a list of samples to a batch; by default torch's `default_collate`.
-        shuffle: whether each epoch has an order of its own; else that of the dataset. One that is an
-            `order.OrderedDataset` has the order that it says.
-        share: take this part of the samples, drawn by the seed; those of a smaller share are among those of
-            a larger one.
+        batch_size: samples per global batch, over all ranks.
+        world: determines whose share is loaded.
+        seed: seed for the order and for augmentations.
+        workers: processes that read samples; 0 reads in this process.
+        collate: joins a list of samples into a batch; default: torch's `default_collate`.
+        shuffle: whether each epoch is shuffled; otherwise samples come in the dataset's order. An
+            `order.OrderedDataset` always has its own order.
+        share: use only this share of the samples, drawn with the seed; a smaller share is a subset of a
+            larger one.
 
     Raises:
-        BadInput: the dataset is empty or is not read by index, the batch size cannot be shared among the
-            ranks, or a share is asked for of a dataset that has none.
+        BadInput: the dataset is empty or not read by index, the batch size cannot be divided among the
+            ranks, or a share is requested of a dataset that does not support it.
     """
 
     def __init__(
@@ -112,15 +112,15 @@ class Loader:
 
     def __iter__(self) -> NoReturn:
         raise BadInput(
-            "a loader has no end and no place of its own: go through "
-            "`for batch in trainer.steps(loader, epochs=...)`, which begins where the run was"
+            "a loader has no end and no position of its own: iterate with "
+            "`for batch in trainer.steps(loader, epochs=...)`, which resumes where the run stopped"
         )
 
     def batches(self, start_sample: int, place: Any = None) -> Iterator[Any]:
         """This rank's share of each global batch from a global sample position on, without end.
 
         Args:
-            place: what `place` said of this position, of a dataset with an order of its own.
+            place: what `place` returned for this position, for a dataset with its own order.
         """
         order.go_to(self._dataset.dataset, place)
         sampler = _Shares(
@@ -132,16 +132,16 @@ class Loader:
         return _batches(self._dataset, sampler, self.workers)
 
     def warn_of_repeats(self) -> None:
-        """Say so where an epoch has fewer samples than a batch, which then has the same ones again."""
+        """Warn if an epoch has fewer samples than a batch, so that a batch repeats samples."""
         if self.samples_per_epoch < self.batch_size:
             log.warning(
-                "batch_size=%d is more than the %s of an epoch: every batch has the same ones several times, "
-                "and an epoch is no whole step; give batch_size=%d or less, or more data",
+                "batch_size=%d is larger than an epoch of %s: every batch contains samples several times, "
+                "and an epoch is less than a step; use batch_size=%d or less, or more data",
                 self.batch_size, counted(self.samples_per_epoch, "sample"), self.samples_per_epoch,
             )  # fmt: skip
 
     def place(self, sample: int) -> Any:
-        """What a dataset with an order of its own needs to find a sample's position again; else None."""
+        """What a dataset with its own order needs to find a sample's position again; else None."""
         return order.place_of(self._dataset.dataset, self._order_seed, sample)
 
 
@@ -150,18 +150,18 @@ def evaluation_batches(
 ) -> Iterator[tuple[Any, bool]]:
     """This rank's share of a dataset in order, each sample exactly once over all ranks.
 
-    Every rank has the same number of batches, since a sharded model is run by all together: one
-    for which the last global batch holds nothing is given its first sample, which does not count.
+    Every rank gets the same number of batches, since all ranks run a sharded model together: a rank for
+    which the last global batch has no samples gets the first sample of that batch, which does not count.
 
     Args:
-        batch_size: samples of a batch over all ranks; the last one is smaller.
+        batch_size: samples per batch over all ranks; the last batch is smaller.
         workers: processes that read samples; any number gives the same batches.
 
     Yields:
         The batch, and whether it counts.
 
     Raises:
-        BadInput: as `Loader`.
+        BadInput: as for `Loader`.
     """
     _check(dataset, batch_size, world)
     seeded = _SeededDataset(dataset, 0, collate or default_collate)
@@ -182,23 +182,23 @@ def _batches(dataset: _SeededDataset, sampler: Iterable[list[Pair]], workers: in
         multiprocessing_context=_worker_context() if workers else None,
         worker_init_fn=_end_with_trainer,
         pin_memory=torch.cuda.is_available(),  # so that copies to the GPU overlap with its work
-        generator=torch.Generator(),  # else the iterator draws a seed from the global state
+        generator=torch.Generator(),  # otherwise the iterator draws a seed from the global state
     )
     try:
-        with warnings.catch_warnings():  # torch's advice is another start method, which may deadlock here
+        with warnings.catch_warnings():  # torch recommends a different start method, which can deadlock here
             warnings.filterwarnings("ignore", "Got pickle error")
             read = iter(loader)
-    except (pickle.PicklingError, AttributeError, TypeError) as error:  # whichever it is differs by Python
+    except (pickle.PicklingError, AttributeError, TypeError) as error:  # which one depends on Python
         raise BadInput(
-            f"workers={workers}: what reads samples cannot be handed to other processes ({error}): have the "
-            "dataset and collate be of classes and functions at the top level of a file, or give workers=0"
+            f"workers={workers}: the dataset or collate cannot be sent to other processes ({error}): define "
+            "their classes and functions at the top level of a file, or use workers=0"
         ) from error
     return map(_or_raise, read)
 
 
 @dataclass(frozen=True)
 class _Refused:
-    """What a worker could not read. DataLoader would make its sentence the end of a worker's traceback."""
+    """A BadInput from a worker. DataLoader would append its message to a worker's traceback."""
 
     error: StokerError
 
@@ -214,28 +214,28 @@ def _check(dataset: MapDataset, batch_size: int, world: World) -> None:
     if len(dataset) == 0:
         raise BadInput("the dataset is empty")
     if batch_size < 1:
-        raise BadInput(f"batch_size={batch_size}: it must be at least 1")
+        raise BadInput(f"batch_size={batch_size}: must be at least 1")
     if batch_size % world.size:
         raise BadInput(
-            f"batch_size={batch_size} is for all {world.size} ranks together: "
+            f"batch_size={batch_size} is the total over {world.size} ranks: "
             f"make it a multiple of {world.size}"
         )
 
 
 def _check_indexed(dataset: object) -> None:
-    """Raises BadInput for what can only be gone through, whose samples cannot be found again by an index."""
+    """Raises BadInput for iterable datasets, whose samples cannot be found again by an index."""
     missing = [name for name in ("__len__", "__getitem__") if not hasattr(type(dataset), name)]
     if not missing and not isinstance(dataset, IterableDataset):
         return
     why = f"has no {' and no '.join(missing)}" if missing else "is an IterableDataset"
     raise BadInput(
-        f"{type(dataset).__name__} {why}, and a loader reads samples by index, in an order that a run can go "
-        "on from: give a dataset with __len__ and __getitem__, such as list(dataset) of a small one"
+        f"{type(dataset).__name__} {why}, but a loader reads samples by index, so that a run can resume at "
+        "any position: give a dataset with __len__ and __getitem__, such as list(dataset) for a small one"
     )
 
 
 def _worker_context() -> BaseContext:
-    """Forkserver: a fork of this process, which has threads, may deadlock, and a spawn imports torch anew."""
+    """Forkserver: a fork of this process, which has threads, can deadlock; a spawn imports torch again."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     signals.start_forkserver()
@@ -243,11 +243,11 @@ def _worker_context() -> BaseContext:
 
 
 def _end_with_trainer(worker: int) -> None:
-    """End this worker once the process that trains is gone, killed or not, or says so; at no other signal.
+    """End this worker when the training process is gone, killed or not, or tells it to; ignore signals.
 
-    A scheduler signals workers too, and the checkpoint of the one that trains needs them. torch's own
-    watch is for the parent by process id, and that is the forkserver, which lives for as long as a
-    worker does.
+    A scheduler signals workers too, and the training process needs them for its checkpoint. torch's own
+    watchdog watches the parent by process id, but that is the forkserver, which lives as long as a worker
+    does.
     """
     trainer = multiprocessing.parent_process()
     assert trainer is not None
@@ -301,7 +301,7 @@ class _Shares(Sampler[list[Pair]]):
 
 
 class _SeededDataset(Dataset[Any]):
-    """Reads and joins the samples of a batch, each under randomness of its own."""
+    """Reads and joins the samples of a batch, each with its own randomness."""
 
     def __init__(self, dataset: MapDataset, seed: int, collate: Collate) -> None:
         self.dataset, self._seed, self._collate = dataset, seed, collate
@@ -315,7 +315,7 @@ class _SeededDataset(Dataset[Any]):
             return self._read([pair])[0]
 
     def __getitems__(self, pairs: list[Pair]) -> Any:
-        """The batch of these samples. DataLoader calls this in place of one `__getitem__` a sample."""
+        """The batch of these samples. DataLoader calls this instead of `__getitem__` for each sample."""
         try:
             return self._join(pairs)
         except StokerError as error:
@@ -340,7 +340,7 @@ class _SeededDataset(Dataset[Any]):
             try:
                 samples.append(read(index, key))
             except Exception as error:
-                error.add_note(f"It was raised for sample {index} of the dataset.")
+                error.add_note(f"Raised for sample {index} of the dataset.")
                 raise
         return samples
 
@@ -351,7 +351,7 @@ class _SeededDataset(Dataset[Any]):
 
 @contextmanager
 def _random_state_kept() -> Iterator[None]:
-    """The state of the process that trains is put back; a worker's is nobody's else."""
+    """Restore the random state of the training process; in a worker nobody else uses it."""
     if get_worker_info() is not None:
         yield
         return
@@ -367,5 +367,5 @@ def _random_state_kept() -> Iterator[None]:
 def _seed_all(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    # Not torch.manual_seed, which seeds every GPU too: those belong to the training step.
+    # Not torch.manual_seed, which also seeds every GPU: those belong to the training step.
     torch.default_generator.manual_seed(seed)

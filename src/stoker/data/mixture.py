@@ -1,9 +1,9 @@
-"""Several datasets as one, each with its share of the samples.
+"""Several datasets combined, each with its share of the samples.
 
-The order is in blocks: of each block every dataset has the number of samples that its weight says, rounded
-by the largest remainders, at places that are a keyed permutation. So the shares hold at any position, and
-which sample stands there is computed from the position alone. Each dataset goes through all of its samples,
-in an order of its own, before it begins anew.
+The order consists of blocks: in each block, every dataset has the number of samples that its weight
+prescribes, rounded by largest remainders, at places given by a keyed permutation. So the shares hold at any
+position, and the sample at a position is computed from the position alone. Each dataset goes through all its
+samples, in its own order, before it starts again.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from stoker.data.order import Positions, fold, permute
 from stoker.errors import BadInput
 
 BLOCK = 1024
-"""Samples within which the shares are kept."""
+"""Samples over which the shares hold."""
 
-_PLACES, _PARTS = 21, 22  # salts: of the places in a block, and of each dataset's own order
+_PLACES, _PARTS = 21, 22  # salts: for the places in a block, and for each dataset's own order
 
 
 class Mixture:
-    """Datasets as one, endless, in an order of its own.
+    """Several datasets as one endless dataset with its own order.
 
     Args:
-        parts: as `PackedDataset`, or with an order of its own as `Stream`.
-        weights: what share of the samples each has, before they are divided by their sum; each above 0.
+        parts: datasets like `PackedDataset`, or with their own order like `Stream`.
+        weights: the share of samples of each, before they are divided by their sum; all above 0.
     """
 
     def __init__(self, parts: Sequence[Any], weights: Sequence[float]) -> None:
@@ -38,17 +38,17 @@ class Mixture:
         self._begins = np.cumsum(self._quotas) - self._quotas
 
     def __len__(self) -> int:
-        """Samples of all parts, which an epoch counts; some of a part may come again in it, or not at all."""
+        """Samples of all parts, the length of an epoch; in an epoch, a part may repeat or be incomplete."""
         return sum(len(part) for part in self.parts)
 
     @property
     def passes(self) -> list[float]:
-        """How often an epoch goes through each part."""
+        """How many times an epoch goes through each part."""
         return [share * len(self) / len(part) for share, part in zip(self.shares, self.parts, strict=True)]
 
     @property
     def tokens_per_sample(self) -> float:
-        """The mean number of real tokens in a row."""
+        """The mean number of real tokens per row."""
         return float(np.average([part.tokens_per_sample for part in self.parts], weights=self.shares))
 
     @property
@@ -58,7 +58,7 @@ class Mixture:
 
     @property
     def context(self) -> float:
-        """How many tokens of its own piece a token sees, in the mean, with itself."""
+        """The mean number of tokens of its own piece that a token sees, including itself."""
         return float(np.average([part.context for part in self.parts], weights=self._tokens))
 
     @property
@@ -66,7 +66,7 @@ class Mixture:
         return [share * part.tokens_per_sample for share, part in zip(self.shares, self.parts, strict=True)]
 
     def order(self, seed: int, positions: Positions) -> tuple[Positions, Positions]:
-        """The epoch of its part, and the index, of the samples at positions, both (n,)."""
+        """The epoch within its part, and the index, of the samples at positions, both (n,)."""
         blocks, within = np.divmod(positions, BLOCK)
         slots = permute(within, BLOCK, fold(seed, _PLACES, blocks))
         members = np.searchsorted(np.cumsum(self._quotas), slots, side="right")
@@ -80,7 +80,7 @@ class Mixture:
         return epochs, indices
 
     def place(self, seed: int, position: int) -> list[Any]:
-        """What `go_to` needs to find a position again, and all behind it."""
+        """What `go_to` needs to find a position, and everything after it, again."""
         begins = position // BLOCK * self._quotas
         return [
             order.place_of(part, self._seed(seed, number), begin)
@@ -88,34 +88,34 @@ class Mixture:
         ]
 
     def go_to(self, place: Sequence[Any]) -> None:
-        """Take up the parts' own orders from a place on."""
+        """Continue the parts' own orders from a place."""
         for part, own in zip(self.parts, place, strict=True):
             order.go_to(part, own)
 
     def part(self, seed: int, share: float) -> Mixture:
-        """There is none: how often each part comes is said by the weights. Raises BadInput."""
+        """Not supported, since the weights decide how often each part occurs. Raises BadInput."""
         raise BadInput(
-            f"data_share={share:g}: a mixture has no share of its samples; train less of it by max_steps"
+            f"data_share={share:g} does not work with a mixture: shorten training with max_steps instead"
         )
 
     def _seed(self, seed: int, number: int) -> int:
         return int(fold(seed, _PARTS, number)[0])
 
     def __getitem__(self, index: int) -> Any:
-        """A sample of a part, by its index as `order` gives it."""
+        """A sample of a part, by its index as `order` returns it."""
         own, number = divmod(index, len(self.parts))
         return self.parts[number][own]
 
     def read(self, index: int, key: int) -> Any:
-        """A sample as the part reads it."""
+        """A sample, read by its part."""
         own, number = divmod(index, len(self.parts))
         return self.parts[number].read(own, key)
 
 
 def quotas(shares: Sequence[float], size: int) -> list[int]:
-    """Whole numbers of this sum, as near to the shares as they can be; the largest remainders are rounded up.
+    """Whole numbers with this sum, as close to the shares as possible (largest remainders).
 
-    Each is at least 1, where there are not more shares than the sum.
+    Each is at least 1, unless there are more shares than the sum.
     """
     exact = [share * size for share in shares]
     found = [max(1, math.floor(value)) for value in exact]

@@ -1,8 +1,8 @@
 """The order of samples: a pure function of (seed, epoch, position), O(1) at any position.
 
-An epoch is a keyed pseudo-random permutation of the dataset, computed place by place and
-never stored, so that resuming at sample one billion costs what resuming at sample zero does,
-and no world size or number of workers can change the order. The permutation is the
+An epoch is a keyed pseudo-random permutation of the dataset, computed element by element and
+never stored, so that resuming at sample one billion costs no more than at sample zero, and
+neither the world size nor the number of workers can change the order. The permutation is the
 generalised Feistel cipher with cycle walking of Black & Rogaway 2002, "Ciphers with
 Arbitrary Finite Domains", with splitmix64 as its round function.
 """
@@ -19,35 +19,35 @@ from numpy.typing import NDArray
 Positions: TypeAlias = NDArray[np.int64]
 Words: TypeAlias = NDArray[np.uint64]
 
-_DRAWN = 2**32  # salt, beyond every epoch: which samples are drawn is no order of theirs
+_DRAWN = 2**32  # salt, beyond every epoch: which samples are drawn is independent of their order
 _ROUNDS = 16  # with 8, the permutations of 5 or 6 places are visibly not equally likely
-_GOLDEN = 0x9E3779B97F4A7C15  # splitmix64's increment: 2**64 over the golden ratio
+_GOLDEN = 0x9E3779B97F4A7C15  # splitmix64's increment: 2**64 divided by the golden ratio
 _MASK = 2**64 - 1
 
 
 @runtime_checkable
 class OrderedDataset(Protocol):
-    """A dataset that says itself which of its samples stand where in its endless order."""
+    """A dataset that defines its own endless order of samples."""
 
     def order(self, seed: int, positions: Positions, /) -> tuple[Positions, Positions]:
         """The epoch and the index of the samples at positions, both (n,)."""
         ...
 
     def place(self, seed: int, position: int, /) -> Any:
-        """What `go_to` needs to find a position again, and all behind it, as JSON types."""
+        """What `go_to` needs to find a position, and everything after it, again, as JSON types."""
         ...
 
     def go_to(self, place: Any, /) -> None:
-        """Take up the order from a place on."""
+        """Continue the order from a place."""
         ...
 
     def part(self, seed: int, share: float, /) -> Any:
-        """The same with a share of its samples alone, as `drawn` draws them. Raises BadInput."""
+        """The same dataset with only a share of its samples, chosen by `drawn`. Raises BadInput."""
         ...
 
 
 def mix(words: Words) -> Words:
-    """splitmix64's output function, elementwise: a bijection that spreads each bit over all."""
+    """splitmix64's output function, elementwise: a bijection that spreads each bit over all bits."""
     words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return words ^ (words >> np.uint64(31))
@@ -72,12 +72,12 @@ def fold(key: int, *values: int | Positions) -> Words:
 
 
 def permute(positions: Positions, size: int, key: int | Words) -> Positions:
-    """Where a keyed permutation of range(size) takes each position.
+    """Where a keyed permutation of range(size) maps each position.
 
     Args:
         positions: (n,) in range(size).
         size: the number of places, at least 1.
-        key: names the permutation; one for all positions, or one for each, (n,).
+        key: selects the permutation; one for all positions, or one for each, (n,).
 
     Returns:
         (n,) in range(size). Over all positions and one key, each place exactly once.
@@ -85,8 +85,8 @@ def permute(positions: Positions, size: int, key: int | Words) -> Positions:
     keys = key if isinstance(key, np.ndarray) else np.array([key & _MASK], dtype=np.uint64)
     keys = np.broadcast_to(keys, positions.shape)
     places = _encipher(positions.astype(np.uint64), size, keys)
-    # Cycle walking: the cipher permutes a domain slightly larger than `size`; whoever lands
-    # outside goes on until inside. The domain exceeds `size` by less than its root, so few do.
+    # Cycle walking: the cipher permutes a domain slightly larger than `size`; a value that lands outside is
+    # encrypted again until it is inside. The domain exceeds `size` by less than its root, so few do.
     while (outside := np.flatnonzero(places >= size)).size:
         places[outside] = _encipher(places[outside], size, keys[outside])
     return places.astype(np.int64)
@@ -101,13 +101,13 @@ def _encipher(words: Words, size: int, keys: Words) -> Words:
         round_keys = keys + np.uint64((number + 1) * _GOLDEN & _MASK)
         modulus = a if number % 2 == 0 else b
         left, right = right, (left + mix(right + mix(round_keys)) % modulus) % modulus
-    return right * a + left  # an even number of rounds leaves the halves where they began
+    return right * a + left  # an even number of rounds leaves the halves in their original order
 
 
 def order(seed: int, size: int, positions: Positions) -> tuple[Positions, Positions]:
     """The samples at some positions of the endless stream of shuffled epochs.
 
-    Position p of the stream is place p % size of epoch p // size, so a batch may span two
+    Position p of the stream is place p % size of epoch p // size, so a batch can span two
     epochs and no sample is dropped.
 
     Args:
@@ -123,13 +123,12 @@ def order(seed: int, size: int, positions: Positions) -> tuple[Positions, Positi
 def order_of(
     dataset: Any, seed: int | None, positions: Positions, size: int | None = None
 ) -> tuple[Positions, Positions]:
-    """The samples at some positions of a dataset's own order, where it has one; else as `order`.
+    """The samples at some positions of a dataset's own order, if it has one; otherwise as `order`.
 
-    Without a seed, those of a dataset that has none stand as they come.
+    Without a seed, a dataset without its own order is read in sequence.
 
     Args:
-        size: take only so many samples, drawn by the seed; those of a smaller number are among those of a
-            larger one.
+        size: use only this many samples, drawn with the seed; a smaller number is a subset of a larger one.
     """
     if isinstance(dataset, OrderedDataset):
         return dataset.order(seed or 0, positions)
@@ -141,16 +140,16 @@ def order_of(
 
 
 def drawn(seed: int, places: Positions, size: int) -> Positions:
-    """The samples, of so many, that are drawn by a seed at places: (n,) in range(size), each once."""
+    """The samples that a seed draws from `size` at places: (n,) in range(size), each once."""
     return permute(places, size, fold(seed, _DRAWN))
 
 
 def place_of(dataset: Any, seed: int | None, position: int) -> Any:
-    """What `go_to` of a dataset needs to find a position again; None of one that has no order of its own."""
+    """What a dataset's `go_to` needs to find a position again; None if it has no order of its own."""
     return dataset.place(seed or 0, position) if isinstance(dataset, OrderedDataset) else None
 
 
 def go_to(dataset: Any, place: Any) -> None:
-    """Have a dataset with an order of its own take it up from a place on."""
+    """Make a dataset with its own order continue from a place."""
     if isinstance(dataset, OrderedDataset) and place is not None:
         dataset.go_to(place)

@@ -1,4 +1,4 @@
-"""Parquet files, opened to be read."""
+"""Opens Parquet files for reading."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def opened(source: Path | BinaryIO, where: str) -> Iterator[ParquetFile]:
-    """A Parquet file, within a block that reads it.
+    """A Parquet file, open within this block.
 
     Args:
-        where: what it is called in messages.
+        where: its name in messages.
 
     Raises:
-        BadInput: it is none, or what is read of it is damaged.
+        BadInput: it is not a Parquet file, or what is read is damaged.
     """
     import pyarrow
     from pyarrow import parquet

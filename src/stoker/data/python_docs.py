@@ -1,10 +1,10 @@
-"""The corpora that every CPython carries: its language reference and its standard library.
+"""The corpora that every CPython ships: its language reference and its standard library.
 
-The reference, `pydoc_data.topics`, is cut into entries: a heading, or the definition of a
+The reference, `pydoc_data.topics`, is split into entries: a heading, or the definition of a
 function, method or command, with its text. Topics overlap (one is often a chapter of
-another), so entries are made unique, and those that share a paragraph are given one key:
-nothing that stands in a test split stands in the train split too, be it as text or as the
-answer to a question.
+another), so entries are deduplicated, and those that share a paragraph get the same key:
+nothing in a test split is also in the train split, be it as text or as the answer to a
+question.
 """
 
 from __future__ import annotations
@@ -23,35 +23,35 @@ from pathlib import Path
 
 from stoker.data.documents import Document, chop, content_key
 
-_SHORTEST_BODY = 80  # characters; less explains nothing
+_SHORTEST_BODY = 80  # characters; anything shorter explains nothing
 _ANSWER = 500  # characters
-_LARGEST_SOURCE = 200_000  # bytes; what is larger is tables
-_SHARED = 80  # characters of a paragraph that two entries do not have in common by chance
+_LARGEST_SOURCE = 200_000  # bytes; larger files are tables
+_SHARED = 80  # characters of a paragraph that two entries do not share by chance
 _LEFT_OUT = {
     "site-packages", "dist-packages", "test", "tests", "idle_test", "idlelib", "lib2to3", "pydoc_data",
     "turtledemo", "__pycache__", "_bundled", "__phello__", "lib-dynload",
 }  # fmt: skip
 
 _UNDERLINE = re.compile(r"([*=\-^~])\1{2,}")
-# A signature (`object.__repr__(self)`, `d[key] = value`, `h(elp) [command]`) stands alone like a
-# paragraph. What tells it from prose: no capital, bullet or quote before it, no punctuation after.
+# A signature (`object.__repr__(self)`, `d[key] = value`, `h(elp) [command]`) is on its own like a
+# paragraph. It differs from prose by having no capital, bullet or quote before it, no punctuation after.
 _SIGNATURE = re.compile(r"(?!(?:is|are|was|and|or|but|then) )[a-z_!].*[^.:,;\s]")
 _QUALIFIERS = re.compile(r"^(?:static|classmethod|async) ", re.MULTILINE)
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A piece of the reference: what it is about, and what it says."""
+    """A piece of the reference: its subject, and its text."""
 
     title: str
-    """A heading, or the signatures of a definition, a line each."""
+    """A heading, or the signatures of a definition, one per line."""
     body: str
     definition: bool
     topic: str
 
 
 def describe(name: str) -> str:
-    """A line on what a built-in corpus is made of."""
+    """A description of a built-in corpus."""
     made_of = "questions on the reference" if name.endswith("-qa") else "reference and standard library"
     return f"{name}: {made_of} of Python {platform.python_version()}"
 
@@ -67,7 +67,7 @@ def texts() -> list[Document]:
 
 
 def questions() -> list[Document]:
-    """Questions on the reference with their answers, under the keys that the entries have in `texts`."""
+    """Questions about the reference with their answers, under the keys that the entries have in `texts`."""
     documents: list[Document] = []
     for entry, key in _keyed(entries()):
         for question in _questions(entry):
@@ -110,7 +110,7 @@ def entries() -> list[Entry]:
 
 
 def _parse(text: str, topic: str, title: str = "") -> Iterator[Entry]:
-    """The entries of a text. What follows a definition belongs to the heading above it."""
+    """The entries of a text. Text after a definition belongs to the heading above it."""
     lines = text.split("\n")
     body: list[str] = []
     at = 0
@@ -129,7 +129,7 @@ def _parse(text: str, topic: str, title: str = "") -> Iterator[Entry]:
 
 
 def _definition(text: str, topic: str) -> Iterator[Entry]:
-    """A definition and, for a class, those inside it, under the name of the class."""
+    """A definition and, for a class, those inside it, prefixed with the name of the class."""
     title, _, block = text.partition("\n\n")
     title = _QUALIFIERS.sub("", title)
     body = textwrap.dedent(block)
@@ -144,13 +144,13 @@ def _definition(text: str, topic: str) -> Iterator[Entry]:
 
 
 def _is_method(signature: str) -> bool:
-    """Whether a class lists it as a method of its own, not as `len(d)` or `d[key]`."""
+    """Whether a class lists it as its own method, unlike `len(d)` or `d[key]`."""
     call = re.match(r"(\w+)\(", signature)
     return call is not None and call[1] not in vars(builtins)
 
 
 def _definition_end(lines: list[str], at: int) -> int:
-    """Where the definition that begins at a line ends; 0 where none begins there."""
+    """Where the definition that begins at a line ends; 0 if none begins there."""
     if at > 0 and lines[at - 1].strip():
         return 0
     blank = at
@@ -173,7 +173,7 @@ def _joined(lines: list[str]) -> str:
 
 
 def _keyed(found: list[Entry]) -> Iterator[tuple[Entry, str]]:
-    """Each entry with its key: one for all entries that share a paragraph or a title."""
+    """Each entry with its key: the same for all entries that share a paragraph or a title."""
     leader = list(range(len(found)))
 
     def lead(number: int) -> int:
@@ -204,7 +204,7 @@ def _normal(text: str) -> str:
 
 
 def modules() -> list[tuple[str, Path]]:
-    """The name and file of every module of the standard library, sorted, but for tests and tables."""
+    """The name and file of every module of the standard library, sorted, except tests and tables."""
     root = Path(sysconfig.get_path("stdlib"))
     found = []
     for path in sorted(root.rglob("*.py")):
@@ -217,18 +217,18 @@ def modules() -> list[tuple[str, Path]]:
 
 
 def read_source(path: Path) -> str:
-    """A module's source, decoded as it says itself."""
+    """A module's source, decoded as it declares."""
     with tokenize.open(path) as file:
         return file.read()
 
 
 def _docstrings(module: str, source: str) -> str:
-    """The docstrings of a module as text, each under its name and arguments."""
+    """The docstrings of a module as text, each below its name and arguments."""
     return "\n\n".join(_described(parsed(source), module))
 
 
 def parsed(source: str) -> ast.Module:
-    """The syntax tree of a module, with no word on escapes that only warn."""
+    """The syntax tree of a module, without warnings about escapes."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SyntaxWarning)
         return ast.parse(source)

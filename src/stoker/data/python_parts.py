@@ -1,16 +1,16 @@
-"""Docstrings of Python's standard library, each with the part of the library that it comes from.
+"""Docstrings of Python's standard library, each labelled with the part of the library that it comes from.
 
-A part is one or a few chapters of the Library Reference of Python 3.11, whose modules are listed in
-`PARTS`. Chapters of a few docstrings, modules that later Pythons have removed, and what some systems ship
-apart from Python (tkinter, turtle) are left out.
+A part is one or more chapters of the Library Reference of Python 3.11, whose modules are listed in `PARTS`.
+Chapters with few docstrings, modules removed in later Python versions, and packages that some systems ship
+separately (tkinter, turtle) are left out.
 
-What a text says must be enough to tell its part, and nothing else may give it away:
+A text must be enough to identify its part, and nothing else may give it away:
 
 - The group of a text is its module, and a group is never divided among splits: docstrings of one module
   share their subject, and often their wording.
 - Modules copy from each other (`asyncio.unix_events` what it overrides, `bz2` from `gzip`): of texts that
-  have most of their words in common, in the same order, one is kept.
-- No text holds the name of the package that it comes from.
+  share most of their words, in the same order, only one is kept.
+- No text contains the name of the package that it comes from.
 """
 
 from __future__ import annotations
@@ -56,17 +56,17 @@ PARTS: dict[str, str] = {
 }
 """The modules and packages of each part, by its name."""
 
-_SHORTEST = 30  # characters; less says nothing
-_SHARED = 0.5  # of the word triples of a text: more is no chance
+_SHORTEST = 30  # characters; anything shorter is meaningless
+_SHARED = 0.5  # of the word triples of a text: more is not by chance
 
 
 def describe() -> str:
-    """A line on what the texts are."""
+    """A description of the texts."""
     return f"python-docstrings: docstrings of the library of Python {platform.python_version()}"
 
 
 def texts() -> list[Text]:
-    """The docstrings, in a fixed order; the label of each is a key of `PARTS`, its group its module."""
+    """The docstrings, in a fixed order; the label is a key of `PARTS`, the group is the module."""
     part_of = {name: part for part, names in PARTS.items() for name in names.split()}
     found: dict[str, Text] = {}
     for module, path in python_docs.modules():
@@ -89,7 +89,7 @@ def _docstrings(
 
 
 def _unlike_each_other(found: Iterable[Text]) -> list[Text]:
-    """Leave out each text most of whose word triples stand in one longer text that is kept."""
+    """Leave out each text most of whose word triples are in a single longer text that is kept."""
     kept: list[Text] = []
     holding: defaultdict[tuple[str, ...], list[int]] = defaultdict(list)
     for text in sorted(found, key=lambda text: (-len(text.text), text)):

@@ -1,6 +1,6 @@
-"""Records of text data as documents: texts, pairs, conversations, by the fields that a record has.
+"""Turns records of text data into documents: texts, pairs or conversations, depending on their fields.
 
-A record that cannot be read is refused with where it stands and what was expected.
+A record that cannot be read is refused with its location and what was expected.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from stoker.data import called
 from stoker.data.documents import ROLES, Document, Message, content_key
 from stoker.errors import BadInput, nearest
 
-Record = tuple[str, Any]  # where it stands, and what stands there
-Columns = Mapping[str, str]  # a field of the forms below -> what a record calls it
+Record = tuple[str, Any]  # location and content
+Columns = Mapping[str, str]  # a field of the formats below -> the record's name for it
 NO_COLUMNS: Columns = MappingProxyType({})
 
-# (prompt, optional addition to the prompt, text). Pairs first: sets of pairs often carry a
-# rendering of the whole as "text" too.
+# (prompt, optional addition to the prompt, text). Pairs come first, because datasets of pairs often also
+# contain the whole as "text".
 _FORMS: tuple[tuple[str | None, str | None, str], ...] = (
     ("prompt", None, "completion"),
     ("question", None, "answer"),
@@ -32,9 +32,9 @@ _FORMS_TEXT = (
     '{"instruction", "output"} with an optional "input", or {"messages": [{"role", "content"}]}'
 )
 _CHATS = ("messages", "conversations", "conversation")
-"""Lists of turns, as chat data has them."""
+"""Fields with lists of turns in chat data."""
 _SPOKEN = (("role", "content"), ("from", "value"))
-"""Who speaks in a turn, and what is said."""
+"""The fields for the speaker and the content of a turn."""
 _LIKE_PROMPTS = ("prompt", "question", "instruction", "query", "problem", "input")
 _LIKE_ANSWERS = ("completion", "response", "answer", "output", "solution", "chosen", "reply", "target")
 _LIKE_TEXTS = ("content", "body", "raw_content", "document", "article", "code")
@@ -44,23 +44,23 @@ _LIKE_SAID = ("content", "value", "utterance", "text", "message", "body", "said"
 _OF_TURNS = ("role", "content")
 _OF_FORMS = tuple(dict.fromkeys(name for form in _FORMS for name in form if name))
 _FIELDS = (*_OF_FORMS, "messages", *_OF_TURNS, "system", "tools", called.VALUES)
-"""What `columns` may name."""
+"""The names that `columns` can map."""
 _OPTIONAL = ("input", "system", "tools", called.VALUES)
 _MEANT = (
     "system", "system_prompt", "history", "tools", "functions", "context", "input", "documents", "images",
     "image", "audios", "audio", "videos", "video", "rejected", "chosen", "reasoning_content", "thinking",
 )  # fmt: skip
-"""Fields that others train on. What else stands in a record, such as an id or a source, tells about it."""
+"""Fields that other trainers use. Other fields, such as an id or a source, are only metadata."""
 _ROLES = {
     **{role: role for role in ROLES},
     "human": "user", "gpt": "assistant", "ai": "assistant", "bot": "assistant", "model": "assistant",
     "function": "tool", "observation": "tool", "tool_response": "tool", "ipython": "tool",
 }  # fmt: skip
-"""What others call those whom chat templates call user, assistant and tool; in any case of letters."""
+"""Other names for the roles user, assistant and tool, in any letter case."""
 
 
 def from_json(line: bytes, where: str) -> Iterator[Record]:
-    """The record of a line of JSON; none of a blank one. Raises BadInput."""
+    """The record on a line of JSON; none for a blank line. Raises BadInput."""
     text = decode(line, where).strip()
     if not text:
         return
@@ -73,27 +73,27 @@ def from_json(line: bytes, where: str) -> Iterator[Record]:
 
 
 def check_columns(columns: Columns) -> None:
-    """Refuse names of fields that are not read. Raises BadInput."""
+    """Raises BadInput for names of fields that are not read."""
     unknown = next((name for name in columns if name not in _FIELDS), None)
     if unknown is not None:
         raise BadInput(
-            f"columns: no form of record has {unknown!r}{nearest(unknown, _FIELDS)}; what may be called "
-            f"otherwise is {', '.join(_FIELDS)}"
+            f"columns: no record format has a field {unknown!r}{nearest(unknown, _FIELDS)}; the fields are "
+            f"{', '.join(_FIELDS)}"
         )
     of_turns = next((name for name in _OF_TURNS if name in columns), None)
     if of_turns is not None and "messages" not in columns and "completion" not in columns:
         raise BadInput(
-            f"columns: {of_turns!r} is a field of messages: name these too, as in columns='{{messages: "
+            f"columns: {of_turns!r} is a field of messages: name messages too, as in columns='{{messages: "
             f"messages, {of_turns}: {columns[of_turns]}}}'"
         )
 
 
 def documents(records: Iterable[Record], columns: Columns = NO_COLUMNS) -> Iterator[Document]:
-    """The documents of records, those of which nothing can be learnt too (see `Document.lacking`).
+    """The documents of records, including those from which nothing can be learnt (see `Document.lacking`).
 
     Args:
-        columns: under which names a record has its fields; by default those of the forms. Where some are
-            given, others are not read.
+        columns: the records' names for the fields; default: those of the formats. If any are given, other
+            fields are not read.
     """
     for where, found in records:
         if not isinstance(found, dict):
@@ -128,40 +128,40 @@ def documents(records: Iterable[Record], columns: Columns = NO_COLUMNS) -> Itera
 
 
 def _renamed(where: str, record: dict[str, Any], columns: Columns) -> dict[str, Any]:
-    """What `columns` names of a record, under the names of the forms. Raises BadInput."""
+    """The fields of a record that `columns` names, renamed to the formats' names. Raises BadInput."""
     of_record = {own: name for own, name in columns.items() if own not in _OF_TURNS}
     lacking = next((n for own, n in of_record.items() if n not in record and own not in _OPTIONAL), None)
     if lacking is not None:
         has = ", ".join(map(repr, record)) or "none"
-        raise BadInput(f"{where}: no field {lacking!r}, which columns names; the record has the fields {has}")
+        raise BadInput(f"{where}: no field {lacking!r}, which columns names; the record's fields are {has}")
     return {own: record[name] for own, name in of_record.items() if name in record}
 
 
 def _unread(record: dict[str, Any], read: Sequence[str]) -> tuple[str, ...]:
-    """Which fields that mean something hold something, and are not among those that are read."""
+    """The fields that other trainers use, that are not empty, and that are not among those read."""
     return tuple(name for name in _MEANT if record.get(name) and name not in read)
 
 
 def _system(where: str, record: dict[str, Any]) -> str:
-    """The system prompt that stands in a field of its own; empty where none does. Raises BadInput."""
+    """The system prompt in a separate field; empty if there is none. Raises BadInput."""
     said = _field(where, record, "system") if record.get("system") else ""
     return said if said.strip() else ""
 
 
 def _messages(where: str, record: dict[str, Any], columns: Columns) -> tuple[Message, ...]:
-    """A record's conversation; empty where it is none. Raises BadInput."""
+    """A record's conversation; empty if it has none. Raises BadInput."""
     said, role, content = _turns(record, columns)
     if not said:
         return ()
     found = [_message(f"{where}, message {n}", m, role, content) for n, m in enumerate(said, start=1)]
     system = _system(where, record)
-    if system and all(message.role != "system" for message in found):  # else it says so itself
+    if system and all(message.role != "system" for message in found):  # otherwise the messages contain it
         found.insert(0, Message("system", system))
     return tuple(found)
 
 
 def _turns(record: dict[str, Any], columns: Columns) -> tuple[list[Any], str, str]:
-    """The turns of a record's conversation, and the fields of each: who speaks, and what."""
+    """The turns of a record's conversation, and the names of their role and content fields."""
     for turns in _CHATS:
         if isinstance(record.get(turns), list):
             role, content = _spoken(record[turns])
@@ -173,7 +173,7 @@ def _turns(record: dict[str, Any], columns: Columns) -> tuple[list[Any], str, st
 
 
 def _spoken(turns: list[Any]) -> tuple[str, str]:
-    """The fields of turns, as the first has them."""
+    """The role and content fields of turns, judging by the first turn."""
     first = turns[0] if turns and isinstance(turns[0], dict) else {}
     return next((names for names in _SPOKEN if names[0] in first), _SPOKEN[0])
 
@@ -185,14 +185,14 @@ def _message(where: str, message: Any, role: str, content: str) -> Message:
     for name in (role, content):
         if name not in message:
             has = ", ".join(repr(key) for key in message) or "no fields"
-            raise BadInput(f"{where}: has no {name!r}; it has {has}{_columns_for_turns(message)}")
+            raise BadInput(f"{where}: has no {name!r}; its fields are {has}{_columns_for_turns(message)}")
     said = message[content]
-    if isinstance(said, list):  # parts, of which only texts can be learnt from
+    if isinstance(said, list):  # parts, of which only text can be learnt from
         texts = [
             part["text"] for part in said if isinstance(part, dict) and isinstance(part.get("text"), str)
         ]
         if len(texts) < len(said):
-            raise BadInput(f"{where}: {content!r} has a part that is no text")
+            raise BadInput(f"{where}: {content!r} has a part that is not text")
         message = {**message, content: "".join(texts)}
     said_by = _field(where, message, role)
     speaker = _ROLES.get(said_by.strip().lower(), said_by)
@@ -200,7 +200,7 @@ def _message(where: str, message: Any, role: str, content: str) -> Message:
 
 
 def _parse(where: str, record: dict[str, Any]) -> tuple[str, str, tuple[str, ...]]:
-    """A record's prompt (empty for plain text), its text, and the fields they are of. Raises BadInput."""
+    """A record's prompt (empty for plain text), its text, and the fields they are from. Raises BadInput."""
     for prompt, addition, text in _FORMS:
         if text in record and (prompt is None or prompt in record):
             asked = _field(where, record, prompt) if prompt else ""
@@ -211,16 +211,16 @@ def _parse(where: str, record: dict[str, Any]) -> tuple[str, str, tuple[str, ...
     if chat is not None and record[chat] == []:
         return "", "", ()
     if chat is not None:
-        raise BadInput(f"{where}: {chat!r} must be a list of messages: not {kind_of(record[chat])}")
+        raise BadInput(f"{where}: {chat!r} must be a list of messages, not {kind_of(record[chat])}")
     has = ", ".join(repr(name) for name in record) or "none"
     raise BadInput(
-        f"{where}: no expected field; the record has the fields {has}; allowed are {_FORMS_TEXT}, or say by "
-        f"columns what it calls them, as in columns='{_columns_for(record)}'"
+        f"{where}: no known field; the record's fields are {has}; known formats are {_FORMS_TEXT}; map other "
+        f"names with columns, as in columns='{_columns_for(record)}'"
     )
 
 
 def _columns_for(record: dict[str, Any]) -> str:
-    """What `columns` may be to have a record read, by what its fields are called."""
+    """A suggestion for `columns` that would make a record readable, from the names of its fields."""
 
     def first(names: Iterable[str]) -> str | None:
         return next((name for name in names if name in record), None)
@@ -240,15 +240,13 @@ def _columns_for(record: dict[str, Any]) -> str:
 
 
 def _columns_for_turns(message: Mapping[str, Any]) -> str:
-    """What `columns` may be to have a message read, for the end of a sentence; empty where nobody knows."""
+    """A suggestion for `columns` for a message, as the end of a sentence; empty if there is none."""
     fields = ", ".join(f"{own}: {name}" for own, name in _fields_of_turn(message).items())
-    return (
-        f"; say by columns what it calls them, as in columns='{{messages: ..., {fields}}}'" if fields else ""
-    )
+    return f"; map its names with columns, as in columns='{{messages: ..., {fields}}}'" if fields else ""
 
 
 def _fields_of_turn(message: Mapping[str, Any]) -> dict[str, str]:
-    """Who speaks in a turn and what is said, by what its fields are called; empty where that is as usual."""
+    """The role and content fields of a turn, by common names; empty if they are the usual ones."""
     role, content = (
         next((name for name in names if name in message), None) for names in (_LIKE_SPEAKERS, _LIKE_SAID)
     )
@@ -268,16 +266,16 @@ def _is_chat(value: Any) -> bool:
 def _field(where: str, record: dict[str, Any], name: str) -> str:
     value = record[name]
     if not isinstance(value, str):
-        raise BadInput(f"{where}: the field {name!r} must be a text, not {kind_of(value)}")
+        raise BadInput(f"{where}: the field {name!r} must be a string, not {kind_of(value)}")
     try:
         value.encode()
-    except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can spell
+    except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can contain
         raise BadInput(f"{where}: the field {name!r} is not valid Unicode: {error.reason}") from error
     return value
 
 
 def kind_of(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
+    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
     return names.get(
         type(value), f"a number ({value})" if isinstance(value, int | float) else "something else"
     )

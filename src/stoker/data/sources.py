@@ -1,8 +1,8 @@
-"""Reading text data into documents: built-in corpora, local files, datasets of the hub.
+"""Reads text data into documents: built-in corpora, local files, hub datasets.
 
-Every source ends in the same `Document`s. A record is read by the fields it has, in any of
-the forms that instruction data comes in. Input that cannot be read is refused with the file,
-the line and what was expected.
+Every source produces the same kind of `Document`. A record is interpreted by its fields, in any of the
+usual formats of instruction data. Input that cannot be read is refused with the file, the line and what
+was expected.
 """
 
 from __future__ import annotations
@@ -42,34 +42,34 @@ BUILT_IN: dict[str, Callable[[], list[Document]]] = {
 }
 
 
-_SAMPLED = 16  # parts of a stream that are looked at beforehand
-_FIRST = 100  # documents of a file that are looked at before anything is started
-_READ_WHOLE = (".json", ".txt")  # the files whose first document is not there before all of them is
-_SMALL = 16 * 2**20  # bytes of such a file that are read twice gladly
+_SAMPLED = 16  # parts of a stream that are sampled in advance
+_FIRST = 100  # documents of a file that are checked before anything is started
+_READ_WHOLE = (".json", ".txt")  # files that must be read whole to get their first document
+_SMALL = 16 * 2**20  # bytes up to which such a file may be read twice
 
 Key = Literal["data", "validation_data", "test_data"]
-"""The key of the config that names data: what it is for."""
+"""The config key that names data, and thereby its purpose."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """Data for training or evaluation, by itself or among others."""
+    """One source of data for training or evaluation."""
 
     name: str
-    """Short, and unlike that of the others of its key."""
+    """Short, and unique among the sources of its key."""
     weight: float
     splits: Splits
-    """Of a stream: those of the parts that were looked at."""
+    """For a stream: those of the sampled parts."""
     fingerprint: str
     description: str
     stream: Chunks | None = None
-    """What is to be read while training, where that is not all in `splits`."""
+    """The data to read during training, if not everything is in `splits`."""
     held_out: float = 0.0
-    """Of a stream: the documents whose place is below it are for validation and test."""
+    """For a stream: documents whose place is below this are for validation and test."""
     key: Key = "data"
-    """Of any but `data` all documents are in the split that is evaluated."""
+    """For any key but `data`, all documents are in the split that is evaluated."""
     left_out: tuple[LeftOut, ...] = ()
-    """As of a corpus; of a stream, among what was looked at."""
+    """As in a corpus; for a stream, among the sampled parts."""
 
 
 def read_all(
@@ -82,19 +82,18 @@ def read_all(
     test_data: str | None = None,
     columns: Columns = NO_COLUMNS,
 ) -> list[Source]:
-    """Read what is named as `a`, as `a,b`, or with weights as `a:3,b:1`: what is trained on comes first.
+    """Read data named as `a`, as `a,b`, or with weights as `a:3,b:1`; the training data comes first.
 
-    Several without weights are one, of all of their documents; but each of those that are evaluated on is
-    one of its own.
+    Several sources without weights are combined into one; but evaluation sources always remain separate.
 
     Args:
-        validation, test: the shares of the documents that are held out, see `documents.split`.
-        streaming: leave what is not built in to be read while training.
-        validation_data, test_data: what is evaluated on in place of that share of `data`, read whole.
-        columns: as those of `records.documents`, of all that is not built in.
+        validation, test: the shares of the documents to hold out, see `documents.split`.
+        streaming: leave everything that is not built in to be read during training.
+        validation_data, test_data: evaluation data that replaces that share of `data`; read whole.
+        columns: see `records.documents`; for everything that is not built in.
 
     Raises:
-        BadInput: as `read`, or for weights that are none, or of what is evaluated on.
+        BadInput: as for `read`, or for invalid weights, or weights on evaluation data.
     """
     records.check_columns(columns)
     found = _trained_on(
@@ -144,7 +143,7 @@ def _trained_on(
         corpus = make_corpus(documents, "; ".join(corpus.description for corpus in corpora), left_out)
         return [_whole(data, 1.0, corpus, validation, test)]
     if len(named) > 1 and any(weight is None for _, weight in named):
-        raise BadInput(f"data={data}: give each a weight, such as {named[0][0]}:3,{named[1][0]}:1")
+        raise BadInput(f"data={data}: every source needs a weight, as in {named[0][0]}:3,{named[1][0]}:1")
     found = []
     for name, weight in named:
         if streaming and name not in BUILT_IN:
@@ -155,7 +154,7 @@ def _trained_on(
 
 
 def check(data: str, key: Key = "data", columns: Columns = NO_COLUMNS) -> None:
-    """Refuse what is not there, and files here that do not begin as data does. Raises BadInput."""
+    """Raises BadInput for data that does not exist, and local files that do not begin as data does."""
     records.check_columns(columns)
     for name in named(data, key):
         path = Path(name).expanduser()
@@ -178,16 +177,16 @@ def _check_first(source: str, path: Path, columns: Columns) -> None:
 
 
 def named(data: str, key: Key = "data") -> list[str]:
-    """What is named as `a`, as `a,b`, or with weights, each as it was given. Raises BadInput."""
+    """The names in `a`, `a,b`, or `a:3,b:1`, as given. Raises BadInput."""
     found = _weights(data, key)
     if key != "data" and any(weight is not None for _, weight in found):
         names = ",".join(name for name, _ in found)
-        raise BadInput(f"{key}={data}: what is evaluated on has no weights, so write {key}={names}")
+        raise BadInput(f"{key}={data}: evaluation data takes no weights: use {key}={names}")
     return [name for name, _ in found]
 
 
 def is_here(name: str) -> bool:
-    """Whether what is named is files of this machine."""
+    """Whether a name refers to local files."""
     return name not in BUILT_IN and Path(name).expanduser().exists()
 
 
@@ -210,11 +209,11 @@ def _weights(data: str, key: Key = "data") -> list[tuple[str, float | None]]:
         except ValueError:
             weight = math.nan
         if not (0 < weight < math.inf):
-            raise BadInput(f"{key}={data}: {given!r} is no weight: give a number above 0, as in {name}:3")
+            raise BadInput(f"{key}={data}: {given!r} is not a weight: use a number above 0, as in {name}:3")
         found.append((name, weight))
     if any(not name for name, _ in found):
         write = "a.jsonl:3,b.jsonl:1" if key == "data" else "a.jsonl,b.jsonl"
-        raise BadInput(f"{key}={data}: a name is missing; write {write}")
+        raise BadInput(f"{key}={data}: a name is missing: write {write}")
     return found
 
 
@@ -226,12 +225,12 @@ def _whole(name: str, weight: float, corpus: Corpus, validation: float, test: fl
 def _streamed(name: str, weight: float, validation: float, test: float, columns: Columns) -> Source:
     found = chunks.find(name, columns)
     looked = [document for number in looked_at(found) for document in found.kept(number)]
-    documents, left_out = learnable(looked, f"what was looked at of {name}")
+    documents, left_out = learnable(looked, f"the sampled part of {name}")
     splits = split_by_place(documents, validation=validation, test=test)
     if (validation and not splits.validation) or (test and not splits.test):
         raised = " and ".join(key for key, share in (("validation", validation), ("test", test)) if share)
         raise BadInput(
-            f"{name}: of {counted(len(documents), 'document')} that were looked at none is held out: raise "
+            f"{name}: none of the {counted(len(documents), 'document')} sampled would be held out: increase "
             f"{raised}"
         )
     size = f"{words.size(found.size)} in {counted(len(found.files), 'file')}"
@@ -241,15 +240,17 @@ def _streamed(name: str, weight: float, validation: float, test: float, columns:
 
 
 def fingerprint(found: Sequence[Source]) -> str:
-    """SHA-256 of the content of all of them, with their weights where there are several."""
+    """SHA-256 of the content of all sources, with their weights if there are several."""
     if len(found) == 1:
         return found[0].fingerprint
     return hashlib.sha256(repr([(s.fingerprint, s.weight) for s in found]).encode()).hexdigest()
 
 
 def repeated(found: Sequence[Source]) -> dict[Key, int]:
-    """How many documents of each key that is evaluated on are trained on word for word; of a stream those
-    are known that were looked at."""
+    """The number of evaluation documents per key that are also trained on, word for word.
+
+    For a stream, only the sampled documents are known.
+    """
     evaluated = [
         (source.key, (document.prompt, document.text, document.messages))
         for source in found
@@ -263,7 +264,7 @@ def repeated(found: Sequence[Source]) -> dict[Key, int]:
 
 
 def looked_at(stream: Chunks) -> list[int]:
-    """The parts of a stream that are read beforehand: a few, evenly spread over all."""
+    """The parts of a stream that are sampled in advance: a few, evenly spread."""
     most = min(_SAMPLED, len(stream))
     return [number * len(stream) // most for number in range(most)]
 
@@ -285,15 +286,15 @@ def _short_name(name: str) -> str:
 
 
 def read(source: str, columns: Columns = NO_COLUMNS) -> Corpus:
-    """Read a corpus: a built in one, a file, a folder of files, a URL of either, or a dataset of the hub.
+    """Read a corpus: a built-in one, a file, a folder of files, a URL of either, or a hub dataset.
 
-    Files are .jsonl, .json, .csv, .tsv, .txt or .parquet, all but the last also with .gz or .zst behind it;
-    of a folder a plain .json is not taken.
+    Files are .jsonl, .json, .csv, .tsv, .txt or .parquet, all but the last also with .gz or .zst appended;
+    a plain .json in a folder is ignored.
 
     Args:
-        columns: as those of `records.documents`.
+        columns: see `records.documents`.
 
-    Raises BadInput for what does not exist, cannot be read, or holds nothing to be learnt.
+    Raises BadInput if it does not exist, cannot be read, or contains nothing to learn.
     """
     if source in BUILT_IN:
         return make_corpus(BUILT_IN[source](), python_docs.describe(source))
@@ -318,7 +319,7 @@ def read(source: str, columns: Columns = NO_COLUMNS) -> Corpus:
 
 
 def _files(source: str, path: Path) -> list[Path]:
-    """The file at a path, or those of a folder, in order. Raises BadInput for a folder without one."""
+    """The file at a path, or those of a folder, in order. Raises BadInput for a folder without any."""
     if not path.is_dir():
         return [path]
     files = sorted(file for file in path.rglob("*") if compressed.is_data_in_a_folder(file.name))
@@ -330,7 +331,7 @@ def _files(source: str, path: Path) -> list[Path]:
 def _read_file(path: Path, columns: Columns) -> Iterator[Document]:
     reader = _READERS.get(compressed.kind(path.name))
     if reader is None:
-        raise BadInput(f"{path} has an ending that is not known: give a {compressed.ALLOWED}")
+        raise BadInput(f"{path} has an unknown file extension: give a {compressed.ALLOWED}")
     try:
         yield from reader(path, columns)
     except OSError as error:

@@ -1,11 +1,11 @@
-"""Rows of documents that are tokenised and packed as training comes to them.
+"""Rows of documents that are tokenised and packed during training.
 
-For data that is too large to be tokenised ahead. It is cut into chunks (see `chunks`), whose order in each
-epoch is a keyed permutation; some chunks that follow each other make a group, of whose rows the order is
-one again. How many rows a chunk has is known once it is tokenised. So a position is found by counting
-through the groups from the last known one, which goes into checkpoints (`place`), and resuming there costs
-the same everywhere. Tokenised chunks stand in the cache, by what they hold and not by the order; ranks and
-runs share them, and of a data set only the newest are kept.
+This is for data that is too large to tokenise in advance. It is divided into chunks (see `chunks`), whose
+order in each epoch is a keyed permutation; several consecutive chunks form a group, whose rows are permuted
+again. The number of rows of a chunk is known only once it is tokenised. So a position is found by counting
+through the groups from the last known one, which is saved in checkpoints (`place`), and resuming costs the
+same at any position. Tokenised chunks are in the cache, named by their content and not by the order; ranks
+and runs share them, and only the newest ones of a dataset are kept.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from stoker.data.tokens import NothingLeft, PackedDataset
 from stoker.errors import BadInput, StokerError
 
 GROUP = 8
-"""Chunks of which the rows are shuffled together."""
+"""Chunks whose rows are shuffled together."""
 
 _KEPT = 16 * GROUP  # tokenised chunks on disk
 _OPEN = 2 * GROUP  # of these, open in a process
-_ROWS = 2**32  # more than a chunk has rows
-_CHUNKS, _WITHIN = 11, 12  # salts: of the order of the chunks, and of the rows of a group
+_ROWS = 2**32  # more rows than a chunk can have
+_CHUNKS, _WITHIN = 11, 12  # salts: for the order of the chunks, and for the rows of a group
 
 
 class _Group(NamedTuple):
@@ -46,11 +46,11 @@ class _Group(NamedTuple):
 
     begin: int
     end: int
-    """Of its rows among all."""
+    """The end of its rows among all rows."""
     epochs: Positions
     chunks: Positions
     sizes: Positions
-    """Rows of each chunk; as the two before (GROUP,)."""
+    """Rows of each chunk; like the two fields above, (GROUP,)."""
 
     @property
     def ends(self) -> Positions:
@@ -59,15 +59,15 @@ class _Group(NamedTuple):
 
 
 class Stream:
-    """Rows as a `PackedDataset` has them, endless, in an order of its own.
+    """Rows like those of a `PackedDataset`, endless, in their own order.
 
     Args:
         chunks: where the documents are.
-        held_out: the documents whose place (see `documents.place`) is below it are not trained on.
+        held_out: documents whose place (see `documents.place`) is below this are not trained on.
         encode, pad_id, vocab_size, sequence_length, packing: see `tokens.tokenise`.
         fingerprint: of the data and of `encode`.
-        cache: the folder that tokenised chunks stand in.
-        sampled: chunks by which the length of an epoch and of a row is estimated.
+        cache: the folder for tokenised chunks.
+        sampled: chunks from which the lengths of an epoch and of a row are estimated.
     """
 
     def __init__(
@@ -94,16 +94,16 @@ class Stream:
         self._cache = cache / f"stream-{hashlib.sha256(repr(parts).encode()).hexdigest()[:32]}"
         self._sampled = list(sampled)
         self._opened: dict[int, PackedDataset] = {}
-        self._first, self._begin = 0, 0  # a group, and how many rows are before it
+        self._first, self._begin = 0, 0  # a group, and the number of rows before it
         self._groups: list[_Group] = []  # from the first one on
         self._estimate(self.looked_at())
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a worker that loads is given: it opens the chunks that it reads itself."""
+        """The state for a loader worker, which opens the chunks that it reads itself."""
         return {**self.__dict__, "_opened": {}, "_groups": []}
 
     def looked_at(self) -> list[PackedDataset]:
-        """The chunks by which it is estimated."""
+        """The chunks that estimates are based on."""
         return [self._open(number) for number in self._sampled]
 
     def _estimate(self, found: Sequence[PackedDataset]) -> None:
@@ -113,7 +113,7 @@ class Stream:
             dropped, unfound = sum(each.dropped for each in lost), sum(each.unfound for each in lost)
             raise NothingLeft(documents, dropped, unfound, self.sequence_length)
         if not found:
-            raise BadInput(f"{self.chunks.where}: {looked_at} parts were looked at, and none has text")
+            raise BadInput(f"{self.chunks.where}: looked at {looked_at} parts, and none contains text")
         rows = sum(len(chunk) for chunk in found)
         weights = [chunk.statistics.tokens for chunk in found]
         self._length = max(1, round(rows / looked_at * len(self.chunks)))
@@ -122,7 +122,7 @@ class Stream:
         self.context = float(np.average([chunk.context for chunk in found], weights=weights))
 
     def __len__(self) -> int:
-        """About how many rows an epoch has, by the chunks that were looked at beforehand."""
+        """The approximate number of rows in an epoch, estimated from the sampled chunks."""
         return self._length
 
     def order(self, seed: int, positions: Positions) -> tuple[Positions, Positions]:
@@ -159,19 +159,19 @@ class Stream:
         return order(fold(seed, _CHUNKS).item(), len(self.chunks), group * GROUP + np.arange(GROUP))
 
     def place(self, seed: int, position: int) -> dict[str, int]:
-        """What `go_to` needs to find a position again, and all behind it."""
+        """What `go_to` needs to find a position, and everything after it, again."""
         self.order(seed, np.array([position]))
         known = bisect_right([group.end for group in self._groups], position)
         return {"group": self._first + known, "rows": self._groups[known].begin}
 
     def go_to(self, place: dict[str, int]) -> None:
-        """Take up the count where it was."""
+        """Continue counting from a saved place."""
         self._go_to(place["group"], place["rows"])
 
     def part(self, seed: int, share: float) -> Stream:
-        """There is none: which samples it has is known once they have come. Raises BadInput."""
+        """Not supported, since the samples are not known in advance. Raises BadInput."""
         raise BadInput(
-            f"data_share={share:g}: a stream has no share of its samples; train less of it by max_steps"
+            f"data_share={share:g} does not work with a stream: shorten training with max_steps instead"
         )
 
     def _go_to(self, group: int, rows: int) -> None:
@@ -179,12 +179,12 @@ class Stream:
         self._groups = []
 
     def __getitem__(self, index: int) -> dict[str, NDArray[np.int64]]:
-        """A row by its index, as `order` gives it; as that of a `PackedDataset`."""
+        """A row by its index, as `order` returns it; in the format of a `PackedDataset`."""
         chunk, row = divmod(index, _ROWS)
         return self._open(chunk)[row]
 
     def read(self, index: int, key: int) -> dict[str, NDArray[np.int64]]:
-        """A row, which is the same whatever the key: nothing of it is random."""
+        """A row, which does not depend on the key: nothing about it is random."""
         return self[index]
 
     # -- tokenised chunks ---------------------------------------------------------------------
@@ -202,7 +202,7 @@ class Stream:
             try:
                 os.utime(folder)
                 return PackedDataset(folder)
-            except FileNotFoundError:  # removed since, by another run that is further on
+            except FileNotFoundError:  # removed since, by another run that is further along
                 continue
 
     def _tokenised(self, chunk: int) -> Path:
@@ -215,24 +215,24 @@ class Stream:
         tokens.write(documents, folder, **self._settings)
 
     def _prepare(self, chunks: Sequence[int]) -> None:
-        """Have chunks tokenised meanwhile."""
+        """Tokenise chunks in the background."""
 
         def work() -> None:
-            with contextlib.suppress(StokerError):  # which is met again where the chunk is needed
+            with contextlib.suppress(StokerError):  # the error occurs again when the chunk is needed
                 for chunk in chunks:
                     self._tokenised(chunk)
 
         threading.Thread(target=work, name="tokenise-ahead", daemon=True).start()
 
     def _clear(self) -> None:
-        """Remove the chunks that were used the longest ago."""
+        """Remove the least recently used chunks."""
         made = sorted(
             (folder for folder in self._cache.iterdir() if folder.name.isdecimal()),
             key=storage.modified,
             reverse=True,
         )
         for folder in made[_KEPT:]:
-            with contextlib.suppress(FileNotFoundError):  # another run was first
+            with contextlib.suppress(FileNotFoundError):  # another run was faster
                 folder.rename(self._cache / f".{uuid.uuid4().hex[:12]}.gone")
         for gone in self._cache.glob(".*.gone"):  # also what a killed process had begun to remove
             shutil.rmtree(gone, ignore_errors=True)

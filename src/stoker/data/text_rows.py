@@ -1,10 +1,9 @@
-"""Labelled texts as tokens: tokenised once, memory-mapped, and batched with texts of about their length.
+"""Labelled texts as tokens: tokenised once, memory-mapped, and batched with texts of similar length.
 
-The arrays stand in the cache in a folder named by a fingerprint of all they depend on, the shortest text
-first. A batch is padded to its longest text, so the order of an epoch puts texts of similar lengths into a
-batch: within each stretch of a few batches of the shuffled epoch, texts are sorted by length, and these
-batches come in an order of their own. Like the shuffle itself (see `order`) it is computed from the position
-alone.
+The arrays are in the cache, in a folder named by a fingerprint of everything they depend on, shortest text
+first. A batch is padded to its longest text, so the order of an epoch puts texts of similar length into the
+same batch: within each stretch of a few batches of the shuffled epoch, texts are sorted by length, and these
+batches are shuffled. Like the shuffle itself (see `order`), this is computed from the position alone.
 """
 
 from __future__ import annotations
@@ -26,20 +25,20 @@ from stoker.data.order import Positions, fold, permute
 from stoker.data.tokens import once
 
 FORMAT = 1
-"""Part of the fingerprint: raise it when what the arrays hold for the same input changes."""
+"""Part of the fingerprint: increase it when the arrays' contents for the same input change."""
 
 _STRETCH = 32  # batches whose texts are sorted by length
 _AT_ONCE = 4096  # texts that are tokenised together
-_BATCHES = 31  # salt: of the order of batches in a stretch
+_BATCHES = 31  # salt: for the order of batches in a stretch
 
 
 class TextRows:
-    """Tokenised texts with their labels, the shortest first; opened by `tokenise`.
+    """Tokenised texts with their labels, shortest first; opened by `tokenise`.
 
     Args:
-        folder: of the cache.
-        batch_size: of the batches that texts of similar lengths are put into: that of the loader.
-        members: the numbers of the texts that are taken, upward; by default all are.
+        folder: in the cache.
+        batch_size: the loader's batch size, for which texts of similar length are grouped.
+        members: the numbers of the texts to use, ascending; default: all.
     """
 
     def __init__(self, folder: Path, batch_size: int, members: Positions | None = None) -> None:
@@ -62,7 +61,7 @@ class TextRows:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest text."""
+        """The number of tokens of the longest text."""
         return int(np.diff(self._bounds[-2:])[0])
 
     def __getitem__(self, index: int) -> tuple[NDArray[np.int64], int]:
@@ -73,7 +72,7 @@ class TextRows:
         return self._tokens[begin:end].astype(np.int64), int(self._labels[index])
 
     def read(self, index: int, key: int) -> tuple[NDArray[np.int64], int]:
-        """A text, which is the same whatever the key: nothing of it is random."""
+        """A text, which does not depend on the key: nothing about it is random."""
         return self[index]
 
     def order(self, seed: int, positions: Positions) -> tuple[Positions, Positions]:
@@ -88,7 +87,7 @@ class TextRows:
         return epochs, indices if self._members is None else self._members[indices]
 
     def _stretch(self, seed: int, epoch: int, stretch: int) -> tuple[int, Positions]:
-        """The first position of a stretch, which ends with its epoch, and the texts that stand in it."""
+        """The first position of a stretch, which ends with its epoch, and the texts in it."""
         size, length = len(self), self._batch_size * _STRETCH
         first = max(epoch * size, stretch * length)
         positions = np.arange(first, min((epoch + 1) * size, (stretch + 1) * length))
@@ -97,17 +96,18 @@ class TextRows:
         count = int(batches[-1]) + 1
         turns = permute(np.arange(count), count, fold(seed, epoch, stretch, _BATCHES))
         found = np.empty_like(shuffled)
-        found[np.argsort(turns[batches], kind="stable")] = np.sort(shuffled)  # by index is by length
+        # The index order is the length order.
+        found[np.argsort(turns[batches], kind="stable")] = np.sort(shuffled)
         return first, found
 
     def place(self, seed: int, position: int) -> None:
-        """Nothing: the order is a function of the position."""
+        """None: the order is a function of the position."""
 
     def go_to(self, place: Any) -> None:
-        """Nothing is to be found again."""
+        """Nothing to do."""
 
     def part(self, seed: int, share: float) -> TextRows:
-        """A share of the texts, drawn by a seed."""
+        """A share of the texts, drawn with a seed."""
         size = len(self._labels)
         members = np.sort(order.drawn(seed, np.arange(max(1, round(size * share))), size))
         return TextRows(self._folder, self._batch_size, members)
@@ -145,17 +145,17 @@ def tokenise(
     batch_size: int,
     fingerprint: str,
 ) -> Rows:
-    """Tokenise the texts of all splits, or open what an earlier call with the same fingerprint made.
+    """Tokenise the texts of all splits, or open the result of an earlier call with the same fingerprint.
 
     Args:
         classes: the labels in order.
-        tokenizer: of transformers; adds what begins and ends a text.
-        max_length: tokens at which a text is cut off.
+        tokenizer: a transformers tokenizer; adds the special tokens at the beginning and end of a text.
+        max_length: the number of tokens to which texts are truncated.
         batch_size: see `TextRows`.
-        fingerprint: of all that decides what tokens a text becomes.
+        fingerprint: of everything that determines how a text is tokenised.
 
     Raises:
-        BadInput: the cache cannot be written.
+        BadInput: the cache is not writable.
     """
 
     of_all = (FORMAT, texts.fingerprint, tuple(classes), fingerprint, max_length)
@@ -170,8 +170,8 @@ def tokenise(
 
 
 def _write(folder: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
-    """Write arrays into a folder that is not there yet, whole or not at all."""
-    temporary = folder.with_name(f".{folder.name}.tmp")  # under the lock: only a killed process left one
+    """Write arrays into a new folder, atomically."""
+    temporary = folder.with_name(f".{folder.name}.tmp")  # may exist: left by a killed process
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     for name, array in arrays.items():
@@ -183,7 +183,7 @@ def _write(folder: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
 def _arrays(
     texts: Sequence[Text], classes: Sequence[str], tokenizer: Any, max_length: int
 ) -> Mapping[str, NDArray[Any]]:
-    """All tokens in a row, where each text begins (texts + 1,), and its label; the shortest text first."""
+    """All tokens concatenated, the start of each text (texts + 1,), and its label; shortest text first."""
     number = {name: n for n, name in enumerate(classes)}
     encoded = list(_encoded(texts, tokenizer, max_length))
     lengths = np.array([len(tokens) for tokens in encoded])

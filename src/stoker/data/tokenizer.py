@@ -1,4 +1,4 @@
-"""Training a tokenizer: byte-level BPE, which has a token for every byte and so no unknown text.
+"""Trains a tokenizer: byte-level BPE, which has a token for every byte and so no unknown text.
 
 The same texts give the same tokenizer, byte for byte.
 """
@@ -22,12 +22,12 @@ _SMALLEST = 256 + 2  # every byte, and the special tokens
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Train byte-level BPE with `<|endoftext|>` (id 0) and `<|pad|>` (id 1).
 
-    The vocabulary is smaller than asked for where the texts have no more pairs to merge.
-    Raises BadInput where it would not hold every byte.
+    The vocabulary is smaller than requested if the texts have no more pairs to merge.
+    Raises BadInput if the requested size cannot hold every byte.
     """
     if vocab_size < _SMALLEST:
         raise BadInput(
-            f"vocab_size={vocab_size}: it must be at least {_SMALLEST}, for every byte and 2 special tokens"
+            f"vocab_size={vocab_size}: must be at least {_SMALLEST}, for all bytes and 2 special tokens"
         )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -44,7 +44,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def as_transformers(tokenizer: Tokenizer, max_length: int) -> PreTrainedTokenizerFast:
-    """The tokenizer as transformers has it, to be saved with `save_pretrained`.
+    """The tokenizer in transformers' format, to be saved with `save_pretrained`.
 
     `max_length` is the number of tokens beyond which transformers warns.
     """

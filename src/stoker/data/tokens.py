@@ -1,13 +1,12 @@
 """Documents as rows of tokens: tokenised once, packed with their boundaries kept, memory-mapped.
 
-Documents are cut into pieces of at most a row's length, and the pieces are packed into rows
-by best fit, longest first. A row's positions restart at each piece, which is what keeps
-attention from crossing from one document to the next, and no label asks a piece's first token
-of the piece before it. The arrays stand in the cache in a folder named by a fingerprint of
-all they depend on, and appear there by a rename: whole or not at all.
+Documents are cut into pieces of at most a row's length, and the pieces are packed into rows by best fit,
+longest first. Position ids restart at each piece, which keeps attention from crossing documents, and no
+label asks the previous piece to predict a piece's first token. The arrays are in the cache, in a folder
+named by a fingerprint of everything they depend on, and appear there with a rename: completely or not at all.
 
-Documents are encoded a batch at a time, by several processes where there are many (see `encoding`), and
-their tokens go to disk as they come; what stays in memory is how long each piece is.
+Documents are encoded in batches, by several processes if there are many (see `encoding`), and their tokens
+are written to disk as they come; only the length of each piece stays in memory.
 """
 
 from __future__ import annotations
@@ -35,22 +34,22 @@ if TYPE_CHECKING:
     import torch
 
 FORMAT = 7
-"""Part of the fingerprint: raise it when the arrays, or what they hold for the same input, change."""
+"""Part of the fingerprint: increase it when the arrays, or their contents for the same input, change."""
 
 NO_LOSS = -100
-"""The label of a token that nothing has to predict, as torch's cross-entropy and transformers have it."""
+"""The label of a token that is not predicted, as in torch's cross-entropy and transformers."""
 
-_MULTIPLE = 64  # tokens: rows that are trimmed have few lengths
-_GATHERED = 4096  # pieces that are copied to their places at once
-_LOCK_TIMEOUT = 24 * 3600.0  # seconds to wait for another process that is tokenising the same
+_MULTIPLE = 64  # tokens: trimmed rows have few different lengths
+_GATHERED = 4096  # pieces that are copied at once
+_LOCK_TIMEOUT = 24 * 3600.0  # seconds to wait for another process that is tokenising the same data
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """What became of the documents."""
+    """What happened to the documents."""
 
     documents: int
-    """Those that have any token."""
+    """Those that have any tokens."""
     rows: int
     tokens: int
     """Real tokens, without padding."""
@@ -59,15 +58,15 @@ class Statistics:
     truncated: int
     """Pairs and conversations that were cut off at the end of a row."""
     dropped: int
-    """Those of which nothing to be predicted is left then."""
+    """Those of which nothing to predict was left."""
     unfound: int
-    """Those in which nothing to be predicted was found at all."""
+    """Those in which nothing to predict was found at all."""
     efficiency: float
-    """Real tokens among all tokens of all rows."""
+    """Real tokens as a share of all tokens in all rows."""
 
 
 class PackedDataset:
-    """Rows of packed documents; opened by `tokenise`, or by `open` from a folder of the cache."""
+    """Rows of packed documents; opened by `tokenise`, or by `open` from a cache folder."""
 
     def __init__(self, folder: Path) -> None:
         meta = json.loads((folder / "meta.json").read_text())
@@ -82,7 +81,7 @@ class PackedDataset:
 
     @property
     def lengths(self) -> NDArray[np.int32]:
-        """How many tokens each document had before it was cut: (documents,)."""
+        """The number of tokens of each document before it was cut: (documents,)."""
         found: NDArray[np.int32] = np.load(self.folder / "lengths.npy")
         return found
 
@@ -94,7 +93,7 @@ class PackedDataset:
 
     @property
     def tokens_per_sample(self) -> float:
-        """The mean number of real tokens in a row."""
+        """The mean number of real tokens per row."""
         return self.statistics.tokens / self.statistics.rows
 
     @property
@@ -109,16 +108,17 @@ class PackedDataset:
 
     @property
     def context(self) -> float:
-        """How many tokens of its own piece a token sees, in the mean, with itself."""
+        """The mean number of tokens of its own piece that a token sees, including itself."""
         lengths = np.diff(self._pieces).astype(np.float64)
         return float((lengths * (lengths + 1) / 2).sum() / lengths.sum())
 
     def __getitem__(self, index: int) -> dict[str, NDArray[np.int64]]:
         """A row: `input_ids`, `labels` and `position_ids`, each int64 (sequence_length,), and `documents`.
 
-        Labels stand at the place of the token itself (the loss shifts them by one), and are
-        NO_LOSS for padding, prompts, and the first token of each piece. Positions restart at
-        0 with each piece, padding being one more. Documents are the lengths of the pieces, int64.
+        Labels are at the position of the token itself (the loss shifts them by one), and are NO_LOSS for
+        padding, prompts, and the first token of each piece. Position ids restart at 0 with each piece,
+        padding
+        counting as one more piece. Documents are the lengths of the pieces, int64.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
@@ -139,7 +139,7 @@ class PackedDataset:
         }  # fmt: skip
 
     def read(self, index: int, key: int) -> dict[str, NDArray[np.int64]]:
-        """A row, which is the same whatever the key: nothing of it is random."""
+        """A row, which does not depend on the key: nothing about it is random."""
         return self[index]
 
 
@@ -148,11 +148,11 @@ def collate(
 ) -> dict[str, torch.Tensor]:
     """Rows of a `PackedDataset` as a batch: each (rows, sequence_length), and `documents` (rows, most).
 
-    Zeros stand behind a row's documents; `most` is rounded up to a power of two, so that batches have few
-    shapes.
+    A row's documents are followed by zeros; `most` is rounded up to a power of two, so that batches have few
+    different shapes.
 
     Args:
-        trimmed: leave out the padding behind the longest row, but for that up to a multiple of 64.
+        trimmed: remove padding beyond the longest row, except up to a multiple of 64.
     """
     import torch
 
@@ -173,19 +173,19 @@ def collate(
 
 
 class NothingLeft(BadInput):
-    """No document has anything to be learnt.
+    """Nothing can be learnt from any document.
 
     Args:
-        documents: how many there are.
-        dropped, unfound: as those of the statistics.
+        documents: the number of documents.
+        dropped, unfound: as in the statistics.
     """
 
     def __init__(self, documents: int, dropped: int, unfound: int, sequence_length: int) -> None:
         self.unfound = unfound
         super().__init__(
-            f"no tokens are left of {counted(documents, 'document')} ({dropped} have nothing to be predicted "
-            f"among their first {sequence_length} tokens, {unfound} nothing at all): "
-            f"{'raise sequence_length, or ' if dropped else ''}give other data"
+            f"no tokens are left of {counted(documents, 'document')} ({dropped} have nothing to predict in "
+            f"their first {sequence_length} tokens, {unfound} nothing at all): "
+            f"{'increase sequence_length, or ' if dropped else ''}use different data"
         )
 
 
@@ -201,28 +201,28 @@ def tokenise(
     packing: bool = True,
     workers: int | None = None,
 ) -> PackedDataset:
-    """Tokenise and pack documents, or open what an earlier call with the same fingerprint made.
+    """Tokenise and pack documents, or open the result of an earlier call with the same fingerprint.
 
     Args:
-        encode: the tokens of each document, with all that begins and ends it. Is pickled, where several
+        encode: returns the tokens of each document, including special tokens. Is pickled if several
             processes encode.
-        pad_id: pads rows; never predicted, whatever else it stands for.
-        vocab_size: one more than the largest token id; decides the width of what is stored.
-        sequence_length: tokens in a row, at least 2.
-        fingerprint: all that decides what is packed, as values with a stable repr: of the
-            corpus, the split and its fractions, the tokenizer.
-        cache: the folder the arrays are kept in, see `cache_folder`.
-        packing: whether documents share rows; else each piece has a row of its own.
-        workers: processes that encode, 1 being this one; by default as many as the size of the corpus pays
-            for. Any number makes the same arrays.
+        pad_id: pads rows; never predicted, whatever else it is used for.
+        vocab_size: one more than the largest token id; decides the width of the stored integers.
+        sequence_length: tokens per row, at least 2.
+        fingerprint: everything that determines the result, as values with a stable repr: the corpus, the
+            split and its fractions, the tokenizer.
+        cache: the folder for the arrays, see `cache_folder`.
+        packing: whether documents share rows; otherwise each piece has its own row.
+        workers: processes that encode, 1 being this one; default: as many as the size of the corpus is
+            worth. Any number makes the same arrays.
 
     Raises:
         NothingLeft: no tokens are left.
-        BadInput: the sequence is too short, or the cache cannot be written.
+        BadInput: the sequence is too short, or the cache is not writable.
     """
     if sequence_length < 2:
         raise BadInput(
-            f"sequence_length={sequence_length}: it must be at least 2, as each token predicts the next"
+            f"sequence_length={sequence_length}: must be at least 2, since each token predicts the next"
         )
     parts = (FORMAT, sequence_length, pad_id, vocab_size, packing, *fingerprint)
     folder = cache / hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
@@ -237,10 +237,10 @@ def tokenise(
 
 
 def once(folder: Path, make: Callable[[], None], lock: Path | None = None) -> Path:
-    """A folder of the cache, made by one of those who ask for it. Raises BadInput where it cannot be.
+    """A folder in the cache, created by exactly one of the processes that ask. Raises BadInput on failure.
 
     Args:
-        lock: a file, held while it is made; by default one beside the folder.
+        lock: a file, locked during creation; default: one next to the folder.
     """
     if folder.exists():
         return folder
@@ -251,8 +251,8 @@ def once(folder: Path, make: Callable[[], None], lock: Path | None = None) -> Pa
                 make()
     except OSError as error:
         raise BadInput(
-            f"the cache {folder.parent} cannot be written ({error.strerror}): "
-            "set STOKER_CACHE to another folder"
+            f"the cache {folder.parent} is not writable ({error.strerror}): "
+            "set STOKER_CACHE to a different folder"
         ) from error
     return folder
 
@@ -273,12 +273,12 @@ def write(
     workers: int | None = 1,
     may_be_empty: bool = True,
 ) -> None:
-    """Tokenise and pack documents into a folder that is not there yet; see `tokenise`.
+    """Tokenise and pack documents into a new folder; see `tokenise`.
 
     Args:
-        may_be_empty: whether no rows are rows too; else BadInput is raised.
+        may_be_empty: whether no rows are allowed; otherwise BadInput is raised.
     """
-    temporary = folder.with_name(f".{folder.name}.tmp")  # under the lock: only a killed process left one
+    temporary = folder.with_name(f".{folder.name}.tmp")  # may exist: left by a killed process
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     cut = functools.partial(_cut, encode=encode, length=sequence_length, dtype=_smallest_type(vocab_size))
@@ -312,7 +312,7 @@ def _cut(
         count = len(ids)
         sizes.append(count)
         if predicted is None:
-            kept = count - (count % length == 1)  # a last token that stands alone has nothing to learn
+            kept = count - (count % length == 1)  # a single token at the end has nothing to learn
             has_loss.append(np.ones(kept, np.bool_))
             pieces.extend(min(length, kept - begin) for begin in range(0, kept, length))
         else:
@@ -330,13 +330,13 @@ def _cut(
         tokens.append(np.fromiter(ids, dtype, count)[:kept])
     lengths = np.array(pieces, dtype=np.int32)
     joined = np.concatenate(has_loss)
-    joined[_bounds(lengths)[:-1]] = False  # no token of another document predicts the first
+    joined[_bounds(lengths)[:-1]] = False  # no token of another document predicts the first one
     joined_sizes = np.array(sizes, np.int32)
     return Part(np.concatenate(tokens), joined, lengths, joined_sizes, truncated, dropped, unfound)
 
 
 def _encode(parts: Iterable[Part], folder: Path, dtype: type[np.unsignedinteger[Any]]) -> Part:
-    """All parts as one, in their order, whose tokens are on disk."""
+    """All parts combined in order, with their tokens on disk."""
     lengths, sizes = [np.empty(0, np.int32)], [np.empty(0, np.int32)]
     truncated = dropped = unfound = 0
     with (folder / "encoded").open("wb") as tokens, (folder / "predicted").open("wb") as has_loss:
@@ -361,7 +361,7 @@ def _mapped(file: Path, dtype: type[np.generic]) -> NDArray[Any]:
 
 
 def _place(pieces: Part, folder: Path, sequence_length: int, packing: bool) -> Statistics:
-    """Write the arrays, of the pieces in the order of their rows, in place of what was encoded."""
+    """Write the arrays, with the pieces in the order of their rows, replacing what was encoded."""
     count = len(pieces.lengths)
     if packing:
         placed, rows = _placed(pieces.lengths, sequence_length)
@@ -390,11 +390,11 @@ def _place(pieces: Part, folder: Path, sequence_length: int, packing: bool) -> S
 
 
 def _save(file: Path, source: NDArray[Any], begins: NDArray[np.int64], bounds: NDArray[np.int64]) -> None:
-    """An array of pieces of another, as `np.save` writes it; some at a time, so that none stands in memory.
+    """Reorder the pieces of an array into a file in `np.save` format, a few at a time to save memory.
 
     Args:
         begins: where each piece begins in the source: (pieces,).
-        bounds: where it is to begin, and where the last one is to end: (pieces + 1,).
+        bounds: where it begins in the result, and where the last one ends: (pieces + 1,).
     """
     header = {"descr": np.lib.format.dtype_to_descr(source.dtype), "fortran_order": False}
     lengths = np.diff(bounds)
@@ -410,8 +410,8 @@ def _save(file: Path, source: NDArray[Any], begins: NDArray[np.int64], bounds: N
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Best-fit-decreasing bin packing.
 
-    Longest first, each piece goes to the row with the least room that still takes it.
-    Rows are found by the room they have left, so it takes n log n, not n times the rows.
+    Longest first, each piece goes to the row with the least room that still fits it.
+    Rows are looked up by remaining room, so it takes n log n, not n times the number of rows.
 
     Returns:
         The indices of the pieces of each row. The same for the same lengths.
@@ -421,11 +421,11 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 def _placed(lengths: NDArray[np.int32], capacity: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The pieces in the order of their rows, (pieces,), and how many each row has, (rows,); see `pack`."""
+    """The pieces in the order of their rows, (pieces,), and the number per row, (rows,); see `pack`."""
     longest_first = np.argsort(-lengths, kind="stable")
     row_of = np.empty(len(lengths), np.int64)
     by_room: list[list[int]] = [[] for _ in range(capacity + 1)]
-    rooms = 0  # bit r is set where some row has room r
+    rooms = 0  # bit r is set if some row has room r
     rows = 0
     for number, length in enumerate(lengths[longest_first].tolist()):
         fitting = rooms >> length
@@ -445,5 +445,5 @@ def _placed(lengths: NDArray[np.int32], capacity: int) -> tuple[NDArray[np.int64
 
 
 def _bounds(lengths: NDArray[Any]) -> NDArray[np.int64]:
-    """Where each of consecutive parts begins, and where the last one ends: (n + 1,)."""
+    """The start of each consecutive part, and the end of the last one: (n + 1,)."""
     return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])

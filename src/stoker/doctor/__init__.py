@@ -1,4 +1,4 @@
-"""What this machine has, and what would go wrong here before a training does.
+"""Checks of this machine that find what would go wrong, before a training does.
 
-A check is a function that yields findings; `checks.py` has them in the order in which they are made.
+A check is a function that yields findings; `checks.py` lists them in order.
 """

@@ -1,4 +1,4 @@
-"""The checks, and how one is made: its secrets are kept, and it comes to an end."""
+"""The checks, and how one is run: without revealing secrets, and with a time limit."""
 
 from __future__ import annotations
 
@@ -15,37 +15,37 @@ from stoker.errors import StokerError
 
 @dataclass(frozen=True)
 class Check:
-    """Something to look at."""
+    """Something to check."""
 
     area: str
-    """What it is of, in a word."""
+    """Its subject, in a word."""
     find: Callable[[], Iterator[Finding]]
     limit: float | None = 30.0
-    """Seconds that it may take to its next finding; None: it sees to that itself."""
-    hint: str = "run it again when the machine is less busy"
-    """What to do where nothing came for so long."""
+    """Seconds until its next finding; None: it limits itself."""
+    hint: str = "try again when the machine is less busy"
+    """What to do if nothing came in that time."""
 
 
 _HANGS = "a file system may hang (`mount` lists them)"
 
 
 def of(runs: str) -> tuple[Check, ...]:
-    """All checks, in their order, of a machine whose runs stand under a folder, or a URL."""
+    """All checks, in order, for a machine whose runs are in a folder, or at a URL."""
     return (
         Check("software", software.check, hint=_HANGS),
         Check("machine", hardware.check),
-        Check("compute", gpus.check, limit=120.0, hint="`nvidia-smi` may say which GPU hangs"),
+        Check("compute", gpus.check, limit=120.0, hint="`nvidia-smi` may show which GPU hangs"),
         Check("ranks", meeting.check, limit=None),
-        Check("runs", functools.partial(folders.runs, runs), hint=f"{_HANGS}; give another --runs"),
+        Check("runs", functools.partial(folders.runs, runs), hint=f"{_HANGS}; use a different --runs"),
         Check("disk", folders.others, hint=_HANGS),
         Check("trackers", functools.partial(trackers.check, runs)),
-        Check("hub", hub.check, hint="set HF_HUB_OFFLINE=1 where there is no network"),
+        Check("hub", hub.check, hint="set HF_HUB_OFFLINE=1 if there is no network"),
         Check("launchers", launchers.check, limit=None),
     )
 
 
 def made(check: Check) -> Iterator[Finding]:
-    """Make a check. What goes wrong with the check itself is a finding too."""
+    """Run a check. An error of the check itself is a finding too."""
     found = check.find() if check.limit is None else _bounded(check, check.limit)
     try:
         for finding in found:
@@ -54,12 +54,12 @@ def made(check: Check) -> Iterator[Finding]:
         yield _without_secrets(problem(said(error)))
     except Exception as error:
         yield _without_secrets(
-            problem(f"this could not be looked at ({type(error).__name__}: {said(error)}): please report it")
+            problem(f"this check failed itself ({type(error).__name__}: {said(error)}): please report it")
         )
 
 
 def _bounded(check: Check, limit: float) -> Iterator[Finding]:
-    """The findings of a check, each in a thread that is left alone where it takes too long."""
+    """The findings of a check, each from a thread that is abandoned if it takes too long."""
     found = check.find()
     while True:
         waiting = threads.begun(lambda: next(found, None), f"doctor-{check.area}")
@@ -68,7 +68,7 @@ def _bounded(check: Check, limit: float) -> Iterator[Finding]:
         except TimeoutError:
             if waiting.done():
                 raise
-            yield problem(f"nothing came back within {limit:.0f} s: {check.hint}")
+            yield problem(f"no answer within {limit:.0f} s: {check.hint}")
             return
         if finding is None:
             return

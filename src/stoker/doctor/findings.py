@@ -10,16 +10,16 @@ State = Literal["ok", "note", "problem"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at."""
+    """The result of one check."""
 
     state: State
-    """A problem makes some training fail or lose what it has done; a note is worth knowing."""
+    """A problem makes some training fail or lose its work; a note is worth knowing."""
     text: str
-    """In a sentence; of a problem also what to do."""
+    """One sentence; for a problem, including what to do."""
 
 
 def ok(text: str) -> Finding:
-    """All is well."""
+    """Everything is fine."""
     return Finding("ok", text)
 
 
@@ -34,6 +34,6 @@ def problem(text: str) -> Finding:
 
 
 def said(error: BaseException) -> str:
-    """What an error says, in a line."""
+    """An error's message, in one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0].rstrip(".") if lines else type(error).__name__

@@ -1,6 +1,6 @@
-"""Where runs and caches stand: whether they can be written, what is left there, whether a lock holds.
+"""Where runs and caches are stored: whether they are writable, how much space is left, whether locks work.
 
-What is tried is tried in a folder, or under a key, of its own that is removed again.
+Tests are made in a separate folder, or under a separate key, which is removed again.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from stoker.object_store import Store
 
 _PREFIX = ".stoker-doctor-"
 _LEAST, _ENOUGH = 2**30, 10 * 2**30  # bytes free
-_WRITTEN = b"\0" * 2**20  # enough that a quota which is used up refuses it
+_WRITTEN = b"\0" * 2**20  # enough for an exhausted quota to refuse it
 _SYNCS = 5
 _SLOW = 0.1  # seconds until a small file is on disk
 _NO_LOCKS = (
-    "mount the file system with locks (Lustre: -o flock; NFS: without nolock), or give --runs another "
-    "folder, or s3://bucket/folder"
+    "mount the file system with locks (Lustre: -o flock; NFS: without nolock), or set --runs to a different "
+    "folder or to s3://bucket/folder"
 )
-_OTHER_RUNS = "give --runs, or STOKER_RUNS, a folder that can be"
+_OTHER_RUNS = "set --runs, or STOKER_RUNS, to a writable folder"
 
 
 def runs(place: str) -> Iterator[Finding]:
-    """The folder that runs stand under, which is not made; or the one of an object store."""
+    """The folder for runs, which is not created; or that of an object store."""
     if object_store.is_url(place):
         yield from _stored(place)
         return
@@ -46,48 +46,46 @@ def runs(place: str) -> Iterator[Finding]:
         yield problem(_refused(path, error, _OTHER_RUNS))
         return
     if held:
-        yield problem(f"no lock holds in {path} ({held}), so that two could train one run: {_NO_LOCKS}")
-    where = "machines may share it" if storage.is_shared(path) else "on a disk of this machine"
+        yield problem(f"locks do not work in {path} ({held}), so two jobs could train one run: {_NO_LOCKS}")
+    where = "on a shared file system" if storage.is_shared(path) else "on a local disk"
     yield _with_room(
-        path, f"{path} can be written, {where}{'' if held else ', locks hold'}", "give --runs another"
+        path, f"{path} is writable, {where}{'' if held else ', locks work'}", "use a different --runs"
     )
     slow = f"a small file is on disk after {1000 * seconds:.3g} ms"
     if seconds > _SLOW:
-        yield note(
-            f"{slow}: what is logged, and checkpoints, wait for that; another disk for --runs is faster"
-        )
+        yield note(f"{slow}: logging and checkpoints wait for this; put --runs on a faster disk")
     else:
         yield ok(slow)
 
 
 def others() -> Iterator[Finding]:
-    """What else is written: what is brought from the hub, what can be made again, temporary files."""
+    """Other places that are written: the hub's cache, stoker's cache, temporary files."""
     from huggingface_hub import constants
 
     hub, own = Path(constants.HF_HUB_CACHE).absolute(), storage.cache_folder().absolute()
     places = (
-        (hub, "the hub's cache", "set HF_HOME to a folder that can be"),
-        (own, "stoker's cache", "set STOKER_CACHE to a folder that can be"),
-        (_temporary(), "temporary files", "set TMPDIR to a folder that can be"),
+        (hub, "the hub's cache", "set HF_HOME to a {}folder"),
+        (own, "stoker's cache", "set STOKER_CACHE to a {}folder"),
+        (_temporary(), "temporary files", "set TMPDIR to a {}folder"),
     )
     for path, what, hint in places:
         try:
             with _tried(path) as folder:
                 (folder / "written").write_bytes(_WRITTEN)
         except OSError as error:
-            yield problem(f"{what}: {_refused(path, error, hint)}")
+            yield problem(f"{what}: {_refused(path, error, hint.format('writable '))}")
         else:
-            yield _with_room(path, f"{what}: {path} can be written", hint.removesuffix(" that can be"))
+            yield _with_room(path, f"{what}: {path} is writable", hint.format("different "))
 
 
 def _temporary() -> Path:
-    """Where temporary files go. Python looks for another place where that one cannot be written."""
+    """The folder for temporary files. Python uses a different one if this is not writable."""
     return Path(os.environ.get("TMPDIR") or tempfile.gettempdir()).absolute()
 
 
 @contextlib.contextmanager
 def _tried(path: Path) -> Iterator[Path]:
-    """A new folder in one, or where that would be made. Raises OSError."""
+    """A new folder inside one, or inside the closest existing parent. Raises OSError."""
     with tempfile.TemporaryDirectory(prefix=_PREFIX, dir=storage.existing(path)) as folder:
         yield Path(folder)
 
@@ -95,34 +93,34 @@ def _tried(path: Path) -> Iterator[Path]:
 def _refused(path: Path, error: OSError, hint: str) -> str:
     above = storage.existing(path)
     where = "" if above == path else f", of {above}"
-    return f"{path} cannot be written to ({error.strerror or said(error)}{where}): {hint}"
+    return f"{path} is not writable ({error.strerror or said(error)}{where}): {hint}"
 
 
 def _with_room(path: Path, text: str, hint: str) -> Finding:
     free = psutil.disk_usage(str(storage.existing(path))).free
     text = f"{text}, {words.size(free)} free"
     if free < _LEAST:
-        return problem(f"{text}, too little for a checkpoint or a model: make room there, or {hint}")
-    return note(f"{text}, which few checkpoints fill") if free < _ENOUGH else ok(text)
+        return problem(f"{text}, too little for a checkpoint or a model: free space there, or {hint}")
+    return note(f"{text}, which a few checkpoints can fill") if free < _ENOUGH else ok(text)
 
 
 def _lock(file: Path) -> str:
-    """Why the lock of a file is none; empty where it holds."""
+    """Why locking a file does not work; empty if it does."""
     try:
         descriptor = storage.try_lock(file)
         if descriptor is None:
-            return "somebody else holds that of a new file"
+            return "the lock of a new file is already taken"
         held = storage.is_locked(file)
         os.close(descriptor)
         if not held:
-            return "a second one was given"
-        return "it stays when it is let go" if storage.is_locked(file) else ""
+            return "a second lock was granted"
+        return "a released lock stays locked" if storage.is_locked(file) else ""
     except OSError as error:
         return error.strerror or said(error)
 
 
 def _sync(file: Path) -> float:
-    """Seconds until a small file lasts, the median of a few."""
+    """Seconds until a small file is on disk, the median of a few."""
     seconds = []
     for _ in range(_SYNCS):
         begun = time.perf_counter()
@@ -132,7 +130,7 @@ def _sync(file: Path) -> float:
 
 
 def _stored(url: str) -> Iterator[Finding]:
-    """A folder of an object store, in which an object is written, read, found, written again, removed."""
+    """A folder of an object store, tested by writing, reading, listing and removing an object."""
     folder = f"{_PREFIX}{uuid.uuid4().hex}"
     try:
         object_store.check(url)
@@ -143,19 +141,19 @@ def _stored(url: str) -> Iterator[Finding]:
             with contextlib.suppress(StokerError):
                 store.remove(f"{folder}/object")
     except FileNotFoundError:
-        yield problem(f"{url}: there is no such bucket: make it, or correct --runs")
+        yield problem(f"{url}: the bucket does not exist: create it, or correct --runs")
     except BadInput as error:
         yield problem(said(error))
     except StokerError as error:
         told = said(error).replace(f"/{folder}/object", "").replace(f"/{folder}", "")
-        yield problem(f"{told}: see to the network, AWS_ENDPOINT_URL and the credentials, or correct --runs")
+        yield problem(f"{told}: check the network, AWS_ENDPOINT_URL and the credentials, or correct --runs")
 
 
 def _used(store: Store, folder: str, begun: float) -> Iterator[Finding]:
     key, content = f"{folder}/object", uuid.uuid4().bytes
     store.write(key, content, new=True)
     if store.read(key) != content or list(store.objects(folder)) != [key]:
-        yield problem(f"{store.url} does not show what was just written there: runs need a store that does")
+        yield problem(f"{store.url} does not return what was just written: runs need a consistent store")
         return
     try:
         store.write(key, content, new=True)
@@ -163,11 +161,11 @@ def _used(store: Store, folder: str, begun: float) -> Iterator[Finding]:
         pass
     else:
         yield problem(
-            f"{store.url} has a second writer replace what is to be new, so that two machines could train "
-            "one run: use a store with conditional writes (If-None-Match), or keep a run to one machine"
+            f"{store.url} lets a second writer overwrite a new object, so two machines could train one run: "
+            "use a store with conditional writes (If-None-Match), or train each run on one machine only"
         )
     store.remove(key)
     if store.objects(folder):
-        yield problem(f"{store.url} keeps what is deleted: let the credentials delete there too")
+        yield problem(f"{store.url} does not delete objects: allow the credentials to delete there too")
         return
-    yield ok(f"{store.url} is written, listed, read and deleted in ({time.perf_counter() - begun:.2g} s)")
+    yield ok(f"{store.url}: write, list, read and delete work ({time.perf_counter() - begun:.2g} s)")

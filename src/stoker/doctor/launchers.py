@@ -1,4 +1,4 @@
-"""What jobs can be submitted to from here, and what this process was started by."""
+"""The targets that jobs can be submitted to from here, and what started this process."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from stoker.launch.jobspec import JobSpec
 from stoker.world import World, slurm_job
 
 _ANSWER = 15.0  # seconds
-_BRIEF = re.compile(r"; | \(")  # what ends the first part of an error: who submits a job is told the rest
+_BRIEF = re.compile(r"; | \(")  # ends the first part of an error: the rest is for those who submit a job
 _CLIENTS: Mapping[str, Callable[[], object]] = {
     "slurm": functools.partial(shutil.which, "sbatch"),
     targets.RAY: functools.partial(importlib.util.find_spec, "ray"),
@@ -29,25 +29,25 @@ _CLIENTS: Mapping[str, Callable[[], object]] = {
 
 
 def check() -> Iterator[Finding]:
-    """Each target whose client is here is asked whether it would take a small job, which is not submitted."""
+    """Ask each target whose client is installed whether it would accept a small job; submit nothing."""
     job, world = slurm_job(), World.current()
     if job:
-        yield ok(f"this process is in {job}")
+        yield ok(f"this process runs in {job}")
     if world.size > 1:
-        yield ok(f"this process is rank {world.rank} of {world.size}, as torchrun and its kin start them")
+        yield ok(f"this process is rank {world.rank} of {world.size}, started by torchrun or the like")
     absent = [name for name in targets.TARGETS if not _CLIENTS[name]()]
     for name in targets.TARGETS:
         if name not in absent:
-            with _silent():  # what libraries in C++ print of a cluster is said here
+            with _silent():  # what C++ libraries print about a cluster is reported here
                 found = _asked(name)
             yield found
     if absent:
-        yield ok(f"no client of {', '.join(absent)}, which only --on {'|'.join(absent)} needs")
+        yield ok(f"no client for {', '.join(absent)}, needed only for --on {'|'.join(absent)}")
 
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """Nothing is written to this process's standard error."""
+    """Discard what is written to this process's standard error."""
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     try:
@@ -65,7 +65,7 @@ def _asked(name: str) -> Finding:
     try:
         asking.result(_ANSWER)
     except TimeoutError:
-        return note(f"--on {name}: nothing answered within {_ANSWER:.0f} s")
+        return note(f"--on {name}: no answer within {_ANSWER:.0f} s")
     except StokerError as error:
         return note(f"--on {name}: {_BRIEF.split(said(error))[0]}")
-    return ok(f"--on {name}: a cluster answers, and would take a job")
+    return ok(f"--on {name}: a cluster answers, and would accept a job")

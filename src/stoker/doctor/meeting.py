@@ -1,7 +1,8 @@
-"""Whether ranks of this machine can meet: a process group of them, started as a training starts its own.
+"""Whether ranks on this machine can connect: starts a process group as a training would.
 
-That is done in a process of its own, with a folder of its own for temporary files: one that hangs in C code
-is ended with all that it has started.
+This runs in a separate process, with a separate folder for temporary files: if it hangs in C code, it is
+ended
+together with everything it has started.
 """
 
 from __future__ import annotations
@@ -21,20 +22,20 @@ from stoker.doctor.findings import Finding, ok, problem, said
 from stoker.errors import StokerError
 from stoker.world import World, environment_of_no_rank
 
-LIMIT = 120.0  # seconds that ranks have, from their start to their end
+LIMIT = 120.0  # seconds for the ranks, from start to end
 _PROGRAM = "import sys; from stoker.doctor import meeting; sys.exit(meeting.main(*sys.argv[1:]))"
-_SHORT = "sd-"  # of a folder in which sockets are made, whose whole paths have about a hundred characters
+_SHORT = "sd-"  # for a folder with sockets, whose full paths are limited to about a hundred characters
 _TOO_LONG = "AF_UNIX path too long"
-_NUMBERS = 2**18  # of a sum over ranks: 1 MiB
+_NUMBERS = 2**18  # summed over ranks: 1 MiB
 _HINTS = {
     "gloo": "set GLOO_SOCKET_IFNAME to an interface of this machine (`ip link` lists them), such as lo",
-    "nccl": "NCCL_DEBUG=INFO says more, and NCCL_P2P_DISABLE=1 goes around a bad link between GPUs",
+    "nccl": "NCCL_DEBUG=INFO shows more, and NCCL_P2P_DISABLE=1 avoids a bad link between GPUs",
 }
-_NAMES = {"gloo": "gloo", "nccl": "NCCL, a GPU each,"}
+_NAMES = {"gloo": "gloo", "nccl": "NCCL, one GPU each,"}
 
 
 def check(limit: float = LIMIT) -> Iterator[Finding]:
-    """Two ranks by gloo; and a rank for each GPU by NCCL, where there are several."""
+    """Two ranks with gloo; and, if there are several GPUs, one rank per GPU with NCCL."""
     yield meet("gloo", 2, limit)
     gpus = len(machine.visible_gpus())
     if gpus > 1:
@@ -42,8 +43,8 @@ def check(limit: float = LIMIT) -> Iterator[Finding]:
 
 
 def meet(backend: str, ranks: int, limit: float) -> Finding:
-    """Start ranks and have them add something up; `limit`: seconds from their start to their end."""
-    who = f"{ranks} ranks by {_NAMES[backend]}"
+    """Start ranks and make them compute a sum; `limit`: seconds from their start to their end."""
+    who = f"{ranks} ranks with {_NAMES[backend]}"
     begun = time.monotonic()
     with tempfile.TemporaryDirectory(prefix=_SHORT) as folder:
         answer, output = Path(folder) / "answer.json", Path(folder) / "output.txt"
@@ -51,17 +52,17 @@ def meet(backend: str, ranks: int, limit: float) -> Finding:
         try:
             process.wait(limit)
         except subprocess.TimeoutExpired:
-            return problem(f"{who} did not meet within {limit:.0f} s: {_HINTS[backend]}")
+            return problem(f"{who} did not connect within {limit:.0f} s: {_HINTS[backend]}")
         finally:
             _end(process)
         told = storage.read_json(answer)
         last = output.read_text(encoding="utf-8", errors="replace").strip().rpartition("\n")[2]
     if "seconds" in told:
         seconds = time.monotonic() - begun
-        return ok(f"{who} meet in {told['seconds']:.2f} s; with their start and end that is {seconds:.1f} s")
-    reason = told.get("error") or last or f"they were gone with exit code {process.returncode}"
-    hint = "set TMPDIR to a folder of a shorter path" if _TOO_LONG in reason else _HINTS[backend]
-    return problem(f"{who} do not meet ({reason}): {hint}")
+        return ok(f"{who} connect in {told['seconds']:.2f} s, or {seconds:.1f} s with their start and end")
+    reason = told.get("error") or last or f"they ended with exit code {process.returncode}"
+    hint = "set TMPDIR to a folder with a shorter path" if _TOO_LONG in reason else _HINTS[backend]
+    return problem(f"{who} do not connect ({reason}): {hint}")
 
 
 def _started(backend: str, ranks: int, answer: Path, output: Path) -> subprocess.Popen[bytes]:
@@ -71,18 +72,18 @@ def _started(backend: str, ranks: int, answer: Path, output: Path) -> subprocess
             [sys.executable, "-P", "-c", _PROGRAM, backend, str(ranks), str(answer)],
             env=_environment(backend, str(output.parent)),
             stdin=subprocess.DEVNULL, stdout=file, stderr=file,
-            start_new_session=True,  # Ctrl-C is for this process alone
+            start_new_session=True,  # Ctrl-C is only for this process
         )  # fmt: skip
 
 
 def _environment(backend: str, folder: str) -> Mapping[str, str]:
-    """Ours, as of a process which is no rank. By gloo nobody sees a GPU: each rank would want one."""
+    """This process's environment without that of a rank. With gloo, GPUs are hidden from the ranks."""
     hidden = {"CUDA_VISIBLE_DEVICES": ""} if backend == "gloo" else {}
     return {**environment_of_no_rank(), **hidden, "TMPDIR": folder}
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a process with all that it has started, and wait until they are gone."""
+    """End a process with everything it has started, and wait until they are gone."""
     try:
         family = psutil.Process(process.pid).children(recursive=True)
     except psutil.NoSuchProcess:
@@ -114,7 +115,7 @@ def _rank(backend: str, answer: str) -> int:
 
 
 def main(backend: str, ranks: str, answer: str) -> int:
-    """The process that starts the ranks; what they say is in the file `answer`."""
+    """The process that starts the ranks; their report is in the file `answer`."""
     from stoker.launch import local
 
     if (end_with_parent := signals.at_parents_death(signal.SIGKILL)) is not None:

@@ -1,4 +1,4 @@
-"""What is installed, by what the package says of itself."""
+"""What is installed, compared with the package's own metadata."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ _SHOWN = 3  # packages of an extra whose versions are shown
 
 
 def check() -> Iterator[Finding]:
-    """Versions; what does not go with them; the extras."""
+    """Versions; incompatible packages; the extras."""
     python = f"Python {platform.python_version()} in {sys.prefix}"
     own = version(_NAME)
     if own is None:
-        yield problem(f"{python} has no package stoker, so nothing says what it needs: pip install stoker")
+        yield problem(f"{python} has no package stoker, so its needs are unknown: pip install stoker")
         return
     yield ok(f"stoker {own}, torch {version('torch') or 'none'}, {python}")
     required = [Requirement(text) for text in importlib.metadata.requires(_NAME) or ()]
     for wanted in itertools.filterfalse(_fits, _with("", required)):
         yield problem(
-            f"{_have(wanted)}, and stoker needs {_pip(wanted)}: pip install {shlex.quote(_pip(wanted))}"
+            f"{_have(wanted)}, but stoker needs {_pip(wanted)}: pip install {shlex.quote(_pip(wanted))}"
         )
     yield from _extras(required)
 
 
 def version(name: str) -> str | None:
-    """The version of a package; None where it is not installed."""
+    """The version of a package; None if it is not installed."""
     try:
         return importlib.metadata.version(name)
     except PackageNotFoundError:
@@ -52,13 +52,11 @@ def _extras(required: list[Requirement]) -> Iterator[Finding]:
     if missing := [name for name in names if name not in here]:
         why = [_have(one) for name in missing for one in wanted[name] if version(one.name) and not _fits(one)]
         hint = f" ({'; '.join(dict.fromkeys(why))})" if why else ""
-        yield note(
-            f"extras that are not here: {', '.join(missing)}{hint}; pip install 'stoker[{missing[0]}]'"
-        )
+        yield note(f"extras not installed: {', '.join(missing)}{hint}; pip install 'stoker[{missing[0]}]'")
 
 
 def _with(extra: str, required: list[Requirement]) -> list[Requirement]:
-    """Those of what the package may require that this machine needs for an extra or, for "", for none."""
+    """The requirements that apply on this machine to an extra or, for "", without any."""
     return [one for one in required if one.marker is None or one.marker.evaluate({"extra": extra})]
 
 

@@ -19,20 +19,20 @@ _OF_SYSTEM = re.compile(r"\[Errno -?\d+\] [\w ]+")
 
 
 def check(runs: str) -> Iterator[Finding]:
-    """Each sink; `runs` is where the embedded store stands."""
+    """Each sink; `runs` is where the embedded store is."""
     names = follower.named()
     if not names:
-        yield ok("STOKER_SINKS=none: runs are shipped nowhere, and `stoker sync` does it later")
+        yield ok("STOKER_SINKS=none: runs are not sent to any tracker; `stoker sync` can do it later")
     for name in names:
         try:
             follower.check(name)
             yield _SINKS[name](runs)
         except BadInput as error:
             yield problem(said(error))
-        except Exception as error:  # of imports: a library that it needs is of another version
+        except Exception as error:  # import errors: a library that it needs has the wrong version
             yield problem(
                 f"{name} cannot be used ({type(error).__name__}: {said(error)}): pip install "
-                f"--force-reinstall {name}, or leave it out of STOKER_SINKS"
+                f"--force-reinstall {name}, or remove it from STOKER_SINKS"
             )
 
 
@@ -45,7 +45,7 @@ def _mlflow(runs: str) -> Finding:
     import mlflow.tracking  # noqa: F401 - whether it can be
 
     if uri is not None:
-        return ok(f"mlflow {version('mlflow')}, to {shown}, which is no server and was not opened")
+        return ok(f"mlflow {version('mlflow')}, to {shown}, which is not a server and was not opened")
     where = "in its working copy" if object_store.is_url(runs) else f"in {runs}/mlflow.db"
     return ok(f"mlflow {version('mlflow')}, to the embedded store {where}; `stoker ui` shows it")
 
@@ -65,10 +65,10 @@ def _mlflow_server(uri: str, shown: str) -> Finding:
 def _hint_for(error: str, shown: str) -> str:
     if any(f"error code {code}" in error for code in _REFUSED):
         return (
-            f"{shown} refuses ({error}): set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or "
-            "MLFLOW_TRACKING_TOKEN"
+            f"{shown} refuses access ({error}): set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, "
+            "or MLFLOW_TRACKING_TOKEN"
         )
-    of_system = _OF_SYSTEM.search(error)  # the rest is of those who passed it on
+    of_system = _OF_SYSTEM.search(error)  # the rest was added by the layers above
     reason = of_system[0] if of_system else error
     return f"{shown} does not answer as MLflow ({reason}): start the server, or correct MLFLOW_TRACKING_URI"
 
@@ -80,9 +80,9 @@ def _wandb(runs: str) -> Finding:
     if wandb_sink.mode() == "online":
         return _wandb_server(name, wandb_sink.server().rstrip("/"), wandb_sink.key())
     if wandb_sink.key() or os.environ.get("WANDB_MODE"):
-        return ok(f"{name}, offline: files stand in each run, and `wandb sync` uploads them")
+        return ok(f"{name}, offline: each run keeps its files, and `wandb sync` uploads them")
     return note(
-        f"{name}, offline as there is no key; `wandb login`, or WANDB_API_KEY, sends runs to the server"
+        f"{name}, offline as there is no API key; run `wandb login`, or set WANDB_API_KEY, to use the server"
     )
 
 
@@ -91,7 +91,7 @@ def _wandb_server(name: str, url: str, key: str) -> Finding:
 
     shown = store.without_credentials(url)
     if not key:
-        return problem(f"{name}: WANDB_MODE=online, and there is no key: set WANDB_API_KEY, or `wandb login`")
+        return problem(f"{name}: WANDB_MODE=online without a key: set WANDB_API_KEY, or run `wandb login`")
     try:
         answer = httpx2.post(f"{url}/graphql", json=_VIEWER, auth=("api", key), timeout=_ANSWER)
         viewer = answer.json()["data"]["viewer"] if answer.is_success else None
@@ -101,12 +101,12 @@ def _wandb_server(name: str, url: str, key: str) -> Finding:
             "WANDB_MODE=offline"
         )
     except (ValueError, LookupError, TypeError):
-        return problem(f"{name}: {shown} does not answer as W&B does: correct WANDB_BASE_URL")
+        return problem(f"{name}: {shown} does not answer like W&B: correct WANDB_BASE_URL")
     if viewer is None and (answer.is_success or answer.status_code in _REFUSED):
-        return problem(f"{name}: {shown} refuses the key: set WANDB_API_KEY to one that it knows")
+        return problem(f"{name}: {shown} rejects the key: set WANDB_API_KEY to a valid one")
     if viewer is None:
         return problem(f"{name}: {shown} answers {answer.status_code}: correct WANDB_BASE_URL, or try later")
-    return ok(f"{name}, to {shown}, which knows the key")
+    return ok(f"{name}, to {shown}, which accepts the key")
 
 
 def _tensorboard(runs: str) -> Finding:

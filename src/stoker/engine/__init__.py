@@ -1,1 +1,1 @@
-"""What a training step is made of: device, precision, randomness, schedules, gradients."""
+"""The components of a training step: device, precision, randomness, schedules, gradients."""

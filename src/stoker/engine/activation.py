@@ -1,7 +1,7 @@
-"""Activation checkpointing: activations freed after the forward pass and computed again in the backward.
+"""Activation checkpointing: free activations after the forward pass and recompute them in the backward pass.
 
 Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost" (arXiv:1604.06174). The blocks
-stay the modules they were, with the names they had: only their `forward` is wrapped.
+remain the same modules under the same names: only their `forward` is wrapped.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.nn.attention.varlen  # has its operation known
+import torch.nn.attention.varlen  # registers its operation
 from stoker.engine import options
 from stoker.errors import BadInput
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-_PRODUCTS = {  # what costs more to compute again than to keep, by who has it
+_PRODUCTS = {  # operations that cost more to recompute than to keep, by namespace
     "aten": (
         "mm", "addmm", "bmm", "baddbmm", "linear", "convolution", "_grouped_mm",
         "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention",
@@ -33,7 +33,7 @@ def apply(blocks: Sequence[tuple[str, nn.Module]], how: str) -> None:
     """Recompute blocks in their backward pass.
 
     Args:
-        how: none, full, selective (the results of products are kept), or every how many blocks.
+        how: none, full, selective (keep the results of matrix products), or every how many blocks.
 
     Raises:
         BadInput: there are no blocks to recompute.
@@ -43,10 +43,10 @@ def apply(blocks: Sequence[tuple[str, nn.Module]], how: str) -> None:
         return
     if not blocks:
         raise BadInput(
-            f"activation_checkpointing={how}: no repeated blocks were found; name their classes with blocks="
+            f"activation_checkpointing={how}: no repeated blocks found; name their classes with blocks="
         )
     for _, block in blocks[every - 1 :: every]:
-        forward = getattr(block.forward, "recomputes", block.forward)  # not what is in place already
+        forward = getattr(block.forward, "recomputes", block.forward)  # unwrap a wrapped block
         block.forward = _recomputed(block, forward, _contexts(block, selective=kind == "selective"))
 
 
@@ -64,7 +64,7 @@ def _recomputed(
 
 
 def _contexts(block: nn.Module, *, selective: bool) -> dict[str, Any]:
-    """What the forward pass and its repetition run under; nothing where nothing is needed."""
+    """The contexts for the forward pass and its recomputation; empty if none are needed."""
     norms = [m for m in block.modules() if isinstance(m, _BatchNorm)]
     if not norms:
         return {"context_fn": _selective} if selective else {}
@@ -78,7 +78,7 @@ def _contexts(block: nn.Module, *, selective: bool) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _statistics_kept(norms: Sequence[_BatchNorm], within: Any) -> Iterator[None]:
-    """BatchNorm's running statistics have seen these samples once already: move them by nothing."""
+    """Freeze BatchNorm's running statistics, which have already seen these samples."""
     kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
         norm.momentum, norm.num_batches_tracked = 0.0, None

@@ -1,8 +1,8 @@
-"""Adafactor (Shazeer & Stern 2018, arXiv:1804.04235) by torch, of sharded parameters too.
+"""torch's Adafactor (Shazeer & Stern 2018, arXiv:1804.04235), extended to sharded parameters.
 
-It keeps a mean of each row and of each column of a matrix. torch computes them of whole matrices alone, and
-so a matrix that is sharded is gathered with its gradient while it is stepped, one after the other; each rank
-keeps its shard of what comes of it. The means are the same on every rank, and are small.
+Adafactor keeps one mean per row and one per column of a matrix. torch computes these only for whole
+matrices, so a sharded matrix is gathered together with its gradient while it is stepped, one matrix after the
+other; each rank keeps its shard of the result. The means are small, and the same on every rank.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.optim._adafactor import adafactor
 
 
 class Adafactor(torch.optim.Adafactor):
-    """See above; its arguments are torch's."""
+    """See the module docstring; its arguments are those of torch."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -48,5 +48,5 @@ class Adafactor(torch.optim.Adafactor):
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    """What a checkpoint was restored to: the means of a vector, which are as long, come back sharded."""
+    """Gather a restored state: the means of a vector, which are as long as it is, come back sharded."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

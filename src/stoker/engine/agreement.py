@@ -1,8 +1,8 @@
 """What the ranks of a run tell each other at every step, in one small reduction.
 
-The sum of the loss and its weight, so that the mean is over the whole global batch; and whether
-a rank was asked to stop or finds a checkpoint due, so that all of them do the same thing after
-the same step. It is started before the last backward pass and waited for after it.
+They share the sum of the loss and its weight, so that the mean is over the whole global batch; and
+whether any rank was asked to stop or has a checkpoint due, so that all ranks do the same thing after
+the same step. The reduction starts before the last backward pass and is waited for after it.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from stoker.world import World
 
 Weight = torch.Tensor | float
 
-_STOPS = ("interrupted", "preempted", "stopped", "paused")  # the first that any rank was asked for
+_STOPS = ("interrupted", "preempted", "stopped", "paused")  # the first one that any rank was asked for wins
 
 
 @dataclass(frozen=True)
 class Requests:
-    """What was asked for, by the clock, by signals or by a search, on any rank."""
+    """What was requested on any rank, by time, signals or a search."""
 
     interrupted: bool = False
     preempted: bool = False
     stopped: bool = False
-    """Early, for good."""
+    """End early, for good."""
     paused: bool = False
     checkpoint: bool = False
     failed: bool = False
@@ -35,28 +35,28 @@ class Requests:
 
     @property
     def stop(self) -> str | None:
-        """The status of a run that stops now, if it does."""
+        """The status of a run that stops now; None if it continues."""
         return next((status for status in _STOPS if getattr(self, status)), None)
 
     @property
     def save(self) -> bool:
-        """Whether a checkpoint is taken: what stops for good needs none."""
+        """Whether to save a checkpoint: a run that stops for good needs none."""
         return self.checkpoint or self.stop not in (None, "stopped")
 
 
 class Agreement:
-    """Adds up loss, weight and requests over all ranks.
+    """Sums loss, weight and requests over all ranks.
 
-    Requests travel in a CPU tensor, so that on GPUs nobody waits for the device to read them.
+    Requests travel in a CPU tensor, so that on GPUs no rank waits for the device to read them.
 
     Args:
         world: the ranks.
-        device: where the loss is.
-        ask: what this rank was asked for until now.
+        device: the device of the loss.
+        ask: returns what this rank has been asked for until now.
     """
 
     def __init__(self, world: World, device: torch.device, ask: Callable[[], Requests]) -> None:
-        self._alone = world.size == 1 or world.planned > 0  # ranks that are not there ask for nothing
+        self._alone = world.size == 1 or world.planned > 0  # a plan's imaginary ranks request nothing
         self._device, self._ask = device, ask
         self._loss: torch.Tensor | None = None
         self._asked: torch.Tensor | None = None
@@ -64,12 +64,12 @@ class Agreement:
         self._held: tuple[torch.Tensor, Weight] | None = None
 
     def start(self, loss_sum: torch.Tensor, weight: Weight) -> None:
-        """Begin to add up; every rank calls it once an update, of which a step may have several."""
+        """Start the reduction; every rank calls it once per update (a step can have several updates)."""
         if self._alone:
             self._held = (loss_sum, weight)
             return
         flags = torch.tensor(astuple(self._ask()), dtype=torch.float64, device="cpu")
-        if self._asked is not None:  # with an update before, in this step
+        if self._asked is not None:  # from an earlier update in this step
             flags += self._over_ranks()
         sums = torch.stack([self._scalar(loss_sum), self._scalar(weight)])
         if self._device.type == "cpu":  # one reduction for both
@@ -81,7 +81,7 @@ class Agreement:
             self._loss, self._asked = sums, flags
 
     def finish(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The loss and the weight over all ranks, scalars on the device; a float32 loss."""
+        """The loss and the weight over all ranks, as scalars on the device; the loss is float32."""
         if self._alone:
             assert self._held is not None
             loss_sum, weight = self._held
@@ -91,7 +91,7 @@ class Agreement:
         return self._loss[0].float(), self._loss[1].float()
 
     def requests(self) -> Requests:
-        """What all ranks do after this step, the same on each."""
+        """What all ranks do after this step; the same on every rank."""
         if self._alone:
             return self._ask()
         if self._asked is None:  # a step without an update
@@ -101,7 +101,7 @@ class Agreement:
         return Requests(*asked)
 
     def _over_ranks(self) -> torch.Tensor:
-        """How many ranks were asked for each."""
+        """For each request, the number of ranks that were asked for it."""
         for work in self._work:
             work.wait()
         assert self._asked is not None

@@ -1,6 +1,6 @@
-"""Every allocation of a stretch of code, written down as it is made and let go, and the peak of them.
+"""Records every allocation and release in a stretch of code, and their peak.
 
-Storages are followed, not tensors: a view takes no memory. What is on the meta device takes none either.
+Storages are tracked, not tensors: a view takes no memory, and neither does anything on the meta device.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 Key = int
-"""Of a storage; no two have the same, one after the other neither."""
+"""Identifies a storage. Keys are never reused."""
 
 
 @dataclass(frozen=True)
 class Peak:
-    """The moment at which the most was held."""
+    """The moment at which the most memory was held."""
 
     total: int
-    """Bytes."""
+    """In bytes."""
     held: Mapping[Key, int]
     """Bytes by storage."""
     moment: str
-    """What was being done, as `Allocations` was told."""
+    """What was happening, as reported to `Allocations`."""
 
 
 class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Within it every operation's results are followed until they are let go.
+    """Within this mode, the results of every operation are tracked until they are released.
 
     Args:
-        moment: says what is being done.
+        moment: returns what is happening at the moment.
     """
 
     def __init__(self, moment: Callable[[], str] = lambda: "") -> None:
@@ -44,17 +44,17 @@ class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._moment = moment
         self._known: dict[int, tuple[Key, weakref.ref[torch.UntypedStorage]]] = {}  # by address
         self._bytes: dict[Key, int] = {}
-        self._begun: dict[Key, int] = {}  # what was held when the changes began
-        self._changes: list[tuple[Key, int, str]] = []  # a storage, its bytes from then on, the moment
+        self._begun: dict[Key, int] = {}  # what was held when tracking began
+        self._changes: list[tuple[Key, int, str]] = []  # a storage, its new number of bytes, the moment
         self.resized: set[Key] = set()
-        """Storages whose size was changed, as FSDP's are that hold what it gathers."""
+        """Storages whose size was changed, such as those into which FSDP gathers."""
 
     def begin(self) -> None:
-        """From here on is what `peak` is asked of."""
+        """Start the stretch that `peak` reports on."""
         self._begun, self._changes = dict(self._bytes), []
 
     def peak(self, but: Set[Key] = frozenset()) -> Peak:
-        """Since it was begun.
+        """The peak since `begin`.
 
         Args:
             but: storages that do not count.
@@ -75,18 +75,18 @@ class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return Peak(most, {key: size for key, size in held.items() if size}, moment)
 
     def follow(self, tensors: Iterable[torch.Tensor]) -> set[Key]:
-        """The storages of tensors, which are followed from here on; of sharded ones this rank's shards."""
+        """Track the storages of tensors (of sharded ones, this rank's shards) from now on; returns them."""
         return {self._see(storage) for tensor in tensors for storage in _storages(tensor)}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented  # what it does to its shards comes here by itself
+            return NotImplemented  # operations on its shards are dispatched here separately
         result = self.call(function, args, kwargs or {})
         self.follow(leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor))
         return result
 
     def call(self, function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        """What an operation gives."""
+        """The result of an operation."""
         return function(*args, **kwargs)
 
     def __enter__(self) -> Allocations:
@@ -94,7 +94,7 @@ class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
         def resized(storage: torch.UntypedStorage, size: int) -> Any:
             found = resize(storage, size)
-            if storage._cdata in self._known:  # which no operation tells of
+            if storage._cdata in self._known:  # a resize is not an operation
                 self.resized.add(self._see(storage))
             return found
 
@@ -127,7 +127,7 @@ class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _storages(tensor: torch.Tensor) -> Iterable[torch.UntypedStorage]:
-    """Those with memory: of a sharded tensor its shard's, of a wrapper those of what it holds."""
+    """The storages that hold memory: of a sharded tensor its shard's, of a wrapper those of its contents."""
     for held in memory.plain([tensor]):
         if held.device.type != "meta" and held.layout is torch.strided:
             yield held.untyped_storage()

@@ -1,5 +1,7 @@
-"""What a Trainer is given, judged before anything is made of it: what is written for a loop of plain PyTorch
-has other arguments, which fail later with words that name none of them."""
+"""Checks of the Trainer's arguments, before anything is built from them.
+
+Arguments written for a loop of plain PyTorch differ, and would fail later with errors that name none of them.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +16,12 @@ from stoker.words import some
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-_UNUSED = "Expected to have finished reduction"  # what DDP's error begins with
-_NAMED = 4  # parameters that a message names
+_UNUSED = "Expected to have finished reduction"  # the beginning of DDP's error
+_NAMED = 4  # parameters named in a message
 
 
 def check(optimizer: object, loss: object, schedule: object) -> None:
-    """Raises BadInput for what is of another kind than Trainer takes."""
+    """Raises BadInput for arguments of a kind that Trainer does not take."""
     if optimizer is not None:
         for name, make in optimizer.items() if isinstance(optimizer, Mapping) else [("", optimizer)]:
             _check_optimizer(name, make)
@@ -35,8 +37,8 @@ def _check_optimizer(name: str, make: object) -> None:
     kind = type(make).__name__ if isinstance(make, torch.optim.Optimizer) else "SGD"
     written = f"lambda parameters: {kind}(parameters, lr=...)"
     raise BadInput(
-        f"optimizer= is {_said(make)}{f' for {name!r}' if name else ''}, and the optimizer is made after the "
-        f"model was laid out: give the function that makes it, optimizer="
+        f"optimizer= is {_said(make)}{f' for {name!r}' if name else ''}, but the optimizer is created after "
+        f"the model is parallelised: give a function that creates it, optimizer="
         f"{f'{{{name!r}: {written}, ...}}' if name else written}"
     )
 
@@ -48,8 +50,8 @@ def _check_loss(loss: object) -> None:
     if callable(loss) and not of_torch:
         return
     raise BadInput(
-        f"loss= is {_said(loss)}: give a function (output, batch) -> (sum, weight), the loss summed over the "
-        "batch and what to divide it by, such as "
+        f"loss= is {_said(loss)}: give a function (output, batch) -> (sum, weight) that returns the loss "
+        "summed over the batch and what to divide it by, such as "
         'lambda output, batch: (cross_entropy(output, batch[1], reduction="sum"), len(batch[1]))'
     )
 
@@ -57,15 +59,15 @@ def _check_loss(loss: object) -> None:
 def _check_schedule(schedule: object) -> None:
     if callable(schedule) and _takes(schedule, 0, 1):
         return
-    said = f"{_said(schedule)}, which does not take these two" if callable(schedule) else _said(schedule)
+    said = f"{_said(schedule)}, which does not take these" if callable(schedule) else _said(schedule)
     raise BadInput(
-        f"schedule= is {said}: give a function (step, total steps) -> factor of the learning rate, such as "
+        f"schedule= is {said}: give a function (step, total steps) -> learning rate factor, such as "
         'stoker.engine.schedule.build("cosine", warmup=0.05)'
     )
 
 
 def explain_inputs(model: nn.Module, inputs: Mapping[str, Any], error: TypeError) -> None:
-    """Raises BadInput where a model was called with items of a batch that it has no parameters for."""
+    """Raises BadInput if a model was called with batch items that it has no parameters for."""
     called = model.module if isinstance(model, DistributedDataParallel) else model
     if _takes(called.forward, **inputs):
         return
@@ -74,13 +76,13 @@ def explain_inputs(model: nn.Module, inputs: Mapping[str, Any], error: TypeError
     given = ", ".join(f'"{key}": batch["{key}"]' for key in ours or list(inputs)[:1])
     name = type(called).__name__
     raise BadInput(
-        f"{name} is called with {', '.join(inputs)}, the items of a batch, and takes {', '.join(taken)}: say "
-        f"which it is called with by Trainer(..., inputs=lambda batch: {{{given}}})"
+        f"{name} was called with {', '.join(inputs)}, the items of a batch, but takes {', '.join(taken)}: "
+        f"select its arguments with Trainer(..., inputs=lambda batch: {{{given}}})"
     ) from error
 
 
 def explain_unused(model: nn.Module, error: RuntimeError) -> None:
-    """Raises StokerError where DDP waited for gradients of parameters that the loss does not depend on."""
+    """Raises StokerError if DDP waited for gradients of parameters that the loss does not depend on."""
     if not str(error).startswith(_UNUSED):
         return
     names = [name for name, p in model.named_parameters() if p.requires_grad]
@@ -88,13 +90,13 @@ def explain_unused(model: nn.Module, error: RuntimeError) -> None:
     unused = [names[int(i)] for i in found[1].split() if int(i) < len(names)] if found else []
     said = f" ({some(unused, _NAMED)})" if unused else ""
     raise StokerError(
-        f"parameters{said} had no part in the loss of the step before, and the ranks wait for their "
-        "gradients: add ddp.find_unused_parameters=true, or freeze them with requires_grad_(False)"
+        f"parameters{said} did not contribute to the loss of the previous step, and the ranks are waiting "
+        "for their gradients: add ddp.find_unused_parameters=true, or freeze them with requires_grad_(False)"
     ) from error
 
 
 def _takes(function: Callable[..., Any], /, *arguments: Any, **named: Any) -> bool:
-    """Whether it can be called so; of one that does not say what it takes, it is believed."""
+    """Whether the function can be called like this; assumed so if it has no signature."""
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):
@@ -107,8 +109,8 @@ def _takes(function: Callable[..., Any], /, *arguments: Any, **named: Any) -> bo
 
 
 def _said(value: object) -> str:
-    """A value in words: a text or a function by itself, all else by its type."""
+    """A value for a message: a string or function by its name, anything else by its type."""
     if isinstance(value, str):
         return repr(value)
     name = getattr(value, "__name__", None)
-    return f"{name}" if callable(value) and name else f"an object of the type {type(value).__name__}"
+    return f"{name}" if callable(value) and name else f"an object of type {type(value).__name__}"

@@ -1,4 +1,4 @@
-"""A loss that tells of a broken step: not finite, or far above what it was of late."""
+"""Detects losses that indicate a broken step: not finite, or far above the recent ones."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ import torch
 from stoker import distributed
 from stoker.tensors import local
 
-MOST_IN_A_ROW = 10  # bad steps, of which all are left out
-_WINDOW = 100  # steps whose median a spike is measured by
+MOST_IN_A_ROW = 10  # bad steps, all of which are skipped
+_WINDOW = 100  # steps over which the median for spikes is taken
 _ENOUGH = 10
 
 
 class LossWatch:
-    """Judges the losses of a run, one after the other, and remembers what came of bad ones.
+    """Judges the losses of a run one by one, and remembers how bad ones were handled.
 
-    The same on every rank, and saved with checkpoints.
+    Its state is the same on every rank, and saved with checkpoints.
 
     Args:
-        spike: a loss of so many times the running median is bad; None: only one that is not finite.
-        at_once: look at every loss within its step. Else only before a checkpoint, since on a GPU to look
-            at one is to wait for all that was computed.
+        spike: a loss this many times the running median is bad; None: only non-finite losses are.
+        at_once: check every loss within its step. If false, check only before a checkpoint, since on a GPU
+            reading a loss waits for everything computed so far.
     """
 
     def __init__(self, spike: float | None, *, at_once: bool = True) -> None:
@@ -34,22 +34,22 @@ class LossWatch:
         self._unseen: torch.Tensor | None = None
         self._in_a_row, self._bad_step = 0, -1
         self.rewound_to: set[int] = set()
-        """The steps to whose checkpoints the run was put back."""
+        """The steps to whose checkpoints the run was rewound."""
 
     def see(self, loss: torch.Tensor) -> str:
-        """What is wrong with a step's loss, a scalar, in words; empty where nothing is, or nobody looks."""
+        """What is wrong with a step's scalar loss, as text; empty if nothing is, or it is not checked now."""
         if not self._at_once:
             self._unseen = loss.detach()
             return ""
         return self.judge(loss.item())
 
     def look(self) -> str:
-        """What is wrong with the newest loss, where `see` did not look at it."""
+        """What is wrong with the newest loss, if `see` did not check it."""
         unseen, self._unseen = self._unseen, None
         return "" if unseen is None else self.judge(unseen.item())
 
     def judge(self, loss: float) -> str:
-        """What is wrong with a loss, in words; empty where nothing is, and then it counts for the next."""
+        """What is wrong with a loss, as text; empty if nothing is, and then it counts towards the median."""
         if not math.isfinite(loss):
             return f"the loss is {loss}"
         if self._spike is not None and len(self._recent) >= _ENOUGH:
@@ -60,9 +60,9 @@ class LossWatch:
         return ""
 
     def count(self, step: int) -> bool:
-        """Count a bad step; whether there were so many in a row that it is not the batches.
+        """Count a bad step; returns whether there were too many in a row for the batches to be the cause.
 
-        A step of a loop of one's own may have several bad gradients, which count once.
+        A step of a user's own loop can have several bad gradients, which count once.
         """
         if step != self._bad_step:
             self._in_a_row = self._in_a_row + 1 if step - self._bad_step == 1 else 1
@@ -70,12 +70,12 @@ class LossWatch:
         return self._in_a_row > MOST_IN_A_ROW
 
     def rewind(self, step: int, saved: Mapping[str, Any]) -> None:
-        """The run is put back to the checkpoint of a step, whose `state` was this."""
+        """Rewind to the checkpoint of a step, which was saved with this `state`."""
         self.rewound_to.add(step)
         self._remember(saved)
 
     def state(self) -> dict[str, Any]:
-        """What is saved: the last good losses, and what came of bad ones."""
+        """What is saved: the last good losses, and how bad ones were handled."""
         return {
             "losses": list(self._recent),
             "bad": [self._in_a_row, self._bad_step],
@@ -83,7 +83,7 @@ class LossWatch:
         }
 
     def restore(self, saved: Mapping[str, Any]) -> None:
-        """Go on from what `state` was. Checkpoints of old have no more than the losses."""
+        """Restore what `state` returned. Old checkpoints contain only the losses."""
         self._remember(saved)
         self._in_a_row, self._bad_step = saved.get("bad", (0, -1))
         self.rewound_to = set(saved.get("rewound_to", ()))
@@ -94,22 +94,22 @@ class LossWatch:
 
 
 def explained(step: int, wrong: str, weights: Mapping[str, torch.Tensor], *, too_many: bool) -> str:
-    """Why a run ends with a bad step that has changed no weight, and what to do. All ranks call it.
+    """Why a run ends with a bad step that changed no weights, and what to do. All ranks call it.
 
     Args:
-        too_many: it was one of so many in a row that it is not the batches.
+        too_many: it followed so many bad steps that the batches are not the cause.
     """
-    # A gradient that nobody looked at may have spoilt them before, which the next loss shows.
+    # A gradient that was not checked may have corrupted the weights earlier; the next loss then shows it.
     finite = all(bool(tensor.isfinite().all()) for tensor in map(local, weights.values()))
-    now = "the weights are those before it"
+    now = "the weights are those from before this step"
     if not all(distributed.gathered(finite)):
-        now = "an earlier gradient was not finite, and the weights are not since; the newest checkpoint is"
+        now = "the weights are not finite since an earlier bad gradient, but the newest checkpoint is"
     if too_many:
         return (
-            f"step {step}: {wrong}, as in the {MOST_IN_A_ROW} steps before, so it is not the batches; {now}. "
-            "Go on from the newest checkpoint with another learning rate"
+            f"step {step}: {wrong}, as in the {MOST_IN_A_ROW} steps before, so the batches are not the "
+            f"cause; {now}. Resume from the newest checkpoint with a different learning rate"
         )
     return (
-        f"step {step}: {wrong}; {now}. Go on with on_bad_loss=skip or rewind, or change what made it "
+        f"step {step}: {wrong}; {now}. Resume with on_bad_loss=skip or rewind, or change what caused it "
         "(the learning rate, the data)"
     )

@@ -1,7 +1,7 @@
-"""Batches of any shape: dicts, tuples, named tuples and dataclasses of tensors, and of what goes with these.
+"""Batches of any structure: dicts, tuples, named tuples and dataclasses of tensors and other values.
 
-The first dim of every tensor counts samples; one without dims belongs to all of them. So does whatever is no
-tensor, but for lists and arrays that have an item for each sample, such as its file's name.
+The first dim of every tensor counts samples; a tensor without dims belongs to all samples. So does anything
+that is not a tensor, except lists and arrays with one item per sample, such as the file names.
 """
 
 from __future__ import annotations
@@ -16,16 +16,17 @@ from stoker.errors import BadInput
 from stoker.words import some
 from torch.utils import _pytree as pytree
 
-_MOST_SHAPES = 4  # that are said of a batch
+_MOST_SHAPES = 4  # shapes listed in a message
 
 
 def map_tensors(
     function: Callable[[torch.Tensor], Any], batch: Any, rows: Callable[[Any], Any] | None = None
 ) -> Any:
-    """The batch with another of each tensor.
+    """A copy of the batch in which the function's result replaces each tensor.
 
     Args:
-        rows: given what is no tensor, and no container of any: what takes its place, or None.
+        rows: called with every value that is neither a tensor nor a container of tensors; returns its
+            replacement, or None.
     """
     if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
         fields = {
@@ -49,14 +50,14 @@ def for_each_tensor(function: Callable[[torch.Tensor], Any], batch: Any) -> None
 
 
 def shapes(batch: Any) -> list[str]:
-    """The shape and dtype of every tensor, in words."""
+    """The shape and dtype of every tensor, as text."""
     found: list[str] = []
     for_each_tensor(lambda tensor: found.append(f"{tuple(tensor.shape)} {tensor.dtype}"), batch)
     return found
 
 
 def to_device(batch: Any, device: torch.device, *, channels_last: bool = False) -> Any:
-    """The batch with every tensor on the device; images (4 dims) channels last in memory, if asked to."""
+    """Move every tensor of a batch to a device; images (4 dims) to channels last, if requested."""
 
     def move(tensor: torch.Tensor) -> torch.Tensor:
         moved = tensor.to(device, non_blocking=True)
@@ -70,11 +71,11 @@ def to_device(batch: Any, device: torch.device, *, channels_last: bool = False) 
 
 
 def size(batch: Any, share: int | None = None) -> int:
-    """The number of samples: the first dim of its tensors, of which those without dims have none.
+    """The number of samples: the first dim of the tensors, ignoring tensors without dims.
 
     Args:
-        share: how many the loader put into it, where that is known: the number of a batch whose tensors do
-            not have samples first.
+        share: how many samples the loader put into the batch, if known: used for a batch whose tensors do
+            not have the sample dim first.
 
     Raises:
         ValueError: no tensor has a dim, and the share is not known.
@@ -84,13 +85,13 @@ def size(batch: Any, share: int | None = None) -> int:
         return share
     if not tensors:
         raise ValueError(
-            f"a batch of type {type(batch).__name__} holds no tensor: its samples cannot be counted"
+            f"a batch of type {type(batch).__name__} contains no tensor, so its samples cannot be counted"
         )
     return tensors[0].size(0)
 
 
 def can_be_cut(batch: Any, share: int | None = None) -> bool:
-    """Whether a batch has samples first, see `size`."""
+    """Whether the tensors of a batch have the sample dim first, see `size`."""
     return _has_samples_first(_with_dims(batch), share)
 
 
@@ -101,7 +102,7 @@ def split(batch: Any, micro_batch: int | None, share: int | None = None) -> Iter
         share: see `size`.
 
     Raises:
-        BadInput: it is to be cut, and does not have samples first.
+        BadInput: the batch must be split, but does not have the sample dim first.
     """
     if micro_batch is None or (samples := size(batch, share)) <= micro_batch:
         yield batch
@@ -120,7 +121,7 @@ def _part(batch: Any, part: slice, samples: int) -> Any:
 
 
 def _is_of_rows(node: Any, samples: int) -> bool:
-    """Whether something has an item for each sample, and none of these is, or holds, a tensor."""
+    """Whether a value has one item per sample, none of which is, or contains, a tensor."""
     if isinstance(node, np.ndarray):
         return node.ndim > 0 and len(node) == samples
     if type(node) not in (list, tuple) or len(node) != samples:  # a named tuple has fields
@@ -129,17 +130,17 @@ def _is_of_rows(node: Any, samples: int) -> bool:
 
 
 def _with_dims(batch: Any) -> list[torch.Tensor]:
-    """Its tensors that have a dim, in order."""
+    """The tensors that have a dim, in order."""
     found: list[torch.Tensor] = []
     for_each_tensor(lambda tensor: found.append(tensor) if tensor.dim() else None, batch)
     return found
 
 
 def _has_samples_first(tensors: Sequence[torch.Tensor], share: int | None) -> bool:
-    """Whether the first dims are one number, and not all of them of something else, before the samples.
+    """Whether the first dims are equal, and not all of them some other dim before the sample dim.
 
-    A first dim that is no share is one of samples nonetheless where a collate function joins or multiplies
-    them: only where all tensors have the share behind it, it is not.
+    A first dim that differs from the share is still the sample dim if a collate function joins or multiplies
+    samples; only if all tensors have the share as their second dim is it not.
     """
     if len({tensor.size(0) for tensor in tensors}) != 1:
         return False
@@ -150,17 +151,17 @@ def _has_samples_first(tensors: Sequence[torch.Tensor], share: int | None) -> bo
 
 def _cannot_be_cut(batch: Any, micro_batch: int, samples: int, share: int | None) -> str:
     said = [str(tuple(tensor.shape)) for tensor in _with_dims(batch)]
-    shapes = f"tensors of the shapes {some(said, _MOST_SHAPES)}" if said else "no tensor"
-    whole = f", or at least {samples}" if share is not None else ""
+    shapes = f"tensors of shape {some(said, _MOST_SHAPES)}" if said else "no tensors"
+    whole = f", or set it to at least {samples}" if share is not None else ""
     return (
-        f"micro_batch={micro_batch}: a batch is cut along the first dim of its tensors, which must be that "
-        f"of samples in all of them, and this one has {shapes}: have collate put samples first "
-        f"(batch_first=True), or give no micro_batch{whole}"
+        f"micro_batch={micro_batch}: a batch is split along the first dim of its tensors, which must be the "
+        f"sample dim in all of them, but this batch has {shapes}: make collate put samples first "
+        f"(batch_first=True), or omit micro_batch{whole}"
     )
 
 
 def default_inputs(batch: Any) -> dict[str, Any] | tuple[Any, ...]:
-    """What a model is called with where the user does not say: a dict's items, or a tuple's first."""
+    """The model's arguments if the user does not specify them: a dict's items, or a tuple's first."""
     if isinstance(batch, dict):
         return batch
     if isinstance(batch, tuple | list):

@@ -1,7 +1,7 @@
-"""The repeated blocks of a model: what is sharded, recomputed, compiled and cut into stages.
+"""The repeated blocks of a model: the units that are sharded, recomputed, compiled and cut into stages.
 
-Found by the model's own structure: the list of modules (`nn.ModuleList`, `nn.Sequential`) that
-holds most of its parameters, and within its items again where these hold lists of their own.
+They are found from the model's structure: the list of modules (`nn.ModuleList`, `nn.Sequential`) that
+holds most of its parameters, or the lists inside its items, if these hold lists themselves.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from torch import nn
 
 
 def find(model: nn.Module, names: Sequence[str] = ()) -> list[tuple[str, nn.Module]]:
-    """The blocks of a model with their names, in order; none where it has no repeated part.
+    """The blocks of a model with their names, in order; empty if the model has no repeated part.
 
     Args:
-        names: class names of blocks; by default they are found.
+        names: class names of blocks; by default blocks are detected.
 
     Raises:
-        BadInput: there is no module of a class that was named.
+        BadInput: the model has no module of a named class.
     """
     if names:
         found = [(name, m) for name, m in model.named_modules() if type(m).__name__ in names]
@@ -44,7 +44,7 @@ def find(model: nn.Module, names: Sequence[str] = ()) -> list[tuple[str, nn.Modu
 
 
 def largest(blocks: Iterable[tuple[str, nn.Module]]) -> int:
-    """Bytes of the largest block's parameters; 0 where there are no blocks."""
+    """Bytes of the largest block's parameters; 0 if there are no blocks."""
     return max((sum(p.nbytes for p in block.parameters()) for _, block in blocks), default=0)
 
 
@@ -68,7 +68,7 @@ def _parameters(module: nn.Module) -> int:
 
 
 def _embedding_parameters(module: nn.Module) -> int:
-    """Embeddings, and the output layer as large as they are, say nothing about what is repeated."""
+    """Parameters of embeddings and equally large output layers, which say nothing about what is repeated."""
     embeddings = [m.weight for m in module.modules() if isinstance(m, nn.Embedding)]
     shapes = {w.shape for w in embeddings}
     return sum({id(p): p.numel() for p in module.parameters() if p.shape in shapes}.values())

@@ -1,4 +1,4 @@
-"""How many steps of a loader a duration is."""
+"""Converts durations into steps of a loader."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from stoker.duration import Duration
 
 
 class Counted(Protocol):
-    """What durations are counted by."""
+    """What durations are counted with."""
 
     batch_size: int
     samples_per_epoch: int
@@ -17,11 +17,11 @@ class Counted(Protocol):
 
 
 def steps_in(duration: Duration, loader: Counted, steps: int = 0, samples: int = 0) -> int:
-    """How many steps a duration is, rounded up, of which so many, of so many samples, are done.
+    """The number of steps in a duration, rounded up, given the steps and samples already done.
 
-    Those may have been of batches of another size.
+    The batches of the steps already done may have had a different size.
 
-    Raises ValueError for one by the clock, or in tokens where the dataset does not count any.
+    Raises ValueError for a time, or for tokens if the dataset does not count them.
     """
     if duration.unit == "step":
         return int(duration.count)
@@ -29,13 +29,13 @@ def steps_in(duration: Duration, loader: Counted, steps: int = 0, samples: int =
     unit = per_sample.get(duration.unit)
     if unit is None:
         raise ValueError(f"{duration} cannot be counted here: {_why_not(duration)}")
-    # Rounded down by a hair first: 3 epochs of 10 samples are 30, not 30.000000000000004.
+    # Rounded down slightly first: 3 epochs of 10 samples are 30, not 30.000000000000004.
     left = math.ceil((duration.count / unit - samples) / loader.batch_size - 1e-9)
     return max(1, steps + max(0, left))
 
 
 def completes(every: Duration, loader: Counted, steps: int, samples: int) -> bool:
-    """Whether the step that begins at this position completes another such duration."""
+    """Whether the step that starts at this position completes another such duration."""
     before = _amount(every, loader, steps, samples)
     after = _amount(every, loader, steps + 1, samples + loader.batch_size)
     return _whole(after / every.count) > _whole(before / every.count)
@@ -54,11 +54,11 @@ def _amount(every: Duration, loader: Counted, steps: int, samples: int) -> float
 
 
 def _whole(ratio: float) -> int:
-    """Rounded down, after a hair up: 0.3 epochs are three times 0.1, which floats do not say."""
+    """Round down after adding a little: 0.3 epochs are three times 0.1, but not in floating point."""
     return math.floor(ratio + 1e-9)
 
 
 def _why_not(duration: Duration) -> str:
     if duration.unit == "token":
-        return "the dataset does not say how many tokens a sample has; count in steps or epochs"
-    return "it is by the clock, which differs from machine to machine; count in steps or epochs"
+        return "the dataset does not report how many tokens a sample has; use steps or epochs"
+    return "it is a time, which differs between machines; use steps or epochs"

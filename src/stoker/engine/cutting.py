@@ -1,4 +1,4 @@
-"""How a rank's share of a global batch is cut into micro-batches, and what is said where none fits."""
+"""Splitting a rank's share of a global batch into micro-batches, and the message if none fits."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ log = logging.getLogger("stoker")
 
 
 class MicroBatches:
-    """The micro-batches of a training: of a size that is given, found by trying, or whole.
+    """The micro-batches of a training: of a given size, of a size found by trying, or the whole share.
 
     Args:
         world: all ranks.
-        strategy: as it was chosen, never `auto`.
-        block: bytes of the model's largest repeated block, whole; 0 where it has none.
+        strategy: the chosen one, never `auto`.
+        block: bytes of the model's largest repeated block, unsharded; 0 if it has none.
     """
 
     def __init__(
@@ -32,22 +32,24 @@ class MicroBatches:
         self._step, self._setting, self._training = step, setting, training
         self._world, self._strategy, self._block = world, strategy, block
         self.size = training.micro_batch
-        """Samples of one; `auto` before the first batch; none: a rank's whole share."""
+        """Samples per micro-batch; `auto` before the first batch; None: a rank's whole share."""
         self.share: int | None = None
-        """Samples that the loader puts into a rank's share, once that is known."""
+        """Samples that the loader puts into a rank's share, once known."""
 
     def of(self, batch: Any) -> Iterator[Any]:
-        """A batch on the device, cut. Raises BadInput where it must be and cannot, see `batches.split`."""
+        """The batch on the device, split. Raises BadInput if it cannot be split, see `batches.split`."""
         if self.size == "auto":
             self.size = self._found(batch)
-            log.info("micro_batch=%d of a share of %s", self.size, counted(self._samples(batch), "sample"))
+            log.info(
+                "micro_batch=%d of a rank's share of %s", self.size, counted(self._samples(batch), "sample")
+            )
         if self.size is None and self._strategy == "pipeline":
             share, sizes = self._samples(batch), self._sizes(batch)
             self.size = micro_batch.of_pipeline(sizes, share, self._setting.mesh.size("stage"))
         return batches.split(batch, self.size, self.share)
 
     def _found(self, batch: Any) -> int:
-        """The largest size that fits; whole, where the batch of a rank cannot be cut. All ranks call it."""
+        """The largest size that fits, or the whole batch if it cannot be split. All ranks call it."""
         if not all(distributed.gathered(batches.can_be_cut(batch, self.share))):
             return self._samples(batch)
         return rehearsal.largest_micro_batch(
@@ -55,7 +57,7 @@ class MicroBatches:
         )
 
     def take_smaller(self, batch: Any) -> bool:
-        """Halve an automatic size, and remember that; False where it cannot be."""
+        """Halve an automatic size, and remember it; False if that is not possible."""
         if self._training.micro_batch != "auto" or not isinstance(self.size, int):
             return False
         smaller = [size for size in self._sizes(batch) if size <= int(self.size) // 2]
@@ -66,23 +68,24 @@ class MicroBatches:
         return True
 
     def out_of_memory(self, error: torch.OutOfMemoryError, batch: Any = None) -> str:
-        """What was asked for, what was free, and the cheapest change that would fit.
+        """What was requested, what was free, and the cheapest change that would fit.
 
         Args:
-            batch: this rank's share, where its forward and backward pass ran out; none: the update did.
+            batch: this rank's share, if its forward and backward pass ran out of memory; None: the update
+                did.
         """
         said = out_of_memory.said(error, self._world.rank)
-        log.warning("%s", said)  # to try what would fit may end the process
+        log.warning("%s", said)  # trying what would fit can end the process
         change = fitting.Change(
             self._step, self._setting, self._training, self._world, self._strategy, self._block
         )
-        if batch is None or self.size == "auto":  # which tries with the state of optimizers in place
+        if batch is None or self.size == "auto":  # `auto` already tries with optimizer state
             return f"{said} {change.of_an_update()}"
         micro = self.size if isinstance(self.size, int) else self._samples(batch)
         return f"{said} {change.of_a_pass(error, batch, self._sizes(batch), micro)}"
 
     def _sizes(self, batch: Any) -> list[int]:
-        """The sizes that a micro-batch may have."""
+        """The sizes that a micro-batch can have."""
         schedule = self._training.pipeline.schedule if self._strategy == "pipeline" else "gpipe"
         ranks, samples = self._setting.mesh.size("stage"), self._samples(batch)
         if ranks == 1 and not batches.can_be_cut(batch, self.share):

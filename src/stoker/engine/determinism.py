@@ -1,8 +1,9 @@
-"""The same bits each time: deterministic algorithms alone; where an operation has none, which and where.
+"""Bit-identical results: deterministic algorithms only, and errors that name operations without one.
 
-What torch promises is described in https://pytorch.org/docs/stable/notes/randomness.html: atomic additions on
-GPUs come in any order, cuDNN tries algorithms out, cuBLAS has workspaces that several streams share, and
-some operations have no other form.
+https://pytorch.org/docs/stable/notes/randomness.html describes what torch guarantees: atomic additions on
+GPUs
+run in any order, cuDNN benchmarks algorithms, cuBLAS has workspaces that several streams share, and some
+operations have no deterministic form.
 """
 
 from __future__ import annotations
@@ -47,14 +48,15 @@ class Place:
 def require() -> None:
     """Use only deterministic operations in this process from now on, on CPUs and GPUs.
 
-    An operation that has no such form raises a RuntimeError that names it; see `explained`. Memory that
-    torch hands out is not filled first, as it would be: a program that reads it before writing has no right
-    result in any case, and filling it costs a pass over memory for every tensor that is made.
+    An operation without a deterministic form raises a RuntimeError that names it; see `explained`. Unlike
+    torch's default in this mode, new memory is not filled: a program that reads memory before writing it is
+    wrong
+    anyway, and filling costs a pass over memory for every new tensor.
     """
     if torch.cuda.is_initialized() and not machine.has_cublas_workspaces():  # type: ignore[no-untyped-call]
         log.warning(
-            "CUDA was used before the Trainer was made: what cuBLAS does may differ in its last bits; set "
-            "CUBLAS_WORKSPACE_CONFIG=:4096:8 in the environment"
+            "CUDA was used before the Trainer was created, so cuBLAS results may differ in their last bits: "
+            "set CUBLAS_WORKSPACE_CONFIG=:4096:8 in the environment"
         )
     machine.keep_cublas_workspaces()
     torch.use_deterministic_algorithms(True)
@@ -65,9 +67,9 @@ def require() -> None:
 
 @contextlib.contextmanager
 def remembering() -> Iterator[None]:
-    """Autograd remembers within this block which line an operation of the backward pass belongs to.
+    """Within this block, autograd records which line each operation of the backward pass belongs to.
 
-    That is slow, so it is for one step: an operation without a deterministic form fails in the first.
+    This is slow, so it is used for one step: an operation without a deterministic form fails in the first.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Anomaly Detection has been enabled")
@@ -78,11 +80,11 @@ def remembering() -> Iterator[None]:
 
 @contextlib.contextmanager
 def explained(again: Callable[[], object] | None = None) -> Iterator[None]:
-    """Say of an operation without a deterministic form, within this block, where it was called.
+    """Report where an operation without a deterministic form was called within this block.
 
     Args:
-        again: does once more what is done in this block, for an operation of the backward pass that fails in
-            a step whose lines were not remembered.
+        again: repeats the work of this block, for an operation of the backward pass that fails in a step
+            whose lines were not recorded.
 
     Raises:
         StokerError: naming the operation, and the line that called it.
@@ -98,10 +100,10 @@ def explained(again: Callable[[], object] | None = None) -> Iterator[None]:
         place = _of_user(remembered) or _of_user(_frames(error))
         if place is None and again is not None:
             place = _of_user(_remembered(again))
-        where = f"; it is called at {place}" if place else "; it belongs to the backward pass"
+        where = f"; it is called at {place}" if place else "; it is part of the backward pass"
         raise StokerError(
-            f"{said['operation']} has no deterministic form, and deterministic=true asks for one{where}. "
-            "Use another operation there, or deterministic=false"
+            f"{said['operation']} has no deterministic form, but deterministic=true requires one{where}. "
+            "Use a different operation there, or deterministic=false"
         ) from error
 
 
@@ -111,7 +113,7 @@ def _frames(error: BaseException) -> list[Place]:
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """An error and what it came of: a pipeline's schedule raises its own of what failed in a stage."""
+    """An error and its causes: a pipeline's schedule wraps the error of a stage in its own."""
     found: BaseException | None = error
     while found is not None:
         yield found
@@ -127,8 +129,9 @@ def _remembered(again: Callable[[], object]) -> list[Place]:
 
 @contextlib.contextmanager
 def _told(found: list[Place]) -> Iterator[None]:
-    """Add what autograd says, within this block, of the forward pass that led to what fails in the backward
-    pass: its calls, the innermost last.
+    """Within this block, collect autograd's traceback of the forward call whose backward pass fails.
+
+    The innermost call comes last.
     """
     if not torch.is_anomaly_enabled():
         yield
@@ -150,9 +153,9 @@ def _told(found: list[Place]) -> Iterator[None]:
 
 
 def _of_user(places: list[Place]) -> Place | None:
-    """The innermost line that is nobody's library, else that is of another library than torch.
+    """The innermost line of the user's own code, else of a library other than torch.
 
-    What lies outside of the innermost call of the loop only led to it.
+    Lines outside the innermost call of the loop only led to it.
     """
     inner = max((number for number, place in enumerate(places) if place.file.startswith(_LOOP)), default=-1)
     below = [place for place in places[inner + 1 :] if not place.file.startswith(_TORCH)]

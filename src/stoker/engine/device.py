@@ -10,40 +10,40 @@ from stoker.world import World
 
 
 def pick(world: World) -> torch.device:
-    """The GPU of this local rank where there are any, else the CPU.
+    """The GPU of this local rank if there are GPUs, else the CPU.
 
-    Raises BadInput where there are fewer GPUs than ranks on this machine.
+    Raises BadInput if this machine has fewer GPUs than ranks.
     """
     if torch.cuda.is_available() and not world.planned:
         check(world.local_size)
         device = torch.device("cuda", world.local_rank)
-        torch.cuda.set_device(device)  # NCCL and many kernels take the current one
+        torch.cuda.set_device(device)  # NCCL and many kernels use the current device
         return device
     return torch.device("cpu")
 
 
 def count(world: World) -> int:
-    """GPUs of this machine; in a plan as many as there are ranks."""
+    """The GPUs of this machine; in a plan, as many as there are ranks."""
     return world.size if world.planned else torch.cuda.device_count()
 
 
 def check(ranks: int) -> None:
-    """Raises BadInput where ranks of this machine would have to share a GPU, which NCCL refuses."""
+    """Raises BadInput if ranks of this machine would have to share a GPU, which NCCL refuses."""
     gpus = torch.cuda.device_count()
     if 0 < gpus < ranks:
         raise BadInput(
-            f"{counted(ranks, 'rank')} on a machine with {counted(gpus, 'GPU')}: each takes one; "
-            f'give --nproc {gpus}, or CUDA_VISIBLE_DEVICES="" to train on the CPU'
+            f"{counted(ranks, 'rank')} on a machine with {counted(gpus, 'GPU')}: each rank needs its own; "
+            f'use --nproc {gpus}, or CUDA_VISIBLE_DEVICES="" to train on the CPU'
         )
 
 
 def move(model: torch.nn.Module, device: torch.device) -> None:
-    """Bring a model to a device, in place, but for what of it is on the meta device."""
+    """Move a model to a device in place, except what is on the meta device."""
     model._apply(lambda t: t if t.is_meta else t.to(device))  # type: ignore[no-untyped-call]
 
 
 def name(device: torch.device) -> str:
-    """What the device calls itself."""
+    """The device's name."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return machine.processor()

@@ -1,4 +1,4 @@
-"""Whether a metric still gets better."""
+"""Whether a metric still improves."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from stoker.run.series import Goal
 
 
 def stale(values: Sequence[float], goal: Goal, patience: int, min_delta: float = 0.0) -> bool:
-    """Whether none of the last `patience` values is better than every one before them.
+    """Whether none of the last `patience` values is better than every value before them.
 
     Args:
-        min_delta: how much better counts as better.
+        min_delta: the smallest difference that counts as better.
     """
     costs = [value if goal == "min" else -value for value in values]
     before = [cost for cost in costs[:-patience] if not math.isnan(cost)]

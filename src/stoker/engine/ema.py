@@ -1,4 +1,4 @@
-"""A moving average of the weights (Polyak & Juditsky 1992), kept beside them shard by shard."""
+"""A moving average of the weights (Polyak & Juditsky 1992), kept next to them shard by shard."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from stoker.tensors import local
 
 
 class Ema:
-    """The average of the weights that are trained, in float32 at least, each where its weight's shard is.
+    """The average of the trained weights, in float32 or wider, each on the same rank as its weight's shard.
 
     Args:
         weights: by name, see `Step.weights`.
-        publish: called after the weights were written to, where the model uses copies of them.
+        publish: called after the weights were written, if the model uses copies of them.
     """
 
     def __init__(
@@ -29,15 +29,15 @@ class Ema:
         self._decay, self._warmup = settings.decay, settings.warmup
         self._weights, self._publish = dict(weights), publish
         self.values = {n: w.detach().clone().to(wide(w.dtype)) for n, w in self._weights.items()}
-        """By name, what is saved with a checkpoint."""
+        """By name; saved with a checkpoint."""
 
     def take(self) -> None:
-        """Let the average be what the weights are now."""
+        """Set the average to the current weights."""
         self.restore({n: w.detach() for n, w in self._weights.items()})
 
     @torch.no_grad()
     def restore(self, values: Mapping[str, torch.Tensor]) -> None:
-        """Put back values that were saved; without any, the average begins with the weights as they are."""
+        """Restore saved values; without any, the average starts from the current weights."""
         for name, value in (values or self._weights).items():
             local(self.values[name]).copy_(local(value))
 
@@ -46,7 +46,7 @@ class Ema:
         """Move the average towards the weights after optimizer step `step`, counted from 0.
 
         Args:
-            moved: the weights that this step changed, where it was not all of them.
+            moved: the weights that this step changed, if not all of them.
         """
         decay = min(self._decay, (1 + step) / (10 + step)) if self._warmup else self._decay
         only = None if moved is None else {id(w) for w in moved}
@@ -59,7 +59,7 @@ class Ema:
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
-        """The model has the average as its weights within this block."""
+        """Within this block, the model uses the average as its weights."""
         with torch.no_grad():
             kept = {n: w.detach().clone() for n, w in self._weights.items()}
             self._put(self.values)

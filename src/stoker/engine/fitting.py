@@ -1,7 +1,7 @@
-"""What would fit where memory ran out: tried where one process trains, else reckoned from what was asked.
+"""What would fit after running out of memory: tried in a single process, otherwise estimated from the error.
 
-Changes are weighed in the order of what they cost: smaller micro-batches, activations computed
-again, more ranks. None of them changes what a run computes but BatchNorm's statistics.
+Changes are considered in the order of their cost: smaller micro-batches, recomputing activations, more
+ranks. None of them changes the results of a run, except for BatchNorm's statistics.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 log = logging.getLogger("stoker")
 
-_ROOM = 0.8  # of a rank's memory for weights, gradients and optimizer state; the rest is activations
+_ROOM = 0.8  # of a rank's memory for weights, gradients and optimizer state; the rest is for activations
 
 
 class Change:
     """The cheapest change with which a training that ran out of memory would fit.
 
     Args:
-        strategy: as it was chosen, never `auto`.
-        block: bytes of the largest repeated block, whole; 0 where the model has none.
+        strategy: the chosen one, never `auto`.
+        block: bytes of the largest repeated block, unsharded; 0 if the model has none.
     """
 
     def __init__(
@@ -45,41 +45,41 @@ class Change:
     def of_a_pass(
         self, error: torch.OutOfMemoryError, batch: Any, sizes: Sequence[int], micro: int | None
     ) -> str:
-        """After a forward or backward pass; in words that tell what to give. Forgets the gradients.
+        """Advice after a forward or backward pass ran out of memory, as text. Discards the gradients.
 
         Args:
             batch: this rank's share of a global batch, where the loader left it.
-            sizes: what a micro-batch may have, smallest first.
-            micro: samples of the one that did not fit; None: the whole share.
+            sizes: possible sizes of a micro-batch, smallest first.
+            micro: samples of the micro-batch that did not fit; None: the whole share.
         """
-        if self._training.optimizer_in_backward:  # goes with no micro-batches, and moves weights if tried
+        if self._training.optimizer_in_backward:  # it excludes micro-batches, and trying would change weights
             return self._recomputing() or self.of_an_update()
         smaller = [size for size in sizes if size < (micro or batches.size(batch))]
         reckoned = self._reckoned(error, smaller, micro or batches.size(batch))
         if self._world.size > 1 or self._setting.loss is None or not isinstance(self._step, PlainStep):
-            return reckoned  # others would have to try at the same time, and wait for the step that failed
-        log.warning("seeing which micro-batch would fit")
+            return reckoned  # the other ranks would have to try too, but they wait for the step that failed
+        log.warning("trying which micro-batch would fit")
         _let_go(error)
         self._step.clear()
         try:
             return self._tried(batch, smaller, micro)
-        except Exception as why:  # of the model's own
-            log.debug("nothing could be tried: %r", why)
+        except Exception as why:  # an error of the model itself
+            log.debug("trying smaller micro-batches failed: %r", why)
             return reckoned
 
     def of_an_update(self) -> str:
-        """Where no activations are left that could be fewer."""
+        """Advice if there are no activations to reduce."""
         if self._strategy not in ("single", "ddp"):
             return self._said("more ranks, or the strategy's offload")
         training = dataclasses.replace(self._training, optimizer_in_backward=False)
         ranks = memory.ranks_that_hold(
             self._step.model, self._blocks(), training, _ROOM * self._has(), self._moments()
         )
-        without = "no optimizer_in_backward, and " if self._training.optimizer_in_backward else ""
+        without = "optimizer_in_backward=false and " if self._training.optimizer_in_backward else ""
         return self._said(f"{without}parallel=fsdp over {f'{ranks} such' if ranks else 'more'} ranks")
 
     def _tried(self, batch: Any, smaller: Sequence[int], micro: int | None) -> str:
-        """What a pass was seen to fit with."""
+        """The change with which a pass was seen to fit."""
         found = self._largest(batch, smaller)
         if found is not None:
             return self._said(f"micro_batch={found}, which was tried and fits")
@@ -92,41 +92,41 @@ class Change:
         return self._of_one_sample()
 
     def _recomputing(self, micro: int | None = 1) -> str:
-        """Activations computed again; empty where they are, or the model has no blocks to compute again."""
+        """Advice to recompute activations; empty if they are, or if the model has no blocks."""
         if self._training.activation_checkpointing == "full" or not self._block:
             return ""
         return self._said(f"{'' if micro == 1 else 'micro_batch=1 '}activation_checkpointing=full")
 
     def _of_one_sample(self) -> str:
-        """Where the activations of one sample are too many beside the state."""
+        """Advice if the activations of a single sample do not fit next to the state."""
         whole = memory.needed(self._step.model, (), "ddp", self._training, 1, self._moments()).total
         if self._strategy not in ("single", "ddp") or whole > (1 - _ROOM) * self._has():
             return self.of_an_update()
         return (
-            f"Weights, gradients and optimizer state are {words.size(whole)} of {words.size(self._has())}: "
-            "to shard them makes little room. Give smaller samples, or parallel=pipeline over "
-            "several ranks, each of which has some of the layers"
+            f"Weights, gradients and optimizer state take only {words.size(whole)} of "
+            f"{words.size(self._has())}, so sharding them would free little memory. Use smaller samples, or "
+            "parallel=pipeline over several ranks, each of which holds some of the layers"
         )
 
     def _has(self) -> int:
         return memory.of_a_rank(self._setting.mesh.device, self._world)
 
     def _moments(self) -> float:
-        """Bytes that the optimizers keep for each weight."""
+        """Bytes that the optimizers keep per weight."""
         try:
             return max(map(rehearsal.kept_for_each, self._step.optimizers.values()))
-        except Exception:  # of one that wraps another, say
+        except Exception:  # for example, of an optimizer that wraps another
             return memory.MOMENTS
 
     def _blocks(self) -> list[tuple[str, torch.nn.Module]]:
-        """As the strategy left them, which may have given them other names."""
+        """The blocks as the strategy left them, possibly with different names."""
         try:
             return blocks.find(self._step.model, self._training.blocks)
         except BadInput:
             return []
 
     def _largest(self, batch: Any, sizes: Sequence[int]) -> int | None:
-        """The largest micro-batch that fits beside the state which optimizers will make."""
+        """The largest micro-batch that fits next to the state that optimizers will create."""
 
         def attempt(size: int) -> None:
             moved = batches.to_device(
@@ -144,7 +144,7 @@ class Change:
         return found
 
     def _reckoned(self, error: torch.OutOfMemoryError, smaller: Sequence[int], micro: int) -> str:
-        """From what was held, asked for and free, which says how much activations take at least."""
+        """Estimate from what was held, requested and free, which gives a lower bound for activations."""
         asked, free, held = out_of_memory.numbers(error, self._setting.mesh.device)
         now, all_of_it = self._state()
         activations, room = held + asked - now, held + free - all_of_it
@@ -157,7 +157,7 @@ class Change:
         return self._recomputing(micro) or self._of_one_sample()
 
     def _state(self) -> tuple[float, float]:
-        """Bytes that smaller micro-batches do not make less: those held now, and with those to come."""
+        """Bytes that smaller micro-batches do not reduce: those held now, and including those to come."""
         of = memory.by_kind(self._step, self._setting.mesh.device, self._training)
         gathered = self._block if self._strategy == "fsdp" else 0
         gradients = memory.held(p.grad for p in self._step.model.parameters() if p.grad is not None)
@@ -167,11 +167,11 @@ class Change:
 
     def _said(self, change: str) -> str:
         statistics = any(isinstance(m, _BatchNorm) for m in self._step.model.modules())
-        return f"Give {change}" + ("" if statistics else ": the result stays the same")
+        return f"Use {change}" + ("" if statistics else ": the result stays the same")
 
 
 def _let_go(error: BaseException | None) -> None:
-    """Free what the frames of a pass that failed still hold: its activations."""
+    """Free the activations that the frames of a failed pass still hold."""
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__

@@ -1,8 +1,8 @@
-"""What a device can do in a second, to say how much of it a model uses (MFU); what a forward pass needs.
+"""The peak speed of a device, for model FLOPs utilisation (MFU), and the operations of a forward pass.
 
-Model FLOPs utilisation (Chowdhery et al. 2022, arXiv:2204.02311, appendix B) is the floating-point
-operations that the model's mathematics needs, over what the device could have done in that time. What is
-computed twice to save memory does not count.
+MFU (Chowdhery et al. 2022, arXiv:2204.02311, appendix B) is the number of floating-point operations that
+the model's mathematics needs, divided by what the device could have done in that time. Operations repeated
+to save memory do not count.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 @dataclass(frozen=True)
 class Peak:
-    """Floating-point operations a second, and how they are known."""
+    """Floating-point operations per second, and where the figure comes from."""
 
     flops: float
     source: str
 
 
-# In 10**12 a second, dense, by the vendors' data sheets: bf16 and fp16 on tensor cores, fp32 on plain ones.
-# The first whose name is among the words of the device's own counts.
+# In 10**12 per second, dense, from the vendors' data sheets: bf16 and fp16 on tensor cores, fp32 on plain
+# ones.
+# The first entry whose name is among the words of the device's name counts.
 _SHEETS: tuple[tuple[str, float, float], ...] = (
     ("GB200", 2500, 80),
     ("B200", 2250, 75),
@@ -56,17 +57,17 @@ _SHEETS: tuple[tuple[str, float, float], ...] = (
 
 @functools.cache
 def peak(device: torch.device, precision: Resolved) -> Peak:
-    """The peak of a device in a precision: from its data sheet, or measured by products of matrices."""
+    """The peak of a device in a precision: from its data sheet, or measured with matrix products."""
     name = devices.name(device)
     if device.type == "cuda":
         found = of_sheet(name, precision)
         if found is not None:
             return found
-    return Peak(_measured(device, DTYPES[precision]), f"measured on {name}, by products of matrices")
+    return Peak(_measured(device, DTYPES[precision]), f"measured on {name} with matrix products")
 
 
 def of_sheet(name: str, precision: Resolved) -> Peak | None:
-    """The peak of a GPU by its name, from its data sheet; None where that is not known."""
+    """The peak of a GPU by its name, from its data sheet; None if unknown."""
     for known, half, single in _SHEETS:
         if re.search(rf"\b{known}\b", name):
             return Peak((single if precision == "fp32" else half) * 1e12, f"data sheet of {known}")
@@ -74,7 +75,7 @@ def of_sheet(name: str, precision: Resolved) -> Peak | None:
 
 
 def _measured(device: torch.device, dtype: torch.dtype) -> float:
-    """The most that products reach; larger ones are tried as long as they are quick."""
+    """The fastest rate of matrix products; larger ones are tried as long as they are quick."""
     best = 0.0
     for size in (128, 256, 512, 1024, 4096):
         left = right = torch.ones(size, size, dtype=dtype, device=device)
@@ -87,7 +88,7 @@ def _measured(device: torch.device, dtype: torch.dtype) -> float:
 
 def _seconds(left: torch.Tensor, right: torch.Tensor) -> float:
     if not left.is_cuda:
-        begun = time.thread_time()  # nothing of what others take of this core, which may be busy
+        begun = time.thread_time()  # excludes what other processes take of this core
         left @ right
         return time.thread_time() - begun
     torch.cuda.synchronize(left.device)
@@ -99,13 +100,13 @@ def _seconds(left: torch.Tensor, right: torch.Tensor) -> float:
 
 @torch.no_grad()
 def of_forward(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> int:
-    """Operations of one forward pass, as torch's own counter has them: those of products and convolutions.
+    """Operations of one forward pass, from torch's counter, which covers products and convolutions.
 
-    A multiplication and an addition are 2.
+    A multiplication and an addition count as 2.
 
     Args:
-        model: is left as it is; on the meta device, with inputs there, nothing is computed.
-        inputs: what it is called with.
+        model: is not changed; on the meta device, with inputs there, nothing is computed.
+        inputs: its arguments.
     """
     with modes.evaluating(model), FlopCounterMode(display=False) as counter:
         model(**inputs)

@@ -1,7 +1,7 @@
-"""Gradients of a sum, made into gradients of a mean over the whole global batch, and clipped.
+"""Turns gradients of a sum into gradients of the mean over the whole global batch, and clips them.
 
-One pass over them does it all: dividing by the weight, undoing what the strategy averaged and
-what loss scaling multiplied by, and clipping are one factor.
+One pass does everything: dividing by the weight, undoing the strategy's averaging and the loss scaling, and
+clipping are combined into one factor.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ import torch.distributed as dist
 from stoker.tensors import local
 from torch.distributed.tensor import DTensor
 
-_BUCKET = 25 * 2**20  # bytes that are reduced at once
+_BUCKET = 25 * 2**20  # bytes reduced at once
 
 
 def of(parameters: Iterable[torch.nn.Parameter]) -> list[torch.Tensor]:
-    """The gradients there are."""
+    """The gradients that exist."""
     return [p.grad for p in parameters if p.grad is not None]
 
 
 def norm(gradients: list[torch.Tensor], stages: Any = None) -> torch.Tensor:
-    """The L2 norm over all gradients, a float32 scalar; shards and stages of other ranks counted in.
+    """The L2 norm over all gradients, a float32 scalar, including shards and stages of other ranks.
 
     Args:
-        stages: the process group over which the parameters are cut into stages, if they are.
+        stages: the process group over which the parameters are split into pipeline stages, if they are.
     """
     total = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
     if isinstance(total, DTensor):
@@ -40,31 +40,31 @@ def norm(gradients: list[torch.Tensor], stages: Any = None) -> torch.Tensor:
 
 
 def scale(gradients: list[torch.Tensor], factor: torch.Tensor | float) -> None:
-    """Multiply every gradient in place; those in host memory too, where FSDP keeps its shards there."""
+    """Multiply every gradient in place, including gradients in host memory, where FSDP can offload them."""
     if gradients:
         held = [local(g) for g in gradients]
         torch._foreach_mul_(held, factor.to(held[0].device) if isinstance(factor, torch.Tensor) else factor)
 
 
 def clipped(factor: torch.Tensor, norm: torch.Tensor, clip_norm: float | None) -> torch.Tensor:
-    """The factor by which gradients are scaled, made smaller where the scaled norm is above `clip_norm`."""
+    """The factor that gradients are scaled by, reduced if the scaled norm exceeds `clip_norm`."""
     if clip_norm is None:
         return factor
     return factor * (clip_norm / (norm * factor + 1e-6)).clamp(max=1.0)
 
 
 def reciprocal(weight: torch.Tensor) -> torch.Tensor:
-    """1 / weight, and 1 for a weight of zero, which leaves gradients that are zero."""
+    """1 / weight, or 1 for a weight of zero, which leaves gradients of zero."""
     return 1.0 / divisor(weight)
 
 
 def divisor(weight: torch.Tensor) -> torch.Tensor:
-    """The weight, and 1 for a weight of zero: sums of nothing are zero, not NaN."""
+    """The weight, or 1 for a weight of zero: sums over nothing are zero, not NaN."""
     return torch.where(weight == 0, torch.ones_like(weight), weight)
 
 
 def agree(parameters: list[torch.nn.Parameter], group: Any) -> None:
-    """Give a gradient of zero to parameters that had none here, but have one on another rank of a group."""
+    """Give parameters a gradient of zero if they have none here, but one on another rank of the group."""
     there = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32)
     there = there.to(parameters[0].device) if parameters else there
     dist.all_reduce(there, op=dist.ReduceOp.MAX, group=group)

@@ -1,9 +1,9 @@
-"""Steps of ranks that are not there: tensors without values, of which only what they take is known.
+"""Simulated steps of ranks that do not exist: tensors without values, of which only the memory is tracked.
 
-The model and its batches are torch's fake tensors, and the ranks a process group that moves nothing: a step
-goes the way that it would go, over every operation of the model, the loss, the strategy and the optimizer.
-What asks for values is given the answer that takes the most memory: every mask is true, every number is one,
-and finite.
+The model and its batches are torch's fake tensors, and the ranks are a process group that transfers nothing.
+A
+step runs through every operation of the model, the loss, the strategy and the optimizer. Code that asks for
+values gets the answer that takes the most memory: every mask is true, and every number is one, and finite.
 """
 
 from __future__ import annotations
@@ -43,30 +43,31 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 STEPS = 2
-"""How many steps are gone: in the second there is all that the first one makes, as the optimizer's state."""
+"""Number of simulated steps: the second holds everything that the first creates, such as optimizer state."""
 
 PARTS = 2
-"""How many micro-batches of each are gone through: the second has gradients beside it, more take no more."""
+"""Number of micro-batches per step: the second runs next to gradients, and more would not take more
+memory."""
 
 FILE = "plan.json"
-"""Among a run's logs: what `Imagination.result` says, and of what."""
+"""File among a run's logs with the `Imagination.result` and what it applies to."""
 
 KINDS = ("weights", "gradients", "optimizer", "gathered", "activations")
-"""What memory is for. Activations are what is left: what a forward pass keeps, temporaries, the batch."""
+"""What memory is used for. Activations are the rest: saved by the forward pass, temporaries, the batch."""
 
 NEEDS_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
-"""What is raised where values are asked for, and no answer takes the most memory."""
+"""Raised if values are asked for and no answer takes the most memory."""
 
 _aten = torch.ops.aten
 
 
 def remember(run: RunDirectory, ranks: int, peak: int) -> None:
-    """Let runs of the recipe and config of this one know its peak, in bytes."""
+    """Remember the peak in bytes for runs with the same recipe and config."""
     storage.remember(_memory(), _about(run, ranks), peak)
 
 
 def remembered(run: RunDirectory, ranks: int) -> int | None:
-    """The peak that a plan has found for a run's recipe and config, on so many ranks; None without one."""
+    """The peak that a plan found for a run's recipe and config on this many ranks; None if there is none."""
     found: int | None = storage.remembered(_memory(), _about(run, ranks))
     return found
 
@@ -81,14 +82,14 @@ def _about(run: RunDirectory, ranks: int) -> dict[str, Any]:
 
 
 class Unknown(dict[str, float]):
-    """What is measured of tensors without values: NaN, whatever is asked for."""
+    """Measurements of tensors without values: NaN for any name."""
 
     def __missing__(self, name: str) -> float:
         return math.nan
 
 
 def of(world: World, model: nn.Module, load: Load) -> tuple[Imagination | None, nn.Module, Load]:
-    """Of ranks that are not there: what imagines them, the model on the meta device, and what fills it."""
+    """For imaginary ranks: the Imagination, the model on the meta device, and a function that fills it."""
     if not world.planned:
         return None, model, load
     made = Imagination()
@@ -97,8 +98,10 @@ def of(world: World, model: nn.Module, load: Load) -> tuple[Imagination | None, 
 
 
 def _replace(model: nn.Module, prefix: str, made: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """Put others in place of parameters and buffers below a dotted prefix; what is shared stays shared."""
-    known: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # with the old one, whose id stays its own
+    """Replace parameters and buffers below a dotted prefix; shared ones stay shared."""
+    known: dict[
+        int, tuple[torch.Tensor, torch.Tensor]
+    ] = {}  # keeps the old one too, so that its id is not reused
     for name, module in model.named_modules():
         held = (module._parameters, module._buffers) if f"{name}.".startswith(prefix) else ()
         for tensors in held:
@@ -113,7 +116,7 @@ def _replace(model: nn.Module, prefix: str, made: Callable[[torch.Tensor], torch
 
 
 class Imagination:
-    """Where tensors have no values, and what they would take is followed."""
+    """Simulates tensors without values and tracks the memory that they would take."""
 
     def __init__(self) -> None:
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
@@ -126,14 +129,14 @@ class Imagination:
         self._buckets: list[torch.Tensor] = []
 
     def load(self, model: nn.Module, device: torch.device, prefix: str) -> None:
-        """Let what of a model is on the meta device be there, on a device, below a dotted prefix."""
+        """Allocate what is on the meta device of a model, below a dotted prefix, on a device."""
         with self._fake:
             _replace(
                 model, prefix, lambda tensor: _there(tensor, device) if local(tensor).is_meta else tensor
             )
 
     def holds(self, step: Step, ema: Ema | None, training: Training, strategy: str) -> None:
-        """A step holds its weights, their averages, and what DDP reduces gradients in."""
+        """Track the weights of a step, their averages, and DDP's gradient buckets."""
         self._held = [*(ema.values.values() if ema is not None else ())]
         self._model = step.model
         self._follow_weights()
@@ -141,14 +144,15 @@ class Imagination:
             self._hold_buckets(step.weights().values(), training.ddp.gradient_as_bucket_view)
 
     def _follow_weights(self) -> None:
-        """Of which FSDP may have made others: its shards in the host's memory."""
+        """FSDP may have replaced the weights with shards in host memory."""
         held = [*self._model.parameters(), *self._model.buffers(), *self._held]
         self._weights |= self._allocations.follow(held)
 
     def _hold_buckets(self, parameters: Iterable[torch.Tensor], as_gradients: bool) -> None:
-        """
+        """Allocate DDP's buckets.
+
         Args:
-            as_gradients: each gradient is moved there as soon as it is known, and not kept beside it.
+            as_gradients: each gradient is moved into its bucket as soon as it is computed, without a copy.
         """
         for parameter in parameters:
             with self._fake:
@@ -160,12 +164,12 @@ class Imagination:
                 put(functools.partial(_put_into, bucket))
 
     def batch(self, given: Any) -> Any:
-        """A batch without values."""
+        """The batch without values."""
         return batches.map_tensors(self._fake.from_tensor, given)
 
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
-        """A step is within."""
+        """Simulate the step within this block."""
         hooks = (
             register_optimizer_step_pre_hook(self._before_update),
             register_optimizer_step_post_hook(self._after_update),
@@ -181,10 +185,10 @@ class Imagination:
                 hook.remove()
 
     def result(self, *, offloaded: bool = False) -> dict[str, Any]:
-        """Of the last step: the peak in bytes, when it was, and what it was for, see KINDS.
+        """The peak of the last step in bytes, when it occurred, and what it was used for (see KINDS).
 
         Args:
-            offloaded: weights, gradients and optimizer state are in the host's memory, and do not count.
+            offloaded: weights, gradients and optimizer state are in host memory and do not count.
         """
         state = (t for o in self._optimizers.values() for of in o.state.values() for t in tree_leaves(of))
         known = {
@@ -219,13 +223,13 @@ class Imagination:
 
 @contextlib.contextmanager
 def _nothing_is_written() -> Iterator[None]:
-    """A loop's own `torch.save` does nothing: the file may be there, with values."""
+    """Disable a loop's own `torch.save`: the target may be an existing file with real values."""
     with unittest.mock.patch.object(torch, "save", return_value=None):
         yield
 
 
 class _AsPython(TorchFunctionMode):
-    """Answers what asks fake tensors for values without an operation: formats, arrays, lists of numbers."""
+    """Answers requests for values that are not operations: formatting, arrays, lists of numbers."""
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -256,13 +260,13 @@ _OF_LISTS = {torch.tensor, torch.as_tensor}
 
 @contextlib.contextmanager
 def unfollowed() -> Iterator[None]:
-    """What is done within, in a step, is not of this rank."""
+    """What runs within this block of a step does not belong to this rank and is not tracked."""
     with _disable_current_modes(), _WithoutValues():
         yield
 
 
 class _WithoutValues(Allocations):  # type: ignore[no-untyped-call]
-    """Answers what asks fake tensors for values."""
+    """Answers operations that ask fake tensors for values."""
 
     def call(self, function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if not args or not isinstance(args[0], FakeTensor):
@@ -276,7 +280,7 @@ class _WithoutValues(Allocations):  # type: ignore[no-untyped-call]
 
 
 def _asks_for_what_is_not_finite(function: Any, args: Any) -> bool:
-    """Whether it asks where values are not finite, or whether any are."""
+    """Whether the operation asks which values are not finite, or whether any are."""
     if function in (_aten.isnan.default, _aten.isinf.default):
         return True
     any_of = function in (_aten.any.default, _aten.any.dim, _aten.logical_or.default, _aten.bitwise_or.Tensor)
@@ -306,7 +310,7 @@ def _pinned(_: Any, tensor: torch.Tensor, *__: Any) -> torch.Tensor:
 
 
 def _grouped(function: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """A product of experts, of which torch knows the shape in bf16 alone."""
+    """A grouped product of experts, whose fake form torch implements only for bf16."""
     half = [a.bfloat16() if isinstance(a, FakeTensor) and a.is_floating_point() else a for a in args]
     found: torch.Tensor = function(*half, **kwargs).to(args[0].dtype)
     return found
@@ -326,7 +330,7 @@ _ANSWERS: dict[Any, Callable[..., Any]] = {
 
 
 def _without_masks(indices: Any) -> list[Any]:
-    """Indices, with what a mask that is true everywhere chooses in place of each mask."""
+    """The indices, with each mask replaced by what an all-true mask selects."""
     found: list[Any] = []
     for index in indices:
         if index is not None and index.dtype in (torch.bool, torch.uint8):
@@ -341,7 +345,7 @@ def _put_into(bucket: torch.Tensor, parameter: torch.Tensor) -> None:
 
 
 def _there(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor on a device, without values, for one on the meta device."""
+    """For a tensor on the meta device, one on a device, without values."""
     if not isinstance(tensor, DTensor):
         return torch.empty_like(tensor, device=device)
     made: torch.Tensor = DTensor.from_local(

@@ -1,8 +1,9 @@
-"""An optimizer that steps within the backward pass, a parameter at a time, as soon as its gradient is there.
+"""An optimizer that steps within the backward pass, each parameter as soon as its gradient is ready.
 
-So the gradients of all parameters never stand in memory together: of a model that is trained whole they
-take as much as its weights (Lv et al. 2023, arXiv:2306.09782). What needs all gradients before any weight
-moves is not to be had with it: clipping by the global norm, accumulation, a reduction over ranks.
+So the gradients of all parameters are never in memory at once; in full fine-tuning they take as much memory
+as
+the weights (Lv et al. 2023, arXiv:2306.09782). This excludes everything that needs all gradients before any
+weight is updated: clipping by the global norm, accumulation, reduction over ranks.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ import torch
 
 
 class InBackward:
-    """Lets an optimizer step each of its parameters in the backward pass, and frees its gradient.
+    """Lets an optimizer step each of its parameters in the backward pass, and frees the gradient.
 
-    It stays one optimizer, with one state and its groups: what changes these, or saves them, need not know.
-    What it counts in a group (its steps, say) is one number for all of its parameters, which moves on once a
-    backward pass is over.
+    It remains one optimizer with one state and one set of groups, so code that changes or saves these is not
+    affected. Values that it counts per group (such as steps) are the same for all parameters, and advance
+    once
+    per backward pass.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
@@ -27,7 +29,7 @@ class InBackward:
         self.begin()
 
     def begin(self) -> None:
-        """A backward pass is to come, which steps what the optimizer was given since the last one, too."""
+        """Prepare for a backward pass, including parameters added to the optimizer since the last one."""
         for group in self._optimizer.param_groups:
             for parameter in group["params"]:
                 if parameter not in self._attached:
@@ -35,7 +37,7 @@ class InBackward:
                     parameter.register_post_accumulate_grad_hook(lambda p, group=group: self._step(p, group))
 
     def end(self) -> None:
-        """It is over."""
+        """Finish the backward pass."""
         for group, counted in self._counted:
             group.update(counted)
         self._counted.clear()

@@ -1,4 +1,4 @@
-"""Types of keys that the recipes share; nothing here loads torch."""
+"""Types of the config keys that recipes share; this module does not import torch."""
 
 from __future__ import annotations
 
@@ -12,21 +12,19 @@ from stoker.duration import Duration
 
 
 def _parts(value: Any) -> Any:
-    """`0.9,0.95`, as it stands on a command line, as its parts."""
+    """Split `0.9,0.95`, as written on a command line, into its parts."""
     return value.strip("()").split(",") if isinstance(value, str) else value
 
 
 def _steps_or_share(value: float) -> float:
     if value >= 1 and not value.is_integer():
-        raise ValueError("below 1 it is a share of the steps, and from 1 on a whole number of them")
+        raise ValueError("must be a share of the steps (below 1) or a whole number of steps")
     return value
 
 
 def _counted(value: Duration) -> Duration:
     if value.seconds is not None:
-        raise ValueError(
-            f"{value} is by the clock, which differs between machines: count in steps, ep or tok"
-        )
+        raise ValueError(f"{value} is a time, which differs between machines: give steps, ep or tok")
     return value
 
 
@@ -36,17 +34,17 @@ def _joined(value: Any) -> Any:
     if isinstance(value, list) and all(isinstance(name, str) for name in value):
         return ",".join(value)
     if isinstance(value, list):
-        raise ValueError("give each as a text, as in [one, other]")
+        raise ValueError("every item must be a string, as in [one, other]")
     return value
 
 
 def _weighted(value: Any) -> Any:
-    """Names with weights as one text: `a:3,b:1`; else as they are."""
+    """Names with weights as one text: `a:3,b:1`; anything else as `_joined` returns it."""
     value = config.unwritten(value)
     if isinstance(value, dict) and all(isinstance(weight, int | float) for weight in value.values()):
         return ",".join(f"{name}:{weight}" for name, weight in value.items())
     if isinstance(value, dict):
-        raise ValueError("give each a weight, as in {one: 3, other: 1}")
+        raise ValueError("every name needs a weight, as in {one: 3, other: 1}")
     return _joined(value)
 
 
@@ -55,7 +53,7 @@ def _patterns(value: tuple[str, ...]) -> tuple[str, ...]:
         try:
             re.compile(pattern)
         except re.error as error:
-            raise ValueError(f"{pattern} is no regular expression: {error}") from error
+            raise ValueError(f"{pattern} is not a regular expression: {error}") from error
     return value
 
 
@@ -63,12 +61,12 @@ Beta = Annotated[float, Ge(0), Lt(1)]
 Betas = Annotated[tuple[Beta, Beta], BeforeValidator(_parts)]
 """Two numbers: `0.9,0.95`, or a list."""
 Warmup = Annotated[float, Ge(0), AfterValidator(_steps_or_share)]
-"""Below 1 a share of the steps, from 1 on their number."""
+"""Below 1 a share of the steps, from 1 on a number of steps."""
 Length = Annotated[Duration, AfterValidator(_counted)]
-"""Of training, the same on every machine: `100`, `2ep`, `1000000tok`."""
+"""A length of training that is the same on every machine: `100`, `2ep`, `1000000tok`."""
 Names = Annotated[str, BeforeValidator(_joined)]
-"""Names joined by commas, or a list of them: `q_proj,v_proj`."""
+"""Comma-separated names, or a list of them: `q_proj,v_proj`."""
 Weighted = Annotated[str, BeforeValidator(_weighted)]
-"""As names; or with weights: `a:3,b:1`, or a mapping of them."""
+"""As `Names`, or with weights: `a:3,b:1`, or a mapping from names to weights."""
 Patterns = Annotated[tuple[str, ...], AfterValidator(_patterns)]
 """Regular expressions."""

@@ -1,4 +1,4 @@
-"""How much memory a rank holds, by what it is for, and its peak."""
+"""The memory that a rank holds, by purpose, and its peak."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from torch.distributed.tensor import DTensor
 
 
 def held(tensors: Iterable[torch.Tensor]) -> int:
-    """Bytes of the storages behind tensors, each once; of sharded ones the shards of this rank."""
+    """Bytes of the storages behind tensors, each counted once; of sharded tensors only this rank's shards."""
     sizes: dict[int, int] = {}
     for local in plain(tensors):
         if isinstance(local, FakeTensor):
             continue
         try:
             storage = local.untyped_storage()
-        except (NotImplementedError, RuntimeError):  # a tensor that is only a wrapper
+        except (NotImplementedError, RuntimeError):  # only a wrapper, without storage
             continue
         if storage.data_ptr():
             sizes[storage.data_ptr()] = storage.nbytes()
@@ -36,7 +36,7 @@ def held(tensors: Iterable[torch.Tensor]) -> int:
 
 
 def plain(tensors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
-    """The shards of this rank, and what a wrapper of several tensors holds, as torchao's 8-bit states are."""
+    """This rank's shards, and the tensors inside wrappers such as torchao's 8-bit states."""
     for tensor in tensors:
         if isinstance(tensor, DTensor):
             yield from plain([tensor.to_local()])
@@ -48,22 +48,22 @@ def plain(tensors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
 
 
 def peak(device: torch.device) -> int:
-    """The most bytes that this process had at once: allocated on its GPU, or resident on a CPU."""
+    """Peak memory of this process in bytes: allocated on its GPU, or resident on a CPU."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def by_kind(step: Step, device: torch.device, training: Training) -> dict[str, int]:
-    """Bytes that this rank holds: weights, gradients (while there are any), optimizer state; and its peak.
+    """Bytes that this rank holds: weights, gradients (while they exist), optimizer state; and its peak.
 
-    On a CPU the peak is that of the whole process, with the code that it has loaded.
+    On a CPU the peak is that of the whole process, including its loaded code.
     """
     together = max if training.optimizer_in_backward else sum
     own = list(step.weights().values())
     states = [
         getattr(o, "optimizer", o).state.values() for o in step.optimizers.values()
-    ]  # DeepSpeed's wraps
+    ]  # DeepSpeed wraps the optimizer
     kept = (t for state in states for of in state for t in of.values() if isinstance(t, torch.Tensor))
     return {
         "weights": held([*step.model.parameters(), *step.model.buffers(), *own]),
@@ -74,7 +74,7 @@ def by_kind(step: Step, device: torch.device, training: Training) -> dict[str, i
 
 
 def of_a_rank(device: torch.device, world: World) -> int:
-    """Bytes that a rank may have: its GPU's, or its share of this machine's."""
+    """Bytes available to a rank: those of its GPU, or its share of this machine's memory."""
     if world.planned:
         return world.planned
     if device.type == "cuda":
@@ -84,17 +84,17 @@ def of_a_rank(device: torch.device, world: World) -> int:
 
 @dataclass(frozen=True)
 class Needed:
-    """Bytes that a rank needs before its first activation, by what they are for."""
+    """Bytes that a rank needs before any activations, by purpose."""
 
     weights: int
     gradients: int
     optimizer: int
     gathered: int
-    """The largest block, whole, while it is used."""
+    """The largest block, gathered while it is used."""
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """The sum of all parts."""
         return self.weights + self.gradients + self.optimizer + self.gathered
 
     def __str__(self) -> str:
@@ -103,7 +103,7 @@ class Needed:
 
 
 MOMENTS = 8.0
-"""Bytes that AdamW keeps for each weight: two of float32."""
+"""Bytes that AdamW keeps per weight: two float32 values."""
 
 
 def needed(
@@ -114,12 +114,12 @@ def needed(
     ranks: int,
     moments: float = MOMENTS,
 ) -> Needed:
-    """What a rank will need for a model, which may be on the meta device, from the shapes of its parameters.
+    """The memory that a rank will need for a model, which may be on the meta device.
 
     Args:
-        found: the blocks, of which one is gathered at once where parameters are sharded.
-        ranks: among which the strategy divides what it divides.
-        moments: bytes the optimizer keeps for each weight.
+        found: the blocks, one of which is gathered at a time if parameters are sharded.
+        ranks: the number of ranks that the strategy shards over.
+        moments: bytes that the optimizer keeps per weight.
     """
     weights = sum(p.nbytes for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -137,7 +137,7 @@ def needed(
 
 
 class TooLarge(BadInput):
-    """A model that a rank cannot hold."""
+    """A model that does not fit on a rank."""
 
 
 def check_fits(
@@ -148,10 +148,10 @@ def check_fits(
     mesh: Mesh,
     moments: float = MOMENTS,
 ) -> None:
-    """Refuse a model that cannot be held, before any of it is loaded.
+    """Refuse a model that does not fit, before any of it is loaded.
 
     Raises:
-        TooLarge: saying how much it needs, by what for, and on how many ranks it would fit.
+        TooLarge: with the memory it needs, by purpose, and the number of ranks on which it would fit.
     """
     shards = mesh.size("stage") if strategy == "pipeline" else mesh.size("shard")
     divides = {"fsdp": shards, "pipeline": shards, "deepspeed": mesh.world.size}.get(strategy, 1)
@@ -163,12 +163,12 @@ def check_fits(
     count = sum(p.numel() for p in model.parameters())
     fitting = ranks_that_hold(model, found, training, 0.8 * has, moments)
     raise TooLarge(
-        f"a model of {count / 1e9:,.1f} billion parameters needs {words.size(wanted.total)} a rank under "
-        f"parallel={strategy}, before its first activation: {wanted}; a rank here has {words.size(has)}. "
+        f"a model with {count / 1e9:,.1f} billion parameters needs {words.size(wanted.total)} per rank with "
+        f"parallel={strategy}, before any activations: {wanted}; a rank here has {words.size(has)}. "
         + (
             f"It would fit with parallel=fsdp on {fitting} such ranks"
             if fitting
-            else "No number of ranks helps"
+            else "No number of ranks would be enough"
         )
     )
 
@@ -180,7 +180,7 @@ def ranks_that_hold(
     room: float,
     moments: float = MOMENTS,
 ) -> int | None:
-    """The least ranks, 2 or more, that have room for a shard each under FSDP; None where no number has."""
+    """The smallest number of ranks, at least 2, whose shards fit under FSDP; None if there is none."""
     each = list(found)
     fits = (n for n in range(2, 4097) if needed(model, each, "fsdp", training, n, moments).total <= room)
     return next(fits, None)

@@ -1,8 +1,8 @@
-"""The ranks of a run as a mesh, and this process's place in it: a value that is passed on.
+"""The ranks of a run as a mesh, and this process's place in it, as a value that is passed around.
 
-The axes, where there are several ranks: `replicate` (copies of the model), `shard` (ranks that
-share one copy), `stage` (ranks of one pipeline). A global batch is divided over the first two;
-all ranks of one pipeline read the same share.
+With several ranks, the axes are `replicate` (copies of the model), `shard` (ranks that share one
+copy) and `stage` (ranks of one pipeline). A global batch is divided over the first two; all ranks
+of one pipeline read the same share.
 """
 
 from __future__ import annotations
@@ -19,34 +19,34 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 @dataclass(frozen=True)
 class Mesh:
-    """Where this process stands among the ranks of a run."""
+    """The place of this process among the ranks of a run."""
 
     world: World
     device: torch.device
     axes: DeviceMesh | None = None
-    """replicate, shard, stage; none for a single process."""
+    """replicate, shard, stage; None for a single process."""
 
     def size(self, axis: str) -> int:
-        """Ranks along an axis."""
+        """The number of ranks along an axis."""
         return 1 if self.axes is None else self.axes[axis].size()
 
     def group(self, axis: str) -> Any:
-        """The process group of this rank along an axis; none for a single process."""
+        """This rank's process group along an axis; None for a single process."""
         return None if self.axes is None else self.axes.get_group(axis)
 
     @property
     def stage(self) -> int:
-        """This rank's place in its pipeline."""
+        """This rank's position in its pipeline."""
         return 0 if self.axes is None else self.axes.get_local_rank("stage")
 
     @property
     def shard(self) -> int:
-        """This rank's place among those that share one copy of the model."""
+        """This rank's position among those that share one copy of the model."""
         return 0 if self.axes is None else self.axes.get_local_rank("shard")
 
     @property
     def data(self) -> World:
-        """The world as the data sees it: whose share of a global batch this rank reads."""
+        """The world for data loading: determines which share of a global batch this rank reads."""
         if self.axes is None:
             return self.world
         ranks = self.size("replicate") * self.size("shard")
@@ -55,7 +55,7 @@ class Mesh:
 
     @property
     def data_axes(self) -> DeviceMesh:
-        """The axes over which gradients are reduced: one, or two where sharding is hybrid."""
+        """The axes over which gradients are reduced: one, or two with hybrid sharding."""
         assert self.axes is not None
         if self.size("replicate") > 1 and self.size("shard") > 1:
             return self.axes["replicate", "shard"]
@@ -63,7 +63,7 @@ class Mesh:
 
 
 def build(world: World, device: torch.device, training: Training, strategy: str) -> Mesh:
-    """The mesh of a strategy; `options.check` has seen that the axes divide the ranks."""
+    """The mesh of a strategy; `options.check` has verified that the axes divide the ranks."""
     if not dist.is_initialized():
         return Mesh(world, device)
     stages = (training.pipeline.ranks or world.size) if strategy == "pipeline" else 1
@@ -74,7 +74,7 @@ def build(world: World, device: torch.device, training: Training, strategy: str)
         shard = data
     else:
         shard = 1
-    # Stages are the outer axis: neighbours on a machine share gradients, which is more traffic.
+    # Stages are the outer axis: neighbours on a machine exchange gradients, which is more traffic.
     axes = init_device_mesh(
         device.type, (stages, data // shard, shard), mesh_dim_names=("stage", "replicate", "shard")
     )

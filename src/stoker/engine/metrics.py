@@ -1,4 +1,4 @@
-"""Metrics over a dataset that is shared among ranks: exact, whatever the shares are."""
+"""Metrics over a dataset that is divided among ranks: exact, however it is divided."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Number = torch.Tensor | float
 
 @dataclass(frozen=True)
 class Mean:
-    """A sum and what to divide it by, added up over batches and ranks before dividing."""
+    """A sum and its divisor, both summed over batches and ranks before dividing."""
 
     total: Number
     weight: Number
@@ -39,7 +39,7 @@ class Sum:
 
 @dataclass(frozen=True)
 class Max:
-    """The largest value over batches and ranks; NaN where one is."""
+    """The largest value over batches and ranks; NaN if any value is NaN."""
 
     value: Number
 
@@ -48,13 +48,13 @@ Metric = Mean | Perplexity | Sum | Max
 
 
 class Totals:
-    """Adds up metrics in float64."""
+    """Sums up metrics in float64."""
 
     def __init__(self) -> None:
         self._held: dict[str, tuple[type[Any], float, float]] = {}
 
     def add(self, metrics: Mapping[str, Metric], counts: bool = True) -> None:
-        """Add those of a batch; one that does not count makes their names known, and nothing else."""
+        """Add the metrics of a batch; with `counts=False` only their names are recorded."""
         for name, metric in metrics.items():
             kind = type(metric)
             _, total, weight = self._held.get(name, (kind, -math.inf if kind is Max else 0.0, 0.0))
@@ -66,7 +66,7 @@ class Totals:
             self._held[name] = (kind, total, weight)
 
     def over_ranks(self) -> dict[str, float]:
-        """The metrics over all ranks, on every rank; ranks that have none take part without."""
+        """The metrics over all ranks, on every rank; ranks without any metrics take part too."""
         rows: list[dict[str, tuple[str, float, float]]] = [
             {name: (kind.__name__, total, weight) for name, (kind, total, weight) in self._held.items()}
         ]
@@ -80,7 +80,7 @@ class Totals:
 
 
 def _joined(parts: list[tuple[str, float, float]]) -> float:
-    """One metric of all ranks, always added up in the order of ranks."""
+    """One metric combined over all ranks, always in rank order."""
     kind = parts[0][0]
     if kind == "Max":
         return reduced("max", [total for _, total, _ in parts])
@@ -95,5 +95,5 @@ def _joined(parts: list[tuple[str, float, float]]) -> float:
 
 
 def perplexity(loss: float) -> float:
-    """The perplexity of a mean loss in nats a token; infinite where it is too large for a float."""
+    """The perplexity of a mean loss in nats per token; infinite if it is too large for a float."""
     return math.exp(loss) if loss < 700 else math.inf

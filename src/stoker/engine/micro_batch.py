@@ -1,8 +1,9 @@
-"""The largest micro-batch that fits into memory, found by trying and remembered.
+"""Finds the largest micro-batch that fits into memory by trying, and remembers it.
 
-Sizes that divide a rank's share of the batch, and suit a pipeline's schedule, are tried from the
-smallest on, and before each the memory it will take is foreseen from the last two, so that running
-out is rare: a rank that does in the middle of a collective would leave the others waiting.
+Sizes that divide a rank's share of the batch, and suit a pipeline's schedule, are tried from the smallest up.
+Before each attempt its memory is extrapolated from the last two, so that running out of memory is rare: a
+rank
+that does so in the middle of a collective would leave the others waiting.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ def find(
     """The largest size that fits; the same on every rank.
 
     Args:
-        sizes: the ones to choose from, smallest first.
-        attempt: a forward and backward pass in micro-batches of a size.
-        device: whose memory it must fit into.
-        memory: the file that remembers, by all that `about` says.
+        sizes: the candidates, smallest first.
+        attempt: runs a forward and backward pass in micro-batches of a size.
+        device: the device whose memory it must fit into.
+        memory: the file in which results are remembered, keyed by everything in `about`.
 
     Raises:
         StokerError: not even one sample fits.
@@ -55,18 +56,18 @@ def find(
 
 
 def remember(size: int, *, memory: Path, about: Mapping[str, Any]) -> None:
-    """Let `find` know a size."""
+    """Remember a size for `find`."""
     storage.remember(memory, about, size)
 
 
 def of_pipeline(sizes: Sequence[int], share: int, ranks: int) -> int:
-    """The micro-batch where none is given: four or more a rank, so that ranks rarely wait for each other."""
+    """The default micro-batch of a pipeline: at least four per rank, so that ranks rarely wait."""
     enough = [n for n in sizes if share // n >= 4 * ranks]
     return max(enough, default=min(sizes))
 
 
 def largest(sizes: Sequence[int], attempt: Callable[[int], None], device: torch.device) -> int | None:
-    """The largest size that fits, as `find` has it, but nothing is remembered; None where none fits."""
+    """Like `find`, but without remembering the result; None if no size fits."""
     tried: list[tuple[int, int]] = []  # samples, bytes at the peak
     for size in sizes:
         if _over_ranks(_foreseen(tried, size) > _ROOM * _total(device)):
@@ -87,7 +88,7 @@ def largest(sizes: Sequence[int], attempt: Callable[[int], None], device: torch.
 
 
 def _foreseen(tried: list[tuple[int, int]], size: int) -> float:
-    """The peak of a size, on the line through the last two that were tried."""
+    """The peak of a size, extrapolated linearly from the last two attempts."""
     if len(tried) < 2:
         return 0.0
     (a, at_a), (b, at_b) = tried[-2:]
@@ -95,7 +96,7 @@ def _foreseen(tried: list[tuple[int, int]], size: int) -> float:
 
 
 def _over_ranks(yes: bool) -> bool:
-    """Whether it is so on any rank."""
+    """Whether it is true on any rank."""
     return any(distributed.gathered(yes))
 
 
@@ -111,7 +112,7 @@ def _reset_peak(device: torch.device) -> None:
 
 
 def _peak(device: torch.device) -> int:
-    """Bytes at the peak of the last attempt; on a CPU what the process has grown to."""
+    """Bytes at the peak of the last attempt; on a CPU, the size that the process has grown to."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_reserved(device))
     return int(psutil.Process().memory_info().rss)

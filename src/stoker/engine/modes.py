@@ -1,4 +1,4 @@
-"""Evaluation mode, and back: each module as it was, also those that a script keeps in evaluation mode."""
+"""Switches to evaluation mode and back, keeping modules in evaluation mode that a script has set so."""
 
 from __future__ import annotations
 

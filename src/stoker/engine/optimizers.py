@@ -1,4 +1,4 @@
-"""Optimizers by name, for recipes; your own loop gives `Trainer` whatever it likes."""
+"""Optimizers by name, for recipes. In your own loop, pass any optimizer to `Trainer`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Factory = Callable[[Parameters], torch.optim.Optimizer]
 
 
 class Keys(Protocol):
-    """What a recipe's config says of its optimizer, as `factory` takes it."""
+    """The optimizer settings of a recipe's config, as `factory` takes them."""
 
     @property
     def optimizer(self) -> Name: ...
@@ -49,28 +49,28 @@ def factory(
     eps: float = 1e-8,
     momentum: float = 0.9,
 ) -> Factory:
-    """What makes the optimizer of a list of parameters.
+    """A function that builds the optimizer for a list of parameters.
 
     adamw: Loshchilov & Hutter 2019 (arXiv:1711.05101), fused. sgd: with Nesterov momentum, fused.
-    adafactor: Shazeer & Stern 2018 (arXiv:1804.04235). adamw8bit: states in 8 bits by block,
-    Dettmers et al. 2022 (arXiv:2110.02861), by torchao or bitsandbytes.
+    adafactor: Shazeer & Stern 2018 (arXiv:1804.04235). adamw8bit: block-wise 8-bit states, Dettmers
+    et al. 2022 (arXiv:2110.02861), from torchao or bitsandbytes.
 
     Args:
-        decay_all: whether weight decay is of norms and biases too, see `groups`.
-        betas: of adamw and adamw8bit, as `eps` is.
-        momentum: of sgd.
+        decay_all: whether weight decay also applies to norms and biases, see `groups`.
+        betas: for adamw and adamw8bit, like `eps`.
+        momentum: for sgd.
 
     Raises:
-        BadInput: the extra that has it is not installed.
+        BadInput: the extra that provides it is not installed.
     """
     make = _of_groups(name, lr=lr, weight_decay=weight_decay, betas=betas, eps=eps, momentum=momentum)
     return lambda ps: make(ps if decay_all or weight_decay == 0 else groups(ps))
 
 
 def groups(parameters: Parameters) -> list[dict[str, Any]]:
-    """Two groups: what decays, and without weight decay what has one dimension or none, as norms and biases.
+    """Two groups: with weight decay, and, for parameters with at most one dim such as norms, without.
 
-    One of them may be empty: the stages of a pipeline have the same groups, whatever is in them.
+    Either can be empty, so that all stages of a pipeline have the same groups.
     """
     decayed = [p for p in parameters if _dimensions(p) > 1]
     others = [p for p in parameters if _dimensions(p) <= 1]
@@ -78,7 +78,7 @@ def groups(parameters: Parameters) -> list[dict[str, Any]]:
 
 
 def _dimensions(parameter: torch.nn.Parameter) -> int:
-    """Of the whole parameter: one that DeepSpeed has cut up is an empty vector."""
+    """The number of dims of the whole parameter: DeepSpeed's partitioned parameters are empty vectors."""
     return len(getattr(parameter, "ds_shape", parameter.shape))
 
 
@@ -97,7 +97,7 @@ def _of_groups(
             momentum=momentum,
             nesterov=nesterov,
             weight_decay=weight_decay,
-            fused=_fusable(ps) and not _sharded(ps),  # which torch's fused SGD does not take
+            fused=_fusable(ps) and not _sharded(ps),  # torch's fused SGD does not support sharded parameters
         )
     if name == "adafactor":
         return lambda ps: Adafactor(ps, lr=lr, weight_decay=weight_decay)
@@ -117,7 +117,7 @@ def _adamw8bit(**settings: Any) -> Callable[[Any], torch.optim.Optimizer]:
 
 
 def _fusable(given: Sequence[Any]) -> bool:
-    """Whether torch's fused kernels take these parameters, or groups: floating point, on CPU or GPU."""
+    """Whether torch's fused kernels support these parameters or groups: floating point, on CPU or GPU."""
     return all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in _flat(given))
 
 

@@ -1,4 +1,4 @@
-"""Running out of memory: torch has an exception of its own for GPUs alone."""
+"""Running out of memory: torch has a dedicated exception only for GPUs."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import torch
 from stoker import words
 
 _ON_A_CPU = "DefaultCPUAllocator: can't allocate memory"
-_ASKED = re.compile(r"Tried to allocate ([\d.,]+) ([KMG]iB)")  # as torch says it of a GPU, and we of a CPU
+_ASKED = re.compile(r"Tried to allocate ([\d.,]+) ([KMG]iB)")  # torch's text for a GPU, ours for a CPU
 _CODE = psutil.Process().memory_info().rss
-"""Bytes of a process that has loaded its modules, and no model."""
+"""Bytes of a process that has loaded its modules, but no model."""
 _UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
 @contextlib.contextmanager
 def as_on_a_gpu() -> Iterator[None]:
-    """What is raised within this block for want of memory is a `torch.OutOfMemoryError`, on CPUs too."""
+    """Within this block, running out of memory raises `torch.OutOfMemoryError` on CPUs too."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -32,15 +32,15 @@ def as_on_a_gpu() -> Iterator[None]:
 
 
 def said(error: BaseException, rank: int) -> str:
-    """Where, what was asked for and what was free, as it was raised, in a line that ends with a full stop."""
+    """The rank, what was requested and what was free, as one line that ends with a full stop."""
     line = str(error).partition(" If reserved")[0].splitlines()[0].rstrip()
     return f"out of memory on rank {rank}: {line.removesuffix('.')}."
 
 
 def numbers(error: BaseException, device: torch.device) -> tuple[float, float, float]:
-    """Bytes that were asked for (0 where it is not said), that are free, and that are held of a model.
+    """Bytes that were requested (0 if the error does not say), that are free, and that the model holds.
 
-    To be called where what the pass that failed has held is not let go yet.
+    Call it before the memory of the failed pass is released.
     """
     asked = _ASKED.search(str(error))
     wanted = float(asked[1].replace(",", "")) * _UNITS[asked[2]] if asked else 0.0
@@ -58,7 +58,7 @@ def _said(error: BaseException) -> str:
 
 
 def _free() -> float:
-    """Bytes that this process may still have: of the machine, and below its own limit."""
+    """Bytes that this process may still use: free on the machine, and below its own limit."""
     found = float(psutil.virtual_memory().available)
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     if limit != resource.RLIM_INFINITY:

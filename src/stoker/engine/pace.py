@@ -1,4 +1,4 @@
-"""How fast a training loop is, and where its time goes."""
+"""How fast a training loop runs, and where its time goes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 
 class Rate:
-    """Steps a second over the last steps, leaving out time spent on anything else."""
+    """Steps per second over the last steps, excluding time spent on anything else."""
 
     def __init__(self, window: int = 20, clock: Callable[[], float] = time.perf_counter) -> None:
         self._seconds: list[float] = []
@@ -17,15 +17,15 @@ class Rate:
         self._mark = clock()
 
     def restart(self) -> None:
-        """What went on since the last mark was not a step."""
+        """Exclude everything since the last mark."""
         self._mark = self._clock()
 
     def leave_out(self, seconds: float) -> None:
-        """So much of the time since the last step was spent on something else."""
+        """Exclude this much of the time since the last step."""
         self._mark += seconds
 
     def step(self) -> None:
-        """A step is done."""
+        """Record that a step has finished."""
         now = self._clock()
         self._seconds = [*self._seconds[-self._window + 1 :], now - self._mark]
         self._mark = now
@@ -37,10 +37,10 @@ class Rate:
 
 
 class Pace:
-    """The time of one attempt's loop.
+    """The timing of one attempt's loop.
 
     Args:
-        ranks: those that share its work.
+        ranks: the number of ranks that share the work.
     """
 
     def __init__(self, ranks: int) -> None:
@@ -49,13 +49,13 @@ class Pace:
         self._began = math.inf
         self._units_per_step: float | None = None
         self.unit = "samples"
-        """What is counted: `tokens`, or `samples`."""
+        """The unit that is counted: `tokens` or `samples`."""
         self.waited = 0.0
-        """Seconds that it waited for batches."""
+        """Seconds spent waiting for batches."""
         self._spent = {"evaluating": 0.0, "checkpointing": 0.0}
 
     def count(self, samples_per_step: int, tokens_per_sample: float | None) -> None:
-        """What a step is of: tokens, where the dataset counts them."""
+        """Set what a step consists of: tokens if the dataset counts them, else samples."""
         self.unit = "samples" if tokens_per_sample is None else "tokens"
         self._units_per_step = samples_per_step * (tokens_per_sample or 1.0)
 
@@ -65,19 +65,19 @@ class Pace:
         self._rate.restart()
 
     def step(self) -> None:
-        """A step is done."""
+        """Record that a step has finished."""
         self._rate.step()
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """The next batch is waited for, which is part of a step."""
+        """Time waiting for the next batch, which is part of a step."""
         begun = time.perf_counter()
         yield
         self.waited += time.perf_counter() - begun
 
     @contextlib.contextmanager
     def spending(self, what: str) -> Iterator[None]:
-        """What is done within is no part of a step, and its time is told apart."""
+        """Exclude this block from the steps, and record its time separately."""
         begun = time.perf_counter()
         yield
         seconds = time.perf_counter() - begun
@@ -86,32 +86,32 @@ class Pace:
 
     @property
     def spent(self) -> dict[str, float]:
-        """Seconds so far that were spent on anything but computing steps."""
+        """Seconds spent so far on anything but computing steps."""
         return {"waiting": self.waited, **self._spent}
 
     @property
     def share_waited(self) -> float:
-        """Of the time since the first step began, the share that batches were waited for."""
+        """The share of time since the first step began that was spent waiting for batches."""
         return self.waited / (time.perf_counter() - self._began)
 
     @property
     def rate(self) -> float | None:
-        """Units a second over all ranks, over the last steps; None where that is not known yet."""
+        """Units per second over all ranks, over the last steps; None if not known yet."""
         steps = self._rate.steps_per_second
         return None if steps is None or self._units_per_step is None else steps * self._units_per_step
 
     @property
     def rate_of_a_rank(self) -> float | None:
-        """As `rate`, of one rank."""
+        """Units per second of one rank."""
         return None if self.rate is None else self.rate / self._ranks
 
     def seconds_for(self, steps: int) -> float | None:
-        """How long so many more steps will take."""
+        """The estimated time for this many more steps."""
         rate = self._rate.steps_per_second
         return steps / rate if rate else None
 
     def metrics(self) -> dict[str, float]:
-        """All of it, to be logged; empty where the rate is not known yet."""
+        """All metrics for logging; empty if the rate is not known yet."""
         rate, of_a_rank = self.rate, self.rate_of_a_rank
         if rate is None or of_a_rank is None:
             return {}

@@ -1,8 +1,8 @@
 """Pipeline parallelism on torch.distributed.pipelining: GPipe, 1F1B and interleaved 1F1B.
 
 Huang et al. 2019 (arXiv:1811.06965); Narayanan et al. 2021 (arXiv:2104.04473). Every rank of a
-pipeline reads the same share of the batch; what flows between stages is one tensor. Schedules
-are given the numbers of micro-batches, and a stage looks up what it needs of one by its number.
+pipeline reads the same share of the batch; one tensor flows between stages. Schedules receive only
+the numbers of micro-batches, and each stage looks up what it needs of a micro-batch by its number.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Shapes = tuple[tuple[torch.Size, torch.dtype], ...]
 
 
 class PipelineStep:
-    """A model cut into stages; see `Step`."""
+    """A model split into stages; see `Step`."""
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class PipelineStep:
         load: Callable[[nn.Module, torch.device, str], None],
     ) -> None:
         if isinstance(make, Mapping):
-            raise BadInput("parallel=pipeline takes one optimizer for the whole model, not one a submodule")
+            raise BadInput("parallel=pipeline takes one optimizer for the model, not one per submodule")
         self._setting, self._mesh = setting, setting.mesh
         self._ranks = self._mesh.size("stage")
         virtual = training.pipeline.stages_per_rank if training.pipeline.schedule == "interleaved" else 1
@@ -58,7 +58,7 @@ class PipelineStep:
         self._held = list(range(self._mesh.stage, self._count, self._ranks))
         self.model = stages.take(model, made, self._held)
         device.move(self.model, self._mesh.device)
-        planned = self._mesh.world.planned > 0  # the other ranks are not there: this one has their stages too
+        planned = self._mesh.world.planned > 0  # the other ranks do not exist: this one has their stages too
         load(model if planned else self.model, self._mesh.device, "")
         known = [
             _Stage(stages.take(model, made, [n]), n, self._count, made.prefix, self)
@@ -74,12 +74,12 @@ class PipelineStep:
         self._schedules: dict[tuple[int, Shapes], Any] = {}
         self._statistics = running_statistics(self.model) if self._mesh.data.size > 1 else []
         self.parts: Sequence[Any] = ()
-        """The micro-batches of the step under way."""
+        """The micro-batches of the current step."""
         self._collected: list[tuple[torch.Tensor, Weight]] = []
 
     @property
     def is_last(self) -> bool:
-        """Whether the output and the loss are on this rank."""
+        """Whether this rank has the output and the loss."""
         return self._held[-1] == self._count - 1
 
     def weights(self) -> dict[str, torch.Tensor]:
@@ -87,15 +87,15 @@ class PipelineStep:
         return named_trainable(self.model)
 
     def publish(self) -> None:
-        """See `Step`: the weights are what the forward pass uses."""
+        """See `Step`: the forward pass uses the weights themselves."""
 
     def gradients(self, parts: Sequence[Any], agreement: Agreement) -> None:
-        """See `Step`. Raises BadInput where the micro-batches differ in shape."""
+        """See `Step`. Raises BadInput if the micro-batches differ in shape."""
         shapes = [_shapes(part) for part in parts]
         if len(set(shapes)) > 1:
             raise BadInput(
-                "parallel=pipeline needs micro-batches of one shape: choose micro_batch so that it divides "
-                f"a rank's share of the batch ({[s[0][0][0] for s in shapes if s]} samples now)"
+                "parallel=pipeline needs micro-batches of equal shape: choose micro_batch so that it divides "
+                f"a rank's share of the batch (currently {[s[0][0][0] for s in shapes if s]} samples)"
             )
         self.parts, self._collected = parts, []
         schedule = self._schedule(len(parts), shapes[0])
@@ -115,7 +115,7 @@ class PipelineStep:
 
     @torch.no_grad()
     def forward(self, batch: Any) -> Any:
-        """See `Step`: the stages one after the other; the output on ranks of the last, else None."""
+        """See `Step`: runs the stages in turn; the output on ranks of the last stage, else None."""
         self.parts = (batch,)
         output = None
         for stage in self._stages:
@@ -146,7 +146,7 @@ class PipelineStep:
         return loss_sum * self._setting.scale.factor
 
     def _schedule(self, count: int, shapes: Shapes) -> Any:
-        """The schedule for so many micro-batches of these shapes; what flows is measured once."""
+        """The schedule for this many micro-batches of these shapes; what flows is measured once."""
         if (count, shapes) not in self._schedules:
             self._measure()
             options = {"loss_fn": self._loss, "scale_grads": False}
@@ -158,9 +158,9 @@ class PipelineStep:
         return self._schedules[count, shapes]
 
     def _measure(self) -> None:
-        """Send the first micro-batch through the stages, to see the shapes of what they exchange."""
+        """Send the first micro-batch through the stages to learn the shapes of what they exchange."""
         parts = self.parts
-        with modes.evaluating(self.model):  # draws no random number, changes no statistics
+        with modes.evaluating(self.model):  # no random numbers, no running statistics
             if self._imagined:
                 self._imagine()
             else:
@@ -169,17 +169,17 @@ class PipelineStep:
 
     @torch.no_grad()
     def _imagine(self) -> None:
-        """As `forward`, in a plan: through the stages of ranks that are not there, which send nothing."""
+        """Like `forward`, in a plan: runs the stages of the imaginary ranks, which send nothing."""
         from stoker.engine import imagined
 
         received = None
-        with imagined.unfollowed():  # their weights are not this rank's, and not to be followed
+        with imagined.unfollowed():  # their weights are not this rank's, and must not be tracked
             for stage in self._imagined:
                 stage.seen = (received, stage(received, torch.zeros(1, dtype=torch.long)))
                 received = stage.seen[1]
 
     def part(self, number: torch.Tensor) -> Any:
-        """A micro-batch of the step under way; in a plan, which has no numbers, any."""
+        """A micro-batch of the current step; in a plan, which has no numbers, any of them."""
         return self.parts[0] if self._imagined else self.parts[int(number)]
 
     def _pipeline_stage(self, stage: _Stage, called: nn.Module) -> PipelineStage:
@@ -217,7 +217,7 @@ class PipelineStep:
 
 
 class _Stage(nn.Module):
-    """One stage as the schedules call it: what came from the stage before, and the micro-batch's number."""
+    """One stage, called by the schedules with the previous stage's output and the micro-batch's number."""
 
     def __init__(self, module: nn.Module, index: int, count: int, prefix: str, step: PipelineStep) -> None:
         super().__init__()
@@ -225,8 +225,8 @@ class _Stage(nn.Module):
         self.index, self.count = index, count
         self.casts = False
         self.seen: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
-        self._inner = prefix.rstrip(".").rpartition(".")[0]  # what holds the list of blocks
-        self._step = [step]  # in a list, so as not to be a submodule's business
+        self._inner = prefix.rstrip(".").rpartition(".")[0]  # the module that holds the list of blocks
+        self._step = [step]  # in a list, so that it is not registered as a submodule
 
     def forward(self, received: torch.Tensor | None, number: torch.Tensor) -> Any:
         step = self._step[0]
@@ -247,7 +247,7 @@ class _Stage(nn.Module):
         return self.module(**kwargs).logits
 
     def whole(self, output: Any) -> Any:
-        """The last stage's tensor as the model's own kind of output."""
+        """The last stage's tensor, in the type of the model's own output."""
         if isinstance(self.module, nn.Sequential):
             return output
         from transformers.modeling_outputs import CausalLMOutput

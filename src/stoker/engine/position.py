@@ -1,4 +1,4 @@
-"""How far a run is: what a checkpoint says of a loop, and whoever resumes it goes on from."""
+"""The position of a run: what a checkpoint records of a loop, and where resuming continues."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from stoker.run import journal
 
 @dataclass
 class Position:
-    """Between two steps."""
+    """The position between two steps."""
 
     step: int = 0
     samples: int = 0
     history: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
     """The values of metrics that early stopping has seen, with their steps."""
     ended: dict[int, int] = field(default_factory=dict)
-    """The step that a loop was ended with, by how many it was to have."""
+    """The step at which a loop was ended early, by its planned number of steps."""
     data: Any = None
-    """Where the data are, see `Loader.place`."""
+    """The position in the data, see `Loader.place`."""
 
     def move(self, samples: int) -> None:
-        """A step of so many samples is done."""
+        """Record a step over this many samples."""
         self.step += 1
         self.samples += samples
 
     def end(self, total: int) -> int:
-        """Have the step under way be the last of a loop of so many; which one that is."""
+        """Make the current step the last of a loop of `total` steps; returns that step."""
         self.ended[total] = self.step + 1
         return self.step + 1
 
     def written(self) -> dict[str, Any]:
-        """As JSON values."""
+        """The position as JSON values."""
         return {
             "step": self.step, "samples": self.samples, "ended": list(self.ended.items()), "data": self.data,
             "history": {n: [(s, journal.encode(v)) for s, v in seen] for n, seen in self.history.items()},
@@ -41,7 +41,7 @@ class Position:
 
 
 def read(saved: Mapping[str, Any]) -> Position:
-    """What `written` gave. Checkpoints of old say neither that a loop was ended nor where its data were."""
+    """Read what `written` returned. Old checkpoints lack early ends and the position in the data."""
     return Position(
         step=saved["step"],
         samples=saved["samples"],

@@ -1,4 +1,4 @@
-"""The precision a forward pass computes in; weights, and what the optimizer adds up, are float32 at least."""
+"""The precision of the forward pass. Weights and the optimizer's sums are always at least float32."""
 
 from __future__ import annotations
 
@@ -20,25 +20,26 @@ Resolved = Literal["fp32", "bf16", "fp16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 SPEED = "bf16_speed.json"
-"""The file of the cache that says how fast bf16 is."""
+"""The cache file that holds the measured speed of bf16."""
 WORTH_IT = 1.5
-"""Times as fast as fp32, for bf16 to be the default on a CPU."""
-_FEWEST_ROUNDS, _MOST_ROUNDS = 5, 100  # of measuring that
-_MEASURED_SECONDS = 0.1  # after the fewest
+"""How many times as fast as fp32 bf16 must be to become the default on a CPU."""
+_FEWEST_ROUNDS, _MOST_ROUNDS = 5, 100  # of measuring the speed
+_MEASURED_SECONDS = 0.1  # after the fewest rounds
 
 
 def resolve(precision: Precision, device: torch.device, cache: Path) -> Resolved:
-    """What `auto` means on this device: bf16 where it is fast, else fp32.
+    """What `auto` means on this device: bf16 if it is fast, else fp32.
 
-    A GPU that has bf16 is fast at it. Of CPUs some are and on others it is hundreds of times
-    slower than fp32: there it is measured once, and remembered in `cache`.
+    bf16 is fast on a GPU that supports it. On some CPUs it is fast too, and on others hundreds of times
+    slower
+    than fp32: on CPUs it is measured once, and remembered in `cache`.
     """
     if precision == "fp16" and bf16_is_native(device):
-        log.warning("precision=fp16: this GPU has bf16, which is as fast and needs no loss scaling")
+        log.warning("precision=fp16: this GPU supports bf16, which is as fast and needs no loss scaling")
     if device.type == "cpu" and precision in ("auto", "bf16"):
         speed = bf16_speed(cache / SPEED)
         if precision == "bf16" and speed < 0.5:
-            log.warning("precision=bf16: layers take %.0f times as long as in fp32 on this CPU", 1 / speed)
+            log.warning("precision=bf16: on this CPU, layers take %.0f times as long as in fp32", 1 / speed)
         if precision == "auto":
             return "bf16" if speed >= WORTH_IT else "fp32"
     if precision != "auto":
@@ -47,14 +48,14 @@ def resolve(precision: Precision, device: torch.device, cache: Path) -> Resolved
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """What weights of a type are kept in, and averaged: float32 in place of narrower ones."""
+    """The type in which weights are kept and averaged: float32 instead of narrower types."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def bf16_speed(memory: Path, *, kept: bool = True) -> float:
-    """How many times as fast as in fp32 layers are in bf16 on this CPU. Draws no random number.
+    """How many times as fast as fp32 bf16 layers are on this CPU. Draws no random numbers.
 
-    Measured where the file `memory` does not say, and written there, if it is to be kept.
+    If the file `memory` has no value, it is measured, and written there if `kept`.
     """
     known = storage.read_json(memory)
     key = measured_for()
@@ -63,13 +64,13 @@ def bf16_speed(memory: Path, *, kept: bool = True) -> float:
         known[key] = _measured_speed()
         torch.set_rng_state(state)
         if kept:
-            log.info("bf16 is %.2g times as fast as fp32 on this CPU, measured once", known[key])
+            log.info("bf16 is %.2g times as fast as fp32 on this CPU (measured once)", known[key])
             storage.write_json(memory, known)
     return float(known[key])
 
 
 def measured_for() -> str:
-    """What `bf16_speed` depends on."""
+    """What the result of `bf16_speed` depends on."""
     return f"{devices.name(torch.device('cpu'))}, torch {torch.__version__}"
 
 
@@ -81,19 +82,19 @@ def autocast(precision: Resolved, device: torch.device) -> contextlib.AbstractCo
 
 
 def use_tf32(allowed: bool) -> None:
-    """Whether float32 products of NVIDIA GPUs may round to TF32, for this process."""
+    """Set whether float32 products on NVIDIA GPUs may round to TF32, for this process."""
     if torch.cuda.is_available():
         torch.backends.cuda.matmul.allow_tf32 = allowed
         torch.backends.cudnn.allow_tf32 = allowed
 
 
 def bf16_is_native(device: torch.device) -> bool:
-    """Whether the GPU that is the current one computes in bf16 by itself; False for a CPU."""
+    """Whether the current GPU computes in bf16 natively; False for a CPU."""
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def _measured_speed() -> float:
-    """Both in turn, the best time of each, so that what else the machine does slows both or neither."""
+    """Measure both alternately and take the best times, so that other load slows down both or neither."""
     best = {False: math.inf, True: math.inf}
     begun = time.perf_counter()
     for number in range(_MOST_ROUNDS):
@@ -104,7 +105,7 @@ def _measured_speed() -> float:
 
 
 def _seconds_of_layers(enabled: bool) -> float:
-    """The forward and backward pass of two linear layers, under autocast to bf16 or not."""
+    """Seconds for the forward and backward pass of two linear layers, with or without bf16 autocast."""
     layers = torch.nn.Sequential(torch.nn.Linear(128, 512), torch.nn.GELU(), torch.nn.Linear(512, 128))
     x = torch.ones(64, 128)
     begun = time.perf_counter()

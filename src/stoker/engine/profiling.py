@@ -16,16 +16,16 @@ _ROWS = 12
 
 
 def recorder(device: torch.device) -> profile:
-    """A profiler of the CPU, and of the GPU where that is the device."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it writes lines of its own to standard error
+    """A profiler of the CPU, and of the GPU if that is the device."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise it writes to standard error
     gpu = [ProfilerActivity.CUDA] if device.type == "cuda" else []
     return profile(activities=[ProfilerActivity.CPU, *gpu])
 
 
 class Profiler:
-    """Profiles steps `first` to `last` (counted from 1), each rank its own.
+    """Profiles steps `first` to `last` (counted from 1) on each rank.
 
-    Writes `profile-rank-N.json`, which Perfetto and chrome://tracing open, and `profile-rank-N.txt`.
+    Writes `profile-rank-N.json`, which Perfetto and chrome://tracing can open, and `profile-rank-N.txt`.
     """
 
     def __init__(self, steps: tuple[int, int] | None, folder: Path, rank: int, device: torch.device) -> None:
@@ -35,7 +35,7 @@ class Profiler:
             self._start()
 
     def step(self, done: int) -> None:
-        """After step `done`: start before the first step that is wanted, stop after the last."""
+        """After step `done`: start before the first step to profile, stop after the last."""
         if self._steps is None:
             return
         if self._profile is None and self._steps[0] - 1 <= done < self._steps[1]:
@@ -44,12 +44,12 @@ class Profiler:
             self._write()
 
     def close(self) -> None:
-        """Write what was recorded; warn where the loop ended before there was anything to record."""
+        """Write what was recorded; warn if the loop ended before anything was recorded."""
         if self._profile is not None:
             self._write()
         elif self._steps is not None and self._rank == 0:
             log.warning(
-                "nothing was profiled: the loop ended before step %d, or began after it", self._steps[0]
+                "nothing was profiled: the loop ended before step %d, or started after it", self._steps[0]
             )
 
     def _write(self) -> None:
@@ -61,7 +61,7 @@ class Profiler:
         table = summary(averages, gpu=self._device.type == "cuda")
         name.with_suffix(".txt").write_text(table + "\n", encoding="utf-8")
         if self._rank == 0:
-            log.info("profiled: %s opens in ui.perfetto.dev\n%s", name.with_suffix(".json"), table)
+            log.info("profiled: open %s in ui.perfetto.dev\n%s", name.with_suffix(".json"), table)
         self._profile = None
         self._steps = None
 
@@ -71,11 +71,11 @@ class Profiler:
 
 
 def summary(averages: Any, *, gpu: bool) -> str:
-    """The operations that took the most time of their own, within 90 columns.
+    """The operations that took the most time themselves, in 90 columns.
 
     Args:
         averages: `key_averages()` of a profile.
-        gpu: whether time on the GPU is what counts.
+        gpu: whether to rank by time on the GPU.
     """
     key = "self_device_time_total" if gpu else "self_cpu_time_total"
     whole = sum(getattr(event, key) for event in averages) or 1.0
@@ -88,6 +88,6 @@ def summary(averages: Any, *, gpu: bool) -> str:
 
 
 def _short(name: str, width: int = 56) -> str:
-    """A name cut in its middle: forward and backward of an operation differ at the end."""
+    """A name shortened in the middle: forward and backward of an operation differ at the end."""
     half = (width - 1) // 2
     return name if len(name) <= width else f"{name[:half]}…{name[-half:]}"

@@ -1,7 +1,7 @@
-"""Imported before transformers and peft, which import what else is installed.
+"""Silences optional libraries. Import this before transformers and peft, which import what else is installed.
 
-torchao and bitsandbytes speak up about kernels of machines that this is not; DeepSpeed looks for an
-accelerator, and says what it found.
+torchao and bitsandbytes print warnings about kernels for other hardware; DeepSpeed probes for an
+accelerator, and prints what it found.
 """
 
 import logging
@@ -12,7 +12,7 @@ for _name in ("torchao", "torch.utils._pytree", "bitsandbytes", "DeepSpeed"):
 
 
 def before_deepspeed() -> None:
-    """Tell DeepSpeed, before anything imports it, that there is no accelerator, where there is none."""
+    """If there is no accelerator, tell DeepSpeed so before anything imports it."""
     import torch
 
     if not torch.cuda.is_available():

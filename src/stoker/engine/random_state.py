@@ -1,8 +1,8 @@
-"""The random state of a process: Python's, NumPy's, torch's on CPU and GPU.
+"""The random state of a process: Python's, NumPy's, and torch's on CPU and GPU.
 
-Seeded at the start, kept with every checkpoint, and restored last of all, so that nothing
-between restoring and the next step can draw from it. A process that has not loaded torch is
-seeded without it, so it is imported where it is used.
+It is seeded at the start, saved with every checkpoint, and restored last, so that nothing between
+restoring and the next step can draw from it. A process that has not loaded torch is seeded without
+it, so torch is imported only where it is used.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed Python, NumPy and, where it is loaded, torch (every device) with one number."""
+    """Seed Python, NumPy and, if loaded, torch (every device) with one number."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     if "torch" not in sys.modules:
@@ -27,12 +27,12 @@ def seed_everything(seed: int) -> None:
 
     if torch.accelerator.is_available():
         torch.manual_seed(seed)
-    else:  # the same, without what is noted for devices that may come: half a millisecond of every trial
+    else:  # the same, without preparing for devices that may come: saves half a millisecond per trial
         torch.default_generator.manual_seed(seed)
 
 
 def of_rank(seed: int, rank: int, step: int) -> int:
-    """A seed for a rank that begins at a step without a random state of its own."""
+    """A seed for a rank that starts at a step without a saved random state."""
     return int(np.random.SeedSequence([seed, rank, step]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
@@ -53,7 +53,7 @@ def capture() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 
 
 def restore(tensors: dict[str, torch.Tensor], values: dict[str, Any]) -> None:
-    """Put back what `capture` returned."""
+    """Restore what `capture` returned."""
     import torch
 
     version, words, gauss = values["python"]

@@ -1,4 +1,4 @@
-"""What is found out by passes that leave no trace but in memory."""
+"""Measurements made with passes that leave no trace except in memory use."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from torch import nn
 def largest_micro_batch(
     step: Step, setting: Setting, world: World, batch: Any, sizes: Sequence[int], about: dict[str, Any]
 ) -> int:
-    """The largest micro-batch that fits, found by trying, remembered for this model and device.
+    """The largest micro-batch that fits, found by trying, and remembered for this model and device.
 
-    While it is tried, memory is held that the optimizers will take with their first step.
+    During the attempts, the memory that the optimizers will take with their first step is held.
 
     Args:
         batch: this rank's share of a global batch, on the device.
-        sizes: the ones to choose from, smallest first.
-        about: what else the memory that is needed depends on.
+        sizes: the candidates, smallest first.
+        about: what else the memory use depends on.
 
     Raises:
         StokerError: not even one sample fits.
@@ -46,7 +46,7 @@ def largest_micro_batch(
 def remember(
     step: Step, setting: Setting, world: World, batch: Any, size: int, about: dict[str, Any]
 ) -> None:
-    """From now on `largest_micro_batch` finds this size."""
+    """Remember this size for `largest_micro_batch`."""
     micro_batch.remember(size, memory=_memory(), about=_about(step, setting, world, batch, about))
 
 
@@ -55,7 +55,7 @@ def _memory() -> Path:
 
 
 def _about(step: Step, setting: Setting, world: World, batch: Any, about: dict[str, Any]) -> dict[str, Any]:
-    """All that the memory which is needed depends on."""
+    """Everything that the memory use depends on."""
     return {
         "model": [str(tuple(p.shape)) for p in step.model.parameters()], "ranks": world.size,
         "device": device.name(setting.mesh.device), "precision": setting.precision,
@@ -65,7 +65,7 @@ def _about(step: Step, setting: Setting, world: World, batch: Any, about: dict[s
 
 
 def state_to_come(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-    """Memory as large as the state that an optimizer has not made yet, on its parameters' devices."""
+    """Memory as large as the state that an optimizer has yet to create, on its parameters' devices."""
     if optimizer.state:
         return []
     kept = kept_for_each(optimizer)
@@ -74,13 +74,13 @@ def state_to_come(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
 
 
 def kept_for_each(optimizer: torch.optim.Optimizer) -> float:
-    """Bytes that an optimizer keeps for each element of a large parameter.
+    """Bytes that an optimizer keeps per element of a large parameter.
 
-    Seen from a step on a small parameter of no model.
+    Measured with a step on a small, separate parameter.
     """
     small = torch.nn.Parameter(torch.zeros(256, 256))
     small.grad = torch.zeros_like(small)
-    twin = object.__new__(type(optimizer))  # copy.copy leaves out what a subclass keeps of its own
+    twin = object.__new__(type(optimizer))  # copy.copy omits attributes that a subclass adds
     twin.__dict__.update(optimizer.__dict__)
     twin.state = collections.defaultdict(dict)
     twin.param_groups = [{**optimizer.param_groups[0], "params": [small], "fused": None}]
@@ -92,7 +92,7 @@ def kept_for_each(optimizer: torch.optim.Optimizer) -> float:
 def rehearse(step: Step, setting: Setting, world: World, batch: Any, size: int) -> None:
     """A forward and backward pass in micro-batches of a size."""
     parts = list(batches.split(batch, size))
-    if setting.mesh.size("stage") == 1:  # the second has gradients beside it, the next ones take no more
+    if setting.mesh.size("stage") == 1:  # the second runs next to gradients; further ones take no more memory
         parts = parts[:2]
     divisor, setting.scale.divisor = setting.scale.divisor, setting.scale.divisor or 1.0
     try:
@@ -104,7 +104,7 @@ def rehearse(step: Step, setting: Setting, world: World, batch: Any, size: int) 
 
 
 def works_alone(step: Step, setting: Setting, strategy: str) -> bool:
-    """Whether a rank can do a pass that the others know nothing of: they would not be waited for."""
+    """Whether a rank can run a pass without the others taking part."""
     together = setting.mesh.world.size > 1 and any(
         isinstance(m, nn.SyncBatchNorm) for m in step.model.modules()
     )
@@ -112,15 +112,15 @@ def works_alone(step: Step, setting: Setting, strategy: str) -> bool:
 
 
 def alone(step: Step, setting: Setting, part: Any) -> None:
-    """A forward and backward pass over one micro-batch, see `works_alone`; its gradients go nowhere."""
+    """A forward and backward pass over one micro-batch, see `works_alone`; its gradients are discarded."""
     with _leaving_no_trace(step.model):
         loss, _ = setting.loss_of(step.forward(part), part)
-        torch.autograd.grad(loss, list(step.weights().values()), allow_unused=True)  # no hooks, which reduce
+        torch.autograd.grad(loss, list(step.weights().values()), allow_unused=True)  # skips reducing hooks
 
 
 @contextlib.contextmanager
 def _leaving_no_trace(model: nn.Module) -> Iterator[None]:
-    """Random state and buffers are afterwards what they were."""
+    """Restore random state and buffers afterwards."""
     kept = random_state.capture()
     buffers = {name: b.clone() for name, b in model.named_buffers()}
     try:
@@ -128,14 +128,14 @@ def _leaving_no_trace(model: nn.Module) -> Iterator[None]:
     finally:
         with torch.no_grad():
             for name, buffer in model.named_buffers():
-                if name in buffers:  # a forward pass may make one
+                if name in buffers:  # a forward pass can create one
                     buffer.copy_(buffers[name])
         random_state.restore(*kept)
 
 
 @torch.no_grad()
 def weight_of(step: Step, setting: Setting, part: Any) -> float:
-    """What the loss of a micro-batch weighs; 0 on a rank that does not see the loss."""
+    """The weight of a micro-batch's loss; 0 on a rank that does not compute the loss."""
     with modes.evaluating(step.model):
         output = step.forward(part)
     return 0.0 if output is None else float(setting.loss_of(output, part)[1])

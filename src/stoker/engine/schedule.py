@@ -7,17 +7,17 @@ from collections.abc import Callable
 from typing import Literal
 
 Schedule = Callable[[int, int], float]
-"""(step, total steps) -> what the optimizer's learning rate is multiplied by; steps count from 0."""
+"""(step, total steps) -> the factor for the optimizer's learning rate; steps count from 0."""
 
 Shape = Literal["constant", "linear", "cosine", "wsd"]
 
 
 def build(shape: Shape, *, warmup: float = 0.0, floor: float = 0.0, decay: float = 0.2) -> Schedule:
-    """Linear warm-up, then constant, or down to the share `floor` of the peak.
+    """Linear warm-up, then constant, or decay to the share `floor` of the peak.
 
-    `warmup` is a share of the steps where it is below 1, and from 1 on their number.
-    `wsd` (warm-up, stable, decay; Hu et al. 2024, arXiv:2404.06395) stays constant and goes down
-    linearly over the share `decay` of the steps at the end.
+    `warmup` below 1 is a share of the steps, from 1 on a number of steps.
+    `wsd` (warm-up, stable, decay; Hu et al. 2024, arXiv:2404.06395) stays constant, then decays
+    linearly over the last share `decay` of the steps.
     """
 
     def factor(step: int, total: int) -> float:

@@ -1,8 +1,8 @@
-"""Cutting a model into stages that keep its parameters' names.
+"""Splits a model into stages that keep the names of its parameters.
 
-A stage is the model itself with fewer blocks: containers on the way to the list of blocks are
-copied, without their parameters, and everything else is shared. So nothing is traced, nothing is
-renamed, and what all stages of a rank hold is one model again, for the optimizer and checkpoints.
+A stage is the model itself with fewer blocks: the containers on the path to the list of blocks are
+copied, without their parameters, and everything else is shared. So nothing is traced or renamed, and
+all stages of a rank together form one model again, for the optimizer and checkpoints.
 """
 
 from __future__ import annotations
@@ -18,32 +18,32 @@ from stoker.engine import blocks
 from stoker.errors import BadInput
 from torch import nn
 
-# Families whose forward pass, between blocks, does nothing but what a stage does as well; tested.
+# Families whose forward pass does nothing between blocks that a stage would not do; tested.
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gpt2")
 
 
 @dataclass(frozen=True)
 class Cut:
-    """Which blocks each stage holds: a range of numbers for each."""
+    """The blocks that each stage holds, as a range of numbers per stage."""
 
     prefix: str
-    """Dotted path to the list of blocks, with a dot at its end."""
+    """Dotted path to the list of blocks, ending in a dot."""
     ranges: tuple[range, ...]
 
 
 def balance(costs: Sequence[int], stages: int) -> tuple[range, ...]:
-    """Contiguous ranges of blocks, the costliest as cheap as it can be (by dynamic programming).
+    """Contiguous ranges of blocks that minimise the cost of the most expensive one (dynamic programming).
 
     Args:
-        costs: of each block, parameters for one; what stands before and after the blocks belongs
-            to the first and the last.
+        costs: the cost of each block, such as its parameters; modules before and after the blocks count
+            towards the first and the last.
 
     Raises:
         BadInput: there are more stages than blocks.
     """
     count = len(costs)
     if stages > count:
-        raise BadInput(f"{stages} pipeline stages, and the model has {count} blocks: give {count} or fewer")
+        raise BadInput(f"{stages} pipeline stages, but the model has {count} blocks: use {count} or fewer")
     sums = [0, *itertools.accumulate(costs)]
     best: list[list[tuple[int, list[int]]]] = [[(sums[n], [n]) for n in range(count + 1)]]
     for stage in range(1, stages):
@@ -60,18 +60,18 @@ def balance(costs: Sequence[int], stages: int) -> tuple[range, ...]:
 
 
 def cut(model: nn.Module, stages: int) -> Cut:
-    """Where to cut a model.
+    """Where to split a model.
 
     Raises:
-        BadInput: there are more stages than blocks, the model is none that can be cut, or stages
-            would share a parameter.
+        BadInput: there are more stages than blocks, the model cannot be split, or stages would share a
+            parameter.
     """
     found = blocks.longest(model)
     family = getattr(getattr(model, "config", None), "model_type", None)
     if found is None or (not isinstance(model, nn.Sequential) and family not in FAMILIES):
         raise BadInput(
-            f"parallel=pipeline cannot cut a {type(model).__name__}: it takes an nn.Sequential, or a causal "
-            f"language model of the families {', '.join(FAMILIES)}; use ddp or fsdp for others"
+            f"parallel=pipeline cannot split a {type(model).__name__}: it supports nn.Sequential, and causal "
+            f"language models of the families {', '.join(FAMILIES)}; use ddp or fsdp for others"
         )
     prefix, modules = found
     costs = [sum(p.numel() for p in block.parameters()) for block in modules.children()]
@@ -84,7 +84,7 @@ def cut(model: nn.Module, stages: int) -> Cut:
 
 
 def take(model: nn.Module, made: Cut, held: Sequence[int]) -> nn.Module:
-    """What of a model some of the stages hold together: a copy of its containers, sharing all else."""
+    """The part of a model that some of the stages hold together: copied containers that share all else."""
     kept = [n for stage in held for n in made.ranges[stage]]
     last = len(made.ranges) - 1
     path = made.prefix.rstrip(".").split(".") if made.prefix else []
@@ -94,7 +94,7 @@ def take(model: nn.Module, made: Cut, held: Sequence[int]) -> nn.Module:
 def _pruned(module: nn.Module, path: list[str], kept: set[int], *, first: bool, last: bool) -> nn.Module:
     copied = copy.copy(module)
     copied._modules = dict(module._modules)
-    if not path:  # the list of blocks
+    if not path:  # this is the list of blocks
         names = list(module._modules)
         copied._modules = {name: module._modules[name] for n, name in enumerate(names) if n in kept}
         return copied
@@ -113,7 +113,7 @@ def _pruned(module: nn.Module, path: list[str], kept: set[int], *, first: bool, 
 
 
 def _replacement(child: nn.Module, *, before: bool) -> nn.Module:
-    """What stands in a stage for a module that another stage has."""
+    """The replacement, in a stage, for a module that belongs to another stage."""
     if before and isinstance(child, nn.Embedding):
         return _Nothing()
     has_state = any(True for _ in child.parameters())
@@ -121,14 +121,14 @@ def _replacement(child: nn.Module, *, before: bool) -> nn.Module:
 
 
 class _Nothing(nn.Module):
-    """In place of an embedding whose result was added on the first stage already."""
+    """Replaces an embedding whose result was already added in the first stage."""
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         return torch.zeros((), device=ids.device)
 
 
 def _config_of_blocks(config: Any, kept: list[int]) -> Any:
-    """A transformers config that describes these blocks alone."""
+    """A transformers config that describes only these blocks."""
     if not hasattr(config, "num_hidden_layers"):
         return config
     copied = copy.copy(config)
@@ -140,7 +140,7 @@ def _config_of_blocks(config: Any, kept: list[int]) -> Any:
 
 
 def _outside(model: nn.Module, prefix: str) -> tuple[int, int]:
-    """Parameters before and after the blocks."""
+    """The number of parameters before and after the blocks."""
     sizes = [0, 0]
     passed = False
     for name, parameter in model.named_parameters():
@@ -152,7 +152,7 @@ def _outside(model: nn.Module, prefix: str) -> tuple[int, int]:
 
 
 def _check_shared(model: nn.Module, made: Cut) -> None:
-    """Raises BadInput where a parameter would be on two stages."""
+    """Raises BadInput if a parameter would be in two stages."""
     places: dict[int, set[int]] = {}
     names: dict[int, list[str]] = {}
     for stage in range(len(made.ranges)):
@@ -162,6 +162,6 @@ def _check_shared(model: nn.Module, made: Cut) -> None:
     shared = next((names[key] for key, stages in places.items() if len(stages) > 1), None)
     if shared is not None:
         raise BadInput(
-            f"stages would share a parameter, {' = '.join(sorted(set(shared)))}: "
-            "untie them (tie_word_embeddings=false), or use ddp or fsdp"
+            f"pipeline stages would share a parameter, {' = '.join(sorted(set(shared)))}: "
+            "untie it (tie_word_embeddings=false), or use ddp or fsdp"
         )

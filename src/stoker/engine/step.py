@@ -1,6 +1,6 @@
 """A step: how a global batch becomes one update of the weights.
 
-Three ways to make one, for the three ways a forward and backward pass is driven: `PlainStep`
+There are three implementations, for the three ways to drive a forward and backward pass: `PlainStep`
 here, for a model that is called (single, DDP, FSDP), `PipelineStep` and `DeepSpeedStep`.
 """
 
@@ -32,50 +32,50 @@ class Step(Protocol):
 
     @property
     def model(self) -> nn.Module:
-        """This rank's part of the model, its parameters under their own names."""
+        """This rank's part of the model, with its parameters under their original names."""
         ...
 
     @property
     def optimizers(self) -> Optimizers:
-        """By name; `main` where there is one."""
+        """The optimizers by name; a single one is called `main`."""
         ...
 
     def gradients(self, parts: Sequence[Any], agreement: Agreement) -> None:
-        """Add up the gradients of this rank's micro-batches, and start the agreement on loss and weight."""
+        """Accumulate the gradients of this rank's micro-batches; start the reduction of loss and weight."""
         ...
 
     def forward(self, batch: Any) -> Any:
-        """The model's output without gradients; on all ranks together, None where it ends on another."""
+        """The model's output without gradients; all ranks call it. None if the output is on another rank."""
         ...
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """What is trained, in float32, by name, as this rank holds it."""
+        """The trained weights, in float32, by name, as held by this rank."""
         ...
 
     def publish(self) -> None:
-        """Let the forward pass use what was written to the weights; all ranks call it."""
+        """Make the forward pass use what was written to the weights; all ranks call it."""
         ...
 
     def update(self, optimizer: torch.optim.Optimizer, weight: torch.Tensor) -> bool:
         """Divide by the weight of the global batch, clip, step, clear.
 
-        False where nothing was changed: fp16 overflowed, or a gradient was seen not to be finite.
+        Returns False if nothing was changed: fp16 overflowed, or a gradient was found not to be finite.
         """
         ...
 
     def clear(self) -> None:
-        """Forget the gradients that were added up."""
+        """Discard the accumulated gradients."""
         ...
 
     @property
     def norm(self) -> torch.Tensor | float | None:
-        """The L2 norm of the last update's gradient, before clipping; None where nothing asked for it."""
+        """The L2 norm of the last update's gradient, before clipping; None if nothing needed it."""
         ...
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What every kind of step is made with."""
+    """The settings that every kind of step takes."""
 
     mesh: Mesh
     inputs: Callable[[Any], Any]
@@ -84,10 +84,10 @@ class Setting:
     scale: LossScale
     clip_norm: float | None
     guarded: bool = False
-    """Whether gradients that are not finite are looked for in any case; else where it costs nothing."""
+    """Whether to always check gradients for non-finite values; if not, only when it costs nothing."""
 
     def call(self, model: nn.Module, batch: Any) -> Any:
-        """The output of a model for a batch. Raises BadInput where it does not take what a batch has."""
+        """The output of a model for a batch. Raises BadInput if the batch's items are not its arguments."""
         inputs = self.inputs(batch)
         if not isinstance(inputs, Mapping):
             return model(*inputs)
@@ -98,15 +98,15 @@ class Setting:
             raise
 
     def loss_of(self, output: Any, batch: Any) -> tuple[torch.Tensor, Weight]:
-        """The loss of a micro-batch, summed, and its weight. Raises TypeError for what is not these two."""
+        """The summed loss of a micro-batch and its weight. Raises TypeError if `loss` returns otherwise."""
         assert self.loss is not None
         found = self.loss(output, batch)
         if isinstance(found, tuple | list) and len(found) == 2 and _is_scalar(found[0]):
             return found[0], found[1]
         said = " and ".join(map(_said, found)) if isinstance(found, tuple | list) else _said(found)
         raise TypeError(
-            f"loss returned {said}: it is to return two values, the loss summed over the batch, a scalar, "
-            'and what to divide it by, such as (cross_entropy(output, y, reduction="sum"), len(y))'
+            f"loss returned {said}: it must return two values, a scalar loss summed over the batch and what "
+            'to divide it by, such as (cross_entropy(output, y, reduction="sum"), len(y))'
         )
 
     def autocast(self) -> Any:
@@ -119,8 +119,8 @@ def _is_scalar(value: Any) -> bool:
 
 
 def _said(value: Any) -> str:
-    """A value in words: its type, and of a tensor the shape."""
-    shape = f" of the shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else ""
+    """A value for a message: its type, and a tensor's shape."""
+    shape = f" of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else ""
     return f"a {type(value).__name__}{shape}"
 
 
@@ -128,8 +128,8 @@ class PlainStep:
     """A model that is called and a loss that is differentiated.
 
     Args:
-        model: the parameters under their own names.
-        called: what is called while training: the model, or DDP around it.
+        model: the model, with its parameters under their original names.
+        called: what is called in training: the model, or DDP around it.
         casts: whether the strategy itself casts to the precision, as FSDP does.
         in_backward: whether the optimizer steps within the backward pass, see `engine.in_backward`.
     """
@@ -152,12 +152,12 @@ class PlainStep:
         self.model = model
         self.optimizers = optimizers
         self.adding_up = False
-        """Whether there are gradients of a loop of one's own that no optimizer has used."""
+        """Whether there are gradients of a user's own loop that no optimizer has used yet."""
         for optimizer in optimizers.values():
             optimizer.register_step_post_hook(self._used)
         self._setting = setting
         self._called = called or model
-        self._parameters = list(model.parameters())  # which takes as long to find as to clear
+        self._parameters = list(model.parameters())  # finding them takes as long as clearing them
         self._casts = casts
         self._ddp = called if isinstance(called, DistributedDataParallel) else None
         self._reduced = True
@@ -165,7 +165,7 @@ class PlainStep:
         self._statistics = running_statistics(model) if setting.mesh.data.size > 1 else []
 
     def gradients(self, parts: Sequence[Any], agreement: Agreement) -> None:
-        """See `Step`. DDP reduces with the last micro-batch; FSDP, which keeps no whole ones, with each."""
+        """See `Step`. DDP reduces with the last micro-batch; FSDP, which keeps only shards, with each."""
         for one in self._in_backward:
             one.begin()
         loss_sum: torch.Tensor | None = None
@@ -181,12 +181,12 @@ class PlainStep:
                 agreement.start(loss_sum, weight)
             if not self.in_backward:
                 self._backward(part_sum)
-            elif not part_sum.is_cpu or part_sum.isfinite():  # a GPU is not waited for
+            elif not part_sum.is_cpu or part_sum.isfinite():  # do not wait for a GPU
                 self._backward(part_sum / gradients.divisor(torch.as_tensor(part_weight)))
         self._reduced = True
 
     def _call(self, part: Any) -> Any:
-        """The output in training. Raises StokerError where DDP waits for gradients that do not come."""
+        """The output in training. Raises StokerError if DDP waits for gradients that never come."""
         try:
             return self._setting.call(self._called, part)
         except RuntimeError as error:
@@ -195,7 +195,7 @@ class PlainStep:
             raise
 
     def forward(self, batch: Any) -> Any:
-        """See `Step`; with gradients where they are enabled, for a loop that does its own backward."""
+        """See `Step`; with gradients if they are enabled, for a loop with its own backward pass."""
         with self.context():
             return self._setting.call(self.model, batch)
 
@@ -204,10 +204,10 @@ class PlainStep:
         return named_trainable(self.model)
 
     def publish(self) -> None:
-        """See `Step`: the weights are what the forward pass uses."""
+        """See `Step`: the forward pass uses the weights themselves."""
 
     def backward(self, loss_sum: torch.Tensor) -> None:
-        """The backward pass of a loop of one's own; its gradients are reduced by `update`."""
+        """The backward pass of a user's own loop; `update` reduces its gradients."""
         self._backward(loss_sum)
         self._reduced, self.adding_up = False, True
 
@@ -244,13 +244,13 @@ class PlainStep:
         torch.autograd.backward(loss_sum)
 
     def context(self) -> contextlib.AbstractContextManager[Any]:
-        """What a forward pass computes its precision in, where the strategy does not see to that itself."""
+        """The autocast context of a forward pass, unless the strategy casts by itself."""
         return contextlib.nullcontext() if self._casts else self._setting.autocast()
 
     def _reduce_next(self, reduce: bool) -> None:
-        """Gradients that were averaged stay what they are when averaged again with those that are added."""
+        """Gradients that were averaged already are unchanged when averaged again with the added ones."""
         if self._ddp is not None:
-            # Of a static graph DDP learns the order in its first backward pass, which must reduce.
+            # With a static graph, DDP learns the order in its first backward pass, which must reduce.
             learns = self._ddp.static_graph and not self._learned
             self._ddp.require_backward_grad_sync = reduce or learns  # what its no_sync() sets
             self._learned = True
@@ -259,11 +259,11 @@ class PlainStep:
 def apply(
     found: list[torch.Tensor], optimizer: torch.optim.Optimizer, weight: torch.Tensor, setting: Setting
 ) -> tuple[bool, torch.Tensor | None]:
-    """Make gradients of sums, averaged over the data ranks, those of the mean; clip; step.
+    """Turn gradients of sums, averaged over the data ranks, into gradients of the mean; clip; step.
 
     Returns:
-        False where nothing was changed: fp16 overflowed, or a gradient was seen not to be finite. And the
-        norm of the mean's gradient before clipping, where it was asked for.
+        False if nothing was changed: fp16 overflowed, or a gradient was found not to be finite. And the
+        norm of the mean's gradient before clipping, if it was needed.
     """
     mean = None
     factor = gradients.reciprocal(weight) * (setting.mesh.data.size / setting.scale.factor)
@@ -286,9 +286,9 @@ def apply(
 def build_optimizers(
     model: nn.Module, factories: OptimizerFactory | Mapping[str, OptimizerFactory]
 ) -> dict[str, torch.optim.Optimizer]:
-    """The optimizers of a model that is laid out already; each group remembers its `initial_lr`.
+    """The optimizers of a model that is already parallelised; each group stores its `initial_lr`.
 
-    Raises ValueError where nothing is trained.
+    Raises ValueError if nothing is trained.
     """
     if not isinstance(factories, Mapping):
         built = {"main": factories(trainable(model))}
@@ -301,22 +301,20 @@ def build_optimizers(
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that are trained. Raises ValueError where there are none."""
+    """The trainable parameters. Raises ValueError if there are none."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
-        raise ValueError(
-            f"{type(model).__name__} has no parameter to train: every one has requires_grad=False"
-        )
+        raise ValueError(f"{type(model).__name__} has no trainable parameters: all have requires_grad=False")
     return parameters
 
 
 def named_trainable(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The parameters that are trained, by name."""
+    """The trainable parameters, by name."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def average_statistics(statistics: list[torch.Tensor], mesh: Mesh) -> None:
-    """Make BatchNorm's running statistics those of all data ranks."""
+    """Average BatchNorm's running statistics over all data ranks."""
     if statistics:
         for axis in ("replicate", "shard"):
             if mesh.size(axis) > 1:
@@ -333,12 +331,13 @@ def running_statistics(model: nn.Module) -> list[torch.Tensor]:
 
 
 def only_loop_of_its_own(step: Step) -> PlainStep:
-    """The step as one whose parts can be called one by one. Raises StokerError."""
+    """The step, if its parts can be called separately. Raises StokerError."""
     if isinstance(step, PlainStep) and not step.in_backward:
         return step
     if isinstance(step, PlainStep):
         raise StokerError(
-            "optimizer_in_backward=true moves weights within trainer.step(batch): use that, or leave it out"
+            "optimizer_in_backward=true updates weights inside trainer.step(batch): use that method, or omit "
+            "the setting"
         )
     raise StokerError(
         f"{type(step).__name__} drives forward and backward itself: use trainer.step(batch), "

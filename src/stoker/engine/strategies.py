@@ -1,4 +1,4 @@
-"""Parallelism as functions: a model goes in, laid out over a mesh it comes out as a step.
+"""Parallelism as functions: a model goes in, and comes out as a step, laid out over a mesh.
 
 `lay_out` applies them in visible order: activation checkpointing, compilation, then the strategy.
 """
@@ -33,25 +33,25 @@ log = logging.getLogger("stoker")
 
 Factories = OptimizerFactory | Mapping[str, OptimizerFactory]
 Load = Callable[[nn.Module, torch.device, str], None]
-"""Gives memory and values to what of a model is on the meta device, below a dotted prefix (all: "")."""
+"""Allocates and fills what is on the meta device of a model, below a dotted prefix (all: "")."""
 Blocks = Sequence[tuple[str, nn.Module]]
 
-_ROOM = 0.6  # of a device's memory for weights, gradients and optimizer state; the rest is activations
+_ROOM = 0.6  # of a device's memory for weights, gradients and optimizer state; the rest is for activations
 
 
 def choose(model: nn.Module, training: Training, world: World, on: torch.device) -> tuple[str, str]:
-    """The strategy and why: as set, or for `auto` by the number of ranks, the model's size and memory."""
+    """The strategy and the reason: as set, or for `auto` by number of ranks, model size and memory."""
     if training.parallel != "auto":
         return training.parallel, "as set"
     if world.size == 1:
-        return "single", "there is one process"
+        return "single", "there is only one process"
     weights = sum(p.nbytes for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     needed = weights + trained * (4 + 8)  # gradients, and two moments in float32
     has = memory.of_a_rank(on, world)
-    said = f"weights, gradients and two moments take {words.size(needed)} of a rank's {words.size(has)}"
+    said = f"weights, gradients and two moments need {words.size(needed)} of a rank's {words.size(has)}"
     if needed <= _ROOM * has and training.fsdp.shard is None:
-        return "ddp", f"{said}: each rank can hold all of them"
+        return "ddp", f"{said}: each rank can hold the whole model"
     return "fsdp", said if needed > _ROOM * has else "fsdp.shard is set"
 
 
@@ -63,10 +63,10 @@ def lay_out(
     make: Factories,
     load: Load = lambda model, device, prefix: None,
 ) -> Step:
-    """Lay a model out over the mesh, have it filled where it is on the meta device, build its optimizers.
+    """Lay a model out over the mesh, load what is on the meta device, and build its optimizers.
 
     Raises:
-        BadInput: the model cannot be laid out so, or what is to be loaded is more than a rank can hold.
+        BadInput: the model cannot be laid out like this, or does not fit into a rank's memory.
     """
     found = blocks.find(model, training.blocks)
     _prepare(model, strategy, training, setting.mesh)
@@ -81,7 +81,7 @@ def lay_out(
 
 
 def _moments(make: Factories) -> float:
-    """Bytes that an optimizer will keep for each weight, as one for a small parameter does."""
+    """Bytes that an optimizer will keep per weight, measured on a small parameter."""
     if isinstance(make, Mapping):
         return memory.MOMENTS
     small = nn.Parameter(torch.zeros(256, 256))
@@ -94,7 +94,7 @@ def _moments(make: Factories) -> float:
 
 @dataclass(frozen=True)
 class Layout:
-    """What a strategy is given."""
+    """The arguments of a strategy."""
 
     model: nn.Module
     blocks: Blocks
@@ -105,18 +105,18 @@ class Layout:
 
 
 def single(given: Layout) -> Step:
-    """One process has it all."""
+    """One process holds everything."""
     given.load(given.model, given.setting.mesh.device, "")
     optimizers = build_optimizers(given.model, given.make)
     return PlainStep(given.setting, given.model, optimizers, in_backward=given.training.optimizer_in_backward)
 
 
 def ddp(given: Layout) -> Step:
-    """Every rank has the whole model; gradients are averaged while the backward pass goes on."""
+    """Every rank holds the whole model; gradients are averaged during the backward pass."""
     given.load(given.model, given.setting.mesh.device, "")
     mesh = given.setting.mesh
     trained = any(p.requires_grad for p in given.model.parameters())
-    # Of ranks that are not there nothing is reduced; gradients live in the buckets as they do without.
+    # With imaginary ranks nothing is reduced; gradients are in buckets even so.
     reduces = trained and not mesh.world.planned
     called = data_parallel(given.model, given.training, mesh) if reduces else given.model
     return PlainStep(given.setting, given.model, build_optimizers(given.model, given.make), called=called)
@@ -132,7 +132,7 @@ def fsdp(given: Layout) -> Step:
 
 
 def pipeline(given: Layout) -> Step:
-    """Blocks are cut into stages, a rank each; micro-batches stream through them."""
+    """Blocks are split into stages, one per rank; micro-batches stream through them."""
     from stoker.engine.pipeline import PipelineStep
 
     return PipelineStep(given.model, given.training, given.setting, given.make, given.load)
@@ -165,17 +165,17 @@ def data_parallel(model: nn.Module, training: Training, mesh: Mesh) -> Distribut
         static_graph=options.static_graph,
         find_unused_parameters=options.find_unused_parameters,
         forward_sync_buffers=False,  # BatchNorm's statistics are averaged with every update
-        init_sync=False,  # copied from rank 0 already
+        init_sync=False,  # already copied from rank 0
     )
 
 
 def shard(
     model: nn.Module, found: Blocks, training: Training, setting: Setting, roots: Sequence[nn.Module] = ()
 ) -> bool:
-    """FSDP2 by block, then the rest of each root (by default of the model). Whether it casts by itself."""
+    """FSDP2 by block, then the rest of each root (default: the model). Returns whether FSDP casts."""
     mesh = setting.mesh
     _check_real(model, "FSDP")
-    # BatchNorm wants its parameters and statistics in one dtype: there autocast does the casting.
+    # BatchNorm needs its parameters and statistics in one dtype: then autocast does the casting.
     casts = setting.precision != "fp32" and not any(_is_batch_norm(m) for m in model.modules())
     dtype = DTYPES[setting.precision] if casts else None
     options: dict[str, Any] = {
@@ -188,44 +188,44 @@ def shard(
     for _, block in found:
         fully_shard(block, **options)
     if training.fsdp.reshard_after_forward:
-        options["reshard_after_forward"] = None  # torch's default: what the backward pass begins with stays
+        options["reshard_after_forward"] = None  # torch's default: keep what the backward pass starts with
     for root in [*roots, model]:
         fully_shard(root, **options)
         root.register_forward_hook(_shard_again)
-        if hasattr(root, "generate"):  # calls what is inside of it, past the hooks of the root
+        if hasattr(root, "generate"):  # it calls inner modules, bypassing the root's hooks
             register_fsdp_forward_method(root, "generate")
     return casts
 
 
 def _check_real(model: nn.Module, by: str) -> None:
-    """Raises BadInput where a weight is complex: of sums in float32 there are the real parts alone."""
+    """Raises BadInput if a weight is complex: sums in float32 would keep only its real part."""
     found = [name for name, p in model.named_parameters() if p.is_complex()]
     if found:
-        raise BadInput(f"{found[0]} is complex, and {by} trains real weights: use parallel=single or ddp")
+        raise BadInput(f"{found[0]} is complex, but {by} needs real weights: use parallel=single or ddp")
 
 
 def _shard_again(root: nn.Module, inputs: Any, output: Any) -> None:
-    """Without a backward pass to come, which shards it: parameters are read and written as shards."""
+    """Without a backward pass to reshard them, reshard here: parameters are read and written as shards."""
     if not torch.is_grad_enabled():
         cast(FSDPModule, root).reshard()
 
 
 def gather_no_more(model: nn.Module) -> None:
-    """Let go of what FSDP has gathered and keeps, as behind a generation: parameters are shards again."""
+    """Free what FSDP keeps gathered, for example after a generation: parameters are shards again."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def compile_blocks(model: nn.Module, found: Blocks) -> None:
-    """Compile each block by itself: all of one class share one compilation. Without blocks, the model."""
+    """Compile each block separately: blocks of one class share a compilation. Without blocks, the model."""
     for module in [block for _, block in found] or [model]:
         module.compile()
 
 
 def _prepare(model: nn.Module, strategy: str, training: Training, mesh: Mesh) -> None:
-    """Weights onto the device (a pipeline moves its own stages), memory layout, BatchNorm."""
-    if training.channels_last and strategy in ("single", "ddp"):  # shards are contiguous: inputs decide then
+    """Move weights to the device (a pipeline moves its own stages); set memory layout and BatchNorm."""
+    if training.channels_last and strategy in ("single", "ddp"):  # for contiguous shards, inputs decide
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if training.sync_batchnorm and mesh.data.size > 1:
         group = mesh.data_axes.get_group() if mesh.data_axes.ndim == 1 else None
@@ -234,25 +234,25 @@ def _prepare(model: nn.Module, strategy: str, training: Training, mesh: Mesh) ->
         if p.requires_grad and precision.wide(p.dtype) != p.dtype:
             p.data = p.data.to(
                 precision.wide(p.dtype)
-            )  # master weights: an update may be far below a step of bf16
-        if p.requires_grad and p.dtype == torch.complex128:  # which safetensors has not
-            raise BadInput(f"{name} is complex128, and checkpoints hold none of it: use complex64")
+            )  # master weights: an update can be far below the resolution of bf16
+        if p.requires_grad and p.dtype == torch.complex128:  # not supported by safetensors
+            raise BadInput(f"{name} is complex128, which checkpoints do not support: use complex64")
     if strategy != "pipeline":
         device.move(model, mesh.device)
 
 
 def warn_of_batch_norm(model: nn.Module, *, share: int, training: Training) -> None:
-    """BatchNorm sees micro-batches, not the global batch: say so where that makes a difference.
+    """Warn if BatchNorm sees micro-batches that differ from the global batch.
 
     Args:
-        share: samples of a global batch that are this rank's.
+        share: samples of a global batch that this rank processes.
     """
     if training.sync_batchnorm or not any(_is_batch_norm(m) for m in model.modules()):
         return
     micro = share if training.micro_batch in (None, "auto") else min(share, int(training.micro_batch))
     if micro < share or micro < _FEW:
         log.warning(
-            "BatchNorm takes its statistics from micro-batches of %d samples, not from the global batch: "
+            "BatchNorm computes its statistics on micro-batches of %d samples, not on the global batch: "
             "the result depends on micro_batch and on the number of ranks",
             micro,
         )

@@ -1,4 +1,4 @@
-"""How long the steps of a loop take on this rank, what of that it waits for, and its peak of memory."""
+"""Measures step times on this rank, how much of that is waiting, and peak memory."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from dataclasses import dataclass
 import torch
 from stoker.engine import memory, profiling
 
-_WARM_UP = 5  # steps that are not counted: compilation, caches, the optimizer's first state
-_PROFILED = 3  # steps after the timed ones, under the profiler, to see what is communication
+_WARM_UP = 5  # steps that are not counted: compilation, caches, the initial optimizer state
+_PROFILED = 3  # steps after the timed ones, profiled to measure communication
 
 
 def needed(steps: int) -> int:
-    """How many steps a run must have for so many to be timed."""
+    """The number of steps that a run needs for this many to be timed."""
     return _WARM_UP + steps + _PROFILED
 
 
 @dataclass(frozen=True)
 class Timed:
-    """What was measured on one rank."""
+    """The measurements of one rank."""
 
     steps: int
     seconds: float
-    """Of all steps together."""
+    """For all steps together."""
     waited: float
-    """Seconds of these that it waited for batches."""
+    """Seconds of these spent waiting for batches."""
     communicated: float
-    """Share of the time in which a collective was under way, beside computation or not, of profiled steps."""
+    """Share of the profiled time in which a collective was running, overlapping computation or not."""
     peak_bytes: int
 
 
@@ -41,7 +41,7 @@ class Timing:
         self._profile = profiling.recorder(device)
 
     def step(self, waited: float) -> Timed | None:
-        """After each step, with the seconds waited for batches so far; the result after the last one."""
+        """Call after each step, with the seconds waited for batches so far; returns the result at the end."""
         self._done += 1
         if self._done == _WARM_UP:
             self._begun, self._waited = self._now(), waited
@@ -64,9 +64,9 @@ class Timing:
         return time.perf_counter()
 
     def _communicated(self) -> float:
-        """Seconds in which at least one was under way: NCCL's kernels on a GPU, else gloo's operations."""
+        """Seconds in which at least one collective ran: NCCL kernels on a GPU, else gloo operations."""
         events = self._profile.events() or ()  # type: ignore[no-untyped-call]
-        on_gpu = self._device.type == "cuda"  # where gloo carries a few numbers beside the work
+        on_gpu = self._device.type == "cuda"  # where gloo carries only a few numbers
         names = ("ncclDevKernel", "ncclKernel") if on_gpu else ("gloo:",)
         ranges = sorted(
             (event.time_range.start, event.time_range.end) for event in events if event.name.startswith(names)

@@ -1,7 +1,7 @@
-"""Watching a model: norms and histograms of its gradients and parameters, every n steps.
+"""Watches a model: norms and histograms of its gradients and parameters, every n steps.
 
-A hook in front of every optimizer's step reads the gradients when they are complete,
-whoever wrote the loop. Everything is computed on the device and never waits for it.
+A hook before every optimizer's step reads the gradients when they are complete, regardless of who wrote the
+loop. Everything is computed on the device, and never waits for it.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ class Watch:
     """Watches a model until `close`.
 
     Args:
-        model: every parameter that trains is watched, under its name.
-        every: optimizer steps from one look to the next; the first step is looked at.
-        bins: of each histogram; 0 for none.
-        take: is given of each optimizer the norms (scalar tensors by name: `gradients/NAME`,
-            `parameters/NAME`, and `gradient_norm` over all, of other optimizers too that have stepped since
-            this one did) and the histograms (name -> lowest, highest, counts).
+        model: every trainable parameter is watched, under its name.
+        every: interval in optimizer steps; starts with the first step.
+        bins: bins per histogram; 0 for none.
+        take: called for each optimizer with its norms (scalar tensors by name: `gradients/NAME`,
+            `parameters/NAME`, and `gradient_norm` over everything, including other optimizers that have
+            stepped since this one did) and histograms (name -> lowest, highest, counts).
     """
 
     def __init__(
@@ -36,13 +36,13 @@ class Watch:
         take: Callable[[Values, Mapping[str, tuple[torch.Tensor, ...]]], None],
     ) -> None:
         if every < 1:
-            raise ValueError(f"every={every}: watch a model every 1 step or more")
+            raise ValueError(f"every={every}: must be at least 1 step")
         self._names = {p: name for name, p in model.named_parameters() if p.requires_grad}
         self._every = every
         self._bins = bins
         self._take = take
-        self._steps: dict[int, int] = {}  # of each optimizer, by its id
-        self._of_step: dict[int, list[torch.Tensor]] = {}  # norms of gradients, of each optimizer
+        self._steps: dict[int, int] = {}  # per optimizer, by its id
+        self._of_step: dict[int, list[torch.Tensor]] = {}  # norms of gradients, per optimizer
         self._hook = register_optimizer_step_pre_hook(self._before_step)
 
     def close(self) -> None:
@@ -82,9 +82,9 @@ class Watch:
 
 
 def histogram(values: torch.Tensor, bins: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Lowest and highest finite value (scalars) and counts of `bins` equal parts between, on the device.
+    """The lowest and highest finite value (scalars) and the counts of `bins` equal bins, on the device.
 
-    `torch.histc` would wait for the device to learn the range.
+    `torch.histc` would wait for the device to determine the range.
     """
     flat = real(values).flatten().float()
     finite = flat.isfinite()
@@ -103,6 +103,6 @@ def _norm(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    """The whole of a tensor that is sharded over ranks; all of them ask for it together."""
+    """The full tensor of a sharded one; all ranks ask for it together."""
     full = getattr(tensor, "full_tensor", None)
     return full() if full is not None else tensor

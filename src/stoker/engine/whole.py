@@ -1,4 +1,4 @@
-"""The whole of a model that is spread over ranks, brought together on rank 0 tensor by tensor."""
+"""The full state of a model that is spread over ranks, collected on rank 0 tensor by tensor."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def state_dict(step: Step, mesh: Mesh, wanted: Callable[[str], bool] = lambda na
     """Parameters and saved buffers by name, on the CPU of rank 0; empty on other ranks. All ranks call it.
 
     Args:
-        wanted: whether a tensor of this name is; the same on every rank.
+        wanted: whether to include a tensor of this name; the same on every rank.
     """
     saved = step.model.state_dict(keep_vars=True)
     named = [*step.model.named_parameters(), *step.model.named_buffers()]
@@ -26,7 +26,7 @@ def state_dict(step: Step, mesh: Mesh, wanted: Callable[[str], bool] = lambda na
     for name, tensor in named:
         if name in saved and wanted(name):
             whole = _whole(step, name, tensor)
-            if mesh.data.rank == 0:  # the others have only helped to gather it
+            if mesh.data.rank == 0:  # the others only help to gather it
                 held[name] = whole.cpu().clone()
     return _from_stages(held, mesh) if mesh.size("stage") > 1 else held
 
@@ -41,7 +41,7 @@ def _whole(step: Step, name: str, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _from_stages(held: Tensors, mesh: Mesh) -> Tensors:
-    """Bring what the stages of the first pipeline hold to rank 0."""
+    """Collect on rank 0 what the stages of the first pipeline hold."""
     group = mesh.group("stage")
     names: list[list[str]] = [[] for _ in range(mesh.size("stage"))]
     dist.all_gather_object(names, list(held), group=group)

@@ -1,8 +1,10 @@
-"""ZeRO by DeepSpeed: optimizer state (stage 1), gradients (2) and parameters (3) sharded over ranks.
+"""ZeRO with DeepSpeed: optimizer state (stage 1), gradients (2) and parameters (3) sharded over ranks.
 
-Rajbhandari et al. 2020 (arXiv:1910.02054). DeepSpeed drives the backward pass and the update.
-What is ours: the loss is a sum whose weight is known only at the end of the global batch, so the
-gradients are divided by it through the loss scale that DeepSpeed lets a caller set.
+Rajbhandari et al. 2020 (arXiv:1910.02054). DeepSpeed drives the backward pass and the update. The loss here
+is
+a sum whose weight is known only at the end of the global batch, so the gradients are divided by it through
+the
+loss scale, which DeepSpeed lets a caller set.
 """
 
 from __future__ import annotations
@@ -45,17 +47,19 @@ class DeepSpeedStep:
         make: OptimizerFactory | Mapping[str, OptimizerFactory],
     ) -> None:
         if isinstance(make, Mapping):
-            raise BadInput("parallel=deepspeed takes one optimizer for the whole model, not one a submodule")
+            raise BadInput("parallel=deepspeed takes one optimizer for the model, not one per submodule")
         _quieten()
         import deepspeed
 
         self.stage = options.zero_stage(training.deepspeed)
         if setting.precision == "fp16" and self.stage > 0 and setting.mesh.device.type == "cpu":
-            raise BadInput("parallel=deepspeed has precision=fp16 on GPUs only: give bf16 or fp32")
+            raise BadInput("parallel=deepspeed supports precision=fp16 on GPUs only: use bf16 or fp32")
         self._setting = setting
         made = build_optimizers(model, make)["main"]
         _check_optimizer(made)
-        made.param_groups = [group for group in made.param_groups if group["params"]]  # it flattens each
+        made.param_groups = [
+            group for group in made.param_groups if group["params"]
+        ]  # DeepSpeed flattens each group
         known = {p: name for name, p in model.named_parameters()}
         self._names = [[known[p] for p in group["params"]] for group in made.param_groups]
         parameters = sum(_shape(p).numel() for p in model.parameters() if p.requires_grad)
@@ -127,7 +131,7 @@ class DeepSpeedStep:
         return self._engine(**inputs) if isinstance(inputs, Mapping) else self._engine(*inputs)
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """See `Step`: under ZeRO a rank's flat partitions."""
+        """See `Step`: under ZeRO, a rank's flat partitions."""
         if self.stage == 0:
             return dict(self._trained())
         return {f"partition.{number}": flat for number, flat in enumerate(self._partitions())}
@@ -139,7 +143,7 @@ class DeepSpeedStep:
                 self.use(self.model.get_parameter(name), value)
 
     def whole(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A parameter or buffer, whole, on the CPU: float32 where it is trained. All ranks call it."""
+        """A full parameter or buffer on the CPU; float32 if it is trained. All ranks call it."""
         from deepspeed.utils import safe_get_full_fp32_param
 
         if not isinstance(tensor, nn.Parameter):
@@ -149,10 +153,10 @@ class DeepSpeedStep:
         with self._gathered(tensor):
             return tensor.detach().cpu().clone()
 
-    # -- what is saved: whole tensors under the parameters' names, as every strategy saves them ----
+    # -- what is saved: full tensors under the parameters' names, as in every strategy ----------
 
     def capture(self) -> tuple[Tensors, Tensors, dict[str, Any]]:
-        """Parameters, optimizer state (`name.key`) and the step count, whole, on the CPU; on all ranks."""
+        """Full parameters, optimizer state (`name.key`) and the step count, on the CPU of all ranks."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
         state = {}
@@ -164,13 +168,13 @@ class DeepSpeedStep:
         return self.whole_weights(), state, {"step": self._count()}
 
     def whole_weights(self) -> Tensors:
-        """The parameters that are trained, float32, whole, on the CPU; on all ranks."""
+        """The full trained parameters in float32, on the CPU of all ranks."""
         from deepspeed.utils import safe_get_full_fp32_param
 
         return {name: self._whole(p, safe_get_full_fp32_param) for name, p in self._trained()}
 
     def restore_weights(self, parameters: Tensors) -> None:
-        """Put back what `whole_weights` returned, on every rank."""
+        """Restore what `whole_weights` returned, on every rank."""
         from deepspeed.utils import safe_set_full_fp32_param
 
         for name, p in self._trained():
@@ -178,7 +182,7 @@ class DeepSpeedStep:
             self.use(p, parameters[name])
 
     def restore_state(self, state: Tensors) -> None:
-        """Put back the optimizer state that `capture` returned, with step counts (`name.step`)."""
+        """Restore the optimizer state that `capture` returned, with step counts (`name.step`)."""
         from deepspeed.utils import safe_set_full_optimizer_state
 
         device = self._setting.mesh.device
@@ -192,7 +196,7 @@ class DeepSpeedStep:
                 held["step"] = torch.as_tensor(float(count)).to(held["step"])
 
     def _begin_state(self) -> None:
-        """Make room for the optimizer's state, by steps that change nothing."""
+        """Allocate the optimizer state with steps that change nothing."""
         zero = self._optimizer
         rates = [group["lr"] for group in zero.param_groups]
         for number, partition in enumerate(self._partitions()):
@@ -206,24 +210,24 @@ class DeepSpeedStep:
         self._link_state()
 
     def _link_state(self) -> None:
-        """Let DeepSpeed find the state of all groups: it looks once, after its step of the first."""
+        """Make DeepSpeed link the state of all groups: it does so only once, after the step of the first."""
         if self.stage < 3:
             self._optimizer._hp_optimizer_states_linked = False
             self._optimizer._lazy_init_hp_params_optimizer_state()
 
     def _partitions(self) -> list[torch.Tensor]:
-        """This rank's float32 weights, flat, one a group of the optimizer."""
+        """This rank's flat float32 weights, one per optimizer group."""
         zero = self._optimizer
         flat = zero.single_partition_of_fp32_groups if self.stage < 3 else zero.fp32_partitioned_groups_flat
         return list(flat)
 
     def use(self, parameter: nn.Parameter, value: torch.Tensor) -> None:
-        """Let the forward pass use a value: it has a copy of its own of the float32 weights."""
+        """Make the forward pass use a value: it has its own copy of the float32 weights."""
         with self._gathered(parameter):
             parameter.data.copy_(value)
 
     def groups(self) -> list[dict[str, Any]]:
-        """The optimizer's groups with the names of their parameters."""
+        """The optimizer's groups, with the names of their parameters."""
         return [{**{k: v for k, v in group.items() if k != "params"}, "params": names}
                 for group, names in zip(self._optimizer.param_groups, self._names, strict=True)]  # fmt: skip
 
@@ -261,9 +265,10 @@ def partition(
     setting: Setting,
     load: Callable[[nn.Module, torch.device, str], None],
 ) -> None:
-    """Cut a model that is on the meta device into the ranks' parts as it is loaded, block by block (stage 3).
+    """Partition a model on the meta device among the ranks as it is loaded, block by block (stage 3).
 
-    So no rank ever has more than a block and its own part. One that is in memory already is left to
+    So no rank ever holds more than one full block and its own part. A model that is already in memory is left
+    to
     DeepSpeed's `initialize`.
     """
     if not any(p.is_meta for p in model.parameters()):
@@ -282,28 +287,28 @@ def partition(
         deepspeed.zero.Init(module=model, config_dict_or_path=settings)
 
 
-_BUCKET = 500_000_000  # elements, DeepSpeed's own; it sets aside as much memory whatever the model's size
+_BUCKET = 500_000_000  # elements, DeepSpeed's default; it allocates as much memory whatever the model's size
 
 
 def _check_optimizer(made: torch.optim.Optimizer) -> None:
-    """Raises BadInput for one that is another under DeepSpeed, which makes one vector of all parameters."""
+    """Raises BadInput for optimizers that DeepSpeed cannot use, as it flattens all parameters."""
     if isinstance(made, torch.optim.Adafactor):
         raise BadInput(
-            "parallel=deepspeed makes one vector of all parameters, and Adafactor goes by the rows and "
-            "columns of matrices: give parallel=fsdp, or optimizer=adamw"
+            "parallel=deepspeed flattens all parameters into one vector, but Adafactor needs the rows and "
+            "columns of matrices: use parallel=fsdp, or optimizer=adamw"
         )
     if type(made).__module__.startswith(("torchao.", "bitsandbytes.")):
         raise BadInput(
-            "parallel=deepspeed cannot save an optimizer whose states have 8 bits: give parallel=fsdp, or "
+            "parallel=deepspeed cannot save an optimizer with 8-bit states: use parallel=fsdp, or "
             "optimizer=adamw"
         )
 
 
 def config(training: Training, setting: Setting, parameters: int) -> dict[str, Any]:
-    """DeepSpeed's configuration: the user's file as it is, and what it leaves open or to "auto" filled in.
+    """DeepSpeed's configuration: the user's file, with everything missing or "auto" filled in.
 
     Args:
-        parameters: how many are trained.
+        parameters: the number of trained parameters.
     """
     bucket = min(_BUCKET, parameters)
     chosen = training.deepspeed
@@ -313,8 +318,8 @@ def config(training: Training, setting: Setting, parameters: int) -> dict[str, A
     if chosen.offload_parameters:
         zero["offload_param"] = {"device": "cpu"}
     made: dict[str, Any] = {
-        # Boundaries are said at each micro-batch. More than one must be possible: DeepSpeed does not
-        # add gradients up in host memory otherwise.
+        # Boundaries are set at each micro-batch. More than one must be possible: otherwise DeepSpeed does not
+        # accumulate gradients in host memory.
         "gradient_accumulation_steps": 2,
         "train_micro_batch_size_per_gpu": 1,
         "train_batch_size": 2 * setting.mesh.data.size,
@@ -348,16 +353,17 @@ def _shape(parameter: nn.Parameter) -> torch.Size:
 
 
 def _quieten() -> None:
-    """Before DeepSpeed is imported, which has much to say."""
+    """Silence DeepSpeed before it is imported."""
     quiet.before_deepspeed()
-    os.environ.setdefault("LOCAL_RANK", "0")  # it insists on one, for a single process too
-    warnings.filterwarnings(  # at every collective of every step
+    os.environ.setdefault("LOCAL_RANK", "0")  # required even for a single process
+    warnings.filterwarnings(  # shown for every collective of every step
         "ignore", r"`torch.distributed.(all_gather_into|reduce_scatter)_tensor` is deprecated", FutureWarning
     )
     if not torch.cuda.is_available():
         import deepspeed
 
-        # Else it compiles a C++ extension for talking between CPUs, which needs a compiler and half a minute.
+        # Otherwise it compiles a C++ extension for CPU communication, which needs a compiler and half a
+        # minute.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 

@@ -1,8 +1,8 @@
-"""Low-rank adapters on a model, by peft: new ones, or one to go on from.
+"""Low-rank adapters on a model, with peft: new ones, or an existing one to continue.
 
-The model may be on the meta device: then the adapters alone have memory and values, and what of theirs
-depends on the model's weights (DoRA's lengths) is made once these are there. peft takes seconds to import, so
-that is done only where there are adapters.
+The model can be on the meta device: then only the adapters have memory and values, and what they derive from
+the model's weights (DoRA's magnitudes) is computed once those are loaded. Importing peft takes seconds, so it
+is imported only if there are adapters.
 """
 
 from __future__ import annotations
@@ -32,15 +32,16 @@ _LENGTHS = "lora_magnitude_vector"
 
 
 def adapted(language: Language, lora: Lora, *, compare: bool = True) -> Any:
-    """The model with adapters on it and everything else frozen; the model itself where there are none.
+    """The model with adapters and everything else frozen; the model itself if no adapters are used.
 
     Args:
-        compare: whether the model's weights are compared with those that the adapter to go on from is for,
-            as far as it knows them. All are read for that, so one rank does it.
+        compare: whether to compare the model's weights with those that the adapter to continue was trained
+            on,
+            as far as the adapter records them. This reads all weights, so only one rank does it.
 
     Raises:
-        BadInput: no module has a name of `lora.targets`, or the adapter to go on from is for another model,
-            or none that can be gone on with.
+        BadInput: no module matches a name in `lora.targets`, or the adapter to continue is for a different
+            model, or cannot be continued.
     """
     model = language.model
     if not lora.used:
@@ -54,12 +55,12 @@ def adapted(language: Language, lora: Lora, *, compare: bool = True) -> Any:
         warnings.filterwarnings("ignore", message=".*did not match any targeted module")
         try:
             made = get_peft_model(model, config)
-        except ValueError as error:  # modules that take no such adapter
+        except ValueError as error:  # modules that do not support such an adapter
             if "lora_dropout" in str(error):
                 raise BadInput(
-                    f"lora.dropout={lora.dropout}: the experts of a {model.config.model_type}, many of whose "
-                    "weights are one, take adapters without dropout alone: give lora.dropout=0, or "
-                    "lora.targets without them"
+                    f"lora.dropout={lora.dropout}: the experts of a {model.config.model_type} are fused into "
+                    "one weight, so their adapters cannot use dropout: set lora.dropout=0, or leave them out "
+                    "of lora.targets"
                 ) from error
             given = f"lora.targets={lora.targets}" if folder is None else f"lora.adapter={lora.adapter}"
             raise BadInput(f"{given}: {error}") from error
@@ -68,7 +69,7 @@ def adapted(language: Language, lora: Lora, *, compare: bool = True) -> Any:
             _begin_whole(as_trained(layer), saved=folder is not None)
         if is_adapter(layer):
             _begin(layer, saved=folder is not None)
-            if not layer.lora_variant:  # DoRA computes with its input besides
+            if not layer.lora_variant:  # DoRA needs its input for more
                 layer._cast_input_dtype = _as_adapters_take_it
     if folder is not None:
         _take(made, folder)
@@ -76,7 +77,7 @@ def adapted(language: Language, lora: Lora, *, compare: bool = True) -> Any:
 
 
 def settings(model: Any, lora: Lora) -> dict[str, Any]:
-    """What the adapter that was gone on from has itself, by the keys of the config; nothing of a new one."""
+    """The settings of the continued adapter, by config key; empty for a new one."""
     if lora.adapter is None:
         return {}
     known = model.peft_config["default"]
@@ -89,9 +90,9 @@ def settings(model: Any, lora: Lora) -> dict[str, Any]:
 
 
 def tokenizer_for(given: str | None, lora: Lora) -> str | None:
-    """The tokenizer that is given; else, with its chat template, the one beside the adapter to go on from.
+    """The given tokenizer; else the one saved with the adapter to continue, including its chat template.
 
-    None where there is neither: then it is the model's. Raises BadInput where there is no such adapter.
+    None if there is neither: then the model's is used. Raises BadInput if the adapter does not exist.
     """
     if given or lora.adapter is None:
         return given
@@ -100,7 +101,7 @@ def tokenizer_for(given: str | None, lora: Lora) -> str | None:
 
 
 def brings_tokens(lora: Lora) -> bool:
-    """Whether the adapter to go on from may have tokens that its model lacks. Raises BadInput."""
+    """Whether the adapter to continue may have tokens that its model lacks. Raises BadInput."""
     if lora.adapter is None:
         return False
     folder = hub.find(lora.adapter, "lora.adapter", weights=False)
@@ -109,17 +110,17 @@ def brings_tokens(lora: Lora) -> bool:
 
 @contextlib.contextmanager
 def advising(lora: Lora, quantisation: str) -> Iterator[None]:
-    """Let who is told that a model is too large know of what would make it smaller. Raises BadInput."""
+    """If the model is too large, add to the error what would make it smaller. Raises BadInput."""
     try:
         yield
     except TooLarge as error:
         frozen = "quantisation=nf4 to keep the frozen weights in 4 bits"
-        smaller = frozen if lora.used else f"train adapters alone with lora.rank=16, and with {frozen}"
+        smaller = frozen if lora.used else f"train only adapters with lora.rank=16, and use {frozen}"
         raise BadInput(f"{error}; or {smaller}" if quantisation == "none" else str(error)) from error
 
 
 def loading(load: Load) -> Load:
-    """What fills a model with adapters, given what fills it without."""
+    """Extend a function that fills a model to one that also fills its adapters."""
 
     def both(model: nn.Module, device: torch.device, prefix: str) -> None:
         load(model, device, prefix)
@@ -158,7 +159,7 @@ def _saved_config(folder: Path, language: Language, compare: bool) -> Any:
         if other is not None and not (folder / saved_adapters.BASE).is_file():
             log.warning(
                 "lora.adapter=%s says that it is for %s, and nothing shows that %s is that model: "
-                "see that it is",
+                "make sure that it is",
                 folder, other, name or "a new model",
             )  # fmt: skip
     try:
@@ -171,25 +172,26 @@ def _saved_config(folder: Path, language: Language, compare: bool) -> Any:
 
 
 def _take(model: Any, folder: Path) -> None:
-    """Put a saved adapter's tensors in place. Raises BadInput where they do not fit."""
+    """Load a saved adapter's tensors. Raises BadInput if they do not match."""
     from peft import set_peft_model_state_dict
 
     try:
         found = set_peft_model_state_dict(model, load_file(folder / saved_adapters.WEIGHTS))
     except (RuntimeError, KeyError) as error:
         said = next((line.strip() for line in str(error).splitlines() if "size mismatch" in line), str(error))
-        raise BadInput(f"lora.adapter={folder} is for another model: {said}") from error
+        raise BadInput(f"lora.adapter={folder} is for a different model: {said}") from error
     missing = [name for name in found.missing_keys if is_of_adapter(name)]
     if missing or found.unexpected_keys:
         some = (missing or list(found.unexpected_keys))[0]
-        raise BadInput(f"lora.adapter={folder} is for another model: {some} is not on both")
+        raise BadInput(f"lora.adapter={folder} is for a different model: {some} is not in both")
 
 
 def _as_adapters_take_it(given: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
-    """The input of an adapter, in place of peft's own function, which casts it to the type of the weights.
+    """The input of an adapter; replaces peft's function, which casts it to the type of the weights.
 
-    Those are float32. Under autocast the product casts it back at once: the input of every linear layer of
-    the model would be copied to float32 and back, and so would its gradient.
+    The weights are float32, and under autocast the product casts the input back at once: the input of every
+    linear
+    layer, and its gradient, would be copied to float32 and back.
     """
     if given is None or torch.is_autocast_enabled(given.device.type):
         return given
@@ -197,17 +199,18 @@ def _as_adapters_take_it(given: torch.Tensor | None, dtype: torch.dtype) -> torc
 
 
 def _begin_whole(module: nn.Module, *, saved: bool) -> None:
-    """Train a copy of a module in full precision; it is filled with its original, or comes from a file."""
+    """Train a full-precision copy of a module; it is filled from its original, or from a file."""
     module.to(torch.float32)
     if saved and any(p.is_meta for p in module.parameters()):
         module.to_empty(device=torch.device("cpu"))
 
 
 def _begin(layer: Any, *, saved: bool) -> None:
-    """Give an adapter that followed its layer to the meta device memory on the CPU, and its first values.
+    """Allocate and initialise, on the CPU, an adapter that followed its layer to the meta device.
 
     Args:
-        saved: whether its values come from a file, DoRA's lengths too, which else wait for the weights.
+        saved: whether its values come from a file, including DoRA's magnitudes, which otherwise wait for the
+            weights.
     """
     names = [name for name in layer.adapter_layer_names if saved or name != _LENGTHS]
     held = [getattr(layer, name, None) for name in names]
@@ -222,7 +225,7 @@ def _begin(layer: Any, *, saved: bool) -> None:
 
 @torch.no_grad()
 def _measure(layer: Any) -> None:
-    """DoRA begins with the lengths of the weight's own rows: (out,), sharded as the weight is."""
+    """DoRA starts from the norms of the weight's rows: (out,), sharded like the weight."""
     vectors = getattr(layer, _LENGTHS)
     if "default" not in vectors or not vectors["default"].weight.is_meta:
         return

@@ -1,9 +1,9 @@
-"""Attention within documents: rows hold several, packed, and no token sees one of another document.
+"""Attention within documents: rows hold several packed documents, and no token sees another document.
 
-Registered with transformers under `NAME`, so that any model whose attention goes through its
-`AttentionInterface` can be given it. What it is told is how long each row's documents are: on a GPU in
-half precision that is one kernel with variable lengths (torch's `varlen_attn`), elsewhere one call of
-torch's causal attention a document, which computes nothing that is masked.
+It is registered with transformers under `NAME`, so that any model whose attention uses the
+`AttentionInterface` can use it. It receives the lengths of each row's documents: on a GPU in half
+precision it runs one kernel with variable lengths (torch's `varlen_attn`), elsewhere one call of torch's
+causal attention per document, which computes nothing that is masked.
 """
 
 from __future__ import annotations
@@ -19,18 +19,20 @@ from transformers import AttentionInterface
 
 NAME = "documents"
 DOCUMENTS = "documents"
-"""The keyword by which a model is told the documents' lengths: int (rows, most in a row), 0 where there is
-none. What is left of a row behind them is padding."""
+"""The keyword argument with the documents' lengths: int (rows, most in a row), filled with 0. The rest of a
+row
+is padding.
+"""
 
 _WITHIN_DOCUMENTS = {"full_attention", "sliding_attention"}
-_OTHERWISE = {"gpt_oss"}  # whose softmax has one term more
+_OTHERWISE = {"gpt_oss"}  # their softmax has an additional term
 
 
 def packs(config: Any, supports: bool) -> bool:
-    """Whether a model can attend within documents, by its config: all its layers must, and carry no state.
+    """Whether a model can attend within documents, by its config: all layers must, and none may carry state.
 
     Args:
-        supports: whether its class takes attention functions (`_supports_attention_backend`).
+        supports: whether its class supports attention functions (`_supports_attention_backend`).
     """
     text = config.get_text_config()
     layers = set(getattr(text, "layer_types", None) or ())
@@ -53,20 +55,20 @@ def attend(
     position_ids: torch.Tensor | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention within each document; signature and result as transformers has them.
+    """Causal attention within each document; signature and result follow transformers.
 
     Args:
         query: (rows, heads, seq, width).
-        key: (rows, key heads, seq, width), the heads of `query` being a multiple of the key heads.
-        value: as `key`.
-        attention_mask: unused: there is none.
-        sliding_window: how many tokens a token sees, with itself.
-        softcap: scores are brought within so much of zero by tanh (Gemma 2).
-        documents: see DOCUMENTS; None: by `position_ids`, and without these a row is one document.
+        key: (rows, key heads, seq, width); the heads of `query` are a multiple of the key heads.
+        value: like `key`.
+        attention_mask: unused.
+        sliding_window: the number of tokens that a token sees, including itself.
+        softcap: scores are limited to this absolute value with tanh (Gemma 2).
+        documents: see DOCUMENTS; None: derived from `position_ids`, and without these a row is one document.
         position_ids: (rows, seq), 0 where a document begins.
 
     Returns:
-        (rows, seq, heads, width), zeros in the padding behind the documents; and None for the weights.
+        (rows, seq, heads, width), zeros in the padding after the documents; and None for the weights.
     """
     window = sliding_window if sliding_window is not None and sliding_window < query.shape[2] else None
     dropped = dropout if module.training else 0.0
@@ -85,7 +87,7 @@ def _one_by_one(
     position_ids: torch.Tensor | None,
     attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
-    """A call of `attend` a document."""
+    """One call of `attend` per document."""
     rows = []
     for q, k, v, sizes in zip(query, key, value, _lengths(documents, position_ids, query), strict=True):
         rest = query.shape[2] - sum(sizes)
@@ -99,7 +101,7 @@ def _lengths(
     documents: torch.Tensor | None, position_ids: torch.Tensor | None, query: torch.Tensor
 ) -> Iterator[list[int]]:
     rows, _, seq, _ = query.shape
-    if query.is_meta or isinstance(query, FakeTensor):  # shapes alone are asked for
+    if query.is_meta or isinstance(query, FakeTensor):  # only shapes are needed
         return ([seq] for _ in range(rows))
     if documents is not None:
         return ([n for n in row if n] for row in documents.tolist())
@@ -172,7 +174,7 @@ def _varlen(
     scaling: float | None,
     window: int | None,
 ) -> torch.Tensor:
-    """All documents of all rows in one kernel, what pads a row being one more; nothing waits for the GPU."""
+    """All documents of all rows in one kernel, padding counting as one more; does not wait for the GPU."""
     from torch.nn.attention.varlen import varlen_attn
 
     rows, heads, seq, _ = query.shape
@@ -188,4 +190,4 @@ def _varlen(
     return out.view(rows, seq, heads, -1)
 
 
-AttentionInterface.register(NAME, attend)  # and no function for masks: then transformers makes none
+AttentionInterface.register(NAME, attend)  # without a mask function, so that transformers creates no mask

@@ -1,7 +1,7 @@
-"""A causal language model with its tokenizer: a new one of a size, or one of a directory or of the hub.
+"""A causal language model with its tokenizer: a new one of a given size, or one from a directory or the hub.
 
-One that is loaded stands on the meta device at first, where it takes no memory: the Trainer lays it out
-over the ranks, and then has it filled (`Language.load`), each rank its own part.
+A loaded model is first created on the meta device, where it takes no memory: the Trainer lays it out over
+the ranks, and then has it filled (`Language.load`), each rank its own part.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-transformers_logging.disable_progress_bar()  # the commands have one of their own
+transformers_logging.disable_progress_bar()  # the commands show their own
 
 _LONGEST = 2048  # positions of a new model, unless rows are longer
 
 Load = Callable[[nn.Module, torch.device, str], None]
-"""Fills what of a model is on the meta device, below a dotted prefix, on a device."""
+"""Fills what is on the meta device of a model, below a dotted prefix, on a device."""
 
 
 def _nothing(model: nn.Module, device: torch.device, prefix: str) -> None:
-    """Of a new model, all is there."""
+    """A new model has nothing to load."""
 
 
 @dataclass(frozen=True)
@@ -53,28 +53,28 @@ class Language:
     """A model with its tokenizer."""
 
     model: Any
-    """Bare; one that is `pretrained` is on the meta device."""
+    """Without adapters; if `pretrained`, on the meta device."""
     tokenizer: Any
     pretrained: bool
-    """Whether it has learnt before."""
+    """Whether it has been trained before."""
     load: Load
-    """What fills a model that is on the meta device."""
+    """Fills a model that is on the meta device."""
     origin: Path | str
     """The directory that it is loaded from, or its size."""
     config: Any
-    """The model's config as it is written beside its weights."""
+    """The model's config as it is written next to its weights."""
     generation_config: Any
-    """As it is written beside them: a generation ends at its `eos_token_id`, see `stop_tokens`."""
+    """Written next to the weights too: a generation ends at its `eos_token_id`, see `stop_tokens`."""
     packs: bool
-    """Whether its attention can keep apart several documents in a row."""
+    """Whether its attention can separate several documents in a row."""
     revision: str | None = None
-    """Of the hub, where one was asked for."""
+    """The hub revision, if one was given."""
     added_tokens: int = 0
-    """How many tokens it has whose embeddings have learnt nothing yet."""
+    """The number of its tokens whose embeddings are untrained."""
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Of what it was built from: the checksums of its weights (all are read), or a size."""
+        """What it was built from: the checksums of its weights (reads all of them), or a size."""
         return hub.fingerprint(self.origin) if isinstance(self.origin, Path) else self.origin
 
 
@@ -92,22 +92,22 @@ def build(
     grows: bool = False,
     planned: bool = False,
 ) -> Language:
-    """A new model of a size, or the one of a directory or hub id.
+    """A new model of a given size, or one from a directory or hub id.
 
     Args:
         reference: a key of SIZES, a local directory, or a hub id.
-        tokenizer: a directory or hub id; None: the model's own, or for a new model one of
+        tokenizer: a directory or hub id; None: the model's own, or for a new model one with
             `vocab_size` tokens, trained on the documents.
         sequence_length: the longest row, in tokens.
-        tie_embeddings: of a new model, whether it predicts with its embeddings.
-        dtype: of the weights of a model that is loaded.
+        tie_embeddings: whether a new model shares its embeddings with the output layer.
+        dtype: dtype of the weights of a loaded model.
         chat_template: see `chat_template.read`; None: the tokenizer's own.
-        add_tokens: special tokens that the tokenizer is to have; the model gets embeddings for them.
-        grows: it gets them for all tokens of the tokenizer.
-        planned: it is not to be filled: its weights need not be there.
+        add_tokens: special tokens to add to the tokenizer; the model gets embeddings for them.
+        grows: the model gets embeddings for all tokens of the tokenizer.
+        planned: it will not be filled, so its weights need not exist.
 
     Raises:
-        BadInput: there is no such model, it does not load, or its tokenizer does not fit it.
+        BadInput: the model does not exist, does not load, or does not match its tokenizer.
     """
     if reference in SIZES:
         made, _ = _tokenizer(tokenizer, documents, vocab_size, chat_template, add_tokens)
@@ -142,9 +142,9 @@ def without_model(
     chat_template: str | None = None,
     add_tokens: Sequence[str] = (),
 ) -> tuple[Any, bool]:
-    """The tokenizer that `build` finds or trains, and whether its model packs; no weights are touched.
+    """The tokenizer that `build` finds or trains, and whether its model packs, without reading weights.
 
-    Raises BadInput, as `build`.
+    Raises BadInput like `build`.
     """
     if reference in SIZES:
         kind, config = LlamaForCausalLM, LlamaConfig()
@@ -161,8 +161,8 @@ def empty(size: str, folder: Path | None) -> Any:
     """A model on the meta device: its modules, without memory. Raises BadInput.
 
     Args:
-        size: a key of SIZES, of a new model.
-        folder: of one that is there, with its config; its weights are not touched.
+        size: a key of SIZES, for a new model.
+        folder: for an existing one, its directory, from which only the config is read.
     """
     config = LlamaConfig(**SIZES[size]) if folder is None else load_config(folder)
     with torch.device("meta"):
@@ -170,13 +170,13 @@ def empty(size: str, folder: Path | None) -> Any:
 
 
 def load_config(
-    folder: Path, kind: Any = AutoModelForCausalLM, no: str = "which is no causal language model"
+    folder: Path, kind: Any = AutoModelForCausalLM, no: str = "which is not a causal language model"
 ) -> Any:
     """The config of a model's directory. Raises BadInput.
 
     Args:
-        kind: the auto class of transformers that is to know it.
-        no: what is said of one that it does not know.
+        kind: the transformers auto class that must support it.
+        no: ends the message if it does not.
     """
     hub.read_json(folder, "config.json", "model")
     try:
@@ -189,7 +189,7 @@ def load_config(
 
 
 def read_tokenizer(reference: str) -> Any:
-    """The tokenizer of a directory or hub id, as it is there. Raises BadInput."""
+    """The tokenizer of a directory or hub id, unchanged. Raises BadInput."""
     folder = hub.find(reference, "tokenizer", weights=False)
     try:
         return AutoTokenizer.from_pretrained(folder)
@@ -206,13 +206,16 @@ def load_tokenizer(reference: str) -> Any:
             "set eos_token in its tokenizer_config.json"
         )
     if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token  # padding is known by its place, never by its token
+        tokenizer.pad_token = tokenizer.eos_token  # padding is recognised by its position, never by its token
     return tokenizer
 
 
 def stop_tokens(tokenizer: Any, generation_config: Any) -> list[int]:
-    """Where a generation ends: with what ends texts, what ends a turn of the chat template, and what the
-    model's own generation config names.
+    """The tokens at which a generation ends.
+
+    These are the end-of-text token, the token that ends a turn of the chat template, and those that the
+    model's
+    generation config names.
     """
     own = generation_config.eos_token_id
     ends = [
@@ -226,7 +229,7 @@ def stop_tokens(tokenizer: Any, generation_config: Any) -> list[int]:
 def that_is_written(generation_config: Any) -> Any:
     """A generation config that can be written.
 
-    transformers reads one that says how to sample but not that it is to, and refuses to write it.
+    transformers reads configs with sampling parameters but without `do_sample`, yet refuses to write them.
     """
     made = copy.deepcopy(generation_config)
     try:
@@ -245,7 +248,7 @@ def _language(model: Any, tokenizer: Any, load: Load | None, origin: Path | str,
     packs = attention.packs(model.config, bool(type(model)._supports_attention_backend))
     if packs:
         model.set_attn_implementation(attention.NAME)
-        model.config.pad_token_id = None  # else some look for it in each batch: it is known by its place
+        model.config.pad_token_id = None  # some models look for it in each batch; its position is enough
     return Language(model, tokenizer, load is not None, load or _nothing, origin, config, generation, packs)
 
 
@@ -270,7 +273,7 @@ def _tokenizer(
     template: str | None,
     add_tokens: Sequence[str],
 ) -> tuple[Any, int]:
-    """The tokenizer, and how many tokens it has got here."""
+    """The tokenizer, and the number of tokens added here."""
     made = load_tokenizer(reference) if reference else _train_tokenizer(documents, vocab_size)
     added = made.add_tokens([AddedToken(text, special=True, normalized=False) for text in add_tokens])
     if template is not None:
@@ -295,18 +298,18 @@ def _generation_config(folder: Path, model: Any) -> Any:
 
 
 def positions(config: Any) -> int | None:
-    """How many tokens a model, by its config, takes at most; None where it does not say."""
+    """The maximum number of tokens of a model, by its config; None if it does not say."""
     found: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
     return found
 
 
 def room(config: Any, begun: int) -> int:
-    """How many tokens may follow so many. Raises BadInput where none may."""
+    """How many tokens can follow `begun` tokens. Raises BadInput if none can."""
     most = positions(config)
     if most is None:
         return sys.maxsize
     if begun >= most:
-        raise BadInput(f"the prompt has {begun} tokens, and the model has {most} positions: shorten it")
+        raise BadInput(f"the prompt has {begun} tokens, but the model has {most} positions: shorten it")
     return most - begun
 
 
@@ -316,10 +319,10 @@ def _check_fits(reference: str, model: Any, tokenizer: Any, sequence_length: int
 
 
 def check_vocabulary(reference: str, model: Any, tokenizer: Any) -> None:
-    """Raises BadInput where a tokenizer has tokens that a model does not embed."""
+    """Raises BadInput if a tokenizer has tokens for which a model has no embeddings."""
     rows = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > rows:
         raise BadInput(
-            f"the tokenizer has {len(tokenizer)} tokens, {reference} embeds only {rows}: "
+            f"the tokenizer has {len(tokenizer)} tokens, but {reference} has embeddings for only {rows}: "
             "they do not belong together"
         )

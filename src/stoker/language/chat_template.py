@@ -1,4 +1,4 @@
-"""What writes a conversation's messages: Jinja, as transformers renders it, of a name, a model or a file."""
+"""Chat templates: Jinja, rendered by transformers, from a shipped name, a model or a file."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from stoker.errors import BadInput, nearest
 from stoker.language import hub
 
 Template = str | dict[str, str]
-"""One for all conversations, or several by name, as some tokenizers have them."""
+"""One template for all conversations, or several by name, as some tokenizers have."""
 
 NAMES = ("chatml", "llama3", "gemma", "mistral", "alpaca")
-"""Those that ship. They write what begins every text as the tokenizer has it, see `of`."""
+"""The shipped templates. Their beginning of a text is adapted to the tokenizer, see `of`."""
 ENDED_BY_EOS = ("mistral", "alpaca")
-"""Those that end what the assistant says with what ends a text, which every tokenizer has."""
+"""Those that end assistant turns with the end-of-text token, which every tokenizer has."""
 ALLOWED = (
-    f"chat_template={NAMES[0]} (or {', '.join(NAMES[1:])}; a model or folder that has one; a file of Jinja)"
+    f"chat_template={NAMES[0]} (or {', '.join(NAMES[1:])}; a model or folder that has one; a Jinja file)"
 )
-"""What to write, for people."""
+"""What can be given, for messages."""
 
 _FOLDER = Path(__file__).with_name("templates")
 _OF_FILES = (".jinja", ".jinja2", ".j2", ".txt", ".json")
 
 
 def read(given: str) -> Template:
-    """The template of a name, of a directory's or hub id's tokenizer, or of a file.
+    """The template of a shipped name, of the tokenizer of a directory or hub id, or of a file.
 
-    Raises BadInput where it is not there, is no Jinja, or writes no messages.
+    Raises BadInput if it does not exist, is not valid Jinja, or writes no messages.
     """
     if given in NAMES:
         return (_FOLDER / f"{given}.jinja").read_text(encoding="utf-8")
@@ -40,13 +40,14 @@ def read(given: str) -> Template:
         return _of_file(path)
     if "/" not in given:
         raise BadInput(
-            f"chat_template={given} is no file here, and no name{nearest(given, NAMES)}; give {ALLOWED}"
+            f"chat_template={given} is neither a local file nor a known name{nearest(given, NAMES)}; "
+            f"give {ALLOWED}"
         )
     return _of_tokenizer(given)
 
 
 def of(given: str, tokenizer: Any) -> Template:
-    """The same, as a tokenizer is to have it: one that ships begins as that tokenizer begins every text."""
+    """The template for a tokenizer: a shipped one begins a text the way that the tokenizer does."""
     found = read(given)
     begun = given in NAMES and begins(tokenizer)
     return f"{{{{ bos_token }}}}{found}" if begun else found
@@ -65,10 +66,10 @@ def _of_tokenizer(reference: str) -> Template:
         found: Template | None = AutoTokenizer.from_pretrained(folder).chat_template
     except (OSError, ValueError, KeyError) as error:
         raise BadInput(
-            f"chat_template={reference}: the tokenizer there cannot be loaded: {hub.first_line(error)}"
+            f"chat_template={reference}: its tokenizer cannot be loaded: {hub.first_line(error)}"
         ) from error
     if not found:
-        raise BadInput(f"chat_template={reference}: the tokenizer there has none: give {ALLOWED}")
+        raise BadInput(f"chat_template={reference}: its tokenizer has no chat template: give {ALLOWED}")
     return found
 
 
@@ -80,15 +81,15 @@ def _of_file(file: Path) -> str:
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
     try:
-        environment = _compile_jinja_template(text).environment  # has the tags that templates use
+        environment = _compile_jinja_template(text).environment  # supports the tags that templates use
         names = meta.find_undeclared_variables(environment.parse(text))
     except TemplateSyntaxError as error:
         raise BadInput(
-            f"chat_template={file} is no Jinja template, see its line {error.lineno}: {error.message}"
+            f"chat_template={file} is not a valid Jinja template, line {error.lineno}: {error.message}"
         ) from error
     if "messages" not in names:
         raise BadInput(
             f"chat_template={file} {'is empty' if not text.strip() else 'writes no messages'}: give a Jinja "
-            "template that goes through `messages`, each with `role` and `content`"
+            "template that iterates over `messages`, each with `role` and `content`"
         )
     return text

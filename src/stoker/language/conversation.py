@@ -1,7 +1,8 @@
-"""A conversation as its chat template writes it, and what of that is the assistant's.
+"""A conversation as its chat template writes it, and which parts of that text are the assistant's.
 
-Where the assistant speaks is found by what the template writes itself, in whatever way it does: no template
-is known by its name.
+Assistant turns are located by examining what the template writes, whatever its form: no template is
+recognised
+by name.
 """
 
 from __future__ import annotations
@@ -26,20 +27,20 @@ NO_VALUES: Mapping[str, Any] = MappingProxyType({})
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _THOUGHT_INLINE = re.compile(r"(\s*<think>).*(</think>\s*)(.*)", re.DOTALL)
 _LIKE_TOKENS = re.compile(r"<\|[^<>|\s]+\|>|</?\w+>|\[/?[A-Z_]+\]")
-_MARK = "5f3a9c"  # which no conversation has
+_MARK = "5f3a9c"  # occurs in no conversation
 
 _REFUSALS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
-"""What a template raises that does not do for a conversation, by itself or as Python does within it."""
+"""Errors of a template that does not support a conversation, raised by itself or by Python within it."""
 
 
 class Chat(NamedTuple):
-    """A conversation as a template is given it."""
+    """A conversation as it is passed to a template."""
 
     messages: tuple[Message, ...]
     tools: str = ""
     where: str = ""
     values: str = ""
-    """All as a document's."""
+    """All as in a document."""
 
     def until(self, number: int) -> Chat:
         """Its first messages."""
@@ -47,16 +48,16 @@ class Chat(NamedTuple):
 
 
 def of(document: Document, tokenizer: Any, values: Mapping[str, Any] = NO_VALUES) -> Chat:
-    """A document as a conversation, without messages where it neither is one nor can be. Raises BadInput.
+    """A document as a conversation, without messages if it cannot be one. Raises BadInput.
 
     Args:
-        values: what the template is given beside it, where the document does not say otherwise.
+        values: values for the template, unless the document sets them.
     """
     has_template = bool(getattr(tokenizer, "chat_template", None))
     if document.messages and not has_template:
         raise BadInput(
-            "the data has conversations, and the tokenizer has no chat template: give "
-            f"{chat_template.ALLOWED}, or data of prompts and completions"
+            "the data has conversations, but the tokenizer has no chat template: give "
+            f"{chat_template.ALLOWED}, or data with prompts and completions"
         )
     if document.messages:
         given = as_text({**values, **_values(document.template_values)})
@@ -70,18 +71,18 @@ def of(document: Document, tokenizer: Any, values: Mapping[str, Any] = NO_VALUES
 
 
 def as_text(values: Mapping[str, Any]) -> str:
-    """What a template is given beside a conversation, as a chat has it."""
+    """The values for a template, as stored in a Chat."""
     return json.dumps(values, sort_keys=True, default=str) if values else ""
 
 
 def _values(text: str) -> dict[str, Any]:
-    """The same read again."""
+    """Parse what `as_text` returned."""
     found: dict[str, Any] = json.loads(text) if text else {}
     return found
 
 
 def _checked(chat: Chat, tokenizer: Any) -> Chat:
-    """The same, if its template writes all that its messages have. Raises BadInput."""
+    """The chat itself, if its template writes everything in its messages. Raises BadInput."""
     had = {name for message in chat.messages if message.more for name in json.loads(message.more)}
     tried = _to_be_tried(tokenizer, chat) if had else ("", "")
     thought = had & called.THOUGHT
@@ -91,14 +92,14 @@ def _checked(chat: Chat, tokenizer: Any) -> Chat:
         if form is None:
             unwritten |= {"tool_calls"}
         elif not form.beside_words and any(m.content and _calls(m) for m in chat.messages):
-            unwritten |= {"tool_calls beside what is said"}
+            unwritten |= {"tool_calls next to content"}
         elif not form.several and any(_calls(message) > 1 for message in chat.messages):
             unwritten |= {"several tool_calls in a message"}
     if unwritten:
         raise BadInput(
-            f"{_at(chat)}the data has conversations with {' and '.join(sorted(unwritten))}, of which the "
-            "chat template writes nothing: give chat_template=FILE of one that does, or leave such "
-            "conversations out"
+            f"{_at(chat)}the data has conversations with {' and '.join(sorted(unwritten))}, which the chat "
+            "template does not write: give chat_template=FILE with a template that does, or remove these "
+            "conversations"
         )
     return chat
 
@@ -108,28 +109,28 @@ def _at(chat: Chat) -> str:
 
 
 class _Form(NamedTuple):
-    """How a template takes calls; most take them as transformers documents it."""
+    """How a template takes calls; most take them as documented by transformers."""
 
     as_text: bool = False
-    """Whether arguments are a text of JSON."""
+    """Whether arguments are a JSON string."""
     beside_words: bool = True
-    """Whether calls are written where something is said too."""
+    """Whether calls are written next to content."""
     several: bool = True
-    """Whether all calls of a message are."""
+    """Whether all calls of a message are written."""
 
 
 @functools.lru_cache(64)
 def _form_of_calls(template: str, special: str) -> _Form | None:
-    """The form in which a template writes calls at all, which is tried; None where it writes none.
+    """The form in which a template writes calls, found by trying; None if it writes none.
 
     Args:
-        special: the special tokens that it knows, and what else it is given, as a JSON object.
+        special: the special tokens and values that the template gets, as a JSON object.
     """
     for form in (_Form(), _Form(as_text=True)):
         text = _tried(template, special, "", form, calls=1)
         if (
             text.count(_MARK) >= len(("name", "argument")) and f"'a': '{_MARK}'" not in text
-        ):  # as JSON, not Python's
+        ):  # as JSON, not Python's form
             beside = _tried(template, special, "d", form, calls=1).count(_MARK) >= len(("name", "argument"))
             several = _tried(template, special, "", form, calls=2).count(_MARK) > text.count(_MARK)
             return form._replace(beside_words=beside, several=several)
@@ -138,7 +139,7 @@ def _form_of_calls(template: str, special: str) -> _Form | None:
 
 @functools.lru_cache(64)
 def _writes_thoughts(template: str, special: str) -> bool:
-    """Whether a template writes what was thought before a last answer, or before a call; it is tried."""
+    """Whether a template writes the reasoning before a last answer or before a call, found by trying."""
     form = _form_of_calls(template, special) or _Form()
     thought = json.dumps({"reasoning_content": _MARK})
     plain = Chat((Message("user", "a"), Message("assistant", "b", thought)))
@@ -158,14 +159,14 @@ _TOLD = Message("tool", "b", json.dumps({"name": "f", "tool_call_id": "abcdefghi
 
 
 def _call(count: int, more: str = "{}") -> str:
-    """So many calls, with marks for name and argument, beside what else there is of a message."""
+    """A message with `count` calls, whose name and argument are marks, and other fields."""
     function = {"name": f"f{_MARK}", "arguments": {"a": _MARK}}
     calls = [{"id": "abcdefghi", "type": "function", "function": function}] * count
     return json.dumps({**json.loads(more), "tool_calls": calls})
 
 
 def _tried(template: str, special: str, said: str, form: _Form, *, calls: int) -> str:
-    """What a template writes of a call and its answer; empty where it refuses them."""
+    """What a template writes for a call and its answer; empty if it refuses them."""
     told = (_TOLD,) * calls
     messages = (
         Message("user", "a"),
@@ -190,7 +191,7 @@ def _try(template: str, special: str, chat: Chat, form: _Form) -> str:
 
 
 def template(tokenizer: Any, tools: str) -> str:
-    """The template that writes a conversation, or one with tools; empty where there is none."""
+    """The template for a conversation, or one with tools; empty if there is none."""
     if not getattr(tokenizer, "chat_template", None):
         return ""
     found: str = tokenizer.get_chat_template(tools=json.loads(tools) if tools else None)
@@ -198,19 +199,19 @@ def template(tokenizer: Any, tools: str) -> str:
 
 
 def _given(tokenizer: Any, chat: Chat) -> dict[str, Any]:
-    """A conversation as transformers takes it, and as its template takes calls."""
+    """A conversation as transformers takes it, with calls as its template takes them."""
     form = _form_of_calls(*_to_be_tried(tokenizer, chat)) if any(map(_calls, chat.messages)) else None
     return _as_given(chat, form or _Form())
 
 
 def _to_be_tried(tokenizer: Any, chat: Chat) -> tuple[str, str]:
-    """The template of a conversation, and the special tokens and values that it knows, as a JSON object."""
+    """The template of a conversation, and its special tokens and values as a JSON object."""
     known = {**tokenizer.special_tokens_map, **_values(chat.values)}
     return template(tokenizer, chat.tools), json.dumps(known, default=str)
 
 
 def _calls(message: Message) -> int:
-    """How many calls a message has."""
+    """The number of calls in a message."""
     return len(json.loads(message.more).get("tool_calls", ())) if message.more else 0
 
 
@@ -226,7 +227,7 @@ def _as_given(chat: Chat, form: _Form) -> dict[str, Any]:
 
 
 def render(tokenizer: Any, chat: Chat, *, to_be_answered: bool = False) -> str:
-    """A conversation as its template writes it. Raises BadInput where that refuses it."""
+    """A conversation as its template writes it. Raises BadInput if the template refuses it."""
     try:
         text: str = tokenizer.apply_chat_template(
             **_given(tokenizer, chat),
@@ -236,22 +237,23 @@ def render(tokenizer: Any, chat: Chat, *, to_be_answered: bool = False) -> str:
         )
     except _REFUSALS as error:
         roles = ", ".join(message.role for message in chat.messages)
-        hint = "; change it, leave it out, or give chat_template=FILE of one that takes it"
+        hint = "; change it, remove it, or give chat_template=FILE with a template that accepts it"
         raise BadInput(
-            f"{_at(chat)}the chat template refuses a conversation of the roles {roles}: {error}"
+            f"{_at(chat)}the chat template refuses a conversation with the roles {roles}: {error}"
             f"{hint if chat.where else ''}"
         ) from error
     return text
 
 
 def answers(tokenizer: Any, chat: Chat, text: str, *, last: bool = False) -> list[Span]:
-    """Where in its text the assistant speaks, with what ends each turn: characters, from and to.
+    """The spans of the text in which the assistant speaks, including the ends of turns, in characters.
 
-    That is what the template marks so (`{% generation %}`), where it marks something. What tools say is none
-    of it, wherever the template writes that, and neither are turns that are not to be learnt.
+    If the template marks spans itself (`{% generation %}`), these are used. Tool output is excluded, wherever
+    the
+    template writes it, and so are turns that must not be learnt.
 
     Args:
-        last: of its turns the last alone.
+        last: only the last of its turns.
     """
     said = [number for number, message in enumerate(chat.messages) if message.role == "assistant"]
     wanted = set(said[-1:] if last else said)
@@ -281,11 +283,12 @@ def _marked(tokenizer: Any, chat: Chat) -> list[Span]:
 
 
 def _turns(tokenizer: Any, chat: Chat, text: str) -> dict[int, Span]:
-    """Where the assistant's turns are, by the numbers of their messages.
+    """The assistant's turns, by the numbers of their messages.
 
-    A turn begins behind what the template writes to have it answered, and ends with what the template
-    writes of the conversation up to it. Where one of these is not a beginning of the whole text (some
-    templates leave out of earlier turns what was only thought), see `_between_others`.
+    A turn begins after what the template writes to prompt for an answer, and ends with what the template
+    writes for
+    the conversation up to it. If one of these is not a prefix of the whole text (some templates drop the
+    reasoning of earlier turns), see `_between_others`.
     """
     spans: dict[int, Span] = {}
     between: dict[int, Span] | None = None
@@ -305,16 +308,16 @@ def _turns(tokenizer: Any, chat: Chat, text: str) -> dict[int, Span]:
 
 
 def _between_others(tokenizer: Any, chat: Chat, text: str) -> dict[int, Span]:
-    """Where messages of the assistant are, by what the template writes around words in their place.
+    """Assistant messages, located by what the template writes around replacement words.
 
-    Empty where the text is not that with other words in these places: then nobody knows where they are.
+    Empty if the text is not the same with other words in these places: then they cannot be located.
     """
     said = [number for number, message in enumerate(chat.messages) if message.role == "assistant"]
     marked = [_with_marks(m, n) if m.role == "assistant" else m for n, m in enumerate(chat.messages)]
     others = chat._replace(messages=tuple(marked))
     try:
         found = _in_place_of(render(tokenizer, others), text)
-    except BadInput:  # it looks into what was replaced
+    except BadInput:  # the template depends on the replaced words
         return {}
     asks = _asks(tokenizer, chat, said[0])
     spans: dict[int, Span] = {}
@@ -332,9 +335,9 @@ def _between_others(tokenizer: Any, chat: Chat, text: str) -> dict[int, Span]:
 
 
 def _behind(asks: str, text: str, last: int, begin: int) -> int:
-    """Where a turn begins that has words at some place: behind what asks for it, or most of that.
+    """The start of a turn whose words are at a known place: after the prompt for it, or most of that.
 
-    Some templates ask for an answer with a thought begun, and write none in earlier turns.
+    Some templates prompt with the beginning of a reasoning block, but write none in earlier turns.
     """
     sizes = range(len(asks), len(asks) // 2, -1)
     whole = [size for size in sizes if size == len(asks) or asks[size - 1] in "\n>]"]
@@ -343,7 +346,7 @@ def _behind(asks: str, text: str, last: int, begin: int) -> int:
 
 
 def _end_of_calls(tokenizer: Any, others: Chat, text: str, end: int) -> int:
-    """Where calls end that are written behind a mark of theirs: as long as the text is that of them alone."""
+    """The end of calls written after a mark of theirs: as long as the text consists only of calls."""
     try:
         alone = render(tokenizer, others)
     except BadInput:
@@ -354,7 +357,7 @@ def _end_of_calls(tokenizer: Any, others: Chat, text: str, end: int) -> int:
 
 
 def _asks(tokenizer: Any, chat: Chat, number: int) -> str:
-    """What the template writes to have the first message of the assistant answered."""
+    """What the template writes to prompt for the first assistant message."""
     before = chat.until(number)
     if not number:
         return ""
@@ -363,7 +366,7 @@ def _asks(tokenizer: Any, chat: Chat, number: int) -> str:
 
 
 def _in_place_of(written: str, text: str) -> list[tuple[str, Span]]:
-    """What of a text stands where another has marks for the first time; empty where the rest is another."""
+    """The parts of a text where another has marks for the first time; empty if the rest differs."""
     marks = list(re.finditer(rf"[a-z]+-\d+(?:-\d+)?-{_MARK}", written))
     places = [0, *itertools.chain.from_iterable(mark.span() for mark in marks), len(written)]
     around = [written[begin:end] for begin, end in zip(places[::2], places[1::2], strict=True)]
@@ -376,7 +379,7 @@ def _in_place_of(written: str, text: str) -> list[tuple[str, Span]]:
 
 
 def _of_tools(tokenizer: Any, chat: Chat, text: str) -> list[Span]:
-    """Where in a text stands what tools say, with the space before it, as far as that can be known."""
+    """The spans of tool output in a text, including the whitespace before it, as far as can be known."""
     others = [
         m._replace(content=f"tool-{number}-{_MARK}") if m.role == "tool" else m
         for number, m in enumerate(chat.messages)
@@ -386,7 +389,7 @@ def _of_tools(tokenizer: Any, chat: Chat, text: str) -> list[Span]:
 
 
 def _without(spans: Sequence[Span], others: Sequence[Span]) -> list[Span]:
-    """Spans without what of others is within them."""
+    """Remove from spans the parts covered by other spans."""
     found: list[Span] = []
     for begin, end in spans:
         within = [other for other in others if begin <= other[0] and other[1] <= end]
@@ -396,7 +399,7 @@ def _without(spans: Sequence[Span], others: Sequence[Span]) -> list[Span]:
 
 
 def _with_marks(message: Message, number: int) -> Message:
-    """A message of the assistant with words in place of what it thinks, what it says, and what it calls."""
+    """An assistant message with marks in place of its reasoning, content and calls."""
     more = json.loads(message.more or "{}")
     for name in more.keys() & called.THOUGHT:
         more[name] = f"thought-{number}-{_MARK}"
@@ -410,43 +413,43 @@ def _with_marks(message: Message, number: int) -> Message:
 
 
 def _end_of_turn(tokenizer: Any, text: str, end: int) -> int:
-    """Behind the special token that follows at once, if one does."""
+    """The position after the special token that follows immediately, if there is one."""
     added = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
     following = (t for t in (*tokenizer.all_special_tokens, *added) if text.startswith(t, end))
     return end + len(max(following, key=len, default=""))
 
 
 def end_of_turn(tokenizer: Any) -> int | None:
-    """The special token that the chat template writes behind what the assistant says, if it does."""
+    """The special token that the chat template writes after an assistant turn, if there is one."""
     after = _behind_what_is_said(tokenizer)
     token = after[: _end_of_turn(tokenizer, after, 0)]
     return int(tokenizer.convert_tokens_to_ids(token)) if token else None
 
 
 def end_in_words(tokenizer: Any) -> str | None:
-    """What the chat template writes behind what the assistant says, where no special token begins it."""
+    """What the chat template writes after an assistant turn if that does not start with a special token."""
     after = _behind_what_is_said(tokenizer).strip()
     return after if after and not _end_of_turn(tokenizer, after, 0) else None
 
 
 def tokens_in_words(tokenizer: Any) -> list[str]:
-    """What the chat template writes as if it were tokens, and the tokenizer has none of, in order."""
+    """What the chat template writes like special tokens that the tokenizer does not have, in order."""
     asked = _of_one_turn(tokenizer)
     own = {*map(str, tokenizer.added_tokens_decoder.values()), *tokenizer.all_special_tokens}
     return [text for text in dict.fromkeys(_LIKE_TOKENS.findall(asked)) if text not in own]
 
 
 def _behind_what_is_said(tokenizer: Any) -> str:
-    """What the chat template writes behind an answer; empty where there is none, or it refuses one."""
+    """What the chat template writes after an answer; empty without a template, or if it refuses."""
     _, said, after = _of_one_turn(tokenizer).rpartition(_MARK)
     return after if said else ""
 
 
 def _of_one_turn(tokenizer: Any) -> str:
-    """What the chat template writes of a question and its answer; empty as there."""
+    """What the chat template writes for a question and its answer; empty in the same cases."""
     if not getattr(tokenizer, "chat_template", None):
         return ""
     try:
         return render(tokenizer, Chat((Message("user", "Who?"), Message("assistant", _MARK))))
-    except BadInput:  # said where there is a conversation
+    except BadInput:  # reported when there is a conversation
         return ""

@@ -1,11 +1,11 @@
-"""Cross-entropy together with the projection that makes the logits, a chunk of tokens at a time.
+"""Cross-entropy combined with the projection that computes the logits, one chunk of tokens at a time.
 
-The logits of a batch are its largest tensor: 4,096 tokens over a vocabulary of 128 thousand are 2 GB in
-float32, and the loss and its gradient need several of that. Here they are there for a chunk of tokens
-only: a chunk's gradient is computed with its loss, in the forward pass, so that nothing of it has to be
-kept or computed again. The idea is that of Liger (Hsu et al. 2024, arXiv:2410.10989) and of cut
-cross-entropy (Wijmans et al. 2024, arXiv:2411.09009). Tokens without a label are left out before anything
-is projected, which changes neither the loss nor a gradient.
+The logits are the largest tensor of a batch: 4,096 tokens over a vocabulary of 128 thousand take 2 GB in
+float32, and the loss and its gradient need several times that. Here they exist only for a chunk of tokens:
+the gradient of a chunk is computed together with its loss, in the forward pass, so that nothing has to be
+kept or recomputed. The idea is from Liger (Hsu et al. 2024, arXiv:2410.10989) and cut cross-entropy
+(Wijmans et al. 2024, arXiv:2411.09009). Tokens without a label are removed before the projection, which
+changes neither the loss nor a gradient.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from stoker.data.tokens import NO_LOSS
 from torch.nn import functional as F
 
 CHUNK = 2**26
-"""Bytes of the logits of a chunk in float32. Where all of them are fewer, they are computed at once."""
+"""Bytes of a chunk's logits in float32. If all logits together are fewer, they are computed at once."""
 
 
 def linear_cross_entropy(
@@ -30,14 +30,14 @@ def linear_cross_entropy(
 ) -> torch.Tensor:
     """The summed cross-entropy of `hidden @ weight.T + bias`, in nats; a float32 scalar.
 
-    Under autocast the products are of its dtype, as those of `F.linear`; the loss is computed in float32.
+    Under autocast, products have autocast's dtype, as with `F.linear`; the loss is computed in float32.
 
     Args:
         hidden: (..., width).
         weight: (vocabulary, width).
-        labels: int64, the shape of `hidden` but for its width; NO_LOSS where nothing is to be predicted.
+        labels: int64, shaped like `hidden` without its width; NO_LOSS where nothing is predicted.
         bias: (vocabulary,).
-        chunk_bytes: about how much the logits of a chunk may take.
+        chunk_bytes: approximate size of a chunk's logits.
     """
     flat = labels.flatten()
     counted = (flat != NO_LOSS).nonzero().squeeze(1)
@@ -57,7 +57,7 @@ def linear_cross_entropy(
 
 
 class _InChunks(torch.autograd.Function):
-    """See `linear_cross_entropy`: of `hidden` (tokens, width) and `targets` (tokens,), which all count."""
+    """See `linear_cross_entropy`: `hidden` is (tokens, width), `targets` (tokens,), all of which count."""
 
     @staticmethod
     def forward(
@@ -111,7 +111,7 @@ class _InChunks(torch.autograd.Function):
 
 
 def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """Add `left @ right` to a float32 matrix; sums of half precision would lose what chunks add."""
+    """Add `left @ right` to a float32 matrix; sums in half precision would lose the chunks' contributions."""
     if left.dtype == torch.float32:
         total.addmm_(left, right)
     else:

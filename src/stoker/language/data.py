@@ -1,7 +1,8 @@
-"""The data of the language recipe: documents, their splits, and packed rows of tokens.
+"""The data of the llm recipe: documents, their splits, and packed rows of tokens.
 
-A conversation goes through the tokenizer's own chat template, and so does a pair where there is one. What is
-learnt is what the assistant says, with the token that ends it, or everything.
+Conversations are written with the tokenizer's chat template, and so are pairs if there is one. The model
+learns
+what the assistant says, with the token that ends it, or everything.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from stoker.words import counted
 log = logging.getLogger("stoker")
 
 PROMPT = "### Question\n{prompt}\n\n### Answer\n"
-"""How a pair is asked where the tokenizer has no chat template."""
+"""The format of a pair's prompt if the tokenizer has no chat template."""
 
 _PROMPT_AS_TEMPLATE = """\
 {%- for message in messages -%}
@@ -49,25 +50,25 @@ _PROMPT_AS_TEMPLATE = """\
 {%- endfor -%}"""
 
 _UNFOUND = (
-    "no turn of the assistant that is to be learnt is found: where the chat template writes one, mark it "
-    "there by {% generation %} (chat_template=FILE)"
+    "no assistant turn to learn was found: mark where the chat template writes one with "
+    "{% generation %} (chat_template=FILE)"
 )
 
-_OFTEN = 4  # times that an epoch goes through a source
+_OFTEN = 4  # passes over a source per epoch
 
 LossOn = Literal["answer", "last", "all"]
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of tokens for each use."""
+    """Rows of tokens for each split."""
 
     train: PackedDataset | Stream | Mixture
     validation: dict[str, PackedDataset]
-    """By the name of their source."""
+    """By source name."""
     test: dict[str, PackedDataset]
     encoding: str
-    """The fingerprint of how documents became tokens."""
+    """The fingerprint of the tokenisation."""
 
 
 def pack(
@@ -83,10 +84,10 @@ def pack(
 
     Args:
         packing: whether documents share rows.
-        values: what the chat template is given beside each, see `conversation.of`.
+        values: values for the chat template, see `conversation.of`.
 
     Raises:
-        BadInput: a tokenizer does not do for the documents, or nothing is left of them.
+        BadInput: the tokenizer does not support the documents, or nothing is left of them.
     """
     encoder = Encoder(tokenizer, loss_on, values)
     settings = _settings(encoder, tokenizer, sequence_length, packing)
@@ -95,7 +96,7 @@ def pack(
     def trained_on(source: Source) -> PackedDataset | Stream:
         if source.stream is None:
             return packed(source, "train")
-        name = _named(found, source, "of what was looked at")
+        name = _named(found, source, "sampled part")
         with _naming(name):
             made = Stream(
                 source.stream, held_out=source.held_out, sampled=sources.looked_at(source.stream),
@@ -123,14 +124,14 @@ def pack_evaluated(
     packing: bool = True,
     values: Mapping[str, Any] = NO_VALUES,
 ) -> dict[str, PackedDataset]:
-    """The rows of what is evaluated on alone, by the name of its source; see `pack`."""
+    """Tokenise and pack evaluation data, by the name of its source; see `pack`."""
     encoder = Encoder(tokenizer, loss_on, values)
     packed = _packer(found, tokenizer, encoder, _settings(encoder, tokenizer, sequence_length, packing))
     return {source.name: packed(source, "validation") for source in found}
 
 
 def _settings(encoder: Encoder, tokenizer: Any, sequence_length: int, packing: bool) -> dict[str, Any]:
-    """How tokens are made, as `tokens.tokenise` and `Stream` take it."""
+    """Settings that `tokens.tokenise` and `Stream` share."""
     return {
         "encode": encoder, "pad_id": tokenizer.pad_token_id, "vocab_size": len(tokenizer),
         "sequence_length": sequence_length, "packing": packing, "cache": storage.cache_folder(),
@@ -140,7 +141,7 @@ def _settings(encoder: Encoder, tokenizer: Any, sequence_length: int, packing: b
 def _packer(
     found: Sequence[Source], tokenizer: Any, encoder: Encoder, settings: Mapping[str, Any]
 ) -> Callable[[Source, str], PackedDataset]:
-    """What packs a split of one of these sources; what is wrong with all of them is said first."""
+    """A function that packs a split of one of these sources. Warns about all of them first."""
     _warn_of_unread(found, tokenizer)
     _warn_of_left_out(found)
     _warn_of_endless_turns(found, tokenizer)
@@ -157,14 +158,14 @@ def _packer(
 
 
 def _named(found: Sequence[Source], source: Source, split: str) -> str:
-    """A split, with the name of its source where its key has several."""
+    """The name of a split, with its source if its key has several."""
     alone = sum(other.key == source.key for other in found) == 1
     return split if alone else f"{source.name}, {split}"
 
 
 @contextlib.contextmanager
 def _naming(name: str) -> Iterator[None]:
-    """Where nothing is left of documents, name them, and say what helps."""
+    """If nothing is left of the documents, add their source to the error, and what helps."""
     try:
         yield
     except tokens.NothingLeft as error:
@@ -173,12 +174,12 @@ def _naming(name: str) -> Iterator[None]:
 
 
 def _record(run: Run, key: sources.Key, names: Sequence[str], found: Sequence[Source]) -> None:
-    """Record each dataset of a key under its own name; a lone one is called as the key."""
+    """Record each dataset of a key under its own name; a single one is named like the key."""
     each = [source.fingerprint for source in found]
     if len(each) != len(names):  # they were read as one
         each = [sources.fingerprint(found)] * len(names)
     for name, fingerprint in zip(names, each, strict=True):
-        own = name if key == "data" else f"{key} {name}"  # the same may be named by several keys
+        own = name if key == "data" else f"{key} {name}"  # several keys can name the same
         called = own if len(names) > 1 else key
         if sources.is_here(name):
             run.data(called, name)
@@ -195,7 +196,7 @@ def say(
     packed: bool,
     wanted: bool,
 ) -> None:
-    """Record what the data of each key is, named as in the config, and say it on rank 0."""
+    """Record what the data of each key is, named as in the config, and log it on rank 0."""
     of_keys = {key: [source for source in found if source.key == key] for key in given}
     for key, own in of_keys.items():
         run.fingerprint(key, sources.fingerprint(own))
@@ -215,11 +216,11 @@ def say(
     log.info("%s", _divided(found))
     warn_of_repeated(found)
     if wanted and not packed:
-        log.warning("the model's attention cannot keep documents apart: each has rows of its own")
+        log.warning("the model's attention cannot separate documents: each document gets its own rows")
 
 
 def say_evaluated(run: Run, given: str, found: Sequence[Source]) -> None:
-    """Record what is evaluated on, named as in the config, and say it on rank 0."""
+    """Record the evaluation data under the names in the config; rank 0 logs it."""
     run.fingerprint("data", sources.fingerprint(found))
     _record(run, "data", sources.named(given, "validation_data"), found)
     run.event("data", sources=[source.description for source in found])
@@ -228,35 +229,34 @@ def say_evaluated(run: Run, given: str, found: Sequence[Source]) -> None:
 
 
 def _say_source(source: Source, passes: float | None) -> None:
-    """Say what a source is; of several by weight how often an epoch goes through it."""
+    """Log a source; in a weighted mixture, also how many times an epoch goes through it."""
     if passes is None:
         log.info("%s: %s", source.key, source.description)
         return
     log.info(
-        "%s: %s, weight %g: passed %.3g times in an epoch",
+        "%s: %s, weight %g: seen %.3g times per epoch",
         source.key, source.description, source.weight, passes,
     )  # fmt: skip
     if passes > _OFTEN:
         log.warning(
-            "%s: %s is passed %.3g times in an epoch, and may be learnt by heart: lower its weight, or give "
-            "more of it",
+            "%s: %s is seen %.3g times per epoch and may be memorised: lower its weight, or give more of it",
             source.key, source.name, passes,
         )  # fmt: skip
 
 
 def _divided(found: Sequence[Source]) -> str:
-    """How many documents there are for what; of a stream, of those that were looked at."""
+    """The number of documents per split; for a stream, of those that were sampled."""
     uses = {
         use: sum(len(getattr(source.splits, split)) for source in found)
         for split, use in (("train", "trained on"), ("validation", "validation"), ("test", "test"))
     }
     parts = ", ".join(f"{count:,} {use}" for use, count in uses.items() if count or use == "trained on")
-    looked_at = " that were looked at" if any(source.stream for source in found) else ""
+    looked_at = " sampled" if any(source.stream for source in found) else ""
     return f"{counted(sum(uses.values()), 'document')}{looked_at}: {parts}"
 
 
 def _warn_of_unread(found: Sequence[Source], tokenizer: Any) -> None:
-    """Name the fields of each source's records that other trainers learn from, and this does not."""
+    """Warn of fields in a source's records that other trainers learn from, but this one does not read."""
     for source in found:
         documents = [*source.splits.train, *source.splits.validation, *source.splits.test]
         names = dict.fromkeys(name for document in documents for name in document.unread)
@@ -266,14 +266,14 @@ def _warn_of_unread(found: Sequence[Source], tokenizer: Any) -> None:
         if names:
             fields = "the field" if len(names) == 1 else "the fields"
             log.warning(
-                "%s: %s: %s %s of its records %s not read: write what is to be learnt of it into the "
-                "prompt or the messages, or leave it out",
+                "%s: %s: %s %s of its records %s not read: move what should be learnt into the prompt or "
+                "the messages, or remove it",
                 source.key, source.name, fields, ", ".join(names), "is" if len(names) == 1 else "are",
             )  # fmt: skip
 
 
 def _warn_of_endless_turns(found: Sequence[Source], tokenizer: Any) -> None:
-    """Say where the chat template ends turns with words, at which no generation ends."""
+    """Warn if the chat template ends turns with plain words, at which no generation ends."""
     documents = itertools.chain.from_iterable(source.splits.train for source in found)
     is_written = any(source.stream for source in found) or any(d.prompt or d.messages for d in documents)
     words = conversation.end_in_words(tokenizer) if is_written else None
@@ -282,30 +282,30 @@ def _warn_of_endless_turns(found: Sequence[Source], tokenizer: Any) -> None:
         lacking = conversation.tokens_in_words(tokenizer)
         meant = lacking if end.startswith(tuple(lacking)) else [*lacking, end]
         log.warning(
-            "the chat template ends what the assistant says with %r, which is no special token of the "
-            "tokenizer: generations will not end there. Let it be one by %s, or give a chat_template that "
-            "ends turns with eos_token, %r, such as %s",
+            "the chat template ends assistant turns with %r, which is not a special token of the tokenizer, "
+            "so generations will not end there. Make it one with %s, or use a chat_template that ends turns "
+            "with eos_token, %r, such as %s",
             end, shlex.quote(f"add_tokens={json.dumps(meant)}"), tokenizer.eos_token,
             " or ".join(chat_template.ENDED_BY_EOS),
         )  # fmt: skip
 
 
 def _warn_of_left_out(found: Sequence[Source]) -> None:
-    """Say of how many records of each source nothing can be learnt, and where the first of them stands."""
+    """Warn of records from which nothing can be learnt, with the location of the first."""
     for source in found:
         for left in source.left_out:
             log.warning(
-                "%s: %s: %s left out of %s%s, having nothing to be learnt: the first, %s, has %s",
+                "%s: %s: %s left out of %s%s, with nothing to learn: the first, %s, has %s",
                 source.key, source.name, _counted(left.records, "record"), f"{left.of:,}",
-                " that were looked at" if source.stream else "", left.first, left.lacking,
+                " sampled" if source.stream else "", left.first, left.lacking,
             )  # fmt: skip
 
 
 def warn_of_repeated(found: Sequence[Source]) -> None:
-    """Say how much of what is evaluated on is trained on too."""
+    """Warn of evaluation documents that are also trained on."""
     for key, count in sources.repeated(found).items():
         log.warning(
-            "%s: %s in data too, word for word, and trained on: take out what is in both",
+            "%s: %s also in data, word for word, and trained on: remove the duplicates from one of the two",
             key, _counted(count, "document"),
         )  # fmt: skip
 
@@ -314,12 +314,14 @@ def _say_what_is_lost(name: str, rows: Sequence[PackedDataset]) -> None:
     truncated = sum(part.statistics.truncated for part in rows)
     dropped = sum(part.statistics.dropped for part in rows)
     cut = f"{_counted(truncated, 'answer')} cut off at {rows[0].sequence_length} tokens" if truncated else ""
-    left_out = f"{_counted(dropped, 'document')} left out, of whose answer nothing is left" if dropped else ""
+    left_out = (
+        f"{_counted(dropped, 'document')} left out, as nothing remains of the answer" if dropped else ""
+    )
     if cut or left_out:
-        log.warning("%s: %s: raise sequence_length", name, ", and ".join(filter(None, [cut, left_out])))
+        log.warning("%s: %s: increase sequence_length", name, ", and ".join(filter(None, [cut, left_out])))
     unfound = sum(part.statistics.unfound for part in rows)
     if unfound:
-        log.warning("%s: %s left out, in which %s", name, _counted(unfound, "document"), _UNFOUND)
+        log.warning("%s: %s left out, since %s", name, _counted(unfound, "document"), _UNFOUND)
 
 
 def _counted(count: int, what: str) -> str:
@@ -333,17 +335,18 @@ def prompts(
     positions: int | None = None,
     values: Mapping[str, Any] = NO_VALUES,
 ) -> tuple[str, ...]:
-    """What generations begin with: what is given, else two questions held out, or first words of texts.
+    """The beginnings of generations: those given, else two held-out questions, or the first words of texts.
 
-    What is given is asked through the chat template, where there is one. Where the tokenizer begins every
-    text with a token, that is written before what no template wrote.
+    Given prompts go through the chat template, if there is one. If the tokenizer begins every text with a
+    token, it
+    is added to prompts that no template wrote.
 
     Args:
-        positions: of the model; a question that leaves none for an answer is not taken.
+        positions: the model's; a question that leaves no position for an answer is not used.
         values: see `pack`.
 
     Raises:
-        BadInput: the template refuses a question, or one that is given leaves no position.
+        BadInput: the template refuses a question, or a given one leaves no position.
     """
     begin = tokenizer.bos_token if Encoder(tokenizer, "answer").begin else ""
     if given:
@@ -355,7 +358,7 @@ def prompts(
 
 
 def _asked(text: str, tokenizer: Any, begin: str, positions: int | None, values: Mapping[str, Any]) -> str:
-    """What is given, as the model is asked it. Raises BadInput."""
+    """A given prompt as the model is asked it. Raises BadInput."""
     if getattr(tokenizer, "chat_template", None):
         chat = Chat((Message("user", text),), values=conversation.as_text(values))
         made = conversation.render(tokenizer, chat, to_be_answered=True)
@@ -363,14 +366,14 @@ def _asked(text: str, tokenizer: Any, begin: str, positions: int | None, values:
         made = f"{begin}{text}"
     if count := _fills(made, tokenizer, positions):
         raise BadInput(
-            f"prompts: the one that begins with {text[:30]!r} has {count} tokens, and the model has "
+            f"prompts: the one that begins with {text[:30]!r} has {count} tokens, but the model has "
             f"{positions} positions: shorten it"
         )
     return made
 
 
 def _fills(text: str, tokenizer: Any, positions: int | None) -> int:
-    """The number of tokens of a text that leaves no position behind it; 0 of any other."""
+    """The number of tokens of a text that leaves no free position; otherwise 0."""
     if positions is None:
         return 0
     count = len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
@@ -387,13 +390,13 @@ def _beginning(document: Document, tokenizer: Any, begin: str, values: Mapping[s
 
 
 def _plainly_asked(document: Document) -> str:
-    """A pair's prompt without a chat template: as the one of the export writes it."""
+    """A pair's prompt without a chat template, as the exported template writes it."""
     before = f"{document.system}\n\n" if document.system else ""
     return before + PROMPT.format(prompt=document.prompt)
 
 
 def as_asked(found: Sequence[Source], tokenizer: Any) -> Any:
-    """The tokenizer as it is exported: where pairs were asked by PROMPT, that is its chat template."""
+    """The tokenizer as exported: if pairs were asked with PROMPT, this becomes its chat template."""
     documents = itertools.chain.from_iterable(source.splits.train for source in found)
     if getattr(tokenizer, "chat_template", None) or not any(document.prompt for document in documents):
         return tokenizer
@@ -404,10 +407,10 @@ def as_asked(found: Sequence[Source], tokenizer: Any) -> Any:
 
 
 class Encoder:
-    """Documents as tokens, and which of them are to be predicted.
+    """Turns documents into tokens, and marks which of them are predicted.
 
     Args:
-        tokenizer: a fast one, where there are conversations, or pairs and a chat template.
+        tokenizer: a fast one, if there are conversations, or pairs and a chat template.
         loss_on: answer: what the assistant says; last: its last turn; all: every token but the first.
         values: see `pack`.
     """
@@ -415,11 +418,11 @@ class Encoder:
     def __init__(self, tokenizer: Any, loss_on: LossOn, values: Mapping[str, Any] = NO_VALUES) -> None:
         self._tokenizer, self._loss_on, self._values = tokenizer, loss_on, dict(values)
         self.begin = [tokenizer.bos_token_id] if chat_template.begins(tokenizer) else []
-        """What the tokenizer itself begins every text with."""
+        """The token with which the tokenizer itself begins every text."""
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of all that decides what tokens a document becomes."""
+        """SHA-256 of everything that determines how a document is tokenised."""
         template = getattr(self._tokenizer, "chat_template", None)
         own = [conversation.as_text(self._values)] if self._values else []
         parts = (fingerprint(self._tokenizer), PROMPT, str(template), self._loss_on, str(self.begin), *own)
@@ -441,7 +444,7 @@ class Encoder:
                 "input_ids"
             ]
             return found
-        self._tokenizer("")  # sets its backend as such calls have it: it neither cuts nor pads
+        self._tokenizer("")  # configures its backend for such calls, without truncation or padding
         encoded = self._tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [text.ids for text in encoded]
 
@@ -461,7 +464,7 @@ class Encoder:
             return
         if not self._tokenizer.is_fast:
             raise BadInput(
-                "conversations need a fast tokenizer (tokenizer.json), which knows places in the text"
+                "conversations need a fast tokenizer (tokenizer.json), which reports positions in the text"
             )
         texts = [conversation.render(self._tokenizer, chat) for chat in chats]
         encoded = self._tokenizer(
@@ -482,7 +485,7 @@ class Encoder:
 def _within(places: Sequence[Span], spans: Sequence[Span], text: str) -> list[bool]:
     """Whether each token begins in one of the spans, which are in order.
 
-    One that begins with the white space before a span is of it too: " the" where a space was written.
+    A token that begins with the whitespace before a span counts too: " the" where a space was written.
     """
     found = [False] * len(places)
     for begin, end in spans:
@@ -494,7 +497,7 @@ def _within(places: Sequence[Span], spans: Sequence[Span], text: str) -> list[bo
 
 
 def _is_its_backend(tokenizer: Any) -> bool:
-    """Whether a tokenizer adds nothing to its backend, which can make ids alone, and faster."""
+    """Whether a tokenizer adds nothing to its backend, which can then produce ids alone, and faster."""
     from transformers import PreTrainedTokenizerFast
 
     return (
@@ -505,7 +508,7 @@ def _is_its_backend(tokenizer: Any) -> bool:
 
 
 def fingerprint(tokenizer: Any) -> str:
-    """SHA-256 of all that decides how a text is tokenised."""
+    """SHA-256 of everything that determines how a text is tokenised."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     content = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
     return hashlib.sha256(content.encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""What a run has trained as an ordinary Hugging Face directory."""
+"""Exporting a trained language model as an ordinary Hugging Face directory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from stoker.loop import Trainer
 log = logging.getLogger("stoker")
 
 _OF_SENSES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
-"""What is beside a model that also sees or hears: how it is given what is no text."""
+"""Additional files of a model that also takes images, audio or video: how that input is processed."""
 
 
 def export(trainer: Trainer, language: Language, model: Any) -> Path | None:
@@ -26,7 +26,7 @@ def export(trainer: Trainer, language: Language, model: Any) -> Path | None:
     All ranks call it; rank 0 writes.
 
     Args:
-        model: as it was given to the Trainer: of a pipeline a rank keeps but a part.
+        model: as given to the Trainer: with a pipeline, a rank keeps only a part.
     """
     is_adapter = hasattr(model, "peft_config")
     tensors = trainer.state_dict(is_of_adapter if is_adapter else (lambda name: True))
@@ -35,9 +35,10 @@ def export(trainer: Trainer, language: Language, model: Any) -> Path | None:
     name = "adapter" if is_adapter else "model"
     target = trainer.run.directory.artifacts / name
     if is_adapter:
-        # Without embeddings, which are not among the tensors: else peft asks the hub about the base's.
+        # Without embeddings, which are not among the tensors: otherwise peft asks the hub about the base
+        # model's.
         model.save_pretrained(target, state_dict=tensors, save_embedding_layers=False)
-        (target / "README.md").unlink(missing_ok=True)  # a card to fill in; who pushes it writes a real one
+        (target / "README.md").unlink(missing_ok=True)  # only a template; pushing writes a model card
         _describe(model, language, target)
     else:
         _describe(model, language, target)
@@ -48,22 +49,22 @@ def export(trainer: Trainer, language: Language, model: Any) -> Path | None:
 
 
 def _say_twice_as_large(language: Language, run: str, size: int) -> None:
-    """Of a model whose files had 16 bits a weight: what is exported has 32, as it was trained."""
+    """If the model's files had 16 bits per weight, report that the export has 32, as it was trained."""
     if not isinstance(language.origin, Path):
         return
     config = storage.read_json(language.origin / "config.json") or {}
     kind = config.get("dtype") or config.get("torch_dtype")
     if kind in ("bfloat16", "float16"):
         log.info(
-            "the export has its weights in float32, as they were trained: %s. `stoker models push %s DEST "
+            "the exported weights are in float32, as they were trained: %s. `stoker models push %s DEST "
             "--dtype bf16` writes half as much", words.size(size), run,
         )  # fmt: skip
 
 
 def record_shape(trainer: Trainer, language: Language, model: Any) -> None:
-    """Write all of the directory that `export` will, but for the weights.
+    """Write everything that `export` will write, except the weights.
 
-    With it a checkpoint of a run that has not ended can be exported too. Rank 0 does, in the first attempt.
+    This lets a checkpoint of an unfinished run be exported too. Rank 0 writes it, in the first attempt.
     """
     if trainer.world.rank == 0 and not trainer.run.continued:
         target = trainer.run.directory.artifacts / "shape"
@@ -81,7 +82,7 @@ def _describe(model: Any, language: Language, target: Path) -> None:
         language.config.save_pretrained(target)
         language.generation_config.save_pretrained(target)
         for name in _OF_SENSES:
-            file = Path(language.origin, name)  # of a new model there is none
+            file = Path(language.origin, name)  # a new model has none
             if file.is_file():
                 shutil.copyfile(file, target / name)
     language.tokenizer.save_pretrained(target)

@@ -1,4 +1,4 @@
-"""How many floating-point operations a causal language model's training needs for a token."""
+"""The floating-point operations per token for training a causal language model."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ from transformers.pytorch_utils import Conv1D
 
 
 def per_token(model: Any, *, context: float, labelled: float = 1.0) -> float:
-    """Operations of a forward and backward pass for a token, of what is needed and no more.
+    """The necessary operations of a forward and backward pass per token.
 
-    A product with a weight takes 2 for each of its entries in the forward pass, 2 for the gradient of what
-    goes in, and 2 more for the weight's own, where it is trained (Kaplan et al. 2020, arXiv:2001.08361). A
-    token's attention takes 4 for each entry of all heads and each token that it sees, and as many twice
-    again. Embeddings are looked up, and take none.
+    A product with a weight takes 2 operations per entry in the forward pass, 2 for the gradient of its input,
+    and 2
+    for the gradient of the weight, if it is trained (Kaplan et al. 2020, arXiv:2001.08361). A token's
+    attention
+    takes 4 for each entry of all heads and each token that it sees, and twice as many in the backward pass.
+    Embedding lookups take none.
 
     Args:
-        model: bare or with adapters; it may be on the meta device.
-        context: how many tokens a token sees, in the mean, with itself.
+        model: with or without adapters; it can be on the meta device.
+        context: the mean number of tokens that a token sees, including itself.
         labelled: the share of tokens that have a label: only these are projected onto the vocabulary.
     """
     bare = model.get_base_model() if hasattr(model, "peft_config") else model
@@ -40,7 +42,7 @@ def per_token(model: Any, *, context: float, labelled: float = 1.0) -> float:
 
 
 def _product(module: nn.Module) -> tuple[int, bool]:
-    """The entries of a module's own weights that it multiplies with, and whether they are trained."""
+    """The number of a module's own weight entries that it multiplies with, and whether they are trained."""
     if isinstance(module, Linear4bit):
         return module.in_features * module.out_features, False
     if isinstance(module, nn.Linear | Conv1D):
@@ -50,7 +52,7 @@ def _product(module: nn.Module) -> tuple[int, bool]:
 
 
 def _active(model: Any, module: nn.Module) -> float:
-    """The share of a module that a token goes through: of experts some, of all else the whole."""
+    """The share of a module that each token passes: a part of a mixture's experts, all of anything else."""
     if not any(p.dim() == 3 for p in module.parameters(recurse=False)):
         return 1.0
     config = model.config.get_text_config()

@@ -1,5 +1,4 @@
-"""Where a model, an adapter or a tokenizer is: a local directory, a folder of an object store, or an id on
-the Hugging Face hub."""
+"""Locates a model, an adapter or a tokenizer: a local directory, an object store's folder, or a hub id."""
 
 from __future__ import annotations
 
@@ -35,7 +34,7 @@ from stoker.run.directory import RunDirectory
 _DESCRIPTION = ("*.json", "*.jinja", "*.model", "*.txt")
 _OF_A_TOKENIZER = ("tokenizer*", "vocab*", "*.model")
 _ANSWER = 10.0  # seconds
-_SPARED = 60.0  # seconds in which a hub that did not answer is not asked again for what is here
+_SPARED = 60.0  # seconds for which a hub that did not answer is not asked again for what is already here
 _SETTLED = 2 * 10**9  # nanoseconds
 _NOT_REACHED = "the hub cannot be reached ({}). Set HF_ENDPOINT to a mirror, HTTPS_PROXY to a proxy"
 _OURS = (
@@ -57,21 +56,22 @@ def find(
     weights: bool = True,
     pickles: bool = False,
 ) -> Path:
-    """The directory of a model: as given, or brought from where it is.
+    """The directory of a model: as given, or downloaded.
 
-    Where the hub does not answer within 10 s, what was brought of it before will do; for a minute then it is
-    not asked again for that, by no process of the user.
+    If the hub does not answer within 10 s, an earlier download is used; for a minute after that, no process
+    of the
+    user asks it again for what is already here.
 
     Args:
-        reference: a directory, of a run the one of what it has exported; a URL such as `s3://bucket/folder`;
-            or an id such as `org/name`, or `org/name@revision`.
+        reference: a directory (a run's directory means what the run has exported); a URL such as
+            `s3://bucket/folder`; or an id such as `org/name`, or `org/name@revision`.
         what: the key by which it was given, for messages.
         known: other words that could have been meant.
-        weights: whether its weights are brought as well.
-        pickles: whether also those of a model that the hub has as pickles alone.
+        weights: whether to download its weights too.
+        pickles: whether to download them even if the hub has them only as pickles.
 
     Raises:
-        BadInput: there is none, it may not be read, it finds no room here, or the hub cannot be reached.
+        BadInput: it does not exist, access is not allowed, there is no space, or the hub cannot be reached.
     """
     if object_store.is_url(reference):
         return _from_store(reference, what)
@@ -85,17 +85,17 @@ def find(
 
 
 def _exported(folder: Path, what: str) -> Path:
-    """The folder itself, or of a run what it has exported. Raises BadInput where it has not."""
+    """The folder itself, or what a run has exported. Raises BadInput if a run has not."""
     run = RunDirectory(folder)
     if not run.exists():
         return folder
     found, wanted = exports.as_it_stands(view.load(run)), "adapter" if what == "lora.adapter" else "model"
     if found is None:
-        raise BadInput(f"{what} {folder} is a run that has exported no {wanted}: it has exported nothing yet")
+        raise BadInput(f"{what} {folder} is a run without an exported {wanted}: it has exported nothing yet")
     kind = "adapter" if exports.is_adapter(found) else "model"
     if kind != wanted:
         raise BadInput(
-            f"{what} {folder} is a run that has exported no {wanted}: of it there is the {kind}, {found}"
+            f"{what} {folder} is a run without an exported {wanted}: it exported the {kind} {found}"
         )
     return found
 
@@ -104,7 +104,7 @@ def _from_hub(reference: str, what: str, known: Sequence[str], *, weights: bool,
     path = Path(reference).expanduser()
     if path.exists() or reference.startswith((".", "/", "~")) or reference.count("/") > 1:
         or_size = f", or a size: {', '.join(known)}" if known else ""
-        raise BadInput(f"{what} {reference} is not a directory; give a directory, or a hub id{or_size}")
+        raise BadInput(f"{what} {reference} is not a directory: give a directory, or a hub id{or_size}")
     name, _, revision = reference.partition("@")
     wanted = [*_DESCRIPTION, *(WEIGHTS if weights else ())]
     bring = functools.partial(snapshot_download, name, revision=revision or None, allow_patterns=wanted)
@@ -112,7 +112,7 @@ def _from_hub(reference: str, what: str, known: Sequence[str], *, weights: bool,
         return here
     try:
         about = HfApi().model_info(name, revision=revision or None, timeout=_ANSWER)
-    except Exception as error:  # of a network, a proxy, a service: there is no list of what they raise
+    except Exception as error:  # network, proxy and service raise all kinds of errors
         if isinstance(error, httpx2.TimeoutException):
             storage.try_to_write_json(_silence(), {"hub": constants.ENDPOINT})
         if not isinstance(error, RevisionNotFoundError) and (here := _brought(bring)) is not None:
@@ -122,12 +122,12 @@ def _from_hub(reference: str, what: str, known: Sequence[str], *, weights: bool,
         wanted += _PICKLES
     try:
         return Path(bring())
-    except Exception as error:  # and of a disk
+    except Exception as error:  # and so does a disk
         raise BadInput(_unkept(error, what, reference) or _refusal(error, what, reference)) from error
 
 
 def _brought(bring: Callable[..., str]) -> Path | None:
-    """What was brought before, if anything."""
+    """An earlier download, if there is one."""
     try:
         return Path(bring(local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError):
@@ -135,44 +135,44 @@ def _brought(bring: Callable[..., str]) -> Path | None:
 
 
 def _silence() -> Path:
-    """A file of this user's that is written whenever the hub does not answer."""
+    """A file of this user that is written whenever the hub does not answer."""
     hub = hashlib.sha256(constants.ENDPOINT.encode()).hexdigest()[:32]
     return storage.cache_folder() / "hub" / f"{hub}.silent"
 
 
 def _refusal(error: Exception, what: str, reference: str) -> str:
-    """What a user is told where a model of the hub was not brought."""
+    """The message if a model could not be downloaded from the hub."""
     name, _, revision = reference.partition("@")
     if isinstance(error, GatedRepoError):
         return f"{what} {name} {hub_datasets.GATED}"
     if isinstance(error, RepositoryNotFoundError | HFValidationError):
-        return f"{what} {name} is no directory here and not on the hub (or private: set HF_TOKEN)"
+        return f"{what} {name} is neither a local directory nor on the hub (if it is private, set HF_TOKEN)"
     if isinstance(error, RevisionNotFoundError):
         return f"{what} {name} {hub_datasets.NO_REVISION.format(revision)}"
     return (
-        f"{what} {reference} is no directory here, and {_NOT_REACHED.format(first_line(error))}, "
+        f"{what} {reference} is not a local directory, and {_NOT_REACHED.format(first_line(error))}, "
         "or HF_HOME to where a machine with a network has downloaded it; or give a local directory"
     )
 
 
 def _unkept(error: Exception, what: str, reference: str) -> str:
-    """What a user is told where the disk is why a model is not here; else nothing."""
+    """The message if the disk is the reason that a model could not be downloaded; otherwise empty."""
     of_the_system = isinstance(error, OSError) and error.errno is not None
     if isinstance(error, ConnectionError) or not (of_the_system or os.strerror(errno.ENOSPC) in str(error)):
         return ""
     return (
-        f"{what} {reference} cannot be kept in {constants.HF_HUB_CACHE} ({first_line(error)}): "
-        "make room there, or set HF_HOME to a folder that has some"
+        f"{what} {reference} cannot be stored in {constants.HF_HUB_CACHE} ({first_line(error)}): "
+        "free space there, or set HF_HOME to a folder with enough"
     )
 
 
 def _from_store(url: str, what: str) -> Path:
-    """A folder of an object store, brought here once for the same content. Raises BadInput, Unreachable."""
+    """A folder of an object store, downloaded once per content. Raises BadInput, Unreachable."""
     object_store.check(url)
     store = object_store.Store(url.rstrip("/"), "")
     found = store.objects()
     if not found:
-        raise BadInput(f"{what} {url} holds nothing: give the folder that the model's files are in")
+        raise BadInput(f"{what} {url} is empty: give the folder that contains the model's files")
     named = hashlib.sha256(repr((url, sorted(found.items()))).encode()).hexdigest()[:32]
     target = storage.cache_folder() / "models" / named
 
@@ -186,19 +186,19 @@ def _from_store(url: str, what: str) -> Path:
 
 
 def check_tokenizer(reference: str) -> None:
-    """Raises BadInput where there is no directory of a tokenizer, here or on the hub."""
+    """Raises BadInput if there is no tokenizer directory, local or on the hub."""
     folder = find(reference, "tokenizer", weights=False)
     if not has_tokenizer(folder):
         raise BadInput(f"tokenizer directory {folder} has no tokenizer.json or tokenizer.model")
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether a directory has files of a tokenizer."""
+    """Whether a directory has tokenizer files."""
     return any(any(folder.glob(pattern)) for pattern in _OF_A_TOKENIZER)
 
 
 def named(reference: str, folder: Path) -> tuple[str, str | None]:
-    """By what name a model that was found in a folder is found again, and at which revision of the hub."""
+    """The name, and the hub revision, under which a model found in a folder can be found again."""
     if object_store.is_url(reference):
         return reference, None
     if Path(reference).expanduser().is_dir():
@@ -208,16 +208,16 @@ def named(reference: str, folder: Path) -> tuple[str, str | None]:
 
 
 def push(folder: Path, reference: str, *, private: bool) -> str:
-    """Make a folder's files those of a model on the hub, which is made where it is not there; its address.
+    """Upload a folder as a model on the hub, creating the model if needed; returns its address.
 
-    What is there of another form of the model (whole, or an adapter) is removed, all in one commit.
+    Files of a different form of the model (full, or an adapter) are removed, all in one commit.
 
     Args:
         reference: `org/name`, or `org/name@revision`.
-        private: whether a new one is private; one that is there stays what it is.
+        private: whether a new model is private; an existing one is not changed.
 
     Raises:
-        BadInput: the name is none, there is no token, it does not suffice, or the hub cannot be reached.
+        BadInput: the name is invalid, the token is missing or insufficient, or the hub cannot be reached.
     """
     name, _, revision = reference.partition("@")
     check_push(name)
@@ -231,48 +231,51 @@ def push(folder: Path, reference: str, *, private: bool) -> str:
             delete_patterns=list(_OURS),
         )  # fmt: skip
     except HfHubHTTPError as error:
-        raise BadInput(f"hub:{reference} refuses: {first_line(error)}; see what HF_TOKEN may do") from error
+        raise BadInput(
+            f"hub:{reference} refuses: {first_line(error)}; check what HF_TOKEN is allowed to do"
+        ) from error
     except (OSError, httpx2.TransportError) as error:
         raise BadInput(f"hub:{reference}: {_NOT_REACHED.format(first_line(error))}") from error
     return str(made)
 
 
 def check_push(name: str) -> None:
-    """Raises BadInput where nothing can be pushed to a model of this name, or there is no token."""
+    """Raises BadInput if nothing can be pushed to a model of this name, or there is no token."""
     try:
         validate_repo_id(name)
     except HFValidationError as error:
-        raise BadInput(f"hub:{name} cannot be: {first_line(error)}") from error
+        raise BadInput(f"hub:{name} is not a valid name: {first_line(error)}") from error
     if "/" not in name:
-        raise BadInput(f"hub:{name}: say whose it is, as in hub:org/{name}")
+        raise BadInput(f"hub:{name}: give the owner too, as in hub:org/{name}")
     if get_token() is None:
-        raise BadInput(f"hub:{name}: set HF_TOKEN to a token of yours that may write (or `hf auth login`)")
+        raise BadInput(f"hub:{name}: set HF_TOKEN to a token with write access (or run `hf auth login`)")
 
 
 def first_line(error: Exception) -> str:
-    """Of what an error says; what it is where it says nothing."""
+    """The first line of an error's message, or its type if it has no message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def read_json(folder: Path, name: str, what: str) -> dict[str, Any]:
-    """A JSON file of a model's directory. Raises BadInput where it is not there, or is none."""
+    """A JSON file of a model's directory. Raises BadInput if it does not exist, or is invalid."""
     try:
         content = json.loads((folder / name).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         held = ", ".join(sorted(p.name for p in folder.glob("*"))[:8]) or "nothing"
-        raise BadInput(f"{what} directory {folder} has no {name}; it holds {held}") from error
+        raise BadInput(f"{what} directory {folder} has no {name}; it contains {held}") from error
     except (OSError, ValueError) as error:
         raise BadInput(f"{folder / name} cannot be read: {error}") from error
     if not isinstance(content, dict):
-        raise BadInput(f"{folder / name} holds a {type(content).__name__}: it must be an object")
+        raise BadInput(f"{folder / name} contains a {type(content).__name__}: must be an object")
     return content
 
 
 def fingerprint(folder: Path) -> str:
     """SHA-256 over the checksums of the weights in a directory.
 
-    Files are read once on this machine, until they change: a launcher, its ranks and each restart of them
-    ask for the same. That is seen by what the file system says of them.
+    Files are read once on this machine until they change, since a launcher, its ranks and each restart of
+    them ask
+    for the same ones. Changes are detected from the file's metadata.
     """
     sums = [_checksum(file.resolve()) for file in sorted(folder.glob("*.safetensors"))]
     return hashlib.sha256(" ".join(sums).encode()).hexdigest()
@@ -286,6 +289,6 @@ def _checksum(file: Path) -> str:
     known = storage.read_json(kept).get("xxh3")
     if known is None:
         known = storage.xxh3(file)
-        if time.time_ns() - found.st_ctime_ns > _SETTLED:  # else it may change within a tick of the clock
+        if time.time_ns() - found.st_ctime_ns > _SETTLED:  # else it could change within a clock tick
             storage.try_to_write_json(kept, {"xxh3": known})
     return str(known)

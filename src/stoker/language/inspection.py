@@ -1,6 +1,6 @@
-"""What training sees of its data: rows as tokens, which of them are learnt, and what became of the documents.
+"""What training sees of its data: token rows, what is learnt of them, and the fate of the documents.
 
-Nothing here tokenises: what is shown are the rows that training reads.
+Nothing is tokenised here: it shows the rows that training reads.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tokenizers.decoders import DecodeStream
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
-_BELOW, _ABOVE = 6, 4  # bars of a histogram on either side of a row's length, each of twice the length
+_BELOW, _ABOVE = 6, 4  # bars of a histogram on either side of a row's length, each covering twice the length
 
 
 class Token(NamedTuple):
@@ -29,7 +29,7 @@ class Token(NamedTuple):
 
     id: int
     text: str
-    """Empty where its bytes are a part of a character, which stands with the last of them."""
+    """Empty if its bytes are part of a character, which is shown with its last token."""
     learnt: bool
     special: bool
 
@@ -39,15 +39,15 @@ class Sample:
     """A row."""
 
     index: int
-    """Its number among the rows of its source."""
+    """Its index among the rows of its source."""
     documents: list[list[Token]]
     padding: int
-    """Tokens behind the documents."""
+    """Tokens after the documents."""
 
 
 @dataclass(frozen=True)
 class Numbers:
-    """What became of the documents of a split."""
+    """What happened to the documents of a split."""
 
     documents: int
     rows: int
@@ -57,31 +57,31 @@ class Numbers:
     truncated: int
     """Pairs and conversations that were cut off at the end of a row."""
     dropped: int
-    """Those of which nothing to be learnt is left then."""
+    """Those of which nothing to learn was left."""
     unfound: int
-    """Those in which nothing to be learnt was found at all."""
+    """Those in which nothing to learn was found at all."""
     padding: float
-    """The share of all places of all rows that no token has."""
+    """The share of all positions in all rows that is padding."""
     quantiles: dict[str, int]
-    """Of the documents' lengths in tokens, before they were cut; by the share that is no longer."""
+    """Quantiles of the documents' lengths in tokens, before they were cut."""
     longer: int
-    """Documents of more tokens than a row has."""
+    """Documents with more tokens than a row."""
     histogram: list[tuple[int, int, int]]
-    """From and to how many tokens, both included, and the number of such documents."""
+    """Lower and upper limit in tokens, both inclusive, and the number of such documents."""
 
 
 def parts_of(rows: Rows) -> list[PackedDataset | Stream]:
-    """What is trained on, a part a source."""
+    """The training data, one part per source."""
     return rows.train.parts if isinstance(rows.train, Mixture) else [rows.train]
 
 
 def packed(data: PackedDataset | Stream) -> list[PackedDataset]:
-    """A part as what is tokenised of it: of a stream what was looked at beforehand."""
+    """The tokenised data of a part; for a stream, what was sampled in advance."""
     return data.looked_at() if isinstance(data, Stream) else [data]
 
 
 def numbers(found: Sequence[PackedDataset]) -> Numbers:
-    """Of these together, all with rows of one length."""
+    """The numbers of all of these together; their rows have the same length."""
     statistics = [data.statistics for data in found]
     lengths = np.concatenate([data.lengths for data in found])
     lengths = np.sort(lengths[lengths > 0])
@@ -103,7 +103,7 @@ def numbers(found: Sequence[PackedDataset]) -> Numbers:
 
 
 def _histogram(lengths: NDArray[np.int32], row: int) -> list[tuple[int, int, int]]:
-    """Bars of twice the length each, one of which ends with a row's length; none that are empty at an end."""
+    """Bars each covering twice the length, one ending at a row's length; without empty ones at either end."""
     ends = [row >> n for n in range(_BELOW, 0, -1) if row >> n] + [row << n for n in range(_ABOVE)]
     ends.append(max(int(lengths[-1]), ends[-1] + 1))
     begins = [1, *(end + 1 for end in ends[:-1])]
@@ -114,7 +114,7 @@ def _histogram(lengths: NDArray[np.int32], row: int) -> list[tuple[int, int, int
 
 
 def samples(found: Sequence[PackedDataset], tokenizer: Any, count: int, seed: int) -> list[Sample]:
-    """Some rows: of one dataset those that training on it alone begins with; of several, of each in turn."""
+    """Some rows: of one dataset, those that training on it alone starts with; of several, taken in turn."""
     made: list[Sample] = []
     filled = [data for data in found if len(data)]
     for turn in range(count):

@@ -1,9 +1,11 @@
-"""Weights from safetensors files into a model that stands on the meta device, piece by piece.
+"""Loads weights from safetensors files into a model on the meta device, piece by piece.
 
-The model may be wrapped by peft, sharded by FSDP, or cut into stages: each of its tensors is found by the
-name that it has in the bare model. transformers' own loader does the reading, so that renamed and fused
-tensors arrive as they do with `from_pretrained`; of a sharded one a rank reads its own rows alone. A block
-is loaded at a time, so that nothing stands in memory twice but one block.
+The model can be wrapped by peft, sharded by FSDP, or split into stages: each of its tensors is found by its
+name
+in the bare model. transformers' own loader does the reading, so that renamed and fused tensors arrive as with
+`from_pretrained`; of a sharded tensor, a rank reads only its own rows. Loading proceeds block by block, so
+that
+at most one block is in memory twice.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 
 Build = Callable[[], Any]
-"""Makes the bare model; within `torch.device("meta")` without memory for it."""
+"""Creates the bare model; within `torch.device("meta")` without memory."""
 
 _ROWS_AT_ONCE = 8192
 
@@ -42,20 +44,20 @@ SINGLE = "model.safetensors"
 
 
 class Quantised(nn.Module):
-    """A layer that keeps a weight in another form than files have it."""
+    """A layer that stores a weight in a different form than the files."""
 
     def plain(self) -> torch.Tensor:
-        """A tensor on the meta device as the weight is in files: of its shape, sharded as it is here."""
+        """A meta tensor that describes the weight in the files: same shape, sharded as it is here."""
         raise NotImplementedError
 
     def take(self, weight: torch.Tensor) -> None:
-        """Keep a weight, given as `plain` describes it."""
+        """Store a weight, given as `plain` describes it."""
         raise NotImplementedError
 
 
 @dataclass
 class _Slot:
-    """Where a tensor of the bare model is in the one that is trained; tied ones in several places."""
+    """Where a tensor of the bare model is in the trained one; a tied tensor is in several places."""
 
     tensor: torch.Tensor
     places: list[tuple[nn.Module, str]] = field(default_factory=list)
@@ -66,10 +68,10 @@ class Weights:
     """The weights of a model in a directory.
 
     Args:
-        folder: holds `model.safetensors`, or several such files and their index.
-        build: makes the bare model that they belong to.
-        tokens: how many of the model's tokens the files know, at most; the embeddings of others are made, see
-            `_Grown`. None: all are there.
+        folder: contains `model.safetensors`, or several such files and their index.
+        build: creates the bare model that they belong to.
+        tokens: the number of the model's tokens that the files contain at most; the embeddings of others are
+            created, see `_Grown`. None: all of them.
 
     Raises:
         BadInput: there are none, or a file is damaged.
@@ -86,7 +88,9 @@ class Weights:
         converters = [m for m in mapping if isinstance(m, WeightConverter)]
         expected = skeleton.state_dict()
         self._grown = _of_tokens(skeleton) if tokens is not None else frozenset()
-        self._found: dict[str, list[tuple[str, Path]]] = {}  # by a name in the model, what it is made of
+        self._found: dict[
+            str, list[tuple[str, Path]]
+        ] = {}  # what each tensor of the model is made of, by name
         self._fused: dict[str, tuple[str, ...]] = {}
         for key, file in sorted(keys, key=lambda pair: dot_natural_key(pair[0])):
             name, pattern = rename_source_key(
@@ -100,14 +104,14 @@ class Weights:
                 )
 
     def load(self, model: nn.Module, device: torch.device, prefix: str = "") -> None:
-        """Give memory and values to all that is on the meta device below a name; a whole model by default.
+        """Allocate and fill everything on the meta device below a name; by default the whole model.
 
         Args:
             model: the bare model, or what became of it.
-            prefix: dotted, with a dot at its end.
+            prefix: dotted, ending in a dot.
 
         Raises:
-            BadInput: the files lack a tensor, or have it in another shape.
+            BadInput: the files lack a tensor, or have it with a different shape.
         """
         slots = _slots(model, prefix)
         with torch.device("meta"):
@@ -130,14 +134,16 @@ class Weights:
         return _Grown(there, len(_get(skeleton, name)), self._tokens)
 
     def _wanted(self, slots: Mapping[str, _Slot]) -> list[str]:
-        """The names of what must be read, by which files know it. Raises BadInput where some is missing."""
+        """The names of the tensors to read, as the files name them. Raises BadInput if some are missing."""
         made_with = {other: name for name, others in self._fused.items() for other in others}
         known = {n: made_with.get(n, n) for n in slots if made_with.get(n, n) in self._found}
         there = {id(slots[name].tensor) for name in known}
         missing = [name for name, slot in slots.items() if id(slot.tensor) not in there]
         if missing:
             some = ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else "")
-            raise BadInput(f"the weights in {self._folder} lack {len(missing)} tensors of the model: {some}")
+            raise BadInput(
+                f"the weights in {self._folder} lack {len(missing)} of the model's tensors: {some}"
+            )
         return list(dict.fromkeys(known.values()))
 
     def _read(
@@ -165,7 +171,7 @@ class Weights:
                 f"the weights in {self._folder}: {name} is {tuple(found)}, the model's is {tuple(expected)}"
             )
         for name, said in info.conversion_errors.items():
-            raise BadInput(f"the weights in {self._folder}: {name} cannot be made: {said}")
+            raise BadInput(f"the weights in {self._folder}: {name} cannot be created: {said}")
         read = {name: _get(skeleton, name).detach() for name in made}
         for name in made:
             _set(skeleton, name, slots[name].tensor.detach().to("meta"))
@@ -173,25 +179,26 @@ class Weights:
 
 
 class _Grown:
-    """A tensor of a file as one of more rows, of which some are known: the others are the mean of these.
+    """A tensor of a file extended by rows: the unknown rows are the mean of the known ones.
 
-    So an added token begins as likely as others are (Hewitt 2021, "Initializing new word embeddings for
-    pretrained language models"). It is read as safetensors' slices are.
+    So an added token starts as likely as the others (Hewitt 2021, "Initializing new word embeddings for
+    pretrained
+    language models"). It is read like a safetensors slice.
     """
 
     def __init__(self, there: Any, rows: int, known: int) -> None:
         self._there, self._rows, self._known = there, rows, min(known, there.get_shape()[0])
 
     def get_shape(self) -> list[int]:
-        """Of the larger one."""
+        """The shape of the extended tensor."""
         return [self._rows, *self._there.get_shape()[1:]]
 
     def get_dtype(self) -> str:
-        """As the file has it."""
+        """The dtype in the file."""
         return str(self._there.get_dtype())
 
     def __getitem__(self, key: Any) -> torch.Tensor:
-        """All of it, by an ellipsis; or rows, and perhaps columns, by slices."""
+        """All of it, with an ellipsis; or rows, and possibly columns, with slices."""
         rows, *others = (slice(None),) if key is ... else key if isinstance(key, tuple) else (key,)
         begin, end, _ = rows.indices(self._rows)
         own: torch.Tensor = self._there[(slice(min(begin, self._known), min(end, self._known)), *others)]
@@ -203,7 +210,7 @@ class _Grown:
         )
 
     def _mean(self) -> torch.Tensor:
-        """The mean of the rows that are known: (1, ...)."""
+        """The mean of the known rows: (1, ...)."""
         bounds = [*range(0, self._known, _ROWS_AT_ONCE), self._known]
         parts = (self._there[first:last] for first, last in itertools.pairwise(bounds))
         total: torch.Tensor = torch.stack([part.double().sum(0) for part in parts]).sum(0)[None]
@@ -211,7 +218,7 @@ class _Grown:
 
 
 def _of_tokens(model: Any) -> frozenset[str]:
-    """The names of what has a row for each token."""
+    """The names of tensors with one row per token."""
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     return frozenset(
         f"{place}.{name}"
@@ -231,7 +238,7 @@ def _slots(model: nn.Module, prefix: str) -> dict[str, _Slot]:
     slots: dict[str, _Slot] = {}
     by_tensor: dict[int, _Slot] = {}
     for module_name, module in model.named_modules(remove_duplicate=False):
-        if not f"{module_name}.".startswith(prefix) or ".lora_" in module_name:  # an adapter's own
+        if not f"{module_name}.".startswith(prefix) or ".lora_" in module_name:  # the adapter's own
             continue
         bare = bare_name(module_name)
         if isinstance(module, Quantised):
@@ -244,7 +251,7 @@ def _slots(model: nn.Module, prefix: str) -> dict[str, _Slot]:
             slot = by_tensor.setdefault(id(tensor), _Slot(tensor))
             slot.places.append((module, key))
             name = f"{bare}.{key}" if bare else key
-            if name in slots and slots[name] is not slot:  # a copy that peft trains beside the original
+            if name in slots and slots[name] is not slot:  # a copy that peft trains next to the original
                 slots[name].places.append((module, key))
             else:
                 slots[name] = slot
@@ -271,7 +278,7 @@ def _put(slot: _Slot, value: torch.Tensor) -> None:
 
 
 def _initialise_buffers(model: nn.Module, skeleton: Any, device: torch.device, prefix: str) -> None:
-    """What is in no file, such as the frequencies of rotary embeddings, as transformers makes it."""
+    """Initialise what is in no file, such as the frequencies of rotary embeddings, as transformers does."""
     places = [
         (module, key, f"{bare_name(name)}.{key}" if bare_name(name) else key)
         for name, module in model.named_modules(remove_duplicate=False)
@@ -310,14 +317,14 @@ def _files(folder: Path) -> list[Path]:
         try:
             names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
         except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise BadInput(f"{folder / INDEX} is no index of weights: {error}") from error
+            raise BadInput(f"{folder / INDEX} is not a valid weight index: {error}") from error
         files = [folder / Path(name).name for name in names]
     else:
         files = [folder / SINGLE]
     missing = next((file for file in files if not file.is_file()), None)
     if missing is not None:
         others = sorted(p.name for p in folder.glob("*.bin"))
-        hint = f"; {others[0]} is a pickle, which is not read: convert it to safetensors" if others else ""
+        hint = f"; {others[0]} is a pickle, which is never read: convert it to safetensors" if others else ""
         raise BadInput(f"model directory {folder} has no {missing.name}{hint}")
     return files
 

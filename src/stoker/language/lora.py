@@ -1,4 +1,4 @@
-"""The settings of low-rank adapters; light, since a config is read before anything is loaded."""
+"""The settings of low-rank adapters. Cheap to import, because a config is read before anything is loaded."""
 
 from __future__ import annotations
 
@@ -15,43 +15,46 @@ _OF_AN_ADAPTER = ("rank", "alpha", "dropout", "targets", "modules_to_save", "rsl
 
 @dataclass(frozen=True, kw_only=True)
 class Lora:
-    """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685), by peft."""
+    """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685), implemented by peft."""
 
     rank: Annotated[int, Ge(0)] = 0
     """Rank of the adapters; 0 trains every weight."""
     alpha: Annotated[float, Gt(0)] = 16.0
     """The adapters are scaled by alpha / rank."""
     dropout: Annotated[float, Ge(0), Lt(1)] = 0.05
-    """Share of an adapter's inputs dropped while training."""
+    """Dropout probability on an adapter's inputs during training."""
     targets: Names = ALL
-    """Modules that get an adapter: all-linear, which is every linear layer but the output layer, or names
-    joined by commas, such as q_proj,v_proj. Experts by their weights: all-linear,gate_up_proj,down_proj."""
+    """Modules that get an adapter: all-linear (every linear layer except the output layer), or
+    comma-separated names such as q_proj,v_proj. Name experts by their weights:
+    all-linear,gate_up_proj,down_proj."""
     modules_to_save: Names = ""
-    """Modules that are trained whole beside the adapters, names joined by commas: embed_tokens,lm_head."""
+    """Modules that are trained in full alongside the adapters, as comma-separated names:
+    embed_tokens,lm_head."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank), which suits large ranks (Kalajdzievski 2023, arXiv:2312.03732)."""
     dora: bool = False
-    """Train the length of each row beside its direction (DoRA, Liu et al. 2024, arXiv:2402.09353)."""
+    """Train the magnitude of each row as well as its direction (DoRA, Liu et al. 2024, arXiv:2402.09353)."""
     adapter: str | None = None
-    """An adapter to go on from, a directory or hub id: its rank, alpha and targets are its own."""
+    """An adapter to continue training, as a directory or hub id; rank, alpha and targets are the
+    adapter's."""
 
     def __post_init__(self) -> None:
         own = [name for name in _OF_AN_ADAPTER if getattr(self, name) != getattr(type(self), name)]
         if own and not self.used:
             said = ", ".join(f"lora.{name}" for name in own)
             raise ValueError(
-                f"{said} without lora.rank: with a rank of 0 every weight is trained, by no adapter. Give "
-                f"lora.rank, such as 16, or leave out {said}"
+                f"{said} without lora.rank: with rank 0 every weight is trained, without adapters. Set "
+                f"lora.rank, such as 16, or omit {said}"
             )
         if self.adapter is not None and own:
             raise ValueError(
-                f"lora.adapter={self.adapter} has its own {', '.join(own)}: leave out "
+                f"lora.adapter={self.adapter} has its own {', '.join(own)}: omit "
                 f"{', '.join(f'lora.{name}' for name in own)}"
             )
 
     @property
     def used(self) -> bool:
-        """Whether adapters are trained; else every weight is."""
+        """Whether adapters are trained; if not, every weight is."""
         return self.rank > 0 or self.adapter is not None
 
     @property
@@ -61,7 +64,7 @@ class Lora:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What gets a new adapter by its name, beside `all_linear`."""
+        """The modules that get a new adapter by name, in addition to `all_linear`."""
         return tuple(name for name in self._targets if name != ALL) if self.rank > 0 else ()
 
     @property
@@ -79,12 +82,12 @@ def _split(names: str) -> tuple[str, ...]:
 
 
 def as_trained(module: Any) -> Any:
-    """A module, or the copy of it that is trained in its place, beside adapters (`modules_to_save`)."""
+    """The module itself, or the copy that is trained in its place next to adapters (`modules_to_save`)."""
     return module.modules_to_save[module.active_adapter] if _is_kept_twice(module) else module
 
 
 def is_of_adapter(name: str) -> bool:
-    """Whether a tensor of a model with adapters is one of theirs, by its name."""
+    """Whether a tensor belongs to the adapters of a model, judging by its name."""
     return ".lora_" in name or ".modules_to_save." in name
 
 
@@ -94,6 +97,6 @@ def _is_kept_twice(module: Any) -> bool:
 
 
 def is_adapter(module: Any) -> bool:
-    """Whether a module is a layer with an adapter of peft's. There is none before peft was imported."""
+    """Whether a module is a layer with a peft adapter. False as long as peft has not been imported."""
     peft = sys.modules.get("peft.tuners.lora")
     return peft is not None and isinstance(module, peft.LoraLayer)

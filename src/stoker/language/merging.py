@@ -1,4 +1,4 @@
-"""An adapter merged into the model that it was trained on: then one model, which transformers alone loads."""
+"""Merges an adapter into the model it was trained on, into one model that transformers alone can load."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import nn
 
 
 def base_of(adapter: Path) -> str:
-    """The model that an adapter in a folder was trained on, a directory or hub id. Raises BadInput."""
+    """The model that an adapter in a folder was trained on, as a directory or hub id. Raises BadInput."""
     config = hub.read_json(adapter, exports.ADAPTER, "adapter")
     found, revision = config.get("base_model_name_or_path"), config.get("revision")
     if not found:
@@ -24,15 +24,15 @@ def base_of(adapter: Path) -> str:
 
 
 def on_its_base(adapter: Path, base: str | None = None) -> Any:
-    """An adapter on the model that it was trained on, as transformers and peft load them.
+    """An adapter on the model that it was trained on, loaded by transformers and peft.
 
-    Weights keep the precision that the model's files have; the whole model stands in host memory.
+    Weights keep the precision of the model's files; the whole model is in host memory.
 
     Args:
-        base: where the model is now, if not where it was when the adapter was trained.
+        base: where the model is now, if it has moved since the adapter was trained.
 
     Raises:
-        BadInput: the model is not there, or is not the one that the adapter was trained on.
+        BadInput: the model does not exist, or is not the one that the adapter was trained on.
     """
     folder = hub.find(base or base_of(adapter), "the adapter's base model")
     saved_adapters.check_weights(adapter, folder)
@@ -43,12 +43,12 @@ def on_its_base(adapter: Path, base: str | None = None) -> Any:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     _grow(model, adapter)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of adapters on tied weights
+        warnings.simplefilter("ignore")  # about adapters on tied weights
         return PeftModel.from_pretrained(model, adapter)
 
 
 def _grow(model: Any, adapter: Path) -> None:
-    """Give a model the tokens that its adapter brings, with embeddings of its own for them."""
+    """Extend a model by the tokens that its adapter brings, with embeddings for them."""
     if saved_adapters.trained_whole(adapter) and (adapter / "tokenizer.json").is_file():
         tokens = len(building.read_tokenizer(str(adapter)))
         if tokens > model.get_input_embeddings().num_embeddings:
@@ -56,9 +56,9 @@ def _grow(model: Any, adapter: Path) -> None:
 
 
 def _untie(model: Any) -> None:
-    """Give the output layer weights of its own where it shares them with an embedding and one has an adapter.
+    """Give the output layer its own weights if it shares them with an embedding and one has an adapter.
 
-    Merged into weights that both have, it would change the other as well.
+    Merging into shared weights would change the other one as well.
     """
     bare = model.get_base_model()
     embedding, head = bare.get_input_embeddings(), bare.get_output_embeddings()
@@ -70,7 +70,7 @@ def _untie(model: Any) -> None:
 
 
 def _say_untied(model: Any) -> None:
-    """Let the config of a model, whose output layer has weights of its own now, say so."""
+    """Record in a model's config that its output layer now has its own weights."""
     head = model.get_output_embeddings()
     if head is not None and head.weight is not model.get_input_embeddings().weight:
         model.config.get_text_config().tie_word_embeddings = False
@@ -85,7 +85,7 @@ def merge(adapter: Path, target: Path, base: str | None = None) -> None:
     model = on_its_base(adapter, base)
     _untie(model)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of adapters on tied weights, which are so no longer
+        warnings.simplefilter("ignore")  # about adapters on tied weights, which are no longer tied
         merged = model.merge_and_unload(safe_merge=True)
     _say_untied(merged)
     merged.generation_config = building.that_is_written(merged.generation_config)

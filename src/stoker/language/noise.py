@@ -1,4 +1,4 @@
-"""Noise on the embeddings while training (NEFTune, Jain et al. 2023, arXiv:2310.05914)."""
+"""Noise on the embeddings during training (NEFTune, Jain et al. 2023, arXiv:2310.05914)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 
 def add(model: Any, alpha: float) -> None:
-    """Let what embeds tokens add uniform noise in training mode, up to alpha / sqrt(row length * width)."""
+    """Make the embedding layer add uniform noise in training mode, up to alpha / sqrt(row length * width)."""
     if alpha == 0:
         return
 

@@ -1,8 +1,8 @@
-"""What a causal model is called with, and its loss: next-token cross-entropy, inside of the head if it can.
+"""The inputs of a causal model and its loss: next-token cross-entropy, if possible in the output layer.
 
-A model's output layer, asked for a loss, gives back the summed loss in place of the logits, so that these
-never stand whole in memory (`cross_entropy`). It is computed in the layer's own forward, where every
-strategy has the layer's weights at hand.
+A model's output layer, when asked for a loss, returns the summed loss instead of the logits, so that the full
+logits are never in memory (`cross_entropy`). It is computed in the layer's own forward, where every strategy
+has the layer's weights available.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from torch import nn
 from torch.nn import functional as F
 
 _LABELS = "next_tokens"
-"""The keyword by which a model is handed the token that follows each: int64 (rows, seq), or NO_LOSS."""
+"""The keyword argument with the token that follows each: int64 (rows, seq), or NO_LOSS."""
 
 
 @dataclass(frozen=True)
 class Objective:
-    """How a model is called with a batch, and what it loses on it."""
+    """How a model is called with a batch, and how its loss is computed."""
 
     in_head: bool
     """Whether the model's output layer computes the loss."""
     packs: bool
-    """Whether its attention takes the documents of a row; else each row is of one, its padding behind it."""
+    """Whether its attention takes the documents of a row; if not, each row has one document and padding."""
 
     def inputs(self, batch: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-        """What the model is called with, for rows of `PackedDataset`, or for `input_ids` alone."""
+        """The model's arguments for rows of `PackedDataset`, or for `input_ids` alone."""
         called: dict[str, Any] = {"input_ids": batch["input_ids"], "use_cache": False}
         for name in ("position_ids", attention.DOCUMENTS):
             if self.packs and name in batch:
@@ -44,7 +44,7 @@ class Objective:
         return called
 
     def loss(self, output: Any, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """The summed cross-entropy of the next token, in nats, and the number of tokens that count."""
+        """The summed next-token cross-entropy, in nats, and the number of tokens that count."""
         wanted = _following(batch["labels"])
         if self.in_head:
             return output.logits, (wanted != NO_LOSS).sum()
@@ -54,10 +54,11 @@ class Objective:
 
 
 def attach(model: Any) -> Objective:
-    """Let a causal model of transformers, bare or with adapters, compute its loss in its output layer, and
-    turn each document of a row by its own length alone (`rotary`).
+    """Make a transformers causal model, with or without adapters, compute its loss in its output layer.
 
-    Where the logits are more than what that layer gives (capped, scaled, of an adapter), it stays as it is.
+    Also makes rotary embeddings depend on each document's own length only (`rotary`). If the logits are more
+    than
+    the output of that layer (capped, scaled, with an adapter), it is not changed.
     """
     bare = model.get_base_model() if hasattr(model, "peft_config") else model
     packs = bare.config._attn_implementation == attention.NAME
@@ -89,19 +90,19 @@ def attach(model: Any) -> Objective:
 
 
 def _following(labels: torch.Tensor) -> torch.Tensor:
-    """The label of the token behind each: (rows, seq); nothing follows the last."""
+    """The label of the next token: (rows, seq); nothing follows the last."""
     return F.pad(labels[:, 1:], (0, 1), value=NO_LOSS)
 
 
 def _ends_with_head(model: Any) -> bool:
-    """Whether a model's logits are what its output layer gives, neither scaled nor capped.
+    """Whether a model's logits are the output of its output layer, neither scaled nor capped.
 
-    False of one that cannot be tried without values (Phi MoE looks at its positions).
+    False for a model that cannot be tried without values (Phi MoE looks at its positions).
     """
-    if model.config._attn_implementation != attention.NAME:  # others look at values, which are not there
+    if model.config._attn_implementation != attention.NAME:  # others look at values, which do not exist
         return False
     config = copy.deepcopy(model.config)
-    config.pad_token_id = None  # for which some look among the tokens
+    config.pad_token_id = None  # some models look for it among the tokens
     with torch.device("meta"), torch.no_grad():
         tried = type(model)._from_config(config, dtype=torch.bfloat16).eval()
         given: list[Any] = []

@@ -1,4 +1,4 @@
-"""How well a model predicts held-out tokens: the mean loss over all of them, and of each source."""
+"""How well a model predicts held-out tokens: the mean loss over all of them, and per source."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from stoker.loop import Trainer
 
 
 def log(trainer: Trainer, name: str, parts: Mapping[str, PackedDataset], **how: Any) -> None:
-    """Log the perplexity of all tokens of all parts, where there are some; see `losses`."""
+    """Log the perplexity over all tokens of all parts, if there are any; see `losses`."""
     if parts:
         trainer.run.log({name: perplexity(mean(losses(trainer, parts, **how), parts))})
 
@@ -28,7 +28,7 @@ def log_test(trainer: Trainer, parts: Mapping[str, PackedDataset], **how: Any) -
 
 
 def losses(trainer: Trainer, parts: Mapping[str, PackedDataset], **how: Any) -> dict[str, float]:
-    """The mean loss over the tokens of each part, in nats, exact over ranks. All ranks call it alike.
+    """The mean loss over the tokens of each part, in nats, exact over ranks. All ranks make the same call.
 
     Args:
         how: see `Trainer.evaluate`.
@@ -43,8 +43,9 @@ def mean(losses: Mapping[str, float], parts: Mapping[str, PackedDataset]) -> flo
 
 
 def log_validation(trainer: Trainer, parts: Mapping[str, PackedDataset], *, flops: float, **how: Any) -> None:
-    """Log and say an evaluation: of all parts, and the loss of each where there are several. Of none: how the
-    loop does is said alone.
+    """Log and print an evaluation over all parts, and the loss of each if there are several.
+
+    Without any parts, only the loop's progress is printed.
 
     Args:
         flops: see `Trainer.performance`.

@@ -1,8 +1,9 @@
-"""Frozen weights in 4 bits (QLoRA, Dettmers et al. 2023, arXiv:2305.14314), by bitsandbytes.
+"""Frozen weights in 4 bits (QLoRA, Dettmers et al. 2023, arXiv:2305.14314), with bitsandbytes.
 
-A weight is kept as NF4 codes with one scale for each 64 of them, row by row, so that a rank's share of the
-rows is quantised as the whole would be: what FSDP or ZeRO shards are plain tensors of bytes. The numbers are
-those of transformers' `BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")`.
+A weight is stored as NF4 codes with one scale per 64 of them, row by row, so that a rank's share of the rows
+is
+quantised exactly like the whole: what FSDP or ZeRO shards are plain byte tensors. The numbers are those of
+transformers' `BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")`.
 """
 
 from __future__ import annotations
@@ -25,18 +26,19 @@ _BLOCK = 64  # weights that share a scale
 
 
 def check() -> None:
-    """Raises BadInput where bitsandbytes is not installed."""
+    """Raises BadInput if bitsandbytes is not installed."""
     if importlib.util.find_spec("bitsandbytes") is None:
         raise BadInput("quantisation=nf4 needs bitsandbytes: pip install 'stoker[quantisation]'")
 
 
 def convert(model: Any) -> None:
-    """Let a model on the meta device keep the weights of its linear layers in 4 bits, but for the head's.
+    """Make a model on the meta device store the weights of its linear layers, except the head, in 4 bits.
 
-    Experts of a mixture, many of whose weights are one tensor, stay as they are, which is said.
+    The experts of a mixture, many of whose weights are fused into one tensor, are not changed, with a
+    warning.
 
     Raises:
-        BadInput: bitsandbytes is not installed, or there is nothing that can be kept so.
+        BadInput: bitsandbytes is not installed, or nothing can be quantised.
     """
     check()
     head = model.get_output_embeddings()
@@ -48,22 +50,23 @@ def convert(model: Any) -> None:
                 found += 1
     if not found:
         raise BadInput(
-            f"quantisation=nf4: a {type(model).__name__} of these sizes has no linear layer whose rows are "
-            f"of a multiple of {_BLOCK} weights"
+            f"quantisation=nf4: a {type(model).__name__} of this size has no linear layer whose row length "
+            f"is a multiple of {_BLOCK}"
         )
     left = sum(weight.nbytes for weight in targets.experts(model).values())
     if left and World.current().rank == 0:
         log.warning(
-            "quantisation=nf4: the experts of a %s are no linear layers, and stay in %s, %.1f GiB of them",
+            "quantisation=nf4: the experts of a %s are not linear layers and stay in %s: %.1f GiB",
             model.config.model_type, str(model.dtype).removeprefix("torch."), left / 2**30,
         )  # fmt: skip
 
 
 class Linear4bit(Quantised, nn.Linear):
-    """A linear layer whose frozen weight is kept in 4 bits.
+    """A linear layer whose frozen weight is stored in 4 bits.
 
-    `weight` is uint8 (out, in / 2), two codes a byte; `scales` is uint8 (out, in / 64 * 4), the bytes of one
-    float32 for each block, as bytes so that no strategy rounds them to its precision.
+    `weight` is uint8 (out, in / 2), two codes per byte; `scales` is uint8 (out, in / 64 * 4), one float32 per
+    block
+    stored as bytes, so that no strategy rounds them to its precision.
     """
 
     def __init__(self, plain: nn.Linear) -> None:
@@ -107,7 +110,7 @@ class Linear4bit(Quantised, nn.Linear):
 
 
 class _Product(torch.autograd.Function):
-    """`input @ weight.T + bias`; the weight is made anew for the backward pass, and never kept."""
+    """`input @ weight.T + bias`; the weight is dequantised again for the backward pass, and never kept."""
 
     @staticmethod
     def forward(

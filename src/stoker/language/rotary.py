@@ -1,8 +1,10 @@
-"""Rotary embeddings that turn long texts otherwise than short ones, by each document's own length.
+"""Rotary embeddings that treat long and short texts differently, by each document's own length.
 
-LongRoPE (Ding et al. 2024, arXiv:2402.13753; Phi 3 and 4) has two sets of frequencies, one for texts that
-are longer than those of its pretraining. transformers takes one of the two for a whole batch, by the largest
-position in it: a short document would be turned as its longest neighbour is.
+LongRoPE (Ding et al. 2024, arXiv:2402.13753; Phi 3 and 4) has two sets of frequencies, one for texts longer
+than
+those of its pretraining. transformers chooses one of the two for a whole batch, by the largest position in
+it: a
+short document would be rotated like its longest neighbour.
 """
 
 from __future__ import annotations
@@ -14,9 +16,9 @@ from torch import nn
 
 
 def by_document(model: nn.Module) -> None:
-    """Let a model's rotary embeddings choose their frequencies for each document of the rows.
+    """Make a model's rotary embeddings choose their frequencies separately for each document in a row.
 
-    A document begins where a row does, and where a position is 0.
+    A document begins at the start of a row, and wherever a position is 0.
     """
     for module in model.modules():
         if getattr(module, "rope_type", None) == "longrope":
@@ -39,7 +41,7 @@ def _choose(module: Any) -> None:
 
 
 def _ends(position_ids: torch.Tensor) -> torch.Tensor:
-    """The last position of each token's document: (rows, seq), as the positions are."""
+    """The last position of each token's document: (rows, seq), like the positions."""
     document = (position_ids == 0).cumsum(-1)
     last = position_ids.new_zeros(position_ids.shape[0], position_ids.shape[1] + 1)
     return last.scatter_reduce(1, document, position_ids, "amax").gather(1, document)

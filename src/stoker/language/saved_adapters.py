@@ -1,6 +1,6 @@
-"""An adapter that was saved, by what its files say: whether it can be gone on with, and on which model.
+"""Checks a saved adapter by its files: whether it can be continued, and on which model.
 
-Neither peft nor a tensor is needed for it, so that it is known before anything is loaded.
+This needs neither peft nor a tensor, so the result is known before anything is loaded.
 """
 
 from __future__ import annotations
@@ -16,69 +16,71 @@ from stoker.language import hub
 
 WEIGHTS = "adapter_model.safetensors"
 BASE = "base_model.json"
-"""Beside an adapter: which model it is for, by name and by its weights' checksums."""
+"""Saved with an adapter: which model it is for, by name and by its weights' checksums."""
 
 _MORE = (
     "bias", "trainable_token_indices", "layer_replication", "alora_invocation_tokens",
     "use_bdlora", "use_qalora", "arrow_config", "kasa_config", "monteclora_config", "velora_config",
     "megatron_config",
 )  # fmt: skip
-"""Of peft's LoraConfig: what trains other weights than low-rank matrices, or computes with them otherwise."""
+"""Fields of peft's LoraConfig that train or use weights other than low-rank matrices."""
 _BEGINNINGS = (None, True, False, "gaussian", "orthogonal", "eva")
-"""Its `init_lora_weights` that leave the model's own weights as they are."""
+"""Values of its `init_lora_weights` that leave the model's own weights unchanged."""
 
 
 def check(adapter: Path, *, model: str, origin: Path | None, quantised: bool) -> None:
-    """Refuse an adapter, in a folder, that cannot be gone on with.
+    """Raises BadInput for an adapter folder that cannot be continued.
 
     Args:
-        model: what it is to be put on, as it was given.
-        origin: the directory that this is in; None for a new model.
+        model: the model to put it on, as given.
+        origin: the model's directory; None for a new model.
         quantised: whether the model's weights are kept in 4 bits.
 
     Raises:
-        BadInput: it is no LoRA, has more than low-rank matrices and modules trained whole, does not go with a
-            quantised model, or says that it is for another model of the hub.
+        BadInput: it is not LoRA, has more than low-rank matrices and fully trained modules, does not work
+            with
+            a quantised model, or says that it is for a different model on the hub.
     """
     config = hub.read_json(adapter, exports.ADAPTER, "lora.adapter")
     if config.get("peft_type") != "LORA":
-        raise BadInput(f"lora.adapter={adapter} is {config.get('peft_type')}: only LoRA can be gone on with")
+        raise BadInput(f"lora.adapter={adapter} is {config.get('peft_type')}: only LoRA can be continued")
     more = [f"{key}={config[key]}" for key in _MORE if config.get(key) not in (None, False, "none", [], {})]
     if config.get("init_lora_weights") not in _BEGINNINGS:
         more.append(f"init_lora_weights={config['init_lora_weights']}")
     more = more or _other_tensors(adapter, config.get("modules_to_save") or ())
     if more:
         raise BadInput(
-            f"lora.adapter={adapter} has {', '.join(more)}: only low-rank matrices, and modules trained "
-            "whole, beside a model that stays as it is can be gone on with; merge it into its model by peft, "
-            "and train a new one on that"
+            f"lora.adapter={adapter} has {', '.join(more)}: only low-rank matrices and fully trained modules "
+            "on top of an unchanged model can be continued; merge the adapter into its model with peft, and "
+            "train a new one on the result"
         )
     if quantised and config.get("use_dora"):
         raise BadInput(
-            "quantisation is for weights that stay as they are, under LoRA: DoRA needs them exact, and "
-            f"lora.adapter={adapter} is DoRA; leave quantisation out"
+            "quantisation is for weights frozen under LoRA, but DoRA needs them in full precision, and "
+            f"lora.adapter={adapter} is DoRA: omit quantisation"
         )
     other = other_model(adapter, model, origin)
     if other is not None and _is_id(other) and _is_id(model.partition("@")[0]):
         raise BadInput(
-            f"lora.adapter={adapter} is for another model, {other}: give model={other}, or a local copy of "
-            f"{model} if it has the same weights"
+            f"lora.adapter={adapter} is for a different model, {other}: set model={other}, or give a local "
+            f"copy of {model} if it has the same weights"
         )
 
 
 def trained_whole(adapter: Path, what: str = "adapter") -> list[str]:
-    """The modules that were trained whole beside an adapter in a folder: they may have tokens of their own.
+    """The modules that were trained in full alongside an adapter: they can include tokens of their own.
 
-    Raises BadInput, by the name of `what` it is.
+    Raises BadInput, naming the key `what`.
     """
     return list(hub.read_json(adapter, exports.ADAPTER, what).get("modules_to_save") or ())
 
 
 def check_weights(adapter: Path, origin: Path | str) -> None:
-    """Raises BadInput where an adapter in a folder is known to be for other weights than a model has.
+    """Raises BadInput if an adapter is known to be for different weights than a model has.
 
     Args:
-        origin: the directory of the model, whose weights are all read if they are known; or its size.
+        origin: the directory of the model, all of whose weights are read if the adapter's are known; or its
+            size.
     """
     if not (adapter / BASE).is_file():
         return
@@ -86,13 +88,13 @@ def check_weights(adapter: Path, origin: Path | str) -> None:
     known = base.get("fingerprint")
     if known is not None and known != (hub.fingerprint(origin) if isinstance(origin, Path) else origin):
         raise BadInput(
-            f"adapter {adapter} was trained on another model, {base.get('model')}: "
-            "its weights are not those of the model that is given"
+            f"adapter {adapter} was trained on a different model, {base.get('model')}, whose weights are not "
+            "those of the given model"
         )
 
 
 def other_model(adapter: Path, model: str, origin: Path | None) -> str | None:
-    """What an adapter says that it is for, where that may be another model than is given; see `check`."""
+    """The model that an adapter says it is for, if that may differ from the given one; see `check`."""
     said = hub.read_json(adapter, exports.ADAPTER, "lora.adapter").get("base_model_name_or_path")
     if not said:
         return None
@@ -104,7 +106,7 @@ def other_model(adapter: Path, model: str, origin: Path | None) -> str | None:
 
 
 def _names(folder: Path) -> Iterator[str]:
-    """What a directory's model is called on the hub, where the directory knows."""
+    """The hub names of the model in a directory, if the directory records them."""
     yield str(hub.read_json(folder, "config.json", "model").get("_name_or_path"))
     cached = re.search(r"models--([^/]+)/snapshots/", str(folder))
     if cached is not None:
@@ -112,12 +114,12 @@ def _names(folder: Path) -> Iterator[str]:
 
 
 def _is_id(name: str) -> bool:
-    """Whether a name is one of the hub, with whose it is."""
+    """Whether a name is a hub id, including the owner."""
     return bool(re.fullmatch(r"\w[\w.-]*/[\w.-]+", name)) and not Path(name).is_dir()
 
 
 def _other_tensors(adapter: Path, whole: Sequence[str]) -> list[str]:
-    """The names of tensors that are neither low-rank matrices nor of modules trained whole; of many, some."""
+    """The names of tensors that are neither low-rank matrices nor of fully trained modules; of many, some."""
     file = adapter / WEIGHTS
     try:
         with safe_open(file, framework="np") as reader:

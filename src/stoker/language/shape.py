@@ -1,4 +1,4 @@
-"""The shapes of language models, without loading any: sizes to start from, and what a directory says."""
+"""The shapes of language models without loading them: sizes for new models, and what a directory says."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ SIZES: dict[str, dict[str, int]] = {
 
 
 def check_stages(model: str, *, stages: int, tied: bool) -> None:
-    """Refuse a model that is known not to be cut into so many stages.
+    """Refuse a model that is known not to be divisible into this many stages.
 
     Args:
-        model: a key of SIZES, a local directory, or a hub id, of which nothing is known here.
+        model: a key of SIZES, a local directory, or a hub id, about which nothing is known here.
         tied: whether a new model ties its embeddings.
 
     Raises:
@@ -43,24 +43,24 @@ def check_stages(model: str, *, stages: int, tied: bool) -> None:
     blocks, tied = _known(model, tied)
     if blocks is not None and stages > blocks:
         raise BadWorldSize(
-            f"{stages} pipeline stages, and {model} has {blocks} blocks: give {blocks} or fewer"
+            f"{stages} pipeline stages, but {model} has {blocks} blocks: use {blocks} or fewer"
         )
     if tied:
         change = "tie_embeddings=false" if model in SIZES else "tie_word_embeddings=false in its config.json"
         raise BadInput(
-            f"{model} ties its embeddings, which would be on the first stage and on the last: "
+            f"{model} ties its embeddings, which would be on both the first and the last stage: "
             f"set {change}, or use parallel=ddp or fsdp"
         )
 
 
 def check_positions(model: str, longest: int | None, sequence_length: int) -> None:
-    """Raises BadInput where rows are longer than a model has positions, so far as these are known."""
+    """Raises BadInput if rows are longer than a model has positions, as far as these are known."""
     if longest is not None and sequence_length > longest:
         raise BadInput(f"sequence_length={sequence_length} is more than the {longest} positions of {model}")
 
 
 def positions(folder: Path) -> int | None:
-    """How many tokens a model takes at most, so far as its directory says."""
+    """The maximum number of tokens of a model, as far as its directory says."""
     config = _config(folder)
     config = config.get("text_config", config)
     found = config.get("max_position_embeddings", config.get("n_positions"))
@@ -70,14 +70,14 @@ def positions(folder: Path) -> int | None:
 def has_modules(folder: Path, names: Sequence[str]) -> bool:
     """Whether the tensors in a directory show that its model has modules of all these names.
 
-    What they do not show may still be there: some families name and cut tensors otherwise in their files.
+    Modules that they do not show can still exist: some families name and split tensors differently in files.
     """
     tensors = list(_tensors(folder))
     return all(any(f".{name}." in f".{tensor}" for tensor in tensors) for name in names)
 
 
 def _tensors(folder: Path) -> Iterator[str]:
-    """The names of the tensors in a directory, so far as these can be read."""
+    """The names of the tensors in a directory, as far as they can be read."""
     for file in sorted(folder.glob("*.safetensors")):
         with contextlib.suppress(OSError, SafetensorError), safe_open(file, framework="np") as reader:
             yield from reader.keys()
@@ -91,5 +91,5 @@ def _known(model: str, tied: bool) -> tuple[int | None, bool]:
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    """The config in a directory; empty where there is none that can be read."""
+    """The config in a directory; empty if there is none that can be read."""
     return storage.read_json(folder / "config.json")

@@ -1,4 +1,4 @@
-"""A model that answers prompts, loaded as users load what is exported: by transformers and peft alone."""
+"""A model that answers prompts, loaded with transformers and peft alone, as users load an export."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from stoker.run import artifacts
 
 @dataclass(frozen=True)
 class Speaker:
-    """A model with its tokenizer, on a GPU where there is one."""
+    """A model with its tokenizer, on a GPU if there is one."""
 
     model: Any
     tokenizer: Any
     stops: list[int]
-    """The tokens that end what it says."""
+    """The tokens at which its answers end."""
 
     @property
     def chats(self) -> bool:
@@ -34,11 +34,11 @@ class Speaker:
         return bool(self.tokenizer.chat_template)
 
     def ask(self, messages: Sequence[Mapping[str, str]], values: Mapping[str, Any] = NO_VALUES) -> str:
-        """What a model that chats is given to have a conversation answered.
+        """The text that prompts a chat model to answer a conversation.
 
         Args:
             messages: each with its `role` and `content`.
-            values: what the template is given beside them.
+            values: values for the template.
 
         Raises:
             BadInput: its chat template refuses them.
@@ -61,14 +61,14 @@ class Speaker:
         seed: int = 0,
         show: Callable[[str], None] | None = None,
     ) -> dict[str, Any]:
-        """What follows a text: `text`, the number of `tokens`, and `tokens_per_second`.
+        """The continuation of a text: `text`, the number of `tokens`, and `tokens_per_second`.
 
         Args:
-            rendered: whether a chat template wrote it, with all that begins it.
-            temperature: 0 takes the likeliest token each time.
-            top_k: 0 draws from all tokens.
-            repetition_penalty: see transformers' `GenerationConfig`; None: as the model's own has it.
-            show: is given what is said as it is said.
+            rendered: whether a chat template wrote the text, including the beginning.
+            temperature: 0 always takes the most likely token.
+            top_k: 0 samples from all tokens.
+            repetition_penalty: see transformers' `GenerationConfig`; None: as in the model's own config.
+            show: called with the text as it is generated.
 
         Raises:
             BadInput: the text is empty, or leaves no room among the model's positions.
@@ -77,7 +77,7 @@ class Speaker:
         encoded = {name: encoded[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
         begun = encoded["input_ids"].shape[1]
         if begun == 0:
-            raise BadInput("the prompt is empty: give --prompt a text")
+            raise BadInput("the prompt is empty: give --prompt some text")
         room = building.room(self.model.config, begun)
         how: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         if temperature > 0:
@@ -97,19 +97,19 @@ class Speaker:
 
 
 def load(folder: Path, base: str | None = None) -> Speaker:
-    """Load a language model. Raises BadInput where it is none, or the base of an adapter is not there.
+    """Load a language model. Raises BadInput if it is not one, or the base of an adapter does not exist.
 
     Args:
-        folder: holds a model or an adapter, with its tokenizer; an adapter without one has its base's.
-        base: where an adapter's model is, if not where it was.
+        folder: contains a model or an adapter, with its tokenizer; an adapter without one uses its base's.
+        base: where an adapter's model is, if it has moved.
     """
     adapter = exports.is_adapter(folder)
     if base is not None and not adapter:
-        raise BadInput("--base is for adapters, and this is a whole model: leave it out")
+        raise BadInput("--base is for adapters, but this is a whole model: omit it")
     if not adapter and (folder / "config.json").is_file():
         building.load_config(folder)
     if artifacts.task_of(folder) != "text-generation":
-        raise BadInput(f"{folder} holds no language model: there is nothing that it could say")
+        raise BadInput(f"{folder} contains no language model, so it cannot generate text")
     model = merging.on_its_base(folder, base) if adapter else _whole(folder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     own = not adapter or hub.has_tokenizer(folder)
@@ -119,7 +119,7 @@ def load(folder: Path, base: str | None = None) -> Speaker:
 
 
 def _whole(folder: Path) -> Any:
-    """A model that is no adapter. Raises BadInput where its files are not there, or damaged."""
+    """A full model. Raises BadInput if its files do not exist, or are damaged."""
     quiet.before_deepspeed()
     from transformers import AutoModelForCausalLM
 
@@ -130,7 +130,7 @@ def _whole(folder: Path) -> Any:
 
 
 def _streamer(tokenizer: Any, show: Callable[[str], None] | None) -> Any:
-    """What `generate` hands tokens to."""
+    """The object that `generate` passes tokens to."""
     if show is None:
         return None
     from transformers import TextStreamer

@@ -1,4 +1,4 @@
-"""What of a model is trained: what text goes through, and of that the layers that adapters are put on."""
+"""Which parts of a model are trained: those that text passes through, and the layers that get adapters."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _ROUTERS = ("router", "gate", "gating")
 
 
 def freeze_what_no_text_goes_through(model: Any) -> None:
-    """Of a model that sees or hears as well: no text gives these parts a gradient."""
+    """Freeze the parts of a model for images or audio, which get no gradient from text."""
     is_of_text = _of_text(model)
     for name, parameter in model.named_parameters():
         if not is_of_text(name):
@@ -32,9 +32,9 @@ def freeze_what_no_text_goes_through(model: Any) -> None:
 
 
 def train_only(model: Any, patterns: Sequence[str]) -> None:
-    """Freeze all weights in whose names none of some regular expressions is found; none of these: nothing.
+    """Freeze all weights whose names match none of the regular expressions; without any, do nothing.
 
-    Of tied weights any name counts. Raises BadInput for one that is found in no name.
+    Tied weights match by any of their names. Raises BadInput for an expression that matches no name.
     """
     if not patterns:
         return
@@ -43,8 +43,8 @@ def train_only(model: Any, patterns: Sequence[str]) -> None:
         if not any(re.search(pattern, name) for name, _ in named):
             known = _last_parts(name.rpartition(".")[0] for name, _ in named)
             raise BadInput(
-                f"train_only: no weight has {pattern!r} in its name{nearest(pattern, known)}; names are such "
-                f"as {named[0][0]}, and the last parts of their modules {', '.join(known)}"
+                f"train_only: no weight's name matches {pattern!r}{nearest(pattern, known)}; a name is for "
+                f"example {named[0][0]}, and their modules end in {', '.join(known)}"
             )
     found = {id(p) for name, p in named if any(re.search(pattern, name) for pattern in patterns)}
     for parameter in model.parameters():
@@ -52,7 +52,7 @@ def train_only(model: Any, patterns: Sequence[str]) -> None:
 
 
 def experts(model: Any) -> dict[str, nn.Parameter]:
-    """The weights of a mixture's experts, many of which are one tensor (experts, a, b), by name."""
+    """The weights of a mixture's experts, many of them fused into one tensor (experts, a, b), by name."""
     is_of_text = _of_text(model)
     return {
         f"{place}.{name}": parameter
@@ -65,15 +65,16 @@ def experts(model: Any) -> dict[str, nn.Parameter]:
 def resolve(model: Any, lora: Lora) -> tuple[list[str], list[str]]:
     """What new adapters are put on: the names of modules, and of experts' weights, as peft takes them.
 
-    A name is that of all modules and weights which it ends. `all-linear` is every linear layer that text
-    goes through, but the output layer and what chooses among experts. Experts are taken by name alone: peft
-    computes all of their weights anew at every step.
+    A name selects all modules and weights whose names end in it. `all-linear` is every linear layer that text
+    passes through, except the output layer and the layers that choose among experts. Experts are selected
+    only by
+    name, since peft recomputes all of their weights at every step.
 
     Args:
-        model: bare; it may be on the meta device.
+        model: without adapters; it can be on the meta device.
 
     Raises:
-        BadInput: there is nothing of a name, or peft cannot put an adapter on it.
+        BadInput: nothing has a given name, or peft cannot put an adapter on it.
     """
     is_of_text = _of_text(model)
     modules = {name: module for name, module in model.named_modules() if is_of_text(name)}
@@ -99,21 +100,21 @@ def resolve(model: Any, lora: Lora) -> tuple[list[str], list[str]]:
         is_kept = any(_ends(name, target) or _ends(target, name) for name in kept)
         if not is_kept and target not in parameters:
             raise BadInput(
-                f"lora.targets: peft takes {target!r} of a {model.config.model_type} for a part of its "
-                f"experts: leave it out, or give the names of the experts' weights, "
+                f"lora.targets: in a {model.config.model_type}, peft treats {target!r} as part of the "
+                f"experts: omit it, or give the names of the experts' weights, "
                 f"{','.join(_last_parts(weights))}"
             )
     return sorted(kept), parameters
 
 
 def names(adapter: Any) -> list[str]:
-    """What an adapter, by peft's config of it, is put on."""
+    """The names that an adapter is put on, from its peft config."""
     on = adapter.target_modules
     return [on] if isinstance(on, str) else sorted({*on, *(adapter.target_parameters or ())})
 
 
 def say(run: Run, model: Any) -> None:
-    """Record how much of a model is trained, and say it on rank 0. It is whole yet, and may be meta."""
+    """Record how much of a model is trained, and log it on rank 0. The model is unsharded, possibly meta."""
     entries, trained = _counted(model)
     run.params(parameters=entries, trained_parameters=trained)
     if run.world.rank > 0:
@@ -122,17 +123,17 @@ def say(run: Run, model: Any) -> None:
     share = "all" if trained == entries else f"{trained:,} ({trained / entries:.2%})"
     how = ""
     if adapter is not None:
-        how = f", as adapters of rank {adapter.r} on {', '.join(_last_parts(names(adapter)))}"
+        how = f", as rank-{adapter.r} adapters on {', '.join(_last_parts(names(adapter)))}"
         how += "".join(f", {name} whole" for name in sorted(adapter.modules_to_save or ()))
     log.info("model: %s parameters, of which %s are trained%s", f"{entries:,}", share, how)
 
 
 def _counted(model: nn.Module) -> tuple[int, int]:
-    """How many parameters a model has with its adapters, tied ones once, and how many of them are trained."""
+    """The number of parameters with adapters, tied ones counted once, and how many of them are trained."""
     found: dict[int, tuple[int, bool]] = {}
     for module in model.modules():
         own = dict(module.named_parameters(recurse=False))
-        if isinstance(module, Quantised):  # its others are bytes
+        if isinstance(module, Quantised):  # its other tensors are bytes
             found[id(module)] = (module.plain().numel(), False)
             own = {"bias": own["bias"]} if "bias" in own else {}
         found.update({id(p): (p.numel(), p.requires_grad) for p in own.values()})
@@ -141,10 +142,10 @@ def _counted(model: nn.Module) -> tuple[int, int]:
 
 
 def whole(model: Any, lora: Lora, *, grown: bool) -> list[str]:
-    """The names of the modules that are trained whole beside new adapters.
+    """The names of the modules that are trained in full alongside new adapters.
 
     Args:
-        grown: the model has tokens that have learnt nothing: what embeds and predicts them is among these.
+        grown: the model has untrained tokens, so its embeddings and output layer are among these modules.
 
     Raises:
         BadInput: the model has no such module, or keeps it in 4 bits.
@@ -156,16 +157,14 @@ def whole(model: Any, lora: Lora, *, grown: bool) -> list[str]:
             near = nearest(name, _last_parts(modules))
             raise BadInput(f"lora.modules_to_save: the model has no module {name!r}{near}")
         if any(isinstance(part, Quantised) for module in found for part in module.modules()):
-            raise BadInput(
-                f"lora.modules_to_save: {name} is kept in 4 bits, and is not trained: leave it out"
-            )
+            raise BadInput(f"lora.modules_to_save: {name} is kept in 4 bits and cannot be trained: omit it")
     ends = (model.get_input_embeddings(), model.get_output_embeddings()) if grown else ()
     of_tokens = [place for place, module in modules.items() if any(module is end for end in ends)]
     return sorted({*lora.trained_whole, *_last_parts(of_tokens)})
 
 
 def _of_text(model: Any) -> Callable[[str], bool]:
-    """Tells by its name whether text goes through a part of a model."""
+    """A function that tells from its name whether text passes through a part of a model."""
     through = (model.get_decoder(), model.get_output_embeddings())
     places = [name for name, module in model.named_modules() if any(module is part for part in through)]
     alone = model.config.get_text_config() is model.config
@@ -184,7 +183,7 @@ def _chooses(name: str) -> bool:
 
 
 def _short(chosen: set[str], names: Iterable[str]) -> list[str]:
-    """Names by their last part, where these are the names of nothing else."""
+    """Names shortened to their last part, where that is unambiguous."""
     last = set(_last_parts(chosen))
     same = all(name in chosen for name in names if name.rpartition(".")[2] in last)
     return sorted(last if same else chosen)
@@ -195,14 +194,14 @@ def _last_parts(names: Iterable[str]) -> list[str]:
 
 
 def _kept_by_peft(model: Any, names: list[str]) -> list[str]:
-    """Of names of modules those that peft does not take for parts of experts, which have had such names."""
+    """The names that peft does not treat as parts of experts, which used to have such names."""
     from peft import LoraConfig
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 
     config = LoraConfig(target_modules=names)
     try:
         convert_peft_config_for_transformers(config, model=model, conversions=None)
-    except ValueError as error:  # some of what is one weight now
+    except ValueError as error:  # some of them are fused into one weight now
         raise BadInput(f"lora.targets: {error}") from error
     return list(config.target_modules or ())
 

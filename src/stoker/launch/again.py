@@ -1,7 +1,10 @@
-"""A run that is made again: what is started for it, and the process that does it.
+"""Running a run again: what is started for it, and the process that does it.
 
-It is started as the run was, a recipe by `stoker train`, a script of one's own by its command, in a process
-of its own: nothing that this one has imported is in it, and its code comes before what is installed.
+It is started the way the run was (a recipe with `stoker train`, a user's script with its command) in a
+separate
+process, so that nothing this process has imported is in it, and the run's code takes precedence over
+installed
+packages.
 """
 
 from __future__ import annotations
@@ -34,46 +37,46 @@ from stoker.world import environment_of_no_rank
 
 CONFIG = "config.yaml"
 FOLDER = "again"
-"""In the run that is made: the code that it is made from, and what was asked for."""
+"""In the new run: the code that it runs, and what was requested."""
 _TOLD = {EXIT_PREEMPTED: "preempted", EXIT_INTERRUPTED: "interrupted"}
-"""What a process was told that ended with one of these codes."""
+"""The status of a process that ended with one of these codes."""
 
 
 @dataclass(frozen=True)
 class Start:
-    """A process to be started."""
+    """A process to start."""
 
     command: tuple[str, ...]
     cwd: Path
     variables: Mapping[str, str]
-    """Its whole environment."""
+    """Its complete environment."""
     is_script: bool
-    """Whether what it writes to standard output is its own."""
+    """Whether its standard output belongs to the script."""
 
 
 def prepare(
     seen: RunView, part: Stretch, target: RunDirectory, there: Place,
     *, python: str, ranks: int, overrides: Sequence[str], variables: Mapping[str, str],
 ) -> Start:  # fmt: skip
-    """Write down what is asked of the process that makes a run again.
+    """Write down the request for the process that runs a run again.
 
     Args:
         seen: the run.
         part: which of its steps.
-        target: the run that is made; its folder is there.
+        target: the new run, whose folder exists.
         there: the code.
         python: the interpreter.
-        ranks: how many train.
-        overrides: `key=value` that are given anew.
-        variables: those of the run that decide how it computes.
+        ranks: the number of ranks.
+        overrides: `key=value` overrides.
+        variables: variables of the run that affect how it computes.
 
     Raises:
-        BadInput: it is not known how the run was started, or a script has no keys to be given anew.
+        BadInput: it is not known how the run was started, or a script has no keys to override.
     """
     folder = target.path / FOLDER
     words, is_script = command(seen, there, ranks)
     if is_script and overrides:
-        raise BadInput(f"{overrides[0]}: the run was made by a script without a recipe, which has no keys")
+        raise BadInput(f"{overrides[0]}: the run is from a script without a recipe, which has no keys")
     if not is_script:
         values = known_values(part.config, seen.record["sources"], overrides)
         storage.write_atomically(folder / CONFIG, yaml.safe_dump(values, sort_keys=False).encode())
@@ -91,25 +94,25 @@ def prepare(
     )  # fmt: skip
     again.write(folder / "again.json", asked)
     own = {**variables, again.VARIABLE: str(folder / "again.json")}
-    if is_script:  # other runs that it makes are none of the user's
+    if is_script:  # other runs that it makes do not belong to the user's runs
         own["STOKER_RUNS"] = str(folder / "runs")
     return Start((python, *words), there.cwd, _environment(there, seen, own), is_script)
 
 
 def run(start: Start, begun: Callable[[], bool]) -> int:
-    """Do it, and return its exit code; signals are passed on to it.
+    """Run it, and return its exit code; signals are passed on to it.
 
     Args:
-        begun: whether the run is there; until then the process is ended.
+        begun: whether the run exists; until then, signals end the process.
 
     Raises:
-        Stopped: it was told to stop before the run was there.
+        Stopped: it was told to stop before the run existed.
     """
     output = sys.stderr if start.is_script else subprocess.DEVNULL
     with _passing_on(begun) as (told, process_of):
         process = subprocess.Popen(
             start.command, cwd=start.cwd, env=dict(start.variables), stdin=subprocess.DEVNULL, stdout=output,
-            process_group=0,  # Ctrl-C reaches this process alone, which passes it on once
+            process_group=0,  # Ctrl-C reaches only this process, which passes it on once
             preexec_fn=signals.at_parents_death(signal.SIGTERM),  # noqa: PLW1509 - it takes no lock
         )  # fmt: skip
         process_of.append(process)
@@ -124,9 +127,9 @@ def run(start: Start, begun: Callable[[], bool]) -> int:
 
 @contextlib.contextmanager
 def _passing_on(begun: Callable[[], bool]) -> Iterator[tuple[list[int], list[subprocess.Popen[bytes]]]]:
-    """Signals that came, and the process that they are passed on to, once there is one.
+    """The signals received, and the process that they are passed on to, once it exists.
 
-    One that still loads its modules would show where Ctrl-C met it: it is told to end in another way.
+    A process that is still importing would print a traceback at Ctrl-C: it is ended in a different way.
     """
     told: list[int] = []
     processes: list[subprocess.Popen[bytes]] = []
@@ -150,15 +153,15 @@ def _passing_on(begun: Callable[[], bool]) -> Iterator[tuple[list[int], list[sub
 def known_values(
     config: Mapping[str, Any], sources: Mapping[str, str], overrides: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """A config without secrets, which no record has, and without what is given anew.
+    """A config without secrets, which are never recorded, and without overridden keys.
 
-    A secret that was a default is found by the code again. Raises BadInput for any other.
+    A secret that was a default is found again by the code. Raises BadInput for any other.
     """
     given = {configs.split(override)[0] for override in overrides}
     kept, lost = without_secrets({k: v for k, v in config.items() if k not in given}, sources)
     if lost:
         raise BadInput(
-            f"{', '.join(lost)}: a secret, which is not recorded; give it again: "
+            f"{', '.join(lost)}: secrets are not recorded; give it again: "
             f"{' '.join(f'{key}=...' for key in lost)}"
         )
     return kept
@@ -167,27 +170,27 @@ def known_values(
 def without_secrets(
     config: Mapping[str, Any], sources: Mapping[str, str]
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """A config without secrets, which no record has, and the keys of those that the code does not have."""
+    """A config without secrets, and the keys of those secrets that the code does not have."""
     removed = {key for key, value in config.items() if redaction.holds_redacted(value)}
     kept = {key: value for key, value in config.items() if key not in removed}
     return kept, tuple(sorted(key for key in removed if sources.get(key, DEFAULT) != DEFAULT))
 
 
 def located(reference: str, there: Place) -> str:
-    """A recipe's reference; of a file, that in the code that was unpacked. Raises BadInput."""
+    """A recipe's reference; for a file, the one in the unpacked code. Raises BadInput."""
     file, separator, function = reference.partition(":")
     if not file.endswith(".py"):
         return reference
     found = there.mapped(file)
     if not Path(found).is_file():
-        raise BadInput(f"{file} is not in the record of the run's code, and not there any more")
+        raise BadInput(f"{file} is not in the record of the run's code, and no longer exists")
     return f"{found}{separator}{function}"
 
 
 def command(seen: RunView, there: Place, ranks: int) -> tuple[list[str], bool]:
-    """What Python runs to train as a run did, without the values of its config; and whether it is a script.
+    """The Python arguments that train as a run did, without its config; and whether it is a script.
 
-    Raises BadInput where that is not known.
+    Raises BadInput if that is not known.
     """
     reference = seen.record["recipe"].get("reference")
     if reference is None:
@@ -196,19 +199,19 @@ def command(seen: RunView, there: Place, ranks: int) -> tuple[list[str], bool]:
 
 
 def _script(seen: RunView, there: Place, ranks: int) -> list[str]:
-    """The recorded command. Raises BadInput where it was no script's."""
+    """The recorded command. Raises BadInput if it was not a script's."""
     words = [str(word) for word in seen.record.get("command", [])]
     script = there.root / there.code.script if there.code.script else None
     if script is None and words:
         script = Path(there.mapped(str(Path(seen.record["cwd"], words[0]))))
     if script is None or script.suffix != ".py" or not script.is_file():
         raise BadInput(
-            f"{seen.directory.id} was made by {' '.join(words) or 'a command that is not known'}, which is "
-            "no script in the record of its code: it cannot be started again"
+            f"{seen.directory.id} was started with {' '.join(words) or 'an unknown command'}, which is not a "
+            "script in the record of its code: it cannot be started again"
         )
     if redaction.holds_redacted(words):
         raise BadInput(
-            f"the command of {seen.directory.id} held a secret, which is not recorded: run it yourself"
+            f"the command of {seen.directory.id} contained a secret, which is not recorded: run it yourself"
         )
     several = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     arguments = (there.mapped(word) if word.startswith("/") else word for word in words[1:])
@@ -216,31 +219,31 @@ def _script(seen: RunView, there: Place, ranks: int) -> list[str]:
 
 
 def _environment(there: Place, seen: RunView, own: Mapping[str, str]) -> dict[str, str]:
-    """This process's environment, where the run's code comes before all that is installed."""
+    """This process's environment, with the run's code before everything that is installed."""
     record = seen.directory.provenance
     recorded = storage.read_json(record / provenance.ENVIRONMENT).get("variables", {}).get("PYTHONPATH", "")
     ours = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     first = there.python_path(read_lock(record), recorded)
     reference = seen.record["recipe"].get("reference") or ""
-    imported = ":" in reference and ".py" not in reference  # a module, which may stand where it is started
+    imported = ":" in reference and ".py" not in reference  # a module, which may be in the working directory
     folders = [*first, *([str(there.cwd)] if imported else []), *(path for path in ours if path)]
     return {**environment_of_no_rank(), **own, "PYTHONPATH": os.pathsep.join(folders)}
 
 
 def name_of(record: Path) -> str:
-    """What the folder of a run's code is called, where it is unpacked beside its inputs. Raises BadInput."""
+    """The name of the folder of a run's code when it is unpacked next to its inputs. Raises BadInput."""
     return Path(provenance.read_code(record).root).name or "code"
 
 
 def read_lock(record: Path) -> str:
-    """The text of a run's lock; empty where none was recorded."""
+    """The text of a run's lock; empty if none was recorded."""
     with contextlib.suppress(OSError):
         return (record / provenance.REQUIREMENTS).read_text(encoding="utf-8")
     return ""
 
 
 def _record_of_code(record: Path, folder: Path) -> Path:
-    """A provenance folder with the code of a run alone: the environment is that of the process to come."""
+    """A provenance folder with only a run's code: the environment will be that of the new process."""
     target = folder / "record"
     target.mkdir()
     for name in (provenance.CODE, "code.tar.gz", provenance.DIFF):

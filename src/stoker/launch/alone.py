@@ -1,9 +1,12 @@
-"""A training that nobody watches from outside watches itself: one process, or a rank of `torchrun`.
+"""A training without a launcher watches itself: a single process, or a rank of `torchrun`.
 
-A thread looks at the heart of the loop once a second. Where it stands still for longer than a launcher
-would let it, the stacks of its threads are written, and the process is ended, or only warned of: nobody
-starts it again, and it may just take long. One that is stuck in C code which keeps Python's lock to itself
-is seen by a launcher only.
+A thread checks the heartbeat of the loop once a second. If the loop stands still for longer than a launcher
+would
+allow, the stacks of its threads are written, and the process is ended, or, since nobody would restart it and
+it may
+just be slow, only warned about. A process that hangs in C code while holding Python's GIL can only be
+detected by a
+launcher.
 """
 
 from __future__ import annotations
@@ -27,18 +30,18 @@ from stoker.supervision import Pulse
 log = logging.getLogger("stoker")
 
 _EVERY = 1.0  # seconds
-_OTHERS = 2.0  # seconds that other ranks, which stand still as well, have to write their stacks
-_LAST_WORDS = 10.0  # seconds after which it ends, whatever holds up what is written
+_OTHERS = 2.0  # seconds for other ranks, which stand still too, to write their stacks
+_LAST_WORDS = 10.0  # seconds after which it ends, whatever blocks the writing
 _DEBUGGERS = {"pdb", "bdb", "_pydevd_bundle"}
 
 
 @contextlib.contextmanager
 def watching(run: Run, say: Callable[[str], None], *, ends: bool) -> Iterator[None]:
-    """Within this block see where the loop stands still, unless a launcher looks after that.
+    """Within this block, watch for the loop standing still, unless a launcher does.
 
     Args:
         say: called with what happened, before the end.
-        ends: whether the process is ended then.
+        ends: whether to end the process then.
     """
     if supervision.FOLDER in os.environ:
         yield
@@ -52,7 +55,7 @@ def watching(run: Run, say: Callable[[str], None], *, ends: bool) -> Iterator[No
 
 
 class _Watch:
-    """Looks where the loop is, once a second."""
+    """Checks the loop's position once a second."""
 
     def __init__(self, run: Run, say: Callable[[str], None], *, ends: bool) -> None:
         self._run, self._say, self._ends = run, say, ends
@@ -60,9 +63,9 @@ class _Watch:
         self._quiet, self._looked = 0.0, time.monotonic()
 
     def look(self) -> None:
-        """See whether it has moved since the last look."""
+        """Check whether it has moved since the last look."""
         run, now, before = self._run, time.monotonic(), self._pulse
-        passed = min(now - self._looked, 2 * _EVERY)  # without the time that Ctrl-Z stopped it
+        passed = min(now - self._looked, 2 * _EVERY)  # excluding time stopped by Ctrl-Z
         self._looked = now
         self._pulse = pulse = run.heart.pulse if run.heart is not None else before
         self._quiet = self._quiet + passed if pulse is before and not _debugged() else 0.0
@@ -73,21 +76,21 @@ class _Watch:
             _end(run, f"it hangs: {said}", self._say)
         elif self._warned is not pulse:
             self._warned = pulse
-            log.warning("%s; %s; hang_limit=30min would end it after so long", said, _stacks(run))
+            log.warning("%s; %s; to end such a run, set for example hang_limit=30min", said, _stacks(run))
 
 
 def _stacks(run: Run) -> str:
-    """Write the stacks of all threads; where it is, and they are, in words."""
+    """Write the stacks of all threads; returns where the process is, and where they are, as text."""
     folder = supervision.stacks_folder(run.directory.logs)
     file = folder / f"rank-{run.world.rank}.txt"
     with file.open("w", encoding="utf-8") as opened:
         faulthandler.dump_traceback(opened, all_threads=True)
     place = supervision.place(file.read_text(encoding="utf-8", errors="replace"))
-    return f"{f'it is at {place}; ' if place else ''}the stacks of its threads are in {folder}"
+    return f"{f'it is at {place}; ' if place else ''}the stacks of all threads are in {folder}"
 
 
 def _end(run: Run, said: str, say: Callable[[str], None]) -> None:
-    """Write the stacks of all threads, say what happened, and end."""
+    """Write the stacks of all threads, report what happened, and end."""
     end = threading.Timer(_LAST_WORDS, os._exit, (EXIT_FAILED,))
     end.daemon = True
     end.start()
@@ -100,7 +103,7 @@ def _end(run: Run, said: str, say: Callable[[str], None]) -> None:
 
 
 def _debugged() -> bool:
-    """Whether somebody has stopped the main thread to look at it."""
+    """Whether a debugger has stopped the main thread."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     while frame is not None:
         if str(frame.f_globals.get("__name__")).partition(".")[0] in _DEBUGGERS:

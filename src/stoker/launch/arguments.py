@@ -1,4 +1,4 @@
-"""The options in the words of a command, `--name a` or `--name=a`."""
+"""Finds options in the words of a command, `--name a` or `--name=a`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ def without(words: Sequence[str], options: Collection[str], flags: Collection[st
     """The words without these options.
 
     Args:
-        options: those that have a value.
-        flags: those that have none.
+        options: options with a value.
+        flags: options without a value.
     """
     kept, rest = [], iter(words)
     for word in rest:
@@ -27,7 +27,7 @@ def has(words: Sequence[str], option: str) -> bool:
 
 
 def value(words: Sequence[str], option: str) -> str:
-    """What an option is given; empty where it is not."""
+    """The value of an option; empty if it is not given."""
     for word, following in zip(words, (*words[1:], ""), strict=True):
         name, equals, given = word.partition("=")
         if name == option:

@@ -1,4 +1,4 @@
-"""`python -m stoker.launch.beside PID COMMAND...`: the command, which ends when process PID does."""
+"""`python -m stoker.launch.beside PID COMMAND...`: runs the command, which ends when process PID ends."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def main() -> None:
     end_with_it = signals.at_parents_death(signal.SIGKILL)
     if end_with_it is not None:
         end_with_it()
-    if os.getppid() != parent:  # it was gone before
+    if os.getppid() != parent:  # it was already gone
         sys.exit(1)
     os.execvp(command[0], command)
 

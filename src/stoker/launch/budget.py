@@ -1,4 +1,4 @@
-"""How often ranks that fail are started again."""
+"""How often failing ranks are started again."""
 
 from __future__ import annotations
 
@@ -6,31 +6,31 @@ from stoker.errors import StokerError
 
 
 class RankFailed(StokerError):
-    """A rank ended with an exception, was killed, or hangs; the message has its traceback."""
+    """A rank ended with an exception, was killed, or hangs; the message contains its traceback."""
 
     step = -1
-    """How many steps were done."""
+    """The number of steps done."""
     saved = -1
-    """The step of the newest checkpoint on disk then."""
+    """The step of the newest checkpoint on disk at that time."""
     brief = ""
-    """The message in a line, where that is not its first."""
+    """The message in one line, if that is not its first line."""
     at = 0.0
-    """When, in seconds since 1970 by this machine's clock; 0 for now."""
+    """The time, in seconds since 1970 by this machine's clock; 0 for now."""
     raised = False
-    """Whether it was an exception of the code, and not the end of a process or a standstill."""
+    """Whether it was an exception from the code, rather than the end of a process or a hang."""
 
 
 class Budget:
-    """How many restarts are left: as many as at first, whenever a checkpoint was taken since the last."""
+    """The number of restarts left: reset to the original number by every new checkpoint."""
 
     def __init__(self, restarts: int) -> None:
         self._whole = self.left = restarts
         self._before: RankFailed | None = None
 
     def spend(self, failure: RankFailed) -> None:
-        """Take one for a failure. Raises it where none is left, or where the same happens again.
+        """Spend a restart on a failure. Raises it if none is left, or if the same failure repeats.
 
-        What will be something else the next time (`StokerError.changed`) costs none.
+        A failure that will differ the next time (`StokerError.changed`) costs none.
         """
         before, self._before = self._before, failure
         if failure.changed and str(failure) != str(before):
@@ -41,7 +41,7 @@ class Budget:
             where = f"at step {failure.step + 1}" if failure.step >= 0 else "before its first step"
             raise RankFailed(
                 f"it fails {where} every time, so it is not started again.\n"
-                f"The first time {before}\nThe second time {failure}"
+                f"The first time: {before}\nThe second time: {failure}"
             )
         if self.left == 0:
             raise failure

@@ -1,4 +1,4 @@
-"""The command line clients by which clusters are asked."""
+"""The command line clients of clusters."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ _ANSWER = 60.0  # seconds that a client may take
 
 
 def call(command: Sequence[str], needs: str, given: str | None = None) -> subprocess.CompletedProcess[str]:
-    """Run a client; how it ended is the caller's to judge.
+    """Run a client; the caller judges how it ended.
 
     Args:
-        needs: what is said where the client is not here.
-        given: what it reads from standard input.
+        needs: ends the message if the client is not found.
+        given: its standard input.
 
     Raises:
-        BadInput: it is not here.
-        StokerError: nothing answered it.
+        BadInput: it is not found.
+        StokerError: it did not answer in time.
     """
     try:
         return subprocess.run(
@@ -32,5 +32,5 @@ def call(command: Sequence[str], needs: str, given: str | None = None) -> subpro
 
 
 def not_found(client: str, needs: str) -> BadInput:
-    """The error of a client that is not here."""
-    return BadInput(f"{client} is not found: {needs}")
+    """The error for a client that is not found."""
+    return BadInput(f"{client} not found: {needs}")

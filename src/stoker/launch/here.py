@@ -1,4 +1,4 @@
-"""The target `local`: a job in the foreground of this machine, without a record."""
+"""The target `local`: a foreground job on this machine, without a record."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from stoker.launch.jobspec import JobSpec
 
 
 def check(spec: JobSpec) -> None:
-    """Refuse what this machine does not have. Raises BadInput."""
+    """Raises BadInput if this machine lacks the requested resources."""
     jobspec.check(spec)
     gpus, cores = len(machine.visible_gpus()) if spec.gpus else 0, os.cpu_count() or 1
     total = psutil.virtual_memory().total
     if spec.gpus > gpus:
         raise BadInput(
-            f"--gpus {spec.gpus}: this machine has {gpus or 'none'}; leave it out, or ask a cluster"
+            f"--gpus {spec.gpus}: this machine has {gpus or 'none'}; omit it, or use a cluster with --on"
         )
     if spec.cores > cores and spec.cpus is not None:
         raise BadInput(f"--cpus {spec.cpus}: this machine has {cores}")
@@ -27,11 +27,11 @@ def check(spec: JobSpec) -> None:
         have = jobspec.shown_memory(total)
         raise BadInput(f"--memory {jobspec.shown_memory(spec.memory)}: this machine has {have}")
     if spec.options:
-        raise BadInput(f"--option {next(iter(spec.options))}: it is for clusters; leave it out, or give --on")
+        raise BadInput(f"--option {next(iter(spec.options))} is for clusters: omit it, or add --on")
 
 
 def environment(spec: JobSpec) -> dict[str, str]:
-    """The variables of a job here: its own, and what keeps it to the cores and GPUs that it asks for."""
+    """The variables of a local job: its own, and those that limit it to its cores and GPUs."""
     found = dict(spec.environment)
     if spec.cpus is not None:
         found.setdefault("OMP_NUM_THREADS", str(spec.threads))
@@ -41,6 +41,6 @@ def environment(spec: JobSpec) -> dict[str, str]:
 
 
 def render(spec: JobSpec) -> str:
-    """The job as a line for a shell."""
+    """The job as a shell command."""
     variables = [f"{name}={value}" for name, value in environment(spec).items()]
     return shlex.join([*(["env", *variables] if variables else []), *spec.command]) + "\n"

@@ -1,10 +1,13 @@
-"""The uploader of a job: a process beside its launchers that brings what all nodes write to the object store.
+"""The uploader of a job: a process next to its launchers that uploads the output of all nodes.
 
-The nodes share the job's folder, and write their logs there; of a target that keeps these itself, such as
-Ray, a link to them is there (`beside`). Whole lines of these are added to copies in `logs/`, without secrets;
-the copies are brought to the store as a run is (`run/uploader.py`), in stretches.
-Its standard input is held open by those who write; it ends once that is closed and all is in the store,
-some seconds later at the latest. Where it is killed, that of the job's next attempt goes on.
+The nodes share the job's folder, and write their logs there; for a target that keeps logs itself, such as
+Ray, there
+is a link to them (`beside`). Complete lines are appended to copies in `logs/`, without secrets; the copies
+are
+uploaded in stretches, as a run is (`run/uploader.py`).
+Its standard input is held open by the writers; once that is closed, it ends when everything is in the store,
+or some
+seconds later at the latest. If it is killed, the uploader of the job's next attempt continues.
 
     python -m stoker.launch.job_uploader [--patience SECONDS] JOB_FOLDER
 """
@@ -30,16 +33,16 @@ from stoker.object_store import Store, Stored
 from stoker.run import messages, stretches, uploader
 
 KEPT = "job.log"
-"""In a job's folder: a link to what the target keeps of it."""
+"""In a job's folder: a link to the log that the target keeps."""
 PATIENCE = 30
-"""Seconds that a job which has ended is kept by a store which does not answer."""
+"""Seconds for which a store that does not answer can delay the end of a job."""
 
 
 class Growing:
-    """The logs of a job here, which grow until standard input is closed.
+    """The logs of a job on this machine, which grow until standard input is closed.
 
     Args:
-        folder: the job's.
+        folder: the job's folder.
         patience: seconds after which this process ends then, whatever it waits for.
     """
 
@@ -74,27 +77,29 @@ class InStore:
         self._base = f"{jobs.FOLDER}/{folder.name}"
         self._there: dict[str, Stored] | None = None
         self._copied: dict[str, int] = {}
-        """How many bytes of each log its copy has, by its name."""
+        """The number of bytes of each log that its copy has, by name."""
 
     def push(self) -> None:
-        """Bring there what is new here. Raises Unreachable."""
-        copies = [self._copy(log) for log in written(self._folder)]  # what says that it ended first, ...
+        """Upload what is new. Raises Unreachable."""
+        copies = [
+            self._copy(log) for log in written(self._folder)
+        ]  # the file that says that the job ended is read first, ...
         if self._there is None:
             found = self._store.objects(self._base)
             self._there = {key.removeprefix(f"{self._base}/"): stored for key, stored in found.items()}
         known = stretches.known(jobs.LOGS, self._there)
-        for copy in reversed(copies):  # ... and into the store last: then the rest is there
+        for copy in reversed(copies):  # ... and uploaded last: then everything else is there
             of_file = known.get(copy.name, [])
             stretches.push(self._store, self._base, jobs.LOGS, copy, of_file, self._there)
 
     def forget(self) -> None:
-        """Look again at what is there."""
+        """Check again what is in the store."""
         self._there = None
 
     def _copy(self, log: Path) -> Path:
-        """Add to the copy of a log the lines that have got their end; returns it."""
+        """Append the complete new lines of a log to its copy; returns the copy."""
         copy = self._folder / jobs.LOGS / log.name
-        begin = self._copied.pop(log.name, None)  # counted anew where the disk is full, say
+        begin = self._copied.pop(log.name, None)  # counted again, for example after a full disk
         if begin is None:
             begin = _copied(log, copy)
         with log.open("rb") as source, copy.open("ab") as target:
@@ -107,12 +112,12 @@ class InStore:
 
 @contextlib.contextmanager
 def beside(folder: Path | None, log: Path) -> Iterator[None]:
-    """Within this block a log that is kept elsewhere is brought to the store too, as one of a job.
+    """Within this block, upload a log that is kept elsewhere, as one of a job's logs.
 
-    What fails of it is said, and stops nothing.
+    Errors are reported, and stop nothing.
 
     Args:
-        folder: the job's, in the working copy of an object store; None where its runs are in none.
+        folder: the job's, in the working copy of an object store; None if its runs are not in one.
         log: a file that this process, or another one, writes.
     """
     process = None
@@ -125,7 +130,7 @@ def beside(folder: Path | None, log: Path) -> Iterator[None]:
             command = [sys.executable, "-P", "-m", "stoker.launch.job_uploader", str(folder)]
             process = subprocess.Popen(command, stdin=subprocess.PIPE)
     except OSError as error:
-        sys.stderr.write(f"stoker: {log} is not brought to the object store: {error}\n")
+        sys.stderr.write(f"stoker: {log} is not uploaded to the object store: {error}\n")
     try:
         yield
     finally:
@@ -134,13 +139,13 @@ def beside(folder: Path | None, log: Path) -> Iterator[None]:
 
 
 def written(folder: Path) -> list[Path]:
-    """The files in a job's folder that its nodes write: how its attempts went, then their logs."""
+    """The files in a job's folder that its nodes write: the record of its attempts, then their logs."""
     found = (file for suffix in jobs.WRITTEN for file in sorted(folder.glob(f"*{suffix}")))
     return [file for file in found if file.is_file()]
 
 
 def _copied(log: Path, copy: Path) -> int:
-    """How many bytes of a log its copy has: as many lines. What is no whole line is taken out of the copy."""
+    """The number of bytes of a log in its copy, by number of lines. Removes a partial line from the copy."""
     content = copy.read_bytes() if copy.is_file() else b""
     lines = content.count(b"\n")
     if not content.endswith(b"\n"):
@@ -150,29 +155,29 @@ def _copied(log: Path, copy: Path) -> int:
 
 
 def _without_secrets(lines: bytes) -> bytes:
-    """As many lines without secrets, of which one may take several lines, as a private key does."""
+    """Lines without secrets, keeping their number; a secret such as a private key can span lines."""
     cleaned = redaction.text(lines.decode("utf-8", "surrogateescape")).encode("utf-8", "surrogateescape")
-    return cleaned + b"\n" * (lines.count(b"\n") - cleaned.count(b"\n"))  # they are counted, see `_copied`
+    return cleaned + b"\n" * (lines.count(b"\n") - cleaned.count(b"\n"))  # lines are counted, see `_copied`
 
 
 def main() -> int:
-    """The uploader's process. Returns 0 where all is in the store, else 1."""
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):  # meant for those that train
+    """The uploader's process. Returns 0 if everything is in the store, else 1."""
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):  # meant for the training processes
         signal.signal(number, signal.SIG_IGN)
     parser = argparse.ArgumentParser(prog="stoker.launch.job_uploader")
     parser.add_argument("folder", type=Path, help="the job's folder")
-    parser.add_argument("--patience", type=float, default=PATIENCE, help="seconds, see above")
+    parser.add_argument("--patience", type=float, default=PATIENCE, help="in seconds")
     given = parser.parse_args()
     folder: Path = given.folder
     os.nice(19)
     store = object_store.of(folder.parent.parent)
     if store is None:
-        raise SystemExit(f"{folder} is of no object store")
+        raise SystemExit(f"{folder} does not belong to an object store")
     logs = Growing(folder, given.patience)
     ranks.log_to(logs.path / "uploader.log")
     messages.write_to_stderr()
     copy = InStore(folder, dataclasses.replace(store, patience=uploader.TRY))
-    with storage.locked(logs.path / "store.lock", timeout=math.inf):  # by one that has its last seconds, say
+    with storage.locked(logs.path / "store.lock", timeout=math.inf):  # by one in its last seconds, say
         return 0 if uploader.upload(logs, copy) else 1
 
 

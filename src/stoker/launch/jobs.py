@@ -1,10 +1,10 @@
-"""Jobs that were submitted, as the runs folder remembers them.
+"""Submitted jobs, as recorded in the runs folder.
 
 runs/.jobs/<id>/
   job.json        what was submitted, where to, when and from where
-  script.sh ...   what the target was handed
-  node-0.log ...  what it wrote, where the target keeps that in files
-  logs/           of runs in an object store: these without secrets, as they are brought there
+  script.sh ...   what the target received
+  node-0.log ...  its output, if the target keeps that in files
+  logs/           for runs in an object store: the same without secrets, as uploaded
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ FOLDER = ".jobs"  # in the runs folder
 RECORD = "job.json"
 LOGS = "logs"
 WRITTEN = (".txt", ".log")
-"""What the files end in that the job itself writes: how its attempts went, and its logs."""
+"""Extensions of the files that the job itself writes: the record of its attempts, and its logs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A job: one that is about to be submitted, or one that was."""
+    """A job that is about to be submitted, or that was submitted."""
 
     id: str
     target: str
@@ -48,17 +48,18 @@ class Job:
     runs: Path
     """The runs folder."""
     trains: tuple[str, ...]
-    """The runs that it trains, as experiment/name; of a sweep the folders of its trials."""
+    """The runs that it trains, as experiment/name; for a sweep, the folders of its trials."""
     native: str = ""
-    """The id that the target has given it."""
+    """The id that the target assigned."""
     submitted: float = 0.0
-    """When, in seconds since 1970."""
+    """The time, in seconds since 1970."""
     by: str = ""
     """Who submitted it, and on which machine: me@login1."""
     code: Mapping[str, Any] = field(default_factory=dict)
-    """The state of its code then, see `provenance.summary`; a job runs what is there when it starts."""
+    """The state of its code at that time, see `provenance.summary`; a job runs the code present at its
+    start."""
     cancelled: bool = False
-    """Whether it was cancelled by `stoker jobs cancel`."""
+    """Whether it was cancelled with `stoker jobs cancel`."""
 
     @property
     def folder(self) -> Path:
@@ -66,12 +67,12 @@ class Job:
 
 
 def planned(target: str, spec: JobSpec, runs: Path, trains: tuple[str, ...]) -> Job:
-    """A job that nothing is written of yet."""
+    """A job for which nothing is written yet."""
     return Job(id=directory.new_id(), target=target, spec=spec, runs=runs.absolute(), trains=trains)
 
 
 def begin(job: Job, file: str, rendered: str) -> Path:
-    """Make a job's folder, with what the target is handed; returns that file. Raises BadInput."""
+    """Create a job's folder, with what the target receives; returns that file. Raises BadInput."""
     try:
         job.folder.mkdir(parents=True)
         (job.folder / file).write_text(rendered, encoding="utf-8")
@@ -81,25 +82,25 @@ def begin(job: Job, file: str, rendered: str) -> Path:
 
 
 def forget(job: Job) -> None:
-    """Remove what stands of a job that was not submitted after all."""
+    """Remove the folder of a job that was not submitted after all."""
     shutil.rmtree(job.folder, ignore_errors=True)
 
 
 def signed(job: Job) -> Job:
-    """A job with who submits it, and the state of its code: nothing that may fail is left for afterwards."""
+    """A job with its submitter and the state of its code, so that nothing can fail after submission."""
     code = provenance.state(job.spec.folder, job.runs)
     return replace(job, by=f"{_user()}@{platform.node()}", code=code)
 
 
 def remember(job: Job, native: str) -> Job:
-    """Write down a job that was submitted, with the id that the target has given it."""
+    """Record a job that was submitted, with the id that the target assigned."""
     known = replace(job, native=native, submitted=time.time())
     write(known)
     return known
 
 
 def write(job: Job) -> None:
-    """Write a job's record; where the runs are in an object store, there too, with what was submitted."""
+    """Write a job's record, and upload it with what was submitted if the runs are in an object store."""
     known = asdict(job) | {"spec": job.spec.to_json(), "runs": str(job.runs)}
     storage.write_atomically(job.folder / RECORD, orjson.dumps(known, option=orjson.OPT_INDENT_2))
     store = object_store.of(job.runs)
@@ -109,11 +110,11 @@ def write(job: Job) -> None:
                 if file.is_file() and file.suffix not in WRITTEN:
                     store.put(f"{FOLDER}/{job.id}/{file.name}", file)
         except Unreachable as error:
-            log.warning("other machines do not see job %s: %s", job.id, error)
+            log.warning("other machines cannot see job %s yet: %s", job.id, error)
 
 
 def every(runs: Path) -> list[Job]:
-    """All jobs of a runs folder, oldest first; of an object store those of other machines too.
+    """All jobs of a runs folder, oldest first; for an object store, those of other machines too.
 
     Raises Unreachable.
     """
@@ -123,9 +124,9 @@ def every(runs: Path) -> list[Job]:
 
 
 def _bring(runs: Path) -> None:
-    """Bring here what other machines have written of jobs into an object store.
+    """Download what other machines have recorded about jobs in an object store.
 
-    Raises Unreachable where nothing is known without it.
+    Raises Unreachable if nothing is known without it.
     """
     store = object_store.of(runs.absolute())
     if store is None:
@@ -133,28 +134,28 @@ def _bring(runs: Path) -> None:
     try:
         for key, stored in store.objects(FOLDER).items():
             file = runs / key
-            if key.count("/") > 2:  # of its logs, which are read in the store
+            if key.count("/") > 2:  # its logs, which are read in the store
                 continue
             if not file.is_file() or (file.name == RECORD and _older(file, stored)):
                 store.get(key, file)
     except Unreachable as error:
         if not any((runs / FOLDER).glob(f"*/{RECORD}")):
             raise
-        log.warning("jobs of other machines are not known now: %s", error)
+        log.warning("jobs submitted from other machines are not shown: %s", error)
 
 
 def _older(record: Path, stored: Stored) -> bool:
-    """Whether a job was cancelled elsewhere since: nothing else changes a record, nor is that taken back."""
+    """Whether a job was cancelled elsewhere since: the only change that a record can have."""
     return record.stat().st_size != stored.size and not storage.read_json(record).get("cancelled")
 
 
 def find(runs: Path, reference: str) -> Job:
-    """The job meant by its id, the start of one, the target's id, or a run's name. Raises BadInput.
+    """The job with this id, start of an id, target's id, or run name. Raises BadInput.
 
-    Of several jobs that trained one run the newest is meant.
+    If several jobs trained a run, the newest one.
     """
     if not reference:
-        raise BadInput("give a job's id, the start of one, the cluster's id, or a run's name")
+        raise BadInput("give a job's id, the start of its id, the cluster's id, or a run's name")
     known = every(runs)
     exact = [job for job in known if reference in (job.id, job.native)]
     named = [job for job in known if any(reference in (run, _name(run)) for run in job.trains)]
@@ -163,16 +164,16 @@ def find(runs: Path, reference: str) -> Job:
     if len(found) == 1:
         return found[0]
     if found:
-        raise BadInput(f"{reference!r} means several jobs: {', '.join(j.id for j in found[:8])}")
+        raise BadInput(f"{reference!r} matches several jobs: {', '.join(j.id for j in found[:8])}")
     names = [name for job in known for name in (job.id, job.native, *map(_name, job.trains))]
     hint = nearest(reference, names)
     raise BadInput(
-        f"no job {reference!r} under {finding.shown(runs)}{hint}; `stoker jobs list` shows what there is"
+        f"no job {reference!r} under {finding.shown(runs)}{hint}; `stoker jobs list` shows all jobs"
     )
 
 
 def _user() -> str:
-    """Who this process runs as: by name, or by number where the system has no name for it."""
+    """The user of this process, by name, or by number if the system has no name for it."""
     try:
         return getpass.getuser()
     except (KeyError, OSError):  # OSError since Python 3.13
@@ -184,7 +185,7 @@ def _name(run: str) -> str:
 
 
 def _read(file: Path, runs: Path) -> Job | None:
-    """A job by its record, wherever the runs folder stands now; None where there is none that can be read."""
+    """A job from its record, wherever the runs folder is now; None if there is no readable record."""
     record = storage.read_json(file)
     if not record:
         return None
@@ -193,5 +194,5 @@ def _read(file: Path, runs: Path) -> Job | None:
         spec = JobSpec.from_json(kept["spec"])
         return Job(**{**kept, "spec": spec, "trains": tuple(kept["trains"]), "runs": runs.absolute()})
     except (KeyError, TypeError, BadInput) as error:
-        log.warning("%s cannot be read, and is left out: %s", file, error)
+        log.warning("%s cannot be read and is ignored: %s", file, error)
         return None

@@ -1,11 +1,13 @@
 """Jobs on Kubernetes: a manifest for a plain Job, or for Kubeflow's PyTorchJob and TrainJob.
 
-A plain Job is the default and needs nothing installed in the cluster: one pod a node, each with an index,
-that meet at the first one. A pod that was told to stop ends with 75 after a checkpoint, and is put in again
-without being counted as a failure; so is one that Kubernetes took away. Kubeflow's kinds start the ranks by
-torchrun, in the way of their operators, and count a 75 as a failure.
+A plain Job is the default and needs nothing installed in the cluster: one pod per node, each with an index;
+they meet
+at the first one. A pod that is told to stop saves a checkpoint and ends with 75, and is started again without
+counting as a failure; so is one that Kubernetes removed. Kubeflow's kinds start the ranks with torchrun, as
+their
+operators do, and count a 75 as a failure.
 
-What the code is run from is an image; runs stand in an object store, or on a persistent volume.
+The code is in a container image; runs are in an object store, or on a persistent volume.
 """
 
 from __future__ import annotations
@@ -29,24 +31,24 @@ log = logging.getLogger("stoker")
 
 MANIFEST = "manifest.yaml"
 RUNS = "/runs"
-"""Where the volume of the runs is mounted."""
+"""Where the volume for the runs is mounted."""
 LABEL = "stoker/job"
 
 _PORT = 29400
-_GRACE = 120  # seconds that a pod has for a checkpoint, once it is told to stop
+_GRACE = 120  # seconds that a pod has for a checkpoint after being told to stop
 _CONTAINER = "train"
 _TOLD_TO_TORCHRUN = ("--rendezvous", "--nodes", "--nproc", "--max-restarts")
 _OF_LOG = re.compile(r"[IWEF]\d{4} \d{2}:\d{2}:\d{2}")
-"""How a line of klog begins, by which kubectl says what it does."""
+"""The beginning of a line of klog, with which kubectl logs what it does."""
 
 _OPTIONS = {
-    "image": "what the code is run from",
+    "image": "the container image with the code",
     "kind": "job, pytorchjob or trainjob",
-    "claim": "the persistent volume claim that runs stand on",
-    "namespace": "where the job is",
-    "secret": "the Secret that has the variables of --env NAME",
-    "service-account": "whom the pods act as",
-    "pull-secret": "the Secret by which the image is pulled",
+    "claim": "the persistent volume claim that holds the runs",
+    "namespace": "the namespace of the job",
+    "secret": "the Secret with the variables of --env NAME",
+    "service-account": "the service account of the pods",
+    "pull-secret": "the Secret for pulling the image",
     "queue": "Kueue's queue",
     "gpu-resource": "nvidia.com/gpu by default",
     "runtime": "the ClusterTrainingRuntime of a trainjob, torch-distributed by default",
@@ -54,16 +56,16 @@ _OPTIONS = {
 _NAMES = ("claim", "namespace", "secret", "service-account", "pull-secret", "queue", "runtime")
 _NAME = re.compile(r"[a-z0-9](?:[a-z0-9.-]{0,251}[a-z0-9])?")
 _IMAGE = re.compile(r"[\w./:@+-]*")
-_NEEDS = "it is to be on the PATH, with access to a cluster; --dry-run prints the manifest anywhere"
+_NEEDS = "it must be on the PATH, with access to a cluster; --dry-run prints the manifest anywhere"
 _SELECTOR = "node."
-"""Before a label that nodes must have, as in `node.accelerator=a100`."""
+"""Prefix for a label that nodes must have, as in `node.accelerator=a100`."""
 
 
 # -- what a target does ----------------------------------------------------------------------
 
 
 def check(job: Job) -> None:
-    """Whether kubectl is here, and may make such a job in the cluster. Raises BadInput, StokerError."""
+    """Check that kubectl is here, and may create such a job. Raises BadInput, StokerError."""
     kind = _kind(job.spec)
     done = _kubectl(["auth", "can-i", "create", _RESOURCES[kind], *_namespace(job.spec)])
     answer = done.stdout.strip()
@@ -71,15 +73,15 @@ def check(job: Job) -> None:
         raise BadInput(f"kubectl may not create {_RESOURCES[kind]} there: {_said(done) or answer}")
     if answer != "yes":
         raise BadInput(
-            f"no cluster answers kubectl ({_said(done) or done.returncode}): set KUBECONFIG, or see `kubectl "
-            "config get-contexts`; --dry-run prints the manifest anywhere"
+            f"no cluster answers kubectl ({_said(done) or done.returncode}): set KUBECONFIG, or check "
+            "`kubectl config get-contexts`; --dry-run prints the manifest anywhere"
         )
     if job.spec.gpus:
         _check_nodes(job.spec)
 
 
 def render(job: Job) -> str:
-    """The manifest. Raises BadInput for settings that it cannot have."""
+    """The manifest. Raises BadInput for invalid settings."""
     jobspec.check(job.spec)
     _check_options(job.spec)
     parts = _KINDS[_kind(job.spec)](job)
@@ -89,25 +91,25 @@ def render(job: Job) -> str:
 
 
 def code(job: Job) -> str:
-    """Which code a job runs."""
-    return f"the code that is in the image {job.spec.options['image']}"
+    """A description of the code that a job runs."""
+    return f"the code in the image {job.spec.options['image']}"
 
 
 def submit(job: Job, rendered: str) -> str:
-    """Hand the manifest over; returns the job's name in the cluster. Raises StokerError."""
+    """Submit the manifest; returns the job's name in the cluster. Raises StokerError."""
     manifest = jobs.begin(job, MANIFEST, rendered)
     done = _kubectl(["create", "--filename", str(manifest)])
     if done.returncode != 0:
-        _kubectl(["delete", "--ignore-not-found", "--filename", str(manifest)])  # the half that was made
+        _kubectl(["delete", "--ignore-not-found", "--filename", str(manifest)])  # the part that was created
         jobs.forget(job)
-        raise StokerError(f"the cluster did not take the job: {_said(done)}")
+        raise StokerError(f"the cluster did not accept the job: {_said(done)}")
     if _meets(job.spec) and _kind(job.spec) == "job":
         _own_service(job)
     return _name(job)
 
 
 def states(of: Sequence[Job]) -> dict[str, Status]:
-    """How jobs are, by `Job.id`. Raises StokerError where the cluster does not answer."""
+    """The states of jobs, by `Job.id`. Raises StokerError if the cluster does not answer."""
     found = {}
     for job in of:
         done = _kubectl(["get", *_resource(job), "--output", "json", "--ignore-not-found"])
@@ -119,12 +121,12 @@ def states(of: Sequence[Job]) -> dict[str, Status]:
 
 
 def ended(of: Sequence[Job]) -> dict[str, Status]:
-    """Nothing: how a job ended is kept by the cluster alone."""
+    """Nothing: only the cluster knows how a job ended."""
     return {}
 
 
 def cancel(job: Job, *, at_once: bool) -> None:
-    """End a job for good: its pods are told to stop, and nothing puts them in again. Raises StokerError."""
+    """End a job for good: its pods are told to stop, and are not started again. Raises StokerError."""
     done = _kubectl(
         ["delete", "--filename", str(job.folder / MANIFEST), "--ignore-not-found", "--wait=false"]
     )
@@ -136,7 +138,7 @@ def cancel(job: Job, *, at_once: bool) -> None:
 
 
 def lines(job: Job, *, follow: bool) -> Iterator[Line]:
-    """What the pods have written, as the cluster keeps it; and the ranks."""
+    """The output of the pods, as the cluster keeps it; and that of the ranks."""
 
     def over() -> bool:
         return states([job])[job.id].over
@@ -169,7 +171,7 @@ def _line(text: str) -> Line:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes what comes twice twice: a reference is not what a person would write."""
+    """Repeats repeated values instead of using YAML references, as a person would."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -179,7 +181,7 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _plain_job(job: Job) -> list[dict[str, Any]]:
-    """A Job with a pod for each node or element; and the Service by which nodes find each other."""
+    """A Job with one pod per node or element; and the Service through which nodes find each other."""
     spec, name = job.spec, _name(job)
     pods = spec.elements or spec.nodes
     together = _meets(spec)
@@ -197,7 +199,7 @@ def _plain_job(job: Job) -> list[dict[str, Any]]:
             "completionMode": "Indexed",
             "completions": pods,
             "parallelism": pods,
-            # A failure of the run ends the pods of all nodes; one of an array's elements is its own.
+            # A failure of the run ends the pods of all nodes; a failure of an array element is its own.
             **(
                 {"backoffLimitPerIndex": spec.retries}
                 if spec.elements
@@ -219,7 +221,7 @@ def _plain_job(job: Job) -> list[dict[str, Any]]:
 
 
 def _pytorch_job(job: Job) -> list[dict[str, Any]]:
-    """Kubeflow's PyTorchJob: a master and workers, which the operator tells torchrun of."""
+    """Kubeflow's PyTorchJob: a master and workers, which the operator configures for torchrun."""
     spec = job.spec
     pod = _pod(job, _by_torchrun(job), container="pytorch")
     replica = {
@@ -244,7 +246,7 @@ def _pytorch_job(job: Job) -> list[dict[str, Any]]:
 
 
 def _train_job(job: Job) -> list[dict[str, Any]]:
-    """Kubeflow's TrainJob: what is to run, and a patch of the runtime that its cluster has for torch."""
+    """Kubeflow's TrainJob: what to run, and a patch of the cluster's runtime for torch."""
     spec = job.spec
     pod = _pod(job, _by_torchrun(job), container="node")
     (container,) = pod.pop("containers")
@@ -302,7 +304,7 @@ _RESOURCES = {
 
 
 def _service(job: Job) -> dict[str, Any]:
-    """Gives each pod of the Job a name that the others know, also before it is ready."""
+    """Gives each pod of the Job a name that the others can resolve, even before it is ready."""
     return {
         "apiVersion": "v1",
         "kind": "Service",
@@ -317,18 +319,20 @@ def _service(job: Job) -> dict[str, Any]:
 
 
 def _own_service(job: Job) -> None:
-    """Have the cluster remove the Service with its Job, whoever deletes that; it works without, too."""
+    """Make the cluster remove the Service with its Job, whoever deletes that; not essential."""
     name, where = _name(job), _namespace(job.spec)
     known = _kubectl(["get", f"{_RESOURCES['job']}/{name}", "--output", "jsonpath={.metadata.uid}", *where])
     owner = {"apiVersion": "batch/v1", "kind": "Job", "name": name, "uid": known.stdout.strip()}
     patch = json.dumps({"metadata": {"ownerReferences": [owner]}})
     done = _kubectl(["patch", f"service/{name}", "--type", "merge", "--patch", patch, *where])
     if done.returncode != 0:
-        log.warning("the service %s stays where others than stoker delete the job: %s", name, _said(done))
+        log.warning(
+            "the service %s will not be removed if the job is deleted without stoker: %s", name, _said(done)
+        )
 
 
 def _meets(spec: JobSpec) -> bool:
-    """Whether the pods of a job are to find each other."""
+    """Whether the pods of a job must find each other."""
     return any(RENDEZVOUS in word for word in spec.command)
 
 
@@ -342,7 +346,7 @@ def _pod(job: Job, command: Sequence[str], *, container: str = _CONTAINER) -> di
     selected = {key.removeprefix(_SELECTOR): v for key, v in options.items() if key.startswith(_SELECTOR)}
     if selected:
         made["nodeSelector"] = selected
-    # Loader workers hand batches over in shared memory, of which a container has 64 MiB by itself.
+    # Loader workers pass batches through shared memory, of which a container has 64 MiB by default.
     volumes = [{"name": "shared-memory", "emptyDir": {"medium": "Memory"}}]
     mounts = [{"name": "shared-memory", "mountPath": "/dev/shm"}]
     if "claim" in options:
@@ -363,7 +367,7 @@ def _pod(job: Job, command: Sequence[str], *, container: str = _CONTAINER) -> di
 
 
 def _wait_for_first(spec: JobSpec, host: str) -> dict[str, Any]:
-    """Pods start in any order, and a name is known once its pod has an address."""
+    """Pods start in any order, and a name resolves once its pod has an address."""
     return {
         "name": "wait-for-first",
         "image": spec.options["image"],
@@ -373,7 +377,7 @@ def _wait_for_first(spec: JobSpec, host: str) -> dict[str, Any]:
 
 def _environment(spec: JobSpec) -> list[dict[str, Any]]:
     given = {"OMP_NUM_THREADS": str(spec.threads), **spec.environment}
-    if "claim" in spec.options and _store(spec):  # what all nodes must have in common
+    if "claim" in spec.options and _store(spec):  # what all nodes must share
         given.setdefault("STOKER_CACHE", f"{RUNS}/.cache")
     found: list[dict[str, Any]] = [{"name": name, "value": _literal(value)} for name, value in given.items()]
     for name in spec.passed:
@@ -383,7 +387,7 @@ def _environment(spec: JobSpec) -> list[dict[str, Any]]:
 
 
 def _resources(spec: JobSpec) -> dict[str, Any]:
-    """Memory and GPUs are what a pod may have at most, too; of cores it may have those that are idle."""
+    """Memory and GPUs are also limits; of cores, a pod may use idle ones."""
     hard: dict[str, Any] = {}
     if spec.memory is not None:
         hard["memory"] = jobspec.shown_memory(spec.memory) + "i"
@@ -394,10 +398,10 @@ def _resources(spec: JobSpec) -> dict[str, Any]:
 
 
 def _command(job: Job, known: Mapping[str, str]) -> list[str]:
-    """The command as a container runs it: the image's Python, and runs where they stand there.
+    """The command as a container runs it: with the image's Python, and the runs' place in it.
 
     Args:
-        known: what placeholders are in a pod.
+        known: the values of the placeholders in a pod.
     """
     words = ["python", *(_relative(word, job.spec.folder) for word in job.spec.command[1:])]
     if "claim" in job.spec.options and not _store(job.spec):
@@ -408,20 +412,20 @@ def _command(job: Job, known: Mapping[str, str]) -> list[str]:
 
 
 def _by_torchrun(job: Job) -> list[str]:
-    """The command under torchrun, which finds in its variables how many ranks there are, and where."""
+    """The command under torchrun, which takes the number and address of ranks from variables."""
     restarts = arguments.value(job.spec.command, "--max-restarts")
     words = arguments.without(_command(job, {}), _TOLD_TO_TORCHRUN)
     return ["torchrun", *([f"--max-restarts={restarts}"] if restarts else []), *words[1:]]
 
 
 def _relative(word: str, folder: Path) -> str:
-    """A script below the working directory by its path from there, which is the image's working directory."""
+    """A script below the working directory, relative to it: the image has the same working directory."""
     path = Path(word)
     return str(path.relative_to(folder)) if path.is_absolute() and path.is_relative_to(folder) else word
 
 
 def _literal(text: str) -> str:
-    """Kubernetes puts variables in the place of `$(NAME)`."""
+    """Escape `$(NAME)`, which Kubernetes would replace with a variable."""
     return text.replace("$(", "$$(")
 
 
@@ -450,20 +454,20 @@ def _labels(job: Job) -> dict[str, str]:
 
 
 def _name(job: Job) -> str:
-    """A name that Kubernetes takes, also with the number of a pod behind it (RFC 1123: 63 characters)."""
+    """A valid Kubernetes name, even with a pod's number appended (RFC 1123: 63 characters)."""
     words = re.sub(r"[^a-z0-9]+", "-", job.spec.name.lower()).strip("-")
     mark = re.sub(r"[^a-z0-9]", "", job.id.lower())[-6:]
     return f"{words[:40].rstrip('-') or 'run'}-{mark}"
 
 
-# -- what cannot be --------------------------------------------------------------------------
+# -- checks ----------------------------------------------------------------------------------
 
 
 def _kind(spec: JobSpec) -> str:
     """Raises BadInput."""
     kind = spec.options.get("kind", "job").lower()
     if kind not in _KINDS:
-        raise BadInput(f"--option kind={kind}: give {', '.join(_KINDS)}{nearest(kind, _KINDS)}")
+        raise BadInput(f"--option kind={kind}: must be one of {', '.join(_KINDS)}{nearest(kind, _KINDS)}")
     return kind
 
 
@@ -473,26 +477,27 @@ def _check_options(spec: JobSpec) -> None:
         if key not in _OPTIONS and not key.startswith(_SELECTOR):
             known = "; ".join(f"{name}: {what}" for name, what in _OPTIONS.items())
             raise BadInput(
-                f"--option {key}: there is no such setting{nearest(key, _OPTIONS)}; there are {known}; "
-                "node.LABEL: what nodes must have"
+                f"--option {key}: no such setting{nearest(key, _OPTIONS)}; the settings are {known}; "
+                "node.LABEL: a label that nodes must have"
             )
     for key, value in spec.options.items():
         if key in _NAMES and not _NAME.fullmatch(value):
             raise BadInput(
-                f"--option {key}={value}: a name of Kubernetes has small letters, digits, - and . (RFC 1123)"
+                f"--option {key}={value}: a Kubernetes name has only lower-case letters, digits, - and . "
+                "(RFC 1123)"
             )
         if key == _SELECTOR:
             raise BadInput(f"--option {key}={value}: give node.LABEL=VALUE, such as node.accelerator=a100")
         if key == "image" and not _IMAGE.fullmatch(value):
-            raise BadInput(f"--option image={value}: that is no name of an image")
+            raise BadInput(f"--option image={value}: not a valid image name")
     if not spec.options.get("image"):
         raise BadInput(
-            "--option image=NAME: pods run an image that has stoker and your code in it; `stoker package` "
-            "writes a Dockerfile for one"
+            "--option image=NAME is missing: pods run an image that contains stoker and your code; `stoker "
+            "package` writes a Dockerfile for one"
         )
     if not _store(spec) and "claim" not in spec.options:
         raise BadInput(
-            "runs would stand inside the pods and be gone with them: give --runs s3://bucket/folder, or "
+            "runs would be stored inside the pods and be lost with them: give --runs s3://bucket/folder, or "
             "--option claim=NAME, a persistent volume claim"
         )
     if _store(spec) and spec.nodes > 1 and "claim" not in spec.options:
@@ -503,20 +508,20 @@ def _check_options(spec: JobSpec) -> None:
     if spec.passed and "secret" not in spec.options:
         keys = " ".join(f'--from-literal={name}="${name}"' for name in spec.passed)
         raise BadInput(
-            f"--env {spec.passed[0]}: its value is written nowhere, so pods take it from a Secret: "
-            f"kubectl create secret generic NAME {keys}, then --option secret=NAME"
+            f"--env {spec.passed[0]}: its value is not written to a file, so pods need it from a Secret: run "
+            f"kubectl create secret generic NAME {keys}, then add --option secret=NAME"
         )
     if _kind(spec) != "job" and spec.elements:
-        raise BadInput("several controllers are for kind=job: leave out kind, or --controllers")
+        raise BadInput("several controllers need kind=job: omit kind, or --controllers")
     if _kind(spec) == "trainjob" and spec.retries:
         raise BadInput(
-            f"--retries {spec.retries}: a TrainJob has no such number, its runtime decides; give "
-            "--max-restarts, by which torchrun starts the ranks again, or leave out kind"
+            f"--retries {spec.retries}: a TrainJob has no such setting, its runtime decides; use "
+            "--max-restarts, with which torchrun restarts the ranks, or omit kind"
         )
 
 
 def _store(spec: JobSpec) -> str:
-    """The URL that runs stand at; empty where they stand in a folder."""
+    """The URL of the runs; empty if they are in a folder."""
     url = arguments.value(spec.command, "--runs")
     return url if "://" in url else ""
 
@@ -525,24 +530,24 @@ def _check_nodes(spec: JobSpec) -> None:
     """Refuse more GPUs than any node has. Raises BadInput."""
     resource = spec.options.get("gpu-resource", "nvidia.com/gpu")
     done = _kubectl(["get", "nodes", "--output", "json"])
-    if done.returncode != 0:  # not everybody may look at nodes
+    if done.returncode != 0:  # not everybody may list nodes
         return
     nodes = json.loads(done.stdout)["items"]
     most = max((int(node["status"].get("allocatable", {}).get(resource, 0)) for node in nodes), default=0)
     if nodes and spec.gpus > most:
-        raise BadInput(f"--gpus {spec.gpus}: a node of this cluster has {most} {resource} at most")
+        raise BadInput(f"--gpus {spec.gpus}: a node of this cluster has at most {most} {resource}")
 
 
 # -- kubectl ---------------------------------------------------------------------------------
 
 
 def _kubectl(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    """Raises BadInput where it is not here, StokerError where nothing answers."""
+    """Raises BadInput if kubectl is not found, StokerError if nothing answers."""
     return client.call(["kubectl", *command], _NEEDS)
 
 
 def _said(done: subprocess.CompletedProcess[str]) -> str:
-    """What kubectl says of why it failed, without the lines of its own log."""
+    """The reason why kubectl failed, without the lines of its own log."""
     return "; ".join(line for line in done.stderr.splitlines() if line and not _OF_LOG.match(line))
 
 
@@ -559,9 +564,9 @@ _ENDED = {"Complete": "done", "Succeeded": "done", "SuccessCriteriaMet": "done",
 
 
 def _status(job: Job, known: Mapping[str, Any] | None) -> Status:
-    """How a job is by its object, of any kind; that of one which was deleted is gone."""
+    """The state of a job from its object, of any kind; None means that it was deleted."""
     if known is None:
-        return Status("cancelled") if job.cancelled else Status("unknown", "the cluster does not have it")
+        return Status("cancelled") if job.cancelled else Status("unknown", "not found in the cluster")
     said = known.get("status") or {}
     for condition in said.get("conditions") or []:
         if condition.get("status") == "True" and condition.get("type") in _ENDED:

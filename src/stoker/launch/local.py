@@ -1,11 +1,14 @@
-"""The ranks of a run on this machine, by torch.distributed.elastic, from a warm forkserver.
+"""The ranks of a run on this machine, started by torch.distributed.elastic from a warm forkserver.
 
-A rank runs a function and returns an exit code. SIGTERM, SIGUSR1 and Ctrl-C are passed on to the
-ranks, which stop after a checkpoint; that they ended is waited for. Of ranks that fail the first is
-reported: the others only lost their peer. If this process dies, so do the ranks.
+A rank runs a function and returns an exit code. SIGTERM, SIGUSR1 and Ctrl-C are passed on to the ranks, which
+stop
+after a checkpoint; the launcher waits for them to end. If ranks fail, the first one is reported: the others
+only
+lost their peer. If this process dies, so do the ranks.
 
-Each restart is a launch of its own with a store of its own: workers that are restarted within one
-launch find the addresses of those that died in the store they share.
+Each restart is a new launch with a new store: workers restarted within one launch would find the addresses of
+the
+dead ones in the store they share.
 """
 
 from __future__ import annotations
@@ -55,21 +58,22 @@ def run(
     """Run `function(*arguments)` in `nproc` ranks on each machine; returns the exit code.
 
     Args:
-        function: of a module, so that another process can import it; finds its rank by `World.current`.
-        preload: modules that the server of the ranks imports beforehand, besides torch.
-        max_restarts: how often all ranks are started again, see `Budget`, where one was killed, hangs or
-            raised anything but a StokerError.
-        machines: so many do this together, each called alike.
-        sizes: how many machines can share the work, where their number may change.
+        function: defined in a module, so that another process can import it; finds its rank with
+            `World.current`.
+        preload: modules that the ranks' forkserver imports in advance, in addition to torch.
+        max_restarts: how often all ranks are started again, see `Budget`, if one is killed, hangs or raises
+            anything but a StokerError.
+        machines: the number of machines that make this call together.
+        sizes: the numbers of machines that can share the work, if it may change.
         rendezvous: HOST:PORT of one of them, where they meet; see `nodes`.
-        shared: a folder that these machines are to have in common.
+        shared: a folder that all machines must share.
 
     Raises:
-        BadInput: what the first rank to fail raised.
-        StokerError: likewise; or RankFailed, for anything else.
+        BadInput: raised by the first rank that failed.
+        StokerError: likewise; or RankFailed, for any other failure.
     """
     job = _Job(function, tuple(arguments), nproc, tuple(preload))
-    with signals.raised():  # while no ranks are there to be told, it ends as they would
+    with signals.raised():  # until there are ranks to tell, the launcher ends as they would
         if machines.most == 1:
             return _alone(job, Budget(max_restarts))
         with nodes.seat(rendezvous, nproc, machines, max_restarts, sizes, shared) as seat:
@@ -88,7 +92,7 @@ class _Job:
 
 @dataclass(frozen=True)
 class Place:
-    """This machine among those of a launch; by default the only one."""
+    """This machine's place in a launch; by default it is the only one."""
 
     number: int = 0
     machines: int = 1
@@ -100,7 +104,7 @@ class Place:
 
 
 def _alone(job: _Job, budget: Budget) -> int:
-    """All of it, on the only machine."""
+    """Run everything on the only machine."""
     while True:
         with tempfile.TemporaryDirectory(prefix="stoker-launch-") as folder:
             try:
@@ -111,9 +115,9 @@ def _alone(job: _Job, budget: Budget) -> int:
 
 
 def _together(job: _Job, seat: nodes.Seat, host: str) -> int:
-    """This machine's part of what several do."""
+    """This machine's part of a launch on several."""
     interface = nodes.interface_towards(host)
-    if interface is not None:  # gloo would take the one of the host's name, which may be the loopback
+    if interface is not None:  # gloo would use the interface of the host's name, which may be the loopback
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     while True:
         begun = seat.next_round()
@@ -135,7 +139,7 @@ def _together(job: _Job, seat: nodes.Seat, host: str) -> int:
 
 
 def _attempt(job: _Job, place: Place, folder: Path) -> int:
-    """One launch. Raises what the first rank to fail failed of."""
+    """One launch. Raises the error of the first rank that failed."""
 
     def outside() -> str:
         if place.seat is None:
@@ -156,15 +160,15 @@ def _attempt(job: _Job, place: Place, folder: Path) -> int:
     ends = ranks.ends(folder)
     if watch.at_once:
         if len(ends) < job.nproc:
-            _tell_run(folder, "told to stop twice, its ranks were ended at once")
-        log.warning("told to stop twice: it ends at once, and the newest checkpoint stays")
+            _tell_run(folder, "told to stop twice, so its ranks were ended at once")
+        log.warning("told to stop twice: ending at once; the newest checkpoint remains")
         raise Stopped(STATUS[watch.told])
     if watch.abandoned:
         return max(end.code or 0 for end in ends.values())
     try:
         _raise_first(ends, failed, watch)
     except RankFailed as failure:
-        if watch.told:  # as it was asked to, if not in the way it was
+        if watch.told:  # it did end as asked, if not in the intended way
             raise StokerError(str(failure)) from failure
         failure.step, failure.saved = _progress(folder)
         _tell_run(folder, failure.brief or str(failure).partition("\n")[0])
@@ -173,7 +177,7 @@ def _attempt(job: _Job, place: Place, folder: Path) -> int:
 
 
 def _tell_run(folder: Path, error: str) -> None:
-    """Note in the run's journal what its ranks failed of: those that lost a peer know only that."""
+    """Record in the run's journal why its ranks failed: those that lost a peer only know that."""
     run = supervision.run_of(folder)
     newest = run and journal.newest_attempt(RunDirectory(run).journal)
     if run and newest:
@@ -187,14 +191,14 @@ def _progress(folder: Path) -> tuple[int, int]:
 
 
 def _launch(job: _Job, place: Place, folder: Path) -> dict[int, int]:
-    """Start the ranks and wait for them; returns the exit codes of those that were seen to fail first."""
+    """Start the ranks and wait for them; returns the exit codes of those seen to fail first."""
     multiprocessing.get_context("forkserver").set_forkserver_preload([*job.preload, *PRELOAD])
-    signals.start_forkserver()  # it imports torch while this process does
+    signals.start_forkserver()  # it imports torch at the same time as this process
     from stoker.engine import device
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    for name in ("torch.distributed.elastic", "torch.multiprocessing"):  # what they say is said here better
+    for name in ("torch.distributed.elastic", "torch.multiprocessing"):  # better messages follow here
         logging.getLogger(name).setLevel(logging.CRITICAL)
     config = LaunchConfig(
         min_nodes=place.machines, max_nodes=place.machines, nproc_per_node=job.nproc,
@@ -207,18 +211,18 @@ def _launch(job: _Job, place: Place, folder: Path) -> dict[int, int]:
     try:
         device.check(job.nproc)
         elastic_launch(config, ranks.main)(job.function, job.arguments, str(folder))
-    except (Stopped, BadInput):  # before any rank was there
+    except (Stopped, BadInput):  # before any rank existed
         _end_server()
         raise
     except ChildFailedError as error:
         return {rank: failure.exitcode for rank, failure in error.failures.items()}
-    except RuntimeError as error:  # of the store in which the machines find each other
+    except RuntimeError as error:  # from the store through which the machines find each other
         raise RankFailed(f"the machines did not find each other: {error}") from error
     return {}
 
 
 def _end_server() -> None:
-    """End the server of the ranks with those that it is about to start, before they say that nobody waits."""
+    """End the ranks' forkserver and the ranks it is starting, before they complain that nobody waits."""
     from multiprocessing import forkserver
 
     with contextlib.suppress(psutil.Error):
@@ -229,15 +233,15 @@ def _end_server() -> None:
 
 
 def _raise_first(ends: dict[int, ranks.End], failed: dict[int, int], watch: Watch) -> None:
-    """Raise what the first rank to fail failed of: standing still, being killed, an exception."""
+    """Raise the failure of the first rank: a hang, being killed, or an exception."""
     if watch.verdict:
         raise RankFailed(watch.verdict)
-    silent = sorted(failed.keys() - ends.keys())  # not those that were ended for another's failure
+    silent = sorted(failed.keys() - ends.keys())  # not those that were ended because another failed
     if silent:
         code = failed[silent[0]]
-        name = f"killed by {signal.Signals(-code).name}" if code < 0 else f"gone with exit code {code}"
+        name = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         hint = ": it may have run out of memory" if code == -signal.SIGKILL else ""
-        raise RankFailed(f"rank {silent[0]} was {name}{hint}{_last_output(watch.folder, silent[0])}")
+        raise RankFailed(f"rank {silent[0]} {name}{hint}{_last_output(watch.folder, silent[0])}")
     errors = sorted((end for end in ends.values() if end.error), key=lambda end: end.at)
     if errors:
         first = errors[0]

@@ -1,14 +1,20 @@
-"""Launchers of several machines that train one run together: they meet at one of them.
+"""Coordinates launchers on several machines that train one run: they meet at one of them.
 
-Every launcher is given the same address. The one that it is an address of answers there; all of them,
-itself too, tell it twice a second how they are, and hear what to do. Once all are there a round begins:
-ranks are started everywhere. When a rank fails, or a machine is not heard of, the round is over, all
-ranks are ended, and the next round begins, as long as restarts are left. One connection a message, each
-with a time limit: a machine that is cut off is a message that does not come.
+Every launcher is given the same address. The launcher that has this address answers there; all launchers,
+including
+itself, report to it twice a second, and are told what to do. When all have joined, a round begins: ranks are
+started
+everywhere. When a rank fails, or a machine stops reporting, the round is over, all ranks are ended, and the
+next
+round begins, as long as restarts are left. Each message uses its own connection, with a time limit: a machine
+that
+is cut off is seen as missing messages.
 
-Where their number may change (`1:4`), a round begins with those that are there. One that comes, or is told
-to stop, ends it after a checkpoint, and one that is lost as soon as it is missed; the next has the others.
-None of that costs a restart. The machine that they meet at must stay.
+If their number may change (`1:4`), a round begins with the machines that are available. A machine that joins,
+or is
+told to stop, ends the round after a checkpoint; a machine that is lost ends it as soon as it is missed. The
+next
+round has the others. None of this costs a restart. The machine at which they meet must stay.
 """
 
 from __future__ import annotations
@@ -37,18 +43,18 @@ from stoker.words import counted
 log = logging.getLogger("stoker")
 
 BEAT = 0.5  # seconds between two messages of a machine
-SILENCE = 10.0  # seconds without one after which it is taken for gone
-COMING = 600.0  # seconds that the others are waited for
-LAST_CALL = 5.0  # seconds that more machines than needed are waited for, before the first round
-_COLLECT = 1.5  # seconds after a failure in which others that come of it may be told of
+SILENCE = 10.0  # seconds without a message after which a machine counts as gone
+COMING = 600.0  # seconds to wait for the others
+LAST_CALL = 5.0  # seconds to wait for more machines than needed, before the first round
+_COLLECT = 1.5  # seconds after a failure in which related failures may be reported
 _MESSAGE = 3.0  # seconds that a message may take
-_GOODBYE = 5.0  # seconds that the others have to hear how it ended
+_GOODBYE = 5.0  # seconds for the others to be told how it ended
 
 _MARK = ".shared"
 _LOOKS = 50
 _NOT_SHARED = (
-    "the runs folder of {host} is another one than that of the machines which are here: give --runs a folder "
-    "that all of them share; of an object store, its working copy is below STOKER_CACHE"
+    "the runs folder of {host} is not the one that the other machines use: set --runs to a folder that they "
+    "all share; for an object store, share its working copy, which is below STOKER_CACHE"
 )
 
 WAITING, RUNNING, FAILED, DONE, GONE = "waiting", "running", "failed", "done", "gone"
@@ -56,7 +62,7 @@ WAITING, RUNNING, FAILED, DONE, GONE = "waiting", "running", "failed", "done", "
 
 @dataclass(frozen=True)
 class Machines:
-    """How many machines train together: `2`, or from 1 to 4."""
+    """The number of machines that train together: `2`, or from 1 to 4."""
 
     least: int = 1
     most: int = 1
@@ -68,9 +74,7 @@ class Machines:
         least, colon, most = text.partition(":")
         most = most if colon else least
         if not (least.isdecimal() and most.isdecimal() and 1 <= int(least) <= int(most)):
-            raise BadInput(
-                f"--nodes {text}: give a number, such as 2, or the least and the most, such as 1:4"
-            )
+            raise BadInput(f"--nodes {text}: give a number, such as 2, or a minimum and maximum, such as 1:4")
         return cls(int(least), int(most))
 
     def __str__(self) -> str:
@@ -82,16 +86,16 @@ ONE = Machines()
 
 @dataclass
 class Report:
-    """What a launcher says of itself."""
+    """What a launcher reports about itself."""
 
     node: str
     host: str
     nproc: int
     nodes: str
     folder: str = ""
-    """The id of the folder that all machines are to share."""
+    """The id of the folder that all machines must share."""
     first: bool = False
-    """Whether they meet at this one: it is machine 0, and its ranks find each other there too."""
+    """Whether they meet at this machine: it is machine 0, and its ranks find each other there too."""
     round: int = 0
     """The newest round that it knows."""
     phase: str = WAITING
@@ -105,7 +109,7 @@ class Report:
     """Whether it was an exception."""
     again: bool = True
     changed: bool = False
-    """As `StokerError` has them."""
+    """As in `StokerError`."""
     code: int = 0
     step: int = -1
     saved: int = -1
@@ -113,24 +117,24 @@ class Report:
 
 @dataclass
 class Answer:
-    """What it is told."""
+    """What a launcher is told."""
 
     round: int = 0
     """The newest round; 0 before the first."""
     over: str = ""
-    """Why that round is over, where it is."""
+    """Why that round is over, if it is."""
     number: int = 0
-    """Which of the machines this one is; -1 where it has no part in the round."""
+    """The number of this machine; -1 if it does not take part in the round."""
     machines: int = 1
-    """Of the round."""
+    """The number of machines in the round."""
     changes: str = ""
-    """Why the round is to be ended after a checkpoint."""
+    """Why the round will be ended after a checkpoint."""
     port: int = 0
-    """Where the ranks of the round meet."""
+    """The port where the ranks of the round meet."""
     id: str = ""
-    """Of the round."""
+    """The id of the round."""
     ended: bool = False
-    """Whether all is over."""
+    """Whether everything is over."""
     error: str = ""
     code: int = 0
 
@@ -140,21 +144,21 @@ class _Member:
     report: Report
     heard: float
     number: int = -1
-    """Its place in the newest round."""
+    """Its number in the newest round."""
 
 
 @dataclass
 class _Host:
-    """What the machine that the others meet at knows. Its methods are called under its lock."""
+    """The state of the machine at which the others meet. Its methods are called under its lock."""
 
     nodes: Machines
     budget: Budget
     sizes: frozenset[int]
-    """How many machines a round may have."""
+    """The possible numbers of machines in a round."""
     members: dict[str, _Member] = field(default_factory=dict)
     round: int = 0
     machines: int = 0
-    """Of the newest round."""
+    """In the newest round."""
     running: bool = False
     over: str = "not begun"
     changes: str = ""
@@ -168,14 +172,14 @@ class _Host:
     told: set[str] = field(default_factory=set)
     lock: threading.Lock = field(default_factory=threading.Lock)
     since: float = field(default_factory=time.monotonic)
-    """Since when machines are waited for, or the last one came."""
+    """When waiting for machines began, or the last one joined."""
 
     @property
     def elastic(self) -> bool:
         return self.nodes.least < self.nodes.most
 
     def hear(self, report: Report) -> Answer:
-        """Take a report; say what to do."""
+        """Process a report; returns what to do."""
         refused = self._refusal(report)
         if refused:
             return Answer(ended=True, code=2, error=refused)
@@ -193,20 +197,20 @@ class _Host:
         return Answer(self.round, self.over, known.number, self.machines, self.changes, self.port, self.id)
 
     def _refusal(self, report: Report) -> str:
-        """Why a machine may not take part; nothing where it may."""
+        """Why a machine may not take part; empty if it may."""
         if report.nodes != str(self.nodes):
             return f"--nodes {report.nodes}: here it is --nodes {self.nodes}"
         if any(member.report.folder != report.folder for member in self.members.values()):
             return _NOT_SHARED.format(host=report.host)
         full = report.node not in self.members and not (self._has_room(report) or self._make_room())
-        return f"all {self.nodes.most} machines are here already" if full and not report.leaving else ""
+        return f"all {self.nodes.most} machines have already joined" if full and not report.leaving else ""
 
     def _plays(self, member: _Member | None) -> bool:
-        """Whether a machine is part of the round that is going on."""
+        """Whether a machine is part of the current round."""
         return self.running and member is not None and member.number >= 0
 
     def _let_go(self, report: Report, now: float) -> None:
-        """Forget a machine that says that it is no part of it any more."""
+        """Remove a machine that says that it is leaving."""
         known = self.members.pop(report.node, None)
         if self._plays(known) and self.failure is None:
             self.failure, self.final, self.failed_at = RankFailed(f"{report.host} left"), False, now
@@ -217,18 +221,18 @@ class _Host:
         self.members[report.node] = _Member(report, now)
         self.since = now
         log.info(
-            "%s is here, with %s: %d of %s",
+            "%s joined with %s: %d of %s",
             report.host, counted(report.nproc, "rank"), len(self.members), self.nodes,
         )  # fmt: skip
         return self.members[report.node]
 
     def _has_room(self, report: Report) -> bool:
-        """Besides the machine that they meet at, which may be heard after others."""
+        """Whether there is room, keeping a place for the rendezvous machine, which may report later."""
         others = sum(not member.report.first for member in self.members.values())
         return report.first or others < self.nodes.most - 1
 
     def _make_room(self) -> bool:
-        """Forget a machine that is gone, between rounds, for one that comes in its place."""
+        """Between rounds, remove a machine that is gone, to make room for a new one."""
         now = time.monotonic()
         gone = [node for node, member in self.members.items() if now - member.heard > SILENCE]
         if self.running or not gone:
@@ -245,7 +249,7 @@ class _Host:
             self._judge_waiting(now)
 
     def _judge_waiting(self, now: float) -> None:
-        """Begin a round with those that are here, where they are enough."""
+        """Begin a round with the available machines, if there are enough."""
         heard = [member for member in self.members.values() if now - member.heard < SILENCE]
         here = [member for member in heard if member.report.phase == WAITING and not member.report.leaving]
         size = self._size(len(here))
@@ -255,7 +259,7 @@ class _Host:
             self._begin(here, size)
         elif now - self.since > COMING:
             code = EXIT_PREEMPTED if self.round else EXIT_FAILED
-            self._end(code, f"{len(here)} of {self.nodes} machines came within {COMING:.0f} s")
+            self._end(code, f"only {len(here)} of {self.nodes} machines joined within {COMING:.0f} s")
 
     def _judge_round(self, now: float) -> None:
         playing = self._playing()
@@ -269,22 +273,22 @@ class _Host:
             others = [member for member in self.members.values() if member.number < 0]
             ready = [member for member in others if now - member.heard < SILENCE]
             if self._size(self.machines + len(ready)) > self.machines:
-                self.changes = f"{', '.join(member.report.host for member in ready)} came"
+                self.changes = f"{', '.join(member.report.host for member in ready)} joined"
 
     def _of_round(self) -> list[_Member]:
         """The machines of the newest round."""
         return [member for member in self.members.values() if member.number >= 0]
 
     def _playing(self) -> list[_Member]:
-        """Those of the round that have heard of it."""
+        """Those of the round that know about it."""
         return [member for member in self._of_round() if member.report.round == self.round]
 
     def _size(self, here: int) -> int:
-        """As many of so many machines as a round may have; 0 for too few."""
+        """The largest possible round with this many machines; 0 if there are too few."""
         return max((size for size in self.sizes if size <= here), default=0)
 
     def _ended(self, code: int, playing: list[_Member]) -> None:
-        """All ranks came to an end by themselves; where machines only change, the next round begins."""
+        """All ranks ended by themselves; if only the set of machines changes, the next round begins."""
         leaving = [member for member in playing if member.report.leaving]
         staying = sum(not member.report.leaving for member in self.members.values())
         stays = not any(member.report.first for member in leaving)
@@ -298,13 +302,13 @@ class _Host:
         failed = [member for member in playing if member.report.phase == FAILED]
         silent = [m.report.host for m in self._of_round() if now - m.heard > SILENCE]
         if failed:
-            # What ended a rank from outside comes before what that made the others raise.
+            # What ended a rank from outside takes precedence over the errors that this caused in others.
             first = min(failed, key=lambda m: (m.report.again, m.report.raised, m.heard - m.report.ago))
             self.failure, self.final = RankFailed(first.report.said), not first.report.again
             self.failure.raised, self.failure.exit_code = first.report.raised, first.report.code or 1
             self.failure.changed = first.report.changed
         elif silent:
-            said = f"nothing was heard of {', '.join(silent)} for {SILENCE:.0f} s"
+            said = f"no message from {', '.join(silent)} for {SILENCE:.0f} s"
             self.failure, self.final = RankFailed(said), False
         if self.failure is not None:
             self.failed_at = now if self.failed_at is None else self.failed_at
@@ -314,24 +318,24 @@ class _Host:
     def _begin(self, here: list[_Member], size: int) -> None:
         for member in self.members.values():
             member.number = -1
-        # The one they meet at is machine 0; those that were together stay so.
+        # The rendezvous machine is machine 0; machines that were together stay together.
         ordered = sorted(here, key=lambda member: (not member.report.first, -member.report.round))
         for number, member in enumerate(ordered[:size]):
             member.number = number
             log.info("%s is machine %d of %d", member.report.host, number, size)
         for member in ordered[size:]:
-            log.info("%s waits: %d machines cannot share the work", member.report.host, len(here))
+            log.info("%s is waiting: the work cannot be shared by %d machines", member.report.host, len(here))
         self.round += 1
         self.machines, self.running, self.over, self.changes = size, True, "", ""
         self.failed_at, self.failure = None, None
         self.port, self.id = machine.free_port(), uuid.uuid4().hex
 
     def _over(self, now: float) -> None:
-        """End the round; a restart is spent on it, unless it failed of a machine that may be lost."""
+        """End the round; this costs a restart, unless it failed because of a machine that may be lost."""
         assert self.failure is not None
         lost = [member.report.host for member in self._of_round() if now - member.heard > _COLLECT]
         if self.elastic and lost and not self.final:
-            self._pause(f"{', '.join(lost)} is not heard of")
+            self._pause(f"{', '.join(lost)} does not respond")
             return
         self._pause(str(self.failure), quiet=True)
         try:
@@ -339,9 +343,9 @@ class _Host:
                 raise self.failure
             self.budget.spend(self.failure)
         except RankFailed as error:
-            if lost and not self.final:  # nothing of the training failed: whoever started it may do so again
-                gone = f"{', '.join(lost)} is not heard of, so all have ended"
-                again = "once it is there again the same command goes on"
+            if lost and not self.final:  # training itself did not fail: it can be started again
+                gone = f"{', '.join(lost)} does not respond, so all machines have ended"
+                again = "once it is back, the same command resumes"
                 self._end(EXIT_PREEMPTED, f"{gone}; {again}.\n{error}")
             else:
                 self._end(error.exit_code, str(error))
@@ -349,24 +353,24 @@ class _Host:
             log.warning("%s\nstarting again; restarts left: %d", self.failure, self.budget.left)
 
     def _pause(self, why: str, *, quiet: bool = False) -> None:
-        """The round is over; the next one is to come."""
+        """The round is over; the next one will follow."""
         self.running, self.over, self.since = False, why, time.monotonic()
         if not quiet:
-            log.info("%s: going on with those that are here", why)
+            log.info("%s: continuing with the machines that are available", why)
 
     def _end(self, code: int, error: str) -> None:
         self.answer = Answer(self.round, self.over, ended=True, code=code, error=error)
 
 
 class Seat:
-    """This machine's place at the meeting.
+    """This machine's connection to the rendezvous.
 
     Args:
-        address: where they meet.
-        nproc: ranks of this machine.
-        nodes: how many machines there are to be.
-        folder: the id of the folder that they share.
-        first: whether they meet at this one.
+        address: the rendezvous.
+        nproc: ranks on this machine.
+        nodes: how many machines there will be.
+        folder: the id of the shared folder.
+        first: whether the rendezvous is at this machine.
     """
 
     def __init__(
@@ -383,11 +387,11 @@ class Seat:
         self._thread.start()
 
     def next_round(self) -> Answer:
-        """Wait for the next round, or the end. Raises StokerError, BadInput where that is an error."""
+        """Wait for the next round, or the end. Raises StokerError, BadInput if that is an error."""
         self._say(phase=WAITING)
         done = self._report.round
         if self.why_over() and not self._answer.ended:
-            log.info("%s; waiting for the others to begin again", self.why_over())
+            log.info("%s; waiting for the others to start again", self.why_over())
         while True:
             answer = self._answer
             if answer.error:
@@ -403,7 +407,7 @@ class Seat:
             time.sleep(BEAT / 5)
 
     def finished(self, code: int) -> int:
-        """Say that the ranks here are done; waits for the others. -1 where the round was over before."""
+        """Report that the ranks here are done, and wait for the others. -1 if the round was over before."""
         self._say(phase=DONE, code=code)
         while not self._answer.ended:
             if self.why_over():
@@ -414,7 +418,7 @@ class Seat:
         return self._answer.code
 
     def failed(self, failure: StokerError, again: bool) -> None:
-        """Say that the ranks here failed, and wait until it was heard."""
+        """Report that the ranks here failed, and wait until that is received."""
         raised = isinstance(failure, RankFailed) and failure.raised
         self._failed_at = (isinstance(failure, RankFailed) and failure.at) or time.time()
         self._say(
@@ -429,29 +433,29 @@ class Seat:
             time.sleep(BEAT / 5)
 
     def progress(self, step: int, saved: int) -> None:
-        """Say how far the ranks here are."""
+        """Report the progress of the ranks here."""
         self._say(step=step, saved=saved)
 
     def leave(self) -> None:
-        """Say that this machine was told to stop."""
+        """Report that this machine was told to stop."""
         self._say(leaving=True)
 
     def changes(self) -> str:
-        """Why the round is to be ended after a checkpoint; nothing while it is not."""
+        """Why the round must be ended after a checkpoint; empty if it need not be."""
         answer = self._answer
         return answer.changes if answer.round == self._report.round and not answer.over else ""
 
     def why_over(self) -> str:
-        """Why the round that this machine takes part in is over; nothing while it is not."""
+        """Why the round that this machine takes part in is over; empty if it is not."""
         answer, silence = self._answer, time.monotonic() - self._heard
         if answer.ended:
             return answer.error or "it has ended"
         if answer.over or answer.round > self._report.round:
-            return answer.over or "the others have begun anew"
+            return answer.over or "the others have started again"
         return f"{self._where} does not answer for {silence:.0f} s" if silence > SILENCE else ""
 
     def close(self) -> None:
-        """Be no part of it any more, and say so."""
+        """Leave, and say so."""
         self._closed.set()
         self._thread.join()
         if not self._answer.ended and not self._report.first:
@@ -495,11 +499,11 @@ def seat(
     sizes: frozenset[int],
     shared: Path | None = None,
 ) -> Iterator[Seat]:
-    """Take part; answer to the others where the address is one of this machine. Raises BadInput.
+    """Take part; also answer the others if the address is this machine's. Raises BadInput.
 
     Args:
-        sizes: how many machines a round may have.
-        shared: a folder that all machines are to have in common.
+        sizes: the possible numbers of machines in a round.
+        shared: a folder that all machines must share.
     """
     address = parsed(rendezvous)
     folder = _id_of(shared) if shared is not None else ""
@@ -518,7 +522,7 @@ def seat(
 
 
 def _id_of(folder: Path) -> str:
-    """The same on all machines that have this folder: what the first of them wrote there. Raises BadInput."""
+    """An id that is the same on all machines sharing this folder, written by the first. Raises BadInput."""
     file = folder / _MARK
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -529,7 +533,7 @@ def _id_of(folder: Path) -> str:
                 return found
             time.sleep(0.1)
     except OSError as error:
-        raise BadInput(f"{folder} cannot be written to: {error.strerror}") from error
+        raise BadInput(f"{folder} is not writable: {error.strerror}") from error
     return ""
 
 
@@ -538,17 +542,17 @@ def parsed(rendezvous: str) -> tuple[str, int]:
     host, _, port = rendezvous.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise BadInput(
-            f"--rendezvous {rendezvous}: give HOST:PORT of one of the machines, such as node0:29500"
+            f"--rendezvous {rendezvous}: give the HOST:PORT of one of the machines, such as node0:29500"
         )
     try:
         socket.getaddrinfo(host, int(port))
     except OSError as error:
-        raise BadInput(f"--rendezvous {rendezvous}: {host} is not known here: {error}") from error
+        raise BadInput(f"--rendezvous {rendezvous}: cannot resolve {host}: {error}") from error
     return host, int(port)
 
 
 def interface_towards(host: str) -> str | None:
-    """The network interface by which a host is reached; None where that cannot be told."""
+    """The network interface towards a host; None if it cannot be determined."""
     with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((host, 9))  # sends nothing
         own = probe.getsockname()[0]
@@ -564,13 +568,13 @@ def _is_here(host: str) -> bool:
 
 
 def _serve(address: tuple[str, int], host: _Host) -> tuple[ThreadingHTTPServer, _Host] | None:
-    """Answer at an address; None where another launcher of this machine does."""
+    """Answer at an address; None if another launcher on this machine does."""
 
     class Handler(BaseHTTPRequestHandler):
         timeout = _MESSAGE
 
         def log_message(self, *_: Any) -> None:
-            """Nothing is logged."""
+            """Log nothing."""
 
         def do_POST(self) -> None:
             try:
@@ -596,10 +600,10 @@ def _serve(address: tuple[str, int], host: _Host) -> tuple[ThreadingHTTPServer, 
 
 
 def _let_others_hear(host: _Host) -> None:
-    """Before this machine ends: until all others know how it ended."""
+    """Before this machine ends, wait until all others have been told how it ended."""
     if host.answer is None:
         with host.lock:
-            host._end(1, f"{platform.node()}, where the machines meet, has ended")
+            host._end(1, f"{platform.node()}, the rendezvous machine, has ended")
     deadline = time.monotonic() + _GOODBYE
     while time.monotonic() < deadline and host.told < host.members.keys():
         time.sleep(BEAT / 5)

@@ -1,16 +1,16 @@
-"""A run as a folder that another machine, a container or MLflow runs again.
+"""Packages a run as a folder that another machine, a container or MLflow can run again.
 
-  code/             the run's code, as its record has it
-  vendor/           stoker, where no package index has the one that the run used
+  code/             the run's code, as recorded
+  vendor/           stoker, if no package index has the version that the run used
   config.yaml       every value
   requirements.txt  the lock
   run.sh            the one command
   Dockerfile        an image that runs it
-  MLproject, python_env.yaml   what `mlflow run` takes
-  README.md         what it needs besides: data, by fingerprint
+  MLproject, python_env.yaml   for `mlflow run`
+  README.md         what else it needs: data, by fingerprint
 
-The base image is the one that the run says it was in (STOKER_IMAGE, best with its digest), else Python's own:
-the packages of torch bring CUDA with them, and the driver is the host's.
+The base image is the one that the run recorded (STOKER_IMAGE, preferably with its digest), otherwise Python's
+official one: torch's packages include CUDA, and the driver is the host's.
 """
 
 from __future__ import annotations
@@ -34,41 +34,41 @@ from stoker.reproduce.stretch import Stretch
 from stoker.run.view import RunView
 
 IMAGE = "STOKER_IMAGE"
-"""The variable in which a run finds the image that it is in, by name and digest."""
+"""The variable that names the image a run is in, by name and digest."""
 
 _LONGEST = 500
-"""Characters of a value that is a parameter of an MLflow Project."""
+"""Maximum characters of a value that becomes a parameter of an MLflow Project."""
 
 
 @dataclass(frozen=True)
 class Package:
-    """A folder that was made of a run."""
+    """A folder made from a run."""
 
     folder: Path
     command: str
-    """The one command, as `run.sh` has it."""
+    """The one command, as in `run.sh`."""
     image: str
     data: Mapping[str, Mapping[str, Any]]
-    """What it reads from paths, as recorded: where to, and the fingerprint."""
+    """The data that it reads from paths, as recorded: the path, and the fingerprint."""
     lacking: tuple[str, ...]
-    """Files of the code that the record left out for their size."""
+    """Files of the code that were too large to record."""
     not_installed: tuple[str, ...]
     """Packages that pip cannot install, and that are not in the code."""
     secrets: tuple[str, ...]
-    """Keys of the config that were secrets, which no record has."""
+    """Keys of the config that were secrets, which are never recorded."""
 
 
 def write(seen: RunView, part: Stretch, folder: Path) -> Package:
-    """Make the folder.
+    """Create the folder.
 
     Args:
         seen: the run.
         part: its steps from the beginning.
-        folder: to be made.
+        folder: must not exist.
 
     Raises:
         BadInput: the code was not recorded, or its record is damaged.
-        OSError: it cannot be written there.
+        OSError: the folder cannot be written.
     """
     record = seen.directory.provenance
     there = place.materialise(record, folder / "code", seen.record["cwd"])
@@ -96,7 +96,7 @@ def write(seen: RunView, part: Stretch, folder: Path) -> Package:
 
 
 def _decided(part: Stretch) -> dict[str, Any]:
-    """The config with what the run decided by a measurement of its machine."""
+    """The config, including what the run decided by measuring its machine."""
     precision = part.layout.get("precision")
     asked = {"precision": precision} if precision and part.config.get("precision") == "auto" else {}
     return {**part.config, **asked}
@@ -115,7 +115,7 @@ def _command(seen: RunView, part: Stretch, there: Place, folder: Path) -> str:
 
 
 def _quoted(word: str, folder: Path) -> str:
-    """A word for the shell; of a path within the folder the place of that is looked up when it is run."""
+    """A word for the shell; a path within the folder is resolved when it is run."""
     within = word.removeprefix(f"{folder}/")
     return shlex.quote(word) if within == word else f'"$here/{within}"'
 
@@ -128,7 +128,7 @@ _CHECKED = (
     "  exit 2",
     "fi",
 )
-"""Lines of a script that say what a traceback would hide."""
+"""Script lines that report what would otherwise be a traceback."""
 
 
 def _write_script(
@@ -140,7 +140,7 @@ def _write_script(
     paths = ":".join(f"$here/{Path(path).relative_to(folder)}" for path in imported)
     lines = [
         "#!/bin/sh",
-        f"# Trains {seen.directory.experiment}/{seen.directory.id} again; takes what its command takes.",
+        f"# Trains {seen.directory.experiment}/{seen.directory.id} again; takes its command's arguments.",
         "set -eu",
         'here=$(CDPATH= cd -- "$(dirname -- "$0")" && pwd)',
         *(f"export {name}={shlex.quote(value)}" for name, value in variables.items()),
@@ -162,7 +162,7 @@ def _used_from_elsewhere(lock: str, there: Place) -> list[str]:
 
 
 def _vendor(target: Path) -> None:
-    """Copy this stoker, with what its installer says of it that is the same everywhere."""
+    """Copy this stoker, with the parts of its metadata that are the same everywhere."""
     source = Path(stoker.__file__).parent
     shutil.copytree(source, target / source.name, ignore=shutil.ignore_patterns("__pycache__"))
     about = importlib.metadata.distribution("stoker")
@@ -179,8 +179,8 @@ def _image(environment: Mapping[str, Any]) -> str:
 
 def _dockerfile(image: str, lock: str, environment: Mapping[str, Any]) -> str:
     known = IMAGE in environment.get("variables", {})
-    said = "The image that the run was in" if known else "Python as the run had it; the run names no image"
-    by = "" if "@sha256:" in image else ". By tag: it may change"
+    said = "The image of the run" if known else "The Python version of the run, which recorded no image"
+    by = "" if "@sha256:" in image else ". Named by tag, so it may change"
     tools = [
         "gcc libc6-dev" if "triton" in differences.locked(lock) else "",
         "git" if "@ git+" in lock else "",
@@ -207,10 +207,11 @@ def _dockerfile(image: str, lock: str, environment: Mapping[str, Any]) -> str:
 
 
 def _parameters(values: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
-    """The keys of a config as MLflow may call them, each with the key and the text of its value.
+    """The config's keys as MLflow can name them, each with the key and the text of its value.
 
-    MLflow fills them in by `str.format`, in which a dot would mean an attribute. A key is left out whose
-    value a command line would read otherwise than it is, or is too long for it.
+    MLflow substitutes them with `str.format`, in which a dot would mean an attribute. A key is omitted if a
+    command line
+    would read its value differently, or if the value is too long for MLflow.
     """
     named = {key.replace(".", "_"): (key, _text(value)) for key, value in values.items()}
     return {
@@ -222,7 +223,7 @@ def _parameters(values: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
 
 
 def _text(value: Any) -> str:
-    """A value as it is given on the command line."""
+    """A value as written on the command line."""
     return value if isinstance(value, str) else orjson.dumps(value).decode()
 
 
@@ -252,15 +253,15 @@ def _readme(made: Package, seen: RunView, there: Place, environment: Mapping[str
     return "\n".join([
         f"# {name}",
         "",
-        f"A training run with all that it was made from. It ended at step {seen.step:,}.",
+        f"A training run with everything needed to repeat it. It ended at step {seen.step:,}.",
         "",
         "```sh",
-        "pip install --no-deps -r requirements.txt   # once, in an environment of its own",
-        "./run.sh                                    # trains; the run is then below runs/",
+        "pip install --no-deps -r requirements.txt   # once, in a separate environment",
+        "./run.sh                                    # trains; the new run is then under runs/",
         "```",
         "",
         "or `docker build -t again . && docker run -v ./runs:/run/runs again` (on GPUs with `--gpus all`),",
-        "or `mlflow run . --env-manager local`, where `-P key=value` gives a key anew (with `_` for a dot).",
+        "or `mlflow run . --env-manager local`, where `-P key=value` overrides a key (with `_` for a dot).",
         "",
         *_needs(made, there),
         "## Recorded",
@@ -274,13 +275,13 @@ def _needs(made: Package, there: Place) -> Iterator[str]:
     """What is not in the folder."""
     folder = there.cwd.relative_to(made.folder) if there.cwd.is_relative_to(made.folder) else Path("code")
     lines = [
-        f"- {name}: `{about['path']}` (relative to `{folder}`, or give its key anew: `./run.sh key=PATH`), "
+        f"- {name}: `{about['path']}` (relative to `{folder}`, or override its key: `./run.sh key=PATH`), "
         f"{about.get('bytes', 0):,} bytes, fingerprint `{about['fingerprint']}`"
         for name, about in made.data.items()
     ]
-    lines += [f"- `code/{path}`, which the record of the code left out" for path in made.lacking]
-    lines += [f"- {key}, a secret, which no record has: `./run.sh {key}=...`" for key in made.secrets]
-    lines += [f"- the package {package}, which was used from a folder" for package in made.not_installed]
+    lines += [f"- `code/{path}`, which the record of the code does not include" for path in made.lacking]
+    lines += [f"- {key}, a secret, which is never recorded: `./run.sh {key}=...`" for key in made.secrets]
+    lines += [f"- the package {package}, which was imported from a folder" for package in made.not_installed]
     if lines:
         yield from ("## Needs", "", *lines, "")
 

@@ -1,8 +1,8 @@
-"""What a rank does: a function, and saying how that ended.
+"""What a rank does: run a function, and report how it ended.
 
-In the folder of the launch stand of each rank: its process id (`.pid`), how far it is (`.pulse`,
-see `supervision`), how it ended (`.json`), and of ranks above 0 what they wrote until they had a
-log of their own (`.out`).
+The folder of a launch contains for each rank: its process id (`.pid`), its progress (`.pulse`, see
+`supervision`),
+how it ended (`.json`), and for ranks above 0 their output until they had their own log (`.out`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _PAUSE = 0.08  # seconds; see `main`
 
 @dataclass(frozen=True)
 class End:
-    """How a rank ended, as it says itself."""
+    """How a rank ended, as reported by itself."""
 
     rank: int
     at: float
@@ -37,16 +37,16 @@ class End:
     trace: str = ""
     again: bool = False
     changed: bool = False
-    """As `StokerError` has them."""
+    """As in `StokerError`."""
 
 
 def main(function: Callable[..., int], arguments: Sequence[Any], folder: str) -> None:
-    """What each process does."""
+    """The main function of each process."""
     rank = int(os.environ["RANK"])
     base = Path(folder) / f"rank-{rank}"
-    os.setsid()  # Ctrl-C reaches the launcher alone, which passes it on once
+    os.setsid()  # Ctrl-C reaches only the launcher, which passes it on once
     _answer_signals(_stop)
-    signals.take()  # which its server holds back
+    signals.take()  # its forkserver blocks them
     signals.end_with_parent()
     os.environ[supervision.FOLDER] = folder
     _write(base, ".pid", str(os.getpid()))
@@ -58,7 +58,7 @@ def main(function: Callable[..., int], arguments: Sequence[Any], folder: str) ->
         terminal.outlive()
     try:
         end = End(rank, time.time(), function(*arguments))
-    except Stopped as stopped:  # also what elastic tells the others, once one has failed
+    except Stopped as stopped:  # elastic also does this to the others, once one has failed
         error = "ended with the other ranks" if failed(Path(folder)) else ""
         end = End(rank, time.time(), int(stopped.code or 0), error)
     except StokerError as caught:
@@ -73,12 +73,12 @@ def main(function: Callable[..., int], arguments: Sequence[Any], folder: str) ->
     _write(base, ".json", json.dumps(vars(end)))
     _leave_group(failed=bool(end.error))
     if end.error:
-        time.sleep(_PAUSE)  # so that a rank that was killed, and cost this one its peer, is seen first
-        os._exit(end.code or 1)  # at once: a collective of the others may be waiting for this rank
+        time.sleep(_PAUSE)  # so that a killed rank, which cost this one its peer, is noticed first
+        os._exit(end.code or 1)  # immediately: a collective of the others may be waiting for this rank
 
 
 def ends(folder: Path) -> dict[int, End]:
-    """How the ranks of a launch ended, as far as they could say it."""
+    """How the ranks of a launch ended, as far as they could report it."""
     found = (read_end(file) for file in sorted(folder.glob("rank-*.json")))
     return {end.rank: end for end in found}
 
@@ -94,7 +94,7 @@ def pids(folder: Path) -> dict[int, int]:
 
 
 def living(folder: Path) -> list[int]:
-    """The ranks of a launch that have neither said how they ended nor are gone."""
+    """The ranks of a launch that have neither reported an end nor disappeared."""
     return [
         rank
         for rank, pid in pids(folder).items()
@@ -103,7 +103,7 @@ def living(folder: Path) -> list[int]:
 
 
 def failed(folder: Path) -> bool:
-    """Whether any rank of a launch has said that it failed, or is gone without a word."""
+    """Whether any rank of a launch has reported a failure, or disappeared without a report."""
     return any(_has_failed(folder / f"rank-{rank}.json", pid) for rank, pid in pids(folder).items())
 
 
@@ -114,7 +114,7 @@ def _has_failed(said: Path, pid: int) -> bool:
 
 
 def log_to(file: Path) -> None:
-    """From now on this process's standard output and error go to a file, after what they were so far.
+    """Append this process's standard output and error to a file, after what they have written so far.
 
     What Python writes there is without secrets.
     """
@@ -146,7 +146,7 @@ def _answer_signals(handler: Any) -> None:
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
-    """Until a run handles signals there is nothing to finish."""
+    """Until a run handles signals, there is nothing to finish."""
     raise Stopped("interrupted" if number == signal.SIGINT else "preempted")
 
 
@@ -160,7 +160,7 @@ def _leave_group(*, failed: bool) -> None:
 
 
 def _write(base: Path, suffix: str, text: str) -> None:
-    """Write a file that is there whole or not at all."""
+    """Write a file atomically."""
     part = base.with_suffix(".part")
     part.write_text(text, encoding="utf-8")
     part.rename(base.with_suffix(suffix))

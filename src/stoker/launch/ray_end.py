@@ -1,6 +1,6 @@
-"""What `stoker jobs cancel --now` has a Ray cluster run: it ends the launchers of a job, and so their ranks.
+"""What `stoker jobs cancel --now` runs on a Ray cluster: it ends a job's launchers, and so their ranks.
 
-Ray's own way to stop a job is to ask, and to wait for as long as was said when the job was submitted.
+Ray itself can only ask a job to stop, and waits for as long as was specified when the job was submitted.
 
     python -m stoker.launch.ray_end NAME
 """

@@ -1,7 +1,8 @@
-"""Jobs on a Ray cluster, by Ray's own jobs: an entrypoint that starts a launcher on each node (`ray_nodes`).
+"""Jobs on a Ray cluster, as Ray jobs: an entrypoint that starts a launcher on each node (`ray_nodes`).
 
-The cluster's machines are to have this environment and these folders, as those of Slurm have; or the
-folder is sent to them, with `--option working-dir=.`.
+The cluster's machines must have this environment and these folders, as with Slurm; or the folder is uploaded,
+with
+`--option working-dir=.`.
 """
 
 from __future__ import annotations
@@ -36,16 +37,16 @@ log = logging.getLogger("stoker")
 
 SUBMITTED = "job.submitted.json"
 
-_FORGOTTEN = "the cluster does not have it"
+_FORGOTTEN = "not found in the cluster"
 
-_STARTS = 30.0  # seconds that a cluster, which has just been started, may need until it takes jobs
-_STOP = 120  # seconds that a job has for a checkpoint, once it is told to stop
+_STARTS = 30.0  # seconds that a newly started cluster may need until it accepts jobs
+_STOP = 120  # seconds that a job has for a checkpoint after being told to stop
 _OPTIONS = {
-    "address": "of the cluster's dashboard, such as http://head:8265; by default RAY_API_SERVER_ADDRESS",
-    "working-dir": "a folder that is sent to the cluster, where the command runs then",
+    "address": "the cluster's dashboard, such as http://head:8265; default: RAY_API_SERVER_ADDRESS",
+    "working-dir": "a folder to upload to the cluster, in which the command then runs",
 }
 _FLAGS = {"GPU": "--gpus", "CPU": "--cpus", "memory": "--memory"}
-"""What a node has in Ray's words, and how it is asked for."""
+"""A node's resources in Ray's terms, and the flags that request them."""
 _STATES = {
     "PENDING": "queued", "RUNNING": "running", "SUCCEEDED": "done", "FAILED": "failed",
     "STOPPED": "cancelled",
@@ -56,7 +57,7 @@ _STATES = {
 
 
 def check(job: Job) -> None:
-    """Whether a cluster answers, and has such nodes. Raises BadInput, StokerError."""
+    """Check that a cluster answers, and has such nodes. Raises BadInput, StokerError."""
     client = _client(job.spec)
     known = _nodes(client)
     if not known:
@@ -67,29 +68,29 @@ def check(job: Job) -> None:
         if amount > most:
             shown = jobspec.shown_memory if name == "memory" else str
             flag = _FLAGS[name]
-            raise BadInput(f"{flag} {shown(amount)}: a node of this cluster has {shown(most)} at most")
+            raise BadInput(f"{flag} {shown(amount)}: a node of this cluster has at most {shown(most)}")
     fitting = sum(all(node.get(name, 0) >= amount for name, amount in asked.items()) for node in known)
     if job.spec.nodes > fitting:
-        raise BadInput(f"--nodes {job.spec.nodes}: this cluster has {fitting} with what is asked for")
+        raise BadInput(f"--nodes {job.spec.nodes}: this cluster has {fitting} with the requested resources")
 
 
 def render(job: Job) -> str:
-    """The job as Ray is handed it, as JSON. Raises BadInput for settings that it cannot have."""
+    """The job as Ray receives it, as JSON. Raises BadInput for invalid settings."""
     jobspec.check(job.spec)
     _check_options(job.spec)
     return json.dumps(_submission(job), indent=2) + "\n"
 
 
 def code(job: Job) -> str:
-    """Which code a job runs."""
+    """A description of the code that a job runs."""
     sent = job.spec.options.get("working-dir")
     if sent:
-        return f"the code that is in {(job.spec.folder / sent).resolve()} now, which was sent to the cluster"
-    return f"the code that is in {job.spec.folder} when it starts"
+        return f"the present code in {(job.spec.folder / sent).resolve()}, which was sent to the cluster"
+    return f"the code in {job.spec.folder} at the time it starts"
 
 
 def submit(job: Job, rendered: str) -> str:
-    """Hand a job over; returns the id that Ray has it under. Raises StokerError."""
+    """Submit a job; returns Ray's id for it. Raises StokerError."""
     jobs.begin(job, SUBMITTED, rendered)
     client, until = _client(job.spec), time.monotonic() + _STARTS
     while True:
@@ -100,11 +101,11 @@ def submit(job: Job, rendered: str) -> str:
                 time.sleep(1)
                 continue
             jobs.forget(job)
-            raise StokerError(f"the cluster did not take the job: {error}") from error
+            raise StokerError(f"the cluster did not accept the job: {error}") from error
 
 
 def states(of: Sequence[Job]) -> dict[str, Status]:
-    """How jobs are, by `Job.id`. Raises StokerError where the cluster does not answer."""
+    """The states of jobs, by `Job.id`. Raises StokerError if the cluster does not answer."""
     found = {}
     for job in of:
         try:
@@ -121,12 +122,12 @@ def states(of: Sequence[Job]) -> dict[str, Status]:
 
 
 def ended(of: Sequence[Job]) -> dict[str, Status]:
-    """Nothing: how a job ended is kept by the cluster alone."""
+    """Nothing: only the cluster knows how a job ended."""
     return {}
 
 
 def cancel(job: Job, *, at_once: bool) -> None:
-    """Tell a job to stop after a checkpoint, and end its launchers where it is to be at once.
+    """Tell a job to stop after a checkpoint; with `at_once`, end its launchers immediately.
 
     Raises BadInput, StokerError.
     """
@@ -139,14 +140,14 @@ def cancel(job: Job, *, at_once: bool) -> None:
                 entrypoint=shlex.join(words), submission_id=f"{job.native}-now-{secrets.token_hex(2)}"
             )
     except (RuntimeError, OSError) as error:
-        raise StokerError(f"the cluster does not stop {job.native}: {error}") from error
+        raise StokerError(f"the cluster did not stop {job.native}: {error}") from error
 
 
 def lines(job: Job, *, follow: bool) -> Iterator[Line]:
-    """What the launchers have written, as Ray keeps it, or else as the object store has it; and the ranks."""
+    """The output of the launchers, from Ray, or else from the object store; and that of the ranks."""
     stored, why = tail.Logs(job, nodes=True), _why_not_kept(job)
     if why and stored.text(job_uploader.KEPT):
-        log.warning("%s; what is shown is what was brought to %s", why, finding.shown(job.runs))
+        log.warning("%s; showing the logs that were uploaded to %s", why, finding.shown(job.runs))
         for line in tail.lines(stored):
             yield _line(line.text) if line.source == Path(job_uploader.KEPT).stem else line
         return
@@ -160,7 +161,7 @@ def lines(job: Job, *, follow: bool) -> Iterator[Line]:
 
 
 def _why_not_kept(job: Job) -> str:
-    """Why Ray does not say what a job has written; empty where it does."""
+    """Why Ray does not have a job's output; empty if it does."""
     try:
         status = states([job])[job.id]
     except StokerError as error:
@@ -181,7 +182,7 @@ def _of_nodes(job: Job, follow: bool) -> Iterator[Line]:
 
 
 def _submission(job: Job) -> dict[str, Any]:
-    """What `JobSubmissionClient.submit_job` is called with."""
+    """The arguments of `JobSubmissionClient.submit_job`."""
     spec = job.spec
     sent = spec.options.get("working-dir", "")
     numbers = {
@@ -219,7 +220,7 @@ def _limited(spec: JobSpec) -> tuple[str, ...]:
     if spec.time is None:
         return spec.command
     if arguments.has(spec.command, "--max-time"):
-        raise BadInput("--time and --max-time: on ray they are the same; give one of them")
+        raise BadInput("--time and --max-time: on ray they are the same; give only one of them")
     return (*spec.command, "--max-time", f"{round(spec.time)}s")
 
 
@@ -229,15 +230,15 @@ def _check_options(spec: JobSpec) -> None:
         if key not in _OPTIONS:
             known = "; ".join(f"{name}: {what}" for name, what in _OPTIONS.items())
             raise BadInput(
-                f"--option {key}: there is no such setting{nearest(key, _OPTIONS)}; there are {known}"
+                f"--option {key}: no such setting{nearest(key, _OPTIONS)}; the settings are {known}"
             )
     sent = spec.options.get("working-dir", "")
     if "working-dir" in spec.options and "://" not in sent and not (spec.folder / sent).is_dir():
-        raise BadInput(f"--option working-dir={sent}: there is no such folder to be sent to the cluster")
+        raise BadInput(f"--option working-dir={sent}: the folder does not exist")
     if spec.passed:
         raise BadInput(
-            f"--env {spec.passed[0]}: Ray shows the variables of a job on its dashboard; set it "
-            "on the machines, where Ray is started"
+            f"--env {spec.passed[0]}: Ray shows the variables of a job on its dashboard; set it instead "
+            "on the machines, before Ray is started"
         )
 
 
@@ -245,7 +246,7 @@ def _check_options(spec: JobSpec) -> None:
 
 
 def _client(spec: JobSpec) -> JobSubmissionClient:
-    """Raises BadInput where Ray is not installed, or nothing answers there."""
+    """Raises BadInput if Ray is not installed, or nothing answers there."""
     if importlib.util.find_spec("ray") is None:
         raise BadInput("--on ray needs Ray, which is not installed: pip install 'stoker[ray]'")
     from ray.exceptions import AuthenticationError
@@ -253,18 +254,18 @@ def _client(spec: JobSpec) -> JobSubmissionClient:
 
     logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(
         logging.WARNING
-    )  # says when a log is at its end
+    )  # it logs when a log has ended
     try:
         return JobSubmissionClient(spec.options.get("address"))
     except AuthenticationError as error:
         raise BadInput(
-            "Ray asks for a token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or the file ~/.ray/auth_token "
-            "to that of the cluster"
+            "Ray asks for a token: set RAY_AUTH_MODE=token, and set RAY_AUTH_TOKEN or the file "
+            "~/.ray/auth_token to the cluster's token"
         ) from error
     except (ConnectionError, RuntimeError, ValueError) as error:
         first = str(error).strip().partition("\n")[0]
         raise BadInput(
-            f"no Ray cluster answers {_where(spec)} ({first}): give the address of its dashboard, --option "
+            f"no Ray cluster answers {_where(spec)} ({first}): give its dashboard's address with --option "
             "address=http://HOST:8265; --dry-run prints the job anywhere"
         ) from error
 
@@ -278,17 +279,17 @@ def _where(spec: JobSpec) -> str:
 
 
 def _nodes(client: JobSubmissionClient) -> list[dict[str, float]]:
-    """What each node of the cluster has; none where it does not say."""
+    """The resources of each node of the cluster; empty if they are not available."""
     from ray.util.state import list_nodes
 
-    with contextlib.suppress(Exception):  # of another version of Ray, or not allowed
+    with contextlib.suppress(Exception):  # a different version of Ray, or no permission
         found = list_nodes(address=client.get_address(), detail=True, raise_on_missing_output=False)
         return [dict(node.resources_total) for node in found if node.state == "ALIVE"]
     return []
 
 
 def _followed(client: JobSubmissionClient, native: str) -> Iterator[str]:
-    """What a job writes, until it is over."""
+    """The output of a job, until it ends."""
     loop = asyncio.new_event_loop()
     written: AsyncIterator[str] = client.tail_job_logs(native)
     try:
@@ -303,12 +304,12 @@ def _followed(client: JobSubmissionClient, native: str) -> Iterator[str]:
 
 
 def _why(message: str) -> str:
-    """What Ray says of a job that failed, without the end of its log."""
+    """Ray's reason for a job's failure, without the end of its log."""
     code = re.search(r"exit code -?\d+", message)
     return code[0] if code else message.strip().partition("\n")[0]
 
 
 def _line(text: str) -> Line:
-    """`(node 1 pid=734, ip=10.0.0.7) step 20` as a line of that node."""
+    """Parse `(node 1 pid=734, ip=10.0.0.7) step 20` as a line of that node."""
     match = re.fullmatch(r"\((node \d+) pid=[^)]*\) ?(.*)", text)
     return Line(match[1], match[2]) if match else Line("job", text)

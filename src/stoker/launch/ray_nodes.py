@@ -1,10 +1,12 @@
-"""The driver of a job on a Ray cluster: a launcher on each of its nodes, in the places that Ray finds.
+"""The driver of a job on a Ray cluster: a launcher on each of its nodes, placed by Ray.
 
     python -m stoker.launch.ray_nodes --name NAME --nodes 2 --cpus 8 --gpus 8 -- python -m stoker train ...
 
-A launcher is what `stoker train` is on any machine: it starts the ranks of its node, and meets the others.
-Its actor stands beside it, starts it, and is what Ray looks after. A node that is lost ends the launchers of
-all; they are started again as soon as Ray has the room, and go on from the newest checkpoint.
+A launcher is what `stoker train` is on any machine: it starts the ranks of its node, and meets the others. An
+actor
+next to it starts it, and is what Ray supervises. If a node is lost, the launchers on all nodes are ended;
+they are
+started again as soon as Ray has room, and resume from the newest checkpoint.
 """
 
 from __future__ import annotations
@@ -31,11 +33,11 @@ from stoker.run import finding
 from stoker.words import counted
 
 MEETING = "{rendezvous}"
-"""In a command, as a word of its own: HOST:PORT where the launchers meet."""
+"""As a separate word of a command: the HOST:PORT where the launchers meet."""
 
 _LOOK = 0.2  # seconds between two looks at the launchers
-_PATIENCE = 30.0  # seconds after which it is said that Ray has no room yet
-_ENDING = 30.0  # seconds in which the launchers that are left end
+_PATIENCE = 30.0  # seconds after which it reports that Ray has no room yet
+_ENDING = 30.0  # seconds for the remaining launchers to end
 _QUIET = 1.0  # seconds without a line of theirs, after which there are no more
 _LAST_LINES = 10.0  # seconds after which there are none in any case
 _LOST = -1
@@ -43,36 +45,36 @@ _LOST = -1
 
 @dataclass(frozen=True)
 class Needs:
-    """What each node is asked for."""
+    """The resources of each node."""
 
     nodes: int
     cpus: int
     gpus: int
     memory: int
-    """Bytes; 0 for no particular amount."""
+    """Bytes; 0 for no specific amount."""
     retries: int
-    """How often it may fail and be started again; a node that is lost is no failure."""
+    """How often it may fail and be started again; a lost node is not a failure."""
 
     @property
     def bundle(self) -> dict[str, float]:
-        """A node's part in Ray's words."""
+        """A node's resources in Ray's terms."""
         found = {"CPU": float(self.cpus), "GPU": float(self.gpus), "memory": float(self.memory)}
         return {name: amount for name, amount in found.items() if amount}
 
 
 class Node:
-    """A launcher of a node. Its methods return at once, in the one thread that started it."""
+    """A launcher of a node. Its methods return immediately, in the one thread that started it."""
 
     def __init__(self, number: int) -> None:
         self._number = number
         self._process: subprocess.Popen[bytes] | None = None
 
     def __repr__(self) -> str:
-        """What Ray puts before each line that it writes."""
+        """What Ray prefixes each of its output lines with."""
         return f"node {self._number}"
 
     def place(self) -> str:
-        """HOST:PORT where the others may find it."""
+        """The HOST:PORT where the others can reach it."""
         import ray
 
         return f"{ray.util.get_node_ip_address()}:{machine.free_port()}"
@@ -82,7 +84,7 @@ class Node:
         self._process = subprocess.Popen([*beside, *command], cwd=folder or None)
 
     def ended(self) -> int | None:
-        """Its exit code, as a shell has it, once it is over."""
+        """Its exit code, as in a shell, once it has ended."""
         assert self._process is not None
         code = self._process.poll()
         return code if code is None or code >= 0 else 128 - code
@@ -93,7 +95,7 @@ class Node:
             self._process.send_signal(signal.SIGTERM)
 
     def end(self) -> None:
-        """End it at once; its ranks are gone when this returns."""
+        """End it immediately; its ranks are gone when this returns."""
         if self._process is None:
             return
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -109,9 +111,9 @@ def run(name: str, needs: Needs, command: Sequence[str], folder: str) -> int:
     """Run a command on the nodes of a job until it is done; returns its exit code.
 
     Args:
-        name: of the job; its actors are found by it, see `ray_end`.
-        command: of each launcher; may have `MEETING` in it.
-        folder: where it runs; empty for where Ray puts it.
+        name: the job's name, by which its actors are found, see `ray_end`.
+        command: each launcher's command; can contain `MEETING`.
+        folder: its working directory; empty for Ray's.
     """
     import ray
 
@@ -137,7 +139,7 @@ def run(name: str, needs: Needs, command: Sequence[str], folder: str) -> int:
             _say(f"{why}; starting again, retries left: {needs.retries - failures}")
     finally:
         _wait_for_last_lines()
-        ray.shutdown()  # what would bring more of them has ended when this returns
+        ray.shutdown()  # when this returns, whatever delivers more of them has ended
 
 
 def _attempt(needs: Needs, command: Sequence[str], folder: str, told: Sequence[int]) -> int:
@@ -175,7 +177,7 @@ def _attempt(needs: Needs, command: Sequence[str], folder: str, told: Sequence[i
 
 
 def _ready(group: Any, needs: Needs, told: Sequence[int]) -> bool:
-    """Wait until Ray has the room; False where it is told to stop meanwhile."""
+    """Wait until Ray has room; False if it is told to stop in the meantime."""
     import ray
 
     ready, begun, said = group.ready(), time.monotonic(), False
@@ -185,14 +187,14 @@ def _ready(group: Any, needs: Needs, told: Sequence[int]) -> bool:
         if not said and time.monotonic() - begun > _PATIENCE:
             said = True
             _say(
-                f"waiting until the cluster has room for {counted(needs.nodes, 'node')} "
+                f"waiting for the cluster to have room for {counted(needs.nodes, 'node')} "
                 f"with {needs.bundle} each"
             )
     return True
 
 
 def _wait(nodes: Sequence[Any], told: Sequence[int]) -> int:
-    """Until all launchers are over. Raises RayActorError where a node is lost."""
+    """Wait until all launchers have ended. Raises RayActorError if a node is lost."""
     import ray
 
     passed_on = 0
@@ -207,7 +209,7 @@ def _wait(nodes: Sequence[Any], told: Sequence[int]) -> int:
 
 
 def _end(nodes: Sequence[Any]) -> None:
-    """End the launchers that are left: what they train is one run."""
+    """End the remaining launchers: they all train one run."""
     import ray
 
     for node in nodes:
@@ -216,7 +218,7 @@ def _end(nodes: Sequence[Any]) -> None:
 
 
 def _wait_for_last_lines() -> None:
-    """Until what the launchers wrote is here: Ray brings it some time after it was written, or never.
+    """Wait until the launchers' last output has arrived: Ray delivers it with a delay, or never.
 
     This process's output is the file in which Ray keeps it.
     """
@@ -235,18 +237,18 @@ def _say(text: str) -> None:
 
 
 def main() -> None:
-    """What a job's entrypoint calls."""
+    """The job's entrypoint."""
     parser = argparse.ArgumentParser(prog="stoker.launch.ray_nodes", description=__doc__)
     for name in ("nodes", "cpus", "gpus", "memory", "retries"):
         parser.add_argument(f"--{name}", type=int, default=0)
     parser.add_argument("--name", required=True)
     parser.add_argument("--folder", default="")
-    parser.add_argument("--logs", nargs=2, metavar=("URL", "JOB"), help="where what is written is brought to")
+    parser.add_argument("--logs", nargs=2, metavar=("URL", "JOB"), help="where to upload the output")
     parser.add_argument("command", nargs="+")
     given = vars(parser.parse_args())
     name, command, folder, logs = (given.pop(key) for key in ("name", "command", "folder", "logs"))
     job = finding.folder(logs[0]) / jobs.FOLDER / logs[1] if logs else None
-    with job_uploader.beside(job, Path("/proc/self/fd/1").resolve()):  # which Ray keeps
+    with job_uploader.beside(job, Path("/proc/self/fd/1").resolve()):  # the file that Ray keeps
         code = run(name, Needs(**given), command, folder)
     sys.exit(code)
 

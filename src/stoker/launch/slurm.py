@@ -1,10 +1,14 @@
-"""Jobs on Slurm: an sbatch script that goes on by itself after whatever ended it.
+"""Jobs on Slurm: an sbatch script that resumes automatically, whatever ended it.
 
-The script runs one launcher a node by `srun`, which starts the ranks of that node. Slurm tells it to stop a
-while before the time limit (`--signal`, SIGUSR1) and when it takes the nodes back (SIGTERM, a partition's
-GraceTime before the end): both go to the job's steps, not to the script. The launcher ends with 75 then,
-after a checkpoint, and the script has Slurm queue the same job again. It does so only while Slurm counts the
-job as running: one that was cancelled is not any more, nor one that Slurm queues again by itself.
+The script runs one launcher per node with `srun`, which starts the ranks of that node. Slurm tells it to stop
+some
+time before the time limit (`--signal`, SIGUSR1), and when it takes the nodes back (SIGTERM, a partition's
+GraceTime
+before the end): both signals go to the job's steps, not to the script. The launcher then saves a checkpoint
+and ends
+with 75, and the script makes Slurm requeue the job. It does so only while Slurm counts the job as running: a
+job that
+was cancelled no longer is, nor is one that Slurm requeues by itself.
 """
 
 from __future__ import annotations
@@ -33,21 +37,21 @@ from stoker.words import counted
 
 SCRIPT = "script.sh"
 ATTEMPTS = "attempts.txt"
-"""In the job's folder: a line for each time that it began, and that it ended, with its exit code."""
+"""In the job's folder: one line for each start, and one for each end, with its exit code."""
 
 log = logging.getLogger("stoker")
 
 _BEGINS = "begins"
-_FORGOTTEN = "Invalid job id"  # says squeue of a job that is over for long
+_FORGOTTEN = "Invalid job id"  # squeue's error for a job that ended long ago
 _WARNING = 120  # seconds before the time limit
-_TOLD = (EXIT_PREEMPTED, 138, 143)  # exit codes of what was told to stop
-_QUIET = 120  # seconds without a line after which a job that was cancelled is taken for one that was killed
-_STRAGGLERS = 60  # seconds that the other nodes' launchers have to end, once one has
-_AT_ONCE = 8  # requests of a store
-_FIRST_PORT = 20000  # of ten thousand below those that Linux gives to outgoing connections
+_TOLD = (EXIT_PREEMPTED, 138, 143)  # exit codes after being told to stop
+_QUIET = 120  # seconds without a line after which a cancelled job counts as killed
+_STRAGGLERS = 60  # seconds for the other nodes' launchers to end, once one has
+_AT_ONCE = 8  # requests to a store
+_FIRST_PORT = 20000  # of ten thousand ports below those that Linux uses for outgoing connections
 
 _NEEDS = (
-    "Slurm's commands are to be on the PATH; log in to a machine that has them. --dry-run prints the script "
+    "Slurm's commands must be on the PATH; log in to a machine that has them. --dry-run prints the script "
     "anywhere"
 )
 _FLAGS = {
@@ -55,15 +59,15 @@ _FLAGS = {
     "cpus-per-task": "--cpus", "mem": "--memory", "time": "--time", "gpus": "--gpus",
     "gpus-per-node": "--gpus", "array": "--controllers",
 }  # fmt: skip
-"""Settings of Slurm's that are given by a flag of the command."""
+"""Slurm settings for which the command has a flag."""
 _OWN = ("chdir", "output", "error", "open-mode", "requeue", "no-requeue", "export", "export-file", "wrap")
-"""Settings without which the script would not do what it is for."""
+"""Settings that the script itself needs."""
 _SWITCHES = (
     "contiguous", "disable-stdout-job-summary", "exclusive", "get-user-env", "hold", "ignore-pbs", "nice",
     "no-kill", "overcommit", "oversubscribe", "propagate", "quiet", "reboot", "spread-job", "stepmgr",
     "use-min-nodes", "verbose",
 )  # fmt: skip
-"""Settings that mean something without a value (sbatch(1))."""
+"""Settings that are valid without a value (sbatch(1))."""
 _STATES = {
     "PENDING": "queued", "REQUEUED": "queued", "REQUEUE_FED": "queued", "REQUEUE_HOLD": "queued",
     "SPECIAL_EXIT": "queued", "CONFIGURING": "queued", "RESV_DEL_HOLD": "queued", "SUSPENDED": "queued",
@@ -71,9 +75,9 @@ _STATES = {
     "COMPLETING": "ending", "STAGE_OUT": "ending", "COMPLETED": "done", "CANCELLED": "cancelled",
     "REVOKED": "cancelled",
 }  # fmt: skip
-"""Slurm's words in ours; all others are `failed`, with Slurm's word as the reason."""
+"""Slurm's states in our terms; all others are `failed`, with Slurm's word as the reason."""
 _MOST_TELLING = ("running", "ending", "queued", "failed", "cancelled", "unknown", "done")
-"""Of the elements of an array the first of these is how the array is."""
+"""The first of these that any element of an array has is the array's state."""
 
 
 def check(job: Job) -> None:
@@ -87,7 +91,7 @@ def check(job: Job) -> None:
 
 
 def render(job: Job) -> str:
-    """The sbatch script. Raises BadInput for settings that it cannot have."""
+    """The sbatch script. Raises BadInput for invalid settings."""
     spec = job.spec
     jobspec.check(spec)
     stored = object_store.of(job.runs) is not None
@@ -109,8 +113,8 @@ def render(job: Job) -> str:
 
 
 def code(job: Job) -> str:
-    """Which code a job runs."""
-    return f"the code that is in {job.spec.folder} when it starts"
+    """A description of the code that a job runs."""
+    return f"the code in {job.spec.folder} at the time it starts"
 
 
 def submit(job: Job, rendered: str) -> str:
@@ -119,12 +123,12 @@ def submit(job: Job, rendered: str) -> str:
     done = _call(["sbatch", "--parsable", str(script)])
     if done.returncode != 0:
         jobs.forget(job)
-        raise StokerError(f"sbatch did not take the job: {_said(done)}")
+        raise StokerError(f"sbatch did not accept the job: {_said(done)}")
     return done.stdout.strip().partition(";")[0]
 
 
 def states(of: Sequence[Job]) -> dict[str, Status]:
-    """How jobs are, by `Job.id`: by squeue, else by sacct, else by what their scripts have written."""
+    """The states of jobs, by `Job.id`: from squeue, else sacct, else what their scripts have written."""
     numbers = [job.native for job in of]
     known = _queue(numbers)
     missing = [number for number in numbers if number not in known]
@@ -134,7 +138,7 @@ def states(of: Sequence[Job]) -> dict[str, Status]:
 
 
 def ended(of: Sequence[Job]) -> dict[str, Status]:
-    """How jobs are that are over by what their scripts have written, by `Job.id`; Slurm is not asked."""
+    """The states of jobs that have ended according to their scripts' records, without asking Slurm."""
     found = {}
     for job, elements in zip(of, _written(of), strict=True):
         silent = [""] * (max(1, job.spec.elements) - len(elements))
@@ -155,7 +159,7 @@ def cancel(job: Job, *, at_once: bool) -> None:
 
 
 def lines(job: Job, *, follow: bool) -> Iterator[Line]:
-    """What the nodes' launchers and the ranks have written."""
+    """The output of the nodes' launchers and the ranks."""
     logs = tail.Logs(job, nodes=True)
     silent = False
 
@@ -163,14 +167,14 @@ def lines(job: Job, *, follow: bool) -> Iterator[Line]:
         nonlocal silent
         try:
             return states([job])[job.id].over
-        except BadInput:  # Slurm's commands are not here
+        except BadInput:  # Slurm's commands are not installed here
             if object_store.of(job.runs) is None:
                 raise
             known = jobs.find(job.runs, job.id)
             return _is_over(known, logs.text(ATTEMPTS)) or (known.cancelled and logs.quiet > _QUIET)
         except StokerError as error:
             if not silent:
-                log.warning("%s; what is written is followed on", error)
+                log.warning("%s; still following the logs", error)
             silent = True
             return False
 
@@ -181,17 +185,17 @@ def lines(job: Job, *, follow: bool) -> Iterator[Line]:
 
 _NUMBER = '"$SLURM_ARRAY_TASK_ID"'
 _STEP_COMMENT = """\
-# One process a node, which starts all others. Slurm tells it to stop {warning} before the time limit, and
-# when it takes the nodes back; it ends with 75 then, after a checkpoint."""
+# One process per node, which starts all others. Slurm tells it to stop {warning} before the time limit, and
+# when it takes the nodes back; it then saves a checkpoint and ends with exit code 75."""
 _UPLOADING = """\
-# What all nodes write is brought to the object store meanwhile, until descriptor 3 is closed. So that the
-# end is brought there too, this script outlives what is told to stop.
+# Uploads the output of all nodes to the object store until descriptor 3 is closed. This script ignores
+# SIGTERM and outlives the launchers, so that their last lines are uploaded too.
 exec 3> >({uploader})
 uploader=$!
 trap : TERM
 """
 _REQUEUE = """\
-# Not a job that was cancelled, which may not be queued again, nor one that Slurm queues again by itself.
+# Requeue the job, unless it was cancelled, or Slurm requeues it by itself.
 now=$(scontrol show job {job})
 if [ $again = yes ] && [[ $now == *JobState=RUNNING* && $now == *Requeue=1* ]]; then
     scontrol requeue {job}
@@ -206,7 +210,7 @@ _OF_ARRAY = '"${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"'
 
 
 def _directives(job: Job) -> dict[str, str]:
-    """The script's settings; those of `--option` come last, and may replace `signal`. Raises BadInput."""
+    """The script's settings; `--option` comes last, and can replace `signal`. Raises BadInput."""
     spec = job.spec
     _check_options(spec.options)
     log = "element-%a.log" if spec.elements else "slurm.log"
@@ -244,14 +248,14 @@ def _meeting(spec: JobSpec) -> list[str]:
     if not any(RENDEZVOUS in argument for argument in spec.command):
         return []
     return [
-        "# The launchers meet on the first node, where this script runs, at a port of this job's own.",
+        "# The launchers meet on the first node, where this script runs, at a port specific to this job.",
         f"rendezvous=$(hostname):$(({_FIRST_PORT} + SLURM_JOB_ID % 10000))",
         "",
     ]
 
 
 def _step(job: Job) -> str:
-    """The call of srun. Slurm gives a step one core unless it is told again how many."""
+    """The srun command. Slurm gives a step one core unless the number is repeated."""
     spec = job.spec
     flags = [f"--cpus-per-task={spec.cores}"]
     if spec.nodes > 1:
@@ -261,13 +265,13 @@ def _step(job: Job) -> str:
 
 
 def _uploading(job: Job) -> list[str]:
-    """What brings the logs to the object store, beside the launchers. Of a sweep's array there is none."""
+    """Lines that upload the logs while the launchers run. A sweep's array has no upload."""
     words = [job.spec.command[0], "-P", "-m", job_uploader.__name__, str(job.folder)]
     return [_UPLOADING.format(uploader=" ".join(map(_word, words)))]
 
 
 def _counting(job: Job) -> list[str]:
-    """What says that an attempt begins: one of which no end follows goes on."""
+    """Lines that record the start of an attempt: an attempt without a recorded end is still running."""
     element = f".{_NUMBER}" if job.spec.elements else ""
     return [
         f"attempts={shlex.quote(str(job.folder / ATTEMPTS))}{element}",
@@ -277,12 +281,12 @@ def _counting(job: Job) -> list[str]:
 
 
 def _ending(job: Job, *, stored: bool) -> list[str]:
-    """What is done once the launchers have ended: the job is queued again, or over."""
+    """What happens after the launchers have ended: the job is requeued, or over."""
     spec, told = job.spec, " | ".join(map(str, _TOLD))
     found = [
         'echo "$(date +%FT%T) $SLURM_JOB_NODELIST exit code $code" >> "$attempts"',
         "case $code in",
-        f"    {told}) again=yes ;;  # told to stop: 138 and 143 are before Python could answer",
+        f"    {told}) again=yes ;;  # told to stop; 138 and 143: before Python could handle the signal",
     ]
     if spec.retries:
         failed = f"grep -cvE '({_BEGINS}|exit code (0|{told.replace(' ', '')}))$'"
@@ -299,19 +303,19 @@ def _ending(job: Job, *, stored: bool) -> list[str]:
 
 
 def _word(argument: str) -> str:
-    """An argument as a word of bash."""
+    """An argument as a bash word."""
     pieces = re.split(f"({re.escape(RENDEZVOUS)}|{re.escape(ELEMENT)})", argument)
     known = {RENDEZVOUS: '"$rendezvous"', ELEMENT: _NUMBER}
     return "".join(known.get(piece) or shlex.quote(piece) for piece in pieces if piece) or "''"
 
 
 def _literal(path: Path) -> str:
-    """A path in a setting where Slurm reads `%j` and its kin."""
+    """A path in a setting, where Slurm interprets `%j` and the like."""
     return str(path).replace("%", "%%")
 
 
 def _days(seconds: float) -> str:
-    """Seconds as Slurm writes times: 04:00:00, 2-12:00:00."""
+    """Seconds in Slurm's format: 04:00:00, 2-12:00:00."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)
@@ -323,25 +327,25 @@ def _clock(seconds: int) -> str:
     return f"{seconds // 60} minutes" if seconds % 60 == 0 and seconds > 60 else f"{seconds} seconds"
 
 
-# -- what cannot be ------------------------------------------------------------------------
+# -- checks --------------------------------------------------------------------------------
 
 
 def _check_options(options: Mapping[str, str]) -> None:
     """Raises BadInput."""
     for key, value in options.items():
         if key in _FLAGS:
-            raise BadInput(f"--option {key}: that is what {_FLAGS[key]} is for")
+            raise BadInput(f"--option {key}: use {_FLAGS[key]} instead")
         if key in _OWN:
             raise BadInput(
-                f"--option {key}: the script sets it itself, so that the job can go on; leave it out"
+                f"--option {key}: the script sets this itself, so that the job can resume; omit it"
             )
         if len(key) == 1:
-            raise BadInput(f"--option {key}: give its long name, such as partition for p")
+            raise BadInput(f"--option {key}: use its long name, such as partition for p")
         meant = next((name for name in (*_FLAGS, *_OWN) if name.startswith(key)), "")
         if meant:
-            raise BadInput(f"--option {key}: Slurm would read it as {meant}, which is not given so")
+            raise BadInput(f"--option {key}: Slurm would read it as {meant}, which cannot be set this way")
         if not value and key not in _SWITCHES:
-            raise BadInput(f"--option {key}: it has no value; give {key}=VALUE, or leave it out")
+            raise BadInput(f"--option {key}: no value; give {key}=VALUE, or omit it")
 
 
 def _warning(spec: JobSpec) -> int:
@@ -358,18 +362,18 @@ def _warning(spec: JobSpec) -> int:
 
 
 def _check_warning(spec: JobSpec) -> None:
-    """Raises BadInput where the job would be told to stop when it begins."""
+    """Raises BadInput if the job would be told to stop as soon as it begins."""
     warning = _warning(spec)
     if spec.time is not None and spec.time <= warning:
         raise BadInput(
-            f"--time {_days(spec.time)}: Slurm tells it to stop {_clock(warning)} before that; give a longer "
-            "--time, or --option signal=USR1@SECONDS for a later warning"
+            f"--time {_days(spec.time)}: Slurm tells the job to stop {_clock(warning)} before that; use a "
+            "longer --time, or --option signal=USR1@SECONDS for a later warning"
         )
 
 
 @dataclass(frozen=True)
 class _Nodes:
-    """Nodes of a partition that are alike."""
+    """Equal nodes of a partition."""
 
     count: int
     cpus: int
@@ -379,7 +383,7 @@ class _Nodes:
 
 
 def _check_nodes(spec: JobSpec) -> None:
-    """Refuse what no node of the partition has. Raises BadInput."""
+    """Raises BadInput for resources that no node of the partition has."""
     partition = spec.options.get("partition") or os.environ.get("SBATCH_PARTITION", "")
     nodes = _nodes_of(partition)
     if not nodes:
@@ -391,16 +395,18 @@ def _check_nodes(spec: JobSpec) -> None:
         if amount > most:
             said, there = (jobspec.shown_memory(n) if what == "memory" else str(n) for n in (amount, most))
             raise BadInput(
-                f"--{what} {said}: a node of {where} has {there} at most; ask for less a node, or for "
-                "another partition with --option partition=NAME"
+                f"--{what} {said}: a node of {where} has at most {there}; request less per node, or a "
+                "different partition with --option partition=NAME"
             )
     fitting = sum(n.count for n in nodes if all(getattr(n, what) >= x for what, x in asked.items()))
     if spec.nodes > fitting:
-        raise BadInput(f"--nodes {spec.nodes}: {where} has {counted(fitting, 'node')} with what is asked for")
+        raise BadInput(
+            f"--nodes {spec.nodes}: {where} has {counted(fitting, 'node')} with the requested resources"
+        )
 
 
 def _nodes_of(partition: str) -> list[_Nodes]:
-    """The nodes of a partition, by default of the default one; none where Slurm does not say."""
+    """The nodes of a partition, or of the default one; empty if Slurm does not say."""
     flags = [f"--partition={partition}"] if partition else []
     done = _call(["sinfo", "--noheader", "--exact", "--format=%P|%D|%c|%m|%G", *flags])
     rows = [line.split("|") for line in done.stdout.splitlines() if done.returncode == 0]
@@ -410,7 +416,7 @@ def _nodes_of(partition: str) -> list[_Nodes]:
 
 
 def _gpus(resources: str) -> int:
-    """GPUs in `gpu:a100:4(S:0-1),gpu:t4:2,nvme:1`."""
+    """The number of GPUs in `gpu:a100:4(S:0-1),gpu:t4:2,nvme:1`."""
     found = re.findall(r"(?:^|,)gpu(?::[^:,()]+)?:(\d+)", resources)
     return sum(map(int, found))
 
@@ -419,25 +425,25 @@ def _gpus(resources: str) -> int:
 
 
 def _call(command: Sequence[str], given: str | None = None) -> subprocess.CompletedProcess[str]:
-    """Run a command of Slurm's. Raises BadInput where it is not here, StokerError where nothing answers."""
+    """Run a Slurm command. Raises BadInput if it is not found, StokerError if nothing answers."""
     return client.call(command, _NEEDS, given)
 
 
 def _do(command: Sequence[str]) -> None:
-    """Run a command that is to work. Raises StokerError."""
+    """Run a command that must succeed. Raises StokerError."""
     done = _call(command)
     if done.returncode != 0:
         raise StokerError(f"{shlex.join(command)}: {_said(done)}")
 
 
 def _said(done: subprocess.CompletedProcess[str]) -> str:
-    """What a command says of why it failed."""
+    """The reason why a command failed."""
     words = [line.removeprefix("sbatch: ").removeprefix("error: ") for line in done.stderr.splitlines()]
     return "; ".join(word for word in words if word) or f"exit code {done.returncode}"
 
 
 def _queue(numbers: Sequence[str]) -> dict[str, list[Status]]:
-    """Jobs that squeue knows, by number: the state of each element. Raises StokerError where none answers."""
+    """Jobs known to squeue, by number: the state of each element. Raises StokerError if it fails."""
     done = _call([
         "squeue", "--noheader", "--array", "--states=all", f"--jobs={','.join(numbers)}", "--format=%F|%T|%r"
     ])  # fmt: skip
@@ -451,7 +457,7 @@ def _queue(numbers: Sequence[str]) -> dict[str, list[Status]]:
 
 
 def _accounting(numbers: Sequence[str]) -> dict[str, list[Status]]:
-    """Likewise by sacct; nothing where the cluster keeps no accounts."""
+    """The same from sacct; empty if the cluster keeps no accounts."""
     done = _call([
         "sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={','.join(numbers)}",
         "--format=JobID,State",
@@ -471,7 +477,7 @@ def _in_our_words(word: str, reason: str) -> Status:
 
 
 def _status(job: Job, found: Sequence[Status]) -> Status:
-    """How a job is by how its elements are."""
+    """The state of a job from the states of its elements."""
     if job.cancelled:
         lost = ("failed", "unknown")  # one that was queued has written nothing
         found = [Status("cancelled") if status.state in lost else status for status in found]
@@ -485,7 +491,7 @@ def _status(job: Job, found: Sequence[Status]) -> Status:
 
 
 def _is_over(job: Job, attempts: str) -> bool:
-    """Whether a job will do nothing more, by what it wrote of its attempts: as its script decides that."""
+    """Whether a job has ended, from its record of attempts, by the same rules as its script."""
     lines = attempts.splitlines()
     if not lines:
         return job.cancelled
@@ -499,30 +505,30 @@ def _is_over(job: Job, attempts: str) -> bool:
 
 
 def _by_attempts(of: Sequence[Job]) -> dict[str, list[Status]]:
-    """How jobs were that Slurm has forgotten, by `Job.id`: by the last exit code of each element."""
+    """The states of jobs that Slurm has forgotten, by `Job.id`: from each element's last exit code."""
     return {job.id: _by_codes(elements) for job, elements in zip(of, _written(of), strict=True)}
 
 
 def _by_codes(elements: Sequence[str]) -> list[Status]:
-    """How the elements of a job were by what each wrote of its attempts."""
-    forgotten = Status("unknown", "Slurm does not know it any more")
+    """The states of a job's elements, from their records of attempts."""
+    forgotten = Status("unknown", "Slurm no longer knows it")
     codes = [attempts.split()[-1] for attempts in elements if attempts.strip()]
     return [_ended(code) if code.isdecimal() else forgotten for code in codes] or [forgotten]
 
 
 def _written(of: Sequence[Job]) -> list[list[str]]:
-    """As `_attempts`, of each job."""
-    with ThreadPoolExecutor(_AT_ONCE) as pool:  # a store takes its time to answer
+    """Like `_attempts`, for each job."""
+    with ThreadPoolExecutor(_AT_ONCE) as pool:  # a store is slow to answer
         return list(pool.map(_attempts, of))
 
 
 def _attempts(job: Job) -> list[str]:
-    """What a job, or each of its elements, wrote of its attempts: here, else in the store of its runs."""
+    """The record of attempts of a job, or of each of its elements: here, else in the store of its runs."""
     here = [file.read_text(encoding="utf-8") for file in sorted(job.folder.glob(f"{ATTEMPTS}*"))]
     store = object_store.of(job.runs)
     if here or store is None:
         return here
-    with contextlib.suppress(Unreachable):  # that was said when its jobs were looked for
+    with contextlib.suppress(Unreachable):  # this was reported when its jobs were looked up
         stored = tail.of_nodes(job, store).get(job.folder / ATTEMPTS)
         return [stored.read(0).decode()] if stored is not None else []
     return []

@@ -1,4 +1,4 @@
-"""What a job writes, as lines: of logs that grow, here or in a store, and of several sources at once."""
+"""The output of a job as lines: from growing logs, local or in a store, and from several sources at once."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from stoker.run.stretches import Stretch
 log = logging.getLogger("stoker")
 
 _EVERY = 0.5  # seconds
-ASKED = 2.0  # seconds between two questions of a cluster, which serves others too
+ASKED = 2.0  # seconds between two requests to a cluster, which serves others too
 
 
 def lines(
     logs: Callable[[], Mapping[str, Path | InStore]], over: Callable[[], bool] | None = None
 ) -> Iterator[Line]:
-    """What logs have, line by line, each with the name of its log.
+    """The lines of logs, each with the name of its log.
 
     Args:
-        logs: those that are there now, by name; others may come.
-        over: whether they grow no more; None for what they have now.
+        logs: returns those that exist now, by name; others can appear.
+        over: whether they have stopped growing; None to read only what they have now.
     """
     read: dict[str, _Reader] = {}
     asked, ended = time.monotonic(), over is None
@@ -50,10 +50,10 @@ def lines(
 
 
 class Logs:
-    """A job's logs by who wrote them: those that are here, and in an object store those of other machines.
+    """A job's logs by writer: the local ones, and those of other machines in an object store.
 
     Args:
-        nodes: whether those of its nodes too, which some targets keep elsewhere.
+        nodes: whether to include those of its nodes, which some targets keep elsewhere.
     """
 
     def __init__(self, job: Job, *, nodes: bool) -> None:
@@ -66,7 +66,7 @@ class Logs:
 
     @property
     def quiet(self) -> float:
-        """Seconds since the store had anything new, or did not answer."""
+        """Seconds since the store last had anything new, or did not answer."""
         return time.monotonic() - self._changed
 
     def __call__(self) -> dict[str, Path | InStore]:
@@ -77,13 +77,13 @@ class Logs:
             here |= {file: file for file in self._job.folder.glob("*.log") if file.is_file()}
         there = {file: stored for file, stored in self.stored().items() if file.suffix == ".log"}
         found = {**there, **here}
-        for file, stored in there.items():  # of a rank it may be an old copy that is here
+        for file, stored in there.items():  # for a rank, the local file can be an old copy
             if file.parent != self._job.folder and file in here and stored.size > file.stat().st_size:
                 found[file] = stored
         return {file.stem.replace("-", " "): found[file] for file in sorted(found, key=_order)}
 
     def stored(self) -> dict[Path, InStore]:
-        """What the store has, by the file that it is of; asked for now and then, as clusters are."""
+        """What the store has, by the file that it belongs to; requested only now and then."""
         if self._store is not None and time.monotonic() - self._asked >= ASKED:
             try:
                 found = self._listed(self._store)
@@ -92,13 +92,13 @@ class Logs:
                 self._silent = False
             except Unreachable as error:
                 if not self._silent:
-                    log.warning("%s; what other machines write is not seen now", error)
+                    log.warning("%s; the output of other machines is not shown at the moment", error)
                 self._silent, self._changed = True, time.monotonic()
             self._asked = time.monotonic()
         return self._stored
 
     def until(self, over: Callable[[], bool]) -> Callable[[], bool]:
-        """Whether the job is over; what the store has is asked for once more then."""
+        """Whether the job is over; the store is then asked once more."""
 
         def is_over() -> bool:
             if not over():
@@ -109,7 +109,7 @@ class Logs:
         return is_over
 
     def text(self, name: str) -> str:
-        """What is there of a file that the job's nodes write, here or in the store."""
+        """The contents of a file that the job's nodes write, here or in the store."""
         file = self._job.folder / name
         return (_read(file, 0) or _read(self.stored().get(file, file), 0)).decode(errors="replace")
 
@@ -123,7 +123,7 @@ class Logs:
 
 
 def of_nodes(job: Job, store: Store) -> dict[Path, InStore]:
-    """What a store has of what a job's nodes write, by the file that it is of. Raises Unreachable."""
+    """What a store has of the output of a job's nodes, by file. Raises Unreachable."""
     base = f"{jobs.FOLDER}/{job.id}/{jobs.LOGS}"
     return {
         job.folder / name: InStore(store, f"{base}/{name}", of_file[-1].end, tuple(of_file))
@@ -132,15 +132,15 @@ def of_nodes(job: Job, store: Store) -> dict[Path, InStore]:
 
 
 def _order(file: Path) -> list[Any]:
-    """Nodes before ranks, and these by their numbers."""
+    """Nodes before ranks, each in numerical order."""
     name, _, number = file.stem.partition("-")
     return [name == "rank", name, int(number) if number.isdecimal() else -1, file]
 
 
 def together(*sources: Iterator[Line]) -> Iterator[Line]:
-    """The lines of several sources as they come, until all have ended; each is read in a thread of its own.
+    """The lines of several sources as they come, until all have ended; each is read in its own thread.
 
-    What one of them raises is raised here.
+    An error in one of them is raised here.
     """
     read: queue.SimpleQueue[Line | Exception | None] = queue.SimpleQueue()
 
@@ -167,17 +167,17 @@ def together(*sources: Iterator[Line]) -> Iterator[Line]:
 
 @dataclass(frozen=True)
 class InStore:
-    """A log as an object store has it."""
+    """A log in an object store."""
 
     store: Store
     key: str
     size: int
     """Bytes."""
     stretches: tuple[Stretch, ...] = ()
-    """Where it is brought there in stretches; else it is one object."""
+    """If it is uploaded in stretches; otherwise it is one object."""
 
     def read(self, first: int) -> bytes:
-        """What it has from a byte on. Raises FileNotFoundError where the store has been written to since."""
+        """Its contents from a byte on. Raises FileNotFoundError if the store has been written to since."""
         if first >= self.size:
             return b""
         if not self.stretches:
@@ -187,7 +187,7 @@ class InStore:
 
 
 def _read(written: Path | InStore, first: int) -> bytes:
-    """What a log has from a byte on; nothing where that cannot be read now."""
+    """A log's contents from a byte on; empty if they cannot be read now."""
     try:
         if isinstance(written, InStore):
             return written.read(first)
@@ -199,15 +199,15 @@ def _read(written: Path | InStore, first: int) -> bytes:
 
 
 class _Reader:
-    """A log that is read as it grows."""
+    """Reads a log as it grows."""
 
     def __init__(self) -> None:
         self._at = 0
         self._begun = b""
-        """The line of which the end is not there yet."""
+        """The incomplete last line."""
 
     def more(self, written: Path | InStore, *, whole: bool) -> list[str]:
-        """The lines that have come; with `whole` also one that has no end."""
+        """The new lines; with `whole`, including an incomplete last one."""
         content = _read(written, self._at)
         self._at += len(content)
         *lines, self._begun = (self._begun + content).split(b"\n")

@@ -1,6 +1,6 @@
-"""Where a job may run, and what is asked of each such target.
+"""Where a job can run, and what each target must provide.
 
-A target is a module with these functions. Another one is another module, and a line in `TARGETS`.
+A target is a module with these functions. To add one, write a module, and add a line to `TARGETS`.
 """
 
 from __future__ import annotations
@@ -22,57 +22,57 @@ TARGETS = {
 
 
 class Status(NamedTuple):
-    """How a job is."""
+    """The state of a job."""
 
     state: str
-    """queued, running, ending, done, failed, cancelled, or unknown where the target has forgotten it."""
+    """queued, running, ending, done, failed, cancelled, or unknown if the target has forgotten it."""
     reason: str = ""
-    """In the target's words, where it says one."""
+    """In the target's words, if it gives a reason."""
 
     @property
     def over(self) -> bool:
-        """Whether it will do nothing more."""
+        """Whether it has ended."""
         return self.state not in ("queued", "running", "ending")
 
 
 class Line(NamedTuple):
-    """A line that a job has written."""
+    """A line of a job's output."""
 
     source: str
-    """Who wrote it: `rank 3`, `node 0`."""
+    """The writer: `rank 3`, `node 0`."""
     text: str
 
 
 class Submits(Protocol):
-    """What brings a job to a target."""
+    """What submits a job to a target."""
 
     def check(self, job: Job) -> None:
-        """Refuse what the target cannot run, before anything is written. Raises BadInput."""
+        """Raises BadInput for what the target cannot run, before anything is written."""
 
     def render(self, job: Job) -> str:
-        """Exactly what would be submitted, whether the target's client is here or not. Raises BadInput."""
+        """Exactly what would be submitted, with or without the target's client here. Raises BadInput."""
 
     def code(self, job: Job) -> str:
-        """Which code the job runs, in words for whom submits it."""
+        """A description of the code that the job runs, for the submitter."""
 
     def submit(self, job: Job, rendered: str) -> str:
-        """Hand a job over; returns the id that the target gives it. Raises StokerError."""
+        """Submit a job; returns the id that the target assigns. Raises StokerError."""
 
 
 class Answers(Protocol):
-    """What a target says of jobs that it has."""
+    """What a target says about its jobs."""
 
     def states(self, jobs: Sequence[Job]) -> dict[str, Status]:
-        """How jobs are, by `Job.id`. Raises StokerError where the target does not answer."""
+        """The states of jobs, by `Job.id`. Raises StokerError if the target does not answer."""
 
     def ended(self, jobs: Sequence[Job]) -> dict[str, Status]:
-        """How jobs ended, of those that have written it down themselves: the target is not asked."""
+        """How jobs ended, for those that record it themselves, without asking the target."""
 
     def cancel(self, job: Job, *, at_once: bool) -> None:
         """End a job for good: after a checkpoint, unless `at_once`. Raises StokerError."""
 
     def lines(self, job: Job, *, follow: bool) -> Iterator[Line]:
-        """What a job has written so far; with `follow` until it is over."""
+        """The output of a job so far; with `follow`, until it ends."""
 
 
 class Target(Submits, Answers, Protocol):
@@ -80,8 +80,8 @@ class Target(Submits, Answers, Protocol):
 
 
 def of(name: str) -> Target:
-    """The target of a name. Raises BadInput."""
+    """The target with a name. Raises BadInput."""
     if name not in TARGETS:
         allowed = (LOCAL, *TARGETS)
-        raise BadInput(f"--on {name}: give {', '.join(allowed)}{nearest(name, allowed)}")
+        raise BadInput(f"--on {name}: must be one of {', '.join(allowed)}{nearest(name, allowed)}")
     return cast(Target, importlib.import_module(TARGETS[name]))

@@ -1,4 +1,4 @@
-"""What the launcher does while its ranks run: pass signals on, end those that would not end by themselves."""
+"""What the launcher does while its ranks run: pass on signals, and end ranks that do not end themselves."""
 
 from __future__ import annotations
 
@@ -21,50 +21,50 @@ from stoker.launch import ranks
 log = logging.getLogger("stoker")
 
 _EVERY = 0.1  # seconds
-_LAST_WORDS = 5.0  # seconds that the other ranks have to end, once one has failed
-_WAITING = 0.5  # seconds of these after which those are ended that only wait for others to come up
-_STACKS = 1.0  # seconds that ranks have to write their stacks
-_COMING_UP = 60.0  # seconds that all ranks together have to find each other
-_ASLEEP = 10.0  # seconds between two looks after which this launcher, as its ranks, was stopped meanwhile
-_NAMED = 4  # places, and ranks at each, that a message names
-_AT_ONCE = 1.0  # seconds that ranks have to end, once they were told twice
+_LAST_WORDS = 5.0  # seconds for the other ranks to end, once one has failed
+_WAITING = 0.5  # of these, seconds after which ranks are ended that only wait for others to start
+_STACKS = 1.0  # seconds for ranks to write their stacks
+_COMING_UP = 60.0  # seconds for all ranks to find each other
+_ASLEEP = 10.0  # seconds between two looks that mean that this launcher, like its ranks, was suspended
+_NAMED = 4  # places, and ranks at each, named in a message
+_AT_ONCE = 1.0  # seconds for ranks to end after being told twice
 
 
 @dataclass
 class Watch:
-    """One launch as it is watched."""
+    """Supervises one launch."""
 
     folder: Path
     count: int
     """Ranks of the launch."""
     told: int = 0
-    """The signal by which all ranks were told to stop; 0 where they were not."""
+    """The signal with which all ranks were told to stop; 0 if they were not."""
     ask_to_stop: bool = False
-    """Whether all ranks are to stop although this launcher was not told to."""
+    """Whether all ranks should stop although this launcher was not told to."""
     at_once: bool = False
     """Whether they were told twice."""
     abandoned: bool = False
-    """Whether ranks were ended that could not hear that, on their way to others which had stopped."""
+    """Whether ranks were ended that could not receive signals while waiting for ranks that had stopped."""
     verdict: str = ""
-    """Why all ranks were ended, where they were."""
+    """Why all ranks were ended, if they were."""
     outside: Callable[[], str] = lambda: ""
-    """Why they are to be ended for what happens elsewhere; nothing while they are not."""
+    """Why they must be ended because of events elsewhere; empty if they need not be."""
     _told_at: float = 0.0
     _looked: float = field(default_factory=time.monotonic)
     _awake: float = 0.0
-    """Since when it has looked without a pause."""
+    """Since when it has been looking without interruption."""
     _over: threading.Event = field(default_factory=threading.Event)
     _heard: set[int] = field(default_factory=set)
 
     def run(self) -> None:
-        """Watch until it is over, whatever goes wrong meanwhile; in a thread."""
+        """Watch until the launch is over, despite any errors; runs in a thread."""
         said = ""
         while not self._over.wait(_EVERY):
             try:
                 self._look()
             except Exception as error:
                 if said != (said := f"{type(error).__name__}: {error}"):
-                    log.warning("the ranks are watched in part: %s", said)
+                    log.warning("the ranks are watched only partly: %s", said)
 
     def _look(self) -> None:
         if self.told or self.ask_to_stop:
@@ -81,11 +81,11 @@ class Watch:
             self._end_all()
 
     def stop(self) -> None:
-        """There is nothing left to watch."""
+        """Stop watching."""
         self._over.set()
 
     def pass_on(self, number: int, frame: FrameType | None) -> None:
-        """Have all ranks stop; a second signal ends those too that cannot hear it: they wait in C code."""
+        """Make all ranks stop; a second signal also ends those that cannot receive it, waiting in C code."""
         if not ranks.pids(self.folder):
             raise Stopped(stopping.STATUS[number])
         if self.told:
@@ -100,7 +100,7 @@ class Watch:
         self.told = number
 
     def _tell(self, number: int) -> None:
-        """Tell those ranks to stop that have not been told: some may have come up since."""
+        """Tell the ranks to stop that have not been told yet: some may have started since."""
         for pid in ranks.pids(self.folder).values():
             if pid not in self._heard:
                 self._heard.add(pid)
@@ -108,7 +108,7 @@ class Watch:
                     os.kill(pid, number)
 
     def signal(self, number: int) -> None:
-        """Send a signal to every rank that lives."""
+        """Send a signal to every living rank."""
         for pid in ranks.pids(self.folder).values():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
@@ -116,7 +116,7 @@ class Watch:
     def _let_end(self) -> None:
         """Give the other ranks time to end by themselves.
 
-        Those that wait, in C code, for one that is gone to come up hear nothing, and have nothing to finish.
+        Ranks that wait in C code for a dead rank to start cannot receive signals, and have nothing to finish.
         """
         busy = begun = time.monotonic()
         while (now := time.monotonic()) < begun + _LAST_WORDS and not self._over.wait(_EVERY):
@@ -126,7 +126,7 @@ class Watch:
                 break
 
     def _all_wait(self) -> bool:
-        """Whether there are ranks that live, and all of them wait for others to come up."""
+        """Whether there are living ranks, and all of them wait for others to start."""
         pulses = supervision.read(self.folder)
         living = ranks.living(self.folder)
         return bool(living) and all(rank in pulses and pulses[rank].joining for rank in living)
@@ -137,14 +137,14 @@ class Watch:
             self._over.wait(_EVERY)
 
     def _stopped_before_all_came_up(self) -> bool:
-        """Whether a rank has stopped as it was told to, and the others may wait for it without end."""
+        """Whether a rank has stopped as told, while others may wait for it for ever."""
         began = any(pulse.begun for pulse in supervision.read(self.folder).values())
         return bool(self.told or self.ask_to_stop) and not began and bool(ranks.ends(self.folder))
 
     def _hanging(self) -> str:
-        """What is said of ranks that stand still, once they have written their stacks; else nothing."""
+        """A message about hanging ranks, after they have written their stacks; otherwise empty."""
         now = time.monotonic()
-        if now - self._looked > _ASLEEP:  # a scheduler stops, and lets go on, all processes of a job
+        if now - self._looked > _ASLEEP:  # a scheduler can suspend and continue all processes of a job
             self._awake = now
         self._looked = now
         pulses = supervision.read(self.folder)
@@ -155,7 +155,7 @@ class Watch:
         if not slow:
             return ""
         self.signal(supervision.STACKS)
-        self.signal(signal.SIGCONT)  # one that was stopped answers too
+        self.signal(signal.SIGCONT)  # a suspended one must answer too
         self._over.wait(_STACKS)
         pulse = min(slow.values(), key=lambda pulse: pulse.at)
         who = f"rank {min(slow)} hangs" if len(slow) == 1 else f"{len(slow)} ranks hang"
@@ -163,8 +163,8 @@ class Watch:
         try:
             folder = self._keep_stacks()
             return f"{said}{_places(folder)}; the stacks of all ranks are in {folder}"
-        except OSError as error:  # they are to be ended all the same
-            return f"{said}; the stacks of the ranks could not be kept ({error})"
+        except OSError as error:  # they must be ended anyway
+            return f"{said}; the stacks of the ranks could not be saved ({error})"
 
     def _keep_stacks(self) -> Path:
         """Move the stacks to the run's logs; returns where they are."""
@@ -176,7 +176,7 @@ class Watch:
 
 
 def _places(folder: Path) -> str:
-    """Where the ranks are, in words, by their stacks; those that are at the same place, together."""
+    """Where the ranks are according to their stacks, as text; ranks at the same place are grouped."""
     ranks_at: dict[str, list[str]] = {}
     for file in sorted(folder.glob("rank-*.txt"), key=lambda file: int(file.stem.removeprefix("rank-"))):
         if place := supervision.place(file.read_text(encoding="utf-8", errors="replace")):
@@ -184,13 +184,13 @@ def _places(folder: Path) -> str:
     if not ranks_at:
         return ""
     said = [f"rank{'s' if len(at) > 1 else ''} {words.some(at, _NAMED)} at {p}" for p, at in ranks_at.items()]
-    why = " (what one of them alone calls, and all take part in, waits without end)" if len(said) > 1 else ""
+    why = " (a collective that not all ranks call waits for ever)" if len(said) > 1 else ""
     return f"; {words.some(said, _NAMED)}{why}"
 
 
 @contextlib.contextmanager
 def watching(folder: Path, count: int, outside: Callable[[], str]) -> Iterator[Watch]:
-    """Watch the ranks of a launch, and hand SIGTERM, SIGUSR1 and Ctrl-C to them, within this block."""
+    """Watch the ranks of a launch, and pass SIGTERM, SIGUSR1 and Ctrl-C to them, within this block."""
     watch = Watch(folder, count, outside=outside)
     thread = threading.Thread(target=watch.run, name="watch-ranks", daemon=True)
     thread.start()

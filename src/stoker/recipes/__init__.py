@@ -1,4 +1,4 @@
-"""Recipes: a config dataclass and one `train(run, config)` function, shipped or a user's own."""
+"""Recipes: a config dataclass and one `train(run, config)` function, shipped or written by a user."""
 
 from __future__ import annotations
 
@@ -29,33 +29,34 @@ SHIPPED = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """What can be trained."""
+    """A train function with its config and checks."""
 
     name: str
     reference: str
-    """Finds it again: a shipped name, `FILE.py:FUNCTION` with an absolute path, or `MODULE:FUNCTION`."""
+    """How to load it again: a shipped name, `FILE.py:FUNCTION` with an absolute path, or
+    `MODULE:FUNCTION`."""
     train: Callable[..., None]
     config: type[Any]
     source: Path
     """The file that defines it."""
     check: Callable[[Any], None] | None = None
-    """`check_launch(config)` of its module: refuses what cannot work, before any rank is started."""
+    """`check_launch(config)` of its module: refuses configs that cannot work, before any rank is started."""
     check_ranks: Callable[[Any, int], None] | None = None
-    """`check_ranks(config, ranks)` of its module: refuses a number of ranks, by BadWorldSize where another
-    could do it. Quick, as it is asked of each number that there may be."""
+    """`check_ranks(config, ranks)` of its module: refuses a number of ranks, with BadWorldSize if a different
+    number would work. It must be fast, since it is called for every number of ranks that is possible."""
     preload: tuple[str, ...] = ()
-    """`PRELOAD` of its module: what the server of the ranks imports beforehand."""
+    """`PRELOAD` of its module: modules that the forkserver of the ranks imports in advance."""
 
     @property
     def code(self) -> Path:
-        """What a run of it is made from: a user's own file, or the working directory of a shipped one."""
+        """The code recorded with a run: the user's file, or the working directory for a shipped recipe."""
         return Path.cwd() if self.reference in SHIPPED else self.source
 
 
 def load(reference: str) -> Recipe:
     """A recipe by shipped name, by file (`my_train.py`, `my_train.py:train`) or by `module:function`.
 
-    Raises BadInput where there is none; an error within the user's file is the user's, and passes.
+    Raises BadInput if it is not found; errors raised by the user's file itself are passed on.
     """
     if reference in SHIPPED:
         path, _, function = SHIPPED[reference].partition(":")
@@ -70,25 +71,25 @@ def load(reference: str) -> Recipe:
 
 
 def configs() -> dict[str, Path]:
-    """The configs that are shipped, for the language recipe, by name."""
+    """The shipped configs, all for the llm recipe, by name."""
     return {file.stem: file for file in sorted((Path(__file__).parent / "configs").glob("*.yaml"))}
 
 
 def config_file(given: Path | None) -> Path | None:
-    """The file that is meant by a path, or by the name of a shipped config. Raises BadInput."""
+    """The config file for a path, or for the name of a shipped config. Raises BadInput."""
     if given is None or given.exists():
         return given
     known = configs()
     if str(given) in known:
         return known[str(given)]
-    hint = nearest(str(given), known) or f"; the shipped ones are {', '.join(known)}"
+    hint = nearest(str(given), known) or f"; shipped configs: {', '.join(known)}"
     raise BadInput(f"config file {given} does not exist{hint}")
 
 
 def from_function(
     train: Callable[..., None], name: str | None = None, reference: str | None = None
 ) -> Recipe:
-    """The recipe of a train function; its config is the annotation of the second parameter."""
+    """The recipe for a train function; its config class is the annotation of the second parameter."""
     source = Path(inspect.getsourcefile(train) or "").absolute()
     module = sys.modules.get(train.__module__)
     return Recipe(
@@ -111,12 +112,12 @@ def _module(target: str, reference: str) -> ModuleType:
             return importlib.import_module(target)
         except ModuleNotFoundError as error:
             raise BadInput(f"module {target} cannot be imported: {error}") from error
-    hint = nearest(reference, SHIPPED) or f"; the shipped ones are {', '.join(SHIPPED)}"
-    raise BadInput(f"no recipe {reference!r}{hint}; your own is a file such as my_train.py")
+    hint = nearest(reference, SHIPPED) or f"; shipped recipes: {', '.join(SHIPPED)}"
+    raise BadInput(f"no recipe {reference!r}{hint}; for your own, give a file such as my_train.py")
 
 
 def _import_file(file: Path) -> ModuleType:
-    """Import a script as a module of its own name, its folder on the path as when it is run."""
+    """Import a script as a module named after it, with its folder on the path as when it is run."""
     if not file.is_file():
         raise BadInput(f"{file} does not exist")
     spec = importlib.util.spec_from_file_location(file.stem, file)
@@ -134,28 +135,28 @@ def _import_file(file: Path) -> ModuleType:
 
 
 def _explain_not_frozen(file: Path, error: TypeError) -> None:
-    """Raises BadInput where a config that is not frozen inherits from one that is, as `Training` is."""
+    """Raises BadInput if a non-frozen config inherits from a frozen one such as `Training`."""
     if "cannot inherit non-frozen dataclass" not in str(error):
         return
     frames = traceback.extract_tb(error.__traceback__)
     line = next((frame.lineno for frame in frames if frame.filename == str(file)), None)
     raise BadInput(
-        f"{file}, line {line}: a dataclass inherits from a frozen one, as stoker.Training is: decorate it "
-        "with @dataclass(frozen=True, kw_only=True)"
+        f"{file}, line {line}: a dataclass that inherits from a frozen one, such as stoker.Training, must be "
+        "frozen too: decorate it with @dataclass(frozen=True, kw_only=True)"
     ) from error
 
 
 def _check_run_is_first(train: Callable[..., None], parameters: Sequence[str]) -> None:
-    """Raises BadInput for a function that takes no run, or takes it after its config."""
+    """Raises BadInput for a function that does not take a run, or takes it after its config."""
     kind: Any = None
-    with contextlib.suppress(NameError):  # of what is imported for type checkers alone
+    with contextlib.suppress(NameError):  # names that are imported only for type checkers
         kind = typing.get_type_hints(train).get(parameters[0]) if parameters else None
     takes_config = dataclasses.is_dataclass(kind) or parameters == ["config"]
     if parameters and not takes_config:
         return
     config = kind.__name__ if isinstance(kind, type) else "Config"
     raise BadInput(
-        f"{train.__name__}({', '.join(parameters)}): the first that it is given is the run: write "
+        f"{train.__name__}({', '.join(parameters)}): the first parameter must be the run: write "
         f"def {train.__name__}(run, config: {config})"
     )
 

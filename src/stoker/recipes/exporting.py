@@ -1,4 +1,4 @@
-"""Writing what a recipe has trained as an ordinary Hugging Face directory."""
+"""Exporting a recipe's trained model as an ordinary Hugging Face directory."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from huggingface_hub import save_torch_state_dict
 from stoker.loop import Trainer
 
 Describe = Callable[[Path], None]
-"""Writes all of the directory but the weights: config, tokenizer, what prepares images."""
+"""Writes everything in the directory except the weights: config, tokenizer, image preprocessing."""
 
 
 def export(trainer: Trainer, describe: Describe) -> Path | None:
-    """Write the model under artifacts; rank 0 does, all call it."""
+    """Write the model under artifacts. All ranks must call it; rank 0 writes."""
     tensors = trainer.state_dict()
     if trainer.world.rank > 0:
         return None
@@ -23,9 +23,9 @@ def export(trainer: Trainer, describe: Describe) -> Path | None:
 
 
 def record_shape(trainer: Trainer, describe: Describe) -> None:
-    """Write all of the directory that `export` will, but for the weights.
+    """Write everything that `export` will write, except the weights.
 
-    With it a checkpoint of a run that has not ended can be exported too. Rank 0 does, in the first attempt.
+    This lets a checkpoint of an unfinished run be exported too. Rank 0 writes it, in the first attempt.
     """
     if trainer.world.rank == 0 and not trainer.run.continued:
         trainer.run.artifact(_described(trainer, "shape", describe), kind="shape")

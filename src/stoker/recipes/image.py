@@ -1,6 +1,6 @@
-"""Train an image classifier: a ResNet (He et al. 2016, arXiv:1512.03385) of a size, or one from a hub.
+"""Train an image classifier: a new ResNet (He et al. 2016, arXiv:1512.03385), or a loaded model.
 
-Decoding and augmentation run in workers, and are a function of (seed, epoch, sample) alone.
+Decoding and augmentation run in workers and depend only on (seed, epoch, sample).
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from stoker.errors import BadInput
 
 PRELOAD = (
     "stoker.recipes.image_model", "stoker.data.images", "stoker.data.augment",
-    "sklearn.datasets",  # has the digits, and takes longer to import than they take to train an epoch on
+    "sklearn.datasets",  # holds the digits; importing it takes longer than training an epoch on them
 )  # fmt: skip
 
 _DEEP = [256, 512, 1024, 2048]
 _WIDE = [64, 128, 256, 512]
 
-# Widths, depths and kind of layer, as in He et al. 2016, table 1; the tiny one is for images of 32 pixels.
+# Widths, depths and layer type as in He et al. 2016, table 1; the tiny one is for images of 32 pixels.
 SIZES: dict[str, dict[str, Any]] = {
     "resnet-tiny": {
         "embedding_size": 16, "hidden_sizes": [16, 32, 64], "depths": [1, 1, 1], "layer_type": "basic",
@@ -43,56 +43,57 @@ class Config(Training):
     model: str = "resnet-tiny"
     """resnet-tiny, resnet-18, resnet-34, resnet-50, resnet-101, a local directory, or a hub id."""
     data: str = "digits"
-    """digits (built in), a folder with a folder a class, a .parquet or .tar file, or a folder of these."""
+    """digits (built in), a folder with one subfolder per class, a .parquet or .tar file, or a folder of
+    these."""
     image_size: Annotated[int, Ge(8)] | None = None
-    """Pixels a side; by default 32 for digits, 224 else."""
+    """Pixels per side; default: 32 for digits, otherwise 224."""
     flip: bool = True
-    """Mirror half of the training images; never done to digits."""
+    """Flip half of the training images horizontally; never applied to digits."""
     workers: Annotated[int, Ge(0)] = 2
-    """Processes a rank that read, decode and augment; any number gives the same batches."""
+    """Processes per rank that read, decode and augment; any number gives the same batches."""
     optimizer: Literal["adamw", "sgd", "adafactor", "adamw8bit"] = "sgd"
     """SGD with Nesterov momentum, AdamW, Adafactor, or AdamW with 8-bit states."""
     betas: Betas = (0.9, 0.999)
-    """Decay of the means that AdamW, in 8 bits too, keeps of the gradient and of its square."""
+    """Decay rates of AdamW's moving averages of the gradient and of its square (also with 8-bit states)."""
     eps: Annotated[float, Gt(0)] = 1e-8
-    """What AdamW, in 8 bits too, adds to the root of the latter."""
+    """Term that AdamW adds to the denominator for numerical stability (also with 8-bit states)."""
     lr: Annotated[float, Gt(0)] = 0.1
     """Peak learning rate."""
     momentum: Annotated[float, Ge(0), Lt(1)] = 0.9
-    """Of SGD."""
+    """Momentum of SGD."""
     weight_decay: Annotated[float, Ge(0)] = 5e-4
-    """L2 penalty of SGD; decoupled for AdamW."""
+    """L2 penalty for SGD; decoupled weight decay for AdamW."""
     decay_all: bool = False
-    """Weight decay of norms and biases too, and of all else that has one dimension."""
+    """Also apply weight decay to norms, biases and all other one-dimensional parameters."""
     label_smoothing: Annotated[float, Ge(0), Lt(1)] = 0.1
-    """Share of the target that is spread over all classes, while training."""
+    """Share of the target probability spread over all classes during training."""
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
-    """How the learning rate goes down after the warm-up."""
+    """How the learning rate decays after the warm-up."""
     warmup: Warmup = 0.05
-    """Over which the learning rate goes up: a share of the steps, such as 0.05, or how many, such as 100."""
+    """Length of the learning-rate warm-up: a share of the steps, such as 0.05, or a number, such as 100."""
     min_lr: Annotated[float, Ge(0), Le(1)] = 0.0
-    """Share of the peak that cosine, linear and wsd end at."""
+    """Share of the peak learning rate at which cosine, linear and wsd end."""
     max_steps: Length | None = None
     """How long to train: 100 (steps) or 2ep."""
     epochs: Annotated[float, Gt(0)] | None = None
-    """The same in epochs; 10 where neither is given."""
+    """The same in epochs; 10 if neither is given."""
     batch_size: Annotated[int, Ge(1)] = 64
-    """Images of a step, over all ranks."""
+    """Images per step, over all ranks."""
     eval_every: Length = Duration(1, "epoch")
-    """Accuracy on the validation images."""
+    """How often to measure accuracy on the validation images."""
     patience: Annotated[int, Ge(1)] | None = None
-    """End early once val_accuracy got no better over so many evaluations; none: never."""
+    """End early once val_accuracy has not improved for this many evaluations; none: never."""
     validation: Annotated[float, Gt(0), Lt(0.5)] = 0.1
-    """Share of the images held out for evaluation while training, where the data has no such split."""
+    """Share of the images held out for evaluation during training, if the data has no validation split."""
     test: Annotated[float, Gt(0), Lt(0.5)] = 0.1
-    """Share of the images held out for the final test, likewise."""
+    """Share of the images held out for the final test, if the data has no test split."""
     seed: Annotated[int, Ge(0)] = 0
-    """Of the weights, the splits, the order of the data, and augmentation."""
+    """Seed for the weights, the splits, the order of the data, and augmentation."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.max_steps is not None and self.epochs is not None:
-            raise ValueError(f"max_steps={self.max_steps} and epochs={self.epochs} are both given: give one")
+            raise ValueError(f"max_steps={self.max_steps} and epochs={self.epochs}: give only one of the two")
 
     @property
     def length(self) -> Duration:
@@ -101,11 +102,11 @@ class Config(Training):
 
 
 def check_launch(config: Config) -> None:
-    """What can be seen before any process is started. Raises BadInput."""
+    """Check what can be checked before any process is started. Raises BadInput."""
     if config.parallel == "pipeline":
         raise BadInput(
-            "parallel=pipeline: a ResNet is not cut into stages, its blocks differ too much in size; "
-            "give parallel=ddp or fsdp"
+            "parallel=pipeline: a ResNet cannot be split into stages, its blocks differ too much in size; "
+            "use parallel=ddp or fsdp"
         )
     if config.model not in SIZES:
         from stoker.language import hub
@@ -164,6 +165,6 @@ def train(run: Run, config: Config) -> None:
         if trainer.every(config.eval_every) or trainer.last:
             run.log({f"val_{name}": value for name, value in measure(validation).items()})
             if config.patience is not None and trainer.stale("val_accuracy", config.patience):
-                trainer.finish(f"val_accuracy got no better over {config.patience} evaluations")
+                trainer.finish(f"val_accuracy did not improve for {config.patience} evaluations")
     run.log({f"test_{name}": value for name, value in measure(test).items()})
     exporting.export(trainer, describe)

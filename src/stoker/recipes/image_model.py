@@ -1,4 +1,4 @@
-"""The model of the image recipe: a ResNet of a size or loaded, its loss, its metrics, its export."""
+"""The model of the image recipe: a new or loaded classifier, its loss, metrics and export."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from transformers import AutoModelForImageClassification, ResNetConfig, ResNetFo
 
 @dataclass(frozen=True)
 class Classifier:
-    """A model with what is written beside its weights."""
+    """A model with the files that are written next to its weights."""
 
     model: Any
     config: Any
@@ -29,10 +29,10 @@ class Classifier:
 
 
 def build(reference: str, *, classes: Sequence[str], channels: int, size: int) -> Classifier:
-    """A new ResNet of a size, or the model of a directory or hub id with a new last layer where needed.
+    """A new ResNet of a given size, or the model of a directory or hub id, with a new last layer if needed.
 
     Raises:
-        BadInput: there is no such model, or it does not load.
+        BadInput: the model does not exist, or does not load.
     """
     names = dict(enumerate(classes))
     labels = {"id2label": names, "label2id": {name: n for n, name in names.items()}}
@@ -47,7 +47,7 @@ def build(reference: str, *, classes: Sequence[str], channels: int, size: int) -
 
 
 def _load(reference: str, labels: Mapping[str, Any]) -> Any:
-    """With a new last layer where the number of classes is another. Raises BadInput."""
+    """Load the model, with a new last layer if the number of classes differs. Raises BadInput."""
     folder = hub.find(reference, known=tuple(SIZES), pickles=True)
     try:
         model = AutoModelForImageClassification.from_pretrained(
@@ -60,7 +60,7 @@ def _load(reference: str, labels: Mapping[str, Any]) -> Any:
 
 
 def inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What the model is called with: (batch, channels, size, size)."""
+    """The argument for the model: (batch, channels, size, size)."""
     return {"pixel_values": batch["pixel_values"]}
 
 
@@ -76,7 +76,7 @@ def loss(smoothing: float) -> Callable[[Any, dict[str, torch.Tensor]], tuple[tor
 
 
 def metrics(output: Any, batch: dict[str, torch.Tensor]) -> dict[str, Metric]:
-    """Cross-entropy without smoothing, and the share of images whose likeliest class is right."""
+    """Cross-entropy without smoothing, and the share of images whose most likely class is correct."""
     logits, labels = output.logits.float(), batch["labels"]
     right = (logits.argmax(dim=1) == labels).sum()
     total = F.cross_entropy(logits, labels, reduction="sum")
@@ -84,6 +84,6 @@ def metrics(output: Any, batch: dict[str, torch.Tensor]) -> dict[str, Metric]:
 
 
 def describe(made: Classifier, target: Path) -> None:
-    """Write what stands beside the weights of an export."""
+    """Write everything that goes next to the weights of an export."""
     made.config.save_pretrained(target)
     (target / "images.json").write_text(json.dumps(made.preprocessor) + "\n", encoding="utf-8")

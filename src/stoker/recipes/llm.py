@@ -1,8 +1,8 @@
-"""Train a causal language model: from scratch, or fine-tuned whole or with LoRA.
+"""Train a causal language model: from scratch, or by full or LoRA fine-tuning.
 
 Text is packed into rows of `sequence_length` tokens without attention across documents, and
-the loss is the mean over the tokens of the whole global batch. Heavy imports stand inside
-`train`, so that a mistyped key is answered at once.
+the loss is the mean over the tokens of the whole global batch. Heavy imports are inside
+`train`, so that a mistyped key is reported immediately.
 """
 
 from __future__ import annotations
@@ -41,92 +41,96 @@ class Config(Training):
     """Keys of `stoker train llm`."""
 
     model: str = "tiny"
-    """A size to start from scratch (tiny, small, base), a directory, s3://bucket/folder, or a hub id."""
+    """A size to train from scratch (tiny, small, base), a directory, s3://bucket/folder, or a hub id."""
     data: Weighted = "python-docs"
-    """python-docs or python-docs-qa (built in), a .jsonl, .json, .csv, .txt or .parquet file, a folder of
-    these, a URL such as s3://..., or a hub dataset: org/name, org/name@revision, org/name#config/split.
-    Texts, pairs, conversations. Several with weights: a:3,b:1."""
+    """Texts, prompt-completion pairs or conversations: python-docs or python-docs-qa (built in), a .jsonl,
+    .json, .csv, .txt or .parquet file, a folder of these, a URL such as s3://..., or a hub dataset: org/name,
+    org/name@revision, org/name#config/split. Several sources with weights: a:3,b:1."""
     validation_data: Names | None = None
-    """As data, to be evaluated on while training in place of the share `validation` of data. Of several, a,b,
-    each has a loss of its own."""
+    """Like data: evaluated during training instead of the share `validation` of data. With several sources,
+    a,b, each has a separate loss."""
     test_data: Names | None = None
-    """As data, for the final test in place of the share `test` of data."""
+    """Like data: used for the final test instead of the share `test` of data."""
     columns: dict[str, str] = field(default_factory=dict)
-    """What the data call the fields that are read, and only these are: {text: body}, {prompt: q, completion:
-    a}, {messages: dialog, role: speaker, content: utterance}."""
+    """The names of the fields in your data; only the fields given here are read: {text: body}, {prompt: q,
+    completion: a}, {messages: dialog, role: speaker, content: utterance}."""
     streaming: bool = False
-    """Tokenise the data as training comes to it, not beforehand; an epoch is an estimate then."""
+    """Tokenise the data during training rather than beforehand; the length of an epoch is then an
+    estimate."""
     loss_on: Literal["answer", "last", "all"] = "answer"
-    """Of pairs and conversations: learn what the assistant says, its last turn alone, or everything."""
+    """For pairs and conversations: learn all assistant turns, only the last one, or everything."""
     chat_template: str | None = None
-    """How conversations are written: chatml, llama3, gemma, mistral, alpaca, a directory or hub id whose
-    tokenizer has one, or a file of Jinja; by default the tokenizer's own."""
+    """Template that turns conversations into text: chatml, llama3, gemma, mistral, alpaca, a directory or hub
+    id whose tokenizer has a template, or a Jinja file; default: the tokenizer's own."""
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
-    """What the template is given beside each conversation, where its record has no other: {enable_thinking:
-    false}."""
+    """Extra values passed to the template with each conversation, unless its record sets them:
+    {enable_thinking: false}."""
     tokenizer: str | None = None
-    """A directory or hub id; by default the model's own, and for a new model one trained on the data."""
+    """A directory or hub id; default: the model's own, or for a new model one trained on the data."""
     add_tokens: tuple[str, ...] = ()
-    """Special tokens that the tokenizer is to have, such as ["<|im_start|>", "<|im_end|>"]; the model gets an
-    embedding for each, which begins as the mean of all and is trained."""
+    """Special tokens to add to the tokenizer, such as ["<|im_start|>", "<|im_end|>"]; the model gets an
+    embedding for each, which starts as the mean of all embeddings and is trained."""
     vocab_size: Annotated[int, Ge(300)] = 4096
-    """Entries of a tokenizer that is trained here."""
+    """Vocabulary size of a tokenizer trained by this run."""
     tie_embeddings: bool = True
-    """Of a new model: one matrix embeds tokens and predicts them. A pipeline needs false."""
+    """For a new model: share one matrix between the token embeddings and the output layer. A pipeline needs
+    false."""
     lora: Lora = field(default_factory=Lora)
     train_only: Patterns = ()
-    """Without adapters: train those weights alone in whose names one of these patterns is found, such as
-    ["layers.(30|31)", lm_head]; all others stay as they are."""
+    """Without adapters: train only the weights whose names match one of these patterns, such as
+    ["layers.(30|31)", lm_head]; all others are frozen."""
     neftune: Annotated[float, Ge(0)] = 0.0
-    """Noise on the embeddings while training, as NEFTune's alpha (arXiv:2310.05914), such as 5; 0: none."""
+    """Noise on the embeddings during training, as NEFTune's alpha (arXiv:2310.05914), such as 5; 0: none."""
     quantisation: Literal["none", "nf4"] = "none"
     """Keep the frozen weights in 4 bits (QLoRA; extra `quantisation`)."""
     kernels: Literal["torch", "liger"] = "torch"
-    """On GPUs: liger's fused norms, rotary embeddings and feed-forward layers (extra `liger`)."""
+    """liger: fused norms, rotary embeddings and feed-forward layers, on GPUs only (extra `liger`)."""
     lr: Annotated[float, Gt(0)] | None = None
-    """Peak learning rate; by default 3e-3 from scratch, 2e-4 with LoRA, 2e-5 for every weight."""
+    """Peak learning rate; default: 3e-3 from scratch, 2e-4 with LoRA, 2e-5 for other fine-tuning."""
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
-    """How the learning rate goes down after the warm-up."""
+    """How the learning rate decays after the warm-up."""
     warmup: Warmup = 0.05
-    """Over which the learning rate goes up: a share of the steps, such as 0.05, or how many, such as 100."""
+    """Length of the learning-rate warm-up: a share of the steps, such as 0.05, or a number, such as 100."""
     min_lr: Annotated[float, Ge(0), Le(1)] = 0.1
-    """Share of the peak that cosine, linear and wsd end at."""
+    """Share of the peak learning rate at which cosine, linear and wsd end."""
     weight_decay: Annotated[float, Ge(0)] = 0.01
     """AdamW's decoupled weight decay."""
     decay_all: bool = False
-    """Weight decay of norms and biases too, and of all else that has one dimension."""
+    """Also apply weight decay to norms, biases and all other one-dimensional parameters."""
     optimizer: Literal["adamw", "sgd", "adafactor", "adamw8bit"] = "adamw"
     """AdamW, SGD with momentum, Adafactor, or AdamW with 8-bit states (extra `quantisation`)."""
     betas: Betas = (0.9, 0.95)
-    """Decay of the means that AdamW, in 8 bits too, keeps of the gradient and of its square."""
+    """Decay rates of AdamW's moving averages of the gradient and of its square (also with 8-bit states)."""
     eps: Annotated[float, Gt(0)] = 1e-8
-    """What AdamW, in 8 bits too, adds to the root of the latter."""
+    """Term that AdamW adds to the denominator for numerical stability (also with 8-bit states)."""
     clip_norm: Annotated[float, Gt(0)] | None = 1.0
-    """Largest global L2 norm of the gradient; larger ones are scaled down to it."""
+    """Maximum global L2 norm of the gradient; larger gradients are scaled down to it."""
     max_steps: Length | None = None
     """How long to train: 100 (steps), 2ep or 1000000tok."""
     epochs: Annotated[float, Gt(0)] | None = None
-    """The same in epochs; 1 where neither is given."""
+    """The same in epochs; 1 if neither is given."""
     batch_size: Annotated[int, Ge(1)] = 8
-    """Rows of a step, over all ranks."""
+    """Rows per step, over all ranks."""
     sequence_length: Annotated[int, Ge(2)] = 256
-    """Tokens of a row."""
+    """Tokens per row."""
     packing: bool = True
-    """Whether documents share rows, none of them seeing another."""
+    """Pack several documents into a row, without attention between them."""
     eval_every: Length | None = Duration(1, "epoch")
-    """Perplexity on the validation documents, and generations; none: before and after training alone."""
+    """How often to measure perplexity on the validation documents and generate text; none: only before and
+    after training."""
     patience: Annotated[int, Ge(1)] | None = None
-    """End early once val_loss got no better over so many evaluations; none: never."""
+    """End early once val_loss has not improved for this many evaluations; none: never."""
     validation: Annotated[float, Ge(0), Lt(0.5)] = 0.05
-    """Share of the documents held out for evaluation while training; 0: none."""
+    """Share of the documents held out for evaluation during training; 0: none."""
     test: Annotated[float, Ge(0), Lt(0.5)] = 0.05
     """Share of the documents held out for the final test; 0: none."""
     prompts: tuple[str, ...] = ()
-    """What is asked, by the chat template where there is one; by default two of the validation documents."""
+    """Prompts for generations, formatted with the chat template if there is one; default: two of the
+    validation documents."""
     generate_tokens: Annotated[int, Ge(0)] = 64
-    """Length of a generation; 0: none are made."""
+    """Tokens per generation; 0: no generations."""
     seed: Annotated[int, Ge(0)] = 0
-    """Of the weights, the order of the data, and dropout."""
+    """Seed for the weights, the order of the data, and dropout."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -135,51 +139,51 @@ class Config(Training):
             value = getattr(self, share)
             if getattr(self, f"{share}_data") is not None and value not in (0, getattr(Config, share)):
                 raise ValueError(
-                    f"{share}={value:g} is the share of data to hold out, and with {share}_data none is: "
-                    "give one of the two"
+                    f"{share}={value:g} is the share of data to hold out, but {share}_data replaces it: "
+                    "give only one of the two"
                 )
         if self.patience is not None and not self.validation and self.validation_data is None:
             raise ValueError(
-                f"patience={self.patience} watches val_loss, and with validation=0 nothing is held out: give "
-                "validation a share, or leave patience out"
+                f"patience={self.patience} watches val_loss, but with validation=0 nothing is held out: set "
+                "validation to a share above 0, or omit patience"
             )
         if self.patience is not None and self.eval_every is None:
             raise ValueError(
-                f"patience={self.patience} counts the evaluations while training, and with eval_every=none "
-                "there are none: give eval_every a length, or leave patience out"
+                f"patience={self.patience} counts evaluations during training, but with eval_every=none "
+                "there are none: set eval_every to a length, or omit patience"
             )
         if self.prompts and not self.generate_tokens:
             raise ValueError(
-                "prompts are given, and with generate_tokens=0 none is asked: leave out one of the two"
+                "prompts are given, but generate_tokens=0 makes no generations: omit one of the two"
             )
         if self.max_steps is not None and self.epochs is not None:
-            raise ValueError(f"max_steps={self.max_steps} and epochs={self.epochs} are both given: give one")
+            raise ValueError(f"max_steps={self.max_steps} and epochs={self.epochs}: give only one of the two")
         if self.quantisation != "none" and (not self.lora.used or self.lora.dora):
             raise ValueError(
-                f"quantisation={self.quantisation} is for weights that stay as they are, under LoRA: "
-                + ("DoRA needs them exact" if self.lora.dora else "give a lora.rank")
+                f"quantisation={self.quantisation} is for weights frozen under LoRA: "
+                + ("DoRA needs them in full precision" if self.lora.dora else "set lora.rank")
             )
         if self.streaming and self.data_share < 1:
             raise ValueError(
-                f"data_share={self.data_share:g} with streaming=true: which samples a stream has is known "
-                "once they have come; leave out streaming=true, or train less of it by max_steps"
+                f"data_share={self.data_share:g} with streaming=true: the samples of a stream are not known "
+                "in advance; omit streaming=true, or shorten training with max_steps"
             )
         if self.add_tokens and self.lora.adapter is not None:
             raise ValueError(
-                f"lora.adapter={self.lora.adapter} has the tokens that it was trained with, and gets no "
-                "others: leave out add_tokens, or train a new adapter"
+                f"lora.adapter={self.lora.adapter} keeps the tokens that it was trained with, and cannot get "
+                "new ones: omit add_tokens, or train a new adapter"
             )
         if self.train_only and self.lora.used:
             raise ValueError(
-                "train_only with lora: adapters are what is trained, see lora.targets and "
-                "lora.modules_to_save; leave out one of the two"
+                "train_only with lora: LoRA trains only the adapters, see lora.targets and "
+                "lora.modules_to_save; omit one of the two"
             )
         if not all(text.strip() for text in self.add_tokens):
-            raise ValueError("add_tokens: a token of spaces or of nothing cannot be added")
+            raise ValueError("add_tokens: an empty or blank token cannot be added")
 
     @property
     def named(self) -> dict[sources.Key, str]:
-        """What names data, by the key that does."""
+        """The data sources that the config names, by key."""
         found: dict[sources.Key, str] = {"data": self.data}
         if self.validation_data is not None:
             found["validation_data"] = self.validation_data
@@ -194,7 +198,7 @@ class Config(Training):
 
 
 def check_launch(config: Config) -> None:
-    """What can be seen before any process is started. Raises BadInput."""
+    """Check what can be checked before any process is started. Raises BadInput."""
     from stoker.data import sources
     from stoker.language import chat_template, hub, shape
 
@@ -222,7 +226,7 @@ def check_launch(config: Config) -> None:
 
 
 def _check_targets(config: Config, model: Path | None) -> None:
-    """Raises BadInput. torch is loaded for it only where the model's files do not show its modules."""
+    """Raises BadInput. Loads torch only if the model's files do not list its modules."""
     from stoker.language import shape
 
     if config.train_only:
@@ -240,7 +244,7 @@ def _check_targets(config: Config, model: Path | None) -> None:
 
 
 def check_ranks(config: Config, ranks: int) -> None:
-    """Raises BadWorldSize where a model is not cut into as many stages; BadInput where into none."""
+    """Raises BadWorldSize if the model cannot be split into so many stages, BadInput if into none."""
     if config.parallel == "pipeline":
         from stoker.language import shape
 
@@ -251,7 +255,7 @@ def check_ranks(config: Config, ranks: int) -> None:
 
 
 def _check_adapter(config: Config, adapter: str, model: Path | None) -> None:
-    """As `check_launch`; the model's directory has not all of its weights yet where it is one of the hub."""
+    """Part of `check_launch`. A model from the hub may not have all its weights downloaded yet."""
     from stoker import object_store
     from stoker.language import hub, saved_adapters
 
@@ -330,7 +334,7 @@ def train(run: Run, config: Config) -> None:
             training=config,
             load=adapters.loading(language.load),
         )
-    if not run.world.planned:  # whose weights may not be here
+    if not run.world.planned:  # a planned run's weights may not have been downloaded
         run.fingerprint("model", language.fingerprint)
         export.record_shape(trainer, language, model)
     run.params(**adapters.settings(model, config.lora), **({} if config.lr else {"lr": lr}))
@@ -358,13 +362,13 @@ def train(run: Run, config: Config) -> None:
         if (config.eval_every is not None and trainer.every(config.eval_every)) or trainer.last:
             evaluate()
             if config.patience is not None and trainer.stale("val_loss", config.patience):
-                trainer.finish(f"val_loss got no better over {config.patience} evaluations")
+                trainer.finish(f"val_loss did not improve for {config.patience} evaluations")
     perplexity.log(trainer, "test_perplexity", rows.test, **how)
     export.export(trainer, language, model)
 
 
 def _as_trained(run: Run, language: Language, config: Config) -> Any:
-    """The model with its adapters, in 4 bits where these are asked for, frozen where no text goes through."""
+    """The model with its adapters, in 4 bits if asked for, and with the parts frozen that no text passes."""
     from stoker.language import adapters, noise, quantised, targets
 
     targets.freeze_what_no_text_goes_through(language.model)
@@ -381,7 +385,7 @@ MEMORY = ("rank", "weights, GiB", "gradients", "optimizer", "activations and oth
 
 
 def default_lr(lora: bool, pretrained: bool) -> float:
-    """The peak learning rate where none is given."""
+    """The peak learning rate if none is given."""
     if not pretrained:
         return 3e-3
     return 2e-4 if lora else 2e-5

@@ -1,6 +1,6 @@
-"""Train a text classifier: an encoder (BERT) of a size, or one from a hub, and accuracy against that size.
+"""Train a text classifier: a new encoder (BERT), or a loaded model; logs its accuracy and size.
 
-A text is tokenised once; a batch is padded to its longest text, and holds texts of similar lengths.
+Each text is tokenised once. A batch holds texts of similar length and is padded to its longest text.
 """
 
 from __future__ import annotations
@@ -25,74 +25,75 @@ class Config(Training):
     """Keys of `stoker train text`."""
 
     model: str = "bert-tiny"
-    """bert-tiny, bert-mini, bert-small, bert-medium, bert-base (to start from scratch), a directory, or a hub
-    id."""
+    """bert-tiny, bert-mini, bert-small, bert-medium or bert-base (to train from scratch), a directory, or a
+    hub id."""
     layers: Annotated[int, Ge(1)] | None = None
-    """Blocks of a new model, in place of its size's."""
+    """Number of blocks of a new model, instead of its size's default."""
     width: Annotated[int, Ge(1)] | None = None
-    """Its hidden size, likewise."""
+    """Hidden size of a new model, instead of its size's default."""
     heads: Annotated[int, Ge(1)] | None = None
-    """Its attention heads; by default of 64 each, or so that they divide the width."""
+    """Attention heads of a new model; default: one per 64 of the width, or the next smaller number that
+    divides it."""
     feed_forward: Annotated[int, Ge(1)] | None = None
-    """Units of its feed-forward layers; by default 4 times the width."""
+    """Units in the feed-forward layers of a new model; default: 4 times the width."""
     dropout: Annotated[float, Ge(0), Lt(1)] | None = None
-    """Of a new model; by default 0.1."""
+    """Dropout of a new model; default: 0.1."""
     data: str = "python-docstrings"
-    """python-docstrings (built in: which part of the library is it from?), a .jsonl, .csv or .parquet file, a
-    folder of these, or a hub dataset: org/name, org/name@revision, org/name#config."""
+    """python-docstrings (built in: which part of the library is a docstring from?), a .jsonl, .csv or
+    .parquet file, a folder of these, or a hub dataset: org/name, org/name@revision, org/name#config."""
     text_column: str = "text"
-    """Where a record has its text."""
+    """Name of the field with the text."""
     label_column: str = "label"
-    """Where it has its label, a text or a whole number."""
+    """Name of the field with the label, which is a text or a whole number."""
     tokenizer: str | None = None
-    """A directory or hub id; by default the model's own, and for a new model one trained on the data."""
+    """A directory or hub id; default: the model's own, or for a new model one trained on the data."""
     vocab_size: Annotated[int, Ge(300)] = 4096
-    """Entries of a tokenizer that is trained here."""
+    """Vocabulary size of a tokenizer trained by this run."""
     max_length: Annotated[int, Ge(2)] = 128
-    """Tokens at which a text is cut off."""
+    """Maximum tokens per text; longer texts are truncated."""
     lr: Annotated[float, Gt(0)] | None = None
-    """Peak learning rate; by default 1e-3 from scratch, 5e-5 for a model that is loaded."""
+    """Peak learning rate; default: 1e-3 from scratch, 5e-5 for a loaded model."""
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "linear"
-    """How the learning rate goes down after the warm-up."""
+    """How the learning rate decays after the warm-up."""
     warmup: Warmup = 0.1
-    """Over which the learning rate goes up: a share of the steps, such as 0.1, or how many, such as 100."""
+    """Length of the learning-rate warm-up: a share of the steps, such as 0.1, or a number, such as 100."""
     min_lr: Annotated[float, Ge(0), Le(1)] = 0.0
-    """Share of the peak that cosine, linear and wsd end at."""
+    """Share of the peak learning rate at which cosine, linear and wsd end."""
     weight_decay: Annotated[float, Ge(0)] = 0.01
     """AdamW's decoupled weight decay."""
     decay_all: bool = False
-    """Weight decay of norms and biases too, and of all else that has one dimension."""
+    """Also apply weight decay to norms, biases and all other one-dimensional parameters."""
     optimizer: Literal["adamw", "sgd", "adafactor", "adamw8bit"] = "adamw"
     """AdamW, SGD with momentum, Adafactor, or AdamW with 8-bit states (extra `quantisation`)."""
     betas: Betas = (0.9, 0.999)
-    """Decay of the means that AdamW, in 8 bits too, keeps of the gradient and of its square."""
+    """Decay rates of AdamW's moving averages of the gradient and of its square (also with 8-bit states)."""
     eps: Annotated[float, Gt(0)] = 1e-8
-    """What AdamW, in 8 bits too, adds to the root of the latter."""
+    """Term that AdamW adds to the denominator for numerical stability (also with 8-bit states)."""
     label_smoothing: Annotated[float, Ge(0), Lt(1)] = 0.0
-    """Share of the target that is spread over all classes, while training."""
+    """Share of the target probability spread over all classes during training."""
     clip_norm: Annotated[float, Gt(0)] | None = 1.0
-    """Largest global L2 norm of the gradient; larger ones are scaled down to it."""
+    """Maximum global L2 norm of the gradient; larger gradients are scaled down to it."""
     max_steps: Length | None = None
     """How long to train: 100 (steps), 2ep or 1000000tok."""
     epochs: Annotated[float, Gt(0)] | None = None
-    """The same in epochs; where neither is given 5 from scratch, 3 for a model that is loaded."""
+    """The same in epochs; if neither is given, 5 from scratch and 3 for a loaded model."""
     batch_size: Annotated[int, Ge(1)] = 32
-    """Texts of a step, over all ranks."""
+    """Texts per step, over all ranks."""
     eval_every: Length = Duration(1, "epoch")
-    """Accuracy and macro F1 on the validation texts."""
+    """How often to measure accuracy and macro F1 on the validation texts."""
     patience: Annotated[int, Ge(1)] | None = None
-    """End early once val_accuracy got no better over so many evaluations; none: never."""
+    """End early once val_accuracy has not improved for this many evaluations; none: never."""
     validation: Annotated[float, Gt(0), Lt(0.5)] = 0.1
-    """Share of the texts held out for evaluation while training, where the data has no such split."""
+    """Share of the texts held out for evaluation during training, if the data has no validation split."""
     test: Annotated[float, Gt(0), Lt(0.5)] = 0.1
-    """Share of the texts held out for the final test, likewise."""
+    """Share of the texts held out for the final test, if the data has no test split."""
     seed: Annotated[int, Ge(0)] = 0
-    """Of the weights, the order of the data, and dropout."""
+    """Seed for the weights, the order of the data, and dropout."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.max_steps is not None and self.epochs is not None:
-            raise ValueError(f"max_steps={self.max_steps} and epochs={self.epochs} are both given: give one")
+            raise ValueError(f"max_steps={self.max_steps} and epochs={self.epochs}: give only one of the two")
 
     @property
     def is_new(self) -> bool:
@@ -101,7 +102,7 @@ class Config(Training):
 
     @property
     def shape(self) -> Shape:
-        """Of a new model. Raises BadInput."""
+        """The shape of a new model. Raises BadInput."""
         return shape(
             self.model,
             layers=self.layers,
@@ -117,25 +118,25 @@ class Config(Training):
 
 
 def check_launch(config: Config) -> None:
-    """What can be seen before any process is started. Raises BadInput."""
+    """Check what can be checked before any process is started. Raises BadInput."""
     from stoker.data import labelled_sources
 
     if config.parallel == "pipeline":
-        raise BadInput("parallel=pipeline: an encoder is not cut into stages here; give parallel=ddp or fsdp")
+        raise BadInput("parallel=pipeline: an encoder cannot be split into stages; use parallel=ddp or fsdp")
     labelled_sources.check(config.data)
     if config.tokenizer is not None:
         from stoker.language import hub
 
         hub.check_tokenizer(config.tokenizer)
     if config.is_new:
-        config.shape  # noqa: B018 (raises where there is none)
+        config.shape  # noqa: B018 (raises if the shape is invalid)
         return
     own = ("layers", "width", "heads", "feed_forward", "dropout")
     given = next((name for name in own if getattr(config, name) is not None), None)
     if given is not None:
         raise BadInput(
-            f"{given}={getattr(config, given)} is of a new model, and {config.model} has its own: leave it "
-            f"out, or give one of {', '.join(SIZES)}{nearest(config.model, SIZES)}"
+            f"{given}={getattr(config, given)} is for new models, but {config.model} has its own: omit it, "
+            f"or use one of {', '.join(SIZES)}{nearest(config.model, SIZES)}"
         )
     from stoker.recipes import text_model
 
@@ -204,6 +205,6 @@ def train(run: Run, config: Config) -> None:
         if trainer.every(config.eval_every) or trainer.last:
             measure("val", rows.validation)
             if config.patience is not None and trainer.stale("val_accuracy", config.patience):
-                trainer.finish(f"val_accuracy got no better over {config.patience} evaluations")
+                trainer.finish(f"val_accuracy did not improve for {config.patience} evaluations")
     measure("test", rows.test)
     exporting.export(trainer, describe)

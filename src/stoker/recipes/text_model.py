@@ -1,4 +1,4 @@
-"""The model of the text recipe: an encoder of a shape or loaded, its tokenizer, loss, metrics and export."""
+"""The model of the text recipe: a new or loaded encoder, its tokenizer, loss, metrics and export."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ class Classifier:
     model: Any
     tokenizer: Any
     encoding: str
-    """SHA-256 of all that decides what tokens a text becomes."""
+    """SHA-256 of everything that determines how a text is tokenised."""
     classes: tuple[str, ...]
     """The labels, in the order of the model's outputs."""
     config: Any
-    """The model's config as it is written beside its weights."""
+    """The model's config as it is written next to its weights."""
 
 
 def build(
@@ -55,18 +55,18 @@ def build(
     vocab_size: int,
     max_length: int,
 ) -> Classifier:
-    """A new model of a shape, or the one of a directory or hub id.
+    """A new model of a given shape, or one loaded from a directory or hub id.
 
     Args:
-        texts: whose labels it is to tell apart.
-        shape: of a new model; None: the reference is loaded.
-        dropout: of a new model.
-        tokenizer: a directory or hub id; None: the model's own, or for a new model one of `vocab_size`
+        texts: the texts whose labels the model learns.
+        shape: shape of a new model; None: load `reference`.
+        dropout: dropout of a new model.
+        tokenizer: a directory or hub id; None: the model's own, or for a new model one with `vocab_size`
             tokens, trained on the train split.
         max_length: tokens of the longest text.
 
     Raises:
-        BadInput: there is no such model, it does not load, or its tokenizer does not fit it.
+        BadInput: the model does not exist, does not load, or does not match its tokenizer.
     """
     if shape is not None:
         made = _load_tokenizer(tokenizer) if tokenizer else _train_tokenizer(texts, vocab_size, max_length)
@@ -85,7 +85,7 @@ def build(
 
 
 def say(run: Run, data: str, texts: Texts, rows: Rows, made: Classifier) -> None:
-    """Record what the data is, named as in the config, and say it on rank 0."""
+    """Record what the data is, named as in the config, and log it on rank 0."""
     run.fingerprint("data", texts.fingerprint)
     run.fingerprint("encoding", made.encoding)
     if labelled_sources.is_here(data):
@@ -100,13 +100,11 @@ def say(run: Run, data: str, texts: Texts, rows: Rows, made: Classifier) -> None
         return
     most, count = Counter(text.label for text in texts.train).most_common(1)[0]
     log.info(
-        "data: %s; %d classes, the largest %s with %.1f%% of the %d to train on",
+        "data: %s; %d classes, the largest, %s, with %.1f%% of the %d training texts",
         texts.description, len(made.classes), most, 100 * count / len(texts.train), len(texts.train),
     )  # fmt: skip
     if texts.repeated:
-        log.warning(
-            "%d of the %d texts to test on stand in the train split too", texts.repeated, len(texts.test)
-        )
+        log.warning("%d of the %d test texts are also in the train split", texts.repeated, len(texts.test))
 
 
 def _load_tokenizer(reference: str) -> Any:
@@ -117,13 +115,13 @@ def _load_tokenizer(reference: str) -> Any:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     if tokenizer.pad_token_id is None:
         raise BadInput(
-            f"the tokenizer of {reference} has no token to pad with: set pad_token in tokenizer_config.json"
+            f"the tokenizer of {reference} has no padding token: set pad_token in tokenizer_config.json"
         )
     return tokenizer
 
 
 def _train_tokenizer(texts: Texts, vocab_size: int, max_length: int) -> Any:
-    """Byte-level BPE, which begins each text with a token that stands for the whole of it."""
+    """Byte-level BPE that begins each text with a token representing the whole text."""
     trained = tokenizers.train_tokenizer((text.text for text in texts.train), vocab_size)
     begin = tokenizers.END_OF_TEXT
     trained.post_processor = TemplateProcessing(
@@ -135,12 +133,12 @@ def _train_tokenizer(texts: Texts, vocab_size: int, max_length: int) -> Any:
 
 
 def check(reference: str) -> None:
-    """Refuse a model that is no text classifier, or is not there. Raises BadInput."""
+    """Raises BadInput if the model does not exist or cannot be a text classifier."""
     _config(hub.find(reference, known=tuple(SIZES), weights=False))
 
 
 def _in_order(config: Any, classes: Sequence[str]) -> tuple[str, ...]:
-    """The classes, in the order in which a model that is loaded knows them, where it knows just these."""
+    """The classes in the order of a loaded model's labels, if it has exactly these; else as given."""
     known = tuple((config.id2label or {}).values())
     return known if sorted(known) == sorted(classes) else tuple(classes)
 
@@ -157,7 +155,7 @@ def _new(shape: Shape, tokenizer: Any, classes: Sequence[str], max_length: int, 
 
 
 def _load(reference: str, folder: Path, tokenizer: Any, classes: Sequence[str]) -> Any:
-    """With a new last layer where the number of classes is another. Raises BadInput."""
+    """Load the model, with a new last layer if the number of classes differs. Raises BadInput."""
     try:
         model = AutoModelForSequenceClassification.from_pretrained(
             folder, **_labels(classes), ignore_mismatched_sizes=True, dtype=torch.float32
@@ -177,7 +175,7 @@ def _labels(classes: Sequence[str]) -> dict[str, Any]:
 
 def _config(folder: Path) -> Any:
     return building.load_config(
-        folder, AutoModelForSequenceClassification, "which transformers has no classifier of"
+        folder, AutoModelForSequenceClassification, "for which transformers has no classifier"
     )
 
 
@@ -190,11 +188,12 @@ def _check_positions(reference: str, config: Any, max_length: int) -> None:
 
 
 _FROM_PADDING = ("roberta", "xlm-roberta", "camembert")
-"""Families that count positions from the one behind the pad token's."""
+"""Families that number positions starting after the padding token's id."""
 
 
 def size(made: Classifier, max_length: int) -> dict[str, float]:
-    """What accuracy is held against: `parameters`, and `flops` of a forward pass of so many tokens."""
+    """What accuracy is compared with: `parameters`, and `flops` of a forward pass over `max_length`
+    tokens."""
     parameters = sum(p.numel() for p in made.model.parameters())
     return {"parameters": parameters, "flops": forward_flops(made, max_length)}
 
@@ -204,7 +203,7 @@ def forward_flops(made: Classifier, tokens: int) -> int:
     chosen = made.model.config._attn_implementation
     made.model.set_attn_implementation(
         "eager"
-    )  # as products, which are counted; fused kernels are not on CPUs
+    )  # as matrix products, which are counted; fused kernels are not counted on CPUs
     ids = torch.full((1, tokens), made.tokenizer.cls_token_id or 0, device=made.model.device)
     found = flops.of_forward(made.model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
     made.model.set_attn_implementation(chosen)
@@ -212,7 +211,7 @@ def forward_flops(made: Classifier, tokens: int) -> int:
 
 
 def inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What the model is called with: each (texts, tokens)."""
+    """The arguments for the model, each (texts, tokens)."""
     return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
 
 
@@ -228,7 +227,7 @@ def loss(smoothing: float) -> Callable[[Any, dict[str, torch.Tensor]], tuple[tor
 
 
 def metrics(output: Any, batch: dict[str, torch.Tensor]) -> dict[str, Metric]:
-    """Cross-entropy without smoothing, accuracy, and of each class how many are it, were found, and both."""
+    """Cross-entropy without smoothing, accuracy, and per class the actual, predicted and correct counts."""
     logits, labels = output.logits.float(), batch["labels"]
     found, labels_here = logits.argmax(dim=1).cpu(), labels.cpu()
     right = found == labels_here
@@ -244,21 +243,21 @@ def metrics(output: Any, batch: dict[str, torch.Tensor]) -> dict[str, Metric]:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a classifier came to on a dataset."""
+    """The results of a classifier on a dataset."""
 
     metrics: dict[str, float]
     """`loss`, `accuracy` and `macro_f1`."""
     by_class: list[tuple[str, int, float, float, float]]
-    """A row a class: name, texts, precision, recall, F1."""
+    """One row per class: name, texts, precision, recall, F1."""
 
 
 CLASS_COLUMNS = ("class", "texts", "precision", "recall", "F1")
 
 
 def measured(sums: Mapping[str, float], classes: Sequence[str]) -> Measured:
-    """What `metrics`, added up over a dataset, comes to.
+    """Turn `metrics`, summed over a dataset, into results.
 
-    Macro F1 is the mean of the F1 of classes that are there or were found, as in scikit-learn.
+    Macro F1 is the mean F1 over the classes that occur or were predicted, as in scikit-learn.
     """
     rows = []
     for number, name in enumerate(classes):
@@ -271,6 +270,6 @@ def measured(sums: Mapping[str, float], classes: Sequence[str]) -> Measured:
 
 
 def describe(made: Classifier, target: Path) -> None:
-    """Write what stands beside the weights of an export."""
+    """Write everything that goes next to the weights of an export."""
     made.config.save_pretrained(target)
     made.tokenizer.save_pretrained(target)

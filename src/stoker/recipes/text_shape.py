@@ -1,4 +1,4 @@
-"""The shape of a new text classifier: the sizes that BERT comes in, or any layers, width and heads."""
+"""The shape of a new text classifier: one of BERT's sizes, or any number of layers, width and heads."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ SIZES: dict[str, tuple[int, int]] = {
 }
 """Layers and width of the models of Turc et al. 2019 (arXiv:1908.08962)."""
 
-_OF_A_HEAD = 64  # of the width, in all of them
+_OF_A_HEAD = 64  # width of one head, the same in all sizes
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Of an encoder: its blocks, what stands at each token, and how attention and feed-forward divide it."""
+    """The shape of an encoder: blocks, hidden size, attention heads and feed-forward units."""
 
     layers: int
     width: int
@@ -36,16 +36,16 @@ def shape(
     heads: int | None = None,
     feed_forward: int | None = None,
 ) -> Shape:
-    """A size, with what is given in place of its own.
+    """The shape of a size, with the given values instead of the size's own.
 
-    By default a head has 64 of the width, or so that heads divide it, and the feed-forward layer 4 times the
-    width.
+    By default heads are 64 wide, or the next larger size that divides the width, and the feed-forward layer
+    has 4 times the width.
 
     Args:
         model: a key of SIZES.
 
     Raises:
-        BadInput: the heads do not divide the width.
+        BadInput: `heads` does not divide the width.
     """
     layers, width = layers or SIZES[model][0], width or SIZES[model][1]
     dividing = [n for n in range(1, width + 1) if width % n == 0]
@@ -53,6 +53,7 @@ def shape(
         heads = max(n for n in dividing if n <= max(1, width // _OF_A_HEAD))
     if heads not in dividing:
         raise BadInput(
-            f"heads={heads} does not divide the width of {width}: give one of {', '.join(map(str, dividing))}"
+            f"heads={heads} does not divide the width {width} evenly: use one of "
+            f"{', '.join(map(str, dividing))}"
         )
     return Shape(layers, width, heads, feed_forward or 4 * width)

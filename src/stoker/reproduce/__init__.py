@@ -1,1 +1,1 @@
-"""What a run was made from: code, packages, hardware."""
+"""What a run was made from: code, packages, hardware, data."""

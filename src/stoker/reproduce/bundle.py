@@ -1,7 +1,8 @@
-"""The bundle: the files of a run's code as one archive that any tar unpacks.
+"""The bundle: the files of a run's code as one archive that any tar can unpack.
 
-The same files give the same bytes, so an archive is made and kept once for all runs of one state of the
-code: it stands in the store of artifacts under the checksum of its list of files, and runs link it.
+The same files give the same bytes, so one archive is made and kept for all runs with the same state of the
+code: it
+is in the artifact store under the checksum of its list of files, and runs link to it.
 """
 
 from __future__ import annotations
@@ -26,19 +27,19 @@ from stoker.reproduce import scanned
 from stoker.reproduce.code import Code, File, Found, LeftOut
 
 NAME = "code.tar.gz"
-_REMEMBERED = 256  # archives that were seen to be whole, in the cache folder
+_REMEMBERED = 256  # intact archives, remembered in the cache folder
 MOST_OF_A_FILE = 2**20
-"""Bytes: a larger file is data, or was built."""
+"""Bytes: a larger file is data, or a build product."""
 MOST_IN_ALL = 64 * 2**20
-"""Bytes of all files together, before they are compressed."""
+"""Bytes of all files together, uncompressed."""
 
-_LEVEL = 1  # of zlib, the fastest: source code comes to a third of its size
+_LEVEL = 1  # zlib's fastest: source code shrinks to a third of its size
 _LINK = "120000"
 
 
 @dataclass(frozen=True)
 class _Read:
-    """A file with what the bundle has of it."""
+    """A file and its content in the bundle."""
 
     file: File
     data: bytes
@@ -47,17 +48,17 @@ class _Read:
 
 @dataclass(frozen=True)
 class _Scan:
-    """What is known of contents, and what is found out of them now."""
+    """What is known about contents, and what is newly found out."""
 
     clean: frozenset[bytes]
     """See `scanned`."""
     values: list[str]
-    """What is a secret wherever it turns up."""
+    """Values that are secret wherever they occur."""
     fresh: set[bytes] = field(default_factory=set)
 
 
 def read(found: Found) -> tuple[Code, Mapping[str, bytes]]:
-    """The code with its list of files, and what each holds, without secrets."""
+    """The code with its list of files, and their contents without secrets."""
     root = Path(found.code.root)
     private = frozenset(filter(redaction.is_secret_file, found.code.untracked))
     chosen, unfit = _choose(root, found.paths, private)
@@ -76,7 +77,7 @@ def read(found: Found) -> tuple[Code, Mapping[str, bytes]]:
 
 
 def pack(target: Path, files: Sequence[File], contents: Mapping[str, bytes], store: Path) -> str:
-    """Put the archive of the files at a place, from the store where it has it; returns its XXH3.
+    """Put the archive of the files at a path, reusing the one in the store if it exists; returns its XXH3.
 
     Args:
         store: a folder of `xx/NAME` files that runs share. Raises OSError.
@@ -87,7 +88,7 @@ def pack(target: Path, files: Sequence[File], contents: Mapping[str, bytes], sto
     found = storage.xxh3(kept) if kept.is_file() else ""
     seen = storage.cache_folder() / "bundles.json"
     whole = storage.read_json(seen)
-    if not found or found != whole.get(digest):  # runs link it, so what damages one damages it for all
+    if not found or found != whole.get(digest):  # runs link to it, so damage to one damages all
         if not found or _wrong(kept, files):
             _put(kept, _archive(files, contents))
             found = storage.xxh3(kept)
@@ -99,7 +100,7 @@ def pack(target: Path, files: Sequence[File], contents: Mapping[str, bytes], sto
 
 
 def _put(kept: Path, content: bytes) -> None:
-    """Write an archive of the store, whole or not at all."""
+    """Write an archive of the store, atomically."""
     kept.parent.mkdir(parents=True, exist_ok=True)
     temporary = kept.parent.parent / f".{uuid.uuid4().hex}.tmp"
     try:
@@ -112,16 +113,16 @@ def _put(kept: Path, content: bytes) -> None:
 
 
 def unpack(archive: Path, target: Path, xxh3: str, files: Sequence[File]) -> None:
-    """Unpack an archive into a folder, nothing of it outside of there.
+    """Unpack an archive into a folder, writing nothing outside it.
 
     Args:
-        archive, target: the archive, and the folder, made where it is not there.
-        xxh3: the checksum that was recorded of the archive.
-        files: what was recorded to be in it.
+        archive, target: the archive, and the folder, which is created if needed.
+        xxh3: the recorded checksum of the archive.
+        files: its recorded contents.
 
     Raises:
-        BadInput: the archive is not there, or its checksum or that of a file in it is another, or something
-            leads out of the folder.
+        BadInput: the archive does not exist, its checksum or that of a file in it differs, or something
+            points outside the folder.
     """
     try:
         found = storage.xxh3(archive)
@@ -129,13 +130,13 @@ def unpack(archive: Path, target: Path, xxh3: str, files: Sequence[File]) -> Non
         raise BadInput(f"the code of the run cannot be read: {archive}: {error.strerror}") from error
     if found != xxh3:
         raise BadInput(
-            f"{archive} is damaged: its XXH3 is {found}, {xxh3} was recorded; copy it from where the run is "
-            "whole, or use the commit that code.json names"
+            f"{archive} is damaged: its XXH3 is {found}, but {xxh3} was recorded; restore it from an intact "
+            "copy of the run, or use the commit that code.json names"
         )
     if wrong := _wrong(archive, files):
         raise BadInput(
-            f"{archive} is damaged, and was when it was recorded: {wrong[0]} in it is not the file that "
-            "code.json has; copy it from a run of the same code, or use the commit that code.json names"
+            f"{archive} was already damaged when it was recorded: {wrong[0]} in it is not the file that "
+            "code.json lists; copy it from a run of the same code, or use the commit that code.json names"
         )
     target.mkdir(parents=True, exist_ok=True)
     try:
@@ -147,7 +148,7 @@ def unpack(archive: Path, target: Path, xxh3: str, files: Sequence[File]) -> Non
 
 
 def _wrong(archive: Path, files: Sequence[File]) -> list[str]:
-    """The files that an archive has otherwise, or not, or alone; its own name where it cannot be read."""
+    """Files that differ, are missing or are extra in an archive; its own name if it cannot be read."""
     expected = {file.path: file.xxh3 for file in files}
     try:
         with tarfile.open(archive, "r:gz") as members:
@@ -158,7 +159,7 @@ def _wrong(archive: Path, files: Sequence[File]) -> list[str]:
 
 
 def _content(members: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    """What a file holds, or where a link leads."""
+    """The contents of a file, or the target of a link."""
     if member.issym():
         return os.fsencode(member.linkname)
     file = members.extractfile(member)
@@ -166,7 +167,7 @@ def _content(members: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 
 
 def _unpack_member(members: tarfile.TarFile, member: tarfile.TarInfo, root: Path) -> None:
-    """Write a file or a symbolic link. Raises TarError where it leads out of the folder.
+    """Write a file or a symbolic link. Raises TarError if it points outside the folder.
 
     tarfile's own filter for this came with Python 3.11.4.
     """
@@ -174,7 +175,7 @@ def _unpack_member(members: tarfile.TarFile, member: tarfile.TarInfo, root: Path
     leads_to = place.parent / member.linkname if member.issym() else place
     inside = [Path(os.path.normpath(path)) for path in (place, leads_to)] + [place.parent.resolve()]
     if not all(path.is_relative_to(root) for path in inside):
-        raise tarfile.TarError(f"{member.name} leads out of it")
+        raise tarfile.TarError(f"{member.name} points outside the archive")
     place.parent.mkdir(parents=True, exist_ok=True)
     if member.issym():
         place.symlink_to(member.linkname)
@@ -184,26 +185,26 @@ def _unpack_member(members: tarfile.TarFile, member: tarfile.TarInfo, root: Path
 
 
 def _choose(root: Path, paths: Sequence[str], private: Set[str]) -> tuple[list[str], list[LeftOut]]:
-    """The files that fit, the small ones first where not all do; and those that do not."""
+    """The files that fit, preferring small ones if not all do; and those that do not fit."""
     sizes: dict[str, int] = {}
     left_out = []
     for path in paths:
         try:
             status = (root / path).lstat()
         except OSError:
-            if "\ufffd" in path:  # as `machine.output` has it
+            if "\ufffd" in path:  # from `machine.output`
                 left_out.append(LeftOut(path, None, "its name is not UTF-8"))
-            continue  # else it was deleted, and git is not told yet
+            continue  # otherwise it was deleted without telling git
         if stat.S_ISLNK(status.st_mode) or stat.S_ISREG(status.st_mode):
             sizes[path] = status.st_size
     total, fitting = 0, set()
     for path, size in sorted(sizes.items(), key=lambda item: item[1]):
         if path in private:
-            left_out.append(LeftOut(path, size, "not in git, and by its name it holds secrets"))
+            left_out.append(LeftOut(path, size, "not in git, and its name suggests secrets"))
         elif size > MOST_OF_A_FILE:
             left_out.append(LeftOut(path, size, "larger than 1 MiB"))
         elif total + size > MOST_IN_ALL:
-            left_out.append(LeftOut(path, size, "over the limit of 64 MiB in all"))
+            left_out.append(LeftOut(path, size, "over the total limit of 64 MiB"))
         else:
             total += size
             fitting.add(path)
@@ -211,7 +212,7 @@ def _choose(root: Path, paths: Sequence[str], private: Set[str]) -> tuple[list[s
 
 
 def _read(root: Path, path: str, scan: _Scan) -> _Read | LeftOut:
-    """A file's content without secrets, or why there is none to keep."""
+    """A file's content without secrets, or why it is not included."""
     place = root / path
     try:
         mode = place.lstat().st_mode
@@ -222,14 +223,14 @@ def _read(root: Path, path: str, scan: _Scan) -> _Read | LeftOut:
         return LeftOut(path, _size(place), f"cannot be read: {error.strerror}")
     kept = _without_secrets(path, data, scan)
     if kept is None:
-        return LeftOut(path, len(data), "no text, and holds a secret")
+        return LeftOut(path, len(data), "not text, and contains a secret")
     permissions = "100755" if mode & stat.S_IXUSR else "100644"
     file = File(path, len(kept), xxhash.xxh3_128_hexdigest(kept), permissions)
     return _Read(file, kept, kept is not data)
 
 
 def _without_secrets(path: str, data: bytes, scan: _Scan) -> bytes | None:
-    """See `redaction.content`; what was looked through at an earlier start is not again."""
+    """See `redaction.content`; contents that an earlier start scanned are not scanned again."""
     digest = scanned.digest(path, data)
     if digest in scan.clean and not redaction.holds(data, scan.values):
         return data
@@ -243,13 +244,13 @@ def _read_link(root: Path, path: str) -> _Read | LeftOut:
     leads = os.readlink(root / path)  # noqa: PTH115 - as it is written
     resolved = Path(os.path.realpath(root / path))
     if Path(leads).is_absolute() or not resolved.is_relative_to(root):
-        return LeftOut(path, _size(resolved), f"a link out of {root.name}, to {redaction.text(leads)}")
+        return LeftOut(path, _size(resolved), f"a link out of {root.name} to {redaction.text(leads)}")
     data = os.fsencode(leads)
     return _Read(File(path, len(data), xxhash.xxh3_128_hexdigest(data), _LINK), data, is_redacted=False)
 
 
 def _size(file: Path) -> int | None:
-    """Bytes; None of what is no file, or not there."""
+    """The size in bytes; None if it is not a file, or does not exist."""
     try:
         status = file.stat()
     except OSError:
@@ -258,7 +259,7 @@ def _size(file: Path) -> int | None:
 
 
 def _archive(files: Sequence[File], contents: Mapping[str, bytes]) -> bytes:
-    """A gzipped tar in which nothing depends on when, where or by whom it was made."""
+    """A gzipped tar that does not depend on when, where or by whom it was made."""
     packed = io.BytesIO()
     with (
         gzip.GzipFile("", "wb", _LEVEL, packed, mtime=0) as compressed,

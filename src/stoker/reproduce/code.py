@@ -1,9 +1,10 @@
-"""The code that a run was made from: which files, found how.
+"""The code that a run was made from: which files, and how they were found.
 
-In a git repository they are what git would commit if all were added: tracked, modified and untracked
-files, by git's own rules of what is ignored; of submodules and of repositories within it likewise.
-Outside of git they are the script and the modules that it imports from its folder, found by reading
-them: nothing is imported.
+In a git repository it is what git would commit if everything were added: tracked, modified and untracked
+files that
+git does not ignore, including those of submodules and nested repositories. Outside git it is the script and
+the
+modules that it imports from its folder, found by parsing them: nothing is imported.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from typing import Any, Literal
 
 from stoker import machine, redaction
 
-_MOST_DIFF = 16 * 2**20  # bytes of a diff that are kept: the bundle has the files themselves
+_MOST_DIFF = 16 * 2**20  # bytes of a diff to keep: the bundle contains the files themselves
 _OF_A_FILE = re.compile(r"^(?=diff --git )", re.MULTILINE)
-_DEEPEST = 8  # repositories within repositories
+_DEEPEST = 8  # levels of nested repositories
 
 Kind = Literal["git", "modules"]
 
@@ -34,30 +35,30 @@ class File:
     bytes: int
     xxh3: str
     mode: str = "100644"
-    """As git has it: 100644, 100755, or 120000 for a symbolic link, whose content is where it leads."""
+    """As in git: 100644, 100755, or 120000 for a symbolic link, whose content is its target."""
 
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A file of the code that is not in the bundle, and why."""
+    """A file of the code that is not in the bundle, and the reason."""
 
     path: str
     bytes: int | None
-    """Of a link those of the file that it leads to; None where that is not known."""
+    """For a link, those of the file that it points to; None if unknown."""
     why: str
 
 
 @dataclass(frozen=True)
 class Code:
-    """What `code.json` says."""
+    """The contents of `code.json`."""
 
     kind: Kind
     root: str
-    """The repository, or the script's folder: an absolute path."""
+    """The repository, or the script's folder, as an absolute path."""
     cwd: str | None = None
-    """The working directory, relative to the root; None where it is outside."""
+    """The working directory, relative to the root; None if it is outside."""
     script: str | None = None
-    """Likewise the file that was run, where there is one."""
+    """The script that was run, relative to the root, if there is one."""
     commit: str | None = None
     branch: str | None = None
     remote: str | None = None
@@ -65,31 +66,31 @@ class Code:
     untracked: tuple[str, ...] = ()
     files: tuple[File, ...] = ()
     bundle: str | None = None
-    """The archive of the files, beside `code.json`."""
+    """The archive of the files, next to `code.json`."""
     bundle_xxh3: str | None = None
     left_out: tuple[LeftOut, ...] = ()
     redacted: tuple[str, ...] = ()
-    """The files whose text is another than on disk: secrets were removed from it."""
+    """The files whose text differs from the one on disk, because secrets were removed."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """Code as it lies on disk, before any of it is read."""
+    """Code on disk, before any of it is read."""
 
     code: Code
     paths: tuple[str, ...]
     """Relative to the root, sorted."""
     diff: bytes = b""
-    """What differs from the commit, readable, without secrets."""
+    """The differences from the commit as text, without secrets."""
     unread: tuple[LeftOut, ...] = ()
 
 
 def find(source: Path, runs: Path | None = None) -> Found:
-    """The code of a script, or of the repository that holds a folder.
+    """The code of a script, or of the repository that contains a folder.
 
     Args:
         source: the script, or a folder.
-        runs: the folder of the runs: what stands there is no code, whatever git makes of it.
+        runs: the folder of the runs, which is not code, whatever git says.
     """
     source = Path(os.path.realpath(source))
     script = source if source.is_file() else None
@@ -113,7 +114,7 @@ def _repository(root: Path, script: Path | None, runs: str | None) -> Found:
     untracked = outside_of_runs(listed.untracked)
     paths = {*outside_of_runs(listed.tracked), *untracked}
     own = _within(root, script)
-    if script and own and own.rstrip("/") not in paths:  # it is run although git is told to ignore it
+    if script and own and own.rstrip("/") not in paths:  # it is run even if git ignores it
         paths.update(_imported(script, root))
     commit, branch = (head.result() or "").split() or (None, None)
     address = (remote.result() or "").strip()
@@ -141,12 +142,12 @@ def _modules(script: Path | None, folder: Path) -> Found:
     return Found(code, tuple(sorted(_imported(script, folder))) if script else ())
 
 
-_COMPILED = "--exclude=__pycache__/"  # Python's own, which changes with every change of a source
+_COMPILED = "--exclude=__pycache__/"  # Python's own files, which change with every change of a source
 
 
 @dataclass
 class _Listing:
-    """The files of a repository and of those within it, relative to the outermost."""
+    """The files of a repository and of nested ones, relative to the outermost."""
 
     tracked: list[str] = field(default_factory=list)
     untracked: list[str] = field(default_factory=list)
@@ -154,13 +155,13 @@ class _Listing:
 
 
 def _list(root: Path, prefix: str = "", depth: int = 0) -> _Listing:
-    """What git lists; of submodules, and of repositories that it comes upon, what it lists there."""
+    """The files that git lists, including those in submodules and nested repositories."""
     with ThreadPoolExecutor(2) as threads:
         cached = threads.submit(_git, root, "ls-files", "-z", "--cached")
         others = threads.submit(_git, root, "ls-files", "-z", "--others", "--exclude-standard", _COMPILED)
     found = _Listing()
     for listed, into in ((cached.result(), found.tracked), (others.result(), found.untracked)):
-        for name in dict.fromkeys((listed or "").split("\0")):  # one that is unmerged is there thrice
+        for name in dict.fromkeys((listed or "").split("\0")):  # an unmerged file is listed three times
             path = root / name
             if name and (path.is_symlink() or not path.is_dir()):
                 into.append(prefix + name)
@@ -171,31 +172,31 @@ def _list(root: Path, prefix: str = "", depth: int = 0) -> _Listing:
                 found.unread.extend(inner.unread)
             elif name:
                 found.unread.append(
-                    LeftOut(prefix + name.rstrip("/"), None, "a repository that is not there")
+                    LeftOut(prefix + name.rstrip("/"), None, "a repository that is not checked out")
                 )
     return found
 
 
 def _diff(root: Path) -> bytes:
-    """What differs from the commit, without secrets; empty where nothing does, or there is no commit."""
+    """The differences from the commit, without secrets; empty if there are none, or no commit."""
     said = _git(
         root, "-c", "core.quotepath=off", "diff", "HEAD", "--no-color", "--no-ext-diff", "--no-textconv"
     )
     said = said or ""
     if len(said) > _MOST_DIFF:
         more = len(said) - _MOST_DIFF
-        said = f"{said[:_MOST_DIFF]}\n... and {more:,} characters more: code.tar.gz has the files\n"
+        said = f"{said[:_MOST_DIFF]}\n... and {more:,} more characters: code.tar.gz has the files\n"
     return "".join(map(_without_secrets, _OF_A_FILE.split(said))).encode("utf-8", "surrogateescape")
 
 
 def _without_secrets(changes: str) -> str:
-    """What differs in one file, read by the same rules as that file is for the bundle."""
+    """The differences in one file, redacted by the same rules as that file in the bundle."""
     named = changes.partition("\n")[0].rstrip('"')  # `diff --git a/train.py b/train.py`
     return redaction.text(changes, code=redaction.is_code(named))
 
 
 def _imported(script: Path, folder: Path) -> Iterator[str]:
-    """A script and all modules that it imports, at any remove, from its own folder."""
+    """A script and all modules that it imports, directly or indirectly, from its own folder."""
     seen: set[Path] = set()
     ahead = [script]
     while ahead:
@@ -208,10 +209,10 @@ def _imported(script: Path, folder: Path) -> Iterator[str]:
 
 
 def _imports(file: Path, folder: Path) -> Iterator[Path]:
-    """The files below a folder that a module's import statements mean, those within functions too."""
+    """The files below a folder that a module's import statements refer to, including those in functions."""
     try:
         parsed = ast.parse(file.read_bytes())
-    except (OSError, SyntaxError, ValueError):  # an extension module, or no Python of this version
+    except (OSError, SyntaxError, ValueError):  # an extension module, or not valid in this version of Python
         return
     for node in ast.walk(parsed):
         if isinstance(node, ast.Import):
@@ -225,7 +226,7 @@ def _imports(file: Path, folder: Path) -> Iterator[Path]:
 
 
 def _files_of(parts: list[str], base: Path) -> Iterator[Path]:
-    """The packages on the way to a dotted name, and the module that it names if it names one."""
+    """The packages along a dotted name, and the module itself if it is one."""
     place = base
     for part in parts:
         place = place / part
@@ -239,7 +240,7 @@ def _files_of(parts: list[str], base: Path) -> Iterator[Path]:
 
 
 def _within(root: Path | str, path: Path | None) -> str | None:
-    """A path relative to a root, with a slash at its end; None where it is the root, or not within."""
+    """A path relative to a root, with a trailing slash; None if it is the root, or not inside it."""
     relative = _relative(Path(os.path.realpath(path)), Path(root)) if path is not None else None
     return f"{relative}/" if relative not in (None, ".") else None
 
@@ -250,7 +251,7 @@ def _relative(path: Path, root: Path) -> str | None:
 
 
 def _without_user(address: str) -> str:
-    """An address that is fetched by HTTP without who fetches it: that may be a token."""
+    """An HTTP address without the user, which can be a token."""
     scheme, separator, rest = address.partition("://")
     host, slash, path = rest.partition("/")
     if not separator or scheme == "ssh":
@@ -263,7 +264,7 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 
 def from_json(said: dict[str, Any]) -> Code:
-    """What `code.json` held, as it was written. Raises TypeError or KeyError for another's."""
+    """The contents of `code.json`, as written. Raises TypeError or KeyError for anything else."""
     parts = {key: value for key, value in said.items() if key in Code.__dataclass_fields__}
     for key, kind in (("files", File), ("left_out", LeftOut)):
         parts[key] = tuple(kind(**item) for item in said.get(key, ()))

@@ -1,6 +1,8 @@
-"""What differs between the code of two runs: files, and in them lines.
+"""The differences between the code of two runs: files, and lines in them.
 
-A file of one content under two names was renamed. Lines are compared by difflib, as `diff -u` prints them.
+A file with the same content under a different name was renamed. Lines are compared with difflib, and printed
+like
+`diff -u`.
 """
 
 from __future__ import annotations
@@ -20,23 +22,23 @@ from stoker.reproduce.code import Code, File
 
 How = Literal["added", "removed", "changed", "renamed", "other mode"]
 
-_BINARY = 8192  # bytes at the start of a file in which a zero byte says that it is no text, as git has it
+_BINARY = 8192  # bytes at the start of a file in which a zero byte marks it as binary, as in git
 
 
 @dataclass(frozen=True)
 class Change:
-    """A file that is not the same in both."""
+    """A file that differs between the two."""
 
     path: str
     how: How
     was: str
-    """Its path in the first run, of one that was renamed."""
+    """Its path in the first run, if it was renamed."""
     lines: tuple[str, ...] = ()
-    """The unified diff without its first two lines; empty for what is no text."""
+    """The unified diff without its first two lines; empty for binary files."""
 
     @property
     def added(self) -> int:
-        """Lines that are new."""
+        """The number of new lines."""
         return sum(line.startswith("+") for line in self.lines)
 
     @property
@@ -46,10 +48,10 @@ class Change:
 
 @dataclass(frozen=True)
 class CodeChanges:
-    """What differs between the code of two runs."""
+    """The differences between the code of two runs."""
 
     before: Code | None
-    """None where nothing of it was recorded."""
+    """None if nothing was recorded."""
     now: Code | None
     files: tuple[Change, ...]
     unknown: str = ""
@@ -57,7 +59,7 @@ class CodeChanges:
 
 
 def compare(before: Path, now: Path) -> CodeChanges:
-    """Compare the code that stands in two provenance folders."""
+    """Compare the code in two provenance folders."""
     codes: list[Code | None] = []
     unknown = ""
     for folder in (before, now):
@@ -80,7 +82,7 @@ def compare(before: Path, now: Path) -> CodeChanges:
 
 
 def changed_since(code: Code) -> list[str]:
-    """The files of a run's code that are others now where they were taken from, or gone."""
+    """The files of a run's code that have changed or disappeared at their original place."""
     root = Path(code.root)
     if not root.is_dir():
         return []
@@ -88,7 +90,7 @@ def changed_since(code: Code) -> list[str]:
 
 
 def since_begun(folder: Path, source: Path) -> dict[str, str | None]:
-    """As `changed_for`, of the code that stands in a provenance folder; empty where there is none."""
+    """Like `changed_for`, for the code in a provenance folder; empty if there is none."""
     try:
         return changed_for(provenance.read_code(folder), source)
     except (BadInput, OSError):
@@ -96,15 +98,16 @@ def since_begun(folder: Path, source: Path) -> dict[str, str | None]:
 
 
 def changed_for(code: Code, source: Path) -> dict[str, str | None]:
-    """The files of programming languages that are others than a run recorded, for who goes on with it.
+    """The source files that differ from those that a run recorded, for a script that continues it.
 
-    Quick, as at the start of a run: what is new is not looked for, but whatever imports it has changed.
+    Fast, as it runs at the start of a run: new files are not searched for, but whatever imports them has
+    changed.
 
     Args:
-        source: the script that goes on with it, which may stand in another copy of the code; or a folder.
+        source: the script that continues the run, possibly in a different copy of the code; or a folder.
 
     Returns:
-        The path of each in the code, with its XXH3; None of one that is gone.
+        The path of each in the code, with its XXH3; None for one that is gone.
     """
     source = Path(os.path.realpath(source))
     root = _root_of(code, source)
@@ -114,7 +117,7 @@ def changed_for(code: Code, source: Path) -> dict[str, str | None]:
     for file in _comparable(code):
         if redaction.is_code(file.path) and (now := _sum(root / file.path)) != file.xxh3:
             found[file.path] = now
-    if root != Path(code.root):  # a copy need not have all of it
+    if root != Path(code.root):  # a copy may be incomplete
         found = {path: now for path, now in found.items() if now is not None}
     if code.script and source.is_file() and source != root / code.script:
         found[os.path.relpath(source, root)] = _sum(source)
@@ -122,7 +125,7 @@ def changed_for(code: Code, source: Path) -> dict[str, str | None]:
 
 
 def _root_of(code: Code, source: Path) -> Path | None:
-    """Where the code stands that a script or a folder belongs to; None where that is another's."""
+    """The root of the code that a script or folder belongs to; None if that is different code."""
     script = Path(code.script or ".").parts
     if script and source.is_file() and source.parts[-len(script) :] == script:
         return source.parents[len(script) - 1]
@@ -130,7 +133,7 @@ def _root_of(code: Code, source: Path) -> Path | None:
 
 
 def _comparable(code: Code) -> Iterator[File]:
-    """The files whose content is recorded as it was on disk."""
+    """The files whose content is recorded exactly as on disk."""
     redacted = frozenset(code.redacted)
     return (file for file in code.files if file.path not in redacted and file.mode != "120000")
 
@@ -172,7 +175,7 @@ def _changed(was: File, file: File, old: Path, new: Path) -> Change:
 
 
 def _lines(old: Path | None, new: Path | None) -> tuple[str, ...]:
-    """The unified diff of two files, of which one may not be there; empty where one is no text."""
+    """The unified diff of two files, one of which may not exist; empty if one is binary."""
     texts = [_text(file) if file is not None else [] for file in (old, new)]
     if any(text is None for text in texts):
         return ()

@@ -1,12 +1,16 @@
-"""The data that a run reads, known by its content: `data.json`.
+"""The data that a run reads, identified by its content: `data.json`.
 
-The fingerprint of a file or folder is XXH3 (128 bits, https://xxhash.com) over every file's path within it,
-size and content, in the order of the paths; where the data stands does not matter. Of data beyond a limit
-only blocks at even distances are read, over all files as if they were one: what changed elsewhere without
-changing a size is not seen, and the record says `sampled`.
+The fingerprint of a file or folder is XXH3 (128 bits, https://xxhash.com) over every file's relative path,
+size and
+content, in the order of the paths; the location of the data does not matter. Beyond a size limit, only evenly
+spaced
+blocks are read, over all files as if they were one: other changes that keep all sizes are not detected, and
+the
+record says `sampled`.
 
-A fingerprint is remembered in the user's cache for as long as no file has another size, time of change or
-inode, so that the next start reads nothing.
+A fingerprint is remembered in the user's cache as long as no file's size, change time or inode differs, so
+that the
+next start reads nothing.
 """
 
 from __future__ import annotations
@@ -28,16 +32,16 @@ from stoker import redaction, storage
 WHOLE = 2**30
 """Bytes up to which all content is read."""
 
-_BLOCKS, _BLOCK = 1024, 2**16  # what is read of more: 64 MiB
-_PIECE = 2**20  # bytes that are read at once
-_YOUNG = 2.0  # seconds in which a second change may leave a file's time as it was, on a coarse clock
+_BLOCKS, _BLOCK = 1024, 2**16  # what is read of larger data: 64 MiB
+_PIECE = 2**20  # bytes read at once
+_YOUNG = 2.0  # seconds in which a second change can leave a file's time unchanged, on a coarse clock
 
 How = Literal["content", "sampled"]
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What tells data apart."""
+    """Identifies the content of data."""
 
     fingerprint: str
     """`xxh3:` and 32 hexadecimal digits."""
@@ -48,7 +52,7 @@ class Fingerprint:
 
 @dataclass(frozen=True)
 class _File:
-    """A file of the data: its path within it, empty for a lone file, and what the file system says."""
+    """A file of the data: its relative path, empty for a single file, and its metadata."""
 
     name: str
     path: str
@@ -58,10 +62,10 @@ class _File:
 
 
 def fingerprint(path: Path) -> Fingerprint:
-    """The fingerprint of a file, or of all files of a folder, links followed.
+    """The fingerprint of a file, or of all files in a folder, following links.
 
     Raises:
-        OSError: there is nothing at `path`, or a file cannot be read.
+        OSError: `path` does not exist, or a file cannot be read.
     """
     files = _files(path)
     state = _state(files)
@@ -78,15 +82,15 @@ def fingerprint(path: Path) -> Fingerprint:
 
 
 def describe(reference: str, known: str = "", revision: str = "") -> dict[str, Any]:
-    """What `data.json` says of a dataset.
+    """The entry of a dataset in `data.json`.
 
     Args:
-        reference: a path as it was given, or what else names data: an id of the hub, a URL, a word.
-        known: the fingerprint of its content, where it is no path.
-        revision: of a dataset of the hub, the commit.
+        reference: a path as it was given, or another name of data: a hub id, a URL, a word.
+        known: the fingerprint of its content, if it is not a path.
+        revision: for a hub dataset, the commit.
 
     Raises:
-        OSError: it is a path, by what else is known, and cannot be read.
+        OSError: it must be a path, and cannot be read.
     """
     if known or revision:
         given = {"fingerprint": known, "revision": revision, "how": "content"}
@@ -96,13 +100,13 @@ def describe(reference: str, known: str = "", revision: str = "") -> dict[str, A
 
 
 def record(file: Path, name: str, about: dict[str, Any], attempt: int) -> str | None:
-    """Note down a dataset in `data.json`; returns the fingerprint that it had before, where that is another.
+    """Record a dataset in `data.json`; returns its previous fingerprint, if that differs.
 
-    The record of the first attempt that read it stays; what a later one read is added to it.
+    The record of the first attempt that read it is kept; that of a later attempt is added to it.
 
     Args:
-        file: `data.json`, made where it is not there.
-        about: by `describe`.
+        file: `data.json`, created if needed.
+        about: from `describe`.
     """
     known = storage.read_json(file)
     first = known.setdefault(name, about)
@@ -166,7 +170,7 @@ def _add_whole(digest: xxhash.xxh3_128, file: _File) -> None:
 
 
 def _add_blocks(digest: xxhash.xxh3_128, files: Sequence[_File], total: int) -> None:
-    """The blocks that begin at even distances of all bytes; one ends where its file does."""
+    """The blocks at evenly spaced positions over all bytes; a block ends where its file does."""
     ends = list(itertools.accumulate(file.size for file in files))
     for number in range(_BLOCKS):
         at = number * (total - 1) // (_BLOCKS - 1)

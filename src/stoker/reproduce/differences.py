@@ -1,7 +1,9 @@
-"""What differs between the records of two runs, or of a run and this machine: packages, interpreter, machine.
+"""The differences between the records of two runs, or of a run and this machine.
 
-Pure functions over what stands in `provenance/`. Of a difference across which equal bits cannot be promised
-it is said why: floating-point addition is not associative, and who adds in which order is decided by the
+Pure functions over the contents of `provenance/`: packages, interpreter, machine. If equal bits cannot be
+promised
+despite a difference, the reason is given: floating-point addition is not associative, and its order depends
+on the
 processor, the GPU, the number of threads and the kernels of a build.
 """
 
@@ -41,26 +43,26 @@ _OF_A_LAUNCH = (
 
 @dataclass(frozen=True)
 class Difference:
-    """One thing that was so, and is otherwise now."""
+    """One thing that differs."""
 
     kind: Kind
     name: str
     before: str | None
-    """None where there was no such thing."""
+    """None if it did not exist."""
     now: str | None
     matters: str = ""
-    """Why equal bits cannot be promised across it; empty where it is not known to matter."""
+    """Why equal bits cannot be promised; empty if the difference is not known to matter."""
 
 
 @dataclass(frozen=True)
 class Locked:
-    """A package as a lock has it."""
+    """A package in a lock."""
 
     name: str
     version: str
     """Its version, or the address that it is installed from."""
     folder: str
-    """The folder that it is used from, and the commit that this is at; empty where pip can install it."""
+    """The folder that it is imported from, and its commit; empty if pip can install it."""
     content: str
 
     @property
@@ -79,7 +81,7 @@ def locked(lock: str) -> dict[str, Locked]:
 
 
 def packages(before: str, now: str) -> list[Difference]:
-    """What differs between two locks: versions, contents of one version, and what only one of them has."""
+    """The differences between two locks: versions, contents of the same version, and missing packages."""
     one, other = locked(before), locked(now)
     found = []
     for name in sorted({*one, *other}):
@@ -92,7 +94,7 @@ def packages(before: str, now: str) -> list[Difference]:
                 f"{was.said} with content {was.content[:12]}",
                 f"{is_.said} with content {is_.content[:12]}",
             )
-        matters = "its kernels may add in another order" if was and _KERNELS.fullmatch(name) else ""
+        matters = "its kernels may add in a different order" if was and _KERNELS.fullmatch(name) else ""
         found.append(Difference("package", name, *said, matters))
     return found
 
@@ -100,12 +102,12 @@ def packages(before: str, now: str) -> list[Difference]:
 def environment(
     before: Mapping[str, Any], now: Mapping[str, Any], *, on_gpu: bool = True
 ) -> list[Difference]:
-    """What differs between two environments (`environment.json`): interpreter, machine, variables.
+    """The differences between two environments (`environment.json`): interpreter, machine, variables.
 
     Args:
         before: the first one.
         now: the second one.
-        on_gpu: whether the run computed on a GPU; what only matters there, or only elsewhere, is told by it.
+        on_gpu: whether the run computed on a GPU, which decides what matters.
     """
     found = [*_facts("python", _PYTHON, before, now), *_facts("machine", _MACHINE, before, now)]
     found += _variables(before.get("variables", {}), now.get("variables", {}))
@@ -113,7 +115,7 @@ def environment(
 
 
 def computing(variables: Mapping[str, str]) -> dict[str, str]:
-    """Of the variables of a run those that decide how it computes, and mean the same in any place."""
+    """The variables of a run that affect how it computes, and mean the same in any place."""
     return {
         name: value
         for name, value in variables.items()
@@ -139,10 +141,10 @@ def _variables(before: Mapping[str, str], now: Mapping[str, str]) -> Iterator[Di
 
 def _judged(difference: Difference, on_gpu: bool) -> Difference:
     why = {
-        "processor": "" if on_gpu else "the processor decides which kernels compute",
+        "processor": "" if on_gpu else "the processor decides which kernels run",
         "cores": "" if on_gpu else "sums are split over as many threads as there are cores",
-        "gpus": "the GPU decides which kernels compute" if on_gpu else "",
-        "cudnn": "its kernels may add in another order" if on_gpu else "",
+        "gpus": "the GPU decides which kernels run" if on_gpu else "",
+        "cudnn": "its kernels may add in a different order" if on_gpu else "",
     }.get(difference.name, "")
     if difference.kind == "variable" and computing({difference.name: ""}):
         why = "it decides how kernels compute"

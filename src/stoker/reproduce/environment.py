@@ -1,4 +1,4 @@
-"""The machine and the interpreter that a run was made with: `environment.json`."""
+"""The machine and the interpreter that a run used: `environment.json`."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _RELEVANT = (
 
 
 def describe(packages: Sequence[Package], variables: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """What `environment.json` says.
+    """The contents of `environment.json`.
 
-    Nothing is imported to find it out: torch is asked by the file in which its build wrote down what it is.
+    Nothing is imported for it: torch's details are read from the file in which its build records them.
 
     Args:
-        variables: the environment; by default this process's.
+        variables: the environment; default: this process's.
     """
     hardware = machine.hardware()
     given = os.environ if variables is None else variables
@@ -47,7 +47,7 @@ def describe(packages: Sequence[Package], variables: Mapping[str, str] | None = 
 
 
 def _torch() -> dict[str, Any]:
-    """The version of torch, its commit, and the CUDA and HIP that it was built for."""
+    """The version of torch, its commit, and the CUDA and HIP versions that it was built for."""
     try:
         found = importlib.util.find_spec("torch")
         parsed = ast.parse(Path(found.origin).with_name("version.py").read_bytes())  # type: ignore[union-attr,arg-type]

@@ -1,8 +1,10 @@
-"""What a run read besides its code: found again, compared with what was recorded, and put where it looks.
+"""What a run read besides its code: found again, checked, and put where the run expects it.
 
 Data that the config names by a path relative to the working directory, and files of the code that the record
-left out, are linked into the unpacked code from where they were; data that is gone from there, as the project
-was moved, from where the command is given.
+left
+out, are linked into the unpacked code from their original place; or, if the project was moved, from where the
+command
+is given.
 """
 
 from __future__ import annotations
@@ -21,15 +23,15 @@ from stoker.words import counted
 
 @dataclass(frozen=True)
 class Input:
-    """A dataset of a run as it is found now."""
+    """A dataset of a run, as it is found now."""
 
     name: str
     path: str
-    """As the run was given it."""
+    """As it was given to the run."""
     before: str
-    """The fingerprint, or the revision, that was recorded."""
+    """The recorded fingerprint or revision."""
     now: str | None
-    """None where it is not looked at: it is no path, or it is given anew."""
+    """None if it is not checked: it is not a path, or it is overridden."""
     sampled: bool = False
 
     @property
@@ -38,20 +40,20 @@ class Input:
 
     @property
     def said(self) -> str:
-        """In words."""
+        """As text."""
         if self.now is None:
-            return f"{self.path}, compared once it is read"
+            return f"{self.path}, compared when it is read"
         if self.changed:
-            return f"{self.path} has changed: {self.before} was recorded, it is {self.now}"
-        return f"{self.path} as recorded{', of which a sample was compared' if self.sampled else ''}"
+            return f"{self.path} has changed: {self.before} was recorded, now it is {self.now}"
+        return f"{self.path} as recorded{' (a sample was compared)' if self.sampled else ''}"
 
 
 def link_left_out(place: Place) -> list[str]:
-    """Link what the record of the code left out, if it is as large as it was; returns what is not there."""
+    """Link files that the record of the code left out, if their size is unchanged; returns missing ones."""
     lacking = []
     for left in place.code.left_out:
         source, target = Path(place.code.root, left.path), place.root / left.path
-        known = left.bytes or None  # 0 is what older records say of links and of what could not be read
+        known = left.bytes or None  # 0 is what older records contain for links and unreadable files
         if not source.exists() or (known and source.is_file() and source.stat().st_size != known):
             lacking.append(left.path)
         elif not os.path.lexists(target):
@@ -60,12 +62,12 @@ def link_left_out(place: Place) -> list[str]:
 
 
 def link(place: Place, paths: Iterable[str], cwd: Path) -> None:
-    """Link those files and folders that are named by relative paths and that the code does not hold.
+    """Link files and folders that are named by relative paths and that the code does not contain.
 
     Args:
         place: the code.
-        paths: the names; what is no path is passed over.
-        cwd: where the run was started, from which they are meant.
+        paths: the names; names that are not paths are ignored.
+        cwd: where the run was started, to which they are relative.
     """
     for path in dict.fromkeys(paths):
         source, target = cwd / path, Path(os.path.normpath(place.cwd / path))
@@ -75,11 +77,11 @@ def link(place: Place, paths: Iterable[str], cwd: Path) -> None:
 
 
 def link_moved(place: Place, recorded: Mapping[str, Mapping[str, Any]], cwd: Path) -> None:
-    """Link data that is gone from where it was, but stands where we are, by the same path and content.
+    """Link data that is gone from its original place, but exists here with the same path and content.
 
     Args:
         place: the code.
-        recorded: what `data.json` says.
+        recorded: the contents of `data.json`.
         cwd: where the run was started.
     """
     for about in recorded.values():
@@ -92,26 +94,26 @@ def link_moved(place: Place, recorded: Mapping[str, Mapping[str, Any]], cwd: Pat
 def resolved(
     overrides: Iterable[str], config: Mapping[str, Any], recorded: Mapping[str, Mapping[str, Any]]
 ) -> list[str]:
-    """`key=value` that are given anew, where paths of data are meant from where we are: absolute then.
+    """`key=value` overrides, with paths of data, which are relative to this directory, made absolute.
 
     Args:
         overrides: as they were given.
-        config: the values of the run; a key of which the value names recorded data is one of data.
-        recorded: what `data.json` says.
+        config: the values of the run; a key whose value names recorded data is a data key.
+        recorded: the contents of `data.json`.
 
     Raises:
-        BadInput: what can only be a path leads nowhere.
+        BadInput: a value that can only be a path does not exist.
     """
     known = {str(about["path"]): about for about in recorded.values()}
     found = []
     for override in overrides:
         key, _, value = override.partition("=")
         had = [known[path] for path in paths_of({key: config.get(key)}) if path in known]
-        parts = [value] if not had or _stands(value) else value.split(",")  # a name may have a comma
+        parts = [value] if not had or _stands(value) else value.split(",")  # a name can contain a comma
         for part in parts if had else ():
             if part.startswith(("/", ".")) and not _stands(part):
                 raise BadInput(
-                    f"{key}={part}: there is nothing; the run read {had[0]['path']}, of fingerprint "
+                    f"{key}={part} does not exist; the run read {had[0]['path']}, with fingerprint "
                     f"{_known(had[0])}"
                 )
         found.append(f"{key}={','.join(map(_absolute, parts))}" if had else override)
@@ -119,7 +121,7 @@ def resolved(
 
 
 def paths_of(values: Mapping[str, Any]) -> Iterator[str]:
-    """What may be a path in config values, those of a list and of a mixture (`a.jsonl:3,b.jsonl:1`) each."""
+    """What could be a path in config values, also in lists and mixtures (`a.jsonl:3,b.jsonl:1`)."""
     for value in values.values():
         for one in value if isinstance(value, list) else [value]:
             if isinstance(one, str) and "://" not in one and "\0" not in one:
@@ -130,16 +132,16 @@ def paths_of(values: Mapping[str, Any]) -> Iterator[str]:
 def check(
     place: Place, recorded: Mapping[str, Mapping[str, Any]], config: Mapping[str, Any], given: Collection[str]
 ) -> list[Input]:
-    """Look at the data of a run.
+    """Check the data of a run.
 
     Args:
         place: the code, with what is linked into it.
-        recorded: what `data.json` says.
-        config: the values of the run that can be given anew.
-        given: the keys that are given anew.
+        recorded: the contents of `data.json`.
+        config: the values of the run that can be overridden.
+        given: the keys that are overridden.
 
     Raises:
-        BadInput: data is not there any more, or cannot be read.
+        BadInput: data no longer exists, or cannot be read.
     """
     replaced = set(paths_of({key: config[key] for key in given if key in config}))
     found = []
@@ -152,10 +154,10 @@ def check(
 
 
 def fingerprints(recorded: Mapping[str, Mapping[str, Any]], tags: Mapping[str, str]) -> dict[str, str]:
-    """What a run says that it depends on, by name: its data by content, else what its recipe says of it.
+    """What a run depends on, by name: its data by content, or else what its recipe reports.
 
     Args:
-        recorded: what `data.json` says.
+        recorded: the contents of `data.json`.
         tags: the run's tags.
     """
     of_tags = {key.partition(".")[2]: value for key, value in tags.items() if key.startswith("fingerprint.")}
@@ -166,28 +168,28 @@ def fingerprints(recorded: Mapping[str, Mapping[str, Any]], tags: Mapping[str, s
 
 
 def _known(about: Mapping[str, Any]) -> str:
-    """What tells the content of recorded data apart."""
+    """What identifies the content of recorded data."""
     return str(about.get("fingerprint") or about.get("revision", ""))
 
 
 def _fingerprint(place: Place, name: str, about: Mapping[str, Any], config: Mapping[str, Any]) -> str:
-    """Of data now. Raises BadInput."""
+    """The present fingerprint of data. Raises BadInput."""
     there = place.cwd / about["path"]
     path = there if there.exists() else Path(about["absolute"])
     try:
         return data.fingerprint(path).fingerprint
     except OSError as error:
         keys = [key for key, value in config.items() if about["path"] in paths_of({key: value})]
-        anew = f"bring it back or say where it is now by {keys[0]}=PATH" if keys else ""
+        anew = f"restore it, or give its new location with {keys[0]}=PATH" if keys else ""
         raise BadInput(
             f"data {name!r} cannot be read: {error.filename or path}: {error.strerror}. It had fingerprint "
             f"{about['fingerprint']}, {about['bytes']:,} bytes in {counted(about['files'], 'file')}: "
-            f"{anew or 'no key of the run names it, so put it back, or a link to it'}"
+            f"{anew or 'no key of the run names it, so restore it, or put a link to it there'}"
         ) from error
 
 
 def _is(path: Path, fingerprint: str) -> bool:
-    """Whether data is what was recorded."""
+    """Whether data has the recorded fingerprint."""
     try:
         return data.fingerprint(path).fingerprint == fingerprint
     except OSError:
@@ -195,7 +197,7 @@ def _is(path: Path, fingerprint: str) -> bool:
 
 
 def _absolute(part: str) -> str:
-    """A path, or one of a mixture with its weight, if something stands there; else as it is."""
+    """A path, or one of a mixture with its weight, made absolute if it exists; otherwise unchanged."""
     path, separator, weight = part.rpartition(":")
     if part and _exists(Path(part)):
         return str(Path(part).absolute())
@@ -203,14 +205,14 @@ def _absolute(part: str) -> str:
 
 
 def _stands(part: str) -> bool:
-    """Whether there is what a part of a mixture names, with its weight or without; a pattern may match."""
+    """Whether a part of a mixture, with or without its weight, exists; a pattern is assumed to."""
     return any(sign in part for sign in "*?[") or any(
         map(_exists, (Path(part), Path(part.rpartition(":")[0] or part)))
     )
 
 
 def _exists(path: Path) -> bool:
-    """Of a text that may be no path at all."""
+    """Whether a text that may not be a path exists as a file or folder."""
     try:
         return path.exists()
     except OSError:  # it is too long

@@ -1,7 +1,8 @@
-"""The metrics of two runs side by side: equal to the last bit, or where they part and how far they drift.
+"""Compares the metrics of two runs: equal to the last bit, or where they diverge and how far they drift.
 
-A value equals another if it has the same bits; NaN equals NaN, and 0.0 is not -0.0. What a metric says of
-time and machines is left out, see `run.series.measures_machine`.
+Two values are equal if they have the same bits; NaN equals NaN, and 0.0 does not equal -0.0. Metrics of time
+and
+machines are excluded, see `run.series.measures_machine`.
 """
 
 from __future__ import annotations
@@ -22,44 +23,44 @@ class Drift:
 
     metric: str
     first_step: int
-    """The first step at which it differs, or is of one run alone."""
+    """The first step at which it differs, or exists in only one run."""
     before: float | None
-    """Its value there; None where the run has none."""
+    """Its value there; None if the run has none."""
     now: float | None
     points: int
     """Steps at which both have it."""
     differing: int
-    """Of these, those at which it differs."""
+    """Of these, steps at which it differs."""
     absolute: float
     """The largest difference."""
     absolute_step: int | None
     relative: float
-    """The largest difference as a share of the larger of the two values."""
+    """The largest difference relative to the larger of the two values."""
     relative_step: int | None
     lacking: int
-    """Steps at which the first run has it alone."""
+    """Steps at which only the first run has it."""
     added: int
-    """Steps at which the second run has it alone."""
+    """Steps at which only the second run has it."""
 
 
 @dataclass(frozen=True)
 class Compared:
-    """The metrics of two runs over a stretch of steps."""
+    """The metrics of two runs over a range of steps."""
 
     steps: int
     """Steps at which anything was compared."""
     first: int | None
     last: int | None
     metrics: tuple[str, ...]
-    """What was compared."""
+    """The compared metrics."""
     left_out: tuple[str, ...]
-    """What tells of time and machines, and what was asked to be left out."""
+    """Metrics of time and machines, and those excluded on request."""
     drifts: tuple[Drift, ...]
-    """Of the metrics that differ, the first to differ first."""
+    """The metrics that differ, in the order in which they first differ."""
 
     @property
     def identical(self) -> bool:
-        """Whether there was something to compare, and all of it is the same to the last bit."""
+        """Whether there was something to compare, and all of it is bit-identical."""
         return self.steps > 0 and not self.drifts
 
 
@@ -75,10 +76,10 @@ def compare(
 
     Args:
         before: metric -> its points, of the first run.
-        now: likewise of the second one.
-        after: only steps past this one count.
+        now: likewise of the second run.
+        after: only steps after this one count.
         until: only steps up to this one count.
-        leave_out: whether a metric is none to compare.
+        leave_out: whether to exclude a metric.
     """
     names = sorted({*before, *now})
     wanted = [name for name in names if not leave_out(name)]
@@ -114,7 +115,7 @@ def _within(series: Series | None, after: int | None, until: int | None) -> Seri
 
 
 def _drift(metric: str, before: Series, now: Series) -> Drift | None:
-    """How they differ; None where they do not."""
+    """How they differ; None if they do not."""
     both, there, here = np.intersect1d(before.x, now.x, assume_unique=True, return_indices=True)
     a, b = before.y[there], now.y[here]
     differ = ~_same_bits(a, b)
@@ -140,7 +141,7 @@ def _same_bits(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.boo
 def _distances(
     a: NDArray[np.float64], b: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Absolute and relative, of values that differ; infinite where one of them is not a finite number."""
+    """Absolute and relative differences of values; infinite if one of the two is not finite."""
     with np.errstate(all="ignore"):
         absolute = np.abs(a - b)
         larger = np.maximum(np.abs(a), np.abs(b))
@@ -157,7 +158,7 @@ def _largest(distances: NDArray[np.float64], steps: NDArray[np.int64]) -> tuple[
 
 
 def as_json(compared: Compared) -> dict[str, Any]:
-    """The comparison by name."""
+    """The comparison as JSON."""
     return {
         "identical": compared.identical, "steps": compared.steps, "first": compared.first,
         "last": compared.last,

@@ -1,9 +1,12 @@
-"""The installed packages, as a lock that `pip install -r` takes.
+"""The installed packages, as a lock for `pip install -r`.
 
-Each line has the hash of what is installed in a comment: of the list of files and checksums that an
-installer leaves beside a package (RECORD, https://packaging.python.org/specifications/recording-installed-packages),
-without what differs from place to place. pip's own `--hash` is of an archive that is no longer there.
-What was installed from an address stands as PEP 508 has it, by the file `direct_url.json` of PEP 610.
+Each line has the hash of what is installed in a comment: it covers the list of files and checksums that an
+installer
+records with a package (RECORD, https://packaging.python.org/specifications/recording-installed-packages),
+without
+what differs from place to place. pip's own `--hash` is for an archive that no longer exists. Packages
+installed from
+an address are written as in PEP 508, from the file `direct_url.json` of PEP 610.
 """
 
 from __future__ import annotations
@@ -33,15 +36,15 @@ class Package:
     name: str
     version: str
     content: str | None
-    """SHA-256 of what is installed; None where no list of files was left."""
+    """SHA-256 of what is installed; None if there is no list of files."""
     origin: dict[str, Any]
-    """PEP 610: where it was installed from; empty where that was an index."""
+    """PEP 610: where it was installed from; empty if that was an index."""
 
 
 def installed() -> list[Package]:
-    """Every installed distribution, that which is imported where there are several, sorted by name.
+    """All installed distributions (of duplicates, the one that is imported), sorted by name.
 
-    Hashes are remembered in the cache folder for as long as a list of files is not touched.
+    Hashes are remembered in the cache folder until the list of files changes.
     """
     cache = storage.cache_folder() / "packages.json"
     known = storage.read_json(cache)
@@ -66,7 +69,7 @@ def lock(packages: Sequence[Package]) -> str:
 
 
 def versions(lock: str) -> dict[str, str]:
-    """The versions in a lock by name in lower case, of what is not editable or from an address."""
+    """The versions in a lock by lower-case name, except editable packages and those from an address."""
     pairs = (line.partition("#")[0].strip().partition("==") for line in lock.splitlines())
     return {name.lower(): version for name, sign, version in pairs if sign}
 
@@ -87,7 +90,7 @@ def _line(package: Package) -> str:
 
 
 def _folder_state(url: str) -> str:
-    """A folder that a package was installed from, with the commit that it is at."""
+    """A folder that a package was installed from, with its current commit."""
     folder = url.removeprefix("file://")
     commit = machine.output(["git", "-C", folder, "rev-parse", "HEAD"])
     if commit is None:
@@ -97,9 +100,9 @@ def _folder_state(url: str) -> str:
 
 
 def _folders() -> Iterator[Path]:
-    """What installers left of their packages, in the order in which they are imported.
+    """The metadata folders of installed packages, in the order in which they are imported.
 
-    Not what a package brings in a folder of its own, and has put on the path, as Ray does.
+    Packages that another one bundles in its own folder and adds to the path, as Ray does, are excluded.
     """
     for entry in dict.fromkeys(sys.path):
         place = Path(entry)
@@ -123,14 +126,14 @@ def _package(folder: Path, known: dict[str, Any], hashes: dict[str, Any]) -> Pac
 
 
 def _source_of(folder: Path) -> dict[str, Any]:
-    """Where a package is that was not installed at all: its sources are on the path, by PYTHONPATH."""
+    """The folder of a package that is not installed: its sources are on the path through PYTHONPATH."""
     if folder.suffix != ".egg-info" or folder.parent.name in _INSTALLED:
         return {}
     return {"url": f"file://{folder.parent}", "dir_info": {"editable": True}}
 
 
 def _content(record: Path, known: dict[str, Any], hashes: dict[str, Any]) -> str | None:
-    """The hash of a list of files, from the last time where it is the same list still."""
+    """The hash of a list of files, remembered if the list is unchanged."""
     try:
         status = record.stat()
     except OSError:
@@ -144,9 +147,9 @@ def _content(record: Path, known: dict[str, Any], hashes: dict[str, Any]) -> str
 
 
 def _hash(record: str) -> str:
-    """SHA-256 over `path,hash` lines, sorted, of what is the same wherever it is installed.
+    """SHA-256 over the sorted `path,hash` lines of files that are the same wherever they are installed.
 
-    Scripts are not: their first line names the interpreter. Nor is what an installer says of itself.
+    Scripts differ: their first line names the interpreter. So does the installer's own metadata.
     """
     lines = sorted(
         f"{row[0]},{row[1]}\n"
@@ -164,5 +167,5 @@ def _read(file: Path) -> str:
 
 
 def _normal(name: str) -> str:
-    """As PEP 503 has it."""
+    """Normalised as in PEP 503."""
     return re.sub(r"[-_.]+", "-", name).lower()

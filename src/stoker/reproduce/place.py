@@ -1,4 +1,4 @@
-"""Where the code of a run stands again: unpacked into a folder, started from the same place within it."""
+"""The restored code of a run: unpacked into a folder, with the same working directory inside it."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ class Place:
     code: Code
 
     def mapped(self, path: str) -> str:
-        """An absolute path, of what it stands for here where it is in the bundle; else as it is."""
+        """The place of an absolute path in the unpacked code; unchanged if it is not in the bundle."""
         within = _within(path, self.code.root)
         return str(self.root / within) if within is not None and (self.root / within).exists() else path
 
     def python_path(self, lock: str, recorded: str = "") -> list[str]:
-        """The folders to import from before all others: those of the code that were imported from then.
+        """Folders to import from before all others: those parts of the code that the run imported from.
 
         Args:
-            lock: the packages of the run, of which some may be used from its code (`pip install -e .`).
+            lock: the packages of the run, some of which may be used from its code (`pip install -e .`).
             recorded: the PYTHONPATH of the run.
         """
         used = (package.folder.partition(", commit ")[0] for package in differences.locked(lock).values())
@@ -49,8 +49,8 @@ def materialise(record: Path, root: Path, cwd: str) -> Place:
 
     Args:
         record: the run's provenance folder.
-        root: the folder to unpack into, which is made.
-        cwd: where the run was started, for one that was started outside of its code.
+        root: the folder to unpack into, which is created.
+        cwd: where the run was started, if that is outside its code.
 
     Raises:
         BadInput: there is no record of the code, or its bundle is damaged.
@@ -60,19 +60,19 @@ def materialise(record: Path, root: Path, cwd: str) -> Place:
     if code.bundle is not None:
         provenance.extract(record, root)
     elif code.files:
-        raise BadInput(f"{record} has no bundle of the run's code: it cannot be run again from its record")
+        raise BadInput(f"{record} contains no bundle of the run's code, so the run cannot be repeated")
     inside = root / code.cwd if code.cwd is not None else Path(cwd)
     if code.cwd is not None:
         inside.mkdir(parents=True, exist_ok=True)
     elif not inside.is_dir():
         raise BadInput(
-            f"the run was started in {cwd}, outside of its code, and that folder is gone: make it again"
+            f"the run was started in {cwd}, outside its code, and that folder is gone: create it again"
         )
     return Place(root, inside, code)
 
 
 def _within(path: str, root: str) -> str | None:
-    """A path relative to a root, if it is within."""
+    """A path relative to a root, if it is inside."""
     try:
         return str(Path(os.path.realpath(path)).relative_to(os.path.realpath(root)))
     except ValueError:

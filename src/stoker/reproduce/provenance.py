@@ -2,12 +2,13 @@
 
   code.json         which files, of which commit, and what was left out
   code.tar.gz       those files
-  diff.patch        what differs from the commit
+  diff.patch        the differences from the commit
   requirements.txt  the installed packages
   environment.json  the interpreter, the machine, variables
   data.json         the data, by content; see `reproduce.data`
 
-Nothing here may fail a run: what cannot be found out is left out, and said. Secrets are removed from
+Nothing here can make a run fail: what cannot be determined is left out, with a warning. Secrets are removed
+from
 all of it; see `redaction`.
 """
 
@@ -46,16 +47,16 @@ class Gathered:
 
     code: Code
     contents: Mapping[str, bytes]
-    """What each file holds, by its path."""
+    """The content of each file, by path."""
     diff: bytes
 
 
 def gather(source: Path, runs: Path | None = None) -> Gathered:
-    """Read the code of a script, or of the repository that holds a folder.
+    """Read the code of a script, or of the repository that contains a folder.
 
     Args:
         source: the script, or a folder.
-        runs: the folder of the runs, none of which is code.
+        runs: the folder of the runs, which is not code.
     """
     found = code.find(source, runs)
     listed, contents = bundle.read(found)
@@ -63,7 +64,7 @@ def gather(source: Path, runs: Path | None = None) -> Gathered:
 
 
 def state(source: Path, runs: Path) -> dict[str, Any]:
-    """As `summary`, of the code as it is now; empty, with a warning, where that cannot be read.
+    """Like `summary`, for the present code; empty, with a warning, if it cannot be read.
 
     Args:
         source, runs: see `gather`.
@@ -73,14 +74,14 @@ def state(source: Path, runs: Path) -> dict[str, Any]:
 
 
 def record(target: Path, source: Path, runs: Path, store: Path) -> dict[str, Any]:
-    """Record all but the data in a run's provenance folder; returns what `run.json` says of it.
+    """Record everything but the data in a run's provenance folder; returns what `run.json` says about it.
 
-    What cannot be recorded is warned of.
+    Warns of what cannot be recorded.
 
     Args:
-        target: the folder, which is there.
+        target: the existing folder.
         source, runs: see `gather`.
-        store: the folder in which bundles are kept for all runs that share them.
+        store: the folder for bundles that runs share.
     """
     gathered = _try("the code", lambda: gather(source, runs))
     if gathered is not None:
@@ -97,31 +98,31 @@ def write(target: Path, gathered: Gathered, store: Path) -> None:
 
 
 def write_environment(target: Path) -> None:
-    """Write the packages and the machine of this process alone, of a run whose code is another's."""
+    """Write only the packages and the machine of this process, for a run whose code is another's."""
     _try("the environment", lambda: _write_environment(target))
 
 
 def link(known: Path, target: Path) -> None:
-    """Let a run have the provenance that stands in a folder already, in the same files where it can."""
+    """Give a run the provenance of an existing folder, by hard links if possible."""
     for file in known.iterdir():
         (target / file.name).unlink(missing_ok=True)
         storage.link_or_copy(file, target / file.name)
 
 
 def summary_of(known: Path) -> dict[str, Any]:
-    """As `summary`, of what stands in a provenance folder; empty where that has no code."""
+    """Like `summary`, for a provenance folder; empty if that has no code."""
     file = known / CODE
     return dict(_summary_at(file, storage.modified(file)))
 
 
 @functools.lru_cache(16)
 def _summary_at(file: Path, modified: int) -> Mapping[str, Any]:
-    """Of a file as it was modified last, which all trials of a search have."""
+    """The summary of a file with this modification time, cached as all trials of a search share it."""
     return _summary(storage.read_json(file))
 
 
 def summary(found: Code) -> dict[str, Any]:
-    """What `run.json` says of the code: where it was, and its commit."""
+    """What `run.json` says about the code: its location, and its commit."""
     return _summary(_as_json(found))
 
 
@@ -130,17 +131,17 @@ def _summary(said: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def same(one: Code, other: Code) -> bool:
-    """Whether two states of the code are the same, wherever they were looked at from."""
+    """Whether two states of the code are the same, wherever they were read."""
     return (one.root, one.commit, one.files) == (other.root, other.commit, other.files)
 
 
 def is_recorded(folder: Path) -> bool:
-    """Whether the provenance of a run stands in a folder."""
+    """Whether a folder contains the provenance of a run."""
     return (folder / CODE).is_file()
 
 
 def read_code(folder: Path) -> Code:
-    """The code that stands in a provenance folder. Raises BadInput where there is none."""
+    """The code in a provenance folder. Raises BadInput if there is none."""
     file = folder / CODE
     try:
         return code.from_json(orjson.loads(file.read_bytes()))
@@ -151,18 +152,18 @@ def read_code(folder: Path) -> Code:
 
 
 def extract(folder: Path, target: Path) -> Code:
-    """Unpack the code that stands in a provenance folder; returns what is known of it.
+    """Unpack the code in a provenance folder; returns its description.
 
     Args:
         folder: the provenance folder.
-        target: the folder to unpack into, made where it is not there.
+        target: the folder to unpack into, created if needed.
 
     Raises:
-        BadInput: there is no bundle, it is damaged, or something in it leads out of the target.
+        BadInput: there is no bundle, it is damaged, or something in it points outside the target.
     """
     found = read_code(folder)
     if found.bundle is None or found.bundle_xxh3 is None:
-        raise BadInput(f"{folder / CODE} names no bundle: this run has no code of its own")
+        raise BadInput(f"{folder / CODE} names no bundle: the code of this run was not recorded")
     bundle.unpack(folder / found.bundle, target, found.bundle_xxh3, found.files)
     return found
 
@@ -189,11 +190,11 @@ def _write_environment(target: Path) -> None:
 
 
 def _try(what: str, do: Callable[[], T]) -> T | None:
-    """Do it; of what went wrong, whatever that is, there is a warning: no training is lost by it."""
+    """Do it, turning any error into a warning: no training may fail because of it."""
     try:
         return do()
     except Exception as error:
-        log.warning("%s of the run is not recorded: %s: %s", what, type(error).__name__, error)
+        log.warning("%s of the run was not recorded: %s: %s", what, type(error).__name__, error)
         return None
 
 

@@ -1,8 +1,10 @@
-"""Which contents hold nothing that looks like a secret, in the user's cache.
+"""Remembers, in the user's cache, which contents contain nothing that looks like a secret.
 
-Looking for secrets costs several times what reading and hashing do, and most files of a repository are what
-they were at the last start. Only digests are kept. Values are not part of it: what a variable holds is
-looked for in every file each time.
+Scanning for secrets costs several times as much as reading and hashing, and most files of a repository have
+not
+changed since the last start. Only digests are kept. The values of secret variables are not covered: they are
+searched
+for in every file each time.
 """
 
 from __future__ import annotations
@@ -19,12 +21,12 @@ _SIZE = 16
 
 
 def digest(path: str, data: bytes) -> bytes:
-    """What a content is remembered by: it counts as what files of this ending are."""
+    """The digest of a content, together with the file's extension, which decides how it is scanned."""
     return xxhash.xxh3_128_digest(data, seed=int(redaction.is_code(path)))
 
 
 def known() -> frozenset[bytes]:
-    """The digests of contents that were looked through, by the rules of this version."""
+    """The digests of contents that were scanned, by the rules of this version."""
     try:
         content = _file().read_bytes()
     except OSError:
@@ -36,7 +38,7 @@ def known() -> frozenset[bytes]:
 
 
 def remember(before: AbstractSet[bytes], fresh: AbstractSet[bytes]) -> None:
-    """Add digests; where there are too many by now, those from before are forgotten."""
+    """Add digests; if there are too many, forget the old ones."""
     if not fresh:
         return
     kept = fresh if len(before) + len(fresh) > _MOST else before | fresh

@@ -1,7 +1,8 @@
-"""Which steps of a run one training makes again: of one config, on one number of ranks.
+"""The steps of a run that a single training can repeat: with one config, on one number of ranks.
 
-A run that was continued on other ranks, or with a changed config or other code, is not what one training
-gives: what is made again ends where that changed, or begins after it, from a checkpoint.
+A run that was continued on a different number of ranks, or with a changed config or code, differs from what
+one
+training gives: the repetition ends where that changed, or starts after it, from a checkpoint.
 """
 
 from __future__ import annotations
@@ -17,38 +18,38 @@ from stoker.run.view import FINISHED, Attempt, RunView
 
 @dataclass(frozen=True)
 class Stretch:
-    """Steps of a run, and what they were made with."""
+    """Steps of a run, and their settings."""
 
     after: int
-    """The step of the checkpoint that it begins from; 0 for the beginning."""
+    """The step of the checkpoint that it starts from; 0 for the beginning."""
     until: int | None
-    """The last step that is made; None where training ends by itself."""
+    """The last step; None if training ends by itself."""
     config: Mapping[str, Any]
     world: int
-    """How many ranks trained."""
+    """The number of ranks."""
     layout: Mapping[str, Any]
-    """How they used the devices, where a Trainer did."""
+    """How they used the devices, if a Trainer did."""
     why: str = ""
     """Why it ends before the run does."""
 
 
 def find(view: RunView, after: int | None = None, steps: int | None = None) -> Stretch:
-    """The longest stretch that one training can make again.
+    """The longest stretch that one training can repeat.
 
     Args:
         view: the run.
-        after: the step of one of its checkpoints to begin from; by default its beginning.
-        steps: no more than so many.
+        after: the step of one of its checkpoints to start from; default: its beginning.
+        steps: the maximum number of steps.
 
     Raises:
-        BadInput: there is nothing to be made again.
+        BadInput: there is nothing to repeat.
     """
     if not view.points:
-        raise BadInput(f"{view.directory.id} has logged nothing: there is nothing to compare with")
+        raise BadInput(f"{view.directory.id} has logged nothing, so there is nothing to compare with")
     parts = _parts(view)
     begin = parts[0][0] if after is None else after
     if view.step <= begin:
-        raise BadInput(f"{view.directory.id} made no step after step {begin}: it ended at step {view.step}")
+        raise BadInput(f"{view.directory.id} has no step after step {begin}: it ended at step {view.step}")
     index = max(i for i, (start, _) in enumerate(parts) if start <= begin or i == 0)
     first = parts[index][1]
     until, why = None if view.status == FINISHED else view.step, ""
@@ -63,7 +64,7 @@ def find(view: RunView, after: int | None = None, steps: int | None = None) -> S
 
 
 def _parts(view: RunView) -> list[tuple[int, Attempt]]:
-    """The attempts whose steps stand, each with the step that it began after."""
+    """The attempts whose steps are valid, each with the step after which it began."""
     parts: list[tuple[int, Attempt]] = []
     for attempt in view.attempts:
         start = _began_after(view, attempt) if parts else attempt.resumed_from or 0
@@ -73,7 +74,7 @@ def _parts(view: RunView) -> list[tuple[int, Attempt]]:
 
 
 def _began_after(view: RunView, attempt: Attempt) -> int:
-    """A Trainer says where it resumed; a loop of one's own goes on after the last point that it had."""
+    """A Trainer records where it resumed; a user's own loop continues after its last point."""
     if attempt.resumed_from is not None or attempt.began is not None:
         return attempt.resumed_from or 0
     before = (series.x[series.time < attempt.started] for series in view.points.values())
@@ -85,14 +86,14 @@ def _config(view: RunView, attempt: Attempt) -> dict[str, Any]:
 
 
 def _changed(view: RunView, before: Attempt, now: Attempt) -> str:
-    """What changed between two attempts, in words; empty where nothing did."""
+    """What changed between two attempts, as text; empty if nothing did."""
     if before.world != now.world:
-        return f"it went on with {now.world} ranks in place of {before.world}"
+        return f"it resumed with {now.world} ranks instead of {before.world}"
     one, other = _config(view, before), _config(view, now)
     changes = [f"{key} from {one.get(key)} to {other[key]}" for key in other if one.get(key) != other[key]]
     if changes:
-        return f"it went on with another config: {', '.join(changes)}"
+        return f"it resumed with a different config: {', '.join(changes)}"
     other_files = [
         path for path in {**before.code, **now.code} if before.code.get(path) != now.code.get(path)
     ]
-    return f"it went on with other code: {words.some(other_files)}" if other_files else ""
+    return f"it resumed with different code: {words.some(other_files)}" if other_files else ""

@@ -1,7 +1,8 @@
-"""A virtual environment from the lock of a run, kept in the cache for the next time.
+"""Builds a virtual environment from the lock of a run, and keeps it in the cache.
 
-What the lock has is installed by pip, and nothing else: the lock is complete, so pip resolves nothing. stoker
-itself is the one that asks for it: its lock names a folder at a commit, which pip cannot install.
+Only what is in the lock is installed by pip: the lock is complete, so pip resolves nothing. stoker itself is
+the one
+that is running, since its lock names a folder at a commit, which pip cannot install.
 """
 
 from __future__ import annotations
@@ -38,11 +39,11 @@ def build(lock: str, python: str, cache: Path) -> Path:
 
     Args:
         lock: the text of `requirements.txt`.
-        python: the version that the run had, such as 3.11.2; one of the same minor version is taken.
-        cache: the folder that environments are kept in, by what they are made of.
+        python: the version of the run, such as 3.11.2; any of the same minor version is used.
+        cache: the folder for environments, named by what they are made of.
 
     Raises:
-        BadInput: no such Python is here.
+        BadInput: this Python version is not installed.
         StokerError: pip could not install the lock.
     """
     base = _interpreter(python)
@@ -59,11 +60,11 @@ def build(lock: str, python: str, cache: Path) -> Path:
 
 
 def describe(python: str, variables: Mapping[str, str]) -> tuple[dict[str, Any], str]:
-    """What a process of an environment would record of itself: `environment.json`, and the lock.
+    """What a process in an environment would record: `environment.json`, and the lock.
 
     Args:
         python: the interpreter.
-        variables: the whole environment of the process.
+        variables: the complete environment of the process.
 
     Raises:
         StokerError: stoker does not start in it.
@@ -74,9 +75,9 @@ def describe(python: str, variables: Mapping[str, str]) -> tuple[dict[str, Any],
 
 
 def not_installed(lock: str) -> dict[str, str]:
-    """The folder of each package of a lock that was used from one, so that pip cannot install it; not stoker.
+    """The folders of packages that were imported from a folder, so that pip cannot install them.
 
-    By normalised names.
+    By normalised name, without stoker.
     """
     return {n: p.folder for n, p in differences.locked(lock).items() if p.folder and n != "stoker"}
 
@@ -88,13 +89,13 @@ def _interpreter(version: str) -> str:
         return sys.executable
     found = shutil.which(f"python{minor}")
     if found is None:
-        raise BadInput(f"--env: the run had Python {version}, and there is no python{minor} here: install it")
+        raise BadInput(f"--env: the run used Python {version}, but there is no python{minor}: install it")
     return found
 
 
 def _create(base: str, folder: Path, lock: str) -> None:
-    """Raises StokerError, with what pip said."""
-    _run([base, "-m", "venv", str(folder)], "the virtual environment cannot be made")
+    """Raises StokerError with pip's message."""
+    _run([base, "-m", "venv", str(folder)], "the virtual environment cannot be created")
     requirements = folder / "requirements.txt"
     requirements.write_text(lock, encoding="utf-8")
     python = str(folder / "bin" / "python")
@@ -110,14 +111,14 @@ def _create(base: str, folder: Path, lock: str) -> None:
             "-r",
             str(requirements),
         ],
-        "pip cannot install the lock of the run",
+        "pip cannot install the run's lock",
     )
     asked = "import sysconfig; print(sysconfig.get_path('purelib'))"
     _link_stoker(Path((machine.output([python, "-c", asked]) or "").strip()))
 
 
 def _link_stoker(packages: Path) -> None:
-    """Let the environment have this stoker, with what its installer says of it, unless the lock had one."""
+    """Link this stoker with its metadata into the environment, unless the lock has one."""
     if (packages / "stoker").exists():
         return
     (packages / "stoker").symlink_to(Path(stoker.__file__).parent)
@@ -126,7 +127,7 @@ def _link_stoker(packages: Path) -> None:
 
 
 def _run(command: list[str], failed: str, variables: Mapping[str, str] | None = None) -> str:
-    """What it writes to standard output. Raises StokerError."""
+    """The standard output of a command. Raises StokerError."""
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=variables)
     if done.returncode != 0:
         said = "\n".join((done.stderr or done.stdout).strip().splitlines()[-8:])

@@ -1,7 +1,8 @@
-"""Whether two files hold the same weights, bit by bit.
+"""Whether two files contain the same weights, bit by bit.
 
-The bytes of two safetensors files of the same tensors may differ: those who write them put the metadata of
-the header in any order (https://huggingface.co/docs/safetensors#format).
+The bytes of two safetensors files with the same tensors can differ: the metadata in the header can be in any
+order
+(https://huggingface.co/docs/safetensors#format).
 """
 
 from __future__ import annotations
@@ -10,11 +11,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-_PIECE = 2**20  # bytes that are compared at once
+_PIECE = 2**20  # bytes compared at once
 
 
 def same(one: Path, other: Path) -> bool:
-    """Whether the tensors of two safetensors files are the same. Raises OSError where one cannot be read."""
+    """Whether the tensors of two safetensors files are the same. Raises OSError if one cannot be read."""
     with one.open("rb") as first, other.open("rb") as second:
         if _tensors(first) != _tensors(second):
             return False
@@ -25,7 +26,7 @@ def same(one: Path, other: Path) -> bool:
 
 
 def _tensors(file: Any) -> dict[str, Any]:
-    """What the header says of the tensors: types, shapes, places. The file stands at their bytes then."""
+    """The header's types, shapes and positions of the tensors. Leaves the file positioned at their bytes."""
     length = int.from_bytes(file.read(8), "little")
     header: dict[str, Any] = json.loads(file.read(length))
     header.pop("__metadata__", None)
