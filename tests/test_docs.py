@@ -15,6 +15,6 @@ def test_every_link_leads_somewhere_and_the_references_are_the_program_s(tmp_pat
     assert built.returncode == 0, built.stderr
     pages = {page: (tmp_path / f"{page}.html").read_text() for page in ("python", "generated/cli", "index")}
     assert 'id="stoker.Trainer.step"' in pages["python"]
-    assert "stoker checkpoints verify" in pages["generated/cli"]
+    assert 'id="stoker-checkpoints-verify"' in pages["generated/cli"]
     assert "lora.rank" in (tmp_path / "generated/recipe-llm.html").read_text()
     assert 'href="fine-tuning.html' in pages["index"]

@@ -95,7 +95,7 @@ def sweep(
     """Search for the best values of a recipe's keys; the same call goes on with it.
 
     It is `stoker sweep`, and each argument is the option of that name, which `stoker sweep --help` and
-    docs/search.md describe. Ctrl-C and SIGTERM end it with a checkpoint of each trial that runs.
+    docs/sweeps.md describe. Ctrl-C and SIGTERM end it with a checkpoint of each trial that runs.
 
         found = stoker.sweep("image", {"lr": "log(0.01, 1)", "epochs": 2}, metric="val_accuracy", trials=6)
         print(found.best.params, found.best.run)
