@@ -10,6 +10,7 @@ import inspect
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import typer
 from sphinx.application import Sphinx
@@ -56,7 +57,17 @@ html_copy_source = False
 def _command_line() -> str:
     """Every verb with its arguments and options."""
     command = typer.main.get_command(app)
-    return get_docs_for_click(obj=command, ctx=typer.Context(command, info_name="stoker"), name="stoker")
+    _with_whole_sentences(command)
+    text = get_docs_for_click(obj=command, ctx=typer.Context(command, info_name="stoker"), name="stoker")
+    return text.replace("# `stoker`", "# Command line", 1)
+
+
+def _with_whole_sentences(group: Any) -> None:
+    """Keep the summaries in a group's list of commands from being cut off."""
+    for command in group.commands.values():
+        command.short_help = (command.help or "").partition("\n\n")[0]
+        if hasattr(command, "commands"):
+            _with_whole_sentences(command)
 
 
 def _recipe(name: str) -> str:
@@ -65,7 +76,7 @@ def _recipe(name: str) -> str:
     about = inspect.getdoc(inspect.getmodule(found.train)) or ""
     rows = [(f"`{key}`", default and f"`{default}`", meaning) for key, default, meaning in keys(found.config)]
     table = "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |\n" for row in rows)
-    return f"# {name}\n\n{about}\n\n| key | default | meaning |\n|---|---|---|\n{table}"
+    return f"# Recipe: {name}\n\n{about}\n\n| key | default | meaning |\n|---|---|---|\n{table}"
 
 
 def _write(name: str, text: str) -> None:
