@@ -233,7 +233,7 @@ def test_what_cannot_be_trained_on_is_refused_alike(
     with pytest.raises(BadInput, match="has no chat template: give chat_template=chatml"):
         data.inspect([value for value in chat if not value.startswith("chat_template")])
     silent = write_file("silent.jsonl", [json.dumps({"messages": [{"content": "who says so"}]})])
-    with pytest.raises(BadInput, match=r"line 1, message 1: has no 'role'; it has 'content'"):
+    with pytest.raises(BadInput, match=r"line 1, message 1: has no 'role'; its fields are 'content'"):
         data.inspect([f"data={silent}"])
     with pytest.raises(BadInput, match="did you mean 'vocab_size'"):
         data.inspect(["vocabsize=3"])

@@ -390,7 +390,7 @@ def test_names_that_match_no_module_are_refused(targets: str, base: Path) -> Non
 def test_settings_of_adapters_without_a_rank_make_no_sense() -> None:
     with pytest.raises(ValueError, match=r"lora\.alpha, lora\.dora without lora\.rank: .*Set lora\.rank"):
         Lora(dora=True, alpha=32.0)
-    with pytest.raises(ValueError, match=r"has its own rank: leave out lora\.rank"):
+    with pytest.raises(ValueError, match=r"has its own rank: omit lora\.rank"):
         Lora(adapter="somewhere", rank=4)
 
 
