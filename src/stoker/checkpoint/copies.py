@@ -1,10 +1,8 @@
 """Checks that ranks holding copies of the same parameters have the same values: a checkpoint stores only one.
 
-If they diverge, the cause is a mistake: a loop that calls `loss.backward()` and `optimizer.step()` itself, so
-that
-gradients are not reduced over ranks, or weights that are drawn with random numbers, which differ between
-ranks.
-The check compares evenly spaced values, which takes a few milliseconds.
+If they diverge, the cause is a mistake: a loop that calls `loss.backward()` and `optimizer.step()` itself,
+so that gradients are not reduced over ranks, or weights that are drawn with random numbers, which differ
+between ranks. The check compares evenly spaced values, which takes a few milliseconds.
 """
 
 from __future__ import annotations

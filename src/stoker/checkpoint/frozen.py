@@ -1,8 +1,7 @@
 """Which parameters must be saved although they are not trained at the moment.
 
 Most frozen parameters never change, and are loaded again from where they came from. But some are changed by
-hand
-(a target network, a mean teacher), and some are frozen only for a while, or unfrozen later.
+hand (a target network, a mean teacher), and some are frozen only for a while, or unfrozen later.
 """
 
 from __future__ import annotations
@@ -23,8 +22,7 @@ class Frozen:
     """The parameters of a model at the time it was built, after it was laid out and filled.
 
     Changes are detected with checksums, for which each parameter is read once: 14 GB take some milliseconds
-    on a GPU,
-    and a few seconds on a CPU.
+    on a GPU, and a few seconds on a CPU.
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -1,10 +1,8 @@
 """The manifest: the file that makes a directory a checkpoint.
 
 It lists every file with its size and checksum, has a checksum itself, and is written last, after all files
-are on
-disk. A directory without a valid manifest does not exist for readers, so an interrupted save, a full disk and
-a
-flipped bit are all handled in the same way: the checkpoint is passed over.
+are on disk. A directory without a valid manifest does not exist for readers, so an interrupted save, a full
+disk and a flipped bit are all handled in the same way: the checkpoint is passed over.
 """
 
 from __future__ import annotations

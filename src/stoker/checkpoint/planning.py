@@ -1,8 +1,7 @@
 """Decides which rank writes which part of which tensor: the planning of torch.distributed.checkpoint.
 
 A plan depends only on names, shapes and placements, so it is made once per training, not for every
-checkpoint. If
-several ranks hold a tensor, one of them writes it, and the work is balanced.
+checkpoint. If several ranks hold a tensor, one of them writes it, and the work is balanced.
 """
 
 from __future__ import annotations

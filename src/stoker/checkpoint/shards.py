@@ -1,8 +1,7 @@
 """A rank's shards: safetensors files of at most half a GiB, each with a checksum.
 
-Their layout is that of torch's `HuggingFaceStorageWriter(save_distributed=True)`, whose reader is used: next
-to
-the tensors they record where each begins in the full one.
+Their layout is that of torch's `HuggingFaceStorageWriter(save_distributed=True)`, whose reader is used:
+next to the tensors they record where each begins in the full one.
 """
 
 from __future__ import annotations

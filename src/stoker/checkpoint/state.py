@@ -59,8 +59,8 @@ def load(
     """Load a checkpoint into a model and its optimizers; returns its other tensors, and its values.
 
     Not included in the other tensors are parameters that other ranks hold, other ranks' random state, and
-    registered
-    states (`stateful`). A hyperparameter that the user has changed since overrides the saved one.
+    registered states (`stateful`). A hyperparameter that the user has changed since overrides the saved
+    one.
 
     Args:
         elsewhere: names of the model's tensors that only other ranks hold.
@@ -166,8 +166,7 @@ def restore_groups(
     """Restore hyperparameters; those that differ from the ones they were created with are the user's change.
 
     If the same parameters are grouped differently only because of weight decay, each group keeps the weight
-    decay
-    that it was created with. Groups that were added during training get all their saved values.
+    decay that it was created with. Groups that were added during training get all their saved values.
 
     Args:
         names: the parameters of each group.

@@ -1,10 +1,8 @@
 """A script's own state that is saved and restored with the rest.
 
 It is any object with `state_dict()` and `load_state_dict()`, such as torch's schedulers, optimizers and
-modules
-(`Stateful` in torch.distributed.checkpoint). State that is the same on all ranks is saved once, and restored
-on
-any number of them; state that differs is saved per rank.
+modules (`Stateful` in torch.distributed.checkpoint). State that is the same on all ranks is saved once, and
+restored on any number of them; state that differs is saved per rank.
 """
 
 from __future__ import annotations

@@ -51,8 +51,7 @@ class Saver:
         folder: contains the checkpoints, one directory each.
         world: the ranks that take part; all make the same calls.
         ours: called by the thread of rank 0 before it begins a checkpoint, and again just before the manifest
-            is
-            written; raises, or ends the process, if the folder now belongs to another process.
+            is written; raises, or ends the process, if the folder now belongs to another process.
         before: called by the thread of every rank before what it wrote becomes a checkpoint.
         done: called by the thread of rank 0 with each checkpoint that is on disk.
     """

@@ -1,8 +1,7 @@
 """Stores what a `state_dict()` returns: values as JSON, and tensors separately, by their place in it.
 
 JSON's numbers, strings and lists represent themselves; anything else is an object with one key, which names
-the
-type: `{"tuple": [1, 2]}`. So the reassembled state has the same types and is bit-identical.
+the type: `{"tuple": [1, 2]}`. So the reassembled state has the same types and is bit-identical.
 """
 
 from __future__ import annotations
@@ -85,9 +84,8 @@ _READ: dict[str, Callable[[Any, Any], Any]] = {
 def leaves(values: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     """The description of each tensor in JSON values.
 
-    It has its place `at`, its `dtype` and `shape`, the device it was `on`, and whether it is a `tensor` or a
-    NumPy
-    `array`.
+    It has its place `at`, its `dtype` and `shape`, the device it was `on`, and whether it is a `tensor` or
+    a NumPy `array`.
     """
     if isinstance(values, dict):
         for kind, held in values.items():

@@ -1,8 +1,7 @@
 """Encodes documents as tokens in batches: in this process, or in several if there are many documents.
 
 Each process has its own tokenizer, since threads speed up only what is not Python. The batches are the same
-as
-with one process, and the results come in their order, so the output does not depend on who did what.
+as with one process, and the results come in their order, so the output does not depend on who did what.
 """
 
 from __future__ import annotations
@@ -129,9 +128,8 @@ def _by_several(
 ) -> Iterator[Iterator[Part]]:
     """The parts in order, made by other processes.
 
-    One thread per process waits for its answers, and does nothing else. If this process is killed, the others
-    find
-    their pipe closed, and end; those of an executor would wait for ever.
+    One thread per process waits for its answers, and does nothing else. If this process is killed, the
+    others find their pipe closed, and end; those of an executor would wait for ever.
     """
     started = [_start(cut) for _ in range(workers)]
     idle: queue.SimpleQueue[tuple[SpawnProcess, Connection]] = queue.SimpleQueue()

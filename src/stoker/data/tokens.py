@@ -117,8 +117,7 @@ class PackedDataset:
 
         Labels are at the position of the token itself (the loss shifts them by one), and are NO_LOSS for
         padding, prompts, and the first token of each piece. Position ids restart at 0 with each piece,
-        padding
-        counting as one more piece. Documents are the lengths of the pieces, int64.
+        padding counting as one more piece. Documents are the lengths of the pieces, int64.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")

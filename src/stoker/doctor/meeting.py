@@ -1,8 +1,7 @@
 """Whether ranks on this machine can connect: starts a process group as a training would.
 
 This runs in a separate process, with a separate folder for temporary files: if it hangs in C code, it is
-ended
-together with everything it has started.
+ended together with everything it has started.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """Bit-identical results: deterministic algorithms only, and errors that name operations without one.
 
 https://pytorch.org/docs/stable/notes/randomness.html describes what torch guarantees: atomic additions on
-GPUs
-run in any order, cuDNN benchmarks algorithms, cuBLAS has workspaces that several streams share, and some
-operations have no deterministic form.
+GPUs run in any order, cuDNN benchmarks algorithms, cuBLAS has workspaces that several streams share, and
+some operations have no deterministic form.
 """
 
 from __future__ import annotations
@@ -50,8 +49,7 @@ def require() -> None:
 
     An operation without a deterministic form raises a RuntimeError that names it; see `explained`. Unlike
     torch's default in this mode, new memory is not filled: a program that reads memory before writing it is
-    wrong
-    anyway, and filling costs a pass over memory for every new tensor.
+    wrong anyway, and filling costs a pass over memory for every new tensor.
     """
     if torch.cuda.is_initialized() and not machine.has_cublas_workspaces():  # type: ignore[no-untyped-call]
         log.warning(

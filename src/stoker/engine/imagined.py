@@ -1,9 +1,9 @@
 """Simulated steps of ranks that do not exist: tensors without values, of which only the memory is tracked.
 
-The model and its batches are torch's fake tensors, and the ranks are a process group that transfers nothing.
-A
-step runs through every operation of the model, the loss, the strategy and the optimizer. Code that asks for
-values gets the answer that takes the most memory: every mask is true, and every number is one, and finite.
+The model and its batches are torch's fake tensors, and the ranks are a process group that transfers
+nothing. A step runs through every operation of the model, the loss, the strategy and the optimizer. Code
+that asks for values gets the answer that takes the most memory: every mask is true, and every number is
+one, and finite.
 """
 
 from __future__ import annotations

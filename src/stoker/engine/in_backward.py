@@ -1,9 +1,8 @@
 """An optimizer that steps within the backward pass, each parameter as soon as its gradient is ready.
 
 So the gradients of all parameters are never in memory at once; in full fine-tuning they take as much memory
-as
-the weights (Lv et al. 2023, arXiv:2306.09782). This excludes everything that needs all gradients before any
-weight is updated: clipping by the global norm, accumulation, reduction over ranks.
+as the weights (Lv et al. 2023, arXiv:2306.09782). This excludes everything that needs all gradients before
+any weight is updated: clipping by the global norm, accumulation, reduction over ranks.
 """
 
 from __future__ import annotations
@@ -16,10 +15,9 @@ import torch
 class InBackward:
     """Lets an optimizer step each of its parameters in the backward pass, and frees the gradient.
 
-    It remains one optimizer with one state and one set of groups, so code that changes or saves these is not
-    affected. Values that it counts per group (such as steps) are the same for all parameters, and advance
-    once
-    per backward pass.
+    It remains one optimizer with one state and one set of groups, so code that changes or saves these is
+    not affected. Values that it counts per group (such as steps) are the same for all parameters, and
+    advance once per backward pass.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:

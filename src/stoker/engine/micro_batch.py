@@ -1,9 +1,8 @@
 """Finds the largest micro-batch that fits into memory by trying, and remembers it.
 
-Sizes that divide a rank's share of the batch, and suit a pipeline's schedule, are tried from the smallest up.
-Before each attempt its memory is extrapolated from the last two, so that running out of memory is rare: a
-rank
-that does so in the middle of a collective would leave the others waiting.
+Sizes that divide a rank's share of the batch, and suit a pipeline's schedule, are tried from the smallest
+up. Before each attempt its memory is extrapolated from the last two, so that running out of memory is rare:
+a rank that does so in the middle of a collective would leave the others waiting.
 """
 
 from __future__ import annotations

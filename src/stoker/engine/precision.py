@@ -31,8 +31,7 @@ def resolve(precision: Precision, device: torch.device, cache: Path) -> Resolved
     """What `auto` means on this device: bf16 if it is fast, else fp32.
 
     bf16 is fast on a GPU that supports it. On some CPUs it is fast too, and on others hundreds of times
-    slower
-    than fp32: on CPUs it is measured once, and remembered in `cache`.
+    slower than fp32: on CPUs it is measured once, and remembered in `cache`.
     """
     if precision == "fp16" and bf16_is_native(device):
         log.warning("precision=fp16: this GPU supports bf16, which is as fast and needs no loss scaling")

@@ -1,10 +1,8 @@
 """ZeRO with DeepSpeed: optimizer state (stage 1), gradients (2) and parameters (3) sharded over ranks.
 
 Rajbhandari et al. 2020 (arXiv:1910.02054). DeepSpeed drives the backward pass and the update. The loss here
-is
-a sum whose weight is known only at the end of the global batch, so the gradients are divided by it through
-the
-loss scale, which DeepSpeed lets a caller set.
+is a sum whose weight is known only at the end of the global batch, so the gradients are divided by it
+through the loss scale, which DeepSpeed lets a caller set.
 """
 
 from __future__ import annotations
@@ -267,9 +265,8 @@ def partition(
 ) -> None:
     """Partition a model on the meta device among the ranks as it is loaded, block by block (stage 3).
 
-    So no rank ever holds more than one full block and its own part. A model that is already in memory is left
-    to
-    DeepSpeed's `initialize`.
+    So no rank ever holds more than one full block and its own part. A model that is already in memory is
+    left to DeepSpeed's `initialize`.
     """
     if not any(p.is_meta for p in model.parameters()):
         return

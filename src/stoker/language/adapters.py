@@ -36,8 +36,7 @@ def adapted(language: Language, lora: Lora, *, compare: bool = True) -> Any:
 
     Args:
         compare: whether to compare the model's weights with those that the adapter to continue was trained
-            on,
-            as far as the adapter records them. This reads all weights, so only one rank does it.
+            on, as far as the adapter records them. This reads all weights, so only one rank does it.
 
     Raises:
         BadInput: no module matches a name in `lora.targets`, or the adapter to continue is for a different
@@ -190,8 +189,7 @@ def _as_adapters_take_it(given: torch.Tensor | None, dtype: torch.dtype) -> torc
     """The input of an adapter; replaces peft's function, which casts it to the type of the weights.
 
     The weights are float32, and under autocast the product casts the input back at once: the input of every
-    linear
-    layer, and its gradient, would be copied to float32 and back.
+    linear layer, and its gradient, would be copied to float32 and back.
     """
     if given is None or torch.is_autocast_enabled(given.device.type):
         return given

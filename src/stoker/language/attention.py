@@ -20,8 +20,7 @@ from transformers import AttentionInterface
 NAME = "documents"
 DOCUMENTS = "documents"
 """The keyword argument with the documents' lengths: int (rows, most in a row), filled with 0. The rest of a
-row
-is padding.
+row is padding.
 """
 
 _WITHIN_DOCUMENTS = {"full_attention", "sliding_attention"}

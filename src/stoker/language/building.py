@@ -214,8 +214,7 @@ def stop_tokens(tokenizer: Any, generation_config: Any) -> list[int]:
     """The tokens at which a generation ends.
 
     These are the end-of-text token, the token that ends a turn of the chat template, and those that the
-    model's
-    generation config names.
+    model's generation config names.
     """
     own = generation_config.eos_token_id
     ends = [

@@ -1,8 +1,7 @@
 """A conversation as its chat template writes it, and which parts of that text are the assistant's.
 
 Assistant turns are located by examining what the template writes, whatever its form: no template is
-recognised
-by name.
+recognised by name.
 """
 
 from __future__ import annotations
@@ -248,9 +247,8 @@ def render(tokenizer: Any, chat: Chat, *, to_be_answered: bool = False) -> str:
 def answers(tokenizer: Any, chat: Chat, text: str, *, last: bool = False) -> list[Span]:
     """The spans of the text in which the assistant speaks, including the ends of turns, in characters.
 
-    If the template marks spans itself (`{% generation %}`), these are used. Tool output is excluded, wherever
-    the
-    template writes it, and so are turns that must not be learnt.
+    If the template marks spans itself (`{% generation %}`), these are used. Tool output is excluded,
+    wherever the template writes it, and so are turns that must not be learnt.
 
     Args:
         last: only the last of its turns.
@@ -286,9 +284,8 @@ def _turns(tokenizer: Any, chat: Chat, text: str) -> dict[int, Span]:
     """The assistant's turns, by the numbers of their messages.
 
     A turn begins after what the template writes to prompt for an answer, and ends with what the template
-    writes for
-    the conversation up to it. If one of these is not a prefix of the whole text (some templates drop the
-    reasoning of earlier turns), see `_between_others`.
+    writes for the conversation up to it. If one of these is not a prefix of the whole text (some templates
+    drop the reasoning of earlier turns), see `_between_others`.
     """
     spans: dict[int, Span] = {}
     between: dict[int, Span] | None = None

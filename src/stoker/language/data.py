@@ -1,8 +1,7 @@
 """The data of the llm recipe: documents, their splits, and packed rows of tokens.
 
 Conversations are written with the tokenizer's chat template, and so are pairs if there is one. The model
-learns
-what the assistant says, with the token that ends it, or everything.
+learns what the assistant says, with the token that ends it, or everything.
 """
 
 from __future__ import annotations
@@ -338,8 +337,7 @@ def prompts(
     """The beginnings of generations: those given, else two held-out questions, or the first words of texts.
 
     Given prompts go through the chat template, if there is one. If the tokenizer begins every text with a
-    token, it
-    is added to prompts that no template wrote.
+    token, it is added to prompts that no template wrote.
 
     Args:
         positions: the model's; a question that leaves no position for an answer is not used.

@@ -13,12 +13,10 @@ from transformers.pytorch_utils import Conv1D
 def per_token(model: Any, *, context: float, labelled: float = 1.0) -> float:
     """The necessary operations of a forward and backward pass per token.
 
-    A product with a weight takes 2 operations per entry in the forward pass, 2 for the gradient of its input,
-    and 2
-    for the gradient of the weight, if it is trained (Kaplan et al. 2020, arXiv:2001.08361). A token's
-    attention
-    takes 4 for each entry of all heads and each token that it sees, and twice as many in the backward pass.
-    Embedding lookups take none.
+    A product with a weight takes 2 operations per entry in the forward pass, 2 for the gradient of its
+    input, and 2 for the gradient of the weight, if it is trained (Kaplan et al. 2020, arXiv:2001.08361). A
+    token's attention takes 4 for each entry of all heads and each token that it sees, and twice as many in
+    the backward pass. Embedding lookups take none.
 
     Args:
         model: with or without adapters; it can be on the meta device.

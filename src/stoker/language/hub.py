@@ -59,8 +59,7 @@ def find(
     """The directory of a model: as given, or downloaded.
 
     If the hub does not answer within 10 s, an earlier download is used; for a minute after that, no process
-    of the
-    user asks it again for what is already here.
+    of the user asks it again for what is already here.
 
     Args:
         reference: a directory (a run's directory means what the run has exported); a URL such as
@@ -274,8 +273,7 @@ def fingerprint(folder: Path) -> str:
     """SHA-256 over the checksums of the weights in a directory.
 
     Files are read once on this machine until they change, since a launcher, its ranks and each restart of
-    them ask
-    for the same ones. Changes are detected from the file's metadata.
+    them ask for the same ones. Changes are detected from the file's metadata.
     """
     sums = [_checksum(file.resolve()) for file in sorted(folder.glob("*.safetensors"))]
     return hashlib.sha256(" ".join(sums).encode()).hexdigest()

@@ -1,11 +1,9 @@
 """Loads weights from safetensors files into a model on the meta device, piece by piece.
 
 The model can be wrapped by peft, sharded by FSDP, or split into stages: each of its tensors is found by its
-name
-in the bare model. transformers' own loader does the reading, so that renamed and fused tensors arrive as with
-`from_pretrained`; of a sharded tensor, a rank reads only its own rows. Loading proceeds block by block, so
-that
-at most one block is in memory twice.
+name in the bare model. transformers' own loader does the reading, so that renamed and fused tensors arrive
+as with `from_pretrained`; of a sharded tensor, a rank reads only its own rows. Loading proceeds block by
+block, so that at most one block is in memory twice.
 """
 
 from __future__ import annotations
@@ -182,8 +180,7 @@ class _Grown:
     """A tensor of a file extended by rows: the unknown rows are the mean of the known ones.
 
     So an added token starts as likely as the others (Hewitt 2021, "Initializing new word embeddings for
-    pretrained
-    language models"). It is read like a safetensors slice.
+    pretrained language models"). It is read like a safetensors slice.
     """
 
     def __init__(self, there: Any, rows: int, known: int) -> None:

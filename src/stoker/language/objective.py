@@ -56,9 +56,8 @@ class Objective:
 def attach(model: Any) -> Objective:
     """Make a transformers causal model, with or without adapters, compute its loss in its output layer.
 
-    Also makes rotary embeddings depend on each document's own length only (`rotary`). If the logits are more
-    than
-    the output of that layer (capped, scaled, with an adapter), it is not changed.
+    Also makes rotary embeddings depend on each document's own length only (`rotary`). If the logits are
+    more than the output of that layer (capped, scaled, with an adapter), it is not changed.
     """
     bare = model.get_base_model() if hasattr(model, "peft_config") else model
     packs = bare.config._attn_implementation == attention.NAME

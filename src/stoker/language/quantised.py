@@ -1,9 +1,8 @@
 """Frozen weights in 4 bits (QLoRA, Dettmers et al. 2023, arXiv:2305.14314), with bitsandbytes.
 
-A weight is stored as NF4 codes with one scale per 64 of them, row by row, so that a rank's share of the rows
-is
-quantised exactly like the whole: what FSDP or ZeRO shards are plain byte tensors. The numbers are those of
-transformers' `BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")`.
+A weight is stored as NF4 codes with one scale per 64 of them, row by row, so that a rank's share of the
+rows is quantised exactly like the whole: what FSDP or ZeRO shards are plain byte tensors. The numbers are
+those of transformers' `BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")`.
 """
 
 from __future__ import annotations
@@ -64,9 +63,8 @@ def convert(model: Any) -> None:
 class Linear4bit(Quantised, nn.Linear):
     """A linear layer whose frozen weight is stored in 4 bits.
 
-    `weight` is uint8 (out, in / 2), two codes per byte; `scales` is uint8 (out, in / 64 * 4), one float32 per
-    block
-    stored as bytes, so that no strategy rounds them to its precision.
+    `weight` is uint8 (out, in / 2), two codes per byte; `scales` is uint8 (out, in / 64 * 4), one float32
+    per block stored as bytes, so that no strategy rounds them to its precision.
     """
 
     def __init__(self, plain: nn.Linear) -> None:

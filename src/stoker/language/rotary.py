@@ -1,10 +1,8 @@
 """Rotary embeddings that treat long and short texts differently, by each document's own length.
 
 LongRoPE (Ding et al. 2024, arXiv:2402.13753; Phi 3 and 4) has two sets of frequencies, one for texts longer
-than
-those of its pretraining. transformers chooses one of the two for a whole batch, by the largest position in
-it: a
-short document would be rotated like its longest neighbour.
+than those of its pretraining. transformers chooses one of the two for a whole batch, by the largest
+position in it: a short document would be rotated like its longest neighbour.
 """
 
 from __future__ import annotations

@@ -38,8 +38,7 @@ def check(adapter: Path, *, model: str, origin: Path | None, quantised: bool) ->
 
     Raises:
         BadInput: it is not LoRA, has more than low-rank matrices and fully trained modules, does not work
-            with
-            a quantised model, or says that it is for a different model on the hub.
+            with a quantised model, or says that it is for a different model on the hub.
     """
     config = hub.read_json(adapter, exports.ADAPTER, "lora.adapter")
     if config.get("peft_type") != "LORA":

@@ -65,10 +65,9 @@ def experts(model: Any) -> dict[str, nn.Parameter]:
 def resolve(model: Any, lora: Lora) -> tuple[list[str], list[str]]:
     """What new adapters are put on: the names of modules, and of experts' weights, as peft takes them.
 
-    A name selects all modules and weights whose names end in it. `all-linear` is every linear layer that text
-    passes through, except the output layer and the layers that choose among experts. Experts are selected
-    only by
-    name, since peft recomputes all of their weights at every step.
+    A name selects all modules and weights whose names end in it. `all-linear` is every linear layer that
+    text passes through, except the output layer and the layers that choose among experts. Experts are
+    selected only by name, since peft recomputes all of their weights at every step.
 
     Args:
         model: without adapters; it can be on the meta device.

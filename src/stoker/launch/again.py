@@ -1,10 +1,8 @@
 """Running a run again: what is started for it, and the process that does it.
 
 It is started the way the run was (a recipe with `stoker train`, a user's script with its command) in a
-separate
-process, so that nothing this process has imported is in it, and the run's code takes precedence over
-installed
-packages.
+separate process, so that nothing this process has imported is in it, and the run's code takes precedence
+over installed packages.
 """
 
 from __future__ import annotations

@@ -1,12 +1,9 @@
 """A training without a launcher watches itself: a single process, or a rank of `torchrun`.
 
 A thread checks the heartbeat of the loop once a second. If the loop stands still for longer than a launcher
-would
-allow, the stacks of its threads are written, and the process is ended, or, since nobody would restart it and
-it may
-just be slow, only warned about. A process that hangs in C code while holding Python's GIL can only be
-detected by a
-launcher.
+would allow, the stacks of its threads are written, and the process is ended, or, since nobody would restart
+it and it may just be slow, only warned about. A process that hangs in C code while holding Python's GIL can
+only be detected by a launcher.
 """
 
 from __future__ import annotations

@@ -1,13 +1,10 @@
 """The uploader of a job: a process next to its launchers that uploads the output of all nodes.
 
 The nodes share the job's folder, and write their logs there; for a target that keeps logs itself, such as
-Ray, there
-is a link to them (`beside`). Complete lines are appended to copies in `logs/`, without secrets; the copies
-are
-uploaded in stretches, as a run is (`run/uploader.py`).
-Its standard input is held open by the writers; once that is closed, it ends when everything is in the store,
-or some
-seconds later at the latest. If it is killed, the uploader of the job's next attempt continues.
+Ray, there is a link to them (`beside`). Complete lines are appended to copies in `logs/`, without secrets;
+the copies are uploaded in stretches, as a run is (`run/uploader.py`). Its standard input is held open by
+the writers; once that is closed, it ends when everything is in the store, or some seconds later at the
+latest. If it is killed, the uploader of the job's next attempt continues.
 
     python -m stoker.launch.job_uploader [--patience SECONDS] JOB_FOLDER
 """

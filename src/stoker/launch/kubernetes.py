@@ -1,11 +1,9 @@
 """Jobs on Kubernetes: a manifest for a plain Job, or for Kubeflow's PyTorchJob and TrainJob.
 
 A plain Job is the default and needs nothing installed in the cluster: one pod per node, each with an index;
-they meet
-at the first one. A pod that is told to stop saves a checkpoint and ends with 75, and is started again without
-counting as a failure; so is one that Kubernetes removed. Kubeflow's kinds start the ranks with torchrun, as
-their
-operators do, and count a 75 as a failure.
+they meet at the first one. A pod that is told to stop saves a checkpoint and ends with 75, and is started
+again without counting as a failure; so is one that Kubernetes removed. Kubeflow's kinds start the ranks
+with torchrun, as their operators do, and count a 75 as a failure.
 
 The code is in a container image; runs are in an object store, or on a persistent volume.
 """

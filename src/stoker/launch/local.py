@@ -1,14 +1,11 @@
 """The ranks of a run on this machine, started by torch.distributed.elastic from a warm forkserver.
 
-A rank runs a function and returns an exit code. SIGTERM, SIGUSR1 and Ctrl-C are passed on to the ranks, which
-stop
-after a checkpoint; the launcher waits for them to end. If ranks fail, the first one is reported: the others
-only
-lost their peer. If this process dies, so do the ranks.
+A rank runs a function and returns an exit code. SIGTERM, SIGUSR1 and Ctrl-C are passed on to the ranks,
+which stop after a checkpoint; the launcher waits for them to end. If ranks fail, the first one is reported:
+the others only lost their peer. If this process dies, so do the ranks.
 
-Each restart is a new launch with a new store: workers restarted within one launch would find the addresses of
-the
-dead ones in the store they share.
+Each restart is a new launch with a new store: workers restarted within one launch would find the addresses
+of the dead ones in the store they share.
 """
 
 from __future__ import annotations

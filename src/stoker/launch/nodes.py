@@ -1,20 +1,15 @@
 """Coordinates launchers on several machines that train one run: they meet at one of them.
 
 Every launcher is given the same address. The launcher that has this address answers there; all launchers,
-including
-itself, report to it twice a second, and are told what to do. When all have joined, a round begins: ranks are
-started
-everywhere. When a rank fails, or a machine stops reporting, the round is over, all ranks are ended, and the
-next
-round begins, as long as restarts are left. Each message uses its own connection, with a time limit: a machine
-that
-is cut off is seen as missing messages.
+including itself, report to it twice a second, and are told what to do. When all have joined, a round
+begins: ranks are started everywhere. When a rank fails, or a machine stops reporting, the round is over,
+all ranks are ended, and the next round begins, as long as restarts are left. Each message uses its own
+connection, with a time limit: a machine that is cut off is seen as missing messages.
 
-If their number may change (`1:4`), a round begins with the machines that are available. A machine that joins,
-or is
-told to stop, ends the round after a checkpoint; a machine that is lost ends it as soon as it is missed. The
-next
-round has the others. None of this costs a restart. The machine at which they meet must stay.
+If their number may change (`1:4`), a round begins with the machines that are available. A machine that
+joins, or is told to stop, ends the round after a checkpoint; a machine that is lost ends it as soon as it
+is missed. The next round has the others. None of this costs a restart. The machine at which they meet must
+stay.
 """
 
 from __future__ import annotations

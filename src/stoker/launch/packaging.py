@@ -210,8 +210,7 @@ def _parameters(values: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
     """The config's keys as MLflow can name them, each with the key and the text of its value.
 
     MLflow substitutes them with `str.format`, in which a dot would mean an attribute. A key is omitted if a
-    command line
-    would read its value differently, or if the value is too long for MLflow.
+    command line would read its value differently, or if the value is too long for MLflow.
     """
     named = {key.replace(".", "_"): (key, _text(value)) for key, value in values.items()}
     return {

@@ -1,8 +1,8 @@
 """What a rank does: run a function, and report how it ended.
 
 The folder of a launch contains for each rank: its process id (`.pid`), its progress (`.pulse`, see
-`supervision`),
-how it ended (`.json`), and for ranks above 0 their output until they had their own log (`.out`).
+`supervision`), how it ended (`.json`), and for ranks above 0 their output until they had their own log
+(`.out`).
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Jobs on a Ray cluster, as Ray jobs: an entrypoint that starts a launcher on each node (`ray_nodes`).
 
-The cluster's machines must have this environment and these folders, as with Slurm; or the folder is uploaded,
-with
-`--option working-dir=.`.
+The cluster's machines must have this environment and these folders, as with Slurm; or the folder is
+uploaded, with `--option working-dir=.`.
 """
 
 from __future__ import annotations

@@ -2,11 +2,9 @@
 
     python -m stoker.launch.ray_nodes --name NAME --nodes 2 --cpus 8 --gpus 8 -- python -m stoker train ...
 
-A launcher is what `stoker train` is on any machine: it starts the ranks of its node, and meets the others. An
-actor
-next to it starts it, and is what Ray supervises. If a node is lost, the launchers on all nodes are ended;
-they are
-started again as soon as Ray has room, and resume from the newest checkpoint.
+A launcher is what `stoker train` is on any machine: it starts the ranks of its node, and meets the others.
+An actor next to it starts it, and is what Ray supervises. If a node is lost, the launchers on all nodes are
+ended; they are started again as soon as Ray has room, and resume from the newest checkpoint.
 """
 
 from __future__ import annotations

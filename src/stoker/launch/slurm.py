@@ -1,14 +1,11 @@
 """Jobs on Slurm: an sbatch script that resumes automatically, whatever ended it.
 
-The script runs one launcher per node with `srun`, which starts the ranks of that node. Slurm tells it to stop
-some
-time before the time limit (`--signal`, SIGUSR1), and when it takes the nodes back (SIGTERM, a partition's
-GraceTime
-before the end): both signals go to the job's steps, not to the script. The launcher then saves a checkpoint
-and ends
-with 75, and the script makes Slurm requeue the job. It does so only while Slurm counts the job as running: a
-job that
-was cancelled no longer is, nor is one that Slurm requeues by itself.
+The script runs one launcher per node with `srun`, which starts the ranks of that node. Slurm tells it to
+stop some time before the time limit (`--signal`, SIGUSR1), and when it takes the nodes back (SIGTERM, a
+partition's GraceTime before the end): both signals go to the job's steps, not to the script. The launcher
+then saves a checkpoint and ends with 75, and the script makes Slurm requeue the job. It does so only while
+Slurm counts the job as running: a job that was cancelled no longer is, nor is one that Slurm requeues by
+itself.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """The bundle: the files of a run's code as one archive that any tar can unpack.
 
 The same files give the same bytes, so one archive is made and kept for all runs with the same state of the
-code: it
-is in the artifact store under the checksum of its list of files, and runs link to it.
+code: it is in the artifact store under the checksum of its list of files, and runs link to it.
 """
 
 from __future__ import annotations

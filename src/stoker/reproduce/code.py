@@ -1,10 +1,8 @@
 """The code that a run was made from: which files, and how they were found.
 
 In a git repository it is what git would commit if everything were added: tracked, modified and untracked
-files that
-git does not ignore, including those of submodules and nested repositories. Outside git it is the script and
-the
-modules that it imports from its folder, found by parsing them: nothing is imported.
+files that git does not ignore, including those of submodules and nested repositories. Outside git it is the
+script and the modules that it imports from its folder, found by parsing them: nothing is imported.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """The differences between the code of two runs: files, and lines in them.
 
-A file with the same content under a different name was renamed. Lines are compared with difflib, and printed
-like
-`diff -u`.
+A file with the same content under a different name was renamed. Lines are compared with difflib, and
+printed like `diff -u`.
 """
 
 from __future__ import annotations

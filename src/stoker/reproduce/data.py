@@ -1,16 +1,12 @@
 """The data that a run reads, identified by its content: `data.json`.
 
 The fingerprint of a file or folder is XXH3 (128 bits, https://xxhash.com) over every file's relative path,
-size and
-content, in the order of the paths; the location of the data does not matter. Beyond a size limit, only evenly
-spaced
-blocks are read, over all files as if they were one: other changes that keep all sizes are not detected, and
-the
-record says `sampled`.
+size and content, in the order of the paths; the location of the data does not matter. Beyond a size limit,
+only evenly spaced blocks are read, over all files as if they were one: other changes that keep all sizes
+are not detected, and the record says `sampled`.
 
 A fingerprint is remembered in the user's cache as long as no file's size, change time or inode differs, so
-that the
-next start reads nothing.
+that the next start reads nothing.
 """
 
 from __future__ import annotations

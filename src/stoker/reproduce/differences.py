@@ -1,10 +1,8 @@
 """The differences between the records of two runs, or of a run and this machine.
 
 Pure functions over the contents of `provenance/`: packages, interpreter, machine. If equal bits cannot be
-promised
-despite a difference, the reason is given: floating-point addition is not associative, and its order depends
-on the
-processor, the GPU, the number of threads and the kernels of a build.
+promised despite a difference, the reason is given: floating-point addition is not associative, and its
+order depends on the processor, the GPU, the number of threads and the kernels of a build.
 """
 
 from __future__ import annotations

@@ -1,10 +1,8 @@
 """What a run read besides its code: found again, checked, and put where the run expects it.
 
-Data that the config names by a path relative to the working directory, and files of the code that the record
-left
-out, are linked into the unpacked code from their original place; or, if the project was moved, from where the
-command
-is given.
+Data that the config names by a path relative to the working directory, and files of the code that the
+record left out, are linked into the unpacked code from their original place; or, if the project was moved,
+from where the command is given.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Compares the metrics of two runs: equal to the last bit, or where they diverge and how far they drift.
 
-Two values are equal if they have the same bits; NaN equals NaN, and 0.0 does not equal -0.0. Metrics of time
-and
-machines are excluded, see `run.series.measures_machine`.
+Two values are equal if they have the same bits; NaN equals NaN, and 0.0 does not equal -0.0. Metrics of
+time and machines are excluded, see `run.series.measures_machine`.
 """
 
 from __future__ import annotations

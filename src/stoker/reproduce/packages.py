@@ -1,12 +1,10 @@
 """The installed packages, as a lock for `pip install -r`.
 
 Each line has the hash of what is installed in a comment: it covers the list of files and checksums that an
-installer
-records with a package (RECORD, https://packaging.python.org/specifications/recording-installed-packages),
-without
-what differs from place to place. pip's own `--hash` is for an archive that no longer exists. Packages
-installed from
-an address are written as in PEP 508, from the file `direct_url.json` of PEP 610.
+installer records with a package (RECORD,
+https://packaging.python.org/specifications/recording-installed-packages), without what differs from place
+to place. pip's own `--hash` is for an archive that no longer exists. Packages installed from an address are
+written as in PEP 508, from the file `direct_url.json` of PEP 610.
 """
 
 from __future__ import annotations

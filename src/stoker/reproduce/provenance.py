@@ -8,8 +8,7 @@
   data.json         the data, by content; see `reproduce.data`
 
 Nothing here can make a run fail: what cannot be determined is left out, with a warning. Secrets are removed
-from
-all of it; see `redaction`.
+from all of it; see `redaction`.
 """
 
 from __future__ import annotations

@@ -1,10 +1,8 @@
 """Remembers, in the user's cache, which contents contain nothing that looks like a secret.
 
 Scanning for secrets costs several times as much as reading and hashing, and most files of a repository have
-not
-changed since the last start. Only digests are kept. The values of secret variables are not covered: they are
-searched
-for in every file each time.
+not changed since the last start. Only digests are kept. The values of secret variables are not covered:
+they are searched for in every file each time.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """The steps of a run that a single training can repeat: with one config, on one number of ranks.
 
 A run that was continued on a different number of ranks, or with a changed config or code, differs from what
-one
-training gives: the repetition ends where that changed, or starts after it, from a checkpoint.
+one training gives: the repetition ends where that changed, or starts after it, from a checkpoint.
 """
 
 from __future__ import annotations

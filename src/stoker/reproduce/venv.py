@@ -1,8 +1,7 @@
 """Builds a virtual environment from the lock of a run, and keeps it in the cache.
 
-Only what is in the lock is installed by pip: the lock is complete, so pip resolves nothing. stoker itself is
-the one
-that is running, since its lock names a folder at a commit, which pip cannot install.
+Only what is in the lock is installed by pip: the lock is complete, so pip resolves nothing. stoker itself
+is the one that is running, since its lock names a folder at a commit, which pip cannot install.
 """
 
 from __future__ import annotations
