@@ -54,7 +54,10 @@ def test_what_cannot_be_evaluated_is_refused_before_anything_is_started(stoker: 
         (("a", "data=b.jsonl"), "run llm/a has exported no model yet"),
         (("moved",), "data needs a value"),
         (("moved", "data=c.jsonl"), "c.jsonl does not exist"),
-        (("moved", "data=a.jsonl:2,b.jsonl:1"), "has no weights"),
+        (
+            ("moved", "data=a.jsonl:2,b.jsonl:1"),
+            "data=a.jsonl:2,b.jsonl:1: evaluation data takes no weights: use data=a.jsonl,b.jsonl",
+        ),
         (("moved", "data=b.jsonl", "base=moved"), "is a whole model"),
         (("moved", "data=b.jsonl", "parallel=pipeline"), "parallel"),
         (("nowhere", "data=b.jsonl"), "no run 'nowhere'"),

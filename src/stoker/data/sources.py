@@ -113,6 +113,7 @@ def read_all(
 def read_evaluated(data: str, columns: Columns = NO_COLUMNS) -> list[Source]:
     """Read what is named as `a` or `a,b`, each a source of its own. Raises BadInput, as `read_all`."""
     records.check_columns(columns)
+    named(data, evaluated=True)
     return _evaluated_on(data, "validation_data", columns)
 
 
@@ -153,10 +154,10 @@ def _trained_on(
     return _with_short_names(found)
 
 
-def check(data: str, key: Key = "data", columns: Columns = NO_COLUMNS) -> None:
+def check(data: str, key: Key = "data", columns: Columns = NO_COLUMNS, *, evaluated: bool = False) -> None:
     """Raises BadInput for data that does not exist, and local files that do not begin as data does."""
     records.check_columns(columns)
-    for name in named(data, key):
+    for name in named(data, key, evaluated=evaluated):
         path = Path(name).expanduser()
         if name in BUILT_IN or object_store.is_url(name):
             continue
@@ -176,10 +177,14 @@ def _check_first(source: str, path: Path, columns: Columns) -> None:
         pass
 
 
-def named(data: str, key: Key = "data") -> list[str]:
-    """The names in `a`, `a,b`, or `a:3,b:1`, as given. Raises BadInput."""
+def named(data: str, key: Key = "data", *, evaluated: bool = False) -> list[str]:
+    """The names in `a`, `a,b`, or `a:3,b:1`, as given. Raises BadInput.
+
+    Args:
+        evaluated: whether `data` is evaluation data too, as the other keys are: it has no weights.
+    """
     found = _weights(data, key)
-    if key != "data" and any(weight is not None for _, weight in found):
+    if (evaluated or key != "data") and any(weight is not None for _, weight in found):
         names = ",".join(name for name, _ in found)
         raise BadInput(f"{key}={data}: evaluation data takes no weights: use {key}={names}")
     return [name for name, _ in found]

@@ -221,7 +221,7 @@ def say(
 def say_evaluated(run: Run, given: str, found: Sequence[Source]) -> None:
     """Record the evaluation data under the names in the config; rank 0 logs it."""
     run.fingerprint("data", sources.fingerprint(found))
-    _record(run, "data", sources.named(given, "validation_data"), found)
+    _record(run, "data", sources.named(given, evaluated=True), found)
     run.event("data", sources=[source.description for source in found])
     for source in found if run.world.rank == 0 else ():
         log.info("%s", source.description)

@@ -86,7 +86,7 @@ def check_launch(config: Config) -> None:
 
     if config.chat_template is not None:
         chat_template.read(config.chat_template)
-    sources.check(config.data, "validation_data", config.columns)
+    sources.check(config.data, columns=config.columns, evaluated=True)
     if config.tokenizer is not None:
         hub.check_tokenizer(config.tokenizer)
     _meant(config, weights=False)
