@@ -418,9 +418,9 @@ def test_code_that_has_changed_since_the_run_began_is_said_once_and_recorded(
     seen = view.load(run.directory)
     assert [list(attempt.code) for attempt in seen.attempts] == [[], [], ["train.py"], ["train.py"], []]
     unknown = run_difference.compare(seen, seen).unknown
-    assert "code: a went on with another at attempt 3: train.py changed" in unknown
+    assert "code: a resumed with different code in attempt 3: train.py changed" in unknown
     notes = [facts.attempt_notes(seen, attempt) for attempt in seen.attempts]
-    assert notes == [[], [], ["code: train.py changed"], [], ["code: as at the run's begin again"]]
+    assert notes == [[], [], ["code: train.py changed"], [], ["code: back to that of the run's start"]]
 
 
 def test_a_continued_run_that_logs_without_a_step_says_where_it_goes_on(
