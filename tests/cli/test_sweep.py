@@ -156,7 +156,7 @@ def test_rungs_and_budget_are_counted_by_epochs(stoker: Command, tmp_path: Path)
     assert spent.answer["best"] == trial
     refused = stoker(*given, "--name", "other", "--budget", "100")
     assert refused.code == 2
-    assert "--budget is counted by steps, --least and --most by epochs" in refused.err
+    assert "--budget is in steps, --least and --most in epochs" in refused.err
 
 
 def test_rungs_may_be_shares_of_the_data(stoker: Command, start: Start, tmp_path: Path) -> None:
@@ -303,7 +303,7 @@ def test_a_search_whose_first_trials_are_refused_alike_ends(stoker: Command) -> 
     given = ("sweep", RECIPE, "x=uniform(0.6, 1)", "fails=refuse", "--trials", "9", "--json")
     done = stoker(*given)
     assert done.code == 1
-    assert "5 trials were refused alike: this cannot be trained on" in done.err
+    assert "5 trials were refused with the same error: this cannot be trained on" in done.err
     assert [t["state"] for t in done.answer["trials"]] == ["failed"] * 5
     assert len(stoker(*given).answer["trials"]) == 9  # the same command goes on
 
@@ -546,9 +546,9 @@ def test_it_learns_from_an_earlier_one_and_tries_what_it_is_told(stoker: Command
         (("x=uniform(0, 1)", "--scheduler", "asha", "--least", "1"), "most"),
         (("x=uniform(0, 1)", "--sampler", "tpee"), "did you mean 'tpe'"),
         (("x=uniform(0, 1)", "--metric", "score"), "--goal min or --goal max"),
-        (("x=uniform(0, 1)", "--scheduler", "asha", "--most", "10min"), "not by the clock"),
+        (("x=uniform(0, 1)", "--scheduler", "asha", "--most", "10min"), "not by time"),
         (("x=uniform(0, 1)", "--scheduler", "asha", "--least", "1", "--most", "2ep"), "two units"),
-        (("x=uniform(0, 1)", "--budget", "40parsecs"), "give hours of all ranks, as 40gpuh"),
+        (("x=uniform(0, 1)", "--budget", "40parsecs"), "give hours over all ranks, such as 40gpuh"),
         (("x=uniform(0, 1)", "--strategy", "stages"), "there is staged"),
         (("x=uniform(0, 1)", "--most", "9"), "for a --scheduler that ends trials early"),
         (("x=uniform(0, 1)", "--name", "../up"), "cannot name a folder"),
@@ -587,7 +587,7 @@ def test_a_metric_that_is_never_logged_ends_it_after_the_first_trial(stoker: Com
         (("--scheduler", "pbt", "--least", "2", "--perturb", "2"), "--perturb 2: give two factors"),
         (("--scheduler", "pbt", "--least", "2", "--resample", "2"), "--resample 2: a probability"),
         (("--study", "a"), "a study in --storage; give that too"),
-        (("--storage", "postgresql+psycopg2://u:p@127.0.0.1:9/x"), "cannot be used"),
+        (("--storage", "postgresql+psycopg2://u:p@127.0.0.1:9/x"), "cannot use --storage postgresql"),
         (
             ("--storage", "postgres://u:p@127.0.0.1:9/x"),
             "postgresql+psycopg2://u:***@127.0.0.1:9/x cannot be",

@@ -66,7 +66,9 @@ def test_two_controllers_share_a_study(start: Start, stoker: Command, database: 
         "--storage", database, "--study", "shared", "--name", "third",
     )  # fmt: skip
     assert other.code == 2
-    assert "the study shared searches something else: x: uniform(0.0, 1.0) -> uniform(0.0, 2.0)" in other.err
+    assert (
+        "study shared exists with different settings: x: uniform(0.0, 1.0) -> uniform(0.0, 2.0)" in other.err
+    )
 
 
 def test_a_study_of_the_same_name_is_not_joined_by_chance(
@@ -109,7 +111,7 @@ def test_a_database_that_does_not_answer_starts_nothing(stoker: Command, tmp_pat
     url = f"postgresql+psycopg2://somebody:secret@127.0.0.1:{servers.free_port()}/none"
     done = stoker("sweep", RECIPE, "x=uniform(0, 1)", "--trials", "1", "--storage", url)
     assert done.code == 2, done.err
-    assert "cannot be used" in done.err
+    assert "cannot use --storage" in done.err
     assert "secret" not in done.err
     assert not list(tmp_path.glob("runs/*/trial-*"))
 

@@ -31,7 +31,7 @@ def cause(row: Mapping[str, Any]) -> str:
     if parts[worst] >= _MUCH:
         return worst
     if row["scaling"] == "strong":
-        return "too small a batch per rank (use a larger batch_size)"
+        return "a rank's share of the batch is too small (use a larger batch_size)"
     return "ranks competing for cores or memory bandwidth"
 
 
@@ -119,7 +119,7 @@ def write(result: Mapping[str, Any], output: Path) -> Path:
 
 
 def _unwritable(output: Path, error: OSError) -> BadInput:
-    return BadInput(f"cannot write {output}: {error.strerror}; choose another file with -o")
+    return BadInput(f"{output} cannot be written: {error.strerror}; choose another file with -o")
 
 
 def render(result: Mapping[str, Any]) -> str:
