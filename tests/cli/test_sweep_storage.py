@@ -111,7 +111,7 @@ def test_a_database_that_does_not_answer_starts_nothing(stoker: Command, tmp_pat
     url = f"postgresql+psycopg2://somebody:secret@127.0.0.1:{servers.free_port()}/none"
     done = stoker("sweep", RECIPE, "x=uniform(0, 1)", "--trials", "1", "--storage", url)
     assert done.code == 2, done.err
-    assert "cannot use --storage" in done.err
+    assert "cannot be used" in done.err
     assert "secret" not in done.err
     assert not list(tmp_path.glob("runs/*/trial-*"))
 

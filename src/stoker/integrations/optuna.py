@@ -65,9 +65,7 @@ def objective(
     found = recipes.load(recipe)
     searched = parse_mapping(space, found.config)
     if not searched.parameters:
-        raise BadInput(
-            "nothing is searched: give a key a range or choices, such as {'lr': 'log(1e-5, 1e-3)'}"
-        )
+        raise BadInput("nothing is searched: give a key a range or choices, as in {'lr': 'log(1e-5, 1e-3)'}")
     folder = training.runs_folder(runs)
     gpus = _Gpus(machine.visible_gpus(), nproc)
 

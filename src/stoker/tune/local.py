@@ -444,7 +444,8 @@ def outcome(number: int, first: Over, failed: Sequence[Over]) -> Ended:
         if end.last is not None:
             last = end.last
             return Ended(number, "failed", last["error"], last["trace"], logged, refused=last["refused"])
-        return Ended(number, "failed", f"its process exited with code {end.code} silently", logged=logged)
+        said = f"its process exited with code {end.code} without a message"
+        return Ended(number, "failed", said, logged=logged)
     return Ended(number, known["status"], logged=logged, values=values)
 
 

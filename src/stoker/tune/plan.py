@@ -46,7 +46,7 @@ class Budget:
         if match := _BUDGET.fullmatch(text.strip().lower()):
             hours = float(match[1])
             if not 0 < hours < math.inf:
-                raise BadInput(f"--budget {text}: must be more than 0 hours")
+                raise BadInput(f"--budget {text}: must be a finite number of hours above 0")
             return cls(hours, "hour")
         try:
             found = Duration.parse(text)

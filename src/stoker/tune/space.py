@@ -233,7 +233,7 @@ class Space:
             yield point
 
     def described(self) -> dict[str, str]:
-        """What is searched and what is fixed, by name, in canonical texts: the same meaning, the same text."""
+        """What is searched and what is fixed, by name, as canonical texts: same meaning, same text."""
         fixed = {key: text(configs.checked(self.config, key, given)) for key, given in self.fixed.items()}
         return fixed | {parameter.name: str(parameter) for parameter in self.parameters}
 

@@ -93,7 +93,7 @@ class Database:
             ) from error
         except Exception as error:  # SQLAlchemy's, and those of every driver
             said = str(error).strip().splitlines()[0]
-            raise BadInput(f"cannot use --storage {record.shown(url)}: {said}") from error
+            raise BadInput(f"--storage {record.shown(url)} cannot be used: {said}") from error
         self.storage: BaseStorage = tables
         self._engine = tables.engine
 
