@@ -102,7 +102,7 @@ def test_versions_are_registered_promoted_pulled_and_load_with_mlflow(
 def test_bad_input_is_said_in_one_line(run: RunDirectory, stoker: Any) -> None:
     assert stoker("models", "register", "a", "--name", "fraud").code == 0
     for arguments, said in (
-        (("register", "a", "--name", "fr/aud"), "cannot name a model"),
+        (("register", "a", "--name", "fr/aud"), "is not a valid model name"),
         (("register", "a", "--name", "f", "--checkpoint", "15"), "one of the steps 10, 20"),
         (("register", "a", "--name", "f", "--checkpoint", "best", "--metric", "acc"), "knows 'acc'"),
         (

@@ -202,7 +202,7 @@ def test_what_changed_in_a_package_the_data_and_the_code_is_named(project: Path,
     assert done.code == 3, done.err
     assert "answer: 1.0 → 2.0" in done.out
     assert "numbers.txt has changed: xxh3:" in done.out
-    assert "changed since where they were: factor.py" in done.out
+    assert "changed since at their origin: factor.py" in done.out
     assert "differs from step 1 on" in done.out
     assert "drifts by" in done.out
     assert "…" not in done.out, "nothing is cut off where there is no terminal"
@@ -226,7 +226,7 @@ def test_the_first_step_that_differs_and_how_far_it_drifts_are_said(counted: Pat
     lines = numbers.read_text().split()
     numbers.write_text("\n".join([*lines[:4], str(float(lines[4]) * 2), *lines[5:]]))
     ignoring = stoker("reproduce", "first", "--ignore", "lo*", cwd=counted.parent)
-    assert "left out     loss: by --ignore" in ignoring.out
+    assert "left out     loss: excluded with --ignore" in ignoring.out
     answer = stoker("reproduce", "first", "--json", cwd=counted.parent).answer
     assert not answer["identical"]
     (drift,) = answer["drifts"]
@@ -350,7 +350,7 @@ def test_a_run_that_failed_is_compared_up_to_where_it_failed(project: Path, stok
     done = stoker("reproduce", "first", cwd=project)
     assert done.code == 0, done.err
     assert "bit-identical over 3 steps" in done.out
-    assert "failed       as it did: " in done.out
+    assert "failed       as before: " in done.out
     (project / "numbers.txt").write_text("1 2 oh 4 5 6")
     earlier = stoker("reproduce", "first", cwd=project)
     assert earlier.code == 1

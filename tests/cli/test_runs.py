@@ -284,7 +284,7 @@ def test_show_says_what_a_person_wants_to_know(cli: Cli, killed_twice: RunDirect
     out = cli("show", "a").stdout
     for said in (
         "llm/a  finished", "7/7", "stoker train llm lr=0.5", "0123456789ab on main, with uncommitted changes",
-        "passed over step-00000004: it has no manifest", "stoker runs export a",
+        "skipped step-00000004: it has no manifest", "stoker runs export a",
     ):  # fmt: skip
         assert said in out
     assert out.index("lr ") < out.index("batch_size")  # what was set stands before the defaults
@@ -392,7 +392,8 @@ def test_compare_shows_what_differs_first_and_marks_the_best(cli: Cli, three: li
     assert answer["config"] == {"lr": [1e-4, 1e-3, 1e-2]}
     assert [m and m["best"] for m in answer["metrics"]["val_loss"]] == [0.5, 0.2, None]
     out = cli("compare", "a", "b", "c").stdout
-    assert out.index("config that differs (1 keys do not)") < out.index("metrics") < out.index("val_loss")
+    differing = out.index("config that differs (1 keys are the same)")
+    assert differing < out.index("metrics") < out.index("val_loss")
     assert "█" in out
     with pytest.raises(BadInput, match="two runs or more"):
         cli("compare", "a")

@@ -187,7 +187,7 @@ def test_it_starts_ray_by_itself_and_failed_trials_are_told_apart(stoker: Comman
     [
         (("--on", "rey"), "did you mean 'ray'"),
         (("--address", "auto"), "give --on ray too"),
-        (("--on", "ray", "--address", "127.0.0.1:1"), "no Ray cluster is reached there"),
+        (("--on", "ray", "--address", "127.0.0.1:1"), "cannot reach a Ray cluster there"),
         (("--on", "ray", "--address", "CLUSTER", "--nproc", "7"), "the cluster has 1 CPUs on 1 machine"),
     ],
 )

@@ -66,7 +66,9 @@ def test_two_controllers_share_a_study(start: Start, stoker: Command, database: 
         "--storage", database, "--study", "shared", "--name", "third",
     )  # fmt: skip
     assert other.code == 2
-    assert "the study shared searches something else: x: uniform(0.0, 1.0) -> uniform(0.0, 2.0)" in other.err
+    assert (
+        "study shared exists with different settings: x: uniform(0.0, 1.0) -> uniform(0.0, 2.0)" in other.err
+    )
 
 
 def test_a_study_of_the_same_name_is_not_joined_by_chance(

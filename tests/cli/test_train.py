@@ -315,7 +315,7 @@ def test_the_exported_table_is_the_curve(stoker, slow: Path, tmp_path: Path) -> 
         (("train", "slow.py:nothing"), "has no function nothing(run, config)"),
         (("train", "slow.py", "lr=abc"), "lr=abc (command line)"),
         (("train", "slow.py", "lrr=1"), "did you mean 'lr'?"),
-        (("train", "slow.py", "--name", "a/b"), "cannot name a folder"),
+        (("train", "slow.py", "--name", "a/b"), "is not a valid folder name"),
         (("train", "slow.py", "--config", "none.yaml"), "config file none.yaml does not exist"),
         (("train", "slow.py", "--runs", "/dev/null/runs"), "cannot be written"),
         (("train", "slow.py", "--runs", "s3://a:b@bucket"), "leave credentials out of the URL"),
@@ -464,4 +464,4 @@ def test_a_script_of_any_name_has_an_experiment_and_one_that_is_given_is_kept_or
     assert (tmp_path / "runs" / "train-it" / "a" / "run.json").is_file()
     refused = stoker("train", "train ít.py", "--experiment", "train ít")
     assert refused.code == 2
-    assert "experiment 'train ít' cannot name a folder" in refused.err
+    assert "experiment 'train ít' is not a valid folder name" in refused.err

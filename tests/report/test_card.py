@@ -49,8 +49,8 @@ def test_a_card_says_what_was_evaluated_on(tmp_path: Path) -> None:
     card.write(run, tmp_path / "out", about)
     text = (tmp_path / "out" / "README.md").read_text()
     for said in (
-        "- held out: 5% of the documents for the test\n", "- for validation: held.jsonl, 4 documents\n",
-        "- for validation: org/held, 2 documents\n", "- fingerprint of what is for validation: `e5`\n",
+        "- held out: 5% of the documents for testing\n", "- for validation: held.jsonl, 4 documents\n",
+        "- for validation: org/held, 2 documents\n", "- fingerprint of the data for validation: `e5`\n",
     ):  # fmt: skip
         assert said in text, said
 
@@ -69,11 +69,12 @@ def test_a_card_says_what_it_is_how_good_and_how_to_load_and_make_it_again(tmp_p
     }  # fmt: skip
     for said in (
         "# tuned", "A LoRA adapter for `org/base`", "| perplexity on the test documents | 12.5 |",
-        "| the same before training | 99 |", 'AutoPeftModelForCausalLM.from_pretrained("org/tuned")',
+        "| perplexity on the test documents before training | 99 |",
+        'AutoPeftModelForCausalLM.from_pretrained("org/tuned")',
         "apply_chat_template", "- org/chats, 9 documents", "- 4 rows of 31.5 tokens on average",
-        "- held out: 10% of the documents for validation, 5% for the test", "content: `d474`",
-        "| tokens a second | 1,234 |", "utilisation | 41.2% of 989 TFLOP/s (data sheet of H100) |",
-        "| `lr` | `0.1` |", "git clone git@x:y", "git checkout c0ffee  # and the changes",
+        "- held out: 10% of the documents for validation, 5% for testing", "content: `d474`",
+        "| tokens per second | 1,234 |", "utilisation | 41.2% of 989 TFLOP/s (data sheet of H100) |",
+        "| `lr` | `0.1` |", "git clone git@x:y", "git checkout c0ffee  # then apply",
         "pip install torch==2.13.0 transformers==5.23.0",
         "stoker train llm lr=0.1", "The seed is 7.", "| 40 | 0.125 |", "![Training and validation loss",
     ):  # fmt: skip
@@ -96,7 +97,7 @@ def test_a_card_of_a_checkpoint_says_what_was_measured_by_then(tmp_path: Path) -
     assert "12.5" not in text, "the test was one of the final weights"
     assert "1 step." in text
     assert "| steps | 1 |" in text
-    assert "# once s3://bucket/tuned was copied to ./tuned" in text
+    assert "# after copying s3://bucket/tuned to ./tuned" in text
     assert 'from_pretrained("./tuned")' in text
 
 

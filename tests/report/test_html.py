@@ -136,7 +136,7 @@ def test_configs_stand_side_by_side_with_what_differs_first(tmp_path: Path) -> N
     config = page[page.index("<h2>Config</h2>") : page.index("<h2>Attempts</h2>")]
     rows = re.findall(r'<tr class="(\w*)"><td class="name">(\w+)</td>', config)
     assert rows == [("marked", "lr"), ("marked", "more"), ("", "text"), ("", "same")]
-    assert "not there" in config
+    assert "missing" in config
 
 
 def test_earlier_tables_are_folded_away(tmp_path: Path) -> None:

@@ -248,7 +248,7 @@ def test_scaling_is_shown_where_it_stands_beside_the_runs_of_its_recipe(tmp_path
 @pytest.mark.parametrize("content", [b"{", b"[]", b'{"rows": [1]}', orjson.dumps({**RESULT, "rows": []})])
 def test_a_file_that_is_no_scaling_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "scaling.json").write_bytes(content)
-    with pytest.raises(BadInput, match="is not what `stoker bench scaling` writes"):
+    with pytest.raises(BadInput, match="is not a result of `stoker bench scaling`"):
         scaling.load(tmp_path / "scaling.json")
     with pytest.raises(BadInput, match="cannot be read: No such file"):
         scaling.load(tmp_path / "nothing.json")

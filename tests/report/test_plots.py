@@ -55,7 +55,7 @@ def test_every_resume_is_marked_at_its_step() -> None:
     (figure,) = plots.figures([_view({"loss": CURVE}, attempts)], ["a"])
     (mark,) = figure["marks"]
     assert mark["x"] == 7
-    assert mark["text"].startswith("attempt 2 went on from step 7")
+    assert mark["text"].startswith("attempt 2 resumed from step 7")
 
 
 def test_names_reach_plotly_without_tags() -> None:

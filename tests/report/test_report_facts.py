@@ -49,7 +49,7 @@ def test_what_a_run_has_found_out_about_a_key_is_its_value() -> None:
     found = [
         (v.key, v.value, v.source) for v in facts.config(_view(record=record, params={"rank": 8, "c": 1}))
     ]
-    assert found == [("rank", 8, "found out by the run"), ("b", 2, "default")]
+    assert found == [("rank", 8, "determined by the run"), ("b", 2, "default")]
 
 
 def test_only_checkpoints_with_a_manifest_count_as_kept(tmp_path: Path) -> None:

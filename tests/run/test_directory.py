@@ -39,7 +39,7 @@ def test_names_the_nearest_run(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["", "../x", "a/b", "-x", "a b", "x" * 200])
 def test_refuses_names_that_are_no_folder(tmp_path: Path, name: str) -> None:
-    with pytest.raises(BadInput, match="cannot name a folder"):
+    with pytest.raises(BadInput, match="is not a valid folder name"):
         finding.locate(tmp_path, "llm", name)
 
 

@@ -64,7 +64,7 @@ def test_a_holder_that_slept_for_too_long_is_told(tmp_path: Path) -> None:
     heard = threading.Event()
     first.keep(lambda reason: (told.append(reason), heard.set()))
     assert heard.wait(10)
-    assert "another process trains" in told[0]
+    assert "another process is training" in told[0]
     assert [path.name for path in (tmp_path / lease.FOLDER).iterdir()] == ["00000002"]
 
 
@@ -175,7 +175,7 @@ def test_a_holder_that_was_stopped_for_too_long_makes_no_checkpoint_of_what_is_a
         first.kill()
         first.wait()
     assert first.returncode == 1
-    assert b"another process trains" in said
+    assert b"another process is training" in said
     assert [(f, f.stat().st_mtime_ns) for f in sorted(two.glob("x/a/checkpoints/*/manifest.json"))] == before
 
 

@@ -45,13 +45,13 @@ def test_a_query_is_true_or_false_of_a_runs_facts(text: str, true: bool) -> None
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("lr = 1", "write == for equal"),
+        ("lr = 1", "write == to compare"),
         ("lr >", "cannot be read"),
         ("", "cannot be read"),
-        ("__import__('os')", "no name and no number"),
-        ("lr < len(optimizer)", "no name and no number"),
-        ("lr[0] < 1", "no name and no number"),
-        ("(lambda: 1)() < 2", "no name and no number"),
+        ("__import__('os')", "neither a name nor a number"),
+        ("lr < len(optimizer)", "neither a name nor a number"),
+        ("lr[0] < 1", "neither a name nor a number"),
+        ("(lambda: 1)() < 2", "neither a name nor a number"),
         ("lr is None", "cannot be read"),
         ("a.b() < 1", "cannot be read"),
         ("(" * 500 + "lr" + ")" * 500, "cannot be read"),

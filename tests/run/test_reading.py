@@ -99,7 +99,7 @@ def test_an_experiment_of_one_run_of_the_same_name_is_that_run(trained: Trained)
 
 
 def test_a_folder_without_runs_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match=f"there is no run under {tmp_path} that can be read"):
+    with pytest.raises(BadInput, match=f"no readable run under {tmp_path}"):
         stoker.runs(runs=tmp_path)
 
 

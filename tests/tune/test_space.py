@@ -120,14 +120,14 @@ def test_what_is_no_expression_is_fixed_as_it_was_given(override: str) -> None:
         ("lora=[1, 2]", "lora (command line) is a group of keys"),
         ("(lr, batch_sise)=[(1, 2)]", "did you mean 'batch_size'?"),
         ("batch_size", "is not an override: write key=value"),
-        ("lr=log(1e-3, 1e-5)", "its low 0.001 is above its high 1e-05: write 1e-05, 0.001"),
-        ("lr=log(0, 1e-3)", "a log range must be above 0, and its low is 0.0"),
-        ("shift=log(-1, 1)", "a log range must be above 0"),
-        ("offset=int(0, 8, log)", "a log range must be above 0"),
-        ("dropout=uniform(0.1, 0.5, step=0.3)", "steps of 0.3 from 0.1 come to 0.4 and 0.7, not to 0.5"),
-        ("batch_size=int(4, 8, step=8)", "come to 4 and 12, not to 8"),
-        ("dropout=uniform(0.1, 0.5, step=0)", "its step is 0.0: give one above 0"),
-        ("batch_size=int(4, 8, step=-1)", "give one above 0"),
+        ("lr=log(1e-3, 1e-5)", "low 0.001 is above high 1e-05: write 1e-05, 0.001"),
+        ("lr=log(0, 1e-3)", "low 0.0: a log range needs a low above 0"),
+        ("shift=log(-1, 1)", "a log range needs a low above 0"),
+        ("offset=int(0, 8, log)", "a log range needs a low above 0"),
+        ("dropout=uniform(0.1, 0.5, step=0.3)", "steps of 0.3 from 0.1 reach 0.4 and 0.7, not 0.5"),
+        ("batch_size=int(4, 8, step=8)", "reach 4 and 12, not 8"),
+        ("dropout=uniform(0.1, 0.5, step=0)", "step 0.0: must be above 0"),
+        ("batch_size=int(4, 8, step=-1)", "step -1: must be above 0"),
         ("batch_size=uniform(1, 8)", "batch_size takes whole numbers: write int(low, high)"),
         ("batch_size=log(0.5, 8)", "batch_size takes whole numbers: write int(low, high, log)"),
         ("max_steps=uniform(1, 8)", "max_steps takes whole numbers"),
@@ -135,35 +135,35 @@ def test_what_is_no_expression_is_fixed_as_it_was_given(override: str) -> None:
         ("batch_size=int(0, 8)", "batch_size=0 (batch_size=int(0, 8) (command line)): input should"),
         ("dropout=uniform(0, 1)", "input should be less than 1"),
         ("width=int(8, 64)", "input should be a multiple of 8"),
-        ("model=int(1, 2)", "model takes no range of numbers: list what to choose from, [a, b]"),
-        ("flip=int(0, 1)", "flip takes no range of numbers"),
-        ("optimizer=uniform(0, 1)", "optimizer takes no range of numbers"),
+        ("model=int(1, 2)", "model does not take a range of numbers: list the choices, [a, b]"),
+        ("flip=int(0, 1)", "flip does not take a range of numbers"),
+        ("optimizer=uniform(0, 1)", "optimizer does not take a range of numbers"),
         ("optimizer=[adamw, sdg]", "did you mean 'sgd'?"),
         ("batch_size=[16, 0]", "batch_size=0 (batch_size=[16, 0] (command line)): input should be greater"),
         ("batch_size=[16, 1.5]", "batch_size is a whole number"),
-        ("batch_size=[16, 32, 16]", "16 is there twice"),
-        ("lr=[1e-3, 0.001]", "0.001 is there twice"),
-        ("batch_size=[]", "there is nothing to choose from"),
-        ("batch_size=[1,, 2]", "there is nothing between two commas"),
-        ("batch_size=[1, 2", "[1, 2 lacks a ] at its end"),
-        ("batch_size=[1, 2)", "brackets do not match before the ) of [1, 2)"),
+        ("batch_size=[16, 32, 16]", "16 is listed twice"),
+        ("lr=[1e-3, 0.001]", "0.001 is listed twice"),
+        ("batch_size=[]", "the list of choices is empty"),
+        ("batch_size=[1,, 2]", "nothing between two commas in"),
+        ("batch_size=[1, 2", "missing ] at the end of [1, 2"),
+        ("batch_size=[1, 2)", "unmatched ) in [1, 2)"),
         ("model=['a, b]", "the quote in 'a, b] is not closed"),
         ("model=['a' b]", "is not one quoted text"),
-        ("batch_size=[1, 2] and more", "and more means nothing there: only a condition may follow"),
+        ("batch_size=[1, 2] and more", "unexpected and more: only a condition can follow"),
         ("lr=log(1e-5)", "log(...) has 1 value: write log(low, high)"),
         ("lr=log(a, b)", "a is not a number"),
         ("shift=uniform(0, inf)", "inf is not a number"),
-        ("lr=log(1e-5, 1e-3, step=2)", "step=2 means nothing in log(...): write log(low, high)"),
-        ("lr=uniform(1e-5, 1e-3, log)", "on a log scale: log(low, high)"),
-        ("lr=loguniform(1e-5, 1e-3)", "there is no loguniform(...); did you mean 'uniform'?"),
+        ("lr=log(1e-5, 1e-3, step=2)", "unknown option step=2 in log(...): write log(low, high)"),
+        ("lr=uniform(1e-5, 1e-3, log)", "for a log scale: log(low, high)"),
+        ("lr=loguniform(1e-5, 1e-3)", "unknown loguniform(...); did you mean 'uniform'?"),
         ("model=choise(a, b)", "did you mean 'choice'?"),
         ("optimizer=sdg", "did you mean 'sgd'?"),
         ("lr=abc", "input should be a valid number"),
         ("sizes=[[1], [b]]", "sizes is a list, each a whole number"),
         ("(lr, batch_size)=[(1e-3, 16), (1e-4,)]", "must have 2 values: write [(a, a), (b, b)]"),
-        ("(lr, batch_size)=[1e-3, 16]", "the row 1e-3 must have 2 values"),
+        ("(lr, batch_size)=[1e-3, 16]", "row 1e-3 must have 2 values"),
         ("(lr, batch_size)=log(1, 2)", "paired keys take a list of rows"),
-        ("(lr, batch_size)=[(1e-3, 16), (1e-3, 16)]", "(0.001, 16) is there twice"),
+        ("(lr, batch_size)=[(1e-3, 16), (1e-3, 16)]", "(0.001, 16) is listed twice"),
         ("(lr, batch_size)=[(1e-3, 0)]", "greater than or equal to 1"),
         ("(lr, lr)=[(1, 2)]", "lr is given twice"),
     ],
@@ -184,13 +184,13 @@ def test_what_cannot_be_searched_is_refused_with_what_to_change(override: str, s
         (["lora.rank=[4] if", "optimizer=sgd"], "nothing is not a condition"),
         (["lora.rank=[4] if optimizer in sgd", "optimizer=sgd"], "write `if optimizer in [a, b]`"),
         (["lora.rank=[4] if optimizer = sgd", "optimizer=sgd"], "is not a condition"),
-        (["lora.rank=[4] if optimizer == sgd", "optimizer=[adamw, adafactor]"], "it would never be drawn"),
+        (["lora.rank=[4] if optimizer == sgd", "optimizer=[adamw, adafactor]"], "would never be drawn"),
         (["lora.rank=[4] if optimizer not in [sgd, adamw]", "optimizer=[adamw, sgd]"], "never be drawn"),
         (["lora.rank=[4] if batch_size == 2", "batch_size=int(4, 8)"], "never be drawn"),
         (["lora.rank=[4] if lr == 0.5", "lr=uniform(0.1, 0.9)"], "never be drawn"),
         (["lora.rank=[4] if lr == much", "lr=uniform(0.1, 0.9)"], "much is not a number"),
-        (["lora.rank=[4] if lora.rank == 4"], "the conditions of lora.rank go round in a circle"),
-        (["lr=[1] if batch_size == 2", "batch_size=[2] if lr == 1"], "of lr, batch_size go round"),
+        (["lora.rank=[4] if lora.rank == 4"], "the conditions of lora.rank are circular"),
+        (["lr=[1] if batch_size == 2", "batch_size=[2] if lr == 1"], "of lr, batch_size are circular"),
     ],
 )  # fmt: skip
 def test_conditions_that_cannot_hold_are_refused(overrides: Sequence[str], said: str) -> None:
@@ -322,7 +322,7 @@ def test_the_command_line_goes_over_the_file(write_file: Callable[[str, Sequence
         (["lrr: [1, 2]"], "did you mean 'lr'?"),
         (["- lr"], "holds a list"),
         (["batch_size: [0, 2]"], "greater than or equal to 1"),
-        (["lora: {rank: int(4, 8)}"], "is no key but part of an expression: quote it"),
+        (["lora: {rank: int(4, 8)}"], "is part of an expression, not a key: quote the expression"),
     ],
 )
 def test_bad_files_are_refused(lines: list[str], said: str, write_file: Callable[..., Path]) -> None:
@@ -373,10 +373,10 @@ def test_values_asked_for_are_what_optuna_gives_back() -> None:
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"lr": "0.5"}, "lr=0.5 is outside the space: lr is searched in log(1e-05, 0.001)"),
+        ({"lr": "0.5"}, "lr=0.5: outside the space, lr is searched in log(1e-05, 0.001)"),
         ({"lr": "abc"}, "abc is not a number; it is searched in log(1e-05, 0.001)"),
         ({"lr": math.nan}, "outside the space"),
-        ({"batch_size": 24}, "batch_size=24 is outside the space: batch_size is searched in [16, 32, 64]"),
+        ({"batch_size": 24}, "batch_size=24: outside the space, batch_size is searched in [16, 32, 64]"),
         ({"batch_size": "x"}, "batch_size is a whole number"),
         ({"dropout": "0.25"}, "outside the space"),
         ({"lora.rank": "4.5", "optimizer": "adamw"}, "outside the space"),
@@ -384,9 +384,9 @@ def test_values_asked_for_are_what_optuna_gives_back() -> None:
         ({"model": "tiny"}, "model is fixed at small"),
         ({"shift": 1}, "shift is not searched"),
         ({"batch_sise": 1}, "did you mean 'batch_size'?"),
-        ({"lora.rank": 8}, "lora.rank=8: it is drawn only if optimizer == adamw"),
-        ({"lora.rank": 8, "optimizer": "sgd"}, "it is drawn only if optimizer == adamw"),
-        ({"width": 64, "micro_batch": None}, "is in no row of (micro_batch, width)=[(auto, 64), (none, "),
+        ({"lora.rank": 8}, "lora.rank=8: only drawn if optimizer == adamw"),
+        ({"lora.rank": 8, "optimizer": "sgd"}, "only drawn if optimizer == adamw"),
+        ({"width": 64, "micro_batch": None}, "matches no row of (micro_batch, width)=[(auto, 64), (none, "),
     ],
 )  # fmt: skip
 def test_values_outside_the_space_are_refused(values: dict[str, Any], said: str) -> None:
@@ -398,7 +398,7 @@ def test_values_outside_the_space_are_refused(values: dict[str, Any], said: str)
 def test_part_of_a_row_is_enough_where_it_names_one() -> None:
     space = parse(["(lr, batch_size)=[(0.1, 16), (0.2, 32), (0.2, 64)]"], Config)
     assert space.params({"lr": "0.1"}) == {"(lr, batch_size)": "(0.1, 16)"}
-    with pytest.raises(BadInput, match=r"lr=0\.2 is in 2 rows of .*: give batch_size too"):
+    with pytest.raises(BadInput, match=r"lr=0\.2 matches 2 rows of .*: give batch_size too"):
         space.params({"lr": "0.2"})
 
 
@@ -419,8 +419,8 @@ def test_tries_are_read(tries: str, values: dict[str, str]) -> None:
 @pytest.mark.parametrize(
     ("tries", "said"),
     [("lr=1,lr=2", "lr is given twice"), ("lr", "is not an override"), ("lr=[1", "every bracket and quote"),
-     ("lr=1),b=2", "are no values to try"), ("lr=1,,b=2", "are no values to try"),
-     ('"lr=1', "are no values to try")],
+     ("lr=1),b=2", "write values to try as in"), ("lr=1,,b=2", "write values to try as in"),
+     ('"lr=1', "write values to try as in")],
 )  # fmt: skip
 def test_bad_tries_are_refused(tries: str, said: str) -> None:
     with pytest.raises(BadInput) as error:
@@ -454,7 +454,7 @@ def test_a_grid_of_what_cannot_be_counted_says_what_to_write() -> None:
     space = parse(["lr=log(1e-5, 1e-3)", "dropout=uniform(0.1, 0.5)", "batch_size=[1, 2]"], Config)
     with pytest.raises(BadInput) as error:
         space.grid()
-    assert "lr=log(1e-05, 0.001), dropout=uniform(0.1, 0.5) has no end of them" in str(error.value)
+    assert "lr=log(1e-05, 0.001), dropout=uniform(0.1, 0.5) is continuous" in str(error.value)
     assert "lr='[1e-05, 0.0001, 0.001]' dropout='[0.1, 0.3, 0.5]'" in str(error.value)
     assert "batch_size" not in str(error.value)
 

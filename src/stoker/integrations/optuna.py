@@ -4,8 +4,8 @@
     trained = objective("image", {"lr": "log(1e-4, 1)", "epochs": 2}, metric="val_accuracy")
     study.optimize(trained, n_trials=20)
 
-Each trial is a run, trained in processes of its own: what it needs is given back, what it breaks is its own,
-and several threads (`n_jobs`) do not meet. Its id is the trial's user attribute `run`.
+Each trial is a run, trained in separate processes: its memory is released afterwards, its failures are
+isolated, and several threads (`n_jobs`) do not interfere. The run's id is the trial's user attribute `run`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from stoker.tune.space import parse_mapping
 from stoker.tune.trial import Ended, Job
 
 _RESTARTS = 3
-"""How often a training whose process was killed is started again without having come further."""
+"""How often a training whose process was killed is restarted without having made progress."""
 
 
 def objective(
@@ -44,29 +44,28 @@ def objective(
 
     Args:
         recipe: a shipped recipe, or a file with a `train(run, config)` function.
-        space: what is searched and what is fixed, by config key, written as for `stoker sweep`.
-        metric: the objective's value is its newest; each is reported, and the trial pruned if it should be.
-        runs: the folder that runs stand under, by default STOKER_RUNS, else `runs`; the study's name is that
-            of the experiment.
-        nproc: ranks of a training, on this machine; each has a GPU where there are any.
-        n_jobs: as given to `study.optimize`: so many trainings share the cores.
+        space: the searched and the fixed values by config key, written as for `stoker sweep`.
+        metric: the metric whose latest value is the objective; every value is reported, and the trial is
+            pruned if its pruner says so.
+        runs: the folder that contains the runs, by default STOKER_RUNS or else `runs`; the experiment has the
+            name of the study.
+        nproc: the number of ranks per training, on this machine; each rank has a GPU if there are any.
+        n_jobs: the same as for `study.optimize`: this many trainings share the cores.
 
     Returns:
         The objective. It raises TrialPruned for a run that ended early, and StokerError for one that failed
-        (`study.optimize(..., catch=StokerError)` goes on with the next). A trial that has the user attribute
-        `run`, as those have that RetryFailedTrialCallback enqueues, goes on with that run.
+        (`study.optimize(..., catch=StokerError)` continues with the next trial). A trial with the user
+        attribute `run`, such as those that RetryFailedTrialCallback enqueues, resumes that run.
 
     Raises:
-        BadInput: the recipe or the space cannot be used, or nothing is searched.
+        BadInput: the recipe or the space cannot be used, or there is nothing to search.
     """
     if nproc < 1 or n_jobs < 1:
-        raise BadInput(f"nproc={nproc}, n_jobs={n_jobs}: give 1 or more")
+        raise BadInput(f"nproc={nproc}, n_jobs={n_jobs}: must be at least 1")
     found = recipes.load(recipe)
     searched = parse_mapping(space, found.config)
     if not searched.parameters:
-        raise BadInput(
-            "nothing is searched: give a key a range or choices, such as {'lr': 'log(1e-5, 1e-3)'}"
-        )
+        raise BadInput("nothing is searched: give a key a range or choices, as in {'lr': 'log(1e-5, 1e-3)'}")
     folder = training.runs_folder(runs)
     gpus = _Gpus(machine.visible_gpus(), nproc)
 
@@ -74,7 +73,7 @@ def objective(
         overrides = searched.overrides(searched.suggest(trial))
         if len(trial.study.directions) > 1:
             raise BadInput(
-                "a study of several objectives: this one has one metric; `stoker sweep` has several"
+                "the study has several objectives, and this one has one metric; `stoker sweep` takes several"
             )
         experiment = _experiment(trial.study.study_name)
         run = trial.user_attrs.get("run") or f"trial-{trial.number:04d}-{uuid.uuid4().hex[:4]}"
@@ -90,7 +89,7 @@ def objective(
 
 
 def _trained(trial: optuna.Trial, job: Job, start: Callable[[], Training]) -> float:
-    """Train to the end, or to where the trial is pruned; one whose process is killed is started again."""
+    """Train to the end, or until the trial is pruned; a training whose process is killed is restarted."""
     seen: dict[int, float] = {}
     for left in reversed(range(_RESTARTS + 1)):
         ended = _attempt(trial, start(), seen)
@@ -103,13 +102,13 @@ def _trained(trial: optuna.Trial, job: Job, start: Callable[[], Training]) -> fl
     if not seen:
         raise StokerError(
             f"the recipe never logs {job.metrics[0]}: it logs {', '.join(ended.logged) or 'nothing'}; "
-            "name one of these as metric="
+            "set metric= to one of these"
         )
     return seen[max(seen)]
 
 
 def _attempt(trial: optuna.Trial, run: Training, seen: dict[int, float]) -> Ended:
-    """One attempt at its run; `seen` has what was reported, by step, which is not said again."""
+    """One attempt at the run; `seen` has the values by step that were reported and are not reported again."""
     try:
         while not isinstance(happened := run.next(), Ended):
             if happened is None:
@@ -128,16 +127,16 @@ def _attempt(trial: optuna.Trial, run: Training, seen: dict[int, float]) -> Ende
 
 
 class _Gpus:
-    """Those of this machine, so many a trial."""
+    """The GPUs of this machine, so many per trial."""
 
     def __init__(self, numbers: list[str], each: int) -> None:
         if numbers and len(numbers) < each:
-            raise BadInput(f"nproc={each}: each rank has a GPU, and there are {len(numbers)}")
+            raise BadInput(f"nproc={each}: each rank needs a GPU, and there are {len(numbers)}")
         self._free, self._each, self._any = numbers, each if numbers else 0, threading.Condition()
 
     @contextlib.contextmanager
     def taken(self) -> Iterator[list[str]]:
-        """Some for one trial, once there are."""
+        """GPUs for one trial, once enough are free."""
         with self._any:
             self._any.wait_for(lambda: len(self._free) >= self._each)
             own = [self._free.pop(0) for _ in range(self._each)]
@@ -150,5 +149,5 @@ class _Gpus:
 
 
 def _experiment(study: str) -> str:
-    """A study's name as that of a folder."""
+    """A study's name as the name of a folder."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", study).strip("-._")[:128] or "study"

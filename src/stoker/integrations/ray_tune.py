@@ -6,9 +6,9 @@
         tune_config=tune.TuneConfig(metric="val_loss", mode="min", scheduler=ASHAScheduler(), num_samples=20),
     )
 
-A trial is a run, trained in processes beside Ray's actor, which drives it a report at a time: where the
-metric is logged it waits for what the scheduler says. A trial that goes on from another one's checkpoint
-(population based training) does so as a run of its own.
+A trial is a run, trained in processes next to Ray's actor, which drives it one report at a time: when the
+metric is logged, the training waits for the scheduler's decision. A trial that continues from another
+trial's checkpoint (population based training) is a separate run.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ except ModuleNotFoundError as error:
     raise BadInput("Ray Tune is not installed: pip install 'stoker[ray]'") from error
 
 _ABOUT = "stoker.json"
-"""In a checkpoint of Ray's: which run it is of, at which step, and what that had come to."""
+"""The file in a Ray checkpoint that says which run it belongs to, its step and its metrics."""
 _WEIGHTS = "checkpoint"
 _LOOK = 0.05  # seconds between looks for a checkpoint that is being written
-_AT_ONCE = 5.0  # seconds in which a training that is to end may come to its next report by itself
+_AT_ONCE = 5.0  # seconds in which a training that must end can reach its next report normally
 
 
 @dataclass(frozen=True)
 class _Spec:
-    """What all trials of one experiment have in common."""
+    """The settings that all trials of one experiment share."""
 
     recipe: str
     fixed: Mapping[str, Any]
@@ -58,7 +58,7 @@ class _Spec:
     experiment: str
     ranks: int
     folder: Path
-    """Where the experiment was begun, for what a recipe names by relative paths."""
+    """The folder in which the experiment was started, for relative paths in a recipe."""
 
 
 def trainable(
@@ -70,23 +70,23 @@ def trainable(
     experiment: str | None = None,
     nproc: int = 1,
 ) -> type[tune.Trainable]:
-    """Make a trainable of a recipe; the parameter space's keys are those of its config.
+    """Make a trainable from a recipe; the keys of the parameter space are the recipe's config keys.
 
-    A result is reported whenever the recipe logs the metric, with the newest values of all that it logs, its
-    `step`, and the `run`. Give the scheduler `time_attr="step"` to count by steps, which go on where a run
-    was continued from its own checkpoint. By default a trial takes a CPU for each rank, and a GPU where the
-    cluster has any; `tune.with_resources` says otherwise.
+    A result is reported whenever the recipe logs the metric. It has the latest values of everything that the
+    recipe logs, its `step`, and the `run`. Give the scheduler `time_attr="step"` to count by steps, which
+    continue when a run resumes from its own checkpoint. By default a trial takes one CPU, and one GPU
+    if the cluster has any, for each rank; `tune.with_resources` overrides this.
 
     Args:
-        recipe: a shipped recipe, or a file with a `train(run, config)` function, where all machines reach it.
+        recipe: a shipped recipe, or a file with a `train(run, config)` function that all machines can reach.
         fixed: config values that are the same in all trials.
-        metric: the one that Ray Tune is given too.
-        runs: the folder that runs stand under, shared by all machines; by default STOKER_RUNS, else `runs`.
-        experiment: the folder of the trials' runs in it, by default `RECIPE-tune`.
-        nproc: ranks of a trial, on one machine.
+        metric: the same metric that Ray Tune is given.
+        runs: the folder that contains the runs, shared by all machines; by default STOKER_RUNS, else `runs`.
+        experiment: the folder within `runs` for the trials' runs, by default `RECIPE-tune`.
+        nproc: the number of ranks per trial, on one machine.
 
     Raises:
-        BadInput: there is no such recipe, or a fixed value is none of its config's.
+        BadInput: the recipe does not exist, or its config does not accept a fixed value.
     """
     found = recipes.load(recipe)
     given = configs.flatten(fixed or {}, "fixed", configs.describe(found.config))
@@ -100,7 +100,7 @@ def trainable(
 
 
 class _RecipeTrainable(tune.Trainable):  # type: ignore[misc]
-    """See `trainable`. What is not documented here is Ray's to call, see its `tune.Trainable`."""
+    """See `trainable`. Ray calls the undocumented methods, see its `tune.Trainable`."""
 
     spec: _Spec
 
@@ -163,8 +163,8 @@ class _RecipeTrainable(tune.Trainable):  # type: ignore[misc]
         else:
             if about["step"] is None:
                 raise StokerError(
-                    f"{about['run']} has no checkpoint that another trial could go on from: population based "
-                    "training is for recipes that train with a Trainer"
+                    f"{about['run']} has no checkpoint that another trial could continue from: population "
+                    "based training needs a recipe that trains with a Trainer"
                 )
             self._run = _next_of(self._directory(own))
             self._tags |= {"forked.from": about["run"], "forked.at": str(about["step"])}
@@ -204,20 +204,20 @@ class _RecipeTrainable(tune.Trainable):  # type: ignore[misc]
             return Training(job, ranks=spec.ranks)
 
     def _over(self, ended: Ended) -> dict[str, Any]:
-        """The last result once more, as Ray takes it from one that ends by itself. Raises StokerError."""
+        """The last result once more, as Ray expects from a trial that ends on its own. Raises StokerError."""
         if ended.status != view.FINISHED:
             raise StokerError(f"run {self._run.id} {ended.status}: {ended.error}\n{ended.trace}".strip())
         if not self._last:
             raise StokerError(
                 f"the recipe never logs {self.spec.metric}: it logs {', '.join(ended.logged) or 'nothing'}; "
-                "name one of these as metric="
+                "set metric= to one of these"
             )
         return {**self._last, DONE: True, RESULT_DUPLICATE: True}
 
     def _checkpoint(self, step: int) -> manifest.Checkpoint | None:
-        """The run's checkpoint of its newest report, which is taken now; None of a loop without a Trainer.
+        """The run's checkpoint at its latest report, which is taken now; None for a loop without a Trainer.
 
-        What waits for the answer to that report goes on, to the next one.
+        The training that waits for the answer to that report continues to the next one.
         """
         if not self._run.exists() or view.load(self._run).samples_per_step is None:
             return None
@@ -234,12 +234,12 @@ class _RecipeTrainable(tune.Trainable):  # type: ignore[misc]
 
 
 def _named(trial: str) -> str:
-    """A trial's id as that of a run."""
+    """A trial's id as the id of a run."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", trial)
 
 
 def _next_of(run: RunDirectory) -> RunDirectory:
-    """A run of the same trial that is not there yet: `TRIAL-1`, `TRIAL-2`, ..."""
+    """A run of the same trial that does not exist yet: `TRIAL-1`, `TRIAL-2`, ..."""
     number = 1
     while (found := RunDirectory(run.path.with_name(f"{run.id}-{number}"))).path.exists():
         number += 1
@@ -247,7 +247,7 @@ def _next_of(run: RunDirectory) -> RunDirectory:
 
 
 def _go_back(run: RunDirectory, step: int, saved: Path) -> None:
-    """Let a run go on from a step: what it has of later ones is removed, what it lacks comes from `saved`."""
+    """Let a run resume from a step: later checkpoints are removed, missing ones are taken from `saved`."""
     for later in manifest.folders(run.checkpoints):
         if manifest.step_of(later) > step:
             manifest.remove(later)

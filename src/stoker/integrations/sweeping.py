@@ -1,4 +1,4 @@
-"""`stoker.sweep`: a search that is begun from Python, and what it came to."""
+"""`stoker.sweep`: a search started from Python, and its result."""
 
 from __future__ import annotations
 
@@ -25,37 +25,37 @@ from stoker.tune.space import parse_mapping
 
 @dataclass(frozen=True)
 class Trial:
-    """What a trial came to."""
+    """The result of a trial."""
 
     number: int
     state: str
-    """complete, pruned, failed, or paused: it goes on with the search."""
+    """complete, pruned, failed, or paused: a paused trial continues with the search."""
     params: Mapping[str, Any]
-    """Its values, by config key."""
+    """The trial's values by config key."""
     value: float | None
-    """The newest of the first metric."""
+    """The latest value of the first metric."""
     objectives: Mapping[str, float | None]
-    """The newest of each metric."""
+    """The latest value of each metric."""
     run: Path
-    """The directory of its run."""
+    """The directory of the trial's run."""
     error: str
-    """Of one that failed, with its traceback, else empty."""
+    """The error of a failed trial with its traceback, otherwise empty."""
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """What a search came to."""
+    """The result of a search."""
 
     folder: Path
-    """The runs of its trials stand in it, and `stoker report` takes its name."""
+    """The folder that contains the runs of the trials; `stoker report` accepts its name."""
     trials: tuple[Trial, ...]
-    """In the order in which they were drawn."""
+    """The trials in the order in which they were drawn."""
     best: Trial | None
-    """By the first metric; None where no trial has logged it."""
+    """The best trial by the first metric; None if no trial has logged it."""
     front: tuple[Trial, ...]
-    """Those that no other is better than in every metric; of one metric, the best alone."""
+    """The Pareto front: trials that no other trial dominates; with one metric, only the best trial."""
     over: bool
-    """Whether nothing is left to do; if not, the same call with more time or budget goes on."""
+    """Whether nothing is left to do; if not, the same call with more time or budget continues the search."""
 
 
 def sweep(
@@ -92,39 +92,39 @@ def sweep(
     reuse_processes: bool = False,
     runs: Path | str | None = None,
 ) -> Sweep:
-    """Search for the best values of a recipe's keys; the same call goes on with it.
+    """Search for the best values of a recipe's keys; the same call resumes the search.
 
-    It is `stoker sweep`, and each argument is the option of that name, which `stoker sweep --help` and
-    docs/sweeps.md describe. Ctrl-C and SIGTERM end it with a checkpoint of each trial that runs.
+    This is `stoker sweep`, and each argument is the option of the same name, which `stoker sweep --help` and
+    docs/sweeps.md describe. Ctrl-C and SIGTERM end the search with a checkpoint of each running trial.
 
         found = stoker.sweep("image", {"lr": "log(0.01, 1)", "epochs": 2}, metric="val_accuracy", trials=6)
         print(found.best.params, found.best.run)
 
     Args:
-        recipe: a shipped recipe, a file with a `train(run, config)` function, or such a function of a file.
-        space: by config key what is searched, written as for the command, and what is the same in all trials.
-        metric: what is to become best; of several, early stopping goes by the first.
-        goal: min or max, of each; by default by the metric's name.
-        tries: values that are tried first, of one trial or of several.
+        recipe: a shipped recipe, a file with a `train(run, config)` function, or such a function from a file.
+        space: the searched keys, written as for the command, and the values that are the same in all trials.
+        metric: the metric to optimise; if there are several, early stopping uses the first.
+        goal: min or max for each metric; by default derived from the metric's name.
+        tries: values to try first, for one trial or for several.
         on: local or ray.
-        runs: the folder that runs stand under, by default STOKER_RUNS, else `runs`.
+        runs: the folder that contains the runs, by default STOKER_RUNS or else `runs`.
 
     Returns:
-        The trials with the best of them.
+        The trials and the best of them.
 
     Raises:
-        BadInput: something of it cannot be searched; nothing was started.
-        StokerError: it cannot go on, as after more failed trials than `max_failures`.
-        Stopped: it was told to stop, and has; a SystemExit.
+        BadInput: the search cannot be run as given; nothing was started.
+        StokerError: the search cannot continue, for example after more failed trials than `max_failures`.
+        Stopped: the search was told to stop, and did; a SystemExit.
     """
     if multiprocessing.parent_process() is not None:
         raise BadInput(
-            "stoker.sweep is called where a file is imported; call it below if __name__ == '__main__':"
+            "stoker.sweep is called while a file is imported; call it below if __name__ == '__main__':"
         )
     found = _loaded(recipe)
     searched = parse_mapping(space, found.config)
     if on not in (LOCAL, RAY):
-        raise BadInput(f"on={on!r}: give {LOCAL} or {RAY}; jobs are submitted by `stoker sweep --on {on}`")
+        raise BadInput(f"on={on!r}: give {LOCAL} or {RAY}; to submit jobs, use `stoker sweep --on {on}`")
     asked = searching.Asked(
         recipe=found, space=searched, runs=training.runs_folder(runs), name=name, new=new,
         metrics=_several(metric), goals=_several(goal), trials=trials, nproc=nproc, sampler=sampler,
@@ -153,8 +153,8 @@ def _loaded(recipe: str | Path | Callable[..., None]) -> Recipe:
     found = recipes.from_function(recipe)
     if not found.source.is_file() or not getattr(recipe, "__qualname__", "").isidentifier():
         raise BadInput(
-            f"{getattr(recipe, '__name__', recipe)}: each trial has a process of its own, which finds a "
-            "function by its file: write it at the top level of one, and give that"
+            f"{getattr(recipe, '__name__', recipe)}: each trial has its own process, which loads a "
+            "function from its file: define it at the top level of a file, and pass that function"
         )
     return found
 

@@ -1,4 +1,4 @@
-"""A run that is trained in processes of its own, and driven from here a report at a time."""
+"""A run that is trained in separate processes and driven from here, one report at a time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from stoker.recipes import Recipe
 from stoker.tune import local
 from stoker.tune.trial import Began, Ended, Job, Report
 
-_KEPT_WAITING = 60.0  # seconds that a training that is told to stop has for its checkpoint
+_KEPT_WAITING = 60.0  # seconds that a training has for its checkpoint after it is told to stop
 
 
 def job_of(
@@ -30,14 +30,14 @@ def job_of(
     ranks: int,
     tags: Mapping[str, str],
 ) -> Job:
-    """What the processes of a run need to know. Raises BadInput for what cannot be trained.
+    """The settings that the processes of a run need. Raises BadInput for what cannot be trained.
 
     Args:
         found: the recipe.
         overrides: `key=value` of the recipe's config.
-        metric: what is reported when it is logged.
+        metric: the metric that is reported when it is logged.
         run: its directory, `RUNS/EXPERIMENT/ID`.
-        ranks: processes that train it.
+        ranks: the number of processes that train it.
     """
     resolved: Any = configs.resolve(found.config, overrides)
     train.check(found, resolved.config, ranks)
@@ -48,12 +48,10 @@ def job_of(
 
 
 def runs_folder(given: Path | str | None) -> Path:
-    """The folder that runs stand under, by default that of every command. Raises BadInput."""
+    """The folder that contains the runs, with the same default as for every command. Raises BadInput."""
     named = str(given if given is not None else os.environ.get("STOKER_RUNS", "runs"))
     if object_store.is_url(named) or object_store.of(Path(named).absolute()) is not None:
-        raise BadInput(
-            f"runs={named}: a search stands on a disk, not in an object store; give a local folder"
-        )
+        raise BadInput(f"runs={named}: a search cannot be in an object store; give a local folder")
     return Path(named).absolute()
 
 
@@ -61,10 +59,10 @@ class Training:
     """The processes of one run, from their start to their end.
 
     Args:
-        job: the run, continued where it was.
-        ranks: its processes.
-        beside: how many such there are at a time on this machine, which share its cores.
-        gpus: one a rank, as CUDA_VISIBLE_DEVICES names them; by default all that this process sees.
+        job: the run, resumed from where it stopped.
+        ranks: the number of its processes.
+        beside: how many runs share the cores of this machine at a time.
+        gpus: one per rank, as CUDA_VISIBLE_DEVICES names them; by default all that this process sees.
     """
 
     def __init__(self, job: Job, *, ranks: int = 1, beside: int = 1, gpus: Sequence[str] = ()) -> None:
@@ -77,7 +75,7 @@ class Training:
         return bool(self._workers.running)
 
     def look(self, timeout: float | None = None) -> None:
-        """Take in what happens, for so many seconds at most, where nothing is there for `next` already."""
+        """Process events for at most so many seconds, unless `next` already has something to return."""
         if not self._happened:
             happened = self._workers.wait(timeout)
             self._happened.extend(one for one in happened if not isinstance(one, Began))
@@ -85,13 +83,13 @@ class Training:
             time.sleep(timeout)
 
     def next(self, timeout: float | None = None) -> Report | Ended | None:
-        """What it reports, for which it waits until `go_on`, or how it ended; None after so many seconds."""
+        """Its next report, after which it waits for `go_on`, or how it ended; None after so many seconds."""
         if not self._happened:
             self.look(timeout)
         return self._happened.popleft() if self._happened else None
 
     def go_on(self, *, save: bool = False) -> None:
-        """Answer a report: train on, and with `save` take a checkpoint at the end of the step."""
+        """Answer a report: continue training, and with `save` take a checkpoint at the end of the step."""
         self._workers.answer(0, "continue", save=save)
 
     def stop(self) -> Ended:
@@ -100,7 +98,7 @@ class Training:
         return self._drained()
 
     def interrupt(self) -> Ended:
-        """End it, whatever it is at, with a checkpoint from which it goes on another time."""
+        """End it in any state, with a checkpoint from which it can resume later."""
         self._workers.stop()
         return self._drained()
 

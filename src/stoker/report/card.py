@@ -1,6 +1,6 @@
-"""The model card of what a run exported: what it is, from what, how good, how to load and make it again.
+"""The model card of an export: what it is, its origin, its results, how to load and reproduce it.
 
-Markdown with the hub's metadata above it, as `README.md`; the curves as a picture beside it.
+Written as `README.md`: Markdown with the hub's metadata above it, and the curves as a picture next to it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from stoker.words import counted
 PICTURE = "curves.png"
 _EVALUATIONS = 12  # rows of the table of evaluations
 _VERSIONS = ("torch", "transformers", "peft", "tokenizers", "safetensors")
-_USES = {"validation": "for validation", "test": "for the test"}
+_USES = {"validation": "for validation", "test": "for testing"}
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _KINDS = {
     "text-generation": "A causal language model",
@@ -31,7 +31,7 @@ _KINDS = {
 }
 _RESULTS = {
     "test_perplexity": "perplexity on the test documents",
-    "base_test_perplexity": "the same before training",
+    "base_test_perplexity": "perplexity on the test documents before training",
     "val_perplexity": "perplexity on the validation documents",
     "val_loss": "validation loss",
     "test_accuracy": "accuracy on the test set",
@@ -46,34 +46,34 @@ class About:
     """What a folder of model files is."""
 
     name: str
-    """As it is loaded: the hub's id, or a folder or URL."""
+    """The name to load it by: an id on the hub, a folder or a URL."""
     kind: str
     """adapter or model."""
     step: int
-    """How long it was trained."""
+    """The number of training steps."""
     revision: str | None = None
-    """Of the hub, where it is not the newest."""
+    """The revision on the hub, if it is not the newest."""
     base: str | None = None
-    """The model that an adapter is for, or that was fine-tuned."""
+    """The base model of an adapter, or the model that was fine-tuned."""
     merged: bool = False
     """Whether adapters were merged into the weights."""
     task: str | None = None
-    """What transformers loads it for: text-generation, text-classification or image-classification."""
+    """The transformers task: text-generation, text-classification or image-classification."""
     chat: bool = False
     """Whether its tokenizer has a chat template."""
     metrics: Mapping[str, float] | None = None
-    """What was known of the weights of a checkpoint; None: they are the final ones."""
+    """The metrics known at a checkpoint; None for the final weights."""
 
 
 def write(view: RunView, folder: Path, about: About) -> None:
-    """Write `README.md` into a folder of model files, and the curves, where there are any."""
+    """Write `README.md` into a folder of model files, and the curves if there are any."""
     losses = {name: view.points[name] for name in ("loss", "val_loss") if name in view.points}
     drawn = curve_image.draw(losses, folder / PICTURE) if losses else False
     (folder / "README.md").write_text(text(view, about, picture=drawn), encoding="utf-8")
 
 
 def text(view: RunView, about: About, *, picture: bool) -> str:
-    """The card. `picture`: whether PICTURE is beside it."""
+    """The card as text. `picture`: whether PICTURE is next to it."""
     parts = [
         f"---\n{_metadata(view, about)}\n---",
         f"# {about.name.rstrip('/').rpartition('/')[2]}",
@@ -82,7 +82,7 @@ def text(view: RunView, about: About, *, picture: bool) -> str:
         _section("How to load it", _loading(about)),
         _section("Data", _data(view)),
         _section("Training", _training(view, about), _picture(picture), _evaluations(view), _config(view)),
-        _section("How to make it again", _again(view)),
+        _section("How to reproduce it", _again(view)),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -116,18 +116,18 @@ def _summary(view: RunView, about: About) -> str:
 
 
 def _results(view: RunView, about: About) -> str:
-    """Of a checkpoint what was measured by then, and when; the test is of the final weights alone."""
+    """The results with their steps; for a checkpoint, those known by then, without the final test."""
     of_these = view.newest() if about.metrics is None else about.metrics
     rows = [
         (known, facts.number(of_these[name]), _measured(view, name, about.step))
         for name, known in _RESULTS.items()
         if name in of_these
     ]
-    return _table(("measure", "value", "of step"), rows)
+    return _table(("measure", "value", "at step"), rows)
 
 
 def _measured(view: RunView, name: str, until: int) -> str:
-    """The last step, up to one, at which a metric was logged."""
+    """The last step up to `until` at which a metric was logged."""
     steps = [int(step) for step in view.points[name] if step <= until] if name in view.points else []
     return f"{max(steps):,}" if steps else ""
 
@@ -143,7 +143,7 @@ def _loading(about: About) -> str:
             'print(classify("..."))',
         ])  # fmt: skip
     if about.task != "text-generation":
-        read = 'tensors = load_file("model.safetensors")  # for model.load_state_dict'
+        read = 'tensors = load_file("model.safetensors")  # pass to model.load_state_dict'
         return _fenced("python", ["from safetensors.torch import load_file", read])
     loader = "AutoPeftModelForCausalLM" if about.kind == "adapter" else "AutoModelForCausalLM"
     package = "peft" if about.kind == "adapter" else "transformers"
@@ -172,11 +172,11 @@ def _loading(about: About) -> str:
 
 
 def _place(about: About) -> tuple[str, list[str]]:
-    """What a model is loaded by, as arguments, and a comment where it is to be brought there first."""
+    """The arguments that load a model, and a comment if it must be copied to a local folder first."""
     if "://" not in about.name:
         return f'"{about.name}"' + (f', revision="{about.revision}"' if about.revision else ""), []
     place = f"./{about.name.rstrip('/').rpartition('/')[2]}"
-    return f'"{place}"', [f"# once {about.name} was copied to {place}"]
+    return f'"{place}"', [f"# after copying {about.name} to {place}"]
 
 
 def _data(view: RunView) -> str:
@@ -194,7 +194,7 @@ def _data(view: RunView) -> str:
     for use, said in _USES.items():
         lines += [f"- {said}: {source}" for source in known.get(f"{use}_data", [])]
         own = view.tags.get(f"fingerprint.{use}_data")
-        lines += [f"- fingerprint of what is {said}: `{own}`"] if own else []
+        lines += [f"- fingerprint of the data {said}: `{own}`"] if own else []
     return "\n".join(lines)
 
 
@@ -202,7 +202,7 @@ def _training(view: RunView, about: About) -> str:
     rows = [("steps", f"{about.step:,}"), ("time", clock(view.seconds)), ("devices", facts.layout(view))]
     found = performance.throughput(view)
     if found is not None:
-        rows.append((f"{found.unit} a second", facts.number(found.median)))
+        rows.append((f"{found.unit} per second", facts.number(found.median)))
         rows.append(("model FLOPs utilisation", performance.utilisation(found)))
     return _table(("", ""), [row for row in rows if row[1]])
 
@@ -243,7 +243,7 @@ def _again(view: RunView) -> str:
     if found.code.get("remote"):
         lines.append(f"git clone {found.code['remote']}")
     if found.code.get("commit"):
-        dirty = "  # and the changes in the run's provenance/diff.patch" if found.code.get("dirty") else ""
+        dirty = "  # then apply the run's provenance/diff.patch" if found.code.get("dirty") else ""
         lines.append(f"git checkout {found.code['commit']}{dirty}")
     used = [*_VERSIONS, *(["deepspeed"] if facts.layout(view).startswith("deepspeed") else [])]
     used += ["bitsandbytes"] if view.config.get("quantisation", "none") != "none" else []
@@ -252,12 +252,12 @@ def _again(view: RunView) -> str:
     lines += [facts.command(view)] if facts.command(view) else []
     seed = view.record.get("seed")
     said = f"The seed is {seed}. " if seed is not None else ""
-    same = "with the same data, on the same hardware and with the same versions the result has the same bits."
+    same = "the same data, hardware and versions give a bit-identical result."
     return f"{said}With stoker {stoker.__version__}, {same}\n\n{_fenced('sh', lines)}"
 
 
 def _sources(view: RunView) -> list[str]:
-    """The names that the data was given by, without weights."""
+    """The names of the data sources, without weights."""
     given = str(view.config.get("data", ""))
     return [part.strip().partition(":")[0] for part in given.split(",") if part.strip()]
 

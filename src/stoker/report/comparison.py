@@ -1,4 +1,4 @@
-"""Runs side by side: config that differs, what every metric came to, and small curves."""
+"""Runs side by side: config that differs, the summary of every metric, and small curves."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ _NOTHING = "–"
 
 @dataclass(frozen=True)
 class Comparison:
-    """Some runs, what they are called, and what is to be said of all of them."""
+    """Several runs, their names, and how they compare."""
 
     names: list[str]
     views: list[RunView]
     config: dict[str, list[Any]]
-    """Config keys and params whose values differ -> the value of each run, None where it has none."""
+    """Config keys and params whose values differ -> the value of each run, None if it has no value."""
     same: int
-    """How many keys have one value in all of them."""
+    """How many keys have the same value in all runs."""
     metrics: dict[str, list[Summary | None]]
 
 
 def compare(views: Sequence[RunView]) -> Comparison:
-    """Compare runs in the order that they are given in."""
+    """Compare runs in the given order."""
     configs = [{**view.config, **view.params} for view in views]
     keys = dict.fromkeys(key for config in configs for key in config)
     values = {key: [config.get(key) for config in configs] for key in keys}
@@ -54,7 +54,7 @@ def compare(views: Sequence[RunView]) -> Comparison:
 
 
 def as_json(compared: Comparison) -> dict[str, Any]:
-    """The comparison as JSON: `config` and `metrics` by key, a value a run, in the order of `runs`."""
+    """The comparison as JSON: `config` and `metrics` by key, one value per run, in the order of `runs`."""
     return {
         "runs": [
             {"id": v.directory.id, "experiment": v.directory.experiment, "path": str(v.directory.path),
@@ -70,7 +70,7 @@ def as_json(compared: Comparison) -> dict[str, Any]:
 
 
 def print_comparison(console: Console, compared: Comparison) -> None:
-    """Print it: a column a run, config first; of each metric the last value, the best, and its curve."""
+    """Print one column per run: config first, then the last value, best value and curve of each metric."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("")
     for name in compared.names:
@@ -78,7 +78,7 @@ def print_comparison(console: Console, compared: Comparison) -> None:
     table.add_row("status", *(view.status for view in compared.views))
     table.add_row("step", *(f"{view.step:,}" for view in compared.views))
     table.add_row("time", *(clock(view.seconds) for view in compared.views))
-    _heading(table, f"config that differs ({compared.same} keys do not)")
+    _heading(table, f"config that differs ({compared.same} keys are the same)")
     for key, values in compared.config.items():
         table.add_row(plain(key), *(_NOTHING if v is None else plain(facts.text(v)) for v in values))
     _heading(table, "metrics")
@@ -90,7 +90,7 @@ def print_comparison(console: Console, compared: Comparison) -> None:
 
 
 def sparkline(series: Series, low: float, high: float, width: int = _WIDTH) -> str:
-    """A curve as bars from `low` to `high`: the mean of each stretch, a gap where nothing is finite."""
+    """A curve as bars from `low` to `high`: the mean of each stretch, a gap if no value in it is finite."""
     bars = []
     for part in np.array_split(series.y, min(width, len(series))):
         finite = part[np.isfinite(part)]
@@ -103,7 +103,7 @@ def sparkline(series: Series, low: float, high: float, width: int = _WIDTH) -> s
 
 
 def _add_metric(table: Table, compared: Comparison, name: str, found: Sequence[Summary | None]) -> None:
-    """The last and best value of each run, the best run in bold; below, the curves on one scale."""
+    """The last and best value of each run, the best run in bold; below it the curves on one scale."""
     best = _best_run(found)
     cells = []
     for index, summary in enumerate(found):
@@ -127,7 +127,7 @@ def _said(summary: Summary | None) -> str:
 
 
 def _best_run(found: Sequence[Summary | None]) -> int | None:
-    """Which run has the best best; None where that cannot be said, or all are alike."""
+    """Which run has the best value; None if that is unknown, or all are equal."""
     known = {i: s.best for i, s in enumerate(found) if s is not None and s.best is not None}
     if len(known) < 2 or len(set(known.values())) == 1 or not all(map(math.isfinite, known.values())):
         return None

@@ -1,4 +1,4 @@
-"""Curves as a picture, for where no script runs: a model card on the hub."""
+"""Curves as a picture, for pages that run no scripts, such as a model card on the hub."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from stoker.report import facts, plots
 from stoker.run.series import Series
 
 _SIZE = (900, 420)
-_SCALE = 2  # drawn larger, and made smaller: that smooths the lines
+_SCALE = 2  # drawn larger and scaled down, which smooths the lines
 _LEFT, _RIGHT, _TOP, _BOTTOM = 70, 20, 40, 45
 _COLOURS = ("#4269d0", "#ff725c", "#6cc5b0", "#efb118")
 _INK, _GRID = "#444444", "#e3e3e3"
@@ -20,10 +20,10 @@ Point = tuple[float, float]
 
 
 def draw(curves: Mapping[str, Series], file: Path) -> bool:
-    """Draw curves by step into a PNG file; False, and no file, where there is no finite point.
+    """Draw curves by step into a PNG file; returns False and writes no file if there is no finite point.
 
     Args:
-        curves: by name; each in a colour of its own.
+        curves: by name; each gets its own colour.
     """
     points = {name: _finite(series) for name, series in curves.items()}
     points = {name: found for name, found in points.items() if found}
@@ -58,7 +58,7 @@ def draw(curves: Mapping[str, Series], file: Path) -> bool:
 
 
 class _Place:
-    """Where points are on the picture."""
+    """The positions of points on the picture."""
 
     def __init__(self, points: Sequence[Point]) -> None:
         steps, values = zip(*points, strict=True)
@@ -91,7 +91,7 @@ def _finite(series: Series) -> list[Point]:
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Round numbers, about five of them, within two others."""
+    """About five round numbers between two numbers."""
     if high <= low:
         return [low]
     rough = (high - low) / 5

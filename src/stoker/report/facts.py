@@ -1,7 +1,7 @@
-"""The facts of a run that a person asks for, as both the terminal and the HTML report show them.
+"""The facts of a run that the terminal and the HTML report both show.
 
-Everything is computed from the view of the run and the files of its directory; what is not
-there is left out, so a run of any age or state of repair has facts.
+Everything is computed from the view of the run and the files in its directory. Missing parts are
+left out, so a run of any age or condition has facts.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from stoker.run.series import Summary
 from stoker.run.view import Attempt, Media, RunView
 from stoker.words import some
 
-_FOUND_OUT = "found out by the run"
+_FOUND_OUT = "determined by the run"
 _TEXT_LIMIT = 400_000  # characters of a diff that are shown; the run's directory has all of it
 
 
@@ -39,7 +39,7 @@ class Value:
 
 @dataclass(frozen=True)
 class Artifact:
-    """Something the run made: a file or a folder, with its size in bytes."""
+    """An artifact of the run: a file or a folder, with its size in bytes."""
 
     name: str
     kind: str
@@ -47,7 +47,7 @@ class Artifact:
     files: int
     bytes: int
     sums: dict[str, str]
-    """The SHA-256 of every file, by its path."""
+    """The SHA-256 of every file, by path."""
 
 
 @dataclass(frozen=True)
@@ -57,19 +57,19 @@ class Provenance:
     code: dict[str, Any]
     diff: str
     packages: str
-    """A lock that pip takes."""
+    """A lock file that pip accepts."""
     environment: dict[str, Any]
     data: dict[str, Any]
 
 
 def metrics(view: RunView) -> dict[str, Summary]:
-    """What every metric came to: `loss` and `val_loss` first, then by name."""
+    """The summary of every metric: `loss` and `val_loss` first, then by name."""
     found = view.summary()
     return {name: found[name] for name in sorted(found, key=lambda n: (n != "loss", n != "val_loss", n))}
 
 
 def logged(view: RunView, kind: str, suffix: str = "") -> dict[str, list[Media]]:
-    """What was logged of a kind, by name, each in the order of steps; `suffix`: whose file ends so."""
+    """Logged media of one kind whose file ends with `suffix`, by name, each in the order of steps."""
     found: dict[str, list[Media]] = {}
     for media in view.media:
         known = media.kind == kind and isinstance(media.name, str) and type(media.step) is int
@@ -79,19 +79,19 @@ def logged(view: RunView, kind: str, suffix: str = "") -> dict[str, list[Media]]
 
 
 def content_file(view: RunView, media: Media) -> Path | None:
-    """The file of something that was logged; None where it is gone, or said to be outside of the run."""
+    """The file of a logged medium; None if it is missing or its path leads outside the run."""
     root = view.directory.path.resolve()
     file = (root / str((media.file or {}).get("path", ""))).resolve()
     return file if file.is_relative_to(root) and file.is_file() else None
 
 
 def tables(view: RunView) -> dict[str, list[Media]]:
-    """The tables that were logged, by name, each in the order of steps."""
+    """The logged tables by name, each in the order of steps."""
     return logged(view, "table")
 
 
 def table_rows(view: RunView, table: Media) -> tuple[list[str], list[list[Any]]]:
-    """The columns and rows of a logged table; no rows where its file is gone or is no table."""
+    """The columns and rows of a logged table; no rows if its file is missing or not a table."""
     file = content_file(view, table)
     if file is not None:
         with contextlib.suppress(OSError, ValueError):
@@ -100,9 +100,9 @@ def table_rows(view: RunView, table: Media) -> tuple[list[str], list[list[Any]]]
 
 
 def config(view: RunView) -> list[Value]:
-    """Every config value with its source, those that are not defaults first.
+    """Every config value with its source, values that are not defaults first.
 
-    What the run found out about a key once it had begun stands in place of what the config said.
+    A value that the run determined after its start replaces the one given in the config.
     """
     sources = dict(view.record.get("sources", {}))
     for key, change in view.drift.items():
@@ -117,7 +117,7 @@ def config(view: RunView) -> list[Value]:
 
 
 def artifacts(view: RunView) -> list[Artifact]:
-    """What the run made, its reports apart: those are made anew at any time."""
+    """The artifacts of the run, except its reports, which can be regenerated at any time."""
     return [
         Artifact(
             name=name,
@@ -133,7 +133,7 @@ def artifacts(view: RunView) -> list[Artifact]:
 
 
 def attempt_notes(view: RunView, attempt: Attempt) -> list[str]:
-    """What is worth knowing of an attempt: its error, checkpoints passed over, changed config and code."""
+    """Notes on an attempt: its error, skipped checkpoints, changed config and code."""
     last = next((a for a in reversed(view.attempts) if a.number < attempt.number), None)
     before, code = (last.drift, last.code) if last is not None else ({}, {})
     changes = [
@@ -141,22 +141,22 @@ def attempt_notes(view: RunView, attempt: Attempt) -> list[str]:
         for key, change in attempt.drift.items()
         if before.get(key) != change
     ]
-    passed_over = [f"passed over {checkpoint}" for checkpoint in attempt.passed_over]
+    passed_over = [f"skipped {checkpoint}" for checkpoint in attempt.passed_over]
     if attempt.code != code:
-        now = f"{some(list(attempt.code))} changed" if attempt.code else "as at the run's begin again"
+        now = f"{some(list(attempt.code))} changed" if attempt.code else "back to that of the run's start"
         changes.append(f"code: {now}")
     return [*([attempt.error] if attempt.error else []), *passed_over, *changes]
 
 
 def kept_checkpoints(view: RunView) -> list[int]:
-    """The steps whose checkpoint is still there."""
+    """The steps whose checkpoint still exists."""
     folder = view.directory.checkpoints
     there = (s for s in dict.fromkeys(view.checkpoints) if manifest.folder(folder, s).is_dir())
     return [step for step in there if (manifest.folder(folder, step) / manifest.NAME).is_file()]
 
 
 def command(view: RunView) -> str:
-    """The command that started the run, to be typed again."""
+    """The command that started the run, ready to be typed again."""
     given: list[str] = [str(word) for word in view.record.get("command", [])]
     if not given:
         return ""
@@ -184,7 +184,7 @@ def code(view: RunView) -> str:
 
 
 def provenance(directory: RunDirectory) -> Provenance:
-    """What stands in the run's provenance folder. What is missing or unreadable is empty."""
+    """The contents of the run's provenance folder. Missing or unreadable parts are empty."""
     folder = directory.provenance
     return Provenance(
         code=_read_object(folder / records.CODE),
@@ -210,7 +210,7 @@ def text(value: Any) -> str:
 
 
 def _common_folder(paths: list[str]) -> str:
-    """The path of a lone file, or the folder that all of an artifact's files stand in."""
+    """The path of a single file, or the folder that contains all of an artifact's files."""
     if len(paths) == 1:
         return paths[0]
     parents = [Path(path).parts[:-1] for path in paths]
@@ -224,7 +224,7 @@ def _read_text(file: Path) -> str:
     except OSError:
         return ""
     if len(found) > _TEXT_LIMIT:
-        return f"{found[:_TEXT_LIMIT]}\n... and {len(found) - _TEXT_LIMIT:,} characters more in {file.name}"
+        return f"{found[:_TEXT_LIMIT]}\n... and {len(found) - _TEXT_LIMIT:,} more characters in {file.name}"
     return found
 
 

@@ -1,7 +1,7 @@
-"""What there is to look at in a report: images, figures and texts, the newest ones first.
+"""The media in a report: images, figures and texts, newest first.
 
-They stand in the page itself, so there is a limit to them all. Within it the newest of every
-name comes first, then the one before, until there is no room; the page says what it lacks.
+They are embedded in the page, so their total size is limited. Within the limit the newest of
+every name is included first, then the one before it, and so on; the page lists what is left out.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _NO_WEBGL = {"scattergl": "scatter", "scatterpolargl": "scatterpolar", "heatmapg
 
 @dataclass(frozen=True)
 class Item:
-    """One thing to look at: of which run (counted), how many of its name are newer, where it stands."""
+    """One medium: the index of its run, how many of the same name are newer, and its file."""
 
     run: int
     age: int
@@ -42,7 +42,7 @@ class Item:
 
 @dataclass
 class Gallery:
-    """What a page shows, by kind (image, plotly, text) and name; and what had no room."""
+    """What a page shows, by kind (image, plotly, text) and name, and what did not fit."""
 
     shown: dict[tuple[str, str], list[Item]] = field(default_factory=dict)
     left_out: list[Item] = field(default_factory=list)
@@ -69,7 +69,7 @@ def images(views: Sequence[RunView], names: Sequence[str], gallery: Gallery) -> 
 
 
 def drawn(views: Sequence[RunView], names: Sequence[str], gallery: Gallery) -> Html:
-    """Plotly figures: places for the page's script to draw in."""
+    """Plotly figures: placeholders that the page's script draws in."""
     return _shown("Figures", "plotly", views, names, gallery)
 
 
@@ -79,7 +79,7 @@ def texts(views: Sequence[RunView], names: Sequence[str], gallery: Gallery) -> H
 
 
 def left_out(views: Sequence[RunView], gallery: Gallery) -> Html:
-    """How many things there was no room for, and where they are."""
+    """How many media did not fit, and where they are."""
     if not gallery.left_out:
         return Html("")
     count = len(gallery.left_out)
@@ -90,16 +90,16 @@ def left_out(views: Sequence[RunView], gallery: Gallery) -> Html:
         if item.media.file
     }
     said = (
-        f"{count:,} earlier or larger ones of what was logged to be looked at ({size}) "
-        f"{'is' if count == 1 else 'are'} left out, to keep this page small. "
-        f"{'It stands' if count == 1 else 'They stand'} in:"
+        f"{count:,} earlier or larger logged item{'' if count == 1 else 's'} ({size}) "
+        f"{'is' if count == 1 else 'are'} left out to keep this page small. "
+        f"{'It is' if count == 1 else 'They are'} in:"
     )
     where = "\n".join(sorted(folders))
     return tag("section", tag("h2", "Left out"), tag("p", said), tag("pre", where))
 
 
 def _items(run: int, view: RunView) -> Iterator[tuple[str, Item]]:
-    """Everything to look at of a run, with the kind that it is shown as."""
+    """All media of a run, with the kind that each is shown as."""
     for kind, shown_as, suffix in (
         ("image", "image", ".png"),
         ("figure", "image", ".png"),
@@ -127,7 +127,7 @@ def _exhibit(
     names: Sequence[str],
     gallery: Gallery,
 ) -> Html:
-    """All of one name: a column for every run, and a slider where there are several steps."""
+    """All media of one name: one column per run, and a slider if there are several steps."""
     steps = sorted({item.media.step for item in items})
     columns = []
     for run in sorted({item.run for item in items}):
@@ -187,7 +187,7 @@ def _content(item: Item, kind: str, gallery: Gallery) -> Html:
             "div", class_="plot drawing", data_of="drawings", data_index=str(len(gallery.drawings) - 1)
         )
     where = (item.media.file or {}).get("path", "")
-    return tag("p", f"{where} is gone, or is not what it was logged as.", class_="error")
+    return tag("p", f"{where} is missing, or is not what was logged.", class_="error")
 
 
 def _read(item: Item) -> bytes | None:
@@ -200,11 +200,11 @@ def _read(item: Item) -> bytes | None:
 def _cut(text: str, item: Item) -> str:
     if len(text) <= _MOST_TEXT:
         return text
-    return f"{text[:_MOST_TEXT]}\n... and {len(text) - _MOST_TEXT:,} characters more in {item.file}"
+    return f"{text[:_MOST_TEXT]}\n... and {len(text) - _MOST_TEXT:,} more characters in {item.file}"
 
 
 def _drawing(content: bytes) -> Any | None:
-    """A Plotly figure without what the page's policy forbids; None where it is none."""
+    """A Plotly figure without what the page's policy forbids; None if the content is not a figure."""
     try:
         found = orjson.loads(content)
     except orjson.JSONDecodeError:
@@ -216,7 +216,7 @@ def _drawing(content: bytes) -> Any | None:
 
 
 def _tame(value: Any) -> Any:
-    """Links are text here, and nothing is drawn by WebGL programs that are compiled in the page."""
+    """Turn links into text, and replace trace types that would compile WebGL programs in the page."""
     if isinstance(value, dict):
         return {
             key: _NO_WEBGL.get(of, of) if key == "type" and isinstance(of, str) else _tame(of)

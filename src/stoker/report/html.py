@@ -1,8 +1,8 @@
 """The report: one HTML file about one or several runs, which opens anywhere without a network.
 
-Plotly's script stands in the file once, beside the figures as data. A policy in the page
-allows its own two scripts and no request at all, so even text of a run that found a way past
-the escaping could neither run nor send anything. The same runs give the same bytes.
+Plotly's script is in the file once, next to the figures as data. A content security policy allows
+only the page's own two scripts and no requests at all, so even text of a run that got past the
+escaping could neither execute nor send anything. The same runs produce the same bytes.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ Scaled = Sequence[Mapping[str, Any]]
 
 
 def write(views: Sequence[RunView], output: Path, scaled: Scaled = ()) -> Path:
-    """Write the report of one or several runs to a file, whole or not at all; returns the file.
+    """Write the report of one or several runs to a file atomically; returns the file.
 
-    Raises BadInput where the file cannot be written.
+    Raises BadInput if the file cannot be written.
     """
     assert views, "a report needs a run"
     return save(render(views, scaled), output)
 
 
 def save(page: str, output: Path) -> Path:
-    """Write a page to a file, whole or not at all; returns the file. Raises BadInput where it cannot be."""
+    """Write a page to a file atomically; returns the file. Raises BadInput if it cannot be written."""
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         storage.write_atomically(output, page.encode(errors="replace"))
     except OSError as error:
         raise BadInput(
-            f"the report cannot be written to {output}: {error.strerror}; choose another file with -o"
+            f"cannot write the report to {output}: {error.strerror}; choose another file with -o"
         ) from error
     return output
 
@@ -81,15 +81,15 @@ def render(views: Sequence[RunView], scaled: Scaled = ()) -> str:
 NOTHING_DRAWN: dict[str, Any] = {
     part: [] for part in ("runs", "curves", "performance", "machine", "histograms", "drawings")
 }
-"""What a page's script looks for."""
+"""The data that a page's script expects."""
 
 
 def document(title: str, body: Sequence[Html], data: Mapping[str, Any], descents: Any = ()) -> str:
     """A page as text.
 
     Args:
-        data: what is drawn in it, see NOTHING_DRAWN.
-        descents: when losses were reached, see `performance_section`.
+        data: what is drawn on the page, see NOTHING_DRAWN.
+        descents: when each loss was reached, see `performance_section`.
     """
     scripts = _scripts(drawn=any(data[part] for part in data if part != "runs"), body=body)
     whole = [
@@ -101,7 +101,7 @@ def document(title: str, body: Sequence[Html], data: Mapping[str, Any], descents
 
 
 def run_names(views: Sequence[RunView]) -> list[str]:
-    """What each run is called: its id, or as much of its path as tells it from the others."""
+    """The name of each run: its id, or as much of its path as distinguishes it from the others."""
     directories = [view.directory for view in views]
     ids = [d.id for d in directories]
     full = [f"{d.experiment}/{d.id}" for d in directories]
@@ -111,7 +111,7 @@ def run_names(views: Sequence[RunView]) -> list[str]:
 
 
 def _scripts(*, drawn: bool, body: Sequence[Html]) -> list[str]:
-    """Plotly where there is something to draw, and the page's own where there is something to do."""
+    """Plotly if there is something to draw, and the page's own script if there are controls."""
     if not drawn:
         return [assets.SCRIPT] if any("<input" in part for part in body) else []
     from plotly.offline import get_plotlyjs

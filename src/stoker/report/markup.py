@@ -1,4 +1,4 @@
-"""HTML from Python, escaped by construction: only what `tag` itself made passes unescaped.
+"""HTML from Python, escaped by construction: only the output of `tag` passes unescaped.
 
 Everything in a report comes from a run, and a run's names, prompts and generations are
 untrusted text. So nothing here joins strings: a text becomes HTML by being a child of a tag.
@@ -16,15 +16,15 @@ _VOID = ("input", "meta", "br", "img")
 
 
 class Html(str):
-    """Text that is HTML already, as `tag` and `join` make it."""
+    """Text that is already HTML, as returned by `tag` and `join`."""
 
     __slots__ = ()
 
 
 def tag(name: str, /, *children: str, **attributes: str) -> Html:
-    """An element: children that are no `Html` are escaped, and so is every attribute.
+    """An element: children that are not `Html` are escaped, and so is every attribute.
 
-    An underscore in an attribute's name stands for a dash; one at its end is dropped (`class_`).
+    An underscore in an attribute's name becomes a dash; a trailing one is dropped (`class_`).
     """
     given = "".join(
         f' {key.rstrip("_").replace("_", "-")}="{escape(value)}"' for key, value in attributes.items()
@@ -35,14 +35,14 @@ def tag(name: str, /, *children: str, **attributes: str) -> Html:
 
 
 def join(parts: Iterable[str]) -> Html:
-    """Parts one after the other, escaped where they are no `Html`."""
+    """Concatenated parts; parts that are not `Html` are escaped."""
     return Html("".join(part if isinstance(part, Html) else escape(part) for part in parts))
 
 
 def table(headings: Iterable[str], rows: Iterable[Iterable[str]], **attributes: str) -> Html:
-    """A table that scrolls by itself where it is wider than the page.
+    """A table that scrolls on its own if it is wider than the page.
 
-    A row is its cells; a `td` or `tr` made by `tag` is taken as it is.
+    A row is a list of cells; a `td` or `tr` made by `tag` is used unchanged.
     """
     head = tag("tr", *(tag("th", heading) for heading in headings))
     body = [tag("tr", *(_cell(cell) for cell in row)) for row in rows]
@@ -50,18 +50,18 @@ def table(headings: Iterable[str], rows: Iterable[Iterable[str]], **attributes: 
 
 
 def number(value: str) -> Html:
-    """A cell whose figures stand one under the other."""
+    """A cell whose digits line up vertically."""
     return tag("td", value, class_="number")
 
 
 def details(summary: str, *children: str, opened: bool = False) -> Html:
-    """Something that is folded away until it is asked for."""
+    """Content that is collapsed until it is opened."""
     more = {"open": ""} if opened else {}
     return tag("details", tag("summary", summary), *children, **more)
 
 
 def json_script(identity: str, value: Any) -> Html:
-    """Data for the page's script; no `<` is left in it that could end the element."""
+    """Data for the page's script, without any `<` that could end the element."""
     data = orjson.dumps(value).decode()
     for character in "<>&\u2028\u2029":
         data = data.replace(character, f"\\u{ord(character):04x}")

@@ -10,7 +10,7 @@
   const options = { responsive: true, displaylogo: false, modeBarButtons: [["toImage"]], plotlyServerURL: "" };
   const digits = (number) => number.toLocaleString("en-US");
 
-  // -- the x axis: steps, samples, or time spent, in the unit that the longest run asks for
+  // -- the x axis: steps, samples or time spent, in the unit that suits the longest run
 
   const longest = [...data.curves, ...data.performance, ...data.machine].flatMap((figure) => figure.curves)
     .reduce((most, curve) => Math.max(most, curve.t[curve.t.length - 1] || 0), 0);
@@ -32,8 +32,8 @@
 
   // -- curves
 
-  // A moving average that is weighted by how far apart the points are along x, and rid of its
-  // pull towards the start: of a curve that is thinned or logged unevenly it is the same curve.
+  // A moving average weighted by the distance between points along x, without bias towards the
+  // start: a curve that is thinned or logged unevenly gives the same smoothed curve.
   const smoothed = (x, y, weight) => {
     const scale = 1000 / ((x[x.length - 1] - x[0]) || 1);
     let [sum, count, last] = [0, 0, x[0]];
@@ -125,7 +125,7 @@
                         layout(figure, over, log), options);
   };
 
-  // -- histograms: the bars of one step, and all steps as a map
+  // -- histograms: the bars of one step, and all steps as a heat map
 
   const cumulated = (shown) => shown.counts.reduce((sums, count) => [...sums, sums[sums.length - 1] + count], [0]);
   const rebinned = (shown, low, high, bins) => {
@@ -183,7 +183,7 @@
     }, options);
   };
 
-  // -- figures that a run made with Plotly: as they are, in the colours of the page
+  // -- Plotly figures that a run logged: unchanged, in the colours of the page
 
   const themed = (given) => {
     if (given.paper_bgcolor) return given;
@@ -207,13 +207,13 @@
     return Plotly.react(plot, figure.data, { ...themed(figure.layout), margin }, options);
   };
 
-  // -- what is on the screen is drawn; the rest once it comes there
+  // -- figures are drawn once they come into view
 
   const draws = { curves: drawCurves, performance: drawCurves, machine: drawCurves, histograms: drawHistogram, drawings: drawDrawing };
   const plots = all(".plot");
   const seen = new Set();
   const fail = (plot, error) => {
-    plot.textContent = `This figure cannot be drawn: ${error.message}`;
+    plot.textContent = `Cannot draw this figure: ${error.message}`;
     plot.dataset.drawn = "failed";
     console.error(error);
   };

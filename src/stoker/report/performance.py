@@ -1,10 +1,10 @@
 """How a run used its machines: memory, throughput, where its time went, how soon a loss was reached.
 
-Everything is computed from the view of the run. A run without a Trainer says nothing of it.
+Everything is computed from the view of the run. A run without a Trainer has no such data.
 
-The time is told apart by what a Trainer notes at every checkpoint and evaluation (`spent`). Of an
-attempt that a later one did not go on from the end of, what came after the checkpoint was trained
-again, so the seconds of that part are lost whatever they were spent on.
+The time is split by what a Trainer records at every checkpoint and evaluation (`spent`). If a later
+attempt did not resume from the end of an attempt, the steps after the checkpoint were trained
+again, so the seconds of that part are lost, whatever they were spent on.
 """
 
 from __future__ import annotations
@@ -25,29 +25,29 @@ from stoker.run.view import Attempt, RunView
 TRAINING, WAITING, EVALUATING, CHECKPOINTS = "training", "waiting for data", "evaluating", "checkpoints"
 STARTING, FINISHING, AGAIN, BETWEEN = "starting", "after the loop", "lost and done again", "between attempts"
 KINDS = (TRAINING, WAITING, EVALUATING, CHECKPOINTS, STARTING, FINISHING, AGAIN, BETWEEN)
-"""What the time of a run goes to, from its first moment to its last."""
+"""How the time of a run is spent, from its first moment to its last."""
 
 MEMORY = "memory"
-"""The name of the table that `Trainer.memory` is logged as."""
+"""The name under which the table of `Trainer.memory` is logged."""
 
-_SMOOTHED = 20  # points of the training loss, of which one alone says little
-_ON_THE_WAY = (0.5, 0.25, 0.1, 0.05, 0.02)  # shares of the way down that are still to go
+_SMOOTHED = 20  # points of the training loss, because a single one says little
+_ON_THE_WAY = (0.5, 0.25, 0.1, 0.05, 0.02)  # remaining shares of the total decrease
 _MOST_STAIRS = 500
 
 
 @dataclass(frozen=True)
 class RankMemory:
-    """What one rank held, in GiB."""
+    """The memory that one rank held, in GiB."""
 
     rank: int
     kinds: dict[str, float]
-    """Weights, gradients and so on; together they are the peak."""
+    """Weights, gradients and so on; their sum is the peak."""
     peak: float
 
 
 @dataclass(frozen=True)
 class Memory:
-    """What the ranks of a run held, in GiB, and what each could have held, where that is known."""
+    """The memory that the ranks of a run held, in GiB, and the capacity of each, if known."""
 
     ranks: list[RankMemory]
     capacity: float | None
@@ -59,36 +59,36 @@ class Memory:
 
 @dataclass(frozen=True)
 class Throughput:
-    """Tokens, or samples, a second."""
+    """Tokens or samples per second."""
 
     unit: str
     median: float
     per_gpu: float
-    """The median of the rate a rank."""
+    """The median rate per rank."""
     slowest: float
     slowest_step: int
     mfu: float | None
     """The median share of the peak."""
     peak: dict[str, Any]
-    """The peak of a rank's device: `flops` a second, and the `source` of that."""
+    """The peak of a rank's device: `flops` per second, and the `source` of that number."""
 
 
 @dataclass(frozen=True)
 class Descent:
-    """When a loss first got as low: steps and the seconds spent in attempts until then, values falling."""
+    """When a loss first reached each of the decreasing values: step, and seconds spent in attempts so far."""
 
     steps: NDArray[np.int64]
     values: NDArray[np.float64]
     seconds: NDArray[np.float64]
 
     def reached(self, value: float) -> int | None:
-        """The index of the first point that is as low; None where there is none."""
+        """The index of the first point that is as low; None if there is none."""
         found = np.flatnonzero(self.values <= value)
         return int(found[0]) if len(found) else None
 
 
 def memory(view: RunView) -> Memory | None:
-    """What `Trainer.memory` said last, where it was logged as a table named `memory`."""
+    """The latest result of `Trainer.memory`, if it was logged as a table named `memory`."""
     logged = facts.tables(view).get(MEMORY, [])
     columns, rows = facts.table_rows(view, logged[-1]) if logged else ([], [])
     numbers = all(isinstance(cell, int | float) for row in rows for cell in row)
@@ -101,7 +101,7 @@ def memory(view: RunView) -> Memory | None:
 
 
 def throughput(view: RunView) -> Throughput | None:
-    """How fast the steps were, by what was logged of `Trainer.performance`."""
+    """How fast the steps were, according to what was logged from `Trainer.performance`."""
     for unit in ("tokens", "samples"):
         rate = _finite(view.points.get(f"{unit}_per_second"))
         if rate is None:
@@ -123,12 +123,12 @@ def gib(count: float) -> str:
 
 
 def of_capacity(rank: RankMemory, capacity: float | None) -> str:
-    """`62.14 GiB of 79.10 GiB`, as far as that is known."""
+    """`62.14 GiB of 79.10 GiB`, or without the capacity if it is unknown."""
     return f"{gib(rank.peak)} of {gib(capacity)}" if capacity else gib(rank.peak)
 
 
 def utilisation(found: Throughput) -> str:
-    """`41.2% of 989 TFLOP/s (data sheet of H100)`; empty where it was not logged."""
+    """`41.2% of 989 TFLOP/s (data sheet of H100)`; empty if it was not logged."""
     if found.mfu is None or not found.peak:
         return ""
     flops = found.peak["flops"] / 1e12
@@ -136,9 +136,9 @@ def utilisation(found: Throughput) -> str:
 
 
 def figures(drawn: Sequence[Figure], views: Sequence[RunView]) -> list[Figure]:
-    """Of the figures of `plots` those of performance, the rates and their shares of the peak first.
+    """The performance figures among those of `plots`, the rates and their shares of the peak first.
 
-    The rates have `levels`, the median of each run, to be drawn across: {run, y}.
+    The rates have `levels`, the median of each run, drawn as horizontal lines: {run, y}.
     """
     found = []
     for figure in drawn:
@@ -152,9 +152,9 @@ def figures(drawn: Sequence[Figure], views: Sequence[RunView]) -> list[Figure]:
 
 
 def time_spent(view: RunView) -> dict[str, float]:
-    """Seconds by kind, which add up to all between the start and the newest end.
+    """Seconds by kind, which add up to the time between the start and the latest end.
 
-    Empty as long as no Trainer has said anything of it, which it does at the first checkpoint or evaluation.
+    Empty until a Trainer has recorded its time, which it does at the first checkpoint or evaluation.
     """
     if not any(attempt.spent for attempt in view.attempts):
         return {}
@@ -167,7 +167,7 @@ def time_spent(view: RunView) -> dict[str, float]:
 
 
 def as_json(view: RunView) -> dict[str, Any]:
-    """What is known of a run: `throughput`, `memory` in GiB, and `seconds` by what they went to."""
+    """What is known about a run: `throughput`, `memory` in GiB, and `seconds` by what they were spent on."""
     rate, held = throughput(view), memory(view)
     return {
         "throughput": asdict(rate) if rate is not None else None,
@@ -177,7 +177,7 @@ def as_json(view: RunView) -> dict[str, Any]:
 
 
 def descent(view: RunView, metric: str) -> Descent | None:
-    """How a loss came down; the training loss, which differs by batch, as the mean of its last points."""
+    """How a loss decreased; the training loss, which varies by batch, as the mean of its last points."""
     series = _finite(view.points.get(metric))
     if series is None:
         return None
@@ -188,9 +188,9 @@ def descent(view: RunView, metric: str) -> Descent | None:
 
 
 def thresholds(descents: Sequence[Descent | None]) -> list[float]:
-    """Round losses on the way from where the highest run began to the lowest that one came to.
+    """Round losses between the highest start of a run and the lowest loss that a run reached.
 
-    Only those that differ in when a run reached them, from each other and from the lowest.
+    Only losses that runs reached at different times, compared with each other and with the lowest.
     """
     known = [d for d in descents if d is not None]
     if not known:
@@ -204,7 +204,7 @@ def thresholds(descents: Sequence[Descent | None]) -> list[float]:
 
 
 def _gone_back_to(later: Sequence[Attempt]) -> float:
-    """The last step of an attempt that stands, by the attempts after it."""
+    """The last step of an attempt that later attempts did not void."""
     said = (a.resumed_from if a.resumed_from is not None else 0 for a in later if _went_on(a))
     return min(said, default=math.inf)
 
@@ -214,7 +214,7 @@ def _went_on(attempt: Attempt) -> bool:
 
 
 def _of_attempt(view: RunView, attempt: Attempt, back: float) -> dict[str, float]:
-    """What the time of one attempt went to, of which what came after the step `back` is void."""
+    """How the time of one attempt was spent; everything after the step `back` is void."""
     began, end = attempt.began, _end(attempt)
     if began is None:
         return {STARTING: end - attempt.started}
@@ -241,7 +241,7 @@ def _of_attempt(view: RunView, attempt: Attempt, back: float) -> dict[str, float
 
 
 def _last_point(view: RunView, attempt: Attempt, back: float) -> float:
-    """When the last point of an attempt that says nothing of its time, and that stands, was logged."""
+    """When the last valid point was logged, for an attempt that did not record its time."""
     if attempt.spent or back == math.inf:
         return 0.0
     times = [s.time[(s.time >= attempt.started) & (s.time <= _end(attempt))] for s in view.points.values()]
@@ -253,7 +253,7 @@ def _end(attempt: Attempt) -> float:
 
 
 def _finite(series: Series | None) -> Series | None:
-    """The points that are numbers; None where there are none."""
+    """The points that are numbers; None if there are none."""
     if series is None:
         return None
     kept = np.isfinite(series.y)
@@ -265,7 +265,7 @@ def _median(series: Series) -> float:
 
 
 def _mean_of_last(values: NDArray[np.float64], count: int) -> NDArray[np.float64]:
-    """At every place the mean of the last so many values, of fewer at the start."""
+    """At every index the mean of the last so many values, of fewer at the start."""
     sums = np.concatenate([[0.0], np.cumsum(values)])
     places = np.arange(1, len(values) + 1)
     begins = np.maximum(0, places - count)
@@ -274,7 +274,7 @@ def _mean_of_last(values: NDArray[np.float64], count: int) -> NDArray[np.float64
 
 
 def _spread_by_value(values: NDArray[np.float64], lower: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Of places where values fall, no more than a page needs to find any value between by."""
+    """A thinned set of the indices where values decrease, enough for a page to look up any value between."""
     if len(lower) <= _MOST_STAIRS:
         return lower
     wanted = np.linspace(values[lower[0]], values[lower[-1]], _MOST_STAIRS)
@@ -283,6 +283,6 @@ def _spread_by_value(values: NDArray[np.float64], lower: NDArray[np.int64]) -> N
 
 
 def _rounded_up(value: float, unit: float) -> float:
-    """Up to a multiple of the power of ten that is not above `unit`."""
+    """Round up to a multiple of the largest power of ten that is not above `unit`."""
     digits = -math.floor(math.log10(unit))
     return round(math.ceil(value * 10.0**digits - 1e-9) / 10.0**digits, max(0, digits))

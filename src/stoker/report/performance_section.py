@@ -18,8 +18,8 @@ _COLORS = {
     performance.TRAINING: 2, performance.WAITING: 1, performance.EVALUATING: 0, performance.CHECKPOINTS: 3,
     performance.STARTING: 4, performance.FINISHING: 6, performance.AGAIN: 5, performance.BETWEEN: 7,
 }  # fmt: skip
-_MOST_RANKS = 8  # that are shown without being asked for
-_OF_CAPACITY = 0.25  # below that of what it could hold, a bar of memory would show nothing
+_MOST_RANKS = 8  # shown without opening the rest
+_OF_CAPACITY = 0.25  # below this share of the capacity, a memory bar would be too short to read
 _NOTHING = Html("")
 
 Descents = dict[str, list[Descent | None]]
@@ -32,12 +32,12 @@ def render(
     descents: Descents,
     scaled: Sequence[Mapping[str, Any]] = (),
 ) -> Html:
-    """The whole section; empty where no run has anything to say.
+    """The whole section; empty if no run has performance data.
 
     Args:
-        figures: those of `data["performance"]` in the page.
+        figures: the figures of `data["performance"]` in the page.
         descents: see `descents`.
-        scaled: what `stoker bench scaling` found.
+        scaled: the results of `stoker bench scaling`.
     """
     parts = [
         _time(views, names), _throughput(views, names), _figures(figures), _memory(views, names),
@@ -47,7 +47,7 @@ def render(
 
 
 def descents(views: Sequence[RunView]) -> Descents:
-    """How the losses of each run came down, for those runs that a Trainer timed; by loss."""
+    """How the losses of each run decreased, by loss, for the runs that a Trainer timed."""
     timed = [any(attempt.began is not None for attempt in view.attempts) for view in views]
     found = {
         metric: [
@@ -59,7 +59,7 @@ def descents(views: Sequence[RunView]) -> Descents:
 
 
 def as_data(found: Descents, views: Sequence[RunView]) -> dict[str, Any]:
-    """What the page's script needs to say when a typed loss was reached: by loss, for each run."""
+    """What the page's script needs to look up when a typed loss was reached: by loss, for each run."""
     return {
         metric: [
             None if d is None else
@@ -77,7 +77,7 @@ def spell(seconds: float) -> str:
 
 
 def _time(views: Sequence[RunView], names: Sequence[str]) -> Html:
-    """A bar a run of where its time went, and the seconds that add up to it."""
+    """One bar per run of where its time went, and the seconds that add up to it."""
     found = {names[i] if len(views) > 1 else "": performance.time_spent(view) for i, view in enumerate(views)}
     spent = {name: of for name, of in found.items() if of}
     if not spent:
@@ -94,7 +94,7 @@ def _time(views: Sequence[RunView], names: Sequence[str]) -> Html:
 
 
 def time_bar(spent: Mapping[str, float], name: str) -> Html:
-    """All of it; without the time between attempts where that would hide the rest (a weekend)."""
+    """All the time, without the time between attempts if that would hide the rest (a weekend)."""
     total = sum(spent.values())
     hidden = spent[performance.BETWEEN] > total / 2
     kinds = [kind for kind in spent if not (hidden and kind == performance.BETWEEN)]
@@ -115,7 +115,7 @@ def _share(seconds: float, total: float) -> Html:
 
 
 def _throughput(views: Sequence[RunView], names: Sequence[str]) -> Html:
-    """The rate of each run as a number, and what share of the peak that is."""
+    """The rate of each run as a number, and its share of the peak."""
     rows = []
     for i, view in enumerate(views):
         found = performance.throughput(view)
@@ -128,8 +128,8 @@ def _throughput(views: Sequence[RunView], names: Sequence[str]) -> Html:
             tag("td", performance.utilisation(found), class_="wide"),
             tag("td", facts.layout(view), class_="wide"),
         ])  # fmt: skip
-    headings = [*run_heading(views), "median", "of that a rank", "slowest", "model FLOPs utilisation", "on"]
-    hint = "Of the steps themselves: evaluation and checkpoints are left out."
+    headings = [*run_heading(views), "median", "per rank", "slowest", "model FLOPs utilisation", "on"]
+    hint = "Steps only, without evaluation and checkpoints."
     return (
         join([tag("h3", "Throughput"), table(headings, rows), tag("p", hint, class_="soft")])
         if rows
@@ -138,7 +138,7 @@ def _throughput(views: Sequence[RunView], names: Sequence[str]) -> Html:
 
 
 def _figures(figures: Sequence[Figure]) -> Html:
-    """The rates over the steps; what else was logged of the kind is folded away."""
+    """The rates over the steps; other logged performance metrics are collapsed."""
     first = [figure for figure in figures if figure["first"]]
     if not figures:
         return _NOTHING
@@ -149,7 +149,7 @@ def _figures(figures: Sequence[Figure]) -> Html:
 
 
 def _memory(views: Sequence[RunView], names: Sequence[str]) -> Html:
-    """A bar a rank of what it held; of many ranks those that held the most, and the others folded away."""
+    """One bar per rank of its memory; with many ranks, only the largest are shown and the rest collapsed."""
     found = {names[i] if len(views) > 1 else "": performance.memory(view) for i, view in enumerate(views)}
     known = {name: memory for name, memory in found.items() if memory is not None}
     if not known:
@@ -164,7 +164,7 @@ def _memory(views: Sequence[RunView], names: Sequence[str]) -> Html:
             part = shown if rank in fullest else hidden
             part.append(_rank_bar(rank, memory.capacity, kinds, whole, name))
     key = [tag("span", _swatch(i), kind) for i, kind in enumerate(kinds)]
-    width = f"The whole width is {performance.gib(whole)}{_meaning(known.values(), whole)}."
+    width = f"The full width is {performance.gib(whole)}{_meaning(known.values(), whole)}."
     rest = [details(f"{len(hidden)} more ranks", tag("div", *hidden, class_="bars"))] if hidden else []
     return join([
         tag("h3", "Memory of each rank, at its peak"), tag("div", *key, class_="key"),
@@ -174,14 +174,14 @@ def _memory(views: Sequence[RunView], names: Sequence[str]) -> Html:
 
 
 def _full_width(known: Sequence[Memory]) -> float:
-    """What the ranks could hold; what they held where that is a sliver of it, or it is not known."""
+    """The capacity of the ranks, or what they held if that is a small share of it or it is unknown."""
     peak = max(memory.fullest.peak for memory in known)
     capacity = max(memory.capacity or 0.0 for memory in known)
     return capacity if peak >= _OF_CAPACITY * capacity and capacity else peak or 1.0
 
 
 def _meaning(known: Iterable[Memory], whole: float) -> str:
-    return ", what a rank could hold" if any(memory.capacity == whole for memory in known) else ""
+    return ", the capacity of a rank" if any(memory.capacity == whole for memory in known) else ""
 
 
 def _rank_bar(
@@ -197,7 +197,7 @@ def _rank_bar(
 
 
 def _reached(views: Sequence[RunView], names: Sequence[str], found: Descents) -> Html:
-    """When each loss of a few was reached, and a place to ask for another one."""
+    """When each of a few losses was reached, and a field to look up another one."""
     if not found:
         return _NOTHING
     rows = [row for metric, of in found.items() for row in _moments(views, metric, of)]
@@ -205,7 +205,7 @@ def _reached(views: Sequence[RunView], names: Sequence[str], found: Descents) ->
     typed = tag("input", type="number", step="any", id="wanted", placeholder="a loss", aria_label="loss")
     asked = tag("td", tag("select", *choices, id="wanted-of", aria_label="which loss"), " ≤ ", typed)
     answers = [tag("td", "", class_="number answer", data_run=str(i)) for i in range(len(views))]
-    hint = "Time is that spent in attempts, start-up and all."
+    hint = "The time is that spent in attempts, including start-up."
     hint += " The training loss is the mean of its last 20 points." if "loss" in found else ""
     return join([
         tag("h3", "Time to reach a loss"),
@@ -215,7 +215,7 @@ def _reached(views: Sequence[RunView], names: Sequence[str], found: Descents) ->
 
 
 def _moments(views: Sequence[RunView], metric: str, of: Sequence[Descent | None]) -> list[list[Html]]:
-    """A row for each of a few losses, the lowest last."""
+    """One row for each of a few losses, the lowest last."""
     each = list(zip(views, of, strict=True))
     rows = [
         [number(f"{metric} ≤ {facts.number(value)}"), *(_when(view, d, value) for view, d in each)]
@@ -250,7 +250,7 @@ def _scaling(result: Mapping[str, Any]) -> Html:
 
 
 def _bar(name: str, parts: Iterable[tuple[int, float, str]], said: str) -> Html:
-    """A bar of coloured parts: each a colour, its share of the whole width, and what it is."""
+    """A bar of coloured parts: each has a colour, its share of the full width, and a title."""
     drawn = [
         tag("i", class_=f"swatch-{color % 8}", style=f"width: {share:.4%}", title=title)
         for color, share, title in parts

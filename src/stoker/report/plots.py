@@ -1,10 +1,10 @@
-"""The figures of a report: which curves stand together, and the points they are drawn from.
+"""The figures of a report: which curves share a figure, and the points they are drawn from.
 
 A figure holds one metric over every split it was measured on (`loss` with `val_loss`) and
-over every run. What comes out is plain JSON for the page's script; nothing is drawn here.
-A curve of more points than a screen has pixels is thinned to the lowest and the highest
-point of each stretch, so that a spike is never lost; the means of the stretches go along,
-for a smooth curve that spikes do not pull away.
+over every run. The result is plain JSON for the page's script; nothing is drawn here.
+A curve with more points than a screen has pixels is thinned to the lowest and the highest
+point of each stretch, so that no spike is lost. The means of the stretches are included too,
+for a smoothed curve that spikes do not distort.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _GPU = re.compile(r"^gpu_(\d+)_(.+)$")
 
 
 class Clock:
-    """Seconds of a run that were spent in its attempts, at a moment: what lies between them is left out."""
+    """Seconds that a run has spent in its attempts up to a moment, without the time between attempts."""
 
     def __init__(self, view: RunView) -> None:
         self._starts = np.array([attempt.started for attempt in view.attempts] or [0.0])
@@ -61,7 +61,7 @@ class Clock:
 
 
 def runs(views: Sequence[RunView], names: Sequence[str]) -> list[dict[str, Any]]:
-    """What the page's script has to know of each run: {name, samples}, the samples of a step or None."""
+    """What the page's script needs for each run: {name, samples}, the samples per step or None."""
     return [
         {"name": escape(name), "samples": view.samples_per_step}
         for view, name in zip(views, names, strict=True)
@@ -69,14 +69,14 @@ def runs(views: Sequence[RunView], names: Sequence[str]) -> list[dict[str, Any]]
 
 
 def figures(views: Sequence[RunView], names: Sequence[str]) -> list[Figure]:
-    """The figures of some runs, the loss first; `names` are what the runs are called in them.
+    """The figures of some runs, the loss first; `names` are the names of the runs in them.
 
     A figure is {title, note, legend, curves, marks: [{run, x, t, label, text, color}]}, and a
     curve {run, name, x, y, t, bad, mean, color, dash}: `t` are seconds spent, `bad` the points
-    that are not finite, `mean` what a smoothed curve is made from where the curve was thinned.
-    `color` counts runs, or curves where there is one run; `dash` counts the metrics of a run, as
-    `note` says. Several runs are told apart by a key to all figures, and need no `legend` in each.
-    A metric of which no run has two points is a number and not a curve, and is left out.
+    that are not finite, `mean` the points for the smoothed curve if the curve was thinned.
+    `color` counts runs, or curves if there is one run; `dash` counts the metrics of a run, as
+    `note` says. Several runs share one key for all figures, so no figure needs its own `legend`.
+    A metric with fewer than two points in every run is a number, not a curve, and is left out.
     """
     groups: dict[str, list[str]] = {}
     for metric in sorted({name for view in views for name in view.points}):
@@ -106,7 +106,7 @@ def figures(views: Sequence[RunView], names: Sequence[str]) -> list[Figure]:
 
 
 def machine(views: Sequence[RunView], names: Sequence[str]) -> list[Figure]:
-    """The figures of what the machines did, like those of `figures`; the GPUs of a run share one."""
+    """The figures of the machine metrics, like those of `figures`; the GPUs of a run share one figure."""
     groups: dict[str, list[str]] = {}
     for metric in sorted({name for view in views for name in view.system}):
         groups.setdefault(_GPU.sub(r"gpu_\2", metric), []).append(metric)
@@ -137,7 +137,7 @@ def machine(views: Sequence[RunView], names: Sequence[str]) -> list[Figure]:
 def histograms(views: Sequence[RunView], names: Sequence[str]) -> list[dict[str, Any]]:
     """The histograms by name and run: {title, run, all, steps: [{step, low, high, counts, bad}]}.
 
-    Where there are too many steps for a page, some in between are left out; `all` is how many there were.
+    If there are too many steps for a page, some in between are left out; `all` is the original number.
     """
     found: dict[tuple[str, int], list[Media]] = {}
     for i, view in enumerate(views):
@@ -159,7 +159,7 @@ def histograms(views: Sequence[RunView], names: Sequence[str]) -> list[dict[str,
 def thinned(y: NDArray[np.float64], most: int = MOST_POINTS) -> NDArray[np.int64]:
     """The indices of at most about `most` values: the extremes of every stretch, and both ends.
 
-    A stretch with values that are not finite keeps the first of them besides.
+    A stretch with values that are not finite also keeps the first of these.
     """
     if len(y) <= most:
         return np.arange(len(y))
@@ -173,7 +173,7 @@ def thinned(y: NDArray[np.float64], most: int = MOST_POINTS) -> NDArray[np.int64
 
 
 def _stretches(values: NDArray[Any], most: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """The values as rows of stretches of one length, filled up with NaN; and where each begins."""
+    """The values as rows of equally long stretches, padded with NaN, and the start of each."""
     length = math.ceil(len(values) / (most // 2))
     count = math.ceil(len(values) / length)
     grid = np.full(count * length, math.nan)
@@ -182,7 +182,7 @@ def _stretches(values: NDArray[Any], most: int) -> tuple[NDArray[np.float64], ND
 
 
 def _share(curves: int) -> int:
-    """How many points one of so many curves may have."""
+    """How many points each of so many curves may have."""
     return max(_LEAST_POINTS, min(MOST_POINTS, _MOST_IN_ALL // max(1, curves)))
 
 
@@ -203,7 +203,7 @@ def _curve(series: Series, clock: Clock, most: int) -> dict[str, Any]:
 
 
 def _means(series: Series, time: NDArray[np.float64], most: int) -> dict[str, Any]:
-    """The mean of every stretch's finite values, in its middle."""
+    """The mean of every stretch's finite values, placed at its middle."""
     grid, begins = _stretches(series.y, most)
     finite = np.isfinite(grid)
     count = finite.sum(axis=1)
@@ -216,7 +216,7 @@ def _means(series: Series, time: NDArray[np.float64], most: int) -> dict[str, An
 
 
 def _numbers(values: NDArray[np.float64]) -> list[float | None]:
-    """Eight significant digits are more than a curve can show; what is not finite is None."""
+    """Round to eight significant digits, more than a curve can show; values that are not finite are None."""
     return [float(f"{v:.8g}") if math.isfinite(v) else None for v in values.tolist()]
 
 
@@ -237,7 +237,7 @@ def _curves(
             curves.append({
                 **_curve(view.points[metric], clocks[i], most),
                 "run": i,
-                "name": escape(label if several else metric),  # Plotly reads tags in its texts
+                "name": escape(label if several else metric),  # Plotly interprets tags in its texts
                 "color": i if several else j,
                 "dash": j if several else 0,
             })  # fmt: skip
@@ -259,7 +259,7 @@ def _device(metric: str) -> str:
 
 
 def _marks(view: RunView, clock: Clock, name: str, index: int, *, several: bool) -> list[dict[str, Any]]:
-    """Where an attempt went on from, for a vertical line."""
+    """The point from which an attempt resumed, for a vertical line."""
     resumed = [a for a in view.attempts if a.resumed_from is not None]
     return [
         {
@@ -276,11 +276,11 @@ def _marks(view: RunView, clock: Clock, name: str, index: int, *, several: bool)
 
 def _said(attempt: Attempt) -> str:
     at = datetime.fromtimestamp(attempt.started, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-    return f"attempt {attempt.number} went on from step {attempt.resumed_from} at {at}"
+    return f"attempt {attempt.number} resumed from step {attempt.resumed_from} at {at}"
 
 
 def _is_histogram(about: Mapping[str, Any]) -> bool:
-    """Whether there are bins in it: what a journal says may be anything."""
+    """Whether it contains bins: a journal may contain anything."""
     edges, counts = about.get("edges"), about.get("counts")
     if not isinstance(edges, list) or not isinstance(counts, list) or not counts:
         return False
@@ -289,7 +289,7 @@ def _is_histogram(about: Mapping[str, Any]) -> bool:
 
 
 def _histogram(media: Media) -> dict[str, Any]:
-    """Every histogram that stoker makes has bins of one width, so its ends say where they all are."""
+    """Every histogram that stoker makes has equally wide bins, so its ends determine them all."""
     edges, counts = media.about["edges"], media.about["counts"]
     bad = media.about.get("non_finite")
     return {
@@ -302,7 +302,7 @@ def _histogram(media: Media) -> dict[str, Any]:
 
 
 def spread(found: Sequence[T], most: int) -> list[T]:
-    """At most so many of them, evenly, the last always."""
+    """At most so many of them, evenly spaced, always including the last."""
     if len(found) <= most:
         return list(found)
     if most == 1:

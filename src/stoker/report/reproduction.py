@@ -1,4 +1,4 @@
-"""A run that is made again, on a terminal: what was checked before, and what came of it."""
+"""A reproduction of a run, on a terminal: what was checked beforehand, and the result."""
 
 from __future__ import annotations
 
@@ -20,32 +20,32 @@ from stoker.reproduce.stretch import Stretch
 from stoker.run.series import measures_machine
 from stoker.words import counted, some
 
-_MOST = 8  # of a kind that are named
+_MOST = 8  # named differences per kind
 _KINDS = {"python": "python", "package": "packages", "machine": "machine", "variable": "variables"}
 
 
 @dataclass(frozen=True)
 class Checked:
-    """What is known before a run is made again."""
+    """What is known before a run is reproduced."""
 
     of: str
     name: str
     part: Stretch
     code: Code
     changed_since: tuple[str, ...]
-    """Files of the code that are others now where they were taken from."""
+    """Code files that have changed since at the place they were recorded from."""
     lacking: tuple[str, ...]
-    """Files that the record left out, and that are not there any more as they were."""
+    """Files that the record left out and that are missing or changed now."""
     data: tuple[Input, ...]
     packages: int
-    """In the run's lock."""
+    """The number of packages in the run's lock file."""
     variables: Mapping[str, str]
-    """Set as the run had them."""
+    """Environment variables that are set as recorded."""
     differences: tuple[Difference, ...]
     doubts: tuple[str, ...]
-    """Why else equal bits cannot be promised."""
+    """Other reasons why bit-identity cannot be promised."""
     environment: str
-    """The interpreter of the environment that was built; empty where it is this one."""
+    """The interpreter of the environment that was built; empty if it is the current one."""
 
 
 @dataclass(frozen=True)
@@ -58,19 +58,19 @@ class Weights:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of it."""
+    """The result of a reproduction."""
 
     checked: Checked
     path: str
-    """The directory of the run that was made."""
+    """The directory of the new run."""
     compared: Compared
     weights: Weights
     config: Mapping[str, tuple[Any, Any]]
-    """Keys that were given anew: recorded, given."""
+    """Keys that were overridden: recorded value, given value."""
     fingerprints: Mapping[str, tuple[str | None, str | None]]
-    """What the runs say that they depend on, where it differs: data, models."""
+    """Differing dependencies of the two runs: data, models."""
     failures: tuple[str, str] | None = None
-    """What each ended with, where both failed past all that is compared."""
+    """How each run ended, if both failed after everything that is compared."""
 
     @property
     def identical(self) -> bool:
@@ -78,7 +78,7 @@ class Outcome:
 
 
 def print_checked(console: Console, checked: Checked) -> None:
-    """Print what was found before anything is trained."""
+    """Print the findings before anything is trained."""
     console.print(Text.assemble((checked.of, "bold"), " again, as ", (checked.name, "bold")))
     _pair(console, "code", _code(checked))
     for one in checked.data:
@@ -99,10 +99,10 @@ def print_checked(console: Console, checked: Checked) -> None:
 
 
 def print_outcome(console: Console, outcome: Outcome, options: str = "") -> None:
-    """Print whether it came to the same, or else where and how far it went another way.
+    """Print whether the result is the same, or else where and by how much it diverges.
 
     Args:
-        options: what the command that comes next needs to find the runs, with a space before it.
+        options: options with which the suggested next command finds the runs, with a leading space.
     """
     compared, weights = outcome.compared, outcome.weights
     console.print()
@@ -111,15 +111,15 @@ def print_outcome(console: Console, outcome: Outcome, options: str = "") -> None
         print_whole(console, _drifts(compared.drifts))
     elif compared.metrics:
         _pair(console, "compared", some(compared.metrics))
-    _pair(console, "weights", f"the same bits: {some(weights.same)}" if weights.same else "")
-    _pair(console, "weights", f"other bits: {some(weights.other)}" if weights.other else "", "red")
+    _pair(console, "weights", f"bit-identical: {some(weights.same)}" if weights.same else "")
+    _pair(console, "weights", f"different: {some(weights.other)}" if weights.other else "", "red")
     of_machine = [name for name in compared.left_out if measures_machine(name)]
     asked = [name for name in compared.left_out if name not in of_machine]
-    _pair(console, "left out", f"{some(of_machine)}: of the machine" if of_machine else "")
-    _pair(console, "left out", f"{some(asked)}: by --ignore" if asked else "")
+    _pair(console, "left out", f"{some(of_machine)}: depends on the machine" if of_machine else "")
+    _pair(console, "left out", f"{some(asked)}: excluded with --ignore" if asked else "")
     if outcome.failures is not None:
         then, again = outcome.failures
-        said = f"as it did: {again}" if then == again else f"by {again}; it did by {then}"
+        said = f"as before: {again}" if then == again else f"with {again}; before with {then}"
         _pair(console, "failed", said, "yellow")
     for key, (was, is_) in outcome.config.items():
         _pair(console, "config", f"{key}: {facts.text(was)} → {facts.text(is_)}", "yellow")
@@ -127,14 +127,14 @@ def print_outcome(console: Console, outcome: Outcome, options: str = "") -> None
         _pair(console, "content", f"{name}: {before or 'none'} → {now or 'none'}", "yellow")
     if not outcome.identical:
         for why in causes(outcome):
-            _pair(console, "differs too", why, "yellow")
+            _pair(console, "also differs", why, "yellow")
     _pair(console, "run", outcome.path)
     following = f"next: stoker diff {outcome.checked.of} {outcome.checked.name}{options}"
     console.print(Text(following, "dim"), soft_wrap=True)
 
 
 def doubts(checked: Checked) -> list[str]:
-    """Why equal bits cannot be promised, a line each."""
+    """The reasons why bit-identity cannot be promised, one line each."""
     by_reason: dict[str, list[str]] = {}
     for difference in checked.differences:
         if difference.matters:
@@ -143,7 +143,7 @@ def doubts(checked: Checked) -> list[str]:
 
 
 def causes(outcome: Outcome) -> list[str]:
-    """What else differs between the two, and may be why."""
+    """Other differences between the two runs, which may be the cause."""
     found = [
         f"{d.name}: {d.before or 'none'} → {d.now or 'none'}"
         for d in _ranked(outcome.checked.differences)[:_MOST]
@@ -152,12 +152,12 @@ def causes(outcome: Outcome) -> list[str]:
     if found or outcome.config or outcome.fingerprints:
         return found
     return [
-        "nothing that was recorded: does it read the clock, the network, files that its config does not name?"
+        "no recorded difference: does it read the clock, the network, or files that its config does not name?"
     ]
 
 
 def as_json(outcome: Outcome) -> dict[str, Any]:
-    """All of it by name."""
+    """The result as a dictionary."""
     checked = outcome.checked
     return {
         "identical": outcome.identical, "run": checked.of, "again": checked.name, "path": outcome.path,
@@ -174,7 +174,7 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
 
 
 def drift_rows(drifts: Iterable[Drift]) -> list[tuple[str, ...]]:
-    """What a table says of metrics that differ: the first step, both values, and the largest distance."""
+    """Table rows for metrics that differ: the first step, both values, and the largest distance."""
     return [
         (
             drift.metric, f"{drift.first_step:,}", exact(drift.before), exact(drift.now),
@@ -186,12 +186,12 @@ def drift_rows(drifts: Iterable[Drift]) -> list[tuple[str, ...]]:
 
 
 def exact(value: float | None) -> str:
-    """A value so that no other one is written like it."""
+    """A value, written so that no other value looks the same."""
     return "–" if value is None else repr(value)
 
 
 def step(number: int | None) -> str:
-    """A step, where there is one."""
+    """A step, or empty if there is none."""
     return "" if number is None else f"{number:,}"
 
 
@@ -213,7 +213,7 @@ def _verdict(outcome: Outcome) -> Text:
     if outcome.identical:
         return Text(f"bit-identical over {counted(compared.steps, 'step')}", "bold green")
     if not compared.steps:
-        return Text("nothing to compare: no metric that is computed was logged at these steps", "bold yellow")
+        return Text("nothing to compare: no computed metric was logged at these steps", "bold yellow")
     if not compared.drifts:
         return Text(
             f"the metrics are bit-identical over {counted(compared.steps, 'step')}, the weights are not",
@@ -235,7 +235,7 @@ def _drifts(drifts: Sequence[Drift]) -> Table:
 def _code(checked: Checked) -> str:
     code = checked.code
     if not code.files:
-        return "none of its own is recorded: it runs what is installed"
+        return "no code was recorded: the installed code runs"
     commit = (
         f"commit {code.commit[:12]}{', with uncommitted changes' if code.dirty else ''}, "
         if code.commit
@@ -243,9 +243,9 @@ def _code(checked: Checked) -> str:
     )
     said = f"{commit}{counted(len(code.files), 'file')} as recorded"
     if checked.changed_since:
-        said += f"; changed since where they were: {some(checked.changed_since)}"
+        said += f"; changed since at their origin: {some(checked.changed_since)}"
     if checked.lacking:
-        said += f"; left out of the record, and not there any more as they were: {some(checked.lacking)}"
+        said += f"; not recorded, and missing or changed now: {some(checked.lacking)}"
     return said
 
 
@@ -260,7 +260,7 @@ def _print_differences(console: Console, label: str, found: Sequence[Difference]
         said = f"{difference.name}: {difference.before or 'none'} → {difference.now or 'none'}"
         _pair(console, label, said, "yellow" if difference.matters else "")
     if len(found) > _MOST:
-        _pair(console, label, f"and {len(found) - _MOST} more; `stoker diff` names them")
+        _pair(console, label, f"and {len(found) - _MOST} more; `stoker diff` lists them")
 
 
 def _ranked(found: Iterable[Difference]) -> list[Difference]:

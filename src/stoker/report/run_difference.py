@@ -1,7 +1,7 @@
-"""What differs between two runs: config, code, packages, data, machine, and what came of it.
+"""What differs between two runs: config, code, packages, data, machine, and results.
 
-What is the same is named in one line. A run that has no record of something says so: nothing is taken for
-equal that is not known.
+What is the same is named in one line. If a run has no record of something, the output says so: nothing
+unknown is assumed to be equal.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ _STYLES = {"+": "green", "-": "red", "@": "cyan"}
 
 @dataclass(frozen=True)
 class RunDifference:
-    """Two runs, and what differs."""
+    """Two runs and their differences."""
 
     names: tuple[str, str]
     views: tuple[RunView, RunView]
     config: Mapping[str, tuple[Any, Any]]
     same_config: int
-    """Keys that have one value in both."""
+    """The number of config keys with the same value in both runs."""
     code: CodeChanges
     environment: tuple[Difference, ...]
-    """Packages too."""
+    """Differences of the environment, including packages."""
     data: Mapping[str, tuple[str | None, str | None]]
     same_data: int
     curves: Compared
@@ -66,7 +66,7 @@ def compare(before: RunView, now: RunView) -> RunDifference:
 
 
 def as_json(found: RunDifference) -> dict[str, Any]:
-    """All of it by name; of the code the lines of each file that differs."""
+    """The differences as a dictionary, with the differing lines of each code file."""
     return {
         "runs": list(found.names),
         "config": dict(found.config),
@@ -83,7 +83,7 @@ def as_json(found: RunDifference) -> dict[str, Any]:
 
 
 def print_difference(console: Console, found: RunDifference) -> None:
-    """Print what differs, a section each, and in one line what does not."""
+    """Print what differs, one section per kind, and what does not in one line."""
     if not console.is_terminal:
         console.width = 10_000
     console.print(Text.assemble(("a ", "dim"), (found.names[0], "bold")))
@@ -113,16 +113,17 @@ def print_difference(console: Console, found: RunDifference) -> None:
 
 
 def _edited(view: RunView) -> list[str]:
-    """Of a run that went on with other code than is recorded: that it did."""
+    """A note on a run that resumed with different code than recorded."""
     attempt = next((attempt for attempt in view.attempts if attempt.code), None)
     if attempt is None:
         return []
     files = some(list(attempt.code))
-    return [f"code: {view.directory.id} went on with another at attempt {attempt.number}: {files} changed"]
+    said = f"resumed with different code in attempt {attempt.number}: {files} changed"
+    return [f"code: {view.directory.id} {said}"]
 
 
 def _environment(before: RunView, now: RunView) -> tuple[list[Difference], list[str]]:
-    """What differs in packages, interpreter, machine and variables, and which run has no record of them."""
+    """Differences in packages, interpreter, machine and variables, and which run has no record of them."""
     locks = [_text(view, provenance.REQUIREMENTS) for view in (before, now)]
     records = [
         storage.read_json(view.directory.provenance / provenance.ENVIRONMENT) for view in (before, now)
@@ -157,7 +158,7 @@ def _said(change: Change) -> str:
     counts = f", +{change.added} -{change.removed}" if change.lines else ""
     if change.how == "renamed":
         return f"{change.was} renamed to {change.path}"
-    binary = ", no text" if change.how in ("changed", "added", "removed") and not change.lines else ""
+    binary = ", not text" if change.how in ("changed", "added", "removed") and not change.lines else ""
     return f"{change.path} {change.how}{counts}{binary}"
 
 
@@ -196,7 +197,7 @@ def _same(found: RunDifference) -> str:
         said.append("data")
     equal = [name for name in found.curves.metrics if name not in {d.metric for d in found.curves.drifts}]
     if equal:
-        said.append(f"to the last bit {', '.join(equal)} over {counted(found.curves.steps, 'step')}")
+        said.append(f"bit-identical {', '.join(equal)} over {counted(found.curves.steps, 'step')}")
     return ", ".join(said)
 
 

@@ -1,4 +1,4 @@
-"""The report of a scaling benchmark: a page that opens offline, its rows as JSON, and what limits it."""
+"""The report of a scaling benchmark: a page that opens offline, its rows as JSON, and the bottlenecks."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ _MUCH = 0.1  # of a step
 
 
 def cause(row: Mapping[str, Any]) -> str:
-    """What limits a row whose efficiency is poor, in words; empty where it is not."""
+    """What limits a row with poor efficiency, in words; empty if the efficiency is good."""
     if row["ranks"] == 1 or row["efficiency"] >= _POOR:
         return ""
     parts = {
-        "waiting for data (give it more workers)": row["waiting"],
+        "waiting for data (use more workers)": row["waiting"],
         "communication (larger batches need less of it)": row["communication"],
     }
     worst = max(parts, key=lambda name: parts[name])
     if parts[worst] >= _MUCH:
         return worst
     if row["scaling"] == "strong":
-        return "a rank's share of the batch, too small to fill it (give a larger batch_size)"
+        return "a rank's share of the batch is too small (use a larger batch_size)"
     return "ranks competing for cores or memory bandwidth"
 
 
 def headings(rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
-    """What stands above `cells`; short, so that a table of them fits 80 columns."""
+    """The headings of `cells`; short, so that the table fits 80 columns."""
     unit = rows[0]["unit"].removesuffix("ples")
     return ("scaling", "ranks", "batch", f"{unit}/s", "from – to", "eff.", "MiB/rank", "waits", "comm.")
 
 
 def cells(row: Mapping[str, Any]) -> list[str]:
-    """A row as texts, under `headings`; the memory is that of the rank that took the most."""
+    """A row as texts, matching `headings`; the memory is that of the rank that used the most."""
     return [
         row["scaling"], str(row["ranks"]), str(row["batch_size"]), f"{row['rate']:,.0f}",
         f"{min(row['rates']):,.0f} – {max(row['rates']):,.0f}", f"{row['efficiency']:.0%}",
@@ -51,7 +51,7 @@ def cells(row: Mapping[str, Any]) -> list[str]:
 
 
 NAME = "scaling.json"
-"""What the rows are called that stand beside the runs of a recipe."""
+"""The name of the file with the rows, next to the runs of a recipe."""
 
 _ROW = {
     "scaling", "ranks", "batch_size", "unit", "rate", "rates", "efficiency", "peak_bytes", "waiting",
@@ -61,27 +61,27 @@ _RESULT = {"recipe", "machine", "torch", "stoker", "cores_per_rank", "steps", "r
 
 
 def load(file: Path) -> dict[str, Any]:
-    """What `write` wrote as JSON, or beside a page. Raises BadInput where it is not that."""
+    """Load the JSON that `write` wrote, given itself or its page. Raises BadInput if it is anything else."""
     file = file.with_suffix(".json") if file.suffix == ".html" else file
     try:
         found = orjson.loads(file.read_bytes())
         whole = found.keys() >= _RESULT and all(row.keys() >= _ROW for row in found["rows"])
     except OSError as error:
         raise BadInput(
-            f"{file} cannot be read: {error.strerror}; give what `stoker bench scaling` wrote"
+            f"{file} cannot be read: {error.strerror}; give a file that `stoker bench scaling` wrote"
         ) from error
     except (orjson.JSONDecodeError, AttributeError, TypeError):
         whole = False
     if not whole or not found["rows"]:
-        raise BadInput(f"{file} is not what `stoker bench scaling` writes: measure anew, or remove it")
+        raise BadInput(f"{file} is not a result of `stoker bench scaling`: measure again, or remove the file")
     return dict(found)
 
 
 def measured(views: Sequence[RunView]) -> list[dict[str, Any]]:
-    """What was measured of the runs' recipes, as far as it stands beside them.
+    """The scaling results of the runs' recipes that are stored next to the runs.
 
-    That is in the folder of their experiment, or of the one named after the recipe. Raises
-    BadInput where such a file cannot be read.
+    They are in the folder of the runs' experiment, or of the experiment named after the recipe.
+    Raises BadInput if such a file cannot be read.
     """
     recipes = {(view.record.get("recipe") or {}).get("name") for view in views}
     folders = [folder for view in views for folder in _folders(view)]
@@ -96,9 +96,9 @@ def _folders(view: RunView) -> list[Path]:
 
 
 def check(output: Path) -> None:
-    """Raises BadInput where a report could not be written there, before there is one."""
+    """Check beforehand that a report can be written there. Raises BadInput if not."""
     if output.suffix == ".json":
-        raise BadInput(f"-o {output}: that is where the rows go; name the page, such as {output.stem}.html")
+        raise BadInput(f"-o {output}: the rows are written there; name the page, such as {output.stem}.html")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=output.parent):
@@ -108,7 +108,7 @@ def check(output: Path) -> None:
 
 
 def write(result: Mapping[str, Any], output: Path) -> Path:
-    """Write the page, and all that was measured as JSON beside it; returns the latter. Raises BadInput."""
+    """Write the page, and all measurements as JSON next to it; returns the JSON file. Raises BadInput."""
     file = output.with_suffix(".json")
     try:
         storage.write_atomically(output, render(result).encode())
@@ -136,14 +136,14 @@ def render(result: Mapping[str, Any]) -> str:
 
 
 def section(result: Mapping[str, Any]) -> Html:
-    """The rows, with a bar for each efficiency, and what was measured on what."""
+    """The rows, with a bar for each efficiency, and the machine and software they were measured on."""
     rows = result["rows"]
     machine = result["machine"]
     device = ", ".join(machine["gpus"]) or machine["processor"]
     ways = ", ".join(f"{r['parallel']} on {r['ranks']}" for r in rows if r["scaling"] == "strong")
     facts = {
         "machine": f"{device}, {machine['cores']} cores, {machine['memory_bytes'] / 2**30:.0f} GiB, "
-        f"{result['cores_per_rank']} cores a rank",
+        f"{result['cores_per_rank']} cores per rank",
         "software": f"torch {result['torch']}, stoker {result['stoker']}, {machine['system']}",
         "parallelism": ways,
         "precision": ", ".join(dict.fromkeys(str(row["precision"]) for row in rows)),
@@ -152,9 +152,9 @@ def section(result: Mapping[str, Any]) -> Html:
     return join([
         tag(
             "p",
-            "Strong scaling keeps the global batch, weak scaling a rank's share of it. Efficiency is the "
-            "rate over that of the fewest ranks times the ranks. Communication counts what ran beside "
-            "computation as well.",
+            "Strong scaling keeps the global batch constant, weak scaling the batch per rank. Efficiency is "
+            "the rate per rank relative to that of the fewest ranks. Communication includes the part that "
+            "overlaps with computation.",
         ),
         table((*headings(rows), "", "what limits it"), (_row(row) for row in rows)),
         table((), ([tag("td", key, class_="name"), value] for key, value in facts.items())),

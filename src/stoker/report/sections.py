@@ -1,6 +1,6 @@
-"""The parts of a report's page, each a function of the runs and of what they are called.
+"""The sections of a report page, each a function of the runs and their names.
 
-A section that has nothing to say is empty. Times are in UTC: a report is read elsewhere.
+A section without content is empty. Times are in UTC, because a report is read in other time zones.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from stoker.run.view import Media, RunView
 from stoker.words import counted
 
 _TILES = 7
-_MANY_FIGURES = 8  # from there on one wants to look for one by name
-_MOST_ROWS = 500  # of a logged table, and of all its earlier versions
+_MANY_FIGURES = 8  # from this many on, the page offers a search by name
+_MOST_ROWS = 500  # of a logged table, and of all its earlier versions together
 _MOST_DAMAGE = 200
 _NOTHING = Html("")
 
 
 def header(views: Sequence[RunView], names: Sequence[str]) -> Html:
-    """What the page is about: one run with its key numbers, or a table of several."""
+    """What the page is about: one run with its key numbers, or a table of several runs."""
     if len(views) > 1:
         experiments = ", ".join(dict.fromkeys(view.directory.experiment for view in views))
         title = tag("h1", f"{len(views)} runs of {experiments}")
@@ -45,14 +45,14 @@ def header(views: Sequence[RunView], names: Sequence[str]) -> Html:
 
 
 def curves(figures: Sequence[Figure], views: Sequence[RunView], names: Sequence[str]) -> Html:
-    """A place for every figure, for the page's script to draw in, and what they are all drawn by."""
+    """A placeholder for every figure, which the page's script draws, and the controls for all of them."""
     if not figures:
         return _NOTHING
     marked = any(figure["marks"] for figure in figures)
     hint = "Drag to zoom in, double-click to zoom out."
-    hint += " Dotted uprights: an attempt went on from a checkpoint there." if marked else ""
+    hint += " Dotted vertical lines: an attempt resumed from a checkpoint there." if marked else ""
     if any(curve["bad"] for figure in figures for curve in figure["curves"]):
-        hint += " Crosses and triangles at the edge: a value that is NaN or infinite."
+        hint += " Crosses and triangles at the edge: a value is NaN or infinite."
     key = [tag("span", _swatch(i), name) for i, name in enumerate(names)] if len(names) > 1 else []
     known = all(view.samples_per_step is not None for view in views if view.points)
     bar = [
@@ -68,15 +68,15 @@ def curves(figures: Sequence[Figure], views: Sequence[RunView], names: Sequence[
 
 
 def machine(figures: Sequence[Figure]) -> Html:
-    """What the machines did, over time; folded away."""
+    """What the machines did over time; collapsed."""
     if not figures:
         return _NOTHING
     places = tag("div", *places_of(figures, "machine"), class_="figures")
-    return section("Machine", details(f"{len(figures)} curves of what the machine did", places))
+    return section("Machine", details(f"{len(figures)} machine curves", places))
 
 
 def histograms(found: Sequence[dict[str, Any]], names: Sequence[str]) -> Html:
-    """A place for every histogram, with a slider over its steps."""
+    """A placeholder for every histogram, with a slider over its steps."""
     places = [
         tag(
             "div",
@@ -91,7 +91,7 @@ def histograms(found: Sequence[dict[str, Any]], names: Sequence[str]) -> Html:
 
 
 def metrics(views: Sequence[RunView], names: Sequence[str]) -> Html:
-    """The newest and the best value of every metric."""
+    """The latest and the best value of every metric."""
     headings = [
         "metric",
         *run_heading(views),
@@ -112,7 +112,7 @@ def metrics(views: Sequence[RunView], names: Sequence[str]) -> Html:
 
 
 def tables(views: Sequence[RunView], names: Sequence[str]) -> Html:
-    """The tables that were logged: the newest of each name, with the earlier ones folded away."""
+    """The logged tables: the latest of each name, with the earlier ones collapsed."""
     parts: list[Html] = []
     for view, name in zip(views, names, strict=True):
         for title, logged in facts.tables(view).items():
@@ -128,7 +128,7 @@ def tables(views: Sequence[RunView], names: Sequence[str]) -> Html:
 
 
 def config(views: Sequence[RunView], names: Sequence[str]) -> Html:
-    """The configs side by side with the source of each value; what differs, or was set, first."""
+    """The configs side by side with the source of each value; values that differ or were set come first."""
     found = [{value.key: value for value in facts.config(view)} for view in views]
     keys = dict.fromkeys(key for values in found for key in values)
     if not keys:
@@ -146,7 +146,7 @@ def config(views: Sequence[RunView], names: Sequence[str]) -> Html:
         for key in sorted(keys, key=lambda key: key not in marked)
     ]  # fmt: skip
     headings = [tag("th", heading) for heading in ("key", *(names if several else ["value"]))]
-    hint = "Marked: differs between the runs." if several else "Marked: not the default."
+    hint = "Highlighted: differs between the runs." if several else "Highlighted: not the default."
     whole = tag("table", tag("thead", tag("tr", *headings)), tag("tbody", *rows))
     return section("Config", tag("p", hint, class_="soft"), tag("div", whole, class_="scroll"))
 
@@ -172,7 +172,7 @@ def attempts(views: Sequence[RunView], names: Sequence[str]) -> Html:
 
 
 def said(views: Sequence[RunView], names: Sequence[str]) -> Html:
-    """What the runs said of themselves: params, tags, notes."""
+    """Params, tags and notes of the runs."""
     parts: list[Html] = []
     for title, found in (("param", [v.params for v in views]), ("tag", [v.tags for v in views])):
         keys = sorted({key for values in found for key in values})
@@ -193,7 +193,7 @@ def said(views: Sequence[RunView], names: Sequence[str]) -> Html:
 
 
 def artifacts(views: Sequence[RunView], names: Sequence[str]) -> Html:
-    """What the runs made, with checksums, and where it came from and went to."""
+    """The artifacts of the runs, with checksums, and the runs that made or use them."""
     headings = [*run_heading(views), "artifact", "kind", "where", "files", "size", "SHA-256", "used by"]
     rows = [
         [*run_cell(views, names, i), tag("td", a.name, class_="name"), a.kind,
@@ -217,7 +217,7 @@ def artifacts(views: Sequence[RunView], names: Sequence[str]) -> Html:
 
 
 def damage(views: Sequence[RunView], names: Sequence[str]) -> Html:
-    """The lines of the journals that could not be read."""
+    """The journal lines that could not be read."""
     found = [(i, damaged) for i, view in enumerate(views) for damaged in view.damage]
     rows = [
         [*run_cell(views, names, i), tag("td", tag("code", damaged.file)), number(f"{damaged.line:,}"),
@@ -251,7 +251,7 @@ ALL = (tables, config, said, attempts, artifacts)
 
 
 def footer(views: Sequence[RunView]) -> Html:
-    """What made the page, and from where."""
+    """What generated the page, and from which runs."""
     where = ", ".join(str(view.directory.path) for view in views)
     return tag("footer", f"stoker {stoker.__version__} · {where}")
 
@@ -262,7 +262,7 @@ def when(seconds: float) -> str:
 
 
 def section(title: str, *children: str) -> Html:
-    """A part of the page under a heading."""
+    """A section of the page under a heading."""
     return tag("section", tag("h2", title), *children)
 
 
@@ -340,7 +340,7 @@ def _numbers(metric: Summary) -> list[Html]:
 
 
 def _controls(samples: bool, *, search: bool) -> list[Html]:
-    """What all curves are drawn by: smoothing, the x axis, and which figures are looked for."""
+    """The controls for all curves: smoothing, the x axis, and a search for figures."""
     choices = ["step", *(["samples"] if samples else []), "time"]
     options = [tag("option", choice, value=choice) for choice in choices]
     slider = tag("input", type="range", id="smoothing", min="0", max="0.99", step="0.01", value="0")
@@ -353,7 +353,7 @@ def _controls(samples: bool, *, search: bool) -> list[Html]:
 
 
 def places_of(figures: Sequence[Figure], of: str, begin: int = 0) -> list[Html]:
-    """Where the page's script draws figures, which are those of `data[of]` from `begin` on."""
+    """Placeholders in which the page's script draws the figures of `data[of]` from `begin` on."""
     return [
         tag(
             "div",
@@ -381,7 +381,7 @@ def _histogram_slider(shown: dict[str, Any]) -> list[Html]:
 
 
 def _sums(sums: dict[str, str]) -> Html:
-    """A checksum, or those of many files folded away."""
+    """A checksum, or the checksums of many files, collapsed."""
     if len(sums) == 1:
         return tag("code", next(iter(sums.values())), class_="sum")
     listed = "\n".join(f"{value}  {path}" for path, value in sums.items())
@@ -405,12 +405,12 @@ def _log_switch() -> Html:
 
 
 def run_heading(views: Sequence[RunView]) -> list[str]:
-    """What stands above `run_cell`."""
+    """The heading of `run_cell`."""
     return ["run"] if len(views) > 1 else []
 
 
 def run_cell(views: Sequence[RunView], names: Sequence[str], index: int) -> list[Html]:
-    """Which run a row is of, where there are several."""
+    """Which run a row belongs to, if there are several."""
     return [_named(names[index], index)] if len(views) > 1 else []
 
 
@@ -428,13 +428,13 @@ def _shown(value: Value | None) -> str:
 
 def _config_cell(value: Value | None) -> Html:
     if value is None:
-        return tag("td", tag("span", "not there", class_="source"))
+        return tag("td", tag("span", "missing", class_="source"))
     source = "" if value.is_default else value.source
     return tag("td", tag("code", _shown(value)), tag("span", source, class_="source"))
 
 
 def _logged(view: RunView, logged: Sequence[Media], with_step: bool) -> Html:
-    """The rows of tables, the first given first, as many as a page has room for."""
+    """The rows of tables in the given order, up to the limit of a page."""
     columns: list[str] = []
     shown: list[list[str]] = []
     more = 0
@@ -472,6 +472,6 @@ def _provenance_rows(view: RunView, found: facts.Provenance) -> list[list[str]]:
 
 
 def _data(about: dict[str, Any]) -> str:
-    """A dataset, in words: where it was, how much of it there is, its fingerprint."""
+    """A dataset in words: its path, its size and its fingerprint."""
     size = f", {counted(about['files'], 'file')}, {words.size(about['bytes'])}" if about.get("bytes") else ""
     return f"{about.get('path')}{size}, {about.get('fingerprint')}"

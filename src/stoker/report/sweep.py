@@ -1,4 +1,4 @@
-"""The report of a search: one HTML file that opens offline, with what Optuna draws of a study."""
+"""The report of a search: one HTML file that opens offline, with Optuna's plots of the study."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ _STATES = {
     "WAITING": "waiting",
 }  # fmt: skip
 _MOST_ERRORS = 20
-_EARLIER = "earlier"  # the attribute of trials of another search, of which the sampler learnt
+_EARLIER = "earlier"  # the attribute of trials from another search that the sampler learnt from
 _UNITS = {"percent": "% of the data"}
 _DRAWABLE = 3  # objectives of a Pareto front
 
 
 def write(study: Study, record: Mapping[str, Any], name: str, output: Path) -> Path:
-    """Write the report of a search to a file, whole or not at all; returns the file.
+    """Write the report of a search to a file atomically; returns the file.
 
     Args:
-        study: as Optuna has it.
-        record: what the search was begun with, as `sweep.json` has it.
-        name: of the search.
+        study: the Optuna study.
+        record: the settings of the search, from `sweep.json`.
+        name: the name of the search.
 
-    Raises BadInput where the file cannot be written, or no trial was begun.
+    Raises BadInput if the file cannot be written, or no trial has started.
     """
     if not study.trials:
-        raise BadInput(f"no trial of {name} was begun yet")
+        raise BadInput(f"no trial of {name} has started yet")
     return html.save(render(study, record, name), output)
 
 
@@ -69,7 +69,7 @@ def _header(study: Study, record: Mapping[str, Any], name: str) -> Html:
     ways = {"min": "smallest", "max": "largest"}
     wanted = " and ".join(f"the {ways[goal]} {metric}" for metric, goal in _objectives(record))
     by = " and ".join(way for way in (record["sampler"], record["scheduler"]) if way != "none")
-    about = f"{wanted} of {Path(record['recipe']).name}, by {by}, seed {record['seed']}"
+    about = f"{wanted} of {Path(record['recipe']).name}, with {by}, seed {record['seed']}"
     return tag("header", tag("h1", name), tag("p", said), tag("p", about, class_="soft"))
 
 
@@ -80,7 +80,7 @@ def _best(study: Study, record: Mapping[str, Any]) -> Html:
         return _front(study, metrics)
     best = _best_of(study, record)
     if best is None:
-        return section("Best", tag("p", "No trial has logged it yet."))
+        return section("Best", tag("p", "No trial has logged the metric yet."))
     rows = [
         ("trial", best.user_attrs.get("run", str(best.number))),
         (metrics[0], facts.number(_values(best, 1)[0])),
@@ -90,7 +90,7 @@ def _best(study: Study, record: Mapping[str, Any]) -> Html:
 
 
 def _best_of(study: Study, record: Mapping[str, Any]) -> FrozenTrial | None:
-    """The complete trial with the best value; where none is, of those that are furthest."""
+    """The complete trial with the best value; if none is complete, the best of those that got furthest."""
     sign = -1.0 if record["goal"].startswith("max") else 1.0
     reached = [t for t in _own(study) if points_of(t) and t.state.name != "FAIL"]
     furthest = max((max(points_of(t)) for t in reached), default=0)
@@ -100,7 +100,7 @@ def _best_of(study: Study, record: Mapping[str, Any]) -> FrozenTrial | None:
 
 
 def _front(study: Study, metrics: Sequence[str]) -> Html:
-    """The trials that no other is better than in all objectives."""
+    """The trials on the Pareto front: no other trial is better in all objectives."""
     front = [trial for trial in study.best_trials if _EARLIER not in trial.user_attrs]
     names = sorted({name for trial in front for name in trial.params})
     rows = [
@@ -108,20 +108,20 @@ def _front(study: Study, metrics: Sequence[str]) -> Html:
          *(number(_said(trial.params.get(name))) for name in names)]
         for trial in sorted(front, key=lambda trial: trial.values)
     ]  # fmt: skip
-    said = tag("p", "No trial is better than one of these in all that is searched for.")
+    said = tag("p", "No trial is better than any of these in all metrics.")
     return section("Best", said, table(("trial", *metrics, *names), rows))
 
 
 def _objectives(record: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Each metric with its goal, the one by which trials end early first."""
+    """Each metric with its goal; early stopping uses the first one."""
     return list(zip(record["metric"].split(", "), record["goal"].split(", "), strict=True))
 
 
 def _drawn(study: Study, record: Mapping[str, Any], drawings: list[Any]) -> Iterator[Html]:
-    """What Optuna draws, as far as there is enough to be drawn."""
+    """Optuna's plots, as far as there is enough data to draw them."""
     import optuna
 
-    optuna.logging.set_verbosity(optuna.logging.ERROR)  # it warns of what it cannot draw
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # it warns about what it cannot draw
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         metrics = [metric for metric, _ in _objectives(record)]
@@ -134,7 +134,7 @@ def _drawn(study: Study, record: Mapping[str, Any], drawings: list[Any]) -> Iter
             if not any(_points(trace) for trace in figure["data"]):
                 continue
             figure["layout"].pop("title", None)  # the section has one
-            if title == "Contours":  # a row for each key
+            if title == "Contours":  # one row per key
                 figure["layout"]["height"] = max(450, 200 * len({n for t in study.trials for n in t.params}))
             drawings.append(figure)
             place = tag("div", class_="plot drawing", data_of="drawings", data_index=str(len(drawings) - 1))
@@ -161,7 +161,7 @@ def _figures(study: Study, metric: str) -> Iterator[tuple[str, Callable[[], Any]
     yield "History", lambda: drawn.plot_optimization_history(study, target_name=metric)
     if several:
         yield (
-            "What matters",
+            "Parameter importance",
             lambda: drawn.plot_param_importances(
                 study, evaluator=PedAnovaImportanceEvaluator(), target_name=metric
             ),
@@ -173,7 +173,7 @@ def _figures(study: Study, metric: str) -> Iterator[tuple[str, Callable[[], Any]
 
 
 def _figures_of_several(study: Study, metrics: Sequence[str]) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """The Pareto front, and the rest of each objective."""
+    """The Pareto front, and the other plots for each objective."""
     from optuna import visualization as drawn
     from optuna.importance import PedAnovaImportanceEvaluator
 
@@ -188,7 +188,7 @@ def _figures_of_several(study: Study, metrics: Sequence[str]) -> Iterator[tuple[
         shown: dict[str, Any] = {"target": value, "target_name": metric}
         yield f"History: {metric}", functools.partial(drawn.plot_optimization_history, study, **shown)
         yield (
-            f"What matters: {metric}",
+            f"Parameter importance: {metric}",
             functools.partial(drawn.plot_param_importances, study, evaluator=evaluator, **shown),
         )
         yield (
@@ -203,7 +203,7 @@ def _points(trace: Mapping[str, Any]) -> bool:
 
 
 def _saved(study: Study) -> Html:
-    """What trials did, and what they would have done had none ended early, in the unit of the rungs."""
+    """How much the trials trained, and would have trained had none ended early, in the unit of the rungs."""
     spent = [trial.user_attrs.get("spent", {}) for trial in _own(study)]
     unit = next((unit for known in spent for unit in known if unit != "hour"), "step")
     done = [float(known.get(unit, 0.0)) for known in spent]
@@ -214,13 +214,13 @@ def _saved(study: Study) -> Html:
         return Html("")
     one = study.user_attrs.get("whole") or max(done)
     whole = one * len([n for n in done if n])
-    what = f"{sum(done):,.6g} {_UNITS.get(unit, unit + 's')} were done of {whole:,.6g}"
+    what = f"{sum(done):,.6g} {_UNITS.get(unit, unit + 's')} were trained of {whole:,.6g}"
     less = f"{1 - sum(done) / max(whole, 1):.0%} less"
     return section("Ended early", tag("p", f"{counted(len(early), 'trial')} ended early: {what}, {less}."))
 
 
 def _lineage(study: Study) -> Html:
-    """Where trials of a population come from."""
+    """The trials that members of a population were forked from."""
     forked = [t for t in _own(study) if "fork" in t.user_attrs]
     if not forked:
         return Html("")
@@ -230,7 +230,7 @@ def _lineage(study: Study) -> Html:
          _params(t)]
         for t in forked
     ]  # fmt: skip
-    return section("Lineage", table(("trial", "goes on from", "at step", "in place of", "values"), rows))
+    return section("Lineage", table(("trial", "continues from", "at step", "replaces", "values"), rows))
 
 
 def _trials(study: Study, record: Mapping[str, Any]) -> Html:
@@ -259,12 +259,12 @@ def _errors(study: Study) -> Html:
 
 
 def _own(study: Study) -> list[FrozenTrial]:
-    """The trials of this search, without those of another one that the sampler learnt from."""
+    """The trials of this search, without the trials of an earlier search that the sampler learnt from."""
     return [trial for trial in study.trials if _EARLIER not in trial.user_attrs]
 
 
 def _values(trial: FrozenTrial, count: int) -> list[float | None]:
-    """The newest value of each objective, as far as it is known."""
+    """The latest value of each objective, as far as it is known."""
     if trial.values is not None:
         return [*trial.values]
     return [next(reversed(points_of(trial).values()), None), *[None] * (count - 1)]

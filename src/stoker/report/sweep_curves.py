@@ -1,4 +1,4 @@
-"""The learning curves of a search: where its trials were compared, and where they come from."""
+"""The learning curves of a search: where its trials were compared, and what they were forked from."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 _COLOURS = {"COMPLETE": "#2a6fbb", "PRUNED": "#a9b4c0", "FAIL": "#c0392b"}
-_OTHER = "#e0a030"  # of a trial that runs, or waits
+_OTHER = "#e0a030"  # a trial that is running or waiting
 _BEST = "#1b8a4b"
 _RUNG = "#8b97a5"
-_ALIKE = 0.01  # by how much what a step is of the unit may differ between trials with one set of rungs
+_ALIKE = 0.01  # relative difference allowed in units per step between trials that share rungs
 
 Points = Mapping[float, float]
 
 
 def figure(trials: Sequence[FrozenTrial], rungs: Sequence[float], best: int | None, metric: str) -> Figure:
-    """Every trial's values by step; dotted what it has of those that it goes on from, dashed the rungs.
+    """Every trial's values by step; values inherited from a donor are dotted, rungs are dashed.
 
     Args:
         trials: with their values by step, see `points_of`.
-        rungs: how much of the unit trials have done where they are compared.
+        rungs: the amounts of the unit at which trials are compared.
         best: the number of the best trial.
-        metric: what the values are.
+        metric: the name of the values.
     """
     import plotly.graph_objects as go
 
@@ -55,12 +55,12 @@ def figure(trials: Sequence[FrozenTrial], rungs: Sequence[float], best: int | No
 
 
 def points_of(trial: FrozenTrial) -> dict[float, float]:
-    """The values by step of what trials end early by, of the trial itself."""
+    """The trial's own values by step of the metric that early stopping uses."""
     return dict(_numbered(trial.user_attrs.get("values") or trial.intermediate_values.items()))
 
 
 def inherited(trial: FrozenTrial, others: Mapping[int, FrozenTrial]) -> dict[float, float]:
-    """What a trial has of those before it, by step: its donor's up to where it goes on, and so on back."""
+    """The inherited values of a trial by step: its donor's up to the fork, and so on back."""
     found: dict[float, float] = {}
     until = math.inf
     while (fork := trial.user_attrs.get("fork")) is not None and fork["donor"] in others:
@@ -74,7 +74,7 @@ def _numbered(pairs: Any) -> Iterator[tuple[float, float]]:
 
 
 def _steps_of(rungs: Sequence[float], trials: Sequence[FrozenTrial]) -> list[float]:
-    """The steps at which the rungs are; none where a step is not the same to all trials."""
+    """The steps of the rungs; none if a step is not the same amount for all trials."""
     of_a_step = [
         done / max(points_of(trial))
         for trial in trials
@@ -86,6 +86,6 @@ def _steps_of(rungs: Sequence[float], trials: Sequence[FrozenTrial]) -> list[flo
 
 
 def _done(trial: FrozenTrial) -> float:
-    """How much of the unit a trial has done."""
+    """How much of the unit a trial has trained."""
     known = trial.user_attrs.get("spent", {})
     return next((float(amount) for unit, amount in known.items() if unit != "hour"), 0.0)

@@ -1,8 +1,8 @@
-"""Runs on a terminal: the list, and what is worth knowing about one.
+"""Runs on a terminal: the list of runs, and the details of one run.
 
-Ids are never wrapped or cut: a list that is too wide for the terminal loses its least
-important columns. Texts of a run are shown without their control characters, which a
-terminal would obey.
+Ids are never wrapped or truncated: a list that is too wide for the terminal drops its least
+important columns. Control characters in a run's texts are replaced, because a terminal would
+interpret them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _METRICS = ("", "last", "at step", "best", "at step", "lowest", "highest")
 
 @dataclass(frozen=True)
 class Listed:
-    """A run of the list: its view, or why there is none."""
+    """A run in the list: its view, or the reason it cannot be read."""
 
     directory: RunDirectory
     view: RunView | None
@@ -48,7 +48,7 @@ class Listed:
 
 @dataclass(frozen=True)
 class Pending:
-    """What a sink has not got yet."""
+    """What has not been delivered to a sink yet."""
 
     sink: str
     where: str
@@ -57,16 +57,16 @@ class Pending:
 
 
 def print_whole(console: Console, table: Table) -> None:
-    """Print a table with nothing cut off, however narrow the terminal is, which wraps it then."""
+    """Print a table without truncating anything; a terminal that is too narrow wraps it."""
     widest = table.__rich_measure__(console, console.options.update(max_width=_UNLIMITED)).maximum
     console.width = max(console.width, widest)
     console.print(table)
 
 
 def print_list(console: Console, runs: Sequence[Listed], now: datetime, asked: Sequence[str] = ()) -> None:
-    """Print a line a run, as wide as the terminal allows; all of it where there is none.
+    """Print one line per run, as wide as the terminal allows, or in full if the output is not a terminal.
 
-    What was `asked` for in a query stands in columns of its own, and so does what runs are judged by.
+    Names that were `asked` for in a query get their own columns, and so do the metrics that judge the runs.
     """
     more = [name for name in asked if name not in (*COLUMNS, "id", "experiment", "seconds")]
     judged = [name for name in _judged_by(runs) if name not in (*COLUMNS, *more)]
@@ -91,7 +91,7 @@ def print_list(console: Console, runs: Sequence[Listed], now: datetime, asked: S
 
 
 def _judged_by(runs: Sequence[Listed]) -> list[str]:
-    """Accuracy, where some run measures it, and the metrics that scripts have named goals of."""
+    """Accuracy, if any run measures it, and the metrics that scripts have set a goal for."""
     views = [run.view for run in runs if run.view is not None]
     accuracy = ["val_accuracy"] if any("val_accuracy" in view.points for view in views) else []
     return list(dict.fromkeys([*accuracy, *(name for view in views for name in view.goals)]))
@@ -103,7 +103,7 @@ def fitting(
     columns: Sequence[str] = COLUMNS,
     droppable: Sequence[str] = (),
 ) -> list[str]:
-    """The columns that fit into `width` characters; the run's name, and what was asked for, always stay."""
+    """The columns that fit into `width` characters; the run's name and what was asked for are always kept."""
     rows, left = list(lines), list(columns)
     for column in (*reversed(droppable), *_DROPPED_FIRST):
         if width is None or _width(rows, left, columns) <= width:
@@ -113,7 +113,7 @@ def fitting(
 
 
 def print_run(console: Console, view: RunView, sinks: Sequence[Pending]) -> None:
-    """Print everything a person asks about a run."""
+    """Print the details of a run."""
     if not console.is_terminal:
         console.width = _UNLIMITED
     name = f"{view.directory.experiment}/{view.directory.id}"
@@ -139,7 +139,7 @@ def print_run(console: Console, view: RunView, sinks: Sequence[Pending]) -> None
 
 
 def next_commands(view: RunView) -> list[str]:
-    """What to type next, by how the run stands."""
+    """The commands to type next, given the status of the run."""
     run = view.directory.id
     if view.status == "running":
         return [f"stoker runs show {run}", f"stoker report {run}"]
@@ -148,12 +148,12 @@ def next_commands(view: RunView) -> list[str]:
 
 
 def plain(text: str) -> str:
-    """A text without control characters, its line ends apart."""
+    """A text without control characters, except line ends."""
     return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def when(seconds: float, now: datetime) -> str:
-    """A local time, as short as it is clear today: `05:12`, `Nov 21 05:12`, `2025-11-23`."""
+    """A local time, as short as possible while unambiguous today: `05:12`, `Nov 21 05:12`, `2025-11-23`."""
     then = datetime.fromtimestamp(seconds).astimezone()
     if then.date() == now.date():
         return then.strftime("%H:%M")
@@ -209,7 +209,7 @@ def _throughput(view: RunView) -> str:
     found = performance.throughput(view)
     if found is None:
         return ""
-    several = f", {short(found.per_gpu)} a rank" if found.per_gpu < found.median else ""
+    several = f", {short(found.per_gpu)} per rank" if found.per_gpu < found.median else ""
     used = performance.utilisation(found)
     return f"{short(found.median)} {found.unit}/s{several}{f', MFU {used}' if used else ''}"
 
@@ -224,7 +224,7 @@ def _memory(view: RunView) -> str:
 
 
 def _time(view: RunView) -> str:
-    """Where it went, the most first; what took less than a hundredth is left out."""
+    """Where the time went, largest share first; shares below 1% are left out."""
     spent = performance.time_spent(view)
     total = sum(spent.values())
     shares = sorted(((seconds / total, kind) for kind, seconds in spent.items() if total), reverse=True)
@@ -246,7 +246,7 @@ def _print_attempts(console: Console, view: RunView) -> None:
 
 
 def _print_said(console: Console, view: RunView) -> None:
-    """Params, tags and notes, and what of the journal is damaged."""
+    """Params, tags and notes, and the damaged lines of the journal."""
     print_section(console, "params", ("", "value"), [(k, facts.text(v)) for k, v in view.params.items()])
     print_section(console, "tags", ("", "value"), list(view.tags.items()))
     if view.notes:
@@ -254,11 +254,11 @@ def _print_said(console: Console, view: RunView) -> None:
         for _, text in view.notes:
             console.print(Text(f"  {plain(text)}"))
     if view.damage:
-        print_heading(console, "damage to the journal; everything else was read")
+        print_heading(console, "damaged journal lines; everything else was read")
         for damage in view.damage[:_MOST_DAMAGE]:
             console.print(Text(f"  {plain(str(damage))}", "red"), soft_wrap=True)
         if len(view.damage) > _MOST_DAMAGE:
-            console.print(Text(f"  and {len(view.damage) - _MOST_DAMAGE:,} lines more", "red"))
+            console.print(Text(f"  and {len(view.damage) - _MOST_DAMAGE:,} more lines", "red"))
 
 
 def _run_name(run: Mapping[str, str] | None) -> str:
@@ -266,7 +266,7 @@ def _run_name(run: Mapping[str, str] | None) -> str:
 
 
 def _media(view: RunView) -> list[tuple[str, ...]]:
-    """What was logged to look at, by name; a watch's histograms, of which there are many, as one."""
+    """Logged media by name; the many histograms of a watch are shown as one."""
     found: dict[tuple[str, str], int] = {}
     for media in view.media:
         name = media.name
@@ -303,7 +303,7 @@ def _print_pairs(console: Console, pairs: Iterable[tuple[str, str]]) -> None:
 def print_section(
     console: Console, title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]
 ) -> None:
-    """A table under a heading; nothing where it has no rows."""
+    """A table under a heading; nothing if it has no rows."""
     if not rows:
         return
     print_heading(console, title)
@@ -317,7 +317,7 @@ def print_section(
 
 
 def print_heading(console: Console, title: str) -> None:
-    """The heading of a part."""
+    """The heading of a section."""
     console.print()
     console.print(Text(title, "bold"))
 

@@ -1,9 +1,8 @@
-"""Artifacts: what a run made, with sizes and checksums, each content stored once.
+"""Artifacts: the outputs of a run, with sizes and checksums, each content stored once.
 
-A file that is brought in from outside is stored under its checksum beside the runs, and
-linked into the run's directory: the same dataset logged by fifty runs takes the room of one.
-Both names are of one file, which is read-only for that reason. Where the file system knows
-no hard links a copy is made.
+A file from outside the run is stored under its checksum next to the runs, and linked into the
+run's directory: the same dataset logged by fifty runs takes the space of one. Both names refer
+to one file, which is therefore read-only. On a file system without hard links, a copy is made.
 """
 
 from __future__ import annotations
@@ -28,15 +27,14 @@ _TASKS = {  # by how the names of transformers' classes end
 
 
 def store(runs: Path) -> Path:
-    """Where the contents are kept that runs share."""
+    """The folder of the contents that runs share."""
     return runs / STORE
 
 
 def describe(directory: RunDirectory, path: Path) -> list[dict[str, Any]]:
     """Every file of an artifact: path relative to the run, size in bytes, SHA-256.
 
-    Raises FileNotFoundError where there is nothing at `path`, ValueError where it lies
-    outside the run's directory.
+    Raises FileNotFoundError if `path` does not exist, ValueError if it is outside the run's directory.
     """
     if not path.exists():
         raise FileNotFoundError(path)
@@ -44,7 +42,7 @@ def describe(directory: RunDirectory, path: Path) -> list[dict[str, Any]]:
     found = []
     for file in storage.files_under(path):
         if not file.resolve().is_relative_to(root):
-            raise ValueError(f"{file} leads out of the run, to {file.resolve()}: give the file itself")
+            raise ValueError(f"{file} leads outside the run, to {file.resolve()}: give the file itself")
         found.append(
             {
                 "path": str(file.resolve().relative_to(root)),
@@ -56,18 +54,18 @@ def describe(directory: RunDirectory, path: Path) -> list[dict[str, Any]]:
 
 
 def checked_name(name: str) -> str:
-    """The name of an artifact, which is a path below the run's artifacts. Raises ValueError."""
+    """Check the name of an artifact, a path below the run's artifacts. Raises ValueError."""
     path = PurePosixPath(name)
     if not path.parts or path.is_absolute() or ".." in path.parts or "\\" in name or not name.isprintable():
-        raise ValueError(f"{name!r} cannot name an artifact: give a relative path without '..'")
+        raise ValueError(f"{name!r} is not a valid artifact name: give a relative path without '..'")
     return str(path)
 
 
 def bring_in(directory: RunDirectory, source: Path, name: str) -> Path:
-    """Store a file or folder from outside, and link it to its place in the run; returns that place.
+    """Store a file or folder from outside, and link it into the run; returns its path in the run.
 
-    What stood there under this name before is replaced; its content stays in the store.
-    Raises FileNotFoundError, and OSError where there is no room.
+    An earlier artifact of the same name is replaced; its content stays in the store.
+    Raises FileNotFoundError, and OSError if the disk is full.
     """
     if not source.exists():
         raise FileNotFoundError(source)
@@ -90,7 +88,7 @@ def bring_in(directory: RunDirectory, source: Path, name: str) -> Path:
 
 
 def remove(path: Path) -> None:
-    """Delete a file or folder, there or not."""
+    """Delete a file or folder if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -98,9 +96,9 @@ def remove(path: Path) -> None:
 
 
 def collect_garbage(runs: Path, older_than: float = 3600.0) -> int:
-    """Delete stored contents that no run holds any more; returns the bytes that were freed.
+    """Delete stored contents that no run uses any more; returns the number of bytes freed.
 
-    What was stored less than `older_than` seconds ago is left: a run may be about to link it.
+    Contents stored less than `older_than` seconds ago are kept: a run may be about to link them.
     """
     freed = 0
     for file in store(runs).glob("*/*"):
@@ -113,7 +111,7 @@ def collect_garbage(runs: Path, older_than: float = 3600.0) -> int:
 
 
 def _link(kept: Path, file: Path, target: Path) -> None:
-    """Link a file's content in the store, put there where it was not, to a place in the run."""
+    """Link a file's content from the store into the run, after adding it to the store if needed."""
     kept.mkdir(exist_ok=True)
     temporary = kept / f".{uuid.uuid4().hex}.tmp"
     try:
@@ -140,7 +138,7 @@ def _replace(staged: Path, place: Path) -> None:
 
 
 def task_of(folder: Path) -> str | None:
-    """What a folder of model files is for, by the hub's word for it; None where no hub knows their form."""
+    """The task of a folder of model files, in the hub's terms; None if the format is unknown to the hub."""
     if (folder / "adapter_config.json").is_file():
         return "text-generation"
     if not (folder / "config.json").is_file():

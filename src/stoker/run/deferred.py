@@ -13,10 +13,10 @@ _LONGEST_NAME = 250  # bytes, what every sink takes
 
 
 class Deferred:
-    """Metric values as they were when this was made."""
+    """Metric values as they were when this object was created."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
-        """Raises TypeError or ValueError for what is no number and no tensor of one element."""
+        """Raises TypeError or ValueError for a value that is neither a number nor a one-element tensor."""
         self._on_device: dict[str, Any] = {}
         self._values = {
             key: value if type(value) is float else self._read(key, value) for key, value in values.items()
@@ -29,7 +29,7 @@ class Deferred:
         return self._event is None or bool(self._event.query())
 
     def read(self) -> dict[str, float]:
-        """The values, waiting for the device where it must."""
+        """The values, waiting for the device if necessary."""
         if self._event is not None:
             self._event.synchronize()
             self._event = None
@@ -40,7 +40,7 @@ class Deferred:
     def _read(self, key: str, value: Any) -> Any:
         """A number; for a tensor on a GPU, a copy under way to pinned memory."""
         if isinstance(value, str | bytes):
-            raise TypeError(f"{key} is {value!r}: a metric is a number, or a tensor of one element")
+            raise TypeError(f"{key}={value!r}: a metric must be a number or a tensor of one element")
         if getattr(getattr(value, "device", None), "type", "cpu") != "cuda":
             return _number(key, value)
         import torch
@@ -53,7 +53,7 @@ class Deferred:
 
 
 class DeferredArrays:
-    """Tensors of any shape as they were when this was made, to be read as NumPy arrays."""
+    """Tensors of any shape as they were when this object was created, readable as NumPy arrays."""
 
     def __init__(self, tensors: Mapping[str, Any]) -> None:
         import torch
@@ -72,7 +72,7 @@ class DeferredArrays:
         return self._event is None or bool(self._event.query())
 
     def read(self) -> dict[str, Any]:
-        """The arrays, waiting for the device where it must."""
+        """The arrays, waiting for the device if necessary."""
         if self._event is not None:
             self._event.synchronize()
         return {name: tensor.numpy() for name, tensor in self._tensors.items()}
@@ -92,10 +92,10 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def check_name(name: str) -> None:
     """Whether a metric can have this name. Raises ValueError."""
     if not name or not name.isprintable():
-        raise ValueError(f"{name!r} cannot name a metric: it is empty or has control characters")
+        raise ValueError(f"{name!r} is not a valid metric name: it is empty or has control characters")
     if len(name.encode(errors="replace")) > _LONGEST_NAME:
         length = len(name.encode(errors="replace"))
-        raise ValueError(f"the metric name {name[:40]!r}... has {length} bytes: at most {_LONGEST_NAME}")
+        raise ValueError(f"the metric name {name[:40]!r}... has {length} bytes: the limit is {_LONGEST_NAME}")
 
 
 def _number(key: str, value: Any) -> float:
@@ -108,12 +108,12 @@ def _number(key: str, value: Any) -> float:
         if len(shape):
             raise _of_many(key, shape) from None
         found = f"{key} is of type {type(value).__name__}"
-        raise TypeError(f"{found}: a metric is a number, or a tensor of one element") from None
+        raise TypeError(f"{found}: a metric must be a number or a tensor of one element") from None
 
 
 def _of_many(key: str, shape: Any) -> ValueError:
     return ValueError(
-        f"{key} has the shape {tuple(shape)}, and a metric is one number: log its mean, or all of it by "
+        f"{key} has the shape {tuple(shape)}, but a metric is one number: log its mean, or all of it with "
         f"run.histogram({key!r}, ...)"
     )
 

@@ -36,7 +36,7 @@ MANIFEST = "manifest.json"
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """The paths of one run. Nothing here is read or made until it is asked for."""
+    """The paths of one run. Nothing is read or created until it is asked for."""
 
     path: Path
 
@@ -74,7 +74,7 @@ class RunDirectory:
 
     @functools.cached_property
     def compacted(self) -> Path:
-        """A copy of the view of a run that has ended; see `run/compact.py`."""
+        """A copy of the view of a finished run; see `run/compact.py`."""
         return self.path / "compacted.safetensors"
 
     @functools.cached_property
@@ -83,40 +83,40 @@ class RunDirectory:
 
     @functools.cached_property
     def lock_file(self) -> Path:
-        """Locked by the process that trains this run, for as long as it lives."""
+        """Locked by the process that trains this run, as long as it lives."""
         return self.path / "attempt.lock"
 
     @property
     def trained_here(self) -> bool:
-        """Whether a process of this machine is training this run now."""
+        """Whether a process on this machine is training this run now."""
         return storage.is_locked(self.lock_file)
 
     @property
     def alive(self) -> bool:
-        """Whether a process is training this run now, here or, as far as is known, elsewhere."""
+        """Whether a process is training this run now, here or, as far as known, on another machine."""
         return self.trained_here or bool(lease.held_elsewhere(self.path))
 
     def exists(self) -> bool:
-        """Whether there is such a run; of an empty record a power cut has taken the content."""
+        """Whether the run exists; an empty record is what a power cut left of a run."""
         try:
             return self.record_file.stat().st_size > 0
         except (FileNotFoundError, NotADirectoryError):
             return False
 
     def record(self) -> dict[str, Any]:
-        """What `run.json` says: recipe, config and sources, seed, parents. Raises BadInput."""
+        """The contents of `run.json`: recipe, config and sources, seed, parents. Raises BadInput."""
         try:
             record = orjson.loads(self.record_file.read_bytes())
         except (OSError, orjson.JSONDecodeError) as error:
             raise BadInput(f"{self.record_file} cannot be read: {error}") from error
         if not isinstance(record, dict) or record.get("format") != FORMAT:
             raise BadInput(
-                f"{self.record_file} is not of format {FORMAT}: another version of stoker wrote it"
+                f"{self.record_file} is not in format {FORMAT}: it was written by another version of stoker"
             )
         return record
 
     def prepare(self) -> None:
-        """Make the directory of a new run. Raises BadInput where it cannot be made."""
+        """Create the directory of a new run. Raises BadInput if it cannot be created."""
         try:
             self.make_folders()
         except OSError as error:
@@ -124,9 +124,9 @@ class RunDirectory:
             raise unwritable(self, error) from error
 
     def create(self, record: dict[str, Any]) -> None:
-        """Write `run.json`, with which the run exists. Raises BadInput where it cannot be written.
+        """Write `run.json`, which makes the run exist. Raises BadInput if it cannot be written.
 
-        A power cut may take the run, whole, for a second.
+        For about a second, a power cut can still lose the whole run.
         """
         if not self.logs.is_dir():  # made last
             self.prepare()
@@ -142,12 +142,12 @@ class RunDirectory:
             raise unwritable(self, error) from error
 
     def make_folders(self) -> None:
-        """Make the directory and its folders, but for those of what may never be. Raises OSError."""
+        """Create the directory and its folders, except those that may never be needed. Raises OSError."""
         for folder in (self.journal, self.artifacts, self.provenance, self.logs):
             folder.mkdir(parents=True, exist_ok=True)
 
     def remove(self) -> None:
-        """Delete the run, and its experiment's folder when that is empty then."""
+        """Delete the run, and its experiment's folder if that is then empty."""
         shutil.rmtree(self.path, ignore_errors=True)
         for parent in (self.path.parent, self.path.parent.parent):
             try:
@@ -157,7 +157,7 @@ class RunDirectory:
 
 
 def unwritable(run: RunDirectory, error: OSError) -> BadInput:
-    """The error for a run whose directory cannot be made."""
+    """The error for a run whose directory cannot be created."""
     return BadInput(
         f"the run cannot be written to {run.path}: {error.strerror}; "
         "choose another folder with --runs or STOKER_RUNS"

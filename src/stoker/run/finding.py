@@ -1,4 +1,4 @@
-"""How runs are found: the folder they stand under, here or in an object store, and the one that is meant."""
+"""How runs are found: the runs folder, local or in an object store, and the run that a reference means."""
 
 from __future__ import annotations
 
@@ -22,37 +22,37 @@ _LONGEST = 100  # characters of a name that is made of another
 
 
 def folder(name: Path | str) -> Path:
-    """A runs folder by its path, or by the URL of one in an object store: then its working copy here.
+    """A runs folder by its path; for the URL of one in an object store, its local working copy.
 
-    Raises BadInput for a URL that cannot be one.
+    Raises BadInput for an invalid URL.
     """
     return object_store.working_copy(str(name)) if object_store.is_url(str(name)) else Path(name)
 
 
 def shown(runs: Path) -> str:
-    """A runs folder as it was named: by its path, or by its URL where it is the working copy of a store."""
+    """A runs folder as it was named: its path, or its URL if it is the working copy of an object store."""
     store = object_store.of(runs.absolute())
     return store.url if store is not None else str(runs)
 
 
 def locate(runs: Path, experiment: str, run_id: str) -> RunDirectory:
-    """The directory of a run by experiment and id, there or not. Raises BadInput on a bad name."""
+    """The directory of a run by experiment and id, existing or not. Raises BadInput for an invalid name."""
     checked(experiment, "experiment")
     checked(run_id)
     return RunDirectory(runs / experiment / run_id)
 
 
 def checked(name: str, what: str = "name") -> str:
-    """A name that can be a folder's, of what it is. Raises BadInput."""
+    """Check that a name is a valid folder name. Raises BadInput."""
     if not _NAME.fullmatch(name):
-        raise BadInput(f"{what} {name!r} cannot name a folder: use letters, digits, '.', '_' and '-'")
+        raise BadInput(f"{what} {name!r} is not a valid folder name: use letters, digits, '.', '_' and '-'")
     return name
 
 
 def folder_name(text: str) -> str:
-    """A name that can be a folder's, as near to a text as one is: `train it` is `train-it`.
+    """The valid folder name closest to a text: `train it` becomes `train-it`.
 
-    One of another script has a hash in place of its letters, so that two of them are not one.
+    Text in a non-Latin script is replaced by a hash, so that two such texts get different names.
     """
     if _NAME.fullmatch(text):
         return text
@@ -62,7 +62,7 @@ def folder_name(text: str) -> str:
 
 
 def named(runs: Path, experiment: str, run_id: str) -> RunDirectory:
-    """As `locate`, with what another machine made of the run."""
+    """Like `locate`, including what another machine added to the run."""
     return _up_to_date(locate(runs, experiment, run_id))
 
 
@@ -76,7 +76,7 @@ def every(runs: Path) -> list[RunDirectory]:
 
 
 def find(runs: Path, reference: str) -> RunDirectory:
-    """The run meant by a path, `experiment/id`, an id, or the start of one. Raises BadInput."""
+    """The run that a path, `experiment/id`, an id, or the start of an id refers to. Raises BadInput."""
     return _at_path(runs, reference) or _by_id(runs, reference, every(runs))
 
 
@@ -84,10 +84,10 @@ def meant(runs: Path, reference: str, known: Callable[[], Sequence[RunDirectory]
     """The run that `find` finds, or all runs of an experiment, by its name or path, oldest first.
 
     Args:
-        known: what lists all runs of the folder; not called for the path of a run.
+        known: lists all runs of the folder; not called for the path of a run.
 
     Raises:
-        BadInput: it means nothing, or several runs that are no experiment.
+        BadInput: the reference matches nothing, or several runs that are not an experiment.
     """
     run = _at_path(runs, reference)
     if run is not None:
@@ -103,15 +103,15 @@ def meant(runs: Path, reference: str, known: Callable[[], Sequence[RunDirectory]
 
 
 def members(runs: Path, experiment: str, known: Sequence[RunDirectory]) -> list[RunDirectory]:
-    """Those of the known runs that are of an experiment, by its name or path."""
+    """The known runs that belong to an experiment, given by name or path."""
     folders = ((runs / experiment).absolute(), Path(experiment).absolute())
     return [run for run in known if run.path.parent.absolute() in folders]
 
 
 def _at_path(runs: Path, reference: str) -> RunDirectory | None:
-    """The run at a path, or below the runs folder. Raises BadInput where nothing is given."""
+    """The run at a path, or below the runs folder. Raises BadInput if no reference is given."""
     if not reference:
-        raise BadInput("give a run: its id, the start of one, experiment/id, or its path")
+        raise BadInput("give a run: its id, the start of its id, experiment/id, or its path")
     for path in (Path(reference), runs / reference):
         if (path / "run.json").is_file():
             return _up_to_date(RunDirectory(path.absolute()))
@@ -121,24 +121,24 @@ def _at_path(runs: Path, reference: str) -> RunDirectory | None:
 def _by_id(
     runs: Path, reference: str, known: Sequence[RunDirectory], *, or_experiment: bool = False
 ) -> RunDirectory:
-    """The one run whose id it is, or begins with it; or_experiment: what else it could have been."""
+    """The one run whose id equals or starts with the reference; or_experiment: experiments match too."""
     same = [run for run in known if run.id == reference]
     matches = same or [run for run in known if run.id.startswith(reference)]
     if len(matches) == 1:
         return _up_to_date(RunDirectory(matches[0].path.absolute()))
     if matches:
         several = ", ".join(f"{run.experiment}/{run.id}" for run in matches[:8])
-        raise BadInput(f"{reference!r} means several runs: {several}; give more of the name")
+        raise BadInput(f"{reference!r} matches several runs: {several}; give more of the name")
     names = [run.id for run in known] + [run.experiment for run in known if or_experiment]
     what = "run or experiment" if or_experiment else "run"
     raise BadInput(
         f"no {what} {reference!r} under {shown(runs)}{nearest(reference, names)}; "
-        "`stoker runs list` shows what there is"
+        "`stoker runs list` shows all runs"
     )
 
 
 def _up_to_date(run: RunDirectory) -> RunDirectory:
-    """A run with all that another machine made of it, but for the tensors of checkpoints."""
+    """A run with everything that another machine added to it, except the tensors of checkpoints."""
     copy = mirror.of(run)
     if copy is not None and not run.trained_here:
         _tolerantly(lambda: copy.fetch(artifacts=True), run.path)
@@ -146,10 +146,10 @@ def _up_to_date(run: RunDirectory) -> RunDirectory:
 
 
 def _tolerantly(fetch: Callable[[], None], what: Path) -> None:
-    """Without the store, what is here is shown, if anything is."""
+    """If the store cannot be reached, use the local copy, if there is one."""
     try:
         fetch()
     except Unreachable as error:
         if not any(what.glob("**/run.json")):
             raise
-        log.warning("%s; what is said of %s is what was known here", error, what.name)
+        log.warning("%s; showing what is known here about %s", error, what.name)

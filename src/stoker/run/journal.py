@@ -83,7 +83,7 @@ class JournalWriter:
         except OSError:
             if self._descriptor < 0:
                 raise ValueError(
-                    "this run has ended: log to it within its `with` block, or open it again by its name"
+                    "this run has ended: log within its `with` block, or open the run again by its name"
                 ) from None
             raise
 
@@ -281,7 +281,7 @@ def decode(value: Any) -> float:
     """One metric value as `encode` wrote it. Raises ValueError or TypeError."""
     if isinstance(value, str):
         if value not in _NON_FINITE:
-            raise ValueError(f"{value!r} is no number")
+            raise ValueError(f"{value!r} is not a number")
         return _NON_FINITE[value]
     return float(value)
 
@@ -323,7 +323,7 @@ def _parse(line: bytes) -> Event | str:
         event = orjson.loads(line)
     except orjson.JSONDecodeError as error:
         return f"not JSON: {error}"
-    return event if _is_event(event) else "JSON, but no event"
+    return event if _is_event(event) else "JSON, but not an event"
 
 
 def _is_event(value: Any) -> bool:

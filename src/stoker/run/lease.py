@@ -130,10 +130,10 @@ class InStore:
 
 
 def of(run: Path, patience: float = PATIENCE) -> Lease | None:
-    """The lease of a run's directory; None where its lock is enough, on a disk of this machine.
+    """The lease of a run's directory; None if its lock is enough, on a local disk.
 
     Args:
-        patience: seconds that an object store which does not answer is tried for.
+        patience: seconds to keep trying an object store that does not answer.
     """
     store = object_store.of(run.parent.parent)
     if store is not None:
@@ -165,12 +165,12 @@ class Lease:
         self._thread: threading.Thread | None = None
 
     def take(self) -> bool:
-        """Take the lease from nobody, or from a holder that is gone.
+        """Take a free lease, or the lease of a holder that is gone.
 
-        Returns whether this machine had it before: then nothing of the run is newer elsewhere.
+        Returns whether this machine had it before: then no other machine has anything newer of the run.
 
-        Raises BadInput where another process trains the run; Unreachable where a store does not answer, and
-        this machine was not the last to train it.
+        Raises BadInput if another process trains the run; Unreachable if a store does not answer and this
+        machine was not the last to train the run.
         """
         try:
             return self._take()
@@ -178,7 +178,7 @@ class Lease:
             self._number, self._id = self.taken_here
             if self._number == 0:
                 raise
-            log.warning("%s; going on with what is here", error)
+            log.warning("%s; continuing with the local copy", error)
             return True
 
     def keep(self, lost: Callable[[str], None]) -> None:
@@ -234,7 +234,7 @@ class Lease:
             self._make(number + 1)
         except FileNotFoundError as error:
             if number == 0:
-                raise BadInput(f"{self._place.where} cannot be written to: there is no such place") from error
+                raise BadInput(f"{self._place.where} cannot be written to: it does not exist") from error
             raise BadInput(f"another process has begun to train {self._run} just now") from error
         except FileExistsError as error:
             raise BadInput(f"another process has begun to train {self._run} just now") from error
@@ -263,7 +263,7 @@ class Lease:
         if holder.released or holder.locks == self._locks:
             return
         log.info(
-            "%s had this run: waiting up to %.0f s to see whether it trains it still", holder.host, EXPIRES
+            "%s had this run: waiting up to %.0f s to see whether it still trains it", holder.host, EXPIRES
         )
         deadline = time.monotonic() + EXPIRES
         while time.monotonic() < deadline:
@@ -287,7 +287,7 @@ class Lease:
 
     @property
     def _said_of_loss(self) -> str:
-        return f"another process trains {self._run} now: this one was not heard of for too long"
+        return f"another process is training {self._run} now: this one gave no sign of life for too long"
 
     def _content(self, released: bool = False) -> bytes:
         holder = Holder(
@@ -307,9 +307,9 @@ class Lease:
 
 
 def held_elsewhere(run: Path) -> str:
-    """The host that trains a run by its lease, for people; empty where none does.
+    """The host that trains a run according to its lease, for display; empty if there is none.
 
-    By the clocks of both machines, and by what was brought here last: `Lease.take` finds out.
+    This compares the clocks of both machines and uses the last local copy; `Lease.take` makes sure.
     """
     try:
         newest = max((file for file in (run / FOLDER).iterdir() if file.name.isdigit()), default=None)

@@ -38,7 +38,7 @@ def resolve(runs: Path, reference: Path | str) -> Found:
         return _by_path(path.absolute())
     run, colon, name = str(reference).rpartition(":")
     if not colon or not run:
-        raise BadInput(f"{path} does not exist; give a path, or RUN:NAME for a run's artifact")
+        raise BadInput(f"{path} does not exist; give a path, or RUN:NAME for an artifact of a run")
     maker = finding.find(runs, run)
     made = view.load(maker).artifacts
     if name not in made:
@@ -76,12 +76,12 @@ def _recorded(maker: RunDirectory, event: dict[str, Any]) -> Found:
     """An artifact as it was recorded; read again where a file looks younger than its record."""
     path = maker.path / _place(event)
     if not path.exists():
-        raise BadInput(f"artifact {event['name']!r} of run {maker.id!r} is gone: {path}")
+        raise BadInput(f"artifact {event['name']!r} of run {maker.id!r} is missing: {path}")
     for file in event["files"]:
         place = maker.path / file["path"]
         status = place.stat() if place.is_file() else None
         if status is None or status.st_size != file["size"]:
-            raise BadInput(f"{place} is not what run {maker.id!r} recorded: it is gone or has another size")
+            raise BadInput(f"{place} is not what run {maker.id!r} recorded: it is gone or its size differs")
         young = status.st_mtime > event["time"] + _CLOCKS
         if young and storage.sha256(place) != file["sha256"]:
             raise BadInput(f"{place} is not what run {maker.id!r} recorded: its checksum differs")

@@ -52,10 +52,10 @@ def table(rows: Any, columns: Sequence[str] | None) -> Encoded:
     Args:
         rows: a list of dicts, a list of rows with `columns`, a dict of columns, or a table of
             pandas, Polars or Arrow.
-        columns: the names of the columns, or which ones and in which order.
+        columns: the names of the columns, or a selection of columns in the wanted order.
 
     Raises:
-        ValueError, TypeError: a row has another length than `columns`, or a column mixes types.
+        ValueError, TypeError: the length of a row differs from that of `columns`, or a column mixes types.
     """
     import pyarrow as pa
     from pyarrow import parquet
@@ -68,14 +68,14 @@ def table(rows: Any, columns: Sequence[str] | None) -> Encoded:
 
 
 def figure(drawn: Any) -> Encoded:
-    """A Matplotlib figure as PNG (150 dots an inch), a Plotly figure as its JSON. Raises TypeError."""
+    """A Matplotlib figure as PNG (150 dots per inch), a Plotly figure as JSON. Raises TypeError."""
     if hasattr(drawn, "to_plotly_json"):
         return Encoded(redaction.text(drawn.to_json()).encode(), ".plotly.json", {})
     if hasattr(drawn, "savefig"):
         sink = io.BytesIO()
         drawn.savefig(sink, format="png", dpi=150, bbox_inches="tight", metadata={"Software": None})
         return Encoded(sink.getvalue(), ".png", {})
-    raise TypeError(f"a figure is one of Matplotlib or Plotly, not {type(drawn).__name__}")
+    raise TypeError(f"a figure must be from Matplotlib or Plotly, not {type(drawn).__name__}")
 
 
 def image(picture: Any, caption: str | None) -> Encoded:
@@ -149,7 +149,7 @@ def _from_rows(rows: list[Any], columns: Sequence[str] | None) -> Any:
         names = list(dict.fromkeys(str(key) for row in rows for key in row))
         return pa.table({name: _column(name, [row.get(name) for row in rows]) for name in names})
     if columns is None:
-        raise ValueError("rows that are no dicts need the names of their columns: columns=[...]")
+        raise ValueError("rows that are not dicts need column names: columns=[...]")
     for number, row in enumerate(rows):
         if len(row) != len(columns):
             raise ValueError(f"row {number} has {len(row)} cells for {len(columns)} columns")
@@ -184,11 +184,11 @@ def _pixels(array: NDArray[Any]) -> NDArray[np.uint8]:
     if array.ndim == 3 and array.shape[-1] == 1:
         array = array[:, :, 0]
     if array.ndim not in (2, 3) or array.size == 0 or (array.ndim == 3 and array.shape[-1] not in (3, 4)):
-        raise ValueError(f"an image has one, three or four channels; this array has the shape {shape}")
+        raise ValueError(f"an image must have one, three or four channels; this array has the shape {shape}")
     if array.dtype == np.uint8:
         return np.ascontiguousarray(array)
     if array.dtype == np.bool_:
         return np.ascontiguousarray(array.astype(np.uint8) * 255)
     if not np.issubdtype(array.dtype, np.floating):
-        raise ValueError(f"an image has bytes, or floats from 0 to 1; this array has {array.dtype}")
+        raise ValueError(f"an image must be uint8 or floats from 0 to 1; this array is {array.dtype}")
     return np.ascontiguousarray((np.nan_to_num(array).clip(0, 1) * 255).round().astype(np.uint8))

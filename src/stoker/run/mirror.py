@@ -116,7 +116,7 @@ class Mirror:
             for file in _files_of(manifest.read_bytes()):
                 local = path / file["path"]
                 if not _matches(local, file):
-                    log.info("bringing %s of %s from %s", file["path"], path.name, self._store.url)
+                    log.info("downloading %s of %s from %s", file["path"], path.name, self._store.url)
                     self._store.get(f"{key}/{file['path']}", local)
         except FileNotFoundError:
             log.debug("%s has no whole %s", self.where, path.name)
@@ -134,7 +134,7 @@ class Mirror:
             with file.open("rb") as source:
                 same = bool(content) and content.startswith(source.read(len(content)))
             if not same:
-                log.warning("%s was written here and is void: another machine went on without it", file.name)
+                log.warning("%s was written here and is void: another machine resumed without it", file.name)
                 for derived in (*self._run.sinks.glob("*.json"), self._run.compacted):
                     derived.unlink(missing_ok=True)
                 file.replace(file.with_suffix(f".void-{uuid.uuid4().hex[:8]}"))
@@ -149,7 +149,7 @@ class Mirror:
         for manifest in self._run.checkpoints.glob(f"*/{MANIFEST}"):
             folder = manifest.parent.name
             if folder not in known and folder not in stand:
-                log.warning("%s was made here and is void: another machine went on from before it", folder)
+                log.warning("%s was made here and is void: another machine resumed from before it", folder)
                 manifest.unlink()
         for folder in known:
             local = self._run.checkpoints / folder / MANIFEST
@@ -215,7 +215,7 @@ class Mirror:
     def _still_ours(self) -> None:
         held = lease.of(self._run.path, self._store.patience)
         if held is not None and not held.standing_here():
-            raise Lost(f"another machine trains {self.where} now")
+            raise Lost(f"another machine is training {self.where} now")
 
     def _files(self) -> Iterator[Path]:
         """What is copied file by file: small things, and what the run made."""

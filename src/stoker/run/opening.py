@@ -71,8 +71,8 @@ def _values(config: Any) -> dict[str, Any]:
             orjson.dumps({key: value})
         except TypeError as error:
             raise TypeError(
-                f"config: {key!r} is {value!r}, of a type that is not written down ({error}): give texts as "
-                "keys, and as values numbers, texts, truth values, None, or lists and dicts of these"
+                f"config: {key!r} is {value!r}, of a type that cannot be recorded ({error}): keys must be "
+                "strings, and values numbers, strings, booleans, None, or lists and dicts of these"
             ) from None
     return _as_read(values)
 
@@ -106,7 +106,7 @@ def new_id(world: World) -> str:
     if world.size == 1:
         return directory.new_id()
     if not world.job:
-        raise BadInput(f"{world.size} processes train one run: give it a name, for them to agree on")
+        raise BadInput(f"{world.size} processes train one run: give it a name that they can agree on")
     return f"job-{hashlib.sha256(world.job.encode()).hexdigest()[:12]}"
 
 
@@ -119,8 +119,8 @@ def take(run: RunDirectory, opening: rendezvous.Opening) -> int:
         raise directory.unwritable(run, error) from error
     if lock is None and storage.held_here(run.lock_file):
         raise BadInput(
-            f"this process itself has {run.path} open: call run.close() of the one opened before, or open "
-            "runs by `with stoker.Run(...) as run:`, which closes them"
+            f"this process already has {run.path} open: call run.close() on it first, or open "
+            "runs using `with stoker.Run(...) as run:`, which closes them"
         )
     if lock is None:
         raise BadInput(
@@ -188,4 +188,4 @@ def explain_drift(run: RunDirectory, changes: Mapping[str, tuple[Any, Any]], has
         way = f"`stoker resume {run.id} {overrides}`, or choose another --name"
     else:
         way = "stoker.Run(..., accept_drift=True), or choose another name"
-    return f"run {run.id!r} exists with another config: {said}. Continue it with the change by {way}"
+    return f"run {run.id!r} exists with a different config: {said}. To resume it with the change, use {way}"

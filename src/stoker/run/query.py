@@ -1,11 +1,11 @@
-"""Questions about runs: `val_loss < 0.3 and lr > 1e-4`.
+"""Queries over runs: `val_loss < 0.3 and lr > 1e-4`.
 
-The words are Python's: and, or, not, the comparisons, `in`, numbers, texts in quotes, and
-brackets. A name is a metric (its newest value), a config key or param, a tag, or one of
-`id`, `experiment`, `status`, `step`, `started`, `seconds`; `metrics.`, `config.` or `tags.`
-before it says which is meant. A name with other characters than letters, digits, `_` and
-`.` stands in backticks. `best(m)`, `min(m)`, `max(m)` and `last(m)` ask what a metric came
-to. A comparison with what a run does not have is false.
+The syntax is Python's: and, or, not, comparisons, `in`, numbers, strings in quotes, and
+parentheses. A name is a metric (its latest value), a config key or param, a tag, or one of
+`id`, `experiment`, `status`, `step`, `started`, `seconds`; the prefix `metrics.`, `config.` or
+`tags.` makes it unambiguous. A name with characters other than letters, digits, `_` and `.`
+must be in backticks. `best(m)`, `min(m)`, `max(m)` and `last(m)` are summaries of a metric.
+A comparison with something that a run does not have is false.
 """
 
 from __future__ import annotations
@@ -33,22 +33,22 @@ _MISSING = object()
 
 
 class Query:
-    """A question that is true or false of a run's facts. Raises BadInput where it cannot be read."""
+    """A query that is true or false for a run. Raises BadInput if it cannot be parsed."""
 
     def __init__(self, text: str) -> None:
         self._text = text
         self._quoted: dict[str, str] = {}
         self._root = self._parsed(text)
         self.names = list(dict.fromkeys(self._names(self._root)))
-        """The facts that it asks for."""
+        """The names that the query uses."""
         self._check(self._root)
 
     def matches(self, facts: Facts) -> bool:
-        """Whether it is true of a run."""
+        """Whether the query is true for a run."""
         return bool(self._truth(self._root, facts))
 
     def value(self, facts: Facts) -> Any:
-        """What a question that is a name, or `best(name)` and its kin, comes to; None where there is none."""
+        """The value of a query that is a name or a call such as `best(name)`; None if the run has none."""
         found = self._value(self._root, facts)
         return None if found is _MISSING else found
 
@@ -69,7 +69,7 @@ class Query:
             return ast.parse(_QUOTED.sub(stand_in, text).strip(), mode="eval").body
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
             alone = re.search(r"(?<![<>=!])=(?!=)", text)
-            hint = ": write == for equal" if alone else f": {getattr(error, 'msg', error)}"
+            hint = ": write == to compare" if alone else f": {getattr(error, 'msg', error)}"
             raise BadInput(
                 f"{text!r} cannot be read{hint}; write e.g. 'val_loss < 0.3 and lr > 1e-4'"
             ) from None
@@ -137,12 +137,12 @@ class Query:
 
     def _unreadable(self, node: ast.expr) -> BadInput:
         return BadInput(
-            f"{self._text!r} cannot be read at {ast.unparse(node)!r}: it is no name and no number"
+            f"{self._text!r} cannot be read at {ast.unparse(node)!r}: it is neither a name nor a number"
         )
 
 
 def facts(view: RunView) -> dict[str, Any]:
-    """Everything that can be asked of a run, by name. A plain name means a metric before a config key."""
+    """Everything that can be queried about a run, by name. A plain name is a metric before a config key."""
     summaries = view.summary()
     groups: dict[str, Mapping[str, Any]] = {
         "tags": view.tags,

@@ -1,4 +1,4 @@
-"""Runs read from Python, and the metrics of several as one table.
+"""Reading runs from Python, and the metrics of several runs as one table.
 
 for run in stoker.runs("digits"):
     print(run.directory.id, run.status, run.config["lr"], run.last("val_accuracy"))
@@ -27,31 +27,32 @@ log = logging.getLogger("stoker")
 
 
 def runs(*references: str | Path, runs: Path | str | None = None) -> list[RunView]:
-    """Read runs: their config, status, tags and metrics, as they are now. It loads no torch.
+    """Read runs: their current config, status, tags and metrics. Does not import torch.
 
-    A run of an experiment, or of all, that cannot be read is left out with a warning. Of runs in an object
-    store the journals are brought here; what they made (artifacts, logs) only of a run that is named itself.
+    An unreadable run is left out with a warning if it was not named itself but is part of an experiment or of
+    all runs. For runs in an object store the journals are downloaded; artifacts and logs are downloaded only
+    for a run that is named itself.
 
     Args:
-        references: a run by its id, the start of one, `experiment/id` or its path; an experiment (or a sweep)
-            by its name or path, which means all of its runs. By default all runs there are.
-        runs: the folder that runs stand under, or the URL of one in an object store; by default STOKER_RUNS,
+        references: a run by its id, the start of its id, `experiment/id` or its path; an experiment (or a
+            sweep) by its name or path, which means all of its runs. By default all runs.
+        runs: the folder that contains the runs, or the URL of one in an object store; by default STOKER_RUNS,
             else `runs/`.
 
     Returns:
-        Each run once, in the order of the references; those of an experiment, and all, oldest first.
+        Each run once, in the order of the references; the runs of an experiment, and all runs, oldest first.
 
     Raises:
-        BadInput: a reference means no run, or several that are no experiment; a run cannot be read that was
-            named, or is its experiment's only one; or nothing is there.
-        Unreachable: the object store cannot be reached, and nothing of its runs is known here.
+        BadInput: a reference matches no run, or several runs that are not an experiment; a run cannot be read
+            that was named or is the only one of its experiment; or there are no runs.
+        Unreachable: the object store cannot be reached, and none of its runs is known here.
     """
     folder = finding.folder(runs if runs is not None else os.environ.get("STOKER_RUNS") or "runs")
     return read(folder.absolute(), [str(reference) for reference in references])
 
 
 def read(folder: Path, references: Sequence[str]) -> list[RunView]:
-    """As `runs`, of a folder on this machine."""
+    """Like `runs`, for a folder on this machine."""
     known = functools.cache(lambda: finding.every(folder.absolute()))
     found: list[RunView] = []
     for reference in references:
@@ -61,14 +62,13 @@ def read(folder: Path, references: Sequence[str]) -> list[RunView]:
         found = _readable(known())
     if not found:
         raise BadInput(
-            f"there is no run under {finding.shown(folder)} that can be read; say another folder by runs= or "
-            "STOKER_RUNS"
+            f"no readable run under {finding.shown(folder)}; give another folder with runs= or STOKER_RUNS"
         )
     return list({seen.directory.path.resolve(): seen for seen in found}.values())
 
 
 def tolerantly(run: RunDirectory) -> tuple[RunView | None, str]:
-    """A run, or why it cannot be read: whatever is wrong with one, the others are still read."""
+    """A run, or the reason it cannot be read: an unreadable run does not keep the others from being read."""
     try:
         return view.load(run), ""
     except (StokerError, OSError, LookupError, TypeError, ValueError) as error:
@@ -76,14 +76,15 @@ def tolerantly(run: RunDirectory) -> tuple[RunView | None, str]:
 
 
 def table(views: Sequence[RunView], *, config: bool = False) -> pyarrow.Table:
-    """The metrics of runs, one after another: the rows of `RunView.metrics`, and their columns together.
+    """The metrics of runs, one run after another: the rows of `RunView.metrics`, with the union of columns.
 
-    Of several runs, `run` comes first: `experiment/id`, or its path where two runs of different folders share
-    that. A metric that has the name of another column is `metrics.NAME`.
+    For several runs the first column is `run`: `experiment/id`, or the path if two runs in different folders
+    share that name. A metric that has the name of another column becomes `metrics.NAME`.
 
     Args:
-        config: whether config keys and params follow, as `config.KEY`: numbers, texts and truth values as
-            such where all values of a key are of one kind, else as texts; lists and mappings as JSON.
+        config: whether to add config keys and params as columns `config.KEY`: numbers, strings and booleans
+            keep their type if all values of a key have the same type, else they become strings; lists and
+            mappings become JSON.
     """
     import pyarrow as pa
 
@@ -122,13 +123,13 @@ def _names(views: Sequence[RunView]) -> list[str]:
 
 
 def _config(views: Sequence[RunView]) -> Mapping[str, list[Any]]:
-    """By column, the value of each run, None where it has none."""
+    """By column, the value of each run, None if it has no value."""
     said = [{**seen.config, **seen.params} for seen in views]
     return {f"config.{key}": [of_run.get(key) for of_run in said] for key in sorted(set().union(*said))}
 
 
 def _column(values: Sequence[Any]) -> pyarrow.Array:
-    """Values of one kind as they are, else as texts; None is null."""
+    """Values of the same type unchanged, otherwise as strings; None becomes null."""
     import pyarrow as pa
 
     kinds = {type(value) for value in values if value is not None}

@@ -128,9 +128,9 @@ class Recorder:
             self._check_names(flat)
         deferred = Deferred(flat)
         if reduce is not None and reduce not in WAYS:
-            raise ValueError(f"reduce={reduce!r}: give one of {', '.join(WAYS)}")
+            raise ValueError(f"reduce={reduce!r}: must be one of {', '.join(WAYS)}")
         if isinstance(step, bool) or not hasattr(step, "__index__"):
-            raise TypeError(f"step={step!r}: a step is a whole number")
+            raise TypeError(f"step={step!r}: must be a whole number")
         step = operator.index(step)
         if self._world.rank > 0 and reduce is None:
             return
@@ -186,7 +186,7 @@ class Recorder:
 
     def _check_names(self, values: Mapping[str, Any]) -> None:
         if "step" in values:
-            raise ValueError("'step' is where a metric is logged, not one: pass it as run.log(..., step=)")
+            raise ValueError("'step' cannot be a metric name: pass the step as run.log(..., step=)")
         for name in values:
             check_name(name)
         self._names.update(values)
@@ -195,6 +195,6 @@ class Recorder:
         if not self._went_back:
             self._went_back = True
             log.warning(
-                "%s: logged at step %d after step %d; kept at its step, unless that has a point already",
+                "%s: logged at step %d after step %d; kept at that step, unless it already has a point",
                 ", ".join(list(values)[:3]), step, self._highest,
             )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What a run is now: the words that the view of a run is made of."""
+"""The current state of a run: the data classes that make up the view of a run."""
 
 from __future__ import annotations
 
@@ -34,24 +34,24 @@ class Attempt:
     host: str = ""
     pid: int = 0
     world: int = 1
-    """How many processes trained together."""
+    """The number of processes that trained together."""
     resumed_from: int | None = None
-    """The step of the checkpoint it continued from; None where it began anew."""
+    """The step of the checkpoint it resumed from; None if it started from scratch."""
     passed_over: list[str] = field(default_factory=list)
     """Checkpoints that could not be used, each with the reason."""
     layout: dict[str, Any] = field(default_factory=dict)
     """How a Trainer used the devices: `parallel`, `precision`, `ranks`, `device`, and why; the `memory_bytes`
-    of each; the `peak` that MFU is a share of (`flops`, `source`)."""
+    of each; the `peak` that MFU is relative to (`flops`, `source`)."""
     data: dict[str, Any] = field(default_factory=dict)
-    """What it trained on, where its recipe says: a line on each of `sources`, `rows`, `tokens_per_row`."""
+    """What it trained on, if its recipe reports it: a line per `sources` entry, `rows`, `tokens_per_row`."""
     began: float | None = None
-    """When a Trainer's loop began."""
+    """When a Trainer's loop started."""
     spent: list[dict[str, Any]] = field(default_factory=list)
-    """What the loop had spent its time on: `time`, `step`, `seconds` by what for, whether it was `over`."""
+    """How the loop has spent its time: `time`, `step`, `seconds` by purpose, whether it was `over`."""
     drift: dict[str, Any] = field(default_factory=dict)
     """Config keys that differ from the run's record: key -> [old, new]."""
     code: dict[str, str | None] = field(default_factory=dict)
-    """Files of code that are others than those of the run's begin: path -> XXH3, None where it is gone."""
+    """Code files that differ from those at the run's start: path -> XXH3, None for a deleted file."""
     ended: float | None = None
     last_event: float = 0.0
     status: str = KILLED
@@ -60,7 +60,7 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Media:
-    """Something to look at that was logged under a name at a step."""
+    """A table, figure, image, text or histogram that was logged under a name at a step."""
 
     kind: str
     """table, figure, image, text or histogram."""
@@ -74,7 +74,7 @@ class Media:
 
 @dataclass(frozen=True)
 class Use:
-    """An artifact that the run used: the run that made it (None where that is not known), its files."""
+    """An artifact that the run used: the run that made it (None if unknown) and its files."""
 
     name: str
     run: dict[str, str] | None
@@ -83,61 +83,61 @@ class Use:
 
 @dataclass
 class RunView:
-    """What a run was when it was read, as by `stoker.runs`; a living one goes on meanwhile: read it again."""
+    """The state of a run when it was read, as by `stoker.runs`; to follow a running run, read it again."""
 
     directory: RunDirectory
-    """Where it is: `id`, `experiment`, `path`, and the paths below (`artifacts`, `checkpoints`, `logs`)."""
+    """Where the run is: `id`, `experiment`, `path`, and subfolders (`artifacts`, `checkpoints`, `logs`)."""
     record: dict[str, Any]
-    """What `run.json` says of its begin: recipe, config and the source of each value, seed, command, code."""
+    """The contents of `run.json`, from the run's start: recipe, config with sources, seed, command, code."""
     attempts: list[Attempt] = field(default_factory=list)
     """The processes that trained it, one after another."""
     points: Mapping[str, Series] = field(default_factory=dict)
     """metric -> step -> value, in the order of steps, without the points that a resume made void.
 
-    Of a metric, `x` are the steps, `y` the values and `time` when each was logged (seconds since 1970), as
-    arrays of NumPy.
+    For each metric, `x` are the steps, `y` the values and `time` when each was logged (seconds since 1970),
+    as NumPy arrays.
     """
     system: Mapping[str, Series] = field(default_factory=dict)
-    """What the machine did: metric -> sample number, from 0, -> value. A resume voids none."""
+    """Machine metrics: metric -> sample number, from 0, -> value. A resume does not void any."""
     total_steps: int | None = None
     samples_per_step: float | None = None
     tokens_per_step: float | None = None
     samples_per_epoch: int | None = None
     checkpoints: list[int] = field(default_factory=list)
-    """Steps at which a checkpoint was committed (it may have been deleted since)."""
+    """Steps at which a checkpoint was committed (it may have been deleted since then)."""
     artifacts: dict[str, Event] = field(default_factory=dict)
     used: dict[str, Use] = field(default_factory=dict)
     used_by: list[dict[str, Any]] = field(default_factory=list)
-    """Artifacts of this run that others use: `name`, and the `run` that does."""
+    """Artifacts of this run that other runs use: `name`, and the `run` that uses it."""
     media: list[Media] = field(default_factory=list)
     params: dict[str, Any] = field(default_factory=dict)
-    """What the run said of itself besides its config."""
+    """Parameters that the run recorded in addition to its config."""
     goals: dict[str, Goal] = field(default_factory=dict)
-    """Which way a metric is better, where the run said so."""
+    """Whether lower or higher is better, for metrics for which the run set a goal."""
     tags: dict[str, str] = field(default_factory=dict)
-    """As they are now, also those that `stoker runs tag` has set."""
+    """The current tags, including those set with `stoker runs tag`."""
     notes: list[tuple[float, str]] = field(default_factory=list)
-    """When and what."""
+    """The notes: time and text."""
     damage: list[Damage] = field(default_factory=list)
     """Lines of the journal that could not be read."""
 
     @property
     def config(self) -> dict[str, Any]:
-        """The newest attempt's config by dotted key: the record's, with what has drifted since."""
+        """The latest attempt's config by dotted key: the recorded config with the changes since."""
         return {**self.record["config"], **{key: new for key, (_, new) in self.drift.items()}}
 
     @property
     def drift(self) -> dict[str, Any]:
-        """How the config differs from the record's: key -> [old, new].
+        """How the config differs from the recorded one: key -> [old, new].
 
-        An attempt that failed before its loop began (a checkpoint did not fit, say) changed nothing.
+        An attempt that failed before its loop started (say, a checkpoint did not fit) changes nothing.
         """
         counted = (a for a in reversed(self.attempts) if a.status != FAILED or a.began is not None)
         return next((attempt.drift for attempt in counted), {})
 
     @property
     def step(self) -> int:
-        """The last step that stands."""
+        """The last step that is not void."""
         return max((int(series.x[-1]) for series in self.points.values() if len(series)), default=0)
 
     @property
@@ -150,25 +150,25 @@ class RunView:
 
     @property
     def started(self) -> float:
-        """When it first began, in seconds since 1970."""
+        """When the run first started, in seconds since 1970."""
         return self.attempts[0].started if self.attempts else self.directory.record_file.stat().st_mtime
 
     @property
     def seconds(self) -> float:
-        """Time spent in all attempts."""
+        """The time spent in all attempts, in seconds."""
         return sum((a.ended or a.last_event) - a.started for a in self.attempts)
 
     def last(self, metric: str) -> float | None:
-        """The newest value of a metric, or None."""
+        """The latest value of a metric, or None."""
         series = self.points.get(metric)
         return float(series.y[-1]) if series else None
 
     def newest(self) -> dict[str, float]:
-        """The newest value of every metric, by name."""
+        """The latest value of every metric, by name."""
         return {metric: float(series.y[-1]) for metric, series in sorted(self.points.items())}
 
     def summary(self) -> dict[str, Summary]:
-        """What every metric came to, by name: last, lowest, highest and best value, each with its step."""
+        """The summary of every metric, by name: last, lowest, highest and best value, each with its step."""
         return {
             metric: summarise(metric, series, self.goals)
             for metric, series in sorted(self.points.items())
@@ -176,10 +176,10 @@ class RunView:
         }
 
     def metrics(self) -> pyarrow.Table:
-        """A row a step at which something was logged, in the order of steps; a DataFrame by `.to_pandas()`.
+        """One row per step at which something was logged, in the order of steps; `.to_pandas()` converts it.
 
         Columns: `step` (int64), then every metric by name (float64), null where it was not logged; NaN and
-        infinities are themselves.
+        infinities are kept.
         """
         import pyarrow as pa
 
@@ -191,7 +191,7 @@ class RunView:
 
 
 def _aligned(series: Series, steps: NDArray[np.int64]) -> pyarrow.Array:
-    """A metric's values at steps of which its own are part, null at the others."""
+    """A metric's values at the given steps, which include its own; null at the others."""
     import pyarrow as pa
 
     at = np.searchsorted(steps, series.x)

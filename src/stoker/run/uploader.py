@@ -80,23 +80,23 @@ class Uploads:
         error = state(self._run).error
         if error and not self._warned:
             log.warning(
-                "%s takes nothing now (%s); training goes on, checkpoints are kept in %s and go there "
-                "once it does", self._copy.where, error, self._run.checkpoints,
+                "cannot upload to %s now (%s); training continues, checkpoints are kept in %s and uploaded "
+                "later", self._copy.where, error, self._run.checkpoints,
             )  # fmt: skip
         elif self._warned and not error:
-            log.info("%s takes what is brought there again", self._copy.where)
+            log.info("uploads to %s work again", self._copy.where)
         self._warned = bool(error)
 
     def finish(self) -> None:
         """Once the run has let go of its lock: wait until all is there, or the store is away for too long."""
         if self._copy is None:
             return
-        log.info("bringing what is left to %s", self._copy.where)
+        log.info("uploading the rest to %s", self._copy.where)
         said = wait(self._run, FINISH_PATIENCE)
         if said.behind:
             log.warning(
-                "%s has not got all of this run (%s); it is kept in %s, and its next start or `stoker sync` "
-                "brings it there", self._copy.where, said.error, self._run.path,
+                "%s does not have all of this run (%s); the run is kept in %s, and its next start or "
+                "`stoker sync` uploads the rest", self._copy.where, said.error, self._run.path,
             )  # fmt: skip
 
 
@@ -231,14 +231,14 @@ def main() -> int:
     """The uploader's process. Returns 0 where all is in the store, else 1."""
     parser = argparse.ArgumentParser(prog="stoker.run.uploader")
     parser.add_argument("run", type=Path, help="the run's directory")
-    parser.add_argument("--once", action="store_true", help="bring what is here now, and end")
+    parser.add_argument("--once", action="store_true", help="upload what is here now, then exit")
     arguments = parser.parse_args()
     os.nice(19)  # training comes first
     messages.write_to_stderr()
     run = RunDirectory(arguments.run)
     copy = mirror.of(run, patience=TRY)
     if copy is None:
-        raise SystemExit(f"{run.path} is of no object store")
+        raise SystemExit(f"{run.path} does not belong to an object store")
     if not arguments.once:  # a scheduler signals all processes of a job; this one ends after the trainer
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)

@@ -41,9 +41,9 @@ __all__ = [
 
 
 def load(directory: RunDirectory) -> RunView:
-    """Fold the journal of a run, or read what was kept of an earlier fold.
+    """Fold the journal of a run, or read the stored result of an earlier fold.
 
-    Raises BadInput where its record cannot be read.
+    Raises BadInput if its record cannot be read.
     """
     record = directory.record()
     alive = directory.alive  # asked first: a journal that nobody writes to stays as it is read
@@ -89,7 +89,7 @@ class _Folding:
                 else:
                     self._other(event, block)
             except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
-                self._view.damage.append(Damage(block.file, line, f"not a whole event: {error!r}"))
+                self._view.damage.append(Damage(block.file, line, f"incomplete event: {error!r}"))
         if block.attempt != journal.FROM_OUTSIDE and block.rank == 0 and block.events:
             self._view.attempts[-1].last_event = float(block.events[-1]["time"])
 
@@ -111,7 +111,7 @@ class _Folding:
     def _metrics(self, event: Event, rank: int) -> None:
         step, time, values = event["step"], event["time"], event["values"]
         if type(step) is not int:
-            raise TypeError("a step is a whole number")
+            raise TypeError("a step must be a whole number")
         if "reduce" in event:
             values = self._reduction.add(event["reduce"], step, journal.decode_values(values), rank)
         elif rank != 0:

@@ -1,1 +1,1 @@
-"""Tracking: a follower process that ships a run's journal to MLflow."""
+"""Tracking: a follower process that ships a run's journal to the sinks, MLflow by default."""

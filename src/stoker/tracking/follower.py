@@ -1,13 +1,13 @@
-"""The follower: a process of its own that ships a run's journal to the sinks.
+"""The follower: a separate process that ships a run's journal to the sinks.
 
-Training starts it and forgets it. It reads what the journal holds past its ledger, twice a
-second, and ends when the trainer is gone and everything is shipped. It may be killed at any
-moment: the next one goes on, and sends nothing that a sink does not store once. A sink that
-fails is tried again, ever more slowly, and training never notices.
+Training starts it and does not wait for it. Twice a second it reads the part of the journal past its
+ledger; it ends when the trainer is gone and everything is shipped. It can be killed at any moment:
+the next one resumes, and whatever it sends again, a sink stores once. A failing sink is retried with
+increasing delays, and training never notices.
 
     python -m stoker.tracking.follower [--once] RUN_DIRECTORY
 
-One process ships all trials of a search, for as long as that goes on:
+One process ships all trials of a search, as long as the search runs:
 
     python -m stoker.tracking.follower --sweep FOLDER
 """
@@ -46,22 +46,22 @@ _REPORTED_AFTER = 2  # failures in a row; a locked database is none
 
 @dataclass(frozen=True)
 class SinkState:
-    """How far a sink is."""
+    """The progress of a sink."""
 
     name: str
     where: str
     """The store and the run in it."""
     pending: int
-    """What it has not got yet: events, and how the run ended."""
+    """The number of events it has not received yet, including the end of the run."""
     error: str | None
     since: float | None
-    """Since when it fails, in seconds since 1970."""
+    """When it started to fail, in seconds since 1970."""
 
 
 def enabled() -> tuple[str, ...]:
-    """The sinks that STOKER_SINKS names, `mlflow` by default, none for `none`.
+    """The sinks named in STOKER_SINKS: `mlflow` by default, no sinks for `none`.
 
-    Raises BadInput for one that is unknown or not installed.
+    Raises BadInput for a sink that is unknown or not installed.
     """
     names = named()
     for name in names:
@@ -70,7 +70,7 @@ def enabled() -> tuple[str, ...]:
 
 
 def named() -> tuple[str, ...]:
-    """As `enabled`, whether there are such sinks or not."""
+    """Like `enabled`, without checking that the sinks exist."""
     names = (name.strip() for name in os.environ.get("STOKER_SINKS", "mlflow").split(","))
     return tuple(dict.fromkeys(name for name in names if name not in ("none", "")))
 
@@ -79,13 +79,13 @@ def check(name: str) -> None:
     """Raises BadInput for a sink that is unknown or not installed."""
     if name not in _SINKS:
         hint = nearest(name, _SINKS)
-        raise BadInput(f"STOKER_SINKS names {name!r}{hint}; give {', '.join(_SINKS)}, or none")
+        raise BadInput(f"STOKER_SINKS names {name!r}{hint}; use {', '.join(_SINKS)}, or none")
     if importlib.util.find_spec(name) is None:
         raise BadInput(f"STOKER_SINKS names {name}, which is not installed: pip install 'stoker[{name}]'")
 
 
 def spawn(directory: RunDirectory, once: bool = False) -> subprocess.Popen[bytes]:
-    """Start a follower of a run; `once`: one that ships what is there now, and ends."""
+    """Start a follower of a run; with `once` it ships what is there now and then exits."""
     return _spawn(directory.path, directory.logs, *(["--once"] if once else []))
 
 
@@ -106,18 +106,18 @@ def _spawn(folder: Path, logs: Path, *flags: str) -> subprocess.Popen[bytes]:
 
 
 def state(directory: RunDirectory) -> list[SinkState]:
-    """How far every sink of a run is. Imports no sink."""
+    """The progress of every sink of a run. Imports no sink."""
     return [_state(directory, name) for name in enabled()]
 
 
 def failing(directory: RunDirectory) -> dict[str, str]:
-    """The sinks of a run that take nothing at the moment, each with the reason."""
+    """The sinks of a run that are failing at the moment, each with the reason."""
     found = {name: ledger.load(ledger.file_of(directory, name)).error for name in enabled()}
     return {name: error for name, error in found.items() if error is not None}
 
 
 def wait(directory: RunDirectory, process: subprocess.Popen[bytes], timeout: float) -> list[SinkState]:
-    """Wait until a follower ends or says that its sink fails, `timeout` seconds at most."""
+    """Wait until a follower ends or reports that its sink fails, at most `timeout` seconds."""
     deadline = time.monotonic() + timeout
     while process.poll() is None and time.monotonic() < deadline:
         ledgers = [ledger.load(ledger.file_of(directory, name)) for name in enabled()]
@@ -129,10 +129,10 @@ def wait(directory: RunDirectory, process: subprocess.Popen[bytes], timeout: flo
 
 
 def rebuild(directory: RunDirectory) -> dict[str, str | None]:
-    """Have the next follower make the run anew in every sink; the id that it had in each.
+    """Have the next follower recreate the run in every sink; returns the run's former id in each sink.
 
-    All of that is in the ledgers, so whatever is killed then, the next follower goes on with it.
-    Raises BadInput while the run is trained or followed.
+    The request is stored in the ledgers, so whatever is killed afterwards, the next follower resumes it.
+    Raises BadInput while the run is being trained or followed.
     """
     directory.sinks.mkdir(exist_ok=True)
     with contextlib.ExitStack() as held:
@@ -142,7 +142,7 @@ def rebuild(directory: RunDirectory) -> dict[str, str | None]:
                 held.callback(os.close, lock)
             if lock is None or directory.alive:
                 doing = "trained" if directory.alive else f"shipped to {name}"
-                raise BadInput(f"run {directory.id!r} is being {doing} now: rebuild it once that has ended")
+                raise BadInput(f"run {directory.id!r} is being {doing} now: rebuild it after that")
         now = journal.ends(directory.journal)
         return {name: _begin_anew(ledger.file_of(directory, name), now) for name in enabled()}
 
@@ -154,10 +154,10 @@ def _begin_anew(file: Path, now: dict[str, int]) -> str | None:
 
 
 def follow(directory: RunDirectory, name: str, *, once: bool = False, patience: float = PATIENCE) -> bool:
-    """Ship a run to a sink; whether all of it was shipped.
+    """Ship a run to a sink; returns whether all of it was shipped.
 
-    Goes on until the trainer is gone, or with `once` until everything that the journal holds
-    now is shipped. A failing sink is tried for `patience` seconds after that.
+    Continues until the trainer is gone, or with `once` until everything in the journal now is
+    shipped. After that, a failing sink is retried for `patience` seconds.
     """
     task = _Task(directory, name, feed.end(directory.journal) if once else None, patience)
     lock = task.take_turn()
@@ -312,9 +312,9 @@ def follow_all(directory: RunDirectory, *, once: bool, patience: float) -> bool:
 
 
 def follow_sweep(folder: Path, patience: float = PATIENCE) -> bool:
-    """Ship the trials of a search, one after the other, until it is over; whether all was shipped.
+    """Ship the trials of a search one after the other until it is over; returns whether all was shipped.
 
-    Failing sinks are tried for `patience` seconds after that.
+    After that, failing sinks are retried for `patience` seconds.
     """
     over_since: float | None = None
     while True:
@@ -353,7 +353,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="stoker.tracking.follower")
     parser.add_argument("run", type=Path, help="the run's directory, or with --sweep that of a search")
     parser.add_argument("--sweep", action="store_true", help="ship all trials of a search until it is over")
-    parser.add_argument("--once", action="store_true", help="ship what is there now, and end")
+    parser.add_argument("--once", action="store_true", help="ship what is there now, then exit")
     arguments = parser.parse_args()
     os.nice(19)  # training comes first
     messages.write_to_stderr()

@@ -141,7 +141,7 @@ class MlflowSink:
             self._experiment()  # says so where all of it was deleted
             raise StokerError(
                 f"its run {known} was deleted in MLflow: "
-                f"restore it there, or have `{self._rebuild}` make another"
+                f"restore it there, or create another with `{self._rebuild}`"
             )
         if who != self._identity:
             self._mlflow.set_tag(known, _IDENTITY, self._identity)  # it was renamed
@@ -199,8 +199,8 @@ class MlflowSink:
             if found.lifecycle_stage == LifecycleStage.DELETED:
                 if not restored:
                     raise StokerError(
-                        f"its experiment {name!r} was deleted in MLflow: restore it there, or have "
-                        f"`{self._rebuild}` restore it"
+                        f"its experiment {name!r} was deleted in MLflow: restore it there, or with "
+                        f"`{self._rebuild}`"
                     )
                 self._mlflow.restore_experiment(found.experiment_id)
             return str(found.experiment_id)
@@ -264,7 +264,7 @@ class MlflowSink:
             return
         file = self._directory.path / event["file"]["path"]
         if not file.is_file():
-            log.warning("%s is gone, and was not shipped", file)
+            log.warning("%s is missing and was not shipped", file)
             return
         self._mlflow.log_artifact(self._run, str(file), folder)
         if event["kind"] == "table" and about["rows"] <= _LARGEST_SHOWN_TABLE:
@@ -289,7 +289,7 @@ class MlflowSink:
             if (root / path).is_file():
                 self._mlflow.log_artifact(self._run, str(root / path), folder)
             else:
-                log.warning("artifact %s: %s is gone, and was not shipped", name, root / path)
+                log.warning("artifact %s: %s is missing and was not shipped", name, root / path)
         return {}
 
 

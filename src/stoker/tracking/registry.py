@@ -77,7 +77,7 @@ class Registry:
         `about` is what the run does not say of it by itself. Raises BadInput, StokerError.
         """
         if not _NAME.fullmatch(name):
-            raise BadInput(f"{name!r} cannot name a model: use letters, digits, '.', '_' and '-'")
+            raise BadInput(f"{name!r} is not a valid model name: use letters, digits, '.', '_' and '-'")
         run = self._shipped(view.directory)
         with self._said(), tempfile.TemporaryDirectory(prefix="stoker-model-") as scratch:
             packed = _packed(folder, Path(scratch) / "model", kind)
@@ -210,7 +210,7 @@ class Registry:
         except MlflowException as error:
             where = store.without_credentials(self._uri)
             said = store.without_credentials(str(error)).splitlines()[0]
-            raise StokerError(f"the registry at {where} refuses: {said}") from error
+            raise StokerError(f"the registry at {where} refused the request: {said}") from error
 
 
 def _all(search: Callable[..., Any], **query: str) -> Iterator[Any]:
@@ -294,7 +294,7 @@ def _data_of(packed: Path) -> Path:
     """The folder of an MLflow model that holds what was registered. Raises StokerError."""
     found = [file.parent for file in packed.rglob(CHECKSUMS)]
     if len(found) != 1:
-        raise StokerError("this version has no checksums: stoker did not register it")
+        raise StokerError("this version has no checksums: it was not registered by stoker")
     return found[0]
 
 

@@ -113,7 +113,7 @@ class Weights:
     def predict(self, model_input: Any, params: dict[str, Any] | None = None) -> Any:
         """Raises TypeError: weights alone predict nothing."""
         raise TypeError(
-            "these are weights without the code of their model: build it as the run did, then "
+            "these are weights without the code of their model: build the model as the run did, then call "
             "model.load_state_dict(loaded.unwrap_python_model().tensors())"
         )
 

@@ -31,16 +31,16 @@ class Shipping:
         self._warned: set[str] = set()
 
     def begin(self) -> None:
-        """There is something to ship."""
+        """Note that there is something to ship."""
         if self._sinks:
             self._process, self._begun = follower.spawn(self._run), time.monotonic()
 
     def look_after(self) -> None:
-        """Start another follower where the last one was killed; say once of a sink that it takes nothing."""
+        """Start another follower if the last one was killed; report once for each sink that it is failing."""
         self._look(_PAUSE)
 
     def finish(self) -> None:
-        """The run is about to end: what it still says is to be shipped by somebody."""
+        """The run is about to end: make sure that a follower ships what is left."""
         self._look(0.0)
 
     def wait(self, timeout: float) -> list[SinkState]:
@@ -51,7 +51,7 @@ class Shipping:
         if self._process is None:
             return
         if self._process.poll() is not None and time.monotonic() - self._begun >= pause:
-            log.info("the process that ships to the sinks is gone: another one goes on")
+            log.info("the process that ships to the sinks is gone: starting another one")
             self.begin()
         self._warn()
 
@@ -60,6 +60,6 @@ class Shipping:
             if name not in self._warned:
                 self._warned.add(name)
                 log.warning(
-                    "%s takes nothing now (%s); training goes on, and `stoker sync %s` or the next "
-                    "start ships what it lacks", name, error, self._run.id,
+                    "cannot ship to %s now (%s); training continues, and `stoker sync %s` or the next "
+                    "start ships the rest", name, error, self._run.id,
                 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What a sink is to the follower: four words, so that another tracker is one more class.
+"""The interface of a sink: four methods, so that adding a tracker means adding one class.
 
 A sink is told what to store in batches made from the journal. It must be idempotent: a
 batch whose follower died before it could note down that it was shipped is shipped again,
@@ -32,10 +32,10 @@ class Batch:
     artifacts: dict[str, dict[str, Any]] = field(default_factory=dict)
     """`artifact` events by name, the newest of each."""
     tags: dict[str, str | None] = field(default_factory=dict)
-    """None takes a tag away."""
+    """None removes a tag."""
     params: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    """All notes of the run, the newest last, where there is a new one; else none."""
+    """All notes of the run, the newest last, if there is a new one; otherwise empty."""
     attempt_started: bool = False
 
     @property
@@ -45,7 +45,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Ending:
-    """How a run ended: `status` as in `run.view`; `time` is when."""
+    """How a run ended: `status` as in `run.view`, and the `time`."""
 
     status: str
     time: float
@@ -53,12 +53,12 @@ class Ending:
 
 @dataclass(frozen=True)
 class SinkRun:
-    """A run in a sink: its id there, and where a person finds it."""
+    """A run in a sink: its id there, and where to find it."""
 
     id: str
     where: str
     anew: bool = False
-    """Whether the sink wants the whole journal again: it knows best what it has."""
+    """Whether the sink wants the whole journal again, because it knows what it already has."""
 
 
 def key(media: Mapping[str, Any]) -> str:
@@ -69,24 +69,24 @@ def key(media: Mapping[str, Any]) -> str:
 class Sink(Protocol):
     """A tracker that a journal is shipped to. Every method raises whatever its client raises.
 
-    A sink that stores what it is given a second time twice keeps it from happening with a
-    mark: what `ship` returns is kept with how far it was, and handed to `open`.
+    A sink that would store repeated data twice prevents this with a mark: the return value of
+    `ship` is stored with the progress, and passed to `open`.
     """
 
     def open(self, known: str | None, started: float, mark: Any, edition: str) -> SinkRun:
-        """Find the run by the id it had (`known`) or by its identity, or make it; ship its record.
+        """Find the run by its former id (`known`) or by its identity, or create it; ship its record.
 
-        Where it is of another `edition` than this, it stays, marked as replaced, and another is made.
+        If its `edition` differs, the existing run is kept and marked as replaced, and another is created.
 
-        `mark` is what the last `ship` that was noted down returned: whatever came to the sink
-        after it will be shipped again.
+        `mark` is the return value of the last recorded `ship`: whatever reached the sink after it
+        will be shipped again.
         """
 
     def ship(self, batch: Batch) -> Any:
-        """Store a batch, to last; returns a mark, a JSON value."""
+        """Store a batch durably; returns a mark, a JSON value."""
 
     def conclude(self, ending: Ending) -> None:
         """Say how the run ended."""
 
     def close(self) -> None:
-        """Let go of what is held; never waits for a server."""
+        """Release resources without waiting for a server."""

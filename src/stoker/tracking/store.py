@@ -100,5 +100,5 @@ def server_uri() -> str | None:
 
 
 def without_credentials(text: str) -> str:
-    """A URI, or a message that holds some, without the user and password in it."""
+    """A URI, or a message that contains URIs, without user names and passwords."""
     return _CREDENTIALS.sub("", text)

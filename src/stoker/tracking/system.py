@@ -1,4 +1,4 @@
-"""What the machine does while a run trains: processor, memory, disk, network, NVIDIA GPUs."""
+"""Machine metrics while a run trains: processor, memory, disk, network, NVIDIA GPUs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class SystemSampler:
         self._process.cpu_percent()
 
     def sample(self) -> dict[str, float]:
-        """Percentages, bytes, bytes a second, watts and degrees Celsius, as the names say."""
+        """Percentages, bytes, bytes per second, watts and degrees Celsius, as the names say."""
         memory = psutil.virtual_memory()
         found = {
             "cpu_percent": psutil.cpu_percent(),

@@ -145,7 +145,7 @@ class TensorBoardSink:
 def _said(batch: Batch) -> list[tuple[str, str]]:
     """What a batch says in words."""
     said = [(f"stoker/params/{name}", str(value)) for name, value in batch.params.items()]
-    said += [(f"stoker/tags/{name}", value or "(taken away)") for name, value in batch.tags.items()]
+    said += [(f"stoker/tags/{name}", value or "(removed)") for name, value in batch.tags.items()]
     said += [("stoker/notes", "\n\n".join(batch.notes))] if batch.notes else []
     for name, event in batch.artifacts.items():
         files = "\n".join(f"|{f['path']}|{f['size']}|`{f['sha256']}`|" for f in event["files"])
@@ -188,7 +188,7 @@ def _markdown(parquet: bytes) -> str:
     shown = [f"|{'|'.join(_cell(cell) for cell in row)}|" for row in rows[:_LARGEST_SHOWN_TABLE]]
     lines = [f"|{'|'.join(map(_cell, columns))}|", "|" + "-|" * len(columns), *shown]
     more = len(rows) - len(shown)
-    return "\n".join([*lines, f"\n{more:,} rows more" if more else ""])
+    return "\n".join([*lines, f"\n{more:,} more rows" if more else ""])
 
 
 def _cell(value: Any) -> str:

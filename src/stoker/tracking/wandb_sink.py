@@ -158,7 +158,7 @@ class WandbSink:
     def _ship_media(self, event: Mapping[str, Any]) -> None:
         shown = _shown(self._directory, event)
         if shown is None:
-            log.warning("%s %s is gone, and was not shipped", event["kind"], event["name"])
+            log.warning("%s %s is missing and was not shipped", event["kind"], event["name"])
             return
         self._run.log({sink.key(event): shown, _STEP: event["step"], "_timestamp": event["time"]})
 

@@ -1,4 +1,4 @@
-"""What a searched value is drawn from: a range of numbers or a list of choices."""
+"""The domain of a searched value: a range of numbers or a list of choices."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import numpy as np
 
-_BARE = re.compile(r"[\w.+/:@-]+")  # a text that reads the same in a list without quotes
+_BARE = re.compile(r"[\w.+/:@-]+")  # a text that needs no quotes in a list
 
 
 @dataclass(frozen=True)
 class Number:
-    """A range of numbers with both ends in it: even, even on a log scale, or in steps from `low`.
+    """A range of numbers, both ends included: uniform, uniform on a log scale, or in steps from `low`.
 
-    Raises ValueError for a range that is none.
+    Raises ValueError for an invalid range.
     """
 
     low: float | int
@@ -30,45 +30,43 @@ class Number:
 
     def __post_init__(self) -> None:
         if self.low > self.high:
-            raise ValueError(
-                f"its low {self.low} is above its high {self.high}: write {self.high}, {self.low}"
-            )
+            raise ValueError(f"low {self.low} is above high {self.high}: write {self.high}, {self.low}")
         if self.log and self.low <= 0:
-            raise ValueError(f"a log range must be above 0, and its low is {self.low}: give a low above 0")
+            raise ValueError(f"low {self.low}: a log range needs a low above 0")
         if self.step is None:
             return
         if self.log:
-            raise ValueError("a log range has no step: leave out one of the two")
+            raise ValueError("a log range cannot have a step: leave out one of the two")
         if self.step <= 0:
-            raise ValueError(f"its step is {self.step}: give one above 0")
+            raise ValueError(f"step {self.step}: must be above 0")
         if self._at(self._steps) != self.high:
             below, above = self._at(self._steps), self._at(self._steps + 1)
             raise ValueError(
-                f"steps of {self.step} from {self.low} come to {below} and {above}, not to {self.high}: "
-                f"make one of them the high, or change the step"
+                f"steps of {self.step} from {self.low} reach {below} and {above}, not {self.high}: "
+                f"use one of these as high, or change the step"
             )
 
     @property
     def grain(self) -> float | int | None:
-        """How far neighbouring values lie apart, or None where there is always one between two."""
+        """The distance between neighbouring values, or None for a continuous range."""
         return self.step or (1 if self.integer else None)
 
     @property
     def points(self) -> list[float | int] | None:
-        """Every value in order, as optuna takes it, or None where they cannot be counted."""
+        """Every value in order, as Optuna represents it, or None if there are infinitely many."""
         if self.low == self.high:
             return [self.low]
         return None if self.grain is None else [self._at(k) for k in range(self._steps + 1)]
 
     def holds(self, value: Any) -> bool:
-        """Whether a value is one of the range."""
+        """Whether a value is in the range."""
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             return False
         slack = 1e-9 * self.step if self.step and not self.integer else 0.0  # 0.1 + 0.2 is a step of 0.1
         return abs(self.nearest(value) - value) <= slack
 
     def nearest(self, value: float | int) -> float | int:
-        """The value of the range that is nearest to a number."""
+        """The value in the range nearest to a number."""
         inside = min(max(value, self.low), self.high)
         if self.grain is None:
             return float(inside)
@@ -79,13 +77,13 @@ class Number:
         if self.integer:
             step = int(self.step or 1)
             return self.nearest(int(trial.suggest_int(name, self.low, self.high, step=step, log=self.log)))
-        # Optuna counts steps in binary and gives 0.30000000000000004: `nearest` gives the 0.3 that was meant.
+        # Optuna adds steps in binary and gives 0.30000000000000004: `nearest` gives the 0.3 that was meant.
         return self.nearest(
             float(trial.suggest_float(name, self.low, self.high, step=self.step, log=self.log))
         )
 
     def drawn(self, random: np.random.Generator) -> float | int:
-        """Draw anew; a whole number on a log scale has the share of it that rounds to it, as in optuna."""
+        """Draw a value; an integer on a log scale has the probability of what rounds to it, as in Optuna."""
         if self.log:
             edge = 0.5 if self.integer else 0.0
             low, high = math.log(self.low - edge), math.log(self.high + edge)
@@ -97,7 +95,7 @@ class Number:
     def moved(
         self, value: float | int, random: np.random.Generator, factors: tuple[float, float]
     ) -> float | int:
-        """A value times one of the factors, within the range, and at least one step on where it has steps."""
+        """A value times one of the factors, within the range, moved by at least one step if it has steps."""
         factor = factors[int(random.integers(len(factors)))]
         moved = self.nearest(value * factor)
         if self.grain is None or factor == 1 or moved != self.nearest(value):
@@ -125,20 +123,20 @@ class Number:
 
 @dataclass(frozen=True)
 class Choice:
-    """One of several values, as the record of a config holds them; of paired keys each is a tuple.
+    """One of several values, as a config's record holds them; for paired keys each value is a tuple.
 
-    Raises ValueError where there are none, or one is there twice.
+    Raises ValueError if there are no values, or one is listed twice.
     """
 
     values: tuple[Any, ...]
 
     def __post_init__(self) -> None:
         if not self.values:
-            raise ValueError("there is nothing to choose from: write [a, b]")
+            raise ValueError("the list of choices is empty: write [a, b]")
         points = self.points
         for i, point in enumerate(points):
             if point in points[:i]:
-                raise ValueError(f"{item(self.values[i])} is there twice: leave it out once")
+                raise ValueError(f"{item(self.values[i])} is listed twice: remove one of them")
 
     @property
     def points(self) -> list[bool | int | float | str | None]:
@@ -158,7 +156,7 @@ class Choice:
         return self.values[int(random.integers(len(self.values)))]
 
     def moved(self, value: Any, random: np.random.Generator, factors: tuple[float, float]) -> Any:
-        """A neighbour of a value in the list; one that is not in the list is drawn anew."""
+        """A neighbour of a value in the list; a value that is not in the list is replaced by a new draw."""
         if value not in self.values:
             return self.drawn(random)
         at = self.values.index(value)
@@ -174,7 +172,7 @@ class Choice:
 
 
 def text(value: Any) -> str:
-    """A value as it stands after `key=`."""
+    """A value as written after `key=`."""
     if isinstance(value, str):
         return value
     if value is None:
@@ -183,7 +181,7 @@ def text(value: Any) -> str:
 
 
 def item(value: Any) -> str:
-    """A value as it stands in a list of choices."""
+    """A value as written in a list of choices."""
     if isinstance(value, tuple):
         return f"({', '.join(map(item, value))})"
     if isinstance(value, str) and not _BARE.fullmatch(value):
@@ -192,5 +190,5 @@ def item(value: Any) -> str:
 
 
 def _exact(value: float | int) -> Decimal:
-    """A number as it is written: 0.1 is a tenth."""
+    """A number at its decimal value: 0.1 is exactly a tenth."""
     return Decimal(str(value))

@@ -1,7 +1,7 @@
-"""The texts of a search space: `log(1e-5, 1e-3)`, `[16, 32] if optimizer == adamw`.
+"""The expressions of a search space: `log(1e-5, 1e-3)`, `[16, 32] if optimizer == adamw`.
 
-A small reader of its own: nothing that a user wrote is evaluated. Quotes are YAML's. Everything here
-raises ValueError for a text that cannot be read, and knows nothing of configs.
+This is a small parser: nothing that a user wrote is evaluated. Quoting follows YAML. Everything here
+raises ValueError for a text that cannot be parsed, and knows nothing about configs.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ _TOKEN = re.compile(
     re.VERBOSE | re.DOTALL,
 )
 _CALL = re.compile(r"([A-Za-z_]\w*)\(")
-_UNKNOWN = re.compile(r"[A-Za-z_]\w*\([^()]*\)")  # looks like a form, and is none
+_UNKNOWN = re.compile(r"[A-Za-z_]\w*\([^()]*\)")  # looks like a form, but is not one
 _COMPARISON = re.compile(r"([\w.]+)(\s*==|\s*!=|\s+in\b|\s+not\s+in\b)\s*(.+)", re.DOTALL)
 _PLAIN_IF = re.compile(r"(.*\S)\s+if\s+(([\w.]+)(?:\s*==|\s*!=|\s+in\b|\s+not\s+in\b).+)", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Items:
-    """Values listed one by one, as texts and lists of them or, from YAML, as what they are."""
+    """Values listed one by one: texts and lists of texts, or values from YAML."""
 
     values: tuple[Any, ...]
     brackets: bool = True
@@ -56,17 +56,17 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Expression:
-    """What stands after a key: a range, a list, or anything else as it is; and when it counts."""
+    """What follows a key: a range, a list, or any other value unchanged; and its condition."""
 
     body: Number | Items | Any
     condition: Comparison | None = None
 
 
 def read(value: Any, keys: Collection[str]) -> Expression:
-    """Read a text, or a value of YAML or Python.
+    """Parse a text, or a value from YAML or Python.
 
     Args:
-        keys: a plain text may hold an `if` of its own: it is a condition where it is on one of these.
+        keys: a plain text may contain an `if`: it counts as a condition only if it is on one of these keys.
     """
     if isinstance(value, list | tuple):
         return Expression(Items(tuple(value)))
@@ -82,8 +82,8 @@ def read(value: Any, keys: Collection[str]) -> Expression:
         return Expression(_range(name, values), _condition(rest))
     if _UNKNOWN.fullmatch(stripped):
         raise ValueError(
-            f"there is no {name}(...){nearest(name, FORMS)}; there are {', '.join(FORMS.values())} "
-            f"and [a, b]; a plain text that looks like this is written ['...']"
+            f"unknown {name}(...){nearest(name, FORMS)}; write {', '.join(FORMS.values())} "
+            f"or [a, b]; write a plain text that looks like this as ['...']"
         )
     conditional = _PLAIN_IF.fullmatch(stripped)
     if conditional and conditional[3] in keys:
@@ -92,7 +92,7 @@ def read(value: Any, keys: Collection[str]) -> Expression:
 
 
 def bracketed(text: str) -> tuple[list[str], str]:
-    """The items of the list that a text begins with, as texts, and what stands after it."""
+    """The items of the list at the start of a text, as texts, and the rest of the text."""
     items: list[str] = []
     expected: list[str] = []
     start, position = 1, 0
@@ -109,23 +109,23 @@ def bracketed(text: str) -> tuple[list[str], str]:
                 start = position
         elif mark:
             if expected.pop() != mark:
-                raise ValueError(f"brackets do not match before the {mark} of {text[:position]}")
+                raise ValueError(f"unmatched {mark} in {text[:position]}")
             if not expected:
                 last = text[start : token.start()].strip()
-                items += [last] if last else []  # a comma may stand at the end
+                items += [last] if last else []  # a trailing comma is allowed
                 if "" in items:
-                    raise ValueError(f"there is nothing between two commas of {text[:position]}")
+                    raise ValueError(f"nothing between two commas in {text[:position]}")
                 return items, text[position:].strip()
-    raise ValueError(f"{text} lacks a {expected[-1]} at its end")
+    raise ValueError(f"missing {expected[-1]} at the end of {text}")
 
 
 def structured(text: str) -> Any:
-    """An item: a list of its own, or a text without its quotes."""
+    """An item: a nested list, or a text without its quotes."""
     if text[:1] not in ("[", "("):
         return plain(text)
     items, rest = bracketed(text)
     if rest:
-        raise ValueError(f"{rest} means nothing after a bracket: quote all of {text}")
+        raise ValueError(f"unexpected {rest} after a bracket: quote all of {text}")
     return [structured(inner) for inner in items]
 
 
@@ -143,7 +143,7 @@ def plain(text: str) -> str:
 
 
 def number(text: str) -> int | float:
-    """A number, whole where it is written so: 16 is, 1e-3 and 16.0 are not."""
+    """A number: an int if it is written as one (16), else a float (1e-3, 16.0)."""
     try:
         return int(text)
     except ValueError:
@@ -158,7 +158,7 @@ def number(text: str) -> int | float:
 
 
 def whole(value: int | float) -> int:
-    """A number that has no fraction, as an int."""
+    """A number without a fraction, as an int."""
     if value != int(value):
         raise ValueError(f"{value} is not a whole number: write uniform(low, high), or log(low, high)")
     return int(value)
@@ -178,8 +178,8 @@ def _range(name: str, items: list[str]) -> Number:
     if step and name != "log":
         width = _bound(step[1], integer)
         return Number(low, high, integer, step=None if integer and width == 1 else width)
-    hint = f"; on a log scale: {FORMS['log']}" if name == "uniform" and option == "log" else ""
-    raise ValueError(f"{option} means nothing in {name}(...): write {FORMS[name]}{hint}")
+    hint = f"; for a log scale: {FORMS['log']}" if name == "uniform" and option == "log" else ""
+    raise ValueError(f"unknown option {option} in {name}(...): write {FORMS[name]}{hint}")
 
 
 def _bound(text: str, integer: bool) -> int | float:
@@ -190,9 +190,7 @@ def _condition(rest: str) -> Comparison | None:
     if not rest:
         return None
     if not re.match(r"if\b", rest):
-        raise ValueError(
-            f"{rest} means nothing there: only a condition may follow, as `if optimizer == adamw`"
-        )
+        raise ValueError(f"unexpected {rest}: only a condition can follow, such as `if optimizer == adamw`")
     return _comparison(rest[2:].strip())
 
 

@@ -1,4 +1,4 @@
-"""A trial that begins from another one's checkpoint: population based training's exploit."""
+"""A trial that starts from another trial's checkpoint: the exploit step of population based training."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from stoker.run.directory import RunDirectory
 
 @dataclass(frozen=True)
 class Fork:
-    """Which trial it goes on from, at which step, and in whose place."""
+    """Which trial a fork continues from, at which step, and which trial it replaces."""
 
     donor: int
     replaces: int
@@ -34,13 +34,13 @@ def of(trial: FrozenTrial) -> Fork | None:
 
 
 def take_checkpoint(donor: RunDirectory, run: RunDirectory, *, ended: bool) -> int | None:
-    """Let a run that is to begin have the newest checkpoint of another, in the same files; returns its step.
+    """Give a new run the newest checkpoint of another run, sharing its files; returns the step.
 
     Args:
-        ended: the other one came to its end, behind which there is nothing to train: the newest before it is
-            taken, and None is returned where there is none.
+        ended: the other run came to its end, after which there is nothing to train: the newest checkpoint
+            before the end is used, and None is returned if there is none.
 
-    Raises StokerError where there is none at all.
+    Raises StokerError if the other run has no checkpoint at all.
     """
     steps = [manifest.step_of(path) for path in manifest.committed(donor.checkpoints)]
     found, _ = manifest.newest(donor.checkpoints, but={max(steps)} if ended and steps else set())
@@ -48,10 +48,10 @@ def take_checkpoint(donor: RunDirectory, run: RunDirectory, *, ended: bool) -> i
         return None
     if found is None:
         raise StokerError(
-            f"{donor.id} has no checkpoint that another trial could go on from: "
-            "a population is for recipes that train with a Trainer"
+            f"{donor.id} has no checkpoint that another trial could continue from: "
+            "population based training needs a recipe that trains with a Trainer"
         )
-    shutil.rmtree(run.path, ignore_errors=True)  # left by a controller that was killed right here
+    shutil.rmtree(run.path, ignore_errors=True)  # left behind if a controller was killed exactly here
     target = run.checkpoints / found.path.name
     shutil.copytree(found.path, target, copy_function=storage.link_or_copy)
     return found.step

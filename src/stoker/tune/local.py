@@ -436,7 +436,7 @@ def outcome(number: int, first: Over, failed: Sequence[Over]) -> Ended:
     logged, values = tuple(known.get("logged", ())), known.get("values", {})
     lost = [end for end in failed if end.last is None and (end.code is None or end.code < 0)]
     if lost and lost[0].code is None:
-        return Ended(number, "killed", "its machine was lost, or what watched over it there", logged=logged)
+        return Ended(number, "killed", "its machine or its supervisor there was lost", logged=logged)
     if lost and lost[0].code is not None:
         said = f"its process was killed by {signal.Signals(-lost[0].code).name}"
         return Ended(number, "killed", said, logged=logged)
@@ -444,7 +444,8 @@ def outcome(number: int, first: Over, failed: Sequence[Over]) -> Ended:
         if end.last is not None:
             last = end.last
             return Ended(number, "failed", last["error"], last["trace"], logged, refused=last["refused"])
-        return Ended(number, "failed", f"its process ended with {end.code} and said nothing", logged=logged)
+        said = f"its process exited with code {end.code} without a message"
+        return Ended(number, "failed", said, logged=logged)
     return Ended(number, known["status"], logged=logged, values=values)
 
 

@@ -95,7 +95,7 @@ def _connect(address: str | None) -> None:
 
     if address is not None and address.startswith("ray://"):
         raise BadInput(
-            f"--address {address}: start the search on a machine of the cluster, by `ray job submit` or by "
+            f"--address {address}: start the search on a machine of the cluster, with `ray job submit` or by "
             "hand, and give its HOST:PORT, or auto"
         )
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
@@ -112,7 +112,7 @@ def _connect(address: str | None) -> None:
         if address is None:
             raise
         raise BadInput(
-            f"--address {address}: no Ray cluster is reached there from this machine ({first}); start one "
+            f"--address {address}: cannot reach a Ray cluster there from this machine ({first}); start one "
             "with `ray start --head`, or leave out --address to search on this machine"
         ) from error
 
@@ -132,7 +132,7 @@ def _reach(address: str) -> None:
     """Raises OSError or ValueError; Ray itself would try for minutes."""
     host, _, port = address.rpartition(":")
     if not (host and port.isdecimal()):
-        raise ValueError("an address is HOST:PORT, or auto")
+        raise ValueError("an address must be HOST:PORT, or auto")
     socket.create_connection((host.strip("[]"), int(port)), _REACHED).close()
 
 
@@ -406,7 +406,7 @@ class Workers:
                 return None
             if not said and time.monotonic() - begun > _PATIENCE:
                 said = True
-                log.info("trial %d waits for room on the cluster", trial.job.number)
+                log.info("trial %d is waiting for room on the cluster", trial.job.number)
         passed = {name: value for name, value in os.environ.items() if name.startswith(_PASSED_ON)}
         made = ray.remote(num_cpus=1, num_gpus=self._needs.get("GPU", 0), max_concurrency=4)(Host)
         hosts = [
@@ -456,7 +456,7 @@ class Workers:
                 end for end in _end_others([slot.hosts[rank] for rank in hearing.values()]) if end.failed
             ]
         if any(end.code is None for end in failed):
-            log.warning("trial %d: a machine of it was lost, or what watched over it there", trial.job.number)
+            log.warning("trial %d: one of its machines, or a supervisor there, was lost", trial.job.number)
             self._drop(trial)
         return local.outcome(trial.job.number, over.get(0, _UNHEARD), failed)
 
@@ -496,7 +496,7 @@ class Workers:
         return (
             f"--nproc {self._ranks}: a trial needs {self._ranks} {kind}{'s' if self._ranks > 1 else ''}, and "
             f"the cluster has {said} on {alive} machine{'s' if alive > 1 else ''}: give a smaller "
-            "--nproc, or join more machines to it"
+            "--nproc, or add machines to the cluster"
         )
 
 

@@ -1,11 +1,11 @@
-"""What a search was begun with, in its folder, beside its trials' runs.
+"""The settings of a search, in its folder, next to the runs of its trials.
 
 runs/<sweep>/
   sweep.json       written once: recipe, space, metric, sampler, scheduler, seed
   study.journal    Optuna's, see `study`
-  provenance/      what trials are made from; provenance-2/ once the code has changed
-  sweep.lock       locked by the controller, for as long as it lives
-  trial-0000/ ...  a run each
+  provenance/      the code of the trials; provenance-2/ once the code has changed
+  sweep.lock       locked by the controller as long as it lives
+  trial-0000/ ...  one run each
 """
 
 from __future__ import annotations
@@ -33,32 +33,32 @@ log = logging.getLogger("stoker")
 STUDY = "study.journal"
 FORMAT = 1
 _OF_A_SWEEP = ("nproc", "tries", "storage", "format")
-"""What may differ between sweeps that share a study."""
+"""Settings that may differ between sweeps that share a study."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """All that decides which trials there are and what becomes of them."""
+    """All settings that determine the trials and what happens to them."""
 
     recipe: str
     space: Mapping[str, str]
     metric: str
-    """Of several objectives their names, as in `val_loss, flops`."""
+    """The names of the objectives, such as `val_loss, flops`."""
     goal: str
     """Likewise."""
     sampler: str
     scheduler: str
-    """With its settings, in words."""
+    """The scheduler with its settings, in words."""
     seed: int
     nproc: int
     tries: tuple[Mapping[str, Any], ...] = ()
-    """Values that the first trials have."""
+    """The values of the first trials."""
     warm_start: str = ""
-    """The search whose trials the sampler learns from besides."""
+    """An earlier search whose trials the sampler also learns from."""
     storage: str = ""
-    """The database that has the study, without its password; else that is a file beside the trials."""
+    """The URL of the study's database, without its password; if empty, a file next to the trials is used."""
     study: str = ""
-    """The study's name there."""
+    """The study's name in the database."""
     format: int = FORMAT
 
 
@@ -69,32 +69,32 @@ def take(folder: Path) -> int:
         descriptor = storage.try_lock(folder / SWEEP_LOCK)
     except OSError as error:
         raise BadInput(
-            f"the sweep cannot be written to {folder}: {error.strerror}; choose another folder with --runs"
+            f"cannot write the sweep to {folder}: {error.strerror}; choose another folder with --runs"
         ) from error
     if descriptor is None:
-        raise BadInput(f"another process searches in {folder}: wait for it, or give another --name")
+        raise BadInput(f"another process is searching in {folder}: wait for it, or give another --name")
     return descriptor
 
 
 def check(folder: Path, wanted: Record) -> None:
-    """Refuse a folder that has runs which are of no search, or another search. Raises BadInput."""
+    """Refuse a folder with runs that belong to no search, or with a different search. Raises BadInput."""
     known = storage.read_json(folder / SWEEP)
     if known:
         _refuse_changes(folder, known, wanted)
     elif any(folder.glob("*/run.json")):
-        raise BadInput(f"{folder} has runs that are of no sweep: give another --name")
+        raise BadInput(f"{folder} contains runs that do not belong to a sweep: give another --name")
 
 
 def begin(folder: Path, wanted: Record) -> None:
-    """Write what a search is begun with, once all of it is known to work; nothing where it goes on."""
+    """Write the settings of a new search once they are known to work; does nothing if the search resumes."""
     if not is_sweep(folder):
         storage.write_json(folder / SWEEP, _said(wanted) | {"uid": uuid.uuid4().hex})
 
 
 def provenance_of(folder: Path, code: Path) -> Path:
-    """The folder of a search in which what its trials are made from now is recorded.
+    """The folder of a search that records the code its trials use now.
 
-    Code that has changed since is said, and recorded beside the other.
+    Code that has changed since is reported, and recorded next to the earlier code.
 
     Args:
         code: the script, or a folder of the git repository.
@@ -106,27 +106,27 @@ def provenance_of(folder: Path, code: Path) -> Path:
         number += 1
         target = folder / f"provenance-{number}"
     if number > 1:
-        log.warning("the code has changed since the search began: trials from now on are of other code")
+        log.warning("the code has changed since the search started: new trials use the changed code")
     target.mkdir(exist_ok=True)
     provenance.write(target, now, artifacts.store(folder.parent))
     return target
 
 
 def is_sweep(folder: Path) -> bool:
-    """Whether a search stands in a folder."""
+    """Whether a folder contains a search."""
     return (folder / SWEEP).is_file()
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """What a search was begun with. Raises BadInput."""
+    """The settings that a search was started with. Raises BadInput."""
     known = storage.read_json(folder / SWEEP)
     if known.get("format") != FORMAT:
-        raise BadInput(f"{folder / SWEEP} cannot be read, or another version of stoker wrote it")
+        raise BadInput(f"{folder / SWEEP} cannot be read, or was written by another version of stoker")
     return known
 
 
 def uid(folder: Path) -> str:
-    """What no other sweep is called."""
+    """A name that no other sweep has."""
     return str(read(folder)["uid"])
 
 
@@ -136,7 +136,7 @@ def shown(url: str) -> str:
 
 
 def check_study(study: Study, wanted: Record) -> None:
-    """Let a study that sweeps share know what they search, or refuse one that searches something else.
+    """Record the settings in a study that sweeps share, or refuse a study with different settings.
 
     Raises BadInput.
     """
@@ -147,29 +147,29 @@ def check_study(study: Study, wanted: Record) -> None:
         return
     changes = _differences(known, told)
     if changes:
-        raise BadInput(f"the study {wanted.study} searches something else: {'; '.join(changes)}")
+        raise BadInput(f"study {wanted.study} exists with different settings: {'; '.join(changes)}")
 
 
 def check_earlier(folder: Path, wanted: Record) -> None:
-    """Refuse to learn from a search of something else. Raises BadInput."""
+    """Refuse to learn from a search with a different goal or space. Raises BadInput."""
     if not is_sweep(folder):
         raise BadInput(f"--warm-start {folder.name}: there is no sweep in {folder}")
     known = read(folder)
     if (known["metric"], known["goal"]) != (wanted.metric, wanted.goal):
         raise BadInput(
-            f"--warm-start {folder.name}: it searched the {known['goal']} of {known['metric']}, "
-            f"this is the {wanted.goal} of {wanted.metric}"
+            f"--warm-start {folder.name}: it optimised the {known['goal']} of {known['metric']}, "
+            f"this search optimises the {wanted.goal} of {wanted.metric}"
         )
     common = known["space"].keys() & wanted.space.keys()
     ranges = {key: (known["space"][key], wanted.space[key]) for key in common}
     other = [key for key, (before, now) in ranges.items() if before != now and "[" in before + now]
     if other or not common:
         said = "; ".join(f"{key}: {ranges[key][0]} there, {ranges[key][1]} here" for key in sorted(other))
-        raise BadInput(f"--warm-start {folder.name}: {said or 'the two search nothing in common'}")
+        raise BadInput(f"--warm-start {folder.name}: {said or 'the two searches have no key in common'}")
 
 
 def free_name(runs: Path, name: str) -> str:
-    """The name, or name-2 and so on: the first under which there is nothing yet."""
+    """The name, or name-2 and so on: the first that is not taken."""
     number, found = 1, name
     while (runs / found).exists():
         number += 1
@@ -178,7 +178,7 @@ def free_name(runs: Path, name: str) -> str:
 
 
 def _said(wanted: Record) -> dict[str, Any]:
-    """What is written of a search: without the secrets among its fixed values."""
+    """The settings as written to disk, without the secrets among the fixed values."""
     said: dict[str, Any] = redaction.tree(dataclasses.asdict(wanted))
     return said
 
@@ -189,8 +189,8 @@ def _refuse_changes(folder: Path, known: Mapping[str, Any], wanted: Record) -> N
     changes = _differences(known, _said(wanted))
     if changes:
         raise BadInput(
-            f"the search in {folder} is another one: {'; '.join(changes)}. Give --new to begin one beside "
-            "it, or another --name"
+            f"the search in {folder} has different settings: {'; '.join(changes)}. Give --new to start a "
+            "separate one next to it, or another --name"
         )
 
 

@@ -126,7 +126,7 @@ class Median(Scheduler):
 
     def __post_init__(self) -> None:
         if self.warmup_trials < 1:
-            raise BadInput(f"warmup_trials={self.warmup_trials}: a median needs 1 trial or more")
+            raise BadInput(f"warmup_trials={self.warmup_trials}: must be at least 1")
 
     def decide(self, trials: Trials, number: int) -> Decision:
         now = _furthest(trials[number])
@@ -336,20 +336,20 @@ class PopulationBased(Scheduler):
     def __post_init__(self) -> None:
         if not 0 < self.every < math.inf:
             raise BadInput(
-                f"--least {self.every:g}: members are compared each so much of training; give more than 0"
+                f"--least {self.every:g}: the training between two comparisons must be more than 0"
             )
         if not 0 < self.quantile <= 0.5:
-            raise BadInput(f"--quantile {self.quantile:g}: a share above 0, and no more than 0.5")
+            raise BadInput(f"--quantile {self.quantile:g}: must be above 0 and at most 0.5")
         if self._size(self.population) < 1:
             least = math.ceil(1 / self.quantile - _ROUNDING)
             raise BadInput(
-                f"--trials {self.population}: a population of so many with --quantile {self.quantile:g} "
-                f"replaces nobody; give {least} trials or more, or a larger --quantile"
+                f"--trials {self.population}: with --quantile {self.quantile:g} a population of this size "
+                f"never replaces a member; give {least} trials or more, or a larger --quantile"
             )
         if not 0 <= self.resample <= 1:
-            raise BadInput(f"--resample {self.resample:g}: a probability, between 0 and 1")
+            raise BadInput(f"--resample {self.resample:g}: must be a probability between 0 and 1")
         if not all(0 < factor < math.inf for factor in self.factors):
-            raise BadInput(f"--perturb {self.factors[0]:g},{self.factors[1]:g}: two factors above 0")
+            raise BadInput(f"--perturb {self.factors[0]:g},{self.factors[1]:g}: must be two factors above 0")
 
     def decide(self, trials: Trials, number: int) -> Decision:
         known = trials[number]
@@ -474,27 +474,27 @@ def make(
         least: the resource before which no trial is stopped. median: 0 by default; asha, asha-stop,
             hyperband: the first rung, by default `most` / `factor`**3; pbt, pb2: between two comparisons.
         most: the resource at which a trial ends, in the same unit.
-        factor: of asha, asha-stop and hyperband: one in so many goes on at each rung.
-        warmup_trials: of median: how many others a trial is compared with at least.
-        population: how many trials the search has; of pbt and pb2, how many there are at a time.
-        quantile, resample, factors: of pbt and pb2, see `PopulationBased`.
+        factor: for asha, asha-stop and hyperband: one in so many trials continues at each rung.
+        warmup_trials: for median: the minimum number of other trials that a trial is compared with.
+        population: how many trials the search has; for pbt and pb2, how many there are at a time.
+        quantile, resample, factors: for pbt and pb2, see `PopulationBased`.
 
     Raises:
-        BadInput: an unknown name, a value that the scheduler cannot do without, or one that is out of range.
+        BadInput: the name is unknown, a required value is missing, or a value is out of range.
     """
     if name not in (*NAMES, STAGED):
-        raise BadInput(f"no scheduler {name!r}: there are {', '.join(NAMES)}{nearest(name, NAMES)}")
+        raise BadInput(f"unknown scheduler {name!r}: give one of {', '.join(NAMES)}{nearest(name, NAMES)}")
     if name == "none":
         return Full()
     if name == "median":
         return Median(warmup=least or 0.0, warmup_trials=warmup_trials)
     if name in POPULATIONS:
         if least is None:
-            raise BadInput(f"--scheduler {name} needs --least: how much is trained between two comparisons")
+            raise BadInput(f"--scheduler {name} needs --least: the training between two comparisons")
         longest = math.inf if most is None else most
         return PopulationBased(least, population, quantile, longest, resample, factors, name == "pb2")
     if most is None:
-        raise BadInput(f"{_option(name)} needs --most: the length of a whole trial, as rungs lie below it")
+        raise BadInput(f"{_option(name)} needs --most: the length of a whole trial, below which rungs lie")
     if least is None:
         least = most / max(factor, 1) ** 3
     if name == "hyperband":
@@ -513,14 +513,14 @@ def _option(name: str) -> str:
 
 def _check_span(least: float, most: float, factor: int) -> None:
     if factor < 2:
-        raise BadInput(f"--factor {factor}: one in so many goes on at each rung, so give 2 or more")
+        raise BadInput(f"--factor {factor}: must be at least 2, one in so many continues at each rung")
     if not 0 < most < math.inf:
-        raise BadInput(f"--most {most:g}: a trial ends after more training than none, and at some time")
+        raise BadInput(f"--most {most:g}: the length of a trial must be above 0 and finite")
     if not least > 0:
-        raise BadInput(f"--least {least:g}: the first rung lies above 0")
+        raise BadInput(f"--least {least:g}: the first rung must be above 0")
     if least > most:
         raise BadInput(
-            f"--least {least:g} is above --most {most:g}, where a trial ends: lower --least or raise --most"
+            f"--least {least:g} is above --most {most:g}, where trials end: lower --least or raise --most"
         )
 
 

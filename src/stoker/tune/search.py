@@ -155,7 +155,7 @@ class Search:
                 if not self._workers.running and not self._awaits_others:
                     if full and not self.over:
                         self._say_once(
-                            "room", "no machine has room for a trial now: the search waits for one"
+                            "room", "no machine has room for a trial now: the search is waiting for one"
                         )
                     elif self._gives_up():
                         break
@@ -549,7 +549,7 @@ class Search:
             one.metric for one, value in zip(self.plan.objectives, outcome, strict=True) if value is None
         ]
         if state == "complete" and lacking:
-            state, trial.error = "failed", f"it ended without a {', '.join(lacking)}"
+            state, trial.error = "failed", f"it ended without logging {', '.join(lacking)}"
         self._is_over(trial, state)
         with quiet(), self._kept.together():
             open_ = self._open.pop(trial.number)
@@ -656,8 +656,8 @@ class Search:
             done = trial.amount(trial.step)
             if done < _NEARLY * whole:
                 self._say_once(
-                    "short", f"trial {trial.number} was over after its report at {done:,.4g} "
-                    f"{self.plan.unit}s, and rungs are laid out over --most {whole:,.4g}: give the "
+                    "short", f"trial {trial.number} ended after its report at {done:,.4g} "
+                    f"{self.plan.unit}s, but rungs are laid out over --most {whole:,.4g}: set --most to the "
                     "length of a whole trial",
                 )  # fmt: skip
         self._check_failures()
@@ -687,7 +687,8 @@ class Search:
         self._refused.append(ended.error)
         if self._refused.count(ended.error) == _REFUSED:
             raise StokerError(
-                f"{_REFUSED} trials were refused alike: {ended.error}; the same search goes on with others"
+                f"{_REFUSED} trials were refused with the same error: {ended.error}; run the same search "
+                "again to continue with other trials"
             )
 
     def _job(self, trial: Seen) -> Job:

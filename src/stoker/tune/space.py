@@ -1,11 +1,11 @@
-"""Search spaces, written beside a recipe's own config keys.
+"""Search spaces, written with a recipe's own config keys.
 
     lr='log(1e-5, 1e-3)' batch_size='[16, 32, 64]' lora.rank='int(4, 64, log) if optimizer == adamw'
     dropout='uniform(0.1, 0.5, step=0.1)' '(warmup, epochs)=[(0.1, 1), (0.05, 3)]' optimizer='[adamw, sgd]'
 
-The same stands in a YAML file or a Python mapping. What is no expression is a fixed key. For a key that
-takes a list, a list is its value and a list of lists are choices. All of it is checked against the
-recipe's config before anything starts.
+The same syntax works in a YAML file or a Python mapping. Anything that is not an expression fixes a key. For
+a key that takes a list, a list is its value and a list of lists is a list of choices. Everything is checked
+against the recipe's config before anything starts.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ _PAIRED = re.compile(r"\((.*)\)", re.DOTALL)
 
 @dataclass(frozen=True)
 class Condition:
-    """When a parameter is drawn: where the value of `key` is one of `values`, or is none of them."""
+    """When a parameter is drawn: if the value of `key` is one of `values`, or if it is none of them."""
 
     key: str
     values: tuple[Any, ...]
     negated: bool = False
 
     def holds(self, values: Mapping[str, Any]) -> bool:
-        """Whether it holds for what is drawn so far; on a key that is not drawn nothing holds."""
+        """Whether it holds for the values drawn so far; never if its key is not drawn."""
         return self.key in values and (values[self.key] in self.values) != self.negated
 
     def __str__(self) -> str:
@@ -54,7 +54,7 @@ class Condition:
 
 @dataclass(frozen=True)
 class Parameter:
-    """What is drawn at once: one key, or several that take their values together."""
+    """What is drawn together: one key, or several keys that take their values as a row."""
 
     keys: tuple[str, ...]
     domain: Number | Choice
@@ -62,23 +62,23 @@ class Parameter:
 
     @property
     def name(self) -> str:
-        """Its name in optuna: the key, or `(lr, batch_size)`."""
+        """Its name in Optuna: the key, or `(lr, batch_size)`."""
         return _name(self.keys)
 
     def spread(self, value: Any) -> dict[str, Any]:
-        """A drawn value by config key."""
+        """A drawn value, split by config key."""
         return dict(zip(self.keys, value, strict=True)) if len(self.keys) > 1 else {self.keys[0]: value}
 
     def joined(self, values: Mapping[str, Any]) -> Any:
-        """Its value among those of all keys."""
+        """Its value, taken from the values of all keys."""
         return tuple(values[key] for key in self.keys) if len(self.keys) > 1 else values[self.keys[0]]
 
     def holds(self, values: Mapping[str, Any]) -> bool:
-        """Whether it is drawn beside these values."""
+        """Whether it is drawn, given these values."""
         return self.condition is None or self.condition.holds(values)
 
     def column(self, key: str) -> Number | Choice:
-        """What one of its keys can be."""
+        """The possible values of one of its keys."""
         if isinstance(self.domain, Number) or len(self.keys) == 1:
             return self.domain
         at = self.keys.index(key)
@@ -91,12 +91,12 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Space:
-    """What is searched: by name, in the order in which it is drawn.
+    """The searched parameters, in the order in which they are drawn, and the fixed keys.
 
     Args:
         fixed: overrides of keys that are not searched: key -> text as given.
-        parameters: each after the one that its condition is on.
-        config: the dataclass whose keys they are.
+        parameters: each comes after the parameter that its condition depends on.
+        config: the dataclass that the keys belong to.
     """
 
     fixed: Mapping[str, str]
@@ -107,10 +107,10 @@ class Space:
         """Draw each parameter whose condition holds.
 
         Args:
-            trial: an optuna trial.
+            trial: an Optuna trial.
 
         Returns:
-            Config key -> value as a config's record holds it; of a Duration the number of steps.
+            Config key -> value as a config's record holds it; for a Duration the number of steps.
         """
         values: dict[str, Any] = {}
         for parameter in self.parameters:
@@ -124,13 +124,13 @@ class Space:
         return fixed + [f"{key}={text(value)}" for key, value in values.items()]
 
     def params(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Values that a user asks for as optuna's params, for `study.enqueue_trial`.
+        """Convert values that a user asks for to Optuna's params, for `study.enqueue_trial`.
 
         Args:
-            values: config key -> value or its text; those left out are for optuna to draw.
+            values: config key -> value or its text; Optuna draws the keys that are left out.
 
-        Raises BadInput for a value outside the space, a key that is not searched, one that is not drawn
-        beside the others, and values of paired keys that stand in no row, or in several.
+        Raises BadInput for a value outside the space, a key that is not searched, a key that is not drawn
+        together with the other values, and values of paired keys that match no row, or several.
         """
         given = {key: self._within(key, value) for key, value in values.items()}
         params: dict[str, Any] = {}
@@ -140,7 +140,7 @@ class Space:
                 continue
             if not parameter.holds(given):
                 raise BadInput(
-                    f"{_assigned(asked)}: it is drawn only if {parameter.condition}: "
+                    f"{_assigned(asked)}: only drawn if {parameter.condition}: "
                     f"ask for that too, or leave {parameter.name} out"
                 )
             value = _only(parameter, asked)
@@ -149,9 +149,9 @@ class Space:
         return params
 
     def grid(self) -> dict[str, list[Any]]:
-        """Every value of every parameter, for optuna's GridSampler.
+        """Every value of every parameter, for Optuna's GridSampler.
 
-        Raises BadInput for ranges whose values cannot be counted.
+        Raises BadInput for continuous ranges.
         """
         points = {parameter.name: parameter.domain.points for parameter in self.parameters}
         endless = [p for p in self.parameters if points[p.name] is None]
@@ -159,15 +159,15 @@ class Space:
             ranges = ", ".join(f"{p.name}={p.domain}" for p in endless)
             instead = " ".join(f"{p.name}='{_instead(p.domain)}'" for p in endless)
             raise BadInput(
-                f"a grid needs values that can be counted, and {ranges} has no end of them: write some out, "
+                f"a grid needs countable values, and {ranges} is continuous: list some values, "
                 f"such as {instead}, or give uniform(...) a step"
             )
         return {name: list(found or ()) for name, found in points.items()}
 
     def combinations(self) -> list[dict[str, Any]]:
-        """Every point of the grid, as optuna's params: of points that differ in what is not drawn, one.
+        """Every point of the grid, as Optuna's params; points that differ only in undrawn values count once.
 
-        Raises BadInput for ranges whose values cannot be counted.
+        Raises BadInput for continuous ranges.
         """
         from optuna.trial import FixedTrial
 
@@ -191,16 +191,16 @@ class Space:
         resample: float,
         factors: tuple[float, float],
     ) -> dict[str, Any]:
-        """Values near others: the explore step of population based training.
+        """Values near given values: the explore step of population based training.
 
         Jaderberg et al. 2017, arXiv:1711.09846, section 4 and appendix A. A number is multiplied by one of
-        the factors and kept within its range, and goes on by at least one step where it has steps; a
-        choice moves to a neighbour in its list. Conditions are looked at anew: what is drawn now and was
-        not before is drawn from its range, and what is drawn no more is left out.
+        the factors and kept within its range, and moves by at least one step if it has steps; a choice
+        moves to a neighbour in its list. Conditions are evaluated again: a parameter whose condition holds
+        now but did not before is drawn from its range, and one whose condition no longer holds is left out.
 
         Args:
             resample: the probability with which a parameter is drawn from its whole range instead.
-            factors: each as likely as the other, for example (0.8, 1.2).
+            factors: equally likely, for example (0.8, 1.2).
         """
         explored: dict[str, Any] = {}
         for parameter in self.parameters:
@@ -215,12 +215,12 @@ class Space:
         return explored
 
     def drawn(self, random: np.random.Generator) -> dict[str, Any]:
-        """Values from all of the space."""
+        """Values drawn from the whole space."""
         return self.perturbed({}, random, resample=1.0, factors=(1.0, 1.0))
 
     def spanning(self) -> Iterator[dict[str, Any]]:
-        """Points in which both ends of each range and each choice stand; of what is drawn beside some values
-        of another parameter, some."""
+        """Points that cover both ends of each range and each choice; conditional parameters are covered in
+        part."""
         marks = [
             p.domain.values if isinstance(p.domain, Choice) else (p.domain.low, p.domain.high)
             for p in self.parameters
@@ -233,7 +233,7 @@ class Space:
             yield point
 
     def described(self) -> dict[str, str]:
-        """What is searched and what is fixed by name, in texts that are the same where they mean the same."""
+        """What is searched and what is fixed, by name, as canonical texts: same meaning, same text."""
         fixed = {key: text(configs.checked(self.config, key, given)) for key, given in self.fixed.items()}
         return fixed | {parameter.name: str(parameter) for parameter in self.parameters}
 
@@ -247,18 +247,18 @@ class Space:
         domain = searched[key].column(key)
         typed = _typed(self.config, domain, key, value, f"a value of {key}")
         if not domain.holds(typed):
-            raise BadInput(f"{key}={text(value)} is outside the space: {key} is searched in {domain}")
+            raise BadInput(f"{key}={text(value)}: outside the space, {key} is searched in {domain}")
         return typed
 
 
 def parse(overrides: Sequence[str], config: type, file: Path | None = None) -> Space:
-    """Read a space from the command line, over a YAML file.
+    """Read a space from the command line, on top of a YAML file.
 
     Args:
         overrides: `key=text`, and `(key, key)=text` for keys that take their values together.
         config: the recipe's config dataclass.
 
-    Raises BadInput for what cannot be read, and for what the config does not take.
+    Raises BadInput for what cannot be parsed, and for what the config does not accept.
     """
     keys = configs.describe(config)
     content = {} if file is None else configs.flatten(configs.read_yaml(file), str(file), keys)
@@ -268,7 +268,7 @@ def parse(overrides: Sequence[str], config: type, file: Path | None = None) -> S
 
 
 def parse_mapping(values: Mapping[str, Any], config: type) -> Space:
-    """Read a space from a Python mapping of dotted or nested keys; else as `parse`."""
+    """Read a space from a Python mapping with dotted or nested keys; otherwise like `parse`."""
     source = "the mapping"
     return _space(
         config, _entries(config, configs.flatten(values, source, configs.describe(config)).items(), source)
@@ -276,7 +276,7 @@ def parse_mapping(values: Mapping[str, Any], config: type) -> Space:
 
 
 def parse_tries(tries: str) -> dict[str, str]:
-    """Values to try, as in `lr=1e-4,batch_size=16`: config key -> text. Raises BadInput."""
+    """Parse values to try, such as `lr=1e-4,batch_size=16`: config key -> text. Raises BadInput."""
     try:
         parts, rest = expressions.bracketed(f"({tries})")
         parts = [expressions.plain(part) for part in parts]  # "model=a, b" in quotes is one
@@ -284,7 +284,7 @@ def parse_tries(tries: str) -> dict[str, str]:
         parts, rest = [], tries
     if rest:
         raise BadInput(
-            f"{tries!r} are no values to try: write them as in lr=1e-4,batch_size=16, "
+            f"cannot parse {tries!r}: write values to try as in lr=1e-4,batch_size=16, "
             f"with every bracket and quote closed"
         )
     values: dict[str, str] = {}
@@ -298,7 +298,7 @@ def parse_tries(tries: str) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class _Entry:
-    """What was given for a key, or for several that are paired."""
+    """The value given for a key, or for several paired keys."""
 
     keys: tuple[str, ...]
     value: Any
@@ -310,7 +310,7 @@ class _Entry:
 
 @dataclass(frozen=True)
 class _Draft:
-    """What an entry says; its condition is not looked up yet."""
+    """A parsed entry whose condition is not resolved yet."""
 
     entry: _Entry
     keys: tuple[str, ...]
@@ -319,13 +319,15 @@ class _Draft:
 
 
 def _entries(config: type, pairs: Iterable[tuple[str, Any]], source: str) -> list[_Entry]:
-    """What one source gives."""
+    """The entries of one source."""
     entries: list[_Entry] = []
     for name, value in pairs:
         paired = _PAIRED.fullmatch(name.strip())
         keys = tuple(key.strip() for key in paired[1].split(",")) if paired else (name,)
         if not paired and set(name) & set("()[]"):  # {rank: int(4, 8)} in YAML is two keys
-            raise BadInput(f"{name} ({source}) is no key but part of an expression: quote it, '...(a, b)'")
+            raise BadInput(
+                f"{name} ({source}) is part of an expression, not a key: quote the expression, '...(a, b)'"
+            )
         for key in keys:
             configs.kinds(config, key, source)  # refuses an unknown one
         entries.append(_Entry(keys, value, source))
@@ -349,7 +351,7 @@ def _space(config: type, entries: Sequence[_Entry]) -> Space:
     given = {key for entry in entries for key in entry.keys}
     for key, (_, default) in configs.describe(config).items():
         if default is dataclasses.MISSING and key not in given:
-            raise BadInput(f"{key} needs a value: add {key}=... or what to search for it")
+            raise BadInput(f"{key} needs a value: add {key}=..., a value or an expression")
     drafts = [_draft(config, entry) for entry in entries]
     fixed = {draft.keys[0]: draft.entry for draft in drafts if draft.domain is None}
     values = {key: configs.checked(config, key, entry.value, entry.source) for key, entry in fixed.items()}
@@ -382,7 +384,7 @@ def _draft(config: type, entry: _Entry) -> _Draft:
 
 
 def _rows(config: type, entry: _Entry, body: Any) -> tuple[tuple[str, ...], tuple[tuple[Any, ...], ...]]:
-    """Paired keys and their values, in the config's order: a pair has one name however it is written."""
+    """Paired keys and their values, in the config's order, so that a pair has one name in any order."""
     example = f"[({', '.join('a' for _ in entry.keys)}), ({', '.join('b' for _ in entry.keys)})]"
     if not isinstance(body, Items):
         raise ValueError(f"paired keys take a list of rows: write {example}")
@@ -392,14 +394,14 @@ def _rows(config: type, entry: _Entry, body: Any) -> tuple[tuple[str, ...], tupl
     for given in body.values:
         row = expressions.structured(given) if isinstance(given, str) else given  # YAML has no (a, b)
         if not isinstance(row, list | tuple) or len(row) != len(keys):
-            raise ValueError(f"the row {text(given)} must have {len(keys)} values: write {example}")
+            raise ValueError(f"row {text(given)} must have {len(keys)} values: write {example}")
         cells = dict(zip(entry.keys, row, strict=True))
         rows.append(tuple(configs.checked(config, key, cells[key], str(entry)) for key in keys))
     return tuple(keys), tuple(rows)
 
 
 def _domain(config: type, entry: _Entry, body: Any) -> Number | Choice | None:
-    """What a single key is drawn from, or None where it has one value."""
+    """The domain of a single key, or None if it has one value."""
     key = entry.keys[0]
     if isinstance(body, Number):
         _check_range(config, entry, body)
@@ -416,7 +418,7 @@ def _check_range(config: type, entry: _Entry, numbers: Number) -> None:
     key = entry.keys[0]
     kinds = configs.kinds(config, key)
     if not kinds & {int, float, Duration}:
-        raise ValueError(f"{key} takes no range of numbers: list what to choose from, [a, b]")
+        raise ValueError(f"{key} does not take a range of numbers: list the choices, [a, b]")
     if not numbers.integer and float not in kinds:
         form = "int(low, high, log)" if numbers.log else "int(low, high)"
         raise ValueError(f"{key} takes whole numbers: write {form}")
@@ -444,7 +446,7 @@ def _condition(
     condition = Condition(asked.key, tuple(values[name] for name in sorted(values)), asked.negated)
     if domain is not None and not _may_hold(condition, domain):
         raise BadInput(
-            f"{draft.entry}: it would never be drawn, because {asked.key} is searched in {domain}: "
+            f"{draft.entry}: would never be drawn, because {asked.key} is searched in {domain}: "
             f"change the condition"
         )
     return condition
@@ -455,20 +457,20 @@ def _may_hold(condition: Condition, domain: Number | Choice) -> bool:
         return any(condition.holds({condition.key: value}) for value in domain.values)
     if condition.negated:
         return domain.low != domain.high or domain.low not in condition.values
-    counted = domain.grain is not None or domain.low == domain.high  # of endless values none comes up twice
+    counted = domain.grain is not None or domain.low == domain.high  # a continuous value never comes up twice
     return counted and any(domain.holds(value) for value in condition.values)
 
 
 def _ordered(parameters: Sequence[Parameter], fixed: Mapping[str, Any]) -> list[Parameter]:
-    """As given, but each after the one that its condition is on."""
+    """In the given order, but each after the parameter that its condition depends on."""
     ordered: list[Parameter] = []
     known = set(fixed)
     left = list(parameters)
     while left:
         ready = next((p for p in left if p.condition is None or p.condition.key in known), None)
         if ready is None:
-            raise BadInput(f"the conditions of {', '.join(p.name for p in left)} go round in a circle: "
-                           f"take one of them away")  # fmt: skip
+            raise BadInput(f"the conditions of {', '.join(p.name for p in left)} are circular: "
+                           f"remove one of them")  # fmt: skip
         left.remove(ready)
         ordered.append(ready)
         known |= set(ready.keys)
@@ -476,7 +478,7 @@ def _ordered(parameters: Sequence[Parameter], fixed: Mapping[str, Any]) -> list[
 
 
 def _drawable(parameters: Iterable[Parameter], fixed: Mapping[str, Any]) -> Iterator[Parameter]:
-    """Settle what fixed keys decide: such a condition holds always, or its parameter is never drawn."""
+    """Resolve conditions on fixed keys: each always holds, or its parameter is never drawn."""
     drawn: set[str] = set()
     for parameter in parameters:
         condition = parameter.condition
@@ -489,7 +491,7 @@ def _drawable(parameters: Iterable[Parameter], fixed: Mapping[str, Any]) -> Iter
 
 
 def _typed(config: type, domain: Number | Choice | None, key: str, value: Any, source: str) -> Any:
-    """A value as it is drawn; of a range it may lie outside."""
+    """A value in the form in which it is drawn; it may lie outside a range."""
     if not isinstance(domain, Number):
         return configs.checked(config, key, value, source)
     try:
@@ -500,17 +502,17 @@ def _typed(config: type, domain: Number | Choice | None, key: str, value: Any, s
 
 
 def _only(parameter: Parameter, asked: Mapping[str, Any]) -> Any:
-    """The one value of a parameter that has what is asked."""
+    """The one value of a parameter that matches what is asked for."""
     if len(parameter.keys) == 1:
         return asked[parameter.keys[0]]
     assert isinstance(parameter.domain, Choice)
     rows = [row for row in parameter.domain.values
             if all(parameter.spread(row)[key] == value for key, value in asked.items())]  # fmt: skip
     if not rows:
-        raise BadInput(f"{_assigned(asked)} is in no row of {parameter.name}={parameter.domain}")
+        raise BadInput(f"{_assigned(asked)} matches no row of {parameter.name}={parameter.domain}")
     if len(rows) > 1:
         others = ", ".join(key for key in parameter.keys if key not in asked)
-        raise BadInput(f"{_assigned(asked)} is in {len(rows)} rows of {parameter.name}={parameter.domain}: "
+        raise BadInput(f"{_assigned(asked)} matches {len(rows)} rows of {parameter.name}={parameter.domain}: "
                        f"give {others} too")  # fmt: skip
     return rows[0]
 

@@ -88,8 +88,8 @@ class Database:
             tables = _tables(url)
         except ImportError as error:
             raise BadInput(
-                f"--storage {record.shown(url)}: its driver is not installed: {error}; for PostgreSQL "
-                "pip install psycopg2-binary"
+                f"--storage {record.shown(url)}: the database driver is not installed: {error}; for "
+                "PostgreSQL: pip install psycopg2-binary"
             ) from error
         except Exception as error:  # SQLAlchemy's, and those of every driver
             said = str(error).strip().splitlines()[0]
@@ -429,7 +429,7 @@ def of(folder: Path) -> Study:
     if "***" in url:
         url = os.environ.get("STOKER_STORAGE") or ""
     if not url:
-        raise BadInput(f"{folder.name} is kept in {known['storage']}: give its URL as STOKER_STORAGE")
+        raise BadInput(f"{folder.name} is stored in {known['storage']}: set STOKER_STORAGE to its URL")
     return read_shared(url, known["study"])
 
 

@@ -217,7 +217,7 @@ class Reporter:
         )  # fmt: skip
         if found is None:
             raise StokerError(
-                f"trials are compared by {self._unit}s, and this loop does not say how many it makes: "
+                f"trials are compared by {self._unit}s, and this loop does not report how many it does: "
                 "train with a Trainer on data that counts them, or give --least, --most and --budget in steps"
             )
         return found
