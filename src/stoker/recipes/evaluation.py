@@ -1,7 +1,7 @@
-"""Evaluate a causal language model, or an adapter, on data: loss and perplexity of each source, and answers.
+"""Evaluate a causal language model or an adapter: loss and perplexity for each data source, and answers.
 
-Nothing is trained: the weights are laid out over the ranks without gradients or an optimizer, and every token
-that training would learn is predicted once.
+Nothing is trained: the weights are distributed over the ranks without gradients or an optimizer, and every
+token that training would learn is predicted once.
 """
 
 from __future__ import annotations
@@ -35,52 +35,52 @@ class Config:
     base: str | None = None
     """The base model of an adapter, if it has moved since the adapter was trained."""
     data: Names
-    """What is evaluated on, as `stoker train llm` takes data. Several, a,b, have a loss each."""
+    """Evaluation data, as in `stoker train llm`. With several sources, a,b, each has its own loss."""
     columns: dict[str, str] = field(default_factory=dict)
-    """Names of fields in the data, as `stoker train llm` takes them."""
+    """The names of the fields in your data, as in `stoker train llm`."""
     loss_on: Literal["answer", "last", "all"] = "answer"
-    """Of pairs and conversations: what the assistant says, its last turn alone, or everything."""
+    """For pairs and conversations: all assistant turns, only the last one, or everything."""
     chat_template: str | None = None
-    """As `stoker train llm` takes it; by default the tokenizer's own."""
+    """As in `stoker train llm`; default: the tokenizer's own."""
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
-    """Values that the chat template gets with each conversation."""
+    """Extra values passed to the chat template with each conversation."""
     quantisation: Literal["none", "nf4"] = "none"
-    """Hold the weights in 4 bits, as QLoRA trained an adapter's base (extra `quantisation`)."""
+    """Keep the weights in 4 bits, like the base of a QLoRA adapter (extra `quantisation`)."""
     tokenizer: str | None = None
-    """A directory or hub id; by default the adapter's or the model's own."""
+    """A directory or hub id; default: the tokenizer of the adapter or the model."""
     sequence_length: Annotated[int, Ge(2)] = 1024
-    """Tokens of a row; longer documents are cut there, and how many is said."""
+    """Tokens per row; longer documents are truncated, and their number is reported."""
     packing: bool = True
-    """Whether documents share rows, none of them attending to another."""
+    """Put several documents into a row, without attention across them."""
     batch_size: Annotated[int, Ge(1)] = 8
-    """Rows of a forward pass, over all ranks."""
+    """Rows per forward pass, over all ranks."""
     prompts: tuple[str, ...] = ()
-    """What the model is asked; by default two documents of the data."""
+    """Prompts that the model answers; default: two from the data."""
     generate_tokens: Annotated[int, Ge(0)] = 64
-    """Length of an answer; 0: nothing is asked."""
+    """Maximum length of an answer; 0: no answers."""
     parallel: Literal["auto", "single", "ddp", "fsdp"] = "auto"
-    """How several ranks hold the model: each its own copy (ddp), or sharded (fsdp). auto: as fits."""
+    """How several ranks hold the model: a copy each (ddp) or sharded (fsdp); auto chooses by memory."""
     fsdp: Fsdp = field(default_factory=Fsdp)
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """What is computed in, and what frozen weights are held in; auto: bf16 where it is fast."""
+    """The precision of the weights and the computation; auto: bf16 if it is fast on this device."""
     backend: Literal["auto", "nccl", "gloo"] = "auto"
-    """What ranks communicate with: nccl between GPUs, gloo between CPUs."""
+    """Communication backend: nccl between GPUs, gloo between CPUs; auto chooses by device."""
 
     def __post_init__(self) -> None:
         check_values(VALUES, self.chat_template_kwargs)
         if self.prompts and not self.generate_tokens:
-            raise ValueError("prompts and generate_tokens=0: leave out one of the two")
+            raise ValueError("prompts are given, but generate_tokens=0 makes no answers: omit one of the two")
 
     @property
     def layout(self) -> Training:
-        """How the model is laid out, as a Trainer takes it."""
+        """The settings of the Trainer."""
         return Training(
             parallel=self.parallel, fsdp=self.fsdp, precision=self.precision, backend=self.backend
         )
 
 
 def check_launch(config: Config) -> None:
-    """What can be seen before any process is started. Raises BadInput."""
+    """Check what can be checked before any process is started. Raises BadInput."""
     from stoker.data import sources
     from stoker.language import chat_template, hub
 
@@ -97,7 +97,7 @@ def check_launch(config: Config) -> None:
 
 
 def train(run: Run, config: Config) -> None:
-    """Read and pack the data, lay out the model, predict every token once, and ask the prompts."""
+    """Read and pack the data, distribute the model, predict every token once, and answer the prompts."""
     from stoker import distributed
     from stoker.data import sources, tokens
     from stoker.engine.precision import DTYPES
@@ -146,10 +146,10 @@ def train(run: Run, config: Config) -> None:
 
 
 def _meant(config: Config, *, weights: bool = True) -> tuple[str, Lora]:
-    """The model, and the adapter on it where one is evaluated. Raises BadInput.
+    """The model, and its adapter if an adapter is evaluated. Raises BadInput.
 
     Args:
-        weights: whether those of a model of the hub are to be brought.
+        weights: whether to download the weights of a model on the hub.
     """
     from stoker import exports
     from stoker.language import hub, merging, saved_adapters
