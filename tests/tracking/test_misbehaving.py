@@ -69,7 +69,7 @@ def test_training_ends_while_the_server_fails_and_sync_completes_it(
     assert proxy.seen[mode] > 0
     warnings = [line for line in said.decode().splitlines() if "mlflow" in line]
     assert len(warnings) == 1, said.decode()
-    assert "training goes on" in warnings[0]
+    assert "training continues" in warnings[0]
     assert view.load(_run(tmp_path)).status == "finished"
     (state,) = follower.state(_run(tmp_path))
     assert state.pending > 90
