@@ -179,7 +179,7 @@ def test_it_starts_ray_by_itself_and_failed_trials_are_told_apart(stoker: Comman
     states = {t["params"]["x"]: t["state"] for t in done.answer["trials"]}
     assert states == {0.1: "complete", 0.9: "failed", 0.2: "complete"}
     (failed,) = [t for t in done.answer["trials"] if t["state"] == "failed"]
-    assert "ended with 3" in failed["error"]
+    assert "exited with code 3" in failed["error"]
 
 
 @pytest.mark.parametrize(
