@@ -113,7 +113,7 @@ def resumed(folder: str, quick: bool, cold: bool) -> dict[str, float]:
     run = stoker.Run("bench", "resumed", runs=folder)
     model = _model(quick)
     found = {"waited": 0.0, "loaded": 0.0}
-    run.newest_checkpoint = _timed(run.newest_checkpoint, found, "waited")  # type: ignore[method-assign]
+    run.attempt.newest_checkpoint = _timed(run.attempt.newest_checkpoint, found, "waited")  # type: ignore[method-assign]
     store.load_tensors = _timed(store.load_tensors, found, "loaded")
     with run:
         trainer = stoker.Trainer(

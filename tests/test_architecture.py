@@ -40,7 +40,7 @@ FLOORS = (
     {"run"},
     {"engine", "data", "checkpoint", "tracking", "reproduce", "stopping", "progress"},
     {"attempt"},
-    {"saving", "evaluation", "exports", "gauge"},
+    {"user_run", "saving", "evaluation", "exports", "gauge"},
     {"loop"},
     {"language", "preloaded"},
     {"recipes", "report", "launch", "tune"},
@@ -51,7 +51,7 @@ FLOORS = (
 # Modules of one floor that may import each other: the words that all others are made of.
 GROUND = FLOORS[0]
 LIGHT = (
-    "stoker", "stoker.attempt", "stoker.cli.main", "stoker.run.reading", "stoker.tracking.follower",
+    "stoker", "stoker.user_run", "stoker.cli.main", "stoker.run.reading", "stoker.tracking.follower",
     "stoker.report.html",
 )  # fmt: skip
 HEAVY = {"torch", "transformers", "mlflow", "datasets", "peft", "plotly", "pyarrow", "sklearn"}

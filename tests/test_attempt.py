@@ -188,7 +188,7 @@ def test_a_changed_fingerprint_warns(open_run: Callable[..., Run], caplog: pytes
         with open_run() as run:
             run.fingerprint("data", value)
     assert [r.message for r in caplog.records if r.levelno >= logging.WARNING] == [
-        "data changed since the run began (one, now two)"
+        "data has changed since the run began (one, now two)"
     ]
 
 
@@ -234,7 +234,7 @@ def test_an_unused_run_is_discarded_and_a_used_one_kept(open_run: Callable[..., 
     unused, used = open_run("unused"), open_run("used")
     used.log(a=1)
     for run in (unused, used):
-        run.discard_if_unused()
+        run.attempt.discard_if_unused()
     assert not unused.directory.path.exists()
     assert used.directory.path.exists()
 
@@ -284,7 +284,7 @@ def test_a_run_that_could_not_be_opened_may_be_opened_again(open_run: Callable[.
         open_run()
     shutil.rmtree(run.directory.journal)
     for _ in range(2):  # no attempt can be begun
-        with pytest.raises(BadInput, match="has no journal any more"):
+        with pytest.raises(BadInput, match="has no journal"):
             open_run()
     run.directory.journal.mkdir()
     open_run().close()
@@ -374,7 +374,7 @@ def test_a_config_of_values_that_json_has_not_is_the_same_when_it_is_read_again(
     }  # fmt: skip
     for attempt in (1, 2):
         with open_run(config=config) as run:
-            assert run.attempt == attempt
+            assert run.attempt.number == attempt
             run.log(a=1.0)
     with pytest.raises(BadInput, match=r"limit was inf and is 1\.0 now"):
         open_run(config={**config, "limit": 1.0})
@@ -412,7 +412,7 @@ def test_code_that_has_changed_since_the_run_began_is_said_once_and_recorded(
         caplog.clear()
         with open_run(code=script) as run:
             run.log(a=1)
-        warned.append([r.getMessage() for r in caplog.records if "the code is not" in r.getMessage()])
+        warned.append([r.getMessage() for r in caplog.records if "the code has changed" in r.getMessage()])
     assert [len(said) for said in warned] == [0, 0, 1, 0, 0]
     assert "(train.py)" in warned[2][0]
     seen = view.load(run.directory)
@@ -435,6 +435,5 @@ def test_a_continued_run_that_logs_without_a_step_says_where_it_goes_on(
             run.log({"a": 3}, **options)
             run.log({"a": 4}, **options)
     assert [message for message in caplog.messages if "is continued" in message] == [
-        "run 'counted' is continued, at step 3: begin the loop at run.step, or take another name for a run "
-        "that begins anew"
+        "run 'counted' is continued, at step 3: begin the loop at run.step, or use another name for a new run"
     ]

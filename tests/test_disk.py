@@ -86,7 +86,7 @@ def test_all_names_that_lead_to_a_journal_are_brought_before_a_checkpoint_refers
 ) -> None:
     with Run("test", "a", runs=tmp_path / "runs") as run:
         run.log(loss=1.0)
-        run.flush()
+        run.attempt.flush()
         journal = run.directory.journal
         folders = [journal, *list(journal.parents)[:3]]  # the run's, the experiment's, that of all runs
         assert {folder.stat().st_ino for folder in folders} <= set(synced)

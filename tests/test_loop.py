@@ -740,7 +740,7 @@ def test_a_checkpoint_waits_for_the_update_of_gradients_that_several_steps_add_u
                 if run.step == ends_in and ends == "killed":
                     raise _Dies
                 if run.step == ends_in:
-                    run.stop.ask("paused")
+                    run.attempt.stop.ask("paused")
         return began, trainer.model.state_dict()
 
     _, whole = train("whole")
@@ -835,7 +835,7 @@ def _run_on(trainer: Trainer, steps: int) -> list[float]:
 def test_the_newest_checkpoint_is_verified_from_the_opening_of_a_run_on(open_run: Callable[..., Run]) -> None:
     """While the model is built; what is asked for again is looked at again."""
     with open_run() as run:
-        assert run.newest_checkpoint() == (None, [])
+        assert run.attempt.newest_checkpoint() == (None, [])
         _run_on(_trainer(run, _model()), 5)
     with open_run() as run:
         assert run._newest is not None
@@ -843,8 +843,8 @@ def test_the_newest_checkpoint_is_verified_from_the_opening_of_a_run_on(open_run
         assert found is not None
         assert found.step == 5
         shutil.rmtree(found.path)
-        assert run.newest_checkpoint() == (found, [])
-        assert run.newest_checkpoint() == (None, [])
+        assert run.attempt.newest_checkpoint() == (found, [])
+        assert run.attempt.newest_checkpoint() == (None, [])
 
 
 def test_a_run_whose_checkpoints_are_gone_does_not_begin_anew(open_run: Callable[..., Run]) -> None:
@@ -1046,7 +1046,7 @@ def test_a_config_that_the_checkpoint_does_not_fit_changes_nothing_of_the_run(tm
         config = dataclasses.make_dataclass("Config", [("width", int)], frozen=True)(width)
         with Run("test", "a", runs=tmp_path, config=config, accept_drift=accept) as run:
             model = nn.Sequential(nn.Linear(6, width), nn.Linear(width, 3))
-            _run_on(_trainer(run, model), 2 + run.attempt)
+            _run_on(_trainer(run, model), 2 + run.attempt.number)
         return run
 
     attempt(8)
@@ -1127,7 +1127,7 @@ def test_a_loop_that_is_left_is_saved_as_it_is_and_one_that_failed_is_not(
     assert "the loop was left at step 4 of 9" in caplog.text
     with open_run("left") as run:
         assert run.step == 4
-        (saved, _) = run.newest_checkpoint()
+        (saved, _) = run.attempt.newest_checkpoint()
         assert saved is not None
         assert (saved.step, saved.samples) == (4, 32)
         weights = load_file(store.export_model(saved, run.directory.artifacts / "model.safetensors"))
@@ -1144,7 +1144,7 @@ def test_a_loop_that_is_left_before_its_step_is_saved_without_it(open_run: Calla
             if run.step == 4:
                 break
             run.log(loss=trainer.step(batch))
-    (saved, _) = run.newest_checkpoint()
+    (saved, _) = run.attempt.newest_checkpoint()
     assert saved is not None
     assert (saved.step, saved.samples) == (3, 24)
 
@@ -1181,7 +1181,7 @@ def test_several_loops_resume_in_the_one_that_the_run_was_in(
             for batch in trainer.steps(trainer.loader(_dataset(size), batch_size=8), max_steps=steps):
                 trainer.step(batch)
                 if run.step == until:
-                    run.stop.ask("preempted")
+                    run.attempt.stop.ask("preempted")
         return trainer.state_dict()
 
     with open_run("whole") as run:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 from stoker import distributed, storage, words
-from stoker.attempt import Run
+from stoker.attempt import Attempt
 from stoker.data.loader import Loader
 from stoker.engine import flops as operations
 from stoker.engine import imagined, memory
@@ -35,11 +35,11 @@ class Gauge:
     """
 
     def __init__(
-        self, run: Run, step: Step, device: torch.device, training: Training, precision: Resolved
+        self, attempt: Attempt, step: Step, device: torch.device, training: Training, precision: Resolved
     ) -> None:
-        self._run, self._step, self._device = run, step, device
+        self._attempt, self._step, self._device = attempt, step, device
         self._training, self._precision = training, precision
-        self.pace = Pace(run.world.size)
+        self.pace = Pace(attempt.world.size)
 
     @property
     def unit(self) -> str:
@@ -56,7 +56,7 @@ class Gauge:
     def say(self, flops: float | None, metrics: Mapping[str, float]) -> None:
         """See `Trainer.say`."""
         most = max(peak for *_, peak in self.memory())
-        found, world = self.performance(flops), self._run.world
+        found, world = self.performance(flops), self._attempt.world
         if world.rank > 0:
             return
         texts = [f"{name} {value:.4g}" for name, value in metrics.items()]
@@ -67,14 +67,14 @@ class Gauge:
             texts += [f"mfu {found['mfu']:.1%}"] if "mfu" in found else []
             texts.append(f"{self.pace.share_waited:.1%} waiting for data")
         texts.append(f"peak memory {most:.2f} GiB")
-        log.info("step %d: %s", self._run.step, ", ".join(texts))
+        log.info("step %d: %s", self._attempt.step, ", ".join(texts))
 
     @functools.cached_property
     def _peak(self) -> operations.Peak:
         """What `mfu` is a share of, said once."""
         found = operations.peak(self._device, self._precision)
-        self._run.event("peak", flops=found.flops, source=found.source)
-        if self._run.world.rank == 0:
+        self._attempt.event("peak", flops=found.flops, source=found.source)
+        if self._attempt.world.rank == 0:
             log.info("mfu is of %.1f TFLOP/s in %s (%s)", found.flops / 1e12, self._precision, found.source)
         return found
 
@@ -97,22 +97,24 @@ class Gauge:
     def over(self) -> None:
         """The loop has ended."""
         self._say_spent(over=True)
-        if self._device.type == "cuda" and self._run.world.rank == 0:  # on a CPU the peak is not of tensors
+        if (
+            self._device.type == "cuda" and self._attempt.world.rank == 0
+        ):  # on a CPU the peak is not of tensors
             self._compare_with_plan()
 
     def _say_spent(self, *, over: bool) -> None:
         """Where the time of this attempt went so far, for the report. Of an attempt that is killed it is
         known by this until its last checkpoint, and what came after is done again.
         """
-        self._run.event("spent", step=self._run.step, over=over, seconds=self.pace.spent)
+        self._attempt.event("spent", step=self._attempt.step, over=over, seconds=self.pace.spent)
 
     def _compare_with_plan(self) -> None:
         """Say how near a plan of this config came, if there was one."""
-        planned = imagined.remembered(self._run.directory, self._run.world.size)
+        planned = imagined.remembered(self._attempt.directory, self._attempt.world.size)
         if planned is None:
             return
         peak = memory.peak(self._device)
-        self._run.event("planned", peak=planned, measured=peak)
+        self._attempt.event("planned", peak=planned, measured=peak)
         log.info(
             "peak memory %s; the plan was %s (%+.1f%%)",
             words.size(peak), words.size(planned), 100 * (planned / peak - 1),
@@ -122,5 +124,5 @@ class Gauge:
         """Write down what `stoker bench` reads of this rank."""
         tokens = loader.tokens_per_sample
         about = {"unit": "tok" if tokens else "samples", "units_per_sample": tokens or 1.0}
-        file = self._run.directory.logs / f"timing-rank-{self._run.world.rank}.json"
+        file = self._attempt.directory.logs / f"timing-rank-{self._attempt.world.rank}.json"
         storage.write_json(file, {**dataclasses.asdict(timed), **about})

@@ -22,7 +22,6 @@ from typing import Any, Literal, cast
 
 import torch
 from stoker import distributed, evaluation, storage, supervision
-from stoker.attempt import Run
 from stoker.checkpoint import state, stateful
 from stoker.checkpoint.frozen import Frozen
 from stoker.checkpoint.modes import Modes
@@ -67,6 +66,7 @@ from stoker.progress import ProgressDisplay, Reading
 from stoker.run import view
 from stoker.run.series import goal_of
 from stoker.saving import Checkpoints, Saved
+from stoker.user_run import Run
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -116,7 +116,7 @@ class Trainer:
         best: str = "val_loss",
         load: strategies.Load = lambda model, device, prefix: None,
     ) -> None:
-        self.run = run
+        self.run, self._attempt = run, run.attempt
         self.world = run.world
         self.training = options.with_deepspeed_file(_known(training))
         arguments.check(optimizer, loss, schedule)
@@ -150,7 +150,7 @@ class Trainer:
         self._registered.add(stateful.extra(self.model))
         self._modes = Modes(self.model)
         self._checkpoints = Checkpoints(
-            run,
+            self._attempt,
             Saved(
                 self.mesh, self._step, built, Frozen(self.model), self._modes, self._scale, self._ema,
                 self._registered,
@@ -159,7 +159,7 @@ class Trainer:
             done=self._heart.saved,
         )  # fmt: skip
         self._at = position.Position()
-        self._gauge = Gauge(run, self._step, self.device, self.training, self.precision)
+        self._gauge = Gauge(self._attempt, self._step, self.device, self.training, self.precision)
         self._schedule = schedule
         self._cut = MicroBatches(self._step, setting, self.training, self.world, self.strategy, block)
         at_once = self.device.type == "cpu" or training.on_bad_loss != "stop" or training.spike is not None
@@ -174,7 +174,7 @@ class Trainer:
         self._batch_is: Literal["", "handed out", "computed", "trained on"] = ""
         """What the script has done so far with the batch in its hands; empty: it has none."""
         self._may_be_best, self._keeps_best = False, bool(self.training.checkpoint_best)
-        run.take_over_steps(self._checkpoints.wait, self._conclude, self._heart)
+        self._attempt.take_over_steps(self._checkpoints.wait, self._conclude, self._heart)
         supervision.say_where(run.directory.path)
         self._say(why)
         self._restore()
@@ -197,7 +197,7 @@ class Trainer:
         unused = options.unused(self.training, self.strategy)
         if unused and self.world.rank == 0:
             log.warning("parallel=%s: these settings are not used: %s", self.strategy, ", ".join(unused))
-        self.run.event(
+        self._attempt.event(
             "layout", parallel=self.strategy, why=why, precision=self.precision, ranks=self.world.size,
             device=device.name(self.device), data_ranks=self.mesh.data.size,
             memory_bytes=memory.of_a_rank(self.device, self.world),
@@ -320,12 +320,12 @@ class Trainer:
             )
         tokens = loader.tokens_per_sample
         self._gauge.pace.count(loader.batch_size, tokens)
-        self.run.event(
+        self._attempt.event(
             "plan", total_steps=self._total, samples_per_step=loader.batch_size,
             tokens_per_step=tokens and tokens * loader.batch_size,
             samples_per_epoch=loader.samples_per_epoch, data_share=self.training.data_share,
         )  # fmt: skip
-        with self.run.stop.deferred(), self._progress():
+        with self._attempt.stop.deferred(), self._progress():
             yield from self._remaining(loader)
             requests = self._agreement.requests()
         if requests.stop:  # in the last step's last moment; what follows the loop is left to the next start
@@ -333,7 +333,7 @@ class Trainer:
 
     def _warn_of_other_samples(self, loader: Loader) -> None:
         """A run that goes on with more or fewer samples than it had goes on at none of the places it knew."""
-        before, now = self.run.samples_per_epoch, loader.samples_per_epoch
+        before, now = self._attempt.samples_per_epoch, loader.samples_per_epoch
         if self.steps_done and before not in (None, now) and self.world.rank == 0:
             log.warning(
                 "an epoch was %s and is %s now: from step %d on the samples come in a different order",
@@ -341,14 +341,14 @@ class Trainer:
             )  # fmt: skip
 
     def _progress(self) -> contextlib.AbstractContextManager[Any]:
-        unseen = self.world.rank > 0 or self.run.measure is not None or self._imagination is not None
+        unseen = self.world.rank > 0 or self._attempt.measure is not None or self._imagination is not None
         if unseen or self.steps_done > self._total:  # of a loop before the one that the run is in
             return contextlib.nullcontext()
         return ProgressDisplay(self.run.directory.id, self._reading)
 
     def _remaining(self, loader: Loader) -> Iterator[Any]:
         pace = self._gauge.pace
-        timing = Timing(self.run.measure, self.device) if self.run.measure is not None else None
+        timing = Timing(self._attempt.measure, self.device) if self._attempt.measure is not None else None
         if self.steps_done <= self._total:  # else the run is in a loop behind this one
             source = loader.batches(self.samples_done, self._at.data)
             self._at.data = None
@@ -361,7 +361,7 @@ class Trainer:
             self.checkpoint()  # so that there is one to rewind to
         remembering, due = self.training.deterministic, False
         with contextlib.closing(
-            Profiler(self.run.profile, self.run.directory.logs, self.world.rank, self.device)
+            Profiler(self._attempt.profile, self.run.directory.logs, self.world.rank, self.device)
         ) as profiler:
             while self.steps_done < self._total:
                 with pace.waiting():
@@ -391,7 +391,7 @@ class Trainer:
                     self.checkpoint()
                     due = False
                 stop = None if waits else requests.stop
-                stop = stop or (view.STOPPED if self.steps_done == self.run.until else None)
+                stop = stop or (view.STOPPED if self.steps_done == self._attempt.until else None)
                 if stop:
                     self._end_loop()
                     raise Stopped(stop)
@@ -468,10 +468,10 @@ class Trainer:
 
     def _asked(self) -> Requests:
         """What this rank was asked for; the clock is rank 0's."""
-        stop = self.run.stop.requested
+        stop = self._attempt.stop.requested
         every = self.training.checkpoint_every
         due = every.seconds is not None and time.monotonic() - self._saved_at >= every.seconds
-        due = (due and self.world.rank == 0) or self.run.stop.told_to_save()
+        due = (due and self.world.rank == 0) or self._attempt.stop.told_to_save()
         asked = {stop: True} if stop is not None else {}
         return Requests(**asked, checkpoint=due, failed=self._checkpoints.failed)
 
@@ -486,7 +486,7 @@ class Trainer:
                 f"every({str(parsed)!r}) depends on the machine's speed: count in steps, epochs or tokens"
             )
         assert self._loader is not None, "every() is asked within the loop of steps()"
-        if self.run.measure is not None or self._imagination is not None:
+        if self._attempt.measure is not None or self._imagination is not None:
             return False
         completes = counting.completes(parsed, self._loader, self.steps_done, self.samples_done)
         self._may_be_best |= completes
@@ -566,7 +566,7 @@ class Trainer:
             raise StokerError(bad_loss.explained(step, wrong, self._step.weights(), too_many=too_many))
         first = self.samples_done
         last = first + (self._loader.batch_size if self._loader is not None else 1) - 1
-        self.run.event("skipped", step=step, samples=[first, last], reason=wrong)
+        self._attempt.event("skipped", step=step, samples=[first, last], reason=wrong)
         if self.world.rank == 0:
             log.warning("step %d: %s; samples %d to %d are left out", step, wrong, first, last)
         if how == "rewind":
@@ -583,7 +583,7 @@ class Trainer:
             raise StokerError(f"step {step}: there is no checkpoint to rewind to that was not tried already")
         saved, _ = self._checkpoints.restore(found)
         self._losses.rewind(found.step, saved)
-        self.run.event("rewound", step=step, to=found.step)
+        self._attempt.event("rewound", step=step, to=found.step)
         if self.world.rank == 0:
             log.warning("the weights are those of step %d again", found.step)
 
@@ -811,7 +811,7 @@ class Trainer:
     def _is_stale(self, metric: str, patience: int, min_delta: float) -> bool:
         if self.world.rank > 0:
             return False
-        goal = goal_of(metric, self.run.goals)
+        goal = goal_of(metric, self._attempt.goals)
         if metric not in self.run.latest or goal is None:
             why = "is not logged" if goal else "may be better high or low: say run.goal(...)"
             raise ValueError(f"stale({metric!r}): it {why}")
@@ -826,7 +826,7 @@ class Trainer:
         """
         if self.steps_done + 1 < self._total:
             self._total = self._at.end(self._total)
-            self.run.event("finish", step=self._total, reason=reason)
+            self._attempt.event("finish", step=self._total, reason=reason)
             if self.world.rank == 0:
                 log.info("step %d is the last: %s", self._total, reason)
 
@@ -880,7 +880,8 @@ class Trainer:
     def _agree_on_metrics(self) -> None:
         """Have `run.latest` hold what ranks have logged to be reduced, which no rank knows by itself."""
         if self.world.size > 1:
-            self.run.agree(distributed.gathered(self.run.unreduced))
+            recorder = self._attempt.recorder
+            recorder.agree(distributed.gathered(recorder.unreduced))
 
     def _restore(self) -> None:
         found, passed_over = self._checkpoints.newest()
@@ -898,10 +899,10 @@ class Trainer:
                 log.info("resumed %s from step %d", self.run.directory.id, self.steps_done)
         if self.run.continued:
             self._checkpoints.void_after(self.steps_done)
-            self.run.event("resumed", step=self.steps_done, passed_over=passed_over)
+            self._attempt.event("resumed", step=self.steps_done, passed_over=passed_over)
             self.run.step = self.steps_done
         elif found is not None:  # another run's: it was put there for this one to begin from
-            self.run.event("begun_from", step=self.steps_done)
+            self._attempt.event("begun_from", step=self.steps_done)
 
     def _reading(self) -> Reading:
         return Reading(
@@ -919,7 +920,9 @@ def computed_in(run: Run, training: Training) -> precision.Resolved:
 
     The same on every rank and in every attempt, also where `precision=auto` measures.
     """
-    asked = run.layout.get("precision", "auto") if training.precision == "auto" else training.precision
+    asked = (
+        run.attempt.layout.get("precision", "auto") if training.precision == "auto" else training.precision
+    )
     if asked == "auto" and run.world.planned:
         return "bf16"  # of what is rented
     found = precision.resolve(asked, device.pick(run.world), storage.cache_folder())

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from stoker import distributed
-from stoker.attempt import Run
+from stoker.attempt import Attempt
 from stoker.checkpoint import copies, manifest, state, store
 from stoker.checkpoint.frozen import Frozen
 from stoker.checkpoint.modes import Modes
@@ -180,14 +180,21 @@ class Checkpoints:
     """
 
     def __init__(
-        self, run: Run, saved: Saved, *, keep: int, every: int | None, best: str, done: Callable[[int], None]
+        self,
+        attempt: Attempt,
+        saved: Saved,
+        *,
+        keep: int,
+        every: int | None,
+        best: str,
+        done: Callable[[int], None],
     ) -> None:
-        self._run, self._saved, self._keep, self.best, self._done = run, saved, keep, best, done
+        self._attempt, self._saved, self._keep, self.best, self._done = attempt, saved, keep, best, done
         self._every = every
-        run.follow(best)
-        self._folder = run.directory.checkpoints
+        attempt.recorder.followed = best
+        self._folder = attempt.directory.checkpoints
         self._saver = store.Saver(
-            self._folder, run.world, ours=run.end_if_lost, before=run.flush, done=self._on_disk
+            self._folder, attempt.world, ours=attempt.end_if_lost, before=attempt.flush, done=self._on_disk
         )
         self._best_saved: float | None = None
         self.wait = self._saver.wait
@@ -200,10 +207,10 @@ class Checkpoints:
             exact: it is the best by what was measured of these very weights alone.
         """
         tensors, values = self._saved.capture(position)
-        if self._run.world.rank == 0 and self.improves():
-            self._best_saved = self._run.latest[self.best]
-        metrics = dict(self._run.latest)
-        if exact and self._run.followed_at != position["step"]:
+        if self._attempt.world.rank == 0 and self.improves():
+            self._best_saved = self._attempt.recorder.latest[self.best]
+        metrics = dict(self._attempt.recorder.latest)
+        if exact and self._attempt.recorder.followed_at != position["step"]:
             metrics.pop(self.best, None)
         about = store.About(position["step"], position["samples"], metrics)
         trained = (n for n, p in self._saved.step.model.named_parameters() if p.requires_grad)
@@ -221,12 +228,12 @@ class Checkpoints:
             but: steps whose checkpoints are left out.
         """
         found, passed_over = None, list[str]()
-        if self._run.world.rank == 0:
-            found, passed_over = self._run.newest_checkpoint(but)
+        if self._attempt.world.rank == 0:
+            found, passed_over = self._attempt.newest_checkpoint(but)
         for reason in passed_over:
             log.warning("passed over checkpoint %s", reason)
         agreed = distributed.from_rank_zero(None if found is None else found.step)
-        if self._run.world.rank > 0 and agreed is not None:
+        if self._attempt.world.rank > 0 and agreed is not None:
             found = manifest.read(manifest.folder(self._folder, agreed))
         return found, passed_over
 
@@ -236,25 +243,25 @@ class Checkpoints:
         Args:
             passed_over: as `newest` gave them.
         """
-        run = self._run
-        known = view.load(run.directory).checkpoints if run.world.rank == 0 else None
+        attempt = self._attempt
+        known = view.load(attempt.directory).checkpoints if attempt.world.rank == 0 else None
         lost = distributed.from_rank_zero(known)
         if not lost:
             return
         said = "; ".join(passed_over) or f"{self._folder} holds none"
-        if run.mend is None:
+        if attempt.mend is None:
             raise StokerError(
-                f"run {run.directory.id} had checkpoints, the last of step {lost[-1]}, and none can be "
+                f"run {attempt.directory.id} had checkpoints, the last of step {lost[-1]}, and none can be "
                 f"used ({said}). Bring them back (is a disk not mounted?), or start a run of another name"
             )
-        if run.world.rank == 0:
+        if attempt.world.rank == 0:
             log.warning(
                 "none of its checkpoints, the last of step %d, came to the store: it begins anew", lost[-1]
             )
 
     def void_after(self, step: int) -> None:
         """From now on the run is what it was at a step: what was saved later is none of its checkpoints."""
-        if self._run.world.rank == 0:
+        if self._attempt.world.rank == 0:
             for path in manifest.committed(self._folder):
                 if manifest.step_of(path) > step:
                     manifest.void(path)
@@ -263,9 +270,9 @@ class Checkpoints:
         """Whether the metric that the best goes by, measured at this step, is better than at any that was
         saved; rank 0 knows.
         """
-        value = self._run.latest.get(self.best)
-        goal = goal_of(self.best, self._run.goals)
-        is_old = self._run.followed_at != self._run.step
+        value = self._attempt.recorder.latest.get(self.best)
+        goal = goal_of(self.best, self._attempt.goals)
+        is_old = self._attempt.recorder.followed_at != self._attempt.step
         if value is None or goal is None or is_old or math.isnan(value):
             return False
         if self._best_saved is None and (there := manifest.best(self._folder, self.best, goal)):
@@ -274,11 +281,11 @@ class Checkpoints:
         return known is None or (value < known if goal == "min" else value > known)
 
     def _on_disk(self, saved: manifest.Checkpoint) -> None:
-        relative = str(saved.path.relative_to(self._run.directory.path))
-        self._run.event("checkpoint", step=saved.step, path=relative, bytes=saved.bytes)
-        goal = goal_of(self.best, self._run.goals)
+        relative = str(saved.path.relative_to(self._attempt.directory.path))
+        self._attempt.event("checkpoint", step=saved.step, path=relative, bytes=saved.bytes)
+        goal = goal_of(self.best, self._attempt.goals)
         best = manifest.best(self._folder, self.best, goal) if goal else None
-        self._run.end_if_lost()  # it may have stood still since it wrote this one
+        self._attempt.end_if_lost()  # it may have stood still since it wrote this one
         manifest.prune(self._folder, self._keep, best, self._every)
         self._done(saved.step)
         log.debug("checkpoint of step %d, %d bytes", saved.step, saved.bytes)

@@ -58,7 +58,7 @@ def train(run: stoker.Run, config: Config) -> None:
         if run.world.rank == config.fail_rank and run.step == 20:
             said = "what one rank cannot do: its connection to a server, say"
             raise RuntimeError(said + "." * config.padding)
-        if run.world.rank == config.deaf_rank and run.step == 20 and run.attempt == 1:
+        if run.world.rank == config.deaf_rank and run.step == 20 and run.attempt.number == 1:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             time.sleep(600)
         if run.step == 20 and run.world.rank == 1:

@@ -96,7 +96,7 @@ def test_what_was_changed_since_the_run_began_is_said(
         pairs.write(json.dumps({"prompt": "what is new?", "completion": "it is this"}) + "\n")
     done = stoker(*command)
     assert done.code == 0, done.err
-    assert "test_data changed since the run began" in done.err
+    assert "test_data has changed since the run began" in done.err
     assert "\ndata changed" not in done.err
     shown = stoker("data", "inspect", *command[2:-4])
     assert "tokens a document, train" in shown.out

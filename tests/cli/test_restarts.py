@@ -156,9 +156,9 @@ def test_a_process_alone_that_takes_long_is_only_warned_of(
         return [said for said in once.values() if "hang_limit" in said]
 
     with Run("test", "a", runs=tmp_path) as run:
-        run.heart = supervision.Heart(0.5)
-        run.heart.beat(1)
-        with alone.watching(run, pytest.fail, ends=False):
+        run.attempt.heart = supervision.Heart(0.5)
+        run.attempt.heart.beat(1)
+        with alone.watching(run.attempt, pytest.fail, ends=False):
             until = time.monotonic() + 30
             while not warnings() and time.monotonic() < until:
                 time.sleep(0.1)

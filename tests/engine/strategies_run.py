@@ -290,7 +290,7 @@ def of_several_updates(folder: Path) -> tuple[list[int], list[bool], dict[str, f
         stale = []
         for batch in trainer.steps(trainer.loader(data, batch_size=8), max_steps=4):
             if run.step == 2 and run.world.rank == 0:
-                run.stop.ask_to_save()
+                run.attempt.stop.ask_to_save()
             for name in ("one", "two"):
                 for (x,) in trainer.micro(batch):
                     trainer.backward(model[name](x).sum(), len(x))

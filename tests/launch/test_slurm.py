@@ -203,7 +203,7 @@ def test_what_nodes_write_to_its_end_is_seen_where_there_is_neither_their_disk_n
     begin = "    x = torch.randn"
     tells = "    print('key', __import__('os').environ['AWS_SECRET_ACCESS_KEY'], flush=True)\n"
     waits = "            time.sleep(0.02)\n"
-    slow = f"{waits}        if run.stop.requested is not None:\n            time.sleep(2)\n"
+    slow = f"{waits}        if run.attempt.stop.requested is not None:\n            time.sleep(2)\n"
     (folder / "tells.py").write_text(
         Path(RECIPE).read_text().replace(begin, tells + begin).replace(waits, slow)
     )

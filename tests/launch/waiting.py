@@ -32,8 +32,8 @@ def train(run: stoker.Run, config: Config) -> None:
         training=config,
     )
     loader = trainer.loader(TensorDataset(x, x.sum(1)), batch_size=config.batch_size)
-    waits = config.waits[run.attempt - 1] if run.attempt <= len(config.waits) else None
+    waits = config.waits[run.attempt.number - 1] if run.attempt.number <= len(config.waits) else None
     for batch in trainer.steps(loader, max_steps=config.steps):
         run.log(loss=trainer.step(batch))
-        while run.step + 1 == waits and run.stop.requested is None:
+        while run.step + 1 == waits and run.attempt.stop.requested is None:
             time.sleep(0.02)

@@ -121,7 +121,7 @@ def test_data_that_has_changed_since_is_warned_of_and_added(
             run.data("train", folder)
             run.log(loss=1.0)  # or its next attempt would be the first
         prints.append(fingerprint(folder))
-    assert caplog.text.count("data 'train' is not what it was when the run began") == 2
+    assert caplog.text.count("data 'train' has changed since the run began") == 2
     found = orjson.loads((run.directory.provenance / provenance.DATA).read_bytes())["train"]
     assert found["fingerprint"] == prints[0].fingerprint
     assert found["changed"] == [

@@ -29,10 +29,12 @@ def main() -> None:
         os.environ.get("EXPERIMENT", "digits"), "a", config={"lr": 0.1, "layers": [1, 2], "name": "ä=b"}
     ) as run:
         if asked.resume is not None:
-            run.event("resumed", step=asked.resume, passed_over=[])
+            run.attempt.event("resumed", step=asked.resume, passed_over=[])
         for step in range(asked.first, asked.last + 1):
             odd = math.nan if step == 2 else math.inf if step == 3 else float(step)
-            run.log({"val": {"accuracy": step / 100}}, step=step, loss=1000 * run.attempt + step, odd=odd)
+            run.log(
+                {"val": {"accuracy": step / 100}}, step=step, loss=1000 * run.attempt.number + step, odd=odd
+            )
             time.sleep(asked.pause)
         if asked.first == 1:
             log_everything(run)

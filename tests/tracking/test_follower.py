@@ -506,5 +506,5 @@ def test_a_follower_that_was_killed_has_a_successor(
         run.log(loss=2.0)
         if while_it_trains:
             until(lambda: ledger.load(of_sink).pid != killed)
-    (state,) = run.wait_for_sinks(DEADLINE)
+    (state,) = run.attempt.wait_for_sinks(DEADLINE)
     assert (state.pending, state.error) == (0, None)

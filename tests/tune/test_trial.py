@@ -20,8 +20,8 @@ def test_what_is_measured_before_the_first_step_is_not_reported(tmp_path: Path) 
     link = Link(there)
     dataset = TensorDataset(torch.ones(8, 1))
     with Run("test", "a", runs=tmp_path / "runs") as run:
-        reporter = Reporter(run, ("val_loss",), "epoch", link, waits=False)
-        run.listen(reporter)
+        reporter = Reporter(run.attempt, ("val_loss",), "epoch", link, waits=False)
+        run.attempt.listen(reporter)
         trainer = Trainer(
             run, torch.nn.Linear(1, 1), optimizer=torch.optim.SGD,
             loss=lambda output, batch: (output.sum(), len(output)), training=Training(precision="fp32"),
@@ -43,8 +43,8 @@ def test_reports_that_nobody_answers_are_sent_together_and_not_late(tmp_path: Pa
     here, there = Pipe()
     link = Link(there)
     with Run("test", "a", runs=tmp_path / "runs") as run:
-        reporter = Reporter(run, ("val_loss",), "step", link, waits=False)
-        run.listen(reporter)
+        reporter = Reporter(run.attempt, ("val_loss",), "step", link, waits=False)
+        run.attempt.listen(reporter)
         for step in range(1, 101):
             run.log(val_loss=1.0 / step)
         assert here.poll(10.0)  # without another report, and before the end

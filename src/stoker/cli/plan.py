@@ -20,7 +20,6 @@ from rich.progress import Progress, SpinnerColumn, TextColumn
 from rich.table import Table
 from stoker import config as configs
 from stoker import recipes, storage, words
-from stoker.attempt import Run
 from stoker.cli import train
 from stoker.cli.output import Json, console, print_json, show_messages
 from stoker.cli.train import ConfigFile, Overrides
@@ -28,6 +27,7 @@ from stoker.config import Resolved
 from stoker.engine import options
 from stoker.errors import EXIT_DIFFERS, BadInput, line_of
 from stoker.recipes import Recipe
+from stoker.user_run import Run
 from stoker.world import PLANNED, PLANNED_RANK
 
 log = logging.getLogger("stoker")

@@ -15,7 +15,6 @@ import typer
 from rich.console import Console
 from stoker import config as configs
 from stoker import machine, recipes, redaction
-from stoker.attempt import Run
 from stoker.cli import submit
 from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, console, print_json, say_error, show_messages
 from stoker.cli.submit import Command, Where, submittable
@@ -30,6 +29,7 @@ from stoker.recipes import Recipe
 from stoker.report import html
 from stoker.run import directory, finding, mirror, view
 from stoker.run.view import RunView
+from stoker.user_run import Run
 from stoker.words import counted
 from stoker.world import World
 
@@ -295,7 +295,8 @@ def _work(recipe: Recipe, resolved: Resolved[Any], job: Job, measure: int | None
         code=recipe.code,
         accept_drift=job.accept_drift,
     )
-    run.profile, run.measure, run.stop.deadline = job.profile, measure, job.deadline
+    attempt = run.attempt
+    attempt.profile, attempt.measure, attempt.stop.deadline = job.profile, measure, job.deadline
     if run.world.rank > 0:
         ranks.log_to(run.directory.logs / f"rank-{run.world.rank}.log")
     code, status = work_on(run, recipe, resolved.config)
@@ -417,17 +418,17 @@ def work_on(run: Run, recipe: Recipe, config: Any, *, trial: bool = False) -> tu
     random_state.seed_everything(run.seed)  # a recipe that imports torch later seeds it itself
     ends = trial or run.world.size > 1 or getattr(config, "hang_limit", None) is not None
     try:
-        with run.stop.handled(), run, alone.watching(run, _say_hanging, ends=ends):
+        with run.attempt.stop.handled(), run, alone.watching(run.attempt, _say_hanging, ends=ends):
             arguments = (run, config) if recipe.config.__name__ != "NoConfig" else (run,)
             recipe.train(*arguments)
-            run.conclude()
+            run.attempt.conclude()
             if run.world.rank == 0:
                 _export_weights(run)
             run.end(view.FINISHED)
             if run.world.rank == 0 and not trial:
                 _write_report(run)
     except BadInput:
-        run.discard_if_unused()
+        run.attempt.discard_if_unused()
         raise
     except Stopped as stopped:
         return int(stopped.code or 0), stopped.status
@@ -448,7 +449,7 @@ def _export_weights(run: Run) -> None:
         return
     known = view.load(run.directory).artifacts.values()
     others = {event["kind"] for event in known if event["name"] != _WEIGHTS}
-    if (run.made | others) & {"model", "adapter"}:
+    if (run.attempt.made | others) & {"model", "adapter"}:
         return
     from stoker.checkpoint import store
 
@@ -477,7 +478,7 @@ def _finished(found: directory.RunDirectory, resolved: Resolved[Any]) -> RunView
 
 
 def _wait_for_sinks(run: Run) -> None:
-    for state in run.wait_for_sinks(_SINKS_TIMEOUT):
+    for state in run.attempt.wait_for_sinks(_SINKS_TIMEOUT):
         if state.pending:
             reason = f" ({state.error})" if state.error else ""
             log.warning(

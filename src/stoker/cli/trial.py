@@ -8,7 +8,6 @@ from typing import Any
 
 from stoker import config as configs
 from stoker import recipes
-from stoker.attempt import Run
 from stoker.cli import train
 from stoker.duration import Duration
 from stoker.errors import BadInput
@@ -18,6 +17,7 @@ from stoker.run import finding
 from stoker.run.directory import RunDirectory
 from stoker.tune.plan import SHARE
 from stoker.tune.trial import Job, Link, Reporter
+from stoker.user_run import Run
 from stoker.world import World
 
 _FREE_TIMEOUT = 120.0  # of a machine that is lost, a server of files forgets its locks after 90 s, by default
@@ -36,21 +36,21 @@ def train_trial(job: Job, link: Link) -> dict[str, Any]:
         seed=int(getattr(resolved.config, "seed", 0)), code=recipe.code,
         provenance=job.provenance,
     )  # fmt: skip
-    run.leave_to_disk()
+    run.attempt.leave_to_disk()
     if job.provenance is not None:
-        run.leave_shipping()
+        run.attempt.leave_shipping()
     if job.tags:
         run.tag(**job.tags)
     ranks.log_to(run.directory.logs / f"rank-{run.world.rank}.log")
     limit = getattr(resolved.config, "hang_limit", None)
     hangs = limit.seconds if isinstance(limit, Duration) else None
-    reporter = Reporter(run, job.metrics, job.unit, link, waits=job.waits, hang_limit=hangs)
-    run.listen(reporter, job.metrics)
+    reporter = Reporter(run.attempt, job.metrics, job.unit, link, waits=job.waits, hang_limit=hangs)
+    run.attempt.listen(reporter, job.metrics)
     try:
         _, status = train.work_on(run, recipe, resolved.config, trial=True)
     finally:
         reporter.close()
-    if job.unit == SHARE and run.plan.get("data_share") != resolved.config.data_share:
+    if job.unit == SHARE and run.attempt.plan.get("data_share") != resolved.config.data_share:
         raise BadInput("its Trainer is not told the share of the data: give it training=config")
     return {"status": status, "logged": sorted(reporter.logged), "values": reporter.values}
 

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from stoker import storage
-from stoker.attempt import Run
 from stoker.data import hub_datasets, sources, tokens
 from stoker.data.documents import Document, Message, make_corpus
 from stoker.data.encoding import Encoded
@@ -30,6 +29,7 @@ from stoker.data.tokens import PackedDataset
 from stoker.errors import BadInput
 from stoker.language import chat_template, conversation
 from stoker.language.conversation import NO_VALUES, Chat, Span
+from stoker.user_run import Run
 from stoker.words import counted
 
 log = logging.getLogger("stoker")
@@ -205,7 +205,7 @@ def say(
         "sources" if key == "data" else key: [source.description for source in own]
         for key, own in of_keys.items()
     }
-    run.event("data", **about, rows=len(rows.train), tokens_per_row=rows.train.tokens_per_sample)
+    run.attempt.event("data", **about, rows=len(rows.train), tokens_per_row=rows.train.tokens_per_sample)
     if run.world.rank > 0:
         return
     passes = iter(rows.train.passes if isinstance(rows.train, Mixture) else ())
@@ -222,7 +222,7 @@ def say_evaluated(run: Run, given: str, found: Sequence[Source]) -> None:
     """Record the evaluation data under the names in the config; rank 0 logs it."""
     run.fingerprint("data", sources.fingerprint(found))
     _record(run, "data", sources.named(given, evaluated=True), found)
-    run.event("data", sources=[source.description for source in found])
+    run.attempt.event("data", sources=[source.description for source in found])
     for source in found if run.world.rank == 0 else ():
         log.info("%s", source.description)
 

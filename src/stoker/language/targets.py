@@ -7,10 +7,10 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from stoker.attempt import Run
 from stoker.errors import BadInput, nearest
 from stoker.language.loading import Quantised
 from stoker.language.lora import Lora
+from stoker.user_run import Run
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D

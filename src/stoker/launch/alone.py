@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from stoker import supervision
-from stoker.attempt import Run
+from stoker.attempt import Attempt
 from stoker.errors import EXIT_FAILED
 from stoker.periodic import Job, Periodic
 from stoker.run import journal
@@ -33,7 +33,7 @@ _DEBUGGERS = {"pdb", "bdb", "_pydevd_bundle"}
 
 
 @contextlib.contextmanager
-def watching(run: Run, say: Callable[[str], None], *, ends: bool) -> Iterator[None]:
+def watching(attempt: Attempt, say: Callable[[str], None], *, ends: bool) -> Iterator[None]:
     """Within this block, watch for the loop standing still, unless a launcher does.
 
     Args:
@@ -43,7 +43,7 @@ def watching(run: Run, say: Callable[[str], None], *, ends: bool) -> Iterator[No
     if supervision.FOLDER in os.environ:
         yield
         return
-    watch = _Watch(run, say, ends=ends)
+    watch = _Watch(attempt, say, ends=ends)
     looks = Periodic([Job(_EVERY, watch.look)], "watch-self")
     try:
         yield
@@ -54,47 +54,47 @@ def watching(run: Run, say: Callable[[str], None], *, ends: bool) -> Iterator[No
 class _Watch:
     """Checks the loop's position once a second."""
 
-    def __init__(self, run: Run, say: Callable[[str], None], *, ends: bool) -> None:
-        self._run, self._say, self._ends = run, say, ends
+    def __init__(self, attempt: Attempt, say: Callable[[str], None], *, ends: bool) -> None:
+        self._attempt, self._say, self._ends = attempt, say, ends
         self._pulse, self._warned = Pulse(), Pulse()
         self._quiet, self._looked = 0.0, time.monotonic()
 
     def look(self) -> None:
         """Check whether it has moved since the last look."""
-        run, now, before = self._run, time.monotonic(), self._pulse
+        attempt, now, before = self._attempt, time.monotonic(), self._pulse
         passed = min(now - self._looked, 2 * _EVERY)  # excluding time stopped by Ctrl-Z
         self._looked = now
-        self._pulse = pulse = run.heart.pulse if run.heart is not None else before
+        self._pulse = pulse = attempt.heart.pulse if attempt.heart is not None else before
         self._quiet = self._quiet + passed if pulse is before and not _debugged() else 0.0
         if not pulse.limit or self._quiet <= pulse.limit:
             return
         said = pulse.nothing_for(self._quiet)
         if self._ends:
-            _end(run, f"it hangs: {said}", self._say)
+            _end(attempt, f"it hangs: {said}", self._say)
         elif self._warned is not pulse:
             self._warned = pulse
-            log.warning("%s; %s; to end such a run, set for example hang_limit=30min", said, _stacks(run))
+            log.warning("%s; %s; to end such a run, set for example hang_limit=30min", said, _stacks(attempt))
 
 
-def _stacks(run: Run) -> str:
+def _stacks(attempt: Attempt) -> str:
     """Write the stacks of all threads; returns where the process is, and where they are, as text."""
-    folder = supervision.stacks_folder(run.directory.logs)
-    file = folder / f"rank-{run.world.rank}.txt"
+    folder = supervision.stacks_folder(attempt.directory.logs)
+    file = folder / f"rank-{attempt.world.rank}.txt"
     with file.open("w", encoding="utf-8") as opened:
         faulthandler.dump_traceback(opened, all_threads=True)
     place = supervision.place(file.read_text(encoding="utf-8", errors="replace"))
     return f"{f'it is at {place}; ' if place else ''}the stacks of all threads are in {folder}"
 
 
-def _end(run: Run, said: str, say: Callable[[str], None]) -> None:
+def _end(attempt: Attempt, said: str, say: Callable[[str], None]) -> None:
     """Write the stacks of all threads, report what happened, and end."""
     end = threading.Timer(_LAST_WORDS, os._exit, (EXIT_FAILED,))
     end.daemon = True
     end.start()
-    said = f"{said}; {_stacks(run)}"
-    journal.note_failure(run.directory.journal, run.attempt, said)
+    said = f"{said}; {_stacks(attempt)}"
+    journal.note_failure(attempt.directory.journal, attempt.number, said)
     say(said)
-    if run.world.size > 1:
+    if attempt.world.size > 1:
         time.sleep(_OTHERS)
     os._exit(EXIT_FAILED)
 

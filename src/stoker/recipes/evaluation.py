@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge
-from stoker.attempt import Run
 from stoker.data.called import VALUES, check_values
 from stoker.engine.keys import Names
 from stoker.engine.options import Fsdp, Training
 from stoker.errors import BadInput
 from stoker.language.lora import Lora
 from stoker.recipes.llm import MEMORY
+from stoker.user_run import Run
 
 PRELOAD = (
     "stoker.engine.quiet",

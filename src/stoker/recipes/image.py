@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
-from stoker.attempt import Run
 from stoker.duration import Duration
 from stoker.engine.keys import Betas, Length, Warmup
 from stoker.engine.options import Training
 from stoker.errors import BadInput
+from stoker.user_run import Run
 
 PRELOAD = (
     "stoker.recipes.image_model", "stoker.data.images", "stoker.data.augment",

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
-from stoker.attempt import Run
 from stoker.data.called import VALUES, check_values
 from stoker.duration import Duration
 from stoker.engine.keys import Betas, Length, Names, Patterns, Warmup, Weighted
 from stoker.engine.options import Training
 from stoker.language.lora import Lora
+from stoker.user_run import Run
 from stoker.world import World
 
 if TYPE_CHECKING:

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
-from stoker.attempt import Run
 from stoker.duration import Duration
 from stoker.engine.keys import Betas, Length, Warmup
 from stoker.engine.options import Training
 from stoker.errors import BadInput, nearest
 from stoker.recipes.text_shape import SIZES, Shape, shape
+from stoker.user_run import Run
 
 PRELOAD = ("stoker.recipes.text_model", "stoker.data.labelled_sources", "stoker.data.text_rows")
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from stoker.attempt import Run
 from stoker.data import hub_datasets, labelled_sources
 from stoker.data import tokenizer as tokenizers
 from stoker.data.labelled import Texts
@@ -22,6 +21,7 @@ from stoker.errors import BadInput
 from stoker.language import building, hub
 from stoker.language.data import fingerprint
 from stoker.recipes.text_shape import SIZES, Shape
+from stoker.user_run import Run
 from tokenizers.processors import TemplateProcessing
 from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
@@ -93,7 +93,7 @@ def say(run: Run, data: str, texts: Texts, rows: Rows, made: Classifier) -> None
     else:
         known, revision = f"sha256:{texts.fingerprint}", hub_datasets.revision(data)
         run.data("data", data, fingerprint=known, revision=revision)
-    run.event(
+    run.attempt.event(
         "data", sources=[texts.description], rows=len(rows.train), tokens_per_row=rows.train.tokens_per_sample
     )
     if run.world.rank > 0:

@@ -36,8 +36,7 @@ class Recorder:
         self._writer, self._world, self._begin = writer, world, begin
         self.latest: dict[str, float] = {}
         """The newest value of every metric; of one that is reduced over ranks, once they have agreed."""
-        self.unreduced: dict[str, tuple[int, float, How]] = {}
-        """Of metrics that are: the step, this rank's own newest value, and how. See `agree`."""
+        self._unreduced: dict[str, tuple[int, float, How]] = {}
         self.followed: str | None = None
         """A metric of which the step of its newest value is kept as well."""
         self.followed_at: int | None = None
@@ -88,13 +87,22 @@ class Recorder:
         self._highest = step
         self.latest = dict(latest)
 
+    @property
+    def unreduced(self) -> dict[str, tuple[int, float, How]]:
+        """For each metric that is reduced over ranks: the step, this rank's newest value, and how to reduce.
+
+        Waits for values that are still on their way from the device. See `agree`.
+        """
+        self.write_arrived(wait=True)
+        return self._unreduced
+
     def agree(self, of_ranks: Sequence[Mapping[str, tuple[int, float, How]]]) -> None:
         """Take what each rank has `unreduced`: what all have of the same step is their newest value."""
         for name, (step, _, how) in of_ranks[0].items():
             found = [own[name] for own in of_ranks if name in own]
             if len(found) == len(of_ranks) and {at for at, *_ in found} == {step}:
                 self._is_latest({name: reduced(how, [value for _, value, _ in found])}, step)
-        self.unreduced.clear()
+        self._unreduced.clear()
 
     def write_arrived(self, wait: bool) -> None:
         """Write the pending points in order, up to the first that is still on its way."""
@@ -169,7 +177,7 @@ class Recorder:
         if reduce is None:
             self._is_latest(values, step)
         else:
-            self.unreduced.update({name: (step, value, reduce) for name, value in values.items()})
+            self._unreduced.update({name: (step, value, reduce) for name, value in values.items()})
 
     def _is_latest(self, values: Mapping[str, float], step: int) -> None:
         self.latest.update(values)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from stoker import duration
-from stoker.attempt import Run
+from stoker.attempt import Attempt
 from stoker.errors import EXIT_FAILED, StokerError
 from stoker.periodic import Job as Timed
 from stoker.periodic import Periodic
@@ -160,7 +160,7 @@ class Reporter:
 
     def __init__(
         self,
-        run: Run,
+        attempt: Attempt,
         metrics: tuple[str, ...],
         unit: str,
         link: Link,
@@ -168,9 +168,15 @@ class Reporter:
         waits: bool,
         hang_limit: float | None = None,
     ) -> None:
-        self._heart = run.heart = Heart(hang_limit, at_least=_SILENT)
-        self._heart.begin(run.step)
-        self._run, self._metrics, self._unit, self._link, self._waits = run, metrics, unit, link, waits
+        self._heart = attempt.heart = Heart(hang_limit, at_least=_SILENT)
+        self._heart.begin(attempt.step)
+        self._attempt, self._metrics, self._unit, self._link, self._waits = (
+            attempt,
+            metrics,
+            unit,
+            link,
+            waits,
+        )
         self._sends = None if waits else Periodic([Timed(_HELD, link.send_held)])
         self.logged: set[str] = set()
         """The names of all metrics so far."""
@@ -179,7 +185,7 @@ class Reporter:
 
     def __call__(self, step: int, values: Mapping[str, Any]) -> None:
         """Called by the run with what was logged. Raises NotFinite, or Stopped."""
-        if self._run.heart is self._heart:  # a Trainer brings its own
+        if self._attempt.heart is self._heart:  # a Trainer brings its own
             self._heart.beat(step)
         self.logged.update(values)
         for metric in self._metrics:
@@ -190,18 +196,20 @@ class Reporter:
                 self.values[metric] = value
         if self._metrics[0] not in values or self._unit == SHARE:  # of such a one the last value counts
             return
-        if self._run.heart is not self._heart and not self._run.plan:  # a Trainer's loop has not begun
+        if (
+            self._attempt.heart is not self._heart and not self._attempt.plan
+        ):  # a Trainer's loop has not begun
             return
         report = {"step": step, "value": self.values[self._metrics[0]], "per_step": self._per_step()}
         if not self._waits:
             self._link.hold(**report)
             return
-        self._link.hold(**report, metrics={**self._run.latest})
+        self._link.hold(**report, metrics={**self._attempt.recorder.latest})
         answer = self._link.ask("reports")
         if answer["save"]:
-            self._run.stop.ask_to_save()
+            self._attempt.stop.ask_to_save()
         if answer["decision"] != "continue":
-            self._run.stop.ask(answer["decision"])
+            self._attempt.stop.ask(answer["decision"])
 
     def close(self) -> None:
         """The trial is over: what is held goes with the word that it is."""
@@ -210,7 +218,7 @@ class Reporter:
 
     def _per_step(self) -> float:
         """How much of the unit one step is. Raises StokerError where the loop does not say."""
-        plan = self._run.plan
+        plan = self._attempt.plan
         found = duration.of_a_step(
             self._unit, samples=plan.get("samples_per_step"), tokens=plan.get("tokens_per_step"),
             samples_per_epoch=plan.get("samples_per_epoch"),

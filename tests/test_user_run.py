@@ -363,7 +363,7 @@ def test_of_a_run_that_is_over_at_once_the_machine_says_nothing(open_run: Open) 
 
 def _wait_for_the_machine(run: Run) -> None:
     until = time.monotonic() + 20
-    while run._system is None:
+    while run.attempt._system is None:
         assert time.monotonic() < until
         time.sleep(0.01)
 
@@ -378,7 +378,7 @@ def test_a_resume_voids_media_and_points_but_not_what_the_machine_did(
             run.text("said", f"step {step}")
         _wait_for_the_machine(run)
     with open_run() as run:
-        run.event("resumed", step=2, passed_over=[])
+        run.attempt.event("resumed", step=2, passed_over=[])
         assert run.latest == {"loss": 2.0}
         run.log(loss=30.0, step=3)
         _wait_for_the_machine(run)
@@ -463,7 +463,7 @@ RANKS = """
 import os, sys, time, stoker
 with stoker.Run("test", "ranks", runs=sys.argv[1]) as run:
     rank = run.world.rank
-    while len(list(run.directory.journal.glob(f"attempt-{run.attempt:04d}.*"))) < run.world.size:
+    while len(list(run.directory.journal.glob(f"attempt-{run.attempt.number:04d}.*"))) < run.world.size:
         time.sleep(0.01)  # as training does, where every rank waits for all others to begin
     for step in range(1, 51):
         run.log(loss=float(step + rank), reduce="mean")
