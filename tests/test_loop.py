@@ -1002,7 +1002,7 @@ def test_each_checkpoint_is_rewound_to_once(dies_in: int | None, open_run: Calla
         with pytest.raises(_Dies), open_run() as run:
             train(run, dies_in)
     with (
-        pytest.raises(StokerError, match=r"step 12: there is no checkpoint to rewind to"),
+        pytest.raises(StokerError, match=r"step 12: there is no checkpoint left to rewind to"),
         open_run() as run,
     ):
         train(run)

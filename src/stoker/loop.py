@@ -1,13 +1,13 @@
-"""Trainer: the pieces of a training loop, joined so that a user's own loop reads downward.
+"""Trainer: the pieces of a training loop, joined so that a user's own loop reads from top to bottom.
 
-It lays the model out over the ranks, builds the optimizer, restores the newest checkpoint, hands
-out batches from where the run was, makes one optimizer step from a global batch, and takes
-checkpoints at step boundaries. It calls nothing of the user's but the functions given to it, and
-nothing calls back into the user's loop.
+It lays the model out over the ranks, builds the optimizer, restores the newest checkpoint, yields
+batches from where the run stopped, makes one optimizer step from each global batch, and saves
+checkpoints between steps. It calls only the functions that it is given, and never back into the
+user's loop.
 
 The loss is a sum and its weight. Gradients of sums are added up over micro-batches and ranks and
 divided once by the weight of the whole global batch, so the result does not depend on how the
-batch was cut.
+batch was divided.
 """
 
 from __future__ import annotations
@@ -72,35 +72,37 @@ from torch.optim.lr_scheduler import LRScheduler
 
 log = logging.getLogger("stoker")
 
-_NO_OPTIMIZER = "this Trainer has no optimizer (optimizer=None): it evaluates, but cannot train"
+_NO_OPTIMIZER = "this Trainer has no optimizer (optimizer=None): it can evaluate, but not train"
 
 
 class Trainer:
     """One training loop over one model.
 
     Args:
-        run: the run that is trained.
-        model: laid out over this run's devices; keep using `trainer.model`.
-        optimizer: makes the optimizer from the model's trainable parameters, after the model was
-            laid out; for several, a dict from the name of a submodule to what makes its optimizer.
-            None for a model that is evaluated alone (`evaluate`, `measure`), with any of its weights frozen.
-        loss: `(output, batch) -> (sum, weight)`: the loss summed over a micro-batch, a scalar
-            tensor, and what to divide it by (samples, or tokens), a number or scalar tensor.
-            Not needed by a loop that calls `backward` itself.
-        inputs: `batch -> what the model is called with`, a dict (by name) or a tuple. By
-            default a dict batch itself, or the first item of a tuple.
-        schedule: `(step, total steps) -> factor` of the learning rate; see `engine.schedule.build`.
-        training: parallelism, precision, micro-batches, clipping, checkpoints; a config that
-            inherits from `stoker.Training` is one.
-        best: the metric by which the best checkpoint is kept as well, where it is logged; see `Run.goal`.
-        load: `(model, device, prefix) -> None` for a model that is on the meta device: gives memory and
-            values to all of it that is below a dotted prefix. Called after the model was laid out, so that
-            no rank ever holds what is not its own.
+        run: the run to train.
+        model: is laid out over the devices of this run; use `trainer.model` from then on.
+        optimizer: makes the optimizer from the model's trainable parameters, after the model has been laid
+            out. For several optimizers: a dict from the name of a submodule to what makes its optimizer.
+            None for a model that is only evaluated (`evaluate`, `measure`).
+        loss: `(output, batch) -> (sum, weight)`: the loss summed over a micro-batch, a scalar tensor, and
+            what to divide it by (the number of samples, or tokens), a number or scalar tensor. A loop that
+            calls `backward` itself needs none.
+        inputs: `batch -> what the model is called with`: a dict (arguments by name) or a tuple. By default a
+            batch that is a dict, or the first item of a tuple.
+        schedule: `(step, total steps) -> factor` for the learning rate; see `engine.schedule.build`.
+        training: parallelism, precision, micro-batches, clipping, checkpoints: a `stoker.Training`, or a
+            config that inherits from it.
+        best: the metric whose best checkpoint is kept in addition to the newest, if it is logged; see
+            `Run.goal`.
+        load: `(model, device, prefix) -> None`, for a model on the meta device: allocates and fills
+            everything below a dotted prefix. It is called after the model has been laid out, so no rank ever
+            holds more than its own part.
 
     Raises:
-        TypeError: `training` is no `stoker.Training`.
-        BadInput: the model cannot be trained so, an argument is of another kind, or the ranks do not fit.
-        StokerError: the newest valid checkpoint is of another model.
+        TypeError: `training` is not a `stoker.Training`.
+        BadInput: the model cannot be trained with these settings or on this number of ranks, or an argument
+            has the wrong type.
+        StokerError: the newest valid checkpoint belongs to another model.
     """
 
     def __init__(
@@ -172,7 +174,7 @@ class Trainer:
         self._random: tuple[dict[str, torch.Tensor], dict[str, Any]] | None = None
         self._agreement = Agreement(self.world, self.device, self._asked)
         self._batch_is: Literal["", "handed out", "computed", "trained on"] = ""
-        """What the script has done so far with the batch in its hands; empty: it has none."""
+        """What the loop has done so far with the current batch; empty between steps."""
         self._may_be_best, self._keeps_best = False, bool(self.training.checkpoint_best)
         self._attempt.take_over_steps(self._checkpoints.wait, self._conclude, self._heart)
         supervision.say_where(run.directory.path)
@@ -204,21 +206,23 @@ class Trainer:
         )  # fmt: skip
 
     def register_for_checkpointing(self, **states: Stateful) -> None:
-        """Save the state of these with every checkpoint, and restore it now, where the run goes on from one.
+        """Save the state of these objects with every checkpoint, and restore it now if the run is resumed.
 
-        That is whatever has `state_dict()` and `load_state_dict()`: a scheduler of torch's for
-        `trainer.optimizer`, a curriculum, an average, an optimizer of what is not the model's. A state is
-        made of tensors, NumPy arrays, numbers, texts, and lists, tuples, sets and dicts of these. One that is
-        the same on all ranks is restored on any number of them; of one that differs each rank has its own.
+        An object needs `state_dict()` and `load_state_dict()`: one of torch's schedulers for
+        `trainer.optimizer`, a curriculum, an average, an optimizer of parameters outside the model. A state
+        consists of tensors, NumPy arrays, numbers, strings, and lists, tuples, sets and dicts of these. A
+        state that is the same on all ranks is restored on any number of ranks; if it differs, each rank has
+        its own.
 
-        Called before the loop of steps: `trainer.register_for_checkpointing(scheduler=scheduler)`.
+        Call it before the loop of steps: `trainer.register_for_checkpointing(scheduler=scheduler)`.
 
         Raises:
-            ValueError: called within a step, or with a scheduler of the rate that `schedule` sets.
-            BadInput: an object has no state, a name is taken, or a state holds what no checkpoint can.
+            ValueError: it is called within a step, or with a scheduler for the rate that `schedule` sets.
+            BadInput: an object has no state, a name is taken, or a state has values that no checkpoint can
+                hold.
         """
         if self._batch_is:
-            raise ValueError("register_for_checkpointing() within a step: call it before the loop of steps")
+            raise ValueError("register_for_checkpointing() was called within a step: call it before the loop")
         ours = [getattr(o, "optimizer", o) for o in self.optimizers.values()]  # of ZeRO's, what it wraps
         schedulers = {n: s for n, s in states.items() if isinstance(s, LRScheduler) and s.optimizer in ours}
         if schedulers and self._schedule is not None:
@@ -229,20 +233,20 @@ class Trainer:
         self._registered.add(states)
         for name, scheduler in follow.items() if self.world.rank == 0 else ():
             now, began = _rates(scheduler)
-            if began != now:  # it was changed since, which what the scheduler remembers does not know
+            if began != now:  # the config has changed, and the scheduler's state has the old rate
                 log.warning(
-                    "the learning rate is %s now, and %s goes on from %s, as its state has it",
+                    "the learning rate is %s now, but %s continues from %s, the rate in its state",
                     now, name, began,
                 )  # fmt: skip
 
     @property
     def steps_done(self) -> int:
-        """Steps of the run so far."""
+        """The number of steps that the run has made."""
         return self._at.step
 
     @property
     def samples_done(self) -> int:
-        """Samples that these were of, over all ranks."""
+        """The number of samples that the run has trained on, over all ranks."""
         return self._at.samples
 
     # -- the loop ---------------------------------------------------------------------------
@@ -256,11 +260,11 @@ class Trainer:
         collate: Callable[[list[Any]], Any] | None = None,
         shuffle: bool = True,
     ) -> Loader:
-        """Global batches of a map-style dataset, in an order that is the run's seed's alone.
+        """Global batches of a map-style dataset, in an order that depends on the run's seed alone.
 
         Args:
-            batch_size: samples of a global batch, over all ranks.
-            workers: processes that load samples; any number gives the same batches.
+            batch_size: samples per global batch, over all ranks.
+            workers: processes that load samples; the batches are the same for any number.
         """
         options.check_batch(batch_size, self.mesh.data.size)
         share = batch_size // self.mesh.data.size
@@ -287,15 +291,16 @@ class Trainer:
         epochs: float | None = None,
         max_steps: Duration | str | int | None = None,
     ) -> Iterator[Any]:
-        """The batches that are left, one a step, from where the run was; the body of the loop is the step.
+        """Yield the remaining batches, one per step, from where the run stopped; the loop's body is the step.
 
-        Checkpoints are taken between steps, and after the last one. Told to stop (SIGTERM,
-        Ctrl-C), it takes one and raises Stopped, which ends the script. The epochs are of
-        one endless order, so a batch may span two and every step has a full batch.
+        Checkpoints are saved between steps, and after the last one. When told to stop (SIGTERM, Ctrl-C), it
+        saves one and raises Stopped, which ends the script. Epochs follow one another without a gap: a batch
+        may span two of them, and every batch is full.
 
         Raises:
-            ValueError: both are given, or neither; or a loop before this one in the same script came as far.
-            BadInput: what is given is no length of a training, or no loader.
+            ValueError: both lengths are given, or neither; or an earlier loop of the script has already made
+                all these steps.
+            BadInput: the length or the loader is not valid.
         """
         if (epochs is None) == (max_steps is None):
             raise ValueError("give steps() either epochs or max_steps")
@@ -311,12 +316,15 @@ class Trainer:
         if self._total in self._at.ended:
             self._total = self._at.ended[self._total]
             if self.steps_done >= self._total and self.world.rank == 0:
-                log.info("it was ended after step %d: given another length, it goes on", self._total)
+                log.info(
+                    "the run was finished early, after step %d; give another length to go on", self._total
+                )
         if again and self._restored_step < self.steps_done >= self._total:
             raise ValueError(
                 f"steps() of {duration} has nothing left to do: the run is at step {self.steps_done}, and a "
-                'length counts from its start. Give one loop all of it (trainer.every("1ep") says where an '
-                "epoch ends), or this one the sum of both"
+                "length counts from the start of the run. Use one loop for all steps "
+                '(trainer.every("1ep") is true at the end of each epoch), or give this loop the sum of both '
+                "lengths"
             )
         tokens = loader.tokens_per_sample
         self._gauge.pace.count(loader.batch_size, tokens)
@@ -328,28 +336,28 @@ class Trainer:
         with self._attempt.stop.deferred(), self._progress():
             yield from self._remaining(loader)
             requests = self._agreement.requests()
-        if requests.stop:  # in the last step's last moment; what follows the loop is left to the next start
+        if requests.stop:  # during the last step; the next start continues after the loop
             raise Stopped(requests.stop)
 
     def _warn_of_other_samples(self, loader: Loader) -> None:
-        """A run that goes on with more or fewer samples than it had goes on at none of the places it knew."""
+        """Warn if a continued run has another number of samples, which changes their order."""
         before, now = self._attempt.samples_per_epoch, loader.samples_per_epoch
         if self.steps_done and before not in (None, now) and self.world.rank == 0:
             log.warning(
-                "an epoch was %s and is %s now: from step %d on the samples come in a different order",
+                "an epoch had %s and has %s now: from step %d on the samples come in a different order",
                 f"{before:,} samples", f"{now:,}", self.steps_done,
             )  # fmt: skip
 
     def _progress(self) -> contextlib.AbstractContextManager[Any]:
         unseen = self.world.rank > 0 or self._attempt.measure is not None or self._imagination is not None
-        if unseen or self.steps_done > self._total:  # of a loop before the one that the run is in
+        if unseen or self.steps_done > self._total:  # the run is past this loop
             return contextlib.nullcontext()
         return ProgressDisplay(self.run.directory.id, self._reading)
 
     def _remaining(self, loader: Loader) -> Iterator[Any]:
         pace = self._gauge.pace
         timing = Timing(self._attempt.measure, self.device) if self._attempt.measure is not None else None
-        if self.steps_done <= self._total:  # else the run is in a loop behind this one
+        if self.steps_done <= self._total:  # otherwise the run is past this loop
             source = loader.batches(self.samples_done, self._at.data)
             self._at.data = None
             self._begin_attempt(loader)
@@ -358,7 +366,7 @@ class Trainer:
             self._modes.begin()
         self._begin_loop()
         if self.training.on_bad_loss == "rewind":
-            self.checkpoint()  # so that there is one to rewind to
+            self.checkpoint()  # one to rewind to
         remembering, due = self.training.deterministic, False
         with contextlib.closing(
             Profiler(self._attempt.profile, self.run.directory.logs, self.world.rank, self.device)
@@ -386,7 +394,7 @@ class Trainer:
                 if requests.failed:
                     self._checkpoints.wait()  # raises
                 due = due or requests.save or self._checkpoint_due() or self._is_best()
-                waits = self._adding_up  # for the update that uses what no checkpoint has
+                waits = self._adding_up  # a checkpoint does not hold accumulated gradients
                 if due and not waits:
                     self.checkpoint()
                     due = False
@@ -401,11 +409,11 @@ class Trainer:
 
     @property
     def _adding_up(self) -> bool:
-        """Whether a loop of one's own has gradients that no update has used, of this step or of several."""
+        """Whether a user's own loop has accumulated gradients that no update has used yet."""
         return isinstance(self._step, PlainStep) and self._step.adding_up
 
     def _handed_out(self, batch: Any) -> Iterator[Any]:
-        """A batch for the body of the loop; in a plan one without values, and what is made of it followed."""
+        """Yield a batch to the loop's body; for a plan, one without values, and follow its allocations."""
         if self._imagination is None:
             yield batch
             return
@@ -414,7 +422,7 @@ class Trainer:
             yield without_values
 
     def _write_plan(self, batch: Any) -> None:
-        """What a step takes, of ranks that are not there, for `stoker plan`."""
+        """Write the memory that a step of the planned ranks needs, for `stoker plan`."""
         assert self._imagination is not None
         share = batches.size(batch, self._cut.share)
         about = {
@@ -427,11 +435,11 @@ class Trainer:
         imagined.remember(self.run.directory, self.world.size, found["peak"])
 
     def _conclude(self) -> None:
-        """The script is over without an error: save what a loop left that it ended by `break`."""
-        if self._batch_is in ("", "computed"):  # a step that failed half-way, and was not to end the script
+        """The script is over without an error: save the state of a loop that was left with `break`."""
+        if self._batch_is in ("", "computed"):  # a step that failed half-way, and whose error was caught
             return
         if self._batch_is == "trained on":
-            self._agreement.requests()  # what was begun with the step
+            self._agreement.requests()  # finish what the step began
             assert self._loader is not None
             self._at.move(self._loader.batch_size)
         self._batch_is = ""
@@ -447,16 +455,16 @@ class Trainer:
         self._heart.pause()
 
     def _begin_attempt(self, loader: Loader) -> None:
-        """The attempt begins where the run was, whichever loop of the script that is in."""
+        """Begin the attempt with the first loop that has steps left."""
         if self._begun:
             return
         self._begun = True
         self._warn_of_other_samples(loader)
-        if self._random is not None:  # last of all, so that nothing before the next step draws from it
+        if self._random is not None:  # last, so that nothing draws from it before the next step
             random_state.restore(*self._random)
             self._random = None
         elif self.world.rank > 0 or self.steps_done > 0:
-            # Ranks have the same weights, and dropout of their own.
+            # Ranks have the same weights, but draw their own dropout.
             random_state.seed_everything(
                 random_state.of_rank(self.run.seed, self.world.rank, self.steps_done)
             )
@@ -467,7 +475,7 @@ class Trainer:
         self._heart.begin(self.steps_done)
 
     def _asked(self) -> Requests:
-        """What this rank was asked for; the clock is rank 0's."""
+        """What this rank was asked to do. Checkpoints by time go by the clock of rank 0."""
         stop = self._attempt.stop.requested
         every = self.training.checkpoint_every
         due = every.seconds is not None and time.monotonic() - self._saved_at >= every.seconds
@@ -476,16 +484,16 @@ class Trainer:
         return Requests(**asked, checkpoint=due, failed=self._checkpoints.failed)
 
     def every(self, duration: Duration | str | int) -> bool:
-        """Whether the step under way completes another such duration, e.g. `"1ep"`, `100`, `"1000000tok"`.
+        """Whether the current step completes another such duration, e.g. `"1ep"`, `100`, `"1000000tok"`.
 
-        Never in a run that is measured or planned (`stoker bench`, `stoker plan`): it is about steps alone.
+        Always False under `stoker bench` and `stoker plan`, which are about steps alone.
         """
         parsed = Duration.parse(duration)
         if parsed.seconds is not None:
             raise ValueError(
                 f"every({str(parsed)!r}) depends on the machine's speed: count in steps, epochs or tokens"
             )
-        assert self._loader is not None, "every() is asked within the loop of steps()"
+        assert self._loader is not None, "call every() within the loop over steps()"
         if self._attempt.measure is not None or self._imagination is not None:
             return False
         completes = counting.completes(parsed, self._loader, self.steps_done, self.samples_done)
@@ -494,16 +502,16 @@ class Trainer:
 
     @property
     def last(self) -> bool:
-        """Whether the step under way is the last one."""
+        """Whether the current step is the last one."""
         return self.steps_done + 1 >= self._total
 
     # -- a step -----------------------------------------------------------------------------
 
     def step(self, batch: Any) -> torch.Tensor:
-        """One optimizer step on a global batch; returns its mean loss, a scalar tensor on the device.
+        """Make one optimizer step; returns the mean loss of the global batch, a scalar tensor on the device.
 
-        `batch` is this rank's share. Raises StokerError, saying what to change, where memory runs out, or
-        where an operation has no deterministic form under `deterministic=true`.
+        `batch` is this rank's share. Raises StokerError if memory runs out, or if an operation has no
+        deterministic form under `deterministic=true`; the message says what to change.
         """
         if self._setting.loss is None:
             raise ValueError("give Trainer a loss, or use micro, backward and update")
@@ -527,10 +535,10 @@ class Trainer:
             self._batch_is = done
 
     def _gradients(self, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add up the gradients of a global batch; its loss and weight.
+        """Add up the gradients of a global batch; returns its loss and weight.
 
-        Where memory runs out under `micro_batch=auto`, a single process tries again with smaller
-        micro-batches. Of several ranks one would leave the others waiting: they start again.
+        If memory runs out under `micro_batch=auto`, a single process tries again with smaller micro-batches.
+        One of several ranks would leave the others waiting, so all ranks are restarted instead.
         """
         while True:
             try:
@@ -551,15 +559,15 @@ class Trainer:
                 log.warning("step %d: out of memory; micro_batch=%d now", self.steps_done + 1, self._cut.size)
 
     def _trace(self, batch: Any) -> None:
-        """Do a forward and a backward pass again that change nothing, for what is told of them.
+        """Repeat a forward and a backward pass without any effect, to see where an error comes from.
 
-        Not where ranks would have to do it together: one that failed alone would wait for the others.
+        Skipped if ranks would have to do it together: a rank that failed alone would wait for the others.
         """
         if rehearsal.works_alone(self._step, self._setting, self.strategy):
             rehearsal.alone(self._step, self._setting, next(self.micro(batch)))
 
     def _answer_bad_loss(self, wrong: str) -> None:
-        """Do as `on_bad_loss` says of the step under way, which has changed nothing. All ranks call it."""
+        """Do what `on_bad_loss` says; the current step has changed nothing yet. All ranks call it."""
         step, how = self.steps_done + 1, self.training.on_bad_loss
         too_many = self._losses.count(step)
         if how == "stop" or too_many:
@@ -573,19 +581,19 @@ class Trainer:
             self._rewind(step)
 
     def _rewind(self, step: int) -> None:
-        """Put the weights, and all that goes with them, back to the newest checkpoint; the data goes on.
+        """Restore the weights and optimizer state of the newest checkpoint; the data continues.
 
-        To each once: where the newest has led to a bad loss before, the one before it is taken.
+        Each checkpoint is used once: one that has led to a bad loss before is passed over for an older one.
         """
         self._finish_saving()
         found, _ = self._checkpoints.newest(but=self._losses.rewound_to)
         if found is None:
-            raise StokerError(f"step {step}: there is no checkpoint to rewind to that was not tried already")
+            raise StokerError(f"step {step}: there is no checkpoint left to rewind to; all were tried")
         saved, _ = self._checkpoints.restore(found)
         self._losses.rewind(found.step, saved)
         self._attempt.event("rewound", step=step, to=found.step)
         if self.world.rank == 0:
-            log.warning("the weights are those of step %d again", found.step)
+            log.warning("rewound the weights to those of step %d", found.step)
 
     def micro(self, batch: Any) -> Iterator[Any]:
         """This rank's share of a batch on the device, in micro-batches."""
@@ -601,13 +609,13 @@ class Trainer:
         return self._step.forward(batch)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """The context of `forward`: a submodule that is called within it computes in the run's precision."""
+        """The autocast context of `forward`, for calling submodules in the run's precision."""
         return only_loop_of_its_own(self._step).context()
 
     def backward(self, loss_sum: torch.Tensor, weight: Weight) -> None:
-        """Add the gradient of a summed loss; `update` divides by the weights added up.
+        """Add the gradient of a summed loss; `update` divides by the sum of the weights.
 
-        Raises StokerError where an operation has no deterministic form under `deterministic=true`.
+        Raises StokerError if an operation has no deterministic form under `deterministic=true`.
         """
         step = only_loop_of_its_own(self._step)
         self._note("computed")
@@ -618,7 +626,7 @@ class Trainer:
         self._weight = self._weight + weight
 
     def update(self, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Step an optimizer (by default the only one) with the gradients added up, and clear them all."""
+        """Step an optimizer (by default the only one) with the accumulated gradients, and clear them all."""
         only_loop_of_its_own(self._step)
         self._agreement.start(torch.zeros((), device=self.device), self._weight)
         _, weight = self._agreement.finish()
@@ -644,7 +652,7 @@ class Trainer:
                 group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
 
     def _fit_scale(self, parts: list[Any]) -> None:
-        """Before the first step in fp16: see how much a global batch weighs."""
+        """Before the first step in fp16: fit the loss scale to the weight of a global batch."""
         if self._scale.enabled and self._scale.divisor is None:
             weight = rehearsal.weight_of(self._step, self._setting, parts[0])
             self._scale.fit(self._over_ranks(weight) * len(parts))
@@ -662,7 +670,7 @@ class Trainer:
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
-        """The only optimizer. Raises ValueError where there are several."""
+        """The only optimizer. Raises ValueError if there are several."""
         if not self.optimizers:
             raise ValueError(_NO_OPTIMIZER)
         if len(self.optimizers) != 1:
@@ -675,13 +683,13 @@ class Trainer:
         return float(next(iter(self.optimizers.values())).param_groups[0]["lr"])
 
     def step_metrics(self) -> dict[str, Any]:
-        """What the step under way is, to be logged with its loss.
+        """Metrics of the current step, to be logged with its loss.
 
-        The learning rate (`lr`); the L2 norm of the gradient before clipping (`grad_norm`), where clip_norm
-        or the precision asks for it; the epochs (`epoch`), and where the dataset counts them the tokens
-        (`tokens`), that the run has trained on with it.
+        The learning rate (`lr`); the L2 norm of the gradient before clipping (`grad_norm`), if `clip_norm` or
+        the precision needs it; and the epochs (`epoch`) and, if the dataset counts them, tokens (`tokens`)
+        that the run has trained on, including this step.
         """
-        assert self._loader is not None, "step_metrics() is asked within the loop of steps()"
+        assert self._loader is not None, "call step_metrics() within the loop over steps()"
         samples, tokens = self.samples_done + self._loader.batch_size, self._loader.tokens_per_sample
         found: dict[str, Any] = {"lr": self.lr, "epoch": samples / self._loader.samples_per_epoch}
         if self._step.norm is not None:
@@ -690,26 +698,26 @@ class Trainer:
 
     @property
     def rate(self) -> float | None:
-        """Tokens (where the dataset counts them) or samples a second over all ranks, over the last steps."""
+        """Tokens (if the dataset counts them) or samples per second over all ranks, over the last steps."""
         return self._gauge.pace.rate
 
     def performance(self, flops: float | None = None) -> dict[str, float]:
-        """How fast this attempt is, to be logged; empty where that is not known yet.
+        """How fast this attempt is, as metrics to log; empty while that is not known yet.
 
-        Tokens (where the dataset counts them) or samples a second over all ranks, and a rank; the share of
-        the devices' peak that the model's mathematics uses (`mfu`, see `engine.flops`); and the seconds so
-        far that the loop waited for batches, evaluated, and stood still for checkpoints.
+        Tokens (if the dataset counts them) or samples per second, over all ranks and per rank; the share of
+        the devices' peak FLOP/s that the model's own operations use (`mfu`, see `engine.flops`); and the
+        seconds so far that the loop waited for batches, evaluated, and stood still for checkpoints.
 
         Args:
-            flops: operations that the training needs for a token, or a sample.
+            flops: operations that training needs per token, or per sample.
         """
         return self._gauge.performance(flops)
 
     def say(self, flops: float | None = None, **metrics: float) -> None:
-        """Rank 0 says what was measured, and how the loop does, in a line. All ranks call it.
+        """Rank 0 prints one line with these metrics and the loop's performance. All ranks call it.
 
-        That is the rate and `mfu`, as `performance` has them; the share of the time that this attempt's loop
-        waited for batches; and the peak memory of the rank with the most.
+        The performance is the rate and `mfu` of `performance`, the share of this attempt's time that it waited for
+        batches, and the peak memory of the rank with the most.
 
         Args:
             flops: see `performance`.
@@ -717,9 +725,9 @@ class Trainer:
         self._gauge.say(flops, metrics)
 
     def memory(self) -> list[tuple[int, float, float, float, float, float]]:
-        """A row a rank, in GiB: rank, weights, gradients, optimizer state, the rest of the peak, the peak.
+        """One row per rank, in GiB: rank, weights, gradients, optimizer state, rest of the peak, peak.
 
-        All ranks call it. On CPUs the peak is that of the process.
+        All ranks call it. On CPUs the peak is that of the whole process.
         """
         return self._gauge.memory()
 
@@ -747,13 +755,13 @@ class Trainer:
         collate: Collate | None = None,
         workers: int | None = None,
     ) -> dict[str, float]:
-        """Metrics over a dataset, each sample once over all ranks, in evaluation mode; on every rank.
+        """Metrics over a dataset in evaluation mode, each sample once over all ranks; the same on every rank.
 
-        Where weights are averaged (`ema.decay`), it is the average that is measured.
+        If weights are averaged (`ema.decay`), the average is measured.
 
         Args:
-            metrics: `(output, batch) -> name -> Mean, Sum, Max or Perplexity` of a batch.
-            batch_size: samples of a batch over all ranks; rounded up to a multiple of the ranks.
+            metrics: `(output, batch) -> {name: Mean, Sum, Max or Perplexity}` of a batch.
+            batch_size: samples per batch over all ranks, rounded up to a multiple of the number of ranks.
             workers: processes that read samples; by default as many as the loader has.
         """
         if self._imagination is not None:
@@ -768,22 +776,22 @@ class Trainer:
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
-        """What is done within counts as evaluation, not as training; the model has its averaged weights."""
+        """Count the time within this block as evaluation; the model has its averaged weights, if any."""
         self._may_be_best = True
         with self.averaged(), self._gauge.spending("evaluating"):
             yield
 
     def averaged(self) -> contextlib.AbstractContextManager[None]:
-        """The model has its averaged weights (`ema.decay`) within this block; else the ones it has."""
+        """Within this block the model has its averaged weights, if `ema.decay` is set."""
         return self._ema.in_place() if self._ema is not None else contextlib.nullcontext()
 
     def state_dict(self, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, torch.Tensor]:
-        """The whole model's parameters and buffers (averaged, where `ema.decay` is set), for export.
+        """The whole model's parameters and buffers, for export; averaged if `ema.decay` is set.
 
-        On the CPU of rank 0, empty on other ranks; all ranks call it.
+        They are on the CPU of rank 0; other ranks get an empty dict. All ranks call it.
 
         Args:
-            wanted: whether a tensor of this name is; the same on every rank.
+            wanted: whether to include the tensor of this name; must be the same on every rank.
         """
         if self._imagination is not None:
             return {}
@@ -791,17 +799,17 @@ class Trainer:
             return whole.state_dict(self._step, self.mesh, wanted)
 
     def stale(self, metric: str, patience: int, min_delta: float = 0.0) -> bool:
-        """Whether a metric got no better over its last `patience` values; the same on every rank.
+        """Whether a metric has not improved over its last `patience` values; the same on every rank.
 
-        Ask once after each evaluation, and end the loop with `finish`. What was seen so far is saved
-        with checkpoints, so a resumed run decides as an uninterrupted one. Where it is the metric that the
-        best checkpoint goes by, one is taken whenever it is better than ever (`checkpoint_best`).
+        Call it once after each evaluation, and end the loop with `finish`. The values so far are saved in
+        checkpoints, so a resumed run decides as an uninterrupted one does. If it is the metric of the best
+        checkpoint, one is saved at every new best value (`checkpoint_best`).
 
         Args:
-            min_delta: how much better counts as better.
+            min_delta: the smallest change that counts as an improvement.
 
         Raises:
-            ValueError: the metric was not logged, or it is not known which way it is better.
+            ValueError: the metric was not logged, or it is not known whether it is better low or high.
         """
         if metric == self._checkpoints.best and self.training.checkpoint_best is None:
             self._keeps_best = True
@@ -813,16 +821,16 @@ class Trainer:
             return False
         goal = goal_of(metric, self._attempt.goals)
         if metric not in self.run.latest or goal is None:
-            why = "is not logged" if goal else "may be better high or low: say run.goal(...)"
-            raise ValueError(f"stale({metric!r}): it {why}")
+            why = "was not logged" if goal else "may be better low or high: say which with run.goal(...)"
+            raise ValueError(f"stale({metric!r}): the metric {why}")
         seen = self._at.history.setdefault(metric, [])
         seen.append((self.run.step, self.run.latest[metric]))
         return early_stopping.stale([value for _, value in seen], goal, patience, min_delta)
 
     def finish(self, reason: str = "finished early") -> None:
-        """Let the step under way be the last one. Called on every rank alike.
+        """Make the current step the last one. All ranks call it.
 
-        Whoever continues the run finds it ended, unless `steps` is given another length.
+        If the run is continued, it stays finished, unless `steps` is given another length.
         """
         if self.steps_done + 1 < self._total:
             self._total = self._at.end(self._total)
@@ -833,19 +841,22 @@ class Trainer:
     # -- checkpoints ------------------------------------------------------------------------
 
     def checkpoint(self) -> None:
-        """Save everything that a resumed run needs, at a step boundary, on all ranks together.
+        """Save everything that a resumed run needs, at a step boundary. All ranks call it.
 
-        All but gradients that are added up over several steps: those that `steps` takes wait for the update.
+        Accumulated gradients are not included; the checkpoints that `steps` saves wait for their update.
 
-        Training goes on once it is copied to host memory, while a thread writes it; `steps` waits
-        for the last one. Raises OSError where the one before could not be written (a full disk).
+        Training continues as soon as the state is copied to host memory, while a thread writes it; `steps`
+        waits for the last one. Raises OSError if the previous checkpoint could not be written (a full disk).
         """
         if self._saved_step == self.steps_done or self._imagination is not None:
             return
         if wrong := self._losses.look():
-            raise StokerError(f"by step {self.steps_done} {wrong}: what came of it is not saved")
+            raise StokerError(f"by step {self.steps_done} {wrong}; no checkpoint is saved of the result")
         if self._adding_up and self.world.rank == 0:
-            log.warning("step %d is saved without the gradients that no update has used yet", self.steps_done)
+            log.warning(
+                "the checkpoint of step %d lacks the accumulated gradients that no update has used yet",
+                self.steps_done,
+            )
         if self._loader is not None:
             self._at.data = self._loader.place(self.samples_done)
         self._agree_on_metrics()
@@ -855,10 +866,10 @@ class Trainer:
         self._saved_at, self._saved_step = time.monotonic(), self.steps_done
 
     def _finish_saving(self) -> None:
-        self._checkpoints.wait(meanwhile=self._heart.beat)  # which may take long, and is no standstill
+        self._checkpoints.wait(meanwhile=self._heart.beat)  # it may take long without hanging
 
     def _checkpoint_due(self) -> bool:
-        """Whether a count says so; what the clock says the ranks agree on."""
+        """Whether a checkpoint is due by steps, samples or tokens. By time, ranks agree on it elsewhere."""
         every = self.training.checkpoint_every
         if every.seconds is not None:
             return False
@@ -867,9 +878,9 @@ class Trainer:
         return counting.completes(every, self._loader, self.steps_done - 1, begun)
 
     def _is_best(self) -> bool:
-        """Whether the best metric so far came of this step's weights, and they are to be saved for it.
+        """Whether this step's weights have the best metric so far, and are to be saved for it.
 
-        Ranks ask rank 0 where something was measured in this step, which is so on all or none.
+        Ranks ask rank 0 if something was measured in this step, which is true on all ranks or none.
         """
         asked, self._may_be_best = self._may_be_best, False
         if not self._keeps_best or not (asked or self.world.size == 1):
@@ -878,7 +889,7 @@ class Trainer:
         return bool(distributed.from_rank_zero(self.world.rank == 0 and self._checkpoints.improves()))
 
     def _agree_on_metrics(self) -> None:
-        """Have `run.latest` hold what ranks have logged to be reduced, which no rank knows by itself."""
+        """Bring the metrics that are reduced over ranks into `run.latest`."""
         if self.world.size > 1:
             recorder = self._attempt.recorder
             recorder.agree(distributed.gathered(recorder.unreduced))
@@ -890,7 +901,7 @@ class Trainer:
         if found is not None:
             saved, self._random = self._checkpoints.restore(found)
             self._at = position.read(saved)
-            if not self.run.continued:  # it goes on from another run, which may have ended early
+            if not self.run.continued:  # the checkpoint is another run's, which may have been finished early
                 self._at.ended.clear()
             self._losses.restore(saved)
             self._saved_step = self.steps_done
@@ -901,7 +912,7 @@ class Trainer:
             self._checkpoints.void_after(self.steps_done)
             self._attempt.event("resumed", step=self.steps_done, passed_over=passed_over)
             self.run.step = self.steps_done
-        elif found is not None:  # another run's: it was put there for this one to begin from
+        elif found is not None:  # another run's checkpoint, put there for this run to begin from
             self._attempt.event("begun_from", step=self.steps_done)
 
     def _reading(self) -> Reading:
@@ -916,43 +927,43 @@ class Trainer:
 
 
 def computed_in(run: Run, training: Training) -> precision.Resolved:
-    """The precision that a run's forward passes compute in, once the ranks are joined.
+    """The precision of a run's forward passes. The ranks must have joined.
 
-    The same on every rank and in every attempt, also where `precision=auto` measures.
+    It is the same on every rank and in every attempt, even if `precision=auto` measures.
     """
     asked = (
         run.attempt.layout.get("precision", "auto") if training.precision == "auto" else training.precision
     )
     if asked == "auto" and run.world.planned:
-        return "bf16"  # of what is rented
+        return "bf16"  # what GPUs would use
     found = precision.resolve(asked, device.pick(run.world), storage.cache_folder())
     return cast("precision.Resolved", distributed.from_rank_zero(found))
 
 
 def _known(training: object) -> Training:
-    """Raises TypeError for another config."""
+    """Raises TypeError for any other object."""
     if not isinstance(training, Training):
         name = type(training).__name__
         raise TypeError(
-            f"training= is of the type {name}, which says nothing of devices, precision and checkpoints: "
-            f"give it a stoker.Training, or let {name} inherit from it"
+            f"training= is a {name}, which has no settings for devices, precision and checkpoints: give a "
+            f"stoker.Training, or let {name} inherit from it"
         )
     return training
 
 
 def _check_loader(loader: object) -> None:
-    """Raises BadInput for what is no Loader: another iterable begins at its start alone."""
+    """Raises BadInput for anything but a Loader: other iterables can only begin at their start."""
     if not isinstance(loader, Loader):
         raise BadInput(
-            f"trainer.steps() was given a {type(loader).__name__}, which cannot go on from where a run was: "
-            "make a loader of the dataset by trainer.loader(dataset, batch_size=...)"
+            f"trainer.steps() was given a {type(loader).__name__}, which cannot resume in the middle: make a "
+            "loader with trainer.loader(dataset, batch_size=...)"
         )
 
 
 def _length(epochs: float | None, max_steps: Duration | str | int | None) -> Duration:
-    """How long to train, of which one is given. Raises BadInput."""
+    """How long to train, from the one that is given. Raises BadInput."""
     if epochs is not None and not epochs > 0:
-        raise BadInput(f"epochs={epochs}: it must be more than 0")
+        raise BadInput(f"epochs={epochs}: must be more than 0")
     if epochs is not None:
         return Duration(float(epochs), "epoch")
     try:
@@ -962,6 +973,6 @@ def _length(epochs: float | None, max_steps: Duration | str | int | None) -> Dur
 
 
 def _rates(scheduler: LRScheduler) -> tuple[list[Any], list[Any]]:
-    """The rates that a scheduler's optimizer began with, and those that it goes by itself, if it has such."""
+    """The learning rates that a scheduler's optimizer began with, and those that the scheduler remembers."""
     began = [group.get("initial_lr") for group in scheduler.optimizer.param_groups]
     return began, list(getattr(scheduler, "base_lrs", began))

@@ -273,7 +273,7 @@ def test_a_batch_that_is_bad_is_left_out_on_all_ranks(policy: str, stoker: Comma
     assert done.code == 0, done.err
     assert "step 30: the loss is nan; samples 464 to 479 are left out" in done.err
     run = tmp_path / "runs" / "ranked" / "a"
-    assert ("the weights are those of step 20 again" in done.err) == (policy == "rewind")
+    assert ("rewound the weights to those of step 20" in done.err) == (policy == "rewind")
     assert done.answer["step"] == 60
     assert all(math.isfinite(value) for values in _weights(run).values() for value in _flat(values))
 

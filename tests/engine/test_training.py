@@ -408,7 +408,7 @@ def test_training_ends_early_once_nothing_gets_better(floor: float, open_run: Ca
             if trainer.stale("val_loss", patience=3):
                 trainer.finish("no better")
         assert trainer.steps_done == 8
-    with open_run("b") as run, pytest.raises(ValueError, match="is not logged"):
+    with open_run("b") as run, pytest.raises(ValueError, match="was not logged"):
         _trainer(run).stale("val_loss", 3)
 
 
@@ -428,7 +428,7 @@ def test_what_ended_early_has_ended_for_whoever_continues_it(
 
     with caplog.at_level("INFO", logger="stoker"):
         assert [steps_of(6) for _ in range(3)] == [3, 3, 3]
-    assert caplog.text.count("it was ended after step 3: given another length, it goes on") == 2
+    assert caplog.text.count("the run was finished early, after step 3; give another length to go on") == 2
     assert [steps_of(8), steps_of(8)] == [8, 8]
 
 
