@@ -716,8 +716,8 @@ class Trainer:
     def say(self, flops: float | None = None, **metrics: float) -> None:
         """Rank 0 prints one line with these metrics and the loop's performance. All ranks call it.
 
-        The performance is the rate and `mfu` of `performance`, the share of this attempt's time that it waited for
-        batches, and the peak memory of the rank with the most.
+        The performance is the rate and `mfu` of `performance`, the share of its time that this attempt waited
+        for batches, and the peak memory of the rank with the most.
 
         Args:
             flops: see `performance`.

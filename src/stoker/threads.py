@@ -1,17 +1,22 @@
-"""Work beside the main thread."""
+"""Work in threads, and the end of a process that has such."""
 
 from __future__ import annotations
 
+import _io
+import atexit
 import concurrent.futures
+import contextlib
+import gc
+import os
 import threading
 from collections.abc import Callable
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 T = TypeVar("T")
 
 
 def begun(work: Callable[[], T], name: str) -> concurrent.futures.Future[T]:
-    """Do it in a thread that does not keep the process from ending, as those of an executor do."""
+    """Do work in a daemon thread, which unlike an executor's does not keep the process from ending."""
     future: concurrent.futures.Future[T] = concurrent.futures.Future()
 
     def run() -> None:
@@ -24,3 +29,19 @@ def begun(work: Callable[[], T], name: str) -> concurrent.futures.Future[T]:
 
     threading.Thread(target=run, name=name, daemon=True).start()
     return future
+
+
+def end_process(code: int) -> NoReturn:
+    """End the process as `sys.exit(code)` does, but without tearing the interpreter down.
+
+    If a daemon thread, ours or a user's, is inside torch when the interpreter is torn down, the process
+    aborts ("terminate called without an active exception"): the thread is ended while pybind11 takes the GIL
+    in a destructor. A training that is complete would then have the exit code of a crash. As in processes of
+    multiprocessing, other threads are waited for, exit functions are called, and files are flushed.
+    """
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    for opened in [o for o in gc.get_objects() if issubclass(type(o), _io._IOBase)]:
+        with contextlib.suppress(Exception):  # closed, read only, or a pipe whose reader is gone
+            opened.flush()
+    os._exit(code)

@@ -55,7 +55,7 @@ def test_the_first_rank_to_fail_is_the_one_that_is_shown(stoker: Command, tmp_pa
     done = stoker("train", RECIPE, "fail_rank=1", "--nproc", "2", "--name", "a")
     assert done.code == 1
     assert "rank 1 failed:" in done.err
-    assert done.err.count("Traceback") == 1
+    assert done.err.count("Traceback") == 1, done.err
     assert "RuntimeError: what one rank cannot do" in done.err
     assert loaded(tmp_path / "runs" / "ranked" / "a").status == "failed"
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import typer
-from stoker import other_names, storage, terminal
+from stoker import other_names, storage, terminal, threads
 from stoker.cli import (
     bench,
     checkpoints,
@@ -77,7 +77,7 @@ def run() -> None:
     """The `stoker` command."""
     if sys.argv[1:2] and sys.argv[1] in _OUTLIVE:
         terminal.outlive()
-    sys.exit(_exit_code(app))
+    threads.end_process(_exit_code(app))
 
 
 def main(train_function: Callable[..., None]) -> None:

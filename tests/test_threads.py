@@ -1,0 +1,56 @@
+"""How a command ends whose process has threads."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPT = """
+import atexit
+import threading
+import time
+from pathlib import Path
+
+import stoker
+import torch
+
+left_open = open("left-open", "w")
+read = open(__file__)
+
+
+def work() -> None:
+    x = torch.randn(300, 300)
+    while True:
+        x @ x
+
+
+def write_late() -> None:
+    time.sleep(0.5)
+    Path("thread").write_text("written")
+
+
+def train(run: stoker.Run) -> None:
+    run.log(loss=1.0)
+    left_open.write("written")
+    atexit.register(Path("at-exit").write_text, "written")
+    threading.Thread(target=work, daemon=True).start()
+    threading.Thread(target=write_late).start()
+    print("trained", end="")
+"""
+
+
+def test_a_daemon_thread_within_torch_does_not_abort_a_command_that_is_done(tmp_path: Path) -> None:
+    """The same script without the command, `sys.exit` alone, is aborted nearly every time."""
+    (tmp_path / "script.py").write_text(SCRIPT)
+    done = subprocess.run(
+        [sys.executable, "-m", "stoker", "train", "script.py"], cwd=tmp_path, capture_output=True, text=True,
+        check=False, env={**os.environ, "STOKER_SINKS": "none", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("trained")
+    assert "terminate called" not in done.stderr
+    assert {
+        name: (tmp_path / name).read_text() for name in ("left-open", "at-exit", "thread")
+    } == dict.fromkeys(("left-open", "at-exit", "thread"), "written")
