@@ -47,6 +47,28 @@ def test_a_model_and_an_adapter_have_the_loss_that_training_measured(stoker: Com
     assert moved.code == 0, moved.err
 
 
+def test_each_source_is_read_by_its_own_columns_as_in_training(stoker: Command, files: Path) -> None:
+    lines = [json.dumps({"body": f"{n} of letters"}) for n in range(40)]
+    (files / "c.jsonl").write_text("\n".join(lines) + "\n")
+    (files / "mixed.yaml").write_text(
+        "data: a.jsonl:1,c.jsonl:1\ncolumns: {c.jsonl: {text: body}}\n"
+        "generate_tokens: 0\nvalidation: 0.1\ntest: 0\n"
+    )
+    mixed = (*SMALL, "--config", "mixed.yaml", "--name", "mixed")
+    for _ in range(2):
+        done = stoker(*mixed)
+        assert done.code == 0, done.err
+    assert len(loaded(files / "runs" / "llm" / "mixed").attempts) == 1  # the second found it finished
+    for data in ("c.jsonl", "a.jsonl", "a.jsonl,c.jsonl"):
+        done = stoker(
+            "evaluate", "mixed", f"data={data}", "generate_tokens=0", "--name", data.replace(",", "-")
+        )
+        assert done.code == 0, done.err
+    done = stoker("evaluate", "mixed", "data=c.jsonl", "columns={a.jsonl: {text: body}}")
+    assert done.code == 2
+    assert "columns: 'a.jsonl' is not a source of the data; did you mean 'c.jsonl'" in done.err
+
+
 def test_what_cannot_be_evaluated_is_refused_before_anything_is_started(stoker: Command, files: Path) -> None:
     assert stoker(*SMALL, "data=a.jsonl", "--name", "a").code == 0
     (files / "runs" / "llm" / "a" / "artifacts" / "model").rename(files / "moved")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import functools
 import io
 import json
 import pickle
@@ -509,7 +508,7 @@ def test_turns_of_other_names_are_answered_with_the_columns_that_read_them(tmp_p
     file = write_jsonl(tmp_path / "a.jsonl", DIALOGS)
     assert "as in columns='{messages: dialog, role: speaker, content: utterance}'" in refused(file)
     with pytest.raises(BadInput, match="columns: 'role' is a field of messages: name messages too"):
-        sources.check(str(file), columns={"text": "persona", "role": "speaker"})
+        sources.check_columns({"text": "persona", "role": "speaker"}, [str(file)])
 
 
 def test_roles_that_nobody_knows_are_said(tmp_path: Path) -> None:
@@ -532,13 +531,42 @@ def test_what_is_named_is_read_of_all_data_and_nothing_else_of_them(tmp_path: Pa
     assert {d.text for d in documents} == {record["a"] for record in REPLIES}
 
 
+def test_each_source_can_name_its_own_fields(tmp_path: Path) -> None:
+    """Those for all sources are for the ones that name none; whether joined, weighted or streamed."""
+    records = ({"q": "a", "said": "b"}, {"body": "c"}, {"c": "d"})
+    a, b, c = (
+        str(write_jsonl(tmp_path / f"{n}.jsonl", [r] * 40)) for n, r in zip("abc", records, strict=True)
+    )
+    columns = {"text": "c", a: {"prompt": "q", "completion": "said"}, b: {"text": "body"}}
+    read_as = {("a", "b"), ("", "c"), ("", "d")}
+    for data, streaming in (
+        (f"{a},{b},{c}", False),
+        (f"{a}:1,{b}:1,{c}:1", False),
+        (f"{a}:1,{b}:1,{c}:1", True),
+    ):
+        found = sources.read_all(data, validation=0, test=0, streaming=streaming, columns=columns)
+        assert {(d.prompt, d.text) for source in found for d in source.splits.train} == read_as
+    found = sources.read_all(a, validation=0, test=0, validation_data=f"{b},{c}", columns=columns)
+    assert {
+        (d.prompt, d.text) for s in found for part in (s.splits.train, s.splits.validation) for d in part
+    } == read_as
+    sources.check(f"{a},{b},{c}", columns=columns)
+    with pytest.raises(BadInput, match="no field 'c', which columns names"):
+        sources.check(f"{a},{b},{c}", columns={k: v for k, v in columns.items() if k != b})
+
+
 def test_names_that_nothing_has_are_refused(tmp_path: Path) -> None:
     file = str(write_jsonl(tmp_path / "a.jsonl", REPLIES))
     with pytest.raises(BadInput, match=r"line 1: no field 'b', which columns names; .* 'q', 'a'"):
         read(file, {"prompt": "q", "completion": "b"})
-    for looks in (sources.check, functools.partial(sources.read_all, validation=0.1, test=0.1)):
+    wrong = {"prompts": "q", "completion": "a"}
+    for columns in (wrong, {file: wrong}):
         with pytest.raises(BadInput, match="no record format has a field 'prompts'; did you mean 'prompt'"):
-            looks(file, columns={"prompts": "q", "completion": "a"})  # type: ignore[operator]
+            sources.read_all(file, validation=0.1, test=0.1, columns=columns)
+    with pytest.raises(
+        BadInput, match=r"columns: 'a.json' is not a source of the data; did you mean 'a.jsonl"
+    ):
+        sources.check_columns({"a.json": wrong}, ["a.jsonl", "b"])
     assert read(file, {"text": "a", "system": "persona"}).documents  # what may be there need not
 
 

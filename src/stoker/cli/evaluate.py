@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,10 +41,20 @@ def evaluate(
     """
     recipe = recipes.load("evaluation")
     values, origin = _of_run(model, runs)
+    values |= _of_sources(values, overrides or ())
     resolved = configs.restore(recipe.config, values, dict.fromkeys(values, origin), overrides or ())
     return train.start(
         recipe, resolved, train.Launch(nproc or 1), runs=runs, name=name, experiment=experiment, json=json
     )
+
+
+def _of_sources(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """The columns that a run had for all its sources, and for those that are evaluated."""
+    given = [given.partition("=")[2] for given in overrides if given.startswith("data=")]
+    names = [name.strip() for data in given for name in (data, *data.split(","))]
+    columns = values.get("columns", {})
+    kept = {name: own for name, own in columns.items() if isinstance(own, str) or name in names}
+    return {"columns": kept} if columns else {}
 
 
 def _of_run(reference: str, runs: Path) -> tuple[dict[str, Any], str]:

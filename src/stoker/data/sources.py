@@ -12,7 +12,7 @@ import hashlib
 import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -31,7 +31,7 @@ from stoker.data.documents import (
     split_by_place,
 )
 from stoker.data.records import NO_COLUMNS, Columns, Record
-from stoker.errors import BadInput
+from stoker.errors import BadInput, nearest
 from stoker.words import counted
 
 __all__ = ["BUILT_IN", "Corpus", "Document", "Source", "Splits", "read", "read_all", "split"]
@@ -49,6 +49,9 @@ _SMALL = 16 * 2**20  # bytes up to which such a file may be read twice
 
 Key = Literal["data", "validation_data", "test_data"]
 """The config key that names data, and thereby its purpose."""
+
+BySource = Mapping[str, str | Mapping[str, str]]
+"""Columns for all sources; those under the name of a source are used for it instead."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ def read_all(
     streaming: bool = False,
     validation_data: str | None = None,
     test_data: str | None = None,
-    columns: Columns = NO_COLUMNS,
+    columns: BySource = NO_COLUMNS,
 ) -> list[Source]:
     """Read data named as `a`, as `a,b`, or with weights as `a:3,b:1`; the training data comes first.
 
@@ -93,9 +96,12 @@ def read_all(
         columns: see `records.documents`; for everything that is not built in.
 
     Raises:
-        BadInput: as for `read`, or for invalid weights, or weights on evaluation data.
+        BadInput: as for `read`, or for invalid columns or weights, or weights on evaluation data.
     """
-    records.check_columns(columns)
+    given: dict[Key, str | None] = {
+        "data": data, "validation_data": validation_data, "test_data": test_data
+    }  # fmt: skip
+    check_columns(columns, [name for key, names in given.items() if names for name in named(names, key)])
     found = _trained_on(
         data,
         validation=0.0 if validation_data is not None else validation,
@@ -110,17 +116,37 @@ def read_all(
     return found
 
 
-def read_evaluated(data: str, columns: Columns = NO_COLUMNS) -> list[Source]:
+def read_evaluated(data: str, columns: BySource = NO_COLUMNS) -> list[Source]:
     """Read what is named as `a` or `a,b`, each a source of its own. Raises BadInput, as `read_all`."""
-    records.check_columns(columns)
-    named(data, evaluated=True)
+    check_columns(columns, named(data, evaluated=True))
     return _evaluated_on(data, "validation_data", columns)
 
 
-def _evaluated_on(data: str, key: Key, columns: Columns) -> list[Source]:
+def columns_of(name: str, columns: BySource) -> Columns:
+    """The columns of a source: those under its name if there are any, otherwise those for all sources."""
+    own = columns.get(name)
+    if isinstance(own, Mapping):
+        return own
+    return {field: said for field, said in columns.items() if isinstance(said, str)}
+
+
+def check_columns(columns: BySource, names: Sequence[str]) -> None:
+    """Raises BadInput for columns that no record format has, or of a source that is not among these names."""
+    by_source = {name: own for name, own in columns.items() if isinstance(own, Mapping)}
+    for name, own in by_source.items():
+        if name not in names:
+            raise BadInput(
+                f"columns: {name!r} is not a source of the data{nearest(name, names)}; the sources are "
+                f"{', '.join(names)}"
+            )
+        records.check_columns(own)
+    records.check_columns({field: said for field, said in columns.items() if isinstance(said, str)})
+
+
+def _evaluated_on(data: str, key: Key, columns: BySource) -> list[Source]:
     found = []
     for name in named(data, key):
-        corpus = read(name, columns)
+        corpus = read(name, columns_of(name, columns))
         splits = Splits(
             train=[],
             validation=corpus.documents if key == "validation_data" else [],
@@ -134,11 +160,11 @@ def _evaluated_on(data: str, key: Key, columns: Columns) -> list[Source]:
 
 
 def _trained_on(
-    data: str, *, validation: float, test: float, streaming: bool, columns: Columns
+    data: str, *, validation: float, test: float, streaming: bool, columns: BySource
 ) -> list[Source]:
     named = _weights(data)
     if len(named) > 1 and not streaming and all(weight is None for _, weight in named):
-        corpora = [read(name, columns) for name, _ in named]
+        corpora = [read(name, columns_of(name, columns)) for name, _ in named]
         documents = [document for corpus in corpora for document in corpus.documents]
         left_out = tuple(each for corpus in corpora for each in corpus.left_out)
         corpus = make_corpus(documents, "; ".join(corpus.description for corpus in corpora), left_out)
@@ -147,22 +173,25 @@ def _trained_on(
         raise BadInput(f"data={data}: every source needs a weight, as in {named[0][0]}:3,{named[1][0]}:1")
     found = []
     for name, weight in named:
+        own = columns_of(name, columns)
         if streaming and name not in BUILT_IN:
-            found.append(_streamed(name, weight or 1.0, validation, test, columns))
+            found.append(_streamed(name, weight or 1.0, validation, test, own))
         else:
-            found.append(_whole(name, weight or 1.0, read(name, columns), validation, test))
+            found.append(_whole(name, weight or 1.0, read(name, own), validation, test))
     return _with_short_names(found)
 
 
-def check(data: str, key: Key = "data", columns: Columns = NO_COLUMNS, *, evaluated: bool = False) -> None:
-    """Raises BadInput for data that does not exist, and local files that do not begin as data does."""
-    records.check_columns(columns)
+def check(data: str, key: Key = "data", columns: BySource = NO_COLUMNS, *, evaluated: bool = False) -> None:
+    """Raises BadInput for data that does not exist, and local files that do not begin as data does.
+
+    `columns` must have passed `check_columns`.
+    """
     for name in named(data, key, evaluated=evaluated):
         path = Path(name).expanduser()
         if name in BUILT_IN or object_store.is_url(name):
             continue
         if path.exists():
-            _check_first(name, path, columns)
+            _check_first(name, path, columns_of(name, columns))
             continue
         _check_meant_for_hub(name)
         hub_datasets.check(name, tuple(BUILT_IN))

@@ -36,7 +36,7 @@ class Config:
     """The base model of an adapter, if it has moved since the adapter was trained."""
     data: Names
     """Evaluation data, as in `stoker train llm`. With several sources, a,b, each has its own loss."""
-    columns: dict[str, str] = field(default_factory=dict)
+    columns: dict[str, str | dict[str, str]] = field(default_factory=dict)
     """The names of the fields in your data, as in `stoker train llm`."""
     loss_on: Literal["answer", "last", "all"] = "answer"
     """For pairs and conversations: all assistant turns, only the last one, or everything."""
@@ -86,6 +86,7 @@ def check_launch(config: Config) -> None:
 
     if config.chat_template is not None:
         chat_template.read(config.chat_template)
+    sources.check_columns(config.columns, sources.named(config.data, evaluated=True))
     sources.check(config.data, columns=config.columns, evaluated=True)
     if config.tokenizer is not None:
         hub.check_tokenizer(config.tokenizer)

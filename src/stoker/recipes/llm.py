@@ -51,9 +51,10 @@ class Config(Training):
     a,b, each has a separate loss."""
     test_data: Names | None = None
     """Like data: used for the final test instead of the share `test` of data."""
-    columns: dict[str, str] = field(default_factory=dict)
+    columns: dict[str, str | dict[str, str]] = field(default_factory=dict)
     """The names of the fields in your data; only the fields given here are read: {text: body}, {prompt: q,
-    completion: a}, {messages: dialog, role: speaker, content: utterance}."""
+    completion: a}, {messages: dialog, role: speaker, content: utterance}. For one of several sources:
+    {b.jsonl: {text: body}}."""
     streaming: bool = False
     """Tokenise the data during training rather than beforehand; the length of an epoch is then an
     estimate."""
@@ -204,7 +205,9 @@ def check_launch(config: Config) -> None:
 
     if config.chat_template is not None:
         chat_template.read(config.chat_template)
-    for key, data in config.named.items():
+    named = config.named.items()
+    sources.check_columns(config.columns, [name for key, data in named for name in sources.named(data, key)])
+    for key, data in named:
         sources.check(data, key, config.columns)
     is_new = config.model in shape.SIZES
     model = None if is_new else hub.find(config.model, known=tuple(shape.SIZES), weights=False)
