@@ -838,8 +838,8 @@ def test_the_newest_checkpoint_is_verified_from_the_opening_of_a_run_on(open_run
         assert run.attempt.newest_checkpoint() == (None, [])
         _run_on(_trainer(run, _model()), 5)
     with open_run() as run:
-        assert run._newest is not None
-        found, _ = run._newest.result(60)
+        assert run.attempt._newest is not None
+        found, _ = run.attempt._newest.result(60)
         assert found is not None
         assert found.step == 5
         shutil.rmtree(found.path)
