@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from stoker import exports, object_store
+from stoker import exports, object_store, storage
 from stoker.errors import BadInput
 from stoker.exports import Exported
 from stoker.language.shape import SIZES
@@ -120,6 +120,7 @@ def prepare(
         merged=merge,
         task=artifacts.task_of(folder),
         chat=_has_template(folder),
+        base_config=storage.read_json(folder / "base_model.json").get("config", {}),
         metrics=made.checkpoint.metrics if made.checkpoint else None,
     )
     card.write(seen, folder, about)

@@ -22,6 +22,7 @@ from stoker.language import hub, saved_adapters, targets
 from stoker.language.building import Language, Load
 from stoker.language.loading import Quantised
 from stoker.language.lora import Lora, as_trained, is_adapter, is_of_adapter
+from stoker.language.rope import UNSCALED, RopeScaling
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
@@ -105,6 +106,13 @@ def brings_tokens(lora: Lora) -> bool:
         return False
     folder = hub.find(lora.adapter, "lora.adapter", weights=False)
     return bool(saved_adapters.trained_whole(folder, "lora.adapter"))
+
+
+def scaling_of(lora: Lora) -> RopeScaling:
+    """How the model's positions were scaled for the adapter to continue. Raises BadInput."""
+    if lora.adapter is None:
+        return UNSCALED
+    return saved_adapters.scaling(hub.find(lora.adapter, "lora.adapter", weights=False))
 
 
 @contextlib.contextmanager

@@ -20,9 +20,10 @@ import torch
 from stoker.data import tokenizer as tokenizers
 from stoker.data.documents import Document
 from stoker.errors import BadInput
-from stoker.language import attention, conversation, hub
+from stoker.language import attention, conversation, hub, rope
 from stoker.language import chat_template as templates
 from stoker.language.loading import Weights
+from stoker.language.rope import UNSCALED, RopeScaling
 from stoker.language.shape import SIZES, check_positions
 from tokenizers import AddedToken
 from torch import nn
@@ -71,6 +72,8 @@ class Language:
     """The hub revision, if one was given."""
     added_tokens: int = 0
     """The number of its tokens whose embeddings are untrained."""
+    rope_scaling: RopeScaling = UNSCALED
+    """How its positions differ from those of its `origin`."""
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -90,6 +93,7 @@ def build(
     chat_template: str | None = None,
     add_tokens: Sequence[str] = (),
     grows: bool = False,
+    rope_scaling: RopeScaling = UNSCALED,
     planned: bool = False,
 ) -> Language:
     """A new model of a given size, or one from a directory or hub id.
@@ -104,6 +108,7 @@ def build(
         chat_template: see `chat_template.read`; None: the tokenizer's own.
         add_tokens: special tokens to add to the tokenizer; the model gets embeddings for them.
         grows: the model gets embeddings for all tokens of the tokenizer.
+        rope_scaling: how to give a loaded model more positions.
         planned: it will not be filled, so its weights need not exist.
 
     Raises:
@@ -114,6 +119,7 @@ def build(
         return _new(reference, made, sequence_length, tie_embeddings)
     folder = hub.find(reference, known=tuple(SIZES), weights=not planned)
     config = load_config(folder)
+    rope.scale(config, rope_scaling, reference)
     found, added = _tokenizer(tokenizer or str(folder), documents, vocab_size, chat_template, add_tokens)
     config.name_or_path, revision = hub.named(reference, folder)
     text = config.get_text_config()
@@ -130,7 +136,7 @@ def build(
     _check_fits(reference, model, found, sequence_length)
     generation = _generation_config(folder, model)
     made = _language(model, found, load, folder, generation)
-    return dataclasses.replace(made, revision=revision, added_tokens=added)
+    return dataclasses.replace(made, revision=revision, added_tokens=added, rope_scaling=rope_scaling)
 
 
 def without_model(

@@ -9,7 +9,7 @@ from typing import Any
 
 from huggingface_hub import save_torch_state_dict
 from stoker import exports, storage, words
-from stoker.language import saved_adapters
+from stoker.language import rope, saved_adapters
 from stoker.language.building import Language
 from stoker.language.lora import is_of_adapter
 from stoker.loop import Trainer
@@ -76,7 +76,11 @@ def _describe(model: Any, language: Language, target: Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
     if hasattr(model, "peft_config"):
         model.peft_config["default"].save_pretrained(target)
-        base = {"model": language.config.name_or_path, "fingerprint": language.fingerprint}
+        base: dict[str, Any] = {"model": language.config.name_or_path, "fingerprint": language.fingerprint}
+        if language.rope_scaling.used:
+            base["rope_scaling"] = language.rope_scaling.written
+            text = language.config.get_text_config()
+            base["config"] = {name: getattr(text, name) for name in rope.FIELDS}
         storage.write_json(target / saved_adapters.BASE, base)
     else:
         language.config.save_pretrained(target)

@@ -10,7 +10,7 @@ from typing import Any
 from stoker import exports
 from stoker.engine import quiet
 from stoker.errors import BadInput
-from stoker.language import building, hub, lora, saved_adapters
+from stoker.language import building, hub, lora, rope, saved_adapters
 from torch import nn
 
 
@@ -40,7 +40,9 @@ def on_its_base(adapter: Path, base: str | None = None) -> Any:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    config = building.load_config(folder)
+    rope.scale(config, saved_adapters.scaling(adapter), str(folder))
+    model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype="auto")
     _grow(model, adapter)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about adapters on tied weights

@@ -13,10 +13,12 @@ from safetensors import SafetensorError, safe_open
 from stoker import exports
 from stoker.errors import BadInput
 from stoker.language import hub
+from stoker.language.rope import UNSCALED, RopeScaling
 
 WEIGHTS = "adapter_model.safetensors"
 BASE = "base_model.json"
-"""Saved with an adapter: which model it is for, by name and by its weights' checksums."""
+"""Saved with an adapter: which model it is for, by name and by its weights' checksums, and how the model's
+positions were scaled."""
 
 _MORE = (
     "bias", "trainable_token_indices", "layer_replication", "alora_invocation_tokens",
@@ -72,6 +74,21 @@ def trained_whole(adapter: Path, what: str = "adapter") -> list[str]:
     Raises BadInput, naming the key `what`.
     """
     return list(hub.read_json(adapter, exports.ADAPTER, what).get("modules_to_save") or ())
+
+
+def scaling(adapter: Path) -> RopeScaling:
+    """How the positions of the model were scaled that an adapter was trained on. Raises BadInput."""
+    if not (adapter / BASE).is_file():
+        return UNSCALED
+    return RopeScaling(**hub.read_json(adapter, BASE, "adapter").get("rope_scaling", {}))
+
+
+def check_scaling(adapter: Path, given: RopeScaling) -> None:
+    """Raises BadInput if an adapter was trained with another scaling of positions than the given one."""
+    own = scaling(adapter)
+    if own != given:
+        was, change = (f"with {own}", "set the same") if own.used else ("without rope_scaling", "omit it")
+        raise BadInput(f"lora.adapter={adapter} was trained {was}: {change}")
 
 
 def check_weights(adapter: Path, origin: Path | str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -53,10 +54,19 @@ def check_stages(model: str, *, stages: int, tied: bool) -> None:
         )
 
 
-def check_positions(model: str, longest: int | None, sequence_length: int) -> None:
-    """Raises BadInput if rows are longer than a model has positions, as far as these are known."""
+def check_positions(model: str, longest: int | None, sequence_length: int, scaled: float = 1.0) -> None:
+    """Raises BadInput if rows are longer than a model has positions, as far as these are known.
+
+    Args:
+        longest: the number of positions.
+        scaled: how many times its own that is.
+    """
     if longest is not None and sequence_length > longest:
-        raise BadInput(f"sequence_length={sequence_length} is more than the {longest} positions of {model}")
+        factor = math.ceil(scaled * sequence_length / longest)
+        raise BadInput(
+            f"sequence_length={sequence_length} is more than the {longest} positions of {model}: shorten it, "
+            f"or give a model with rotary embeddings more positions with rope_scaling.factor={factor}"
+        )
 
 
 def positions(folder: Path) -> int | None:

@@ -117,6 +117,7 @@ def train(run: Run, config: Config) -> None:
             dtype=DTYPES[precision],
             chat_template=config.chat_template,
             grows=adapters.brings_tokens(lora),
+            rope_scaling=adapters.scaling_of(lora),
         )
         packing = config.packing and language.packs
         rows = data.pack_evaluated(

@@ -18,7 +18,9 @@ from stoker.data.called import VALUES, check_values
 from stoker.duration import Duration
 from stoker.engine.keys import Betas, Length, Names, Patterns, Warmup, Weighted
 from stoker.engine.options import Training
+from stoker.errors import BadInput
 from stoker.language.lora import Lora
+from stoker.language.rope import RopeScaling
 from stoker.user_run import Run
 from stoker.world import World
 
@@ -76,6 +78,7 @@ class Config(Training):
     tie_embeddings: bool = True
     """For a new model: share one matrix between the token embeddings and the output layer. A pipeline needs
     false."""
+    rope_scaling: RopeScaling = field(default_factory=RopeScaling)
     lora: Lora = field(default_factory=Lora)
     train_only: Patterns = ()
     """Without adapters: train only the weights whose names match one of these patterns, such as
@@ -211,7 +214,9 @@ def check_launch(config: Config) -> None:
         sources.check(data, key, config.columns)
     is_new = config.model in shape.SIZES
     model = None if is_new else hub.find(config.model, known=tuple(shape.SIZES), weights=False)
-    if model is not None:
+    if config.rope_scaling.used:
+        _check_scaling(config, model)
+    elif model is not None:
         shape.check_positions(config.model, shape.positions(model), config.sequence_length)
     if config.tokenizer is not None:
         hub.check_tokenizer(config.tokenizer)
@@ -226,6 +231,20 @@ def check_launch(config: Config) -> None:
         from stoker.language import quantised
 
         quantised.check()
+
+
+def _check_scaling(config: Config, model: Path | None) -> None:
+    """Raises BadInput if the model's positions cannot be scaled, or are too few all the same."""
+    from stoker.language import building, rope, shape
+
+    if model is None:
+        raise BadInput(
+            f"{config.rope_scaling}: a new model has as many positions as sequence_length: omit rope_scaling"
+        )
+    scaled = building.load_config(model)
+    rope.scale(scaled, config.rope_scaling, config.model)
+    longest, factor = building.positions(scaled), config.rope_scaling.factor or 1.0
+    shape.check_positions(config.model, longest, config.sequence_length, factor)
 
 
 def _check_targets(config: Config, model: Path | None) -> None:
@@ -264,6 +283,7 @@ def _check_adapter(config: Config, adapter: str, model: Path | None) -> None:
 
     folder = hub.find(adapter, "lora.adapter")
     saved_adapters.check(folder, model=config.model, origin=model, quantised=config.quantisation != "none")
+    saved_adapters.check_scaling(folder, config.rope_scaling)
     here = object_store.is_url(config.model) or Path(config.model).expanduser().is_dir()
     if (model is None or here) and World.current().rank == 0:
         saved_adapters.check_weights(folder, model or config.model)
@@ -308,6 +328,7 @@ def train(run: Run, config: Config) -> None:
             chat_template=config.chat_template,
             add_tokens=config.add_tokens,
             grows=adapters.brings_tokens(config.lora),
+            rope_scaling=config.rope_scaling,
             planned=run.world.planned > 0,
         )
         packing = config.packing and language.packs

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,8 @@ class About:
     """The transformers task: text-generation, text-classification or image-classification."""
     chat: bool = False
     """Whether its tokenizer has a chat template."""
+    base_config: Mapping[str, Any] = field(default_factory=dict)
+    """What an adapter needs to be different in the config of its base model."""
     metrics: Mapping[str, float] | None = None
     """The metrics known at a checkpoint; None for the final weights."""
 
@@ -163,12 +165,17 @@ def _loading(about: About) -> str:
         *imports,
         "",
         *brought,
-        f'model = {loader}.from_pretrained({place})',
+        f'model = {loader}.from_pretrained({place}{_changes(about)})',
         f'tokenizer = AutoTokenizer.from_pretrained({place})',
         *ask,
         "made = model.generate(**inputs, max_new_tokens=200)",
         'print(tokenizer.decode(made[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
     ])  # fmt: skip
+
+
+def _changes(about: About) -> str:
+    """The arguments that change the config of an adapter's base model."""
+    return "".join(f", {name}={value!r}" for name, value in about.base_config.items())
 
 
 def _place(about: About) -> tuple[str, list[str]]:
