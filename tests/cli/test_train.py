@@ -327,7 +327,7 @@ def test_the_exported_table_is_the_curve(stoker, slow: Path, tmp_path: Path) -> 
         (("train", "slow.py", "--nam", "a"), "No such option: --nam (Possible options: "),
         (
             ("train", "slow.py", "--output_dir", "a"),
-            "a folder of its own under --runs DIR",
+            "every run has its own folder: use the options --runs DIR",
         ),
         (("train", "slow.py", "--verbose"), "No such option: --verbose"),
         (("resume", "nothing"), "no run 'nothing'"),
