@@ -223,7 +223,7 @@ def test_a_mapping_is_a_value_where_a_key_takes_one(write_file: Callable[[str, S
         ("weights={a: b}", "'a': input should be a valid number.*weights is a mapping, each value a number"),
         (
             "weights.a=1",
-            r"weights is one key, a mapping, each value a number: write weights='\{a: \.\.\.\}'$",
+            r"weights is a single key, a mapping, each value a number: write weights='\{a: \.\.\.\}'$",
         ),
         ("kind=huge", "input should be 'small' or 'big'; kind is one of small, big, for example kind=small"),
     ],

@@ -109,7 +109,7 @@ _COMMANDS = {
     "local_rank": "not needed: the option --nproc N starts the ranks",
     "overwrite_output_dir": "not needed: give another run another --name NAME",
     "save_strategy": "set intervals, as in checkpoint_every=500 and eval_every=1ep",
-    "adapter": "to train adapters, set lora.rank, as in lora.rank=16; without it, every weight is trained",
+    "adapter": "to train adapters, set lora.rank, as in lora.rank=16; otherwise the model's own weights are",
     "dataset_split": "give the split with the name: data=org/name#/split, or org/name#config/split",
     "model_revision": "give the revision with the name: model=org/name@revision",
     "eos_token": "special tokens come from the tokenizer; add_tokens adds others",

@@ -234,7 +234,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_said(stoker, start, slow: Path,
     shard.write_bytes(content)
     done = stoker("resume", "a")
     assert done.code == 0
-    assert "passed over checkpoint step-00000021" in done.err
+    assert "skipped checkpoint step-00000021" in done.err
     assert "resumed a from step 14" in done.err
     assert list(loaded(run).points["loss"]) == list(range(1, 61))
 
