@@ -1,4 +1,4 @@
-"""Work beside the main thread."""
+"""Background threads."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 def begun(work: Callable[[], T], name: str) -> concurrent.futures.Future[T]:
-    """Do it in a thread that does not keep the process from ending, as those of an executor do."""
+    """Run `work` in a daemon thread, which, unlike an executor's, does not keep the process from ending."""
     future: concurrent.futures.Future[T] = concurrent.futures.Future()
 
     def run() -> None:

@@ -169,7 +169,7 @@ def test_a_second_ctrl_c_stops_at_once(start, slow: Path, tmp_path: Path) -> Non
         time.sleep(0.2)  # two presses, not one signal
     _, err = process.communicate(timeout=20)
     assert process.returncode == 130
-    assert b"stopped at once; the same command goes on from the newest checkpoint" in err
+    assert b"stopped at once; the same command resumes from the newest checkpoint" in err
     assert loaded(run).status == "interrupted"
 
 
