@@ -345,7 +345,7 @@ def _kinds_of_items(leaf: _Leaf) -> frozenset[Any]:
 def _unquoted(key: str, value: Any, source: str) -> str:
     """How to write a list of strings that YAML reads as something else; splits the value at its commas."""
     why = (
-        "YAML does not read this as a list of strings, because ?, : and # are special characters and 7 is "
+        "YAML does not read this as a list of strings: in YAML, ?, : and # are special characters, and 7 is "
         "a number; quote each string"
     )
     if source != COMMAND_LINE:

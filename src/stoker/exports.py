@@ -203,8 +203,8 @@ def _check_whole(model: Any, trained: Mapping[str, torch.Tensor]) -> None:
     lacks = [name for name, _ in model.named_parameters() if name not in trained]
     if lacks:
         raise BadInput(
-            f"a checkpoint holds only what was trained, which {lacks[0]} was not: export the model when the "
-            "run has ended, because only the run's own export is complete"
+            f"a checkpoint holds only trained weights, and {lacks[0]} was not trained: export the model when "
+            "the run has ended, because only the run's own export is complete"
         )
 
 
