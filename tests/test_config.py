@@ -99,7 +99,7 @@ def test_a_list_of_texts_that_yaml_takes_for_something_else_is_said_with_the_quo
     given: str, meant: tuple[str, ...]
 ) -> None:
     with pytest.raises(
-        BadInput, match=r"does not read this as a list of strings, .* for the shell: "
+        BadInput, match=r"does not read this as a list of strings: .* for the shell: "
     ) as raised:
         configs.resolve(Config, [f"lora.targets={given}"])
     (written,) = shlex.split(str(raised.value).partition("for the shell: ")[2])
