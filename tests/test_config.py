@@ -98,7 +98,9 @@ def test_bad_values_say_what_is_allowed(override: str, said: str) -> None:
 def test_a_list_of_texts_that_yaml_takes_for_something_else_is_said_with_the_quotes_it_needs(
     given: str, meant: tuple[str, ...]
 ) -> None:
-    with pytest.raises(BadInput, match=r"to YAML that is no list of texts, .* for the shell: ") as raised:
+    with pytest.raises(
+        BadInput, match=r"does not read this as a list of strings: .* for the shell: "
+    ) as raised:
         configs.resolve(Config, [f"lora.targets={given}"])
     (written,) = shlex.split(str(raised.value).partition("for the shell: ")[2])
     assert configs.resolve(Config, [written]).config.lora.targets == meant
@@ -125,7 +127,7 @@ def test_bad_files_are_refused(lines: list[str], said: str, write_file: Callable
 def test_a_file_that_is_no_yaml_is_said_in_one_line_with_its_own(
     line: str, write_file: Callable[..., Path]
 ) -> None:
-    with pytest.raises(BadInput, match=r'c\.yaml, line 2: .* needs quotes, as in "who\?"') as error:
+    with pytest.raises(BadInput, match=r'c\.yaml, line 2: .* quote strings .*"who\?"') as error:
         configs.resolve(Config, [], write_file("c.yaml", ["lr: 1", line]))
     assert "\n" not in str(error.value)
 
@@ -136,7 +138,7 @@ def test_a_file_that_is_no_yaml_is_said_in_one_line_with_its_own(
 def test_a_list_in_a_file_that_is_not_of_texts_is_said_as_a_file_needs_it(
     line: str, write_file: Callable[..., Path]
 ) -> None:
-    with pytest.raises(BadInput, match=r'quote each text, as in lora\.targets: \["who\?", "7"\]$'):
+    with pytest.raises(BadInput, match=r'quote each string, as in lora\.targets: \["who\?", "7"\]$'):
         configs.resolve(Config, [], write_file("c.yaml", [line]))
 
 
@@ -221,7 +223,7 @@ def test_a_mapping_is_a_value_where_a_key_takes_one(write_file: Callable[[str, S
         ("weights={a: b}", "'a': input should be a valid number.*weights is a mapping, each value a number"),
         (
             "weights.a=1",
-            r"weights is one key, a mapping, each value a number: write weights='\{a: \.\.\.\}'$",
+            r"weights is a single key, a mapping, each value a number: write weights='\{a: \.\.\.\}'$",
         ),
         ("kind=huge", "input should be 'small' or 'big'; kind is one of small, big, for example kind=small"),
     ],
@@ -240,5 +242,5 @@ def test_a_path_may_look_like_a_list() -> None:
 
 
 def test_a_key_of_a_recipe_without_a_config_says_how_it_gets_one() -> None:
-    with pytest.raises(BadInput, match="it takes none, as train has no second parameter"):
+    with pytest.raises(BadInput, match="the script takes no keys: to declare some, annotate the second"):
         configs.resolve(make_dataclass("NoConfig", [], frozen=True), ["lr=1"])

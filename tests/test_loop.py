@@ -853,7 +853,7 @@ def test_a_run_whose_checkpoints_are_gone_does_not_begin_anew(open_run: Callable
         run.log(seen=1.0)
     shutil.rmtree(run.directory.checkpoints)
     with (
-        pytest.raises(StokerError, match=r"the last of step 5, and none can be used .*holds none"),
+        pytest.raises(StokerError, match=r"the last at step 5, but none can be used .*holds none"),
         open_run() as run,
     ):
         _trainer(run, _model())

@@ -36,22 +36,22 @@ def said(cls: type, override: str) -> str:
     [
         (
             "learning_rate=2e-4",
-            "unknown key 'learning_rate' (command line); here it is lr (Peak learning rate;",
+            "unknown key 'learning_rate' (command line); use lr (Peak learning rate;",
         ),
         (
             "per_device_train_batch_size=4",
-            "here it follows from batch_size (Rows per step, over all ranks) and micro_batch (Samples per",
+            "instead, set batch_size (Rows per step, over all ranks) and micro_batch (Samples per",
         ),
-        ("warmup_ratio=0.1", "here it is warmup (Length of the learning-rate warm-up: a share of the steps"),
-        ("lora.r=8", "here it is lora.rank (Rank of the adapters"),
-        ("bf16=true", "here it is precision=bf16"),
-        ("output_dir=out", "that is no key here: a run is written to a folder of its own under --runs DIR"),
-        ("resume_from_checkpoint=true", "that is no key here: the same command with the same --name NAME"),
+        ("warmup_ratio=0.1", "; use warmup (Length of the learning-rate warm-up: a share of the steps"),
+        ("lora.r=8", "; use lora.rank (Rank of the adapters"),
+        ("bf16=true", "; use precision=bf16"),
+        ("output_dir=out", "every run has its own folder: use the options --runs DIR"),
+        ("resume_from_checkpoint=true", "to resume from the newest checkpoint, repeat the command"),
         ("batch_sise=4", "did you mean 'batch_size'?"),
         # near in no letters: by the beginning of a name, and by the words of a meaning
-        ("learning=1", "; here it is lr (Peak learning rate"),
-        ("gradient_accum=2", "; here it follows from batch_size ("),
-        ("momentum=1", "; the nearest by meaning: optimizer (AdamW, SGD with momentum"),
+        ("learning=1", "; use lr (Peak learning rate"),
+        ("gradient_accum=2", "; instead, set batch_size ("),
+        ("momentum=1", "; keys with a similar meaning: optimizer (AdamW, SGD with momentum"),
     ],
 )
 def test_a_name_that_is_no_key_is_answered_with_what_takes_its_place(override: str, expected: str) -> None:
@@ -59,7 +59,7 @@ def test_a_name_that_is_no_key_is_answered_with_what_takes_its_place(override: s
 
 
 def test_of_a_config_of_one_s_own_only_its_own_keys_are_named_with_its_own_words() -> None:
-    assert said(Own, "learning_rate=1").endswith("; here it is lr (How far a step goes)")
+    assert said(Own, "learning_rate=1").endswith("; use lr (How far a step goes)")
     assert said(Own, "max_length=4").endswith("; did you mean 'length'?")
     assert said(Own, "gradient_accumulation_steps=4").endswith("; the keys are lr, length, out_dirs")
     assert said(Own, "out_dir=a").endswith("; did you mean 'out_dirs'?")
@@ -69,13 +69,13 @@ def test_of_a_config_of_one_s_own_only_its_own_keys_are_named_with_its_own_words
 def test_of_a_class_whose_source_is_not_there_the_key_is_named_all_the_same() -> None:
     made = make_dataclass("C", [("lr", float, 1.0)])
     made.__module__ = "builtins"
-    assert said(made, "learning_rate=1").endswith("; here it is lr")
+    assert said(made, "learning_rate=1").endswith("; use lr")
 
 
 def test_of_many_keys_those_of_the_config_itself_are_named_and_how_all_are_seen() -> None:
     found = said(Script, "frobnicate=1")
     assert "; its own keys are lr, size; `stoker recipes show RECIPE`" in found
-    assert found.endswith(f"shows all {len(config.describe(Script))}")
+    assert found.endswith(f"lists all {len(config.describe(Script))}")
     assert "`stoker recipes show RECIPE`" in said(llm.Config, "frobnicate=1")
     assert len(said(llm.Config, "frobnicate=1")) < 200
 
@@ -103,7 +103,7 @@ def test_all_keys_of_another_trainers_file_are_answered_at_once(tmp_path: Path) 
     assert [line.split(":")[0].strip() for line in lines] == [
         "base_model", "sequence_len", "flash_attention", "adapter", "wandb_project",
     ]  # fmt: skip
-    assert lines[1] == "  sequence_len: here it is sequence_length (Tokens per row)"
+    assert lines[1] == "  sequence_len: use sequence_length (Tokens per row)"
     assert "lora.rank=16" in lines[3]
     assert "WANDB_PROJECT" in lines[4]
 

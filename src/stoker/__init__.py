@@ -1,7 +1,6 @@
 """stoker: PyTorch training that never loses work, from a laptop to a cluster.
 
-Importing this package loads neither torch nor mlflow: the names below are looked up when
-they are first used.
+Importing this package loads neither torch nor mlflow: the names below are imported at their first use.
 """
 
 from __future__ import annotations
@@ -30,10 +29,10 @@ _LAZY = {
 
 
 def main(train: Callable[..., None]) -> None:
-    """Make a script with a `train(run, config)` function a command: `python my_train.py lr=3e-4 --name a`."""
+    """Make a script with a function `train(run, config)` a command: `python my_train.py lr=3e-4 --name a`."""
     from stoker import signals
 
-    signals.answer_while_starting()  # first of all: what follows takes a second to load
+    signals.answer_while_starting()  # first, because the following imports take a second
     from stoker.cli import main as command
 
     command.main(train)

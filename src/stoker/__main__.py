@@ -12,7 +12,7 @@ _TRAINING = ("train", "resume", "reproduce")
 
 
 def run() -> None:
-    """Answer a scheduler's signals first of all, where the verb trains: loading the rest takes a second."""
+    """Run the command. Commands that train handle a scheduler's signals first: the imports take a second."""
     if sys.argv[1:2] and sys.argv[1] in _TRAINING:
         signals.answer_while_starting()
     try:

@@ -1,10 +1,10 @@
-"""Configuration: a frozen dataclass, filled in one order and in one place.
+"""Configuration: fills a frozen dataclass from its defaults, a YAML file and the command line.
 
-Defaults < YAML file < `key=value` on the command line. Keys are dotted for nested
-dataclasses (`lora.rank=8`). The source of every value is kept. An unknown key is refused
-with the nearest match, or with what it is called here where other trainers have it, a value of the wrong type
-with what is allowed: nothing that a user wrote is ever ignored. Values are checked by
-pydantic; the dataclass itself stays a plain one.
+Later sources override earlier ones: defaults, then the YAML file, then `key=value` on the command line. Keys
+of nested dataclasses are dotted (`lora.rank=8`). The source of every value is recorded. No input is ignored:
+an unknown key is an error that names the nearest key, or stoker's key for another trainer's name; a value of
+the wrong type is an error that says what is allowed. pydantic checks the values; the dataclass itself stays a
+plain one.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ COMMAND_LINE = "command line"
 
 @dataclass(frozen=True)
 class Resolved(Generic[C]):
-    """A config with its record: `values` by dotted key as JSON types, and the source of each."""
+    """A config and its record: `values` (JSON types) and `sources`, both by dotted key."""
 
     config: C
     values: dict[str, Any]
@@ -45,11 +45,11 @@ class Resolved(Generic[C]):
 @dataclass(frozen=True)
 class _Leaf:
     type: Any
-    default: Any  # dataclasses.MISSING where the key must be given
+    default: Any  # dataclasses.MISSING if the key is required
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that is written twice: of two values YAML would take the last and say nothing."""
+    """Rejects duplicate keys, of which plain YAML silently takes the last."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -67,8 +67,8 @@ class _Loader(yaml.SafeLoader):
 def resolve(cls: type[C], overrides: Iterable[str] = (), file: Path | None = None) -> Resolved[C]:
     """Fill a config dataclass from defaults, a YAML file and `key=value` overrides.
 
-    Raises BadInput for an unknown key, a value of the wrong type, a missing value, or a
-    file that cannot be read.
+    Raises:
+        BadInput: a key is unknown or lacks a value, a value has the wrong type, or the file cannot be read.
     """
     leaves = _leaves(cls)
     given: dict[str, tuple[Any, str]] = {}
@@ -88,14 +88,14 @@ def resolve(cls: type[C], overrides: Iterable[str] = (), file: Path | None = Non
 def restore(
     cls: type[C], values: Mapping[str, Any], sources: Mapping[str, str], overrides: Iterable[str] = ()
 ) -> Resolved[C]:
-    """Build a config from its record, as `run.json` holds it. Keys added since keep their default.
+    """Build a config from its record in `run.json`. Keys that the record lacks keep their default.
 
     Args:
-        overrides: `key=value` that replace what was recorded.
+        overrides: `key=value` pairs that replace recorded values.
 
     Raises:
-        BadInput: an unknown key, a value of the wrong type, or a secret, which no record has, that is
-            not among the overrides.
+        BadInput: a key is unknown, a value has the wrong type, or a secret, which is never recorded, is
+            missing from the overrides.
     """
     leaves = _leaves(cls)
     given = dict(split(override) for override in overrides)
@@ -112,16 +112,16 @@ def restore(
 
 
 def changed(resolved: Resolved[C], overrides: Iterable[str]) -> Resolved[C]:
-    """The same config with some keys given anew on the command line."""
+    """The same config with some keys overridden on the command line."""
     return restore(type(resolved.config), resolved.values, resolved.sources, overrides)
 
 
 def _without_redacted(
     recorded: Mapping[str, Any], sources: Mapping[str, str], leaves: Mapping[str, _Leaf]
 ) -> dict[str, Any]:
-    """A record without the values that it does not have because they are secrets.
+    """The record without its redacted values, which are secrets.
 
-    A default is not lost: the class has it, or finds it again. Raises BadInput for all others.
+    A redacted default is restored from the class. Raises BadInput for any other redacted value.
     """
     removed = {key for key, value in recorded.items() if redaction.holds_redacted(value)}
     lost = [
@@ -131,7 +131,7 @@ def _without_redacted(
     ]
     if lost:
         raise BadInput(
-            f"{', '.join(lost)}: a secret, which is not recorded; give it again: "
+            f"{', '.join(lost)}: secrets are not recorded, so give the value again: "
             f"{' '.join(f'{key}=...' for key in lost)}"
         )
     return {key: value for key, value in recorded.items() if key not in removed}
@@ -143,24 +143,24 @@ def record(config: Any) -> dict[str, Any]:
 
 
 def shown(value: Any) -> str:
-    """A recorded value as a sentence has it."""
+    """A recorded value as messages show it."""
     if value is None or isinstance(value, bool):
         return {None: "none", True: "true", False: "false"}[value]
     return "''" if value == "" else str(value)
 
 
 def drift(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """What differs between two records: key -> (old, new)."""
+    """The differences between two records: key -> (old, new)."""
     return {key: (old.get(key), new.get(key)) for key in {**old, **new} if old.get(key) != new.get(key)}
 
 
 def describe(cls: type) -> dict[str, tuple[str, Any]]:
-    """Every key of a config with the name of its type and its default, for help texts."""
+    """The type name and default of every key of a config, for help texts."""
     return {key: (_type_name(leaf.type), leaf.default) for key, leaf in _leaves(cls).items()}
 
 
 def checked(cls: type, key: str, value: Any, source: str = COMMAND_LINE) -> Any:
-    """One value of one key, as a record holds it.
+    """Check one value and return it in the form in which it is recorded.
 
     Raises BadInput for an unknown key or a value that the key does not take.
     """
@@ -170,10 +170,10 @@ def checked(cls: type, key: str, value: Any, source: str = COMMAND_LINE) -> Any:
 
 
 def kinds(cls: type, key: str, source: str = COMMAND_LINE) -> frozenset[Any]:
-    """What a key takes, without constraints: {int, NoneType} for `Annotated[int, Ge(1)] | None`.
+    """The types that a key takes, without constraints: {int, NoneType} for `Annotated[int, Ge(1)] | None`.
 
-    Of generics and literals it is what they are made by: `tuple`, `Literal`. Raises BadInput for an
-    unknown key.
+    A generic or a literal is represented by its origin: `tuple`, `Literal`. Raises BadInput for an unknown
+    key.
     """
     leaves = _leaves(cls)
     _known(cls, key, leaves, source)
@@ -181,7 +181,7 @@ def kinds(cls: type, key: str, source: str = COMMAND_LINE) -> frozenset[Any]:
 
 
 def split(override: str) -> tuple[str, str]:
-    """Key and text of `key=text`."""
+    """The key and the value of `key=value`."""
     key, separator, value = override.partition("=")
     if not separator or not key:
         raise BadInput(f"{override!r} is not an override: write key=value, for example lr=0.001")
@@ -189,7 +189,7 @@ def split(override: str) -> tuple[str, str]:
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
-    """The mapping in a YAML file. Raises BadInput where there is none, or a key in it twice."""
+    """The mapping in a YAML file. Raises BadInput if the file holds no mapping or a key twice."""
     try:
         content = yaml.load(file.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
@@ -201,27 +201,29 @@ def read_yaml(file: Path) -> dict[str, Any]:
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise BadInput(f"config file {file} holds a {type(content).__name__}: write key: value lines")
+        raise BadInput(
+            f"config file {file} holds a {type(content).__name__}, not a mapping: write `key: value` lines"
+        )
     return content
 
 
 def _said_of(error: yaml.YAMLError) -> str:
-    """Where and why a YAML file is none, and what it may lack."""
+    """Where and why a file is not valid YAML, with a hint."""
     if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
         return f" cannot be read: {str(error).splitlines()[0]}"
     found = f", line {error.problem_mark.line + 1}: {error.problem}"
     if isinstance(error, yaml.constructor.ConstructorError):
         return found
-    return f'{found}; a text with ?, :, # or brackets in it needs quotes, as in "who?"; indent by spaces'
+    return f'{found}; quote strings that contain ?, :, # or brackets ("who?"), and indent with spaces'
 
 
 def flatten(
     tree: Mapping[Any, Any], source: str, keys: Container[str] = (), prefix: str = ""
 ) -> dict[str, Any]:
-    """A mapping of nested or dotted keys by dotted key. Raises BadInput for a key given in both ways.
+    """Flatten a mapping with nested or dotted keys. Raises BadInput for a key given in both forms.
 
     Args:
-        keys: those of the config, where it is known: a mapping that is the value of one stays whole.
+        keys: the keys of the config, if known; a mapping that is the value of one of them stays whole.
     """
     flat: dict[str, Any] = {}
     for key, value in tree.items():
@@ -236,7 +238,7 @@ def flatten(
 
 @functools.lru_cache(64)
 def _hints(cls: type) -> dict[str, Any]:
-    """The types of a config's fields, each annotation of which is text that is evaluated."""
+    """The types of a config's fields; cached, because every annotation is a string that must be evaluated."""
     return typing.get_type_hints(cls, include_extras=True)
 
 
@@ -289,20 +291,20 @@ def _checked(key: str, leaf: _Leaf, value: Any, source: str) -> Any:
         return adapter.validate_python(_read(value, leaf))
     except ValidationError as error:
         with contextlib.suppress(ValidationError):
-            if _is_bracketed(value):  # as a path may be
+            if _is_bracketed(value):  # a path may start with a bracket
                 return adapter.validate_python(value)
-            if isinstance(value, str) and typing.get_origin(leaf.type) is tuple:  # a list of one
+            if isinstance(value, str) and typing.get_origin(leaf.type) is tuple:  # a list with one item
                 return adapter.validate_python([value])
         raise BadInput(_explain(key, leaf, value, source, error)) from None
 
 
 def _read(value: Any, leaf: _Leaf) -> Any:
-    """A list or mapping that was written as YAML, for a key that does not take it as a text."""
+    """Parse a list or mapping written as YAML, unless the key takes strings."""
     return value if _kinds(leaf.type) & {str, Any} else unwritten(value)
 
 
 def unwritten(value: Any) -> Any:
-    """The list or mapping that a text is in YAML; any other value as it is."""
+    """Parse a string that is a YAML list or mapping; any other value is returned unchanged."""
     if not _is_bracketed(value):
         return value
     try:
@@ -321,7 +323,7 @@ def _explain(key: str, leaf: _Leaf, value: Any, source: str, error: ValidationEr
     first = error.errors()[0]
     reason = first["msg"].removeprefix("Value error, ")
     reason = reason[0].lower() + reason[1:]
-    if len(_kinds(leaf.type) - {types.NoneType}) == 1:  # else they may name the kind that was tried
+    if len(_kinds(leaf.type) - {types.NoneType}) == 1:  # for a union, `loc` may name the type that was tried
         reason = "".join(f"{_item(place)}: " for place in first["loc"]) + reason
     if isinstance(value, str) and typing.get_origin(leaf.type) is typing.Literal:
         reason += nearest(value, [str(a) for a in typing.get_args(leaf.type)])
@@ -341,21 +343,21 @@ def _kinds_of_items(leaf: _Leaf) -> frozenset[Any]:
 
 
 def _unquoted(key: str, value: Any, source: str) -> str:
-    """What to write for a list of texts that YAML reads as something else, guessed from where commas are."""
+    """How to write a list of strings that YAML reads as something else; splits the value at its commas."""
     why = (
-        "to YAML that is no list of texts, as ?, : and # have a meaning in it, and 7 is a number; "
-        "quote each text"
+        "YAML does not read this as a list of strings: in YAML, ?, : and # are special characters, and 7 is "
+        "a number; quote each string"
     )
     if source != COMMAND_LINE:
         return f'{why}, as in {key}: ["who?", "7"]'
     text = str(value)
     parts = text[1:].removesuffix("]").split(",") if text.startswith("[") else [text]
     meant = json.dumps([part.strip(" \"'") for part in parts], ensure_ascii=False)
-    return f"{why}, and the whole for the shell: {shlex.quote(f'{key}={meant}')}"
+    return f"{why}, and the whole argument for the shell: {shlex.quote(f'{key}={meant}')}"
 
 
 def _all_known(cls: type, sources: Mapping[str, str], leaves: Mapping[str, _Leaf]) -> None:
-    """Raises BadInput that says all of several keys that there are not, as another trainer's file has."""
+    """Raises one BadInput for all unknown keys: a file for another trainer has several."""
     wrong = [key for key in sources if key not in leaves]
     if len(wrong) == 1:
         _known(cls, wrong[0], leaves, sources[wrong[0]])
@@ -372,22 +374,25 @@ def _all_known(cls: type, sources: Mapping[str, str], leaves: Mapping[str, _Leaf
 
 
 def _known(cls: type, key: str, leaves: Mapping[str, _Leaf], source: str) -> None:
-    """Raises BadInput for a key that there is not."""
+    """Raises BadInput for an unknown key."""
     if key not in leaves:
         named, why = _why(cls, key, leaves)
         raise BadInput(f"{named} ({source}){why}")
 
 
 def _why(cls: type, key: str, leaves: Mapping[str, _Leaf]) -> tuple[str, str]:
-    """How a key that there is not is named, and the end of the sentence about it."""
+    """The name of an unknown key, and the rest of the sentence about it."""
     inner = [name for name in leaves if name.startswith(f"{key}.")]
     if inner:
         return key, f" is a group of keys: give one of {', '.join(inner)}"
     for name, leaf in leaves.items():
         if key.startswith(f"{name}.") and dict in _kinds(leaf.type):
             written = f"{name}='{{{key.removeprefix(f'{name}.')}: ...}}'"
-            return key, f": {name} is one key, {_type_name(leaf.type)}: write {written}"
-    why = "; it takes none, as train has no second parameter, config, annotated with a config dataclass"
+            return key, f": {name} is a single key, {_type_name(leaf.type)}: write {written}"
+    why = (
+        "; the script takes no keys: to declare some, annotate the second parameter of train, config, "
+        "with a config dataclass"
+    )
     return f"unknown key {key!r}", unknown_keys.meant(cls, key, leaves) if leaves else why
 
 
@@ -402,10 +407,10 @@ def _dump(leaf: _Leaf, value: Any) -> Any:
 
 
 def _adapter(leaf: _Leaf) -> TypeAdapter[Any]:
-    """What checks and writes values of a type; made once, as a search asks for each of its trials."""
+    """Checks and dumps values of a type; cached, because a search needs it for every trial."""
     try:
         return _adapters(leaf.type)
-    except TypeError:  # its annotations cannot be hashed
+    except TypeError:  # the type's annotations cannot be hashed
         return TypeAdapter(leaf.type)
 
 
@@ -437,7 +442,7 @@ def _type_name(kind: Any) -> str:
         return f"a mapping, each value {_type_name(arguments[1])}"
     if type(None) in arguments:
         return " or ".join(_type_name(k) for k in arguments if k is not type(None)) + " or none"
-    names = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text",
+    names = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a string",
              "Duration": "a duration such as 100, 2ep or 1000000tok", "Path": "a path"}  # fmt: skip
     name = kind.__name__ if isinstance(kind, type) else str(kind)
     return names.get(name, name)

@@ -1,6 +1,6 @@
-"""What is to be on the disk within a second: who makes many small files does not wait for each.
+"""Syncs files to the disk in the background, within about a second, so that writing many small files is fast.
 
-A power cut may take what was written last; the death of the process takes nothing.
+A power cut may lose what was written last; the death of the process loses nothing.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ _SECONDS = 1.0
 
 
 class _Bringer:
-    """What waits to be brought, and the thread that brings it, which is there once there was something."""
+    """The files that wait to be synced, and the thread that syncs them, started with the first file."""
 
     def __init__(self) -> None:
         self.forget()
 
     def forget(self) -> None:
-        self._waiting: dict[Path, None] = {}  # a set that keeps what came while it is emptied
-        self._one = threading.Lock()  # brings at a time
+        self._waiting: dict[Path, None] = {}  # an ordered set; may grow while it is emptied
+        self._one = threading.Lock()  # held while syncing
         self._failed: OSError | None = None
-        """The first failure of which nobody who waited has heard."""
+        """The first failure that `bring` has not raised yet."""
         self._periodic: Periodic | None = None
 
     def bring_soon(self, paths: tuple[Path, ...]) -> None:
@@ -48,25 +48,25 @@ class _Bringer:
                 path, _ = self._waiting.popitem()
                 try:
                     (storage.sync_directory if path.is_dir() else storage.sync_file)(path)
-                except FileNotFoundError:  # it was removed meanwhile
+                except FileNotFoundError:  # removed in the meantime
                     continue
-                except OSError as error:  # kept: to whoever asks again the kernel says that all is well
+                except OSError as error:  # kept, because the kernel reports such an error only once
                     self._failed = self._failed or error
-                    log.warning("%s is not on the disk: %s", path, error)
+                    log.warning("%s could not be synced to the disk: %s", path, error)
 
 
 _BRINGER = _Bringer()
-os.register_at_fork(after_in_child=_BRINGER.forget)  # what waits is brought by the parent
+os.register_at_fork(after_in_child=_BRINGER.forget)  # the parent syncs its files
 
 
 def bring_soon(*paths: Path) -> None:
-    """Have files, and the names in folders, brought to the disk by a thread."""
+    """Sync files, and the names in folders, to the disk in a background thread."""
     _BRINGER.bring_soon(paths)
 
 
 def bring() -> None:
-    """Bring all that waits to the disk; done when this returns.
+    """Sync all waiting files to the disk before returning.
 
-    Raises OSError where something was not brought there since the last call, by the thread either.
+    Raises OSError if syncing any file has failed since the last call, here or in the thread.
     """
     _BRINGER.bring()

@@ -1,4 +1,4 @@
-"""Joining the other processes of a run, and doing things with them that are not part of a step."""
+"""The process group of a run, and communication that is not part of a step."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ _TIMEOUT_BEFORE_STEPS = datetime.timedelta(hours=48)  # data may be tokenised fo
 
 
 def join(world: World, backend: str = "auto", *, alone: bool = False) -> None:
-    """Take part in the process group of this launch; a second time there is nothing to do.
+    """Join the process group of this launch, unless it was joined already.
 
     CPU tensors go through gloo, GPU tensors through NCCL.
 
     Args:
         backend: auto, gloo or nccl.
-        alone: a single process makes a group too, as FSDP and DeepSpeed need one.
+        alone: create a group even for a single process, which FSDP and DeepSpeed need.
 
     Raises:
-        BadInput: NCCL was asked for, and there is no GPU.
+        BadInput: backend=nccl without a GPU.
     """
     if dist.is_initialized() or (world.size == 1 and not alone):
         return
@@ -37,7 +37,7 @@ def join(world: World, backend: str = "auto", *, alone: bool = False) -> None:
         return
     gpu = torch.cuda.is_available() and backend != "gloo"
     if backend == "nccl" and not gpu:
-        raise BadInput("backend=nccl: there is no GPU here; leave backend to auto, or give gloo")
+        raise BadInput("backend=nccl: this machine has no GPU; use backend=auto or backend=gloo")
     supervision.joining(True)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if gpu else "gloo",
@@ -49,29 +49,29 @@ def join(world: World, backend: str = "auto", *, alone: bool = False) -> None:
 
 
 def _imagine(world: World) -> None:
-    """A group of ranks that are not there: what is sent goes nowhere."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore  # which makes the backend known
+    """Create a group of ranks that do not exist: nothing is sent."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend
 
     dist.init_process_group("fake", rank=world.planned_rank, world_size=world.size, store=FakeStore())
 
 
 def _are_there() -> bool:
-    """Whether there are other ranks that answer."""
+    """Whether there are other, real ranks."""
     return dist.is_initialized() and dist.get_backend() != "fake"
 
 
 def leave() -> None:
-    """Leave the process group, where there is one."""
+    """Leave the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 @contextlib.contextmanager
 def rank_zero_first(world: World) -> Iterator[None]:
-    """Rank 0 goes through the block alone, the others after it: what it caches, they find.
+    """Rank 0 executes the block first, then the other ranks, which find what it has cached.
 
-    Nobody leaves before all have been through, which may take hours: where ranks share no cache, the
-    others work as long. A rank that dies ends the wait of the others at once.
+    Every rank waits until all are done. That may take hours, because ranks without a shared cache take as
+    long as rank 0. If a rank dies, the others stop waiting at once.
     """
     group = _by_gloo(_TIMEOUT_BEFORE_STEPS)
     if world.rank > 0:
@@ -85,7 +85,7 @@ def rank_zero_first(world: World) -> Iterator[None]:
 
 
 def from_rank_zero(value: Any) -> Any:
-    """A small value (None, or of JSON's types) of rank 0, on every rank."""
+    """A small JSON value of rank 0, on every rank."""
     if not _are_there():
         return value
     held = [value]
@@ -94,7 +94,7 @@ def from_rank_zero(value: Any) -> Any:
 
 
 def gathered(value: Any, group: Any = None) -> list[Any]:
-    """A small value of each rank of a group (by default all), in the order of ranks, on every rank."""
+    """A small value of each rank of a group (default: all ranks), in rank order, on every rank."""
     if not dist.is_initialized():
         return [value]
     held: list[Any] = [value] * dist.get_world_size(group)
@@ -105,7 +105,7 @@ def gathered(value: Any, group: Any = None) -> list[Any]:
 
 
 def beside_the_loop() -> Any:
-    """A process group of all ranks for a thread of its own, by gloo; none for a single process."""
+    """A gloo process group of all ranks for use by another thread; None for a single process."""
     return _by_gloo(_TIMEOUT)
 
 
@@ -120,7 +120,7 @@ def barrier() -> None:
 
 
 def copy_from_rank_zero(model: torch.nn.Module) -> None:
-    """Give every rank the parameters and buffers of rank 0, in place; but for those on the meta device."""
+    """Copy rank 0's parameters and buffers to every rank, in place, except those on the meta device."""
     if dist.is_initialized():
         for tensor in [*model.parameters(), *model.buffers()]:
             if not tensor.is_meta:
@@ -129,18 +129,18 @@ def copy_from_rank_zero(model: torch.nn.Module) -> None:
 
 def _wait(group: Any = None) -> None:
     if dist.is_initialized():
-        # A reduction of a CPU tensor, since a barrier of a group with NCCL would want a GPU.
+        # Reduces a CPU tensor, since a barrier in a group with NCCL would need a GPU.
         dist.all_reduce(torch.zeros(1), group=group)
 
 
 def all_reduce(tensor: torch.Tensor, op: Any = None, group: Any = None) -> torch.Tensor:
-    """The tensor, reduced in place over the ranks of a group (all by default); sums by default."""
+    """Reduce a tensor in place over a group's ranks (default: all), by default to the sum, and return it."""
     if dist.is_initialized():
         dist.all_reduce(tensor, op=cast("Any", op or dist.ReduceOp.SUM), group=group)
     return tensor
 
 
-_HEADER = 16  # whole numbers: dtype, dims, sizes
+_HEADER = 16  # integers: dtype, number of dimensions, sizes
 _DTYPES = (
     torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32, torch.int16,
     torch.int8, torch.uint8, torch.bool,
@@ -156,7 +156,7 @@ def send(tensor: torch.Tensor, rank: int, group: Any = None) -> None:
 
 
 def receive(rank: int, device: torch.device, group: Any = None) -> torch.Tensor:
-    """What a rank that calls `send` sends."""
+    """Receive a tensor from a rank that calls `send`."""
     header = torch.zeros(_HEADER, dtype=torch.int64, device=device)
     dist.recv(header, rank, group)
     dtype, dims, *sizes = header.tolist()

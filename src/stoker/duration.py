@@ -1,8 +1,8 @@
 """Durations with units: `100` (steps), `2ep`, `1000000tok`, `5000samples`, `10min`.
 
-A duration in steps, samples, epochs or tokens is a point of the training itself, the same
-on every machine. One in seconds is not, so only checkpoints, which leave no trace in the
-result, may be asked for by the clock.
+A duration in steps, samples, epochs or tokens refers to the training itself, so it is the same on every
+machine. One in seconds is not, so only checkpoints, which do not affect the result, may be scheduled by the
+clock.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _SHORT = {
 }  # fmt: skip
 _SECONDS = {"second": 1.0, "minute": 60.0, "hour": 3600.0}
 COUNTED = ("step", "sample", "token", "epoch")
-"""Units that are points of the training itself."""
+"""Units that refer to the training itself."""
 _WHOLE = ("step", "token", "sample")
 _PATTERN = re.compile(r"([0-9][0-9_]*(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?)\s*([a-z]*)")
 
@@ -40,19 +40,19 @@ def clock(text: str) -> float:
     parts = [int(part or 0) for part in match.groups()] if match else []
     seconds = sum(part * unit for part, unit in zip(parts, (86400, 3600, 60, 1), strict=False))
     if seconds <= 0:
-        raise ValueError(f"{text!r} is no length of time: give one such as 3h55m, 90min or 1d12h")
+        raise ValueError(f"{text!r} is not a length of time: give one such as 3h55m, 90min or 1d12h")
     return float(seconds)
 
 
 def of_a_step(
     unit: str, *, samples: float | None, tokens: float | None, samples_per_epoch: float | None
 ) -> float | None:
-    """How much of a unit one step is; None where that is not known.
+    """How much of a unit one step is; None if unknown.
 
     Args:
         unit: one of `COUNTED`.
-        samples: of a global batch.
-        tokens: of a global batch.
+        samples: per global batch.
+        tokens: per global batch.
     """
     if unit == "step":
         return 1.0
@@ -82,12 +82,12 @@ class Duration:
         if count <= 0:
             raise ValueError(f"{value!r} is not a duration: it must be more than 0")
         if unit in _WHOLE and count != int(count):
-            raise ValueError(f"{value!r} is not a duration: a fraction of a {unit} cannot be counted")
+            raise ValueError(f"{value!r} is not a duration: give a whole number of {unit}s")
         return cls(count, unit)
 
     @property
     def seconds(self) -> float | None:
-        """The duration in seconds, or None for one that is counted in training."""
+        """The duration in seconds; None for one in steps, samples, epochs or tokens."""
         return self.count * _SECONDS[self.unit] if self.unit in _SECONDS else None
 
     def __str__(self) -> str:

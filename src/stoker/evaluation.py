@@ -1,4 +1,4 @@
-"""Metrics over a dataset, exact over ranks."""
+"""Metrics over a dataset, exact for any number of ranks."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def measure(
     channels_last: bool = False,
     meanwhile: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
-    """Metrics over a dataset, each sample once over all ranks, in evaluation mode; on every rank.
+    """Metrics over a dataset in evaluation mode, with each sample counted once over all ranks; on every rank.
 
     Args:
         meanwhile: called after each batch.

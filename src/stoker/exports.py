@@ -1,6 +1,7 @@
-"""What a run made that others can use: its export, or a checkpoint's weights in the same form.
+"""Export folders of a run: its own export, or a checkpoint's weights in the same form.
 
-A folder is made of it, whole and checked, for whoever registers, pushes, merges or generates.
+The files are verified and copied to a folder, from which a model is registered, pushed, merged or used to
+generate.
 """
 
 from __future__ import annotations
@@ -25,21 +26,21 @@ if TYPE_CHECKING:
     import torch
 
 ADAPTER = "adapter_config.json"
-"""The file by which a folder is known to be an adapter's."""
+"""The file that marks a folder as that of an adapter."""
 _CONFIG, _INDEX = "config.json", "model.safetensors.index.json"
 KINDS = ("model", "adapter")
-_SHAPE = "shape"  # all of an export but its weights; see `language.export.record_shape`
+_SHAPE = "shape"  # an export without its weights; see `language.export.record_shape`
 
 
 @dataclass(frozen=True)
 class Exported:
-    """A folder of model files, and what they are."""
+    """A folder of model files."""
 
     folder: Path
     kind: str
-    """model or adapter, or that of another artifact that was asked for."""
+    """model, adapter, or the kind of another artifact that was requested."""
     checkpoint: manifest.Checkpoint | None
-    """The one that the weights are of; None: the run's final export."""
+    """The source of the weights; None: the run's final export."""
 
 
 def make(
@@ -53,12 +54,12 @@ def make(
     """Fill an empty folder with what a run exported.
 
     Args:
-        which: weights of a checkpoint in place of the final ones: best, last, or a step.
-        metric: what `best` goes by.
-        artifact: which artifact; by default the run's model or adapter.
+        which: a checkpoint (best, last or a step) whose weights replace the final ones.
+        metric: the metric that defines `best`.
+        artifact: name of the artifact; default: the run's model or adapter.
 
     Raises:
-        BadInput: there is none, several, or a file is not what was recorded.
+        BadInput: there is no export, several, or a file differs from what was recorded.
     """
     found = exported(seen, artifact)
     checkpoint = chosen(seen, which, metric) if which else None
@@ -76,19 +77,19 @@ def make(
 
 
 def as_it_stands(seen: RunView) -> Path | None:
-    """The folder of a run's own export, as it is now; None where the run has exported no folder."""
+    """The folder of a run's own export, unverified; None if the run has exported no folder."""
     found = exported(seen, None)
     folder = None if found is None else seen.directory.path / found.get("path", "")
     return folder if folder is not None and folder.is_dir() else None
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether a folder of model files is that of an adapter."""
+    """Whether a folder of model files holds an adapter."""
     return (folder / ADAPTER).is_file()
 
 
 def chosen(seen: RunView, which: str, metric: str) -> manifest.Checkpoint:
-    """The checkpoint that is meant, verified. Raises BadInput."""
+    """The selected checkpoint, verified. Raises BadInput."""
     path = meant(seen, which, metric)
     try:
         return manifest.mended(path, mend(seen))
@@ -97,7 +98,7 @@ def chosen(seen: RunView, which: str, metric: str) -> manifest.Checkpoint:
 
 
 def meant(seen: RunView, which: str, metric: str) -> Path:
-    """Where the checkpoint that is meant stands; nothing of it is checked. Raises BadInput."""
+    """The folder of the selected checkpoint, unverified. Raises BadInput."""
     folder = seen.directory.checkpoints
     kept = {manifest.step_of(path): path for path in manifest.committed(folder)}
     if not kept:
@@ -114,7 +115,7 @@ def meant(seen: RunView, which: str, metric: str) -> Path:
 
 
 def mend(seen: RunView) -> Callable[[Path], None] | None:
-    """Brings here what of a checkpoint is only in the object store that the run is in."""
+    """A function that fetches a checkpoint's missing files from the run's object store; None without one."""
     copied = mirror.of(seen.directory)
     return copied.fetch_checkpoint if copied is not None else None
 
@@ -122,17 +123,21 @@ def mend(seen: RunView) -> Callable[[Path], None] | None:
 def _best(seen: RunView, metric: str) -> Path:
     goal = goal_of(metric, seen.goals)
     if goal is None:
-        raise BadInput(f"nobody said which way {metric!r} is better: run.goal({metric}='min') or 'max' does")
+        raise BadInput(
+            f"it is not known whether low or high values of {metric!r} are better: say so in the script with "
+            f"run.goal({metric}='min') or 'max'"
+        )
     path = manifest.best(seen.directory.checkpoints, metric, goal)
     if path is None:
         raise BadInput(
-            f"no checkpoint of run {seen.directory.id!r} knows {metric!r}; name another with --metric"
+            f"no checkpoint of run {seen.directory.id!r} has a value of {metric!r}; choose another metric "
+            "with --metric"
         )
     return path
 
 
 def exported(seen: RunView, name: str | None) -> Event | None:
-    """The artifact that is the run's model. Raises BadInput."""
+    """The artifact of that name, by default the run's only model or adapter. Raises BadInput."""
     if name is not None and name not in seen.artifacts:
         known = nearest(name, seen.artifacts) or f"; it has: {', '.join(seen.artifacts) or 'none'}"
         raise BadInput(f"run {seen.directory.id!r} has no artifact {name!r}{known}")
@@ -146,12 +151,12 @@ def exported(seen: RunView, name: str | None) -> Event | None:
 
 
 def copy(seen: RunView, artifact: Event, folder: Path) -> None:
-    """Copy an artifact's files as they were recorded. Raises BadInput where they are not that any more."""
+    """Copy an artifact's files. Raises BadInput if one differs from what was recorded."""
     base = seen.directory.path / artifact.get("path", f"artifacts/{artifact['name']}")
     for file in artifact["files"]:
         place = seen.directory.path / file["path"]
         if not place.is_file() or storage.sha256(place) != file["sha256"]:
-            raise BadInput(f"{place} is gone, or is not what the run recorded: it cannot be used")
+            raise BadInput(f"{place} is missing, or differs from what the run recorded: it cannot be used")
         target = folder / (place.relative_to(base) if place != base else place.name)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(place, target)
@@ -160,18 +165,19 @@ def copy(seen: RunView, artifact: Event, folder: Path) -> None:
 def as_in_files(
     folder: Path, tensors: dict[str, torch.Tensor], *, alone: bool = False
 ) -> dict[str, torch.Tensor]:
-    """The tensors of a model by the names, and in the pieces, that files of its kind have.
+    """The tensors of a model in the layout of its files.
 
-    In memory transformers has the experts of a mixture in one tensor; files, which other programs read, have
-    each by itself.
+    In memory, transformers keeps the experts of a mixture in one tensor; in files, which other programs read,
+    each expert has its own.
 
     Args:
-        folder: has the model's config; other models than causal language models are left as they are.
-        tensors: is empty afterwards, where they become others: those of a block are there twice at a time.
-        alone: nothing else is written of the model.
+        folder: holds the model's config; the tensors of anything but a causal language model are returned
+            unchanged.
+        tensors: emptied during the conversion, so that only one block at a time is in memory twice.
+        alone: these tensors are the whole model: nothing else will be in the files.
 
     Raises:
-        BadInput: alone they are not all of it.
+        BadInput: `alone`, but parameters of the model are missing.
     """
     if artifacts.task_of(folder) != "text-generation":
         return tensors
@@ -193,17 +199,17 @@ def as_in_files(
 
 
 def _check_whole(model: Any, trained: Mapping[str, torch.Tensor]) -> None:
-    """Raises BadInput where a model has more than what was trained, which no file has then."""
+    """Raises BadInput if the model has parameters that were not trained, which the files would lack."""
     lacks = [name for name, _ in model.named_parameters() if name not in trained]
     if lacks:
         raise BadInput(
-            f"a checkpoint has what was trained alone, and the model has {lacks[0]} besides: it can be "
-            "exported once the run has ended, whose own export has all of it"
+            f"a checkpoint holds only trained weights, and {lacks[0]} was not trained: export the model when "
+            "the run has ended, because only the run's own export is complete"
         )
 
 
 def by_block(names: Iterable[str]) -> list[list[str]]:
-    """Names of tensors by the number of the block that they are in; what is in none comes together."""
+    """Group names of tensors by their block; names outside any block form one group."""
     found: dict[str, list[str]] = {}
     for name in names:
         number = re.match(r"(.*?\.\d+)\.", name)
@@ -212,15 +218,15 @@ def by_block(names: Iterable[str]) -> list[list[str]]:
 
 
 def _by_peft(name: str) -> str:
-    """What peft calls a tensor of an adapter in a file, by its name in the model."""
+    """The name of an adapter's tensor in peft's files, from its name in the model."""
     name = name.removesuffix(".weight") if ".lora_magnitude_vector." in name else name
     return re.sub(r"(\.modules_to_save)?\.default(?=\.|$)", "", name)
 
 
 def cast(folder: Path, precision: str) -> None:
-    """Write the weights of a folder anew, in fp32, bf16 or fp16; its config says so.
+    """Convert a folder's weights to fp32, bf16 or fp16, and update its config.
 
-    Raises BadInput where one is too large for that.
+    Raises BadInput if a value is too large for that precision.
     """
     from safetensors.torch import load_file, save_file
     from stoker.engine.precision import DTYPES
@@ -233,7 +239,7 @@ def cast(folder: Path, precision: str) -> None:
             (n for n, t in tensors.items() if not t.isfinite().all() and held[n].isfinite().all()), None
         )
         if lost is not None:
-            raise BadInput(f"--dtype {precision}: {lost} has values beyond what that holds: give bf16")
+            raise BadInput(f"--dtype {precision}: {lost} has values outside its range; use bf16")
         save_file(tensors, file, {"format": "pt"})
         file.chmod(0o644)
         total += sum(tensor.nbytes for tensor in tensors.values())
@@ -249,7 +255,7 @@ def cast(folder: Path, precision: str) -> None:
 
 
 def put_weights(checkpoint: manifest.Checkpoint, folder: Path) -> None:
-    """Put a checkpoint's weights in place of the exported ones, under the names that those have."""
+    """Replace the exported weights with a checkpoint's, under the same names."""
     from safetensors.torch import load_file, save_file
     from stoker.checkpoint import store
 
@@ -267,10 +273,10 @@ def put_weights(checkpoint: manifest.Checkpoint, folder: Path) -> None:
         return
     known = {name for file in there for name in load_file(file)}
     lost, kept = sorted(plain.keys() - known), sorted(known - plain.keys())
-    if lost and kept:  # only the first: weights that are tied; only the second: some that were not trained
+    if lost and kept:  # only `lost`: tied weights; only `kept`: weights that were not trained
         raise BadInput(
-            f"the run exported its weights under other names than its checkpoint has ({kept[0]}; {lost[0]}): "
-            "give -o FILE.safetensors for the checkpoint's own"
+            f"weights have other names in the run's export ({kept[0]}) than in its checkpoint ({lost[0]}): "
+            "to export them under the checkpoint's names, give -o FILE.safetensors"
         )
     for file in there:
         tensors = load_file(file)

@@ -1,6 +1,6 @@
-"""How a training loop does: how fast it is, what it uses of devices and memory, where its time goes.
+"""Performance of a training loop: its speed, its use of devices and memory, and where its time goes.
 
-Nothing of it changes what is trained. It is told of the loop, and tells the terminal and the journal.
+Measuring does not affect the training. The results go to the terminal and the journal.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ log = logging.getLogger("stoker")
 
 
 class Gauge:
-    """Of one attempt's loop.
+    """Measures the loop of one attempt.
 
     Args:
-        step: whose model and optimizers take memory.
+        step: provides the model and optimizers whose memory is measured.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Gauge:
 
     @property
     def unit(self) -> str:
-        """What the rate counts, in short."""
+        """The unit of the rate, abbreviated."""
         return "tok" if self.pace.unit == "tokens" else self.pace.unit
 
     def performance(self, flops: float | None) -> dict[str, float]:
@@ -62,7 +62,7 @@ class Gauge:
         texts = [f"{name} {value:.4g}" for name, value in metrics.items()]
         rate, of_a_rank = self.pace.rate, self.pace.rate_of_a_rank
         if rate is not None and of_a_rank is not None:
-            a_rank = f" ({short(of_a_rank)} a rank)" if world.size > 1 else ""
+            a_rank = f" ({short(of_a_rank)} per rank)" if world.size > 1 else ""
             texts.append(f"{short(rate)} {self.unit}/s{a_rank}")
             texts += [f"mfu {found['mfu']:.1%}"] if "mfu" in found else []
             texts.append(f"{self.pace.share_waited:.1%} waiting for data")
@@ -71,11 +71,16 @@ class Gauge:
 
     @functools.cached_property
     def _peak(self) -> operations.Peak:
-        """What `mfu` is a share of, said once."""
+        """The peak that `mfu` refers to; logged once."""
         found = operations.peak(self._device, self._precision)
         self._attempt.event("peak", flops=found.flops, source=found.source)
         if self._attempt.world.rank == 0:
-            log.info("mfu is of %.1f TFLOP/s in %s (%s)", found.flops / 1e12, self._precision, found.source)
+            log.info(
+                "mfu is relative to %.1f TFLOP/s in %s (%s)",
+                found.flops / 1e12,
+                self._precision,
+                found.source,
+            )
         return found
 
     def memory(self) -> list[tuple[int, float, float, float, float, float]]:
@@ -89,7 +94,7 @@ class Gauge:
 
     @contextlib.contextmanager
     def spending(self, what: str) -> Iterator[None]:
-        """See `Pace.spending`; says so in the journal."""
+        """See `Pace.spending`; also records the time in the journal."""
         with self.pace.spending(what):
             yield
         self._say_spent(over=False)
@@ -99,17 +104,18 @@ class Gauge:
         self._say_spent(over=True)
         if (
             self._device.type == "cuda" and self._attempt.world.rank == 0
-        ):  # on a CPU the peak is not of tensors
+        ):  # on a CPU the peak is not of tensors only
             self._compare_with_plan()
 
     def _say_spent(self, *, over: bool) -> None:
-        """Where the time of this attempt went so far, for the report. Of an attempt that is killed it is
-        known by this until its last checkpoint, and what came after is done again.
+        """Record where the attempt's time went so far, for the report.
+
+        If the attempt is killed, the times up to its last checkpoint are known; later steps are repeated.
         """
         self._attempt.event("spent", step=self._attempt.step, over=over, seconds=self.pace.spent)
 
     def _compare_with_plan(self) -> None:
-        """Say how near a plan of this config came, if there was one."""
+        """Compare the peak memory with the plan of this config, if there was one."""
         planned = imagined.remembered(self._attempt.directory, self._attempt.world.size)
         if planned is None:
             return
@@ -121,7 +127,7 @@ class Gauge:
         )  # fmt: skip
 
     def write_timing(self, timed: Timed, loader: Loader) -> None:
-        """Write down what `stoker bench` reads of this rank."""
+        """Write the timing of this rank, which `stoker bench` reads."""
         tokens = loader.tokens_per_sample
         about = {"unit": "tok" if tokens else "samples", "units_per_sample": tokens or 1.0}
         file = self._attempt.directory.logs / f"timing-rank-{self._attempt.world.rank}.json"

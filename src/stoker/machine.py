@@ -1,4 +1,4 @@
-"""What this machine is."""
+"""Facts about this machine: hardware, resource limits, ports."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def hardware() -> dict[str, Any]:
 
 
 def share_cores(processes: int) -> None:
-    """Let this process compute with its share of the cores, unless OMP_NUM_THREADS says how many."""
+    """Limit this process to its share of the cores, unless OMP_NUM_THREADS is set."""
     import torch
 
     if "OMP_NUM_THREADS" not in os.environ:
@@ -37,15 +37,15 @@ _CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 
 
 def keep_cublas_workspaces() -> None:
-    """Let cuBLAS give the same bits each time, by workspaces of its own; what the environment says stands.
+    """Make cuBLAS deterministic with fixed workspaces, unless the environment already configures them.
 
-    It looks when it is first used. https://docs.nvidia.com/cuda/cublas/#results-reproducibility
+    cuBLAS reads the variable at its first use. https://docs.nvidia.com/cuda/cublas/#results-reproducibility
     """
     os.environ.setdefault(_CUBLAS, ":4096:8")
 
 
 def has_cublas_workspaces() -> bool:
-    """Whether the environment says which workspaces cuBLAS has."""
+    """Whether the environment configures cuBLAS's workspaces."""
     return _CUBLAS in os.environ
 
 
@@ -54,14 +54,14 @@ _CGROUPS = Path("/sys/fs/cgroup")
 
 
 def usable_cores() -> int:
-    """The cores that this process may use: fewer than all of them by its affinity or its cgroup's limit."""
+    """The number of cores that this process may use, given its affinity and its cgroup's limit."""
     everywhere = os.cpu_count() or 1
     mine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else everywhere
     return max(1, min(mine, math.ceil(limits().cores or mine)))
 
 
 class Limits(NamedTuple):
-    """What a container, or a scheduler's job, may have; None for what nothing limits."""
+    """The resource limits of a container or a scheduler's job; None: unlimited."""
 
     cores: float | None
     memory: int | None
@@ -69,7 +69,7 @@ class Limits(NamedTuple):
 
 
 def limits(membership: Path = _MEMBERSHIP, mounted: Path = _CGROUPS) -> Limits:
-    """The limits of this process's cgroup and of all above it, of either version.
+    """The tightest limits of this process's cgroup and its parents, in cgroup version 1 or 2.
 
     https://docs.kernel.org/admin-guide/cgroup-v2.html, `cpu.max` and `memory.max`; in version 1
     `cpu.cfs_quota_us` and `memory.limit_in_bytes`.
@@ -91,7 +91,7 @@ def limits(membership: Path = _MEMBERSHIP, mounted: Path = _CGROUPS) -> Limits:
 
 
 def _cgroups(membership: Path) -> list[tuple[str, str]]:
-    """The cgroups that this process is in: the controllers, which are none in version 2, and the path."""
+    """The cgroups of this process: the controllers (empty in version 2) and the path."""
     try:
         lines = membership.read_text(encoding="ascii").splitlines()
     except OSError:
@@ -100,7 +100,7 @@ def _cgroups(membership: Path) -> list[tuple[str, str]]:
 
 
 def _up(root: Path, path: str) -> list[Path]:
-    """A cgroup's folder and those above it; within a container some of them are not to be seen."""
+    """A cgroup's folder and its parents; in a container some of them are not visible."""
     folder = root / path.lstrip("/")
     return [folder, *(above for above in folder.parents if above.is_relative_to(root))]
 
@@ -123,7 +123,7 @@ def processor() -> str:
 
 
 def _gpus() -> dict[str, Any]:
-    """The NVIDIA GPUs by name and memory, their driver, and the newest CUDA that it can run."""
+    """The names and memory of the NVIDIA GPUs, their driver, and the newest CUDA version that it supports."""
     import pynvml
 
     try:
@@ -135,7 +135,7 @@ def _gpus() -> dict[str, Any]:
             "driver": str(pynvml.nvmlSystemGetDriverVersion()),
             "cuda": f"{cuda // 1000}.{cuda % 1000 // 10}",
         }
-    except pynvml.NVMLError:  # there is no driver, as on most machines without a GPU
+    except pynvml.NVMLError:  # no driver, as on most machines without a GPU
         return {"gpus": []}
 
 
@@ -146,7 +146,7 @@ def _mebibytes(gpu: Any) -> int:
 
 
 def output(command: list[str]) -> str | None:
-    """What a command writes; None where it is not there or fails."""
+    """The output of a command; None if it is missing or fails."""
     try:
         done = subprocess.run(command, capture_output=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
@@ -155,14 +155,14 @@ def output(command: list[str]) -> str | None:
 
 
 def free_port() -> int:
-    """A port of this machine that nothing listens on."""
+    """A free port of this machine."""
     with socket.socket() as free:
         free.bind(("", 0))
         return int(free.getsockname()[1])
 
 
 def visible_gpus() -> list[str]:
-    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them, without loading torch."""
+    """The GPUs that this process may use, as named in CUDA_VISIBLE_DEVICES; does not load torch."""
     import pynvml
 
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")

@@ -1,4 +1,4 @@
-"""What the keys of a config mean: the docstrings under its fields, read from the source."""
+"""Descriptions of config keys: the docstrings under the fields, read from the source."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def meanings_of(config: type, prefix: str = "") -> dict[str, str]:
-    """The docstring under each field of a config and of what it inherits from, by dotted key."""
+    """The docstring of each field of a config, inherited ones included, by dotted key."""
     found: dict[str, str] = {}
     for cls in reversed(config.__mro__):
         if dataclasses.is_dataclass(cls):
@@ -22,7 +22,7 @@ def meanings_of(config: type, prefix: str = "") -> dict[str, str]:
 
 
 def _documented(cls: type) -> dict[str, str]:
-    """Field -> the docstring under it, read from the source of the class."""
+    """The fields of a class with the docstrings under them, read from its source."""
     module = ast.parse(Path(inspect.getsourcefile(cls) or "").read_text(encoding="utf-8"))
     body = next(
         (n.body for n in ast.walk(module) if isinstance(n, ast.ClassDef) and n.name == cls.__name__), []

@@ -1,9 +1,9 @@
-"""Object stores, by fsspec: `s3://`, and whatever else fsspec has a driver for.
+"""Object stores: `s3://`, and anything else that fsspec has a driver for.
 
-A runs folder in a store has a working copy on this machine: what runs read and write is there, and
-`run/mirror.py` brings it to the store and back. A file in the working copy says which store it is of.
+A runs folder in a store has a working copy on this machine, where runs read and write; `run/mirror.py`
+synchronises it with the store. A file in the working copy holds the URL of its store.
 
-Credentials are the driver's to find: in the environment, a role, its own files. None is written down.
+The driver finds credentials itself: in the environment, a role, or its own files. stoker stores none.
 """
 
 from __future__ import annotations
@@ -28,33 +28,33 @@ log = logging.getLogger("stoker")
 
 _MARKER = ".object-store.json"
 _LONGEST_PAUSE = 5.0
-STALL = 120.0  # seconds in which at least one part of what is on its way must arrive
-_ANSWER = 30.0  # seconds that a request for something small may take
-_AWAY = 60.0  # seconds after which a store that did not answer is tried with patience again
-_PART = 8 * 2**20  # bytes of a part of a multipart upload
-_AT_ONCE = 4  # parts on their way
-_MOST_PARTS = 9000  # S3 takes 10,000
-# S3's driver tries each request several times; these are of one try.
+STALL = 120.0  # seconds in which at least one part of a transfer must arrive
+_ANSWER = 30.0  # seconds that a small request may take
+_AWAY = 60.0  # seconds for which requests to an unreachable store are not retried
+_PART = 8 * 2**20  # bytes per part of a multipart upload
+_AT_ONCE = 4  # parts in transfer at once
+_MOST_PARTS = 9000  # S3 allows 10,000
+# S3's driver retries each request itself; these settings are for one of its tries.
 _S3 = {"connect_timeout": 10, "read_timeout": 20, "retries": {"mode": "standard", "max_attempts": 3}}
 _S3_ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "FSSPEC_S3_ENDPOINT_URL")
 _FINAL = (FileNotFoundError, FileExistsError, IsADirectoryError)
 _TAGS = ("ETag", "etag", "md5Hash", "blob_id", "mtime", "LastModified")
-_NEEDED = "the credentials must be there, and let their holder list, read, write and delete in this folder"
+_NEEDED = "provide credentials that allow listing, reading, writing and deleting in this folder"
 _NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "TokenRetrievalError")
 
 T = TypeVar("T")
 
 
 class Stored(NamedTuple):
-    """An object as a store lists it."""
+    """An object in a store's listing."""
 
     size: int
     tag: str = ""
-    """Another one where the content is; empty where that is not known."""
+    """Changes with the content; empty if the store gives none."""
 
 
 class Unreachable(StokerError):
-    """An object store did not do what it was asked for, for as long as it was tried."""
+    """A request to an object store failed, and so did its retries."""
 
     again = True
 
@@ -65,11 +65,11 @@ def is_url(folder: str) -> bool:
 
 
 def check(url: str) -> None:
-    """Raises BadInput: a URL has credentials in it, or names nothing, or fsspec has no driver for it."""
+    """Raises BadInput if a URL contains credentials, names no folder, or fsspec has no driver for it."""
     parts = urlsplit(url)
     if parts.username or parts.password or "@" in parts.netloc:
         raise BadInput(
-            f"{parts.scheme}://...: leave credentials out of the URL, which is written down; "
+            f"{parts.scheme}://...: leave credentials out of the URL, because it is recorded; "
             "set them in the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE)"
         )
     if parts.query or parts.fragment or not (parts.netloc or parts.path.strip("/")):
@@ -78,10 +78,7 @@ def check(url: str) -> None:
 
 
 def working_copy(url: str) -> Path:
-    """The folder on this machine that stands for one in an object store; it is made where it is not there.
-
-    Raises BadInput as `check`.
-    """
+    """The working copy of a folder in an object store; created if missing. Raises BadInput, see `check`."""
     check(url)
     parts = urlsplit(url)
     folder = storage.cache_folder() / "stores" / _place(parts.scheme) / parts.netloc / parts.path.strip("/")
@@ -92,13 +89,13 @@ def working_copy(url: str) -> Path:
 
 
 def of(folder: Path) -> Store | None:
-    """The store that a runs folder is the working copy of; None for a folder that is just one."""
+    """The store of a working copy; None for an ordinary runs folder."""
     known = storage.read_json(folder / _MARKER)
     return Store(known["url"], known["id"]) if known else None
 
 
 def upload(folder: Path, url: str) -> None:
-    """Bring a folder's files below a URL; what else is there stays. Raises BadInput, Unreachable."""
+    """Upload a folder's files to a URL, without deleting anything there. Raises BadInput, Unreachable."""
     check(url)
     store = Store(url.rstrip("/"), "")
     for file in storage.files_under(folder):
@@ -106,7 +103,7 @@ def upload(folder: Path, url: str) -> None:
 
 
 def _place(scheme: str) -> str:
-    """A name for the server: two S3s may have buckets of one name."""
+    """A folder name for the server: two S3 servers may have buckets of the same name."""
     endpoint = next((os.environ[name] for name in _S3_ENDPOINTS if os.environ.get(name)), "")
     if scheme != "s3" or not endpoint:
         return scheme
@@ -119,7 +116,7 @@ def _check_driver(scheme: str) -> None:
     try:
         fsspec.get_filesystem_class(scheme)
     except ValueError as error:
-        raise BadInput(f"{scheme}://: fsspec knows no such store") from error
+        raise BadInput(f"{scheme}://: fsspec does not support this kind of store") from error
     except ImportError as error:
         hint = "pip install 'stoker[s3]'" if scheme == "s3" else str(error)
         raise BadInput(f"{scheme}:// needs a driver that is not installed: {hint}") from error
@@ -127,20 +124,23 @@ def _check_driver(scheme: str) -> None:
 
 @dataclass(frozen=True)
 class Store:
-    """A folder of an object store. Keys are paths below it.
+    """A folder in an object store. Keys are paths below it.
 
-    Each request is tried again, ever more slowly, for `patience` seconds; then it raises Unreachable, and
-    for a minute the next ones are tried once. What no second try would change is raised at once.
+    A request that fails is retried with growing pauses for `patience` seconds; then it raises Unreachable,
+    and for a minute, further requests are tried only once. Errors that a retry cannot fix are raised at once.
     """
 
     url: str
     copy: str
     """The id of the working copy on this machine."""
     patience: float = 10.0
-    """In seconds, and beyond what the driver itself tries."""
+    """Seconds of retries, in addition to the driver's own."""
 
     def read(self, key: str, first: int | None = None, last: int | None = None) -> bytes:
-        """An object, or its bytes from `first` to before `last`. Raises FileNotFoundError."""
+        """The content of an object, or its bytes from `first` up to, but not including, `last`.
+
+        Raises FileNotFoundError.
+        """
         return bytes(
             self._try(
                 lambda fs: _watched(fs, _ANSWER, "cat_file", self._path(key), start=first, end=last), key
@@ -148,16 +148,16 @@ class Store:
         )
 
     def write(self, key: str, content: bytes, *, new: bool = False) -> None:
-        """Write a small object. `new`: raises FileExistsError where there is one.
+        """Write a small object. With `new`, raises FileExistsError if it exists.
 
-        That of two who write at once one is refused holds where the driver can have the store see to it:
-        S3, Google's and Azure's.
+        Of two concurrent writers with `new`, exactly one succeeds if the driver supports conditional writes,
+        as those of S3, Google and Azure do.
         """
         mode = "create" if new else "overwrite"
         self._try(lambda fs: _watched(fs, _ANSWER, "pipe_file", self._path(key), content, mode=mode), key)
 
     def put(self, key: str, file: Path) -> None:
-        """Write a file of any size, in parts. Raises FileNotFoundError where there is no such file."""
+        """Upload a file of any size, in parts. Raises FileNotFoundError if it does not exist."""
         parts: dict[str, Any] = {"callback": _Parts()}
         if self.url.startswith("s3:"):
             size = max(_PART, file.stat().st_size // _MOST_PARTS)
@@ -165,7 +165,7 @@ class Store:
         self._try(lambda fs: _watched(fs, STALL, "put_file", str(file), self._path(key), **parts), key)
 
     def get(self, key: str, file: Path) -> None:
-        """Bring an object here; the file is there whole or not at all. Raises FileNotFoundError."""
+        """Download an object atomically. Raises FileNotFoundError."""
         file.parent.mkdir(parents=True, exist_ok=True)
         part = storage.unfinished(file)
         try:
@@ -176,7 +176,7 @@ class Store:
             part.unlink(missing_ok=True)
 
     def objects(self, folder: str = "") -> dict[str, Stored]:
-        """Every object below a folder, by its key; but for those whose key is no path below a folder."""
+        """All objects below a folder by key, except those whose key is not a safe path (`..`, `a//b`)."""
         base = self._path("").lstrip("/")
 
         def listed(fs: Any) -> dict[str, Stored]:
@@ -222,20 +222,20 @@ class Store:
                 if time.monotonic() - begun >= patience:
                     _away_until[self.url] = time.monotonic() + _AWAY
                     raise Unreachable(said) from error
-                log.debug("%s; trying again", said)
+                log.debug("%s; retrying", said)
                 tries += 1
                 time.sleep(random.uniform(0.5, 1.0) * min(0.2 * 2**tries, _LONGEST_PAUSE))
 
 
 _away_until: dict[str, float] = {}
-"""Stores that did not answer, by URL."""
+"""Unreachable stores: URL -> time until which requests are not retried."""
 
 
 @functools.cache
 def _file_system(scheme: str) -> Any:
-    """fsspec's file system, with timeouts and retries of its own where it has them; one a process.
+    """fsspec's file system for a scheme, one per process; for S3 with timeouts and retries.
 
-    The user's own settings for fsspec (FSSPEC_S3_..., its configuration files) come first.
+    The user's own fsspec settings (FSSPEC_S3_..., its configuration files) take precedence.
     """
     import fsspec
     from fsspec.config import conf
@@ -249,7 +249,7 @@ def _file_system(scheme: str) -> Any:
 
 
 class _Parts:
-    """Hears of the parts that have arrived; what fsspec calls a callback."""
+    """An fsspec callback that records when the last part arrived."""
 
     def __init__(self) -> None:
         self.at = time.monotonic()
@@ -262,10 +262,10 @@ class _Parts:
 
 
 def _watched(fs: Any, stall: float, request: str, *args: Any, **kwargs: Any) -> Any:
-    """Make a request; OSError where nothing arrives for `stall` seconds.
+    """Make a request; raises OSError if nothing arrives for `stall` seconds.
 
-    A driver that waits to be let send (`Expect: 100-continue`) may wait for ever, and one that is not
-    answered tries for minutes.
+    Otherwise a driver may wait forever for permission to send (`Expect: 100-continue`), or retry for minutes
+    without an answer.
     """
     if not fs.async_impl:
         return getattr(fs, request)(*args, **kwargs)
@@ -290,17 +290,17 @@ def _watched(fs: Any, stall: float, request: str, *args: Any, **kwargs: Any) -> 
 
 
 def _tag(about: dict[str, Any]) -> str:
-    """What a driver says of an object that changes with its content."""
+    """A value in a driver's listing that changes with the object's content."""
     return next((str(about[name]) for name in _TAGS if about.get(name)), "")
 
 
 def _is_taken(error: Exception) -> bool:
-    """Whether a store says, as S3 does (412), that an object which was to be new is there."""
+    """Whether an error means that an object to be created exists (412 from S3)."""
     return "PreconditionFailed" in str(error) or "At least one of the pre-conditions" in str(error)
 
 
 def _is_refused(error: Exception) -> bool:
-    """Whether no second try would change the answer: there are no credentials, or they do not suffice."""
+    """Whether credentials are missing or insufficient, so that a retry is useless."""
     if isinstance(error, PermissionError) or type(error).__name__ in _NO_CREDENTIALS:
         return True
     return any(word in str(error) for word in ("InvalidAccessKeyId", "SignatureDoesNotMatch", "AccessDenied"))

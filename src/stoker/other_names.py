@@ -1,14 +1,14 @@
-"""What other trainers call the keys and commands here, for those who come from them.
+"""The names that other trainers use for stoker's keys and commands.
 
-The names are those of transformers' Trainer, TRL, peft, Axolotl, LLaMA-Factory, torchtune and Lightning, of
-which docs/coming-from-trainers.md says more.
+They are those of transformers' Trainer, TRL, peft, Axolotl, LLaMA-Factory, torchtune and Lightning;
+docs/coming-from-trainers.md has the details.
 """
 
 from __future__ import annotations
 
 from collections.abc import Container
 
-# A key as it is called here, or with the value that is meant; several where both are.
+# A stoker key, a key with its value, or several keys -> the names that other trainers use for it.
 _KEYS = {
     "model": "base_model model_name model_name_or_path pretrained_model_name_or_path",
     "data": "dataset dataset_name dataset_path datasets train_dataset train_file",
@@ -84,38 +84,39 @@ _KEYS = {
     "seed": "data_seed manual_seed random_seed random_state",
 }
 _COMMANDS = {
-    "output_dir": "a run is written to a folder of its own under --runs DIR, called --name NAME",
-    "run_name": "the option is --name NAME",
+    "output_dir": "every run has its own folder: use the options --runs DIR and --name NAME",
+    "run_name": "use the option --name NAME",
     "resume_from_checkpoint": (
-        "the same command with the same --name NAME goes on from the newest checkpoint, and so does "
+        "to resume from the newest checkpoint, repeat the command with the same --name NAME, or use "
         "`stoker resume RUN`"
     ),
-    "report_to": "trackers are named by a variable, as in STOKER_SINKS=wandb",
-    "logging_steps": "it needs none: whatever is logged is kept, and recipes log every step",
-    "num_processes": "the option is --nproc N",
-    "num_machines": "the option is --nodes N",
-    "push_to_hub": "a run that has ended is pushed by `stoker models push RUN hub:org/name`",
-    "plot_loss": "curves are in `stoker report RUN`",
+    "report_to": "choose trackers with an environment variable, as in STOKER_SINKS=wandb",
+    "logging_steps": "not needed: every value that is logged is kept, and recipes log every step",
+    "num_processes": "use the option --nproc N",
+    "num_machines": "use the option --nodes N",
+    "push_to_hub": "when the run has ended, push it with `stoker models push RUN hub:org/name`",
+    "plot_loss": "use `stoker report RUN`, which draws the curves",
     "wandb_project": (
-        "trackers are named by a variable, as in STOKER_SINKS=wandb, and W&B's own hold, as WANDB_PROJECT "
-        "and WANDB_ENTITY"
+        "set environment variables: STOKER_SINKS=wandb, and W&B's own, such as WANDB_PROJECT and WANDB_ENTITY"
     ),
-    "flash_attention": "it needs none: on GPUs attention is one kernel, within each document",
-    "pad_to_sequence_len": "it needs none: packed rows are full, others as long as the longest of a batch",
-    "group_by_length": "it needs none: documents share rows by packing=true, with next to no padding",
-    "dataset_prepared_path": "it needs none: what was tokenised is found by its content, in STOKER_CACHE",
-    "shuffle": "it needs none: the order is shuffled by seed",
-    "local_rank": "it needs none: ranks are begun by --nproc N",
-    "overwrite_output_dir": "it needs none: another run has another --name NAME",
-    "save_strategy": "say how often, as in checkpoint_every=500 and eval_every=1ep",
-    "adapter": "adapters are trained where lora.rank is given, as in lora.rank=16, and else every weight is",
-    "dataset_split": "a split is part of the name: data=org/name#/split, or org/name#config/split",
-    "model_revision": "a revision is part of the name: model=org/name@revision",
-    "eos_token": "they are the tokenizer's own; add_tokens gives it others",
-    "system_prompt": "it is part of a record, its field `system` or a first message of the role `system`",
-    "model_type": "it needs none: it is known from the model's files",
-    "trust_remote_code": "there is none: code of a hub is never run here",
-    "rope_scaling": "there is nothing like it here",
+    "flash_attention": "not needed: on GPUs attention is one kernel, which attends within each document",
+    "pad_to_sequence_len": (
+        "not needed: packed rows are full, and others are padded to the longest row of their batch"
+    ),
+    "group_by_length": "not needed: with packing=true, documents share rows with almost no padding",
+    "dataset_prepared_path": "not needed: tokenised data is cached in STOKER_CACHE and found by its content",
+    "shuffle": "not needed: data is always shuffled, in an order that depends on seed",
+    "local_rank": "not needed: the option --nproc N starts the ranks",
+    "overwrite_output_dir": "not needed: give another run another --name NAME",
+    "save_strategy": "set intervals, as in checkpoint_every=500 and eval_every=1ep",
+    "adapter": "to train adapters, set lora.rank, as in lora.rank=16; otherwise the model's own weights are",
+    "dataset_split": "give the split with the name: data=org/name#/split, or org/name#config/split",
+    "model_revision": "give the revision with the name: model=org/name@revision",
+    "eos_token": "special tokens come from the tokenizer; add_tokens adds others",
+    "system_prompt": "put it into each record: a field `system`, or a first message with that role",
+    "model_type": "not needed: it is read from the model's files",
+    "trust_remote_code": "not supported: code from a hub is never run",
+    "rope_scaling": "stoker has no equivalent",
 }
 _SAME = {
     "output_dir": "default_root_dir logging_dir out_dir",
@@ -147,22 +148,22 @@ _SAME = {
 _OURS = {name: key for key, names in _KEYS.items() for name in names.split()}
 _OPTIONS = _COMMANDS | {name: _COMMANDS[key] for key, names in _SAME.items() for name in names.split()}
 
-_LEAST = 5  # letters that tell which name is begun
+_LEAST = 5  # the fewest letters that identify a name by its beginning
 
 
 def keys_for(name: str, keys: Container[str]) -> tuple[str, ...]:
-    """What is called so elsewhere: `lr`, or with its value `precision=bf16`; empty where not all are keys."""
+    """The keys for another trainer's name: `lr`, or with a value `precision=bf16`; empty unless all exist."""
     found = tuple(_OURS.get(name, "").split())
     return found if all(key.partition("=")[0] in keys for key in found) else ()
 
 
 def command_for(name: str) -> str:
-    """Which option or command does what a key elsewhere does, as a clause; empty where none is known."""
+    """A clause that says what replaces another trainer's key; empty if nothing is known."""
     return _OPTIONS.get(name, "")
 
 
 def begun(name: str) -> str:
-    """What a key elsewhere is called of which this is the beginning, as `gradient_accum`; empty for none."""
+    """The shortest name of another trainer that starts like this (`gradient_accum`); empty if none does."""
     if len(name) < _LEAST:
         return ""
     return min((known for known in _OURS if known.startswith(name)), key=len, default="")

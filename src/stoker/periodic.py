@@ -1,4 +1,4 @@
-"""Small jobs beside the training loop, each every so many seconds, in one thread."""
+"""Small periodic jobs in a background thread beside the training loop."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ log = logging.getLogger("stoker")
 
 @dataclass(frozen=True)
 class Job:
-    """Something to do every so many seconds. What it raises is logged once; it is tried again."""
+    """Something to do every `seconds` seconds. Its first exception is logged, and it keeps being called."""
 
     seconds: float
     do: Callable[[], None]
 
 
 class Periodic:
-    """Does jobs, until `close`, in a daemon thread.
+    """Runs jobs in a daemon thread until `close`.
 
-    The thread stays for the next one of that name: a process that trains one short trial after another is
-    not to start it for each.
+    The thread is kept for later jobs with the same name, so that a process with many short trials does not
+    start one for each.
 
     Args:
-        name: of the thread; jobs of one thread wait for each other.
+        name: name of the thread; jobs of one thread run one after another.
     """
 
     def __init__(self, jobs: Sequence[Job], name: str = "stoker-periodic") -> None:
@@ -38,8 +38,8 @@ class Periodic:
         self._thread.take(self._tasks)
 
     def close(self) -> None:
-        """Let the job under way end, and begin no other."""
-        if self._thread in _THREADS.values():  # no thread comes along to a process made by fork
+        """Wait for the current job to end, and start no other."""
+        if self._thread in _THREADS.values():  # a forked process does not have the thread
             self._thread.drop(self._tasks)
 
 
@@ -60,14 +60,14 @@ class _Task:
 
 
 class _Thread:
-    """Does what is due, one thing after the other, from the first task on."""
+    """Runs tasks when they are due, one after another; started with the first task."""
 
     def __init__(self, name: str) -> None:
         self._name = name
         self._tasks: set[_Task] = set()
         self._doing: _Task | None = None
         self._looks_at = 0.0
-        """When it wakes by itself."""
+        """When it wakes up by itself."""
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
 
@@ -108,4 +108,4 @@ class _Thread:
 
 
 _THREADS: dict[str, _Thread] = {}
-os.register_at_fork(after_in_child=_THREADS.clear)  # no thread comes along
+os.register_at_fork(after_in_child=_THREADS.clear)  # threads do not survive a fork

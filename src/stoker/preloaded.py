@@ -1,7 +1,8 @@
-"""What a server of processes imports last: what each of them would do again is done once.
+"""The last import of a forkserver: work that each forked process would otherwise repeat.
 
-Its processes share the server's memory until they write to it. A full collection of garbage would write to
-all of it, in each of them, and looks at everything that the server has imported, which is never garbage.
+Forked processes share the server's memory until they write to it. A full garbage collection in each of them
+would write to all of it, and visit every imported object, although none of these is garbage: so they are
+frozen here.
 """
 
 from __future__ import annotations

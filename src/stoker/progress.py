@@ -1,7 +1,7 @@
 """The progress of a training loop on standard error: a bar on a terminal, plain lines elsewhere.
 
-It reads what the run has written already, from a thread of its own, so showing it never
-waits for the device nor slows a step.
+It reads what the run has already written, in a separate thread, so it neither waits for the device nor slows
+a step.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ _REFRESH_EVERY = 0.25
 
 @dataclass(frozen=True)
 class Reading:
-    """How far a loop is."""
+    """The progress of a loop."""
 
     step: int
     total: int
     loss: float | None
     rate: float | None
-    """Tokens, or samples, per second."""
+    """Tokens or samples per second."""
     unit: str
     seconds_left: float | None
 
     def texts(self) -> list[str]:
-        """`loss 3.214`, `10.9k tok/s`, `1:02 left`, as far as they are known."""
+        """`loss 3.2140`, `10.9k tok/s`, `1:02 left`, those that are known."""
         texts = [f"loss {self.loss:.4f}"] if self.loss is not None else []
         if self.rate is not None:
             texts.append(f"{short(self.rate)} {self.unit}/s")
@@ -42,7 +42,7 @@ class Reading:
 
 
 class ProgressDisplay:
-    """Shows readings until it is left; `read` is called from another thread."""
+    """A context manager that shows readings; `read` is called from another thread."""
 
     def __init__(self, title: str, read: Callable[[], Reading]) -> None:
         self._title = title

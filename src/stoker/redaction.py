@@ -1,15 +1,15 @@
-"""What must not be written down: secrets, known by their name, look, value or file.
+"""Redaction of secrets, which are recognised by name, format, file or value.
 
-- A name: `password`, `HF_TOKEN`, `db.api_key`. What stands under it is removed.
-- A look: the formats of well-known keys and tokens, of private keys, of URLs with a password. The
-  formats are those of gitleaks (https://github.com/gitleaks/gitleaks, `config/gitleaks.toml`) and of
-  detect-secrets (https://github.com/Yelp/detect-secrets, `detect_secrets/plugins`).
-- A file: `.env`, `key.pem`, `id_rsa`, where git does not have it.
-- A value: what an environment variable of such a name holds now, or what a config held under such a
-  name (`keep_out`), wherever it turns up.
+- Name: `password`, `HF_TOKEN`, `db.api_key`. The value with that name is removed.
+- Format: well-known keys and tokens, private keys, URLs with a password. The formats are those of gitleaks
+  (https://github.com/gitleaks/gitleaks, `config/gitleaks.toml`) and detect-secrets
+  (https://github.com/Yelp/detect-secrets, `detect_secrets/plugins`).
+- File: `.env`, `key.pem`, `id_rsa`, unless git tracks it.
+- Value: the current value of an environment variable with such a name, or a config value with such a name
+  (`keep_out`), wherever it occurs.
 
-Everything that is written into a run's directory as text comes through here. Each look is searched for
-only where the few characters that it begins with occur at all, so most texts cost a few scans of memory.
+All text written to a run's directory passes through here. Each format is searched for only if a few
+of its fixed characters occur in the text, so most texts take only a few scans of memory.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from pathlib import PurePath
 from typing import Any
 
 REDACTED = "[REDACTED]"
-"""What stands in place of a secret."""
+"""Replaces a secret."""
 
-_LEAST = 8  # characters of a value that is removed wherever it turns up: shorter ones are words
-_SHORT = 400  # characters of a text that is remembered without its secrets
-_BACK = 400  # characters that are looked at before a name, to know what it stands in
-_MOST_WORDS = 4  # of a value where words are none, as in `Basic c2VjcmV0`: more are a text
-_MOST = 4000  # characters of a value that are looked at to know what it is
-_BINARY = 8192  # bytes at the start of a file in which a zero byte says that it is no text, as git has it
+_LEAST = 8  # the fewest characters of a value that is removed everywhere: shorter ones may be words
+_SHORT = 400  # characters of a text up to which its redacted form is cached
+_BACK = 400  # characters before a name that are searched for its context
+_MOST_WORDS = 4  # the most words of an uncertain secret, such as `Basic c2VjcmV0`; longer values are prose
+_MOST = 4000  # characters of a value that are inspected
+_BINARY = 8192  # a zero byte within so many bytes marks a binary file, as in git
 
 _WORDS = re.compile(
     r"""passw(?:or)?d | passphrase | passcode
@@ -49,7 +49,7 @@ _WORDS = re.compile(
     | (?-i:[A-Z0-9]_PAT)$  # a personal access token; `file_pat` is a pattern, `PWD` a folder""",
     re.VERBOSE | re.IGNORECASE,
 )
-_OTHER_THAN_SECRET = re.compile(  # what such a word is only about, or a token of a text
+_OTHER_THAN_SECRET = re.compile(  # names of properties of secrets, and of tokens of text
     r"""(?:^|[_.\-])(?<!webhook.)(?:
         file|path|dir|folder|name|env|var|type|kind|method|mode|id|ids|sock|socket|url|uri|endpoint|header|headers
         |count|len|length|limit|size|budget|dim|index|mask|ratio|rate|weight|loss|class|prefix|suffix|expires|required
@@ -63,7 +63,7 @@ _OTHER_THAN_SECRET = re.compile(  # what such a word is only about, or a token o
 )
 _CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 
-# What a key looks like, with characters that each of its forms begins with. Group "kept" stays.
+# Formats of secrets, each with characters of which at least one occurs in every match. Group "kept" stays.
 _LOOKS: tuple[tuple[tuple[str, ...], re.Pattern[str]], ...] = tuple(
     (starts, re.compile(pattern))
     for starts, pattern in (
@@ -84,7 +84,7 @@ _LOOKS: tuple[tuple[tuple[str, ...], re.Pattern[str]], ...] = tuple(
         (("npm_",), r"\bnpm_[A-Za-z0-9]{36}"),
         (("pypi-AgE",), r"\bpypi-AgE[\w-]{50,}"),
         (("dapi",), r"\bdapi[a-f0-9]{32}(?:-\d)?\b"),
-        (("local-",), r"\blocal-[0-9a-f]{40}\b"),  # of a W&B server of one's own
+        (("local-",), r"\blocal-[0-9a-f]{40}\b"),  # a self-hosted W&B server
         (("eyJ",), r"\beyJ[A-Za-z0-9_-]{14,}\.eyJ[A-Za-z0-9_-]{14,}\.[A-Za-z0-9_-]{10,}={0,2}"),
         (
             ("PRIVATE KEY",),
@@ -97,9 +97,9 @@ _LOOKS: tuple[tuple[tuple[str, ...], re.Pattern[str]], ...] = tuple(
     )
 )  # fmt: skip
 
-# What is assigned to the name of a secret is one, whatever its characters. A name is found by a part of a
-# word in it (to-ken, s-cre-t, a-uth: what begins with a rare letter is found faster), together with the sign
-# that follows: `name =`, `"name":`, `name: str =`, `["name"] =`, `("name",`.
+# A value assigned to the name of a secret is a secret, whatever its characters. A name is found by a part of
+# a word (to-ken, s-cre-t, a-uth: starting with a rare letter is faster), together with the sign that follows:
+# `name =`, `"name":`, `name: str =`, `["name"] =`, `("name",`.
 _NAMED = re.compile(
     r"(?:p(?:ass|at|w)|k(?:en|ey|ie)|c(?:re|onnection)|uth|bearer|jwt|dsn|webhook)[\w.\-]{0,80}+"
     r"(?P<close>\\?[\"'])?\]?(?:[ \t]*:[ \t]*[\w\[\]. |]{1,40}(?==[^=]))?\s*?(?P<sign>[:=]=|[=:]>?|,)"
@@ -116,8 +116,8 @@ _QUERY = re.compile(r"(?P<kept>[?&](?P<name>[\w.\-]{2,64})=)(?P<value>[^\s&\"'`<
 _SIGNS_URL = re.compile(r"(?:^|[_.\-])(?:sig|signature|credential|key|code)$", re.IGNORECASE)
 _IN_URL = re.compile(r"(?P<kept>://[^/\s:@'\"<>]*:)(?P<value>[^@/\s'\"]+)(?=@)")
 
-# What a command or a parser of its options is given, with characters that each form has. A value under
-# a "name" is a secret as that is, one without where it is no word.
+# Values given to a command or defined in an option parser, each with characters that occur in every match. A
+# group "name" must name a secret. A plain word is not a secret, unless it is quoted and its name is certain.
 _GIVEN: tuple[tuple[tuple[str, ...], re.Pattern[str]], ...] = tuple(
     (starts, re.compile(pattern))
     for starts, pattern in (
@@ -143,19 +143,19 @@ _GIVEN: tuple[tuple[tuple[str, ...], re.Pattern[str]], ...] = tuple(
         ),
     )
 )  # fmt: skip
-_OF_FILES = {  # what is a secret in files of their own form, by their names
+_OF_FILES = {  # secrets in files with a format of their own, by file name
     ".netrc": re.compile(r"(?P<kept>\b(?:password|account)\s+)(?P<value>\S+)"),
     ".pgpass": re.compile(r"(?m)^(?P<kept>(?!#)(?:(?:\\.|[^:\\\n])*:){4})(?P<value>.+)$"),
 }
 
-# What stands for a value that is found elsewhere.
+# Placeholders and references that stand for a value defined elsewhere.
 _FIELD = re.compile(
     r"\$\{\{.*?\}\}|\$\{[^}]*\}|\$\([^)]*\)|\$[A-Z_][A-Z0-9_]*\b|\$[a-z_]+\b|\{\{.*?\}\}|\{[A-Za-z_][^{}]*\}"
     r"|<[^<>]*>|%\(\w+\)s|%[sd]"
 )
 _EXPRESSION = re.compile(r"[A-Za-z_][\w.]*(?:\(.*\)|\[.*\]|\(\S*)[\s,;)]*")
 _READ = re.compile(r"[A-Za-z_][A-Za-z_.]*\d?")
-_CERTAIN = re.compile(  # names under which words are secrets too; those under `token` or `auth` need not be
+_CERTAIN = re.compile(  # names whose values are secrets even if they are words, unlike `token` or `auth`
     r"passw(?:or)?d|passphrase|passcode|(?:^|[_.\-])(?:pwd?|dsn|[a-z]*pass)\d*$|keys?\d*$|webhook|connection|_pat$"
     r"|(?:client|app)[_\-]secret$|(?-i:[A-Z0-9]_SECRET$)",
     re.IGNORECASE,
@@ -172,18 +172,18 @@ _NO_SECRETS = frozenset({
     "true", "false", "str", "string", "bytes", "any", "empty", "undefined", "default",
 })  # fmt: skip
 
-_kept_out: set[str] = set()  # of the process, as its environment is: a secret is one whoever writes
+_kept_out: set[str] = set()  # global like the environment: a secret stays one, whichever run is written
 
 
 @functools.lru_cache(4096)
 def is_secret_name(name: str) -> bool:
-    """Whether what stands under a name is a secret: `HF_TOKEN`, `dbPassword`; not `pad_token`."""
+    """Whether a name is that of a secret: `HF_TOKEN`, `dbPassword`, but not `pad_token`."""
     spelled = _CAMEL.sub("_", name) if not name.isupper() else name
     return _WORDS.search(spelled) is not None and _OTHER_THAN_SECRET.search(spelled) is None
 
 
 def keep_out(config: Mapping[str, Any]) -> None:
-    """Remove the secrets of a config from all that this process writes down from now on."""
+    """Remove the secrets of a config from everything that this process writes from now on."""
     _kept_out.update(filter(_is_distinct, _secrets(config)))
 
 
@@ -191,7 +191,7 @@ def text(said: str, *, code: bool = False) -> str:
     """A text without its secrets.
 
     Args:
-        code: it is of a programming language: only what stands in quotes or in a comment is a value there.
+        code: the text is source code, in which only string literals and comments contain values.
     """
     known = tuple(values()) if len(said) >= _LEAST else ()
     return (_of_short if len(said) < _SHORT else _without_secrets)(said, known, code)
@@ -213,11 +213,11 @@ def _without_secrets(said: str, known: tuple[str, ...], code: bool) -> str:
     return _without_named(said, code=code)
 
 
-_of_short = functools.lru_cache(1024)(_without_secrets)  # trials of a search say the same again
+_of_short = functools.lru_cache(1024)(_without_secrets)  # trials of a search write the same texts
 
 
 def tree(value: Any) -> Any:
-    """A value of JSON types without the secrets in it: those under a name, and those within texts."""
+    """A JSON value without its secrets: values with the name of a secret, and secrets within strings."""
     if isinstance(value, str):
         return text(value)
     if isinstance(value, Mapping):
@@ -228,7 +228,7 @@ def tree(value: Any) -> Any:
 
 
 def hidden(value: Any) -> Any:
-    """A secret, hidden: its texts are replaced; numbers, and that there is none, are no secret."""
+    """A secret with its strings replaced; numbers, None and empty strings stay."""
     if isinstance(value, str):
         return REDACTED if value else value
     if isinstance(value, Mapping):
@@ -239,12 +239,12 @@ def hidden(value: Any) -> Any:
 
 
 def holds_redacted(value: Any) -> bool:
-    """Whether something was removed from a value of JSON types."""
+    """Whether a JSON value contains a redacted string."""
     return any(REDACTED in said for said in _texts(value))
 
 
 def command(words: Sequence[str]) -> list[str]:
-    """The words of a command without their secrets: `password=...`, and what follows `--password`."""
+    """The words of a command without secrets such as those in `password=...` or after `--password`."""
     found: list[str] = []
     for word in words:
         name, sign, value = word.partition("=")
@@ -259,12 +259,12 @@ def command(words: Sequence[str]) -> list[str]:
 
 
 def variables(given: Mapping[str, str]) -> dict[str, str]:
-    """Environment variables without the secrets among them."""
+    """Environment variables with their secrets replaced."""
     return {name: REDACTED if is_secret_name(name) else text(value) for name, value in given.items()}
 
 
 def content(path: str, data: bytes) -> bytes | None:
-    """The content of a file without its secrets; None where it is no text, and holds one."""
+    """The content of a file without its secrets; None for a binary file that contains one."""
     if b"\0" in data[:_BINARY]:
         return None if holds(data, values()) else data
     said = data.decode("utf-8", "surrogateescape")
@@ -275,22 +275,22 @@ def content(path: str, data: bytes) -> bytes | None:
 
 
 def is_code(path: str) -> bool:
-    """Whether a file is of a programming language, by its ending."""
+    """Whether a file is source code, by its extension."""
     return PurePath(path).suffix.lower() in _FROM_CODE
 
 
 def is_secret_file(path: str) -> bool:
-    """Whether a file is one of secrets, by its name: `.env`, `key.pem`, `id_rsa`."""
+    """Whether a file holds secrets, by its name: `.env`, `key.pem`, `id_rsa`."""
     return _SECRET_FILE.fullmatch(PurePath(path).name) is not None
 
 
 def holds(data: bytes, values: Sequence[str]) -> bool:
-    """Whether one of some values is in a file."""
+    """Whether a file's content contains any of the values."""
     return any(value.encode() in data for value in values)
 
 
 def rules() -> bytes:
-    """What tells the names and looks of this version from those of another."""
+    """A hash that changes with the names and formats of this module."""
     known = [look.pattern for _, look in (*_LOOKS, *_GIVEN)] + [own.pattern for own in _OF_FILES.values()]
     patterns = (
         _WORDS, _OTHER_THAN_SECRET, _CAMEL, _NAMED, _STRING, _WORD, _BEGINS_LINE, _PAIR, _QUERY,
@@ -301,13 +301,13 @@ def rules() -> bytes:
 
 
 def values() -> list[str]:
-    """The secrets that this process knows, the longest first: one may be part of another."""
+    """The secrets that this process knows, longest first, because one may be part of another."""
     told = (os.environ.get(name, "") for name in os.environ if is_secret_name(name))
     return sorted({*filter(_is_distinct, told), *_kept_out}, key=len, reverse=True)
 
 
 def _is_distinct(value: str) -> bool:
-    """Whether a value may be removed wherever it turns up: it is no word, no path, and no placeholder."""
+    """Whether a value may be removed wherever it occurs: it is not a word, path or placeholder."""
     if len(value) < _LEAST or value.lower() in _NO_SECRETS or REDACTED in value:
         return False
     return not (value.startswith(("/", "~")) and os.path.exists(os.path.expanduser(value)))  # noqa: PTH110,PTH111
@@ -325,7 +325,7 @@ def _texts(value: Any) -> Iterable[str]:
 
 
 def _secrets(value: Any) -> Iterable[str]:
-    """What stands under the names of secrets in a value of JSON types, at any depth."""
+    """The strings in a JSON value with names of secrets, at any depth."""
     if isinstance(value, Mapping):
         for name, item in value.items():
             yield from _texts(item) if is_secret_name(str(name)) else _secrets(item)
@@ -343,7 +343,7 @@ def _without_value(found: re.Match[str]) -> str:
 
 
 def _without_given(found: re.Match[str]) -> str:
-    """What a command is given without its value, where its name is that of a secret, or it is no word."""
+    """A match of `_GIVEN` without its value, if the value is a secret."""
     known = found.groupdict()
     name = known.get("name")
     if name is not None and not is_secret_name(name):
@@ -355,15 +355,15 @@ def _without_given(found: re.Match[str]) -> str:
 
 
 def _without_queried(found: re.Match[str]) -> str:
-    """A pair of a URL's query without its value, where its name is that of a secret or of a signature."""
+    """A query parameter of a URL without its value, if its name is that of a secret or a signature."""
     name = found["name"]
     is_named = is_secret_name(name) or (_SIGNS_URL.search(name) is not None and _is_random(found["value"]))
     return _without_value(found) if is_named else found[0]
 
 
 def _without_named(said: str, *, code: bool) -> str:
-    """A text without what is assigned to names of secrets in it."""
-    lower = said.lower() if said.isascii() else said.replace("\u0130", "I").lower()  # as long as the text
+    """A text without the values that are assigned to names of secrets."""
+    lower = said.lower() if said.isascii() else said.replace("\u0130", "I").lower()  # of equal length
     kept, done = [], 0
     for start, end in sorted(
         span for found in _NAMED.finditer(lower) for span in _assigned(said, found, code=code)
@@ -375,7 +375,7 @@ def _without_named(said: str, *, code: bool) -> str:
 
 
 def _assigned(said: str, found: re.Match[str], *, code: bool) -> Iterable[tuple[int, int]]:
-    """Where the secrets stand that are assigned to a name, if it is that of one."""
+    """The spans of the values assigned to a name, if they are secrets."""
     start = found.start()
     while start and said[start - 1] in _IN_NAMES:
         start -= 1
@@ -386,7 +386,7 @@ def _assigned(said: str, found: re.Match[str], *, code: bool) -> Iterable[tuple[
     certain = found["sign"] not in (",", "==") and _CERTAIN.search(_CAMEL.sub("_", name)) is not None
     string = _STRING.match(said, found.end())
     if string and not (code and _closes(said, start, found, string)) and _is_literal(string, found["sign"]):
-        is_name = string["value"].isupper() and _is_found_elsewhere(string["value"])  # of a variable
+        is_name = string["value"].isupper() and _is_found_elsewhere(string["value"])  # names a variable
         is_one = not is_name and _is_secret(string["value"], certain=certain)
         return _in_pieces(said, string) if is_one else ()
     if found["sign"] in (",", "=="):
@@ -395,7 +395,7 @@ def _assigned(said: str, found: re.Match[str], *, code: bool) -> Iterable[tuple[
 
 
 def _in_pieces(said: str, string: re.Match[str]) -> Iterable[tuple[int, int]]:
-    """Where a text in quotes stands, and in brackets also those that follow: Python makes one of them."""
+    """The span of a string literal; within parentheses also of those that Python concatenates to it."""
     bracket = "(" in string["space"]
     piece: re.Match[str] | None = string
     while piece is not None:
@@ -405,14 +405,14 @@ def _in_pieces(said: str, string: re.Match[str]) -> Iterable[tuple[int, int]]:
 
 
 def _closes(said: str, start: int, found: re.Match[str], string: re.Match[str]) -> bool:
-    """Whether the quote after a sign ends the text that the name stands in: `"password=" + given + ";"`."""
+    """Whether the quote after a sign closes the string with the name: `"password=" + given + ";"`."""
     if found["close"] or string.start("open") > found.end():
         return False
     return said.count(string["open"], said.rfind("\n", max(0, start - _BACK), start) + 1, start) % 2 == 1
 
 
 def _is_literal(string: re.Match[str], sign: str) -> bool:
-    """Whether what stands in quotes after a sign is its value: no next line's, nothing that is computed."""
+    """Whether a string after a sign is its literal value, not one on a later line or an f-string."""
     if "\n" in string["space"] and sign != "=":
         return False
     if "\n" in string["value"] and len(string["open"].lstrip("\\")) == 1:
@@ -423,7 +423,7 @@ def _is_literal(string: re.Match[str], sign: str) -> bool:
 def _bare(
     said: str, start: int, found: re.Match[str], *, code: bool, certain: bool
 ) -> Iterable[tuple[int, int]]:
-    """Where a value without quotes stands: what is left of the line that its name begins, or a word."""
+    """The spans of unquoted values: the rest of the line if it starts with the name, else the next word."""
     begin = max(said.rfind("\n", max(0, start - _BACK), start) + 1, start - _BACK)
     before = said[begin:start]
     is_in_text = found["sign"] == "=" and (before.count('"') % 2 == 1 or before.count("'") % 2 == 1)
@@ -443,7 +443,7 @@ def _bare(
 
 
 def _line(said: str, start: int) -> tuple[str, tuple[int, int]]:
-    """What is left of a line, and where it stands, without a comment and the comma of a list."""
+    """The rest of a line and its span, without a comment or trailing comma."""
     end = _next_line(said, start)
     written = said[start:end].partition(" #")[0]
     value = written.strip(" \t\r\n,")
@@ -457,16 +457,16 @@ def _next_line(said: str, start: int) -> int:
 
 
 def _is_found_elsewhere(value: str) -> bool:
-    """Whether it is no value but where one comes from: a call, a name; or what is to be filled in."""
+    """Whether a value is only a reference (a call, a name) or a placeholder to be filled in."""
     if value.startswith("...") or _EXPRESSION.fullmatch(value[:_MOST]):
         return True
     return _READ.fullmatch(value) is not None and is_secret_name(value)  # `token = config.token`
 
 
 def _block(said: str, start: int, column: int, *, certain: bool) -> Iterable[tuple[int, int]]:
-    """Where values stand on the lines after a YAML key: those further in, a list or a text."""
+    """The spans of values on the indented lines after a YAML key: a list or a block of text."""
     while start < len(said):
-        value, (begin, end) = _line(said, start + (said[start] in "+-"))  # of a list, or of a diff
+        value, (begin, end) = _line(said, start + (said[start] in "+-"))  # a list or a diff
         in_list = value.startswith("- ")
         if value and begin - start <= column and not in_list:
             return
@@ -476,10 +476,10 @@ def _block(said: str, start: int, column: int, *, certain: bool) -> Iterable[tup
 
 
 def _is_secret(value: str, *, certain: bool) -> bool:
-    """Whether a value under the name of a secret is one: it does not stand for one that is elsewhere.
+    """Whether a value with the name of a secret is one, not a placeholder.
 
     Args:
-        certain: all values under that name are; else words of a text may stand under it.
+        certain: every value with this name is a secret; otherwise plain words are not.
     """
     left = _FIELD.sub("", value[:_MOST]).replace(REDACTED, "")
     if value.strip("\"' ").lower() in _NO_SECRETS or not any(map(str.isalnum, left)):
@@ -489,7 +489,7 @@ def _is_secret(value: str, *, certain: bool) -> bool:
 
 
 def _is_random(word: str) -> bool:
-    """Whether it is no word of a language: it has letters and digits."""
-    if len(word) < _LEAST or "\\" in word:  # a character that is escaped is one of a text
+    """Whether a word is not one of a natural language: it has both letters and digits."""
+    if len(word) < _LEAST or "\\" in word:  # escaped characters occur in prose
         return False
     return any(map(str.isalpha, word)) and any(map(str.isdigit, word))

@@ -1,8 +1,8 @@
-"""What a Trainer saves and restores: the model, its optimizers, the average, the position, randomness,
-and what a script registered.
+"""Saving and restoring the state of a Trainer: the model, its optimizers, the moving average, the position,
+random states, and objects that a script registered.
 
-Tensors stand under the parameters' own names whatever the strategy, so that a checkpoint says
-nothing of how it was made.
+Tensors are stored under the parameters' own names under every strategy, so a checkpoint does not depend on
+the strategy that wrote it.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ log = logging.getLogger("stoker")
 
 @dataclass(frozen=True)
 class Saved:
-    """All that a run is resumed from."""
+    """The state from which a run is resumed."""
 
     mesh: Mesh
     step: Step
     built: Mapping[str, state.Groups]
-    """The hyperparameters that its optimizers were made with."""
+    """The hyperparameters with which the optimizers were created."""
     frozen: Frozen
     modes: Modes
     scale: LossScale
@@ -57,7 +57,7 @@ class Saved:
         return self.mesh.world
 
     def capture(self, position: Mapping[str, Any]) -> tuple[Tensors, dict[str, Any]]:
-        """This rank's tensors, and the values of all ranks as one. All ranks call it."""
+        """This rank's tensors, and the joined values of all ranks. All ranks call it."""
         strategies.gather_no_more(self.step.model)
         self.frozen.check(position["step"])
         copies.check(
@@ -82,9 +82,9 @@ class Saved:
         return tensors, {**joined, "scale": self.scale.state(), "position": dict(position)}
 
     def restore(self, checkpoint: manifest.Checkpoint) -> tuple[dict[str, Any], Any]:
-        """Put a checkpoint back; returns its position, and the random state, to be restored last.
+        """Restore a checkpoint; returns its position, and the random state, which must be restored last.
 
-        The random state is None where the checkpoint was made by fewer ranks.
+        The random state is None on a rank that did not exist when the checkpoint was saved.
         """
         tensors, values = self._put(checkpoint)
         self.scale.restore(values["scale"])
@@ -98,12 +98,12 @@ class Saved:
         return values["position"], random
 
     def _part(self) -> tuple[int, ...]:
-        """Which part of the model this rank holds. DeepSpeed cuts up weights, and moves them by itself."""
+        """The part of the model that this rank holds. DeepSpeed partitions the weights itself."""
         return (self.mesh.stage, self.mesh.shard) if self._zero is None else (self.world.rank,)
 
     @property
     def _zero(self) -> DeepSpeedStep | None:
-        """The step, where it is DeepSpeed's."""
+        """The step, if it is DeepSpeed's."""
         from stoker.engine.zero import DeepSpeedStep
 
         return self.step if isinstance(self.step, DeepSpeedStep) else None
@@ -126,7 +126,7 @@ class Saved:
         return (tensors if self.world.rank == 0 else {}), values
 
     def _averaged(self) -> Tensors:
-        """The averages by the parameters' names, as the model's tensors are captured."""
+        """The averaged weights by parameter name, distributed over ranks like the model's tensors."""
         zero = self._zero
         if self.ema is None:
             return {}
@@ -170,13 +170,13 @@ class Saved:
 
 
 class Checkpoints:
-    """The checkpoints of a run, all ranks together: written beside the loop, found, restored, pruned.
+    """Writes the checkpoints of a run in the background, and finds, restores and prunes them, on all ranks.
 
     Args:
-        keep: how many of the newest are kept.
-        every: those of a step that this divides are kept as well.
-        best: the metric by which the best one is kept as well.
-        done: called on rank 0 with the step of each one that is on disk, by the thread that wrote it.
+        keep: the number of newest checkpoints to keep.
+        every: checkpoints whose step is a multiple of this are kept too.
+        best: the metric that defines the best checkpoint, which is kept too.
+        done: called on rank 0 with the step of each checkpoint that is on disk, from the writing thread.
     """
 
     def __init__(
@@ -201,10 +201,10 @@ class Checkpoints:
         self.restore = saved.restore
 
     def save(self, position: Mapping[str, Any], *, exact: bool = False) -> None:
-        """Begin to write one of the state as it is, at a position: `step`, `samples`, whatever else.
+        """Start to save the current state at a position: `step`, `samples`, and anything else.
 
         Args:
-            exact: it is the best by what was measured of these very weights alone.
+            exact: record the metric of the best checkpoint only if it was measured at this step.
         """
         tensors, values = self._saved.capture(position)
         if self._attempt.world.rank == 0 and self.improves():
@@ -218,30 +218,32 @@ class Checkpoints:
 
     @property
     def failed(self) -> bool:
-        """Whether the one on its way could not be written; `wait` says why."""
+        """Whether the checkpoint being written has failed; `wait` raises the error."""
         return self._saver.failed
 
     def newest(self, but: Set[int] = frozenset()) -> tuple[manifest.Checkpoint | None, list[str]]:
-        """The newest one that rank 0 finds valid, on every rank; and, on rank 0, those passed over, said.
+        """The newest checkpoint that rank 0 finds valid, on every rank; rank 0 also gets the skipped ones.
 
         Args:
-            but: steps whose checkpoints are left out.
+            but: steps whose checkpoints are ignored.
         """
         found, passed_over = None, list[str]()
         if self._attempt.world.rank == 0:
             found, passed_over = self._attempt.newest_checkpoint(but)
         for reason in passed_over:
-            log.warning("passed over checkpoint %s", reason)
+            log.warning("skipped checkpoint %s", reason)
         agreed = distributed.from_rank_zero(None if found is None else found.step)
         if self._attempt.world.rank > 0 and agreed is not None:
             found = manifest.read(manifest.folder(self._folder, agreed))
         return found, passed_over
 
     def check_none_lost(self, passed_over: Sequence[str]) -> None:
-        """A run may go on without a checkpoint where it had none yet. All ranks call it. Raises StokerError.
+        """Raises StokerError if the run had checkpoints and none is left. All ranks call it.
+
+        With an object store it only warns, because a checkpoint may not have been uploaded.
 
         Args:
-            passed_over: as `newest` gave them.
+            passed_over: the reasons that `newest` returned.
         """
         attempt = self._attempt
         known = view.load(attempt.directory).checkpoints if attempt.world.rank == 0 else None
@@ -251,25 +253,25 @@ class Checkpoints:
         said = "; ".join(passed_over) or f"{self._folder} holds none"
         if attempt.mend is None:
             raise StokerError(
-                f"run {attempt.directory.id} had checkpoints, the last of step {lost[-1]}, and none can be "
-                f"used ({said}). Bring them back (is a disk not mounted?), or start a run of another name"
+                f"run {attempt.directory.id} had checkpoints, the last at step {lost[-1]}, but none can be "
+                f"used ({said}). Restore them (is a disk not mounted?), or start a run with another name"
             )
         if attempt.world.rank == 0:
             log.warning(
-                "none of its checkpoints, the last of step %d, came to the store: it begins anew", lost[-1]
+                "none of the run's checkpoints, the last at step %d, reached the object store: training "
+                "starts from the beginning",
+                lost[-1],
             )
 
     def void_after(self, step: int) -> None:
-        """From now on the run is what it was at a step: what was saved later is none of its checkpoints."""
+        """Invalidate the checkpoints after a step, from which the run continues."""
         if self._attempt.world.rank == 0:
             for path in manifest.committed(self._folder):
                 if manifest.step_of(path) > step:
                     manifest.void(path)
 
     def improves(self) -> bool:
-        """Whether the metric that the best goes by, measured at this step, is better than at any that was
-        saved; rank 0 knows.
-        """
+        """Whether `best` was measured at this step and is better than in any checkpoint; only on rank 0."""
         value = self._attempt.recorder.latest.get(self.best)
         goal = goal_of(self.best, self._attempt.goals)
         is_old = self._attempt.recorder.followed_at != self._attempt.step
@@ -285,7 +287,7 @@ class Checkpoints:
         self._attempt.event("checkpoint", step=saved.step, path=relative, bytes=saved.bytes)
         goal = goal_of(self.best, self._attempt.goals)
         best = manifest.best(self._folder, self.best, goal) if goal else None
-        self._attempt.end_if_lost()  # it may have stood still since it wrote this one
+        self._attempt.end_if_lost()  # the process may have been suspended since it wrote the checkpoint
         manifest.prune(self._folder, self._keep, best, self._every)
         self._done(saved.step)
         log.debug("checkpoint of step %d, %d bytes", saved.step, saved.bytes)

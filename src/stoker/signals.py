@@ -1,4 +1,4 @@
-"""Signals and the processes that a process starts."""
+"""Signals, and the processes that receive them."""
 
 from __future__ import annotations
 
@@ -16,24 +16,23 @@ from stoker.errors import EXIT_PREEMPTED, Stopped
 
 _PR_SET_PDEATHSIG = 1
 ENDED_BY = (signal.SIGTERM, signal.SIGUSR1)
-"""What a scheduler sends, and to all processes at once."""
+"""The signals with which a scheduler stops a job; it sends them to all processes at once."""
 
-_CLEANED = "ignore:resource_tracker:UserWarning"  # semaphores of ranks that were killed are removed by then
+_CLEANED = "ignore:resource_tracker:UserWarning"  # about leaked semaphores of killed ranks, which it removes
 
 
 def start_forkserver() -> None:
-    """Start multiprocessing's server of processes; it and those that it forks hold SIGTERM and SIGUSR1 back.
+    """Start multiprocessing's forkserver with SIGTERM and SIGUSR1 blocked, also in the processes it forks.
 
-    Those that only serve the one that trains must not die of it before that one has taken its
-    checkpoint; they end when it does. One that comes here meanwhile is answered at the end: were it
-    ignored for as long, it would be lost.
+    Processes that only serve the training one must not die before it has saved its checkpoint; they end when
+    it does. In this process the signals are only blocked in the meantime, not ignored, so none is lost.
     """
-    from multiprocessing import forkserver, resource_tracker  # not before the first signal can be answered
+    from multiprocessing import forkserver, resource_tracker  # late, since importing delays signal handlers
 
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDED_BY)
     sys.warnoptions.append(_CLEANED)
     try:
-        resource_tracker.ensure_running()  # which lets SIGTERM through when it is done
+        resource_tracker.ensure_running()  # unblocks SIGTERM when it is done
         signal.pthread_sigmask(signal.SIG_BLOCK, ENDED_BY)
         forkserver.ensure_running()
     finally:
@@ -42,12 +41,12 @@ def start_forkserver() -> None:
 
 
 def take() -> None:
-    """From now on this process, which may have been started so, gets them."""
+    """Unblock SIGTERM and SIGUSR1 in this process, which the forkserver may have forked."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDED_BY)
 
 
 def end_with_parent() -> None:
-    """End this process once the one that asked for it is gone. Its parent by process id is the forkserver."""
+    """End this process when the one that requested it has ended. Its parent by pid is the forkserver."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -59,10 +58,10 @@ def end_with_parent() -> None:
 
 
 def at_parents_death(number: int) -> Callable[[], None] | None:
-    """What gets the process that calls it a signal once its parent is gone, however that ended.
+    """A function that makes its caller receive a signal when the caller's parent ends, for whatever reason.
 
-    It outlives exec. By prctl(2), so None elsewhere than on Linux. It is looked up here, and is one system
-    call then, so that a process may make it between fork and exec.
+    The setting survives exec. It uses prctl(2), so this returns None on systems other than Linux. The
+    returned function is a single system call, so it is safe between fork and exec.
     """
     if sys.platform != "linux":
         return None
@@ -72,7 +71,7 @@ def at_parents_death(number: int) -> Callable[[], None] | None:
 
 @contextlib.contextmanager
 def raised() -> Iterator[None]:
-    """Within this block they raise Stopped, so that what was begun is taken back. In the main thread only."""
+    """Within this block, SIGTERM and SIGUSR1 raise Stopped, so that cleanup runs. Only in the main thread."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise Stopped("preempted")
@@ -87,9 +86,9 @@ def raised() -> Iterator[None]:
 
 
 def answer_while_starting() -> None:
-    """Until a training answers them, they end this process with the exit code of a preemption.
+    """Until training starts, SIGTERM and SIGUSR1 end this process with the exit code of a preemption.
 
-    What this process answers in a way of its own already stays so.
+    Handlers that the process has already installed stay.
     """
     if threading.current_thread() is not threading.main_thread():
         return
@@ -99,6 +98,6 @@ def answer_while_starting() -> None:
 
 
 def _end(number: int, frame: FrameType | None) -> None:
-    """At once: an exception is lost where it meets a callback of the imports that are under way."""
-    os.write(2, b"stoker: told to stop while nothing was there to be saved\n")
+    """Exit at once, because an exception could be lost in a callback of a running import."""
+    os.write(2, b"stoker: told to stop before there was anything to save\n")
     os._exit(EXIT_PREEMPTED)

@@ -1,8 +1,7 @@
-"""Being told to stop: SIGTERM and SIGUSR1 (a scheduler wants the machine back), Ctrl-C, the clock, a search.
+"""Requests to stop: SIGTERM and SIGUSR1 (a scheduler wants the machine back), Ctrl-C, a deadline, a search.
 
-While a training loop runs, the request is kept and answered at the next step boundary,
-after a checkpoint. Anywhere else there is nothing to finish, and it is answered at once, as
-a second signal is.
+While a training loop runs, it stops at the next step boundary, after a checkpoint. Elsewhere the process
+stops at once, and so it does at a second signal.
 """
 
 from __future__ import annotations
@@ -22,18 +21,18 @@ STATUS: dict[int, str] = {
     signal.SIGTERM: "preempted", signal.SIGUSR1: "preempted", signal.SIGINT: "interrupted"
 }  # fmt: skip
 _ONE = (
-    1.0  # seconds within which a scheduler's signals are one: it sends to every process, and so may a parent
+    1.0  # seconds within which signals count as one: a scheduler signals every process, and so may a parent
 )
 
 
 class StopRequests:
-    """Turns signals, and a deadline, into a status which the loop asks for at its boundaries."""
+    """Turns signals and a deadline into a status that the loop checks at step boundaries."""
 
     def __init__(self) -> None:
         self.deadline: float | None = None
         """When to stop, by the machine's monotonic clock."""
         self.at_once = False
-        """Told so twice."""
+        """Whether a second signal has arrived."""
         self._asked: str | None = None
         self._save = False
         self._at = 0.0
@@ -41,10 +40,10 @@ class StopRequests:
         self._installed = False
 
     def ask(self, status: str) -> None:
-        """Stop at the next step boundary, where a loop knows one, else here. Raises Stopped.
+        """Stop at the next step boundary of a running loop. Without one, raises Stopped at once.
 
         Args:
-            status: of the run then: paused (after a checkpoint, to go on later) or stopped (for good).
+            status: the run's status: paused (after a checkpoint, to be continued) or stopped (for good).
         """
         if self._asked is None:
             self._asked = status
@@ -52,24 +51,24 @@ class StopRequests:
             raise Stopped(self._asked)
 
     def ask_to_save(self) -> None:
-        """Take a checkpoint at the next step boundary, and go on."""
+        """Request a checkpoint at the next step boundary, after which training continues."""
         self._save = True
 
     def told_to_save(self) -> bool:
-        """Whether a checkpoint was asked for; once for each time."""
+        """Whether a checkpoint was requested since the last call."""
         told, self._save = self._save, False
         return told
 
     @property
     def requested(self) -> str | None:
-        """What the run's status will be: preempted, interrupted, paused, stopped, or None."""
+        """The run's status after the requested stop: preempted, interrupted, paused or stopped; else None."""
         if self._asked is None and self.deadline is not None and time.monotonic() >= self.deadline:
             self._asked = "preempted"
         return self._asked
 
     @contextlib.contextmanager
     def handled(self) -> Iterator[None]:
-        """Answer signals within this block; may be nested. Outside the main thread nothing is handled."""
+        """Handle signals within this block; may be nested. Outside the main thread it has no effect."""
         if self._installed or threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -84,12 +83,12 @@ class StopRequests:
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """Keep requests for the next step boundary within this block; an error that leaves it comes first."""
+        """Within this block, keep requests for the next step boundary; an exception takes precedence."""
         with self.handled():
             self._in_loop = True
             try:
                 yield
-            except GeneratorExit:  # a loop that was left by `break`: there is no boundary any more
+            except GeneratorExit:  # the loop was left with `break`, so there is no next step boundary
                 self._in_loop = False
                 raise
             self._in_loop = False
@@ -103,14 +102,16 @@ class StopRequests:
         if not first:
             self.at_once = True
             if number == signal.SIGINT:
-                terminal.say("\nstopped at once; the same command goes on from the newest checkpoint\n")
+                terminal.say("\nstopped at once; the same command resumes from the newest checkpoint\n")
             raise KeyboardInterrupt if number == signal.SIGINT else Stopped(self._asked)
         if not self._in_loop:
             raise Stopped(self._asked)
         if number == signal.SIGINT:
-            terminal.say("\nstopping after this step, with a checkpoint; Ctrl-C again stops at once\n")
+            terminal.say(
+                "\nstopping after this step, with a checkpoint; press Ctrl-C again to stop at once\n"
+            )
 
 
 def is_another(number: int, before: float) -> bool:
-    """Whether a signal is one more than that of a time on the machine's monotonic clock; Ctrl-C always is."""
+    """Whether a signal is distinct from one at the monotonic time `before`; Ctrl-C always is."""
     return number == signal.SIGINT or time.monotonic() - before >= _ONE

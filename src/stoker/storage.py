@@ -1,7 +1,7 @@
 """Files that survive a crash: atomic writes, synced directories, checksums and locks.
 
-The one place that knows how a file becomes durable. A file written here is either there
-whole or not there at all, whatever was killed when.
+All knowledge of how a file becomes durable is in this module. A file written here is either complete or
+absent, whenever a process is killed.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ import orjson
 import psutil
 import xxhash
 
-_PIECE = 2**20  # bytes that are read at once
-_LEAST_PIECE = 2**12  # of a small file, for which no more is cleared
+_PIECE = 2**20  # bytes read at once
+_LEAST_PIECE = 2**12  # the same for a small file, to avoid allocating a large buffer
 _UNFINISHED = re.compile(r"\..+\.[0-9a-f]{12}\.tmp")
 
-# File systems that one machine has to itself.
+# File systems that are local to one machine.
 _OWN_DISKS = frozenset({
     "ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "jfs", "reiserfs", "bcachefs", "tmpfs", "ramfs",
     "rootfs", "overlay", "squashfs", "erofs", "vfat", "exfat", "ntfs", "ntfs3", "fuseblk", "apfs", "hfs",
@@ -38,7 +38,7 @@ _OWN_DISKS = frozenset({
 
 
 def sync_directory(path: Path) -> None:
-    """Make the names in a directory durable: a rename is lost in a power cut until this is done."""
+    """Make the names in a directory durable: until then, a power cut can undo a rename."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -56,28 +56,29 @@ def sync_file(path: Path) -> None:
 
 
 def said_of_full_disk(error: BaseException) -> str:
-    """What a user is told of an error that is a full disk, or a quota that is used up; else nothing."""
+    """A message for the user if the error is a full disk or an exhausted quota; otherwise empty."""
     if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
         return ""
     return f"the disk is full ({error}): make room, then run the same command again"
 
 
 def unfinished(path: Path) -> Path:
-    """A name beside a path for what is renamed to it once it is whole; of no other writer."""
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")  # containers share pids
+    """A unique temporary path beside `path`, to be renamed to it when the file is complete."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")  # pids repeat across containers
 
 
 def is_unfinished(path: Path) -> bool:
-    """Whether a path has a name of `unfinished`, or is below one: it is being written, or a kill left it."""
+    """Whether a path is, or is below, one made by `unfinished`: still being written, or left by a kill."""
     return any(_UNFINISHED.fullmatch(part) for part in path.parts)
 
 
 def write_atomically(path: Path, content: bytes, *, lasts: bool = True, synced: bool = True) -> None:
-    """Write a file whole: beside it first, synced, then renamed into place; of several writers one is last.
+    """Write a file atomically: to a temporary file that is then renamed. With several writers, the last wins.
 
     Args:
-        lasts: wait until a power cut cannot take it any more; it never leaves a part of it.
-        synced: else a power cut may leave the file empty, until it is synced by whoever says so.
+        lasts: wait until the file is durable. Without it, a power cut may lose the file, but not part of it.
+        synced: sync the content before the rename. If neither this nor `lasts` is set, the caller must sync
+            the file: until then, a power cut may leave it empty.
     """
     temporary = unfinished(path)
     try:
@@ -96,7 +97,7 @@ def write_atomically(path: Path, content: bytes, *, lasts: bool = True, synced: 
 
 
 def write_new(path: Path, content: bytes) -> None:
-    """Write a file whole where there is none: of several writers one does. Raises FileExistsError."""
+    """Create a file atomically. With several writers, one succeeds; the others raise FileExistsError."""
     whole = unfinished(path)
     try:
         write_atomically(whole, content, lasts=False)
@@ -104,7 +105,7 @@ def write_new(path: Path, content: bytes) -> None:
             os.link(whole, path)
         except FileExistsError:
             raise
-        except OSError:  # the file system knows no links: there it may be seen while it is written
+        except OSError:  # the file system has no hard links: others may see the file while it is written
             with path.open("xb") as file:
                 file.write(content)
     finally:
@@ -119,12 +120,12 @@ def sha256(path: Path) -> str:
 
 
 def xxh3(path: Path) -> str:
-    """The XXH3 checksum (128 bits) of a file's content, in hex: what `xxhsum -H2` prints.
+    """The 128-bit XXH3 checksum of a file's content, in hex, as `xxhsum -H2` prints it.
 
-    It finds what a disk or a network gets wrong, as fast as memory is read; not what somebody forges.
+    It detects errors of disks and networks at about the speed of memory, but not deliberate changes.
     """
     digest = xxhash.xxh3_128()
-    with path.open("rb", buffering=0) as file:  # not mapped: a page that cannot be read would end the process
+    with path.open("rb", buffering=0) as file:  # not mmap: an unreadable page would kill the process
         size = os.fstat(file.fileno()).st_size
         buffer = memoryview(bytearray(min(max(size, _LEAST_PIECE), _PIECE)))
         while count := file.readinto(buffer):
@@ -133,7 +134,7 @@ def xxh3(path: Path) -> str:
 
 
 def modified(file: Path) -> int:
-    """When a file was touched last, in nanoseconds; 0 where there is none."""
+    """A file's modification time in nanoseconds; 0 if it does not exist."""
     try:
         return file.stat().st_mtime_ns
     except FileNotFoundError:
@@ -141,20 +142,20 @@ def modified(file: Path) -> int:
 
 
 def files_under(path: Path) -> list[Path]:
-    """Every file of a folder (or the file itself), sorted by name."""
+    """All files in a folder and its subfolders, sorted; for a file, the file itself."""
     if path.is_file():
         return [path]
     return sorted(p for p in path.rglob("*") if p.is_file())
 
 
 def try_lock(path: Path) -> int | None:
-    """Take the lock of a file; None where another process holds it.
+    """Take the lock of a file; None if another process holds it.
 
-    The kernel lets go of it when the holder ends, however it ends, so a lock that is held
-    means a process that lives. Returns a descriptor: close it to let go.
+    The kernel releases the lock when its holder ends for whatever reason, so a held lock means a living
+    process. Returns a descriptor; closing it releases the lock.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    for _ in range(5):  # `is_locked` holds it for an instant, which is not an owner
+    for _ in range(5):  # `is_locked` takes the lock for an instant, without owning it
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -166,12 +167,12 @@ def try_lock(path: Path) -> int | None:
 
 
 def is_shared(path: Path) -> bool:
-    """Whether other machines may reach a path: it is on no file system that is a disk of this one."""
+    """Whether other machines may see a path: its file system is not known to be local."""
     return _file_system_of(path) not in _OWN_DISKS
 
 
 def reach_of_locks(path: Path) -> str:
-    """A name for where a lock below a path is seen: everywhere in this kernel, through this mount."""
+    """Identifies the processes that see a lock below a path: those under this kernel, on this device."""
     try:
         kernel = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:
@@ -180,7 +181,7 @@ def reach_of_locks(path: Path) -> str:
 
 
 def _file_system_of(path: Path) -> str:
-    """The kind of file system that a path is in, as the kernel names it; empty where it does not say."""
+    """The type of the file system of a path, as the kernel names it; empty if unknown."""
     inside = existing(path)
     known = (inside.stat().st_dev, _mounts(int(time.monotonic())))
     if known not in _KINDS:
@@ -190,13 +191,12 @@ def _file_system_of(path: Path) -> str:
 
 
 _KINDS: dict[tuple[int, bytes], str] = {}
-"""The kind of a device's file system, as long as the same is mounted: to look it up takes a while."""
+"""Caches the file system type of a device until the mounts change, because the lookup is slow."""
 
 
 @functools.lru_cache(1)
 def _mounts(second: int) -> bytes:
-    """What is mounted where, as the kernel says it in a second of the clock; while it says the same, nothing
-    has changed."""
+    """The kernel's list of mounts, read at most once per second."""
     try:
         return Path("/proc/self/mounts").read_bytes()
     except OSError:
@@ -208,24 +208,24 @@ def _look_up(path: Path) -> str:
     mounts = [
         m for m in psutil.disk_partitions(all=True) if inside.startswith(f"{m.mountpoint.rstrip('/')}/")
     ]
-    mounts.sort(key=lambda mount: len(mount.mountpoint))  # of two at one place the last covers
+    mounts.sort(key=lambda mount: len(mount.mountpoint))  # a later mount at the same place hides earlier ones
     return mounts[-1].fstype if mounts else ""
 
 
 def existing(path: Path) -> Path:
-    """The path itself, or the folder nearest above it that there is."""
+    """The path itself, or its nearest parent that exists."""
     return next(p for p in (path, *path.parents) if p.exists())
 
 
 def release_in_children(descriptor: int) -> None:
-    """Close a lock's descriptor in children made by `fork`, which would keep the lock past our death."""
+    """Close a lock's descriptor in forked children, which could otherwise keep it after this process."""
     _LOCKS[descriptor] = os.fstat(descriptor).st_ino
 
 
 def held_here(path: Path) -> bool:
-    """Whether this very process holds the lock of a file, which it has said to `release_in_children`."""
+    """Whether this process holds the lock of a file, if it was passed to `release_in_children`."""
     for descriptor in _LOCKS:
-        with contextlib.suppress(OSError):  # it was closed since
+        with contextlib.suppress(OSError):  # the descriptor was closed
             if os.path.samestat(os.fstat(descriptor), path.stat()):
                 return True
     return False
@@ -234,18 +234,18 @@ def held_here(path: Path) -> bool:
 def _release_locks() -> None:
     for descriptor, identity in _LOCKS.items():
         with contextlib.suppress(OSError):
-            if os.fstat(descriptor).st_ino == identity:  # the number may stand for another file by now
+            if os.fstat(descriptor).st_ino == identity:  # the number may have been reused for another file
                 os.close(descriptor)
     _LOCKS.clear()
 
 
 _LOCKS: dict[int, int] = {}
-"""Descriptors of locks, and the file that each stood for."""
+"""Descriptors of locks, with the inode of each file."""
 os.register_at_fork(after_in_child=_release_locks)
 
 
 def link_or_copy(source: Path | str, target: Path | str) -> None:
-    """Let a file stand at another place too: linked, or copied where a link to there cannot be."""
+    """Hard-link a file, or copy it if it cannot be linked."""
     try:
         os.link(source, target)
     except OSError:
@@ -282,12 +282,12 @@ def locked(path: Path, timeout: float = 600.0) -> Iterator[None]:
 
 
 def remembered(file: Path, about: Mapping[str, Any]) -> Any:
-    """What `remember` was told of the same; None where it was not."""
+    """The value that `remember` stored for `about`; None if there is none."""
     return read_json(file).get(_key(about))
 
 
 def remember(file: Path, about: Mapping[str, Any], value: Any) -> None:
-    """Keep a value of JSON's types by all that it depends on, in a file of such."""
+    """Store a JSON value in a file, under everything that it depends on."""
     write_json(file, {**read_json(file), _key(about): value})
 
 
@@ -296,7 +296,7 @@ def _key(about: Mapping[str, Any]) -> str:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object of small things that can be found out again; empty where it cannot be read."""
+    """A small JSON object that can be recreated; empty if the file cannot be read."""
     try:
         found = orjson.loads(file.read_bytes())
     except (OSError, orjson.JSONDecodeError):
@@ -305,19 +305,19 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def write_json(file: Path, content: dict[str, Any]) -> None:
-    """Write what `read_json` reads."""
+    """Write a JSON object that `read_json` reads."""
     file.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(file, orjson.dumps(content))
 
 
 def try_to_write_json(file: Path, content: dict[str, Any]) -> None:
-    """Write what can be found out again; that there is no room for it, or no right, is no matter."""
+    """Like `write_json`, but ignores errors such as a full disk or missing permissions."""
     with contextlib.suppress(OSError):
         write_json(file, content)
 
 
 def cache_folder() -> Path:
-    """Where what can be made again is kept: STOKER_CACHE, else `stoker` in XDG_CACHE_HOME or ~/.cache."""
+    """The folder for data that can be recreated: STOKER_CACHE, or `stoker` in XDG_CACHE_HOME or ~/.cache."""
     if named := os.environ.get("STOKER_CACHE"):
         return Path(named).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")

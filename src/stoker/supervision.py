@@ -1,9 +1,9 @@
-"""What ranks and whoever started them tell each other, by small files in a folder of the launch.
+"""Communication between ranks and the process that started them, through small files in the launch's folder.
 
-A rank keeps a few numbers in memory that is a file: how far it is, and when it was there. Whoever
-supervises it reads them, tells a rank that is at work from one that hangs, and has all ranks write
-their stacks, which works also where a rank is stuck within C code: see `faulthandler`. Where nobody
-supervises, a thread of the process itself reads them: see `launch/alone.py`.
+Each rank writes its progress, and when it last made some, to a memory-mapped file. The supervisor reads these
+files, detects a rank that hangs, and makes all ranks write their stacks, which works even if a rank is stuck
+in C code (see `faulthandler`). Without a supervisor, a thread of the process itself does this: see
+`launch/alone.py`.
 """
 
 from __future__ import annotations
@@ -20,53 +20,54 @@ from dataclasses import dataclass
 from pathlib import Path
 
 FOLDER = "STOKER_LAUNCH_FOLDER"
-"""The variable by which a rank finds the folder."""
+"""The environment variable with the path of that folder."""
 RUN = "run"
-"""The file of that folder that says where the run is."""
+"""The file in that folder that holds the run's path."""
 STACKS = signal.SIGUSR2
-"""The signal on which a rank writes the stacks of its threads."""
+"""The signal that makes a rank write the stacks of its threads."""
 
 _LAYOUT = struct.Struct("<qqddd?")
-_FIRST = 1800.0  # seconds that the first step may take: it compiles, it fills caches
-_AT_LEAST = 300.0  # seconds without a step before a rank counts as hanging, where nothing else is set
-_TIMES = 20.0  # so many times the longest it has taken so far
+_FIRST = 1800.0  # seconds that the first step may take, which may compile and fill caches
+_AT_LEAST = 300.0  # seconds without progress before a rank counts as hanging, by default
+_TIMES = 20.0  # the same, as a multiple of the longest pause so far
 
 
 @dataclass(frozen=True)
 class Pulse:
-    """How far a rank is."""
+    """The progress of a rank."""
 
     step: int = -1
-    """Steps that are done; -1 before the training loop."""
+    """Completed steps; -1 before the training loop."""
     saved: int = -1
     """The step of the newest checkpoint on disk."""
     at: float = 0.0
-    """When it last moved, by the machine's monotonic clock."""
+    """Time of the last progress, by the machine's monotonic clock."""
     limit: float = 0.0
-    """Seconds without a move after which it hangs; 0: none."""
+    """Seconds without progress after which the rank counts as hanging; 0: no limit."""
     joining: float = 0.0
-    """Since when it waits for the other ranks to come up, by the same clock; 0: it does not."""
+    """Time since which it waits for the other ranks to start, by the same clock; 0: it does not wait."""
     begun: bool = False
-    """Whether it has done a step; those before may be those of a checkpoint."""
+    """Whether this process has completed a step; `step` may also count the steps of a checkpoint."""
 
     def nothing_for(self, seconds: float) -> str:
-        """Since when there was nothing, in words."""
+        """A phrase that says since when the rank made no progress."""
         since = f"after step {self.step}" if self.begun else "before the end of its first step"
-        return f"nothing {since} for {seconds:.0f} s"
+        return f"no progress {since} for {seconds:.0f} s"
 
 
 class Heart:
-    """A rank's side. Where nobody supervises it keeps its pulse to itself.
+    """Writes a rank's pulse. Without a supervisor, it is only kept in `pulse`.
 
     Args:
-        limit: seconds without a step that count as hanging; by default by the run's own step time.
-        at_least: that default is no less.
+        limit: seconds without progress after which the rank counts as hanging; by default derived from the
+            run's step times.
+        at_least: the smallest default.
     """
 
     def __init__(self, limit: float | None = None, at_least: float = _AT_LEAST) -> None:
         folder = os.environ.get(FOLDER)
         self.pulse = Pulse()
-        """The newest; another object with each beat."""
+        """The newest pulse, a new object at each beat."""
         self._limit, self._at_least = limit, at_least
         self._step, self._saved = -1, -1
         self._last = 0.0
@@ -78,12 +79,12 @@ class Heart:
             self._memory = _memory(Path(folder) / f"rank-{rank}.pulse")
 
     def begin(self, step: int) -> None:
-        """Say that the loop begins, where so many steps were done before it."""
+        """Record that the loop begins after `step` completed steps."""
         self._step = step
         self.beat()
 
     def beat(self, step: int | None = None) -> None:
-        """Say that this rank is at work; with a step, that so many are done."""
+        """Record progress; `step` is the number of completed steps."""
         if self._over:
             return
         now = time.monotonic()
@@ -96,12 +97,12 @@ class Heart:
         self._write(now, limit if self._begun else max(_FIRST, limit))
 
     def saved(self, step: int) -> None:
-        """Say that a checkpoint is on disk."""
+        """Record that a checkpoint is on disk."""
         self._saved = step
         self.beat()
 
     def pause(self) -> None:
-        """From now on nothing says how long it takes: the loop is over."""
+        """Stop monitoring, because the loop is over: what follows has no time limit."""
         self._over = True
         self._write(time.monotonic(), 0.0)
 
@@ -112,7 +113,7 @@ class Heart:
 
 
 def joining(yes: bool) -> None:
-    """Say that this rank waits for the others to come up, or does no longer."""
+    """Record whether this rank is waiting for the others to start."""
     folder = os.environ.get(FOLDER)
     if folder is not None:
         now = time.monotonic()
@@ -121,23 +122,23 @@ def joining(yes: bool) -> None:
 
 
 def write_stacks_to(file: Path) -> None:
-    """On STACKS write the stacks of all threads to a file, empty until then, where somebody supervises."""
+    """Write the stacks of all threads to a file at the signal STACKS; without a supervisor, do nothing."""
     if os.environ.get(FOLDER) is None:
         return
-    opened = file.open("w", encoding="utf-8")  # faulthandler writes to its descriptor
+    opened = file.open("w", encoding="utf-8")  # stays open: faulthandler writes to its descriptor
     faulthandler.register(STACKS, file=opened, all_threads=True)
     _open.append(opened)
 
 
 def say_where(run: Path) -> None:
-    """Say where the run is, to whoever supervises."""
+    """Tell the supervisor the path of the run."""
     folder = os.environ.get(FOLDER)
     if folder is not None:
         (Path(folder) / RUN).write_text(str(run), encoding="utf-8")
 
 
 def run_of(folder: Path) -> Path | None:
-    """Where the run of a launch is, once a rank has said so."""
+    """The path of a launch's run; None until a rank has written it."""
     file = folder / RUN
     return Path(file.read_text(encoding="utf-8")) if file.exists() else None
 
@@ -146,7 +147,7 @@ _open: list[object] = []
 
 
 def read(folder: Path) -> dict[int, Pulse]:
-    """The pulses of all ranks of a launch that have one."""
+    """The pulses of a launch, by rank."""
     found = {}
     for file in folder.glob("rank-*.pulse"):
         content = file.read_bytes()
@@ -156,12 +157,12 @@ def read(folder: Path) -> dict[int, Pulse]:
 
 
 def place(stacks: str) -> str:
-    """Where a process is, by its stacks as `write_stacks_to` has them: `train.py:31 (in evaluate)`.
+    """Where a process is, from the stacks of `write_stacks_to`: `train.py:31 (in evaluate)`.
 
-    That is the innermost line of the main thread that is neither a library's nor ours, and what it called.
-    Nothing where there is no such line.
+    This is the innermost line of the main thread that belongs neither to a library nor to stoker, and the
+    function that it called. Empty if there is no such line.
     """
-    main = stacks.rpartition("(most recent call first):")[2]  # it is the last one
+    main = stacks.rpartition("(most recent call first):")[2]  # the main thread comes last
     called = ""
     for file, line, name in _FRAME.findall(main):
         if not file.startswith(_LIBRARIES):
@@ -179,7 +180,7 @@ _LIBRARIES = (
 
 
 def stacks_folder(logs: Path) -> Path:
-    """A folder of a run's logs for stacks that are written now."""
+    """Create a folder for stacks in a run's logs, named after the current time."""
     folder = logs / time.strftime("stacks-%Y%m%d-%H%M%S")
     folder.mkdir(parents=True, exist_ok=True)
     return folder

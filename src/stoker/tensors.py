@@ -1,4 +1,4 @@
-"""A tensor by what a rank holds of it, and by its real numbers."""
+"""Views of tensors: a rank's local part, and complex numbers as real ones."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from torch.distributed.tensor import DTensor
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """What this rank holds of a tensor."""
+    """This rank's part of a tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def real(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor as real numbers: of one that is complex the two parts, in a dim of their own."""
+    """A tensor as real numbers; of complex ones the two parts, in an additional dimension."""
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor

@@ -1,7 +1,7 @@
-"""What is said to whoever looks on: that nobody does any more ends no training.
+"""Output to standard output and error that cannot end a training.
 
-A pipe whose reader is gone (Ctrl-C ends `tee` too), a terminal that was closed, a disk that is full: what
-cannot be written there is lost, and nothing else is.
+If a pipe's reader has ended (Ctrl-C ends `tee` too), the terminal was closed or the disk is full, only the
+output is lost.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from typing import Any
 
 
 def say(text: str) -> None:
-    """Write to what standard error is at the time: a progress bar puts itself in its place for a while."""
+    """Write to the current standard error, which a progress bar replaces while it is shown."""
     if sys.stderr is not None:
-        with contextlib.suppress(OSError, ValueError):  # ValueError: it is closed
+        with contextlib.suppress(OSError, ValueError):  # ValueError: the stream is closed
             sys.stderr.write(text)
             sys.stderr.flush()
 
 
 class Outlived(io.FileIO):
-    """A descriptor to write to, which takes what is written whether it arrives or not."""
+    """A descriptor that ignores errors when writing."""
 
     def __init__(self, descriptor: int) -> None:
         super().__init__(descriptor, "wb", closefd=False)
@@ -36,12 +36,12 @@ class Outlived(io.FileIO):
 
 
 def outlive() -> None:
-    """From now on standard output and error take what is written there, though nobody reads it."""
+    """From now on, ignore errors when writing to standard output and error."""
     sys.stdout, sys.stderr = _outlived(sys.stdout), _outlived(sys.stderr)
 
 
 def _outlived(stream: Any) -> Any:
-    """A stream of the same descriptor; of one that is none of a descriptor (a test's), itself."""
+    """A stream to the same descriptor; a stream without one, as in tests, is returned unchanged."""
     if stream is None:
         return open_nowhere()
     try:
@@ -57,5 +57,5 @@ def _outlived(stream: Any) -> Any:
 
 
 def open_nowhere() -> Any:
-    """A stream for one that was closed before this process was started."""
+    """A stream to replace one that was closed before this process started."""
     return Path(os.devnull).open("w", encoding="utf-8")

@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 def begun(work: Callable[[], T], name: str) -> concurrent.futures.Future[T]:
-    """Do work in a daemon thread, which unlike an executor's does not keep the process from ending."""
+    """Run `work` in a daemon thread, which, unlike an executor's, does not keep the process from ending."""
     future: concurrent.futures.Future[T] = concurrent.futures.Future()
 
     def run() -> None:

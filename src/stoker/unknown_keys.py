@@ -1,6 +1,7 @@
-"""What to give in place of a key that a config does not have.
+"""Suggestions for an unknown config key.
 
-By its spelling, by what other trainers call it, by what its words mean here; else where all keys are seen.
+They are found by spelling, by the names that other trainers use, or by the words of the keys' descriptions.
+Without a match, the message lists the keys or says how to list them.
 """
 
 from __future__ import annotations
@@ -14,33 +15,33 @@ from stoker import other_names
 from stoker.errors import nearest
 from stoker.meanings import meanings_of
 
-_MISSPELT = 0.8  # how much alike two names are of which one was meant by the other
-_SIMILAR = 0.6  # where nothing else is known
-_LISTED = 20  # keys that a message lists
-_SHOWN = 3  # keys that may be meant by a word
+_MISSPELT = 0.8  # similarity from which a name counts as a misspelling
+_SIMILAR = 0.6  # the same, for a name that no other trainer uses
+_LISTED = 20  # the most keys that a message lists
+_SHOWN = 3  # the most keys suggested by their description
 
 
 def meant(config: type, key: str, keys: Collection[str]) -> str:
-    """What to give in place of a key, as the end of a sentence."""
+    """What to give instead of an unknown key, as the end of a sentence."""
     if ours := other_names.keys_for(key, keys):
         return _called_here(config, ours)
     command = other_names.command_for(key)
-    if misspelt := nearest(key, keys, alike=_MISSPELT):  # a config of one's own may have such a key
+    if misspelt := nearest(key, keys, alike=_MISSPELT):  # first, since a user's config may have such a key
         return misspelt
     if command:
-        return f"; that is no key here: {command}"
+        return f"; {command}"
     if ours := other_names.keys_for(other_names.begun(key), keys):
         return _called_here(config, ours)
     if similar := nearest(key, keys, alike=_SIMILAR):
         return similar
     found = _by_meaning(key, keys, _meanings(config))
-    return f"; the nearest by meaning: {', '.join(found)}" if found else _all(config, keys)
+    return f"; keys with a similar meaning: {', '.join(found)}" if found else _all(config, keys)
 
 
 def _called_here(config: type, ours: Sequence[str]) -> str:
     meanings = _meanings(config)
     told = [_with_meaning(name, meanings.get(name, "")) for name in ours]
-    return f"; here it follows from {' and '.join(told)}" if len(told) > 1 else f"; here it is {told[0]}"
+    return f"; instead, set {' and '.join(told)}" if len(told) > 1 else f"; use {told[0]}"
 
 
 def _with_meaning(name: str, meaning: str) -> str:
@@ -48,13 +49,13 @@ def _with_meaning(name: str, meaning: str) -> str:
 
 
 def _meanings(config: type) -> dict[str, str]:
-    with contextlib.suppress(OSError, TypeError, SyntaxError):  # of a class whose source is not there
+    with contextlib.suppress(OSError, TypeError, SyntaxError):  # the source of the class is not available
         return meanings_of(config)
     return {}
 
 
 def _by_meaning(key: str, keys: Collection[str], meanings: Mapping[str, str]) -> list[str]:
-    """The keys in whose name and meaning all words of an unknown one are; those in whose name, first."""
+    """The keys whose name and description contain all words of an unknown key, matches in names first."""
     words = _words(key)
     found = [name for name in keys if words <= _words(f"{name} {meanings.get(name, '')}")]
     found.sort(key=lambda name: -len(words & _words(name)))
@@ -66,9 +67,9 @@ def _words(text: str) -> set[str]:
 
 
 def _all(config: type, keys: Collection[str]) -> str:
-    """Its keys where they are few, and of many the config's own, where those are; and how all are seen."""
+    """The keys, if they are few; otherwise how to list them, after the config's own keys if those are few."""
     if len(keys) <= _LISTED:
         return f"; the keys are {', '.join(keys)}"
     own = [key for key in keys if key.partition(".")[0] in inspect.get_annotations(config)]
     said = f"its own keys are {', '.join(own)}; " if 0 < len(own) <= _LISTED else ""
-    return f"; {said}`stoker recipes show RECIPE`, with the name or file of the recipe, shows all {len(keys)}"
+    return f"; {said}`stoker recipes show RECIPE`, with the recipe's name or file, lists all {len(keys)}"

@@ -1,4 +1,4 @@
-"""Numbers of things, and of bytes, in words."""
+"""Counts, sizes and lists of names as text."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ _UNITS = {"TiB": 2**40, "GiB": 2**30, "MiB": 2**20, "KiB": 2**10}
 
 
 def counted(number: int, what: str) -> str:
-    """So many of something: `1 node`, `12,000 tokens`."""
+    """A number with its noun: `1 node`, `12,000 tokens`."""
     return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
 
 
 def some(names: Sequence[str], most: int = 8) -> str:
-    """The first of some names, and how many more there are: `a.py, b.py and 3 more`."""
+    """The first names, and the number of the others: `a.py, b.py and 3 more`."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 
 
 def size(count: float) -> str:
-    """Bytes in powers of 1024, as memory is counted: `734 B`, `1.5 KiB`, `62.1 GiB`."""
+    """A size in bytes with a binary unit: `734 B`, `1.5 KiB`, `62.1 GiB`."""
     for unit, factor in _UNITS.items():
         if count >= factor:
             return f"{count / factor:,.1f} {unit}"
@@ -29,6 +29,6 @@ def size(count: float) -> str:
 
 
 def parsed_size(text: str) -> int:
-    """Bytes of `64GB`, `512M` or `1.5TiB`, in powers of 1024 as memory is sold; 0 of what is no size."""
+    """The bytes of `64GB`, `512M` or `1.5TiB`, in powers of 1024 as memory is sold; 0 if it is not a size."""
     match = _SIZE.fullmatch(text.strip())
     return round(float(match[1]) * _UNITS[f"{match[2].upper()}iB"]) if match else 0

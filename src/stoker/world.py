@@ -1,6 +1,6 @@
-"""Who this process is among its peers: rank, size, local rank.
+"""The rank of this process, and the size of its launch.
 
-The one module that reads RANK, WORLD_SIZE and their kin; everything else is handed a `World`.
+Only this module reads RANK, WORLD_SIZE and similar variables; all other code receives a `World`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 PLANNED = "STOKER_PLANNED"
 PLANNED_RANK = "STOKER_PLANNED_RANK"
-"""The variables that say that ranks are not there, and which is planned, see `World.planned`."""
+"""Environment variables for planning ranks that do not exist, see `World.planned`."""
 _OF_A_LAUNCH = (
     "RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_",
     "TORCHELASTIC_",
@@ -19,7 +19,7 @@ _OF_A_LAUNCH = (
 
 @dataclass(frozen=True)
 class World:
-    """This process's place: `rank` of `size` processes, `local_rank` on its machine."""
+    """The place of this process: `rank` of `size` processes, `local_rank` on its machine."""
 
     rank: int = 0
     size: int = 1
@@ -27,17 +27,17 @@ class World:
     local_size: int = 1
     """Processes of this run on this machine."""
     launch: str = ""
-    """What all ranks of one launch share and no other launch has; empty for one process."""
+    """Identifies the launch, with the same value on all its ranks; empty for a single process."""
     job: str = ""
-    """What the relaunches of one job share, where its launcher gave it a name of its own."""
+    """Identifies a job across its relaunches, if its launcher named it."""
     planned: int = 0
-    """Of ranks that are not there, as `stoker plan` has them: bytes of memory that each would have."""
+    """For `stoker plan`, whose ranks do not exist: the bytes of memory that each would have; otherwise 0."""
     planned_rank: int = 0
-    """The one of them whose share of the model this is; all else here is done as rank 0."""
+    """The planned rank, whose share of the model this process builds; otherwise it acts as rank 0."""
 
     @classmethod
     def current(cls) -> World:
-        """Read the place from the variables that torchrun and its kin set; alone without them."""
+        """Read the place from the variables of torchrun or a similar launcher; without them, size is 1."""
         known = os.environ.get
         size = int(known("WORLD_SIZE", "1"))
         job = known("TORCHELASTIC_RUN_ID", "none")
@@ -60,12 +60,12 @@ class World:
 
 
 def environment_of_no_rank() -> dict[str, str]:
-    """This process's environment, without what says which rank of which launch it is."""
+    """This process's environment without the variables that describe its rank and launch."""
     return {name: value for name, value in os.environ.items() if not name.startswith(_OF_A_LAUNCH)}
 
 
 def slurm_job() -> str:
-    """The Slurm job that this process is in, in words; empty outside of one."""
+    """A description of the Slurm job of this process; empty outside one."""
     known = os.environ.get
     number = known("SLURM_JOB_ID", "")
     if not number:

@@ -163,7 +163,7 @@ def test_told_to_stop_before_anything_is_there_it_can_be_started_again(
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 75
-    assert err.decode() == "stoker: told to stop while nothing was there to be saved\n"
+    assert err.decode() == "stoker: told to stop before there was anything to save\n"
     assert not (tmp_path / "runs").exists()
 
 

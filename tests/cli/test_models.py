@@ -104,10 +104,10 @@ def test_bad_input_is_said_in_one_line(run: RunDirectory, stoker: Any) -> None:
     for arguments, said in (
         (("register", "a", "--name", "fr/aud"), "is not a valid model name"),
         (("register", "a", "--name", "f", "--checkpoint", "15"), "one of the steps 10, 20"),
-        (("register", "a", "--name", "f", "--checkpoint", "best", "--metric", "acc"), "knows 'acc'"),
+        (("register", "a", "--name", "f", "--checkpoint", "best", "--metric", "acc"), "has a value of 'acc'"),
         (
             ("register", "a", "--name", "f", "--checkpoint", "best", "--metric", "odd"),
-            "which way 'odd' is better",
+            "whether low or high values of 'odd' are better",
         ),
         (("register", "a", "--name", "f", "--artifact", "modle"), "has no artifact 'modle'"),
         (("register", "b", "--name", "f"), "no run 'b'"),
@@ -125,7 +125,7 @@ def test_what_is_not_as_it_was_recorded_is_not_registered(run: RunDirectory, sto
     file.write_bytes(file.read_bytes()[:-1] + b"\x01")
     done = stoker("models", "register", "a", "--name", "fraud")
     assert done.code == 2
-    assert "not what the run recorded" in done.err
+    assert "differs from what the run recorded" in done.err
     shard = next(manifest.folder(run.checkpoints, 20).glob("*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-1] + b"\x01")
     done = stoker("models", "register", "a", "--name", "fraud", "--checkpoint", "last")

@@ -61,7 +61,7 @@ def test_a_language_model_comes_out_the_same(name: str, alone: Path, stoker: Com
         assert list(found.points[metric].y) == pytest.approx(list(expected.points[metric].y), rel=1e-4)
     assert [m.name for m in found.media] == [m.name for m in expected.media]
     said = (found.directory.logs / "rank-0.log").read_text()
-    assert re.search(r"step 3: val_perplexity \S+, \S+ tok/s \(\S+ a rank\), mfu", said)
+    assert re.search(r"step 3: val_perplexity \S+, \S+ tok/s \(\S+ per rank\), mfu", said)
     assert found.attempts[-1].layout["parallel"] == name.replace("zero-3", "deepspeed")
     model = AutoModelForCausalLM.from_pretrained(found.directory.artifacts / "model")
     for key, tensor in (

@@ -111,7 +111,7 @@ def test_ranks_that_stand_still_leave_their_stacks_and_are_started_again(
         "--nproc", "2", "--name", "a", "--max-restarts", "1",
     )  # fmt: skip
     assert done.code == 0, done.err
-    assert "2 ranks hang: nothing after step 19 for" in done.err
+    assert "2 ranks hang: no progress after step 19 for" in done.err
     slept, stepped = (_line_of(text) for text in ("time.sleep(600)", "trainer.step(batch)"))
     assert f"rank 1 at ranked.py:{slept}" in done.err
     assert f"rank 0 at ranked.py:{stepped} (in step)" in done.err
@@ -133,7 +133,7 @@ def _line_of(text: str) -> int:
 def test_a_process_alone_that_stands_still_leaves_its_stacks(stoker: Command, tmp_path: Path) -> None:
     done = stoker("train", RECIPE, "deaf_rank=0", "hang_limit=2s", "--name", "a", "--json")
     assert done.code == 1
-    assert "it hangs: nothing after step 19 for" in done.err
+    assert "it hangs: no progress after step 19 for" in done.err
     assert f"; it is at ranked.py:{_line_of('time.sleep(600)')}; the stacks" in done.err
     assert done.answer["exit_code"] == 1
     run = tmp_path / "runs" / "ranked" / "a"
@@ -141,7 +141,7 @@ def test_a_process_alone_that_stands_still_leaves_its_stacks(stoker: Command, tm
     assert 'ranked.py", line' in file.read_text()
     seen = loaded(run)
     assert seen.status == "killed"
-    assert "nothing after step 19" in str(seen.attempts[-1].error)
+    assert "no progress after step 19" in str(seen.attempts[-1].error)
 
 
 def test_a_process_alone_that_takes_long_is_only_warned_of(
@@ -164,7 +164,7 @@ def test_a_process_alone_that_takes_long_is_only_warned_of(
                 time.sleep(0.1)
             time.sleep(2.5)
     (said,) = warnings()
-    assert "nothing after step 1 for" in said
+    assert "no progress after step 1 for" in said
     assert len(list(run.directory.logs.glob("stacks-*/rank-0.txt"))) == 1
 
 

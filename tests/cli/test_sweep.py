@@ -582,7 +582,7 @@ def test_a_metric_that_is_never_logged_ends_it_after_the_first_trial(stoker: Com
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
-        (("--max-time", "4x"), "--max-time: '4x' is no length of time"),
+        (("--max-time", "4x"), "--max-time: '4x' is not a length of time"),
         (("--budget", "1..2h"), "--budget 1..2h"),
         (("--budget", "0h"), "must be a finite number of hours above 0"),
         (("--budget", "1e400h"), "must be a finite number of hours above 0"),
@@ -687,7 +687,7 @@ def test_a_trial_of_a_plain_loop_that_hangs_is_one_failed_trial(stoker: Command)
     assert done.code == 0, done.err
     assert {t["params"]["x"]: t["state"] for t in done.answer["trials"]} == {0.1: "complete", 0.9: "failed"}
     (failed,) = [t for t in done.answer["trials"] if t["state"] == "failed"]
-    assert "it hangs: nothing after step 2" in failed["error"]
+    assert "it hangs: no progress after step 2" in failed["error"]
     assert "searched.py" in next(Path(failed["run"]).glob("logs/stacks*/rank-0.txt")).read_text()
 
 
@@ -700,7 +700,7 @@ def test_a_trial_that_hangs_is_one_failed_trial(stoker: Command) -> None:
     assert done.code == 0, done.err
     assert {t["params"]["h0"]: t["state"] for t in done.answer["trials"]} == {0.1: "complete", 1.0: "failed"}
     (failed,) = [t for t in done.answer["trials"] if t["state"] == "failed"]
-    assert "it hangs: nothing after step 19" in failed["error"]
+    assert "it hangs: no progress after step 19" in failed["error"]
     assert len(loaded(Path(failed["run"])).attempts) == 1
 
 

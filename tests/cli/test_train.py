@@ -169,7 +169,7 @@ def test_a_second_ctrl_c_stops_at_once(start, slow: Path, tmp_path: Path) -> Non
         time.sleep(0.2)  # two presses, not one signal
     _, err = process.communicate(timeout=20)
     assert process.returncode == 130
-    assert b"stopped at once; the same command goes on from the newest checkpoint" in err
+    assert b"stopped at once; the same command resumes from the newest checkpoint" in err
     assert loaded(run).status == "interrupted"
 
 
@@ -234,7 +234,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_said(stoker, start, slow: Path,
     shard.write_bytes(content)
     done = stoker("resume", "a")
     assert done.code == 0
-    assert "passed over checkpoint step-00000021" in done.err
+    assert "skipped checkpoint step-00000021" in done.err
     assert "resumed a from step 14" in done.err
     assert list(loaded(run).points["loss"]) == list(range(1, 61))
 
@@ -327,7 +327,7 @@ def test_the_exported_table_is_the_curve(stoker, slow: Path, tmp_path: Path) -> 
         (("train", "slow.py", "--nam", "a"), "No such option: --nam (Possible options: "),
         (
             ("train", "slow.py", "--output_dir", "a"),
-            "a folder of its own under --runs DIR",
+            "every run has its own folder: use the options --runs DIR",
         ),
         (("train", "slow.py", "--verbose"), "No such option: --verbose"),
         (("resume", "nothing"), "no run 'nothing'"),

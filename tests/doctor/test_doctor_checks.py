@@ -355,7 +355,7 @@ def test_an_object_store_that_refuses_is_a_problem(
 ) -> None:
     proxy.mode = "403"
     (problem,) = problems(folders.runs("s3://bucket/doctor"))
-    assert "the credentials must be there, and let their holder list, read, write and delete" in problem
+    assert "provide credentials that allow listing, reading, writing and deleting" in problem
     (problem,) = problems(folders.runs("s3://nowhere/doctor"))
     assert SECRET not in problem
     proxy.mode = "ok"

@@ -76,7 +76,7 @@ def test_of_a_model_that_sees_the_files_of_its_eyes_come_along(
     shape = made.with_name("shape")
     checkpoint = manifest.read(manifest.committed(made.parent.parent / "checkpoints")[-1])
     with pytest.raises(
-        BadInput, match=r"the model has model\.vision_tower.*can be exported once the run has"
+        BadInput, match=r"and model\.vision_tower.* was not trained: export the model when the run has"
     ):
         exports.put_weights(checkpoint, shape)
 

@@ -68,7 +68,7 @@ def test_a_job_here_has_the_variables_it_was_given(stoker: Command, tmp_path: Pa
             "on ray they are the same; give only one of them",
         ),
         (("--on", "slurm", "--option", "partition", "--dry-run"), "give partition=VALUE, or omit it"),
-        (("--time", "3", "--dry-run"), "--time '3' is no length of time"),
+        (("--time", "3", "--dry-run"), "--time '3' is not a length of time"),
         (("--on", "slurm", "--option", "job name=x", "--dry-run"), "give KEY=VALUE, such as partition=gpu"),
         (("--on", "slurm", "--option", "job=x", "--dry-run"), "Slurm would read it as job-name"),
         (

@@ -49,7 +49,7 @@ def test_refuses_names_that_are_no_folder(tmp_path: Path, name: str) -> None:
         ("s3://key:secret@bucket/runs", "leave credentials out of the URL"),
         ("s3://", "give a folder"),
         ("s3://bucket/runs?versionId=1", "give a folder"),
-        ("s4://bucket/runs", "fsspec knows no such store"),
+        ("s4://bucket/runs", "fsspec does not support this kind of store"),
     ],
 )
 def test_refuses_urls_that_are_no_folder_of_a_store(url: str, said: str) -> None:

@@ -151,11 +151,11 @@ def test_a_run_goes_on_once_its_secret_is_given_again(stoker: Callable[..., Any]
     refused = stoker("resume", "a", *where, env=env, cwd=repository)
     assert refused.code == 2
     assert (
-        "api_key, source: a secret, which is not recorded; give it again: api_key=... source=..."
+        "api_key, source: secrets are not recorded, so give the value again: api_key=... source=..."
         in refused.err
     )
     partly = stoker("resume", "a", source, *where, env=env, cwd=repository)
-    assert "api_key: a secret" in partly.err
+    assert "api_key: secrets are not recorded" in partly.err
     resumed = stoker(
         "resume", "a", source, f"api_key={secret.config}", "steps=4", *where, env=env, cwd=repository
     )

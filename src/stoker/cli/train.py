@@ -437,7 +437,7 @@ def work_on(run: Run, recipe: Recipe, config: Any, *, trial: bool = False) -> tu
 
 def _say_hanging(said: str) -> None:
     Console(stderr=True).show_cursor()  # which a progress bar has hidden that will not end by itself
-    say_error(f"{said}; the same command goes on from the newest checkpoint", EXIT_FAILED)
+    say_error(f"{said}; the same command resumes from the newest checkpoint", EXIT_FAILED)
 
 
 def _export_weights(run: Run) -> None:
