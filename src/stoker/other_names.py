@@ -47,6 +47,8 @@ _KEYS = {
         "train_on_responses_only"
     ),
     "loss_on=last": "last_turn_only mask_history train_on_last_turn_only",
+    "backend": "ddp_backend",
+    "rope_scaling.factor": "rope_scaling_factor",
     "lora.rank": "lora.r lora_r lora_rank peft_config.r r",
     "lora.alpha": "lora.lora_alpha lora_alpha peft_config.lora_alpha",
     "lora.dropout": "lora.lora_dropout lora_dropout peft_config.lora_dropout",
@@ -116,7 +118,11 @@ _COMMANDS = {
     "system_prompt": "put it into each record: a field `system`, or a first message with that role",
     "model_type": "not needed: it is read from the model's files",
     "trust_remote_code": "not supported: code from a hub is never run",
-    "rope_scaling": "stoker has no equivalent",
+    "label_smoothing_factor": "stoker has no equivalent",
+    "save_only_model": (
+        "not needed: the export has the weights alone, and checkpoints have what a run is resumed from"
+    ),
+    "save_safetensors": "not needed: all weights are written as safetensors",
 }
 _SAME = {
     "output_dir": "default_root_dir logging_dir out_dir",
@@ -128,17 +134,16 @@ _SAME = {
     "dataset_prepared_path": (
         "dataset_num_proc dataset_processes overwrite_cache preprocessing_num_workers tokenized_path"
     ),
-    "local_rank": "ddp_backend ddp_timeout",
-    "overwrite_output_dir": "overwrite save_only_model save_safetensors",
+    "local_rank": "ddp_timeout",
+    "overwrite_output_dir": "overwrite",
     "save_strategy": "eval_strategy evaluation_strategy",
     "adapter": "finetuning_type",
     "model_type": "strict tokenizer_type",
     "dataset_split": "split train_split",
     "model_revision": "revision",
     "eos_token": "bos_token pad_token unk_token",
-    "rope_scaling": (
-        "fp8 init_lora_weights label_smoothing_factor load_in_8bit loraplus_lr_ratio peft_init_lora_weights "
-        "roles_to_train"
+    "label_smoothing_factor": (
+        "fp8 init_lora_weights load_in_8bit loraplus_lr_ratio peft_init_lora_weights roles_to_train"
     ),
     "logging_steps": "log_every_n_steps log_interval logging_strategy",
     "num_processes": "devices gpus n_gpus nproc nproc_per_node num_gpus",
