@@ -37,10 +37,11 @@ from stoker.stopping import STATUS
 from stoker.tracking import follower
 from stoker.tune import local, on_ray, peers, plan, record, schedulers
 from stoker.tune import study as studies
+from stoker.tune.executor import Executor
 from stoker.tune.plan import Budget, Goal, Objective, Plan
 from stoker.tune.record import Record
 from stoker.tune.schedulers import Scheduler
-from stoker.tune.search import Executor, Search
+from stoker.tune.search import Search
 from stoker.tune.space import Space
 from stoker.tune.study import Kept
 from stoker.words import counted

@@ -1,16 +1,23 @@
-"""A trial that starts from another trial's checkpoint: the exploit step of population based training."""
+"""Trials that start from another trial's checkpoint: exploit and explore of population based training."""
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 from optuna.trial import FrozenTrial
 from stoker import storage
 from stoker.checkpoint import manifest
 from stoker.errors import StokerError
 from stoker.run.directory import RunDirectory
+from stoker.tune import bandit
+from stoker.tune.plan import Plan
+from stoker.tune.schedulers import PopulationBased, Trials
+from stoker.tune.seen import Seen
+from stoker.tune.space import Space
 
 
 @dataclass(frozen=True)
@@ -55,3 +62,61 @@ def take_checkpoint(donor: RunDirectory, run: RunDirectory, *, ended: bool) -> i
     target = run.checkpoints / found.path.name
     shutil.copytree(found.path, target, copy_function=storage.link_or_copy)
     return found.step
+
+
+def due(
+    rule: PopulationBased,
+    trials: Mapping[int, Seen],
+    known: Callable[[], Trials],
+    number: Callable[[], int],
+    directory: Callable[[int], RunDirectory],
+) -> Fork | None:
+    """The fork to begin in place of a stopped trial, if any; its run has the donor's checkpoint already.
+
+    Args:
+        known: what schedulers decide by.
+        number: the number that the fork will have.
+        directory: the run of a trial.
+    """
+    replaced = {trial.replaces for trial in trials.values()}
+    for trial in trials.values():
+        if trial.state != "pruned" or trial.number in replaced:
+            continue
+        donor = trial.donor
+        if donor is None:  # an earlier controller stopped the trial
+            donor = rule.donor(known(), trial.number)
+        if donor is None:
+            continue
+        ended = trials[donor].state == "complete"
+        step = take_checkpoint(directory(donor), directory(number()), ended=ended)
+        if step is not None:
+            return Fork(donor, trial.number, step)
+    return None
+
+
+def explored(
+    fork: Fork, rule: PopulationBased, trials: Mapping[int, Seen], space: Space, plan: Plan
+) -> dict[str, Any]:
+    """The values of a fork: near the donor's, or those that promise most by what others have gained."""
+    random = np.random.default_rng([plan.seed, len(trials)])
+    donor = trials[fork.donor]
+    if rule.learns:
+        known = [
+            gain for trial in trials.values()
+            for gain in bandit.gains(trial.params, trial.known(plan.first).values, trial.origin[1], rule.turn)
+        ]  # fmt: skip
+        pending = [trial.params for trial in trials.values() if not trial.over]
+        found = bandit.chosen(space, known, rule.turn(donor.amount(fork.step)) + 1, pending, random)
+        if found is not None:
+            return found
+    return space.perturbed(donor.params, random, resample=rule.resample, factors=rule.factors)
+
+
+def inherit(trial: Seen, fork: Fork | None, trials: Mapping[int, Seen]) -> None:
+    """Give a forked trial the history of its donor."""
+    if fork is None:
+        return
+    donor = trials[fork.donor]
+    trial.parent, trial.replaces = fork.donor, fork.replaces
+    trial.values = {s: v for s, v in donor.values.items() if s <= fork.step} | trial.values
+    trial.origin = (fork.step, donor.amount(fork.step))
