@@ -210,7 +210,7 @@ def test_a_machine_more_than_can_share_the_work_waits(machines: Machines, tmp_pa
     given = ("--nodes", "1:2", "--rendezvous", f"{A}:29511", "--name", "a", "batch_size=15", "steps=40")
     stays, spare = [machines.start(name, "train", RECIPE, *SLOW, *given) for name in ("a", "b")]
     assert [process.wait(60) for process in (stays, spare)] == [0, 0], _all_said(machines)
-    assert "of --nodes 1:2, 1 can share the work evenly" in machines.said("a").read_text()
+    assert "--nodes 1:2: only 1 can share the work evenly" in machines.said("a").read_text()
     assert _worlds(tmp_path / "runs" / "ranked" / "a") == [1]
 
 
@@ -222,10 +222,10 @@ def _worlds(run: Path) -> list[int]:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--nodes", "2", "--name", "a"), "say where they meet with --rendezvous HOST:PORT"),
-        (("--nodes", "2", "--rendezvous", f"{A}:29511"), "give it a --name for them to agree on"),
+        (("--nodes", "2", "--name", "a"), "--nodes needs --rendezvous HOST:PORT"),
+        (("--nodes", "2", "--rendezvous", f"{A}:29511"), "--nodes needs --name"),
         (("--nodes", "2", "--rendezvous", A, "--name", "a"), "give the HOST:PORT"),
-        (("--rendezvous", f"{A}:29511"), "say how many with --nodes"),
+        (("--rendezvous", f"{A}:29511"), "give their number with --nodes"),
         (
             ("--nodes", "2:3", "batch_size=1", "--rendezvous", f"{A}:29511", "--name", "a"),
             "cannot be divided evenly among 3 data-parallel ranks",

@@ -395,7 +395,7 @@ def test_compare_shows_what_differs_first_and_marks_the_best(cli: Cli, three: li
     differing = out.index("config that differs (1 keys are the same)")
     assert differing < out.index("metrics") < out.index("val_loss")
     assert "█" in out
-    with pytest.raises(BadInput, match="two runs or more"):
+    with pytest.raises(BadInput, match="at least two runs"):
         cli("compare", "a")
 
 

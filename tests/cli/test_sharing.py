@@ -260,7 +260,7 @@ def test_what_is_drawn_is_the_seed_s_alone(trained: Path) -> None:
 @pytest.mark.parametrize(
     ("command", "said"),
     [
-        (("models", "push", "base", "./x", "--merge"), "has trained a whole model"),
+        (("models", "push", "base", "./x", "--merge"), "trained a full model"),
         (("models", "push", "base", "hub:base"), "hub:org/base"),
         (("models", "push", "base", "hub:org/base"), "set HF_TOKEN"),
         (("models", "push", "base", "s3://me:pw@bucket/x"), "leave credentials out"),

@@ -247,7 +247,7 @@ def test_of_several_metrics_it_finds_the_front(stoker: Command, tmp_path: Path) 
     assert "none, seed" not in report
     refused = stoker(*given, "--name", "cmaes", "--sampler", "cmaes")
     assert refused.code == 2
-    assert "searches for one metric" in refused.err
+    assert "optimises one metric" in refused.err
     lacking = stoker(*given, "--name", "lacking", "--metric", "size", "--goal", "min")
     assert lacking.code == 1
     assert "the recipe never logs size" in lacking.err
@@ -560,7 +560,7 @@ def test_it_learns_from_an_earlier_one_and_tries_what_it_is_told(stoker: Command
         (("x=uniform(0, 1)", "--most", "9"), "for a --scheduler that ends trials early"),
         (("x=uniform(0, 1)", "--name", "../up"), "is not a valid folder name"),
         (("x=uniform(0, 1)", "--trials", "1", "--try", "x=0.1", "--try", "x=0.2"), "2 --try for 1 trial:"),
-        (("x=[0, 1]", "--sampler", "grid", "--try", "x=0"), "a grid has every value"),
+        (("x=[0, 1]", "--sampler", "grid", "--try", "x=0"), "the grid sampler tries every value"),
         (("x=uniform(0, 1)", "--runs", "/proc/x"), "choose another folder"),
     ],
 )
@@ -593,7 +593,7 @@ def test_a_metric_that_is_never_logged_ends_it_after_the_first_trial(stoker: Com
         (("--factor", "4"), "--factor is for --scheduler asha, asha-stop, hyperband and --strategy staged"),
         (("--scheduler", "pbt", "--least", "2", "--perturb", "2"), "--perturb 2: give two factors"),
         (("--scheduler", "pbt", "--least", "2", "--resample", "2"), "--resample 2: must be a probability"),
-        (("--study", "a"), "a study in --storage; give that too"),
+        (("--study", "a"), "a study in --storage; also give --storage"),
         (("--storage", "postgresql+psycopg2://u:p@127.0.0.1:9/x"), "cannot be used"),
         (
             ("--storage", "postgres://u:p@127.0.0.1:9/x"),

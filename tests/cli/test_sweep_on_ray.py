@@ -186,7 +186,7 @@ def test_it_starts_ray_by_itself_and_failed_trials_are_told_apart(stoker: Comman
     ("given", "said"),
     [
         (("--on", "rey"), "did you mean 'ray'"),
-        (("--address", "auto"), "give --on ray too"),
+        (("--address", "auto"), "also give --on ray"),
         (("--on", "ray", "--address", "127.0.0.1:1"), "cannot reach a Ray cluster there"),
         (("--on", "ray", "--address", "CLUSTER", "--nproc", "7"), "the cluster has 1 CPUs on 1 machine"),
     ],

@@ -178,7 +178,7 @@ def test_a_finished_run_is_not_trained_again(stoker, slow: Path, tmp_path: Path)
     assert stoker(*command).code == 0
     again = stoker(*command)
     assert again.code == 0
-    assert "was finished already at step 60" in again.out
+    assert "was already finished at step 60" in again.out
     assert len(loaded(tmp_path / "runs" / "slow" / "a").attempts) == 1
 
 

@@ -89,7 +89,7 @@ def test_a_script_searches_over_its_own_function_and_goes_on_after_a_signal(tmp_
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 75, err.decode()
-    assert "the same search goes on" in err.decode()
+    assert "the same search continues" in err.decode()
     script = _script(tmp_path)
     refused = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True, timeout=100, check=False)
     assert refused.returncode == 1
@@ -118,7 +118,7 @@ def test_a_script_without_a_guard_is_told_what_it_lacks(tmp_path: Path) -> None:
         ({"space": {"y": "uniform(0, 1)"}}, "y"),
         ({"space": {"x": 1}}, "nothing is searched"),
         ({"metric": ["a", "a"]}, "each once"),
-        ({"metric": "cost"}, "say with --goal"),
+        ({"metric": "cost"}, "its direction is not known; give --goal"),
         ({"on": "slurm"}, "stoker sweep --on slurm"),
         ({"least": 2}, "name one"),
         ({"recipe": lambda run: None}, "define it at the top level"),

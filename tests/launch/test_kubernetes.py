@@ -143,7 +143,7 @@ def test_it_is_submitted_seen_heard_and_cancelled(stoker: Command, api: Api, tmp
     assert state() == ("running", None)
     again = stoker(*TWO)
     assert again.code == 2
-    assert "trains it, and is running" in again.err
+    assert "already trains this run and is running" in again.err
     api.add_pod(f"{name}-0-x", label, "step 1\nstep 2\n")
     said = stoker("jobs", "logs", "a")
     assert f"[{name}-0-x] step 2" in said.out, said.err

@@ -58,11 +58,11 @@ def test_a_job_here_has_the_variables_it_was_given(stoker: Command, tmp_path: Pa
     [
         (("--on", "slurm"), "sbatch not found"),
         (("--on", "slurn"), "did you mean 'slurm'?"),
-        (("--on", "slurm", "--rendezvous", "a:1", "--nodes", "2"), "the nodes find each other by themselves"),
+        (("--on", "slurm", "--rendezvous", "a:1", "--nodes", "2"), "the nodes find each other without it"),
         (("--gpus", "99"), "--gpus 99: this machine has"),
         (("--memory", "999TB"), "--memory 1022976G: this machine has"),
         (("--option", "partition=gpu"), "is for clusters"),
-        (("--retries", "1", "--max-restarts", "2"), "on this machine they are the same; give one of them"),
+        (("--retries", "1", "--max-restarts", "2"), "mean the same on this machine; give one of them"),
         (
             ("--on", "ray", "--time", "4h", "--max-time", "1h"),
             "on ray they are the same; give only one of them",
@@ -96,11 +96,11 @@ def test_what_cannot_be_submitted_leaves_nothing_behind(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--on", "slurm", "--controllers", "2"), "share a study that is in a database"),
-        (("--controllers", "2"), "it is for jobs"),
+        (("--on", "slurm", "--controllers", "2"), "need a study in a database"),
+        (("--controllers", "2"), "is for jobs"),
         (("--on", "ray", "--gpus", "2"), "--gpus is for jobs"),
         (("--retries", "2"), "see --max-failures"),
-        (("--on", "slurm", "--storage", "postgresql://me:secret@host/db"), "its password would be written"),
+        (("--on", "slurm", "--storage", "postgresql://me:secret@host/db"), "the password would be written"),
     ],
 )
 def test_a_sweep_that_cannot_be_a_job_is_refused(
@@ -129,5 +129,5 @@ def test_a_secret_in_a_command_is_not_written_into_a_script(stoker: Command, tmp
     )
     done = stoker("train", "asks.py", "hub_token=hf_planted", "--on", "slurm", "--dry-run")
     assert done.code == 2
-    assert "a secret would be written down with the job" in done.err
+    assert "the secret would be stored with the job" in done.err
     assert "hf_planted" not in done.out + done.err

@@ -420,7 +420,7 @@ def test_a_run_that_is_rebuilt_has_what_the_view_has_and_the_old_one_is_marked(
     assert [s for s, _ in reader.points("loss")] == list(range(1, 61))
     assert (dict(reader.points("loss"))[50], dict(reader.points("loss"))[60]) == (2050, 3060)
     assert reader.status() == "finished"
-    assert "made anew, in place of" in stoker("sync", "a", "--rebuild").out
+    assert "created anew, replacing" in stoker("sync", "a", "--rebuild").out
     assert dict(reader.points("loss"))[50] == 3050
 
 

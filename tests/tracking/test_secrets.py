@@ -147,7 +147,7 @@ def test_a_run_goes_on_once_its_secret_is_given_again(stoker: Callable[..., Any]
     env = {"MY_SERVICE_TOKEN": secret.environment, "STOKER_SINKS": "none"}
     assert stoker(*command, f"api_key={secret.config}", env=env, cwd=repository).code == 0
     again = stoker(*command, f"api_key={secret.config}", env=env, cwd=repository)
-    assert (again.code, "finished already" in again.out) == (0, True)
+    assert (again.code, "already finished" in again.out) == (0, True)
     refused = stoker("resume", "a", *where, env=env, cwd=repository)
     assert refused.code == 2
     assert (

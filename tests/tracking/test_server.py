@@ -85,7 +85,7 @@ def test_a_server_that_is_down_stops_nothing_and_is_complete_once_it_is_back(
 
     answer = stoker("sync", "a", "--json")  # says what the living follower is failing with
     assert answer.code == 1
-    assert "has not got 20" in answer.answer["error"]
+    assert "lacks 20" in answer.answer["error"]
 
     serve()
     assert process.wait(DEADLINE) == 0

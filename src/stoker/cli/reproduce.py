@@ -1,4 +1,4 @@
-"""`stoker reproduce RUN`: run it again from its own record, and compare step by step."""
+"""`stoker reproduce RUN`: train a run again from its record, and compare the two step by step."""
 
 from __future__ import annotations
 
@@ -60,32 +60,36 @@ def reproduce(
     run: RunName,
     overrides: Overrides = None,
     steps: Annotated[
-        int | None, typer.Option("--steps", min=1, metavar="N", help="Make no more than so many steps.")
+        int | None, typer.Option("--steps", min=1, metavar="N", help="Train at most N steps.")
     ] = None,
     start: Annotated[
         str | None,
-        typer.Option("--from", metavar="STEP", help="Begin from its checkpoint of this step, or `latest`."),
+        typer.Option(
+            "--from", metavar="STEP", help="Start from the run's checkpoint at this step, or `latest`."
+        ),
     ] = None,
     env: Annotated[
-        bool, typer.Option("--env", help="Build a virtual environment from its lock, and train in that.")
+        bool, typer.Option("--env", help="Train in a virtual environment built from the run's lock file.")
     ] = False,
     ignore: Annotated[
         list[str] | None,
-        typer.Option("--ignore", metavar="METRIC", help="Leave it out of the comparison; may have * in it."),
+        typer.Option(
+            "--ignore", metavar="METRIC", help="Leave this metric out of the comparison; may contain *."
+        ),
     ] = None,
     runs: RunsFolder = DEFAULT_RUNS,
     json: Json = False,
 ) -> int:
-    """Run it again from its own record, and compare step by step.
+    """Train a run again from its record, and compare the two step by step.
 
-    The code is unpacked beside, data and environment are checked, and the same is trained as a run of its
-    own, RUN-again. KEY=VALUE gives a key anew, such as data that has moved. Exit code 0: bit-identical, 3: it
-    ran, and the result is another.
+    The recorded code is unpacked, data and environment are checked, and training is repeated as a new run,
+    RUN-again. KEY=VALUE overrides a key, such as the path of data that has moved. Exit code 0: bit-identical;
+    3: the results differ.
     """
     show_messages()
     seen = view.load(finding.find(runs, run))
     if seen.directory.alive:
-        raise BadInput(f"{seen.directory.id} is being trained now: wait for its end, or stop it")
+        raise BadInput(f"{seen.directory.id} is being trained now: wait until it ends, or stop it")
     part = stretch.find(seen, _checkpoint_of(seen, start), steps)
     target = _free(seen.directory)
     try:
@@ -99,7 +103,7 @@ def reproduce(
             raise
         return _answer_not_begun(target, getattr(told, "status", view.INTERRUPTED), json)
     finally:
-        if not target.exists():  # nothing is left behind of what has not begun
+        if not target.exists():  # a run that never started leaves nothing behind
             shutil.rmtree(target.path, ignore_errors=True)
     made = _made(target, code, seen, part)
     if made.status in _CODES:
@@ -114,7 +118,7 @@ def reproduce(
 
 
 def _answer_stopped(made: RunView, json: bool) -> int:
-    """Say that it was told to stop, and return the exit code."""
+    """Print that the new run was told to stop; returns the exit code."""
     name = _name(made.directory)
     if json:
         print_json({"identical": None, "again": name, "status": made.status, "step": made.step})
@@ -124,16 +128,16 @@ def _answer_stopped(made: RunView, json: bool) -> int:
 
 
 def _answer_not_begun(target: RunDirectory, status: str, json: bool) -> int:
-    """The same of one that was told so before it was there; returns the exit code."""
+    """Print that the new run was told to stop before it existed; returns the exit code."""
     if json:
         print_json({"identical": None, "again": None, "status": status, "step": 0})
     else:
-        console().print(f"{target.id} was told to stop before it began: nothing was made")
+        console().print(f"{target.id} was told to stop before it started: nothing was created")
     return _CODES[status]
 
 
 def _checkpoint_of(seen: RunView, start: str | None) -> int | None:
-    """The step that `--from` means. Raises BadInput where the run has no such checkpoint."""
+    """The step that `--from` names. Raises BadInput if the run has no such checkpoint."""
     if start is None:
         return None
     known = _steps_to_begin_from(seen)
@@ -143,19 +147,19 @@ def _checkpoint_of(seen: RunView, start: str | None) -> int | None:
         return known[-1]
     if not start.isdecimal() or int(start) not in known:
         raise BadInput(
-            f"--from {start}: it has checkpoints of step {', '.join(map(str, known))}; or say latest"
+            f"--from {start}: give a step with a checkpoint ({', '.join(map(str, known))}), or latest"
         )
     return int(start)
 
 
 def _steps_to_begin_from(seen: RunView) -> list[int]:
-    """Those of its checkpoints after which it made a step."""
+    """The steps of the run's checkpoints, without that of its last step."""
     steps = [manifest.step_of(path) for path in manifest.committed(seen.directory.checkpoints)]
     return [step for step in steps if step < seen.step]
 
 
 def _free(of: RunDirectory) -> RunDirectory:
-    """The run that is made: ID-again, ID-again-2 and so on, the first that there is not."""
+    """The new run: the first unused name of ID-again, ID-again-2 and so on."""
     name, number = finding.checked(f"{of.id}-again"), 1
     while (of.path.parent / name).exists():
         number += 1
@@ -163,13 +167,13 @@ def _free(of: RunDirectory) -> RunDirectory:
     return RunDirectory(of.path.parent / name)
 
 
-# -- before it is trained -------------------------------------------------------------------
+# -- before the training --------------------------------------------------------------------
 
 
 def _prepare(
     seen: RunView, part: Stretch, target: RunDirectory, overrides: Sequence[str], env: bool
 ) -> tuple[Checked, again.Start]:
-    """Unpack the code, check all that it needs, and write down what is asked for. Raises BadInput."""
+    """Unpack the code, check what it needs, and write the request for the new run. Raises BadInput."""
     folder = target.path / again.FOLDER
     folder.mkdir(parents=True)
     record, cwd = seen.directory.provenance, Path(seen.record["cwd"])
@@ -181,7 +185,7 @@ def _prepare(
     kept = {key: value for key, value in part.config.items() if key not in given}
     inputs.link(there, [*inputs.paths_of(kept), *(str(about["path"]) for about in recorded.values())], cwd)
     inputs.link_moved(there, recorded, cwd)
-    has_keys = seen.record["recipe"].get("reference") is not None  # a script's have no use here
+    has_keys = seen.record["recipe"].get("reference") is not None  # the keys of a script are not used here
     data = inputs.check(there, recorded, part.config if has_keys else {}, given)
     lock, then = again.read_lock(record), storage.read_json(record / provenance.ENVIRONMENT)
     python = _python(lock, then) if env else sys.executable
@@ -205,7 +209,7 @@ def _prepare(
 
 
 def _given(part: Stretch, overrides: Sequence[str]) -> set[str]:
-    """The keys that are given anew. Raises BadInput where the run has no such key."""
+    """The overridden keys. Raises BadInput if the run has no such key."""
     given = {configs.split(override)[0] for override in overrides}
     for key in given - part.config.keys():
         raise BadInput(f"the run has no key {key!r}{nearest(key, part.config)}")
@@ -213,20 +217,20 @@ def _given(part: Stretch, overrides: Sequence[str]) -> set[str]:
 
 
 def _python(lock: str, then: Mapping[str, Any]) -> str:
-    """The interpreter of an environment made of the lock. Raises BadInput."""
+    """The interpreter of an environment built from the lock. Raises BadInput."""
     if not lock or "python" not in then:
         raise BadInput("--env: the run has no record of its packages to build an environment from")
     return str(venv.build(lock, then["python"], storage.cache_folder() / "environments"))
 
 
 def _on_gpu(part: Stretch, then: Mapping[str, Any]) -> bool:
-    """Whether the run computed on a GPU; one whose loop does not say may have, where there was one."""
+    """Whether the run computed on a GPU; without a recorded device, whether its machine had one."""
     gpus = [str(gpu).partition(",")[0] for gpu in then.get("gpus", ())]
     return part.layout["device"] in gpus if "device" in part.layout else bool(gpus)
 
 
 def _now(variables: Mapping[str, str], python: str | None) -> tuple[dict[str, Any], str]:
-    """This machine with the packages of this process, or with those of an interpreter; and their lock."""
+    """This machine and its packages, those of this process or of another interpreter; and their lock."""
     if python is not None:
         return venv.describe(python, variables)
     installed = packages.installed()
@@ -237,13 +241,13 @@ def _differences(
     then: Mapping[str, Any], now: Mapping[str, Any], lock: str, has: str,
     *, on_gpu: bool, beside: Collection[str],
 ) -> Iterator[Difference]:  # fmt: skip
-    """What there is now otherwise than the run had it.
+    """The differences between the run's environment and the present one.
 
     Args:
-        then, now: `environment.json` of both.
-        lock, has: the lock of the run, and that of what is installed now.
+        then, now: both as in `environment.json`.
+        lock, has: the run's lock, and the lock of the packages installed now.
         on_gpu: whether the run computed on a GPU.
-        beside: packages that are no matter of the environment.
+        beside: packages to ignore.
     """
     if not then:
         return
@@ -261,45 +265,45 @@ def _doubts(
     part: Stretch, there: Place, data: Sequence[Input],
     *, ranks: int, on_gpu: bool, beside: Mapping[str, str],
 ) -> Iterator[str]:  # fmt: skip
-    """Why equal bits cannot be promised, besides what differs."""
+    """Reasons, besides the differences, why bit-identical results are not guaranteed."""
     if ranks != part.world:
-        yield f"{ranks} ranks in place of {part.world}: sums over ranks are added in another order"
+        yield f"{ranks} ranks instead of {part.world}: sums over ranks are added in a different order"
     if on_gpu and not part.config.get("deterministic", False):
-        yield "deterministic=false on a GPU: its kernels may add in any order"
+        yield "deterministic=false on a GPU: kernels may add in any order"
     if on_gpu and part.config.get("micro_batch") == "auto":
-        yield "micro_batch=auto: the memory of the GPU decides how a batch is cut"
+        yield "micro_batch=auto: the GPU's memory decides how a batch is split"
     yield from (f"data {one.name!r} has changed" for one in data if one.changed)
     if there.code.redacted:
         yield f"secrets were removed from the record of {', '.join(there.code.redacted)}"
     if beside:
         folders = ", ".join(f"{name} ({folder})" for name, folder in beside.items())
-        yield f"pip cannot install what was used from a folder: {folders}"
+        yield f"pip cannot install packages that were used from a folder: {folders}"
 
 
 def _take_checkpoint(seen: RunView, target: RunDirectory, step: int) -> None:
-    """Let the run that is made begin from a checkpoint, in the same files. Raises BadInput."""
+    """Give the new run a checkpoint to start from, as links or copies of its files. Raises BadInput."""
     copy = mirror.of(seen.directory)
     source = manifest.folder(seen.directory.checkpoints, step)
     try:
         found = manifest.mended(source, copy.fetch_checkpoint if copy is not None else None)
     except InvalidCheckpoint as error:
         others = ", ".join(str(known) for known in _steps_to_begin_from(seen) if known != step)
-        why = f"cannot be used: {error}" if source.is_dir() else "is not kept any more"
-        which = f"It has those of step {others}: say which with --from" if others else "It has no other"
+        why = f"cannot be used: {error}" if source.is_dir() else "is no longer kept"
+        which = f"Choose another with --from: {others}" if others else "It has no other"
         raise BadInput(
-            f"{seen.directory.id} begins from the checkpoint of step {step}, which {why}. {which}"
+            f"{seen.directory.id} starts from the checkpoint of step {step}, which {why}. {which}"
         ) from error
     shutil.copytree(found.path, target.checkpoints / found.path.name, copy_function=storage.link_or_copy)
 
 
-# -- after it was trained -------------------------------------------------------------------
+# -- after the training ---------------------------------------------------------------------
 
 
 def _made(target: RunDirectory, code: int, seen: RunView, part: Stretch) -> RunView:
-    """The run that was made. Raises StokerError where it is not there, or has failed as the other did not."""
+    """The new run. Raises StokerError if it does not exist, or failed where the original did not."""
     if not target.exists():
         kind = BadInput if code == EXIT_BAD_INPUT else StokerError
-        raise kind(f"the run could not be started again (exit code {code}): see what was said above")
+        raise kind(f"the new run could not be started (exit code {code}): see the messages above")
     made = view.load(target)
     failed_likewise = made.status == seen.status == view.FAILED and made.step >= (part.until or seen.step)
     if failed_likewise or made.status in (view.FINISHED, view.STOPPED, *_CODES):
@@ -311,7 +315,7 @@ def _made(target: RunDirectory, code: int, seen: RunView, part: Stretch) -> RunV
 
 
 def _error(of: RunView) -> str:
-    """What a run ended with; empty where that was no error."""
+    """The error that ended a run; empty if there was none."""
     return (of.attempts[-1].error or "") if of.attempts else ""
 
 
@@ -330,7 +334,7 @@ def _is_left_out(name: str, patterns: Sequence[str]) -> bool:
 
 
 def _weights(seen: RunView, made: RunView, part: Stretch) -> Weights:
-    """Which of the checkpoints and exports that both have in the same files are equal, and which not."""
+    """Which checkpoints and exports that both runs have in the same files are equal, and which are not."""
     before, now = _sums(seen, part), _sums(made, part)
     both = [name for name in before if name in now and before[name].keys() == now[name].keys()]
     same: list[str] = []
@@ -342,13 +346,13 @@ def _weights(seen: RunView, made: RunView, part: Stretch) -> Weights:
 
 
 def _equal(one: tuple[str, Path], other: tuple[str, Path]) -> bool:
-    """Two files with their checksums; of a checkpoint that is in a store alone only these are known."""
+    """Whether two files are equal; files that are only in an object store are compared by checksum."""
     there = one[1].is_file() and other[1].is_file()
     return one[0] == other[0] or (there and weights.same(one[1], other[1]))
 
 
 def _sums(of: RunView, part: Stretch) -> dict[str, dict[str, tuple[str, Path]]]:
-    """The files of a run's weights with their checksums, by what they are of."""
+    """The weight files of a run with their checksums, by checkpoint or artifact."""
     found = {}
     for path in manifest.committed(of.directory.checkpoints):
         if part.after < manifest.step_of(path) <= (part.until or of.step):
@@ -362,7 +366,7 @@ def _sums(of: RunView, part: Stretch) -> dict[str, dict[str, tuple[str, Path]]]:
 
 
 def _fingerprints(seen: RunView, made: RunView) -> dict[str, tuple[str | None, str | None]]:
-    """What the two depend on, where it differs."""
+    """The fingerprints of the inputs that differ between the two runs."""
     before, now = (
         inputs.fingerprints(storage.read_json(of.directory.provenance / provenance.DATA), of.tags)
         for of in (seen, made)

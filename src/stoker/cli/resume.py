@@ -47,9 +47,9 @@ def resume(
     json: Json = False,
     where: Where = HERE,
 ) -> int:
-    """Continue a run from its newest valid checkpoint, as recorded.
+    """Continue a run from its newest valid checkpoint, with its recorded config.
 
-    A KEY=VALUE given here replaces the recorded one from now on, and is reported as drift.
+    KEY=VALUE replaces the recorded value from now on, and is reported as drift.
     """
     command = Command.of_verb("resume")
     found = finding.find(runs, run)
@@ -57,7 +57,7 @@ def resume(
     reference = seen.record["recipe"].get("reference")
     if reference is None:
         raise BadInput(
-            f"{found.id} was made by a script without a recipe: run that script again with the same name"
+            f"{found.id} was created by a script without a recipe: run that script again with the same name"
         )
     return_to(Path(seen.record["cwd"]))
     recipe = recipes.load(reference)
@@ -75,13 +75,16 @@ def resume(
 
 
 def return_to(folder: Path) -> None:
-    """Relative paths in the config are meant from where the run was started."""
+    """Change to the folder that the run was started in, on which relative paths in its config depend."""
     if folder.is_dir():
         os.chdir(folder)
     else:
-        log.warning("the run was started in %s, which is gone: relative paths are taken from here", folder)
+        log.warning(
+            "the run was started in %s, which no longer exists: relative paths start from the current folder",
+            folder,
+        )
 
 
 def _ranks(seen: view.RunView) -> int:
-    """As many as the last attempt had."""
+    """The number of ranks of the last attempt."""
     return seen.attempts[-1].world if seen.attempts else 1

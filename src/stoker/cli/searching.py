@@ -1,4 +1,4 @@
-"""A search as it is asked for, on a command line or from Python: checked, begun, run."""
+"""Checks, starts and runs a search requested on the command line or from Python."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ from stoker.words import counted
 log = logging.getLogger("stoker")
 
 _SINKS_TIMEOUT = 60.0
-_LOOKED_AT = 10  # points drawn of a space, besides its ends
+_LOOKED_AT = 10  # points sampled from a space, besides its ends
 
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """What is searched and how, named as the options of `stoker sweep`, which say what each is."""
+    """The request for a search; the fields are those options of `stoker sweep`."""
 
     recipe: Recipe
     space: Space
@@ -75,7 +75,7 @@ class Asked:
     resample: float | None = None
     perturb: str | None = None
     tries: tuple[Mapping[str, Any], ...] = ()
-    """As the space's `params` has them."""
+    """In the form of the space's `params`."""
     warm_start: str = ""
     seed: int = 0
     max_failures: int | None = None
@@ -86,12 +86,12 @@ class Asked:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A search that can be begun."""
+    """A checked search, ready to start."""
 
     asked: Asked
     record: Record
     folder: Path
-    """Of the sweep."""
+    """The sweep's folder."""
     objectives: tuple[Objective, ...]
     trials: int
     rule: Scheduler
@@ -103,7 +103,7 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Places:
-    """Where trials run, and how many at a time."""
+    """Where trials run, and how many concurrently."""
 
     on: str = LOCAL
     address: str | None = None
@@ -114,13 +114,15 @@ class Places:
 
 
 def prepare(asked: Asked) -> Prepared:
-    """Check all of it; nothing is written. Raises BadInput."""
+    """Check the request, without writing anything. Raises BadInput."""
     _check_counts(asked)
     if object_store.of(asked.runs) is not None:
-        raise BadInput("--runs: a search stands on a disk, not in an object store; give a local folder")
+        raise BadInput("--runs: a search cannot be kept in an object store; give a local folder")
     searched = asked.space
     if not searched.parameters:
-        raise BadInput("nothing is searched: give a key a range or choices, such as lr='log(1e-5, 1e-3)'")
+        raise BadInput(
+            "the search space is empty: give a key a range or choices, such as lr='log(1e-5, 1e-3)'"
+        )
     objectives = _objectives(asked.metrics, asked.goals)
     sampler, scheduler = _ways(asked, several=len(objectives) > 1)
     _check_ways(asked, sampler, scheduler)
@@ -142,7 +144,7 @@ def prepare(asked: Asked) -> Prepared:
     )  # fmt: skip
     record.check(folder, wanted)
     if asked.storage and scheduler in schedulers.POPULATIONS:
-        raise BadInput(f"--storage: {scheduler} goes on from checkpoints of one folder; leave out --storage")
+        raise BadInput(f"--storage: {scheduler} copies checkpoints within one folder; leave out --storage")
     if asked.warm_start and not record.is_sweep(folder):
         record.check_earlier(asked.runs / asked.warm_start, wanted)
     trials = min(asked.trials, len(searched.combinations())) if sampler == "grid" else asked.trials
@@ -161,12 +163,12 @@ def prepare(asked: Asked) -> Prepared:
 def begun(
     made: Prepared, places: Places, deadline: float | None
 ) -> Iterator[tuple[Search, subprocess.Popen[bytes] | None]]:
-    """The search, new or gone on with, and the process that ships its trials, if there are trackers.
+    """The search, new or continued, and the process that ships its trials, if there are trackers.
 
-    No other controller has its folder within this block. Raises BadInput.
+    The block holds the lock of the sweep's folder. Raises BadInput.
 
     Args:
-        deadline: when it is to stop, by the machine's monotonic clock.
+        deadline: when the search stops, by the machine's monotonic clock.
     """
     asked = made.asked
     with _executor(asked.recipe, places) as workers:
@@ -191,9 +193,9 @@ def begun(
 
 @contextlib.contextmanager
 def answering_signals(search: Search) -> Iterator[list[int]]:
-    """Told to stop within this block, the search does; the signals that told it are in the list.
+    """Stop the search on a signal within this block; the list receives the signal.
 
-    A second one raises KeyboardInterrupt. In another thread than the main one nothing is answered.
+    A second signal raises KeyboardInterrupt. Outside the main thread, signals are not handled.
     """
     told: list[int] = []
 
@@ -201,7 +203,7 @@ def answering_signals(search: Search) -> Iterator[list[int]]:
         if told:
             raise KeyboardInterrupt
         told.append(number)
-        terminal.say("\nstopping: trials end with a checkpoint, and the same search goes on\n")
+        terminal.say("\nstopping: trials save a checkpoint; the same search continues when run again\n")
         search.stop()
 
     if threading.current_thread() is not threading.main_thread():
@@ -216,7 +218,7 @@ def answering_signals(search: Search) -> Iterator[list[int]]:
 
 
 def wait_for_sinks(shipping: subprocess.Popen[bytes] | None) -> None:
-    """Wait until the trackers have all of it, a minute at most."""
+    """Wait at most a minute until the trackers have the whole search."""
     if shipping is None:
         return
     try:
@@ -224,22 +226,24 @@ def wait_for_sinks(shipping: subprocess.Popen[bytes] | None) -> None:
     except subprocess.TimeoutExpired:
         missing = True
     if missing:
-        log.warning("not everything is shipped to the trackers yet; the same search ships what is missing")
+        log.warning(
+            "not everything is shipped to the trackers yet; running the same search again ships the rest"
+        )
 
 
 def _check_counts(asked: Asked) -> None:
-    """Raises BadInput. A command line has seen to most of it."""
+    """Raises BadInput. The command line already checks most of this."""
     lowest = {"trials": 1, "nproc": 1, "factor": 2, "seed": 0, "max_failures": 0}
     for name, low in lowest.items():
         value = getattr(asked, name)
         if value is not None and (not isinstance(value, int) or value < low):
             raise BadInput(f"--{name.replace('_', '-')} {value}: give a whole number of {low} or more")
     if asked.study and not asked.storage:
-        raise BadInput(f"--study {asked.study}: it is the name of a study in --storage; give that too")
+        raise BadInput(f"--study {asked.study} names a study in --storage; also give --storage")
 
 
 def _settings(asked: Asked, scheduler: str) -> dict[str, Any]:
-    """What is set of a scheduler, beside lengths. Raises BadInput where it is of another one."""
+    """The given scheduler settings, besides lengths. Raises BadInput if another scheduler's are given."""
     halving = {"factor": asked.factor}
     population = {"quantile": asked.quantile, "resample": asked.resample, "factors": asked.perturb}
     found: dict[str, Any] = {k: v for k, v in {**halving, **population}.items() if v is not None}
@@ -253,13 +257,13 @@ def _settings(asked: Asked, scheduler: str) -> dict[str, Any]:
         try:
             low, high = map(float, asked.perturb.split(","))
         except ValueError:
-            raise BadInput(f"--perturb {asked.perturb}: give two factors, as 0.8,1.2") from None
+            raise BadInput(f"--perturb {asked.perturb}: give two factors, such as 0.8,1.2") from None
         found["factors"] = (low, high)
     return found
 
 
 def _check_shares(searched: Space, rule: Scheduler) -> None:
-    """Refuse shares of the data where nothing is trained by such.
+    """Refuse shares of the data if the scheduler or the recipe does not support them.
 
     Raises BadInput, also where the recipe's config refuses a share beside some values of the space.
     """
@@ -267,8 +271,8 @@ def _check_shares(searched: Space, rule: Scheduler) -> None:
         raise BadInput("a share of the data is for asha, asha-stop, hyperband and --strategy staged")
     if "data_share" not in configs.describe(searched.config):
         raise BadInput(
-            "a share of the data: the recipe has no key data_share; let its config inherit stoker.Training, "
-            "and give that to its Trainer"
+            "a share of the data: the recipe has no key data_share; let its config inherit from "
+            "stoker.Training, and pass the config to its Trainer"
         )
     if "data_share" in searched.described():
         raise BadInput("data_share is given twice, as a key and by --least and --most: leave out the key")
@@ -277,12 +281,12 @@ def _check_shares(searched: Space, rule: Scheduler) -> None:
         try:
             configs.resolve(searched.config, overrides)
         except BadInput:
-            continue  # a trial that fails, of whatever share
+            continue  # this trial would fail with any share
         configs.resolve(searched.config, [*overrides, least])
 
 
 def _check_points(asked: Asked) -> None:
-    """Refuse a search of which each trial would be refused in the same words. Raises BadInput."""
+    """Refuse a search if every trial would be refused with the same message. Raises BadInput."""
     check, refused = asked.recipe.check, set()
     if check is None:
         return
@@ -297,18 +301,18 @@ def _check_points(asked: Asked) -> None:
 
 
 def _points(searched: Space) -> Iterator[list[str]]:
-    """Points all over a space, the same each time, as `configs.resolve` takes them."""
+    """Sample points across a space, always the same, in the form that `configs.resolve` takes."""
     yield from map(searched.overrides, searched.spanning())
     for seed in range(_LOOKED_AT):
         yield searched.overrides(searched.drawn(np.random.default_rng(seed)))
 
 
 def _objectives(metrics: Sequence[str], goals: Sequence[str]) -> tuple[Objective, ...]:
-    """What is to become best. Raises BadInput."""
+    """The metrics to optimise, with their goals. Raises BadInput."""
     metrics = metrics or ["val_loss"]
     ways: Sequence[str | None] = goals or [None] * len(metrics)
     if len(set(metrics)) < len(metrics):
-        raise BadInput(f"--metric {' --metric '.join(metrics)}: each once")
+        raise BadInput(f"--metric {' --metric '.join(metrics)}: give each metric once")
     if len(goals) not in (0, len(metrics)):
         raise BadInput(
             f"{len(goals)} --goal for {len(metrics)} --metric: give one for each, in the same order"
@@ -319,7 +323,7 @@ def _objectives(metrics: Sequence[str], goals: Sequence[str]) -> tuple[Objective
 def _goal(metric: str, goal: str | None) -> Goal:
     found = goal or guess_goal(metric)
     if found is None:
-        raise BadInput(f"--metric {metric}: say with --goal min or --goal max which way it is better")
+        raise BadInput(f"--metric {metric}: its direction is not known; give --goal min or --goal max")
     if found not in ("min", "max"):
         raise BadInput(f"--goal {goal}: give min or max")
     return "min" if found == "min" else "max"
@@ -329,37 +333,37 @@ def _ways(asked: Asked, *, several: bool) -> tuple[str, str]:
     """The names of the sampler and of the scheduler. Raises BadInput."""
     if asked.strategy is not None:
         if asked.strategy != studies.STAGED:
-            raise BadInput(f"--strategy {asked.strategy}: there is {studies.STAGED}")
+            raise BadInput(f"--strategy {asked.strategy}: the only strategy is {studies.STAGED}")
         if asked.sampler or asked.scheduler:
             raise BadInput(
-                "--strategy staged has a sampler and a scheduler: leave out --sampler, --scheduler"
+                "--strategy staged sets the sampler and the scheduler: leave out --sampler and --scheduler"
             )
         return studies.STAGED, studies.STAGED
     sampler = asked.sampler or "tpe"
     for option, name in (("--sampler", asked.sampler), ("--scheduler", asked.scheduler)):
         if name == studies.STAGED:
-            raise BadInput(f"{option} {name}: it is a strategy; give --strategy {name}")
+            raise BadInput(f"{option} {name}: this is a strategy; give --strategy {name}")
     if several and sampler in studies.SAMPLERS and sampler not in studies.SEVERAL:
         raise BadInput(
-            f"--sampler {sampler} searches for one metric; for several give {', '.join(studies.SEVERAL)}"
+            f"--sampler {sampler} optimises one metric; for several give {', '.join(studies.SEVERAL)}"
         )
     return sampler, asked.scheduler or "none"
 
 
 def _check_ways(asked: Asked, sampler: str, scheduler: str) -> None:
-    """Refuse options that a sampler or a scheduler has no use for. Raises BadInput."""
+    """Refuse options that the sampler or the scheduler does not use. Raises BadInput."""
     if scheduler == "none" and (asked.least or asked.most):
         raise BadInput(
-            "--least and --most are for a --scheduler that ends trials early: name one, or leave out"
+            "--least and --most are for a --scheduler that ends trials early: give one, or leave them out"
         )
     if asked.tries and sampler == "grid":
-        raise BadInput("--try: a grid has every value; leave it out")
+        raise BadInput("--try: the grid sampler tries every value; leave it out")
     if asked.warm_start and sampler == studies.STAGED:
-        raise BadInput("--warm-start: --strategy staged begins at random; leave out one of the two")
+        raise BadInput("--warm-start: --strategy staged starts at random; leave out one of the two")
 
 
 def _search(made: Prepared, planned: Plan, workers: Executor) -> Search:
-    """The search with its study: a new one, or what there is of it. Raises BadInput."""
+    """The search with its study, new or existing. Raises BadInput."""
     asked, wanted = made.asked, made.record
     kept = _kept(made.folder, asked.storage)
     goals = [one.goal for one in made.objectives]
@@ -373,7 +377,7 @@ def _search(made: Prepared, planned: Plan, workers: Executor) -> Search:
             _begin(study, asked.tries, asked.runs / asked.warm_start if asked.warm_start else None)
     record.begin(made.folder, wanted)
     if made.whole is not None and study.user_attrs.get("whole") != made.whole:
-        study.set_user_attr("whole", made.whole)  # of a trial that nothing ends early
+        study.set_user_attr("whole", made.whole)  # the length of a trial that is not ended early
     if "rungs" not in study.user_attrs:
         study.set_user_attr("rungs", [*made.rule.lengths(0)][:-1])
     others = peers.Peers(study, record.uid(made.folder), planned.first) if wanted.study else None
@@ -381,7 +385,7 @@ def _search(made: Prepared, planned: Plan, workers: Executor) -> Search:
 
 
 def _check_nobodys(study: Study, wanted: Record) -> None:
-    """Raises BadInput where a study, which is meant to be new, has trials of another folder's search."""
+    """Raises BadInput if a study that should be new has trials of a search in another folder."""
     count = sum(peers.BY in trial.user_attrs for trial in study.get_trials(deepcopy=False))
     if count:
         raise BadInput(
@@ -395,7 +399,7 @@ def _kept(folder: Path, url: str) -> Kept:
 
 
 def _begin(study: Any, tries: Sequence[Mapping[str, Any]], earlier: Path | None) -> None:
-    """Let a new study know what it learns from, and what is to be tried first."""
+    """Add to a new study the trials to learn from and the values to try first."""
     if earlier is not None:
         count = studies.learn_from(study, studies.of(earlier), earlier.name)
         log.info("the sampler learns from %s of %s", counted(count, "trial"), earlier.name)
@@ -404,7 +408,7 @@ def _begin(study: Any, tries: Sequence[Mapping[str, Any]], earlier: Path | None)
 
 
 def _said(name: str, rule: Scheduler, unit: str) -> str:
-    """A scheduler with its settings."""
+    """A scheduler and its settings, as text."""
     settings: dict[str, Any] = dataclasses.asdict(rule)  # type: ignore[call-overload]
     settings |= settings.pop("asha", {})
     lengths = {
@@ -419,7 +423,7 @@ def _said(name: str, rule: Scheduler, unit: str) -> str:
 
 @contextlib.contextmanager
 def _executor(recipe: Recipe, where: Places) -> Iterator[Executor]:
-    """What runs the trials, here or on a cluster. Raises BadInput."""
+    """The executor of the trials, here or on a Ray cluster. Raises BadInput."""
     for name, value in (("--parallel", where.parallel), ("--per-gpu", where.per_gpu)):
         if value is not None and value < 1:
             raise BadInput(f"{name} {value}: give 1 or more")
@@ -433,9 +437,9 @@ def _executor(recipe: Recipe, where: Places) -> Iterator[Executor]:
             yield workers
         return
     if where.address is not None:
-        raise BadInput(f"--address {where.address} is of a Ray cluster: give --on ray too, or leave it out")
+        raise BadInput(f"--address {where.address} names a Ray cluster: also give --on ray, or leave it out")
     if where.per_gpu > 1 and where.ranks > 1:
-        raise BadInput("--per-gpu: the ranks of one trial do not share a GPU; leave out --per-gpu or --nproc")
+        raise BadInput("--per-gpu: ranks of one trial cannot share a GPU; leave out --per-gpu or --nproc")
     gpus = visible_gpus() * where.per_gpu
     parallel = where.parallel or max(1, len(gpus) // where.ranks)
     _check_gpus(gpus, parallel, where.ranks)
@@ -448,7 +452,7 @@ def _executor(recipe: Recipe, where: Places) -> Iterator[Executor]:
 def _check_gpus(gpus: list[str], parallel: int, nproc: int) -> None:
     if gpus and nproc > len(gpus):
         raise BadInput(
-            f"--nproc {nproc}: each rank has a GPU, and there are {len(gpus)}; give a smaller --nproc"
+            f"--nproc {nproc}: each rank needs a GPU, and there are {len(gpus)}; give a smaller --nproc"
         )
     if gpus and parallel * nproc > len(gpus):
         raise BadInput(
@@ -458,7 +462,7 @@ def _check_gpus(gpus: list[str], parallel: int, nproc: int) -> None:
 
 
 def _preload(recipe: Recipe) -> list[str]:
-    """What the server of the trials imports beforehand: what the recipe's module says, and its imports."""
+    """The modules that the trial server preloads: the recipe's `preload`, and its module's imports."""
     tree = ast.parse(recipe.source.read_text(encoding="utf-8"))
     own = {
         name

@@ -1,4 +1,4 @@
-"""What `stoker models push` does: a folder made ready for others, and the place that it is sent to."""
+"""Implements `stoker models push`: prepares a model's folder, and sends it to its destination."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ _HUB = "hub:"
 
 @dataclass(frozen=True)
 class Destination:
-    """Where a model is sent."""
+    """The destination of a model."""
 
     name: str
-    """By which others load it."""
+    """The name that others load the model by."""
     send: Callable[..., str]
-    """`(folder, private=...) -> where it is now`."""
+    """`(folder, private=...) -> the model's new location`."""
     revision: str | None = None
-    """Of the hub, where it is not the newest."""
+    """The revision on the hub; None for the default."""
 
 
 def destination(to: str) -> Destination:
-    """`hub:org/name`, the URL of a folder in an object store, or a folder here. Raises BadInput."""
+    """Parse `hub:org/name`, the URL of a folder in an object store, or a local folder. Raises BadInput."""
     if to.startswith(_HUB):
         reference = to.removeprefix(_HUB)
         name, _, revision = reference.partition("@")
@@ -60,7 +60,7 @@ def destination(to: str) -> Destination:
     target = Path(to).expanduser()
     if target.exists():
         raise BadInput(
-            f"{target} is there already: name a new folder, hub:org/name, or a URL such as s3://bucket/folder"
+            f"{target} already exists: give a new folder, hub:org/name, or a URL such as s3://bucket/folder"
         )
 
     def move(folder: Path, private: bool) -> str:
@@ -82,23 +82,21 @@ def prepare(
     base: str | None,
     revision: str | None = None,
 ) -> Path:
-    """The folder to be sent, with its card: the one given, or a new one for a merged model.
+    """The folder to send, with its model card: the exported one, or a new one for a merged model.
 
     Args:
-        merged: where a merged model is made.
-        name: by which others load it.
-        merge: whether an adapter becomes part of its model.
-        base: where an adapter's model is.
-        revision: of the hub, where it is not sent to the newest.
+        merged: the folder for a merged model.
+        name: the name that others load the model by.
+        merge: whether to merge an adapter into its base model.
+        base: the adapter's base model.
+        revision: the revision on the hub; None for the default.
 
     Raises:
-        BadInput: there is no adapter to be merged, or its model is not where it was.
+        BadInput: there is no adapter to merge, or its base model cannot be found.
     """
     adapter = exports.is_adapter(made.folder)
     if not adapter and (merge or base):
-        raise BadInput(
-            f"run {seen.directory.id!r} has trained a whole model: --merge and --base are for adapters"
-        )
+        raise BadInput(f"run {seen.directory.id!r} trained a full model: --merge and --base are for adapters")
     folder = made.folder
     of = _base(made.folder, base) if adapter else _trained_from(seen)
     if merge:
@@ -108,7 +106,7 @@ def prepare(
         folder = merged
     elif adapter and Path(of or "").is_dir():
         log.warning(
-            "the adapter is for a model in a folder here, %s: for others give --base org/name, or --merge",
+            "the adapter's base model is the local folder %s: for others, give --base org/name or --merge",
             of,
         )
     about = card.About(
@@ -128,7 +126,7 @@ def prepare(
 
 
 def _base(adapter: Path, given: str | None) -> str | None:
-    """The model that an adapter is for; where one is given, it is from now on that one."""
+    """The adapter's base model; if one is given, it is written to the adapter's config."""
     file = adapter / exports.ADAPTER
     config = json.loads(file.read_text(encoding="utf-8"))
     if given is not None:
@@ -144,7 +142,7 @@ def _base(adapter: Path, given: str | None) -> str | None:
 
 
 def _trained_from(seen: RunView) -> str | None:
-    """The model that a run has fine-tuned whole; None for one that began anew."""
+    """The model that a run fine-tuned in full; None if it trained from scratch."""
     model = seen.config.get("model")
     sizes = {"llm": set(SIZES), "text": set(text_shape.SIZES)}
     new = sizes.get(str((seen.record.get("recipe") or {}).get("name")))
@@ -152,7 +150,7 @@ def _trained_from(seen: RunView) -> str | None:
 
 
 def _has_template(folder: Path) -> bool:
-    """Whether a tokenizer in a folder knows how conversations are written."""
+    """Whether the tokenizer in a folder has a chat template."""
     if (folder / "chat_template.jinja").is_file():
         return True
     file = folder / "tokenizer_config.json"

@@ -1,7 +1,7 @@
-"""`--on TARGET`: a command as a job of a cluster, with what it needs there.
+"""`--on TARGET`: submit a command as a cluster job, with the resources it needs.
 
-The options are those of `Where`; `submittable` gives them to a verb. What the job runs is the command as it
-was given, without them.
+`submittable` adds the options of `Where` to a verb. The job runs the command as it was given, without these
+options.
 """
 
 from __future__ import annotations
@@ -28,49 +28,47 @@ from stoker.launch.targets import LOCAL, TARGETS
 
 @dataclass(frozen=True, kw_only=True)
 class Where:
-    """Where a command runs, and what it needs there."""
+    """Where a command runs, and the resources it needs."""
 
     on: Annotated[
         str,
         typer.Option(
-            metavar="|".join((LOCAL, *TARGETS)), help="In the foreground here, or as a job of a cluster."
+            metavar="|".join((LOCAL, *TARGETS)), help="Run in the foreground here, or as a cluster job."
         ),
     ] = LOCAL
-    gpus: Annotated[int, typer.Option(min=0, metavar="N", help="GPUs of each node.", show_default="none")] = 0
+    gpus: Annotated[int, typer.Option(min=0, metavar="N", help="GPUs per node.", show_default="none")] = 0
     cpus: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="Cores of each node.", show_default="one a rank"),
+        typer.Option(min=1, metavar="N", help="Cores per node.", show_default="one per rank"),
     ] = None
-    memory: Annotated[str | None, typer.Option(metavar="SIZE", help="Memory of each node, such as 64GB.")] = (
-        None
-    )
+    memory: Annotated[str | None, typer.Option(metavar="SIZE", help="Memory per node, such as 64GB.")] = None
     time: Annotated[
         str | None,
         typer.Option(
             metavar="TIME",
-            help="Time limit, such as 4h; on Slurm and Ray it goes on after it, on Kubernetes it is over.",
+            help="Time limit, such as 4h; then Slurm and Ray continue the job, and Kubernetes ends it.",
         ),
     ] = None
     retries: Annotated[
         int,
         typer.Option(
             min=0, metavar="N",
-            help="Start the job again when it fails, so often; being preempted is no failure.",
+            help="Restart a failed job at most N times; preemption is not a failure.",
         ),
     ] = 0  # fmt: skip
     env: Annotated[
         list[str] | None,
         typer.Option(
             metavar="NAME[=VALUE]",
-            help="A variable of the job; without a value the one set here, which is written nowhere.",
+            help="A variable of the job; without VALUE, the value set here, which is not stored.",
         ),
     ] = None
     option: Annotated[
         list[str] | None,
-        typer.Option(metavar="KEY=VALUE", help="A setting of the cluster's own, such as partition=gpu."),
+        typer.Option(metavar="KEY=VALUE", help="A cluster-specific setting, such as partition=gpu."),
     ] = None
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print exactly what would be submitted, and do nothing.")
+        bool, typer.Option("--dry-run", help="Print exactly what would be submitted, without submitting it.")
     ] = False
 
     @property
@@ -86,27 +84,27 @@ class Command:
     """A command as it was given."""
 
     program: tuple[str, ...]
-    """What it begins with: a Python, and a module or a script."""
+    """The interpreter, and a module or a script."""
     arguments: tuple[str, ...]
     folder: Path
-    """Where it was given."""
+    """The working directory of the command."""
 
     @classmethod
     def of_verb(cls, verb: str) -> Command:
-        """The one that this process was started by: `stoker VERB ...`."""
+        """The command that started this process: `stoker VERB ...`."""
         return cls((sys.executable, "-m", "stoker", verb), tuple(sys.argv[2:]), Path.cwd())
 
     @classmethod
     def of_script(cls, script: Path) -> Command:
-        """The one that this process was started by: `python SCRIPT ...`."""
+        """The command that started this process: `python SCRIPT ...`."""
         return cls((sys.executable, str(script)), tuple(sys.argv[1:]), Path.cwd())
 
     def without(self, *options: str, flags: Sequence[str] = ()) -> Command:
-        """The command without the options of `Where`, without other options, and without flags.
+        """The command without the options of `Where` and without the given options and flags.
 
         Args:
-            options: of those that have a value.
-            flags: of those that have none.
+            options: more options to remove, with their values.
+            flags: more options to remove that take no value.
         """
         flags = ("--dry-run", "--json", *flags)
         valued = {*_VALUED, *options}
@@ -121,7 +119,7 @@ class Command:
         return arguments.has(self.arguments, option)
 
     def value(self, option: str) -> str:
-        """What an option is given; empty where it is not."""
+        """The value of an option; empty if it is not given."""
         return arguments.value(self.arguments, option)
 
     @property
@@ -133,7 +131,7 @@ def submittable(command: Callable[..., int], **others: Any) -> Callable[..., int
     """Give a command the options of `Where`, which it takes as its parameter `where`.
 
     Args:
-        others: annotations that some of these options have instead.
+        others: annotations that replace those of some of these options.
     """
     own = inspect.signature(command, eval_str=True).parameters.values()
     hints = get_type_hints(Where, include_extras=True) | others
@@ -161,12 +159,12 @@ def submittable(command: Callable[..., int], **others: Any) -> Callable[..., int
 def spec(
     where: Where, command: Command, *, name: str, processes: int, nodes: int = 1, elements: int = 0
 ) -> JobSpec:
-    """The job that a command is. Raises BadInput.
+    """The job that runs a command. Raises BadInput.
 
     Args:
-        name: what it is called in the queue.
-        processes: ranks of each node.
-        elements: jobs of an array; 0 for none.
+        name: the job's name in the queue.
+        processes: ranks per node.
+        elements: the number of jobs in the array; 0 for a single job.
     """
     written, passed = jobspec.environment(where.env or (), os.environ)
     if runs := os.environ.get("STOKER_RUNS"):
@@ -186,7 +184,7 @@ def spec(
 def training(where: Where, command: Command, *, name: str, nproc: int, nodes: int) -> JobSpec:
     """The job that trains one run. Raises BadInput."""
     if command.has("--rendezvous"):
-        raise BadInput(f"--rendezvous: on {where.on} the nodes find each other by themselves; leave it out")
+        raise BadInput(f"--rendezvous: on {where.on} the nodes find each other without it; leave it out")
     plain = command.without()
     if nodes > 1:
         plain = plain.with_("--rendezvous", RENDEZVOUS)
@@ -225,17 +223,17 @@ def send(where: Where, made: JobSpec, *, runs: Path, trains: Sequence[str], json
 
 
 def _check_secrets(made: JobSpec) -> None:
-    """Refuse what would stand in a file, and in the cluster's records. Raises BadInput."""
+    """Refuse secrets, which would be written to a file and the cluster's records. Raises BadInput."""
     for word, shown in zip(made.command, redaction.command(made.command), strict=True):
         if word != shown:
             raise BadInput(
-                f"{shown}: a secret would be written down with the job; give it as a variable that the code "
+                f"{shown}: the secret would be stored with the job; pass it as a variable that the code "
                 "reads: export NAME=..., then --env NAME"
             )
 
 
 def _check_free(job: Job) -> None:
-    """Refuse a second job for what one that is not over trains. Raises BadInput."""
+    """Refuse a job for a run that an unfinished job already trains. Raises BadInput."""
     others = [
         one for one in jobs.every(job.runs) if one.target == job.target and {*one.trains} & {*job.trains}
     ]
@@ -243,13 +241,13 @@ def _check_free(job: Job) -> None:
     for one in others:
         if not states[one.id].over:
             raise BadInput(
-                f"job {one.id} trains it, and is {states[one.id].state}: wait for it, or `stoker jobs cancel "
-                f"{one.id}`"
+                f"job {one.id} already trains this run and is {states[one.id].state}: wait for it, or run "
+                f"`stoker jobs cancel {one.id}`"
             )
 
 
 def print_command(where: Where, command: Command, *, nproc: int, json: bool) -> int:
-    """What `--dry-run` prints of a command that runs here."""
+    """Print what `--dry-run` shows for a command that runs here."""
     made = spec(where, command.without(), name=LOCAL, processes=nproc)
     here.check(made)
     return _print_rendered(LOCAL, here.render(made), json=json)

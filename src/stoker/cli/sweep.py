@@ -1,4 +1,4 @@
-"""`stoker sweep RECIPE`: search for the best values of a recipe's keys; a trial is a run."""
+"""`stoker sweep RECIPE`: search for the best values of a recipe's keys; each trial is a run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _On = Annotated[
     str,
     typer.Option(
         metavar="|".join(dict.fromkeys((LOCAL, RAY, *TARGETS))),
-        help="Where trials run: here, on a Ray cluster, or where the search itself is a job.",
+        help="Where trials run: here, on a Ray cluster, or within a job that runs the search.",
     ),
 ]
 
@@ -52,40 +52,43 @@ def sweep(
         typer.Argument(
             metavar="[KEY=SPACE]...",
             help="lr='log(1e-5, 1e-3)' batch_size='[16, 32]' lora.rank='int(4, 64, log)' "
-            "dropout='uniform(0, 0.5)'; KEY=VALUE is the same in all trials.",
+            "dropout='uniform(0, 0.5)'; KEY=VALUE fixes a key in all trials.",
         ),
     ] = None,
     config: Annotated[
-        Path | None, typer.Option("--config", metavar="FILE", help="A YAML file of the same.")
+        Path | None,
+        typer.Option("--config", metavar="FILE", help="A YAML file of search spaces and fixed values."),
     ] = None,
     name: Annotated[
         str | None,
         typer.Option(
-            help="The folder of its trials; the same command with the same name goes on.",
+            help="The sweep's folder; the same command with the same name continues the search.",
             show_default="RECIPE-sweep",
         ),
     ] = None,
     new: Annotated[
-        bool, typer.Option("--new", help="Begin another search beside one of this name, as NAME-2.")
+        bool, typer.Option("--new", help="Start a new search, named NAME-2 if NAME exists.")
     ] = False,
     metric: Annotated[
         list[str] | None,
         typer.Option(
-            help="What is to become best; several may be given, of which early stopping goes by the first.",
+            help="The metric to optimise; repeatable. Early stopping uses the first.",
             show_default="val_loss",
         ),
     ] = None,
     goal: Annotated[
         list[str] | None,
-        typer.Option(metavar="min|max", help="Which way, of each.", show_default="by the metric's name"),
+        typer.Option(
+            metavar="min|max", help="The direction of each metric.", show_default="by the metric's name"
+        ),
     ] = None,
-    trials: Annotated[int, typer.Option(min=1, help="How many.")] = 20,
+    trials: Annotated[int, typer.Option(min=1, help="Number of trials.")] = 20,
     parallel: Annotated[
         int | None,
         typer.Option(
             min=1,
-            help="Trials at a time.",
-            show_default="1, or as many as the GPUs of the machine are for; on Ray, what there is room for",
+            help="Number of concurrent trials.",
+            show_default="as many as the machine's GPUs allow, else 1; on Ray, as many as fit",
         ),
     ] = None,
     nproc: Nproc = None,
@@ -94,24 +97,24 @@ def sweep(
         typer.Option(
             min=1,
             metavar="N",
-            help="As a job: an array of so many, each a controller of the study in --storage.",
+            help="For jobs: submit an array of N controllers that share the study in --storage.",
         ),
     ] = 1,
     address: Annotated[
         str | None,
         typer.Option(
             metavar="HOST:PORT",
-            help="With --on ray: the cluster, of which this machine is one.",
+            help="With --on ray: the cluster's address; this machine must be one of its nodes.",
             show_default="RAY_ADDRESS, else Ray is started here",
         ),
     ] = None,
-    per_gpu: Annotated[int, typer.Option(min=1, help="Ranks of trials that share a GPU.")] = 1,
+    per_gpu: Annotated[int, typer.Option(min=1, help="Number of ranks that share a GPU.")] = 1,
     reuse: Annotated[
         bool,
         typer.Option(
             "--reuse-processes",
-            help="A process trains one trial after another, for trials of a second or less: "
-            "what one leaves in memory the next one finds.",
+            help="Train trials one after another in the same process, for trials of a second or less. "
+            "Trials then share the process's state.",
         ),
     ] = False,
     sampler: Annotated[
@@ -121,7 +124,7 @@ def sweep(
     scheduler: Annotated[
         str | None,
         typer.Option(
-            help="none, median, asha, asha-stop, hyperband, pbt or pb2: which trials end early.",
+            help="What ends trials early: none, median, asha, asha-stop, hyperband, pbt or pb2.",
             show_default="none",
         ),
     ] = None,
@@ -129,8 +132,8 @@ def sweep(
         str | None,
         typer.Option(
             metavar="staged",
-            help="Instead of these two, for trainings that take long: half of the trials at random, the "
-            "others by tpe where the best are, all ended early as by asha; then the best few to their end.",
+            help="Replaces --sampler and --scheduler for long trainings: half of the trials are random, the "
+            "others sampled by tpe, all stopped early as by asha; then the best few run to their end.",
         ),
     ] = None,
     least: Annotated[
@@ -138,26 +141,29 @@ def sweep(
         typer.Option(
             metavar="DURATION",
             help="asha, hyperband: the first rung, as 100 (steps), 1ep, 1000000tok, or 10% of the data; "
-            "pbt, pb2: from one comparison to the next.",
+            "pbt, pb2: the interval between comparisons.",
         ),
     ] = None,
     most: Annotated[
-        str | None, typer.Option(metavar="DURATION", help="The length of a whole trial, for those.")
+        str | None,
+        typer.Option(metavar="DURATION", help="The length of a full trial, for the same schedulers."),
     ] = None,
     factor: Annotated[
         int | None,
         typer.Option(
-            min=2, help="asha, hyperband: one in so many goes on to the next rung.", show_default="3"
+            min=2, help="asha, hyperband: one trial in N continues to the next rung.", show_default="3"
         ),
     ] = None,
     quantile: Annotated[
         float | None,
-        typer.Option(help="pbt, pb2: the share that is replaced by copies of the best.", show_default="0.25"),
+        typer.Option(
+            help="pbt, pb2: the share of trials replaced by copies of the best.", show_default="0.25"
+        ),
     ] = None,
     resample: Annotated[
         float | None,
         typer.Option(
-            help="pbt: how likely a copy's value is drawn anew; of pb2, at first.",
+            help="pbt: the probability that a copy's value is resampled; pb2: the same, at first.",
             show_default="0.25",
         ),
     ] = None,
@@ -165,26 +171,26 @@ def sweep(
         str | None,
         typer.Option(
             metavar="FACTOR,FACTOR",
-            help="pbt: else it is multiplied by one of these.",
+            help="pbt: a value that is not resampled is multiplied by one of these.",
             show_default="0.8,1.2",
         ),
     ] = None,
     first: Annotated[
         list[str] | None,
-        typer.Option("--try", metavar="KEY=VALUE,...", help="Values that are tried first; may be repeated."),
+        typer.Option("--try", metavar="KEY=VALUE,...", help="Values to try first; repeatable."),
     ] = None,
     warm_start: Annotated[
-        str, typer.Option("--warm-start", metavar="SWEEP", help="Let the sampler learn from another one.")
+        str, typer.Option("--warm-start", metavar="SWEEP", help="Let the sampler learn from another sweep.")
     ] = "",
-    seed: Annotated[int, typer.Option(min=0, help="Of the sampler.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="The sampler's seed.")] = 0,
     max_failures: Annotated[
-        int | None, typer.Option(min=0, help="End after more failed trials than that.")
+        int | None, typer.Option(min=0, help="End the search after more failed trials than this.")
     ] = None,
     budget: Annotated[
         str | None,
         typer.Option(
             metavar="AMOUNT",
-            help="End once all trials have spent so much: 40gpuh (of all ranks), 300ep, 20000.",
+            help="End the search once all trials together have used: 40gpuh (of all ranks), 300ep, 20000.",
         ),
     ] = None,
     max_time: MaxTime = None,
@@ -193,24 +199,25 @@ def sweep(
         typer.Option(
             metavar="URL",
             envvar="STOKER_STORAGE",
-            help="Keep the study in a database, as postgresql+psycopg2://HOST/NAME, for several controllers "
-            "to share.",
+            help="Keep the study in a database that several controllers can share, such as "
+            "postgresql+psycopg2://HOST/NAME.",
             show_default="a file beside the trials",
         ),
     ] = "",
     study: Annotated[
         str | None,
         typer.Option(
-            help="The study's name there: sweeps of one study search together.", show_default="NAME"
+            help="The study's name in --storage; sweeps with the same study search together.",
+            show_default="NAME",
         ),
     ] = None,
     runs: LocalRunsFolder = DEFAULT_RUNS,
     json: Json = False,
     where: Where = HERE,
 ) -> int:
-    """Search for the best values of a recipe's keys; the same command goes on with it.
+    """Search for the best values of a recipe's keys; the same command continues the search.
 
-    Every trial is a run in the folder of the sweep, tracked, resumed and reported as any other.
+    Each trial is a run in the sweep's folder, tracked, resumed and reported like any other run.
     """
     show_messages()
     from stoker.cli import searching
@@ -235,7 +242,7 @@ def sweep(
     places = searching.Places(where.on, address, parallel, nproc or 1, per_gpu, reuse)
     with searching.begun(made, places, deadline) as (search, shipping):
         code, error = _run(search)
-    if code == 0:  # told to stop, it has no time to lose
+    if code == 0:  # a search that was told to stop must exit quickly
         searching.wait_for_sinks(shipping)
     trials_seen.answer(search, json=json, error=error)
     return code
@@ -247,22 +254,22 @@ def _check_where(where: Where, controllers: int, storage: str) -> None:
         for name in ("gpus", "cpus", "memory", "time", "retries", "env", "option", "dry_run"):
             if getattr(where, name) != getattr(HERE, name):
                 option = f"--{name.replace('_', '-')}"
-                raise BadInput(f"{option} is for jobs, and --on ray has trials on a cluster; leave it out")
+                raise BadInput(f"{option} is for jobs; --on ray submits none, so leave it out")
     elif not where.here:
         targets.of(where.on)
     if where.here and where.retries:
-        raise BadInput("--retries: a trial that fails is a failed trial; leave it out, see --max-failures")
+        raise BadInput("--retries: failed trials are not retried; leave it out, see --max-failures")
     if controllers > 1 and where.on in (LOCAL, RAY):
-        raise BadInput(f"--controllers {controllers}: it is for jobs; give --on {' or '.join(TARGETS)} too")
+        raise BadInput(f"--controllers {controllers} is for jobs: also give --on {' or '.join(TARGETS)}")
     if controllers > 1 and not storage:
         raise BadInput(
-            f"--controllers {controllers}: several controllers share a study that is in a database; give "
+            f"--controllers {controllers}: several controllers need a study in a database; give "
             "--storage postgresql+psycopg2://HOST/NAME, or set STOKER_STORAGE"
         )
 
 
 def _deadline(max_time: str | None, where: Where) -> float | None:
-    """When the search is to stop here, by the machine's monotonic clock. Raises BadInput."""
+    """When the search stops on this machine, by its monotonic clock. Raises BadInput."""
     from stoker.tune import plan
 
     limits = [jobspec.time_limit(where.time)] if where.here and where.time is not None else []
@@ -270,19 +277,19 @@ def _deadline(max_time: str | None, where: Where) -> float | None:
 
 
 def _submit(where: Where, folder: Path, wanted: Record, controllers: int, ranks: int, json: bool) -> int:
-    """Have a cluster search: one job, or an array of jobs whose elements share a study. Raises BadInput.
+    """Submit the search: one job, or an array of jobs that share a study. Raises BadInput.
 
     Args:
-        folder: of the sweep; those of an array are called by its name and their number.
-        ranks: that train at a time in each.
+        folder: the sweep's folder; the elements of an array append their number to its name.
+        ranks: ranks that train concurrently in each job.
     """
     from stoker.tune import record
 
     command = Command.of_verb("sweep")
     if command.has("--storage") and wanted.storage != command.value("--storage"):
         raise BadInput(
-            "--storage: its password would be written into a file; set STOKER_STORAGE here instead, or have "
-            "it in ~/.pgpass"
+            "--storage: the password would be written to a file; set STOKER_STORAGE instead, or put the "
+            "password in ~/.pgpass"
         )
     name, elements = folder.name, controllers if controllers > 1 else 0
     names = [f"{name}-{number}" for number in range(elements)] or [name]
@@ -301,7 +308,7 @@ def _submit(where: Where, folder: Path, wanted: Record, controllers: int, ranks:
 def _space(
     recipe: Recipe, given: Sequence[str], config: Path | None, first: Sequence[str]
 ) -> tuple[Space, tuple[Mapping[str, Any], ...]]:
-    """What is searched, and the values that are tried first. Raises BadInput."""
+    """The search space, and the values to try first. Raises BadInput."""
     from stoker.tune.space import parse, parse_tries
 
     searched = parse(given, recipe.config, recipes.config_file(config))
@@ -309,7 +316,7 @@ def _space(
 
 
 def _run(search: Search) -> tuple[int, str]:
-    """Search, answering signals; returns the exit code, and why it cannot go on, where that is so."""
+    """Search, handling signals; returns the exit code and the error, if any."""
     from stoker.cli.searching import answering_signals
 
     try:
@@ -323,7 +330,7 @@ def _run(search: Search) -> tuple[int, str]:
     if failed and search.over and len(failed) == len(search.trials):
         said = failed[0].error.partition("\n")[0]
         name = search.plan.folder.name
-        return EXIT_FAILED, f"every trial failed, the first one of: {said}; see stoker report {name}"
+        return EXIT_FAILED, f"every trial failed, the first with: {said}; see stoker report {name}"
     if search.overspent and not search.over:
-        log.info("the time or the budget is used up; the same command with more of it goes on")
+        log.info("the time or the budget is used up; run the same command with more of it to continue")
     return 0, ""

@@ -1,4 +1,4 @@
-"""`stoker sync RUN`: ship to the sinks what is pending now, or all of it anew."""
+"""`stoker sync RUN`: ship pending events to the sinks, or rebuild the run in them."""
 
 from __future__ import annotations
 
@@ -22,22 +22,24 @@ def sync(
     ],
     rebuild: Annotated[
         bool,
-        typer.Option("--rebuild", help="Make the run anew in every tracker, and mark the old one."),
+        typer.Option(
+            "--rebuild", help="Create the run anew in every tracker, and mark the old one as replaced."
+        ),
     ] = False,
     runs: RunsFolder = DEFAULT_RUNS,
     json: Json = False,
 ) -> None:
-    """Ship what MLflow, and an object store that the runs are in, have not got yet, and wait until they have.
+    """Ship what the trackers and the object store of the runs lack, and wait until it has arrived.
 
     MLflow is the server that MLFLOW_TRACKING_URI names, else the store in the runs folder.
 
-    With --rebuild the run is made anew in every tracker: without the points that a resumed attempt made
-    void, and where it, or its experiment, was deleted in MLflow. The one before is marked as replaced.
+    With --rebuild, the run is created anew in every tracker, without the points that a resumed attempt
+    replaced, even if it or its experiment was deleted in MLflow. The old one is marked as replaced.
     """
     found = finding.find(runs, run)
     copied = _upload(found)
     if not follower.enabled() and (rebuild or not copied):
-        raise BadInput("STOKER_SINKS=none turns every sink off: unset it to ship this run")
+        raise BadInput("STOKER_SINKS=none turns off every sink: unset it to ship this run")
     replaced = follower.rebuild(found) if rebuild else {}
     before = {sink.name: sink.pending for sink in follower.state(found)}
     code = _ship(found)
@@ -56,9 +58,9 @@ def sync(
 
 
 def _upload(found: RunDirectory) -> bool:
-    """Bring a run to its object store, if it is in one; whether it is. Raises StokerError.
+    """Upload a run to its object store; returns whether it has one. Raises StokerError.
 
-    Of a run that is being trained the uploader does it.
+    A run that is being trained here has its own uploader.
     """
     copy = mirror.of(found)
     if copy is None:
@@ -66,12 +68,12 @@ def _upload(found: RunDirectory) -> bool:
     if not found.trained_here:
         said = uploader.wait(found, uploader.ONCE_PATIENCE)
         if said.behind:
-            raise StokerError(f"{copy.where} has not got all of this run: {said.error}")
+            raise StokerError(f"{copy.where} does not have all of this run yet: {said.error}")
     return True
 
 
 def _ship(found: RunDirectory) -> int:
-    """Run a follower to its end; it waits for a living one and never outlives this command."""
+    """Run a follower to its end; it waits for a running one and never outlives this command."""
     process = follower.spawn(found, once=True)
     try:
         return process.wait()
@@ -90,10 +92,10 @@ def _anew(sink: str, replaced: dict[str, str | None]) -> str:
     if sink not in replaced:
         return ""
     before = replaced[sink]
-    return f"made anew, in place of {before}: " if before else "made anew: "
+    return f"created anew, replacing {before}: " if before else "created anew: "
 
 
 def _explain(found: RunDirectory, sinks: list[SinkState]) -> str:
-    failing = [f"{sink.name} ({sink.where}) has not got {sink.pending} events: {sink.error}"
+    failing = [f"{sink.name} ({sink.where}) lacks {sink.pending} events: {sink.error}"
                for sink in sinks if sink.pending]  # fmt: skip
     return "; ".join(failing) or f"the follower failed: see {found.logs / 'follower.log'}"

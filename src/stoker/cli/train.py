@@ -1,4 +1,4 @@
-"""`stoker train RECIPE`: start a run, or continue the one of that name."""
+"""`stoker train RECIPE`: start a run, or continue the run with the given name."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ Name = Annotated[
 ]
 Experiment = Annotated[
     str | None,
-    typer.Option(help="The folder of runs that belong together.", show_default="the recipe's name"),
+    typer.Option(help="The experiment, a folder that groups runs.", show_default="the recipe's name"),
 ]
 
 Nproc = Annotated[
@@ -65,24 +65,28 @@ Nodes = Annotated[
     Machines,
     typer.Option(
         "--nodes", parser=Machines.parsed, metavar="N|LEAST:MOST",
-        help="Machines that train together; without --on the same command is started on each. "
-        "1:4: they come and go.",
+        help="Number of machines; without --on, start the same command on each. "
+        "1:4: machines may join and leave.",
     ),
 ]  # fmt: skip
 Rendezvous = Annotated[
     str | None,
-    typer.Option(metavar="HOST:PORT", help="With --nodes: where they meet, an address of one of them."),
+    typer.Option(
+        metavar="HOST:PORT", help="With --nodes: the address of one of the machines, where they meet."
+    ),
 ]
 MaxRestarts = Annotated[
     int,
     typer.Option(
         "--max-restarts", min=0, metavar="N",
-        help="Start the ranks again when one is killed, hangs or raises, so often between checkpoints.",
+        help="Restart all ranks when one is killed, hangs or raises, at most N times between checkpoints.",
     ),
 ]  # fmt: skip
 MaxTime = Annotated[
     str | None,
-    typer.Option("--max-time", metavar="TIME", help="Stop after so long with a checkpoint, such as 3h55m."),
+    typer.Option(
+        "--max-time", metavar="TIME", help="Save a checkpoint and stop after this time, such as 3h55m."
+    ),
 ]
 Profile = Annotated[
     str | None,
@@ -127,7 +131,7 @@ def train(
 
 
 def script_command(train_function: Callable[..., None]) -> Callable[..., int]:
-    """The same command for a script's own train function."""
+    """The train command for a script's own train function."""
 
     @submittable
     def command(
@@ -161,10 +165,10 @@ def script_command(train_function: Callable[..., None]) -> Callable[..., int]:
 
 @dataclass(frozen=True)
 class Launch:
-    """How a run is started, which is no part of what it computes."""
+    """How a run is started; it does not affect what the run computes."""
 
     nproc: int = 1
-    """Ranks of each machine."""
+    """Ranks per machine."""
     nodes: Machines = ONE
     rendezvous: str | None = None
     max_restarts: int = 0
@@ -172,12 +176,12 @@ class Launch:
     profile: str | None = None
     where: Where = HERE
     command: Command | None = None
-    """The one that the run is started by, where it may be another machine's to run."""
+    """The command that starts the run, if it may be submitted to another machine."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """All that a rank needs to know of a run to take part in it."""
+    """What a rank needs to take part in a run."""
 
     recipe: str
     """The recipe's reference."""
@@ -204,7 +208,7 @@ def start(
     json: bool,
     accept_drift: bool = False,
 ) -> int:
-    """Train, from the beginning or from where the run of that name was; returns the exit code."""
+    """Train, from the start or from where the named run stopped; returns the exit code."""
     show_messages()
     redaction.keep_out(resolved.values)
     experiment = experiment or recipe.name
@@ -212,7 +216,7 @@ def start(
     if name is not None:
         finished = _finished(finding.named(runs.absolute(), experiment, name), resolved)
         if finished is not None:
-            return _answer(finished, json, "was finished already")
+            return _answer(finished, json, "was already finished")
     where, launch = launch.where, _with_limits(launch)
     sizes = _sizes(recipe, resolved.config, launch)
     machines = max(sizes)
@@ -230,7 +234,7 @@ def start(
         return _work(recipe, resolved, job)
     if World.current().size > 1:
         raise BadInput(
-            f"{World.current().size} ranks were started already: leave out --nproc, --nodes and "
+            f"a launcher has already started {World.current().size} ranks: leave out --nproc, --nodes and "
             "--max-restarts"
         )
     named = dataclasses.replace(job, name=name or directory.new_id())
@@ -242,14 +246,14 @@ def start(
 
 
 def _with_limits(launch: Launch) -> Launch:
-    """What `--time` and `--retries` of a job are for a launch here. Raises BadInput."""
+    """The launch with the job options `--time` and `--retries` applied to this machine. Raises BadInput."""
     where = launch.where
     if not where.here:
         return launch
     if where.retries and launch.max_restarts:
         raise BadInput(
-            f"--retries {where.retries} and --max-restarts {launch.max_restarts}: on this machine they are "
-            "the same; give one of them"
+            f"--retries {where.retries} and --max-restarts {launch.max_restarts} mean the same on this "
+            "machine; give one of them"
         )
     most, limit = launch.max_time, where.time
     if limit is not None and (jobspec.time_limit(limit) < (_seconds(most) if most is not None else math.inf)):
@@ -258,7 +262,7 @@ def _with_limits(launch: Launch) -> Launch:
 
 
 def _limited(launch: Launch, command: Command) -> Command:
-    """A command with the limits of its launch."""
+    """The command with the limits of its launch."""
     limits = {"--max-time": launch.max_time, "--max-restarts": launch.max_restarts}
     plain = command.without(*limits)
     return plain.with_(*(word for option, limit in limits.items() if limit for word in (option, str(limit))))
@@ -267,7 +271,7 @@ def _limited(launch: Launch, command: Command) -> Command:
 def _submit(
     launch: Launch, command: Command, runs: Path, experiment: str, name: str | None, json: bool
 ) -> int:
-    """Have a cluster do it; a run without a name is given one, so that the job can go on with it."""
+    """Submit the command as a job; an unnamed run gets a name, so that the job can continue it."""
     run = finding.locate(runs, experiment, name or directory.new_id())
     named = command if name is not None else command.with_("--name", run.id)
     trained = f"{run.experiment}/{run.id}"
@@ -276,14 +280,14 @@ def _submit(
 
 
 def run_rank(job: Job, measure: int | None = None) -> int:
-    """What each rank of a job does; see `Run.measure`."""
+    """Run one rank of a job; for `measure`, see `Run.measure`."""
     show_messages(logging.INFO if measure is None else logging.WARNING)
     recipe = recipes.load(job.recipe)
     return _work(recipe, configs.restore(recipe.config, job.values, job.sources), job, measure)
 
 
 def _work(recipe: Recipe, resolved: Resolved[Any], job: Job, measure: int | None = None) -> int:
-    """Train as one rank, or the only one; rank 0 says how it went."""
+    """Train as one rank, or as the only one; rank 0 prints the result."""
     run = Run(
         job.experiment,
         job.name,
@@ -302,17 +306,17 @@ def _work(recipe: Recipe, resolved: Resolved[Any], job: Job, measure: int | None
     code, status = work_on(run, recipe, resolved.config)
     if run.world.rank > 0 or measure is not None:
         return code
-    if code == 0:  # told to stop, it has no time to lose; the follower goes on by itself
+    if code == 0:  # a run that was told to stop must exit quickly; the follower continues by itself
         _wait_for_sinks(run)
     _answer(view.load(run.directory), job.json, status)
     return code
 
 
 def check(recipe: Recipe, config: Any, ranks: int, gpus: int | None = None) -> None:
-    """Refuse what cannot work on so many ranks before any is started. Raises BadInput.
+    """Refuse a config that cannot work on this number of ranks, before any is started. Raises BadInput.
 
     Args:
-        gpus: where it is to run; by default those of this machine.
+        gpus: the number of GPUs where the run will train; by default those of this machine.
     """
     check_ranks(recipe, config, ranks, gpus)
     if recipe.check is not None:
@@ -320,7 +324,7 @@ def check(recipe: Recipe, config: Any, ranks: int, gpus: int | None = None) -> N
 
 
 def check_ranks(recipe: Recipe, config: Any, ranks: int, gpus: int | None = None) -> None:
-    """What is quick of `check`, and differs with the number of ranks. Raises BadInput."""
+    """The quick part of `check`, which depends on the number of ranks. Raises BadInput."""
     if isinstance(config, Training):
         options.check(
             options.with_deepspeed_file(config), ranks=ranks,
@@ -332,7 +336,7 @@ def check_ranks(recipe: Recipe, config: Any, ranks: int, gpus: int | None = None
 
 
 def _fits(recipe: Recipe, config: Any, nproc: int, machines: int) -> bool:
-    """Whether so many machines can share the work: the batch, the mesh. Raises BadInput where none could."""
+    """Whether this many machines can share the batch and the mesh. Raises BadInput if no number could."""
     batch = getattr(config, "batch_size", None)
     if isinstance(batch, int) and batch % (nproc * machines):
         return False
@@ -344,7 +348,7 @@ def _fits(recipe: Recipe, config: Any, nproc: int, machines: int) -> bool:
 
 
 def _sizes(recipe: Recipe, config: Any, launch: Launch) -> frozenset[int]:
-    """How many machines there may be: where their number may change, those that can share the work."""
+    """The allowed numbers of machines: within a range, those that can share the work."""
     nodes = launch.nodes
     if nodes.least == nodes.most:
         return frozenset([nodes.most])
@@ -352,11 +356,11 @@ def _sizes(recipe: Recipe, config: Any, launch: Launch) -> frozenset[int]:
     if not sizes:
         check_ranks(recipe, config, launch.nproc * nodes.most)
         raise BadInput(
-            f"--nodes {nodes}: batch_size={config.batch_size} is shared evenly by none of these numbers of "
-            f"machines, with {counted(launch.nproc, 'rank')} each"
+            f"--nodes {nodes}: none of these numbers of machines, with {counted(launch.nproc, 'rank')} each, "
+            f"divides batch_size={config.batch_size} evenly"
         )
     if len(sizes) <= nodes.most - nodes.least:
-        log.info("of --nodes %s, %s can share the work evenly", nodes, " or ".join(map(str, sizes)))
+        log.info("--nodes %s: only %s can share the work evenly", nodes, " or ".join(map(str, sizes)))
     return frozenset(sizes)
 
 
@@ -365,18 +369,18 @@ def _check_where(launch: Launch, name: str | None) -> None:
     if not launch.where.here:
         targets.of(launch.where.on)
         if launch.nodes.least < launch.nodes.most:
-            raise BadInput(f"--nodes {launch.nodes}: --on {launch.where.on} takes one number of nodes")
+            raise BadInput(f"--nodes {launch.nodes}: --on {launch.where.on} needs a fixed number of nodes")
         return
     if launch.nodes == ONE and launch.rendezvous is not None:
-        raise BadInput("--rendezvous is for several machines: say how many with --nodes")
+        raise BadInput("--rendezvous is for several machines: give their number with --nodes")
     if launch.nodes != ONE and launch.rendezvous is None:
-        raise BadInput("--nodes: say where they meet with --rendezvous HOST:PORT, an address of one of them")
+        raise BadInput("--nodes needs --rendezvous HOST:PORT, the address of one of the machines")
     if launch.nodes != ONE and name is None:
-        raise BadInput("--nodes: several machines train one run; give it a --name for them to agree on")
+        raise BadInput("--nodes needs --name, so that all machines train the same run")
 
 
 def _gpus(config: Training, ranks: int) -> int:
-    """GPUs of this machine; torch is not loaded to count them where nobody asks."""
+    """The number of GPUs of this machine; 0, without importing torch, if no option depends on it."""
     if not (config.backend == "nccl" or config.sync_batchnorm or config.fsdp.offload):
         return 0
     import torch
@@ -411,10 +415,10 @@ def work_on(run: Run, recipe: Recipe, config: Any, *, trial: bool = False) -> tu
     """Call the recipe within the run; returns the exit code and the status.
 
     Args:
-        trial: it is one of many: it has no report of its own, and is ended where it hangs.
+        trial: the run is a trial of a sweep: it gets no report of its own, and is ended if it hangs.
     """
     if getattr(config, "deterministic", False):
-        machine.keep_cublas_workspaces()  # before the recipe comes to use CUDA
+        machine.keep_cublas_workspaces()  # before the recipe uses CUDA
     random_state.seed_everything(run.seed)  # a recipe that imports torch later seeds it itself
     ends = trial or run.world.size > 1 or getattr(config, "hang_limit", None) is not None
     try:
@@ -436,12 +440,12 @@ def work_on(run: Run, recipe: Recipe, config: Any, *, trial: bool = False) -> tu
 
 
 def _say_hanging(said: str) -> None:
-    Console(stderr=True).show_cursor()  # which a progress bar has hidden that will not end by itself
-    say_error(f"{said}; the same command resumes from the newest checkpoint", EXIT_FAILED)
+    Console(stderr=True).show_cursor()  # a progress bar that is never closed has hidden it
+    say_error(f"{said}; the same command continues from the newest checkpoint", EXIT_FAILED)
 
 
 def _export_weights(run: Run) -> None:
-    """Weights of a loop whose recipe has not exported them itself: those of the last checkpoint."""
+    """Export the weights of the newest checkpoint, unless the recipe has exported its own."""
     from stoker.checkpoint import manifest
 
     found, _ = manifest.newest(run.directory.checkpoints)
@@ -457,7 +461,7 @@ def _export_weights(run: Run) -> None:
 
 
 def _write_report(run: Run) -> None:
-    """The report of a run that is done; that it cannot be written takes nothing away from the run."""
+    """Write the report of a finished run; a failure to write it does not fail the run."""
     try:
         report = html.write([view.load(run.directory)], run.directory.artifacts / "report.html")
         run.artifact(report, kind="report")
@@ -466,13 +470,13 @@ def _write_report(run: Run) -> None:
 
 
 def _finished(found: directory.RunDirectory, resolved: Resolved[Any]) -> RunView | None:
-    """A run of this name and config that has come to its end, with its report; else None."""
+    """The finished run with this name and config, with its report; None if there is none."""
     seen = view.load(found) if found.exists() else None
     if seen is None or seen.status != view.FINISHED:
         return None
     if configs.drift(seen.config, redaction.tree(resolved.values)):
         return None
-    if not (found.artifacts / "report.html").exists():  # it was killed in its very last moment
+    if not (found.artifacts / "report.html").exists():  # the run was killed before it wrote its report
         html.write([seen], found.artifacts / "report.html")
     return seen
 
@@ -482,7 +486,7 @@ def _wait_for_sinks(run: Run) -> None:
         if state.pending:
             reason = f" ({state.error})" if state.error else ""
             log.warning(
-                "%s: %d events are not shipped yet%s; `stoker sync %s` ships them",
+                "%s: %d events are not shipped yet%s; ship them with `stoker sync %s`",
                 state.name,
                 state.pending,
                 reason,
@@ -491,7 +495,7 @@ def _wait_for_sinks(run: Run) -> None:
 
 
 def _answer(seen: RunView, json: bool, status: str) -> int:
-    """Say how the run ended, where it is, and what to do next."""
+    """Print how the run ended, where it is, and what to do next."""
     directory_ = seen.directory
     report = directory_.artifacts / "report.html"
     copy = mirror.of(directory_)

@@ -1,4 +1,4 @@
-"""What each process of a trial does."""
+"""Runs one rank of a trial."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from stoker.tune.trial import Job, Link, Reporter
 from stoker.user_run import Run
 from stoker.world import World
 
-_FREE_TIMEOUT = 120.0  # of a machine that is lost, a server of files forgets its locks after 90 s, by default
+_FREE_TIMEOUT = 120.0  # NFS servers release the locks of a lost machine after 90 s by default
 
 
 def train_trial(job: Job, link: Link) -> dict[str, Any]:
-    """Train its run; returns how that ended, as `tune.local.Function` has it."""
+    """Train the trial's run; returns the result in the form of `tune.local.Function`."""
     recipe = loaded(job.recipe)
     resolved: Any = configs.restore(recipe.config, job.values, job.sources)
     train.check(recipe, resolved.config, World.current().size)
@@ -51,18 +51,18 @@ def train_trial(job: Job, link: Link) -> dict[str, Any]:
     finally:
         reporter.close()
     if job.unit == SHARE and run.attempt.plan.get("data_share") != resolved.config.data_share:
-        raise BadInput("its Trainer is not told the share of the data: give it training=config")
+        raise BadInput("the recipe's Trainer does not get the data share: give it training=config")
     return {"status": status, "logged": sorted(reporter.logged), "values": reporter.values}
 
 
 @functools.cache
 def loaded(reference: str) -> Recipe:
-    """A recipe, once in each process, which may train several trials of it."""
+    """The recipe, loaded once per process, since a process may train several trials."""
     return recipes.load(reference)
 
 
 def _wait_until_free(run: RunDirectory) -> None:
-    """A process of a controller that was killed, or on a machine that was lost, may be about to end."""
+    """Wait for an earlier process of the run to end, left by a killed controller or a lost machine."""
     until = time.monotonic() + _FREE_TIMEOUT
     while run.path.exists() and run.alive and time.monotonic() < until:
         time.sleep(0.05)

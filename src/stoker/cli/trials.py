@@ -1,4 +1,4 @@
-"""What is seen of a search: a live table while it runs, and what it came to."""
+"""Shows a search: a live table while it runs, and its results."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _SHOWN = 12  # trials in the live table
 
 @contextlib.contextmanager
 def live(search: Search) -> Iterator[None]:
-    """A table that is kept up to date on a terminal, a line for each trial that ends elsewhere."""
+    """On a terminal, show a live table; elsewhere, log a line for each trial that ends."""
     screen = Console(stderr=True)
     if screen.is_terminal:
         with Live(_Picture(search), console=screen, refresh_per_second=4, transient=True):
@@ -50,7 +50,7 @@ def live(search: Search) -> Iterator[None]:
 
 
 class _Picture:
-    """The trials as they are now; drawn anew each time it is asked for."""
+    """The current state of the trials, redrawn on each refresh."""
 
     def __init__(self, search: Search) -> None:
         self._search, self._begun = search, time.monotonic()
@@ -87,11 +87,11 @@ class _Picture:
             yield f"about {_clock(left)} left"
 
     def _left(self, trials: list[Seen], spent: float) -> float | None:
-        """Seconds, by what was done in this controller's time and what the trials so far have needed."""
+        """The estimated seconds left, from this controller's speed and the length of the trials so far."""
         plan = self._search.plan
         limits = [plan.deadline - time.monotonic()] if plan.deadline is not None else []
         done = sum(trial.done for trial in trials) - self._before
-        judged = [trial for trial in trials if trial.state != "running"]  # what is paused may never go on
+        judged = [trial for trial in trials if trial.state != "running"]  # a paused trial may never continue
         if done > 0 and judged:
             each = sum(trial.done for trial in judged) / len(judged)
             unfinished = sum(max(0.0, each - trial.done) for trial in trials if trial.state == "running")
@@ -102,13 +102,13 @@ class _Picture:
 
 
 def _shown(trials: list[Seen], best: Seen | None) -> list[Seen]:
-    """Those that there is room for, in their order: what runs, the best, then the newest."""
+    """The trials that fit into the table, by number: preferably running ones, the best, then the newest."""
     order = sorted(trials, key=lambda t: (t.state != "running", t is not best, -t.number))
     return sorted(order[:_SHOWN], key=lambda trial: trial.number)
 
 
 def _saved(trials: list[Seen], plan: Any) -> str:
-    """What was trained, and what ending early has saved."""
+    """How much was trained, and how much early stopping has saved."""
     done = sum(trial.done for trial in trials)
     said = f"{done:,.4g} {plan.unit}s"
     judged = [trial for trial in trials if trial.state != "running"]
@@ -127,7 +127,7 @@ def _clock(seconds: float) -> str:
 
 
 def _counted(trials: Iterable[Seen]) -> str:
-    """How many trials are in which state."""
+    """The number of trials in each state."""
     return _in_words(Counter(trial.state for trial in trials))
 
 
@@ -147,7 +147,7 @@ def _line(search: Search, trial: Seen, best: Seen | None) -> str:
 
 def _outcome(search: Search, trial: Seen) -> str:
     if trial.state == "failed":
-        return trial.error.splitlines()[0] if trial.error else "it said nothing"
+        return trial.error.splitlines()[0] if trial.error else "no error message"
     values = trial.outcome(search.plan.objectives)
     return ", ".join(
         f"{one.metric} {_number(value)}" for one, value in zip(search.plan.objectives, values, strict=True)
@@ -159,7 +159,7 @@ def _number(value: Any) -> str:
 
 
 def answer(search: Search, *, json: bool, error: str = "") -> None:
-    """Say what a search came to, and why it cannot go on, where that is so."""
+    """Print the results of a search, and the error that ended it, if any."""
     plan, best = search.plan, search.best
     several = len(plan.objectives) > 1
     if json:
@@ -188,8 +188,8 @@ def answer(search: Search, *, json: bool, error: str = "") -> None:
     if search.over and best is not None and best.state != "complete":
         many = counted(len(search.trials), "trial")
         out.print(
-            f"no trial was trained to its end: of {many} the best ended early, at step {best.step:,.0f}; "
-            "the more --trials, the further the best go"
+            f"no trial was trained to its end: the best of {many} ended early, at step {best.step:,.0f}; "
+            "with more --trials, the best are trained further"
         )
     if best is not None:
         out.print(f"next: stoker runs show {plan.folder.name}/{best.run}   stoker report {plan.folder.name}")
@@ -198,12 +198,12 @@ def answer(search: Search, *, json: bool, error: str = "") -> None:
 
 
 def _ended(trial: Seen) -> State:
-    """Its state once nothing of the search runs any more."""
+    """The trial's state once the search has ended."""
     return "paused" if trial.state == "running" else trial.state
 
 
 def told(trial: Seen, search: Search) -> dict[str, Any]:
-    """What a trial came to, for `--json`, once nothing of the search runs."""
+    """The result of a trial for `--json`, once the search has ended."""
     plan = search.plan
     outcome = trial.outcome(plan.objectives)
     return {

@@ -1,4 +1,4 @@
-"""`stoker ui`: MLflow's own pages on the embedded store, for this machine alone."""
+"""`stoker ui`: serve MLflow's UI for the embedded store, on this machine only."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from stoker.run import finding
 from stoker.tracking import store
 
 _HOST = "127.0.0.1"
-_PAGE = "#/experiments?workflowType=machine_learning"  # MLflow would open on its pages for agents
+_PAGE = "#/experiments?workflowType=machine_learning"  # by default MLflow opens its pages for agents
 _START_TIMEOUT = 120.0  # seconds
 _STOP_TIMEOUT = 10.0
 
@@ -35,12 +35,12 @@ def ui(
     port: Annotated[int, typer.Option(min=1, max=65535, help="The port to serve on.")] = 5000,
     json: Json = False,
 ) -> None:
-    """Serve MLflow's pages on the runs' embedded store, until Ctrl-C."""
+    """Serve MLflow's UI for the embedded store of the runs, until Ctrl-C."""
     database = store.database(runs)
     if not database.is_file():
         elsewhere = store.server_uri()
         hint = f"; runs are tracked at {store.without_credentials(elsewhere)}" if elsewhere else ""
-        raise BadInput(f"nothing is tracked under {finding.shown(runs)} yet: start a run first{hint}")
+        raise BadInput(f"no runs are tracked under {finding.shown(runs)} yet: start one first{hint}")
     _check_free(port)
     store.settle(runs)
     with tempfile.TemporaryFile() as output, _serving(runs, port, output) as server:
@@ -49,9 +49,9 @@ def ui(
         if json:
             print_json({"url": url, "store": str(database)})
         else:
-            console().print(f"{url}/{_PAGE} shows {database}; Ctrl-C ends it", markup=False)
+            console().print(f"{url}/{_PAGE} shows {database}; press Ctrl-C to stop", markup=False)
         if server.wait() != 0:
-            raise StokerError(f"MLflow's server ended: {_last_line(output)}")
+            raise StokerError(f"the MLflow server exited: {_last_line(output)}")
 
 
 def _check_free(port: int) -> None:
@@ -67,7 +67,7 @@ def _check_free(port: int) -> None:
 
 @contextmanager
 def _serving(runs: Path, port: int, output: IO[bytes]) -> Iterator[Server]:
-    """MLflow's server as a process group of its own, which is gone at the end. Ctrl-C ends the block."""
+    """Run MLflow's server in its own process group, ended with the block. Ctrl-C ends the block."""
     uri, artifacts = store.embedded_uri(runs), store.artifacts(runs).as_uri()
     previous = signal.signal(signal.SIGTERM, _interrupt)
     server = subprocess.Popen(
@@ -91,7 +91,7 @@ def _serving(runs: Path, port: int, output: IO[bytes]) -> Iterator[Server]:
 
 
 def _environment() -> dict[str, str]:
-    """Ours without what would lead MLflow to another store, and without its background jobs."""
+    """This process's environment without MLflow's variables, and with its background jobs turned off."""
     mine = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
     return {**mine, **store.QUIET, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
 
@@ -101,7 +101,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def _end(server: Server) -> None:
-    """End the server's whole group: its workers are processes of their own."""
+    """End the server's whole process group, since its workers are separate processes."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(server.pid, number)
@@ -117,16 +117,16 @@ def _wait_until_it_answers(server: Server, url: str, output: IO[bytes]) -> None:
     deadline = time.monotonic() + _START_TIMEOUT
     while time.monotonic() < deadline:
         if server.poll() is not None:
-            raise StokerError(f"MLflow's server did not start: {_last_line(output)}")
+            raise StokerError(f"the MLflow server did not start: {_last_line(output)}")
         try:
             with direct.open(f"{url}/health", timeout=2):
                 return
         except OSError:
             time.sleep(0.1)
-    raise StokerError(f"MLflow's server did not answer at {url} within {_START_TIMEOUT:.0f} s")
+    raise StokerError(f"the MLflow server did not answer at {url} within {_START_TIMEOUT:.0f} s")
 
 
 def _last_line(output: IO[bytes]) -> str:
     output.seek(0)
     lines = output.read().decode(errors="replace").strip().splitlines()
-    return lines[-1] if lines else "it said nothing"
+    return lines[-1] if lines else "it printed nothing"

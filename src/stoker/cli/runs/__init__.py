@@ -10,7 +10,7 @@ from stoker.cli.runs.remove import remove
 from stoker.cli.runs.show import show
 from stoker.cli.runs.tag import tag
 
-app = typer.Typer(help="What runs there are, what they were, and their metrics.", no_args_is_help=True)
+app = typer.Typer(help="List, show, compare, export, tag and delete runs.", no_args_is_help=True)
 app.command("list")(list_)
 app.command("show")(show)
 app.command("compare")(compare)

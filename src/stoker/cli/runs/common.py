@@ -1,4 +1,4 @@
-"""What the verbs of `stoker runs` share: the runs that are meant, and one of them as JSON."""
+"""What the verbs of `stoker runs` share: their RUN arguments, and a run as JSON."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RunsMeant = Annotated[
     list[str],
     typer.Argument(
         metavar="RUN...",
-        help="Runs: an id, the start of one, experiment/id, or a path; or an experiment: all of its runs.",
+        help="Runs: an id, the start of one, experiment/id, or a path; or an experiment, for all its runs.",
     ),
 ]
 
@@ -37,7 +37,7 @@ def started(run: Listed) -> tuple[float, str]:
 
 
 def entry(run: Listed) -> dict[str, Any]:
-    """A run of the list as JSON."""
+    """A listed run as JSON."""
     where = {"id": run.directory.id, "experiment": run.directory.experiment,
              "path": str(run.directory.path.absolute()), "status": run.status}  # fmt: skip
     if run.view is None:

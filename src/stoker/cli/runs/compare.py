@@ -1,4 +1,4 @@
-"""`stoker runs compare A B C`: what differs between runs, and what they came to."""
+"""`stoker runs compare A B C`: compare the config and metrics of runs."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from stoker.run import reading
 
 
 def compare(run: RunsMeant, runs: RunsFolder = DEFAULT_RUNS, json: Json = False) -> None:
-    """Compare runs: config that differs first, then the last and best of every metric, with small curves."""
+    """Compare runs: config differences, then the last and best value of every metric, with small curves."""
     views = reading.read(runs, run)
     if len(views) < 2:
-        raise BadInput("give two runs or more to compare; `stoker runs show` is for one")
+        raise BadInput("give at least two runs to compare; for one run use `stoker runs show`")
     compared = comparison.compare(views)
     if json:
         print_json(comparison.as_json(compared))

@@ -1,4 +1,4 @@
-"""`stoker runs export RUN...`: the metrics of runs as a table."""
+"""`stoker runs export RUN...`: export the metrics of runs as a table."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def export(
     runs: RunsFolder = DEFAULT_RUNS,
     json: Json = False,
 ) -> None:
-    """Export the metrics of runs: a row a step, `step` first, then the metrics by name.
+    """Export the metrics of runs: one row per step, with `step` first, then the metrics by name.
 
-    Of several runs each row begins with `run`, which is experiment/id; a metric that a run lacks is empty.
+    With several runs, each row begins with `run`, as experiment/id; a metric that a run lacks is empty.
     """
     views = reading.read(runs, run)
     if output is None:
@@ -64,8 +64,8 @@ def encode(table: pyarrow.Table, format: Format) -> bytes:
     """A table as CSV (UTF-8, with a header), Parquet, or JSON (a list of objects).
 
     Numbers keep their full precision. A value that was not logged is empty in CSV and null
-    elsewhere; NaN and infinities are `nan`, `inf`, `-inf` in CSV, themselves in Parquet, and
-    null in JSON, which knows none.
+    elsewhere; NaN and infinities are `nan`, `inf`, `-inf` in CSV, kept in Parquet, and null in
+    JSON, which cannot represent them.
     """
     encoders = {"csv": _csv, "parquet": _parquet, "json": _json}
     return encoders[format](table)
@@ -97,7 +97,7 @@ def _check_standard_output(format: Format, json: bool, views: Sequence[RunView])
     if json and format != "json":
         raise BadInput(f"with --json, {format} needs a file: {suggestion}")
     if format == "parquet" and sys.stdout.isatty():
-        raise BadInput(f"parquet is not for a terminal: {suggestion}")
+        raise BadInput(f"parquet is binary and cannot be printed to a terminal: {suggestion}")
 
 
 def _write(file: Path, content: bytes) -> None:

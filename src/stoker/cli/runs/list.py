@@ -1,4 +1,4 @@
-"""`stoker runs list`: what runs there are, or those of which something is true."""
+"""`stoker runs list`: list all runs, or those that match a query."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def list_(
             metavar="[DIR|EXPERIMENT]",
             parser=finding.folder,
             show_default=False,
-            help="As --runs; or an experiment, or a sweep: all of its runs.",
+            help="A runs folder, as --runs; or an experiment or a sweep, for all its runs.",
         ),
     ] = None,
     filter: Annotated[
@@ -45,11 +45,11 @@ def list_(
     runs: RunsFolder = DEFAULT_RUNS,
     json: Json = False,
 ) -> None:
-    """List the runs, the newest last.
+    """List runs, the newest last.
 
     A query compares metrics (their newest value), config keys, tags, and id, experiment,
     status, step, started and seconds, with < <= > >= == != in, and, or, not. Also
-    best(val_loss), min(...), max(...). Names with other characters stand in `backticks`.
+    best(val_loss), min(...), max(...). Put names with other characters in `backticks`.
     """
     runs, meant = _meant(runs, folder)
     found = sorted(map(listed, meant), key=started)
@@ -60,7 +60,7 @@ def list_(
         terminal.print_list(console(), shown, datetime.now().astimezone(), names)
     elif found:
         console().print(
-            f"none of {counted(len(found), 'run')} under {finding.shown(runs)} is so", markup=False
+            f"none of {counted(len(found), 'run')} under {finding.shown(runs)} matches", markup=False
         )
     else:
         first = "stoker train llm model=tiny data=python-docs max_steps=60"
@@ -68,9 +68,9 @@ def list_(
 
 
 def _meant(runs: Path, folder: Path | None) -> tuple[Path, list[RunDirectory]]:
-    """The folder that is listed and its runs: of a runs folder, or else of an experiment.
+    """The folder to list, and its runs: those of a runs folder, or of an experiment.
 
-    Raises BadInput where there is neither, and experiments that could be meant.
+    Raises BadInput if it is neither a folder nor an experiment, while there are experiments to choose from.
     """
     within = finding.every(folder or runs)
     if within or folder is None:
@@ -82,17 +82,17 @@ def _meant(runs: Path, folder: Path | None) -> tuple[Path, list[RunDirectory]]:
     names = sorted({run.experiment for run in known})
     if names and not folder.is_dir():
         raise BadInput(
-            f"{folder} is no experiment and no folder of runs{nearest(str(folder), names)}; the experiments "
-            f"of {finding.shown(runs)} are {some(names)}"
+            f"{folder} is neither an experiment nor a folder of runs{nearest(str(folder), names)}; the "
+            f"experiments in {finding.shown(runs)} are {some(names)}"
         )
     return folder, within
 
 
 def chosen(runs: Sequence[Listed], filter: str | None, sort: str | None) -> tuple[list[Listed], list[str]]:
-    """The runs that the filter is true of, in order, and the names that were asked for.
+    """The runs that match the filter, sorted, and the names that filter and sort use.
 
-    Raises BadInput where either cannot be read, or asks for what no run has. A damaged run
-    has no facts: it is listed only where nothing is asked.
+    Raises BadInput if either cannot be parsed or uses a name that no run has. A damaged run has
+    no facts: it is listed only without a filter and a sort.
     """
     if filter is None and sort is None:
         return list(runs), []
@@ -118,7 +118,7 @@ def chosen(runs: Sequence[Listed], filter: str | None, sort: str | None) -> tupl
 
 
 def _in_order(runs: Sequence[Listed], values: Mapping[Any, Any], sort: str) -> list[Listed]:
-    """By value, numbers before texts; what a run does not have, or is NaN, comes last either way."""
+    """Sort by value, numbers before texts; missing values and NaN come last in either direction."""
     have = [run for run in runs if not _is_nothing(values[run.directory.path])]
     lack = [run for run in runs if _is_nothing(values[run.directory.path])]
 

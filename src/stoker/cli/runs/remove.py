@@ -1,4 +1,4 @@
-"""`stoker runs rm RUN...`: deletes runs, after asking."""
+"""`stoker runs rm RUN...`: delete runs, after asking for confirmation."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from stoker.words import counted
 
 def remove(
     run: RunNames,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")] = False,
     runs: RunsFolder = DEFAULT_RUNS,
     json: Json = False,
 ) -> None:
-    """Delete runs with their checkpoints and artifacts; what a sink has of them stays there."""
+    """Delete runs with their checkpoints and artifacts; what was shipped to a sink stays there."""
     found = list(
         {found.path.resolve(): found for found in (finding.find(runs, name) for name in run)}.values()
     )
@@ -43,14 +43,14 @@ def remove(
 
 def _ask(found: list[RunDirectory], sizes: list[int]) -> None:
     if not sys.stdin.isatty():
-        raise BadInput("nobody is there to be asked: add --yes to delete")
+        raise BadInput("standard input is not a terminal to ask for confirmation: add --yes to delete")
     for each, size in zip(found, sizes, strict=True):
         console().print(f"  {each.experiment}/{each.id}  {words.size(size)}", markup=False)
-    typer.confirm(f"delete {counted(len(found), 'run')} for ever?", abort=True)
+    typer.confirm(f"delete {counted(len(found), 'run')} permanently?", abort=True)
 
 
 def _delete(run: RunDirectory) -> None:
-    """Delete a run under its lock, so that no process can begin to train it meanwhile."""
+    """Delete a run under its lock, so that no process can start training it meanwhile."""
     with opening.kept_from_training(run):
-        run.record_file.unlink()  # first: from here on it is no run any more
+        run.record_file.unlink()  # first: without its record the folder is no longer a run
         mirror.remove(run)

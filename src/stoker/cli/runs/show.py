@@ -1,4 +1,4 @@
-"""`stoker runs show RUN`: what a run was."""
+"""`stoker runs show RUN`: show one run."""
 
 from __future__ import annotations
 

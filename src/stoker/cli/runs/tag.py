@@ -1,4 +1,4 @@
-"""`stoker runs tag RUN key=value`: what people say of a run, at any time."""
+"""`stoker runs tag RUN key=value`: set the tags and add to the notes of a run, at any time."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def tag(
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Tags to set.", show_default=False)
     ] = None,
     remove: Annotated[
-        list[str] | None, typer.Option("--remove", metavar="KEY", help="A tag to take away; may be repeated.")
+        list[str] | None, typer.Option("--remove", metavar="KEY", help="A tag to remove; repeatable.")
     ] = None,
     note: Annotated[str | None, typer.Option("--note", metavar="TEXT", help="A note to add.")] = None,
     runs: RunsFolder = DEFAULT_RUNS,
     json: Json = False,
 ) -> None:
-    """Set or take away tags of a run, or add a note; with neither, show them. The run may be alive."""
+    """Set or remove tags of a run, or add a note; with neither, show them. The run may be training."""
     found = finding.find(runs, run)
     changes = _changes(found, tags or [], remove or [])
     if changes or note:
@@ -41,7 +41,7 @@ def tag(
 
 
 def _changes(run: RunDirectory, tags: list[str], remove: list[str]) -> dict[str, str | None]:
-    """What to set, and None for what to take away. Raises BadInput."""
+    """The tags to set, with None for those to remove. Raises BadInput."""
     known = view.load(run).tags if remove else {}
     changes: dict[str, str | None] = {}
     for key in remove:
@@ -51,13 +51,13 @@ def _changes(run: RunDirectory, tags: list[str], remove: list[str]) -> dict[str,
     for given in tags:
         key, equals, value = given.partition("=")
         if not equals or not key or not key.isprintable():
-            raise BadInput(f"{given!r} is no tag: write key=value")
+            raise BadInput(f"{given!r} is not a tag: write key=value")
         changes[key] = value
     return changes
 
 
 def _write(run: RunDirectory, changes: dict[str, str | None], note: str | None) -> None:
-    """Append to the journal, in a file of our own, and see that the sinks learn of it."""
+    """Append to the journal, in a file of its own, and have the change shipped to the sinks."""
     from stoker.tracking import follower
 
     try:
@@ -70,5 +70,5 @@ def _write(run: RunDirectory, changes: dict[str, str | None], note: str | None) 
         writer.append("note", text=note)
     writer.sync()
     writer.close()
-    if follower.enabled() and not run.alive:  # a living run has its follower
+    if follower.enabled() and not run.alive:  # a run in training has its own follower
         follower.spawn(run, once=True)
