@@ -177,7 +177,7 @@ def test_a_dirty_tree_with_an_untracked_module_is_bit_identical_from_a_clone_wit
         file.write_bytes(b"damaged")
     damaged = stoker("reproduce", "a", "--from", "21", "--runs", str(runs), cwd=clone)
     assert damaged.code == 2
-    assert damaged.err.endswith("It has those of step 28: say which with --from\n")
+    assert damaged.err.endswith("Choose another with --from: 28\n")
     assert not (runs / "trained/a-again-3").exists()
 
 

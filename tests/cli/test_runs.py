@@ -212,7 +212,7 @@ def test_an_experiment_is_listed_by_its_name(
     (tmp_path / "digits").mkdir()  # a folder without runs, such as the script's
     assert _ids(cli("list", reference, "--json").stdout) == ["d"]
     assert _ids(cli("list", "llm", "--sort", "-lr", "--json").stdout) == ["c", "b", "a"]
-    with pytest.raises(BadInput, match=r"did you mean 'digits'\?; the experiments of runs are digits, llm$"):
+    with pytest.raises(BadInput, match=r"did you mean 'digits'\?; the experiments in runs are digits, llm$"):
         cli("list", "digit")
 
 

@@ -264,7 +264,7 @@ def test_what_is_drawn_is_the_seed_s_alone(trained: Path) -> None:
         (("models", "push", "base", "hub:base"), "hub:org/base"),
         (("models", "push", "base", "hub:org/base"), "set HF_TOKEN"),
         (("models", "push", "base", "s3://me:pw@bucket/x"), "leave credentials out"),
-        (("models", "push", "base", "."), "is there already"),
+        (("models", "push", "base", "."), "already exists"),
         (("generate", "base", "-p", ""), "--prompt is empty"),
         (("generate", "base", "-p", "x", "--top-k", "4"), "give --temperature too"),
         (("generate", "nobody", "-p", "x"), "no run 'nobody' under runs"),

@@ -105,7 +105,7 @@ def test_sync_ships_what_no_follower_did_and_ui_shows_it(
 ) -> None:
     refused = stoker("ui", "--port", str(port))
     assert refused.code == 2
-    assert "start a run first" in refused.err
+    assert "start one first" in refused.err
 
     run = make_run(tmp_path / "runs")
     trainer = Trainer(run)
