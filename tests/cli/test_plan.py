@@ -227,8 +227,8 @@ def _script(file: Path, before: str = "", within: str = "run.log(loss=trainer.st
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (["text", "--memory", "lots"], "--memory lots: give what a GPU has, such as 80GB or 24GB"),
-        (["text", "--memory", "0GB"], "--memory 0GB: give what a GPU has"),
+        (["text", "--memory", "lots"], "--memory lots: give the memory of a GPU, such as 80GB or 24GB"),
+        (["text", "--memory", "0GB"], "--memory 0GB: give the memory of a GPU"),
         (["text", "parallel=deepspeed"], "parallel=fsdp, which shards what ZeRO 3 does"),
         (["text", "batch_size=7", "--nproc", "2"], "the nearest size that can is 6 or 8"),
         (["text", "batch=7"], "did you mean"),
