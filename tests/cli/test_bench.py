@@ -50,7 +50,7 @@ def test_a_recipe_is_measured_by_the_number_of_ranks(stoker: Command, tmp_path: 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--nproc", "1,x"], "give numbers of ranks joined by commas"),
+        (["--nproc", "1,x"], "give numbers of ranks separated by commas"),
         (["batch_size=15"], "nearest size that can is 14 or 16"),
         (["--steps", "500"], "ended before 508 steps, of which 500 are measured"),
         (["-o", "rows.json"], "name the page, such as rows.html"),

@@ -99,8 +99,8 @@ def test_what_was_changed_since_the_run_began_is_said(
     assert "test_data has changed since the run began" in done.err
     assert "\ndata changed" not in done.err
     shown = stoker("data", "inspect", *command[2:-4])
-    assert "tokens a document, train" in shown.out
-    assert "tokens a document, test" in shown.out
+    assert "tokens per document, train" in shown.out
+    assert "tokens per document, test" in shown.out
 
 
 @pytest.mark.parametrize(

@@ -146,7 +146,7 @@ def test_of_a_pipeline_the_stage_that_takes_the_most_is_said(stoker: Command, ll
     found = stoker("plan", "llm", *llama, *stages, "--json").answer
     assert found["rank"] == 1, "which has the logits"
     assert found["weights"] == pytest.approx(666_914_816 * 4 / 2, rel=0.01)
-    assert "its stage of rank 1 takes the most" in stoker("plan", "llm", *llama, *stages).out
+    assert "the stage of rank 1 needs the most" in stoker("plan", "llm", *llama, *stages).out
 
 
 def test_the_cheapest_change_that_makes_it_fit_is_said(stoker: Command, llama: list[str]) -> None:
@@ -161,7 +161,7 @@ def test_the_cheapest_change_that_makes_it_fit_is_said(stoker: Command, llama: l
     assert "it would with micro_batch=1 activation_checkpointing=full: " in recomputed.out
     every = stoker("plan", "llm", *llama, "batch_size=2", "--memory", "9GB")
     assert "it would with parallel=fsdp on 2 ranks: " in every.out
-    assert "nothing was found" in stoker("plan", "llm", *llama, "batch_size=1", "--memory", "9GB").out
+    assert "no change was found" in stoker("plan", "llm", *llama, "batch_size=1", "--memory", "9GB").out
 
 
 def test_an_automatic_micro_batch_is_the_largest_that_fits(stoker: Command, llama: list[str]) -> None:
@@ -195,7 +195,7 @@ def test_a_loop_of_one_s_own_is_planned_until_it_asks_for_values(stoker: Command
     asks = _script(tmp_path / "asks.py", before="print(trainer.model(torch.zeros(1, 8)).sum().item())")
     done = stoker("plan", str(asks))
     assert done.code == 2
-    assert "asks.py:23: print(trainer.model(torch.zeros(1, 8)).sum().item()) asks for some" in done.err
+    assert "asks.py:23: print(trainer.model(torch.zeros(1, 8)).sum().item()) needs some" in done.err
     none = _script(tmp_path / "none.py", before="return")
     assert "ended before its second step" in stoker("plan", str(none)).err
 
@@ -227,9 +227,9 @@ def _script(file: Path, before: str = "", within: str = "run.log(loss=trainer.st
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (["text", "--memory", "lots"], "--memory lots: give what a GPU has, such as 80GB or 24GB"),
-        (["text", "--memory", "0GB"], "--memory 0GB: give what a GPU has"),
-        (["text", "parallel=deepspeed"], "parallel=fsdp shards what ZeRO 3 does"),
+        (["text", "--memory", "lots"], "--memory lots: give the memory of a GPU, such as 80GB or 24GB"),
+        (["text", "--memory", "0GB"], "--memory 0GB: give the memory of a GPU"),
+        (["text", "parallel=deepspeed"], "parallel=fsdp, which shards what ZeRO 3 does"),
         (["text", "batch_size=7", "--nproc", "2"], "the nearest size that can is 6 or 8"),
         (["text", "batch=7"], "did you mean"),
         (["txet"], "did you mean 'text'"),

@@ -271,7 +271,7 @@ def test_what_is_drawn_is_the_seed_s_alone(trained: Path) -> None:
         (("generate", "llm/nobody", "-p", "x"), "no run 'llm/nobody' under runs"),
         (
             ("generate", "runs/llm/base/artifacts/model", "-p", "x", "--checkpoint", "last"),
-            "is for a run, and",
+            "needs a run, but",
         ),
         (("generate", "runs/llm/base/checkpoints", "-p", "x"), "contains no language model"),
         (("generate", "tuned", "-p", "x", "--checkpoint", "4"), "give best, last, or one of the steps 3, 6"),

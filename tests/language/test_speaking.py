@@ -198,8 +198,8 @@ def test_on_a_terminal_a_conversation_goes_on_until_it_is_begun_anew_or_full(
                 seen += os.read(mine, 4096).decode()
         return seen.index(text, after) + len(text)
 
-    at = until("> ", until("/new begins anew, Ctrl-D ends", 0))
-    for line, answer in (("who?", "me"), ("who? " * 30, "me"), ("x" * 150, "the conversation begins anew"),
+    at = until("> ", until("/new starts a new conversation, Ctrl-D ends", 0))
+    for line, answer in (("who?", "me"), ("who? " * 30, "me"), ("x" * 150, "starting a new conversation"),
                          ("who?", "me"), ("/new", "> "), ("x" * 150, "me")):  # fmt: skip
         os.write(mine, f"{line}\n".encode())
         at = until(answer, until(line[-5:], at))
@@ -207,4 +207,4 @@ def test_on_a_terminal_a_conversation_goes_on_until_it_is_begun_anew_or_full(
     os.write(mine, b"\x04")
     assert process.wait(60) == 0
     os.close(mine)
-    assert "256 positions: shorten it; the conversation begins anew" in seen
+    assert "256 positions: shorten it; starting a new conversation" in seen

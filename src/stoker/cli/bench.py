@@ -1,4 +1,4 @@
-"""`stoker bench scaling RECIPE`: throughput, memory and waiting by the number of ranks."""
+"""`stoker bench scaling RECIPE`: throughput, memory use and waiting time for each number of ranks."""
 
 from __future__ import annotations
 
@@ -42,29 +42,29 @@ def bench() -> None:
 
 @app.command()
 def scaling(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped recipe, or a file.")],
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped recipe, or a recipe file.")],
     overrides: Overrides = None,
     nproc: Annotated[str, typer.Option(metavar="N,N", help="Numbers of ranks to measure.")] = "1,2",
-    steps: Annotated[int, typer.Option(min=1, help="Steps that are timed, after a warm-up.")] = 20,
-    repeats: Annotated[int, typer.Option(min=1, help="How often each is measured.")] = 3,
+    steps: Annotated[int, typer.Option(min=1, help="Steps to time, after a warm-up.")] = 20,
+    repeats: Annotated[int, typer.Option(min=1, help="Measurements of each configuration.")] = 3,
     output: Annotated[
         Path | None,
         typer.Option(
             "--output",
             "-o",
             metavar="FILE",
-            help="The report; its rows go beside it as JSON.",
-            show_default="scaling.html beside the recipe's runs, where `stoker report` finds it",
+            help="The report to write; its rows are written next to it as JSON.",
+            show_default="scaling.html next to the recipe's runs, where `stoker report` finds it",
         ),
     ] = None,
     runs: RunsFolder = DEFAULT_RUNS,
     json: Json = False,
 ) -> int:
-    """Measure samples/s (or tokens/s), memory, waiting and communication by the number of ranks.
+    """Measure samples/s (or tokens/s), memory, waiting and communication for each number of ranks.
 
-    Strong scaling keeps the global batch, weak scaling a rank's share of it. Every rank gets the
-    same number of cores, however many there are. What is timed are steps alone: whatever a recipe
-    does every so often (evaluation, checkpoints) is left out.
+    Strong scaling keeps the global batch size, weak scaling the batch size per rank. Every rank gets the
+    same number of cores, however many ranks there are. Only steps are timed: periodic work (evaluation,
+    checkpoints) is left out.
     """
     show_messages()
     found = recipes.load(recipe)
@@ -91,7 +91,7 @@ def scaling(
 
 
 def run_rank(job: Job, steps: int) -> int:
-    """What each rank does: train until it is measured."""
+    """Train on one rank until the timed steps are done."""
     os.environ["STOKER_SINKS"] = "none"
     train.run_rank(job, measure=steps)
     return 0
@@ -100,15 +100,15 @@ def run_rank(job: Job, steps: int) -> int:
 def _measured(
     recipe: Recipe, resolved: Resolved[Any], counts: Sequence[int], steps: int, repeats: int
 ) -> list[dict[str, Any]]:
-    """A row for each way of scaling and number of ranks; repeats go round, so that a slow moment hits all."""
+    """A row for each kind of scaling and number of ranks; repeats are interleaved to spread slow moments."""
     base = int(getattr(resolved.config, "batch_size", 0))
     if not base:
-        raise BadInput(f"{recipe.name} has no batch_size to scale")
+        raise BadInput(f"{recipe.name} cannot be measured: it has no key batch_size to scale")
     least = min(counts)
     odd = next((n for n in counts if base * n % least), None)
     if odd is not None:
         raise BadInput(
-            f"batch_size={base} on {least} ranks has no whole counterpart on {odd}: "
+            f"batch_size={base} on {least} ranks cannot be scaled to {odd} ranks: "
             f"make it a multiple of {least}"
         )
     ways = [("strong", n, base) for n in counts]
@@ -130,7 +130,7 @@ def _measured(
 
 
 def _one(recipe: Recipe, resolved: Resolved[Any], ranks: int, steps: int, batch_size: int) -> dict[str, Any]:
-    """One measurement, in ranks and a runs folder of its own."""
+    """One measurement, with its own ranks and runs folder."""
     with tempfile.TemporaryDirectory(prefix="stoker-bench-") as folder:
         name = directory.new_id()
         job = Job(
@@ -144,7 +144,7 @@ def _one(recipe: Recipe, resolved: Resolved[Any], ranks: int, steps: int, batch_
         layout = view.load(run).attempts[-1].layout if run.exists() else {}
     if len(timed) != ranks:
         raise BadInput(
-            f"{recipe.name} ended before {timing_steps(steps)} steps, of which {steps} are measured: "
+            f"{recipe.name} ended before step {timing_steps(steps)}, which timing {steps} steps needs: "
             "make its run longer, or --steps smaller"
         )
     seconds = max(t["seconds"] for t in timed) / steps
@@ -158,9 +158,9 @@ def _one(recipe: Recipe, resolved: Resolved[Any], ranks: int, steps: int, batch_
 
 
 def summarised(found: Mapping[Way, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
-    """A row a way: medians over its repeats, the rates of all of them, efficiency and what limits it.
+    """One row per configuration: medians over its repeats, all rates, efficiency and what limits it.
 
-    Efficiency is the rate a rank over that of the fewest ranks.
+    Efficiency is the rate per rank, relative to that of the smallest number of ranks.
     """
     least = min(ranks for _, ranks, _ in found)
     base = next(statistics.median(m["rate"] for m in ms) for (_, n, _), ms in found.items() if n == least)
@@ -183,18 +183,18 @@ def summarised(found: Mapping[Way, Sequence[Mapping[str, Any]]]) -> list[dict[st
 
 
 def _check_length(recipe: Recipe, config: Any, steps: int) -> None:
-    """Raises BadInput where the config says that the run is shorter than what is measured."""
+    """Raises BadInput if the config makes the run shorter than the measurement."""
     length = getattr(config, "max_steps", None)
     needed = timing_steps(steps)
     if isinstance(length, Duration) and length.unit == "step" and length.count < needed:
         raise BadInput(
-            f"max_steps={length}: {needed} steps are needed to measure {steps}, some before to warm up and "
-            "some after to see communication; leave it out, or make --steps smaller"
+            f"max_steps={length} is too short: timing {steps} steps takes {needed}, including warm-up before "
+            "and communication steps after; leave max_steps out, or make --steps smaller"
         )
 
 
 def timing_steps(steps: int) -> int:
-    """How many steps a run must have for so many to be measured."""
+    """How many steps a run needs so that `steps` can be timed."""
     from stoker.engine import timing
 
     return timing.needed(steps)
@@ -208,12 +208,12 @@ def _machine() -> dict[str, Any]:
 def _counts(text: str) -> list[int]:
     parts = text.split(",")
     if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
-        raise BadInput(f"--nproc {text}: give numbers of ranks joined by commas, such as 1,2,4")
+        raise BadInput(f"--nproc {text}: give numbers of ranks separated by commas, such as 1,2,4")
     return sorted({int(part) for part in parts})
 
 
 def _share_cores(most: int) -> None:
-    """The same cores a rank whatever their number, or fewer ranks would look slower than they are."""
+    """Give each rank the same number of cores in every measurement; otherwise they cannot be compared."""
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // most)))
 
 

@@ -1,4 +1,4 @@
-"""`stoker checkpoints list|verify|export|rm`: what a run can be resumed from, and its weights taken out."""
+"""`stoker checkpoints list|verify|export|rm`: a run's checkpoints, and the export of their weights."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ class _ListsByDefault(TyperGroup):
 
 
 app = typer.Typer(
-    cls=_ListsByDefault, help="What a run can be resumed from; `stoker checkpoints RUN` lists it.",
+    cls=_ListsByDefault, help="A run's checkpoints; `stoker checkpoints RUN` lists them.",
     no_args_is_help=True, rich_markup_mode=None,
 )  # fmt: skip
 
-Which = Annotated[str, typer.Argument(metavar="[WHICH]", help="last, best, or a step.")]
-Metric = Annotated[str, typer.Option("--metric", help="What best goes by.")]
+Which = Annotated[str, typer.Argument(metavar="[WHICH]", help="last, best, or a step number.")]
+Metric = Annotated[str, typer.Option("--metric", help="The metric that decides which is best.")]
 
 
 @app.command("list")
@@ -50,7 +50,7 @@ def list_(run: RunName, runs: RunsFolder = DEFAULT_RUNS, json: Json = False) -> 
 
 @app.command()
 def verify(run: RunName, runs: RunsFolder = DEFAULT_RUNS, json: Json = False) -> int:
-    """Check every file of every checkpoint against its checksum; exit code 1 where one is damaged."""
+    """Check every file of every checkpoint against its checksum; exit code 1 if one is damaged."""
     seen = view.load(finding.find(runs, run))
     mend = exports.mend(seen)
     rows = []
@@ -74,17 +74,17 @@ def export(
     which: Which = "last",
     output: Annotated[
         Path | None,
-        typer.Option("-o", "--output", help="A new folder, or FILE.safetensors; by default RUN-step-N."),
+        typer.Option("-o", "--output", help="A new folder, or FILE.safetensors; default: RUN-step-N."),
     ] = None,
     metric: Metric = "val_loss",
     runs: RunsFolder = DEFAULT_RUNS,
     json: Json = False,
 ) -> None:
-    """Write a checkpoint's weights: as the run exports its model (a Hugging Face folder), or one file."""
+    """Export a checkpoint's weights in the format of the run's own export, or as one .safetensors file."""
     seen = view.load(finding.find(runs, run))
     target = output or Path(f"{seen.directory.id}-{exports.meant(seen, which, metric).name}")
     if target.exists():
-        raise BadInput(f"{target} is there already: name another with -o")
+        raise BadInput(f"{target} already exists: choose another name with -o")
     from stoker.checkpoint import store
 
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -96,7 +96,7 @@ def export(
             folder = Path(scratch) / "model"
             folder.mkdir()
             made = exports.make(seen, folder, which=which, metric=metric)
-            assert made.checkpoint is not None, "it was asked for"
+            assert made.checkpoint is not None, "a checkpoint was asked for"
             found = made.checkpoint
             folder.rename(target)
     if json:
@@ -126,7 +126,7 @@ def rm(
             copy.remove_checkpoint(path.name)
         manifest.remove(path)
     if path.exists():
-        raise StokerError(f"{path} is a checkpoint no more, but not all of it could be deleted")
+        raise StokerError(f"{path} is no longer a checkpoint, but some of its files could not be deleted")
     if json:
         print_json({"removed": str(path)})
     else:

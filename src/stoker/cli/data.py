@@ -1,4 +1,4 @@
-"""`stoker data inspect`: what a language model is trained on, as tokens and in numbers."""
+"""`stoker data inspect`: a language model's training data, as tokens and in numbers."""
 
 from __future__ import annotations
 
@@ -29,10 +29,12 @@ if TYPE_CHECKING:
     from stoker.language.inspection import Numbers, Sample, Token
     from stoker.recipes.llm import Config
 
-app = typer.Typer(help="What a language model is trained on.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(
+    help="Inspect the training data of a language model.", no_args_is_help=True, rich_markup_mode=None
+)
 
 _GUTTER = 9  # columns before the text of a row
-_LONGEST = 160  # tokens of a stretch; of a longer one its beginning and its end are shown
+_LONGEST = 160  # tokens of a stretch; a longer one is cut in the middle
 _FIRST, _LAST = 100, 40
 _BAR = 32  # columns
 # Both colours of each pair are given, so that they do not depend on the terminal's own.
@@ -45,7 +47,7 @@ _SPECIAL = {True: "bold #7a0074 on #92d08b", False: "bold #7a0074 on #d0d0d0"}
 
 @app.callback()
 def data() -> None:
-    """What a language model is trained on."""
+    """Inspect the training data of a language model."""
 
 
 @app.command()
@@ -54,19 +56,19 @@ def inspect(
         list[str] | None,
         typer.Argument(
             metavar="[RUN] [KEY=VALUE]...",
-            help="A run, whose values are taken; and config values, as `stoker train llm` takes them.",
+            help="A run whose config values to use, and config values as for `stoker train llm`.",
         ),
     ] = None,
     config: ConfigFile = None,
-    samples: Annotated[int, typer.Option(min=0, metavar="N", help="Rows to show of each source.")] = 2,
-    whole: Annotated[bool, typer.Option("--whole", help="Show long rows without leaving any out.")] = False,
+    samples: Annotated[int, typer.Option(min=0, metavar="N", help="Rows to show from each source.")] = 2,
+    whole: Annotated[bool, typer.Option("--whole", help="Show long rows in full.")] = False,
     runs: RunsFolder = DEFAULT_RUNS,
     json: Json = False,
 ) -> None:
-    """Show rows of tokens as training sees them, which are learnt, and what became of the documents.
+    """Show rows of tokens as training sees them, which tokens are learnt, and statistics of the documents.
 
-    Tokenises as `stoker train llm` does with the same values, into the same cache: what is shown is what is
-    trained on, and training does not tokenise it again. No model is built, nor are its weights brought.
+    The data are tokenised as by `stoker train llm` with the same values, into the same cache, so training
+    does not tokenise them again. No model is built and no weights are downloaded.
     """
     show_messages()
     resolved = _resolved(given or [], config, runs)
@@ -101,17 +103,17 @@ def inspect(
 
 
 def _resolved(given: Sequence[str], file: Path | None, runs: Path) -> Resolved[Config]:
-    """The values of `stoker train llm`; those of a run, where one is named."""
+    """The config of `stoker train llm`, or that of the run if one is named."""
     recipe = recipes.load("llm")
     if not given or "=" in given[0]:
         return configs.resolve(recipe.config, given, recipes.config_file(file))
     if file is not None:
-        raise BadInput(f"run {given[0]} has its values, and --config {file} gives others: leave out one")
+        raise BadInput(f"run {given[0]} has its own config, and --config {file} gives another: leave one out")
     seen = view.load(finding.find(runs, given[0]))
     if seen.record["recipe"].get("reference") != recipe.reference:
         raise BadInput(
-            f"run {seen.directory.id} is of the recipe {seen.record['recipe'].get('name')}: only the data of "
-            f"{recipe.name} is text"
+            f"run {seen.directory.id} used the recipe {seen.record['recipe'].get('name')}: only the data of "
+            f"{recipe.name} can be inspected"
         )
     return_to(Path(seen.record["cwd"]))
     return configs.restore(recipe.config, seen.config, seen.record["sources"], given[1:])
@@ -124,7 +126,7 @@ def _made(config: Config) -> tuple[list[Source], Rows, Any, bool]:
     from stoker.language import data as language_data
 
     if config.chat_template is not None:
-        chat_template.read(config.chat_template)  # before all of the data are
+        chat_template.read(config.chat_template)  # a bad template is reported before the data are read
     found = sources.read_all(
         config.data, validation=config.validation, test=config.test, streaming=config.streaming,
         validation_data=config.validation_data, test_data=config.test_data, columns=config.columns,
@@ -147,7 +149,7 @@ def _made(config: Config) -> tuple[list[Source], Rows, Any, bool]:
 
 
 def _held_out(source: Source, rows: Rows) -> dict[str, Numbers]:
-    """The numbers of the splits of a source that are evaluated on, by their names."""
+    """The numbers of a source's held-out splits, by name."""
     from stoker.language import inspection
 
     splits = {"validation": source.splits.validation, "test": source.splits.test}
@@ -216,7 +218,7 @@ def _as_json(sample: Sample) -> dict[str, Any]:
 
 
 def _looked_at(source: Source) -> dict[str, int] | None:
-    """Of a stream, how many of its parts the numbers are of."""
+    """How many parts of a stream the numbers cover; None for other sources."""
     if source.stream is None:
         return None
     from stoker.data import sources
@@ -225,7 +227,7 @@ def _looked_at(source: Source) -> dict[str, int] | None:
 
 
 def _shares(found: Sequence[Source], rows: Rows) -> list[dict[str, float]]:
-    """What of the rows that are trained on is of each source, and how often an epoch goes through it."""
+    """Each source's share of the training rows, and how many passes over it an epoch makes."""
     from stoker.data.mixture import Mixture
 
     if not isinstance(rows.train, Mixture):
@@ -276,7 +278,7 @@ def _print_sample(out: Console, name: str, sample: Sample, whole: bool) -> None:
 
 
 def _print_stretch(out: Console, label: str, tokens: Sequence[Token], whole: bool) -> None:
-    """Tokens that are all learnt, or none of them, under what tells so without colours too."""
+    """Print tokens that are all learnt or all masked, with a label that says which."""
     if len(tokens) <= _LONGEST or whole:
         text = _stretch(out, tokens)
     else:
@@ -291,7 +293,7 @@ def _print_stretch(out: Console, label: str, tokens: Sequence[Token], whole: boo
 
 
 def _wrapped(out: Console, line: Text, width: int) -> Iterator[Text]:
-    """A line as lines of some width, cut anywhere: no space of a token is lost."""
+    """Wrap a line at exactly `width` columns, so that no space is lost."""
     while line.cell_len > width:
         at = width
         while line[:at].cell_len > width:
@@ -302,7 +304,7 @@ def _wrapped(out: Console, line: Text, width: int) -> Iterator[Text]:
 
 
 def _stretch(out: Console, tokens: Sequence[Token]) -> Text:
-    """Tokens side by side: told apart by colours, and by strokes where there are none."""
+    """Tokens side by side, separated by alternating colours, or by strokes without colours."""
     coloured = out.color_system is not None and not out.no_color
     text = Text()
     for number, token in enumerate(tokens):
@@ -324,7 +326,7 @@ def _stretch(out: Console, tokens: Sequence[Token]) -> Text:
 def _print_about(out: Console, about: Mapping[str, Any]) -> None:
     known = about["tokenizer"]
     template = "with a chat template" if known["chat_template"] else "without a chat template"
-    packing = "documents share rows" if about["packing"] else "each document in rows of its own"
+    packing = "documents share rows" if about["packing"] else "each document has its own rows"
     rows = f"of {about['sequence_length']:,} tokens, {packing}; loss on {about['loss_on']}"
     out.print()
     for key, value in (
@@ -339,7 +341,7 @@ def _print_numbers(out: Console, source: Source, splits: Mapping[str, Numbers], 
     out.print(Text(plain(source.description), "bold"), soft_wrap=True)
     looked_at = _looked_at(source)
     if looked_at:
-        out.print(Text(f"of what was looked at, {looked_at['parts']:,} of {looked_at['of']:,} parts:"))
+        out.print(Text(f"{looked_at['parts']:,} of {looked_at['of']:,} parts were read:"))
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("")
     for split in splits:
@@ -366,7 +368,7 @@ def _lines(splits: Sequence[Numbers]) -> list[tuple[str, list[str]]]:
         ("answers cut off", [f"{n.truncated:,}" for n in splits]),
         ("left out, no answer left", [f"{n.dropped:,}" for n in splits]),
         ("left out, no turn found", [f"{n.unfound:,}" for n in splits]),
-        ("tokens a document, median", quantile("0.5")),
+        ("tokens per document, median", quantile("0.5")),
         ("  5% have at most", quantile("0.05")),
         ("  95% have at most", quantile("0.95")),
         ("  the longest", quantile("1")),
@@ -374,7 +376,7 @@ def _lines(splits: Sequence[Numbers]) -> list[tuple[str, list[str]]]:
 
 
 def _print_histogram(out: Console, split: str, numbers: Numbers, row: int) -> None:
-    out.print(Text(f"tokens a document, {split}", "dim"))
+    out.print(Text(f"tokens per document, {split}", "dim"))
     most = max(count for _, _, count in numbers.histogram)
     width = max(len(f"{begin:,} - {end:,}") for begin, end, _ in numbers.histogram)
     for begin, end, count in numbers.histogram:
@@ -390,7 +392,7 @@ def _print_histogram(out: Console, split: str, numbers: Numbers, row: int) -> No
 
 def _print_mixture(out: Console, found: Sequence[Source], rows: Rows) -> None:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    for heading in ("mixture", "weight", "share of rows", "rows an epoch", "passes an epoch"):
+    for heading in ("mixture", "weight", "share of rows", "rows per epoch", "passes per epoch"):
         table.add_column(heading, justify="left" if heading == "mixture" else "right", no_wrap=True)
     for source, share in zip(found, _shares(found, rows), strict=True):
         table.add_row(

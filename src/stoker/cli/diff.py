@@ -10,19 +10,19 @@ from stoker.errors import BadInput
 from stoker.report import run_difference
 from stoker.run import finding, view
 
-_HELP = "A run's id, the start of one, experiment/id, or its path."
+_HELP = "A run: its id, the start of its id, experiment/id, or its path."
 
 
 def diff(
     a: Annotated[str, typer.Argument(metavar="A", help=_HELP)],
-    b: Annotated[str, typer.Argument(metavar="B", help="The other one.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="The other run.")],
     runs: RunsFolder = DEFAULT_RUNS,
     json: Json = False,
 ) -> None:
-    """What differs between two runs: config, code line by line, packages, data, machine, curves."""
+    """Show what differs between two runs: config, code line by line, packages, data, machine, curves."""
     found = [finding.find(runs, name) for name in (a, b)]
     if found[0].path.resolve() == found[1].path.resolve():
-        raise BadInput(f"{a} and {b} are one run: give two to compare")
+        raise BadInput(f"{a} and {b} are the same run: give two different ones")
     compared = run_difference.compare(view.load(found[0]), view.load(found[1]))
     if json:
         print_json(run_difference.as_json(compared))

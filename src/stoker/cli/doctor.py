@@ -1,4 +1,4 @@
-"""`stoker doctor`: what this machine has, and what would go wrong here before a training does."""
+"""`stoker doctor`: what this machine has, and what would go wrong in a training run here."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ def doctor(
             "--runs",
             envvar="STOKER_RUNS",
             metavar="DIR",
-            help="The folder that runs are to stand under, or s3://bucket/folder; it is not made.",
+            help="The folder to check for storing runs, or s3://bucket/folder; it is not created.",
         ),
     ] = str(DEFAULT_RUNS),
     json: Json = False,
 ) -> int:
-    """Look at this machine: what it has, and what would go wrong here; exit code 1 where there is a problem.
+    """Check what this machine has, and what would go wrong here; exit code 1 if there is a problem.
 
-    It takes about half a minute, and leaves nothing behind.
+    This takes about half a minute and leaves nothing behind.
     """
     logging.getLogger().addHandler(
         logging.NullHandler()
-    )  # what libraries log is part of a finding, or no matter
+    )  # a finding reports whatever matters of what libraries log
     terminal = console()
     found: list[dict[str, str]] = []
     with signals.raised(), _nothing_left():
@@ -62,7 +62,7 @@ def doctor(
 
 @contextlib.contextmanager
 def _nothing_left() -> Iterator[None]:
-    """At the end of the block, end what a check that was given up has started."""
+    """At the end of the block, kill the processes that abandoned checks have left."""
     try:
         yield
     finally:
@@ -72,12 +72,12 @@ def _nothing_left() -> Iterator[None]:
 
 
 def _waiting(terminal: Console, area: str, *, shown: bool) -> contextlib.AbstractContextManager[object]:
-    """On a terminal, what is looked at now."""
+    """Show what is being checked, on a terminal."""
     return terminal.status(f"{area} ...") if shown and sys.stdout.isatty() else contextlib.nullcontext()
 
 
 def _print(terminal: Console, area: str, finding: Finding) -> None:
-    """A line that can be searched for; on a terminal as wide as that is, its text in a column."""
+    """Print a finding on one line; on a terminal, its text is wrapped in a column."""
     if not sys.stdout.isatty():
         line = f"{finding.state:{_STATE}}  {area:{_AREA}}  {finding.text}\n"
         sys.stdout.write(line)

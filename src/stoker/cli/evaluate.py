@@ -1,4 +1,4 @@
-"""`stoker evaluate RUN|MODEL data=...`: loss and perplexity of a model on data, as a run of its own."""
+"""`stoker evaluate RUN|MODEL data=...`: a model's loss and perplexity on data, as its own run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder
 from stoker.errors import BadInput
 
 _AS_TRAINED = ("columns", "loss_on", "chat_template_kwargs", "quantisation", "sequence_length", "packing")
-"""What an evaluation of a run reads as the run did."""
+"""The keys whose defaults an evaluation takes from the run it evaluates."""
 
 
 def evaluate(
@@ -23,7 +23,7 @@ def evaluate(
         str,
         typer.Argument(
             metavar="RUN|MODEL",
-            help="A run: its id, the start of one, experiment/id, or its path. Or a model or an adapter: a "
+            help="A run: its id, the start of its id, experiment/id, or its path. Or a model or adapter: a "
             "directory, s3://bucket/folder, or a hub id.",
         ),
     ],
@@ -36,7 +36,7 @@ def evaluate(
 ) -> int:
     """Measure the loss and perplexity of a model or an adapter on data=..., and let it answer prompts.
 
-    The evaluation is a run itself. `stoker recipes show evaluation` lists the keys. If a run is evaluated,
+    The evaluation is itself a run. `stoker recipes show evaluation` lists the keys. If a run is evaluated,
     its own columns, loss_on, sequence_length and the like are the defaults.
     """
     recipe = recipes.load("evaluation")
@@ -58,9 +58,9 @@ def _of_sources(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str
 
 
 def _of_run(reference: str, runs: Path) -> tuple[dict[str, Any], str]:
-    """What is evaluated, with how its data were read if it is a run's, and what these values come from.
+    """The config values that the model or run implies, and where they come from.
 
-    Raises BadInput if the run has exported nothing.
+    Raises BadInput if the run has exported no model.
     """
     seen = run_meant(reference, runs)
     if seen is None:
@@ -68,7 +68,7 @@ def _of_run(reference: str, runs: Path) -> tuple[dict[str, Any], str]:
     folder, named = exports.as_it_stands(seen), f"{seen.directory.experiment}/{seen.directory.id}"
     if folder is None:
         raise BadInput(
-            f"run {named} has exported no model yet: export a checkpoint of it with `stoker checkpoints "
+            f"run {named} has exported no model yet: export a checkpoint with `stoker checkpoints "
             f"export {seen.directory.id}`, and evaluate that folder"
         )
     own = {key: seen.config[key] for key in _AS_TRAINED if key in seen.config}

@@ -1,4 +1,4 @@
-"""`stoker generate RUN --prompt ...`: what a model has to say, one that a run made or any other."""
+"""`stoker generate RUN --prompt ...`: answers and continuations by a run's model, or any other."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _ANEW = "/new"
 Answer = Callable[[str], dict[str, Any]]
-"""What follows a text that the model is given, see `Speaker.answer`."""
+"""Generates what follows a text; see `Speaker.answer`."""
 
 
 def generate(
@@ -31,7 +31,7 @@ def generate(
         str,
         typer.Argument(
             metavar="RUN|MODEL",
-            help="A run: its id, the start of one, experiment/id, or its path. Or a model or an adapter: a "
+            help="A run: its id, the start of its id, experiment/id, or its path. Or a model or adapter: a "
             "directory, s3://bucket/folder, or a hub id.",
         ),
     ],
@@ -40,12 +40,12 @@ def generate(
         typer.Option(
             "-p",
             "--prompt",
-            help="What to answer or continue; several times for several. By default standard input; on a "
+            help="The text to answer or continue; can be repeated. Default: standard input, or on a "
             "terminal a conversation.",
         ),
     ] = None,
     system: Annotated[
-        str | None, typer.Option("--system", help="What the model is told before, where it is a chat model.")
+        str | None, typer.Option("--system", help="The system message, for a chat model.")
     ] = None,
     raw: Annotated[
         bool, typer.Option("--raw", help="Continue the prompt as it is, without a chat template.")
@@ -55,46 +55,56 @@ def generate(
         typer.Option(
             "--template-value",
             metavar="KEY=VALUE",
-            help="What the chat template is given, such as enable_thinking=false; several times for several. "
-            "By default what the run was trained with.",
+            help="A value for the chat template, such as enable_thinking=false; can be repeated. "
+            "Default: the values that the run was trained with.",
         ),
     ] = None,
     max_tokens: Annotated[
-        int, typer.Option("--max-tokens", min=1, metavar="N", help="At most so many.")
+        int, typer.Option("--max-tokens", min=1, metavar="N", help="The most tokens to generate.")
     ] = 256,
     temperature: Annotated[
-        float, typer.Option(min=0.0, help="0: the likeliest token each time; 1: as likely as the model says.")
+        float, typer.Option(min=0.0, help="Sampling temperature; 0: always the likeliest token.")
     ] = 0.0,
     top_p: Annotated[
         float,
-        typer.Option("--top-p", min=0.01, max=1.0, help="Draw from the likeliest tokens of this share."),
+        typer.Option(
+            "--top-p",
+            min=0.01,
+            max=1.0,
+            help="Sample from the likeliest tokens that together have this probability.",
+        ),
     ] = 1.0,
     top_k: Annotated[
         int,
-        typer.Option("--top-k", min=0, metavar="N", help="Draw from the N likeliest tokens; 0: all."),
+        typer.Option("--top-k", min=0, metavar="N", help="Sample from the N likeliest tokens; 0: all."),
     ] = 0,
     repetition_penalty: Annotated[
         float | None,
-        typer.Option(min=0.01, help="Above 1, what was there before is less likely; by default the model's."),
+        typer.Option(
+            min=0.01,
+            help="Above 1, tokens that occurred before become less likely; default: the model's own.",
+        ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed for sampling.")] = 0,
     checkpoint: Annotated[
         str | None,
         typer.Option(
-            "--checkpoint", metavar="WHICH", help="Of a run: best, last, or a step; by default its export."
+            "--checkpoint",
+            metavar="WHICH",
+            help="Of a run: best, last, or a step number; default: its export.",
         ),
     ] = None,
     base: Annotated[
-        str | None, typer.Option("--base", metavar="MODEL", help="Where the adapter's model is now.")
+        str | None, typer.Option("--base", metavar="MODEL", help="Where the adapter's base model is now.")
     ] = None,
     runs: RunsFolder = DEFAULT_RUNS,
     json: Json = False,
 ) -> None:
-    """Let a model answer or continue prompts: what a run made, or any other."""
+    """Let a model answer or continue prompts: a run's model, or any other."""
     if prompt is not None and not all(one.strip() for one in prompt):
-        raise BadInput("--prompt is empty: give it a text")
+        raise BadInput("--prompt is empty: give a text")
     if (top_p < 1 or top_k) and not temperature:
-        raise BadInput("--top-p and --top-k are for what is drawn: give --temperature too, such as 0.7")
+        raise BadInput("--top-p and --top-k only affect sampling: give --temperature too, such as 0.7")
     values = _values(template_value or ())
     with _meant(model, runs, checkpoint) as (folder, named, trained_with):
         from stoker.language import speaking
@@ -102,10 +112,12 @@ def generate(
         speaker = speaking.load(folder, base)
         chats = speaker.chats and not raw
         if system is not None and not chats:
-            raise BadInput("--system is for models whose tokenizer has a chat template, and not with --raw")
+            raise BadInput(
+                "--system needs a tokenizer with a chat template, and cannot be combined with --raw"
+            )
         if values and not chats:
             raise BadInput(
-                "--template-value is for models whose tokenizer has a chat template, and not with --raw"
+                "--template-value needs a tokenizer with a chat template, and cannot be combined with --raw"
             )
         values = {**trained_with, **values}
 
@@ -135,7 +147,7 @@ def generate(
 
 
 def _values(given: Sequence[str]) -> dict[str, Any]:
-    """What the chat template is given, each as YAML reads it. Raises BadInput."""
+    """The values for the chat template, parsed as YAML. Raises BadInput."""
     found: dict[str, Any] = {}
     for one in given:
         key, separator, text = one.partition("=")
@@ -153,14 +165,14 @@ def _values(given: Sequence[str]) -> dict[str, Any]:
 def _meant(
     reference: str, runs: Path, checkpoint: str | None
 ) -> Iterator[tuple[Path, dict[str, str], dict[str, Any]]]:
-    """A folder with the model that is meant, how JSON names it, and what a run's template was given.
+    """The model's folder, its name in the JSON answer, and the template values that its run was trained with.
 
     Raises BadInput.
     """
     seen = run_meant(reference, runs)
     if seen is None:
         if checkpoint is not None:
-            raise BadInput(f"--checkpoint {checkpoint} is for a run, and {reference} is a model")
+            raise BadInput(f"--checkpoint {checkpoint} needs a run, but {reference} is a model")
         from stoker.language import hub
 
         yield hub.find(reference), {"model": reference}, {}
@@ -173,7 +185,7 @@ def _meant(
 
 
 def run_meant(reference: str, runs: Path) -> RunView | None:
-    """The run that is meant; None where a model is. Raises BadInput where it can be neither."""
+    """The run that a reference names; None if it names a model. Raises BadInput if it is neither."""
     try:
         return view.load(finding.find(runs, reference))
     except BadInput:
@@ -189,8 +201,8 @@ def run_meant(reference: str, runs: Path) -> RunView | None:
 def _conversation(
     speaker: Speaker, before: Sequence[dict[str, str]], values: Mapping[str, Any], answer: Answer
 ) -> Iterator[dict[str, Any]]:
-    """What is said to each line of a terminal, with all that was said before it."""
-    sys.stderr.write(f"{_ANEW} begins anew, Ctrl-D ends\n")
+    """Answer each line of a terminal, with the conversation so far as context."""
+    sys.stderr.write(f"{_ANEW} starts a new conversation, Ctrl-D ends\n")
     messages = list(before)
     for asked in _from_input():
         if asked.strip() == _ANEW:
@@ -199,9 +211,9 @@ def _conversation(
         messages.append(_message("user", asked))
         try:
             said = answer(speaker.ask(messages, values))
-        except BadInput as error:  # there is no room for it
+        except BadInput as error:  # the conversation has become too long
             messages = list(before)
-            sys.stderr.write(f"{error}; the conversation begins anew\n")
+            sys.stderr.write(f"{error}; starting a new conversation\n")
             continue
         messages.append(_message("assistant", said["text"]))
         yield {"prompt": asked, **said}
@@ -212,7 +224,7 @@ def _message(role: str, content: str) -> dict[str, str]:
 
 
 def _from_input() -> Iterator[str]:
-    """Prompts from standard input: each line of a terminal, until its end; else all of it as one."""
+    """Prompts from standard input: each line on a terminal, otherwise all of the input as one prompt."""
     if not sys.stdin.isatty():
         yield sys.stdin.read()
         return

@@ -1,4 +1,4 @@
-"""`stoker jobs list|show|logs|cancel`: what was submitted to clusters with `--on`."""
+"""`stoker jobs list|show|logs|cancel`: jobs submitted to clusters with `--on`."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ log = logging.getLogger("stoker")
 
 JobName = Annotated[
     str,
-    typer.Argument(metavar="JOB", help="A job's id, the start of one, the cluster's id, or a run's name."),
+    typer.Argument(metavar="JOB", help="A job's id, the start of its id, the cluster's id, or a run's name."),
 ]
 _STYLES = {"running": "blue", "done": "green", "failed": "red", "unknown": "red"}
 
-app = typer.Typer(help="Jobs that were submitted to clusters with --on.", no_args_is_help=True)
+app = typer.Typer(help="Jobs submitted to clusters with --on.", no_args_is_help=True)
 
 
 @app.command("list")
 def list_(runs: RunsFolder = DEFAULT_RUNS, json: Json = False) -> None:
-    """List the jobs of a runs folder, the newest last."""
+    """List the jobs of a runs folder, newest last."""
     show_messages()
     known = jobs.every(runs)
     _bring_runs(runs)
@@ -56,7 +56,7 @@ def list_(runs: RunsFolder = DEFAULT_RUNS, json: Json = False) -> None:
 
 @app.command()
 def show(job: JobName, runs: RunsFolder = DEFAULT_RUNS, json: Json = False) -> None:
-    """Show a job: how it is, what it needs, what was submitted, and the state of its code then."""
+    """Show a job: its state, its resources, what was submitted, and the code at that time."""
     show_messages()
     found = jobs.find(runs, job)
     _bring_runs(runs)
@@ -76,11 +76,11 @@ def show(job: JobName, runs: RunsFolder = DEFAULT_RUNS, json: Json = False) -> N
 @app.command()
 def logs(
     job: JobName,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Until the job is over.")] = False,
-    rank: Annotated[int | None, typer.Option(min=0, help="Of this rank alone.")] = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Keep printing until the job ends.")] = False,
+    rank: Annotated[int | None, typer.Option(min=0, help="Only this rank's output.")] = None,
     runs: RunsFolder = DEFAULT_RUNS,
 ) -> None:
-    """Print what a job's nodes and ranks have written, each line with who wrote it."""
+    """Print the output of a job's nodes and ranks, each line with its source."""
     show_messages()
     found = jobs.find(runs, job)
     wanted = None if rank is None else f"rank {rank}"
@@ -99,11 +99,13 @@ def logs(
 @app.command()
 def cancel(
     job: JobName,
-    now: Annotated[bool, typer.Option("--now", help="At once: the newest checkpoint stays.")] = False,
+    now: Annotated[
+        bool, typer.Option("--now", help="End it without another checkpoint; existing ones are kept.")
+    ] = False,
     runs: RunsFolder = DEFAULT_RUNS,
     json: Json = False,
 ) -> None:
-    """End a job for good, after a checkpoint; `stoker resume` goes on with its run."""
+    """End a job after a checkpoint, without requeueing it; `stoker resume` continues its run."""
     found = jobs.find(runs, job)
     target = targets.of(found.target)
     status = target.states([found])[found.id]
@@ -119,15 +121,15 @@ def cancel(
 
 
 def _bring_runs(runs: Path) -> None:
-    """Of an object store: bring here how far its runs are."""
+    """If the runs are in an object store, fetch their progress."""
     try:
         mirror.refresh(runs.absolute())
     except Unreachable as error:
-        log.warning("how far runs on other machines are is not known now: %s", error)
+        log.warning("the progress of runs on other machines is unknown: %s", error)
 
 
 def _states(known: Sequence[Job]) -> dict[str, Status]:
-    """How jobs are; where a target does not answer, what they wrote themselves has to do."""
+    """The states of jobs; if a target does not answer, what the jobs themselves recorded is used."""
     found: dict[str, Status] = {}
     by_target: dict[str, list[Job]] = defaultdict(list)
     for job in known:
@@ -166,7 +168,7 @@ def _print(known: Sequence[Job], states: dict[str, Status]) -> None:
 
 def _facts(job: Job, status: Status) -> list[tuple[str, str]]:
     spec = job.spec
-    needs = [counted(spec.nodes, "node"), f"{counted(spec.processes, 'rank')} a node"]
+    needs = [counted(spec.nodes, "node"), f"{counted(spec.processes, 'rank')} per node"]
     needs += [counted(spec.gpus, "GPU")] if spec.gpus else []
     needs += [counted(spec.cores, "core")]
     needs += [jobspec.shown_memory(spec.memory)] if spec.memory is not None else []
@@ -182,18 +184,18 @@ def _facts(job: Job, status: Status) -> list[tuple[str, str]]:
 
 
 def _changed_code(job: Job) -> list[str]:
-    """What is said where a run began from other code than there was when its job was submitted."""
+    """A note if a run started from different code than was there when its job was submitted."""
     for seen in filter(None, map(_view, (job.runs / run for run in job.trains))):
         began, code = seen.attempts[0].started if seen.attempts else 0.0, seen.record.get("code") or {}
         if job.code and code and began > job.submitted and _code(code) != _code(job.code):
-            return [f"the code changed while the job was queued: its run began from {_code(code)}"]
+            return [f"the code changed while the job was queued: its run started from {_code(code)}"]
     return []
 
 
 def _code(code: Any) -> str:
     if not code.get("commit"):
         return ""
-    return f"{code['commit'][:10]}{' with changes that are not committed' if code['dirty'] else ''}"
+    return f"{code['commit'][:10]}{' with uncommitted changes' if code['dirty'] else ''}"
 
 
 def _said(status: Status) -> str:
@@ -205,7 +207,7 @@ def _when(job: Job) -> str:
 
 
 def _step(job: Job) -> int | None:
-    """How far the run is, of a job that trains one."""
+    """The step that the run has reached, if the job trains exactly one."""
     seen = _view(job.runs / job.trains[0]) if len(job.trains) == 1 else None
     return seen.step if seen is not None else None
 

@@ -1,4 +1,4 @@
-"""`stoker VERB TARGET [key=value ...] [--flags]`: the verbs, and how an error ends a command."""
+"""`stoker VERB TARGET [key=value ...] [--flags]`: the commands, and how errors are reported."""
 
 from __future__ import annotations
 
@@ -37,9 +37,15 @@ from stoker.cli.output import say_error
 from stoker.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, StokerError, nearest, trace_of
 from stoker.launch import arguments
 
-_NO_SUCH = "No such option"  # what the error of an unknown one begins with
-_MISSPELT = 0.75  # how much alike an option is to the one that was meant
-_OUTLIVE = ("train", "resume", "reproduce", "sweep", "bench")  # which go on when nobody looks any more
+_NO_SUCH = "No such option"  # how typer's error for an unknown option begins
+_MISSPELT = 0.75  # least similarity at which an option counts as misspelt
+_OUTLIVE = (
+    "train",
+    "resume",
+    "reproduce",
+    "sweep",
+    "bench",
+)  # commands that go on when the terminal is closed
 _HELP = {"help_option_names": ["-h", "--help"]}
 
 app = typer.Typer(
@@ -81,7 +87,7 @@ def run() -> None:
 
 
 def main(train_function: Callable[..., None]) -> None:
-    """Make a script with a `train(run, config)` function a command: `python my_train.py lr=3e-4 --name a`."""
+    """Make a command of a script with `train(run, config)`: `python my_train.py lr=3e-4 --name a`."""
     script = typer.Typer(
         add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
         context_settings=_HELP,
@@ -92,7 +98,7 @@ def main(train_function: Callable[..., None]) -> None:
 
 
 def _exit_code(command: typer.Typer) -> int:
-    """Run a command and turn how it ended into an exit code, with the error said once."""
+    """Run a command; reports its error, if any, and returns the exit code."""
     sys.stdout, sys.stderr = sys.stdout or terminal.open_nowhere(), sys.stderr or terminal.open_nowhere()
     try:
         code: Any = command(standalone_mode=False)
@@ -110,14 +116,14 @@ def _exit_code(command: typer.Typer) -> int:
 
 
 def _keep_exit_code() -> None:
-    """All is done and said: a scheduler's next signal is not to make it another end than it was."""
+    """Ignore further signals, so that a scheduler's next one cannot change the exit code."""
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)
 
 
 def _in_a_line(error: Exception) -> str:
-    """What a traceback ends with; that of a loader's worker stands in the message, as another one."""
+    """The last line of a traceback; a loader worker's error carries its own traceback in the message."""
     lines, name = str(error).strip().splitlines() or [""], type(error).__name__
     if "Original Traceback" not in str(error):
         return f"{name}: {lines[0]}"
@@ -125,7 +131,7 @@ def _in_a_line(error: Exception) -> str:
 
 
 def _key_as_option(error: typer.TyperException, words: Sequence[str]) -> str:
-    """What is said of a config key that is given as an option, `--lr 0.1`; empty for any other mistake."""
+    """The message for a config key given as an option (`--lr 0.1`); empty for any other mistake."""
     option, context = getattr(error, "option_name", ""), getattr(error, "ctx", None)
     if not error.format_message().startswith(_NO_SUCH) or context is None:
         return ""
@@ -143,11 +149,11 @@ def _key_as_option(error: typer.TyperException, words: Sequence[str]) -> str:
 
 
 def _failed(error: Exception) -> int:
-    """Say an error: a line for what the user can act on, a traceback for all else."""
+    """Report an error: one line if the user can act on it, otherwise a traceback; returns the exit code."""
     message, code = str(error), EXIT_FAILED
     if isinstance(error, StokerError):
         code = error.exit_code
-    elif isinstance(error, typer.TyperException):  # a flag or an argument that the command does not have
+    elif isinstance(error, typer.TyperException):  # an option or argument that the command does not take
         said = _key_as_option(error, sys.argv[1:]) or error.format_message()
         message, code = said.replace(": Value error, ", ": "), EXIT_BAD_INPUT
     elif full := storage.said_of_full_disk(error):

@@ -1,4 +1,4 @@
-"""`stoker models register|list|show|promote|pull|push`: what runs made, in MLflow's registry, and shared."""
+"""`stoker models register|list|show|promote|pull|push`: models in MLflow's registry, and sharing."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from stoker.tracking.registry import STAGES, Registry, Version, write_checksums
 if TYPE_CHECKING:
     from stoker.tracking.registry import Stage
 
-app = typer.Typer(help="What runs made: in MLflow's registry, and shared.", no_args_is_help=True)
+app = typer.Typer(help="Register models in MLflow's registry, and share them.", no_args_is_help=True)
 
 Reference = Annotated[
     str, typer.Argument(metavar="NAME@VERSION", help="NAME@3, NAME@production, or NAME for the newest.")
@@ -35,26 +35,26 @@ OfCheckpoint = Annotated[
     typer.Option(
         "--checkpoint",
         metavar="WHICH",
-        help="best (by val_loss), last, or a step; by default the final export.",
+        help="best (by val_loss), last, or a step number; default: the final export.",
     ),
 ]
-ByMetric = Annotated[str, typer.Option("--metric", help="What --checkpoint best goes by.")]
+ByMetric = Annotated[str, typer.Option("--metric", help="The metric that --checkpoint best uses.")]
 OfArtifact = Annotated[
-    str | None, typer.Option("--artifact", help="Which artifact; by default the run's model or adapter.")
+    str | None, typer.Option("--artifact", help="The artifact; default: the run's model or adapter.")
 ]
 
 
 @app.command()
 def register(
     run: RunName,
-    name: Annotated[str, typer.Option("--name", help="What the model is called.")],
+    name: Annotated[str, typer.Option("--name", help="The name of the model.")],
     checkpoint: OfCheckpoint = None,
     metric: ByMetric = "val_loss",
     artifact: OfArtifact = None,
     runs: RunsFolder = DEFAULT_RUNS,
     json: Json = False,
 ) -> None:
-    """Make what a run exported the next version of a model, with its lineage."""
+    """Register a run's export as the next version of a model, with its lineage."""
     seen = view.load(finding.find(runs, run))
     with tempfile.TemporaryDirectory(prefix="stoker-model-") as scratch:
         folder = Path(scratch) / "data"
@@ -69,12 +69,13 @@ def register(
 @app.command("list")
 def list_(
     name: Annotated[
-        str | None, typer.Argument(metavar="[NAME]", help="One model's versions.", show_default=False)
+        str | None,
+        typer.Argument(metavar="[NAME]", help="List only this model's versions.", show_default=False),
     ] = None,
     runs: RunsFolder = DEFAULT_RUNS,
     json: Json = False,
 ) -> None:
-    """List the registered models and their versions, the newest first."""
+    """List the registered models and their versions, newest first."""
     registry = Registry(runs)
     found = registry.versions(name) if name else registry.models()
     if json:
@@ -87,7 +88,7 @@ def list_(
 
 @app.command()
 def show(version: Reference, runs: RunsFolder = DEFAULT_RUNS, json: Json = False) -> None:
-    """Show a version: its stage, and the run, code, data and metrics that it comes from."""
+    """Show a version: its stage, and its run, code, data and metrics."""
     found = Registry(runs).version(version)
     if json:
         print_json(_entry(found))
@@ -109,24 +110,24 @@ def promote(
     runs: RunsFolder = DEFAULT_RUNS,
     json: Json = False,
 ) -> None:
-    """Give a version a stage; the one that was in staging or production before is archived."""
+    """Give a version a stage; the version previously in staging or production is archived."""
     chosen: Stage | None = next((known for known in STAGES if known == stage), None)
     if chosen is None:
-        raise BadInput(f"{stage!r} is no stage{nearest(stage, STAGES)}; give {', '.join(STAGES)}")
+        raise BadInput(f"{stage!r} is not a stage{nearest(stage, STAGES)}; give one of {', '.join(STAGES)}")
     made = Registry(runs).promote(version, chosen)
-    _answer(made, json, f"{made.name}@{made.version} is {made.stage} now")
+    _answer(made, json, f"{made.name}@{made.version} is now {made.stage}")
 
 
 @app.command()
 def pull(
     version: Reference,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="A new folder; by default NAME-VERSION here.")
+        Path | None, typer.Option("-o", "--output", help="A new folder; default: NAME-VERSION.")
     ] = None,
     runs: RunsFolder = DEFAULT_RUNS,
     json: Json = False,
 ) -> None:
-    """Copy a version's files to a folder, each checked."""
+    """Copy a version's files to a folder and verify each one."""
     registry = Registry(runs)
     found = registry.version(version)
     target = registry.pull(f"{found.name}@{found.version}", output or Path(f"{found.name}-{found.version}"))
@@ -140,27 +141,29 @@ def pull(
 def push(
     run: RunName,
     to: Annotated[
-        str, typer.Argument(metavar="DEST", help="hub:org/name, s3://bucket/folder, or a new folder here.")
+        str, typer.Argument(metavar="DEST", help="hub:org/name, s3://bucket/folder, or a new local folder.")
     ],
-    merge: Annotated[bool, typer.Option("--merge", help="Merge the adapter into its model.")] = False,
+    merge: Annotated[bool, typer.Option("--merge", help="Merge the adapter into its base model.")] = False,
     base: Annotated[
         str | None,
         typer.Option(
-            "--base", metavar="MODEL", help="Where the adapter's model is, for others: a hub id or a folder."
+            "--base",
+            metavar="MODEL",
+            help="Where others find the adapter's base model: a hub id or a folder.",
         ),
     ] = None,
     dtype: Annotated[
         Literal["fp32", "bf16", "fp16"] | None,
-        typer.Option(help="Write weights in this precision; by default as they are."),
+        typer.Option(help="Write weights in this precision; default: unchanged."),
     ] = None,
-    public: Annotated[bool, typer.Option("--public", help="A new one on the hub is for everybody.")] = False,
+    public: Annotated[bool, typer.Option("--public", help="Make a new hub repository public.")] = False,
     checkpoint: OfCheckpoint = None,
     metric: ByMetric = "val_loss",
     artifact: OfArtifact = None,
     runs: RunsFolder = DEFAULT_RUNS,
     json: Json = False,
 ) -> None:
-    """Share what a run made: its files, with a model card, as transformers and peft load them."""
+    """Share a run's model with a model card, as files that transformers and peft load."""
     show_messages()
     seen = view.load(finding.find(runs, run))
     destination = sharing.destination(to)
@@ -183,7 +186,7 @@ def push(
 
 
 def _about(seen: RunView, checkpoint: manifest.Checkpoint | None) -> dict[str, str]:
-    """What a version is: at which step, by which command, and what its metrics were there."""
+    """A version's command, step and metrics."""
     metrics = seen.newest() if checkpoint is None else checkpoint.metrics
     return {
         "command": facts.command(seen),

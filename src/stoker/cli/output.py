@@ -1,7 +1,7 @@
-"""What every verb shares: where runs stand, and how an answer is printed.
+"""What all commands share: the runs folder, and how answers are printed.
 
-With `--json` a verb prints one object on standard output, last; progress and warnings go to
-standard error always.
+With `--json`, a command prints one object last on standard output; progress and warnings always go to
+standard error.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ def _runs_option(help_: str) -> Any:
     return typer.Option("--runs", envvar="STOKER_RUNS", metavar="DIR", parser=finding.folder, help=help_)
 
 
-RunsFolder = Annotated[Path, _runs_option("The folder that runs stand under, or s3://bucket/folder.")]
-LocalRunsFolder = Annotated[Path, _runs_option("The folder that sweeps stand under; a local one.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, last.")]
+RunsFolder = Annotated[Path, _runs_option("The folder that holds the runs, or s3://bucket/folder.")]
+LocalRunsFolder = Annotated[Path, _runs_option("The local folder that holds the sweeps.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object last on standard output.")]
 
 DEFAULT_RUNS = Path("runs")
 
 
 def console() -> Console:
-    """Standard output for people; without colours or a width limit where it is not a terminal."""
+    """Standard output for people; without colours or a width limit unless it is a terminal."""
     return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
 
 
 def runs_option(runs: Path) -> str:
-    """What a command needs to look in a runs folder, ` --runs DIR`; empty where it does so by itself."""
+    """The option ` --runs DIR` that a command needs to use `runs`; empty if that is the default."""
     usual = finding.folder(os.environ.get("STOKER_RUNS") or DEFAULT_RUNS)
     if runs.resolve() == usual.resolve():
         return ""
@@ -50,13 +50,13 @@ def runs_option(runs: Path) -> str:
 
 
 def print_json(answer: dict[str, Any]) -> None:
-    """Print the one object of a `--json` answer. NaN and infinities become null."""
+    """Print the object that answers `--json`. NaN and infinities become null."""
     sys.stdout.write(orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY, default=str).decode() + "\n")
     sys.stdout.flush()
 
 
 def say_error(message: str, code: int) -> None:
-    """Say the error that a command ends with, and its exit code."""
+    """Report the error that ends a command; with `--json` also as an object with the exit code."""
     is_trace = "\n" in message and code != EXIT_BAD_INPUT
     terminal.say(f"{message}\n" if is_trace else f"stoker: error: {message}\n")
     if "--json" in sys.argv:
@@ -64,7 +64,7 @@ def say_error(message: str, code: int) -> None:
 
 
 class _StderrHandler(logging.Handler):
-    """Writes to what standard error is now: a progress bar puts itself in its place for a while."""
+    """Writes to the current standard error, which a progress bar replaces for a while."""
 
     def emit(self, record: logging.LogRecord) -> None:
         prefix = "stoker: " if record.levelno < logging.WARNING else f"stoker: {record.levelname.lower()}: "
@@ -72,7 +72,7 @@ class _StderrHandler(logging.Handler):
 
 
 def show_messages(level: int = logging.INFO) -> None:
-    """Write the library's messages to standard error, of ranks above 0 to their logs alone."""
+    """Write the library's messages to standard error; those of ranks above 0 go only to their logs."""
     log.setLevel(logging.DEBUG)
     log.propagate = False
     if World.current().rank > 0:  # its messages go to its log file

@@ -1,4 +1,4 @@
-"""`stoker package RUN`: a folder that runs it again, anywhere."""
+"""`stoker package RUN`: a folder that repeats a run anywhere."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ def package(
     run: RunName,
     to: Annotated[
         Path | None,
-        typer.Option("--to", metavar="DIR", help="The folder to be made.", show_default="RUN-package"),
+        typer.Option("--to", metavar="DIR", help="The folder to create.", show_default="RUN-package"),
     ] = None,
     runs: RunsFolder = DEFAULT_RUNS,
     json: Json = False,
 ) -> None:
-    """Make a folder that runs it again anywhere: code, lock, config, one command, Dockerfile, MLproject."""
+    """Create a folder that repeats a run anywhere: code, lock, config, one command, Dockerfile, MLproject."""
     seen = view.load(finding.find(runs, run))
     folder = (to or Path(f"{seen.directory.id}-package")).absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise BadInput(f"{folder} is there already: remove it, or choose another place with --to")
+        raise BadInput(f"{folder} already exists: remove it, or choose another folder with --to")
     part = stretch.find(seen)
     there = folder.exists()
     try:
@@ -44,7 +44,7 @@ def package(
                 with contextlib.suppress(OSError):
                     left.unlink()
         if isinstance(error, OSError) and str(error.filename or "").startswith(str(folder)) and not full:
-            raise BadInput(f"{folder} cannot be written: {error.strerror or error}") from error
+            raise BadInput(f"cannot write {folder}: {error.strerror or error}") from error
         raise
     if json:
         print_json({
@@ -59,8 +59,8 @@ def package(
         ("base image", made.image),
         ("data", ", ".join(f"{about['path']} ({about['fingerprint'][:20]})" for about in made.data.values())),
         ("left out", ", ".join(made.lacking)),
-        ("secrets", ", ".join(f"{key}, to be given to run.sh" for key in made.secrets)),
-        ("packages", ", ".join(f"{name} was used from a folder" for name in made.not_installed)),
+        ("secrets", ", ".join(f"{key}, which run.sh needs" for key in made.secrets)),
+        ("packages", ", ".join(f"{name} was imported from a folder" for name in made.not_installed)),
     ):
         if said:
             out.print(f"  {label:12} {said}", soft_wrap=True)

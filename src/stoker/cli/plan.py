@@ -1,4 +1,4 @@
-"""`stoker plan RECIPE`: what a training step would take of each rank's memory, before anything is rented."""
+"""`stoker plan RECIPE`: the memory that a training step needs on each rank, without a GPU."""
 
 from __future__ import annotations
 
@@ -33,32 +33,32 @@ from stoker.world import PLANNED, PLANNED_RANK
 log = logging.getLogger("stoker")
 
 ROOM = 0.9
-"""Of a rank's memory, what a step may take: CUDA itself, its libraries and gaps between tensors take some."""
+"""Share of a rank's memory that a step may use; CUDA, its libraries and fragmentation take the rest."""
 
-_LEAST = 2**20  # bytes that a GPU has
+_LEAST = 2**20  # bytes; the smallest --memory
 _MOST_RANKS = 1024
 
 Changes = tuple[str, ...]
-"""Values that are given beside a config's own."""
+"""Overrides of a config's values."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a step takes of the memory of a rank, in bytes, and of what ranks."""
+    """The memory in bytes that a step needs on one rank, and how the step was planned."""
 
     parallel: str
     precision: str
     ranks: int
     rank: int
-    """The one that takes the most: of a pipeline, the first of a stage."""
+    """The rank that needs the most memory; in a pipeline, the first rank of its stage."""
     memory: int
-    """What each of them has."""
+    """The memory of each rank."""
     share: int
-    """Samples of a step that are a rank's."""
+    """Samples per rank and step."""
     micro_batch: int
     peak: int
     moment: str
-    """When that is: forward, backward or update."""
+    """When the peak is reached: forward, backward or update."""
     weights: int
     gradients: int
     optimizer: int
@@ -67,29 +67,29 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether there is room for it."""
+        """Whether the step fits into the memory."""
         return self.peak <= ROOM * self.memory
 
 
 def plan(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped recipe, or a file.")],
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped recipe, or a recipe file.")],
     overrides: Overrides = None,
     config: ConfigFile = None,
-    nproc: Annotated[int, typer.Option("--nproc", min=1, metavar="N", help="Ranks of a machine.")] = 1,
-    nodes: Annotated[int, typer.Option("--nodes", min=1, metavar="N", help="Machines.")] = 1,
+    nproc: Annotated[int, typer.Option("--nproc", min=1, metavar="N", help="Ranks per machine.")] = 1,
+    nodes: Annotated[int, typer.Option("--nodes", min=1, metavar="N", help="Number of machines.")] = 1,
     memory: Annotated[
-        str, typer.Option("--memory", metavar="SIZE", help="What a GPU has, as it is sold: 80GB, 24GB.")
+        str, typer.Option("--memory", metavar="SIZE", help="Memory of each GPU, as advertised: 80GB, 24GB.")
     ] = "80GB",
     json: Json = False,
 ) -> int:
-    """Say what a step takes of each GPU's memory, by what it is for, before anything is rented.
+    """Show how much memory a step needs on each GPU, by purpose, without a GPU.
 
-    The recipe runs as it is up to its second step, on this machine's CPU, with tensors that have shapes and
-    no values: no GPU is needed, no weights are read, and a model of any size is planned in seconds. Where a
-    step does not fit, the cheapest change that makes it fit is looked for. Exit code 3: it does not fit.
+    The recipe runs unchanged up to its second step, on this machine's CPU, with tensors that have shapes but
+    no values: no weights are read, and a model of any size is planned in seconds. If a step does not fit, the
+    cheapest change that makes it fit is searched for. Exit code 3: it does not fit.
     """
     show_messages(logging.ERROR)
-    warnings.filterwarnings("ignore")  # of tensors without values; what a training warns of it says itself
+    warnings.filterwarnings("ignore")  # they are about tensors without values; a training shows its own
     has = _bytes(memory)
     found = recipes.load(recipe)
     resolved = configs.resolve(found.config, overrides or (), recipes.config_file(config))
@@ -110,7 +110,7 @@ def plan(
 
 @dataclass(frozen=True)
 class Asked:
-    """What is to be planned."""
+    """A request for a plan."""
 
     recipe: Recipe
     resolved: Resolved[Any]
@@ -119,9 +119,9 @@ class Asked:
     memory: int
 
     def plan(self, changes: Changes = (), ranks: int | None = None) -> Plan:
-        """Of the config with some changes, on so many ranks. Raises BadInput."""
+        """Plan the config with `changes` on `ranks` ranks; default: all. Raises BadInput."""
         if getattr(self.resolved.config, "kernels", "torch") != "torch":
-            changes = (*changes, "kernels=torch")  # the others take a GPU
+            changes = (*changes, "kernels=torch")  # other kernels need a GPU
         resolved = configs.changed(self.resolved, changes)
         _check(resolved.config)
         ranks = ranks or self.nproc * self.nodes
@@ -130,7 +130,7 @@ class Asked:
         return max(made, key=lambda plan: plan.peak)
 
     def _one(self, resolved: Resolved[Any], ranks: int, rank: int) -> Plan:
-        """What a rank of them takes."""
+        """Plan the step of one rank."""
         from stoker.engine import imagined
 
         with tempfile.TemporaryDirectory(prefix="stoker-plan-") as folder, _imagined(self, ranks, rank):
@@ -143,20 +143,22 @@ class Asked:
                 train.work_on(run, self.recipe, resolved.config, trial=True)
             found = storage.read_json(run.directory.logs / imagined.FILE)
         if not found:
-            raise BadInput(f"{self.recipe.name} ended before its second step, and made none to plan")
+            raise BadInput(
+                f"{self.recipe.name} ended before its second step, which the plan needs: make its run longer"
+            )
         return Plan(**found)
 
     def automatic(self) -> Plan:
-        """With the largest micro-batch that fits, where `micro_batch=auto` asks for it."""
+        """Plan `micro_batch=auto`: the largest micro-batch that fits."""
         one = self.plan(("micro_batch=1",))
         fitting = self._largest((), one) if one.fits else None
         return fitting[1] if fitting else one
 
     def what_fits(self, made: Plan, say: Any) -> tuple[Changes, Plan] | None:
-        """The cheapest change with which what does not fit would: none changes what a run computes.
+        """The cheapest change that makes the step fit; no change alters what a run computes.
 
-        In this order: smaller micro-batches; weights sharded over the ranks that there are; activations
-        computed again in the backward pass; more ranks.
+        Tried in this order: smaller micro-batches; weights sharded over the existing ranks; activations
+        recomputed in the backward pass; more ranks.
         """
         for changes, ranks in self._candidates(made):
             say(", ".join((*changes, *([f"{ranks} ranks"] if ranks != made.ranks else []))))
@@ -194,10 +196,10 @@ class Asked:
             ranks *= 2
 
     def _largest(self, changes: Changes, fits: Plan, given: int | None = None) -> tuple[Changes, Plan] | None:
-        """The largest micro-batch that fits, where the smallest does; None where there is no other.
+        """The largest micro-batch that fits, if micro_batch=1 does; None if no larger one fits.
 
         Args:
-            given: the one that there is without a change.
+            given: the micro-batch of the config itself, which needs no change.
         """
         if fits.micro_batch > 1:
             return None
@@ -221,21 +223,21 @@ def _but_micro_batch(changes: Changes) -> Changes:
 
 @contextlib.contextmanager
 def _explained(recipe: Recipe) -> Iterator[None]:
-    """What only values could answer is said in a sentence. Raises BadInput."""
+    """Turn the error of code that needs tensor values into a message. Raises BadInput."""
     from stoker.engine import imagined
 
     try:
         yield
     except Exception as error:
         place = line_of(error) or recipe.name
-        # With its frames a loop that was left is over, and what it has entered is left.
+        # Clearing the frames ends an abandoned loop, which exits the contexts that it entered.
         traceback.clear_frames(error.__traceback__)
         if not isinstance(error, imagined.NEEDS_VALUES):
-            error.add_note("(In a plan tensors have no values: every number is one, every mask is true.)")
+            error.add_note("(In a plan, tensors have no values: every number is one, every mask is true.)")
             raise
         raise BadInput(
-            f"tensors have no values in a plan, and {place} asks for some ({error}); "
-            "leave it out there: run.world.planned is more than 0 in a plan, and 0 else"
+            f"tensors have no values in a plan, but {place} needs some ({error}); "
+            "skip that code in a plan, where run.world.planned is more than 0 (otherwise it is 0)"
         ) from error
 
 
@@ -244,17 +246,18 @@ def _is_automatic(resolved: Resolved[Any]) -> bool:
 
 
 def _check(config: Any) -> None:
-    """Raises BadInput for a strategy whose step goes through what cannot be imagined."""
+    """Raises BadInput for a strategy that cannot run without tensor values."""
     parallel = config.parallel if isinstance(config, options.Training) else ""
     if parallel == "deepspeed":
         raise BadInput(
-            "parallel=deepspeed cannot be planned: DeepSpeed's engine asks tensors for values. parallel=fsdp "
-            "shards what ZeRO 3 does, and with fsdp.reshard_after_forward=false what ZeRO 2 does"
+            "parallel=deepspeed cannot be planned: DeepSpeed's engine needs tensor values. Plan with "
+            "parallel=fsdp, which shards what ZeRO 3 does, or "
+            "with fsdp.reshard_after_forward=false what ZeRO 2 does"
         )
 
 
 def _unlike(config: Any, ranks: int) -> range:
-    """Ranks that stand for all others: the first of each stage of a pipeline, else the first."""
+    """Ranks that represent all others: the first of each pipeline stage, otherwise rank 0."""
     if not isinstance(config, options.Training) or config.parallel != "pipeline":
         return range(1)
     return range(0, ranks, ranks // (config.pipeline.ranks or ranks))
@@ -262,7 +265,7 @@ def _unlike(config: Any, ranks: int) -> range:
 
 @contextlib.contextmanager
 def _imagined(asked: Asked, ranks: int, rank: int) -> Iterator[None]:
-    """This process is one of so many ranks, of which the others are not there."""
+    """Make this process one of `ranks` ranks, without the others."""
     from stoker import distributed
 
     local = min(asked.nproc, ranks)
@@ -284,16 +287,16 @@ def _imagined(asked: Asked, ranks: int, rank: int) -> Iterator[None]:
 
 
 def _bytes(size: str) -> int:
-    """Raises BadInput."""
+    """A size in bytes. Raises BadInput."""
     count = words.parsed_size(size)
     if count < _LEAST:
-        raise BadInput(f"--memory {size}: give what a GPU has, such as 80GB or 24GB")
+        raise BadInput(f"--memory {size}: give the memory of a GPU, such as 80GB or 24GB")
     return count
 
 
 @contextlib.contextmanager
 def _working() -> Iterator[Any]:
-    """What is being planned, on a terminal; gone when it is done."""
+    """Show what is being planned, on a terminal, until it is done."""
     out = Console(stderr=True)
     shown = SpinnerColumn(), TextColumn("planning {task.description}")
     with Progress(*shown, transient=True, console=out, disable=not out.is_terminal) as bar:
@@ -320,17 +323,17 @@ def _show(recipe: str, made: Plan, advice: tuple[Changes, Plan] | None) -> None:
     for kind, text in _ROWS.items():
         if size := getattr(made, kind):
             table.add_row(f"  {text}", words.size(size))
-    table.add_row("  in all", words.size(made.peak))
+    table.add_row("  total", words.size(made.peak))
     out.print(table)
     if made.parallel == "pipeline":
-        out.print(f"\nits stage of rank {made.rank} takes the most")
+        out.print(f"\nthe stage of rank {made.rank} needs the most")
     share = made.peak / made.memory
     if made.fits:
         out.print(f"\nit fits: {share:.0%} of a rank's memory")
         return
-    out.print(f"\nit does not fit: {share:.0%} of a rank's memory, where {ROOM:.0%} are there to be taken")
+    out.print(f"\nit does not fit: {share:.0%} of a rank's memory, of which {ROOM:.0%} can be used")
     if advice is None:
-        out.print("nothing was found that makes it fit and computes the same")
+        out.print("no change was found that makes it fit and computes the same")
         return
     changes, then = advice
     more = [f"on {then.ranks} ranks"] if then.ranks != made.ranks else []

@@ -1,4 +1,4 @@
-"""`stoker recipes list|show|copy`: what can be trained, the keys it takes, and shipped configs."""
+"""`stoker recipes list|show|copy`: recipes, their keys, and shipped configs."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from stoker.cli.output import Json, console, print_json
 from stoker.errors import BadInput, nearest
 from stoker.meanings import meanings_of
 
-app = typer.Typer(help="What can be trained, the keys it takes, and shipped configs.", no_args_is_help=True)
+app = typer.Typer(help="Recipes, their keys, and shipped configs.", no_args_is_help=True)
 
 
 @app.command("list")
 def list_(json: Json = False) -> None:
-    """List the shipped recipes, and configs for them."""
+    """List the shipped recipes and configs."""
     found = {
         name: (inspect.getdoc(inspect.getmodule(recipes.load(name).train)) or "") for name in recipes.SHIPPED
     }
@@ -53,7 +53,7 @@ def show(
     ],
     json: Json = False,
 ) -> None:
-    """Show the keys of a recipe: name, type, default and meaning; or a shipped config."""
+    """Show a recipe's keys with default and meaning (--json: also the type), or a shipped config."""
     shipped = recipes.configs().get(recipe)
     if shipped is not None:
         _show_config(recipe, shipped, json)
@@ -78,7 +78,7 @@ def show(
 
 
 def keys(config: type) -> list[tuple[str, str, str]]:
-    """The keys of a config, each with its default and its meaning; the recipe's own come first."""
+    """The keys of a config, each with its default and meaning; the recipe's own come first."""
     meanings = meanings_of(config)
     described = _described(config)
     return [(key, _short(default), meanings.get(key) or kind) for key, (kind, default) in described.items()]
@@ -96,7 +96,10 @@ def _show_config(name: str, file: Path, json: bool) -> None:
 def copy(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A shipped recipe or config.")],
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="The file; by default one of that name here.")
+        Path | None,
+        typer.Option(
+            "-o", "--output", help="The file to write; default: NAME with its suffix, in this folder."
+        ),
     ] = None,
     json: Json = False,
 ) -> None:
@@ -104,11 +107,12 @@ def copy(
     known = {**{n: recipes.load(n).source for n in recipes.SHIPPED}, **recipes.configs()}
     if name not in known:
         raise BadInput(
-            f"nothing shipped is named {name!r}{nearest(name, known)}; there are {', '.join(known)}"
+            f"no recipe or config named {name!r} is shipped{nearest(name, known)}; choose one "
+            f"of {', '.join(known)}"
         )
     target = output or Path(f"{name}{known[name].suffix}")
     if target.exists():
-        raise BadInput(f"{target} is there already: name another with -o")
+        raise BadInput(f"{target} already exists: choose another name with -o")
     shutil.copyfile(known[name], target)
     if json:
         print_json({"copied": name, "to": str(target.absolute())})
@@ -123,7 +127,7 @@ def _short(default: Any) -> str:
 
 
 def _described(config: type) -> dict[str, tuple[str, Any]]:
-    """The type and the default of the recipe's own keys, then of those that every recipe has."""
+    """Type and default of each key: the recipe's own first, then those that it inherits."""
     own = inspect.get_annotations(config)
     keys = configs.describe(config)
     return dict(sorted(keys.items(), key=lambda pair: pair[0].partition(".")[0] not in own))

@@ -1,4 +1,4 @@
-"""`stoker report RUN...`: one self-contained HTML file about one or several runs, or about a sweep."""
+"""`stoker report RUN...`: one self-contained HTML file about one or more runs, or about a sweep."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def report(
         list[str],
         typer.Argument(
             metavar="RUN...",
-            help="Runs: an id, the start of one, experiment/id, or a path; or the name of one sweep.",
+            help="Runs, each by id, the start of its id, experiment/id, or path; or the name of one sweep.",
         ),
     ],
     output: Annotated[
@@ -26,7 +26,7 @@ def report(
             "-o",
             "--output",
             help="The file to write.",
-            show_default="report.html in the run's artifacts, or here for several runs",
+            show_default="report.html in the run's artifacts or the sweep's folder, or here for several runs",
         ),
     ] = None,
     scaled: Annotated[
@@ -34,14 +34,14 @@ def report(
         typer.Option(
             "--scaling",
             metavar="FILE",
-            help="What `stoker bench scaling` wrote.",
-            show_default="scaling.json beside the runs, where there is one",
+            help="The JSON file that `stoker bench scaling` wrote.",
+            show_default="scaling.json next to the runs, if there is one",
         ),
     ] = None,
     runs: RunsFolder = DEFAULT_RUNS,
     json: Json = False,
 ) -> None:
-    """Write one HTML file about a run, one that compares several, or one about a sweep; it opens offline."""
+    """Write one HTML file that reports a run, compares several, or reports a sweep; it opens offline."""
     if len(run) == 1 and (sweep := _sweep(runs, run[0])) is not None:
         _say(_of_sweep(sweep, output or sweep / "report.html"), [str(sweep)], json=json)
         return
@@ -62,7 +62,7 @@ def _say(file: Path, about: list[str], *, json: bool) -> None:
 
 
 def _sweep(runs: Path, name: str) -> Path | None:
-    """The folder of a sweep of that name, or at that path."""
+    """The folder of the sweep with this name or path; None if there is none."""
     return next((folder for folder in (runs / name, Path(name)) if record.is_sweep(folder)), None)
 
 
