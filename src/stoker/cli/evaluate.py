@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
 from stoker import config as configs
 from stoker import exports, recipes
 from stoker.cli import train
-from stoker.cli.generate import run_meant
+from stoker.cli.generate import RunOrModel, run_meant
 from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder
 from stoker.errors import BadInput
 
@@ -19,14 +18,7 @@ _AS_TRAINED = ("columns", "loss_on", "chat_template_kwargs", "quantisation", "se
 
 
 def evaluate(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="RUN|MODEL",
-            help="A run: its id, the start of its id, experiment/id, or its path. Or a model or adapter: a "
-            "directory, s3://bucket/folder, or a hub id.",
-        ),
-    ],
+    model: RunOrModel,
     overrides: train.Overrides = None,
     name: train.Name = None,
     experiment: train.Experiment = None,

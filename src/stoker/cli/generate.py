@@ -25,16 +25,18 @@ _ANEW = "/new"
 Answer = Callable[[str], dict[str, Any]]
 """Generates what follows a text; see `Speaker.answer`."""
 
+RunOrModel = Annotated[
+    str,
+    typer.Argument(
+        metavar="RUN|MODEL",
+        help="A run: its id, the start of its id, experiment/id, or its path. Or a model or adapter: a "
+        "directory, s3://bucket/folder, or a hub id.",
+    ),
+]
+
 
 def generate(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="RUN|MODEL",
-            help="A run: its id, the start of its id, experiment/id, or its path. Or a model or adapter: a "
-            "directory, s3://bucket/folder, or a hub id.",
-        ),
-    ],
+    model: RunOrModel,
     prompt: Annotated[
         list[str] | None,
         typer.Option(

@@ -39,13 +39,7 @@ from stoker.launch import arguments
 
 _NO_SUCH = "No such option"  # how typer's error for an unknown option begins
 _MISSPELT = 0.75  # least similarity at which an option counts as misspelt
-_OUTLIVE = (
-    "train",
-    "resume",
-    "reproduce",
-    "sweep",
-    "bench",
-)  # commands that go on when the terminal is closed
+_OUTLIVE = ("train", "resume", "reproduce", "sweep", "bench")  # these go on when the terminal is closed
 _HELP = {"help_option_names": ["-h", "--help"]}
 
 app = typer.Typer(
