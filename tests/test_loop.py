@@ -296,7 +296,7 @@ def test_a_changed_rate_that_a_scheduler_does_not_know_is_said(
             trainer.register_for_checkpointing(falls=SCHEDULERS["steps"](trainer.optimizer))
             for batch in trainer.steps(trainer.loader(_dataset(), batch_size=8), max_steps=steps):
                 trainer.step(batch)
-    assert "the learning rate is [0.5] now, and falls goes on from [0.01]" in caplog.text
+    assert "the learning rate is [0.5] now, but falls continues from [0.01]" in caplog.text
 
 
 def test_a_rewind_puts_registered_states_back_with_the_weights(open_run: Callable[..., Run]) -> None:
@@ -1105,7 +1105,7 @@ def test_going_on_with_another_number_of_samples_is_said(
             trainer = _trainer(run, _model(), data_share=part)
             for batch in trainer.steps(trainer.loader(_dataset(size), batch_size=10), max_steps=steps):
                 trainer.step(batch)
-    said = "an epoch was 50 samples and is 40 now: from step 2 on the samples come in a different order"
+    said = "an epoch had 50 samples and has 40 now: from step 2 on the samples come in a different order"
     assert (said in caplog.messages) == warns
 
 
@@ -1160,7 +1160,7 @@ def test_a_second_loop_with_nothing_left_is_refused_and_one_that_goes_further_is
                 trainer.step(batch)
         assert trainer.steps_done == 5
         with pytest.raises(
-            ValueError, match=r"steps\(\) of 3 .*the run is at step 5, .*counts from its start"
+            ValueError, match=r"steps\(\) of 3 .*the run is at step 5, .*counts from the start of the run"
         ):
             next(trainer.steps(loader, max_steps=3))
     with open_run() as run:  # which comes to loops that are over

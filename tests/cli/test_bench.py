@@ -52,7 +52,7 @@ def test_a_recipe_is_measured_by_the_number_of_ranks(stoker: Command, tmp_path: 
     [
         (["--nproc", "1,x"], "give numbers of ranks separated by commas"),
         (["batch_size=15"], "nearest size that can is 14 or 16"),
-        (["--steps", "500"], "ended before 508 steps, of which 500 are measured"),
+        (["--steps", "500"], "ended before step 508, which timing 500 steps needs"),
         (["-o", "rows.json"], "name the page, such as rows.html"),
         (["-o", "/proc/nothing/x.html"], "cannot be written"),
         (["batch_size=3", "--nproc", "2,3"], "make it a multiple of 2"),
@@ -66,7 +66,7 @@ def test_what_cannot_be_measured_is_said(arguments: list[str], said: str, stoker
 def test_a_run_that_is_too_short_is_refused_before_it_is_measured(stoker: Command) -> None:
     done = stoker("bench", "scaling", "llm", "max_steps=10", "--steps", "3")
     assert done.code == 2
-    assert "max_steps=10: 11 steps are needed to measure 3" in done.err
+    assert "max_steps=10 is too short: timing 3 steps takes 11" in done.err
     assert "measuring" not in done.err
 
 

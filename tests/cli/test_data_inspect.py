@@ -223,7 +223,7 @@ def test_a_run_is_named_in_place_of_its_values(
     assert of_run == json.loads(capsys.readouterr().out)
     data.inspect(["a", "batch_size=4"], samples=0, runs=run, json=True)
     assert json.loads(capsys.readouterr().out)["epoch"]["batch_size"] == 4
-    with pytest.raises(BadInput, match="leave out one"):
+    with pytest.raises(BadInput, match="leave one out"):
         data.inspect(["a"], config=texts, runs=run)
 
 
