@@ -34,9 +34,9 @@ def record(
     seed: int,
     parents: Sequence[Mapping[str, str]] = (),
 ) -> dict[str, Any]:
-    """The contents of `run.json` for a new run, with secrets masked.
+    """The contents of `run.json` for a new run, with secrets redacted.
 
-    From now on the secrets in the config are masked in everything that this process records. Raises TypeError
+    From now on the secrets in the config are redacted in all that this process records. Raises TypeError
     for a config that cannot be recorded.
     """
     values = _values(config)
