@@ -1,7 +1,7 @@
 """Metrics that were logged but may not be readable yet: tensors on an accelerator.
 
 A tensor on a GPU is copied to pinned memory in the background, with a CUDA event after the copy, so that
-logging never waits for the device. torch is imported only for tensors on a GPU and for histograms.
+logging never waits for the device. torch is imported only for tensors on a GPU and for `DeferredArrays`.
 """
 
 from __future__ import annotations
