@@ -1,8 +1,8 @@
 """How the ranks of one launch find the attempt that rank 0 starts, using only the run's directory.
 
-Rank 0 writes the same id into the lock file that it holds and into the first line of its journal. If the two
-match and the lock is held, a rank has found its own attempt, and not one that ended earlier or belongs to
-another launch. Rank 0 therefore waits for the other ranks before it ends.
+Rank 0 writes its launch and the id of its opening into the lock file that it holds, and the id into the first
+line of its journal. If these match and the lock is held, a rank has found its attempt, and not one that ended
+earlier or belongs to another launch. Rank 0 therefore waits for the other ranks before it ends.
 """
 
 from __future__ import annotations
