@@ -2,7 +2,8 @@
 
 The command starts that process as the original run was started, with its recipe or script, and sets
 STOKER_AGAIN to the path of a file. When the process opens the run that reproduces the original, that run
-takes its place, config and last step from the file. Other runs that the process opens are not affected.
+takes its place, its origin (recipe, sources, code) and its last step from the file. Other runs that the
+process opens are not affected.
 """
 
 from __future__ import annotations
