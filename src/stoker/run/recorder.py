@@ -112,7 +112,7 @@ class Recorder:
                 self._pending.popleft()  # only now: the write may fail, for example on a full disk
 
     def sync(self) -> None:
-        """Flush everything written to disk. Raises OSError if part of it could never be written."""
+        """Flush the journal file to disk. Raises OSError if this or an earlier flush failed."""
         self._writer.sync()
 
     def close(self) -> None:
