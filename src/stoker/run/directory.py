@@ -97,7 +97,7 @@ class RunDirectory:
         return self.trained_here or bool(lease.held_elsewhere(self.path))
 
     def exists(self) -> bool:
-        """Whether the run exists; an empty record is what a power cut left of a run."""
+        """Whether the run exists; an empty `run.json`, left by a power cut, does not count."""
         try:
             return self.record_file.stat().st_size > 0
         except (FileNotFoundError, NotADirectoryError):
