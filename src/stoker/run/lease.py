@@ -166,7 +166,7 @@ class Lease:
         self._thread: threading.Thread | None = None
 
     def take(self) -> bool:
-        """Take a free lease, or the lease of a holder that is gone.
+        """Take a free lease, or one whose holder is gone.
 
         Returns whether this machine had it before: then no other machine has anything newer of the run.
 
