@@ -1,8 +1,9 @@
-"""A run that is made again: what `stoker reproduce` asks of the process that trains it.
+"""Reproducing a run: how `stoker reproduce` instructs the process that trains it.
 
-The command starts that process as the run was started once, a recipe or somebody's own script, and names
-a file in STOKER_AGAIN. The run that is meant, when it is opened, takes from there where it stands, what it
-is made from, and at which step it ends; every other run that the process opens is left as it is.
+The command starts that process as the original run was started, with its recipe or script, and sets
+STOKER_AGAIN to the path of a file. When the process opens the run that reproduces the original, that run
+takes its place, its origin (recipe, sources, code) and its last step from the file. Other runs that the
+process opens are not affected.
 """
 
 from __future__ import annotations
@@ -20,44 +21,44 @@ from stoker import redaction, storage
 
 VARIABLE = "STOKER_AGAIN"
 TAG = "reproduces"
-"""The tag of a run that names the run that it makes again."""
+"""The tag that names the run that this run reproduces."""
 
 
 @dataclass(frozen=True)
 class Again:
-    """The run that is made, and the one that it is to equal."""
+    """A run to be made, and the original run that it reproduces."""
 
     runs: str
     experiment: str
     id: str
     of: Mapping[str, str]
-    """`experiment`, `id` and `uid` of the run that is made again."""
+    """`experiment`, `id` and `uid` of the original run."""
     given: str
-    """The experiment that the code itself names, by which with the config the run is known."""
+    """The experiment that the code names; with the seed and the config it identifies the run."""
     config: Mapping[str, Any]
     seed: int
     provenance: str
-    """The folder with the record of the code."""
+    """The folder with the original run's code record."""
     recipe: Mapping[str, Any] = field(default_factory=dict)
     sources: Mapping[str, str] = field(default_factory=dict)
     layout: Mapping[str, Any] = field(default_factory=dict)
-    """What the run decided itself of how it computes."""
+    """How the original run used the devices, see `Attempt.layout`."""
     until: int | None = None
-    """The last step that is made; None where it ends by itself."""
+    """The last step to train; None if the run ends by itself."""
 
     @property
     def parent(self) -> dict[str, str]:
-        """As `run.json` has it among `parents`."""
+        """The entry for `parents` in `run.json`."""
         return {**self.of, "relation": TAG}
 
 
 def write(file: Path, again: Again) -> None:
-    """Write what the variable names."""
+    """Write the file that the variable names."""
     storage.write_atomically(file, orjson.dumps(dataclasses.asdict(again)))
 
 
 def taken(experiment: str, name: str | None, config: Any, seed: int) -> Again | None:
-    """What is asked of a run that is being opened, if it is the one that is meant; once in a process."""
+    """The instructions for a run that is being opened, if they are meant for it; at most once per process."""
     if VARIABLE not in os.environ:
         return None
     again = Again(**orjson.loads(Path(os.environ[VARIABLE]).read_bytes()))
@@ -69,7 +70,7 @@ def taken(experiment: str, name: str | None, config: Any, seed: int) -> Again | 
 
 
 def _plain(config: Any) -> dict[str, Any]:
-    """A config as it comes back from `run.json`."""
+    """A config as it is read back from `run.json`."""
     known = configs.record(config) if dataclasses.is_dataclass(config) else dict(config or {})
     plain: dict[str, Any] = orjson.loads(orjson.dumps(redaction.tree(known)))
     return plain

@@ -1,8 +1,8 @@
-"""Artifacts: the outputs of a run, with sizes and checksums, each content stored once.
+"""Artifacts: the outputs of a run, with sizes and checksums; equal contents are stored once.
 
-A file from outside the run is stored under its checksum next to the runs, and linked into the
-run's directory: the same dataset logged by fifty runs takes the space of one. Both names refer
-to one file, which is therefore read-only. On a file system without hard links, a copy is made.
+A file from outside the run is stored under its checksum in the runs folder and hard-linked into the run's
+directory: a dataset logged by fifty runs takes the space of one. Both names refer to the same file, which is
+therefore read-only. On a file system without hard links, a copy is made.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from stoker.run.directory import RunDirectory
 
 STORE = ".artifacts"  # in the runs folder
 
-_TASKS = {  # by how the names of transformers' classes end
+_TASKS = {  # by the ending of the name of a transformers class
     "ForSequenceClassification": "text-classification",
     "ForImageClassification": "image-classification",
 }
@@ -115,12 +115,12 @@ def _link(kept: Path, file: Path, target: Path) -> None:
     kept.mkdir(exist_ok=True)
     temporary = kept / f".{uuid.uuid4().hex}.tmp"
     try:
-        shutil.copyfile(file, temporary)  # first: what is hashed is what is kept, whoever writes to it now
+        shutil.copyfile(file, temporary)  # first: the hash is that of the copy, even if the file changes
         digest = storage.sha256(temporary)
         place = kept / digest[:2] / digest
         try:
             storage.link_or_copy(place, target)
-        except FileNotFoundError:  # also where it was collected just now
+        except FileNotFoundError:  # or just deleted by collect_garbage
             temporary.chmod(0o444)
             storage.sync_file(temporary)
             place.parent.mkdir(exist_ok=True)

@@ -1,8 +1,7 @@
-"""The compacted form of a run that has ended: its view, as columns, to be opened in no time.
+"""The compacted form of a run that has ended: its view, stored as columns, which opens quickly.
 
-A copy that is made when a long journal was folded, and left alone once the journal has
-changed: it says how long every file of the journal was when it was made. The journal stays
-the truth, and losing this file costs one more fold.
+It is written after a long journal was folded. It records the size of every journal file at that time, and is
+ignored if the journal has changed since. It is only a cache: if it is lost, the journal is folded again.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ _COLUMNS = ("x", "y", "time")
 
 
 def save(view: RunView, sizes: Mapping[str, int]) -> None:
-    """Write the compacted form of a run whose journal has these sizes; nothing where it is short."""
+    """Write the compacted form of a run whose journal files have these sizes, unless it has few points."""
     if sum(len(s) for s in [*view.points.values(), *view.system.values()]) < _WORTH_IT:
         return
     from safetensors.numpy import save as dump
@@ -41,12 +40,12 @@ def save(view: RunView, sizes: Mapping[str, int]) -> None:
         "used": [asdict(u) for u in view.used.values()], "damage": [asdict(d) for d in view.damage],
     }  # fmt: skip
     content = dump(columns, {"stoker": orjson.dumps(about).decode()})
-    with contextlib.suppress(OSError):  # it is only a copy
+    with contextlib.suppress(OSError):  # only a cache
         storage.write_atomically(view.directory.compacted, content)
 
 
 def load(directory: RunDirectory, sizes: Mapping[str, int]) -> Callable[[dict[str, Any]], RunView] | None:
-    """What makes the view from the run's record, or None where there is no copy of this very journal."""
+    """A function that makes the view from the run's record; None if this journal has no compacted form."""
     from safetensors import SafetensorError, safe_open
 
     if not directory.compacted.is_file():

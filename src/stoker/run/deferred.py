@@ -1,7 +1,7 @@
 """Metrics that were logged but may not be readable yet: tensors on an accelerator.
 
-A tensor on a GPU is copied to pinned memory in the background, with an event behind the
-copy, so that logging it never waits for the device. No torch is imported for anything else.
+A tensor on a GPU is copied to pinned memory in the background, with a CUDA event after the copy, so that
+logging never waits for the device. torch is imported only for tensors on a GPU and for `DeferredArrays`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-_LONGEST_NAME = 250  # bytes, what every sink takes
+_LONGEST_NAME = 250  # bytes, accepted by every sink
 
 
 class Deferred:
@@ -38,7 +38,7 @@ class Deferred:
         return self._values
 
     def _read(self, key: str, value: Any) -> Any:
-        """A number; for a tensor on a GPU, a copy under way to pinned memory."""
+        """A number; for a tensor on a GPU, its copy in pinned memory, possibly still in progress."""
         if isinstance(value, str | bytes):
             raise TypeError(f"{key}={value!r}: a metric must be a number or a tensor of one element")
         if getattr(getattr(value, "device", None), "type", "cpu") != "cuda":
@@ -79,7 +79,7 @@ class DeferredArrays:
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one, names joined by "/"."""
+    """Flatten nested dicts, joining names with "/"."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
@@ -90,7 +90,7 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def check_name(name: str) -> None:
-    """Whether a metric can have this name. Raises ValueError."""
+    """Check the name of a metric. Raises ValueError."""
     if not name or not name.isprintable():
         raise ValueError(f"{name!r} is not a valid metric name: it is empty or has control characters")
     if len(name.encode(errors="replace")) > _LONGEST_NAME:
@@ -100,7 +100,7 @@ def check_name(name: str) -> None:
 
 def _number(key: str, value: Any) -> float:
     if getattr(value, "requires_grad", False):
-        value = value.detach()  # the loss of a plain loop: torch warns of a number that is taken of one
+        value = value.detach()  # torch warns about float() of a tensor with gradients
     try:
         return float(value)
     except (TypeError, ValueError, RuntimeError, OverflowError):
@@ -119,7 +119,7 @@ def _of_many(key: str, shape: Any) -> ValueError:
 
 
 def _recorded_event(values: Mapping[str, Any]) -> Any:
-    """A CUDA event behind the copies of tensors that are on a GPU."""
+    """A CUDA event recorded after the copies of tensors that are on a GPU."""
     import torch
 
     event = torch.cuda.Event()  # type: ignore[no-untyped-call]

@@ -3,10 +3,10 @@
 runs/<experiment>/<run-id>/
   run.json            written once
   provenance/         code, packages, hardware, data
-  journal/            append-only events, one file a writer
+  journal/            append-only events, one file per writer
   checkpoints/        step-00000500/ ...
   artifacts/          what the run made
-  sinks/              how far each follower has shipped
+  sinks/              how far each sink has read the journal
   logs/
 """
 
@@ -26,12 +26,12 @@ from stoker.errors import BadInput
 from stoker.run import lease
 
 SWEEP = "sweep.json"
-"""In the folder of an experiment: its runs are the trials of a search."""
+"""A file in an experiment's folder, whose runs are then the trials of a search."""
 SWEEP_LOCK = "sweep.lock"
-"""Beside it: locked while the search goes on."""
+"""A file next to it, locked while the search runs."""
 FORMAT = 1  # of run.json and of the journal
 MANIFEST = "manifest.json"
-"""Of a checkpoint: written last, after all of its files."""
+"""The manifest of a checkpoint, written after all its other files."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class RunDirectory:
         return self.trained_here or bool(lease.held_elsewhere(self.path))
 
     def exists(self) -> bool:
-        """Whether the run exists; an empty record is what a power cut left of a run."""
+        """Whether the run exists; an empty `run.json`, left by a power cut, does not count."""
         try:
             return self.record_file.stat().st_size > 0
         except (FileNotFoundError, NotADirectoryError):

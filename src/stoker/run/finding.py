@@ -18,7 +18,7 @@ from stoker.run.directory import RunDirectory
 log = logging.getLogger("stoker")
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-_LONGEST = 100  # characters of a name that is made of another
+_LONGEST = 100  # characters of a name made by `folder_name`
 
 
 def folder(name: Path | str) -> Path:

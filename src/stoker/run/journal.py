@@ -1,9 +1,9 @@
-"""The journal: append-only events, a JSON object a line, one file a writer.
+"""The journal: append-only events, one JSON object per line, one file per writer.
 
-An append is one `write` to a file opened for appending, so it survives the death of the
-process at once and the machine's after the next flush to disk (`sync`). A line that was cut
-off is skipped by every reader; a writer never writes behind one, since every attempt has a
-file of its own, and so has every command that adds to a run from outside.
+An append is one `write` to a file opened for appending: it survives a crash of the process at once, and a
+crash of the machine after the next flush to disk (`sync`). Readers skip a line that was cut off. A killed
+writer's file is never appended to: each rank of an attempt has its own file, and so has each command that
+adds to a run from outside.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from stoker import redaction
 Event = dict[str, Any]
 
 FROM_OUTSIDE = 0
-"""The attempt of events that a command wrote beside the attempts: tags and notes."""
+"""The attempt number of events that were written from outside the attempts, such as tags and notes."""
 
 _ATTEMPT = re.compile(r"attempt-(\d{4,})\.rank-(\d+)\.jsonl")
 _CONTROL = re.compile(r"control-\d+\.jsonl")
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 _dumps, _now, _NEWLINE = orjson.dumps, time.time, orjson.OPT_APPEND_NEWLINE  # looked up once
-_OF_NUMBERS = frozenset({"metrics", "system", "spent"})  # which can hold no secret, and are many
+_OF_NUMBERS = frozenset({"metrics", "system", "spent"})  # frequent, and without text that could hold secrets
 _BLOCK = 1 << 20  # bytes parsed at once
-_TAIL = 1 << 12  # bytes in which the last line's end is looked for
+_TAIL = 1 << 12  # bytes read at once in the search for the last newline
 
 
 class JournalWriter:
-    """Appends events to one file of a journal, each by one write; threads may share it.
+    """Appends events to one file of a journal, each with one write. Thread-safe.
 
-    Raises FileExistsError where the file is another writer's.
+    Raises FileExistsError if the file exists.
     """
 
     def __init__(self, file: Path) -> None:
@@ -48,13 +48,13 @@ class JournalWriter:
             file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644
         )
         self._torn = False
-        self._one = threading.RLock()  # writes at a time: what a full disk cuts in two is put together
+        self._one = threading.RLock()  # held for a whole line, which may take several writes
         self._unsynced: OSError | None = None
 
     def append(self, kind: str, /, **fields: Any) -> None:
-        """Write one event, stamped with the time in seconds since 1970, without secrets.
+        """Write one event with the current time in seconds since 1970, with secrets redacted.
 
-        Raises OSError, and ValueError once it is closed; so does `append_values`.
+        Like `append_values`, raises OSError, and ValueError after `close`.
         """
         if kind not in _OF_NUMBERS:
             fields = redaction.tree(fields)
@@ -62,13 +62,13 @@ class JournalWriter:
         self._write(orjson.dumps(event, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE))
 
     def append_values(self, step: int, values: Mapping[str, float]) -> None:
-        """Write finite metric values: the same as `append` would, in less time."""
+        """Write finite metric values, as `append` does but faster."""
         line = _dumps({"type": "metrics", "time": _now(), "step": step, "values": values}, None, _NEWLINE)
         self._write(line)
 
     def _write(self, line: bytes) -> None:
         with self._one:
-            if self._torn:  # a full disk cut the last line short: keep the cut apart from this one
+            if self._torn:  # a full disk cut the last line short: end that line first
                 line = b"\n" + line
             written = self._write_some(line)
             self._torn = written < len(line)
@@ -88,10 +88,10 @@ class JournalWriter:
             raise
 
     def sync(self) -> None:
-        """Flush what was appended to disk; may be called from another thread than `append`.
+        """Flush everything appended to disk; can be called from another thread than `append`.
 
-        Raises OSError, from the first failure on: the kernel tells of one once, and the next flush does not
-        bring to the disk what that one did not.
+        After a failure, every call raises OSError: the kernel reports a failed flush only once, and the next
+        flush does not write the data that was lost.
         """
         if self._unsynced is not None:
             raise OSError(self._unsynced.errno, self._unsynced.strerror, str(self.file))
@@ -110,14 +110,14 @@ class JournalWriter:
 
 @dataclass
 class Cursor:
-    """How far a reader has come: bytes read of every journal file, by name."""
+    """A reader's position: the bytes read of each journal file, by name."""
 
     offsets: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Damage:
-    """A line that is no event: in which file, on which line (from 1), and what is wrong with it."""
+    """A line that is not a valid event: its file, line number (from 1), and what is wrong with it."""
 
     file: str
     line: int
@@ -129,7 +129,7 @@ class Damage:
 
 @dataclass(frozen=True)
 class Block:
-    """A stretch of one journal file: its events with the line that each stands on, and its damage."""
+    """A part of one journal file: its events with their line numbers, and its damaged lines."""
 
     file: str
     attempt: int
@@ -140,7 +140,7 @@ class Block:
 
 
 def start_attempt(journal: Path) -> tuple[int, JournalWriter]:
-    """Open the journal of the next attempt; its number, from 1, is taken by making the file."""
+    """Open the journal of the next attempt. Creating the file claims its number, which counts from 1."""
     number = 1 + max((int(m[1]) for m in map(_ATTEMPT.fullmatch, _names(journal)) if m), default=0)
     while True:
         try:
@@ -150,7 +150,7 @@ def start_attempt(journal: Path) -> tuple[int, JournalWriter]:
 
 
 def ranks(journal: Path, attempt: int) -> int:
-    """How many ranks have opened their journals of an attempt."""
+    """The number of ranks that have opened their journal of an attempt."""
     return sum(int(m[1]) == attempt for m in map(_ATTEMPT.fullmatch, _names(journal)) if m)
 
 
@@ -165,7 +165,7 @@ def newest_attempt(journal: Path) -> tuple[int, Event] | None:
 
 
 def join_attempt(journal: Path, attempt: int, rank: int) -> JournalWriter:
-    """Open the journal of one rank of an attempt. Raises FileExistsError where it has one."""
+    """Open the journal of one rank of an attempt. Raises FileExistsError if it exists."""
     return JournalWriter(_file_of(journal, attempt, rank))
 
 
@@ -175,7 +175,7 @@ def has_joined(journal: Path, attempt: int, rank: int) -> bool:
 
 
 def control(journal: Path) -> JournalWriter:
-    """Open a journal file for a command that adds to a run from outside, whether it is alive or not."""
+    """Open a new journal file for a command that adds to a run from outside, alive or not."""
     while True:
         try:
             return JournalWriter(journal / f"control-{time.time_ns()}.jsonl")
@@ -184,7 +184,7 @@ def control(journal: Path) -> JournalWriter:
 
 
 def note_failure(journal: Path, attempt: int, error: str) -> None:
-    """Note from outside what an attempt failed of, as far as there is room for it on the disk."""
+    """Record from outside why an attempt failed; does nothing if that cannot be written."""
     with contextlib.suppress(OSError):
         writer = control(journal)
         writer.append("attempt_failed", of=attempt, error=error)
@@ -194,11 +194,11 @@ def note_failure(journal: Path, attempt: int, error: str) -> None:
 def read(
     journal: Path, cursor: Cursor | None = None, *, limit: int | None = None, until: Cursor | None = None
 ) -> Iterator[Event]:
-    """The events past the cursor, in the order of attempts; each has its `attempt` and `rank`.
+    """The events after the cursor, in the order of attempts, each with its `attempt` and `rank`.
 
-    The cursor moves with every event yielded. A last line without its newline is left for
-    the next call (or for ever, where its writer died); a line that is no event is skipped.
-    At most `limit` events are read, and none past `until`.
+    The cursor moves with each event yielded. A last line without a newline is left for the next call (for
+    ever, if its writer was killed); lines that are not valid events are skipped. Reads at most `limit`
+    events, and none past `until`.
     """
     cursor = cursor if cursor is not None else Cursor()
     for name in _names(journal):
@@ -222,10 +222,10 @@ def read(
 
 
 def read_blocks(journal: Path) -> Iterator[Block]:
-    """Everything that a journal holds, in the order of attempts, a stretch of a file at a time.
+    """The whole journal, in the order of attempts, in blocks of one file each.
 
-    Much faster than `read` on a long journal: a stretch is parsed in one go. Says which
-    lines are damaged; a last line without its newline is not, its writer was killed.
+    Much faster than `read` on a long journal, because a block is parsed at once. Reports damaged lines,
+    except a last line without a newline, whose writer was killed or is still writing.
     """
     for name in _names(journal):
         writer = _writer(name)
@@ -241,12 +241,12 @@ def read_blocks(journal: Path) -> Iterator[Block]:
 
 
 def sizes(journal: Path) -> dict[str, int]:
-    """The bytes of every journal file by name: as long as they are the same, so is the journal."""
+    """The size in bytes of each journal file, by name; if the sizes are unchanged, so is the journal."""
     return {name: (journal / name).stat().st_size for name in _names(journal) if _writer(name)}
 
 
 def ends(journal: Path) -> dict[str, int]:
-    """Where a reader of all that a journal holds comes to in each file: behind its last whole line."""
+    """The end of the last complete line in each journal file, in bytes, where `read` stops."""
     return {name: _end(journal / name) for name in _names(journal) if _writer(name)}
 
 
@@ -263,7 +263,7 @@ def _end(file: Path) -> int:
 
 
 def encode_values(values: Mapping[str, float]) -> dict[str, float | str]:
-    """Metric values for JSON, which knows no NaN and no infinity: those become texts."""
+    """Metric values for JSON, which has no NaN and infinities: these become strings."""
     return {key: encode(value) for key, value in values.items()}
 
 
@@ -278,7 +278,7 @@ def encode(value: float) -> float | str:
 
 
 def decode(value: Any) -> float:
-    """One metric value as `encode` wrote it. Raises ValueError or TypeError."""
+    """The inverse of `encode`. Raises ValueError or TypeError."""
     if isinstance(value, str):
         if value not in _NON_FINITE:
             raise ValueError(f"{value!r} is not a number")
@@ -295,7 +295,7 @@ def _file_of(journal: Path, attempt: int, rank: int) -> Path:
 
 
 def _writer(name: str) -> tuple[int, int] | None:
-    """The attempt and rank that wrote a journal file; None for a file that is none."""
+    """The attempt and rank that wrote a journal file; None if the file is not part of the journal."""
     if match := _ATTEMPT.fullmatch(name):
         return int(match[1]), int(match[2])
     return (FROM_OUTSIDE, 0) if _CONTROL.fullmatch(name) else None
@@ -316,7 +316,7 @@ def _block(name: str, attempt: int, rank: int, body: bytes, first: int) -> Block
 
 
 def _parse(line: bytes) -> Event | str:
-    """The event on a line, or why there is none; nothing is wrong with an empty one."""
+    """The event on a line, or what is wrong with the line: an empty string for an empty line."""
     if not line.strip():
         return ""
     try:

@@ -1,10 +1,11 @@
-"""A lease on a run that several machines can reach: which of them trains it.
+"""Leases: which machine trains a run that several machines can reach.
 
-The lock of a run is one of a kernel. Where a runs folder is shared (NFS and the like, an object
-store) its holder also takes a lease: a small object `lease/0007`, made under a new number, which no
-two can make, and rewritten every few seconds. One that stands unchanged for a minute is of a process
-that is gone, and the next number may be taken: the clocks of two machines are not compared. Whoever
-finds a number above its own has lost the run, and ends at once.
+The lock of a run is a file lock, which only works within one machine. If the runs folder is shared (NFS and
+the like, or an object store), the process that holds the lock also takes a lease: a small object such as
+`lease/00000007`, created under a new number, which only one process can do, and rewritten every few seconds.
+If a lease stays unchanged for a minute, its process is considered dead, and the next number may be taken;
+the clocks of two machines are not compared. A process that finds a number above its own has lost the run,
+and ends at once.
 """
 
 from __future__ import annotations
@@ -30,30 +31,30 @@ from stoker.object_store import Store, Unreachable
 log = logging.getLogger("stoker")
 
 FOLDER = "lease"
-BEAT = 5.0  # seconds between two writings of a lease
-EXPIRES = 60.0  # seconds that one stands unchanged before it is taken from its holder
-PATIENCE = 10.0  # seconds that a store is tried for
+BEAT = 5.0  # seconds between renewals of a lease
+EXPIRES = 60.0  # seconds without a renewal after which a lease may be taken over
+PATIENCE = 10.0  # seconds to keep trying a store
 _LOOK = 0.5
 _UNKNOWN = ""
 
 
 @dataclass(frozen=True)
 class Holder:
-    """Whose a lease is."""
+    """The content of a lease: which process holds it."""
 
     id: str
     host: str
     pid: int
     locks: str
-    """Where its lock of the run holds: another holder there has found the lock free."""
+    """Where its lock of the run is visible: a process that got the lock in the same place need not wait."""
     beat: int = 0
     at: float = 0.0
-    """When it was written, in seconds since 1970, for people."""
+    """When it was written, in seconds since 1970; for display only."""
     released: bool = False
 
     @classmethod
     def of(cls, content: bytes) -> Holder:
-        """The one that a lease tells of; where that was cut off, one of whom nothing is known."""
+        """Parse a lease; if it was cut off, the holder is unknown."""
         try:
             return cls(**orjson.loads(content))
         except (orjson.JSONDecodeError, TypeError):
@@ -61,7 +62,7 @@ class Holder:
 
 
 class Place(Protocol):
-    """Where leases of a run stand."""
+    """Where the leases of a run are stored."""
 
     @property
     def where(self) -> str: ...
@@ -139,7 +140,7 @@ def of(run: Path, patience: float = PATIENCE) -> Lease | None:
     if store is not None:
         store = dataclasses.replace(store, patience=patience)
         place = InStore(store, f"{run.parent.name}/{run.name}")
-        here = f"{store.copy} {storage.reach_of_locks(run)}"  # a home may be on several machines
+        here = f"{store.copy} {storage.reach_of_locks(run)}"  # several machines may share a home directory
         return Lease(place, here, run, run / FOLDER / "here")
     if not storage.is_shared(run):
         return None
@@ -150,10 +151,10 @@ class Lease:
     """One process's lease of a run whose lock it holds.
 
     Args:
-        locks: where that lock holds.
-        run: what it is a lease of, as messages name it.
-        note: a file of this machine to remember the newest one taken here in, so that a run may go on here
-            while a store is away.
+        locks: where that lock is visible, see `Holder.locks`.
+        run: the run's directory, for messages.
+        note: a local file that records the newest lease taken on this machine, so that the run can continue
+            here while the store cannot be reached.
     """
 
     def __init__(self, place: Place, locks: str, run: Path, note: Path | None) -> None:
@@ -165,7 +166,7 @@ class Lease:
         self._thread: threading.Thread | None = None
 
     def take(self) -> bool:
-        """Take a free lease, or the lease of a holder that is gone.
+        """Take a free lease, or one whose holder is gone.
 
         Returns whether this machine had it before: then no other machine has anything newer of the run.
 
@@ -182,37 +183,37 @@ class Lease:
             return True
 
     def keep(self, lost: Callable[[str], None]) -> None:
-        """Keep it, in a thread, until `release`; `lost` is called once it is another's."""
+        """Renew the lease in a thread until `release`; calls `lost` if another process has taken it."""
         self._thread = threading.Thread(target=self._keep, args=(lost,), name="lease", daemon=True)
         self._thread.start()
 
     def check(self, lost: Callable[[str], None]) -> None:
-        """Look now whether it is another's, in a shared folder: `lost` is called then. Raises OSError.
+        """In a shared folder, call `lost` if another process has taken the lease. Raises OSError.
 
-        A store is not asked: another machine writes to a copy of its own there.
+        Does nothing for an object store, where each machine writes to its own working copy.
         """
         if self._note is None and not self.standing():
             lost(self._said_of_loss)
 
     def release(self) -> None:
-        """Let go of it, so that the next holder need not wait."""
+        """Release the lease, so that the next holder need not wait."""
         self.end_keeping()
         with contextlib.suppress(StokerError, OSError):
             if self.standing():
                 self._place.write(self._number, self._content(released=True), new=False)
 
     def end_keeping(self) -> None:
-        """Renew it no more, and watch no more whether it is lost."""
+        """Stop renewing the lease and checking whether it is lost."""
         self._ended.set()
         if self._thread is not None:
             self._thread.join()
 
     def standing(self) -> bool:
-        """Whether nobody has taken it since. Raises Unreachable."""
+        """Whether no other process has taken the lease since. Raises Unreachable."""
         return self._is_newest(self._number, self._id)
 
     def standing_here(self) -> bool:
-        """Whether the newest one was taken on this machine, by whichever process. Raises Unreachable."""
+        """Whether the newest lease was taken on this machine, by any process. Raises Unreachable."""
         number, of = self.taken_here
         return number > 0 and self._is_newest(number, of)
 
@@ -248,16 +249,16 @@ class Lease:
         return was_here
 
     def _make(self, number: int) -> None:
-        """Write a lease that is new. Raises FileExistsError where another process has."""
+        """Create a lease. Raises FileExistsError if another process has created it."""
         try:
             self._place.write(number, self._content(), new=True)
         except FileExistsError:
             if Holder.of(self._place.read(number)).id != self._id:
                 raise
-            # ours: it was written, and the answer was lost
+            # it is ours: it was written, but the answer of the store was lost
 
     def _await_end_of(self, number: int) -> None:
-        """Wait until its holder is known to be gone. Raises BadInput where it is not."""
+        """Wait until the holder of a lease is known to have ended. Raises BadInput if it is alive."""
         first = self._place.read(number)
         holder = Holder.of(first)
         if holder.released or holder.locks == self._locks:
@@ -297,7 +298,7 @@ class Lease:
 
     @property
     def taken_here(self) -> tuple[int, str]:
-        """The newest lease taken on this machine, its number and id; 0 where none was, or is remembered."""
+        """The number and id of the newest lease taken on this machine; 0 if there is no record of one."""
         try:
             said = self._note.read_text(encoding="ascii") if self._note is not None else "0"
             number, _, of = said.partition(" ")

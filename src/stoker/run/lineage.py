@@ -1,7 +1,6 @@
-"""Lineage: which run made what another one uses.
+"""Lineage: which run made an artifact that another run uses.
 
-The run that uses an artifact says so in its journal; a line in the maker's journal says it
-too, so that either can be asked.
+The use is recorded in the journals of both runs, so either one shows it.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from stoker.errors import BadInput, nearest
 from stoker.run import finding, journal, view
 from stoker.run.directory import RunDirectory
 
-_CLOCKS = 2.0  # seconds that a file may seem to be younger than its record, on a network file system
+_CLOCKS = 2.0  # seconds by which a file may seem newer than its record on a network file system
 
 
 @dataclass(frozen=True)
@@ -27,12 +26,12 @@ class Found:
     path: Path
     files: list[dict[str, Any]]
     maker: dict[str, str] | None
-    """The run that made it: uid, id, experiment; None where no run did."""
+    """The run that made it: uid, id, experiment; None if no run did."""
     directory: RunDirectory | None
 
 
 def resolve(runs: Path, reference: Path | str) -> Found:
-    """What `RUN:NAME` or a path means. Raises BadInput."""
+    """The artifact that `RUN:NAME` or a path refers to. Raises BadInput."""
     path = Path(reference)
     if path.exists():
         return _by_path(path.absolute())
@@ -48,7 +47,7 @@ def resolve(runs: Path, reference: Path | str) -> Found:
 
 
 def tell_maker(found: Found, user: RunDirectory, uid: str) -> None:
-    """Note down at the run that made an artifact which run uses it, where it can be written to."""
+    """Record in the journal of the run that made an artifact which run uses it, if that can be written."""
     if found.directory is None or found.directory.path == user.path:
         return
     with contextlib.suppress(OSError):
@@ -73,7 +72,7 @@ def _by_path(path: Path) -> Found:
 
 
 def _recorded(maker: RunDirectory, event: dict[str, Any]) -> Found:
-    """An artifact as it was recorded; read again where a file looks younger than its record."""
+    """An artifact as it was recorded; a file that seems newer than its record is hashed again."""
     path = maker.path / _place(event)
     if not path.exists():
         raise BadInput(f"artifact {event['name']!r} of run {maker.id!r} is missing: {path}")

@@ -1,8 +1,7 @@
-"""Things to look at, as files: tables, figures, images, texts; and histograms as numbers.
+"""Logged media: tables, figures, images and texts as files, histograms as numbers.
 
-A file stands at artifacts/<kind>s/<name>/step-00000500.<suffix>, and the journal says what
-it is. Matplotlib, Plotly, Pillow, pandas and torch are never imported for what was not made
-with them.
+A file is stored as artifacts/<kind>s/<name>/step-00000500.<suffix> and described in the journal. Matplotlib,
+Plotly, pandas and torch are never imported, and Pillow only for images.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ _CHANNELS = (1, 3, 4)
 
 @dataclass(frozen=True)
 class Encoded:
-    """A file's content, how its name ends, and what a reader is told about it."""
+    """A file's content, its suffix, and its description for the journal."""
 
     content: bytes
     suffix: str
@@ -33,7 +32,7 @@ class Encoded:
 def write(directory: RunDirectory, kind: str, name: str, step: int, encoded: Encoded) -> dict[str, Any]:
     """Write the file; returns its path from the run's directory, size and SHA-256.
 
-    A file that was written at this step before is never changed: a new one gets another name.
+    A file already written at this step is never changed: different content gets another name.
     """
     folder = directory.artifacts / f"{kind}s" / artifacts.checked_name(name)
     folder.mkdir(parents=True, exist_ok=True)
@@ -95,7 +94,7 @@ def image(picture: Any, caption: str | None) -> Encoded:
 
 
 def text(content: str) -> Encoded:
-    """A text as UTF-8, without secrets."""
+    """A text as UTF-8, with secrets redacted."""
     return Encoded(redaction.text(content).encode(errors="replace"), ".txt", {})
 
 
@@ -118,7 +117,7 @@ def read_table(content: bytes) -> tuple[list[str], list[list[Any]]]:
 
 
 def _without_secrets(found: Any) -> Any:
-    """A table whose texts hold no secrets."""
+    """A table with secrets redacted in its columns of strings."""
     import pyarrow as pa
 
     for number, column in enumerate(found.columns):
@@ -133,7 +132,7 @@ def _without_secrets(found: Any) -> Any:
 def _arrow(rows: Any, columns: Sequence[str] | None) -> Any:
     import pyarrow as pa
 
-    if hasattr(rows, "__arrow_c_stream__"):  # pandas, Polars, Arrow and their kin
+    if hasattr(rows, "__arrow_c_stream__"):  # pandas, Polars, Arrow and the like
         found = pa.table(rows)
     elif isinstance(rows, Mapping):
         found = pa.table({str(name): _column(name, list(values)) for name, values in rows.items()})
@@ -171,7 +170,7 @@ def _column(name: Any, values: list[Any]) -> Any:
 def _array(values: Any) -> NDArray[Any]:
     if hasattr(values, "detach"):
         values = values.detach().cpu()
-        if str(values.dtype) == "torch.bfloat16":  # which NumPy does not know
+        if str(values.dtype) == "torch.bfloat16":  # NumPy has no such type
             values = values.float()
     return np.asarray(values)
 

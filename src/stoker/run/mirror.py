@@ -1,9 +1,9 @@
-"""The copy of a run in an object store, where its runs folder is one.
+"""The copy of a run in an object store, for runs folders in a store.
 
-A run is trained in the working copy on this machine, and brought to the store from there
-(`run/uploader.py`). A checkpoint's manifest goes last, and the journal goes before it, so what is in the
-store is a run that can be continued at any instant. Journal files only grow, and go there in stretches
-(`run/stretches.py`). What the sinks keep is not brought there: they begin anew from the journal.
+A run is trained in the working copy on this machine, and uploaded from there (`run/uploader.py`). The journal
+is uploaded before the checkpoints, and each checkpoint's manifest last, so the copy in the store can be
+resumed at any time. Journal files only grow, and are uploaded in stretches (`run/stretches.py`). The state of
+the sinks is not uploaded: on another machine they start again from the journal.
 """
 
 from __future__ import annotations
@@ -29,29 +29,29 @@ log = logging.getLogger("stoker")
 Objects = dict[str, Stored]
 
 _KNOWN = "store.known"
-_LISTINGS = 5  # of a run that changes meanwhile
+_LISTINGS = 5  # tries, if the run changes during a download
 _OWN = (  # folders that are not copied file by file
     "sinks", "tensorboard", "wandb", "checkpoints", "journal", "lease", "again"
 )  # fmt: skip
-_DERIVED = (  # files beside run.json that are of this machine
+_DERIVED = (  # files next to run.json that belong to this machine
     "attempt.lock", "compacted.safetensors", "store.json", "store.lock", "store.wake", _KNOWN
 )  # fmt: skip
 
 
 class Lost(StokerError):
-    """The run is another machine's now: what is here is not brought to the store any more."""
+    """Another machine has taken over the run: this one uploads nothing more."""
 
 
 class Mirror:
-    """A run here and in a store."""
+    """A run on this machine and its copy in a store."""
 
     def __init__(self, run: RunDirectory, store: Store, there: Objects | None = None) -> None:
         self._run, self._store = run, store
         self._key = f"{run.experiment}/{run.id}"
         self._known: dict[str, list[Any]] = storage.read_json(run.path / _KNOWN)
-        """Of files that are the same here and there: their size and time here, and their tag there."""
+        """Files that are the same here and in the store, by key: local size and time, tag in the store."""
         self._there = there
-        """The objects of the run, by key below it; None where that is not known."""
+        """The objects of the run in the store, by relative key; None before they are listed."""
 
     @property
     def where(self) -> str:
@@ -60,11 +60,11 @@ class Mirror:
     # -- from the store --------------------------------------------------------------------
 
     def fetch(self, *, artifacts: bool = False, newer_there: bool | None = None) -> None:
-        """Bring here what another machine made: the journal, and of each checkpoint its manifest.
+        """Download what another machine added: the journal and the manifests of checkpoints.
 
         Args:
-            artifacts: what the run made and logged as well.
-            newer_there: whether another machine has trained it since; by default by its lease.
+            artifacts: download artifacts and logs as well.
+            newer_there: whether another machine has trained the run since; by default found by the lease.
         """
         for left in reversed(range(_LISTINGS)):
             there = self._objects()
@@ -75,7 +75,7 @@ class Mirror:
                 newer_there = self._taken_elsewhere()
             try:
                 self._fetch(there, artifacts=artifacts, newer_there=newer_there)
-            except FileNotFoundError:  # whoever trains the run joined or removed what was listed
+            except FileNotFoundError:  # the machine that trains the run merged or removed a listed object
                 if not left:
                     raise
             else:
@@ -92,7 +92,7 @@ class Mirror:
             self._fetch_manifests(there)
 
     def _fetch_files(self, there: Objects, *, artifacts: bool, newer_there: bool) -> None:
-        """Bring here the files that are lacking, and those that are others there."""
+        """Download the files that are missing here or differ from the store."""
         wanted = ("run.json", "provenance/", *(("artifacts/", "logs/") if artifacts else ()))
         for key, stored in there.items():
             file = self._run.path / key
@@ -108,7 +108,7 @@ class Mirror:
         self._remember()
 
     def fetch_checkpoint(self, path: Path) -> None:
-        """Bring here those files of a checkpoint that do not match its manifest. Raises Unreachable."""
+        """Download the files of a checkpoint that do not match its manifest. Raises Unreachable."""
         key = f"{self._key}/checkpoints/{path.name}"
         manifest = path / MANIFEST
         try:
@@ -122,10 +122,10 @@ class Mirror:
             log.debug("%s has no whole %s", self.where, path.name)
 
     def _void_journals(self, there: Objects) -> None:
-        """Leave out what attempts here wrote that another machine, which went on, knew nothing of.
+        """Set aside journal files of attempts here that another machine did not have when it resumed the run.
 
-        An attempt of that machine may have the same number. Their files are kept, under another name; sinks
-        begin anew, whose ledgers say how far they have read in a file of that name.
+        An attempt of that machine may have the same number. The files are kept under another name. The sinks
+        start again, because their ledgers record positions in files of the old name.
         """
         known = stretches.known("journal", there)
         for file in self._run.journal.glob("attempt-*.jsonl"):
@@ -140,9 +140,9 @@ class Mirror:
                 file.replace(file.with_suffix(f".void-{uuid.uuid4().hex[:8]}"))
 
     def _fetch_manifests(self, there: Objects) -> None:
-        """Have the checkpoints that the run has now, where another machine went on with it.
+        """Take over the checkpoints of the run after another machine resumed it.
 
-        What was made here after the one that it went on from is of a past that is void.
+        Checkpoints made here after the one that it resumed from are void.
         """
         stand = {f"step-{step:08d}" for step in view.fold(self._run, self._run.record()).checkpoints}
         known = self._checkpoints(there)
@@ -155,7 +155,7 @@ class Mirror:
             local = self._run.checkpoints / folder / MANIFEST
             try:
                 content = self._store.read(f"{self._key}/checkpoints/{folder}/{MANIFEST}")
-            except FileNotFoundError:  # whoever trains the run has newer ones, and removed it since
+            except FileNotFoundError:  # the machine that trains the run has removed it since
                 continue
             if not local.is_file() or local.read_bytes() != content:
                 local.parent.mkdir(parents=True, exist_ok=True)
@@ -167,7 +167,7 @@ class Mirror:
         return held is not None and not held.standing_here()
 
     def _fetch_lease(self, there: Objects) -> None:
-        """The newest lease, which says who trains the run."""
+        """Download the newest lease, which names the process that trains the run."""
         folder = self._run.path / lease.FOLDER
         for old in folder.glob("[0-9]*"):
             old.unlink()
@@ -177,7 +177,7 @@ class Mirror:
                 self._store.get(f"{self._key}/{newest}", self._run.path / newest)
 
     def _fetch_journal(self, file: Path, there: list[Stretch]) -> None:
-        """Append to a journal file what was written of it elsewhere."""
+        """Append to a local journal file what the store has beyond it."""
         here = file.stat().st_size if file.is_file() else 0
         if not any(stretch.end > here for stretch in there):
             return
@@ -189,7 +189,7 @@ class Mirror:
     # -- to the store ----------------------------------------------------------------------
 
     def push(self) -> None:
-        """Bring to the store what is new here. Raises Unreachable; Lost where the run is another's now."""
+        """Upload what is new here. Raises Unreachable; Lost if another machine has taken over the run."""
         manifests = self._run.checkpoints.glob(f"*/{MANIFEST}")
         committed = sorted((file.parent for file in manifests), reverse=True)
         self._still_ours()
@@ -208,7 +208,7 @@ class Mirror:
 
     @property
     def newest(self) -> int | None:
-        """The step of the newest checkpoint in the store, as far as is known here."""
+        """The step of the newest checkpoint in the store, as of the last listing."""
         found = self._checkpoints(self._there or {})
         return int(found[-1].removeprefix("step-")) if found else None
 
@@ -218,7 +218,7 @@ class Mirror:
             raise Lost(f"another machine is training {self.where} now")
 
     def _files(self) -> Iterator[Path]:
-        """What is copied file by file: small things, and what the run made."""
+        """The files that are uploaded one by one: small files and what the run made."""
         for file in storage.files_under(self._run.path):
             if _is_copied(file.relative_to(self._run.path)):
                 yield file
@@ -233,9 +233,9 @@ class Mirror:
                 self._known[key] = [*mark, ""]
 
     def _push_checkpoint(self, path: Path, there: Objects) -> None:
-        """Bring a checkpoint to the store, its manifest last."""
+        """Upload a checkpoint, its manifest last."""
         key = f"checkpoints/{path.name}"
-        with contextlib.suppress(FileNotFoundError):  # it made room for newer ones meanwhile
+        with contextlib.suppress(FileNotFoundError):  # deleted meanwhile to make room for newer ones
             mark = _mark(path / MANIFEST)
             manifest = (path / MANIFEST).read_bytes()
             if f"{key}/{MANIFEST}" in there:
@@ -253,7 +253,7 @@ class Mirror:
             self._known[key] = [*mark, ""]
 
     def _remove_others(self, kept: set[str], there: Objects) -> None:
-        """Delete from the store the checkpoints that are none here any more."""
+        """Delete from the store the checkpoints that no longer exist here."""
         for folder in {key.split("/")[1] for key in there if key.startswith("checkpoints/")}:
             if folder not in kept and not (self._run.checkpoints / folder / MANIFEST).exists():
                 self.remove_checkpoint(folder)
@@ -283,24 +283,24 @@ class Mirror:
         return self._there
 
     def _remember(self) -> None:
-        """Keep what is known to be the same here and there, for those who look next."""
+        """Save which files are the same here and in the store, for the next process."""
         if self._known != storage.read_json(self._run.path / _KNOWN):
             storage.write_json(self._run.path / _KNOWN, self._known)
 
     def forget(self) -> None:
-        """Look again at what is in the store: a request may have been done though it seemed to fail."""
+        """Forget the listing of the store: a request that seemed to fail may have succeeded."""
         self._there = None
 
     def _checkpoints(self, there: Objects) -> list[str]:
-        """The folders of checkpoints that have a manifest in the store, by step."""
+        """The folders of checkpoints that have a manifest in the store, in the order of steps."""
         return sorted(k.split("/")[1] for k in there if k.startswith("checkpoints/") and k.endswith(MANIFEST))
 
 
 def of(run: RunDirectory, patience: float | None = None) -> Mirror | None:
-    """A run's copy in the object store that its runs folder is a working copy of; None where it is none.
+    """A run's copy in its object store; None if its runs folder is not the working copy of a store.
 
     Args:
-        patience: seconds that a request is tried for; by default as `Store` has it.
+        patience: seconds to keep trying a request; by default that of `Store`.
     """
     store = object_store.of(run.path.parent.parent)
     if store is not None and patience is not None:
@@ -317,7 +317,7 @@ def remove(run: RunDirectory) -> None:
 
 
 def refresh(runs: Path) -> None:
-    """Bring the journals of all runs of an object store here; does nothing for a plain folder.
+    """Download the journals of all runs in an object store; does nothing for a plain folder.
 
     Raises Unreachable.
     """
@@ -336,7 +336,7 @@ def refresh(runs: Path) -> None:
 
 
 def _is_copied(path: Path) -> bool:
-    """Whether a file of a run is copied by itself: what it made may have any name, but not be on its way."""
+    """Whether a file of a run is uploaded by itself; unfinished files are not."""
     first, *rest = path.parts
     if not rest:
         return first not in _DERIVED and not first.startswith(".")
@@ -344,18 +344,18 @@ def _is_copied(path: Path) -> bool:
 
 
 def _manifest_first(keys: Iterable[str]) -> list[str]:
-    """In the order in which they are deleted: what is half gone is to be none."""
+    """The keys in deletion order: manifests and run.json first, so nothing half deleted seems complete."""
     return sorted(keys, key=lambda key: (not key.endswith(("run.json", MANIFEST)), key))
 
 
 def _mark(file: Path) -> list[int]:
-    """What changes of a file when it is written: its size and its time."""
+    """The size and modification time of a file, by which a change is noticed."""
     known = file.stat()
     return [known.st_size, known.st_mtime_ns]
 
 
 def _files_of(manifest: bytes) -> list[dict[str, Any]]:
-    """The files that a manifest lists; those of a name that would be elsewhere are of no checkpoint."""
+    """The files that a manifest lists, except names that lead outside the checkpoint's folder."""
     files: list[dict[str, Any]] = orjson.loads(manifest)["files"]
     return [file for file in files if Path(file["path"]).name == file["path"]]
 

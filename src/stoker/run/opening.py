@@ -1,4 +1,4 @@
-"""Opening a run's directory: what is recorded of a new one, its lock, and why one is refused."""
+"""Opening a run: the record of a new run, its lock and its lease, and the reasons to refuse it."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def record(
     seed: int,
     parents: Sequence[Mapping[str, str]] = (),
 ) -> dict[str, Any]:
-    """What `run.json` says of a new run; of secrets, that there were some.
+    """The contents of `run.json` for a new run, with secrets redacted.
 
-    From now on those of the config are kept out of all that this process writes down. Raises TypeError for a
-    config that cannot be written down itself.
+    From now on the secrets in the config are redacted in all that this process records. Raises TypeError
+    for a config that cannot be recorded.
     """
     values = _values(config)
     redaction.keep_out(values)
@@ -57,7 +57,7 @@ def record(
 
 
 def _values(config: Any) -> dict[str, Any]:
-    """A config as the values by key that JSON gives back. Raises TypeError."""
+    """A config as a dict, as it would be read back from JSON. Raises TypeError."""
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
         return _as_read(configs.record(config))
     if config is not None and not isinstance(config, Mapping):
@@ -78,7 +78,7 @@ def _values(config: Any) -> dict[str, Any]:
 
 
 def _as_read(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values as they are read again: dates as texts, and as texts the numbers that JSON does not have."""
+    """Values as they are read back: dates, NaN and infinities become strings."""
     found: dict[str, Any] = orjson.loads(orjson.dumps(_spelled(values)))
     return found
 
@@ -92,7 +92,7 @@ def _spelled(value: Any) -> Any:
 
 
 def script() -> Path | None:
-    """The script that this process runs, where it is somebody's own: no command, and no notebook."""
+    """The user's script that this process runs; None for an installed command or a notebook."""
     file = getattr(sys.modules.get("__main__"), "__file__", None)
     if file is None or not file.endswith(".py"):
         return None
@@ -102,7 +102,7 @@ def script() -> Path | None:
 
 
 def new_id(world: World) -> str:
-    """A new run's id; of several processes, one that they all come to by themselves."""
+    """The id of a new run. Several processes derive the same id from their job id, without communicating."""
     if world.size == 1:
         return directory.new_id()
     if not world.job:
@@ -111,7 +111,7 @@ def new_id(world: World) -> str:
 
 
 def take(run: RunDirectory, opening: rendezvous.Opening) -> int:
-    """Lock a run for this process; before all else, so that of two that start it at once one is refused."""
+    """Lock a run for this process. Comes first, so that only one of two simultaneous starts succeeds."""
     try:
         run.path.mkdir(parents=True, exist_ok=True)
         lock = storage.try_lock(run.lock_file)
@@ -137,9 +137,10 @@ def take(run: RunDirectory, opening: rendezvous.Opening) -> int:
 
 
 def lease_of(run: RunDirectory) -> lease.Lease | None:
-    """Take the lease of a run that other machines can reach, and bring here what they made of it.
+    """Take the lease of a run that other machines can reach, and fetch what they added to it.
 
-    Raises BadInput where one of them trains it; Unreachable where its object store does not answer.
+    Returns None if the run has no lease. Raises BadInput if another machine is training the run, Unreachable
+    if its object store does not answer.
     """
     held = lease.of(run.path)
     if held is None:
@@ -157,7 +158,7 @@ def lease_of(run: RunDirectory) -> lease.Lease | None:
 
 @contextlib.contextmanager
 def kept_from_training(run: RunDirectory) -> Iterator[None]:
-    """Nobody trains a run within this block, here or elsewhere. Raises BadInput where somebody does."""
+    """Keep a run from being trained, here or elsewhere, within this block. Raises BadInput if it is now."""
     try:
         lock = storage.try_lock(run.lock_file)
     except OSError as error:
@@ -176,7 +177,7 @@ def kept_from_training(run: RunDirectory) -> Iterator[None]:
 
 
 def explain_drift(run: RunDirectory, changes: Mapping[str, tuple[Any, Any]], has_recipe: bool) -> str:
-    """What of a config is another than it was, and how the run goes on with it."""
+    """The error message for a changed config: what changed, and how to resume the run with the change."""
     said = ", ".join(
         f"{key} was {configs.shown(old)} and is {configs.shown(new)} now"
         for key, (old, new) in changes.items()

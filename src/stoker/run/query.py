@@ -75,7 +75,7 @@ class Query:
             ) from None
 
     def _check(self, node: ast.expr) -> None:
-        """Refuse what is neither a comparison nor a combination of such."""
+        """Check that a query uses only names, constants, comparisons, and, or, not. Raises BadInput."""
         if isinstance(node, ast.BoolOp):
             for part in node.values:
                 self._check(part)

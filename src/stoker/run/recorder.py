@@ -1,7 +1,7 @@
-"""The recorder: what one attempt logs, on its way into the journal, in the order in which it was logged.
+"""The recorder: writes what one attempt logs to the journal, in the order in which it was logged.
 
-A number is written at once: most calls log nothing else, and must cost next to nothing. What is still on an
-accelerator is written once it has arrived, and whatever was logged after it waits behind it.
+Plain numbers are written at once: most calls log nothing else, and must cost next to nothing. Values that are
+still on an accelerator are written once they have arrived, and everything logged after them waits for that.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ class Recorder:
     """Metrics and events of this process in one attempt.
 
     Args:
-        writer: the process's own file of the journal.
-        world: its rank; events, and metrics that are not reduced over ranks, are kept of rank 0 alone.
+        writer: writes this process's journal file.
+        world: gives the rank; only rank 0 records events and metrics that are not reduced over ranks.
         begin: called once, with the first metric.
     """
 
     def __init__(self, writer: journal.JournalWriter, world: World, begin: Callable[[], None]) -> None:
         self._writer, self._world, self._begin = writer, world, begin
         self.latest: dict[str, float] = {}
-        """The newest value of every metric; of one that is reduced over ranks, once they have agreed."""
+        """The newest value of each metric; if it is reduced over ranks, the value after the last `agree`."""
         self._unreduced: dict[str, tuple[int, float, How]] = {}
         self.followed: str | None = None
-        """A metric of which the step of its newest value is kept as well."""
+        """The metric whose newest step is kept in `followed_at`, if any."""
         self.followed_at: int | None = None
         self.used = False
         """Whether a metric was logged."""
@@ -51,11 +51,11 @@ class Recorder:
 
     @property
     def file(self) -> Path:
-        """Where it is written."""
+        """The journal file of this process."""
         return self._writer.file
 
     def log(self, values: Mapping[str, Any], step: int, reduce: How | None = None) -> None:
-        """Write metrics at a step; see `Run.log`."""
+        """Write metrics for a step; see `Run.log`."""
         if reduce is None and self._is_plain(values, step):
             self._highest = step
             self._writer.append_values(step, values)
@@ -64,7 +64,7 @@ class Recorder:
             self._log_any(values, step, reduce)
 
     def event(self, kind: str, /, **fields: Any) -> None:
-        """Write an event behind all that was logged before it, waiting for the device where it must."""
+        """Write an event after everything logged before it, waiting for the device if necessary."""
         if self._world.rank > 0:
             return
         self.write_arrived(wait=True)
@@ -72,18 +72,18 @@ class Recorder:
             self._writer.append(kind, **fields)
 
     def system(self, step: int, values: Mapping[str, float]) -> None:
-        """Write what was seen of the machine, at once."""
+        """Write system metrics at once."""
         with self._lock:
             self._writer.append("system", step=step, values=journal.encode_values(values))
 
     def carry(self, norms: Mapping[str, Any], histograms: Mapping[str, tuple[Any, ...]]) -> None:
-        """Keep what a watch saw for the next `log`, whose step it belongs to; of a name the newest."""
+        """Keep a watch's values until the next `log`, which gives their step; newer values replace older."""
         if self._world.rank == 0:
             before, shown_before = self._carried or ({}, {})
             self._carried = {**before, **norms}, {**shown_before, **histograms}
 
     def go_on_from(self, step: int, latest: Mapping[str, float]) -> None:
-        """The attempt resumed from a step, at which these were the newest values."""
+        """Continue from the step that the attempt resumed from, with the newest values at that step."""
         self._highest = step
         self.latest = dict(latest)
 
@@ -91,13 +91,13 @@ class Recorder:
     def unreduced(self) -> dict[str, tuple[int, float, How]]:
         """For each metric that is reduced over ranks: the step, this rank's newest value, and how to reduce.
 
-        Waits for values that are still on their way from the device. See `agree`.
+        Waits for values that are still being copied from the device. See `agree`.
         """
         self.write_arrived(wait=True)
         return self._unreduced
 
     def agree(self, of_ranks: Sequence[Mapping[str, tuple[int, float, How]]]) -> None:
-        """Take what each rank has `unreduced`: what all have of the same step is their newest value."""
+        """Reduce the `unreduced` values of all ranks, for metrics that all logged at the same step."""
         for name, (step, _, how) in of_ranks[0].items():
             found = [own[name] for own in of_ranks if name in own]
             if len(found) == len(of_ranks) and {at for at, *_ in found} == {step}:
@@ -105,28 +105,28 @@ class Recorder:
         self._unreduced.clear()
 
     def write_arrived(self, wait: bool) -> None:
-        """Write the pending points in order, up to the first that is still on its way."""
+        """Write the pending points in order, up to the first that has not arrived."""
         with self._lock:
             while self._pending and (wait or self._pending[0][0].arrived):
                 self._write(*self._pending[0])
-                self._pending.popleft()  # not before: the disk may be full just now
+                self._pending.popleft()  # only now: the write may fail, for example on a full disk
 
     def sync(self) -> None:
-        """Bring to the disk what was written. Raises OSError where some of it did not come there, ever."""
+        """Flush the journal file to disk. Raises OSError if this or an earlier flush failed."""
         self._writer.sync()
 
     def close(self) -> None:
-        """What is logged from now on is refused."""
+        """Close the journal file; later calls to log are refused."""
         self._writer.close()
 
     def _is_plain(self, values: Mapping[str, Any], step: int) -> bool:
-        """Whether there is nothing to do but to write: known names, finite floats, nothing on its way."""
+        """Whether the values can be written as they are: known names, finite floats, nothing pending."""
         if type(step) is not int or step < self._highest or type(values) is not dict:
             return False
         if self._pending or self._carried or not (self.used and values.keys() <= self._names):
             return False
         for value in values.values():  # noqa: SIM110 - all() with a generator takes twice as long
-            if type(value) is not float or value - value != 0.0:  # which NaN and infinities are not
+            if type(value) is not float or value - value != 0.0:  # true of NaN and infinities
                 return False
         return True
 

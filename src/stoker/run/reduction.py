@@ -1,7 +1,7 @@
-"""Metrics reduced over ranks, without one rank ever waiting for another.
+"""Metrics reduced over ranks, without any rank waiting for another.
 
-Every rank appends its own value to its own journal file; whoever reads the journal puts them
-together. A point is there once all ranks of the attempt have logged it, and not before.
+Each rank appends its own value to its own journal file, and readers of the journal reduce them. A point
+exists once all ranks of the attempt have logged it.
 """
 
 from __future__ import annotations
@@ -24,21 +24,22 @@ WAYS = get_args(How)
 
 
 def reduced(how: str, values: Sequence[float]) -> float:
-    """Values as one; NaN where one of them is. Raises KeyError for an unknown way."""
+    """Reduce values to one; NaN if one of them is. Raises KeyError for an unknown `how`."""
     return _REDUCE[how](values)
 
 
 class Reduction:
-    """The values of one attempt that wait for other ranks."""
+    """The values of one attempt that are incomplete until other ranks have logged theirs."""
 
     def __init__(self, world: int) -> None:
         self._world = world
         self._waiting: dict[tuple[str, int], dict[int, float]] = {}
 
     def add(self, how: str, step: int, values: Mapping[str, float], rank: int) -> dict[str, float]:
-        """Take one rank's values; returns those that are complete now. Raises KeyError for an unknown way.
+        """Add one rank's values; returns the metrics that are now complete, reduced over ranks.
 
-        A rank's first value of a metric and step stands.
+        If a rank has several values for a metric and step, the first one stands. Raises KeyError for an
+        unknown `how`.
         """
         complete = {}
         for metric, value in values.items():

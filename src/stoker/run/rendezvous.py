@@ -1,8 +1,8 @@
-"""How the ranks of one launch find the attempt that rank 0 begins, by the run's directory alone.
+"""How the ranks of one launch find the attempt that rank 0 starts, using only the run's directory.
 
-Rank 0 writes who it is into the lock that it holds, and the same into the first line of its
-journal. A rank that finds both alike, under a lock that is held, has found its attempt, and
-not one that ended before or another launch's. So rank 0 does not end before the others are there.
+Rank 0 writes its launch and the id of its opening into the lock file that it holds, and the id into the first
+line of its journal. If these match and the lock is held, a rank has found its attempt, and not one that ended
+earlier or belongs to another launch. Rank 0 therefore waits for the other ranks before it ends.
 """
 
 from __future__ import annotations
@@ -17,22 +17,23 @@ from stoker.run import journal
 from stoker.run.directory import RunDirectory
 
 TIMEOUT = 600.0  # seconds; loading code and data on rank 0 comes first
-_LATE = 5.0  # seconds that rank 0 gives those that are not there when it has ended; some may never come
+_LATE = 5.0  # seconds that rank 0 waits at its end for ranks that have not joined; some may never join
 _INTERVAL = 0.05
 
 
 @dataclass(frozen=True)
 class Opening:
-    """One opening of a run: an id of its own, and which launch did it."""
+    """One opening of a run: its unique id, and the launch that opened the run."""
 
     id: str
     launch: str
 
 
 def wait(run: RunDirectory, launch: str, rank: int, timeout: float = TIMEOUT) -> tuple[int, dict[str, Any]]:
-    """The attempt that rank 0 of this launch began, and its first event. Raises StokerError.
+    """Wait for the attempt that rank 0 of this launch starts; returns its number and first event.
 
-    One that this rank took part in already is over for it, whatever rank 0 does still: the next one is meant.
+    An attempt that this rank has already joined is over for it, even if rank 0 has not ended it yet.
+    Raises StokerError after the timeout.
     """
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
@@ -44,7 +45,7 @@ def wait(run: RunDirectory, launch: str, rank: int, timeout: float = TIMEOUT) ->
 
 
 def wait_for_others(run: RunDirectory, attempt: int, size: int, timeout: float = _LATE) -> None:
-    """Wait until all ranks take part in an attempt: none would find one that is over."""
+    """Wait until all ranks have joined an attempt: they would not find it after it has ended."""
     deadline = time.monotonic() + timeout
     while journal.ranks(run.journal, attempt) < size and time.monotonic() < deadline:
         time.sleep(_INTERVAL)

@@ -1,4 +1,4 @@
-"""A metric's points as columns, and what they come to: last, lowest, highest, best."""
+"""A metric's points as columns, and their summary: last, lowest, highest and best value."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ _BETTER_HIGH = (
     "iou",
 )
 _SETTINGS = ("scale", "weight", "weights", "bits")
-"""How names end of what belongs to a measure and is none: `loss_scale`."""
+"""Last words of names that are settings of a measure, not measures: `loss_scale`."""
 
 OF_THE_LOOP = re.compile(
     r"(tokens|samples)_per_second(_per_gpu)?|mfu|seconds_(waiting_for_data|evaluating|checkpointing)"
 )
-"""The names of what `Trainer.performance` gives to be logged."""
+"""Matches the names of the metrics from `Trainer.performance`."""
 _OF_THE_MACHINE = ("second", "seconds", "milliseconds", "throughput", "mfu")
 
 
 class Series(Mapping[int, float]):
-    """One point a step, in the order of steps: a mapping from step to value, kept as columns.
+    """A mapping from step to value, in the order of steps, stored as columns.
 
-    `x` are the steps (int64, ascending), `y` the values (float64), `time` when each was
-    logged (float64, seconds since 1970).
+    `x` are the steps (int64, ascending), `y` the values (float64), `time` when each was logged (float64,
+    seconds since 1970).
     """
 
     def __init__(self, x: NDArray[np.int64], y: NDArray[np.float64], time: NDArray[np.float64]) -> None:
@@ -68,7 +68,7 @@ class Series(Mapping[int, float]):
         return dict(self.items()).values()
 
     def until(self, step: int) -> float:
-        """The newest value at or before a step. Raises KeyError where there is none."""
+        """The newest value at or before a step. Raises KeyError if there is none."""
         index = int(np.searchsorted(self.x, step, side="right"))
         if index == 0:
             raise KeyError(step)
@@ -79,7 +79,7 @@ class Series(Mapping[int, float]):
 
 
 class Columns:
-    """Points as they are logged, in any order of steps, on their way to a `Series`."""
+    """Collects points as they were logged, in any order of steps, for a `Series`."""
 
     def __init__(self) -> None:
         self._x, self._y, self._time = array("q"), array("d"), array("d")
@@ -91,7 +91,7 @@ class Columns:
         self._time.append(time)
 
     def void_after(self, step: int) -> None:
-        """Drop every point past a step."""
+        """Drop all points after a step."""
         kept = np.frombuffer(self._x, np.int64) <= step
         if not kept.all():
             for column, kind in ((self._x, np.int64), (self._y, np.float64), (self._time, np.float64)):
@@ -100,7 +100,7 @@ class Columns:
                 column.frombytes(left)
 
     def series(self) -> Series:
-        """The points by step; of several at one step the first one stands."""
+        """The points in the order of steps; if a step has several, the first one stands."""
         x = np.array(self._x, np.int64)
         y, time = np.array(self._y, np.float64), np.array(self._time, np.float64)
         if len(x) > 1 and not (x[1:] > x[:-1]).all():
@@ -111,7 +111,7 @@ class Columns:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a metric came to. NaN and infinities count as points and are never lowest, highest or best."""
+    """The summary of a metric. NaN and infinities count as points, but are never lowest, highest or best."""
 
     last: float
     last_step: int
@@ -122,7 +122,7 @@ class Summary:
     max: float | None
     max_step: int | None
     goal: Goal | None
-    """Which way is better; None where nobody said and the name does not tell."""
+    """Whether lower or higher is better; None if it was not set and the name does not tell."""
 
     @property
     def best(self) -> float | None:
@@ -138,7 +138,7 @@ class Summary:
 
 
 def summarise(name: str, series: Series, goals: Mapping[str, Goal]) -> Summary:
-    """What a metric of at least one point came to; of equal values the earliest is the best."""
+    """The summary of a metric with at least one point; of equal values the earliest counts."""
     finite = np.flatnonzero(np.isfinite(series.y))
     low = int(finite[np.argmin(series.y[finite])]) if len(finite) else None
     high = int(finite[np.argmax(series.y[finite])]) if len(finite) else None
@@ -156,12 +156,12 @@ def summarise(name: str, series: Series, goals: Mapping[str, Goal]) -> Summary:
 
 
 def goal_of(name: str, said: Mapping[str, Goal]) -> Goal | None:
-    """Which way a metric is better: as was said, else by its name; None where neither tells."""
+    """Whether lower or higher is better: as set in `said`, else by the name; None if neither tells."""
     return said.get(name) or guess_goal(name)
 
 
 def guess_goal(name: str) -> Goal | None:
-    """Which way a metric is better by its name: a `loss` when low, an `accuracy` when high."""
+    """Whether lower or higher is better, by the name: lower for a `loss`, higher for an `accuracy`."""
     words = _words(name)
     if words[-1] in _SETTINGS:
         return None
@@ -171,7 +171,7 @@ def guess_goal(name: str) -> Goal | None:
 
 
 def measures_machine(name: str) -> bool:
-    """Whether a metric tells by its name of time and machines: it differs each time that it is measured."""
+    """Whether a metric, by its name, measures time or the machine, so that it differs between equal runs."""
     return any(word in _OF_THE_MACHINE for word in _words(name))
 
 

@@ -19,10 +19,10 @@ FINISHED = "finished"
 FAILED = "failed"
 PREEMPTED = "preempted"
 INTERRUPTED = "interrupted"
-PAUSED = "paused"  # by a search, to go on later
+PAUSED = "paused"  # by a search, to be resumed later
 STOPPED = "stopped"  # by a search, early and for good
 RUNNING = "running"
-KILLED = "killed"  # its process is gone and said nothing
+KILLED = "killed"  # its process ended without recording why
 
 
 @dataclass
@@ -197,4 +197,4 @@ def _aligned(series: Series, steps: NDArray[np.int64]) -> pyarrow.Array:
     at = np.searchsorted(steps, series.x)
     values, missing = np.zeros(len(steps)), np.ones(len(steps), bool)
     values[at], missing[at] = series.y, False
-    return pa.array(values, mask=missing, from_pandas=False)  # of pandas, NaN would be null too
+    return pa.array(values, mask=missing, from_pandas=False)  # from_pandas would turn NaN into null

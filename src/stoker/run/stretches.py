@@ -1,8 +1,8 @@
-"""Files that only grow, in an object store, which cannot append to one.
+"""Append-only files in an object store, which cannot append to objects.
 
-Each stretch of a file is an object of its own, `folder/file/<first byte>`. One that is brought there is
-joined with those before it that are no longer than it is, so there are as many as the digits of the file's
-length, not as many as there were pushes. A file has one writer.
+Each stretch of a file is a separate object, `folder/file/<first byte>`. A new stretch is merged with those
+before it that are no longer than it is, so their number grows with the logarithm of the file's length, not
+with the number of uploads. A file has one writer.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ _LONGEST = 2**26  # bytes
 
 
 class Stretch(NamedTuple):
-    """From a byte of a file to before another one."""
+    """The bytes of a file from `begin` up to, not including, `end`."""
 
     begin: int
     end: int
 
 
 def known(folder: str, there: Mapping[str, Stored]) -> dict[str, list[Stretch]]:
-    """The stretches of each file of a folder without gaps, by its name.
+    """The stretches of each file of a folder, by file name, up to the first gap.
 
     Args:
-        there: what the store has, by key.
+        there: the objects in the store, by key.
     """
     found: dict[str, list[Stretch]] = {}
     for key in sorted(key for key in there if key.startswith(f"{folder}/")):
@@ -37,7 +37,7 @@ def known(folder: str, there: Mapping[str, Stored]) -> dict[str, list[Stretch]]:
             continue
         of_file = found.setdefault(name, [])
         reached = of_file[-1].end if of_file else 0
-        if int(begin) <= reached < int(begin) + there[key].size:  # what was joined is to go yet
+        if int(begin) <= reached < int(begin) + there[key].size:  # a merged one may not be deleted yet
             of_file.append(Stretch(int(begin), int(begin) + there[key].size))
     return found
 
@@ -45,15 +45,15 @@ def known(folder: str, there: Mapping[str, Stored]) -> dict[str, list[Stretch]]:
 def push(
     store: Store, base: str, folder: str, file: Path, stretches: list[Stretch], there: dict[str, Stored]
 ) -> None:
-    """Bring to the store what a file has more than its stretches there, once it is on the disk here.
+    """Upload the part of a file that its stretches in the store lack, after flushing the file to disk.
 
-    After a power cut the store would have more of it, and what is written then would be joined to that.
-    Raises Unreachable; OSError where the disk does not take it.
+    Without the flush, a power cut could leave more of the file in the store than on disk, and what is written
+    later would be appended to that. Raises Unreachable; OSError if the file cannot be flushed.
 
     Args:
-        base: what the keys of `there` are below.
-        stretches: of this file, see `known`; those that are joined are taken out of it.
-        there: what the store has; is kept up to date.
+        base: the prefix of the keys of `there`.
+        stretches: the stretches of this file, see `known`; merged ones are removed from the list.
+        there: the objects in the store, which is updated.
     """
     end = file.stat().st_size
     begin = stretches[-1].end if stretches else 0
@@ -72,19 +72,19 @@ def push(
     store.write(f"{base}/{_key(folder, file.name, begin)}", content)
     there[_key(folder, file.name, begin)] = Stored(len(content))
     for old in joined:
-        if old != begin:  # its content is in the one before it now
+        if old != begin:  # its content is now in the merged stretch
             store.remove(f"{base}/{_key(folder, file.name, old)}")
             there.pop(_key(folder, file.name, old), None)
 
 
 def read(store: Store, folder: str, name: str, stretches: Sequence[Stretch], first: int) -> Iterator[bytes]:
-    """What a file has from a byte on, stretch by stretch.
+    """The content of a file from byte `first` on, stretch by stretch.
 
     Args:
-        folder: with all that its key begins with.
+        folder: the folder's full key.
 
     Raises:
-        FileNotFoundError: a stretch was joined with the one before it meanwhile.
+        FileNotFoundError: a stretch has meanwhile been merged with the one before it.
         Unreachable: the store does not answer.
     """
     for stretch in stretches:

@@ -1,7 +1,7 @@
-"""The uploader: a process of its own that brings a run to its object store while it is trained.
+"""The uploader: a separate process that uploads a run to its object store while it is trained.
 
-Training never waits for a store that is slow. The uploader ends when the trainer is gone and everything
-is there; where it is killed, the next one goes on.
+Training never waits for a slow store. The uploader ends when the trainer has ended and everything is
+uploaded; if it is killed, the next one continues.
 
     python -m stoker.run.uploader [--once] RUN_DIRECTORY
 """
@@ -27,38 +27,38 @@ from stoker.run.mirror import Lost, Mirror
 
 log = logging.getLogger("stoker")
 
-INTERVAL = 2.0  # seconds between looks at what is new
-TRY = 3.0  # seconds that one request is tried for, before it is said that the store does not answer
+INTERVAL = 2.0  # seconds between checks for new data
+TRY = 3.0  # seconds to keep trying one request before reporting that the store does not answer
 _TRIES = 4
-LONGEST_BACKOFF = 30.0  # seconds between tries of a store that does not answer
-PATIENCE = 600.0  # seconds that such a store is tried for once the trainer is gone
-ONCE_PATIENCE = 10.0  # and by `stoker sync`, where somebody waits for the answer
-FINISH_PATIENCE = 30.0  # and that a run waits for it which has ended
-LAST_WORDS = 3.0  # seconds in which the other ranks notice that one was killed, and say so in their logs
+LONGEST_BACKOFF = 30.0  # seconds between tries while the store does not answer
+PATIENCE = 600.0  # seconds to keep trying such a store once the trainer has ended
+ONCE_PATIENCE = 10.0  # the same for `stoker sync`, where the user waits
+FINISH_PATIENCE = 30.0  # seconds that a run that has ended waits for such a store
+LAST_WORDS = 3.0  # seconds for the other ranks to notice that one was killed, and to log it
 
 
 @dataclass(frozen=True)
 class State:
-    """How far a run's copy is, as the uploader says."""
+    """The state of a run's upload, as reported by the uploader."""
 
     pid: int = 0
     checkpoint: int | None = None
-    """The newest one in the store."""
+    """The step of the newest checkpoint in the store."""
     behind: bool = True
-    """Whether something that is here is not there."""
+    """Whether the store may lack something that exists here."""
     error: str = ""
     since: float = 0.0
-    """Since when the store does not answer, in seconds since 1970; 0 where it does."""
+    """When the store stopped answering, in seconds since 1970; 0 if it answers."""
     at: float = 0.0
-    """When the uploader said so, in seconds since 1970."""
+    """When this was reported, in seconds since 1970."""
 
 
 class Uploads:
-    """What the process that trains does for the copy of its run: it sees to it that there is an uploader.
+    """Keeps an uploader running for the training process.
 
     Args:
         run: the run.
-        copy: its copy in an object store, or None where it is in none; then all of this does nothing.
+        copy: its copy in an object store; if None, the methods do nothing.
     """
 
     def __init__(self, run: RunDirectory, copy: Mirror | None) -> None:
@@ -67,12 +67,12 @@ class Uploads:
         self._warned = False
 
     def begin(self) -> None:
-        """There is something to bring: start an uploader where there is none."""
+        """Start an uploader if none is running; called when there is something to upload."""
         if self._copy is not None and not working(self._run):
             self._process = spawn(self._run)
 
     def look_after(self) -> None:
-        """Start an uploader where the last one is gone; say when the store stops answering."""
+        """Restart the uploader if it has ended; warn when the store stops answering."""
         if self._copy is None:
             return
         if self._process is None or self._process.poll() is not None:
@@ -88,7 +88,7 @@ class Uploads:
         self._warned = bool(error)
 
     def finish(self) -> None:
-        """Once the run has let go of its lock: wait until all is there, or the store is away for too long."""
+        """Wait until all is uploaded or the store fails for too long. Call after releasing the run's lock."""
         if self._copy is None:
             return
         log.info("uploading the rest to %s", self._copy.where)
@@ -101,7 +101,7 @@ class Uploads:
 
 
 def spawn(run: RunDirectory, *, once: bool = False) -> subprocess.Popen[bytes]:
-    """Start the uploader of a run; `once`: one that brings to the store what is here now, and ends."""
+    """Start the uploader of a run; with `once`, it uploads what exists now and ends."""
     command = [sys.executable, "-P", "-m", "stoker.run.uploader", *(["--once"] if once else [])]
     with (run.logs / "uploader.log").open("ab") as output:
         return subprocess.Popen(
@@ -111,7 +111,7 @@ def spawn(run: RunDirectory, *, once: bool = False) -> subprocess.Popen[bytes]:
 
 
 def state(run: RunDirectory) -> State:
-    """How far a run's copy is, as its uploader said last."""
+    """The state of a run's upload that its uploader reported last."""
     try:
         return State(**storage.read_json(run.path / "store.json"))
     except TypeError:
@@ -119,18 +119,18 @@ def state(run: RunDirectory) -> State:
 
 
 def working(run: RunDirectory) -> bool:
-    """Whether a run has an uploader now."""
+    """Whether an uploader of the run is running."""
     return storage.is_locked(_turn(run))
 
 
 def wait(run: RunDirectory, patience: float) -> State:
-    """Wait until all of a run that nobody trains is in its store; starts an uploader where there is none.
+    """Wait until a run that is not being trained is uploaded completely; starts an uploader if needed.
 
     Args:
-        patience: seconds that a store which does not answer is waited for.
+        patience: seconds to wait for a store that does not answer.
     """
     begun = time.time()
-    _wake(run).touch()  # one that pauses after a failure is to try now
+    _wake(run).touch()  # an uploader that pauses after a failure tries again now
     for _ in range(_TRIES):
         while working(run):
             said = state(run)
@@ -140,46 +140,46 @@ def wait(run: RunDirectory, patience: float) -> State:
         said = state(run)
         if said.at >= begun and (said.error or not said.behind):
             return said
-        spawn(run, once=True).wait()  # at once, where another one has just come up
+        spawn(run, once=True).wait()  # returns at once if another one has just started
     return state(run)
 
 
 class Source(Protocol):
-    """What is brought to a store while it grows: a run, or the logs of a job."""
+    """What is uploaded while it grows: a run, or the logs of a job."""
 
     @property
     def path(self) -> Path:
-        """Its folder here, where the uploader says how far it is."""
+        """Its local folder, where the uploader writes its state."""
 
     @property
     def trained_here(self) -> bool:
-        """Whether it grows still."""
+        """Whether it still grows."""
 
     def exists(self) -> bool:
-        """Whether there is anything to bring."""
+        """Whether there is anything to upload."""
 
 
 class Copy(Protocol):
-    """What of it is in the store."""
+    """The copy of a `Source` in the store."""
 
     @property
     def newest(self) -> int | None:
-        """The step of the newest checkpoint there."""
+        """The step of the newest checkpoint in the store."""
 
     def push(self) -> None:
-        """Bring there what is new here. Raises Unreachable; Lost where that is not for this machine to do."""
+        """Upload what is new here. Raises Unreachable; Lost if another machine has taken over."""
 
     def forget(self) -> None:
-        """Look again at what is there."""
+        """Forget what the store was known to contain, and list it again."""
 
 
 def upload(run: Source, copy: Copy, *, once: bool = False) -> bool:
-    """Bring a run to its store until its trainer is gone and all is there; whether all is."""
+    """Upload a run until its trainer has ended and everything is uploaded; returns whether that is so."""
     failing_since = alone_since = 0.0
     failures = 0
     patience = ONCE_PATIENCE if once else PATIENCE
     while run.exists():
-        alive = run.trained_here and not once  # asked first: what is read after its death is all
+        alive = run.trained_here and not once  # checked first: data read after its end is complete
         alone_since = 0.0 if alive else alone_since or time.monotonic()
         try:
             copy.push()
@@ -204,7 +204,7 @@ def upload(run: Source, copy: Copy, *, once: bool = False) -> bool:
 
 
 def _pause(run: Source, seconds: float, alive: bool) -> None:
-    """Sleep, unless the trainer ends, or somebody waits."""
+    """Sleep until the time is up, the trainer ends or a process touches the wake file."""
     deadline, asked = time.monotonic() + seconds, storage.modified(_wake(run))
     while time.monotonic() < deadline and storage.modified(_wake(run)) == asked:
         if alive and not run.trained_here:
@@ -213,12 +213,12 @@ def _pause(run: Source, seconds: float, alive: bool) -> None:
 
 
 def _wake(run: Source) -> Path:
-    """Touched by somebody who waits for the uploader."""
+    """The file that a process touches when it waits for the uploader."""
     return run.path / "store.wake"
 
 
 def _turn(run: RunDirectory) -> Path:
-    """Locked by the uploader of a run."""
+    """The file that the uploader of a run locks."""
     return run.path / "store.lock"
 
 
@@ -228,7 +228,7 @@ def _say(run: Source, said: State) -> None:
 
 
 def main() -> int:
-    """The uploader's process. Returns 0 where all is in the store, else 1."""
+    """The uploader process. Returns 0 if everything was uploaded, else 1."""
     parser = argparse.ArgumentParser(prog="stoker.run.uploader")
     parser.add_argument("run", type=Path, help="the run's directory")
     parser.add_argument("--once", action="store_true", help="upload what is here now, then exit")
@@ -243,7 +243,7 @@ def main() -> int:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     lock = storage.try_lock(_turn(run))
-    if lock is None:  # another one does it
+    if lock is None:  # another uploader is running
         return 0
     whole = upload(run, copy, once=arguments.once)
     if whole and not arguments.once and view.load(run).status == view.KILLED:

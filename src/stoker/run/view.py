@@ -1,10 +1,9 @@
 """The view of a run: the fold over its journal.
 
-The journal only grows; what a run is now is computed from it. An attempt that resumes from
-step k makes every point past k void, so the view has exactly one point a metric and step:
-no gap and no duplicate, whatever was killed when. Where a point was logged twice without a
-resume between (a step that was finished, then finished again after the last checkpoint),
-the first one stands, as it does in every sink.
+The journal is append-only, and the current state of a run is computed from it. When an attempt resumes from
+step k, every point after k becomes void, so the view has exactly one point per metric and step: no gap and no
+duplicate, whenever a process was killed. If a point was logged twice without a resume in between (a step that
+was finished, then finished again after the last checkpoint), the first one stands, as it does in every sink.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ def load(directory: RunDirectory) -> RunView:
     Raises BadInput if its record cannot be read.
     """
     record = directory.record()
-    alive = directory.alive  # asked first: a journal that nobody writes to stays as it is read
+    alive = directory.alive  # before reading: if no process is training now, the journal no longer changes
     sizes = journal.sizes(directory.journal)
     known = compact.load(directory, sizes)
     if known is not None:
@@ -67,7 +66,7 @@ def fold(directory: RunDirectory, record: dict[str, Any]) -> RunView:
 
 
 class _Folding:
-    """A fold under way."""
+    """A fold in progress."""
 
     def __init__(self, view: RunView) -> None:
         self._view = view
@@ -78,7 +77,7 @@ class _Folding:
         self._reduction = Reduction(1)
 
     def add(self, block: Block) -> None:
-        """Fold the events of one stretch; one that lacks what its kind has is damage too."""
+        """Fold the events of one block; events that lack a field of their type are recorded as damage."""
         self._view.damage += block.damage
         if block.attempt != journal.FROM_OUTSIDE and block.events:
             self._begin(block.attempt, block.events[0]["time"])
@@ -146,9 +145,9 @@ class _Folding:
             self._tags(event, from_outside=block.attempt == journal.FROM_OUTSIDE)
 
     def _tags(self, event: Event, *, from_outside: bool) -> None:
-        """A tag that was set later stands, by whichever writer; None takes it away.
+        """Set tags: the latest value wins, whoever wrote it, and None removes the tag.
 
-        Attempts follow one another, whatever their clocks say; what is added from outside goes by its time.
+        Attempts count in their order, whatever their clocks say; tags set from outside count by their time.
         """
         for key, value in event["tags"].items():
             if not from_outside or event["time"] >= self._tagged.get(key, 0.0):
@@ -210,7 +209,7 @@ def _ended(view: RunView, event: Event) -> None:
 
 
 def _failed(view: RunView, event: Event) -> None:
-    """What its launcher knows of an attempt's end, better than rank 0 did."""
+    """Set the error of an attempt to the one its launcher recorded, which knows more than rank 0."""
     for attempt in view.attempts:
         if attempt.number == event["of"]:
             attempt.error = event["error"]
@@ -238,7 +237,7 @@ _FOLDED_ALONE: dict[str, Callable[[RunView, Event], Any]] = {
 
 @contextmanager
 def _without_garbage_collection() -> Iterator[None]:
-    """A million events are a million new objects, and none of them is garbage in a cycle."""
+    """Pause garbage collection: folding creates millions of objects, none of them in garbage cycles."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
