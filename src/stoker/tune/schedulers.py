@@ -497,7 +497,7 @@ def make(
         longest = math.inf if most is None else most
         return PopulationBased(least, population, quantile, longest, resample, factors, name == "pb2")
     if most is None:
-        raise BadInput(f"{_option(name)} needs --most: the length of a complete trial; rungs lie below it")
+        raise BadInput(f"{_option(name)} needs --most: the length of a whole trial")
     if least is None:
         least = most / max(factor, 1) ** 3
     if name == "hyperband":
@@ -505,7 +505,7 @@ def make(
     asha = Asha(least, most, factor, promotes=name != "asha-stop")
     if name == STAGED:
         if not asha.rungs:
-            raise BadInput(f"--least {least:g} equals --most {most:g}: lower --least, as staged needs a rung below --most")
+            raise BadInput(f"--least {least:g} equals --most {most:g}: staged needs a rung below --most")
         return Staged(asha, max(1, population // _ONE_FINALIST_IN), population)
     return asha
 
