@@ -225,7 +225,7 @@ class JournalFile(BaseJournalBackend):
 
 
 def _line(entry: dict[str, Any]) -> bytes:
-    """An entry as a line of the journal: by orjson, or by `json` for values such as NaN that orjson changes."""
+    """An entry as a line of the journal, by orjson unless it may contain NaN, which orjson writes as null."""
     try:
         line = orjson.dumps(entry, option=orjson.OPT_APPEND_NEWLINE)
     except TypeError:
@@ -236,7 +236,7 @@ def _line(entry: dict[str, Any]) -> bytes:
 
 
 class _Learned(Study):
-    """A study as samplers see it: an unfinished trial with values counts as if it had ended at the newest one.
+    """A study as samplers see it: an unfinished trial counts as one that ended at its newest value.
 
     Otherwise samplers would learn nothing from trials that wait at a rung, as most of ASHA's do until the
     search ends.
@@ -260,7 +260,7 @@ def _as_far(trial: FrozenTrial) -> FrozenTrial:
     newest = trial.user_attrs.get(promising.NEWEST)
     if newest and trial.state in (TrialState.RUNNING, TrialState.PRUNED):
         ended = copy.copy(trial)
-        ended.state, ended.values = TrialState.COMPLETE, newest["values"]  # Optuna stores no values for pruned trials
+        ended.state, ended.values = TrialState.COMPLETE, newest["values"]  # pruned trials have none
         return ended
     if trial.state != TrialState.RUNNING or not trial.intermediate_values:
         return trial
@@ -270,7 +270,7 @@ def _as_far(trial: FrozenTrial) -> FrozenTrial:
 
 
 class Seeded(BaseSampler):
-    """Creates a new sampler for each trial, seeded by its number, so that a restart does not change the draws.
+    """Creates a new sampler for each trial, seeded by its number, so that a restart changes no draw.
 
     Args:
         make: creates a sampler from a seed and the trial's number.
