@@ -160,9 +160,7 @@ class Host:
     """
 
     def __init__(self, preload: Sequence[str], folder: Path, environment: Mapping[str, str]) -> None:
-        os.environ.pop(
-            "OMP_NUM_THREADS", None
-        )  # set by Ray; `start` shares out the cores
+        os.environ.pop("OMP_NUM_THREADS", None)  # set by Ray; `start` shares out the cores
         os.environ.update(environment)
         if folder.is_dir():
             os.chdir(folder)
