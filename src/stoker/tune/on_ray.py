@@ -216,7 +216,7 @@ class Host:
         return before
 
     def _end_when_forgotten(self) -> None:
-        """End this host if the controller no longer calls it, as the trial may be resumed elsewhere."""
+        """End this host and its process once no controller calls, as it may resume the trial elsewhere."""
         while True:
             time.sleep(_BEAT)
             forgotten = time.monotonic() - self._asked > _FORGOTTEN

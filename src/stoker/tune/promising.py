@@ -18,7 +18,7 @@ _SHARE = 4
 _FEWEST = 4
 """The minimum number of trials to narrow a range by."""
 _MARGIN = 0.1
-"""The margin on either side of the best trials, as a share of the range: a few span too little."""
+"""The margin around the best trials, as a share of the whole range, since a few trials span too little."""
 
 
 def sampler(seed: int, drawn_at_random: int) -> TPESampler:

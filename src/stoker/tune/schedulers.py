@@ -516,7 +516,7 @@ def _option(name: str) -> str:
 
 def _check_span(least: float, most: float, factor: int) -> None:
     if factor < 2:
-        raise BadInput(f"--factor {factor}: must be at least 2, one in so many continues at each rung")
+        raise BadInput(f"--factor {factor}: must be at least 2; one in this many continues at each rung")
     if not 0 < most < math.inf:
         raise BadInput(f"--most {most:g}: the length of a trial must be above 0 and finite")
     if not least > 0:

@@ -48,7 +48,7 @@ class Seen:
     killed: int = 0
     """How often in a row its processes were killed without getting past `furthest`."""
     resumes: bool = False
-    """Whether it will resume after its process, or an earlier controller, ended."""
+    """Whether it is to be resumed because its process, or an earlier controller, ended."""
     share: float | None = None
     """The share of the data, in percent, that it trains on now or did last; None if not trained on shares."""
     donor: int | None = None

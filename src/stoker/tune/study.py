@@ -236,7 +236,7 @@ def _line(entry: dict[str, Any]) -> bytes:
 
 
 class _Learned(Study):
-    """A study as samplers see it: an unfinished trial counts as one that ended at its newest value.
+    """A study as samplers see it: a trial that is RUNNING and has values counts as ended.
 
     Otherwise samplers would learn nothing from trials that wait at a rung, as most of ASHA's do until the
     search ends.
