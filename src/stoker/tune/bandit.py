@@ -1,10 +1,10 @@
-"""Values for a member of a population by what values have gained so far: population based bandits.
+"""Population based bandits: choose a replacement's values from the improvements that values brought so far.
 
-PB2 (Parker-Holder et al. 2020, arXiv:2002.02518): how much a metric improves between two comparisons is
-learned, by a Gaussian process, as a function of when it was and which values were trained with; a replacement
-takes the values of the largest upper confidence bound. When counts, since what helps early need not help
-late: the kernel falls off with time as the paper's does, (1 - epsilon)^(|t - t'| / 2), at a rate that is
-learned. Unlike there, choices take part, a number each, and the bound is maximised over drawn values.
+PB2 (Parker-Holder et al. 2020, arXiv:2002.02518): a Gaussian process models how much a metric improves
+between two comparisons as a function of time and of the hyperparameter values; a replacement gets the values
+with the largest upper confidence bound. Time is an input because values that help early may not help late:
+as in the paper, the kernel decays with time as (1 - epsilon)^(|t - t'| / 2), at a learned rate. Unlike in the
+paper, choices are modelled too, one-hot encoded, and the bound is maximised over random samples.
 """
 
 from __future__ import annotations
@@ -20,34 +20,34 @@ from numpy.typing import NDArray
 from stoker.tune.domains import Choice, Number
 from stoker.tune.space import Space
 
-_LEAST = 4  # gains from which something is learned
-_NEWEST = 100  # gains; a Gaussian process takes the cube of them
-_DRAWN = 1000  # values among which the best is looked for
-_FAR = 1e5  # a length scale along which nothing changes
+_LEAST = 4  # gains needed to fit the model
+_NEWEST = 100  # gains used; the cost of a Gaussian process is cubic in their number
+_DRAWN = 1000  # random candidates, of which the best is chosen
+_FAR = 1e5  # a length scale so long that the dimension has no effect
 
 
 @dataclass(frozen=True)
 class Gain:
-    """What was gained with some values from one comparison to the next."""
+    """The improvement that some values brought between two successive comparisons."""
 
     turn: int
-    """The comparison at its end, counted from 1."""
+    """The number of the later comparison, counted from 1."""
     values: Mapping[str, Any]
     """By config key."""
     gain: float
-    """How much smaller the objective, of which smaller is better, has become."""
+    """How much the objective (smaller is better) decreased."""
 
 
 def gains(
     values: Mapping[str, Any], curve: Mapping[float, float], begins: float, turn: Callable[[float], int]
 ) -> list[Gain]:
-    """What one member has gained from each comparison to the next.
+    """The gains of one member between successive comparisons.
 
     Args:
-        values: it trains with these.
-        curve: its objective by resource, smaller is better, with what its donor did before.
-        begins: the resource from which it trains itself.
-        turn: how many comparisons a resource has reached.
+        values: the values it trains with.
+        curve: its objective (smaller is better) by resource, including what it inherited from its donor.
+        begins: the resource at which its own training starts.
+        turn: maps a resource to the number of comparisons reached by then.
     """
     firsts: dict[int, float] = {}
     for resource, value in curve.items():
@@ -63,13 +63,13 @@ def chosen(
     pending: Iterable[Mapping[str, Any]],
     random: np.random.Generator,
 ) -> dict[str, Any] | None:
-    """Values to train with until the next comparison; None while too little is known.
+    """Values to train with until the next comparison; None if there are too few gains to learn from.
 
     Args:
-        known: what was gained so far.
-        turn: the comparison at whose end they are judged.
-        pending: values that others train with now, which are not to be tried once more (GP-BUCB).
-        random: of this choice alone.
+        known: the gains so far.
+        turn: the comparison at which the values will be judged.
+        pending: values that other members are training with; candidates near them are penalised (GP-BUCB).
+        random: a generator used for this choice only.
     """
     known = sorted(known, key=lambda one: one.turn)[-_NEWEST:]
     if len(known) < _LEAST:
@@ -91,8 +91,8 @@ def _upper_bounds(
 ) -> NDArray[np.float64]:
     """The upper confidence bound of each candidate's gain, (candidates,).
 
-    As in GP-BUCB, what is taken already counts as if it had gained what is expected of it: it lowers the
-    uncertainty around it, and nothing else.
+    As in GP-BUCB, values that are already in use (`taken`) count as observed with their predicted gain, which
+    only lowers the uncertainty around them.
     """
     from sklearn.gaussian_process import GaussianProcessRegressor
     from sklearn.gaussian_process.kernels import RBF, ConstantKernel, Matern, WhiteKernel
@@ -103,20 +103,20 @@ def _upper_bounds(
     kernel = ConstantKernel() * over_values * over_time + WhiteKernel(0.1, (1e-4, 1.0))
     process = GaussianProcessRegressor(kernel, normalize_y=True, n_restarts_optimizer=1, random_state=0)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of length scales at the ends of what they may be
+        warnings.simplefilter("ignore")  # about length scales at their bounds
         process.fit(places, gained)
         expected = process.predict(candidates)
         if len(taken):
             places, gained = np.vstack([places, taken]), np.append(gained, process.predict(taken))
         process = GaussianProcessRegressor(process.kernel_, normalize_y=True, optimizer=None)
         _, deviation = process.fit(places, gained).predict(candidates, return_std=True)
-    weight = math.sqrt(0.2 + max(0.0, math.log(0.4 * len(gained))))  # as the authors' own code has it
+    weight = math.sqrt(0.2 + max(0.0, math.log(0.4 * len(gained))))  # as in the authors' code
     bounds: NDArray[np.float64] = expected + weight * deviation
     return bounds
 
 
 def _place(space: Space, values: Mapping[str, Any], turn: int) -> list[float]:
-    """When, and what of each parameter: a number of its range as its share, choices as a number each."""
+    """The model's input: the turn, then numbers scaled to [0, 1] and choices one-hot encoded."""
     found = [float(turn)]
     for parameter in space.parameters:
         there = all(key in values for key in parameter.keys)

@@ -1,8 +1,8 @@
-"""The processes of trials on this machine, from a forkserver that has imported what they need.
+"""Runs the processes of trials on this machine, forked from a server that has imported what they need.
 
-Each trial has processes of its own, one a rank, so that its memory is given back, and what it breaks is its
-own; where it is asked for, a process trains one trial after another as long as its memory does not grow. If
-the controller dies, so do they.
+Each trial has its own processes, one per rank, so that its memory is freed and a crash affects no other
+trial. On request, a process trains one trial after another as long as its memory does not grow. If the
+controller dies, its processes end too.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ from stoker.tune.trial import Began, Ended, Job, Link, Report
 
 PRELOAD = ("stoker.cli.trial", "stoker.preloaded")
 _GROWN = 1.25
-"""How much of the memory at its start a process may hold and still train another trial."""
+"""A process trains another trial only while its memory is below this multiple of that at its start."""
 _AHEAD = 2
-"""Trials that a process has in its hands besides its own, so that it never waits for the controller."""
+"""Trials queued in a process behind its current one, so that it never waits for the controller."""
 _SHORT = 1.0
-"""Seconds that a trial takes at most behind which another one is put: it is not begun anywhere else."""
+"""A trial is queued only behind trials shorter than this many seconds, as it cannot start elsewhere."""
 _GOES_ON = (view.FINISHED, view.STOPPED, view.PAUSED)
-"""How a trial ends whose process may train another: any other way it failed, or was told to end."""
+"""The statuses after which a process may train another trial: after others, it failed or was told to end."""
 _CONTEXT = multiprocessing.get_context("forkserver")
 _SCRIPT = threading.Lock()
 
 Function = Callable[[Job, Link], dict[str, Any]]
-"""What each process of a trial does, found by its name: trains, and returns the `status` of the run, the
-names of the metrics that it has `logged`, and the newest `values` of those that are searched for."""
+"""What each process of a trial executes, pickled by its name: trains, and returns the run's `status`, the
+names of the `logged` metrics, and the newest `values` of the metrics to optimise."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,9 @@ class Over:
     """How a process ended."""
 
     last: Mapping[str, Any] | None
-    """What it said itself; None where it could not any more."""
+    """Its last message; None if it could not send one."""
     code: int | None
-    """Its exit code, negative for a signal; None where its machine was lost with it."""
+    """Its exit code, negative for a signal; None if it was lost with its machine."""
 
     @property
     def failed(self) -> bool:
@@ -61,15 +61,15 @@ class Over:
 
 
 class Rank:
-    """A process of a trial, and what it says.
+    """A process of a trial, and its messages.
 
     Args:
-        function: what it does.
-        job: its first trial; None where it waits for one.
-        environment: variables that are set in it beside those of this process.
-        shares: how many processes share the cores of the machine.
+        function: what the process executes.
+        job: its first trial; None if it waits for one.
+        environment: variables set in it in addition to those of this process.
+        shares: how many processes share the machine's cores.
         reuse: whether it may train further trials.
-        ready: what it does before it waits for one.
+        ready: called in it before it waits for its first trial.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class Rank:
 
     @property
     def events(self) -> tuple[Any, int]:
-        """What `multiprocessing.connection.wait` takes: one is ready once there is something to be heard."""
+        """For `multiprocessing.connection.wait`: one is ready at a message or the end of the process."""
         return self.connection, self._process.sentinel
 
     @property
@@ -105,30 +105,30 @@ class Rank:
 
     @property
     def waits(self) -> bool:
-        """Whether it has ended its trial and waits for another."""
+        """Whether its trial has ended and it waits for another."""
         return self._last is not None and self._last["again"] and self.alive
 
     @property
     def ended(self) -> bool:
-        """Whether it has said how its trial ended."""
+        """Whether it has reported the end of its trial."""
         return self._last is not None
 
     def until_it_waits(self) -> None:
-        """Wait until it can begin a trial at once, if it has none yet."""
-        with contextlib.suppress(EOFError, OSError):  # it is gone; that is seen by itself
+        """Wait until a process without a trial is ready to start one."""
+        with contextlib.suppress(EOFError, OSError):  # it has ended, which the caller detects
             self._last = self._link.hear()
 
     def send(self, job: Job) -> None:
-        """Let it have another trial, which it trains once it is done with its own."""
-        with contextlib.suppress(OSError):  # it is gone; that is seen by itself
+        """Send it another trial, which it trains after its current one."""
+        with contextlib.suppress(OSError):  # it has ended, which `events` signals
             self.connection.send(job)
 
     def turn_to(self, job: Job) -> None:
-        """From now on what it says is of the trial that it was sent."""
+        """Attribute its messages from now on to this trial, which it was sent before."""
         self._number, self._last = job.number, None
 
     def heard(self) -> list[Report]:
-        """What it has reported of its trial since it was asked last."""
+        """The new reports of its trial."""
         found = []
         try:
             while self._last is None and self.connection.poll():
@@ -142,11 +142,11 @@ class Rank:
 
     def answer(self, decision: str, *, save: bool) -> None:
         """Answer its report."""
-        with contextlib.suppress(OSError):  # it is gone; that is seen by itself
+        with contextlib.suppress(OSError):  # it has ended, which `events` signals
             self._link.tell("answer", decision=decision, save=save)
 
     def signal(self, number: signal.Signals) -> None:
-        """Send it a signal, if it is there."""
+        """Send it a signal, if it is alive."""
         if self.alive:
             assert self._process.pid is not None
             with contextlib.suppress(ProcessLookupError):
@@ -154,17 +154,17 @@ class Rank:
 
     @property
     def end(self) -> Over:
-        """How its trial ended, where it waits for another."""
+        """How its trial ended, if it waits for another."""
         return Over(self._last, 0)
 
     def over(self) -> Over:
-        """How it ended; waits for the end."""
-        self.heard()  # its last words
+        """Wait for its end; returns how it ended."""
+        self.heard()  # its last messages
         self._process.join()
         return Over(self._last, self._process.exitcode)
 
     def close(self) -> None:
-        """Let go of it, once it is over."""
+        """Close the connection, once the process has ended."""
         self.connection.close()
 
 
@@ -174,29 +174,29 @@ class _Trial:
     ranks: list[Rank]
     gpus: list[str] = field(default_factory=list)
     following: list[Job] = field(default_factory=list)
-    """What its process trains right after it."""
+    """The trials queued behind it in its process."""
     heard: list[Report | Ended | Began] = field(default_factory=list)
-    """What a process that is gone had said of those."""
+    """Messages about those from a process that has ended."""
     begun: float = field(default_factory=time.monotonic)
 
     @property
     def lasts(self) -> float:
-        """For how many seconds it has run."""
+        """Seconds since its start."""
         return time.monotonic() - self.begun
 
 
 class Workers:
-    """Runs trials, so many at a time.
+    """Runs trials in parallel on this machine.
 
     Args:
-        function: what each process does.
-        parallel: trials at a time.
-        ranks: processes of a trial.
-        preload: modules that the forkserver imports besides torch.
-        gpus: those that are handed out, one a rank, as CUDA_VISIBLE_DEVICES names them; one that comes
-            twice is shared by two. Without any, trials see the GPUs that this process sees.
-        reuse: a process trains further trials, if they are of one rank.
-        ready: what a process does that waits for its first trial.
+        function: what each process executes.
+        parallel: the number of trials at a time.
+        ranks: the number of processes per trial.
+        preload: modules that the forkserver imports in addition to torch.
+        gpus: the GPUs to assign, one per rank, in the notation of CUDA_VISIBLE_DEVICES; two ranks share a GPU
+            that is listed twice. If empty, trials see the GPUs that this process sees.
+        reuse: let a process train one trial after another, if trials have one rank.
+        ready: called in a process before it waits for its first trial.
     """
 
     def __init__(
@@ -213,23 +213,23 @@ class Workers:
         self._function, self._parallel, self._ranks, self._ready = function, parallel, ranks, ready
         self._reuse = reuse and ranks == 1
         self._idle: list[_Trial] = []
-        """Trials that are over, of processes that wait for another."""
+        """Ended trials whose processes wait for another."""
         self._gpus, self._hands_out = list(gpus), bool(gpus)
         self._trials: dict[int, _Trial] = {}
         self._stopping = False
         self._short = False
-        """Whether the trial that ended last was."""
+        """Whether the last trial to end was short."""
         warm_up(preload)
 
     def prepare(self) -> None:
-        """Wait until the first trials can be started at once: their time is not to be that of imports."""
+        """Wait until the first trials can start at once, so that imports do not count as their time."""
         if self._reuse:
             waiting = [self._begin(None) for _ in range(self._parallel)]
             for trial in waiting:
                 trial.ranks[0].until_it_waits()
                 if trial.ranks[0].waits:
                     self._idle.append(trial)
-                else:  # it is gone: another one is started for a trial
+                else:  # it has ended: `start` starts another one
                     self._gpus += trial.gpus
             return
         with _without_script():
@@ -259,13 +259,13 @@ class Workers:
 
     @property
     def takes_ahead(self) -> bool:
-        """Whether `ahead` takes one more trial: where trials are short."""
+        """Whether `ahead` takes one more trial, which it does only if trials are short."""
         return self._has_least_ahead is not None
 
     def ahead(self, job: Job) -> None:
-        """Have a trial trained by a process that still trains another, right after that; `Began` tells of it.
+        """Queue a trial behind the current one of a process; `Began` reports its start.
 
-        Where the process ends, another one trains it.
+        If the process ends first, another process trains it.
         """
         trial = self._has_least_ahead
         assert trial is not None
@@ -274,19 +274,19 @@ class Workers:
 
     @property
     def _has_least_ahead(self) -> _Trial | None:
-        """The trial behind which the next one comes, where one may."""
+        """The trial behind which the next one is queued; None if none is eligible."""
         if not (self._reuse and self._short) or self._stopping:
             return None
         able = [t for t in self._trials.values() if len(t.following) < _AHEAD and t.lasts < _SHORT]
         return min(able, key=lambda trial: len(trial.following), default=None)
 
     def _go_on(self, over: _Trial, job: Job, following: Sequence[Job] = ()) -> None:
-        """Take down that the process of a trial that is over trains another one."""
+        """Record that the process of an ended trial now trains another."""
         over.ranks[0].turn_to(job)
         self._trials[job.number] = _Trial(job.number, over.ranks, over.gpus, list(following))
 
     def _begin(self, job: Job | None) -> _Trial:
-        """Start the processes of a trial, or one that waits for any."""
+        """Start the processes of a trial, or without a job a process that waits for one."""
         number = -1 if job is None else job.number
         gpus = [self._gpus.pop(0) for _ in range(self._ranks)] if self._hands_out else []
         common = self._of_a_launch(gpus)
@@ -301,7 +301,7 @@ class Workers:
         return _Trial(number, started, gpus)
 
     def wait(self, timeout: float | None = None) -> list[Report | Ended | Began]:
-        """What happened, once something has, or after so many seconds."""
+        """Wait for events, at most `timeout` seconds; returns those that happened, perhaps none."""
         known = {
             event: (trial, rank)
             for trial in self._trials.values() for rank in trial.ranks for event in rank.events
@@ -320,7 +320,7 @@ class Workers:
         return found
 
     def _followed(self, over: _Trial) -> list[Report | Ended | Began]:
-        """Have the trial that is to follow one be trained, by the same process where that goes on."""
+        """Start the trial queued behind an ended one, in the same process if that continues."""
         if not over.following or (self._stopping and over not in self._idle):
             return over.heard
         job, *others = over.following
@@ -332,26 +332,26 @@ class Workers:
             begun.following = others
             for other in others:
                 begun.ranks[0].send(other)
-        if self._stopping:  # it was told so when it trained the one before
+        if self._stopping:  # the signal came during the trial before
             self._trials[job.number].ranks[0].signal(signal.SIGTERM)
         return [*over.heard, Began(job.number)]
 
     def answer(self, number: int, decision: str, *, save: bool) -> None:
-        """Tell a trial that has reported what to do, and whether to take a checkpoint."""
-        if number in self._trials:  # else it was killed right after
+        """Tell a trial that has reported what to do, and whether to save a checkpoint."""
+        if number in self._trials:  # otherwise it was killed after its report
             self._trials[number].ranks[0].answer(decision, save=save)
 
     def stop(self) -> None:
-        """Tell all trials to stop with a checkpoint; they are waited for by `wait`."""
+        """Tell all trials to stop with a checkpoint; `wait` returns their ends."""
         self._stopping = True
         self._send(signal.SIGTERM)
 
     def kill(self) -> None:
-        """End all trials at once."""
+        """Kill all trials."""
         self._send(signal.SIGKILL)
 
     def close(self) -> None:
-        """End the processes that wait for another trial, once what they wrote is on the disk."""
+        """End the processes that wait for another trial, and wait until their files are on disk."""
         ranks = [rank for trial in self._idle for rank in trial.ranks]
         for rank in ranks:
             rank.close()
@@ -372,7 +372,7 @@ class Workers:
         return {**visible, **here, **of_a_launch(self._ranks, "127.0.0.1", machine.free_port())}
 
     def _ended(self, trial: _Trial) -> Ended | None:
-        """How a trial ended, once none of its processes is left; one that fails takes the others with it."""
+        """How a trial ended, or None while its processes run; if one fails, the others are killed."""
         if trial.ranks[0].waits:
             self._short = trial.lasts < _SHORT
             del self._trials[trial.number]
@@ -397,7 +397,7 @@ class Workers:
 
     @staticmethod
     def _hear_out(trial: _Trial) -> None:
-        """Take down what a process that is gone has trained to its end besides: nobody is to do it again."""
+        """Record queued trials that an ended process had completed, so that none is trained again."""
         rank = trial.ranks[0]
         while trial.following:
             job = trial.following[0]
@@ -412,13 +412,13 @@ class Workers:
 
 
 def warm_up(preload: Sequence[str] = ()) -> None:
-    """Start the server of processes, which imports these modules besides torch."""
+    """Start the forkserver, which imports these modules in addition to torch."""
     _CONTEXT.set_forkserver_preload([*preload, *PRELOAD])
     signals.start_forkserver()
 
 
 def of_a_launch(ranks: int, address: str, port: int) -> dict[str, str]:
-    """What the processes of a trial with several ranks have in common, as torchrun sets it."""
+    """The variables common to the processes of a trial with several ranks, as torchrun sets them."""
     return {
         "WORLD_SIZE": str(ranks), "MASTER_ADDR": address, "MASTER_PORT": str(port),
         "TORCHELASTIC_RUN_ID": uuid.uuid4().hex,
@@ -429,14 +429,14 @@ def outcome(number: int, first: Over, failed: Sequence[Over]) -> Ended:
     """How a trial ended.
 
     Args:
-        first: how rank 0 did.
-        failed: the ranks that failed, but for those that were ended because of these.
+        first: how rank 0 ended.
+        failed: how the failed ranks ended, except ranks that were killed because another had failed.
     """
     known = first.last or {}
     logged, values = tuple(known.get("logged", ())), known.get("values", {})
     lost = [end for end in failed if end.last is None and (end.code is None or end.code < 0)]
     if lost and lost[0].code is None:
-        return Ended(number, "killed", "its machine or its supervisor there was lost", logged=logged)
+        return Ended(number, "killed", "its machine, or the host process on it, was lost", logged=logged)
     if lost and lost[0].code is not None:
         said = f"its process was killed by {signal.Signals(-lost[0].code).name}"
         return Ended(number, "killed", said, logged=logged)
@@ -451,9 +451,9 @@ def outcome(number: int, first: Over, failed: Sequence[Over]) -> Ended:
 
 @contextlib.contextmanager
 def _without_script() -> Iterator[None]:
-    """Processes that are started within this block do not import the script that this one runs.
+    """Processes started within this block do not import the script of this process.
 
-    None of what they do is in it; and one that trains when it is imported would begin to do so in each.
+    They need nothing from it, and a script that trains on import would start training in each of them.
     """
     with _SCRIPT:
         script = sys.modules["__main__"]
@@ -473,8 +473,8 @@ def _main(
     reuse: bool,
     ready: Callable[[], object],
 ) -> None:
-    """What each process of a trial does."""
-    os.setsid()  # Ctrl-C reaches the controller alone, which passes it on once
+    """The main function of each process of a trial."""
+    os.setsid()  # Ctrl-C reaches only the controller, which passes it on once
     signals.take()
     signals.end_with_parent()
     os.environ.update(environment)
@@ -493,30 +493,30 @@ def _main(
             again = reuse and end["status"] in _GOES_ON and not _uses_gpu()
             again = again and here.memory_info().rss < most
             link.tell("ended", **end, again=again)
-    except EOFError:  # there is no other
+    except EOFError:  # there is no further trial
         pass
-    except OSError:  # the controller is gone
+    except OSError:  # the controller has ended
         os._exit(1)
     _leave(grouped="RANK" in environment)
 
 
 def _nothing() -> None:
-    """Of a process that is only to be there."""
+    """The main function of a process that only has to start."""
     os._exit(0)
 
 
 def _uses_gpu() -> bool:
-    """Whether this process holds memory of a GPU, which it gives back only at its end."""
+    """Whether this process holds GPU memory, which it releases only when it ends."""
     import torch
 
     return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
 
 
 def _end_of(function: Function, job: Job, link: Link) -> dict[str, Any]:
-    """Do it, and say how it ended."""
+    """Train a trial; returns how it ended."""
     try:
         return function(job, link)
-    except Stopped as stopped:  # before there was a run
+    except Stopped as stopped:  # before the run was created
         return {"status": stopped.status}
     except StokerError as error:
         refused = isinstance(error, BadInput)
@@ -531,14 +531,14 @@ def _end_of(function: Function, job: Job, link: Link) -> dict[str, Any]:
 
 
 def _leave(*, grouped: bool) -> None:
-    """End without what Python does at its end: nothing of this process is needed any more."""
-    with contextlib.suppress(OSError):  # the disk is full, or broken: the trial is over as it is
+    """Exit without Python's cleanup, as nothing in this process is needed any more."""
+    with contextlib.suppress(OSError):  # the disk is full or broken, but the trial has already ended
         disk.bring()
     if grouped:
         from stoker import distributed
 
         distributed.leave()
-    # What loader workers shared: else the controller tells of leaks.
+    # Release what loader workers shared; otherwise the controller warns of leaks.
     multiprocessing.util._run_finalizers()  # type: ignore[attr-defined]
     sys.stdout.flush()
     sys.stderr.flush()

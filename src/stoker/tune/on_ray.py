@@ -1,12 +1,11 @@
-"""The processes of trials on the machines of a Ray cluster.
+"""Runs the processes of trials on the machines of a Ray cluster.
 
-A trial is a placement group with an actor, a host, for each rank. The host stands beside the process that
-trains, which is one as on a single machine (see `local`): it starts it, passes on what it says, and is the
-one that Ray looks after. So a trial that ends its process takes no host with it, the next one finds the
-libraries imported, and a process is never left without its host: that ends with the controller, and with
-its node.
+A trial is a placement group with one actor per rank, its host. The host starts the training process, which is
+the same as on a single machine (see `local`), and forwards its messages; Ray manages only the host. So a
+trial that kills its process does not kill the host, the next trial finds the libraries imported, and no
+process outlives its host, which ends with the controller or its node.
 
-What one trial does stands in a thread of the controller, and reads downward.
+Each trial has a thread in the controller that follows it from start to end.
 """
 
 from __future__ import annotations
@@ -38,16 +37,16 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("stoker")
 
-_BEAT = 1.0  # seconds after which a host answers although its process has said nothing
-_FORGOTTEN = 20.0  # seconds without being asked after which a host ends its process, and itself
-_LOOK = 0.2  # seconds between looks at what a trial is told, while nothing happens
-_GROWN = 10.0  # seconds between looks at how large the cluster is
-_SETTLED = 30.0  # seconds in which a host says how its process ended, after another of the trial failed
-_REACHED = 10.0  # seconds in which a cluster answers
-_PATIENCE = 30.0  # seconds after which it is said that a trial waits for room
+_BEAT = 1.0  # seconds after which a host answers even if its process has sent nothing
+_FORGOTTEN = 20.0  # seconds without a call after which a host ends its process and itself
+_LOOK = 0.2  # seconds between checks for signals to a trial, while nothing happens
+_GROWN = 10.0  # seconds between checks of the cluster's size
+_SETTLED = 30.0  # seconds for a host to report the end of its process, after another rank failed
+_REACHED = 10.0  # seconds to connect to a cluster
+_PATIENCE = 30.0  # seconds after which a trial that waits for room is logged
 _UNHEARD = Over(None, None)
 _PASSED_ON = ("STOKER_", "HF_", "TORCH_", "NCCL_", "GLOO_", "OMP_")
-"""Variables of the controller that count on all machines."""
+"""Prefixes of the environment variables that are passed on to all machines."""
 
 
 @contextlib.contextmanager
@@ -59,18 +58,18 @@ def started(
     parallel: int | None = None,
     preload: Sequence[str] = (),
 ) -> Iterator[Workers]:
-    """Workers on a cluster, which is joined for as long as the block lasts.
+    """Connect to a cluster for the duration of the block, and yield workers on it.
 
     Args:
-        function: what each process of a trial does.
-        address: of the cluster, `HOST:PORT` or `auto`; by default RAY_ADDRESS, and without it Ray is started
-            on this machine alone.
-        ranks: processes of a trial.
-        parallel: trials at a time; by default as many as there is room for.
-        preload: modules that are imported before the first trial, besides torch.
+        function: what each process of a trial executes.
+        address: the cluster's address, `HOST:PORT` or `auto`; by default RAY_ADDRESS, and if that is not set,
+            Ray is started on this machine only.
+        ranks: the number of processes per trial.
+        parallel: the number of trials at a time; by default as many as there is room for.
+        preload: modules imported before the first trial, in addition to torch.
 
     Raises:
-        BadInput: Ray is not installed, there is no cluster, or it has no room for a single trial.
+        BadInput: Ray is not installed, no cluster can be reached, or it has no room for a single trial.
     """
     if importlib.util.find_spec("ray") is None:
         raise BadInput("--on ray needs Ray, which is not installed: pip install 'stoker[ray]'")
@@ -88,9 +87,9 @@ def started(
 
 
 def _connect(address: str | None) -> None:
-    """Raises BadInput."""
+    """Connect to a cluster, or start Ray on this machine. Raises BadInput."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # a call that comes after the end does not start it again
+    os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # a call after the end must not start Ray again
     import ray
 
     if address is not None and address.startswith("ray://"):
@@ -119,7 +118,7 @@ def _connect(address: str | None) -> None:
 
 @contextlib.contextmanager
 def _answers_kept() -> Iterator[None]:
-    """What this process does at SIGTERM stays so: Ray would have it end without its checkpoints."""
+    """Keep the SIGTERM handler of this process: Ray's would end it without checkpoints."""
     before = signal.getsignal(signal.SIGTERM)
     try:
         yield
@@ -129,7 +128,7 @@ def _answers_kept() -> Iterator[None]:
 
 
 def _reach(address: str) -> None:
-    """Raises OSError or ValueError; Ray itself would try for minutes."""
+    """Check that the address can be reached, as Ray would retry for minutes. Raises OSError or ValueError."""
     host, _, port = address.rpartition(":")
     if not (host and port.isdecimal()):
         raise ValueError("an address must be HOST:PORT, or auto")
@@ -141,28 +140,27 @@ def _reach(address: str) -> None:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a host is."""
+    """The location of a host."""
 
     node: str
     address: str
     port: int
-    """One that is free there."""
+    """A free port there."""
     gpus: tuple[str, ...]
-    """Those that Ray gave it."""
+    """The GPUs that Ray assigned to it."""
 
 
 class Host:
-    """Starts the process of a rank beside itself, and passes on what it says. Its methods run in threads.
+    """Starts the process of a rank next to itself and forwards its messages. Its methods run in threads.
 
     Args:
-        folder: where the controller runs, for what a recipe names by relative paths.
-        environment: of the controller, what counts here too.
+        preload: as in `started`.
+        folder: the controller's working directory, to which a recipe's relative paths refer.
+        environment: variables passed on from the controller.
     """
 
     def __init__(self, preload: Sequence[str], folder: Path, environment: Mapping[str, str]) -> None:
-        os.environ.pop(
-            "OMP_NUM_THREADS", None
-        )  # Ray's; how many processes share the cores is said in `start`
+        os.environ.pop("OMP_NUM_THREADS", None)  # set by Ray; `start` shares out the cores
         os.environ.update(environment)
         if folder.is_dir():
             os.chdir(folder)
@@ -180,14 +178,14 @@ class Host:
         return Place(context.get_node_id(), ray.util.get_node_ip_address(), machine.free_port(), gpus)
 
     def start(self, function: Function, job: Job, environment: Mapping[str, str], shares: int) -> None:
-        """Start the process; the one before is over."""
+        """Start the process; the previous one has ended."""
         self._asked = time.monotonic()
         self._rank = local.Rank(function, job, environment, shares, f"trial-{job.number}")
 
     def hear(self) -> tuple[list[Report], Over | None]:
-        """What it reports next, and how it ended, once it has; nothing, where it says nothing for a while.
+        """Its next reports, perhaps none, and how it ended, or None while it runs. Waits at most a second.
 
-        Ray lets an actor of a controller that was killed finish what it is at.
+        The wait is short because Ray lets the actors of a killed controller finish their current call.
         """
         assert self._rank is not None
         self._asked = time.monotonic()
@@ -203,13 +201,13 @@ class Host:
             self._rank.answer(decision, save=save)
 
     def send(self, number: int) -> None:
-        """Send it a signal."""
+        """Send the process a signal."""
         with self._one_at_a_time:
             if self._rank is not None:
                 self._rank.signal(signal.Signals(number))
 
     def end(self) -> Over | None:
-        """End it; returns how it had ended by itself before, if it had."""
+        """Kill the process; returns how it had ended if it had already."""
         assert self._rank is not None
         with self._one_at_a_time:
             before = None if self._rank.alive else self._rank.over()
@@ -218,13 +216,13 @@ class Host:
         return before
 
     def _end_when_forgotten(self) -> None:
-        """A controller that cannot be reached any more has the trial go on elsewhere."""
+        """End this host and its process once no controller calls, as it may resume the trial elsewhere."""
         while True:
             time.sleep(_BEAT)
             forgotten = time.monotonic() - self._asked > _FORGOTTEN
             with self._one_at_a_time:
                 if forgotten and self._rank is not None and self._rank.alive:
-                    os._exit(1)  # which takes the process along
+                    os._exit(1)  # which also ends the process
 
 
 # -- at the controller ---------------------------------------------------------------------------
@@ -232,14 +230,14 @@ class Host:
 
 @dataclass(frozen=True)
 class _Slot:
-    """Room for a trial on the cluster, with its hosts in the order of ranks."""
+    """Resources reserved for a trial on the cluster, with its hosts in rank order."""
 
     group: PlacementGroup
     hosts: Sequence[Any]
 
 
 def _environments(places: Sequence[Place]) -> list[dict[str, str]]:
-    """What the processes of a trial are to find, as torchrun sets it; by rank."""
+    """The variables for each rank of a trial, as torchrun sets them."""
     if len(places) == 1:
         return [{}]
     launch = local.of_a_launch(len(places), places[0].address, places[0].port)
@@ -261,17 +259,17 @@ class _Trial:
     slot: _Slot | None = None
     thread: threading.Thread | None = None
     signals: list[signal.Signals] = field(default_factory=list)
-    """What it is still to be sent."""
+    """Signals that are still to be sent."""
 
 
 class Workers:
-    """Runs trials on a cluster that is joined, as `local.Workers` does on one machine.
+    """Runs trials on the connected cluster, as `local.Workers` does on one machine.
 
     Args:
-        function: what each process does.
-        ranks: processes of a trial; each has a GPU where the cluster has any, else a CPU.
-        parallel: trials at a time; by default as many as there is room for.
-        preload: modules that are imported before the first trial, besides torch.
+        function: what each process executes.
+        ranks: the number of processes per trial; each gets a GPU if the cluster has any, otherwise a CPU.
+        parallel: the number of trials at a time; by default as many as there is room for.
+        preload: modules imported before the first trial, in addition to torch.
 
     Raises:
         BadInput: the cluster has no room for a single trial.
@@ -296,7 +294,7 @@ class Workers:
             raise BadInput(self._lacking())
 
     def prepare(self) -> None:
-        """Nothing: hosts import what trials need, each on its machine."""
+        """Does nothing: each host imports what its trials need."""
 
     @property
     def free(self) -> bool:
@@ -311,7 +309,7 @@ class Workers:
         return list(self._trials)
 
     def start(self, job: Job) -> None:
-        """Start a trial, once there is room for it."""
+        """Start a trial as soon as there is room for it on the cluster."""
         self._trials[job.number] = trial = _Trial(job)
         if self._idle:
             trial.slot = self._idle.pop()
@@ -322,13 +320,13 @@ class Workers:
     takes_ahead = False
 
     def ahead(self, job: Job) -> None:
-        """See `takes_ahead`."""
+        """Not supported, see `takes_ahead`."""
         raise NotImplementedError
 
     def wait(self, timeout: float | None = None) -> list[Report | Ended | Began]:
-        """What happened, once something has; nothing after so many seconds, or if the cluster may have grown.
+        """Wait for events, at most 10 or `timeout` seconds; returns those that happened, perhaps none.
 
-        What no trial has been started on since the last time is given back to the cluster.
+        First returns to the cluster the resources that no trial has used since the last call.
         """
         while self._idle:
             _give_back(self._idle.pop())
@@ -345,23 +343,23 @@ class Workers:
         return found
 
     def answer(self, number: int, decision: str, *, save: bool) -> None:
-        """Tell a trial that has reported what to do, and whether to take a checkpoint."""
-        slot = self._trials[number].slot if number in self._trials else None  # it may just have been killed
+        """Tell a trial that has reported what to do, and whether to save a checkpoint."""
+        slot = self._trials[number].slot if number in self._trials else None  # it may have been killed
         if slot is not None:
             slot.hosts[0].answer.remote(decision, save)
 
     def stop(self) -> None:
-        """Tell all trials to stop with a checkpoint; they are waited for by `wait`."""
+        """Tell all trials to stop with a checkpoint; `wait` returns their ends."""
         for trial in self._trials.values():
             trial.signals.append(signal.SIGTERM)
 
     def kill(self) -> None:
-        """End all trials at once."""
+        """Kill all trials."""
         for trial in self._trials.values():
             trial.signals.append(signal.SIGKILL)
 
     def close(self) -> None:
-        """End what still runs, and give all back to the cluster."""
+        """Kill the running trials and return all resources to the cluster."""
         self.kill()
         for trial in self._trials.values():
             if trial.thread is not None:
@@ -374,7 +372,7 @@ class Workers:
     # -- one trial, in a thread of its own -----------------------------------------------------------
 
     def _train(self, trial: _Trial) -> None:
-        """From the first to the last; a slot of which a host is lost is given up."""
+        """Run a trial from start to end; its slot is released if a host is lost."""
         from ray.exceptions import RayError
 
         number = trial.job.number
@@ -386,14 +384,14 @@ class Workers:
             said = str(error).strip().splitlines()[0]
             ended = Ended(number, "killed", f"its host on the cluster was lost: {said}")
             self._drop(trial)
-        except Exception as error:  # of ours: told to the controller, which would wait for ever else
+        except Exception as error:  # a bug: reported, as the controller would wait forever otherwise
             log.exception("trial %d", number)
             ended = Ended(number, "failed", f"{type(error).__name__}: {error}")
             self._drop(trial)
         self._events.put(ended)
 
     def _place(self, trial: _Trial) -> _Slot | None:
-        """Room on the cluster, once there is; None where the trial is told to end before."""
+        """Wait for room on the cluster and reserve it; None if the trial is told to end before that."""
         import ray
         from ray.util.placement_group import placement_group, remove_placement_group
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -422,11 +420,11 @@ class Workers:
             raise
         order = sorted(
             range(self._ranks), key=lambda bundle: nodes.index(nodes[bundle])
-        )  # a machine's together
+        )  # grouped by machine
         return _Slot(group, [hosts[bundle] for bundle in order])
 
     def _follow(self, trial: _Trial, slot: _Slot) -> Ended:
-        """Start its processes, pass on what they report, and see how they end."""
+        """Start the processes of a trial, forward their reports and wait for their end."""
         import ray
 
         places: list[Place] = ray.get([host.place.remote() for host in slot.hosts])
@@ -456,7 +454,7 @@ class Workers:
                 end for end in _end_others([slot.hosts[rank] for rank in hearing.values()]) if end.failed
             ]
         if any(end.code is None for end in failed):
-            log.warning("trial %d: one of its machines, or a supervisor there, was lost", trial.job.number)
+            log.warning("trial %d: a machine, or the host process on it, was lost", trial.job.number)
             self._drop(trial)
         return local.outcome(trial.job.number, over.get(0, _UNHEARD), failed)
 
@@ -471,17 +469,17 @@ class Workers:
         if slot is not None:
             _give_back(slot)
 
-    # -- how large the cluster is -------------------------------------------------------------------
+    # -- the size of the cluster --------------------------------------------------------------------
 
     def _count(self) -> int:
-        """How many trials it has room for, where nobody else uses it."""
+        """How many trials the cluster has room for, if nobody else uses it."""
         import ray
 
         bundles = sum(_bundles(node["Resources"], self._needs) for node in ray.nodes() if node["Alive"])
         return bundles // self._ranks
 
     def _per_node(self) -> int:
-        """How many ranks share a machine, where it is full."""
+        """The largest number of ranks that fit on one machine."""
         import ray
 
         return max(_bundles(node["Resources"], self._needs) for node in ray.nodes()) or 1
@@ -507,12 +505,12 @@ def _has_gpus() -> bool:
 
 
 def _bundles(resources: Mapping[str, float], needs: Mapping[str, float]) -> int:
-    """How many times what a rank needs is there."""
+    """How many ranks fit into these resources."""
     return int(min(resources.get(kind, 0) // count for kind, count in needs.items()))
 
 
 def _heard(answer: Any) -> tuple[list[Report], Over | None]:
-    """What a host says of its process; of one that is lost, that it is over."""
+    """The result of a host's `hear`; if the host is lost, its process counts as ended."""
     import ray
     from ray.exceptions import RayError
 
@@ -525,10 +523,10 @@ def _heard(answer: Any) -> tuple[list[Report], Over | None]:
 
 
 def _end_others(hosts: Sequence[Any]) -> list[Over]:
-    """End what is left of a trial of which a rank failed; returns how those ended that already had.
+    """Kill the remaining ranks of a trial after one failed; returns how those ended that had already.
 
-    A rank whose peer is killed with its machine fails by itself, and may be heard of before the other is
-    known to be lost.
+    If a machine is lost, the other ranks fail too, and their failures may be reported before the loss is
+    known.
     """
     import ray
     from ray.exceptions import RayError
@@ -545,7 +543,7 @@ def _end_others(hosts: Sequence[Any]) -> list[Over]:
 
 
 def _give_back(slot: _Slot) -> None:
-    """End its hosts, which takes what they run with them, and let others have the room."""
+    """Kill the hosts of a slot with their processes, and release its resources."""
     import ray
     from ray.util.placement_group import remove_placement_group
 

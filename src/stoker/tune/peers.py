@@ -1,8 +1,9 @@
-"""Other controllers on the same study: what their trials came to, and which of them are alive.
+"""The other controllers on the same study: the results of their trials, and which controllers are alive.
 
-A trial belongs to the controller that asked for it, in whose folder its run stands, and nobody else resumes
-it. What others decide by is in the study: values as they are reported, and whether the trial is paused. A
-controller says now and then that it is alive; of one that does not, nobody waits for anything.
+A trial belongs to the controller that asked the study for it. Its run is in that controller's folder, and no
+other controller resumes it. The study contains what the others need for their decisions: the reported
+values and whether the trial is paused. Each controller regularly records that it is alive; the others do not
+wait for the trials of one that has stopped doing so.
 """
 
 from __future__ import annotations
@@ -18,38 +19,38 @@ from stoker.tune.schedulers import Known, State
 from stoker.tune.seen import ENDED, Seen
 from stoker.tune.study import EARLIER
 
-_BEAT = 5.0  # seconds between two signs of life
-_GONE = 30.0  # seconds without one
-_FRESH = 0.5  # seconds for which what was read of the others is new enough
+_BEAT = 5.0  # seconds between heartbeats
+_GONE = 30.0  # seconds without a heartbeat after which a controller counts as dead
+_FRESH = 0.5  # seconds for which the cached trials of the others are used
 BY = "controller"
-"""The attribute of a trial whose controller it is."""
+"""The trial attribute with the name of its controller."""
 
 
 class Peers:
-    """What a study says of the trials that are not this controller's.
+    """The trials of a study that belong to other controllers.
 
     Args:
-        me: a name that no other controller has, the same whenever this one comes back.
-        objective: the one by which trials end early.
+        me: the unique name of this controller, the same after a restart.
+        objective: the objective that schedulers decide by.
     """
 
     patience = 2.0
-    """Seconds after which it is worth looking again."""
+    """Seconds to wait before looking at the others again."""
 
     def __init__(self, study: Study, me: str, objective: Objective) -> None:
         self._study, self._me, self._objective = study, me, objective
         self._read = self._beaten = -_GONE
         self._signs: dict[str, tuple[Any, float]] = {}
-        """Of each controller its newest sign of life, and when it was seen first by this one's clock."""
+        """By controller, its newest heartbeat, and when this process first saw it by its own clock."""
         self.trials: list[FrozenTrial] = []
-        """The others' trials."""
+        """The trials of the other controllers."""
         self.beat()
         self._look()
 
     def mine(self, trial: FrozenTrial) -> bool:
-        """Whether a trial is this controller's: also one whose controller was killed before it said so."""
+        """Whether a trial is this controller's; also true if its controller died before claiming it."""
         owner = trial.user_attrs.get(BY)
-        if owner is None and not trial.state.is_finished():  # another may be about to say so
+        if owner is None and not trial.state.is_finished():  # another controller may be about to claim it
             began = trial.datetime_start
             signs = [sign for key, sign in self._study.user_attrs.items() if key != f"alive:{self._me}"]
             alone = all(time.time() - sign > _GONE for sign in signs if isinstance(sign, float))
@@ -57,40 +58,40 @@ class Peers:
         return owner == self._me
 
     def claim(self, trial: Trial) -> None:
-        """Make a trial this controller's."""
+        """Record that a trial belongs to this controller."""
         if trial.user_attrs.get(BY) != self._me:
             trial.set_user_attr(BY, self._me)
 
     def publish(self, trial: Trial, seen: Seen, *, paused: bool) -> None:
-        """Say where a trial is."""
+        """Write a trial's state to the study for the other controllers."""
         said = {"paused": paused, "per_step": seen.per_step}
         if trial.user_attrs.get("state") != said:
             trial.set_user_attr("state", said)
 
     def beat(self) -> None:
-        """Say that this controller is alive, unless it has just done so."""
+        """Record a heartbeat, unless the last one is less than 5 seconds old."""
         if time.monotonic() - self._beaten >= _BEAT:
             self._beaten = time.monotonic()
             self._study.set_user_attr(f"alive:{self._me}", time.time())
 
     def known(self) -> Mapping[int, Known]:
-        """The others' trials as schedulers know them."""
+        """The trials of the other controllers as schedulers know them."""
         self._look()
         return {trial.number: self._known(trial) for trial in self.trials}
 
     def look_again(self) -> None:
-        """Read what there is of the others now."""
+        """Read the other controllers' trials again now."""
         self._read = -_GONE
         self._look()
 
     @property
     def running(self) -> bool:
-        """Whether a trial runs of a controller that is alive."""
+        """Whether a trial of another live controller is running."""
         self._look()
         return any(self._state(trial) == "running" for trial in self.trials)
 
     def spent(self, unit: str) -> float:
-        """What their trials have spent that are over, in hours of a rank or a unit of training."""
+        """What their ended trials have spent, in rank-hours or a unit of training."""
         self._look()
         return sum(float(trial.user_attrs.get("spent", {}).get(unit, 0.0)) for trial in self.trials)
 
@@ -116,7 +117,7 @@ class Peers:
         return Known(trial.number, values, self._state(trial))
 
     def _state(self, trial: FrozenTrial) -> State:
-        """As far as it matters here: what does not run now is nobody's to be waited for or resumed."""
+        """A trial's state; pruned if it is paused or its controller is dead, as it is not waited for."""
         if trial.state.is_finished():
             return ENDED[trial.state]
         paused = trial.user_attrs.get("state", {}).get("paused", False)

@@ -1,4 +1,4 @@
-"""Searching where the best trials so far are: the second stage of `--strategy staged`."""
+"""Searching the region of the best trials so far: the second stage of `--strategy staged`."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 NEWEST = "newest"
-"""The attribute of a trial with its newest step and values, where objectives are several."""
+"""The trial attribute with its newest step and values, if there are several objectives."""
 _SHARE = 4
-"""One in so many trials is among the best."""
+"""One in this many trials counts among the best."""
 _FEWEST = 4
-"""Trials that say where it is promising."""
+"""The minimum number of trials to narrow a range by."""
 _MARGIN = 0.1
-"""Of a range, on either side of what the best span: few trials do not come to its ends."""
+"""The margin around the best trials, as a share of the whole range, since a few trials span too little."""
 
 
 def sampler(seed: int, drawn_at_random: int) -> TPESampler:
-    """TPE within the ranges that the best of so many first trials span, which were drawn at random."""
+    """TPE within the ranges spanned by the best of the first `drawn_at_random` trials."""
     return _Promising(seed, drawn_at_random)
 
 
 def region(space: Mapping[str, BaseDistribution], best: Sequence[FrozenTrial]) -> dict[str, BaseDistribution]:
-    """The part of a space that trials span, and a margin around it; a choice keeps all of its values."""
+    """The part of a space that the best trials span, with a margin; a choice keeps all of its values."""
     return {
         name: _narrowed(found, [t.params[name] for t in best if name in t.params])
         for name, found in space.items()
@@ -35,9 +35,9 @@ def region(space: Mapping[str, BaseDistribution], best: Sequence[FrozenTrial]) -
 
 
 def best_of(study: Study, first: int) -> list[FrozenTrial]:
-    """The best quarter of so many first trials, those that came furthest first.
+    """The best quarter of the first `first` trials, ranked by how far they were trained, then by value.
 
-    By those that were drawn within them the ranges would become ever smaller, and never larger again.
+    Later trials do not count: they are drawn within the ranges of the best, so the ranges could only shrink.
     """
     known = study._get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
     sign = -1.0 if study.directions[0] == StudyDirection.MAXIMIZE else 1.0
@@ -75,7 +75,7 @@ def _value(trial: FrozenTrial) -> float | None:
 
 
 def _standing(trial: FrozenTrial, sign: float) -> tuple[bool, float, float]:
-    """What trials are ranked by: complete ones first, then by how far they came, then by value."""
+    """The sort key of a trial: complete trials first, then by how far they were trained, then by value."""
     newest = trial.user_attrs.get(NEWEST)
     if newest:
         return False, -newest["step"], sign * newest["values"][0]

@@ -2,10 +2,10 @@
 
 runs/<sweep>/
   sweep.json       written once: recipe, space, metric, sampler, scheduler, seed
-  study.journal    Optuna's, see `study`
-  provenance/      the code of the trials; provenance-2/ once the code has changed
-  sweep.lock       locked by the controller as long as it lives
-  trial-0000/ ...  one run each
+  study.journal    Optuna's journal, see `study`
+  provenance/      the code of the trials; provenance-2/ after the code has changed
+  sweep.lock       locked by the controller while it runs
+  trial-0000/ ...  the runs of the trials
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Record:
     metric: str
     """The names of the objectives, such as `val_loss, flops`."""
     goal: str
-    """Likewise."""
+    """The goals of the objectives, such as `min, min`."""
     sampler: str
     scheduler: str
     """The scheduler with its settings, in words."""
@@ -94,7 +94,7 @@ def begin(folder: Path, wanted: Record) -> None:
 def provenance_of(folder: Path, code: Path) -> Path:
     """The folder of a search that records the code its trials use now.
 
-    Code that has changed since is reported, and recorded next to the earlier code.
+    If the code has changed, this is logged, and the new code is recorded next to the earlier code.
 
     Args:
         code: the script, or a folder of the git repository.
@@ -126,7 +126,7 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def uid(folder: Path) -> str:
-    """A name that no other sweep has."""
+    """A unique identifier of a sweep."""
     return str(read(folder)["uid"])
 
 
@@ -185,7 +185,7 @@ def _said(wanted: Record) -> dict[str, Any]:
 
 def _refuse_changes(folder: Path, known: Mapping[str, Any], wanted: Record) -> None:
     if known.get("format", 0) > FORMAT:
-        raise BadInput(f"{folder / SWEEP} was written by a newer stoker: format {known['format']}")
+        raise BadInput(f"{folder / SWEEP} has format {known['format']}, of a newer stoker: upgrade stoker")
     changes = _differences(known, _said(wanted))
     if changes:
         raise BadInput(

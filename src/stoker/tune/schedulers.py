@@ -1,12 +1,12 @@
-"""Which trials of a search go on, pause, or are stopped early: pure functions of what is known.
+"""Schedulers decide which trials of a search continue, pause or stop early, as pure functions of the reports.
 
-A scheduler keeps no state, reads no clock and draws no random numbers, so a controller that was
-killed decides the same from its record. The controller asks `decide` once for each new report,
-and puts the answer into the table as the trial's state. Whenever there is room for a trial it
-asks `resumes`, and begins a new trial where there is none. Once it will begin no more and none
-runs, what `given_up` names is over.
+A scheduler keeps no state, reads no clock and draws no random numbers, so a restarted controller makes the
+same decisions from its record. The controller calls `decide` once for each new report and stores the answer
+in the table as the trial's state. Whenever there is room for a trial it calls `resumes`, and starts a new
+trial if that returns None. Once no trial runs and no new one will be started, the paused trials that
+`given_up` returns are over.
 
-Smaller is better in all of this, and equal values rank by the trial's number. All are numbers: a trial
+Smaller values are better throughout, and ties are broken by trial number. All values are finite: a trial
 whose value is NaN or infinite has failed.
 """
 
@@ -25,39 +25,39 @@ from stoker.errors import BadInput, nearest
 NAMES = ("none", "median", "asha", "asha-stop", "hyperband", "pbt", "pb2")
 STAGED = "staged"
 HALVING = ("asha", "asha-stop", "hyperband", STAGED)
-"""Those with rungs, at each of which one in `factor` goes on."""
+"""Schedulers with rungs, at each of which one trial in `factor` continues."""
 POPULATIONS = ("pbt", "pb2")
-"""Those that begin trials from the checkpoints of others."""
+"""Schedulers that start trials from the checkpoints of others."""
 
 _ONE_FINALIST_IN = 20  # trials
-_ROUNDING = 1e-9  # relative: 0.1 * 3 is more than 0.3 in floats, and a report at 0.3 epochs has reached it
+_ROUNDING = 1e-9  # relative: 0.1 * 3 > 0.3 in floats, but a report at 0.3 epochs has reached that rung
 
 
 class Decision(enum.Enum):
-    """What a trial is to do after it reported."""
+    """What a trial does after a report."""
 
     CONTINUE = "continue"
     PAUSE = "pause"
-    """End with a checkpoint, and perhaps go on later."""
+    """Stop with a checkpoint; the trial may resume later."""
     STOP = "stop"
-    """End for good."""
+    """Stop for good."""
 
 
 State = Literal["running", "paused", "pruned", "complete", "failed"]
-"""Of a trial. Pruned: it ended early for good, by a scheduler; its run is then stopped."""
+"""A trial's state. A pruned trial was stopped early by a scheduler; its run has the state stopped."""
 
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of a trial."""
+    """What a scheduler knows about a trial."""
 
     number: int
     values: Mapping[float, float]
-    """Resource (steps, epochs...) -> value of the objective, smaller is better, in the order reported."""
+    """Resource (steps, epochs...) -> value of the objective (smaller is better), in the order reported."""
     state: State
 
     def at(self, rung: float) -> float | None:
-        """The value that was reported first at a resource or beyond it; looked for once."""
+        """The first value reported at or beyond a resource; cached."""
         known: dict[float, float | None] = self.__dict__.setdefault("_firsts", {})
         if rung not in known:
             known[rung] = next((v for resource, v in self.values.items() if _reaches(resource, rung)), None)
@@ -65,28 +65,28 @@ class Known:
 
 
 Trials = Mapping[int, Known]
-"""By number. Of the trial that reports, its newest report is in already, and its state is running."""
+"""By number. A trial that is being decided on has the state running, and its newest report is included."""
 
 
 class Scheduler(Protocol):
-    """Decides for each trial from the table of all of them."""
+    """Decides about each trial from the table of all trials."""
 
     def decide(self, trials: Trials, number: int) -> Decision:
-        """Say what trial `number` does after its newest report."""
+        """Decide what trial `number` does after its newest report."""
         ...
 
     def resumes(self, trials: Trials) -> int | None:
-        """Name the paused trial that goes on now; None: none does, a new one may be begun."""
+        """The paused trial that resumes now, or None if a new trial may be started instead."""
         ...
 
     def lengths(self, number: int) -> tuple[float, ...]:
-        """The resources that a trial has at its rungs, upward, and at its end; empty where it has none."""
+        """The resources of a trial's rungs and of its end, in ascending order; empty if it has no rungs."""
         return ()
 
     def given_up(self, trials: Trials) -> list[int]:
-        """Name the paused trials that will never go on, given that no new trial will be begun.
+        """The paused trials that will never resume, provided that no new trial is started.
 
-        Empty while a trial runs or is about to go on, as its reports may let others go on.
+        Empty while a trial runs or is about to resume, since its reports may let others resume.
         """
         if any(known.state == "running" for known in trials.values()) or self.resumes(trials) is not None:
             return []
@@ -95,7 +95,7 @@ class Scheduler(Protocol):
 
 @dataclass(frozen=True)
 class Full(Scheduler):
-    """Every trial goes on to its end."""
+    """Run every trial to its end."""
 
     def decide(self, trials: Trials, number: int) -> Decision:
         return Decision.CONTINUE
@@ -108,17 +108,17 @@ class Full(Scheduler):
 class Median(Scheduler):
     """Stop a trial whose best value is worse than the median of the others' running averages.
 
-    The median stopping rule of Vizier (Golovin et al. 2017, KDD). A trial is compared at the resource
-    it has got to, by what was reported up to there, with the others that have got as far.
-    Vizier takes only completed trials for the others; here one that still runs or was stopped later
-    counts too, as many searches begin all their trials at once.
+    The median stopping rule of Vizier (Golovin et al. 2017, KDD). A trial is compared at the
+    resource it has reached, by its reports up to there, with the other trials that have reached it too.
+    Vizier compares with completed trials only. Here running trials and trials that were stopped later count
+    too, because many searches start all of their trials at once.
 
     Args:
         warmup: no trial is stopped before this resource.
-        warmup_trials: no trial is stopped before so many others have got as far.
+        warmup_trials: no trial is stopped before this many others have reached the same resource.
 
     Raises:
-        BadInput: there would be nothing to take the median of.
+        BadInput: `warmup_trials` is below 1.
     """
 
     warmup: float = 0.0
@@ -146,23 +146,23 @@ class Median(Scheduler):
 
 @dataclass(frozen=True)
 class Asha(Scheduler):
-    """Asynchronous successive halving: at each rung only the best 1/`factor` go on.
+    """Asynchronous successive halving: at each rung only the best 1/`factor` continue.
 
     Li et al. 2020, arXiv:1810.05934. Rungs lie at `least` * `factor`**k below `most`. A trial
-    reaches a rung with its first report at or beyond it; where one report reaches several, the
-    highest is what it is judged at. A trial that has reached `most` is at its end and goes on to it.
+    reaches a rung with its first report at or beyond it; if one report reaches several rungs, the trial is
+    judged at the highest. A trial that has reached `most` always continues to its end.
 
-    With `promotes` it is algorithm 2: a trial pauses at each rung, and `resumes` names what the
-    paper's `get_job` promotes. If that is the very trial that has just reported, it is told to
-    continue, which saves a checkpoint and a start. Without, it is the stopping variant, which needs
-    no checkpoints: a trial is stopped at a rung unless it is among the best 1/`factor` seen there
-    so far, and goes on while fewer than `factor` have been seen.
+    With `promotes` this is the paper's algorithm 2: a trial pauses at each rung, and `resumes` returns the
+    trial that the paper's `get_job` promotes. If that is the trial that has just reported, it continues
+    instead of pausing, which saves a checkpoint and a restart. Without `promotes` it is the stopping variant,
+    which needs no checkpoints: a trial is stopped at a rung unless it is among the best 1/`factor` that have
+    reached the rung so far, or fewer than `factor` have.
 
     Args:
         least: the resource of the first rung.
         most: the resource at which a trial ends.
-        factor: how many reach a rung for each that goes on (the paper's eta).
-        promotes: pause at rungs; otherwise stop.
+        factor: one in `factor` trials continues at each rung (the paper's eta).
+        promotes: pause trials at rungs; otherwise stop them.
 
     Raises:
         BadInput: the resources or the factor leave no room for rungs.
@@ -178,7 +178,7 @@ class Asha(Scheduler):
 
     @property
     def rungs(self) -> tuple[float, ...]:
-        """The resources at which trials are compared, upward; empty where `least` is `most`."""
+        """The resources at which trials are compared, in ascending order; empty if `least` equals `most`."""
         rungs = (self.least * self.factor**k for k in itertools.count())
         return tuple(itertools.takewhile(lambda rung: not _reaches(rung, self.most), rungs))
 
@@ -201,16 +201,16 @@ class Asha(Scheduler):
         waiting = {n: self._height(far) for n, far in furthest.items() if not _reaches(far, self.most)}
         for height, rung in reversed(list(enumerate(self.rungs, start=1))):
             for number in self._best(_values_at(trials, rung)):
-                if waiting.get(number) == height:  # one that is higher was promoted from here before
+                if waiting.get(number) == height:  # those at a higher rung are promoted already
                     return number
         return None
 
     def height(self, known: Known) -> int:
-        """How many rungs a trial has reached."""
+        """The number of rungs that a trial has reached."""
         return self._height(_furthest(known))
 
     def _height(self, resource: float) -> int:
-        """The same of a resource."""
+        """The number of rungs at or below a resource."""
         return sum(_reaches(resource, rung) for rung in self.rungs)
 
     def _best(self, seen: Mapping[int, float]) -> list[int]:
@@ -220,20 +220,20 @@ class Asha(Scheduler):
 
 @dataclass(frozen=True)
 class Hyperband(Scheduler):
-    """Several brackets of successive halving, from the hastiest to one that stops nothing.
+    """Several brackets of successive halving, from the most aggressive to one that stops nothing.
 
-    Li et al. 2018, arXiv:1603.06560: how early trials can be told apart is not known beforehand, so
-    each bracket bets on another first rung. Bracket s, from 0 to the largest with first rung at or
-    above `least`, is an `Asha` of its own with the first rung at `most` / `factor`**s; no trial is
-    compared with those of another bracket. Brackets share out the trials as the paper's algorithm 1
-    begins them, n(s) = ceil((s_max + 1) / (s + 1) * factor**s); 81, 34, 15, 8 and 5 of each 143 for
-    least=1, most=81, factor=3. Trials are dealt out evenly rather than one bracket after the other,
-    so that a search that ends early has tried them all.
+    Li et al. 2018, arXiv:1603.06560: it is not known in advance how early trials can be told apart, so
+    each bracket has a different first rung. Bracket s is an `Asha` of its own whose first rung is
+    `most` / `factor`**s; s goes from 0 to the largest whose first rung is at or above `least`. Trials are
+    compared only within their bracket. The brackets' shares of the trials are those of the paper's algorithm
+    1, n(s) = ceil((s_max + 1) / (s + 1) * factor**s): of every 143 trials 81, 34, 15, 8 and 5 for least=1,
+    most=81, factor=3. Trials are distributed evenly rather than bracket by bracket, so that a search that
+    ends early has tried all brackets.
 
     Args:
-        least: the first rung of the hastiest bracket is at this resource or above.
+        least: the first rung of the most aggressive bracket is at or above this resource.
         most: the resource at which a trial ends.
-        factor: how many reach a rung for each that goes on (the paper's eta).
+        factor: one in `factor` trials continues at each rung (the paper's eta).
 
     Raises:
         BadInput: the resources or the factor leave no room for rungs.
@@ -248,18 +248,18 @@ class Hyperband(Scheduler):
 
     @property
     def shares(self) -> dict[int, int]:
-        """How many trials of a round each bracket gets, by the paper's s, hastiest first."""
+        """The number of trials of a round that each bracket gets, by the paper's s, most aggressive first."""
         first_rungs = (self.most / self.factor**s for s in itertools.count())
         count = sum(1 for _ in itertools.takewhile(lambda rung: _reaches(rung, self.least), first_rungs))
-        # -(-a // b) is the quotient rounded up, exactly.
+        # -(-a // b) is the exact quotient, rounded up.
         return {s: -(-count * self.factor**s // (s + 1)) for s in reversed(range(count))}
 
     def asha(self, bracket: int) -> Asha:
-        """What decides within a bracket."""
+        """The scheduler of a bracket."""
         return Asha(self.most / self.factor**bracket, self.most, self.factor)
 
     def brackets(self, count: int) -> list[int]:
-        """The brackets of trials 0 to `count` - 1: each goes to the one furthest behind its share."""
+        """The brackets of trials 0 to `count` - 1: each goes to the bracket furthest below its share."""
         shares = self.shares
         total, given, dealt = sum(shares.values()), dict.fromkeys(shares, 0), []
         for trial in range(1, count + 1):
@@ -281,48 +281,49 @@ class Hyperband(Scheduler):
         return next((number for number in named if number is not None), None)
 
     def _tables(self, trials: Trials) -> dict[int, dict[int, Known]]:
-        """The trials of each bracket, hastiest first."""
+        """The trials of each bracket, most aggressive first."""
         brackets = self.brackets(max(trials, default=-1) + 1)
         return {s: {n: known for n, known in trials.items() if brackets[n] == s} for s in self.shares}
 
 
 @dataclass(frozen=True)
 class PopulationBased(Scheduler):
-    """Members of a population that fall behind are replaced by copies of those ahead.
+    """Replace the worst members of a population by perturbed copies of the best.
 
     Population based training (Jaderberg et al. 2017, arXiv:1711.09846) with truncation selection,
-    asynchronously. The population is the trials that run or are paused. What a member does is decided
-    at its first report at or beyond each multiple of `every`:
+    asynchronously. The members of the population are the running and paused trials. A member is judged at its
+    first report at or beyond each multiple of `every`:
 
-    1. Members are ranked by their newest values, whatever their resources. If it is among the worst
-       floor(`quantile` * members with a report), and one of as many best has a better value and has come
-       as far, it is told to stop: were its replacement to begin further back, a step that is bad for all
-       would stop each of them in turn, for ever. `donor` names the one whose checkpoint a new trial goes
-       on from, with hyperparameters changed; the controller begins that trial in its place, before it
-       asks `resumes`. Nobody is stopped before `population` trials have been begun.
-    2. Otherwise it pauses if a paused member has not reached this multiple, or one of the population
-       has not been begun: it moves on together where not all members can run at once.
+    1. Members are ranked by their newest values, whatever resource they have reached. Let n be
+       floor(`quantile` * members with a report). A member among the worst n is stopped if one of the best n
+       has a better value and has reached the same multiple. If a replacement could start further back, a
+       step that is bad for every member would stop them one after another, without end. `donor` returns the
+       trial from whose checkpoint a replacement starts, with changed hyperparameters; the controller starts
+       the replacement before it calls `resumes`. No member is stopped before `population` trials have
+       started.
+    2. Otherwise it pauses if a paused member has not reached this multiple, or if fewer than `population`
+       trials have started. So the population advances together even if not all members can run at once.
     3. Otherwise it continues.
 
-    `resumes` first has all of the population begun, then names the paused member with the least
-    resource; of equal ones that with the best value, so that the worst report last, when most of
-    the others have reported as far and the comparison is fair.
+    `resumes` returns None until `population` trials have started, then the paused member with the least
+    resource, ties broken by the best value. So the worst members report last, when most of the others have
+    come as far and the comparison is fair.
 
-    A replacement's `values` begin with its donor's up to the checkpoint: they are its history, and
-    say how far it is before its first report. A member that fails is not replaced, and one that is
-    complete is neither compared nor a donor. A search needs at least `population` trials.
+    A replacement's `values` start with its donor's up to the checkpoint, so that its resource is known before
+    its first report. A failed member is not replaced, and a complete one is neither compared nor a donor. A
+    search needs at least `population` trials.
 
     Args:
         every: the resource between two comparisons.
-        population: how many trials there are at a time.
-        quantile: the share of the population that is replaced, and the share that it is replaced from.
-        most: the resource at which a trial ends; there it goes on to its end and is not replaced.
-        resample: the probability with which a replacement's value is drawn from its whole range.
-        factors: its other values are its donor's times one of these, as in the paper's experiments.
-        learns: its values are chosen by what values have gained so far, see `bandit`, once enough is known.
+        population: the number of trials at a time.
+        quantile: the share of the population that is replaced, and also the share that donors come from.
+        most: the resource at which a trial ends; a trial that has reached it is not replaced.
+        resample: the probability that a replacement's value is drawn from its whole range.
+        factors: otherwise the donor's value is multiplied by one of these, as in the paper's experiments.
+        learns: choose values by the gains so far (see `bandit`), once there are enough.
 
     Raises:
-        BadInput: nobody would ever be replaced, the worst are among the best, or nothing would be changed.
+        BadInput: a value is out of range, or the population is too small for `quantile` to replace a member.
     """
 
     every: float
@@ -371,10 +372,10 @@ class PopulationBased(Scheduler):
         )
 
     def donor(self, trials: Trials, number: int) -> int | None:
-        """Name the trial that `number` is replaced from; None: it is not replaced.
+        """The trial whose checkpoint the replacement of `number` starts from; None if it is not replaced.
 
-        The best take turns by the number of the one replaced. The answer is the same before and
-        after `number` is stopped.
+        The number of the replaced trial selects one of the eligible best trials, so that they take turns. The
+        answer is the same before and after `number` is stopped.
         """
         values = {
             other: _newest_value(known)
@@ -393,26 +394,27 @@ class PopulationBased(Scheduler):
         return better[number % len(better)] if better else None
 
     def turn(self, resource: float) -> int:
-        """How many multiples of `every` a resource has reached."""
+        """The number of multiples of `every` that a resource has reached."""
         return math.floor(resource / self.every * (1 + _ROUNDING))
 
     def _size(self, members: int) -> int:
-        """How many of the members are the best, and how many the worst."""
+        """The number of members that count as the best, and equally as the worst."""
         return math.floor(members * self.quantile + _ROUNDING)
 
 
 @dataclass(frozen=True)
 class Staged(Scheduler):
-    """Successive halving to a part of a whole training, then whole trainings of the best few.
+    """Successive halving on partial training runs, then complete training of the best few.
 
-    For models of which a search can afford only some whole trainings. Until `planned` trials have been begun
-    and none of them can go on, they are promoted as `asha` says, and none beyond its last rung. Then the
-    finalists, those that are highest and of these the best at their rung, go on to their end.
+    For models that a search can afford to train completely only a few times. At first trials are promoted
+    as by `asha`, but none beyond its last rung. Once `planned` trials have started and no more can be
+    promoted, the finalists train to their end: the trials at the highest rungs, and at the same rung those
+    with the best values.
 
     Args:
-        asha: its `most` is the resource at which a whole training ends.
-        finalists: how many there are.
-        planned: how many trials the search has.
+        asha: its `most` is the resource at which complete training ends.
+        finalists: the number of finalists.
+        planned: the number of trials of the search.
     """
 
     asha: Asha
@@ -441,7 +443,7 @@ class Staged(Scheduler):
         return replace(self.asha, most=self.asha.rungs[-1])
 
     def _final(self, trials: Trials) -> list[int]:
-        """The finalists, best first; none as long as any other trial runs or may be begun."""
+        """The finalists, best first; empty while another trial runs, can be promoted or is yet to start."""
         if len(trials) < self.planned or self._coarse.resumes(trials) is not None:
             return []
         reached = {n: self.asha.rungs[: self.asha.height(known)] for n, known in trials.items()}
@@ -471,12 +473,13 @@ def make(
 
     Args:
         name: none, median, asha, asha-stop, hyperband, pbt or pb2; or staged.
-        least: the resource before which no trial is stopped. median: 0 by default; asha, asha-stop,
-            hyperband: the first rung, by default `most` / `factor`**3; pbt, pb2: between two comparisons.
+        least: the resource before which no trial is stopped. For median, by default 0; for asha, asha-stop,
+            hyperband and staged the first rung, by default `most` / `factor`**3; for pbt and pb2 the
+            resource between two comparisons.
         most: the resource at which a trial ends, in the same unit.
-        factor: for asha, asha-stop and hyperband: one in so many trials continues at each rung.
+        factor: for asha, asha-stop, hyperband and staged: one in `factor` trials continues at each rung.
         warmup_trials: for median: the minimum number of other trials that a trial is compared with.
-        population: how many trials the search has; for pbt and pb2, how many there are at a time.
+        population: for pbt and pb2, the number of trials at a time; for staged, that of the search.
         quantile, resample, factors: for pbt and pb2, see `PopulationBased`.
 
     Raises:
@@ -494,7 +497,7 @@ def make(
         longest = math.inf if most is None else most
         return PopulationBased(least, population, quantile, longest, resample, factors, name == "pb2")
     if most is None:
-        raise BadInput(f"{_option(name)} needs --most: the length of a whole trial, below which rungs lie")
+        raise BadInput(f"{_option(name)} needs --most: the length of a whole trial")
     if least is None:
         least = most / max(factor, 1) ** 3
     if name == "hyperband":
@@ -502,7 +505,7 @@ def make(
     asha = Asha(least, most, factor, promotes=name != "asha-stop")
     if name == STAGED:
         if not asha.rungs:
-            raise BadInput(f"least={least:g} is most={most:g}: staged needs a rung below a whole training")
+            raise BadInput(f"--least {least:g} equals --most {most:g}: staged needs a rung below --most")
         return Staged(asha, max(1, population // _ONE_FINALIST_IN), population)
     return asha
 
@@ -513,7 +516,7 @@ def _option(name: str) -> str:
 
 def _check_span(least: float, most: float, factor: int) -> None:
     if factor < 2:
-        raise BadInput(f"--factor {factor}: must be at least 2, one in so many continues at each rung")
+        raise BadInput(f"--factor {factor}: must be at least 2; one in this many continues at each rung")
     if not 0 < most < math.inf:
         raise BadInput(f"--most {most:g}: the length of a trial must be above 0 and finite")
     if not least > 0:
@@ -538,12 +541,12 @@ def _furthest(known: Known) -> float:
 
 
 def _furthest_before(known: Known) -> float:
-    """The same before its newest report."""
+    """The largest resource that a trial had reported before its newest report."""
     return max([*known.values][:-1], default=0.0)
 
 
 def _up_to(known: Known, resource: float) -> list[float]:
-    """What a trial reported up to a resource."""
+    """The values that a trial reported up to a resource."""
     return [value for reported, value in known.values.items() if _reaches(resource, reported)]
 
 
@@ -552,7 +555,7 @@ def _average(values: list[float]) -> float:
 
 
 def _values_at(trials: Trials, rung: float) -> dict[int, float]:
-    """The value of each trial that has reached a rung, from its first report there."""
+    """For each trial that has reached a rung, its first value there."""
     firsts = ((number, known.at(rung)) for number, known in trials.items())
     return {number: value for number, value in firsts if value is not None}
 
@@ -562,5 +565,5 @@ def _paused(trials: Trials) -> list[int]:
 
 
 def _ranked(values: Mapping[int, float]) -> list[int]:
-    """The numbers of trials, best value first."""
+    """Trial numbers, best value first."""
     return sorted(values, key=lambda number: (values[number], number))

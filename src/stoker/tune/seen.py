@@ -1,4 +1,4 @@
-"""What is known of a trial: from the study, from its run, and from what its process reports."""
+"""What the controller knows about a trial: from the study, from its run, and from its process's reports."""
 
 from __future__ import annotations
 
@@ -18,114 +18,114 @@ from stoker.tune.schedulers import Known, State
 ENDED: dict[TrialState, State] = {
     TrialState.COMPLETE: "complete", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed"
 }  # fmt: skip
-"""How a trial ended, by what the study says."""
+"""The state of an ended trial, by its state in the study."""
 
 
 @dataclass
 class Seen:
-    """A trial, as the controller knows and shows it."""
+    """A trial as the controller knows and displays it."""
 
     number: int
     params: dict[str, Any]
     """Config values by key."""
     state: State = "running"
     values: dict[float, float] = field(default_factory=dict)
-    """Step -> value of the first objective, as it was logged."""
+    """Step -> value of the first objective, as logged. For training on shares, share in percent -> value."""
     others: dict[str, float] = field(default_factory=dict)
-    """The newest values of the objectives by metric, as far as it has logged them."""
+    """The newest logged values of the objectives, by metric."""
     per_step: float = 1.0
-    """How much of the unit that schedulers count by a step is."""
+    """How much of the unit that schedulers count by one step is."""
     origin: tuple[float, float] = (0.0, 0.0)
-    """The step that it began at and how much of the unit that was, which a donor has done."""
+    """The step at which it started, and its donor's training up to there in the unit of the schedulers."""
     written: float = -1.0
-    """The newest step whose value the study has."""
+    """The newest step whose value has been written to the study."""
     spent: float = 0.0
-    """Seconds of its processes that have ended, each counted for as long as it lived."""
+    """The total lifetime in seconds of its processes that have ended."""
     error: str = ""
     trace: str = ""
     furthest: float = 0.0
-    """The largest step that it ever reported."""
+    """The largest step that it has reported."""
     killed: int = 0
-    """How often in a row without coming further than that."""
+    """How often in a row its processes were killed without getting past `furthest`."""
     resumes: bool = False
-    """Whether it is to go on from where its process, or an earlier controller, ended."""
+    """Whether it is to be resumed because its process, or an earlier controller, ended."""
     share: float | None = None
-    """The share of the data, in percent, that it was trained on last or is now, where that is what counts."""
+    """The share of the data, in percent, that it trains on now or did last; None if not trained on shares."""
     donor: int | None = None
-    """Of one that population based training stops: the trial that another is to begin from in its place."""
+    """If population based training stops it: the trial whose checkpoint its replacement starts from."""
     parent: int | None = None
-    """The trial from whose checkpoint it began, under population based training."""
+    """The trial from whose checkpoint population based training started it."""
     replaces: int | None = None
-    """The trial in whose place it was begun then."""
+    """The trial that it replaces under population based training."""
 
     @property
     def run(self) -> str:
-        """The id of its run; of one that is trained on shares of the data, of the newest."""
+        """The id of its run; if it is trained on shares of the data, of the newest one."""
         return run_id(self.number, self.share)
 
     @property
     def over(self) -> bool:
-        """Whether it has come to its end, whichever that was."""
+        """Whether it has ended, in whatever state."""
         return self.state not in ("running", "paused")
 
     @property
     def value(self) -> float | None:
-        """The newest."""
+        """The newest value; None before the first."""
         return next(reversed(self.values.values()), None)
 
     @property
     def step(self) -> float:
-        """How far it is; 0 before its first report."""
+        """The newest step; 0 before its first report."""
         return max(self.values, default=0.0)
 
     @property
     def done(self) -> float:
-        """How much of the unit it has done itself, without what its donor did."""
-        if self.share is not None:  # each share is a training of its own
+        """How much it has trained itself, in the unit of the schedulers, without its donor's part."""
+        if self.share is not None:  # each share is trained from scratch
             return sum(self.values)
         return max(0.0, self.amount(self.step) - self.origin[1])
 
     def amount(self, step: float) -> float:
-        """How much of the unit that schedulers count by is done at a step."""
+        """The resource reached at a step, in the unit of the schedulers, including its donor's part."""
         begun, before = self.origin
         return before + (step - begun) * self.per_step if step >= begun else before * step / begun
 
     def known(self, objective: Objective) -> Known:
-        """What schedulers decide by."""
+        """The trial as schedulers know it."""
         values = {self.amount(step): objective.lower(value) for step, value in self.values.items()}
         return Known(self.number, values, self.state)
 
     def outcome(self, objectives: Iterable[Objective]) -> list[float | None]:
-        """The newest value of each objective."""
+        """The newest value of each objective; None if it has none."""
         others = itertools.islice(objectives, 1, None)
         return [self.value, *(self.others.get(one.metric) for one in others)]
 
     def lower(self, objectives: Sequence[Objective]) -> list[float]:
-        """The newest values of all objectives, so that smaller is better; one that lacks is the worst."""
+        """The newest value of each objective, negated if needed so that smaller is better; inf if missing."""
         found = zip(objectives, self.outcome(objectives), strict=True)
         return [math.inf if value is None else one.lower(value) for one, value in found]
 
 
 def run_id(number: int, share: float | None = None) -> str:
-    """The id of a trial's run, of that on a share of the data."""
+    """The id of a trial's run, or of its run on a share of the data."""
     return f"trial-{number:04d}" + (f"-on-{share:.4g}" if share is not None and share < 100 else "")
 
 
 def dominates(one: Sequence[float], other: Sequence[float]) -> bool:
-    """Whether one is as good as the other in all objectives (smaller is better), and better in some."""
+    """Whether `one` is as good as `other` in all objectives (smaller is better), and better in some."""
     pairs = list(zip(one, other, strict=True))
     return all(a <= b for a, b in pairs) and any(a < b for a, b in pairs)
 
 
 def begins(run: RunView) -> float:
-    """The step that a run goes on from: of a loop without a Trainer, which keeps its own place, its last."""
+    """The step from which a run resumes; infinite without a Trainer, as the loop keeps its own position."""
     if run.samples_per_step is None:
         return math.inf
     return max(map(manifest.step_of, manifest.committed(run.directory.checkpoints)), default=0)
 
 
 def points(run: RunView, metric: str) -> dict[float, float]:
-    """The finite values of a metric by step."""
+    """The finite values of a metric, by step."""
     series = run.points.get(metric)
     if series is None:
         return {}
@@ -133,18 +133,18 @@ def points(run: RunView, metric: str) -> dict[float, float]:
 
 
 def newest(run: RunView, objectives: Iterable[Objective]) -> dict[str, float]:
-    """The newest values of these, as far as it has logged them."""
+    """The newest values of the objectives that a run has logged, by metric."""
     found = {one.metric: run.last(one.metric) for one in objectives}
     return {metric: value for metric, value in found.items() if value is not None}
 
 
 def spent(run: RunView) -> float:
-    """Seconds of all of its processes."""
+    """The total seconds of a run's processes, over all attempts."""
     return sum(((a.ended or a.last_event) - a.started) * a.world for a in run.attempts)
 
 
 def per_step(run: RunView, unit: str) -> float | None:
-    """How much of a unit one step of a run is, where it says."""
+    """How much of a unit one step of a run is; None if the run does not record it."""
     return duration.of_a_step(
         unit, samples=run.samples_per_step, tokens=run.tokens_per_step,
         samples_per_epoch=run.samples_per_epoch,

@@ -1,9 +1,9 @@
-"""The study of a search: Optuna's, in Optuna's own storage, which its dashboard opens too.
+"""The Optuna study of a search, in Optuna's own storage, which Optuna's dashboard can open too.
 
-By default that is Optuna's journal in a file beside the trials. What belongs together is appended to it in
-one piece, so that a search that is killed has not half asked for a trial; and of each trial the sampler is
-made anew from the search's seed and the trial's number, so that one that goes on draws what it would have
-drawn.
+By default the storage is Optuna's journal, in a file next to the trials. Entries that belong together are
+appended atomically, so that a killed search leaves no half-created trial. For each trial a new sampler is
+created from the search's seed and the trial's number, so that a resumed search draws the same values as an
+uninterrupted one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any, Protocol
 
 import optuna
 import orjson
-from numpy.random import SeedSequence, default_rng  # which numpy imports when it is asked for
+from numpy.random import SeedSequence, default_rng  # numpy imports numpy.random lazily
 from optuna.samplers import BaseSampler, RandomSampler
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.storages.journal import BaseJournalBackend, JournalFileBackend, JournalStorage
@@ -40,10 +40,10 @@ logging.getLogger("optuna").propagate = False
 SAMPLERS = ("random", "grid", "qmc", "tpe", "gp", "cmaes", "nsga2", "nsga3")
 STAGED = "staged"
 SEVERAL = ("random", "grid", "qmc", "tpe", "nsga2", "nsga3", "gp")
-"""Those that can search for several objectives."""
+"""Samplers that support several objectives."""
 NAME = "sweep"
 EARLIER = "earlier"
-"""The attribute of trials that were taken from another search, which is its name."""
+"""The attribute of trials copied from another search, with that search's name."""
 
 
 _MYSQL = ("SELECT GET_LOCK('stoker', 60)", "SELECT RELEASE_LOCK('stoker')")
@@ -51,35 +51,35 @@ _LOCKS = {
     "postgresql": ("SELECT pg_advisory_lock(7823846)", "SELECT pg_advisory_unlock(7823846)"),
     "mysql": _MYSQL, "mariadb": _MYSQL,
 }  # fmt: skip
-"""What takes and gives back a lock that all controllers of a database know, by SQLAlchemy's dialect."""
+"""The statements that take and release a lock shared by all controllers, by SQLAlchemy dialect."""
 
 
 class Kept(Protocol):
-    """Where a study is kept."""
+    """The storage of a study."""
 
     storage: BaseStorage
 
     def together(self) -> contextlib.AbstractContextManager[None]:
-        """What is written within this block is there whole or not at all, where that can be had."""
+        """Make the writes within this block atomic, if the storage supports it."""
         ...
 
     def alone(self) -> contextlib.AbstractContextManager[None]:
-        """One controller at a time is within this block, where there may be several."""
+        """Let only one controller at a time execute this block, if there may be several."""
         ...
 
     def sync(self) -> None:
-        """Bring it to the disk."""
+        """Flush what was written to disk."""
         ...
 
 
 class Database:
     """Optuna's tables in a database, which several controllers may share.
 
-    Each statement is durable by itself. A trial that was asked for and not given all of its values is given
-    the rest by the controller that takes it in.
+    Each statement is durable on its own. If a controller died before it had drawn all values of a trial, the
+    controller that takes the trial over draws the rest.
 
     Raises:
-        BadInput: it does not answer, or its driver is not installed.
+        BadInput: the database cannot be used, or its driver is not installed.
     """
 
     def __init__(self, url: str) -> None:
@@ -91,21 +91,21 @@ class Database:
                 f"--storage {record.shown(url)}: the database driver is not installed: {error}; for "
                 "PostgreSQL: pip install psycopg2-binary"
             ) from error
-        except Exception as error:  # SQLAlchemy's, and those of every driver
+        except Exception as error:  # of SQLAlchemy or of any driver
             said = str(error).strip().splitlines()[0]
             raise BadInput(f"--storage {record.shown(url)} cannot be used: {said}") from error
         self.storage: BaseStorage = tables
         self._engine = tables.engine
 
     def together(self) -> contextlib.AbstractContextManager[None]:
-        """Statements are written one by one."""
+        """Does nothing: each statement is written on its own."""
         return contextlib.nullcontext()
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
-        """One controller at a time is within this block, under PostgreSQL, MySQL and MariaDB.
+        """Let only one controller at a time execute this block, on PostgreSQL, MySQL and MariaDB.
 
-        By a lock of the database's own, which ends with the connection that holds it, however its process
+        This uses a lock of the database, which is released when its connection ends, however the process
         ends.
         """
         take, give = _LOCKS.get(self._engine.dialect.name, ("", ""))
@@ -120,11 +120,11 @@ class Database:
                 connection.exec_driver_sql(give)
 
     def sync(self) -> None:
-        """It is there already."""
+        """Does nothing: each statement is durable already."""
 
 
 def _tables(url: str, tries: int = 5) -> RDBStorage:
-    """Optuna's tables, which are made where there are none: of several that do so at once, one can."""
+    """Optuna's tables, created if missing; retries if other controllers create them at the same time."""
     from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError
 
     try:
@@ -137,17 +137,17 @@ def _tables(url: str, tries: int = 5) -> RDBStorage:
 
 
 class JournalFile(BaseJournalBackend):
-    """Optuna's journal in a file, as its `JournalFileBackend` has it: a JSON object a line.
+    """Optuna's journal in a file, in the format of its `JournalFileBackend`: one JSON object per line.
 
-    The kernel lets go of its lock however the process that holds it ends, and `together` makes several
-    entries one. They are in the hands of the operating system when they are appended, and on the disk when
-    `sync` returns.
+    The kernel releases the file lock however the process that holds it ends, and `together` makes several
+    entries one write. An appended entry survives the end of the process; it survives a power cut once `sync`
+    has returned.
     """
 
     def __init__(self, path: Path) -> None:
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         self._logs: list[dict[str, Any]] = []
-        self._read = 0  # bytes of the file that are in `_logs`
+        self._read = 0  # bytes of the file that `_logs` contains
         self._held: list[dict[str, Any]] | None = None
         with self._locked():
             self._cut_torn_line()
@@ -155,29 +155,29 @@ class JournalFile(BaseJournalBackend):
         self.storage: BaseStorage = self._optunas
 
     def read_logs(self, log_number_from: int) -> Iterable[dict[str, Any]]:
-        """The entries from a number on."""
+        """The entries from the given number on."""
         self._take_in()
         held = self._held or []
         return [*self._logs[log_number_from:], *held[max(0, log_number_from - len(self._logs)) :]]
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        """Append entries in one piece, or with the others of `together`."""
+        """Append entries in one write; within `together`, at the end of the block."""
         if self._held is not None:
             self._held += logs
             return
         lines = b"".join(_line(entry) for entry in logs)
         with self._locked():
             size = os.fstat(self._descriptor).st_size
-            if os.write(self._descriptor, lines) < len(lines):  # there was room for some of it only
+            if os.write(self._descriptor, lines) < len(lines):  # the disk is full
                 os.ftruncate(self._descriptor, size)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            if size == self._read:  # nobody else has appended: what is there is known
+            if size == self._read:  # no other process has appended: no need to read the file again
                 self._logs += logs
                 self._read += len(lines)
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """What is appended within this block is there whole, or not at all where that raises."""
+        """Append all entries of this block in one write, or none of them if an exception is raised."""
         self._take_in()
         self._held = []
         try:
@@ -187,19 +187,19 @@ class JournalFile(BaseJournalBackend):
                 self.append_logs(held)
         except BaseException:
             self._held = None
-            JournalStorage.__init__(self._optunas, self)  # anew: it has read what is not there
+            JournalStorage.__init__(self._optunas, self)  # reset: it has read entries that were not written
             raise
 
     def alone(self) -> contextlib.AbstractContextManager[None]:
-        """There is one controller, which holds the sweep's folder."""
+        """Does nothing: the only controller holds the lock of the sweep's folder."""
         return contextlib.nullcontext()
 
     def sync(self) -> None:
-        """Bring it to the disk."""
+        """Flush the journal to disk."""
         os.fsync(self._descriptor)
 
     def _take_in(self) -> None:
-        if self._held is not None:  # within `together` others are not looked for
+        if self._held is not None:  # within `together`, entries of other processes are not read
             return
         size = os.fstat(self._descriptor).st_size
         if size <= self._read:
@@ -210,7 +210,7 @@ class JournalFile(BaseJournalBackend):
         self._read += len(whole)
 
     def _cut_torn_line(self) -> None:
-        """Remove the beginning of an entry that a power cut left at the end."""
+        """Remove an incomplete entry that a power cut left at the end."""
         size = os.fstat(self._descriptor).st_size
         content = os.pread(self._descriptor, size, 0)
         os.ftruncate(self._descriptor, content.rfind(b"\n") + 1)
@@ -225,7 +225,7 @@ class JournalFile(BaseJournalBackend):
 
 
 def _line(entry: dict[str, Any]) -> bytes:
-    """An entry as a line of the journal; by orjson but for what only `json` writes as Optuna does, as NaN."""
+    """An entry as a line of the journal, by orjson unless it may contain NaN, which orjson writes as null."""
     try:
         line = orjson.dumps(entry, option=orjson.OPT_APPEND_NEWLINE)
     except TypeError:
@@ -236,14 +236,15 @@ def _line(entry: dict[str, Any]) -> bytes:
 
 
 class _Learned(Study):
-    """A study as samplers learn from it: a trial that has values, and may go on, is one that ended there.
+    """A study as samplers see it: a trial that is RUNNING and has values counts as ended.
 
-    Else those that wait at a rung, as most of ASHA's do to the end of the search, would teach nothing.
+    Otherwise samplers would learn nothing from trials that wait at a rung, as most of ASHA's do until the
+    search ends.
     """
 
     @classmethod
     def of(cls, study: Study) -> _Learned:
-        """The same study, seen so."""
+        """Wrap a study."""
         learned = cls.__new__(cls)
         learned.__dict__ = study.__dict__
         return learned
@@ -259,7 +260,7 @@ def _as_far(trial: FrozenTrial) -> FrozenTrial:
     newest = trial.user_attrs.get(promising.NEWEST)
     if newest and trial.state in (TrialState.RUNNING, TrialState.PRUNED):
         ended = copy.copy(trial)
-        ended.state, ended.values = TrialState.COMPLETE, newest["values"]  # pruned ones have no values
+        ended.state, ended.values = TrialState.COMPLETE, newest["values"]  # pruned trials have none
         return ended
     if trial.state != TrialState.RUNNING or not trial.intermediate_values:
         return trial
@@ -269,18 +270,18 @@ def _as_far(trial: FrozenTrial) -> FrozenTrial:
 
 
 class Seeded(BaseSampler):
-    """A sampler that is made anew for each trial, from its number: what it draws depends on no process.
+    """Creates a new sampler for each trial, seeded by its number, so that a restart changes no draw.
 
     Args:
-        make: a sampler from a seed and the trial's number.
-        seed: of the search.
-        learns: whether what it draws depends on how other trials ended.
+        make: creates a sampler from a seed and the trial's number.
+        seed: the search's seed.
+        learns: whether the draws depend on the results of other trials.
     """
 
     def __init__(self, make: Callable[[int, int], BaseSampler], seed: int, *, learns: bool = True) -> None:
         self._make, self._seed, self.learns = make, seed, learns
         self._of_open: dict[int, BaseSampler] = {}
-        """Those of trials that are not over."""
+        """The samplers of unfinished trials."""
 
     def _of(self, number: int) -> BaseSampler:
         if number not in self._of_open:
@@ -319,7 +320,7 @@ class Seeded(BaseSampler):
 
 
 class _Point(BaseSampler):
-    """Draws one point of a grid."""
+    """Returns the values of one point of a grid."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
         self._values = values
@@ -342,12 +343,12 @@ class _Point(BaseSampler):
 
 
 def sampler(name: str, space: Space, seed: int, trials: int = 0) -> Seeded:
-    """A sampler of Optuna's by its short name. Raises BadInput.
+    """An Optuna sampler by its short name. Raises BadInput.
 
     Args:
-        seed: of the search. What must be the same over all trials (the order of a grid, the scrambling of
-            a sequence) is of this seed alone.
-        trials: how many are planned; of `staged`, the first half is random.
+        seed: the search's seed. What must be the same for all trials (the order of a grid, the scrambling of
+            a sequence) depends on this seed only.
+        trials: the number of planned trials; for `staged`, the first half of them are random.
     """
     samplers = optuna.samplers
     if name not in (*SAMPLERS, STAGED):
@@ -380,18 +381,18 @@ def sampler(name: str, space: Space, seed: int, trials: int = 0) -> Seeded:
 
 
 def _again(random: RandomSampler, seed: int) -> RandomSampler:
-    """The same sampler as one that is made with this seed, of which making the generator takes the most."""
+    """Reseed a sampler: equivalent to a new sampler, without the cost of creating its generator."""
     random._rng.rng.seed(seed)
     return random
 
 
 def learns(study: Study) -> bool:
-    """Whether the values of a study's next trial depend on how others ended."""
+    """Whether the values of a study's next trial depend on the results of other trials."""
     return not isinstance(study.sampler, Seeded) or study.sampler.learns
 
 
 def learn_from(study: Study, earlier: Study, name: str) -> int:
-    """Let a new study know the complete trials of an earlier one, named so; returns how many it took."""
+    """Copy the complete trials of an earlier search, called `name`, to a new study; returns their number."""
     known = [trial for trial in earlier.get_trials(deepcopy=False) if trial.state == TrialState.COMPLETE]
     for trial in known:
         study.add_trial(
@@ -407,7 +408,7 @@ def learn_from(study: Study, earlier: Study, name: str) -> int:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without Optuna's warnings of what is experimental."""
+    """Suppress Optuna's warnings about experimental features."""
     import warnings
 
     with warnings.catch_warnings():
@@ -416,12 +417,12 @@ def quiet() -> Iterator[None]:
 
 
 def read(file: Path) -> Study:
-    """The study in a journal, to be looked at only, also while it is searched."""
+    """The study in a journal, for reading only, also during the search."""
     return optuna.load_study(study_name=NAME, storage=JournalStorage(JournalFileBackend(str(file))))
 
 
 def of(folder: Path) -> Study:
-    """The study of a search that stands in a folder, wherever it is kept. Raises BadInput."""
+    """The study of the search in a folder, whatever its storage. Raises BadInput."""
     known = record.read(folder)
     url = known.get("storage", "")
     if not url:
@@ -434,7 +435,7 @@ def of(folder: Path) -> Study:
 
 
 def read_shared(url: str, name: str) -> Study:
-    """The same of one in a database. Raises BadInput."""
+    """The study of this name in a database. Raises BadInput."""
     try:
         return optuna.load_study(study_name=name, storage=Database(url).storage)
     except KeyError as error:
@@ -442,11 +443,11 @@ def read_shared(url: str, name: str) -> Study:
 
 
 def opened(kept: Kept, made_by: BaseSampler, goals: Sequence[Goal], name: str = NAME) -> Study:
-    """The study of that name, or a new one."""
+    """The study of this name, created if it does not exist."""
     if name in optuna.get_all_study_names(kept.storage):
         return optuna.load_study(study_name=name, storage=kept.storage, sampler=made_by)
     directions = [StudyDirection.MINIMIZE if goal == "min" else StudyDirection.MAXIMIZE for goal in goals]
-    with kept.together():  # of two that make it at once one does
+    with kept.together():  # if two processes create it at once, one loads it
         return optuna.create_study(
             study_name=name, storage=kept.storage, sampler=made_by, directions=directions, load_if_exists=True
         )

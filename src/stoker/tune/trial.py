@@ -1,4 +1,4 @@
-"""A trial as its own process sees it: its values go to the controller, whose decision comes back."""
+"""A trial in its own process: reports its values to the controller and carries out the decisions."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from stoker.tune.plan import SHARE
 
 @dataclass(frozen=True)
 class Job:
-    """All that the processes of a trial need to know."""
+    """Everything that the processes of a trial need to know."""
 
     number: int
     recipe: str
@@ -35,27 +35,27 @@ class Job:
     """The folder of its run, under `runs`."""
     run: str
     metrics: tuple[str, ...]
-    """What is searched for; each value of the first one is reported."""
+    """The metrics to optimise; each value of the first one is reported."""
     unit: str
-    """What schedulers count by, as a plan's."""
+    """The unit that schedulers count by, as in `Plan`."""
     provenance: Path | None
-    """What all trials of a search are made from; None of a run that gathers its own, and ships itself."""
+    """The provenance that a search's trials share; None if the run gathers its own and ships itself."""
     tags: Mapping[str, str] = field(default_factory=dict)
-    """Of its run."""
+    """Tags of its run."""
     waits: bool = True
-    """Whether it waits at each report for what is decided; else nothing ever is, and it is not answered."""
+    """Whether it waits for a decision after each report; otherwise its reports are not answered."""
 
 
 @dataclass(frozen=True)
 class Began:
-    """A trial that was handed over ahead is trained now."""
+    """The training of a trial that was handed over ahead has started."""
 
     number: int
 
 
 @dataclass(frozen=True)
 class Report:
-    """A value of the metric, for which a trial waits to be told what to do."""
+    """A value of the first metric, after which a trial waits for a decision unless its job says otherwise."""
 
     number: int
     step: int
@@ -63,39 +63,39 @@ class Report:
     per_step: float = 1.0
     """How much of the unit that schedulers count by one step is."""
     metrics: Mapping[str, float] = field(default_factory=dict)
-    """The newest value of everything that it logs."""
+    """The newest value of every metric that it logs."""
 
 
 @dataclass(frozen=True)
 class Ended:
-    """A trial is over: how, as it said itself."""
+    """The end of a trial."""
 
     number: int
     status: str
-    """As a run's (finished, paused, stopped, preempted, ...); killed, by a signal."""
+    """A run's status (finished, paused, stopped, preempted...), or killed (by a signal or a lost machine)."""
     error: str = ""
     trace: str = ""
     logged: tuple[str, ...] = ()
-    """The metrics that it has logged."""
+    """The names of the metrics that it has logged."""
     values: Mapping[str, float] = field(default_factory=dict)
-    """The newest value of each metric that is searched for."""
+    """The newest value of each metric to optimise."""
     refused: bool = False
-    """Whether it failed of bad input: it has not begun, and would not if it were tried again."""
+    """Whether its input was refused: it never started, and a retry would not help."""
 
 
 _HELD = 0.25
-"""Seconds between messages to a controller that answers none: each of them wakes it."""
-_SILENT = 1800.0  # seconds: an evaluation may take long, and need not say anything
+"""Seconds between messages to a controller that does not answer them; each message wakes it."""
+_SILENT = 1800.0  # seconds; an evaluation may take long without logging anything
 
 
 class NotFinite(StokerError):
-    """The value that is searched for is NaN or infinite."""
+    """A metric to optimise is NaN or infinite."""
 
 
 class Link:
-    """What a process of a trial and the controller say to each other, each of them a dict.
+    """The connection between a process of a trial and the controller. Each message is a dict.
 
-    Each thing that is said wakes the other end: what may wait goes with what is said next.
+    Each message wakes the other end, so reports that can wait are held and sent with the next message.
     """
 
     def __init__(self, connection: Connection) -> None:
@@ -104,26 +104,26 @@ class Link:
         self._lock = threading.Lock()
 
     def hold(self, **report: Any) -> None:
-        """Say a report with what is said next."""
+        """Hold a report until the next message."""
         with self._lock:
             self._held.append(report)
 
     def send_held(self) -> None:
-        """Say the reports that are held, where there are any."""
+        """Send the held reports, if there are any."""
         if self._held:
             self.send("reports")
 
     def tell(self, kind: str, **fields: Any) -> None:
-        """Say something to which there is no answer."""
+        """Send a message, with the held reports."""
         with self._lock:
             held, self._held = self._held, []
             self._connection.send_bytes(pickle.dumps({"kind": kind, "reports": held, **fields}))
 
     def ask(self, kind: str, **fields: Any) -> dict[str, Any]:
-        """Say something, and wait for the answer.
+        """Send a message and wait for the answer.
 
-        Where the other end is gone, this process ends at once, as it is about to be: an error would go down
-        in the run as its own failure.
+        If the other end is gone, this process exits at once, as it is about to be killed anyway: an exception
+        would be recorded as a failure of the run.
         """
         self.send(kind, **fields)
         try:
@@ -132,29 +132,29 @@ class Link:
             os._exit(EXIT_FAILED)
 
     def send(self, kind: str, **fields: Any) -> None:
-        """Say something to which there is no answer; as `ask` where the other end is gone."""
+        """Send a message; if the other end is gone, exit as `ask` does."""
         try:
             self.tell(kind, **fields)
         except OSError:
             os._exit(EXIT_FAILED)
 
     def hear(self) -> dict[str, Any]:
-        """What the other end says next. Raises EOFError where it is gone."""
+        """Receive the next message. Raises EOFError if the other end is gone."""
         found: dict[str, Any] = self._connection.recv()
         return found
 
 
 class Reporter:
-    """Listens to a run: the values of the first metric are reported, and what is decided then is done.
+    """Listens to a run, reports the values of the first metric and carries out the decisions about them.
 
     Args:
-        waits: as a job's.
-        hang_limit: seconds without a word after which a loop without a Trainer hangs; by default 20 times its
-            longest silence so far, and half an hour at least.
+        waits: as in `Job`.
+        hang_limit: seconds without a logged value after which a loop without a Trainer counts as hanging; by
+            default 20 times its longest pause so far, but at least half an hour.
 
-    What is measured before a Trainer's first step says nothing of a trial, and is not reported.
+    Values logged before a Trainer's loop starts say nothing about the trial and are not reported.
 
-    A run that a Trainer steps stops at the end of the step, on all ranks; any other at once, within
+    With a Trainer, the run stops at the end of the step, on all ranks; without one, immediately, within
     `run.log`.
     """
 
@@ -179,13 +179,13 @@ class Reporter:
         )
         self._sends = None if waits else Periodic([Timed(_HELD, link.send_held)])
         self.logged: set[str] = set()
-        """The names of all metrics so far."""
+        """The names of all metrics logged so far."""
         self.values: dict[str, float] = {}
-        """The newest value of each that is searched for."""
+        """The newest value of each metric to optimise."""
 
     def __call__(self, step: int, values: Mapping[str, Any]) -> None:
-        """Called by the run with what was logged. Raises NotFinite, or Stopped."""
-        if self._attempt.heart is self._heart:  # a Trainer brings its own
+        """Called by the run with the logged values. Raises NotFinite or Stopped."""
+        if self._attempt.heart is self._heart:  # a Trainer sets its own
             self._heart.beat(step)
         self.logged.update(values)
         for metric in self._metrics:
@@ -194,11 +194,11 @@ class Reporter:
                 if not math.isfinite(value):
                     raise NotFinite(f"{metric} is {value} at step {step}")
                 self.values[metric] = value
-        if self._metrics[0] not in values or self._unit == SHARE:  # of such a one the last value counts
+        if self._metrics[0] not in values or self._unit == SHARE:  # for a share, the last value counts
             return
         if (
             self._attempt.heart is not self._heart and not self._attempt.plan
-        ):  # a Trainer's loop has not begun
+        ):  # a Trainer's loop has not started
             return
         report = {"step": step, "value": self.values[self._metrics[0]], "per_step": self._per_step()}
         if not self._waits:
@@ -212,12 +212,12 @@ class Reporter:
             self._attempt.stop.ask(answer["decision"])
 
     def close(self) -> None:
-        """The trial is over: what is held goes with the word that it is."""
+        """End the periodic sending; the held reports go with the message that the trial has ended."""
         if self._sends is not None:
             self._sends.close()
 
     def _per_step(self) -> float:
-        """How much of the unit one step is. Raises StokerError where the loop does not say."""
+        """How much of the unit one step is. Raises StokerError if the loop does not report it."""
         plan = self._attempt.plan
         found = duration.of_a_step(
             self._unit, samples=plan.get("samples_per_step"), tokens=plan.get("tokens_per_step"),
