@@ -319,7 +319,7 @@ def _pending(folder: Path) -> int:
 def test_three_attempts_with_two_kills_arrive_as_one_run(
     tmp_path: Path, reader: Reader, train: Callable[..., subprocess.Popen[bytes]]
 ) -> None:
-    first = train("1", "40")
+    first = train("1", "40", "--samples", "1")
     until(lambda: _pending(tmp_path) == 0)
     assert reader.status() == "running"
     first.send_signal(signal.SIGKILL)
@@ -327,7 +327,7 @@ def test_three_attempts_with_two_kills_arrive_as_one_run(
     until(lambda: reader.status() == "killed")
     assert time.monotonic() - killed < NOTICED_WITHIN
 
-    second = train("31", "60", "--resume", "30")
+    second = train("31", "60", "--resume", "30", "--samples", "1")
     time.sleep(1.0)  # somewhere in its start, or in shipping
     for process in _followers(tmp_path):
         process.send_signal(signal.SIGKILL)

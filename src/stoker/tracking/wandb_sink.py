@@ -264,7 +264,7 @@ def _points_on_server(run: Any) -> Iterator[tuple[str, int]]:
 
 
 def _points_of(row: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
-    step = row.get(_STEP, row.get(_SAMPLE))
+    step = row.get(_SAMPLE, row.get(_STEP))  # W&B also gives a sample's row the newest step
     if step is not None:
         yield from (
             (key, int(step)) for key in row if key not in (_STEP, _SAMPLE) and not key.startswith("_")
