@@ -194,11 +194,14 @@ class _Task:
         self._alone_since: float | None = None
 
     def take_turn(self) -> int | None:
-        """Wait for another follower of this run to end: a lock, or None where no more is to be done."""
+        """Wait for another follower of this run to end; returns the lock, or None if it completed the task.
+
+        Also returns None if the patience runs out first.
+        """
         self._directory.sinks.mkdir(exist_ok=True)
         while (lock := storage.try_lock(self._lock_file)) is None:
             if self._goal is not None and self._alone_since is None:
-                self._wake_file.touch()  # somebody waits: the other one is to try now
+                self._wake_file.touch()  # makes the other follower try now
             if self.complete() or self._out_of_patience():
                 return None
             time.sleep(0.1)
@@ -249,7 +252,7 @@ class _Task:
         return _Outside(self._directory.trained_here, storage.modified(self._wake_file))
 
     def _out_of_patience(self) -> bool:
-        """Whether a failing sink was retried long enough without waiting for a trainer."""
+        """Whether the patience has passed since there was no trainer to wait for."""
         if self._goal is None and self._directory.trained_here:
             self._alone_since = None
             return False
