@@ -38,8 +38,8 @@ class Generator:
     def predict(self, model_input: Any, params: dict[str, Any] | None = None) -> list[str]:
         """Continue each prompt in a list of texts, or in the first column of a table.
 
-        `params` are passed to `generate`. By default at most 128 tokens are generated; MLflow fills in the
-        default of the signature that decoding is greedy.
+        `params` are passed to `generate`; the default is at most 128 tokens, and under MLflow, whose
+        signature sets `do_sample` to false, greedy decoding.
         """
         options = {"max_new_tokens": 128, **(params or {})}
         return [self._continue(prompt, options) for prompt in _texts(model_input)]
