@@ -27,7 +27,7 @@ def seed_everything(seed: int) -> None:
 
     if torch.accelerator.is_available():
         torch.manual_seed(seed)
-    else:  # the same, without preparing for devices that may come: saves half a millisecond per trial
+    else:  # the same, but does not prepare for later devices: saves half a millisecond per trial
         torch.default_generator.manual_seed(seed)
 
 

@@ -1,10 +1,9 @@
 """The feed: a run's journal as batches for a sink, each point once.
 
-A point ships as soon as it is logged, so the first one of a metric and step stands: what a
-later attempt logs again at that step is left out. Which points those are is a function of
-the journal alone. A follower that starts anew reads it up to where the last one came, and
-goes on with the very batches that the last one would have made. A run that is made anew in
-its sink is the fold up to there: what a later attempt made void is left out as well.
+A point is shipped as soon as it is logged, so the first value of a metric at a step counts; values that a
+later attempt logs for the same step are skipped. The batches depend on the journal alone: a new follower
+reads the journal up to the position that the last one reached, and continues with the same points.
+When a run is rebuilt in a sink, points that a later attempt superseded are skipped as well.
 """
 
 from __future__ import annotations
@@ -20,18 +19,19 @@ from stoker.run.journal import Cursor, Event
 from stoker.run.reduction import Reduction
 from stoker.tracking.sink import Batch, Ending, Point
 
-BATCH_POINTS = 1000  # what MLflow takes at once
+BATCH_POINTS = 1000  # the most that MLflow accepts in one request
 BATCH_EVENTS = 500
 SYSTEM = "system/"
-"""What stands before the names of a machine's metrics; their steps are sample numbers."""
+"""Prefix of the names of machine metrics, whose steps are sample numbers."""
 
 _SHIPPED = {"metrics", "system", "media", "artifact", "used", "tags", "params", "note", "attempt_started"}
 
 
 class Feed:
-    """Reads a journal from `cursor` on; `cursor` moves with every batch taken.
+    """Reads a journal from `cursor` on; `cursor` advances with every batch taken.
 
-    Up to `folded` it gives what the view has, else of each point the first.
+    Up to `folded`, points that a later attempt superseded are skipped, as in the run's view; after it, the
+    first value of each point counts.
     """
 
     def __init__(self, folder: Path, cursor: Cursor, folded: Cursor | None = None) -> None:
@@ -51,7 +51,7 @@ class Feed:
         self.cursor = Cursor(dict(cursor.offsets))
 
     def take(self) -> Batch:
-        """The next batch; empty where the journal holds nothing new."""
+        """The next batch; empty if the journal holds nothing new."""
         batch = Batch()
         for count, event in enumerate(journal.read(self._folder, self.cursor), 1):
             self._add(event, batch)
@@ -60,11 +60,11 @@ class Feed:
         return batch
 
     def ending(self) -> Ending:
-        """How the run ended, once its process is gone: killed, where it did not say."""
+        """How the run ended, once its process is gone: killed, unless the journal says otherwise."""
         return self._ending or Ending(view.KILLED, self._last_event)
 
     def _add(self, event: Event, batch: Batch) -> None:
-        with contextlib.suppress(LookupError, TypeError, ValueError, AttributeError):  # the view reports it
+        with contextlib.suppress(LookupError, TypeError, ValueError, AttributeError):  # reported by the view
             kind = event["type"]
             if event["attempt"] != journal.FROM_OUTSIDE:
                 self._attend(event)
@@ -92,7 +92,7 @@ class Feed:
                 _add_other(event, batch)
 
     def _attend(self, event: Event) -> None:
-        """Follow which attempt it is, and how many ranks it has."""
+        """Track the current attempt and its number of ranks."""
         self._last_event = max(self._last_event, event["time"])
         if event["type"] == "attempt_started":
             self._attempt, self._reduction = event["attempt"], Reduction(event.get("world", 1))
@@ -118,29 +118,29 @@ class Feed:
 
 
 def pending(folder: Path, cursor: Cursor) -> int:
-    """How many events past the cursor a sink has still to be told."""
+    """The number of events past the cursor that a sink has not received yet."""
     return sum(event["type"] in _SHIPPED for event in journal.read(folder, cursor))
 
 
 def position(cursor: Cursor) -> int:
-    """How many bytes of a journal lie before a cursor; it is read in one order, so this says where."""
+    """The number of bytes of a journal before a cursor; journals are always read in the same order."""
     return sum(cursor.offsets.values())
 
 
 def end(folder: Path) -> int:
-    """The position behind everything that a journal holds now."""
+    """The position at the present end of a journal."""
     return sum(journal.ends(folder).values())
 
 
 def started(directory: RunDirectory) -> float:
-    """When a run's first attempt began, in seconds since 1970; when it was made, where none did."""
+    """When a run's first attempt began, or else when the run was created, in seconds since 1970."""
     for event in journal.read(directory.journal, limit=1):
         return float(event["time"])
     return directory.record_file.stat().st_mtime
 
 
 def _standing(folder: Path, folded: Cursor) -> list[float]:
-    """The last step that no later attempt made void: at first, then after each time that one resumed."""
+    """The last step that no later attempt superseded: at the start, then after each resume."""
     events = journal.read(folder, Cursor(), until=folded)
     steps = [event["step"] for event in events if _resumes(event)]
     return [*itertools.accumulate([math.inf, *reversed(steps)], min)][::-1]
@@ -163,6 +163,6 @@ def _add_other(event: Event, batch: Batch) -> None:
 
 
 def _drift(event: Event) -> dict[str, str | None]:
-    """What an attempt's config changed, as tags: a sink's params are written once."""
+    """The changes to the config in an attempt, as tags, because params cannot be changed in a sink."""
     drift = event.get("drift") or {}
     return {f"stoker.drift.{key}": f"{old} -> {new}" for key, (old, new) in drift.items()}

@@ -37,11 +37,11 @@ from stoker.tracking.shipper import Shipper
 from stoker.tracking.sink import Sink
 
 INTERVAL = 0.5  # seconds between looks at the journal
-LONGEST_BACKOFF = 30.0  # seconds between tries of a sink that fails, while there is no hurry
-SHARE = 0.1  # of a core that a sink may take while the trainer lives: what is logged faster waits
-PATIENCE = 60.0  # seconds that a failing sink is tried for once the trainer is gone
-ONCE_PATIENCE = 10.0  # and by `stoker sync`, where somebody waits for the answer
-_REPORTED_AFTER = 2  # failures in a row; a locked database is none
+LONGEST_BACKOFF = 30.0  # most seconds between attempts of a failing sink during training
+SHARE = 0.1  # of a core that a sink may use during training; the rest waits
+PATIENCE = 60.0  # seconds for which a failing sink is retried once the trainer is gone
+ONCE_PATIENCE = 10.0  # the same for `stoker sync`, where a user waits
+_REPORTED_AFTER = 2  # failures in a row; a single one may be a locked database
 
 
 @dataclass(frozen=True)
@@ -173,16 +173,16 @@ def follow(directory: RunDirectory, name: str, *, once: bool = False, patience: 
 
 @dataclass(frozen=True)
 class _Outside:
-    """What makes a follower hurry."""
+    """The events that wake a follower."""
 
     trained: bool
-    """Whether the trainer lives."""
+    """Whether the trainer is alive."""
     asked: int
-    """When somebody last asked for the sink, see `storage.modified`."""
+    """When another follower last asked for this sink, see `storage.modified`."""
 
 
 class _Task:
-    """What a follower has to do: ship up to `goal` (a position in the journal), or to the run's end."""
+    """A follower's task: ship up to `goal` (a position in the journal), or to the end of the run."""
 
     def __init__(self, directory: RunDirectory, name: str, goal: int | None, patience: float) -> None:
         self._directory = directory
@@ -194,18 +194,21 @@ class _Task:
         self._alone_since: float | None = None
 
     def take_turn(self) -> int | None:
-        """Wait for another follower of this run to end: a lock, or None where no more is to be done."""
+        """Wait for another follower of this run to end; returns the lock, or None if it completed the task.
+
+        Also returns None if the patience runs out first.
+        """
         self._directory.sinks.mkdir(exist_ok=True)
         while (lock := storage.try_lock(self._lock_file)) is None:
             if self._goal is not None and self._alone_since is None:
-                self._wake_file.touch()  # somebody waits: the other one is to try now
+                self._wake_file.touch()  # makes the other follower try now
             if self.complete() or self._out_of_patience():
                 return None
             time.sleep(0.1)
         return lock
 
     def complete(self) -> bool:
-        """Whether the sink has all that it should have by now."""
+        """Whether the sink has received everything it should have by now."""
         known = ledger.load(self._file)
         if not known.concluded and (self._goal is None or not self._directory.trained_here):
             return False
@@ -213,10 +216,10 @@ class _Task:
         return feed.position(known.cursor) >= goal
 
     def ship(self, shipper: Shipper) -> bool:
-        """Ship until complete; False where patience ended first, or the run was removed."""
+        """Ship until complete; returns False if the patience ran out first, or the run was removed."""
         failures = 0
         while self._directory.exists():
-            before = self._outside()  # asked first: what is read after the trainer's death is all
+            before = self._outside()  # checked first: a trainer that is gone logs nothing more
             alive = before.trained
             try:
                 began = time.thread_time()
@@ -240,7 +243,7 @@ class _Task:
         return False
 
     def _sleep(self, seconds: float, before: _Outside) -> None:
-        """Sleep, unless somebody has asked for the sink since `before`, or the trainer has died."""
+        """Sleep until another follower asks for the sink, the trainer's state changes, or time is up."""
         deadline = time.monotonic() + seconds
         while (left := deadline - time.monotonic()) > 0 and self._outside() == before:
             time.sleep(min(left, INTERVAL))
@@ -249,7 +252,7 @@ class _Task:
         return _Outside(self._directory.trained_here, storage.modified(self._wake_file))
 
     def _out_of_patience(self) -> bool:
-        """Whether the trainer is gone, or was never waited for, and that for too long."""
+        """Whether the patience has passed since there was no trainer to wait for."""
         if self._goal is None and self._directory.trained_here:
             self._alone_since = None
             return False
@@ -304,7 +307,7 @@ _WHERE: dict[str, Callable[[RunDirectory], str]] = {
 
 
 def follow_all(directory: RunDirectory, *, once: bool, patience: float) -> bool:
-    """Ship a run to every sink at once, so that none waits for another; whether all was shipped."""
+    """Ship a run to all sinks in parallel; returns whether everything was shipped."""
     names = enabled()
     with ThreadPoolExecutor(max(len(names), 1)) as pool:
         shipping = [pool.submit(follow, directory, name, once=once, patience=patience) for name in names]
@@ -312,13 +315,13 @@ def follow_all(directory: RunDirectory, *, once: bool, patience: float) -> bool:
 
 
 def follow_sweep(folder: Path, patience: float = PATIENCE) -> bool:
-    """Ship the trials of a search one after the other until it is over; returns whether all was shipped.
+    """Ship the trials of a search one by one until it is over; returns whether everything was shipped.
 
     After that, failing sinks are retried for `patience` seconds.
     """
     over_since: float | None = None
     while True:
-        over = not storage.is_locked(folder / SWEEP_LOCK)  # asked first: what is seen after its end is all
+        over = not storage.is_locked(folder / SWEEP_LOCK)  # checked first: nothing is added after its end
         behind = [run for run in _runs(folder) if not all(_complete(run, name) for name in enabled())]
         for run in behind:
             follow_all(run, once=run.trained_here, patience=0.0)
@@ -340,7 +343,7 @@ def _complete(run: RunDirectory, name: str) -> bool:
 
 
 def _end_sweep(folder: Path) -> bool:
-    """Let the trackers know that a search is over for now."""
+    """Tell MLflow that a search is over for now."""
     if "mlflow" in enabled() and (runs := _runs(folder)):
         from stoker.tracking.mlflow_sink import MlflowSink
 
@@ -349,7 +352,7 @@ def _end_sweep(folder: Path) -> bool:
 
 
 def main() -> int:
-    """The follower's process. Returns 0 where all was shipped, else 1."""
+    """The follower's process. Returns 0 if everything was shipped, else 1."""
     parser = argparse.ArgumentParser(prog="stoker.tracking.follower")
     parser.add_argument("run", type=Path, help="the run's directory, or with --sweep that of a search")
     parser.add_argument("--sweep", action="store_true", help="ship all trials of a search until it is over")

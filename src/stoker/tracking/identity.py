@@ -1,7 +1,7 @@
-"""Who a run is to a sink: its place in the runs folder, with the uid of its record.
+"""The identity of a run in a sink: its place in the runs folder, and the uid of its record.
 
-A copy of a run's directory has the uid, the ledgers and the record of the run that it was
-copied from, so the place tells them apart. A run that was renamed is still who it was.
+A copy of a run's directory has the same uid, ledgers and record as the original, so the place distinguishes
+them. A renamed run keeps its run in the sink.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from stoker.run.directory import RunDirectory
 
 
 def of(directory: RunDirectory) -> str:
-    """Who a run is now."""
+    """The present identity of a run."""
     return f"{directory.experiment}/{directory.id}@{directory.record()['uid']}"
 
 
 def recorded(record: dict[str, Any]) -> str:
-    """Who the run of a record was when it was made."""
+    """The identity of a run when its record was written."""
     return f"{record['experiment']}/{record['id']}@{record['uid']}"
 
 
 def is_anothers(identity: str, directory: RunDirectory) -> bool:
-    """Whether another run of the same runs folder is the one of that identity: ours is a copy of it."""
+    """Whether the identity is that of another run in the same runs folder, which this run is a copy of."""
     place, _, uid = identity.rpartition("@")
     other = RunDirectory(directory.path.absolute().parent.parent / place)
     if other.path == directory.path.absolute():
         return False
-    with contextlib.suppress(BadInput):  # there is none, or nobody can say who it is
+    with contextlib.suppress(BadInput):  # there is no such run, or its record is unreadable
         return bool(other.record().get("uid") == uid)
     return False

@@ -1,7 +1,7 @@
-"""The ledger: how far a sink has got, kept in a small file that survives any kill.
+"""The ledger: the progress of a sink, in a small file that survives any kill.
 
-It is written whole after every batch that a sink has stored. Where it is lost or cannot be
-read the follower begins anew, which costs time and nothing else, since sinks are idempotent.
+It is replaced atomically after every batch that the sink has stored. If it is lost or unreadable, the
+follower starts from the beginning, which only costs time, since sinks are idempotent.
 """
 
 from __future__ import annotations
@@ -22,29 +22,29 @@ from stoker.run.journal import Cursor
 
 @dataclass
 class Ledger:
-    """What a follower knows of its sink."""
+    """What a follower knows about its sink."""
 
     run: str | None = None
     """The run's id in the sink."""
     where: str = ""
     offsets: dict[str, int] = field(default_factory=dict)
-    """The cursor: bytes shipped of every journal file."""
+    """The cursor: the number of bytes shipped of each journal file."""
     mark: Any = None
-    """What the sink said of how far it was after the last batch."""
+    """The value that the sink returned for the last batch, see `Sink`."""
     concluded: bool = False
     """Whether the sink was told how the run ended, after everything else was shipped."""
     error: str | None = None
     since: float | None = None
-    """Since when the sink has been failing, in seconds since 1970."""
+    """When the sink started to fail, in seconds since 1970."""
     pid: int = 0
-    """The follower that wrote this."""
+    """The process id of the follower that wrote the ledger."""
     edition: str = ""
-    """Which of the runs that the sink has of this one: another since each `stoker sync --rebuild`."""
+    """Identifies the sink's run if it was rebuilt; each `stoker sync --rebuild` sets another value."""
     folded: dict[str, int] = field(default_factory=dict)
-    """The cursor up to which that run is the fold: what was void by then is left out."""
+    """The cursor at the last rebuild; points that were superseded by then are skipped, see `Feed`."""
 
     def begun(self, run: str | None) -> Ledger:
-        """The ledger of a run in the sink that has nothing of the journal yet."""
+        """The ledger for a run in the sink to which nothing of the journal was shipped yet."""
         return Ledger(run=run, edition=self.edition, folded=self.folded)
 
     @property
@@ -52,7 +52,7 @@ class Ledger:
         return Cursor(dict(self.offsets))
 
     def failed(self, reason: str) -> None:
-        """Note down why the sink fails, in one line, and since when."""
+        """Record why the sink fails, in one line, and since when."""
         self.error = textwrap.shorten(reason, 500, placeholder=" ...")
         self.since = self.since or time.time()
 
@@ -60,14 +60,14 @@ class Ledger:
         self.error = self.since = None
 
     def save(self, file: Path) -> None:
-        """Write the ledger, without secrets that an error may quote. Raises OSError."""
+        """Write the ledger, redacting secrets that an error may quote. Raises OSError."""
         self.pid = os.getpid()
         file.parent.mkdir(exist_ok=True)
         storage.write_atomically(file, orjson.dumps(redaction.tree(asdict(self)), option=orjson.OPT_INDENT_2))
 
 
 def load(file: Path) -> Ledger:
-    """Read a ledger; a new one where there is none that can be read."""
+    """Read a ledger; returns a new one if the file is missing or unreadable."""
     with contextlib.suppress(OSError, orjson.JSONDecodeError, TypeError):
         return Ledger(**orjson.loads(file.read_bytes()))
     return Ledger()

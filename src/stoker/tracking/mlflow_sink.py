@@ -1,8 +1,7 @@
-"""The MLflow sink: a run of ours is one MLflow run, across all its attempts.
+"""The MLflow sink: each stoker run is one MLflow run, across all its attempts.
 
-The one module that imports mlflow, so only a follower's process imports this one. MLflow
-stores a metric that it has already (same key, time, step and value) once, which is what
-makes a batch safe to send again.
+This module imports mlflow, so only a follower imports it. MLflow stores a metric with the same key, time,
+step and value only once, so a batch can safely be sent again.
 """
 
 from __future__ import annotations
@@ -29,13 +28,13 @@ from stoker.tracking.sink import Batch, Ending, SinkRun
 
 log = logging.getLogger(__name__)
 
-LARGEST_ARTIFACT = 512 * 2**20  # bytes; what is larger stays where it is, and a tag says where
+LARGEST_ARTIFACT = 512 * 2**20  # bytes; a larger one is not copied: a tag holds its path
 _METRICS_PER_REQUEST = 1000
-_TEXTS_PER_REQUEST = 50  # MLflow takes 100, and a request of 1 MB: 100 long ones would be more
+_TEXTS_PER_REQUEST = 50  # MLflow accepts 100, but only 1 MB per request
 _LONGEST_PARAM = 6000
-_LONGEST_TAG = 5000  # MLflow takes 8000, some of its databases less
+_LONGEST_TAG = 5000  # MLflow accepts 8000, some databases fewer
 _LONGEST_KEY = 250
-_LARGEST_SHOWN_TABLE = 10_000  # rows; a larger one is there as Parquet alone
+_LARGEST_SHOWN_TABLE = 10_000  # rows; a larger one is stored only as Parquet
 _NOTE = "mlflow.note.content"
 _PARENT = "mlflow.parentRunId"
 _IDENTITY = "stoker.run"
@@ -44,14 +43,14 @@ _REPLACED = "stoker.replaced_by"
 _REFUSED = re.compile(r"[^\w./\- :]")
 _STATUS = {view.FINISHED: "FINISHED", view.FAILED: "FAILED"}  # all others are KILLED
 
-# Without it the UI opens an experiment on GenAI traces, not on its runs.
+# Without this tag the UI opens an experiment at its GenAI traces instead of its runs.
 _EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 
 T = TypeVar("T")
 
 
 class MlflowSink:
-    """A run directory's run in MLflow: on the server that the environment names, or embedded."""
+    """A run in MLflow, on the server that the environment names or in the embedded store."""
 
     def __init__(self, directory: RunDirectory) -> None:
         self._directory = directory
@@ -62,7 +61,7 @@ class MlflowSink:
         self._run = ""
 
     def open(self, known: str | None, started: float, mark: Any, edition: str) -> SinkRun:
-        """Find the MLflow run by its id or by its tag, or make it; ship params and tags of the record."""
+        """Find the MLflow run by its id or tag, or create it; ship the params and tags of the record."""
         self._client = self._connected()
         experiment, self._run = self._located(known, edition) or self._found_or_made(started, edition)
         parent = self._sweep(experiment)
@@ -87,7 +86,7 @@ class MlflowSink:
         self._log_texts(params, {**kept, **changed, **{k: v for place in places for k, v in place.items()}})
         for name in batch.tags.keys() - kept.keys():
             self._delete_tag(key(name))
-        if batch.notes:  # the run's description, which MLflow shows on top
+        if batch.notes:  # MLflow shows them as the run's description
             self._mlflow.set_tag(self._run, _NOTE, "\n\n".join(batch.notes)[-_LONGEST_TAG:])
 
     def conclude(self, ending: Ending) -> None:
@@ -96,14 +95,14 @@ class MlflowSink:
         self._mlflow.set_terminated(self._run, status, int(ending.time * 1000))
 
     def conclude_sweep(self) -> None:
-        """Set the end of the MLflow run that stands for the search which this run is a trial of."""
+        """End the MLflow run of the search that this run is a trial of."""
         self._client = self._connected()
         parent = self._sweep(self._experiment())
         if parent is not None:
             self._mlflow.set_terminated(parent)
 
     def close(self) -> None:
-        """Nothing is held."""
+        """There is nothing to release."""
 
     def _connected(self) -> MlflowClient:
         if store.server_uri() is None:
@@ -119,36 +118,36 @@ class MlflowSink:
 
     @property
     def _identity(self) -> str:
-        """What finds the MLflow run again where its id was lost: no other run has it."""
+        """The unique tag by which the MLflow run is found if its id was lost."""
         return identity.of(self._directory)
 
     def _located(self, known: str | None, edition: str) -> tuple[str, str] | None:
-        """The experiment and id of the run that the ledger names, where this store has it."""
+        """The experiment and id of the run that the ledger names; None if it cannot be used."""
         if known is None:
             return None
         try:
             run = self._mlflow.get_run(known)
         except MlflowException as error:
             if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-                return None  # another store than last time
+                return None  # this is a different store than last time
             raise
         if edition and run.data.tags.get(_EDITION) != edition:
-            return None  # this one is to be replaced
+            return None  # this MLflow run is being replaced
         who = run.data.tags.get(_IDENTITY, self._identity)
         if identity.is_anothers(who, self._directory):
-            return None  # ours is a copy, and so is its ledger
+            return None  # the run and its ledger are copies
         if run.info.lifecycle_stage == LifecycleStage.DELETED:
-            self._experiment()  # says so where all of it was deleted
+            self._experiment()  # raises if the whole experiment was deleted
             raise StokerError(
                 f"its run {known} was deleted in MLflow: "
                 f"restore it there, or create another with `{self._rebuild}`"
             )
         if who != self._identity:
-            self._mlflow.set_tag(known, _IDENTITY, self._identity)  # it was renamed
+            self._mlflow.set_tag(known, _IDENTITY, self._identity)  # the run was renamed
         return run.info.experiment_id, known
 
     def _found_or_made(self, started: float, edition: str) -> tuple[str, str]:
-        """The run that stands for ours, found by its tags; the one that an edition replaces is marked."""
+        """Find the MLflow run by its tags, or create it; with an edition, mark the runs that it replaces."""
         experiment = self._experiment(restored=bool(edition))
         query = f"tags.`{_IDENTITY}` = '{self._identity}'"
         found = {run.info.run_id: run.data.tags for run in self._mlflow.search_runs([experiment], query)}
@@ -171,7 +170,7 @@ class MlflowSink:
         return f"stoker sync {self._directory.experiment}/{self._directory.id} --rebuild"
 
     def _sweep(self, experiment: str) -> str | None:
-        """The MLflow run of the search that this run is a trial of: its parent, found by its tag, or made."""
+        """The MLflow run of this trial's search, found by its tag or created; None if this is no trial."""
         about = storage.read_json(self._directory.path.parent / SWEEP)
         if not about:
             return None
@@ -189,9 +188,9 @@ class MlflowSink:
         return str(made.info.run_id)
 
     def _experiment(self, *, restored: bool = False) -> str:
-        """The experiment of this name, found or made. Raises StokerError for one that was deleted.
+        """The experiment, found by name or created. Raises StokerError if it was deleted.
 
-        With `restored` that one is restored: MLflow lets no other have its name.
+        With `restored`, a deleted experiment is restored, since MLflow does not allow another of its name.
         """
         name = self._directory.experiment
         found = self._mlflow.get_experiment_by_name(name)
@@ -209,16 +208,16 @@ class MlflowSink:
             made = self._mlflow.create_experiment(name, artifact_location=root, tags=_EXPERIMENT_TAGS)
             return str(made)
         except MlflowException as error:
-            if error.error_code == "RESOURCE_ALREADY_EXISTS":  # another run's follower was first
+            if error.error_code == "RESOURCE_ALREADY_EXISTS":  # by another run's follower
                 return self._experiment()
             raise
 
     def _params(self) -> dict[str, str]:
-        """The config, but for what is none: the run may find out what it is, and a param is written once."""
+        """The config without values of None: the run may set those later, and a param cannot be changed."""
         return {name: str(value) for name, value in self._record["config"].items() if value is not None}
 
     def _new_params(self, values: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, str]]:
-        """Values as params; as tags those of which the run has another value, as which a param stays."""
+        """Values as params; and as tags, those whose param has another value, which cannot be changed."""
         if not values:
             return {}, {}
         known = self._mlflow.get_run(self._run).data
@@ -257,7 +256,7 @@ class MlflowSink:
             )
 
     def _ship_media(self, event: Mapping[str, Any]) -> None:
-        """Copy a file to look at to where MLflow's pages show it: a table as its own kind of JSON."""
+        """Copy a media file to the artifacts; tables and figures also in a form that MLflow shows."""
         folder, about = f"{event['kind']}s/{_path(event['name'])}", event["about"]
         if event["file"] is None:
             self._mlflow.log_dict(self._run, about, f"{folder}/step-{event['step']:08d}.json")
@@ -276,11 +275,11 @@ class MlflowSink:
             self._mlflow.log_text(self._run, plotly_page(file.read_text()), f"{folder}/{name}.html")
 
     def _delete_tag(self, name: str) -> None:
-        with contextlib.suppress(MlflowException):  # it is not there, or not any more
+        with contextlib.suppress(MlflowException):  # there is no such tag
             self._mlflow.delete_tag(self._run, name)
 
     def _ship_artifact(self, name: str, files: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-        """Copy an artifact's files; returns the tag that says where they are, for one that stays here."""
+        """Copy an artifact's files; if they are too large, returns a tag with their path instead."""
         root = self._directory.path.absolute()
         paths = [PurePosixPath(file["path"]) for file in files]
         if sum(file["size"] for file in files) > LARGEST_ARTIFACT:
@@ -294,7 +293,7 @@ class MlflowSink:
 
 
 def plotly_page(figure: str) -> str:
-    """A page that draws a Plotly figure's JSON and fetches nothing."""
+    """A self-contained HTML page that draws a Plotly figure from its JSON."""
     from plotly.offline import get_plotlyjs
 
     safe = figure.replace("</", "<\\/")
@@ -308,7 +307,7 @@ def plotly_page(figure: str) -> str:
 
 
 def make_store(database: Path) -> None:
-    """Make the embedded store whole or not at all: MLflow cannot finish a migration that was killed."""
+    """Create the embedded store atomically, since MLflow cannot continue an interrupted migration."""
     if database.exists():
         return
     fresh = database.with_name(f".{database.name}.new")
@@ -321,7 +320,7 @@ def make_store(database: Path) -> None:
 
 
 def key(name: str) -> str:
-    """A name that MLflow takes: itself, or with a mark of what it was, so that no two become one."""
+    """The name if MLflow accepts it, else a cleaned form with a hash, so that names remain distinct."""
     cleaned = _REFUSED.sub("_", name)
     if str(_path(cleaned)) == name and len(name) <= _LONGEST_KEY:
         return name
@@ -330,7 +329,7 @@ def key(name: str) -> str:
 
 
 def _path(name: str) -> PurePosixPath:
-    """A name as a relative path that leads nowhere else."""
+    """A name as a relative path without `..`."""
     return PurePosixPath(*[part for part in name.split("/") if part not in ("", ".", "..")] or ["_"])
 
 
@@ -339,11 +338,11 @@ def _json(content: Any) -> str:
 
 
 def _folders(name: str, paths: Sequence[PurePosixPath]) -> list[str | None]:
-    """The MLflow folder of each file of an artifact: NAME, and what lies below; None is the top."""
+    """The MLflow folder of each file of an artifact: NAME and its subfolders; None is the top level."""
     if len(paths) == 1 and paths[0].name == name:
         return [None]
     base = PurePosixPath(os.path.commonpath([path.parent for path in paths])) if paths else PurePosixPath()
-    if name in base.parts:  # the folder that was given, though its files may all lie deeper
+    if name in base.parts:  # the given folder, even if all files are deeper
         base = PurePosixPath(*base.parts[: base.parts.index(name) + 1])
     return [str(_path(name) / path.parent.relative_to(base)) for path in paths]
 

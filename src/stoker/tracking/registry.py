@@ -1,8 +1,8 @@
-"""The registry: named, numbered versions of models that runs made. It is MLflow's.
+"""The model registry: named, numbered versions of the models that runs made, stored in MLflow's registry.
 
-A version is the run's own export with a file that tells MLflow how to load it, and tags that
-lead back to the run, its code and its data. A stage (staging, production, archived) is both
-an alias, which names one version, and a tag, which says of every version where it stands.
+A version is the run's own export, with a file that tells MLflow how to load it, and tags that identify the
+run, its code and its data. A stage (staging, production, archived) is stored as an alias, which names at
+most one version, and as a tag, which gives the stage of each version.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ STAGES: tuple[Stage, ...] = get_args(Stage)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._ -]{0,127}")
 _STAGE_TAG = "stage"
 CHECKSUMS = "SHA256SUMS"
-_PATIENCE = 30.0  # seconds that a tracking server may take to have the run
+_PATIENCE = 30.0  # seconds for which shipping the run to a failing tracking server is retried
 
 
 @dataclass(frozen=True)
@@ -49,14 +49,14 @@ class Version:
     run: str
     """`experiment/id`."""
     step: int | None
-    """The step of the checkpoint that it was made from; None for the run's final export."""
+    """The step of the checkpoint that was registered; None for the run's final export."""
     lineage: dict[str, str] = field(default_factory=dict)
-    """Where it comes from: code, data, artifacts used, config, metrics; by name."""
+    """Its origin by name: code, data, artifacts used, config, metrics."""
     source: str = ""
 
 
 class Registry:
-    """MLflow's model registry: the server's that the environment names, else the embedded store's."""
+    """MLflow's model registry, on the server that the environment names or in the embedded store."""
 
     def __init__(self, runs: Path) -> None:
         quiet = {
@@ -72,9 +72,9 @@ class Registry:
     def register(
         self, view: RunView, name: str, folder: Path, *, kind: str, about: Mapping[str, str]
     ) -> Version:
-        """Make a folder of model files, with its checksums, the next version of a model.
+        """Register a folder of model files, including its checksums, as the next version of a model.
 
-        `about` is what the run does not say of it by itself. Raises BadInput, StokerError.
+        `about` is added to the lineage taken from the run. Raises BadInput, StokerError.
         """
         if not _NAME.fullmatch(name):
             raise BadInput(f"{name!r} is not a valid model name: use letters, digits, '.', '_' and '-'")
@@ -90,12 +90,12 @@ class Registry:
         return self.version(f"{name}@{made.version}")
 
     def models(self) -> list[Version]:
-        """Every version of every model, by name, the newest first."""
+        """Every version of every model, by model; the newest version of each first."""
         with self._said():
             return [version for name in self._names() for version in self._versions(name)]
 
     def versions(self, name: str) -> list[Version]:
-        """The versions of a model, the newest first. Raises BadInput where there is none of that name."""
+        """The versions of a model, the newest first. Raises BadInput if there is no such model."""
         from mlflow.exceptions import MlflowException
 
         with self._said():
@@ -112,7 +112,7 @@ class Registry:
         return [model.name for model in _all(self._client.search_registered_models)]
 
     def version(self, reference: str) -> Version:
-        """The version meant by `NAME@3`, `NAME@production`, or `NAME` for the newest. Raises BadInput."""
+        """The version for `NAME@3`, `NAME@production`, or `NAME` (the newest). Raises BadInput."""
         name, _, which = reference.partition("@")
         found = self.versions(name)
         if not which:
@@ -126,7 +126,7 @@ class Registry:
         raise BadInput(f"model {name!r} has no version {which!r}; it has {numbers}{also}")
 
     def promote(self, reference: str, stage: Stage) -> Version:
-        """Give a version a stage. The one that had it before, if it is staging or production, is archived."""
+        """Move a version to a stage. Others that were in it are archived, if it is staging or production."""
         version = self.version(reference)
         with self._said():
             for other in self._versions(version.name):
@@ -139,7 +139,7 @@ class Registry:
         return self.version(f"{version.name}@{version.version}")
 
     def pull(self, reference: str, target: Path) -> Path:
-        """Copy a version's files to a new or empty folder, checked; returns the folder. Raises BadInput."""
+        """Copy a version's files to a new or empty folder and check them. Raises BadInput, StokerError."""
         version = self.version(reference)
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise BadInput(f"{target} is there already: give another folder with -o")
@@ -156,7 +156,7 @@ class Registry:
 
     @functools.cached_property
     def _client(self) -> Any:
-        """MLflow's client. Raises BadInput where no run was tracked yet."""
+        """MLflow's client. Raises BadInput if no run was tracked yet."""
         if store.server_uri() is None and not store.database(self._runs).is_file():
             raise BadInput(f"nothing is tracked under {self._runs} yet: start a run first")
         from mlflow import MlflowClient
@@ -166,7 +166,7 @@ class Registry:
         return MlflowClient(self._uri, self._uri)
 
     def _shipped(self, run: RunDirectory) -> str:
-        """The run's id in MLflow, once MLflow has the run."""
+        """Ship the rest of the run to MLflow; returns its id there. Raises StokerError."""
         if not follower.follow(run, "mlflow", once=True, patience=_PATIENCE):
             known = ledger.load(ledger.file_of(run, "mlflow"))
             raise StokerError(
@@ -202,7 +202,7 @@ class Registry:
 
     @contextlib.contextmanager
     def _said(self) -> Iterator[None]:
-        """What MLflow raises, as one line."""
+        """Turns an MLflow exception into a StokerError of one line."""
         from mlflow.exceptions import MlflowException
 
         try:
@@ -214,7 +214,7 @@ class Registry:
 
 
 def _all(search: Callable[..., Any], **query: str) -> Iterator[Any]:
-    """What a search of MLflow's finds, of which an answer has one page."""
+    """All results of an MLflow search, page by page."""
     token = None
     while True:
         page = search(**query, page_token=token)
@@ -225,7 +225,7 @@ def _all(search: Callable[..., Any], **query: str) -> Iterator[Any]:
 
 
 def _packed(folder: Path, target: Path, kind: str) -> Path:
-    """An MLflow model around a folder of files, which nothing unpickles."""
+    """Wrap a folder of files as an MLflow model, without pickle."""
     from mlflow import pyfunc
 
     language = {"model": ["transformers"], "adapter": ["transformers", "peft"]}
@@ -242,7 +242,7 @@ def _packed(folder: Path, target: Path, kind: str) -> Path:
 
 
 def _signature(task: str | None) -> Any:
-    """Texts in, texts or labels out, and what may be said of how; None of what predicts nothing by itself."""
+    """The signature: texts to texts or labels, with parameters for generation; None for other tasks."""
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 
@@ -257,7 +257,7 @@ def _signature(task: str | None) -> Any:
 
 
 def _lineage_tags(view: RunView, kind: str, about: Mapping[str, str]) -> dict[str, str]:
-    """Where a version comes from, as MLflow's tags."""
+    """The origin of a version, as MLflow tags."""
     code = view.record.get("code") or {}
     name = f"{view.directory.experiment}/{view.directory.id}"
     tags = {
@@ -291,7 +291,7 @@ def _version(found: Any, aliases: list[str]) -> Version:
 
 
 def _data_of(packed: Path) -> Path:
-    """The folder of an MLflow model that holds what was registered. Raises StokerError."""
+    """The folder inside an MLflow model that holds the registered files. Raises StokerError."""
     found = [file.parent for file in packed.rglob(CHECKSUMS)]
     if len(found) != 1:
         raise StokerError("this version has no checksums: it was not registered by stoker")
@@ -299,7 +299,7 @@ def _data_of(packed: Path) -> Path:
 
 
 def _check(data: Path, version: Version) -> None:
-    """Refuse files that are not those that were registered. Raises StokerError."""
+    """Raises StokerError if a file differs from the registered one."""
     for line in (data / CHECKSUMS).read_text().splitlines():
         digest, _, name = line.partition("  ")
         if not (data / name).is_file() or storage.sha256(data / name) != digest:
@@ -307,7 +307,7 @@ def _check(data: Path, version: Version) -> None:
 
 
 def write_checksums(folder: Path) -> None:
-    """Write what `sha256sum -c` reads."""
+    """Write the checksum file, in the format of `sha256sum -c`."""
     lines = [
         f"{storage.sha256(file)}  {file.relative_to(folder)}\n"
         for file in storage.files_under(folder)

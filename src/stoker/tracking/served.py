@@ -1,8 +1,8 @@
-"""How MLflow loads a registered model: `mlflow.pyfunc.load_model("models:/NAME@production")`.
+"""Loads a registered model for MLflow: `mlflow.pyfunc.load_model("models:/NAME@production")`.
 
-What was registered is the run's own export, in formats that need no pickle: a Hugging Face
-model, a PEFT adapter, or safetensors weights. Language models generate text, text classifiers
-label it; all others are handed out as weights by name, since how to call them is code.
+The registered files are the run's own export, in formats that need no pickle: a Hugging Face model, a PEFT
+adapter, or safetensors weights. Language models generate text, and text classifiers label it. Any other
+model is returned as weights by name, since its code is not part of the export.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Generator:
 
     @property
     def model(self) -> Any:
-        """The model, loaded when it is first asked for."""
+        """The model, loaded on first use."""
         return self._load()[0]
 
     @property
@@ -36,9 +36,10 @@ class Generator:
         return self._load()[1]
 
     def predict(self, model_input: Any, params: dict[str, Any] | None = None) -> list[str]:
-        """A continuation of every prompt: a list of texts, or a table whose first column is prompts.
+        """Continue each prompt in a list of texts, or in the first column of a table.
 
-        `params` are `generate`'s; by default greedy, 128 tokens at most.
+        `params` are passed to `generate`; the default is at most 128 tokens, and under MLflow, whose
+        signature sets `do_sample` to false, greedy decoding.
         """
         options = {"max_new_tokens": 128, **(params or {})}
         return [self._continue(prompt, options) for prompt in _texts(model_input)]
@@ -75,13 +76,13 @@ class Classifier:
 
     @functools.cached_property
     def pipeline(self) -> Any:
-        """That of transformers, loaded when it is first asked for."""
+        """The transformers pipeline, loaded on first use."""
         from transformers import pipeline
 
         return pipeline("text-classification", model=str(self.folder), truncation=True)
 
     def predict(self, model_input: Any, params: dict[str, Any] | None = None) -> list[str]:
-        """The likeliest label of every text: of a list, or of a table whose first column is texts."""
+        """The most likely label of each text in a list, or in the first column of a table."""
         return [found["label"] for found in self.pipeline(_texts(model_input))]
 
 
@@ -90,7 +91,7 @@ def _texts(model_input: Any) -> list[str]:
 
 
 class Weights:
-    """Tensors by name, of a model whose code is the run's own."""
+    """Tensors by name, for a model whose code is not in the export."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -101,7 +102,7 @@ class Weights:
         return self
 
     def tensors(self) -> dict[str, Any]:
-        """Every tensor of every safetensors file, for `model.load_state_dict`."""
+        """All tensors of all safetensors files, for `model.load_state_dict`."""
         from safetensors.torch import load_file
 
         return {
@@ -119,7 +120,7 @@ class Weights:
 
 
 def _load_pyfunc(path: str) -> Generator | Classifier | Weights:
-    """What MLflow calls, by this name."""
+    """MLflow calls this function by its name."""
     folder = Path(path)
     task = artifacts.task_of(folder)
     if task == "text-generation":

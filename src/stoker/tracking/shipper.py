@@ -1,7 +1,7 @@
-"""The shipper: moves one run's journal into one sink, a batch at a time.
+"""The shipper: ships one run's journal to one sink, a batch at a time.
 
-What it knows is in the ledger. After any failure it drops what it holds and goes the way of
-a new process: opens the sink, reads the journal up to the ledger, goes on from there.
+Its state is the ledger. After any failure it discards everything else and does what a new process would do:
+it opens the sink, reads the journal up to the position in the ledger, and continues from there.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 class Shipper:
-    """Ships a run to the sink that `create` makes; `file` is its ledger, ours alone by now."""
+    """Ships a run to the sink made by `create`; `file` is the ledger, whose lock the caller holds."""
 
     def __init__(self, directory: RunDirectory, file: Path, create: Callable[[RunDirectory], Sink]) -> None:
         self._directory = directory
@@ -32,12 +32,12 @@ class Shipper:
         self._ledger = ledger.load(file)
         self._open: tuple[Sink, Feed] | None = None
         self._on_disk: dict[str, int] = {}
-        """How long every file of the journal was when it was last brought to the disk."""
-        self._ledger.recovered()  # of the last follower's failure
+        """Size of each journal file at its last fsync."""
+        self._ledger.recovered()  # clears the failure of the last follower
         self._ledger.save(file)
 
     def ship_next(self) -> bool:
-        """Ship the next batch; whether there was one. Raises what the sink raises."""
+        """Ship the next batch; returns whether there was one. Raises whatever the sink raises."""
         sink, source = self._opened()
         before = feed.position(source.cursor)
         batch = source.take()
@@ -52,41 +52,42 @@ class Shipper:
         return True
 
     def _bring_to_disk(self, cursor: Cursor) -> None:
-        """Have what is about to be shipped survive a power cut: else the next attempt logs it once more.
+        """Fsync the journal before a batch is shipped.
 
-        And its files would be shorter than the ledger says they were read.
+        After a power cut, the journal files could otherwise be shorter than the ledger's offsets, and the
+        next attempt would log the same steps again.
         """
         folder = self._directory.journal
         for name, offset in cursor.offsets.items():
             if offset > self._on_disk.get(name, 0):
-                with contextlib.suppress(FileNotFoundError):  # it was put aside: another machine went on
+                with contextlib.suppress(FileNotFoundError):  # another machine continued the run
                     self._on_disk[name] = (folder / name).stat().st_size
                     storage.sync_file(folder / name)
                     storage.sync_directory(folder)
 
     def conclude(self) -> None:
-        """Tell the sink how the run ended. Raises what the sink raises."""
+        """Tell the sink how the run ended. Raises whatever the sink raises."""
         sink, source = self._opened()
         sink.conclude(source.ending())
         self._ledger.concluded = True
         self._ledger.save(self._file)
 
     def failed(self, error: Exception, report: bool) -> None:
-        """Begin again after an error; `report`: note it down for people to see."""
+        """Start over after an error; with `report`, also record it in the ledger, which is shown to users."""
         self.close()
         kind = "" if isinstance(error, StokerError) else f"{type(error).__name__}: "
         reason = store.without_credentials(f"{kind}{error}")
         log.warning("%s: %s", self._directory.id, reason)
         if report:
             self._ledger.failed(reason)
-            with contextlib.suppress(OSError):  # the disk may be full, which is what failed
+            with contextlib.suppress(OSError):  # a full disk may be the failure itself
                 self._ledger.save(self._file)
 
     def close(self) -> None:
-        """Let go of the sink."""
+        """Close the sink."""
         if self._open is not None:
             sink, self._open = self._open[0], None
-            with contextlib.suppress(Exception):  # it failed, or is about to be made anew
+            with contextlib.suppress(Exception):  # it failed, or is about to be reopened
                 sink.close()
 
     def _opened(self) -> tuple[Sink, Feed]:
@@ -101,10 +102,10 @@ class Shipper:
         return self._open
 
     def _opened_feed(self, sink: Sink) -> Feed:
-        """Open the sink, and the journal from where it is."""
+        """Open the sink, and the journal at the position in the ledger."""
         known = self._ledger
         run = sink.open(known.run, feed.started(self._directory), known.mark, known.edition)
-        if run.id != known.run or run.anew:  # nothing of this journal is there yet, or who knows
+        if run.id != known.run or run.anew:  # ship the whole journal again
             self._ledger = known.begun(run.id)
         self._ledger.where = run.where
         self._ledger.recovered()

@@ -1,4 +1,4 @@
-"""What the process that trains does for its run's sinks: it sees to it that a follower ships to them."""
+"""The training process's part in shipping: it keeps a follower running for its sinks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from stoker.tracking.follower import SinkState
 
 log = logging.getLogger("stoker")
 
-_PAUSE = 30.0  # seconds from the start of a follower that was killed to that of the next one
+_PAUSE = 30.0  # least number of seconds between two starts of a follower
 
 
 class Shipping:
@@ -21,7 +21,7 @@ class Shipping:
 
     Args:
         run: the run.
-        sinks: where it is shipped to; to none, and all of this does nothing.
+        sinks: the names of its sinks; if there are none, every method does nothing.
     """
 
     def __init__(self, run: RunDirectory, sinks: Sequence[str]) -> None:
@@ -31,20 +31,20 @@ class Shipping:
         self._warned: set[str] = set()
 
     def begin(self) -> None:
-        """Note that there is something to ship."""
+        """Start a follower."""
         if self._sinks:
             self._process, self._begun = follower.spawn(self._run), time.monotonic()
 
     def look_after(self) -> None:
-        """Start another follower if the last one was killed; report once for each sink that it is failing."""
+        """Restart the follower if it has ended; log a warning once for each sink that fails."""
         self._look(_PAUSE)
 
     def finish(self) -> None:
-        """The run is about to end: make sure that a follower ships what is left."""
+        """Make sure, before the run ends, that a follower ships the rest."""
         self._look(0.0)
 
     def wait(self, timeout: float) -> list[SinkState]:
-        """Once the run is closed: wait for the follower up to `timeout` seconds; each sink's state."""
+        """Wait at most `timeout` seconds for the follower of a closed run; returns each sink's state."""
         return follower.wait(self._run, self._process, timeout) if self._process is not None else []
 
     def _look(self, pause: float) -> None:

@@ -1,8 +1,7 @@
 """The interface of a sink: four methods, so that adding a tracker means adding one class.
 
-A sink is told what to store in batches made from the journal. It must be idempotent: a
-batch whose follower died before it could note down that it was shipped is shipped again,
-the same to the last bit.
+A sink receives batches made from the journal. It must be idempotent: if a follower dies before it has
+recorded that a batch was shipped, the same data are shipped again.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ class Point:
 
 @dataclass
 class Batch:
-    """What one stretch of the journal adds to a sink's run."""
+    """The part of a journal that is shipped to a sink at once."""
 
     points: list[Point] = field(default_factory=list)
     media: list[dict[str, Any]] = field(default_factory=list)
@@ -62,7 +61,7 @@ class SinkRun:
 
 
 def key(media: Mapping[str, Any]) -> str:
-    """What a media event is called where metrics have names too, and one name may be of all kinds."""
+    """A name for a media event that differs from those of metrics and of other kinds of media."""
     return f"{media['kind']}s/{media['name']}"
 
 

@@ -1,7 +1,7 @@
-"""Where runs are tracked: MLflow's store as the environment names it, or the embedded one.
+"""The MLflow store: the server that the environment names, or the embedded store.
 
-The embedded store is a SQLite file in the runs folder with the artifacts beside it. Nothing
-here imports mlflow.
+The embedded store is a SQLite file in the runs folder, with the artifacts beside it. This module does not
+import mlflow.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ QUIET = {
     "DO_NOT_TRACK": "true",
     "GIT_PYTHON_REFRESH": "quiet",
 }
-"""The environment of a process that imports mlflow: it calls nobody, and warns of no missing git."""
+"""Environment of a process that imports mlflow: no telemetry, and no warning if git is missing."""
 
 IMPATIENT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
-"""MLflow's own retries take minutes, in which nobody would learn that a server is down."""
+"""MLflow's own retries take minutes, which would delay the report that a server is down."""
 
 _PLACES = (
     ("experiments", "artifact_location"),
@@ -32,7 +32,7 @@ _PLACES = (
     ("model_versions", "source"),
     ("model_versions", "storage_location"),
 )
-"""The tables and columns of MLflow's database that say where artifacts are."""
+"""The tables and columns of MLflow's database that hold the locations of artifacts."""
 _PATIENCE = 30.0  # seconds, for the database while another process writes to it
 
 _CREDENTIALS = re.compile(r"(?<=://)[^/\s]+@")
@@ -44,14 +44,14 @@ def database(runs: Path) -> Path:
 
 
 def artifacts(runs: Path) -> Path:
-    """Where the embedded store keeps artifacts."""
+    """The folder of the embedded store's artifacts."""
     return runs.absolute() / "mlartifacts"
 
 
 def settle(runs: Path) -> None:
-    """Have the embedded store look for its artifacts where they are now: beside it.
+    """Update the artifact locations in the embedded store to the folder beside it.
 
-    MLflow notes down their absolute place once, and the runs folder may have been moved or copied since.
+    MLflow stores absolute locations, which are wrong once the runs folder was moved or copied.
     """
     here = artifacts(runs).as_uri()
     with contextlib.closing(sqlite3.connect(database(runs), timeout=_PATIENCE)) as store, store:
@@ -67,25 +67,25 @@ def settle(runs: Path) -> None:
 
 
 def _is_in(place: str, runs: Path) -> bool:
-    """Whether artifacts, by their URI, are in this runs folder, by whichever of its paths."""
+    """Whether the artifact folder with this URI lies in this runs folder, perhaps by another of its paths."""
     parent = Path(url2pathname(urlsplit(place).path)).parent
     return parent.exists() and parent.samefile(runs)
 
 
 def lock_file(runs: Path) -> Path:
-    """Locked while the embedded store is made."""
+    """Locked while the embedded store is created."""
     return runs.absolute() / ".mlflow.db.lock"
 
 
 def embedded_uri(runs: Path) -> str:
-    """The embedded store as MLflow names it."""
+    """The URI of the embedded store."""
     return sqlite_uri(database(runs))
 
 
 def sqlite_uri(file: Path) -> str:
-    """A database file as MLflow names it; escaped where its path has what means something in a URI.
+    """The URI of a database file; a path with characters that are special in a URI is escaped.
 
-    Such a one names its driver too, since of any other MLflow makes the folder by its escaped name.
+    An escaped URI also names the driver: without it, MLflow would create the folder under its escaped name.
     """
     if not set("?%") & set(str(file)):
         return f"sqlite:///{file}"

@@ -1,4 +1,4 @@
-"""Machine metrics while a run trains: processor, memory, disk, network, NVIDIA GPUs."""
+"""Machine metrics during training: CPU, memory, disk, network, NVIDIA GPUs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import psutil
 
 
 class SystemSampler:
-    """Samples the machine that this process runs on; `folder` says which disk is meant."""
+    """Samples the machine that this process runs on, and the disk that holds `folder`."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -20,7 +20,7 @@ class SystemSampler:
         self._gpus = _gpus()
         self._before = self._counters()
         self._at = time.monotonic()
-        psutil.cpu_percent()  # the first call counts from here
+        psutil.cpu_percent()  # the first call starts the measurement
         self._process.cpu_percent()
 
     def sample(self) -> dict[str, float]:
@@ -33,7 +33,7 @@ class SystemSampler:
             "memory_used_bytes": memory.total - memory.available,
             "process_memory_bytes": self._process.memory_info().rss,
         }
-        with contextlib.suppress(FileNotFoundError):  # the folder is gone: whoever writes there says so
+        with contextlib.suppress(FileNotFoundError):  # the folder is gone, which whoever writes there reports
             disk = psutil.disk_usage(str(self._folder))
             found |= {"disk_used_percent": disk.percent, "disk_free_bytes": disk.free}
         counters, now = self._counters(), time.monotonic()
@@ -57,7 +57,7 @@ class SystemSampler:
 
 
 def _gpus() -> list[Any]:
-    """A handle for every NVIDIA GPU; none where there is no driver."""
+    """A handle for each NVIDIA GPU; none if there is no driver."""
     import pynvml
 
     try:
@@ -68,7 +68,7 @@ def _gpus() -> list[Any]:
 
 
 def _gpu_values(gpu: Any) -> Iterator[tuple[str, float]]:
-    """What the GPU tells; not every one knows everything."""
+    """The values that this GPU supports."""
     import pynvml
 
     with contextlib.suppress(pynvml.NVMLError):

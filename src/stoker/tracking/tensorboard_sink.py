@@ -1,8 +1,8 @@
 """The TensorBoard sink: event files in the run's own directory, under `tensorboard/`.
 
-An event file only grows, and TensorBoard shows a point that stands in it twice twice. So the
-mark is how long every file was after the last batch that was noted down: what a killed
-follower wrote behind it is cut off, and written again. No torch is needed.
+Event files are append-only, and TensorBoard would show a repeated point twice. So the mark holds the size of
+each file after the last recorded batch: whatever a killed follower wrote after it is cut off, and written
+again. This does not need torch.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from tensorboard.plugins.text import metadata as texts
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from tensorboard.util import tensor_util
 
-_FLUSH_SECONDS = 3600  # never by itself: a batch is flushed when it is whole
+_FLUSH_SECONDS = 3600  # effectively never: batches are flushed explicitly
 _LARGEST_SHOWN_TABLE = 100  # rows
 _CONFIG = "stoker/config"
 
 
 class TensorBoardSink:
-    """A run directory's run as TensorBoard shows it: scalars, images, histograms, texts, hparams.
+    """A run in TensorBoard: scalars, images, histograms, texts, hparams.
 
-    What TensorBoard has no place for is a text: tags, notes, artifacts, how the run ended.
+    Tags, notes, artifacts and the final status are written as texts.
     """
 
     def __init__(self, directory: RunDirectory) -> None:
@@ -46,7 +46,7 @@ class TensorBoardSink:
         self._lines = 0
 
     def open(self, known: str | None, started: float, mark: Any, edition: str) -> SinkRun:
-        """Cut the files of earlier followers to what was noted down, and begin a new one."""
+        """Truncate the files of earlier followers to their recorded sizes, and begin a new file."""
         run = f"{self._record['uid']}-{edition}" if edition else self._record["uid"]
         if edition and known != run:
             self._put_aside(edition)
@@ -64,7 +64,7 @@ class TensorBoardSink:
         return SinkRun(run, str(self._folder))
 
     def ship(self, batch: Batch) -> Any:
-        """Write a batch and flush it to disk; returns how long every file is now."""
+        """Write a batch and flush it; returns the mark, with the size of each file."""
         for point in batch.points:
             value = Summary.Value(tag=point.metric, simple_value=point.value)
             self._add(value, point.step, point.time)
@@ -77,7 +77,7 @@ class TensorBoardSink:
         return self._flushed()
 
     def conclude(self, ending: Ending) -> None:
-        """Add how the run ended, as a text."""
+        """Write the run's final status as a text."""
         self._add_text("stoker/status", ending.status, ending.time)
         self._flushed()
 
@@ -87,7 +87,7 @@ class TensorBoardSink:
             writer.close()
 
     def _put_aside(self, edition: str) -> None:
-        """Keep the files that others are to replace, under a name that TensorBoard shows, once."""
+        """Rename the folder of the replaced files, once, to a name that TensorBoard still shows."""
         aside = self._folder.with_name(f"tensorboard.replaced_by.{edition}")
         if self._folder.is_dir() and not aside.exists():
             self._folder.rename(aside)
@@ -109,12 +109,12 @@ class TensorBoardSink:
         self._open_writer.add_event(event)
 
     def _add_text(self, name: str, text: str, time: float | None = None) -> None:
-        """A text that belongs to no step: each is the next line under its name."""
+        """Write a text without a step; a running number takes its place."""
         self._lines += 1
         self._add(_text(name, text), self._lines, time or self._directory.record_file.stat().st_mtime)
 
     def _write_config(self, started: float) -> None:
-        """The config as hyperparameters, and as a table to read."""
+        """Write the config as hyperparameters, and as a table for reading."""
         config = self._record["config"]
         shown = {key: v if isinstance(v, str | bool | int | float) else str(v) for key, v in config.items()}
         for value in hparams.hparams_pb(shown, start_time_secs=started).value:
@@ -125,7 +125,7 @@ class TensorBoardSink:
         self._add(_text(_CONFIG, "\n".join(["|key|value|", "|-|-|", *rows])), 0, started)
 
     def _shown(self, event: Mapping[str, Any]) -> Any:
-        """A media event as TensorBoard shows it; None for what is gone or cannot be shown."""
+        """The TensorBoard value for a media event; None if its file is missing."""
         name, about = sink.key(event), event["about"]
         if event["kind"] == "histogram":
             return _histogram(name, about)
@@ -143,7 +143,7 @@ class TensorBoardSink:
 
 
 def _said(batch: Batch) -> list[tuple[str, str]]:
-    """What a batch says in words."""
+    """The parts of a batch that are written as texts, by name."""
     said = [(f"stoker/params/{name}", str(value)) for name, value in batch.params.items()]
     said += [(f"stoker/tags/{name}", value or "(removed)") for name, value in batch.tags.items()]
     said += [("stoker/notes", "\n\n".join(batch.notes))] if batch.notes else []
@@ -171,7 +171,7 @@ def _image(name: str, png: bytes) -> Any:
 
 
 def _histogram(name: str, about: Mapping[str, Any]) -> Any:
-    """TensorBoard's older histograms: the upper edge of every bucket and how many are in it."""
+    """A histogram in TensorBoard's older format: upper edges and counts of the buckets."""
     edges, counts = about["edges"], about["counts"]
     centres = [(low + high) / 2 for low, high in itertools.pairwise(edges)]
     proto = HistogramProto(

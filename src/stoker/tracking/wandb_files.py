@@ -1,9 +1,8 @@
-"""Reading back what W&B has written to disk: the `.wandb` files of an offline run.
+"""Reads the `.wandb` files that W&B writes for an offline run.
 
-W&B has no public reader of them. They are in the log format of LevelDB (blocks of 32 KiB;
-a record is checksum, length, kind, content, and may span blocks) behind a header of seven
-bytes, and each record is one of W&B's own protocol buffers. A file whose writer was killed
-ends anywhere: it is read up to there.
+W&B has no public reader for them. After a header of seven bytes they are in LevelDB's log format (blocks of
+32 KiB; a record consists of checksum, length, kind and content, and may span blocks), and each record is a
+W&B protocol buffer. If the writer was killed, a file may end within a record; it is read up to that record.
 https://github.com/google/leveldb/blob/main/doc/log_format.md
 """
 
@@ -21,12 +20,12 @@ _FULL, _FIRST, _MIDDLE, _LAST = 1, 2, 3, 4
 
 
 def of_run(folder: Path, run: str) -> list[Path]:
-    """The files of a run, by its id, in the order that they were begun."""
+    """The files of the run with this id, in the order of their creation."""
     return sorted(folder.glob(f"wandb/*run-*-{run}/run-{run}.wandb"))
 
 
 def records(file: Path) -> Iterator[Any]:
-    """The records of a file that are whole: `wandb_internal_pb2.Record`."""
+    """The complete records of a file, as `wandb_internal_pb2.Record`."""
     from google.protobuf.message import DecodeError
     from wandb.proto import wandb_internal_pb2
 
@@ -40,13 +39,13 @@ def records(file: Path) -> Iterator[Any]:
 
 
 def history(file: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a file: key -> number, text, or of media what is said of it."""
+    """The rows of a file: a number, a text, or a description of a media item, by key."""
     for record in records(file):
         if record.WhichOneof("record_type") == "history":
             row: dict[str, Any] = {}
             for item in record.history.item:
                 name, *inside = item.nested_key or [item.key]
-                value = json.loads(item.value_json)  # which also reads NaN and Infinity
+                value = json.loads(item.value_json)  # reads NaN and Infinity too
                 if inside:
                     row.setdefault(name, {})["/".join(inside)] = value
                 else:
@@ -58,7 +57,7 @@ def _contents(data: bytes) -> Iterator[bytes]:
     position, parts = _FILE_HEADER, b""
     while position + _RECORD_HEADER <= len(data):
         left = _BLOCK - position % _BLOCK
-        if left < _RECORD_HEADER:  # too little for a record: the rest of the block is padding
+        if left < _RECORD_HEADER:  # too short for a record: padding
             position += left
             continue
         length = int.from_bytes(data[position + 4 : position + 6], "little")

@@ -1,11 +1,10 @@
-"""The Weights & Biases sink, online and offline: a run of ours is one W&B run, across all attempts.
+"""The Weights & Biases sink, online and offline: each stoker run is one W&B run, across all its attempts.
 
-W&B appends whatever it is given, and keeps some of it in memory for a while. So nothing is
-taken for granted: whenever the sink is opened it reads back which points W&B has, from the
-server or from the files of the offline run, and is then given the whole journal again, of
-which it adds what is not there. The environment says where and how, as W&B reads it:
-WANDB_MODE, WANDB_API_KEY, WANDB_BASE_URL, WANDB_PROJECT, WANDB_ENTITY. Without a key it is
-offline; the files stand in the run's directory, and `wandb sync` uploads them.
+W&B appends whatever it receives, and buffers some of it in memory. So whenever the sink is opened, it reads
+back which points W&B has, from the server or from the files of the offline run; it then receives the whole
+journal again, and adds what is missing. W&B's own environment variables configure it: WANDB_MODE,
+WANDB_API_KEY, WANDB_BASE_URL, WANDB_PROJECT, WANDB_ENTITY. Without a key it is offline: the files are
+written to the run's directory, and `wandb sync` uploads them.
 """
 
 from __future__ import annotations
@@ -32,12 +31,12 @@ from stoker.tracking.sink import Batch, Ending, Point, SinkRun
 
 log = logging.getLogger(__name__)
 
-LARGEST_ARTIFACT = 512 * 2**20  # bytes; what is larger stays where it is, and the summary says where
-_LARGEST_TABLE = 10_000  # rows, what W&B shows
+LARGEST_ARTIFACT = 512 * 2**20  # bytes; a larger one is not copied: the summary holds its path
+_LARGEST_TABLE = 10_000  # rows that W&B shows
 _WRITER_SECONDS = 10.0
-_FLUSH_SECONDS = 1.0  # what W&B keeps in memory of an offline run; by default a quarter of a minute
+_FLUSH_SECONDS = 1.0  # for which W&B buffers an offline run; by default 15
 _START_TIMEOUT = 30.0
-_BEFORE = "https://api.wandb.ai"  # under which older versions of W&B keep the key of the same server
+_BEFORE = "https://api.wandb.ai"  # the name under which older versions of W&B store the same key
 _STEP = "step"
 _SAMPLE = f"{SYSTEM}sample"
 _REFUSED = re.compile(r"[^\w.\-]")
@@ -45,7 +44,7 @@ _EXIT_CODES = {view.FINISHED: 0}  # all others are 1
 
 
 class WandbSink:
-    """A run directory's run in W&B."""
+    """A run in W&B."""
 
     def __init__(self, directory: RunDirectory) -> None:
         self._directory = directory
@@ -56,7 +55,7 @@ class WandbSink:
         self._artifacts: set[str] = set()
 
     def open(self, known: str | None, started: float, mark: Any, edition: str) -> SinkRun:
-        """Begin or go on with the W&B run, and learn what it has."""
+        """Create or continue the W&B run, and find out which points it has."""
         self._artifacts = set((mark or {}).get("artifacts", []))
         base = self._base(known)
         self._id = f"{base}-{edition}" if edition else base
@@ -72,14 +71,14 @@ class WandbSink:
         return SinkRun(self._id, where, anew=known is not None)
 
     def _base(self, known: str | None) -> str:
-        """What our ids begin with: the uid, and of a copy what tells it from its original."""
+        """The prefix of the W&B ids: the run's uid; for a copied run, also a hash of its identity."""
         uid = str(self._record["uid"])[:32]
         own = f"{uid}-{hashlib.sha256(identity.of(self._directory).encode()).hexdigest()[:8]}"
         is_copy = identity.is_anothers(identity.recorded(self._record), self._directory)
         return own if is_copy or (known or "").startswith(own) else uid
 
     def _begun(self, run: str, started: float) -> Any:
-        """W&B's run of an id, begun or gone on with; of an offline one, what it has is read."""
+        """Create or continue the W&B run with this id; for an offline run, read which points it has."""
         online = mode() == "online"
         if not online:
             files = wandb_files.of_run(self._directory.path, run)
@@ -95,7 +94,7 @@ class WandbSink:
             dir=str(self._directory.path),
             mode="online" if online else "offline",
             resume="allow",
-            reinit="create_new",  # another thread of this process may have a run of its own
+            reinit="create_new",  # another thread of this process may have its own run
             settings=_settings(started),
         )
 
@@ -103,16 +102,16 @@ class WandbSink:
         return {"stoker": {"path": str(self._directory.path), **(self._record.get("code") or {})}}
 
     def _mark_replaced(self, run: str, started: float) -> None:
-        """Say of a run, in its config, which one stands for ours now."""
+        """Record in the config of a W&B run which one replaces it."""
         about = self._about()
         about["stoker"]["replaced_by"] = self._id
-        with contextlib.suppress(wandb.Error):  # it was deleted there
+        with contextlib.suppress(wandb.Error):  # the run was deleted in W&B
             replaced = self._begun(run, started)
             replaced.config.update(about, allow_val_change=True)
             replaced.finish()
 
     def ship(self, batch: Batch) -> Any:
-        """Add the points, media and artifacts that are not there, and set config, tags and notes."""
+        """Add missing points, media and artifacts, and set config, tags and notes."""
         if batch.params:
             self._run.config.update(batch.params, allow_val_change=True)
         if batch.tags:
@@ -129,7 +128,7 @@ class WandbSink:
         return {"artifacts": sorted(self._artifacts)}
 
     def conclude(self, ending: Ending) -> None:
-        """Finish the W&B run: everything is on disk, or uploaded, when this returns."""
+        """Finish the W&B run; returns when everything is on disk, or uploaded."""
         self._run.summary["stoker/status"] = ending.status
         if ending.status in (view.PREEMPTED, view.INTERRUPTED, view.PAUSED):
             self._run.mark_preempting()
@@ -137,18 +136,18 @@ class WandbSink:
         run.finish(exit_code=_EXIT_CODES.get(ending.status, 1))
 
     def close(self) -> None:
-        """Let go without an ending: W&B hears of one when there is one."""
+        """Drop the W&B run without finishing it; `conclude` does that."""
         self._run = None
 
     def _is_new(self, name: str, step: int) -> bool:
-        """Whether W&B has no such point; from now on it has."""
+        """Whether W&B does not have this point yet. Marks it as present."""
         if (name, step) in self._present:
             return False
         self._present.add((name, step))
         return True
 
     def _set_tags(self, tags: Mapping[str, str | None]) -> None:
-        """Ours have values and W&B's have none: they stand in its config, where its pages filter by them."""
+        """Store tags in the config, by which W&B can filter: tags have values here, but not in W&B."""
         known = dict(self._run.config.get("tags") or {})
         known.update({key: value for key, value in tags.items() if value is not None})
         for key in (key for key, value in tags.items() if value is None):
@@ -186,7 +185,7 @@ class WandbSink:
 
 
 def mode() -> str:
-    """online or offline: as WANDB_MODE says, else by whether there is a key."""
+    """online or offline: set by WANDB_MODE, otherwise online if there is a key."""
     asked = os.environ.get("WANDB_MODE", "").lower()
     if asked in ("online", "offline"):
         return asked
@@ -194,19 +193,19 @@ def mode() -> str:
 
 
 def server() -> str:
-    """Where W&B is."""
+    """The URL of the W&B server."""
     return str(os.environ.get("WANDB_BASE_URL") or wandb.Settings().base_url)
 
 
 def key() -> str:
-    """The key of the environment, else what `wandb login` has kept; empty where there is none."""
+    """The API key from the environment, or else from `wandb login`; empty if there is none."""
     places = (server(),) if os.environ.get("WANDB_BASE_URL") else (server(), _BEFORE)
     kept = (get_netrc_auth(place) for place in places)
     return os.environ.get("WANDB_API_KEY") or next((str(one[1]) for one in kept if one), "")
 
 
 def _settings(started: float) -> Any:
-    """W&B does what it is told, and nothing by itself: our journal has the rest."""
+    """Settings that turn off everything that W&B collects by itself."""
     return wandb.Settings(
         silent=True, console="off", disable_git=True, disable_code=True, save_code=False,
         disable_job_creation=True, x_disable_stats=True, x_disable_meta=True, x_disable_machine_info=True,
@@ -216,7 +215,7 @@ def _settings(started: float) -> Any:
 
 
 def _rows(points: Iterable[Point]) -> Iterator[dict[str, Any]]:
-    """Rows of history: what was logged by one call stands in one row, with its step and time."""
+    """Rows of W&B history: one row per log call, with its step and time."""
 
     def call(point: Point) -> tuple[int, float, bool]:
         return point.step, point.time, point.metric.startswith(SYSTEM)
@@ -227,14 +226,14 @@ def _rows(points: Iterable[Point]) -> Iterator[dict[str, Any]]:
 
 
 def _wait_for_its_writer(files: Sequence[Path]) -> None:
-    """W&B's own process outlives whoever was killed, and writes what it was told last: then it lets go."""
+    """Wait until W&B's own process, which outlives a killed follower, has written its buffer."""
     until = time.monotonic() + _WRITER_SECONDS
     while files and time.monotonic() < until and _is_open(files[-1]):
         time.sleep(0.1)
 
 
 def _is_open(file: Path) -> bool:
-    """Whether some process of this machine that can be looked into has a file open."""
+    """Whether a process on this machine has a file open, as far as can be seen."""
     path = str(file.resolve())
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
@@ -244,20 +243,20 @@ def _is_open(file: Path) -> bool:
 
 
 def _wait_for_another_second(files: Iterable[Path]) -> None:
-    """W&B names a folder by the second that it is begun in: one of the same second would be overwritten."""
+    """Wait for the next second: W&B names folders by the second, and would overwrite the newest."""
     newest = max((file.parent.stat().st_mtime for file in files), default=0.0)
     time.sleep(min(max(0.0, newest + 1.1 - time.time()), 1.1))
 
 
 def _points_in(files: Iterable[Path]) -> Iterator[tuple[str, int]]:
-    """Metric and step of every point that offline files hold."""
+    """Metric and step of every point in offline files."""
     for file in files:
         for row in wandb_files.history(file):
             yield from _points_of(row)
 
 
 def _points_on_server(run: Any) -> Iterator[tuple[str, int]]:
-    """Metric and step of every point that the server holds."""
+    """Metric and step of every point on the server."""
     stored = wandb.Api().run(f"{run.entity}/{run.project}/{run.id}")
     for row in stored.scan_history():
         yield from _points_of({key: value for key, value in row.items() if value is not None})
@@ -272,7 +271,7 @@ def _points_of(row: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
 
 
 def _shown(directory: RunDirectory, event: Mapping[str, Any]) -> Any:
-    """A media event as W&B shows it; None where its file is gone."""
+    """The W&B object for a media event; None if its file is missing."""
     about = event["about"]
     if event["kind"] == "histogram":
         return wandb.Histogram(np_histogram=(about["counts"], about["edges"]))
