@@ -112,7 +112,7 @@ def test_its_report_draws_what_it_has(stoker: Command, tmp_path: Path) -> None:
 def test_a_search_of_which_no_trial_was_trained_to_its_end_says_so(stoker: Command) -> None:
     given = ("sweep", RECIPE, "x=uniform(0, 1)", "--sampler", "random", "--trials", "2")
     early = stoker(*given, "--name", "early", "--scheduler", "asha", "--least", "1", "--most", "9")
-    assert "no trial was trained to its end: of 2 trials the best ended early" in " ".join(early.out.split())
+    assert "no trial was trained to its end: the best of 2 trials ended early" in " ".join(early.out.split())
     whole = stoker(*given, "--name", "whole")
     assert "trained to its end" not in whole.out
 

@@ -161,7 +161,7 @@ def test_a_job_that_is_cancelled_leaves_a_checkpoint_and_is_not_queued_again(
     _wait(lambda: _at(run, 19))
     again = stoker(*SAME, "waits=[20]", "--name", "c", *submitted, cwd=folder)
     assert again.code == 2
-    assert f"job {running['job']} trains it" in again.err
+    assert f"job {running['job']} already trains this run" in again.err
     queued = stoker(*SAME, "--name", "d", *submitted, "--option", "begin=now+1hour", cwd=folder).answer
     assert stoker("jobs", "logs", "d", cwd=folder).err.endswith("the job is queued (BeginTime)\n")
     for job in (running, queued):

@@ -80,7 +80,7 @@ def test_what_ships_is_listed_shown_and_copied(stoker: Any, tmp_path: Path) -> N
     assert stoker("recipes", "copy", "qwen-0.5b-full").code == 0
     assert (tmp_path / "qwen-0.5b-full.yaml").read_text() == recipes.configs()["qwen-0.5b-full"].read_text()
     again = stoker("recipes", "copy", "qwen-0.5b-full")
-    assert (again.code, "is there already" in again.err) == (2, True)
+    assert (again.code, "already exists" in again.err) == (2, True)
 
 
 @pytest.mark.parametrize("recipe", ["llm", "image", "text"])
