@@ -44,7 +44,7 @@ def package(
                 with contextlib.suppress(OSError):
                     left.unlink()
         if isinstance(error, OSError) and str(error.filename or "").startswith(str(folder)) and not full:
-            raise BadInput(f"cannot write {folder}: {error.strerror or error}") from error
+            raise BadInput(f"{folder} cannot be written: {error.strerror or error}") from error
         raise
     if json:
         print_json({
