@@ -376,7 +376,7 @@ def test_a_trial_that_dies_at_the_same_step_each_time_is_given_up(
     ))  # fmt: skip
     done = stoker("sweep", str(recipe), "x=uniform(0, 1)", "--trials", "1", "--json")
     assert done.code == 1, "none of its trials came to anything"
-    assert "every trial failed, the first one of: its process was killed by SIGSEGV" in done.err
+    assert "every trial failed, the first with: its process was killed by SIGSEGV" in done.err
     (trial,) = done.answer["trials"]
     assert trial["state"] == "failed"
     assert "killed by SIGSEGV" in trial["error"]
