@@ -556,7 +556,7 @@ def test_it_learns_from_an_earlier_one_and_tries_what_it_is_told(stoker: Command
         (("x=uniform(0, 1)", "--scheduler", "asha", "--most", "10min"), "not by time"),
         (("x=uniform(0, 1)", "--scheduler", "asha", "--least", "1", "--most", "2ep"), "different units"),
         (("x=uniform(0, 1)", "--budget", "40parsecs"), "give hours over all ranks, such as 40gpuh"),
-        (("x=uniform(0, 1)", "--strategy", "stages"), "there is staged"),
+        (("x=uniform(0, 1)", "--strategy", "stages"), "the only strategy is staged"),
         (("x=uniform(0, 1)", "--most", "9"), "for a --scheduler that ends trials early"),
         (("x=uniform(0, 1)", "--name", "../up"), "is not a valid folder name"),
         (("x=uniform(0, 1)", "--trials", "1", "--try", "x=0.1", "--try", "x=0.2"), "2 --try for 1 trial:"),
