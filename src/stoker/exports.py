@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 ADAPTER = "adapter_config.json"
 """The file that marks a folder as that of an adapter."""
+BASE = "base_model.json"
+"""Saved with an adapter: which model it is for, by name and by its weights' checksums, and how the model's
+positions were scaled."""
 _CONFIG, _INDEX = "config.json", "model.safetensors.index.json"
 KINDS = ("model", "adapter")
 _SHAPE = "shape"  # an export without its weights; see `language.export.record_shape`

@@ -102,9 +102,8 @@ class Gauge:
     def over(self) -> None:
         """The loop has ended."""
         self._say_spent(over=True)
-        if (
-            self._device.type == "cuda" and self._attempt.world.rank == 0
-        ):  # on a CPU the peak is not of tensors only
+        # On a CPU the peak is not of tensors only.
+        if self._device.type == "cuda" and self._attempt.world.rank == 0:
             self._compare_with_plan()
 
     def _say_spent(self, *, over: bool) -> None:

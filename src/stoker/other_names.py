@@ -48,7 +48,6 @@ _KEYS = {
     ),
     "loss_on=last": "last_turn_only mask_history train_on_last_turn_only",
     "backend": "ddp_backend",
-    "rope_scaling.factor": "rope_scaling_factor",
     "lora.rank": "lora.r lora_r lora_rank peft_config.r r",
     "lora.alpha": "lora.lora_alpha lora_alpha peft_config.lora_alpha",
     "lora.dropout": "lora.lora_dropout lora_dropout peft_config.lora_dropout",

@@ -8,6 +8,7 @@ import concurrent.futures
 import contextlib
 import gc
 import os
+import sys
 import threading
 from collections.abc import Callable
 from typing import NoReturn, TypeVar
@@ -39,6 +40,8 @@ def end_process(code: int) -> NoReturn:
     in a destructor. A training that is complete would then have the exit code of a crash. As in processes of
     multiprocessing, other threads are waited for, exit functions are called, and files are flushed.
     """
+    if not any(thread.daemon for thread in threading.enumerate()):
+        sys.exit(code)
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     for opened in [o for o in gc.get_objects() if issubclass(type(o), _io._IOBase)]:

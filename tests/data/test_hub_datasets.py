@@ -56,7 +56,7 @@ def mixture(data):
     return [(source.name, source.weight, source.fingerprint) for source in found]
 
 def checked(data):
-    sources.check(data)
+    sources.check({"data": data})
 
 def model(name):
     return str(hub.find(name))

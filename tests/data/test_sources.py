@@ -113,22 +113,22 @@ def test_the_first_file_of_a_folder_that_holds_something_is_looked_at_beforehand
     (tmp_path / "b.json").write_text('[{"about": "no data, which in a folder is no mistake"}]')
     (tmp_path / "c.jsonl").write_text('{"txt": "a"}\n')
     with pytest.raises(BadInput, match=r"c.jsonl, line 1: no known field"):
-        sources.check(str(tmp_path))
+        sources.check({"data": str(tmp_path)})
 
 
 def test_of_a_large_file_only_the_beginning_is_looked_at_beforehand(tmp_path: Path) -> None:
     lines = write_jsonl(tmp_path / "a.jsonl", [{"text": f"{i}"} for i in range(200)])
     with lines.open("a") as file:
         file.write("{no JSON\n")
-    sources.check(str(lines))
+    sources.check({"data": str(lines)})
     assert "line 201: not JSON" in refused(lines)
     whole = tmp_path / "a.json"
     whole.write_bytes(b"[" + b" " * 20 * 2**20)
-    sources.check(str(whole))
+    sources.check({"data": str(whole)})
     assert "not JSON" in refused(whole)
     whole.write_bytes(b"[")
     with pytest.raises(BadInput, match=r"a\.json: not JSON"):
-        sources.check(str(whole))
+        sources.check({"data": str(whole)})
 
 
 def test_what_is_evaluated_on_is_read_whole_and_nothing_is_held_out_for_it(tmp_path: Path) -> None:
@@ -175,7 +175,7 @@ def test_what_is_evaluated_on_is_read_whole_and_nothing_is_held_out_for_it(tmp_p
 )  # fmt: skip
 def test_what_cannot_be_evaluated_on_is_refused_by_its_key(data: str, said: str) -> None:
     with pytest.raises(BadInput, match=re.escape(said)):
-        sources.check(data, "validation_data")
+        sources.check({"validation_data": data})
 
 
 def test_a_source_says_how_much_it_is(tmp_path: Path) -> None:
@@ -508,7 +508,7 @@ def test_turns_of_other_names_are_answered_with_the_columns_that_read_them(tmp_p
     file = write_jsonl(tmp_path / "a.jsonl", DIALOGS)
     assert "as in columns='{messages: dialog, role: speaker, content: utterance}'" in refused(file)
     with pytest.raises(BadInput, match="columns: 'role' is a field of messages: name messages too"):
-        sources.check_columns({"text": "persona", "role": "speaker"}, [str(file)])
+        sources.check({"data": str(file)}, {"text": "persona", "role": "speaker"})
 
 
 def test_roles_that_nobody_knows_are_said(tmp_path: Path) -> None:
@@ -550,9 +550,9 @@ def test_each_source_can_name_its_own_fields(tmp_path: Path) -> None:
     assert {
         (d.prompt, d.text) for s in found for part in (s.splits.train, s.splits.validation) for d in part
     } == read_as
-    sources.check(f"{a},{b},{c}", columns=columns)
+    sources.check({"data": f"{a},{b},{c}"}, columns=columns)
     with pytest.raises(BadInput, match="no field 'c', which columns names"):
-        sources.check(f"{a},{b},{c}", columns={k: v for k, v in columns.items() if k != b})
+        sources.check({"data": f"{a},{b},{c}"}, columns={k: v for k, v in columns.items() if k != b})
 
 
 def test_names_that_nothing_has_are_refused(tmp_path: Path) -> None:
@@ -563,10 +563,12 @@ def test_names_that_nothing_has_are_refused(tmp_path: Path) -> None:
     for columns in (wrong, {file: wrong}):
         with pytest.raises(BadInput, match="no record format has a field 'prompts'; did you mean 'prompt'"):
             sources.read_all(file, validation=0.1, test=0.1, columns=columns)
+        with pytest.raises(BadInput, match="no record format has a field 'prompts'; did you mean 'prompt'"):
+            sources.check({"data": file}, columns)
     with pytest.raises(
         BadInput, match=r"columns: 'a.json' is not a source of the data; did you mean 'a.jsonl"
     ):
-        sources.check_columns({"a.json": wrong}, ["a.jsonl", "b"])
+        sources.check({"data": "a.jsonl,b"}, {"a.json": wrong})
     assert read(file, {"text": "a", "system": "persona"}).documents  # what may be there need not
 
 

@@ -162,11 +162,11 @@ def test_adapters_of_another_model_are_refused(base: Path, tmp_path: Path) -> No
     deeper = families.save(tmp_path / "deeper", "llama", num_hidden_layers=5)
     with pytest.raises(BadInput, match=r"is for a different model: .*layers\.4.* is not in both"):
         filled(deeper, "lora", Lora(adapter=str(folder)))
-    (folder / saved_adapters.BASE).write_text(json.dumps({"model": "org/other", "fingerprint": "0" * 64}))
+    (folder / exports.BASE).write_text(json.dumps({"model": "org/other", "fingerprint": "0" * 64}))
     with pytest.raises(BadInput, match="trained on a different model, org/other"):
         filled(base, "lora", Lora(adapter=str(folder)))
     (folder / "adapter_model.safetensors").write_bytes(b"cut off")
-    (folder / saved_adapters.BASE).unlink()
+    (folder / exports.BASE).unlink()
     with pytest.raises(BadInput, match="cannot be read"):
         filled(base, "lora", Lora(adapter=str(folder)))
     with pytest.raises(BadInput, match=r"has no adapter_config\.json"):
@@ -330,7 +330,7 @@ def test_what_is_not_there_or_for_another_model_is_said_at_the_launch(base: Path
         launched(tokenizer=str(adapter))
     launched(tokenizer=str(base))
     known = {"model": "org/one", "fingerprint": hub.fingerprint(base)}
-    (adapter / saved_adapters.BASE).write_text(json.dumps(known))
+    (adapter / exports.BASE).write_text(json.dumps(known))
     launched(model=str(base), lora=given)
     other = families.save(tmp_path / "other", "llama", rms_norm_eps=1e-3)
     tensor_file = next(other.glob("*.safetensors"))
@@ -369,7 +369,7 @@ def test_weights_are_read_to_be_compared_where_they_are_known_and_by_one_rank(
     monkeypatch.setattr(hub, "fingerprint", lambda folder: read.append(folder) or "1")
     language = building.build(str(base), tokenizer=None, vocab_size=300, sequence_length=24, documents=[])
     adapters.adapted(language, Lora(adapter=str(adapter)))
-    (adapter / saved_adapters.BASE).write_text(json.dumps({"model": "org/one", "fingerprint": "1"}))
+    (adapter / exports.BASE).write_text(json.dumps({"model": "org/one", "fingerprint": "1"}))
     language = building.build(str(base), tokenizer=None, vocab_size=300, sequence_length=24, documents=[])
     adapters.adapted(language, Lora(adapter=str(adapter)), compare=False)
     assert read == []

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from stoker import BadInput
+from stoker import BadInput, exports
 from stoker.language import building, rope, saved_adapters
 from stoker.language.rope import RopeScaling
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -142,10 +142,10 @@ def test_a_model_trained_on_longer_texts_is_scaled_wherever_it_is_read(
 
 
 def test_an_adapter_goes_on_with_the_scaling_that_it_was_trained_with(tmp_path: Path) -> None:
-    (tmp_path / saved_adapters.BASE).write_text(json.dumps({"rope_scaling": {"factor": 4.0, "type": "yarn"}}))
+    (tmp_path / exports.BASE).write_text(json.dumps({"rope_scaling": {"factor": 4.0, "type": "yarn"}}))
     saved_adapters.check_scaling(tmp_path, RopeScaling(factor=4))
     with pytest.raises(BadInput, match=r"with rope_scaling.factor=4 rope_scaling.type=yarn: set the same"):
         saved_adapters.check_scaling(tmp_path, RopeScaling())
-    (tmp_path / saved_adapters.BASE).write_text("{}")
+    (tmp_path / exports.BASE).write_text("{}")
     with pytest.raises(BadInput, match="without rope_scaling: omit it"):
         saved_adapters.check_scaling(tmp_path, RopeScaling(factor=math.e))

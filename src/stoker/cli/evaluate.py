@@ -12,6 +12,7 @@ from stoker.cli import train
 from stoker.cli.generate import RunOrModel, run_meant
 from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder
 from stoker.errors import BadInput
+from stoker.launch import arguments
 
 _AS_TRAINED = ("columns", "loss_on", "chat_template_kwargs", "quantisation", "sequence_length", "packing")
 """The keys whose defaults an evaluation takes from the run it evaluates."""
@@ -33,20 +34,21 @@ def evaluate(
     """
     recipe = recipes.load("evaluation")
     values, origin = _of_run(model, runs)
-    values |= _of_sources(values, overrides or ())
+    if "columns" in values:
+        values["columns"] = _of_evaluated(values["columns"], overrides or ())
     resolved = configs.restore(recipe.config, values, dict.fromkeys(values, origin), overrides or ())
     return train.start(
         recipe, resolved, train.Launch(nproc or 1), runs=runs, name=name, experiment=experiment, json=json
     )
 
 
-def _of_sources(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """The columns that a run had for all its sources, and for those that are evaluated."""
-    given = [given.partition("=")[2] for given in overrides if given.startswith("data=")]
-    names = [name.strip() for data in given for name in (data, *data.split(","))]
-    columns = values.get("columns", {})
-    kept = {name: own for name, own in columns.items() if isinstance(own, str) or name in names}
-    return {"columns": kept} if columns else {}
+def _of_evaluated(columns: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """The columns that a run had for all its sources, and for those that are evaluated. Raises BadInput."""
+    from stoker.data import sources
+
+    data = arguments.value(overrides, "data")
+    names = sources.named(data, evaluated=True) if data else []
+    return {name: own for name, own in columns.items() if isinstance(own, str) or name in names}
 
 
 def _of_run(reference: str, runs: Path) -> tuple[dict[str, Any], str]:

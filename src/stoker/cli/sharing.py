@@ -118,7 +118,7 @@ def prepare(
         merged=merge,
         task=artifacts.task_of(folder),
         chat=_has_template(folder),
-        base_config=storage.read_json(folder / "base_model.json").get("config", {}),
+        base_config=storage.read_json(folder / exports.BASE).get("config", {}),
         metrics=made.checkpoint.metrics if made.checkpoint else None,
     )
     card.write(seen, folder, about)
@@ -134,7 +134,7 @@ def _base(adapter: Path, given: str | None) -> str | None:
 
         config["base_model_name_or_path"], config["revision"] = hub.named(given, Path(given))
         file.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
-        beside = adapter / "base_model.json"
+        beside = adapter / exports.BASE
         if beside.is_file():
             known = json.loads(beside.read_text(encoding="utf-8"))
             beside.write_text(json.dumps({**known, "model": given}), encoding="utf-8")

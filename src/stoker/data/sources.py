@@ -101,7 +101,7 @@ def read_all(
     given: dict[Key, str | None] = {
         "data": data, "validation_data": validation_data, "test_data": test_data
     }  # fmt: skip
-    check_columns(columns, [name for key, names in given.items() if names for name in named(names, key)])
+    _check_columns(columns, _names({key: names for key, names in given.items() if names is not None}))
     found = _trained_on(
         data,
         validation=0.0 if validation_data is not None else validation,
@@ -118,7 +118,7 @@ def read_all(
 
 def read_evaluated(data: str, columns: BySource = NO_COLUMNS) -> list[Source]:
     """Read what is named as `a` or `a,b`, each a source of its own. Raises BadInput, as `read_all`."""
-    check_columns(columns, named(data, evaluated=True))
+    _check_columns(columns, named(data, evaluated=True))
     return _evaluated_on(data, "validation_data", columns)
 
 
@@ -130,7 +130,7 @@ def columns_of(name: str, columns: BySource) -> Columns:
     return {field: said for field, said in columns.items() if isinstance(said, str)}
 
 
-def check_columns(columns: BySource, names: Sequence[str]) -> None:
+def _check_columns(columns: BySource, names: Sequence[str]) -> None:
     """Raises BadInput for columns that no record format has, or of a source that is not among these names."""
     by_source = {name: own for name, own in columns.items() if isinstance(own, Mapping)}
     for name, own in by_source.items():
@@ -181,12 +181,15 @@ def _trained_on(
     return _with_short_names(found)
 
 
-def check(data: str, key: Key = "data", columns: BySource = NO_COLUMNS, *, evaluated: bool = False) -> None:
-    """Raises BadInput for data that does not exist, and local files that do not begin as data does.
+def check(data: Mapping[Key, str], columns: BySource = NO_COLUMNS, *, evaluated: bool = False) -> None:
+    """Raises BadInput for data that does not exist, local files that do not begin as data does, and columns.
 
-    `columns` must have passed `check_columns`.
+    Args:
+        evaluated: see `named`.
     """
-    for name in named(data, key, evaluated=evaluated):
+    names = _names(data, evaluated=evaluated)
+    _check_columns(columns, names)
+    for name in names:
         path = Path(name).expanduser()
         if name in BUILT_IN or object_store.is_url(name):
             continue
@@ -195,6 +198,11 @@ def check(data: str, key: Key = "data", columns: BySource = NO_COLUMNS, *, evalu
             continue
         _check_meant_for_hub(name)
         hub_datasets.check(name, tuple(BUILT_IN))
+
+
+def _names(data: Mapping[Key, str], *, evaluated: bool = False) -> list[str]:
+    """The names of the sources of all keys. Raises BadInput."""
+    return [name for key, given in data.items() for name in named(given, key, evaluated=evaluated)]
 
 
 def _check_first(source: str, path: Path, columns: Columns) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from stoker import exports
 from stoker.engine.memory import TooLarge
 from stoker.errors import BadInput
 from stoker.language import hub, saved_adapters, targets
@@ -163,7 +164,7 @@ def _saved_config(folder: Path, language: Language, compare: bool) -> Any:
     if compare:
         saved_adapters.check_weights(folder, language.origin)
         other = saved_adapters.other_model(folder, name, origin)
-        if other is not None and not (folder / saved_adapters.BASE).is_file():
+        if other is not None and not (folder / exports.BASE).is_file():
             log.warning(
                 "lora.adapter=%s says that it is for %s, and nothing shows that %s is that model: "
                 "make sure that it is",

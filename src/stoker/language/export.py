@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import shutil
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from huggingface_hub import save_torch_state_dict
 from stoker import exports, storage, words
-from stoker.language import rope, saved_adapters
+from stoker.language import rope
 from stoker.language.building import Language
 from stoker.language.lora import is_of_adapter
 from stoker.loop import Trainer
@@ -78,10 +79,10 @@ def _describe(model: Any, language: Language, target: Path) -> None:
         model.peft_config["default"].save_pretrained(target)
         base: dict[str, Any] = {"model": language.config.name_or_path, "fingerprint": language.fingerprint}
         if language.rope_scaling.used:
-            base["rope_scaling"] = language.rope_scaling.written
+            base["rope_scaling"] = dataclasses.asdict(language.rope_scaling)
             text = language.config.get_text_config()
             base["config"] = {name: getattr(text, name) for name in rope.FIELDS}
-        storage.write_json(target / saved_adapters.BASE, base)
+        storage.write_json(target / exports.BASE, base)
     else:
         language.config.save_pretrained(target)
         language.generation_config.save_pretrained(target)

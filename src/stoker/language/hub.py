@@ -41,7 +41,7 @@ _OURS = (
     "*.safetensors",
     "*.safetensors.index.json",
     "*config.json",
-    "base_model.json",
+    exports.BASE,
     "chat_template.jinja",
 )
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")

@@ -39,11 +39,6 @@ class RopeScaling:
         """Whether positions are scaled."""
         return self.factor is not None
 
-    @property
-    def written(self) -> dict[str, Any]:
-        """As JSON."""
-        return {"factor": self.factor, "type": self.type}
-
     def __str__(self) -> str:
         return f"rope_scaling.factor={self.factor:g} rope_scaling.type={self.type}"
 

@@ -16,10 +16,6 @@ from stoker.language import hub
 from stoker.language.rope import UNSCALED, RopeScaling
 
 WEIGHTS = "adapter_model.safetensors"
-BASE = "base_model.json"
-"""Saved with an adapter: which model it is for, by name and by its weights' checksums, and how the model's
-positions were scaled."""
-
 _MORE = (
     "bias", "trainable_token_indices", "layer_replication", "alora_invocation_tokens",
     "use_bdlora", "use_qalora", "arrow_config", "kasa_config", "monteclora_config", "velora_config",
@@ -78,9 +74,9 @@ def trained_whole(adapter: Path, what: str = "adapter") -> list[str]:
 
 def scaling(adapter: Path) -> RopeScaling:
     """How the positions of the model were scaled that an adapter was trained on. Raises BadInput."""
-    if not (adapter / BASE).is_file():
+    if not (adapter / exports.BASE).is_file():
         return UNSCALED
-    return RopeScaling(**hub.read_json(adapter, BASE, "adapter").get("rope_scaling", {}))
+    return RopeScaling(**hub.read_json(adapter, exports.BASE, "adapter").get("rope_scaling", {}))
 
 
 def check_scaling(adapter: Path, given: RopeScaling) -> None:
@@ -98,9 +94,9 @@ def check_weights(adapter: Path, origin: Path | str) -> None:
         origin: the directory of the model, all of whose weights are read if the adapter's are known; or its
             size.
     """
-    if not (adapter / BASE).is_file():
+    if not (adapter / exports.BASE).is_file():
         return
-    base = hub.read_json(adapter, BASE, "adapter")
+    base = hub.read_json(adapter, exports.BASE, "adapter")
     known = base.get("fingerprint")
     if known is not None and known != (hub.fingerprint(origin) if isinstance(origin, Path) else origin):
         raise BadInput(

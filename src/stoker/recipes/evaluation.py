@@ -86,8 +86,7 @@ def check_launch(config: Config) -> None:
 
     if config.chat_template is not None:
         chat_template.read(config.chat_template)
-    sources.check_columns(config.columns, sources.named(config.data, evaluated=True))
-    sources.check(config.data, columns=config.columns, evaluated=True)
+    sources.check({"data": config.data}, config.columns, evaluated=True)
     if config.tokenizer is not None:
         hub.check_tokenizer(config.tokenizer)
     _meant(config, weights=False)

@@ -208,10 +208,7 @@ def check_launch(config: Config) -> None:
 
     if config.chat_template is not None:
         chat_template.read(config.chat_template)
-    named = config.named.items()
-    sources.check_columns(config.columns, [name for key, data in named for name in sources.named(data, key)])
-    for key, data in named:
-        sources.check(data, key, config.columns)
+    sources.check(config.named, config.columns)
     is_new = config.model in shape.SIZES
     model = None if is_new else hub.find(config.model, known=tuple(shape.SIZES), weights=False)
     if config.rope_scaling.used:
