@@ -6,11 +6,12 @@ Their messages say what was given, what is allowed and what to change. Internal 
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import linecache
 import sysconfig
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -63,6 +64,20 @@ class Stopped(SystemExit):
     def __init__(self, status: str) -> None:
         self.status = status
         super().__init__(EXIT_INTERRUPTED if status == "interrupted" else EXIT_PREEMPTED)
+
+
+@contextlib.contextmanager
+def stops_as_raised() -> Iterator[None]:
+    """Raise `Stopped` and KeyboardInterrupt as themselves where Python 3.11 turned them into a RuntimeError.
+
+    It does so if the signal comes while a class is being created, as imports do all the time.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error.__cause__, Stopped | KeyboardInterrupt):
+            raise error.__cause__ from None
+        raise
 
 
 def nearest(name: str, allowed: Iterable[str], alike: float = 0.5) -> str:

@@ -27,7 +27,20 @@ class Config(stoker.Training):
     dropout: float = 0.1
     fits: int = -1
     """On rank 1 more samples than that run out of memory, from step 20 on."""
+    told_in_class: int = 0
+    """The signal that ranks receive while they create a class."""
+    told_ranks: tuple[int, ...] = (0, 1)
     seed: int = 0
+
+
+class Told:
+    """Receives a signal while a class is being created that has it as an attribute."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        signal.raise_signal(self.number)
 
 
 class Small(nn.Module):
@@ -45,6 +58,8 @@ def train(run: stoker.Run, config: Config) -> None:
     made = torch.Generator().manual_seed(0)
     x = torch.randn(256, 8, generator=made)
     torch.manual_seed(0)
+    if config.told_in_class and run.world.rank in config.told_ranks:
+        type("Built", (), {"told": Told(config.told_in_class)})
     small = Small()
     trainer = stoker.Trainer(
         run,

@@ -142,6 +142,31 @@ def test_told_to_stop_while_they_come_up_ranks_end_quietly(
     assert not psutil.wait_procs(ranks, timeout=10)[1], "none is alive"
 
 
+@pytest.mark.parametrize("ranks", ["1", "2"])
+@pytest.mark.parametrize(
+    ("number", "code", "status"), [(signal.SIGTERM, 75, "preempted"), (signal.SIGINT, 130, "interrupted")]
+)
+def test_told_to_stop_while_a_class_is_created_a_run_is_not_failed(
+    number: signal.Signals, code: int, status: str, ranks: str, stoker: Command, tmp_path: Path
+) -> None:
+    """Python 3.11 makes a RuntimeError of what a handler raises then."""
+    done = stoker("train", RECIPE, f"told_in_class={int(number)}", "--nproc", ranks, "--name", "a")
+    assert done.code == code, done.err
+    assert "Error" not in done.err
+    assert loaded(tmp_path / "runs" / "ranked" / "a").status == status
+
+
+@pytest.mark.parametrize("told", [0, 1])
+def test_a_rank_that_alone_is_told_to_stop_before_training_is_not_waited_for(
+    told: int, stoker: Command, tmp_path: Path
+) -> None:
+    alone = (f"told_in_class={int(signal.SIGTERM)}", f"told_ranks=[{told}]")
+    done = stoker("train", RECIPE, *alone, "--nproc", "2", "--name", "a")
+    assert done.code == 75, done.err
+    status = loaded(tmp_path / "runs" / "ranked" / "a").status
+    assert status in {"preempted", "killed"}  # rank 0 may wait for the other in C code
+
+
 def _wait_until_answered(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
     """Wait until a process has a handler of its own for a signal."""
     status = Path(f"/proc/{process.pid}/status")

@@ -102,8 +102,8 @@ def test_a_job_that_reaches_its_time_limit_goes_on_after_it(
 ) -> None:
     run = tmp_path / "runs" / "ranked" / "t"
     on = ("--on", "ray", "--option", f"address={of_two.dashboard}", "--env", "STOKER_SINKS=none")
-    assert stoker(*SAME, "pause=0.15", *on, "--name", "t", "--time", "12s").code == 0
-    _wait(lambda: (run / "run.json").is_file() and loaded(run).status == "finished")
+    assert stoker(*SAME, "pause=0.25", *on, "--name", "t", "--time", "16s").code == 0
+    _wait(lambda: (run / "run.json").is_file() and loaded(run).status == "finished", 300)
     assert len(loaded(run).attempts) > 1
 
 

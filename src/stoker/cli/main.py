@@ -34,7 +34,15 @@ from stoker.cli import (
     ui,
 )
 from stoker.cli.output import say_error
-from stoker.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, StokerError, nearest, trace_of
+from stoker.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    StokerError,
+    nearest,
+    stops_as_raised,
+    trace_of,
+)
 from stoker.launch import arguments
 
 _NO_SUCH = "No such option"  # how typer's error for an unknown option begins
@@ -95,7 +103,8 @@ def _exit_code(command: typer.Typer) -> int:
     """Run a command; reports its error, if any, and returns the exit code."""
     sys.stdout, sys.stderr = sys.stdout or terminal.open_nowhere(), sys.stderr or terminal.open_nowhere()
     try:
-        code: Any = command(standalone_mode=False)
+        with stops_as_raised():
+            code: Any = command(standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         terminal.say("stoker: interrupted\n")
         return EXIT_INTERRUPTED

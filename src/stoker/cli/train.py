@@ -22,7 +22,7 @@ from stoker.config import Resolved
 from stoker.duration import clock
 from stoker.engine import options, random_state
 from stoker.engine.options import Training
-from stoker.errors import EXIT_FAILED, BadInput, BadWorldSize, Stopped
+from stoker.errors import EXIT_FAILED, BadInput, BadWorldSize, Stopped, stops_as_raised
 from stoker.launch import alone, jobspec, local, ranks, targets
 from stoker.launch.nodes import ONE, Machines
 from stoker.recipes import Recipe
@@ -424,7 +424,8 @@ def work_on(run: Run, recipe: Recipe, config: Any, *, trial: bool = False) -> tu
     try:
         with run.attempt.stop.handled(), run, alone.watching(run.attempt, _say_hanging, ends=ends):
             arguments = (run, config) if recipe.config.__name__ != "NoConfig" else (run,)
-            recipe.train(*arguments)
+            with stops_as_raised():
+                recipe.train(*arguments)
             run.attempt.conclude()
             if run.world.rank == 0:
                 _export_weights(run)

@@ -21,7 +21,7 @@ from typing import Any
 
 import psutil
 from stoker import machine, redaction, signals, storage, supervision, terminal
-from stoker.errors import StokerError, Stopped, trace_of
+from stoker.errors import StokerError, Stopped, stops_as_raised, trace_of
 
 _PAUSE = 0.08  # seconds; see `main`
 
@@ -57,7 +57,8 @@ def main(function: Callable[..., int], arguments: Sequence[Any], folder: str) ->
     else:
         terminal.outlive()
     try:
-        end = End(rank, time.time(), function(*arguments))
+        with stops_as_raised():
+            end = End(rank, time.time(), function(*arguments))
     except Stopped as stopped:  # elastic also does this to the others, once one has failed
         error = "ended with the other ranks" if failed(Path(folder)) else ""
         end = End(rank, time.time(), int(stopped.code or 0), error)

@@ -67,12 +67,13 @@ class Watch:
                     log.warning("the ranks are watched only partly: %s", said)
 
     def _look(self) -> None:
-        if self.told or self.ask_to_stop:
+        early = self._stopped_before_all_came_up()
+        if self.told or self.ask_to_stop or early:
             self._tell(self.told or signal.SIGUSR1)
         self.verdict = self._hanging() or self.outside()
         if self.verdict:
             self._end_all()
-        elif self._stopped_before_all_came_up():
+        elif early:
             self._over.wait(_LAST_WORDS)
             self.abandoned = not self._over.is_set()
             self._end_all()
@@ -87,6 +88,8 @@ class Watch:
     def pass_on(self, number: int, frame: FrameType | None) -> None:
         """Make all ranks stop; a second signal also ends those that cannot receive it, waiting in C code."""
         if not ranks.pids(self.folder):
+            # the ranks are told when they start, if what is raised here is lost in a callback of an import
+            self.told, self._told_at = number, time.monotonic()
             raise Stopped(stopping.STATUS[number])
         if self.told:
             self.signal(number)
@@ -137,9 +140,10 @@ class Watch:
             self._over.wait(_EVERY)
 
     def _stopped_before_all_came_up(self) -> bool:
-        """Whether a rank has stopped as told, while others may wait for it for ever."""
-        began = any(pulse.begun for pulse in supervision.read(self.folder).values())
-        return bool(self.told or self.ask_to_stop) and not began and bool(ranks.ends(self.folder))
+        """Whether a rank has stopped as told, maybe it alone, while others may wait for it for ever."""
+        ends = ranks.ends(self.folder).values()
+        told = self.told or self.ask_to_stop or any(end.code and not end.error for end in ends)
+        return bool(told and ends) and not any(p.begun for p in supervision.read(self.folder).values())
 
     def _hanging(self) -> str:
         """A message about hanging ranks, after they have written their stacks; otherwise empty."""
