@@ -156,15 +156,15 @@ def _ranks(process: subprocess.Popen[bytes], count: int) -> dict[int, int]:
 
     until = time.monotonic() + 60
     while time.monotonic() < until and process.poll() is None:
-        children = {child.pid for child in psutil.Process(process.pid).children(recursive=True)}
-        with contextlib.suppress(FileNotFoundError):  # launches come and go meanwhile
+        with contextlib.suppress(FileNotFoundError, psutil.NoSuchProcess):  # launches come and go meanwhile
+            children = {child.pid for child in psutil.Process(process.pid).children(recursive=True)}
             files = Path(tempfile.gettempdir()).glob("stoker-launch-*/rank-*.pid")
             pids = [(int(file.stem.removeprefix("rank-")), int(file.read_text())) for file in files]
             found = {rank: pid for rank, pid in pids if pid in children}
             if len(found) == count:
                 return found
         time.sleep(0.01)
-    raise RuntimeError("no ranks within a minute")
+    raise RuntimeError(f"no ranks within a minute, and the launcher ended with {process.poll()}")
 
 
 def _compare(folder: Path, sync: Any, steps: int) -> list[str]:

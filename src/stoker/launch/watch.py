@@ -142,7 +142,8 @@ class Watch:
     def _stopped_before_all_came_up(self) -> bool:
         """Whether a rank has stopped as told, maybe it alone, while others may wait for it for ever."""
         ends = ranks.ends(self.folder).values()
-        told = self.told or self.ask_to_stop or any(end.code and not end.error for end in ends)
+        alone = any(end.code and not end.error for end in ends) and not ranks.failed(self.folder)
+        told = self.told or self.ask_to_stop or alone
         return bool(told and ends) and not any(p.begun for p in supervision.read(self.folder).values())
 
     def _hanging(self) -> str:
