@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import io
+import os
 import signal
+import sys
+import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
+from stoker import terminal
 from stoker.errors import Stopped
 from stoker.stopping import StopRequests
 
@@ -30,3 +36,51 @@ def test_after_a_loop_that_was_left_by_break_it_is_answered_at_once() -> None:
             break
         with pytest.raises(Stopped):
             signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.mark.parametrize("by", ["deadline", "search"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_first_signal_after_a_stop_for_another_reason_is_not_the_second(
+    by: str, number: signal.Signals
+) -> None:
+    """A checkpoint that is being written is finished."""
+    requests = StopRequests()
+    with requests.handled():
+        for step in _steps(requests):
+            if step == 1 and by == "deadline":
+                requests.deadline = time.monotonic()
+            elif step == 1:
+                requests.ask("paused")
+            asked = requests.requested
+            if step == 2:
+                signal.raise_signal(number)
+                assert not requests.at_once
+                assert requests.requested == asked == ("preempted" if by == "deadline" else "paused")
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        assert requests.at_once
+
+
+def test_a_message_within_a_write_that_the_signal_interrupted_ends_nothing(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    class Interrupted(terminal.Outlived):
+        told = False
+
+        def write(self, data: Any, /) -> int:
+            if not self.told:
+                self.told = True
+                signal.raise_signal(signal.SIGINT)
+            return super().write(data)
+
+    stream = io.TextIOWrapper(io.BufferedWriter(Interrupted(os.dup(2))), write_through=True)
+    monkeypatch.setattr(sys, "stderr", stream)
+    requests = StopRequests()
+    for step in _steps(requests):
+        if step == 0:
+            stream.write("a line of the log\n")
+            stream.flush()
+        assert requests.requested == "interrupted"
+    said = capfd.readouterr().err
+    assert "stopping after this step" in said
+    assert "a line of the log" in said

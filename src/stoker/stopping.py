@@ -35,7 +35,7 @@ class StopRequests:
         """Whether a second signal has arrived."""
         self._asked: str | None = None
         self._save = False
-        self._at = 0.0
+        self._signalled: float | None = None
         self._in_loop = False
         self._installed = False
 
@@ -94,18 +94,19 @@ class StopRequests:
             self._in_loop = False
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        first = self._asked is None
-        if not first and not is_another(number, self._at):
+        before, stops = self._signalled, self._asked is not None
+        if before is not None and not is_another(number, before):
             return
-        self._at = time.monotonic()
-        self._asked = STATUS[number]
-        if not first:
-            self.at_once = True
+        self._signalled = time.monotonic()
+        if before is not None:
+            self._asked, self.at_once = STATUS[number], True
             if number == signal.SIGINT:
                 terminal.say("\nstopped at once; the same command resumes from the newest checkpoint\n")
             raise KeyboardInterrupt if number == signal.SIGINT else Stopped(self._asked)
-        if not self._in_loop:
-            raise Stopped(self._asked)
+        if not stops:  # otherwise a deadline or a search asked first
+            self._asked = STATUS[number]
+            if not self._in_loop:
+                raise Stopped(self._asked)
         if number == signal.SIGINT:
             terminal.say(
                 "\nstopping after this step, with a checkpoint; press Ctrl-C again to stop at once\n"

@@ -15,11 +15,19 @@ from typing import Any
 
 
 def say(text: str) -> None:
-    """Write to the current standard error, which a progress bar replaces while it is shown."""
-    if sys.stderr is not None:
-        with contextlib.suppress(OSError, ValueError):  # ValueError: the stream is closed
+    """Write to the current standard error, which a progress bar replaces while it is shown.
+
+    A signal handler may call it: within a write that the signal has interrupted, the text goes to the
+    descriptor.
+    """
+    if sys.stderr is None:
+        return
+    with contextlib.suppress(OSError, ValueError):  # ValueError: the stream is closed
+        try:
             sys.stderr.write(text)
             sys.stderr.flush()
+        except RuntimeError:  # "reentrant call inside <_io.BufferedWriter>"
+            os.write(2, text.encode(errors="backslashreplace"))
 
 
 class Outlived(io.FileIO):
