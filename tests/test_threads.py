@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = """
 import atexit
 import threading
@@ -38,14 +40,21 @@ def train(run: stoker.Run) -> None:
     threading.Thread(target=work, daemon=True).start()
     threading.Thread(target=write_late).start()
     print("trained", end="")
+
+
+if __name__ == "__main__":
+    stoker.main(train)
 """
 
 
-def test_a_daemon_thread_within_torch_does_not_abort_a_command_that_is_done(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", [["-m", "stoker", "train", "script.py"], ["script.py"]])
+def test_a_daemon_thread_within_torch_does_not_abort_a_command_that_is_done(
+    how: list[str], tmp_path: Path
+) -> None:
     """The same script without the command, `sys.exit` alone, is aborted nearly every time."""
     (tmp_path / "script.py").write_text(SCRIPT)
     done = subprocess.run(
-        [sys.executable, "-m", "stoker", "train", "script.py"], cwd=tmp_path, capture_output=True, text=True,
+        [sys.executable, *how], cwd=tmp_path, capture_output=True, text=True,
         check=False, env={**os.environ, "STOKER_SINKS": "none", "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

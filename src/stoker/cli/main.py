@@ -96,7 +96,7 @@ def main(train_function: Callable[..., None]) -> None:
     )  # fmt: skip
     script.command()(train.script_command(train_function))
     terminal.outlive()
-    sys.exit(_exit_code(script))
+    threads.end_process(_exit_code(script))
 
 
 def _exit_code(command: typer.Typer) -> int:
