@@ -92,24 +92,33 @@ def test_a_run_opened_again_goes_on_counting(open_run: Callable[..., Run]) -> No
 
 @pytest.mark.parametrize(
     ("error", "status"),
-    [(None, "finished"), (RuntimeError("x"), "failed"), (KeyboardInterrupt(), "interrupted")],
+    [
+        (None, "finished"),
+        (RuntimeError("x"), "failed"),
+        (KeyboardInterrupt(), "interrupted"),
+        (SystemExit(), "finished"),
+        (SystemExit(0), "finished"),
+        (SystemExit(3), "failed"),
+        (SystemExit("bad data"), "failed"),
+    ],
 )
 def test_how_a_run_ends_is_its_status(
     open_run: Callable[..., Run], error: BaseException | None, status: str
 ) -> None:
-    def body() -> Run:
-        with open_run() as run:
-            if error is not None:
-                raise error
-        return run
+    with contextlib.suppress(BaseException), open_run() as run:
+        if error is not None:
+            raise error
+    assert view.load(run.directory).status == status
 
-    if error is None:
-        directory = body().directory
-    else:
-        with pytest.raises(type(error)):
-            body()
-        directory = open_run("other").directory.__class__(open_run("third").directory.path.parent / "a")
-    assert view.load(directory).status == status
+
+def test_an_empty_variable_names_no_folder_of_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As compose files and CI leave it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("STOKER_RUNS", "")
+    with Run("test", "a") as run:
+        run.log(loss=1.0)
+    assert run.directory.path == tmp_path / "runs" / "test" / "a"
+    assert [seen.directory.id for seen in stoker.runs("test")] == ["a"]
 
 
 def test_a_run_whose_record_a_power_cut_emptied_is_none_and_is_begun_anew(

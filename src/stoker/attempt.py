@@ -109,9 +109,7 @@ class Attempt:
         if asked is not None:
             runs, experiment, name = asked.runs, asked.experiment, asked.id
             sources, recipe, provenance = asked.sources, asked.recipe, Path(asked.provenance)
-        folder = finding.folder(
-            runs if runs is not None else os.environ.get("STOKER_RUNS", "runs")
-        ).absolute()
+        folder = finding.given_folder(runs).absolute()
         self.world = World.current()
         self.directory = finding.locate(folder, experiment, name or opening.new_id(self.world))
         self.seed = seed
@@ -391,17 +389,18 @@ class Attempt:
                 self.end(error.status)
             elif isinstance(error, KeyboardInterrupt):
                 self.end(view.INTERRUPTED)
-            elif error is not None:
-                self.end(view.FAILED, f"{type(error).__name__}: {error}")
-            else:
+            elif error is None or (isinstance(error, SystemExit) and error.code in (None, 0)):
                 self.end(view.FINISHED)
+            else:
+                self.end(view.FAILED, f"{type(error).__name__}: {error}")
         finally:  # even if the disk is full: the lock must be released
             self.close()
 
     def _end_with_script(self) -> None:
         """The process ends without having closed the run: end it as the script ended, if that is known.
 
-        In an interactive session an earlier error says nothing, since the session continued after it.
+        In an interactive session an earlier error says nothing, since the session continued after it. The
+        interpreter does not say at its end whether `sys.exit` was called: then the run counts as finished.
         """
         raised = None if hasattr(sys, "ps1") else getattr(sys, "last_value", None)
         if raised is None and self.stop.requested is not None:  # a SystemExit leaves no trace in sys

@@ -7,7 +7,6 @@ standard error.
 from __future__ import annotations
 
 import logging
-import os
 import shlex
 import sys
 from pathlib import Path
@@ -42,7 +41,7 @@ def console() -> Console:
 
 def runs_option(runs: Path) -> str:
     """The option ` --runs DIR` that a command needs to use `runs`; empty if that is the default."""
-    usual = finding.folder(os.environ.get("STOKER_RUNS") or DEFAULT_RUNS)
+    usual = finding.given_folder(None)
     if runs.resolve() == usual.resolve():
         return ""
     store = object_store.of(runs)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from stoker.cli import train
 from stoker.cli.trial import train_trial
 from stoker.errors import BadInput
 from stoker.recipes import Recipe
+from stoker.run import finding
 from stoker.tune import local
 from stoker.tune.trial import Began, Ended, Job, Report
 
@@ -49,10 +49,12 @@ def job_of(
 
 def runs_folder(given: Path | str | None) -> Path:
     """The folder that contains the runs, with the same default as for every command. Raises BadInput."""
-    named = str(given if given is not None else os.environ.get("STOKER_RUNS", "runs"))
-    if object_store.is_url(named) or object_store.of(Path(named).absolute()) is not None:
-        raise BadInput(f"runs={named}: a search cannot be in an object store; give a local folder")
-    return Path(named).absolute()
+    folder = finding.given_folder(given).absolute()
+    if object_store.of(folder) is not None:
+        raise BadInput(
+            f"runs={finding.shown(folder)}: a search cannot be in an object store; give a local folder"
+        )
+    return folder
 
 
 class Training:

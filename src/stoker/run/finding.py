@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
@@ -27,6 +28,11 @@ def folder(name: Path | str) -> Path:
     Raises BadInput for an invalid URL.
     """
     return object_store.working_copy(str(name)) if object_store.is_url(str(name)) else Path(name)
+
+
+def given_folder(given: Path | str | None) -> Path:
+    """The runs folder that a caller gives, or else STOKER_RUNS, or else `runs`. Raises BadInput."""
+    return folder(given if given is not None else os.environ.get("STOKER_RUNS") or "runs")
 
 
 def shown(runs: Path) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import json
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,7 +46,7 @@ def runs(*references: str | Path, runs: Path | str | None = None) -> list[RunVie
             that was named or is the only one of its experiment; or there are no runs.
         Unreachable: the object store cannot be reached, and none of its runs is known here.
     """
-    folder = finding.folder(runs if runs is not None else os.environ.get("STOKER_RUNS") or "runs")
+    folder = finding.given_folder(runs)
     return read(folder.absolute(), [str(reference) for reference in references])
 
 
