@@ -47,6 +47,37 @@ def test_a_model_and_an_adapter_have_the_loss_that_training_measured(stoker: Com
     assert moved.code == 0, moved.err
 
 
+def test_a_checkpoint_has_the_loss_that_training_measured_then(stoker: Command, files: Path) -> None:
+    measured = (
+        "data=a.jsonl", "validation_data=b.jsonl", "test=0", "generate_tokens=0", "eval_every=1",
+        "checkpoint_every=1",
+    )  # fmt: skip
+    for name, more in (("whole", ()), ("adapter", ("model=runs/llm/whole", "lora.rank=4"))):
+        done = stoker(*SMALL, *measured, *more, "--name", name)
+        assert done.code == 0, done.err
+        losses = loaded(files / "runs" / "llm" / name).points["val_loss"]
+        at = dict(zip(losses.x, losses.y, strict=True))
+        for step in (2, 3):
+            given = ("data=b.jsonl", "generate_tokens=0", "--checkpoint", str(step))
+            done = stoker("evaluate", name, *given, "--name", f"{name}-{step}", "--json")
+            assert done.code == 0, done.err
+            assert done.answer["metrics"]["test_loss"] == pytest.approx(at[step], rel=1e-5)
+        assert at[2] != pytest.approx(at[3], rel=1e-4)
+    checkpoint = files / "runs" / "llm" / "adapter" / "checkpoints" / "step-00000002"
+    assert loaded(files / "runs" / "evaluation" / "adapter-2").config["model"] == str(checkpoint)
+    goes_on = (*SMALL, *measured, "model=runs/llm/whole", f"lora.adapter={checkpoint}", "--name", "more")
+    assert stoker(*goes_on).code == 0
+    for given, said in (
+        (("whole", "data=b.jsonl", "--checkpoint", "7"), "no checkpoint '7': give best, last, or one of"),
+        (
+            ("runs/llm/whole/artifacts/model", "data=b.jsonl", "--checkpoint", "2"),
+            "--checkpoint 2 needs a run",
+        ),
+    ):
+        done = stoker("evaluate", *given)
+        assert (done.code, said in done.err) == (2, True), done.err
+
+
 def test_each_source_is_read_by_its_own_columns_as_in_training(stoker: Command, files: Path) -> None:
     lines = [json.dumps({"body": f"{n} of letters"}) for n in range(40)]
     (files / "c.jsonl").write_text("\n".join(lines) + "\n")

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import resource
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+import fsspec
 import pytest
 from huggingface_hub import constants
 from stoker import Run, storage
@@ -17,7 +19,7 @@ from stoker.language import hub
 import hub_server
 from commands import Point
 from hub_server import Hub
-from servers import listening
+from servers import Proxy, listening
 
 
 @pytest.fixture
@@ -144,3 +146,15 @@ def test_the_folder_of_a_run_is_what_it_has_exported(tmp_path: Path) -> None:
     assert hub.find(str(run.directory.path)) == made
     with pytest.raises(BadInput, match=r"is a run without an exported adapter: it exported the model"):
         hub.find(str(run.directory.path), "lora.adapter")
+
+
+def test_a_run_in_an_object_store_is_answered_with_the_folder_of_its_export(proxy: Proxy) -> None:
+    url = f"s3://bucket/{uuid.uuid4().hex}/llm/a"
+    files = fsspec.filesystem("s3")
+    files.pipe(f"{url}/run.json", b"{}")
+    with pytest.raises(BadInput, match=f"model {url} is a run: it has exported nothing yet"):
+        hub.find(url)
+    files.pipe(f"{url}/artifacts/model/config.json", b"{}")
+    with pytest.raises(BadInput, match=f"model {url} is a run: give its export, {url}/artifacts/model"):
+        hub.find(url)
+    assert (hub.find(f"{url}/artifacts/model") / "config.json").read_bytes() == b"{}"

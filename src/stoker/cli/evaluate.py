@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from stoker import config as configs
-from stoker import exports, recipes
+from stoker import recipes
 from stoker.cli import train
-from stoker.cli.generate import RunOrModel, run_meant
+from stoker.cli.generate import OfCheckpoint, RunOrModel, folder_meant, run_meant
 from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder
-from stoker.errors import BadInput
 from stoker.launch import arguments
 
 _AS_TRAINED = ("columns", "loss_on", "chat_template_kwargs", "quantisation", "sequence_length", "packing")
@@ -21,6 +20,7 @@ _AS_TRAINED = ("columns", "loss_on", "chat_template_kwargs", "quantisation", "se
 def evaluate(
     model: RunOrModel,
     overrides: train.Overrides = None,
+    checkpoint: OfCheckpoint = None,
     name: train.Name = None,
     experiment: train.Experiment = None,
     nproc: train.Nproc = None,
@@ -33,7 +33,7 @@ def evaluate(
     its own columns, loss_on, sequence_length and the like are the defaults.
     """
     recipe = recipes.load("evaluation")
-    values, origin = _of_run(model, runs)
+    values, origin = _of_run(model, runs, checkpoint)
     if "columns" in values:
         values["columns"] = _of_evaluated(values["columns"], overrides or ())
     resolved = configs.restore(recipe.config, values, dict.fromkeys(values, origin), overrides or ())
@@ -51,19 +51,14 @@ def _of_evaluated(columns: Mapping[str, Any], overrides: Sequence[str]) -> dict[
     return {name: own for name, own in columns.items() if isinstance(own, str) or name in names}
 
 
-def _of_run(reference: str, runs: Path) -> tuple[dict[str, Any], str]:
+def _of_run(reference: str, runs: Path, checkpoint: str | None) -> tuple[dict[str, Any], str]:
     """The config values that the model or run implies, and where they come from.
 
-    Raises BadInput if the run has exported no model.
+    Raises BadInput if the run has exported no model, or has no such checkpoint.
     """
-    seen = run_meant(reference, runs)
+    seen = run_meant(reference, runs, checkpoint)
     if seen is None:
         return {"model": reference}, configs.COMMAND_LINE
-    folder, named = exports.as_it_stands(seen), f"{seen.directory.experiment}/{seen.directory.id}"
-    if folder is None:
-        raise BadInput(
-            f"run {named} has exported no model yet: export a checkpoint with `stoker checkpoints "
-            f"export {seen.directory.id}`, and evaluate that folder"
-        )
     own = {key: seen.config[key] for key in _AS_TRAINED if key in seen.config}
-    return {**own, "model": str(folder)}, f"run {named}"
+    origin = f"run {seen.directory.experiment}/{seen.directory.id}"
+    return {**own, "model": str(folder_meant(seen, checkpoint))}, origin

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -31,6 +29,15 @@ RunOrModel = Annotated[
         metavar="RUN|MODEL",
         help="A run: its id, the start of its id, experiment/id, or its path. Or a model or adapter: a "
         "directory, s3://bucket/folder, or a hub id.",
+    ),
+]
+
+OfCheckpoint = Annotated[
+    str | None,
+    typer.Option(
+        "--checkpoint",
+        metavar="WHICH",
+        help="Of a run: best (by val_loss), last, or a step number; default: its export.",
     ),
 ]
 
@@ -88,14 +95,7 @@ def generate(
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed for sampling.")] = 0,
-    checkpoint: Annotated[
-        str | None,
-        typer.Option(
-            "--checkpoint",
-            metavar="WHICH",
-            help="Of a run: best, last, or a step number; default: its export.",
-        ),
-    ] = None,
+    checkpoint: OfCheckpoint = None,
     base: Annotated[
         str | None, typer.Option("--base", metavar="MODEL", help="Where the adapter's base model is now.")
     ] = None,
@@ -108,42 +108,40 @@ def generate(
     if (top_p < 1 or top_k) and not temperature:
         raise BadInput("--top-p and --top-k only affect sampling: give --temperature too, such as 0.7")
     values = _values(template_value or ())
-    with _meant(model, runs, checkpoint) as (folder, named, trained_with):
-        from stoker.language import speaking
+    folder, named, trained_with = _meant(model, runs, checkpoint)
+    from stoker.language import speaking
 
-        speaker = speaking.load(folder, base)
-        chats = speaker.chats and not raw
-        if system is not None and not chats:
-            raise BadInput(
-                "--system needs a tokenizer with a chat template, and cannot be combined with --raw"
-            )
-        if values and not chats:
-            raise BadInput(
-                "--template-value needs a tokenizer with a chat template, and cannot be combined with --raw"
-            )
-        values = {**trained_with, **values}
+    speaker = speaking.load(folder, base)
+    chats = speaker.chats and not raw
+    if system is not None and not chats:
+        raise BadInput("--system needs a tokenizer with a chat template, and cannot be combined with --raw")
+    if values and not chats:
+        raise BadInput(
+            "--template-value needs a tokenizer with a chat template, and cannot be combined with --raw"
+        )
+    values = {**trained_with, **values}
 
-        def answer(text: str) -> dict[str, Any]:
-            said = speaker.answer(
-                text, rendered=chats, max_tokens=max_tokens, temperature=temperature, top_p=top_p,
-                top_k=top_k, repetition_penalty=repetition_penalty, seed=seed, show=None if json else _write,
-            )  # fmt: skip
-            if not json:
-                _write("\n")
-            return said
+    def answer(text: str) -> dict[str, Any]:
+        said = speaker.answer(
+            text, rendered=chats, max_tokens=max_tokens, temperature=temperature, top_p=top_p,
+            top_k=top_k, repetition_penalty=repetition_penalty, seed=seed, show=None if json else _write,
+        )  # fmt: skip
+        if not json:
+            _write("\n")
+        return said
 
-        before = [] if system is None else [_message("system", system)]
-        if prompt is None and chats and sys.stdin.isatty():
-            answers = list(_conversation(speaker, before, values, answer))
-        else:
-            asked = prompt if prompt is not None else _from_input()
-            answers = [
-                {
-                    "prompt": one,
-                    **answer(speaker.ask([*before, _message("user", one)], values) if chats else one),
-                }
-                for one in asked
-            ]
+    before = [] if system is None else [_message("system", system)]
+    if prompt is None and chats and sys.stdin.isatty():
+        answers = list(_conversation(speaker, before, values, answer))
+    else:
+        asked = prompt if prompt is not None else _from_input()
+        answers = [
+            {
+                "prompt": one,
+                **answer(speaker.ask([*before, _message("user", one)], values) if chats else one),
+            }
+            for one in asked
+        ]
     if json:
         print_json({**named, "answers": answers})
 
@@ -163,31 +161,26 @@ def _values(given: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-@contextlib.contextmanager
-def _meant(
-    reference: str, runs: Path, checkpoint: str | None
-) -> Iterator[tuple[Path, dict[str, str], dict[str, Any]]]:
+def _meant(reference: str, runs: Path, checkpoint: str | None) -> tuple[Path, dict[str, str], dict[str, Any]]:
     """The model's folder, its name in the JSON answer, and the template values that its run was trained with.
 
     Raises BadInput.
     """
-    seen = run_meant(reference, runs)
+    from stoker.language import hub
+
+    seen = run_meant(reference, runs, checkpoint)
     if seen is None:
-        if checkpoint is not None:
-            raise BadInput(f"--checkpoint {checkpoint} needs a run, but {reference} is a model")
-        from stoker.language import hub
-
-        yield hub.find(reference), {"model": reference}, {}
-        return
-    with tempfile.TemporaryDirectory(prefix="stoker-model-") as scratch:
-        folder = None if checkpoint else exports.as_it_stands(seen)
-        folder = folder or exports.make(seen, Path(scratch), which=checkpoint).folder
-        named = {"run": f"{seen.directory.experiment}/{seen.directory.id}"}
-        yield folder, named, dict(seen.config.get(called.VALUES, {}))
+        return hub.find(reference, "model or adapter"), {"model": reference}, {}
+    named = {"run": f"{seen.directory.experiment}/{seen.directory.id}"}
+    folder = hub.find(str(folder_meant(seen, checkpoint)), "model or adapter")
+    return folder, named, dict(seen.config.get(called.VALUES, {}))
 
 
-def run_meant(reference: str, runs: Path) -> RunView | None:
-    """The run that a reference names; None if it names a model. Raises BadInput if it is neither."""
+def run_meant(reference: str, runs: Path, checkpoint: str | None) -> RunView | None:
+    """The run that a reference names; None if it names a model.
+
+    Raises BadInput if it is neither, or a model but a checkpoint is asked for.
+    """
     try:
         return view.load(finding.find(runs, reference))
     except BadInput:
@@ -195,9 +188,21 @@ def run_meant(reference: str, runs: Path) -> RunView | None:
             raise
         owner, _, name = reference.partition("/")
         of_hub = bool(name) and owner not in {run.experiment for run in finding.every(runs)}
-        if of_hub or object_store.is_url(reference) or Path(reference).expanduser().is_dir():
-            return None
-        raise
+        if not (of_hub or object_store.is_url(reference) or Path(reference).expanduser().is_dir()):
+            raise
+    if checkpoint is not None:
+        raise BadInput(f"--checkpoint {checkpoint} needs a run, but {reference} is a model")
+    return None
+
+
+def folder_meant(seen: RunView, checkpoint: str | None) -> Path:
+    """The folder of a run's export, or of a checkpoint, both as `hub.find` takes them. Raises BadInput."""
+    if checkpoint is not None:
+        return exports.meant(seen, checkpoint, "val_loss")
+    if (folder := exports.as_it_stands(seen)) is None:
+        run = f"{seen.directory.experiment}/{seen.directory.id}"
+        raise BadInput(f"run {run} has exported no model yet; give --checkpoint last")
+    return folder
 
 
 def _conversation(

@@ -9,7 +9,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,13 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils._validators import validate_repo_id
 from stoker import exports, object_store, storage
+from stoker.checkpoint import manifest
 from stoker.data import hub_datasets
 from stoker.data.tokens import once
 from stoker.errors import BadInput, nearest
 from stoker.run import view
 from stoker.run.directory import RunDirectory
+from stoker.run.view import RunView
 
 _DESCRIPTION = ("*.json", "*.jinja", "*.model", "*.txt")
 _OF_A_TOKENIZER = ("tokenizer*", "vocab*", "*.model")
@@ -44,6 +46,7 @@ _OURS = (
     exports.BASE,
     "chat_template.jinja",
 )
+_KINDS = {"lora.adapter": "adapter", "model or adapter": "model or adapter"}  # what is found, if not a model
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 _PICKLES = ("pytorch_model*.bin",)
 
@@ -84,19 +87,61 @@ def find(
 
 
 def _exported(folder: Path, what: str) -> Path:
-    """The folder itself, or what a run has exported. Raises BadInput if a run has not."""
+    """The folder itself, or what its run has exported, or would have at a checkpoint. Raises BadInput."""
     run = RunDirectory(folder)
-    if not run.exists():
+    if run.exists():
+        found, of = exports.as_it_stands(view.load(run)), "run"
+    elif (run := RunDirectory(folder.parent.parent)).exists() and folder.parent == run.checkpoints:
+        found, of = _of_checkpoint(view.load(run), folder), "checkpoint of a run"
+    else:
         return folder
-    found, wanted = exports.as_it_stands(view.load(run)), "adapter" if what == "lora.adapter" else "model"
+    wanted = _KINDS.get(what, "model")
     if found is None:
         raise BadInput(f"{what} {folder} is a run without an exported {wanted}: it has exported nothing yet")
     kind = "adapter" if exports.is_adapter(found) else "model"
-    if kind != wanted:
+    if kind not in wanted:
         raise BadInput(
-            f"{what} {folder} is a run without an exported {wanted}: it exported the {kind} {found}"
+            f"{what} {folder} is a {of} without an exported {wanted}: it exported the {kind} {found}"
         )
     return found
+
+
+def _of_checkpoint(seen: RunView, folder: Path) -> Path:
+    """A checkpoint's weights as the files of a model or adapter, made once per content. Raises BadInput."""
+    try:
+        weights = manifest.sums(folder)
+    except manifest.InvalidCheckpoint as error:
+        raise BadInput(f"checkpoint {folder} cannot be used: {error}") from error
+    form = exports.exported(seen, None) or {}
+    named = hashlib.sha256(repr((sorted(weights.items()), form.get("files"))).encode()).hexdigest()[:32]
+
+    def export(target: Path) -> None:
+        target.mkdir()
+        exports.make(seen, target, which=str(manifest.step_of(folder)))
+
+    return _kept(named, export)
+
+
+def _kept(named: str, make: Callable[[Path], None]) -> Path:
+    """A model's folder in the cache, made if it is not there yet. Raises BadInput, Unreachable.
+
+    Args:
+        make: makes a folder of this path, and its files.
+    """
+    target = storage.cache_folder() / "models" / named
+
+    def fetch() -> None:
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".model-") as scratch:
+            make(Path(scratch) / "model")
+            (Path(scratch) / "model").rename(target)
+
+    return once(target, fetch)
+
+
+def _below(url: str, found: Iterable[str]) -> str:
+    """What to give instead of a run's URL."""
+    exported = [kind for kind in exports.KINDS if any(key.startswith(f"artifacts/{kind}/") for key in found)]
+    return f"give its export, {url}/artifacts/{exported[0]}" if exported else "it has exported nothing yet"
 
 
 def _from_hub(reference: str, what: str, known: Sequence[str], *, weights: bool, pickles: bool) -> Path:
@@ -172,16 +217,15 @@ def _from_store(url: str, what: str) -> Path:
     found = store.objects()
     if not found:
         raise BadInput(f"{what} {url} is empty: give the folder that contains the model's files")
+    if "run.json" in found:
+        raise BadInput(f"{what} {url} is a run: {_below(url.rstrip('/'), found)}")
     named = hashlib.sha256(repr((url, sorted(found.items()))).encode()).hexdigest()[:32]
-    target = storage.cache_folder() / "models" / named
 
-    def fetch() -> None:
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".model-") as scratch:
-            for key in found:
-                store.get(key, Path(scratch) / "model" / key)
-            (Path(scratch) / "model").rename(target)
+    def download(target: Path) -> None:
+        for key in found:
+            store.get(key, target / key)
 
-    return once(target, fetch)
+    return _kept(named, download)
 
 
 def check_tokenizer(reference: str) -> None:

@@ -155,7 +155,7 @@ def _meant(config: Config, *, weights: bool = True) -> tuple[str, Lora]:
     from stoker import exports
     from stoker.language import hub, merging, saved_adapters
 
-    folder = hub.find(config.model, weights=weights)
+    folder = hub.find(config.model, "model or adapter", weights=weights)
     if not exports.is_adapter(folder):
         if config.base is not None:
             raise BadInput(f"base={config.base} is for adapters, and {config.model} is a whole model")
