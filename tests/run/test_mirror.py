@@ -244,6 +244,44 @@ def test_a_stretch_that_was_joined_and_is_there_still_is_read_once(machine: Mach
     assert (other.journal / file.name).read_text() == "0123456789ab"
 
 
+def test_stretches_that_are_joined_after_they_were_listed_are_listed_again(
+    machine: Machine, tmp_path: Path
+) -> None:
+    run, held = machine("one")
+    held.take()
+    run.create({})
+    file = run.journal / "attempt-0001.rank-0.jsonl"
+    file.write_text("01")
+    _mirror(run).push()
+    there = tmp_path / f"store/experiment/a/journal/{file.name}"
+    (there / "000000000000002").write_text("23")
+    other, _ = machine("two")
+    listed = _mirror(other)
+    listed.fetch()
+    (other.journal / file.name).write_text("01")
+    (there / "000000000000000").write_text("012345")
+    (there / "000000000000002").unlink()
+    listed.fetch()
+    assert (other.journal / file.name).read_text() == "012345"
+
+
+@pytest.mark.parametrize("written", [b'{"files": [{"pa', b"{}", b"[]", b""])
+def test_a_manifest_that_was_not_written_whole_replaces_none(
+    written: bytes, machine: Machine, tmp_path: Path
+) -> None:
+    run, held = machine("one")
+    held.take()
+    run.create({})
+    there = tmp_path / "store/experiment/a/checkpoints/step-00000005/manifest.json"
+    there.parent.mkdir(parents=True)
+    there.write_bytes(written)
+    checkpoint = run.checkpoints / "step-00000005"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "manifest.json").write_text("as it was")
+    _mirror(run).fetch_checkpoint(checkpoint)
+    assert (checkpoint / "manifest.json").read_text() == "as it was"
+
+
 def _read(stretches: Path) -> str:
     content = ""
     for stretch in sorted(stretches.iterdir()):

@@ -78,6 +78,7 @@ class Mirror:
             except FileNotFoundError:  # the machine that trains the run merged or removed a listed object
                 if not left:
                     raise
+                self.forget()
             else:
                 return
 
@@ -108,17 +109,22 @@ class Mirror:
         self._remember()
 
     def fetch_checkpoint(self, path: Path) -> None:
-        """Download the files of a checkpoint that do not match its manifest. Raises Unreachable."""
+        """Download the files of a checkpoint that do not match its manifest. Raises Unreachable.
+
+        A manifest of the store that was not written whole replaces none here.
+        """
         key = f"{self._key}/checkpoints/{path.name}"
-        manifest = path / MANIFEST
         try:
-            self._store.get(f"{key}/{MANIFEST}", manifest)
-            for file in _files_of(manifest.read_bytes()):
+            manifest = self._store.read(f"{key}/{MANIFEST}")
+            files = _files_of(manifest)
+            path.mkdir(parents=True, exist_ok=True)
+            storage.write_atomically(path / MANIFEST, manifest)
+            for file in files:
                 local = path / file["path"]
                 if not _matches(local, file):
                     log.info("downloading %s of %s from %s", file["path"], path.name, self._store.url)
                     self._store.get(f"{key}/{file['path']}", local)
-        except FileNotFoundError:
+        except (FileNotFoundError, ValueError):
             log.debug("%s has no whole %s", self.where, path.name)
 
     def _void_journals(self, there: Objects) -> None:
@@ -355,9 +361,15 @@ def _mark(file: Path) -> list[int]:
 
 
 def _files_of(manifest: bytes) -> list[dict[str, Any]]:
-    """The files that a manifest lists, except names that lead outside the checkpoint's folder."""
-    files: list[dict[str, Any]] = orjson.loads(manifest)["files"]
-    return [file for file in files if Path(file["path"]).name == file["path"]]
+    """The files that a manifest lists, except names that lead outside the checkpoint's folder.
+
+    Raises ValueError if it is not a whole manifest.
+    """
+    try:
+        files: list[dict[str, Any]] = orjson.loads(manifest)["files"]
+        return [file for file in files if Path(file["path"]).name == file["path"]]
+    except (LookupError, TypeError) as error:
+        raise ValueError(f"not a manifest: {error!r}") from error
 
 
 def _matches(file: Path, known: dict[str, Any]) -> bool:
