@@ -11,6 +11,28 @@ from stoker.tracking.registry import Registry
 pytestmark = pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")  # MLflow's own
 
 
+def test_a_promotion_that_is_cut_short_leaves_a_model_in_production(
+    runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = Registry(runs)
+    registry._client.create_registered_model("m")
+    for _ in range(3):
+        registry._client.create_model_version("m", source="runs:/none/model")
+    registry.promote("m@1", "production")
+    with monkeypatch.context() as cut:
+        for request in ("set_model_version_tag", "delete_registered_model_alias"):
+            cut.setattr(registry._client, request, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            registry.promote("m@2", "production")
+    assert registry.version("m@production").version == 2
+    registry.promote("m@2", "production")
+    assert [version.stage for version in registry.versions("m")][1:] == ["production", "archived"]
+    registry.promote("m@2", "archived")
+    assert [version.stage for version in registry.versions("m")][1:] == ["archived", "archived"]
+    with pytest.raises(BadInput, match="has no version 'production'"):
+        registry.version("m@production")
+
+
 def test_a_model_is_found_among_more_than_an_answer_of_mlflow_has(runs: Path) -> None:
     registry = Registry(runs)
     for number in range(101):

@@ -129,13 +129,13 @@ class Registry:
         """Move a version to a stage. Others that were in it are archived, if it is staging or production."""
         version = self.version(reference)
         with self._said():
-            for other in self._versions(version.name):
-                if other.version != version.version and other.stage == stage != "archived":
-                    self._set_stage(other, "archived")
-            for alias in set(STAGES) & set(version.aliases) - {stage}:
-                self._client.delete_registered_model_alias(version.name, alias)
-            self._set_stage(version, stage)
+            # First, in one request: at every moment, also after a kill, there is a version of that stage.
             self._client.set_registered_model_alias(version.name, stage, str(version.version))
+            for known in self._versions(version.name):
+                if known.version == version.version:
+                    self._set_stage(known, stage)
+                elif known.stage == stage != "archived":
+                    self._set_stage(known, "archived")
         return self.version(f"{version.name}@{version.version}")
 
     def pull(self, reference: str, target: Path) -> Path:
@@ -194,10 +194,8 @@ class Registry:
         return sorted(versions, key=lambda v: -v.version)
 
     def _set_stage(self, version: Version, stage: Stage) -> None:
-        if stage == "archived":
-            for alias in version.aliases:
-                if alias in STAGES:
-                    self._client.delete_registered_model_alias(version.name, alias)
+        for alias in set(STAGES) & set(version.aliases) - {stage}:
+            self._client.delete_registered_model_alias(version.name, alias)
         self._client.set_model_version_tag(version.name, str(version.version), _STAGE_TAG, stage)
 
     @contextlib.contextmanager
