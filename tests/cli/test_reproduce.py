@@ -480,6 +480,30 @@ def test_several_ranks_are_several_again(project: Path, stoker: Command) -> None
     assert again.points["loss"][1] == pytest.approx(3 * 3 / 7)
 
 
+def test_a_package_of_code_whose_names_mean_something_to_a_shell_runs(
+    project: Path, stoker: Command, tmp_path: Path
+) -> None:
+    script = "count $(touch it-ran) 'a'.py"
+    folder = project / "cost$a `touch it-ran`"
+    folder.mkdir()
+    (project / "count.py").rename(folder / script)
+    for name in ("factor.py", "numbers.txt"):
+        (project / name).rename(folder / name)
+    trained = stoker("train", script, "--name", "first", cwd=folder)
+    assert trained.code == 0, trained.err
+    made = tmp_path / "made"
+    assert stoker("package", "first", "--to", str(made), cwd=folder).code == 0
+    (code,) = [found.parent for found in made.rglob(script)]
+    shutil.copy(folder / "numbers.txt", code)
+    env = {**os.environ, "PYTHON": sys.executable}
+    env.pop("PYTHONPATH", None)
+    done = subprocess.run(
+        ["sh", str(made / "run.sh")], cwd=tmp_path, env=env, check=False, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert not list(tmp_path.rglob("it-ran"))
+
+
 def test_a_package_runs_anywhere_and_by_mlflow(counted: Path, stoker: Command, tmp_path: Path) -> None:
     made = stoker("package", "first", "--to", str(tmp_path / "made"), "--json", cwd=counted.parent)
     assert made.code == 0, made.err

@@ -117,7 +117,7 @@ def _command(seen: RunView, part: Stretch, there: Place, folder: Path) -> str:
 def _quoted(word: str, folder: Path) -> str:
     """A word for the shell; a path within the folder is resolved when it is run."""
     within = word.removeprefix(f"{folder}/")
-    return shlex.quote(word) if within == word else f'"$here/{within}"'
+    return shlex.quote(word) if within == word else f'"$here"/{shlex.quote(within)}'
 
 
 _CHECKED = (
@@ -137,17 +137,17 @@ def _write_script(
 ) -> None:  # fmt: skip
     cwd = there.cwd.relative_to(folder) if there.cwd.is_relative_to(folder) else Path("code")
     variables = differences.computing(environment.get("variables", {}))
-    paths = ":".join(f"$here/{Path(path).relative_to(folder)}" for path in imported)
+    paths = ":".join(f'"$here"/{shlex.quote(str(Path(path).relative_to(folder)))}' for path in imported)
     lines = [
         "#!/bin/sh",
         f"# Trains {seen.directory.experiment}/{seen.directory.id} again; takes its command's arguments.",
         "set -eu",
         'here=$(CDPATH= cd -- "$(dirname -- "$0")" && pwd)',
         *(f"export {name}={shlex.quote(value)}" for name, value in variables.items()),
-        *([f'export PYTHONPATH="{paths}${{PYTHONPATH:+:$PYTHONPATH}}"'] if paths else []),
+        *([f'export PYTHONPATH={paths}"${{PYTHONPATH:+:$PYTHONPATH}}"'] if paths else []),
         'export STOKER_RUNS="${STOKER_RUNS:-$here/runs}"',
         *_CHECKED,
-        f'cd "$here/{cwd}"',
+        f'cd "$here"/{shlex.quote(str(cwd))}',
         f"exec {command}",
     ]
     file.write_text("\n".join(lines) + "\n", encoding="utf-8")
