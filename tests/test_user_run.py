@@ -231,6 +231,25 @@ def test_an_artifact_of_two_runs_is_stored_once_and_collected_with_the_last(
     assert not list(artifacts.store(runs).glob("*/*"))
 
 
+def test_what_a_kill_left_of_a_copy_is_collected(open_run: Open, tmp_path: Path) -> None:
+    data, runs = tmp_path / "data.bin", tmp_path / "runs"
+    with data.open("wb") as file:
+        file.truncate(2**32)
+    script = f"import stoker; stoker.Run('test', 'a', runs='{runs}').artifact('{data}')"
+    process = subprocess.Popen([sys.executable, "-c", script])
+    while not (left := [*artifacts.store(runs).glob(".*")]):
+        assert process.poll() is None
+    process.kill()
+    process.wait()
+    assert artifacts.collect_garbage(runs, older_than=0) == 0  # another process may be writing it
+    size = left[0].stat().st_size
+    with pytest.MonkeyPatch.context() as patch:
+        hour_later = time.time() + 3601
+        patch.setattr(time, "time", lambda: hour_later)
+        assert artifacts.collect_garbage(runs) >= size
+    assert not [*artifacts.store(runs).glob(".*")]
+
+
 def test_content_that_is_collected_just_when_it_is_linked_is_stored_again(
     open_run: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,7 +12,6 @@ import io
 import os
 import stat
 import tarfile
-import uuid
 import zlib
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
@@ -101,7 +100,7 @@ def pack(target: Path, files: Sequence[File], contents: Mapping[str, bytes], sto
 def _put(kept: Path, content: bytes) -> None:
     """Write an archive of the store, atomically."""
     kept.parent.mkdir(parents=True, exist_ok=True)
-    temporary = kept.parent.parent / f".{uuid.uuid4().hex}.tmp"
+    temporary = storage.unfinished(kept.parent.parent / "content")
     try:
         temporary.write_bytes(content)
         temporary.chmod(0o444)

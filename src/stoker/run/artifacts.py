@@ -11,7 +11,6 @@ import contextlib
 import json
 import shutil
 import time
-import uuid
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -19,6 +18,7 @@ from stoker import storage
 from stoker.run.directory import RunDirectory
 
 STORE = ".artifacts"  # in the runs folder
+_COPYING = 3600.0  # seconds without a change after which a copy was left by a kill
 
 _TASKS = {  # by the ending of the name of a transformers class
     "ForSequenceClassification": "text-classification",
@@ -98,13 +98,15 @@ def remove(path: Path) -> None:
 def collect_garbage(runs: Path, older_than: float = 3600.0) -> int:
     """Delete stored contents that no run uses any more; returns the number of bytes freed.
 
-    Contents stored less than `older_than` seconds ago are kept: a run may be about to link them.
+    Contents stored less than `older_than` seconds ago are kept: a run may be about to link them. What a kill
+    has left of a copy is deleted too.
     """
     freed = 0
-    for file in store(runs).glob("*/*"):
+    for file in (*store(runs).glob("*/*"), *store(runs).glob(".*.tmp")):
+        least = max(older_than, _COPYING) if storage.is_unfinished(file) else older_than
         with contextlib.suppress(FileNotFoundError):
             status = file.stat()
-            if status.st_nlink == 1 and time.time() - status.st_ctime >= older_than:
+            if status.st_nlink == 1 and time.time() - status.st_ctime >= least:
                 file.unlink()
                 freed += status.st_size
     return freed
@@ -113,7 +115,7 @@ def collect_garbage(runs: Path, older_than: float = 3600.0) -> int:
 def _link(kept: Path, file: Path, target: Path) -> None:
     """Link a file's content from the store into the run, after adding it to the store if needed."""
     kept.mkdir(exist_ok=True)
-    temporary = kept / f".{uuid.uuid4().hex}.tmp"
+    temporary = storage.unfinished(kept / "content")
     try:
         shutil.copyfile(file, temporary)  # first: the hash is that of the copy, even if the file changes
         digest = storage.sha256(temporary)
