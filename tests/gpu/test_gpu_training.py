@@ -15,6 +15,7 @@ from stoker import Run, Trainer, Training
 from stoker.engine import micro_batch
 from stoker.engine.options import DeepSpeed, Fsdp
 from stoker.errors import OutOfMemory
+from stoker.run.deferred import Deferred
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -250,3 +251,18 @@ def test_what_a_checkpoint_holds_is_of_the_step_it_was_made_at(open_run: OpenRun
         again = trainer_of(run)
         for name, weight in again.model.state_dict().items():
             assert torch.equal(weight, expected[name])
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are no two GPUs")
+def test_metrics_from_two_gpus_are_waited_for_on_both() -> None:
+    """The second GPU is busy for a second when its value is logged; the first is idle."""
+    values = {f"of-{gpu}": torch.full((), gpu + 1.0, device=f"cuda:{gpu}") for gpu in range(2)}
+    values["of-1"].mul_(1)
+    Deferred(values).read()  # loads the kernel and allocates pinned memory, which may wait for the device
+    with torch.cuda.device(1):
+        torch.cuda._sleep(2 * 10**9)  # clock cycles
+        values["of-1"].mul_(3)
+        logged = Deferred(values)
+    assert not logged.arrived
+    assert logged.read() == {"of-0": 1.0, "of-1": 6.0}
+    assert logged.arrived

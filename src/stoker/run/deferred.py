@@ -1,7 +1,8 @@
 """Metrics that were logged but may not be readable yet: tensors on an accelerator.
 
-A tensor on a GPU is copied to pinned memory in the background, with a CUDA event after the copy, so that
-logging never waits for the device. torch is imported only for tensors on a GPU and for `DeferredArrays`.
+A tensor on a GPU is copied to pinned memory in the background, with a CUDA event after the copies from each
+device, so that logging never waits for a device. torch is imported only for tensors on a GPU and for
+`DeferredArrays`.
 """
 
 from __future__ import annotations
@@ -21,20 +22,21 @@ class Deferred:
         self._values = {
             key: value if type(value) is float else self._read(key, value) for key, value in values.items()
         }
-        self._event = _recorded_event(self._on_device) if self._on_device else None
+        self._events = _recorded_events(self._on_device)
 
     @property
     def arrived(self) -> bool:
         """Whether the values can be read without waiting."""
-        return self._event is None or bool(self._event.query())
+        return all(event.query() for event in self._events)
 
     def read(self) -> dict[str, float]:
         """The values, waiting for the device if necessary."""
-        if self._event is not None:
-            self._event.synchronize()
-            self._event = None
-            for key in self._on_device:
-                self._values[key] = float(self._values[key])
+        for event in self._events:
+            event.synchronize()
+        self._events.clear()  # only now: if one failed, a later call fails too, and reads no unfinished copy
+        while self._on_device:
+            key, _ = self._on_device.popitem()
+            self._values[key] = float(self._values[key])
         return self._values
 
     def _read(self, key: str, value: Any) -> Any:
@@ -64,17 +66,17 @@ class DeferredArrays:
             host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=on_device)
             self._tensors[name] = host.copy_(tensor.detach(), non_blocking=on_device)
         on_device = {name: tensor for name, tensor in tensors.items() if tensor.is_cuda}
-        self._event = _recorded_event(on_device) if on_device else None
+        self._events = _recorded_events(on_device)
 
     @property
     def arrived(self) -> bool:
         """Whether the arrays can be read without waiting."""
-        return self._event is None or bool(self._event.query())
+        return all(event.query() for event in self._events)
 
     def read(self) -> dict[str, Any]:
         """The arrays, waiting for the device if necessary."""
-        if self._event is not None:
-            self._event.synchronize()
+        for event in self._events:
+            event.synchronize()
         return {name: tensor.numpy() for name, tensor in self._tensors.items()}
 
 
@@ -118,10 +120,15 @@ def _of_many(key: str, shape: Any) -> ValueError:
     )
 
 
-def _recorded_event(values: Mapping[str, Any]) -> Any:
-    """A CUDA event recorded after the copies of tensors that are on a GPU."""
+def _recorded_events(values: Mapping[str, Any]) -> list[Any]:
+    """CUDA events recorded after the copies of tensors that are on GPUs, one for each GPU."""
+    if not values:
+        return []
     import torch
 
-    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    event.record(torch.cuda.current_stream(next(iter(values.values())).device))
-    return event
+    events = []
+    for device in {tensor.device for tensor in values.values()}:
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(device))
+        events.append(event)
+    return events

@@ -29,7 +29,7 @@ from optuna.storages import BaseStorage, RDBStorage
 from optuna.storages.journal import BaseJournalBackend, JournalFileBackend, JournalStorage
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
-from stoker.errors import BadInput, nearest
+from stoker.errors import BadInput, StokerError, nearest
 from stoker.tune import promising, record
 from stoker.tune.plan import Goal
 from stoker.tune.space import Space
@@ -46,7 +46,8 @@ EARLIER = "earlier"
 """The attribute of trials copied from another search, with that search's name."""
 
 
-_MYSQL = ("SELECT GET_LOCK('stoker', 60)", "SELECT RELEASE_LOCK('stoker')")
+_NAMED = "CONCAT('stoker.', MD5(DATABASE()))"  # names of locks are those of the server
+_MYSQL = (f"SELECT GET_LOCK({_NAMED}, {365 * 24 * 3600})", f"SELECT RELEASE_LOCK({_NAMED})")
 _LOCKS = {
     "postgresql": ("SELECT pg_advisory_lock(7823846)", "SELECT pg_advisory_unlock(7823846)"),
     "mysql": _MYSQL, "mariadb": _MYSQL,
@@ -106,14 +107,15 @@ class Database:
         """Let only one controller at a time execute this block, on PostgreSQL, MySQL and MariaDB.
 
         This uses a lock of the database, which is released when its connection ends, however the process
-        ends.
+        ends. Raises StokerError if the database refuses it.
         """
         take, give = _LOCKS.get(self._engine.dialect.name, ("", ""))
         if not take:
             yield
             return
         with self._engine.connect() as connection:
-            connection.exec_driver_sql(take)
+            if connection.exec_driver_sql(take).scalar() in (0, None):  # MySQL's answers without the lock
+                raise StokerError(f"{self._engine.url.database}: the database gives no lock")
             try:
                 yield
             finally:
