@@ -239,9 +239,31 @@ def test_a_stretch_that_was_joined_and_is_there_still_is_read_once(machine: Mach
     assert (other.journal / file.name).read_text() == "0123456789"
     file.write_text("0123456789ab")
     _mirror(run).push()
-    _mirror(other).forget()
     _mirror(other).fetch()
     assert (other.journal / file.name).read_text() == "0123456789ab"
+
+
+def test_a_stretch_that_is_joined_after_it_was_listed_is_read_in_the_longer_one(
+    machine: Machine, tmp_path: Path
+) -> None:
+    run, held = machine("one")
+    held.take()
+    run.create({})
+    file = run.journal / "attempt-0001.rank-0.jsonl"
+    file.write_text("0123456789")
+    _mirror(run).push()
+    other, _ = machine("two")
+    _mirror(other).fetch()
+    file.write_text("0123456789ab")
+    _mirror(run).push()
+    store = object_store.Store(f"file://{tmp_path / 'store'}", "")
+    listed = {key.removeprefix("experiment/a/"): stored for key, stored in store.objects().items()}
+    assert f"journal/{file.name}/000000000000010" in listed
+    file.write_text("0123456789ab" * 2)
+    _mirror(run).push()
+    assert not (tmp_path / f"store/experiment/a/journal/{file.name}/000000000000010").exists()
+    Mirror(other, store, listed).fetch()
+    assert (other.journal / file.name).read_text() == "0123456789ab" * 2
 
 
 def _read(stretches: Path) -> str:

@@ -78,6 +78,7 @@ class Mirror:
             except FileNotFoundError:  # the machine that trains the run merged or removed a listed object
                 if not left:
                     raise
+                self.forget()
             else:
                 return
 
