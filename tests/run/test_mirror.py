@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from stoker import object_store, storage
+from stoker.checkpoint import manifest
 from stoker.run import artifacts, journal, lease, mirror, stretches, uploader
 from stoker.run.directory import RunDirectory
 from stoker.run.mirror import Mirror
@@ -127,17 +128,74 @@ def test_an_old_artifact_does_not_replace_what_another_machine_made(machine: Mac
     assert (tmp_path / "store/experiment/a/artifacts/model").read_bytes() == b"other"
 
 
+def _save(run: RunDirectory, content: bytes) -> Path:
+    path = manifest.folder(run.checkpoints, 1)
+    manifest.begin(path)
+    shard = path / "shard"
+    shard.write_bytes(content)
+    manifest.commit(path, [manifest.File.of(shard)], step=1, samples=8, world_size=1)
+    return path
+
+
 def test_a_manifest_brings_nothing_from_outside_of_its_folder(machine: Machine, tmp_path: Path) -> None:
     run, held = machine("one")
     held.take()
     run.create({})
+    saved = _save(run, b"weights")
+    _mirror(run).push()
     there = tmp_path / "store/experiment/a"
-    (there / "checkpoints/step-00000001").mkdir(parents=True)
     (there / "evil").write_bytes(b"evil")
-    files = [{"path": "../../evil", "size": 4, "xxh3": "0" * 32}]
-    (there / "checkpoints/step-00000001/manifest.json").write_text(json.dumps({"files": files}))
-    _mirror(run).fetch_checkpoint(run.checkpoints / "step-00000001")
+    changed = json.loads((saved / manifest.NAME).read_bytes())
+    changed["files"][0]["path"] = "../../evil"
+    changed["xxh3"] = manifest._checksum(changed)
+    (there / "checkpoints/step-00000001/manifest.json").write_text(json.dumps(changed))
+    (saved / "shard").unlink()
+    with pytest.raises(manifest.InvalidCheckpoint, match=r"in its object store, .* outside its directory"):
+        manifest.mended(saved, _mirror(run).fetch_checkpoint)
     assert not (run.path / "evil").exists()
+
+
+def test_one_that_is_damaged_is_mended(machine: Machine) -> None:
+    run, held = machine("one")
+    held.take()
+    run.create({})
+    saved = _save(run, b"weights")
+    _mirror(run).push()
+    for name in ("shard", manifest.NAME):
+        (saved / name).write_bytes(b"{")
+    assert manifest.mended(saved, _mirror(run).fetch_checkpoint).files == {"shard"}
+    assert (saved / "shard").read_bytes() == b"weights"
+
+
+@pytest.mark.parametrize("cut", [lambda content: content[:-10], lambda content: b"{}"], ids=["half", "empty"])
+def test_a_manifest_that_is_cut_off_in_the_store_is_not_taken_over(
+    machine: Machine, tmp_path: Path, cut: Callable[[bytes], bytes]
+) -> None:
+    run, held = machine("one")
+    held.take()
+    run.create({})
+    saved = _save(run, b"weights")
+    _mirror(run).push()
+    whole = (saved / manifest.NAME).read_bytes()
+    (tmp_path / "store/experiment/a/checkpoints/step-00000001/manifest.json").write_bytes(cut(whole))
+    (saved / "shard").unlink()
+    found, passed_over = manifest.newest(run.checkpoints, _mirror(run).fetch_checkpoint)
+    assert found is None
+    assert passed_over[0].startswith("step-00000001: shard is missing; in its object store, its manifest ")
+    assert (saved / manifest.NAME).read_bytes() == whole
+
+
+def test_a_manifest_that_is_cut_off_here_replaces_none_in_the_store(machine: Machine, tmp_path: Path) -> None:
+    run, held = machine("one")
+    held.take()
+    run.create({})
+    saved = _save(run, b"weights")
+    _mirror(run).push()
+    whole = (saved / manifest.NAME).read_bytes()
+    (saved / manifest.NAME).write_bytes(whole[:-10])
+    _mirror(run).push()
+    there = tmp_path / "store/experiment/a/checkpoints/step-00000001/manifest.json"
+    assert there.read_bytes() == whole
 
 
 def test_what_was_written_here_alone_is_void_where_another_machine_went_on(machine: Machine) -> None:
