@@ -324,6 +324,29 @@ def test_a_stretch_that_is_joined_after_it_was_listed_is_read_in_the_longer_one(
     assert (other.journal / file.name).read_text() == "0123456789ab" * 2
 
 
+def test_a_backlog_of_a_journal_goes_there_in_stretches_that_are_not_too_long(
+    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stretches, "_LONGEST", 100)
+    run, held = machine("one")
+    held.take()
+    run.create({})
+    there = tmp_path / "store/experiment/a/journal/attempt-0001.rank-0.jsonl"
+    file = run.journal / there.name
+    for lines in (3, 30, 5, 1, 1, 40):
+        with file.open("a") as journal:
+            journal.write('{"line": 0}\n' * lines)
+        _mirror(run).push()
+        assert _read(there) == file.read_text()
+    sizes = [stretch.stat().st_size for stretch in there.iterdir()]
+    assert max(sizes) <= 100
+    assert len(sizes) <= 15
+
+    other, _ = machine("two")
+    _mirror(other).fetch()
+    assert (other.journal / there.name).read_text() == file.read_text()
+
+
 def _read(stretches: Path) -> str:
     content = ""
     for stretch in sorted(stretches.iterdir()):
