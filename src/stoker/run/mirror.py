@@ -83,7 +83,7 @@ class Mirror:
                 return
             self._run.make_folders()
             if newer_there is None:
-                newer_there = self._taken_elsewhere()
+                newer_there = self.taken_elsewhere()
             try:
                 self._fetch(there, artifacts=artifacts, newer_there=newer_there)
             except FileNotFoundError:  # the machine that trains the run merged or removed a listed object
@@ -183,8 +183,8 @@ class Mirror:
                 local.parent.mkdir(parents=True, exist_ok=True)
                 storage.write_atomically(local, content)
 
-    def _taken_elsewhere(self) -> bool:
-        """Whether another machine has trained the run since this one did."""
+    def taken_elsewhere(self) -> bool:
+        """Whether another machine has trained the run since this one did, if it did. Raises Unreachable."""
         held = lease.of(self._run.path, self._store.patience)
         return held is not None and not held.standing_here()
 
@@ -235,9 +235,8 @@ class Mirror:
         return int(found[-1].removeprefix("step-")) if found else None
 
     def _still_ours(self) -> None:
-        held = lease.of(self._run.path, self._store.patience)
-        if held is not None and not held.standing_here():
-            raise Lost(f"another machine is training {self.where} now")
+        if self.taken_elsewhere():
+            raise Lost(f"another machine was the last to train {self.where}")
 
     def _files(self) -> Iterator[Path]:
         """The files that are uploaded one by one: small files and what the run made."""
