@@ -253,6 +253,22 @@ def test_any_machine_ships_to_the_sinks_a_run_that_another_one_trained(
     assert objects() == before
 
 
+def test_what_one_machine_adds_to_a_run_every_other_one_sees(
+    stoker: Command, machine: Any, url: str, proxy: Proxy
+) -> None:
+    done = stoker("train", RECIPE, "steps=20", "--name", "a", "--runs", url, env=machine("one"))
+    assert done.code == 0, done.err
+    for name in ("one", "two"):
+        done = stoker("runs", "tag", "a", f"{name}=yes", "--runs", url, env=machine(name))
+        assert done.code == 0, done.err
+    proxy.mode = "503"
+    done = stoker("runs", "tag", "a", "more=yes", "--runs", url, env=machine("two"))
+    assert done.code == 0, done.err
+    assert "the change is known only on this machine" in done.err
+    shown = stoker("runs", "tag", "a", "--runs", url, "--json", env=machine("three"))
+    assert shown.answer["tags"] == {"one": "yes", "two": "yes"}
+
+
 def test_a_store_that_is_not_there_starts_nothing(
     stoker: Command, machine: Any, url: str, proxy: Proxy
 ) -> None:

@@ -228,6 +228,13 @@ class Mirror:
             self._still_ours()
             self._remove_others({path.name for path in committed}, there)
 
+    def push_addition(self, file: Path) -> None:
+        """Upload a journal file of a command that adds to a run, whichever machine trains it.
+
+        Its name is unique, and it is not written to again. Raises Unreachable.
+        """
+        stretches.push(self._store, self._key, "journal", file, [], {})
+
     @property
     def newest(self) -> int | None:
         """The step of the newest checkpoint in the store, as of the last listing."""
