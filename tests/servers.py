@@ -137,7 +137,7 @@ class Proxy:
 
     ok: passes it on; 500, 503, 429: answers so; hang: never answers; refuse: closes the connection;
     mute: never says that what is to be sent may be; drop: closes it when half of what was sent has been read;
-    lost: passes it on and closes the connection without the answer.
+    lost: passes it on and closes the connection without the answer; slow: passes it on after three seconds.
     `required`, where it is given, is the Authorization header without which the answer is 401.
     `only`: requests that the mode is for, `(method, path)`; all others are passed on.
     """
@@ -182,6 +182,9 @@ class Proxy:
                 body = self.rfile.read(length)
                 if mode == "hang":
                     proxy._released.wait()
+                elif mode == "slow":
+                    if not proxy._released.wait(3):
+                        self._pass_on(body)
                 elif mode.isdigit():
                     self.send_error(int(mode))
                 elif mode == "lost":

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -117,7 +117,7 @@ def meant(seen: RunView, which: str, metric: str) -> Path:
     )
 
 
-def mend(seen: RunView) -> Callable[[Path], None] | None:
+def mend(seen: RunView) -> manifest.Mend | None:
     """A function that fetches a checkpoint's missing files from the run's object store; None without one."""
     copied = mirror.of(seen.directory)
     return copied.fetch_checkpoint if copied is not None else None

@@ -30,6 +30,7 @@ _MARKER = ".object-store.json"
 _LONGEST_PAUSE = 5.0
 STALL = 120.0  # seconds in which at least one part of a transfer must arrive
 _ANSWER = 30.0  # seconds that a small request may take
+_SLOWEST = 2**18  # bytes per second: what is sent or read in one request may take longer, at this rate
 _AWAY = 60.0  # seconds for which requests to an unreachable store are not retried
 _PART = 8 * 2**20  # bytes per part of a multipart upload
 _AT_ONCE = 4  # parts in transfer at once
@@ -139,22 +140,22 @@ class Store:
     def read(self, key: str, first: int | None = None, last: int | None = None) -> bytes:
         """The content of an object, or its bytes from `first` up to, but not including, `last`.
 
-        Raises FileNotFoundError.
+        Give `last` for a large one: it is then allowed more time. Raises FileNotFoundError.
         """
+        limit = _ANSWER + max(0, (last or 0) - (first or 0)) / _SLOWEST
         return bytes(
-            self._try(
-                lambda fs: _watched(fs, _ANSWER, "cat_file", self._path(key), start=first, end=last), key
-            )
+            self._try(lambda fs: _watched(fs, limit, "cat_file", self._path(key), start=first, end=last), key)
         )
 
     def write(self, key: str, content: bytes, *, new: bool = False) -> None:
-        """Write a small object. With `new`, raises FileExistsError if it exists.
+        """Write an object in one request. With `new`, raises FileExistsError if it exists.
 
         Of two concurrent writers with `new`, exactly one succeeds if the driver supports conditional writes,
         as those of S3, Google and Azure do.
         """
         mode = "create" if new else "overwrite"
-        self._try(lambda fs: _watched(fs, _ANSWER, "pipe_file", self._path(key), content, mode=mode), key)
+        limit = _ANSWER + len(content) / _SLOWEST
+        self._try(lambda fs: _watched(fs, limit, "pipe_file", self._path(key), content, mode=mode), key)
 
     def put(self, key: str, file: Path) -> None:
         """Upload a file of any size, in parts. Raises FileNotFoundError if it does not exist."""
@@ -262,7 +263,9 @@ class _Parts:
 
 
 def _watched(fs: Any, stall: float, request: str, *args: Any, **kwargs: Any) -> Any:
-    """Make a request; raises OSError if nothing arrives for `stall` seconds.
+    """Make a request; raises OSError if nothing arrives for `stall` seconds, of a transfer in parts.
+
+    Any other request, without a callback, must end within that time.
 
     Otherwise a driver may wait forever for permission to send (`Expect: 100-continue`), or retry for minutes
     without an answer.
@@ -273,6 +276,7 @@ def _watched(fs: Any, stall: float, request: str, *args: Any, **kwargs: Any) -> 
 
     from fsspec.asyn import sync
 
+    said = "nothing arrived for" if "callback" in kwargs else "it did not end within"
     heard = kwargs.get("callback") or _Parts()
     heard.at = time.monotonic()
 
@@ -281,7 +285,7 @@ def _watched(fs: Any, stall: float, request: str, *args: Any, **kwargs: Any) -> 
         try:
             while not (await asyncio.wait({task}, timeout=1.0))[0]:
                 if time.monotonic() - heard.at > stall:
-                    raise OSError(f"nothing arrived for {stall:.0f} s")
+                    raise OSError(f"{said} {stall:.0f} s")
         finally:
             task.cancel()
         return task.result()

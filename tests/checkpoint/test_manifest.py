@@ -125,7 +125,7 @@ def test_of_a_link_only_the_link_is_removed(tmp_path: Path) -> None:
 
 
 def test_one_that_cannot_be_mended_now_is_passed_over(tmp_path: Path) -> None:
-    def mend(path: Path) -> None:
+    def mend(path: Path, listed: object) -> None:
         raise Unreachable("s3://bucket: no answer")
 
     _save(tmp_path, 20)
@@ -142,7 +142,7 @@ def test_one_that_cannot_be_mended_now_is_passed_over(tmp_path: Path) -> None:
 def test_one_that_is_void_is_not_mended(tmp_path: Path) -> None:
     _save(tmp_path, 20)
     manifest.void(_save(tmp_path, 40))
-    found, passed_over = manifest.newest(tmp_path, lambda path: pytest.fail("it is void"))
+    found, passed_over = manifest.newest(tmp_path, lambda path, listed: pytest.fail("it is void"))
     assert found is not None
     assert found.step == 20
     assert "is void" in passed_over[0]

@@ -173,6 +173,9 @@ def test_two_machines_do_not_train_one_run(
     listed = stoker("runs", "list", url, "--json", env=machine("two"))
     assert listed.code == 0, listed.err
     assert [row["status"] for row in listed.answer["runs"]] == ["running"]
+    shipped = stoker("sync", "a", "--runs", url, env={**machine("two"), "STOKER_SINKS": "tensorboard"})
+    assert shipped.code == 1
+    assert f"{os.uname().nodename} is training {url}/ranked/a now" in shipped.err
 
 
 @pytest.mark.soak
@@ -233,6 +236,37 @@ def test_a_damaged_checkpoint_is_mended_from_the_store(
     done = stoker("checkpoints", "verify", "a", "--runs", url, env=env)
     assert done.code == 0, done.out
     assert shard.read_bytes() == whole
+
+
+def test_any_machine_ships_to_the_sinks_a_run_that_another_one_trained(
+    stoker: Command, machine: Any, url: str, objects: Objects
+) -> None:
+    done = stoker("train", RECIPE, "steps=20", "--name", "a", "--runs", url, env=machine("one"))
+    assert done.code == 0, done.err
+    before = objects()
+    env = {**machine("two"), "STOKER_SINKS": "tensorboard"}
+    done = stoker("sync", "a", "--runs", url, "--json", env=env)
+    assert done.code == 0, done.err
+    (sink,) = done.answer["sinks"]
+    assert sink["shipped"] >= 20
+    assert sink["pending"] == 0
+    assert objects() == before
+
+
+def test_what_one_machine_adds_to_a_run_every_other_one_sees(
+    stoker: Command, machine: Any, url: str, proxy: Proxy
+) -> None:
+    done = stoker("train", RECIPE, "steps=20", "--name", "a", "--runs", url, env=machine("one"))
+    assert done.code == 0, done.err
+    for name in ("one", "two"):
+        done = stoker("runs", "tag", "a", f"{name}=yes", "--runs", url, env=machine(name))
+        assert done.code == 0, done.err
+    proxy.mode = "503"
+    done = stoker("runs", "tag", "a", "more=yes", "--runs", url, env=machine("two"))
+    assert done.code == 0, done.err
+    assert "the change is known only on this machine" in done.err
+    shown = stoker("runs", "tag", "a", "--runs", url, "--json", env=machine("three"))
+    assert shown.answer["tags"] == {"one": "yes", "two": "yes"}
 
 
 def test_a_store_that_is_not_there_starts_nothing(

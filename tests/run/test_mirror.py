@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from stoker import object_store, storage
+from stoker.checkpoint import manifest
 from stoker.run import artifacts, journal, lease, mirror, stretches, uploader
 from stoker.run.directory import RunDirectory
 from stoker.run.mirror import Mirror
@@ -127,17 +128,74 @@ def test_an_old_artifact_does_not_replace_what_another_machine_made(machine: Mac
     assert (tmp_path / "store/experiment/a/artifacts/model").read_bytes() == b"other"
 
 
+def _save(run: RunDirectory, content: bytes) -> Path:
+    path = manifest.folder(run.checkpoints, 1)
+    manifest.begin(path)
+    shard = path / "shard"
+    shard.write_bytes(content)
+    manifest.commit(path, [manifest.File.of(shard)], step=1, samples=8, world_size=1)
+    return path
+
+
 def test_a_manifest_brings_nothing_from_outside_of_its_folder(machine: Machine, tmp_path: Path) -> None:
     run, held = machine("one")
     held.take()
     run.create({})
+    saved = _save(run, b"weights")
+    _mirror(run).push()
     there = tmp_path / "store/experiment/a"
-    (there / "checkpoints/step-00000001").mkdir(parents=True)
     (there / "evil").write_bytes(b"evil")
-    files = [{"path": "../../evil", "size": 4, "xxh3": "0" * 32}]
-    (there / "checkpoints/step-00000001/manifest.json").write_text(json.dumps({"files": files}))
-    _mirror(run).fetch_checkpoint(run.checkpoints / "step-00000001")
+    changed = json.loads((saved / manifest.NAME).read_bytes())
+    changed["files"][0]["path"] = "../../evil"
+    changed["xxh3"] = manifest._checksum(changed)
+    (there / "checkpoints/step-00000001/manifest.json").write_text(json.dumps(changed))
+    (saved / "shard").unlink()
+    with pytest.raises(manifest.InvalidCheckpoint, match=r"in its object store, .* outside its directory"):
+        manifest.mended(saved, _mirror(run).fetch_checkpoint)
     assert not (run.path / "evil").exists()
+
+
+def test_one_that_is_damaged_is_mended(machine: Machine) -> None:
+    run, held = machine("one")
+    held.take()
+    run.create({})
+    saved = _save(run, b"weights")
+    _mirror(run).push()
+    for name in ("shard", manifest.NAME):
+        (saved / name).write_bytes(b"{")
+    assert manifest.mended(saved, _mirror(run).fetch_checkpoint).files == {"shard"}
+    assert (saved / "shard").read_bytes() == b"weights"
+
+
+@pytest.mark.parametrize("cut", [lambda content: content[:-10], lambda content: b"{}"], ids=["half", "empty"])
+def test_a_manifest_that_is_cut_off_in_the_store_is_not_taken_over(
+    machine: Machine, tmp_path: Path, cut: Callable[[bytes], bytes]
+) -> None:
+    run, held = machine("one")
+    held.take()
+    run.create({})
+    saved = _save(run, b"weights")
+    _mirror(run).push()
+    whole = (saved / manifest.NAME).read_bytes()
+    (tmp_path / "store/experiment/a/checkpoints/step-00000001/manifest.json").write_bytes(cut(whole))
+    (saved / "shard").unlink()
+    found, passed_over = manifest.newest(run.checkpoints, _mirror(run).fetch_checkpoint)
+    assert found is None
+    assert passed_over[0].startswith("step-00000001: shard is missing; in its object store, its manifest ")
+    assert (saved / manifest.NAME).read_bytes() == whole
+
+
+def test_a_manifest_that_is_cut_off_here_replaces_none_in_the_store(machine: Machine, tmp_path: Path) -> None:
+    run, held = machine("one")
+    held.take()
+    run.create({})
+    saved = _save(run, b"weights")
+    _mirror(run).push()
+    whole = (saved / manifest.NAME).read_bytes()
+    (saved / manifest.NAME).write_bytes(whole[:-10])
+    _mirror(run).push()
+    there = tmp_path / "store/experiment/a/checkpoints/step-00000001/manifest.json"
+    assert there.read_bytes() == whole
 
 
 def test_what_was_written_here_alone_is_void_where_another_machine_went_on(machine: Machine) -> None:
@@ -239,47 +297,54 @@ def test_a_stretch_that_was_joined_and_is_there_still_is_read_once(machine: Mach
     assert (other.journal / file.name).read_text() == "0123456789"
     file.write_text("0123456789ab")
     _mirror(run).push()
-    _mirror(other).forget()
     _mirror(other).fetch()
     assert (other.journal / file.name).read_text() == "0123456789ab"
 
 
-def test_stretches_that_are_joined_after_they_were_listed_are_listed_again(
+def test_a_stretch_that_is_joined_after_it_was_listed_is_read_in_the_longer_one(
     machine: Machine, tmp_path: Path
 ) -> None:
     run, held = machine("one")
     held.take()
     run.create({})
     file = run.journal / "attempt-0001.rank-0.jsonl"
-    file.write_text("01")
+    file.write_text("0123456789")
     _mirror(run).push()
-    there = tmp_path / f"store/experiment/a/journal/{file.name}"
-    (there / "000000000000002").write_text("23")
     other, _ = machine("two")
-    listed = _mirror(other)
-    listed.fetch()
-    (other.journal / file.name).write_text("01")
-    (there / "000000000000000").write_text("012345")
-    (there / "000000000000002").unlink()
-    listed.fetch()
-    assert (other.journal / file.name).read_text() == "012345"
+    _mirror(other).fetch()
+    file.write_text("0123456789ab")
+    _mirror(run).push()
+    store = object_store.Store(f"file://{tmp_path / 'store'}", "")
+    listed = {key.removeprefix("experiment/a/"): stored for key, stored in store.objects().items()}
+    assert f"journal/{file.name}/000000000000010" in listed
+    file.write_text("0123456789ab" * 2)
+    _mirror(run).push()
+    assert not (tmp_path / f"store/experiment/a/journal/{file.name}/000000000000010").exists()
+    Mirror(other, store, listed).fetch()
+    assert (other.journal / file.name).read_text() == "0123456789ab" * 2
 
 
-@pytest.mark.parametrize("written", [b'{"files": [{"pa', b"{}", b"[]", b""])
-def test_a_manifest_that_was_not_written_whole_replaces_none(
-    written: bytes, machine: Machine, tmp_path: Path
+def test_a_backlog_of_a_journal_goes_there_in_stretches_that_are_not_too_long(
+    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(stretches, "_LONGEST", 100)
     run, held = machine("one")
     held.take()
     run.create({})
-    there = tmp_path / "store/experiment/a/checkpoints/step-00000005/manifest.json"
-    there.parent.mkdir(parents=True)
-    there.write_bytes(written)
-    checkpoint = run.checkpoints / "step-00000005"
-    checkpoint.mkdir(parents=True)
-    (checkpoint / "manifest.json").write_text("as it was")
-    _mirror(run).fetch_checkpoint(checkpoint)
-    assert (checkpoint / "manifest.json").read_text() == "as it was"
+    there = tmp_path / "store/experiment/a/journal/attempt-0001.rank-0.jsonl"
+    file = run.journal / there.name
+    for lines in (3, 30, 5, 1, 1, 40):
+        with file.open("a") as journal:
+            journal.write('{"line": 0}\n' * lines)
+        _mirror(run).push()
+        assert _read(there) == file.read_text()
+    sizes = [stretch.stat().st_size for stretch in there.iterdir()]
+    assert max(sizes) <= 100
+    assert len(sizes) <= 15
+
+    other, _ = machine("two")
+    _mirror(other).fetch()
+    assert (other.journal / there.name).read_text() == file.read_text()
 
 
 def _read(stretches: Path) -> str:

@@ -33,6 +33,10 @@ _VOID = "void-manifest.json"
 _THREADS = 2
 _FOLDER = re.compile(r"step-(\d{8,})")
 
+Mend = Callable[[Path, Callable[[bytes], "list[File]"]], None]
+"""Restores the files of a checkpoint that do not match its manifest in an object store; the second argument
+checks that manifest and lists its files, or raises InvalidCheckpoint."""
+
 
 class InvalidCheckpoint(Exception):
     """Why a directory is not a usable checkpoint."""
@@ -160,26 +164,24 @@ def _verify(path: Path, known: File) -> None:
         raise InvalidCheckpoint(f"{known.path} cannot be read: {error.strerror}") from error
 
 
-def mended(path: Path, mend: Callable[[Path], None] | None) -> Checkpoint:
-    """Verify a checkpoint; if it is damaged, repair it and verify it again. Raises InvalidCheckpoint.
-
-    Args:
-        mend: restores the files of a checkpoint that do not match its manifest.
-    """
+def mended(path: Path, mend: Mend | None) -> Checkpoint:
+    """Verify a checkpoint; if it is damaged, repair it and verify it again. Raises InvalidCheckpoint."""
     try:
         return verify(path)
     except InvalidCheckpoint as reason:
         if mend is None or (path / _VOID).exists():
             raise
         try:
-            mend(path)
+            mend(path, lambda content: _files(_checked(content, path)))
         except Unreachable as error:
             raise InvalidCheckpoint(f"{reason}; its object store cannot be reached ({error})") from error
+        except InvalidCheckpoint as error:
+            raise InvalidCheckpoint(f"{reason}; in its object store, {error}") from error
     return verify(path)
 
 
 def newest(
-    checkpoints: Path, mend: Callable[[Path], None] | None = None, but: Set[int] = frozenset()
+    checkpoints: Path, mend: Mend | None = None, but: Set[int] = frozenset()
 ) -> tuple[Checkpoint | None, list[str]]:
     """The newest valid checkpoint, and those passed over with the reasons; see `mended`.
 
@@ -270,12 +272,21 @@ def _read(path: Path) -> dict[str, Any]:
     if file.exists() and not file.is_file():
         raise InvalidCheckpoint("its manifest is not a file")
     try:
-        manifest = orjson.loads(file.read_bytes())
+        content = file.read_bytes()
     except FileNotFoundError:
         if (path / _VOID).exists():
             raise InvalidCheckpoint("it is void: the run continued from an earlier one") from None
         raise InvalidCheckpoint("it has no manifest: saving it did not finish") from None
-    except (OSError, orjson.JSONDecodeError) as error:
+    except OSError as error:
+        raise InvalidCheckpoint(f"its manifest cannot be read: {error}") from error
+    return _checked(content, path)
+
+
+def _checked(content: bytes, path: Path) -> dict[str, Any]:
+    """Parse the manifest of the checkpoint in a directory. Raises InvalidCheckpoint."""
+    try:
+        manifest = orjson.loads(content)
+    except orjson.JSONDecodeError as error:
         raise InvalidCheckpoint(f"its manifest cannot be read: {error}") from error
     if not isinstance(manifest, dict) or manifest.get("format") not in _READABLE:
         raise InvalidCheckpoint(f"its manifest is not in format {FORMAT}")

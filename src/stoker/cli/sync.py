@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, console, print_json
 from stoker.errors import BadInput, StokerError
-from stoker.run import finding, mirror, uploader
+from stoker.run import finding, lease, mirror, uploader
 from stoker.run.directory import RunDirectory
 from stoker.tracking import follower
 from stoker.tracking.follower import SinkState
@@ -60,12 +60,19 @@ def sync(
 def _upload(found: RunDirectory) -> bool:
     """Upload a run to its object store; returns whether it has one. Raises StokerError.
 
-    A run that is being trained here has its own uploader.
+    A run that is being trained here has its own uploader. Of a run that another machine trained last, the
+    store has all that counts, and this machine has downloaded it. A machine that trains a run also ships it
+    to the sinks.
     """
     copy = mirror.of(found)
     if copy is None:
         return False
-    if not found.trained_here:
+    if found.trained_here:
+        return True
+    host = lease.held_elsewhere(found.path)
+    if host:
+        raise StokerError(f"{host} is training {copy.where} now, and ships it to its trackers itself")
+    if not copy.taken_elsewhere():
         said = uploader.wait(found, uploader.ONCE_PATIENCE)
         if said.behind:
             raise StokerError(f"{copy.where} does not have all of this run yet: {said.error}")

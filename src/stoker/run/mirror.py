@@ -12,9 +12,9 @@ import contextlib
 import dataclasses
 import logging
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import orjson
 from stoker import object_store, storage
@@ -40,6 +40,17 @@ _DERIVED = (  # files next to run.json that belong to this machine
 
 class Lost(StokerError):
     """Another machine has taken over the run: this one uploads nothing more."""
+
+
+class Listed(Protocol):
+    """A file that the manifest of a checkpoint lists, by its name in the checkpoint's folder."""
+
+    @property
+    def path(self) -> str: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def xxh3(self) -> str: ...
 
 
 class Mirror:
@@ -72,7 +83,7 @@ class Mirror:
                 return
             self._run.make_folders()
             if newer_there is None:
-                newer_there = self._taken_elsewhere()
+                newer_there = self.taken_elsewhere()
             try:
                 self._fetch(there, artifacts=artifacts, newer_there=newer_there)
             except FileNotFoundError:  # the machine that trains the run merged or removed a listed object
@@ -108,23 +119,28 @@ class Mirror:
                 self._known[key] = [*_mark(file), stored.tag]
         self._remember()
 
-    def fetch_checkpoint(self, path: Path) -> None:
-        """Download the files of a checkpoint that do not match its manifest. Raises Unreachable.
+    def fetch_checkpoint(self, path: Path, listed: Callable[[bytes], Iterable[Listed]]) -> None:
+        """Download the manifest of a checkpoint, and its files that do not match it.
 
-        A manifest of the store that was not written whole replaces none here.
+        Args:
+            listed: checks a manifest, and returns the files that it lists.
+
+        Raises:
+            Unreachable: the store does not answer.
+            Exception: what `listed` raises; then nothing here has changed.
         """
         key = f"{self._key}/checkpoints/{path.name}"
         try:
             manifest = self._store.read(f"{key}/{MANIFEST}")
-            files = _files_of(manifest)
+            files = listed(manifest)
             path.mkdir(parents=True, exist_ok=True)
             storage.write_atomically(path / MANIFEST, manifest)
             for file in files:
-                local = path / file["path"]
+                local = path / file.path
                 if not _matches(local, file):
-                    log.info("downloading %s of %s from %s", file["path"], path.name, self._store.url)
-                    self._store.get(f"{key}/{file['path']}", local)
-        except (FileNotFoundError, ValueError):
+                    log.info("downloading %s of %s from %s", file.path, path.name, self._store.url)
+                    self._store.get(f"{key}/{file.path}", local)
+        except FileNotFoundError:
             log.debug("%s has no whole %s", self.where, path.name)
 
     def _void_journals(self, there: Objects) -> None:
@@ -167,8 +183,8 @@ class Mirror:
                 local.parent.mkdir(parents=True, exist_ok=True)
                 storage.write_atomically(local, content)
 
-    def _taken_elsewhere(self) -> bool:
-        """Whether another machine has trained the run since this one did."""
+    def taken_elsewhere(self) -> bool:
+        """Whether another machine has trained the run since this one did, if it did. Raises Unreachable."""
         held = lease.of(self._run.path, self._store.patience)
         return held is not None and not held.standing_here()
 
@@ -212,6 +228,13 @@ class Mirror:
             self._still_ours()
             self._remove_others({path.name for path in committed}, there)
 
+    def push_addition(self, file: Path) -> None:
+        """Upload a journal file of a command that adds to a run, whichever machine trains it.
+
+        Its name is unique, and it is not written to again. Raises Unreachable.
+        """
+        stretches.push(self._store, self._key, "journal", file, [], {})
+
     @property
     def newest(self) -> int | None:
         """The step of the newest checkpoint in the store, as of the last listing."""
@@ -219,9 +242,8 @@ class Mirror:
         return int(found[-1].removeprefix("step-")) if found else None
 
     def _still_ours(self) -> None:
-        held = lease.of(self._run.path, self._store.patience)
-        if held is not None and not held.standing_here():
-            raise Lost(f"another machine is training {self.where} now")
+        if self.taken_elsewhere():
+            raise Lost(f"another machine was the last to train {self.where}")
 
     def _files(self) -> Iterator[Path]:
         """The files that are uploaded one by one: small files and what the run made."""
@@ -244,13 +266,16 @@ class Mirror:
         with contextlib.suppress(FileNotFoundError):  # deleted meanwhile to make room for newer ones
             mark = _mark(path / MANIFEST)
             manifest = (path / MANIFEST).read_bytes()
+            names = _names_in(manifest)
+            if not names:  # it is damaged, and must not replace a whole one in the store
+                return
             if f"{key}/{MANIFEST}" in there:
                 sent = self._known.get(key, [])[:2] == mark
                 if sent or self._store.read(f"{self._key}/{key}/{MANIFEST}") == manifest:
                     self._known[key] = [*mark, ""]
                     return
                 self._remove(f"{key}/{MANIFEST}", there)  # of another attempt at this step
-            for name in (file["path"] for file in _files_of(manifest)):
+            for name in names:
                 self._store.put(f"{self._key}/{key}/{name}", path / name)
                 there[f"{key}/{name}"] = Stored((path / name).stat().st_size)
             self._still_ours()
@@ -360,17 +385,14 @@ def _mark(file: Path) -> list[int]:
     return [known.st_size, known.st_mtime_ns]
 
 
-def _files_of(manifest: bytes) -> list[dict[str, Any]]:
-    """The files that a manifest lists, except names that lead outside the checkpoint's folder.
-
-    Raises ValueError if it is not a whole manifest.
-    """
+def _names_in(manifest: bytes) -> list[str]:
+    """The files to upload for a manifest: none if it is damaged, none outside the checkpoint's folder."""
     try:
-        files: list[dict[str, Any]] = orjson.loads(manifest)["files"]
-        return [file for file in files if Path(file["path"]).name == file["path"]]
-    except (LookupError, TypeError) as error:
-        raise ValueError(f"not a manifest: {error!r}") from error
+        names = [file["path"] for file in orjson.loads(manifest)["files"]]
+    except (orjson.JSONDecodeError, KeyError, TypeError):
+        return []
+    return [name for name in names if Path(name).name == name]
 
 
-def _matches(file: Path, known: dict[str, Any]) -> bool:
-    return file.is_file() and file.stat().st_size == known["size"] and storage.xxh3(file) == known["xxh3"]
+def _matches(file: Path, known: Listed) -> bool:
+    return file.is_file() and file.stat().st_size == known.size and storage.xxh3(file) == known.xxh3

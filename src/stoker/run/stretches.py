@@ -1,8 +1,8 @@
 """Append-only files in an object store, which cannot append to objects.
 
 Each stretch of a file is a separate object, `folder/file/<first byte>`. A new stretch is merged with those
-before it that are no longer than it is, so their number grows with the logarithm of the file's length, not
-with the number of uploads. A file has one writer.
+before it that are no longer than it is, up to 64 MB, so their number grows with the logarithm of the file's
+length, and by one for every 64 MB, not with the number of uploads. A file has one writer.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def push(
 
     Args:
         base: the prefix of the keys of `there`.
-        stretches: the stretches of this file, see `known`; merged ones are removed from the list.
+        stretches: the stretches of this file, see `known`; the list is updated.
         there: the objects in the store, which is updated.
     """
     end = file.stat().st_size
@@ -62,19 +62,28 @@ def push(
     storage.sync_file(file)
     if not stretches:
         storage.sync_directory(file.parent)
+    for first in range(begin, end, _LONGEST):
+        last = min(first + _LONGEST, end)
+        joined = _to_join(stretches, first, last)
+        begin = joined[-1] if joined else first
+        with file.open("rb") as source:
+            source.seek(begin)
+            content = source.read(last - begin)
+        store.write(f"{base}/{_key(folder, file.name, begin)}", content)
+        stretches.append(Stretch(begin, last))
+        there[_key(folder, file.name, begin)] = Stored(len(content))
+        for old in joined[:-1]:  # its content is now in the merged stretch
+            store.remove(f"{base}/{_key(folder, file.name, old)}")
+            there.pop(_key(folder, file.name, old), None)
+
+
+def _to_join(stretches: list[Stretch], begin: int, end: int) -> list[int]:
+    """Take what is merged with a new stretch off the list; returns where each begins, the last first."""
     joined = []
     while stretches and begin - stretches[-1].begin <= end - begin and end - stretches[-1].begin <= _LONGEST:
         begin = stretches.pop().begin
         joined.append(begin)
-    with file.open("rb") as source:
-        source.seek(begin)
-        content = source.read(end - begin)
-    store.write(f"{base}/{_key(folder, file.name, begin)}", content)
-    there[_key(folder, file.name, begin)] = Stored(len(content))
-    for old in joined:
-        if old != begin:  # its content is now in the merged stretch
-            store.remove(f"{base}/{_key(folder, file.name, old)}")
-            there.pop(_key(folder, file.name, old), None)
+    return joined
 
 
 def read(store: Store, folder: str, name: str, stretches: Sequence[Stretch], first: int) -> Iterator[bytes]:
@@ -89,9 +98,9 @@ def read(store: Store, folder: str, name: str, stretches: Sequence[Stretch], fir
     """
     for stretch in stretches:
         if stretch.end > first:
-            content = store.read(_key(folder, name, stretch.begin))
-            yield content[max(0, first - stretch.begin) :]
-            first = max(first, stretch.begin + len(content))
+            at = max(0, first - stretch.begin)
+            yield store.read(_key(folder, name, stretch.begin), at, stretch.end - stretch.begin)
+            first = stretch.end
 
 
 def _key(folder: str, name: str, begin: int) -> str:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import logging
+from pathlib import Path
 from typing import Annotated
 
 import typer
 from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, console, print_json
 from stoker.cli.runs.common import RunName
 from stoker.errors import BadInput, nearest
-from stoker.run import finding, journal, view
+from stoker.object_store import Unreachable
+from stoker.run import finding, journal, mirror, view
 from stoker.run.directory import RunDirectory
+
+log = logging.getLogger("stoker")
 
 
 def tag(
@@ -57,7 +62,7 @@ def _changes(run: RunDirectory, tags: list[str], remove: list[str]) -> dict[str,
 
 
 def _write(run: RunDirectory, changes: dict[str, str | None], note: str | None) -> None:
-    """Append to the journal, in a file of its own, and have the change shipped to the sinks."""
+    """Append to the journal, in a file of its own; have the change shipped to the store and the sinks."""
     from stoker.tracking import follower
 
     try:
@@ -70,5 +75,17 @@ def _write(run: RunDirectory, changes: dict[str, str | None], note: str | None) 
         writer.append("note", text=note)
     writer.sync()
     writer.close()
+    _upload(run, writer.file)
     if follower.enabled() and not run.alive:  # a run in training has its own follower
         follower.spawn(run, once=True)
+
+
+def _upload(run: RunDirectory, file: Path) -> None:
+    """Upload a journal file to the run's object store, if it has one; a run in training has an uploader."""
+    copy = mirror.of(run)
+    if copy is None or run.trained_here:
+        return
+    try:
+        copy.push_addition(file)
+    except Unreachable as error:
+        log.warning("%s; the change is known only on this machine", error)
