@@ -1,6 +1,6 @@
 """The rank of this process, and the size of its launch.
 
-Only this module reads RANK, WORLD_SIZE and similar variables; all other code receives a `World`.
+All other code receives a `World`, except for what runs before or beside it: `supervision` and `launch`.
 """
 
 from __future__ import annotations
