@@ -5,8 +5,8 @@ size and content, in the order of the paths; the location of the data does not m
 only evenly spaced blocks are read, over all files as if they were one: other changes that keep all sizes
 are not detected, and the record says `sampled`.
 
-A fingerprint is remembered in the user's cache as long as no file's size, modification time or inode differs, so
-that the next start reads nothing.
+A fingerprint is remembered in the user's cache as long as no file's size, modification time or inode
+differs, so that the next start reads nothing.
 """
 
 from __future__ import annotations
