@@ -37,6 +37,14 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
     return on
 
 
+def _begun(machine: Machine) -> tuple[RunDirectory, lease.Lease]:
+    """A run that machine one trains."""
+    run, held = machine("one")
+    held.take()
+    run.create({})
+    return run, held
+
+
 def _mirror(run: RunDirectory) -> Mirror:
     found = mirror.of(run)
     assert found is not None
@@ -46,9 +54,7 @@ def _mirror(run: RunDirectory) -> Mirror:
 def test_an_artifact_that_was_made_anew_goes_there_though_its_size_is_the_same(
     machine: Machine, tmp_path: Path
 ) -> None:
-    run, held = machine("one")
-    held.take()
-    run.create({})
+    run, _ = _begun(machine)
     model = run.artifacts / "model.safetensors"
     for content in (b"old weights", b"new weights"):
         model.write_bytes(content)
@@ -59,9 +65,7 @@ def test_an_artifact_that_was_made_anew_goes_there_though_its_size_is_the_same(
 def test_what_other_ranks_of_a_run_that_was_killed_say_last_goes_there(
     machine: Machine, tmp_path: Path
 ) -> None:
-    run, held = machine("one")
-    held.take()
-    run.create({})
+    run, _ = _begun(machine)
     started = {"type": "attempt_started", "time": 1.0, "pid": 1, "host": "one", "world": 2, "step": 0}
     (run.journal / "attempt-0001.rank-0.jsonl").write_text(json.dumps(started) + "\n")
     process = uploader.spawn(run)
@@ -73,9 +77,7 @@ def test_what_other_ranks_of_a_run_that_was_killed_say_last_goes_there(
 
 
 def test_an_artifact_goes_there_whatever_its_files_are_called(machine: Machine, tmp_path: Path) -> None:
-    run, held = machine("one")
-    held.take()
-    run.create({})
+    run, _ = _begun(machine)
     names = {".gitattributes", ".config/settings", "store.json", "attempt.lock", "sinks/a", "weights.tmp"}
     made = tmp_path / "made"
     for name in names:
@@ -93,9 +95,7 @@ def test_an_artifact_goes_there_whatever_its_files_are_called(machine: Machine, 
 
 
 def test_what_is_the_same_is_not_sent_again(machine: Machine, tmp_path: Path) -> None:
-    run, held = machine("one")
-    held.take()
-    run.create({})
+    run, _ = _begun(machine)
     (run.artifacts / "model").write_bytes(b"weights")
     _mirror(run).push()
     there = tmp_path / "store/experiment/a/artifacts/model"
@@ -105,9 +105,7 @@ def test_what_is_the_same_is_not_sent_again(machine: Machine, tmp_path: Path) ->
 
 
 def test_an_old_artifact_does_not_replace_what_another_machine_made(machine: Machine, tmp_path: Path) -> None:
-    first, held = machine("one")
-    held.take()
-    first.create({})
+    first, held = _begun(machine)
     (first.artifacts / "model").write_bytes(b"first")
     _mirror(first).push()
     held.release()
@@ -138,9 +136,7 @@ def _save(run: RunDirectory, content: bytes) -> Path:
 
 
 def test_a_manifest_brings_nothing_from_outside_of_its_folder(machine: Machine, tmp_path: Path) -> None:
-    run, held = machine("one")
-    held.take()
-    run.create({})
+    run, _ = _begun(machine)
     saved = _save(run, b"weights")
     _mirror(run).push()
     there = tmp_path / "store/experiment/a"
@@ -156,9 +152,7 @@ def test_a_manifest_brings_nothing_from_outside_of_its_folder(machine: Machine, 
 
 
 def test_one_that_is_damaged_is_mended(machine: Machine) -> None:
-    run, held = machine("one")
-    held.take()
-    run.create({})
+    run, _ = _begun(machine)
     saved = _save(run, b"weights")
     _mirror(run).push()
     for name in ("shard", manifest.NAME):
@@ -171,9 +165,7 @@ def test_one_that_is_damaged_is_mended(machine: Machine) -> None:
 def test_a_manifest_that_is_cut_off_in_the_store_is_not_taken_over(
     machine: Machine, tmp_path: Path, cut: Callable[[bytes], bytes]
 ) -> None:
-    run, held = machine("one")
-    held.take()
-    run.create({})
+    run, _ = _begun(machine)
     saved = _save(run, b"weights")
     _mirror(run).push()
     whole = (saved / manifest.NAME).read_bytes()
@@ -186,9 +178,7 @@ def test_a_manifest_that_is_cut_off_in_the_store_is_not_taken_over(
 
 
 def test_a_manifest_that_is_cut_off_here_replaces_none_in_the_store(machine: Machine, tmp_path: Path) -> None:
-    run, held = machine("one")
-    held.take()
-    run.create({})
+    run, _ = _begun(machine)
     saved = _save(run, b"weights")
     _mirror(run).push()
     whole = (saved / manifest.NAME).read_bytes()
@@ -199,9 +189,7 @@ def test_a_manifest_that_is_cut_off_here_replaces_none_in_the_store(machine: Mac
 
 
 def test_what_was_written_here_alone_is_void_where_another_machine_went_on(machine: Machine) -> None:
-    first, held = machine("one")
-    held.take()
-    first.create({})
+    first, held = _begun(machine)
     (first.journal / "attempt-0001.rank-0.jsonl").write_bytes(b'{"of": 1}\n')
     _mirror(first).push()
     (first.journal / "attempt-0001.rank-0.jsonl").write_bytes(b'{"of": 1}\n{"not": "brought there"}\n')
@@ -228,9 +216,7 @@ def test_what_was_written_here_alone_is_void_where_another_machine_went_on(machi
 
 
 def test_a_sink_reads_anew_what_another_machine_wrote_under_a_name_that_it_has_read(machine: Machine) -> None:
-    first, held = machine("one")
-    held.take()
-    first.create({})
+    first, held = _begun(machine)
     (first.journal / "attempt-0001.rank-0.jsonl").write_bytes(b'{"of": "both"}\n')
     _mirror(first).push()
     (first.journal / "attempt-0002.rank-0.jsonl").write_bytes(b'{"of": "one, which no store had"}\n')
@@ -254,9 +240,7 @@ def test_a_sink_reads_anew_what_another_machine_wrote_under_a_name_that_it_has_r
 
 
 def test_a_checkpoint_is_removed_there_too(machine: Machine, tmp_path: Path) -> None:
-    run, held = machine("one")
-    held.take()
-    run.create({})
+    run, _ = _begun(machine)
     there = tmp_path / "store/experiment/a/checkpoints/step-00000001"
     there.mkdir(parents=True)
     for name in ("manifest.json", "shard"):
@@ -266,9 +250,7 @@ def test_a_checkpoint_is_removed_there_too(machine: Machine, tmp_path: Path) -> 
 
 
 def test_a_long_journal_is_few_objects_and_whole_at_any_time(machine: Machine, tmp_path: Path) -> None:
-    run, held = machine("one")
-    held.take()
-    run.create({})
+    run, _ = _begun(machine)
     there = tmp_path / "store/experiment/a/journal/attempt-0001.rank-0.jsonl"
     file = run.journal / there.name
     for line in range(200):
@@ -285,9 +267,7 @@ def test_a_long_journal_is_few_objects_and_whole_at_any_time(machine: Machine, t
 
 def test_a_stretch_that_was_joined_and_is_there_still_is_read_once(machine: Machine, tmp_path: Path) -> None:
     """The uploader was killed between the writing of the longer one and the deleting of the others."""
-    run, held = machine("one")
-    held.take()
-    run.create({})
+    run, _ = _begun(machine)
     file = run.journal / "attempt-0001.rank-0.jsonl"
     file.write_text("0123456789")
     _mirror(run).push()
@@ -304,9 +284,7 @@ def test_a_stretch_that_was_joined_and_is_there_still_is_read_once(machine: Mach
 def test_a_stretch_that_is_joined_after_it_was_listed_is_read_in_the_longer_one(
     machine: Machine, tmp_path: Path
 ) -> None:
-    run, held = machine("one")
-    held.take()
-    run.create({})
+    run, _ = _begun(machine)
     file = run.journal / "attempt-0001.rank-0.jsonl"
     file.write_text("0123456789")
     _mirror(run).push()
@@ -328,9 +306,7 @@ def test_a_backlog_of_a_journal_goes_there_in_stretches_that_are_not_too_long(
     machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stretches, "_LONGEST", 100)
-    run, held = machine("one")
-    held.take()
-    run.create({})
+    run, _ = _begun(machine)
     there = tmp_path / "store/experiment/a/journal/attempt-0001.rank-0.jsonl"
     file = run.journal / there.name
     for lines in (3, 30, 5, 1, 1, 40):
@@ -358,9 +334,7 @@ def _read(stretches: Path) -> str:
 def test_a_journal_is_on_the_disk_before_it_is_in_the_store(
     machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, held = machine("one")
-    held.take()
-    run.create({})
+    run, _ = _begun(machine)
     file = run.journal / "attempt-0001.rank-0.jsonl"
     file.write_bytes(b"{}\n")
     monkeypatch.setattr(os, "fsync", _broken)

@@ -49,12 +49,10 @@ def job_of(
 
 def runs_folder(given: Path | str | None) -> Path:
     """The folder that contains the runs, with the same default as for every command. Raises BadInput."""
-    folder = finding.given_folder(given).absolute()
-    if object_store.of(folder) is not None:
-        raise BadInput(
-            f"runs={finding.shown(folder)}: a search cannot be in an object store; give a local folder"
-        )
-    return folder
+    named = finding.asked_for(given)
+    if object_store.is_url(named) or object_store.of(Path(named).absolute()) is not None:
+        raise BadInput(f"runs={named}: a search cannot be in an object store; give a local folder")
+    return Path(named).absolute()
 
 
 class Training:

@@ -88,7 +88,7 @@ class Watch:
     def pass_on(self, number: int, frame: FrameType | None) -> None:
         """Make all ranks stop; a second signal also ends those that cannot receive it, waiting in C code."""
         if not ranks.pids(self.folder):
-            # the ranks are told when they start, if what is raised here is lost in a callback of an import
+            # The ranks are told when they start, if what is raised here is lost in a callback of an import.
             self.told, self._told_at = number, time.monotonic()
             raise Stopped(stopping.STATUS[number])
         if self.told:

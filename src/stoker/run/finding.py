@@ -30,9 +30,14 @@ def folder(name: Path | str) -> Path:
     return object_store.working_copy(str(name)) if object_store.is_url(str(name)) else Path(name)
 
 
+def asked_for(given: Path | str | None) -> str:
+    """The path or URL of the runs folder that a caller gives, or else STOKER_RUNS, or else `runs`."""
+    return str(given if given is not None else os.environ.get("STOKER_RUNS") or "runs")
+
+
 def given_folder(given: Path | str | None) -> Path:
-    """The runs folder that a caller gives, or else STOKER_RUNS, or else `runs`. Raises BadInput."""
-    return folder(given if given is not None else os.environ.get("STOKER_RUNS") or "runs")
+    """The runs folder by what is `asked_for`, as `folder` finds it. Raises BadInput."""
+    return folder(asked_for(given))
 
 
 def shown(runs: Path) -> str:
