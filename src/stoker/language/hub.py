@@ -65,9 +65,11 @@ def find(
     of the user asks it again for what is already here.
 
     Args:
-        reference: a directory (a run's directory means what the run has exported); a URL such as
-            `s3://bucket/folder`; or an id such as `org/name`, or `org/name@revision`.
-        what: the key by which it was given, for messages.
+        reference: a directory (a run's directory means what the run has exported, that of a checkpoint its
+            weights in the same form); a URL such as `s3://bucket/folder`; or an id such as `org/name`, or
+            `org/name@revision`.
+        what: the key by which it was given, for messages, and what is expected: `lora.adapter` is an adapter,
+            `model or adapter` either, anything else a model.
         known: other words that could have been meant.
         weights: whether to download its weights too.
         pickles: whether to download them even if the hub has them only as pickles.
