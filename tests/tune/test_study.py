@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
 from optuna.storages.journal import JournalFileBackend, JournalStorage
 from stoker import BadInput
 from stoker.tune import study as studies
+from stoker.tune.entries import Entries
 from stoker.tune.space import parse
 
 
@@ -20,8 +23,6 @@ def opened(folder: Path, sampler: str = "random", seed: int = 0) -> tuple[studie
 
 
 def some_space() -> object:
-    from dataclasses import dataclass
-
     @dataclass(frozen=True)
     class Config:
         x: float = 0.0
@@ -31,6 +32,13 @@ def some_space() -> object:
 
 
 SPACE = some_space()
+
+
+@dataclass(frozen=True)
+class Three:
+    x: int = 1
+    y: int = 1
+    z: int = 1
 
 
 def draw(file: studies.JournalFile, study: optuna.Study) -> dict[str, float]:
@@ -127,6 +135,43 @@ def test_a_study_that_is_opened_again_goes_on_as_it_would_have(name: str, tmp_pa
     (tmp_path / "other").mkdir()
     file, study = opened(tmp_path / "other", name, seed=1)
     assert [draw(file, study) for _ in range(3)] != whole[:3]
+
+
+@pytest.mark.parametrize("sampler", ["random", "tpe", "gp", "cmaes", "nsga2", "grid"])
+@pytest.mark.parametrize("drawn_before", [1, 2])
+def test_the_rest_of_a_trial_is_drawn_as_it_would_have_been(
+    sampler: str, drawn_before: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A controller is killed between two values of a trial, which a database keeps one by one."""
+    numbers = ", ".join(map(str, range(100)))
+    space = parse([f"{name}=[{numbers}]" for name in "xyz"], Three)
+
+    def entries(name: str) -> tuple[optuna.Study, Entries]:
+        kept = studies.Database(f"sqlite:///{tmp_path / name}")
+        study = studies.opened(kept, studies.sampler(sampler, space, 0), ["min"])
+        plan: Any = None  # a search's, which drawing does not need
+        return study, Entries(plan, space, study, kept, None)
+
+    _, whole = entries("whole")
+    expected = [whole.ask(lambda: 0) for _ in range(4)]
+    assert expected[3] is not None
+    study, killed = entries("killed")
+    for _ in range(3):
+        killed.ask(lambda: 0)
+    write, left = study._storage.set_trial_param, [None] * drawn_before
+
+    def write_some(*given: Any) -> None:
+        if not left:
+            raise KeyboardInterrupt
+        left.pop()
+        write(*given)
+
+    monkeypatch.setattr(study._storage, "set_trial_param", write_some)
+    with pytest.raises(KeyboardInterrupt):
+        killed.ask(lambda: 0)
+    study, again = entries("killed")
+    assert len(study.trials[3].params) == drawn_before
+    assert again.take_up(study.trials[3]).params == expected[3].params
 
 
 def test_a_sampler_that_does_not_exist_is_refused_by_name() -> None:

@@ -86,6 +86,8 @@ class Entries:
             return Seen(found.number, self._space.suggest(FixedTrial(found.params)))
         with quiet(), self._kept.together():
             trial = Trial(self._study, found._trial_id)
+            if "run" not in found.user_attrs:
+                self._draw_again(found, trial)
             params = self._own(trial)
         self._open[found.number] = trial
         return Seen(found.number, params)
@@ -111,6 +113,24 @@ class Entries:
             known = [value for value in trial.outcome(self._plan.objectives) if value is not None]
             complete = trial.state == "complete"
             self._study.tell(entry, known if complete else None, state=_TOLD[trial.state])
+
+    def _draw_again(self, found: FrozenTrial, trial: Trial) -> None:
+        """Draw what a controller had drawn for a trial when it was killed.
+
+        After that, a sampler draws the rest as it would have. Values that were asked for are not drawn.
+        """
+        asked = found.system_attrs.get("fixed_params", {})
+        for parameter in self._space.parameters:
+            name = parameter.name
+            distribution = found.distributions.get(name)
+            if (
+                distribution is None
+                or distribution.single()
+                or name in asked
+                or name in trial.relative_params
+            ):
+                continue
+            self._study.sampler.sample_independent(self._study, found, name, distribution)
 
     def _own(self, trial: Trial) -> dict[str, Any]:
         """Claim a trial for this controller and draw its values, as far as this was not done before."""

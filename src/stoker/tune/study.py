@@ -77,7 +77,7 @@ class Database:
     """Optuna's tables in a database, which several controllers may share.
 
     Each statement is durable on its own. If a controller died before it had drawn all values of a trial, the
-    controller that takes the trial over draws the rest.
+    controller that takes the trial over draws the rest as it would have been (with `qmc`, of the next point).
 
     Raises:
         BadInput: the database cannot be used, or its driver is not installed.
