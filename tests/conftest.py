@@ -22,6 +22,7 @@ from stoker import object_store, storage
 import warm
 from commands import SECRET, Command, Done, Point, Start
 from servers import Proxy, s3_server
+from support import LONG
 
 STARTING = {"cli", "engine", "language", "launch", "tracking", "report", "run"}
 """The folders whose tests start processes by the forkserver."""
@@ -93,7 +94,7 @@ def stoker(start: Start) -> Command:
 
     def run(*arguments: str, **options: Any) -> Done:
         process = start(*arguments, **options)
-        out, err = process.communicate(timeout=240)
+        out, err = process.communicate(timeout=LONG)
         return Done(process.returncode, out.decode(), err.decode())
 
     return run

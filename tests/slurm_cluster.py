@@ -16,7 +16,7 @@ from pathlib import Path
 from servers import free_port
 
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "srun")
-_START_TIMEOUT = 60.0
+_START_TIMEOUT = 120.0
 _CONFIG = """\
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)

@@ -6,8 +6,9 @@ import contextlib
 import os
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 import numpy as np
 import pytest
@@ -16,8 +17,22 @@ from stoker.run import view
 from stoker.run.directory import RunDirectory
 from stoker.run.series import Series
 
+T = TypeVar("T")
+
+
+class Ending(Protocol):
+    """A process, of whichever kind."""
+
+    def poll(self) -> int | None: ...
+
+    def communicate(self) -> tuple[bytes, bytes]: ...
+
+
 SOAK = bool(os.environ.get("STOKER_SOAK"))
 """`make soak`: the long form of what is marked so, where CI runs a short one."""
+
+LONG = 240.0
+"""Seconds that a test waits for what should come: far more than it takes on the slowest machine."""
 
 ON_A_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
@@ -30,6 +45,21 @@ def never_waiting() -> Iterator[None]:
         yield
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def until(holds: Callable[[], T], *of: Ending) -> T:
+    """Wait until a function returns something true, and return that.
+
+    Args:
+        of: processes that it is to come of: one that has ended before is an error.
+    """
+    deadline = time.monotonic() + LONG
+    while not (found := holds()):
+        assert time.monotonic() < deadline
+        for process in of:
+            assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    return found
 
 
 def points(run: Path) -> int:

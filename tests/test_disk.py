@@ -6,11 +6,12 @@ import errno
 import multiprocessing
 import os
 import threading
-import time
 from pathlib import Path
 
 import pytest
 from stoker import Run, disk
+
+from support import until
 
 
 @pytest.fixture
@@ -39,10 +40,7 @@ def test_they_are_brought_within_a_second_or_so_by_themselves(tmp_path: Path, sy
     file = tmp_path / "a"
     file.touch()
     disk.bring_soon(file)
-    until = time.monotonic() + 20
-    while file.stat().st_ino not in synced:
-        assert time.monotonic() < until
-        time.sleep(0.05)
+    until(lambda: file.stat().st_ino in synced)
 
 
 def test_what_the_thread_could_not_bring_is_said_to_who_waits(

@@ -22,6 +22,8 @@ from stoker.run import artifacts, compact, journal, media, view
 from stoker.run.directory import RunDirectory
 from stoker.tracking.system import SystemSampler
 
+from support import until
+
 Open = Callable[..., Run]
 
 
@@ -385,10 +387,7 @@ def test_of_a_run_that_is_over_at_once_the_machine_says_nothing(open_run: Open) 
 
 
 def _wait_for_the_machine(run: Run) -> None:
-    until = time.monotonic() + 20
-    while run.attempt._system is None:
-        assert time.monotonic() < until
-        time.sleep(0.01)
+    until(lambda: run.attempt._system is not None)
 
 
 def test_a_resume_voids_media_and_points_but_not_what_the_machine_did(

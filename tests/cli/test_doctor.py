@@ -16,6 +16,7 @@ import pytest
 
 from commands import SECRET, Command, Start
 from servers import free_port
+from support import LONG, until
 
 AREAS = ["software", "machine", "compute", "ranks", "runs", "disk", "trackers", "hub", "launchers"]
 
@@ -88,10 +89,8 @@ def test_interrupted_while_ranks_meet_it_leaves_nothing(
     start: Start, tmp_path: Path, alone: dict[str, str]
 ) -> None:
     process = start("doctor", env=alone)
-    deadline = time.monotonic() + 60
-    while not list(Path(alone["TMPDIR"]).glob("sd-*/stoker-launch-*")) and time.monotonic() < deadline:
-        time.sleep(0.02)
+    until(lambda: list(Path(alone["TMPDIR"]).glob("sd-*/stoker-launch-*")), process)
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
+    process.communicate(timeout=LONG)
     assert process.returncode == 130
     assert not _left(tmp_path, alone)

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,8 @@ from typing import Any
 import pytest
 from stoker.run import view
 from stoker.run.directory import RunDirectory
+
+from support import points, until
 
 SCRIPT = """
 import time
@@ -62,13 +63,7 @@ def folded(tmp_path: Path) -> view.RunView:
 
 
 def until_it_trains(tmp_path: Path) -> None:
-    limit = time.monotonic() + 120
-    while time.monotonic() < limit:
-        with contextlib.suppress(Exception):
-            if folded(tmp_path).step >= 3:
-                return
-        time.sleep(0.05)
-    raise AssertionError("it did not begin")
+    until(lambda: points(tmp_path / "runs" / "loop" / "a") >= 3)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

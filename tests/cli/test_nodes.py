@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import subprocess
-import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from stoker.checkpoint import manifest
 from test_launch import RECIPE, SLOW, _ranks, _weights
 
 from commands import Command, Start
-from support import loaded, points
+from support import loaded, points, until
 
 A, B = "10.77.0.1", "10.77.0.2"
 
@@ -86,14 +85,6 @@ def _ip(*arguments: str) -> None:
     subprocess.run(["ip", *arguments], check=True, capture_output=True)
 
 
-def _wait(until: Callable[[], bool], *processes: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 60
-    while not until() and time.monotonic() < deadline:
-        assert all(process.poll() is None for process in processes)
-        time.sleep(0.05)
-    assert until()
-
-
 def test_a_machine_that_is_cut_off_is_noticed_and_all_go_on_to_the_same_bits(
     machines: Machines, stoker: Command, tmp_path: Path
 ) -> None:
@@ -101,10 +92,10 @@ def test_a_machine_that_is_cut_off_is_noticed_and_all_go_on_to_the_same_bits(
     same = ("train", RECIPE, *SLOW, "pause=0.05")
     run = tmp_path / "runs" / "ranked" / "a"
     processes = [machines.start(name, *same, *together) for name in ("a", "b")]
-    _wait(lambda: points(run) > 50, *processes)
+    until(lambda: points(run) > 50, *processes)
     machines.cable("down")
-    _wait(lambda: "no message from" in machines.said("a").read_text(), *processes)
-    _wait(lambda: "does not answer" in machines.said("b").read_text(), *processes)
+    until(lambda: "no message from" in machines.said("a").read_text(), *processes)
+    until(lambda: "does not answer" in machines.said("b").read_text(), *processes)
     machines.cable("up")
     assert [process.wait(120) for process in processes] == [0, 0], _all_said(machines)
     seen = loaded(run)
@@ -119,7 +110,7 @@ def test_a_rank_that_is_killed_on_one_machine_costs_all_a_restart(machines: Mach
     run = tmp_path / "runs" / "ranked" / "a"
     same = ("train", RECIPE, *SLOW)
     processes = [machines.start(name, *same, *together, "--max-restarts", "1") for name in ("b", "a")]
-    _wait(lambda: points(run) > 50, *processes)
+    until(lambda: points(run) > 50, *processes)
     _ranks(processes[0])[1].kill()
     assert [process.wait(120) for process in processes] == [0, 0], _all_said(machines)
     assert "was killed by SIGKILL" in machines.said("a").read_text()
@@ -135,7 +126,7 @@ def test_a_machine_that_is_lost_with_no_restart_left_ends_the_others_as_a_preemp
     """So a cluster's queue starts them again."""
     together = ("--nodes", "2", "--rendezvous", f"{A}:29511", "--name", "a")
     stays, lost = [machines.start(name, "train", RECIPE, *SLOW, *together) for name in ("a", "b")]
-    _wait(lambda: points(tmp_path / "runs" / "ranked" / "a") > 20, stays, lost)
+    until(lambda: points(tmp_path / "runs" / "ranked" / "a") > 20, stays, lost)
     lost.kill()
     assert stays.wait(60) == 75, _all_said(machines)
     assert "does not respond, so all machines have ended" in machines.said("a").read_text()
@@ -160,7 +151,7 @@ def test_machines_that_share_no_folder_are_told(machines: Machines, tmp_path: Pa
         for name in ("a", "b")
     ]
     # The one that comes second is told; where that is the one where they meet, the other loses it.
-    _wait(lambda: any(process.poll() == 2 for process in processes))
+    until(lambda: any(process.poll() == 2 for process in processes))
     told = next(n for n, process in enumerate(processes) if process.poll() == 2)
     assert "is not the one that the other machines use" in machines.said("ab"[told]).read_text()
 
@@ -169,7 +160,7 @@ def test_a_machine_told_to_stop_stops_all_after_a_checkpoint(machines: Machines,
     together = ("--nodes", "2", "--rendezvous", f"{A}:29511", "--name", "a", "--max-restarts", "3")
     run = tmp_path / "runs" / "ranked" / "a"
     processes = [machines.start(name, "train", RECIPE, *SLOW, *together) for name in ("a", "b")]
-    _wait(lambda: points(run) > 20, *processes)
+    until(lambda: points(run) > 20, *processes)
     processes[1].terminate()
     assert [process.wait(60) for process in processes] == [75, 75], _all_said(machines)
     assert loaded(run).status == "preempted"
@@ -183,18 +174,18 @@ def test_machines_come_and_go_and_the_batches_stay_the_same(
     together = ("--nodes", "1:2", "--rendezvous", f"{A}:29511", "--name", "a")
     run = tmp_path / "runs" / "ranked" / "a"
     stays = machines.start("a", *same, *together)
-    _wait(lambda: points(run) > 10, stays)
+    until(lambda: points(run) > 10, stays)
     comes = machines.start("b", *same, *together)
-    _wait(lambda: _worlds(run) == [1, 2], stays, comes)
+    until(lambda: _worlds(run) == [1, 2], stays, comes)
     before = points(run)
-    _wait(lambda: points(run) > before + 5, stays, comes)
+    until(lambda: points(run) > before + 5, stays, comes)
     comes.terminate()
     assert comes.wait(60) == 75, _all_said(machines)
-    _wait(lambda: _worlds(run) == [1, 2, 1], stays)
+    until(lambda: _worlds(run) == [1, 2, 1], stays)
     comes = machines.start("b", *same, *together)
-    _wait(lambda: _worlds(run) == [1, 2, 1, 2], stays, comes)
+    until(lambda: _worlds(run) == [1, 2, 1, 2], stays, comes)
     before = points(run)
-    _wait(lambda: points(run) > before + 5, stays, comes)
+    until(lambda: points(run) > before + 5, stays, comes)
     machines.cable("down")
     assert stays.wait(120) == 0, _all_said(machines)
     seen = loaded(run)

@@ -19,7 +19,7 @@ from test_launch import RECIPE, SLOW, _weights
 
 from commands import SECRET, Command, Start
 from servers import Proxy
-from support import SOAK, loaded, wait_for_points
+from support import LONG, SOAK, loaded, until, wait_for_points
 
 Objects = Callable[[], dict[str, int]]
 
@@ -112,7 +112,7 @@ def test_another_machine_goes_on_where_one_was_stopped(
     _wait_for_copy(tmp_path, url, process)
     wait_for_points(process, _copy(tmp_path, "one", url), 50)
     process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=LONG)
     assert process.returncode == 75, err.decode()
     done = stoker(*same, "--name", "a", env=machine("two"))
     assert done.code == 0, done.err
@@ -141,9 +141,7 @@ def test_a_machine_that_is_gone_leaves_a_run_to_go_on_with(
     same = ("train", RECIPE, *SLOW, "checkpoint_every=10", "--runs", url, "--name", "a")
     process = start(*same, env=machine("one"))
     _wait_for_copy(tmp_path, url, process)
-    deadline = time.monotonic() + 60
-    while not _checkpoints(objects()) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
+    until(lambda: _checkpoints(objects()), process)
     _kill_all(process, _copy(tmp_path, "one", url))
     newest = int(_checkpoints(objects())[-1].removeprefix("step-"))
     begun = time.monotonic()
@@ -205,7 +203,7 @@ def test_a_store_that_stays_away_costs_nothing_and_is_said_to(
     run = _copy(tmp_path, "one", url)
     wait_for_points(process, run, 50)
     proxy._only, proxy.mode = lambda method, path: True, "503"
-    _, said = process.communicate(timeout=200)
+    _, said = process.communicate(timeout=LONG)
     err = said.decode()
     assert process.returncode == 0, err
     assert "cannot upload to" in err
@@ -308,10 +306,7 @@ def test_a_checkpoint_is_removed_here_and_there(
 
 
 def _wait_for_copy(tmp_path: Path, url: str, process: subprocess.Popen[bytes], machine: str = "one") -> None:
-    deadline = time.monotonic() + 60
-    while not (tmp_path / machine / "stores").is_dir() and time.monotonic() < deadline:
-        assert process.poll() is None
-        time.sleep(0.02)
+    until((tmp_path / machine / "stores").is_dir, process)
 
 
 def test_a_machine_that_comes_back_takes_what_another_one_made_of_the_run(
@@ -323,24 +318,20 @@ def test_a_machine_that_comes_back_takes_what_another_one_made_of_the_run(
     process = start(*same, env=machine("one"))
     _wait_for_copy(tmp_path, url, process)
     run = _copy(tmp_path, "one", url)
-    deadline = time.monotonic() + 60
-    while not _checkpoints(objects()) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
+    until(lambda: _checkpoints(objects()), process)
     proxy._only, proxy.mode = lambda method, path: True, "refuse"
     before = _checkpoints(objects())[-1]
-    while manifest.committed(run / "checkpoints")[-1].name <= before and time.monotonic() < deadline:
-        time.sleep(0.02)
+    until(lambda: manifest.committed(run / "checkpoints")[-1].name > before, process)
     _kill_all(process, run)
     proxy.mode = "ok"
     bucket.objects.filter(Prefix=f"{url.removeprefix('s3://bucket/')}/ranked/a/lease/").delete()
     other = start(*same, env=machine("two"))
     _wait_for_copy(tmp_path, url, other, "two")
     copy = _copy(tmp_path, "two", url)
-    while not (copy / "journal" / "attempt-0002.rank-0.jsonl").exists() and other.poll() is None:
-        time.sleep(0.01)
+    until((copy / "journal" / "attempt-0002.rank-0.jsonl").exists, other)
     wait_for_points(other, copy, 3)
     other.send_signal(signal.SIGTERM)
-    _, err = other.communicate(timeout=60)
+    _, err = other.communicate(timeout=LONG)
     assert other.returncode == 75, err.decode()
     assert f"resumed a from step {int(before.removeprefix('step-'))}" in err.decode()
     done = stoker(*same, env=machine("one"))

@@ -21,7 +21,7 @@ import orjson
 import pytest
 
 from commands import Command, Start
-from support import loaded, wait_for_points
+from support import LONG, loaded, until, wait_for_points
 
 # Randomness in the model, in the data and in the loop; a module of its own that git does not know.
 TRAINED = """
@@ -403,8 +403,7 @@ def test_told_to_stop_or_killed_nothing_trains_on(
     assert stoker("train", "count.py", "pause=0.1", "--name", "first", cwd=project).code == 0
     process = start("reproduce", "first", cwd=project)
     run = project / "runs/count/first-again"
-    while not (run / "run.json").exists() and process.poll() is None:
-        time.sleep(0.01)
+    until((run / "run.json").exists, process)
     wait_for_points(process, run, 1)
     process.send_signal(number)
     process.communicate()
@@ -433,7 +432,7 @@ def test_told_to_stop_before_it_has_begun_it_leaves_nothing(
         time.sleep(0.001)
     time.sleep(0.0 if there == "again" else 0.2)
     process.send_signal(number)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=LONG)
     assert process.returncode == (130 if number == signal.SIGINT else 75), err.decode()
     assert "Traceback" not in err.decode()
     assert not made.exists()

@@ -20,7 +20,7 @@ from optuna.storages.journal import JournalFileBackend, JournalStorage
 import families
 from browser import Browser, needs_chromium
 from commands import Command, Start
-from support import SOAK, loaded
+from support import LONG, SOAK, loaded, until
 
 RECIPE = str(Path(__file__).parent / "searched.py")
 SPACE = ("x=uniform(0, 1)", "kind=[near, far]")
@@ -474,7 +474,7 @@ def test_killed_at_random_moments_it_ends_as_it_would_have(
             process.wait()
             controllers += 1
             process = start(*given, "--name", "parts")
-    out, err = process.communicate(timeout=100)
+    out, err = process.communicate(timeout=LONG)
     assert process.returncode == 0, err.decode()
     assert 0 < controllers < kills >= _KILLS // 2, err.decode()
     answer = json.loads(out.decode().strip().splitlines()[-1])
@@ -484,8 +484,7 @@ def test_killed_at_random_moments_it_ends_as_it_would_have(
 
 
 def _wait_until_it_searches(process: subprocess.Popen[bytes], sweep: Path, trial: str = "trial-0000") -> None:
-    while not (sweep / trial).exists() and process.poll() is None:
-        time.sleep(0.01)
+    until((sweep / trial).exists, process)
 
 
 def _victim(process: subprocess.Popen[bytes], draws: random.Random) -> psutil.Process | None:
@@ -507,7 +506,7 @@ def test_told_to_stop_it_goes_on_later(start: Start, stoker: Command, tmp_path: 
     _wait_until_it_searches(process, tmp_path / "runs" / "searched-sweep")
     time.sleep(0.5)
     process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=LONG)
     assert process.returncode == 75, err.decode()
     done = stoker(*given)
     assert done.code == 0, done.err
@@ -774,7 +773,7 @@ def test_killed_at_random_moments_no_trial_is_lost(start: Start, tmp_path: Path)
         if victim.pid == process.pid:
             process.wait()
             process = start(*given)
-    out, err = process.communicate(timeout=200)
+    out, err = process.communicate(timeout=LONG)
     assert process.returncode == 0, err.decode()
     answer = json.loads(out.decode().strip().splitlines()[-1])
     assert [t["state"] for t in answer["trials"]] == ["complete"] * 6

@@ -17,7 +17,7 @@ import pytest
 
 from commands import Command, Start
 from ray_machines import Machines, started
-from support import SOAK, loaded
+from support import LONG, SOAK, loaded, until
 
 SEARCHED = str(Path(__file__).parent / "searched.py")
 QUADRATIC = str(Path(__file__).parent / "quadratic.py")
@@ -87,7 +87,7 @@ def test_killed_at_random_moments_it_ends_as_on_one_machine_without(
         if kind == "controller":
             process.kill()
             process.communicate()
-            _, alive = psutil.wait_procs([trains], timeout=20)
+            _, alive = psutil.wait_procs([trains], timeout=LONG)
             assert not alive, "nothing trains without its controller"
             process = start(*given)
         else:
@@ -95,7 +95,7 @@ def test_killed_at_random_moments_it_ends_as_on_one_machine_without(
                 (trains if kind == "trainer" else trains.parents()[1]).kill()
     _wait_for_a_trainer(process, ray_cluster)
     process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=LONG)
     assert process.returncode == 75, err.decode()
     done = stoker(*given)
     assert done.code == 0, done.err
@@ -105,9 +105,7 @@ def test_killed_at_random_moments_it_ends_as_on_one_machine_without(
 
 
 def _wait_for_progress(process: subprocess.Popen[bytes], sweep: Path, before: int) -> None:
-    while _progress(sweep) <= before:
-        assert process.poll() is None, process.communicate()[1].decode()
-        time.sleep(0.02)
+    until(lambda: _progress(sweep) > before, process)
 
 
 def _progress(sweep: Path) -> int:
@@ -122,13 +120,7 @@ def _furthest(run: Path) -> int:
 
 
 def _wait_for_a_trainer(process: subprocess.Popen[bytes], cluster: OnOneMachine) -> psutil.Process:
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        assert process.poll() is None, process.communicate()[1].decode()
-        if found := cluster.trainers():
-            return found[0]
-        time.sleep(0.02)
-    raise AssertionError("nothing trains")
+    return until(cluster.trainers, process)[0]
 
 
 def test_a_trial_over_two_machines_goes_on_when_one_is_lost_and_another_joins(
@@ -146,7 +138,7 @@ def test_a_trial_over_two_machines_goes_on_when_one_is_lost_and_another_joins(
     ray_cluster.raylet(second).kill()
     third = ray_cluster.join()
     try:
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=LONG)
     finally:
         ray_cluster.cluster.remove_node(third, allow_graceful=False)
     assert process.returncode == 0, err.decode()
@@ -165,9 +157,7 @@ def test_a_trial_over_two_machines_goes_on_when_one_is_lost_and_another_joins(
 
 
 def _wait_for_a_checkpoint(process: subprocess.Popen[bytes], sweep: Path) -> None:
-    while not list(sweep.glob("*/checkpoints/*/manifest.json")):
-        assert process.poll() is None, process.communicate()[1].decode()
-        time.sleep(0.02)
+    until(lambda: list(sweep.glob("*/checkpoints/*/manifest.json")), process)
 
 
 def test_it_starts_ray_by_itself_and_failed_trials_are_told_apart(stoker: Command) -> None:

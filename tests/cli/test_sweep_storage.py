@@ -14,7 +14,7 @@ import pytest
 
 import servers
 from commands import Command, Start
-from support import loaded
+from support import LONG, loaded, until
 
 RECIPE = str(Path(__file__).parent / "searched.py")
 ASHA = ("--scheduler", "asha", "--least", "1", "--most", "9")
@@ -42,7 +42,7 @@ def test_two_controllers_share_a_study(start: Start, stoker: Command, database: 
     processes = [start(*given, "--name", name) for name in ("here", "there")]
     answers = []
     for process in processes:
-        out, err = process.communicate(timeout=200)
+        out, err = process.communicate(timeout=LONG)
         assert process.returncode == 0, err.decode()
         answers.append(json.loads(out.decode().strip().splitlines()[-1]))
     study = optuna.load_study(study_name="shared", storage=database)
@@ -117,5 +117,4 @@ def test_a_database_that_does_not_answer_starts_nothing(stoker: Command, tmp_pat
 
 
 def _wait_for_a_trial(process: subprocess.Popen[bytes], sweep: Path) -> None:
-    while not (sweep / "trial-0000").exists() and process.poll() is None:
-        time.sleep(0.01)
+    until((sweep / "trial-0000").exists, process)

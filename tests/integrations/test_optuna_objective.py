@@ -13,7 +13,7 @@ from optuna.trial import TrialState
 from stoker.errors import BadInput, StokerError
 from stoker.integrations.optuna import objective
 
-from support import loaded
+from support import LONG, loaded
 
 RECIPE = str(Path(__file__).parents[1] / "cli" / "searched.py")
 
@@ -88,7 +88,7 @@ def test_a_run_whose_process_was_killed_goes_on_in_another_process_of_the_study(
     first.kill()
     first.communicate()
     second = start("0.2", 2)
-    _, err = second.communicate(timeout=100)
+    _, err = second.communicate(timeout=LONG)
     assert second.returncode == 0, err.decode()
     study = optuna.load_study(study_name="shared", storage=storage)
     lost, *others = study.trials

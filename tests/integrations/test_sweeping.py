@@ -6,7 +6,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from stoker.errors import BadInput, StokerError
 from stoker.integrations.sweeping import Sweep, sweep
 
 from commands import Command
-from support import loaded
+from support import LONG, loaded, until
 
 SEARCHED = Path(__file__).parents[1] / "cli" / "searched.py"
 SPACE = {"x": "uniform(0, 1)", "kind": "[near, far]", "steps": 4}
@@ -81,13 +80,9 @@ def _script(folder: Path, *, pause: float = 0.0, guard: str = "__name__ == '__ma
 def test_a_script_searches_over_its_own_function_and_goes_on_after_a_signal(tmp_path: Path) -> None:
     process = subprocess.Popen(_script(tmp_path, pause=0.05), cwd=tmp_path, stderr=subprocess.PIPE)
     trials = tmp_path / "runs" / "s"
-    deadline = time.monotonic() + 60
-    while len(list(trials.glob("trial-*/journal"))) < 2:
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.05)
+    until(lambda: len(list(trials.glob("trial-*/journal"))) >= 2, process)
     process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=LONG)
     assert process.returncode == 75, err.decode()
     assert "the same search continues" in err.decode()
     script = _script(tmp_path)

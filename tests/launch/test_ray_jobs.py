@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -15,7 +15,7 @@ from ray.job_submission import JobSubmissionClient
 from commands import Command
 from ray_machines import Machines, started
 from servers import Proxy
-from support import loaded, points
+from support import LONG, loaded, points, until
 
 RECIPE = str(Path(__file__).parents[1] / "cli" / "ranked.py")
 SAME = ("train", RECIPE, "precision=fp32", "steps=100", "checkpoint_every=20")
@@ -41,13 +41,6 @@ def of_two() -> Iterator[WithDashboard]:
         yield made
 
 
-def _wait(until: Callable[[], bool], seconds: float = 90.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not until() and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert until()
-
-
 def _writes(process: psutil.Process, run: Path) -> bool:
     try:
         return any(file.path.startswith(f"{run}/") for file in process.open_files())
@@ -71,7 +64,7 @@ def test_a_run_over_two_nodes_goes_on_to_the_same_bits_when_one_is_lost(
     run = tmp_path / "runs" / "ranked" / "a"
     done = stoker(*SAME, "pause=0.07", *on, "--name", "a", "--json")
     assert done.code == 0, done.err
-    _wait(lambda: points(run) > 30)
+    until(lambda: points(run) > 30)
     of_two.lose()
     of_two.other = of_two.join()
 
@@ -79,7 +72,7 @@ def test_a_run_over_two_nodes_goes_on_to_the_same_bits_when_one_is_lost(
         return str(stoker("jobs", "list", "--json").answer["jobs"][0]["state"])
 
     assert state() == "running"
-    _wait(lambda: state() != "running", 120)
+    until(lambda: state() != "running")
     assert state() == "done", stoker("jobs", "logs", "a").out
     seen = loaded(run)
     assert [attempt.world for attempt in seen.attempts] == [2, 2]
@@ -103,7 +96,7 @@ def test_a_job_that_reaches_its_time_limit_goes_on_after_it(
     run = tmp_path / "runs" / "ranked" / "t"
     on = ("--on", "ray", "--option", f"address={of_two.dashboard}", "--env", "STOKER_SINKS=none")
     assert stoker(*SAME, "pause=0.25", *on, "--name", "t", "--time", "16s").code == 0
-    _wait(lambda: (run / "run.json").is_file() and loaded(run).status == "finished", 300)
+    until(lambda: (run / "run.json").is_file() and loaded(run).status == "finished")
     assert len(loaded(run).attempts) > 1
 
 
@@ -113,9 +106,9 @@ def test_a_job_that_is_cancelled_leaves_a_checkpoint(
     run = tmp_path / "runs" / "ranked" / "b"
     on = ("--on", "ray", "--option", f"address={of_two.dashboard}", "--env", "STOKER_SINKS=none")
     assert stoker(*SAME, "pause=0.2", *on, "--name", "b").code == 0
-    _wait(lambda: points(run) > 5)
+    until(lambda: points(run) > 5)
     assert stoker("jobs", "cancel", "b").code == 0
-    _wait(lambda: stoker("jobs", "list", "--json").answer["jobs"][0]["state"] == "cancelled")
+    until(lambda: stoker("jobs", "list", "--json").answer["jobs"][0]["state"] == "cancelled")
     assert loaded(run).status == "preempted"
     assert list(run.glob("checkpoints/*/manifest.json"))
 
@@ -137,7 +130,7 @@ def test_a_job_that_is_cancelled_at_once_does_not_end_its_step_and_all_it_wrote_
     done = stoker(*SAME, "pause=100", *on, "--name", "n", "--json", env=cluster)
     assert done.code == 0, done.err
     run = Path(done.answer["folder"]).parents[1] / "ranked" / "n"
-    _wait(lambda: points(run) > 0)
+    until(lambda: points(run) > 0)
     ranks = [process for process in psutil.process_iter() if _writes(process, run)]
     assert len(ranks) >= 2
     assert stoker("jobs", "cancel", "n", "--now", *where, env=cluster).code == 0
@@ -145,13 +138,13 @@ def test_a_job_that_is_cancelled_at_once_does_not_end_its_step_and_all_it_wrote_
     def state() -> str:
         return str(stoker("jobs", "list", *where, "--json", env=cluster).answer["jobs"][0]["state"])
 
-    _wait(lambda: state() == "cancelled")
-    assert not psutil.wait_procs(ranks, timeout=5)[1]
+    until(lambda: state() == "cancelled")
+    assert not psutil.wait_procs(ranks, timeout=LONG)[1]
     assert loaded(run).step == 1
 
     gone = {"RAY_API_SERVER_ADDRESS": "http://127.0.0.1:1", "STOKER_CACHE": str(tmp_path / "mine")}
     there, stored = (stoker("jobs", "logs", "n", *where, env=env) for env in (cluster, gone))
-    deadline = time.monotonic() + 90  # what brings a run to the store outlives the ranks that were killed
+    deadline = time.monotonic() + LONG  # what brings a run to the store outlives the ranks that were killed
     while len(stored.out) < len(there.out) and time.monotonic() < deadline:
         stored = stoker("jobs", "logs", "n", *where, env=gone)
     assert "showing the logs that were uploaded to s3://bucket/" in stored.err

@@ -8,7 +8,7 @@ import shlex
 import subprocess
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import boto3
@@ -23,7 +23,7 @@ from stoker.run import finding
 import servers
 import slurm_cluster
 from commands import SECRET, Command, Start
-from support import loaded
+from support import LONG, loaded, until
 
 RECIPE = str(Path(__file__).parent / "waiting.py")
 SEARCHED = str(Path(__file__).parents[1] / "cli" / "searched.py")
@@ -72,16 +72,9 @@ def _state(number: str) -> str:
     return next((state for state in ("RUNNING", "PENDING", "COMPLETING") if state in states), min(states))
 
 
-def _wait(until: Callable[[], object], what: str = "") -> None:
-    deadline = time.monotonic() + 60  # seconds
-    while not until():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.1)
-
-
 def _over(number: str) -> str:
     """Wait until a job does nothing more; returns Slurm's word for how it ended."""
-    _wait(lambda: _state(number) not in ("PENDING", "RUNNING", "COMPLETING"))
+    until(lambda: _state(number) not in ("PENDING", "RUNNING", "COMPLETING"))
     return _state(number)
 
 
@@ -107,12 +100,10 @@ def test_a_job_that_reaches_its_time_limit_and_is_preempted_ends_in_the_same_bit
     assert done.code == 0, done.err
     number, run = done.answer["native"], folder / "runs" / "waiting" / "a"
 
-    _wait(lambda: _at(run, 19), "the job did not start")
-    _wait(
-        lambda: loaded(run).status == "preempted"
-    )  # by the warning of its time limit: nothing else tells it
+    until(lambda: _at(run, 19))
+    until(lambda: loaded(run).status == "preempted")  # by the warning of its time limit alone
     _slurm("scontrol", "update", f"JobId={number}", "TimeLimit=60")
-    _wait(lambda: _state(number) == "RUNNING" and _at(run, 39))
+    until(lambda: _state(number) == "RUNNING" and _at(run, 39))
     node = _slurm("squeue", "--noheader", f"--jobs={number}", "--format=%N")
     _slurm("srun", "--partition=high", f"--nodelist={node}", "--exclusive", "true")  # takes the job's node
     assert loaded(run).status == "preempted", _written(folder)
@@ -135,7 +126,7 @@ def test_two_nodes_train_one_run_and_its_logs_are_followed_to_the_end(
     done = stoker(*SAME, "--nodes", "2", "--name", "b", "--on", "slurm", cwd=folder)
     assert done.code == 0, done.err
     followed = start("jobs", "logs", "b", "--follow", cwd=folder)
-    out, _ = followed.communicate(timeout=100)
+    out, _ = followed.communicate(timeout=LONG)
     said = out.decode()
     run = folder / "runs" / "waiting" / "b"
     assert loaded(run).status == "finished", said
@@ -158,7 +149,7 @@ def test_a_job_that_is_cancelled_leaves_a_checkpoint_and_is_not_queued_again(
     submitted = ("--on", "slurm", "--json", "--cpus", "2")
     running = stoker(*SAME, "waits=[20]", "--name", "c", *submitted, cwd=folder).answer
     run = folder / "runs" / "waiting" / "c"
-    _wait(lambda: _at(run, 19))
+    until(lambda: _at(run, 19))
     again = stoker(*SAME, "waits=[20]", "--name", "c", *submitted, cwd=folder)
     assert again.code == 2
     assert f"job {running['job']} already trains this run" in again.err
@@ -222,7 +213,7 @@ def test_what_nodes_write_to_its_end_is_seen_where_there_is_neither_their_disk_n
 
     assert stoker("jobs", "cancel", "b", "--now", "--runs", url, env=nodes, cwd=folder).code == 0
     assert _over(done.answer["native"]) == "CANCELLED"
-    out, err = followed.communicate(timeout=30)
+    out, err = followed.communicate(timeout=LONG)
     assert followed.returncode == 0, err.decode()
     assert "tells/b preempted at step 20" in out.decode()
     assert "tells/b preempted at step 20" in stoker(*logs, env=elsewhere, cwd=folder).out
@@ -354,7 +345,7 @@ def test_a_job_of_which_slurm_says_nothing_is_not_over(
     asked = (*SAME, "waits=[20]", "--name", "a", "--on", "slurm")
     done = stoker(*asked, "--json", cwd=folder)
     assert done.code == 0, done.err
-    _wait(lambda: _state(done.answer["native"]) == "RUNNING")
+    until(lambda: _state(done.answer["native"]) == "RUNNING")
     settings = dict(line.split("=", 1) for line in configuration.read_text().splitlines() if "=" in line)
     lost = configuration.with_name("lost.conf")
     lost.write_text(configuration.read_text().replace(
@@ -390,11 +381,11 @@ def test_a_sweep_is_an_array_of_controllers_of_one_study(
         done = stoker(*given, "--name", "s", "--on", "slurm", "--controllers", "2", "--json", cwd=folder)
         assert done.code == 0, done.err
         number = done.answer["native"]
-        _wait(lambda: len(list(folder.glob("runs/s-*/trial-*/run.json"))) >= 2)
+        until(lambda: len(list(folder.glob("runs/s-*/trial-*/run.json"))) >= 2)
         # As where their node is taken. Slurm has the last element under the number of the whole array.
         for element in (f"{number}_0", f"{number}_1"):
             _slurm("scancel", "--signal=TERM", element)
-            _wait(
+            until(
                 lambda one=element: (
                     "PENDING" in _slurm("squeue", "--noheader", f"--jobs={one}", "--format=%T")
                 )

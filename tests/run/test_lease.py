@@ -18,6 +18,8 @@ from stoker.errors import BadInput
 from stoker.run import lease
 from stoker.run.lease import InFolder, Lease
 
+from support import LONG, until
+
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,7 +172,7 @@ def test_a_holder_that_was_stopped_for_too_long_makes_no_checkpoint_of_what_is_a
         before = [(file, file.stat().st_mtime_ns) for file in known]
         assert known[-1].parent.name == "step-00000004"
         first.send_signal(signal.SIGCONT)
-        _, said = first.communicate(timeout=60)
+        _, said = first.communicate(timeout=LONG)
     finally:
         first.kill()
         first.wait()
@@ -185,10 +187,7 @@ def test_a_lease_that_somebody_deleted_is_written_again(tmp_path: Path) -> None:
     first.keep(pytest.fail)
     file = tmp_path / lease.FOLDER / "00000001"
     file.unlink()
-    deadline = time.monotonic() + 10
-    while not file.exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert file.exists()
+    until(file.exists)
     first.release()
 
 

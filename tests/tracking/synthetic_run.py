@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 import warnings
-from collections.abc import Callable
 from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,7 +18,7 @@ from stoker.tracking.sink import Batch, Ending, SinkRun
 
 T = TypeVar("T")
 
-DEADLINE = 60.0  # seconds, for anything that is waited for
+LONG = 60.0  # seconds, for anything that is waited for
 
 
 class Trainer:
@@ -157,13 +155,6 @@ def train_until_killed(path: Path, steps: int, logged: Event) -> None:
         trainer.log(step, loss=1 / step)
     logged.set()
     signal.pause()
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + DEADLINE
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def pending(directory: RunDirectory) -> int:

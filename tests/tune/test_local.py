@@ -15,6 +15,8 @@ import pytest
 from stoker.tune.local import Workers
 from stoker.tune.trial import Began, Ended, Job, Link, Report
 
+from support import until
+
 
 def job(number: int) -> Job:
     return Job(
@@ -177,9 +179,7 @@ def test_what_a_process_had_done_when_it_ended_is_heard_and_not_done_again(tmp_p
     workers.start(dataclasses.replace(job(1), runs=tmp_path))
     for number in (2, 3):
         workers.ahead(dataclasses.replace(job(number), runs=tmp_path))
-    deadline = time.monotonic() + 60
-    while (tmp_path / "begun").read_text().count("3") < 1 and time.monotonic() < deadline:
-        time.sleep(0.01)
+    until(lambda: "3" in (tmp_path / "begun").read_text())
     time.sleep(0.5)  # it has ended, and all is to be heard now
     while workers.running:
         found += workers.wait(60)
