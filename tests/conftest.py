@@ -45,13 +45,17 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def environment(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No sink unless a test asks for one, one thread a process, no hub."""
+    """No sink unless a test asks for one, one thread a process, no hub.
+
+    The code of a test's recipe is what it imports: the repository that it is in, this one, is not bundled.
+    """
     # A shell ignores SIGINT for what it runs in the background, and so would the processes started here.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     monkeypatch.setenv("STOKER_SINKS", "none")
     monkeypatch.setenv("STOKER_CACHE", str(cache))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(Path(__file__).parents[1]))
     for name in ("STOKER_RUNS", "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(name, raising=False)
 

@@ -602,7 +602,7 @@ class Trainer:
         parts = self._cut.of(on_device)
         if self._imagination is None or self.strategy == "pipeline":
             return parts
-        return itertools.islice(parts, imagined.PARTS)
+        return itertools.islice(parts, imagined.PARTS[self.steps_done])
 
     def forward(self, batch: Any) -> Any:
         """The model's output for a batch on the device."""

@@ -22,7 +22,7 @@ from torch.nn.functional import cross_entropy
 import ranks
 
 MIB = 2**20
-STEPS = 3
+STEPS = 2
 
 
 @dataclass(frozen=True, kw_only=True)

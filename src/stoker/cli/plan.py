@@ -85,8 +85,9 @@ def plan(
     """Show how much memory a step needs on each GPU, by purpose, without a GPU.
 
     The recipe runs unchanged up to its second step, on this machine's CPU, with tensors that have shapes but
-    no values: no weights are read, and a model of any size is planned in seconds. If a step does not fit, the
-    cheapest change that makes it fit is searched for. Exit code 3: it does not fit.
+    no values: no weights are read. A model of 7 billion parameters is planned in less than a minute, one of
+    70 billion in about two. If a step does not fit, the cheapest change that makes it fit is searched for.
+    Exit code 3: it does not fit.
     """
     show_messages(logging.ERROR)
     warnings.filterwarnings("ignore")  # they are about tensors without values; a training shows its own

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from stoker.engine import memory
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -129,5 +130,6 @@ class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def _storages(tensor: torch.Tensor) -> Iterable[torch.UntypedStorage]:
     """The storages that hold memory: of a sharded tensor its shard's, of a wrapper those of its contents."""
     for held in memory.plain([tensor]):
-        if held.device.type != "meta" and held.layout is torch.strided:
+        device = held.fake_device if isinstance(held, FakeTensor) else held.device  # which is an operation
+        if device.type != "meta" and held.layout is torch.strided:
             yield held.untyped_storage()

@@ -45,9 +45,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 STEPS = 2
 """Number of simulated steps: the second holds everything that the first creates, such as optimizer state."""
 
-PARTS = 2
-"""Number of micro-batches per step: the second runs next to gradients, and more would not take more
-memory."""
+PARTS = (1, 2)
+"""Number of micro-batches of each step: the second one of the second step runs next to gradients and all
+else, and more would not take more memory."""
 
 FILE = "plan.json"
 """File among a run's logs with the `Imagination.result` and what it applies to."""
@@ -317,6 +317,7 @@ def _grouped(function: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
 
 
 _ANSWERS: dict[Any, Callable[..., Any]] = {
+    torch.ops.prim.device.default: lambda _, tensor: tensor.fake_device,
     _aten._local_scalar_dense.default: _number,
     _aten.equal.default: lambda *_: True,
     _aten.nonzero.default: _nonzero,
