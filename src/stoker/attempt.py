@@ -291,6 +291,8 @@ class Attempt:
     def event(self, kind: str, /, **fields: Any) -> None:
         """Append an event; what a Trainer's events mean for this attempt follows from them."""
         self.recorder.event(kind, **fields)
+        if kind in ("artifact", "media") and self.world.rank == 0:
+            self.recorder.begin()
         if kind == "plan":
             self.plan = fields
         if kind == "checkpoint":
@@ -429,6 +431,8 @@ class Attempt:
             return
         if status == view.FINISHED and self.world.rank == 0 and self.world.size > 1:
             rendezvous.wait_for_others(self.directory, self.number, self.world.size)
+        if status == view.FINISHED and self.world.rank == 0:
+            self.recorder.begin()  # it may have logged nothing, and is kept all the same
         self._ended = True
         for watch in self.watches:
             watch.close()
@@ -466,7 +470,7 @@ class Attempt:
             self._lease = None
 
     def discard_if_unused(self) -> None:
-        """Undo the opening: delete a run that this attempt created and never logged to."""
+        """Undo the opening: delete a run that this attempt created and in which there is nothing to keep."""
         self.close()
         if self.world.rank == 0 and not self.continued and not self.recorder.used and not self._is_parents:
             mirror.remove(self.directory)
@@ -486,7 +490,7 @@ class Attempt:
     # -- beside the loop ----------------------------------------------------------------
 
     def _begin(self) -> None:
-        """With the first metric there is something to ship and to look after."""
+        """There is something to ship and to look after."""
         jobs = [Job(_SYNC_SECONDS, self._sync)]
         if self.world.rank == 0:
             self._shipping.begin()

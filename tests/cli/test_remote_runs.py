@@ -262,9 +262,22 @@ def test_what_one_machine_adds_to_a_run_every_other_one_sees(
     proxy.mode = "503"
     done = stoker("runs", "tag", "a", "more=yes", "--runs", url, env=machine("two"))
     assert done.code == 0, done.err
-    assert "the change is known only on this machine" in done.err
+    assert "the change to run a is known only on this machine" in done.err
     shown = stoker("runs", "tag", "a", "--runs", url, "--json", env=machine("three"))
     assert shown.answer["tags"] == {"one": "yes", "two": "yes"}
+
+
+def test_what_a_run_without_metrics_makes_is_used_on_another_machine_and_the_first_one_sees_it(
+    stoker: Command, machine: Any, url: str, tmp_path: Path
+) -> None:
+    (tmp_path / "table.csv").write_text("1\n")
+    for name, does in (("maker", "artifact('table.csv', name='table')"), ("user", "use('maker:table')")):
+        (tmp_path / f"{name}.py").write_text(f"def train(run):\n    run.{does}\n")
+        done = stoker("train", f"{name}.py", "--name", name, "--runs", url, env=machine(name))
+        assert done.code == 0, done.err
+    shown = stoker("runs", "show", "maker", "--runs", url, "--json", env=machine("maker"))
+    assert [used["run"]["id"] for used in shown.answer["used_by"]] == ["user"]
+    assert "finished" in stoker("runs", "list", "--runs", url, env=machine("three")).out
 
 
 def test_a_store_that_is_not_there_starts_nothing(

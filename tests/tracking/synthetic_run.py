@@ -18,8 +18,6 @@ from stoker.tracking.sink import Batch, Ending, SinkRun
 
 T = TypeVar("T")
 
-LONG = 60.0  # seconds, for anything that is waited for
-
 
 class Trainer:
     """Holds a run's lock and writes its journal, as a process that trains it does."""

@@ -20,9 +20,10 @@ import psutil
 import pytest
 from stoker.run.directory import RunDirectory
 from stoker.tracking import follower, ledger, wandb_files
-from synthetic_run import LONG, Seen, Trainer, make_run, until
+from synthetic_run import Seen, Trainer, make_run
 
 from servers import mlflow_server, postgres, postgres_binaries
+from support import LONG, until
 
 pytestmark = pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")  # MLflow's own
 

@@ -20,9 +20,10 @@ from stoker.run.directory import RunDirectory
 from stoker.tracking import feed, follower, ledger, mlflow_sink, store
 from stoker.tracking.shipper import Shipper
 from stoker.tracking.sink import Batch, Ending, SinkRun
-from synthetic_run import LONG, Trainer, make_run, pending, run_dying_follower, train_until_killed, until
+from synthetic_run import Trainer, make_run, pending, run_dying_follower, train_until_killed
 
 import warm
+from support import LONG, until
 
 pytestmark = pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")  # MLflow's own
 
@@ -506,5 +507,19 @@ def test_a_follower_that_was_killed_has_a_successor(
         run.log(loss=2.0)
         if while_it_trains:
             until(lambda: ledger.load(of_sink).pid != killed)
+    (state,) = run.attempt.wait_for_sinks(LONG)
+    assert (state.pending, state.error) == (0, None)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_run_that_made_something_without_a_metric_is_shipped(
+    fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STOKER_SINKS", "tensorboard")
+    (tmp_path / "table.csv").write_text("1\n")
+    run = Run("test", "a", runs=tmp_path)
+    if fails:
+        run.artifact(tmp_path / "table.csv", name="table")
+    run.attempt.leave(ZeroDivisionError() if fails else None)
     (state,) = run.attempt.wait_for_sinks(LONG)
     assert (state.pending, state.error) == (0, None)

@@ -13,10 +13,10 @@ import pytest
 from stoker.run import view
 from stoker.run.directory import RunDirectory
 from stoker.tracking import follower, ledger, store
-from synthetic_run import LONG, Seen, Trainer, make_run, pending, until
+from synthetic_run import Seen, Trainer, make_run, pending
 
 from servers import Proxy, mlflow_server
-from support import SOAK
+from support import LONG, SOAK, until
 
 pytestmark = pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")  # MLflow's own
 

@@ -19,7 +19,9 @@ import psutil
 import pytest
 from stoker.run import artifacts
 from stoker.tracking import follower, store
-from synthetic_run import LONG, Seen, Trainer, make_run, pending, until
+from synthetic_run import Seen, Trainer, make_run, pending
+
+from support import LONG, until
 
 pytestmark = pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")  # MLflow's own
 

@@ -20,9 +20,10 @@ from stoker.tracking import follower, ledger, wandb_files, wandb_sink
 from stoker.tracking.shipper import Shipper
 from stoker.tracking.sink import SinkRun
 from stoker.tracking.wandb_sink import WandbSink
-from synthetic_run import LONG, Trainer, make_run
+from synthetic_run import Trainer, make_run
 
 import warm
+from support import LONG
 
 
 @pytest.fixture(autouse=True)

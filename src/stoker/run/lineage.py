@@ -12,7 +12,7 @@ from typing import Any
 
 from stoker import storage
 from stoker.errors import BadInput, nearest
-from stoker.run import finding, journal, view
+from stoker.run import additions, finding, view
 from stoker.run.directory import RunDirectory
 
 _CLOCKS = 2.0  # seconds by which a file may seem newer than its record on a network file system
@@ -47,14 +47,15 @@ def resolve(runs: Path, reference: Path | str) -> Found:
 
 
 def tell_maker(found: Found, user: RunDirectory, uid: str) -> None:
-    """Record in the journal of the run that made an artifact which run uses it, if that can be written."""
+    """Record in the journal of the run that made an artifact which run uses it, if that can be written.
+
+    If the journal's copy in an object store cannot be, a warning says so.
+    """
     if found.directory is None or found.directory.path == user.path:
         return
+    about = {"uid": uid, "id": user.id, "experiment": user.experiment}
     with contextlib.suppress(OSError):
-        writer = journal.control(found.directory.journal)
-        about = {"uid": uid, "id": user.id, "experiment": user.experiment}
-        writer.append("used_by", name=found.name, run=about)
-        writer.close()
+        additions.add(found.directory, {"used_by": {"name": found.name, "run": about}})
 
 
 def _by_path(path: Path) -> Found:

@@ -29,7 +29,7 @@ class Recorder:
     Args:
         writer: writes this process's journal file.
         world: gives the rank; only rank 0 records events and metrics that are not reduced over ranks.
-        begin: called once, with the first metric.
+        begin: called once, with the first metric or by `begin`.
     """
 
     def __init__(self, writer: journal.JournalWriter, world: World, begin: Callable[[], None]) -> None:
@@ -41,7 +41,7 @@ class Recorder:
         """The metric whose newest step is kept in `followed_at`, if any."""
         self.followed_at: int | None = None
         self.used = False
-        """Whether a metric was logged."""
+        """Whether there is something to keep: a metric was logged, or `begin` was called."""
         self._pending: collections.deque[tuple[Deferred | DeferredArrays, int, float, How | None]]
         self._pending = collections.deque()
         self._carried: tuple[Mapping[str, Any], Mapping[str, tuple[Any, ...]]] | None = None
@@ -62,6 +62,12 @@ class Recorder:
             self._is_latest(values, step)
         else:
             self._log_any(values, step, reduce)
+
+    def begin(self) -> None:
+        """Have what is recorded kept, as from the first metric on it is."""
+        if not self.used:
+            self.used = True
+            self._begin()
 
     def event(self, kind: str, /, **fields: Any) -> None:
         """Write an event after everything logged before it, waiting for the device if necessary."""
@@ -142,9 +148,7 @@ class Recorder:
         step = operator.index(step)
         if self._world.rank > 0 and reduce is None:
             return
-        if not self.used:
-            self.used = True
-            self._begin()
+        self.begin()
         if step < self._highest:
             self._warn_of_going_back(flat, step)
         else:

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import logging
-from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, console, print_json
 from stoker.cli.runs.common import RunName
 from stoker.errors import BadInput, nearest
-from stoker.object_store import Unreachable
-from stoker.run import finding, journal, mirror, view
+from stoker.run import additions, finding, view
 from stoker.run.directory import RunDirectory
-
-log = logging.getLogger("stoker")
 
 
 def tag(
@@ -62,30 +57,17 @@ def _changes(run: RunDirectory, tags: list[str], remove: list[str]) -> dict[str,
 
 
 def _write(run: RunDirectory, changes: dict[str, str | None], note: str | None) -> None:
-    """Append to the journal, in a file of its own; have the change shipped to the store and the sinks."""
+    """Add the changes to the run; have them shipped to the sinks."""
     from stoker.tracking import follower
 
+    events: dict[str, dict[str, Any]] = {}
+    if changes:
+        events["tags"] = {"tags": changes}
+    if note:
+        events["note"] = {"text": note}
     try:
-        writer = journal.control(run.journal)
+        additions.add(run, events)
     except OSError as error:
         raise BadInput(f"{run.journal} cannot be written: {error.strerror}") from error
-    if changes:
-        writer.append("tags", tags=changes)
-    if note:
-        writer.append("note", text=note)
-    writer.sync()
-    writer.close()
-    _upload(run, writer.file)
     if follower.enabled() and not run.alive:  # a run in training has its own follower
         follower.spawn(run, once=True)
-
-
-def _upload(run: RunDirectory, file: Path) -> None:
-    """Upload a journal file to the run's object store, if it has one; a run in training has an uploader."""
-    copy = mirror.of(run)
-    if copy is None or run.trained_here:
-        return
-    try:
-        copy.push_addition(file)
-    except Unreachable as error:
-        log.warning("%s; the change is known only on this machine", error)
