@@ -372,9 +372,10 @@ def _search(made: Prepared, planned: Plan, workers: Executor) -> Search:
         record.check_study(study, wanted)
     if asked.storage and asked.study is None and not record.is_sweep(made.folder):
         _check_nobodys(study, wanted)
-    if not study.get_trials(deepcopy=False):
-        with kept.together():
-            _begin(study, asked, asked.runs / asked.warm_start if asked.warm_start else None)
+    with kept.alone():  # controllers that start at the same time must not all begin it
+        if not study.get_trials(deepcopy=False):
+            with kept.together():
+                _begin(study, asked, asked.runs / asked.warm_start if asked.warm_start else None)
     record.begin(made.folder, wanted)
     if made.whole is not None and study.user_attrs.get("whole") != made.whole:
         study.set_user_attr("whole", made.whole)  # the length of a trial that is not ended early
