@@ -11,6 +11,7 @@ from typing import Any
 import optuna
 import pytest
 from optuna.storages.journal import JournalFileBackend, JournalStorage
+from optuna.trial import TrialState
 from stoker import BadInput
 from stoker.tune import study as studies
 from stoker.tune.entries import Entries
@@ -207,6 +208,25 @@ def test_a_trial_with_a_value_outside_the_new_range_is_not_learnt_from(tmp_path:
     assert 0 < len(inside) < 12
     assert studies.learn_from(study, earlier, "earlier", space) == (len(inside), 12 - len(inside))
     assert [trial.params["x"] for trial in study.trials] == inside
+
+
+def test_trials_that_ended_early_or_wait_at_a_rung_are_learnt_from(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+    file, earlier = opened(tmp_path / "a")
+    for told in (TrialState.COMPLETE, TrialState.PRUNED, None, TrialState.FAIL):
+        with studies.quiet(), file.together():
+            trial = earlier.ask()
+            SPACE.suggest(trial)
+            trial.report(0.5, step=3)
+        if told is not None:
+            earlier.tell(trial, 0.5 if told == TrialState.COMPLETE else None, state=told)
+    earlier.ask()  # one that has reported nothing
+    _, study = opened(tmp_path / "b")
+    assert studies.learn_from(study, earlier, "earlier", SPACE) == (3, 0)
+    found = [(trial.state, trial.params, trial.intermediate_values) for trial in study.trials]
+    states = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.PRUNED)
+    assert found == [(s, trial.params, {3: 0.5}) for s, trial in zip(states, earlier.trials, strict=False)]
 
 
 def test_a_sampler_that_does_not_exist_is_refused_by_name() -> None:

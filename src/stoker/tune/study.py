@@ -395,7 +395,9 @@ def learns(study: Study) -> bool:
 
 
 def learn_from(study: Study, earlier: Study, name: str, space: Space) -> tuple[int, int]:
-    """Copy the complete trials of an earlier search, called `name`, to a new study, as drawn from its space.
+    """Copy the trials of an earlier search, called `name`, to a new study, as drawn from its space.
+
+    Those that ended early or wait at a rung are copied too: after a search with a scheduler most have.
 
     Optuna's samplers go on drawing from the first distribution that a parameter had, or do not model one that
     had several.
@@ -403,7 +405,12 @@ def learn_from(study: Study, earlier: Study, name: str, space: Space) -> tuple[i
     Returns:
         The number of trials that were copied, and of those that were not, having a value outside the space.
     """
-    known = [trial for trial in earlier.get_trials(deepcopy=False) if trial.state == TrialState.COMPLETE]
+    known = [
+        trial
+        for trial in map(_as_far, earlier.get_trials(deepcopy=False))
+        if trial.state == TrialState.COMPLETE
+        or (trial.state == TrialState.PRUNED and trial.intermediate_values)
+    ]
     copied = 0
     for trial in known:
         drawn = _drawn_from(space, trial)
@@ -412,9 +419,11 @@ def learn_from(study: Study, earlier: Study, name: str, space: Space) -> tuple[i
         copied += 1
         study.add_trial(
             optuna.create_trial(
+                state=trial.state,
                 params=trial.params,
                 distributions={**trial.distributions, **drawn},
                 values=trial.values,
+                intermediate_values=trial.intermediate_values,
                 user_attrs={EARLIER: name},
             )
         )
