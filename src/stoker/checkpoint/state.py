@@ -188,7 +188,8 @@ def restore_groups(
     built, then = ([*made, *({} for _ in saved[len(made) :])] for made in (built, then))
     for group, was, now, made in zip(optimizer.param_groups, saved, built, then, strict=True):
         group.update({k: as_before(group.get(k), v) for k, v in was.items() if k not in left_out})
-        group.update({k: v for k, v in now.items() if k not in left_out and plain(v) != made.get(k)})
+        changed = {k: v for k, v in now.items() if k not in left_out and v != made.get(k)}
+        group.update({k: as_before(group.get(k), v) for k, v in changed.items()})
 
 
 def _compare_regrouped(names: list[list[str]], before: list[list[str]], built: Groups, then: Groups) -> None:
