@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import orjson
 import pytest
 import torch
@@ -28,3 +30,21 @@ def test_a_rate_that_is_a_tensor_stays_one_when_the_user_changes_it() -> None:
     assert isinstance(group["lr"], torch.Tensor)
     assert group["lr"].item() == pytest.approx(0.05)
     assert isinstance(group["betas"], tuple)
+
+
+def test_an_infinite_bound_is_restored_and_so_is_what_replaced_it() -> None:
+    """As `growth_rate` of Prodigy and D-Adaptation."""
+
+    def bounded() -> torch.optim.Optimizer:
+        made = torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)
+        made.param_groups[0]["growth_rate"] = math.inf
+        return made
+
+    before, now = bounded(), bounded()
+    built = state.hyperparameters(before)
+    before.param_groups[0]["growth_rate"] = 1.02
+    for optimizer in (before, now):
+        optimizer.add_param_group({"params": nn.Linear(2, 2).parameters()})
+    before.param_groups[1]["growth_rate"] = math.inf
+    _continued(before, now, built)
+    assert [group["growth_rate"] for group in now.param_groups] == [1.02, math.inf]
