@@ -51,14 +51,14 @@ def make(
     folder: Path,
     *,
     which: str | None = None,
-    metric: str = "val_loss",
+    metric: str | None = None,
     artifact: str | None = None,
 ) -> Exported:
     """Fill an empty folder with what a run exported.
 
     Args:
         which: a checkpoint (best, last or a step) whose weights replace the final ones.
-        metric: the metric that defines `best`.
+        metric: the metric that defines `best`; default: the one by which the run kept its best checkpoint.
         artifact: name of the artifact; default: the run's model or adapter.
 
     Raises:
@@ -91,8 +91,8 @@ def is_adapter(folder: Path) -> bool:
     return (folder / ADAPTER).is_file()
 
 
-def chosen(seen: RunView, which: str, metric: str) -> manifest.Checkpoint:
-    """The selected checkpoint, verified. Raises BadInput."""
+def chosen(seen: RunView, which: str, metric: str | None = None) -> manifest.Checkpoint:
+    """The selected checkpoint, verified; see `make`. Raises BadInput."""
     path = meant(seen, which, metric)
     try:
         return manifest.mended(path, mend(seen))
@@ -100,14 +100,14 @@ def chosen(seen: RunView, which: str, metric: str) -> manifest.Checkpoint:
         raise BadInput(f"checkpoint {path.name} cannot be used: {error}") from error
 
 
-def meant(seen: RunView, which: str, metric: str) -> Path:
-    """The folder of the selected checkpoint, unverified. Raises BadInput."""
+def meant(seen: RunView, which: str, metric: str | None = None) -> Path:
+    """The folder of the selected checkpoint, unverified; see `make`. Raises BadInput."""
     folder = seen.directory.checkpoints
     kept = {manifest.step_of(path): path for path in manifest.committed(folder)}
     if not kept:
         raise BadInput(f"run {seen.directory.id!r} has no checkpoint")
     if which == "best":
-        return _best(seen, metric)
+        return _best(seen, metric or seen.best)
     if which == "last":
         return kept[max(kept)]
     if which.isdigit() and int(which) in kept:

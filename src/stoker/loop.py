@@ -332,6 +332,7 @@ class Trainer:
             "plan", total_steps=self._total, samples_per_step=loader.batch_size,
             tokens_per_step=tokens and tokens * loader.batch_size,
             samples_per_epoch=loader.samples_per_epoch, data_share=self.training.data_share,
+            best=self._checkpoints.best,
         )  # fmt: skip
         with self._attempt.stop.deferred(), self._progress():
             yield from self._remaining(loader)

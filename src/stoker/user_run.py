@@ -274,8 +274,8 @@ class Run:
         before = data.record(recorded, name, about, self.attempt.number)
         if before is not None:
             log.warning(
-                "data %r has changed since the run began: the fingerprint was %s and is %s now", name, before,
-                about.get("fingerprint"),
+                "data %r has changed since the run began: it was %s and is %s now", name, before,
+                data.identity(about),
             )  # fmt: skip
         return Path(path)
 

@@ -89,6 +89,36 @@ def test_a_run_that_is_extended_exports_its_weights_anew(stoker: Command, tmp_pa
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
+BY_SCORE = """
+import torch
+import stoker
+
+def train(run: stoker.Run) -> None:
+    trainer = stoker.Trainer(
+        run, torch.nn.Linear(1, 1), optimizer=lambda p: torch.optim.SGD(p, lr=0.1),
+        loss=lambda out, batch: (out.square().sum(), len(out)), best="val_accuracy",
+        training=stoker.Training(checkpoint_every=1, keep_every=1),
+    )
+    for batch in trainer.steps(trainer.loader([torch.ones(1)] * 8, batch_size=2), max_steps=4):
+        trainer.step(batch)
+        step = run.step
+        run.log(val_loss=1.0 + step, val_accuracy={3: 0.9}.get(step, 0.5))
+"""
+
+
+def test_the_best_is_that_by_the_metric_that_the_run_kept_its_best_by(
+    stoker: Command, tmp_path: Path
+) -> None:
+    (tmp_path / "own.py").write_text(BY_SCORE, encoding="utf-8")
+    done = stoker("train", "own.py", "--name", "a")
+    assert done.code == 0, done.err
+    for options, step in (((), 3), (("--metric", "val_loss"), 1)):
+        target = f"{step}.safetensors"
+        found = stoker("checkpoints", "export", "a", "best", "-o", target, *options, "--json")
+        assert found.code == 0, found.err
+        assert found.answer["checkpoint"]["step"] == step
+
+
 def test_what_is_there_is_listed_verified_and_removed(stopped: Path, stoker: Command) -> None:
     listed = stoker("checkpoints", "a", "--json").answer["checkpoints"]
     assert listed == stoker("checkpoints", "list", "a", "--json").answer["checkpoints"]

@@ -371,6 +371,16 @@ def test_a_damaged_bundle_is_named(counted: Path, stoker: Command) -> None:
     assert not (counted.parent / "first-package").exists()
 
 
+def test_a_damaged_checkpoint_is_not_compared_but_everything_else_is(counted: Path, stoker: Command) -> None:
+    damaged = counted / "count/first/checkpoints/step-00000003"
+    damaged.mkdir(parents=True)
+    (damaged / "manifest.json").write_bytes(bytes(100))
+    done = stoker("reproduce", "first", cwd=counted.parent)
+    assert done.code == 0, done.err
+    assert "bit-identical over 6 steps" in done.out
+    assert f"the weights of {damaged} are not compared: its manifest cannot be read" in done.err
+
+
 def test_on_another_machine_it_goes_on_and_says_what_cannot_be_promised(
     counted: Path, stoker: Command
 ) -> None:

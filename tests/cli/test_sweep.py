@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -748,6 +749,27 @@ def test_mlflow_has_the_sweep_as_the_parent_of_its_trials(stoker: Command, tmp_p
         for run in children:
             points = client.get_metric_history(run.info.run_id, "val_loss")
             assert [point.step for point in points] == list(range(1, 10))
+
+
+@pytest.mark.filterwarnings("ignore")  # of SQLAlchemy, by MLflow
+def test_mlflow_has_a_parent_for_each_search_of_one_name(stoker: Command, tmp_path: Path) -> None:
+    """Two searches of one server, or one whose folder was deleted and another in its place."""
+    from mlflow import MlflowClient
+    from stoker.tracking import store
+
+    for space in ("x=uniform(0, 1)", "kind=[near, far]"):
+        shutil.rmtree(tmp_path / "runs" / "s", ignore_errors=True)
+        given = ("sweep", RECIPE, space, "--trials", "2", "--name", "s", "--sampler", "random")
+        done = stoker(*given, env={"STOKER_SINKS": "mlflow"})
+        assert done.code == 0, done.err
+    client = MlflowClient(store.embedded_uri(tmp_path / "runs"))
+    experiment = client.get_experiment_by_name("s")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id])
+    parents = {run.info.run_id: run.data.params for run in runs if "stoker.sweep" in run.data.tags}
+    assert sorted("space.x" in params for params in parents.values()) == [False, True]
+    children = [run.data.tags["mlflow.parentRunId"] for run in runs if run.info.run_id not in parents]
+    assert sorted(children) == sorted(2 * [*parents])
 
 
 @pytest.mark.soak

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import optuna
 import pytest
+import sqlalchemy
 
 import servers
 from commands import Command, Start
@@ -69,6 +70,29 @@ def test_two_controllers_share_a_study(start: Start, stoker: Command, database: 
     assert (
         "study shared exists with different settings: x: uniform(0.0, 1.0) -> uniform(0.0, 2.0)" in other.err
     )
+
+
+def test_controllers_that_start_together_ask_once_for_what_is_to_be_tried(
+    start: Start, database: str, tmp_path: Path
+) -> None:
+    given = (
+        "sweep", RECIPE, "x=uniform(0, 1)", "--sampler", "random", "--trials", "4", "--try", "x=0.25",
+        "--try", "x=0.75", "--storage", database, "--study", "together",
+    )  # fmt: skip
+    engine = sqlalchemy.create_engine(database)
+    waiting = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
+    with engine.connect() as held, engine.connect() as seen:
+        held.exec_driver_sql("SELECT pg_advisory_lock(7823846)")  # the one that controllers share
+        processes = [start(*given, "--name", name) for name in ("one", "other")]
+        until(lambda: seen.exec_driver_sql(waiting).scalar() == 2, *processes)
+        assert not optuna.load_study(study_name="together", storage=database).trials
+        held.exec_driver_sql("SELECT pg_advisory_unlock(7823846)")
+    for process in processes:
+        _, err = process.communicate(timeout=LONG)
+        assert process.returncode == 0, err.decode()
+    trials = optuna.load_study(study_name="together", storage=database).trials
+    assert sorted(x for trial in trials if (x := trial.params["x"]) in (0.25, 0.75)) == [0.25, 0.75]
+    assert len(trials) == 4
 
 
 def test_a_study_of_the_same_name_is_not_joined_by_chance(

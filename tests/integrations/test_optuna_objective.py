@@ -13,7 +13,7 @@ from optuna.trial import TrialState
 from stoker.errors import BadInput, StokerError
 from stoker.integrations.optuna import objective
 
-from support import LONG, loaded
+from support import LONG, loaded, until
 
 RECIPE = str(Path(__file__).parents[1] / "cli" / "searched.py")
 
@@ -98,6 +98,43 @@ def test_a_run_whose_process_was_killed_goes_on_in_another_process_of_the_study(
     run = loaded(tmp_path / "runs" / "shared" / again.user_attrs["run"])
     assert len(run.attempts) == 2
     assert [step for step, _ in run.points["val_loss"].items()] == list(range(1, 10))
+
+
+LONG_EXPORT = """
+import dataclasses, pathlib, time
+import stoker
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    x: float = 0.0
+    pause: float = 0.0
+
+def train(run: stoker.Run, config: Config):
+    for step in range(run.step + 1, 4):
+        run.log(val_loss=config.x + 1 / step, step=step)
+    mark = pathlib.Path(__file__).with_name("exports")
+    if not mark.exists():
+        mark.touch()
+        time.sleep(600)
+"""
+
+
+def test_a_run_whose_process_was_killed_after_its_last_value_has_that_value(tmp_path: Path) -> None:
+    """As during an export or a last test, after which there is nothing left to train."""
+    script, recipe, storage = tmp_path / "script.py", tmp_path / "recipe.py", f"sqlite:///{tmp_path / 'a.db'}"
+    script.write_text(SCRIPT, encoding="utf-8")
+    recipe.write_text(LONG_EXPORT, encoding="utf-8")
+    command = [sys.executable, "-W", "ignore", str(script), storage, str(recipe), "0", str(tmp_path / "runs")]
+    first = subprocess.Popen([*command, "1"], stderr=subprocess.PIPE)
+    until((tmp_path / "exports").exists, first)
+    first.kill()
+    first.communicate()
+    done = subprocess.run([*command, "2"], capture_output=True, text=True, timeout=LONG, check=False)
+    assert done.returncode == 0, done.stderr
+    study = optuna.load_study(study_name="shared", storage=storage)
+    lost, *others = study.trials
+    (again,) = [t for t in others if t.user_attrs["run"] == lost.user_attrs["run"]]
+    assert (again.state, again.value) == (TrialState.COMPLETE, again.params["x"] + 1 / 3)
 
 
 @pytest.mark.parametrize(

@@ -130,6 +130,18 @@ def test_data_that_has_changed_since_is_warned_of_and_added(
     ]  # fmt: skip
 
 
+def test_a_hub_dataset_of_another_revision_is_data_that_has_changed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for revision in ("c0ffee", "c0ffee", "d00d1e"):
+        with stoker.Run("e", "a", runs=tmp_path / "runs") as run:
+            run.data("glue", "nyu-mll/glue", revision=revision)
+            run.log(loss=1.0)
+    assert caplog.text.count("has changed since the run began: it was c0ffee and is d00d1e now") == 1
+    found = orjson.loads((run.directory.provenance / provenance.DATA).read_bytes())["glue"]
+    assert (found["revision"], found["changed"]) == ("c0ffee", [{"attempt": 3, "fingerprint": "d00d1e"}])
+
+
 def test_data_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with (
         pytest.raises(BadInput, match=r"data 'train' cannot be read: .*missing: No such file.*fingerprint="),

@@ -370,6 +370,16 @@ def test_values_asked_for_are_what_optuna_gives_back() -> None:
     assert space.suggest(study.ask())["dropout"] == 0.3
 
 
+@pytest.mark.filterwarnings("ignore:Fixed parameter .* is out of range")  # Optuna says so
+def test_a_value_that_was_enqueued_outside_the_range_is_the_one_that_optuna_records() -> None:
+    space = parse(["lr=log(1e-5, 1e-3)", "dropout=uniform(0, 0.5, step=0.1)", "lora.rank=int(4, 64)"], Config)
+    study = optuna.create_study()
+    enqueued = {"lr": 0.1, "dropout": 0.25, "lora.rank": 128}
+    study.enqueue_trial(enqueued)
+    trial = study.ask()
+    assert space.suggest(trial) == trial.params == enqueued
+
+
 @pytest.mark.parametrize(
     ("values", "said"),
     [

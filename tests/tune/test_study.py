@@ -11,6 +11,7 @@ from typing import Any
 import optuna
 import pytest
 from optuna.storages.journal import JournalFileBackend, JournalStorage
+from optuna.trial import TrialState
 from stoker import BadInput
 from stoker.tune import study as studies
 from stoker.tune.entries import Entries
@@ -22,16 +23,13 @@ def opened(folder: Path, sampler: str = "random", seed: int = 0) -> tuple[studie
     return file, studies.opened(file, studies.sampler(sampler, SPACE, seed), ["min"])
 
 
-def some_space() -> object:
-    @dataclass(frozen=True)
-    class Config:
-        x: float = 0.0
-        layers: int = 1
-
-    return parse(["x=uniform(0, 1)", "layers=int(1, 3)"], Config)
+@dataclass(frozen=True)
+class Searched:
+    x: float = 0.0
+    layers: int = 1
 
 
-SPACE = some_space()
+SPACE = parse(["x=uniform(0, 1)", "layers=int(1, 3)"], Searched)
 
 
 @dataclass(frozen=True)
@@ -172,6 +170,63 @@ def test_the_rest_of_a_trial_is_drawn_as_it_would_have_been(
     study, again = entries("killed")
     assert len(study.trials[3].params) == drawn_before
     assert again.take_up(study.trials[3]).params == expected[3].params
+
+
+def searched(folder: Path, space: Any, sampler: str, earlier: optuna.Study | None = None) -> optuna.Study:
+    """A search of 12 trials for x = 7, after an earlier one if there is any."""
+    folder.mkdir()
+    file = studies.JournalFile(folder / "study.journal")
+    study = studies.opened(file, studies.sampler(sampler, space, 0), ["min"])
+    if earlier is not None:
+        studies.learn_from(study, earlier, "earlier", space)
+    for _ in range(12):
+        with studies.quiet():
+            trial = study.ask()
+            study.tell(trial, abs(space.suggest(trial)["x"] - 7))
+    return study
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "gp"])
+@pytest.mark.parametrize("wider", ["uniform(0, 10)", "log(0.001, 10)"])
+def test_a_wider_range_than_an_earlier_search_had_is_searched_as_a_whole(
+    sampler: str, wider: str, tmp_path: Path
+) -> None:
+    earlier = searched(tmp_path / "a", parse(["x=uniform(0.01, 1)", "layers=int(1, 3)"], Searched), "random")
+    space: Any = parse([f"x={wider}", "layers=int(1, 3)"], Searched)
+    study = searched(tmp_path / "b", space, sampler, earlier)
+    drawn = [trial.params["x"] for trial in study.trials[12:]]
+    assert min(abs(x - 7) for x in drawn) < 2, drawn
+    assert len({str(trial.distributions["x"]) for trial in study.trials}) == 1, "or no sampler models it"
+
+
+def test_a_trial_with_a_value_outside_the_new_range_is_not_learnt_from(tmp_path: Path) -> None:
+    earlier = searched(tmp_path / "a", SPACE, "random")
+    (tmp_path / "b").mkdir()
+    _, study = opened(tmp_path / "b")
+    space: Any = parse(["x=uniform(0.2, 0.5)", "layers=int(1, 3)"], Searched)
+    inside = [x for trial in earlier.trials if 0.2 <= (x := trial.params["x"]) <= 0.5]
+    assert 0 < len(inside) < 12
+    assert studies.learn_from(study, earlier, "earlier", space) == (len(inside), 12 - len(inside))
+    assert [trial.params["x"] for trial in study.trials] == inside
+
+
+def test_trials_that_ended_early_or_wait_at_a_rung_are_learnt_from(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+    file, earlier = opened(tmp_path / "a")
+    for told in (TrialState.COMPLETE, TrialState.PRUNED, None, TrialState.FAIL):
+        with studies.quiet(), file.together():
+            trial = earlier.ask()
+            SPACE.suggest(trial)
+            trial.report(0.5, step=3)
+        if told is not None:
+            earlier.tell(trial, 0.5 if told == TrialState.COMPLETE else None, state=told)
+    earlier.ask()  # one that has reported nothing
+    _, study = opened(tmp_path / "b")
+    assert studies.learn_from(study, earlier, "earlier", SPACE) == (3, 0)
+    found = [(trial.state, trial.params, trial.intermediate_values) for trial in study.trials]
+    states = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.PRUNED)
+    assert found == [(s, trial.params, {3: 0.5}) for s, trial in zip(states, earlier.trials, strict=False)]
 
 
 def test_a_sampler_that_does_not_exist_is_refused_by_name() -> None:

@@ -8,6 +8,7 @@ same source again: a LoRA checkpoint is as small as its adapter.
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Mapping, Sequence, Set
 from typing import Any, cast
@@ -188,7 +189,8 @@ def restore_groups(
     built, then = ([*made, *({} for _ in saved[len(made) :])] for made in (built, then))
     for group, was, now, made in zip(optimizer.param_groups, saved, built, then, strict=True):
         group.update({k: as_before(group.get(k), v) for k, v in was.items() if k not in left_out})
-        group.update({k: v for k, v in now.items() if k not in left_out and plain(v) != made.get(k)})
+        changed = {k: v for k, v in now.items() if k not in left_out and v != made.get(k)}
+        group.update({k: as_before(group.get(k), v) for k, v in changed.items()})
 
 
 def _compare_regrouped(names: list[list[str]], before: list[list[str]], built: Groups, then: Groups) -> None:
@@ -429,14 +431,18 @@ def _compare(expected: Mapping[str, torch.Size], found: Mapping[str, torch.Size]
 
 
 def as_before(current: Any, saved: Any) -> Any:
-    """Convert a value to the optimizer's type: JSON has no tuples, which betas are."""
+    """Convert a value from `plain` to the optimizer's type: JSON has no tuples, which betas are."""
+    if isinstance(saved, dict) and saved.keys() == {"float"}:
+        saved = float(saved["float"])
     if isinstance(current, torch.Tensor):  # torchao stores its learning rate in one
         return torch.as_tensor(saved, dtype=current.dtype, device=current.device)
     return tuple(saved) if isinstance(current, tuple) else saved
 
 
 def plain(value: Any) -> Any:
-    """A value as it comes back from JSON."""
+    """A value as it comes back from JSON, which has no infinity: some optimizers have an infinite bound."""
     if isinstance(value, torch.Tensor):
-        return value.item()
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"float": repr(value)}
     return list(value) if isinstance(value, tuple) else value

@@ -32,7 +32,14 @@ app = typer.Typer(
 )  # fmt: skip
 
 Which = Annotated[str, typer.Argument(metavar="[WHICH]", help="last, best, or a step number.")]
-Metric = Annotated[str, typer.Option("--metric", help="The metric that decides which is best.")]
+Metric = Annotated[
+    str | None,
+    typer.Option(
+        "--metric",
+        help="The metric that decides which is best.",
+        show_default="that of the run's best checkpoint",
+    ),
+]
 
 
 @app.command("list")
@@ -76,7 +83,7 @@ def export(
         Path | None,
         typer.Option("-o", "--output", help="A new folder, or FILE.safetensors; default: RUN-step-N."),
     ] = None,
-    metric: Metric = "val_loss",
+    metric: Metric = None,
     runs: RunsFolder = DEFAULT_RUNS,
     json: Json = False,
 ) -> None:

@@ -198,7 +198,7 @@ def run_meant(reference: str, runs: Path, checkpoint: str | None) -> RunView | N
 def folder_meant(seen: RunView, checkpoint: str | None) -> Path:
     """The folder of a run's export, or of a checkpoint, both as `hub.find` takes them. Raises BadInput."""
     if checkpoint is not None:
-        return exports.meant(seen, checkpoint, "val_loss")
+        return exports.meant(seen, checkpoint)
     if (folder := exports.as_it_stands(seen)) is None:
         run = f"{seen.directory.experiment}/{seen.directory.id}"
         raise BadInput(f"run {run} has exported no model yet; give --checkpoint last")

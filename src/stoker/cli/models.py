@@ -38,7 +38,14 @@ OfCheckpoint = Annotated[
         help="best (by val_loss), last, or a step number; default: the final export.",
     ),
 ]
-ByMetric = Annotated[str, typer.Option("--metric", help="The metric that --checkpoint best uses.")]
+ByMetric = Annotated[
+    str | None,
+    typer.Option(
+        "--metric",
+        help="The metric that --checkpoint best uses.",
+        show_default="that of the run's best checkpoint",
+    ),
+]
 OfArtifact = Annotated[
     str | None, typer.Option("--artifact", help="The artifact; default: the run's model or adapter.")
 ]
@@ -49,7 +56,7 @@ def register(
     run: RunName,
     name: Annotated[str, typer.Option("--name", help="The name of the model.")],
     checkpoint: OfCheckpoint = None,
-    metric: ByMetric = "val_loss",
+    metric: ByMetric = None,
     artifact: OfArtifact = None,
     runs: RunsFolder = DEFAULT_RUNS,
     json: Json = False,
@@ -158,7 +165,7 @@ def push(
     ] = None,
     public: Annotated[bool, typer.Option("--public", help="Make a new hub repository public.")] = False,
     checkpoint: OfCheckpoint = None,
-    metric: ByMetric = "val_loss",
+    metric: ByMetric = None,
     artifact: OfArtifact = None,
     runs: RunsFolder = DEFAULT_RUNS,
     json: Json = False,

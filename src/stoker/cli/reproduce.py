@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import logging
 import os
 import shutil
 import sys
@@ -52,6 +53,8 @@ from stoker.run import finding, mirror, view
 from stoker.run.directory import RunDirectory
 from stoker.run.series import measures_machine
 from stoker.run.view import RunView
+
+log = logging.getLogger("stoker")
 
 _CODES = {view.PREEMPTED: EXIT_PREEMPTED, view.INTERRUPTED: EXIT_INTERRUPTED}
 
@@ -352,11 +355,16 @@ def _equal(one: tuple[str, Path], other: tuple[str, Path]) -> bool:
 
 
 def _sums(of: RunView, part: Stretch) -> dict[str, dict[str, tuple[str, Path]]]:
-    """The weight files of a run with their checksums, by checkpoint or artifact."""
+    """The weight files of a run with their checksums, by checkpoint or artifact; no damaged checkpoint's."""
     found = {}
     for path in manifest.committed(of.directory.checkpoints):
         if part.after < manifest.step_of(path) <= (part.until or of.step):
-            found[path.name] = {name: (xxh3, path / name) for name, xxh3 in manifest.sums(path).items()}
+            try:
+                sums = manifest.sums(path)
+            except InvalidCheckpoint as error:
+                log.warning("the weights of %s are not compared: %s", path, error)
+                continue
+            found[path.name] = {name: (xxh3, path / name) for name, xxh3 in sums.items()}
     if part.until is None:
         for name, event in of.artifacts.items():
             if event["kind"] in ("model", "adapter"):

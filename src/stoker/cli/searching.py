@@ -372,9 +372,10 @@ def _search(made: Prepared, planned: Plan, workers: Executor) -> Search:
         record.check_study(study, wanted)
     if asked.storage and asked.study is None and not record.is_sweep(made.folder):
         _check_nobodys(study, wanted)
-    if not study.get_trials(deepcopy=False):
-        with kept.together():
-            _begin(study, asked.tries, asked.runs / asked.warm_start if asked.warm_start else None)
+    with kept.alone():  # controllers that start at the same time must not all begin it
+        if not study.get_trials(deepcopy=False):
+            with kept.together():
+                _begin(study, asked, asked.runs / asked.warm_start if asked.warm_start else None)
     record.begin(made.folder, wanted)
     if made.whole is not None and study.user_attrs.get("whole") != made.whole:
         study.set_user_attr("whole", made.whole)  # the length of a trial that is not ended early
@@ -398,12 +399,13 @@ def _kept(folder: Path, url: str) -> Kept:
     return studies.Database(url) if url else studies.JournalFile(folder / record.STUDY)
 
 
-def _begin(study: Any, tries: Sequence[Mapping[str, Any]], earlier: Path | None) -> None:
+def _begin(study: Any, asked: Asked, earlier: Path | None) -> None:
     """Add to a new study the trials to learn from and the values to try first."""
     if earlier is not None:
-        count = studies.learn_from(study, studies.of(earlier), earlier.name)
-        log.info("the sampler learns from %s of %s", counted(count, "trial"), earlier.name)
-    for values in tries:
+        count, outside = studies.learn_from(study, studies.of(earlier), earlier.name, asked.space)
+        others = f"; {counted(outside, 'other')} had values outside this space" if outside else ""
+        log.info("the sampler learns from %s of %s%s", counted(count, "trial"), earlier.name, others)
+    for values in asked.tries:
         study.enqueue_trial(values)
 
 

@@ -140,8 +140,8 @@ class Training:
     """How often to save a checkpoint, which is the most training that a kill can cost: 10min, 500 (steps),
     1ep. The result does not depend on it."""
     checkpoint_best: bool | None = None
-    """Also save a checkpoint whenever the metric that decides the best one (val_loss) improves, with exactly
-    the weights that were evaluated. If false, the best is chosen among the regular checkpoints. none: true if
+    """Also save a checkpoint whenever the metric that decides the best one improves, with exactly the weights
+    that were evaluated. If false, the best is chosen among the regular checkpoints. none: true if
     patience is set."""
     keep_checkpoints: Annotated[int, Ge(1)] = 3
     """How many of the newest checkpoints to keep; the best one is kept as well."""

@@ -23,7 +23,8 @@ from stoker import machine, recipes
 from stoker.errors import BadInput, StokerError
 from stoker.integrations import training
 from stoker.integrations.training import Training
-from stoker.run import view
+from stoker.run import finding, view
+from stoker.tune.seen import points
 from stoker.tune.space import parse_mapping
 from stoker.tune.trial import Ended, Job
 
@@ -90,7 +91,7 @@ def objective(
 
 def _trained(trial: optuna.Trial, job: Job, start: Callable[[], Training]) -> float:
     """Train to the end, or until the trial is pruned; a training whose process is killed is restarted."""
-    seen: dict[int, float] = {}
+    seen: dict[float, float] = {}
     for left in reversed(range(_RESTARTS + 1)):
         ended = _attempt(trial, start(), seen)
         if ended.status != "killed" or left == 0:
@@ -99,15 +100,21 @@ def _trained(trial: optuna.Trial, job: Job, start: Callable[[], Training]) -> fl
         raise optuna.TrialPruned(f"run {job.run} was stopped at step {max(seen)}")
     if ended.status != view.FINISHED:
         raise StokerError(f"run {job.run} {ended.status}: {ended.error}\n{ended.trace}".strip())
-    if not seen:
+    known = seen or _logged(job)
+    if not known:
         raise StokerError(
             f"the recipe never logs {job.metrics[0]}: it logs {', '.join(ended.logged) or 'nothing'}; "
             "set metric= to one of these"
         )
-    return seen[max(seen)]
+    return known[max(known)]
 
 
-def _attempt(trial: optuna.Trial, run: Training, seen: dict[int, float]) -> Ended:
+def _logged(job: Job) -> dict[float, float]:
+    """The values by step that a run has logged, also in a process that was killed before the run's end."""
+    return points(view.load(finding.locate(job.runs, job.sweep, job.run)), job.metrics[0])
+
+
+def _attempt(trial: optuna.Trial, run: Training, seen: dict[float, float]) -> Ended:
     """One attempt at the run; `seen` has the values by step that were reported and are not reported again."""
     try:
         while not isinstance(happened := run.next(), Ended):

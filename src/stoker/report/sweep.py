@@ -100,8 +100,13 @@ def _best_of(study: Study, record: Mapping[str, Any]) -> FrozenTrial | None:
 
 
 def _front(study: Study, metrics: Sequence[str]) -> Html:
-    """The trials on the Pareto front: no other trial is better in all objectives."""
-    front = [trial for trial in study.best_trials if _EARLIER not in trial.user_attrs]
+    """The trials on the Pareto front: no other trial of this search is better in all objectives."""
+    signs = [1.0 if direction.name == "MINIMIZE" else -1.0 for direction in study.directions]
+    points = {
+        trial.number: [sign * value for sign, value in zip(signs, trial.values, strict=True)]
+        for trial in _own(study) if trial.state.name == "COMPLETE"
+    }  # fmt: skip
+    front = [trial for trial in _own(study) if trial.number in points and not _beaten(trial.number, points)]
     names = sorted({name for trial in front for name in trial.params})
     rows = [
         [trial.user_attrs.get("run", str(trial.number)), *(number(facts.number(v)) for v in trial.values),
@@ -110,6 +115,14 @@ def _front(study: Study, metrics: Sequence[str]) -> Html:
     ]  # fmt: skip
     said = tag("p", "No trial is better than any of these in all metrics.")
     return section("Best", said, table(("trial", *metrics, *names), rows))
+
+
+def _beaten(number: int, points: Mapping[int, Sequence[float]]) -> bool:
+    """Whether another trial is as good in all objectives and better in some; smaller is better."""
+    own = points[number]
+    return any(
+        other != own and all(a <= b for a, b in zip(other, own, strict=True)) for other in points.values()
+    )
 
 
 def _objectives(record: Mapping[str, Any]) -> list[tuple[str, str]]:

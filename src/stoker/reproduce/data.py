@@ -16,7 +16,7 @@ import itertools
 import os
 import stat
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -95,8 +95,13 @@ def describe(reference: str, known: str = "", revision: str = "") -> dict[str, A
     return {"path": reference, "absolute": str(path.absolute()), **vars(fingerprint(path))}
 
 
+def identity(about: Mapping[str, Any]) -> str:
+    """What identifies the content of recorded data: its fingerprint, or else a hub dataset's revision."""
+    return str(about.get("fingerprint") or about.get("revision", ""))
+
+
 def record(file: Path, name: str, about: dict[str, Any], attempt: int) -> str | None:
-    """Record a dataset in `data.json`; returns its previous fingerprint, if that differs.
+    """Record a dataset in `data.json`; returns its previous fingerprint or revision, if that differs.
 
     The record of the first attempt that read it is kept; that of a later attempt is added to it.
 
@@ -106,12 +111,12 @@ def record(file: Path, name: str, about: dict[str, Any], attempt: int) -> str | 
     """
     known = storage.read_json(file)
     first = known.setdefault(name, about)
-    now, before = about.get("fingerprint"), first.get("fingerprint")
+    now, before = identity(about), identity(first)
     changed = first.get("changed", [])
     if now != (changed[-1]["fingerprint"] if changed else before):
         first["changed"] = [*changed, {"attempt": attempt, "fingerprint": now}]
     storage.write_atomically(file, orjson.dumps(known, option=orjson.OPT_INDENT_2))
-    return str(before) if now != before else None
+    return before if now != before else None
 
 
 def _files(path: Path) -> list[_File]:

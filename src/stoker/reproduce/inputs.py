@@ -112,7 +112,7 @@ def resolved(
             if part.startswith(("/", ".")) and not _stands(part):
                 raise BadInput(
                     f"{key}={part} does not exist; the run read {had[0]['path']}, with fingerprint "
-                    f"{_known(had[0])}"
+                    f"{data.identity(had[0])}"
                 )
         found.append(f"{key}={','.join(map(_absolute, parts))}" if had else override)
     return found
@@ -147,7 +147,7 @@ def check(
         now, sampled = None, about.get("how") == "sampled"
         if "absolute" in about and about["path"] not in replaced:
             now = _fingerprint(place, name, about, config)
-        found.append(Input(name, str(about["path"]), _known(about), now, sampled))
+        found.append(Input(name, str(about["path"]), data.identity(about), now, sampled))
     return found
 
 
@@ -159,15 +159,8 @@ def fingerprints(recorded: Mapping[str, Mapping[str, Any]], tags: Mapping[str, s
         tags: the run's tags.
     """
     of_tags = {key.partition(".")[2]: value for key, value in tags.items() if key.startswith("fingerprint.")}
-    of_data = {
-        name: str(about.get("fingerprint") or about.get("revision", "")) for name, about in recorded.items()
-    }
+    of_data = {name: data.identity(about) for name, about in recorded.items()}
     return {**of_tags, **of_data}
-
-
-def _known(about: Mapping[str, Any]) -> str:
-    """What identifies the content of recorded data."""
-    return str(about.get("fingerprint") or about.get("revision", ""))
 
 
 def _fingerprint(place: Place, name: str, about: Mapping[str, Any], config: Mapping[str, Any]) -> str:

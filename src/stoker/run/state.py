@@ -103,6 +103,8 @@ class RunView:
     samples_per_step: float | None = None
     tokens_per_step: float | None = None
     samples_per_epoch: int | None = None
+    best: str = "val_loss"
+    """The metric that decides which checkpoint is the best."""
     checkpoints: list[int] = field(default_factory=list)
     """Steps at which a checkpoint was committed (it may have been deleted since then)."""
     artifacts: dict[str, Event] = field(default_factory=dict)

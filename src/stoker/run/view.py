@@ -168,6 +168,7 @@ def _plan(view: RunView, event: Event) -> None:
     view.samples_per_step = event.get("samples_per_step")
     view.tokens_per_step = event.get("tokens_per_step")
     view.samples_per_epoch = event.get("samples_per_epoch")
+    view.best = event.get("best", view.best)
     view.attempts[-1].began = event["time"]
 
 

@@ -170,17 +170,21 @@ class MlflowSink:
         return f"stoker sync {self._directory.experiment}/{self._directory.id} --rebuild"
 
     def _sweep(self, experiment: str) -> str | None:
-        """The MLflow run of this trial's search, found by its tag or created; None if this is no trial."""
+        """The MLflow run of this trial's search, found by its tags or created; None if this is no trial.
+
+        Another search can have the same name: one whose folder was deleted, or one on the same server.
+        """
         about = storage.read_json(self._directory.path.parent / SWEEP)
         if not about:
             return None
         name = self._directory.experiment
-        query = f"tags.`stoker.sweep` = '{name}'"
+        tags = {"stoker.sweep": name, "stoker.sweep.uid": str(about["uid"])}
+        query = " and ".join(f"tags.`{tag}` = '{value}'" for tag, value in tags.items())
         for run in self._mlflow.search_runs([experiment], query, max_results=1):
             if run.info.status != "RUNNING":
                 self._mlflow.update_run(run.info.run_id, status="RUNNING")
             return str(run.info.run_id)
-        made = self._mlflow.create_run(experiment, tags={"stoker.sweep": name}, run_name=name)
+        made = self._mlflow.create_run(experiment, tags=tags, run_name=name)
         settings = {k: v for k, v in about.items() if k not in ("space", "tries", "format")}
         texts = {**settings, **{f"space.{k}": v for k, v in about["space"].items()}}
         params = [Param(key(k), str(v)[:_LONGEST_PARAM]) for k, v in texts.items()]

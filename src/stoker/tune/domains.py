@@ -73,14 +73,14 @@ class Number:
         return self._at(round((_exact(inside) - _exact(self.low)) / _exact(self.grain)))
 
     def suggested(self, trial: Any, name: str) -> float | int:
-        """Draw from an optuna trial."""
+        """Draw from an optuna trial. A value that was enqueued outside the range is returned as it is."""
         if self.integer:
             step = int(self.step or 1)
-            return self.nearest(int(trial.suggest_int(name, self.low, self.high, step=step, log=self.log)))
+            value: float | int = int(trial.suggest_int(name, self.low, self.high, step=step, log=self.log))
+        else:
+            value = float(trial.suggest_float(name, self.low, self.high, step=self.step, log=self.log))
         # Optuna adds steps in binary and gives 0.30000000000000004: `nearest` gives the 0.3 that was meant.
-        return self.nearest(
-            float(trial.suggest_float(name, self.low, self.high, step=self.step, log=self.log))
-        )
+        return self.nearest(value) if self.holds(value) else value
 
     def drawn(self, random: np.random.Generator) -> float | int:
         """Draw a value; an integer on a log scale has the probability of what rounds to it, as in Optuna."""

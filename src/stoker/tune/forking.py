@@ -49,19 +49,35 @@ def take_checkpoint(donor: RunDirectory, run: RunDirectory, *, ended: bool) -> i
 
     Raises StokerError if the other run has no checkpoint at all.
     """
-    steps = [manifest.step_of(path) for path in manifest.committed(donor.checkpoints)]
-    found, _ = manifest.newest(donor.checkpoints, but={max(steps)} if ended and steps else set())
-    if found is None and ended and steps:
+    while True:
+        steps = [manifest.step_of(path) for path in manifest.committed(donor.checkpoints)]
+        step = _copied(donor, run, but={max(steps)} if ended and steps else set())
+        if step is not None:
+            return step
+        if steps == [manifest.step_of(path) for path in manifest.committed(donor.checkpoints)]:
+            break  # otherwise the other run has replaced its checkpoint by a newer one in the meantime
+    if ended and steps:
         return None
+    raise StokerError(
+        f"{donor.id} has no checkpoint that another trial could continue from: "
+        "population based training needs a recipe that trains with a Trainer"
+    )
+
+
+def _copied(donor: RunDirectory, run: RunDirectory, but: set[int]) -> int | None:
+    """Copy the newest checkpoint except at certain steps; None if there is none, or it was just deleted."""
+    found, _ = manifest.newest(donor.checkpoints, but=but)
     if found is None:
-        raise StokerError(
-            f"{donor.id} has no checkpoint that another trial could continue from: "
-            "population based training needs a recipe that trains with a Trainer"
-        )
+        return None
     shutil.rmtree(run.path, ignore_errors=True)  # left behind if a controller was killed exactly here
     target = run.checkpoints / found.path.name
-    shutil.copytree(found.path, target, copy_function=storage.link_or_copy)
-    return found.step
+    try:
+        shutil.copytree(found.path, target, copy_function=storage.link_or_copy)
+    except OSError:
+        if (found.path / manifest.NAME).is_file():
+            raise
+        return None
+    return found.step if (target / manifest.NAME).is_file() else None
 
 
 def due(

@@ -24,11 +24,12 @@ from typing import Any, Protocol
 import optuna
 import orjson
 from numpy.random import SeedSequence, default_rng  # numpy imports numpy.random lazily
+from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler, RandomSampler
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.storages.journal import BaseJournalBackend, JournalFileBackend, JournalStorage
 from optuna.study import Study, StudyDirection
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FixedTrial, FrozenTrial, TrialState
 from stoker.errors import BadInput, StokerError, nearest
 from stoker.tune import promising, record
 from stoker.tune.plan import Goal
@@ -393,19 +394,56 @@ def learns(study: Study) -> bool:
     return not isinstance(study.sampler, Seeded) or study.sampler.learns
 
 
-def learn_from(study: Study, earlier: Study, name: str) -> int:
-    """Copy the complete trials of an earlier search, called `name`, to a new study; returns their number."""
-    known = [trial for trial in earlier.get_trials(deepcopy=False) if trial.state == TrialState.COMPLETE]
+def learn_from(study: Study, earlier: Study, name: str, space: Space) -> tuple[int, int]:
+    """Copy the trials of an earlier search, called `name`, to a new study, as drawn from its space.
+
+    Those that ended early or wait at a rung are copied too: after a search with a scheduler most have.
+
+    Optuna's samplers go on drawing from the first distribution that a parameter had, or do not model one that
+    had several.
+
+    Returns:
+        The number of trials that were copied, and of those that were not, having a value outside the space.
+    """
+    known = [
+        trial
+        for trial in map(_as_far, earlier.get_trials(deepcopy=False))
+        if trial.state == TrialState.COMPLETE
+        or (trial.state == TrialState.PRUNED and trial.intermediate_values)
+    ]
+    copied = 0
     for trial in known:
+        drawn = _drawn_from(space, trial)
+        if drawn is None:
+            continue
+        copied += 1
         study.add_trial(
             optuna.create_trial(
+                state=trial.state,
                 params=trial.params,
-                distributions=trial.distributions,
+                distributions={**trial.distributions, **drawn},
                 values=trial.values,
+                intermediate_values=trial.intermediate_values,
                 user_attrs={EARLIER: name},
             )
         )
-    return len(known)
+    return copied, len(known) - copied
+
+
+def _drawn_from(space: Space, trial: FrozenTrial) -> dict[str, BaseDistribution] | None:
+    """The distributions of a space for a trial's values, by name; None if one of them is outside it."""
+    found: dict[str, BaseDistribution] = {}
+    for parameter in space.parameters:
+        name = parameter.name
+        if name not in trial.params:
+            continue
+        given = FixedTrial({name: trial.params[name]})
+        with quiet():  # about a value outside
+            parameter.domain.suggested(given, name)
+        found[name] = given.distributions[name]
+        if not found[name]._contains(found[name].to_internal_repr(trial.params[name])):
+            return None
+    return found
 
 
 @contextlib.contextmanager
