@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -112,6 +113,17 @@ def test_models_that_cannot_keep_documents_apart_say_so() -> None:
         with torch.device("meta"):
             made = transformers.AutoModelForCausalLM.from_config(config)
         assert not attention.packs(config, type(made)._supports_attention_backend), config.model_type
+
+
+def test_a_family_with_attention_sinks_does_not_pack() -> None:
+    """It would be trained without them. All families of the installed transformers are examined."""
+    sources = Path(transformers.models.__file__).parent.glob("*/modeling_*.py")
+    having = [file.parent.name for file in sources if "s_aux=" in file.read_text()]
+    assert "gpt_oss" in having
+    for name in [*having, "doge"]:  # which makes its own masks
+        config = transformers.AutoConfig.for_model(name)
+        kind = transformers.AutoModelForCausalLM._model_mapping.get(type(config), None)
+        assert kind is None or not attention.packs(config, kind._supports_attention_backend), name
 
 
 def test_logits_that_are_more_than_the_head_s_are_left_to_the_model() -> None:

@@ -24,7 +24,10 @@ row is padding.
 """
 
 _WITHIN_DOCUMENTS = {"full_attention", "sliding_attention"}
-_OTHERWISE = {"gpt_oss"}  # their softmax has an additional term
+_SINKS = {"gpt_oss", "flint", "granite_swa", "granitemoe_swa", "mimo_v2_flash"}
+"""Families whose softmax has an additional term."""
+_OWN_MASKS = {"doge"}
+"""Families in which each layer makes its own mask."""
 
 
 def packs(config: Any, supports: bool) -> bool:
@@ -36,7 +39,8 @@ def packs(config: Any, supports: bool) -> bool:
     text = config.get_text_config()
     layers = set(getattr(text, "layer_types", None) or ())
     carries = hasattr(text, "state_size")
-    return supports and not carries and layers <= _WITHIN_DOCUMENTS and text.model_type not in _OTHERWISE
+    differs = text.model_type in _SINKS | _OWN_MASKS
+    return supports and not carries and not differs and layers <= _WITHIN_DOCUMENTS
 
 
 def attend(
