@@ -137,6 +137,15 @@ def test_a_photo_is_turned_as_its_camera_was_held(tmp_path: Path) -> None:
     assert images.picture(images.read(str(tmp_path)), 0).size == (20, 40)
 
 
+def test_an_image_with_16_bits_of_grey_is_not_white(tmp_path: Path) -> None:
+    """As radiographs and microscopes have: Pillow alone would limit it to the darkest 255 greys."""
+    (tmp_path / "cat").mkdir()
+    greys = np.arange(256, dtype=np.uint16).reshape(16, 16)
+    Image.fromarray(greys * 257).save(tmp_path / "cat" / "a.png")
+    found = np.asarray(images.picture(images.read(str(tmp_path)), 0))
+    assert (found == greys[:, :, None]).all()
+
+
 def test_digits_are_built_in() -> None:
     source = images.read("digits")
     assert len(source.labels) == 1797

@@ -82,7 +82,7 @@ def picture(source: Source, index: int) -> Image.Image:
         return found
     try:
         upright = ImageOps.exif_transpose(Image.open(io.BytesIO(found)))  # by its orientation tag
-        return upright.convert("RGB")
+        return _in_eight_bits(upright).convert("RGB")
     except UnidentifiedImageError as error:  # its message contains only a memory address
         raise BadInput(
             f"{source.place(index)} is not a readable image: its {len(found):,} bytes are in no format that "
@@ -90,6 +90,16 @@ def picture(source: Source, index: int) -> Image.Image:
         ) from error
     except (OSError, ValueError) as error:
         raise BadInput(f"{source.place(index)} is not a readable image: {error}") from error
+
+
+def _in_eight_bits(image: Image.Image) -> Image.Image:
+    """An image whose grey has 16 bits, with the upper 8, as Pillow reads colours of 16 bits.
+
+    Converted by Pillow, all but the darkest of its 65,536 greys would be white.
+    """
+    if image.mode != "I" and not image.mode.startswith("I;16"):
+        return image
+    return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
 
 
 @dataclass(frozen=True)
