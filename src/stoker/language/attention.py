@@ -8,11 +8,13 @@ causal attention per document, which computes nothing that is masked.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 from transformers import AttentionInterface
@@ -191,6 +193,12 @@ def _varlen(
     )  # fmt: skip
     assert isinstance(out, torch.Tensor)
     return out.view(rows, seq, heads, -1)
+
+
+def forget_padding(config: Any) -> None:
+    """Remove the padding token from a config: some models look for it among the tokens of a batch."""
+    with contextlib.suppress(StrictDataclassFieldValidationError):  # ModernBERT's decoder must have one
+        config.pad_token_id = None
 
 
 AttentionInterface.register(NAME, attend)  # without a mask function, so that transformers creates no mask

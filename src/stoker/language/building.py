@@ -266,7 +266,7 @@ def _language(model: Any, tokenizer: Any, load: Load | None, origin: Path | str,
     packs = attention.packs(model.config, bool(type(model)._supports_attention_backend))
     if packs:
         model.set_attn_implementation(attention.NAME)
-        model.config.pad_token_id = None  # some models look for it in each batch; its position is enough
+        attention.forget_padding(model.config)  # its position is enough
     return Language(model, tokenizer, load is not None, load or _nothing, origin, config, generation, packs)
 
 
