@@ -45,7 +45,7 @@ class Speaker:
         """
         said = tuple(Message(message["role"], message["content"]) for message in messages)
         chat = Chat(said, values=conversation.as_text(values))
-        return conversation.render(self.tokenizer, chat, to_be_answered=True)
+        return conversation.render(self.tokenizer, chat, to_be_answered=True, today=True)
 
     @torch.no_grad()
     def answer(
