@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from stoker.language import attention, objective
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 import families
@@ -100,6 +101,20 @@ def test_attention_is_that_of_a_mask(window: int | None, softcap: float | None) 
     torch.testing.assert_close(mine[0], expected[0])
     torch.testing.assert_close(mine[1, :4], expected[1, :4])
     assert not mine[1, 4:].any(), "padding attends to nothing"
+
+
+@pytest.mark.parametrize(
+    ("width", "of_values", "takes"),
+    [(64, 64, True), (256, 256, True), (512, 512, False), (192, 128, False), (100, 100, False)],
+)
+def test_heads_that_flash_attention_does_not_support_are_left_to_others(
+    width: int, of_values: int, takes: bool
+) -> None:
+    """Those of Gemma 4, DeepSeek 3 and OpenLLaMA 3B would end in an error on a GPU."""
+    with FakeTensorMode():
+        query = torch.empty(1, 2, 8, width, device="cuda", dtype=torch.bfloat16)
+        value = torch.empty(1, 2, 8, of_values, device="cuda", dtype=torch.bfloat16)
+        assert attention._varlen_takes(query, value, 0.0, None) == takes
 
 
 def test_models_that_cannot_keep_documents_apart_say_so() -> None:

@@ -25,6 +25,7 @@ DOCUMENTS = "documents"
 row is padding.
 """
 
+_WIDEST = 256  # entries of a head in flash attention
 _WITHIN_DOCUMENTS = {"full_attention", "sliding_attention"}
 _SINKS = {"gpt_oss", "flint", "granite_swa", "granitemoe_swa", "mimo_v2_flash"}
 """Families whose softmax has an additional term."""
@@ -77,7 +78,7 @@ def attend(
     """
     window = sliding_window if sliding_window is not None and sliding_window < query.shape[2] else None
     dropped = dropout if module.training else 0.0
-    if _varlen_takes(query, dropped, softcap) and documents is not None:
+    if _varlen_takes(query, value, dropped, softcap) and documents is not None:
         return _varlen(query, key, value, documents, scaling, window), None
     one = functools.partial(_attend_one, scaling=scaling, dropout=dropped, window=window, softcap=softcap)
     return _one_by_one(query, key, value, documents, position_ids, one), None
@@ -166,9 +167,22 @@ def _capped(
     return weights @ value
 
 
-def _varlen_takes(query: torch.Tensor, dropout: float, softcap: float | None) -> bool:
+def _varlen_takes(query: torch.Tensor, value: torch.Tensor, dropout: float, softcap: float | None) -> bool:
+    """Whether torch's flash attention, which `varlen_attn` calls, supports these.
+
+    Its heads have at most 256 entries (Gemma 4 has 512), in eights, and as many in values as in queries
+    (DeepSeek 3 has fewer).
+    """
     half = query.dtype in (torch.float16, torch.bfloat16)
-    return query.is_cuda and half and dropout == 0.0 and softcap is None
+    width = query.shape[3]
+    fits = width == value.shape[3] and width <= _WIDEST and width % 8 == 0
+    return query.is_cuda and half and fits and dropout == 0.0 and softcap is None and _has_flash()
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _has_flash() -> bool:
+    """Whether the GPU, if there is one, has flash attention: those older than Ampere, such as T4, do not."""
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] >= 8
 
 
 def _varlen(
