@@ -29,6 +29,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma": ("GemmaConfig", {"head_dim": 8}),
     "gemma2": ("Gemma2Config", {"head_dim": 8, "sliding_window": 5}),
     "gemma3": ("Gemma3TextConfig", {"head_dim": 8, "sliding_window": 5}),
+    "modernbert": ("ModernBertDecoderConfig", {"local_attention": 5, "global_attn_every_n_layers": 2}),
     "gpt2": ("GPT2Config", {"n_embd": 64, "n_layer": 4, "n_head": 4, "n_positions": 256}),
     "phi3": ("Phi3Config", {}),
     "phi3-long": ("Phi3Config", _LONG),

@@ -100,12 +100,50 @@ def test_class_names_of_a_hub_dataset_are_its_own(tmp_path: Path) -> None:
     assert source.labels.tolist() == [1, 0]
 
 
+def _hub_dataset(path: Path, **labels: list[int]) -> str:
+    """Parquet files as on the hub, one per split, with the numbers of three classes."""
+    about = json.dumps({"info": {"features": {"label": {"names": ["a", "b", "c"], "_type": "ClassLabel"}}}})
+    for split, numbers in labels.items():
+        table = pa.table({"image": [{"bytes": _png(0)}] * len(numbers), "label": numbers})
+        pq.write_table(table.replace_schema_metadata({"huggingface": about}), path / f"{split}-0.parquet")
+    return str(path)
+
+
+def test_a_split_whose_labels_are_withheld_is_not_measured_on(tmp_path: Path) -> None:
+    """As in ImageNet: its test labels are all -1, which is not the last class."""
+    source = images.read(_hub_dataset(tmp_path, train=[0, 1, 2] * 6, validation=[2, 0], test=[-1] * 5))
+    parts = images.split(source, validation=0.1, test=0.1)
+    assert [len(parts.train), len(parts.validation), len(parts.test)] == [16, 2, 2]
+    used = np.concatenate([parts.train, parts.validation, parts.test])
+    assert sorted(source.labels[used].tolist()) == sorted([0, 1, 2] * 6 + [2, 0])
+
+
+def test_a_label_that_is_no_class_is_named(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"train-0.parquet, row 1 has the label -1, but there are 3 classes"):
+        images.read(_hub_dataset(tmp_path, train=[0, -1, 2], validation=[2, 0]))
+
+
+def test_data_without_a_split_to_train_on_is_refused(tmp_path: Path) -> None:
+    source = images.read(_hub_dataset(tmp_path, validation=[2, 0, 1], test=[0, 1]))
+    with pytest.raises(BadInput, match="no train split to train on: the data has test and validation"):
+        images.split(source, validation=0.1, test=0.1)
+
+
 def test_a_photo_is_turned_as_its_camera_was_held(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # its top is on the right
     (tmp_path / "cat").mkdir()
     Image.new("RGB", (40, 20)).save(tmp_path / "cat" / "a.jpg", exif=exif)
     assert images.picture(images.read(str(tmp_path)), 0).size == (20, 40)
+
+
+def test_an_image_with_16_bits_of_grey_is_not_white(tmp_path: Path) -> None:
+    """As radiographs and microscopes have: Pillow alone would limit it to the darkest 255 greys."""
+    (tmp_path / "cat").mkdir()
+    greys = np.arange(256, dtype=np.uint16).reshape(16, 16)
+    Image.fromarray(greys * 257).save(tmp_path / "cat" / "a.png")
+    found = np.asarray(images.picture(images.read(str(tmp_path)), 0))
+    assert (found == greys[:, :, None]).all()
 
 
 def test_digits_are_built_in() -> None:

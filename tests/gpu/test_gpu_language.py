@@ -61,7 +61,7 @@ def test_documents_of_all_rows_are_attended_in_one_kernel(
         for name, heads in (("q", 8), ("k", key_heads), ("v", key_heads))
     }
     exact = {name: t.detach().double().requires_grad_() for name, t in made.items()}
-    assert attention._varlen_takes(made["q"], 0.0, None)
+    assert attention._varlen_takes(made["q"], made["v"], 0.0, None)
     ours, _ = attention.attend(
         torch.nn.Identity(), *made.values(), None, sliding_window=window, documents=lengths, scaling=0.2
     )

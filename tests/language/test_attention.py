@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
 from stoker.language import attention, objective
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 import families
@@ -101,6 +103,20 @@ def test_attention_is_that_of_a_mask(window: int | None, softcap: float | None) 
     assert not mine[1, 4:].any(), "padding attends to nothing"
 
 
+@pytest.mark.parametrize(
+    ("width", "of_values", "takes"),
+    [(64, 64, True), (256, 256, True), (512, 512, False), (192, 128, False), (100, 100, False)],
+)
+def test_heads_that_flash_attention_does_not_support_are_left_to_others(
+    width: int, of_values: int, takes: bool
+) -> None:
+    """Those of Gemma 4, DeepSeek 3 and OpenLLaMA 3B would end in an error on a GPU."""
+    with FakeTensorMode():
+        query = torch.empty(1, 2, 8, width, device="cuda", dtype=torch.bfloat16)
+        value = torch.empty(1, 2, 8, of_values, device="cuda", dtype=torch.bfloat16)
+        assert attention._varlen_takes(query, value, 0.0, None) == takes
+
+
 def test_models_that_cannot_keep_documents_apart_say_so() -> None:
     small = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2}
     others = (
@@ -112,6 +128,17 @@ def test_models_that_cannot_keep_documents_apart_say_so() -> None:
         with torch.device("meta"):
             made = transformers.AutoModelForCausalLM.from_config(config)
         assert not attention.packs(config, type(made)._supports_attention_backend), config.model_type
+
+
+def test_a_family_with_attention_sinks_does_not_pack() -> None:
+    """It would be trained without them. All families of the installed transformers are examined."""
+    sources = Path(transformers.models.__file__).parent.glob("*/modeling_*.py")
+    having = [file.parent.name for file in sources if "s_aux=" in file.read_text()]
+    assert "gpt_oss" in having
+    for name in [*having, "doge"]:  # which makes its own masks
+        config = transformers.AutoConfig.for_model(name)
+        kind = transformers.AutoModelForCausalLM._model_mapping.get(type(config), None)
+        assert kind is None or not attention.packs(config, kind._supports_attention_backend), name
 
 
 def test_logits_that_are_more_than_the_head_s_are_left_to_the_model() -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from stoker.cli import generate
@@ -280,6 +282,28 @@ def test_what_a_template_is_given_is_part_of_what_is_kept_and_without_it_nothing
     assert len(both | {plain}) == 3
     own = [read(tmp_path, {**CHAT, "chat_template_kwargs": {"style": s}})[0].fingerprint for s in ("a", "b")]
     assert own[0] != own[1]
+
+
+DATED = (
+    "{% if date_string is not defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+    "on {{ date_string }}: " + STYLED
+)
+"""As Llama 3's."""
+
+
+@pytest.mark.parametrize("template", [DATED, re.sub(r"{% (end)?generation %}", "", DATED)])
+def test_the_date_that_a_template_writes_is_the_same_on_every_day(
+    bare: Any, tmp_path: Path, template: str
+) -> None:
+    """The tokens of a run that is resumed tomorrow, without the cache, are those of today."""
+    tokenizer = styled(bare, template)
+    (found,) = read(tmp_path, CHAT, {**CHAT, "chat_template_kwargs": {"date_string": "1 May"}})
+    made = list(data.Encoder(tokenizer, "answer")(found.splits.train))
+    expected = [f"on {date}: plain user: a\nplain assistant: b</s>" for date in ("26 Jul 2024", "1 May")]
+    assert [tokenizer.decode(one.ids) for one in made] == expected
+    for one in made:
+        assert tokenizer.decode(np.array(one.ids)[np.array(one.has_loss)]).endswith("b</s>")
+    assert data.prompts([], tokenizer, ["a"])[0].startswith("on 26 Jul 2024")
 
 
 def test_prompts_are_asked_with_what_the_template_is_given(bare: Any, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from stoker.data.tokens import PackedDataset
 from stoker.errors import BadInput
 from stoker.language import data
 from stoker.language.data import Encoder
+from tokenizers import processors
 
 import families  # noqa: F401 (quietens transformers)
 
@@ -351,6 +352,18 @@ def test_the_first_word_is_learnt_though_its_space_is_the_template_s(bare: Any) 
     assert learnt(of(bare, spaced), Document("k", "", "", CHAT)) == [
         " it is 1<|endoftext|>", " it is 2<|endoftext|>"
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("trimmed", [False, True])
+def test_an_answer_s_indentation_is_learnt_though_a_tokenizer_locates_no_spaces(
+    bare: Any, trimmed: bool
+) -> None:
+    """As those of GPT-NeoX and Cohere: a token of spaces alone begins and ends behind them."""
+    tokenizer = copy.deepcopy(of(bare, CHATML))
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=trimmed)
+    for answer in ("if it:\n    is\n\n        1", "  it  is", "it  ", "😀  1"):
+        chat = (Message("user", "what  is "), Message("assistant", answer))
+        assert learnt(tokenizer, Document("k", "", "", chat)) == [f"{answer}<|im_end|>"]
 
 
 def test_the_tokens_are_those_of_the_template(bare: Any) -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from stoker.errors import BadInput
 from stoker.language import building
 from stoker.language.lora import Lora
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, RobertaConfig
 
 import families
 import ranks
@@ -246,6 +246,15 @@ def test_a_model_that_is_none_is_refused(tmp_path: Path) -> None:
     (folder / "config.json").write_text("{")
     with pytest.raises(BadInput, match="cannot be read"):
         build(folder)
+
+
+def test_an_encoder_is_no_causal_model_unless_it_says_so(tmp_path: Path) -> None:
+    """transformers loads it as one, but its tokens see what they would have to predict."""
+    RobertaConfig().save_pretrained(tmp_path)
+    with pytest.raises(BadInput, match="a roberta that encodes"):
+        building.load_config(tmp_path)
+    RobertaConfig(is_decoder=True).save_pretrained(tmp_path)
+    assert building.load_config(tmp_path).is_decoder
 
 
 def test_a_hub_that_cannot_be_reached_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ import torch
 from stoker.data import tokenizer as tokenizers
 from stoker.errors import BadInput
 from stoker.language import building, merging, speaking
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import families
@@ -145,6 +146,24 @@ def test_a_directory_that_is_damaged_is_refused(
         (tmp_path / "model" / file).write_text(content)
     with pytest.raises(BadInput, match=said):
         speaking.load(tmp_path / "model")
+
+
+def test_a_text_is_continued_though_the_tokenizer_ends_texts(model: Path, tmp_path: Path) -> None:
+    """As one with add_eos_token=true does, after which another text would begin."""
+    folder = tmp_path / "model"
+    shutil.copytree(model, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    end = tokenizer.eos_token
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"$A {end}", special_tokens=[(end, tokenizer.eos_token_id)]
+    )
+    tokenizer.save_pretrained(folder)
+    assert tokenizer("\n")["input_ids"][-1] == tokenizer.eos_token_id
+    plain, again = speaking.load(model), speaking.load(folder)
+    said = plain.answer("\n", max_tokens=1)["text"]
+    assert again.answer("\n", max_tokens=1)["text"] == said
+    after_the_end = plain.answer(f"\n{end}", max_tokens=1)["text"]
+    assert again.answer(f"\n{end}", max_tokens=1)["text"] == after_the_end != said
 
 
 def test_a_whole_model_has_no_base(model: Path) -> None:

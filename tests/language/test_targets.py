@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,23 @@ def test_a_pattern_that_is_in_no_name_is_refused_with_those_that_there_are() -> 
         targets.train_only(families.model("llama"), ["layers", "lm_haed"])
 
 
+@pytest.mark.parametrize(
+    ("family", "patterns", "lacking"),
+    [
+        ("llama", ["layers"], "embed_tokens and lm_head"),
+        ("llama", ["layers", "lm_head"], "embed_tokens"),
+        ("qwen2", ["layers"], "embed_tokens and lm_head"),  # tied
+        ("qwen2", ["layers", "lm_head"], ""),
+        ("llama", ["lm_head", "embed_tokens"], ""),
+    ],
+)
+def test_new_tokens_are_not_left_untrained(family: str, patterns: list[str], lacking: str) -> None:
+    """They begin with the same embedding, and would keep it."""
+    refused = pytest.raises(BadInput, match=f"add {lacking} to train_only") if lacking else nullcontext()
+    with refused:
+        targets.train_only(families.model(family), patterns, grown=True)
+
+
 def test_what_is_not_trained_is_exported_as_it_was(stoker: Command, tmp_path: Path) -> None:
     folder = families.save(tmp_path / "m", "llama")
     (tmp_path / "d.jsonl").write_text('{"text": "one two three four five six"}\n' * 40)
@@ -149,6 +167,8 @@ def test_what_is_not_trained_is_exported_as_it_was(stoker: Command, tmp_path: Pa
     moved = {name for name, tensor in before.items() if not torch.equal(after[name], tensor)}
     assert moved
     assert all("layers.3." in name for name in moved)
+    grown = stoker("train", "llm", *given, "--name", "b", "train_only=[layers.3]", 'add_tokens=["<a>"]')
+    assert "add embed_tokens and lm_head to train_only, or omit add_tokens" in grown.err
 
 
 def load_file_of(folder: Path) -> dict[str, torch.Tensor]:

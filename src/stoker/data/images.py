@@ -55,8 +55,9 @@ def read(reference: str) -> Source:
 
     A folder of images has one subfolder per class; there can be `train`, `val` and `test` folders above
     these, and files can be in such folders or have such names (`train-00000.parquet`). Parquet files have an
-    `image` column, bytes or a struct with `bytes`, and a `label` column. Samples of a tar shard are
-    `KEY.jpg` (or another image type) with `KEY.cls`, or `KEY.json` with a "label".
+    `image` column, bytes or a struct with `bytes`, and a `label` column; a split of a hub dataset whose
+    labels are withheld (all -1) is left out. Samples of a tar shard are `KEY.jpg` (or another image type)
+    with `KEY.cls`, or `KEY.json` with a "label".
 
     Raises:
         BadInput: there are no images, or one has no label.
@@ -81,7 +82,7 @@ def picture(source: Source, index: int) -> Image.Image:
         return found
     try:
         upright = ImageOps.exif_transpose(Image.open(io.BytesIO(found)))  # by its orientation tag
-        return upright.convert("RGB")
+        return _in_eight_bits(upright).convert("RGB")
     except UnidentifiedImageError as error:  # its message contains only a memory address
         raise BadInput(
             f"{source.place(index)} is not a readable image: its {len(found):,} bytes are in no format that "
@@ -89,6 +90,16 @@ def picture(source: Source, index: int) -> Image.Image:
         ) from error
     except (OSError, ValueError) as error:
         raise BadInput(f"{source.place(index)} is not a readable image: {error}") from error
+
+
+def _in_eight_bits(image: Image.Image) -> Image.Image:
+    """An image whose grey has 16 bits, with the upper 8, as Pillow reads colours of 16 bits.
+
+    Converted by Pillow, all but the darkest of its 65,536 greys would be white.
+    """
+    if image.mode != "I" and not image.mode.startswith("I;16"):
+        return image
+    return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
 
 
 @dataclass(frozen=True)
@@ -106,8 +117,13 @@ def split(source: Source, *, validation: float, test: float, seed: int = 0) -> S
     Args:
         validation: share of the images held out during training, if the source has no `val` folder.
         test: likewise for the final test.
+
+    Raises:
+        BadInput: a split would be empty.
     """
     held = dict(source.given)
+    if held and "train" not in held:
+        raise BadInput(f"there is no train split to train on: the data has {' and '.join(held)}")
     everything = held.get("train", np.arange(len(source.labels), dtype=np.int64))
     shuffled = everything[permute(np.arange(len(everything)), len(everything), seed)]
     for name, share in (("validation", validation), ("test", test)):
@@ -244,18 +260,35 @@ def _parquets(files: list[Path]) -> Source:
                 raise BadInput(f"{file} has no column {' and '.join(sorted(missing))}; it has {have}")
             starts.append((len(labels), file))
             labels += opened.read(columns=["label"]).column("label").to_pylist()
-    bad = next((n for n, label in enumerate(labels) if label is None), None)
-    if bad is not None:
-        first, file = max(pair for pair in starts if pair[0] <= bad)
-        raise BadInput(f"{file}, row {bad - first} has no label")
     rows = _as_arrow(files)
     named = tuple(getattr(rows.features["label"], "names", None) or ())  # for a hub dataset
-    names = [named[label] if named and isinstance(label, int) else str(label) for label in labels]
+    of = np.repeat([split_of(file) for file in files], np.diff([*(n for n, _ in starts), len(labels)]))
+    given = _given(of.tolist())
+    withheld = [name for name, those in given.items() if named and _are_withheld(name, labels, those)]
+    labelled = np.flatnonzero(~np.isin(of, withheld)).tolist()
+    bad = next((n for n in labelled if not _is_label(labels[n], named)), None)
+    if bad is not None:
+        first, file = max(pair for pair in starts if pair[0] <= bad)
+        other = f"the label {labels[bad]}, but there are {len(named)} classes"
+        raise BadInput(f"{file}, row {bad - first} has {'no label' if labels[bad] is None else other}")
+    names = [named[labels[n]] if named and isinstance(labels[n], int) else str(labels[n]) for n in labelled]
     classes = named or _classes(names)
     listing = [f"{file.name} {file.stat().st_size}" for file in files]
     found = _hash("\n".join(listing).encode(), "\n".join(names).encode())
-    of = np.repeat([split_of(file) for file in files], np.diff([*(n for n, _ in starts), len(labels)]))
-    return _Rows(rows, starts, _numbered(names, classes), classes, found, _given(of.tolist()))
+    numbers = np.full(len(labels), -1, np.int64)
+    numbers[labelled] = _numbered(names, classes)
+    given = {name: those for name, those in given.items() if name not in withheld}
+    return _Rows(rows, starts, numbers, classes, found, given)
+
+
+def _are_withheld(split: str, labels: Sequence[Any], those: Numbers) -> bool:
+    """Whether the labels of a split are not published: `datasets` writes -1 for all of them."""
+    return split != "train" and all(labels[number] == -1 for number in those.tolist())
+
+
+def _is_label(label: Any, named: Sequence[str]) -> bool:
+    """Whether an image has a label, which is the number of a class if the classes have names."""
+    return label is not None and not (named and isinstance(label, int) and not 0 <= label < len(named))
 
 
 def _as_arrow(files: list[Path]) -> Any:

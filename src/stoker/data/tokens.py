@@ -33,7 +33,7 @@ from stoker.words import counted
 if TYPE_CHECKING:
     import torch
 
-FORMAT = 7
+FORMAT = 8
 """Part of the fingerprint: increase it when the arrays, or their contents for the same input, change."""
 
 NO_LOSS = -100

@@ -8,11 +8,13 @@ causal attention per document, which computes nothing that is masked.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 from transformers import AttentionInterface
@@ -23,8 +25,12 @@ DOCUMENTS = "documents"
 row is padding.
 """
 
+_WIDEST = 256  # entries of a head in flash attention
 _WITHIN_DOCUMENTS = {"full_attention", "sliding_attention"}
-_OTHERWISE = {"gpt_oss"}  # their softmax has an additional term
+_SINKS = {"gpt_oss", "flint", "granite_swa", "granitemoe_swa", "mimo_v2_flash"}
+"""Families whose softmax has an additional term."""
+_OWN_MASKS = {"doge"}
+"""Families in which each layer makes its own mask."""
 
 
 def packs(config: Any, supports: bool) -> bool:
@@ -36,7 +42,8 @@ def packs(config: Any, supports: bool) -> bool:
     text = config.get_text_config()
     layers = set(getattr(text, "layer_types", None) or ())
     carries = hasattr(text, "state_size")
-    return supports and not carries and layers <= _WITHIN_DOCUMENTS and text.model_type not in _OTHERWISE
+    differs = text.model_type in _SINKS | _OWN_MASKS
+    return supports and not carries and not differs and layers <= _WITHIN_DOCUMENTS
 
 
 def attend(
@@ -71,7 +78,7 @@ def attend(
     """
     window = sliding_window if sliding_window is not None and sliding_window < query.shape[2] else None
     dropped = dropout if module.training else 0.0
-    if _varlen_takes(query, dropped, softcap) and documents is not None:
+    if _varlen_takes(query, value, dropped, softcap) and documents is not None:
         return _varlen(query, key, value, documents, scaling, window), None
     one = functools.partial(_attend_one, scaling=scaling, dropout=dropped, window=window, softcap=softcap)
     return _one_by_one(query, key, value, documents, position_ids, one), None
@@ -160,9 +167,22 @@ def _capped(
     return weights @ value
 
 
-def _varlen_takes(query: torch.Tensor, dropout: float, softcap: float | None) -> bool:
+def _varlen_takes(query: torch.Tensor, value: torch.Tensor, dropout: float, softcap: float | None) -> bool:
+    """Whether torch's flash attention, which `varlen_attn` calls, supports these.
+
+    Its heads have at most 256 entries (Gemma 4 has 512), in eights, and as many in values as in queries
+    (DeepSeek 3 has fewer).
+    """
     half = query.dtype in (torch.float16, torch.bfloat16)
-    return query.is_cuda and half and dropout == 0.0 and softcap is None
+    width = query.shape[3]
+    fits = width == value.shape[3] and width <= _WIDEST and width % 8 == 0
+    return query.is_cuda and half and fits and dropout == 0.0 and softcap is None and _has_flash()
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _has_flash() -> bool:
+    """Whether the GPU, if there is one, has flash attention: those older than Ampere, such as T4, do not."""
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] >= 8
 
 
 def _varlen(
@@ -187,6 +207,12 @@ def _varlen(
     )  # fmt: skip
     assert isinstance(out, torch.Tensor)
     return out.view(rows, seq, heads, -1)
+
+
+def forget_padding(config: Any) -> None:
+    """Remove the padding token from a config: some models look for it among the tokens of a batch."""
+    with contextlib.suppress(StrictDataclassFieldValidationError):  # ModernBERT's decoder must have one
+        config.pad_token_id = None
 
 
 AttentionInterface.register(NAME, attend)  # without a mask function, so that transformers creates no mask

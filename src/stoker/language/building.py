@@ -30,6 +30,7 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     AutoTokenizer,
     GenerationConfig,
     LlamaConfig,
@@ -191,7 +192,19 @@ def load_config(
         raise BadInput(f"model {folder} cannot be loaded: {hub.first_line(error)}") from error
     if type(config) not in kind._model_mapping:
         raise BadInput(f"model {folder} is a {config.model_type}, {no}")
+    if kind is AutoModelForCausalLM and _is_encoder(config):
+        raise BadInput(
+            f"model {folder} is a {config.model_type} that encodes: each token sees those after it, which it "
+            "would have to predict; give a causal language model, or train a classifier with "
+            "`stoker train text`"
+        )
     return config
+
+
+def _is_encoder(config: Any) -> bool:
+    """Whether a model that transformers loads as a causal one (BERT, RoBERTa) is not, by its config."""
+    masked = type(config) in AutoModelForMaskedLM._model_mapping
+    return masked and not config.is_encoder_decoder and not getattr(config, "is_decoder", True)
 
 
 def read_tokenizer(reference: str) -> Any:
@@ -253,7 +266,7 @@ def _language(model: Any, tokenizer: Any, load: Load | None, origin: Path | str,
     packs = attention.packs(model.config, bool(type(model)._supports_attention_backend))
     if packs:
         model.set_attn_implementation(attention.NAME)
-        model.config.pad_token_id = None  # some models look for it in each batch; its position is enough
+        attention.forget_padding(model.config)  # its position is enough
     return Language(model, tokenizer, load is not None, load or _nothing, origin, config, generation, packs)
 
 

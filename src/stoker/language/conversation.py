@@ -6,6 +6,7 @@ recognised by name.
 
 from __future__ import annotations
 
+import datetime
 import functools
 import itertools
 import json
@@ -27,6 +28,9 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _THOUGHT_INLINE = re.compile(r"(\s*<think>).*(</think>\s*)(.*)", re.DOTALL)
 _LIKE_TOKENS = re.compile(r"<\|[^<>|\s]+\|>|</?\w+>|\[/?[A-Z_]+\]")
 _MARK = "5f3a9c"  # occurs in no conversation
+_DATE = datetime.datetime(2024, 7, 26)
+"""Written by a template that writes today's date; Llama 3's has it as its default."""
+_NOW = re.compile(r"""\bstrftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
 _REFUSALS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
 """Errors of a template that does not support a conversation, raised by itself or by Python within it."""
@@ -225,11 +229,18 @@ def _as_given(chat: Chat, form: _Form) -> dict[str, Any]:
     return {"conversation": messages, "tools": json.loads(chat.tools) if chat.tools else None}
 
 
-def render(tokenizer: Any, chat: Chat, *, to_be_answered: bool = False) -> str:
-    """A conversation as its template writes it. Raises BadInput if the template refuses it."""
+def render(tokenizer: Any, chat: Chat, *, to_be_answered: bool = False, today: bool = False) -> str:
+    """A conversation as its template writes it. Raises BadInput if the template refuses it.
+
+    Args:
+        today: whether a template that writes the date writes today's. If not, it is always the same one: the
+            same data has the same tokens on every day, also in a run that is resumed on another.
+    """
+    dated = None if today else _dated(template(tokenizer, chat.tools)) or None
     try:
         text: str = tokenizer.apply_chat_template(
             **_given(tokenizer, chat),
+            chat_template=dated,
             tokenize=False,
             add_generation_prompt=to_be_answered,
             **_values(chat.values),
@@ -242,6 +253,12 @@ def render(tokenizer: Any, chat: Chat, *, to_be_answered: bool = False) -> str:
             f"{hint if chat.where else ''}"
         ) from error
     return text
+
+
+@functools.lru_cache(64)
+def _dated(template: str) -> str:
+    """A template with one fixed date in place of today's."""
+    return _NOW.sub(lambda found: repr(_DATE.strftime(found[2])), template)
 
 
 def answers(tokenizer: Any, chat: Chat, text: str, *, last: bool = False) -> list[Span]:
@@ -274,7 +291,7 @@ def _marked(tokenizer: Any, chat: Chat) -> list[Span]:
 
     given = _given(tokenizer, chat)
     _, (spans,) = render_jinja_template(
-        [given["conversation"]], tools=given["tools"], chat_template=template(tokenizer, chat.tools),
+        [given["conversation"]], tools=given["tools"], chat_template=_dated(template(tokenizer, chat.tools)),
         return_assistant_tokens_mask=True, **{**tokenizer.special_tokens_map, **_values(chat.values)},
     )  # fmt: skip
     return list(spans)

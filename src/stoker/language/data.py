@@ -483,12 +483,15 @@ class Encoder:
 def _within(places: Sequence[Span], spans: Sequence[Span], text: str) -> list[bool]:
     """Whether each token begins in one of the spans, which are in order.
 
-    A token that begins with the whitespace before a span counts too: " the" where a space was written.
+    A token that begins with the whitespace before a span counts too: " the" where a space was written. If the
+    tokenizer locates no spaces (GPT-NeoX), a token of spaces alone is behind them, without a length.
     """
     found = [False] * len(places)
     for begin, end in spans:
         first, last = bisect.bisect_left(places, (begin,)), bisect.bisect_left(places, (end,))
-        found[first:last] = [to > at for at, to in places[first:last]]
+        found[first:last] = [
+            to > at or (at > begin and text[at - 1].isspace()) for at, to in places[first:last]
+        ]
         if first and places[first - 1][1] > begin and text[places[first - 1][0] : begin].isspace():
             found[first - 1] = True
     return found

@@ -101,7 +101,7 @@ def _ends_with_head(model: Any) -> bool:
     if model.config._attn_implementation != attention.NAME:  # others look at values, which do not exist
         return False
     config = copy.deepcopy(model.config)
-    config.pad_token_id = None  # some models look for it among the tokens
+    attention.forget_padding(config)
     with torch.device("meta"), torch.no_grad():
         tried = type(model)._from_config(config, dtype=torch.bfloat16).eval()
         given: list[Any] = []

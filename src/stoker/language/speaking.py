@@ -45,7 +45,7 @@ class Speaker:
         """
         said = tuple(Message(message["role"], message["content"]) for message in messages)
         chat = Chat(said, values=conversation.as_text(values))
-        return conversation.render(self.tokenizer, chat, to_be_answered=True)
+        return conversation.render(self.tokenizer, chat, to_be_answered=True, today=True)
 
     @torch.no_grad()
     def answer(
@@ -74,7 +74,11 @@ class Speaker:
             BadInput: the text is empty, or leaves no room among the model's positions.
         """
         encoded = self.tokenizer(text, return_tensors="pt", add_special_tokens=not rendered)
-        encoded = {name: encoded[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
+        ended = bool(text) and not rendered and self._ends(text, encoded["input_ids"][0].tolist())
+        kept = slice(None, -1 if ended else None)
+        encoded = {
+            name: encoded[name][:, kept].to(self.model.device) for name in ("input_ids", "attention_mask")
+        }
         begun = encoded["input_ids"].shape[1]
         if begun == 0:
             raise BadInput("the prompt is empty: give --prompt some text")
@@ -94,6 +98,11 @@ class Speaker:
         seconds = time.perf_counter() - started
         said = self.tokenizer.decode(made, skip_special_tokens=True)
         return {"text": said, "tokens": len(made), "tokens_per_second": len(made) / seconds}
+
+    def _ends(self, text: str, ids: Sequence[int]) -> bool:
+        """Whether the tokenizer added the end of a text, which is to be continued (`add_eos_token`)."""
+        end = self.tokenizer.eos_token
+        return ids[-1:] == [self.tokenizer.eos_token_id] and not text.endswith(end)
 
 
 def load(folder: Path, base: str | None = None) -> Speaker:

@@ -31,10 +31,16 @@ def freeze_what_no_text_goes_through(model: Any) -> None:
             parameter.requires_grad_(False)
 
 
-def train_only(model: Any, patterns: Sequence[str]) -> None:
+def train_only(model: Any, patterns: Sequence[str], *, grown: bool = False) -> None:
     """Freeze all weights whose names match none of the regular expressions; without any, do nothing.
 
-    Tied weights match by any of their names. Raises BadInput for an expression that matches no name.
+    Tied weights match by any of their names.
+
+    Args:
+        grown: the model has untrained tokens.
+
+    Raises:
+        BadInput: an expression matches no name, or the embeddings of untrained tokens would be frozen.
     """
     if not patterns:
         return
@@ -49,6 +55,14 @@ def train_only(model: Any, patterns: Sequence[str]) -> None:
     found = {id(p) for name, p in named if any(re.search(pattern, name) for pattern in patterns)}
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.requires_grad and id(parameter) in found)
+    frozen = [
+        name for name in _of_tokens(model) if grown and not model.get_submodule(name).weight.requires_grad
+    ]
+    if frozen:
+        raise BadInput(
+            f"train_only leaves the new tokens of add_tokens untrained, all with the same embedding: add "
+            f"{' and '.join(_last_parts(frozen))} to train_only, or omit add_tokens"
+        )
 
 
 def experts(model: Any) -> dict[str, nn.Parameter]:
@@ -157,9 +171,13 @@ def whole(model: Any, lora: Lora, *, grown: bool) -> list[str]:
             raise BadInput(f"lora.modules_to_save: the model has no module {name!r}{near}")
         if any(isinstance(part, Quantised) for module in found for part in module.modules()):
             raise BadInput(f"lora.modules_to_save: {name} is kept in 4 bits and cannot be trained: omit it")
-    ends = (model.get_input_embeddings(), model.get_output_embeddings()) if grown else ()
-    of_tokens = [place for place, module in modules.items() if any(module is end for end in ends)]
-    return sorted({*lora.trained_whole, *_last_parts(of_tokens)})
+    return sorted({*lora.trained_whole, *_last_parts(_of_tokens(model) if grown else ())})
+
+
+def _of_tokens(model: Any) -> list[str]:
+    """The names of the modules with one row per token: the embeddings and the output layer."""
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    return [name for name, module in model.named_modules() if any(module is end for end in ends)]
 
 
 def _of_text(model: Any) -> Callable[[str], bool]:

@@ -393,7 +393,7 @@ def _as_trained(run: Run, language: Language, config: Config) -> Any:
     from stoker.language import adapters, noise, quantised, targets
 
     targets.freeze_what_no_text_goes_through(language.model)
-    targets.train_only(language.model, config.train_only)
+    targets.train_only(language.model, config.train_only, grown=language.added_tokens > 0)
     if config.quantisation == "nf4":
         quantised.convert(language.model)
     model = adapters.adapted(language, config.lora, compare=run.world.rank == 0)
