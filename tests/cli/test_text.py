@@ -148,7 +148,7 @@ def test_it_is_shared_with_the_card_of_a_classifier_and_has_nothing_to_say(
     assert 'pipeline("text-classification", model="org/trades", truncation=True)' in card
     assert "| macro F1 on the test set |" in card
     assert served._load_pyfunc(str(folder)).predict(["the anvil and the forge"]) == ["smith"]
-    with pytest.raises(BadInput, match="contains no language model"):
+    with pytest.raises(BadInput, match="is a bert that encodes, not a causal language model"):
         speaking.load(folder)
 
 

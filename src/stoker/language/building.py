@@ -194,9 +194,8 @@ def load_config(
         raise BadInput(f"model {folder} is a {config.model_type}, {no}")
     if kind is AutoModelForCausalLM and _is_encoder(config):
         raise BadInput(
-            f"model {folder} is a {config.model_type} that encodes: each token sees those after it, which it "
-            "would have to predict; give a causal language model, or train a classifier with "
-            "`stoker train text`"
+            f"model {folder} is a {config.model_type} that encodes, not a causal language model: each token "
+            "sees those that it would have to predict. `stoker train text` makes a classifier of it"
         )
     return config
 
