@@ -47,13 +47,14 @@ def never_waiting() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def until(holds: Callable[[], T], *of: Ending) -> T:
+def until(holds: Callable[[], T], *of: Ending, within: float = LONG) -> T:
     """Wait until a function returns something true, and return that.
 
     Args:
         of: processes that it is to come of: one that has ended before is an error.
+        within: seconds that it may take, where a test is about that.
     """
-    deadline = time.monotonic() + LONG
+    deadline = time.monotonic() + within
     while not (found := holds()):
         assert time.monotonic() < deadline
         for process in of:

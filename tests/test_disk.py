@@ -40,7 +40,7 @@ def test_they_are_brought_within_a_second_or_so_by_themselves(tmp_path: Path, sy
     file = tmp_path / "a"
     file.touch()
     disk.bring_soon(file)
-    until(lambda: file.stat().st_ino in synced)
+    until(lambda: file.stat().st_ino in synced, within=20)
 
 
 def test_what_the_thread_could_not_bring_is_said_to_who_waits(

@@ -16,7 +16,7 @@ from support import until
 def test_jobs_are_done_every_so_many_seconds_until_they_are_closed() -> None:
     often, seldom = _Count(), _Count()
     jobs = Periodic([Job(0.02, often), Job(30.0, seldom)])
-    until(lambda: often.times >= 3)
+    until(lambda: often.times >= 3, within=10)
     jobs.close()
     done = often.times
     time.sleep(0.2)
@@ -27,12 +27,12 @@ def test_those_of_one_name_share_a_thread_and_an_earlier_job_wakes_it() -> None:
     first, second = _Count(), _Count()
     long = Periodic([Job(3600.0, first)], "shared")
     short = Periodic([Job(0.02, second)], "shared")
-    until(lambda: second.times >= 1)
+    until(lambda: second.times >= 1, within=10)
     assert [thread.name for thread in threading.enumerate()].count("shared") == 1
     long.close()
     short.close()
     again = Periodic([Job(0.02, first)], "shared")  # the thread has nothing to do then, and is still there
-    until(lambda: first.times >= 1)
+    until(lambda: first.times >= 1, within=10)
     again.close()
     assert [thread.name for thread in threading.enumerate()].count("shared") == 1
 
@@ -60,7 +60,7 @@ def test_a_job_may_close_its_own() -> None:
         held[0].close()
 
     held.append(Periodic([Job(0.05, once)], "once"))
-    until(lambda: done.times >= 1)
+    until(lambda: done.times >= 1, within=10)
     time.sleep(0.2)
     assert done.times == 1
 
@@ -74,7 +74,7 @@ def test_what_fails_is_said_once_and_tried_again(caplog: pytest.LogCaptureFixtur
 
     with caplog.at_level(logging.WARNING, "stoker"):
         jobs = Periodic([Job(0.01, fail)], "fails")
-        until(lambda: tries.times >= 3)
+        until(lambda: tries.times >= 3, within=10)
         jobs.close()
     assert [record.getMessage() for record in caplog.records] == ["OSError: no room"]
 
@@ -113,7 +113,7 @@ def test_a_process_made_by_fork_closes_what_its_parent_is_doing_at_once() -> Non
 def _count_in_child(answers: multiprocessing.SimpleQueue[int]) -> None:
     count = _Count()
     jobs = Periodic([Job(0.02, count)], "forked")
-    until(lambda: count.times >= 1)
+    until(lambda: count.times >= 1, within=10)
     jobs.close()
     answers.put(count.times)
 

@@ -387,7 +387,7 @@ def test_of_a_run_that_is_over_at_once_the_machine_says_nothing(open_run: Open) 
 
 
 def _wait_for_the_machine(run: Run) -> None:
-    until(lambda: run.attempt._system is not None)
+    until(lambda: run.attempt._system is not None, within=20)
 
 
 def test_a_resume_voids_media_and_points_but_not_what_the_machine_did(

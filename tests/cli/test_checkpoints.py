@@ -14,7 +14,7 @@ from stoker.checkpoint.store import export_model, load_tensors, shapes
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from commands import Command, Start
-from support import LONG, wait_for_points
+from support import wait_for_points
 
 LLM = (
     "train", "llm", "precision=fp32", "sequence_length=64", "batch_size=8", "max_steps=2000",
@@ -42,7 +42,7 @@ def _stopped(start: Start, folder: Path, name: str, *arguments: str) -> Path:
     process = start(*LLM, *arguments, "--name", name)
     wait_for_points(process, run, 8)
     process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=LONG)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 75, err.decode()
     return run
 

@@ -16,7 +16,7 @@ import pytest
 
 from commands import SECRET, Command, Start
 from servers import free_port
-from support import LONG, until
+from support import until
 
 AREAS = ["software", "machine", "compute", "ranks", "runs", "disk", "trackers", "hub", "launchers"]
 
@@ -91,6 +91,6 @@ def test_interrupted_while_ranks_meet_it_leaves_nothing(
     process = start("doctor", env=alone)
     until(lambda: list(Path(alone["TMPDIR"]).glob("sd-*/stoker-launch-*")), process)
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=LONG)
+    process.communicate(timeout=60)
     assert process.returncode == 130
     assert not _left(tmp_path, alone)

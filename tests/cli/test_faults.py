@@ -15,7 +15,7 @@ from stoker.checkpoint import manifest
 from test_launch import RECIPE, SLOW, _weights
 
 from commands import Command, Start
-from support import LONG, SOAK, loaded, wait_for_points
+from support import SOAK, loaded, wait_for_points
 
 KILLING = Path(__file__).parents[2] / "bench" / "soak.py"
 
@@ -74,7 +74,7 @@ def test_a_disk_that_fills_while_the_journal_is_written_ends_the_run_clearly(
     with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
         while file.write(bytes(4096)):
             pass
-    _, err = process.communicate(timeout=LONG)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 1, err.decode()
     assert "the disk is full" in err.decode()
     before = dict(loaded(run).points["loss"].items())
@@ -134,7 +134,7 @@ def _cut(start: Start, run: Path, *more: str, **env: str) -> None:
     process = start("train", RECIPE, *SLOW, "--name", "a", *more, env=env)
     wait_for_points(process, run, 30)
     process.terminate()
-    _, err = process.communicate(timeout=LONG)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 75, err.decode()
 
 
@@ -156,7 +156,7 @@ def test_a_run_that_is_moved_while_it_trains_says_so_and_goes_on_where_it_is(
     process = start("train", RECIPE, *SLOW, "--name", "a")
     wait_for_points(process, run, 30)
     run.rename(run.with_name("b"))
-    _, err = process.communicate(timeout=LONG)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 1, err.decode()
     assert f"{run} is gone: it was moved or deleted during training" in err.decode()
     assert "Traceback" not in err.decode()

@@ -14,7 +14,7 @@ import pytest
 from safetensors.torch import load_file
 
 from commands import Command, Start
-from support import LONG, loaded, until, wait_for_points
+from support import loaded, until, wait_for_points
 
 RECIPE = str(Path(__file__).parent / "ranked.py")
 SLOW = ("precision=fp32", "pause=0.02", "steps=200", "checkpoint_every=20")
@@ -77,7 +77,7 @@ def test_a_signal_to_the_whole_process_group_costs_no_checkpoint(
     run = tmp_path / "runs" / "ranked" / "a"
     wait_for_points(process, run, 10)
     os.killpg(process.pid, signal.SIGTERM)
-    _, err = process.communicate(timeout=LONG)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 75, err.decode()
     seen = loaded(run)
     assert seen.status == "preempted"
@@ -91,7 +91,7 @@ def test_a_rank_that_is_killed_is_named_and_the_run_goes_on_to_the_same_bits(
     process = start("train", RECIPE, *SLOW, "--nproc", "2", "--name", "killed")
     wait_for_points(process, runs / "killed", 50)
     _ranks(process)[1].kill()
-    _, err = process.communicate(timeout=LONG)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "rank 1 was killed by SIGKILL" in err.decode()
     resumed = stoker("resume", "killed")
@@ -113,7 +113,7 @@ def test_told_to_stop_all_ranks_stop_after_the_same_step(
     run = tmp_path / "runs" / "ranked" / "a"
     wait_for_points(process, run, 10)
     process.send_signal(number)
-    out, err = process.communicate(timeout=LONG)
+    out, err = process.communicate(timeout=60)
     assert process.returncode == code, err.decode()
     seen = loaded(run)
     assert seen.status == status
@@ -133,10 +133,10 @@ def test_told_to_stop_while_they_come_up_ranks_end_quietly(
     until(lambda: any(tmp_path.glob(there)), process)
     ranks = _ranks(process)
     process.send_signal(number)
-    _, err = process.communicate(timeout=LONG)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == code, err.decode()
     assert "Error" not in err.decode()
-    assert not psutil.wait_procs(ranks, timeout=LONG)[1], "none is alive"
+    assert not psutil.wait_procs(ranks, timeout=10)[1], "none is alive"
 
 
 @pytest.mark.parametrize("ranks", ["1", "2"])
@@ -183,7 +183,7 @@ def test_told_to_stop_before_anything_is_there_it_can_be_started_again(
     process = subprocess.Popen([sys.executable, *arguments], cwd=tmp_path, stderr=subprocess.PIPE)
     _wait_until_answered(process, number)
     process.send_signal(number)
-    _, err = process.communicate(timeout=LONG)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 75
     assert err.decode() == "stoker: told to stop before there was anything to save\n"
     assert not (tmp_path / "runs").exists()
@@ -205,7 +205,7 @@ def test_ranks_end_with_their_launcher(start: Start, tmp_path: Path) -> None:
     ranks = _ranks(process)
     assert len(ranks) == 2
     process.kill()
-    assert not psutil.wait_procs(ranks, timeout=LONG)[1], "none is alive"
+    assert not psutil.wait_procs(ranks, timeout=10)[1], "none is alive"
     assert loaded(run).status in ("killed", "failed")  # of a rank that has lost the other before it ended
 
 

@@ -112,7 +112,7 @@ def test_another_machine_goes_on_where_one_was_stopped(
     _wait_for_copy(tmp_path, url, process)
     wait_for_points(process, _copy(tmp_path, "one", url), 50)
     process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=LONG)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 75, err.decode()
     done = stoker(*same, "--name", "a", env=machine("two"))
     assert done.code == 0, done.err
@@ -344,7 +344,7 @@ def test_a_machine_that_comes_back_takes_what_another_one_made_of_the_run(
     until((copy / "journal" / "attempt-0002.rank-0.jsonl").exists, other)
     wait_for_points(other, copy, 3)
     other.send_signal(signal.SIGTERM)
-    _, err = other.communicate(timeout=LONG)
+    _, err = other.communicate(timeout=60)
     assert other.returncode == 75, err.decode()
     assert f"resumed a from step {int(before.removeprefix('step-'))}" in err.decode()
     done = stoker(*same, env=machine("one"))

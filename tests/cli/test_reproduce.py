@@ -21,7 +21,7 @@ import orjson
 import pytest
 
 from commands import Command, Start
-from support import LONG, loaded, until, wait_for_points
+from support import loaded, until, wait_for_points
 
 # Randomness in the model, in the data and in the loop; a module of its own that git does not know.
 TRAINED = """
@@ -442,7 +442,7 @@ def test_told_to_stop_before_it_has_begun_it_leaves_nothing(
         time.sleep(0.001)
     time.sleep(0.0 if there == "again" else 0.2)
     process.send_signal(number)
-    _, err = process.communicate(timeout=LONG)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == (130 if number == signal.SIGINT else 75), err.decode()
     assert "Traceback" not in err.decode()
     assert not made.exists()

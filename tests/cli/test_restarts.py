@@ -159,7 +159,7 @@ def test_a_process_alone_that_takes_long_is_only_warned_of(
         run.attempt.heart = supervision.Heart(0.5)
         run.attempt.heart.beat(1)
         with alone.watching(run.attempt, pytest.fail, ends=False):
-            until(warnings)
+            until(warnings, within=30)
             time.sleep(2.5)
     (said,) = warnings()
     assert "no progress after step 1 for" in said
@@ -174,7 +174,7 @@ def test_the_warning_of_slurm_makes_a_checkpoint_and_exits_75(
     run = tmp_path / "runs" / "ranked" / "a"
     wait_for_points(process, run, 10)
     process.send_signal(signal.SIGUSR1)
-    _, err = process.communicate(timeout=LONG)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 75, err.decode()
     seen = loaded(run)
     assert seen.status == "preempted"
@@ -192,7 +192,7 @@ def test_told_to_stop_between_two_attempts_it_ends_as_at_any_other_time(start: S
         time.sleep(0.01)
         fcntl.ioctl(process.stderr, termios.FIONREAD, held)
     process.terminate()
-    process.communicate(timeout=LONG)
+    process.communicate(timeout=60)
     assert process.returncode == 75
 
 
@@ -207,7 +207,7 @@ def test_a_second_signal_ends_it_at_once_and_the_newest_checkpoint_stays(
     process.send_signal(signal.SIGTERM)
     time.sleep(2)  # two within a second are one, as they arrive
     process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=LONG)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 75, err.decode()
     found = stoker("checkpoints", "verify", "a", "--json")
     assert found.code == 0, found.out
@@ -226,7 +226,7 @@ def test_a_second_signal_ends_ranks_that_cannot_hear_it(start: Start, tmp_path: 
         process.send_signal(signal.SIGINT)
         time.sleep(1.2)  # two within a second are one
         process.send_signal(signal.SIGTERM)
-        _, err = process.communicate(timeout=LONG)
+        _, err = process.communicate(timeout=20)
     finally:
         for rank in ranks:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -247,7 +247,7 @@ def test_a_signal_that_everybody_sends_is_one(start: Start, tmp_path: Path) -> N
     for rank in _ranks(process):
         rank.send_signal(signal.SIGTERM)
     os.killpg(process.pid, signal.SIGTERM)
-    _, err = process.communicate(timeout=LONG)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 75, err.decode()
     seen = loaded(run)
     assert (run / "checkpoints" / f"step-{seen.step:08d}" / "manifest.json").is_file()

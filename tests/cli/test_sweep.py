@@ -507,7 +507,7 @@ def test_told_to_stop_it_goes_on_later(start: Start, stoker: Command, tmp_path: 
     _wait_until_it_searches(process, tmp_path / "runs" / "searched-sweep")
     time.sleep(0.5)
     process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=LONG)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 75, err.decode()
     done = stoker(*given)
     assert done.code == 0, done.err

@@ -87,7 +87,7 @@ def test_killed_at_random_moments_it_ends_as_on_one_machine_without(
         if kind == "controller":
             process.kill()
             process.communicate()
-            _, alive = psutil.wait_procs([trains], timeout=LONG)
+            _, alive = psutil.wait_procs([trains], timeout=20)
             assert not alive, "nothing trains without its controller"
             process = start(*given)
         else:
@@ -95,7 +95,7 @@ def test_killed_at_random_moments_it_ends_as_on_one_machine_without(
                 (trains if kind == "trainer" else trains.parents()[1]).kill()
     _wait_for_a_trainer(process, ray_cluster)
     process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=LONG)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 75, err.decode()
     done = stoker(*given)
     assert done.code == 0, done.err

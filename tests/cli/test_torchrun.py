@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 from test_launch import RECIPE
 
-from support import LONG, loaded, wait_for_points
+from support import loaded, wait_for_points
 
 
 def _torchrun(folder: Path, *arguments: str) -> subprocess.Popen[bytes]:
@@ -32,14 +32,14 @@ def test_a_run_under_torchrun_is_preempted_with_its_loader_workers_and_goes_on(t
     for other in others:
         other.send_signal(signal.SIGTERM)
     process.terminate()
-    out, _ = process.communicate(timeout=LONG)
+    out, _ = process.communicate(timeout=60)
     seen = loaded(run)
     assert seen.status == "preempted", out.decode()
     assert (run / "checkpoints" / f"step-{seen.step:08d}" / "manifest.json").is_file()
-    assert not psutil.wait_procs(others, timeout=LONG)[1], "none is alive"
+    assert not psutil.wait_procs(others, timeout=10)[1], "none is alive"
 
     process = _torchrun(tmp_path, *same)  # the same command
-    out, _ = process.communicate(timeout=LONG)
+    out, _ = process.communicate(timeout=60)
     assert process.returncode == 0, out.decode()
     after = loaded(run)
     assert after.attempts[-1].resumed_from == seen.step

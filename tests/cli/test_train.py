@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from support import LONG, SOAK, loaded, wait_for_points
+from support import SOAK, loaded, wait_for_points
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "own_loop.py"
 PLATEAU = EXAMPLE.with_name("plateau.py")
@@ -148,7 +148,7 @@ def test_told_to_stop_it_leaves_a_checkpoint_of_the_step_under_way(  # type: ign
     run = tmp_path / "runs" / "slow" / "a"
     wait_for_points(process, run, 10)
     process.send_signal(sent)
-    out, _ = process.communicate(timeout=LONG)
+    out, _ = process.communicate(timeout=60)
     assert process.returncode == code
     seen = loaded(run)
     assert seen.status == status
@@ -167,7 +167,7 @@ def test_a_second_ctrl_c_stops_at_once(start, slow: Path, tmp_path: Path) -> Non
     for _ in range(2):
         process.send_signal(signal.SIGINT)
         time.sleep(0.2)  # two presses, not one signal
-    _, err = process.communicate(timeout=LONG)
+    _, err = process.communicate(timeout=20)
     assert process.returncode == 130
     assert b"stopped at once; the same command resumes from the newest checkpoint" in err
     assert loaded(run).status == "interrupted"
@@ -265,7 +265,7 @@ def test_a_full_disk_fails_the_run_and_leaves_the_last_checkpoint(  # type: igno
                 file.write(bytes(4096))
         except OSError:
             pass
-    _, err = process.communicate(timeout=LONG)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "the disk is full" in err.decode()
     assert "step-00000007" in {p.name for p in (run / "checkpoints").iterdir()}
@@ -283,7 +283,7 @@ def test_workers_end_with_a_trainer_that_is_killed(start, slow: Path, tmp_path: 
     assert len(children) >= 3  # the forkserver and two workers
     process.kill()
     process.wait()
-    _, alive = psutil.wait_procs(children, timeout=LONG)
+    _, alive = psutil.wait_procs(children, timeout=30)
     assert not alive
 
 

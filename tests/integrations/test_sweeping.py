@@ -14,7 +14,7 @@ from stoker.errors import BadInput, StokerError
 from stoker.integrations.sweeping import Sweep, sweep
 
 from commands import Command
-from support import LONG, loaded, until
+from support import loaded, until
 
 SEARCHED = Path(__file__).parents[1] / "cli" / "searched.py"
 SPACE = {"x": "uniform(0, 1)", "kind": "[near, far]", "steps": 4}
@@ -82,7 +82,7 @@ def test_a_script_searches_over_its_own_function_and_goes_on_after_a_signal(tmp_
     trials = tmp_path / "runs" / "s"
     until(lambda: len(list(trials.glob("trial-*/journal"))) >= 2, process)
     process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=LONG)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 75, err.decode()
     assert "the same search continues" in err.decode()
     script = _script(tmp_path)

@@ -74,7 +74,7 @@ def _state(number: str) -> str:
 
 def _over(number: str) -> str:
     """Wait until a job does nothing more; returns Slurm's word for how it ended."""
-    until(lambda: _state(number) not in ("PENDING", "RUNNING", "COMPLETING"))
+    until(lambda: _state(number) not in ("PENDING", "RUNNING", "COMPLETING"), within=60)
     return _state(number)
 
 
@@ -101,7 +101,7 @@ def test_a_job_that_reaches_its_time_limit_and_is_preempted_ends_in_the_same_bit
     number, run = done.answer["native"], folder / "runs" / "waiting" / "a"
 
     until(lambda: _at(run, 19))
-    until(lambda: loaded(run).status == "preempted")  # by the warning of its time limit alone
+    until(lambda: loaded(run).status == "preempted", within=60)  # by the warning of its time limit alone
     _slurm("scontrol", "update", f"JobId={number}", "TimeLimit=60")
     until(lambda: _state(number) == "RUNNING" and _at(run, 39))
     node = _slurm("squeue", "--noheader", f"--jobs={number}", "--format=%N")
@@ -213,7 +213,7 @@ def test_what_nodes_write_to_its_end_is_seen_where_there_is_neither_their_disk_n
 
     assert stoker("jobs", "cancel", "b", "--now", "--runs", url, env=nodes, cwd=folder).code == 0
     assert _over(done.answer["native"]) == "CANCELLED"
-    out, err = followed.communicate(timeout=LONG)
+    out, err = followed.communicate(timeout=30)
     assert followed.returncode == 0, err.decode()
     assert "tells/b preempted at step 20" in out.decode()
     assert "tells/b preempted at step 20" in stoker(*logs, env=elsewhere, cwd=folder).out

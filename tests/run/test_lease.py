@@ -18,7 +18,7 @@ from stoker.errors import BadInput
 from stoker.run import lease
 from stoker.run.lease import InFolder, Lease
 
-from support import LONG, until
+from support import until
 
 
 @pytest.fixture(autouse=True)
@@ -172,7 +172,7 @@ def test_a_holder_that_was_stopped_for_too_long_makes_no_checkpoint_of_what_is_a
         before = [(file, file.stat().st_mtime_ns) for file in known]
         assert known[-1].parent.name == "step-00000004"
         first.send_signal(signal.SIGCONT)
-        _, said = first.communicate(timeout=LONG)
+        _, said = first.communicate(timeout=60)
     finally:
         first.kill()
         first.wait()
@@ -187,7 +187,7 @@ def test_a_lease_that_somebody_deleted_is_written_again(tmp_path: Path) -> None:
     first.keep(pytest.fail)
     file = tmp_path / lease.FOLDER / "00000001"
     file.unlink()
-    until(file.exists)
+    until(file.exists, within=10)
     first.release()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import warnings
@@ -16,7 +17,12 @@ from stoker.tracking import follower, ledger
 from stoker.tracking.shipper import Shipper
 from stoker.tracking.sink import Batch, Ending, SinkRun
 
+import support
+
 T = TypeVar("T")
+
+DEADLINE = 60.0  # seconds, for anything that is waited for
+until = functools.partial(support.until, within=DEADLINE)
 
 
 class Trainer:

@@ -20,10 +20,9 @@ import psutil
 import pytest
 from stoker.run.directory import RunDirectory
 from stoker.tracking import follower, ledger, wandb_files
-from synthetic_run import Seen, Trainer, make_run
+from synthetic_run import DEADLINE, Seen, Trainer, make_run, until
 
 from servers import mlflow_server, postgres, postgres_binaries
-from support import LONG, until
 
 pytestmark = pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")  # MLflow's own
 
@@ -336,7 +335,7 @@ def test_three_attempts_with_two_kills_arrive_as_one_run(
     second.wait()
 
     third = train("56", "70", "--resume", "55", "--finish", "--pause", "0.1")  # the machine shows in a second
-    assert third.wait(LONG) == 0
+    assert third.wait(DEADLINE) == 0
     until(lambda: _pending(tmp_path) == 0)
     until(lambda: not _followers(tmp_path))
 
@@ -366,7 +365,7 @@ def test_three_attempts_with_two_kills_arrive_as_one_run(
 def test_a_point_a_table_and_a_figure_of_one_name_at_one_step_all_arrive_once(
     tmp_path: Path, reader: Reader, train: Callable[..., subprocess.Popen[bytes]]
 ) -> None:
-    train("1", "3", "--finish").wait(LONG)
+    train("1", "3", "--finish").wait(DEADLINE)
     until(lambda: _pending(tmp_path) == 0)
     assert reader.points("answers") == [(7, 0.5)]
     assert [(name, step) for name, step in reader.media() if name.endswith("/answers")] == [
@@ -377,7 +376,7 @@ def test_a_point_a_table_and_a_figure_of_one_name_at_one_step_all_arrive_once(
 def test_what_is_said_of_an_ended_run_arrives_too(
     tmp_path: Path, reader: Reader, train: Callable[..., subprocess.Popen[bytes]], stoker: Any
 ) -> None:
-    train("1", "3", "--finish").wait(LONG)
+    train("1", "3", "--finish").wait(DEADLINE)
     until(lambda: _pending(tmp_path) == 0)
     until(lambda: not _followers(tmp_path))
     before = reader.points("loss")
@@ -397,7 +396,7 @@ def test_a_run_that_is_rebuilt_has_what_the_view_has_and_the_old_one_is_marked(
     assert "is being trained now" in refused.err
     until(lambda: _pending(tmp_path) == 0)
     first.kill()
-    train("31", "50", "--resume", "30", "--finish").wait(LONG)
+    train("31", "50", "--resume", "30", "--finish").wait(DEADLINE)
     until(lambda: _pending(tmp_path) == 0)
     until(lambda: not _followers(tmp_path))
     assert reader.points("loss")[39] == (40, 1040)
@@ -414,7 +413,7 @@ def test_a_run_that_is_rebuilt_has_what_the_view_has_and_the_old_one_is_marked(
     assert reader.table() == [["why", 0.5], [None, 1.0]]
     assert reader.status() == "finished"
 
-    train("41", "60", "--resume", "40", "--finish").wait(LONG)  # it goes on in the new one
+    train("41", "60", "--resume", "40", "--finish").wait(DEADLINE)  # it goes on in the new one
     until(lambda: _pending(tmp_path) == 0)
     until(lambda: not _followers(tmp_path))
     assert (reader.runs(), reader.replaced()) == (2, 1)

@@ -20,10 +20,9 @@ from stoker.run.directory import RunDirectory
 from stoker.tracking import feed, follower, ledger, mlflow_sink, store
 from stoker.tracking.shipper import Shipper
 from stoker.tracking.sink import Batch, Ending, SinkRun
-from synthetic_run import Trainer, make_run, pending, run_dying_follower, train_until_killed
+from synthetic_run import DEADLINE, Trainer, make_run, pending, run_dying_follower, train_until_killed, until
 
 import warm
-from support import LONG, until
 
 pytestmark = pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")  # MLflow's own
 
@@ -64,7 +63,7 @@ def test_what_mlflow_stored_just_before_a_kill_is_not_stored_twice(
     for word in ("open", "ship", "ship", "conclude"):
         process = warm.process(run_dying_follower, run.path, word)
         process.start()
-        process.join(LONG)
+        process.join(DEADLINE)
         assert process.exitcode == -signal.SIGKILL
     finish(run)
     mlflow = seen(runs)
@@ -100,7 +99,7 @@ def test_attempts_are_one_mlflow_run_in_which_the_first_point_of_a_step_stands(
     assert mlflow.status == "RUNNING"
     assert mlflow.run.data.tags["stoker.drift.lr"] == "0.1 -> 0.2"
     third.end("finished")
-    process.join(LONG)
+    process.join(DEADLINE)
 
     mlflow = seen(runs)
     assert mlflow.status == "FINISHED"
@@ -175,7 +174,7 @@ def test_a_killed_trainer_is_seen_and_the_follower_is_out_of_the_terminals_reach
     logged = warm.CONTEXT.Event()
     trainer = warm.process(train_until_killed, run.path, 5, logged)
     trainer.start()
-    assert logged.wait(LONG)
+    assert logged.wait(DEADLINE)
     process = spawn(run)
     assert os.getsid(process.pid) == process.pid
     until(lambda: pending(run) == 0)
@@ -183,7 +182,7 @@ def test_a_killed_trainer_is_seen_and_the_follower_is_out_of_the_terminals_reach
     assert trainer.pid is not None
     os.kill(trainer.pid, signal.SIGKILL)
     trainer.join()
-    states = follower.wait(run, process, LONG)
+    states = follower.wait(run, process, DEADLINE)
     assert process.returncode == 0
     assert [(s.name, s.pending, s.error) for s in states] == [("mlflow", 0, None)]
     assert seen(runs).status == "KILLED"
@@ -209,7 +208,7 @@ def test_once_the_trainer_is_gone_nothing_is_put_off_for_its_sake(
     monkeypatch.setitem(follower._SINKS, "mlflow", EndsMeanwhile)
     began = time.monotonic()
     assert follower.follow(run, "mlflow")
-    assert time.monotonic() - began < 60, "not as long as a share of a core would take"
+    assert time.monotonic() - began < DEADLINE, "not as long as a share of a core would take"
     assert seen(runs).status == "FINISHED"
 
 
@@ -224,7 +223,7 @@ def test_followers_of_several_runs_make_one_embedded_store_together(
         trainer.end("finished")
     processes = [follow(run) for run in runs]
     for process in processes:
-        process.join(LONG)
+        process.join(DEADLINE)
     assert [process.exitcode for process in processes] == [0, 0, 0]
     found = seen(tmp_path / "runs").runs
     assert sorted(run.data.tags["mlflow.runName"] for run in found) == ["a", "b", "c"]
@@ -239,7 +238,7 @@ def test_a_second_follower_leaves_the_work_to_the_first(runs: Path, follow: Any,
         trainer.log(step, loss=step)
     trainer.end("finished")
     for process in processes:
-        process.join(LONG)
+        process.join(DEADLINE)
     assert [process.exitcode for process in processes] == [0, 0]
     assert seen(runs).points("loss") == [(s, s) for s in range(100)]
 
@@ -367,7 +366,7 @@ def test_a_rebuild_that_is_killed_is_gone_on_with(runs: Path, finish: Any, seen:
     for word in ("open", "ship", "conclude"):
         process = warm.process(run_dying_follower, run.path, word)
         process.start()
-        process.join(LONG)
+        process.join(DEADLINE)
         assert process.exitcode == -signal.SIGKILL
     finish(run)
     assert len(seen(runs).runs) == 2
@@ -507,7 +506,7 @@ def test_a_follower_that_was_killed_has_a_successor(
         run.log(loss=2.0)
         if while_it_trains:
             until(lambda: ledger.load(of_sink).pid != killed)
-    (state,) = run.attempt.wait_for_sinks(LONG)
+    (state,) = run.attempt.wait_for_sinks(DEADLINE)
     assert (state.pending, state.error) == (0, None)
 
 
@@ -521,5 +520,5 @@ def test_a_run_that_made_something_without_a_metric_is_shipped(
     if fails:
         run.artifact(tmp_path / "table.csv", name="table")
     run.attempt.leave(ZeroDivisionError() if fails else None)
-    (state,) = run.attempt.wait_for_sinks(LONG)
+    (state,) = run.attempt.wait_for_sinks(DEADLINE)
     assert (state.pending, state.error) == (0, None)

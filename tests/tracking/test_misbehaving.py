@@ -13,10 +13,10 @@ import pytest
 from stoker.run import view
 from stoker.run.directory import RunDirectory
 from stoker.tracking import follower, ledger, store
-from synthetic_run import Seen, Trainer, make_run, pending
+from synthetic_run import DEADLINE, Seen, Trainer, make_run, pending, until
 
 from servers import Proxy, mlflow_server
-from support import LONG, SOAK, until
+from support import SOAK
 
 pytestmark = pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")  # MLflow's own
 
@@ -64,7 +64,7 @@ def test_training_ends_while_the_server_fails_and_sync_completes_it(
 ) -> None:
     proxy.mode = mode
     trainer = _train(tmp_path, "1", "90", "--finish", "--pause", "0.1")
-    _, said = trainer.communicate(timeout=LONG)
+    _, said = trainer.communicate(timeout=DEADLINE)
     assert trainer.returncode == 0
     assert proxy.seen[mode] > 0
     warnings = [line for line in said.decode().splitlines() if "mlflow" in line]
@@ -93,7 +93,7 @@ def test_a_server_that_stops_in_the_middle_gets_every_point_once(
         before = proxy.seen.get(mode, 0)
         until(lambda: proxy.seen.get(proxy.mode, 0) > before)  # noqa: B023 - called at once
     proxy.mode = "ok"
-    trainer.communicate(timeout=LONG)
+    trainer.communicate(timeout=DEADLINE)
     until(lambda: follower.state(_run(tmp_path))[0].pending == 0)
     seen = Seen(server, tmp_path.name)
     until(lambda: Seen(server, tmp_path.name).status == "FINISHED")
@@ -151,7 +151,7 @@ def test_a_full_disk_under_sqlite_stops_nothing_and_room_completes_it(
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{small}/mlflow.db")
         monkeypatch.setenv("EXPERIMENT", tmp_path.name)
         trainer = _train(tmp_path, "1", "90", "--finish", "--pause", "0.1")
-        _, said = trainer.communicate(timeout=LONG)
+        _, said = trainer.communicate(timeout=DEADLINE)
         assert trainer.returncode == 0
         assert view.load(_run(tmp_path)).status == "finished"
         assert "full" in (ledger.load(ledger.file_of(_run(tmp_path), "mlflow")).error or "")
@@ -167,10 +167,10 @@ def test_a_full_disk_under_sqlite_stops_nothing_and_room_completes_it(
 def test_the_next_start_completes_a_sink(tmp_path: Path, runs: Path, stoker: Any, monkeypatch: Any) -> None:
     """A follower that was killed with its trainer left points behind: the run's next attempt ships them."""
     monkeypatch.setenv("STOKER_SINKS", "none")
-    _train(tmp_path, "1", "30", "--finish").communicate(timeout=LONG)
+    _train(tmp_path, "1", "30", "--finish").communicate(timeout=DEADLINE)
     monkeypatch.setenv("STOKER_SINKS", "mlflow")
     trainer = _train(tmp_path, "31", "40", "--finish")
-    trainer.communicate(timeout=LONG)
+    trainer.communicate(timeout=DEADLINE)
     run = RunDirectory(runs / "digits" / "a")
     until(lambda: follower.state(run)[0].pending == 0)
     seen = Seen(store.embedded_uri(runs))

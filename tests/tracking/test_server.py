@@ -19,9 +19,7 @@ import psutil
 import pytest
 from stoker.run import artifacts
 from stoker.tracking import follower, store
-from synthetic_run import Seen, Trainer, make_run, pending
-
-from support import LONG, until
+from synthetic_run import DEADLINE, Seen, Trainer, make_run, pending, until
 
 pytestmark = pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")  # MLflow's own
 
@@ -78,7 +76,7 @@ def test_a_server_that_is_down_stops_nothing_and_is_complete_once_it_is_back(
     files = artifacts.describe(run, run.artifacts)
     trainer.journal.append("artifact", name="report.html", kind="report", files=files)
     trainer.end("finished")
-    (state,) = follower.wait(run, process, LONG)
+    (state,) = follower.wait(run, process, DEADLINE)
     assert process.returncode is None
     assert state.error is not None
     assert state.pending > 200
@@ -90,7 +88,7 @@ def test_a_server_that_is_down_stops_nothing_and_is_complete_once_it_is_back(
     assert "lacks 20" in answer.answer["error"]
 
     serve()
-    assert process.wait(LONG) == 0
+    assert process.wait(DEADLINE) == 0
     mlflow = Seen(f"http://127.0.0.1:{port}")
     assert mlflow.status == "FINISHED"
     assert mlflow.points("loss") == [(s, 1 / s) for s in range(1, 201)]
@@ -127,7 +125,7 @@ def test_sync_ships_what_no_follower_did_and_ui_shows_it(
     assert stoker("ui", "--port", str(port)).code == 2
     children = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGINT)
-    assert process.wait(LONG) == 0
+    assert process.wait(DEADLINE) == 0
     assert not any(child.is_running() for child in children)
     with pytest.raises(urllib.error.URLError):
         _fetch(said["url"])

@@ -20,10 +20,9 @@ from stoker.tracking import follower, ledger, wandb_files, wandb_sink
 from stoker.tracking.shipper import Shipper
 from stoker.tracking.sink import SinkRun
 from stoker.tracking.wandb_sink import WandbSink
-from synthetic_run import Trainer, make_run
+from synthetic_run import DEADLINE, Trainer, make_run
 
 import warm
-from support import LONG
 
 
 @pytest.fixture(autouse=True)
@@ -69,11 +68,11 @@ def test_a_batch_that_may_or_may_not_have_arrived_arrives_once(
     trainer.table("answers", 3, [{"a": 1}])
     process = warm.process(_ship_and_die, run.path, wait, whom)
     process.start()
-    process.join(LONG)
+    process.join(DEADLINE)
     for step in range(101, 121):
         trainer.log(step, loss=step, accuracy=step / 2)
     trainer.end("finished")
-    assert follower.spawn(run).wait(LONG) == 0
+    assert follower.spawn(run).wait(DEADLINE) == 0
 
     files = wandb_files.of_run(run.path, "uid-of-a")
     assert len(files) <= 2  # one, where the first had not come to making it
@@ -94,7 +93,7 @@ def test_a_copy_has_a_run_of_its_own(tmp_path: Path) -> None:
             trainer = Trainer(one)
             trainer.log(step, loss=step)
             trainer.end("finished")
-            assert follower.spawn(one).wait(LONG) == 0
+            assert follower.spawn(one).wait(DEADLINE) == 0
         if not copy.exists():
             shutil.copytree(run.path, copy.path)
     ids = [ledger.load(ledger.file_of(one, "wandb")).run for one in (run, copy)]
@@ -110,7 +109,7 @@ def test_a_file_cut_anywhere_is_read_up_to_there(tmp_path: Path) -> None:
     for step in range(1, 2001):
         trainer.log(step, loss=step, text_of_some_length=step)
     trainer.end("finished")
-    assert follower.spawn(run).wait(LONG) == 0
+    assert follower.spawn(run).wait(DEADLINE) == 0
     (file,) = wandb_files.of_run(run.path, "uid-of-a")
     whole = list(wandb_files.history(file))
     assert [row["loss"] for row in whole] == list(range(1, 2001))
