@@ -37,7 +37,7 @@ OfCheckpoint = Annotated[
     typer.Option(
         "--checkpoint",
         metavar="WHICH",
-        help="Of a run: best (by val_loss), last, or a step number; default: its export.",
+        help="Of a run: best, last, or a step number; default: its export.",
     ),
 ]
 

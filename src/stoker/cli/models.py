@@ -13,6 +13,7 @@ from rich.text import Text
 from stoker import exports, storage
 from stoker.checkpoint import manifest
 from stoker.cli import sharing
+from stoker.cli.checkpoints import Metric
 from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder, console, print_json, show_messages
 from stoker.cli.runs.common import RunName, iso
 from stoker.errors import BadInput, nearest
@@ -35,15 +36,7 @@ OfCheckpoint = Annotated[
     typer.Option(
         "--checkpoint",
         metavar="WHICH",
-        help="best (by val_loss), last, or a step number; default: the final export.",
-    ),
-]
-ByMetric = Annotated[
-    str | None,
-    typer.Option(
-        "--metric",
-        help="The metric that --checkpoint best uses.",
-        show_default="that of the run's best checkpoint",
+        help="best, last, or a step number; default: the final export.",
     ),
 ]
 OfArtifact = Annotated[
@@ -56,7 +49,7 @@ def register(
     run: RunName,
     name: Annotated[str, typer.Option("--name", help="The name of the model.")],
     checkpoint: OfCheckpoint = None,
-    metric: ByMetric = None,
+    metric: Metric = None,
     artifact: OfArtifact = None,
     runs: RunsFolder = DEFAULT_RUNS,
     json: Json = False,
@@ -165,7 +158,7 @@ def push(
     ] = None,
     public: Annotated[bool, typer.Option("--public", help="Make a new hub repository public.")] = False,
     checkpoint: OfCheckpoint = None,
-    metric: ByMetric = None,
+    metric: Metric = None,
     artifact: OfArtifact = None,
     runs: RunsFolder = DEFAULT_RUNS,
     json: Json = False,

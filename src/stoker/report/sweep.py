@@ -15,6 +15,7 @@ from stoker.report import facts, html, sweep_curves
 from stoker.report.markup import Html, join, number, table, tag
 from stoker.report.sections import section
 from stoker.report.sweep_curves import points_of
+from stoker.run.series import pareto_front
 from stoker.words import counted
 
 if TYPE_CHECKING:
@@ -102,11 +103,12 @@ def _best_of(study: Study, record: Mapping[str, Any]) -> FrozenTrial | None:
 def _front(study: Study, metrics: Sequence[str]) -> Html:
     """The trials on the Pareto front: no other trial of this search is better in all objectives."""
     signs = [1.0 if direction.name == "MINIMIZE" else -1.0 for direction in study.directions]
+    complete = {trial.number: trial for trial in _own(study) if trial.state.name == "COMPLETE"}
     points = {
-        trial.number: [sign * value for sign, value in zip(signs, trial.values, strict=True)]
-        for trial in _own(study) if trial.state.name == "COMPLETE"
-    }  # fmt: skip
-    front = [trial for trial in _own(study) if trial.number in points and not _beaten(trial.number, points)]
+        number: [sign * value for sign, value in zip(signs, trial.values, strict=True)]
+        for number, trial in complete.items()
+    }
+    front = [complete[number] for number in pareto_front(points)]
     names = sorted({name for trial in front for name in trial.params})
     rows = [
         [trial.user_attrs.get("run", str(trial.number)), *(number(facts.number(v)) for v in trial.values),
@@ -115,14 +117,6 @@ def _front(study: Study, metrics: Sequence[str]) -> Html:
     ]  # fmt: skip
     said = tag("p", "No trial is better than any of these in all metrics.")
     return section("Best", said, table(("trial", *metrics, *names), rows))
-
-
-def _beaten(number: int, points: Mapping[int, Sequence[float]]) -> bool:
-    """Whether another trial is as good in all objectives and better in some; smaller is better."""
-    own = points[number]
-    return any(
-        other != own and all(a <= b for a, b in zip(other, own, strict=True)) for other in points.values()
-    )
 
 
 def _objectives(record: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -1,10 +1,10 @@
-"""A metric's points as columns, and their summary: last, lowest, highest and best value."""
+"""A metric's points as columns; their summary: last, lowest, highest, best; the best of several metrics."""
 
 from __future__ import annotations
 
 import re
 from array import array
-from collections.abc import ItemsView, Iterator, Mapping, ValuesView
+from collections.abc import ItemsView, Iterator, Mapping, Sequence, ValuesView
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -153,6 +153,19 @@ def summarise(name: str, series: Series, goals: Mapping[str, Goal]) -> Summary:
         max_step=None if high is None else int(series.x[high]),
         goal=goal_of(name, goals),
     )
+
+
+def pareto_front(values: Mapping[int, Sequence[float]]) -> list[int]:
+    """The keys of the values than which no others are as good in all objectives, and better in some.
+
+    Args:
+        values: of each objective, by key; smaller is better.
+    """
+
+    def dominates(one: Sequence[float], other: Sequence[float]) -> bool:
+        return one != other and all(a <= b for a, b in zip(one, other, strict=True))
+
+    return [key for key, own in values.items() if not any(dominates(one, own) for one in values.values())]
 
 
 def goal_of(name: str, said: Mapping[str, Goal]) -> Goal | None:

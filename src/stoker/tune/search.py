@@ -17,6 +17,7 @@ from optuna.trial import FrozenTrial
 from stoker import config as configs
 from stoker.run import finding, view
 from stoker.run.directory import RunDirectory
+from stoker.run.series import pareto_front
 from stoker.run.view import RunView
 from stoker.tune import forking, seen
 from stoker.tune import study as studies
@@ -199,12 +200,11 @@ class Search:
     @property
     def front(self) -> list[Seen]:
         """The complete trials that no other one dominates; with one objective, the best."""
-        complete = [trial for trial in self.trials.values() if trial.state == "complete"]
-        points = {trial.number: trial.lower(self.plan.objectives) for trial in complete}
-        return [
-            trial for trial in complete
-            if not any(seen.dominates(other, points[trial.number]) for other in points.values())
-        ]  # fmt: skip
+        points = {
+            number: trial.lower(self.plan.objectives)
+            for number, trial in self.trials.items() if trial.state == "complete"
+        }  # fmt: skip
+        return [self.trials[number] for number in pareto_front(points)]
 
     @property
     def overspent(self) -> bool:

@@ -111,12 +111,6 @@ def run_id(number: int, share: float | None = None) -> str:
     return f"trial-{number:04d}" + (f"-on-{share:.4g}" if share is not None and share < 100 else "")
 
 
-def dominates(one: Sequence[float], other: Sequence[float]) -> bool:
-    """Whether `one` is as good as `other` in all objectives (smaller is better), and better in some."""
-    pairs = list(zip(one, other, strict=True))
-    return all(a <= b for a, b in pairs) and any(a < b for a, b in pairs)
-
-
 def begins(run: RunView) -> float:
     """The step from which a run resumes; infinite without a Trainer, as the loop keeps its own position."""
     if run.samples_per_step is None:
