@@ -21,7 +21,7 @@ from stoker.run import stretches
 
 from commands import SECRET
 from servers import Proxy
-from support import until
+from support import LONG, until
 
 Begin = Callable[..., "subprocess.Popen[bytes]"]
 
@@ -69,7 +69,7 @@ def _write(job: Job, name: str, text: str) -> None:
 def test_one_that_is_killed_leaves_what_it_brought_and_the_next_one_goes_on(job: Job, begin: Begin) -> None:
     _write(job, "node-0.log", f"begins with {SECRET}\nhalf a li")
     first = begin()
-    until(lambda: _there(job, "node-0.log") == "begins with [REDACTED]\n", within=30)
+    until(lambda: _there(job, "node-0.log") == "begins with [REDACTED]\n")
     first.kill()
     first.wait()
     copy = job.folder / "logs" / "node-0.log"
@@ -77,7 +77,7 @@ def test_one_that_is_killed_leaves_what_it_brought_and_the_next_one_goes_on(job:
     _write(job, "node-0.log", "ne\nends\n")
     _write(job, "attempts.txt", "2026-11-26T11:15:00 n1 exit code 0\n")
     second = begin()
-    second.communicate(timeout=30)
+    second.communicate(timeout=LONG)
     assert second.returncode == 0
     assert _there(job, "node-0.log") == "begins with [REDACTED]\nhalf a line\nends\n"
     assert _there(job, "attempts.txt") == (job.folder / "attempts.txt").read_text()
@@ -89,9 +89,9 @@ def test_a_secret_of_several_lines_does_not_get_there_and_what_follows_is_there_
     key = ["-----BEGIN RSA PRIVATE KEY-----", *("MIIEpAIBAAKCAQEA" * 4,) * 3, "-----END RSA PRIVATE KEY-----"]
     _write(job, "node-0.log", "\n".join(["begins", *key, "goes on", ""]))
     for ends in ("preempted\n", "ends\n"):  # the second one finds the copy of the first
-        begin().communicate(timeout=30)
+        begin().communicate(timeout=LONG)
         _write(job, "node-0.log", ends)
-    begin().communicate(timeout=30)
+    begin().communicate(timeout=LONG)
     there = _there(job, "node-0.log")
     assert "MIIEpA" not in there
     assert [line for line in there.splitlines() if line in ("begins", "goes on", "preempted", "ends")] == [
@@ -103,11 +103,11 @@ def test_a_secret_of_several_lines_does_not_get_there_and_what_follows_is_there_
 def test_one_outlives_the_signals_that_are_meant_for_those_that_train(job: Job, begin: Begin) -> None:
     _write(job, "node-0.log", "begins\n")
     process = begin()
-    until(lambda: _there(job, "node-0.log") == "begins\n", within=30)
+    until(lambda: _there(job, "node-0.log") == "begins\n")
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         process.send_signal(number)
     _write(job, "node-0.log", "preempted\n")
-    process.communicate(timeout=30)
+    process.communicate(timeout=LONG)
     assert process.returncode == 0
     assert _there(job, "node-0.log") == "begins\npreempted\n"
 
