@@ -47,19 +47,20 @@ def never_waiting() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def until(holds: Callable[[], T], *of: Ending, within: float = LONG) -> T:
+def until(holds: Callable[[], T], *of: Ending, within: float = LONG, every: float = 0.01) -> T:
     """Wait until a function returns something true, and return that.
 
     Args:
         of: processes that it is to come of: one that has ended before is an error.
         within: seconds that it may take, where a test is about that.
+        every: seconds between two calls; more for a function that takes CPU from what is waited for.
     """
     deadline = time.monotonic() + within
     while not (found := holds()):
         assert time.monotonic() < deadline
         for process in of:
             assert process.poll() is None, process.communicate()
-        time.sleep(0.01)
+        time.sleep(every)
     return found
 
 

@@ -74,7 +74,7 @@ def _state(number: str) -> str:
 
 def _over(number: str) -> str:
     """Wait until a job does nothing more; returns Slurm's word for how it ended."""
-    until(lambda: _state(number) not in ("PENDING", "RUNNING", "COMPLETING"), within=60)
+    until(lambda: _state(number) not in ("PENDING", "RUNNING", "COMPLETING"), every=0.3)
     return _state(number)
 
 
@@ -100,10 +100,11 @@ def test_a_job_that_reaches_its_time_limit_and_is_preempted_ends_in_the_same_bit
     assert done.code == 0, done.err
     number, run = done.answer["native"], folder / "runs" / "waiting" / "a"
 
-    until(lambda: _at(run, 19))
-    until(lambda: loaded(run).status == "preempted", within=60)  # by the warning of its time limit alone
+    until(lambda: _at(run, 19), every=0.3)
+    # By the warning of its time limit alone.
+    until(lambda: loaded(run).status == "preempted", within=60, every=0.3)
     _slurm("scontrol", "update", f"JobId={number}", "TimeLimit=60")
-    until(lambda: _state(number) == "RUNNING" and _at(run, 39))
+    until(lambda: _state(number) == "RUNNING" and _at(run, 39), every=0.3)
     node = _slurm("squeue", "--noheader", f"--jobs={number}", "--format=%N")
     _slurm("srun", "--partition=high", f"--nodelist={node}", "--exclusive", "true")  # takes the job's node
     assert loaded(run).status == "preempted", _written(folder)
@@ -149,7 +150,7 @@ def test_a_job_that_is_cancelled_leaves_a_checkpoint_and_is_not_queued_again(
     submitted = ("--on", "slurm", "--json", "--cpus", "2")
     running = stoker(*SAME, "waits=[20]", "--name", "c", *submitted, cwd=folder).answer
     run = folder / "runs" / "waiting" / "c"
-    until(lambda: _at(run, 19))
+    until(lambda: _at(run, 19), every=0.3)
     again = stoker(*SAME, "waits=[20]", "--name", "c", *submitted, cwd=folder)
     assert again.code == 2
     assert f"job {running['job']} already trains this run" in again.err
@@ -345,7 +346,7 @@ def test_a_job_of_which_slurm_says_nothing_is_not_over(
     asked = (*SAME, "waits=[20]", "--name", "a", "--on", "slurm")
     done = stoker(*asked, "--json", cwd=folder)
     assert done.code == 0, done.err
-    until(lambda: _state(done.answer["native"]) == "RUNNING")
+    until(lambda: _state(done.answer["native"]) == "RUNNING", every=0.3)
     settings = dict(line.split("=", 1) for line in configuration.read_text().splitlines() if "=" in line)
     lost = configuration.with_name("lost.conf")
     lost.write_text(configuration.read_text().replace(
