@@ -63,6 +63,7 @@ _KEYS = {
     "lora.dora": "lora_use_dora peft_use_dora use_dora",
     "lora.adapter": "adapter_name_or_path lora_model_dir",
     "train_only": "unfrozen_parameters freeze_trainable_modules",
+    "router_aux_loss": "aux_loss_coef moe_aux_loss_coef output_router_logits router_aux_loss_coef",
     "neftune": "neftune_noise_alpha noisy_embedding_alpha",
     "quantisation=nf4": "load_in_4bit qlora quantization quantization_bit",
     "precision": "dtype mixed_precision torch_dtype",

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from stoker.data.tokens import NO_LOSS
-from stoker.language import attention, rotary
+from stoker.language import attention, rotary, routing
 from stoker.language.cross_entropy import linear_cross_entropy
 from stoker.language.lora import as_trained
 from torch import nn
@@ -32,6 +32,8 @@ class Objective:
     """Whether the model's output layer computes the loss."""
     packs: bool
     """Whether its attention takes the documents of a row; if not, each row has one document and padding."""
+    routing: routing.Routing | None = None
+    """In training, the loss of a mixture's routers."""
 
     def inputs(self, batch: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         """The model's arguments for rows of `PackedDataset`, or for `input_ids` alone."""
@@ -44,28 +46,42 @@ class Objective:
         return called
 
     def loss(self, output: Any, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """The summed next-token cross-entropy, in nats, and the number of tokens that count."""
+        """The summed next-token cross-entropy, in nats, and the number of tokens that count.
+
+        The loss of a mixture's routers is a mean over tokens: it is added once for each token that counts.
+        """
         wanted = _following(batch["labels"])
+        counted = (wanted != NO_LOSS).sum()
         if self.in_head:
-            return output.logits, (wanted != NO_LOSS).sum()
-        logits = output.logits.flatten(0, 1).float()
-        total = F.cross_entropy(logits, wanted.flatten(), ignore_index=NO_LOSS, reduction="sum")
-        return total, (wanted != NO_LOSS).sum()
+            total = output.logits
+        else:
+            logits = output.logits.flatten(0, 1).float()
+            total = F.cross_entropy(logits, wanted.flatten(), ignore_index=NO_LOSS, reduction="sum")
+        if self.routing is not None:
+            total = total + self.routing.loss(output, batch) * counted
+        return total, counted
 
 
-def attach(model: Any) -> Objective:
+def attach(model: Any, router_aux_loss: float | None = None) -> Objective:
     """Make a transformers causal model, with or without adapters, compute its loss in its output layer.
 
     Also makes rotary embeddings depend on each document's own length only (`rotary`). If the logits are
     more than the output of that layer (capped, scaled, with an adapter), it is not changed.
+
+    Args:
+        router_aux_loss: the weight of the routers' loss in training, see `routing.attach`.
+
+    Raises:
+        BadInput: a weight is given, and the model's family has no such loss.
     """
     bare = model.get_base_model() if hasattr(model, "peft_config") else model
     packs = bare.config._attn_implementation == attention.NAME
     if packs:
         rotary.by_document(bare)
+    routed = routing.attach(model, router_aux_loss)
     head = as_trained(bare.get_output_embeddings())
     if type(head) is not nn.Linear or not _ends_with_head(bare):
-        return Objective(in_head=False, packs=packs)
+        return Objective(in_head=False, packs=packs, routing=routed)
     plain = head.forward
     wanted: list[torch.Tensor] = []
 
@@ -85,7 +101,7 @@ def attach(model: Any) -> Objective:
     head.forward = forward  # type: ignore[method-assign, assignment]
     model.register_forward_pre_hook(take_labels, with_kwargs=True)
     model.register_forward_hook(drop_labels, always_call=True)
-    return Objective(in_head=True, packs=packs)
+    return Objective(in_head=True, packs=packs, routing=routed)
 
 
 def _following(labels: torch.Tensor) -> torch.Tensor:

@@ -27,6 +27,7 @@ from stoker.world import World
 if TYPE_CHECKING:
     from stoker.data import sources
     from stoker.language.building import Language
+    from stoker.language.objective import Objective
 
 PRELOAD = (
     "stoker.engine.quiet",
@@ -35,6 +36,12 @@ PRELOAD = (
         f"stoker.language.{room}"
         for room in ("adapters", "building", "data", "export", "generation", "objective")
     ),
+)
+
+
+_NOT_IN_A_PIPELINE = (
+    "router_aux_loss={:g} with parallel=pipeline: no rank sees the routers of all stages; train with "
+    "router_aux_loss=0, or with parallel=fsdp"
 )
 
 
@@ -85,6 +92,9 @@ class Config(Training):
     ["layers.(30|31)", lm_head]; all others are frozen."""
     neftune: Annotated[float, Ge(0)] = 0.0
     """Noise on the embeddings during training, as NEFTune's alpha (arXiv:2310.05914), such as 5; 0: none."""
+    router_aux_loss: Annotated[float, Ge(0)] | None = None
+    """For a mixture of experts: weight of the loss that balances their use in training, such as 0.001; 0:
+    none; default: the model's own, if its config has output_router_logits."""
     quantisation: Literal["none", "nf4"] = "none"
     """Keep the frozen weights in 4 bits (QLoRA; extra `quantisation`)."""
     kernels: Literal["torch", "liger"] = "torch"
@@ -182,6 +192,8 @@ class Config(Training):
                 "train_only with lora: LoRA trains only the adapters, see lora.targets and "
                 "lora.modules_to_save; omit one of the two"
             )
+        if self.router_aux_loss and self.parallel == "pipeline":
+            raise ValueError(_NOT_IN_A_PIPELINE.format(self.router_aux_loss))
         if not all(text.strip() for text in self.add_tokens):
             raise ValueError("add_tokens: an empty or blank token cannot be added")
 
@@ -218,6 +230,10 @@ def check_launch(config: Config) -> None:
     if config.tokenizer is not None:
         hub.check_tokenizer(config.tokenizer)
     _check_targets(config, model)
+    if config.router_aux_loss:
+        from stoker.language import building, routing
+
+        routing.attach(building.empty(config.model, model), config.router_aux_loss)
     if config.lora.adapter is not None:
         _check_adapter(config, config.lora.adapter, model)
     if config.kernels != "torch":
@@ -300,8 +316,6 @@ def train(run: Run, config: Config) -> None:
         export,
         flops,
         generation,
-        kernels,
-        objective,
         perplexity,
     )  # fmt: skip
     from stoker.loop import Trainer, computed_in
@@ -340,8 +354,7 @@ def train(run: Run, config: Config) -> None:
         values=config.chat_template_kwargs,
     )  # fmt: skip
     model = _as_trained(run, language, config)
-    called = objective.attach(model)
-    kernels.use(model, config.kernels)
+    called = _called(model, config)
     lr = config.lr or default_lr(config.lora.used, language.pretrained)
     needed = flops.per_token(model, context=rows.train.context, labelled=rows.train.labelled)
     with adapters.advising(config.lora, config.quantisation):
@@ -400,6 +413,17 @@ def _as_trained(run: Run, language: Language, config: Config) -> Any:
     noise.add(model, config.neftune)
     targets.say(run, model)
     return model
+
+
+def _called(model: Any, config: Config) -> Objective:
+    """How the model is called, with its kernels. Raises BadInput."""
+    from stoker.language import kernels, objective
+
+    called = objective.attach(model, config.router_aux_loss)
+    if called.routing is not None and config.parallel == "pipeline":
+        raise BadInput(_NOT_IN_A_PIPELINE.format(called.routing.weight))
+    kernels.use(model, config.kernels)
+    return called
 
 
 MEMORY = ("rank", "weights, GiB", "gradients", "optimizer", "activations and others", "peak")
