@@ -56,7 +56,7 @@ html_copy_source = False
 
 def _command_line() -> str:
     """Every verb with its arguments and options."""
-    command = typer.main.get_command(app)
+    command = typer.main.get_command(app())
     _with_whole_sentences(command)
     text = get_docs_for_click(obj=command, ctx=typer.Context(command, info_name="stoker"), name="stoker")
     return text.replace("# `stoker`", "# Command line", 1)

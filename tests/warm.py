@@ -25,6 +25,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
+from stoker.cli import main
 from stoker.tracking import store
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -35,7 +36,7 @@ _MODULES = [
     "transformers.models.llama.modeling_llama",
     "deepspeed",
     "stoker.loop",
-    "stoker.cli.main",
+    *(f"stoker.cli.{name}" for name in main.COMMANDS),
     "peft",
     "stoker.tracking.mlflow_sink",
     "synthetic_run",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import sys
@@ -11,28 +12,6 @@ from typing import Any
 
 import typer
 from stoker import other_names, storage, terminal, threads
-from stoker.cli import (
-    bench,
-    checkpoints,
-    data,
-    diff,
-    doctor,
-    evaluate,
-    generate,
-    jobs,
-    models,
-    package,
-    plan,
-    recipes,
-    report,
-    reproduce,
-    resume,
-    runs,
-    sweep,
-    sync,
-    train,
-    ui,
-)
 from stoker.cli.output import say_error
 from stoker.errors import (
     EXIT_BAD_INPUT,
@@ -46,50 +25,54 @@ from stoker.errors import (
 from stoker.launch import arguments
 
 _NO_SUCH = "No such option"  # how typer's error for an unknown option begins
+_NO_WORDS = "NoArgsIsHelpError"  # typer's error, which it does not export, of a group called by itself
 _MISSPELT = 0.75  # least similarity at which an option counts as misspelt
 _OUTLIVE = ("train", "resume", "reproduce", "sweep", "bench")  # these go on when the terminal is closed
 _HELP = {"help_option_names": ["-h", "--help"]}
 
-app = typer.Typer(
-    name="stoker",
-    help="PyTorch training that never loses work, from a laptop to a cluster.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    context_settings=_HELP,
-)
-app.command("train")(train.train)
-app.command("resume")(resume.resume)
-app.command("sweep")(sweep.sweep)
-app.add_typer(runs.app, name="runs")
-app.add_typer(jobs.app, name="jobs")
-app.command("reproduce")(reproduce.reproduce)
-app.command("plan")(plan.plan)
-app.command("diff")(diff.diff)
-app.command("package")(package.package)
-app.command("report")(report.report)
-app.command("evaluate")(evaluate.evaluate)
-app.command("generate")(generate.generate)
-app.add_typer(data.app, name="data")
-app.add_typer(checkpoints.app, name="checkpoints")
-app.add_typer(models.app, name="models")
-app.add_typer(recipes.app, name="recipes")
-app.add_typer(bench.app, name="bench")
-app.command("ui")(ui.ui)
-app.command("sync")(sync.sync)
-app.command("doctor")(doctor.doctor)
+COMMANDS = (
+    "train", "resume", "sweep", "runs", "jobs", "reproduce", "plan", "diff", "package", "report", "evaluate",
+    "generate", "data", "checkpoints", "models", "recipes", "bench", "ui", "sync", "doctor",
+)  # fmt: skip
+"""The modules of the commands, in the order of the help."""
+
+
+def app(only: str | None = None) -> typer.Typer:
+    """The `stoker` command; only as much of it as runs one of its commands, if `only` is the name of one."""
+    found = typer.Typer(
+        name="stoker",
+        help="PyTorch training that never loses work, from a laptop to a cluster.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+        context_settings=_HELP,
+    )
+    found.callback()(_together)
+    for name in (only,) if only in COMMANDS else COMMANDS:
+        module = importlib.import_module(f"stoker.cli.{name}")
+        if hasattr(module, "app"):
+            found.add_typer(module.app, name=name)
+        else:
+            found.command(name)(getattr(module, name))
+    return found
+
+
+def _together() -> None:
+    """Have typer expect the name of a command, also of the only one that it knows."""
 
 
 def run() -> None:
     """The `stoker` command."""
     if sys.argv[1:2] and sys.argv[1] in _OUTLIVE:
         terminal.outlive()
-    threads.end_process(_exit_code(app))
+    threads.end_process(_exit_code(app(next(iter(sys.argv[1:]), None))))
 
 
 def main(train_function: Callable[..., None]) -> None:
     """Make a command of a script with `train(run, config)`: `python my_train.py lr=3e-4 --name a`."""
+    from stoker.cli import train
+
     script = typer.Typer(
         add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
         context_settings=_HELP,
@@ -154,6 +137,9 @@ def _key_as_option(error: typer.TyperException, words: Sequence[str]) -> str:
 def _failed(error: Exception) -> int:
     """Report an error: one line if the user can act on it, otherwise a traceback; returns the exit code."""
     message, code = str(error), EXIT_FAILED
+    if type(error).__name__ == _NO_WORDS:
+        terminal.say(f"{error.format_message()}\n")  # type: ignore[attr-defined]
+        return EXIT_BAD_INPUT
     if isinstance(error, StokerError):
         code = error.exit_code
     elif isinstance(error, typer.TyperException):  # an option or argument that the command does not take

@@ -1,0 +1,42 @@
+"""`stoker` itself: its help, and words that are no command."""
+
+from __future__ import annotations
+
+import pytest
+from stoker.cli import main
+
+from commands import Command
+
+
+@pytest.mark.parametrize(
+    ("words", "said"), [((), "Start a run; "), (("runs",), "List runs, the newest last.")]
+)
+def test_a_group_by_itself_prints_its_help_which_is_no_error(
+    words: tuple[str, ...], said: str, stoker: Command
+) -> None:
+    done = stoker(*words)
+    assert done.code == 2
+    assert done.err.startswith("Usage: ")
+    assert " ".join((*words, "[OPTIONS] COMMAND [ARGS]...")) in done.err
+    assert said in done.err
+
+
+def test_the_help_has_every_command_and_each_has_its_own(stoker: Command) -> None:
+    whole = stoker("--help").out
+    for name in main.COMMANDS:
+        assert f"\n  {name} " in whole
+    for name in ("runs", "train"):
+        assert f" {name} [OPTIONS] " in stoker(name, "--help").out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("trian",), "No such command 'trian'. Did you mean 'train'?"),
+        (("runs", "lst"), "No such command 'lst'. Did you mean 'list'?"),
+        (("--nproc", "2"), "No such option: --nproc"),
+    ],
+)
+def test_a_word_that_is_no_command_is_said(words: tuple[str, ...], said: str, stoker: Command) -> None:
+    done = stoker(*words)
+    assert (done.code, done.err) == (2, f"stoker: error: {said}\n")
