@@ -39,6 +39,7 @@ _MODULES = [
     *(f"stoker.cli.{name}" for name in main.COMMANDS),
     "peft",
     "stoker.tracking.mlflow_sink",
+    "plotly.offline",
     "synthetic_run",
     "ranks",
     "stoker.preloaded",  # last: what is imported by then is no garbage

@@ -16,7 +16,7 @@ from typing import Any
 from stoker import storage
 from stoker.errors import BadInput
 from stoker.report import assets, gallery, performance, performance_section, plots, sections
-from stoker.report.markup import Html, join, json_script, tag
+from stoker.report.markup import Html, json_script, page, tag
 from stoker.run.series import OF_THE_LOOP
 from stoker.run.view import RunView
 
@@ -92,12 +92,8 @@ def document(title: str, body: Sequence[Html], data: Mapping[str, Any], descents
         descents: when each loss was reached, see `performance_section`.
     """
     scripts = _scripts(drawn=any(data[part] for part in data if part != "runs"), body=body)
-    whole = [
-        *body,
-        json_script("data", {**data, "descents": descents}),
-        *(tag("script", Html(script)) for script in scripts),
-    ]
-    return "<!doctype html>\n" + tag("html", _head(title, scripts), tag("body", join(whole)), lang="en")
+    figures = json_script("data", {**data, "descents": descents})
+    return page(_head(title, scripts), [*body, figures], scripts)
 
 
 def run_names(views: Sequence[RunView]) -> list[str]:
