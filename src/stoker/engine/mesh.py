@@ -7,6 +7,7 @@ of one pipeline read the same share.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,7 +29,10 @@ class Mesh:
 
     def size(self, axis: str) -> int:
         """The number of ranks along an axis."""
-        return 1 if self.axes is None else self.axes[axis].size()
+        if self.axes is None:
+            return 1
+        assert self.axes.mesh_dim_names is not None
+        return self.axes.size(self.axes.mesh_dim_names.index(axis))
 
     def group(self, axis: str) -> Any:
         """This rank's process group along an axis; None for a single process."""
@@ -44,7 +48,7 @@ class Mesh:
         """This rank's position among those that share one copy of the model."""
         return 0 if self.axes is None else self.axes.get_local_rank("shard")
 
-    @property
+    @functools.cached_property
     def data(self) -> World:
         """The world for data loading: determines which share of a global batch this rank reads."""
         if self.axes is None:

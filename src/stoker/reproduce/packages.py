@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -106,8 +107,9 @@ def _folders() -> Iterator[Path]:
         place = Path(entry)
         brought = any(parent.name in _INSTALLED for parent in place.parents)
         if place.is_dir() and not brought:
-            yield from sorted(place.glob("*.dist-info"))
-            yield from sorted(place.glob("*.egg-info"))
+            names = sorted(entry.name for entry in os.scandir(place))
+            for kind in (".dist-info", ".egg-info"):
+                yield from (place / name for name in names if name.endswith(kind))
 
 
 def _package(folder: Path, known: dict[str, Any], hashes: dict[str, Any]) -> Package | None:
