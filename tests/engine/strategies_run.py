@@ -22,6 +22,11 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset, TensorDataset
 from transformers import LlamaConfig, LlamaForCausalLM, ResNetConfig, ResNetForImageClassification
 
+from support import SOAK
+
+STEPS = 20 if SOAK else 12
+"""More than an epoch, which has 8."""
+
 VOCABULARY = 64
 
 
@@ -87,7 +92,7 @@ def train(
     kind: str,
     settings: dict[str, Any],
     *,
-    steps: int = 20,
+    steps: int = STEPS,
     batch_size: int = 8,
     lr: float = 1e-3,
     dropout: float = 0.0,

@@ -90,27 +90,22 @@ def test_a_run_over_two_nodes_goes_on_to_the_same_bits_when_one_is_lost(
     assert all(line.startswith("[rank 1] ") for line in of_one)
 
 
-def test_a_job_that_reaches_its_time_limit_goes_on_after_it(
+def test_a_job_that_reaches_its_time_limit_goes_on_and_leaves_a_checkpoint_where_it_is_cancelled(
     of_two: WithDashboard, stoker: Command, tmp_path: Path
 ) -> None:
     run = tmp_path / "runs" / "ranked" / "t"
     on = ("--on", "ray", "--option", f"address={of_two.dashboard}", "--env", "STOKER_SINKS=none")
-    assert stoker(*SAME, "pause=0.25", *on, "--name", "t", "--time", "16s").code == 0
-    until(lambda: (run / "run.json").is_file() and loaded(run).status == "finished", every=0.5)
-    assert len(loaded(run).attempts) > 1
-
-
-def test_a_job_that_is_cancelled_leaves_a_checkpoint(
-    of_two: WithDashboard, stoker: Command, tmp_path: Path
-) -> None:
-    run = tmp_path / "runs" / "ranked" / "b"
-    on = ("--on", "ray", "--option", f"address={of_two.dashboard}", "--env", "STOKER_SINKS=none")
-    assert stoker(*SAME, "pause=0.2", *on, "--name", "b").code == 0
-    until(lambda: points(run) > 5)
-    assert stoker("jobs", "cancel", "b").code == 0
+    assert stoker(*SAME, "pause=0.5", *on, "--name", "t", "--time", "16s").code == 0
+    until(lambda: (run / "run.json").is_file() and len(loaded(run).attempts) > 1, every=0.5)
+    first, second = loaded(run).attempts[:2]
+    begun = second.resumed_from or 0
+    assert (first.status, begun > 0) == ("preempted", True)
+    until(lambda: loaded(run).step > begun, every=0.5)
+    assert stoker("jobs", "cancel", "t").code == 0
     until(lambda: stoker("jobs", "list", "--json").answer["jobs"][0]["state"] == "cancelled", every=2)
-    assert loaded(run).status == "preempted"
-    assert list(run.glob("checkpoints/*/manifest.json"))
+    seen = loaded(run)
+    assert (seen.status, len(seen.attempts)) == ("preempted", 2)
+    assert (run / "checkpoints" / f"step-{seen.step:08d}" / "manifest.json").is_file()
 
 
 def test_a_job_that_is_cancelled_at_once_does_not_end_its_step_and_all_it_wrote_is_in_the_store(
