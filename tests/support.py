@@ -47,7 +47,7 @@ def never_waiting() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def until(holds: Callable[[], T], *of: Ending, within: float = LONG, every: float = 0.01) -> T:
+def until(holds: Callable[[], T], *of: Ending, within: float = LONG, every: float = 0.05) -> T:
     """Wait until a function returns something true, and return that.
 
     Args:

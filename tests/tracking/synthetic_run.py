@@ -22,7 +22,7 @@ import support
 T = TypeVar("T")
 
 DEADLINE = 60.0  # seconds, for anything that is waited for
-until = functools.partial(support.until, within=DEADLINE)
+until = functools.partial(support.until, within=DEADLINE, every=0.1)
 
 
 class Trainer:
