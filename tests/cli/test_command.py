@@ -40,3 +40,10 @@ def test_the_help_has_every_command_and_each_has_its_own(stoker: Command) -> Non
 def test_a_word_that_is_no_command_is_said(words: tuple[str, ...], said: str, stoker: Command) -> None:
     done = stoker(*words)
     assert (done.code, done.err) == (2, f"stoker: error: {said}\n")
+
+
+def test_of_a_missing_argument_it_is_said_where_to_read_about_it(stoker: Command) -> None:
+    done = stoker("train")
+    assert done.code == 2
+    assert done.err.startswith("stoker: error: Missing argument 'RECIPE': see `")
+    assert done.err.endswith(" train --help`\n")

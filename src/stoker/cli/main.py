@@ -25,6 +25,7 @@ from stoker.errors import (
 from stoker.launch import arguments
 
 _NO_SUCH = "No such option"  # how typer's error for an unknown option begins
+_MISSING = "Missing argument"
 _NO_WORDS = "NoArgsIsHelpError"  # typer's error, which it does not export, of a group called by itself
 _MISSPELT = 0.75  # least similarity at which an option counts as misspelt
 _OUTLIVE = ("train", "resume", "reproduce", "sweep", "bench")  # these go on when the terminal is closed
@@ -134,6 +135,14 @@ def _key_as_option(error: typer.TyperException, words: Sequence[str]) -> str:
     return f"{_NO_SUCH}: {option}; write {key}={value}" if is_value else ""
 
 
+def _with_way_to_help(error: typer.TyperException) -> str:
+    """The message for a mistake; of a missing argument, also where to read what it is."""
+    said, context = error.format_message(), getattr(error, "ctx", None)
+    if not said.startswith(_MISSING) or context is None:
+        return said
+    return f"{said.rstrip('.')}: see `{context.command_path} --help`"
+
+
 def _failed(error: Exception) -> int:
     """Report an error: one line if the user can act on it, otherwise a traceback; returns the exit code."""
     message, code = str(error), EXIT_FAILED
@@ -143,7 +152,7 @@ def _failed(error: Exception) -> int:
     if isinstance(error, StokerError):
         code = error.exit_code
     elif isinstance(error, typer.TyperException):  # an option or argument that the command does not take
-        said = _key_as_option(error, sys.argv[1:]) or error.format_message()
+        said = _key_as_option(error, sys.argv[1:]) or _with_way_to_help(error)
         message, code = said.replace(": Value error, ", ": "), EXIT_BAD_INPUT
     elif full := storage.said_of_full_disk(error):
         message = full
