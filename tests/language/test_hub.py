@@ -148,6 +148,20 @@ def test_the_folder_of_a_run_is_what_it_has_exported(tmp_path: Path) -> None:
         hub.find(str(run.directory.path), "lora.adapter")
 
 
+@pytest.mark.parametrize("name", ["first", "llm/first"])
+def test_of_the_name_of_a_run_it_is_said_how_to_give_it(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with Run("llm", "first") as run:
+        run.log(loss=1.0)
+    for given in (name, name.replace("first", "second")):
+        with pytest.raises(BadInput) as refused:
+            hub.find(given)
+        said = "for the run of that name give its folder: model=runs/llm/first"
+        assert (said in str(refused.value)) == (given == name)
+
+
 def test_a_run_in_an_object_store_is_answered_with_the_folder_of_its_export(proxy: Proxy) -> None:
     url = f"s3://bucket/{uuid.uuid4().hex}/llm/a"
     files = fsspec.filesystem("s3")

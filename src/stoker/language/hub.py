@@ -29,7 +29,7 @@ from stoker.checkpoint import manifest
 from stoker.data import hub_datasets
 from stoker.data.tokens import once
 from stoker.errors import BadInput, nearest
-from stoker.run import view
+from stoker.run import finding, view
 from stoker.run.directory import RunDirectory
 from stoker.run.view import RunView
 
@@ -85,7 +85,18 @@ def find(
     try:
         return _from_hub(reference, what, known, weights=weights, pickles=pickles)
     except BadInput as error:
-        raise BadInput(f"{error}{nearest(reference, known)}") from error
+        raise BadInput(f"{error}{_as_run(reference, what) or nearest(reference, known)}") from error
+
+
+def _as_run(reference: str, what: str) -> str:
+    """What to give where a reference is the name of a run in the default runs folder."""
+    try:
+        names = [finding.checked(name) for name in reference.split("/")]
+    except BadInput:
+        return ""
+    where = "/".join(names if len(names) > 1 else ["*", *names])
+    runs = (folder for folder in finding.given_folder(None).glob(where) if RunDirectory(folder).exists())
+    return next((f"; for the run of that name give its folder: {what}={folder}" for folder in runs), "")
 
 
 def _exported(folder: Path, what: str) -> Path:
