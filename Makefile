@@ -4,6 +4,8 @@ WORKERS ?= 3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# Not compiled: Python compiles what is imported, when it is, on all cores.
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 
 .PHONY: setup demo test lint docs bench soak clean help
 
@@ -22,8 +24,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		(echo "stoker needs Python 3.11 or newer; name one with: make PYTHON=python3.12 ..." >&2; exit 1)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(INSTALL) torch==2.13.0
+	$(INSTALL) -e '.[dev]'
 	@touch $@
 
 demo: setup
@@ -34,7 +36,7 @@ test: setup
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 bench: setup
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	$(INSTALL) -e '.[bench]'
 	$(BIN)/python bench/tracking.py
 	$(BIN)/python bench/engine.py
 	$(BIN)/python bench/checkpoint.py
