@@ -95,16 +95,21 @@ def test_a_job_that_reaches_its_time_limit_goes_on_and_leaves_a_checkpoint_where
 ) -> None:
     run = tmp_path / "runs" / "ranked" / "t"
     on = ("--on", "ray", "--option", f"address={of_two.dashboard}", "--env", "STOKER_SINKS=none")
-    assert stoker(*SAME, "pause=0.5", *on, "--name", "t", "--time", "16s").code == 0
-    until(lambda: (run / "run.json").is_file() and len(loaded(run).attempts) > 1, every=0.5)
-    first, second = loaded(run).attempts[:2]
-    begun = second.resumed_from or 0
-    assert (first.status, begun > 0) == ("preempted", True)
-    until(lambda: loaded(run).step > begun, every=0.5)
+    assert stoker(*SAME, "pause=1", *on, "--name", "t", "--time", "16s").code == 0
+
+    def gone_on() -> bool:
+        seen = loaded(run) if (run / "run.json").is_file() else None
+        return (
+            seen is not None and len(seen.attempts) > 1 and seen.step > (seen.attempts[1].resumed_from or 100)
+        )
+
+    until(gone_on, every=0.5)
+    assert loaded(run).attempts[0].status == "preempted"
     assert stoker("jobs", "cancel", "t").code == 0
     until(lambda: stoker("jobs", "list", "--json").answer["jobs"][0]["state"] == "cancelled", every=2)
     seen = loaded(run)
-    assert (seen.status, len(seen.attempts)) == ("preempted", 2)
+    assert seen.status == "preempted"
+    assert seen.step < 100
     assert (run / "checkpoints" / f"step-{seen.step:08d}" / "manifest.json").is_file()
 
 
