@@ -65,9 +65,10 @@ def _together() -> None:
 
 def run() -> None:
     """The `stoker` command."""
-    if sys.argv[1:2] and sys.argv[1] in _OUTLIVE:
+    first = next(iter(sys.argv[1:]), None)
+    if first in _OUTLIVE:
         terminal.outlive()
-    threads.end_process(_exit_code(app(next(iter(sys.argv[1:]), None))))
+    threads.end_process(_exit_code(app(first)))
 
 
 def main(train_function: Callable[..., None]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from stoker.language.lora import as_trained, is_adapter
+from stoker.language.lora import as_trained, is_adapter, without_adapters
 from stoker.language.quantised import Linear4bit
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -23,7 +23,7 @@ def per_token(model: Any, *, context: float, labelled: float = 1.0) -> float:
         context: the mean number of tokens that a token sees, including itself.
         labelled: the share of tokens that have a label: only these are projected onto the vocabulary.
     """
-    bare = model.get_base_model() if hasattr(model, "peft_config") else model
+    bare = without_adapters(model)
     head = as_trained(bare.get_output_embeddings())
     unused = {id(m.original_module) for m in model.modules() if as_trained(m) is not m}
     total = 0.0

@@ -11,6 +11,7 @@ from stoker import distributed
 from stoker.engine import modes
 from stoker.language import building
 from stoker.language.building import Language
+from stoker.language.lora import without_adapters
 from stoker.loop import Trainer
 
 
@@ -42,7 +43,7 @@ def generate(trainer: Trainer, language: Language, prompt: str, length: int) -> 
 @contextlib.contextmanager
 def _cached_attention(model: Any) -> Iterator[None]:
     """Use attention with a cache, which attention within documents does not support."""
-    bare = model.get_base_model() if hasattr(model, "peft_config") else model
+    bare = without_adapters(model)
     trained_with = bare.config._attn_implementation
     bare.set_attn_implementation("sdpa" if bare._supports_sdpa else "eager")
     try:

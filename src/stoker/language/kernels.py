@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 from stoker.errors import BadInput
+from stoker.language.lora import without_adapters
 
 Kernels = Literal["torch", "liger"]
 
@@ -35,7 +36,7 @@ def use(model: Any, kernels: Kernels) -> None:
         return
     from liger_kernel.transformers import monkey_patch
 
-    bare = model.get_base_model() if hasattr(model, "peft_config") else model
+    bare = without_adapters(model)
     known = monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN
     if bare.config.model_type not in known:
         raise BadInput(

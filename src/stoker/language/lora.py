@@ -81,6 +81,11 @@ def _split(names: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in names.split(",") if name.strip())
 
 
+def without_adapters(model: Any) -> Any:
+    """The transformers model itself, if peft's is around it."""
+    return model.get_base_model() if hasattr(model, "peft_config") else model
+
+
 def as_trained(module: Any) -> Any:
     """The module itself, or the copy that is trained in its place next to adapters (`modules_to_save`)."""
     return module.modules_to_save[module.active_adapter] if _is_kept_twice(module) else module

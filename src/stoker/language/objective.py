@@ -16,7 +16,7 @@ import torch
 from stoker.data.tokens import NO_LOSS
 from stoker.language import attention, rotary, routing
 from stoker.language.cross_entropy import linear_cross_entropy
-from stoker.language.lora import as_trained
+from stoker.language.lora import as_trained, without_adapters
 from torch import nn
 from torch.nn import functional as F
 
@@ -74,7 +74,7 @@ def attach(model: Any, router_aux_loss: float | None = None) -> Objective:
     Raises:
         BadInput: a weight is given, and the model's family has no such loss.
     """
-    bare = model.get_base_model() if hasattr(model, "peft_config") else model
+    bare = without_adapters(model)
     packs = bare.config._attn_implementation == attention.NAME
     if packs:
         rotary.by_document(bare)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from stoker.errors import BadInput
+from stoker.language.lora import without_adapters
 from torch import nn
 
 _ASKED = "output_router_logits"
@@ -49,7 +50,7 @@ def attach(model: Any, weight: float | None) -> Routing | None:
     Raises:
         BadInput: a weight is given, and the model has no experts, or its family has no such loss.
     """
-    bare = model.get_base_model() if hasattr(model, "peft_config") else model
+    bare = without_adapters(model)
     balance = getattr(sys.modules[type(bare).__module__], "load_balancing_loss_func", None)
     given = weight is not None
     if weight is None:
