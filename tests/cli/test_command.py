@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib import metadata
+
 import pytest
 from stoker.cli import main
 
@@ -9,7 +11,7 @@ from commands import Command
 
 
 @pytest.mark.parametrize(
-    ("words", "said"), [((), "Start a run; "), (("runs",), "List runs, the newest last.")]
+    ("words", "said"), [((), "Start a run, "), (("runs",), "List runs, the newest last.")]
 )
 def test_a_group_by_itself_prints_its_help_which_is_no_error(
     words: tuple[str, ...], said: str, stoker: Command
@@ -25,6 +27,8 @@ def test_the_help_has_every_command_and_each_has_its_own(stoker: Command) -> Non
     whole = stoker("--help").out
     for name in main.COMMANDS:
         assert f"\n  {name} " in whole
+    for page in (whole, *(stoker(name, "--help").out for name in ("runs", "jobs", "checkpoints", "models"))):
+        assert "...\n" not in page.partition("Commands:")[2], "no line is cut"
     for name in ("runs", "train"):
         assert f" {name} [OPTIONS] " in stoker(name, "--help").out
 
@@ -47,3 +51,8 @@ def test_of_a_missing_argument_it_is_said_where_to_read_about_it(stoker: Command
     assert done.code == 2
     assert done.err.startswith("stoker: error: Missing argument 'RECIPE': see `")
     assert done.err.endswith(" train --help`\n")
+
+
+def test_it_says_its_version(stoker: Command) -> None:
+    done = stoker("--version")
+    assert (done.code, done.out) == (0, f"stoker {metadata.version('stoker')}\n")

@@ -60,7 +60,7 @@ def scaling(
     runs: RunsFolder = DEFAULT_RUNS,
     json: Json = False,
 ) -> int:
-    """Measure samples/s (or tokens/s), memory, waiting and communication for each number of ranks.
+    """Measure throughput and memory for each number of ranks. Waiting and communication are measured too.
 
     Strong scaling keeps the global batch size, weak scaling the batch size per rank. Every rank gets the
     same number of cores, however many ranks there are. Only steps are timed: periodic work (evaluation,

@@ -44,7 +44,7 @@ Metric = Annotated[
 
 @app.command("list")
 def list_(run: RunName, runs: RunsFolder = DEFAULT_RUNS, json: Json = False) -> None:
-    """List a run's checkpoints, oldest first, without checking their content."""
+    """List a run's checkpoints, oldest first. Their content is not checked."""
     seen = view.load(finding.find(runs, run))
     rows = [_row(path) for path in manifest.folders(seen.directory.checkpoints)]
     if json:
@@ -57,7 +57,7 @@ def list_(run: RunName, runs: RunsFolder = DEFAULT_RUNS, json: Json = False) -> 
 
 @app.command()
 def verify(run: RunName, runs: RunsFolder = DEFAULT_RUNS, json: Json = False) -> int:
-    """Check every file of every checkpoint against its checksum; exit code 1 if one is damaged."""
+    """Check every file of every checkpoint by its checksum. The exit code is 1 if one is damaged."""
     seen = view.load(finding.find(runs, run))
     mend = exports.mend(seen)
     rows = []
@@ -87,7 +87,7 @@ def export(
     runs: RunsFolder = DEFAULT_RUNS,
     json: Json = False,
 ) -> None:
-    """Export a checkpoint's weights in the format of the run's own export, or as one .safetensors file."""
+    """Export a checkpoint's weights. The format is that of the run's own export, or one .safetensors file."""
     seen = view.load(finding.find(runs, run))
     target = output or Path(f"{seen.directory.id}-{exports.meant(seen, which, metric).name}")
     if target.exists():

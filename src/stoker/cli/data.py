@@ -65,7 +65,7 @@ def inspect(
     runs: RunsFolder = DEFAULT_RUNS,
     json: Json = False,
 ) -> None:
-    """Show rows of tokens as training sees them, which tokens are learnt, and statistics of the documents.
+    """Show rows of tokens as training sees them. Tokens that are learnt are marked; statistics follow.
 
     The data are tokenised as by `stoker train llm` with the same values, into the same cache, so training
     does not tokenise them again. No model is built and no weights are downloaded.

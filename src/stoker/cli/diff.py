@@ -19,7 +19,7 @@ def diff(
     runs: RunsFolder = DEFAULT_RUNS,
     json: Json = False,
 ) -> None:
-    """Show what differs between two runs: config, code line by line, packages, data, machine, curves."""
+    """Show what differs between two runs. Compared are config, code, packages, data, machine and curves."""
     found = [finding.find(runs, name) for name in (a, b)]
     if found[0].path.resolve() == found[1].path.resolve():
         raise BadInput(f"{a} and {b} are the same run: give two different ones")

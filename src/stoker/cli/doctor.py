@@ -36,7 +36,7 @@ def doctor(
     ] = str(DEFAULT_RUNS),
     json: Json = False,
 ) -> int:
-    """Check what this machine has, and what would go wrong here; exit code 1 if there is a problem.
+    """Check what this machine has and what would go wrong here. The exit code is 1 if there is a problem.
 
     This takes about half a minute and leaves nothing behind.
     """

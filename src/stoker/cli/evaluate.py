@@ -27,7 +27,7 @@ def evaluate(
     runs: RunsFolder = DEFAULT_RUNS,
     json: Json = False,
 ) -> int:
-    """Measure the loss and perplexity of a model or an adapter on data=..., and let it answer prompts.
+    """Measure loss and perplexity of a model or an adapter. It can also answer prompts.
 
     The evaluation is itself a run. `stoker recipes show evaluation` lists the keys. If a run is evaluated,
     its own columns, loss_on, sequence_length and the like are the defaults.

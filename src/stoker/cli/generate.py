@@ -102,7 +102,7 @@ def generate(
     runs: RunsFolder = DEFAULT_RUNS,
     json: Json = False,
 ) -> None:
-    """Let a model answer or continue prompts: a run's model, or any other."""
+    """Let a run's model, or any other, answer or continue prompts."""
     if prompt is not None and not all(one.strip() for one in prompt):
         raise BadInput("--prompt is empty: give a text")
     if (top_p < 1 or top_k) and not temperature:

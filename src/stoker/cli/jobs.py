@@ -56,7 +56,7 @@ def list_(runs: RunsFolder = DEFAULT_RUNS, json: Json = False) -> None:
 
 @app.command()
 def show(job: JobName, runs: RunsFolder = DEFAULT_RUNS, json: Json = False) -> None:
-    """Show a job: its state, its resources, what was submitted, and the code at that time."""
+    """Show a job: its state, resources and what was submitted. The code at that time is listed."""
     show_messages()
     found = jobs.find(runs, job)
     _bring_runs(runs)
@@ -80,7 +80,7 @@ def logs(
     rank: Annotated[int | None, typer.Option(min=0, help="Only this rank's output.")] = None,
     runs: RunsFolder = DEFAULT_RUNS,
 ) -> None:
-    """Print the output of a job's nodes and ranks, each line with its source."""
+    """Print the output of a job's nodes and ranks. Each line has its source."""
     show_messages()
     found = jobs.find(runs, job)
     wanted = None if rank is None else f"rank {rank}"
@@ -105,7 +105,7 @@ def cancel(
     runs: RunsFolder = DEFAULT_RUNS,
     json: Json = False,
 ) -> None:
-    """End a job after a checkpoint, without requeueing it; `stoker resume` continues its run."""
+    """End a job after a checkpoint, without requeueing it. `stoker resume` continues its run."""
     found = jobs.find(runs, job)
     target = targets.of(found.target)
     status = target.states([found])[found.id]

@@ -8,10 +8,10 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import typer
-from stoker import other_names, storage, terminal, threads
+from stoker import __version__, other_names, storage, terminal, threads
 from stoker.cli.output import say_error
 from stoker.errors import (
     EXIT_BAD_INPUT,
@@ -59,8 +59,19 @@ def app(only: str | None = None) -> typer.Typer:
     return found
 
 
-def _together() -> None:
-    """Have typer expect the name of a command, also of the only one that it knows."""
+def _say_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"stoker {__version__}")
+        raise typer.Exit
+
+
+def _together(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version and exit.", callback=_say_version, is_eager=True),
+    ] = False,
+) -> None:
+    """The options of `stoker` itself; with it, typer expects a command's name even if it knows only one."""
 
 
 def run() -> None:

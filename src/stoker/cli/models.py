@@ -54,7 +54,7 @@ def register(
     runs: RunsFolder = DEFAULT_RUNS,
     json: Json = False,
 ) -> None:
-    """Register a run's export as the next version of a model, with its lineage."""
+    """Register a run's export as the next version of a model. Its lineage is recorded."""
     seen = view.load(finding.find(runs, run))
     with tempfile.TemporaryDirectory(prefix="stoker-model-") as scratch:
         folder = Path(scratch) / "data"
@@ -110,7 +110,7 @@ def promote(
     runs: RunsFolder = DEFAULT_RUNS,
     json: Json = False,
 ) -> None:
-    """Give a version a stage; the version previously in staging or production is archived."""
+    """Give a version a stage. The version previously in staging or production is archived."""
     chosen: Stage | None = next((known for known in STAGES if known == stage), None)
     if chosen is None:
         raise BadInput(f"{stage!r} is not a stage{nearest(stage, STAGES)}; give one of {', '.join(STAGES)}")
@@ -163,7 +163,7 @@ def push(
     runs: RunsFolder = DEFAULT_RUNS,
     json: Json = False,
 ) -> None:
-    """Share a run's model with a model card, as files that transformers and peft load."""
+    """Share a run's model with a model card. Its files load with transformers and peft."""
     show_messages()
     seen = view.load(finding.find(runs, run))
     destination = sharing.destination(to)

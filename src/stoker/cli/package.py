@@ -26,7 +26,10 @@ def package(
     runs: RunsFolder = DEFAULT_RUNS,
     json: Json = False,
 ) -> None:
-    """Create a folder that repeats a run anywhere: code, lock, config, one command, Dockerfile, MLproject."""
+    """Create a folder that repeats a run anywhere.
+
+    It has the code, lock, config, one command, a Dockerfile and an MLproject.
+    """
     seen = view.load(finding.find(runs, run))
     folder = (to or Path(f"{seen.directory.id}-package")).absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

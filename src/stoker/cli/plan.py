@@ -82,7 +82,7 @@ def plan(
     ] = "80GB",
     json: Json = False,
 ) -> int:
-    """Show how much memory a step needs on each GPU, by purpose, without a GPU.
+    """Show the memory that a step needs on each GPU, by purpose. No GPU is needed.
 
     The recipe runs unchanged up to its second step, on this machine's CPU, with tensors that have shapes but
     no values: no weights are read. A model of 7 billion parameters is planned in less than a minute, one of

@@ -53,7 +53,7 @@ def show(
     ],
     json: Json = False,
 ) -> None:
-    """Show a recipe's keys with default and meaning (--json: also the type), or a shipped config."""
+    """Show a recipe's keys, or a shipped config. Keys have their default and meaning (--json: and type)."""
     shipped = recipes.configs().get(recipe)
     if shipped is not None:
         _show_config(recipe, shipped, json)
@@ -103,7 +103,7 @@ def copy(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Copy a shipped recipe's script, or a shipped config, to make it your own."""
+    """Copy a recipe's script, or a config, to make it your own."""
     known = {**{n: recipes.load(n).source for n in recipes.SHIPPED}, **recipes.configs()}
     if name not in known:
         raise BadInput(

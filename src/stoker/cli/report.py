@@ -41,7 +41,7 @@ def report(
     runs: RunsFolder = DEFAULT_RUNS,
     json: Json = False,
 ) -> None:
-    """Write one HTML file that reports a run, compares several, or reports a sweep; it opens offline."""
+    """Write an HTML report of a run, several runs or a sweep. It is one file, which opens offline."""
     if len(run) == 1 and (sweep := _sweep(runs, run[0])) is not None:
         _say(_of_sweep(sweep, output or sweep / "report.html"), [str(sweep)], json=json)
         return

@@ -83,7 +83,7 @@ def reproduce(
     runs: RunsFolder = DEFAULT_RUNS,
     json: Json = False,
 ) -> int:
-    """Train a run again from its record, and compare the two step by step.
+    """Train a run again from its record and compare each step.
 
     The recorded code is unpacked, data and environment are checked, and training is repeated as a new run,
     RUN-again. KEY=VALUE overrides a key, such as the path of data that has moved. Exit code 0: bit-identical;

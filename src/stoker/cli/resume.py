@@ -47,7 +47,7 @@ def resume(
     json: Json = False,
     where: Where = HERE,
 ) -> int:
-    """Continue a run from its newest valid checkpoint, with its recorded config.
+    """Continue a run from its newest valid checkpoint. Its config is the recorded one.
 
     KEY=VALUE replaces the recorded value from now on, and is reported as drift.
     """

@@ -215,7 +215,7 @@ def sweep(
     json: Json = False,
     where: Where = HERE,
 ) -> int:
-    """Search for the best values of a recipe's keys; the same command continues the search.
+    """Search for the best values of a recipe's keys. The same command continues the search.
 
     Each trial is a run in the sweep's folder, tracked, resumed and reported like any other run.
     """

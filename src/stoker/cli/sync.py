@@ -29,7 +29,7 @@ def sync(
     runs: RunsFolder = DEFAULT_RUNS,
     json: Json = False,
 ) -> None:
-    """Ship what the trackers and the object store of the runs lack, and wait until it has arrived.
+    """Ship what trackers and object store lack. The command waits until it has arrived.
 
     MLflow is the server that MLFLOW_TRACKING_URI names, else the store in the runs folder.
 

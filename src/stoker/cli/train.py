@@ -118,7 +118,7 @@ def train(
     json: Json = False,
     where: Where = HERE,
 ) -> int:
-    """Start a run; the same command with the same --name continues it.
+    """Start a run, or continue the one with the same --name.
 
     Values come from defaults, then --config, then KEY=VALUE. `stoker recipes show llm` lists the keys.
     """
@@ -157,9 +157,7 @@ def script_command(train_function: Callable[..., None]) -> Callable[..., int]:
         )  # fmt: skip
         return start(found, resolved, launch, runs=runs, name=name, experiment=experiment, json=json)
 
-    command.__doc__ = (
-        train_function.__doc__ or "Start a run; the same command with the same --name continues it."
-    )
+    command.__doc__ = train_function.__doc__ or "Start a run, or continue the one with the same --name."
     return command
 
 

@@ -35,7 +35,7 @@ def ui(
     port: Annotated[int, typer.Option(min=1, max=65535, help="The port to serve on.")] = 5000,
     json: Json = False,
 ) -> None:
-    """Serve MLflow's UI for the embedded store of the runs, until Ctrl-C."""
+    """Serve MLflow's UI for the embedded store, until Ctrl-C."""
     database = store.database(runs)
     if not database.is_file():
         elsewhere = store.server_uri()

@@ -10,7 +10,7 @@ from stoker.run import reading
 
 
 def compare(run: RunsMeant, runs: RunsFolder = DEFAULT_RUNS, json: Json = False) -> None:
-    """Compare runs: config differences, then the last and best value of every metric, with small curves."""
+    """Compare the configs and metrics of runs. Of a metric, its last and best value and a small curve."""
     views = reading.read(runs, run)
     if len(views) < 2:
         raise BadInput("give at least two runs to compare; for one run use `stoker runs show`")

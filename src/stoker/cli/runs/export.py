@@ -37,7 +37,7 @@ def export(
     runs: RunsFolder = DEFAULT_RUNS,
     json: Json = False,
 ) -> None:
-    """Export the metrics of runs: one row per step, with `step` first, then the metrics by name.
+    """Export the metrics of runs, one row per step. `step` is first, then the metrics by name.
 
     With several runs, each row begins with `run`, as experiment/id; a metric that a run lacks is empty.
     """

@@ -21,7 +21,7 @@ def remove(
     runs: RunsFolder = DEFAULT_RUNS,
     json: Json = False,
 ) -> None:
-    """Delete runs with their checkpoints and artifacts; what was shipped to a sink stays there."""
+    """Delete runs with their checkpoints and artifacts. What was shipped to a sink stays there."""
     found = list(
         {found.path.resolve(): found for found in (finding.find(runs, name) for name in run)}.values()
     )

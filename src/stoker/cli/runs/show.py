@@ -15,7 +15,7 @@ from stoker.run.view import RunView
 
 
 def show(run: RunName, runs: RunsFolder = DEFAULT_RUNS, json: Json = False) -> None:
-    """Show a run: status, attempts, metrics, config with its sources, artifacts."""
+    """Show a run: status, attempts, metrics, config and artifacts. Each config value has its source."""
     seen = view.load(finding.find(runs, run))
     sinks = _sinks(seen.directory)
     if json:

@@ -24,7 +24,7 @@ def tag(
     runs: RunsFolder = DEFAULT_RUNS,
     json: Json = False,
 ) -> None:
-    """Set or remove tags of a run, or add a note; with neither, show them. The run may be training."""
+    """Set or remove tags of a run, or add a note. With neither, show them. The run may be training."""
     found = finding.find(runs, run)
     changes = _changes(found, tags or [], remove or [])
     if changes or note:
