@@ -118,3 +118,16 @@ def test_what_cannot_be_evaluated_is_refused_before_anything_is_started(stoker: 
         done = stoker("evaluate", *arguments)
         assert (done.code, said in done.err) == (2, True), done.err
     assert not (files / "runs" / "evaluation").exists()
+
+
+def test_it_is_a_job_with_the_options_of_training(stoker: Command, files: Path) -> None:
+    assert stoker(*SMALL, "data=a.jsonl", "--name", "a").code == 0
+    asked = ("evaluate", "a", "data=b.jsonl", "generate_tokens=0", "--time", "4h", "--name", "b")
+    here = stoker(*asked, "--retries", "2", "--dry-run")
+    assert here.code == 0, here.err
+    assert here.out.endswith(" --max-time 4h --max-restarts 2\n")
+    done = stoker(*asked, "--on", "slurm", "--gpus", "1", "--dry-run")
+    assert done.code == 0, done.err
+    assert "-m stoker evaluate a data=b.jsonl generate_tokens=0 --name b" in done.out
+    assert stoker(*here.out.partition(" -m stoker ")[2].split()).code == 0
+    assert loaded(files / "runs" / "evaluation" / "b").status == "finished"

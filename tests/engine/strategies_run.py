@@ -110,7 +110,7 @@ def train(
         trainer = Trainer(
             run,
             llama(dropout=dropout) if language else resnet(),
-            optimizer=lambda p: torch.optim.AdamW(p, lr=lr, weight_decay=0.1),
+            optimizer=lambda p: torch.optim.AdamW(p, lr=lr, weight_decay=0.1, fused=True),
             inputs=inputs if language else lambda batch: {"pixel_values": batch[0]},
             loss=token_loss if language else image_loss,
             training=Training(**{"precision": "fp32", "clip_norm": 0.5, **built(settings)}),

@@ -11,12 +11,15 @@ from stoker import recipes
 from stoker.cli import train
 from stoker.cli.generate import OfCheckpoint, RunOrModel, folder_meant, run_meant
 from stoker.cli.output import DEFAULT_RUNS, Json, RunsFolder
+from stoker.cli.submit import Command, Where, submittable
 from stoker.launch import arguments
+from stoker.launch.nodes import ONE
 
 _AS_TRAINED = ("columns", "loss_on", "chat_template_kwargs", "quantisation", "sequence_length", "packing")
 """The keys whose defaults an evaluation takes from the run it evaluates."""
 
 
+@submittable
 def evaluate(
     model: RunOrModel,
     overrides: train.Overrides = None,
@@ -24,8 +27,13 @@ def evaluate(
     name: train.Name = None,
     experiment: train.Experiment = None,
     nproc: train.Nproc = None,
+    nodes: train.Nodes = ONE,
+    rendezvous: train.Rendezvous = None,
+    max_restarts: train.MaxRestarts = 0,
+    max_time: train.MaxTime = None,
     runs: RunsFolder = DEFAULT_RUNS,
     json: Json = False,
+    where: Where = train.HERE,
 ) -> int:
     """Measure loss and perplexity of a model or an adapter. It can also answer prompts.
 
@@ -37,9 +45,11 @@ def evaluate(
     if "columns" in values:
         values["columns"] = _of_evaluated(values["columns"], overrides or ())
     resolved = configs.restore(recipe.config, values, dict.fromkeys(values, origin), overrides or ())
-    return train.start(
-        recipe, resolved, train.Launch(nproc or 1), runs=runs, name=name, experiment=experiment, json=json
-    )
+    launch = train.Launch(
+        nproc or 1, nodes, rendezvous, max_restarts, max_time, where=where,
+        command=Command.of_verb("evaluate"),
+    )  # fmt: skip
+    return train.start(recipe, resolved, launch, runs=runs, name=name, experiment=experiment, json=json)
 
 
 def _of_evaluated(columns: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
