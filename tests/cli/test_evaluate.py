@@ -120,7 +120,7 @@ def test_what_cannot_be_evaluated_is_refused_before_anything_is_started(stoker: 
     assert not (files / "runs" / "evaluation").exists()
 
 
-def test_it_is_a_job_with_the_options_of_training(stoker: Command, files: Path) -> None:
+def test_it_is_a_job_with_the_options_of_training_and_is_reproduced(stoker: Command, files: Path) -> None:
     assert stoker(*SMALL, "data=a.jsonl", "--name", "a").code == 0
     asked = ("evaluate", "a", "data=b.jsonl", "generate_tokens=0", "--time", "4h", "--name", "b")
     here = stoker(*asked, "--retries", "2", "--dry-run")
@@ -131,3 +131,6 @@ def test_it_is_a_job_with_the_options_of_training(stoker: Command, files: Path) 
     assert "-m stoker evaluate a data=b.jsonl generate_tokens=0 --name b" in done.out
     assert stoker(*here.out.partition(" -m stoker ")[2].split()).code == 0
     assert loaded(files / "runs" / "evaluation" / "b").status == "finished"
+    again = stoker("reproduce", "evaluation/b")
+    assert again.code == 0, again.err
+    assert "\nbit-identical\n  compared     test_loss, test_perplexity\n" in again.out

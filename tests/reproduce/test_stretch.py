@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,13 @@ def test_steps_shorten_it_and_never_lengthen_it() -> None:
 
 def test_a_run_that_began_from_the_checkpoint_of_another_begins_there() -> None:
     assert _said(stretch.find(_view({"resumed_from": 8}))) == (8, None, {"lr": 1.0}, 1)
+
+
+def test_a_run_without_steps_is_made_again_if_it_finished() -> None:
+    measured = series(test_loss={0: 1.0})
+    assert _said(stretch.find(replace(_view({}), points=measured))) == (0, None, {"lr": 1.0}, 1)
+    with pytest.raises(BadInput, match="no step after step 0"):
+        stretch.find(replace(_view({}, status="failed"), points=measured))
 
 
 def test_there_must_be_something_to_compare_with() -> None:

@@ -211,14 +211,11 @@ DRIFT_HEADINGS = ("", "first at", "was", "is", "drifts by", "relative", "at step
 def _verdict(outcome: Outcome) -> Text:
     compared = outcome.compared
     if outcome.identical:
-        return Text(f"bit-identical over {counted(compared.steps, 'step')}", "bold green")
-    if not compared.steps:
+        return Text(f"bit-identical{compared.extent}", "bold green")
+    if not compared.metrics:
         return Text("nothing to compare: no computed metric was logged at these steps", "bold yellow")
     if not compared.drifts:
-        return Text(
-            f"the metrics are bit-identical over {counted(compared.steps, 'step')}, the weights are not",
-            "bold red",
-        )
+        return Text(f"the metrics are bit-identical{compared.extent}, the weights are not", "bold red")
     first = compared.drifts[0]
     return Text(f"differs from step {first.first_step:,} on, first in {plain(first.metric)}", "bold red")
 
@@ -250,6 +247,8 @@ def _code(checked: Checked) -> str:
 
 
 def _steps(part: Stretch) -> str:
+    if not part.after and part.until is None:
+        return "all"
     begin = f", from the checkpoint of step {part.after:,}" if part.after else ""
     why = f"; after that {part.why}" if part.why else ""
     return f"{part.after + 1:,} to {'the end' if part.until is None else f'{part.until:,}'}{begin}{why}"

@@ -197,7 +197,7 @@ def _same(found: RunDifference) -> str:
         said.append("data")
     equal = [name for name in found.curves.metrics if name not in {d.metric for d in found.curves.drifts}]
     if equal:
-        said.append(f"bit-identical {', '.join(equal)} over {counted(found.curves.steps, 'step')}")
+        said.append(f"bit-identical {', '.join(equal)}{found.curves.extent}")
     return ", ".join(said)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from stoker.run.series import Series, measures_machine
+from stoker.words import counted
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Compared:
     """The metrics of two runs over a range of steps."""
 
     steps: int
-    """Steps at which anything was compared."""
+    """Steps at which anything was compared, besides what was measured before the first."""
     first: int | None
     last: int | None
     metrics: tuple[str, ...]
@@ -60,7 +61,12 @@ class Compared:
     @property
     def identical(self) -> bool:
         """Whether there was something to compare, and all of it is bit-identical."""
-        return self.steps > 0 and not self.drifts
+        return bool(self.metrics) and not self.drifts
+
+    @property
+    def extent(self) -> str:
+        """` over 20 steps`; empty if the run has no step, only values from before the first."""
+        return f" over {counted(self.steps, 'step')}" if self.steps else ""
 
 
 def compare(
@@ -91,7 +97,7 @@ def compare(
     seen = [np.concatenate([a.x, b.x]) for a, b in pairs.values()]
     steps = np.unique(np.concatenate(seen)) if seen else np.empty(0, np.int64)
     return Compared(
-        steps=len(steps),
+        steps=int(np.count_nonzero(steps)),
         first=int(steps[0]) if len(steps) else None,
         last=int(steps[-1]) if len(steps) else None,
         metrics=tuple(pairs),

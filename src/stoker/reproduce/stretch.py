@@ -47,7 +47,8 @@ def find(view: RunView, after: int | None = None, steps: int | None = None) -> S
         raise BadInput(f"{view.directory.id} has logged nothing, so there is nothing to compare with")
     parts = _parts(view)
     begin = parts[0][0] if after is None else after
-    if view.step <= begin:
+    without_steps = view.step == begin == 0 and view.status == FINISHED  # such as an evaluation
+    if view.step <= begin and not without_steps:
         raise BadInput(f"{view.directory.id} has no step after step {begin}: it ended at step {view.step}")
     index = max(i for i, (start, _) in enumerate(parts) if start <= begin or i == 0)
     first = parts[index][1]
