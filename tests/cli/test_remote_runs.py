@@ -141,7 +141,7 @@ def test_a_machine_that_is_gone_leaves_a_run_to_go_on_with(
     same = ("train", RECIPE, *SLOW, "checkpoint_every=10", "--runs", url, "--name", "a")
     process = start(*same, env=machine("one"))
     _wait_for_copy(tmp_path, url, process)
-    until(lambda: _checkpoints(objects()), process)
+    until(lambda: _checkpoints(objects()), process, every=0.2)
     _kill_all(process, _copy(tmp_path, "one", url))
     newest = int(_checkpoints(objects())[-1].removeprefix("step-"))
     begun = time.monotonic()
@@ -331,7 +331,7 @@ def test_a_machine_that_comes_back_takes_what_another_one_made_of_the_run(
     process = start(*same, env=machine("one"))
     _wait_for_copy(tmp_path, url, process)
     run = _copy(tmp_path, "one", url)
-    until(lambda: _checkpoints(objects()), process)
+    until(lambda: _checkpoints(objects()), process, every=0.2)
     proxy._only, proxy.mode = lambda method, path: True, "refuse"
     before = _checkpoints(objects())[-1]
     until(lambda: manifest.committed(run / "checkpoints")[-1].name > before, process)

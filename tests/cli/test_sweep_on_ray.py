@@ -120,7 +120,7 @@ def _furthest(run: Path) -> int:
 
 
 def _wait_for_a_trainer(process: subprocess.Popen[bytes], cluster: OnOneMachine) -> psutil.Process:
-    return until(cluster.trainers, process)[0]
+    return until(cluster.trainers, process, every=0.2)[0]
 
 
 def test_a_trial_over_two_machines_goes_on_when_one_is_lost_and_another_joins(

@@ -69,7 +69,7 @@ def _write(job: Job, name: str, text: str) -> None:
 def test_one_that_is_killed_leaves_what_it_brought_and_the_next_one_goes_on(job: Job, begin: Begin) -> None:
     _write(job, "node-0.log", f"begins with {SECRET}\nhalf a li")
     first = begin()
-    until(lambda: _there(job, "node-0.log") == "begins with [REDACTED]\n")
+    until(lambda: _there(job, "node-0.log") == "begins with [REDACTED]\n", every=0.2)
     first.kill()
     first.wait()
     copy = job.folder / "logs" / "node-0.log"
@@ -103,7 +103,7 @@ def test_a_secret_of_several_lines_does_not_get_there_and_what_follows_is_there_
 def test_one_outlives_the_signals_that_are_meant_for_those_that_train(job: Job, begin: Begin) -> None:
     _write(job, "node-0.log", "begins\n")
     process = begin()
-    until(lambda: _there(job, "node-0.log") == "begins\n")
+    until(lambda: _there(job, "node-0.log") == "begins\n", every=0.2)
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         process.send_signal(number)
     _write(job, "node-0.log", "preempted\n")

@@ -12,7 +12,7 @@ import psutil
 import pytest
 from ray.job_submission import JobSubmissionClient
 
-from commands import Command
+from commands import Command, Done
 from ray_machines import Machines, started
 from servers import Proxy
 from support import LONG, loaded, points, until
@@ -48,6 +48,12 @@ def _writes(process: psutil.Process, run: Path) -> bool:
         return False
 
 
+def _wait_for_end(cluster: WithDashboard, submitted: Done) -> None:
+    """Wait until a job is over; asked here, since each command that asks imports Ray."""
+    client, job = JobSubmissionClient(cluster.dashboard), submitted.answer["native"]
+    until(lambda: client.get_job_status(job).is_terminal(), every=0.5)
+
+
 def test_a_run_over_two_nodes_goes_on_to_the_same_bits_when_one_is_lost(
     of_two: WithDashboard, stoker: Command, tmp_path: Path
 ) -> None:
@@ -72,7 +78,7 @@ def test_a_run_over_two_nodes_goes_on_to_the_same_bits_when_one_is_lost(
         return str(stoker("jobs", "list", "--json").answer["jobs"][0]["state"])
 
     assert state() == "running"
-    until(lambda: state() != "running", every=2)
+    _wait_for_end(of_two, done)
     assert state() == "done", stoker("jobs", "logs", "a").out
     seen = loaded(run)
     assert [attempt.world for attempt in seen.attempts] == [2, 2]
@@ -95,7 +101,8 @@ def test_a_job_that_reaches_its_time_limit_goes_on_and_leaves_a_checkpoint_where
 ) -> None:
     run = tmp_path / "runs" / "ranked" / "t"
     on = ("--on", "ray", "--option", f"address={of_two.dashboard}", "--env", "STOKER_SINKS=none")
-    assert stoker(*SAME, "pause=1", *on, "--name", "t", "--time", "16s").code == 0
+    done = stoker(*SAME, "pause=1", *on, "--name", "t", "--time", "16s", "--json")
+    assert done.code == 0, done.err
 
     def gone_on() -> bool:
         seen = loaded(run) if (run / "run.json").is_file() else None
@@ -106,7 +113,8 @@ def test_a_job_that_reaches_its_time_limit_goes_on_and_leaves_a_checkpoint_where
     until(gone_on, every=0.5)
     assert loaded(run).attempts[0].status == "preempted"
     assert stoker("jobs", "cancel", "t").code == 0
-    until(lambda: stoker("jobs", "list", "--json").answer["jobs"][0]["state"] == "cancelled", every=2)
+    _wait_for_end(of_two, done)
+    assert stoker("jobs", "list", "--json").answer["jobs"][0]["state"] == "cancelled"
     seen = loaded(run)
     assert seen.status == "preempted"
     assert seen.step < 100
@@ -138,7 +146,8 @@ def test_a_job_that_is_cancelled_at_once_does_not_end_its_step_and_all_it_wrote_
     def state() -> str:
         return str(stoker("jobs", "list", *where, "--json", env=cluster).answer["jobs"][0]["state"])
 
-    until(lambda: state() == "cancelled", every=2)
+    _wait_for_end(of_two, done)
+    assert state() == "cancelled"
     assert not psutil.wait_procs(ranks, timeout=5)[1]
     assert loaded(run).step == 1
 

@@ -324,7 +324,7 @@ def test_three_attempts_with_two_kills_arrive_as_one_run(
     assert reader.status() == "running"
     first.send_signal(signal.SIGKILL)
     killed = time.monotonic()
-    until(lambda: reader.status() == "killed")
+    until(lambda: reader.status() == "killed", every=0.3)
     assert time.monotonic() - killed < NOTICED_WITHIN
 
     second = train("31", "60", "--resume", "30", "--samples", "1")
@@ -337,7 +337,7 @@ def test_three_attempts_with_two_kills_arrive_as_one_run(
     third = train("56", "70", "--resume", "55", "--finish", "--pause", "0.1")  # the machine shows in a second
     assert third.wait(DEADLINE) == 0
     until(lambda: _pending(tmp_path) == 0)
-    until(lambda: not _followers(tmp_path))
+    until(lambda: not _followers(tmp_path), every=0.3)
 
     assert reader.runs() == 1
     of_attempt = {s: 1 if s <= 40 else 2 if s <= 60 else 3 for s in range(1, 71)}
@@ -378,7 +378,7 @@ def test_what_is_said_of_an_ended_run_arrives_too(
 ) -> None:
     train("1", "3", "--finish").wait(DEADLINE)
     until(lambda: _pending(tmp_path) == 0)
-    until(lambda: not _followers(tmp_path))
+    until(lambda: not _followers(tmp_path), every=0.3)
     before = reader.points("loss")
     assert stoker("runs", "tag", "a", "team=red").code == 0
     until(lambda: _pending(tmp_path) == 0)
@@ -398,7 +398,7 @@ def test_a_run_that_is_rebuilt_has_what_the_view_has_and_the_old_one_is_marked(
     first.kill()
     train("31", "50", "--resume", "30", "--finish").wait(DEADLINE)
     until(lambda: _pending(tmp_path) == 0)
-    until(lambda: not _followers(tmp_path))
+    until(lambda: not _followers(tmp_path), every=0.3)
     assert reader.points("loss")[39] == (40, 1040)
 
     (said,) = stoker("sync", "a", "--rebuild", "--json").answer["sinks"]
@@ -415,7 +415,7 @@ def test_a_run_that_is_rebuilt_has_what_the_view_has_and_the_old_one_is_marked(
 
     train("41", "60", "--resume", "40", "--finish").wait(DEADLINE)  # it goes on in the new one
     until(lambda: _pending(tmp_path) == 0)
-    until(lambda: not _followers(tmp_path))
+    until(lambda: not _followers(tmp_path), every=0.3)
     assert (reader.runs(), reader.replaced()) == (2, 1)
     assert [s for s, _ in reader.points("loss")] == list(range(1, 61))
     assert (dict(reader.points("loss"))[50], dict(reader.points("loss"))[60]) == (2050, 3060)
