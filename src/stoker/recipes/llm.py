@@ -361,7 +361,7 @@ def train(run: Run, config: Config) -> None:
         trainer = Trainer(
             run,
             model,
-            optimizer=optimizers.asked_for(config, lr=lr),
+            optimizer=optimizers.asked_for(config, lr=lr, faster=adapters.faster(model, config.lora)),
             inputs=called.inputs,
             loss=called.loss,
             schedule=schedule.build(config.schedule, warmup=config.warmup, floor=config.min_lr),
