@@ -114,7 +114,10 @@ _COMMANDS = {
     "save_strategy": "set intervals, as in checkpoint_every=500 and eval_every=1ep",
     "adapter": "to train adapters, set lora.rank, as in lora.rank=16; otherwise the model's own weights are",
     "loraplus_lr_embedding": "with lora.lr_ratio, the adapter of an embedding learns at lr",
-    "dataset_split": "give the split with the name: data=org/name#/split, or org/name#config/split",
+    "dataset_split": (
+        "give the split with the name: data=org/name#/split, org/name#config/split, or a slice, "
+        "org/name#/train[:20%]"
+    ),
     "model_revision": "give the revision with the name: model=org/name@revision",
     "eos_token": "special tokens come from the tokenizer; add_tokens adds others",
     "system_prompt": "put it into each record: a field `system`, or a first message with that role",
