@@ -61,6 +61,7 @@ _KEYS = {
     "add_tokens": "additional_special_tokens new_special_tokens resize_vocab special_tokens",
     "lora.rslora": "lora_use_rslora peft_use_rslora use_rslora",
     "lora.dora": "lora_use_dora peft_use_dora use_dora",
+    "lora.lr_ratio": "loraplus_lr_ratio",
     "lora.adapter": "adapter_name_or_path lora_model_dir",
     "train_only": "unfrozen_parameters freeze_trainable_modules",
     "router_aux_loss": "aux_loss_coef moe_aux_loss_coef output_router_logits router_aux_loss_coef",
@@ -112,7 +113,11 @@ _COMMANDS = {
     "overwrite_output_dir": "not needed: give another run another --name NAME",
     "save_strategy": "set intervals, as in checkpoint_every=500 and eval_every=1ep",
     "adapter": "to train adapters, set lora.rank, as in lora.rank=16; otherwise the model's own weights are",
-    "dataset_split": "give the split with the name: data=org/name#/split, or org/name#config/split",
+    "loraplus_lr_embedding": "with lora.lr_ratio, the adapter of an embedding learns at lr",
+    "dataset_split": (
+        "give the split with the name: data=org/name#/split, org/name#config/split, or a slice, "
+        "org/name#/train[:20%]"
+    ),
     "model_revision": "give the revision with the name: model=org/name@revision",
     "eos_token": "special tokens come from the tokenizer; add_tokens adds others",
     "system_prompt": "put it into each record: a field `system`, or a first message with that role",
@@ -142,9 +147,7 @@ _SAME = {
     "dataset_split": "split train_split",
     "model_revision": "revision",
     "eos_token": "bos_token pad_token unk_token",
-    "label_smoothing_factor": (
-        "fp8 init_lora_weights load_in_8bit loraplus_lr_ratio peft_init_lora_weights roles_to_train"
-    ),
+    "label_smoothing_factor": ("fp8 init_lora_weights load_in_8bit peft_init_lora_weights roles_to_train"),
     "logging_steps": "log_every_n_steps log_interval logging_strategy",
     "num_processes": "devices gpus n_gpus nproc nproc_per_node num_gpus",
     "num_machines": "nnodes num_nodes",

@@ -55,6 +55,10 @@ def mixture(data):
     found = sources.read_all(data, validation=0.2, test=0.2, streaming=True)
     return [(source.name, source.weight, source.fingerprint) for source in found]
 
+def whole(data):
+    found = sources.read_all(data, validation=0.0, test=0.0)
+    return [(source.name, source.weight, source.fingerprint, len(source.splits.train)) for source in found]
+
 def checked(data):
     sources.check({"data": data})
 
@@ -71,7 +75,28 @@ print(json.dumps(answers))
 """
 
 MIXED = "org/chats#/train_sft:3,org/chats#/test_sft:1,org/data@old#three:2"
+SLICES = {
+    "train[:20%]": range(12),
+    "train[50:55]": range(50, 55),
+    "train[-5%:]": range(57, 60),
+    "train[58:100]": range(58, 60),
+    "train[:2]+train[-1:]": (0, 1, 59),
+}
+SLICED = "org/data#three/train[:20%]:3,org/data#three/train[20%:]:1"
+NO_SLICES = {
+    "train[:x]": "Unrecognized instruction format: train[:x]; a slice is written as train[:20%], ",
+    "train[:120%]": "Percent slice boundaries must be > -100 and < 100; a slice is written as ",
+    "trian[:5]": "Unknown split \"trian\". Should be one of ['train']; a slice is written as ",
+    "train[60:]": "the slice is empty: train has 60 rows",
+    "train[40:10]": "the slice is empty: train has 60 rows",
+    "train[5:4]": "the slice is empty: train has 60 rows",
+    "train[:5]+train[-200:-100]": "the slice is empty: train has 60 rows",
+}
 ASKED = [
+    *(("read", f"org/data#three/{split}") for split in (*SLICES, *NO_SLICES)),
+    *(("checked", f"org/data#three/{split}") for split in NO_SLICES),
+    *(("whole", data) for data in (SLICED, *SLICED.replace(":3", "").removesuffix(":1").split(","))),
+    ("checked", SLICED), ("stream", "org/data#three/train[:20%]"), ("labelled", "org/data#three/train[:2]"),
     *((way, name) for way in ("read", "stream") for name in (
         "org/data#one", "org/data#one/test", "org/data@old#one", "org/data#two/train_sft", "org/plain",
         "org/plain#/test", "org/gated",
@@ -156,6 +181,35 @@ def test_an_id_names_a_revision_a_config_and_a_split(
     assert found["revision"] == hub.dataset_commit(name.partition("#")[0])
 
 
+@pytest.mark.parametrize("split", SLICES)
+def test_a_slice_has_the_rows_that_datasets_gives_it(answers: dict[Any, Any], split: str) -> None:
+    assert answers["read", f"org/data#three/{split}"]["texts"] == list(map(str, SLICES[split]))
+
+
+@pytest.mark.parametrize("split", NO_SLICES)
+def test_a_slice_that_is_none_is_refused(answers: dict[Any, Any], split: str) -> None:
+    """At the launch if it cannot be one; if its rows have to be counted first, once they are downloaded."""
+    name = f"org/data#three/{split}"
+    assert answers["read", name].startswith(f"dataset {name}: {NO_SLICES[split]}")
+    assert "\n" not in answers["read", name]
+    if "is empty" not in NO_SLICES[split]:
+        assert answers["checked", name] == answers["read", name]
+
+
+def test_slices_are_weighted_and_told_apart_and_not_streamed(answers: dict[Any, Any]) -> None:
+    assert answers["checked", SLICED] is None
+    found = answers["whole", SLICED]
+    assert [(name, weight, count) for name, weight, _, count in found] == [
+        ("data-1", 3, 12), ("data-2", 1, 48)
+    ]  # fmt: skip
+    alone = [answers["whole", f"org/data#three/train[{part}]"][0] for part in (":20%", "20%:")]
+    assert [source[2] for source in alone] == [source[2] for source in found]
+    assert found[0][2] != found[1][2]
+    said = answers["stream", "org/data#three/train[:20%]"]
+    assert said.startswith("org/data#three/train[:20%]: a slice cannot be streamed")
+    assert answers["labelled", "org/data#three/train[:2]"] == {"train": ["0", "1"]}
+
+
 def test_compressed_lines_are_streamed(answers: dict[Any, Any]) -> None:
     assert answers["stream", "org/data#two/test_sft"]["texts"] == ["four"]
 
@@ -230,6 +284,7 @@ def test_offline_reads_what_was_downloaded_and_no_other_revision_for_it(
         ("name@v1.0", Id("name", "v1.0", "", "")),
         ("org/name@refs/pr/1#config/split", Id("org/name", "refs/pr/1", "config", "split")),
         ("org/name#/split", Id("org/name", "", "", "split")),
+        ("org/name#/train[:20%]", Id("org/name", "", "", "train[:20%]")),
     ],
 )
 def test_an_id_has_parts(given: str, parts: Id) -> None:

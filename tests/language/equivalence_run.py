@@ -53,15 +53,15 @@ def base(folder: Path) -> Path:
     return folder
 
 
-def adapter(folder: Path, model: Path) -> Path:
+def adapter(folder: Path, model: Path, **more: Any) -> Path:
     """One that is new, by plain peft: what both begin with."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(5)
     plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    settings = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules="all-linear")
-    get_peft_model(plain, settings).save_pretrained(folder)
+    settings = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": "all-linear", **more}
+    get_peft_model(plain, LoraConfig(**settings)).save_pretrained(folder, save_embedding_layers=False)
     return folder
 
 
@@ -96,7 +96,7 @@ def config(model: Path, data: Path, **settings: Any) -> llm.Config:
 def recipe(runs: Path, chosen: llm.Config, name: str) -> Metrics:
     """Every metric of a run of the recipe, on each rank."""
     warnings.simplefilter("ignore")
-    with Run("test", name, runs=runs, config=chosen, seed=chosen.seed) as run:
+    with Run("test", name, runs=runs, config=chosen, seed=chosen.seed, accept_drift=True) as run:
         llm.train(run, chosen)
     return metrics(run.directory.path)
 
@@ -176,13 +176,18 @@ def padded(documents: Sequence[Document]) -> dict[str, torch.Tensor]:
 
 
 def hf_trainer(
-    model: Any, steps: Sequence[Sequence[Document]], folder: Path, lr: float, **settings: Any
+    model: Any,
+    steps: Sequence[Sequence[Document]],
+    folder: Path,
+    lr: float,
+    optimizer: torch.optim.Optimizer | None = None,
+    **settings: Any,
 ) -> list[float]:
-    """The losses of transformers' Trainer, with schedule, optimizer and clipping of its own."""
+    """The losses of transformers' Trainer, with schedule, clipping and, if none is given, optimizer."""
     from transformers import Trainer, TrainingArguments
 
     trainer = Trainer(
-        model=model, train_dataset=[{"documents": step} for step in steps],
+        model=model, train_dataset=[{"documents": step} for step in steps], optimizers=(optimizer, None),
         data_collator=lambda items: padded(items[0]["documents"]),
         args=TrainingArguments(**{
             "output_dir": str(folder), "max_steps": len(steps), "per_device_train_batch_size": 1,

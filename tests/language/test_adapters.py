@@ -390,8 +390,12 @@ def test_names_that_match_no_module_are_refused(targets: str, base: Path) -> Non
 def test_settings_of_adapters_without_a_rank_make_no_sense() -> None:
     with pytest.raises(ValueError, match=r"lora\.alpha, lora\.dora without lora\.rank: .*Set lora\.rank"):
         Lora(dora=True, alpha=32.0)
+    with pytest.raises(ValueError, match=r"lora\.lr_ratio without lora\.rank: .*or omit lora\.lr_ratio"):
+        Lora(lr_ratio=16.0)
     with pytest.raises(ValueError, match=r"has its own rank: omit lora\.rank"):
-        Lora(adapter="somewhere", rank=4)
+        Lora(adapter="somewhere", rank=4, lr_ratio=16.0)
+    with pytest.raises(BadInput, match=r"lora\.lr_ratio.*-1"):
+        configs.resolve(llm.Config, ["lora.rank=4", "lora.lr_ratio=-1"])
 
 
 def test_a_base_in_4_bits_is_that_of_bitsandbytes(base: Path, in_4_bits: Path) -> None:

@@ -11,9 +11,11 @@ import equivalence_run
 import pytest
 import torch
 from equivalence_run import BATCH, ROW, STEPS, Document, Metrics, Tokens
+from stoker.checkpoint import manifest, store
 from stoker.data import sources, tokens
 from stoker.data.loader import Loader
 from stoker.duration import Duration
+from stoker.engine.options import DeepSpeed
 from stoker.language import building, data
 from stoker.language.data import Rows
 from stoker.language.lora import Lora
@@ -98,6 +100,94 @@ def test_lora_on_packed_answers_has_the_curve_of_transformers_and_peft(
     assert list(found) == list(range(1, STEPS + 1))
     assert list(found.values()) == pytest.approx(expected, abs=1e-5)
     assert expected[-1] < expected[0] - 0.5
+
+
+EVERYWHERE = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "embed_tokens"]
+PLUS: dict[str, Any] = {"max_steps": Duration(8, "step"), "validation": 0.0, "test": 0.0, "eval_every": None}
+
+
+def plus(kind: str, base: Path, chats: Path, **settings: Any) -> llm.Config:
+    """With LoRA+, going on from an adapter of peft's on every layer, the embedding too."""
+    folder = base.parent / f"{kind}-everywhere"
+    if not folder.exists():
+        equivalence_run.adapter(folder, base, target_modules=EVERYWHERE, use_dora=kind == "dora")
+    lora = Lora(adapter=str(folder), lr_ratio=16.0)
+    return equivalence_run.config(base, chats, **{"lora": lora, "lr": 2e-4, **PLUS, **settings})
+
+
+@pytest.mark.parametrize(("kind", "decay"), [("lora", 0.1), ("dora", 0.0)])
+def test_lora_plus_has_the_curve_of_peft_s_optimizer(
+    kind: str, decay: float, base: Path, chats: Path, tmp_path: Path
+) -> None:
+    """peft decays the magnitudes of DoRA, ours never what has one dimension."""
+    from peft import PeftModel
+    from peft.optimizers import create_loraplus_optimizer
+
+    config = plus(kind, base, chats, weight_decay=decay)
+    found = equivalence_run.recipe(tmp_path, config, kind)
+    steps = documents_of_steps(config, equivalence_run.tokenised(base, chats, answers_only=True))[:8]
+    theirs = PeftModel.from_pretrained(plain(base), config.lora.adapter, is_trainable=True)
+    lr, ratio = config.lr or 0.0, config.lora.lr_ratio
+    optimizer = create_loraplus_optimizer(
+        theirs, torch.optim.AdamW, lr=lr, loraplus_lr_ratio=ratio, loraplus_lr_embedding=lr,
+        loraplus_weight_decay=decay, betas=config.betas,
+    )  # fmt: skip
+    expected = equivalence_run.hf_trainer(theirs, steps, tmp_path / "hf", lr, optimizer)
+    assert list(found["loss"].values()) == pytest.approx(expected, abs=1e-5)
+    assert found["lr"][1] == lr
+    without = plus(kind, base, chats, weight_decay=decay, lora=Lora(adapter=config.lora.adapter))
+    slower = equivalence_run.recipe(tmp_path, without, "slower")["loss"]
+    assert slower[8] > found["loss"][8] + 0.01
+
+
+BY_RANKS: dict[str, dict[str, Any]] = {
+    "single": {},
+    "ddp": {"parallel": "ddp"},
+    "fsdp": {"parallel": "fsdp", "micro_batch": 1},
+    "pipeline": {"parallel": "pipeline", "micro_batch": 1},
+    "zero-2": {"parallel": "deepspeed", "deepspeed": DeepSpeed(stage=2)},
+    "zero-3": {"parallel": "deepspeed", "deepspeed": DeepSpeed(stage=3)},
+}
+
+
+@pytest.mark.parametrize("name", BY_RANKS)
+def test_lora_plus_has_one_curve_under_every_strategy_and_goes_on_in_one_process(
+    name: str, base: Path, chats: Path, tmp_path: Path
+) -> None:
+    """Half the steps by ranks, the others by one process: the same curve as by one process without a stop."""
+    config = plus("dora", base, chats, weight_decay=0.1, schedule="constant")
+    runs = base.parent / "plus"
+    if not runs.exists():
+        equivalence_run.recipe(runs, config, "alone")
+    expected = equivalence_run.metrics(runs / "test" / "alone")
+    half = dataclasses.replace(config, max_steps=Duration(4, "step"), **BY_RANKS[name])
+    if name == "single":
+        equivalence_run.recipe(tmp_path, half, name)
+    else:
+        ranks.run(equivalence_run.recipe, 2, tmp_path, tmp_path, half, name)
+    found = equivalence_run.recipe(tmp_path, config, name)
+    assert list(found["loss"].values()) == pytest.approx(list(expected["loss"].values()), abs=1e-5)
+    assert found["lr"] == expected["lr"]
+    if name == "single":
+        assert found["loss"] == expected["loss"]
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_another_ratio_is_used_from_where_the_run_goes_on(
+    decay: float, base: Path, chats: Path, tmp_path: Path
+) -> None:
+    """From none to one, to another, to none."""
+    config = plus("dora", base, chats, schedule="constant", weight_decay=decay)
+    rates = []
+    for steps, ratio in ((2, 1.0), (4, 8.0), (6, 16.0), (8, 1.0)):
+        lora = dataclasses.replace(config.lora, lr_ratio=ratio)
+        again = dataclasses.replace(config, lora=lora, max_steps=Duration(steps, "step"))
+        equivalence_run.recipe(tmp_path, again, "again")
+        newest = manifest.committed(tmp_path / "test" / "again" / "checkpoints")[-1]
+        values = store.load_values(manifest.read(newest))
+        groups = values["optimizers"]["main"]["groups"]
+        rates.append({group["lr"] for group in groups if group["params"]})
+    assert rates == [{2e-4}, {2e-4, 2e-4 * 8}, {2e-4, 2e-4 * 16}, {2e-4}]
 
 
 def test_every_weight_on_every_token_has_the_curve_of_transformers(

@@ -27,6 +27,7 @@ log = logging.getLogger("stoker")
 Groups = list[dict[str, Any]]
 
 _NAMED = 5  # names of each kind in a message
+_RATES = ("lr", "initial_lr")
 
 
 def capture(
@@ -166,8 +167,8 @@ def restore_groups(
 ) -> None:
     """Restore hyperparameters; those that differ from the ones they were created with are the user's change.
 
-    If the same parameters are grouped differently only because of weight decay, each group keeps the weight
-    decay that it was created with. Groups that were added during training get all their saved values.
+    If the same parameters are grouped differently only because of weight decay or learning rates, each group
+    keeps those that it was created with. Groups that were added during training get all their saved values.
 
     Args:
         names: the parameters of each group.
@@ -182,9 +183,8 @@ def restore_groups(
     before = [[n for n in group["params"] if n not in elsewhere] for group in saved]
     left_out = {"params"}
     if [set(group) for group in names] != [set(group) for group in before]:
-        _compare_regrouped(names, before, built, then)
+        left_out |= _compare_regrouped(names, before, built, then)
         _say_regrouped(names, before, built, then)
-        left_out.add("weight_decay")
         saved, then = [saved[0]] * len(names), [then[0]] * len(names)
     built, then = ([*made, *({} for _ in saved[len(made) :])] for made in (built, then))
     for group, was, now, made in zip(optimizer.param_groups, saved, built, then, strict=True):
@@ -193,20 +193,28 @@ def restore_groups(
         group.update({k: as_before(group.get(k), v) for k, v in changed.items()})
 
 
-def _compare_regrouped(names: list[list[str]], before: list[list[str]], built: Groups, then: Groups) -> None:
-    """Raises StokerError if groups differ by more than which parameters decay."""
+def _compare_regrouped(
+    names: list[list[str]], before: list[list[str]], built: Groups, then: Groups
+) -> set[str]:
+    """The hyperparameters that groups differ by: weight decay, and learning rates if there are several.
+
+    Raises StokerError if they differ by more.
+    """
+    by = {k for k in _RATES if any(len({g.get(k) for g in of}) > 1 for of in (built, then))}
+    by.add("weight_decay")
 
     def others(groups: Groups) -> list[dict[str, Any]]:
-        return [{k: v for k, v in group.items() if k != "weight_decay"} for group in groups]
+        return [{k: v for k, v in group.items() if k not in by} for group in groups]
 
     same = sorted(n for group in names for n in group) == sorted(n for group in before for n in group)
     uniform = all(made == others(groups)[0] for groups in (built, then) for made in others(groups))
-    by_decay = all(len({g.get("weight_decay") for g in groups}) == len(groups) for groups in (built, then))
-    if not (same and uniform and by_decay):
+    apart = all(len({tuple(g.get(k) for k in by) for g in of}) == len(of) for of in (built, then))
+    if not (same and uniform and apart):
         raise StokerError(
             f"the checkpoint's optimizer has groups of {[len(g) for g in before]} parameters, this one of "
             f"{[len(g) for g in names]}, or with different names: the model or its optimizer has changed"
         )
+    return by
 
 
 def joined(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

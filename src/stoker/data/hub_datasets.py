@@ -2,7 +2,7 @@
 
 An id can say more than owner and name: `org/name@revision` is a branch, a tag or a commit, `org/name#config`
 one of its configs, `org/name#config/split` a split other than train, and `org/name#/split` a split of the
-default config.
+default config. A split can be sliced as in `datasets`: `train[:20%]`, `train[1000:2000]`, `train[-5%:]`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from stoker.data import called
 from stoker.data.records import Record
 from stoker.errors import BadInput, nearest
-from stoker.words import some
+from stoker.words import counted, some
 
 if TYPE_CHECKING:
     from datasets import DatasetBuilder
@@ -30,6 +30,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 _ENDINGS = {".jsonl", ".parquet", ".txt", ".json", ".csv", ".tsv", ".md", ".gz", ".zst", ".zip"}
 _ANSWER = 10.0  # seconds
 _SHOWN = 20  # configs or splits listed in a message
+_MANY = 10**9  # rows of a split whose number is not known yet
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,11 @@ def files(given: str) -> tuple[str, list[str]]:
     if not builder.config.data_files:
         raise BadInput(f"{given}: streaming reads from the hub, which is offline: omit streaming=true")
     folder = f"hf://datasets/{parse(given).name}@{builder.hash}"
+    if split not in builder.config.data_files:
+        raise BadInput(
+            f"{given}: a slice cannot be streamed, since rows are not counted in advance: omit "
+            "streaming=true, or name a whole split"
+        )
     urls: Sequence[str] = builder.config.data_files[split]
     elsewhere = [url for url in urls if not url.startswith(f"{folder}/")]
     if elsewhere:
@@ -188,16 +194,48 @@ def _configs(asked: Id) -> list[str]:
 
 
 def _split(given: str, builder: DatasetBuilder) -> str:
-    """The requested split. Raises BadInput, listing the existing ones, if it does not exist."""
+    """The requested split, or slice. Raises BadInput, listing the existing splits, if it does not exist."""
     asked = parse(given)
     split = asked.split or "train"
     names = [str(name) for name in builder.config.data_files or builder.info.splits or ()]
-    if names and split not in names:
+    if _is_sliced(split):
+        _check_slice(given, builder, split, names)
+    elif names and split not in names:
         raise BadInput(
             f"dataset {given} has no split {split}: use one of {some(names, _SHOWN)}, as in "
             f"{_written(asked, asked.config, names[0])}{nearest(asked.split, names)}"
         )
     return split
+
+
+def _is_sliced(split: str) -> bool:
+    """Whether this is more than the name of a split: a slice, or a sum."""
+    return "[" in split or "+" in split
+
+
+def _check_slice(given: str, builder: DatasetBuilder, split: str, names: Sequence[str]) -> None:
+    """Raises BadInput for a slice that `datasets` cannot read, or that is empty as far as rows are known.
+
+    Args:
+        names: the existing splits; empty if they are not known.
+    """
+    from datasets import ReadInstruction
+
+    rows = {name: builder.info.splits[name].num_examples for name in builder.info.splits or ()}
+    try:
+        wanted = ReadInstruction.from_spec(split)
+        parts = wanted.to_absolute({name: rows.get(name) or _MANY for name in names}) if names else []
+    except ValueError as error:
+        raise BadInput(
+            f"dataset {given}: {str(error).rstrip('.')}; a slice is written as train[:20%], train[1000:2000] "
+            "or train[-5%:]"
+        ) from error
+    for part in parts:
+        known = rows.get(part.splitname)
+        if known and part.to <= part.from_:
+            raise BadInput(
+                f"dataset {given}: the slice is empty: {part.splitname} has {counted(known, 'row')}"
+            )
 
 
 def _written(asked: Id, config: str, split: str = "") -> str:
@@ -209,6 +247,10 @@ def _prepared(given: str, builder: DatasetBuilder, split: str | None) -> Any:
     """A split, or all splits by name, after downloading. Raises BadInput."""
     try:
         builder.download_and_prepare()
+        if split is not None and _is_sliced(split):  # now the numbers of rows are known
+            _check_slice(given, builder, split, list(builder.info.splits or ()))
         return builder.as_dataset(split)
+    except BadInput:
+        raise
     except Exception as error:  # as in `_builder`
         raise BadInput(f"dataset {given} cannot be loaded: {error.__cause__ or error}") from error

@@ -243,7 +243,7 @@ def _weights(data: str, key: Key = "data") -> list[tuple[str, float | None]]:
     found: list[tuple[str, float | None]] = []
     for part in (part.strip() for part in data.split(",")):
         name, colon, given = part.rpartition(":")
-        if not colon or "/" in given:
+        if not colon or "/" in given or "]" in given:  # of a URL, or of a slice of a split
             found.append((part, None))
             continue
         try:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
@@ -31,11 +32,21 @@ class Keys(Protocol):
     def eps(self) -> float: ...
 
 
-def asked_for(config: Keys, *, lr: float, momentum: float = 0.9) -> Factory:
+@dataclass(frozen=True)
+class Faster:
+    """Parameters with a learning rate of their own."""
+
+    ratio: float
+    """Their rate, as a multiple of `lr`."""
+    find: Callable[[], Iterable[torch.nn.Parameter]]
+    """Returns them. It is called when the optimizer is built: laying out a model can replace parameters."""
+
+
+def asked_for(config: Keys, *, lr: float, momentum: float = 0.9, faster: Faster | None = None) -> Factory:
     """The `factory` that a recipe's config asks for."""
     return factory(
         config.optimizer, lr=lr, weight_decay=config.weight_decay, decay_all=config.decay_all,
-        betas=config.betas, eps=config.eps, momentum=momentum,
+        betas=config.betas, eps=config.eps, momentum=momentum, faster=faster,
     )  # fmt: skip
 
 
@@ -48,6 +59,7 @@ def factory(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     momentum: float = 0.9,
+    faster: Faster | None = None,
 ) -> Factory:
     """A function that builds the optimizer for a list of parameters.
 
@@ -59,12 +71,25 @@ def factory(
         decay_all: whether weight decay also applies to norms and biases, see `groups`.
         betas: for adamw and adamw8bit, like `eps`.
         momentum: for sgd.
+        faster: parameters with another learning rate than `lr`; they are in the last groups.
 
     Raises:
         BadInput: the extra that provides it is not installed.
     """
     make = _of_groups(name, lr=lr, weight_decay=weight_decay, betas=betas, eps=eps, momentum=momentum)
-    return lambda ps: make(ps if decay_all or weight_decay == 0 else groups(ps))
+
+    def grouped(ps: Parameters) -> list[dict[str, Any]]:
+        return [{"params": ps}] if decay_all or weight_decay == 0 else groups(ps)
+
+    def build(ps: Parameters) -> torch.optim.Optimizer:
+        if faster is None or faster.ratio == 1:
+            return make(grouped(ps))
+        chosen = set(faster.find())
+        others = grouped([p for p in ps if p not in chosen])
+        own = grouped([p for p in ps if p in chosen])
+        return make([*others, *({**group, "lr": lr * faster.ratio} for group in own)])
+
+    return build
 
 
 def groups(parameters: Parameters) -> list[dict[str, Any]]:
@@ -72,12 +97,12 @@ def groups(parameters: Parameters) -> list[dict[str, Any]]:
 
     Either can be empty, so that all stages of a pipeline have the same groups.
     """
-    decayed = [p for p in parameters if _dimensions(p) > 1]
-    others = [p for p in parameters if _dimensions(p) <= 1]
+    decayed = [p for p in parameters if dimensions(p) > 1]
+    others = [p for p in parameters if dimensions(p) <= 1]
     return [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
 
 
-def _dimensions(parameter: torch.nn.Parameter) -> int:
+def dimensions(parameter: torch.nn.Parameter) -> int:
     """The number of dims of the whole parameter: DeepSpeed's partitioned parameters are empty vectors."""
     return len(getattr(parameter, "ds_shape", parameter.shape))
 

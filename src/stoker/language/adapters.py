@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from stoker import exports
+from stoker.engine import optimizers
 from stoker.engine.memory import TooLarge
 from stoker.errors import BadInput
 from stoker.language import hub, saved_adapters, targets
@@ -137,6 +138,20 @@ def loading(load: Load) -> Load:
                 _measure(layer)
 
     return both
+
+
+def faster(model: nn.Module, lora: Lora) -> optimizers.Faster:
+    """What learns at `lora.lr_ratio` times the learning rate (LoRA+): the B matrices.
+
+    As in peft's `create_loraplus_optimizer`, so does what has one dimension, such as DoRA's magnitudes. An
+    embedding's adapter does not: its A is what begins as zeros, and its B is random.
+    """
+
+    def found() -> list[nn.Parameter]:
+        named = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+        return [p for name, p in named if ".lora_B." in name or optimizers.dimensions(p) <= 1]
+
+    return optimizers.Faster(lora.lr_ratio, found)
 
 
 def _config(language: Language, lora: Lora) -> Any:

@@ -34,14 +34,18 @@ class Lora:
     """Scale by alpha / sqrt(rank), which suits large ranks (Kalajdzievski 2023, arXiv:2312.03732)."""
     dora: bool = False
     """Train the magnitude of each row as well as its direction (DoRA, Liu et al. 2024, arXiv:2402.09353)."""
+    lr_ratio: Annotated[float, Gt(0)] = 1.0
+    """Learning rate of the adapters' B matrices, as a multiple of lr, such as 16 (LoRA+, Hayou et al. 2024,
+    arXiv:2402.12354)."""
     adapter: str | None = None
     """An adapter to continue training, as a directory or hub id; rank, alpha and targets are the
     adapter's."""
 
     def __post_init__(self) -> None:
-        own = [name for name in _OF_AN_ADAPTER if getattr(self, name) != getattr(type(self), name)]
-        if own and not self.used:
-            said = ", ".join(f"lora.{name}" for name in own)
+        own = [name for name in _OF_AN_ADAPTER if self._is_given(name)]
+        given = [*own, *(["lr_ratio"] if self._is_given("lr_ratio") else [])]
+        if given and not self.used:
+            said = ", ".join(f"lora.{name}" for name in given)
             raise ValueError(
                 f"{said} without lora.rank: with rank 0 every weight is trained, without adapters. Set "
                 f"lora.rank, such as 16, or omit {said}"
@@ -71,6 +75,9 @@ class Lora:
     def trained_whole(self) -> tuple[str, ...]:
         """The names of `modules_to_save`."""
         return _split(self.modules_to_save)
+
+    def _is_given(self, name: str) -> bool:
+        return bool(getattr(self, name) != getattr(type(self), name))
 
     @property
     def _targets(self) -> tuple[str, ...]:

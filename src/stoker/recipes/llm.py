@@ -54,7 +54,7 @@ class Config(Training):
     data: Weighted = "python-docs"
     """Texts, prompt-completion pairs or conversations: python-docs or python-docs-qa (built in), a .jsonl,
     .json, .csv, .txt or .parquet file, a folder of these, a URL such as s3://..., or a hub dataset: org/name,
-    org/name@revision, org/name#config/split. Several sources with weights: a:3,b:1."""
+    org/name@revision, org/name#config/split, org/name#/train[:20%]. Several sources with weights: a:3,b:1."""
     validation_data: Names | None = None
     """Like data: evaluated during training instead of the share `validation` of data. With several sources,
     a,b, each has a separate loss."""
@@ -361,7 +361,7 @@ def train(run: Run, config: Config) -> None:
         trainer = Trainer(
             run,
             model,
-            optimizer=optimizers.asked_for(config, lr=lr),
+            optimizer=optimizers.asked_for(config, lr=lr, faster=adapters.faster(model, config.lora)),
             inputs=called.inputs,
             loss=called.loss,
             schedule=schedule.build(config.schedule, warmup=config.warmup, floor=config.min_lr),

@@ -40,7 +40,8 @@ class Config(Training):
     """Dropout of a new model; default: 0.1."""
     data: str = "python-docstrings"
     """python-docstrings (built in: which part of the library is a docstring from?), a .jsonl, .csv or
-    .parquet file, a folder of these, or a hub dataset: org/name, org/name@revision, org/name#config."""
+    .parquet file, a folder of these, or a hub dataset: org/name, org/name@revision, org/name#config,
+    org/name#/train[:20%]."""
     text_column: str = "text"
     """Name of the field with the text."""
     label_column: str = "label"
