@@ -27,6 +27,8 @@ from support import SOAK
 STEPS = 20 if SOAK else 12
 """More than an epoch, which has 8."""
 
+LAYERS = 4 if SOAK else 2
+
 VOCABULARY = 64
 
 
@@ -55,11 +57,11 @@ class Images(Dataset[Any]):
         return torch.randn(3, 16, 16, generator=made) + index % 4, index % 4
 
 
-def llama(tied: bool = False, dropout: float = 0.0) -> nn.Module:
+def llama(tied: bool = False, dropout: float = 0.0, layers: int = 4) -> nn.Module:
     seed_everything(0)
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=4,
+            vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=layers,
             num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=tied, attention_dropout=dropout,
         )
     )  # fmt: skip
@@ -96,6 +98,7 @@ def train(
     batch_size: int = 8,
     lr: float = 1e-3,
     dropout: float = 0.0,
+    layers: int = LAYERS,
     die_at: int | None = None,
     evaluate_at: int | None = None,
 ) -> tuple[list[float], dict[str, torch.Tensor]]:
@@ -109,7 +112,7 @@ def train(
     with Run("test", name, runs=folder) as run:
         trainer = Trainer(
             run,
-            llama(dropout=dropout) if language else resnet(),
+            llama(dropout=dropout, layers=layers) if language else resnet(),
             optimizer=lambda p: torch.optim.AdamW(p, lr=lr, weight_decay=0.1, fused=True),
             inputs=inputs if language else lambda batch: {"pixel_values": batch[0]},
             loss=token_loss if language else image_loss,
@@ -143,7 +146,7 @@ def decaying(
     `frozen`: what has one dimension is not trained, as where there are adapters.
     """
     warnings.simplefilter("ignore")
-    model = llama()
+    model = llama(layers=LAYERS)
     for p in model.parameters():
         p.requires_grad_(p.dim() > 1 or not frozen)
     with Run("test", name, runs=folder) as run:
@@ -164,7 +167,7 @@ def by_name(
     lr = 0.1 if optimizer == "sgd" else 0.01
     with Run("test", name, runs=folder) as run:
         trainer = Trainer(
-            run, llama(), optimizer=optimizers.factory(optimizer, lr=lr, weight_decay=0.1),
+            run, llama(layers=LAYERS), optimizer=optimizers.factory(optimizer, lr=lr, weight_decay=0.1),
             inputs=inputs, loss=token_loss, training=Training(**{"precision": "fp32", **built(settings)}),
         )  # fmt: skip
         losses = []
@@ -185,11 +188,11 @@ def built(settings: dict[str, Any]) -> dict[str, Any]:
 def gradient(folder: Path, name: str, settings: dict[str, Any]) -> dict[str, torch.Tensor]:
     """What one step of plain SGD with a rate of 1 takes from the weights, on rank 0: the gradient."""
     warnings.simplefilter("ignore")
-    before = {n: p.detach().clone() for n, p in llama().named_parameters()}
+    before = {n: p.detach().clone() for n, p in llama(layers=LAYERS).named_parameters()}
     with Run("test", name, runs=folder) as run:
         trainer = Trainer(
-            run, llama(), optimizer=lambda p: torch.optim.SGD(p, lr=1.0), inputs=inputs, loss=token_loss,
-            training=Training(**{"precision": "fp32", **built(settings)}),
+            run, llama(layers=LAYERS), optimizer=lambda p: torch.optim.SGD(p, lr=1.0), inputs=inputs,
+            loss=token_loss, training=Training(**{"precision": "fp32", **built(settings)}),
         )  # fmt: skip
         for batch in trainer.steps(trainer.loader(Rows(), batch_size=8, shuffle=False), max_steps=1):
             trainer.step(batch)
@@ -209,8 +212,8 @@ def with_a_bad_gradient(folder: Path, name: str, settings: dict[str, Any]) -> li
             return total, weight
 
         trainer = Trainer(
-            run, llama(), optimizer=lambda p: torch.optim.AdamW(p, lr=1e-3), inputs=inputs, loss=loss,
-            training=Training(**{"precision": "fp32", "on_bad_loss": "skip", **built(settings)}),
+            run, llama(layers=LAYERS), optimizer=lambda p: torch.optim.AdamW(p, lr=1e-3), inputs=inputs,
+            loss=loss, training=Training(**{"precision": "fp32", "on_bad_loss": "skip", **built(settings)}),
         )  # fmt: skip
         losses, weights = [], []
         for batch in trainer.steps(trainer.loader(Rows(), batch_size=8), max_steps=6):
@@ -310,7 +313,7 @@ def of_several_updates(folder: Path) -> tuple[list[int], list[bool], dict[str, f
 
 def plain_gradient() -> dict[str, torch.Tensor]:
     """The same in plain PyTorch: the gradient of the mean over the tokens of the first eight rows."""
-    model = llama()
+    model = llama(layers=LAYERS)
     batch = torch.utils.data.default_collate([Rows()[i] for i in range(8)])
     total, weight = token_loss(model(**inputs(batch)), batch)
     (total / weight).backward()

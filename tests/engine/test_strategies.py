@@ -10,7 +10,7 @@ import strategies_run
 import torch
 from stoker.run import view
 from stoker.run.directory import RunDirectory
-from strategies_run import STEPS
+from strategies_run import LAYERS, STEPS
 
 import ranks
 from support import SOAK
@@ -75,6 +75,12 @@ def alone(folder: Path) -> Trained:
 
 
 @pytest.fixture(scope="module")
+def deep_alone(folder: Path) -> Trained:
+    """The same of a model that has a layer for each of four stages."""
+    return _train(folder, "deep-alone", 1, "llama", {}, layers=4)[0]
+
+
+@pytest.fixture(scope="module")
 def averaged_alone(folder: Path) -> Trained:
     """The single process, with an average of the weights that is what is evaluated and exported."""
     return _train(folder, "averaged", 1, "llama", {"ema": {"decay": 0.9}}, steps=8, evaluate_at=5)[0]
@@ -89,12 +95,15 @@ def _assert_same(found: Trained, expected: Trained, *, losses: float, weights: f
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_a_strategy_has_the_curve_and_the_weights_of_one_process(
-    name: str, folder: Path, alone: Trained
+    name: str, folder: Path, request: pytest.FixtureRequest
 ) -> None:
     size, settings = STRATEGIES[name]
-    _assert_same(_train(folder, name, size, "llama", settings)[0], alone, losses=1e-5, weights=1e-4)
+    same, layers = ("deep_alone", 4) if "interleaved" in name else ("alone", LAYERS)
+    alone = request.getfixturevalue(same)
+    found = _train(folder, name, size, "llama", settings, layers=layers)[0]
+    _assert_same(found, alone, losses=1e-5, weights=1e-4)
     norms, epochs = _logged(folder, name)
-    assert norms == pytest.approx(_logged(folder, "alone")[0], rel=1e-3)
+    assert norms == pytest.approx(_logged(folder, same.replace("_", "-"))[0], rel=1e-3)
     assert epochs == [step * 8 / 64 for step in range(1, STEPS + 1)]
 
 
@@ -124,7 +133,7 @@ def test_weight_decay_leaves_out_norms_under_every_strategy(name: str, frozen: b
         )[0]  # fmt: skip
 
     with_decay, without = weights("decay", 0.9, 1), weights("none", 0.0, 1)
-    names = {n for n, p in strategies_run.llama().named_parameters() if p.dim() > 1}
+    names = {n for n, p in strategies_run.llama(layers=LAYERS).named_parameters() if p.dim() > 1}
     moved = {n for n in without if not torch.allclose(with_decay[n], without[n], rtol=0, atol=1e-5)}
     assert moved == names
 
@@ -180,13 +189,14 @@ ON_A_CPU = EVERY if SOAK else FEW
 @pytest.mark.soak
 @pytest.mark.parametrize(("name", "precision"), ON_A_CPU)
 def test_half_precision_stays_near_the_curve_of_fp32(
-    name: str, precision: str, folder: Path, alone: Trained
+    name: str, precision: str, folder: Path, deep_alone: Trained
 ) -> None:
     size, settings = STRATEGIES.get(name, (1, {}))
-    found = _train(folder, f"{name}-{precision}", size, "llama", {**settings, "precision": precision})[0]
-    assert found[0] == pytest.approx(alone[0], rel=HALF[precision])
+    settings = {**settings, "precision": precision}
+    found = _train(folder, f"{name}-{precision}", size, "llama", settings, layers=4)[0]
+    assert found[0] == pytest.approx(deep_alone[0], rel=HALF[precision])
     lr, steps = 1e-3, STEPS
-    for key, tensor in alone[1].items():
+    for key, tensor in deep_alone[1].items():
         assert (found[1][key].float() - tensor).abs().max() < lr * steps / 4, key
 
 
