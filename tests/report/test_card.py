@@ -17,7 +17,8 @@ def _run(folder: Path) -> RunView:
     directory.create({
         "uid": "u", "id": "a", "experiment": "llm", "seed": 7, "recipe": {"name": "llm"},
         "config": {
-            "model": "org/base", "data": "org/chats,mine.jsonl", "lr": 0.1, "test": 0.05, "validation": 0.1
+            "model": "org/base", "data": "org/chats@v1#main/train[:20%]:3,mine.jsonl:1,org/chats:1",
+            "lr": 0.1, "test": 0.05, "validation": 0.1,
         },
         "sources": {"lr": "command line"}, "command": ["/x/stoker", "train", "llm", "lr=0.1"],
     })  # fmt: skip

@@ -23,7 +23,7 @@ PICTURE = "curves.png"
 _EVALUATIONS = 12  # rows of the table of evaluations
 _VERSIONS = ("torch", "transformers", "peft", "tokenizers", "safetensors")
 _USES = {"validation": "for validation", "test": "for testing"}
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(@[^#]+)?(#.*)?")  # with a revision, and a dataset's config and split
 _KINDS = {
     "text-generation": "A causal language model",
     "text-classification": "A text classifier",
@@ -92,18 +92,24 @@ def text(view: RunView, about: About, *, picture: bool) -> str:
 def _metadata(view: RunView, about: About) -> str:
     from huggingface_hub import ModelCardData
 
-    hub_sets = [name for name in _sources(view) if _HUB_ID.fullmatch(name) and not Path(name).exists()]
-    base = about.base if about.base and _HUB_ID.fullmatch(about.base) else None
+    hub_sets = [_on_hub(name) for name in _sources(view) if not Path(name).exists()]
+    base = _on_hub(about.base or "")
     adapter = about.kind == "adapter"
     metadata = ModelCardData(
         base_model=base,
         base_model_relation=("adapter" if adapter else "finetune") if base else None,
-        datasets=hub_sets or None,
+        datasets=list(dict.fromkeys(name for name in hub_sets if name)) or None,
         library_name="peft" if adapter else "transformers" if about.task else None,
         pipeline_tag=about.task,
         tags=["stoker", *(["lora"] if adapter or about.merged else [])],
     )
     return str(metadata.to_yaml())
+
+
+def _on_hub(name: str) -> str | None:
+    """The id that the hub links to; None for a name that is none of the hub's."""
+    found = _HUB_ID.fullmatch(name)
+    return found[1] if found else None
 
 
 def _summary(view: RunView, about: About) -> str:
