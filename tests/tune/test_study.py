@@ -141,7 +141,7 @@ def test_the_rest_of_a_trial_is_drawn_as_it_would_have_been(
     sampler: str, drawn_before: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A controller is killed between two values of a trial, which a database keeps one by one."""
-    numbers = ", ".join(map(str, range(100)))
+    numbers = ", ".join(map(str, range(30)))
     space = parse([f"{name}=[{numbers}]" for name in "xyz"], Three)
 
     def entries(name: str) -> tuple[optuna.Study, Entries]:
