@@ -457,6 +457,7 @@ def _lines(*records: object) -> str:
         (None, ["max_steps=10min"], "is a time, which differs"),
         (None, ["streaming=true", "data_share=0.5"], "data_share=0.5 with streaming=true"),
         (None, ["model=emptydir"], "has no config.json"),
+        (None, ["model=adapterdir"], "lora.adapter="),
         (None, ["model=./nowhere"], "is not a directory"),
         (None, ["model=tiny2"], "did you mean 'tiny'"),
         (None, ["lora.adapter=emptydir"], "has no adapter_config.json"),
@@ -469,6 +470,8 @@ def test_bad_input_ends_with_2_and_leaves_no_run(
     stoker: Callable[..., Any], tmp_path: Path, content: str | None, overrides: list[str], said: str
 ) -> None:
     (tmp_path / "emptydir").mkdir()
+    (tmp_path / "adapterdir").mkdir()
+    (tmp_path / "adapterdir" / "adapter_config.json").write_text("{}")
     if content is not None:
         (tmp_path / "d.jsonl").write_text(content)
     done = stoker("train", "llm", *overrides, "--json")

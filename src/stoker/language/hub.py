@@ -318,7 +318,9 @@ def read_json(folder: Path, name: str, what: str) -> dict[str, Any]:
         content = json.loads((folder / name).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         held = ", ".join(sorted(p.name for p in folder.glob("*"))[:8]) or "nothing"
-        raise BadInput(f"{what} directory {folder} has no {name}; it contains {held}") from error
+        adapter = what == "model" and (folder / exports.ADAPTER).is_file()
+        hint = f": it is an adapter; give lora.adapter={folder}, and its base as model=" if adapter else ""
+        raise BadInput(f"{what} directory {folder} has no {name}; it contains {held}{hint}") from error
     except (OSError, ValueError) as error:
         raise BadInput(f"{folder / name} cannot be read: {error}") from error
     if not isinstance(content, dict):
