@@ -147,7 +147,7 @@ _SAME = {
     "dataset_split": "split train_split",
     "model_revision": "revision",
     "eos_token": "bos_token pad_token unk_token",
-    "label_smoothing_factor": ("fp8 init_lora_weights load_in_8bit peft_init_lora_weights roles_to_train"),
+    "label_smoothing_factor": "fp8 init_lora_weights load_in_8bit peft_init_lora_weights roles_to_train",
     "logging_steps": "log_every_n_steps log_interval logging_strategy",
     "num_processes": "devices gpus n_gpus nproc nproc_per_node num_gpus",
     "num_machines": "nnodes num_nodes",
