@@ -8,6 +8,7 @@ import fcntl
 import logging
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -111,7 +112,8 @@ def test_ranks_that_stand_still_leave_their_stacks_and_are_started_again(
         "--nproc", "2", "--name", "a", "--max-restarts", "1",
     )  # fmt: skip
     assert done.code == 0, done.err
-    assert "2 ranks hang: no progress after step 19 for" in done.err
+    # Rank 0 waits for rank 1 from a moment later on, and may be within the limit when that is over it.
+    assert re.search(r"(2 ranks hang|rank 1 hangs): no progress after step 19 for", done.err), done.err
     slept, stepped = (_line_of(text) for text in ("time.sleep(600)", "trainer.step(batch)"))
     assert f"rank 1 at ranked.py:{slept}" in done.err
     assert f"rank 0 at ranked.py:{stepped} (in step)" in done.err
