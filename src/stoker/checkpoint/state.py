@@ -183,7 +183,7 @@ def restore_groups(
     before = [[n for n in group["params"] if n not in elsewhere] for group in saved]
     left_out = {"params"}
     if [set(group) for group in names] != [set(group) for group in before]:
-        left_out |= _compare_regrouped(names, before, built, then)
+        left_out |= _regrouped_by(names, before, built, then)
         _say_regrouped(names, before, built, then)
         saved, then = [saved[0]] * len(names), [then[0]] * len(names)
     built, then = ([*made, *({} for _ in saved[len(made) :])] for made in (built, then))
@@ -193,9 +193,7 @@ def restore_groups(
         group.update({k: as_before(group.get(k), v) for k, v in changed.items()})
 
 
-def _compare_regrouped(
-    names: list[list[str]], before: list[list[str]], built: Groups, then: Groups
-) -> set[str]:
+def _regrouped_by(names: list[list[str]], before: list[list[str]], built: Groups, then: Groups) -> set[str]:
     """The hyperparameters that groups differ by: weight decay, and learning rates if there are several.
 
     Raises StokerError if they differ by more.

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import stoker
+from stoker.data import hub_datasets
 from stoker.progress import clock
 from stoker.report import curve_image, facts, performance, plots
 from stoker.reproduce import packages
@@ -23,7 +24,7 @@ PICTURE = "curves.png"
 _EVALUATIONS = 12  # rows of the table of evaluations
 _VERSIONS = ("torch", "transformers", "peft", "tokenizers", "safetensors")
 _USES = {"validation": "for validation", "test": "for testing"}
-_HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(@[^#]+)?(#.*)?")  # with a revision, and a dataset's config and split
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _KINDS = {
     "text-generation": "A causal language model",
     "text-classification": "A text classifier",
@@ -107,9 +108,9 @@ def _metadata(view: RunView, about: About) -> str:
 
 
 def _on_hub(name: str) -> str | None:
-    """The id that the hub links to; None for a name that is none of the hub's."""
-    found = _HUB_ID.fullmatch(name)
-    return found[1] if found else None
+    """The id that the hub links to, without revision, config or split; None if it is none of the hub's."""
+    bare = hub_datasets.parse(name).name
+    return bare if _HUB_ID.fullmatch(bare) else None
 
 
 def _summary(view: RunView, about: About) -> str:
