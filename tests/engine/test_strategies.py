@@ -147,7 +147,7 @@ BY_SHARDS = ("fsdp", "pipeline-x-fsdp", *(("fsdp-hybrid", "ddp", "1f1b") if SOAK
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("optimizer", ["sgd", "adafactor"])
+@pytest.mark.parametrize("optimizer", ["adafactor", "muon", *(("sgd",) if SOAK else ())])
 def test_every_optimizer_has_the_curve_of_one_process_and_goes_on_under_another_strategy(
     optimizer: str, tmp_path: Path
 ) -> None:
@@ -165,7 +165,11 @@ def test_every_optimizer_has_the_curve_of_one_process_and_goes_on_under_another_
 
 @pytest.mark.parametrize(
     ("optimizer", "said"),
-    [("adafactor", "needs the rows and columns"), ("adamw8bit", "with 8-bit states")],
+    [
+        ("adafactor", "Adafactor needs the rows and columns"),
+        ("muon", "Muon needs the rows and columns"),
+        ("adamw8bit", "with 8-bit states"),
+    ],
 )
 def test_an_optimizer_that_deepspeed_would_make_another_is_refused(
     optimizer: str, said: str, tmp_path: Path

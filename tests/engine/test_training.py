@@ -337,7 +337,7 @@ def test_memory_that_runs_out_later_makes_an_automatic_micro_batch_smaller(
 
 
 @pytest.mark.parametrize(
-    ("name", "expected"), [("adamw", 8), ("sgd", 4), ("adamw8bit", 2.1), ("adafactor", 0.031)]
+    ("name", "expected"), [("adamw", 8), ("muon", 4), ("sgd", 4), ("adamw8bit", 2.1), ("adafactor", 0.031)]
 )
 @pytest.mark.filterwarnings("ignore")
 def test_memory_that_an_optimizer_is_going_to_take_is_known(name: Any, expected: float) -> None:
@@ -453,7 +453,7 @@ def test_wsd_is_stable_and_then_goes_down() -> None:
     assert factor(4, 100) < 0.5
 
 
-@pytest.mark.parametrize("name", ["adamw", "sgd", "adafactor", "adamw8bit"])
+@pytest.mark.parametrize("name", ["adamw", "muon", "sgd", "adafactor", "adamw8bit"])
 @pytest.mark.filterwarnings("ignore")
 def test_weight_decay_shrinks_matrices_alone_unless_all_is_asked_for(name: Any) -> None:
     for decay_all in (False, True):
@@ -467,7 +467,7 @@ def test_weight_decay_shrinks_matrices_alone_unless_all_is_asked_for(name: Any) 
         assert (float(vector.detach().max()) < 1) == decay_all
 
 
-@pytest.mark.parametrize("name", ["adamw", "sgd", "adafactor", "adamw8bit"])
+@pytest.mark.parametrize("name", ["adamw", "muon", "sgd", "adafactor", "adamw8bit"])
 @pytest.mark.filterwarnings("ignore")
 def test_every_optimizer_brings_the_loss_down_and_resumes(name: Any, open_run: Callable[..., Run]) -> None:
     def train(run: Run, steps: int) -> list[float]:

@@ -133,6 +133,33 @@ def test_weights_are_trained_by_patterns_of_their_names(
     assert all(any(name.startswith(one) for name in names) for one in trained)
 
 
+@pytest.mark.parametrize(
+    ("family", "ends"),
+    [
+        ("llama", {"embed_tokens", "lm_head"}),
+        ("qwen2", {"embed_tokens"}),  # tied
+        ("gpt2", {"wte", "wpe"}),
+        ("qwen3_moe", {"embed_tokens", "lm_head"}),
+    ],
+)
+def test_what_is_hidden_is_all_but_the_ends(family: str, ends: set[str]) -> None:
+    model = families.model(family)
+    named = {id(p): name for name, p in model.named_parameters()}
+    hidden = {named[id(p)] for p in targets.hidden(model)}
+    assert {name.rpartition(".")[0].rpartition(".")[2] for name in {*named.values()} - hidden} == ends
+
+
+def test_adapters_of_the_ends_are_no_hidden_ones() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    lora = LoraConfig(target_modules=["q_proj", "embed_tokens", "lm_head"], r=2)
+    model = get_peft_model(families.model("llama"), lora)
+    adapters = [n for n, p in model.named_parameters() if p.requires_grad]
+    hidden = {id(p) for p in targets.hidden(model)}
+    found = {n for n, p in model.named_parameters() if n in adapters and id(p) in hidden}
+    assert found == {name for name in adapters if ".q_proj." in name}
+
+
 def test_a_pattern_that_is_in_no_name_is_refused_with_those_that_there_are() -> None:
     with pytest.raises(BadInput, match=r"no weight's name matches 'lm_haed'; did you mean 'lm_head'"):
         targets.train_only(families.model("llama"), ["layers", "lm_haed"])

@@ -114,7 +114,8 @@ class Change:
     def _moments(self) -> float:
         """Bytes that the optimizers keep per weight."""
         try:
-            return max(map(rehearsal.kept_for_each, self._step.optimizers.values()))
+            optimizers = self._step.optimizers.values()
+            return max(kept for o in optimizers for _, kept in rehearsal.kept_for_each(o))
         except Exception:  # for example, of an optimizer that wraps another
             return memory.MOMENTS
 

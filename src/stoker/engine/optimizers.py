@@ -9,11 +9,13 @@ from typing import Any, Literal, Protocol
 
 import torch
 from stoker.engine.adafactor import Adafactor
+from stoker.engine.muon import Muon
 from stoker.errors import BadInput
 from torch.distributed.tensor import DTensor
 
-Name = Literal["adamw", "sgd", "adafactor", "adamw8bit"]
+Name = Literal["adamw", "muon", "sgd", "adafactor", "adamw8bit"]
 Parameters = list[torch.nn.Parameter]
+Find = Callable[[], Iterable[torch.nn.Parameter]]
 Factory = Callable[[Parameters], torch.optim.Optimizer]
 
 
@@ -38,15 +40,22 @@ class Faster:
 
     ratio: float
     """Their rate, as a multiple of `lr`."""
-    find: Callable[[], Iterable[torch.nn.Parameter]]
+    find: Find
     """Returns them. It is called when the optimizer is built: laying out a model can replace parameters."""
 
 
-def asked_for(config: Keys, *, lr: float, momentum: float = 0.9, faster: Faster | None = None) -> Factory:
+def asked_for(
+    config: Keys,
+    *,
+    lr: float,
+    momentum: float = 0.9,
+    faster: Faster | None = None,
+    hidden: Find | None = None,
+) -> Factory:
     """The `factory` that a recipe's config asks for."""
     return factory(
         config.optimizer, lr=lr, weight_decay=config.weight_decay, decay_all=config.decay_all,
-        betas=config.betas, eps=config.eps, momentum=momentum, faster=faster,
+        betas=config.betas, eps=config.eps, momentum=momentum, faster=faster, hidden=hidden,
     )  # fmt: skip
 
 
@@ -60,26 +69,37 @@ def factory(
     eps: float = 1e-8,
     momentum: float = 0.9,
     faster: Faster | None = None,
+    hidden: Find | None = None,
 ) -> Factory:
     """A function that builds the optimizer for a list of parameters.
 
-    adamw: Loshchilov & Hutter 2019 (arXiv:1711.05101), fused. sgd: with Nesterov momentum, fused.
+    adamw: Loshchilov & Hutter 2019 (arXiv:1711.05101), fused. muon: see `engine.muon`. sgd: with Nesterov
+    momentum, fused.
     adafactor: Shazeer & Stern 2018 (arXiv:1804.04235). adamw8bit: block-wise 8-bit states, Dettmers
     et al. 2022 (arXiv:2110.02861), from torchao or bitsandbytes.
 
     Args:
         decay_all: whether weight decay also applies to norms and biases, see `groups`.
-        betas: for adamw and adamw8bit, like `eps`.
+        betas: for adamw, adamw8bit and what muon does not orthogonalise, like `eps`.
         momentum: for sgd.
         faster: parameters with another learning rate than `lr`; they are in the last groups.
+        hidden: returns what muon orthogonalises, and is called as `Faster.find` is; by default everything of
+            two or three dims.
 
     Raises:
         BadInput: the extra that provides it is not installed.
     """
     make = _of_groups(name, lr=lr, weight_decay=weight_decay, betas=betas, eps=eps, momentum=momentum)
 
-    def grouped(ps: Parameters) -> list[dict[str, Any]]:
+    def decayed(ps: Parameters) -> list[dict[str, Any]]:
         return [{"params": ps}] if decay_all or weight_decay == 0 else groups(ps)
+
+    def grouped(ps: Parameters) -> list[dict[str, Any]]:
+        if name != "muon":
+            return decayed(ps)
+        chosen = {p for p in (ps if hidden is None else hidden()) if dimensions(p) in (2, 3)}
+        matrices = {"params": [p for p in ps if p in chosen], "orthogonal": True}
+        return [matrices, *decayed([p for p in ps if p not in chosen])]
 
     def build(ps: Parameters) -> torch.optim.Optimizer:
         if faster is None or faster.ratio == 1:
@@ -114,6 +134,8 @@ def _of_groups(
         return lambda ps: torch.optim.AdamW(
             ps, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=_fusable(ps)
         )
+    if name == "muon":
+        return lambda ps: Muon(ps, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=_fusable(ps))
     if name == "sgd":
         nesterov = momentum > 0
         return lambda ps: torch.optim.SGD(

@@ -68,22 +68,27 @@ def state_to_come(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     """Memory as large as the state that an optimizer has yet to create, on its parameters' devices."""
     if optimizer.state:
         return []
-    kept = kept_for_each(optimizer)
-    held = [local(p) for group in optimizer.param_groups for p in group["params"]]
-    return [torch.zeros(int(p.numel() * kept), dtype=torch.uint8, device=p.device).fill_(1) for p in held]
+    held = [(local(p), kept) for group, kept in kept_for_each(optimizer) for p in group["params"]]
+    return [
+        torch.zeros(int(p.numel() * kept), dtype=torch.uint8, device=p.device).fill_(1) for p, kept in held
+    ]
 
 
-def kept_for_each(optimizer: torch.optim.Optimizer) -> float:
-    """Bytes that an optimizer keeps per element of a large parameter.
+def kept_for_each(optimizer: torch.optim.Optimizer) -> list[tuple[dict[str, Any], float]]:
+    """An optimizer's groups, each with the bytes that it keeps per element of a large parameter.
 
     Measured with a step on a small, separate parameter.
     """
+    return [(group, _kept(optimizer, group)) for group in optimizer.param_groups if group["params"]]
+
+
+def _kept(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> float:
     small = torch.nn.Parameter(torch.zeros(256, 256))
     small.grad = torch.zeros_like(small)
     twin = object.__new__(type(optimizer))  # copy.copy omits attributes that a subclass adds
     twin.__dict__.update(optimizer.__dict__)
     twin.state = collections.defaultdict(dict)
-    twin.param_groups = [{**optimizer.param_groups[0], "params": [small], "fused": None}]
+    twin.param_groups = [{**group, "params": [small], "fused": None}]
     twin.step()
     held = memory.held(t for t in twin.state[small].values() if isinstance(t, torch.Tensor))
     return held / small.numel()

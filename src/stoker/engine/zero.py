@@ -289,10 +289,10 @@ _BUCKET = 500_000_000  # elements, DeepSpeed's default; it allocates as much mem
 
 def _check_optimizer(made: torch.optim.Optimizer) -> None:
     """Raises BadInput for optimizers that DeepSpeed cannot use, as it flattens all parameters."""
-    if isinstance(made, torch.optim.Adafactor):
+    if isinstance(made, torch.optim.Adafactor) or type(made).__name__ == "Muon":
         raise BadInput(
-            "parallel=deepspeed flattens all parameters into one vector, but Adafactor needs the rows and "
-            "columns of matrices: use parallel=fsdp, or optimizer=adamw"
+            f"parallel=deepspeed flattens all parameters into one vector, but {type(made).__name__} needs "
+            "the rows and columns of matrices: use parallel=fsdp, or optimizer=adamw"
         )
     if type(made).__module__.startswith(("torchao.", "bitsandbytes.")):
         raise BadInput(

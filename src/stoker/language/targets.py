@@ -76,6 +76,14 @@ def experts(model: Any) -> dict[str, nn.Parameter]:
     }
 
 
+def hidden(model: Any) -> list[nn.Parameter]:
+    """The weights between a model's ends: all but embeddings, convolutions, the head, and their adapters."""
+    head = model.get_output_embeddings()
+    ends = [m for m in model.modules() if m is head or isinstance(m, (nn.Embedding, _ConvNd))]
+    others = {p for module in ends for p in module.parameters()}
+    return [p for n, p in model.named_parameters() if p not in others and ".lora_embedding_" not in n]
+
+
 def resolve(model: Any, lora: Lora) -> tuple[list[str], list[str]]:
     """What new adapters are put on: the names of modules, and of experts' weights, as peft takes them.
 

@@ -111,8 +111,9 @@ class Config(Training):
     """AdamW's decoupled weight decay."""
     decay_all: bool = False
     """Also apply weight decay to norms, biases and all other one-dimensional parameters."""
-    optimizer: Literal["adamw", "sgd", "adafactor", "adamw8bit"] = "adamw"
-    """AdamW, SGD with momentum, Adafactor, or AdamW with 8-bit states (extra `quantisation`)."""
+    optimizer: Literal["adamw", "muon", "sgd", "adafactor", "adamw8bit"] = "adamw"
+    """AdamW, Muon, SGD with momentum, Adafactor, or AdamW with 8-bit states (extra `quantisation`). Muon
+    takes the matrices between the embeddings and the head, at the same learning rate, and AdamW the rest."""
     betas: Betas = (0.9, 0.95)
     """Decay rates of AdamW's moving averages of the gradient and of its square (also with 8-bit states)."""
     eps: Annotated[float, Gt(0)] = 1e-8
@@ -317,6 +318,7 @@ def train(run: Run, config: Config) -> None:
         flops,
         generation,
         perplexity,
+        targets,
     )  # fmt: skip
     from stoker.loop import Trainer, computed_in
 
@@ -361,7 +363,12 @@ def train(run: Run, config: Config) -> None:
         trainer = Trainer(
             run,
             model,
-            optimizer=optimizers.asked_for(config, lr=lr, faster=adapters.faster(model, config.lora)),
+            optimizer=optimizers.asked_for(
+                config,
+                lr=lr,
+                faster=adapters.faster(model, config.lora),
+                hidden=functools.partial(targets.hidden, model),
+            ),
             inputs=called.inputs,
             loss=called.loss,
             schedule=schedule.build(config.schedule, warmup=config.warmup, floor=config.min_lr),
