@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import fcntl
+import importlib
 import multiprocessing
 import os
 import pickle
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import forkserver, reduction, util
 from multiprocessing.context import ForkServerProcess
@@ -51,16 +53,24 @@ _begun_with: dict[str, str] = {}
 
 def fits(environment: Mapping[str, str]) -> bool:
     """Whether a command in an environment would import as the server has."""
-    return _at_import(environment) == _begun_with
+    return _beginning(environment, "PYTHON") == _beginning(_begun_with, "PYTHON")
 
 
-def _at_import(environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables that are looked at when modules are imported; a test's Ray sets one that is not."""
+def _beginning(environment: Mapping[str, str], prefix: str) -> dict[str, str]:
+    """The variables with a prefix, which are looked at on import; a test's Ray sets one that is not."""
     return {
         name: value
         for name, value in environment.items()
-        if name.startswith(("PYTHON", "HF_")) and name != "PYTHONBREAKPOINT"
+        if name.startswith(prefix) and name != "PYTHONBREAKPOINT"
     }
+
+
+def _take_hub_of(environment: Mapping[str, str]) -> None:
+    """Have this process use the hub that its environment names: its client read that when it was imported."""
+    if _beginning(environment, "HF_") != _beginning(_begun_with, "HF_"):
+        from huggingface_hub import constants
+
+        importlib.reload(constants)
 
 
 def start() -> None:
@@ -70,7 +80,7 @@ def start() -> None:
     os.environ.update(
         store.QUIET, DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", STOKER_SINKS="none", HF_HUB_OFFLINE="1"
     )
-    _begun_with.update(_at_import(os.environ))
+    _begun_with.update(os.environ)
     CONTEXT.set_forkserver_preload(_MODULES)
     kept, nowhere = [os.dup(1), os.dup(2)], os.open(os.devnull, os.O_WRONLY)
     for number in (1, 2):  # what is imported has much to say
@@ -229,10 +239,12 @@ def _command(
     from stoker import __main__
 
     os.setpgid(0, 0)  # of its own, so that a test can signal all of it
+    atexit.unregister(weakref.finalize._exitfunc)  # torch's libraries are freed with the process
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
     tempfile.tempdir = None  # as its environment says
+    _take_hub_of(environment)
     exec(first, {})
     util.spawnv_passfds = Spare().spawn
     sys.argv = [str(__main__.__file__), *arguments]

@@ -367,6 +367,31 @@ def test_the_hash_of_a_package_is_of_what_is_the_same_everywhere(
     assert hashes("three", "b") != hashes("four", "a")
 
 
+def test_a_package_is_read_again_only_if_its_list_of_files_has_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "place" / "thing.dist-info"
+    folder.mkdir(parents=True)
+    monkeypatch.setattr(sys, "path", [str(folder.parent)])
+    monkeypatch.setenv("STOKER_CACHE", str(tmp_path / "cache"))
+
+    def locked() -> str:
+        return packages.lock(packages.installed())
+
+    (folder / "METADATA").write_text("Name: thing\nVersion: 1.0\n")
+    (folder / "RECORD").write_text("thing.py,sha256=a,1\n")
+    first = locked()
+    assert "thing==1.0" in first
+    (folder / "METADATA").write_text("Name: thing\nVersion: 2.0\n")
+    assert locked() == first
+    (folder / "RECORD").write_text("thing.py,sha256=other,1\n")
+    assert "thing==2.0" in locked()
+    (folder / "direct_url.json").write_text('{"url": "https://me:hunter22@h/thing.whl"}')
+    (folder / "RECORD").write_text("thing.py,sha256=another,1\n")
+    assert "thing @ https://me:[REDACTED]@h/thing.whl" in locked()
+    assert "hunter22" not in (tmp_path / "cache" / "packages.json").read_text()
+
+
 def test_what_was_not_installed_from_an_index_stands_with_its_origin() -> None:
     found = packages.lock([
         packages.Package("a", "1.0", "abc", {"url": "https://h/a.whl", "archive_info": {}}),

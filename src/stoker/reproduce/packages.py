@@ -43,18 +43,22 @@ class Package:
 def installed() -> list[Package]:
     """All installed distributions (of duplicates, the one that is imported), sorted by name.
 
-    Hashes are remembered in the cache folder until the list of files changes.
+    They are remembered in the cache folder, each until its list of files changes.
     """
     cache = storage.cache_folder() / "packages.json"
     known = storage.read_json(cache)
-    hashes: dict[str, Any] = {}
+    noted: dict[str, Any] = {}
     seen: dict[str, Package] = {}
     for folder in _folders():
-        found = _package(folder, known, hashes)
-        if found is not None:
-            seen.setdefault(_normal(found.name), found)
-    if any(known.get(key) != value for key, value in hashes.items()):
-        storage.try_to_write_json(cache, {**known, **hashes})
+        state = _state(folder / "RECORD")
+        found = _remembered(known.get(str(folder)), state) or _package(folder)
+        if found is None:
+            continue
+        seen.setdefault(_normal(found.name), found)
+        if state is not None and not found.origin:  # an address may have a password
+            noted[str(folder)] = [state, found.name, found.version, found.content]
+    if any(known.get(key) != value for key, value in noted.items()):
+        storage.try_to_write_json(cache, {**known, **noted})
     return [seen[name] for name in sorted(seen)]
 
 
@@ -112,17 +116,32 @@ def _folders() -> Iterator[Path]:
                 yield from (place / name for name in names if name.endswith(kind))
 
 
-def _package(folder: Path, known: dict[str, Any], hashes: dict[str, Any]) -> Package | None:
+def _state(record: Path) -> list[int] | None:
+    """What changes with a list of files, which has the hashes of all others; None if there is none."""
+    try:
+        status = record.stat()
+    except OSError:
+        return None
+    return [status.st_mtime_ns, status.st_size]
+
+
+def _remembered(noted: Any, state: list[int] | None) -> Package | None:
+    """What was noted of a package, if it is as it was then."""
+    if state is None or not noted or noted[0] != state:
+        return None
+    _, name, version, content = noted
+    return Package(name, version, content, {})
+
+
+def _package(folder: Path) -> Package | None:
     header = _read(folder / "METADATA") or _read(folder / "PKG-INFO") or _read(folder)
     fields = dict(reversed(_HEADER.findall(header.partition("\n\n")[0])))
     if not {"Name", "Version"} <= fields.keys():
         return None
-    return Package(
-        fields["Name"],
-        fields["Version"],
-        _content(folder / "RECORD", known, hashes),
-        storage.read_json(folder / "direct_url.json") or _source_of(folder),
-    )
+    record = folder / "RECORD"
+    content = _hash(_read(record)) if record.exists() else None
+    origin = storage.read_json(folder / "direct_url.json") or _source_of(folder)
+    return Package(fields["Name"], fields["Version"], content, origin)
 
 
 def _source_of(folder: Path) -> dict[str, Any]:
@@ -130,20 +149,6 @@ def _source_of(folder: Path) -> dict[str, Any]:
     if folder.suffix != ".egg-info" or folder.parent.name in _INSTALLED:
         return {}
     return {"url": f"file://{folder.parent}", "dir_info": {"editable": True}}
-
-
-def _content(record: Path, known: dict[str, Any], hashes: dict[str, Any]) -> str | None:
-    """The hash of a list of files, remembered if the list is unchanged."""
-    try:
-        status = record.stat()
-    except OSError:
-        return None
-    state = [status.st_mtime_ns, status.st_size]
-    before = known.get(str(record), [None, None])
-    if before[0] != state:
-        before = [state, _hash(_read(record))]
-    hashes[str(record)] = before
-    return str(before[1])
 
 
 def _hash(record: str) -> str:
