@@ -16,7 +16,7 @@ help:
 	@echo "make lint    ruff and mypy"
 	@echo "make docs    the documentation as pages, build/docs/index.html"
 	@echo "make bench   measure against peers, in the same run (two to three hours)"
-	@echo "make soak    the long form of the tests that run small in 'make test'"
+	@echo "make soak    the long form of the tests that run small, or not at all, in 'make test'"
 	@echo "make clean   remove $(VENV) and caches; runs stay"
 
 setup: $(INSTALLED)

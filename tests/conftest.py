@@ -22,7 +22,7 @@ from stoker import object_store, storage
 import warm
 from commands import SECRET, Command, Done, Point, Start
 from servers import Proxy, s3_server
-from support import LONG
+from support import LONG, SOAK
 
 STARTING = {"cli", "engine", "language", "launch", "tracking", "report", "run"}
 """The folders whose tests start processes by the forkserver."""
@@ -31,6 +31,17 @@ STARTING = {"cli", "engine", "language", "launch", "tracking", "report", "run"}
 def pytest_collection_finish(session: pytest.Session) -> None:
     if STARTING & {item.path.parent.name for item in session.items}:
         warm.start()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave to `make soak` the long tests that have no small form; shorter ones of their kind run always."""
+    left = [
+        item
+        for item in items
+        if any(not mark.kwargs.get("small", True) for mark in item.iter_markers("soak")) and not SOAK
+    ]
+    items[:] = [item for item in items if item not in left]
+    config.hook.pytest_deselected(items=left)
 
 
 @pytest.fixture(scope="session")

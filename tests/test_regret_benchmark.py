@@ -22,6 +22,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("regret")
 
 
+@pytest.mark.soak(small=False)
 def test_real_searches_are_compared_by_trials_and_by_epochs(bench: ModuleType, tmp_path: Path) -> None:
     found: dict[str, Any] = {}
 

@@ -77,7 +77,8 @@ def trainer_of(run: stoker.Run, settings: dict[str, Any]) -> stoker.Trainer:
 
 
 def batches_of(trainer: stoker.Trainer) -> Iterator[Any]:
-    return trainer.steps(trainer.loader(Samples(), batch_size=16), max_steps=STEPS)
+    slow = trainer.training.precision == "bf16"  # on a CPU
+    return trainer.steps(trainer.loader(Samples(), batch_size=4 if slow else 16), max_steps=STEPS)
 
 
 def really(folder: Path, settings: dict[str, Any]) -> int:

@@ -44,6 +44,7 @@ class KillsOnce(tune.Callback):  # type: ignore[misc]
             psutil.Process(result["pid"]).send_signal(signal.SIGKILL)
 
 
+@pytest.mark.soak(small=False)
 def test_asha_stops_trials_and_one_that_is_killed_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     kills = KillsOnce(1.0, 17)
     results = tune.Tuner(

@@ -121,6 +121,7 @@ def test_a_job_that_reaches_its_time_limit_goes_on_and_leaves_a_checkpoint_where
     assert (run / "checkpoints" / f"step-{seen.step:08d}" / "manifest.json").is_file()
 
 
+@pytest.mark.soak(small=False)
 def test_a_job_that_is_cancelled_at_once_does_not_end_its_step_and_all_it_wrote_is_in_the_store(
     of_two: WithDashboard, stoker: Command, tmp_path: Path, proxy: Proxy
 ) -> None:

@@ -23,17 +23,19 @@ from stoker.tracking.sink import Batch, Ending, SinkRun
 from synthetic_run import DEADLINE, Trainer, make_run, pending, run_dying_follower, train_until_killed, until
 
 import warm
+from support import SOAK
 
 pytestmark = pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")  # MLflow's own
 
 
+@pytest.mark.soak
 def test_a_follower_killed_at_any_moment_ships_every_point_once(
     tmp_path: Path, follow: Any, finish: Any, seen: Any
 ) -> None:
     random = Random(0)
     run = make_run(tmp_path / "runs")
     trainer, step = Trainer(run), 0
-    for kill in range(10):
+    for kill in range(20 if SOAK else 5):
         before = _shipped(run)
         process = follow(run)
         for _ in range(1000):
