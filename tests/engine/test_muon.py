@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
+
 import pytest
 import torch
+from stoker import distributed
 from stoker.engine import optimizers
-from stoker.engine.muon import newton_schulz
+from stoker.engine.muon import newton_schulz, orthogonal
+from stoker.world import World
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+import ranks
 
 SHAPES = [(24, 16), (16, 40), (16, 16)]
 
@@ -48,3 +57,21 @@ def test_matrices_take_the_steps_of_torchs_muon_and_the_rest_those_of_adamw(
     assert [sorted(made.state[p]) for p in (ours[0], table)] == [
         ["momentum_buffer"], ["exp_avg", "exp_avg_sq", "step"],
     ]  # fmt: skip
+
+
+def of_shards(shape: tuple[int, ...]) -> list[torch.Tensor]:
+    """How far off the results are, of matrices of which a rank has some rows or none, and of a stack."""
+    distributed.join(World.current(), "gloo")
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
+    placements = [Shard(0)] if len(shape) == 1 else [Replicate(), Shard(0)]
+    torch.manual_seed(0)
+    whole = [torch.randn(size) for size in ((5, 8), (2, 3, 4), (1, 6))]
+    made = orthogonal([distribute_tensor(matrix, mesh, placements) for matrix in whole])
+    assert all(m.placements == tuple(placements) for m in made)
+    return [full - newton_schulz(of) for full, of in zip([m.full_tensor() for m in made], whole, strict=True)]
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 2)])
+def test_of_shards_it_is_that_of_the_whole(shape: tuple[int, ...], tmp_path: Path) -> None:
+    for differences in ranks.run(of_shards, math.prod(shape), tmp_path, shape):
+        assert max(difference.abs().max() for difference in differences) < 1e-6
