@@ -11,6 +11,7 @@ import pytest
 from annotated_types import Gt
 from stoker import config as configs
 from stoker.duration import Duration
+from stoker.engine.keys import Patterns
 from stoker.errors import BadInput
 
 
@@ -30,6 +31,8 @@ class Config:
     shuffle: bool = True
     name: str = "x"
     sizes: tuple[int, ...] = ()
+    parts: Patterns = ()
+    norm: Annotated[float, Gt(0)] | None = None
     lora: Lora = field(default_factory=Lora)
 
     def __post_init__(self) -> None:
@@ -53,7 +56,8 @@ def test_defaults_then_file_then_command_line(write_file: Callable[[str, Sequenc
         ("lr=3e-4", {"lr": 3e-4}), ("every=100", {"every": Duration(100, "step")}),
         ("limit=none", {"limit": None}),
         ("limit=5", {"limit": 5}), ("shuffle=false", {"shuffle": False}), ("name=a=b", {"name": "a=b"}),
-        ("name=", {"name": ""}), ("shape=linear", {"shape": "linear"}),
+        ("name=", {"name": ""}), ("shape=linear", {"shape": "linear"}), ("parts=head", {"parts": ("head",)}),
+        ("norm=2", {"norm": 2.0}),
     ],
 )  # fmt: skip
 def test_values_become_what_the_field_is(override: str, expected: dict[str, object]) -> None:
@@ -74,6 +78,9 @@ def test_values_become_what_the_field_is(override: str, expected: dict[str, obje
         ("every=soon", "'soon' is not a duration"),
         ("lr", "'lr' is not an override: write key=value"),
         ("lr=11", "beyond reason"),
+        ("norm=inf", "norm=inf (command line): must be finite; norm is a number or none"),
+        ("norm=nan", "norm=nan (command line): input should be greater than 0"),
+        ("parts=[7]", "does not read this as a list of strings"),
         ("shuffle=flase", "shuffle is true or false, for example shuffle=true"),
         ("sizes=[1, b]", "sizes is a list, each a whole number"),
     ],

@@ -14,6 +14,7 @@ import dataclasses
 import enum
 import functools
 import json
+import math
 import shlex
 import types
 import typing
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import yaml
+from annotated_types import Ge, Gt, Le, Lt
 from pydantic import TypeAdapter, ValidationError
 from stoker import redaction, unknown_keys
 from stoker.errors import BadInput, nearest
@@ -288,12 +290,15 @@ def _checked(key: str, leaf: _Leaf, value: Any, source: str) -> Any:
     ):
         return None
     try:
-        return adapter.validate_python(_read(value, leaf))
+        made = adapter.validate_python(_read(value, leaf))
+        if isinstance(made, float) and math.isinf(made) and _has_bounds(leaf.type):
+            raise BadInput(f"{key}={value} ({source}): must be finite; {key} is {_type_name(leaf.type)}")
+        return made
     except ValidationError as error:
         with contextlib.suppress(ValidationError):
             if _is_bracketed(value):  # a path may start with a bracket
                 return adapter.validate_python(value)
-            if isinstance(value, str) and typing.get_origin(leaf.type) is tuple:  # a list with one item
+            if isinstance(value, str) and _is_list(leaf):  # with one item
                 return adapter.validate_python([value])
         raise BadInput(_explain(key, leaf, value, source, error)) from None
 
@@ -318,7 +323,7 @@ def _is_bracketed(value: Any) -> bool:
 
 
 def _explain(key: str, leaf: _Leaf, value: Any, source: str, error: ValidationError) -> str:
-    if typing.get_origin(leaf.type) is tuple and _kinds_of_items(leaf) == {str}:
+    if _is_list(leaf) and _kinds(typing.get_args(_bare(leaf.type))[0]) == {str}:
         return f"{key}={value} ({source}): {_unquoted(key, value, source)}"
     first = error.errors()[0]
     reason = first["msg"].removeprefix("Value error, ")
@@ -338,8 +343,20 @@ def _item(place: int | str) -> str:
     return f"item {place + 1}" if isinstance(place, int) else repr(place)
 
 
-def _kinds_of_items(leaf: _Leaf) -> frozenset[Any]:
-    return _kinds(typing.get_args(leaf.type)[0])
+def _is_list(leaf: _Leaf) -> bool:
+    return typing.get_origin(_bare(leaf.type)) is tuple
+
+
+def _bare(kind: Any) -> Any:
+    """A type without its annotations."""
+    return typing.get_args(kind)[0] if typing.get_origin(kind) is typing.Annotated else kind
+
+
+def _has_bounds(kind: Any) -> bool:
+    """Whether a type is a number with bounds, or one of several is."""
+    if typing.get_origin(kind) is typing.Annotated:
+        return any(isinstance(one, Gt | Ge | Lt | Le) for one in typing.get_args(kind)[1:])
+    return any(map(_has_bounds, typing.get_args(kind)))
 
 
 def _unquoted(key: str, value: Any, source: str) -> str:
@@ -429,8 +446,7 @@ def _kinds(kind: Any) -> frozenset[Any]:
 
 
 def _type_name(kind: Any) -> str:
-    if typing.get_origin(kind) is typing.Annotated:
-        kind = typing.get_args(kind)[0]
+    kind = _bare(kind)
     if typing.get_origin(kind) is typing.Literal:
         return "one of " + ", ".join(map(str, typing.get_args(kind)))
     if isinstance(kind, type) and issubclass(kind, enum.Enum):

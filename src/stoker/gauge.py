@@ -76,7 +76,7 @@ class Gauge:
         self._attempt.event("peak", flops=found.flops, source=found.source)
         if self._attempt.world.rank == 0:
             log.info(
-                "mfu is relative to %.1f TFLOP/s in %s (%s)",
+                "mfu is relative to %.3g TFLOP/s in %s (%s)",
                 found.flops / 1e12,
                 self._precision,
                 found.source,

@@ -57,7 +57,7 @@ from stoker.engine.loss_scale import LossScale
 from stoker.engine.metrics import Mean, Metric
 from stoker.engine.options import Training
 from stoker.engine.profiling import Profiler
-from stoker.engine.schedule import Schedule
+from stoker.engine.schedule import Schedule, warn_of_no_peak
 from stoker.engine.step import LossFunction, OptimizerFactory, PlainStep, Setting, only_loop_of_its_own
 from stoker.engine.timing import Timing
 from stoker.errors import BadInput, OutOfMemory, StokerError, Stopped
@@ -326,6 +326,8 @@ class Trainer:
                 '(trainer.every("1ep") is true at the end of each epoch), or give this loop the sum of both '
                 "lengths"
             )
+        if self._schedule is not None and self.world.rank == 0 and self.steps_done < self._total:
+            warn_of_no_peak(self._schedule, self._total)
         tokens = loader.tokens_per_sample
         self._gauge.pace.count(loader.batch_size, tokens)
         self._attempt.event(

@@ -102,6 +102,8 @@ def test_each_source_is_read_by_its_own_columns_as_in_training(stoker: Command, 
 
 def test_what_cannot_be_evaluated_is_refused_before_anything_is_started(stoker: Command, files: Path) -> None:
     assert stoker(*SMALL, "data=a.jsonl", "--name", "a").code == 0
+    done = stoker("evaluate", "a")
+    assert (done.code, "data needs a value: add data=... to the command" in done.err) == (2, True), done.err
     (files / "runs" / "llm" / "a" / "artifacts" / "model").rename(files / "moved")
     for arguments, said in (
         (("a", "data=b.jsonl"), "run llm/a has exported no model yet"),

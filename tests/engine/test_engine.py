@@ -144,6 +144,15 @@ def test_schedules_warm_up_and_come_down() -> None:
     assert schedule.build("cosine", warmup=0.5)(0, 1) == 1.0
 
 
+def test_a_warm_up_longer_than_the_training_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    for shape in ("constant", "linear", "cosine", "wsd"):
+        for warmup in (0.0, 0.5, 9):
+            schedule.warn_of_no_peak(schedule.build(shape, warmup=warmup), 10)
+    assert not caplog.text
+    schedule.warn_of_no_peak(schedule.build("linear", warmup=100), 13)
+    assert "still rises at the last of 13 steps, where it is 0.129 of what was asked for" in caplog.text
+
+
 @pytest.mark.parametrize(("speed", "expected"), [(4.0, "bf16"), (1.2, "fp32"), (0.003, "fp32")])
 def test_auto_precision_on_a_cpu_is_what_it_is_fast_at(speed: float, expected: str, tmp_path: Path) -> None:
     precision.bf16_speed(tmp_path / "bf16_speed.json")  # measures, and says under which name

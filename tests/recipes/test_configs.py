@@ -77,6 +77,7 @@ def test_what_ships_is_listed_shown_and_copied(stoker: Any, tmp_path: Path) -> N
     assert [found["name"] for found in listed["configs"]] == list(recipes.configs())
     shown = stoker("recipes", "show", "qwen-0.5b-full", "--json").answer
     assert shown["values"]["model"] == "Qwen/Qwen2.5-0.5B"
+    assert "(required)" in stoker("recipes", "show", "evaluation").out
     assert stoker("recipes", "copy", "qwen-0.5b-full").code == 0
     assert (tmp_path / "qwen-0.5b-full.yaml").read_text() == recipes.configs()["qwen-0.5b-full"].read_text()
     again = stoker("recipes", "copy", "qwen-0.5b-full")

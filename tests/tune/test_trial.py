@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from stoker import Run, Trainer, Training
+from stoker.run import view
+from stoker.tune import seen
 from stoker.tune.trial import Link, Reporter
 from torch.utils.data import TensorDataset
 
@@ -37,6 +39,9 @@ def test_what_is_measured_before_the_first_step_is_not_reported(tmp_path: Path) 
     assert [(report["step"], report["value"], report["per_step"]) for report in said] == [
         (1, 1.0, 0.5), (2, 0.5, 0.5),
     ]  # fmt: skip
+    assert seen.points(view.load(run.directory), "val_loss") == {1.0: 1.0, 2.0: 0.5}, (
+        "nor when it is taken in"
+    )
 
 
 def test_reports_that_nobody_answers_are_sent_together_and_not_late(tmp_path: Path) -> None:

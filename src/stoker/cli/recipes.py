@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import inspect
 import shutil
@@ -121,6 +122,8 @@ def copy(
 
 
 def _short(default: Any) -> str:
+    if default is dataclasses.MISSING:
+        return "(required)"
     if isinstance(default, bool):
         return str(default).lower()
     return "" if default is None else str(default.value if isinstance(default, enum.Enum) else default)

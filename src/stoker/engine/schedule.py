@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from typing import Literal
+
+log = logging.getLogger("stoker")
 
 Schedule = Callable[[int, int], float]
 """(step, total steps) -> the factor for the optimizer's learning rate; steps count from 0."""
@@ -32,6 +35,16 @@ def build(shape: Shape, *, warmup: float = 0.0, floor: float = 0.0, decay: float
         return floor + (1.0 - floor) * _decay(shape, done)
 
     return factor
+
+
+def warn_of_no_peak(schedule: Schedule, total: int) -> None:
+    """Warn if the learning rate still rises at the last step: the warm-up is longer than the training."""
+    if total > 1 and schedule(total - 2, total) < (last := schedule(total - 1, total)) < 1:
+        log.warning(
+            "the learning rate still rises at the last of %d steps, where it is %.3g of what was asked for: "
+            "shorten the warm-up, or train longer",
+            total, last,
+        )  # fmt: skip
 
 
 def _decay(shape: Shape, done: float) -> float:

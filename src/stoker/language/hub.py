@@ -77,6 +77,8 @@ def find(
     Raises:
         BadInput: it does not exist, access is not allowed, there is no space, or the hub cannot be reached.
     """
+    if not reference.strip():
+        raise BadInput(f"{what} is empty: give a folder, a URL, or an id of the hub")
     if object_store.is_url(reference):
         return _from_store(reference, what)
     path = Path(reference).expanduser()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Sequence
 
 
@@ -28,7 +29,7 @@ def has(words: Sequence[str], option: str) -> bool:
 
 def value(words: Sequence[str], option: str) -> str:
     """The value of an option; empty if it is not given."""
-    for word, following in zip(words, (*words[1:], ""), strict=True):
+    for word, following in itertools.zip_longest(words, words[1:], fillvalue=""):
         name, equals, given = word.partition("=")
         if name == option:
             return given if equals else following

@@ -119,11 +119,12 @@ def begins(run: RunView) -> float:
 
 
 def points(run: RunView, metric: str) -> dict[float, float]:
-    """The finite values of a metric, by step."""
+    """The finite values of a metric, by step; without what is measured before a Trainer's first step."""
     series = run.points.get(metric)
     if series is None:
         return {}
-    return {float(step): value for step, value in series.items() if math.isfinite(value)}
+    least = -math.inf if run.samples_per_step is None else 1
+    return {float(step): value for step, value in series.items() if math.isfinite(value) and step >= least}
 
 
 def newest(run: RunView, objectives: Iterable[Objective]) -> dict[str, float]:
