@@ -54,7 +54,7 @@ def said(cls: type, override: str) -> str:
         # near in no letters: by the beginning of a name, and by the words of a meaning
         ("learning=1", "; use lr (Peak learning rate"),
         ("gradient_accum=2", "; instead, set batch_size ("),
-        ("momentum=1", "; keys with a similar meaning: optimizer (AdamW, SGD with momentum"),
+        ("momentum=1", "; keys with a similar meaning: optimizer (AdamW, Muon, SGD with momentum"),
     ],
 )
 def test_a_name_that_is_no_key_is_answered_with_what_takes_its_place(override: str, expected: str) -> None:

@@ -367,7 +367,7 @@ def test_the_hash_of_a_package_is_of_what_is_the_same_everywhere(
     assert hashes("three", "b") != hashes("four", "a")
 
 
-def test_a_package_is_read_again_only_if_its_list_of_files_has_changed(
+def test_a_package_is_read_again_only_if_it_has_changed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "place" / "thing.dist-info"
@@ -382,10 +382,14 @@ def test_a_package_is_read_again_only_if_its_list_of_files_has_changed(
     (folder / "RECORD").write_text("thing.py,sha256=a,1\n")
     first = locked()
     assert "thing==1.0" in first
-    (folder / "METADATA").write_text("Name: thing\nVersion: 2.0\n")
-    assert locked() == first
+    with monkeypatch.context() as patched:
+        patched.setattr(packages, "_package", lambda folder: pytest.fail("it is read again"))
+        assert locked() == first
+    (folder / "METADATA").write_text("Name: thing\nVersion: 2.0.1\n")
+    second = locked()
+    assert "thing==2.0.1" in second
     (folder / "RECORD").write_text("thing.py,sha256=other,1\n")
-    assert "thing==2.0" in locked()
+    assert "thing==2.0.1" in locked() != second
     (folder / "direct_url.json").write_text('{"url": "https://me:hunter22@h/thing.whl"}')
     (folder / "RECORD").write_text("thing.py,sha256=another,1\n")
     assert "thing @ https://me:[REDACTED]@h/thing.whl" in locked()

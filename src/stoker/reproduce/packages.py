@@ -43,14 +43,14 @@ class Package:
 def installed() -> list[Package]:
     """All installed distributions (of duplicates, the one that is imported), sorted by name.
 
-    They are remembered in the cache folder, each until its list of files changes.
+    They are remembered in the cache folder, each until its metadata or its list of files changes.
     """
     cache = storage.cache_folder() / "packages.json"
     known = storage.read_json(cache)
     noted: dict[str, Any] = {}
     seen: dict[str, Package] = {}
     for folder in _folders():
-        state = _state(folder / "RECORD")
+        state = _state(folder)
         found = _remembered(known.get(str(folder)), state) or _package(folder)
         if found is None:
             continue
@@ -116,16 +116,16 @@ def _folders() -> Iterator[Path]:
                 yield from (place / name for name in names if name.endswith(kind))
 
 
-def _state(record: Path) -> list[int] | None:
-    """What changes with a list of files, which has the hashes of all others; None if there is none."""
+def _state(folder: Path) -> list[list[int]] | None:
+    """What changes with what is read of a package; None if it has no list of its files and their hashes."""
     try:
-        status = record.stat()
+        found = [(folder / name).stat() for name in ("METADATA", "RECORD")]
     except OSError:
         return None
-    return [status.st_mtime_ns, status.st_size]
+    return [[status.st_mtime_ns, status.st_size] for status in found]
 
 
-def _remembered(noted: Any, state: list[int] | None) -> Package | None:
+def _remembered(noted: Any, state: list[list[int]] | None) -> Package | None:
     """What was noted of a package, if it is as it was then."""
     if state is None or not noted or noted[0] != state:
         return None
