@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from stoker import BadInput, Run, config, exports
 from stoker.cli import sharing
+from stoker.integrations import mlflow as served
 from stoker.language import speaking
 from stoker.recipes import text
-from stoker.tracking import served
 from transformers import pipeline
 
 from commands import Command, Start

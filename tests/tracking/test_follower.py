@@ -54,6 +54,22 @@ def test_a_follower_killed_at_any_moment_ships_every_point_once(
     assert mlflow.status == "FINISHED"
 
 
+def test_a_rank_that_outlives_its_attempt_changes_no_mean_of_the_next(tmp_path: Path) -> None:
+    writers = {(a, rank): journal.join_attempt(tmp_path, a, rank) for a in (1, 2) for rank in (0, 1)}
+
+    def log(attempt: int, rank: int, step: int, value: float) -> None:
+        writers[attempt, rank].append("metrics", step=step, values={"accuracy": value}, reduce="mean")
+
+    fed = feed.Feed(tmp_path, journal.Cursor())
+    for attempt in (1, 2):
+        writers[attempt, 0].append("attempt_started", pid=1, host="here", world=2)
+    fed.take()
+    log(1, 1, 2, 9.0)
+    for rank in (0, 1):
+        log(2, rank, 3, float(rank))
+    assert [(point.step, point.value) for point in fed.take().points] == [(3, 0.5)]
+
+
 def test_what_mlflow_stored_just_before_a_kill_is_not_stored_twice(
     runs: Path, finish: Any, seen: Any
 ) -> None:

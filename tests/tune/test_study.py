@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import optuna
@@ -15,6 +16,8 @@ from optuna.trial import TrialState
 from stoker import BadInput
 from stoker.tune import study as studies
 from stoker.tune.entries import Entries
+from stoker.tune.peers import Peers
+from stoker.tune.plan import SHARE, Objective
 from stoker.tune.space import parse
 
 
@@ -170,6 +173,21 @@ def test_the_rest_of_a_trial_is_drawn_as_it_would_have_been(
     study, again = entries("killed")
     assert len(study.trials[3].params) == drawn_before
     assert again.take_up(study.trials[3]).params == expected[3].params
+
+
+def test_another_controller_knows_values_at_shares_of_the_data_as_they_are(tmp_path: Path) -> None:
+    space, goal = parse(["x=[1, 2]"], Three), Objective("loss", "min")
+    plan: Any = SimpleNamespace(objectives=[goal], unit=SHARE, trials=1)
+    kept = studies.Database(f"sqlite:///{tmp_path / 'study.db'}")
+    study = studies.opened(kept, studies.sampler("random", space, 0), ["min"])
+    one, other = (Peers(study, name, goal) for name in "ab")
+    entries = Entries(plan, space, study, kept, one)
+    trial = entries.ask(lambda: 0)
+    assert trial is not None
+    trial.share, trial.values = 100 / 9, {100 / 27: 1.0, 100 / 9: 0.5}
+    entries.publish(trial, paused=True)
+    other.look_again()
+    assert other.known()[trial.number].values == trial.values
 
 
 def searched(folder: Path, space: Any, sampler: str, earlier: optuna.Study | None = None) -> optuna.Study:

@@ -42,8 +42,7 @@ class Feed:
         self._media: set[tuple[str, str, int]] = set()
         self._notes: list[tuple[float, str]] = []
         self._samples = 0
-        self._attempt = 0
-        self._reduction = Reduction(1)
+        self._reductions: dict[int, Reduction] = {}
         self._ending: Ending | None = None
         self._last_event = 0.0
         for event in journal.read(folder, self.cursor, until=cursor):
@@ -92,17 +91,16 @@ class Feed:
                 _add_other(event, batch)
 
     def _attend(self, event: Event) -> None:
-        """Track the current attempt and its number of ranks."""
+        """Track when something last happened, and the number of ranks of each attempt."""
         self._last_event = max(self._last_event, event["time"])
         if event["type"] == "attempt_started":
-            self._attempt, self._reduction = event["attempt"], Reduction(event.get("world", 1))
-        elif event["attempt"] != self._attempt:
-            self._attempt, self._reduction = event["attempt"], Reduction(1)
+            self._reductions[event["attempt"]] = Reduction(event.get("world", 1))
 
     def _add_points(self, event: Event, batch: Batch) -> None:
         step, values = event["step"], journal.decode_values(event["values"])
         if "reduce" in event:
-            values = self._reduction.add(event["reduce"], step, values, event["rank"])
+            reduction = self._reductions.setdefault(event["attempt"], Reduction(1))
+            values = reduction.add(event["reduce"], step, values, event["rank"])
         if step > self._stand[0]:
             return
         for metric, value in values.items():

@@ -231,7 +231,7 @@ def _packed(folder: Path, target: Path, kind: str) -> Path:
         warnings.filterwarnings("ignore", message=".*input example")
         pyfunc.save_model(
             str(target),
-            loader_module="stoker.tracking.served",
+            loader_module="stoker.integrations.mlflow",
             data_path=str(folder),
             pip_requirements=["stoker", "torch", "safetensors", *language.get(kind, [])],
             signature=_signature(artifacts.task_of(folder)),

@@ -144,13 +144,15 @@ class Entries:
     def _write_values(self, trial: Seen, entry: Trial) -> None:
         """Write what a trial has spent, and its values by step.
 
-        Optuna has no intermediate values with several objectives; then they are attributes.
+        Optuna has no intermediate values with several objectives, and only at whole steps, which shares of the
+        data are not; then they are an attribute.
         """
         entry.set_user_attr("spent", {"hour": trial.spent / 3600, self._plan.unit: trial.done})
         if trial.share is not None:
             entry.set_user_attr("run", trial.run)
-        if len(self._plan.objectives) > 1:
+        if trial.share is not None or len(self._plan.objectives) > 1:
             entry.set_user_attr("values", [list(point) for point in trial.values.items()])
+        if len(self._plan.objectives) > 1:
             newest = trial.outcome(self._plan.objectives)
             if None not in newest:
                 entry.set_user_attr(NEWEST, {"step": trial.step, "values": newest})

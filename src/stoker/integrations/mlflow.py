@@ -38,6 +38,8 @@ class Generator:
     def predict(self, model_input: Any, params: dict[str, Any] | None = None) -> list[str]:
         """Continue each prompt in a list of texts, or in the first column of a table.
 
+        If the tokenizer has a chat template, prompts are texts that it wrote.
+
         `params` are passed to `generate`; the default is at most 128 tokens, and under MLflow, whose
         signature sets `do_sample` to false, greedy decoding.
         """
@@ -45,21 +47,31 @@ class Generator:
         return [self._continue(prompt, options) for prompt in _texts(model_input)]
 
     def _continue(self, prompt: str, options: dict[str, Any]) -> str:
-        encoded = self.tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(self.model.device)
+        encoded = self._encoded(prompt).to(self.model.device)
         made = self.model.generate(**encoded, pad_token_id=self.tokenizer.pad_token_id, **options)
         new = made[0, encoded["input_ids"].shape[1] :]
         return str(self.tokenizer.decode(new, skip_special_tokens=True))
 
+    def _encoded(self, prompt: str) -> Any:
+        """A prompt's tokens, begun as the texts of training were; a chat template writes the beginning."""
+        from stoker.language import chat_template
+
+        bos = self.tokenizer.bos_token
+        if not self.tokenizer.chat_template and chat_template.begins(self.tokenizer):
+            prompt = bos + prompt.removeprefix(bos)
+        return self.tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
+
     def _load(self) -> tuple[Any, Any]:
         if self._loaded is None:
-            from transformers import AutoTokenizer
+            from transformers import AutoModelForCausalLM, AutoTokenizer
 
             if (self.folder / "adapter_config.json").is_file():
-                from peft import AutoPeftModelForCausalLM as Loader
+                from stoker.language import merging
+
+                model = merging.on_its_base(self.folder)
             else:
-                from transformers import AutoModelForCausalLM as Loader
-            model = Loader.from_pretrained(str(self.folder)).eval()
-            self._loaded = model, AutoTokenizer.from_pretrained(str(self.folder))
+                model = AutoModelForCausalLM.from_pretrained(str(self.folder))
+            self._loaded = model.eval(), AutoTokenizer.from_pretrained(str(self.folder))
         return self._loaded
 
 
