@@ -144,8 +144,8 @@ class Entries:
     def _write_values(self, trial: Seen, entry: Trial) -> None:
         """Write what a trial has spent, and its values by step.
 
-        Optuna has no intermediate values with several objectives, and only at whole steps, which shares of the
-        data are not; then they are an attribute.
+        Optuna has no intermediate values with several objectives, and only at whole steps, which shares of
+        the data are not; then they are an attribute.
         """
         entry.set_user_attr("spent", {"hour": trial.spent / 3600, self._plan.unit: trial.done})
         if trial.share is not None:
