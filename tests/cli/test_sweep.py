@@ -597,7 +597,11 @@ def test_a_metric_that_is_never_logged_ends_it_after_the_first_trial(stoker: Com
         (("--storage", "postgresql+psycopg2://u:p@127.0.0.1:9/x"), "cannot be used"),
         (
             ("--storage", "postgres://u:p@127.0.0.1:9/x"),
-            "postgresql+psycopg2://u:***@127.0.0.1:9/x cannot be",
+            "postgresql+psycopg2://u:[REDACTED]@127.0.0.1:9/x cannot be",
+        ),
+        (
+            ("--storage", "postgres://127.0.0.1:9/x?user=u&password=swordfish"),
+            "postgresql+psycopg2://127.0.0.1:9/x?user=u&password=[REDACTED] cannot be",
         ),
     ],
 )
@@ -608,6 +612,7 @@ def test_what_cannot_be_asked_for_is_bad_input_and_starts_nothing(
     assert refused.code == 2, refused.err
     assert said in refused.err
     assert "Traceback" not in refused.err
+    assert "swordfish" not in refused.out + refused.err
     assert not (tmp_path / "runs" / "a").exists()
 
 

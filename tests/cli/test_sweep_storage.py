@@ -107,6 +107,21 @@ def test_a_study_of_the_same_name_is_not_joined_by_chance(
     assert stoker(*given).code == 0, "the same folder goes on"
 
 
+def test_a_password_among_the_urls_parameters_is_not_stored_and_is_asked_for_by_a_report(
+    stoker: Command, database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"{database}?password=swordfish"  # which this server does not ask for
+    given = ("sweep", RECIPE, "x=uniform(0, 1)", "--trials", "1", "--name", "secret")
+    assert stoker(*given, "--storage", url).code == 0
+    assert "swordfish" not in (tmp_path / "runs" / "secret" / "sweep.json").read_text()
+    refused = stoker("report", "secret")
+    assert refused.code == 2
+    assert "password=[REDACTED]: set STOKER_STORAGE to its URL" in refused.err
+    monkeypatch.setenv("STOKER_STORAGE", url)
+    assert stoker("report", "secret").code == 0
+    assert stoker(*given).code == 0, "the same search"
+
+
 def test_a_controller_that_is_killed_goes_on_as_it_would_have(
     start: Start, stoker: Command, database: str, tmp_path: Path
 ) -> None:

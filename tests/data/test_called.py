@@ -191,6 +191,13 @@ def test_a_message_that_says_so_is_not_to_be_learnt(tmp_path: Path, field: dict[
     assert found.messages[1].more == '{"silent": true}'
 
 
+def test_of_a_prompt_of_messages_the_completion_alone_is_to_be_learnt(tmp_path: Path) -> None:
+    prompt = [ASKED, SAID, ASKED, {**SAID, "weight": None}, ASKED]
+    found = only(write_jsonl(tmp_path / "a.jsonl", [{"prompt": prompt, "completion": [SAID]}]))
+    silent = '{"silent": true}'
+    assert [message.more for message in found.messages] == ["", silent, "", silent, "", ""]
+
+
 @pytest.mark.parametrize("field", [{"weight": 0.5}, {"train": "no"}])
 def test_half_a_weight_is_refused(tmp_path: Path, field: dict[str, Any]) -> None:
     file = write_jsonl(tmp_path / "a.jsonl", [{"messages": [ASKED, {**SAID, **field}]}])

@@ -14,6 +14,7 @@ import torch
 from optuna.trial import TrialState
 from stoker import Run, Trainer, Training
 from stoker.duration import Duration
+from stoker.errors import StokerError
 from stoker.run.directory import RunDirectory
 from stoker.tune import forking, schedulers, search
 from stoker.tune import study as studies
@@ -254,16 +255,83 @@ def test_a_member_that_is_stopped_is_replaced_though_its_donor_ends_meanwhile(
     }  # fmt: skip
 
 
-def test_of_a_donor_that_has_ended_the_checkpoint_before_its_end_is_taken(tmp_path: Path) -> None:
-    with Run("sweep", "trial-0000", runs=tmp_path) as run:
+class Saving(Script):
+    """As Script, but nothing happens as long as a fork waits for a checkpoint of trial 3, which is written.
+
+    Args:
+        writes: begins writing it.
+    """
+
+    def __init__(self, events: list[Report | Ended], writes: Callable[[], None]) -> None:
+        super().__init__(events)
+        self._writes: Callable[[], None] | None = writes
+        self.limits: list[float | None] = []
+
+    def wait(self, timeout: float | None = None) -> list[Report | Ended]:
+        if 2 in self.running or self._writes is None:
+            return super().wait(timeout)
+        self._writes, writes = None, self._writes
+        self.limits.append(timeout)
+        writes()
+        return []
+
+
+def _trained(runs: Path, experiment: str, name: str, steps: int) -> Run:
+    """A run that trained with a Trainer, with a checkpoint every second step."""
+    with Run(experiment, name, runs=runs) as run:
         trainer = Trainer(
             run, torch.nn.Linear(1, 1), optimizer=lambda p: torch.optim.SGD(p, lr=0.1),
             loss=lambda output, batch: (output.sum(), len(output)),
             training=Training(precision="fp32", checkpoint_every=Duration(2, "step")),
         )  # fmt: skip
         data = torch.utils.data.TensorDataset(torch.ones(8, 1))
-        for batch in trainer.steps(trainer.loader(data, batch_size=4), max_steps=5):
+        for batch in trainer.steps(trainer.loader(data, batch_size=4), max_steps=steps):
             trainer.step(batch)
+    return run
+
+
+_STOPPED = [
+    *(Report(number, 10, value) for number, value in enumerate((3.0, 2.0, 4.0, 1.0))),
+    Report(3, 20, 1.0), Report(2, 20, 4.0), Ended(2, "stopped"),
+]  # fmt: skip
+_REST = [Ended(number, "finished", logged=("val_loss",)) for number in (0, 1, 3)]
+
+
+def test_a_fork_waits_for_its_donors_first_checkpoint_which_is_still_being_written(tmp_path: Path) -> None:
+    run = _trained(tmp_path, "sweep", "trial-0003", 4)
+    written = run.directory.checkpoints.rename(tmp_path / "written")
+    cluster = Saving([*_STOPPED, *_REST], lambda: shutil.move(written, run.directory.checkpoints))
+    rule = schedulers.make("pbt", least=10, most=40, population=4)
+    found = _search(tmp_path / "sweep", cluster, 4, rule)  # type: ignore[arg-type]
+    found.run()
+    assert cluster.limits == [search._LOOK]
+    assert (found.trials[4].parent, found.trials[4].replaces, found.trials[4].origin[0]) == (3, 2, 4)
+    assert found.over
+
+
+def test_another_donor_is_chosen_if_one_fails_before_its_first_checkpoint(tmp_path: Path) -> None:
+    shutil.rmtree(_trained(tmp_path, "sweep", "trial-0003", 4).directory.checkpoints)
+    _trained(tmp_path, "sweep", "trial-0001", 6)
+    order = ((3, 10, 1.0), (2, 10, 4.0), (0, 10, 3.0), (1, 10, 2.0), (3, 20, 1.0), (1, 20, 2.0), (2, 20, 4.0))
+    reports = [Report(number, step, value) for number, step, value in order]
+    ends = [Ended(2, "stopped"), Ended(3, "failed", "out of memory"), *_REST[:2]]
+    rule = schedulers.make("pbt", least=10, most=40, population=4, quantile=0.34)
+    found = _search(tmp_path / "sweep", Saving([*reports, *ends], lambda: None), 4, rule)  # type: ignore[arg-type]
+    found.run()
+    assert (found.trials[4].parent, found.trials[4].origin[0]) == (1, 6)
+
+
+def test_a_donor_of_which_nothing_is_saved_ends_the_search(tmp_path: Path) -> None:
+    with Run("sweep", "trial-0003", runs=tmp_path) as run:
+        run.log(step=20, val_loss=1.0)
+    rule = schedulers.make("pbt", least=10, most=40, population=4)
+    found = _search(tmp_path / "sweep", Script([*_STOPPED, *_REST]), 4, rule)  # type: ignore[arg-type]
+    with pytest.raises(StokerError, match=r"trial-0003 has no checkpoint .* trains with a Trainer"):
+        found.run()
+
+
+def test_of_a_donor_that_has_ended_the_checkpoint_before_its_end_is_taken(tmp_path: Path) -> None:
+    run = _trained(tmp_path, "sweep", "trial-0000", 5)
     begun = RunDirectory(tmp_path / "sweep" / "trial-0001")
     for ended, step in ((False, 5), (True, 4)):
         assert forking.take_checkpoint(run.directory, begun, ended=ended) == step

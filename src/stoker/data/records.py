@@ -161,14 +161,18 @@ def _messages(where: str, record: dict[str, Any], columns: Columns) -> tuple[Mes
 
 
 def _turns(record: dict[str, Any], columns: Columns) -> tuple[list[Any], str, str]:
-    """The turns of a record's conversation, and the names of their role and content fields."""
+    """The turns of a record's conversation, and the names of their role and content fields.
+
+    Of a prompt and a completion that are lists of turns, the prompt's say that they are not to be learnt.
+    """
     for turns in _CHATS:
         if isinstance(record.get(turns), list):
             role, content = _spoken(record[turns])
             return record[turns], columns.get("role", role), columns.get("content", content)
     prompt, completion = record.get("prompt"), record.get("completion")
     if isinstance(prompt, list) and isinstance(completion, list):
-        return [*prompt, *completion], columns.get("role", "role"), columns.get("content", "content")
+        asked = [{**turn, "train": False} if isinstance(turn, dict) else turn for turn in prompt]
+        return [*asked, *completion], columns.get("role", "role"), columns.get("content", "content")
     return [], "", ""
 
 

@@ -12,6 +12,7 @@ from optuna.trial import FrozenTrial
 from stoker import storage
 from stoker.checkpoint import manifest
 from stoker.errors import StokerError
+from stoker.run import view
 from stoker.run.directory import RunDirectory
 from stoker.tune import bandit
 from stoker.tune.plan import Plan
@@ -43,11 +44,11 @@ def of(trial: FrozenTrial) -> Fork | None:
 def take_checkpoint(donor: RunDirectory, run: RunDirectory, *, ended: bool) -> int | None:
     """Give a new run the newest checkpoint of another run, sharing its files; returns the step.
 
+    None if there is none, which of a running one may change: a checkpoint is written while training goes on.
+
     Args:
         ended: the other run came to its end, after which there is nothing to train: the newest checkpoint
-            before the end is used, and None is returned if there is none.
-
-    Raises StokerError if the other run has no checkpoint at all.
+            before the end is used.
     """
     while True:
         steps = [manifest.step_of(path) for path in manifest.committed(donor.checkpoints)]
@@ -55,13 +56,7 @@ def take_checkpoint(donor: RunDirectory, run: RunDirectory, *, ended: bool) -> i
         if step is not None:
             return step
         if steps == [manifest.step_of(path) for path in manifest.committed(donor.checkpoints)]:
-            break  # otherwise the other run has replaced its checkpoint by a newer one in the meantime
-    if ended and steps:
-        return None
-    raise StokerError(
-        f"{donor.id} has no checkpoint that another trial could continue from: "
-        "population based training needs a recipe that trains with a Trainer"
-    )
+            return None  # otherwise the other run has replaced its checkpoint by a newer one in the meantime
 
 
 def _copied(donor: RunDirectory, run: RunDirectory, but: set[int]) -> int | None:
@@ -89,25 +84,49 @@ def due(
 ) -> Fork | None:
     """The fork to begin in place of a stopped trial, if any; its run has the donor's checkpoint already.
 
+    A donor that has failed since it was chosen, without a checkpoint, is replaced by another.
+
     Args:
         known: what schedulers decide by.
         number: the number that the fork will have.
         directory: the run of a trial.
+
+    Raises StokerError if a donor will never have a checkpoint.
     """
-    replaced = {trial.replaces for trial in trials.values()}
-    for trial in trials.values():
-        if trial.state != "pruned" or trial.number in replaced:
-            continue
-        donor = trial.donor
-        if donor is None:  # an earlier controller stopped the trial
-            donor = rule.donor(known(), trial.number)
-        if donor is None:
-            continue
-        ended = trials[donor].state == "complete"
-        step = take_checkpoint(directory(donor), directory(number()), ended=ended)
-        if step is not None:
-            return Fork(donor, trial.number, step)
+    for trial in _not_replaced(trials):
+        for donor in dict.fromkeys((trial.donor, rule.donor(known(), trial.number))):
+            if donor is None:  # an earlier controller stopped the trial, or there is no better one now
+                continue
+            ended = trials[donor].state == "complete"
+            step = take_checkpoint(directory(donor), directory(number()), ended=ended)
+            if step is not None:
+                return Fork(donor, trial.number, step)
+            _check_saves(directory(donor))
+            if trials[donor].state != "failed":
+                break
     return None
+
+
+def awaited(trials: Mapping[int, Seen]) -> bool:
+    """Whether a fork waits for the first checkpoint of its donor, which is being written."""
+    return any(
+        trial.donor is not None and trials[trial.donor].state == "running" for trial in _not_replaced(trials)
+    )
+
+
+def _not_replaced(trials: Mapping[int, Seen]) -> list[Seen]:
+    """The trials that were stopped and have no replacement yet."""
+    replaced = {trial.replaces for trial in trials.values()}
+    return [trial for trial in trials.values() if trial.state == "pruned" and trial.number not in replaced]
+
+
+def _check_saves(donor: RunDirectory) -> None:
+    """Raises StokerError for a run that trains without a Trainer, as nothing is saved of it."""
+    if view.load(donor).samples_per_step is None:
+        raise StokerError(
+            f"{donor.id} has no checkpoint that another trial could continue from: "
+            "population based training needs a recipe that trains with a Trainer"
+        )
 
 
 def explored(

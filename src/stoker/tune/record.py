@@ -131,8 +131,8 @@ def uid(folder: Path) -> str:
 
 
 def shown(url: str) -> str:
-    """A database's URL without its password."""
-    return re.sub(r"(://[^:/@]*):[^@]*@", r"\1:***@", url)
+    """A database's URL without its password, which may be a parameter too (`?password=`)."""
+    return redaction.text(re.sub(r"(://[^:/@]*):[^@]*@", rf"\1:{redaction.REDACTED}@", url))
 
 
 def check_study(study: Study, wanted: Record) -> None:

@@ -37,7 +37,7 @@ log = logging.getLogger("stoker")
 _RESTARTS = 3
 """How often a trial whose process was killed is restarted without having made progress."""
 _LOOK = 1.0
-"""Seconds between looks for room, if there was none for any trial."""
+"""Seconds between looks for room, if there was none for any trial; or for a checkpoint to fork."""
 _OF_A_RUN: dict[str, State] = {
     view.FINISHED: "complete", view.STOPPED: "pruned", view.PAUSED: "paused", view.FAILED: "failed"
 }  # fmt: skip
@@ -155,6 +155,8 @@ class Search:
         if self._ending:
             return None
         limits = [self._peers.patience] if self._peers is not None else []
+        if isinstance(self._scheduler, PopulationBased) and forking.awaited(self.trials):
+            limits.append(_LOOK)
         if self.plan.deadline is not None:
             limits.append(self.plan.deadline - time.monotonic())
         if self.plan.budget is not None and self.plan.budget.unit == "hour":

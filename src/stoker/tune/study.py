@@ -30,6 +30,7 @@ from optuna.storages import BaseStorage, RDBStorage
 from optuna.storages.journal import BaseJournalBackend, JournalFileBackend, JournalStorage
 from optuna.study import Study, StudyDirection
 from optuna.trial import FixedTrial, FrozenTrial, TrialState
+from stoker import redaction
 from stoker.errors import BadInput, StokerError, nearest
 from stoker.tune import promising, record
 from stoker.tune.plan import Goal
@@ -467,7 +468,7 @@ def of(folder: Path) -> Study:
     url = known.get("storage", "")
     if not url:
         return read(folder / record.STUDY)
-    if "***" in url:
+    if redaction.holds_redacted(url):
         url = os.environ.get("STOKER_STORAGE") or ""
     if not url:
         raise BadInput(f"{folder.name} is stored in {known['storage']}: set STOKER_STORAGE to its URL")
