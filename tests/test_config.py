@@ -122,7 +122,9 @@ def test_a_list_of_one_needs_no_brackets(given: str, expected: tuple[int, ...]) 
     ("lines", "said"),
     [(["- a"], "holds a list"), (["lr: [", "x"], "line 3: expected"), (["lrr: 1"], "did you mean 'lr'?"),
      (["lr: 1", "name: a", "lr: 2"], "lr is given twice"),
-     (["lora: {rank: 1}", "lora.rank: 2"], "lora.rank is given twice")],
+     (["lora: {rank: 1}", "lora.rank: 2"], "lora.rank is given twice"),
+     (["norm: false"], "c.yaml): must be a number; norm is a number or none"),
+     (["batch_size: yes"], "must be a number; batch_size is a whole number")],
 )  # fmt: skip
 def test_bad_files_are_refused(lines: list[str], said: str, write_file: Callable[..., Path]) -> None:
     with pytest.raises(BadInput, match=r"c\.yaml") as error:

@@ -1109,6 +1109,21 @@ def test_going_on_with_another_number_of_samples_is_said(
     assert (said in caplog.messages) == warns
 
 
+def test_a_length_that_the_run_is_past_is_said_and_the_run_is_as_long_as_it_was(
+    open_run: Callable[..., Run], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "stoker")
+    logging.getLogger("stoker").propagate = True
+    for steps in (4, 1):
+        with open_run() as run:
+            trainer = _trainer(run, _model())
+            for batch in trainer.steps(trainer.loader(_dataset(), batch_size=8), max_steps=steps):
+                run.log(loss=trainer.step(batch))
+    assert "a length of 1 is over already: the run is at step 4" in caplog.messages
+    found = view.load(run.directory)
+    assert (found.step, found.total_steps) == (4, 4)
+
+
 def test_a_loop_that_is_left_is_saved_as_it_is_and_one_that_failed_is_not(
     open_run: Callable[..., Run], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -289,6 +289,9 @@ def _checked(key: str, leaf: _Leaf, value: Any, source: str) -> Any:
         and type(None) in typing.get_args(leaf.type)
     ):
         return None
+    takes = _kinds(leaf.type)
+    if isinstance(value, bool) and takes & {int, float} and not takes & {bool, Any}:
+        raise BadInput(f"{key}={shown(value)} ({source}): must be a number; {key} is {_type_name(leaf.type)}")
     try:
         made = adapter.validate_python(_read(value, leaf))
         if isinstance(made, float) and math.isinf(made) and _has_bounds(leaf.type):

@@ -326,12 +326,14 @@ class Trainer:
                 '(trainer.every("1ep") is true at the end of each epoch), or give this loop the sum of both '
                 "lengths"
             )
+        if self.steps_done > self._total and self.world.rank == 0:
+            log.info("a length of %s is over already: the run is at step %d", duration, self.steps_done)
         if self._schedule is not None and self.world.rank == 0 and self.steps_done < self._total:
             warn_of_no_peak(self._schedule, self._total)
         tokens = loader.tokens_per_sample
         self._gauge.pace.count(loader.batch_size, tokens)
         self._attempt.event(
-            "plan", total_steps=self._total, samples_per_step=loader.batch_size,
+            "plan", total_steps=max(self._total, self.steps_done), samples_per_step=loader.batch_size,
             tokens_per_step=tokens and tokens * loader.batch_size,
             samples_per_epoch=loader.samples_per_epoch, data_share=self.training.data_share,
             best=self._checkpoints.best,
