@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from stoker import BadInput
+from stoker.data.augment import IMAGENET, Evaluate
 from stoker.language import hub
-from stoker.recipes import image, image_model
+from stoker.recipes import image, image_model, image_processor
+from transformers import AutoImageProcessor, ViTConfig, ViTForImageClassification
 
 import hub_server
 from commands import Point
@@ -19,7 +26,7 @@ from servers import listening
 
 
 def built(reference: str) -> image_model.Classifier:
-    return image_model.build(reference, classes=("cat", "dog"), channels=1, size=32)
+    return image_model.build(reference, classes=("cat", "dog"), new=image_processor.DIGITS)
 
 
 @pytest.fixture
@@ -64,3 +71,74 @@ def test_a_model_that_is_not_there_is_refused_before_anything_is_started(served:
         image.check_launch(image.Config(model=model))
     image.check_launch(image.Config(model="org/one"))
     image.check_launch(image.Config(model="resnet-50"))
+
+
+HALF = (0.5, 0.5, 0.5)
+OF_IMAGENET = {"image_mean": IMAGENET[0], "image_std": IMAGENET[1]}
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (
+            {"image_processor_type": "ViTImageProcessor", "size": {"height": 384, "width": 384},
+             "image_mean": HALF, "image_std": HALF},
+            (384, HALF, HALF),
+        ),
+        (
+            {"feature_extractor_type": "ViTFeatureExtractor", "size": 224, "image_mean": HALF,
+             "image_std": HALF},
+            (224, HALF, HALF),
+        ),
+        ({"image_processor_type": "ConvNextImageProcessor", "size": {"shortest_edge": 64}, **OF_IMAGENET},
+         (64, *IMAGENET)),
+        (
+            {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 72},
+             "crop_size": {"height": 64, "width": 64}, **OF_IMAGENET},
+            (64, *IMAGENET),
+        ),
+        (
+            {"image_processor_type": "ViTImageProcessor", "size": {"height": 32, "width": 32},
+             "do_normalize": False},
+            (32, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+        ),
+        (
+            {"image_processor_type": "ViTImageProcessor", "size": {"height": 32, "width": 32},
+             "rescale_factor": 2 / 255, "image_mean": [1, 1, 1], "image_std": [1, 1, 1]},
+            (32, HALF, HALF),
+        ),
+        (None, (48, *IMAGENET)),
+    ],
+)  # fmt: skip
+def test_a_loaded_model_gets_images_as_it_was_trained_on(
+    tmp_path: Path, settings: dict[str, Any] | None, expected: tuple[Any, ...]
+) -> None:
+    shape = ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=48, patch_size=16)
+    ViTForImageClassification(shape).save_pretrained(tmp_path)
+    if settings is not None:
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    made = image_model.build(str(tmp_path), classes=("cat", "dog"), new=image_processor.DIGITS)
+    assert dataclasses.astuple(made.processor) == expected
+    made = image_model.build(str(tmp_path), classes=("cat", "dog"), new=image_processor.DIGITS, size=96)
+    assert dataclasses.astuple(made.processor) == (96, *expected[1:])
+
+
+def test_an_image_processor_that_does_not_load_is_refused(saved: Path) -> None:
+    (saved / "preprocessor_config.json").write_text('{"image_processor_type": "NoSuch"}')
+    with pytest.raises(BadInput, match=r"preprocessor_config\.json cannot be used: "):
+        built(str(saved))
+
+
+@pytest.mark.parametrize("processor", [image_processor.DIGITS, image_processor.PHOTOS])
+def test_what_is_exported_says_how_an_evaluation_takes_images(
+    tmp_path: Path, processor: image_processor.Processor
+) -> None:
+    drawn = np.random.default_rng(0).integers(0, 255, (25, 30, 3), dtype=np.uint8)
+    given = Image.fromarray(drawn).resize((768, 512), Image.Resampling.BICUBIC)
+    given = given if len(processor.mean) == 3 else given.convert("L")
+    image_model.describe(image_model.build("resnet-tiny", classes=("a", "b"), new=processor), tmp_path)
+    (theirs,) = AutoImageProcessor.from_pretrained(tmp_path)(given, return_tensors="np")["pixel_values"]
+    ours = Evaluate(*dataclasses.astuple(processor))(given).numpy()
+    assert ours.shape == theirs.shape
+    assert np.abs(ours - theirs).mean() < 0.01  # of values with a standard deviation of about 1
+    assert image_processor.of_model(tmp_path) == processor, "and whoever goes on with it does the same"

@@ -18,7 +18,10 @@ from stoker.data.order import uniforms
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 """Mean and standard deviation of its channels."""
 
-_SMALL = 32  # pixels: augment as for CIFAR up to this size, as for ImageNet above
+SMALL = 32
+"""Pixels per side up to which images are augmented as for CIFAR; larger ones as for ImageNet."""
+CENTRE = 224 / 256
+"""The share of the short side that is evaluated of a larger image."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class Augment:
 
     def __call__(self, image: Image.Image, key: int) -> torch.Tensor:
         drawn = uniforms(key)
-        cropped = self._shifted(image, drawn) if self.size <= _SMALL else self._cropped(image, drawn)
+        cropped = self._shifted(image, drawn) if self.size <= SMALL else self._cropped(image, drawn)
         if self.flip and next(drawn) < 0.5:
             cropped = cropped.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return to_tensor(cropped, self.mean, self.std)
@@ -66,7 +69,7 @@ class Augment:
 
 @dataclass(frozen=True)
 class Evaluate:
-    """For evaluation: a centre crop; for large images, 224/256 of the short side."""
+    """For evaluation: the whole image; of a large one, the central `CENTRE` of the short side."""
 
     size: int
     mean: tuple[float, ...]
@@ -74,15 +77,20 @@ class Evaluate:
 
     def __call__(self, image: Image.Image, key: int = 0) -> torch.Tensor:
         """The same for any key."""
-        if self.size <= _SMALL:
+        if self.size <= SMALL:
             image = image.resize((self.size, self.size), Image.Resampling.BILINEAR)
         else:
-            image = _centred(image, self.size, 224 / 256)
+            image = _centred(image, self.size, CENTRE)
         return to_tensor(image, self.mean, self.std)
 
 
 def to_tensor(image: Image.Image, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
-    """(channels, height, width), float32, scaled to 0..1 and normalised by mean and standard deviation."""
+    """(channels, height, width), float32, scaled to 0..1 and normalised by mean and standard deviation.
+
+    Grey or in colour, as the mean has one channel or three.
+    """
+    mode = "L" if len(mean) == 1 else "RGB"
+    image = image if image.mode == mode else image.convert(mode)
     pixels: NDArray[np.float32] = np.asarray(image, dtype=np.float32) / np.float32(255)
     if pixels.ndim == 2:
         pixels = pixels[:, :, None]  # (height, width, channels)

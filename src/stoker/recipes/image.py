@@ -46,7 +46,7 @@ class Config(Training):
     """digits (built in), a folder with one subfolder per class, a .parquet or .tar file, or a folder of
     these."""
     image_size: Annotated[int, Ge(8)] | None = None
-    """Pixels per side; default: 32 for digits, otherwise 224."""
+    """Pixels per side; default: what a loaded model was trained on; for a new one 32 for digits, else 224."""
     flip: bool = True
     """Flip half of the training images horizontally; never applied to digits."""
     workers: Annotated[int, Ge(0)] = 2
@@ -121,15 +121,18 @@ def train(run: Run, config: Config) -> None:
     from stoker.engine import optimizers, schedule
     from stoker.engine.random_state import seed_everything
     from stoker.loop import Trainer
-    from stoker.recipes import exporting, image_model
+    from stoker.recipes import exporting, image_model, image_processor
 
     seed_everything(config.seed)
     distributed.join(run.world, config.backend)
     source = images.read(config.data)
     splits = images.split(source, validation=config.validation, test=config.test, seed=config.seed)
     small = config.data == "digits"
-    size = config.image_size or (32 if small else 224)
-    mean, std = ((0.5,), (0.5,)) if small else augment.IMAGENET
+    made = image_model.build(
+        config.model, classes=source.classes, size=config.image_size,
+        new=image_processor.DIGITS if small else image_processor.PHOTOS,
+    )  # fmt: skip
+    size, mean, std = made.processor.size, made.processor.mean, made.processor.std
     evaluated = augment.Evaluate(size, mean, std)
     training = images.Images(
         source, splits.train, augment.Augment(size, mean, std, flip=config.flip and not small)
@@ -138,7 +141,6 @@ def train(run: Run, config: Config) -> None:
     test = images.Images(source, splits.test, evaluated)
     run.fingerprint("data", source.fingerprint)
     run.data("data", config.data, fingerprint=f"sha256:{source.fingerprint}" if small else "")
-    made = image_model.build(config.model, classes=source.classes, channels=len(mean), size=size)
 
     trainer = Trainer(
         run,

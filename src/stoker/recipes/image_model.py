@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,9 @@ from stoker.engine import quiet  # noqa: F401 (its import is its work)
 from stoker.engine.metrics import Mean, Metric
 from stoker.errors import BadInput
 from stoker.language import hub
+from stoker.recipes import image_processor
 from stoker.recipes.image import SIZES
+from stoker.recipes.image_processor import Processor
 from torch.nn import functional as F
 from transformers import AutoModelForImageClassification, ResNetConfig, ResNetForImageClassification
 
@@ -25,11 +27,15 @@ class Classifier:
 
     model: Any
     config: Any
-    preprocessor: dict[str, Any]
+    processor: Processor
 
 
-def build(reference: str, *, classes: Sequence[str], channels: int, size: int) -> Classifier:
+def build(reference: str, *, classes: Sequence[str], new: Processor, size: int | None = None) -> Classifier:
     """A new ResNet of a given size, or the model of a directory or hub id, with a new last layer if needed.
+
+    Args:
+        new: the input of a new model.
+        size: pixels per side, instead of what a loaded model was trained on, or a new one has.
 
     Raises:
         BadInput: the model does not exist, or does not load.
@@ -37,18 +43,20 @@ def build(reference: str, *, classes: Sequence[str], channels: int, size: int) -
     names = dict(enumerate(classes))
     labels = {"id2label": names, "label2id": {name: n for n, name in names.items()}}
     if reference in SIZES:
-        shape = ResNetConfig(**SIZES[reference], num_channels=channels, **labels)
+        shape = ResNetConfig(**SIZES[reference], num_channels=len(new.mean), **labels)
         model: Any = ResNetForImageClassification(shape)
+        processor = new
     else:
-        model = _load(reference, labels)
+        folder = hub.find(reference, known=tuple(SIZES), pickles=True)
+        model = _load(reference, folder, labels)
+        processor = image_processor.of_model(folder)
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
-    return Classifier(model, config, {"size": size, "num_channels": channels})
+    return Classifier(model, config, replace(processor, size=size or processor.size))
 
 
-def _load(reference: str, labels: Mapping[str, Any]) -> Any:
+def _load(reference: str, folder: Path, labels: Mapping[str, Any]) -> Any:
     """Load the model, with a new last layer if the number of classes differs. Raises BadInput."""
-    folder = hub.find(reference, known=tuple(SIZES), pickles=True)
     try:
         model = AutoModelForImageClassification.from_pretrained(
             folder, **labels, ignore_mismatched_sizes=True, dtype=torch.float32
@@ -86,4 +94,5 @@ def metrics(output: Any, batch: dict[str, torch.Tensor]) -> dict[str, Metric]:
 def describe(made: Classifier, target: Path) -> None:
     """Write everything that goes next to the weights of an export."""
     made.config.save_pretrained(target)
-    (target / "images.json").write_text(json.dumps(made.preprocessor) + "\n", encoding="utf-8")
+    written = image_processor.written(made.processor)
+    (target / image_processor.FILE).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
