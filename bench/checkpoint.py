@@ -87,7 +87,7 @@ def stopped(quick: bool, rounds: int) -> dict[str, Any]:
             buffer.copy_(tensor)
         copied = time.perf_counter() - begun
         begun = time.perf_counter()
-        trainer.checkpoint()
+        trainer._save()
         stop = time.perf_counter() - begun
         trainer._checkpoints.wait()
         written = time.perf_counter() - begun

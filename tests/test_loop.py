@@ -1109,6 +1109,47 @@ def test_going_on_with_another_number_of_samples_is_said(
     assert (said in caplog.messages) == warns
 
 
+def test_a_checkpoint_that_is_asked_for_in_the_body_is_of_the_whole_step(
+    open_run: Callable[..., Run],
+) -> None:
+    def train(name: str, dies: bool) -> nn.Module:
+        with open_run(name) as run:
+            model = _model(dropout=0.5)
+            trainer = _trainer(run, model, checkpoint_every="10h")
+            for batch in trainer.steps(trainer.loader(_dataset(), batch_size=8), max_steps=9):
+                if run.step == 3:
+                    trainer.checkpoint()
+                run.log(loss=trainer.step(batch))
+                if run.step == 5:
+                    trainer.checkpoint()
+                if run.step == 6 and dies:
+                    raise _Dies
+        return model
+
+    whole = train("whole", dies=False).state_dict()
+    with pytest.raises(_Dies):
+        train("dies", dies=True)
+    with open_run("dies") as run:
+        assert [manifest.step_of(path) for path in manifest.committed(run.directory.checkpoints)] == [3, 5]
+    resumed = train("dies", dies=False).state_dict()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+@pytest.mark.parametrize(("micro_batch", "most"), [(None, 20), (3, 3), ("auto", 1)])
+def test_an_evaluation_computes_no_more_at_once_than_a_step(
+    open_run: Callable[..., Run], micro_batch: Any, most: int
+) -> None:
+    model, sizes = _model(), []
+    model.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
+    with open_run() as run:
+        trainer = _trainer(run, model, micro_batch=micro_batch)
+        found = trainer.evaluate(_dataset(), batch_size=20)
+    assert max(sizes) == most
+    assert sum(sizes) == len(_dataset())
+    with open_run("b") as run:
+        assert found == pytest.approx(_trainer(run, _model()).evaluate(_dataset(), batch_size=50), rel=1e-6)
+
+
 def test_a_length_that_the_run_is_past_is_said_and_the_run_is_as_long_as_it_was(
     open_run: Callable[..., Run], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -22,6 +22,7 @@ def measure(
     metrics: Metrics,
     *,
     batch_size: int,
+    at_once: int | None = None,
     collate: Collate | None = None,
     workers: int = 0,
     channels_last: bool = False,
@@ -30,11 +31,14 @@ def measure(
     """Metrics over a dataset in evaluation mode, with each sample counted once over all ranks; on every rank.
 
     Args:
+        batch_size: samples per batch over all ranks.
+        at_once: the most samples in a rank's batch.
         meanwhile: called after each batch.
     """
     totals = Totals()
     shares = setting.mesh.data
-    size = -(-batch_size // shares.size) * shares.size
+    share = -(-batch_size // shares.size)
+    size = min(share, at_once or share) * shares.size
     with modes.evaluating(step.model):
         for batch, counts in evaluation_batches(dataset, size, shares, collate, workers):
             on_device = batches.to_device(batch, setting.mesh.device, channels_last=channels_last)

@@ -175,7 +175,7 @@ class Trainer:
         self._agreement = Agreement(self.world, self.device, self._asked)
         self._batch_is: Literal["", "handed out", "computed", "trained on"] = ""
         """What the loop has done so far with the current batch; empty between steps."""
-        self._may_be_best, self._keeps_best = False, bool(self.training.checkpoint_best)
+        self._due, self._may_be_best, self._keeps_best = False, False, bool(self.training.checkpoint_best)
         self._attempt.take_over_steps(self._checkpoints.wait, self._conclude, self._heart)
         supervision.say_where(run.directory.path)
         self._say(why)
@@ -371,8 +371,8 @@ class Trainer:
             self._modes.begin()
         self._begin_loop()
         if self.training.on_bad_loss == "rewind":
-            self.checkpoint()  # one to rewind to
-        remembering, due = self.training.deterministic, False
+            self._save()  # one to rewind to
+        remembering = self.training.deterministic
         with contextlib.closing(
             Profiler(self._attempt.profile, self.run.directory.logs, self.world.rank, self.device)
         ) as profiler:
@@ -398,18 +398,18 @@ class Trainer:
                 requests = self._agreement.requests()
                 if requests.failed:
                     self._checkpoints.wait()  # raises
-                due = due or requests.save or self._checkpoint_due() or self._is_best()
+                self._due = self._due or requests.save or self._checkpoint_due() or self._is_best()
                 waits = self._adding_up  # a checkpoint does not hold accumulated gradients
-                if due and not waits:
-                    self.checkpoint()
-                    due = False
+                if self._due and not waits:
+                    self._save()
+                    self._due = False
                 stop = None if waits else requests.stop
                 stop = stop or (view.STOPPED if self.steps_done == self._attempt.until else None)
                 if stop:
                     self._end_loop()
                     raise Stopped(stop)
             self.run.step = self.steps_done
-        self.checkpoint()
+        self._save()
         self._end_loop()
 
     @property
@@ -450,7 +450,7 @@ class Trainer:
         self._batch_is = ""
         if self.world.rank == 0:
             log.info("the loop was left at step %d of %d", self.steps_done, self._total)
-        self.checkpoint()
+        self._save()
         self._end_loop()
 
     def _end_loop(self) -> None:
@@ -615,7 +615,7 @@ class Trainer:
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The autocast context of `forward`, for calling submodules in the run's precision."""
-        return only_loop_of_its_own(self._step).context()
+        return self._step.context()
 
     def backward(self, loss_sum: torch.Tensor, weight: Weight) -> None:
         """Add the gradient of a summed loss; `update` divides by the sum of the weights.
@@ -766,7 +766,8 @@ class Trainer:
 
         Args:
             metrics: `(output, batch) -> {name: Mean, Sum, Max or Perplexity}` of a batch.
-            batch_size: samples per batch over all ranks, rounded up to a multiple of the number of ranks.
+            batch_size: samples per batch over all ranks, rounded up to a multiple of the number of ranks; a
+                rank computes at most `micro_batch` of them at once, so its batches are no larger.
             workers: processes that read samples; by default as many as the loader has.
         """
         if self._imagination is not None:
@@ -775,9 +776,14 @@ class Trainer:
             workers = self._loader.workers if self._loader is not None else 0
         with self.evaluating():
             return evaluation.measure(
-                self._step, self._setting, dataset, metrics, batch_size=batch_size, collate=collate,
+                self._step, self._setting, dataset, metrics, batch_size=batch_size,
+                at_once=self._cut.at_once, collate=collate,
                 workers=workers, channels_last=self.training.channels_last, meanwhile=self._heart.beat,
             )  # fmt: skip
+
+    def beat(self) -> None:
+        """Say that this rank makes progress: in a loop's body that takes longer than `hang_limit` allows."""
+        self._heart.beat()
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -846,13 +852,20 @@ class Trainer:
     # -- checkpoints ------------------------------------------------------------------------
 
     def checkpoint(self) -> None:
-        """Save everything that a resumed run needs, at a step boundary. All ranks call it.
+        """Save all that a resumed run needs; in a loop's body, at the end of its step. All ranks call it.
 
         Accumulated gradients are not included; the checkpoints that `steps` saves wait for their update.
 
         Training continues as soon as the state is copied to host memory, while a thread writes it; `steps`
         waits for the last one. Raises OSError if the previous checkpoint could not be written (a full disk).
         """
+        if self._batch_is:
+            self._due = True
+            return
+        self._save()
+
+    def _save(self) -> None:
+        """Save now, between steps."""
         if self._saved_step == self.steps_done or self._imagination is not None:
             return
         if wrong := self._losses.look():

@@ -36,6 +36,11 @@ class MicroBatches:
         self.share: int | None = None
         """Samples that the loader puts into a rank's share, once known."""
 
+    @property
+    def at_once(self) -> int | None:
+        """The most samples that a rank computes at once; 1 before `auto` has found it; None: any number."""
+        return 1 if self.size == "auto" else self.size
+
     def of(self, batch: Any) -> Iterator[Any]:
         """The batch on the device, split. Raises BadInput if it cannot be split, see `batches.split`."""
         if self.size == "auto":

@@ -82,6 +82,10 @@ class PipelineStep:
         """Whether this rank has the output and the loss."""
         return self._held[-1] == self._count - 1
 
+    def context(self) -> contextlib.AbstractContextManager[Any]:
+        """See `Step`."""
+        return contextlib.nullcontext() if self._stages[0].casts else self._setting.autocast()
+
     def weights(self) -> dict[str, torch.Tensor]:
         """See `Step`."""
         return named_trainable(self.model)
@@ -231,7 +235,7 @@ class _Stage(nn.Module):
     def forward(self, received: torch.Tensor | None, number: torch.Tensor) -> Any:
         step = self._step[0]
         inputs = step._setting.inputs(step.part(number))
-        with contextlib.nullcontext() if self.casts else step._setting.autocast():
+        with step.context():
             return self._output(inputs, received)
 
     def _output(self, inputs: Any, received: torch.Tensor | None) -> Any:

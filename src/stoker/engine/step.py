@@ -48,6 +48,10 @@ class Step(Protocol):
         """The model's output without gradients; all ranks call it. None if the output is on another rank."""
         ...
 
+    def context(self) -> contextlib.AbstractContextManager[Any]:
+        """The autocast context of a forward pass, unless the strategy casts by itself."""
+        ...
+
     def weights(self) -> dict[str, torch.Tensor]:
         """The trained weights, in float32, by name, as held by this rank."""
         ...
@@ -244,7 +248,7 @@ class PlainStep:
         torch.autograd.backward(loss_sum)
 
     def context(self) -> contextlib.AbstractContextManager[Any]:
-        """The autocast context of a forward pass, unless the strategy casts by itself."""
+        """See `Step`."""
         return contextlib.nullcontext() if self._casts else self._setting.autocast()
 
     def _reduce_next(self, reduce: bool) -> None:

@@ -92,6 +92,10 @@ class DeepSpeedStep:
         """See `Step`."""
         return self._call(batch)
 
+    def context(self) -> contextlib.AbstractContextManager[Any]:
+        """See `Step`."""
+        return self._setting.autocast() if self.stage == 0 else contextlib.nullcontext()
+
     def update(self, optimizer: torch.optim.Optimizer, weight: torch.Tensor) -> bool:
         """See `Step`."""
         setting = self._setting

@@ -47,6 +47,8 @@ def linear_cross_entropy(
         dtype = torch.get_autocast_dtype(hidden.device.type)
         chosen, weight = chosen.to(dtype), weight.to(dtype)
         bias = bias.to(dtype) if bias is not None else None
+    if not torch.is_grad_enabled():  # a function computes gradients of what requires them, all the same
+        chosen, weight, bias = chosen.detach(), weight.detach(), None if bias is None else bias.detach()
     rows = max(1, chunk_bytes // (4 * weight.shape[0]))
     with torch.autocast(hidden.device.type, enabled=False):
         if len(targets) <= rows:

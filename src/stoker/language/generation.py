@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -32,12 +32,22 @@ def generate(trainer: Trainer, language: Language, prompt: str, length: int) -> 
         if trainer.strategy == "pipeline":
             made = _continued(trainer, encoded["input_ids"], length, ends)
         else:
-            with _cached_attention(model):
+            with _cached_attention(model), trainer.autocast():
                 made = model.generate(
                     **encoded, max_new_tokens=length, do_sample=False, pad_token_id=tokenizer.pad_token_id,
-                    eos_token_id=ends,
+                    eos_token_id=ends, stopping_criteria=[_beating(trainer)],
                 )  # fmt: skip
     return str(tokenizer.decode(made[0, begun:], skip_special_tokens=True))
+
+
+def _beating(trainer: Trainer) -> Callable[..., torch.Tensor]:
+    """A stopping criterion that never stops, and says at each token that the rank makes progress."""
+
+    def none_stops(ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        trainer.beat()
+        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
+    return none_stops
 
 
 @contextlib.contextmanager
@@ -57,6 +67,7 @@ def _continued(trainer: Trainer, ids: torch.Tensor, length: int, ends: Sequence[
     for _ in range(length):
         positions = torch.arange(ids.shape[1], device=ids.device)[None]
         output = trainer.forward({"input_ids": ids, "position_ids": positions})
+        trainer.beat()
         found = None if output is None else int(output.logits[0, -1].argmax())
         token = next(t for t in distributed.gathered(found) if t is not None)
         ids = torch.cat([ids, torch.tensor([[token]], device=ids.device)], dim=1)
