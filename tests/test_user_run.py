@@ -441,6 +441,18 @@ def test_a_watch_sees_gradients_and_parameters_without_a_trainer(open_run: Open)
     assert len(first["edges"]) == 5
 
 
+def test_a_watch_of_a_gradient_without_a_finite_value_sees_an_empty_histogram(open_run: Open) -> None:
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with open_run() as run:
+        run.watch(model, every=1, histograms=True, bins=2)
+        model(torch.full((1, 3), math.nan)).sum().backward()
+        optimizer.step()
+        run.log(loss=1.0)
+    histograms = {m.name: m.about for m in _seen(run).media}
+    assert histograms["gradients/weight"] == {"edges": [0.0, 0.5, 1.0], "counts": [0.0, 0.0]}
+
+
 def test_a_watch_sees_what_each_optimizer_of_a_step_does(open_run: Open) -> None:
     model = torch.nn.ModuleDict({name: torch.nn.Linear(2, 1, bias=False) for name in ("a", "b")})
     optimizers = [torch.optim.SGD(part.parameters(), lr=0.0) for part in model.values()]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import shutil
@@ -17,9 +18,11 @@ from stoker import Run, storage
 from stoker.errors import BadInput
 from stoker.run import artifacts, journal, view
 from stoker.run.directory import RunDirectory
+from stoker.run.recorder import Recorder
 from stoker.tracking import feed, follower, ledger, mlflow_sink, store
 from stoker.tracking.shipper import Shipper
 from stoker.tracking.sink import Batch, Ending, SinkRun
+from stoker.world import World
 from synthetic_run import DEADLINE, Trainer, make_run, pending, run_dying_follower, train_until_killed, until
 
 import warm
@@ -68,6 +71,27 @@ def test_a_rank_that_outlives_its_attempt_changes_no_mean_of_the_next(tmp_path: 
     for rank in (0, 1):
         log(2, rank, 3, float(rank))
     assert [(point.step, point.value) for point in fed.take().points] == [(3, 0.5)]
+
+
+def test_what_another_rank_than_the_first_logs_of_its_own_is_neither_written_nor_shipped(
+    tmp_path: Path,
+) -> None:
+    writers = [journal.join_attempt(tmp_path, 1, rank) for rank in (0, 1)]
+    recorders = [
+        Recorder(writer, dataclasses.replace(World(), rank=rank, size=2), lambda: None)
+        for rank, writer in enumerate(writers)
+    ]
+    recorders[0].event("attempt_started", pid=1, host="here", world=2)
+    fed, shipped = feed.Feed(tmp_path, journal.Cursor()), []
+    for step in (1, 2, 3):
+        for rank in (1, 0):  # the other one is a moment earlier
+            recorders[rank].log({"accuracy": 0.5}, step, "mean")
+            recorders[rank].log({"loss": 100.0 * rank + step}, step)
+            shipped += [(p.step, p.value) for p in fed.take().points if p.metric == "loss"]
+    assert shipped == [(1, 1.0), (2, 2.0), (3, 3.0)]
+    assert b"loss" not in writers[1].file.read_bytes()
+    writers[1].append("metrics", step=4, values={"loss": 104.0})
+    assert not fed.take().points
 
 
 def test_what_mlflow_stored_just_before_a_kill_is_not_stored_twice(

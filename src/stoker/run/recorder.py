@@ -126,8 +126,8 @@ class Recorder:
         self._writer.close()
 
     def _is_plain(self, values: Mapping[str, Any], step: int) -> bool:
-        """Whether the values can be written as they are: known names, finite floats, nothing pending."""
-        if type(step) is not int or step < self._highest or type(values) is not dict:
+        """Whether they can be written as they are: rank 0's, known names, finite floats, none pending."""
+        if self._world.rank > 0 or type(step) is not int or step < self._highest or type(values) is not dict:
             return False
         if self._pending or self._carried or not (self.used and values.keys() <= self._names):
             return False
@@ -191,6 +191,8 @@ class Recorder:
     def _write_histograms(self, arrays: Mapping[str, Any], step: int, at: float) -> None:
         for name in (key.removesuffix("/counts") for key in arrays if key.endswith("/counts")):
             low, high = float(arrays[f"{name}/low"]), float(arrays[f"{name}/high"])
+            if low > high:  # no value is finite
+                low, high = 0.0, 1.0
             counts = arrays[f"{name}/counts"].tolist()
             edges = [low + (high - low) * i / len(counts) for i in range(len(counts) + 1)]
             about = {"edges": edges, "counts": counts}

@@ -101,6 +101,8 @@ class Feed:
         if "reduce" in event:
             reduction = self._reductions.setdefault(event["attempt"], Reduction(1))
             values = reduction.add(event["reduce"], step, values, event["rank"])
+        elif event["rank"] > 0:
+            return
         if step > self._stand[0]:
             return
         for metric, value in values.items():
