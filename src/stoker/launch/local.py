@@ -24,7 +24,7 @@ from typing import Any
 
 import psutil
 from stoker import machine, signals, supervision
-from stoker.errors import BadInput, StokerError, Stopped
+from stoker.errors import EXIT_INTERRUPTED, BadInput, StokerError, Stopped
 from stoker.launch import nodes, ranks
 from stoker.launch.budget import Budget, RankFailed
 from stoker.launch.nodes import ONE, Machines
@@ -170,7 +170,15 @@ def _attempt(job: _Job, place: Place, folder: Path) -> int:
         failure.step, failure.saved = _progress(folder)
         _tell_run(folder, failure.brief or str(failure).partition("\n")[0])
         raise
-    return ends[min(ends)].code or 0
+    return _code([end.code or 0 for _, end in sorted(ends.items())])
+
+
+def _code(codes: Sequence[int]) -> int:
+    """The exit code of ranks that ended as they should: the first one's.
+
+    Of ranks that were interrupted, one may have been told to stop by another signal too on its way out.
+    """
+    return EXIT_INTERRUPTED if codes[0] and EXIT_INTERRUPTED in codes else codes[0]
 
 
 def _tell_run(folder: Path, error: str) -> None:
