@@ -103,6 +103,19 @@ def test_a_trainjob_that_could_not_be_tried_again_is_refused(stoker: Command) ->
     assert "--retries 2: a TrainJob has no such setting" in done.err
 
 
+def test_names_begin_with_a_letter_as_a_service_must(stoker: Command) -> None:
+    made = _rendered(stoker, *TWO, "--experiment", "2026")
+    assert made["Service"]["metadata"]["name"].startswith("run-2026-a-")
+
+
+def test_a_cluster_without_gpus_may_add_a_node_that_has_some(stoker: Command, api: Api) -> None:
+    api.objects["Node", "n1"]["status"]["allocatable"].clear()
+    done = stoker(*TWO)
+    assert done.code == 0, done.err
+    assert "no node has nvidia.com/gpu now: the pods wait until the cluster adds one" in done.err
+    assert api.of_kind("Job")
+
+
 def test_what_looks_like_a_variable_stays_what_it_is(stoker: Command) -> None:
     one = ("train", RECIPE, "--on", "kubernetes", "--option", "image=a", "--runs", "s3://bucket/$(HOME)")
     (job,) = _rendered(stoker, *one).values()

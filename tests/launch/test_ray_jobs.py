@@ -184,7 +184,11 @@ def test_what_the_cluster_does_not_have_is_refused(
         done = stoker(*SAME, *on, *asked)
         assert done.code == 2
         assert said in done.err
+        assert "if it adds nodes when asked, add --option scales=true" in done.err
     assert not (tmp_path / "runs" / ".jobs").exists()
+    waits = stoker(*SAME, *on, "--gpus", "2", "--option", "scales=true", "--name", "waits", "--json")
+    assert waits.code == 0, waits.err
+    assert stoker("jobs", "cancel", "waits").code == 0
 
 
 def test_what_would_be_submitted_is_printed_as_ray_takes_it(stoker: Command) -> None:
@@ -204,6 +208,7 @@ def test_what_would_be_submitted_is_printed_as_ray_takes_it(stoker: Command) -> 
     [
         (("--option", "address=http://127.0.0.1:1"), "no Ray cluster answers at http://127.0.0.1:1"),
         (("--option", "adress=http://127.0.0.1:1"), "did you mean 'address'"),
+        (("--option", "scales=yes"), "--option scales=yes: must be true or false"),
     ],
 )
 def test_without_a_cluster_nothing_is_written(

@@ -452,10 +452,14 @@ def _labels(job: Job) -> dict[str, str]:
 
 
 def _name(job: Job) -> str:
-    """A valid Kubernetes name, even with a pod's number appended (RFC 1123: 63 characters)."""
+    """A valid Kubernetes name, even with a pod's number appended (RFC 1123: 63 characters).
+
+    It begins with a letter, as that of a Service must (RFC 1035).
+    """
     words = re.sub(r"[^a-z0-9]+", "-", job.spec.name.lower()).strip("-")
+    words = words if words[:1].isalpha() else f"run-{words}"
     mark = re.sub(r"[^a-z0-9]", "", job.id.lower())[-6:]
-    return f"{words[:40].rstrip('-') or 'run'}-{mark}"
+    return f"{words[:40].rstrip('-')}-{mark}"
 
 
 # -- checks ----------------------------------------------------------------------------------
@@ -525,14 +529,19 @@ def _store(spec: JobSpec) -> str:
 
 
 def _check_nodes(spec: JobSpec) -> None:
-    """Refuse more GPUs than any node has. Raises BadInput."""
+    """Refuse more GPUs than any node has, unless none has any: a cluster may add such nodes when asked.
+
+    Raises BadInput.
+    """
     resource = spec.options.get("gpu-resource", "nvidia.com/gpu")
     done = _kubectl(["get", "nodes", "--output", "json"])
     if done.returncode != 0:  # not everybody may list nodes
         return
     nodes = json.loads(done.stdout)["items"]
     most = max((int(node["status"].get("allocatable", {}).get(resource, 0)) for node in nodes), default=0)
-    if nodes and spec.gpus > most:
+    if nodes and spec.gpus > most == 0:
+        log.warning("no node has %s now: the pods wait until the cluster adds one that has", resource)
+    elif nodes and spec.gpus > most:
         raise BadInput(f"--gpus {spec.gpus}: a node of this cluster has at most {most} {resource}")
 
 

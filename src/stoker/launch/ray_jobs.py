@@ -43,7 +43,9 @@ _STOP = 120  # seconds that a job has for a checkpoint after being told to stop
 _OPTIONS = {
     "address": "the cluster's dashboard, such as http://head:8265; default: RAY_API_SERVER_ADDRESS",
     "working-dir": "a folder to upload to the cluster, in which the command then runs",
+    "scales": "true: the cluster adds nodes when asked, so the nodes that it has now are no limit",
 }
+_IF_IT_SCALES = "if it adds nodes when asked, add --option scales=true"
 _FLAGS = {"GPU": "--gpus", "CPU": "--cpus", "memory": "--memory"}
 """A node's resources in Ray's terms, and the flags that request them."""
 _STATES = {
@@ -56,10 +58,10 @@ _STATES = {
 
 
 def check(job: Job) -> None:
-    """Check that a cluster answers, and has such nodes. Raises BadInput, StokerError."""
+    """Check that a cluster answers, and has such nodes or scales. Raises BadInput, StokerError."""
     client = _client(job.spec)
     known = _nodes(client)
-    if not known:
+    if not known or job.spec.options.get("scales") == "true":
         return
     asked = {"GPU": job.spec.gpus, "CPU": job.spec.cores, "memory": job.spec.memory or 0}
     for name, amount in asked.items():
@@ -67,10 +69,15 @@ def check(job: Job) -> None:
         if amount > most:
             shown = jobspec.shown_memory if name == "memory" else str
             flag = _FLAGS[name]
-            raise BadInput(f"{flag} {shown(amount)}: a node of this cluster has at most {shown(most)}")
+            raise BadInput(
+                f"{flag} {shown(amount)}: a node of this cluster has at most {shown(most)}; {_IF_IT_SCALES}"
+            )
     fitting = sum(all(node.get(name, 0) >= amount for name, amount in asked.items()) for node in known)
     if job.spec.nodes > fitting:
-        raise BadInput(f"--nodes {job.spec.nodes}: this cluster has {fitting} with the requested resources")
+        raise BadInput(
+            f"--nodes {job.spec.nodes}: this cluster has {fitting} with the requested resources; "
+            f"{_IF_IT_SCALES}"
+        )
 
 
 def render(job: Job) -> str:
@@ -231,6 +238,8 @@ def _check_options(spec: JobSpec) -> None:
             raise BadInput(
                 f"--option {key}: no such setting{nearest(key, _OPTIONS)}; the settings are {known}"
             )
+    if (scales := spec.options.get("scales", "false")) not in ("true", "false"):
+        raise BadInput(f"--option scales={scales}: must be true or false")
     sent = spec.options.get("working-dir", "")
     if "working-dir" in spec.options and "://" not in sent and not (spec.folder / sent).is_dir():
         raise BadInput(f"--option working-dir={sent}: the folder does not exist")
