@@ -165,6 +165,8 @@ class _Host:
     answer: Answer | None = None
     """How it ended."""
     told: set[str] = field(default_factory=set)
+    knocked: dict[str, float] = field(default_factory=dict)
+    """When machines for which there was no room reported first."""
     lock: threading.Lock = field(default_factory=threading.Lock)
     since: float = field(default_factory=time.monotonic)
     """When waiting for machines began, or the last one joined."""
@@ -182,6 +184,8 @@ class _Host:
         if report.phase == GONE or (report.leaving and not self._plays(known)):
             self._let_go(report, now)
             return self.answer or Answer(ended=True, code=EXIT_PREEMPTED)
+        if known is None and not (self._has_room(report) or self._make_room()):
+            return self._without_room(report, now)
         if known is None:
             known = self._take_in(report, now)
         known.report, known.heard = report, now
@@ -197,8 +201,18 @@ class _Host:
             return f"--nodes {report.nodes}: here it is --nodes {self.nodes}"
         if any(member.report.folder != report.folder for member in self.members.values()):
             return _NOT_SHARED.format(host=report.host)
-        full = report.node not in self.members and not (self._has_room(report) or self._make_room())
-        return f"all {self.nodes.most} machines have already joined" if full and not report.leaving else ""
+        return ""
+
+    def _without_room(self, report: Report, now: float) -> Answer:
+        """What to tell a machine for which there is no room: to wait, until it is known whether one is gone.
+
+        A launcher that was killed and is started again at once comes before it is missed.
+        """
+        if self.answer is not None:
+            return self.answer
+        if now - self.knocked.setdefault(report.node, now) < SILENCE + 2 * _COLLECT:
+            return Answer(self.round, "there is no room", number=-1)
+        return Answer(ended=True, code=2, error=f"all {self.nodes.most} machines have already joined")
 
     def _plays(self, member: _Member | None) -> bool:
         """Whether a machine is part of the current round."""
@@ -320,7 +334,8 @@ class _Host:
             log.info("%s is machine %d of %d", member.report.host, number, size)
         for member in ordered[size:]:
             log.info("%s is waiting: the work cannot be shared by %d machines", member.report.host, len(here))
-        self.round += 1
+        # Those that were in rounds of an earlier host, which is back since, wait for one after those.
+        self.round = 1 + max(self.round, *(member.report.round for member in here))
         self.machines, self.running, self.over, self.changes = size, True, "", ""
         self.failed_at, self.failure = None, None
         self.port, self.id = machine.free_port(), uuid.uuid4().hex

@@ -1,0 +1,104 @@
+"""Launchers that meet: machines that end without a word, and are back."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+
+import pytest
+from stoker.errors import BadInput
+from stoker.launch import nodes
+from stoker.launch.budget import Budget
+from stoker.launch.nodes import Answer, Machines, Seat
+from stoker.machine import free_port
+
+TWO = Machines(2, 2)
+SOON = 30.0  # seconds in which anything here happens
+
+
+class Meeting:
+    """An address at which launchers meet."""
+
+    def __init__(self) -> None:
+        self.address = ("127.0.0.1", free_port())
+        self._pool = ThreadPoolExecutor()
+        self._ends = ExitStack()
+
+    def host(self) -> Callable[[], None]:
+        """Answer there; returns what ends that, without a word."""
+        served = nodes._serve(self.address, nodes._Host(TWO, Budget(3), frozenset({2})))
+        assert served is not None
+        server, ended = served[0], threading.Event()
+
+        def end() -> None:
+            if not ended.is_set():
+                ended.set()
+                server.shutdown()
+                server.server_close()
+
+        self._ends.callback(end)
+        return end
+
+    def seat(self, *, first: bool = False) -> Seat:
+        made = Seat(self.address, 1, TWO, first=first)
+        self._ends.callback(lambda: kill(made))
+        return made
+
+    def round_of(self, seat: Seat) -> Future[Answer]:
+        return self._pool.submit(seat.next_round)
+
+    def close(self) -> None:
+        self._ends.close()
+        self._pool.shutdown()
+
+
+def kill(seat: Seat) -> None:
+    seat._closed.set()
+    seat._thread.join()
+
+
+@pytest.fixture
+def meeting(monkeypatch: pytest.MonkeyPatch) -> Iterator[Meeting]:
+    monkeypatch.setattr(nodes, "SILENCE", 2.0)
+    monkeypatch.setattr(nodes, "COMING", SOON)
+    made = Meeting()
+    yield made
+    made.close()
+
+
+def test_when_the_machine_where_they_meet_is_back_the_others_join_its_round(meeting: Meeting) -> None:
+    end = meeting.host()
+    first, other = meeting.seat(first=True), meeting.seat()
+    rounds = [meeting.round_of(seat) for seat in (first, other)]
+    assert [one.result(SOON).round for one in rounds] == [1, 1]
+    kill(first)
+    end()
+    waits = meeting.round_of(other)
+    meeting.host()
+    back = meeting.round_of(meeting.seat(first=True))
+    answers = [one.result(SOON) for one in (back, waits)]
+    assert [answer.number for answer in answers] == [0, 1]
+    assert answers[0].id == answers[1].id
+
+
+def test_a_machine_that_is_back_before_it_is_missed_waits_for_its_place(meeting: Meeting) -> None:
+    meeting.host()
+    first, other = meeting.seat(first=True), meeting.seat()
+    for one in [meeting.round_of(seat) for seat in (first, other)]:
+        one.result(SOON)
+    kill(other)
+    back = meeting.round_of(meeting.seat())
+    again = meeting.round_of(first)
+    answers = [one.result(SOON) for one in (again, back)]
+    assert [(answer.round, answer.number) for answer in answers] == [(2, 0), (2, 1)]
+
+
+def test_one_machine_too_many_is_refused_once_none_of_the_others_is_gone(meeting: Meeting) -> None:
+    meeting.host()
+    seats = [meeting.seat(first=True), meeting.seat()]
+    for one in [meeting.round_of(seat) for seat in seats]:
+        one.result(SOON)
+    with pytest.raises(BadInput, match="all 2 machines have already joined"):
+        meeting.round_of(meeting.seat()).result(SOON)
