@@ -97,12 +97,14 @@ class Api:
     def of_kind(self, kind: str) -> list[dict[str, Any]]:
         return [found for (known, _), found in self.objects.items() if known == kind]
 
-    def add_pod(self, name: str, labels: dict[str, str], written: str) -> None:
+    def add_pod(self, name: str, labels: dict[str, str], written: str, state: str = "running") -> None:
         container = {"name": "train", "image": "a"}
+        known = {**container, "imageID": "a", "ready": True, "restartCount": 0, "state": {state: {}}}
         about = {"name": name, "namespace": "default", "labels": labels}
         self.objects["Pod", name] = {
             "apiVersion": "v1", "kind": "Pod", "metadata": about,
-            "spec": {"containers": [container]}, "status": {"phase": "Running"},
+            "spec": {"containers": [container]},
+            "status": {"phase": "Running", "containerStatuses": [known]},
         }  # fmt: skip
         self.logs[name] = written
 

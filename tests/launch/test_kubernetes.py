@@ -13,8 +13,9 @@ import pytest
 import yaml
 
 import kubernetes_api
-from commands import Command
+from commands import Command, Start
 from kubernetes_api import Api
+from support import LONG, until
 
 RECIPE = str(Path(__file__).parents[1] / "cli" / "ranked.py")
 TWO = (
@@ -137,6 +138,26 @@ def test_a_secret_is_named_and_its_value_is_nowhere(stoker: Command, monkeypatch
     done = stoker(*TWO, "--env", "HF_TOKEN", "--option", "secret=keys", "--dry-run")
     assert "hf_planted" not in done.out
     assert "secretKeyRef" in done.out
+
+
+def test_pods_are_followed_from_when_they_start_whenever_that_is(
+    stoker: Command, start: Start, api: Api
+) -> None:
+    done = stoker(*TWO, "--json")
+    label, (job,) = {"stoker/job": done.answer["job"]}, api.of_kind("Job")
+    job["status"] = {"active": 2}
+    follows = start("jobs", "logs", "a", "--follow")
+    until(lambda: any(call.endswith("/pods") for call in api.calls), follows)
+    api.add_pod("early", label, "", state="waiting")
+    api.add_pod("first", label, "step 1\n")
+    until(lambda: "GET /api/v1/namespaces/default/pods/first/log" in api.calls, follows)
+    api.add_pod("second", label, "step 2\n", state="terminated")
+    until(lambda: "GET /api/v1/namespaces/default/pods/second/log" in api.calls, follows)
+    job["status"] = {"conditions": [{"type": "Complete", "status": "True"}]}
+    out, err = follows.communicate(timeout=LONG)
+    assert follows.returncode == 0, err.decode()
+    assert out.decode().splitlines() == ["[first] step 1", "[second] step 2"]
+    assert not any("/early/" in call for call in api.calls)
 
 
 def test_it_is_submitted_seen_heard_and_cancelled(stoker: Command, api: Api, tmp_path: Path) -> None:

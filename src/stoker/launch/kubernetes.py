@@ -142,15 +142,48 @@ def lines(job: Job, *, follow: bool) -> Iterator[Line]:
         return states([job])[job.id].over
 
     logs = tail.Logs(job, nodes=False)
-    of_ranks = tail.lines(logs, logs.until(over) if follow else None)
-    yield from tail.together(_of_pods(job, follow), of_ranks)
+    if follow:
+        of_ranks = tail.lines(logs, logs.until(over))
+        yield from tail.together(of_ranks, more=_of_starting_pods(job, over))
+    else:
+        of_pods = _written(job, "--selector", f"{LABEL}={job.id}", "--max-log-requests=64")
+        yield from tail.together(of_pods, tail.lines(logs))
 
 
-def _of_pods(job: Job, follow: bool) -> Iterator[Line]:
-    command = [
-        "logs", "--selector", f"{LABEL}={job.id}", "--prefix", "--all-containers", "--tail=-1",
-        "--max-log-requests=64", *(["--follow"] if follow else []), *_namespace(job.spec),
-    ]  # fmt: skip
+def _of_starting_pods(job: Job, over: Callable[[], bool]) -> Callable[[], list[Iterator[Line]] | None]:
+    """Returns the outputs of pods that have started since the last call; None once the job is over.
+
+    `kubectl logs` with a selector ends with an error if a pod is still starting, and follows none that comes
+    later.
+    """
+    known: set[tuple[str, int]] = set()
+
+    def more() -> list[Iterator[Line]] | None:
+        ended = over()
+        new = _started(job) - known
+        known.update(new)
+        outputs = [_written(job, f"pod/{name}", "--follow") for name, _ in sorted(new)]
+        return None if ended and not outputs else outputs
+
+    return more
+
+
+def _started(job: Job) -> set[tuple[str, int]]:
+    """The pods whose container has started, with how often it was restarted in them."""
+    of_job = ["--selector", f"{LABEL}={job.id}", *_namespace(job.spec)]
+    done = _kubectl(["get", "pods", *of_job, "--output", "json"])
+    found = set()
+    for pod in json.loads(done.stdout)["items"] if done.returncode == 0 else ():
+        containers = pod["status"].get("containerStatuses", [])
+        if any({"running", "terminated"} & container["state"].keys() for container in containers):
+            restarts = sum(container["restartCount"] for container in containers)
+            found.add((pod["metadata"]["name"], restarts))
+    return found
+
+
+def _written(job: Job, *of: str) -> Iterator[Line]:
+    """What `kubectl logs` has of some pods."""
+    command = ["logs", *of, "--prefix", "--all-containers", "--tail=-1", *_namespace(job.spec)]
     with subprocess.Popen(
         ["kubectl", *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:

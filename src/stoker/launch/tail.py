@@ -7,7 +7,7 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,10 +137,15 @@ def _order(file: Path) -> list[Any]:
     return [name == "rank", name, int(number) if number.isdecimal() else -1, file]
 
 
-def together(*sources: Iterator[Line]) -> Iterator[Line]:
+def together(
+    *sources: Iterator[Line], more: Callable[[], Sequence[Iterator[Line]] | None] | None = None
+) -> Iterator[Line]:
     """The lines of several sources as they come, until all have ended; each is read in its own thread.
 
     An error in one of them is raised here.
+
+    Args:
+        more: returns further sources, None once there will be no more; called every `ASKED` seconds.
     """
     read: queue.SimpleQueue[Line | Exception | None] = queue.SimpleQueue()
 
@@ -152,11 +157,22 @@ def together(*sources: Iterator[Line]) -> Iterator[Line]:
         except Exception as error:
             read.put(error)
 
-    for source in sources:
-        threading.Thread(target=drain, args=(source,), name="tail", daemon=True).start()
-    left = len(sources)
-    while left:
-        found = read.get()
+    def begin(sources: Sequence[Iterator[Line]]) -> int:
+        for source in sources:
+            threading.Thread(target=drain, args=(source,), name="tail", daemon=True).start()
+        return len(sources)
+
+    left, asked = begin(sources), -math.inf
+    while left or more is not None:
+        if more is not None and time.monotonic() - asked >= ASKED:
+            further, asked = more(), time.monotonic()
+            left += begin(further or ())
+            more = more if further is not None else None
+            continue
+        try:
+            found = read.get(timeout=None if more is None else _EVERY)
+        except queue.Empty:
+            continue
         if isinstance(found, Exception):
             raise found
         if found is None:
