@@ -93,7 +93,7 @@ def _is_of_shipped_recipe(seen: RunView) -> bool:
     A checkpoint of any other run is exported as weights alone.
     """
     reference = (seen.record.get("recipe") or {}).get("reference")
-    return bool(reference) and ":" not in reference
+    return reference is not None and ":" not in reference
 
 
 def as_it_stands(seen: RunView) -> Path | None:
