@@ -122,6 +122,8 @@ class Attempt:
         self.stop = StopRequests()
         self.made: set[str] = set()
         """The kinds of artifacts that this attempt has recorded."""
+        self.recorded: Mapping[str, journal.Event] = {}
+        """The artifacts of the attempts before, by name; only rank 0 knows them."""
         self.watches: list[Any] = []
         """Those of `Run.watch`, which are closed with the attempt."""
         sinks = follower.enabled()
@@ -218,6 +220,7 @@ class Attempt:
         self.step = before.step
         self._warns_of_continuing = self.step > 0
         self.goals.update(before.goals)
+        self.recorded = before.artifacts
         self.layout = before.attempts[-1].layout if before.attempts else {}
         self._code_before = before.attempts[-1].code if before.attempts else {}
         if before.config.get("data_share") == record["config"].get("data_share"):

@@ -32,7 +32,8 @@ BASE = "base_model.json"
 positions were scaled."""
 _CONFIG, _INDEX = "config.json", "model.safetensors.index.json"
 KINDS = ("model", "adapter")
-_SHAPE = "shape"  # an export without its weights; see `language.export.record_shape`
+SHAPE = "shape"
+"""The artifact that describes the model of an unfinished run: an export without its weights."""
 
 
 @dataclass(frozen=True)
@@ -70,13 +71,29 @@ def make(
         raise BadInput(
             f"run {seen.directory.id!r} has exported no model yet; give --checkpoint last or --artifact"
         )
-    source = found or seen.artifacts.get(_SHAPE)
+    source = found or seen.artifacts.get(SHAPE)
     if source is not None:
         copy(seen, source, folder)
+    elif _is_of_shipped_recipe(seen):
+        run = seen.directory.id
+        raise BadInput(
+            f"run {run!r} has not recorded its model's config, without which the weights cannot be loaded: "
+            f"resume it, which records it; `stoker checkpoints export {run} -o FILE.safetensors` exports the "
+            "weights alone"
+        )
     if checkpoint is not None:
         put_weights(checkpoint, folder)
     kind = "adapter" if is_adapter(folder) else "model"
     return Exported(folder, str(found["kind"]) if found else kind, checkpoint)
+
+
+def _is_of_shipped_recipe(seen: RunView) -> bool:
+    """Whether the run's recipe is one of stoker's, all of which describe their model.
+
+    A checkpoint of any other run is exported as weights alone.
+    """
+    reference = (seen.record.get("recipe") or {}).get("reference")
+    return reference is not None and ":" not in reference
 
 
 def as_it_stands(seen: RunView) -> Path | None:

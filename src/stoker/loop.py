@@ -345,13 +345,17 @@ class Trainer:
             raise Stopped(requests.stop)
 
     def _warn_of_other_samples(self, loader: Loader) -> None:
-        """Warn if a continued run has another number of samples, which changes their order."""
+        """Warn if a continued run has another number of samples, or of sources, which changes their order."""
+        if not self.steps_done or self.world.rank > 0:
+            return
         before, now = self._attempt.samples_per_epoch, loader.samples_per_epoch
-        if self.steps_done and before not in (None, now) and self.world.rank == 0:
-            log.warning(
-                "an epoch had %s and has %s now: from step %d on the samples come in a different order",
-                f"{before:,} samples", f"{now:,}", self.steps_done,
-            )  # fmt: skip
+        if before not in (None, now):
+            changed = f"an epoch had {before:,} samples and has {now:,} now"
+        elif not loader.knows(self._at.data):
+            changed = "the number of the data's sources has changed, or which of them are streamed"
+        else:
+            return
+        log.warning("%s: from step %d on the samples come in a different order", changed, self.steps_done)
 
     def _progress(self) -> contextlib.AbstractContextManager[Any]:
         unseen = self.world.rank > 0 or self._attempt.measure is not None or self._imagination is not None
@@ -364,8 +368,8 @@ class Trainer:
         timing = Timing(self._attempt.measure, self.device) if self._attempt.measure is not None else None
         if self.steps_done <= self._total:  # otherwise the run is past this loop
             source = loader.batches(self.samples_done, self._at.data)
-            self._at.data = None
             self._begin_attempt(loader)
+            self._at.data = None
         if self.steps_done < self._total:
             self._registered.begin()
             self._modes.begin()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -62,6 +63,57 @@ def test_a_run_that_has_not_ended_is_exported_as_a_directory_that_others_load(
     from peft import AutoPeftModelForCausalLM
 
     _assert_weights(AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter"), run, adapter=True)
+
+
+KILLED = """
+import os
+from stoker.run import artifacts
+artifacts.describe = lambda *given: os.kill(os.getpid(), 9)
+"""
+
+
+def test_a_run_whose_model_was_not_yet_described_when_it_was_killed_is_exported(
+    start: Start, stoker: Command, data: str, tmp_path: Path
+) -> None:
+    given = (data, "model=tiny", "tie_embeddings=false")
+    killed = start(*LLM, *given, "--name", "a", first=KILLED)
+    killed.communicate(timeout=60)
+    assert killed.returncode == -signal.SIGKILL
+    shape = tmp_path / "runs" / "llm" / "a" / "artifacts" / "shape"
+    assert (shape / "config.json").exists()
+    (shape / "adapter_config.json").write_text("{")  # of an attempt that trained an adapter
+
+    for target in ("first", "of-another-machine"):
+        run = _stopped(start, tmp_path, "a", *given)
+        done = stoker("checkpoints", "export", "a", "-o", target)
+        assert done.code == 0, done.err
+        _assert_weights(AutoModelForCausalLM.from_pretrained(tmp_path / target), run, adapter=False)
+        shutil.rmtree(shape)
+
+
+def test_what_is_as_it_was_described_is_not_described_again(
+    stopped: Path, start: Start, data: str, tmp_path: Path
+) -> None:
+    _stopped(start, tmp_path, "a", data, "model=tiny", "tie_embeddings=false")
+    assert ["artifact" in file.read_text() for file in _journals(stopped)] == [True, False]
+
+
+def test_weights_that_nothing_describes_are_not_exported_as_a_model(
+    stopped: Path, stoker: Command, tmp_path: Path
+) -> None:
+    (journal,) = _journals(stopped)
+    lines = journal.read_text().splitlines(keepends=True)
+    journal.write_text("".join(line for line in lines if '"artifact"' not in line))
+    for command in (("checkpoints", "export", "a", "-o"), ("models", "push", "a", "--checkpoint", "last")):
+        done = stoker(*command, "model")
+        assert done.code == 2
+        assert "run 'a' has not recorded its model's config" in done.err
+        assert not (tmp_path / "model").exists()
+    assert stoker("checkpoints", "export", "a", "-o", "a.safetensors").code == 0
+
+
+def _journals(run: Path) -> list[Path]:
+    return sorted((run / "journal").glob("*.rank-0.jsonl"))
 
 
 def _assert_weights(model: torch.nn.Module, run: Path, *, adapter: bool) -> None:

@@ -82,6 +82,26 @@ def test_a_stream_goes_on_on_two_ranks_where_one_left_it(
     assert list(curves[1].values()) == pytest.approx(list(curves[0].values()), rel=1e-4)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_run_goes_on_with_another_number_of_sources(
+    stoker: Callable[..., Any], tmp_path: Path, two: tuple[Path, Path], streaming: bool
+) -> None:
+    third = tmp_path / "third.jsonl"
+    third.write_bytes(two[1].read_bytes())
+    one, mixed = str(two[0]), f"{two[0]}:1,{two[1]}:1"
+    before, after = (one, mixed) if streaming else (mixed, f"{mixed},{third}:1")
+    place = ("--runs", str(tmp_path / "runs"))
+    done = stoker(
+        *SMALL, f"data={before}", f"streaming={str(streaming).lower()}", "max_steps=2", "generate_tokens=1",
+        "--name", "grows", *place,
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    done = stoker("resume", "grows", f"data={after}", "max_steps=4", *place)
+    assert done.code == 0, done.err
+    assert "from step 2 on the samples come in a different order" in done.err
+    assert list(loaded(tmp_path / "runs" / "llm" / "grows").points["loss"]) == [1, 2, 3, 4]
+
+
 def test_each_document_may_have_a_row_of_its_own(
     stoker: Callable[..., Any], tmp_path: Path, two: tuple[Path, Path]
 ) -> None:

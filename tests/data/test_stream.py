@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +225,34 @@ def test_a_loader_resumes_a_mixture_with_a_stream(folder: Path, tmp_path: Path) 
     where = json.loads(json.dumps(interrupted.place(1200)))
     assert where[0]["rows"] > 0
     assert some(loader("two").batches(1200, where), 200) == whole[1200:]
+
+
+def test_a_place_of_other_data_is_ignored_by_every_rank(folder: Path, tmp_path: Path) -> None:
+    found = chunks.find(str(folder))
+
+    def streamed() -> Stream:
+        return opened(found, tmp_path / "cache")
+
+    def loader(data: Any, rank: int = 0, ranks: int = 1) -> Loader:
+        return Loader(data, batch_size=4, world=World(rank, ranks, rank, ranks), seed=5, collate=list)
+
+    kinds: dict[str, Callable[[], Any]] = {
+        "rows": lambda: streamed()._open(0),
+        "stream": streamed,
+        "mixed rows": lambda: Mixture([streamed()._open(0), streamed()._open(1)], [2, 1]),
+        "mixed": lambda: Mixture([streamed(), streamed()], [2, 1]),
+        "one of two": lambda: Mixture([streamed(), streamed()._open(1)], [2, 1]),
+        "three": lambda: Mixture([streamed(), streamed(), streamed()], [2, 1, 1]),
+    }
+    places = {kind: json.loads(json.dumps(loader(make()).place(1200))) for kind, make in kinds.items()}
+    for kind, make in kinds.items():
+        assert loader(make()).knows(places[kind])
+        expected = next(loader(make()).batches(1200))
+        for other, where in places.items():
+            assert loader(make()).knows(where) == (other in (kind, "rows")), (kind, other)
+            halves = [next(loader(make(), rank, 2).batches(1200, where)) for rank in range(2)]
+            read = [row["input_ids"].tobytes() for half in halves for row in half]
+            assert read == [row["input_ids"].tobytes() for row in expected], (kind, other)
 
 
 def test_workers_that_load_read_the_same_rows(folder: Path, tmp_path: Path) -> None:

@@ -120,9 +120,11 @@ class Loader:
         """This rank's share of each global batch from a global sample position on, without end.
 
         Args:
-            place: what `place` returned for this position, for a dataset with its own order.
+            place: what `place` returned for this position, for a dataset with its own order. One that is of
+                other data (see `knows`) is ignored, and the position is found from the start.
         """
-        order.go_to(self._dataset.dataset, place)
+        if self.knows(place):
+            order.go_to(self._dataset.dataset, place)
         sampler = _Shares(
             functools.partial(
                 order.order_of, self._dataset.dataset, self._order_seed, size=self.samples_per_epoch
@@ -139,6 +141,10 @@ class Loader:
                 "and an epoch is less than a step; use batch_size=%d or less, or more data",
                 self.batch_size, counted(self.samples_per_epoch, "sample"), self.samples_per_epoch,
             )  # fmt: skip
+
+    def knows(self, place: Any) -> bool:
+        """Whether a saved place can be of this data: streamed or not, and of as many sources, as it is."""
+        return place is None or order.knows(self._dataset.dataset, place)
 
     def place(self, sample: int) -> Any:
         """What a dataset with its own order needs to find a sample's position again; else None."""

@@ -87,6 +87,11 @@ class Mixture:
             for number, (part, begin) in enumerate(zip(self.parts, begins.tolist(), strict=True))
         ]
 
+    def knows(self, place: Any) -> bool:
+        """Whether a place is one in a mixture of as many parts, each of the same kind."""
+        known = isinstance(place, list) and len(place) == len(self.parts)
+        return known and all(map(order.knows, self.parts, place))
+
     def go_to(self, place: Sequence[Any]) -> None:
         """Continue the parts' own orders from a place."""
         for part, own in zip(self.parts, place, strict=True):

@@ -37,8 +37,12 @@ class OrderedDataset(Protocol):
         """What `go_to` needs to find a position, and everything after it, again, as JSON types."""
         ...
 
+    def knows(self, place: Any, /) -> bool:
+        """Whether a saved place is one of such a dataset: the data may have changed since."""
+        ...
+
     def go_to(self, place: Any, /) -> None:
-        """Continue the order from a place."""
+        """Continue the order from a place that it knows."""
         ...
 
     def part(self, seed: int, share: float, /) -> Any:
@@ -149,7 +153,12 @@ def place_of(dataset: Any, seed: int | None, position: int) -> Any:
     return dataset.place(seed or 0, position) if isinstance(dataset, OrderedDataset) else None
 
 
+def knows(dataset: Any, place: Any) -> bool:
+    """Whether a place is what `place_of` returns for such a dataset."""
+    return dataset.knows(place) if isinstance(dataset, OrderedDataset) else place is None
+
+
 def go_to(dataset: Any, place: Any) -> None:
-    """Make a dataset with its own order continue from a place."""
+    """Make a dataset with its own order continue from a place that it knows."""
     if isinstance(dataset, OrderedDataset) and place is not None:
         dataset.go_to(place)

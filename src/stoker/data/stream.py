@@ -164,6 +164,10 @@ class Stream:
         known = bisect_right([group.end for group in self._groups], position)
         return {"group": self._first + known, "rows": self._groups[known].begin}
 
+    def knows(self, place: Any) -> bool:
+        """Whether a place is one in a stream."""
+        return isinstance(place, dict) and place.keys() == {"group", "rows"}
+
     def go_to(self, place: dict[str, int]) -> None:
         """Continue counting from a saved place."""
         self._go_to(place["group"], place["rows"])

@@ -103,6 +103,10 @@ class TextRows:
     def place(self, seed: int, position: int) -> None:
         """None: the order is a function of the position."""
 
+    def knows(self, place: Any) -> bool:
+        """Whether it is None."""
+        return place is None
+
     def go_to(self, place: Any) -> None:
         """Nothing to do."""
 

@@ -40,9 +40,9 @@ def export(trainer: Trainer, language: Language, model: Any) -> Path | None:
         # model's.
         model.save_pretrained(target, state_dict=tensors, save_embedding_layers=False)
         (target / "README.md").unlink(missing_ok=True)  # only a template; pushing writes a model card
-        _describe(model, language, target)
+        describe(model, language, target)
     else:
-        _describe(model, language, target)
+        describe(model, language, target)
         size = sum(tensor.nbytes for tensor in tensors.values())
         save_torch_state_dict(exports.as_in_files(target, tensors), target)
         _say_twice_as_large(language, trainer.run.directory.id, size)
@@ -62,18 +62,8 @@ def _say_twice_as_large(language: Language, run: str, size: int) -> None:
         )  # fmt: skip
 
 
-def record_shape(trainer: Trainer, language: Language, model: Any) -> None:
-    """Write everything that `export` will write, except the weights.
-
-    This lets a checkpoint of an unfinished run be exported too. Rank 0 writes it, in the first attempt.
-    """
-    if trainer.world.rank == 0 and not trainer.run.continued:
-        target = trainer.run.directory.artifacts / "shape"
-        _describe(model, language, target)
-        trainer.run.artifact(target, kind="shape")
-
-
-def _describe(model: Any, language: Language, target: Path) -> None:
+def describe(model: Any, language: Language, target: Path) -> None:
+    """Write everything that `export` writes, except the weights."""
     target.mkdir(parents=True, exist_ok=True)
     if hasattr(model, "peft_config"):
         model.peft_config["default"].save_pretrained(target)

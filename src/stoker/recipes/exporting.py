@@ -6,7 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from huggingface_hub import save_torch_state_dict
+from stoker import exports
 from stoker.loop import Trainer
+from stoker.run import artifacts
+from stoker.user_run import Run
 
 Describe = Callable[[Path], None]
 """Writes everything in the directory except the weights: config, tokenizer, image preprocessing."""
@@ -23,12 +26,22 @@ def export(trainer: Trainer, describe: Describe) -> Path | None:
 
 
 def record_shape(trainer: Trainer, describe: Describe) -> None:
-    """Write everything that `export` will write, except the weights.
+    """Write everything that an export of the model contains, except the weights.
 
-    This lets a checkpoint of an unfinished run be exported too. Rank 0 writes it, in the first attempt.
+    This lets a checkpoint of an unfinished run be exported too. Rank 0 writes it, in the first attempt that
+    comes this far, and again if it is not here as it was recorded, as on another machine.
     """
-    if trainer.world.rank == 0 and not trainer.run.continued:
-        trainer.run.artifact(_described(trainer, "shape", describe), kind="shape")
+    if trainer.world.rank == 0 and not _is_recorded(trainer.run, exports.SHAPE):
+        artifacts.remove(trainer.run.directory.artifacts / exports.SHAPE)  # a kill may have left a part
+        trainer.run.artifact(_described(trainer, exports.SHAPE, describe), kind=exports.SHAPE)
+
+
+def _is_recorded(run: Run, name: str) -> bool:
+    """Whether an artifact's folder is as an earlier attempt recorded it."""
+    known, folder = run.attempt.recorded.get(name), run.directory.artifacts / name
+    if known is None or not folder.is_dir():
+        return False
+    return artifacts.describe(run.directory, folder) == known.get("files")
 
 
 def _described(trainer: Trainer, name: str, describe: Describe) -> Path:

@@ -321,6 +321,7 @@ def train(run: Run, config: Config) -> None:
         targets,
     )  # fmt: skip
     from stoker.loop import Trainer, computed_in
+    from stoker.recipes import exporting
 
     seed_everything(config.seed)
     distributed.join(run.world, config.backend)
@@ -377,7 +378,7 @@ def train(run: Run, config: Config) -> None:
         )
     if not run.world.planned:  # a planned run's weights may not have been downloaded
         run.fingerprint("model", language.fingerprint)
-        export.record_shape(trainer, language, model)
+        exporting.record_shape(trainer, functools.partial(export.describe, model, language))
     run.params(**adapters.settings(model, config.lora), **({} if config.lr else {"lr": lr}))
 
     how: dict[str, Any] = {
