@@ -208,7 +208,7 @@ def test_weights_are_pushed_in_the_precision_that_is_asked_for(
 
 def test_prompts_come_from_a_pipe(trained: Path) -> None:
     command = [sys.executable, "-m", "stoker", "generate", "base", "--raw", "--max-tokens", "12"]
-    done = subprocess.run(command, cwd=trained, input=b"It is", capture_output=True, check=False)
+    done = subprocess.run(command, cwd=trained, input=b"It is\n", capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
     speaker = speaking.load(trained / "runs" / "llm" / "base" / "artifacts" / "model")
     assert done.stdout.decode() == speaker.answer("It is", max_tokens=12)["text"] + "\n"

@@ -260,6 +260,12 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
         _add(target, "a.png", _png(0))
     with pytest.raises(BadInput, match=r"a has no label: add a.cls"):
         images.read(str(tmp_path / "x.tar"))
+    for content, said in ((b"{", "not JSON"), (b"[1]", "must be a JSON object")):
+        with tarfile.open(tmp_path / "x.tar", "w") as target:
+            _add(target, "a.png", _png(0))
+            _add(target, "a.json", content)
+        with pytest.raises(BadInput, match=rf"x\.tar, a\.json: {said}"):
+            images.read(str(tmp_path / "x.tar"))
     (tmp_path / "y.tar").write_bytes(b"no tar at all" * 100)
     with pytest.raises(BadInput, match="is not an uncompressed tar file"):
         images.read(str(tmp_path / "y.tar"))
@@ -268,3 +274,24 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     (one / "a.png").write_bytes(_png(0))
     with pytest.raises(BadInput, match="1 images are too few"):
         images.split(images.read(str(one.parent)), validation=0.1, test=0.1)
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes"),
+    [
+        (["0", "007", "3"], ("0", "1", "2", "3", "4", "5", "6", "7")),
+        (["20000002", "20000000", "20000001"], ("20000000", "20000001", "20000002")),
+        (["dog", "7"], ("7", "dog")),
+    ],
+)
+def test_numbers_are_counted_from_zero_unless_they_are_ids(
+    tmp_path: Path, labels: list[str], classes: tuple[str, ...]
+) -> None:
+    with tarfile.open(tmp_path / "x.tar", "w") as target:
+        for n, label in enumerate(labels):
+            _add(target, f"{n}.png", _png(n))
+            _add(target, f"{n}.cls", label.encode())
+    source = images.read(str(tmp_path / "x.tar"))
+    assert source.classes == classes
+    expected = [label if label in classes else str(int(label)) for label in labels]
+    assert [classes[n] for n in source.labels] == expected

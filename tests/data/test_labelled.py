@@ -165,6 +165,9 @@ def test_what_cannot_be_learnt_from_is_said(tmp_path: Path) -> None:
     assert "line 3: 'label' must be a string, a whole number, or true or false, not null" in said(
         "short.csv", "text,label\na,b\nc\n"
     )
+    for_a_comma = "line 3: more fields than the header line names; put a field with a comma in quotes"
+    assert for_a_comma in said("comma.csv", "text,label\nfine,pos\nwell, no,neg\n")
+    assert "not valid CSV" in said("quote.csv", 'text,label\n"a" b,pos\n')
     assert "not a number (0.5)" in said("float.jsonl", '{"text": "a", "label": 0.5}\n')
     assert "line 1: 'text' must be a string, not a list" in said("list.jsonl", '{"text": [], "label": 1}\n')
     assert "line 1: not JSON" in said("bad.jsonl", "{\n")

@@ -80,6 +80,7 @@ def test_what_ships_is_listed_shown_and_copied(stoker: Any, tmp_path: Path) -> N
     assert "(required)" in stoker("recipes", "show", "evaluation").out
     assert stoker("recipes", "copy", "qwen-0.5b-full").code == 0
     assert (tmp_path / "qwen-0.5b-full.yaml").read_text() == recipes.configs()["qwen-0.5b-full"].read_text()
+    assert stoker("recipes", "copy", "qwen-0.5b-full", "-o", "some/folder/mine.yaml").code == 0
     again = stoker("recipes", "copy", "qwen-0.5b-full")
     assert (again.code, "already exists" in again.err) == (2, True)
 

@@ -231,9 +231,15 @@ def _message(role: str, content: str) -> dict[str, str]:
 
 
 def _from_input() -> Iterator[str]:
-    """Prompts from standard input: each line on a terminal, otherwise all of the input as one prompt."""
+    """Prompts from standard input: each line on a terminal, otherwise all of the input as one prompt.
+
+    The line end after the last line, which `echo` writes, is not part of it. Raises BadInput if it is blank.
+    """
     if not sys.stdin.isatty():
-        yield sys.stdin.read()
+        piped = sys.stdin.read().removesuffix("\n")
+        if not piped.strip():
+            raise BadInput("standard input is empty: pipe a prompt, or give --prompt")
+        yield piped
         return
     while True:
         try:

@@ -114,6 +114,7 @@ def copy(
     target = output or Path(f"{name}{known[name].suffix}")
     if target.exists():
         raise BadInput(f"{target} already exists: choose another name with -o")
+    target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(known[name], target)
     if json:
         print_json({"copied": name, "to": str(target.absolute())})

@@ -31,6 +31,8 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif")
 
 Numbers = NDArray[np.int64]
 
+_GAPS, _FEW = 10, 1000  # a numeric label below so many times their number, or below this, counts from 0
+
 
 class Source(Protocol):
     """Where images are: `raw` reads the bytes (or the picture) of one."""
@@ -368,10 +370,22 @@ def _tar_label(file: Path, key: str, parts: dict[str, tarfile.TarInfo]) -> str:
             if suffix in parts:
                 opened.seek(parts[suffix].offset_data)
                 text = opened.read(parts[suffix].size).decode(errors="replace")
-                label = text.strip() if suffix == "cls" else json.loads(text).get("label")
+                label = (
+                    text.strip() if suffix == "cls" else _json_label(text, f"{file}, {parts[suffix].name}")
+                )
                 if label not in (None, ""):
                     return str(label)
     raise BadInput(f"{file}, {key.lstrip('/')} has no label: add {key.rpartition('/')[2]}.cls")
+
+
+def _json_label(text: str, where: str) -> Any:
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise BadInput(f"{where}: not JSON: {error.msg} (column {error.colno})") from error
+    if not isinstance(found, dict):
+        raise BadInput(f'{where}: must be a JSON object such as {{"label": ...}}')
+    return found.get("label")
 
 
 def _given(splits: list[str]) -> dict[str, Numbers]:
@@ -383,10 +397,15 @@ def _given(splits: list[str]) -> dict[str, Numbers]:
 
 
 def _classes(names: list[str]) -> tuple[str, ...]:
-    """Labels in order: numeric labels from 0 to the highest; otherwise by name."""
-    if all(name.isdecimal() for name in names):
-        return tuple(str(n) for n in range(max(map(int, names)) + 1))
-    return tuple(sorted(set(names)))
+    """Labels in order: numeric labels from 0 to the highest; otherwise by name.
+
+    Numbers of which most are missing are not counted from 0, but identify something.
+    """
+    if not all(name.isdecimal() for name in names):
+        return tuple(sorted(set(names)))
+    numbers = sorted(set(map(int, names)))
+    is_counted = numbers[-1] < max(_GAPS * len(numbers), _FEW)
+    return tuple(map(str, range(numbers[-1] + 1) if is_counted else numbers))
 
 
 def _numbered(names: list[str], classes: Sequence[str]) -> Numbers:

@@ -115,7 +115,7 @@ def _of_file(path: Path, columns: Columns) -> Iterator[Text]:
     try:
         yield from reader(path, columns)
     except OSError as error:
-        raise BadInput(f"{path} cannot be read: {error.strerror}") from error
+        raise BadInput(f"{path} cannot be read: {error.strerror or error}") from error
 
 
 def _of_jsonl(path: Path, columns: Columns) -> Iterator[Text]:
@@ -129,9 +129,15 @@ def _of_jsonl(path: Path, columns: Columns) -> Iterator[Text]:
 
 def _of_csv(path: Path, columns: Columns) -> Iterator[Text]:
     csv.field_size_limit(_MANY)
-    rows = csv.DictReader(io.StringIO(records.decode(path.read_bytes(), str(path)), newline=""))
+    text = io.StringIO(records.decode(path.read_bytes(), str(path)), newline="")
+    rows = csv.DictReader(text, strict=True)
     try:
         for row in rows:
+            if None in row:
+                raise BadInput(
+                    f"{path}, line {rows.line_num}: more fields than the header line names; put a field with "
+                    "a comma in quotes"
+                )
             yield _text(f"{path}, line {rows.line_num}", row, columns)
     except csv.Error as error:
         raise BadInput(f"{path}, line {rows.line_num}: not valid CSV: {error}") from error
