@@ -177,7 +177,8 @@ class Attempt:
             other = self._other_code(code) if self.continued and known is None else {}
             self.recorder.event(
                 "attempt_started", pid=os.getpid(), host=platform.node(), drift=changes,
-                opening=mark, world=self.world.size, step=self.step, **({"code": other} if other else {}),
+                opening=mark, world=self.world.size, step=self.step,
+                continued=self.continued, **({"code": other} if other else {}),
             )  # fmt: skip
             undo.pop_all()
 
@@ -187,8 +188,7 @@ class Attempt:
         writer = journal.join_attempt(self.directory.journal, self.number, self.world.rank)
         self.recorder = Recorder(writer, self.world, self._begin)
         disk.bring_soon(self.directory.journal)
-        self.continued = self.number > 1
-        self.step = begun["step"]
+        self.step, self.continued = begun["step"], begun["continued"]
         self._logging = messages.write_to(self.directory.logs / f"rank-{self.world.rank}.log")
         self._note_attempt()
 
