@@ -129,6 +129,8 @@ class Attempt:
         sinks = follower.enabled()
         self._shipping = Shipping(self.directory, sinks if self.world.rank == 0 else ())
         self._before: Mapping[str, Series] = {}
+        self._saved: frozenset[int] = frozenset()
+        """The steps whose checkpoints were completed, and are not void."""
         self._code_before: Mapping[str, str | None] = {}
         self._periodic: Periodic | None = None
         self._system: SystemSampler | None = None
@@ -177,7 +179,8 @@ class Attempt:
             other = self._other_code(code) if self.continued and known is None else {}
             self.recorder.event(
                 "attempt_started", pid=os.getpid(), host=platform.node(), drift=changes,
-                opening=mark, world=self.world.size, step=self.step, **({"code": other} if other else {}),
+                opening=mark, world=self.world.size, step=self.step,
+                continued=self.continued, **({"code": other} if other else {}),
             )  # fmt: skip
             undo.pop_all()
 
@@ -187,8 +190,7 @@ class Attempt:
         writer = journal.join_attempt(self.directory.journal, self.number, self.world.rank)
         self.recorder = Recorder(writer, self.world, self._begin)
         disk.bring_soon(self.directory.journal)
-        self.continued = self.number > 1
-        self.step = begun["step"]
+        self.step, self.continued = begun["step"], begun["continued"]
         self._logging = messages.write_to(self.directory.logs / f"rank-{self.world.rank}.log")
         self._note_attempt()
 
@@ -226,6 +228,7 @@ class Attempt:
         if before.config.get("data_share") == record["config"].get("data_share"):
             self.samples_per_epoch = before.samples_per_epoch
         self._before = before.points
+        self._saved = frozenset(before.checkpoints)
         return configs.drift(before.record["config"], record["config"])
 
     def _other_code(self, code: Path) -> dict[str, str | None]:
@@ -299,9 +302,11 @@ class Attempt:
         if kind == "plan":
             self.plan = fields
         if kind == "checkpoint":
+            self._saved |= {fields["step"]}
             self._uploads.begin()
         if kind == "resumed":
             step = fields["step"]
+            self._saved = frozenset(saved for saved in self._saved if saved <= step)
             newest = {name: s.until(step) for name, s in self._before.items() if s.x[0] <= step}
             self.recorder.go_on_from(step, newest)
             self._before = {}
@@ -352,12 +357,14 @@ class Attempt:
 
         Args:
             but: steps whose checkpoints are left out.
+
+        Raises Unreachable; see `manifest.newest`.
         """
         ahead, self._newest = self._newest, None
         return ahead.result() if ahead is not None and not but else self._verify(but)
 
     def _verify(self, but: Set[int] = frozenset()) -> Newest:
-        return manifest.newest(self.directory.checkpoints, self.mend, but=but)
+        return manifest.newest(self.directory.checkpoints, self.mend, but, self._saved)
 
     def end_if_lost(self) -> None:
         """End the process if another machine has taken over the run, as it may while this one is suspended.

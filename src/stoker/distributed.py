@@ -5,14 +5,16 @@ from __future__ import annotations
 import atexit
 import contextlib
 import datetime
-from collections.abc import Iterator
-from typing import Any, cast
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from stoker import supervision
-from stoker.errors import BadInput
+from stoker.errors import BadInput, StokerError
 from stoker.world import World
+
+T = TypeVar("T")
 
 _TIMEOUT = datetime.timedelta(minutes=30)
 _TIMEOUT_BEFORE_STEPS = datetime.timedelta(hours=48)  # data may be tokenised for hours
@@ -91,6 +93,23 @@ def from_rank_zero(value: Any) -> Any:
     held = [value]
     dist.broadcast_object_list(held, src=0, device=torch.device("cpu"))
     return held[0]
+
+
+def done_by_rank_zero(world: World, work: Callable[[], T]) -> T:
+    """What `work` returns on rank 0, a small value, on every rank.
+
+    A StokerError that it raises on rank 0 is raised on every rank: none waits for one that has ended.
+    """
+    done: Any = None
+    if world.rank == 0:
+        try:
+            done = work()
+        except StokerError as error:
+            done = error
+    done = from_rank_zero(done)
+    if isinstance(done, StokerError):
+        raise done
+    return cast("T", done)
 
 
 def gathered(value: Any, group: Any = None) -> list[Any]:

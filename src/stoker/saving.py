@@ -226,13 +226,19 @@ class Checkpoints:
 
         Args:
             but: steps whose checkpoints are ignored.
+
+        Raises Unreachable on every rank if an object store that may have a newer one cannot be reached.
         """
         found, passed_over = None, list[str]()
-        if self._attempt.world.rank == 0:
+
+        def look() -> int | None:
+            nonlocal found, passed_over
             found, passed_over = self._attempt.newest_checkpoint(but)
+            return None if found is None else found.step
+
+        agreed = distributed.done_by_rank_zero(self._attempt.world, look)
         for reason in passed_over:
             log.warning("skipped checkpoint %s", reason)
-        agreed = distributed.from_rank_zero(None if found is None else found.step)
         if self._attempt.world.rank > 0 and agreed is not None:
             found = manifest.read(manifest.folder(self._folder, agreed))
         return found, passed_over
@@ -240,7 +246,8 @@ class Checkpoints:
     def check_none_lost(self, passed_over: Sequence[str]) -> None:
         """Raises StokerError if the run had checkpoints and none is left. All ranks call it.
 
-        With an object store it only warns, because a checkpoint may not have been uploaded.
+        With an object store it only warns: `newest` has asked for each of them, and it has none that is
+        whole. They may not have been uploaded.
 
         Args:
             passed_over: the reasons that `newest` returned.
@@ -258,8 +265,8 @@ class Checkpoints:
             )
         if attempt.world.rank == 0:
             log.warning(
-                "none of the run's checkpoints, the last at step %d, reached the object store: training "
-                "starts from the beginning",
+                "the object store has none of the run's checkpoints, the last at step %d, that can be used: "
+                "training starts from the beginning",
                 lost[-1],
             )
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import orjson
@@ -124,13 +126,31 @@ def test_of_a_link_only_the_link_is_removed(tmp_path: Path) -> None:
     assert manifest.verify(path).step == 40
 
 
-def test_one_that_cannot_be_mended_now_is_passed_over(tmp_path: Path) -> None:
-    def mend(path: Path, listed: object) -> None:
-        raise Unreachable("s3://bucket: no answer")
+def _unreachable(path: Path, listed: object) -> None:
+    raise Unreachable("s3://bucket: no answer")
 
+
+def _gone(path: Path) -> None:
+    shutil.rmtree(path)
+
+
+@pytest.mark.parametrize("lose", [_missing_shard, _torn_manifest, _no_manifest, _gone])
+def test_one_that_only_the_store_may_have_is_not_passed_over_while_it_is_away(
+    tmp_path: Path, lose: Callable[[Path], None]
+) -> None:
+    _save(tmp_path, 20)
+    lose(_save(tmp_path, 40))
+    with pytest.raises(Unreachable, match=r"step 40 .* no answer.*Start the run again when"):
+        manifest.newest(tmp_path, _unreachable, saved={20, 40})
+    found, _ = manifest.newest(tmp_path, _unreachable, saved={20, 40}, but={40})
+    assert found is not None
+    assert found.step == 20
+
+
+def test_one_whose_saving_did_not_finish_is_passed_over_though_the_store_is_away(tmp_path: Path) -> None:
     _save(tmp_path, 20)
     _no_manifest(_save(tmp_path, 40))
-    found, passed_over = manifest.newest(tmp_path, mend)
+    found, passed_over = manifest.newest(tmp_path, _unreachable, saved={20})
     assert found is not None
     assert found.step == 20
     assert passed_over == [

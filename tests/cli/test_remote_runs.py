@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import time
@@ -234,6 +235,30 @@ def test_a_damaged_checkpoint_is_mended_from_the_store(
     done = stoker("checkpoints", "verify", "a", "--runs", url, env=env)
     assert done.code == 0, done.out
     assert shard.read_bytes() == whole
+
+
+def test_a_store_that_is_away_while_a_run_is_resumed_loses_nothing_of_it(
+    stoker: Command, machine: Any, url: str, proxy: Proxy, objects: Objects, tmp_path: Path
+) -> None:
+    """Another machine has the manifests of its checkpoints, and may not read their files for a while."""
+    short = ("train", RECIPE, "precision=fp32", "steps=60", "--name", "a", "--runs", url, "--nproc", "2")
+    assert stoker(*short, "checkpoint_every=20", env=machine("one")).code == 0
+    resume = ("resume", "a", "steps=70", "--runs", url, "--nproc", "2")
+    before = _checkpoints(objects())
+    files = "/checkpoints/[^?]*[.]safetensors"
+    proxy._only, proxy.mode = lambda method, path: re.search(files, path) is not None, "403"
+    failed = stoker(*resume, "--max-restarts", "1", env=machine("two"))
+    assert failed.code == 1, failed.err
+    assert "the checkpoint of step 60 cannot be used" in failed.err
+    assert "Start the run again when the store can be reached" in failed.err
+    seen = loaded(_copy(tmp_path, "two", url))
+    assert [attempt.status for attempt in seen.attempts] == ["finished", "failed", "failed"]
+    assert list(seen.points["loss"].x) == list(range(1, 61))
+    assert _checkpoints(objects()) == before
+    proxy.mode = "ok"
+    done = stoker(*resume, env=machine("two"))
+    assert done.code == 0, done.err
+    assert "resumed a from step 60" in done.err
 
 
 def test_any_machine_ships_to_the_sinks_a_run_that_another_one_trained(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -126,12 +127,12 @@ def test_an_old_artifact_does_not_replace_what_another_machine_made(machine: Mac
     assert (tmp_path / "store/experiment/a/artifacts/model").read_bytes() == b"other"
 
 
-def _save(run: RunDirectory, content: bytes) -> Path:
-    path = manifest.folder(run.checkpoints, 1)
+def _save(run: RunDirectory, content: bytes, step: int = 1) -> Path:
+    path = manifest.folder(run.checkpoints, step)
     manifest.begin(path)
     shard = path / "shard"
     shard.write_bytes(content)
-    manifest.commit(path, [manifest.File.of(shard)], step=1, samples=8, world_size=1)
+    manifest.commit(path, [manifest.File.of(shard)], step=step, samples=8, world_size=1)
     return path
 
 
@@ -159,6 +160,31 @@ def test_one_that_is_damaged_is_mended(machine: Machine) -> None:
         (saved / name).write_bytes(b"{")
     assert manifest.mended(saved, _mirror(run).fetch_checkpoint).files == {"shard"}
     assert (saved / "shard").read_bytes() == b"weights"
+
+
+def test_one_that_was_lost_here_stays_in_the_store_and_is_fetched_unless_it_is_void(
+    machine: Machine, tmp_path: Path
+) -> None:
+    run, _ = _begun(machine)
+    _, writer = journal.start_attempt(run.journal)
+    for step in (1, 2, 3):
+        _save(run, b"weights", step)
+        writer.append("checkpoint", step=step)
+    _mirror(run).push()
+    shutil.rmtree(manifest.folder(run.checkpoints, 1))  # an old one
+    shutil.rmtree(manifest.folder(run.checkpoints, 3))
+    _mirror(run).push()
+    there = tmp_path / "store/experiment/a/checkpoints"
+    assert [path.parent.name[-1] for path in sorted(there.glob("*/manifest.json"))] == ["2", "3"]
+    found, passed_over = manifest.newest(run.checkpoints, _mirror(run).fetch_checkpoint, saved={1, 2, 3, 4})
+    assert found is not None
+    assert (found.step, passed_over) == (3, [])
+
+    shutil.rmtree(found.path)
+    writer.append("resumed", step=2, passed_over=[])
+    writer.close()
+    _mirror(run).push()
+    assert [path.parent.name[-1] for path in sorted(there.glob("*/manifest.json"))] == ["2"]
 
 
 @pytest.mark.parametrize("cut", [lambda content: content[:-10], lambda content: b"{}"], ids=["half", "empty"])

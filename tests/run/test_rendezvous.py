@@ -9,8 +9,12 @@ import threading
 import time
 from pathlib import Path
 
+import stoker
+import torch
 from stoker.run import journal, rendezvous, view
 from stoker.run.directory import RunDirectory
+
+import ranks
 
 
 def test_an_attempt_does_not_end_before_all_ranks_take_part(tmp_path: Path) -> None:
@@ -36,14 +40,36 @@ for n in range(2):
 
 
 def test_a_rank_that_opens_the_run_again_waits_for_rank_zero_to_do_so(tmp_path: Path) -> None:
-    ranks = [
+    processes = [
         subprocess.Popen(
             [sys.executable, "-c", TWICE, str(tmp_path)],
             env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "twice"},
         )
         for rank in range(2)
     ]
-    assert [rank.wait(60) for rank in ranks] == [0, 0]
+    assert [process.wait(60) for process in processes] == [0, 0]
     found = view.load(RunDirectory(tmp_path / "x" / "a"))
     assert [attempt.status for attempt in found.attempts] == ["finished", "finished"]
     assert found.points["loss"] == {1: 1.0, 2: 1.0}
+
+
+def begin_trainer(runs: Path) -> bool:
+    """Whether this rank takes the run to have existed before."""
+    with stoker.Run("x", "a", runs=runs) as run:
+        stoker.Trainer(
+            run, torch.nn.Linear(1, 1), optimizer=lambda p: torch.optim.SGD(p, lr=0.1),
+            loss=lambda output, batch: (output.sum(), len(batch)),
+        )  # fmt: skip
+        return run.continued
+
+
+def test_ranks_agree_that_a_run_is_continued_whose_first_attempt_is_not_in_its_journal(
+    tmp_path: Path,
+) -> None:
+    """It was killed between the two; or a store got its record, and was away before it got the journal."""
+    with stoker.Run("x", "a", runs=tmp_path) as run:
+        run.log(loss=1.0)
+    for file in run.directory.journal.iterdir():
+        file.unlink()
+    run.directory.compacted.unlink(missing_ok=True)
+    assert ranks.run(begin_trainer, 2, tmp_path, tmp_path, timeout=60) == [True, True]

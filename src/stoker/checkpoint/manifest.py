@@ -42,6 +42,10 @@ class InvalidCheckpoint(Exception):
     """Why a directory is not a usable checkpoint."""
 
 
+class NotFetched(InvalidCheckpoint):
+    """It is not usable here, and its object store, which may have it whole, cannot be reached."""
+
+
 @dataclass(frozen=True)
 class File:
     """A file of a checkpoint."""
@@ -165,7 +169,10 @@ def _verify(path: Path, known: File) -> None:
 
 
 def mended(path: Path, mend: Mend | None) -> Checkpoint:
-    """Verify a checkpoint; if it is damaged, repair it and verify it again. Raises InvalidCheckpoint."""
+    """Verify a checkpoint; if it is damaged, repair it and verify it again.
+
+    Raises InvalidCheckpoint; NotFetched if its object store cannot be reached.
+    """
     try:
         return verify(path)
     except InvalidCheckpoint as reason:
@@ -174,28 +181,46 @@ def mended(path: Path, mend: Mend | None) -> Checkpoint:
         try:
             mend(path, lambda content: _files(_checked(content, path)))
         except Unreachable as error:
-            raise InvalidCheckpoint(f"{reason}; its object store cannot be reached ({error})") from error
+            raise NotFetched(f"{reason}; its object store cannot be reached ({error})") from error
         except InvalidCheckpoint as error:
             raise InvalidCheckpoint(f"{reason}; in its object store, {error}") from error
     return verify(path)
 
 
 def newest(
-    checkpoints: Path, mend: Mend | None = None, but: Set[int] = frozenset()
+    checkpoints: Path,
+    mend: Mend | None = None,
+    but: Set[int] = frozenset(),
+    saved: Set[int] = frozenset(),
 ) -> tuple[Checkpoint | None, list[str]]:
     """The newest valid checkpoint, and those passed over with the reasons; see `mended`.
 
     Args:
         but: steps whose checkpoints are ignored.
+        saved: steps whose checkpoints were completed; with `mend`, they are looked for even if there is
+            nothing of them here.
+
+    Raises Unreachable if the object store, which may have a newer one, cannot be reached: it must not be
+    passed over, because continuing from an older one makes it void.
     """
     passed_over: list[str] = []
-    for path in reversed(folders(checkpoints)):
+    missing = {folder(checkpoints, step) for step in saved} if mend is not None else set[Path]()
+    for path in sorted({*folders(checkpoints), *missing}, key=step_of, reverse=True):
         if step_of(path) in but:
             continue
+        complete = step_of(path) in saved or (path / NAME).exists()
         try:
             return mended(path, mend), passed_over
-        except InvalidCheckpoint as reason:
+        except NotFetched as reason:
+            if complete:
+                raise Unreachable(
+                    f"the checkpoint of step {step_of(path)} cannot be used: {reason}. Start the run again "
+                    "when the store can be reached: it continues from this checkpoint"
+                ) from reason
             passed_over.append(f"{path.name}: {reason}")
+        except InvalidCheckpoint as reason:
+            if path.exists():
+                passed_over.append(f"{path.name}: {reason}")
     return None, passed_over
 
 

@@ -284,10 +284,18 @@ class Mirror:
             self._known[key] = [*mark, ""]
 
     def _remove_others(self, kept: set[str], there: Objects) -> None:
-        """Delete from the store the checkpoints that no longer exist here."""
-        for folder in {key.split("/")[1] for key in there if key.startswith("checkpoints/")}:
-            if folder not in kept and not (self._run.checkpoints / folder / MANIFEST).exists():
-                self.remove_checkpoint(folder)
+        """Delete from the store the checkpoints that no longer exist here.
+
+        One newer than all here stays, unless it is void: it was lost here, and the next start fetches it.
+        """
+        folders = {key.split("/")[1] for key in there if key.startswith("checkpoints/")}
+        gone = {f for f in folders - kept if not (self._run.checkpoints / f / MANIFEST).exists()}
+        newest = max(_step_of(folder) for folder in kept)
+        if any(_step_of(folder) > newest for folder in gone):
+            stand = set(view.fold(self._run, self._run.record()).checkpoints)
+            gone = {f for f in gone if _step_of(f) < newest or _step_of(f) not in stand}
+        for folder in gone:
+            self.remove_checkpoint(folder)
 
     def remove(self) -> None:
         """Delete the run from the store."""
@@ -364,6 +372,12 @@ def refresh(runs: Path) -> None:
         run = RunDirectory(runs / place)
         if "run.json" in there and not run.trained_here:
             Mirror(run, store, there).fetch()
+
+
+def _step_of(folder: str) -> int:
+    """The step of a checkpoint; -1 for a folder of another kind."""
+    step = folder.removeprefix("step-")
+    return int(step) if step.isdecimal() else -1
 
 
 def _is_copied(path: Path) -> bool:
