@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from stoker import storage
 from stoker.run.directory import SWEEP_LOCK, RunDirectory
 from stoker.threads import begun
 from stoker.tracking import follower, ledger
+from stoker.tracking.shipping import SweepShipping
 from stoker.tracking.sink import Batch, Ending, SinkRun
 from synthetic_run import DEADLINE, Trainer, make_run, until
 
@@ -192,3 +194,28 @@ def _trial(folder: Path, number: int, status: str = "finished") -> RunDirectory:
     trainer.log(1, loss=1.0)
     trainer.end(status)
     return trainer.directory
+
+
+def test_a_process_that_was_killed_during_a_search_has_a_successor(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STOKER_SINKS", "tensorboard")
+    monkeypatch.setattr("stoker.tracking.shipping._PAUSE", 0.0)
+    trainer = Trainer(_new(folder, 0))
+    trainer.log(1, loss=1.0)
+    file = ledger.file_of(trainer.directory, "tensorboard")
+    lock = storage.try_lock(folder / SWEEP_LOCK)
+    assert lock is not None
+    shipping = SweepShipping(folder, follower.enabled())
+    shipping.begin()
+    until(lambda: ledger.load(file).offsets)
+    killed = ledger.load(file).pid
+    os.kill(killed, signal.SIGKILL)
+    os.waitid(os.P_PID, killed, os.WEXITED | os.WNOWAIT)
+    shipping.look_after()
+    trainer.log(2, loss=1.0)
+    until(lambda: ledger.load(file).pid != killed and follower.state(trainer.directory)[0].pending == 0)
+    trainer.end("finished")
+    os.close(lock)
+    assert shipping.wait(DEADLINE)
+    assert ledger.load(file).concluded
