@@ -148,6 +148,39 @@ def test_a_paused_trial_that_resumes_while_it_is_shipped_leaves_the_others_their
     until(lambda: tracker.ended.get(paused.id) == "finished")
 
 
+def test_a_running_trial_that_logs_nothing_is_not_opened_again(
+    folder: Path, tracker: Tracker, following: Callable[[], Future[bool]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(follower, "INTERVAL", 0.01)
+    idle, opened = Trainer(_new(folder, 0)), []
+    idle.log(1, loss=1.0)
+    tracker.opens = lambda run: opened.append(run.id)
+    following()
+    until(lambda: tracker.steps == {"trial-0000": [1]})
+    other = _trial(folder, 1)
+    until(lambda: other.id in tracker.ended)
+    time.sleep(1.0)
+    assert opened == ["trial-0000", "trial-0001"]
+    idle.log(2, loss=1.0)
+    until(lambda: tracker.steps["trial-0000"] == [1, 2])
+    idle.end("finished")
+    until(lambda: tracker.ended.get("trial-0000") == "finished")
+
+
+def test_a_search_is_not_over_while_a_trial_outlives_it(folder: Path, tracker: Tracker) -> None:
+    trainer = Trainer(_new(folder, 0))
+    trainer.log(1, loss=1.0)
+    following = begun(lambda: follower.follow_sweep(folder, patience=DEADLINE), "follower")
+    until(lambda: tracker.steps == {"trial-0000": [1]})
+    time.sleep(2 * follower.INTERVAL)
+    assert not following.done()
+    trainer.log(2, loss=1.0)
+    trainer.end("finished")
+    assert following.result(DEADLINE)
+    assert tracker.steps == {"trial-0000": [1, 2]}
+    assert tracker.ended == {"trial-0000": "finished"}
+
+
 @pytest.mark.parametrize("hurry", [True, False])
 def test_a_running_trial_is_shipped_with_a_share_of_a_core_unless_a_user_waits(
     hurry: bool, folder: Path, tracker: Tracker, monkeypatch: pytest.MonkeyPatch

@@ -346,10 +346,12 @@ def follow_sweep(folder: Path, patience: float = PATIENCE) -> bool:
     over_since: float | None = None
     while True:
         over = not storage.is_locked(folder / SWEEP_LOCK)  # checked first: nothing is added after its end
-        behind = [run for run in _runs(folder) if _is_behind(run)]
+        runs = _runs(folder)
+        training = any(run.trained_here for run in runs)  # checked before what they logged
+        behind = [run for run in runs if _is_behind(run)]
         for run in behind:
             _ship_trial(run)
-        if over and not behind:
+        if over and not training and not behind:
             return _end_sweep(folder)
         over_since = (over_since or time.monotonic()) if over else None
         if over_since is not None and time.monotonic() - over_since > patience:
@@ -363,9 +365,10 @@ def _runs(folder: Path) -> list[RunDirectory]:
 
 
 def _is_behind(run: RunDirectory) -> bool:
-    """Whether a trial is running, or a sink lacks something of it; not if it was removed."""
+    """Whether a sink lacks something of a trial as it is now; not if it was removed."""
     try:
-        return not all(_Task(run, name, None, 0.0).complete() for name in enabled())
+        now = feed.end(run.journal)
+        return not all(_Task(run, name, now, 0.0).complete() for name in enabled())
     except OSError:
         return run.exists()
 
